@@ -1,0 +1,39 @@
+# Needs Python >= 3.10 and a package index; everything else is set up in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CONFIG ?= configs/fsdp2.yaml
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test lint format clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+
+setup: $(VENV)/.installed  ## make .venv with the package and its development extras
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python >= 3.10 is needed, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip setuptools
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	touch $@
+
+train: setup  ## run the training job: make train CONFIG=configs/ddp.yaml ARGS="steps=50"
+	$(BIN)/python -m launch $(CONFIG) $(ARGS)
+
+test: setup  ## run the tests: make test ARGS="-k invariance"
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup  ## ruff check, ruff format --check, pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: setup  ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove .venv and caches, keep runs/
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -1,0 +1,465 @@
+"""The one torch.optim.Optimizer of the library. Its step reads observe, agree, update.
+
+    grad, state -> observe -> per-tensor sums -> agree (one all-reduce) -> per-tensor learning-rate scale -> update -> param, state
+
+The public classes in `optimizers.py` give it an algorithm and defaults.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, Literal, TypedDict
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sharded_optim import loading, param_groups, statistics
+from sharded_optim.algorithms import Algorithm, Coefficients
+from sharded_optim.backends import AUTO, Backend, Operand, available, choose
+from sharded_optim.formats import format_of
+from sharded_optim.sharding import Layout, LocalParam, describe
+
+__all__ = ["Engine", "EngineOptions", "NonFinite", "Params"]
+
+NonFinite = Literal["skip", "raise", "allow"]
+Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
+
+HEADROOM = 1.001  # a computed statistic exceeds its mathematical bound by a few fp32 roundings, never by this much
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Batch:
+    """The local parameters with a gradient that one backend steps in one call."""
+
+    backend: Backend
+    device: torch.device
+    indices: list[int] = field(default_factory=list)  # into the layout's local parameters
+    operands: list[Operand] = field(default_factory=list)
+
+
+class EngineOptions(TypedDict, total=False):
+    """Keyword-only options of every optimizer.
+
+    state_dtype: storage dtype of the moments: float32 (the default, also for low-precision parameters), bfloat16 or float16.
+    backend: "auto", the default, picks the fastest that supports the device and dtypes; or the name of one.
+    nonfinite: what a step does when a gradient on any rank is not finite, or too large to be squared in fp32.
+        "skip": no rank steps; parameters, state and step counters stay as they are, bit for bit.
+        "raise": FloatingPointError on every rank, naming tensors and ranks. The host waits for the device in every step.
+        "allow": it goes through, as in torch; StableAdamW makes the whole tensor NaN, as an unsharded one would.
+        The default is "skip" for algorithms whose ranks agree on something anyway and "allow" for those that need no collective.
+    process_group: the ranks that train this model together; None, the default, means all. Unused by a step without a collective.
+    """
+
+    state_dtype: torch.dtype | None
+    backend: str
+    nonfinite: NonFinite | None
+    process_group: dist.ProcessGroup | None
+
+
+class Engine(torch.optim.Optimizer):
+    """Steps any `Algorithm` on whatever shard of the parameters this rank holds.
+
+    Args:
+        params: as for every torch optimizer: tensors, (name, tensor) tuples, or dicts of param groups.
+        defaults: hyperparameters of the param groups.
+        algorithm: the math.
+        max_lr: reference learning rate of groups that do not bring their own `max_lr`; None takes each group's `lr`.
+        state_dtype, backend, nonfinite, process_group: see `EngineOptions`.
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler then sets grad_scale and found_inf and leaves the gradients alone
+
+    def __init__(
+        self,
+        params: Params,
+        defaults: dict[str, Any],
+        *,
+        algorithm: Algorithm,
+        max_lr: float | None = None,
+        state_dtype: torch.dtype | None = None,
+        backend: str = AUTO,
+        nonfinite: NonFinite | None = None,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        if backend not in available():
+            raise ValueError(f"backend must be one of {', '.join(available())}, got {backend!r}")
+        if nonfinite not in (None, "skip", "raise", "allow"):
+            raise ValueError(f"nonfinite must be 'skip', 'raise', 'allow' or None, got {nonfinite!r}")
+        self.algorithm = algorithm
+        self.backend = backend
+        # Where ranks agree on something anyway, skipping together costs nothing; elsewhere it would cost a collective.
+        self.nonfinite: NonFinite = nonfinite or ("skip" if algorithm.observe else "allow")
+        self.state_dtype = format_of(state_dtype or torch.float32).dtype
+        self.process_group = process_group
+        self._max_lr = None if max_lr is None else param_groups.check_number("max_lr", max_lr)
+        self._skipped: int | Tensor = 0
+        self._forget_layout()
+        param_groups.check_hyperparameters(defaults, "the optimizer's arguments")
+        super().__init__(params, defaults)
+
+    # ------------------------------------------------------------------------------------------------------------------- step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step once: on every rank, or on none.
+
+        Args:
+            closure: re-evaluates the model and returns the loss.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            ValueError: bad input. On every rank where ranks agree in this step, else on this one.
+            FloatingPointError: a gradient was not finite and `nonfinite="raise"`. On every rank, naming tensors and ranks.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._is_allocation_step():
+            self.init_state()
+            return loss
+        self._raise_deferred()
+        layout = self._current_layout()
+        work, problem = self._collect(layout)
+
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        lr_scales = None
+        if self._agrees:
+            agreement = self._agree(layout, work, problem, found_inf)
+            proceed = self._verdict(agreement)
+            if self.algorithm.lr_scale is not None:
+                lr_scales = self.algorithm.lr_scale(agreement.means())
+        else:
+            if problem is not None:
+                raise ValueError(problem)
+            proceed = None if found_inf is None else (found_inf == 0).all()
+
+        if proceed is None or proceed.device.type == "cpu":  # known on the host: branch
+            if proceed is None or proceed:
+                self._update(layout, work, lr_scales, None)
+            else:
+                self._count_skipped(1)
+        else:  # known on the device only: select there
+            self._update(layout, work, lr_scales, proceed)
+            self._count_skipped(~proceed)
+        return loss
+
+    @property
+    def _agrees(self) -> bool:
+        """Whether a step hears from the other ranks."""
+        return self.algorithm.observe is not None or self.nonfinite != "allow"
+
+    def _collect(self, layout: Layout) -> tuple[list[_Batch], str | None]:
+        """The local parameters that have a gradient; and, if one cannot be used, why."""
+        batches: dict[tuple[torch.device, str], _Batch] = {}
+        for index, entry in enumerate(layout.local_params):
+            if entry.param.grad is None:
+                continue
+            try:
+                operand = Operand(
+                    param=entry.local(entry.param, "parameter"),
+                    grad=entry.local(entry.param.grad, "gradient"),
+                    state=tuple(entry.local(tensor, "state") for tensor in self._moments(entry.param)),
+                )
+                backend = self._choose_backend(operand)
+            except ValueError as error:
+                return [], str(error)
+            device = operand.param.device
+            batch = batches.setdefault((device, backend.name), _Batch(backend=backend, device=device))
+            batch.indices.append(index)
+            batch.operands.append(operand)
+        return list(batches.values()), None
+
+    def _agree(self, layout: Layout, work: list[_Batch], problem: str | None, found_inf: Tensor | None) -> statistics.Agreement:
+        """Observe, and add up what all ranks observed."""
+        device = layout.local_params[0].param.device
+        indices: list[int] = []
+        bits: list[int] = []
+        sums, non_finite = [torch.empty(0, dtype=torch.int64, device=device)], [torch.empty(0, dtype=torch.int64, device=device)]
+        for batch in work:
+            batch_bits, batch_sums, batch_non_finite = self._observe(layout, batch)
+            indices += batch.indices
+            bits += batch_bits
+            sums.append(batch_sums.to(device))
+            non_finite.append(batch_non_finite.to(device))
+        agreement = statistics.agree(
+            layout,
+            indices,
+            torch.cat(sums),
+            torch.cat(non_finite),
+            bits,
+            invalid=problem is not None,
+            found_inf=found_inf,
+            process_group=self._own_group(),
+        )
+        self._check(agreement, problem)
+        self._last_agreement = agreement
+        return agreement
+
+    def _observe(self, layout: Layout, batch: _Batch) -> tuple[list[int], Tensor, Tensor]:
+        """Fraction bits, fixed-point sums and non-finite counts of a batch. Reads only."""
+        algorithm = self.algorithm
+        if algorithm.observe is None or algorithm.observe_coefficients is None or algorithm.observe_bound is None:
+            bits, limits = [0] * len(batch.indices), [0.0] * len(batch.indices)
+            coefficients = torch.empty(len(batch.indices), 0, device=batch.device)
+        else:
+            bounds = [algorithm.observe_bound(self._groups[index]) for index in batch.indices]
+            numels = [layout.local_params[index].segment.tensor_numel for index in batch.indices]
+            bits = [statistics.fraction_bits(bound, numel) for bound, numel in zip(bounds, numels, strict=True)]
+            limits = [HEADROOM * bound for bound in bounds]
+            coefficients = self._table(batch, algorithm.observe_coefficients)
+        sums, non_finite = batch.backend.observe(
+            algorithm, batch.operands, coefficients, limits, bits, self._inverse_grad_scale(batch.device)
+        )
+        return bits, sums, non_finite
+
+    def _check(self, agreement: statistics.Agreement, problem: str | None) -> None:
+        """Raise, on all ranks together, where they do not fit together. On a device, the other ranks learn of it one step later."""
+        if agreement.vector.device.type == "cpu":
+            if agreement.invalid:
+                raise ValueError(statistics.gather_messages(problem, self._own_group()))
+            if not agreement.consistent():
+                raise ValueError(agreement.inconsistency())
+        elif problem is not None:
+            raise ValueError(problem)
+        else:
+            self._deferred = statistics.Deferred(agreement)
+
+    def _raise_deferred(self) -> None:
+        if self._deferred is not None and self._deferred.is_ready():
+            deferred, self._deferred = self._deferred, None
+            deferred.raise_if_inconsistent()
+
+    def _verdict(self, agreement: statistics.Agreement) -> Tensor | None:
+        """Whether the step happens: bool, 0-dim, on the device of the agreement; None when nothing can stop it."""
+        finite = agreement.all_finite()
+        if self.nonfinite == "raise" and not finite:  # waits for the device: the price of raising in the step that went wrong
+            names = agreement.names_where_not_finite_here()
+            message = f"gradient not finite, or too large to square in fp32: {', '.join(map(repr, names))}" if names else None
+            raise FloatingPointError(statistics.gather_messages(message, self._own_group()))
+        verdict = agreement.found_inf == 0
+        if agreement.vector.device.type != "cpu":
+            verdict = verdict & agreement.consistent()
+        return verdict & finite if self.nonfinite == "skip" else verdict
+
+    def _update(self, layout: Layout, work: list[_Batch], lr_scales: Tensor | None, proceed: Tensor | None) -> None:
+        """Write parameters and state, and count the step."""
+        steps: dict[int, Tensor] = {}  # several pieces may belong to one parameter
+        for batch in work:
+            scale = 1.0
+            if lr_scales is not None:
+                indices = torch.tensor(batch.indices).to(lr_scales.device, non_blocking=True)
+                scale = lr_scales[indices].to(batch.device)
+            coefficients = self._table(batch, self.algorithm.update_coefficients, scale)
+            batch.backend.update(self.algorithm, batch.operands, coefficients, proceed, self._inverse_grad_scale(batch.device))
+            for index in batch.indices:
+                param = layout.local_params[index].param
+                steps[id(param)] = self.state[param]["step"]
+        if steps:
+            torch._foreach_add_(list(steps.values()), 1.0 if proceed is None else proceed.to(torch.float32))
+
+    # ----------------------------------------------------------------------------------------------------------- coefficients
+
+    def _table(self, batch: _Batch, coefficients: Callable[..., Coefficients], lr_scale: float | Tensor | None = None) -> Tensor:
+        """One row of coefficients for each operand: fp32 (operands, coefficients), computed in float64 and rounded once.
+
+        Args:
+            lr_scale: last argument of `coefficients` if it takes one: a float, or float64 (operands,).
+        """
+        rows: dict[int, list[int]] = defaultdict(list)
+        for row, index in enumerate(batch.indices):
+            rows[id(self._groups[index])].append(row)
+        table: Tensor | None = None
+        for positions in rows.values():
+            group = self._groups[batch.indices[positions[0]]]
+            hyperparameters = group | {"lr": param_groups.current_lr(group, batch.device)}
+            arguments = [hyperparameters, self._next_step(batch, positions)]
+            if lr_scale is not None:
+                arguments.append(lr_scale[positions] if isinstance(lr_scale, Tensor) else lr_scale)
+            values = coefficients(*arguments)
+            if table is None:
+                table = torch.empty(len(batch.indices), len(values), dtype=torch.float64, device=batch.device)
+            for column, value in enumerate(values):
+                table[positions, column] = torch.as_tensor(value, dtype=torch.float64, device=batch.device)
+        assert table is not None, "a batch has at least one operand"
+        return table.to(torch.float32)
+
+    def _next_step(self, batch: _Batch, positions: Sequence[int]) -> int | Tensor:
+        """The step about to be taken, from 1: an int where the host knows it and all agree, else int64 (positions,)."""
+        assert self._layout is not None
+        steps = [self.state[self._layout.local_params[batch.indices[row]].param]["step"] for row in positions]
+        if batch.device.type == "cpu":
+            known = {int(step) for step in steps}
+            if len(known) == 1:
+                return known.pop() + 1
+        return torch.stack(steps).to(torch.int64) + 1
+
+    def _inverse_grad_scale(self, device: torch.device) -> Tensor | None:
+        """What multiplies the gradients under GradScaler: fp32, 0-dim."""
+        scale: Tensor | None = getattr(self, "grad_scale", None)
+        return None if scale is None else scale.to(device).double().reciprocal().float().reshape(())
+
+    # ----------------------------------------------------------------------------------------------------- parameters and state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch, after checking what torch would let pass.
+
+        Raises:
+            ValueError: an empty group, a parameter given twice, a hyperparameter out of range, or a parameter that cannot be optimized.
+        """
+        index = len(self.param_groups)
+        if isinstance(param_group, dict) and "params" in param_group and not isinstance(param_group["params"], set):
+            params, names = param_groups.named_params(param_group, index)
+            param_group = {**param_group, "params": list(param_group["params"])}
+            if not params:
+                raise ValueError(f"param_groups[{index}] has no parameters; leave the group out")
+            param_groups.check_hyperparameters(param_group, f"param_groups[{index}]")
+            known = {id(p): n for g_index, g in enumerate(self.param_groups) for p, n in zip(*param_groups.named_params(g, g_index))}
+            for param, name in zip(params, names, strict=True):
+                if id(param) in known:
+                    raise ValueError(f"parameter {name!r} appears twice, also as {known[id(param)]!r}; give each parameter once")
+                known[id(param)] = name
+                if isinstance(param, Tensor):
+                    describe(param, name)
+        super().add_param_group(param_group)
+        param_groups.set_reference_lr(self.param_groups[index], self._max_lr)
+
+    def init_state(self) -> None:
+        """Allocate the state of every parameter that has none yet: what the first step does for those with a gradient."""
+        for param in chain.from_iterable(group["params"] for group in self.param_groups):
+            self._moments(param)
+
+    def _moments(self, param: Tensor) -> tuple[Tensor, ...]:
+        state = self.state[param]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+            for name in self.algorithm.state:
+                state[name] = torch.zeros_like(param, dtype=self.state_dtype, memory_format=torch.preserve_format)
+        return tuple(state[name] for name in self.algorithm.state)
+
+    def _is_allocation_step(self) -> bool:
+        return not self.state and all(group["lr"] == 0 for group in self.param_groups) and loading.called_to_allocate()
+
+    def _choose_backend(self, operand: Operand) -> Backend:
+        key = (operand.param.device, frozenset(tensor.dtype for tensor in (operand.param, operand.grad, *operand.state)))
+        if key not in self._backends:
+            self._backends[key] = choose(self.backend, *key)
+            logger.info("%s steps %s on %s with the %s backend", type(self).__name__, set(key[1]), key[0], self._backends[key].name)
+        return self._backends[key]
+
+    # --------------------------------------------------------------------------------------------------------------- all ranks
+
+    def _current_layout(self) -> Layout:
+        """The layout of the parameters as they are now; wrappers replace them after construction."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        if self._layout is None or not self._layout.describes(params):
+            pairs = list(chain.from_iterable(zip(*param_groups.named_params(g, i)) for i, g in enumerate(self.param_groups)))
+
+            def describe_all() -> list[LocalParam]:
+                return [describe(param, name) for param, name in pairs]
+
+            if self._agrees:
+                positional = not all("param_names" in group for group in self.param_groups)
+                self._layout = Layout.of_group(describe_all, self._own_group(), positional_names=positional)
+            else:
+                self._layout = Layout.of_rank(describe_all())
+        self._groups = [group for group in self.param_groups for _ in group["params"]]
+        return self._layout
+
+    def _own_group(self) -> dist.ProcessGroup | None:
+        if self._lost_process_group:
+            raise ValueError("this optimizer was copied or unpickled, which cannot take its process_group along; set it again")
+        return statistics.own_process_group(self.process_group)
+
+    def _forget_layout(self) -> None:
+        self._layout: Layout | None = None
+        self._groups: list[dict[str, Any]] = []  # of each local parameter
+        self._backends: dict[tuple[torch.device, frozenset[torch.dtype]], Backend] = {}
+        self._last_agreement: statistics.Agreement | None = None
+        self._deferred: statistics.Deferred | None = None
+
+    # ----------------------------------------------------------------------------------------------------------------- reports
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """The ranks that train this model together; None means all."""
+        return self._process_group
+
+    @process_group.setter
+    def process_group(self, process_group: dist.ProcessGroup | None) -> None:
+        self._process_group = process_group
+        self._lost_process_group = False
+        self._forget_layout()
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps did not happen because a gradient was not finite. Waits for the device."""
+        return int(self._skipped)
+
+    def _count_skipped(self, skipped: int | Tensor) -> None:
+        if isinstance(skipped, Tensor) and not isinstance(self._skipped, Tensor):
+            self._skipped = torch.full((), self._skipped, dtype=torch.int64, device=skipped.device)
+        self._skipped += skipped
+
+    def metrics(self) -> dict[str, float]:
+        """What the last step found, already reduced over all ranks. Waits for the device.
+
+        Returns:
+            `skipped_steps`, and for algorithms with a per-tensor statistic `rms/NAME`: its root mean over the whole tensor, for every tensor
+            of the model that had a gradient, also those held by other ranks only. NaN where the gradient was not finite.
+        """
+        report = {"skipped_steps": float(self.skipped_steps)}
+        if self._last_agreement is not None and self.algorithm.observe is not None:
+            report |= {f"rms/{name}": mean**0.5 for name, mean in self._last_agreement.named_means().items()}
+        return report
+
+    # ------------------------------------------------------------------------------------------------------------- state dicts
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, but all or nothing, with moments kept in `state_dtype`, and with group keys the saved state lacks kept as they are.
+
+        Raises:
+            ValueError: the saved state does not fit; nothing was changed.
+        """
+        before = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
+        incoming: dict[str, Any] = {}
+
+        def check(_: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+            loading.check_state(self.param_groups, saved, self.algorithm.state)
+            incoming.update(saved)
+
+        def restore(_: torch.optim.Optimizer) -> None:
+            loading.restore_groups(self.param_groups, before)
+            loading.restore_state(self, incoming, self.algorithm.state, self.state_dtype)
+
+        # After the users' pre-hooks, which may convert the state dict, and before their post-hooks, which may look at the result.
+        hooks = [self.register_load_state_dict_pre_hook(check), self.register_load_state_dict_post_hook(restore, prepend=True)]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("algorithm", "backend", "nonfinite", "state_dtype", "_max_lr", "_skipped")
+        lost = {"_lost_process_group": self._process_group is not None or self._lost_process_group}
+        return super().__getstate__() | {name: getattr(self, name) for name in own} | lost
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "algorithm" in state:  # unpickling or copying; torch also calls this with the loaded state and groups alone
+            self._process_group = None
+            self._forget_layout()
+        super().__setstate__(state)
+
+    def __repr__(self) -> str:
+        backends = ", ".join(sorted({backend.name for backend in self._backends.values()})) or f"{self.backend} until the first step"
+        return super().__repr__().removesuffix(")") + f"backend: {backends}\nnonfinite: {self.nonfinite}\n)"

@@ -1,0 +1,74 @@
+"""State dicts: what torch's base class and torch.distributed.checkpoint get wrong for a sharded, mixed-precision optimizer.
+
+Used by the engine. The private name of torch that is relied on here is tried with torch 2.13 and guarded by a test.
+"""
+
+from __future__ import annotations
+
+import sys
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["called_to_allocate", "check_state", "restore_groups", "restore_state"]
+
+STEP = "step"
+
+
+def called_to_allocate() -> bool:
+    """Whether torch.distributed.checkpoint is stepping with zero gradients and lr 0, only to make the optimizer allocate its state.
+
+    That step must not count (pytorch#164929): bias correction would be one step off in everything that follows. Gradients of zero do not
+    tell it from a real first step, on a rank whose shard happens to have none others; the caller does.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "_init_optim_state" and frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _pairs(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> list[tuple[Tensor, str, dict[str, Any]]]:
+    """(parameter, its name, saved state) for every saved state that belongs to a parameter of `groups`."""
+    params = chain.from_iterable(group["params"] for group in groups)
+    names = chain.from_iterable(group.get("param_names") or [None] * len(group["params"]) for group in groups)
+    keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+    state = state_dict["state"]
+    return [(param, name or f"parameter {key}", state[key]) for param, name, key in zip(params, names, keys) if key in state]
+
+
+def check_state(groups: list[dict[str, Any]], state_dict: dict[str, Any], names: tuple[str, ...]) -> None:
+    """Raise ValueError, before anything is loaded, for saved state that does not fit."""
+    saved_sizes = [len(group["params"]) for group in state_dict["param_groups"]]
+    sizes = [len(group["params"]) for group in groups]
+    if saved_sizes != sizes:
+        raise ValueError(
+            f"the state dict has param groups of {saved_sizes} parameters, the optimizer of {sizes}; build the same groups before loading"
+        )
+    for param, name, state in _pairs(groups, state_dict):
+        for key in (*names, STEP):
+            if key not in state:
+                raise ValueError(f"the saved state of {name} lacks {key!r} (it has {', '.join(map(str, state))}); it is another optimizer's")
+        for key in names:
+            if state[key].shape != param.shape:
+                raise ValueError(f"saved {key!r} of {name} has shape {tuple(state[key].shape)}, the parameter {tuple(param.shape)}")
+
+
+def restore_groups(groups: list[dict[str, Any]], before: list[dict[str, Any]]) -> None:
+    """Give back the keys that the saved groups lacked; torch drops them."""
+    for group, old in zip(groups, before, strict=True):
+        for key, value in old.items():
+            group.setdefault(key, value)
+        group["betas"] = tuple(group["betas"])
+
+
+def restore_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any], names: tuple[str, ...], dtype: torch.dtype) -> None:
+    """Put back what torch has rounded: its load casts all state to the parameter's dtype (pytorch#43706)."""
+    for param, _, saved in _pairs(optimizer.param_groups, state_dict):
+        state = optimizer.state[param]
+        for key in names:
+            state[key] = saved[key].to(device=param.device, dtype=dtype, copy=True)
+        state[STEP] = torch.as_tensor(saved[STEP], dtype=torch.float32).to(param.device, copy=True).reshape(())

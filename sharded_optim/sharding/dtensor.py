@@ -1,0 +1,67 @@
+"""DTensor parameters: FSDP2, HSDP, tensor parallelism and their combinations describe themselves.
+
+Step and state work on the local tensors: DTensor dispatch costs more than the arithmetic of a step.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.tensor import DTensor, Placement, Replicate
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from sharded_optim.segment import Segment
+from sharded_optim.sharding.layout import LocalParam
+from sharded_optim.sharding.plain import check_dtype_and_layout
+
+__all__ = ["DTensor", "describe"]
+
+
+def describe(param: DTensor, name: str) -> LocalParam:
+    check_dtype_and_layout(param, f"parameter {name!r}")
+    _refuse_partial(param, f"parameter {name!r}")
+    sizes, offsets = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
+    held = bool(offsets) or param.ndim == 0  # a rank outside the mesh gets no offsets
+    segment = Segment.box(name, param.shape, offsets, sizes) if held else Segment.flat(name, param.shape, 0, 0)
+    local_shape = tuple(param._local_tensor.shape)
+    if segment.numel != param._local_tensor.numel():
+        raise ValueError(
+            f"parameter {name!r} has a local tensor of shape {local_shape}, but its placements {param.placements} say {tuple(sizes)}; "
+            f"build it with distribute_tensor, or give DTensor.from_local its shape and stride"
+        )
+    mesh, placements = param.device_mesh, _placements(param)
+
+    def local(tensor: Tensor, role: str) -> Tensor:
+        if tensor is not param:
+            what = f"{role} of {name!r}"
+            check_dtype_and_layout(tensor, what)
+            if not isinstance(tensor, DTensor):
+                raise ValueError(f"{what} is a plain tensor, the parameter a DTensor; wrap it with DTensor.from_local")
+            _refuse_partial(tensor, what)
+            if tensor.device_mesh != mesh or _placements(tensor) != placements:
+                raise ValueError(
+                    f"{what} is placed as {tensor.placements} on {tensor.device_mesh}, the parameter as {placements} on {mesh}; "
+                    f"redistribute it to the parameter's placements"
+                )
+        local_tensor = tensor._local_tensor
+        if isinstance(local_tensor, AsyncCollectiveTensor):
+            local_tensor = local_tensor.wait()
+        if tuple(local_tensor.shape) != local_shape:
+            raise ValueError(f"{role} of {name!r} has a local tensor of shape {tuple(local_tensor.shape)}, the parameter {local_shape}")
+        return local_tensor
+
+    return LocalParam(param=param, segment=segment, local=local)
+
+
+def _refuse_partial(tensor: DTensor, what: str) -> None:
+    if any(placement.is_partial() for placement in tensor.placements):
+        raise ValueError(
+            f"{what} is Partial ({tensor.placements}): its value is a sum that has not been reduced; "
+            f"call .redistribute(placements=...) with Replicate() or Shard(...) in place of Partial first"
+        )
+
+
+def _placements(tensor: DTensor) -> tuple[Placement, ...]:
+    """Placements with every mesh axis of size 1 read as Replicate: there they all mean the same."""
+    sizes = tensor.device_mesh.shape
+    return tuple(Replicate() if size == 1 else placement for size, placement in zip(sizes, tensor.placements, strict=True))

@@ -1,0 +1,39 @@
+"""Ordinary tensors: this rank holds the whole tensor. A single process, or DDP, where every rank is a replica."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sharded_optim.formats import format_of
+from sharded_optim.segment import Segment
+from sharded_optim.sharding.layout import LocalParam
+
+__all__ = ["check_dtype_and_layout", "describe"]
+
+
+def describe(param: Tensor, name: str) -> LocalParam:
+    check_dtype_and_layout(param, f"parameter {name!r}")
+
+    def local(tensor: Tensor, role: str) -> Tensor:
+        if tensor is not param:
+            check_dtype_and_layout(tensor, f"{role} of {name!r}")
+            if tensor.shape != param.shape:
+                raise ValueError(f"{role} of {name!r} has shape {tuple(tensor.shape)}, the parameter {tuple(param.shape)}")
+        return tensor
+
+    return LocalParam(param=param, segment=Segment.whole(name, param.shape), local=local)
+
+
+def check_dtype_and_layout(tensor: Tensor, what: str) -> None:
+    """Raise ValueError unless `tensor` is dense, real and of a floating dtype that a format stores."""
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{what} is sparse ({tensor.layout}); only dense tensors are supported: build the layer with sparse=False")
+    if tensor.is_complex():
+        raise ValueError(f"{what} is complex ({tensor.dtype}); optimize torch.view_as_real(...) of it instead")
+    if not tensor.is_floating_point():
+        raise ValueError(f"{what} has integer dtype {tensor.dtype}; only floating-point tensors can be optimized: leave it out")
+    try:
+        format_of(tensor.dtype)
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None

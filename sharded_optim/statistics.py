@@ -1,0 +1,194 @@
+"""Per-tensor statistics of the whole model: an exact sum, and the only collective of a step.
+
+Every rank contributes one int64 vector, `SECTIONS` values for each tensor of the model, and one all-reduce adds them up. Integers make the
+result independent of the order and the grouping of the additions, that is of how the tensors are sharded:
+
+    q = round_half_even(statistic * 2**k)  in int64, with k from `fraction_bits`
+
+The same vector carries the consensus: where a gradient was not finite, where one was missing, and whether a rank met bad input.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sharded_optim.sharding.layout import Layout
+
+__all__ = ["Agreement", "Deferred", "agree", "fraction_bits", "gather_messages", "own_process_group"]
+
+CHUNK_BITS = 12  # up to 4096 terms can also be summed exactly in float64, which is the fast way on most hardware
+
+# Rows of the vector, one column per tensor.
+SECTIONS = 6
+TOTAL = 0  # sum of q over the owned pieces
+NON_FINITE = 1  # ranks on which the gradient, or the statistic, was not finite
+PRESENT = 2  # ranks that hold a piece with a gradient
+ABSENT = 3  # ranks that hold a piece without a gradient
+BITS = 4  # sum of k over the ranks in PRESENT
+SQUARED_BITS = 5  # and of k squared: all ranks used the same k if and only if PRESENT * SQUARED_BITS == BITS**2
+TAIL = 2  # after the rows: ranks that met bad input, ranks on which GradScaler found an infinite gradient
+
+
+def fraction_bits(bound: float, numel: int) -> int:
+    """k: how many fraction bits of a statistic in [0, bound] are summed over a tensor of `numel` elements without overflow.
+
+    The error of the mean is at most 2**-(k+1). For beta2 = 0.99, k is 34 up to 2**21 elements, and 24 at 2**31.
+    """
+    integer_bits = math.frexp(bound)[1]  # bound < 2**integer_bits
+    return min(53 - CHUNK_BITS, 62 - max(numel - 1, 0).bit_length()) - integer_bits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """What all ranks know after the all-reduce; the same on each, but for `non_finite_here`."""
+
+    layout: Layout
+    vector: Tensor  # int64 (SECTIONS, number of tensors), summed over ranks
+    invalid: Tensor  # int64 (), ranks that met bad input
+    found_inf: Tensor  # int64 (), ranks on which GradScaler found an infinite gradient
+    non_finite_here: Tensor  # int64 (number of tensors,), this rank's contribution to NON_FINITE
+
+    def means(self) -> Tensor:
+        """Mean of the statistic over the whole tensor of each local parameter: float64 (local parameters,); NaN where not finite."""
+        slots = torch.tensor(self.layout.slots).to(self.vector.device, non_blocking=True)
+        return self._tensor_means()[slots]
+
+    def named_means(self) -> dict[str, float]:
+        """Mean of the statistic over every tensor of the model that had a gradient. Waits for the device."""
+        rows = zip(self.layout.names, self._tensor_means().tolist(), self.vector[PRESENT].tolist(), strict=True)
+        return {name: mean for name, mean, present in rows if present}
+
+    def _tensor_means(self) -> Tensor:
+        total, non_finite, present, _, bits, _ = self.vector.unbind()
+        k = bits // present.clamp(min=1)
+        unit = ((1023 - k) << 52).view(torch.float64)  # 2.0**-k by its bit pattern: exp2 and pow need not be exact
+        numels = torch.tensor(self.layout.numels, dtype=torch.float64).clamp(min=1).to(total.device, non_blocking=True)
+        return torch.where(non_finite > 0, math.nan, total.to(torch.float64) * unit / numels)
+
+    def all_finite(self) -> Tensor:
+        """Bool, 0-dim."""
+        return (self.vector[NON_FINITE] == 0).all()
+
+    def names_where_not_finite_here(self) -> list[str]:
+        """Tensors whose gradient was not finite on this rank. Waits for the device."""
+        return [name for name, count in zip(self.layout.names, self.non_finite_here.tolist(), strict=True) if count]
+
+    def consistent(self) -> Tensor:
+        """Whether no rank met bad input and all ranks saw gradients of the same tensors with the same precision: bool, 0-dim."""
+        _, _, present, absent, bits, squared_bits = self.vector.unbind()
+        agreed = (present == 0) | ((absent == 0) & (present * squared_bits == bits * bits))
+        return agreed.all() & (self.invalid == 0)
+
+    def inconsistency(self) -> str:
+        """What `consistent` found, in words. Waits for the device."""
+        if self.invalid:
+            return f"{int(self.invalid)} other ranks met bad input; their own errors say which"
+        for name, present, absent in zip(self.layout.names, *self.vector[[PRESENT, ABSENT]].tolist(), strict=True):
+            if present and absent:
+                return (
+                    f"{name!r} has a gradient on {present} of the ranks that hold it and none on {absent}; a step needs it on all or on "
+                    f"none: make every rank run the same part of the model, or set the missing gradients to zero"
+                )
+        return "ranks use different betas for the same tensor; give every rank the same hyperparameters"
+
+
+class Deferred:
+    """An agreement whose consistency is read one step later, when the host no longer has to wait for it."""
+
+    def __init__(self, agreement: Agreement) -> None:
+        self._agreement = agreement
+        self._consistent = agreement.consistent().to("cpu", non_blocking=True)
+        self._copied = torch.Event(agreement.vector.device)
+        self._copied.record()
+
+    def is_ready(self) -> bool:
+        """Whether the device has got there."""
+        return self._copied.query()
+
+    def raise_if_inconsistent(self) -> None:
+        """Raise ValueError, on every rank that gets here, if the ranks did not fit together."""
+        if not self._consistent:
+            raise ValueError(self._agreement.inconsistency())
+
+
+def agree(
+    layout: Layout,
+    indices: Sequence[int],  # of the local parameters that have a gradient, into layout.local_params
+    sums: Tensor,  # int64 (len(indices),), each local parameter's sum of q
+    non_finite: Tensor,  # int64 (len(indices),), how many of its elements were not finite
+    bits: Sequence[int],  # k of each
+    *,
+    invalid: bool,  # this rank met bad input
+    found_inf: Tensor | None,  # GradScaler's, any shape with one element
+    process_group: dist.ProcessGroup | None,
+) -> Agreement:
+    """Add up all ranks' contributions. The one collective of a step; every rank of the group must call it, also with nothing to give."""
+    tensors = len(layout.names)
+    device = sums.device
+    # Everything known on the host goes over in one copy; what the device computed is added there.
+    host = torch.zeros(SECTIONS * tensors + TAIL, dtype=torch.int64)
+    table = host[:-TAIL].view(SECTIONS, tensors)
+    bits_at = dict(zip(indices, bits, strict=True))
+    held = [(index, slot) for index, slot in enumerate(layout.slots) if layout.local_params[index].segment.numel]
+    present = [(slot, bits_at[index]) for index, slot in held if index in bits_at]
+    absent = [slot for index, slot in held if index not in bits_at]
+    if present:
+        slots, fractions = torch.tensor(present, dtype=torch.int64).unbind(1)
+        table[PRESENT, slots] = 1
+        table[BITS, slots] = fractions
+        table[SQUARED_BITS, slots] = fractions * fractions
+    table[ABSENT, absent] = 1
+    host[-TAIL] = int(invalid)
+    flat = host.to(device, non_blocking=True)
+    vector = flat[:-TAIL].view(SECTIONS, tensors)
+    if indices:
+        slots = torch.tensor([layout.slots[index] for index in indices]).to(device, non_blocking=True)
+        owned = torch.tensor([layout.owned[index] for index in indices]).to(device, non_blocking=True)
+        vector[TOTAL].index_add_(0, slots, sums * owned)
+        vector[NON_FINITE].index_add_(0, slots, (non_finite > 0).to(torch.int64))
+    if found_inf is not None:
+        flat[-1] = (found_inf.to(device) != 0).reshape(())
+    non_finite_here = vector[NON_FINITE].clone()
+    if process_group is not None:
+        dist.all_reduce(flat, group=process_group)
+    return Agreement(layout=layout, vector=vector, invalid=flat[-TAIL], found_inf=flat[-1], non_finite_here=non_finite_here)
+
+
+def gather_messages(message: str | None, process_group: dist.ProcessGroup | None) -> str:
+    """All ranks' messages, one line each. A collective, for the moment before every rank raises."""
+    if process_group is None:
+        return message or ""
+    messages: list[str | None] = [None] * dist.get_world_size(process_group)
+    dist.all_gather_object(messages, message, group=process_group)
+    return "\n".join(f"rank {rank}: {text}" for rank, text in enumerate(messages) if text)
+
+
+_own_groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
+
+
+def own_process_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """A group with the same ranks that only the optimizers use, so that their collective never interleaves with a wrapper's.
+
+    Args:
+        process_group: None means the world. A collective over it at the first call.
+
+    Returns:
+        None when this process is alone.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    world = dist.group.WORLD
+    parent = process_group or world
+    if parent is None or dist.get_world_size(parent) == 1:
+        return None
+    if parent not in _own_groups:
+        ranks = dist.get_process_group_ranks(parent)
+        _own_groups[parent] = dist.new_group(ranks, use_local_synchronization=parent is not world)
+    return _own_groups[parent]
