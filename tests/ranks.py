@@ -1,0 +1,64 @@
+"""Run a function on spawned gloo ranks.
+
+A test calls `run(checks, world_size)`. Starting ranks costs seconds, so a function does several checks. What a rank raises is raised in
+the test, and ranks that hang are ended after `TIMEOUT`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+TIMEOUT = 90.0  # seconds for all ranks together
+
+
+def run(function: Callable[..., None], world_size: int, *args: Any, timeout: float = TIMEOUT) -> None:
+    """Call `function(*args)` in `world_size` processes that form the default process group."""
+    context = mp.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        errors = context.SimpleQueue()
+        ranks = [
+            context.Process(target=_rank, args=(function, rank, world_size, os.path.join(folder, "store"), errors, args), daemon=True)
+            for rank in range(world_size)
+        ]
+        for process in ranks:
+            process.start()
+        deadline = datetime.datetime.now() + datetime.timedelta(seconds=timeout)
+        for process in ranks:
+            process.join(max(0.0, (deadline - datetime.datetime.now()).total_seconds()))
+        hung = [rank for rank, process in enumerate(ranks) if process.is_alive()]
+        for process in ranks:
+            process.kill()
+        failures = []
+        while not errors.empty():
+            failures.append(errors.get())
+        if hung:
+            failures.append(f"ranks {hung} of {world_size} did not finish within {timeout} s")
+        died = [rank for rank, process in enumerate(ranks) if rank not in hung and process.exitcode]
+        if died and not failures:
+            failures.append(f"ranks {died} of {world_size} died without an exception")
+    assert not failures, "\n".join(failures)
+
+
+def _rank(function: Callable[..., None], rank: int, world_size: int, store: str, errors: Any, args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=datetime.timedelta(seconds=30)
+        )
+        function(*args)
+        dist.barrier()
+    except BaseException:
+        errors.put(f"--- rank {rank} of {world_size} ---\n{traceback.format_exc()}")
+        raise SystemExit(1) from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,97 @@
+"""One awkward model under every wrapper, and the slice of any full tensor that a rank then holds.
+
+Where a wrapper puts each element is found out from the wrapper itself, not from the code under test: a copy of the model whose elements are
+their own flat indices is wrapped alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+
+class AwkwardModel(nn.Module):
+    """Scalars, empty tensors, prime sizes and fewer rows than ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scalar = nn.Parameter(torch.empty(()))
+        self.empty = nn.Parameter(torch.empty(0))
+        self.one = nn.Parameter(torch.empty(1))
+        self.five = nn.Parameter(torch.empty(5))
+        self.vector = nn.Parameter(torch.empty(4096))
+        self.few_rows = nn.Parameter(torch.empty(1, 7))
+        self.small = nn.Parameter(torch.empty(7, 3))
+        self.cube = nn.Parameter(torch.empty(3, 5, 2))
+        self.up = nn.Linear(17, 33)
+        self.down = nn.Linear(33, 6)
+
+
+def _ddp(model: AwkwardModel) -> None:
+    """DDP leaves the parameters as they are: every rank holds all of them."""
+
+
+def _fsdp2(model: AwkwardModel) -> None:
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)), ignored_params={model.scalar})
+
+
+def _hsdp(model: AwkwardModel) -> None:
+    mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("replicate", "shard"))
+    fully_shard(model, mesh=mesh, ignored_params={model.scalar})
+
+
+def _fsdp2_tp(model: AwkwardModel) -> None:
+    mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("dp", "tp"))
+    parallelize_module(model, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    fully_shard(model, mesh=mesh["dp"], ignored_params={model.scalar})
+
+
+WRAPPERS: dict[str, Callable[[AwkwardModel], None]] = {"ddp": _ddp, "fsdp2": _fsdp2, "hsdp": _hsdp, "fsdp2_tp": _fsdp2_tp}
+
+
+class ShardedModel:
+    """`AwkwardModel` with the given full values, under a wrapper."""
+
+    def __init__(self, wrapper: str, values: dict[str, Tensor]) -> None:
+        self.params = self._wrap(wrapper, values)
+        indices = {name: torch.arange(value.numel(), dtype=torch.float32).view(value.shape) for name, value in values.items()}
+        self._indices = {name: self.local(param).long() for name, param in self._wrap(wrapper, indices).items()}
+
+    @staticmethod
+    def _wrap(wrapper: str, values: dict[str, Tensor]) -> dict[str, nn.Parameter]:
+        model = AwkwardModel().to(next(iter(values.values())).dtype)
+        with torch.no_grad():
+            for name, param in model.named_parameters():
+                param.copy_(values[name])
+        WRAPPERS[wrapper](model)
+        return dict(model.named_parameters())
+
+    @staticmethod
+    def local(tensor: Tensor) -> Tensor:
+        """This rank's part of a parameter, gradient or state."""
+        return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+    def slice_of(self, name: str, full: Tensor) -> Tensor:
+        """This rank's part of a full tensor that is sharded like parameter `name`."""
+        return full.flatten()[self._indices[name]]
+
+    def set_grads(self, grads: dict[str, Tensor]) -> None:
+        """Give each parameter this rank's part of its full gradient, and none to the others."""
+        for name, param in self.params.items():
+            if name not in grads:
+                param.grad = None
+                continue
+            local = self.slice_of(name, grads[name])
+            if isinstance(param, DTensor):
+                param.grad = DTensor.from_local(
+                    local, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
+                )
+            else:
+                param.grad = local

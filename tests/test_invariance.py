@@ -1,0 +1,90 @@
+"""The first promise: given the same gradients, every sharding gives the same parameters and state, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+from sharded_models import AwkwardModel, ShardedModel
+from torch import Tensor
+
+import sharded_optim as so
+
+STEPS = 20
+OPTIMIZERS = {
+    "AdamW": lambda groups: so.AdamW(groups, lr=1e-2),
+    "AdamW-decoupled": lambda groups: so.AdamW(groups, lr=1e-2, decouple_lr=True),
+    "AdamW-skip": lambda groups: so.AdamW(groups, lr=1e-2, nonfinite="skip"),
+    "DecoupledAdamW": lambda groups: so.DecoupledAdamW(groups, lr=1e-2, weight_decay=1e-3),
+    "StableAdamW": lambda groups: so.StableAdamW(groups, lr=1e-2),
+    "StableAdamW-corrected": lambda groups: so.StableAdamW(groups, lr=1e-2, betas=(0.8, 0.999), decay_form="corrected"),
+    "StableAdamW-bf16-moments": lambda groups: so.StableAdamW(groups, lr=1e-2, state_dtype=torch.bfloat16),
+}
+LAYOUTS = {2: ["ddp", "fsdp2"], 3: ["fsdp2"], 4: ["fsdp2", "hsdp", "fsdp2_tp"]}
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def start_values(dtype: torch.dtype) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {name: torch.randn(p.shape, generator=generator).to(dtype) for name, p in AwkwardModel().named_parameters()}
+
+
+def spiky_grads(step: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Gradients of a step: some steps x100 to x1e4, and one parameter without a gradient on some."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    spike = 10 ** float(torch.empty(()).uniform_(2, 4, generator=generator)) if torch.rand((), generator=generator) < 0.3 else 1.0
+    grads = {name: torch.randn(p.shape, generator=generator) * spike for name, p in AwkwardModel().named_parameters()}
+    if step % 3 == 1:
+        del grads["down.bias"]
+    return {name: grad.to(dtype) for name, grad in grads.items()}
+
+
+def param_groups(params: dict[str, torch.nn.Parameter]) -> list[dict]:
+    """Two groups with different lr; matrices and the rest."""
+    named = list(params.items())
+    return [
+        {"params": [(name, p) for name, p in named if p.ndim >= 2]},
+        {"params": [(name, p) for name, p in named if p.ndim < 2], "lr": 3e-3, "weight_decay": 0.0},
+    ]
+
+
+def unsharded(make, dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
+    params = {name: torch.nn.Parameter(value.clone()) for name, value in start_values(dtype).items()}
+    optimizer = make(param_groups(params))
+    for step in range(STEPS):
+        grads = spiky_grads(step, dtype)
+        for name, param in params.items():
+            param.grad = grads.get(name)
+        optimizer.step()
+    return {name: {"param": param.detach(), **optimizer.state[param]} for name, param in params.items()}
+
+
+def check_ranks(wrappers: list[str], folder: str) -> None:
+    for wrapper in wrappers:
+        for dtype in DTYPES:
+            for label, make in OPTIMIZERS.items():
+                expected = torch.load(Path(folder) / f"{label}-{dtype}.pt")
+                model = ShardedModel(wrapper, start_values(dtype))
+                optimizer = make(param_groups(model.params))
+                for step in range(STEPS):
+                    model.set_grads(spiky_grads(step, dtype))
+                    optimizer.step()
+                for name, param in model.params.items():
+                    where = f"{label} {dtype} {wrapper} {name}"
+                    assert set(optimizer.state[param]) | {"param"} == set(expected[name]), where
+                    for key, full in expected[name].items():
+                        actual = model.local(param if key == "param" else optimizer.state[param][key])
+                        part = full if key == "step" else model.slice_of(name, full)
+                        assert actual.dtype == part.dtype, f"{where} {key}"
+                        assert torch.equal(actual, part), f"{where} {key}: {actual} != {part}"
+
+
+@pytest.mark.parametrize("world_size", LAYOUTS)
+def test_parameters_and_state_do_not_depend_on_the_sharding(world_size: int, tmp_path: Path) -> None:
+    """20 spiky steps: DDP, FSDP2, HSDP and FSDP2+TP equal one process bitwise, for fp32 and bf16 parameters."""
+    for dtype in DTYPES:
+        for label, make in OPTIMIZERS.items():
+            torch.save(unsharded(make, dtype), tmp_path / f"{label}-{dtype}.pt")
+    ranks.run(check_ranks, world_size, LAYOUTS[world_size], str(tmp_path))
