@@ -23,6 +23,7 @@ from sharded_optim.algorithms import Algorithm, Coefficients
 from sharded_optim.backends import AUTO, Backend, Operand, available, choose
 from sharded_optim.formats import format_of
 from sharded_optim.sharding import Layout, LocalParam, describe
+from sharded_optim.state import STEP, State, called_to_allocate
 
 __all__ = ["Engine", "EngineOptions", "NonFinite", "Params"]
 
@@ -95,7 +96,7 @@ class Engine(torch.optim.Optimizer):
         self.algorithm = algorithm
         self.backend = backend
         # Where ranks agree on something anyway, skipping together costs nothing; elsewhere it would cost a collective.
-        self.nonfinite: NonFinite = nonfinite or ("skip" if algorithm.observe else "allow")
+        self.nonfinite: NonFinite = nonfinite or ("skip" if algorithm.statistic else "allow")
         self.state_dtype = format_of(state_dtype or torch.float32).dtype
         self.process_group = process_group
         self._max_lr = None if max_lr is None else param_groups.check_number("max_lr", max_lr)
@@ -103,6 +104,7 @@ class Engine(torch.optim.Optimizer):
         self._forget_layout()
         param_groups.check_hyperparameters(defaults, "the optimizer's arguments")
         super().__init__(params, defaults)
+        self.state = State(algorithm.state, self.state_dtype, self.state)
 
     # ------------------------------------------------------------------------------------------------------------------- step
 
@@ -136,8 +138,8 @@ class Engine(torch.optim.Optimizer):
         if self._agrees:
             agreement = self._agree(layout, work, problem, found_inf)
             proceed = self._verdict(agreement)
-            if self.algorithm.lr_scale is not None:
-                lr_scales = self.algorithm.lr_scale(agreement.means())
+            if self.algorithm.statistic is not None:
+                lr_scales = self.algorithm.statistic.lr_scale(agreement.means())
         else:
             if problem is not None:
                 raise ValueError(problem)
@@ -156,7 +158,7 @@ class Engine(torch.optim.Optimizer):
     @property
     def _agrees(self) -> bool:
         """Whether a step hears from the other ranks."""
-        return self.algorithm.observe is not None or self.nonfinite != "allow"
+        return self.algorithm.statistic is not None or self.nonfinite != "allow"
 
     def _collect(self, layout: Layout) -> tuple[list[_Batch], str | None]:
         """The local parameters that have a gradient; and, if one cannot be used, why."""
@@ -207,18 +209,18 @@ class Engine(torch.optim.Optimizer):
 
     def _observe(self, layout: Layout, batch: _Batch) -> tuple[list[int], Tensor, Tensor]:
         """Fraction bits, fixed-point sums and non-finite counts of a batch. Reads only."""
-        algorithm = self.algorithm
-        if algorithm.observe is None or algorithm.observe_coefficients is None or algorithm.observe_bound is None:
+        statistic = self.algorithm.statistic
+        if statistic is None:  # only whether the gradient is finite
             bits, limits = [0] * len(batch.indices), [0.0] * len(batch.indices)
-            coefficients = torch.empty(len(batch.indices), 0, device=batch.device)
+            table = torch.empty(len(batch.indices), 0, device=batch.device)
         else:
-            bounds = [algorithm.observe_bound(self._groups[index]) for index in batch.indices]
+            bounds = [statistic.bound(self._groups[index]) for index in batch.indices]
             numels = [layout.local_params[index].segment.tensor_numel for index in batch.indices]
             bits = [statistics.fraction_bits(bound, numel) for bound, numel in zip(bounds, numels, strict=True)]
             limits = [HEADROOM * bound for bound in bounds]
-            coefficients = self._table(batch, algorithm.observe_coefficients)
+            table = self._table(batch, statistic.coefficients)
         sums, non_finite = batch.backend.observe(
-            algorithm, batch.operands, coefficients, limits, bits, self._inverse_grad_scale(batch.device)
+            self.algorithm, batch.operands, table, limits, bits, self._inverse_grad_scale(batch.device)
         )
         return bits, sums, non_finite
 
@@ -259,13 +261,14 @@ class Engine(torch.optim.Optimizer):
             if lr_scales is not None:
                 indices = torch.tensor(batch.indices).to(lr_scales.device, non_blocking=True)
                 scale = lr_scales[indices].to(batch.device)
-            coefficients = self._table(batch, self.algorithm.update_coefficients, scale)
-            batch.backend.update(self.algorithm, batch.operands, coefficients, proceed, self._inverse_grad_scale(batch.device))
+            table = self._table(batch, self.algorithm.coefficients, scale)
+            batch.backend.update(self.algorithm, batch.operands, table, proceed, self._inverse_grad_scale(batch.device))
             for index in batch.indices:
                 param = layout.local_params[index].param
-                steps[id(param)] = self.state[param]["step"]
+                steps[id(param)] = self.state[param][STEP]
         if steps:
-            torch._foreach_add_(list(steps.values()), 1.0 if proceed is None else proceed.to(torch.float32))
+            taken = 1.0 if proceed is None else proceed.to(torch.float32)
+            torch._foreach_add_(list(steps.values()), taken)  # pyright: ignore[reportPrivateImportUsage]
 
     # ----------------------------------------------------------------------------------------------------------- coefficients
 
@@ -296,7 +299,7 @@ class Engine(torch.optim.Optimizer):
     def _next_step(self, batch: _Batch, positions: Sequence[int]) -> int | Tensor:
         """The step about to be taken, from 1: an int where the host knows it and all agree, else int64 (positions,)."""
         assert self._layout is not None
-        steps = [self.state[self._layout.local_params[batch.indices[row]].param]["step"] for row in positions]
+        steps = [self.state[self._layout.local_params[batch.indices[row]].param][STEP] for row in positions]
         if batch.device.type == "cpu":
             known = {int(step) for step in steps}
             if len(known) == 1:
@@ -317,14 +320,15 @@ class Engine(torch.optim.Optimizer):
             ValueError: an empty group, a parameter given twice, a hyperparameter out of range, or a parameter that cannot be optimized.
         """
         index = len(self.param_groups)
-        if isinstance(param_group, dict) and "params" in param_group and not isinstance(param_group["params"], set):
-            params, names = param_groups.named_params(param_group, index)
-            param_group = {**param_group, "params": list(param_group["params"])}
-            if not params:
+        if isinstance(param_group, dict) and isinstance(param_group.get("params"), Iterable) and not isinstance(param_group["params"], set):
+            params = param_group["params"]
+            param_group = {**param_group, "params": [params] if isinstance(params, Tensor) else list(params)}
+            named = param_groups.named_params(param_group, index)
+            if not named:
                 raise ValueError(f"param_groups[{index}] has no parameters; leave the group out")
             param_groups.check_hyperparameters(param_group, f"param_groups[{index}]")
-            known = {id(p): n for g_index, g in enumerate(self.param_groups) for p, n in zip(*param_groups.named_params(g, g_index))}
-            for param, name in zip(params, names, strict=True):
+            known = {id(p): n for g_index, g in enumerate(self.param_groups) for p, n in param_groups.named_params(g, g_index)}
+            for param, name in named:
                 if id(param) in known:
                     raise ValueError(f"parameter {name!r} appears twice, also as {known[id(param)]!r}; give each parameter once")
                 known[id(param)] = name
@@ -336,18 +340,14 @@ class Engine(torch.optim.Optimizer):
     def init_state(self) -> None:
         """Allocate the state of every parameter that has none yet: what the first step does for those with a gradient."""
         for param in chain.from_iterable(group["params"] for group in self.param_groups):
-            self._moments(param)
+            self.state[param]  # allocates
 
     def _moments(self, param: Tensor) -> tuple[Tensor, ...]:
         state = self.state[param]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-            for name in self.algorithm.state:
-                state[name] = torch.zeros_like(param, dtype=self.state_dtype, memory_format=torch.preserve_format)
         return tuple(state[name] for name in self.algorithm.state)
 
     def _is_allocation_step(self) -> bool:
-        return not self.state and all(group["lr"] == 0 for group in self.param_groups) and loading.called_to_allocate()
+        return not self.state and all(group["lr"] == 0 for group in self.param_groups) and called_to_allocate()
 
     def _choose_backend(self, operand: Operand) -> Backend:
         key = (operand.param.device, frozenset(tensor.dtype for tensor in (operand.param, operand.grad, *operand.state)))
@@ -362,7 +362,7 @@ class Engine(torch.optim.Optimizer):
         """The layout of the parameters as they are now; wrappers replace them after construction."""
         params = [param for group in self.param_groups for param in group["params"]]
         if self._layout is None or not self._layout.describes(params):
-            pairs = list(chain.from_iterable(zip(*param_groups.named_params(g, i)) for i, g in enumerate(self.param_groups)))
+            pairs = list(chain.from_iterable(param_groups.named_params(g, i) for i, g in enumerate(self.param_groups)))
 
             def describe_all() -> list[LocalParam]:
                 return [describe(param, name) for param, name in pairs]
@@ -414,11 +414,11 @@ class Engine(torch.optim.Optimizer):
         """What the last step found, already reduced over all ranks. Waits for the device.
 
         Returns:
-            `skipped_steps`, and for algorithms with a per-tensor statistic `rms/NAME`: its root mean over the whole tensor, for every tensor
-            of the model that had a gradient, also those held by other ranks only. NaN where the gradient was not finite.
+            `skipped_steps`, and for algorithms with a per-tensor statistic `rms/NAME`: its root mean over the whole tensor, for every
+            tensor of the model that has elements and had a gradient, also those held by other ranks only. NaN where it was not finite.
         """
         report = {"skipped_steps": float(self.skipped_steps)}
-        if self._last_agreement is not None and self.algorithm.observe is not None:
+        if self._last_agreement is not None and self.algorithm.statistic is not None:
             report |= {f"rms/{name}": mean**0.5 for name, mean in self._last_agreement.named_means().items()}
         return report
 
@@ -459,6 +459,7 @@ class Engine(torch.optim.Optimizer):
             self._process_group = None
             self._forget_layout()
         super().__setstate__(state)
+        self.state = State(self.algorithm.state, self.state_dtype, self.state)  # torch makes it a plain dict when it loads
 
     def __repr__(self) -> str:
         backends = ", ".join(sorted({backend.name for backend in self._backends.values()})) or f"{self.backend} until the first step"

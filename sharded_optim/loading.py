@@ -1,34 +1,16 @@
-"""State dicts: what torch's base class and torch.distributed.checkpoint get wrong for a sharded, mixed-precision optimizer.
-
-Used by the engine. The private name of torch that is relied on here is tried with torch 2.13 and guarded by a test.
-"""
+"""Loading a state dict: what torch's base class does not check, drops or rounds. Used by the engine."""
 
 from __future__ import annotations
 
-import sys
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["called_to_allocate", "check_state", "restore_groups", "restore_state"]
+from sharded_optim.state import STEP
 
-STEP = "step"
-
-
-def called_to_allocate() -> bool:
-    """Whether torch.distributed.checkpoint is stepping with zero gradients and lr 0, only to make the optimizer allocate its state.
-
-    That step must not count (pytorch#164929): bias correction would be one step off in everything that follows. Gradients of zero do not
-    tell it from a real first step, on a rank whose shard happens to have none others; the caller does.
-    """
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == "_init_optim_state" and frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict":
-            return True
-        frame = frame.f_back
-    return False
+__all__ = ["check_state", "restore_groups", "restore_state"]
 
 
 def _pairs(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> list[tuple[Tensor, str, dict[str, Any]]]:
@@ -37,7 +19,7 @@ def _pairs(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> list[tup
     names = chain.from_iterable(group.get("param_names") or [None] * len(group["params"]) for group in groups)
     keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
     state = state_dict["state"]
-    return [(param, name or f"parameter {key}", state[key]) for param, name, key in zip(params, names, keys) if key in state]
+    return [(param, name or f"parameter {key}", state[key]) for param, name, key in zip(params, names, keys, strict=True) if key in state]
 
 
 def check_state(groups: list[dict[str, Any]], state_dict: dict[str, Any], names: tuple[str, ...]) -> None:
@@ -51,7 +33,9 @@ def check_state(groups: list[dict[str, Any]], state_dict: dict[str, Any], names:
     for param, name, state in _pairs(groups, state_dict):
         for key in (*names, STEP):
             if key not in state:
-                raise ValueError(f"the saved state of {name} lacks {key!r} (it has {', '.join(map(str, state))}); it is another optimizer's")
+                raise ValueError(
+                    f"the saved state of {name} lacks {key!r} (it has {', '.join(map(str, state))}); it is another optimizer's"
+                )
         for key in names:
             if state[key].shape != param.shape:
                 raise ValueError(f"saved {key!r} of {name} has shape {tuple(state[key].shape)}, the parameter {tuple(param.shape)}")

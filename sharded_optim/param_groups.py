@@ -6,7 +6,6 @@ Used by the engine when a group is added and when a state dict is loaded.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -41,14 +40,13 @@ def check_hyperparameters(values: dict[str, Any], where: str) -> None:
         raise ValueError(f"decay_form must be one of {', '.join(FORMS)}, got {values['decay_form']!r}{where}")
 
 
-def named_params(group: dict[str, Any], group_index: int) -> tuple[list[Any], list[str]]:
-    """The tensors of a group, not yet or already added, and a name for each: the user's, or its position."""
+def named_params(group: dict[str, Any], group_index: int) -> list[tuple[Any, str]]:
+    """The tensors of a group, added or about to be, each with the user's name for it or its position."""
     params = group["params"]
-    params = list(params) if isinstance(params, Iterable) and not isinstance(params, Tensor) else [params]
     names = group.get("param_names") or [
         str(param[0]) if isinstance(param, tuple) else f"param_groups[{group_index}].params[{index}]" for index, param in enumerate(params)
     ]
-    return [param[1] if isinstance(param, tuple) else param for param in params], list(names)
+    return [(param[1] if isinstance(param, tuple) else param, name) for param, name in zip(params, names, strict=True)]
 
 
 def set_reference_lr(group: dict[str, Any], max_lr: float | None) -> None:

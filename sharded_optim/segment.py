@@ -75,29 +75,28 @@ class Segment:
         Raises:
             ValueError: the box is not `count` equal runs at one stride, as when a tensor is cut along two inner dimensions.
         """
+        shape, sizes = tuple(shape), tuple(sizes)
         if math.prod(sizes) == 0:
             return cls.flat(name, shape, 0, 0)
-        cut = [dim for dim, (size, full) in enumerate(zip(sizes, shape, strict=True)) if size != full]
-        if not cut:
-            return cls.whole(name, shape)
-        inner = cut[-1]  # a run covers dimension `inner` and everything inside it
-        # The runs are at one stride only if the dimensions outside `inner` are themselves one contiguous range.
-        outer_cut = [dim for dim in cut if dim < inner]
-        if outer_cut and any(size != 1 for size in sizes[: outer_cut[-1]]):
+        steps = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]  # elements from one index of a dimension to the next
+        loops: list[tuple[int, int]] = []  # (length, step), outermost first; neighbours that walk on at one step are one loop
+        for size, step in zip(sizes, steps, strict=True):
+            if size == 1:
+                continue
+            if loops and loops[-1][1] == size * step:
+                loops[-1] = (loops[-1][0] * size, step)
+            else:
+                loops.append((size, step))
+        run = loops.pop()[0] if loops and loops[-1][1] == 1 else 1
+        if len(loops) > 1:
+            cut = [dim for dim, size in enumerate(sizes) if size != shape[dim]]
             raise ValueError(
-                f"{name!r} of shape {tuple(shape)} is cut along dimensions {cut} into boxes of {tuple(sizes)}, which are not equally "
-                f"spaced runs of elements; shard it along fewer inner dimensions (for example Shard(0) and one other)"
+                f"{name!r} of shape {shape} is cut along dimensions {cut} into boxes of {sizes}, which are not equally spaced runs of "
+                f"elements; shard it along fewer inner dimensions (for example Shard(0) and one other)"
             )
-        row = math.prod(shape[inner + 1 :])
-        start = sum(offset * math.prod(shape[dim + 1 :]) for dim, offset in enumerate(offsets))
-        return cls(
-            name=name,
-            shape=tuple(shape),
-            start=start,
-            run=sizes[inner] * row,
-            stride=shape[inner] * row,
-            count=math.prod(sizes[:inner]),
-        )
+        count, stride = loops[0] if loops else (1, run)
+        start = sum(offset * step for offset, step in zip(offsets, steps, strict=True))
+        return cls(name=name, shape=shape, start=start, run=run, stride=stride, count=count)
 
     def run_starts(self) -> Tensor:
         """Offsets at which the runs begin: int64, shape (count,)."""

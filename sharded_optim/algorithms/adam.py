@@ -46,7 +46,7 @@ def update(
     return param, exp_avg, exp_avg_sq
 
 
-def update_coefficients(group: Mapping[str, Any], step: int | Tensor, lr_scale: Number) -> Coefficients:
+def coefficients(group: Mapping[str, Any], step: int | Tensor, lr_scale: Number) -> Coefficients:
     """The last seven arguments of `update`; `lr_scale` multiplies the learning rate, in the step and in the decay alike."""
     beta1, beta2 = group["betas"]
     amount = decay_amount(group["decay_form"], group["lr"], group["reference_lr"], group["weight_decay"])
@@ -57,9 +57,9 @@ def update_coefficients(group: Mapping[str, Any], step: int | Tensor, lr_scale: 
         beta2,
         1.0 - beta2,
         lr_scale * group["lr"] / bias_correction(beta1, step),
-        math.sqrt(correction2) if isinstance(correction2, float) else torch.sqrt(correction2),
+        torch.sqrt(correction2) if isinstance(correction2, Tensor) else math.sqrt(correction2),
         group["eps"],
     )
 
 
-ADAM = Algorithm(name="adam", state=("exp_avg", "exp_avg_sq"), update=update, update_coefficients=update_coefficients)
+ADAM = Algorithm(name="adam", state=("exp_avg", "exp_avg_sq"), update=update, coefficients=coefficients)

@@ -22,8 +22,7 @@ def bias_correction(beta: float, step: int | Tensor) -> Number:
         beta: decay of the moving average, in [0, 1).
         step: 1 in the first step; an int, or an int64 tensor of steps. Both give the same bits.
     """
-    power = _power_of_int if isinstance(step, int) else _power_of_tensor
-    return 1.0 - power(beta, step)
+    return 1.0 - (_power_of_tensor(beta, step) if isinstance(step, Tensor) else _power_of_int(beta, step))
 
 
 def _power_of_int(base: float, exponent: int) -> float:

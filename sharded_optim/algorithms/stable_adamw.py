@@ -7,8 +7,8 @@
 
 v here is the debiased one, as in optimi. Against AdamW, a tensor whose gradient outgrew its history takes a smaller step.
 
-The mean runs over the whole tensor, so a rank that holds a slice cannot know it alone. Since v / (1 - beta2^t) >= g^2 (1 - beta2) / (1 - beta2^t),
-each term is at most 1 / (1 - beta2), which is what allows to sum it exactly in fixed point (`statistics.py`).
+The mean runs over the whole tensor, so a rank that holds a slice cannot know it alone. Since v >= (1 - beta2) g^2, each term is at most
+(1 - beta2^t) / (1 - beta2), which is what allows to sum it exactly in fixed point (`statistics.py`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharded_optim.algorithms import Algorithm, Coefficients, adam
+from sharded_optim.algorithms import Algorithm, Coefficients, Statistic, adam
 from sharded_optim.algorithms import operations as xp
 from sharded_optim.algorithms.bias_correction import bias_correction
 
@@ -45,7 +45,7 @@ def observe_coefficients(group: Mapping[str, Any], step: int | Tensor) -> Coeffi
     return (beta2, 1.0 - beta2, correction2, floor)
 
 
-def observe_bound(group: Mapping[str, Any]) -> float:
+def bound(group: Mapping[str, Any]) -> float:
     _, beta2 = group["betas"]
     return 1.0 / (1.0 - beta2)
 
@@ -58,9 +58,6 @@ STABLE_ADAMW = Algorithm(
     name="stable_adamw",
     state=adam.ADAM.state,
     update=adam.update,
-    update_coefficients=adam.update_coefficients,
-    observe=observe,
-    observe_coefficients=observe_coefficients,
-    observe_bound=observe_bound,
-    lr_scale=lr_scale,
+    coefficients=adam.coefficients,
+    statistic=Statistic(observe=observe, coefficients=observe_coefficients, bound=bound, lr_scale=lr_scale),
 )

@@ -43,7 +43,7 @@ class Backend(Protocol):
         self,
         algorithm: Algorithm,
         operands: Sequence[Operand],
-        coefficients: Tensor,  # fp32 (operands, arguments of algorithm.observe), on the operands' device
+        coefficients: Tensor,  # fp32 (operands, coefficients of algorithm.statistic), on the operands' device
         limits: Sequence[float],  # the largest statistic that is possible, of each operand
         bits: Sequence[int],  # fraction bits of the fixed-point sum, of each operand
         grad_scale: Tensor | None,  # fp32 (), multiplies every gradient

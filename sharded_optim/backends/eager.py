@@ -39,10 +39,10 @@ class Eager:
         non_finite = torch.zeros_like(sums)
         for index, (operand, row, limit, fraction) in enumerate(zip(operands, coefficients, limits, bits, strict=True)):
             grad = _load_grad(operand, grad_scale)
-            if algorithm.observe is None:
+            if algorithm.statistic is None:
                 non_finite[index] = (~torch.isfinite(grad)).sum()
                 continue
-            statistic = algorithm.observe(grad, *map(_load, operand.state), *row.unbind())
+            statistic = algorithm.statistic.observe(grad, *map(_load, operand.state), *row.unbind())
             finite = statistic <= limit  # False for NaN too
             scaled = torch.where(finite, statistic, 0.0).to(torch.float64) * math.ldexp(1.0, fraction)
             sums[index] = scaled.round().to(torch.int64).sum()

@@ -43,6 +43,7 @@ def describe(param: DTensor, name: str) -> LocalParam:
                     f"{what} is placed as {tensor.placements} on {tensor.device_mesh}, the parameter as {placements} on {mesh}; "
                     f"redistribute it to the parameter's placements"
                 )
+        assert isinstance(tensor, DTensor)
         local_tensor = tensor._local_tensor
         if isinstance(local_tensor, AsyncCollectiveTensor):
             local_tensor = local_tensor.wait()

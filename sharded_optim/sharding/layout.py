@@ -108,9 +108,10 @@ class Layout:
 
     def describes(self, params: Sequence[Tensor]) -> bool:
         """Whether these are the parameters this layout was built from; wrappers replace them."""
-        return len(params) == len(self.local_params) and all(
-            entry.param is param and shape == param.shape for entry, shape, param in zip(self.local_params, self.shapes, params, strict=True)
-        )
+        if len(params) != len(self.local_params):
+            return False
+        pairs = zip(params, self.local_params, self.shapes, strict=True)
+        return all(param is entry.param and param.shape == shape for param, entry, shape in pairs)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,224 @@
+"""Bad input is a ValueError that names the tensor, the rule and the way out: on every rank, also when one rank alone has it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
+
+import sharded_optim as so
+
+CLASSES = [so.AdamW, so.DecoupledAdamW, so.StableAdamW]
+every_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+
+
+@every_class
+@pytest.mark.parametrize(
+    ("tensor", "words"),
+    [
+        (torch.eye(3).to_sparse(), r"parameter 'w' is sparse .*; build the layer with sparse=False|only dense tensors"),
+        (torch.ones(3, dtype=torch.complex64), "parameter 'w' is complex .*view_as_real"),
+        (torch.ones(3, dtype=torch.int64), "parameter 'w' has integer dtype torch.int64; .*leave it out"),
+        (torch.ones(3, dtype=torch.float64), r"parameter 'w': dtype torch.float64 is not supported .*convert with .to"),
+    ],
+    ids=["sparse", "complex", "integer", "float64"],
+)
+def test_unusable_parameters_are_refused_at_construction(cls: type, tensor: torch.Tensor, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        cls([("w", tensor)], lr=1e-3)
+
+
+@every_class
+def test_sparse_gradients_are_refused_and_nothing_is_written(cls: type) -> None:
+    embedding = nn.Embedding(5, 3, sparse=True)
+    other = nn.Parameter(torch.ones(2))
+    optimizer = cls([("other", other), ("embedding.weight", embedding.weight)], lr=1e-3)
+    before = embedding.weight.detach().clone()
+    other.grad = torch.ones(2)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(ValueError, match=r"gradient of 'embedding.weight' is sparse .*sparse=False"):
+        optimizer.step()
+    assert torch.equal(embedding.weight, before)
+    assert torch.equal(other.detach(), torch.ones(2))
+
+
+@every_class
+def test_duplicate_parameters_are_refused(cls: type) -> None:
+    a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="parameter 'b' appears twice, also as 'a'; give each parameter once"):
+        cls([("a", a), ("b", a)], lr=1e-3)
+    with pytest.raises(ValueError, match=r"param_groups\[1\].params\[1\]' appears twice, also as 'param_groups\[0\].params\[0\]"):
+        cls([{"params": [a]}, {"params": [b, a]}], lr=1e-3)
+    optimizer = cls([a], lr=1e-3)
+    with pytest.raises(ValueError, match="appears twice"):
+        optimizer.add_param_group({"params": a})
+    assert len(optimizer.param_groups) == 1
+
+
+@every_class
+def test_empty_groups_are_refused(cls: type) -> None:
+    with pytest.raises(ValueError, match="empty parameter list"):
+        cls([], lr=1e-3)
+    with pytest.raises(ValueError, match=r"param_groups\[1\] has no parameters; leave the group out"):
+        cls([{"params": [nn.Parameter(torch.ones(2))]}, {"params": []}], lr=1e-3)
+
+
+@every_class
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
+@pytest.mark.parametrize("name", ["lr", "eps", "weight_decay", "max_lr"])
+def test_negative_and_non_finite_hyperparameters_are_refused(cls: type, name: str, value: float) -> None:
+    params = [nn.Parameter(torch.ones(2))]
+    with pytest.raises(ValueError, match=rf"{name} must be a finite number >= 0, got {value}"):
+        cls(params, **({"lr": 1e-3} | {name: value}))
+    with pytest.raises(ValueError, match=rf"{name} must be a finite number >= 0, got {value} in param_groups\[0\]"):
+        cls([{"params": params, name: value}], lr=1e-3)
+
+
+@every_class
+@pytest.mark.parametrize("betas", [(1.0, 0.9), (0.9, 1.0), (-0.1, 0.9), (0.9, math.nan), (0.9,)])
+def test_betas_outside_0_to_1_are_refused(cls: type, betas: tuple) -> None:
+    with pytest.raises(ValueError, match=r"betas must be two numbers in \[0, 1\)"):
+        cls([nn.Parameter(torch.ones(2))], lr=1e-3, betas=betas)
+
+
+def test_unknown_options_are_refused_with_the_known_ones() -> None:
+    params = [nn.Parameter(torch.ones(2))]
+    with pytest.raises(ValueError, match=r"backend must be one of auto, eager.*got 'cuda'"):
+        so.AdamW(params, lr=1e-3, backend="cuda")
+    with pytest.raises(ValueError, match="nonfinite must be 'skip', 'raise', 'allow' or None, got 'ignore'"):
+        so.AdamW(params, lr=1e-3, nonfinite="ignore")
+    with pytest.raises(ValueError, match=r"dtype torch.float64 is not supported"):
+        so.AdamW(params, lr=1e-3, state_dtype=torch.float64)
+    with pytest.raises(ValueError, match="decay_form must be one of coupled, decoupled, corrected, got 'l2'"):
+        so.AdamW(params, lr=1e-3, decay_form="l2")
+    with pytest.raises(ValueError, match="decouple_lr=True means decay_form='decoupled'"):
+        so.AdamW(params, lr=1e-3, decouple_lr=True, decay_form="coupled")
+
+
+@every_class
+def test_lr_0_is_legal(cls: type) -> None:
+    param = nn.Parameter(torch.ones(2))
+    optimizer = cls([param], lr=0)
+    param.grad = torch.ones(2)
+    optimizer.step()
+    assert torch.equal(param.detach(), torch.ones(2))
+
+
+# ------------------------------------------------------------------------------------------------------------------ sharded
+
+
+def refused(words: str, call) -> None:
+    """This rank, like every rank, gets the ValueError; the barrier shows that none hangs."""
+    with pytest.raises(ValueError, match=words):
+        call()
+    dist.barrier()
+
+
+def mesh_1d():
+    return init_device_mesh("cpu", (dist.get_world_size(),))
+
+
+def check_partial_dtensor() -> None:
+    partial = nn.Parameter(DTensor.from_local(torch.ones(4), mesh_1d(), [Partial()], run_check=False))
+    for cls in CLASSES:
+        refused(r"parameter 'w' is Partial .*redistribute", lambda cls=cls: cls([("w", partial)], lr=1e-3))
+    for cls in CLASSES:
+        param = nn.Parameter(distribute_tensor(torch.ones(4), mesh_1d(), [Replicate()]))
+        optimizer = cls([("w", param)], lr=1e-3)
+        param.grad = DTensor.from_local(torch.ones(4), mesh_1d(), [Partial()], run_check=False)
+        refused(r"gradient of 'w' is Partial .*redistribute", optimizer.step)
+
+
+def check_gradient_placed_otherwise() -> None:
+    for cls in CLASSES:
+        param = nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh_1d(), [Shard(0)]))
+        optimizer = cls([("w", param)], lr=1e-3)
+        param.grad = distribute_tensor(torch.ones(4, 2), mesh_1d(), [Replicate()])
+        refused(r"gradient of 'w' is placed as .*Replicate.*redistribute it", optimizer.step)
+
+
+def check_pieces_that_do_not_tile() -> None:
+    # Each rank claims to hold rows that another holds too: a _StridedShard alone interleaves rows, which no Segment of one box can express.
+    param = nn.Parameter(
+        DTensor.from_local(torch.ones(4, 2), mesh_1d(), [_StridedShard(0, split_factor=2)], run_check=False, shape=(8, 2), stride=(2, 1))
+    )
+    refused(r"pieces of 'w' \(shape \(8, 2\)\) do not tile it: element", so.StableAdamW([("w", param)], lr=1e-3).step)
+    # A shard whose other half is on a rank outside the optimizer's group.
+    sharded = nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh_1d(), [Shard(0)]))
+    optimizer = so.StableAdamW([("w", sharded)], lr=1e-3, process_group=dist.new_subgroups(1)[0])
+    refused(r"pieces of 'w' .* do not tile it: elements \[\d+, \d+\) of 8 are held by no rank.*process group", optimizer.step)
+
+
+def check_ranks_that_disagree() -> None:
+    rank = dist.get_rank()
+    shaped = nn.Parameter(torch.ones(3 + rank))
+    refused(
+        r"ranks disagree about 'w': shape \(3,\).*on rank 0, shape \(4,\).*on rank 1.*same model",
+        so.StableAdamW([("w", shaped)], 1e-3).step,
+    )
+    typed = nn.Parameter(torch.ones(3, dtype=torch.float32 if rank == 0 else torch.bfloat16))
+    refused(r"ranks disagree about 'w': .*torch.float32 on rank 0.*torch.bfloat16 on rank 1", so.StableAdamW([("w", typed)], 1e-3).step)
+    different = nn.Parameter(torch.full((3,), float(rank)))
+    refused(r"ranks 0 and 1 both hold .* with different values.*named_parameters", so.StableAdamW([different], 1e-3).step)
+    same = nn.Parameter(torch.ones(3))
+    optimizer = so.StableAdamW([("w", same)], 1e-3, betas=(0.9, 0.99 if rank == 0 else 0.9))
+    same.grad = torch.ones(3)
+    refused("ranks use different betas", optimizer.step)
+
+
+def check_bad_gradient_on_one_rank() -> None:
+    param = nn.Parameter(torch.ones(4, 2))
+    optimizer = so.StableAdamW([("w", param)], lr=1e-3)
+    param.grad = torch.ones(4, 2)
+    optimizer.step()
+    before = param.detach().clone()
+    if dist.get_rank() == 1:
+        param.grad = torch.ones(4, 2).to_sparse()
+    refused("rank 1: gradient of 'w' is sparse", optimizer.step)
+    param.grad = torch.ones(4, 2) if dist.get_rank() == 0 else None
+    refused("'w' has a gradient on 1 of the ranks that hold it and none on 1; .*set the missing gradients to zero", optimizer.step)
+    assert torch.equal(param, before)
+    assert optimizer.state[param]["step"] == 1
+
+
+def check_bad_parameter_on_one_rank() -> None:
+    """Found when the layout is built: parameters may have been replaced since construction."""
+    param = nn.Parameter(torch.ones(4))
+    optimizer = so.StableAdamW([("w", param)], lr=1e-3)
+    if dist.get_rank() == 1:
+        optimizer.param_groups[0]["params"][0] = nn.Parameter(torch.ones(4, dtype=torch.float64))
+    refused("rank 1: parameter 'w': dtype torch.float64 is not supported", optimizer.step)
+
+
+def check_two_ranks() -> None:
+    check_partial_dtensor()
+    check_gradient_placed_otherwise()
+    check_pieces_that_do_not_tile()
+    check_ranks_that_disagree()
+    check_bad_gradient_on_one_rank()
+    check_bad_parameter_on_one_rank()
+
+
+def test_sharded_bad_input_is_refused_on_every_rank() -> None:
+    """Partial and misplaced DTensors, pieces that do not tile, ranks that disagree, and bad input on one rank only."""
+    ranks.run(check_two_ranks, 2)
+
+
+def check_inexpressible_box() -> None:
+    mesh = init_device_mesh("cpu", (2, 2))
+    param = nn.Parameter(distribute_tensor(torch.ones(4, 4, 4), mesh, [Shard(1), Shard(2)]))
+    for cls in CLASSES:
+        refused(
+            r"'w' of shape \(4, 4, 4\) is cut along dimensions \[1, 2\].*shard it along fewer", lambda cls=cls: cls([("w", param)], 1e-3)
+        )
+
+
+def test_a_dtensor_cut_along_two_inner_dimensions_is_refused() -> None:
+    ranks.run(check_inexpressible_box, 4)

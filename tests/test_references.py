@@ -1,0 +1,202 @@
+"""The optimizers against independent implementations: torch, optimi, and float64 code written here from the papers.
+
+Tolerances:
+    2 ulp       fp32 after one step from the same state: the order of operations is torch's, libraries may contract or reorder
+    2e-5        relative parameter error after 100 fp32 steps: rounding of about 100 steps, measured 1e-6
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import optimi
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sharded_optim as so
+
+SHAPES = [(), (1,), (5,), (7, 3), (33, 17), (4096,), (0,)]
+STEPS = 100
+AFTER_100_STEPS = 2e-5
+
+
+def start(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
+
+
+def grads_at(step: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(100 + step)
+    spike = 300.0 if step % 11 == 5 else 1.0
+    return [torch.randn(shape, generator=generator) * spike for shape in SHAPES]
+
+
+def set_grads(params: list[nn.Parameter], step: int) -> None:
+    for param, grad in zip(params, grads_at(step), strict=True):
+        param.grad = grad.to(param.dtype)
+
+
+def schedule(step: int) -> float:
+    """Warm-up over 10 steps, then a half cosine."""
+    return (step + 1) / 10 if step < 10 else 0.5 * (1 + math.cos(math.pi * (step - 10) / STEPS))
+
+
+def train(params: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    for step in range(STEPS):
+        set_grads(params, step)
+        optimizer.step()
+        scheduler.step()
+
+
+def relative_error(actual: list[nn.Parameter], expected: list[Tensor] | list[nn.Parameter]) -> float:
+    pairs = [(a.detach().double(), e.detach().double()) for a, e in zip(actual, expected, strict=True) if a.numel()]
+    return float(max((a - e).norm() / e.norm() for a, e in pairs))
+
+
+def ulps(actual: Tensor, expected: Tensor, scale: Tensor) -> float:
+    """Largest difference in units in the last place of `scale`."""
+    unit = torch.nextafter(scale.abs(), torch.tensor(math.inf)) - scale.abs()
+    return float(((actual.double() - expected.double()).abs() / unit.double()).max())
+
+
+def test_adamw_is_within_2_ulp_of_torch_per_step() -> None:
+    ours, theirs = start(), start()
+    optimizer = so.AdamW(ours, lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
+    reference = torch.optim.AdamW(theirs, lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
+    schedulers = [torch.optim.lr_scheduler.LambdaLR(each, schedule) for each in (optimizer, reference)]
+    worst = 0.0
+    for step in range(STEPS):
+        before = [param.detach().clone() for param in theirs]
+        with torch.no_grad():  # from the same state, so that errors do not add up
+            for a, e in zip(ours, theirs, strict=True):
+                a.copy_(e)
+                for key in ("exp_avg", "exp_avg_sq", "step") if step else ():
+                    optimizer.state[a][key].copy_(reference.state[e][key])
+        for params, each, scheduler in ((ours, optimizer, schedulers[0]), (theirs, reference, schedulers[1])):
+            set_grads(params, step)
+            each.step()
+            scheduler.step()
+        for a, e, b in zip(ours, theirs, before, strict=True):
+            if a.numel():
+                worst = max(worst, ulps(a.detach(), e.detach(), torch.maximum(b.abs(), e.detach().abs())))
+            for key in ("exp_avg", "exp_avg_sq"):
+                if a.numel():
+                    state = reference.state[e][key]
+                    scale = torch.maximum(state.abs(), 0.1 * a.grad.abs()) if key == "exp_avg" else state
+                    worst = max(worst, ulps(optimizer.state[a][key], state, scale))
+    assert worst <= 2.0, worst
+
+
+def decoupled_adamw_formula(params: list[Tensor], *, lr: float, betas, eps: float, weight_decay: float) -> None:
+    """Composer's: theta *= 1 - wd * lr_t / lr_0; theta -= lr_t / bc1 * m / (sqrt(v) / sqrt(bc2) + eps), in float64."""
+    beta1, beta2 = betas
+    first, second = [torch.zeros_like(p) for p in params], [torch.zeros_like(p) for p in params]
+    for step in range(STEPS):
+        lr_now, t = lr * schedule(step), step + 1
+        for p, g, m, v in zip(params, (grad.double() for grad in grads_at(step)), first, second, strict=True):
+            p.mul_(1 - weight_decay * lr_now / lr)
+            m.mul_(beta1).add_((1 - beta1) * g)
+            v.mul_(beta2).add_((1 - beta2) * g * g)
+            p.sub_(lr_now / (1 - beta1**t) * m / (v.sqrt() / math.sqrt(1 - beta2**t) + eps))
+
+
+def stable_adamw_formula(params: list[Tensor], *, lr: float, betas, eps: float, weight_decay: float, decay: str = "coupled") -> list[float]:
+    """Algorithm 2 of arXiv 2304.13013 in float64, with debiased betas as the paper writes them. Returns the last step's RMS values."""
+    beta1, beta2 = betas
+    first, second = [torch.zeros_like(p) for p in params], [torch.zeros_like(p) for p in params]
+    rms_values: list[float] = []
+    for step in range(STEPS):
+        lr_now, t = lr * schedule(step), step + 1
+        rms_values = []
+        for p, g, v, u in zip(params, (grad.double() for grad in grads_at(step)), first, second, strict=True):
+            beta1_hat = beta1 * (1 - beta1 ** (t - 1)) / (1 - beta1**t)
+            beta2_hat = beta2 * (1 - beta2 ** (t - 1)) / (1 - beta2**t)
+            v.mul_(beta1_hat).add_((1 - beta1_hat) * g)
+            u.mul_(beta2_hat).add_((1 - beta2_hat) * g * g)
+            rms = float((g * g / u.clamp(min=eps * eps)).mean().sqrt()) if p.numel() else 0.0
+            eta = lr_now / max(1.0, rms)
+            amount = {"coupled": eta, "decoupled": eta / lr, "corrected": eta * lr_now / lr}[decay] * weight_decay
+            p.mul_(1 - amount)
+            p.sub_(eta * v / (u.sqrt() + eps))
+            rms_values.append(rms)
+    return rms_values
+
+
+def test_decoupled_adamw_follows_composers_formula() -> None:
+    options = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 1e-3}
+    ours, expected = start(), [p.detach().double() for p in start()]
+    train(ours, so.DecoupledAdamW(ours, **options))
+    decoupled_adamw_formula(expected, **options)
+    assert relative_error(ours, expected) < AFTER_100_STEPS
+
+
+@pytest.mark.parametrize("decay", ["coupled", "decoupled", "corrected"])
+@pytest.mark.parametrize("betas", [(0.9, 0.99), (0.95, 0.999)])
+def test_stable_adamw_follows_the_paper_in_float64(betas: tuple[float, float], decay: str) -> None:
+    """Parameters, and the statistic to 1e-6, over 100 steps of which some have 300 times larger gradients."""
+    options = {"lr": 1e-2, "betas": betas, "eps": 1e-6, "weight_decay": 0.1 if decay != "decoupled" else 1e-3}
+    ours, expected = start(), [p.detach().double() for p in start()]
+    optimizer = so.StableAdamW([(str(i), p) for i, p in enumerate(ours)], decay_form=decay, **options)
+    train(ours, optimizer)
+    rms_values = stable_adamw_formula(expected, decay=decay, **options)
+    assert relative_error(ours, expected) < AFTER_100_STEPS
+    metrics = optimizer.metrics()
+    assert "rms/6" not in metrics, "a tensor without elements has no statistic"
+    for index, rms in enumerate(rms_values[:6]):
+        assert metrics[f"rms/{index}"] == pytest.approx(rms, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (lambda p: so.AdamW(p, lr=1e-2), lambda p: optimi.AdamW(p, lr=1e-2, foreach=False, triton=False)),
+        (
+            lambda p: so.AdamW(p, lr=1e-2, weight_decay=5e-4, decouple_lr=True),
+            lambda p: optimi.AdamW(p, lr=1e-2, weight_decay=5e-4, decouple_lr=True, foreach=False, triton=False),
+        ),
+        (lambda p: so.StableAdamW(p, lr=1e-2), lambda p: optimi.StableAdamW(p, lr=1e-2, foreach=False, triton=False)),
+        (
+            lambda p: so.StableAdamW(p, 1e-2, (0.9, 0.95), 5e-4, 1e-7, True, 2e-2),
+            lambda p: optimi.StableAdamW(p, 1e-2, (0.9, 0.95), 5e-4, 1e-7, True, 2e-2, foreach=False, triton=False),
+        ),
+        (
+            lambda p: so.AdamW(p, lr=1e-2, betas=(0.9, 0.999), eps=1e-8),
+            lambda p: torch.optim.AdamW(p, lr=1e-2, betas=(0.9, 0.999), eps=1e-8),
+        ),
+    ],
+    ids=["optimi.AdamW", "optimi.AdamW-decoupled", "optimi.StableAdamW", "optimi.StableAdamW-positional", "torch.AdamW"],
+)
+def test_trajectory_equals_the_installed_library(ours: Callable, theirs: Callable) -> None:
+    a, e = start(), start()
+    # optimi divides by zero elements in an empty tensor
+    train(a, ours(a))
+    keep = [p for p in e if p.numel()]
+    scheduled = theirs(keep)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(scheduled, schedule)
+    for step in range(STEPS):
+        set_grads(e, step)
+        scheduled.step()
+        scheduler.step()
+    assert relative_error(a, e) < AFTER_100_STEPS
+
+
+def test_bf16_parameters_follow_float64_within_their_own_rounding() -> None:
+    """One step from bf16 values, with fp32 moments, is the float64 step rounded once."""
+    ours = start(torch.bfloat16)
+    expected = [p.detach().double() for p in ours]
+    optimizer = so.StableAdamW(ours, lr=0.1)
+    set_grads(ours, 5)
+    optimizer.step()
+    for p, theta in zip(ours, expected, strict=True):
+        g = p.grad.double()
+        if not p.numel():
+            continue
+        rms = float((g * g / (g * g).clamp(min=1e-12)).mean().sqrt())
+        eta = 0.1 / max(1.0, rms)
+        theta.mul_(1 - eta * 1e-2).sub_(eta * g / (g.abs() + 1e-6))
+        wrong = (p.detach() != theta.float().to(torch.bfloat16)).double().mean()
+        assert wrong < 0.01, "more than the rare tie differs"
+        assert torch.allclose(p.detach().double(), theta, rtol=2**-8, atol=0)

@@ -1,0 +1,86 @@
+"""Segments name exactly the elements a shard holds, and shards that do not tile a tensor are found."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sharded_optim.segment import Segment, find_tiling_error
+
+
+def elements(segment: Segment) -> list[int]:
+    return [segment.start + k * segment.stride + i for k in range(segment.count) for i in range(segment.run)]
+
+
+@st.composite
+def boxes(draw):
+    """A shape, and a box in it."""
+    shape = draw(st.lists(st.integers(0, 5), max_size=4))
+    cut = [sorted((draw(st.integers(0, full)), draw(st.integers(0, full)))) for full in shape]
+    return tuple(shape), tuple(low for low, _ in cut), tuple(high - low for low, high in cut)
+
+
+@given(boxes())
+def test_a_box_is_its_elements_or_is_refused_for_not_being_equal_runs(box) -> None:
+    shape, offsets, sizes = box
+    flat = torch.arange(math.prod(shape)).view(shape)
+    expected = flat[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))].flatten().tolist()
+    starts = [index for index in expected if index - 1 not in expected]
+    if len({b - a for a, b in pairwise(starts)}) > 1:
+        with pytest.raises(ValueError, match=r"'w'.*not equally spaced runs"):
+            Segment.box("w", shape, offsets, sizes)
+    else:
+        assert elements(Segment.box("w", shape, offsets, sizes)) == expected
+
+
+def test_the_designs_example() -> None:
+    """Shard(1) of (5, 3) on rank 1 of 2."""
+    segment = Segment.box("w", (5, 3), (0, 2), (5, 1))
+    assert (segment.start, segment.run, segment.stride, segment.count) == (2, 1, 3, 5)
+
+
+def test_equal_sets_of_elements_are_equal_segments() -> None:
+    assert Segment(name="w", shape=(6,), start=1, run=2, stride=2, count=2) == Segment.flat("w", (6,), 1, 4)
+    assert Segment(name="w", shape=(6,), start=3, run=2, stride=5, count=1) == Segment.flat("w", (6,), 3, 2)
+    assert Segment.flat("w", (6,), 4, 0) == Segment.flat("w", (6,), 0, 0)
+    assert Segment.whole("w", ()).numel == 1
+
+
+@pytest.mark.parametrize(
+    ("extent", "words"),
+    [((5, 2, 2, 1), "reaches beyond"), ((0, 2, 1, 2), "overlap"), ((-1, 2, 2, 1), "negative"), ((0, 1, 3, 3), "reaches beyond")],
+)
+def test_impossible_segments_are_refused(extent: tuple[int, int, int, int], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Segment(name="w", shape=(6,), **dict(zip(("start", "run", "stride", "count"), extent, strict=True)))
+
+
+@given(st.integers(0, 40), st.lists(st.integers(0, 40), max_size=5))
+def test_consecutive_cuts_tile(numel: int, cuts: list[int]) -> None:
+    bounds = [0, *sorted(min(cut, numel) for cut in cuts), numel]
+    pieces = [Segment.flat("w", (numel,), low, high - low) for low, high in pairwise(bounds)]
+    assert find_tiling_error(pieces) is None
+
+
+@given(st.integers(1, 7), st.integers(1, 7), st.data())
+def test_columns_and_rows_tile_and_any_hole_or_overlap_is_found(rows: int, columns: int, data) -> None:
+    row, column = data.draw(st.integers(0, rows)), data.draw(st.integers(0, columns))
+    pieces = [
+        Segment.box("w", (rows, columns), (r, c), (height, width))
+        for r, height in ((0, row), (row, rows - row))
+        for c, width in ((0, column), (column, columns - column))
+    ]
+    assert find_tiling_error(pieces) is None
+    filled = [piece for piece in pieces if piece.numel]
+    lost = data.draw(st.sampled_from(filled))
+    assert "held by no rank" in (
+        find_tiling_error([p for p in pieces if p is not lost] or [Segment.flat("w", (rows, columns), 0, 0)]) or ""
+    )
+    extra = Segment.flat("w", (rows, columns), data.draw(st.integers(0, rows * columns - 1)), 1)
+    if extra not in filled:
+        assert "held by two" in (find_tiling_error([*pieces, extra]) or "")
