@@ -8,8 +8,8 @@ The public classes in `optimizers.py` give it an algorithm and defaults.
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Literal, TypedDict
@@ -21,6 +21,7 @@ from torch import Tensor
 from sharded_optim import loading, param_groups, statistics
 from sharded_optim.algorithms import Algorithm, Coefficients
 from sharded_optim.backends import AUTO, Backend, Operand, available, choose
+from sharded_optim.coefficients import coefficient_table, known_on_host
 from sharded_optim.formats import format_of
 from sharded_optim.sharding import Layout, LocalParam, describe
 from sharded_optim.state import STEP, State, called_to_allocate
@@ -42,6 +43,7 @@ class _Batch:
     backend: Backend
     device: torch.device
     indices: list[int] = field(default_factory=list)  # into the layout's local parameters
+    params: list[Tensor] = field(default_factory=list)  # the keys of their state
     operands: list[Operand] = field(default_factory=list)
 
 
@@ -145,13 +147,13 @@ class Engine(torch.optim.Optimizer):
                 raise ValueError(problem)
             proceed = None if found_inf is None else (found_inf == 0).all()
 
-        if proceed is None or proceed.device.type == "cpu":  # known on the host: branch
+        if proceed is None or known_on_host(proceed):  # branch
             if proceed is None or proceed:
-                self._update(layout, work, lr_scales, None)
+                self._update(work, lr_scales, None)
             else:
                 self._count_skipped(1)
-        else:  # known on the device only: select there
-            self._update(layout, work, lr_scales, proceed)
+        else:  # select on the device
+            self._update(work, lr_scales, proceed)
             self._count_skipped(~proceed)
         return loss
 
@@ -178,6 +180,7 @@ class Engine(torch.optim.Optimizer):
             device = operand.param.device
             batch = batches.setdefault((device, backend.name), _Batch(backend=backend, device=device))
             batch.indices.append(index)
+            batch.params.append(entry.param)
             batch.operands.append(operand)
         return list(batches.values()), None
 
@@ -226,7 +229,7 @@ class Engine(torch.optim.Optimizer):
 
     def _check(self, agreement: statistics.Agreement, problem: str | None) -> None:
         """Raise, on all ranks together, where they do not fit together. On a device, the other ranks learn of it one step later."""
-        if agreement.vector.device.type == "cpu":
+        if known_on_host(agreement.vector):
             if agreement.invalid:
                 raise ValueError(statistics.gather_messages(problem, self._own_group()))
             if not agreement.consistent():
@@ -234,28 +237,26 @@ class Engine(torch.optim.Optimizer):
         elif problem is not None:
             raise ValueError(problem)
         else:
-            self._deferred = statistics.Deferred(agreement)
+            self._deferred.append(statistics.Deferred(agreement))
 
     def _raise_deferred(self) -> None:
-        if self._deferred is not None and self._deferred.is_ready():
-            deferred, self._deferred = self._deferred, None
-            deferred.raise_if_inconsistent()
+        while self._deferred and self._deferred[0].is_ready():
+            self._deferred.popleft().raise_if_inconsistent()
 
-    def _verdict(self, agreement: statistics.Agreement) -> Tensor | None:
-        """Whether the step happens: bool, 0-dim, on the device of the agreement; None when nothing can stop it."""
+    def _verdict(self, agreement: statistics.Agreement) -> Tensor:
+        """Whether the step happens: bool, 0-dim, on the device of the agreement."""
         finite = agreement.all_finite()
         if self.nonfinite == "raise" and not finite:  # waits for the device: the price of raising in the step that went wrong
             names = agreement.names_where_not_finite_here()
             message = f"gradient not finite, or too large to square in fp32: {', '.join(map(repr, names))}" if names else None
             raise FloatingPointError(statistics.gather_messages(message, self._own_group()))
         verdict = agreement.found_inf == 0
-        if agreement.vector.device.type != "cpu":
+        if not known_on_host(agreement.vector):
             verdict = verdict & agreement.consistent()
         return verdict & finite if self.nonfinite == "skip" else verdict
 
-    def _update(self, layout: Layout, work: list[_Batch], lr_scales: Tensor | None, proceed: Tensor | None) -> None:
+    def _update(self, work: list[_Batch], lr_scales: Tensor | None, proceed: Tensor | None) -> None:
         """Write parameters and state, and count the step."""
-        steps: dict[int, Tensor] = {}  # several pieces may belong to one parameter
         for batch in work:
             scale = 1.0
             if lr_scales is not None:
@@ -263,48 +264,16 @@ class Engine(torch.optim.Optimizer):
                 scale = lr_scales[indices].to(batch.device)
             table = self._table(batch, self.algorithm.coefficients, scale)
             batch.backend.update(self.algorithm, batch.operands, table, proceed, self._inverse_grad_scale(batch.device))
-            for index in batch.indices:
-                param = layout.local_params[index].param
-                steps[id(param)] = self.state[param][STEP]
-        if steps:
-            taken = 1.0 if proceed is None else proceed.to(torch.float32)
-            torch._foreach_add_(list(steps.values()), taken)  # pyright: ignore[reportPrivateImportUsage]
-
-    # ----------------------------------------------------------------------------------------------------------- coefficients
+            params = {id(param): param for param in batch.params}  # several pieces may belong to one
+            steps = [self.state[param][STEP] for param in params.values()]
+            taken = 1.0 if proceed is None else proceed.to(batch.device, torch.float32)
+            torch._foreach_add_(steps, taken)  # pyright: ignore[reportPrivateImportUsage]
 
     def _table(self, batch: _Batch, coefficients: Callable[..., Coefficients], lr_scale: float | Tensor | None = None) -> Tensor:
-        """One row of coefficients for each operand: fp32 (operands, coefficients), computed in float64 and rounded once.
-
-        Args:
-            lr_scale: last argument of `coefficients` if it takes one: a float, or float64 (operands,).
-        """
-        rows: dict[int, list[int]] = defaultdict(list)
-        for row, index in enumerate(batch.indices):
-            rows[id(self._groups[index])].append(row)
-        table: Tensor | None = None
-        for positions in rows.values():
-            group = self._groups[batch.indices[positions[0]]]
-            hyperparameters = group | {"lr": param_groups.current_lr(group, batch.device)}
-            arguments = [hyperparameters, self._next_step(batch, positions)]
-            if lr_scale is not None:
-                arguments.append(lr_scale[positions] if isinstance(lr_scale, Tensor) else lr_scale)
-            values = coefficients(*arguments)
-            if table is None:
-                table = torch.empty(len(batch.indices), len(values), dtype=torch.float64, device=batch.device)
-            for column, value in enumerate(values):
-                table[positions, column] = torch.as_tensor(value, dtype=torch.float64, device=batch.device)
-        assert table is not None, "a batch has at least one operand"
-        return table.to(torch.float32)
-
-    def _next_step(self, batch: _Batch, positions: Sequence[int]) -> int | Tensor:
-        """The step about to be taken, from 1: an int where the host knows it and all agree, else int64 (positions,)."""
-        assert self._layout is not None
-        steps = [self.state[self._layout.local_params[batch.indices[row]].param][STEP] for row in positions]
-        if batch.device.type == "cpu":
-            known = {int(step) for step in steps}
-            if len(known) == 1:
-                return known.pop() + 1
-        return torch.stack(steps).to(torch.int64) + 1
+        """One row of coefficients for each operand of a batch: fp32 (operands, coefficients)."""
+        groups = [self._groups[index] for index in batch.indices]
+        steps = [self.state[param][STEP] for param in batch.params]
+        return coefficient_table(coefficients, groups, steps, batch.device, lr_scale)
 
     def _inverse_grad_scale(self, device: torch.device) -> Tensor | None:
         """What multiplies the gradients under GradScaler: fp32, 0-dim."""
@@ -385,7 +354,7 @@ class Engine(torch.optim.Optimizer):
         self._groups: list[dict[str, Any]] = []  # of each local parameter
         self._backends: dict[tuple[torch.device, frozenset[torch.dtype]], Backend] = {}
         self._last_agreement: statistics.Agreement | None = None
-        self._deferred: statistics.Deferred | None = None
+        self._deferred: deque[statistics.Deferred] = deque()
 
     # ----------------------------------------------------------------------------------------------------------------- reports
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sharded_optim.algorithms.weight_decay import FORMS
 
-__all__ = ["check_hyperparameters", "check_number", "current_lr", "named_params", "set_reference_lr"]
+__all__ = ["check_hyperparameters", "check_number", "named_params", "set_reference_lr"]
 
 
 def check_number(name: str, value: Any, where: str = "") -> float:
@@ -63,14 +62,3 @@ def set_reference_lr(group: dict[str, Any], max_lr: float | None) -> None:
     group["learns_reference_lr"] = reference == 0.0
     if group["learns_reference_lr"] and isinstance(group["lr"], Tensor) and group["lr"].device.type != "cpu":
         raise ValueError("a device tensor lr of 0 does not tell the peak learning rate that weight decay refers to; pass max_lr")
-
-
-def current_lr(group: dict[str, Any], device: torch.device) -> float | Tensor:
-    """This step's learning rate: a float, or a float64 tensor on `device` where reading it would wait for a device."""
-    lr = group["lr"]
-    if isinstance(lr, Tensor) and lr.device.type != "cpu":
-        return lr.detach().to(device).double().reshape(())
-    lr = float(lr)
-    if group["learns_reference_lr"]:
-        group["reference_lr"] = max(group["reference_lr"], lr)
-    return lr

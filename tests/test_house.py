@@ -27,14 +27,15 @@ FLOORS = {
     "statistics": 2,
     "param_groups": 3,
     "state": 3,
+    "coefficients": 3,
     "loading": 3,
     "engine": 3,
     "optimizers": 3,
     "__init__": 5,
 }
 # Statistics are laid out by the layout; floor 3 is a stack.
-SEEN = {("statistics", "sharding"), ("loading", "state"), ("engine", "param_groups"), ("engine", "state"), ("engine", "loading")}
-SEEN |= {("optimizers", "engine")}
+SEEN = {("statistics", "sharding"), ("loading", "state"), ("optimizers", "engine")}
+SEEN |= {("engine", room) for room in ("coefficients", "loading", "param_groups", "state")}
 
 
 def imports_of(path: Path) -> list[str]:

@@ -29,6 +29,8 @@ class LocalParam:
     # (param, gradient or state tensor, its role for error messages) -> this rank's part, any shape, sharing memory.
     # Raises ValueError when the tensor is not laid out like the parameter.
     local: Callable[[Tensor, str], Tensor]
+    # Whether only the name says that ranks hold the same tensor. A DTensor says so itself.
+    told_by_name: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +74,11 @@ class Layout:
         try:
             local_params = describe()
             rows = [
-                _Row(segment=entry.segment, dtype=str(entry.param.dtype), fingerprint=_fingerprint(entry) if positional_names else None)
+                _Row(
+                    segment=entry.segment,
+                    dtype=str(entry.param.dtype),
+                    fingerprint=_fingerprint(entry) if positional_names and entry.told_by_name else None,
+                )
                 for entry in local_params
             ]
         except ValueError as error:

@@ -22,7 +22,7 @@ def describe(param: Tensor, name: str) -> LocalParam:
                 raise ValueError(f"{role} of {name!r} has shape {tuple(tensor.shape)}, the parameter {tuple(param.shape)}")
         return tensor
 
-    return LocalParam(param=param, segment=Segment.whole(name, param.shape), local=local)
+    return LocalParam(param=param, segment=Segment.whole(name, param.shape), local=local, told_by_name=True)
 
 
 def check_dtype_and_layout(tensor: Tensor, what: str) -> None:

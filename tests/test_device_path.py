@@ -1,0 +1,100 @@
+"""Where the verdict on a step is known on the device only: values are selected there, and errors come one step later.
+
+There is no GPU where these tests run, so the CPU is declared to be a device that the host must not wait for.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import sharded_optim as so
+from sharded_optim import coefficients, engine
+
+
+class FakeEvent:
+    """An event of a device that is `behind` queries late."""
+
+    behind = 0
+
+    def __init__(self, device: torch.device) -> None:
+        self.left = FakeEvent.behind
+
+    def record(self) -> None:
+        """Nothing to record."""
+
+    def query(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+@pytest.fixture
+def cpu_is_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (engine, coefficients):
+        monkeypatch.setattr(module, "known_on_host", lambda tensor: False)
+    monkeypatch.setattr(torch, "Event", FakeEvent)
+    monkeypatch.setattr(FakeEvent, "behind", 0)
+
+
+def run(cls: type, nan_at: int | None) -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
+    params = [nn.Parameter(torch.linspace(-1, 1, n)) for n in (1, 5, 64)]
+    optimizer = cls([{"params": params[:2]}, {"params": params[2:], "lr": 3e-2}], lr=1e-2, nonfinite="skip")
+    for step in range(8):
+        for index, param in enumerate(params):
+            param.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(10 * step + index)) * 10 ** (step % 3)
+        if step == nan_at:
+            params[1].grad[3] = torch.nan
+        if step == 5:
+            params[0].grad = None
+        optimizer.step()
+    return params, optimizer
+
+
+@pytest.mark.parametrize("cls", [so.AdamW, so.DecoupledAdamW, so.StableAdamW])
+@pytest.mark.parametrize("nan_at", [None, 0, 4])
+def test_selecting_on_the_device_gives_the_bits_of_branching_on_the_host(cls: type, nan_at: int | None, request) -> None:
+    """Parameters, moments, step counters and the count of skipped steps."""
+    expected, reference = run(cls, nan_at)
+    request.getfixturevalue("cpu_is_a_device")
+    actual, optimizer = run(cls, nan_at)
+    assert optimizer.skipped_steps == reference.skipped_steps == (nan_at is not None)
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a, e)
+        for key, value in reference.state[e].items():
+            assert torch.equal(optimizer.state[a][key], value)
+
+
+@pytest.mark.usefixtures("cpu_is_a_device")
+def test_a_device_that_is_behind_does_not_hold_up_the_host_and_loses_no_error() -> None:
+    param = nn.Parameter(torch.ones(3))
+    optimizer = so.StableAdamW([("w", param)], lr=1e-2)
+    FakeEvent.behind = 2
+    param.grad = torch.ones(3)
+    optimizer.step()
+    param.grad = torch.ones(3).to_sparse()
+    with pytest.raises(ValueError, match="gradient of 'w' is sparse"):
+        optimizer.step()
+    before = copy.deepcopy(optimizer.state[param])
+    agreed = optimizer._last_agreement
+    assert agreed is not None
+    optimizer._deferred[0]._consistent.fill_(False)  # as a rank would see it when another met bad input
+    agreed.invalid.fill_(1)
+    param.grad = torch.ones(3)
+    optimizer.step()
+    with pytest.raises(ValueError, match="ranks met bad input|different betas"):
+        optimizer.step()
+    assert optimizer.state[param]["step"] == before["step"] + 1
+
+
+@pytest.mark.usefixtures("cpu_is_a_device")
+def test_a_tensor_lr_is_read_where_it_is() -> None:
+    a, b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    for param, lr in ((a, torch.tensor(1e-2)), (b, float(torch.tensor(1e-2)))):
+        optimizer = so.AdamW([param], lr=lr)
+        for step in range(3):
+            param.grad = torch.full((3,), step - 1.5)
+            optimizer.step()
+    assert torch.equal(a, b)
