@@ -23,6 +23,7 @@ from sharded_optim.algorithms import Algorithm, Coefficients
 from sharded_optim.backends import AUTO, Backend, Operand, available, choose
 from sharded_optim.coefficients import coefficient_table, known_on_host
 from sharded_optim.formats import format_of
+from sharded_optim.ranks import gather_messages, own_process_group
 from sharded_optim.sharding import Layout, LocalParam, describe
 from sharded_optim.state import STEP, State, called_to_allocate
 
@@ -231,7 +232,7 @@ class Engine(torch.optim.Optimizer):
         """Raise, on all ranks together, where they do not fit together. On a device, the other ranks learn of it one step later."""
         if known_on_host(agreement.vector):
             if agreement.invalid:
-                raise ValueError(statistics.gather_messages(problem, self._own_group()))
+                raise ValueError(gather_messages(problem, self._own_group()))
             if not agreement.consistent():
                 raise ValueError(agreement.inconsistency())
         elif problem is not None:
@@ -249,7 +250,7 @@ class Engine(torch.optim.Optimizer):
         if self.nonfinite == "raise" and not finite:  # waits for the device: the price of raising in the step that went wrong
             names = agreement.names_where_not_finite_here()
             message = f"gradient not finite, or too large to square in fp32: {', '.join(map(repr, names))}" if names else None
-            raise FloatingPointError(statistics.gather_messages(message, self._own_group()))
+            raise FloatingPointError(gather_messages(message, self._own_group()))
         verdict = agreement.found_inf == 0
         if not known_on_host(agreement.vector):
             verdict = verdict & agreement.consistent()
@@ -347,7 +348,7 @@ class Engine(torch.optim.Optimizer):
     def _own_group(self) -> dist.ProcessGroup | None:
         if self._lost_process_group:
             raise ValueError("this optimizer was copied or unpickled, which cannot take its process_group along; set it again")
-        return statistics.own_process_group(self.process_group)
+        return own_process_group(self.process_group)
 
     def _forget_layout(self) -> None:
         self._layout: Layout | None = None

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from sharded_optim.sharding.layout import Layout
 
-__all__ = ["Agreement", "Deferred", "agree", "fraction_bits", "gather_messages", "own_process_group"]
+__all__ = ["Agreement", "Deferred", "agree", "fraction_bits"]
 
 # A float64 below 2**51 is rounded to an integer, half to even, by adding 1.5 * 2**52 and reading the low bits: processors without a
 # conversion from floating point to 64-bit integers keep their full speed.
@@ -162,38 +161,3 @@ def agree(
     if process_group is not None:
         dist.all_reduce(flat, group=process_group)
     return Agreement(layout=layout, vector=vector, invalid=flat[-TAIL], found_inf=flat[-1], non_finite_here=non_finite_here)
-
-
-def gather_messages(message: str | None, process_group: dist.ProcessGroup | None) -> str:
-    """All ranks' messages, one line each. A collective, for the moment before every rank raises."""
-    if process_group is None:
-        return message or ""
-    messages: list[str | None] = [None] * dist.get_world_size(process_group)
-    dist.all_gather_object(messages, message, group=process_group)
-    return "\n".join(f"rank {rank}: {text}" for rank, text in enumerate(messages) if text)
-
-
-_own_groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
-
-
-def own_process_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """A group with the same ranks that only the optimizers use, so that their collective never interleaves with a wrapper's.
-
-    Args:
-        process_group: None means the world. A collective over it at the first call.
-
-    Returns:
-        None when this process is alone.
-    """
-    if not (dist.is_available() and dist.is_initialized()):
-        return None
-    world = dist.group.WORLD
-    parent = process_group or world
-    if parent is None or dist.get_world_size(parent) == 1:
-        return None
-    if parent not in _own_groups:
-        ranks = dist.get_process_group_ranks(parent)
-        own = dist.new_group(ranks, use_local_synchronization=parent is not world)
-        assert isinstance(own, dist.ProcessGroup), "this rank is in the group"
-        _own_groups[parent] = own
-    return _own_groups[parent]

@@ -84,7 +84,7 @@ def test_a_device_that_is_behind_does_not_hold_up_the_host_and_loses_no_error() 
     agreed.invalid.fill_(1)
     param.grad = torch.ones(3)
     optimizer.step()
-    with pytest.raises(ValueError, match="ranks met bad input|different betas"):
+    with pytest.raises(ValueError, match=r"ranks met bad input"):
         optimizer.step()
     assert optimizer.state[param]["step"] == before["step"] + 1
 

@@ -19,6 +19,7 @@ PACKAGE = Path(sharded_optim.__file__).parent
 # A module may import from its own floor's package and from floors below. Modules of one floor in different rooms do not import each other,
 # but for those listed in SEEN.
 FLOORS = {
+    "ranks": 1,
     "segment": 1,
     "formats": 1,
     "algorithms": 1,

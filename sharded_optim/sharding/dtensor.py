@@ -41,7 +41,7 @@ def describe(param: DTensor, name: str) -> LocalParam:
             if tensor.device_mesh != mesh or _placements(tensor) != placements:
                 raise ValueError(
                     f"{what} is placed as {tensor.placements} on {tensor.device_mesh}, the parameter as {placements} on {mesh}; "
-                    f"redistribute it to the parameter's placements"
+                    f"redistribute it: param.grad = param.grad.redistribute(param.device_mesh, param.placements)"
                 )
         assert isinstance(tensor, DTensor)
         local_tensor = tensor._local_tensor
@@ -58,7 +58,7 @@ def _refuse_partial(tensor: DTensor, what: str) -> None:
     if any(placement.is_partial() for placement in tensor.placements):
         raise ValueError(
             f"{what} is Partial ({tensor.placements}): its value is a sum that has not been reduced; "
-            f"call .redistribute(placements=...) with Replicate() or Shard(...) in place of Partial first"
+            f"reduce it first, for a gradient by param.grad = param.grad.redistribute(placements=param.placements)"
         )
 
 

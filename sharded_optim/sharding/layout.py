@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sharded_optim.ranks import join_messages
 from sharded_optim.segment import Segment, find_tiling_error
 
 __all__ = ["Layout", "LocalParam"]
@@ -69,6 +70,7 @@ class Layout:
         Raises:
             ValueError: on every rank alike, when ranks disagree about a tensor or their pieces do not tile it.
         """
+        compare = positional_names and process_group is not None
         local_params: Sequence[LocalParam] = ()
         rows: list[_Row] | str
         try:
@@ -77,7 +79,7 @@ class Layout:
                 _Row(
                     segment=entry.segment,
                     dtype=str(entry.param.dtype),
-                    fingerprint=_fingerprint(entry) if positional_names and entry.told_by_name else None,
+                    fingerprint=_fingerprint(entry) if compare and entry.told_by_name else None,
                 )
                 for entry in local_params
             ]
@@ -88,9 +90,9 @@ class Layout:
             rank = dist.get_rank(process_group)
             tables: list[Any] = [None] * dist.get_world_size(process_group)
             dist.all_gather_object(tables, rows, group=process_group)
-        failed = [f"rank {holder}: {table}" if process_group else table for holder, table in enumerate(tables) if isinstance(table, str)]
-        if failed:
-            raise ValueError("\n".join(failed))
+        failures = [table if isinstance(table, str) else None for table in tables]
+        if any(failures):
+            raise ValueError(join_messages(failures) if process_group else failures[0])
 
         holders: dict[str, list[tuple[int, _Row]]] = defaultdict(list)
         for holder, table in enumerate(tables):

@@ -1,0 +1,62 @@
+"""The optimizers' own process group, and errors that all its ranks raise together: one rank raising alone is a hang for the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from weakref import WeakKeyDictionary
+
+import torch.distributed as dist
+
+__all__ = ["gather_messages", "join_messages", "own_process_group"]
+
+_own_groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
+
+
+def own_process_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """A group with the same ranks that only the optimizers use, so that their collective never interleaves with a wrapper's.
+
+    Args:
+        process_group: None means the world. The first call for a group is a collective over it.
+
+    Returns:
+        None when this process is alone.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    world = dist.group.WORLD
+    parent = process_group or world
+    if parent is None or dist.get_world_size(parent) == 1:
+        return None
+    if parent not in _own_groups:
+        ranks = dist.get_process_group_ranks(parent)
+        own = dist.new_group(ranks, use_local_synchronization=parent is not world)
+        assert isinstance(own, dist.ProcessGroup), "this rank is in the group"
+        _own_groups[parent] = own
+    return _own_groups[parent]
+
+
+def gather_messages(message: str | None, process_group: dist.ProcessGroup | None) -> str:
+    """All ranks' messages in one text, for the moment before every rank raises. A collective."""
+    if process_group is None:
+        return message or ""
+    messages: list[str | None] = [None] * dist.get_world_size(process_group)
+    dist.all_gather_object(messages, message, group=process_group)
+    return join_messages(messages)
+
+
+def join_messages(messages: Sequence[str | None]) -> str:
+    r"""One line for each distinct message, with the ranks that gave it.
+
+    >>> join_messages(["no gradient", None, "no gradient", "NaN"])
+    'ranks 0, 2: no gradient\nrank 3: NaN'
+    """
+    ranks_of: dict[str, list[int]] = {}
+    for rank, message in enumerate(messages):
+        if message:
+            ranks_of.setdefault(message, []).append(rank)
+    lines = []
+    for message, ranks in ranks_of.items():
+        shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+        who = "all ranks" if len(ranks) == len(messages) > 1 else f"rank{'s' if len(ranks) > 1 else ''} {shown}"
+        lines.append(f"{who}: {message}")
+    return "\n".join(lines)
