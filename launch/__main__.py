@@ -1,0 +1,31 @@
+"""Starts the training job: `python -m launch configs/fsdp2.yaml steps=50 optimizer.lr=1e-3`.
+
+Reads the config once and looks at the text, so that a mistake is reported once and before any process starts. Then this process becomes
+torchrun, or for a single process the job itself.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from launch import corpus, environment
+from launch.config import ConfigError, from_arguments
+
+
+def main(arguments: list[str]) -> None:
+    try:
+        config = from_arguments(arguments, "python -m launch")
+        corpus.load(config)  # writes the cache, which the ranks then find
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    environment.share_cores(config.processes)
+    command = [sys.executable, "-m"]
+    if config.processes > 1:
+        command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(config.processes), "-m"]
+    os.execv(sys.executable, [*command, "launch.train", *arguments])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,245 @@
+"""What a training job can be told: one YAML file, read into the models below, and `key=value` overrides.
+
+Everything that can be refused without torch is refused here. To add an option, add a field; it is then a key of the YAML files too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+__all__ = ["Config", "ConfigError", "DataConfig", "ModelConfig", "OptimizerConfig", "from_arguments", "load"]
+
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]  # part of a folder's name
+
+
+class ConfigError(ValueError):
+    """What the user can put right; shown without a traceback."""
+
+
+class _Section(BaseModel):
+    # strict: "50" is not a number and true is not 1. A config that means something else than it says is worse than an error.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class DataConfig(_Section):
+    """The text.
+
+    path: a file, or a folder of files; None is the source of the running Python's standard library.
+    suffix: which files of a folder and its subfolders, by how their names end; None is `.py` for the standard library, else every file.
+    """
+
+    path: str | None = None
+    suffix: str | None = None
+
+
+class ModelConfig(_Section):
+    """The size of the transformer."""
+
+    layers: PositiveInt
+    heads: PositiveInt
+    d_model: PositiveInt
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.d_model % (2 * self.heads):
+            raise ValueError(
+                f"d_model={self.d_model} does not divide into heads={self.heads} of even width; make it a multiple of {2 * self.heads}"
+            )
+        return self
+
+
+class OptimizerConfig(_Section):
+    """A class of sharded_optim by its name, and its hyperparameters; None is the optimizer's own default.
+
+    lr: the peak of the schedule.
+    weight_decay: as the optimizer means it: DecoupledAdamW's is the fraction lost in a step at the peak, the others' is multiplied by lr.
+    """
+
+    name: Literal["StableAdamW", "AdamW", "DecoupledAdamW"]
+    lr: PositiveFloat
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] | None = None  # a YAML sequence is a list
+    eps: NonNegativeFloat | None = None
+    weight_decay: NonNegativeFloat | None = None
+
+
+class Config(_Section):
+    """A training job.
+
+    name: ends the run folder's name; the config file's own unless given.
+    processes: over how many processes the job is spread, on this machine.
+    device: "auto" takes a GPU for each process where there are as many, else the CPU.
+    batch_size: sequences in a step, over all processes together, so that the loss curve does not depend on their number.
+    validation_batches: how many batches of that size are the validation set.
+    """
+
+    name: Name
+    runs_folder: str = "runs"
+    processes: PositiveInt
+    sharding: Literal["fsdp2", "ddp", "single"]
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    steps: PositiveInt
+    warmup_steps: NonNegativeInt
+    batch_size: PositiveInt
+    sequence_length: PositiveInt
+    log_every: PositiveInt
+    validation_every: PositiveInt
+    validation_batches: PositiveInt
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    data: DataConfig = DataConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        if self.sharding == "single" and self.processes > 1:
+            raise ValueError(f"sharding='single' is one process, got processes={self.processes}; use sharding=ddp or fsdp2, or processes=1")
+        if self.batch_size % self.processes:
+            raise ValueError(f"batch_size={self.batch_size} does not divide over processes={self.processes}; make it a multiple")
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps={self.warmup_steps} must be less than steps={self.steps}; lower it, or train for longer")
+        return self
+
+
+def from_arguments(arguments: list[str], program: str) -> Config:
+    """The config that command-line arguments ask for: a YAML file and overrides.
+
+    Raises:
+        ConfigError: the file or an override cannot be used; says which key and value, and the nearest valid name.
+        SystemExit: the arguments are no such list, or ask for help.
+    """
+    parser = argparse.ArgumentParser(prog=program, description="Train a small byte-level language model.")
+    parser.add_argument("config", type=Path, help="a YAML file, as configs/fsdp2.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides a key of the file, as steps=50 or optimizer.lr=1e-3")
+    parsed = parser.parse_args(arguments)
+    return load(parsed.config, parsed.overrides)
+
+
+def load(path: Path, overrides: list[str]) -> Config:
+    """Read a YAML file and apply overrides.
+
+    Raises:
+        ConfigError: see `from_arguments`.
+    """
+    values = {"name": path.stem} | _read(path)
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        problems = [_explain(dict(problem)) for problem in error.errors()]
+        raise ConfigError("\n  ".join([f"{path} cannot be used:", *problems])) from None
+
+
+# ------------------------------------------------------------------------------------------------------------------------- reading
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people mean it: 1e-3 is a number, which YAML 1.1 reads as a string, and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = _parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        others = sorted(other.name for other in path.parent.glob("*.yaml"))
+        raise ConfigError(f"there is no file {path}{_nearest(path.name, others)}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold keys and values, as `steps: 50`, got {values!r}")
+    return values
+
+
+def _parse(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)  # a subclass of the safe loader
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    """Set what `optimizer.lr=1e-3` says, in `values`. Whether the key exists is for the models to say."""
+    key, equals, text = override.partition("=")
+    if not (key and equals):
+        raise ConfigError(f"an override is key=value, as steps=50, got {override!r}")
+    *parents, leaf = key.split(".")
+    section = values
+    for parent in parents:
+        section = section.setdefault(parent, {})
+        if not isinstance(section, dict):
+            raise ConfigError(f"{override}: {parent} has no keys of its own, it is {section!r}")
+    try:
+        section[leaf] = _parse(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{override}: the value is no YAML, {getattr(error, 'problem', error)}; put quotes around it") from None
+
+
+# -------------------------------------------------------------------------------------------------------------------------- errors
+
+
+def _keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    """Dotted names of all keys, sections too."""
+    names = []
+    for name, field in section.model_fields.items():
+        names.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            names += _keys(field.annotation, f"{prefix}{name}.")
+    return names
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    """`; did you mean ...?`, or nothing if no name is near."""
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _nearest_key(key: str) -> str:
+    section, _, leaf = key.rpartition(".")
+    elsewhere = [name for name in _keys(Config) if name.rpartition(".")[2] == leaf]
+    if elsewhere:  # lr is optimizer.lr
+        return f"; did you mean {elsewhere[0]}?"
+    # The last parts are compared: `optimizer.` in front would make everything near.
+    siblings = {name.rpartition(".")[2]: name for name in _keys(Config) if name.rpartition(".")[0] == section}
+    near = difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.5)
+    return f"; did you mean {siblings[near[0]]}?" if near else f"; the keys here are {', '.join(siblings)}"
+
+
+def _explain(problem: dict[str, Any]) -> str:
+    """One line for a problem that pydantic found: key, value, rule, and the nearest valid name where there is one."""
+    key = ".".join(map(str, problem["loc"]))
+    kind, value = problem["type"], problem["input"]
+    if kind == "extra_forbidden":
+        return f"{key}={value!r}: there is no such key{_nearest_key(key)}"
+    if kind == "missing":
+        return f"{key} is missing; add it to the file, or {key}=... to the command"
+    if kind == "value_error":  # our own, which name keys and values
+        return f"{key + ': ' if key else ''}{problem['ctx']['error']}"
+    rule = re.sub(r"^\w+ should ", "", problem["msg"])  # Input should be ...
+    choices = re.findall(r"'([^']+)'", problem.get("ctx", {}).get("expected", ""))
+    return f"{key}={value!r}: it should {rule}{_nearest(str(value), choices)}"

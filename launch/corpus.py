@@ -1,0 +1,143 @@
+"""The text that is trained on: which files, where they are cached, the train/validation split, and what simpler models make of it.
+
+Knows nothing of torch, so that the parent process can look at the text without waiting for its import. Used by both it and the ranks.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import sysconfig
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from launch.config import Config, ConfigError, DataConfig
+
+__all__ = ["Corpus", "load", "unigram_bits_per_byte", "zlib_bits_per_byte"]
+
+VALIDATION_FRACTION = 0.05
+NEAR = 0.02  # of the text: how far the split may move to fall between two files
+
+NO_TEXT = {"__pycache__"}
+# Of the standard library: what is installed into it, tests (their size and presence depend on the distributor), and tables written by
+# programs (character maps, the help topics as one literal).
+NOT_LIBRARY = NO_TEXT | {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Two pieces of text, memory-mapped: uint8 (bytes,), read-only."""
+
+    source: Path
+    train: np.ndarray
+    validation: np.ndarray
+
+
+def load(config: Config) -> Corpus:
+    """The text that a config asks for, from the cache if its files have not changed.
+
+    Any number of processes may call this at the same time: a cache file appears under its name only when it is complete, and its name says
+    what is in it.
+
+    Raises:
+        ConfigError: there is no such text, or it is too short.
+    """
+    try:
+        source, files = _find(config.data)
+        sizes = [size for _, size, _ in files]
+        if not sum(sizes):
+            raise ConfigError(f"data.path={str(source)!r}: there is no text in it")
+        cache = Path(config.runs_folder) / ".cache" / f"{_fingerprint(source, files)}.bytes"
+        if not cache.exists():
+            _write(cache, source, files)
+        text = np.memmap(cache, dtype=np.uint8, mode="r")
+    except OSError as error:
+        raise ConfigError(f"the text cannot be read and cached: {error}") from None
+    split = _split(sizes)
+    corpus = Corpus(source=source, train=text[:split], validation=text[split:])
+    for name, piece in (("validation", corpus.validation), ("training", corpus.train)):
+        if len(piece) <= config.sequence_length:  # a window needs one byte more: the last one's target
+            raise ConfigError(
+                f"sequence_length={config.sequence_length} does not fit into the {name} text of {len(piece)} bytes in {source}; "
+                "make it shorter, or name more text with data.path"
+            )
+    return corpus
+
+
+def _find(data: DataConfig) -> tuple[Path, list[tuple[str, int, int]]]:
+    """Where the text is, and its files in order: (path relative to it, bytes, time of change in ns)."""
+    source = Path(sysconfig.get_paths()["stdlib"] if data.path is None else data.path).absolute()
+    if source.is_file():
+        paths = [source]
+    elif source.is_dir():
+        suffix = (".py" if data.path is None else "") if data.suffix is None else data.suffix
+        excluded = NOT_LIBRARY if data.path is None else NO_TEXT
+        paths = sorted(_walk(source, suffix, excluded), key=lambda path: path.relative_to(source).as_posix())
+        if not paths:
+            raise ConfigError(f"data.path={str(source)!r} has no files that end in data.suffix={suffix!r}")
+    else:
+        raise ConfigError(f"data.path={str(source)!r}: there is no such file or folder")
+    stats = [path.stat() for path in paths]
+    names = [path.relative_to(source).as_posix() for path in paths]
+    return source, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in zip(names, stats, strict=True)]
+
+
+def _walk(folder: Path, suffix: str, excluded: set[str]) -> Iterator[Path]:
+    for path in folder.rglob(f"*{glob.escape(suffix)}"):
+        parts = path.relative_to(folder).parts
+        if path.is_file() and not any(part in excluded or part.startswith(".") for part in parts):
+            yield path
+
+
+def _fingerprint(source: Path, files: list[tuple[str, int, int]]) -> str:
+    """Changes when a file is added, removed, renamed or written."""
+    return hashlib.sha256(repr((str(source), files)).encode()).hexdigest()[:24]
+
+
+def _write(cache: Path, source: Path, files: list[tuple[str, int, int]]) -> None:
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    partial = cache.with_suffix(f".{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as stream:
+            for name, size, _ in files:
+                text = (source / name).read_bytes()
+                if len(text) != size:  # the split is computed from sizes
+                    raise ConfigError(f"{source / name} changed while it was read; start again")
+                stream.write(text)
+        os.replace(partial, cache)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _split(sizes: list[int]) -> int:
+    """Where the validation text begins: the last 5 % of the files, in order of their paths.
+
+    Whole files at the end, because neighbours in this order (the modules of a package) resemble each other: dealt out at random, the
+    validation text would repeat the training text. Without a boundary between files nearby, as in a single file, the cut is within one.
+    """
+    total = sum(sizes)
+    wanted = round(total * (1.0 - VALIDATION_FRACTION))
+    boundaries = np.cumsum([0, *sizes])
+    nearest = int(boundaries[np.abs(boundaries - wanted).argmin()])
+    return nearest if abs(nearest - wanted) <= NEAR * total else wanted
+
+
+def unigram_bits_per_byte(train: np.ndarray, validation: np.ndarray) -> float:
+    """Bits per byte of the validation text if each byte is coded by its frequency in the training text.
+
+    A model that knows nothing of a byte's neighbours cannot do better. One count is added to each of the 256 (Laplace), because a byte that
+    was never seen in training would otherwise cost infinitely many bits.
+    """
+    counts = np.bincount(train, minlength=256) + 1.0
+    bits = -np.log2(counts / counts.sum())
+    return float(bits @ np.bincount(validation, minlength=256) / len(validation))
+
+
+def zlib_bits_per_byte(text: np.ndarray) -> float:
+    """Bits per byte that zlib needs for a text at its highest level (9)."""
+    return 8.0 * len(zlib.compress(text.tobytes(), 9)) / len(text)

@@ -1,0 +1,106 @@
+"""Where this process stands among the others: the one file that reads environment variables and starts and ends the process group."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from launch.config import Config, ConfigError
+
+if TYPE_CHECKING:  # the parent process uses this module too, and need not wait for torch
+    import torch
+
+__all__ = ["Place", "find_place", "pick_device", "share_cores", "start", "stop"]
+
+TIMEOUT_SECONDS = 300  # of a collective: far longer than any takes here, and a rank that died is noticed in the time one waits for a coffee
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Which of the processes this is; `local` counts those on this machine."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+
+def share_cores(processes: int) -> None:
+    """Give the processes that this one starts an equal share of the cores, unless the user has chosen.
+
+    More threads than cores make a small model several times slower; torchrun's default of one thread leaves cores idle. Threads that wait
+    for each other sleep instead of spinning: on a machine that does something else too, spinning halves the speed.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def find_place(config: Config) -> Place:
+    """Read torchrun's variables; without any, this process is alone.
+
+    Raises:
+        ConfigError: the variables are incomplete, or there are not as many processes as the config says.
+    """
+    names = {"rank": "RANK", "world_size": "WORLD_SIZE", "local_rank": "LOCAL_RANK", "local_world_size": "LOCAL_WORLD_SIZE"}
+    found = {field: os.environ[name] for field, name in names.items() if name in os.environ}
+    missing = [name for field, name in names.items() if field not in found]
+    if found and missing:
+        raise ConfigError(f"{', '.join(missing)} not in the environment, but the rest of torchrun's variables are; start with torchrun")
+    try:
+        place = Place(**{field: int(value) for field, value in found.items()})
+    except ValueError:
+        raise ConfigError(f"torchrun's variables must be whole numbers, got {found}") from None
+    if place.world_size != config.processes:
+        raise ConfigError(
+            f"processes={config.processes}, but {place.world_size} started; use `python -m launch`, "
+            f"`torchrun --nproc-per-node {config.processes} -m launch.train`, or processes={place.world_size}"
+        )
+    return place
+
+
+def pick_device(place: Place, wanted: str) -> torch.device:
+    """This process's device.
+
+    Raises:
+        ConfigError: GPUs are asked for and there are not enough.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    enough = gpus >= place.local_world_size  # NCCL does not let two ranks share one
+    if wanted == "cuda" and not enough:
+        raise ConfigError(f"device='cuda' needs a GPU for each of the {place.local_world_size} processes here, there are {gpus}")
+    return torch.device("cuda", place.local_rank) if enough and wanted != "cpu" else torch.device("cpu")
+
+
+def start(place: Place, device: torch.device) -> None:
+    """Start the process group, also for a process that is alone: then nothing else has to know the difference."""
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        # The same config twice gives the same metrics. On the CPU this holds as it is.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]  # costs a write of each
+    alone = place.world_size == 1  # then there may be no torchrun to meet the others through, and no others
+    dist.init_process_group(
+        backend="nccl" if device.type == "cuda" else "gloo",
+        store=dist.HashStore() if alone else None,  # pyright: ignore[reportPrivateImportUsage]  # public in the documentation
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=timedelta(seconds=TIMEOUT_SECONDS),
+        device_id=device if device.type == "cuda" else None,
+    )
+
+
+def stop() -> None:
+    """End the process group. Not after an error: it would wait for ranks that are stuck in a collective, and torchrun ends those."""
+    import torch.distributed as dist
+
+    dist.destroy_process_group()

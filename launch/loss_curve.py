@@ -1,0 +1,34 @@
+"""Draws a run's loss over its steps. Imports matplotlib only when asked to draw."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from launch.records import Summary, Training, Validation
+
+__all__ = ["draw"]
+
+
+def draw(path: Path, training: list[Training], validation: list[Validation], summary: Summary) -> None:
+    """Write a PNG: training and validation loss, between what a unigram model and zlib make of the validation text."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, and no global state as in pyplot
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot([r.step for r in training], [r.train_loss_bits for r in training], color="tab:blue", alpha=0.6, label="training")
+    losses = [r.val_bits_per_byte for r in validation]
+    axes.plot([r.step for r in validation], losses, color="tab:orange", marker="o", label=f"validation, at the end {losses[-1]:.3f}")
+    for level, color, name in (
+        (summary.unigram_bits_per_byte, "tab:gray", "unigram"),
+        (summary.zlib_bits_per_byte, "tab:green", "zlib, level 9"),
+    ):
+        axes.axhline(level, color=color, linestyle="--", label=f"{name} {level:.3f}")
+    axes.set_xlabel("step")
+    axes.set_ylabel("bits per byte")
+    axes.set_ylim(bottom=0.0)
+    axes.set_title(f"{summary.optimizer}, {summary.sharding}, {summary.world_size} processes")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)

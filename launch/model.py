@@ -1,0 +1,103 @@
+"""A small decoder-only transformer over bytes: pre-norm, RMSNorm, rotary positions, GELU.
+
+Initialised so that activations keep their scale: embeddings are normal with variance 1, weights of linear layers with variance 1 / inputs,
+and the layers that write to the residual stream are divided by sqrt(2 * layers), which is their number (as in GPT-2). Zeros there and in
+the output are popular, but cost too many of a short run's steps: after 250 steps of 2,048 bytes, 3.4 bits per byte against 2.5.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+__all__ = ["GPT", "Block"]
+
+BYTES = 256
+EXPANSION = 4  # width of the feed-forward layer, in widths of the model
+ROTARY_BASE = 10_000.0
+
+
+def rotary_table(sequence_length: int, width: int) -> Tensor:
+    """Cosines and sines of the rotation of each pair of channels at each position: (2, sequence_length, width / 2)."""
+    frequencies = ROTARY_BASE ** -(torch.arange(0, width, 2) / width)
+    angles = torch.arange(sequence_length)[:, None] * frequencies
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864) of (..., sequence, width)."""
+    cos, sin = table[:, : x.shape[-2]]
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal self-attention."""
+
+    def __init__(self, d_model: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.output = nn.Linear(d_model, d_model, bias=False)
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        batch, sequence, d_model = x.shape
+        query, key, value = self.qkv(x).view(batch, sequence, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(rotate(query, table), rotate(key, table), value, is_causal=True)
+        return self.output(mixed.transpose(1, 2).reshape(batch, sequence, d_model))
+
+
+class Block(nn.Module):
+    """Attention, then a feed-forward layer, each added to the residual stream. What FSDP2 gathers at a time."""
+
+    def __init__(self, d_model: int, heads: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(d_model)
+        self.attention = Attention(d_model, heads)
+        self.feed_forward_norm = nn.RMSNorm(d_model)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(d_model, EXPANSION * d_model, bias=False),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(EXPANSION * d_model, d_model, bias=False),
+        )
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), table)
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class GPT(nn.Module):
+    """Bytes in, logits of the next byte out."""
+
+    def __init__(self, *, layers: int, heads: int, d_model: int, sequence_length: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(BYTES, d_model)
+        self.blocks = nn.ModuleList(Block(d_model, heads) for _ in range(layers))
+        self.norm = nn.RMSNorm(d_model)
+        self.output = nn.Linear(d_model, BYTES, bias=False)
+        self.rotary: Tensor
+        self.register_buffer("rotary", rotary_table(sequence_length, d_model // heads), persistent=False)
+        self._initialise()
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.normal_(std=module.in_features**-0.5)
+            elif isinstance(module, nn.Embedding):
+                module.weight.normal_()
+        for block in self.blocks:
+            assert isinstance(block, Block), "made above"
+            for residual in (block.attention.output, block.feed_forward[-1]):
+                assert isinstance(residual, nn.Linear), "made above"
+                residual.weight.div_((2 * len(self.blocks)) ** 0.5)
+
+    def forward(
+        self,
+        tokens: Tensor,  # int64 (batch, sequence), bytes
+    ) -> Tensor:  # (batch, sequence, 256)
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x, self.rotary)
+        return self.output(self.norm(x))

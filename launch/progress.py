@@ -1,0 +1,58 @@
+"""What a person sees while a run goes on: a bar on a terminal, plain lines elsewhere, and a table at the end. Rank 0 shows it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from launch.records import Summary, Training, Validation
+
+__all__ = ["Display"]
+
+
+class Display:
+    """A listener that prints."""
+
+    def __init__(self, *, steps: int, unigram: float, zlib: float, folder: Path) -> None:
+        self._steps, self._unigram, self._zlib, self._folder = steps, unigram, zlib, folder
+        self._console = Console(highlight=False, markup=False, soft_wrap=True)
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        if self._console.is_terminal:
+            counts, text = TextColumn("{task.completed}/{task.total}"), TextColumn("{task.description}", markup=False)
+            self._bar = Progress(counts, BarColumn(bar_width=20), TimeRemainingColumn(), text, console=self._console)
+            self._task = self._bar.add_task("waiting for the first steps", total=steps)
+            self._bar.start()
+
+    def training(self, record: Training) -> None:
+        parts = [f"loss {record.train_loss_bits:.3f} bits/byte", f"lr {record.lr:.2e}", f"{record.tokens_per_second:,.0f} tokens/s"]
+        if record.largest_rms is not None:
+            parts.append(f"largest rms {record.largest_rms:.2f} {record.largest_rms_name}")
+        if record.skipped_steps:
+            parts.append(f"skipped {record.skipped_steps}")
+        text = "  ".join(parts)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=record.step, description=text)
+        else:
+            self._console.print(f"step {record.step}/{self._steps}  {text}")
+
+    def validation(self, record: Validation) -> None:
+        text = f"validation {record.val_bits_per_byte:.3f} bits/byte  (unigram {self._unigram:.3f}, zlib {self._zlib:.3f})"
+        self._console.print(f"step {record.step}/{self._steps}  {text}")  # above the bar, where there is one
+
+    def finish(self, summary: Summary) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        table = Table(show_header=False)
+        for name, value in (
+            ("validation", f"{summary.val_bits_per_byte:.3f} bits/byte"),
+            ("unigram", f"{summary.unigram_bits_per_byte:.3f} bits/byte"),
+            ("zlib, level 9", f"{summary.zlib_bits_per_byte:.3f} bits/byte"),
+            ("time", f"{summary.seconds:.0f} s"),
+            ("run folder", str(self._folder)),
+        ):
+            table.add_row(name, value)
+        self._console.print(table)

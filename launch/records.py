@@ -1,0 +1,60 @@
+"""What a run has to say, and to whom: rank 0 hands each record to its listeners, the run folder and the progress display."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+__all__ = ["Listener", "Summary", "Training", "Validation"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """Some steps of training, over all ranks."""
+
+    step: int  # the last of them, from 1
+    train_loss_bits: float  # bits per byte, mean over them
+    lr: float  # of the last
+    tokens_per_second: float  # of all ranks together, without validation
+    largest_rms: float | None  # the last step's largest per-tensor RMS; None if the optimizer has none
+    largest_rms_name: str | None  # and its tensor
+    skipped_steps: int  # since the beginning
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """The validation set after a step."""
+
+    step: int
+    val_bits_per_byte: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """A whole run."""
+
+    val_bits_per_byte: float
+    unigram_bits_per_byte: float
+    zlib_bits_per_byte: float
+    train_loss_bits: float
+    steps: int
+    skipped_steps: int
+    seconds: float  # all of the job, from reading the config
+    tokens_per_second: float  # while training
+    parameters: int
+    optimizer: str
+    sharding: str
+    world_size: int
+    device: str
+    torch: str
+    text: str
+
+
+class Listener(Protocol):
+    """What rank 0 calls."""
+
+    def training(self, record: Training) -> None: ...
+
+    def validation(self, record: Validation) -> None: ...
+
+    def finish(self, summary: Summary) -> None: ...

@@ -1,0 +1,233 @@
+"""The training job: what every process runs.
+
+Three ways to start it, from the repository:
+`python -m launch configs/fsdp2.yaml` starts as many processes as the config says;
+`torchrun --nproc-per-node 2 -m launch.train configs/fsdp2.yaml steps=50` does the same by hand;
+`python -m launch.train configs/single.yaml` is one process.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+
+import sharded_optim as so
+from launch import corpus, environment
+from launch.batches import training_batch, validation_batch
+from launch.config import Config, ConfigError, OptimizerConfig, from_arguments
+from launch.corpus import Corpus
+from launch.environment import Place
+from launch.model import GPT
+from launch.progress import Display
+from launch.records import Listener, Summary, Training, Validation
+from launch.run_folder import RunFolder
+from launch.sharding import SHARDINGS
+
+WARMUP_START = 0.01  # of the peak learning rate: a first step at 0 would be wasted
+
+
+def main(arguments: list[str]) -> int:
+    started = time.perf_counter()
+    try:  # whatever can be refused, before the ranks depend on each other
+        config = from_arguments(arguments, "python -m launch.train")
+        place = environment.find_place(config)
+        device = environment.pick_device(place, config.device)
+        text = corpus.load(config)
+        folder = RunFolder(config) if place.rank == 0 else None
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    environment.start(place, device)
+    run(config, place, device, text, folder, started)
+    environment.stop()
+    return 0
+
+
+def run(config: Config, place: Place, device: torch.device, text: Corpus, folder: RunFolder | None, started: float) -> None:
+    """Build, train, validate, report."""
+    unigram, zlib = corpus.unigram_bits_per_byte(text.train, text.validation), corpus.zlib_bits_per_byte(text.validation)
+    listeners: list[Listener] = []  # rank 0's only; but every rank takes part in computing what they hear
+    if folder is not None:
+        listeners = [folder, Display(steps=config.steps, unigram=unigram, zlib=zlib, folder=folder.path)]
+
+    torch.manual_seed(config.seed)  # the same weights on every rank
+    model = GPT(**config.model.model_dump(), sequence_length=config.sequence_length).to(device)
+    parameters = sum(param.numel() for param in model.parameters())  # before they are cut into shards
+    sharded = SHARDINGS[config.sharding](model, device, place.world_size)
+    optimizer = build_optimizer(model, config.optimizer)
+    schedule = build_schedule(optimizer, config.warmup_steps, config.steps)
+    meter = Meter(config.batch_size * config.sequence_length, device)
+
+    training = validation = None
+    for step in range(1, config.steps + 1):
+        loss = mean_loss(sharded, next_batch(config, place, text, step).to(device))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        meter.count(loss)
+        if step % config.log_every == 0 or step == config.steps:
+            training = describe_training(step, meter, optimizer)
+            for listener in listeners:
+                listener.training(training)
+        schedule.step()
+        if step % config.validation_every == 0 or step == config.steps:
+            meter.pause()
+            validation = Validation(step=step, val_bits_per_byte=validate(sharded, config, place, text, device))
+            for listener in listeners:
+                listener.validation(validation)
+            meter.resume()
+
+    assert training is not None, "there is at least one step"
+    assert validation is not None, "the last step is validated"
+    summary = Summary(
+        val_bits_per_byte=validation.val_bits_per_byte,
+        unigram_bits_per_byte=unigram,
+        zlib_bits_per_byte=zlib,
+        train_loss_bits=training.train_loss_bits,
+        steps=config.steps,
+        skipped_steps=training.skipped_steps,
+        seconds=time.perf_counter() - started,
+        tokens_per_second=meter.overall_tokens_per_second(),
+        parameters=parameters,
+        optimizer=config.optimizer.name,
+        sharding=config.sharding,
+        world_size=place.world_size,
+        device=device.type,
+        torch=torch.__version__,
+        text=str(text.source),
+    )
+    for listener in listeners:
+        listener.finish(summary)
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimizer by its name, with two param groups. Gradients are not clipped: StableAdamW clips its own updates, per tensor."""
+    named = list(model.named_parameters())  # with names, which its errors and metrics then use
+    matrices = [(name, param) for name, param in named if param.ndim >= 2]
+    gains = [(name, param) for name, param in named if param.ndim < 2]  # of norms: decay would pull them from 1 to 0
+    # What the config leaves open is the optimizer's own default.
+    given: dict[str, Any] = {key: value for key, value in config.model_dump().items() if key != "name" and value is not None}
+    return getattr(so, config.name)([{"params": matrices}, {"params": gains, "weight_decay": 0.0}], **given)
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, warmup_steps: int, steps: int) -> LRScheduler:
+    """Linear warm-up to the optimizer's lr, then half a cosine down to 0 after the last step."""
+    decay = CosineAnnealingLR(optimizer, T_max=steps - warmup_steps)
+    if warmup_steps == 0:
+        return decay
+    warmup = LinearLR(optimizer, start_factor=WARMUP_START, total_iters=warmup_steps)
+    return SequentialLR(optimizer, [warmup, decay], milestones=[warmup_steps])
+
+
+def next_batch(config: Config, place: Place, text: Corpus, step: int) -> Tensor:
+    """This rank's part of a step's batch."""
+    return training_batch(
+        text.train,
+        seed=config.seed,
+        step=step,
+        batch_size=config.batch_size,
+        sequence_length=config.sequence_length,
+        rank=place.rank,
+        world_size=place.world_size,
+    )
+
+
+def mean_loss(model: nn.Module, sequences: Tensor) -> Tensor:
+    """Cross-entropy in nats per byte of int64 (batch, length + 1) sequences. A token is a byte, so in bits it is bits per byte."""
+    logits = model(sequences[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1).float(), sequences[:, 1:].flatten())
+
+
+@torch.no_grad()
+def validate(model: nn.Module, config: Config, place: Place, text: Corpus, device: torch.device) -> float:
+    """Bits per byte of the whole validation set, the same on every rank. Each rank takes its rows of every batch."""
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for index in range(config.validation_batches):
+        sequences = validation_batch(
+            text.validation,
+            index,
+            batches=config.validation_batches,
+            batch_size=config.batch_size,
+            sequence_length=config.sequence_length,
+            rank=place.rank,
+            world_size=place.world_size,
+        )
+        total += mean_loss(model, sequences.to(device))
+    dist.all_reduce(total)
+    return total.item() / (config.validation_batches * place.world_size) / math.log(2.0)
+
+
+def describe_training(step: int, meter: Meter, optimizer: torch.optim.Optimizer) -> Training:
+    """What to say about the steps since the last time. Waits for the device, so not in every step."""
+    loss_bits, tokens_per_second = meter.read()
+    metrics: dict[str, float] = optimizer.metrics()  # type: ignore[attr-defined]  # of sharded_optim; already reduced over ranks
+    name, largest = largest_rms(metrics)
+    return Training(
+        step=step,
+        train_loss_bits=loss_bits,
+        lr=float(optimizer.param_groups[0]["lr"]),
+        tokens_per_second=tokens_per_second,
+        largest_rms=largest,
+        largest_rms_name=name,
+        skipped_steps=int(metrics["skipped_steps"]),
+    )
+
+
+def largest_rms(metrics: dict[str, float]) -> tuple[str | None, float | None]:
+    """The tensor with the largest RMS, and that; NaN is larger than any. (None, None) where the optimizer has no RMS."""
+    found = {key.removeprefix("rms/"): value for key, value in metrics.items() if key.startswith("rms/")}
+    if not found:
+        return None, None
+    name = max(found, key=lambda key: math.inf if math.isnan(found[key]) else found[key])
+    return name, found[name]
+
+
+class Meter:
+    """Mean loss and speed. The loss is added up where it is, so that no step waits for the device."""
+
+    def __init__(self, tokens_per_step: int, device: torch.device) -> None:
+        self._tokens_per_step = tokens_per_step
+        self._loss = torch.zeros((), device=device)
+        self._steps, self._all_steps = 0, 0
+        self._seconds, self._all_seconds = 0.0, 0.0
+        self._since = time.perf_counter()
+
+    def count(self, loss: Tensor) -> None:
+        self._loss += loss.detach()
+        self._steps += 1
+
+    def read(self) -> tuple[float, float]:
+        """(Bits per byte, mean over steps and ranks; tokens per second) since the last reading. A collective."""
+        loss = self._loss.double()
+        dist.all_reduce(loss)
+        nats = loss.item() / (self._steps * dist.get_world_size())
+        self.pause()
+        self.resume()
+        speed = self._steps * self._tokens_per_step / self._seconds
+        self._all_steps += self._steps
+        self._all_seconds += self._seconds
+        self._steps, self._seconds = 0, 0.0
+        self._loss.zero_()
+        return nats / math.log(2.0), speed
+
+    def pause(self) -> None:
+        self._seconds += time.perf_counter() - self._since
+
+    def resume(self) -> None:
+        self._since = time.perf_counter()
+
+    def overall_tokens_per_second(self) -> float:
+        """Of all that was read."""
+        return self._all_steps * self._tokens_per_step / self._all_seconds
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

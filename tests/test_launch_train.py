@@ -1,0 +1,194 @@
+"""The training job runs as a user runs it, leaves what it promises, and gives the same losses however the model is sharded."""
+
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from launch.config import OptimizerConfig, load
+from launch.model import GPT
+from launch.run_folder import RunFolder
+from launch.train import build_optimizer, build_schedule, largest_rms
+
+ROOT = Path(__file__).parents[1]
+STEPS = 10
+TINY = (
+    f"steps={STEPS} warmup_steps=3 batch_size=4 sequence_length=32 log_every=1 validation_every=5 validation_batches=2 device=cpu "
+    "model.layers=2 model.heads=2 model.d_model=32 optimizer.lr=1e-2"
+).split()
+TIMEOUT = 90.0  # seconds; a run takes about 8
+
+
+def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "launch", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+
+
+@dataclass
+class Run:
+    """A finished run."""
+
+    folder: Path
+    output: str
+
+    def summary(self) -> dict[str, Any]:
+        return json.loads((self.folder / "summary.json").read_text())
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """What depends on the config and not on the clock."""
+        records = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        return [{key: value for key, value in record.items() if key != "tokens_per_second"} for record in records]
+
+    def losses(self) -> list[float]:
+        """Of training and validation, in the order they came."""
+        return [record["train_loss_bits"] if "train_loss_bits" in record else record["val_bits_per_byte"] for record in self.metrics()]
+
+
+class Runs:
+    """Tiny runs over one text, each made when it is first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._made: dict[tuple[str, str], Run] = {}
+        generator = random.Random(0)
+        words = ["".join(generator.choices("abcdefghij", k=5)) for _ in range(40)]
+        for index in range(20):
+            path = folder / "text" / f"{index:02}.txt"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(" ".join(generator.choices(words, k=300)))
+
+    def of(self, sharding: str, attempt: str = "first") -> Run:
+        if (sharding, attempt) not in self._made:
+            runs = self._folder / f"{sharding}-{attempt}"
+            finished = launch(f"configs/{sharding}.yaml", *TINY, f"data.path={self._folder / 'text'}", f"runs_folder={runs}")
+            assert finished.returncode == 0, finished.stderr
+            self._made[sharding, attempt] = Run(folder=runs / "latest", output=finished.stdout)
+        return self._made[sharding, attempt]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("launch"))
+
+
+# -------------------------------------------------------------------------------------------------------------------- whole runs
+
+
+def test_a_run_leaves_a_folder_that_tells_all_about_it(runs):
+    run = runs.of("fsdp2")
+    assert run.folder.is_symlink()
+    assert run.folder.resolve().name.endswith("-fsdp2")
+    summary = run.summary()
+    assert summary["steps"] == STEPS
+    assert (summary["world_size"], summary["optimizer"], summary["sharding"]) == (2, "StableAdamW", "fsdp2")
+    for key in ("val_bits_per_byte", "unigram_bits_per_byte", "zlib_bits_per_byte", "train_loss_bits", "seconds", "tokens_per_second"):
+        assert 0.0 < summary[key] < math.inf, key
+    assert summary["skipped_steps"] == 0
+    assert summary["parameters"] == 2 * 256 * 32 + 2 * (12 * 32 * 32 + 2 * 32) + 32  # of the whole model, not of a shard
+    written = yaml.safe_load((run.folder / "config.yaml").read_text())
+    assert (written["steps"], written["optimizer"]["lr"], written["processes"]) == (STEPS, 0.01, 2)
+    assert (run.folder / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_metrics_have_every_step_and_a_living_rms_with_its_tensor(runs):
+    training = [record for record in runs.of("fsdp2").metrics() if "train_loss_bits" in record]
+    assert [record["step"] for record in training] == list(range(1, STEPS + 1))
+    assert training[0]["train_loss_bits"] == pytest.approx(8.7, abs=0.3)  # knowing nothing of bytes is 8 bits, and random logits cost 0.7
+    assert training[-1]["train_loss_bits"] < 7.0
+    assert len({record["largest_rms"] for record in training}) == STEPS
+    names = {name for name, _ in GPT(layers=2, heads=2, d_model=32, sequence_length=32).named_parameters()}
+    assert {record["largest_rms_name"] for record in training} <= names
+
+
+def test_validation_is_printed_next_to_what_it_is_compared_with(runs):
+    run = runs.of("fsdp2")
+    summary = run.summary()
+    last = [record for record in run.metrics() if "val_bits_per_byte" in record][-1]
+    assert last == {"step": STEPS, "val_bits_per_byte": summary["val_bits_per_byte"]}
+    assert f"validation {last['val_bits_per_byte']:.3f} bits/byte  (unigram {summary['unigram_bits_per_byte']:.3f}" in run.output
+    assert f"step 1/{STEPS}  loss {run.losses()[0]:.3f} bits/byte" in run.output
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "single"])
+def test_losses_do_not_depend_on_how_the_model_is_sharded(runs, sharding):
+    """Two ranks of half a batch each, and one of a whole: the same training. Only the order of sums over a batch differs."""
+    assert runs.of(sharding).losses() == pytest.approx(runs.of("fsdp2").losses(), rel=1e-5)
+
+
+def test_the_same_config_twice_gives_the_same_metrics(runs):
+    assert runs.of("fsdp2").metrics() == runs.of("fsdp2", "second").metrics()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["configs/fsdp2.yaml", "optimizer.rl=1e-3"], "optimizer.rl=0.001: there is no such key; did you mean optimizer.lr?"),
+        (["configs/fsdp2.yaml", "data.path=/no/such/folder"], "data.path='/no/such/folder'"),
+    ],
+)
+def test_a_mistake_is_reported_once_and_nothing_starts(tmp_path, arguments, expected):
+    finished = launch(*arguments, f"runs_folder={tmp_path}")
+    assert finished.returncode == 2
+    assert finished.stderr.count(expected) == 1
+    assert "Traceback" not in finished.stderr
+    assert finished.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------------------------------------- parts
+
+
+@pytest.mark.parametrize("name", ["StableAdamW", "AdamW", "DecoupledAdamW"])
+def test_every_optimizer_is_built_by_name_without_decay_of_gains(name):
+    model = GPT(layers=1, heads=2, d_model=8, sequence_length=4)
+    optimizer = build_optimizer(model, OptimizerConfig(name=name, lr=1e-3, weight_decay=0.25))
+    assert type(optimizer).__name__ == name
+    matrices, gains = optimizer.param_groups
+    assert (matrices["weight_decay"], gains["weight_decay"]) == (0.25, 0.0)
+    assert all(param.ndim == 2 for param in matrices["params"])
+    assert all(param.ndim == 1 for param in gains["params"])
+    assert {*matrices["param_names"], *gains["param_names"]} == {name for name, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 1, 10])
+def test_the_learning_rate_warms_up_to_its_peak_and_ends_at_zero(warmup_steps):
+    param = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([param], lr=2.0)
+    schedule = build_schedule(optimizer, warmup_steps, 50)
+    used = []
+    for _ in range(50):
+        used.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert used[warmup_steps] == max(used) == pytest.approx(2.0)
+    assert used[: warmup_steps + 1] == sorted(used[: warmup_steps + 1])
+    assert used[warmup_steps:] == sorted(used[warmup_steps:], reverse=True)
+    assert 0.0 < used[-1] < 0.01
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_the_largest_rms_is_named_and_nan_is_the_largest():
+    assert largest_rms({"skipped_steps": 0.0}) == (None, None)
+    assert largest_rms({"skipped_steps": 9.0, "rms/a": 0.5, "rms/b": 1.5}) == ("b", 1.5)
+    name, value = largest_rms({"rms/a": 0.5, "rms/b": math.nan, "rms/c": 1.5})
+    assert name == "b"
+    assert value is not None
+    assert math.isnan(value)
+
+
+def test_runs_that_start_in_the_same_second_have_folders_of_their_own(tmp_path):
+    config = load(ROOT / "configs" / "fsdp2.yaml", [f"runs_folder={tmp_path}"])
+    folders = [RunFolder(config).path for _ in range(3)]
+    assert len(set(folders)) == 3
+    assert (tmp_path / "latest").resolve() == folders[-1].resolve()
+    assert not (tmp_path / "latest").readlink().is_absolute()  # the folder can be moved

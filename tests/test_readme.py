@@ -1,0 +1,32 @@
+"""What the README shows works as it stands."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_the_example_runs_on_two_ranks(tmp_path: Path) -> None:
+    """With a last line added that prints a metric, so that an example that did nothing would fail."""
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    script = tmp_path / "example.py"
+    script.write_text(code + "\nprint('largest RMS', max(optimizer.metrics().values()))\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment, check=False)
+    assert result.returncode == 0, result.stderr
+    values = [float(value) for value in re.findall(r"largest RMS (\S+)", result.stdout)]
+    assert len(values) == 2
+    assert values[0] == values[1] > 0
+
+
+def test_every_file_the_readme_links_to_exists() -> None:
+    links = re.findall(r"\]\((?!http)([^)#]+)", README.read_text())
+    assert links
+    missing = [link for link in links if not (README.parent / link).exists()]
+    assert not missing
