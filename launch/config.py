@@ -127,7 +127,9 @@ def from_arguments(arguments: list[str], program: str) -> Config:
     """
     parser = argparse.ArgumentParser(prog=program, description="Train a small byte-level language model.")
     parser.add_argument("config", type=Path, help="a YAML file, as configs/fsdp2.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides a key of the file, as steps=50 or optimizer.lr=1e-3")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="overrides a key of the file, as steps=50 or optimizer.lr=1e-3"
+    )
     parsed = parser.parse_args(arguments)
     return load(parsed.config, parsed.overrides)
 

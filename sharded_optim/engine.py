@@ -48,6 +48,24 @@ class _Batch:
     operands: list[Operand] = field(default_factory=list)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Sums:
+    """What was observed of a batch; see `Backend.observe`."""
+
+    bits: list[int]
+    sums: Tensor
+    non_finite: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Observation:
+    """What this rank brings to an agreement."""
+
+    batches: list[_Batch] = field(default_factory=list)
+    sums: list[_Sums] = field(default_factory=list)  # of each batch
+    failure: Exception | None = None  # or why it brings nothing
+
+
 class EngineOptions(TypedDict, total=False):
     """Keyword-only options of every optimizer.
 
@@ -134,28 +152,9 @@ class Engine(torch.optim.Optimizer):
             return loss
         self._raise_deferred()
         layout = self._current_layout()
-        work, problem = self._collect(layout)
-
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
-        lr_scales = None
-        if self._agrees:
-            agreement = self._agree(layout, work, problem, found_inf)
-            proceed = self._verdict(agreement)
-            if self.algorithm.statistic is not None:
-                lr_scales = self.algorithm.statistic.lr_scale(agreement.means())
-        else:
-            if problem is not None:
-                raise ValueError(problem)
-            proceed = None if found_inf is None else (found_inf == 0).all()
-
-        if proceed is None or known_on_host(proceed):  # branch
-            if proceed is None or proceed:
-                self._update(work, lr_scales, None)
-            else:
-                self._count_skipped(1)
-        else:  # select on the device
-            self._update(work, lr_scales, proceed)
-            self._count_skipped(~proceed)
+        observation = self._observe(layout)
+        proceed, lr_scales = self._agree(layout, observation)
+        self._update(observation.batches, proceed, lr_scales)
         return loss
 
     @property
@@ -163,58 +162,41 @@ class Engine(torch.optim.Optimizer):
         """Whether a step hears from the other ranks."""
         return self.algorithm.statistic is not None or self.nonfinite != "allow"
 
-    def _collect(self, layout: Layout) -> tuple[list[_Batch], str | None]:
-        """The local parameters that have a gradient; and, if one cannot be used, why."""
+    def _observe(self, layout: Layout) -> _Observation:
+        """Look at gradients and state, and sum what the ranks must agree on. Writes nothing."""
+        try:
+            batches = self._collect(layout)
+            return _Observation(batches=batches, sums=[self._sum(layout, batch) for batch in batches] if self._agrees else [])
+        except Exception as failure:  # the other ranks must hear of it before this one raises
+            return _Observation(failure=failure)
+
+    def _collect(self, layout: Layout) -> list[_Batch]:
+        """The local parameters that have a gradient.
+
+        Raises:
+            ValueError: one that cannot be used.
+        """
         batches: dict[tuple[torch.device, str], _Batch] = {}
         for index, entry in enumerate(layout.local_params):
             if entry.param.grad is None:
                 continue
-            try:
-                operand = Operand(
-                    param=entry.local(entry.param, "parameter"),
-                    grad=entry.local(entry.param.grad, "gradient"),
-                    state=tuple(entry.local(tensor, "state") for tensor in self._moments(entry.param)),
-                )
-                backend = self._choose_backend(operand)
-            except ValueError as error:
-                return [], str(error)
+            operand = Operand(
+                param=entry.local(entry.param, "parameter"),
+                grad=entry.local(entry.param.grad, "gradient"),
+                state=tuple(entry.local(tensor, "state") for tensor in self._moments(entry.param)),
+            )
+            backend = self._choose_backend(operand)
             device = operand.param.device
             batch = batches.setdefault((device, backend.name), _Batch(backend=backend, device=device))
             batch.indices.append(index)
             batch.params.append(entry.param)
             batch.operands.append(operand)
-        return list(batches.values()), None
+        return list(batches.values())
 
-    def _agree(self, layout: Layout, work: list[_Batch], problem: str | None, found_inf: Tensor | None) -> statistics.Agreement:
-        """Observe, and add up what all ranks observed."""
-        device = layout.local_params[0].param.device
-        indices: list[int] = []
-        bits: list[int] = []
-        sums, non_finite = [torch.empty(0, dtype=torch.int64, device=device)], [torch.empty(0, dtype=torch.int64, device=device)]
-        for batch in work:
-            batch_bits, batch_sums, batch_non_finite = self._observe(layout, batch)
-            indices += batch.indices
-            bits += batch_bits
-            sums.append(batch_sums.to(device))
-            non_finite.append(batch_non_finite.to(device))
-        agreement = statistics.agree(
-            layout,
-            indices,
-            torch.cat(sums),
-            torch.cat(non_finite),
-            bits,
-            invalid=problem is not None,
-            found_inf=found_inf,
-            process_group=self._own_group(),
-        )
-        self._check(agreement, problem)
-        self._last_agreement = agreement
-        return agreement
-
-    def _observe(self, layout: Layout, batch: _Batch) -> tuple[list[int], Tensor, Tensor]:
-        """Fraction bits, fixed-point sums and non-finite counts of a batch. Reads only."""
+    def _sum(self, layout: Layout, batch: _Batch) -> _Sums:
+        """Sum the statistic of each operand, or only see whether its gradient is finite."""
         statistic = self.algorithm.statistic
-        if statistic is None:  # only whether the gradient is finite
+        if statistic is None:
             bits, limits = [0] * len(batch.indices), [0.0] * len(batch.indices)
             table = torch.empty(len(batch.indices), 0, device=batch.device)
         else:
@@ -223,22 +205,55 @@ class Engine(torch.optim.Optimizer):
             bits = [statistics.fraction_bits(bound, numel) for bound, numel in zip(bounds, numels, strict=True)]
             limits = [HEADROOM * bound for bound in bounds]
             table = self._table(batch, statistic.coefficients)
-        sums, non_finite = batch.backend.observe(
-            self.algorithm, batch.operands, table, limits, bits, self._inverse_grad_scale(batch.device)
-        )
-        return bits, sums, non_finite
+        grad_scale = self._inverse_grad_scale(batch.device)
+        sums, non_finite = batch.backend.observe(self.algorithm, batch.operands, table, limits, bits, grad_scale)
+        return _Sums(bits=bits, sums=sums, non_finite=non_finite)
 
-    def _check(self, agreement: statistics.Agreement, problem: str | None) -> None:
-        """Raise, on all ranks together, where they do not fit together. On a device, the other ranks learn of it one step later."""
-        if known_on_host(agreement.vector):
-            if agreement.invalid:
-                raise ValueError(gather_messages(problem, self._own_group()))
-            if not agreement.consistent():
-                raise ValueError(agreement.inconsistency())
-        elif problem is not None:
-            raise ValueError(problem)
-        else:
+    def _agree(self, layout: Layout, observation: _Observation) -> tuple[Tensor | None, Tensor | None]:
+        """Add up what all ranks observed, if the algorithm needs to know. Every rank gets here in every step.
+
+        Returns:
+            proceed: bool, 0-dim, whether the step happens; None if nothing can stop it.
+            lr_scales: float64 (local parameters,), multipliers of the learning rate; None for 1.
+
+        Raises:
+            ValueError: the ranks do not fit together or one has failed; on all of them, or on a device one step later on the others.
+            FloatingPointError: see `step`.
+        """
+        failure, sums = observation.failure, observation.sums
+        found_inf: Tensor | None = getattr(self, "found_inf", None)  # GradScaler's
+        if not self._agrees:
+            if failure is not None:
+                raise failure
+            return (None if found_inf is None else (found_inf == 0).all()), None
+
+        device = layout.local_params[0].param.device
+        nothing = torch.empty(0, dtype=torch.int64, device=device)
+        agreement = statistics.agree(
+            layout,
+            [index for batch in observation.batches for index in batch.indices],
+            torch.cat([nothing, *(each.sums.to(device) for each in sums)]),
+            torch.cat([nothing, *(each.non_finite.to(device) for each in sums)]),
+            [bits for each in sums for bits in each.bits],
+            invalid=failure is not None,
+            found_inf=found_inf,
+            process_group=self._own_group(),
+        )
+        self._raise_inconsistency(agreement, failure)
+        self._last_agreement = agreement
+        statistic = self.algorithm.statistic
+        return self._verdict(agreement), None if statistic is None else statistic.lr_scale(agreement.means())
+
+    def _raise_inconsistency(self, agreement: statistics.Agreement, failure: Exception | None) -> None:
+        if not known_on_host(agreement.vector):
+            if failure is not None:
+                raise failure
             self._deferred.append(statistics.Deferred(agreement))
+        elif agreement.invalid:
+            message = None if failure is None else str(failure) if isinstance(failure, ValueError) else repr(failure)
+            raise ValueError(gather_messages(message, self._own_group())) from failure
+        elif not agreement.consistent():
+            raise ValueError(agreement.inconsistency())
 
     def _raise_deferred(self) -> None:
         while self._deferred and self._deferred[0].is_ready():
@@ -256,9 +271,14 @@ class Engine(torch.optim.Optimizer):
             verdict = verdict & agreement.consistent()
         return verdict & finite if self.nonfinite == "skip" else verdict
 
-    def _update(self, work: list[_Batch], lr_scales: Tensor | None, proceed: Tensor | None) -> None:
-        """Write parameters and state, and count the step."""
-        for batch in work:
+    def _update(self, batches: list[_Batch], proceed: Tensor | None, lr_scales: Tensor | None) -> None:
+        """Write parameters and state, and count the step, where it happens."""
+        if proceed is not None and known_on_host(proceed):  # branch here; a verdict that only the device knows selects there
+            if not proceed:
+                self._count_skipped(1)
+                return
+            proceed = None
+        for batch in batches:
             scale = 1.0
             if lr_scales is not None:
                 indices = torch.tensor(batch.indices).to(lr_scales.device, non_blocking=True)
@@ -269,6 +289,8 @@ class Engine(torch.optim.Optimizer):
             steps = [self.state[param][STEP] for param in params.values()]
             taken = 1.0 if proceed is None else proceed.to(batch.device, torch.float32)
             torch._foreach_add_(steps, taken)  # pyright: ignore[reportPrivateImportUsage]
+        if proceed is not None:
+            self._count_skipped(~proceed)
 
     def _table(self, batch: _Batch, coefficients: Callable[..., Coefficients], lr_scale: float | Tensor | None = None) -> Tensor:
         """One row of coefficients for each operand of a batch: fp32 (operands, coefficients)."""

@@ -188,6 +188,17 @@ def check_bad_gradient_on_one_rank() -> None:
     assert optimizer.state[param]["step"] == 1
 
 
+def check_failure_of_another_kind_on_one_rank() -> None:
+    """Whatever goes wrong on a rank before the agreement, the others hear of it instead of waiting."""
+    param = nn.Parameter(torch.ones(4))
+    optimizer = so.StableAdamW([("w", param)], lr=1e-3)
+    param.grad = torch.ones(4)
+    optimizer.step()
+    if dist.get_rank() == 1:
+        del optimizer.state[param]["exp_avg_sq"]
+    refused(r"rank 1: KeyError\('exp_avg_sq'\)", optimizer.step)
+
+
 def check_bad_parameter_on_one_rank() -> None:
     """Found when the layout is built: parameters may have been replaced since construction."""
     param = nn.Parameter(torch.ones(4))
@@ -203,6 +214,7 @@ def check_two_ranks() -> None:
     check_pieces_that_do_not_tile()
     check_ranks_that_disagree()
     check_bad_gradient_on_one_rank()
+    check_failure_of_another_kind_on_one_rank()
     check_bad_parameter_on_one_rank()
 
 

@@ -78,10 +78,9 @@ def test_a_device_that_is_behind_does_not_hold_up_the_host_and_loses_no_error() 
     with pytest.raises(ValueError, match="gradient of 'w' is sparse"):
         optimizer.step()
     before = copy.deepcopy(optimizer.state[param])
-    agreed = optimizer._last_agreement
-    assert agreed is not None
-    optimizer._deferred[0]._consistent.fill_(False)  # as a rank would see it when another met bad input
-    agreed.invalid.fill_(1)
+    first = optimizer._deferred[0]
+    first._consistent.fill_(False)  # as a rank would see it when another met bad input
+    first._agreement.invalid.fill_(1)
     param.grad = torch.ones(3)
     optimizer.step()
     with pytest.raises(ValueError, match=r"ranks met bad input"):
