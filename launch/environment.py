@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # the parent process uses this module too, and need not wait 
 
 __all__ = ["Place", "find_place", "pick_device", "share_cores", "start", "stop"]
 
-TIMEOUT_SECONDS = 300  # of a collective: far longer than any takes here, and a rank that died is noticed in the time one waits for a coffee
+TIMEOUT_SECONDS = 300  # of a collective: far longer than any takes here, and soon enough to notice a rank that died
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +29,10 @@ class Place:
 def share_cores(processes: int) -> None:
     """Give the processes that this one starts an equal share of the cores, unless the user has chosen.
 
-    More threads than cores make a small model several times slower; torchrun's default of one thread leaves cores idle. Threads that wait
-    for each other sleep instead of spinning: on a machine that does something else too, spinning halves the speed.
+    More threads than cores make a small model several times slower; torchrun's default of one thread leaves cores idle.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def find_place(config: Config) -> Place:

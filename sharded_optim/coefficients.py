@@ -55,14 +55,11 @@ def coefficient_table(
 
 
 def _current_lr(group: dict[str, Any], device: torch.device) -> float | Tensor:
-    """This step's learning rate: a float, or a float64 tensor on `device`. Keeps track of the reference, where a group learns it."""
+    """This step's learning rate: a float, or a float64 tensor on `device`."""
     lr = group["lr"]
     if isinstance(lr, Tensor) and not known_on_host(lr):
         return lr.detach().to(device).double().reshape(())
-    lr = float(lr)
-    if group["learns_reference_lr"]:
-        group["reference_lr"] = max(group["reference_lr"], lr)
-    return lr
+    return float(lr)
 
 
 def _next_step(steps: list[Tensor]) -> int | Tensor:

@@ -8,7 +8,6 @@ The public classes in `optimizers.py` give it an algorithm and defaults.
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import chain
@@ -22,7 +21,6 @@ from sharded_optim import loading, param_groups, statistics
 from sharded_optim.algorithms import Algorithm, Coefficients
 from sharded_optim.backends import AUTO, Backend, Operand, available, choose
 from sharded_optim.coefficients import coefficient_table, known_on_host
-from sharded_optim.formats import format_of
 from sharded_optim.ranks import gather_messages, own_process_group
 from sharded_optim.sharding import Layout, LocalParam, describe
 from sharded_optim.state import STEP, State, called_to_allocate
@@ -69,7 +67,8 @@ class _Observation:
 class EngineOptions(TypedDict, total=False):
     """Keyword-only options of every optimizer.
 
-    state_dtype: storage dtype of the moments: float32 (the default, also for low-precision parameters), bfloat16 or float16.
+    state_dtype: storage dtype of the moments: float32 (the default, also for low-precision parameters), or bfloat16, whose rounding
+        wants beta2 <= 0.996.
     backend: "auto", the default, picks the fastest that supports the device and dtypes; or the name of one.
     nonfinite: what a step does when a gradient on any rank is not finite, or too large to be squared in fp32.
         "skip": no rank steps; parameters, state and step counters stay as they are, bit for bit.
@@ -118,12 +117,13 @@ class Engine(torch.optim.Optimizer):
         self.backend = backend
         # Where ranks agree on something anyway, skipping together costs nothing; elsewhere it would cost a collective.
         self.nonfinite: NonFinite = nonfinite or ("skip" if algorithm.statistic else "allow")
-        self.state_dtype = format_of(state_dtype or torch.float32).dtype
+        self.state_dtype = state_dtype or torch.float32
         self.process_group = process_group
         self._max_lr = None if max_lr is None else param_groups.check_number("max_lr", max_lr)
         self._skipped: int | Tensor = 0
         self._forget_layout()
         param_groups.check_hyperparameters(defaults, "the optimizer's arguments")
+        param_groups.check_state_dtype(self.state_dtype, defaults)
         super().__init__(params, defaults)
         self.state = State(algorithm.state, self.state_dtype, self.state)
 
@@ -176,6 +176,8 @@ class Engine(torch.optim.Optimizer):
         Raises:
             ValueError: one that cannot be used.
         """
+        for index, group in enumerate(self.param_groups):  # schedulers and users write to them
+            param_groups.check_hyperparameters(group, f"param_groups[{index}]", scheduled=True)
         batches: dict[tuple[torch.device, str], _Batch] = {}
         for index, entry in enumerate(layout.local_params):
             if entry.param.grad is None:
@@ -235,6 +237,7 @@ class Engine(torch.optim.Optimizer):
             torch.cat([nothing, *(each.sums.to(device) for each in sums)]),
             torch.cat([nothing, *(each.non_finite.to(device) for each in sums)]),
             [bits for each in sums for bits in each.bits],
+            [key for batch in observation.batches for key in self._keys(batch)],
             invalid=failure is not None,
             found_inf=found_inf,
             process_group=self._own_group(),
@@ -248,7 +251,7 @@ class Engine(torch.optim.Optimizer):
         if not known_on_host(agreement.vector):
             if failure is not None:
                 raise failure
-            self._deferred.append(statistics.Deferred(agreement))
+            self._deferred = statistics.Deferred(agreement)
         elif agreement.invalid:
             message = None if failure is None else str(failure) if isinstance(failure, ValueError) else repr(failure)
             raise ValueError(gather_messages(message, self._own_group())) from failure
@@ -256,8 +259,9 @@ class Engine(torch.optim.Optimizer):
             raise ValueError(agreement.inconsistency())
 
     def _raise_deferred(self) -> None:
-        while self._deferred and self._deferred[0].is_ready():
-            self._deferred.popleft().raise_if_inconsistent()
+        deferred, self._deferred = self._deferred, None
+        if deferred is not None:
+            deferred.raise_if_inconsistent()
 
     def _verdict(self, agreement: statistics.Agreement) -> Tensor:
         """Whether the step happens: bool, 0-dim, on the device of the agreement."""
@@ -278,6 +282,8 @@ class Engine(torch.optim.Optimizer):
                 self._count_skipped(1)
                 return
             proceed = None
+        for group in self.param_groups:
+            param_groups.learn_reference_lr(group)
         for batch in batches:
             scale = 1.0
             if lr_scales is not None:
@@ -297,6 +303,18 @@ class Engine(torch.optim.Optimizer):
         groups = [self._groups[index] for index in batch.indices]
         steps = [self.state[param][STEP] for param in batch.params]
         return coefficient_table(coefficients, groups, steps, batch.device, lr_scale)
+
+    def _keys(self, batch: _Batch) -> list[int]:
+        """A number for each operand that is the same on two ranks if they use the same hyperparameters at the same step."""
+        keys: dict[tuple[int, float], int] = {}
+        result = []
+        for index, param in zip(batch.indices, batch.params, strict=True):
+            step = self.state[param][STEP]
+            known = (id(self._groups[index]), float(step) if known_on_host(step) else -1.0)
+            if known not in keys:
+                keys[known] = param_groups.hyperparameter_key(self._groups[index], known[1])
+            result.append(keys[known])
+        return result
 
     def _inverse_grad_scale(self, device: torch.device) -> Tensor | None:
         """What multiplies the gradients under GradScaler: fp32, 0-dim."""
@@ -319,10 +337,13 @@ class Engine(torch.optim.Optimizer):
             if not named:
                 raise ValueError(f"param_groups[{index}] has no parameters; leave the group out")
             param_groups.check_hyperparameters(param_group, f"param_groups[{index}]")
+            param_groups.check_state_dtype(self.state_dtype, param_group)
             known = {id(p): n for g_index, g in enumerate(self.param_groups) for p, n in param_groups.named_params(g, g_index)}
             for param, name in named:
                 if id(param) in known:
                     raise ValueError(f"parameter {name!r} appears twice, also as {known[id(param)]!r}; give each parameter once")
+                if name in known.values():
+                    raise ValueError(f"two parameters are named {name!r}; give each a name of its own, for example with a prefix per model")
                 known[id(param)] = name
                 if isinstance(param, Tensor):
                     describe(param, name)
@@ -330,9 +351,10 @@ class Engine(torch.optim.Optimizer):
         param_groups.set_reference_lr(self.param_groups[index], self._max_lr)
 
     def init_state(self) -> None:
-        """Allocate the state of every parameter that has none yet: what the first step does for those with a gradient."""
+        """Allocate the state of every trainable parameter that has none yet: what the first step does for those with a gradient."""
         for param in chain.from_iterable(group["params"] for group in self.param_groups):
-            self.state[param]  # allocates
+            if param.requires_grad:
+                self.state[param]  # allocates
 
     def _moments(self, param: Tensor) -> tuple[Tensor, ...]:
         state = self.state[param]
@@ -354,16 +376,12 @@ class Engine(torch.optim.Optimizer):
         """The layout of the parameters as they are now; wrappers replace them after construction."""
         params = [param for group in self.param_groups for param in group["params"]]
         if self._layout is None or not self._layout.describes(params):
-            pairs = list(chain.from_iterable(param_groups.named_params(g, i) for i, g in enumerate(self.param_groups)))
 
             def describe_all() -> list[LocalParam]:
+                pairs = chain.from_iterable(param_groups.named_params(group, index) for index, group in enumerate(self.param_groups))
                 return [describe(param, name) for param, name in pairs]
 
-            if self._agrees:
-                positional = not all("param_names" in group for group in self.param_groups)
-                self._layout = Layout.of_group(describe_all, self._own_group(), positional_names=positional)
-            else:
-                self._layout = Layout.of_rank(describe_all())
+            self._layout = Layout.of_group(describe_all, self._own_group()) if self._agrees else Layout.of_rank(describe_all())
         self._groups = [group for group in self.param_groups for _ in group["params"]]
         return self._layout
 
@@ -377,7 +395,7 @@ class Engine(torch.optim.Optimizer):
         self._groups: list[dict[str, Any]] = []  # of each local parameter
         self._backends: dict[tuple[torch.device, frozenset[torch.dtype]], Backend] = {}
         self._last_agreement: statistics.Agreement | None = None
-        self._deferred: deque[statistics.Deferred] = deque()
+        self._deferred: statistics.Deferred | None = None
 
     # ----------------------------------------------------------------------------------------------------------------- reports
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sharded_optim.param_groups import check_hyperparameters
 from sharded_optim.state import STEP
 
 __all__ = ["check_state", "restore_groups", "restore_state"]
@@ -30,13 +31,22 @@ def check_state(groups: list[dict[str, Any]], state_dict: dict[str, Any], names:
         raise ValueError(
             f"the state dict has param groups of {saved_sizes} parameters, the optimizer of {sizes}; build the same groups before loading"
         )
+    for index, group in enumerate(state_dict["param_groups"]):
+        check_hyperparameters(group, f"the state dict's param_groups[{index}]", scheduled=True)
     for param, name, state in _pairs(groups, state_dict):
         for key in (*names, STEP):
             if key not in state:
                 raise ValueError(
                     f"the saved state of {name} lacks {key!r} (it has {', '.join(map(str, state))}); it is another optimizer's"
                 )
+        if torch.as_tensor(state[STEP]).numel() != 1:
+            raise ValueError(f"saved {STEP!r} of {name} has shape {tuple(state[STEP].shape)}; it must be one number")
         for key in names:
+            if getattr(state[key], "placements", None) != getattr(param, "placements", None):
+                raise ValueError(
+                    f"saved {key!r} of {name} is not sharded like the parameter; load it with set_optimizer_state_dict of "
+                    f"torch.distributed.checkpoint.state_dict, which reshards"
+                )
             if state[key].shape != param.shape:
                 raise ValueError(f"saved {key!r} of {name} has shape {tuple(state[key].shape)}, the parameter {tuple(param.shape)}")
 

@@ -6,13 +6,25 @@ Used by the engine when a group is added and when a state dict is loaded.
 from __future__ import annotations
 
 import math
+import zlib
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sharded_optim.algorithms.weight_decay import FORMS
 
-__all__ = ["check_hyperparameters", "check_number", "named_params", "set_reference_lr"]
+__all__ = [
+    "check_hyperparameters",
+    "check_number",
+    "check_state_dtype",
+    "hyperparameter_key",
+    "learn_reference_lr",
+    "named_params",
+    "set_reference_lr",
+]
+
+BF16_HALF_ULP = 2.0**-8  # relative, at worst
 
 
 def check_number(name: str, value: Any, where: str = "") -> float:
@@ -23,20 +35,54 @@ def check_number(name: str, value: Any, where: str = "") -> float:
     return number
 
 
-def check_hyperparameters(values: dict[str, Any], where: str) -> None:
-    """Raise ValueError for a hyperparameter that no step could use; keys that are absent or unknown pass."""
+def check_hyperparameters(values: dict[str, Any], where: str, *, scheduled: bool = False) -> None:
+    """Raise ValueError for a hyperparameter that no step could use, or that asks for what no step does. Other keys pass.
+
+    Args:
+        scheduled: the values may come from a scheduler, whose roundings can take an lr just below 0 (CosineAnnealingLR at its end).
+    """
     where = f" in {where}"
-    for name in ("lr", "eps", "weight_decay", "max_lr"):
-        if values.get(name) is not None:
-            check_number(name, values[name], where)
-    if isinstance(values.get("lr"), Tensor) and values["lr"].numel() != 1:
-        raise ValueError(f"a tensor lr must have one element, got shape {tuple(values['lr'].shape)}{where}")
+    lr = values.get("lr")
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"a tensor lr must have one element, got shape {tuple(lr.shape)}{where}")
+    for name in ("lr", "eps", "weight_decay", "max_lr", "reference_lr"):
+        value = values.get(name)
+        if value is None:
+            if name in values and name != "max_lr":
+                raise ValueError(f"{name} must be a finite number >= 0, got None{where}")
+        elif not isinstance(value, Tensor) or value.device.type == "cpu":  # a device's is not waited for
+            check_number(name, abs(value) if scheduled and name in ("lr", "max_lr") else value, where)
     if "betas" in values:
         betas = tuple(values["betas"])
         if len(betas) != 2 or not all(0.0 <= float(beta) < 1.0 for beta in betas):
             raise ValueError(f"betas must be two numbers in [0, 1), got {values['betas']!r}{where}")
     if values.get("decay_form", "coupled") not in FORMS:
         raise ValueError(f"decay_form must be one of {', '.join(FORMS)}, got {values['decay_form']!r}{where}")
+    for name in ("amsgrad", "maximize", "differentiable"):  # torch's; others of its keys do not change the result
+        if values.get(name):
+            raise ValueError(f"{name}={values[name]!r} is not supported{where}; leave it out")
+
+
+def check_state_dtype(dtype: torch.dtype, values: dict[str, Any]) -> None:
+    """Raise ValueError for a storage of the moments that would be silently wrong."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(
+            f"state_dtype must be torch.float32 or torch.bfloat16, got {dtype}: a second moment overflows or vanishes in float16"
+        )
+    _, beta2 = values.get("betas", (0.0, 0.0))
+    if dtype == torch.bfloat16 and 1.0 - beta2 < BF16_HALF_ULP:
+        raise ValueError(
+            f"state_dtype=torch.bfloat16 needs beta2 <= {1.0 - BF16_HALF_ULP:.4f}, got {beta2}: a step would change the second moment by "
+            f"less than its rounding, so that it never falls; lower beta2 or keep the moments in float32"
+        )
+
+
+def hyperparameter_key(group: dict[str, Any], step: float) -> int:
+    """24 bits that two ranks have in common if the group's hyperparameters and the step are the same on both."""
+    names = ("lr", "betas", "eps", "weight_decay", "decay_form", "reference_lr")
+    values = [float(v) if isinstance(v, Tensor) and v.device.type == "cpu" else v for v in map(group.get, names)]
+    known = [value for value in values if not isinstance(value, Tensor)]
+    return zlib.crc32(repr((known, step)).encode()) & 0xFFFFFF
 
 
 def named_params(group: dict[str, Any], group_index: int) -> list[tuple[Any, str]]:
@@ -62,3 +108,9 @@ def set_reference_lr(group: dict[str, Any], max_lr: float | None) -> None:
     group["learns_reference_lr"] = reference == 0.0
     if group["learns_reference_lr"] and isinstance(group["lr"], Tensor) and group["lr"].device.type != "cpu":
         raise ValueError("a device tensor lr of 0 does not tell the peak learning rate that weight decay refers to; pass max_lr")
+
+
+def learn_reference_lr(group: dict[str, Any]) -> None:
+    """Keep the largest learning rate so far as the reference, in a group that was given none."""
+    if group["learns_reference_lr"]:
+        group["reference_lr"] = max(group["reference_lr"], float(group["lr"]))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 from weakref import WeakKeyDictionary
 
+import torch
 import torch.distributed as dist
 
 __all__ = ["gather_messages", "join_messages", "own_process_group"]
@@ -28,11 +30,23 @@ def own_process_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGr
     if parent is None or dist.get_world_size(parent) == 1:
         return None
     if parent not in _own_groups:
+        if dist.get_rank(parent) < 0:
+            raise ValueError(f"rank {dist.get_rank()} is not in the optimizer's process_group; give each rank a group that it is in")
         ranks = dist.get_process_group_ranks(parent)
-        own = dist.new_group(ranks, use_local_synchronization=parent is not world)
+        own = dist.new_group(ranks, timeout=_timeout(parent), use_local_synchronization=parent is not world)
         assert isinstance(own, dist.ProcessGroup), "this rank is in the group"
         _own_groups[parent] = own
     return _own_groups[parent]
+
+
+def _timeout(process_group: dist.ProcessGroup) -> timedelta | None:
+    """The group's own, so that a missing rank is noticed when the user expects it; None, torch's default, where a backend tells none."""
+    for device_type in ("cuda", "cpu"):
+        try:
+            return process_group._get_backend(torch.device(device_type)).options._timeout  # pyright: ignore
+        except (AttributeError, RuntimeError):
+            continue
+    return None
 
 
 def gather_messages(message: str | None, process_group: dist.ProcessGroup | None) -> str:

@@ -37,6 +37,12 @@ class State(defaultdict[Tensor, dict[str, Any]]):
         }
         return self[param]
 
+    def copy(self) -> State:
+        return State(self._names, self._dtype, self)
+
+    def __copy__(self) -> State:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self.copy()
+
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._names, self._dtype, dict(self))
 

@@ -28,13 +28,14 @@ TERM_BITS = 51
 SUM_BITS = 62  # of an int64: a sign bit, and one of headroom for roundings
 
 # Rows of the vector, one column per tensor.
-SECTIONS = 6
+SECTIONS = 7
 TOTAL = 0  # sum of q over the owned pieces
 NON_FINITE = 1  # ranks on which the gradient, or the statistic, was not finite
 PRESENT = 2  # ranks that hold a piece with a gradient
 ABSENT = 3  # ranks that hold a piece without a gradient
 BITS = 4  # sum of k over the ranks in PRESENT
-SQUARED_BITS = 5  # and of k squared: all ranks used the same k if and only if PRESENT * SQUARED_BITS == BITS**2
+KEY = 5  # sum of the hyperparameters' keys over the ranks in PRESENT
+SQUARED_KEY = 6  # and of their squares: all ranks have the same key if and only if PRESENT * SQUARED_KEY == KEY**2
 TAIL = 2  # after the rows: ranks that met bad input, ranks on which GradScaler found an infinite gradient
 
 
@@ -68,7 +69,7 @@ class Agreement:
         return {name: mean for name, mean, present in rows if present}
 
     def _tensor_means(self) -> Tensor:
-        total, non_finite, present, _, bits, _ = self.vector.unbind()
+        total, non_finite, present, _, bits, _, _ = self.vector.unbind()
         k = bits // present.clamp(min=1)
         unit = ((1023 - k) << 52).view(torch.float64)  # 2.0**-k by its bit pattern: exp2 and pow need not be exact
         numels = torch.tensor(self.layout.numels, dtype=torch.float64).clamp(min=1).to(total.device, non_blocking=True)
@@ -83,26 +84,29 @@ class Agreement:
         return [name for name, count in zip(self.layout.names, self.non_finite_here.tolist(), strict=True) if count]
 
     def consistent(self) -> Tensor:
-        """Whether no rank met bad input and all ranks saw gradients of the same tensors with the same precision: bool, 0-dim."""
-        _, _, present, absent, bits, squared_bits = self.vector.unbind()
-        agreed = (present == 0) | ((absent == 0) & (present * squared_bits == bits * bits))
+        """Whether no rank met bad input and all saw gradients of the same tensors, with the same hyperparameters, at the same step."""
+        _, _, present, absent, _, key, squared_key = self.vector.unbind()
+        agreed = (present == 0) | ((absent == 0) & (present * squared_key == key * key))
         return agreed.all() & (self.invalid == 0)
 
     def inconsistency(self) -> str:
         """What `consistent` found, in words. Waits for the device."""
         if self.invalid:
             return f"{int(self.invalid)} other ranks met bad input; their own errors say which"
-        for name, present, absent in zip(self.layout.names, *self.vector[[PRESENT, ABSENT]].tolist(), strict=True):
+        rows = self.vector[[PRESENT, ABSENT, KEY, SQUARED_KEY]].tolist()
+        for name, present, absent, key, squared_key in zip(self.layout.names, *rows, strict=True):
             if present and absent:
                 return (
                     f"{name!r} has a gradient on {present} of the ranks that hold it and none on {absent}; a step needs it on all or on "
                     f"none: make every rank run the same part of the model, or set the missing gradients to zero"
                 )
-        return "ranks use different betas for the same tensor; give every rank the same hyperparameters"
+            if present * squared_key != key * key:
+                return f"ranks use different hyperparameters (lr, betas, ...) for {name!r} or are at different steps; make them the same"
+        raise AssertionError("the ranks are consistent")
 
 
 class Deferred:
-    """An agreement whose consistency is read one step later, when the host no longer has to wait for it."""
+    """An agreement whose consistency is read one step later, when the host hardly has to wait for it."""
 
     def __init__(self, agreement: Agreement) -> None:
         self._agreement = agreement
@@ -110,12 +114,13 @@ class Deferred:
         self._copied = torch.Event(agreement.vector.device)
         self._copied.record()
 
-    def is_ready(self) -> bool:
-        """Whether the device has got there."""
-        return self._copied.query()
-
     def raise_if_inconsistent(self) -> None:
-        """Raise ValueError, on every rank that gets here, if the ranks did not fit together."""
+        """Raise ValueError, on every rank, if the ranks did not fit together.
+
+        It always looks at the step before, so that all ranks raise in the same one. The device has long had a forward and a backward pass
+        queued behind what is waited for here, so it does not run dry.
+        """
+        self._copied.synchronize()
         if not self._consistent:
             raise ValueError(self._agreement.inconsistency())
 
@@ -126,6 +131,7 @@ def agree(
     sums: Tensor,  # int64 (len(indices),), each local parameter's sum of q
     non_finite: Tensor,  # int64 (len(indices),), how many of its elements were not finite
     bits: Sequence[int],  # k of each
+    keys: Sequence[int],  # of the hyperparameters of each, 24 bits
     *,
     invalid: bool,  # this rank met bad input
     found_inf: Tensor | None,  # GradScaler's, any shape with one element
@@ -137,15 +143,16 @@ def agree(
     # Everything known on the host goes over in one copy; what the device computed is added there.
     host = torch.zeros(SECTIONS * tensors + TAIL, dtype=torch.int64)
     table = host[:-TAIL].view(SECTIONS, tensors)
-    bits_at = dict(zip(indices, bits, strict=True))
+    given = {index: values for index, *values in zip(indices, bits, keys, strict=True)}
     held = [(index, slot) for index, slot in enumerate(layout.slots) if layout.local_params[index].segment.numel]
-    present = [(slot, bits_at[index]) for index, slot in held if index in bits_at]
-    absent = [slot for index, slot in held if index not in bits_at]
+    present = [(slot, *given[index]) for index, slot in held if index in given]
+    absent = [slot for index, slot in held if index not in given]
     if present:
-        slots, fractions = torch.tensor(present, dtype=torch.int64).unbind(1)
+        slots, fraction, key = torch.tensor(present, dtype=torch.int64).unbind(1)
         table[PRESENT, slots] = 1
-        table[BITS, slots] = fractions
-        table[SQUARED_BITS, slots] = fractions * fractions
+        table[BITS, slots] = fraction
+        table[KEY, slots] = key
+        table[SQUARED_KEY, slots] = key * key
     table[ABSENT, absent] = 1
     host[-TAIL] = int(invalid)
     flat = host.to(device, non_blocking=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from datetime import timedelta
 
 import pytest
 import ranks
@@ -15,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
 import sharded_optim as so
+from sharded_optim.ranks import own_process_group
 
 
 def collectives_of(call) -> list[str]:
@@ -110,10 +112,11 @@ def test_a_non_finite_gradient_on_one_rank_skips_or_raises_on_all(world_size: in
     ranks.run(check_nonfinite, world_size, wrappers)
 
 
-def test_a_square_that_overflows_is_not_finite() -> None:
+@pytest.mark.parametrize("cls", [so.AdamW, so.StableAdamW])
+def test_a_square_that_overflows_is_not_finite(cls: type) -> None:
     """1e30 is finite but its square is not: going on would store an infinite second moment for good."""
     param = nn.Parameter(torch.ones(4))
-    optimizer = so.StableAdamW([param], lr=1e-2)
+    optimizer = cls([param], lr=1e-2, nonfinite="skip")
     param.grad = torch.tensor([1.0, 1e30, 1.0, 1.0])
     optimizer.step()
     assert optimizer.skipped_steps == 1
@@ -180,10 +183,35 @@ def check_grad_scaler_found_inf_is_shared() -> None:
     assert torch.equal(param.detach(), torch.ones(3))
 
 
+def check_own_process_group() -> None:
+    """Collectives of the optimizer and of a wrapper on the same ranks do not interleave, and both notice a missing rank in time."""
+    parent = dist.new_group([0, 1], timeout=timedelta(seconds=17))
+    own = own_process_group(parent)
+    assert own is not None
+    assert own is not parent
+    assert own is own_process_group(parent)
+    assert dist.get_process_group_ranks(own) == [0, 1]
+    assert own._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=17)
+
+
+def check_setting_the_process_group_rebuilds_the_layout() -> None:
+    """From alone to together: what was no replica becomes one."""
+    param = nn.Parameter(torch.ones(3))
+    alone = dist.new_subgroups(1)[0]
+    optimizer = so.StableAdamW([("w", param)], lr=1e-2, process_group=alone)
+    param.grad = torch.full((3,), float(dist.get_rank()))
+    optimizer.step()
+    optimizer.process_group = None
+    with pytest.raises(ValueError, match="both hold 'w'"):
+        optimizer.step()
+
+
 def check_all_of_the_above() -> None:
     check_different_tensors_per_rank()
     check_copies_forget_their_process_group()
     check_grad_scaler_found_inf_is_shared()
+    check_own_process_group()
+    check_setting_the_process_group_rebuilds_the_layout()
 
 
 def test_ranks_with_different_tensors_copies_and_grad_scaler() -> None:

@@ -9,7 +9,7 @@ import ranks
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -63,6 +63,53 @@ def test_duplicate_parameters_are_refused(cls: type) -> None:
 
 
 @every_class
+def test_two_parameters_of_one_name_are_refused(cls: type) -> None:
+    """Their statistics would be added up as if they were pieces of one tensor."""
+    a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match=r"two parameters are named 'w'; give each a name of its own"):
+        cls([("w", a), ("w", b)], lr=1e-3)
+
+
+@every_class
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("lr", math.nan, "lr must be a finite number"),
+        ("lr", math.inf, "lr must be a finite number"),
+        ("weight_decay", -1.0, "weight_decay must be a finite number >= 0"),
+        ("eps", None, "eps must be a finite number >= 0, got None"),
+        ("betas", (0.9, 1.0), "betas must be two numbers"),
+        ("decay_form", "l2", "decay_form must be one of"),
+        ("maximize", True, "maximize=True is not supported"),
+    ],
+)
+def test_hyperparameters_that_change_later_are_checked_before_anything_is_written(cls: type, key: str, value: object, words: str) -> None:
+    """By a scheduler or a user before a step, or by a state dict when it is loaded."""
+    param = nn.Parameter(torch.ones(3))
+    optimizer = cls([param], lr=1e-3)
+    param.grad = torch.ones(3)
+    saved = optimizer.state_dict()
+    saved["param_groups"][0] = saved["param_groups"][0] | {key: value}
+    with pytest.raises(ValueError, match=words):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0].get(key) != value
+    optimizer.param_groups[0][key] = value
+    with pytest.raises(ValueError, match=words):
+        optimizer.step()
+    assert torch.equal(param.detach(), torch.ones(3))
+
+
+@every_class
+def test_a_scheduler_may_round_an_lr_to_just_below_0(cls: type) -> None:
+    param = nn.Parameter(torch.ones(3))
+    optimizer = cls([param], lr=1e-3)
+    optimizer.param_groups[0]["lr"] = -1e-20
+    param.grad = torch.ones(3)
+    optimizer.step()
+    assert torch.equal(param.detach(), torch.ones(3))
+
+
+@every_class
 def test_empty_groups_are_refused(cls: type) -> None:
     with pytest.raises(ValueError, match="empty parameter list"):
         cls([], lr=1e-3)
@@ -94,8 +141,12 @@ def test_unknown_options_are_refused_with_the_known_ones() -> None:
         so.AdamW(params, lr=1e-3, backend="cuda")
     with pytest.raises(ValueError, match="nonfinite must be 'skip', 'raise', 'allow' or None, got 'ignore'"):
         so.AdamW(params, lr=1e-3, nonfinite="ignore")
-    with pytest.raises(ValueError, match=r"dtype torch.float64 is not supported"):
-        so.AdamW(params, lr=1e-3, state_dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"state_dtype must be torch.float32 or torch.bfloat16, got torch.float16"):
+        so.AdamW(params, lr=1e-3, state_dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"needs beta2 <= 0.9961, got 0.999: .* never falls; lower beta2"):
+        so.AdamW(params, lr=1e-3, betas=(0.9, 0.999), state_dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"amsgrad=True is not supported in param_groups\[0\]"):
+        so.AdamW([{"params": params, "amsgrad": True}], lr=1e-3)
     with pytest.raises(ValueError, match="decay_form must be one of coupled, decoupled, corrected, got 'l2'"):
         so.AdamW(params, lr=1e-3, decay_form="l2")
     with pytest.raises(ValueError, match="decouple_lr=True means decay_form='decoupled'"):
@@ -165,12 +216,38 @@ def check_ranks_that_disagree() -> None:
     )
     typed = nn.Parameter(torch.ones(3, dtype=torch.float32 if rank == 0 else torch.bfloat16))
     refused(r"ranks disagree about 'w': .*torch.float32 on rank 0.*torch.bfloat16 on rank 1", so.StableAdamW([("w", typed)], 1e-3).step)
-    different = nn.Parameter(torch.full((3,), float(rank)))
-    refused(r"ranks 0 and 1 both hold .* with different values.*named_parameters", so.StableAdamW([different], 1e-3).step)
-    same = nn.Parameter(torch.ones(3))
-    optimizer = so.StableAdamW([("w", same)], 1e-3, betas=(0.9, 0.99 if rank == 0 else 0.9))
-    same.grad = torch.ones(3)
-    refused("ranks use different betas", optimizer.step)
+    for name in (None, "w"):
+        different = nn.Parameter(torch.full((3,), float(rank)))
+        params = [different] if name is None else [(name, different)]
+        refused(r"ranks 0 and 1 both hold .* but with different values.*names that are unique", so.StableAdamW(params, 1e-3).step)
+    apart = nn.Parameter(torch.ones(3))  # two stages of a pipeline that begin alike, or ranks that train apart
+    apart.grad = torch.ones(3) * (1 + rank)
+    refused(r"ranks 0 and 1 both hold 'w' .* but with different gradients", so.StableAdamW([("w", apart)], 1e-3).step)
+    for options in (
+        {"betas": (0.9, 0.99 if rank == 0 else 0.985)},
+        {"betas": (0.9 if rank == 0 else 0.5, 0.99)},
+        {"lr": 1e-3 * (1 + rank)},
+        {"weight_decay": 0.1 * rank},
+        {"eps": 1e-6 if rank == 0 else 1e-8},
+    ):
+        same = nn.Parameter(torch.ones(3))
+        optimizer = so.StableAdamW([("w", same)], **({"lr": 1e-3} | options))
+        same.grad = torch.ones(3)
+        refused(r"ranks use different hyperparameters \(lr, betas, ...\) for 'w' or are at different steps", optimizer.step)
+    behind = nn.Parameter(torch.ones(3))
+    optimizer = so.StableAdamW([("w", behind)], 1e-3)
+    optimizer.init_state()
+    optimizer.state[behind]["step"] += rank
+    behind.grad = torch.ones(3)
+    refused("at different steps; make them the same", optimizer.step)
+
+
+def check_stages_that_share_names_on_sub_meshes() -> None:
+    """A DTensor on another mesh is another tensor, whatever its name."""
+    meshes = [DeviceMesh("cpu", [rank]) for rank in range(dist.get_world_size())]
+    values = torch.randn(4, 2, generator=torch.Generator().manual_seed(dist.get_rank()))
+    param = nn.Parameter(distribute_tensor(values, meshes[dist.get_rank()], [Shard(0)]))
+    refused("both hold 'weight' .* different values", so.StableAdamW([("weight", param)], 1e-3).step)
 
 
 def check_bad_gradient_on_one_rank() -> None:
@@ -213,6 +290,7 @@ def check_two_ranks() -> None:
     check_gradient_placed_otherwise()
     check_pieces_that_do_not_tile()
     check_ranks_that_disagree()
+    check_stages_that_share_names_on_sub_meshes()
     check_bad_gradient_on_one_rank()
     check_failure_of_another_kind_on_one_rank()
     check_bad_parameter_on_one_rank()

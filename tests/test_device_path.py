@@ -12,23 +12,22 @@ import torch
 from torch import nn
 
 import sharded_optim as so
-from sharded_optim import coefficients, engine
+from sharded_optim import coefficients, engine, statistics
 
 
 class FakeEvent:
-    """An event of a device that is `behind` queries late."""
+    """An event of a device; counts how often the host waited."""
 
-    behind = 0
+    waits = 0
 
     def __init__(self, device: torch.device) -> None:
-        self.left = FakeEvent.behind
+        assert device.type == "cpu"
 
     def record(self) -> None:
         """Nothing to record."""
 
-    def query(self) -> bool:
-        self.left -= 1
-        return self.left < 0
+    def synchronize(self) -> None:
+        FakeEvent.waits += 1
 
 
 @pytest.fixture
@@ -36,7 +35,7 @@ def cpu_is_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (engine, coefficients):
         monkeypatch.setattr(module, "known_on_host", lambda tensor: False)
     monkeypatch.setattr(torch, "Event", FakeEvent)
-    monkeypatch.setattr(FakeEvent, "behind", 0)
+    monkeypatch.setattr(FakeEvent, "waits", 0)
 
 
 def run(cls: type, nan_at: int | None) -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
@@ -68,24 +67,35 @@ def test_selecting_on_the_device_gives_the_bits_of_branching_on_the_host(cls: ty
 
 
 @pytest.mark.usefixtures("cpu_is_a_device")
-def test_a_device_that_is_behind_does_not_hold_up_the_host_and_loses_no_error() -> None:
+def test_an_inconsistency_is_raised_in_the_next_step_and_nothing_is_written_in_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In exactly the next: ranks that raised in different steps would leave each other in the all-reduce."""
     param = nn.Parameter(torch.ones(3))
     optimizer = so.StableAdamW([("w", param)], lr=1e-2)
-    FakeEvent.behind = 2
     param.grad = torch.ones(3)
     optimizer.step()
+    before = copy.deepcopy(optimizer.state[param]), param.detach().clone()
+
+    def another_rank_met_bad_input(*args, agree=statistics.agree, **options) -> statistics.Agreement:
+        agreement = agree(*args, **options)
+        agreement.invalid.fill_(1)
+        return agreement
+
+    monkeypatch.setattr(statistics, "agree", another_rank_met_bad_input)
+    optimizer.step()
+    assert torch.equal(param.detach(), before[1])
+    assert all(torch.equal(optimizer.state[param][key], value) for key, value in before[0].items())
+    with pytest.raises(ValueError, match=r"1 other ranks met bad input"):
+        optimizer.step()
+    assert FakeEvent.waits == 2, "once for each step that followed an agreement"
+
+
+@pytest.mark.usefixtures("cpu_is_a_device")
+def test_a_rank_that_meets_bad_input_raises_after_the_others_have_heard_of_it() -> None:
+    param = nn.Parameter(torch.ones(3))
+    optimizer = so.StableAdamW([("w", param)], lr=1e-2)
     param.grad = torch.ones(3).to_sparse()
     with pytest.raises(ValueError, match="gradient of 'w' is sparse"):
         optimizer.step()
-    before = copy.deepcopy(optimizer.state[param])
-    first = optimizer._deferred[0]
-    first._consistent.fill_(False)  # as a rank would see it when another met bad input
-    first._agreement.invalid.fill_(1)
-    param.grad = torch.ones(3)
-    optimizer.step()
-    with pytest.raises(ValueError, match=r"ranks met bad input"):
-        optimizer.step()
-    assert optimizer.state[param]["step"] == before["step"] + 1
 
 
 @pytest.mark.usefixtures("cpu_is_a_device")

@@ -35,7 +35,7 @@ FLOORS = {
     "__init__": 5,
 }
 # Statistics are laid out by the layout; floor 3 is a stack.
-SEEN = {("statistics", "sharding"), ("loading", "state"), ("optimizers", "engine")}
+SEEN = {("statistics", "sharding"), ("loading", "state"), ("loading", "param_groups"), ("optimizers", "engine")}
 SEEN |= {("engine", room) for room in ("coefficients", "loading", "param_groups", "state")}
 
 

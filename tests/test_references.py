@@ -7,6 +7,7 @@ Tolerances:
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 
@@ -62,15 +63,18 @@ def ulps(actual: Tensor, expected: Tensor, scale: Tensor) -> float:
     return float(((actual.double() - expected.double()).abs() / unit.double()).max())
 
 
-def test_adamw_is_within_2_ulp_of_torch_per_step() -> None:
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.95, 0.95), (0.5, 0.9), (0.3, 0.99), (0.0, 0.99), (0.0, 0.0)])
+def test_adamw_is_within_2_ulp_of_torch_per_step(betas: tuple[float, float]) -> None:
+    """Each step from torch's state; in ulp of the largest of the parameter before, after, and the bound of an update."""
+    lr = 1e-2
+    bound = lr * max(1.0, (1 - betas[0]) / math.sqrt(1 - betas[1]))  # Kingma & Ba 2015, section 2.1
     ours, theirs = start(), start()
-    optimizer = so.AdamW(ours, lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
-    reference = torch.optim.AdamW(theirs, lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
+    optimizer = so.AdamW(ours, lr=lr, betas=betas, eps=1e-8, weight_decay=0.1)
+    reference = torch.optim.AdamW(theirs, lr=lr, betas=betas, eps=1e-8, weight_decay=0.1)
     schedulers = [torch.optim.lr_scheduler.LambdaLR(each, schedule) for each in (optimizer, reference)]
-    worst = 0.0
     for step in range(STEPS):
         before = [param.detach().clone() for param in theirs]
-        with torch.no_grad():  # from the same state, so that errors do not add up
+        with torch.no_grad():
             for a, e in zip(ours, theirs, strict=True):
                 a.copy_(e)
                 for key in ("exp_avg", "exp_avg_sq", "step") if step else ():
@@ -80,14 +84,12 @@ def test_adamw_is_within_2_ulp_of_torch_per_step() -> None:
             each.step()
             scheduler.step()
         for a, e, b in zip(ours, theirs, before, strict=True):
-            if a.numel():
-                worst = max(worst, ulps(a.detach(), e.detach(), torch.maximum(b.abs(), e.detach().abs())))
-            for key in ("exp_avg", "exp_avg_sq"):
-                if a.numel():
-                    state = reference.state[e][key]
-                    scale = torch.maximum(state.abs(), 0.1 * a.grad.abs()) if key == "exp_avg" else state
-                    worst = max(worst, ulps(optimizer.state[a][key], state, scale))
-    assert worst <= 2.0, worst
+            if not a.numel():
+                continue
+            mine, state = optimizer.state[a], reference.state[e]
+            assert ulps(a.detach(), e.detach(), torch.maximum(b.abs(), e.detach().abs()).clamp(min=bound)) <= 2.0
+            assert ulps(mine["exp_avg"], state["exp_avg"], torch.maximum(state["exp_avg"].abs(), a.grad.abs())) <= 2.0
+            assert ulps(mine["exp_avg_sq"], state["exp_avg_sq"], state["exp_avg_sq"]) <= 2.0
 
 
 def decoupled_adamw_formula(params: list[Tensor], *, lr: float, betas, eps: float, weight_decay: float) -> None:
@@ -181,6 +183,52 @@ def test_trajectory_equals_the_installed_library(ours: Callable, theirs: Callabl
         scheduled.step()
         scheduler.step()
     assert relative_error(a, e) < AFTER_100_STEPS
+
+
+@pytest.mark.parametrize("name", ["AdamW", "StableAdamW"])
+def test_optimis_arguments_have_its_order_and_defaults(name: str) -> None:
+    ours, theirs = (inspect.signature(getattr(library, name)).parameters for library in (so, optimi))
+    shared = [key for key in ours if key in theirs]
+    assert shared == ["params", "lr", "betas", "weight_decay", "eps", "decouple_lr", "max_lr"]
+    assert shared == list(theirs)[: len(shared)]
+    assert [ours[key].default for key in shared] == [theirs[key].default for key in shared]
+
+
+def test_decoupled_adamw_has_composers_order_and_defaults() -> None:
+    parameters = inspect.signature(so.DecoupledAdamW).parameters
+    defaults = {key: parameter.default for key, parameter in parameters.items() if parameter.kind is parameter.POSITIONAL_OR_KEYWORD}
+    assert list(defaults) == ["params", "lr", "betas", "eps", "weight_decay"]
+    assert list(defaults.values())[1:] == [1e-3, (0.9, 0.95), 1e-8, 1e-5]
+
+
+@pytest.mark.parametrize("size", [1e-8, 1e-6, 1e-4])
+def test_stable_adamw_with_gradients_around_eps_follows_float64(size: float) -> None:
+    """There eps^2 bounds the second moment in the statistic from below."""
+    param = nn.Parameter(torch.zeros(64))
+    expected = torch.zeros(64, dtype=torch.float64)
+    optimizer = so.StableAdamW([("w", param)], lr=1e-2, eps=1e-6, weight_decay=0.0)
+    m, v = torch.zeros(64, dtype=torch.float64), torch.zeros(64, dtype=torch.float64)
+    for t in range(1, 6):
+        param.grad = torch.randn(64, generator=torch.Generator().manual_seed(t)) * size * 10 ** (t % 3)
+        g = param.grad.double()
+        optimizer.step()
+        m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g * g
+        debiased = v / (1 - 0.99**t)
+        rms = float((g * g / debiased.clamp(min=1e-12)).mean().sqrt())
+        expected -= 1e-2 / max(1.0, rms) * (m / (1 - 0.9**t)) / (debiased.sqrt() + 1e-6)
+        assert optimizer.metrics()["rms/w"] == pytest.approx(rms, rel=1e-6)
+    assert relative_error([param], [expected]) < AFTER_100_STEPS
+
+
+def test_fp16_parameters_follow_fp32_within_their_own_rounding() -> None:
+    exact, rounded = nn.Parameter(torch.linspace(-2, 2, 33)), nn.Parameter(torch.linspace(-2, 2, 33).half())
+    for param in (exact, rounded):
+        optimizer = so.StableAdamW([param], lr=1e-2)
+        for step in range(5):
+            param.grad = torch.linspace(-1, 1 + step, 33).to(param.dtype)
+            optimizer.step()
+    assert rounded.dtype == torch.float16
+    torch.testing.assert_close(rounded.float(), exact, rtol=5 * 2**-11, atol=5 * 2**-11)
 
 
 def test_bf16_parameters_follow_float64_within_their_own_rounding() -> None:

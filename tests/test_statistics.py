@@ -9,14 +9,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sharded_optim.algorithms import Algorithm, Statistic
 from sharded_optim.algorithms.bias_correction import bias_correction
 from sharded_optim.algorithms.stable_adamw import STABLE_ADAMW
 from sharded_optim.backends import Operand
 from sharded_optim.backends.eager import BACKEND
-from sharded_optim.statistics import SUM_BITS, fraction_bits
+from sharded_optim.statistics import fraction_bits
 
 STATISTIC = STABLE_ADAMW.statistic
 assert STATISTIC is not None
+IDENTITY = Statistic(observe=lambda grad: grad, coefficients=lambda *_: (), bound=lambda _: 10.0, lr_scale=lambda mean: mean)
 GROUP = {"betas": (0.9, 0.99), "eps": 1e-6}
 
 
@@ -49,7 +51,7 @@ def test_no_sum_overflows(beta2: float, numel: int) -> None:
     """Every element at the bound, and every partial sum, fit the integers that hold them."""
     bound = STATISTIC.bound({"betas": (0.9, beta2)})
     bits = fraction_bits(bound, numel)
-    assert numel * bound * 2.0**bits <= 2.0**SUM_BITS
+    assert numel * bound * 2.0**bits <= 2.0**62
     assert bound * 2.0**bits <= 2.0**51
 
 
@@ -61,6 +63,15 @@ def test_the_bound_holds_when_every_gradient_is_a_spike() -> None:
     assert non_finite == 0
     assert math.isclose(total / 2**bits / 1000, 100.0, rel_tol=1e-6)
     assert observed(grad, torch.full((1000,), -1e30), bits)[1] == 1000
+
+
+def test_terms_are_rounded_half_to_even() -> None:
+    """A statistic of 1, 3, 5, 7 halves of the unit: 0, 2, 2 and 4 units."""
+    identity = Algorithm(name="identity", state=(), update=lambda *_: (), coefficients=lambda *_: (), statistic=IDENTITY)
+    for value, units in ((0.5, 0), (1.5, 2), (2.5, 2), (3.5, 4)):
+        grad = torch.tensor([value])
+        sums, _ = BACKEND.observe(identity, [Operand(param=grad, grad=grad, state=())], torch.empty(1, 0), [10.0], [0], None)
+        assert int(sums[0]) == units
 
 
 def test_zero_gradients_have_statistic_0_even_if_eps_squared_underflows() -> None:

@@ -154,6 +154,41 @@ def test_load_is_all_or_nothing_and_names_what_does_not_fit() -> None:
                 assert torch.equal(after["state"][index][key], value)
 
 
+def test_a_state_dict_with_a_step_that_is_no_number_changes_nothing() -> None:
+    model = make_model()
+    optimizer = so.AdamW(model.parameters(), lr=1e-2)
+    take_steps(model, optimizer, range(2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][3]["step"] = torch.zeros(2)
+    saved["param_groups"][0]["lr"] = 0.5
+    with pytest.raises(ValueError, match=r"saved 'step' of parameter 3 has shape \(2,\)"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == 1e-2
+
+
+@every_class
+def test_frozen_parameters_get_no_state(cls: type) -> None:
+    """As in torch, so that their checkpoints have the same entries."""
+    model = make_model()
+    model[0].weight.requires_grad_(False)
+    optimizer = cls(model.parameters(), lr=1e-2)
+    saved = get_optimizer_state_dict(model, optimizer)
+    assert "0.weight" not in saved["state"]
+    assert "0.bias" in saved["state"]
+
+
+def test_a_skipped_step_does_not_move_the_learned_reference_lr() -> None:
+    param = nn.Parameter(torch.ones(3))
+    optimizer = so.StableAdamW([param], lr=0.0, decouple_lr=True)
+    optimizer.param_groups[0]["lr"] = 5e-3
+    param.grad = torch.full((3,), torch.nan)
+    optimizer.step()
+    assert optimizer.param_groups[0]["reference_lr"] == 0.0
+    param.grad = torch.ones(3)
+    optimizer.step()
+    assert optimizer.param_groups[0]["reference_lr"] == 5e-3
+
+
 def test_user_hooks_around_loading_see_converted_and_restored_state() -> None:
     """A pre-hook may convert a foreign state dict; a post-hook sees the fp32 moments."""
     model = make_model(torch.bfloat16)

@@ -32,6 +32,7 @@ def update(
     exp_avg,
     exp_avg_sq,
     decay,
+    beta1,
     one_minus_beta1,
     beta2,
     one_minus_beta2,
@@ -39,7 +40,9 @@ def update(
     root_bias_correction2,
     eps,
 ):
-    exp_avg = exp_avg + one_minus_beta1 * (grad - exp_avg)
+    difference = grad - exp_avg
+    # From the nearer end, as torch's lerp: from the other a small average would be the difference of two large numbers.
+    exp_avg = xp.where(beta1 < 0.5, grad - beta1 * difference, exp_avg + one_minus_beta1 * difference)
     exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (grad * grad)
     denominator = xp.divide(xp.sqrt(exp_avg_sq), root_bias_correction2) + eps
     param = decay * param - xp.divide(step_size * exp_avg, denominator)
@@ -47,12 +50,13 @@ def update(
 
 
 def coefficients(group: Mapping[str, Any], step: int | Tensor, lr_scale: Number) -> Coefficients:
-    """The last seven arguments of `update`; `lr_scale` multiplies the learning rate, in the step and in the decay alike."""
+    """The last eight arguments of `update`; `lr_scale` multiplies the learning rate, in the step and in the decay alike."""
     beta1, beta2 = group["betas"]
     amount = decay_amount(group["decay_form"], group["lr"], group["reference_lr"], group["weight_decay"])
     correction2 = bias_correction(beta2, step)
     return (
         1.0 - lr_scale * amount,
+        beta1,
         1.0 - beta1,
         beta2,
         1.0 - beta2,

@@ -52,7 +52,8 @@ class Backend(Protocol):
 
         Returns:
             sums: int64 (operands,), the sum of round_half_even(statistic * 2**bits) over the elements that are finite.
-            non_finite: int64 (operands,), how many elements are not: NaN, or beyond the limit. Without a statistic, of the gradient.
+            non_finite: int64 (operands,), how many elements are not: NaN, or beyond the limit. Without a statistic, how many gradients
+                have no finite square.
         """
         ...
 

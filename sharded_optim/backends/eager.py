@@ -40,7 +40,7 @@ class Eager:
         for index, (operand, row, limit, fraction) in enumerate(zip(operands, coefficients, limits, bits, strict=True)):
             grad = _load_grad(operand, grad_scale)
             if algorithm.statistic is None:
-                non_finite[index] = (~torch.isfinite(grad)).sum()
+                non_finite[index] = (~torch.isfinite(grad * grad)).sum()
                 continue
             statistic = algorithm.statistic.observe(grad, *map(_load, operand.state), *row.unbind())
             finite = statistic <= limit  # False for NaN too

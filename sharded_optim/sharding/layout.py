@@ -6,6 +6,7 @@ what does not fit together, and choose for each distinct piece of a tensor the o
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,9 @@ from sharded_optim.segment import Segment, find_tiling_error
 
 __all__ = ["Layout", "LocalParam"]
 
+GRADIENTS_DIFFER = 1e-2  # relative difference of norms at which gradients are not the same up to rounding
+NOISE = 1e-4  # of the largest gradient norm: a gradient below may be rounding noise alone
+
 
 @dataclass(frozen=True, kw_only=True)
 class LocalParam:
@@ -30,8 +34,6 @@ class LocalParam:
     # (param, gradient or state tensor, its role for error messages) -> this rank's part, any shape, sharing memory.
     # Raises ValueError when the tensor is not laid out like the parameter.
     local: Callable[[Tensor, str], Tensor]
-    # Whether only the name says that ranks hold the same tensor. A DTensor says so itself.
-    told_by_name: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,33 +60,23 @@ class Layout:
         )
 
     @classmethod
-    def of_group(
-        cls, describe: Callable[[], Sequence[LocalParam]], process_group: dist.ProcessGroup | None, *, positional_names: bool
-    ) -> Layout:
+    def of_group(cls, describe: Callable[[], Sequence[LocalParam]], process_group: dist.ProcessGroup | None) -> Layout:
         """Put together what all ranks of `process_group` hold (None: this process is all there is). A collective.
 
         Args:
-            describe: describes this rank's parameters; a ValueError it raises on one rank is raised on all.
-            positional_names: names were made up from positions, so that equal names on two ranks do not show that the tensors are the same.
+            describe: describes this rank's parameters; what it raises on one rank is raised on all.
 
         Raises:
-            ValueError: on every rank alike, when ranks disagree about a tensor or their pieces do not tile it.
+            ValueError: on every rank alike, when ranks disagree about a tensor, their pieces do not tile it, or pieces that should be
+                replicas differ.
         """
-        compare = positional_names and process_group is not None
         local_params: Sequence[LocalParam] = ()
         rows: list[_Row] | str
         try:
             local_params = describe()
-            rows = [
-                _Row(
-                    segment=entry.segment,
-                    dtype=str(entry.param.dtype),
-                    fingerprint=_fingerprint(entry) if compare and entry.told_by_name else None,
-                )
-                for entry in local_params
-            ]
-        except ValueError as error:
-            rows = str(error)
+            rows = [_Row.of(entry, compare=process_group is not None) for entry in local_params]
+        except Exception as error:  # the other ranks must hear of it before this one raises
+            rows = str(error) if isinstance(error, ValueError) else repr(error)
         rank, tables = 0, [rows]
         if process_group is not None:
             rank = dist.get_rank(process_group)
@@ -94,13 +86,14 @@ class Layout:
         if any(failures):
             raise ValueError(join_messages(failures) if process_group else failures[0])
 
+        largest_norm = max((row.grad_norm or 0.0 for table in tables for row in table), default=0.0)
         holders: dict[str, list[tuple[int, _Row]]] = defaultdict(list)
         for holder, table in enumerate(tables):
             for row in table:
                 holders[row.segment.name].append((holder, row))
         owner: dict[Segment, int] = {}
         for name, pieces in holders.items():
-            _check_agreement(name, pieces)
+            _check_agreement(name, pieces, largest_norm)
             for holder, row in pieces:
                 owner.setdefault(row.segment, holder)
         names = tuple(holders)
@@ -128,10 +121,22 @@ class _Row:
 
     segment: Segment
     dtype: str
-    fingerprint: int | None
+    fingerprint: int | None = None  # of the values
+    grad_norm: float | None = None  # None without a gradient, or a finite one
+
+    @classmethod
+    def of(cls, entry: LocalParam, compare: bool) -> _Row:
+        dtype = str(entry.param.dtype)
+        if not compare or not entry.segment.numel:
+            return cls(segment=entry.segment, dtype=dtype)
+        grad_norm = None
+        if entry.param.grad is not None:
+            norm = float(entry.local(entry.param.grad, "gradient").double().norm())
+            grad_norm = norm if math.isfinite(norm) else None
+        return cls(segment=entry.segment, dtype=dtype, fingerprint=_fingerprint(entry), grad_norm=grad_norm)
 
 
-def _check_agreement(name: str, pieces: list[tuple[int, _Row]]) -> None:
+def _check_agreement(name: str, pieces: list[tuple[int, _Row]], largest_norm: float) -> None:
     first_rank, first = pieces[0]
     replicas: dict[Segment, tuple[int, _Row]] = {}
     for rank, row in pieces:
@@ -139,14 +144,16 @@ def _check_agreement(name: str, pieces: list[tuple[int, _Row]]) -> None:
             raise ValueError(
                 f"ranks disagree about {name!r}: shape {first.segment.shape} and {first.dtype} on rank {first_rank}, shape "
                 f"{row.segment.shape} and {row.dtype} on rank {rank}; build the same model on every rank, or give tensors that differ "
-                f"different names by passing model.named_parameters()"
+                f"different names by passing named parameters"
             )
         known_rank, known = replicas.setdefault(row.segment, (rank, row))
-        if row.fingerprint != known.fingerprint:
+        differ = _how_replicas_differ(known, row, largest_norm)
+        if differ:
             raise ValueError(
-                f"ranks {known_rank} and {rank} both hold {name!r} (shape {row.segment.shape}), with different values: they are not "
-                f"replicas of one tensor; pass model.named_parameters() with names that are unique over all ranks, or process_group= "
-                f"with only the ranks that train this model together"
+                f"ranks {known_rank} and {rank} both hold {name!r} (shape {row.segment.shape}), but with different {differ}: they are not "
+                f"replicas of one tensor. If they are different tensors (stages of a pipeline, experts), pass named parameters with names "
+                f"that are unique over all ranks; if the ranks train apart, pass process_group= with those that train together; if a "
+                f"wrapper flattened the parameters (FSDP1, DeepSpeed), it is not supported without a layout"
             )
     problem = find_tiling_error(list(replicas))
     if problem:
@@ -158,6 +165,18 @@ def _check_agreement(name: str, pieces: list[tuple[int, _Row]]) -> None:
             f"the pieces of {name!r} (shape {first.segment.shape}) do not tile it: {problem} ({held}); every rank that holds a piece must "
             f"be in the optimizer's process group and hold runs of elements that a Segment can express"
         )
+
+
+def _how_replicas_differ(a: _Row, b: _Row, largest_norm: float) -> str | None:
+    """None for replicas. Gradients of replicas may differ in their last bits, where kernels are not deterministic."""
+    if a.fingerprint != b.fingerprint:
+        return "values"
+    if a.grad_norm is None or b.grad_norm is None:
+        return None
+    larger = max(a.grad_norm, b.grad_norm)
+    if larger > NOISE * largest_norm and abs(a.grad_norm - b.grad_norm) > GRADIENTS_DIFFER * larger:
+        return "gradients"
+    return None
 
 
 def _fingerprint(entry: LocalParam) -> int:

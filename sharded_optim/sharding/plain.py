@@ -17,12 +17,14 @@ def describe(param: Tensor, name: str) -> LocalParam:
 
     def local(tensor: Tensor, role: str) -> Tensor:
         if tensor is not param:
+            if type(tensor) not in (Tensor, torch.nn.Parameter):
+                raise ValueError(f"{role} of {name!r} is a {type(tensor).__name__}, the parameter an ordinary tensor; make both alike")
             check_dtype_and_layout(tensor, f"{role} of {name!r}")
             if tensor.shape != param.shape:
                 raise ValueError(f"{role} of {name!r} has shape {tuple(tensor.shape)}, the parameter {tuple(param.shape)}")
         return tensor
 
-    return LocalParam(param=param, segment=Segment.whole(name, param.shape), local=local, told_by_name=True)
+    return LocalParam(param=param, segment=Segment.whole(name, param.shape), local=local)
 
 
 def check_dtype_and_layout(tensor: Tensor, what: str) -> None:
