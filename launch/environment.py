@@ -99,6 +99,11 @@ def start(place: Place, device: torch.device) -> None:
 
 def stop() -> None:
     """End the process group. Not after an error: it would wait for ranks that are stuck in a collective, and torchrun ends those."""
+    import gc
+
     import torch.distributed as dist
 
+    # Wrapped models are reference cycles that hold process groups. A gloo group that lives until the interpreter ends can abort it: seen
+    # with torch 2.13, FSDP2 and torch's own AdamW in 3 of 36 runs, and with this line in none of 26.
+    gc.collect()
     dist.destroy_process_group()

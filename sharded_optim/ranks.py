@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from datetime import timedelta
 from weakref import WeakKeyDictionary
@@ -11,7 +12,8 @@ import torch.distributed as dist
 
 __all__ = ["gather_messages", "join_messages", "own_process_group"]
 
-_own_groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
+# By the group they mirror. Held weakly: torch.distributed owns groups, and must be the one to end their threads.
+_own_groups: WeakKeyDictionary[dist.ProcessGroup, weakref.ref[dist.ProcessGroup]] = WeakKeyDictionary()
 
 
 def own_process_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
@@ -29,14 +31,16 @@ def own_process_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGr
     parent = process_group or world
     if parent is None or dist.get_world_size(parent) == 1:
         return None
-    if parent not in _own_groups:
+    own = _own_groups[parent]() if parent in _own_groups else None
+    if own is None:
         if dist.get_rank(parent) < 0:
             raise ValueError(f"rank {dist.get_rank()} is not in the optimizer's process_group; give each rank a group that it is in")
         ranks = dist.get_process_group_ranks(parent)
-        own = dist.new_group(ranks, timeout=_timeout(parent), use_local_synchronization=parent is not world)
-        assert isinstance(own, dist.ProcessGroup), "this rank is in the group"
-        _own_groups[parent] = own
-    return _own_groups[parent]
+        created = dist.new_group(ranks, timeout=_timeout(parent), use_local_synchronization=parent is not world)
+        assert isinstance(created, dist.ProcessGroup), "this rank is in the group"
+        own = created
+        _own_groups[parent] = weakref.ref(own)
+    return own
 
 
 def _timeout(process_group: dist.ProcessGroup) -> timedelta | None:

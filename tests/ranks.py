@@ -7,6 +7,7 @@ the test, and ranks that hang are ended after `TIMEOUT`.
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 import tempfile
 import traceback
@@ -60,5 +61,6 @@ def _rank(function: Callable[..., None], rank: int, world_size: int, store: str,
         errors.put(f"--- rank {rank} of {world_size} ---\n{traceback.format_exc()}")
         raise SystemExit(1) from None
     finally:
+        gc.collect()  # wrapped models are cycles that hold process groups, which must not outlive the interpreter
         if dist.is_initialized():
             dist.destroy_process_group()

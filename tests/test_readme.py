@@ -15,7 +15,8 @@ def test_the_example_runs_on_two_ranks(tmp_path: Path) -> None:
     """With a last line added that prints a metric, so that an example that did nothing would fail."""
     (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
     script = tmp_path / "example.py"
-    script.write_text(code + "\nprint('largest RMS', max(optimizer.metrics().values()))\n")
+    end = "import gc; del model, optimizer; gc.collect(); dist.destroy_process_group()"  # see launch/environment.py
+    script.write_text(f"{code}\nprint('largest RMS', max(optimizer.metrics().values()))\n{end}\n")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment, check=False)
