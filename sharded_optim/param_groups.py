@@ -1,6 +1,6 @@
 """What a param group may hold: hyperparameters are checked here, and the reference learning rate of weight decay is chosen and kept.
 
-Used by the engine when a group is added and when a state dict is loaded.
+Used by the engine when a group is added, when a state dict is loaded, and before each step.
 """
 
 from __future__ import annotations
@@ -79,10 +79,10 @@ def check_state_dtype(dtype: torch.dtype, values: dict[str, Any]) -> None:
 
 def hyperparameter_key(group: dict[str, Any], step: float) -> int:
     """24 bits that two ranks have in common if the group's hyperparameters and the step are the same on both."""
-    names = ("lr", "betas", "eps", "weight_decay", "decay_form", "reference_lr")
-    values = [float(v) if isinstance(v, Tensor) and v.device.type == "cpu" else v for v in map(group.get, names)]
-    known = [value for value in values if not isinstance(value, Tensor)]
-    return zlib.crc32(repr((known, step)).encode()) & 0xFFFFFF
+    lr = group["lr"]
+    known = -1.0 if isinstance(lr, Tensor) and lr.device.type != "cpu" else float(lr)  # a device's is not waited for
+    numbers = [known, *map(float, group["betas"]), float(group["eps"]), float(group["weight_decay"]), float(group["reference_lr"]), step]
+    return zlib.crc32(repr((numbers, group["decay_form"])).encode()) & 0xFFFFFF
 
 
 def named_params(group: dict[str, Any], group_index: int) -> list[tuple[Any, str]]:

@@ -22,6 +22,7 @@ from sharded_optim.segment import Segment, find_tiling_error
 __all__ = ["Layout", "LocalParam"]
 
 GRADIENTS_DIFFER = 1e-2  # relative difference of norms at which gradients are not the same up to rounding
+HASHED_AT_ONCE = 2**20  # elements, each of which takes 24 bytes for a moment
 NOISE = 1e-4  # of the largest gradient norm: a gradient below may be rounding noise alone
 
 
@@ -131,7 +132,7 @@ class _Row:
             return cls(segment=entry.segment, dtype=dtype)
         grad_norm = None
         if entry.param.grad is not None:
-            norm = float(entry.local(entry.param.grad, "gradient").double().norm())
+            norm = float(torch.linalg.vector_norm(entry.local(entry.param.grad, "gradient"), dtype=torch.float32))
             grad_norm = norm if math.isfinite(norm) else None
         return cls(segment=entry.segment, dtype=dtype, fingerprint=_fingerprint(entry), grad_norm=grad_norm)
 
@@ -182,6 +183,10 @@ def _how_replicas_differ(a: _Row, b: _Row, largest_norm: float) -> str | None:
 def _fingerprint(entry: LocalParam) -> int:
     """A position-sensitive hash of the piece's bits."""
     local = entry.local(entry.param, "parameter").detach()
-    bits = local.contiguous().flatten().view(torch.int16 if local.element_size() == 2 else torch.int32).to(torch.int64)
-    weights = 2 * torch.arange(bits.numel(), device=bits.device) + 1  # odd, so that no single change is lost modulo 2**64
-    return int((bits * weights).sum())
+    bits = local.contiguous().flatten().view(torch.int16 if local.element_size() == 2 else torch.int32)
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for start in range(0, bits.numel(), HASHED_AT_ONCE):
+        chunk = bits[start : start + HASHED_AT_ONCE].to(torch.int64)
+        weights = 2 * torch.arange(start, start + chunk.numel(), device=bits.device) + 1  # odd: no single change is lost modulo 2**64
+        total += (chunk * weights).sum()
+    return int(total)
