@@ -178,6 +178,7 @@ class Engine(torch.optim.Optimizer):
         """
         for index, group in enumerate(self.param_groups):  # schedulers and users write to them
             param_groups.check_hyperparameters(group, f"param_groups[{index}]", scheduled=True)
+            param_groups.check_state_dtype(self.state_dtype, group)
         batches: dict[tuple[torch.device, str], _Batch] = {}
         for index, entry in enumerate(layout.local_params):
             if entry.param.grad is None:
@@ -339,12 +340,14 @@ class Engine(torch.optim.Optimizer):
             param_groups.check_hyperparameters(param_group, f"param_groups[{index}]")
             param_groups.check_state_dtype(self.state_dtype, param_group)
             known = {id(p): n for g_index, g in enumerate(self.param_groups) for p, n in param_groups.named_params(g, g_index)}
+            names = set(known.values())
             for param, name in named:
                 if id(param) in known:
                     raise ValueError(f"parameter {name!r} appears twice, also as {known[id(param)]!r}; give each parameter once")
-                if name in known.values():
+                if name in names:
                     raise ValueError(f"two parameters are named {name!r}; give each a name of its own, for example with a prefix per model")
                 known[id(param)] = name
+                names.add(name)
                 if isinstance(param, Tensor):
                     describe(param, name)
         super().add_param_group(param_group)
@@ -381,7 +384,11 @@ class Engine(torch.optim.Optimizer):
                 pairs = chain.from_iterable(param_groups.named_params(group, index) for index, group in enumerate(self.param_groups))
                 return [describe(param, name) for param, name in pairs]
 
-            self._layout = Layout.of_group(describe_all, self._own_group()) if self._agrees else Layout.of_rank(describe_all())
+            if self._agrees:
+                # Later, replicas may have drifted in their last bits, where kernels are not deterministic.
+                self._layout = Layout.of_group(describe_all, self._own_group(), compare_values=self._layout is None)
+            else:
+                self._layout = Layout.of_rank(describe_all())
         self._groups = [group for group in self.param_groups for _ in group["params"]]
         return self._layout
 
@@ -444,7 +451,7 @@ class Engine(torch.optim.Optimizer):
         incoming: dict[str, Any] = {}
 
         def check(_: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-            loading.check_state(self.param_groups, saved, self.algorithm.state)
+            loading.check_state(self.param_groups, saved, self.algorithm.state, self.state_dtype)
             incoming.update(saved)
 
         def restore(_: torch.optim.Optimizer) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharded_optim.param_groups import check_hyperparameters
+from sharded_optim.param_groups import check_hyperparameters, check_state_dtype
 from sharded_optim.state import STEP
 
 __all__ = ["check_state", "restore_groups", "restore_state"]
@@ -23,7 +23,7 @@ def _pairs(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> list[tup
     return [(param, name or f"parameter {key}", state[key]) for param, name, key in zip(params, names, keys, strict=True) if key in state]
 
 
-def check_state(groups: list[dict[str, Any]], state_dict: dict[str, Any], names: tuple[str, ...]) -> None:
+def check_state(groups: list[dict[str, Any]], state_dict: dict[str, Any], names: tuple[str, ...], dtype: torch.dtype) -> None:
     """Raise ValueError, before anything is loaded, for saved state that does not fit."""
     saved_sizes = [len(group["params"]) for group in state_dict["param_groups"]]
     sizes = [len(group["params"]) for group in groups]
@@ -33,6 +33,7 @@ def check_state(groups: list[dict[str, Any]], state_dict: dict[str, Any], names:
         )
     for index, group in enumerate(state_dict["param_groups"]):
         check_hyperparameters(group, f"the state dict's param_groups[{index}]", scheduled=True)
+        check_state_dtype(dtype, group)
     for param, name, state in _pairs(groups, state_dict):
         for key in (*names, STEP):
             if key not in state:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -25,11 +26,15 @@ __all__ = [
 ]
 
 BF16_HALF_ULP = 2.0**-8  # relative, at worst
+LR_ROUNDING = 1e-12
 
 
 def check_number(name: str, value: Any, where: str = "") -> float:
     """`value` as a float, if it is a finite number >= 0."""
-    number = float(value)
+    try:
+        number = math.nan if isinstance(value, str) else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        number = math.nan
     if not (math.isfinite(number) and number >= 0.0):
         raise ValueError(f"{name} must be a finite number >= 0, got {value!r}{where}")
     return number
@@ -51,10 +56,11 @@ def check_hyperparameters(values: dict[str, Any], where: str, *, scheduled: bool
             if name in values and name != "max_lr":
                 raise ValueError(f"{name} must be a finite number >= 0, got None{where}")
         elif not isinstance(value, Tensor) or value.device.type == "cpu":  # a device's is not waited for
-            check_number(name, abs(value) if scheduled and name in ("lr", "max_lr") else value, where)
+            rounded = scheduled and name in ("lr", "max_lr") and not isinstance(value, str) and -LR_ROUNDING < value < 0
+            check_number(name, 0.0 if rounded else value, where)
     if "betas" in values:
-        betas = tuple(values["betas"])
-        if len(betas) != 2 or not all(0.0 <= float(beta) < 1.0 for beta in betas):
+        betas = values["betas"]
+        if not isinstance(betas, Iterable) or len(list(betas)) != 2 or not all(0.0 <= float(beta) < 1.0 for beta in betas):
             raise ValueError(f"betas must be two numbers in [0, 1), got {values['betas']!r}{where}")
     if values.get("decay_form", "coupled") not in FORMS:
         raise ValueError(f"decay_form must be one of {', '.join(FORMS)}, got {values['decay_form']!r}{where}")

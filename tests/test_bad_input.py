@@ -76,6 +76,9 @@ def test_two_parameters_of_one_name_are_refused(cls: type) -> None:
     [
         ("lr", math.nan, "lr must be a finite number"),
         ("lr", math.inf, "lr must be a finite number"),
+        ("lr", -0.5, "lr must be a finite number >= 0, got -0.5"),
+        ("lr", "1e-3", "lr must be a finite number >= 0, got '1e-3'"),
+        ("betas", 0.9, "betas must be two numbers"),
         ("weight_decay", -1.0, "weight_decay must be a finite number >= 0"),
         ("eps", None, "eps must be a finite number >= 0, got None"),
         ("betas", (0.9, 1.0), "betas must be two numbers"),
@@ -97,6 +100,18 @@ def test_hyperparameters_that_change_later_are_checked_before_anything_is_writte
     with pytest.raises(ValueError, match=words):
         optimizer.step()
     assert torch.equal(param.detach(), torch.ones(3))
+
+
+def test_moments_that_would_never_fall_are_refused_when_betas_change_later() -> None:
+    """As when the state dict of a torch AdamW, with its beta2 of 0.999, is loaded into bf16 moments."""
+    param = nn.Parameter(torch.ones(3))
+    optimizer = so.AdamW([param], lr=1e-3, state_dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"needs beta2 <= 0.9961, got 0.999"):
+        optimizer.load_state_dict(torch.optim.AdamW([param], lr=1e-3).state_dict())
+    optimizer.param_groups[0]["betas"] = (0.9, 0.9999)
+    param.grad = torch.ones(3)
+    with pytest.raises(ValueError, match=r"needs beta2 <= 0.9961, got 0.9999"):
+        optimizer.step()
 
 
 @every_class
@@ -242,6 +257,20 @@ def check_ranks_that_disagree() -> None:
     refused("at different steps; make them the same", optimizer.step)
 
 
+def check_replicas_that_drifted_in_their_last_bits() -> None:
+    """Harmless once training goes on: unfreezing layers must not end a run."""
+    param, late = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer = so.StableAdamW([("w", param)], 1e-3)
+    param.grad = torch.ones(3)
+    optimizer.step()
+    with torch.no_grad():
+        param[0] = torch.nextafter(param[0], torch.tensor(2.0 * dist.get_rank()))
+    optimizer.add_param_group({"params": [("late", late)]})
+    late.grad = torch.ones(3)
+    optimizer.step()
+    dist.barrier()
+
+
 def check_stages_that_share_names_on_sub_meshes() -> None:
     """A DTensor on another mesh is another tensor, whatever its name."""
     meshes = [DeviceMesh("cpu", [rank]) for rank in range(dist.get_world_size())]
@@ -291,6 +320,7 @@ def check_two_ranks() -> None:
     check_pieces_that_do_not_tile()
     check_ranks_that_disagree()
     check_stages_that_share_names_on_sub_meshes()
+    check_replicas_that_drifted_in_their_last_bits()
     check_bad_gradient_on_one_rank()
     check_failure_of_another_kind_on_one_rank()
     check_bad_parameter_on_one_rank()

@@ -90,12 +90,20 @@ def test_an_inconsistency_is_raised_in_the_next_step_and_nothing_is_written_in_b
 
 
 @pytest.mark.usefixtures("cpu_is_a_device")
-def test_a_rank_that_meets_bad_input_raises_after_the_others_have_heard_of_it() -> None:
+def test_a_rank_that_meets_bad_input_raises_after_the_others_have_heard_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard = []
+
+    def record(*args, agree=statistics.agree, **options) -> statistics.Agreement:
+        heard.append(options["invalid"])
+        return agree(*args, **options)
+
+    monkeypatch.setattr(statistics, "agree", record)
     param = nn.Parameter(torch.ones(3))
     optimizer = so.StableAdamW([("w", param)], lr=1e-2)
     param.grad = torch.ones(3).to_sparse()
     with pytest.raises(ValueError, match="gradient of 'w' is sparse"):
         optimizer.step()
+    assert heard == [True]
 
 
 @pytest.mark.usefixtures("cpu_is_a_device")

@@ -42,7 +42,7 @@ def update(
 ):
     difference = grad - exp_avg
     # From the nearer end, as torch's lerp: from the other a small average would be the difference of two large numbers.
-    exp_avg = xp.where(beta1 < 0.5, grad - beta1 * difference, exp_avg + one_minus_beta1 * difference)
+    exp_avg = xp.where(beta1 <= 0.5, grad - beta1 * difference, exp_avg + one_minus_beta1 * difference)
     exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (grad * grad)
     denominator = xp.divide(xp.sqrt(exp_avg_sq), root_bias_correction2) + eps
     param = decay * param - xp.divide(step_size * exp_avg, denominator)

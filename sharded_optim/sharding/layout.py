@@ -61,11 +61,14 @@ class Layout:
         )
 
     @classmethod
-    def of_group(cls, describe: Callable[[], Sequence[LocalParam]], process_group: dist.ProcessGroup | None) -> Layout:
+    def of_group(
+        cls, describe: Callable[[], Sequence[LocalParam]], process_group: dist.ProcessGroup | None, *, compare_values: bool
+    ) -> Layout:
         """Put together what all ranks of `process_group` hold (None: this process is all there is). A collective.
 
         Args:
             describe: describes this rank's parameters; what it raises on one rank is raised on all.
+            compare_values: replicas must have the same values, bit for bit; else only gradients that are alike.
 
         Raises:
             ValueError: on every rank alike, when ranks disagree about a tensor, their pieces do not tile it, or pieces that should be
@@ -75,7 +78,7 @@ class Layout:
         rows: list[_Row] | str
         try:
             local_params = describe()
-            rows = [_Row.of(entry, compare=process_group is not None) for entry in local_params]
+            rows = [_Row.of(entry, alone=process_group is None, compare_values=compare_values) for entry in local_params]
         except Exception as error:  # the other ranks must hear of it before this one raises
             rows = str(error) if isinstance(error, ValueError) else repr(error)
         rank, tables = 0, [rows]
@@ -126,15 +129,16 @@ class _Row:
     grad_norm: float | None = None  # None without a gradient, or a finite one
 
     @classmethod
-    def of(cls, entry: LocalParam, compare: bool) -> _Row:
+    def of(cls, entry: LocalParam, *, alone: bool, compare_values: bool) -> _Row:
         dtype = str(entry.param.dtype)
-        if not compare or not entry.segment.numel:
+        if alone or not entry.segment.numel:
             return cls(segment=entry.segment, dtype=dtype)
         grad_norm = None
         if entry.param.grad is not None:
             norm = float(torch.linalg.vector_norm(entry.local(entry.param.grad, "gradient"), dtype=torch.float32))
             grad_norm = norm if math.isfinite(norm) else None
-        return cls(segment=entry.segment, dtype=dtype, fingerprint=_fingerprint(entry), grad_norm=grad_norm)
+        fingerprint = _fingerprint(entry) if compare_values else None
+        return cls(segment=entry.segment, dtype=dtype, fingerprint=fingerprint, grad_norm=grad_norm)
 
 
 def _check_agreement(name: str, pieces: list[tuple[int, _Row]], largest_norm: float) -> None:
@@ -152,9 +156,10 @@ def _check_agreement(name: str, pieces: list[tuple[int, _Row]], largest_norm: fl
         if differ:
             raise ValueError(
                 f"ranks {known_rank} and {rank} both hold {name!r} (shape {row.segment.shape}), but with different {differ}: they are not "
-                f"replicas of one tensor. If they are different tensors (stages of a pipeline, experts), pass named parameters with names "
-                f"that are unique over all ranks; if the ranks train apart, pass process_group= with those that train together; if a "
-                f"wrapper flattened the parameters (FSDP1, DeepSpeed), it is not supported without a layout"
+                f"replicas of one tensor. If they should be, start from equal values (broadcast them from one rank, or seed all ranks "
+                f"alike) and average the gradients, as DDP does; if they are different tensors (stages of a pipeline, experts), pass named "
+                f"parameters with names that are unique over all ranks; if the ranks train apart, pass process_group= with those that "
+                f"train together; if a wrapper flattened the parameters (FSDP1, DeepSpeed), it is not supported without a layout"
             )
     problem = find_tiling_error(list(replicas))
     if problem:
