@@ -67,10 +67,6 @@ def fsdp2_tp(model: Model) -> Model:
     return fsdp2(model, mesh["dp"])
 
 
-def sharded_model() -> nn.Module:
-    return fsdp2(Model())
-
-
 def check_training(folder: str, wrappers: dict[str, tuple[Callable[[Model], nn.Module], int]]) -> None:
     for name, (wrap, model_parallel) in wrappers.items():
         rank, world_size = dist.get_rank() // model_parallel, dist.get_world_size() // model_parallel
@@ -84,21 +80,21 @@ def check_training(folder: str, wrappers: dict[str, tuple[Callable[[Model], nn.M
                 assert (actual - value).norm() / value.norm() < 5e-6, (name, cls)
 
 
-def check_checkpoints(folder: str) -> None:
+def check_checkpoints(folder: str, wrap: Callable[[Model], nn.Module], model_parallel: int = 1) -> None:
     """Bitwise the same trajectory after saving and loading, nested and flattened, also asked of an optimizer that holds gradients."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    rank, world_size = dist.get_rank() // model_parallel, dist.get_world_size() // model_parallel
     for cls in CLASSES:
         for flatten in (False, True):
             options = StateDictOptions(flatten_optimizer_state_dict=flatten)
-            path = str(Path(folder) / f"{cls.__name__}-{flatten}")
-            straight = sharded_model()
+            path = str(Path(folder) / f"{wrap.__name__}-{cls.__name__}-{flatten}")
+            straight = wrap(Model())
             optimizer = cls(straight.parameters(), lr=1e-2)
             train(straight, optimizer, range(5), rank, world_size)
             model_state, optimizer_state = get_state_dict(straight, optimizer, options=options)
             dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=path)
             train(straight, optimizer, range(5, STEPS), rank, world_size)
 
-            resumed = sharded_model()
+            resumed = wrap(Model())
             fresh = cls(resumed.parameters(), lr=0.5)
             model_state, optimizer_state = get_state_dict(resumed, fresh, options=options)
             dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=path)
@@ -137,7 +133,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def check_two_ranks(one_process: str, folder: str) -> None:
     check_training(one_process, {"FSDP2": (fsdp2, 1), "DDP": (DistributedDataParallel, 1)})
-    check_checkpoints(folder)
+    check_checkpoints(folder, fsdp2)
     check_parameters_replaced_after_construction()
 
 
@@ -145,9 +141,11 @@ def test_fsdp2_and_ddp_train_like_one_process_and_resume_bitwise(one_process: st
     ranks.run(check_two_ranks, 2, one_process, str(tmp_path))
 
 
-def check_four_ranks(one_process: str) -> None:
+def check_four_ranks(one_process: str, folder: str) -> None:
     check_training(one_process, {"HSDP": (hsdp, 1), "FSDP2+TP": (fsdp2_tp, 2)})
+    check_checkpoints(folder, hsdp)
+    check_checkpoints(folder, fsdp2_tp, 2)
 
 
-def test_hsdp_and_fsdp2_with_tensor_parallelism_train_like_one_process(one_process: str) -> None:
-    ranks.run(check_four_ranks, 4, one_process)
+def test_hsdp_and_fsdp2_with_tensor_parallelism_train_like_one_process_and_resume_bitwise(one_process: str, tmp_path: Path) -> None:
+    ranks.run(check_four_ranks, 4, one_process, str(tmp_path))
