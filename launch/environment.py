@@ -104,6 +104,6 @@ def stop() -> None:
     import torch.distributed as dist
 
     # Wrapped models are reference cycles that hold process groups. A gloo group that lives until the interpreter ends can abort it: seen
-    # with torch 2.13, FSDP2 and torch's own AdamW in 3 of 36 runs, and with this line in none of 26.
+    # with torch 2.13, FSDP2 and torch's own AdamW in 3 of 22 runs, and with this line in none of 26.
     gc.collect()
     dist.destroy_process_group()

@@ -51,6 +51,7 @@ class _Sums:
     """What was observed of a batch; see `Backend.observe`."""
 
     bits: list[int]
+    keys: list[int]  # of the hyperparameters; see `Engine._keys`
     sums: Tensor
     non_finite: Tensor
 
@@ -210,7 +211,7 @@ class Engine(torch.optim.Optimizer):
             table = self._table(batch, statistic.coefficients)
         grad_scale = self._inverse_grad_scale(batch.device)
         sums, non_finite = batch.backend.observe(self.algorithm, batch.operands, table, limits, bits, grad_scale)
-        return _Sums(bits=bits, sums=sums, non_finite=non_finite)
+        return _Sums(bits=bits, keys=self._keys(batch), sums=sums, non_finite=non_finite)
 
     def _agree(self, layout: Layout, observation: _Observation) -> tuple[Tensor | None, Tensor | None]:
         """Add up what all ranks observed, if the algorithm needs to know. Every rank gets here in every step.
@@ -238,7 +239,7 @@ class Engine(torch.optim.Optimizer):
             torch.cat([nothing, *(each.sums.to(device) for each in sums)]),
             torch.cat([nothing, *(each.non_finite.to(device) for each in sums)]),
             [bits for each in sums for bits in each.bits],
-            [key for batch in observation.batches for key in self._keys(batch)],
+            [key for each in sums for key in each.keys],
             invalid=failure is not None,
             found_inf=found_inf,
             process_group=self._own_group(),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from datetime import timedelta
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -13,7 +12,7 @@ import torch.distributed as dist
 __all__ = ["gather_messages", "join_messages", "own_process_group"]
 
 # By the group they mirror. Held weakly: torch.distributed owns groups, and must be the one to end their threads.
-_own_groups: WeakKeyDictionary[dist.ProcessGroup, weakref.ref[dist.ProcessGroup]] = WeakKeyDictionary()
+_own_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, weakref.ref[dist.ProcessGroup]] = weakref.WeakKeyDictionary()
 
 
 def own_process_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:

@@ -303,6 +303,10 @@ def check_failure_of_another_kind_on_one_rank() -> None:
     if dist.get_rank() == 1:
         del optimizer.state[param]["exp_avg_sq"]
     refused(r"rank 1: KeyError\('exp_avg_sq'\)", optimizer.step)
+    optimizer = so.AdamW([("w", param)], lr=1e-3, nonfinite="skip")
+    if dist.get_rank() == 1:
+        del optimizer.param_groups[0]["reference_lr"]
+    refused(r"rank 1: KeyError\('reference_lr'\)", optimizer.step)
 
 
 def check_bad_parameter_on_one_rank() -> None:
