@@ -1,6 +1,20 @@
 """Optimizers that give the same answer however you shard them."""
 
-from sharded_optim.optimizers import AdamW, DecoupledAdamW, StableAdamW
+from sharded_optim.algorithms.weight_decay import convert_weight_decay
+from sharded_optim.gradient_release import prepare_for_gradient_release, remove_gradient_release
+from sharded_optim.model_preparation import param_groups_weight_decay, to_low_precision
+from sharded_optim.optimizers import Adam, AdamW, DecoupledAdamW, DecoupledSGDW, StableAdamW
 
-__all__ = ["AdamW", "DecoupledAdamW", "StableAdamW"]
+__all__ = [
+    "Adam",
+    "AdamW",
+    "DecoupledAdamW",
+    "DecoupledSGDW",
+    "StableAdamW",
+    "convert_weight_decay",
+    "param_groups_weight_decay",
+    "prepare_for_gradient_release",
+    "remove_gradient_release",
+    "to_low_precision",
+]
 __version__ = "0.1.0"

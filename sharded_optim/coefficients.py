@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sharded_optim.algorithms import Coefficients
 
-__all__ = ["coefficient_table", "known_on_host"]
+__all__ = ["coefficient_table", "known_on_host", "next_steps"]
 
 
 def known_on_host(tensor: Tensor) -> bool:
@@ -69,6 +69,13 @@ def _next_step(steps: list[Tensor]) -> int | Tensor:
         if len(known) == 1:
             return known.pop() + 1
     return torch.stack(steps).to(torch.int64) + 1
+
+
+def next_steps(steps: Sequence[Tensor], device: torch.device) -> Tensor:
+    """The step about to be taken by each, from 1: int64 (n,) on `device`."""
+    if all(map(known_on_host, steps)):
+        return torch.tensor([int(step) + 1 for step in steps]).to(device, non_blocking=True)
+    return torch.stack([step.to(device) for step in steps]).to(torch.int64) + 1
 
 
 def _indices(values: list[int], device: torch.device) -> Tensor:

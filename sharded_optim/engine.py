@@ -8,24 +8,26 @@ The public classes in `optimizers.py` give it an algorithm and defaults.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any, Literal, TypedDict
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import Unpack
 
-from sharded_optim import loading, param_groups, statistics
-from sharded_optim.algorithms import Algorithm, Coefficients
-from sharded_optim.backends import AUTO, Backend, Operand, available, choose
-from sharded_optim.coefficients import coefficient_table, known_on_host
+from sharded_optim import foreign_state, loading, metrics, noise, param_groups, statistics
+from sharded_optim.algorithms import Algorithm, Choose, Coefficients
+from sharded_optim.backends import AUTO, Backend, Operand, candidates, choose
+from sharded_optim.coefficients import coefficient_table, known_on_host, next_steps
+from sharded_optim.formats import Format, param_format
 from sharded_optim.ranks import gather_messages, own_process_group
 from sharded_optim.sharding import Layout, LocalParam, describe
-from sharded_optim.state import STEP, State, called_to_allocate
+from sharded_optim.state import STEP, State, called_to_allocate, new_state, zeros
 
-__all__ = ["Engine", "EngineOptions", "NonFinite", "Params"]
+__all__ = ["Engine", "EngineOptions", "NonFinite", "Params", "SwitchOptions"]
 
 NonFinite = Literal["skip", "raise", "allow"]
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
@@ -40,9 +42,11 @@ class _Batch:
     """The local parameters with a gradient that one backend steps in one call."""
 
     backend: Backend
+    algorithm: Algorithm
     device: torch.device
     indices: list[int] = field(default_factory=list)  # into the layout's local parameters
-    params: list[Tensor] = field(default_factory=list)  # the keys of their state
+    entries: list[LocalParam] = field(default_factory=list)
+    groups: list[dict[str, Any]] = field(default_factory=list)
     operands: list[Operand] = field(default_factory=list)
 
 
@@ -77,23 +81,48 @@ class EngineOptions(TypedDict, total=False):
         "allow": it goes through, as in torch; StableAdamW makes the whole tensor NaN, as an unsharded one would.
         The default is "skip" for algorithms whose ranks agree on something anyway and "allow" for those that need no collective.
     process_group: the ranks that train this model together; None, the default, means all. Unused by a step without a collective.
+    stochastic_rounding: float16 and bfloat16 parameters are rounded up or down at random, so that the expected value is the value; instead
+        of `kahan_sum`, and without its memory. The same bits whatever the sharding.
+    rounding_seed: of stochastic rounding; the same on every rank.
     """
 
     state_dtype: torch.dtype | None
     backend: str
     nonfinite: NonFinite | None
     process_group: dist.ProcessGroup | None
+    stochastic_rounding: bool
+    rounding_seed: int
+
+
+class SwitchOptions(EngineOptions, total=False):
+    """optimi's switches, as keywords of the optimizers that are not optimi's.
+
+    kahan_sum: float16 and bfloat16 parameters keep in `kahan_comp`, a second array of their dtype, what rounding them loses: 16 to 17
+        significant bits instead of 8 (bfloat16), weight decay included. None, the default, means True unless `stochastic_rounding`.
+    foreach: whether one call of a backend steps all tensors (None and True) or each its own. The result is the same.
+    triton: True wants the Triton backend, or an ImportError; False any other; None leaves it to `backend`.
+    gradient_release: steps are going to happen inside backward; see `prepare_for_gradient_release`.
+    """
+
+    kahan_sum: bool | None
+    foreach: bool | None
+    triton: bool | None
+    gradient_release: bool
 
 
 class Engine(torch.optim.Optimizer):
-    """Steps any `Algorithm` on whatever shard of the parameters this rank holds.
+    """Steps an `Algorithm` on whatever shard of the parameters this rank holds.
 
     Args:
         params: as for every torch optimizer: tensors, (name, tensor) tuples, or dicts of param groups.
         defaults: hyperparameters of the param groups.
-        algorithm: the math.
+        algorithm: chooses the math of a param group.
         max_lr: reference learning rate of groups that do not bring their own `max_lr`; None takes each group's `lr`.
-        state_dtype, backend, nonfinite, process_group: see `EngineOptions`.
+        options: see `EngineOptions` and `SwitchOptions`.
+
+    Attributes:
+        optimizer_accumulation: while True, what is stepped inside backward (gradient release) updates its state alone, not the parameter:
+            set it during all but the last micro-batch. As in optimi, each of them counts as a step of the moments.
     """
 
     _step_supports_amp_scaling = True  # GradScaler then sets grad_scale and found_inf and leaves the gradients alone
@@ -103,39 +132,49 @@ class Engine(torch.optim.Optimizer):
         params: Params,
         defaults: dict[str, Any],
         *,
-        algorithm: Algorithm,
+        algorithm: Choose,
         max_lr: float | None = None,
-        state_dtype: torch.dtype | None = None,
-        backend: str = AUTO,
-        nonfinite: NonFinite | None = None,
-        process_group: dist.ProcessGroup | None = None,
+        **options: Unpack[SwitchOptions],
     ) -> None:
-        if backend not in available():
-            raise ValueError(f"backend must be one of {', '.join(available())}, got {backend!r}")
+        nonfinite, foreach, triton = options.get("nonfinite"), options.get("foreach"), options.get("triton")
         if nonfinite not in (None, "skip", "raise", "allow"):
             raise ValueError(f"nonfinite must be 'skip', 'raise', 'allow' or None, got {nonfinite!r}")
-        self.algorithm = algorithm
-        self.backend = backend
-        # Where ranks agree on something anyway, skipping together costs nothing; elsewhere it would cost a collective.
-        self.nonfinite: NonFinite = nonfinite or ("skip" if algorithm.statistic else "allow")
-        self.state_dtype = state_dtype or torch.float32
-        self.process_group = process_group
+        defaults = defaults | {
+            "kahan_sum": options.get("kahan_sum"),
+            "stochastic_rounding": options.get("stochastic_rounding", False),
+            "rounding_seed": int(options.get("rounding_seed", 0)),
+        }
+        self.gradient_release = options.get("gradient_release", False)
+        if self.gradient_release and foreach:
+            warnings.warn("gradient_release=True steps what a backward hook brings; foreach=True has no effect", UserWarning, stacklevel=3)
+        self.optimizer_accumulation = False
+        self._choose = algorithm
+        self._backend_names = candidates(options.get("backend", AUTO), triton)
+        self._foreach = foreach is not False
+        self.state_dtype = options.get("state_dtype") or torch.float32
+        self.process_group = options.get("process_group")
         self._max_lr = None if max_lr is None else param_groups.check_number("max_lr", max_lr)
         self._skipped: int | Tensor = 0
-        self._forget_layout()
+        self._forget_layouts()
         param_groups.check_hyperparameters(defaults, "the optimizer's arguments")
         param_groups.check_state_dtype(self.state_dtype, defaults)
+        self._statistic = algorithm(defaults).statistic
+        # Where ranks agree on something anyway, skipping together costs nothing; elsewhere it would cost a collective.
+        self.nonfinite: NonFinite = nonfinite or ("skip" if self._statistic else "allow")
         super().__init__(params, defaults)
-        self.state = State(algorithm.state, self.state_dtype, self.state)
+        self.state = State(self._new_state, self.state)
+        param_groups.warn_of_high_decay(self.param_groups)
 
     # ------------------------------------------------------------------------------------------------------------------- step
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, param: Tensor | Sequence[Tensor] | None = None) -> Any:
         """Step once: on every rank, or on none.
 
         Args:
             closure: re-evaluates the model and returns the loss.
+            param: step this parameter, or these, alone: what gradient release does inside backward. Where ranks agree on something,
+                every rank of the process group must step the same parameters in the same order.
 
         Returns:
             What the closure returned, or None.
@@ -146,22 +185,39 @@ class Engine(torch.optim.Optimizer):
         """
         loss = None
         if closure is not None:
+            if param is not None:
+                raise ValueError("step takes a closure or a param, not both: a closure is for the whole model")
             with torch.enable_grad():
                 loss = closure()
         if self._is_allocation_step():
             self.init_state()
             return loss
-        self._raise_deferred()
-        layout = self._current_layout()
+        only = None if param is None else (param,) if isinstance(param, Tensor) else tuple(param)
+        self._raise_deferred(only)
+        layout = self._current_layout(only)
         observation = self._observe(layout)
+        if only is None and observation.batches:
+            self._agreements.clear()
+            self._updates.clear()
         proceed, lr_scales = self._agree(layout, observation)
-        self._update(observation.batches, proceed, lr_scales)
+        if only is not None and self.optimizer_accumulation:
+            lr_scales = torch.zeros(len(layout.local_params), dtype=torch.float64)
+        self._update(layout, observation.batches, proceed, lr_scales)
         return loss
+
+    def zero_grad(self, set_to_none: bool = True, param: Tensor | None = None) -> None:
+        """As in torch; or of one parameter alone."""
+        if param is None:
+            super().zero_grad(set_to_none)
+        elif set_to_none:
+            param.grad = None
+        elif param.grad is not None:
+            param.grad = torch.zeros_like(param.grad)
 
     @property
     def _agrees(self) -> bool:
         """Whether a step hears from the other ranks."""
-        return self.algorithm.statistic is not None or self.nonfinite != "allow"
+        return self._statistic is not None or self.nonfinite != "allow"
 
     def _observe(self, layout: Layout) -> _Observation:
         """Look at gradients and state, and sum what the ranks must agree on. Writes nothing."""
@@ -177,40 +233,54 @@ class Engine(torch.optim.Optimizer):
         Raises:
             ValueError: one that cannot be used.
         """
-        for index, group in enumerate(self.param_groups):  # schedulers and users write to them
-            param_groups.check_hyperparameters(group, f"param_groups[{index}]", scheduled=True)
+        groups = self._groups_of(layout)
+        for group in {id(group): group for group in groups}.values():  # schedulers and users write to them
+            where = f"param_groups[{next(index for index, each in enumerate(self.param_groups) if each is group)}]"
+            param_groups.check_hyperparameters(group, where, scheduled=True)
             param_groups.check_state_dtype(self.state_dtype, group)
-        batches: dict[tuple[torch.device, str], _Batch] = {}
-        for index, entry in enumerate(layout.local_params):
+            self._algorithm_of(group, where)
+        batches: dict[Any, _Batch] = {}
+        for index, (entry, group) in enumerate(zip(layout.local_params, groups, strict=True)):
             if entry.param.grad is None:
                 continue
-            operand = Operand(
-                param=entry.local(entry.param, "parameter"),
-                grad=entry.local(entry.param.grad, "gradient"),
-                state=tuple(entry.local(tensor, "state") for tensor in self._moments(entry.param)),
-            )
+            operand, algorithm = self._operand(entry, group), self._choose(group)
             backend = self._choose_backend(operand)
             device = operand.param.device
-            batch = batches.setdefault((device, backend.name), _Batch(backend=backend, device=device))
+            key = (device, backend.name, algorithm.name, None if self._foreach else index)
+            batch = batches.setdefault(key, _Batch(backend=backend, algorithm=algorithm, device=device))
             batch.indices.append(index)
-            batch.params.append(entry.param)
+            batch.entries.append(entry)
+            batch.groups.append(group)
             batch.operands.append(operand)
         return list(batches.values())
 
+    def _operand(self, entry: LocalParam, group: dict[str, Any]) -> Operand:
+        algorithm, fmt = self._choose(group), self._format_of(entry.param, group)
+        state = self._complete_state(entry.param, group)
+        assert entry.param.grad is not None
+        return Operand(
+            segment=entry.segment,
+            param=entry.local(entry.param, "parameter"),
+            extra=tuple(entry.local(state[name], "state") for name in fmt.extra),
+            format=fmt,
+            grad=entry.local(entry.param.grad, "gradient"),
+            state=tuple(entry.local(state[name], "state") for name in algorithm.state),
+        )
+
     def _sum(self, layout: Layout, batch: _Batch) -> _Sums:
         """Sum the statistic of each operand, or only see whether its gradient is finite."""
-        statistic = self.algorithm.statistic
+        statistic = self._statistic
         if statistic is None:
             bits, limits = [0] * len(batch.indices), [0.0] * len(batch.indices)
             table = torch.empty(len(batch.indices), 0, device=batch.device)
         else:
-            bounds = [statistic.bound(self._groups[index]) for index in batch.indices]
-            numels = [layout.local_params[index].segment.tensor_numel for index in batch.indices]
+            bounds = [statistic.bound(group) for group in batch.groups]
+            numels = [entry.segment.tensor_numel for entry in batch.entries]
             bits = [statistics.fraction_bits(bound, numel) for bound, numel in zip(bounds, numels, strict=True)]
             limits = [HEADROOM * bound for bound in bounds]
             table = self._table(batch, statistic.coefficients)
         grad_scale = self._inverse_grad_scale(batch.device)
-        sums, non_finite = batch.backend.observe(self.algorithm, batch.operands, table, limits, bits, grad_scale)
+        sums, non_finite = batch.backend.observe(statistic, batch.operands, table, limits, bits, grad_scale)
         return _Sums(bits=bits, keys=self._keys(batch), sums=sums, non_finite=non_finite)
 
     def _agree(self, layout: Layout, observation: _Observation) -> tuple[Tensor | None, Tensor | None]:
@@ -244,25 +314,25 @@ class Engine(torch.optim.Optimizer):
             found_inf=found_inf,
             process_group=self._own_group(),
         )
-        self._raise_inconsistency(agreement, failure)
-        self._last_agreement = agreement
-        statistic = self.algorithm.statistic
-        return self._verdict(agreement), None if statistic is None else statistic.lr_scale(agreement.means())
+        self._raise_inconsistency(layout, agreement, failure)
+        self._agreements[layout] = agreement
+        return self._verdict(agreement), None if self._statistic is None else self._statistic.lr_scale(agreement.means())
 
-    def _raise_inconsistency(self, agreement: statistics.Agreement, failure: Exception | None) -> None:
+    def _raise_inconsistency(self, layout: Layout, agreement: statistics.Agreement, failure: Exception | None) -> None:
         if not known_on_host(agreement.vector):
             if failure is not None:
                 raise failure
-            self._deferred = statistics.Deferred(agreement)
+            self._deferred[layout] = statistics.Deferred(agreement)
         elif agreement.invalid:
             message = None if failure is None else str(failure) if isinstance(failure, ValueError) else repr(failure)
             raise ValueError(gather_messages(message, self._own_group())) from failure
         elif not agreement.consistent():
             raise ValueError(agreement.inconsistency())
 
-    def _raise_deferred(self) -> None:
-        deferred, self._deferred = self._deferred, None
-        if deferred is not None:
+    def _raise_deferred(self, only: tuple[Tensor, ...] | None) -> None:
+        """Raise what the step before found: of these parameters, or of any."""
+        layouts = list(self._deferred) if only is None else [layout for layout in self._deferred if layout.describes(only)]
+        for deferred in [self._deferred.pop(layout) for layout in layouts]:
             deferred.raise_if_inconsistent()
 
     def _verdict(self, agreement: statistics.Agreement) -> Tensor:
@@ -277,8 +347,9 @@ class Engine(torch.optim.Optimizer):
             verdict = verdict & agreement.consistent()
         return verdict & finite if self.nonfinite == "skip" else verdict
 
-    def _update(self, batches: list[_Batch], proceed: Tensor | None, lr_scales: Tensor | None) -> None:
+    def _update(self, layout: Layout, batches: list[_Batch], proceed: Tensor | None, lr_scales: Tensor | None) -> None:
         """Write parameters and state, and count the step, where it happens."""
+        self._updates[layout] = []
         if proceed is not None and known_on_host(proceed):  # branch here; a verdict that only the device knows selects there
             if not proceed:
                 self._count_skipped(1)
@@ -291,30 +362,49 @@ class Engine(torch.optim.Optimizer):
             if lr_scales is not None:
                 indices = torch.tensor(batch.indices).to(lr_scales.device, non_blocking=True)
                 scale = lr_scales[indices].to(batch.device)
-            table = self._table(batch, self.algorithm.coefficients, scale)
-            batch.backend.update(self.algorithm, batch.operands, table, proceed, self._inverse_grad_scale(batch.device))
-            params = {id(param): param for param in batch.params}  # several pieces may belong to one
+            table, grad_scale = self._table(batch, batch.algorithm.coefficients, scale), self._inverse_grad_scale(batch.device)
+            batch.backend.update(batch.algorithm, batch.operands, table, proceed, grad_scale, self._noise(batch))
+            params = {id(entry.param): entry.param for entry in batch.entries}  # several pieces may belong to one
             steps = [self.state[param][STEP] for param in params.values()]
             taken = 1.0 if proceed is None else proceed.to(batch.device, torch.float32)
             torch._foreach_add_(steps, taken)  # pyright: ignore[reportPrivateImportUsage]
+            self._updates[layout].append(
+                metrics.Update(
+                    algorithm=batch.algorithm,
+                    entries=batch.entries,
+                    formats=[operand.format for operand in batch.operands],
+                    coefficients=table,
+                    proceed=proceed,
+                    grad_scale=grad_scale,
+                )
+            )
         if proceed is not None:
             self._count_skipped(~proceed)
 
     def _table(self, batch: _Batch, coefficients: Callable[..., Coefficients], lr_scale: float | Tensor | None = None) -> Tensor:
         """One row of coefficients for each operand of a batch: fp32 (operands, coefficients)."""
-        groups = [self._groups[index] for index in batch.indices]
-        steps = [self.state[param][STEP] for param in batch.params]
-        return coefficient_table(coefficients, groups, steps, batch.device, lr_scale)
+        return coefficient_table(coefficients, batch.groups, self._steps(batch), batch.device, lr_scale)
+
+    def _steps(self, batch: _Batch) -> list[Tensor]:
+        """Steps taken so far by each operand of a batch."""
+        return [self.state[entry.param][STEP] for entry in batch.entries]
+
+    def _noise(self, batch: _Batch) -> Tensor | None:
+        """What stochastic rounding draws with: int64 (operands,)."""
+        if not any(operand.format.is_random for operand in batch.operands):
+            return None
+        seeds = [group["rounding_seed"] for group in batch.groups]
+        names = [operand.segment.name for operand in batch.operands]
+        return noise.keys(seeds, names, next_steps(self._steps(batch), batch.device))
 
     def _keys(self, batch: _Batch) -> list[int]:
         """A number for each operand that is the same on two ranks if they use the same hyperparameters at the same step."""
         keys: dict[tuple[int, float], int] = {}
         result = []
-        for index, param in zip(batch.indices, batch.params, strict=True):
-            step = self.state[param][STEP]
-            known = (id(self._groups[index]), float(step) if known_on_host(step) else -1.0)
+        for group, step in zip(batch.groups, self._steps(batch), strict=True):
+            known = (id(group), float(step) if known_on_host(step) else -1.0)
             if known not in keys:
-                keys[known] = param_groups.hyperparameter_key(self._groups[index], known[1])
+                keys[known] = param_groups.hyperparameter_key(group, known[1])
             result.append(keys[known])
         return result
 
@@ -338,8 +428,10 @@ class Engine(torch.optim.Optimizer):
             named = param_groups.named_params(param_group, index)
             if not named:
                 raise ValueError(f"param_groups[{index}] has no parameters; leave the group out")
-            param_groups.check_hyperparameters(param_group, f"param_groups[{index}]")
-            param_groups.check_state_dtype(self.state_dtype, param_group)
+            param_group = param_groups.complete(param_group, self.defaults)
+            param_groups.check_hyperparameters(self.defaults | param_group, f"param_groups[{index}]")
+            param_groups.check_state_dtype(self.state_dtype, self.defaults | param_group)
+            self._algorithm_of(self.defaults | param_group, f"param_groups[{index}]")
             known = {id(p): n for g_index, g in enumerate(self.param_groups) for p, n in param_groups.named_params(g, g_index)}
             names = set(known.values())
             for param, name in named:
@@ -356,13 +448,50 @@ class Engine(torch.optim.Optimizer):
 
     def init_state(self) -> None:
         """Allocate the state of every trainable parameter that has none yet: what the first step does for those with a gradient."""
-        for param in chain.from_iterable(group["params"] for group in self.param_groups):
-            if param.requires_grad:
-                self.state[param]  # allocates
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.requires_grad:
+                    self._complete_state(param, group)
 
-    def _moments(self, param: Tensor) -> tuple[Tensor, ...]:
+    def _new_state(self, param: Tensor) -> dict[str, Any]:
+        group = next((group for group in self.param_groups if any(each is param for each in group["params"])), None)
+        return new_state(param, self._state_dtypes(param, group or self.param_groups[0])[0])
+
+    def _complete_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """The parameter's state, with everything that the group's algorithm and the format need.
+
+        Raises:
+            ValueError: something is missing that cannot begin now.
+        """
+        dtypes, late = self._state_dtypes(param, group)
+        if param not in self.state:
+            self.state[param] = new_state(param, dtypes)
         state = self.state[param]
-        return tuple(state[name] for name in self.algorithm.state)
+        for name, dtype in dtypes.items():
+            if name not in state:
+                if name not in late and state[STEP] > 0:
+                    raise ValueError(
+                        f"the state of a parameter of shape {tuple(param.shape)} lacks {name!r} after {int(state[STEP])} steps; it cannot "
+                        f"begin late: choose the option that needs it (momentum with dampening) at construction, or load a full state"
+                    )
+                state[name] = zeros(param, dtype)
+        return state
+
+    def _state_dtypes(self, param: Tensor, group: Mapping[str, Any]) -> tuple[dict[str, torch.dtype], frozenset[str]]:
+        """(the storage dtype of each entry of a parameter's state but its step, the names of those that may begin as zeros at any time)."""
+        algorithm, fmt = self._choose(group), self._format_of(param, group)
+        dtypes = dict.fromkeys(algorithm.state, self.state_dtype) | dict.fromkeys(fmt.extra, fmt.dtype)
+        return dtypes, algorithm.late | frozenset(fmt.extra)
+
+    def _algorithm_of(self, group: Mapping[str, Any], where: str) -> Algorithm:
+        try:
+            return self._choose(group)
+        except ValueError as error:
+            raise ValueError(f"{error} (in {where})") from None
+
+    @staticmethod
+    def _format_of(param: Tensor, group: Mapping[str, Any]) -> Format:
+        return param_format(param.dtype, kahan_sum=group["kahan_sum"], stochastic_rounding=group["stochastic_rounding"])
 
     def _is_allocation_step(self) -> bool:
         return not self.state and all(group["lr"] == 0 for group in self.param_groups) and called_to_allocate()
@@ -370,40 +499,67 @@ class Engine(torch.optim.Optimizer):
     def _choose_backend(self, operand: Operand) -> Backend:
         key = (operand.param.device, frozenset(tensor.dtype for tensor in (operand.param, operand.grad, *operand.state)))
         if key not in self._backends:
-            self._backends[key] = choose(self.backend, *key)
+            self._backends[key] = choose(self._backend_names, *key)
             logger.info("%s steps %s on %s with the %s backend", type(self).__name__, set(key[1]), key[0], self._backends[key].name)
         return self._backends[key]
 
     # --------------------------------------------------------------------------------------------------------------- all ranks
 
-    def _current_layout(self) -> Layout:
-        """The layout of the parameters as they are now; wrappers replace them after construction."""
-        params = [param for group in self.param_groups for param in group["params"]]
-        if self._layout is None or not self._layout.describes(params):
+    def _current_layout(self, only: tuple[Tensor, ...] | None = None) -> Layout:
+        """The layout of the parameters as they are now (wrappers replace them after construction), or of these alone."""
+        key = None if only is None else tuple(map(id, only))
+        params = only if only is not None else [param for group in self.param_groups for param in group["params"]]
+        layout = self._layouts.get(key)
+        if layout is None or not layout.describes(params):
+            if only is None:
+                self._layouts.clear()
+            layout = self._layouts[key] = self._make_layout(params)
+        return layout
 
-            def describe_all() -> list[LocalParam]:
-                pairs = chain.from_iterable(param_groups.named_params(group, index) for index, group in enumerate(self.param_groups))
-                return [describe(param, name) for param, name in pairs]
+    def _make_layout(self, params: Sequence[Tensor], *, of_group: bool | None = None) -> Layout:
+        """Describe parameters; a collective where `of_group`, which is by default where the ranks agree on something in a step."""
 
-            if self._agrees:
-                # Later, replicas may have drifted in their last bits, where kernels are not deterministic.
-                self._layout = Layout.of_group(describe_all, self._own_group(), compare_values=self._layout is None)
-            else:
-                self._layout = Layout.of_rank(describe_all())
-        self._groups = [group for group in self.param_groups for _ in group["params"]]
-        return self._layout
+        def describe_all() -> list[LocalParam]:
+            return [describe(param, name) for param, name in self._named(params)]
+
+        if not (self._agrees if of_group is None else of_group):
+            return Layout.of_rank(describe_all())
+        ids = set(map(id, params))
+        # Later, replicas may have drifted in their last bits, where kernels are not deterministic.
+        layout = Layout.of_group(describe_all, self._own_group(), compare_values=self._compared.isdisjoint(ids))
+        self._compared |= ids
+        return layout
+
+    def _named(self, params: Sequence[Tensor]) -> list[tuple[Tensor, str]]:
+        names = {id(p): name for index, group in enumerate(self.param_groups) for p, name in param_groups.named_params(group, index)}
+        try:
+            return [(param, names[id(param)]) for param in params]
+        except KeyError:
+            raise ValueError("a parameter to step is in none of the optimizer's param groups; add it with add_param_group") from None
+
+    def _groups_of(self, layout: Layout) -> list[dict[str, Any]]:
+        """The param group of each local parameter. Groups are replaced when a state dict is loaded, so they are looked up anew."""
+        found = [self._group_of.get(id(entry.param)) for entry in layout.local_params]
+        live = {id(group) for group in self.param_groups}
+        if layout is self._layouts.get(None) or any(group is None or id(group) not in live for group in found):
+            self._group_of = {id(param): group for group in self.param_groups for param in group["params"]}
+        return [self._group_of[id(entry.param)] for entry in layout.local_params]
 
     def _own_group(self) -> dist.ProcessGroup | None:
         if self._lost_process_group:
             raise ValueError("this optimizer was copied or unpickled, which cannot take its process_group along; set it again")
         return own_process_group(self.process_group)
 
-    def _forget_layout(self) -> None:
-        self._layout: Layout | None = None
-        self._groups: list[dict[str, Any]] = []  # of each local parameter
+    def _forget_layouts(self) -> None:
+        self._layouts: dict[tuple[int, ...] | None, Layout] = {}  # of all parameters (None), or of those with these ids
+        self._agreements: dict[Layout, statistics.Agreement] = {}
+        self._deferred: dict[Layout, statistics.Deferred] = {}
+        self._updates: dict[Layout, list[metrics.Update]] = {}
+        self._compared: set[int] = set()  # ids of parameters whose values were compared between ranks
+        self._group_of: dict[int, dict[str, Any]] = {}  # by the id of a parameter
         self._backends: dict[tuple[torch.device, frozenset[torch.dtype]], Backend] = {}
-        self._last_agreement: statistics.Agreement | None = None
-        self._deferred: statistics.Deferred | None = None
+        self._reported: dict[str, Tensor] = {}  # parameters by the names that metrics were reported under
+        self._all_ranks: Layout | None = None  # for metrics, where no step makes a layout of all ranks and parameters
 
     # ----------------------------------------------------------------------------------------------------------------- reports
 
@@ -416,7 +572,7 @@ class Engine(torch.optim.Optimizer):
     def process_group(self, process_group: dist.ProcessGroup | None) -> None:
         self._process_group = process_group
         self._lost_process_group = False
-        self._forget_layout()
+        self._forget_layouts()
 
     @property
     def skipped_steps(self) -> int:
@@ -436,14 +592,45 @@ class Engine(torch.optim.Optimizer):
             tensor of the model that has elements and had a gradient, also those held by other ranks only. NaN where it was not finite.
         """
         report = {"skipped_steps": float(self.skipped_steps)}
-        if self._last_agreement is not None and self.algorithm.statistic is not None:
-            report |= {f"rms/{name}": mean**0.5 for name, mean in self._last_agreement.named_means().items()}
+        if self._statistic is not None:
+            for agreement in self._agreements.values():
+                report |= {f"rms/{name}": mean**0.5 for name, mean in agreement.named_means().items()}
         return report
+
+    def report_per_parameter_metrics(self, param: Tensor, name: str, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
+        """Add what the last step did to one parameter, as Composer's OptimizerMonitor asks for it.
+
+        Adds `l2_norm/{moment,param,update,grad}/NAME` and `cosine/{update_grad,moment_grad}/NAME`, float64 tensors of one element, of this
+        rank's piece. `update` is what the step subtracted from the parameter, weight decay included. See `metrics.py`.
+        """
+        group = next((group for group in self.param_groups if any(each is param for each in group["params"])), None)
+        if group is None:
+            return optimizer_metrics
+        last = metrics.last_update([update for updates in self._updates.values() for update in updates], param)
+        values = metrics.report(describe(param, name), self._complete_state(param, group), last)
+        self._reported[name] = param
+        return optimizer_metrics | {f"{kind}/{name}": value for kind, value in values.items()}
+
+    def pre_reduce_metrics(self, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
+        """Turn norms into squares and cosines into dot products, which add up over ranks. See `metrics.py`."""
+        return metrics.pre_reduce(optimizer_metrics)
+
+    def dist_reduce_metrics(self, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
+        """Make the metrics of this rank's pieces those of whole tensors: one all-reduce, in which every rank must take part."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        layout = self._all_ranks or (self._layouts.get(None) if self._agrees else None)
+        if layout is None or not layout.describes(params):
+            layout = self._all_ranks = self._make_layout(params, of_group=True)
+        places = {id(entry.param): index for index, entry in enumerate(layout.local_params)}
+        index_of = {name: places[id(param)] for name, param in self._reported.items() if id(param) in places}
+        return metrics.dist_reduce(optimizer_metrics, layout, index_of.get, self._own_group())
 
     # ------------------------------------------------------------------------------------------------------------- state dicts
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but all or nothing, with moments kept in `state_dtype`, and with group keys the saved state lacks kept as they are.
+
+        State of torch's Adam, AdamW and SGD, of Composer's and of optimi's optimizers is recognised and continued; see `foreign_state.py`.
 
         Raises:
             ValueError: the saved state does not fit; nothing was changed.
@@ -451,16 +638,26 @@ class Engine(torch.optim.Optimizer):
         before = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
         incoming: dict[str, Any] = {}
 
-        def check(_: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-            loading.check_state(self.param_groups, saved, self.algorithm.state, self.state_dtype)
+        def prepare(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+            loading.check_sizes(self.param_groups, saved)
+            saved = foreign_state.translate(saved, self.param_groups)
+            merged = []
+            for index, (own, group) in enumerate(zip(self.param_groups, saved["param_groups"], strict=True)):
+                where = f"the state dict's param_groups[{index}]"
+                merged.append(own | group | {"params": own["params"]})
+                param_groups.check_hyperparameters(merged[-1], where, scheduled=True)
+                param_groups.check_state_dtype(self.state_dtype, merged[-1])
+                self._algorithm_of(merged[-1], where)
+            loading.check_state(merged, saved, self._state_dtypes)
             incoming.update(saved)
+            return saved
 
         def restore(_: torch.optim.Optimizer) -> None:
             loading.restore_groups(self.param_groups, before)
-            loading.restore_state(self, incoming, self.algorithm.state, self.state_dtype)
+            loading.restore_state(self, incoming, self._state_dtypes)
 
         # After the users' pre-hooks, which may convert the state dict, and before their post-hooks, which may look at the result.
-        hooks = [self.register_load_state_dict_pre_hook(check), self.register_load_state_dict_post_hook(restore, prepend=True)]
+        hooks = [self.register_load_state_dict_pre_hook(prepare), self.register_load_state_dict_post_hook(restore, prepend=True)]
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -468,17 +665,21 @@ class Engine(torch.optim.Optimizer):
                 hook.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("algorithm", "backend", "nonfinite", "state_dtype", "_max_lr", "_skipped")
+        own = ("_choose", "_statistic", "_backend_names", "_foreach", "_max_lr", "_skipped")
+        own += ("nonfinite", "state_dtype", "gradient_release", "optimizer_accumulation")
         lost = {"_lost_process_group": self._process_group is not None or self._lost_process_group}
         return super().__getstate__() | {name: getattr(self, name) for name in own} | lost
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if "algorithm" in state:  # unpickling or copying; torch also calls this with the loaded state and groups alone
+        if "_choose" in state:  # unpickling or copying; torch also calls this with the loaded state and groups alone
             self._process_group = None
-            self._forget_layout()
+            self._forget_layouts()
         super().__setstate__(state)
-        self.state = State(self.algorithm.state, self.state_dtype, self.state)  # torch makes it a plain dict when it loads
+        self.state = State(self._new_state, self.state)  # torch makes it a plain dict when it loads
 
     def __repr__(self) -> str:
-        backends = ", ".join(sorted({backend.name for backend in self._backends.values()})) or f"{self.backend} until the first step"
+        backends = (
+            ", ".join(sorted({backend.name for backend in self._backends.values()}))
+            or f"{' or '.join(self._backend_names)}, chosen in the first step"
+        )
         return super().__repr__().removesuffix(")") + f"backend: {backends}\nnonfinite: {self.nonfinite}\n)"

@@ -1,50 +1,104 @@
 """How a logically-fp32 value (a parameter or a moment) is stored.
 
-Algorithms compute on fp32 values and never see a storage dtype: a backend loads through the format, calls the algorithm, and stores the
-whole new value through the format. A new storage is one new entry here.
+Algorithms compute on fp32 values and never see a storage: a backend loads through the format, calls the algorithm, and stores the whole
+new value through the format. So every algorithm has every storage, with weight decay inside it. A new storage is one new entry here.
+
+    fp32, bf16, fp16               rounded to nearest, ties to even (IEEE 754 roundTiesToEven)
+    bf16_kahan, fp16_kahan         with a second array for what rounding lost (Kahan 1965): value = param + kahan_comp
+    bf16_stochastic, ...           rounded up or down at random, so that the expected value is the value
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-__all__ = ["FORMATS", "Format", "format_of"]
+__all__ = ["FORMATS", "KAHAN_COMP", "Format", "format_of", "param_format"]
+
+KAHAN_COMP = "kahan_comp"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
     """One storage of fp32 values.
 
-    `load` gives the fp32 value of what is stored, exactly; `store` rounds an fp32 value to what can be stored.
+    `load(*arrays)` gives the fp32 value of what is stored; `store(value, uniform)` gives what is to be stored of an fp32 value: the main
+    array, then the extra ones. `uniform` has a random number in [0, 1) for each element where `is_random`, else it is None.
     """
 
     name: str
-    dtype: torch.dtype
-    load: Callable[[Tensor], Tensor]
-    store: Callable[[Tensor], Tensor]
+    dtype: torch.dtype  # of every array
+    extra: tuple[str, ...] = ()  # names of the arrays besides the main one, as they are called in an optimizer's state
+    is_random: bool = False
+    load: Callable[..., Tensor]
+    store: Callable[[Tensor, Tensor | None], tuple[Tensor, ...]]
 
 
-def _nearest(name: str, dtype: torch.dtype) -> Format:
-    """Plain storage in `dtype`, rounded to nearest, ties to even (IEEE 754 roundTiesToEven)."""
-    return Format(name=name, dtype=dtype, load=lambda stored: stored.to(torch.float32), store=lambda value: value.to(dtype))
+def _load(stored: Tensor) -> Tensor:
+    return stored.to(torch.float32)
 
 
-FORMATS: dict[torch.dtype, Format] = {
-    fmt.dtype: fmt for fmt in (_nearest("fp32", torch.float32), _nearest("bf16", torch.bfloat16), _nearest("fp16", torch.float16))
-}
+def _load_sum(stored: Tensor, compensation: Tensor) -> Tensor:
+    return stored.to(torch.float32) + compensation.to(torch.float32)
+
+
+def _store_nearest(value: Tensor, uniform: Tensor | None, *, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return (value.to(dtype),)
+
+
+def _store_sum(value: Tensor, uniform: Tensor | None, *, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    stored = value.to(dtype)
+    return stored, (value - stored.to(torch.float32)).to(dtype)
+
+
+def _store_stochastic(value: Tensor, uniform: Tensor | None, *, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Round up in magnitude with a probability equal to the distance from the lower neighbour, in units of the neighbours' distance."""
+    assert uniform is not None, "the format says that it is random"
+    limits = torch.finfo(dtype)
+    magnitude = value.abs()
+    power = (magnitude.view(torch.int32) & 0x7F800000).view(torch.float32)  # the largest power of two that is not above the magnitude
+    spacing = (power * limits.eps).clamp(min=limits.smallest_normal * limits.eps)  # a power of two: nothing below rounds
+    scaled = magnitude / spacing
+    below = scaled.floor()
+    rounded = (below + (uniform < scaled - below)) * spacing
+    return (torch.where(value.isfinite(), torch.copysign(rounded, value), value).to(dtype),)
+
+
+def _formats() -> list[Format]:
+    formats = []
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        nearest = partial(_store_nearest, dtype=dtype)
+        formats.append(Format(name=name, dtype=dtype, load=_load, store=nearest))
+        if dtype != torch.float32:
+            compensated, stochastic = partial(_store_sum, dtype=dtype), partial(_store_stochastic, dtype=dtype)
+            formats.append(Format(name=f"{name}_kahan", dtype=dtype, extra=(KAHAN_COMP,), load=_load_sum, store=compensated))
+            formats.append(Format(name=f"{name}_stochastic", dtype=dtype, is_random=True, load=_load, store=stochastic))
+    return formats
+
+
+FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in _formats()}
+_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def format_of(dtype: torch.dtype) -> Format:
-    """The format that stores values in `dtype`.
+    """The format that stores values in one array of `dtype`, rounded to nearest.
 
     Raises:
         ValueError: values of this dtype cannot be computed in fp32 and stored back.
     """
-    if dtype not in FORMATS:
-        known = ", ".join(str(known).removeprefix("torch.") for known in FORMATS)
+    if dtype not in _NAMES:
+        known = ", ".join(str(known).removeprefix("torch.") for known in _NAMES)
         raise ValueError(f"dtype {dtype} is not supported (the step computes in float32 and stores {known}); convert with .to(...)")
-    return FORMATS[dtype]
+    return FORMATS[_NAMES[dtype]]
+
+
+def param_format(dtype: torch.dtype, *, kahan_sum: bool, stochastic_rounding: bool) -> Format:
+    """The format of a parameter; the options matter in low precision only."""
+    plain = format_of(dtype)
+    if dtype == torch.float32 or not (kahan_sum or stochastic_rounding):
+        return plain
+    return FORMATS[f"{plain.name}_{'kahan' if kahan_sum else 'stochastic'}"]

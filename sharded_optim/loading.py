@@ -2,47 +2,54 @@
 
 from __future__ import annotations
 
-from itertools import chain
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sharded_optim.param_groups import check_hyperparameters, check_state_dtype
-from sharded_optim.state import STEP
+from sharded_optim.formats import KAHAN_COMP
+from sharded_optim.state import STEP, zeros
 
-__all__ = ["check_state", "restore_groups", "restore_state"]
+__all__ = ["Dtypes", "check_sizes", "check_state", "restore_groups", "restore_state"]
 
-
-def _pairs(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> list[tuple[Tensor, str, dict[str, Any]]]:
-    """(parameter, its name, saved state) for every saved state that belongs to a parameter of `groups`."""
-    params = chain.from_iterable(group["params"] for group in groups)
-    names = chain.from_iterable(group.get("param_names") or [None] * len(group["params"]) for group in groups)
-    keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-    state = state_dict["state"]
-    return [(param, name or f"parameter {key}", state[key]) for param, name, key in zip(params, names, keys, strict=True) if key in state]
+# (parameter, its param group) -> the storage dtype of each entry of its state but the step, and which of them may be missing
+Dtypes = Callable[[Tensor, Mapping[str, Any]], tuple[dict[str, torch.dtype], frozenset[str]]]
 
 
-def check_state(groups: list[dict[str, Any]], state_dict: dict[str, Any], names: tuple[str, ...], dtype: torch.dtype) -> None:
-    """Raise ValueError, before anything is loaded, for saved state that does not fit."""
+def _saved_states(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> list[tuple[Tensor, str, dict[str, Any], dict[str, Any]]]:
+    """(parameter, its name, its group, its saved state) for every saved state that belongs to a parameter of `groups`."""
+    found = []
+    for group, saved in zip(groups, state_dict["param_groups"], strict=True):
+        names = group.get("param_names") or [None] * len(group["params"])
+        for param, name, key in zip(group["params"], names, saved["params"], strict=True):
+            if key in state_dict["state"]:
+                found.append((param, name or f"parameter {key}", group, state_dict["state"][key]))
+    return found
+
+
+def check_sizes(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> None:
+    """Raise ValueError unless the saved groups have as many parameters as these."""
     saved_sizes = [len(group["params"]) for group in state_dict["param_groups"]]
     sizes = [len(group["params"]) for group in groups]
     if saved_sizes != sizes:
         raise ValueError(
             f"the state dict has param groups of {saved_sizes} parameters, the optimizer of {sizes}; build the same groups before loading"
         )
-    for index, group in enumerate(state_dict["param_groups"]):
-        check_hyperparameters(group, f"the state dict's param_groups[{index}]", scheduled=True)
-        check_state_dtype(dtype, group)
-    for param, name, state in _pairs(groups, state_dict):
-        for key in (*names, STEP):
-            if key not in state:
+
+
+def check_state(groups: list[dict[str, Any]], state_dict: dict[str, Any], dtypes: Dtypes) -> None:
+    """Raise ValueError, before anything is loaded, for saved state that does not fit `groups` as they are going to be."""
+    for param, name, group, state in _saved_states(groups, state_dict):
+        expected, may_lack = dtypes(param, group)
+        for key in (*expected, STEP):
+            if key not in state and key not in may_lack:
                 raise ValueError(
                     f"the saved state of {name} lacks {key!r} (it has {', '.join(map(str, state))}); it is another optimizer's"
                 )
         if torch.as_tensor(state[STEP]).numel() != 1:
             raise ValueError(f"saved {STEP!r} of {name} has shape {tuple(state[STEP].shape)}; it must be one number")
-        for key in names:
+        for key in expected.keys() & state.keys():
             if getattr(state[key], "placements", None) != getattr(param, "placements", None):
                 raise ValueError(
                     f"saved {key!r} of {name} is not sharded like the parameter; load it with set_optimizer_state_dict of "
@@ -57,13 +64,17 @@ def restore_groups(groups: list[dict[str, Any]], before: list[dict[str, Any]]) -
     for group, old in zip(groups, before, strict=True):
         for key, value in old.items():
             group.setdefault(key, value)
-        group["betas"] = tuple(group["betas"])
+        if "betas" in group:
+            group["betas"] = tuple(group["betas"])
 
 
-def restore_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any], names: tuple[str, ...], dtype: torch.dtype) -> None:
+def restore_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any], dtypes: Dtypes) -> None:
     """Put back what torch has rounded: its load casts all state to the parameter's dtype (pytorch#43706)."""
-    for param, _, saved in _pairs(optimizer.param_groups, state_dict):
+    for param, _, group, saved in _saved_states(optimizer.param_groups, state_dict):
         state = optimizer.state[param]
-        for key in names:
-            state[key] = saved[key].to(device=param.device, dtype=dtype, copy=True)
+        expected, _ = dtypes(param, group)
+        if KAHAN_COMP not in expected:
+            state.pop(KAHAN_COMP, None)
+        for key, dtype in expected.items():
+            state[key] = saved[key].to(device=param.device, dtype=dtype, copy=True) if key in saved else zeros(param, dtype)
         state[STEP] = torch.as_tensor(saved[STEP], dtype=torch.float32).to(param.device, copy=True).reshape(())

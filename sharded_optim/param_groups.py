@@ -6,6 +6,7 @@ Used by the engine when a group is added, when a state dict is loaded, and befor
 from __future__ import annotations
 
 import math
+import warnings
 import zlib
 from collections.abc import Iterable
 from typing import Any
@@ -13,18 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharded_optim.algorithms.weight_decay import FORMS
+from sharded_optim.algorithms.weight_decay import FORMS, L2
 
 __all__ = [
     "check_hyperparameters",
     "check_number",
     "check_state_dtype",
+    "complete",
     "hyperparameter_key",
     "learn_reference_lr",
     "named_params",
     "set_reference_lr",
+    "warn_of_high_decay",
 ]
 
+NUMBERS = ("lr", "eps", "weight_decay", "max_lr", "momentum", "dampening", "reference_lr")  # hyperparameters that are numbers >= 0
+CHOICES = ("decay_form", "amsgrad", "nesterov", "kahan_sum", "stochastic_rounding", "rounding_seed")  # those that are not
+HIGH_DECAY = 1e-3  # from which on Composer and optimi warn
 BF16_HALF_ULP = 2.0**-8  # relative, at worst
 LR_ROUNDING = 1e-12
 
@@ -50,7 +56,7 @@ def check_hyperparameters(values: dict[str, Any], where: str, *, scheduled: bool
     lr = values.get("lr")
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"a tensor lr must have one element, got shape {tuple(lr.shape)}{where}")
-    for name in ("lr", "eps", "weight_decay", "max_lr", "reference_lr"):
+    for name in NUMBERS:
         value = values.get(name)
         if value is None:
             if name in values and name != "max_lr":
@@ -64,7 +70,11 @@ def check_hyperparameters(values: dict[str, Any], where: str, *, scheduled: bool
             raise ValueError(f"betas must be two numbers in [0, 1), got {values['betas']!r}{where}")
     if values.get("decay_form", "coupled") not in FORMS:
         raise ValueError(f"decay_form must be one of {', '.join(FORMS)}, got {values['decay_form']!r}{where}")
-    for name in ("amsgrad", "maximize", "differentiable"):  # torch's; others of its keys do not change the result
+    if values.get("kahan_sum") and values.get("stochastic_rounding"):
+        raise ValueError(
+            f"kahan_sum=True and stochastic_rounding=True are two ways to keep what rounding loses{where}; give one of the two"
+        )
+    for name in ("maximize", "differentiable"):  # torch's; others of its keys do not change the result
         if values.get(name):
             raise ValueError(f"{name}={values[name]!r} is not supported{where}; leave it out")
 
@@ -85,10 +95,51 @@ def check_state_dtype(dtype: torch.dtype, values: dict[str, Any]) -> None:
 
 def hyperparameter_key(group: dict[str, Any], step: float) -> int:
     """24 bits that two ranks have in common if the group's hyperparameters and the step are the same on both."""
-    lr = group["lr"]
-    known = -1.0 if isinstance(lr, Tensor) and lr.device.type != "cpu" else float(lr)  # a device's is not waited for
-    numbers = [known, *map(float, group["betas"]), float(group["eps"]), float(group["weight_decay"]), float(group["reference_lr"]), step]
-    return zlib.crc32(repr((numbers, group["decay_form"])).encode()) & 0xFFFFFF
+    values = [_comparable(group[name]) for name in (*NUMBERS, *CHOICES, "betas") if name in group]
+    return zlib.crc32(repr((values, step)).encode()) & 0xFFFFFF
+
+
+def _comparable(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.device.type != "cpu":
+        return -1.0  # a device's is not waited for
+    if isinstance(value, tuple | list):
+        return [float(item) for item in value]
+    return value if value is None or isinstance(value, str) else float(value)
+
+
+def complete(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """A group with optimi's keys in our terms, and what it leaves open filled in as far as it depends on other keys.
+
+    `decouple_lr` and `decouple_wd` become `decay_form`, `beta1` and `beta2` become `betas`; `kahan_sum=None` becomes what it means.
+    """
+    group = dict(group)
+    decouple_lr, decouple_wd = group.pop("decouple_lr", None), group.pop("decouple_wd", None)
+    if "decay_form" not in group and (decouple_lr is not None or decouple_wd is not None):
+        inherited = defaults["decay_form"]
+        if decouple_wd is None:
+            decouple_wd = inherited != L2
+        if decouple_lr is None:
+            decouple_lr = inherited == "decoupled"
+        group["decay_form"] = "decoupled" if decouple_lr else "coupled" if decouple_wd else L2
+    if "betas" in defaults and ("beta1" in group or "beta2" in group):
+        beta1, beta2 = group.get("betas", defaults["betas"])
+        group["betas"] = (group.pop("beta1", beta1), group.pop("beta2", beta2))
+    stochastic_rounding = bool(group.get("stochastic_rounding", defaults["stochastic_rounding"]))
+    if group.get("kahan_sum", defaults["kahan_sum"]) is None:
+        group["kahan_sum"] = not stochastic_rounding
+    return group
+
+
+def warn_of_high_decay(groups: list[dict[str, Any]]) -> None:
+    """Warn once of fully decoupled decays, over all groups, that would be usual as coupled ones."""
+    high = [group["weight_decay"] for group in groups if group["decay_form"] == "decoupled" and group["weight_decay"] >= HIGH_DECAY]
+    if high:
+        warnings.warn(
+            f"weight_decay={max(high)} is high for fully decoupled decay: it is not multiplied by the learning rate, so each step at the "
+            f"peak learning rate multiplies the weights by {1.0 - max(high):.6g}; convert a coupled value with convert_weight_decay",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def named_params(group: dict[str, Any], group_index: int) -> list[tuple[Any, str]]:

@@ -1,4 +1,4 @@
-"""Optimizer state: per parameter, the algorithm's moments and a step counter, allocated when first asked for.
+"""Optimizer state: per parameter, a step counter, the algorithm's moments and its format's further arrays, allocated when first asked for.
 
 Used by the engine. The private name of torch that is relied on here is tried with torch 2.13 and guarded by a test.
 """
@@ -7,44 +7,51 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["STEP", "State", "called_to_allocate"]
+__all__ = ["STEP", "State", "called_to_allocate", "new_state", "zeros"]
 
 STEP = "step"
 
 
 class State(defaultdict[Tensor, dict[str, Any]]):
-    """`optimizer.state`: a missing parameter is given zeros.
+    """`optimizer.state`: a missing parameter is given what `allocate(param)` returns.
 
     A plain dict would be silently wrong: torch.distributed.checkpoint asks `optimizer.state[param]` which state to load, and loads
     nothing where it finds nothing, as in an optimizer that has gradients but has not stepped.
     """
 
-    def __init__(self, names: tuple[str, ...], dtype: torch.dtype, content: Mapping[Tensor, dict[str, Any]]) -> None:
+    def __init__(self, allocate: Callable[[Tensor], dict[str, Any]], content: Mapping[Tensor, dict[str, Any]]) -> None:
         super().__init__(dict, content)
-        self._names = names
-        self._dtype = dtype
+        self._allocate = allocate
 
     def __missing__(self, param: Tensor) -> dict[str, Any]:
-        self[param] = {
-            STEP: torch.zeros((), dtype=torch.float32, device=param.device),
-            **{name: torch.zeros_like(param, dtype=self._dtype, memory_format=torch.preserve_format) for name in self._names},
-        }
+        self[param] = self._allocate(param)
         return self[param]
 
     def copy(self) -> State:
-        return State(self._names, self._dtype, self)
+        return State(self._allocate, self)
 
     def __copy__(self) -> State:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self.copy()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._names, self._dtype, dict(self))
+        """A plain dict: the optimizer that is copied or unpickled makes a State of it again, with its own `allocate`."""
+        return dict, (dict(self),)
+
+
+def new_state(param: Tensor, dtypes: Mapping[str, torch.dtype]) -> dict[str, Any]:
+    """Zeros like the parameter under each name of `dtypes`, and a step counter of 0."""
+    return {STEP: torch.zeros((), dtype=torch.float32, device=param.device)} | {n: zeros(param, d) for n, d in dtypes.items()}
+
+
+def zeros(param: Tensor, dtype: torch.dtype) -> Tensor:
+    """Zeros that are shaped, strided and sharded like the parameter."""
+    return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
 
 
 def called_to_allocate() -> bool:

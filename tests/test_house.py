@@ -9,19 +9,25 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import sharded_optim
 from sharded_optim.algorithms import Algorithm
-from sharded_optim.algorithms.adam import ADAM
+from sharded_optim.algorithms.adam import ADAM, AMSGRAD
+from sharded_optim.algorithms.sgd import MOMENTUM, SGD
 from sharded_optim.algorithms.stable_adamw import STABLE_ADAMW
+from sharded_optim.algorithms.weight_decay import FORMS
 
 PACKAGE = Path(sharded_optim.__file__).parent
+GROUP = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "decay_form": "coupled", "reference_lr": 2e-2}
+GROUP |= {"momentum": 0.9, "dampening": 0.0, "nesterov": False}
 # A module may import from its own floor's package and from floors below. Modules of one floor in different rooms do not import each other,
 # but for those listed in SEEN.
 FLOORS = {
     "ranks": 1,
     "segment": 1,
     "formats": 1,
+    "noise": 1,
     "algorithms": 1,
     "backends": 2,
     "sharding": 2,
@@ -29,14 +35,21 @@ FLOORS = {
     "param_groups": 3,
     "state": 3,
     "coefficients": 3,
+    "foreign_state": 3,
     "loading": 3,
+    "metrics": 3,
+    "functional": 3,
     "engine": 3,
     "optimizers": 3,
+    "gradient_release": 4,
+    "model_preparation": 4,
     "__init__": 5,
 }
 # Statistics are laid out by the layout; floor 3 is a stack.
-SEEN = {("statistics", "sharding"), ("loading", "state"), ("loading", "param_groups"), ("optimizers", "engine")}
-SEEN |= {("engine", room) for room in ("coefficients", "loading", "param_groups", "state")}
+SEEN = {("statistics", "sharding"), ("noise", "segment")}
+SEEN |= {("loading", "state"), ("foreign_state", "state"), ("functional", "coefficients")}
+SEEN |= {("engine", room) for room in ("coefficients", "foreign_state", "loading", "metrics", "param_groups", "state")}
+SEEN |= {("optimizers", "engine"), ("optimizers", "functional")}
 
 
 def imports_of(path: Path) -> list[str]:
@@ -76,12 +89,25 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     assert result.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("algorithm", [ADAM, STABLE_ADAMW], ids=lambda algorithm: algorithm.name)
+@pytest.mark.parametrize("algorithm", [ADAM, AMSGRAD, STABLE_ADAMW, SGD, MOMENTUM], ids=lambda algorithm: algorithm.name)
 def test_an_algorithm_takes_as_many_coefficients_as_are_computed(algorithm: Algorithm) -> None:
-    group = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "decay_form": "coupled", "reference_lr": 1e-3}
-    fixed = 1 + len(algorithm.state)  # the gradient and the state
-    update = len(inspect.signature(algorithm.update).parameters)
-    assert update == 1 + fixed + len(algorithm.coefficients(group, 1, 1.0))
+    count = len(algorithm.coefficients(GROUP, 1, 1.0))
+    assert len(inspect.signature(algorithm.update).parameters) == 2 + len(algorithm.state) + count
     if algorithm.statistic is not None:
         observe = len(inspect.signature(algorithm.statistic.observe).parameters)
-        assert observe == fixed + len(algorithm.statistic.coefficients(group, 1))
+        assert observe == 1 + len(algorithm.state) + len(algorithm.statistic.coefficients(GROUP, 1))
+
+
+@pytest.mark.parametrize("algorithm", [ADAM, AMSGRAD, STABLE_ADAMW, SGD, MOMENTUM], ids=lambda algorithm: algorithm.name)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_undo_gives_back_the_parameter_before_an_update(algorithm: Algorithm, form: str, nesterov: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    param, grad, *state = (torch.rand(50, generator=generator, dtype=torch.float64) for _ in range(2 + len(algorithm.state)))
+    row = [
+        torch.tensor(float(c), dtype=torch.float64)
+        for c in algorithm.coefficients(GROUP | {"decay_form": form, "nesterov": nesterov}, 3, 0.7)
+    ]
+    after, *new_state = algorithm.update(param, grad, *state, *row)
+    assert not torch.allclose(after, param)
+    torch.testing.assert_close(algorithm.undo(after, grad, *new_state, *row), param)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sharded_optim.algorithms import Algorithm, Statistic
+from sharded_optim.algorithms import Statistic
 from sharded_optim.algorithms.bias_correction import bias_correction
 from sharded_optim.algorithms.stable_adamw import STABLE_ADAMW
 from sharded_optim.backends import Operand
@@ -24,10 +24,10 @@ GROUP = {"betas": (0.9, 0.99), "eps": 1e-6}
 
 def observed(grad: torch.Tensor, exp_avg_sq: torch.Tensor, bits: int, step: int = 3) -> tuple[int, int]:
     """Fixed-point sum and non-finite count of StableAdamW's statistic."""
-    operand = Operand(param=grad, grad=grad, state=(torch.zeros_like(grad), exp_avg_sq))
+    operand = Operand.whole(grad, grad, (torch.zeros_like(grad), exp_avg_sq))
     coefficients = torch.tensor([STATISTIC.coefficients(GROUP, step)], dtype=torch.float64).float()
     limit = 1.001 * STATISTIC.bound(GROUP)
-    sums, non_finite = BACKEND.observe(STABLE_ADAMW, [operand], coefficients, [limit], [bits], None)
+    sums, non_finite = BACKEND.observe(STATISTIC, [operand], coefficients, [limit], [bits], None)
     return int(sums[0]), int(non_finite[0])
 
 
@@ -67,18 +67,17 @@ def test_the_bound_holds_when_every_gradient_is_a_spike() -> None:
 
 def test_terms_are_rounded_half_to_even() -> None:
     """A statistic of 1, 3, 5, 7 halves of the unit: 0, 2, 2 and 4 units."""
-    identity = Algorithm(name="identity", state=(), update=lambda *_: (), coefficients=lambda *_: (), statistic=IDENTITY)
     for value, units in ((0.5, 0), (1.5, 2), (2.5, 2), (3.5, 4)):
         grad = torch.tensor([value])
-        sums, _ = BACKEND.observe(identity, [Operand(param=grad, grad=grad, state=())], torch.empty(1, 0), [10.0], [0], None)
+        sums, _ = BACKEND.observe(IDENTITY, [Operand.whole(grad, grad, ())], torch.empty(1, 0), [10.0], [0], None)
         assert int(sums[0]) == units
 
 
 def test_zero_gradients_have_statistic_0_even_if_eps_squared_underflows() -> None:
-    operand = Operand(param=torch.zeros(3), grad=torch.zeros(3), state=(torch.zeros(3), torch.zeros(3)))
+    operand = Operand.whole(torch.zeros(3), torch.zeros(3), (torch.zeros(3), torch.zeros(3)))
     for eps in (0.0, 1e-30):
         coefficients = torch.tensor([STATISTIC.coefficients(GROUP | {"eps": eps}, 1)], dtype=torch.float64).float()
-        sums, non_finite = BACKEND.observe(STABLE_ADAMW, [operand], coefficients, [100.0], [30], None)
+        sums, non_finite = BACKEND.observe(STATISTIC, [operand], coefficients, [100.0], [30], None)
         assert (int(sums[0]), int(non_finite[0])) == (0, 0)
 
 

@@ -17,7 +17,15 @@ from torch.distributed.checkpoint.state_dict import (
 
 import sharded_optim as so
 
-CLASSES = [so.AdamW, so.DecoupledAdamW, so.StableAdamW]
+
+class MomentumSGDW(so.DecoupledSGDW):
+    """The one with the most state and the strangest first step."""
+
+    def __init__(self, params, lr, **options) -> None:
+        super().__init__(params, lr, **({"momentum": 0.9, "dampening": 0.1} | options))
+
+
+CLASSES = [so.Adam, so.AdamW, so.DecoupledAdamW, so.DecoupledSGDW, MomentumSGDW, so.StableAdamW]
 every_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 
 
@@ -62,7 +70,8 @@ def test_state_dict_round_trip_continues_bitwise(cls: type, dtype: torch.dtype) 
         fresh = cls(model.parameters(), lr=0.5)
         fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         for param in model.parameters():
-            assert {key: value.dtype for key, value in fresh.state[param].items()} == dict.fromkeys(fresh.state[param], torch.float32)
+            dtypes = {key: value.dtype for key, value in fresh.state[param].items()}
+            assert dtypes == dict.fromkeys(dtypes, torch.float32) | ({"kahan_comp": dtype} if dtype == torch.bfloat16 else {})
         return model, fresh
 
     resumed(cls, change, dtype)
@@ -90,7 +99,7 @@ def test_pickle_keeps_the_options(cls: type) -> None:
     model = make_model()
     optimizer = cls(model.parameters(), lr=0.0, nonfinite="raise", state_dtype=torch.bfloat16, max_lr=0.3)
     copied = pickle.loads(pickle.dumps(optimizer))
-    assert (copied.nonfinite, copied.state_dtype, copied.algorithm) == ("raise", torch.bfloat16, optimizer.algorithm)
+    assert (copied.nonfinite, copied.state_dtype) == ("raise", torch.bfloat16)
     copied.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
     assert copied.param_groups[1]["reference_lr"] == 0.3
 
@@ -131,7 +140,7 @@ def test_a_first_step_at_lr_0_counts(cls: type) -> None:
     assert_equal(model, before)
     for param in model.parameters():
         assert optimizer.state[param]["step"] == 1
-        assert optimizer.state[param]["exp_avg"].any()
+        assert all(value.any() for value in optimizer.state[param].values())
 
 
 def test_load_is_all_or_nothing_and_names_what_does_not_fit() -> None:
@@ -311,7 +320,7 @@ def test_max_lr_is_the_reference_and_per_group() -> None:
 
 @every_class
 def test_a_parameter_added_late_gets_the_first_steps_bias_correction(cls: type) -> None:
-    """`step` is per parameter: with Adam's first step, the sign of the gradient times lr."""
+    """`step` is per parameter: Adam's first step is the sign of the gradient times lr, SGD's the gradient times lr."""
     model = make_model()
     optimizer = cls(model.parameters(), lr=1e-2, weight_decay=0.0)
     take_steps(model, optimizer, range(5))
@@ -319,7 +328,8 @@ def test_a_parameter_added_late_gets_the_first_steps_bias_correction(cls: type) 
     optimizer.add_param_group({"params": [late]})
     late.grad = torch.tensor([1.0, -2.0, 3.0, -4.0])
     optimizer.step()
-    torch.testing.assert_close(late.detach(), torch.tensor([-1e-2, 1e-2, -1e-2, 1e-2]), rtol=1e-5, atol=0)
+    first_step = -1e-2 * (late.grad if issubclass(cls, so.DecoupledSGDW) else late.grad.sign())
+    torch.testing.assert_close(late.detach(), first_step, rtol=1e-5, atol=0)
     assert optimizer.state[late]["step"] == 1
 
 
@@ -435,6 +445,6 @@ def test_non_contiguous_parameters_step_like_contiguous_ones() -> None:
 def test_repr_names_the_backend() -> None:
     model = make_model()
     optimizer = so.StableAdamW(model.parameters(), lr=1e-2)
-    assert "backend: auto until the first step" in repr(optimizer)
+    assert "backend: eager, chosen in the first step" in repr(optimizer)
     take_steps(model, optimizer, range(1))
     assert "backend: eager" in repr(optimizer)

@@ -1,6 +1,7 @@
 """The math of the optimizers: plain functions over scalars or tensors, one file per algorithm.
 
-`Algorithm` is what a backend runs. To add an optimizer, write its functions in a new file here and a public class in `optimizers.py`.
+`Algorithm` is what a backend runs. To add an optimizer, write its functions in a new file here, with a `choose` that picks the algorithm of
+a param group, and a public class in `optimizers.py`.
 
 Rules for `update` and `observe`, which every backend compiles from the same source:
 `+ - *` and the functions of `operations` only; every value is fp32; one result rounding per operation (no fused multiply-add).
@@ -14,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Algorithm", "Coefficients", "Number", "Statistic"]
+__all__ = ["Algorithm", "Choose", "Coefficients", "Number", "Statistic"]
 
 Number = float | Tensor  # a Python float, or a float64 tensor of one value per local parameter
 Coefficients = tuple[Number, ...]
@@ -38,7 +39,15 @@ class Algorithm:
     """One optimizer's math, elementwise but for its statistic."""
 
     name: str
-    state: tuple[str, ...]  # names of the per-element state, in the order the functions take and return it
+    state: tuple[str, ...]  # names of the per-element state, in the order the functions take and return it; the first moment first
     update: Callable[..., tuple[Any, ...]]  # (param, grad, *state, *coefficients) -> (param, *state)
     coefficients: Callable[[Mapping[str, Any], int | Tensor, Number], Coefficients]  # (hyperparameters, step, lr_scale)
+    # (param, grad, *state, *coefficients) -> the parameter before an update that led to this parameter and state; for reports
+    undo: Callable[..., Any]
     statistic: Statistic | None = None
+    late: frozenset[str] = frozenset()  # state that may begin, as zeros, when other state has long begun
+
+
+Choose = Callable[
+    [Mapping[str, Any]], Algorithm
+]  # the algorithm of a param group; ValueError if its hyperparameters ask for what is not done

@@ -1,12 +1,13 @@
-"""AdamW and DecoupledAdamW: Adam (Kingma & Ba 2015, algorithm 1) with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2).
+"""Adam (Kingma & Ba 2015, algorithm 1), AdamW (Loshchilov & Hutter 2019, algorithm 2), and AMSGrad (Reddi et al. 2018, algorithm 2).
 
-    theta <- (1 - amount) * theta                       amount: see weight_decay.py
+    g     <- g + l2 * theta                             l2, decay: see weight_decay.py; one of them does nothing
+    theta <- decay * theta
     m     <- m + (1 - beta1) * (g - m)
     v     <- beta2 * v + (1 - beta2) * g^2
     theta <- theta - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
-The order of operations is that of torch.optim.AdamW, so that the two differ by single roundings. optimi keeps debiased moments instead of
-m and v, which is the same in exact arithmetic.
+AMSGrad has max(v so far) for v in the last line. The order of operations is that of torch.optim.AdamW, so that the two differ by single
+roundings. optimi keeps debiased moments instead of m and v, which is the same in exact arithmetic.
 """
 
 from __future__ import annotations
@@ -21,9 +22,21 @@ from torch import Tensor
 from sharded_optim.algorithms import Algorithm, Coefficients, Number
 from sharded_optim.algorithms import operations as xp
 from sharded_optim.algorithms.bias_correction import bias_correction
-from sharded_optim.algorithms.weight_decay import decay_amount
+from sharded_optim.algorithms.weight_decay import decay_coefficients
 
-__all__ = ["ADAM"]
+__all__ = ["ADAM", "AMSGRAD", "choose"]
+
+
+def moments(grad, exp_avg, exp_avg_sq, beta1, one_minus_beta1, beta2, one_minus_beta2):
+    difference = grad - exp_avg
+    # From the nearer end, as torch's lerp: from the other a small average would be the difference of two large numbers.
+    exp_avg = xp.where(beta1 <= 0.5, grad - beta1 * difference, exp_avg + one_minus_beta1 * difference)
+    exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (grad * grad)
+    return exp_avg, exp_avg_sq
+
+
+def descent(exp_avg, exp_avg_sq, step_size, root_bias_correction2, eps):
+    return xp.divide(step_size * exp_avg, xp.divide(xp.sqrt(exp_avg_sq), root_bias_correction2) + eps)
 
 
 def update(
@@ -31,6 +44,7 @@ def update(
     grad,
     exp_avg,
     exp_avg_sq,
+    l2,
     decay,
     beta1,
     one_minus_beta1,
@@ -40,22 +54,50 @@ def update(
     root_bias_correction2,
     eps,
 ):
-    difference = grad - exp_avg
-    # From the nearer end, as torch's lerp: from the other a small average would be the difference of two large numbers.
-    exp_avg = xp.where(beta1 <= 0.5, grad - beta1 * difference, exp_avg + one_minus_beta1 * difference)
-    exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (grad * grad)
-    denominator = xp.divide(xp.sqrt(exp_avg_sq), root_bias_correction2) + eps
-    param = decay * param - xp.divide(step_size * exp_avg, denominator)
+    grad = grad + l2 * param
+    exp_avg, exp_avg_sq = moments(grad, exp_avg, exp_avg_sq, beta1, one_minus_beta1, beta2, one_minus_beta2)
+    param = decay * param - descent(exp_avg, exp_avg_sq, step_size, root_bias_correction2, eps)
     return param, exp_avg, exp_avg_sq
 
 
+def update_amsgrad(
+    param,
+    grad,
+    exp_avg,
+    exp_avg_sq,
+    max_exp_avg_sq,
+    l2,
+    decay,
+    beta1,
+    one_minus_beta1,
+    beta2,
+    one_minus_beta2,
+    step_size,
+    root_bias_correction2,
+    eps,
+):
+    grad = grad + l2 * param
+    exp_avg, exp_avg_sq = moments(grad, exp_avg, exp_avg_sq, beta1, one_minus_beta1, beta2, one_minus_beta2)
+    max_exp_avg_sq = xp.maximum(max_exp_avg_sq, exp_avg_sq)
+    param = decay * param - descent(exp_avg, max_exp_avg_sq, step_size, root_bias_correction2, eps)
+    return param, exp_avg, exp_avg_sq, max_exp_avg_sq
+
+
+def undo(param, grad, exp_avg, exp_avg_sq, *coefficients):
+    _, decay, _, _, _, _, step_size, root_bias_correction2, eps = coefficients
+    return xp.divide(param + descent(exp_avg, exp_avg_sq, step_size, root_bias_correction2, eps), decay)
+
+
+def undo_amsgrad(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, *coefficients):
+    return undo(param, grad, exp_avg, max_exp_avg_sq, *coefficients)
+
+
 def coefficients(group: Mapping[str, Any], step: int | Tensor, lr_scale: Number) -> Coefficients:
-    """The last eight arguments of `update`; `lr_scale` multiplies the learning rate, in the step and in the decay alike."""
+    """The last nine arguments of `update`; `lr_scale` multiplies the learning rate, in the step and in the decay alike."""
     beta1, beta2 = group["betas"]
-    amount = decay_amount(group["decay_form"], group["lr"], group["reference_lr"], group["weight_decay"])
     correction2 = bias_correction(beta2, step)
     return (
-        1.0 - lr_scale * amount,
+        *decay_coefficients(group, lr_scale),
         beta1,
         1.0 - beta1,
         beta2,
@@ -66,4 +108,16 @@ def coefficients(group: Mapping[str, Any], step: int | Tensor, lr_scale: Number)
     )
 
 
-ADAM = Algorithm(name="adam", state=("exp_avg", "exp_avg_sq"), update=update, coefficients=coefficients)
+ADAM = Algorithm(name="adam", state=("exp_avg", "exp_avg_sq"), update=update, undo=undo, coefficients=coefficients)
+AMSGRAD = Algorithm(
+    name="amsgrad",
+    state=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+    update=update_amsgrad,
+    undo=undo_amsgrad,
+    coefficients=coefficients,
+    late=frozenset({"max_exp_avg_sq"}),
+)
+
+
+def choose(group: Mapping[str, Any]) -> Algorithm:
+    return AMSGRAD if group.get("amsgrad") else ADAM

@@ -22,8 +22,9 @@ from torch import Tensor
 from sharded_optim.algorithms import Algorithm, Coefficients, Statistic, adam
 from sharded_optim.algorithms import operations as xp
 from sharded_optim.algorithms.bias_correction import bias_correction
+from sharded_optim.algorithms.weight_decay import L2
 
-__all__ = ["STABLE_ADAMW"]
+__all__ = ["STABLE_ADAMW", "choose"]
 
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 
@@ -58,6 +59,15 @@ STABLE_ADAMW = Algorithm(
     name="stable_adamw",
     state=adam.ADAM.state,
     update=adam.update,
+    undo=adam.undo,
     coefficients=adam.coefficients,
     statistic=Statistic(observe=observe, coefficients=observe_coefficients, bound=bound, lr_scale=lr_scale),
 )
+
+
+def choose(group: Mapping[str, Any]) -> Algorithm:
+    if group["decay_form"] == L2:
+        raise ValueError(f"decay_form={L2!r} is not supported by StableAdamW, whose decay never goes through the gradient; use Adam")
+    if group.get("amsgrad"):
+        raise ValueError(f"amsgrad={group['amsgrad']!r} is not supported by StableAdamW; leave it out, or use DecoupledAdamW")
+    return STABLE_ADAMW

@@ -8,26 +8,39 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from sharded_optim.algorithms import Algorithm
+from sharded_optim.algorithms import Algorithm, Statistic
+from sharded_optim.formats import Format, format_of
+from sharded_optim.segment import Segment
 
-__all__ = ["AUTO", "Backend", "Operand", "available", "choose"]
+__all__ = ["AUTO", "Backend", "Operand", "available", "candidates", "choose"]
 
 MODULES = ("eager",)  # fastest first; imported when asked for
 AUTO = "auto"
+TRITON = "triton"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Operand:
     """The local tensors of one parameter in one step: equal shapes, any dtypes that have a format, any strides."""
 
+    segment: Segment  # which elements of which tensor these are, in the tensors' row-major order
     param: Tensor  # written by update
+    extra: tuple[Tensor, ...]  # the further arrays of the parameter's format; written by update
+    format: Format  # how the parameter is stored
     grad: Tensor  # read-only
-    state: tuple[Tensor, ...]  # in the order of Algorithm.state; written by update
+    state: tuple[Tensor, ...]  # in the order of Algorithm.state, each in the plain format of its dtype; written by update
+
+    @classmethod
+    def whole(cls, param: Tensor, grad: Tensor, state: Sequence[Tensor], name: str = "param") -> Operand:
+        """A whole tensor in the plain format of its dtype."""
+        segment = Segment.whole(name, param.shape)
+        return cls(segment=segment, param=param, extra=(), format=format_of(param.dtype), grad=grad, state=tuple(state))
 
 
 class Backend(Protocol):
@@ -41,9 +54,9 @@ class Backend(Protocol):
 
     def observe(
         self,
-        algorithm: Algorithm,
+        statistic: Statistic | None,
         operands: Sequence[Operand],
-        coefficients: Tensor,  # fp32 (operands, coefficients of algorithm.statistic), on the operands' device
+        coefficients: Tensor,  # fp32 (operands, coefficients of the statistic), on the operands' device
         limits: Sequence[float],  # the largest statistic that is possible, of each operand
         bits: Sequence[int],  # fraction bits of the fixed-point sum, of each operand
         grad_scale: Tensor | None,  # fp32 (), multiplies every gradient
@@ -64,6 +77,7 @@ class Backend(Protocol):
         coefficients: Tensor,  # fp32 (operands, coefficients of algorithm.update)
         proceed: Tensor | None,  # bool (); where False nothing changes. None: always proceed
         grad_scale: Tensor | None,
+        noise: Tensor | None,  # int64 (operands,), what `noise.uniform` draws with; None if no format is random
     ) -> None:
         """Write the new parameters and state."""
         ...
@@ -74,14 +88,41 @@ def available() -> tuple[str, ...]:
     return (AUTO, *MODULES)
 
 
-def choose(requested: str, device: torch.device, dtypes: frozenset[torch.dtype]) -> Backend:
-    """The requested backend, or for "auto" the first that supports the device and dtypes.
+def candidates(backend: str, triton: bool | None) -> tuple[str, ...]:
+    """Names of the backends that may run, the preferred first.
+
+    Args:
+        backend: one of `available()`.
+        triton: optimi's switch: True wants the Triton backend, False any other, None leaves it to `backend`.
 
     Raises:
-        ValueError: the requested backend declines; says why.
+        ValueError: an unknown backend, or two options that contradict each other.
+        ImportError: the Triton backend is wanted and cannot be had.
+    """
+    if backend not in available():
+        raise ValueError(f"backend must be one of {', '.join(available())}, got {backend!r}")
+    if triton:
+        if backend not in (AUTO, TRITON):
+            raise ValueError(f"triton=True contradicts backend={backend!r}; give one of the two")
+        if TRITON not in MODULES:
+            raise ImportError(f"triton=True, but this version has no Triton backend, only {', '.join(MODULES)}; leave triton out")
+        if find_spec("triton") is None:
+            raise ImportError("triton=True needs the triton package, which is not installed: pip install triton, or leave triton out")
+        return (TRITON,)
+    if triton is False and backend == TRITON:
+        raise ValueError("triton=False contradicts backend='triton'; give one of the two")
+    names = MODULES if backend == AUTO else (backend,)
+    return tuple(name for name in names if triton is None or name != TRITON)
+
+
+def choose(names: Sequence[str], device: torch.device, dtypes: frozenset[torch.dtype]) -> Backend:
+    """The first of the named backends that supports the device and dtypes.
+
+    Raises:
+        ValueError: all of them decline; says why.
     """
     reasons = []
-    for name in MODULES if requested == AUTO else (requested,):
+    for name in names:
         backend: Backend = import_module(f"{__name__}.{name}").BACKEND
         reason = backend.supports(device, dtypes)
         if reason is None:

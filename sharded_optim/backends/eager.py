@@ -11,9 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sharded_optim.algorithms import Algorithm
+from sharded_optim.algorithms import Algorithm, Statistic
 from sharded_optim.backends import Operand
 from sharded_optim.formats import format_of
+from sharded_optim.noise import uniform
 
 __all__ = ["BACKEND"]
 
@@ -28,7 +29,7 @@ class Eager:
 
     def observe(
         self,
-        algorithm: Algorithm,
+        statistic: Statistic | None,
         operands: Sequence[Operand],
         coefficients: Tensor,
         limits: Sequence[float],
@@ -39,12 +40,12 @@ class Eager:
         non_finite = torch.zeros_like(sums)
         for index, (operand, row, limit, fraction) in enumerate(zip(operands, coefficients, limits, bits, strict=True)):
             grad = _load_grad(operand, grad_scale)
-            if algorithm.statistic is None:
+            if statistic is None:
                 non_finite[index] = (~torch.isfinite(grad * grad)).sum()
                 continue
-            statistic = algorithm.statistic.observe(grad, *map(_load, operand.state), *row.unbind())
-            finite = statistic <= limit  # False for NaN too
-            scaled = torch.where(finite, statistic, 0.0).to(torch.float64) * math.ldexp(1.0, fraction)
+            values = statistic.observe(grad, *map(_load, operand.state), *row.unbind())
+            finite = values <= limit  # False for NaN too
+            scaled = torch.where(finite, values, 0.0).to(torch.float64) * math.ldexp(1.0, fraction)
             sums[index] = scaled.round().to(torch.int64).sum()
             non_finite[index] = (~finite).sum()
         return sums, non_finite
@@ -56,19 +57,30 @@ class Eager:
         coefficients: Tensor,
         proceed: Tensor | None,
         grad_scale: Tensor | None,
+        noise: Tensor | None,
     ) -> None:
-        for operand, row in zip(operands, coefficients, strict=True):
-            grad = _load_grad(operand, grad_scale)
-            stored = (operand.param, *operand.state)
-            param, *state = map(_load, stored)
-            values = algorithm.update(param, grad, *state, *row.unbind())
-            for target, value in zip(stored, values, strict=True):
-                new = format_of(target.dtype).store(value)
-                target.copy_(new if proceed is None else torch.where(proceed, new, target))
+        for index, (operand, row) in enumerate(zip(operands, coefficients, strict=True)):
+            param = operand.format.load(operand.param, *operand.extra)
+            param, *state = algorithm.update(param, _load_grad(operand, grad_scale), *map(_load, operand.state), *row.unbind())
+            random = None
+            if operand.format.is_random:
+                assert noise is not None
+                random = uniform(noise[index], operand.segment).view(param.shape)
+            values = [
+                *operand.format.store(param, random),
+                *(_store(value, into) for value, into in zip(state, operand.state, strict=True)),
+            ]
+            for target, value in zip((operand.param, *operand.extra, *operand.state), values, strict=True):
+                target.copy_(value if proceed is None else torch.where(proceed, value, target))
 
 
 def _load(stored: Tensor) -> Tensor:
     return format_of(stored.dtype).load(stored)
+
+
+def _store(value: Tensor, target: Tensor) -> Tensor:
+    (stored,) = format_of(target.dtype).store(value, None)
+    return stored
 
 
 def _load_grad(operand: Operand, grad_scale: Tensor | None) -> Tensor:

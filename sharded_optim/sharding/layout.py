@@ -37,9 +37,9 @@ class LocalParam:
     local: Callable[[Tensor, str], Tensor]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Layout:
-    """All local parameters of an optimizer and the model-wide list of tensors."""
+    """All local parameters of an optimizer, or those it steps together, and the model-wide list of tensors."""
 
     local_params: tuple[LocalParam, ...]
     names: tuple[str, ...]  # every tensor of the whole model, on all ranks in the same order

@@ -1,0 +1,32 @@
+"""One step on given tensors, without an optimizer: what Composer's static `adamw` and `sgdw` do. Used by the public classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharded_optim.algorithms import Algorithm
+from sharded_optim.backends import MODULES, Operand, choose
+from sharded_optim.coefficients import coefficient_table
+
+__all__ = ["update"]
+
+
+@torch.no_grad()
+def update(
+    algorithm: Algorithm,
+    group: Mapping[str, Any],  # hyperparameters
+    params: Sequence[Tensor],  # any shapes; written
+    grads: Sequence[Tensor],  # read-only
+    states: Sequence[tuple[Tensor, ...]],  # in the order of algorithm.state; written
+    steps: Sequence[Tensor],  # of each parameter before this step
+) -> None:
+    """Step ordinary tensors on this process alone."""
+    for index, (param, grad, state, step) in enumerate(zip(params, grads, states, steps, strict=True)):
+        operand = Operand.whole(param, grad, state, f"params[{index}]")
+        backend = choose(MODULES, param.device, frozenset(tensor.dtype for tensor in (param, grad, *state)))
+        table = coefficient_table(algorithm.coefficients, [dict(group)], [step], param.device, 1.0)
+        backend.update(algorithm, [operand], table, None, None, None)

@@ -1,0 +1,214 @@
+"""The step inside backward: a parameter is stepped, and its gradient freed, as soon as the gradient is complete.
+
+What is stepped together, a unit, depends on who completes gradients:
+
+    plain model     one parameter, in autograd's post-accumulate hook
+    FSDP2           the parameters of one `fully_shard` call: FSDP reduces them together and then calls the hook of each
+    DDP             a bucket, in a communication hook: one is reduced while the one before is stepped
+
+A step of a unit is an ordinary step of its parameters alone, so an algorithm with a statistic agrees on it once per unit. Wrappers complete
+their units in the same order on every rank, or their own collectives would not match; ours follow that order.
+
+Peak memory of gradients falls from the model's to about one unit's; DDP's buckets stay, as they are DDP's.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.distributed import GradBucket  # pyright: ignore[reportPrivateImportUsage]
+from torch.nn.parallel import DistributedDataParallel
+
+from sharded_optim.engine import Engine
+
+__all__ = ["prepare_for_gradient_release", "remove_gradient_release"]
+
+Unit = tuple[Tensor, ...]
+
+_removers: WeakKeyDictionary[nn.Module, list[Callable[[], None]]] = WeakKeyDictionary()
+_bucket_releases: WeakKeyDictionary[DistributedDataParallel, _BucketRelease] = WeakKeyDictionary()
+
+
+def prepare_for_gradient_release(model: nn.Module, optimizer: torch.optim.Optimizer, ignore_existing_hooks: bool = False) -> None:
+    """Step the parameters of `model` inside backward from now on, and free their gradients.
+
+    `optimizer.step()` and `optimizer.zero_grad()` then find nothing to do and may stay in the loop. What needs all gradients at once does
+    not go together with it: clipping their norm, GradScaler, several backward passes before a step (but see
+    `optimizer.optimizer_accumulation`, and `no_sync` or `set_requires_gradient_sync` of the wrappers). `nonfinite="skip"` leaves out the
+    units that are not finite, not the whole step.
+
+    Args:
+        model: plain, wrapped in DistributedDataParallel, or with FSDP2's `fully_shard` applied; wrapped before this call.
+        optimizer: of this library, built with `gradient_release=True`, over the parameters of `model`.
+        ignore_existing_hooks: whether parameters may have post-accumulate-grad hooks of others.
+
+    Raises:
+        TypeError: an optimizer of another library.
+        ValueError: it was not built for it, hooks exist already, or the wrapper cannot do it.
+    """
+    if not isinstance(optimizer, Engine):
+        raise TypeError(f"gradient release needs an optimizer of sharded_optim, got {type(optimizer).__name__}")
+    if not optimizer.gradient_release:
+        raise ValueError("the optimizer was not built for gradient release; pass gradient_release=True")
+    if model in _removers:
+        raise ValueError("the model is already prepared for gradient release; call remove_gradient_release first")
+    optimized = {param for group in optimizer.param_groups for param in group["params"]}
+    names = {param: name for name, param in model.named_parameters() if param.requires_grad and param in optimized}
+    if not names:
+        raise ValueError("the optimizer has no trainable parameter of the model; build it from the model's parameters, after wrapping")
+    for param, name in names.items():
+        if getattr(param, "_post_accumulate_grad_hooks", None) and not ignore_existing_hooks:
+            raise ValueError(f"parameter {name!r} has a post-accumulate-grad hook already; pass ignore_existing_hooks=True to have both")
+    _refuse_fsdp1(model)
+
+    removers: list[Callable[[], None]] = []
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel):
+            bucketed = {p for name, p in module.module.named_parameters() if name not in module.parameters_to_ignore}
+            removers.append(_release_buckets(module, optimizer))
+            names = {param: name for param, name in names.items() if param not in bucketed}
+    units = _Units(optimizer, _fsdp_units(model, names))
+    removers += [param.register_post_accumulate_grad_hook(units.complete).remove for param in names]
+    _removers[model] = removers
+
+
+def remove_gradient_release(model: nn.Module) -> None:
+    """End what `prepare_for_gradient_release` began: backward leaves gradients, and `optimizer.step()` uses them.
+
+    A DistributedDataParallel keeps its communication hook, which then only averages; wrap the model anew to overlap that with backward.
+    """
+    if model not in _removers:
+        warnings.warn("the model is not prepared for gradient release; nothing to remove", UserWarning, stacklevel=2)
+        return
+    for remove in _removers.pop(model):
+        remove()
+
+
+class _Units:
+    """Collects parameters whose gradients are complete, and steps them a unit at a time."""
+
+    def __init__(self, optimizer: Engine, units: Iterable[Unit]) -> None:
+        self._optimizer = optimizer
+        self._unit_of = {param: unit for unit in units for param in unit}
+        self._complete: list[Tensor] = []
+
+    def complete(self, param: Tensor) -> None:
+        """A post-accumulate-grad hook."""
+        unit = self._unit_of[param]
+        if self._complete and self._unit_of[self._complete[0]] is not unit:  # some of the unit before got no gradient
+            self._step()
+        self._complete.append(param)
+        if len(self._complete) == len(unit):
+            self._step()
+        elif len(self._complete) == 1:  # nobody else might come after this unit
+            Variable._execution_engine.queue_callback(self._step)
+
+    def _step(self) -> None:
+        params, self._complete = tuple(self._complete), []
+        _step_and_free(self._optimizer, params)
+
+
+class _BucketRelease:
+    """DDP's communication hook: starts to average a bucket, and meanwhile steps the one before."""
+
+    def __init__(self, model: DistributedDataParallel) -> None:
+        self.optimizer: Engine | None = None  # None: only average
+        self._process_group = model.process_group
+        self._grads_are_views = model.gradient_as_bucket_view
+        self._in_flight: tuple[Any, list[Tensor], list[Tensor]] | None = None
+
+    def hook(self, _: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+        buffer = bucket.buffer()
+        buffer.mul_(1.0 / dist.get_world_size(self._process_group))  # before the sum, as DDP without a hook
+        work = dist.all_reduce(buffer, group=self._process_group, async_op=True)
+        assert work is not None, "asynchronous"
+        if self._in_flight is None:
+            Variable._execution_engine.queue_callback(self._finish)
+        else:
+            self._finish()
+        self._in_flight = (work, bucket.parameters(), bucket.gradients())
+        return work.get_future().then(lambda future: future.value()[0])
+
+    def _finish(self) -> None:
+        """Use the gradients of the bucket in flight."""
+        assert self._in_flight is not None, "queued when it was filled"
+        (work, params, grads), self._in_flight = self._in_flight, None
+        work.wait()
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad if self.optimizer is not None or self._grads_are_views else grad.clone()
+        if self.optimizer is not None:
+            _step_and_free(self.optimizer, tuple(params))
+
+
+def _step_and_free(optimizer: Engine, params: Unit) -> None:
+    if not params:
+        return
+    optimizer.step(param=params)
+    for param in params:
+        if param.grad is not None and param.grad.is_cuda:
+            local = getattr(param.grad, "_local_tensor", param.grad)
+            local.record_stream(torch.cuda.current_stream())  # it may have been allocated for another
+        param.grad = None
+
+
+def _release_buckets(model: DistributedDataParallel, optimizer: Engine) -> Callable[[], None]:
+    if model.find_unused_parameters:
+        raise ValueError(
+            "gradient release does not go together with find_unused_parameters=True: a bucket does not tell unused parameters from zero "
+            "gradients; freeze the unused ones, or build DistributedDataParallel without it"
+        )
+    if model not in _bucket_releases:
+        release = _bucket_releases[model] = _BucketRelease(model)
+        model.register_comm_hook(None, release.hook)  # DDP takes one, for good
+        # So that it does not fill gradients again. Tried with torch 2.13.
+        model.reducer._set_optimizer_in_backward()  # pyright: ignore[reportAttributeAccessIssue]
+    release = _bucket_releases[model]
+    release.optimizer = optimizer
+
+    def remove() -> None:
+        release.optimizer = None
+
+    return remove
+
+
+def _fsdp_units(model: nn.Module, params: Iterable[Tensor]) -> list[Unit]:
+    """The parameters that FSDP2 reduces together; those it does not manage are units of their own."""
+    managed: dict[Tensor, list[Tensor]] = {}
+    if "torch.distributed.fsdp" in sys.modules:
+        from torch.distributed.fsdp import FSDPModule
+        from torch.distributed.tensor import DTensor
+
+        def collect(module: nn.Module, unit: list[Tensor] | None) -> None:
+            if isinstance(module, FSDPModule):
+                unit = []
+            for param in module.parameters(recurse=False):
+                if unit is not None and isinstance(param, DTensor):  # an ignored parameter stays an ordinary tensor
+                    managed.setdefault(param, unit)
+            for child in module.children():
+                collect(child, unit)
+
+        collect(model, None)
+    units: dict[int, list[Tensor]] = {}
+    for param in params:
+        unit = managed.get(param)
+        units.setdefault(id(param) if unit is None else id(unit), []).append(param)
+    return [tuple(unit) for unit in units.values()]
+
+
+def _refuse_fsdp1(model: nn.Module) -> None:
+    if "torch.distributed.fsdp" in sys.modules:
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+            raise ValueError(
+                "gradient release does not work with FullyShardedDataParallel (FSDP1), whose hooks see gradients before they are sharded; "
+                "use fully_shard (FSDP2)"
+            )

@@ -1,0 +1,99 @@
+"""What is done to a model before its optimizer is built: who decays, and who computes in low precision. As in optimi."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["param_groups_weight_decay", "to_low_precision"]
+
+
+def param_groups_weight_decay(
+    model: nn.Module, weight_decay: float = 1e-2, additional_layers: Iterable[str] | None = None
+) -> list[dict[str, Any]]:
+    """Param groups of a model's trainable parameters: without weight decay for biases, norms and what is named, with it for the rest.
+
+    Args:
+        model: ordinary or sharded; DTensors count the dimensions of the whole tensor.
+        weight_decay: of the second group.
+        additional_layers: parts of names; a parameter whose name contains one does not decay.
+
+    Returns:
+        The group without decay (one dimension or none, named `*.bias`, or in `additional_layers`), then the one with it. A group that
+        would be empty is left out.
+    """
+    exempt = tuple(additional_layers or ())
+    decaying, others = [], []
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            decays = param.ndim > 1 and not name.endswith(".bias") and not any(part in name for part in exempt)
+            (decaying if decays else others).append(param)
+    groups = [{"params": others, "weight_decay": 0.0}, {"params": decaying, "weight_decay": weight_decay}]
+    return [group for group in groups if group["params"]]
+
+
+ModuleTypes = type[nn.Module] | Iterable[type[nn.Module]] | None
+NamesOrTypes = str | type[nn.Module] | Iterable[str | type[nn.Module]] | None
+
+
+def to_low_precision(
+    model: nn.Module,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str | None = None,
+    fp32_modules: ModuleTypes = nn.Embedding,
+    fp32_buffers: NamesOrTypes = ("rope", "rotary"),
+) -> nn.Module:
+    """Cast a model's floating-point parameters and buffers to `dtype`, but for those that need float32. In place, before any wrapper.
+
+    Args:
+        model: its parameters keep their identity, so that an optimizer or a tie that holds them stays right.
+        dtype: torch.bfloat16 or torch.float16; see `kahan_sum` for how an optimizer keeps what such parameters round away.
+        device: where to move everything; None leaves it where it is.
+        fp32_modules: modules of these types keep parameters and buffers in float32. A parameter that several modules share keeps float32
+            if one of them is of these types.
+        fp32_buffers: modules whose qualified name contains one of these strings (in any case), or of these types, keep their buffers in
+            float32.
+
+    Returns:
+        `model`.
+
+    Raises:
+        TypeError: `fp32_modules` or `fp32_buffers` holds something else.
+    """
+    types = _module_types(fp32_modules)
+    names, buffer_types = _names_and_types(fp32_buffers)
+    params: dict[nn.Parameter, torch.dtype] = {}
+    for qualified_name, module in model.named_modules():
+        keeps = isinstance(module, types)
+        for param in module.parameters(recurse=False):
+            params[param] = torch.float32 if keeps or params.get(param) == torch.float32 else dtype
+        keeps_buffers = keeps or isinstance(module, buffer_types) or any(name in qualified_name.lower() for name in names)
+        for name, buffer in module.named_buffers(recurse=False):
+            cast = (torch.float32 if keeps_buffers else dtype) if buffer.is_floating_point() else None
+            setattr(module, name, buffer.to(device=device, dtype=cast))
+    for param, param_dtype in params.items():
+        cast = param_dtype if param.is_floating_point() else None
+        grad, param.grad = param.grad, None
+        param.data = param.data.to(device=device, dtype=cast)
+        param.grad = None if grad is None else grad.to(device=device, dtype=cast)
+    return model
+
+
+def _module_types(given: ModuleTypes) -> tuple[type[nn.Module], ...]:
+    found = () if given is None else (given,) if isinstance(given, type) else tuple(given)
+    for each in found:
+        if not (isinstance(each, type) and issubclass(each, nn.Module)):
+            raise TypeError(f"fp32_modules must hold subclasses of torch.nn.Module, got {each!r}")
+    return found
+
+
+def _names_and_types(given: NamesOrTypes) -> tuple[tuple[str, ...], tuple[type[nn.Module], ...]]:
+    found = () if given is None else (given,) if isinstance(given, str | type) else tuple(given)
+    names = tuple(each.lower() for each in found if isinstance(each, str))
+    types = tuple(each for each in found if isinstance(each, type) and issubclass(each, nn.Module))
+    if len(names) + len(types) != len(found):
+        raise TypeError(f"fp32_buffers must hold strings and subclasses of torch.nn.Module, got {given!r}")
+    return names, types
