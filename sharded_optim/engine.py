@@ -32,6 +32,7 @@ __all__ = ["Engine", "EngineOptions", "NonFinite", "Params", "SwitchOptions"]
 NonFinite = Literal["skip", "raise", "allow"]
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
+LEAVE_PARAMS = {"lr": 0.0, "weight_decay": 0.0}  # hyperparameters with which an update writes state alone
 HEADROOM = 1.001  # a computed statistic exceeds its mathematical bound by a few fp32 roundings, never by this much
 
 logger = logging.getLogger(__name__)
@@ -200,9 +201,7 @@ class Engine(torch.optim.Optimizer):
             self._agreements.clear()
             self._updates.clear()
         proceed, lr_scales = self._agree(layout, observation)
-        if only is not None and self.optimizer_accumulation:
-            lr_scales = torch.zeros(len(layout.local_params), dtype=torch.float64)
-        self._update(layout, observation.batches, proceed, lr_scales)
+        self._update(layout, observation.batches, proceed, lr_scales, accumulate=only is not None and self.optimizer_accumulation)
         return loss
 
     def zero_grad(self, set_to_none: bool = True, param: Tensor | None = None) -> None:
@@ -347,8 +346,10 @@ class Engine(torch.optim.Optimizer):
             verdict = verdict & agreement.consistent()
         return verdict & finite if self.nonfinite == "skip" else verdict
 
-    def _update(self, layout: Layout, batches: list[_Batch], proceed: Tensor | None, lr_scales: Tensor | None) -> None:
-        """Write parameters and state, and count the step, where it happens."""
+    def _update(
+        self, layout: Layout, batches: list[_Batch], proceed: Tensor | None, lr_scales: Tensor | None, *, accumulate: bool
+    ) -> None:
+        """Write parameters (but not to `accumulate`) and state, and count the step, where it happens."""
         self._updates[layout] = []
         if proceed is not None and known_on_host(proceed):  # branch here; a verdict that only the device knows selects there
             if not proceed:
@@ -362,7 +363,8 @@ class Engine(torch.optim.Optimizer):
             if lr_scales is not None:
                 indices = torch.tensor(batch.indices).to(lr_scales.device, non_blocking=True)
                 scale = lr_scales[indices].to(batch.device)
-            table, grad_scale = self._table(batch, batch.algorithm.coefficients, scale), self._inverse_grad_scale(batch.device)
+            table = self._table(batch, batch.algorithm.coefficients, scale, **(LEAVE_PARAMS if accumulate else {}))
+            grad_scale = self._inverse_grad_scale(batch.device)
             batch.backend.update(batch.algorithm, batch.operands, table, proceed, grad_scale, self._noise(batch))
             params = {id(entry.param): entry.param for entry in batch.entries}  # several pieces may belong to one
             steps = [self.state[param][STEP] for param in params.values()]
@@ -381,9 +383,12 @@ class Engine(torch.optim.Optimizer):
         if proceed is not None:
             self._count_skipped(~proceed)
 
-    def _table(self, batch: _Batch, coefficients: Callable[..., Coefficients], lr_scale: float | Tensor | None = None) -> Tensor:
+    def _table(
+        self, batch: _Batch, coefficients: Callable[..., Coefficients], lr_scale: float | Tensor | None = None, **overrides: float
+    ) -> Tensor:
         """One row of coefficients for each operand of a batch: fp32 (operands, coefficients)."""
-        return coefficient_table(coefficients, batch.groups, self._steps(batch), batch.device, lr_scale)
+        groups = {id(group): group | overrides for group in batch.groups}
+        return coefficient_table(coefficients, [groups[id(group)] for group in batch.groups], self._steps(batch), batch.device, lr_scale)
 
     def _steps(self, batch: _Batch) -> list[Tensor]:
         """Steps taken so far by each operand of a batch."""

@@ -24,7 +24,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Variable
-from torch.distributed import GradBucket  # pyright: ignore[reportPrivateImportUsage]
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_optim.engine import Engine
@@ -125,7 +124,7 @@ class _BucketRelease:
         self._grads_are_views = model.gradient_as_bucket_view
         self._in_flight: tuple[Any, list[Tensor], list[Tensor]] | None = None
 
-    def hook(self, _: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    def hook(self, _, bucket):  # DDP refuses annotations that are strings, as all are in this file: GradBucket -> Future[Tensor]
         buffer = bucket.buffer()
         buffer.mul_(1.0 / dist.get_world_size(self._process_group))  # before the sum, as DDP without a hook
         work = dist.all_reduce(buffer, group=self._process_group, async_op=True)

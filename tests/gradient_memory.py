@@ -1,0 +1,49 @@
+"""Peak memory of a training step on the CPU, with and without gradient release: `python tests/gradient_memory.py` prints both."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+
+LAYERS, WIDTH = 24, 1024
+GRADIENTS = LAYERS * WIDTH * WIDTH * 4  # bytes
+
+
+def peak(*, released: bool) -> int:
+    """Bytes by which three training steps raise the peak resident memory of a fresh process that has model and moments already."""
+    result = subprocess.run([sys.executable, __file__, str(released)], capture_output=True, text=True, timeout=100, check=True)
+    return int(result.stdout)
+
+
+def measure(released: bool) -> int:
+    import torch
+    from torch import nn
+
+    import sharded_optim as so
+
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)))
+    optimizer = so.AdamW(model.parameters(), lr=1e-4, gradient_release=released)
+    optimizer.init_state()
+    if released:
+        so.prepare_for_gradient_release(model, optimizer)
+    # What any step needs for a moment, with or without gradients of other layers.
+    model[0].weight.grad = torch.zeros_like(model[0].weight)
+    optimizer.step(param=model[0].weight)
+    optimizer.zero_grad()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(3):
+        model(torch.randn(8, WIDTH)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        print(measure(sys.argv[1] == "True"))
+    else:
+        print(f"{LAYERS} layers, {GRADIENTS / 2**20:.0f} MiB of gradients; a step raises peak memory by")
+        print(f"  ordinary          {peak(released=False) / 2**20:6.1f} MiB")
+        print(f"  gradient release  {peak(released=True) / 2**20:6.1f} MiB")

@@ -1,0 +1,301 @@
+"""Gradient release: the step inside backward gives the bits of the step after it, and gradients are gone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import gradient_memory
+import optimi
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+from test_training import Model, fsdp2, full_values, hsdp, train
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import sharded_optim as so
+
+OPTIMIZERS: dict[str, Callable] = {
+    "Adam": lambda params, **options: so.Adam(params, lr=1e-2, weight_decay=0.1, **options),
+    "AdamW": lambda params, **options: so.AdamW(params, lr=1e-2, **options),
+    "DecoupledAdamW": lambda params, **options: so.DecoupledAdamW(params, lr=1e-2, amsgrad=True, **options),
+    "DecoupledSGDW": lambda params, **options: so.DecoupledSGDW(params, lr=1e-2, momentum=0.9, dampening=0.1, **options),
+    "StableAdamW": lambda params, **options: so.StableAdamW(params, lr=1e-2, **options),
+}
+STEPS = range(8)
+
+
+def released(model: nn.Module, make: Callable, steps: range = STEPS, rank: int = 0, world_size: int = 1) -> torch.optim.Optimizer:
+    optimizer = make(model.parameters(), gradient_release=True)
+    so.prepare_for_gradient_release(model, optimizer)
+    train(model, optimizer, steps, rank, world_size)
+    assert all(param.grad is None for param in model.parameters())
+    return optimizer
+
+
+def assert_equal(actual: nn.Module, expected: nn.Module, where: str = "") -> None:
+    for a, e in zip(full_values(actual), full_values(expected), strict=True):
+        assert torch.equal(a, e), where
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_plain_model_ends_with_the_bits_of_ordinary_steps(name: str, dtype: torch.dtype) -> None:
+    """Although `step` and `zero_grad` are still called after backward, where they find nothing to do."""
+    ordinary, model = Model().to(dtype), Model().to(dtype)
+    for each in (ordinary, model):
+        each.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(dtype),))
+    train(ordinary, OPTIMIZERS[name](ordinary.parameters()), STEPS, 0, 1)
+    optimizer = released(model, OPTIMIZERS[name])
+    assert_equal(model, ordinary)
+    assert {float(state["step"]) for state in optimizer.state.values()} == {float(len(STEPS))}
+
+
+def test_removed_hooks_leave_gradients_for_ordinary_steps() -> None:
+    ordinary, model = Model(), Model()
+    train(ordinary, so.StableAdamW(ordinary.parameters(), lr=1e-2), range(8), 0, 1)
+    optimizer = released(model, OPTIMIZERS["StableAdamW"], range(4))
+    so.remove_gradient_release(model)
+    train(model, optimizer, range(4, 8), 0, 1)
+    assert all(param.grad is not None for param in model.parameters())
+    assert_equal(model, ordinary)
+    with pytest.warns(UserWarning, match="not prepared for gradient release"):
+        so.remove_gradient_release(model)
+
+
+def test_metrics_cover_all_parameters_stepped_in_a_backward() -> None:
+    model, ordinary = Model(), Model()
+    named = so.StableAdamW(ordinary.named_parameters(), lr=1e-2)
+    train(ordinary, named, range(4), 0, 1)
+    optimizer = so.StableAdamW(model.named_parameters(), lr=1e-2, gradient_release=True)
+    so.prepare_for_gradient_release(model, optimizer)
+    train(model, optimizer, range(4), 0, 1)
+    assert optimizer.metrics() == named.metrics()
+    assert len(optimizer.metrics()) == 1 + len(list(model.parameters()))
+
+
+def test_a_unit_that_is_not_finite_is_left_out_and_counted() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    optimizer = so.StableAdamW(model.parameters(), lr=1e-2, gradient_release=True)
+    so.prepare_for_gradient_release(model, optimizer)
+    model[1].bias.register_hook(lambda grad: grad * torch.nan)
+    before = copy.deepcopy(model)
+    model(torch.ones(1, 3)).sum().backward()
+    assert optimizer.skipped_steps == 1
+    assert torch.equal(model[1].bias, before[1].bias)
+    assert not torch.equal(model[0].bias, before[0].bias)
+    assert model[1].bias.grad is None
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "StableAdamW"])
+def test_optimizer_accumulation_follows_optimi(name: str) -> None:
+    """Three micro-batches update the moments alone, the fourth the parameters too; every one counts as a step."""
+    models = [Model(), Model()]
+    ours = getattr(so, name)(models[0].parameters(), lr=1e-2, weight_decay=0.1, gradient_release=True)
+    theirs = getattr(optimi, name)(models[1].parameters(), lr=1e-2, weight_decay=0.1, gradient_release=True, triton=False)
+    so.prepare_for_gradient_release(models[0], ours)
+    optimi.prepare_for_gradient_release(models[1], theirs)
+    start = copy.deepcopy(models[0])
+    for micro_batch in range(12):
+        for model, optimizer in zip(models, (ours, theirs), strict=True):
+            optimizer.optimizer_accumulation = micro_batch % 4 != 3
+            train(model, optimizer, range(micro_batch, micro_batch + 1), 0, 1)
+        if micro_batch == 2:
+            assert_equal(models[0], start)
+    for a, e in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(a, e, rtol=2e-5, atol=1e-6)
+        assert ours.state[a]["step"] == 12
+
+
+def test_gradients_never_exceed_one_parameter_at_a_time() -> None:
+    """Bytes of gradients alive whenever one is complete."""
+    model = Model()
+    optimizer = so.AdamW(model.parameters(), lr=1e-2, gradient_release=True)
+    alive = []
+
+    def count(_: torch.Tensor) -> None:
+        alive.append(sum(param.grad.nbytes for param in model.parameters() if param.grad is not None))
+
+    for param in model.parameters():
+        param.register_post_accumulate_grad_hook(count)
+    so.prepare_for_gradient_release(model, optimizer, ignore_existing_hooks=True)
+    model(torch.ones(2, 17)).sum().backward()
+    assert len(alive) == len(list(model.parameters()))
+    assert max(alive) == max(param.nbytes for param in model.parameters())
+
+
+def test_peak_memory_falls_by_nearly_all_gradients() -> None:
+    """Peak resident memory of a process that trains 24 layers of 4 MiB, above that of the same process before training."""
+    ordinary, release = gradient_memory.peak(released=False), gradient_memory.peak(released=True)
+    assert ordinary - release > 0.8 * gradient_memory.GRADIENTS
+
+
+def test_misuse_is_refused() -> None:
+    model = Model()
+    optimizer = so.AdamW(model.parameters(), lr=1e-2, gradient_release=True)
+    with pytest.raises(TypeError, match="an optimizer of sharded_optim, got AdamW"):
+        so.prepare_for_gradient_release(model, torch.optim.AdamW(model.parameters()))
+    with pytest.raises(ValueError, match="pass gradient_release=True"):
+        so.prepare_for_gradient_release(model, so.AdamW(model.parameters(), lr=1e-2))
+    with pytest.raises(ValueError, match="no trainable parameter of the model"):
+        so.prepare_for_gradient_release(Model(), optimizer)
+    handle = model[1].bias.register_post_accumulate_grad_hook(lambda _: None)
+    with pytest.raises(ValueError, match=r"parameter '1.bias' has a post-accumulate-grad hook already; pass ignore_existing_hooks"):
+        so.prepare_for_gradient_release(model, optimizer)
+    handle.remove()
+    so.prepare_for_gradient_release(model, optimizer)
+    with pytest.raises(ValueError, match="already prepared"):
+        so.prepare_for_gradient_release(model, optimizer)
+    with pytest.raises(ValueError, match="a closure or a param, not both"):
+        optimizer.step(lambda: None, param=model[1].bias)
+    with pytest.raises(ValueError, match="in none of the optimizer's param groups"):
+        stranger = nn.Parameter(torch.ones(1))
+        stranger.grad = torch.ones(1)
+        optimizer.step(param=stranger)
+    with pytest.warns(UserWarning, match="foreach=True has no effect"):
+        so.AdamW(model.parameters(), lr=1e-2, gradient_release=True, foreach=True)
+
+
+# ------------------------------------------------------------------------------------------------------------------ sharded
+
+
+@contextmanager
+def all_reduces() -> Iterator[list[int]]:
+    """Counts gloo all-reduces; the list has the count afterwards."""
+    count: list[int] = []
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        yield count
+    count.append(sum(event.count for event in profile.key_averages() if event.key == "gloo:all_reduce"))
+
+
+def ddp(model: Model, **options) -> nn.Module:
+    return DistributedDataParallel(model, bucket_cap_mb=0.002, **options)  # several buckets
+
+
+def check_bits_of_ordinary_steps(wrap: Callable[[Model], nn.Module]) -> None:
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    for name, make in OPTIMIZERS.items():
+        ordinary, model = wrap(Model()), wrap(Model())
+        train(ordinary, make(ordinary.parameters()), STEPS, rank, world_size)
+        released(model, make, STEPS, rank, world_size)
+        assert_equal(model, ordinary, f"{name} {wrap}")
+
+
+def check_ddp() -> None:
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    check_bits_of_ordinary_steps(ddp)
+    check_bits_of_ordinary_steps(lambda model: ddp(model, gradient_as_bucket_view=True))
+    # Accumulation over two backward passes with no_sync, and a return to ordinary steps.
+    for options in ({}, {"gradient_as_bucket_view": True}):
+        models = [ddp(Model(), **options) for _ in range(2)]
+        optimizers = [so.StableAdamW(model.parameters(), lr=1e-2, gradient_release=True) for model in models]
+        so.prepare_for_gradient_release(models[1], optimizers[1])
+        for step in range(6):
+            for index, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
+                if index == 1 and step == 4:
+                    so.remove_gradient_release(model)
+                x = torch.randn(4, 17, generator=torch.Generator().manual_seed(10 * step + rank))
+                with model.no_sync():
+                    model(x).square().mean().backward()
+                model(x + 1).square().mean().backward()
+                optimizer.step()
+                assert all((param.grad is None) == (index == 1 and step < 4) for param in model.parameters())
+                optimizer.zero_grad()
+        assert_equal(models[1], models[0])
+        # And once more released: DDP keeps the hook it was given.
+        so.prepare_for_gradient_release(models[1], optimizers[1])
+        for model, optimizer in zip(models, optimizers, strict=True):
+            train(model, optimizer, range(3), rank, world_size)
+        assert_equal(models[1], models[0])
+    with pytest.raises(ValueError, match="find_unused_parameters=True"):
+        unused = DistributedDataParallel(Model(), find_unused_parameters=True)
+        so.prepare_for_gradient_release(unused, so.AdamW(unused.parameters(), lr=1e-2, gradient_release=True))
+
+
+def test_ddp_ends_with_the_bits_of_ordinary_steps() -> None:
+    """Several buckets; gradients as bucket views or not; no_sync; ending and beginning again."""
+    ranks.run(check_ddp, 2)
+
+
+class Partly(nn.Module):
+    """A unit of which some parameters get a gradient in some steps only, and one whose input needs none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(17, 8)
+        self.sometimes = nn.Linear(8, 8)
+        self.plain = nn.Parameter(torch.ones(8))
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor, use: bool) -> torch.Tensor:
+        h = self.first(x) * self.plain
+        return self.last(h + self.sometimes(h) if use else h)
+
+
+def partly_sharded() -> Partly:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = Partly()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    fully_shard(model.last, mesh=mesh)
+    fully_shard(model, mesh=mesh, ignored_params={model.plain})
+    return model
+
+
+def check_fsdp2() -> None:
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    check_bits_of_ordinary_steps(fsdp2)
+    # One all-reduce more than AdamW's (gloo reduces and scatters by all-reduces) per FSDP group: three layers, and the root with the norm.
+    counts = {}
+    for name in ("AdamW", "StableAdamW"):
+        model = fsdp2(Model())
+        optimizer = released(model, OPTIMIZERS[name], range(2), rank, world_size)
+        loss = model(torch.ones(2, 17)).square().mean()
+        with all_reduces() as count:
+            loss.backward()
+        counts[name] = count[0]
+    assert counts["StableAdamW"] - counts["AdamW"] == 4, counts
+    # Units that are complete in part, with a plain parameter among them.
+    models = [partly_sharded() for _ in range(2)]
+    optimizers = [so.StableAdamW(model.parameters(), lr=1e-2, gradient_release=index == 1) for index, model in enumerate(models)]
+    so.prepare_for_gradient_release(models[1], optimizers[1])
+    for step in range(6):
+        for index, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
+            x = torch.randn(4, 17, generator=torch.Generator().manual_seed(step))
+            model(x, use=step % 2 == 0).square().mean().backward()
+            assert all(param.grad is None for param in model.parameters()) == (index == 1)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_equal(models[1], models[0])
+    # Accumulation without reduction keeps gradients until the last micro-batch.
+    models = [fsdp2(Model()) for _ in range(2)]
+    optimizers = [so.StableAdamW(model.parameters(), lr=1e-2, gradient_release=index == 1) for index, model in enumerate(models)]
+    so.prepare_for_gradient_release(models[1], optimizers[1])
+    for step in range(4):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            for last in (False, True):
+                model.set_requires_gradient_sync(last)
+                x = torch.randn(4, 17, generator=torch.Generator().manual_seed(100 * step + 10 * last + rank))
+                model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_equal(models[1], models[0])
+    assert {float(state["step"]) for state in optimizers[1].state.values()} == {4.0}
+
+
+def test_fsdp2_ends_with_the_bits_of_ordinary_steps_and_agrees_once_per_group() -> None:
+    """Also where a part of a group gets no gradient, and with accumulation before the reduction."""
+    ranks.run(check_fsdp2, 2)
+
+
+def check_hsdp() -> None:
+    check_bits_of_ordinary_steps(hsdp)
+
+
+def test_hsdp_ends_with_the_bits_of_ordinary_steps() -> None:
+    ranks.run(check_hsdp, 4)
