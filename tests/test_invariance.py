@@ -14,16 +14,26 @@ import sharded_optim as so
 
 STEPS = 20
 OPTIMIZERS = {
+    "Adam-l2": lambda groups: so.Adam(groups, lr=1e-2, weight_decay=0.1),
+    "Adam-decoupled": lambda groups: so.Adam(groups, lr=1e-2, weight_decay=1e-3, decouple_lr=True, max_lr=2e-2),
     "AdamW": lambda groups: so.AdamW(groups, lr=1e-2),
-    "AdamW-decoupled": lambda groups: so.AdamW(groups, lr=1e-2, decouple_lr=True),
-    "AdamW-skip": lambda groups: so.AdamW(groups, lr=1e-2, nonfinite="skip"),
+    "AdamW-skip-loop": lambda groups: so.AdamW(groups, lr=1e-2, nonfinite="skip", foreach=False),
+    "AdamW-no-kahan": lambda groups: so.AdamW(groups, lr=1e-2, kahan_sum=False),
+    "AdamW-stochastic": lambda groups: so.AdamW(groups, lr=1e-2, stochastic_rounding=True, rounding_seed=7),
     "DecoupledAdamW": lambda groups: so.DecoupledAdamW(groups, lr=1e-2, weight_decay=1e-3),
+    "DecoupledAdamW-amsgrad": lambda groups: so.DecoupledAdamW(groups, lr=1e-2, amsgrad=True, stochastic_rounding=True),
+    "DecoupledSGDW": lambda groups: so.DecoupledSGDW(groups, lr=1e-2, weight_decay=1e-3),
+    "DecoupledSGDW-momentum": lambda groups: so.DecoupledSGDW(groups, lr=1e-2, momentum=0.9, dampening=0.5, kahan_sum=False),
+    "DecoupledSGDW-nesterov": lambda groups: so.DecoupledSGDW(groups, lr=1e-2, momentum=0.9, nesterov=True, state_dtype=torch.bfloat16),
     "StableAdamW": lambda groups: so.StableAdamW(groups, lr=1e-2),
     "StableAdamW-corrected": lambda groups: so.StableAdamW(groups, lr=1e-2, betas=(0.8, 0.999), decay_form="corrected"),
     "StableAdamW-bf16-moments": lambda groups: so.StableAdamW(groups, lr=1e-2, state_dtype=torch.bfloat16),
+    "StableAdamW-stochastic": lambda groups: so.StableAdamW(groups, lr=1e-2, decouple_lr=True, stochastic_rounding=True),
 }
 LAYOUTS = {2: ["ddp", "fsdp2"], 3: ["fsdp2"], 4: ["fsdp2", "hsdp", "fsdp2_tp"]}
 DTYPES = [torch.float32, torch.bfloat16]
+
+pytestmark = pytest.mark.filterwarnings("ignore:weight_decay")
 
 
 def start_values(dtype: torch.dtype) -> dict[str, Tensor]:
