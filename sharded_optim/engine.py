@@ -9,28 +9,25 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypedDict
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from typing_extensions import Unpack
 
-from sharded_optim import foreign_state, loading, metrics, noise, param_groups, statistics
+from sharded_optim import metrics, noise, param_groups, statistics
 from sharded_optim.algorithms import Algorithm, Choose, Coefficients
 from sharded_optim.backends import AUTO, Backend, Operand, candidates, choose
 from sharded_optim.coefficients import coefficient_table, known_on_host, next_steps
-from sharded_optim.formats import Format, param_format
+from sharded_optim.options import NonFinite, Params
 from sharded_optim.ranks import gather_messages, own_process_group
 from sharded_optim.sharding import Layout, LocalParam, describe
-from sharded_optim.state import STEP, State, called_to_allocate, new_state, zeros
+from sharded_optim.state import STEP, called_to_allocate
+from sharded_optim.stateful import StatefulOptimizer
 
-__all__ = ["Engine", "EngineOptions", "NonFinite", "Params", "SwitchOptions"]
-
-NonFinite = Literal["skip", "raise", "allow"]
-Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
+__all__ = ["Engine"]
 
 LEAVE_PARAMS = {"lr": 0.0, "weight_decay": 0.0}  # hyperparameters with which an update writes state alone
 HEADROOM = 1.001  # a computed statistic exceeds its mathematical bound by a few fp32 roundings, never by this much
@@ -70,48 +67,7 @@ class _Observation:
     failure: Exception | None = None  # or why it brings nothing
 
 
-class EngineOptions(TypedDict, total=False):
-    """Keyword-only options of every optimizer.
-
-    state_dtype: storage dtype of the moments: float32 (the default, also for low-precision parameters), or bfloat16, whose rounding
-        wants beta2 <= 0.996.
-    backend: "auto", the default, picks the fastest that supports the device and dtypes; or the name of one.
-    nonfinite: what a step does when a gradient on any rank is not finite, or too large to be squared in fp32.
-        "skip": no rank steps; parameters, state and step counters stay as they are, bit for bit.
-        "raise": FloatingPointError on every rank, naming tensors and ranks. The host waits for the device in every step.
-        "allow": it goes through, as in torch; StableAdamW makes the whole tensor NaN, as an unsharded one would.
-        The default is "skip" for algorithms whose ranks agree on something anyway and "allow" for those that need no collective.
-    process_group: the ranks that train this model together; None, the default, means all. Unused by a step without a collective.
-    stochastic_rounding: float16 and bfloat16 parameters are rounded up or down at random, so that the expected value is the value; instead
-        of `kahan_sum`, and without its memory. The same bits whatever the sharding.
-    rounding_seed: of stochastic rounding; the same on every rank.
-    """
-
-    state_dtype: torch.dtype | None
-    backend: str
-    nonfinite: NonFinite | None
-    process_group: dist.ProcessGroup | None
-    stochastic_rounding: bool
-    rounding_seed: int
-
-
-class SwitchOptions(EngineOptions, total=False):
-    """optimi's switches, as keywords of the optimizers that are not optimi's.
-
-    kahan_sum: float16 and bfloat16 parameters keep in `kahan_comp`, a second array of their dtype, what rounding them loses: 16 to 17
-        significant bits instead of 8 (bfloat16), weight decay included. None, the default, means True unless `stochastic_rounding`.
-    foreach: whether one call of a backend steps all tensors (None and True) or each its own. The result is the same.
-    triton: True wants the Triton backend, or an ImportError; False any other; None leaves it to `backend`.
-    gradient_release: steps are going to happen inside backward; see `prepare_for_gradient_release`.
-    """
-
-    kahan_sum: bool | None
-    foreach: bool | None
-    triton: bool | None
-    gradient_release: bool
-
-
-class Engine(torch.optim.Optimizer):
+class Engine(StatefulOptimizer):
     """Steps an `Algorithm` on whatever shard of the parameters this rank holds.
 
     Args:
@@ -135,36 +91,32 @@ class Engine(torch.optim.Optimizer):
         *,
         algorithm: Choose,
         max_lr: float | None = None,
-        **options: Unpack[SwitchOptions],
+        state_dtype: torch.dtype | None = None,
+        backend: str = AUTO,
+        nonfinite: NonFinite | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        kahan_sum: bool | None = None,
+        stochastic_rounding: bool = False,
+        rounding_seed: int = 0,
+        foreach: bool | None = None,
+        triton: bool | None = None,
+        gradient_release: bool = False,
     ) -> None:
-        nonfinite, foreach, triton = options.get("nonfinite"), options.get("foreach"), options.get("triton")
         if nonfinite not in (None, "skip", "raise", "allow"):
             raise ValueError(f"nonfinite must be 'skip', 'raise', 'allow' or None, got {nonfinite!r}")
-        defaults = defaults | {
-            "kahan_sum": options.get("kahan_sum"),
-            "stochastic_rounding": options.get("stochastic_rounding", False),
-            "rounding_seed": int(options.get("rounding_seed", 0)),
-        }
-        self.gradient_release = options.get("gradient_release", False)
-        if self.gradient_release and foreach:
+        if gradient_release and foreach:
             warnings.warn("gradient_release=True steps what a backward hook brings; foreach=True has no effect", UserWarning, stacklevel=3)
+        self.gradient_release = gradient_release
         self.optimizer_accumulation = False
-        self._choose = algorithm
-        self._backend_names = candidates(options.get("backend", AUTO), triton)
+        self.process_group = process_group
+        self._backend_names = candidates(backend, triton)
         self._foreach = foreach is not False
-        self.state_dtype = options.get("state_dtype") or torch.float32
-        self.process_group = options.get("process_group")
-        self._max_lr = None if max_lr is None else param_groups.check_number("max_lr", max_lr)
         self._skipped: int | Tensor = 0
-        self._forget_layouts()
-        param_groups.check_hyperparameters(defaults, "the optimizer's arguments")
-        param_groups.check_state_dtype(self.state_dtype, defaults)
-        self._statistic = algorithm(defaults).statistic
+        defaults = defaults | {"kahan_sum": kahan_sum, "stochastic_rounding": stochastic_rounding, "rounding_seed": int(rounding_seed)}
+        super().__init__(params, defaults, algorithm=algorithm, state_dtype=state_dtype or torch.float32, max_lr=max_lr)
+        self._statistic = algorithm(self.param_groups[0]).statistic
         # Where ranks agree on something anyway, skipping together costs nothing; elsewhere it would cost a collective.
         self.nonfinite: NonFinite = nonfinite or ("skip" if self._statistic else "allow")
-        super().__init__(params, defaults)
-        self.state = State(self._new_state, self.state)
-        param_groups.warn_of_high_decay(self.param_groups)
 
     # ------------------------------------------------------------------------------------------------------------------- step
 
@@ -346,9 +298,7 @@ class Engine(torch.optim.Optimizer):
             verdict = verdict & agreement.consistent()
         return verdict & finite if self.nonfinite == "skip" else verdict
 
-    def _update(
-        self, layout: Layout, batches: list[_Batch], proceed: Tensor | None, lr_scales: Tensor | None, *, accumulate: bool
-    ) -> None:
+    def _update(self, layout: Layout, batches: list[_Batch], proceed: Tensor | None, lr_scales: Tensor | None, *, accumulate: bool) -> None:
         """Write parameters (but not to `accumulate`) and state, and count the step, where it happens."""
         self._updates[layout] = []
         if proceed is not None and known_on_host(proceed):  # branch here; a verdict that only the device knows selects there
@@ -417,86 +367,6 @@ class Engine(torch.optim.Optimizer):
         """What multiplies the gradients under GradScaler: fp32, 0-dim."""
         scale: Tensor | None = getattr(self, "grad_scale", None)
         return None if scale is None else scale.to(device).double().reciprocal().float().reshape(())
-
-    # ----------------------------------------------------------------------------------------------------- parameters and state
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch, after checking what torch would let pass.
-
-        Raises:
-            ValueError: an empty group, a parameter given twice, a hyperparameter out of range, or a parameter that cannot be optimized.
-        """
-        index = len(self.param_groups)
-        if isinstance(param_group, dict) and isinstance(param_group.get("params"), Iterable) and not isinstance(param_group["params"], set):
-            params = param_group["params"]
-            param_group = {**param_group, "params": [params] if isinstance(params, Tensor) else list(params)}
-            named = param_groups.named_params(param_group, index)
-            if not named:
-                raise ValueError(f"param_groups[{index}] has no parameters; leave the group out")
-            param_group = param_groups.complete(param_group, self.defaults)
-            param_groups.check_hyperparameters(self.defaults | param_group, f"param_groups[{index}]")
-            param_groups.check_state_dtype(self.state_dtype, self.defaults | param_group)
-            self._algorithm_of(self.defaults | param_group, f"param_groups[{index}]")
-            known = {id(p): n for g_index, g in enumerate(self.param_groups) for p, n in param_groups.named_params(g, g_index)}
-            names = set(known.values())
-            for param, name in named:
-                if id(param) in known:
-                    raise ValueError(f"parameter {name!r} appears twice, also as {known[id(param)]!r}; give each parameter once")
-                if name in names:
-                    raise ValueError(f"two parameters are named {name!r}; give each a name of its own, for example with a prefix per model")
-                known[id(param)] = name
-                names.add(name)
-                if isinstance(param, Tensor):
-                    describe(param, name)
-        super().add_param_group(param_group)
-        param_groups.set_reference_lr(self.param_groups[index], self._max_lr)
-
-    def init_state(self) -> None:
-        """Allocate the state of every trainable parameter that has none yet: what the first step does for those with a gradient."""
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.requires_grad:
-                    self._complete_state(param, group)
-
-    def _new_state(self, param: Tensor) -> dict[str, Any]:
-        group = next((group for group in self.param_groups if any(each is param for each in group["params"])), None)
-        return new_state(param, self._state_dtypes(param, group or self.param_groups[0])[0])
-
-    def _complete_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        """The parameter's state, with everything that the group's algorithm and the format need.
-
-        Raises:
-            ValueError: something is missing that cannot begin now.
-        """
-        dtypes, late = self._state_dtypes(param, group)
-        if param not in self.state:
-            self.state[param] = new_state(param, dtypes)
-        state = self.state[param]
-        for name, dtype in dtypes.items():
-            if name not in state:
-                if name not in late and state[STEP] > 0:
-                    raise ValueError(
-                        f"the state of a parameter of shape {tuple(param.shape)} lacks {name!r} after {int(state[STEP])} steps; it cannot "
-                        f"begin late: choose the option that needs it (momentum with dampening) at construction, or load a full state"
-                    )
-                state[name] = zeros(param, dtype)
-        return state
-
-    def _state_dtypes(self, param: Tensor, group: Mapping[str, Any]) -> tuple[dict[str, torch.dtype], frozenset[str]]:
-        """(the storage dtype of each entry of a parameter's state but its step, the names of those that may begin as zeros at any time)."""
-        algorithm, fmt = self._choose(group), self._format_of(param, group)
-        dtypes = dict.fromkeys(algorithm.state, self.state_dtype) | dict.fromkeys(fmt.extra, fmt.dtype)
-        return dtypes, algorithm.late | frozenset(fmt.extra)
-
-    def _algorithm_of(self, group: Mapping[str, Any], where: str) -> Algorithm:
-        try:
-            return self._choose(group)
-        except ValueError as error:
-            raise ValueError(f"{error} (in {where})") from None
-
-    @staticmethod
-    def _format_of(param: Tensor, group: Mapping[str, Any]) -> Format:
-        return param_format(param.dtype, kahan_sum=group["kahan_sum"], stochastic_rounding=group["stochastic_rounding"])
 
     def _is_allocation_step(self) -> bool:
         return not self.state and all(group["lr"] == 0 for group in self.param_groups) and called_to_allocate()
@@ -630,57 +500,18 @@ class Engine(torch.optim.Optimizer):
         index_of = {name: places[id(param)] for name, param in self._reported.items() if id(param) in places}
         return metrics.dist_reduce(optimizer_metrics, layout, index_of.get, self._own_group())
 
-    # ------------------------------------------------------------------------------------------------------------- state dicts
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, but all or nothing, with moments kept in `state_dtype`, and with group keys the saved state lacks kept as they are.
-
-        State of torch's Adam, AdamW and SGD, of Composer's and of optimi's optimizers is recognised and continued; see `foreign_state.py`.
-
-        Raises:
-            ValueError: the saved state does not fit; nothing was changed.
-        """
-        before = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
-        incoming: dict[str, Any] = {}
-
-        def prepare(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-            loading.check_sizes(self.param_groups, saved)
-            saved = foreign_state.translate(saved, self.param_groups)
-            merged = []
-            for index, (own, group) in enumerate(zip(self.param_groups, saved["param_groups"], strict=True)):
-                where = f"the state dict's param_groups[{index}]"
-                merged.append(own | group | {"params": own["params"]})
-                param_groups.check_hyperparameters(merged[-1], where, scheduled=True)
-                param_groups.check_state_dtype(self.state_dtype, merged[-1])
-                self._algorithm_of(merged[-1], where)
-            loading.check_state(merged, saved, self._state_dtypes)
-            incoming.update(saved)
-            return saved
-
-        def restore(_: torch.optim.Optimizer) -> None:
-            loading.restore_groups(self.param_groups, before)
-            loading.restore_state(self, incoming, self._state_dtypes)
-
-        # After the users' pre-hooks, which may convert the state dict, and before their post-hooks, which may look at the result.
-        hooks = [self.register_load_state_dict_pre_hook(prepare), self.register_load_state_dict_post_hook(restore, prepend=True)]
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            for hook in hooks:
-                hook.remove()
+    # ------------------------------------------------------------------------------------------------------- copying, printing
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_choose", "_statistic", "_backend_names", "_foreach", "_max_lr", "_skipped")
-        own += ("nonfinite", "state_dtype", "gradient_release", "optimizer_accumulation")
+        own = ("_statistic", "_backend_names", "_foreach", "_skipped", "nonfinite", "gradient_release", "optimizer_accumulation")
         lost = {"_lost_process_group": self._process_group is not None or self._lost_process_group}
         return super().__getstate__() | {name: getattr(self, name) for name in own} | lost
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if "_choose" in state:  # unpickling or copying; torch also calls this with the loaded state and groups alone
+        if "_statistic" in state:  # unpickling or copying; torch also calls this with the loaded state and groups alone
             self._process_group = None
             self._forget_layouts()
         super().__setstate__(state)
-        self.state = State(self._new_state, self.state)  # torch makes it a plain dict when it loads
 
     def __repr__(self) -> str:
         backends = (

@@ -71,7 +71,9 @@ def _source(group: Group) -> Any:
 
 
 def _from_torch(group: Group, states: dict[Any, ParamState], own: Group) -> tuple[Group, dict[Any, ParamState]]:
-    if "momentum" in group:
+    if not group["weight_decay"]:
+        form = own.get("decay_form", "coupled")  # of nothing
+    elif "momentum" in group:
         form = L2
     elif "decoupled_weight_decay" in group:
         form = "coupled" if group["decoupled_weight_decay"] else L2
@@ -90,11 +92,17 @@ def _from_composer(group: Group, states: dict[Any, ParamState], own: Group) -> t
 def _from_optimi(group: Group, states: dict[Any, ParamState], own: Group) -> tuple[Group, dict[Any, ParamState]]:
     translated = {key: value for key, value in group.items() if key not in OPTIMIS_SWITCHES}
     betas = (float(group["beta1"]), float(group["beta2"]))
-    decouples = group.get("decouple_wd", True)  # StableAdamW's groups do not say so
+    if not group["weight_decay"]:
+        form = own.get("decay_form", "coupled")  # of nothing
+    elif group["decouple_lr"]:
+        form = "decoupled"
+    else:
+        form = "coupled" if group.get("decouple_wd", True) else L2  # StableAdamW's groups do not say
     reference_lr = float(group["max_lr"] if group["max_lr"] is not None else group["lr"])
     translated |= {
         "betas": betas,
-        "decay_form": "decoupled" if group["decouple_lr"] else "coupled" if decouples else L2,
+        "decay_form": form,
+        "amsgrad": False,
         "reference_lr": reference_lr,
         "learns_reference_lr": reference_lr == 0.0,
         "kahan_sum": group["kahan_sum"] is not False,

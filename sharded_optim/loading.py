@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sharded_optim.algorithms import Choose
 from sharded_optim.formats import KAHAN_COMP
 from sharded_optim.state import STEP, zeros
 
-__all__ = ["Dtypes", "check_sizes", "check_state", "restore_groups", "restore_state"]
+__all__ = ["Dtypes", "check_family", "check_sizes", "check_state", "restore_groups", "restore_state"]
 
-# (parameter, its param group) -> the storage dtype of each entry of its state but the step, and which of them may be missing
-Dtypes = Callable[[Tensor, Mapping[str, Any]], tuple[dict[str, torch.dtype], frozenset[str]]]
+MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}  # of any algorithm
+
+# (parameter, its param group) -> the storage dtype of each entry of its state but the step
+Dtypes = Callable[[Tensor, Mapping[str, Any]], dict[str, torch.dtype]]
 
 
 def _saved_states(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> list[tuple[Tensor, str, dict[str, Any], dict[str, Any]]]:
@@ -38,18 +41,31 @@ def check_sizes(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> Non
         )
 
 
-def check_state(groups: list[dict[str, Any]], state_dict: dict[str, Any], dtypes: Dtypes) -> None:
+def check_family(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> None:
+    """Raise ValueError for saved groups of another family, which an optimizer without state (SGD, or one that has not stepped) has too."""
+    for index, (own, saved) in enumerate(zip(groups, state_dict["param_groups"], strict=True)):
+        for key in ("betas", "momentum"):
+            if key in saved and key not in own:
+                raise ValueError(f"the state dict's param_groups[{index}] has {key!r}, which this optimizer has not; it is another's")
+
+
+def check_state(groups: list[dict[str, Any]], state_dict: dict[str, Any], dtypes: Dtypes, choose: Choose) -> None:
     """Raise ValueError, before anything is loaded, for saved state that does not fit `groups` as they are going to be."""
     for param, name, group, state in _saved_states(groups, state_dict):
-        expected, may_lack = dtypes(param, group)
+        expected, algorithm = dtypes(param, group), choose(group)
+        strange = MOMENTS & state.keys() - set(algorithm.state) - algorithm.unused
         for key in (*expected, STEP):
-            if key not in state and key not in may_lack:
+            if key not in state and (strange or key not in algorithm.late | {KAHAN_COMP}):
                 raise ValueError(
                     f"the saved state of {name} lacks {key!r} (it has {', '.join(map(str, state))}); it is another optimizer's"
                 )
+        if strange:
+            raise ValueError(
+                f"the saved state of {name} has {', '.join(sorted(strange))}, of which this optimizer knows nothing; it is another's"
+            )
         if torch.as_tensor(state[STEP]).numel() != 1:
             raise ValueError(f"saved {STEP!r} of {name} has shape {tuple(state[STEP].shape)}; it must be one number")
-        for key in expected.keys() & state.keys():
+        for key in (key for key in expected if key in state):
             if getattr(state[key], "placements", None) != getattr(param, "placements", None):
                 raise ValueError(
                     f"saved {key!r} of {name} is not sharded like the parameter; load it with set_optimizer_state_dict of "
@@ -72,7 +88,7 @@ def restore_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any], 
     """Put back what torch has rounded: its load casts all state to the parameter's dtype (pytorch#43706)."""
     for param, _, group, saved in _saved_states(optimizer.param_groups, state_dict):
         state = optimizer.state[param]
-        expected, _ = dtypes(param, group)
+        expected = dtypes(param, group)
         if KAHAN_COMP not in expected:
             state.pop(KAHAN_COMP, None)
         for key, dtype in expected.items():

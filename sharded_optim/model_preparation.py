@@ -19,13 +19,13 @@ def param_groups_weight_decay(
     Args:
         model: ordinary or sharded; DTensors count the dimensions of the whole tensor.
         weight_decay: of the second group.
-        additional_layers: parts of names; a parameter whose name contains one does not decay.
+        additional_layers: parts of names (or one of them); a parameter whose name contains one does not decay.
 
     Returns:
         The group without decay (one dimension or none, named `*.bias`, or in `additional_layers`), then the one with it. A group that
         would be empty is left out.
     """
-    exempt = tuple(additional_layers or ())
+    exempt = (additional_layers,) if isinstance(additional_layers, str) else tuple(additional_layers or ())
     decaying, others = [], []
     for name, param in model.named_parameters():
         if param.requires_grad:
@@ -65,14 +65,18 @@ def to_low_precision(
     """
     types = _module_types(fp32_modules)
     names, buffer_types = _names_and_types(fp32_buffers)
+    keeps_buffers = {
+        module
+        for qualified_name, module in model.named_modules(remove_duplicate=False)  # a shared module has several names
+        if isinstance(module, types + buffer_types) or any(name in qualified_name.lower() for name in names)
+    }
     params: dict[nn.Parameter, torch.dtype] = {}
-    for qualified_name, module in model.named_modules():
-        keeps = isinstance(module, types)
+    for module in model.modules():
         for param in module.parameters(recurse=False):
-            params[param] = torch.float32 if keeps or params.get(param) == torch.float32 else dtype
-        keeps_buffers = keeps or isinstance(module, buffer_types) or any(name in qualified_name.lower() for name in names)
-        for name, buffer in module.named_buffers(recurse=False):
-            cast = (torch.float32 if keeps_buffers else dtype) if buffer.is_floating_point() else None
+            keeps = isinstance(module, types) or params.get(param) == torch.float32
+            params[param] = torch.float32 if keeps else dtype
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            cast = (torch.float32 if module in keeps_buffers else dtype) if buffer.is_floating_point() else None
             setattr(module, name, buffer.to(device=device, dtype=cast))
     for param, param_dtype in params.items():
         cast = param_dtype if param.is_floating_point() else None

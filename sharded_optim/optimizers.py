@@ -14,7 +14,8 @@ from typing_extensions import Unpack
 from sharded_optim import functional
 from sharded_optim.algorithms import adam, sgd, stable_adamw
 from sharded_optim.algorithms.weight_decay import L2
-from sharded_optim.engine import Engine, EngineOptions, Params, SwitchOptions
+from sharded_optim.engine import Engine
+from sharded_optim.options import EngineOptions, Params, SwitchOptions
 
 __all__ = ["Adam", "AdamW", "DecoupledAdamW", "DecoupledSGDW", "StableAdamW"]
 

@@ -138,7 +138,7 @@ def warn_of_high_decay(groups: list[dict[str, Any]]) -> None:
             f"weight_decay={max(high)} is high for fully decoupled decay: it is not multiplied by the learning rate, so each step at the "
             f"peak learning rate multiplies the weights by {1.0 - max(high):.6g}; convert a coupled value with convert_weight_decay",
             UserWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

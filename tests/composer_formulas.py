@@ -2,7 +2,7 @@
 
 The same signatures, defaults, state keys and group keys, so that their state dicts are such as Composer saves. A step is one loop over the
 parameters in the order of the formulas, in the parameter's dtype. Composer's own faults that a state dict can tell are kept: the reference
-learning rate is `group["initial_lr"]`, which is written at construction alone and which schedulers overwrite; when it is 0 every step decays
+learning rate is `group["initial_lr"]`, which is written at construction alone and which schedulers overwrite; at 0 every step decays
 by the whole `weight_decay`; without momentum the buffer that is stored is None.
 """
 

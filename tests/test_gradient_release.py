@@ -151,9 +151,8 @@ def test_misuse_is_refused() -> None:
         so.prepare_for_gradient_release(model, optimizer)
     with pytest.raises(ValueError, match="a closure or a param, not both"):
         optimizer.step(lambda: None, param=model[1].bias)
+    stranger = nn.Parameter(torch.ones(1))
     with pytest.raises(ValueError, match="in none of the optimizer's param groups"):
-        stranger = nn.Parameter(torch.ones(1))
-        stranger.grad = torch.ones(1)
         optimizer.step(param=stranger)
     with pytest.warns(UserWarning, match="foreach=True has no effect"):
         so.AdamW(model.parameters(), lr=1e-2, gradient_release=True, foreach=True)
@@ -210,9 +209,10 @@ def check_ddp() -> None:
         for model, optimizer in zip(models, optimizers, strict=True):
             train(model, optimizer, range(3), rank, world_size)
         assert_equal(models[1], models[0])
+    unused = DistributedDataParallel(Model(), find_unused_parameters=True)
+    optimizer = so.AdamW(unused.parameters(), lr=1e-2, gradient_release=True)
     with pytest.raises(ValueError, match="find_unused_parameters=True"):
-        unused = DistributedDataParallel(Model(), find_unused_parameters=True)
-        so.prepare_for_gradient_release(unused, so.AdamW(unused.parameters(), lr=1e-2, gradient_release=True))
+        so.prepare_for_gradient_release(unused, optimizer)
 
 
 def test_ddp_ends_with_the_bits_of_ordinary_steps() -> None:

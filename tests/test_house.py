@@ -32,6 +32,7 @@ FLOORS = {
     "backends": 2,
     "sharding": 2,
     "statistics": 2,
+    "options": 3,
     "param_groups": 3,
     "state": 3,
     "coefficients": 3,
@@ -39,6 +40,7 @@ FLOORS = {
     "loading": 3,
     "metrics": 3,
     "functional": 3,
+    "stateful": 3,
     "engine": 3,
     "optimizers": 3,
     "gradient_release": 4,
@@ -48,8 +50,9 @@ FLOORS = {
 # Statistics are laid out by the layout; floor 3 is a stack.
 SEEN = {("statistics", "sharding"), ("noise", "segment")}
 SEEN |= {("loading", "state"), ("foreign_state", "state"), ("functional", "coefficients")}
-SEEN |= {("engine", room) for room in ("coefficients", "foreign_state", "loading", "metrics", "param_groups", "state")}
-SEEN |= {("optimizers", "engine"), ("optimizers", "functional")}
+SEEN |= {("stateful", room) for room in ("foreign_state", "loading", "options", "param_groups", "state")}
+SEEN |= {("engine", room) for room in ("coefficients", "metrics", "options", "param_groups", "state", "stateful")}
+SEEN |= {("optimizers", room) for room in ("engine", "functional", "options")}
 
 
 def imports_of(path: Path) -> list[str]:

@@ -24,7 +24,7 @@ OPTIMIZERS: dict[str, Callable] = {
     "StableAdamW": lambda groups: so.StableAdamW(groups, lr=1e-2, weight_decay=0.5),
 }
 STEPS = 3
-MOMENTS = ("exp_avg", "momentum_buffer")
+MOMENTS = {"exp_avg", "momentum_buffer"}
 
 pytestmark = pytest.mark.filterwarnings("ignore:weight_decay")
 
@@ -54,7 +54,8 @@ def expected_metrics(make: Callable) -> dict[str, float]:
         if param.grad is None:
             continue
         vectors = {"param": param.detach(), "grad": param.grad, "update": before[name] - param.detach()}
-        vectors |= {"moment": optimizer.state[param][key] for key in MOMENTS if key in optimizer.state[param]}
+        for key in MOMENTS & optimizer.state[param].keys():
+            vectors["moment"] = optimizer.state[param][key]
         metrics |= {f"l2_norm/{vector}/{name}": norm(value) for vector, value in vectors.items()}
         metrics[f"cosine/update_grad/{name}"] = cosine(vectors["update"], param.grad)
         if "moment" in vectors:

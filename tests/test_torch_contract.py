@@ -17,6 +17,8 @@ from torch.distributed.checkpoint.state_dict import (
 
 import sharded_optim as so
 
+pytestmark = pytest.mark.filterwarnings("ignore:weight_decay")
+
 
 class MomentumSGDW(so.DecoupledSGDW):
     """The one with the most state and the strangest first step."""

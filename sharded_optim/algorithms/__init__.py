@@ -46,6 +46,7 @@ class Algorithm:
     undo: Callable[..., Any]
     statistic: Statistic | None = None
     late: frozenset[str] = frozenset()  # state that may begin, as zeros, when other state has long begun
+    unused: frozenset[str] = frozenset()  # state that other hyperparameters would need, which may be left over
 
 
 Choose = Callable[

@@ -108,7 +108,14 @@ def coefficients(group: Mapping[str, Any], step: int | Tensor, lr_scale: Number)
     )
 
 
-ADAM = Algorithm(name="adam", state=("exp_avg", "exp_avg_sq"), update=update, undo=undo, coefficients=coefficients)
+ADAM = Algorithm(
+    name="adam",
+    state=("exp_avg", "exp_avg_sq"),
+    update=update,
+    undo=undo,
+    coefficients=coefficients,
+    unused=frozenset({"max_exp_avg_sq"}),
+)
 AMSGRAD = Algorithm(
     name="amsgrad",
     state=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),

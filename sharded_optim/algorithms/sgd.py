@@ -61,7 +61,7 @@ def coefficients_momentum(group: Mapping[str, Any], step: int | Tensor, lr_scale
     return (*coefficients(group, step, lr_scale), group["momentum"], kept, float(group["nesterov"]))
 
 
-SGD = Algorithm(name="sgd", state=(), update=update, undo=undo, coefficients=coefficients)
+SGD = Algorithm(name="sgd", state=(), update=update, undo=undo, coefficients=coefficients, unused=frozenset({"momentum_buffer"}))
 MOMENTUM = Algorithm(
     name="momentum_sgd",
     state=("momentum_buffer",),

@@ -136,8 +136,8 @@ def convert_weight_decay(
             UserWarning,
             stacklevel=2,
         )
-    if lr is None and source in _SCALED_BY_LR and target in _SCALED_BY_LR and to_lr is None:
-        lr = 1.0  # cancels
+    if lr is None and to_lr is None and source in _SCALED_BY_LR and target in _SCALED_BY_LR:
+        return value * width_multiplier  # whatever the learning rate
     d = _to_fraction(source, value, lr, steps_per_epoch)
     if not d < 1.0:
         raise ValueError(f"{value!r} of {from_!r} shrinks a parameter by {d} in one step, which leaves nothing of it; it must be below 1")

@@ -1,0 +1,56 @@
+"""Types of what the public optimizers take; their docstrings are the options' documentation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal, TypedDict
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["EngineOptions", "NonFinite", "Params", "SwitchOptions"]
+
+NonFinite = Literal["skip", "raise", "allow"]
+Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
+
+
+class EngineOptions(TypedDict, total=False):
+    """Keyword-only options of every optimizer.
+
+    state_dtype: storage dtype of the moments: float32 (the default, also for low-precision parameters), or bfloat16, whose rounding
+        wants beta2 <= 0.996.
+    backend: "auto", the default, picks the fastest that supports the device and dtypes; or the name of one.
+    nonfinite: what a step does when a gradient on any rank is not finite, or too large to be squared in fp32.
+        "skip": no rank steps; parameters, state and step counters stay as they are, bit for bit.
+        "raise": FloatingPointError on every rank, naming tensors and ranks. The host waits for the device in every step.
+        "allow": it goes through, as in torch; StableAdamW makes the whole tensor NaN, as an unsharded one would.
+        The default is "skip" for algorithms whose ranks agree on something anyway and "allow" for those that need no collective.
+    process_group: the ranks that train this model together; None, the default, means all. Unused by a step without a collective.
+    stochastic_rounding: float16 and bfloat16 parameters are rounded up or down at random, so that the expected value is the value; instead
+        of `kahan_sum`, and without its memory. The same bits whatever the sharding.
+    rounding_seed: of stochastic rounding; the same on every rank.
+    """
+
+    state_dtype: torch.dtype | None
+    backend: str
+    nonfinite: NonFinite | None
+    process_group: dist.ProcessGroup | None
+    stochastic_rounding: bool
+    rounding_seed: int
+
+
+class SwitchOptions(EngineOptions, total=False):
+    """optimi's switches, as keywords of the optimizers that are not optimi's.
+
+    kahan_sum: float16 and bfloat16 parameters keep in `kahan_comp`, a second array of their dtype, what rounding them loses: 16 to 17
+        significant bits instead of 8 (bfloat16), weight decay included. None, the default, means True unless `stochastic_rounding`.
+    foreach: whether one call of a backend steps all tensors (None and True) or each its own. The result is the same.
+    triton: True wants the Triton backend, or an ImportError; False any other; None leaves it to `backend`.
+    gradient_release: steps are going to happen inside backward; see `prepare_for_gradient_release`.
+    """
+
+    kahan_sum: bool | None
+    foreach: bool | None
+    triton: bool | None
+    gradient_release: bool

@@ -1,0 +1,172 @@
+"""What an optimizer holds: param groups that are checked, state that is allocated when asked for, and state dicts. Below the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharded_optim import foreign_state, loading, param_groups
+from sharded_optim.algorithms import Algorithm, Choose
+from sharded_optim.formats import KAHAN_COMP, Format, param_format
+from sharded_optim.options import Params
+from sharded_optim.sharding import describe
+from sharded_optim.state import STEP, State, new_state, zeros
+
+__all__ = ["StatefulOptimizer"]
+
+
+class StatefulOptimizer(torch.optim.Optimizer):
+    """A torch optimizer without a step.
+
+    Args:
+        params: as for every torch optimizer: tensors, (name, tensor) tuples, or dicts of param groups.
+        defaults: hyperparameters of the param groups.
+        algorithm: chooses the math of a param group, which says what state it needs.
+        state_dtype: storage dtype of the moments.
+        max_lr: reference learning rate of groups that do not bring their own `max_lr`; None takes each group's `lr`.
+    """
+
+    def __init__(
+        self, params: Params, defaults: dict[str, Any], *, algorithm: Choose, state_dtype: torch.dtype, max_lr: float | None
+    ) -> None:
+        self._choose = algorithm
+        self.state_dtype = state_dtype
+        self._max_lr = None if max_lr is None else param_groups.check_number("max_lr", max_lr)
+        param_groups.check_hyperparameters(defaults, "the optimizer's arguments")
+        param_groups.check_state_dtype(state_dtype, defaults)
+        algorithm(defaults)
+        super().__init__(params, defaults)
+        self.state = State(self._new_state, self.state)
+        param_groups.warn_of_high_decay(self.param_groups)
+
+    # ----------------------------------------------------------------------------------------------------- parameters and state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch, after checking what torch would let pass.
+
+        Raises:
+            ValueError: an empty group, a parameter given twice, a hyperparameter out of range, or a parameter that cannot be optimized.
+        """
+        index = len(self.param_groups)
+        if isinstance(param_group, dict) and isinstance(param_group.get("params"), Iterable) and not isinstance(param_group["params"], set):
+            params = param_group["params"]
+            param_group = {**param_group, "params": [params] if isinstance(params, Tensor) else list(params)}
+            named = param_groups.named_params(param_group, index)
+            if not named:
+                raise ValueError(f"param_groups[{index}] has no parameters; leave the group out")
+            param_group = param_groups.complete(param_group, self.defaults)
+            param_groups.check_hyperparameters(self.defaults | param_group, f"param_groups[{index}]")
+            param_groups.check_state_dtype(self.state_dtype, self.defaults | param_group)
+            self._algorithm_of(self.defaults | param_group, f"param_groups[{index}]")
+            known = {id(p): n for g_index, g in enumerate(self.param_groups) for p, n in param_groups.named_params(g, g_index)}
+            names = set(known.values())
+            for param, name in named:
+                if id(param) in known:
+                    raise ValueError(f"parameter {name!r} appears twice, also as {known[id(param)]!r}; give each parameter once")
+                if name in names:
+                    raise ValueError(f"two parameters are named {name!r}; give each a name of its own, for example with a prefix per model")
+                known[id(param)] = name
+                names.add(name)
+                if isinstance(param, Tensor):
+                    describe(param, name)
+        super().add_param_group(param_group)
+        param_groups.set_reference_lr(self.param_groups[index], self._max_lr)
+
+    def init_state(self) -> None:
+        """Allocate the state of every trainable parameter that has none yet: what the first step does for those with a gradient."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.requires_grad:
+                    self._complete_state(param, group)
+
+    def _new_state(self, param: Tensor) -> dict[str, Any]:
+        group = next((group for group in self.param_groups if any(each is param for each in group["params"])), None)
+        return new_state(param, self._state_dtypes(param, group or self.param_groups[0]))
+
+    def _complete_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """The parameter's state, with everything that the group's algorithm and the format need.
+
+        Raises:
+            ValueError: something is missing that cannot begin now.
+        """
+        dtypes = self._state_dtypes(param, group)
+        if param not in self.state:
+            self.state[param] = new_state(param, dtypes)
+        state = self.state[param]
+        if KAHAN_COMP in state and KAHAN_COMP not in dtypes:
+            del state[KAHAN_COMP]  # of a value that is about to change
+        for name, dtype in dtypes.items():
+            if name not in state:
+                if name not in self._choose(group).late | {KAHAN_COMP} and state[STEP] > 0:
+                    raise ValueError(
+                        f"the state of a parameter of shape {tuple(param.shape)} lacks {name!r} after {int(state[STEP])} steps; it cannot "
+                        f"begin late: choose the option that needs it (momentum with dampening) at construction, or load a full state"
+                    )
+                state[name] = zeros(param, dtype)
+        return state
+
+    def _state_dtypes(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, torch.dtype]:
+        """The storage dtype of each entry of a parameter's state but its step."""
+        fmt = self._format_of(param, group)
+        return dict.fromkeys(self._choose(group).state, self.state_dtype) | dict.fromkeys(fmt.extra, fmt.dtype)
+
+    def _algorithm_of(self, group: Mapping[str, Any], where: str) -> Algorithm:
+        try:
+            return self._choose(group)
+        except ValueError as error:
+            raise ValueError(f"{error} (in {where})") from None
+
+    @staticmethod
+    def _format_of(param: Tensor, group: Mapping[str, Any]) -> Format:
+        return param_format(param.dtype, kahan_sum=group["kahan_sum"], stochastic_rounding=group["stochastic_rounding"])
+
+    # ------------------------------------------------------------------------------------------------------------- state dicts
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, but all or nothing, with moments kept in `state_dtype`, and with group keys the saved state lacks kept as they are.
+
+        State of torch's Adam, AdamW and SGD, of Composer's and of optimi's optimizers is recognised and continued; see `foreign_state.py`.
+
+        Raises:
+            ValueError: the saved state does not fit; nothing was changed.
+        """
+        before = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
+        incoming: dict[str, Any] = {}
+
+        def prepare(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+            loading.check_sizes(self.param_groups, saved)
+            saved = foreign_state.translate(saved, self.param_groups)
+            merged = []
+            for index, (own, group) in enumerate(zip(self.param_groups, saved["param_groups"], strict=True)):
+                where = f"the state dict's param_groups[{index}]"
+                merged.append(own | group | {"params": own["params"]})
+                param_groups.check_hyperparameters(merged[-1], where, scheduled=True)
+                param_groups.check_state_dtype(self.state_dtype, merged[-1])
+                self._algorithm_of(merged[-1], where)
+            loading.check_state(merged, saved, self._state_dtypes, self._choose)
+            loading.check_family(self.param_groups, saved)
+            incoming.update(saved)
+            return saved
+
+        def restore(_: torch.optim.Optimizer) -> None:
+            loading.restore_groups(self.param_groups, before)
+            loading.restore_state(self, incoming, self._state_dtypes)
+
+        # After the users' pre-hooks, which may convert the state dict, and before their post-hooks, which may look at the result.
+        hooks = [self.register_load_state_dict_pre_hook(prepare), self.register_load_state_dict_post_hook(restore, prepend=True)]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_choose", "state_dtype", "_max_lr")
+        return super().__getstate__() | {name: getattr(self, name) for name in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.state = State(self._new_state, self.state)  # torch makes it a plain dict when it loads
