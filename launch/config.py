@@ -70,14 +70,26 @@ class OptimizerConfig(_Section):
     """A class of sharded_optim by its name, and its hyperparameters; None is the optimizer's own default.
 
     lr: the peak of the schedule.
-    weight_decay: as the optimizer means it: DecoupledAdamW's is the fraction lost in a step at the peak, the others' is multiplied by lr.
+    weight_decay: as the optimizer means it: DecoupledAdamW's and DecoupledSGDW's is the fraction lost in a step at the peak, Adam's goes
+        through the gradient, the others' is multiplied by lr.
+    betas, eps: of all but DecoupledSGDW, which has momentum and nesterov instead.
     """
 
-    name: Literal["StableAdamW", "AdamW", "DecoupledAdamW"]
+    name: Literal["StableAdamW", "Adam", "AdamW", "DecoupledAdamW", "DecoupledSGDW"]
     lr: PositiveFloat
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] | None = None  # a YAML sequence is a list
     eps: NonNegativeFloat | None = None
     weight_decay: NonNegativeFloat | None = None
+    momentum: NonNegativeFloat | None = None
+    nesterov: bool | None = None
+
+    @model_validator(mode="after")
+    def _has_hyperparameters_of_its_own(self) -> OptimizerConfig:
+        foreign = ("betas", "eps") if self.name == "DecoupledSGDW" else ("momentum", "nesterov")
+        for key in foreign:
+            if getattr(self, key) is not None:
+                raise ValueError(f"{self.name} has no {key}; leave it out")
+        return self
 
 
 class Config(_Section):

@@ -207,7 +207,7 @@ class Engine(StatefulOptimizer):
 
     def _operand(self, entry: LocalParam, group: dict[str, Any]) -> Operand:
         algorithm, fmt = self._choose(group), self._format_of(entry.param, group)
-        state = self._complete_state(entry.param, group)
+        state = self._complete_state(entry.param, group, repr(entry.segment.name))
         assert entry.param.grad is not None
         return Operand(
             segment=entry.segment,

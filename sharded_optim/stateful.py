@@ -86,7 +86,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         group = next((group for group in self.param_groups if any(each is param for each in group["params"])), None)
         return new_state(param, self._state_dtypes(param, group or self.param_groups[0]))
 
-    def _complete_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+    def _complete_state(self, param: Tensor, group: dict[str, Any], name: str = "a parameter") -> dict[str, Any]:
         """The parameter's state, with everything that the group's algorithm and the format need.
 
         Raises:
@@ -98,14 +98,14 @@ class StatefulOptimizer(torch.optim.Optimizer):
         state = self.state[param]
         if KAHAN_COMP in state and KAHAN_COMP not in dtypes:
             del state[KAHAN_COMP]  # of a value that is about to change
-        for name, dtype in dtypes.items():
-            if name not in state:
-                if name not in self._choose(group).late | {KAHAN_COMP} and state[STEP] > 0:
+        for key, dtype in dtypes.items():
+            if key not in state:
+                if key not in self._choose(group).late | {KAHAN_COMP} and state[STEP] > 0:
                     raise ValueError(
-                        f"the state of a parameter of shape {tuple(param.shape)} lacks {name!r} after {int(state[STEP])} steps; it cannot "
-                        f"begin late: choose the option that needs it (momentum with dampening) at construction, or load a full state"
+                        f"the state of {name} lacks {key!r} after {int(state[STEP])} steps; it cannot begin late: choose the option that "
+                        f"needs it (momentum with dampening) at construction, or load a full state"
                     )
-                state[name] = zeros(param, dtype)
+                state[key] = zeros(param, dtype)
         return state
 
     def _state_dtypes(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, torch.dtype]:

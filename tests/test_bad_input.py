@@ -307,7 +307,7 @@ def check_failure_of_another_kind_on_one_rank() -> None:
     optimizer.step()
     if dist.get_rank() == 1:
         del optimizer.state[param]["exp_avg_sq"]
-    refused(r"rank 1: the state of a parameter of shape \(4,\) lacks 'exp_avg_sq' after 1 steps", optimizer.step)
+    refused(r"rank 1: the state of 'w' lacks 'exp_avg_sq' after 1 steps", optimizer.step)
     optimizer = so.AdamW([("w", param)], lr=1e-3, nonfinite="skip")
     if dist.get_rank() == 1:
         del optimizer.param_groups[0]["reference_lr"]

@@ -72,7 +72,7 @@ def test_the_last_of_two_overrides_counts():
     ("override", "key", "value", "nearest"),
     [
         ("stepz=5", "stepz", "5", "steps"),
-        ("momentum=0.1", "momentum", "0.1", None),
+        ("momentum=0.1", "momentum", "0.1", "optimizer.momentum"),
         ("optimizer.wieght_decay=0.1", "optimizer.wieght_decay", "0.1", "optimizer.weight_decay"),
         ("lr=0.1", "lr", "0.1", "optimizer.lr"),
         ("modle.layers=2", "modle", "{'layers': 2}", "model"),
@@ -97,6 +97,8 @@ def test_an_unknown_key_is_refused_with_its_value_and_the_nearest_name(override,
         ("optimizer=5", "optimizer=5: it should be"),
         ("sharding=fsdp", "sharding='fsdp': it should be 'fsdp2', 'ddp' or 'single'; did you mean fsdp2?"),
         ("optimizer.name=StableAdam", "did you mean StableAdamW?"),
+        ("optimizer={name: DecoupledSGDW, lr: 0.1, eps: 0.0}", "DecoupledSGDW has no eps; leave it out"),
+        ("optimizer.momentum=0.9", "StableAdamW has no momentum; leave it out"),
         ("name=a/b", "name='a/b': it should match pattern"),
     ],
 )

@@ -6,6 +6,8 @@ There is no GPU where these tests run, so the CPU is declared to be a device tha
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -38,12 +40,23 @@ def cpu_is_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeEvent, "waits", 0)
 
 
-def run(cls: type, nan_at: int | None) -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
-    params = [nn.Parameter(torch.linspace(-1, 1, n)) for n in (1, 5, 64)]
-    optimizer = cls([{"params": params[:2]}, {"params": params[2:], "lr": 3e-2}], lr=1e-2, nonfinite="skip")
+OPTIMIZERS = {
+    "Adam": partial(so.Adam, weight_decay=0.1),
+    "AdamW": so.AdamW,
+    "DecoupledAdamW": partial(so.DecoupledAdamW, amsgrad=True),
+    "DecoupledSGDW": partial(so.DecoupledSGDW, momentum=0.9, dampening=0.3, weight_decay=1e-4),
+    "StableAdamW": so.StableAdamW,
+    "StableAdamW-stochastic": partial(so.StableAdamW, stochastic_rounding=True),
+}
+
+
+def run(make: Callable, nan_at: int | None) -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
+    params = [nn.Parameter(torch.linspace(-1, 1, n)) for n in (1, 5)] + [nn.Parameter(torch.linspace(-1, 1, 64).bfloat16())]
+    optimizer = make([{"params": params[:2]}, {"params": params[2:], "lr": 3e-2}], lr=1e-2, nonfinite="skip")
     for step in range(8):
         for index, param in enumerate(params):
-            param.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(10 * step + index)) * 10 ** (step % 3)
+            grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(10 * step + index)) * 10 ** (step % 3)
+            param.grad = grad.to(param.dtype)
         if step == nan_at:
             params[1].grad[3] = torch.nan
         if step == 5:
@@ -52,13 +65,13 @@ def run(cls: type, nan_at: int | None) -> tuple[list[nn.Parameter], torch.optim.
     return params, optimizer
 
 
-@pytest.mark.parametrize("cls", [so.AdamW, so.DecoupledAdamW, so.StableAdamW])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("nan_at", [None, 0, 4])
-def test_selecting_on_the_device_gives_the_bits_of_branching_on_the_host(cls: type, nan_at: int | None, request) -> None:
-    """Parameters, moments, step counters and the count of skipped steps."""
-    expected, reference = run(cls, nan_at)
+def test_selecting_on_the_device_gives_the_bits_of_branching_on_the_host(name: str, nan_at: int | None, request) -> None:
+    """Parameters, Kahan compensation, moments, step counters and the count of skipped steps."""
+    expected, reference = run(OPTIMIZERS[name], nan_at)
     request.getfixturevalue("cpu_is_a_device")
-    actual, optimizer = run(cls, nan_at)
+    actual, optimizer = run(OPTIMIZERS[name], nan_at)
     assert optimizer.skipped_steps == reference.skipped_steps == (nan_at is not None)
     for a, e in zip(actual, expected, strict=True):
         assert torch.equal(a, e)

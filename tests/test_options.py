@@ -1,0 +1,166 @@
+"""Switches and hyperparameters that change while an optimizer runs."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+
+import pytest
+import torch
+from torch import nn
+
+import sharded_optim as so
+from sharded_optim import backends
+
+CLASSES = [so.Adam, so.AdamW, so.DecoupledAdamW, so.DecoupledSGDW, so.StableAdamW]
+every_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+
+
+def run(optimizer: torch.optim.Optimizer, param: nn.Parameter, steps: range) -> None:
+    for step in steps:
+        param.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(step)).to(param.dtype)
+        optimizer.step()
+
+
+def stepped(cls: type, steps: int = 3, dtype: torch.dtype = torch.float32, **options) -> tuple[torch.optim.Optimizer, nn.Parameter]:
+    param = nn.Parameter(torch.linspace(-1, 1, 13).to(dtype))
+    optimizer = cls([param], lr=1e-2, **options)
+    run(optimizer, param, range(steps))
+    return optimizer, param
+
+
+@every_class
+def test_unknown_arguments_are_refused(cls: type) -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'decoupled'"):
+        cls([nn.Parameter(torch.ones(2))], lr=1e-3, decoupled=True)
+
+
+@every_class
+def test_foreach_calls_a_backend_once_for_all_tensors_or_once_for_each_with_the_same_bits(cls: type, monkeypatch) -> None:
+    from sharded_optim.backends.eager import BACKEND
+
+    sizes, results = [], []
+    update = type(BACKEND).update
+    monkeypatch.setattr(type(BACKEND), "update", lambda self, algorithm, operands, *args: sizes.append(len(operands)))
+    for foreach, expected in ((None, [3]), (True, [3]), (False, [1, 1, 1])):
+        params = [nn.Parameter(torch.ones(n)) for n in (1, 5, 7)]
+        optimizer = cls(params, lr=1e-2, foreach=foreach)
+        for param in params:
+            param.grad = torch.linspace(-1, 1, param.numel())
+        sizes.clear()
+        optimizer.step()
+        assert sizes == expected
+    monkeypatch.setattr(type(BACKEND), "update", update)
+    for foreach in (None, True, False):
+        params = [nn.Parameter(torch.ones(n)) for n in (1, 5, 7)]
+        optimizer = cls(params, lr=1e-2, foreach=foreach)
+        for param in params:
+            param.grad = torch.linspace(-1, 1, param.numel())
+        optimizer.step()
+        results.append(torch.cat([param.detach() for param in params]))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@every_class
+def test_triton_is_an_import_error_where_it_cannot_be_had(cls: type, monkeypatch) -> None:
+    params = [nn.Parameter(torch.ones(2))]
+    if "triton" not in backends.MODULES:
+        with pytest.raises(ImportError, match="this version has no Triton backend, only eager; leave triton out"):
+            cls(params, lr=1e-3, triton=True)
+    monkeypatch.setattr(backends, "MODULES", ("triton", "eager"))
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="needs the triton package, which is not installed: pip install triton"):
+        cls(params, lr=1e-3, triton=True)
+    assert importlib.util.find_spec is not backends.find_spec
+    for options in ({"triton": True, "backend": "eager"}, {"triton": False, "backend": "triton"}):
+        with pytest.raises(ValueError, match=r"triton=\w+ contradicts backend="):
+            cls(params, lr=1e-3, **options)
+    assert backends.candidates("auto", None) == ("triton", "eager")
+    assert backends.candidates("auto", False) == ("eager",)
+    monkeypatch.setattr(backends, "find_spec", lambda name: object())
+    assert backends.candidates("auto", True) == ("triton",)
+
+
+def test_momentum_that_begins_late_begins_with_the_gradient() -> None:
+    """As in torch, whose buffer then is the gradient; under a schedule of momentum from 0."""
+    optimizer, param = stepped(so.DecoupledSGDW)
+    reference = torch.optim.SGD([nn.Parameter(param.detach().clone())], lr=1e-2)
+    assert set(optimizer.state[param]) == {"step"}
+    for each, p in ((optimizer, param), (reference, reference.param_groups[0]["params"][0])):
+        each.param_groups[0]["momentum"] = 0.9
+        run(each, p, range(3, 8))
+    torch.testing.assert_close(param, reference.param_groups[0]["params"][0], rtol=1e-6, atol=1e-7)
+
+
+def test_dampened_momentum_cannot_begin_late() -> None:
+    """Its first step alone takes up the whole gradient, and which that is would be forgotten."""
+    optimizer, param = stepped(so.DecoupledSGDW)
+    optimizer.param_groups[0] |= {"momentum": 0.9, "dampening": 0.5}
+    before = param.detach().clone()
+    with pytest.raises(ValueError, match=r"lacks 'momentum_buffer' after 3 steps; it cannot begin late"):
+        run(optimizer, param, range(3, 4))
+    assert torch.equal(param, before)
+
+
+def test_nesterov_needs_momentum_and_no_dampening() -> None:
+    for options in ({}, {"momentum": 0.9, "dampening": 0.1}):
+        with pytest.raises(ValueError, match="nesterov=True needs momentum > 0 and dampening = 0"):
+            so.DecoupledSGDW([nn.Parameter(torch.ones(2))], lr=0.1, nesterov=True, **options)
+
+
+@pytest.mark.parametrize("cls", [so.Adam, so.AdamW, so.DecoupledAdamW])
+def test_amsgrad_that_begins_late_begins_with_the_second_moment(cls: type) -> None:
+    optimizer, param = stepped(cls)
+    optimizer.param_groups[0]["amsgrad"] = True
+    run(optimizer, param, range(3, 4))
+    state = optimizer.state[param]
+    assert torch.equal(state["max_exp_avg_sq"], state["exp_avg_sq"])
+
+
+@every_class
+def test_kahan_compensation_that_is_switched_off_is_dropped(cls: type) -> None:
+    """Kept, it would be added to another value when switched on again."""
+    optimizer, param = stepped(cls, dtype=torch.bfloat16)
+    assert optimizer.state[param]["kahan_comp"].any()
+    optimizer.param_groups[0]["kahan_sum"] = False
+    run(optimizer, param, range(3, 4))
+    assert "kahan_comp" not in optimizer.state[param]
+    optimizer.param_groups[0]["kahan_sum"] = True
+    run(optimizer, param, range(4, 5))
+    assert optimizer.state[param]["kahan_comp"].any()
+
+
+@every_class
+def test_a_state_dict_without_kahan_compensation_starts_it_at_zero(cls: type) -> None:
+    optimizer, param = stepped(cls, dtype=torch.bfloat16)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for state in saved["state"].values():
+        del state["kahan_comp"]
+    optimizer.load_state_dict(saved)
+    assert not optimizer.state[param]["kahan_comp"].any()
+
+
+def test_state_of_an_unstepped_optimizer_of_another_family_is_refused() -> None:
+    """It has no state that could tell: SGD never has, and others not before their first step."""
+    params = [nn.Parameter(torch.ones(3))]
+    for ours, theirs in (
+        (so.AdamW(params, lr=1.0), torch.optim.SGD(params, lr=0.1)),
+        (so.DecoupledSGDW(params, lr=1.0), torch.optim.AdamW(params, lr=0.1)),
+    ):
+        with pytest.raises(ValueError, match=r"param_groups\[0\] has '(betas|momentum)', which this optimizer has not"):
+            ours.load_state_dict(theirs.state_dict())
+        assert ours.param_groups[0]["lr"] == 1.0
+
+
+def test_l2_of_nothing_loads_into_any_adam() -> None:
+    """torch's Adam without weight decay is continued by StableAdamW, which refuses L2."""
+    params = [nn.Parameter(torch.ones(3))]
+    other = torch.optim.Adam(params, lr=0.1)
+    run(other, params[0], range(2))
+    optimizer = so.StableAdamW(params, lr=1.0, decay_form="corrected")
+    optimizer.load_state_dict(other.state_dict())
+    assert optimizer.param_groups[0]["decay_form"] == "corrected"
+    other.param_groups[0]["weight_decay"] = 0.1
+    with pytest.raises(ValueError, match=r"decay_form='l2' is not supported by StableAdamW.*the state dict's param_groups\[0\]"):
+        optimizer.load_state_dict(other.state_dict())
