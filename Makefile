@@ -6,7 +6,7 @@ CONFIG ?= configs/fsdp2.yaml
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint format clean
+.PHONY: help setup train test figures lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -25,6 +25,9 @@ train: setup  ## run the training job: make train CONFIG=configs/ddp.yaml ARGS="
 
 test: setup  ## run the tests: make test ARGS="-k invariance"
 	$(BIN)/python -m pytest $(ARGS)
+
+figures: setup  ## draw the figures of docs/ anew, but for the loss curve
+	$(BIN)/python docs/decay_figure.py
 
 lint: setup  ## ruff check, ruff format --check, pyright
 	$(BIN)/ruff check .

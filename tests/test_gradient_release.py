@@ -12,7 +12,7 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
-from test_training import Model, fsdp2, full_values, hsdp, train
+from test_training import Model, fsdp2, fsdp2_tp, full_values, hsdp, train
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -174,8 +174,8 @@ def ddp(model: Model, **options) -> nn.Module:
     return DistributedDataParallel(model, bucket_cap_mb=0.002, **options)  # several buckets
 
 
-def check_bits_of_ordinary_steps(wrap: Callable[[Model], nn.Module]) -> None:
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+def check_bits_of_ordinary_steps(wrap: Callable[[Model], nn.Module], model_parallel: int = 1) -> None:
+    rank, world_size = dist.get_rank() // model_parallel, dist.get_world_size() // model_parallel
     for name, make in OPTIMIZERS.items():
         ordinary, model = wrap(Model()), wrap(Model())
         train(ordinary, make(ordinary.parameters()), STEPS, rank, world_size)
@@ -293,9 +293,10 @@ def test_fsdp2_ends_with_the_bits_of_ordinary_steps_and_agrees_once_per_group() 
     ranks.run(check_fsdp2, 2)
 
 
-def check_hsdp() -> None:
+def check_two_dimensions() -> None:
     check_bits_of_ordinary_steps(hsdp)
+    check_bits_of_ordinary_steps(fsdp2_tp, model_parallel=2)
 
 
-def test_hsdp_ends_with_the_bits_of_ordinary_steps() -> None:
-    ranks.run(check_hsdp, 4)
+def test_hsdp_and_tensor_parallelism_end_with_the_bits_of_ordinary_steps() -> None:
+    ranks.run(check_two_dimensions, 4)

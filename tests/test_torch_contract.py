@@ -14,20 +14,12 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from variants import AmsgradAdamW, MomentumSGDW
 
 import sharded_optim as so
 
 pytestmark = pytest.mark.filterwarnings("ignore:weight_decay")
-
-
-class MomentumSGDW(so.DecoupledSGDW):
-    """The one with the most state and the strangest first step."""
-
-    def __init__(self, params, lr, **options) -> None:
-        super().__init__(params, lr, **({"momentum": 0.9, "dampening": 0.1} | options))
-
-
-CLASSES = [so.Adam, so.AdamW, so.DecoupledAdamW, so.DecoupledSGDW, MomentumSGDW, so.StableAdamW]
+CLASSES = [so.Adam, so.AdamW, so.DecoupledAdamW, AmsgradAdamW, so.DecoupledSGDW, MomentumSGDW, so.StableAdamW]
 every_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 
 

@@ -17,11 +17,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+from variants import AmsgradAdamW, MomentumSGDW
 
 import sharded_optim as so
 
 STEPS = 10
-CLASSES = [so.AdamW, so.DecoupledAdamW, so.StableAdamW]
+CLASSES = [so.Adam, so.AdamW, AmsgradAdamW, MomentumSGDW, so.StableAdamW]
 
 
 class Model(nn.Sequential):
