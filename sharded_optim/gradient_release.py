@@ -102,6 +102,8 @@ class _Units:
     def complete(self, param: Tensor) -> None:
         """A post-accumulate-grad hook."""
         unit = self._unit_of[param]
+        if any(each is param for each in self._complete):  # left over from a backward that an exception ended
+            self._complete = []
         if self._complete and self._unit_of[self._complete[0]] is not unit:  # some of the unit before got no gradient
             self._step()
         self._complete.append(param)
@@ -134,6 +136,9 @@ class _BucketRelease:
         else:
             self._finish()
         self._in_flight = (work, bucket.parameters(), bucket.gradients())
+        if self.optimizer is not None:
+            for param in bucket.parameters():
+                param.grad = None  # the bucket has it
         return work.get_future().then(lambda future: future.value()[0])
 
     def _finish(self) -> None:

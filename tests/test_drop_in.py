@@ -69,4 +69,4 @@ def test_the_same_script_has_the_same_trajectory(library: str, name: str, argume
     torch.testing.assert_close(torch.tensor(ours["losses"]), torch.tensor(theirs["losses"]), rtol=1e-3, atol=1e-4)
     assert theirs["losses"][-1] < 0.9 * theirs["losses"][0]
     for a, e in zip(ours["model"].parameters(), theirs["model"].parameters(), strict=True):
-        assert float((a - e).norm()) < 1e-3 * float(e.norm())
+        assert (a - e).norm() < 1e-3 * e.norm()

@@ -148,6 +148,7 @@ def test_a_mistake_is_reported_once_and_nothing_starts(tmp_path, arguments, expe
 # ------------------------------------------------------------------------------------------------------------------------- parts
 
 
+@pytest.mark.filterwarnings("ignore:weight_decay")
 @pytest.mark.parametrize("name", ["StableAdamW", "Adam", "AdamW", "DecoupledAdamW", "DecoupledSGDW"])
 def test_every_optimizer_is_built_by_name_without_decay_of_gains(name):
     model = GPT(layers=1, heads=2, d_model=8, sequence_length=4)

@@ -56,6 +56,12 @@ def fsdp2(model: Model, mesh: DeviceMesh | None = None) -> Model:
     return model
 
 
+def fsdp2_bf16(model: Model) -> Model:
+    """Parameters in bfloat16, whose Kahan compensation is state too."""
+    model.to(torch.bfloat16).register_forward_pre_hook(lambda _, inputs: (inputs[0].to(torch.bfloat16),))
+    return fsdp2(model)
+
+
 def hsdp(model: Model) -> Model:
     return fsdp2(model, init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("replicate", "shard")))
 
@@ -135,6 +141,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> str:
 def check_two_ranks(one_process: str, folder: str) -> None:
     check_training(one_process, {"FSDP2": (fsdp2, 1), "DDP": (DistributedDataParallel, 1)})
     check_checkpoints(folder, fsdp2)
+    check_checkpoints(folder, fsdp2_bf16)
     check_parameters_replaced_after_construction()
 
 
