@@ -37,7 +37,7 @@ def coefficient_table(
     parts = []
     for rows in rows_of.values():
         group = groups[rows[0]]
-        arguments: list[Any] = [group | {"lr": _current_lr(group, device)}, _next_step([steps[row] for row in rows])]
+        arguments: list[Any] = [group | {"lr": _current_lr(group, device)}, _next_step([steps[row] for row in rows], device)]
         if isinstance(lr_scale, Tensor) and len(rows) < len(groups):
             arguments.append(lr_scale[_indices(rows, device)])
         elif lr_scale is not None:
@@ -62,13 +62,13 @@ def _current_lr(group: dict[str, Any], device: torch.device) -> float | Tensor:
     return float(lr)
 
 
-def _next_step(steps: list[Tensor]) -> int | Tensor:
+def _next_step(steps: Sequence[Tensor], device: torch.device) -> int | Tensor:
     """The step about to be taken, from 1: an int where the host knows it and all agree, else int64 (operands,)."""
     if all(map(known_on_host, steps)):
         known = {int(step) for step in steps}
         if len(known) == 1:
             return known.pop() + 1
-    return torch.stack(steps).to(torch.int64) + 1
+    return next_steps(steps, device)
 
 
 def next_steps(steps: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -21,6 +21,7 @@ from sharded_optim import metrics, noise, param_groups, statistics
 from sharded_optim.algorithms import Algorithm, Choose, Coefficients
 from sharded_optim.backends import AUTO, Backend, Operand, candidates, choose
 from sharded_optim.coefficients import coefficient_table, known_on_host, next_steps
+from sharded_optim.layouts import Layouts
 from sharded_optim.options import NonFinite, Params
 from sharded_optim.ranks import gather_messages, own_process_group
 from sharded_optim.sharding import Layout, LocalParam, describe
@@ -147,9 +148,10 @@ class Engine(StatefulOptimizer):
             return loss
         only = None if param is None else (param,) if isinstance(param, Tensor) else tuple(param)
         self._raise_deferred(only)
-        layout = self._current_layout(only)
+        process_group = self._own_group() if self._agrees else None
+        layout = self._layouts.current(self.param_groups, only, agree=self._agrees, process_group=process_group)
         observation = self._observe(layout)
-        if only is None and observation.batches:
+        if only is None and observation.batches:  # without a gradient, after gradient release, the reports of its steps stay
             self._agreements.clear()
             self._updates.clear()
         proceed, lr_scales = self._agree(layout, observation)
@@ -174,7 +176,7 @@ class Engine(StatefulOptimizer):
         """Look at gradients and state, and sum what the ranks must agree on. Writes nothing."""
         try:
             batches = self._collect(layout)
-            return _Observation(batches=batches, sums=[self._sum(layout, batch) for batch in batches] if self._agrees else [])
+            return _Observation(batches=batches, sums=[self._sum(batch) for batch in batches] if self._agrees else [])
         except Exception as failure:  # the other ranks must hear of it before this one raises
             return _Observation(failure=failure)
 
@@ -184,12 +186,11 @@ class Engine(StatefulOptimizer):
         Raises:
             ValueError: one that cannot be used.
         """
-        groups = self._groups_of(layout)
-        for group in {id(group): group for group in groups}.values():  # schedulers and users write to them
-            where = f"param_groups[{next(index for index, each in enumerate(self.param_groups) if each is group)}]"
-            param_groups.check_hyperparameters(group, where, scheduled=True)
-            param_groups.check_state_dtype(self.state_dtype, group)
-            self._algorithm_of(group, where)
+        groups = self._layouts.groups_of(self.param_groups, layout)
+        stepped = set(map(id, groups))
+        for index, group in enumerate(self.param_groups):
+            if id(group) in stepped:  # schedulers and users write to them
+                self._check_group(group, f"param_groups[{index}]", scheduled=True)
         batches: dict[Any, _Batch] = {}
         for index, (entry, group) in enumerate(zip(layout.local_params, groups, strict=True)):
             if entry.param.grad is None:
@@ -207,7 +208,7 @@ class Engine(StatefulOptimizer):
 
     def _operand(self, entry: LocalParam, group: dict[str, Any]) -> Operand:
         algorithm, fmt = self._choose(group), self._format_of(entry.param, group)
-        state = self._complete_state(entry.param, group, repr(entry.segment.name))
+        state = self._complete_state(entry.param, group, entry.segment.name)
         assert entry.param.grad is not None
         return Operand(
             segment=entry.segment,
@@ -218,7 +219,7 @@ class Engine(StatefulOptimizer):
             state=tuple(entry.local(state[name], "state") for name in algorithm.state),
         )
 
-    def _sum(self, layout: Layout, batch: _Batch) -> _Sums:
+    def _sum(self, batch: _Batch) -> _Sums:
         """Sum the statistic of each operand, or only see whether its gradient is finite."""
         statistic = self._statistic
         if statistic is None:
@@ -266,6 +267,7 @@ class Engine(StatefulOptimizer):
             process_group=self._own_group(),
         )
         self._raise_inconsistency(layout, agreement, failure)
+        self._agreements.pop(layout, None)  # the newest is last
         self._agreements[layout] = agreement
         return self._verdict(agreement), None if self._statistic is None else self._statistic.lr_scale(agreement.means())
 
@@ -300,7 +302,8 @@ class Engine(StatefulOptimizer):
 
     def _update(self, layout: Layout, batches: list[_Batch], proceed: Tensor | None, lr_scales: Tensor | None, *, accumulate: bool) -> None:
         """Write parameters (but not to `accumulate`) and state, and count the step, where it happens."""
-        self._updates[layout] = []
+        for entry in layout.local_params:
+            self._updates.pop(entry.param, None)
         if proceed is not None and known_on_host(proceed):  # branch here; a verdict that only the device knows selects there
             if not proceed:
                 self._count_skipped(1)
@@ -315,21 +318,20 @@ class Engine(StatefulOptimizer):
                 scale = lr_scales[indices].to(batch.device)
             table = self._table(batch, batch.algorithm.coefficients, scale, **(LEAVE_PARAMS if accumulate else {}))
             grad_scale = self._inverse_grad_scale(batch.device)
-            batch.backend.update(batch.algorithm, batch.operands, table, proceed, grad_scale, self._noise(batch))
+            batch.backend.update(batch.algorithm, batch.operands, table, proceed, grad_scale, self._noise_keys(batch))
             params = {id(entry.param): entry.param for entry in batch.entries}  # several pieces may belong to one
             steps = [self.state[param][STEP] for param in params.values()]
             taken = 1.0 if proceed is None else proceed.to(batch.device, torch.float32)
             torch._foreach_add_(steps, taken)  # pyright: ignore[reportPrivateImportUsage]
-            self._updates[layout].append(
-                metrics.Update(
-                    algorithm=batch.algorithm,
-                    entries=batch.entries,
-                    formats=[operand.format for operand in batch.operands],
-                    coefficients=table,
-                    proceed=proceed,
-                    grad_scale=grad_scale,
-                )
+            update = metrics.Update(
+                algorithm=batch.algorithm,
+                entries=batch.entries,
+                formats=[operand.format for operand in batch.operands],
+                coefficients=table,
+                proceed=proceed,
+                grad_scale=grad_scale,
             )
+            self._updates |= {entry.param: (update, row) for row, entry in enumerate(batch.entries)}
         if proceed is not None:
             self._count_skipped(~proceed)
 
@@ -344,7 +346,7 @@ class Engine(StatefulOptimizer):
         """Steps taken so far by each operand of a batch."""
         return [self.state[entry.param][STEP] for entry in batch.entries]
 
-    def _noise(self, batch: _Batch) -> Tensor | None:
+    def _noise_keys(self, batch: _Batch) -> Tensor | None:
         """What stochastic rounding draws with: int64 (operands,)."""
         if not any(operand.format.is_random for operand in batch.operands):
             return None
@@ -380,61 +382,18 @@ class Engine(StatefulOptimizer):
 
     # --------------------------------------------------------------------------------------------------------------- all ranks
 
-    def _current_layout(self, only: tuple[Tensor, ...] | None = None) -> Layout:
-        """The layout of the parameters as they are now (wrappers replace them after construction), or of these alone."""
-        key = None if only is None else tuple(map(id, only))
-        params = only if only is not None else [param for group in self.param_groups for param in group["params"]]
-        layout = self._layouts.get(key)
-        if layout is None or not layout.describes(params):
-            if only is None:
-                self._layouts.clear()
-            layout = self._layouts[key] = self._make_layout(params)
-        return layout
-
-    def _make_layout(self, params: Sequence[Tensor], *, of_group: bool | None = None) -> Layout:
-        """Describe parameters; a collective where `of_group`, which is by default where the ranks agree on something in a step."""
-
-        def describe_all() -> list[LocalParam]:
-            return [describe(param, name) for param, name in self._named(params)]
-
-        if not (self._agrees if of_group is None else of_group):
-            return Layout.of_rank(describe_all())
-        ids = set(map(id, params))
-        # Later, replicas may have drifted in their last bits, where kernels are not deterministic.
-        layout = Layout.of_group(describe_all, self._own_group(), compare_values=self._compared.isdisjoint(ids))
-        self._compared |= ids
-        return layout
-
-    def _named(self, params: Sequence[Tensor]) -> list[tuple[Tensor, str]]:
-        names = {id(p): name for index, group in enumerate(self.param_groups) for p, name in param_groups.named_params(group, index)}
-        try:
-            return [(param, names[id(param)]) for param in params]
-        except KeyError:
-            raise ValueError("a parameter to step is in none of the optimizer's param groups; add it with add_param_group") from None
-
-    def _groups_of(self, layout: Layout) -> list[dict[str, Any]]:
-        """The param group of each local parameter. Groups are replaced when a state dict is loaded, so they are looked up anew."""
-        found = [self._group_of.get(id(entry.param)) for entry in layout.local_params]
-        live = {id(group) for group in self.param_groups}
-        if layout is self._layouts.get(None) or any(group is None or id(group) not in live for group in found):
-            self._group_of = {id(param): group for group in self.param_groups for param in group["params"]}
-        return [self._group_of[id(entry.param)] for entry in layout.local_params]
-
     def _own_group(self) -> dist.ProcessGroup | None:
         if self._lost_process_group:
             raise ValueError("this optimizer was copied or unpickled, which cannot take its process_group along; set it again")
         return own_process_group(self.process_group)
 
     def _forget_layouts(self) -> None:
-        self._layouts: dict[tuple[int, ...] | None, Layout] = {}  # of all parameters (None), or of those with these ids
-        self._agreements: dict[Layout, statistics.Agreement] = {}
+        self._layouts = Layouts()
+        self._agreements: dict[Layout, statistics.Agreement] = {}  # the last of each layout, the newest last
         self._deferred: dict[Layout, statistics.Deferred] = {}
-        self._updates: dict[Layout, list[metrics.Update]] = {}
-        self._compared: set[int] = set()  # ids of parameters whose values were compared between ranks
-        self._group_of: dict[int, dict[str, Any]] = {}  # by the id of a parameter
-        self._backends: dict[tuple[torch.device, frozenset[torch.dtype]], Backend] = {}
+        self._updates: dict[Tensor, tuple[metrics.Update, int]] = {}  # of each parameter its last update, and its place in it
         self._reported: dict[str, Tensor] = {}  # parameters by the names that metrics were reported under
-        self._all_ranks: Layout | None = None  # for metrics, where no step makes a layout of all ranks and parameters
+        self._backends: dict[tuple[torch.device, frozenset[torch.dtype]], Backend] = {}
 
     # ----------------------------------------------------------------------------------------------------------------- reports
 
@@ -473,16 +432,18 @@ class Engine(StatefulOptimizer):
         return report
 
     def report_per_parameter_metrics(self, param: Tensor, name: str, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
-        """Add what the last step did to one parameter, as Composer's OptimizerMonitor asks for it.
+        """Tell what the last step did to one parameter, as Composer's OptimizerMonitor asks for it. No communication.
 
-        Adds `l2_norm/{moment,param,update,grad}/NAME` and `cosine/{update_grad,moment_grad}/NAME`, float64 tensors of one element, of this
-        rank's piece. `update` is what the step subtracted from the parameter, weight decay included. See `metrics.py`.
+        Returns:
+            `optimizer_metrics`, with what `metrics.report` says of this rank's piece, under `l2_norm/{moment,param,update,grad}/NAME` and
+            `cosine/{update_grad,moment_grad}/NAME`: float64 tensors of one element.
+
+        Raises:
+            ValueError: the gradient is not laid out like the parameter.
         """
-        group = next((group for group in self.param_groups if any(each is param for each in group["params"])), None)
-        if group is None:
+        if self._group_with(param) is None:
             return optimizer_metrics
-        last = metrics.last_update([update for updates in self._updates.values() for update in updates], param)
-        values = metrics.report(describe(param, name), self._complete_state(param, group), last)
+        values = metrics.report(describe(param, name), self.state.get(param, {}), self._updates.get(param))
         self._reported[name] = param
         return optimizer_metrics | {f"{kind}/{name}": value for kind, value in values.items()}
 
@@ -491,14 +452,15 @@ class Engine(StatefulOptimizer):
         return metrics.pre_reduce(optimizer_metrics)
 
     def dist_reduce_metrics(self, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
-        """Make the metrics of this rank's pieces those of whole tensors: one all-reduce, in which every rank must take part."""
-        params = [param for group in self.param_groups for param in group["params"]]
-        layout = self._all_ranks or (self._layouts.get(None) if self._agrees else None)
-        if layout is None or not layout.describes(params):
-            layout = self._all_ranks = self._make_layout(params, of_group=True)
-        places = {id(entry.param): index for index, entry in enumerate(layout.local_params)}
-        index_of = {name: places[id(param)] for name, param in self._reported.items() if id(param) in places}
-        return metrics.dist_reduce(optimizer_metrics, layout, index_of.get, self._own_group())
+        """Make the metrics of this rank's pieces those of whole tensors: one all-reduce, in which every rank must take part.
+
+        The first call may exchange the layout before. See `metrics.dist_reduce`.
+        """
+        process_group = self._own_group()
+        layout = self._layouts.of_group(self.param_groups, agree=self._agrees, process_group=process_group)
+        places = {entry.param: index for index, entry in enumerate(layout.local_params)}
+        index_of = {name: places[param] for name, param in self._reported.items() if param in places}
+        return metrics.dist_reduce(optimizer_metrics, layout, index_of.get, process_group)
 
     # ------------------------------------------------------------------------------------------------------- copying, printing
 

@@ -10,22 +10,25 @@ Used when a state dict is loaded. The keys are those of torch 1.12 to 2.13, Comp
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sharded_optim.algorithms.bias_correction import bias_correction
-from sharded_optim.algorithms.weight_decay import L2
+from sharded_optim.algorithms.weight_decay import COUPLED, DECOUPLED, L2, form_of
 from sharded_optim.formats import KAHAN_COMP
+from sharded_optim.param_groups import reference
 from sharded_optim.state import STEP
 
 __all__ = ["translate"]
 
 TORCHS_SWITCHES = {"foreach", "fused", "capturable", "decoupled_weight_decay"}  # how it computes, which is not ours to follow
 OPTIMIS_SWITCHES = {"beta1", "beta2", "decouple_wd", "decouple_lr", "max_lr", "foreach", "triton", "gradient_release", "setup", "step"}
-OPTIMIS_SCRATCH = {"eps_sq", "mean_square", "group", KAHAN_COMP}
+OPTIMIS_SCRATCH = {"eps_sq", "mean_square", "group"}
+TORCHS_ADAM = {"betas", "eps", "weight_decay", "amsgrad"}  # of RAdam and NAdam the last is missing
+TORCHS_SGD = {"momentum", "dampening", "nesterov", "weight_decay"}
 
 logger = logging.getLogger(__name__)
 
@@ -38,54 +41,57 @@ def translate(state_dict: dict[str, Any], own_groups: list[Group]) -> dict[str, 
 
     Args:
         state_dict: as `torch.optim.Optimizer.state_dict` returns it.
-        own_groups: the param groups it is going to be loaded into.
+        own_groups: the param groups it is going to be loaded into, as many as it has.
+
+    Raises:
+        ValueError: it is of one of torch's other optimizers.
     """
     groups, state = [], dict(state_dict["state"])
     sources = set()
-    for index, group in enumerate(state_dict["param_groups"]):
-        source = _source(group)
+    for index, (group, own) in enumerate(zip(state_dict["param_groups"], own_groups, strict=True)):
+        source = _source(group, f"the state dict's param_groups[{index}]")
         if source is None:
             groups.append(group)
             continue
-        sources.add(source.__name__.removeprefix("_from_"))
-        own = own_groups[index] if index < len(own_groups) else {}
-        translated, states = source(group, {key: state[key] for key in group["params"] if key in state}, own)
+        translated, states = TRANSLATIONS[source](group, {key: state[key] for key in group["params"] if key in state}, own)
         groups.append(translated)
         state |= states
+        sources.add(source)
     if sources:
         logger.info("loading the state of an optimizer of %s", ", ".join(sorted(sources)))
     return {**state_dict, "state": state, "param_groups": groups}
 
 
-def _source(group: Group) -> Any:
-    """The function that translates this group, or None."""
+def _source(group: Group, where: str) -> str | None:
+    """The library that saved a group, or None."""
     if "reference_lr" in group:
         return None
-    if "beta1" in group and "kahan_sum" in group:
-        return _from_optimi
+    if {"beta1", "beta2", "kahan_sum"} <= group.keys():
+        return "optimi"
     if "maximize" in group or "foreach" in group:
-        return _from_torch
-    if "initial_lr" in group:  # torch's schedulers write it too, but torch's groups were recognised above
-        return _from_composer
-    return None
+        if group.keys() >= TORCHS_ADAM or group.keys() >= TORCHS_SGD:
+            return "torch"
+        raise ValueError(
+            f"{where} is of an optimizer of torch that is not continued here (it has {', '.join(group)}); continued are Adam, AdamW and SGD"
+        )
+    return "Composer" if "initial_lr" in group else None  # torch's schedulers write it too, but torch's groups were recognised above
 
 
 def _from_torch(group: Group, states: dict[Any, ParamState], own: Group) -> tuple[Group, dict[Any, ParamState]]:
     if not group["weight_decay"]:
-        form = own.get("decay_form", "coupled")  # of nothing
+        form = own["decay_form"]  # of nothing
     elif "momentum" in group:
         form = L2
     elif "decoupled_weight_decay" in group:
-        form = "coupled" if group["decoupled_weight_decay"] else L2
+        form = COUPLED if group["decoupled_weight_decay"] else L2
     else:  # before torch 2.7, Adam's and AdamW's look alike
-        form = L2 if own.get("decay_form") == L2 else "coupled"
+        form = L2 if own["decay_form"] == L2 else COUPLED
     translated = {key: value for key, value in group.items() if key not in TORCHS_SWITCHES} | {"decay_form": form}
     return translated, {key: _with_step(_tensors(state)) for key, state in states.items()}
 
 
 def _from_composer(group: Group, states: dict[Any, ParamState], own: Group) -> tuple[Group, dict[Any, ParamState]]:
-    reference_lr = float(group["initial_lr"])
-    translated = group | {"decay_form": "decoupled", "reference_lr": reference_lr, "learns_reference_lr": reference_lr == 0.0}
+    translated = group | {"decay_form": DECOUPLED} | reference(float(group["initial_lr"]))
     return translated, {key: _with_step(_tensors(state)) for key, state in states.items()}
 
 
@@ -93,18 +99,14 @@ def _from_optimi(group: Group, states: dict[Any, ParamState], own: Group) -> tup
     translated = {key: value for key, value in group.items() if key not in OPTIMIS_SWITCHES}
     betas = (float(group["beta1"]), float(group["beta2"]))
     if not group["weight_decay"]:
-        form = own.get("decay_form", "coupled")  # of nothing
-    elif group["decouple_lr"]:
-        form = "decoupled"
-    else:
-        form = "coupled" if group.get("decouple_wd", True) else L2  # StableAdamW's groups do not say
-    reference_lr = float(group["max_lr"] if group["max_lr"] is not None else group["lr"])
+        form = own["decay_form"]  # of nothing
+    else:  # StableAdamW's groups do not say decouple_wd
+        form = form_of(decouple_wd=group.get("decouple_wd", True), decouple_lr=group["decouple_lr"])
+    translated |= reference(float(group["max_lr"] if group["max_lr"] is not None else group["lr"]))
     translated |= {
         "betas": betas,
         "decay_form": form,
         "amsgrad": False,
-        "reference_lr": reference_lr,
-        "learns_reference_lr": reference_lr == 0.0,
         "kahan_sum": group["kahan_sum"] is not False,
         "stochastic_rounding": False,
     }
@@ -114,7 +116,7 @@ def _from_optimi(group: Group, states: dict[Any, ParamState], own: Group) -> tup
 def _biased(state: ParamState, betas: tuple[float, float], step: Any) -> ParamState:
     """optimi's moments times 1 - beta**step, its group's: then our bias correction gives them back, now and in every later step."""
     step = int(step)
-    result: ParamState = {key: value for key, value in _tensors(state).items() if key not in OPTIMIS_SCRATCH}
+    result: ParamState = {key: value for key, value in _tensors(state).items() if key not in OPTIMIS_SCRATCH | {KAHAN_COMP}}
     for name, beta in zip(("exp_avg", "exp_avg_sq"), betas, strict=True):
         if name in result:
             result[name] = result[name].to(torch.float32) * bias_correction(beta, step)
@@ -131,3 +133,11 @@ def _tensors(state: Mapping[str, Any]) -> ParamState:
 def _with_step(state: ParamState) -> ParamState:
     """SGD counts no steps; all that matters of them is that a momentum buffer has begun."""
     return state if STEP in state else {**state, STEP: torch.tensor(1.0)}
+
+
+# (a saved group, the saved states of its parameters, our group) -> both in our terms
+TRANSLATIONS: dict[str, Callable[[Group, dict[Any, ParamState], Group], tuple[Group, dict[Any, ParamState]]]] = {
+    "torch": _from_torch,
+    "Composer": _from_composer,
+    "optimi": _from_optimi,
+}

@@ -1,7 +1,8 @@
 """How a logically-fp32 value (a parameter or a moment) is stored.
 
 Algorithms compute on fp32 values and never see a storage: a backend loads through the format, calls the algorithm, and stores the whole
-new value through the format. So every algorithm has every storage, with weight decay inside it. A new storage is one new entry here.
+new value through the format. So every algorithm has every storage, with weight decay inside it. A new storage is one new entry here, and
+the option that chooses it in `param_format`.
 
     fp32, bf16, fp16               rounded to nearest, ties to even (IEEE 754 roundTiesToEven)
     bf16_kahan, fp16_kahan         with a second array for what rounding lost (Kahan 1965): value = param + kahan_comp
@@ -20,6 +21,7 @@ from torch import Tensor
 __all__ = ["FORMATS", "KAHAN_COMP", "Format", "format_of", "param_format"]
 
 KAHAN_COMP = "kahan_comp"
+_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +72,7 @@ def _store_stochastic(value: Tensor, uniform: Tensor | None, *, dtype: torch.dty
 
 def _formats() -> list[Format]:
     formats = []
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
+    for dtype, name in _NAMES.items():
         nearest = partial(_store_nearest, dtype=dtype)
         formats.append(Format(name=name, dtype=dtype, load=_load, store=nearest))
         if dtype != torch.float32:
@@ -81,7 +83,6 @@ def _formats() -> list[Format]:
 
 
 FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in _formats()}
-_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def format_of(dtype: torch.dtype) -> Format:

@@ -21,11 +21,20 @@ def update(
     group: Mapping[str, Any],  # hyperparameters
     params: Sequence[Tensor],  # any shapes; written
     grads: Sequence[Tensor],  # read-only
-    states: Sequence[tuple[Tensor, ...]],  # in the order of algorithm.state; written
+    states: Sequence[Sequence[Tensor]],  # for each of algorithm.state, that of every parameter; written
     steps: Sequence[Tensor],  # of each parameter before this step
 ) -> None:
-    """Step ordinary tensors on this process alone."""
-    for index, (param, grad, state, step) in enumerate(zip(params, grads, states, steps, strict=True)):
+    """Step ordinary tensors on this process alone.
+
+    Raises:
+        ValueError: lists of different lengths.
+    """
+    lists = {"grads": grads, **dict(zip(algorithm.state, states, strict=True)), "steps": steps}
+    for name, each in lists.items():
+        if len(each) != len(params):
+            raise ValueError(f"{name} must have one tensor for each of {len(params)} params, got {len(each)}")
+    for index, (param, grad, step) in enumerate(zip(params, grads, steps, strict=True)):
+        state = [each[index] for each in states]
         operand = Operand.whole(param, grad, state, f"params[{index}]")
         backend = choose(MODULES, param.device, frozenset(tensor.dtype for tensor in (param, grad, *state)))
         table = coefficient_table(algorithm.coefficients, [dict(group)], [step], param.device, 1.0)

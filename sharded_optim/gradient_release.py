@@ -69,13 +69,14 @@ def prepare_for_gradient_release(model: nn.Module, optimizer: torch.optim.Optimi
     _refuse_fsdp1(model)
 
     removers: list[Callable[[], None]] = []
+    hooked = list(names)
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
             bucketed = {p for name, p in module.module.named_parameters() if name not in module.parameters_to_ignore}
             removers.append(_release_buckets(module, optimizer))
-            names = {param: name for param, name in names.items() if param not in bucketed}
-    units = _Units(optimizer, _fsdp_units(model, names))
-    removers += [param.register_post_accumulate_grad_hook(units.complete).remove for param in names]
+            hooked = [param for param in hooked if param not in bucketed]
+    units = _Units(optimizer, _fsdp_units(model, hooked))
+    removers += [param.register_post_accumulate_grad_hook(units.complete).remove for param in hooked]
     _removers[model] = removers
 
 
@@ -97,23 +98,23 @@ class _Units:
     def __init__(self, optimizer: Engine, units: Iterable[Unit]) -> None:
         self._optimizer = optimizer
         self._unit_of = {param: unit for unit in units for param in unit}
-        self._complete: list[Tensor] = []
+        self._ready: list[Tensor] = []
 
     def complete(self, param: Tensor) -> None:
         """A post-accumulate-grad hook."""
         unit = self._unit_of[param]
-        if any(each is param for each in self._complete):  # left over from a backward that an exception ended
-            self._complete = []
-        if self._complete and self._unit_of[self._complete[0]] is not unit:  # some of the unit before got no gradient
+        if any(each is param for each in self._ready):  # left over from a backward that an exception ended
+            self._ready = []
+        if self._ready and self._unit_of[self._ready[0]] is not unit:  # some of the unit before got no gradient
             self._step()
-        self._complete.append(param)
-        if len(self._complete) == len(unit):
+        self._ready.append(param)
+        if len(self._ready) == len(unit):
             self._step()
-        elif len(self._complete) == 1:  # nobody else might come after this unit
+        elif len(self._ready) == 1:  # nobody else might come after this unit
             Variable._execution_engine.queue_callback(self._step)
 
     def _step(self) -> None:
-        params, self._complete = tuple(self._complete), []
+        params, self._ready = tuple(self._ready), []
         _step_and_free(self._optimizer, params)
 
 

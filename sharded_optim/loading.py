@@ -14,6 +14,7 @@ from sharded_optim.state import STEP, zeros
 
 __all__ = ["Dtypes", "check_family", "check_sizes", "check_state", "restore_groups", "restore_state"]
 
+WAY_OUT = "load it into the class that saved it, or one of its family (Adam, AdamW, DecoupledAdamW, StableAdamW; SGD, DecoupledSGDW)"
 MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}  # of any algorithm
 
 # (parameter, its param group) -> the storage dtype of each entry of its state but the step
@@ -46,7 +47,7 @@ def check_family(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> No
     for index, (own, saved) in enumerate(zip(groups, state_dict["param_groups"], strict=True)):
         for key in ("betas", "momentum"):
             if key in saved and key not in own:
-                raise ValueError(f"the state dict's param_groups[{index}] has {key!r}, which this optimizer has not; it is another's")
+                raise ValueError(f"the state dict's param_groups[{index}] has {key!r}, which this optimizer has not; {WAY_OUT}")
 
 
 def check_state(groups: list[dict[str, Any]], state_dict: dict[str, Any], dtypes: Dtypes, choose: Choose) -> None:
@@ -57,11 +58,11 @@ def check_state(groups: list[dict[str, Any]], state_dict: dict[str, Any], dtypes
         for key in (*expected, STEP):
             if key not in state and (strange or key not in algorithm.late | {KAHAN_COMP}):
                 raise ValueError(
-                    f"the saved state of {name} lacks {key!r} (it has {', '.join(map(str, state))}); it is another optimizer's"
+                    f"the saved state of {name} lacks {key!r} (it has {', '.join(map(str, state))}); it is another optimizer's: {WAY_OUT}"
                 )
         if strange:
             raise ValueError(
-                f"the saved state of {name} has {', '.join(sorted(strange))}, of which this optimizer knows nothing; it is another's"
+                f"the saved state of {name} has {', '.join(sorted(strange))}, of which this optimizer knows nothing; {WAY_OUT}"
             )
         if torch.as_tensor(state[STEP]).numel() != 1:
             raise ValueError(f"saved {STEP!r} of {name} has shape {tuple(state[STEP].shape)}; it must be one number")
@@ -85,7 +86,10 @@ def restore_groups(groups: list[dict[str, Any]], before: list[dict[str, Any]]) -
 
 
 def restore_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any], dtypes: Dtypes) -> None:
-    """Put back what torch has rounded: its load casts all state to the parameter's dtype (pytorch#43706)."""
+    """Set each state as it was saved, in its storage dtype: torch's load casts all of it to the parameter's (pytorch#43706).
+
+    What the saved state lacks begins as zeros; a Kahan compensation that the parameter's format has not is dropped.
+    """
     for param, _, group, saved in _saved_states(optimizer.param_groups, state_dict):
         state = optimizer.state[param]
         expected = dtypes(param, group)

@@ -21,14 +21,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharded_optim.algorithms import Algorithm
-from sharded_optim.formats import Format
+from sharded_optim.formats import Format, format_of
 from sharded_optim.sharding import Layout, LocalParam
 
-__all__ = ["Update", "dist_reduce", "last_update", "pre_reduce", "report"]
+__all__ = ["Update", "dist_reduce", "pre_reduce", "report"]
 
 NORMS = ("moment", "param", "update", "grad")
-COSINES = (("update", "grad"), ("moment", "grad"))
-KINDS = tuple(f"l2_norm/{vector}" for vector in NORMS) + tuple(f"cosine/{a}_{b}" for a, b in COSINES)
+COSINES = {"cosine/update_grad": ("update", "grad"), "cosine/moment_grad": ("moment", "grad")}
+KINDS = (*(f"l2_norm/{vector}" for vector in NORMS), *COSINES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,47 +43,51 @@ class Update:
     grad_scale: Tensor | None
 
 
-def last_update(updates: Sequence[Update], param: Tensor) -> tuple[Update, int] | None:
-    """The update that wrote a parameter, and the parameter's place in it."""
-    for update in updates:
-        for index, entry in enumerate(update.entries):
-            if entry.param is param:
-                return update, index
-    return None
-
-
 def report(entry: LocalParam, state: dict[str, Any], last: tuple[Update, int] | None) -> dict[str, Tensor]:
-    """{kind: value} of this rank's piece, float64 (); without `last`, of a step that did not touch the parameter.
+    """Norms and cosines of this rank's piece of one parameter: {kind: float64 ()}.
 
-    `update` is left out where it cannot be known any more: the gradient is gone and the algorithm needs it.
+    param: as it is after the step, with its Kahan compensation.
+    update: what the step subtracted, the weight decay of the parameter before the step included; 0 without `last`.
+    moment: the first moment, not bias-corrected, or the momentum buffer.
+    grad: without GradScaler's scale.
+
+    Left out are `moment` of an optimizer that has none, and what needs a gradient that is gone.
+
+    Args:
+        entry: the parameter.
+        state: of the parameter, with plain or sharded tensors; empty before its first step.
+        last: the update that wrote it, and its place in that update's coefficients; None if the last step left it alone.
+
+    Raises:
+        ValueError: the gradient is not laid out like the parameter.
     """
-    param = entry.local(entry.param, "parameter").detach().double()
-    vectors = {"param": param}
-    grad = entry.param.grad
-    if grad is not None:
-        vectors["grad"] = entry.local(grad, "gradient").detach().double()
-    if last is None:
-        vectors["update"] = torch.zeros_like(param)
-    else:
-        update, index = last
-        if grad is not None and update.grad_scale is not None:
+    update, row = last if last is not None else (None, 0)
+    local = entry.local(entry.param, "parameter").detach()
+    fmt = format_of(local.dtype) if update is None else update.formats[row]
+    vectors = {"param": fmt.load(local, *(entry.local(state[name], "state") for name in fmt.extra)).double()}
+    vectors["update"] = torch.zeros_like(vectors["param"])
+    moments = [entry.local(state[name], "state").double() for name in update.algorithm.state] if update is not None else []
+    if moments:
+        vectors["moment"] = moments[0]
+    if entry.param.grad is not None:
+        vectors["grad"] = entry.local(entry.param.grad, "gradient").detach().double()
+        if update is not None and update.grad_scale is not None:
             vectors["grad"] = vectors["grad"] * update.grad_scale
-        arrays = [entry.local(state[name], "state") for name in update.formats[index].extra]
-        vectors["param"] = update.formats[index].load(entry.local(entry.param, "parameter"), *arrays).detach().double()
-        moments = [entry.local(state[name], "state").double() for name in update.algorithm.state]
-        if moments:
-            vectors["moment"] = moments[0]
+    if update is not None:
+        del vectors["update"]
         if "grad" in vectors:
-            row = update.coefficients[index].double().unbind()
-            before = update.algorithm.undo(vectors["param"], vectors["grad"], *moments, *row)
-            moved = before - vectors["param"]
+            coefficients = update.coefficients[row].double().unbind()
+            moved = update.algorithm.undo(vectors["param"], vectors["grad"], *moments, *coefficients) - vectors["param"]
             vectors["update"] = moved if update.proceed is None else torch.where(update.proceed, moved, 0.0)
     values = {f"l2_norm/{name}": torch.linalg.vector_norm(vectors[name]) for name in NORMS if name in vectors}
-    for a, b in COSINES:
+    for kind, (a, b) in COSINES.items():
         if a in vectors and b in vectors:
-            scale = values[f"l2_norm/{a}"] * values[f"l2_norm/{b}"]
-            values[f"cosine/{a}_{b}"] = torch.where(scale > 0, (vectors[a] * vectors[b]).sum() / scale, 0.0)
+            values[kind] = _cosine((vectors[a] * vectors[b]).sum(), values[f"l2_norm/{a}"] * values[f"l2_norm/{b}"])
     return values
+
+
+def _cosine(product: Tensor, norms: Tensor) -> Tensor:
+    return torch.where(norms > 0, product / norms, 0.0)
 
 
 def _split(key: str) -> tuple[str, str] | None:
@@ -100,7 +104,7 @@ def pre_reduce(metrics: dict[str, Any]) -> dict[str, Any]:
         if kind.startswith("l2_norm/"):
             result[key] = value**2
         elif kind:
-            a, b = kind.removeprefix("cosine/").split("_")
+            a, b = COSINES[kind]
             result[key] = value * metrics[f"l2_norm/{a}/{name}"] * metrics[f"l2_norm/{b}/{name}"]
     return result
 
@@ -143,7 +147,6 @@ def dist_reduce(
             if kind.startswith("l2_norm/"):
                 result[f"{kind}/{called[slot]}"] = value.sqrt()
             else:
-                a, b = kind.removeprefix("cosine/").split("_")
-                scale = (values[f"l2_norm/{a}"] * values[f"l2_norm/{b}"]).sqrt()
-                result[f"{kind}/{called[slot]}"] = torch.where(scale > 0, value / scale, 0.0)
+                a, b = COSINES[kind]
+                result[f"{kind}/{called[slot]}"] = _cosine(value, (values[f"l2_norm/{a}"] * values[f"l2_norm/{b}"]).sqrt())
     return result

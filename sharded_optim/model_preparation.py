@@ -61,8 +61,11 @@ def to_low_precision(
         `model`.
 
     Raises:
+        ValueError: `dtype` is not floating-point.
         TypeError: `fp32_modules` or `fp32_buffers` holds something else.
     """
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point one, such as torch.bfloat16 or torch.float16, got {dtype}")
     types = _module_types(fp32_modules)
     names, buffer_types = _names_and_types(fp32_buffers)
     keeps_buffers = {
@@ -71,13 +74,17 @@ def to_low_precision(
         if isinstance(module, types + buffer_types) or any(name in qualified_name.lower() for name in names)
     }
     params: dict[nn.Parameter, torch.dtype] = {}
+    buffers: dict[tuple[torch.Tensor, torch.dtype | None], torch.Tensor] = {}  # a shared one stays shared
     for module in model.modules():
         for param in module.parameters(recurse=False):
             keeps = isinstance(module, types) or params.get(param) == torch.float32
             params[param] = torch.float32 if keeps else dtype
         for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
             cast = (torch.float32 if module in keeps_buffers else dtype) if buffer.is_floating_point() else None
-            setattr(module, name, buffer.to(device=device, dtype=cast))
+            key = (buffer, cast)
+            if key not in buffers:
+                buffers[key] = buffer.to(device=device, dtype=cast)
+            setattr(module, name, buffers[key])
     for param, param_dtype in params.items():
         cast = param_dtype if param.is_floating_point() else None
         grad, param.grad = param.grad, None

@@ -5,15 +5,16 @@ Options that mean the same for every optimizer are described at `EngineOptions` 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 from sharded_optim import functional
-from sharded_optim.algorithms import adam, sgd, stable_adamw
-from sharded_optim.algorithms.weight_decay import L2
+from sharded_optim.algorithms import Algorithm, adam, sgd, stable_adamw
+from sharded_optim.algorithms.weight_decay import COUPLED, DECOUPLED, form_of
 from sharded_optim.engine import Engine
 from sharded_optim.options import EngineOptions, Params, SwitchOptions
 
@@ -57,7 +58,7 @@ class DecoupledAdamW(Engine):
         max_lr: float | None = None,
         **options: Unpack[SwitchOptions],
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad, "decay_form": "decoupled"}
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad, "decay_form": DECOUPLED}
         super().__init__(params, defaults, algorithm=adam.choose, max_lr=max_lr, **options)
 
     @staticmethod
@@ -85,11 +86,13 @@ class DecoupledAdamW(Engine):
             max_exp_avg_sqs: written; may be empty without `amsgrad`.
             state_steps: of each parameter, 1 in its first step; not advanced here.
             initial_lr: reference learning rate of the decay; at 0 nothing decays.
+
+        Raises:
+            ValueError: lists of different lengths.
         """
         group = {"lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": weight_decay}
-        group |= {"amsgrad": amsgrad, "decay_form": "decoupled", "reference_lr": initial_lr}
-        second = (exp_avg_sqs, max_exp_avg_sqs) if amsgrad else (exp_avg_sqs,)
-        states = list(zip(exp_avgs, *second, strict=True))
+        group |= {"amsgrad": amsgrad, "decay_form": DECOUPLED, "reference_lr": initial_lr}
+        states = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs) if amsgrad else (exp_avgs, exp_avg_sqs)
         functional.update(adam.choose(group), group, params, grads, states, [torch.as_tensor(step) - 1 for step in state_steps])
 
 
@@ -130,7 +133,7 @@ class DecoupledSGDW(Engine):
         **options: Unpack[SwitchOptions],
     ) -> None:
         defaults = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
-        defaults |= {"nesterov": nesterov, "decay_form": "decoupled"}
+        defaults |= {"nesterov": nesterov, "decay_form": DECOUPLED}
         super().__init__(params, defaults, algorithm=sgd.choose, max_lr=max_lr, **options)
 
     @staticmethod
@@ -153,17 +156,19 @@ class DecoupledSGDW(Engine):
             d_p_list: gradients, read-only.
             momentum_buffer_list: written; None, of a parameter that has not stepped yet, is replaced by a new buffer.
             initial_lr: reference learning rate of the decay; at 0 nothing decays.
+
+        Raises:
+            ValueError: lists of different lengths, or Nesterov momentum without momentum or with dampening.
         """
         group = {"lr": lr, "momentum": momentum, "dampening": dampening, "nesterov": nesterov, "weight_decay": weight_decay}
-        group |= {"decay_form": "decoupled", "reference_lr": initial_lr}
+        group |= {"decay_form": DECOUPLED, "reference_lr": initial_lr}
         algorithm = sgd.choose(group)
         steps = [torch.tensor(0.0 if buffer is None else 1.0) for buffer in momentum_buffer_list]
-        states: list[tuple[Tensor, ...]] = [()] * len(params)
+        pairs = zip(momentum_buffer_list, d_p_list, strict=False)  # lengths are checked with all others
+        buffers = [torch.zeros_like(grad) if buffer is None else buffer for buffer, grad in pairs]
+        functional.update(algorithm, group, params, d_p_list, [buffers] if algorithm.state else [], steps)
         if algorithm.state:
-            for index, buffer in enumerate(momentum_buffer_list):
-                momentum_buffer_list[index] = buffer = torch.zeros_like(d_p_list[index]) if buffer is None else buffer
-                states[index] = (buffer,)
-        functional.update(algorithm, group, params, d_p_list, states, steps)
+            momentum_buffer_list[:] = buffers
 
 
 class Adam(Engine):
@@ -209,10 +214,10 @@ class Adam(Engine):
         decay_form: str | None = None,
         **options: Unpack[EngineOptions],
     ) -> None:
-        form = _decay_form("coupled" if decouple_wd else L2, decouple_lr, decay_form)
-        if decay_form is not None and decouple_wd and form != "coupled":
-            raise ValueError(f"decouple_wd=True means decay_form='coupled', got decay_form={decay_form!r}; give one of the two")
-        defaults = _adam_defaults(lr, betas, weight_decay, eps, form)
+        if decouple_wd and decay_form not in (None, COUPLED):
+            raise ValueError(f"decouple_wd=True means decay_form={COUPLED!r}, got decay_form={decay_form!r}; give one of the two")
+        form = form_of(decouple_wd=decouple_wd, decouple_lr=decouple_lr, decay_form=decay_form)
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "decay_form": form}
         super().__init__(
             params,
             defaults,
@@ -226,7 +231,44 @@ class Adam(Engine):
         )
 
 
-class AdamW(Engine):
+class _OptimiAdamW(Engine):
+    """What optimi's AdamW and StableAdamW have in common: their arguments."""
+
+    _algorithm: ClassVar[staticmethod[[Mapping[str, Any]], Algorithm]]
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 1e-2,
+        eps: float = 1e-6,
+        decouple_lr: bool = False,
+        max_lr: float | None = None,
+        kahan_sum: bool | None = None,
+        foreach: bool | None = None,
+        triton: bool | None = None,
+        gradient_release: bool = False,
+        *,
+        decay_form: str | None = None,
+        **options: Unpack[EngineOptions],
+    ) -> None:
+        form = form_of(decouple_wd=True, decouple_lr=decouple_lr, decay_form=decay_form)
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "decay_form": form}
+        super().__init__(
+            params,
+            defaults,
+            algorithm=self._algorithm,
+            max_lr=max_lr,
+            kahan_sum=kahan_sum,
+            foreach=foreach,
+            triton=triton,
+            gradient_release=gradient_release,
+            **options,
+        )
+
+
+class AdamW(_OptimiAdamW):
     """AdamW with optimi's signature and defaults. The math is in `algorithms/adam.py`.
 
     Args:
@@ -251,38 +293,10 @@ class AdamW(Engine):
         UserWarning: a fully decoupled weight decay of 1e-3 or more, usual for a coupled one.
     """
 
-    def __init__(
-        self,
-        params: Params,
-        lr: float | Tensor,
-        betas: tuple[float, float] = (0.9, 0.99),
-        weight_decay: float = 1e-2,
-        eps: float = 1e-6,
-        decouple_lr: bool = False,
-        max_lr: float | None = None,
-        kahan_sum: bool | None = None,
-        foreach: bool | None = None,
-        triton: bool | None = None,
-        gradient_release: bool = False,
-        *,
-        decay_form: str | None = None,
-        **options: Unpack[EngineOptions],
-    ) -> None:
-        defaults = _adam_defaults(lr, betas, weight_decay, eps, _decay_form("coupled", decouple_lr, decay_form))
-        super().__init__(
-            params,
-            defaults,
-            algorithm=adam.choose,
-            max_lr=max_lr,
-            kahan_sum=kahan_sum,
-            foreach=foreach,
-            triton=triton,
-            gradient_release=gradient_release,
-            **options,
-        )
+    _algorithm = staticmethod(adam.choose)
 
 
-class StableAdamW(Engine):
+class StableAdamW(_OptimiAdamW):
     """AdamW with the learning rate of each tensor divided by max(1, RMS of its update), with optimi's signature and defaults.
 
     The RMS is taken over the whole tensor, however it is sharded, with one small all-reduce per step for all tensors together. Every rank
@@ -310,44 +324,4 @@ class StableAdamW(Engine):
         UserWarning: a fully decoupled weight decay of 1e-3 or more, usual for a coupled one.
     """
 
-    def __init__(
-        self,
-        params: Params,
-        lr: float | Tensor,
-        betas: tuple[float, float] = (0.9, 0.99),
-        weight_decay: float = 1e-2,
-        eps: float = 1e-6,
-        decouple_lr: bool = False,
-        max_lr: float | None = None,
-        kahan_sum: bool | None = None,
-        foreach: bool | None = None,
-        triton: bool | None = None,
-        gradient_release: bool = False,
-        *,
-        decay_form: str | None = None,
-        **options: Unpack[EngineOptions],
-    ) -> None:
-        defaults = _adam_defaults(lr, betas, weight_decay, eps, _decay_form("coupled", decouple_lr, decay_form))
-        super().__init__(
-            params,
-            defaults,
-            algorithm=stable_adamw.choose,
-            max_lr=max_lr,
-            kahan_sum=kahan_sum,
-            foreach=foreach,
-            triton=triton,
-            gradient_release=gradient_release,
-            **options,
-        )
-
-
-def _adam_defaults(lr: float | Tensor, betas: tuple[float, float], weight_decay: float, eps: float, decay_form: str) -> dict[str, Any]:
-    return {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "decay_form": decay_form}
-
-
-def _decay_form(usual: str, decouple_lr: bool, decay_form: str | None) -> str:
-    if decay_form is None:
-        return "decoupled" if decouple_lr else usual
-    if decouple_lr and decay_form != "decoupled":
-        raise ValueError(f"decouple_lr=True means decay_form='decoupled', got decay_form={decay_form!r}; give one of the two")
-    return decay_form
+    _algorithm = staticmethod(stable_adamw.choose)

@@ -14,17 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharded_optim.algorithms.weight_decay import FORMS, L2
+from sharded_optim.algorithms.weight_decay import DECOUPLED, FORMS, L2, form_of
 
 __all__ = [
     "check_hyperparameters",
     "check_number",
     "check_state_dtype",
-    "complete",
     "hyperparameter_key",
     "learn_reference_lr",
     "named_params",
+    "reference",
+    "resolve_kahan",
     "set_reference_lr",
+    "translate_switches",
     "warn_of_high_decay",
 ]
 
@@ -79,7 +81,7 @@ def check_hyperparameters(values: dict[str, Any], where: str, *, scheduled: bool
             raise ValueError(f"{name}={values[name]!r} is not supported{where}; leave it out")
 
 
-def check_state_dtype(dtype: torch.dtype, values: dict[str, Any]) -> None:
+def check_state_dtype(dtype: torch.dtype, values: dict[str, Any], where: str) -> None:
     """Raise ValueError for a storage of the moments that would be silently wrong."""
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(
@@ -88,8 +90,8 @@ def check_state_dtype(dtype: torch.dtype, values: dict[str, Any]) -> None:
     _, beta2 = values.get("betas", (0.0, 0.0))
     if dtype == torch.bfloat16 and 1.0 - beta2 < BF16_HALF_ULP:
         raise ValueError(
-            f"state_dtype=torch.bfloat16 needs beta2 <= {1.0 - BF16_HALF_ULP:.4f}, got {beta2}: a step would change the second moment by "
-            f"less than its rounding, so that it never falls; lower beta2 or keep the moments in float32"
+            f"state_dtype=torch.bfloat16 needs beta2 <= {1.0 - BF16_HALF_ULP:.4f}, got {beta2} in {where}: a step would change the second "
+            f"moment by less than its rounding, so that it never falls; lower beta2 or keep the moments in float32"
         )
 
 
@@ -107,32 +109,32 @@ def _comparable(value: Any) -> Any:
     return value if value is None or isinstance(value, str) else float(value)
 
 
-def complete(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """A group with optimi's keys in our terms, and what it leaves open filled in as far as it depends on other keys.
-
-    `decouple_lr` and `decouple_wd` become `decay_form`, `beta1` and `beta2` become `betas`; `kahan_sum=None` becomes what it means.
-    """
+def translate_switches(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """A group with optimi's keys in our terms: `decouple_lr` and `decouple_wd` as `decay_form`, `beta1` and `beta2` as `betas`."""
     group = dict(group)
     decouple_lr, decouple_wd = group.pop("decouple_lr", None), group.pop("decouple_wd", None)
-    if "decay_form" not in group and (decouple_lr is not None or decouple_wd is not None):
+    if decouple_lr is not None or decouple_wd is not None:
         inherited = defaults["decay_form"]
-        if decouple_wd is None:
-            decouple_wd = inherited != L2
-        if decouple_lr is None:
-            decouple_lr = inherited == "decoupled"
-        group["decay_form"] = "decoupled" if decouple_lr else "coupled" if decouple_wd else L2
+        group["decay_form"] = form_of(
+            decouple_wd=inherited != L2 if decouple_wd is None else decouple_wd,
+            decouple_lr=inherited == DECOUPLED if decouple_lr is None else decouple_lr,
+            decay_form=group.get("decay_form"),
+        )
     if "betas" in defaults and ("beta1" in group or "beta2" in group):
         beta1, beta2 = group.get("betas", defaults["betas"])
         group["betas"] = (group.pop("beta1", beta1), group.pop("beta2", beta2))
-    stochastic_rounding = bool(group.get("stochastic_rounding", defaults["stochastic_rounding"]))
-    if group.get("kahan_sum", defaults["kahan_sum"]) is None:
-        group["kahan_sum"] = not stochastic_rounding
     return group
+
+
+def resolve_kahan(group: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Write what `kahan_sum=None` means for a group."""
+    if group.get("kahan_sum", defaults["kahan_sum"]) is None:
+        group["kahan_sum"] = not group.get("stochastic_rounding", defaults["stochastic_rounding"])
 
 
 def warn_of_high_decay(groups: list[dict[str, Any]]) -> None:
     """Warn once of fully decoupled decays, over all groups, that would be usual as coupled ones."""
-    high = [group["weight_decay"] for group in groups if group["decay_form"] == "decoupled" and group["weight_decay"] >= HIGH_DECAY]
+    high = [group["weight_decay"] for group in groups if group["decay_form"] == DECOUPLED and group["weight_decay"] >= HIGH_DECAY]
     if high:
         warnings.warn(
             f"weight_decay={max(high)} is high for fully decoupled decay: it is not multiplied by the learning rate, so each step at the "
@@ -151,18 +153,19 @@ def named_params(group: dict[str, Any], group_index: int) -> list[tuple[Any, str
     return [(param[1] if isinstance(param, tuple) else param, name) for param, name in zip(params, names, strict=True)]
 
 
+def reference(lr: float) -> dict[str, Any]:
+    """The keys of a group that say which learning rate the decoupled forms of weight decay divide by; 0 is one that is to be learned."""
+    return {"reference_lr": lr, "learns_reference_lr": lr == 0.0}
+
+
 def set_reference_lr(group: dict[str, Any], max_lr: float | None) -> None:
-    """Give a new group the learning rate that the decoupled forms of weight decay divide by.
+    """Give a new group its reference learning rate.
 
     It is the group's own `max_lr`, else the optimizer's, else the group's `lr` at this moment. It lives under a key of its own: schedulers
     overwrite `initial_lr` and `max_lr` (OneCycleLR both). With neither `max_lr` nor a positive `lr` it is learned: the largest lr so far.
     """
     own = group.pop("max_lr", None)
-    reference = own if own is not None else max_lr
-    if reference is None:
-        reference = float(group["lr"])
-    group["reference_lr"] = float(reference)
-    group["learns_reference_lr"] = reference == 0.0
+    group |= reference(float(own if own is not None else max_lr if max_lr is not None else group["lr"]))
     if group["learns_reference_lr"] and isinstance(group["lr"], Tensor) and group["lr"].device.type != "cpu":
         raise ValueError("a device tensor lr of 0 does not tell the peak learning rate that weight decay refers to; pass max_lr")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sharded_optim import foreign_state, loading, param_groups
-from sharded_optim.algorithms import Algorithm, Choose
+from sharded_optim.algorithms import Choose
 from sharded_optim.formats import KAHAN_COMP, Format, param_format
 from sharded_optim.options import Params
 from sharded_optim.sharding import describe
@@ -35,9 +35,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         self._choose = algorithm
         self.state_dtype = state_dtype
         self._max_lr = None if max_lr is None else param_groups.check_number("max_lr", max_lr)
-        param_groups.check_hyperparameters(defaults, "the optimizer's arguments")
-        param_groups.check_state_dtype(state_dtype, defaults)
-        algorithm(defaults)
+        self._check_group(defaults, "the optimizer's arguments")
         super().__init__(params, defaults)
         self.state = State(self._new_state, self.state)
         param_groups.warn_of_high_decay(self.param_groups)
@@ -57,10 +55,9 @@ class StatefulOptimizer(torch.optim.Optimizer):
             named = param_groups.named_params(param_group, index)
             if not named:
                 raise ValueError(f"param_groups[{index}] has no parameters; leave the group out")
-            param_group = param_groups.complete(param_group, self.defaults)
-            param_groups.check_hyperparameters(self.defaults | param_group, f"param_groups[{index}]")
-            param_groups.check_state_dtype(self.state_dtype, self.defaults | param_group)
-            self._algorithm_of(self.defaults | param_group, f"param_groups[{index}]")
+            param_group = param_groups.translate_switches(param_group, self.defaults)
+            param_groups.resolve_kahan(param_group, self.defaults)
+            self._check_group(self.defaults | param_group, f"param_groups[{index}]")
             known = {id(p): n for g_index, g in enumerate(self.param_groups) for p, n in param_groups.named_params(g, g_index)}
             names = set(known.values())
             for param, name in named:
@@ -77,16 +74,18 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
     def init_state(self) -> None:
         """Allocate the state of every trainable parameter that has none yet: what the first step does for those with a gradient."""
-        for group in self.param_groups:
-            for param in group["params"]:
+        for index, group in enumerate(self.param_groups):
+            for param, name in param_groups.named_params(group, index):
                 if param.requires_grad:
-                    self._complete_state(param, group)
+                    self._complete_state(param, group, name)
 
     def _new_state(self, param: Tensor) -> dict[str, Any]:
-        group = next((group for group in self.param_groups if any(each is param for each in group["params"])), None)
-        return new_state(param, self._state_dtypes(param, group or self.param_groups[0]))
+        return new_state(param, self._state_dtypes(param, self._group_with(param) or self.param_groups[0]))
 
-    def _complete_state(self, param: Tensor, group: dict[str, Any], name: str = "a parameter") -> dict[str, Any]:
+    def _group_with(self, param: Tensor) -> dict[str, Any] | None:
+        return next((group for group in self.param_groups if any(each is param for each in group["params"])), None)
+
+    def _complete_state(self, param: Tensor, group: dict[str, Any], name: str) -> dict[str, Any]:
         """The parameter's state, with everything that the group's algorithm and the format need.
 
         Raises:
@@ -102,8 +101,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
             if key not in state:
                 if key not in self._choose(group).late | {KAHAN_COMP} and state[STEP] > 0:
                     raise ValueError(
-                        f"the state of {name} lacks {key!r} after {int(state[STEP])} steps; it cannot begin late: choose the option that "
-                        f"needs it (momentum with dampening) at construction, or load a full state"
+                        f"the state of {name!r} lacks {key!r} after {int(state[STEP])} steps, and it cannot begin late; load a full state, "
+                        f"or choose at construction what needs it"
                     )
                 state[key] = zeros(param, dtype)
         return state
@@ -113,9 +112,12 @@ class StatefulOptimizer(torch.optim.Optimizer):
         fmt = self._format_of(param, group)
         return dict.fromkeys(self._choose(group).state, self.state_dtype) | dict.fromkeys(fmt.extra, fmt.dtype)
 
-    def _algorithm_of(self, group: Mapping[str, Any], where: str) -> Algorithm:
+    def _check_group(self, group: dict[str, Any], where: str, *, scheduled: bool = False) -> None:
+        """Raise ValueError for hyperparameters that no step could use."""
+        param_groups.check_hyperparameters(group, where, scheduled=scheduled)
+        param_groups.check_state_dtype(self.state_dtype, group, where)
         try:
-            return self._choose(group)
+            self._choose(group)
         except ValueError as error:
             raise ValueError(f"{error} (in {where})") from None
 
@@ -143,9 +145,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
             for index, (own, group) in enumerate(zip(self.param_groups, saved["param_groups"], strict=True)):
                 where = f"the state dict's param_groups[{index}]"
                 merged.append(own | group | {"params": own["params"]})
-                param_groups.check_hyperparameters(merged[-1], where, scheduled=True)
-                param_groups.check_state_dtype(self.state_dtype, merged[-1])
-                self._algorithm_of(merged[-1], where)
+                self._check_group(merged[-1], where, scheduled=True)
             loading.check_state(merged, saved, self._state_dtypes, self._choose)
             loading.check_family(self.param_groups, saved)
             incoming.update(saved)

@@ -161,7 +161,7 @@ def test_unknown_options_are_refused_with_the_known_ones() -> None:
         so.AdamW(params, lr=1e-3, nonfinite="ignore")
     with pytest.raises(ValueError, match=r"state_dtype must be torch.float32 or torch.bfloat16, got torch.float16"):
         so.AdamW(params, lr=1e-3, state_dtype=torch.float16)
-    with pytest.raises(ValueError, match=r"needs beta2 <= 0.9961, got 0.999: .* never falls; lower beta2"):
+    with pytest.raises(ValueError, match=r"needs beta2 <= 0.9961, got 0.999 in the optimizer.s arguments: .* never falls; lower beta2"):
         so.AdamW(params, lr=1e-3, betas=(0.9, 0.999), state_dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"amsgrad=True is not supported by StableAdamW.*in param_groups\[0\]"):
         so.StableAdamW([{"params": params, "amsgrad": True}], lr=1e-3)

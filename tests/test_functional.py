@@ -164,11 +164,11 @@ def test_empty_lists_are_a_step_of_nothing() -> None:
 
 def test_lists_of_different_lengths_are_an_error() -> None:
     steps = [torch.tensor(1.0) for _ in SHAPES]
-    with pytest.raises(ValueError, match=r"shorter|longer"):
+    with pytest.raises(ValueError, match=r"grads must have one tensor for each of \d+ params, got \d+"):
         so.DecoupledAdamW.adamw(start(), grads_at(0)[:-1], zeros(), zeros(), [], steps, amsgrad=False, lr=1e-2, **ADAMW)
-    with pytest.raises(ValueError, match=r"shorter|longer"):
+    with pytest.raises(ValueError, match=r"max_exp_avg_sq must have one tensor for each of \d+ params, got 0"):
         so.DecoupledAdamW.adamw(start(), grads_at(0), zeros(), zeros(), [], steps, amsgrad=True, lr=1e-2, **ADAMW)
-    with pytest.raises((ValueError, IndexError)):
+    with pytest.raises(ValueError, match=r"momentum_buffer must have one tensor for each of \d+ params, got 1"):
         so.DecoupledSGDW.sgdw(start(), grads_at(0), [None], lr=1e-2, momentum=0.9, dampening=0.0, nesterov=False, **SGDW)
 
 

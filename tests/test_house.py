@@ -40,6 +40,7 @@ FLOORS = {
     "loading": 3,
     "metrics": 3,
     "functional": 3,
+    "layouts": 3,
     "stateful": 3,
     "engine": 3,
     "optimizers": 3,
@@ -49,9 +50,15 @@ FLOORS = {
 }
 # Statistics are laid out by the layout; floor 3 is a stack.
 SEEN = {("statistics", "sharding"), ("noise", "segment")}
-SEEN |= {("loading", "state"), ("foreign_state", "state"), ("functional", "coefficients")}
+SEEN |= {
+    ("loading", "state"),
+    ("foreign_state", "state"),
+    ("foreign_state", "param_groups"),
+    ("layouts", "param_groups"),
+    ("functional", "coefficients"),
+}
 SEEN |= {("stateful", room) for room in ("foreign_state", "loading", "options", "param_groups", "state")}
-SEEN |= {("engine", room) for room in ("coefficients", "metrics", "options", "param_groups", "state", "stateful")}
+SEEN |= {("engine", room) for room in ("coefficients", "layouts", "metrics", "options", "param_groups", "state", "stateful")}
 SEEN |= {("optimizers", room) for room in ("engine", "functional", "options")}
 
 

@@ -98,7 +98,7 @@ def test_dampened_momentum_cannot_begin_late() -> None:
     optimizer, param = stepped(so.DecoupledSGDW)
     optimizer.param_groups[0] |= {"momentum": 0.9, "dampening": 0.5}
     before = param.detach().clone()
-    with pytest.raises(ValueError, match=r"lacks 'momentum_buffer' after 3 steps; it cannot begin late"):
+    with pytest.raises(ValueError, match=r"lacks 'momentum_buffer' after 3 steps, and it cannot begin late"):
         run(optimizer, param, range(3, 4))
     assert torch.equal(param, before)
 

@@ -53,12 +53,12 @@ def coefficients(group: Mapping[str, Any], step: int | Tensor, lr_scale: Number)
 
 def coefficients_momentum(group: Mapping[str, Any], step: int | Tensor, lr_scale: Number) -> Coefficients:
     """The last six arguments of `update_momentum`."""
-    kept = 1.0 - group["dampening"]
+    one_minus_dampening = 1.0 - group["dampening"]
     if isinstance(step, Tensor):
-        kept = kept + (1.0 - kept) * (step == 1).to(torch.float64)
+        one_minus_dampening = one_minus_dampening + (1.0 - one_minus_dampening) * (step == 1).to(torch.float64)
     elif step == 1:
-        kept = 1.0
-    return (*coefficients(group, step, lr_scale), group["momentum"], kept, float(group["nesterov"]))
+        one_minus_dampening = 1.0
+    return (*coefficients(group, step, lr_scale), group["momentum"], one_minus_dampening, float(group["nesterov"]))
 
 
 SGD = Algorithm(name="sgd", state=(), update=update, undo=undo, coefficients=coefficients, unused=frozenset({"momentum_buffer"}))

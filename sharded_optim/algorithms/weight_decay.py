@@ -23,9 +23,9 @@ from typing import Any
 
 from sharded_optim.algorithms import Number
 
-__all__ = ["FORMS", "L2", "convert_weight_decay", "decay_coefficients"]
+__all__ = ["CORRECTED", "COUPLED", "DECOUPLED", "FORMS", "L2", "convert_weight_decay", "decay_coefficients", "form_of"]
 
-L2 = "l2"
+L2, COUPLED, DECOUPLED, CORRECTED = "l2", "coupled", "decoupled", "corrected"
 
 
 def _coupled(lr: Number, reference_lr: float, weight_decay: float) -> Number:
@@ -40,8 +40,21 @@ def _corrected(lr: Number, reference_lr: float, weight_decay: float) -> Number:
     return lr * (lr / reference_lr) * weight_decay
 
 
-_AMOUNTS: dict[str, Callable[[Number, float, float], Number]] = {"coupled": _coupled, "decoupled": _decoupled, "corrected": _corrected}
+_AMOUNTS: dict[str, Callable[[Number, float, float], Number]] = {COUPLED: _coupled, DECOUPLED: _decoupled, CORRECTED: _corrected}
 FORMS = (*_AMOUNTS, L2)
+
+
+def form_of(*, decouple_wd: bool, decouple_lr: bool, decay_form: str | None = None) -> str:
+    """The form that optimi's switches mean, or `decay_form` where it is given.
+
+    Raises:
+        ValueError: `decay_form` contradicts `decouple_lr`.
+    """
+    if decay_form is None:
+        return DECOUPLED if decouple_lr else COUPLED if decouple_wd else L2
+    if decouple_lr and decay_form != DECOUPLED:
+        raise ValueError(f"decouple_lr=True means decay_form={DECOUPLED!r}, got decay_form={decay_form!r}; give one of the two")
+    return decay_form
 
 
 def decay_coefficients(group: Mapping[str, Any], lr_scale: Number) -> tuple[Number, Number]:
@@ -52,7 +65,7 @@ def decay_coefficients(group: Mapping[str, Any], lr_scale: Number) -> tuple[Numb
     form, reference_lr, weight_decay = group["decay_form"], group["reference_lr"], group["weight_decay"]
     if form == L2:
         return weight_decay, 1.0
-    if form != "coupled" and reference_lr == 0:
+    if form != COUPLED and reference_lr == 0:
         return 0.0, 1.0
     return 0.0, 1.0 - lr_scale * _AMOUNTS[form](group["lr"], reference_lr, weight_decay)
 
@@ -61,15 +74,15 @@ def decay_coefficients(group: Mapping[str, Any], lr_scale: Number) -> tuple[Numb
 # Every convention but L2 is a way to write d, the fraction by which a step at the peak learning rate shrinks a parameter.
 
 ALIASES = {
-    "torch": "coupled",
-    "optimi": "coupled",
-    "composer": "decoupled",
-    "paper": "decoupled",
-    "adamc": "corrected",
+    "torch": COUPLED,
+    "optimi": COUPLED,
+    "composer": DECOUPLED,
+    "paper": DECOUPLED,
+    "adamc": CORRECTED,
     "tau_iter": "ema_steps",
     "tau_epoch": "ema_epochs",
 }
-_SCALED_BY_LR = ("coupled", "corrected")
+_SCALED_BY_LR = (COUPLED, CORRECTED)
 _DURATIONS = ("half_life", "ema_steps", "ema_epochs")
 CONVENTIONS = (*FORMS, *_DURATIONS)
 
@@ -94,7 +107,7 @@ def convert_weight_decay(
     | `half_life`, in steps | | 1 - 2**(-1 / value) |
     | `ema_steps`, time scale of the moving average of updates (Wang & Aitchison 2024, arXiv 2405.13698) | `tau_iter` | 1 / value |
     | `ema_epochs`, the same in epochs | `tau_epoch` | 1 / (value * steps_per_epoch) |
-    | `l2` | | no conversion but to itself |
+    | `l2` | | no conversion but to itself, which changes nothing |
 
     Args:
         value: a weight decay >= 0, or a duration > 0 (which may be infinite: no decay).
@@ -122,7 +135,8 @@ def convert_weight_decay(
         if number is not None and not (math.isfinite(number) and number > 0):
             raise ValueError(f"{name} must be a finite number > 0, got {number!r}")
     if (source in _DURATIONS and not value > 0) or not value >= 0 or (math.isinf(value) and source not in _DURATIONS):
-        raise ValueError(f"a {source} must be a number {'> 0' if source in _DURATIONS else '>= 0, and finite'}, got {value!r}")
+        rule = "a number > 0" if source in _DURATIONS else "a finite number >= 0"
+        raise ValueError(f"value must be {rule} for {from_!r}, got {value!r}")
     if L2 in (source, target):
         if source != target:
             raise ValueError(
@@ -130,7 +144,7 @@ def convert_weight_decay(
                 f"of the gradient, so no value does the same; tune it anew"
             )
         return value
-    if "corrected" in (source, target) and source != target:
+    if CORRECTED in (source, target) and source != target:
         warnings.warn(
             f"converted from {from_!r} to {to!r} at the peak learning rate only: corrected decay follows the square of the schedule",
             UserWarning,

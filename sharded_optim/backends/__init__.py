@@ -77,7 +77,7 @@ class Backend(Protocol):
         coefficients: Tensor,  # fp32 (operands, coefficients of algorithm.update)
         proceed: Tensor | None,  # bool (); where False nothing changes. None: always proceed
         grad_scale: Tensor | None,
-        noise: Tensor | None,  # int64 (operands,), what `noise.uniform` draws with; None if no format is random
+        noise_keys: Tensor | None,  # int64 (operands,), what `noise.uniform` draws with; None if no format is random
     ) -> None:
         """Write the new parameters and state."""
         ...

@@ -57,15 +57,15 @@ class Eager:
         coefficients: Tensor,
         proceed: Tensor | None,
         grad_scale: Tensor | None,
-        noise: Tensor | None,
+        noise_keys: Tensor | None,
     ) -> None:
         for index, (operand, row) in enumerate(zip(operands, coefficients, strict=True)):
             param = operand.format.load(operand.param, *operand.extra)
             param, *state = algorithm.update(param, _load_grad(operand, grad_scale), *map(_load, operand.state), *row.unbind())
             random = None
             if operand.format.is_random:
-                assert noise is not None
-                random = uniform(noise[index], operand.segment).view(param.shape)
+                assert noise_keys is not None
+                random = uniform(noise_keys[index], operand.segment).view(param.shape)
             values = [
                 *operand.format.store(param, random),
                 *(_store(value, into) for value, into in zip(state, operand.state, strict=True)),
