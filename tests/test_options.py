@@ -164,3 +164,37 @@ def test_l2_of_nothing_loads_into_any_adam() -> None:
     other.param_groups[0]["weight_decay"] = 0.1
     with pytest.raises(ValueError, match=r"decay_form='l2' is not supported by StableAdamW.*the state dict's param_groups\[0\]"):
         optimizer.load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize("other", [torch.optim.RAdam, torch.optim.NAdam, torch.optim.RMSprop, torch.optim.Rprop, torch.optim.Adagrad])
+@every_class
+def test_state_of_torchs_other_optimizers_is_refused(cls: type, other: type) -> None:
+    """Their groups and state look like Adam's or SGD's."""
+    params = [nn.Parameter(torch.ones(3))]
+    theirs, ours = other(params, lr=0.1), cls(params, lr=1.0)
+    run(theirs, params[0], range(2))
+    with pytest.raises(ValueError, match=r"param_groups\[0\] is of an optimizer of torch that is not continued here .*Adam, AdamW and SGD"):
+        ours.load_state_dict(theirs.state_dict())
+    assert ours.param_groups[0]["lr"] == 1.0
+
+
+def test_switches_of_a_group_that_contradict_each_other_are_refused() -> None:
+    params = [nn.Parameter(torch.ones(3))]
+    with pytest.raises(ValueError, match="decouple_lr=True means decay_form='decoupled', got decay_form='coupled'"):
+        so.AdamW([{"params": params, "decay_form": "coupled", "decouple_lr": True}], lr=1e-2)
+
+
+def test_a_parameter_stepped_alone_is_reported_by_its_last_step() -> None:
+    """Also if an earlier one stepped it together with others."""
+    a, b = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+    optimizer = so.StableAdamW([("a", a), ("b", b)], lr=1e-2, weight_decay=0.0)
+    for param in (a, b):
+        param.grad = torch.ones(4)
+    for only, lr in (((a, b), 1e-2), ((a,), 1e-3), ((a, b), 1e-4)):
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step(param=only)
+        for param, name in ((a, "a"), (b, "b")):
+            if any(param is each for each in only):
+                update = optimizer.report_per_parameter_metrics(param, name, {})[f"l2_norm/update/{name}"]
+                assert update.item() == pytest.approx(lr * 2, rel=1e-3)
+    assert optimizer.metrics()["rms/a"] == pytest.approx(1.0, rel=1e-3)
