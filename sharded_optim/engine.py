@@ -176,6 +176,10 @@ class Engine(StatefulOptimizer):
         """Look at gradients and state, and sum what the ranks must agree on. Writes nothing."""
         try:
             batches = self._collect(layout)
+            if self.gradient_release and not batches and hasattr(self, "found_inf"):
+                raise ValueError(
+                    "GradScaler stepped an optimizer whose gradients were released in backward, still scaled; use one of the two"
+                )
             return _Observation(batches=batches, sums=[self._sum(batch) for batch in batches] if self._agrees else [])
         except Exception as failure:  # the other ranks must hear of it before this one raises
             return _Observation(failure=failure)
@@ -247,7 +251,9 @@ class Engine(StatefulOptimizer):
             FloatingPointError: see `step`.
         """
         failure, sums = observation.failure, observation.sums
-        found_inf: Tensor | None = getattr(self, "found_inf", None)  # GradScaler's
+        found_inf: Tensor | float | None = getattr(self, "found_inf", None)  # GradScaler's
+        if found_inf is not None and not isinstance(found_inf, Tensor):  # of a rank without a gradient
+            found_inf = torch.tensor(float(found_inf))
         if not self._agrees:
             if failure is not None:
                 raise failure
@@ -449,7 +455,7 @@ class Engine(StatefulOptimizer):
 
     def pre_reduce_metrics(self, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
         """Turn norms into squares and cosines into dot products, which add up over ranks. See `metrics.py`."""
-        return metrics.pre_reduce(optimizer_metrics)
+        return metrics.pre_reduce(optimizer_metrics, self._reported)
 
     def dist_reduce_metrics(self, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
         """Make the metrics of this rank's pieces those of whole tensors: one all-reduce, in which every rank must take part.

@@ -1,7 +1,7 @@
 """State dicts of other libraries' optimizers, recognised by their keys and told in ours, so that a trajectory continues where it was.
 
     torch.optim     Adam, AdamW, SGD: `weight_decay` means L2 or coupled decay; SGD has no step counter
-    Composer        DecoupledAdamW, DecoupledSGDW: the reference learning rate is `initial_lr`; a momentum buffer may be None
+    Composer        DecoupledAdamW, DecoupledSGDW: torch's keys and `initial_lr`, the reference; a momentum buffer may be None
     optimi          Adam, AdamW, StableAdamW: debiased moments in the parameter's dtype, one step counter per group, `max_lr`, `kahan_comp`
 
 Used when a state dict is loaded. The keys are those of torch 1.12 to 2.13, Composer 0.31 and optimi 0.3.3.
@@ -10,6 +10,7 @@ Used when a state dict is loaded. The keys are those of torch 1.12 to 2.13, Comp
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from sharded_optim.algorithms.bias_correction import bias_correction
 from sharded_optim.algorithms.weight_decay import COUPLED, DECOUPLED, L2, form_of
 from sharded_optim.formats import KAHAN_COMP
-from sharded_optim.param_groups import reference
+from sharded_optim.param_groups import HIGH_DECAY, reference
 from sharded_optim.state import STEP
 
 __all__ = ["translate"]
@@ -48,8 +49,9 @@ def translate(state_dict: dict[str, Any], own_groups: list[Group]) -> dict[str, 
     """
     groups, state = [], dict(state_dict["state"])
     sources = set()
+    highest_decay = max(float(group.get("weight_decay", 0.0)) for group in state_dict["param_groups"])
     for index, (group, own) in enumerate(zip(state_dict["param_groups"], own_groups, strict=True)):
-        source = _source(group, f"the state dict's param_groups[{index}]")
+        source = _source(group, own, highest_decay, f"the state dict's param_groups[{index}]")
         if source is None:
             groups.append(group)
             continue
@@ -62,19 +64,40 @@ def translate(state_dict: dict[str, Any], own_groups: list[Group]) -> dict[str, 
     return {**state_dict, "state": state, "param_groups": groups}
 
 
-def _source(group: Group, where: str) -> str | None:
-    """The library that saved a group, or None."""
+def _source(group: Group, own: Group, highest_decay: float, where: str) -> str | None:
+    """The library that saved a group, or None. `highest_decay` is that of all saved groups."""
     if "reference_lr" in group:
         return None
-    if {"beta1", "beta2", "kahan_sum"} <= group.keys():
+    if group.keys() >= {"beta1", "beta2", "kahan_sum"}:
         return "optimi"
     if "maximize" in group or "foreach" in group:
-        if group.keys() >= TORCHS_ADAM or group.keys() >= TORCHS_SGD:
-            return "torch"
-        raise ValueError(
-            f"{where} is of an optimizer of torch that is not continued here (it has {', '.join(group)}); continued are Adam, AdamW and SGD"
+        if not (group.keys() >= TORCHS_ADAM or group.keys() >= TORCHS_SGD):
+            raise ValueError(
+                f"{where} is of an optimizer of torch that is not continued here; it has {', '.join(group)}; continued are Adam, AdamW and "
+                "SGD"
+            )
+        return _torch_or_composer(own, highest_decay, where) if "initial_lr" in group else "torch"
+    return "Composer" if "initial_lr" in group else None
+
+
+def _torch_or_composer(own: Group, highest_decay: float, where: str) -> str:
+    """Composer's optimizers are subclasses of torch's, and have the same keys once a scheduler has written torch's `initial_lr`.
+
+    So it is Composer's where it is going into one of Composer's classes, unless the decay is one that Composer warns of.
+    """
+    if own["decay_form"] != DECOUPLED:
+        return "torch"
+    source = "torch" if highest_decay >= HIGH_DECAY else "Composer"
+    if highest_decay:
+        meaning = "coupled to lr, or L2" if source == "torch" else "the fraction that a step at initial_lr takes"
+        warnings.warn(
+            f"{where} may be of torch under a scheduler or of Composer, and is read as {source}'s: weight_decay up to {highest_decay} is "
+            f"{meaning}. To say which, set decay_form of our groups before loading ('coupled' for torch's AdamW, 'l2' for its Adam and "
+            f"SGD), or after it ('decoupled')",
+            UserWarning,
+            stacklevel=2,
         )
-    return "Composer" if "initial_lr" in group else None  # torch's schedulers write it too, but torch's groups were recognised above
+    return source
 
 
 def _from_torch(group: Group, states: dict[Any, ParamState], own: Group) -> tuple[Group, dict[Any, ParamState]]:
@@ -91,7 +114,8 @@ def _from_torch(group: Group, states: dict[Any, ParamState], own: Group) -> tupl
 
 
 def _from_composer(group: Group, states: dict[Any, ParamState], own: Group) -> tuple[Group, dict[Any, ParamState]]:
-    translated = group | {"decay_form": DECOUPLED} | reference(float(group["initial_lr"]))
+    translated = {key: value for key, value in group.items() if key not in TORCHS_SWITCHES}
+    translated |= {"decay_form": DECOUPLED} | reference(float(group["initial_lr"]))
     return translated, {key: _with_step(_tensors(state)) for key, state in states.items()}
 
 

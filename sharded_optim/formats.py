@@ -7,6 +7,7 @@ the option that chooses it in `param_format`.
     fp32, bf16, fp16               rounded to nearest, ties to even (IEEE 754 roundTiesToEven)
     bf16_kahan, fp16_kahan         with a second array for what rounding lost (Kahan 1965): value = param + kahan_comp
     bf16_stochastic, ...           rounded up or down at random, so that the expected value is the value
+    bf16_kahan_stochastic, ...     with a second array that is rounded so
 """
 
 from __future__ import annotations
@@ -57,6 +58,11 @@ def _store_sum(value: Tensor, uniform: Tensor | None, *, dtype: torch.dtype) -> 
     return stored, (value - stored.to(torch.float32)).to(dtype)
 
 
+def _store_stochastic_sum(value: Tensor, uniform: Tensor | None, *, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    stored = value.to(dtype)
+    return stored, *_store_stochastic(value - stored.to(torch.float32), uniform, dtype=dtype)
+
+
 def _store_stochastic(value: Tensor, uniform: Tensor | None, *, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Round up in magnitude with a probability equal to the distance from the lower neighbour, in units of the neighbours' distance."""
     assert uniform is not None, "the format says that it is random"
@@ -76,9 +82,13 @@ def _formats() -> list[Format]:
         nearest = partial(_store_nearest, dtype=dtype)
         formats.append(Format(name=name, dtype=dtype, load=_load, store=nearest))
         if dtype != torch.float32:
-            compensated, stochastic = partial(_store_sum, dtype=dtype), partial(_store_stochastic, dtype=dtype)
-            formats.append(Format(name=f"{name}_kahan", dtype=dtype, extra=(KAHAN_COMP,), load=_load_sum, store=compensated))
-            formats.append(Format(name=f"{name}_stochastic", dtype=dtype, is_random=True, load=_load, store=stochastic))
+            kahan, stochastic = partial(_store_sum, dtype=dtype), partial(_store_stochastic, dtype=dtype)
+            both = partial(_store_stochastic_sum, dtype=dtype)
+            formats += [
+                Format(name=f"{name}_kahan", dtype=dtype, extra=(KAHAN_COMP,), load=_load_sum, store=kahan),
+                Format(name=f"{name}_stochastic", dtype=dtype, is_random=True, load=_load, store=stochastic),
+                Format(name=f"{name}_kahan_stochastic", dtype=dtype, extra=(KAHAN_COMP,), is_random=True, load=_load_sum, store=both),
+            ]
     return formats
 
 
@@ -97,9 +107,16 @@ def format_of(dtype: torch.dtype) -> Format:
     return FORMATS[_NAMES[dtype]]
 
 
-def param_format(dtype: torch.dtype, *, kahan_sum: bool, stochastic_rounding: bool) -> Format:
-    """The format of a parameter; the options matter in low precision only."""
+def param_format(dtype: torch.dtype, *, kahan_sum: bool | None, stochastic_rounding: bool) -> Format:
+    """The format of a parameter; the options matter in low precision only.
+
+    Args:
+        dtype: of the parameter.
+        kahan_sum: None is what `stochastic_rounding` is not.
+        stochastic_rounding: of the parameter, or with `kahan_sum=True` of its compensation.
+    """
     plain = format_of(dtype)
-    if dtype == torch.float32 or not (kahan_sum or stochastic_rounding):
+    if dtype == torch.float32:
         return plain
-    return FORMATS[f"{plain.name}_{'kahan' if kahan_sum else 'stochastic'}"]
+    kahan = not stochastic_rounding if kahan_sum is None else kahan_sum
+    return FORMATS[plain.name + ("_kahan" if kahan else "") + ("_stochastic" if stochastic_rounding else "")]

@@ -18,7 +18,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.distributed as dist
@@ -32,7 +32,8 @@ __all__ = ["prepare_for_gradient_release", "remove_gradient_release"]
 
 Unit = tuple[Tensor, ...]
 
-_removers: WeakKeyDictionary[nn.Module, list[Callable[[], None]]] = WeakKeyDictionary()
+# Keeps optimizers alive as long as their models. Hooks do not: Python cannot collect a cycle through autograd.
+_prepared: WeakKeyDictionary[nn.Module, tuple[Engine, list[Callable[[], None]]]] = WeakKeyDictionary()
 _bucket_releases: WeakKeyDictionary[DistributedDataParallel, _BucketRelease] = WeakKeyDictionary()
 
 
@@ -57,7 +58,7 @@ def prepare_for_gradient_release(model: nn.Module, optimizer: torch.optim.Optimi
         raise TypeError(f"gradient release needs an optimizer of sharded_optim, got {type(optimizer).__name__}")
     if not optimizer.gradient_release:
         raise ValueError("the optimizer was not built for gradient release; pass gradient_release=True")
-    if model in _removers:
+    if model in _prepared:
         raise ValueError("the model is already prepared for gradient release; call remove_gradient_release first")
     optimized = {param for group in optimizer.param_groups for param in group["params"]}
     names = {param: name for name, param in model.named_parameters() if param.requires_grad and param in optimized}
@@ -77,7 +78,10 @@ def prepare_for_gradient_release(model: nn.Module, optimizer: torch.optim.Optimi
             hooked = [param for param in hooked if param not in bucketed]
     units = _Units(optimizer, _fsdp_units(model, hooked))
     removers += [param.register_post_accumulate_grad_hook(units.complete).remove for param in hooked]
-    _removers[model] = removers
+    if hooked:
+        plain = [param for param in hooked if type(param) is nn.Parameter]  # FSDP2 exchanges its own in every forward
+        removers.append(model.register_forward_pre_hook(_RefuseLaterWrapping(plain)).remove)
+    _prepared[model] = (optimizer, removers)
 
 
 def remove_gradient_release(model: nn.Module) -> None:
@@ -85,10 +89,11 @@ def remove_gradient_release(model: nn.Module) -> None:
 
     A DistributedDataParallel keeps its communication hook, which then only averages; wrap the model anew to overlap that with backward.
     """
-    if model not in _removers:
+    if model not in _prepared:
         warnings.warn("the model is not prepared for gradient release; nothing to remove", UserWarning, stacklevel=2)
         return
-    for remove in _removers.pop(model):
+    _, removers = _prepared.pop(model)
+    for remove in removers:
         remove()
 
 
@@ -96,26 +101,46 @@ class _Units:
     """Collects parameters whose gradients are complete, and steps them a unit at a time."""
 
     def __init__(self, optimizer: Engine, units: Iterable[Unit]) -> None:
-        self._optimizer = optimizer
-        self._unit_of = {param: unit for unit in units for param in unit}
+        self._optimizer = ref(optimizer)
+        self._unit_of = {id(param): (number, len(unit)) for number, unit in enumerate(units) for param in unit}
         self._ready: list[Tensor] = []
 
     def complete(self, param: Tensor) -> None:
         """A post-accumulate-grad hook."""
-        unit = self._unit_of[param]
+        unit = self._unit_of[id(param)]
         if any(each is param for each in self._ready):  # left over from a backward that an exception ended
             self._ready = []
-        if self._ready and self._unit_of[self._ready[0]] is not unit:  # some of the unit before got no gradient
+        if self._ready and self._unit_of[id(self._ready[0])] != unit:  # some of the unit before got no gradient
             self._step()
         self._ready.append(param)
-        if len(self._ready) == len(unit):
+        _, size = unit
+        if len(self._ready) == size:
             self._step()
         elif len(self._ready) == 1:  # nobody else might come after this unit
             Variable._execution_engine.queue_callback(self._step)
 
     def _step(self) -> None:
         params, self._ready = tuple(self._ready), []
-        _step_and_free(self._optimizer, params)
+        optimizer = self._optimizer()
+        assert optimizer is not None, "kept as long as the model"
+        _step_and_free(optimizer, params)
+
+
+class _RefuseLaterWrapping:
+    """A forward pre-hook: the gradients that hooks see must be those of the whole job."""
+
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        self._unseen: set[int] = set(map(id, params))  # until the first forward
+
+    def __call__(self, model: nn.Module, _: object) -> None:
+        if DistributedDataParallel._active_ddp_module is not None:  # tried with torch 2.13
+            raise ValueError(
+                "the model was prepared for gradient release inside or before DistributedDataParallel, so each rank would step by its own "
+                "gradients; wrap it first, and pass the DistributedDataParallel to prepare_for_gradient_release"
+            )
+        if self._unseen - set(map(id, model.parameters())):
+            raise ValueError("parameters were replaced after prepare_for_gradient_release, as by fully_shard; call it after wrapping")
+        self._unseen = set()
 
 
 class _BucketRelease:
@@ -123,6 +148,7 @@ class _BucketRelease:
 
     def __init__(self, model: DistributedDataParallel) -> None:
         self.optimizer: Engine | None = None  # None: only average
+        self.optimized: set[Tensor] = set()  # what the optimizer steps; the gradients of others stay
         self._process_group = model.process_group
         self._grads_are_views = model.gradient_as_bucket_view
         self._in_flight: tuple[Any, list[Tensor], list[Tensor]] | None = None
@@ -137,9 +163,8 @@ class _BucketRelease:
         else:
             self._finish()
         self._in_flight = (work, bucket.parameters(), bucket.gradients())
-        if self.optimizer is not None:
-            for param in bucket.parameters():
-                param.grad = None  # the bucket has it
+        for param in self.optimized.intersection(bucket.parameters()):
+            param.grad = None  # the bucket has it
         return work.get_future().then(lambda future: future.value()[0])
 
     def _finish(self) -> None:
@@ -148,20 +173,22 @@ class _BucketRelease:
         (work, params, grads), self._in_flight = self._in_flight, None
         work.wait()
         for param, grad in zip(params, grads, strict=True):
-            param.grad = grad if self.optimizer is not None or self._grads_are_views else grad.clone()
+            param.grad = grad if param in self.optimized or self._grads_are_views else grad.clone()
         if self.optimizer is not None:
-            _step_and_free(self.optimizer, tuple(params))
+            _step_and_free(self.optimizer, tuple(param for param in params if param in self.optimized))
 
 
 def _step_and_free(optimizer: Engine, params: Unit) -> None:
     if not params:
         return
-    optimizer.step(param=params)
-    for param in params:
-        if param.grad is not None and param.grad.is_cuda:
-            local = getattr(param.grad, "_local_tensor", param.grad)
-            local.record_stream(torch.cuda.current_stream())  # it may have been allocated for another
-        param.grad = None
+    try:
+        optimizer.step(param=params)
+    finally:  # left, a refused gradient would be added to the next one
+        for param in params:
+            if param.grad is not None and param.grad.is_cuda:
+                local = getattr(param.grad, "_local_tensor", param.grad)
+                local.record_stream(torch.cuda.current_stream())  # it may have been allocated for another
+            param.grad = None
 
 
 def _release_buckets(model: DistributedDataParallel, optimizer: Engine) -> Callable[[], None]:
@@ -171,15 +198,21 @@ def _release_buckets(model: DistributedDataParallel, optimizer: Engine) -> Calla
             "gradients; freeze the unused ones, or build DistributedDataParallel without it"
         )
     if model not in _bucket_releases:
-        release = _bucket_releases[model] = _BucketRelease(model)
-        model.register_comm_hook(None, release.hook)  # DDP takes one, for good
+        release = _BucketRelease(model)
+        try:
+            model.register_comm_hook(None, release.hook)
+        except RuntimeError as error:
+            raise ValueError("the DistributedDataParallel has a communication hook already, and it takes one; build it without") from error
         # So that it does not fill gradients again. Tried with torch 2.13.
         model.reducer._set_optimizer_in_backward()  # pyright: ignore[reportAttributeAccessIssue]
+        _bucket_releases[model] = release
     release = _bucket_releases[model]
     release.optimizer = optimizer
+    release.optimized = {param for group in optimizer.param_groups for param in group["params"]}
 
     def remove() -> None:
         release.optimizer = None
+        release.optimized = set()
 
     return remove
 

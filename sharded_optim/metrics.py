@@ -12,7 +12,8 @@ from the new one, in float64, with the coefficients that the step used; a schedu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,11 +48,12 @@ def report(entry: LocalParam, state: dict[str, Any], last: tuple[Update, int] | 
     """Norms and cosines of this rank's piece of one parameter: {kind: float64 ()}.
 
     param: as it is after the step, with its Kahan compensation.
-    update: what the step subtracted, the weight decay of the parameter before the step included; 0 without `last`.
+    update: what the step subtracted, the weight decay of the parameter before the step included; 0 without `last`, not finite after a
+        decay that left nothing of the parameter.
     moment: the first moment, not bias-corrected, or the momentum buffer.
     grad: without GradScaler's scale.
 
-    Left out are `moment` of an optimizer that has none, and what needs a gradient that is gone.
+    Left out are `moment` of an optimizer that has none, and what needs a gradient that is gone (`update` of SGD, not of Adam).
 
     Args:
         entry: the parameter.
@@ -74,11 +76,12 @@ def report(entry: LocalParam, state: dict[str, Any], last: tuple[Update, int] | 
         if update is not None and update.grad_scale is not None:
             vectors["grad"] = vectors["grad"] * update.grad_scale
     if update is not None:
-        del vectors["update"]
-        if "grad" in vectors:
-            coefficients = update.coefficients[row].double().unbind()
-            moved = update.algorithm.undo(vectors["param"], vectors["grad"], *moments, *coefficients) - vectors["param"]
-            vectors["update"] = moved if update.proceed is None else torch.where(update.proceed, moved, 0.0)
+        coefficients = update.coefficients[row].double().unbind()
+        grad = vectors.get("grad", torch.full((), math.nan, dtype=torch.float64, device=local.device))  # makes NaN what needs it
+        moved = update.algorithm.undo(vectors["param"], grad, *moments, *coefficients) - vectors["param"]
+        vectors["update"] = moved if update.proceed is None else torch.where(update.proceed, moved, 0.0)
+        if "grad" not in vectors and moved.isnan().all():
+            del vectors["update"]
     values = {f"l2_norm/{name}": torch.linalg.vector_norm(vectors[name]) for name in NORMS if name in vectors}
     for kind, (a, b) in COSINES.items():
         if a in vectors and b in vectors:
@@ -96,11 +99,13 @@ def _split(key: str) -> tuple[str, str] | None:
     return None if kind is None else (kind, key.removeprefix(f"{kind}/"))
 
 
-def pre_reduce(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Norms become squares and cosines dot products: what can be added up over ranks. Other keys stay."""
+def pre_reduce(metrics: dict[str, Any], names: Container[str]) -> dict[str, Any]:
+    """Norms and cosines of these names become squares and dot products, which can be added up over ranks. Other keys stay."""
     result = dict(metrics)
     for key, value in metrics.items():
         kind, name = _split(key) or ("", "")
+        if name not in names:
+            continue
         if kind.startswith("l2_norm/"):
             result[key] = value**2
         elif kind:
@@ -125,7 +130,8 @@ def dist_reduce(
     """
     device = layout.local_params[0].param.device if layout.local_params else torch.device("cpu")
     vector = torch.zeros(len(layout.names), 2 * len(KINDS), dtype=torch.float64, device=device)
-    result, called = {}, dict(enumerate(layout.names))
+    result = {}
+    called: dict[int, list[str]] = {}  # the names that a tensor was reported under: tied weights have several
     for key, value in metrics.items():
         kind, name = _split(key) or ("", "")
         index = index_of(name) if kind else None
@@ -133,8 +139,10 @@ def dist_reduce(
             result[key] = value
             continue
         slot = layout.slots[index]
-        called[slot] = name
-        if layout.owned[index]:
+        names = called.setdefault(slot, [])
+        if name not in names:
+            names.append(name)
+        if layout.owned[index] and name == names[0]:
             column = KINDS.index(kind)
             vector[slot, column] += value.to(device)
             vector[slot, len(KINDS) + column] += 1.0
@@ -145,8 +153,9 @@ def dist_reduce(
         values = {kind: sums[slot, column] for column, kind in enumerate(KINDS) if counts[column]}
         for kind, value in values.items():
             if kind.startswith("l2_norm/"):
-                result[f"{kind}/{called[slot]}"] = value.sqrt()
+                whole = value.sqrt()
             else:
                 a, b = COSINES[kind]
-                result[f"{kind}/{called[slot]}"] = _cosine(value, (values[f"l2_norm/{a}"] * values[f"l2_norm/{b}"]).sqrt())
+                whole = _cosine(value, (values[f"l2_norm/{a}"] * values[f"l2_norm/{b}"]).sqrt())
+            result |= {f"{kind}/{name}": whole for name in called.get(slot, [layout.names[slot]])}
     return result

@@ -28,7 +28,7 @@ class EngineOptions(TypedDict, total=False):
         The default is "skip" for algorithms whose ranks agree on something anyway and "allow" for those that need no collective.
     process_group: the ranks that train this model together; None, the default, means all. Unused by a step without a collective.
     stochastic_rounding: float16 and bfloat16 parameters are rounded up or down at random, so that the expected value is the value; instead
-        of `kahan_sum`, and without its memory. The same bits whatever the sharding.
+        of `kahan_sum`, and without its memory, or with kahan_sum=True the compensation is. The same bits whatever the sharding.
     rounding_seed: of stochastic rounding; the same on every rank.
     """
 

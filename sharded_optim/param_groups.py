@@ -72,10 +72,6 @@ def check_hyperparameters(values: dict[str, Any], where: str, *, scheduled: bool
             raise ValueError(f"betas must be two numbers in [0, 1), got {values['betas']!r}{where}")
     if values.get("decay_form", "coupled") not in FORMS:
         raise ValueError(f"decay_form must be one of {', '.join(FORMS)}, got {values['decay_form']!r}{where}")
-    if values.get("kahan_sum") and values.get("stochastic_rounding"):
-        raise ValueError(
-            f"kahan_sum=True and stochastic_rounding=True are two ways to keep what rounding loses{where}; give one of the two"
-        )
     for name in ("maximize", "differentiable"):  # torch's; others of its keys do not change the result
         if values.get(name):
             raise ValueError(f"{name}={values[name]!r} is not supported{where}; leave it out")
@@ -127,7 +123,7 @@ def translate_switches(group: dict[str, Any], defaults: dict[str, Any]) -> dict[
 
 
 def resolve_kahan(group: dict[str, Any], defaults: dict[str, Any]) -> None:
-    """Write what `kahan_sum=None` means for a group."""
+    """Write what `kahan_sum=None` means for a group: distributed checkpoints refuse None."""
     if group.get("kahan_sum", defaults["kahan_sum"]) is None:
         group["kahan_sum"] = not group.get("stochastic_rounding", defaults["stochastic_rounding"])
 
@@ -161,10 +157,13 @@ def reference(lr: float) -> dict[str, Any]:
 def set_reference_lr(group: dict[str, Any], max_lr: float | None) -> None:
     """Give a new group its reference learning rate.
 
-    It is the group's own `max_lr`, else the optimizer's, else the group's `lr` at this moment. It lives under a key of its own: schedulers
-    overwrite `initial_lr` and `max_lr` (OneCycleLR both). With neither `max_lr` nor a positive `lr` it is learned: the largest lr so far.
+    It is the group's own `max_lr`, else what it brings from having been a group before (Composer clears and adds them again), else the
+    optimizer's, else the group's `lr` at this moment. It lives under a key of its own: schedulers overwrite `initial_lr` and `max_lr`
+    (OneCycleLR both). With neither `max_lr` nor a positive `lr` it is learned: the largest lr so far.
     """
     own = group.pop("max_lr", None)
+    if own is None and {"reference_lr", "learns_reference_lr"} <= group.keys():
+        return  # it was a group before
     group |= reference(float(own if own is not None else max_lr if max_lr is not None else group["lr"]))
     if group["learns_reference_lr"] and isinstance(group["lr"], Tensor) and group["lr"].device.type != "cpu":
         raise ValueError("a device tensor lr of 0 does not tell the peak learning rate that weight decay refers to; pass max_lr")

@@ -1,9 +1,9 @@
 """MosaicML Composer's DecoupledAdamW and DecoupledSGDW, written down from their formulas: references, as Composer cannot be installed here.
 
-The same signatures, defaults, state keys and group keys, so that their state dicts are such as Composer saves. A step is one loop over the
-parameters in the order of the formulas, in the parameter's dtype. Composer's own faults that a state dict can tell are kept: the reference
-learning rate is `group["initial_lr"]`, which is written at construction alone and which schedulers overwrite; at 0 every step decays
-by the whole `weight_decay`; without momentum the buffer that is stored is None.
+The same base classes (torch's), signatures, defaults, state keys and group keys, so that their state dicts are such as Composer saves. A
+step is one loop over the parameters in the order of the formulas, in the parameter's dtype. Composer's own faults that a state dict can
+tell are kept: the reference learning rate is `group["initial_lr"]`, which is written at construction alone and which schedulers overwrite;
+at 0 every step decays by the whole `weight_decay`; without momentum the buffer that is stored is None.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ __all__ = ["DecoupledAdamW", "DecoupledSGDW"]
 class _Decoupled(torch.optim.Optimizer):
     """theta <- theta * (1 - weight_decay * lr / initial_lr), then what `_update` does."""
 
-    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
-        super().__init__(params, defaults)
+    def _set_initial_lr(self) -> None:
         for group in self.param_groups:
             group["initial_lr"] = group["lr"]
 
@@ -43,7 +42,7 @@ class _Decoupled(torch.optim.Optimizer):
         raise NotImplementedError
 
 
-class DecoupledAdamW(_Decoupled):
+class DecoupledAdamW(_Decoupled, torch.optim.AdamW):
     """m <- beta1 m + (1 - beta1) g; v <- beta2 v + (1 - beta2) g^2; theta <- theta - lr / bc1 * m / (sqrt(v) / sqrt(bc2) + eps).
 
     With `amsgrad` the largest v so far is in the place of v.
@@ -58,7 +57,8 @@ class DecoupledAdamW(_Decoupled):
         weight_decay: float = 1e-5,
         amsgrad: bool = False,
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad})
+        torch.optim.AdamW.__init__(self, params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad)
+        self._set_initial_lr()
 
     def _update(self, theta: torch.Tensor, g: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         if not state:
@@ -77,7 +77,7 @@ class DecoupledAdamW(_Decoupled):
         theta.sub_(group["lr"] / (1 - beta1**t) * m / (v.sqrt() / math.sqrt(1 - beta2**t) + group["eps"]))
 
 
-class DecoupledSGDW(_Decoupled):
+class DecoupledSGDW(_Decoupled, torch.optim.SGD):
     """buffer <- mu buffer + (1 - dampening) g, at first g; theta <- theta - lr buffer, with `nesterov` theta - lr (g + mu buffer)."""
 
     def __init__(
@@ -89,8 +89,8 @@ class DecoupledSGDW(_Decoupled):
         weight_decay: float = 0,
         nesterov: bool = False,
     ) -> None:
-        hyperparameters = {"momentum": momentum, "dampening": dampening, "weight_decay": weight_decay, "nesterov": nesterov}
-        super().__init__(params, {"lr": lr} | hyperparameters)
+        torch.optim.SGD.__init__(self, params, lr, momentum, dampening, weight_decay, nesterov)
+        self._set_initial_lr()
 
     def _update(self, theta: torch.Tensor, g: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         buffer, mu = state.get("momentum_buffer"), group["momentum"]

@@ -301,6 +301,35 @@ def test_state_of_torch_before_2_7_is_adams_in_adam_and_adamws_in_adamw(theirs: 
     assert_continues(taken_over(case, saved, state_dict), saved)
 
 
+@pytest.mark.parametrize(
+    ("cls", "ours", "decay", "form"),
+    [
+        (torch.optim.AdamW, so.AdamW, 1e-4, "coupled"),
+        (torch.optim.AdamW, so.DecoupledAdamW, 0.1, "coupled"),
+        (torch.optim.SGD, so.DecoupledSGDW, 1e-2, "l2"),
+        (composer.DecoupledAdamW, so.DecoupledAdamW, 1e-5, "decoupled"),
+        (composer.DecoupledSGDW, so.DecoupledSGDW, 5e-4, "decoupled"),
+    ],
+)
+def test_torch_under_a_scheduler_and_composer_are_told_apart_and_doubts_are_said(cls: type, ours: type, decay: float, form: str) -> None:
+    """Composer's optimizers are torch's subclasses: with `initial_lr` both have the same keys."""
+    params = start()
+    theirs = cls(params, lr=1e-2, weight_decay=decay)
+    LambdaLR(theirs, lambda step: 1.0)
+    optimizer = ours(params, lr=0.5)
+    if ours is so.AdamW:
+        optimizer.load_state_dict(theirs.state_dict())
+    else:
+        with pytest.warns(UserWarning, match=r"may be of torch under a scheduler or of Composer, and is read as (torch|Composer)'s"):
+            optimizer.load_state_dict(theirs.state_dict())
+    (group,) = optimizer.param_groups
+    assert (group["decay_form"], group["weight_decay"]) == (form, decay)
+    assert group["reference_lr"] == (1e-2 if form == "decoupled" else 0.5)
+    optimizer.param_groups[0]["decay_form"] = "l2" if "SGD" in cls.__name__ else "coupled"  # the user says that it is torch's
+    optimizer.load_state_dict(theirs.state_dict())
+    assert optimizer.param_groups[0]["decay_form"] == ("l2" if "SGD" in cls.__name__ else "coupled")
+
+
 def test_maximize_of_torch_is_refused() -> None:
     """It turns the step around, which ours does not do."""
     params = start()
@@ -311,11 +340,11 @@ def test_maximize_of_torch_is_refused() -> None:
         so.AdamW(start(), lr=1e-2).load_state_dict(theirs.state_dict())
 
 
-@pytest.mark.parametrize("cls", [torch.optim.AdamW, composer.DecoupledAdamW])
-def test_state_saved_under_onecyclelr_continues_as_theirs(cls: type) -> None:
+@pytest.mark.parametrize(("cls", "decays"), [(torch.optim.AdamW, (0.1, 0.02)), (composer.DecoupledAdamW, SMALL)])
+def test_state_saved_under_onecyclelr_continues_as_theirs(cls: type, decays: tuple[float, float]) -> None:
     """OneCycleLR writes initial_lr and max_lr into their groups: Composer's decay refers to that initial_lr, torch's to neither."""
     theirs = start()
-    optimizer = cls(two_groups(theirs, SMALL))
+    optimizer = cls(two_groups(theirs, decays))
     scheduler = OneCycleLR(optimizer, max_lr=[1e-2, 3e-3], total_steps=STEPS + 1, cycle_momentum=False)
     for step in range(SAVED):
         set_grads(theirs, step)

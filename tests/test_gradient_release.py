@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -14,6 +16,7 @@ import torch
 import torch.distributed as dist
 from test_training import Model, fsdp2, fsdp2_tp, full_values, hsdp, train
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 import sharded_optim as so
@@ -158,6 +161,85 @@ def test_misuse_is_refused() -> None:
         so.AdamW(model.parameters(), lr=1e-2, gradient_release=True, foreach=True)
 
 
+def test_a_refused_gradient_is_gone_and_the_next_backward_goes_on() -> None:
+    """Left, it would be added to every later one."""
+    model = nn.Linear(3, 1)
+    optimizer = so.AdamW(model.named_parameters(), lr=1e-2, gradient_release=True, nonfinite="raise")
+    so.prepare_for_gradient_release(model, optimizer)
+    with pytest.raises(FloatingPointError, match="gradient not finite"):
+        (model(torch.ones(1, 3)) * torch.nan).sum().backward()
+    model.zero_grad()
+    model(torch.ones(1, 3)).sum().backward()
+    assert optimizer.state[model.weight]["step"] == 1
+    assert model.weight.grad is None
+
+
+def test_grad_scaler_is_refused_together_with_gradient_release() -> None:
+    """Backward has stepped by scaled gradients by then, which is the earliest that can be noticed."""
+    model = nn.Linear(3, 1)
+    optimizer = so.StableAdamW(model.parameters(), lr=1e-2, gradient_release=True)
+    so.prepare_for_gradient_release(model, optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    scaler.scale(model(torch.ones(1, 3)).sum()).backward()
+    with pytest.raises(ValueError, match="gradients were released in backward, still scaled; use one of the two"):
+        scaler.step(optimizer)
+
+
+def test_adams_update_is_reported_although_its_gradient_is_gone() -> None:
+    model = nn.Linear(3, 1)
+    for make, keys in (
+        (so.AdamW, {"l2_norm/moment/w", "l2_norm/param/w", "l2_norm/update/w"}),
+        (so.DecoupledSGDW, {"l2_norm/param/w"}),
+    ):
+        optimizer = make(model.parameters(), lr=1e-2, weight_decay=0.0, gradient_release=True)
+        so.prepare_for_gradient_release(model, optimizer)
+        model(torch.ones(1, 3)).sum().backward()
+        so.remove_gradient_release(model)
+        metrics = optimizer.report_per_parameter_metrics(model.weight, "w", {})
+        assert metrics.keys() == keys
+        assert make is so.DecoupledSGDW or metrics["l2_norm/update/w"].item() == pytest.approx(1e-2 * 3**0.5, rel=1e-4)
+
+
+def test_a_prepared_model_and_its_optimizer_are_freed() -> None:
+    """Though autograd holds the hooks, and Python cannot see the cycle."""
+    model = Model()
+    optimizer = so.AdamW(model.parameters(), lr=1e-2, gradient_release=True)
+    so.prepare_for_gradient_release(model, optimizer)
+    model(torch.ones(2, 17)).sum().backward()
+    seen = [weakref.ref(each) for each in (model, optimizer, model[1].weight)]
+    del model, optimizer
+    gc.collect()
+    assert [each() for each in seen] == [None] * 3
+
+
+def test_an_optimizer_that_nobody_else_holds_lives_as_long_as_its_model() -> None:
+    model = Model()
+    so.prepare_for_gradient_release(model, so.AdamW(model.parameters(), lr=1e-2, gradient_release=True))
+    gc.collect()
+    before = copy.deepcopy(model.state_dict())
+    model(torch.ones(2, 17)).sum().backward()
+    assert not torch.equal(model[1].bias, before["1.bias"])
+
+
+def test_tied_and_frozen_parameters_step_once_or_not_at_all() -> None:
+    def tied() -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5), nn.Linear(5, 5))
+        model[2].weight = model[0].weight
+        model[3].weight.requires_grad_(False)
+        return model
+
+    ordinary, model = tied(), tied()
+    optimizers = [so.StableAdamW(each.parameters(), lr=1e-2, gradient_release=each is model) for each in (ordinary, model)]
+    so.prepare_for_gradient_release(model, optimizers[1])
+    for step in range(4):
+        for each, optimizer in zip((ordinary, model), optimizers, strict=True):
+            each(torch.full((2, 5), step - 1.5)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_equal(model, ordinary)
+
+
 # ------------------------------------------------------------------------------------------------------------------ sharded
 
 
@@ -195,6 +277,26 @@ def check_bits_of_ordinary_steps(wrap: Callable[[Model], nn.Module], model_paral
         assert_equal(model, ordinary, f"{name} {wrap}")
 
 
+def check_ddp_misuse() -> None:
+    """What would let each rank step by its own gradients, or do nothing, is refused."""
+    model = ddp(Model())
+    optimizer = so.AdamW(model.parameters(), lr=1e-2, gradient_release=True)
+    so.prepare_for_gradient_release(model.module, optimizer)
+    with pytest.raises(ValueError, match=r"inside or before DistributedDataParallel.*wrap it first"):
+        model(torch.ones(2, 17))
+    hooked = ddp(Model())
+    hooked.register_comm_hook(None, allreduce_hook)
+    optimizer = so.AdamW(hooked.parameters(), lr=1e-2, gradient_release=True)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="has a communication hook already"):
+            so.prepare_for_gradient_release(hooked, optimizer)
+    late = Model()
+    so.prepare_for_gradient_release(late, so.AdamW(late.parameters(), lr=1e-2, gradient_release=True))
+    fsdp2(late)
+    with pytest.raises(ValueError, match="parameters were replaced after prepare_for_gradient_release"):
+        late(torch.ones(2, 17))
+
+
 def check_ddp() -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     check_bits_of_ordinary_steps(ddp)
@@ -226,6 +328,19 @@ def check_ddp() -> None:
     alive = grads_alive_elsewhere(model, optimizer)
     assert len(alive) > 2, "there are several buckets"
     assert max(alive) <= 2, "those that DDP has reduced are gone; the next bucket fills"
+    check_ddp_misuse()
+    # Parameters that another optimizer steps keep their averaged gradients.
+    for options in ({}, {"gradient_as_bucket_view": True}):
+        models = [ddp(Model(), **options) for _ in range(2)]
+        optimizers = [so.AdamW(list(model.parameters())[3:], lr=1e-2, gradient_release=True) for model in models]
+        so.prepare_for_gradient_release(models[1], optimizers[1])
+        for model, optimizer in zip(models, optimizers, strict=True):
+            model(torch.randn(4, 17, generator=torch.Generator().manual_seed(rank))).square().mean().backward()
+            optimizer.step()
+        assert_equal(models[1], models[0])
+        for index, (a, e) in enumerate(zip(models[1].parameters(), models[0].parameters(), strict=True)):
+            assert (a.grad is None) == (index >= 3)
+            assert index >= 3 or torch.equal(a.grad, e.grad)
     unused = DistributedDataParallel(Model(), find_unused_parameters=True)
     optimizer = so.AdamW(unused.parameters(), lr=1e-2, gradient_release=True)
     with pytest.raises(ValueError, match="find_unused_parameters=True"):

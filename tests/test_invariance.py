@@ -20,6 +20,7 @@ OPTIMIZERS = {
     "AdamW-skip-loop": lambda groups: so.AdamW(groups, lr=1e-2, nonfinite="skip", foreach=False),
     "AdamW-no-kahan": lambda groups: so.AdamW(groups, lr=1e-2, kahan_sum=False),
     "AdamW-stochastic": lambda groups: so.AdamW(groups, lr=1e-2, stochastic_rounding=True, rounding_seed=7),
+    "AdamW-kahan-stochastic": lambda groups: so.AdamW(groups, lr=1e-2, kahan_sum=True, stochastic_rounding=True),
     "DecoupledAdamW": lambda groups: so.DecoupledAdamW(groups, lr=1e-2, weight_decay=1e-3),
     "DecoupledAdamW-amsgrad": lambda groups: so.DecoupledAdamW(groups, lr=1e-2, amsgrad=True, stochastic_rounding=True),
     "DecoupledSGDW": lambda groups: so.DecoupledSGDW(groups, lr=1e-2, weight_decay=1e-3),

@@ -177,3 +177,17 @@ def test_names_are_the_monitors_own() -> None:
     metrics = optimizer.report_per_parameter_metrics(model.five, "module.five", {})
     metrics = optimizer.dist_reduce_metrics(optimizer.pre_reduce_metrics(metrics))
     assert metrics["l2_norm/grad/module.five"].item() == pytest.approx(5**0.5)
+
+
+def test_keys_of_others_pass_unchanged_and_tied_weights_count_once() -> None:
+    param = nn.Parameter(torch.ones(4))
+    optimizer = so.AdamW([param], lr=1e-2)
+    param.grad = torch.ones(4)
+    optimizer.step()
+    metrics = {"l2_norm/grad/global": 3.0, "l2_norm/grad/other": torch.tensor(5.0)}
+    for name in ("embedding", "head"):
+        metrics = optimizer.report_per_parameter_metrics(param, name, metrics)
+    metrics = optimizer.dist_reduce_metrics(optimizer.pre_reduce_metrics(metrics))
+    assert metrics["l2_norm/grad/global"] == 3.0
+    assert metrics["l2_norm/grad/other"] == 5.0
+    assert metrics["l2_norm/grad/embedding"].item() == metrics["l2_norm/grad/head"].item() == pytest.approx(2.0)

@@ -442,3 +442,33 @@ def test_repr_names_the_backend() -> None:
     assert "backend: eager, chosen in the first step" in repr(optimizer)
     take_steps(model, optimizer, range(1))
     assert "backend: eager" in repr(optimizer)
+
+
+@every_class
+def test_groups_that_are_cleared_and_added_again_keep_their_reference_lr(cls: type) -> None:
+    """As Composer does when it wraps a model."""
+    param = nn.Parameter(torch.ones(3))
+    optimizer = cls([{"params": [param], "max_lr": 1e-2}], lr=1e-4)
+    (group,) = optimizer.param_groups
+    optimizer.param_groups.clear()
+    optimizer.add_param_group({**group, "lr": 1e-5})
+    assert optimizer.param_groups[0]["reference_lr"] == 1e-2
+    optimizer.param_groups.clear()
+    optimizer.add_param_group({**group, "max_lr": 2e-2})
+    assert optimizer.param_groups[0]["reference_lr"] == 2e-2
+
+
+@every_class
+def test_grad_scaler_and_no_gradients_at_all(cls: type) -> None:
+    """It then gives found_inf as a Python number, on this rank perhaps alone."""
+    param = nn.Parameter(torch.ones(3))
+    optimizer = cls([param], lr=1e-2)
+    optimizer.grad_scale, optimizer.found_inf = None, 0
+    optimizer.step()
+    param.grad = torch.ones(3)
+    optimizer.found_inf = 1.0
+    optimizer.step()
+    assert torch.equal(param.detach(), torch.ones(3))
+    optimizer.found_inf = 0.0
+    optimizer.step()
+    assert not torch.equal(param.detach(), torch.ones(3))
