@@ -25,6 +25,7 @@ from sharded_optim.state import STEP
 
 __all__ = ["translate"]
 
+TORCH, COMPOSER, OPTIMI = "torch", "Composer", "optimi"
 TORCHS_SWITCHES = {"foreach", "fused", "capturable", "decoupled_weight_decay"}  # how it computes, which is not ours to follow
 OPTIMIS_SWITCHES = {"beta1", "beta2", "decouple_wd", "decouple_lr", "max_lr", "foreach", "triton", "gradient_release", "setup", "step"}
 OPTIMIS_SCRATCH = {"eps_sq", "mean_square", "group"}
@@ -46,12 +47,21 @@ def translate(state_dict: dict[str, Any], own_groups: list[Group]) -> dict[str, 
 
     Raises:
         ValueError: it is of one of torch's other optimizers.
+
+    Warns:
+        UserWarning: its keys are those of two libraries; says how it is read, once.
     """
     groups, state = [], dict(state_dict["state"])
     sources = set()
     highest_decay = max(float(group.get("weight_decay", 0.0)) for group in state_dict["param_groups"])
+    doubtful = False
     for index, (group, own) in enumerate(zip(state_dict["param_groups"], own_groups, strict=True)):
-        source = _source(group, own, highest_decay, f"the state dict's param_groups[{index}]")
+        source = _source(group, f"the state dict's param_groups[{index}]")
+        if source == TORCH and "initial_lr" in group and own["decay_form"] == DECOUPLED:
+            # Composer's optimizers are subclasses of torch's, and have the same keys once a scheduler has written torch's initial_lr. So
+            # it is Composer's where it goes into one of Composer's classes, unless the decay is one that Composer warns of.
+            source = TORCH if highest_decay >= HIGH_DECAY else COMPOSER
+            doubtful = highest_decay > 0
         if source is None:
             groups.append(group)
             continue
@@ -61,43 +71,36 @@ def translate(state_dict: dict[str, Any], own_groups: list[Group]) -> dict[str, 
         sources.add(source)
     if sources:
         logger.info("loading the state of an optimizer of %s", ", ".join(sorted(sources)))
+    if doubtful:
+        _warn_of_doubt(TORCH if highest_decay >= HIGH_DECAY else COMPOSER, highest_decay)
     return {**state_dict, "state": state, "param_groups": groups}
 
 
-def _source(group: Group, own: Group, highest_decay: float, where: str) -> str | None:
-    """The library that saved a group, or None. `highest_decay` is that of all saved groups."""
+def _source(group: Group, where: str) -> str | None:
+    """The library whose keys a group has, or None."""
     if "reference_lr" in group:
         return None
     if group.keys() >= {"beta1", "beta2", "kahan_sum"}:
-        return "optimi"
+        return OPTIMI
     if "maximize" in group or "foreach" in group:
         if not (group.keys() >= TORCHS_ADAM or group.keys() >= TORCHS_SGD):
             raise ValueError(
                 f"{where} is of an optimizer of torch that is not continued here; it has {', '.join(group)}; continued are Adam, AdamW and "
                 "SGD"
             )
-        return _torch_or_composer(own, highest_decay, where) if "initial_lr" in group else "torch"
-    return "Composer" if "initial_lr" in group else None
+        return TORCH
+    return COMPOSER if "initial_lr" in group else None
 
 
-def _torch_or_composer(own: Group, highest_decay: float, where: str) -> str:
-    """Composer's optimizers are subclasses of torch's, and have the same keys once a scheduler has written torch's `initial_lr`.
-
-    So it is Composer's where it is going into one of Composer's classes, unless the decay is one that Composer warns of.
-    """
-    if own["decay_form"] != DECOUPLED:
-        return "torch"
-    source = "torch" if highest_decay >= HIGH_DECAY else "Composer"
-    if highest_decay:
-        meaning = "coupled to lr, or L2" if source == "torch" else "the fraction that a step at initial_lr takes"
-        warnings.warn(
-            f"{where} may be of torch under a scheduler or of Composer, and is read as {source}'s: weight_decay up to {highest_decay} is "
-            f"{meaning}. To say which, set decay_form of our groups before loading ('coupled' for torch's AdamW, 'l2' for its Adam and "
-            f"SGD), or after it ('decoupled')",
-            UserWarning,
-            stacklevel=2,
-        )
-    return source
+def _warn_of_doubt(source: str, highest_decay: float) -> None:
+    meaning = "coupled to lr, or L2" if source == TORCH else "the fraction that a step at initial_lr takes"
+    warnings.warn(
+        f"the state dict may be of torch under a scheduler or of Composer, and is read as {source}'s: weight_decay up to {highest_decay} "
+        f"is {meaning}. To say which, set decay_form of our groups before loading ('coupled' for torch's AdamW, 'l2' for its Adam and "
+        f"SGD), or after it ('decoupled')",
+        UserWarning,
+        stacklevel=2,
+    )
 
 
 def _from_torch(group: Group, states: dict[Any, ParamState], own: Group) -> tuple[Group, dict[Any, ParamState]]:
@@ -161,7 +164,7 @@ def _with_step(state: ParamState) -> ParamState:
 
 # (a saved group, the saved states of its parameters, our group) -> both in our terms
 TRANSLATIONS: dict[str, Callable[[Group, dict[Any, ParamState], Group], tuple[Group, dict[Any, ParamState]]]] = {
-    "torch": _from_torch,
-    "Composer": _from_composer,
-    "optimi": _from_optimi,
+    TORCH: _from_torch,
+    COMPOSER: _from_composer,
+    OPTIMI: _from_optimi,
 }

@@ -23,7 +23,8 @@ SAVED, STEPS = 10, 30  # the other library takes the first 10 steps, then both t
 AFTER_20_STEPS = 2e-6  # relative, fp32
 BASE_LRS = (1e-2, 3e-3)
 
-pytestmark = pytest.mark.filterwarnings("ignore:weight_decay=.* is high")  # of ours, built with hyperparameters that must not matter
+# Ours are built with hyperparameters that must not matter; and what of torch and Composer has the same keys has a test of its own.
+pytestmark = pytest.mark.filterwarnings("ignore:weight_decay=.* is high", "ignore:the state dict may be of torch")
 
 
 def start(dtype: torch.dtype = torch.float32, shapes: list[tuple[int, ...]] = SHAPES) -> list[nn.Parameter]:
@@ -320,8 +321,10 @@ def test_torch_under_a_scheduler_and_composer_are_told_apart_and_doubts_are_said
     if ours is so.AdamW:
         optimizer.load_state_dict(theirs.state_dict())
     else:
-        with pytest.warns(UserWarning, match=r"may be of torch under a scheduler or of Composer, and is read as (torch|Composer)'s"):
+        words = r"may be of torch under a scheduler or of Composer, and is read as (torch|Composer)'s"
+        with pytest.warns(UserWarning, match=words) as caught:
             optimizer.load_state_dict(theirs.state_dict())
+        assert len(caught) == 1
     (group,) = optimizer.param_groups
     assert (group["decay_form"], group["weight_decay"]) == (form, decay)
     assert group["reference_lr"] == (1e-2 if form == "decoupled" else 0.5)
