@@ -441,8 +441,8 @@ class Engine(StatefulOptimizer):
         """Tell what the last step did to one parameter, as Composer's OptimizerMonitor asks for it. No communication.
 
         Returns:
-            `optimizer_metrics`, with what `metrics.report` says of this rank's piece, under `l2_norm/{moment,param,update,grad}/NAME` and
-            `cosine/{update_grad,moment_grad}/NAME`: float64 tensors of one element.
+            `optimizer_metrics`, to which this adds what `metrics.report` says of this rank's piece, under
+            `l2_norm/{moment,param,update,grad}/NAME` and `cosine/{update_grad,moment_grad}/NAME`: float64 tensors of one element.
 
         Raises:
             ValueError: the gradient is not laid out like the parameter.
@@ -451,14 +451,16 @@ class Engine(StatefulOptimizer):
             return optimizer_metrics
         values = metrics.report(describe(param, name), self.state.get(param, {}), self._updates.get(param))
         self._reported[name] = param
-        return optimizer_metrics | {f"{kind}/{name}": value for kind, value in values.items()}
+        optimizer_metrics |= {f"{kind}/{name}": value for kind, value in values.items()}
+        return optimizer_metrics
 
     def pre_reduce_metrics(self, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
-        """Turn norms into squares and cosines into dot products, which add up over ranks. See `metrics.py`."""
-        return metrics.pre_reduce(optimizer_metrics, self._reported)
+        """Turn norms into squares and cosines into dot products, which add up over ranks, in place. See `metrics.py`."""
+        optimizer_metrics |= metrics.pre_reduce(optimizer_metrics, self._reported)
+        return optimizer_metrics
 
     def dist_reduce_metrics(self, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
-        """Make the metrics of this rank's pieces those of whole tensors: one all-reduce, in which every rank must take part.
+        """Make the metrics of this rank's pieces those of whole tensors, in place: one all-reduce, in which every rank must take part.
 
         The first call may exchange the layout before. See `metrics.dist_reduce`.
         """
@@ -466,7 +468,8 @@ class Engine(StatefulOptimizer):
         layout = self._layouts.of_group(self.param_groups, agree=self._agrees, process_group=process_group)
         places = {entry.param: index for index, entry in enumerate(layout.local_params)}
         index_of = {name: places[param] for name, param in self._reported.items() if param in places}
-        return metrics.dist_reduce(optimizer_metrics, layout, index_of.get, process_group)
+        optimizer_metrics |= metrics.dist_reduce(optimizer_metrics, layout, index_of.get, process_group)
+        return optimizer_metrics
 
     # ------------------------------------------------------------------------------------------------------- copying, printing
 

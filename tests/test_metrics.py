@@ -187,7 +187,9 @@ def test_keys_of_others_pass_unchanged_and_tied_weights_count_once() -> None:
     metrics = {"l2_norm/grad/global": 3.0, "l2_norm/grad/other": torch.tensor(5.0)}
     for name in ("embedding", "head"):
         metrics = optimizer.report_per_parameter_metrics(param, name, metrics)
-    metrics = optimizer.dist_reduce_metrics(optimizer.pre_reduce_metrics(metrics))
+    assert optimizer.pre_reduce_metrics(metrics) is metrics
+    assert metrics["l2_norm/grad/head"].item() == pytest.approx(4.0)
+    assert optimizer.dist_reduce_metrics(metrics) is metrics, "as Composer's methods, in place and returned"
     assert metrics["l2_norm/grad/global"] == 3.0
     assert metrics["l2_norm/grad/other"] == 5.0
     assert metrics["l2_norm/grad/embedding"].item() == metrics["l2_norm/grad/head"].item() == pytest.approx(2.0)
