@@ -16,7 +16,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sharded_optim.algorithms import Algorithm, Coefficients, Number
@@ -103,7 +102,7 @@ def coefficients(group: Mapping[str, Any], step: int | Tensor, lr_scale: Number)
         beta2,
         1.0 - beta2,
         lr_scale * group["lr"] / bias_correction(beta1, step),
-        torch.sqrt(correction2) if isinstance(correction2, Tensor) else math.sqrt(correction2),
+        xp.sqrt_of_scalars(correction2) if isinstance(correction2, Tensor) else math.sqrt(correction2),
         group["eps"],
     )
 

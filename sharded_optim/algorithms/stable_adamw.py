@@ -52,7 +52,7 @@ def bound(group: Mapping[str, Any]) -> float:
 
 
 def lr_scale(mean: Tensor) -> Tensor:
-    return 1.0 / mean.sqrt().clamp(min=1.0)
+    return 1.0 / xp.sqrt_of_scalars(mean).clamp(min=1.0)
 
 
 STABLE_ADAMW = Algorithm(
