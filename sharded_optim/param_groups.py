@@ -133,8 +133,9 @@ def warn_of_high_decay(groups: list[dict[str, Any]]) -> None:
     high = [group["weight_decay"] for group in groups if group["decay_form"] == DECOUPLED and group["weight_decay"] >= HIGH_DECAY]
     if high:
         warnings.warn(
-            f"weight_decay={max(high)} is high for fully decoupled decay: it is not multiplied by the learning rate, so each step at the "
-            f"peak learning rate multiplies the weights by {1.0 - max(high):.6g}; convert a coupled value with convert_weight_decay",
+            f"weight_decay={max(high)} is high for fully decoupled decay (decouple_lr=True, DecoupledAdamW, DecoupledSGDW): it is not "
+            f"multiplied by the learning rate, so each step at the peak learning rate multiplies the weights by {1.0 - max(high):.6g}; "
+            f"convert a coupled value with convert_weight_decay",
             UserWarning,
             stacklevel=5,
         )
