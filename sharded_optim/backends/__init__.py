@@ -20,7 +20,8 @@ from sharded_optim.segment import Segment
 
 __all__ = ["AUTO", "Backend", "Operand", "available", "candidates", "choose"]
 
-MODULES = ("eager",)  # fastest first; imported when asked for
+MODULES = ("eager", "cpu")  # in the order in which "auto" takes them; imported when asked for
+EXTRAS = {"cpu": "cpu"}  # what a backend's packages are installed by
 AUTO = "auto"
 TRITON = "triton"
 
@@ -123,7 +124,11 @@ def choose(names: Sequence[str], device: torch.device, dtypes: frozenset[torch.d
     """
     reasons = []
     for name in names:
-        backend: Backend = import_module(f"{__name__}.{name}").BACKEND
+        try:
+            backend: Backend = import_module(f"{__name__}.{name}").BACKEND
+        except ImportError as error:
+            reasons.append(f"{name}: {error} (pip install 'sharded-optim[{EXTRAS[name]}]')")
+            continue
         reason = backend.supports(device, dtypes)
         if reason is None:
             return backend

@@ -1,9 +1,9 @@
 """The CPU backend: the algorithms' own source, compiled by numba into one pass over all tensors.
 
-A kernel is made for each combination of algorithm, parameter format and dtypes that is met: a page of text (`_update_source`,
-`_observe_source`) that loads, calls the algorithm's function and stores. That function is the one that the eager backend runs, with `xp`
-bound to `cpu_scalars.py` (`_compiled`). Kernels are written to a cache folder under a name that changes with any source they are made of, so that
-numba's on-disk cache spares later processes the compilation.
+A kernel is made for each combination of algorithm, parameter format and dtypes that is met: a page of text (`_update_kernel`,
+`_observe_kernel`) that loads, calls the algorithm's function and stores. That function is the one that the eager backend runs, with `xp`
+bound to `cpu_scalars.py` (`_compiled`). Kernels are written to a cache folder under a name that changes with any source they are made of,
+so that numba's on-disk cache spares later processes the compilation.
 
 A kernel gets a table of addresses, one row per operand, and a table of work, runs of at most `CHUNK` elements, over which threads are
 spread. Memory needs no alignment. Tensors of one operand must be equally strided and dense, as wrappers give them; others are copied.
@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import sys
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from types import FunctionType, ModuleType
+from types import FunctionType
 from typing import Any
 
 import numba
@@ -26,9 +29,9 @@ import torch
 from torch import Tensor
 
 from sharded_optim import algorithms
-from sharded_optim.algorithms import Algorithm, Statistic, operations
+from sharded_optim.algorithms import Algorithm, Statistic
 from sharded_optim.backends import Operand, cpu_scalars
-from sharded_optim.formats import format_of
+from sharded_optim.formats import FORMATS, format_of
 from sharded_optim.noise import RESOLUTION
 
 __all__ = ["BACKEND"]
@@ -36,7 +39,9 @@ __all__ = ["BACKEND"]
 CHUNK = 16384  # elements: 64 KiB of fp32, several of which fit a core's second-level cache
 assert RESOLUTION == 24, "cpu_scalars.uniform draws so many bits"
 
+MOST_THREADS = numba.get_num_threads()  # numba's pool, when it was imported
 NUMPY = {"fp32": "float32", "bf16": "uint16", "fp16": "uint16"}  # how the elements of a plain format lie in memory
+ITEMSIZE = {kind: np.dtype(name).itemsize for kind, name in NUMPY.items()}
 
 
 class Cpu:
@@ -59,12 +64,21 @@ class Cpu:
         sums, non_finite = np.zeros(len(operands), np.int64), np.zeros(len(operands), np.int64)
         table, scale = coefficients.numpy(), _scale(grad_scale)
         for kinds, rows in _alike(operands, lambda each: (each.grad, *(each.state if statistic else ()))):
-            addresses, work, _kept = _tables([_flat(operands[row].grad, *(operands[row].state if statistic else ())) for row in rows])
+            flats = [_flat(operands[row].grad, *(operands[row].state if statistic else ())) for row in rows]
+            addresses, work = _tables(flats)
             kernel = _observe_kernel(statistic, kinds)
             scales = np.ldexp(1.0, np.asarray([bits[row] for row in rows]))
             items = np.empty((len(work), 2), np.int64)
             with _threads():
-                kernel(work, addresses, np.ascontiguousarray(table[rows]), np.float32([limits[row] for row in rows]), scales, scale, items)
+                kernel(
+                    work,
+                    addresses,
+                    np.ascontiguousarray(table[rows]),
+                    np.asarray([limits[row] for row in rows], np.float32),
+                    scales,
+                    scale,
+                    items,
+                )
             np.add.at(sums, np.asarray(rows)[work[:, 0]], items[:, 0])
             np.add.at(non_finite, np.asarray(rows)[work[:, 0]], items[:, 1])
         return torch.from_numpy(sums), torch.from_numpy(non_finite)
@@ -83,18 +97,18 @@ class Cpu:
         table, scale = coefficients.numpy(), _scale(grad_scale)
         for (name, *kinds), rows in _alike(operands, lambda each: (each.grad, *each.state), lambda each: each.format.name):
             written = [(operands[row].param, *operands[row].extra, *operands[row].state) for row in rows]
-            flats = [_flat(*tensors, operands[row].grad, ordered=operands[row].format.is_random) for tensors, row in zip(written, rows, strict=True)]
-            addresses, work, kept = _tables(flats)
             random = operands[rows[0]].format.is_random
+            flats = [_flat(*tensors, operands[row].grad, ordered=random) for tensors, row in zip(written, rows, strict=True)]
+            addresses, work = _tables(flats)
             keys = noise_keys.numpy()[rows] if random and noise_keys is not None else np.zeros(1, np.int64)
             segments = np.asarray([_runs(operands[row]) for row in rows] if random else [(0, 1, 1)], np.int64)
             kernel = _update_kernel(algorithm, name, tuple(kinds))
             with _threads():
                 kernel(work, addresses, np.ascontiguousarray(table[rows]), scale, keys, segments)
-            for tensors, copies in zip(written, kept, strict=True):
-                for tensor, copy in zip(tensors, copies, strict=False):
+            for tensors, copies in zip(written, flats, strict=True):
+                for tensor, copy in zip(tensors, copies, strict=False):  # the last of the copies is the gradient's
                     if copy is not tensor:
-                        tensor.copy_(copy.view(tensor.dtype).view(tensor.shape) if copy.dtype != tensor.dtype else copy)
+                        tensor.copy_(copy)
 
 
 # ----------------------------------------------------------------------------------------------------------------------- operands
@@ -109,7 +123,9 @@ def _runs(operand: Operand) -> tuple[int, int, int]:
     return segment.start, max(segment.run, 1), segment.stride
 
 
-def _alike(operands: Sequence[Operand], tensors: Callable[[Operand], tuple[Tensor, ...]], name: Callable[[Operand], str] | None = None):
+def _alike(
+    operands: Sequence[Operand], tensors: Callable[[Operand], tuple[Tensor, ...]], name: Callable[[Operand], str] | None = None
+) -> Iterable[tuple[tuple[str, ...], list[int]]]:
     """(names of formats, rows) of the operands that one kernel can step."""
     groups: dict[tuple[str, ...], list[int]] = {}
     for row, operand in enumerate(operands):
@@ -119,37 +135,35 @@ def _alike(operands: Sequence[Operand], tensors: Callable[[Operand], tuple[Tenso
 
 
 def _flat(*tensors: Tensor, ordered: bool = False) -> tuple[Tensor, ...]:
-    """The tensors, or contiguous copies of them where they do not all lie alike and without gaps, or not in order where they must."""
-    first = tensors[0]
+    """The tensors, or contiguous copies where they do not all lie alike and without gaps, or not in order where they must."""
     if all(tensor.is_contiguous() for tensor in tensors):
         return tensors
-    strides = first.stride()
-    span = sum((size - 1) * stride for size, stride in zip(first.shape, strides, strict=True)) + 1
-    if not ordered and span == first.numel() and all(tensor.stride() == strides for tensor in tensors) and min(strides) > 0:
+    shape, strides = tensors[0].shape, tensors[0].stride()
+    span = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + 1
+    if not ordered and span == shape.numel() and min(strides) > 0 and all(tensor.stride() == strides for tensor in tensors):
         return tensors
     return tuple(tensor.contiguous() for tensor in tensors)
 
 
-def _tables(flats: Sequence[tuple[Tensor, ...]]) -> tuple[np.ndarray, np.ndarray, Sequence[tuple[Tensor, ...]]]:
-    """(addresses int64 (operands, tensors), work int64 (items, 3): operand, first element, elements; what must stay alive)"""
+def _tables(flats: Sequence[tuple[Tensor, ...]]) -> tuple[np.ndarray, np.ndarray]:
+    """(addresses: int64 (operands, tensors), work: int64 (items, 3), of operand, first element, number of elements)."""
     addresses = np.asarray([[tensor.data_ptr() for tensor in tensors] for tensors in flats], np.int64)
     counts = np.asarray([tensors[0].numel() for tensors in flats], np.int64)
     items = -(-counts // CHUNK)
     rows = np.repeat(np.arange(len(counts)), items)
     first = (np.arange(len(rows)) - np.repeat(np.cumsum(items) - items, items)) * CHUNK
-    work = np.stack([rows, first, np.minimum(CHUNK, counts[rows] - first)], axis=1)
-    return addresses, work, flats
+    return addresses, np.stack([rows, first, np.minimum(CHUNK, counts[rows] - first)], axis=1)
 
 
-class _threads:
+@contextmanager
+def _threads() -> Iterator[None]:
     """As many threads as torch has in this process, which torchrun and OMP_NUM_THREADS decide."""
-
-    def __enter__(self) -> None:
-        self._before = numba.get_num_threads()
-        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))  # pyright: ignore
-
-    def __exit__(self, *_: object) -> None:
-        numba.set_num_threads(self._before)
+    before = numba.get_num_threads()
+    numba.set_num_threads(min(torch.get_num_threads(), MOST_THREADS))
+    try:
+        yield
+    finally:
+        numba.set_num_threads(before)
 
 
 # ------------------------------------------------------------------------------------------------------------------------ kernels
@@ -157,7 +171,7 @@ class _threads:
 
 def _compiled(function: Callable[..., Any]) -> Any:
     """An algorithm's function for numba: the same code, in a copy of its globals in which `xp`, and what it calls, are compiled."""
-    names = function.__globals__ | {"xp": cpu_scalars}
+    names: dict[str, Any] = function.__globals__ | {"xp": cpu_scalars}
     for name in function.__code__.co_names:
         if isinstance(names.get(name), FunctionType):
             names[name] = _compiled(names[name])
@@ -165,61 +179,63 @@ def _compiled(function: Callable[..., Any]) -> Any:
 
 
 def _load(kind: str, name: str) -> str:
+    """An element of an array, as fp32."""
     return f"load_{kind}({name}[i])"
 
 
-@lru_cache(maxsize=None)
+@cache
 def _update_kernel(algorithm: Algorithm, format_name: str, kinds: tuple[str, ...]) -> Any:
+    """The kernel of an algorithm's update: parameters in a format, gradients and state in plain formats of these names."""
     grad_kind, *state_kinds = kinds
     base, _, suffix = format_name.partition("_")
-    coefficients = [f"c{index}" for index in range(_count(algorithm.update) - 2 - len(state_kinds))]
-    states = [f"s{index}" for index in range(len(state_kinds))]
+    states = {f"state{index}": kind for index, kind in enumerate(state_kinds)}
+    coefficients = [f"c{index}" for index in range(_count(algorithm.update) - 2 - len(states))]
     extra = ["comp"] if "kahan" in suffix else []
-    tensors = {"param": base, **dict.fromkeys(extra, base), **dict(zip(states, state_kinds, strict=True)), "grad": grad_kind}
-    value = _load(base, "param") + "".join(f" + {_load(base, name)}" for name in extra)
-    limits = torch.finfo({"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[base])
-    rounding = f"np.float32({limits.eps!r}), np.float32({limits.smallest_normal * limits.eps!r})"
+    tensors = {"param": base, **dict.fromkeys(extra, base), **states, "grad": grad_kind}
+    param = " + ".join(_load(base, name) for name in ("param", *extra))
+    arguments = [param, f"{_load(grad_kind, 'grad')} * scale", *(_load(kind, name) for name, kind in states.items()), *coefficients]
+    limits = torch.finfo(FORMATS[base].dtype)
     draw = "uniform(keys[row], index_of(segments, row, first + i))"
+
+    def store(kind: str, value: str, *, random: bool) -> str:
+        spacing = f"np.float32({limits.eps!r}), np.float32({limits.smallest_normal * limits.eps!r})"
+        return f"store_{kind}(stochastic({value}, {draw}, {spacing}))" if random else f"store_{kind}({value})"
+
     lines = [
-        f"value, {''.join(f'{name}, ' for name in states)} = update({value}, {_load(grad_kind, 'grad')} * scale, "
-        f"{''.join(f'{_load(kind, name)}, ' for name, kind in zip([f'{s}_' for s in states], state_kinds, strict=True))}{', '.join(coefficients)})"
+        f"new_param, {''.join(f'new_{name}, ' for name in states)} = update({', '.join(arguments)})",
+        f"stored = {store(base, 'new_param', random=suffix == 'stochastic')}",
+        "param[i] = stored",
+        *(f"{name}[i] = {store(base, f'new_param - load_{base}(stored)', random='stochastic' in suffix)}" for name in extra),
+        *(f"{name}[i] = {store(kind, f'new_{name}', random=False)}" for name, kind in states.items()),
     ]
-    if suffix == "stochastic":
-        lines.append(f"param[i] = store_{base}(stochastic(value, {draw}, {rounding}))")
-    else:
-        lines.append(f"stored = store_{base}(value)")
-        lines.append("param[i] = stored")
-    if extra:
-        rest = f"value - load_{base}(stored)"
-        lines.append(f"comp[i] = store_{base}({f'stochastic({rest}, {draw}, {rounding})' if 'stochastic' in suffix else rest})")
-    lines += [f"{name}_[i] = store_{kind}({name})" for name, kind in zip(states, state_kinds, strict=True)]
     source = _kernel_source("work, addresses, coefficients, scale, keys, segments", tensors, coefficients, [], lines, [])
     return _make(f"update_{algorithm.name}_{format_name}_{'_'.join(kinds)}", source, {"update": _compiled(algorithm.update)})
 
 
-@lru_cache(maxsize=None)
+@cache
 def _observe_kernel(statistic: Statistic | None, kinds: tuple[str, ...]) -> Any:
+    """The kernel that sums a statistic, or only counts gradients without a finite square."""
     grad_kind, *state_kinds = kinds
-    states = [f"s{index}" for index in range(len(state_kinds))]
-    tensors = {"grad": grad_kind, **dict(zip(states, state_kinds, strict=True))}
-    loads = ", ".join([f"{_load(grad_kind, 'grad')} * scale", *(_load(kind, f"{name}_") for name, kind in zip(states, state_kinds, strict=True))])
+    states = {f"state{index}": kind for index, kind in enumerate(state_kinds)}
+    arguments = [f"{_load(grad_kind, 'grad')} * scale", *(_load(kind, name) for name, kind in states.items())]
+    coefficients: list[str] = []
+    functions: dict[str, Any] = {}
     if statistic is None:
-        coefficients, functions = [], {}
-        lines = [f"g = {loads}", "bad += np.int64(not (g * g < np.float32(np.inf)))"]
         name = f"finite_{grad_kind}"
+        lines = [f"g = {arguments[0]}", "bad += np.int64(not (g * g < np.float32(np.inf)))"]
     else:
         coefficients = [f"c{index}" for index in range(_count(statistic.observe) - len(kinds))]
-        functions = {"observe": _compiled(statistic.observe)}
+        functions["observe"] = _compiled(statistic.observe)
         name = f"observe_{statistic.observe.__module__.rpartition('.')[2]}_{'_'.join(kinds)}"
         lines = [
-            f"value = observe({loads}, {', '.join(coefficients)})",
+            f"value = observe({', '.join([*arguments, *coefficients])})",
             "finite = value <= limits[row]",
             "total += fixed_point(value if finite else np.float32(0.0), scales[row])",
             "bad += np.int64(not finite)",
         ]
-    start, end = ["total = np.int64(0)", "bad = np.int64(0)"], ["items[item, 0] = total", "items[item, 1] = bad"]
-    source = _kernel_source("work, addresses, coefficients, limits, scales, scale, items", tensors, coefficients, start, lines, end)
-    return _make(name, source, functions)
+    before, after = ["total = np.int64(0)", "bad = np.int64(0)"], ["items[item, 0] = total", "items[item, 1] = bad"]
+    signature = "work, addresses, coefficients, limits, scales, scale, items"
+    return _make(name, _kernel_source(signature, {"grad": grad_kind, **states}, coefficients, before, lines, after), functions)
 
 
 def _count(function: Callable[..., Any]) -> int:
@@ -227,14 +243,18 @@ def _count(function: Callable[..., Any]) -> int:
 
 
 def _kernel_source(
-    arguments: str, tensors: dict[str, str], coefficients: Sequence[str], before: Sequence[str], lines: Sequence[str], after: Sequence[str]
+    signature: str,
+    tensors: dict[str, str],  # the plain format of each, in the order of a row of addresses
+    coefficients: Sequence[str],
+    before: Sequence[str],  # each run of elements
+    lines: Sequence[str],  # for each element
+    after: Sequence[str],
 ) -> str:
     indent = "\n        "
-    arrays = []
-    for column, (name, kind) in enumerate(tensors.items()):
-        dtype, size = NUMPY[kind], np.dtype(NUMPY[kind]).itemsize
-        array = name if name in ("param", "comp", "grad") else f"{name}_"
-        arrays.append(f"{array} = carray(pointer(addresses[row, {column}] + {size} * first, np.{dtype}), (count,))")
+    arrays = [
+        f"{name} = carray(pointer(addresses[row, {column}] + {ITEMSIZE[kind]} * first, np.{NUMPY[kind]}), (count,))"
+        for column, (name, kind) in enumerate(tensors.items())
+    ]
     constants = [f"{name} = coefficients[row, {index}]" for index, name in enumerate(coefficients)]
     return f'''"""Made by sharded_optim/backends/cpu.py."""
 import numpy as np
@@ -242,25 +262,24 @@ from numba import carray, njit, prange
 from sharded_optim.backends.cpu_scalars import *
 
 @njit(parallel=True, cache=True, error_model="numpy")
-def kernel({arguments}):
+def kernel({signature}):
     for item in prange(len(work)):
         row, first, count = work[item, 0], work[item, 1], work[item, 2]
         {indent.join([*arrays, *constants, *before])}
         for i in range(count):
             {(indent + "    ").join(lines)}
-        {indent.join(after) or "pass"}
+        {indent.join(after)}
 '''
 
 
 def _make(name: str, source: str, functions: dict[str, Any]) -> Any:
     """Import a kernel's source from the cache folder, with the algorithm's functions in its globals."""
-    folder = _cache_folder()
     digest = hashlib.sha256(f"{_sources()}{source}".encode()).hexdigest()[:16]
-    path = folder / f"{name}_{digest}.py"
+    path = _cache_folder() / f"{name}_{digest}.py"
     if not path.exists():
-        partial = path.with_suffix(f".{id(source)}.tmp")
-        partial.write_text(source)
-        partial.replace(path)  # whole or not at all: ranks write it together
+        written = path.with_suffix(f".{os.getpid()}")
+        written.write_text(source)
+        written.replace(path)  # whole or not at all: other processes write it too
     spec = importlib.util.spec_from_file_location(f"sharded_optim_kernels.{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
@@ -271,19 +290,23 @@ def _make(name: str, source: str, functions: dict[str, Any]) -> Any:
     return module.kernel
 
 
-@lru_cache(maxsize=None)
+@cache
 def _cache_folder() -> Path:
-    folder = Path.home() / ".cache" / "sharded_optim"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    """The user's own, or where there is none, one that ends with this process: what is in it is executed."""
+    try:
+        folder = Path.home() / ".cache" / "sharded_optim"
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except (OSError, RuntimeError):
+        pass
+    return Path(tempfile.mkdtemp(prefix="sharded_optim"))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _sources() -> str:
-    """Everything that a kernel's machine code depends on besides its own text."""
-    modules: list[ModuleType] = [cpu_scalars]
-    paths = [Path(str(module.__file__)) for module in modules] + sorted(Path(algorithms.__path__[0]).glob("*.py"))
-    assert operations.__file__ is not None
+    """Everything that a kernel's machine code depends on besides its own text and numba."""
+    paths = [Path(str(cpu_scalars.__file__)), *sorted(Path(algorithms.__path__[0]).glob("*.py"))]
     return "".join(path.read_text() for path in paths)
 
 

@@ -22,6 +22,11 @@ def scalar(function: Callable[..., Any]) -> Callable[..., Any]:
     return njit(**INLINE)(function)
 
 
+def lowered(function: Callable[..., Any]) -> Any:
+    """A function that says itself how it is lowered to LLVM."""
+    return intrinsic(function)
+
+
 # ------------------------------------------------------------------------------------------------------------------- operations
 
 
@@ -48,7 +53,7 @@ def where(condition, a, b):
 # ------------------------------------------------------------------------------------------------------------------------- bits
 
 
-@intrinsic
+@lowered
 def bits_of(typingctx, value):  # float32 -> uint32, float64 -> int64
     into = types.uint32 if value == types.float32 else types.int64
 
@@ -58,7 +63,7 @@ def bits_of(typingctx, value):  # float32 -> uint32, float64 -> int64
     return into(value), codegen
 
 
-@intrinsic
+@lowered
 def float_of(typingctx, bits):  # uint32 -> float32
     def codegen(context, builder, signature, args):
         return builder.bitcast(args[0], context.get_value_type(types.float32))
@@ -66,7 +71,7 @@ def float_of(typingctx, bits):  # uint32 -> float32
     return types.float32(types.uint32), codegen
 
 
-@intrinsic
+@lowered
 def half_bits(typingctx, value):  # float32 -> uint16, IEEE half, rounded to nearest even
     def codegen(context, builder, signature, args):
         return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
@@ -74,7 +79,7 @@ def half_bits(typingctx, value):  # float32 -> uint16, IEEE half, rounded to nea
     return types.uint16(types.float32), codegen
 
 
-@intrinsic
+@lowered
 def float_of_half(typingctx, bits):  # uint16 -> float32
     def codegen(context, builder, signature, args):
         return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
@@ -82,7 +87,7 @@ def float_of_half(typingctx, bits):  # uint16 -> float32
     return types.float32(types.uint16), codegen
 
 
-@intrinsic
+@lowered
 def pointer(typingctx, address, dtype):  # (int64, NumPy dtype) -> a C pointer
     signature = types.CPointer(dtype.dtype)(types.int64, dtype)
 
