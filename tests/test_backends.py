@@ -110,6 +110,17 @@ def test_any_hyperparameters_and_magnitudes_give_the_bits_of_the_eager_backend(
     assert_same(results[1], results[0])
 
 
+@pytest.mark.parametrize("backend", backends.MODULES)
+def test_autograd_notices_that_a_parameter_was_written(backend: str) -> None:
+    """A second backward through a graph that saved the old value is an error, not a wrong gradient."""
+    param = nn.Parameter(torch.ones(3))
+    loss = (param * param).sum()
+    loss.backward(retain_graph=True)
+    so.AdamW([param], lr=1e-2, backend=backend).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_threads_are_torchs() -> None:
     """Ranks of one machine share its cores; torchrun and OMP_NUM_THREADS tell torch, not numba."""
     before, threads = numba.get_num_threads(), torch.get_num_threads()

@@ -27,6 +27,7 @@ import numba
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from sharded_optim import algorithms
 from sharded_optim.algorithms import Algorithm, Statistic
@@ -109,6 +110,7 @@ class Cpu:
                 for tensor, copy in zip(tensors, copies, strict=False):  # the last of the copies is the gradient's
                     if copy is not tensor:
                         tensor.copy_(copy)
+            increment_version([tensor for tensors in written for tensor in tensors])  # as a torch operation would: autograd looks at it
 
 
 # ----------------------------------------------------------------------------------------------------------------------- operands
