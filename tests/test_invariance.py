@@ -29,6 +29,8 @@ OPTIMIZERS = {
     "StableAdamW": lambda groups: so.StableAdamW(groups, lr=1e-2),
     "StableAdamW-corrected": lambda groups: so.StableAdamW(groups, lr=1e-2, betas=(0.8, 0.999), decay_form="corrected"),
     "StableAdamW-bf16-moments": lambda groups: so.StableAdamW(groups, lr=1e-2, state_dtype=torch.bfloat16),
+    "StableAdamW-cpu": lambda groups: so.StableAdamW(groups, lr=1e-2, backend="cpu"),
+    "AdamW-cpu-stochastic": lambda groups: so.AdamW(groups, lr=1e-2, stochastic_rounding=True, backend="cpu"),
     "StableAdamW-stochastic": lambda groups: so.StableAdamW(groups, lr=1e-2, decouple_lr=True, stochastic_rounding=True),
 }
 LAYOUTS = {2: ["ddp", "fsdp2"], 3: ["fsdp2"], 4: ["fsdp2", "hsdp", "fsdp2_tp"]}
