@@ -67,7 +67,6 @@ def report(entry: LocalParam, state: dict[str, Any], last: tuple[Update, int] | 
     local = entry.local(entry.param, "parameter").detach()
     fmt = format_of(local.dtype) if update is None else update.formats[row]
     vectors = {"param": fmt.load(local, *(entry.local(state[name], "state") for name in fmt.extra)).double()}
-    vectors["update"] = torch.zeros_like(vectors["param"])
     moments = [entry.local(state[name], "state").double() for name in update.algorithm.state] if update is not None else []
     if moments:
         vectors["moment"] = moments[0]
@@ -75,13 +74,14 @@ def report(entry: LocalParam, state: dict[str, Any], last: tuple[Update, int] | 
         vectors["grad"] = entry.local(entry.param.grad, "gradient").detach().double()
         if update is not None and update.grad_scale is not None:
             vectors["grad"] = vectors["grad"] * update.grad_scale
-    if update is not None:
+    if update is None:
+        vectors["update"] = torch.zeros_like(vectors["param"])
+    else:
         coefficients = update.coefficients[row].double().unbind()
         grad = vectors.get("grad", torch.full((), math.nan, dtype=torch.float64, device=local.device))  # makes NaN what needs it
         moved = update.algorithm.undo(vectors["param"], grad, *moments, *coefficients) - vectors["param"]
-        vectors["update"] = moved if update.proceed is None else torch.where(update.proceed, moved, 0.0)
-        if "grad" not in vectors and moved.isnan().all():
-            del vectors["update"]
+        if "grad" in vectors or not moved.isnan().all():
+            vectors["update"] = moved if update.proceed is None else torch.where(update.proceed, moved, 0.0)
     values = {f"l2_norm/{name}": torch.linalg.vector_norm(vectors[name]) for name in NORMS if name in vectors}
     for kind, (a, b) in COSINES.items():
         if a in vectors and b in vectors:
