@@ -6,16 +6,15 @@ give the same bits.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sharded_optim.algorithms import Coefficients
+from sharded_optim.algorithms import Coefficients, Number
 
-__all__ = ["coefficient_table", "known_on_host", "next_steps"]
+__all__ = ["coefficient_table", "host_value", "known_on_host", "next_steps"]
 
 
 def known_on_host(tensor: Tensor) -> bool:
@@ -23,60 +22,63 @@ def known_on_host(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
+def host_value(tensor: Tensor) -> Any:
+    """The one value of a tensor that is known on the host, as a Python number."""
+    return tensor.detach().reshape(()).tolist()
+
+
 def coefficient_table(
     coefficients: Callable[..., Coefficients],  # (hyperparameters, step) or (hyperparameters, step, lr_scale)
-    groups: Sequence[dict[str, Any]],  # the param group of each operand
-    steps: Sequence[Tensor],  # steps taken so far by each, 0-dim
-    device: torch.device,
+    members: Sequence[tuple[Mapping[str, Any], Tensor | None]],  # param groups, and the rows of their operands: int64, or None for all
+    steps: Tensor,  # fp32 (operands,), taken so far by each
     lr_scale: float | Tensor | None = None,  # passed on where given; float64 (operands,) if a tensor
 ) -> Tensor:
     """One row of coefficients for each operand: fp32 (operands, coefficients), computed in float64 and rounded once."""
-    rows_of: dict[int, list[int]] = defaultdict(list)
-    for row, group in enumerate(groups):
-        rows_of[id(group)].append(row)
-    parts = []
-    for rows in rows_of.values():
-        group = groups[rows[0]]
-        arguments: list[Any] = [group | {"lr": _current_lr(group, device)}, _next_step([steps[row] for row in rows], device)]
-        if isinstance(lr_scale, Tensor) and len(rows) < len(groups):
-            arguments.append(lr_scale[_indices(rows, device)])
-        elif lr_scale is not None:
-            arguments.append(lr_scale)
-        columns = [
-            value.expand(len(rows)) if isinstance(value, Tensor) else torch.full((len(rows),), value, dtype=torch.float64, device=device)
-            for value in coefficients(*arguments)
-        ]
-        parts.append(torch.stack(columns, dim=1))
-    if len(parts) == 1:
-        return parts[0].to(torch.float32)
-    order = [row for rows in rows_of.values() for row in rows]
-    place = sorted(range(len(order)), key=order.__getitem__)
-    return torch.cat(parts)[_indices(place, device)].to(torch.float32)
+    table = None
+    for group, rows in members:
+        own_steps = steps if rows is None else steps[rows]
+        arguments: list[Any] = [{**group, "lr": _current_lr(group, steps.device)}, _next_step(own_steps)]
+        if lr_scale is not None:
+            arguments.append(lr_scale[rows] if isinstance(lr_scale, Tensor) and rows is not None else lr_scale)
+        part = _columns(coefficients(*arguments), len(own_steps), steps.device)
+        if rows is None:
+            return part
+        if table is None:
+            table = torch.empty(len(steps), part.shape[1], device=steps.device)
+        table[rows] = part
+    assert table is not None, "a batch has a group"
+    return table
 
 
-def _current_lr(group: dict[str, Any], device: torch.device) -> float | Tensor:
+def _columns(values: Coefficients, rows: int, device: torch.device) -> Tensor:
+    if not any(isinstance(value, Tensor) for value in values):
+        return _on_device(values, device).to(torch.float32).expand(rows, -1).contiguous()
+    numbers = iter(_on_device([value for value in values if not isinstance(value, Tensor)], device))
+    columns = [(value if isinstance(value, Tensor) else next(numbers)).expand(rows) for value in values]
+    return torch.stack(columns, dim=1).to(torch.float32)
+
+
+def _on_device(values: Sequence[Number], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64).to(device, non_blocking=True)
+
+
+def _current_lr(group: Mapping[str, Any], device: torch.device) -> float | Tensor:
     """This step's learning rate: a float, or a float64 tensor on `device`."""
     lr = group["lr"]
-    if isinstance(lr, Tensor) and not known_on_host(lr):
-        return lr.detach().to(device).double().reshape(())
+    if isinstance(lr, Tensor):
+        return host_value(lr) if known_on_host(lr) else lr.detach().to(device).double().reshape(())
     return float(lr)
 
 
-def _next_step(steps: Sequence[Tensor], device: torch.device) -> int | Tensor:
+def _next_step(steps: Tensor) -> int | Tensor:
     """The step about to be taken, from 1: an int where the host knows it and all agree, else int64 (operands,)."""
-    if all(map(known_on_host, steps)):
-        known = {int(step) for step in steps}
+    if known_on_host(steps):
+        known = set(steps.tolist())
         if len(known) == 1:
-            return known.pop() + 1
-    return next_steps(steps, device)
+            return int(known.pop()) + 1
+    return next_steps(steps)
 
 
-def next_steps(steps: Sequence[Tensor], device: torch.device) -> Tensor:
-    """The step about to be taken by each, from 1: int64 (n,) on `device`."""
-    if all(map(known_on_host, steps)):
-        return torch.tensor([int(step) + 1 for step in steps]).to(device, non_blocking=True)
-    return torch.stack([step.to(device) for step in steps]).to(torch.int64) + 1
-
-
-def _indices(values: list[int], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
+def next_steps(steps: Tensor) -> Tensor:
+    """The step about to be taken by each, from 1: int64 (operands,)."""
+    return steps.to(torch.int64) + 1

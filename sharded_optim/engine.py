@@ -7,64 +7,38 @@ The public classes in `optimizers.py` give it an algorithm and defaults.
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sharded_optim import metrics, noise, param_groups, statistics
-from sharded_optim.algorithms import Algorithm, Choose, Coefficients
-from sharded_optim.backends import AUTO, Backend, Operand, candidates, choose
-from sharded_optim.coefficients import coefficient_table, known_on_host, next_steps
+from sharded_optim import metrics, param_groups, statistics
+from sharded_optim.algorithms import Choose
+from sharded_optim.backends import AUTO, candidates
+from sharded_optim.batches import Batch, Batches
+from sharded_optim.coefficients import coefficient_table, host_value, known_on_host
 from sharded_optim.layouts import Layouts
 from sharded_optim.options import NonFinite, Params
 from sharded_optim.ranks import gather_messages, own_process_group
-from sharded_optim.sharding import Layout, LocalParam, describe
-from sharded_optim.state import STEP, called_to_allocate
+from sharded_optim.sharding import Layout, describe
+from sharded_optim.state import called_to_allocate
 from sharded_optim.stateful import StatefulOptimizer
 
 __all__ = ["Engine"]
 
 LEAVE_PARAMS = {"lr": 0.0, "weight_decay": 0.0}  # hyperparameters with which an update writes state alone
-HEADROOM = 1.001  # a computed statistic exceeds its mathematical bound by a few fp32 roundings, never by this much
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Batch:
-    """The local parameters with a gradient that one backend steps in one call."""
-
-    backend: Backend
-    algorithm: Algorithm
-    device: torch.device
-    indices: list[int] = field(default_factory=list)  # into the layout's local parameters
-    entries: list[LocalParam] = field(default_factory=list)
-    groups: list[dict[str, Any]] = field(default_factory=list)
-    operands: list[Operand] = field(default_factory=list)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Sums:
-    """What was observed of a batch; see `Backend.observe`."""
-
-    bits: list[int]
-    keys: list[int]  # of the hyperparameters; see `Engine._keys`
-    sums: Tensor
-    non_finite: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Observation:
     """What this rank brings to an agreement."""
 
-    batches: list[_Batch] = field(default_factory=list)
-    sums: list[_Sums] = field(default_factory=list)  # of each batch
+    batches: Sequence[Batch] = ()
+    contributions: Sequence[statistics.Contribution] = ()  # of each batch
     failure: Exception | None = None  # or why it brings nothing
 
 
@@ -109,9 +83,9 @@ class Engine(StatefulOptimizer):
             warnings.warn("gradient_release=True steps what a backward hook brings; foreach=True has no effect", UserWarning, stacklevel=3)
         self.gradient_release = gradient_release
         self.optimizer_accumulation = False
-        self.process_group = process_group
         self._backend_names = candidates(backend, triton)
         self._foreach = foreach is not False
+        self.process_group = process_group
         self._skipped: int | Tensor = 0
         defaults = defaults | {"kahan_sum": kahan_sum, "stochastic_rounding": stochastic_rounding, "rounding_seed": int(rounding_seed)}
         super().__init__(params, defaults, algorithm=algorithm, state_dtype=state_dtype or torch.float32, max_lr=max_lr)
@@ -154,8 +128,12 @@ class Engine(StatefulOptimizer):
         if only is None and observation.batches:  # without a gradient, after gradient release, the reports of its steps stay
             self._agreements.clear()
             self._updates.clear()
-        proceed, lr_scales = self._agree(layout, observation)
-        self._update(layout, observation.batches, proceed, lr_scales, accumulate=only is not None and self.optimizer_accumulation)
+        try:
+            proceed, lr_scales = self._agree(layout, observation)
+            self._update(layout, observation.batches, proceed, lr_scales, accumulate=only is not None and self.optimizer_accumulation)
+        finally:
+            for batch in observation.batches:
+                batch.release()
         return loss
 
     def zero_grad(self, set_to_none: bool = True, param: Tensor | None = None) -> None:
@@ -175,69 +153,31 @@ class Engine(StatefulOptimizer):
     def _observe(self, layout: Layout) -> _Observation:
         """Look at gradients and state, and sum what the ranks must agree on. Writes nothing."""
         try:
-            batches = self._collect(layout)
+            groups = self._layouts.groups_of(self.param_groups, layout)
+            stepped = set(map(id, groups))
+            for index, group in enumerate(self.param_groups):
+                if id(group) in stepped:  # schedulers and users write to them
+                    self._check_group(group, f"param_groups[{index}]", scheduled=True)
+            batches = self._batches.current(self, layout, groups)
             if self.gradient_release and not batches and hasattr(self, "found_inf"):
                 raise ValueError(
                     "GradScaler stepped an optimizer whose gradients were released in backward, still scaled; use one of the two"
                 )
-            return _Observation(batches=batches, sums=[self._sum(batch) for batch in batches] if self._agrees else [])
+            return _Observation(batches=batches, contributions=[self._contribution(batch) for batch in batches] if self._agrees else [])
         except Exception as failure:  # the other ranks must hear of it before this one raises
             return _Observation(failure=failure)
 
-    def _collect(self, layout: Layout) -> list[_Batch]:
-        """The local parameters that have a gradient.
-
-        Raises:
-            ValueError: one that cannot be used.
-        """
-        groups = self._layouts.groups_of(self.param_groups, layout)
-        stepped = set(map(id, groups))
-        for index, group in enumerate(self.param_groups):
-            if id(group) in stepped:  # schedulers and users write to them
-                self._check_group(group, f"param_groups[{index}]", scheduled=True)
-        batches: dict[Any, _Batch] = {}
-        for index, (entry, group) in enumerate(zip(layout.local_params, groups, strict=True)):
-            if entry.param.grad is None:
-                continue
-            operand, algorithm = self._operand(entry, group), self._choose(group)
-            backend = self._choose_backend(operand)
-            device = operand.param.device
-            key = (device, backend.name, algorithm.name, None if self._foreach else index)
-            batch = batches.setdefault(key, _Batch(backend=backend, algorithm=algorithm, device=device))
-            batch.indices.append(index)
-            batch.entries.append(entry)
-            batch.groups.append(group)
-            batch.operands.append(operand)
-        return list(batches.values())
-
-    def _operand(self, entry: LocalParam, group: dict[str, Any]) -> Operand:
-        algorithm, fmt = self._choose(group), self._format_of(entry.param, group)
-        state = self._complete_state(entry.param, group, entry.segment.name)
-        assert entry.param.grad is not None
-        return Operand(
-            segment=entry.segment,
-            param=entry.local(entry.param, "parameter"),
-            extra=tuple(entry.local(state[name], "state") for name in fmt.extra),
-            format=fmt,
-            grad=entry.local(entry.param.grad, "gradient"),
-            state=tuple(entry.local(state[name], "state") for name in algorithm.state),
-        )
-
-    def _sum(self, batch: _Batch) -> _Sums:
+    def _contribution(self, batch: Batch) -> statistics.Contribution:
         """Sum the statistic of each operand, or only see whether its gradient is finite."""
         statistic = self._statistic
+        fixed_point = batch.fixed_point(statistic)
         if statistic is None:
-            bits, limits = [0] * len(batch.indices), [0.0] * len(batch.indices)
-            table = torch.empty(len(batch.indices), 0, device=batch.device)
+            table = torch.empty(len(batch.entries), 0, device=batch.device)
         else:
-            bounds = [statistic.bound(group) for group in batch.groups]
-            numels = [entry.segment.tensor_numel for entry in batch.entries]
-            bits = [statistics.fraction_bits(bound, numel) for bound, numel in zip(bounds, numels, strict=True)]
-            limits = [HEADROOM * bound for bound in bounds]
-            table = self._table(batch, statistic.coefficients)
+            table = coefficient_table(statistic.coefficients, batch.members, batch.steps)
         grad_scale = self._inverse_grad_scale(batch.device)
-        sums, non_finite = batch.backend.observe(statistic, batch.operands, table, limits, bits, grad_scale)
-        return _Sums(bits=bits, keys=self._keys(batch), sums=sums, non_finite=non_finite)
+        sums, non_finite = batch.backend.observe(statistic, batch.operands, table, fixed_point.limits, fixed_point.scales, grad_scale)
+        return statistics.Contribution(indices=batch.indices, bits=fixed_point.bits, keys=batch.keys(), sums=sums, non_finite=non_finite)
 
     def _agree(self, layout: Layout, observation: _Observation) -> tuple[Tensor | None, Tensor | None]:
         """Add up what all ranks observed, if the algorithm needs to know. Every rank gets here in every step.
@@ -250,7 +190,7 @@ class Engine(StatefulOptimizer):
             ValueError: the ranks do not fit together or one has failed; on all of them, or on a device one step later on the others.
             FloatingPointError: see `step`.
         """
-        failure, sums = observation.failure, observation.sums
+        failure = observation.failure
         found_inf: Tensor | float | None = getattr(self, "found_inf", None)  # GradScaler's
         if found_inf is not None and not isinstance(found_inf, Tensor):  # of a rank without a gradient
             found_inf = torch.tensor(float(found_inf))
@@ -259,15 +199,10 @@ class Engine(StatefulOptimizer):
                 raise failure
             return (None if found_inf is None else (found_inf == 0).all()), None
 
-        device = layout.local_params[0].param.device
-        nothing = torch.empty(0, dtype=torch.int64, device=device)
         agreement = statistics.agree(
             layout,
-            [index for batch in observation.batches for index in batch.indices],
-            torch.cat([nothing, *(each.sums.to(device) for each in sums)]),
-            torch.cat([nothing, *(each.non_finite.to(device) for each in sums)]),
-            [bits for each in sums for bits in each.bits],
-            [key for each in sums for key in each.keys],
+            observation.contributions,
+            device=layout.params[0].device,
             invalid=failure is not None,
             found_inf=found_inf,
             process_group=self._own_group(),
@@ -282,10 +217,10 @@ class Engine(StatefulOptimizer):
             if failure is not None:
                 raise failure
             self._deferred[layout] = statistics.Deferred(agreement)
-        elif agreement.invalid:
+        elif host_value(agreement.invalid):
             message = None if failure is None else str(failure) if isinstance(failure, ValueError) else repr(failure)
             raise ValueError(gather_messages(message, self._own_group())) from failure
-        elif not agreement.consistent():
+        elif not host_value(agreement.consistent()):
             raise ValueError(agreement.inconsistency())
 
     def _raise_deferred(self, only: tuple[Tensor, ...] | None) -> None:
@@ -297,7 +232,7 @@ class Engine(StatefulOptimizer):
     def _verdict(self, agreement: statistics.Agreement) -> Tensor:
         """Whether the step happens: bool, 0-dim, on the device of the agreement."""
         finite = agreement.all_finite()
-        if self.nonfinite == "raise" and not finite:  # waits for the device: the price of raising in the step that went wrong
+        if self.nonfinite == "raise" and not host_value(finite):  # waits for the device: the price of raising in the step that went wrong
             names = agreement.names_where_not_finite_here()
             message = f"gradient not finite, or too large to square in fp32: {', '.join(map(repr, names))}" if names else None
             raise FloatingPointError(gather_messages(message, self._own_group()))
@@ -306,70 +241,40 @@ class Engine(StatefulOptimizer):
             verdict = verdict & agreement.consistent()
         return verdict & finite if self.nonfinite == "skip" else verdict
 
-    def _update(self, layout: Layout, batches: list[_Batch], proceed: Tensor | None, lr_scales: Tensor | None, *, accumulate: bool) -> None:
+    def _update(
+        self, layout: Layout, batches: Sequence[Batch], proceed: Tensor | None, lr_scales: Tensor | None, *, accumulate: bool
+    ) -> None:
         """Write parameters (but not to `accumulate`) and state, and count the step, where it happens."""
-        for entry in layout.local_params:
-            self._updates.pop(entry.param, None)
+        updates: list[metrics.Update] = []
+        if batches:
+            self._updates.pop(layout, None)  # the newest is last
+            self._updates[layout] = updates
         if proceed is not None and known_on_host(proceed):  # branch here; a verdict that only the device knows selects there
-            if not proceed:
+            if not host_value(proceed):
                 self._count_skipped(1)
                 return
             proceed = None
         for group in self.param_groups:
             param_groups.learn_reference_lr(group)
         for batch in batches:
-            scale = 1.0
-            if lr_scales is not None:
-                indices = torch.tensor(batch.indices).to(lr_scales.device, non_blocking=True)
-                scale = lr_scales[indices].to(batch.device)
-            table = self._table(batch, batch.algorithm.coefficients, scale, **(LEAVE_PARAMS if accumulate else {}))
+            scale = 1.0 if lr_scales is None else lr_scales[batch.indices.to(lr_scales.device, non_blocking=True)].to(batch.device)
+            members = [({**group, **LEAVE_PARAMS}, rows) for group, rows in batch.members] if accumulate else batch.members
+            table = coefficient_table(batch.algorithm.coefficients, members, batch.steps, scale)
             grad_scale = self._inverse_grad_scale(batch.device)
-            batch.backend.update(batch.algorithm, batch.operands, table, proceed, grad_scale, self._noise_keys(batch))
-            params = {id(entry.param): entry.param for entry in batch.entries}  # several pieces may belong to one
-            steps = [self.state[param][STEP] for param in params.values()]
-            taken = 1.0 if proceed is None else proceed.to(batch.device, torch.float32)
-            torch._foreach_add_(steps, taken)  # pyright: ignore[reportPrivateImportUsage]
-            update = metrics.Update(
-                algorithm=batch.algorithm,
-                entries=batch.entries,
-                formats=[operand.format for operand in batch.operands],
-                coefficients=table,
-                proceed=proceed,
-                grad_scale=grad_scale,
+            batch.backend.update(batch.algorithm, batch.operands, table, proceed, grad_scale, batch.noise_keys())
+            batch.count_step(proceed)
+            updates.append(
+                metrics.Update(
+                    algorithm=batch.algorithm,
+                    entries=batch.entries,
+                    format=batch.operands.format,
+                    coefficients=table,
+                    proceed=proceed,
+                    grad_scale=grad_scale,
+                )
             )
-            self._updates |= {entry.param: (update, row) for row, entry in enumerate(batch.entries)}
         if proceed is not None:
             self._count_skipped(~proceed)
-
-    def _table(
-        self, batch: _Batch, coefficients: Callable[..., Coefficients], lr_scale: float | Tensor | None = None, **overrides: float
-    ) -> Tensor:
-        """One row of coefficients for each operand of a batch: fp32 (operands, coefficients)."""
-        groups = {id(group): group | overrides for group in batch.groups}
-        return coefficient_table(coefficients, [groups[id(group)] for group in batch.groups], self._steps(batch), batch.device, lr_scale)
-
-    def _steps(self, batch: _Batch) -> list[Tensor]:
-        """Steps taken so far by each operand of a batch."""
-        return [self.state[entry.param][STEP] for entry in batch.entries]
-
-    def _noise_keys(self, batch: _Batch) -> Tensor | None:
-        """What stochastic rounding draws with: int64 (operands,)."""
-        if not any(operand.format.is_random for operand in batch.operands):
-            return None
-        seeds = [group["rounding_seed"] for group in batch.groups]
-        names = [operand.segment.name for operand in batch.operands]
-        return noise.keys(seeds, names, next_steps(self._steps(batch), batch.device))
-
-    def _keys(self, batch: _Batch) -> list[int]:
-        """A number for each operand that is the same on two ranks if they use the same hyperparameters at the same step."""
-        keys: dict[tuple[int, float], int] = {}
-        result = []
-        for group, step in zip(batch.groups, self._steps(batch), strict=True):
-            known = (id(group), float(step) if known_on_host(step) else -1.0)
-            if known not in keys:
-                keys[known] = param_groups.hyperparameter_key(group, known[1])
-            result.append(keys[known])
-        return result
 
     def _inverse_grad_scale(self, device: torch.device) -> Tensor | None:
         """What multiplies the gradients under GradScaler: fp32, 0-dim."""
@@ -378,13 +283,6 @@ class Engine(StatefulOptimizer):
 
     def _is_allocation_step(self) -> bool:
         return not self.state and all(group["lr"] == 0 for group in self.param_groups) and called_to_allocate()
-
-    def _choose_backend(self, operand: Operand) -> Backend:
-        key = (operand.param.device, frozenset(tensor.dtype for tensor in (operand.param, operand.grad, *operand.state)))
-        if key not in self._backends:
-            self._backends[key] = choose(self._backend_names, *key)
-            logger.info("%s steps %s on %s with the %s backend", type(self).__name__, set(key[1]), key[0], self._backends[key].name)
-        return self._backends[key]
 
     # --------------------------------------------------------------------------------------------------------------- all ranks
 
@@ -397,9 +295,9 @@ class Engine(StatefulOptimizer):
         self._layouts = Layouts()
         self._agreements: dict[Layout, statistics.Agreement] = {}  # the last of each layout, the newest last
         self._deferred: dict[Layout, statistics.Deferred] = {}
-        self._updates: dict[Tensor, tuple[metrics.Update, int]] = {}  # of each parameter its last update, and its place in it
+        self._updates: dict[Layout, list[metrics.Update]] = {}  # of the last step of each layout, the newest last
         self._reported: dict[str, Tensor] = {}  # parameters by the names that metrics were reported under
-        self._backends: dict[tuple[torch.device, frozenset[torch.dtype]], Backend] = {}
+        self._batches = Batches(self._backend_names, together=self._foreach)
 
     # ----------------------------------------------------------------------------------------------------------------- reports
 
@@ -449,10 +347,18 @@ class Engine(StatefulOptimizer):
         """
         if self._group_with(param) is None:
             return optimizer_metrics
-        values = metrics.report(describe(param, name), self.state.get(param, {}), self._updates.get(param))
+        values = metrics.report(describe(param, name), self.state.get(param, {}), self._last_update(param))
         self._reported[name] = param
         optimizer_metrics |= {f"{kind}/{name}": value for kind, value in values.items()}
         return optimizer_metrics
+
+    def _last_update(self, param: Tensor) -> tuple[metrics.Update, int] | None:
+        """The update that the last step wrote a parameter by, and its place in it."""
+        for layout, updates in reversed(self._updates.items()):
+            if any(each is param for each in layout.params):
+                places = ((update, row) for update in updates for row, entry in enumerate(update.entries) if entry.param is param)
+                return next(places, None)
+        return None
 
     def pre_reduce_metrics(self, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
         """Turn norms into squares and cosines into dot products, which add up over ranks, in place. See `metrics.py`."""
@@ -479,14 +385,11 @@ class Engine(StatefulOptimizer):
         return super().__getstate__() | {name: getattr(self, name) for name in own} | lost
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
         if "_statistic" in state:  # unpickling or copying; torch also calls this with the loaded state and groups alone
             self._process_group = None
             self._forget_layouts()
-        super().__setstate__(state)
 
     def __repr__(self) -> str:
-        backends = (
-            ", ".join(sorted({backend.name for backend in self._backends.values()}))
-            or f"{' or '.join(self._backend_names)}, chosen in the first step"
-        )
+        backends = ", ".join(sorted(self._batches.backends)) or f"{' or '.join(self._backend_names)}, chosen in the first step"
         return super().__repr__().removesuffix(")") + f"backend: {backends}\nnonfinite: {self.nonfinite}\n)"

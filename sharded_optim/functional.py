@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sharded_optim.algorithms import Algorithm
-from sharded_optim.backends import MODULES, Operand, choose
+from sharded_optim.backends import MODULES, Operands, choose
 from sharded_optim.coefficients import coefficient_table
 
 __all__ = ["update"]
@@ -35,7 +35,7 @@ def update(
             raise ValueError(f"{name} must have one tensor for each of {len(params)} params, got {len(each)}")
     for index, (param, grad, step) in enumerate(zip(params, grads, steps, strict=True)):
         state = [each[index] for each in states]
-        operand = Operand.whole(param, grad, state, f"params[{index}]")
-        backend = choose(MODULES, param.device, frozenset(tensor.dtype for tensor in (param, grad, *state)))
-        table = coefficient_table(algorithm.coefficients, [dict(group)], [step], param.device, 1.0)
-        backend.update(algorithm, [operand], table, None, None, None)
+        operands = Operands.whole([param], [grad], [[each] for each in state])
+        backend, _ = choose(MODULES, param.device, frozenset(tensor.dtype for tensor in (param, grad, *state)))
+        table = coefficient_table(algorithm.coefficients, [(group, None)], step.to(param.device).reshape(1), 1.0)
+        backend.update(algorithm, operands, table, None, None, None)

@@ -54,11 +54,13 @@ class Layouts:
 
     def groups_of(self, groups: Groups, layout: Layout) -> Groups:
         """The param group of each local parameter. Groups are replaced when a state dict is loaded, so they are looked up anew."""
-        found = [self._group_of.get(id(entry.param)) for entry in layout.local_params]
-        live = {id(group) for group in groups}
-        if layout is self._kept.get(None) or any(group is None or id(group) not in live for group in found):
+        if layout is self._kept.get(None):
+            return [group for group in groups for _ in group["params"]]
+        live = set(map(id, groups))
+        found = [self._group_of.get(id(param)) for param in layout.params]
+        if any(id(group) not in live for group in found):
             self._group_of = {id(param): group for group in groups for param in group["params"]}
-        return [self._group_of[id(entry.param)] for entry in layout.local_params]
+        return [self._group_of[id(param)] for param in layout.params]
 
     def _make(self, groups: Groups, params: Sequence[Tensor], process_group: dist.ProcessGroup | None) -> Layout:
         ids = set(map(id, params))

@@ -38,7 +38,7 @@ class Update:
 
     algorithm: Algorithm
     entries: Sequence[LocalParam]
-    formats: Sequence[Format]  # of the parameters
+    format: Format  # of the parameters
     coefficients: Tensor  # fp32 (entries, coefficients of algorithm.update)
     proceed: Tensor | None  # as the backend was given
     grad_scale: Tensor | None
@@ -65,7 +65,7 @@ def report(entry: LocalParam, state: dict[str, Any], last: tuple[Update, int] | 
     """
     update, row = last if last is not None else (None, 0)
     local = entry.local(entry.param, "parameter").detach()
-    fmt = format_of(local.dtype) if update is None else update.formats[row]
+    fmt = format_of(local.dtype) if update is None else update.format
     vectors = {"param": fmt.load(local, *(entry.local(state[name], "state") for name in fmt.extra)).double()}
     moments = [entry.local(state[name], "state").double() for name in update.algorithm.state] if update is not None else []
     if moments:

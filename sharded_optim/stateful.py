@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sharded_optim import foreign_state, loading, param_groups
-from sharded_optim.algorithms import Choose
+from sharded_optim.algorithms import Algorithm, Choose
 from sharded_optim.formats import KAHAN_COMP, Format, param_format
 from sharded_optim.options import Params
 from sharded_optim.sharding import describe
@@ -77,7 +77,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         for index, group in enumerate(self.param_groups):
             for param, name in param_groups.named_params(group, index):
                 if param.requires_grad:
-                    self._complete_state(param, group, name)
+                    self.complete_state(param, group, name)
 
     def _new_state(self, param: Tensor) -> dict[str, Any]:
         return new_state(param, self._state_dtypes(param, self._group_with(param) or self.param_groups[0]))
@@ -85,7 +85,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
     def _group_with(self, param: Tensor) -> dict[str, Any] | None:
         return next((group for group in self.param_groups if any(each is param for each in group["params"])), None)
 
-    def _complete_state(self, param: Tensor, group: dict[str, Any], name: str) -> dict[str, Any]:
+    def complete_state(self, param: Tensor, group: dict[str, Any], name: str) -> dict[str, Any]:
         """The parameter's state, with everything that the group's algorithm and the format need.
 
         Raises:
@@ -109,8 +109,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
     def _state_dtypes(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, torch.dtype]:
         """The storage dtype of each entry of a parameter's state but its step."""
-        fmt = self._format_of(param, group)
-        return dict.fromkeys(self._choose(group).state, self.state_dtype) | dict.fromkeys(fmt.extra, fmt.dtype)
+        algorithm, fmt = self.choice_of(param, group)
+        return dict.fromkeys(algorithm.state, self.state_dtype) | dict.fromkeys(fmt.extra, fmt.dtype)
 
     def _check_group(self, group: dict[str, Any], where: str, *, scheduled: bool = False) -> None:
         """Raise ValueError for hyperparameters that no step could use."""
@@ -121,9 +121,10 @@ class StatefulOptimizer(torch.optim.Optimizer):
         except ValueError as error:
             raise ValueError(f"{error} (in {where})") from None
 
-    @staticmethod
-    def _format_of(param: Tensor, group: Mapping[str, Any]) -> Format:
-        return param_format(param.dtype, kahan_sum=group["kahan_sum"], stochastic_rounding=group["stochastic_rounding"])
+    def choice_of(self, param: Tensor, group: Mapping[str, Any]) -> tuple[Algorithm, Format]:
+        """What a param group's hyperparameters choose for one of its parameters."""
+        fmt = param_format(param.dtype, kahan_sum=group["kahan_sum"], stochastic_rounding=group["stochastic_rounding"])
+        return self._choose(group), fmt
 
     # ------------------------------------------------------------------------------------------------------------- state dicts
 

@@ -3,7 +3,7 @@
 Every rank contributes one int64 vector, `SECTIONS` values for each tensor of the model, and one all-reduce adds them up. Integers make the
 result independent of the order and the grouping of the additions, that is of how the tensors are sharded:
 
-    q = round_half_even(statistic * 2**k)  in int64, with k from `fraction_bits`
+    q = round_half_even(statistic * 2**k)  below 2**31, with k from `fraction_bits`
 
 The same vector carries the consensus: where a gradient was not finite, where one was missing, and whether a rank met bad input.
 """
@@ -20,12 +20,11 @@ from torch import Tensor
 
 from sharded_optim.sharding.layout import Layout
 
-__all__ = ["Agreement", "Deferred", "agree", "fraction_bits"]
+__all__ = ["Agreement", "Contribution", "Deferred", "FixedPoint", "agree", "fraction_bits"]
 
-# A float64 below 2**51 is rounded to an integer, half to even, by adding 1.5 * 2**52 and reading the low bits: processors without a
-# conversion from floating point to 64-bit integers keep their full speed.
-TERM_BITS = 51
+TERM_BITS = 31  # of an int32: what every processor rounds an fp32 to at full speed
 SUM_BITS = 62  # of an int64: a sign bit, and one of headroom for roundings
+HEADROOM = 1.001  # a computed statistic exceeds its mathematical bound by a few fp32 roundings, never by this much
 
 # Rows of the vector, one column per tensor.
 SECTIONS = 7
@@ -42,10 +41,27 @@ TAIL = 2  # after the rows: ranks that met bad input, ranks on which GradScaler 
 def fraction_bits(bound: float, numel: int) -> int:
     """k: how many fraction bits of a statistic in [0, bound] are summed over a tensor of `numel` elements without overflow.
 
-    The error of the mean is at most 2**-(k+1). StableAdamW with beta2 = 0.99 has k = 44 up to 2**11 elements, 35 at 2**20 and 24 at 2**31.
+    The error of the mean is at most 2**-(k+1). StableAdamW with beta2 = 0.99 has k = 24, with 0.999 it has 21, up to 2**31 elements.
     """
-    integer_bits = math.frexp(bound)[1]  # bound < 2**integer_bits
+    integer_bits = math.frexp(bound * HEADROOM**2)[1]  # bound < 2**integer_bits, and the limit in fp32, which is below HEADROOM**2 * bound
     return min(TERM_BITS, SUM_BITS - max(numel - 1, 0).bit_length()) - integer_bits
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedPoint:
+    """How the statistics of several pieces of tensors are summed."""
+
+    bits: Tensor  # int64 (n,) on the CPU, k of each
+    limits: Tensor  # fp32 (n,) on the device, the largest value that is possible
+    scales: Tensor  # fp32 (n,) on the device, 2**k
+
+    @classmethod
+    def of(cls, bounds: Sequence[float], numels: Sequence[int], device: torch.device) -> FixedPoint:
+        """For statistics in [0, bound], of tensors of these numbers of elements."""
+        bits = [fraction_bits(bound, numel) for bound, numel in zip(bounds, numels, strict=True)]
+        limits = torch.tensor([HEADROOM * bound for bound in bounds]).to(device, non_blocking=True)
+        scales = torch.tensor([math.ldexp(1.0, k) for k in bits]).to(device, non_blocking=True)
+        return cls(bits=torch.tensor(bits), limits=limits, scales=scales)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +76,7 @@ class Agreement:
 
     def means(self) -> Tensor:
         """Mean of the statistic over the whole tensor of each local parameter: float64 (local parameters,); NaN where not finite."""
-        slots = torch.tensor(self.layout.slots).to(self.vector.device, non_blocking=True)
+        slots = self.layout.slot_indices.to(self.vector.device, non_blocking=True)
         return self._tensor_means()[slots]
 
     def named_means(self) -> dict[str, float]:
@@ -72,7 +88,7 @@ class Agreement:
         total, non_finite, present, _, bits, _, _ = self.vector.unbind()
         k = bits // present.clamp(min=1)
         unit = ((1023 - k) << 52).view(torch.float64)  # 2.0**-k by its bit pattern: exp2 and pow need not be exact
-        numels = torch.tensor(self.layout.numels, dtype=torch.float64).clamp(min=1).to(total.device, non_blocking=True)
+        numels = self.layout.tensor_numels.clamp(min=1).to(total.device, torch.float64, non_blocking=True)
         return torch.where(non_finite > 0, math.nan, total.to(torch.float64) * unit / numels)
 
     def all_finite(self) -> Tensor:
@@ -125,43 +141,49 @@ class Deferred:
             raise ValueError(self._agreement.inconsistency())
 
 
+@dataclass(frozen=True, kw_only=True)
+class Contribution:
+    """What this rank brings to an agreement about some of its local parameters."""
+
+    indices: Tensor  # int64 (n,), into layout.local_params
+    bits: Tensor  # int64 (n,), k of each
+    keys: Tensor  # int64 (n,), of the hyperparameters of each, 24 bits
+    sums: Tensor  # int64 (n,) on the device, each one's sum of q
+    non_finite: Tensor  # int64 (n,) on the device, not 0 where an element was not finite
+
+
 def agree(
     layout: Layout,
-    indices: Sequence[int],  # of the local parameters that have a gradient, into layout.local_params
-    sums: Tensor,  # int64 (len(indices),), each local parameter's sum of q
-    non_finite: Tensor,  # int64 (len(indices),), how many of its elements were not finite
-    bits: Sequence[int],  # k of each
-    keys: Sequence[int],  # of the hyperparameters of each, 24 bits
+    contributions: Sequence[Contribution],  # about all local parameters that have a gradient
     *,
+    device: torch.device,
     invalid: bool,  # this rank met bad input
     found_inf: Tensor | None,  # GradScaler's, any shape with one element
     process_group: dist.ProcessGroup | None,
 ) -> Agreement:
     """Add up all ranks' contributions. The one collective of a step; every rank of the group must call it, also with nothing to give."""
     tensors = len(layout.names)
-    device = sums.device
     # Everything known on the host goes over in one copy; what the device computed is added there.
     host = torch.zeros(SECTIONS * tensors + TAIL, dtype=torch.int64)
     table = host[:-TAIL].view(SECTIONS, tensors)
-    given = {index: values for index, *values in zip(indices, bits, keys, strict=True)}
-    held = [(index, slot) for index, slot in enumerate(layout.slots) if layout.local_params[index].segment.numel]
-    present = [(slot, *given[index]) for index, slot in held if index in given]
-    absent = [slot for index, slot in held if index not in given]
-    if present:
-        slots, fraction, key = torch.tensor(present, dtype=torch.int64).unbind(1)
+    absent = layout.held.clone()
+    for each in contributions:
+        absent[each.indices] = False
+        held = layout.held[each.indices]
+        slots, bits, keys = layout.slot_indices[each.indices][held], each.bits[held], each.keys[held]
         table[PRESENT, slots] = 1
-        table[BITS, slots] = fraction
-        table[KEY, slots] = key
-        table[SQUARED_KEY, slots] = key * key
-    table[ABSENT, absent] = 1
+        table[BITS, slots] = bits
+        table[KEY, slots] = keys
+        table[SQUARED_KEY, slots] = keys * keys
+    table[ABSENT, layout.slot_indices[absent]] = 1
     host[-TAIL] = int(invalid)
     flat = host.to(device, non_blocking=True)
     vector = flat[:-TAIL].view(SECTIONS, tensors)
-    if indices:
-        slots = torch.tensor([layout.slots[index] for index in indices]).to(device, non_blocking=True)
-        owned = torch.tensor([layout.owned[index] for index in indices]).to(device, non_blocking=True)
-        vector[TOTAL].index_add_(0, slots, sums * owned)
-        vector[NON_FINITE].index_add_(0, slots, (non_finite > 0).to(torch.int64))
+    for each in contributions:
+        slots = layout.slot_indices[each.indices].to(device, non_blocking=True)
+        owned = layout.owns[each.indices].to(device, non_blocking=True)
+        vector[TOTAL].index_add_(0, slots, each.sums.to(device) * owned)
+        vector[NON_FINITE].index_add_(0, slots, (each.non_finite.to(device) != 0).to(torch.int64))
     if found_inf is not None:
         flat[-1] = (found_inf.to(device) != 0).reshape(())
     non_finite_here = vector[NON_FINITE].clone()

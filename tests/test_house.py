@@ -43,6 +43,7 @@ FLOORS = {
     "functional": 3,
     "layouts": 3,
     "stateful": 3,
+    "batches": 3,
     "engine": 3,
     "optimizers": 3,
     "gradient_release": 4,
@@ -59,7 +60,8 @@ SEEN |= {
     ("functional", "coefficients"),
 }
 SEEN |= {("stateful", room) for room in ("foreign_state", "loading", "options", "param_groups", "state")}
-SEEN |= {("engine", room) for room in ("coefficients", "layouts", "metrics", "options", "param_groups", "state", "stateful")}
+SEEN |= {("batches", room) for room in ("coefficients", "param_groups", "state", "stateful")}
+SEEN |= {("engine", room) for room in ("batches", "coefficients", "layouts", "metrics", "options", "param_groups", "state", "stateful")}
 SEEN |= {("optimizers", room) for room in ("engine", "functional", "options")}
 
 

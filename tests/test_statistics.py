@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from sharded_optim.algorithms import Statistic
 from sharded_optim.algorithms.bias_correction import bias_correction
 from sharded_optim.algorithms.stable_adamw import STABLE_ADAMW
-from sharded_optim.backends import Operand
+from sharded_optim.backends import Operands
 from sharded_optim.backends.eager import BACKEND
-from sharded_optim.statistics import fraction_bits
+from sharded_optim.statistics import FixedPoint, fraction_bits
 
 STATISTIC = STABLE_ADAMW.statistic
 assert STATISTIC is not None
@@ -22,13 +22,13 @@ IDENTITY = Statistic(observe=lambda grad: grad, coefficients=lambda *_: (), boun
 GROUP = {"betas": (0.9, 0.99), "eps": 1e-6}
 
 
-def observed(grad: torch.Tensor, exp_avg_sq: torch.Tensor, bits: int, step: int = 3) -> tuple[int, int]:
-    """Fixed-point sum and non-finite count of StableAdamW's statistic."""
-    operand = Operand.whole(grad, grad, (torch.zeros_like(grad), exp_avg_sq))
+def observed(grad: torch.Tensor, exp_avg_sq: torch.Tensor, bits: int, step: int = 3) -> tuple[int, bool]:
+    """Fixed-point sum of StableAdamW's statistic, and whether it was not finite somewhere."""
+    operands = Operands.whole([grad], [grad], [[torch.zeros_like(grad)], [exp_avg_sq]])
     coefficients = torch.tensor([STATISTIC.coefficients(GROUP, step)], dtype=torch.float64).float()
-    limit = 1.001 * STATISTIC.bound(GROUP)
-    sums, non_finite = BACKEND.observe(STATISTIC, [operand], coefficients, [limit], [bits], None)
-    return int(sums[0]), int(non_finite[0])
+    limits, scales = torch.tensor([1.001 * STATISTIC.bound(GROUP)]), torch.tensor([2.0**bits])
+    sums, non_finite = BACKEND.observe(STATISTIC, operands, coefficients, limits, scales, None)
+    return int(sums[0]), bool(non_finite[0])
 
 
 @given(
@@ -43,7 +43,7 @@ def test_any_cut_gives_the_same_total(numel: int, cuts: list[int], seed: int, dt
     whole = observed(grad, second, bits)
     bounds = [0, *sorted(min(cut, numel) for cut in cuts), numel]
     parts = [observed(grad[a:b], second[a:b], bits) for a, b in pairwise(bounds)]
-    assert (sum(total for total, _ in parts), sum(bad for _, bad in parts)) == whole
+    assert (sum(total for total, _ in parts), any(bad for _, bad in parts)) == whole
 
 
 @given(st.floats(0.0, 0.9999999), st.integers(1, 2**40))
@@ -52,7 +52,7 @@ def test_no_sum_overflows(beta2: float, numel: int) -> None:
     bound = STATISTIC.bound({"betas": (0.9, beta2)})
     bits = fraction_bits(bound, numel)
     assert numel * bound * 2.0**bits <= 2.0**62
-    assert bound * 2.0**bits <= 2.0**51
+    assert float(FixedPoint.of([bound], [numel], torch.device("cpu")).limits) * 2.0**bits < 2.0**31, "the limit, rounded to fp32"
 
 
 def test_the_bound_holds_when_every_gradient_is_a_spike() -> None:
@@ -60,24 +60,26 @@ def test_the_bound_holds_when_every_gradient_is_a_spike() -> None:
     grad = torch.full((1000,), 1e15)
     bits = fraction_bits(STATISTIC.bound(GROUP), 1000)
     total, non_finite = observed(grad, torch.zeros(1000), bits, step=100000)
-    assert non_finite == 0
+    assert not non_finite
     assert math.isclose(total / 2**bits / 1000, 100.0, rel_tol=1e-6)
-    assert observed(grad, torch.full((1000,), -1e30), bits)[1] == 1000
+    assert observed(grad, torch.full((1000,), -1e30), bits)[1]
 
 
 def test_terms_are_rounded_half_to_even() -> None:
     """A statistic of 1, 3, 5, 7 halves of the unit: 0, 2, 2 and 4 units."""
     for value, units in ((0.5, 0), (1.5, 2), (2.5, 2), (3.5, 4)):
         grad = torch.tensor([value])
-        sums, _ = BACKEND.observe(IDENTITY, [Operand.whole(grad, grad, ())], torch.empty(1, 0), [10.0], [0], None)
+        operands = Operands.whole([grad], [grad], [])
+        sums, _ = BACKEND.observe(IDENTITY, operands, torch.empty(1, 0), torch.tensor([10.0]), torch.ones(1), None)
         assert int(sums[0]) == units
 
 
 def test_zero_gradients_have_statistic_0_even_if_eps_squared_underflows() -> None:
-    operand = Operand.whole(torch.zeros(3), torch.zeros(3), (torch.zeros(3), torch.zeros(3)))
+    zeros = torch.zeros(3)
+    operands = Operands.whole([zeros], [zeros], [[zeros], [zeros]])
     for eps in (0.0, 1e-30):
         coefficients = torch.tensor([STATISTIC.coefficients(GROUP | {"eps": eps}, 1)], dtype=torch.float64).float()
-        sums, non_finite = BACKEND.observe(STATISTIC, [operand], coefficients, [100.0], [30], None)
+        sums, non_finite = BACKEND.observe(STATISTIC, operands, coefficients, torch.tensor([100.0]), torch.tensor([2.0**24]), None)
         assert (int(sums[0]), int(non_finite[0])) == (0, 0)
 
 

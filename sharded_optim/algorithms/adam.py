@@ -6,8 +6,9 @@
     v     <- beta2 * v + (1 - beta2) * g^2
     theta <- theta - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
-AMSGrad has max(v so far) for v in the last line. The order of operations is that of torch.optim.AdamW, so that the two differ by single
-roundings. optimi keeps debiased moments instead of m and v, which is the same in exact arithmetic.
+AMSGrad has max(v so far) for v in the last line, whose fraction is expanded by sqrt(1 - beta2^t): that saves each element a division. But
+for that the order of operations is torch.optim.AdamW's, so that the two differ by single roundings. optimi keeps debiased moments instead
+of m and v, which is the same in exact arithmetic.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ def moments(grad, exp_avg, exp_avg_sq, beta1, one_minus_beta1, beta2, one_minus_
     return exp_avg, exp_avg_sq
 
 
-def descent(exp_avg, exp_avg_sq, step_size, root_bias_correction2, eps):
-    return xp.divide(step_size * exp_avg, xp.divide(xp.sqrt(exp_avg_sq), root_bias_correction2) + eps)
+def descent(exp_avg, exp_avg_sq, step_size, eps):
+    return xp.divide(step_size * exp_avg, xp.sqrt(exp_avg_sq) + eps)
 
 
 def update(
@@ -50,12 +51,11 @@ def update(
     beta2,
     one_minus_beta2,
     step_size,
-    root_bias_correction2,
     eps,
 ):
     grad = grad + l2 * param
     exp_avg, exp_avg_sq = moments(grad, exp_avg, exp_avg_sq, beta1, one_minus_beta1, beta2, one_minus_beta2)
-    param = decay * param - descent(exp_avg, exp_avg_sq, step_size, root_bias_correction2, eps)
+    param = decay * param - descent(exp_avg, exp_avg_sq, step_size, eps)
     return param, exp_avg, exp_avg_sq
 
 
@@ -72,19 +72,18 @@ def update_amsgrad(
     beta2,
     one_minus_beta2,
     step_size,
-    root_bias_correction2,
     eps,
 ):
     grad = grad + l2 * param
     exp_avg, exp_avg_sq = moments(grad, exp_avg, exp_avg_sq, beta1, one_minus_beta1, beta2, one_minus_beta2)
     max_exp_avg_sq = xp.maximum(max_exp_avg_sq, exp_avg_sq)
-    param = decay * param - descent(exp_avg, max_exp_avg_sq, step_size, root_bias_correction2, eps)
+    param = decay * param - descent(exp_avg, max_exp_avg_sq, step_size, eps)
     return param, exp_avg, exp_avg_sq, max_exp_avg_sq
 
 
 def undo(param, grad, exp_avg, exp_avg_sq, *coefficients):
-    _, decay, _, _, _, _, step_size, root_bias_correction2, eps = coefficients
-    return xp.divide(param + descent(exp_avg, exp_avg_sq, step_size, root_bias_correction2, eps), decay)
+    _, decay, _, _, _, _, step_size, eps = coefficients
+    return xp.divide(param + descent(exp_avg, exp_avg_sq, step_size, eps), decay)
 
 
 def undo_amsgrad(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, *coefficients):
@@ -92,18 +91,18 @@ def undo_amsgrad(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, *coefficients
 
 
 def coefficients(group: Mapping[str, Any], step: int | Tensor, lr_scale: Number) -> Coefficients:
-    """The last nine arguments of `update`; `lr_scale` multiplies the learning rate, in the step and in the decay alike."""
+    """The last eight arguments of `update`; `lr_scale` multiplies the learning rate, in the step and in the decay alike."""
     beta1, beta2 = group["betas"]
     correction2 = bias_correction(beta2, step)
+    root = xp.sqrt_of_scalars(correction2) if isinstance(correction2, Tensor) else math.sqrt(correction2)
     return (
         *decay_coefficients(group, lr_scale),
         beta1,
         1.0 - beta1,
         beta2,
         1.0 - beta2,
-        lr_scale * group["lr"] / bias_correction(beta1, step),
-        xp.sqrt_of_scalars(correction2) if isinstance(correction2, Tensor) else math.sqrt(correction2),
-        group["eps"],
+        lr_scale * group["lr"] / bias_correction(beta1, step) * root,
+        group["eps"] * root,
     )
 
 

@@ -5,7 +5,8 @@ All give the same bits as `eager`, the reference. To add one, write a module wit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -18,30 +19,63 @@ from sharded_optim.algorithms import Algorithm, Statistic
 from sharded_optim.formats import Format, format_of
 from sharded_optim.segment import Segment
 
-__all__ = ["AUTO", "Backend", "Operand", "available", "candidates", "choose"]
+__all__ = ["AUTO", "Backend", "Column", "Operands", "addresses_of", "available", "candidates", "choose"]
 
-MODULES = ("eager", "cpu")  # in the order in which "auto" takes them; imported when asked for
+MODULES = ("cpu", "eager")  # in the order in which "auto" takes them; imported when asked for
 EXTRAS = {"cpu": "cpu"}  # what a backend's packages are installed by
 AUTO = "auto"
 TRITON = "triton"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Operand:
-    """The local tensors of one parameter in one step: equal shapes, any dtypes that have a format, any strides."""
+class Column:
+    """One tensor of each of several parameters: equal dtypes and devices, any shapes and strides.
 
-    segment: Segment  # which elements of which tensor these are, in the tensors' row-major order
-    param: Tensor  # written by update
-    extra: tuple[Tensor, ...]  # the further arrays of the parameter's format; written by update
-    format: Format  # how the parameter is stored
-    grad: Tensor  # read-only
-    state: tuple[Tensor, ...]  # in the order of Algorithm.state, each in the plain format of its dtype; written by update
+    Attributes:
+        tensors: their shapes, strides and dtype never change; which memory they lie in may, between two calls of a backend.
+        addresses: of the memory of each: int64.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors = tensors
+        self.addresses = addresses_of(tensors)
+
+
+def addresses_of(tensors: Iterable[Tensor]) -> array[int]:
+    return array("q", map(Tensor.data_ptr, tensors))
+
+
+@dataclass(kw_only=True, eq=False)
+class Operands:
+    """Parameters of one process that a call of a backend steps, all stored alike, column by column.
+
+    A backend may keep, as long as the object lives, what it derives from shapes, strides, dtypes and segments.
+    """
+
+    segments: Sequence[Segment]  # which elements of which tensor each parameter's are, in row-major order
+    format: Format  # how the parameters are stored
+    param: Column  # written by update
+    extra: tuple[Column, ...]  # the further arrays of the format; written by update
+    grad: Column  # read-only
+    state: tuple[Column, ...]  # in the order of Algorithm.state, each in the plain format of its dtype; written by update
 
     @classmethod
-    def whole(cls, param: Tensor, grad: Tensor, state: Sequence[Tensor], name: str = "param") -> Operand:
-        """A whole tensor in the plain format of its dtype."""
-        segment = Segment.whole(name, param.shape)
-        return cls(segment=segment, param=param, extra=(), format=format_of(param.dtype), grad=grad, state=tuple(state))
+    def whole(cls, params: Sequence[Tensor], grads: Sequence[Tensor], state: Sequence[Sequence[Tensor]]) -> Operands:
+        """Whole tensors in the plain format of their dtype, the same for all."""
+        return cls(
+            segments=[Segment.whole("param", param.shape) for param in params],
+            format=format_of(params[0].dtype),
+            param=Column(params),
+            extra=(),
+            grad=Column(grads),
+            state=tuple(map(Column, state)),
+        )
+
+    def __len__(self) -> int:
+        return len(self.segments)
+
+    @property
+    def device(self) -> torch.device:
+        return self.param.tensors[0].device
 
 
 class Backend(Protocol):
@@ -56,29 +90,29 @@ class Backend(Protocol):
     def observe(
         self,
         statistic: Statistic | None,
-        operands: Sequence[Operand],
+        operands: Operands,
         coefficients: Tensor,  # fp32 (operands, coefficients of the statistic), on the operands' device
-        limits: Sequence[float],  # the largest statistic that is possible, of each operand
-        bits: Sequence[int],  # fraction bits of the fixed-point sum, of each operand
+        limits: Tensor,  # fp32 (operands,), the largest statistic that is possible
+        scales: Tensor,  # fp32 (operands,), powers of two with limits * scales < 2**31
         grad_scale: Tensor | None,  # fp32 (), multiplies every gradient
     ) -> tuple[Tensor, Tensor]:
         """Sum each operand's statistic in fixed point. Writes nothing.
 
         Returns:
-            sums: int64 (operands,), the sum of round_half_even(statistic * 2**bits) over the elements that are finite.
-            non_finite: int64 (operands,), how many elements are not: NaN, or beyond the limit. Without a statistic, how many gradients
-                have no finite square.
+            sums: int64 (operands,), the sum of round_half_even(statistic * scale) over the elements that are finite.
+            non_finite: int64 (operands,), not 0 where an element is not: NaN, or beyond the limit. Without a statistic, where a gradient
+                has no finite square.
         """
         ...
 
     def update(
         self,
         algorithm: Algorithm,
-        operands: Sequence[Operand],
+        operands: Operands,
         coefficients: Tensor,  # fp32 (operands, coefficients of algorithm.update)
         proceed: Tensor | None,  # bool (); where False nothing changes. None: always proceed
         grad_scale: Tensor | None,
-        noise_keys: Tensor | None,  # int64 (operands,), what `noise.uniform` draws with; None if no format is random
+        noise_keys: Tensor | None,  # int64 (operands,), what `noise.uniform` draws with; None if the format is not random
     ) -> None:
         """Write the new parameters and state."""
         ...
@@ -116,8 +150,8 @@ def candidates(backend: str, triton: bool | None) -> tuple[str, ...]:
     return tuple(name for name in names if triton is None or name != TRITON)
 
 
-def choose(names: Sequence[str], device: torch.device, dtypes: frozenset[torch.dtype]) -> Backend:
-    """The first of the named backends that supports the device and dtypes.
+def choose(names: Sequence[str], device: torch.device, dtypes: frozenset[torch.dtype]) -> tuple[Backend, list[str]]:
+    """The first of the named backends that supports the device and dtypes, and why those before it do not.
 
     Raises:
         ValueError: all of them decline; says why.
@@ -131,6 +165,6 @@ def choose(names: Sequence[str], device: torch.device, dtypes: frozenset[torch.d
             continue
         reason = backend.supports(device, dtypes)
         if reason is None:
-            return backend
+            return backend, reasons
         reasons.append(f"{name}: {reason}")
     raise ValueError(f"no backend for {device} and {', '.join(map(str, dtypes))}: {'; '.join(reasons)}; backend='auto' picks one that fits")

@@ -5,7 +5,7 @@ A kernel is made for each combination of algorithm, parameter format and dtypes 
 bound to `cpu_scalars.py` (`_compiled`). Kernels are written to a cache folder under a name that changes with any source they are made of,
 so that numba's on-disk cache spares later processes the compilation.
 
-A kernel gets a table of addresses, one row per operand, and a table of work, runs of at most `CHUNK` elements, over which threads are
+A kernel gets a table of addresses, one column per operand, and a table of work, runs of at most `CHUNK` elements, over which threads are
 spread. Memory needs no alignment. Tensors of one operand must be equally strided and dense, as wrappers give them; others are copied.
 """
 
@@ -16,12 +16,13 @@ import importlib.util
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import FunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numba
 import numpy as np
@@ -31,13 +32,14 @@ from torch.autograd.graph import increment_version
 
 from sharded_optim import algorithms
 from sharded_optim.algorithms import Algorithm, Statistic
-from sharded_optim.backends import Operand, cpu_scalars
+from sharded_optim.backends import Column, Operands, cpu_scalars
 from sharded_optim.formats import FORMATS, format_of
 from sharded_optim.noise import RESOLUTION
 
 __all__ = ["BACKEND"]
 
 CHUNK = 16384  # elements: 64 KiB of fp32, several of which fit a core's second-level cache
+assert CHUNK < 2**15, "a chunk's sums of 16 bits each must fit 32"
 assert RESOLUTION == 24, "cpu_scalars.uniform draws so many bits"
 
 MOST_THREADS = numba.get_num_threads()  # numba's pool, when it was imported
@@ -50,111 +52,121 @@ class Cpu:
 
     name = "cpu"
 
+    def __init__(self) -> None:
+        self._tables: WeakKeyDictionary[Operands, _Tables] = WeakKeyDictionary()
+
     def supports(self, device: torch.device, dtypes: frozenset[torch.dtype]) -> str | None:
         return None if device.type == "cpu" else f"it runs on the CPU, not on {device}"
 
     def observe(
         self,
         statistic: Statistic | None,
-        operands: Sequence[Operand],
+        operands: Operands,
         coefficients: Tensor,
-        limits: Sequence[float],
-        bits: Sequence[int],
+        limits: Tensor,
+        scales: Tensor,
         grad_scale: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
+        columns = [operands.grad, *(operands.state if statistic else ())]
+        tables = self._tables_of(operands)
+        addresses, copies = tables.addresses(columns)
+        kernel = _observe_kernel(statistic, tuple(map(_kind, columns)))
+        items = np.empty((len(tables.work), 2), np.int64)
+        with _threads():
+            kernel(tables.work, addresses, coefficients.numpy(), limits.numpy(), scales.numpy(), _scale(grad_scale), items)
+        del copies  # not before the kernel has run
         sums, non_finite = np.zeros(len(operands), np.int64), np.zeros(len(operands), np.int64)
-        table, scale = coefficients.numpy(), _scale(grad_scale)
-        for kinds, rows in _alike(operands, lambda each: (each.grad, *(each.state if statistic else ()))):
-            flats = [_flat(operands[row].grad, *(operands[row].state if statistic else ())) for row in rows]
-            addresses, work = _tables(flats)
-            kernel = _observe_kernel(statistic, kinds)
-            scales = np.ldexp(1.0, np.asarray([bits[row] for row in rows]))
-            items = np.empty((len(work), 2), np.int64)
-            with _threads():
-                kernel(
-                    work,
-                    addresses,
-                    np.ascontiguousarray(table[rows]),
-                    np.asarray([limits[row] for row in rows], np.float32),
-                    scales,
-                    scale,
-                    items,
-                )
-            np.add.at(sums, np.asarray(rows)[work[:, 0]], items[:, 0])
-            np.add.at(non_finite, np.asarray(rows)[work[:, 0]], items[:, 1])
+        np.add.at(sums, tables.work[:, 0], items[:, 0])
+        np.add.at(non_finite, tables.work[:, 0], items[:, 1])
         return torch.from_numpy(sums), torch.from_numpy(non_finite)
 
     def update(
         self,
         algorithm: Algorithm,
-        operands: Sequence[Operand],
+        operands: Operands,
         coefficients: Tensor,
         proceed: Tensor | None,
         grad_scale: Tensor | None,
         noise_keys: Tensor | None,
     ) -> None:
-        if proceed is not None and not proceed:
+        if proceed is not None and not proceed.numpy():
             return
-        table, scale = coefficients.numpy(), _scale(grad_scale)
-        for (name, *kinds), rows in _alike(operands, lambda each: (each.grad, *each.state), lambda each: each.format.name):
-            written = [(operands[row].param, *operands[row].extra, *operands[row].state) for row in rows]
-            random = operands[rows[0]].format.is_random
-            flats = [_flat(*tensors, operands[row].grad, ordered=random) for tensors, row in zip(written, rows, strict=True)]
-            addresses, work = _tables(flats)
-            keys = noise_keys.numpy()[rows] if random and noise_keys is not None else np.zeros(1, np.int64)
-            segments = np.asarray([_runs(operands[row]) for row in rows] if random else [(0, 1, 1)], np.int64)
-            kernel = _update_kernel(algorithm, name, tuple(kinds))
-            with _threads():
-                kernel(work, addresses, np.ascontiguousarray(table[rows]), scale, keys, segments)
-            for tensors, copies in zip(written, flats, strict=True):
-                for tensor, copy in zip(tensors, copies, strict=False):  # the last of the copies is the gradient's
-                    if copy is not tensor:
-                        tensor.copy_(copy)
-            increment_version([tensor for tensors in written for tensor in tensors])  # as a torch operation would: autograd looks at it
+        written = [operands.param, *operands.extra, *operands.state]
+        tables = self._tables_of(operands)
+        addresses, copies = tables.addresses([*written, operands.grad])
+        keys = NO_KEYS if noise_keys is None else noise_keys.numpy()
+        kernel = _update_kernel(algorithm, operands.format.name, tuple(map(_kind, (operands.grad, *operands.state))))
+        with _threads():
+            kernel(tables.work, addresses, coefficients.numpy(), _scale(grad_scale), keys, tables.runs)
+        for (column, row), copy in copies.items():
+            if column < len(written):
+                written[column].tensors[row].copy_(copy)
+        increment_version(operands.param.tensors)  # as a torch operation would: autograd looks at it
+
+    def _tables_of(self, operands: Operands) -> _Tables:
+        if operands not in self._tables:
+            self._tables[operands] = _Tables(operands)
+        return self._tables[operands]
 
 
 # ----------------------------------------------------------------------------------------------------------------------- operands
+
+NO_KEYS = np.zeros(1, np.int64)
+
+
+class _Tables:
+    """What follows from the shapes and strides of operands.
+
+    Attributes:
+        work: int64 (items, 3): operand, first element, number of elements.
+        runs: int64 (operands, 3): start, run and stride of each segment, for formats that draw random numbers.
+    """
+
+    def __init__(self, operands: Operands) -> None:
+        counts = np.asarray([tensor.numel() for tensor in operands.param.tensors], np.int64)
+        items = -(-counts // CHUNK)
+        rows = np.repeat(np.arange(len(counts)), items)
+        first = (np.arange(len(rows)) - np.repeat(np.cumsum(items) - items, items)) * CHUNK
+        self.work = np.stack([rows, first, np.minimum(CHUNK, counts[rows] - first)], axis=1)
+        self.runs = np.asarray([(segment.start, max(segment.run, 1), segment.stride) for segment in operands.segments], np.int64)
+        columns = [column.tensors for column in (operands.param, *operands.extra, *operands.state, operands.grad)]
+        ordered = operands.format.is_random
+        self._scattered = [row for row, tensors in enumerate(zip(*columns, strict=True)) if not _lie_alike(tensors, ordered=ordered)]
+
+    def addresses(self, columns: Sequence[Column]) -> tuple[np.ndarray, dict[tuple[int, int], Tensor]]:
+        """Where the elements of each column lie, one after the other, those of a row in equal order.
+
+        Returns:
+            addresses: int64 (columns, operands).
+            copies: (column, row) of the tensors that had to be copied for that, and the copies, which must live until they are used.
+        """
+        table = np.empty((len(columns), len(columns[0].addresses)), np.int64)
+        copies = {}
+        for index, column in enumerate(columns):
+            table[index] = column.addresses
+            for row in self._scattered:
+                copy = column.tensors[row].contiguous()
+                if copy is not column.tensors[row]:
+                    copies[index, row] = copy
+                    table[index, row] = copy.data_ptr()
+        return table, copies
+
+
+def _kind(column: Column) -> str:
+    return format_of(column.tensors[0].dtype).name
 
 
 def _scale(grad_scale: Tensor | None) -> np.float32:
     return np.float32(1.0 if grad_scale is None else grad_scale.numpy())
 
 
-def _runs(operand: Operand) -> tuple[int, int, int]:
-    segment = operand.segment
-    return segment.start, max(segment.run, 1), segment.stride
-
-
-def _alike(
-    operands: Sequence[Operand], tensors: Callable[[Operand], tuple[Tensor, ...]], name: Callable[[Operand], str] | None = None
-) -> Iterable[tuple[tuple[str, ...], list[int]]]:
-    """(names of formats, rows) of the operands that one kernel can step."""
-    groups: dict[tuple[str, ...], list[int]] = {}
-    for row, operand in enumerate(operands):
-        kinds = tuple(format_of(tensor.dtype).name for tensor in tensors(operand))
-        groups.setdefault((name(operand), *kinds) if name else kinds, []).append(row)
-    return groups.items()
-
-
-def _flat(*tensors: Tensor, ordered: bool = False) -> tuple[Tensor, ...]:
-    """The tensors, or contiguous copies where they do not all lie alike and without gaps, or not in order where they must."""
+def _lie_alike(tensors: Sequence[Tensor], *, ordered: bool) -> bool:
+    """Whether all lie in memory in the same order and without gaps, in row-major order if it must be."""
     if all(tensor.is_contiguous() for tensor in tensors):
-        return tensors
+        return True
     shape, strides = tensors[0].shape, tensors[0].stride()
     span = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + 1
-    if not ordered and span == shape.numel() and min(strides) > 0 and all(tensor.stride() == strides for tensor in tensors):
-        return tensors
-    return tuple(tensor.contiguous() for tensor in tensors)
-
-
-def _tables(flats: Sequence[tuple[Tensor, ...]]) -> tuple[np.ndarray, np.ndarray]:
-    """(addresses: int64 (operands, tensors), work: int64 (items, 3), of operand, first element, number of elements)."""
-    addresses = np.asarray([[tensor.data_ptr() for tensor in tensors] for tensors in flats], np.int64)
-    counts = np.asarray([tensors[0].numel() for tensors in flats], np.int64)
-    items = -(-counts // CHUNK)
-    rows = np.repeat(np.arange(len(counts)), items)
-    first = (np.arange(len(rows)) - np.repeat(np.cumsum(items) - items, items)) * CHUNK
-    return addresses, np.stack([rows, first, np.minimum(CHUNK, counts[rows] - first)], axis=1)
+    return not ordered and span == shape.numel() and min(strides) > 0 and all(tensor.stride() == strides for tensor in tensors)
 
 
 @contextmanager
@@ -224,18 +236,21 @@ def _observe_kernel(statistic: Statistic | None, kinds: tuple[str, ...]) -> Any:
     functions: dict[str, Any] = {}
     if statistic is None:
         name = f"finite_{grad_kind}"
-        lines = [f"g = {arguments[0]}", "bad += np.int64(not (g * g < np.float32(np.inf)))"]
+        lines = [f"g = {arguments[0]}", "bad = add_int32(bad, np.int32(not (g * g < np.float32(np.inf))))"]
     else:
         coefficients = [f"c{index}" for index in range(_count(statistic.observe) - len(kinds))]
         functions["observe"] = _compiled(statistic.observe)
         name = f"observe_{statistic.observe.__module__.rpartition('.')[2]}_{'_'.join(kinds)}"
         lines = [
             f"value = observe({', '.join([*arguments, *coefficients])})",
-            "finite = value <= limits[row]",
-            "total += fixed_point(value if finite else np.float32(0.0), scales[row])",
-            "bad += np.int64(not finite)",
+            "finite = value <= limit",
+            "q = fixed_point(value if finite else np.float32(0.0), scale_of_sum)",
+            "low = add_int32(low, q & LOW_BITS)",
+            "high = add_int32(high, q >> LOW)",
+            "bad = add_int32(bad, np.int32(not finite))",
         ]
-    before, after = ["total = np.int64(0)", "bad = np.int64(0)"], ["items[item, 0] = total", "items[item, 1] = bad"]
+    before = ["limit, scale_of_sum = limits[row], scales[row]", *(f"{name} = np.int32(0)" for name in ("low", "high", "bad"))]
+    after = ["items[item, 0] = np.int64(low) + (np.int64(high) << np.int64(LOW))", "items[item, 1] = bad"]
     signature = "work, addresses, coefficients, limits, scales, scale, items"
     return _make(name, _kernel_source(signature, {"grad": grad_kind, **states}, coefficients, before, lines, after), functions)
 
@@ -254,7 +269,7 @@ def _kernel_source(
 ) -> str:
     indent = "\n        "
     arrays = [
-        f"{name} = carray(pointer(addresses[row, {column}] + {ITEMSIZE[kind]} * first, np.{NUMPY[kind]}), (count,))"
+        f"{name} = carray(pointer(addresses[{column}, row] + {ITEMSIZE[kind]} * first, np.{NUMPY[kind]}), (count,))"
         for column, (name, kind) in enumerate(tensors.items())
     ]
     constants = [f"{name} = coefficients[row, {index}]" for index, name in enumerate(coefficients)]

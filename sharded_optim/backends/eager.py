@@ -5,14 +5,13 @@ It defines the bits that every other backend must give. Each torch operation rou
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from sharded_optim.algorithms import Algorithm, Statistic
-from sharded_optim.backends import Operand
+from sharded_optim.backends import Column, Operands
 from sharded_optim.formats import format_of
 from sharded_optim.noise import uniform
 
@@ -30,48 +29,53 @@ class Eager:
     def observe(
         self,
         statistic: Statistic | None,
-        operands: Sequence[Operand],
+        operands: Operands,
         coefficients: Tensor,
-        limits: Sequence[float],
-        bits: Sequence[int],
+        limits: Tensor,
+        scales: Tensor,
         grad_scale: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         sums = torch.zeros(len(operands), dtype=torch.int64, device=coefficients.device)
         non_finite = torch.zeros_like(sums)
-        for index, (operand, row, limit, fraction) in enumerate(zip(operands, coefficients, limits, bits, strict=True)):
-            grad = _load_grad(operand, grad_scale)
+        rows = zip(*_columns(operands.grad, *operands.state), coefficients, limits, scales, strict=True)
+        for index, (stored_grad, *state, row, limit, scale) in enumerate(rows):
+            grad = _load_grad(stored_grad, grad_scale)
             if statistic is None:
-                non_finite[index] = (~torch.isfinite(grad * grad)).sum()
+                non_finite[index] = (~torch.isfinite(grad * grad)).any()
                 continue
-            values = statistic.observe(grad, *map(_load, operand.state), *row.unbind())
+            values = statistic.observe(grad, *map(_load, state), *row.unbind())
             finite = values <= limit  # False for NaN too
-            scaled = torch.where(finite, values, 0.0).to(torch.float64) * math.ldexp(1.0, fraction)
+            scaled = torch.where(finite, values, 0.0) * scale  # exact, by a power of two
             sums[index] = scaled.round().to(torch.int64).sum()
-            non_finite[index] = (~finite).sum()
+            non_finite[index] = (~finite).any()
         return sums, non_finite
 
     def update(
         self,
         algorithm: Algorithm,
-        operands: Sequence[Operand],
+        operands: Operands,
         coefficients: Tensor,
         proceed: Tensor | None,
         grad_scale: Tensor | None,
         noise_keys: Tensor | None,
     ) -> None:
-        for index, (operand, row) in enumerate(zip(operands, coefficients, strict=True)):
-            param = operand.format.load(operand.param, *operand.extra)
-            param, *state = algorithm.update(param, _load_grad(operand, grad_scale), *map(_load, operand.state), *row.unbind())
+        fmt = operands.format
+        rows = zip(*_columns(operands.param, *operands.extra, *operands.state, operands.grad), coefficients, operands.segments, strict=True)
+        for index, (*written, grad, row, segment) in enumerate(rows):
+            arrays, state = written[: 1 + len(fmt.extra)], written[1 + len(fmt.extra) :]
+            param = fmt.load(*arrays)
+            param, *new_state = algorithm.update(param, _load_grad(grad, grad_scale), *map(_load, state), *row.unbind())
             random = None
-            if operand.format.is_random:
+            if fmt.is_random:
                 assert noise_keys is not None
-                random = uniform(noise_keys[index], operand.segment).view(param.shape)
-            values = [
-                *operand.format.store(param, random),
-                *(_store(value, into) for value, into in zip(state, operand.state, strict=True)),
-            ]
-            for target, value in zip((operand.param, *operand.extra, *operand.state), values, strict=True):
+                random = uniform(noise_keys[index], segment).view(param.shape)
+            values = [*fmt.store(param, random), *(_store(value, into) for value, into in zip(new_state, state, strict=True))]
+            for target, value in zip(written, values, strict=True):
                 target.copy_(value if proceed is None else torch.where(proceed, value, target))
+
+
+def _columns(*columns: Column) -> Iterator[Sequence[Tensor]]:
+    return (column.tensors for column in columns)
 
 
 def _load(stored: Tensor) -> Tensor:
@@ -83,8 +87,8 @@ def _store(value: Tensor, target: Tensor) -> Tensor:
     return stored
 
 
-def _load_grad(operand: Operand, grad_scale: Tensor | None) -> Tensor:
-    grad = _load(operand.grad)
+def _load_grad(stored: Tensor, grad_scale: Tensor | None) -> Tensor:
+    grad = _load(stored)
     return grad if grad_scale is None else grad * grad_scale
 
 

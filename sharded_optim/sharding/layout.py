@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
+from operator import is_
 from typing import Any
 
 import torch
@@ -46,7 +48,35 @@ class Layout:
     numels: tuple[int, ...]  # of these tensors
     slots: tuple[int, ...]  # index into `names` of each local parameter
     owned: tuple[bool, ...]  # whether this rank is the one that speaks for the piece; replicas have exactly one owner
-    shapes: tuple[torch.Size, ...] = field(repr=False)  # of the local parameters when they were described
+
+    @cached_property
+    def params(self) -> list[Tensor]:
+        """Of each local parameter."""
+        return [entry.param for entry in self.local_params]
+
+    @cached_property
+    def tensor_numels(self) -> Tensor:
+        """`numels`: int64 (tensors,)."""
+        return torch.tensor(self.numels, dtype=torch.int64)
+
+    @cached_property
+    def slot_indices(self) -> Tensor:
+        """`slots`: int64 (local parameters,)."""
+        return torch.tensor(self.slots, dtype=torch.int64)
+
+    @cached_property
+    def owns(self) -> Tensor:
+        """`owned`: bool (local parameters,)."""
+        return torch.tensor(self.owned, dtype=torch.bool)
+
+    @cached_property
+    def held(self) -> Tensor:
+        """Whether this rank holds an element of each: bool (local parameters,)."""
+        return torch.tensor([entry.segment.numel > 0 for entry in self.local_params], dtype=torch.bool)
+
+    @cached_property
+    def _numels_described(self) -> list[int]:
+        return list(map(Tensor.numel, self.params))
 
     @classmethod
     def of_rank(cls, local_params: Sequence[LocalParam]) -> Layout:
@@ -57,7 +87,6 @@ class Layout:
             numels=tuple(entry.segment.tensor_numel for entry in local_params),
             slots=tuple(range(len(local_params))),
             owned=(True,) * len(local_params),
-            shapes=tuple(entry.param.shape for entry in local_params),
         )
 
     @classmethod
@@ -108,15 +137,12 @@ class Layout:
             numels=tuple(pieces[0][1].segment.tensor_numel for pieces in holders.values()),
             slots=tuple(index[entry.segment.name] for entry in local_params),
             owned=tuple(owner[entry.segment] == rank for entry in local_params),
-            shapes=tuple(entry.param.shape for entry in local_params),
         )
 
     def describes(self, params: Sequence[Tensor]) -> bool:
         """Whether these are the parameters this layout was built from; wrappers replace them."""
-        if len(params) != len(self.local_params):
-            return False
-        pairs = zip(params, self.local_params, self.shapes, strict=True)
-        return all(param is entry.param and param.shape == shape for param, entry, shape in pairs)
+        same = len(params) == len(self.local_params) and all(map(is_, params, self.params))
+        return same and list(map(Tensor.numel, params)) == self._numels_described
 
 
 @dataclass(frozen=True, kw_only=True)

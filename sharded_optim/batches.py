@@ -1,0 +1,314 @@
+"""What a step steps: the local parameters that have a gradient, in batches that one call of a backend takes. Used by the engine.
+
+Batches are kept from step to step. What a step costs for each tensor besides its arithmetic is then what it takes to see that everything is
+where it was: wrappers and users replace gradients, state and memory at any time.
+"""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from collections.abc import Callable, Sequence
+from operator import attrgetter, is_, itemgetter
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from sharded_optim import noise
+from sharded_optim.algorithms import Algorithm, Statistic
+from sharded_optim.backends import Backend, Column, Operands, addresses_of, choose
+from sharded_optim.coefficients import known_on_host, next_steps
+from sharded_optim.formats import Format
+from sharded_optim.param_groups import hyperparameter_key
+from sharded_optim.sharding import Layout, LocalParam
+from sharded_optim.state import STEP
+from sharded_optim.stateful import StatefulOptimizer
+from sharded_optim.statistics import FixedPoint
+
+__all__ = ["Batch", "Batches"]
+
+Group = dict[str, Any]
+Choice = tuple[Algorithm, Format]
+
+logger = logging.getLogger(__name__)
+
+
+class Batch:
+    """The local parameters that one backend steps in one call: stored alike, by one algorithm.
+
+    Attributes:
+        backend, algorithm, operands: what is called, with what.
+        entries: the local parameters, in the order of the operands.
+        indices: int64 (operands,), their places in the layout.
+        members: the param groups, each with the rows of its operands: int64 on the operands' device, or None for all.
+        steps: fp32 (operands,), the steps that each has taken. The optimizer's state has views of it.
+    """
+
+    def __init__(
+        self, optimizer: StatefulOptimizer, backend: Backend, choice: Choice, rows: Sequence[tuple[int, LocalParam, Group]]
+    ) -> None:
+        self.backend = backend
+        self.algorithm, fmt = choice
+        indices, entries, groups = zip(*rows, strict=True)
+        self.indices = torch.tensor(indices)
+        self.entries: Sequence[LocalParam] = entries
+        self._rows: Sequence[int] = indices
+        self._groups: Sequence[Group] = groups
+        self._params = [entry.param for entry in self.entries]
+        state = [optimizer.state[param] for param in self._params]
+        self._names = (*fmt.extra, *self.algorithm.state)
+        self._param = _Source(self.entries, "parameter", self._params)
+        self._grad = _Source(self.entries, "gradient", [param.grad for param in self._params])
+        self._state = [_Source(self.entries, "state", [values[name] for values in state]) for name in self._names]
+        self.operands = Operands(
+            segments=[entry.segment for entry in self.entries],
+            format=fmt,
+            param=self._param.column,
+            extra=tuple(source.column for source in self._state[: len(fmt.extra)]),
+            grad=self._grad.column,
+            state=tuple(source.column for source in self._state[len(fmt.extra) :]),
+        )
+        rows_of = _rows_of(groups)
+        self.members = [(groups[each[0]], None if len(rows_of) == 1 else torch.tensor(each).to(self.device)) for each in rows_of]
+        self._firsts = [(groups[each[0]], entries[each[0]].param) for each in rows_of]  # a parameter of each group
+        self._fixed_point: tuple[Any, FixedPoint] | None = None
+        self.steps = torch.empty(0)
+        self._counters: list[Tensor] = []
+        self._take_counters_home(state)
+
+    @property
+    def device(self) -> torch.device:
+        return self.operands.device
+
+    def renew(self, grads: Sequence[Tensor | None], optimizer: StatefulOptimizer) -> bool:
+        """Take what this step brings.
+
+        Args:
+            grads: of all local parameters of the layout.
+
+        Returns:
+            False if it is not like the step before, so that the batch must be built anew.
+
+        Raises:
+            ValueError: a gradient, or state, that cannot be used.
+        """
+        for group, param in self._firsts:
+            algorithm, fmt = optimizer.choice_of(param, group)
+            if algorithm.name != self.algorithm.name or fmt is not self.operands.format:
+                return False
+        taken = [grads[row] for row in self._rows]
+        state: list[Any] = list(map(optimizer.state.get, self._params))
+        try:
+            counters, *columns = [list(map(itemgetter(name), state)) for name in (STEP, *self._names)]
+        except (KeyError, TypeError):  # state is missing
+            return False
+        sources = zip((self._param, self._grad, *self._state), (self._params, taken, *columns), strict=True)
+        if not all(source.renew(tensors) for source, tensors in sources):
+            return False
+        if not all(map(is_, counters, self._counters)) or not self._counters_are_home():
+            self._take_counters_home(state)
+        return True
+
+    def release(self) -> None:
+        """Let go of gradients and state until the next step, which asks for them anew."""
+        for source in (self._grad, *self._state):
+            source.release()
+
+    def fixed_point(self, statistic: Statistic | None) -> FixedPoint:
+        """How the statistic of each operand is summed; None stands for a statistic that is 0."""
+        bounds = [0.0 if statistic is None else statistic.bound(group) for group, _ in self.members]
+        if self._fixed_point is None or self._fixed_point[0] != bounds:  # hyperparameters have changed
+            bound = torch.empty(len(self.entries), dtype=torch.float64)
+            for value, (_, rows) in zip(bounds, self.members, strict=True):
+                bound[slice(None) if rows is None else rows.cpu()] = value
+            numels = [segment.tensor_numel for segment in self.operands.segments]
+            self._fixed_point = bounds, FixedPoint.of(bound.tolist(), numels, self.device)
+        return self._fixed_point[1]
+
+    def keys(self) -> Tensor:
+        """A number for each operand, the same on two ranks if they use the same hyperparameters at the same step: int64 (operands,)."""
+        result = torch.empty(len(self.entries), dtype=torch.int64)
+        for group, rows in self.members:
+            steps = (self.steps if rows is None else self.steps[rows]).tolist() if known_on_host(self.steps) else [-1.0]
+            keys = {step: hyperparameter_key(group, step) for step in set(steps)}
+            own = torch.tensor([keys[step] for step in steps] if len(keys) > 1 else list(keys.values()))
+            result[slice(None) if rows is None else rows.cpu()] = own
+        return result
+
+    def noise_keys(self) -> Tensor | None:
+        """What stochastic rounding draws with in this step: int64 (operands,)."""
+        if not self.operands.format.is_random:
+            return None
+        seeds = [group["rounding_seed"] for group in self._groups]
+        return noise.keys(seeds, [segment.name for segment in self.operands.segments], next_steps(self.steps))
+
+    def count_step(self, proceed: Tensor | None) -> None:
+        """Advance the counters; not where `proceed`, bool (), is False."""
+        self.steps += 1.0 if proceed is None else proceed.to(self.device, torch.float32)
+
+    def _take_counters_home(self, state: Sequence[dict[str, Any]]) -> None:
+        """Make the step counters of all parameters views of one tensor, which is read and written at once."""
+        counters = [values[STEP] for values in state]
+        self.steps = torch.stack([counter.to(self.device, torch.float32).reshape(()) for counter in counters])
+        for values, counter, home in zip(state, counters, self.steps.unbind(), strict=True):
+            if counter.device == home.device and counter.dtype == home.dtype and counter.ndim == 0:
+                counter.data = home  # who holds the counter sees it move on
+            else:
+                values[STEP] = home.detach()
+        self._counters = [values[STEP] for values in state]
+
+    def _counters_are_home(self) -> bool:
+        first, size = self.steps.data_ptr(), self.steps.element_size()
+        return addresses_of(self._counters).tolist() == list(range(first, first + size * len(self._counters), size))
+
+
+class _Source:
+    """Where a column of operands comes from: a tensor of each parameter as the wrapper gives it."""
+
+    def __init__(self, entries: Sequence[LocalParam], role: str, tensors: Sequence[Any]) -> None:
+        self._entries = entries
+        self._role = role
+        self.column = Column([entry.local(tensor, role) for entry, tensor in zip(entries, tensors, strict=True)])
+        self._described = list(map(_description, self.column.tensors))
+        self._ids = array("Q", map(id, _holders(tensors)))
+
+    def renew(self, tensors: Sequence[Any]) -> bool:
+        """Take the tensors of this step; False if they are not like those of the step before.
+
+        A tensor with the id and the address of the one before is taken for the same, without looking at its shape and dtype: memory must
+        not be kept only to compare with it, and torch itself sees to it that a gradient is shaped like its parameter.
+
+        Raises:
+            ValueError: one of them is not laid out like its parameter.
+        """
+        held = _holders(tensors)
+        ordinary = set(map(type, held)) <= ORDINARY
+        ids = array("Q", map(id, held))
+        addresses = addresses_of(held) if ordinary else array("q")
+        if addresses != self.column.addresses or ids != self._ids:
+            held = list(held)
+            for row, tensor in enumerate(tensors):
+                if not ordinary or addresses[row] != self.column.addresses[row] or ids[row] != self._ids[row]:
+                    held[row] = self._entries[row].local(tensor, self._role)
+                    if _description(held[row]) != self._described[row]:
+                        return False
+            addresses = addresses_of(held)
+        self._ids = ids
+        self.column.tensors, self.column.addresses = held, addresses
+        return True
+
+    def release(self) -> None:
+        """Let go of the tensors, whose memory may be wanted."""
+        self.column.tensors = ()
+
+
+ORDINARY = {Tensor, torch.nn.Parameter}
+
+
+def _holders(tensors: Sequence[Any]) -> Sequence[Any]:
+    """The tensors that have the memory: those inside DTensors."""
+    if set(map(type, tensors)) <= ORDINARY:
+        return tensors
+    return [getattr(tensor, "_local_tensor", tensor) for tensor in tensors]
+
+
+def _description(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def _rows_of(groups: Sequence[Group]) -> list[list[int]]:
+    """The rows of each distinct group."""
+    rows: dict[int, list[int]] = {}
+    for row, group in enumerate(groups):
+        rows.setdefault(id(group), []).append(row)
+    return list(rows.values())
+
+
+class Batches:
+    """The batches of each layout that is stepped.
+
+    Args:
+        backend_names: of the backends that may run, the preferred first.
+        together: whether a batch has all parameters that one call can take, or each its own.
+    """
+
+    def __init__(self, backend_names: Sequence[str], *, together: bool) -> None:
+        self._backend_names = backend_names
+        self._together = together
+        self._backends: dict[tuple[torch.device, frozenset[torch.dtype]], Backend] = {}
+        self._kept: WeakKeyDictionary[Layout, _Kept] = WeakKeyDictionary()
+
+    @property
+    def backends(self) -> set[str]:
+        """Names of those that run."""
+        return {backend.name for backend in self._backends.values()}
+
+    def current(self, optimizer: StatefulOptimizer, layout: Layout, groups: Sequence[Group]) -> list[Batch]:
+        """The batches of this step.
+
+        Args:
+            optimizer: whose parameters these are.
+            layout: of the parameters to step.
+            groups: the param group of each of the layout's local parameters.
+
+        Raises:
+            ValueError: a gradient, or state, that cannot be used.
+        """
+        grads = list(map(_grad, layout.params))
+        kept = self._kept.pop(layout, None)  # put back when nothing has failed
+        if kept is None or not kept.renew(optimizer, groups, grads):
+            kept = _Kept(groups, grads, self._build(optimizer, layout, groups, grads))
+        self._kept[layout] = kept
+        return kept.batches
+
+    def _build(self, optimizer: StatefulOptimizer, layout: Layout, groups: Sequence[Group], grads: Sequence[Tensor | None]) -> list[Batch]:
+        rows: dict[tuple[Any, ...], list[tuple[int, LocalParam, Group]]] = {}
+        choices: dict[tuple[Any, ...], tuple[Backend, Choice]] = {}
+        for index, (entry, group, grad) in enumerate(zip(layout.local_params, groups, grads, strict=True)):
+            if grad is None:
+                continue
+            algorithm, fmt = optimizer.choice_of(entry.param, group)
+            state = optimizer.complete_state(entry.param, group, entry.segment.name)
+            dtypes = tuple(tensor.dtype for tensor in (grad, *(state[name] for name in algorithm.state)))
+            backend = self._backend_of(optimizer, entry.param, dtypes)
+            key = (entry.param.device, backend.name, algorithm.name, fmt.name, dtypes, None if self._together else id(entry.param))
+            choices[key] = backend, (algorithm, fmt)
+            rows.setdefault(key, []).append((index, entry, group))
+        return [Batch(optimizer, *choices[key], each) for key, each in rows.items()]
+
+    def _backend_of(self, optimizer: StatefulOptimizer, param: Tensor, dtypes: Sequence[torch.dtype]) -> Backend:
+        key = (param.device, frozenset((param.dtype, *dtypes)))
+        if key not in self._backends:
+            self._backends[key], declined = choose(self._backend_names, *key)
+            what = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in key[1]))
+            why = f" ({'; '.join(declined)})" if declined else ""
+            logger.info("%s steps %s on %s with the %s backend%s", type(optimizer).__name__, what, key[0], self._backends[key].name, why)
+        return self._backends[key]
+
+
+class _Kept:
+    """The batches of a layout, and what they were made for."""
+
+    def __init__(self, groups: Sequence[Group], grads: Sequence[Tensor | None], batches: list[Batch]) -> None:
+        self.batches = batches
+        self._groups = groups
+        self._absent = _absent(grads)
+
+    def renew(self, optimizer: StatefulOptimizer, groups: Sequence[Group], grads: Sequence[Tensor | None]) -> bool:
+        """Take what this step brings; False if the batches must be made anew."""
+        return (
+            all(map(is_, groups, self._groups))
+            and _absent(grads) == self._absent
+            and all(batch.renew(grads, optimizer) for batch in self.batches)
+        )
+
+
+_grad: Callable[[Tensor], Tensor | None] = attrgetter("grad")
+
+
+def _absent(grads: Sequence[Tensor | None]) -> list[int]:
+    if type(None) not in set(map(type, grads)):
+        return []
+    return [index for index, grad in enumerate(grads) if grad is None]
