@@ -31,6 +31,7 @@ __all__ = ["Batch", "Batches"]
 
 Group = dict[str, Any]
 Choice = tuple[Algorithm, Format]
+GRADIENT = "gradient"
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class Batch:
         state = [optimizer.state[param] for param in self._params]
         self._names = (*fmt.extra, *self.algorithm.state)
         self._param = _Source(self.entries, "parameter", self._params)
-        self._grad = _Source(self.entries, "gradient", [param.grad for param in self._params])
+        self._grad = _Source(self.entries, GRADIENT, [param.grad for param in self._params])
         self._state = [_Source(self.entries, "state", [values[name] for values in state]) for name in self._names]
         self.operands = Operands(
             segments=[entry.segment for entry in self.entries],
@@ -165,53 +166,54 @@ class Batch:
 
 
 class _Source:
-    """Where a column of operands comes from: a tensor of each parameter as the wrapper gives it."""
+    """Where a column of operands comes from: a tensor of each parameter, as the wrapper gives it.
+
+    A tensor at the address of the one before is taken for the same: to compare with the old one, its memory would have to be kept. That its
+    shape is the parameter's torch itself sees to, when a gradient is set; its strides are looked at.
+    """
 
     def __init__(self, entries: Sequence[LocalParam], role: str, tensors: Sequence[Any]) -> None:
         self._entries = entries
         self._role = role
+        self._wrapped = not set(map(type, tensors)) <= {Tensor, torch.nn.Parameter}
         self.column = Column([entry.local(tensor, role) for entry, tensor in zip(entries, tensors, strict=True)])
         self._described = list(map(_description, self.column.tensors))
-        self._ids = array("Q", map(id, _holders(tensors)))
+        self._contiguous = all(map(Tensor.is_contiguous, self.column.tensors))
 
     def renew(self, tensors: Sequence[Any]) -> bool:
         """Take the tensors of this step; False if they are not like those of the step before.
 
-        A tensor with the id and the address of the one before is taken for the same, without looking at its shape and dtype: memory must
-        not be kept only to compare with it, and torch itself sees to it that a gradient is shaped like its parameter.
-
         Raises:
             ValueError: one of them is not laid out like its parameter.
         """
-        held = _holders(tensors)
-        ordinary = set(map(type, held)) <= ORDINARY
-        ids = array("Q", map(id, held))
-        addresses = addresses_of(held) if ordinary else array("q")
-        if addresses != self.column.addresses or ids != self._ids:
-            held = list(held)
+        local = [getattr(tensor, "_local_tensor", tensor) for tensor in tensors] if self._wrapped else tensors
+        addresses = self._addresses(local)
+        if addresses != self.column.addresses:
+            local = list(local)
             for row, tensor in enumerate(tensors):
-                if not ordinary or addresses[row] != self.column.addresses[row] or ids[row] != self._ids[row]:
-                    held[row] = self._entries[row].local(tensor, self._role)
-                    if _description(held[row]) != self._described[row]:
+                if addresses is None or addresses[row] != self.column.addresses[row]:
+                    local[row] = self._entries[row].local(tensor, self._role)
+                    if _description(local[row]) != self._described[row]:
                         return False
-            addresses = addresses_of(held)
-        self._ids = ids
-        self.column.tensors, self.column.addresses = held, addresses
+            self.column.addresses = addresses_of(local)
+        self.column.tensors = local
         return True
+
+    def _addresses(self, local: Sequence[Tensor]) -> array[int] | None:
+        """None if the addresses do not tell whether the tensors are alike."""
+        if self._role == GRADIENT:  # made anew in every backward
+            if self._wrapped or set(map(type, local)) != {Tensor}:  # the wrapper says how it is sharded
+                return None
+            try:
+                if not (self._contiguous and all(map(Tensor.is_contiguous, local))):
+                    return None
+            except RuntimeError:  # a sparse one has no strides
+                return None
+        return addresses_of(local)
 
     def release(self) -> None:
         """Let go of the tensors, whose memory may be wanted."""
         self.column.tensors = ()
-
-
-ORDINARY = {Tensor, torch.nn.Parameter}
-
-
-def _holders(tensors: Sequence[Any]) -> Sequence[Any]:
-    """The tensors that have the memory: those inside DTensors."""
-    if set(map(type, tensors)) <= ORDINARY:
-        return tensors
-    return [getattr(tensor, "_local_tensor", tensor) for tensor in tensors]
 
 
 def _description(tensor: Tensor) -> tuple[Any, ...]:

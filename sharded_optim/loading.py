@@ -96,5 +96,7 @@ def restore_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any], 
         if KAHAN_COMP not in expected:
             state.pop(KAHAN_COMP, None)
         for key, dtype in expected.items():
-            state[key] = saved[key].to(device=param.device, dtype=dtype, copy=True) if key in saved else zeros(param, dtype)
+            state[key] = zeros(param, dtype)
+            if key in saved:
+                state[key].copy_(saved[key].detach())
         state[STEP] = torch.as_tensor(saved[STEP], dtype=torch.float32).to(param.device, copy=True).reshape(())

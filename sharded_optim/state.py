@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sharded_optim import memory
+
 __all__ = ["STEP", "State", "called_to_allocate", "new_state", "zeros"]
 
 STEP = "step"
@@ -50,8 +52,13 @@ def new_state(param: Tensor, dtypes: Mapping[str, torch.dtype]) -> dict[str, Any
 
 
 def zeros(param: Tensor, dtype: torch.dtype) -> Tensor:
-    """Zeros that are shaped, strided and sharded like the parameter."""
-    return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+    """Zeros that are shaped, strided and sharded like the parameter; on a CPU on large pages, see `memory.py`."""
+    result = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+    local = getattr(result, "_local_tensor", result)
+    if local.device.type != "cpu" or type(local) is not Tensor:
+        return result.zero_()
+    local.data = memory.zeros(local.numel(), dtype).as_strided(local.shape, local.stride())
+    return result
 
 
 def called_to_allocate() -> bool:

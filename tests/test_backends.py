@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable
 
@@ -126,10 +127,12 @@ def test_threads_are_torchs() -> None:
     before, threads = numba.get_num_threads(), torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with cpu._threads():
+        with cpu._threads(10**9):
             assert numba.get_num_threads() == 1
     finally:
         torch.set_num_threads(threads)
+    with cpu._threads(1):
+        assert numba.get_num_threads() == 1, "a small step wakes no threads"
     assert numba.get_num_threads() == before
 
 
@@ -150,3 +153,14 @@ def test_the_backend_that_runs_is_named() -> None:
     optimizer.step()
     assert "backend: cpu" in repr(optimizer)
     assert backends.available() == ("auto", *backends.MODULES)
+
+
+def test_a_step_leaves_torchs_threads_alone() -> None:
+    """Also the first of a process, in which numba starts its threads and with them sets the number of OpenMP's, which is torch's."""
+    code = (
+        "import torch, sharded_optim as so; torch.set_num_threads(1)\n"
+        "param = torch.nn.Parameter(torch.ones(100_000)); param.grad = torch.ones(100_000)\n"
+        "so.AdamW([param], lr=1e-3, backend='cpu').step(); print(torch.get_num_threads())"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert result.stdout.strip() == "1"

@@ -28,6 +28,7 @@ FLOORS = {
     "ranks": 1,
     "segment": 1,
     "formats": 1,
+    "memory": 1,
     "noise": 1,
     "algorithms": 1,
     "backends": 2,

@@ -39,10 +39,10 @@ from sharded_optim.noise import RESOLUTION
 __all__ = ["BACKEND"]
 
 CHUNK = 16384  # elements: 64 KiB of fp32, several of which fit a core's second-level cache
-assert CHUNK < 2**15, "a chunk's sums of 16 bits each must fit 32"
+WORTH_A_THREAD = 2 * CHUNK  # elements: some 10 us
 assert RESOLUTION == 24, "cpu_scalars.uniform draws so many bits"
 
-MOST_THREADS = numba.get_num_threads()  # numba's pool, when it was imported
+MOST_THREADS: int = numba.config.NUMBA_NUM_THREADS  # pyright: ignore[reportAttributeAccessIssue]
 NUMPY = {"fp32": "float32", "bf16": "uint16", "fp16": "uint16"}  # how the elements of a plain format lie in memory
 ITEMSIZE = {kind: np.dtype(name).itemsize for kind, name in NUMPY.items()}
 
@@ -72,7 +72,7 @@ class Cpu:
         addresses, copies = tables.addresses(columns)
         kernel = _observe_kernel(statistic, tuple(map(_kind, columns)))
         items = np.empty((len(tables.work), 2), np.int64)
-        with _threads():
+        with _threads(tables.elements):
             kernel(tables.work, addresses, coefficients.numpy(), limits.numpy(), scales.numpy(), _scale(grad_scale), items)
         del copies  # not before the kernel has run
         sums, non_finite = np.zeros(len(operands), np.int64), np.zeros(len(operands), np.int64)
@@ -96,7 +96,7 @@ class Cpu:
         addresses, copies = tables.addresses([*written, operands.grad])
         keys = NO_KEYS if noise_keys is None else noise_keys.numpy()
         kernel = _update_kernel(algorithm, operands.format.name, tuple(map(_kind, (operands.grad, *operands.state))))
-        with _threads():
+        with _threads(tables.elements):
             kernel(tables.work, addresses, coefficients.numpy(), _scale(grad_scale), keys, tables.runs)
         for (column, row), copy in copies.items():
             if column < len(written):
@@ -118,12 +118,14 @@ class _Tables:
     """What follows from the shapes and strides of operands.
 
     Attributes:
+        elements: their number.
         work: int64 (items, 3): operand, first element, number of elements.
         runs: int64 (operands, 3): start, run and stride of each segment, for formats that draw random numbers.
     """
 
     def __init__(self, operands: Operands) -> None:
         counts = np.asarray([tensor.numel() for tensor in operands.param.tensors], np.int64)
+        self.elements = int(counts.sum())
         items = -(-counts // CHUNK)
         rows = np.repeat(np.arange(len(counts)), items)
         first = (np.arange(len(rows)) - np.repeat(np.cumsum(items) - items, items)) * CHUNK
@@ -170,14 +172,16 @@ def _lie_alike(tensors: Sequence[Tensor], *, ordered: bool) -> bool:
 
 
 @contextmanager
-def _threads() -> Iterator[None]:
-    """As many threads as torch has in this process, which torchrun and OMP_NUM_THREADS decide."""
-    before = numba.get_num_threads()
-    numba.set_num_threads(min(torch.get_num_threads(), MOST_THREADS))
+def _threads(elements: int) -> Iterator[None]:
+    """As many threads as torch has in this process, which torchrun and OMP_NUM_THREADS decide, and as are worth waking."""
+    torchs, before = torch.get_num_threads(), numba.get_num_threads()
+    numba.set_num_threads(max(1, min(torchs, MOST_THREADS, elements // WORTH_A_THREAD)))
     try:
         yield
     finally:
         numba.set_num_threads(before)
+        if torch.get_num_threads() != torchs:  # numba sets OpenMP's when it starts its pool, which torch obeys
+            torch.set_num_threads(torchs)
 
 
 # ------------------------------------------------------------------------------------------------------------------------ kernels
@@ -244,13 +248,11 @@ def _observe_kernel(statistic: Statistic | None, kinds: tuple[str, ...]) -> Any:
         lines = [
             f"value = observe({', '.join([*arguments, *coefficients])})",
             "finite = value <= limit",
-            "q = fixed_point(value if finite else np.float32(0.0), scale_of_sum)",
-            "low = add_int32(low, q & LOW_BITS)",
-            "high = add_int32(high, q >> LOW)",
+            "total += fixed_point(value * scale_of_sum if finite else np.float32(0.0))",
             "bad = add_int32(bad, np.int32(not finite))",
         ]
-    before = ["limit, scale_of_sum = limits[row], scales[row]", *(f"{name} = np.int32(0)" for name in ("low", "high", "bad"))]
-    after = ["items[item, 0] = np.int64(low) + (np.int64(high) << np.int64(LOW))", "items[item, 1] = bad"]
+    before = ["limit, scale_of_sum = limits[row], scales[row]", "total, bad = np.int64(0), np.int32(0)"]
+    after = ["items[item, 0] = total - count * MAGIC_BITS", "items[item, 1] = bad"]
     signature = "work, addresses, coefficients, limits, scales, scale, items"
     return _make(name, _kernel_source(signature, {"grad": grad_kind, **states}, coefficients, before, lines, after), functions)
 

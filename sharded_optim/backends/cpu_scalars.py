@@ -160,19 +160,14 @@ def uniform(key, index):
 
 # -------------------------------------------------------------------------------------------------------------------------- sum
 
-# A sum is kept in two halves, of LOW and of the higher bits of its terms, because processors add 32-bit integers twice as fast as 64-bit
-# ones, and convert no others from floating point.
-LOW = np.int32(16)
-LOW_BITS = np.int32(0xFFFF)
+MAGIC = 1.5 * 2.0**52
+MAGIC_BITS = np.float64(MAGIC).view(np.int64)
 
 
-@lowered
-def round_to_int32(typingctx, value):  # float32 below 2**31 -> int32, half to even
-    def codegen(context, builder, signature, args):
-        rounded = builder.call(builder.module.declare_intrinsic("llvm.rint", [ir.FloatType()]), args)
-        return builder.fptosi(rounded, ir.IntType(32))
-
-    return types.int32(types.float32), codegen
+@scalar
+def fixed_point(value):
+    """round_half_even(value) + MAGIC_BITS for 0 <= value < 2**51."""
+    return bits_of(np.float64(value) + MAGIC)
 
 
 @lowered
@@ -181,11 +176,6 @@ def add_int32(typingctx, a, b):  # int32; numba's own addition gives int64
         return builder.add(*args)
 
     return types.int32(types.int32, types.int32), codegen
-
-
-@scalar
-def fixed_point(value, scale):
-    return round_to_int32(value * scale)
 
 
 @scalar

@@ -1,0 +1,30 @@
+"""Memory on large pages, which spare a processor most of its address translations: a step streams through all of the memory it works on.
+
+Linux gives 2 MiB pages to those who ask before they first touch the memory (transparent huge pages, where they are set to `always` or to
+`madvise`). The optimizers' state lies on them; parameters and gradients may, if whoever makes them takes their memory from `zeros`.
+"""
+
+from __future__ import annotations
+
+import mmap
+
+import torch
+from torch import Tensor
+
+__all__ = ["LARGE_PAGE", "zeros"]
+
+LARGE_PAGE = 2 * 2**20  # bytes
+
+
+def zeros(numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Zeros on the CPU, (numel,), on large pages where they fill one and the system has them."""
+    size = numel * dtype.itemsize
+    if size < LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(numel, dtype=dtype)
+    try:
+        memory = mmap.mmap(-1, size + LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:  # a kernel without them
+        return torch.zeros(numel, dtype=dtype)
+    address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+    return torch.frombuffer(memory, dtype=dtype, count=numel, offset=-address % LARGE_PAGE)
