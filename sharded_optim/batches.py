@@ -42,18 +42,22 @@ class Batch:
     Attributes:
         backend, algorithm, operands: what is called, with what.
         entries: the local parameters, in the order of the operands.
-        indices: int64 (operands,), their places in the layout.
+        places: where they stand in the layout.
         members: the param groups, each with the rows of its operands: int64 on the operands' device, or None for all.
         steps: fp32 (operands,), the steps that each has taken. The optimizer's state has views of it.
     """
 
     def __init__(
-        self, optimizer: StatefulOptimizer, backend: Backend, choice: Choice, rows: Sequence[tuple[int, LocalParam, Group]]
+        self,
+        optimizer: StatefulOptimizer,
+        layout: Layout,
+        backend: Backend,
+        choice: Choice,
+        rows: Sequence[tuple[int, LocalParam, Group]],
     ) -> None:
         self.backend = backend
         self.algorithm, fmt = choice
         indices, entries, groups = zip(*rows, strict=True)
-        self.indices = torch.tensor(indices)
         self.entries: Sequence[LocalParam] = entries
         self._rows: Sequence[int] = indices
         self._groups: Sequence[Group] = groups
@@ -71,6 +75,7 @@ class Batch:
             grad=self._grad.column,
             state=tuple(source.column for source in self._state[len(fmt.extra) :]),
         )
+        self.places = layout.places(indices, self.device)
         rows_of = _rows_of(groups)
         self.members = [(groups[each[0]], None if len(rows_of) == 1 else torch.tensor(each).to(self.device)) for each in rows_of]
         self._firsts = [(groups[each[0]], entries[each[0]].param) for each in rows_of]  # a parameter of each group
@@ -278,7 +283,7 @@ class Batches:
             key = (entry.param.device, backend.name, algorithm.name, fmt.name, dtypes, None if self._together else id(entry.param))
             choices[key] = backend, (algorithm, fmt)
             rows.setdefault(key, []).append((index, entry, group))
-        return [Batch(optimizer, *choices[key], each) for key, each in rows.items()]
+        return [Batch(optimizer, layout, *choices[key], each) for key, each in rows.items()]
 
     def _backend_of(self, optimizer: StatefulOptimizer, param: Tensor, dtypes: Sequence[torch.dtype]) -> Backend:
         key = (param.device, frozenset((param.dtype, *dtypes)))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharded_optim.algorithms import Coefficients, Number
+from sharded_optim.algorithms import Coefficients
 
 __all__ = ["coefficient_table", "host_value", "known_on_host", "next_steps"]
 
@@ -52,14 +52,11 @@ def coefficient_table(
 
 def _columns(values: Coefficients, rows: int, device: torch.device) -> Tensor:
     if not any(isinstance(value, Tensor) for value in values):
-        return _on_device(values, device).to(torch.float32).expand(rows, -1).contiguous()
-    numbers = iter(_on_device([value for value in values if not isinstance(value, Tensor)], device))
+        return torch.tensor([values], dtype=torch.float32).to(device, non_blocking=True).expand(rows, -1).contiguous()
+    numbers = [value for value in values if not isinstance(value, Tensor)]
+    numbers = iter(torch.tensor(numbers, dtype=torch.float64).to(device, non_blocking=True))
     columns = [(value if isinstance(value, Tensor) else next(numbers)).expand(rows) for value in values]
     return torch.stack(columns, dim=1).to(torch.float32)
-
-
-def _on_device(values: Sequence[Number], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64).to(device, non_blocking=True)
 
 
 def _current_lr(group: Mapping[str, Any], device: torch.device) -> float | Tensor:

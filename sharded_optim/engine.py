@@ -177,7 +177,7 @@ class Engine(StatefulOptimizer):
             table = coefficient_table(statistic.coefficients, batch.members, batch.steps)
         grad_scale = self._inverse_grad_scale(batch.device)
         sums, non_finite = batch.backend.observe(statistic, batch.operands, table, fixed_point.limits, fixed_point.scales, grad_scale)
-        return statistics.Contribution(indices=batch.indices, bits=fixed_point.bits, keys=batch.keys(), sums=sums, non_finite=non_finite)
+        return statistics.Contribution(places=batch.places, bits=fixed_point.bits, keys=batch.keys(), sums=sums, non_finite=non_finite)
 
     def _agree(self, layout: Layout, observation: _Observation) -> tuple[Tensor | None, Tensor | None]:
         """Add up what all ranks observed, if the algorithm needs to know. Every rank gets here in every step.
@@ -257,7 +257,7 @@ class Engine(StatefulOptimizer):
         for group in self.param_groups:
             param_groups.learn_reference_lr(group)
         for batch in batches:
-            scale = 1.0 if lr_scales is None else lr_scales[batch.indices.to(lr_scales.device, non_blocking=True)].to(batch.device)
+            scale = 1.0 if lr_scales is None else _if_one(lr_scales[batch.places.indices].to(batch.device))
             members = [({**group, **LEAVE_PARAMS}, rows) for group, rows in batch.members] if accumulate else batch.members
             table = coefficient_table(batch.algorithm.coefficients, members, batch.steps, scale)
             grad_scale = self._inverse_grad_scale(batch.device)
@@ -393,3 +393,9 @@ class Engine(StatefulOptimizer):
     def __repr__(self) -> str:
         backends = ", ".join(sorted(self._batches.backends)) or f"{' or '.join(self._backend_names)}, chosen in the first step"
         return super().__repr__().removesuffix(")") + f"backend: {backends}\nnonfinite: {self.nonfinite}\n)"
+
+
+def _if_one(values: Tensor) -> Tensor | float:
+    """The value that all have, where the host knows it: it is computed with faster, and to the same bits."""
+    known = set(values.tolist()) if known_on_host(values) else ()
+    return known.pop() if len(known) == 1 else values

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sharded_optim.sharding.layout import Layout
+from sharded_optim.sharding.layout import Layout, Places
 
 __all__ = ["Agreement", "Contribution", "Deferred", "FixedPoint", "agree", "fraction_bits"]
 
@@ -32,8 +32,8 @@ HEADROOM = 1.001  # a computed statistic exceeds its mathematical bound by a few
 SECTIONS = 7
 TOTAL = 0  # sum of q over the owned pieces
 NON_FINITE = 1  # ranks on which the gradient, or the statistic, was not finite
-PRESENT = 2  # ranks that hold a piece with a gradient
-ABSENT = 3  # ranks that hold a piece without a gradient
+ABSENT = 2  # ranks that hold a piece without a gradient
+PRESENT = 3  # ranks that hold a piece with a gradient
 BITS = 4  # sum of k over the ranks in PRESENT
 KEY = 5  # sum of the hyperparameters' keys over the ranks in PRESENT
 SQUARED_KEY = 6  # and of their squares: all ranks have the same key if and only if PRESENT * SQUARED_KEY == KEY**2
@@ -87,7 +87,7 @@ class Agreement:
         return {name: mean for name, mean, present in rows if present}
 
     def _tensor_means(self) -> Tensor:
-        total, non_finite, present, _, bits, _, _ = self.vector.unbind()
+        total, non_finite, _, present, bits, _, _ = self.vector.unbind()
         k = bits // present.clamp(min=1)
         unit = ((1023 - k) << 52).view(torch.float64)  # 2.0**-k by its bit pattern: exp2 and pow need not be exact
         numels = self.layout.tensor_numels.clamp(min=1).to(total.device, torch.float64, non_blocking=True)
@@ -103,7 +103,7 @@ class Agreement:
 
     def consistent(self) -> Tensor:
         """Whether no rank met bad input and all saw gradients of the same tensors, with the same hyperparameters, at the same step."""
-        _, _, present, absent, _, key, squared_key = self.vector.unbind()
+        _, _, absent, present, _, key, squared_key = self.vector.unbind()
         agreed = (present == 0) | ((absent == 0) & (present * squared_key == key * key))
         return agreed.all() & (self.invalid == 0)
 
@@ -147,7 +147,7 @@ class Deferred:
 class Contribution:
     """What this rank brings to an agreement about some of its local parameters."""
 
-    indices: Tensor  # int64 (n,), into layout.local_params
+    places: Places  # which they are
     bits: Tensor  # int64 (n,), k of each
     keys: Tensor  # int64 (n,), of the hyperparameters of each, 24 bits
     sums: Tensor  # int64 (n,) on the device, each one's sum of q
@@ -168,24 +168,20 @@ def agree(
     # Everything known on the host goes over in one copy; what the device computed is added there.
     host = torch.zeros(SECTIONS * tensors + TAIL, dtype=torch.int64)
     table = host[:-TAIL].view(SECTIONS, tensors)
-    absent = layout.held.clone()
     for each in contributions:
-        absent[each.indices] = False
-        held = layout.held[each.indices]
-        slots, bits, keys = layout.slot_indices[each.indices][held], each.bits[held], each.keys[held]
-        table[PRESENT, slots] = 1
-        table[BITS, slots] = bits
-        table[KEY, slots] = keys
-        table[SQUARED_KEY, slots] = keys * keys
-    table[ABSENT, layout.slot_indices[absent]] = 1
+        told = torch.stack([torch.ones_like(each.bits), each.bits, each.keys, each.keys * each.keys])
+        table[PRESENT:, each.places.held_slots] = told if each.places.held is None else told[:, each.places.held]
+    if sum(len(each.bits) for each in contributions) < len(layout.local_params):
+        absent = layout.held.clone()
+        for each in contributions:
+            absent[each.places.indices] = False
+        table[ABSENT, layout.slot_indices[absent]] = 1
     host[-TAIL] = int(invalid)
     flat = host.to(device, non_blocking=True)
     vector = flat[:-TAIL].view(SECTIONS, tensors)
     for each in contributions:
-        slots = layout.slot_indices[each.indices].to(device, non_blocking=True)
-        owned = layout.owns[each.indices].to(device, non_blocking=True)
-        vector[TOTAL].index_add_(0, slots, each.sums.to(device) * owned)
-        vector[NON_FINITE].index_add_(0, slots, (each.non_finite.to(device) != 0).to(torch.int64))
+        observed = torch.stack([each.sums * each.places.owned, (each.non_finite != 0).to(torch.int64)])
+        vector[: NON_FINITE + 1].index_add_(1, each.places.slots, observed)
     if found_inf is not None:
         flat[-1] = (found_inf.to(device) != 0).reshape(())
     non_finite_here = vector[NON_FINITE].clone()

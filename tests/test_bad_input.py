@@ -155,7 +155,7 @@ def test_betas_outside_0_to_1_are_refused(cls: type, betas: tuple) -> None:
 
 def test_unknown_options_are_refused_with_the_known_ones() -> None:
     params = [nn.Parameter(torch.ones(2))]
-    with pytest.raises(ValueError, match=r"backend must be one of auto, eager.*got 'cuda'"):
+    with pytest.raises(ValueError, match=r"backend must be one of auto, cpu.*eager.*got 'cuda'"):
         so.AdamW(params, lr=1e-3, backend="cuda")
     with pytest.raises(ValueError, match="nonfinite must be 'skip', 'raise', 'allow' or None, got 'ignore'"):
         so.AdamW(params, lr=1e-3, nonfinite="ignore")

@@ -66,7 +66,7 @@ def test_foreach_calls_a_backend_once_for_all_tensors_or_once_for_each_with_the_
 def test_triton_is_an_import_error_where_it_cannot_be_had(cls: type, monkeypatch) -> None:
     params = [nn.Parameter(torch.ones(2))]
     if "triton" not in backends.MODULES:
-        with pytest.raises(ImportError, match="this version has no Triton backend, only eager, cpu; leave triton out"):
+        with pytest.raises(ImportError, match="this version has no Triton backend, only cpu, eager; leave triton out"):
             cls(params, lr=1e-3, triton=True)
     monkeypatch.setattr(backends, "MODULES", ("triton", "eager"))
     monkeypatch.setattr(backends, "find_spec", lambda name: None)

@@ -27,10 +27,8 @@ from sharded_optim.algorithms.weight_decay import decay_coefficients
 __all__ = ["ADAM", "AMSGRAD", "choose"]
 
 
-def moments(grad, exp_avg, exp_avg_sq, beta1, one_minus_beta1, beta2, one_minus_beta2):
-    difference = grad - exp_avg
-    # From the nearer end, as torch's lerp: from the other a small average would be the difference of two large numbers.
-    exp_avg = xp.where(beta1 <= 0.5, grad - beta1 * difference, exp_avg + one_minus_beta1 * difference)
+def moments(grad, exp_avg, exp_avg_sq, from_grad, weight1, beta2, one_minus_beta2):
+    exp_avg = xp.where(from_grad > 0.0, grad, exp_avg) + weight1 * (grad - exp_avg)
     exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (grad * grad)
     return exp_avg, exp_avg_sq
 
@@ -46,15 +44,15 @@ def update(
     exp_avg_sq,
     l2,
     decay,
-    beta1,
-    one_minus_beta1,
+    from_grad,
+    weight1,
     beta2,
     one_minus_beta2,
     step_size,
     eps,
 ):
     grad = grad + l2 * param
-    exp_avg, exp_avg_sq = moments(grad, exp_avg, exp_avg_sq, beta1, one_minus_beta1, beta2, one_minus_beta2)
+    exp_avg, exp_avg_sq = moments(grad, exp_avg, exp_avg_sq, from_grad, weight1, beta2, one_minus_beta2)
     param = decay * param - descent(exp_avg, exp_avg_sq, step_size, eps)
     return param, exp_avg, exp_avg_sq
 
@@ -67,15 +65,15 @@ def update_amsgrad(
     max_exp_avg_sq,
     l2,
     decay,
-    beta1,
-    one_minus_beta1,
+    from_grad,
+    weight1,
     beta2,
     one_minus_beta2,
     step_size,
     eps,
 ):
     grad = grad + l2 * param
-    exp_avg, exp_avg_sq = moments(grad, exp_avg, exp_avg_sq, beta1, one_minus_beta1, beta2, one_minus_beta2)
+    exp_avg, exp_avg_sq = moments(grad, exp_avg, exp_avg_sq, from_grad, weight1, beta2, one_minus_beta2)
     max_exp_avg_sq = xp.maximum(max_exp_avg_sq, exp_avg_sq)
     param = decay * param - descent(exp_avg, max_exp_avg_sq, step_size, eps)
     return param, exp_avg, exp_avg_sq, max_exp_avg_sq
@@ -94,11 +92,14 @@ def coefficients(group: Mapping[str, Any], step: int | Tensor, lr_scale: Number)
     """The last eight arguments of `update`; `lr_scale` multiplies the learning rate, in the step and in the decay alike."""
     beta1, beta2 = group["betas"]
     correction2 = bias_correction(beta2, step)
+    # The moving average is computed from the nearer end, as torch's lerp: from the other, a small one would be the difference of two large
+    # numbers.
+    from_grad = beta1 <= 0.5
     root = xp.sqrt_of_scalars(correction2) if isinstance(correction2, Tensor) else math.sqrt(correction2)
     return (
         *decay_coefficients(group, lr_scale),
-        beta1,
-        1.0 - beta1,
+        float(from_grad),
+        -beta1 if from_grad else 1.0 - beta1,
         beta2,
         1.0 - beta2,
         lr_scale * group["lr"] / bias_correction(beta1, step) * root,

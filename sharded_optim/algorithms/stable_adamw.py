@@ -33,7 +33,7 @@ def observe(grad, exp_avg, exp_avg_sq, beta2, one_minus_beta2, bias_correction2,
     square = grad * grad
     exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * square
     # g^2 / max(v / c, eps^2) as c g^2 / max(v, c eps^2): one division, and the floor is a constant.
-    return xp.divide(bias_correction2 * square, xp.maximum(exp_avg_sq, floor))
+    return xp.divide(bias_correction2 * square, xp.where(exp_avg_sq < floor, floor, exp_avg_sq))
 
 
 def observe_coefficients(group: Mapping[str, Any], step: int | Tensor) -> Coefficients:

@@ -99,9 +99,9 @@ class Backend(Protocol):
         """Sum each operand's statistic in fixed point. Writes nothing.
 
         Returns:
-            sums: int64 (operands,), the sum of round_half_even(statistic * scale) over the elements that are finite.
-            non_finite: int64 (operands,), not 0 where an element is not: NaN, or beyond the limit. Without a statistic, where a gradient
-                has no finite square.
+            sums: int64 (operands,), of round_half_even(statistic * scale); anything where `non_finite`.
+            non_finite: int64 (operands,), not 0 where an element is NaN or beyond the limit. Without a statistic, where a gradient has no
+                finite square.
         """
         ...
 

@@ -70,7 +70,7 @@ class Cpu:
         columns = [operands.grad, *(operands.state if statistic else ())]
         tables = self._tables_of(operands)
         addresses, copies = tables.addresses(columns)
-        kernel = _observe_kernel(statistic, tuple(map(_kind, columns)))
+        kernel = _observe_kernel(statistic, tuple(map(_kind, columns)), grad_scale is not None)
         items = np.empty((len(tables.work), 2), np.int64)
         with _threads(tables.elements):
             kernel(tables.work, addresses, coefficients.numpy(), limits.numpy(), scales.numpy(), _scale(grad_scale), items)
@@ -95,7 +95,8 @@ class Cpu:
         tables = self._tables_of(operands)
         addresses, copies = tables.addresses([*written, operands.grad])
         keys = NO_KEYS if noise_keys is None else noise_keys.numpy()
-        kernel = _update_kernel(algorithm, operands.format.name, tuple(map(_kind, (operands.grad, *operands.state))))
+        kinds = tuple(map(_kind, (operands.grad, *operands.state)))
+        kernel = _update_kernel(algorithm, operands.format.name, kinds, grad_scale is not None)
         with _threads(tables.elements):
             kernel(tables.work, addresses, coefficients.numpy(), _scale(grad_scale), keys, tables.runs)
         for (column, row), copy in copies.items():
@@ -175,11 +176,14 @@ def _lie_alike(tensors: Sequence[Tensor], *, ordered: bool) -> bool:
 def _threads(elements: int) -> Iterator[None]:
     """As many threads as torch has in this process, which torchrun and OMP_NUM_THREADS decide, and as are worth waking."""
     torchs, before = torch.get_num_threads(), numba.get_num_threads()
-    numba.set_num_threads(max(1, min(torchs, MOST_THREADS, elements // WORTH_A_THREAD)))
+    wanted = max(1, min(torchs, MOST_THREADS, elements // WORTH_A_THREAD))
+    if wanted != before:
+        numba.set_num_threads(wanted)
     try:
         yield
     finally:
-        numba.set_num_threads(before)
+        if wanted != before:
+            numba.set_num_threads(before)
         if torch.get_num_threads() != torchs:  # numba sets OpenMP's when it starts its pool, which torch obeys
             torch.set_num_threads(torchs)
 
@@ -201,8 +205,12 @@ def _load(kind: str, name: str) -> str:
     return f"load_{kind}({name}[i])"
 
 
+def _load_grad(kind: str, scaled: bool) -> str:
+    return f"{_load(kind, 'grad')} * scale" if scaled else _load(kind, "grad")
+
+
 @cache
-def _update_kernel(algorithm: Algorithm, format_name: str, kinds: tuple[str, ...]) -> Any:
+def _update_kernel(algorithm: Algorithm, format_name: str, kinds: tuple[str, ...], scaled: bool) -> Any:
     """The kernel of an algorithm's update: parameters in a format, gradients and state in plain formats of these names."""
     grad_kind, *state_kinds = kinds
     base, _, suffix = format_name.partition("_")
@@ -211,7 +219,7 @@ def _update_kernel(algorithm: Algorithm, format_name: str, kinds: tuple[str, ...
     extra = ["comp"] if "kahan" in suffix else []
     tensors = {"param": base, **dict.fromkeys(extra, base), **states, "grad": grad_kind}
     param = " + ".join(_load(base, name) for name in ("param", *extra))
-    arguments = [param, f"{_load(grad_kind, 'grad')} * scale", *(_load(kind, name) for name, kind in states.items()), *coefficients]
+    arguments = [param, _load_grad(grad_kind, scaled), *(_load(kind, name) for name, kind in states.items()), *coefficients]
     limits = torch.finfo(FORMATS[base].dtype)
     draw = "uniform(keys[row], index_of(segments, row, first + i))"
 
@@ -231,11 +239,11 @@ def _update_kernel(algorithm: Algorithm, format_name: str, kinds: tuple[str, ...
 
 
 @cache
-def _observe_kernel(statistic: Statistic | None, kinds: tuple[str, ...]) -> Any:
+def _observe_kernel(statistic: Statistic | None, kinds: tuple[str, ...], scaled: bool) -> Any:
     """The kernel that sums a statistic, or only counts gradients without a finite square."""
     grad_kind, *state_kinds = kinds
     states = {f"state{index}": kind for index, kind in enumerate(state_kinds)}
-    arguments = [f"{_load(grad_kind, 'grad')} * scale", *(_load(kind, name) for name, kind in states.items())]
+    arguments = [_load_grad(grad_kind, scaled), *(_load(kind, name) for name, kind in states.items())]
     coefficients: list[str] = []
     functions: dict[str, Any] = {}
     if statistic is None:
@@ -247,11 +255,10 @@ def _observe_kernel(statistic: Statistic | None, kinds: tuple[str, ...]) -> Any:
         name = f"observe_{statistic.observe.__module__.rpartition('.')[2]}_{'_'.join(kinds)}"
         lines = [
             f"value = observe({', '.join([*arguments, *coefficients])})",
-            "finite = value <= limit",
-            "total += fixed_point(value * scale_of_sum if finite else np.float32(0.0))",
-            "bad = add_int32(bad, np.int32(not finite))",
+            "total += fixed_point(value, scale_of_sum)",
+            "bad = add_int32(bad, np.int32(not value <= limit))",
         ]
-    before = ["limit, scale_of_sum = limits[row], scales[row]", "total, bad = np.int64(0), np.int32(0)"]
+    before = ["limit, scale_of_sum = limits[row], np.float64(scales[row])", "total, bad = np.int64(0), np.int32(0)"]
     after = ["items[item, 0] = total - count * MAGIC_BITS", "items[item, 1] = bad"]
     signature = "work, addresses, coefficients, limits, scales, scale, items"
     return _make(name, _kernel_source(signature, {"grad": grad_kind, **states}, coefficients, before, lines, after), functions)

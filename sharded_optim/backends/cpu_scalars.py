@@ -164,10 +164,20 @@ MAGIC = 1.5 * 2.0**52
 MAGIC_BITS = np.float64(MAGIC).view(np.int64)
 
 
+@lowered
+def multiply_add(typingctx, a, b, c):  # a * b + c of float64, fused or not as is faster: only for products that are exact
+    def codegen(context, builder, signature, args):
+        double = ir.DoubleType()
+        function = builder.module.declare_intrinsic("llvm.fmuladd", [double], ir.FunctionType(double, [double] * 3))
+        return builder.call(function, args)
+
+    return types.float64(types.float64, types.float64, types.float64), codegen
+
+
 @scalar
-def fixed_point(value):
-    """round_half_even(value) + MAGIC_BITS for 0 <= value < 2**51."""
-    return bits_of(np.float64(value) + MAGIC)
+def fixed_point(value, scale):
+    """round_half_even(value * scale) + MAGIC_BITS for 0 <= value * scale < 2**51, with a power of two for scale."""
+    return bits_of(multiply_add(np.float64(value), scale, MAGIC))
 
 
 @lowered

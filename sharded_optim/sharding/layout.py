@@ -21,7 +21,7 @@ from torch import Tensor
 from sharded_optim.ranks import join_messages
 from sharded_optim.segment import Segment, find_tiling_error
 
-__all__ = ["Layout", "LocalParam"]
+__all__ = ["Layout", "LocalParam", "Places"]
 
 GRADIENTS_DIFFER = 1e-2  # relative difference of norms at which gradients are not the same up to rounding
 HASHED_AT_ONCE = 2**20  # elements, each of which takes 24 bytes for a moment
@@ -65,14 +65,21 @@ class Layout:
         return torch.tensor(self.slots, dtype=torch.int64)
 
     @cached_property
-    def owns(self) -> Tensor:
-        """`owned`: bool (local parameters,)."""
-        return torch.tensor(self.owned, dtype=torch.bool)
-
-    @cached_property
     def held(self) -> Tensor:
         """Whether this rank holds an element of each: bool (local parameters,)."""
         return torch.tensor([entry.segment.numel > 0 for entry in self.local_params], dtype=torch.bool)
+
+    def places(self, indices: Sequence[int], device: torch.device) -> Places:
+        """Where some of the local parameters stand in the list of tensors."""
+        at = torch.tensor(indices, dtype=torch.int64)
+        slots, held = self.slot_indices[at], self.held[at]
+        return Places(
+            indices=at,
+            slots=slots.to(device, non_blocking=True),
+            owned=torch.tensor([self.owned[index] for index in indices], dtype=torch.int64).to(device, non_blocking=True),
+            held=None if held.all() else held,
+            held_slots=slots[held],
+        )
 
     @cached_property
     def _numels_described(self) -> list[int]:
@@ -143,6 +150,17 @@ class Layout:
         """Whether these are the parameters this layout was built from; wrappers replace them."""
         same = len(params) == len(self.local_params) and all(map(is_, params, self.params))
         return same and list(map(Tensor.numel, params)) == self._numels_described
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Where some local parameters stand in a layout."""
+
+    indices: Tensor  # int64 (n,), into `local_params`
+    slots: Tensor  # int64 (n,) on the device, into `names`
+    owned: Tensor  # int64 (n,) on the device, 1 where this rank speaks for the piece
+    held: Tensor | None  # bool (n,), whether this rank holds an element of each; None: of all
+    held_slots: Tensor  # int64, into `names`, of those it holds elements of
 
 
 @dataclass(frozen=True, kw_only=True)
