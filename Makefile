@@ -6,7 +6,7 @@ CONFIG ?= configs/fsdp2.yaml
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test figures lint format clean
+.PHONY: help setup train test bench figures lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -25,6 +25,15 @@ train: setup  ## run the training job: make train CONFIG=configs/ddp.yaml ARGS="
 
 test: setup  ## run the tests: make test ARGS="-k invariance"
 	$(BIN)/python -m pytest $(ARGS)
+
+$(VENV)/.bench: $(VENV)/.installed
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[bench]'
+	touch $@
+
+bench: $(VENV)/.bench  ## time steps of all optimizers side by side: make bench ARGS="--quick"
+	$(BIN)/python -m benchmarks.step $(ARGS)
+	$(if $(ARGS),,$(BIN)/python -m benchmarks.first_step)
+	$(if $(ARGS),,$(BIN)/python -m benchmarks.fsdp2)
 
 figures: setup  ## draw the figures of docs/ anew, but for the loss curve
 	$(BIN)/python docs/decay_figure.py

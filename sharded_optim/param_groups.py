@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sharded_optim.algorithms.weight_decay import DECOUPLED, FORMS, L2, form_of
+from sharded_optim.coefficients import host_value, known_on_host
 
 __all__ = [
     "check_hyperparameters",
@@ -37,10 +38,15 @@ BF16_HALF_ULP = 2.0**-8  # relative, at worst
 LR_ROUNDING = 1e-12
 
 
+def _on_host(value: Any) -> Any:
+    """A hyperparameter, if it is a tensor of one element that the host has, as a number."""
+    return host_value(value) if isinstance(value, Tensor) and value.numel() == 1 and known_on_host(value) else value
+
+
 def check_number(name: str, value: Any, where: str = "") -> float:
     """`value` as a float, if it is a finite number >= 0."""
     try:
-        number = math.nan if isinstance(value, str) else float(value)
+        number = math.nan if isinstance(value, str) else float(_on_host(value))
     except (TypeError, ValueError, RuntimeError):
         number = math.nan
     if not (math.isfinite(number) and number >= 0.0):
@@ -64,6 +70,7 @@ def check_hyperparameters(values: dict[str, Any], where: str, *, scheduled: bool
             if name in values and name != "max_lr":
                 raise ValueError(f"{name} must be a finite number >= 0, got None{where}")
         elif not isinstance(value, Tensor) or value.device.type == "cpu":  # a device's is not waited for
+            value = _on_host(value)
             rounded = scheduled and name in ("lr", "max_lr") and not isinstance(value, str) and -LR_ROUNDING < value < 0
             check_number(name, 0.0 if rounded else value, where)
     if "betas" in values:
@@ -102,7 +109,7 @@ def _comparable(value: Any) -> Any:
         return -1.0  # a device's is not waited for
     if isinstance(value, tuple | list):
         return [float(item) for item in value]
-    return value if value is None or isinstance(value, str) else float(value)
+    return value if value is None or isinstance(value, str) else float(_on_host(value))
 
 
 def translate_switches(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -173,4 +180,4 @@ def set_reference_lr(group: dict[str, Any], max_lr: float | None) -> None:
 def learn_reference_lr(group: dict[str, Any]) -> None:
     """Keep the largest learning rate so far as the reference, in a group that was given none."""
     if group["learns_reference_lr"]:
-        group["reference_lr"] = max(group["reference_lr"], float(group["lr"]))
+        group["reference_lr"] = max(group["reference_lr"], float(_on_host(group["lr"])))

@@ -58,6 +58,7 @@ SEEN |= {
     ("foreign_state", "state"),
     ("foreign_state", "param_groups"),
     ("layouts", "param_groups"),
+    ("param_groups", "coefficients"),
     ("functional", "coefficients"),
 }
 SEEN |= {("stateful", room) for room in ("foreign_state", "loading", "options", "param_groups", "state")}

@@ -18,9 +18,9 @@ import optimi
 import pytest
 import torch
 from torch import Tensor, nn
+from variants import CPU_BACKENDS
 
 import sharded_optim as so
-from sharded_optim.backends import MODULES
 
 SHAPES = [(), (1,), (5,), (7, 3), (33, 17), (4096,), (0,)]
 STEPS = 100
@@ -222,7 +222,7 @@ SCHEDULERS = {
 }
 
 
-@pytest.mark.parametrize("backend", MODULES)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("dtype", AFTER_100_STEPS, ids=str)
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("case", CASES)

@@ -1,8 +1,11 @@
-"""Classes whose options add state, for tests that take classes."""
+"""What tests run over: classes whose options add state, and the backends of a CPU."""
 
 from __future__ import annotations
 
 import sharded_optim as so
+from sharded_optim.backends import MODULES
+
+CPU_BACKENDS = tuple(name for name in MODULES if name != "triton")  # which has tests of its own, in its interpreter
 
 
 class AmsgradAdamW(so.DecoupledAdamW):

@@ -21,8 +21,8 @@ from sharded_optim.segment import Segment
 
 __all__ = ["AUTO", "Backend", "Column", "Operands", "addresses_of", "available", "candidates", "choose"]
 
-MODULES = ("cpu", "eager")  # in the order in which "auto" takes them; imported when asked for
-EXTRAS = {"cpu": "cpu"}  # what a backend's packages are installed by
+MODULES = ("cpu", "triton", "eager")  # in the order in which "auto" takes them; imported when asked for
+EXTRAS = {"cpu": "cpu", "triton": "triton"}  # what a backend's packages are installed by
 AUTO = "auto"
 TRITON = "triton"
 
@@ -139,10 +139,10 @@ def candidates(backend: str, triton: bool | None) -> tuple[str, ...]:
     if triton:
         if backend not in (AUTO, TRITON):
             raise ValueError(f"triton=True contradicts backend={backend!r}; give one of the two")
-        if TRITON not in MODULES:
-            raise ImportError(f"triton=True, but this version has no Triton backend, only {', '.join(MODULES)}; leave triton out")
         if find_spec("triton") is None:
-            raise ImportError("triton=True needs the triton package, which is not installed: pip install triton, or leave triton out")
+            raise ImportError(
+                "triton=True needs the triton package, which is not installed: pip install 'sharded-optim[triton]', or leave triton out"
+            )
         return (TRITON,)
     if triton is False and backend == TRITON:
         raise ValueError("triton=False contradicts backend='triton'; give one of the two")

@@ -2,8 +2,8 @@
 
 A kernel is made for each combination of algorithm, parameter format and dtypes that is met: a page of text (`_update_kernel`,
 `_observe_kernel`) that loads, calls the algorithm's function and stores. That function is the one that the eager backend runs, with `xp`
-bound to `cpu_scalars.py` (`_compiled`). Kernels are written to a cache folder under a name that changes with any source they are made of,
-so that numba's on-disk cache spares later processes the compilation.
+bound to `cpu_scalars.py` (see `rebinding.py`). Kernels are written to a cache folder under a name that changes with any source they are
+made of, so that numba's on-disk cache spares later processes the compilation.
 
 A kernel gets a table of addresses, one column per operand, and a table of work, runs of at most `CHUNK` elements, over which threads are
 spread. Memory needs no alignment. Tensors of one operand must be equally strided and dense, as wrappers give them; others are copied.
@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -33,7 +32,9 @@ from torch.autograd.graph import increment_version
 from sharded_optim import algorithms
 from sharded_optim.algorithms import Algorithm, Statistic
 from sharded_optim.backends import Column, Operands, cpu_scalars
-from sharded_optim.formats import FORMATS, format_of
+from sharded_optim.backends.operand_tables import OperandTables, kind_of
+from sharded_optim.backends.rebinding import argument_count, rebound
+from sharded_optim.formats import FORMATS
 from sharded_optim.noise import RESOLUTION
 
 __all__ = ["BACKEND"]
@@ -42,7 +43,7 @@ CHUNK = 16384  # elements: 64 KiB of fp32, several of which fit a core's second-
 WORTH_A_THREAD = 2 * CHUNK  # elements: some 10 us
 assert RESOLUTION == 24, "cpu_scalars.uniform draws so many bits"
 
-MOST_THREADS: int = numba.config.NUMBA_NUM_THREADS  # pyright: ignore[reportAttributeAccessIssue]
+MOST_THREADS: int = vars(numba.config)["NUMBA_NUM_THREADS"]  # pyright: ignore[reportPrivateImportUsage]
 NUMPY = {"fp32": "float32", "bf16": "uint16", "fp16": "uint16"}  # how the elements of a plain format lie in memory
 ITEMSIZE = {kind: np.dtype(name).itemsize for kind, name in NUMPY.items()}
 
@@ -70,8 +71,8 @@ class Cpu:
         columns = [operands.grad, *(operands.state if statistic else ())]
         tables = self._tables_of(operands)
         addresses, copies = tables.addresses(columns)
-        kernel = _observe_kernel(statistic, tuple(map(_kind, columns)), grad_scale is not None)
-        items = np.empty((len(tables.work), 2), np.int64)
+        kernel = _observe_kernel(statistic, tuple(map(kind_of, columns)), grad_scale is not None)
+        items = tables.sums
         with _threads(tables.elements):
             kernel(tables.work, addresses, coefficients.numpy(), limits.numpy(), scales.numpy(), _scale(grad_scale), items)
         del copies  # not before the kernel has run
@@ -95,7 +96,7 @@ class Cpu:
         tables = self._tables_of(operands)
         addresses, copies = tables.addresses([*written, operands.grad])
         keys = NO_KEYS if noise_keys is None else noise_keys.numpy()
-        kinds = tuple(map(_kind, (operands.grad, *operands.state)))
+        kinds = tuple(map(kind_of, (operands.grad, *operands.state)))
         kernel = _update_kernel(algorithm, operands.format.name, kinds, grad_scale is not None)
         with _threads(tables.elements):
             kernel(tables.work, addresses, coefficients.numpy(), _scale(grad_scale), keys, tables.runs)
@@ -116,60 +117,22 @@ NO_KEYS = np.zeros(1, np.int64)
 
 
 class _Tables:
-    """What follows from the shapes and strides of operands.
-
-    Attributes:
-        elements: their number.
-        work: int64 (items, 3): operand, first element, number of elements.
-        runs: int64 (operands, 3): start, run and stride of each segment, for formats that draw random numbers.
-    """
+    """NumPy's views of `OperandTables`."""
 
     def __init__(self, operands: Operands) -> None:
-        counts = np.asarray([tensor.numel() for tensor in operands.param.tensors], np.int64)
-        self.elements = int(counts.sum())
-        items = -(-counts // CHUNK)
-        rows = np.repeat(np.arange(len(counts)), items)
-        first = (np.arange(len(rows)) - np.repeat(np.cumsum(items) - items, items)) * CHUNK
-        self.work = np.stack([rows, first, np.minimum(CHUNK, counts[rows] - first)], axis=1)
-        self.runs = np.asarray([(segment.start, max(segment.run, 1), segment.stride) for segment in operands.segments], np.int64)
-        columns = [column.tensors for column in (operands.param, *operands.extra, *operands.state, operands.grad)]
-        ordered = operands.format.is_random
-        self._scattered = [row for row, tensors in enumerate(zip(*columns, strict=True)) if not _lie_alike(tensors, ordered=ordered)]
+        self._tables = OperandTables(operands, CHUNK)
+        self.elements = self._tables.elements
+        self.work = self._tables.work.numpy()
+        self.runs = self._tables.runs.numpy()
+        self.sums = np.empty((len(self.work), 2), np.int64)  # of each item of work, for observe
 
     def addresses(self, columns: Sequence[Column]) -> tuple[np.ndarray, dict[tuple[int, int], Tensor]]:
-        """Where the elements of each column lie, one after the other, those of a row in equal order.
-
-        Returns:
-            addresses: int64 (columns, operands).
-            copies: (column, row) of the tensors that had to be copied for that, and the copies, which must live until they are used.
-        """
-        table = np.empty((len(columns), len(columns[0].addresses)), np.int64)
-        copies = {}
-        for index, column in enumerate(columns):
-            table[index] = column.addresses
-            for row in self._scattered:
-                copy = column.tensors[row].contiguous()
-                if copy is not column.tensors[row]:
-                    copies[index, row] = copy
-                    table[index, row] = copy.data_ptr()
-        return table, copies
-
-
-def _kind(column: Column) -> str:
-    return format_of(column.tensors[0].dtype).name
+        addresses, copies = self._tables.addresses(columns)
+        return np.frombuffer(addresses, np.int64).reshape(len(columns), -1), copies
 
 
 def _scale(grad_scale: Tensor | None) -> np.float32:
     return np.float32(1.0 if grad_scale is None else grad_scale.numpy())
-
-
-def _lie_alike(tensors: Sequence[Tensor], *, ordered: bool) -> bool:
-    """Whether all lie in memory in the same order and without gaps, in row-major order if it must be."""
-    if all(tensor.is_contiguous() for tensor in tensors):
-        return True
-    shape, strides = tensors[0].shape, tensors[0].stride()
-    span = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + 1
-    return not ordered and span == shape.numel() and min(strides) > 0 and all(tensor.stride() == strides for tensor in tensors)
 
 
 @contextmanager
@@ -192,12 +155,7 @@ def _threads(elements: int) -> Iterator[None]:
 
 
 def _compiled(function: Callable[..., Any]) -> Any:
-    """An algorithm's function for numba: the same code, in a copy of its globals in which `xp`, and what it calls, are compiled."""
-    names: dict[str, Any] = function.__globals__ | {"xp": cpu_scalars}
-    for name in function.__code__.co_names:
-        if isinstance(names.get(name), FunctionType):
-            names[name] = _compiled(names[name])
-    return numba.njit(error_model="numpy")(FunctionType(function.__code__, names, function.__name__))
+    return rebound(function, {"xp": cpu_scalars}, numba.njit(error_model="numpy"))
 
 
 def _load(kind: str, name: str) -> str:
@@ -215,7 +173,7 @@ def _update_kernel(algorithm: Algorithm, format_name: str, kinds: tuple[str, ...
     grad_kind, *state_kinds = kinds
     base, _, suffix = format_name.partition("_")
     states = {f"state{index}": kind for index, kind in enumerate(state_kinds)}
-    coefficients = [f"c{index}" for index in range(_count(algorithm.update) - 2 - len(states))]
+    coefficients = [f"c{index}" for index in range(argument_count(algorithm.update) - 2 - len(states))]
     extra = ["comp"] if "kahan" in suffix else []
     tensors = {"param": base, **dict.fromkeys(extra, base), **states, "grad": grad_kind}
     param = " + ".join(_load(base, name) for name in ("param", *extra))
@@ -250,7 +208,7 @@ def _observe_kernel(statistic: Statistic | None, kinds: tuple[str, ...], scaled:
         name = f"finite_{grad_kind}"
         lines = [f"g = {arguments[0]}", "bad = add_int32(bad, np.int32(not (g * g < np.float32(np.inf))))"]
     else:
-        coefficients = [f"c{index}" for index in range(_count(statistic.observe) - len(kinds))]
+        coefficients = [f"c{index}" for index in range(argument_count(statistic.observe) - len(kinds))]
         functions["observe"] = _compiled(statistic.observe)
         name = f"observe_{statistic.observe.__module__.rpartition('.')[2]}_{'_'.join(kinds)}"
         lines = [
@@ -262,10 +220,6 @@ def _observe_kernel(statistic: Statistic | None, kinds: tuple[str, ...], scaled:
     after = ["items[item, 0] = total - count * MAGIC_BITS", "items[item, 1] = bad"]
     signature = "work, addresses, coefficients, limits, scales, scale, items"
     return _make(name, _kernel_source(signature, {"grad": grad_kind, **states}, coefficients, before, lines, after), functions)
-
-
-def _count(function: Callable[..., Any]) -> int:
-    return function.__code__.co_argcount
 
 
 def _kernel_source(

@@ -1,0 +1,27 @@
+"""One source of math for all backends: a function of an algorithm, compiled by whoever compiles.
+
+An algorithm's functions use `+ - *`, the operations of a module that they call `xp`, and each other. In a copy of such a function's globals
+`xp` can be another module of the same operations, so that the same code computes with torch's tensors, or is compiled for a CPU or a GPU.
+"""
+
+from __future__ import annotations
+
+import dis
+from collections.abc import Callable, Mapping
+from types import FunctionType
+from typing import Any
+
+__all__ = ["argument_count", "rebound"]
+
+
+def rebound(function: Callable[..., Any], names: Mapping[str, Any], compiler: Callable[[FunctionType], Any]) -> Any:
+    """What `compiler` makes of a function in whose globals these names mean something else, and the functions it calls are compiled too."""
+    own: dict[str, Any] = {**function.__globals__, **names}
+    for name in {each.argval for each in dis.get_instructions(function) if each.opname == "LOAD_GLOBAL"}:
+        if isinstance(own.get(name), FunctionType):
+            own[name] = rebound(own[name], names, compiler)
+    return compiler(FunctionType(function.__code__, own, function.__name__))
+
+
+def argument_count(function: Callable[..., Any]) -> int:
+    return function.__code__.co_argcount

@@ -1,0 +1,422 @@
+"""The Triton backend: the algorithms' own source, compiled into one launch over all tensors. For GPUs.
+
+A kernel is made for each combination of algorithm, parameter format and dtypes that is met: a page of text (`_update_kernel`,
+`_observe_kernel`) that loads, calls the algorithm's function and stores. That function is the one that the eager backend runs, with `xp`
+bound to `triton_scalars.py` (see `rebinding.py`). Triton keeps the machine code on disk.
+
+A kernel gets, in device memory, a table of addresses, one column per operand, and a table of work, runs of at most `CHUNK` elements. Each
+program takes one of them, and there are more than run at once, so that the device balances them. Operands of which every tensor is aligned
+are read and written 16 bytes at a time, any others element by element, by a second launch; a program looks whether it is meant. Tensors of
+one operand must be equally strided and dense, as wrappers give them; others are copied. Nothing is contracted or approximated, so the bits
+are those of the eager backend. The host never waits, and a CUDA graph may record what is launched.
+"""
+
+from __future__ import annotations
+
+import linecache
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from types import FunctionType, ModuleType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.graph import increment_version
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from sharded_optim.algorithms import Algorithm, Statistic
+from sharded_optim.backends import Column, Operands, triton_scalars
+from sharded_optim.backends.operand_tables import OperandTables, kind_of
+from sharded_optim.backends.rebinding import argument_count, rebound
+from sharded_optim.formats import FORMATS, Format
+from sharded_optim.noise import RESOLUTION
+
+__all__ = ["BACKEND", "compile_for", "observe_kernel", "update_kernel"]
+
+CHUNK = 4096  # elements of a program
+WARPS = 8
+THREADS = 32 * WARPS  # where a warp has 32
+ALIGNMENT = 16  # bytes: the longest access of a thread
+VECTOR = 8  # elements of the smallest dtype in so many bytes
+OPTIONS = {"num_warps": WARPS, "num_stages": 1, "enable_fp_fusion": False}
+assert RESOLUTION == 24, "triton_scalars.uniform draws so many bits"
+
+TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # Triton's names of the plain formats' dtypes
+ITEMSIZE = {name: FORMATS[name].dtype.itemsize for name in TYPES}
+
+
+class Triton:
+    """Kernels compiled by Triton; see `sharded_optim.backends.Backend`.
+
+    Args:
+        chunk: elements of a program, at most `CHUNK`.
+        threads: of a program; powers of two, so that the tests can have small ones.
+    """
+
+    name = "triton"
+
+    def __init__(self, chunk: int = CHUNK, threads: int = THREADS) -> None:
+        self._chunk = chunk
+        self._threads = threads
+        self._tables: WeakKeyDictionary[Operands, _Tables] = WeakKeyDictionary()
+        self._captured: list[Tensor] = []  # what CUDA graphs read, which do not keep it alive
+
+    def supports(self, device: torch.device, dtypes: frozenset[torch.dtype]) -> str | None:
+        if _interpreted():
+            return None if device.type == "cpu" else f"Triton's interpreter runs on the CPU, not on {device}"
+        if device.type in ("cpu", "meta"):
+            return f"it runs on GPUs, not on {device}"
+        try:
+            active: Any = triton.runtime.driver.active.get_active_torch_device()
+        except Exception as error:  # what is raised depends on the vendor's driver
+            return f"Triton finds no driver for {device} ({error})"
+        return None if device.type == active.type else f"Triton's driver is for {active.type}, not for {device}"
+
+    def observe(
+        self,
+        statistic: Statistic | None,
+        operands: Operands,
+        coefficients: Tensor,
+        limits: Tensor,
+        scales: Tensor,
+        grad_scale: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        columns = [operands.grad, *(operands.state if statistic else ())]
+        tables = self._tables_of(operands)
+        addresses, copies = tables.addresses(columns)
+        sums = torch.zeros(2, len(operands), dtype=torch.int64, device=operands.device)
+        scale = tables.one if grad_scale is None else grad_scale
+        kernel = observe_kernel(statistic, tuple(map(kind_of, columns)))
+        arguments = [coefficients.contiguous(), limits.contiguous(), scales.contiguous(), sums] if statistic else [sums]
+        self._launch(kernel, tables, addresses, scale, *arguments)
+        del copies  # not before the kernel was launched
+        return sums[0], sums[1]
+
+    def update(
+        self,
+        algorithm: Algorithm,
+        operands: Operands,
+        coefficients: Tensor,
+        proceed: Tensor | None,
+        grad_scale: Tensor | None,
+        noise_keys: Tensor | None,
+    ) -> None:
+        written = [*operands.state, operands.param, *operands.extra]
+        tables = self._tables_of(operands)
+        addresses, copies = tables.addresses([operands.grad, *written])
+        kernel = update_kernel(algorithm, operands.format, tuple(map(kind_of, (operands.grad, *operands.state))))
+        scale = tables.one if grad_scale is None else grad_scale
+        arguments = [coefficients.contiguous(), tables.true if proceed is None else proceed]
+        if operands.format.is_random:
+            assert noise_keys is not None
+            arguments += [noise_keys.contiguous(), tables.segments]
+        self._launch(kernel, tables, addresses, scale, *arguments)
+        for (column, row), copy in copies.items():
+            if column:  # the first is the gradient's
+                written[column - 1].tensors[row].copy_(copy)
+        increment_version(operands.param.tensors)  # as a torch operation would: autograd looks at it
+
+    def _tables_of(self, operands: Operands) -> _Tables:
+        tables = self._tables.get(operands) or _Tables(operands, self._chunk)
+        if not _capturing(operands.device):
+            self._tables[operands] = tables
+        return tables
+
+    def _launch(self, kernel: Kernel, tables: _Tables, addresses: _Addresses, *arguments: Tensor) -> None:
+        if not len(tables.work):
+            return
+        table = addresses.table
+        if _capturing(table.device):
+            self._captured += [tables.work, tables.segments, tables.one, tables.true, table]
+        with _on(table.device):
+            for aligned in addresses.alignments:
+                kernel.function[len(tables.work),](
+                    tables.work,
+                    table,
+                    table.shape[1],
+                    *arguments,
+                    ALIGNED=aligned,
+                    BLOCK=self._threads * kernel.elements_per_thread,
+                    **OPTIONS,
+                )
+
+
+# ----------------------------------------------------------------------------------------------------------------------- operands
+
+
+class _Tables:
+    """What a kernel needs to know of operands besides their values, on their device.
+
+    Attributes:
+        work, segments: `work` and `runs` of `OperandTables`.
+        one, true: grad_scale and proceed where there are none.
+    """
+
+    def __init__(self, operands: Operands, chunk: int) -> None:
+        self._device = operands.device
+        self._tables = OperandTables(operands, chunk)
+        work, runs = self._tables.work, self._tables.runs
+        # One copy for all.
+        flat = _to_device(torch.cat([work.flatten(), runs.flatten()]), self._device)
+        self.work, self.segments = flat[: work.numel()].view(work.shape), flat[work.numel() :].view(runs.shape)
+        self.one = torch.ones((), device=self._device)
+        self.true = torch.ones((), dtype=torch.bool, device=self._device)
+        self._known: dict[int, tuple[bytes, _Addresses]] = {}  # by number of columns, those of the last call
+
+    def addresses(self, columns: Sequence[Column]) -> tuple[_Addresses, dict[tuple[int, int], Tensor]]:
+        """See `OperandTables.addresses`."""
+        values, copies = self._tables.addresses(columns)
+        known = self._known.get(len(columns))
+        if known is not None and known[0] == values:
+            return known[1], copies
+        table = torch.frombuffer(bytearray(values), dtype=torch.int64).view(len(columns), -1)
+        unaligned = (table % ALIGNMENT != 0).any(dim=0)
+        addresses = _Addresses(
+            table=_to_device(table, self._device),
+            alignments=[aligned for aligned in (True, False) if (unaligned != aligned).any()],
+        )
+        if not _capturing(self._device):  # then nothing is copied yet
+            self._known[len(columns)] = values, addresses
+        return addresses, copies
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Addresses:
+    """Where columns lie.
+
+    Attributes:
+        table: int64 (columns, operands), on their device.
+        alignments: True if all tensors of some operand are aligned, False if not all of some other are.
+    """
+
+    table: Tensor
+    alignments: Sequence[bool]
+
+
+# ------------------------------------------------------------------------------------------------------------------------ devices
+
+
+def _interpreted() -> bool:
+    """Whether Triton runs kernels in Python, on the CPU, to test them (TRITON_INTERPRET=1)."""
+    return knobs.runtime.interpret
+
+
+def _capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph records what is launched instead of running it."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _to_device(values: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return values
+    return values.pin_memory().to(device, non_blocking=True)  # without pinning, the host would wait for the copy
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
+
+
+# ------------------------------------------------------------------------------------------------------------------------ kernels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """A kernel as Triton knows it.
+
+    Attributes:
+        function: to be launched as `function[programs,](*arguments, ALIGNED=..., BLOCK=...)`.
+        signature: Triton's type of each argument.
+        elements_per_thread: that fit one access to the tensors of the widest dtype. If a thread had more of them than it can write at once,
+            they would have to go through another memory, to other threads.
+        source: its text.
+    """
+
+    function: Any
+    signature: dict[str, str]
+    elements_per_thread: int
+    source: str
+
+
+def update_kernel(algorithm: Algorithm, fmt: Format, kinds: tuple[str, ...]) -> Kernel:
+    """The kernel of an algorithm's update: parameters in a format, gradients and state in plain formats of these names."""
+    return _update_kernel(algorithm, fmt.name, kinds, interpreted=_interpreted())
+
+
+def observe_kernel(statistic: Statistic | None, kinds: tuple[str, ...]) -> Kernel:
+    """The kernel that sums a statistic, or only looks for gradients without a finite square; gradients and state as in `update_kernel`."""
+    return _observe_kernel(statistic, kinds, interpreted=_interpreted())
+
+
+def compile_for(kernel: Kernel, target: GPUTarget, *, aligned: bool = True) -> Any:
+    """Compile a kernel ahead of time, on a machine that need not have the target.
+
+    Returns:
+        Triton's compiled kernel; its `asm` has "ptx" and "cubin" for NVIDIA, "amdgcn" and "hsaco" for AMD.
+    """
+    constants = {"ALIGNED": aligned, "BLOCK": THREADS * kernel.elements_per_thread}
+    source = ASTSource(kernel.function, kernel.signature | dict.fromkeys(constants, "constexpr"), constexprs=constants)
+    return triton.compile(source, target=target, options=OPTIONS)
+
+
+@cache
+def _update_kernel(algorithm: Algorithm, format_name: str, kinds: tuple[str, ...], *, interpreted: bool) -> Kernel:
+    grad_kind, *state_kinds = kinds
+    base, _, suffix = format_name.partition("_")
+    states = {f"state{index}": kind for index, kind in enumerate(state_kinds)}
+    coefficients = [f"c{index}" for index in range(argument_count(algorithm.update) - 2 - len(states))]
+    extra = ["comp"] if "kahan" in suffix else []
+    tensors = {"grad": grad_kind, **states, "param": base, **dict.fromkeys(extra, base)}
+    random = "stochastic" in suffix
+    limits = torch.finfo(FORMATS[base].dtype)
+    smallest = int(torch.tensor(limits.smallest_normal * limits.eps).view(torch.int32))
+
+    def stored(kind: str, value: str, *, random: bool) -> str:
+        return f"store_{kind}(stochastic({value}, noise, {limits.eps!r}, {smallest}))" if random else f"store_{kind}({value})"
+
+    param = " + ".join(["value_of_param", *(f"value_of_{name}" for name in extra)])
+    arguments = [param, "value_of_grad * scale", *(f"value_of_{name}" for name in states), *coefficients]
+    lines = [
+        *(["noise = uniform(key, index_of(index, left, length, gap, count, element))"] if random else []),
+        f"new_param, {''.join(f'new_{name}, ' for name in states)} = update({', '.join(arguments)})",
+        f"stored_param = {stored(base, 'new_param', random=suffix == 'stochastic')}",
+        *(f"stored_{name} = {stored(base, f'new_param - load_{base}(stored_param)', random=random)}" for name in extra),
+        *(f"stored_{name} = {stored(kind, f'new_{name}', random=False)}" for name, kind in states.items()),
+        *(f"tl.store(at_{name} + element, stored_{name}, mask=inside)" for name in ("param", *extra, *states)),
+    ]
+    return _kernel(
+        f"update_{algorithm.name}_{format_name}_{'_'.join(kinds)}",
+        {"coefficients": "*fp32", "proceed": "*i1"} | ({"keys": "*i64", "segments": "*i64"} if random else {}),
+        tensors,
+        coefficients,
+        count="tl.where(tl.load(proceed), tl.load(work + 3 * item + 2), 0)",
+        before=["key = tl.load(keys + row)", "index, left, length, gap = run_of(segments, row, first, count)"] if random else [],
+        lines=lines,
+        summed={},
+        names=_scalars(interpreted=interpreted) | {"update": _compiled(algorithm.update, interpreted=interpreted)},
+    )
+
+
+@cache
+def _observe_kernel(statistic: Statistic | None, kinds: tuple[str, ...], *, interpreted: bool) -> Kernel:
+    grad_kind, *state_kinds = kinds
+    states = {f"state{index}": kind for index, kind in enumerate(state_kinds)}
+    names = _scalars(interpreted=interpreted)
+    arguments = {"sums": "*i64"}
+    coefficients: list[str] = []
+    before: list[str] = []
+    summed = {"not_finite": ("tl.int32", "sums + operands + row")}
+    if statistic is None:
+        name = f"finite_{grad_kind}"
+        lines = ["g = value_of_grad * scale", "not_finite = tl.where(g * g < float('inf'), 0, 1)"]
+    else:
+        name = f"observe_{statistic.observe.__module__.rpartition('.')[2]}_{'_'.join(kinds)}"
+        names["observe"] = _compiled(statistic.observe, interpreted=interpreted)
+        arguments = {"coefficients": "*fp32", "limits": "*fp32", "scales": "*fp32", **arguments}
+        coefficients = [f"c{index}" for index in range(argument_count(statistic.observe) - len(kinds))]
+        before = ["limit = tl.load(limits + row)", "scale_of_sum = tl.load(scales + row)"]
+        values = ["value_of_grad * scale", *(f"value_of_{name}" for name in states), *coefficients]
+        lines = [f"value = observe({', '.join(values)})", "q, not_finite = fixed_point(value, limit, scale_of_sum)"]
+        summed["q"] = ("tl.int64", "sums + row")
+    tensors = {"grad": grad_kind, **states}
+    return _kernel(name, arguments, tensors, coefficients, before=before, lines=lines, summed=summed, names=names)
+
+
+def _kernel(
+    name: str,
+    arguments: dict[str, str],  # that only some kernels have, with Triton's types
+    tensors: dict[str, str],  # the plain format of each, in the order of the addresses
+    coefficients: Sequence[str],
+    *,
+    before: Sequence[str],  # all elements of a program
+    lines: Sequence[str],  # for each block of elements
+    summed: dict[str, tuple[str, str]],  # what is summed of these: type of the sums of a program, and where they are added
+    names: dict[str, Any],  # that the text uses
+    count: str = "tl.load(work + 3 * item + 2)",  # of a program's elements
+) -> Kernel:
+    signature = {"work": "*i64", "addresses": "*i64", "operands": "i32", "grad_scale": "*fp32", **arguments}
+    found = [f"{name} = tl.load(addresses + {column} * operands + row)" for column, name in enumerate(tensors)]
+    constants = [
+        *(f"{name} = tl.load(coefficients + {len(coefficients)} * row + {index})" for index, name in enumerate(coefficients)),
+        *before,
+        *(f"at_{name} = pointer({name} + {ITEMSIZE[kind]} * first, tl.{TYPES[kind]}, ALIGNED)" for name, kind in tensors.items()),
+    ]
+    block = [
+        *(f"value_of_{name} = load_{kind}(tl.load(at_{name} + element, mask=inside, other=0.0))" for name, kind in tensors.items()),
+        *lines,
+    ]
+    totals = [f"total_{name} = tl.full((BLOCK,), 0, {dtype})" for name, (dtype, _) in summed.items()]
+    terms = {name: f"tl.where(inside, {name}, 0)" for name in summed}
+    of_block = [f"total_{name} += {each}" for name, each in terms.items()]
+    of_program = [f"add_up(total_{name}, {target})" for name, (_, target) in summed.items()]
+    of_rest = [f"add_up({terms[name]}, {target})" for name, (_, target) in summed.items()]
+    source = f'''"""Made by sharded_optim/backends/triton.py."""
+
+@triton.jit(do_not_specialize=ARGUMENTS)
+def {name}({", ".join(signature)}, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    item = tl.program_id(0).to(tl.int64)
+    row = tl.load(work + 3 * item)
+    first = tl.load(work + 3 * item + 1)
+    count = ({count}).to(tl.int32)
+    {_lines(4, found)}
+    if (({" | ".join(tensors)}) % {ALIGNMENT} == 0) == ALIGNED:
+        scale = tl.load(grad_scale)
+        {_lines(8, constants, totals)}
+        whole = count // {VECTOR} * {VECTOR} if ALIGNED else count
+        for start in range(0, whole, BLOCK):
+            element = start + tl.arange(0, BLOCK)
+            inside = element < whole
+            {_lines(12, block, of_block)}
+        {_lines(8, of_program)}
+        if whole < count:  # what does not fill {ALIGNMENT} bytes
+            element = whole + tl.arange(0, {VECTOR})
+            inside = element < count
+            {_lines(12, block, of_rest)}
+'''
+    return Kernel(
+        # Arguments of equal types are not to be compiled anew for other values of theirs, such as addresses that are aligned by chance.
+        function=_executed(name, source, {"triton": triton, "tl": tl, "ARGUMENTS": list(signature), **names}),
+        signature=signature,
+        elements_per_thread=ALIGNMENT // max(ITEMSIZE[kind] for kind in tensors.values()),
+        source=source,
+    )
+
+
+def _lines(indent: int, *lines: Sequence[str]) -> str:
+    return f"\n{' ' * indent}".join(line for each in lines for line in each)
+
+
+def _executed(name: str, source: str, names: dict[str, Any]) -> Any:
+    """What the text defines under a name. Triton reads the text of a function again, where Python looks it up for tracebacks too."""
+    path = f"<sharded_optim {name}>"
+    linecache.cache[path] = (len(source), None, source.splitlines(keepends=True), path)
+    namespace = {"__name__": __name__, **names}
+    exec(compile(source, path, "exec"), namespace)
+    return namespace[name]
+
+
+@cache
+def _compiled(function: Callable[..., Any], *, interpreted: bool) -> Any:
+    names: dict[str, Any] = {"tl": tl}  # Triton's interpreter insists on it
+    if "xp" in function.__globals__:
+        names["xp"] = ModuleType("xp")  # Triton looks up names in nothing but modules
+        vars(names["xp"]).update(_scalars(interpreted=interpreted))
+    assert interpreted == _interpreted(), "triton.jit looks at this too"
+    return rebound(function, names, triton.jit)
+
+
+def _scalars(*, interpreted: bool) -> dict[str, Any]:
+    functions = {name: value for name, value in vars(triton_scalars).items() if isinstance(value, FunctionType)}
+    if interpreted:
+        functions = {name: functions.get(f"{name}_interpreted", value) for name, value in functions.items()}
+    return {name: _compiled(function, interpreted=interpreted) for name, function in functions.items()}
+
+
+BACKEND = Triton()

@@ -1,0 +1,161 @@
+"""Functions that Triton compiles into the kernels of `triton.py`: the operations of an algorithm's math, and how values are stored.
+
+`divide`, `maximum`, `sqrt`, `where` are `algorithms/operations.py` for a block of elements; `load_*` and `store_*` are `formats.py`;
+`uniform` is `noise.py`. They carry no decorator: `triton.py` compiles them together with the algorithm's own functions, for a device or for
+Triton's interpreter. Only what Triton has for every device is used, so that none is ruled out.
+"""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
+# What Triton's functions return is known to Triton alone.
+
+from __future__ import annotations
+
+import triton.language as tl
+
+# ------------------------------------------------------------------------------------------------------------------- operations
+
+
+def divide(a, b):
+    return tl.div_rn(a, b)  # `/` is approximate on some devices
+
+
+def maximum(a, b):
+    return tl.where((a > b) | (a != a), a, b)  # NaN wins, as in torch
+
+
+def sqrt(a):
+    return tl.sqrt_rn(a)
+
+
+def where(condition, a, b):
+    return tl.where(condition, a, b)
+
+
+# ----------------------------------------------------------------------------------------------------------------------- memory
+
+
+def pointer(address, dtype: tl.constexpr, aligned: tl.constexpr):
+    at = address.to(tl.pointer_type(dtype))
+    return tl.multiple_of(at, 16) if aligned else at
+
+
+# ---------------------------------------------------------------------------------------------------------------------- formats
+
+
+def load_fp32(stored):
+    return stored
+
+
+def store_fp32(value):
+    return value
+
+
+def load_bf16(stored):
+    return stored.to(tl.float32)
+
+
+def store_bf16(value):
+    return value.to(tl.bfloat16)
+
+
+def load_fp16(stored):
+    return stored.to(tl.float32)
+
+
+def store_fp16(value):
+    return value.to(tl.float16)
+
+
+def stochastic(value, uniform, epsilon, smallest_bits):
+    """A neighbour of the value, or the value, for `store_*`, which then does not round.
+
+    Args:
+        value: fp32.
+        uniform: in [0, 1).
+        epsilon: of the dtype that stores.
+        smallest_bits: of the smallest number that it has, as fp32. It may be denormal, which a constant of Triton cannot.
+    """
+    magnitude = tl.abs(value)
+    bits = magnitude.to(tl.int32, bitcast=True)
+    power = (bits & 0x7F800000).to(tl.float32, bitcast=True)
+    spacing = tl.maximum((power * epsilon).to(tl.int32, bitcast=True), smallest_bits).to(tl.float32, bitcast=True)
+    scaled = tl.div_rn(magnitude, spacing)
+    below = scaled.to(tl.int32).to(tl.float32)  # it is below 2**11; tl.floor flushes denormal numbers
+    rounded = (below + tl.where(uniform < scaled - below, 1.0, 0.0)) * spacing
+    sign = value.to(tl.int32, bitcast=True) ^ bits
+    return tl.where(bits < 0x7F800000, (rounded.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True), value)
+
+
+# The interpreter cuts off the low bits where it converts to bfloat16, and is wrong about bfloat16's denormal numbers.
+
+
+def load_bf16_interpreted(stored):
+    return (stored.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+
+
+def store_bf16_interpreted(value):
+    bits = value.to(tl.uint32, bitcast=True)
+    rounded = tl.where(value == value, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, 0x7FC0)
+    return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+# ------------------------------------------------------------------------------------------------------------------------ noise
+
+GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
+MULTIPLIER_1 = tl.constexpr(0xBF58476D1CE4E5B9)
+MULTIPLIER_2 = tl.constexpr(0x94D049BB133111EB)
+
+
+def uniform(key, index):
+    bits = key.to(tl.uint64) + index.to(tl.uint64) * GOLDEN
+    bits = (bits ^ (bits >> 30)) * MULTIPLIER_1
+    bits = (bits ^ (bits >> 27)) * MULTIPLIER_2
+    bits = bits ^ (bits >> 31)
+    return (bits >> 40).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08  # 2**-24
+
+
+def run_of(segments, row, first, count):
+    """Where element `first` of a segment lies, for `index_of` of it and those that follow: (start, run, stride) in row `row` of `segments`.
+
+    Returns:
+        index: its own, in the whole tensor.
+        left: how many elements of its run there are from it on.
+        length: of a run, int32; or count if that is less, by which anything less than count is divided into equally many.
+        gap: from the end of a run to the next.
+    """
+    start = tl.load(segments + 3 * row)
+    run = tl.load(segments + 3 * row + 1)
+    stride = tl.load(segments + 3 * row + 2)
+    within = first % run
+    return start + first // run * stride + within, run - within, tl.minimum(run, count).to(tl.int32), stride - run
+
+
+def index_of(index, left, length, gap, count, element):
+    """Indices in the whole tensor, int64, of the elements that follow an element: by `element`, int32 (n,), each less than count."""
+    if left >= count:  # most often all are of one run, which spares each a division
+        indices = index + element
+    else:
+        beyond = element - left.to(tl.int32)
+        indices = index + element + tl.where(beyond < 0, 0, (beyond // length + 1) * gap)
+    return indices
+
+
+# -------------------------------------------------------------------------------------------------------------------------- sum
+
+
+def fixed_point(value, limit, scale):
+    """(round_half_even(value * scale) as int64, 0), or (0, 1) where the value is not finite; for value * scale < 2**63."""
+    finite = value <= limit  # False for NaN too
+    scaled = tl.where(finite, value, 0.0) * scale  # exact, by a power of two
+    # From 2**23 on fp32 has nothing but integers, so that an addition which leads there rounds to one.
+    rounded = tl.where(scaled < 8388608.0, (scaled + 8388608.0) - 8388608.0, scaled)
+    return rounded.to(tl.int64), tl.where(finite, 0, 1)
+
+
+def add_up(terms, target):
+    total = tl.reduce(terms, 0, add).to(tl.int64)
+    tl.atomic_add(target, total, mask=total != 0, sem="relaxed")
+
+
+def add(a, b):
+    return a + b

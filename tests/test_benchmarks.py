@@ -1,0 +1,155 @@
+"""The benchmarks run, compare like with like, and report everyone. No test looks at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import figure, first_step, fsdp2, report, step
+from benchmarks.cases import GPT2, LAYOUTS, Case, Layout, select
+from benchmarks.contenders import BASELINE, CONTENDERS, OURS, Contender, by_name
+from benchmarks.records import Run
+from benchmarks.storage import HUGE_PAGES, ORDINARY, make_params
+from benchmarks.timing import Entrant, interleave
+
+CPU = torch.device("cpu")
+TINY = Layout(name="tiny", shapes=((1000,), (7, 3)))
+PAIR = Layout(name="pair", shapes=((7,), (7,)), dtypes=("fp32",), few=True, same_elements="one")
+ONE = Layout(name="one", shapes=((14,),), dtypes=("fp32",), few=True)
+CASES = [Case(layout=TINY, dtype="fp32"), Case(layout=TINY, dtype="bf16"), *(Case(layout=each, dtype="fp32") for each in (PAIR, ONE))]
+# DeepSpeed compiles for a minute where it is installed.
+MEASURED = [contender for contender in CONTENDERS if contender.library != "deepspeed" and "cpu" in contender.devices]
+
+
+def not_installed(params: object) -> torch.optim.Optimizer:
+    raise ImportError("No module named 'nobodys_optimizer'")
+
+
+def diverges(params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, lr=math.inf)
+
+
+NOBODY = Contender(name="nobody's", library="nobody", algorithm="AdamW", make=not_installed)
+
+
+@pytest.fixture(scope="module")
+def tiny_run() -> Run:
+    return step.run(CASES, [*MEASURED, NOBODY], CPU, seconds=0.0, least_rounds=2, stream_elements=1000)
+
+
+def test_the_gpt2_list_is_gpt2() -> None:
+    assert len(GPT2) == 148
+    assert sum(math.prod(shape) for shape in GPT2) == 124_439_808
+
+
+def test_every_contender_is_measured_or_has_a_reason(tiny_run: Run) -> None:
+    for case, record in zip(CASES, tiny_run.cases, strict=True):
+        meant = {contender.name for contender in [*MEASURED, NOBODY] if step.takes_part(contender, case, CPU)}
+        assert {each.contender for each in (*record.results, *record.missing)} == meant
+        allowed = {NOBODY.name} if find_spec("sharded_optim.memory") else {each.name for each in MEASURED if each.storage == HUGE_PAGES}
+        assert {each.contender for each in record.missing} <= allowed | {NOBODY.name}
+        assert all(each.reason for each in record.missing)
+        for result in record.results:
+            numbers = [result.milliseconds, result.ratio, result.gigabytes_per_second, result.percent_of_stream]
+            assert all(math.isfinite(number) and number > 0 for number in numbers), result
+            assert result.shared_moments, f"{result.contender} does not see its moments replaced"
+        baseline = record.of(BASELINE)
+        assert baseline is not None
+        assert baseline.ratio == 1.0
+
+
+def test_bytes_are_those_of_the_table_in_theory(tiny_run: Run) -> None:
+    sizes = {(case.dtype, r.contender): r.bytes_per_element for case in tiny_run.cases[:2] for r in case.results}
+    assert sizes["fp32", BASELINE] == sizes["fp32", "ours AdamW cpu"] == 28
+    assert sizes["fp32", "optimi StableAdamW loop"] == sizes["fp32", "ours StableAdamW cpu"] == 36
+    assert sizes["bf16", BASELINE] == 14
+    assert sizes["bf16", "torch AdamW fused, fp32 copy"] == 28
+    assert sizes["bf16", "optimi AdamW loop"] == 18  # with Kahan
+    assert sizes["bf16", "ours AdamW cpu"] == 26  # fp32 moments, with Kahan
+    assert sizes["bf16", "ours StableAdamW cpu"] == 32
+
+
+def test_gradients_are_the_same_for_all(tiny_run: Run) -> None:
+    """optimi steps bf16 parameters with Kahan compensation by writing to their gradients."""
+    writes = {(case.dtype, r.contender): r.writes_gradients for case in tiny_run.cases[:2] for r in case.results}
+    assert writes["bf16", "optimi AdamW foreach"]
+    assert not any(value for (_, name), value in writes.items() if name.startswith(("ours", "torch")))
+    params = make_params(ORDINARY, TINY.shapes, torch.bfloat16, CPU)
+    assert all(bool((param.grad != 0).all()) for param in params)
+
+
+def test_what_diverges_is_not_measured() -> None:
+    contender = dataclasses.replace(NOBODY, name="diverges", make=diverges)
+    record = step.run([CASES[0]], [by_name(BASELINE), contender], CPU, seconds=0.0, least_rounds=1, stream_elements=1000)
+    (missing,) = record.cases[0].missing
+    assert "not finite" in missing.reason
+
+
+def test_spoiled_inputs_are_restored_before_every_step() -> None:
+    calls: list[str] = []
+    spoiler = Entrant(name="spoiler", step=lambda: calls.append("step"), warm=1e-6, restore=lambda: calls.append("restore"))
+    interleave([spoiler], "spoiler", 0.0, CPU, least_rounds=3)
+    assert calls == ["restore", "step"] * (len(calls) // 2)
+    assert sorted(spoiler.samples) == [0, 1, 2]
+
+
+def test_reports_have_a_row_for_everyone(tiny_run: Run, tmp_path: Path) -> None:
+    text = report.markdown(tiny_run)
+    report.write(tmp_path, "step_cpu", tiny_run, text)
+    figure.draw(tmp_path / "step_cpu.png", tiny_run)
+    assert (tmp_path / "step_cpu.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "step_cpu.md").read_text() == text
+    record = json.loads((tmp_path / "step_cpu.json").read_text())
+    assert [case["name"] for case in record["cases"]] == ["tiny", "tiny", "pair", "one"]
+    assert record["environment"]["packages"]["torch"] == torch.__version__
+    fp32, bf16 = text.split("## Parameters and gradients in ")[1:]
+    for contender in (*MEASURED, NOBODY):
+        for dtype, part in (("fp32", fp32), ("bf16", bf16.split("##")[0])):
+            assert (f"| {contender.name} |" in part) == (dtype in contender.dtypes)
+    assert "pair fp32 / one" in text
+    assert f"- {NOBODY.name}, tiny fp32, tiny bf16: No module named 'nobodys_optimizer'" in text
+
+
+def test_cases_are_chosen_by_name_and_dtype() -> None:
+    assert len(select(None, None)) == sum(len(layout.dtypes) for layout in LAYOUTS)
+    assert [case.title for case in select(["GPT-2", "1M"], ["bf16"])] == ["1M bf16", "GPT-2 bf16"]
+    with pytest.raises(ValueError, match="unknown cases 2M; there are 1M"):
+        select(["2M"], None)
+    with pytest.raises(ValueError, match="no case is left"):
+        select(["10kx1k"], ["bf16"])
+    elements = {layout.name: layout.elements for layout in LAYOUTS}
+    assert all(elements[layout.same_elements] == layout.elements for layout in LAYOUTS if layout.same_elements)
+    assert len({contender.name for contender in CONTENDERS}) == len(CONTENDERS)
+    assert any(contender.library == OURS and contender.devices == ("cuda",) for contender in CONTENDERS)
+
+
+def test_first_step_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, _ = first_step.OPTIMIZERS["ours AdamW"]
+    monkeypatch.setattr(first_step, "OPTIMIZERS", {"ours AdamW": (make, False)})
+    first_step.main(["--backend", "eager", "--repetitions", "1", "--output", str(tmp_path)])
+    (result,) = json.loads((tmp_path / "first_step.json").read_text())["results"]
+    assert result["seconds"] > 0
+    assert "| ours AdamW | none |" in (tmp_path / "first_step.md").read_text()
+
+
+def test_two_fsdp2_ranks(tmp_path: Path) -> None:
+    sizes = ["--layers", "1", "--width", "16", "--vocabulary", "9", "--rounds", "2"]
+    fsdp2.main([*sizes, "--contenders", "ours AdamW eager", "--output", str(tmp_path)])
+    record = json.loads((tmp_path / "fsdp2.json").read_text())
+    assert record["tensors"] == 12 + 4
+    assert [result["contender"] for result in record["results"]] == [BASELINE, "ours AdamW eager"]
+    assert "| ours AdamW eager |" in (tmp_path / "fsdp2.md").read_text()
+    with pytest.raises(SystemExit):
+        fsdp2.main(["--contenders", "nobody's"])
+
+
+def test_the_sharded_model_is_the_one_that_is_documented() -> None:
+    with torch.device("meta"):
+        sizes = [param.numel() for param in fsdp2.Model().parameters()]
+    assert (len(sizes), sum(sizes)) == (76, 23_371_776)

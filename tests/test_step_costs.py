@@ -1,0 +1,213 @@
+"""What a step must not do: allocate with the model, read values from a device, keep memory alive, or miss that memory has moved."""
+
+from __future__ import annotations
+
+import gc
+import tracemalloc
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import sharded_optim as so
+
+OPTIMIZERS: dict[str, Callable] = {
+    "AdamW": lambda params: so.AdamW(params, lr=1e-2),
+    "AdamW-skip": lambda params: so.AdamW(params, lr=1e-2, nonfinite="skip"),
+    "AdamW-stochastic": lambda params: so.AdamW(params, lr=1e-2, stochastic_rounding=True),
+    "DecoupledSGDW": lambda params: so.DecoupledSGDW(params, lr=1e-2, momentum=0.9),
+    "StableAdamW": lambda params: so.StableAdamW(params, lr=1e-2),
+}
+every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
+
+
+class Watch(TorchDispatchMode):
+    """What torch is asked to do: names of operations, and the bytes of all that they return in new memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: set[str] = set()
+        self.allocated = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operations.add(func.name())
+        result = func(*args, **kwargs or {})
+        known = {each.untyped_storage().data_ptr() for each in args if isinstance(each, Tensor)}
+        for each in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(each, Tensor) and each.untyped_storage().data_ptr() not in known:
+                self.allocated += each.untyped_storage().nbytes()
+        return result
+
+
+def parameter(numel: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
+    param = nn.Parameter(torch.linspace(-1.0, 1.0, numel).to(dtype))
+    param.grad = torch.linspace(1.0, -2.0, numel).to(dtype)
+    return param
+
+
+@every_optimizer
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_step_allocates_does_not_grow_with_the_model(name: str, dtype: torch.dtype) -> None:
+    """The second step, of 1,000 and of 4,000,000 elements: torch's memory and Python's (with NumPy's)."""
+    costs = []
+    for numel in (1000, 4_000_000):
+        optimizer = OPTIMIZERS[name]([parameter(numel, dtype)])
+        optimizer.step()
+        optimizer.step()
+        gc.collect()
+        tracemalloc.start()
+        optimizer.step()
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        with Watch() as watch:
+            optimizer.step()
+        costs.append((peak, watch.allocated))
+    (small_python, small_torch), (large_python, large_torch) = costs
+    assert large_python < small_python + 4096
+    assert large_torch == small_torch
+
+
+@every_optimizer
+def test_a_step_reads_no_value_with_item(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device each would wait for it; also with an lr tensor, several groups and several dtypes."""
+    params = [parameter(5), parameter(7), parameter(11, torch.bfloat16)]
+    optimizer = OPTIMIZERS[name]([{"params": params[:1]}, {"params": params[1:], "lr": torch.tensor(0.02)}])
+    optimizer.step()
+    for method in ("item", "__bool__", "__int__", "__float__", "__index__"):
+        monkeypatch.setattr(Tensor, method, lambda self, method=method: pytest.fail(f"Tensor.{method} was called"))
+    with Watch() as watch:
+        optimizer.step()
+    assert watch.operations
+    assert not {operation for operation in watch.operations if "item" in operation or "local_scalar" in operation}
+
+
+@every_optimizer
+def test_a_step_keeps_no_gradient_and_no_state_alive(name: str) -> None:
+    """Gradients are freed before the next backward, and state may be moved away between steps."""
+    params = [parameter(5), parameter(7)]
+    optimizer = OPTIMIZERS[name](params)
+    for _ in range(2):
+        for param in params:
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+        grads = [weakref.ref(param.grad) for param in params]
+        optimizer.zero_grad()
+        assert not any(grad() is not None for grad in grads)
+    moments = [key for key in optimizer.state[params[0]] if key != "step"]
+    for param in params:
+        for key in moments:
+            old = weakref.ref(optimizer.state[param][key])
+            optimizer.state[param][key] = optimizer.state[param][key].clone()
+            assert old() is None
+
+
+# ------------------------------------------------------------------------------------------------------------- moving memory
+
+
+def new_objects(param: nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
+    state = optimizer.state[param]
+    optimizer.state[param] = {key: value.clone() for key, value in state.items()}
+
+
+def new_entries(param: nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
+    for key, value in list(optimizer.state[param].items()):
+        optimizer.state[param][key] = value.clone()
+
+
+def new_memory(param: nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
+    """As offloading does: the same tensors, elsewhere."""
+    for tensor in (param, *optimizer.state[param].values()):
+        old = tensor.data
+        tensor.data = old.clone()
+        old.fill_(torch.nan)
+
+
+def other_strides(param: nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
+    param.data = param.data.t().contiguous().t()
+
+
+def other_dtype_and_back(param: nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
+    param.data = param.data.double()
+    param.data = param.data.float()
+
+
+def saved_and_loaded(param: nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+@every_optimizer
+@pytest.mark.parametrize("move", [new_objects, new_entries, new_memory, other_strides, other_dtype_and_back, saved_and_loaded])
+def test_steps_go_on_where_memory_has_moved(name: str, move: Callable) -> None:
+    """What is kept from step to step notices it: the trajectory is that of an optimizer whose memory stays."""
+    results = []
+    for moved in (False, True):
+        params = [nn.Parameter(torch.linspace(-1.0, 1.0, 12).view(3, 4)), parameter(5)]
+        optimizer = OPTIMIZERS[name](params)
+        for step in range(6):
+            for param in params:
+                param.grad = torch.linspace(-1.0, 2.0 + step, param.numel()).view(param.shape)
+            if step in (2, 4) and moved:
+                move(params[0], optimizer)
+            optimizer.step()
+        results.append([torch.cat([param.flatten(), *(value.flatten() for value in optimizer.state[param].values())]) for param in params])
+    for a, e in zip(*results, strict=True):
+        assert torch.equal(a, e)
+
+
+@every_optimizer
+def test_gradients_may_change_their_strides_their_memory_and_their_presence(name: str) -> None:
+    results = []
+    for awkward in (False, True):
+        params = [nn.Parameter(torch.linspace(-1.0, 1.0, 12).view(3, 4)), parameter(5)]
+        optimizer = OPTIMIZERS[name](params)
+        buffer = torch.empty(4, 3)
+        for step in range(8):
+            values = torch.linspace(-1.0, 2.0 + step, 12).view(3, 4)
+            params[0].grad = buffer.t().copy_(values) if awkward and step % 3 == 1 else values
+            if awkward and step % 3 == 2:
+                params[0].grad = buffer.view(3, 4).copy_(values)  # the same memory, in another order
+            params[1].grad = None if step in (2, 5) else torch.linspace(0.0, 1.0 + step, 5)
+            optimizer.step()
+        results.append(params)
+    for a, e in zip(*results, strict=True):
+        assert torch.equal(a, e)
+
+
+def test_step_counters_are_seen_to_move_by_whoever_holds_them() -> None:
+    """A state dict taken before a step shows the state after it, its counters like its moments, as torch's do."""
+    param = parameter(5)
+    optimizer = so.AdamW([param], lr=1e-2)
+    optimizer.init_state()
+    taken = optimizer.state_dict()["state"][0]
+    for _ in range(3):
+        optimizer.step()
+    assert float(taken["step"]) == 3.0
+    assert torch.equal(taken["exp_avg"], optimizer.state[param]["exp_avg"])
+    optimizer.state[param]["step"].fill_(100.0)
+    optimizer.step()
+    assert float(optimizer.state[param]["step"]) == 101.0
+
+
+def test_counters_of_parameters_with_and_without_gradients_stay_apart() -> None:
+    params = [parameter(5), parameter(7)]
+    optimizer = so.StableAdamW(params, lr=1e-2)
+    for step in range(6):
+        params[1].grad = torch.ones(7) if step % 2 else None
+        optimizer.step()
+    assert [float(optimizer.state[param]["step"]) for param in params] == [6.0, 3.0]
+
+
+def test_large_state_lies_on_large_pages() -> None:
+    """Where the system has them. Small state does not take a page for each tensor."""
+    params = [nn.Parameter(torch.ones(2**20 + 5)), nn.Parameter(torch.ones(3, 5))]
+    optimizer = so.AdamW(params, lr=1e-2)
+    optimizer.init_state()
+    assert optimizer.state[params[0]]["exp_avg"].data_ptr() % so.memory.LARGE_PAGE == 0
+    assert optimizer.state[params[1]]["exp_avg"].untyped_storage().nbytes() == 60
+    zeros = so.memory.zeros(2**20 + 5, torch.bfloat16)
+    assert zeros.shape == (2**20 + 5,)
+    assert zeros.dtype == torch.bfloat16
+    assert not zeros.any()

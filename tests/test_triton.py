@@ -1,0 +1,558 @@
+"""The Triton backend without a GPU: its kernels run in Triton's interpreter, and are compiled for GPUs that are not there."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sharded_optim.algorithms import Algorithm
+from sharded_optim.algorithms.adam import ADAM, AMSGRAD
+from sharded_optim.algorithms.sgd import MOMENTUM, SGD
+from sharded_optim.algorithms.stable_adamw import STABLE_ADAMW
+from sharded_optim.algorithms.weight_decay import COUPLED
+from sharded_optim.backends import Column, Operands, eager
+from sharded_optim.formats import FORMATS
+from sharded_optim.segment import Segment
+
+triton = pytest.importorskip("triton", reason="the triton package is not installed")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+from sharded_optim.backends import triton as backend  # noqa: E402
+
+STATISTIC = STABLE_ADAMW.statistic
+GROUP: dict[str, Any] = {
+    "lr": 1e-2,
+    "betas": (0.9, 0.99),
+    "eps": 1e-6,
+    "weight_decay": 0.1,
+    "decay_form": COUPLED,
+    "reference_lr": 1e-2,
+    "momentum": 0.9,
+    "dampening": 0.0,
+    "nesterov": True,
+}
+DTYPES = {name: FORMATS[name].dtype for name in ("fp32", "bf16", "fp16")}
+
+
+# ---------------------------------------------------------------------------------------------------------------------- operands
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Operands of a step, made as often as they are needed: a step writes them."""
+
+    algorithm: Algorithm
+    fmt: str = "fp32"
+    grad: str = "fp32"
+    state: str = "fp32"
+    seed: int = 1
+    shapes: Sequence[tuple[int, ...]] | None = None  # None: awkward ones
+    magnitude: float = 1.0  # of the gradients
+    size: float = 1.0  # of the parameters
+    spoiled: float | None = None  # an element of the third gradient ...
+    spoiled_state: float | None = None  # ... and of its last state
+
+    def operands(self, device: str = "cpu") -> Operands:
+        generator = torch.Generator().manual_seed(self.seed)
+        fmt = FORMATS[self.fmt]
+
+        def column(dtype: torch.dtype, scale: float, *, positive: bool = False, gradient: bool = False) -> Column:
+            tensors = [random(generator, shape, scale) for shape in self.shapes] if self.shapes else awkward(generator, scale, gradient)
+            return Column([moved(tensor.abs() if positive else tensor, dtype, device) for tensor in tensors])
+
+        grad = column(DTYPES[self.grad], self.magnitude, gradient=True)
+        if self.spoiled is not None:
+            grad.tensors[2].view(-1)[-1] = self.spoiled
+        param = column(fmt.dtype, self.size)
+        extra = tuple(column(fmt.dtype, self.size * 2.0**-9) for _ in fmt.extra)
+        state = tuple(column(DTYPES[self.state], 0.3, positive="sq" in name) for name in self.algorithm.state)
+        if self.spoiled_state is not None:
+            state[-1].tensors[2].view(-1)[-1] = self.spoiled_state
+        segments = [segment_of(row, tensor.shape) for row, tensor in enumerate(param.tensors)]
+        return Operands(segments=segments, format=fmt, param=param, extra=extra, grad=grad, state=state)
+
+    def coefficients(self, operands: Operands, group: dict[str, Any], step: int = 3) -> Tensor:
+        rows = [self.algorithm.coefficients(group | {"lr": group["lr"] * (1 + row)}, step, 1.0) for row in range(len(operands))]
+        return torch.tensor(rows, dtype=torch.float64).to(torch.float32)
+
+
+def random(generator: torch.Generator, shape: Sequence[int], scale: float) -> Tensor:
+    return torch.randn(shape, generator=generator) * scale * 10.0 ** torch.randint(-3, 2, shape, generator=generator)
+
+
+def awkward(generator: torch.Generator, scale: float, gradient: bool) -> list[Tensor]:
+    """Tensors without elements, with few, and with more than a program takes; then some that lie in memory in other ways."""
+    shapes = [(0,), (), (1,), (5,), (7, 3), (64,), (201,), (48, 2)]
+    values = [random(generator, shape, scale) for shape in shapes]
+    values.append(random(generator, (6, 4), scale).t())
+    other = random(generator, (6, 4), scale)
+    values.append(other.reshape(4, 6) if gradient else other.t())  # strided unlike its gradient
+    values.append(random(generator, (9, 8), scale)[:, 3:6])
+    values.append(random(generator, (71,), scale)[1:])  # unaligned
+    values.append(random(generator, (1,), scale).expand(40) if gradient else random(generator, (40,), scale))
+    return values
+
+
+def moved(tensor: Tensor, dtype: torch.dtype, device: str) -> Tensor:
+    """In another dtype, strided as before, and beginning where it began within its memory."""
+    base = torch.empty(tensor.untyped_storage().nbytes() // tensor.element_size(), dtype=dtype, device=device)
+    view = base.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+    if tensor.numel() and 0 not in tensor.stride():
+        view.copy_(tensor)
+    elif tensor.numel():
+        base.fill_(float(tensor.flatten()[0]))
+    return view
+
+
+def segment_of(row: int, shape: Sequence[int]) -> Segment:
+    """A whole tensor; or runs of a larger one, shorter or longer than what a program takes."""
+    numel = torch.Size(shape).numel()
+    if numel % 6 == 0 and numel:
+        return Segment(name=f"w{row}", shape=(10 * numel,), start=13, run=6, stride=31, count=numel // 6)
+    if numel == 201:
+        return Segment(name=f"w{row}", shape=(1000,), start=7, run=67, stride=300, count=3)
+    if numel == 70:
+        return Segment.flat(f"w{row}", (2**40,), 2**33 + 1, 70)
+    return Segment.whole(f"w{row}", shape)
+
+
+def assert_same(actual: Tensor, expected: Tensor, name: str) -> None:
+    """The same bits, but for those of NaN, of which backends may choose."""
+    actual = actual.cpu()
+    assert torch.equal(actual.isnan(), expected.isnan()), name
+    bits = {4: torch.int32, 2: torch.int16}[expected.element_size()]
+    finite = ~expected.isnan()
+    assert torch.equal(actual[finite].view(bits), expected[finite].view(bits)), f"{name} of {tuple(expected.shape)}"
+
+
+def columns_of(operands: Operands) -> dict[str, Column]:
+    extra = {f"extra {index}": column for index, column in enumerate(operands.extra)}
+    state = {f"state {index}": column for index, column in enumerate(operands.state)}
+    return {"param": operands.param, **extra, **state, "grad": operands.grad}
+
+
+def assert_same_update(
+    case: Case,
+    *,
+    group: dict[str, Any] = GROUP,
+    proceed: bool | None = None,
+    grad_scale: float | None = None,
+    steps: int = 1,
+    triton_backend: backend.Triton | None = None,
+) -> Operands:
+    """Step the case with both backends; gives what Triton's made."""
+    results = []
+    for each in (eager.BACKEND, triton_backend or small()):
+        operands = case.operands()
+        keys = torch.randint(-(2**63), 2**63 - 1, (len(operands),), generator=torch.Generator().manual_seed(case.seed))
+        for step in range(steps):
+            each.update(
+                case.algorithm,
+                operands,
+                case.coefficients(operands, group, step + 1),
+                None if proceed is None else torch.tensor(proceed),
+                None if grad_scale is None else torch.tensor(grad_scale),
+                keys + step if operands.format.is_random else None,
+            )
+        results.append(operands)
+    expected, actual = results
+    for (name, column), other in zip(columns_of(actual).items(), columns_of(expected).values(), strict=True):
+        for a, e in zip(column.tensors, other.tensors, strict=True):
+            assert_same(a, e, name)
+    return actual
+
+
+def assert_same_observation(case: Case, *, group: dict[str, Any] = GROUP, grad_scale: float | None = None, sums: bool = True) -> Tensor:
+    """Observe the case with both backends, and write nothing; gives which operands are not finite."""
+    statistic = STATISTIC if sums else None
+    assert STATISTIC is not None
+    operands = case.operands()
+    count = len(operands)
+    coefficients = torch.tensor([STATISTIC.coefficients(group, 3 + row) for row in range(count)], dtype=torch.float64).to(torch.float32)
+    limits = torch.full((count,), 1.01 * STATISTIC.bound(group))
+    scales = torch.tensor([2.0 ** (44 - 8 * (row % 4)) for row in range(count)])
+    scale = None if grad_scale is None else torch.tensor(grad_scale)
+    results = [each.observe(statistic, operands, coefficients, limits, scales, scale) for each in (eager.BACKEND, small())]
+    (expected_sums, expected_flags), (actual_sums, actual_flags) = results
+    assert torch.equal(actual_sums, expected_sums)
+    assert torch.equal(actual_flags != 0, expected_flags != 0)
+    for column, other in zip(columns_of(operands).values(), columns_of(case.operands()).values(), strict=True):
+        for a, e in zip(column.tensors, other.tensors, strict=True):
+            assert_same(a, e, "what observe must not write")
+    return actual_flags != 0
+
+
+def small() -> backend.Triton:
+    """Programs so small that tensors of the interpreter's size take several, and several blocks each."""
+    return backend.Triton(chunk=128, threads=8)
+
+
+# ------------------------------------------------------------------------------------------------------------------- interpreter
+
+
+@pytest.fixture
+def interpreter() -> Iterator[None]:
+    with triton.knobs.runtime.scope(), np.errstate(all="ignore"):
+        triton.knobs.runtime.interpret = True
+        yield
+
+
+FORMAT_NAMES = ("fp32", "bf16", "bf16_kahan", "bf16_stochastic", "bf16_kahan_stochastic", "fp16", "fp16_kahan", "fp16_stochastic")
+ALGORITHMS = (SGD, MOMENTUM, AMSGRAD, STABLE_ADAMW)
+UPDATES = [Case(algorithm=ADAM, fmt=fmt, grad=fmt.partition("_")[0]) for fmt in FORMAT_NAMES]
+UPDATES += [Case(algorithm=algorithm) for algorithm in ALGORITHMS]
+UPDATES += [Case(algorithm=algorithm, fmt="bf16_kahan", grad="bf16") for algorithm in ALGORITHMS]
+UPDATES += [
+    Case(algorithm=ADAM, grad="bf16", state="bf16"),
+    Case(algorithm=ADAM, fmt="bf16_kahan", state="bf16"),
+    Case(algorithm=ADAM, fmt="bf16_kahan_stochastic", grad="bf16", state="bf16"),
+    Case(algorithm=MOMENTUM, fmt="fp16_kahan_stochastic", grad="fp16"),
+]
+
+
+def described(case: Case) -> str:
+    return f"{case.algorithm.name}-{case.fmt}-{case.grad}-{case.state}"
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("case", UPDATES, ids=described)
+def test_an_update_gives_the_bits_of_the_eager_backend(case: Case) -> None:
+    """Awkward shapes, strides, alignments and segments, two steps; gradients are not written."""
+    assert_same_update(case, steps=2)
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("grad", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("state", ["fp32", "bf16"])
+def test_an_observation_gives_the_sums_of_the_eager_backend(grad: str, state: str) -> None:
+    assert not assert_same_observation(Case(algorithm=STABLE_ADAMW, grad=grad, state=state)).any()
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("sums", [True, False])
+@pytest.mark.parametrize("spoiled", [torch.nan, torch.inf, 3e19, 1e17])
+def test_one_element_that_is_not_finite_spoils_its_own_operand_only(spoiled: float, sums: bool) -> None:
+    """3e19 has no finite square, 1e17 has."""
+    flags = assert_same_observation(Case(algorithm=STABLE_ADAMW, spoiled=spoiled), sums=sums)
+    assert flags.tolist() == [row == 2 and spoiled != 1e17 for row in range(len(flags))]
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_gradients_are_multiplied_by_their_scale() -> None:
+    assert_same_observation(Case(algorithm=STABLE_ADAMW, grad="fp16"), grad_scale=1 / 3)
+    assert_same_observation(Case(algorithm=STABLE_ADAMW, grad="fp16"), grad_scale=1 / 3, sums=False)
+    assert_same_update(Case(algorithm=ADAM, fmt="fp16_kahan", grad="fp16"), grad_scale=1 / 3)
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("fmt", ["fp32", "bf16_kahan_stochastic"])
+def test_nothing_is_written_unless_the_device_says_so(fmt: str) -> None:
+    case = Case(algorithm=ADAM, fmt=fmt)
+    before, after = case.operands(), assert_same_update(case, proceed=False)
+    for (name, column), other in zip(columns_of(after).items(), columns_of(before).values(), strict=True):
+        for a, e in zip(column.tensors, other.tensors, strict=True):
+            assert_same(a, e, name)
+    assert not torch.equal(assert_same_update(case, proceed=True).param.tensors[6], before.param.tensors[6])
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("fmt", ["fp32", "bf16_kahan", "bf16_stochastic", "fp16_kahan_stochastic"])
+@pytest.mark.parametrize("spoiled", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_goes_where_the_eager_backend_lets_it_go(fmt: str, spoiled: float) -> None:
+    for algorithm in (SGD, AMSGRAD):
+        after = assert_same_update(Case(algorithm=algorithm, fmt=fmt, spoiled=spoiled, shapes=[(3,), (4,), (20,)]))
+        assert not after.param.tensors[2][-1].isfinite()
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("spoiled", [torch.nan, torch.inf])
+def test_state_that_is_not_finite_is_not_forgotten(spoiled: float) -> None:
+    """A maximum with NaN is NaN."""
+    flags = assert_same_observation(Case(algorithm=STABLE_ADAMW, spoiled_state=spoiled))
+    assert flags.tolist() == [row == 2 and spoiled != torch.inf for row in range(len(flags))]  # a fraction of an infinite one is none
+    after = assert_same_update(Case(algorithm=AMSGRAD, spoiled_state=spoiled))
+    assert not after.state[-1].tensors[2].isfinite().any()
+
+
+@given(
+    numel=st.integers(0, 300),
+    betas=st.tuples(st.sampled_from([0.0, 0.3, 0.9]), st.floats(0.0, 0.9999)),
+    eps=st.sampled_from([0.0, 1e-30, 1e-8, 1e-3]),
+    weight_decay=st.floats(0.0, 0.5),
+    magnitude=st.integers(-44, 12),
+    size=st.sampled_from([1.0, 1e-6, 1e-39]),
+    fmt=st.sampled_from(["fp32", "bf16", "bf16_kahan_stochastic", "fp16_stochastic"]),
+    state=st.sampled_from(["fp32", "bf16"]),
+    seed=st.integers(0, 2**32),
+)
+@settings(
+    deadline=None,
+    max_examples=30,
+    phases=(Phase.explicit, Phase.reuse, Phase.generate),  # to shrink an example takes the interpreter minutes
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@pytest.mark.usefixtures("interpreter")
+def test_any_hyperparameters_and_magnitudes_give_the_bits_of_the_eager_backend(
+    numel: int, betas: tuple[float, float], eps: float, weight_decay: float, magnitude: int, size: float, fmt: str, state: str, seed: int
+) -> None:
+    """Magnitudes of gradients and parameters reach into the denormal numbers of each dtype."""
+    case = Case(algorithm=STABLE_ADAMW, fmt=fmt, state=state, seed=seed, shapes=[(numel,), (3,)], magnitude=10.0**magnitude, size=size)
+    group = GROUP | {"betas": betas, "eps": eps, "weight_decay": weight_decay, "lr": size * 10.0 ** (magnitude % 7 - 3)}
+    assert_same_update(case, group=group)
+    assert_same_observation(case, group=group | {"betas": (betas[0], min(betas[1], 0.99))})
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_tensors_may_move_between_two_calls() -> None:
+    """The tables that depend on shapes are kept, the addresses are looked at anew."""
+    case = Case(algorithm=ADAM)
+    one, other = case.operands(), case.operands()
+    stepped = assert_same_update(case, triton_backend=(own := small()))
+    own.update(ADAM, one, case.coefficients(one, GROUP, 1), None, None, None)
+    moved_to = [tensor.clone() if tensor.is_contiguous() else tensor for tensor in one.param.tensors]
+    one.param.tensors, one.param.addresses = moved_to, Column(moved_to).addresses
+    for target, source in zip((one.param, *one.state), (other.param, *other.state), strict=True):
+        for tensor, value in zip(target.tensors, source.tensors, strict=True):
+            tensor.copy_(value)
+    own.update(ADAM, one, case.coefficients(one, GROUP, 1), None, None, None)
+    for a, e in zip(one.param.tensors, stepped.param.tensors, strict=True):
+        assert_same(a, e, "param")
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_autograd_notices_that_a_parameter_was_written() -> None:
+    case = Case(algorithm=ADAM, shapes=[(4,)])
+    operands = case.operands()
+    version = operands.param.tensors[0]._version
+    small().update(ADAM, operands, case.coefficients(operands, GROUP), None, None, None)
+    assert operands.param.tensors[0]._version > version
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_the_tables_of_operands_end_with_them() -> None:
+    own = small()
+    assert_same_update(Case(algorithm=SGD, shapes=[(4,)]), triton_backend=own)
+    assert not len(own._tables)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- compiled
+
+CAPABILITIES = (80, 90, 100)
+COMPILED = [
+    Case(algorithm=STABLE_ADAMW),
+    Case(algorithm=STABLE_ADAMW, fmt="bf16_kahan", grad="bf16"),
+    Case(algorithm=ADAM, fmt="bf16_kahan", grad="bf16", state="bf16"),
+]
+ONCE = [Case(algorithm=AMSGRAD), Case(algorithm=SGD, fmt="bf16", grad="bf16"), Case(algorithm=MOMENTUM, fmt="bf16_stochastic", grad="bf16")]
+TARGETS = [(case, capability) for case in COMPILED for capability in CAPABILITIES] + [(case, 90) for case in ONCE]
+
+
+def kernels_of(case: Case) -> list[Any]:
+    kinds = (case.grad, *(case.state for _ in case.algorithm.state))
+    update = backend.update_kernel(case.algorithm, FORMATS[case.fmt], kinds)
+    return [update, *([backend.observe_kernel(case.algorithm.statistic, kinds)] if case.algorithm.statistic else [])]
+
+
+def machine_code(cubin: bytes, folder: Path) -> str:
+    """What `nvdisasm`, of Triton's wheel or of CUDA, makes of it."""
+    found = shutil.which("nvdisasm", path=str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin")) or shutil.which("nvdisasm")
+    assert found, "triton's wheels for x86 and Arm have nvdisasm"
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    return subprocess.run([found, "-c", path], capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize(("case", "capability"), TARGETS, ids=lambda value: described(value) if isinstance(value, Case) else str(value))
+def test_a_gpu_gets_ieee_arithmetic_and_long_accesses(case: Case, capability: int, aligned: bool, tmp_path: Path) -> None:
+    """Each operation is rounded once: division and square root are exact, nothing is contracted, denormal numbers stay.
+
+    Where tensors are aligned, fp32 goes 16 bytes at a time, as does everything where all is of 16 bits; beside fp32, 16-bit tensors go 8
+    bytes at a time, with as many elements. No register is spilled, and nothing but a sum goes through shared memory.
+    """
+    for kernel in kernels_of(case):
+        compiled = backend.compile_for(kernel, GPUTarget("cuda", capability, 32), aligned=aligned)
+        ptx = compiled.asm["ptx"]
+        assert not re.findall(r"\bfma\.\S*f32|\S+\.ftz\S*|\S+\.approx\S*", ptx)
+        assert re.search(r"\bmul\.rn\.f32", ptx)
+        assert not re.findall(r"\b(?:mul|add|sub)\.f32", ptx), "ptxas may contract what does not name its rounding"
+        uses_adam = case.algorithm in (ADAM, AMSGRAD, STABLE_ADAMW)
+        assert bool(re.search(r"\bdiv\.rn\.f32", ptx)) == (uses_adam or "stochastic" in case.fmt)
+        assert bool(re.search(r"\bsqrt\.rn\.f32", ptx)) == (uses_adam and kernel.signature.keys() >= {"proceed"})
+        code = Counter(re.findall(r"\b(?:LDG|STG|LDL|STL)[\w.]*", machine_code(compiled.asm["cubin"], tmp_path)))
+        long = {name.partition(".")[0]: count for name, count in code.items() if name.endswith(".128")}
+        written = [case.fmt[:4]] * (1 + len(FORMATS[case.fmt].extra)) + [case.state] * len(case.algorithm.state)
+        if "proceed" not in kernel.signature:
+            written = []
+        read = [case.grad, *(written or [case.state])]  # StableAdamW observes one of the moments
+        widest = {kind for kind in read if kind == "fp32"} or set(read)
+        if aligned:
+            assert long.get("LDG", 0) >= sum(kind in widest for kind in read)
+            assert long.get("STG", 0) == sum(kind in widest for kind in written)
+        else:
+            assert not long, "an address that is not aligned would be a fault"
+        assert not any(name.startswith(("LDL", "STL")) for name in code), "registers are spilled"
+        assert compiled.metadata.shared <= 1024 * (not written)
+
+
+@pytest.mark.parametrize("architecture", [("gfx942", 64), ("gfx1100", 32)])
+def test_amd_gpus_are_not_ruled_out(architecture: tuple[str, int]) -> None:
+    for kernel in kernels_of(COMPILED[1]):
+        compiled = backend.compile_for(kernel, GPUTarget("hip", *architecture))
+        intermediate, assembly = compiled.asm["llir"], compiled.asm["amdgcn"]
+        assert re.search(r"= fdiv float", intermediate)
+        assert not re.search(r"\b(?:fast|contract|reassoc|afn|arcp|!fpmath)\b", intermediate)
+        assert '"denormal-fp-math-f32"="ieee"' in intermediate
+        assert re.search(r"spill_count: *0", assembly)
+        assert not re.search(r"spill_count: *[1-9]", assembly)
+
+
+class Absent:
+    """A driver for a GPU that is not there, as far as a launch asks for it before it launches."""
+
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+
+
+@pytest.mark.parametrize("case", COMPILED, ids=described)
+def test_what_is_launched_is_what_was_looked_at(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch derives types and options from the arguments: the code is that of `compile_for`, once for each alignment."""
+    launched = []
+
+    def run(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        launched.append(original(self, *arguments, grid=grid, warmup=True, **options))
+
+    original = triton.runtime.JITFunction.run
+    monkeypatch.setattr(triton.runtime.JITFunction, "run", run)
+    monkeypatch.setattr(triton.runtime.driver, "_active", Absent())
+    backend._update_kernel.cache_clear()
+    try:
+        operands = case.operands()
+        backend.Triton().update(case.algorithm, operands, case.coefficients(operands, GROUP), None, None, None)
+    finally:
+        backend._update_kernel.cache_clear()  # a driver that is there must not be given what was compiled here
+    kernel = kernels_of(case)[0]
+    expected = [backend.compile_for(kernel, GPUTarget("cuda", 90, 32), aligned=aligned) for aligned in (True, False)]
+    assert [each.asm["ptx"] for each in launched] == [each.asm["ptx"] for each in expected]
+
+
+# --------------------------------------------------------------------------------------------------------------------------- GPU
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+LARGE = [(100_003,), (4096,), (33, 1000)]
+
+
+@gpu
+@pytest.mark.parametrize("case", UPDATES, ids=described)
+def test_a_gpu_gives_the_bits_of_the_eager_backend_on_the_cpu(case: Case) -> None:
+    """Also where some of what it is given moves between two steps; and the host waits for nothing."""
+    for shapes in (None, LARGE):
+        each = replace(case, shapes=shapes)
+        expected, actual = each.operands(), each.operands("cuda")
+        keys = torch.arange(len(expected)) * 0x123456789ABCDEF
+        for step in (1, 2):
+            coefficients = each.coefficients(expected, GROUP, step)
+            eager.BACKEND.update(case.algorithm, expected, coefficients, None, torch.tensor(0.7), keys)
+            arguments = coefficients.cuda(), torch.tensor(True).cuda(), torch.tensor(0.7).cuda(), keys.cuda()
+            with synchronisation_is_an_error():
+                backend.BACKEND.update(case.algorithm, actual, *arguments)
+            grads = [grad.clone() if grad.is_contiguous() else grad for grad in actual.grad.tensors]
+            actual.grad.tensors, actual.grad.addresses = grads, Column(grads).addresses
+        for (name, column), other in zip(columns_of(actual).items(), columns_of(expected).values(), strict=True):
+            for a, e in zip(column.tensors, other.tensors, strict=True):
+                assert_same(a, e, name)
+
+
+@gpu
+@pytest.mark.parametrize("grad", ["fp32", "bf16"])
+@pytest.mark.parametrize("spoiled", [None, torch.inf])
+def test_a_gpu_gives_the_sums_of_the_eager_backend_on_the_cpu(grad: str, spoiled: float | None) -> None:
+    assert STATISTIC is not None
+    for shapes in (None, LARGE):
+        case = Case(algorithm=STABLE_ADAMW, grad=grad, spoiled=spoiled, shapes=shapes)
+        expected, actual = case.operands(), case.operands("cuda")
+        tables = [torch.tensor(STATISTIC.coefficients(GROUP, 3)).expand(len(expected), -1)]
+        tables += [torch.full((len(expected),), value) for value in (101.0, 2.0**20)]
+        on_gpu = [table.cuda() for table in tables]
+        for statistic in (STATISTIC, None):
+            with synchronisation_is_an_error():
+                sums, flags = backend.BACKEND.observe(statistic, actual, *on_gpu, None)
+            expected_sums, expected_flags = eager.BACKEND.observe(statistic, expected, *tables, None)
+            assert torch.equal(sums.cpu(), expected_sums)
+            assert torch.equal(flags.cpu() != 0, expected_flags != 0)
+
+
+@gpu
+def test_a_cuda_graph_steps_as_the_backend_does() -> None:
+    """It keeps what it reads, also when the backend is called with other tensors in between."""
+    case = Case(algorithm=ADAM, fmt="bf16_kahan", grad="bf16", shapes=LARGE)
+    expected, actual, other = case.operands(), case.operands("cuda"), case.operands("cuda")
+    coefficients = case.coefficients(expected, GROUP)
+    on_gpu = coefficients.cuda()
+    for _ in range(3):
+        eager.BACKEND.update(ADAM, expected, coefficients, None, None, None)
+    backend.BACKEND.update(ADAM, actual, on_gpu, None, None, None)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        backend.BACKEND.update(ADAM, actual, on_gpu, None, None, None)
+    graph.replay()
+    home = actual.grad.tensors, actual.grad.addresses
+    actual.grad.tensors, actual.grad.addresses = other.grad.tensors, other.grad.addresses
+    backend.BACKEND.update(ADAM, actual, on_gpu * 0, torch.tensor(False).cuda(), None, None)
+    actual.grad.tensors, actual.grad.addresses = home
+    graph.replay()
+    for a, e in zip(actual.param.tensors, expected.param.tensors, strict=True):
+        assert_same(a, e, "param")
+
+
+@contextmanager
+def synchronisation_is_an_error() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# ----------------------------------------------------------------------------------------------------------------------- support
+
+
+def test_it_says_why_it_does_not_run_on_a_cpu() -> None:
+    dtypes = frozenset({torch.float32})
+    assert backend.BACKEND.supports(torch.device("cpu"), dtypes) == "it runs on GPUs, not on cpu"
+    assert backend.BACKEND.supports(torch.device("meta"), dtypes) == "it runs on GPUs, not on meta"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_it_says_why_it_does_not_run_without_a_driver() -> None:
+    reason = backend.BACKEND.supports(torch.device("cuda", 0), frozenset({torch.float32}))
+    assert reason is not None
+    assert reason.startswith("Triton finds no driver for cuda:0")
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_the_interpreter_runs_on_the_cpu_only() -> None:
+    assert backend.BACKEND.supports(torch.device("cpu"), frozenset({torch.float32})) is None
+    assert "interpreter" in str(backend.BACKEND.supports(torch.device("cuda", 0), frozenset({torch.float32})))
+
+
+def test_importing_the_package_does_not_import_triton() -> None:
+    check = "import sys, sharded_optim; assert 'triton' not in sys.modules"
+    subprocess.run([sys.executable, "-c", check], check=True, timeout=60)
