@@ -173,8 +173,8 @@ class Batch:
 class _Source:
     """Where a column of operands comes from: a tensor of each parameter, as the wrapper gives it.
 
-    A tensor at the address of the one before is taken for the same: to compare with the old one, its memory would have to be kept. That its
-    shape is the parameter's torch itself sees to, when a gradient is set; its strides are looked at.
+    A tensor at the address of the one before is taken for the same: to compare with the old one, its memory would have to be kept. That a
+    gradient has its parameter's shape torch itself sees to; its strides and dtype are looked at.
     """
 
     def __init__(self, entries: Sequence[LocalParam], role: str, tensors: Sequence[Any]) -> None:
@@ -184,6 +184,7 @@ class _Source:
         self.column = Column([entry.local(tensor, role) for entry, tensor in zip(entries, tensors, strict=True)])
         self._described = list(map(_description, self.column.tensors))
         self._contiguous = all(map(Tensor.is_contiguous, self.column.tensors))
+        self._dtypes = set(map(_dtype, self.column.tensors))
 
     def renew(self, tensors: Sequence[Any]) -> bool:
         """Take the tensors of this step; False if they are not like those of the step before.
@@ -210,7 +211,7 @@ class _Source:
             if self._wrapped or set(map(type, local)) != {Tensor}:  # the wrapper says how it is sharded
                 return None
             try:
-                if not (self._contiguous and all(map(Tensor.is_contiguous, local))):
+                if not (self._contiguous and all(map(Tensor.is_contiguous, local)) and set(map(_dtype, local)) == self._dtypes):
                     return None
             except RuntimeError:  # a sparse one has no strides
                 return None
@@ -313,6 +314,7 @@ class _Kept:
 
 
 _grad: Callable[[Tensor], Tensor | None] = attrgetter("grad")
+_dtype: Callable[[Tensor], torch.dtype] = attrgetter("dtype")
 
 
 def _absent(grads: Sequence[Tensor | None]) -> list[int]:

@@ -20,7 +20,7 @@ class EngineOptions(TypedDict, total=False):
 
     state_dtype: storage dtype of the moments: float32 (the default, also for low-precision parameters), or bfloat16, whose rounding
         wants beta2 <= 0.996.
-    backend: "auto", the default, picks the first of `backends.MODULES` that supports the device and dtypes; or the name of one.
+    backend: "cpu", "triton" or "eager"; "auto", the default, picks the first of them that supports the device and dtypes. The same bits.
     nonfinite: what a step does when a gradient on any rank is not finite, or too large to be squared in fp32.
         "skip": no rank steps; parameters, state and step counters stay as they are, bit for bit.
         "raise": FloatingPointError on every rank, naming tensors and ranks. The host waits for the device in every step.

@@ -140,9 +140,7 @@ def candidates(backend: str, triton: bool | None) -> tuple[str, ...]:
         if backend not in (AUTO, TRITON):
             raise ValueError(f"triton=True contradicts backend={backend!r}; give one of the two")
         if find_spec("triton") is None:
-            raise ImportError(
-                "triton=True needs the triton package, which is not installed: pip install 'sharded-optim[triton]', or leave triton out"
-            )
+            raise ImportError("triton=True needs the triton package: pip install 'sharded-optim[triton]', or leave triton out")
         return (TRITON,)
     if triton is False and backend == TRITON:
         raise ValueError("triton=False contradicts backend='triton'; give one of the two")

@@ -32,7 +32,7 @@ def describe(param: DTensor, name: str) -> LocalParam:
     mesh, placements = param.device_mesh, _placements(param)
 
     def local(tensor: Tensor, role: str) -> Tensor:
-        if tensor is not param:
+        if getattr(tensor, "_spec", None) is not param._spec:  # FSDP2 gives gradients the very object
             what = f"{role} of {name!r}"
             check_dtype_and_layout(tensor, what)
             if not isinstance(tensor, DTensor):
