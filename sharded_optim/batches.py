@@ -7,7 +7,6 @@ where it was: wrappers and users replace gradients, state and memory at any time
 from __future__ import annotations
 
 import logging
-from array import array
 from collections.abc import Callable, Sequence
 from operator import attrgetter, is_, itemgetter
 from typing import Any
@@ -77,9 +76,14 @@ class Batch:
         )
         self.places = layout.places(indices, self.device)
         rows_of = _rows_of(groups)
-        self.members = [(groups[each[0]], None if len(rows_of) == 1 else torch.tensor(each).to(self.device)) for each in rows_of]
+        self._rows_on_host = [None if len(rows_of) == 1 else torch.tensor(each) for each in rows_of]
+        self.members = [
+            (groups[each[0]], None if rows is None else rows.to(self.device))
+            for each, rows in zip(rows_of, self._rows_on_host, strict=True)
+        ]
         self._firsts = [(groups[each[0]], entries[each[0]].param) for each in rows_of]  # a parameter of each group
         self._fixed_point: tuple[Any, FixedPoint] | None = None
+        backend.prepare(self.algorithm, self.operands)
         self.steps = torch.empty(0)
         self._counters: list[Tensor] = []
         self._take_counters_home(state)
@@ -127,8 +131,8 @@ class Batch:
         bounds = [0.0 if statistic is None else statistic.bound(group) for group, _ in self.members]
         if self._fixed_point is None or self._fixed_point[0] != bounds:  # hyperparameters have changed
             bound = torch.empty(len(self.entries), dtype=torch.float64)
-            for value, (_, rows) in zip(bounds, self.members, strict=True):
-                bound[slice(None) if rows is None else rows.cpu()] = value
+            for value, rows in zip(bounds, self._rows_on_host, strict=True):
+                bound[slice(None) if rows is None else rows] = value
             numels = [segment.tensor_numel for segment in self.operands.segments]
             self._fixed_point = bounds, FixedPoint.of(bound.tolist(), numels, self.device)
         return self._fixed_point[1]
@@ -136,11 +140,11 @@ class Batch:
     def keys(self) -> Tensor:
         """A number for each operand, the same on two ranks if they use the same hyperparameters at the same step: int64 (operands,)."""
         result = torch.empty(len(self.entries), dtype=torch.int64)
-        for group, rows in self.members:
+        for (group, _), rows in zip(self.members, self._rows_on_host, strict=True):
             steps = (self.steps if rows is None else self.steps[rows]).tolist() if known_on_host(self.steps) else [-1.0]
             keys = {step: hyperparameter_key(group, step) for step in set(steps)}
             own = torch.tensor([keys[step] for step in steps] if len(keys) > 1 else list(keys.values()))
-            result[slice(None) if rows is None else rows.cpu()] = own
+            result[slice(None) if rows is None else rows] = own
         return result
 
     def noise_keys(self) -> Tensor | None:
@@ -156,10 +160,10 @@ class Batch:
 
     def _take_counters_home(self, state: Sequence[dict[str, Any]]) -> None:
         """Make the step counters of all parameters views of one tensor, which is read and written at once."""
-        counters = [values[STEP] for values in state]
+        counters = [torch.as_tensor(values[STEP]) for values in state]
         self.steps = torch.stack([counter.to(self.device, torch.float32).reshape(()) for counter in counters])
         for values, counter, home in zip(state, counters, self.steps.unbind(), strict=True):
-            if counter.device == home.device and counter.dtype == home.dtype and counter.ndim == 0:
+            if counter is values[STEP] and counter.device == home.device and counter.dtype == home.dtype and counter.ndim == 0:
                 counter.data = home  # who holds the counter sees it move on
             else:
                 values[STEP] = home.detach()
@@ -173,17 +177,18 @@ class Batch:
 class _Source:
     """Where a column of operands comes from: a tensor of each parameter, as the wrapper gives it.
 
-    A tensor at the address of the one before is taken for the same: to compare with the old one, its memory would have to be kept. That a
-    gradient has its parameter's shape torch itself sees to; its strides and dtype are looked at.
+    The tensors of the step before are not kept to compare with, as their memory may be wanted. What lies at the same address in the same
+    way is taken for the same; anything else is looked at by the wrapper's rules.
     """
 
     def __init__(self, entries: Sequence[LocalParam], role: str, tensors: Sequence[Any]) -> None:
         self._entries = entries
         self._role = role
         self._wrapped = not set(map(type, tensors)) <= {Tensor, torch.nn.Parameter}
-        self.column = Column([entry.local(tensor, role) for entry, tensor in zip(entries, tensors, strict=True)])
+        self.column = Column([self._local(row, tensor) for row, tensor in enumerate(tensors)])
         self._described = list(map(_description, self.column.tensors))
         self._contiguous = all(map(Tensor.is_contiguous, self.column.tensors))
+        self._numels = list(map(Tensor.numel, self.column.tensors))
         self._dtypes = set(map(_dtype, self.column.tensors))
 
     def renew(self, tensors: Sequence[Any]) -> bool:
@@ -193,29 +198,36 @@ class _Source:
             ValueError: one of them is not laid out like its parameter.
         """
         local = [getattr(tensor, "_local_tensor", tensor) for tensor in tensors] if self._wrapped else tensors
-        addresses = self._addresses(local)
+        addresses = addresses_of(local) if self._lie_as_before(local) else None
         if addresses != self.column.addresses:
             local = list(local)
             for row, tensor in enumerate(tensors):
                 if addresses is None or addresses[row] != self.column.addresses[row]:
-                    local[row] = self._entries[row].local(tensor, self._role)
+                    local[row] = self._local(row, tensor)
                     if _description(local[row]) != self._described[row]:
                         return False
             self.column.addresses = addresses_of(local)
         self.column.tensors = local
         return True
 
-    def _addresses(self, local: Sequence[Tensor]) -> array[int] | None:
-        """None if the addresses do not tell whether the tensors are alike."""
-        if self._role == GRADIENT:  # made anew in every backward
-            if self._wrapped or set(map(type, local)) != {Tensor}:  # the wrapper says how it is sharded
-                return None
-            try:
-                if not (self._contiguous and all(map(Tensor.is_contiguous, local)) and set(map(_dtype, local)) == self._dtypes):
-                    return None
-            except RuntimeError:  # a sparse one has no strides
-                return None
-        return addresses_of(local)
+    def _local(self, row: int, tensor: Any) -> Tensor:
+        entry = self._entries[row]
+        local = entry.local(tensor, self._role)
+        if local.numel() and not local.data_ptr() and local.device.type != "meta":
+            raise ValueError(
+                f"{self._role} of {entry.segment.name!r} has no memory: its storage was freed, or it is zeros that are not stored"
+            )
+        return local
+
+    def _lie_as_before(self, local: Sequence[Tensor]) -> bool:
+        """Whether the tensors have the numbers of elements, dtypes and strides of those before, as far as is quickly seen."""
+        if self._role == GRADIENT and (self._wrapped or set(map(type, local)) != {Tensor}):  # the wrapper says how it is sharded
+            return False
+        try:
+            contiguous = self._contiguous and all(map(Tensor.is_contiguous, local))
+        except RuntimeError:  # a sparse one has no strides
+            return False
+        return contiguous and set(map(_dtype, local)) == self._dtypes and list(map(Tensor.numel, local)) == self._numels
 
     def release(self) -> None:
         """Let go of the tensors, whose memory may be wanted."""
@@ -270,6 +282,10 @@ class Batches:
             kept = _Kept(groups, grads, self._build(optimizer, layout, groups, grads))
         self._kept[layout] = kept
         return kept.batches
+
+    def forget(self, layout: Layout) -> None:
+        """Let go of everything that is kept for a layout, as after a step that failed."""
+        self._kept.pop(layout, None)
 
     def _build(self, optimizer: StatefulOptimizer, layout: Layout, groups: Sequence[Group], grads: Sequence[Tensor | None]) -> list[Batch]:
         rows: dict[tuple[Any, ...], list[tuple[int, LocalParam, Group]]] = {}

@@ -51,11 +51,13 @@ def coefficient_table(
 
 
 def _columns(values: Coefficients, rows: int, device: torch.device) -> Tensor:
-    if not any(isinstance(value, Tensor) for value in values):
-        return torch.tensor([values], dtype=torch.float32).to(device, non_blocking=True).expand(rows, -1).contiguous()
-    numbers = [value for value in values if not isinstance(value, Tensor)]
-    numbers = iter(torch.tensor(numbers, dtype=torch.float64).to(device, non_blocking=True))
-    columns = [(value if isinstance(value, Tensor) else next(numbers)).expand(rows) for value in values]
+    if device.type == "cpu" and not any(isinstance(value, Tensor) for value in values):
+        return torch.tensor([values], dtype=torch.float32).expand(rows, -1).contiguous()
+    # Not copied to a device but filled in there: a copy would have to wait, and a CUDA graph could not record it.
+    columns = [
+        value.expand(rows) if isinstance(value, Tensor) else torch.full((rows,), value, dtype=torch.float64, device=device)
+        for value in values
+    ]
     return torch.stack(columns, dim=1).to(torch.float32)
 
 

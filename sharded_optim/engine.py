@@ -151,7 +151,7 @@ class Engine(StatefulOptimizer):
         return self._statistic is not None or self.nonfinite != "allow"
 
     def _observe(self, layout: Layout) -> _Observation:
-        """Look at gradients and state, and sum what the ranks must agree on. Writes nothing."""
+        """Look at gradients and state, and sum what the ranks must agree on. Writes no values."""
         try:
             groups = self._layouts.groups_of(self.param_groups, layout)
             stepped = set(map(id, groups))
@@ -165,6 +165,7 @@ class Engine(StatefulOptimizer):
                 )
             return _Observation(batches=batches, contributions=[self._contribution(batch) for batch in batches] if self._agrees else [])
         except Exception as failure:  # the other ranks must hear of it before this one raises
+            self._batches.forget(layout)
             return _Observation(failure=failure)
 
     def _contribution(self, batch: Batch) -> statistics.Contribution:
@@ -184,7 +185,7 @@ class Engine(StatefulOptimizer):
 
         Returns:
             proceed: bool, 0-dim, whether the step happens; None if nothing can stop it.
-            lr_scales: float64 (local parameters,), multipliers of the learning rate; None for 1.
+            lr_scales: float64 (tensors of the model,), multipliers of the learning rate; None for 1.
 
         Raises:
             ValueError: the ranks do not fit together or one has failed; on all of them, or on a device one step later on the others.
@@ -257,7 +258,7 @@ class Engine(StatefulOptimizer):
         for group in self.param_groups:
             param_groups.learn_reference_lr(group)
         for batch in batches:
-            scale = 1.0 if lr_scales is None else _if_one(lr_scales[batch.places.indices].to(batch.device))
+            scale = 1.0 if lr_scales is None else _if_one(lr_scales[batch.places.slots.to(lr_scales.device)].to(batch.device))
             members = [({**group, **LEAVE_PARAMS}, rows) for group, rows in batch.members] if accumulate else batch.members
             table = coefficient_table(batch.algorithm.coefficients, members, batch.steps, scale)
             grad_scale = self._inverse_grad_scale(batch.device)

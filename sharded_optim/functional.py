@@ -11,6 +11,7 @@ from torch import Tensor
 from sharded_optim.algorithms import Algorithm
 from sharded_optim.backends import MODULES, Operands, choose
 from sharded_optim.coefficients import coefficient_table
+from sharded_optim.sharding import describe
 
 __all__ = ["update"]
 
@@ -27,7 +28,7 @@ def update(
     """Step ordinary tensors on this process alone.
 
     Raises:
-        ValueError: lists of different lengths.
+        ValueError: lists of different lengths; tensors that do not have their parameter's shape, or cannot be stepped.
     """
     lists = {"grads": grads, **dict(zip(algorithm.state, states, strict=True)), "steps": steps}
     for name, each in lists.items():
@@ -35,6 +36,9 @@ def update(
             raise ValueError(f"{name} must have one tensor for each of {len(params)} params, got {len(each)}")
     for index, (param, grad, step) in enumerate(zip(params, grads, steps, strict=True)):
         state = [each[index] for each in states]
+        local = describe(param, f"params[{index}]").local
+        for name, tensor in zip(("gradient", *algorithm.state), (grad, *state), strict=True):
+            local(tensor, name)  # raises where it does not fit
         operands = Operands.whole([param], [grad], [[each] for each in state])
         backend, _ = choose(MODULES, param.device, frozenset(tensor.dtype for tensor in (param, grad, *state)))
         table = coefficient_table(algorithm.coefficients, [(group, None)], step.to(param.device).reshape(1), 1.0)

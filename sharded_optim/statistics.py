@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -76,21 +77,17 @@ class Agreement:
     found_inf: Tensor  # int64 (), ranks on which GradScaler found an infinite gradient
     non_finite_here: Tensor  # int64 (number of tensors,), this rank's contribution to NON_FINITE
 
-    def means(self) -> Tensor:
-        """Mean of the statistic over the whole tensor of each local parameter: float64 (local parameters,); NaN where not finite."""
-        slots = self.layout.slot_indices.to(self.vector.device, non_blocking=True)
-        return self._tensor_means()[slots]
-
     def named_means(self) -> dict[str, float]:
         """Mean of the statistic over every tensor of the model that had a gradient. Waits for the device."""
-        rows = zip(self.layout.names, self._tensor_means().tolist(), self.vector[PRESENT].tolist(), strict=True)
+        rows = zip(self.layout.names, self.means().tolist(), self.vector[PRESENT].tolist(), strict=True)
         return {name: mean for name, mean, present in rows if present}
 
-    def _tensor_means(self) -> Tensor:
+    def means(self) -> Tensor:
+        """Mean of the statistic over every tensor of the model: float64 (number of tensors,); NaN where not finite."""
         total, non_finite, _, present, bits, _, _ = self.vector.unbind()
         k = bits // present.clamp(min=1)
         unit = ((1023 - k) << 52).view(torch.float64)  # 2.0**-k by its bit pattern: exp2 and pow need not be exact
-        numels = self.layout.tensor_numels.clamp(min=1).to(total.device, torch.float64, non_blocking=True)
+        numels = self.layout.tensor_numels(total.device)
         return torch.where(non_finite > 0, math.nan, total.to(torch.float64) * unit / numels)
 
     def all_finite(self) -> Tensor:
@@ -177,7 +174,7 @@ def agree(
             absent[each.places.indices] = False
         table[ABSENT, layout.slot_indices[absent]] = 1
     host[-TAIL] = int(invalid)
-    flat = host.to(device, non_blocking=True)
+    flat = _sent(layout, host, device)
     vector = flat[:-TAIL].view(SECTIONS, tensors)
     for each in contributions:
         observed = torch.stack([each.sums * each.places.owned, (each.non_finite != 0).to(torch.int64)])
@@ -188,3 +185,16 @@ def agree(
     if process_group is not None:
         dist.all_reduce(flat, group=process_group)
     return Agreement(layout=layout, vector=vector, invalid=flat[-TAIL], found_inf=flat[-1], non_finite_here=non_finite_here)
+
+
+_sent_before: WeakKeyDictionary[Layout, tuple[Tensor, Tensor]] = WeakKeyDictionary()
+
+
+def _sent(layout: Layout, host: Tensor, device: torch.device) -> Tensor:
+    """`host` on the device, to be written to. From step to step it seldom changes, and then the copy that is there already is copied."""
+    if device.type == "cpu":
+        return host
+    before = _sent_before.get(layout)
+    if before is None or not torch.equal(before[0], host):
+        before = _sent_before[layout] = (host, host.to(device))
+    return before[1].clone()

@@ -11,10 +11,12 @@ from functools import partial
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from variants import CPU_BACKENDS
 
 import sharded_optim as so
-from sharded_optim import coefficients, engine, statistics
+from sharded_optim import batches, coefficients, engine, param_groups, statistics
+from sharded_optim.algorithms import operations
 
 
 class FakeEvent:
@@ -34,7 +36,7 @@ class FakeEvent:
 
 @pytest.fixture
 def cpu_is_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (engine, coefficients):
+    for module in (engine, coefficients, batches, param_groups):
         monkeypatch.setattr(module, "known_on_host", lambda tensor: False)
     monkeypatch.setattr(torch, "Event", FakeEvent)
     monkeypatch.setattr(FakeEvent, "waits", 0)
@@ -50,9 +52,9 @@ OPTIMIZERS = {
 }
 
 
-def run(make: Callable, nan_at: int | None) -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
+def run(make: Callable, nan_at: int | None, backend: str = "auto") -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
     params = [nn.Parameter(torch.linspace(-1, 1, n)) for n in (1, 5)] + [nn.Parameter(torch.linspace(-1, 1, 64).bfloat16())]
-    optimizer = make([{"params": params[:2]}, {"params": params[2:], "lr": 3e-2}], lr=1e-2, nonfinite="skip")
+    optimizer = make([{"params": params[:2]}, {"params": params[2:], "lr": 3e-2}], lr=1e-2, nonfinite="skip", backend=backend)
     for step in range(8):
         for index, param in enumerate(params):
             grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(10 * step + index)) * 10 ** (step % 3)
@@ -67,16 +69,34 @@ def run(make: Callable, nan_at: int | None) -> tuple[list[nn.Parameter], torch.o
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("nan_at", [None, 0, 4])
-def test_selecting_on_the_device_gives_the_bits_of_branching_on_the_host(name: str, nan_at: int | None, request) -> None:
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_selecting_on_the_device_gives_the_bits_of_branching_on_the_host(name: str, nan_at: int | None, backend: str, request) -> None:
     """Parameters, Kahan compensation, moments, step counters and the count of skipped steps."""
     expected, reference = run(OPTIMIZERS[name], nan_at)
     request.getfixturevalue("cpu_is_a_device")
-    actual, optimizer = run(OPTIMIZERS[name], nan_at)
+    actual, optimizer = run(OPTIMIZERS[name], nan_at, backend)
     assert optimizer.skipped_steps == reference.skipped_steps == (nan_at is not None)
     for a, e in zip(actual, expected, strict=True):
         assert torch.equal(a, e)
         for key, value in reference.state[e].items():
             assert torch.equal(optimizer.state[a][key], value)
+
+
+@pytest.mark.usefixtures("cpu_is_a_device")
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_reads_nothing_from_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But the verdict on the step before, which is copied as soon as it is there."""
+    monkeypatch.setattr(statistics.Deferred, "raise_if_inconsistent", lambda self: None)
+    monkeypatch.setattr(operations, "sqrt_of_scalars", torch.sqrt)  # what it is on a device
+    params = [nn.Parameter(torch.ones(n)) for n in (3, 5)]
+    groups = [{"params": params[:1]}, {"params": params[1:], "lr": 3e-2}]
+    optimizer = OPTIMIZERS[name](groups, lr=1e-2, nonfinite="skip", backend="eager")
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    for method in ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__"):
+        monkeypatch.setattr(Tensor, method, lambda self, method=method: pytest.fail(f"Tensor.{method} was called"))
+    optimizer.step()
 
 
 @pytest.mark.usefixtures("cpu_is_a_device")

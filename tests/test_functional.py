@@ -194,3 +194,16 @@ def test_parameters_of_a_model_are_stepped_in_place_without_a_graph() -> None:
     assert param.is_leaf
     assert param.requires_grad
     torch.testing.assert_close(param.detach(), torch.full((5,), 1.0 - 5e-4 - 1e-2))
+
+
+def test_tensors_that_do_not_fit_their_parameter_are_refused() -> None:
+    """Compiled kernels would read and write beyond them."""
+    param, big = torch.ones(6), torch.ones(6)
+    moments = [torch.zeros(6)], [torch.zeros(6)]
+    options: dict = {"amsgrad": False, "beta1": 0.9, "beta2": 0.99, "lr": 0.1, "initial_lr": 0.1, "weight_decay": 0.0, "eps": 1e-8}
+    step = [torch.tensor(1.0)]
+    with pytest.raises(ValueError, match=r"gradient of 'params\[0\]' has shape \(3,\), the parameter \(6,\)"):
+        so.DecoupledAdamW.adamw([param], [big[:3]], *moments, [], step, **options)
+    with pytest.raises(ValueError, match=r"exp_avg_sq of 'params\[0\]' has shape \(3,\)"):
+        so.DecoupledAdamW.adamw([param], [big], moments[0], [torch.zeros(3)], [], step, **options)
+    assert torch.equal(param, torch.ones(6))

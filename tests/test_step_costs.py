@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import io
 import tracemalloc
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from variants import CPU_BACKENDS
 
 import sharded_optim as so
+from sharded_optim import engine, memory
+from sharded_optim.backends import cpu
 
 OPTIMIZERS: dict[str, Callable] = {
     "AdamW": lambda params: so.AdamW(params, lr=1e-2),
@@ -35,7 +42,7 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.operations.add(func.name())
         result = func(*args, **kwargs or {})
-        known = {each.untyped_storage().data_ptr() for each in args if isinstance(each, Tensor)}
+        known = {each.untyped_storage().data_ptr() for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)}
         for each in result if isinstance(result, tuple | list) else (result,):
             if isinstance(each, Tensor) and each.untyped_storage().data_ptr() not in known:
                 self.allocated += each.untyped_storage().nbytes()
@@ -200,14 +207,140 @@ def test_counters_of_parameters_with_and_without_gradients_stay_apart() -> None:
     assert [float(optimizer.state[param]["step"]) for param in params] == [6.0, 3.0]
 
 
-def test_large_state_lies_on_large_pages() -> None:
-    """Where the system has them. Small state does not take a page for each tensor."""
-    params = [nn.Parameter(torch.ones(2**20 + 5)), nn.Parameter(torch.ones(3, 5))]
+def test_a_step_that_fails_lets_go_of_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    param = parameter(5)
+    optimizer = so.StableAdamW([param], lr=1e-2)
+    optimizer.step()
+    monkeypatch.setattr(engine.Engine, "_contribution", lambda self, batch: 1 / 0)
+    grad = weakref.ref(param.grad)
+    with pytest.raises(ValueError, match="ZeroDivisionError"):
+        optimizer.step()
+    param.grad = None
+    gc.collect()
+    assert grad() is None
+
+
+@pytest.mark.parametrize("cls", [so.AdamW, so.StableAdamW])
+def test_what_cannot_be_compiled_fails_before_anything_is_written(cls: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And before ranks agree on the step, so that none goes on alone."""
+
+    def fail(self, algorithm, operands) -> None:
+        if operands.format.dtype == torch.bfloat16:
+            raise OSError("no space left on device")
+
+    monkeypatch.setattr(type(cpu.BACKEND), "prepare", fail)
+    params = [parameter(5), parameter(7, torch.bfloat16)]
+    before = [param.detach().clone() for param in params]
+    optimizer = cls(params, lr=1e-2)
+    with pytest.raises((OSError, ValueError), match="no space left on device"):
+        optimizer.step()
+    assert all(torch.equal(param, value) for param, value in zip(params, before, strict=True))
+    assert all(float(optimizer.state[param]["step"]) == 0.0 for param in params)
+
+
+def views_of_an_arena(dtype: torch.dtype) -> Callable:
+    """State that lies where it lay, in another dtype, as an arena of memory may give it."""
+
+    def move(param: nn.Parameter, state: dict[str, Tensor]) -> None:
+        state["exp_avg"] = state["exp_avg"].view(dtype).flatten()[: param.numel()].view(param.shape).zero_()
+
+    return move
+
+
+def transposed_state(param: nn.Parameter, state: dict[str, Tensor]) -> None:
+    state["exp_avg"] = state["exp_avg"].t()
+
+
+def transposed_param(param: nn.Parameter, state: dict[str, Tensor]) -> None:
+    param.data = param.data.t()
+
+
+@pytest.mark.parametrize("move", [views_of_an_arena(torch.bfloat16), transposed_state, transposed_param])
+def test_another_view_of_the_same_memory_is_seen(move: Callable) -> None:
+    """The address alone does not tell; the eager backend, which is given the tensors anew in each step, has the same trajectory."""
+    results = []
+    for backend in CPU_BACKENDS:
+        param = nn.Parameter(torch.linspace(-1.0, 1.0, 16).view(4, 4))
+        optimizer = so.AdamW([param], lr=1e-2, backend=backend)
+        for step in range(4):
+            param.grad = torch.linspace(-1.0, 2.0 + step, 16).view(4, 4)
+            if step == 2:
+                move(param, optimizer.state[param])
+            optimizer.step()
+        results.append(torch.cat([param.detach().flatten(), *(value.flatten() for value in optimizer.state[param].values())]))
+    assert torch.equal(*results)
+
+
+def test_memory_that_is_gone_or_negated_is_refused() -> None:
+    param = parameter(5)
+    optimizer = so.AdamW([("w", param)], lr=1e-2)
+    optimizer.step()
+    param.grad = torch._efficientzerotensor(5)
+    with pytest.raises(ValueError, match="gradient of 'w' has no memory"):
+        optimizer.step()
+    param.grad = torch._neg_view(torch.ones(5))
+    with pytest.raises(ValueError, match="gradient of 'w' is a view that is negated"):
+        optimizer.step()
+    param.grad = torch.ones(5)
+    optimizer.state[param]["exp_avg"].untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="state of 'w' has no memory"):
+        optimizer.step()
+
+
+# --------------------------------------------------------------------------------------------------------------- large pages
+
+
+def resident(name: str, address: int) -> int:
+    """Bytes that /proc/self/smaps counts under a name in the mapping of an address."""
+    found = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if "-" in first:
+            begin, end = (int(each, 16) for each in first.split("-"))
+            found = begin <= address < end
+        elif found and first == f"{name}:":
+            return int(rest[0]) * 1024
+    return 0
+
+
+def resident_in_all() -> int:
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS:")]
+    return int(line.split()[1]) * 1024
+
+
+LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(not LARGE_PAGES.exists() or "[never]" in LARGE_PAGES.read_text(), reason="the system gives no large pages")
+def test_large_state_lies_on_large_pages_and_takes_no_more_memory_than_it_needs() -> None:
+    """What does not fill a large page takes small ones, and small state is not spread over pages at all."""
+    numel = 5 * memory.LARGE_PAGE // 8  # 2.5 large pages
+    params = [nn.Parameter(torch.ones(numel)), nn.Parameter(torch.ones(3, 5))]
     optimizer = so.AdamW(params, lr=1e-2)
     optimizer.init_state()
-    assert optimizer.state[params[0]]["exp_avg"].data_ptr() % so.memory.LARGE_PAGE == 0
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    address = optimizer.state[params[0]]["exp_avg"].data_ptr()
+    assert address % memory.LARGE_PAGE == 0
+    large = resident("AnonHugePages", address)
+    assert large >= 2 * memory.LARGE_PAGE or not resident("Rss", address)
     assert optimizer.state[params[1]]["exp_avg"].untyped_storage().nbytes() == 60
-    zeros = so.memory.zeros(2**20 + 5, torch.bfloat16)
-    assert zeros.shape == (2**20 + 5,)
-    assert zeros.dtype == torch.bfloat16
-    assert not zeros.any()
+    before = resident_in_all()
+    held = [memory.zeros(9 * memory.LARGE_PAGE // 32).fill_(1.0) for _ in range(40)]  # of 1.125 pages
+    assert resident_in_all() - before < 1.2 * sum(tensor.nbytes for tensor in held)
+
+
+def test_memory_on_large_pages_is_ordinary_to_torch() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        zeros = memory.zeros(2**21 + 5, dtype)
+        assert zeros.shape == (2**21 + 5,)
+        assert zeros.dtype == dtype
+        assert not zeros.any()
+        zeros += 1
+        assert torch.equal(copy.deepcopy(zeros), torch.ones(2**21 + 5, dtype=dtype))
+        buffer = io.BytesIO()
+        torch.save(zeros, buffer)
+        assert buffer.tell() < zeros.nbytes + 4096
+        buffer.seek(0)
+        assert torch.equal(torch.load(buffer), zeros)

@@ -87,6 +87,10 @@ class Backend(Protocol):
         """None, or why this backend does not run on this device with these dtypes of parameters, gradients and state."""
         ...
 
+    def prepare(self, algorithm: Algorithm, operands: Operands) -> None:
+        """Do now what may fail and need not wait for the values: an update that fails on one rank alone would part it from the others."""
+        ...
+
     def observe(
         self,
         statistic: Statistic | None,
@@ -114,7 +118,7 @@ class Backend(Protocol):
         grad_scale: Tensor | None,
         noise_keys: Tensor | None,  # int64 (operands,), what `noise.uniform` draws with; None if the format is not random
     ) -> None:
-        """Write the new parameters and state."""
+        """Write the new parameters and state. Called with `prepare`d operands, or with others, which it prepares."""
         ...
 
 

@@ -20,16 +20,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from types import CodeType
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import numba
 import numpy as np
 import torch
+from llvmlite.binding import get_host_cpu_name
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from sharded_optim import algorithms
 from sharded_optim.algorithms import Algorithm, Statistic
 from sharded_optim.backends import Column, Operands, cpu_scalars
 from sharded_optim.backends.operand_tables import OperandTables, kind_of
@@ -44,6 +45,7 @@ WORTH_A_THREAD = 2 * CHUNK  # elements: some 10 us
 assert RESOLUTION == 24, "cpu_scalars.uniform draws so many bits"
 
 MOST_THREADS: int = vars(numba.config)["NUMBA_NUM_THREADS"]  # pyright: ignore[reportPrivateImportUsage]
+SCALARS = Path(str(cpu_scalars.__file__)).read_text()  # as imported
 NUMPY = {"fp32": "float32", "bf16": "uint16", "fp16": "uint16"}  # how the elements of a plain format lie in memory
 ITEMSIZE = {kind: np.dtype(name).itemsize for kind, name in NUMPY.items()}
 
@@ -58,6 +60,14 @@ class Cpu:
 
     def supports(self, device: torch.device, dtypes: frozenset[torch.dtype]) -> str | None:
         return None if device.type == "cpu" else f"it runs on the CPU, not on {device}"
+
+    def prepare(self, algorithm: Algorithm, operands: Operands) -> None:
+        nothing = np.empty((0, 3), np.int64)
+        columns = 2 + len(operands.extra) + len(operands.state)
+        coefficients = np.empty((0, argument_count(algorithm.update)), np.float32)
+        kernel = _update_kernel_of(algorithm, operands, None)
+        with _threads(0):
+            kernel(nothing, np.empty((columns, 0), np.int64), coefficients, _scale(None), NO_KEYS, nothing)  # is compiled for these types
 
     def observe(
         self,
@@ -96,8 +106,7 @@ class Cpu:
         tables = self._tables_of(operands)
         addresses, copies = tables.addresses([*written, operands.grad])
         keys = NO_KEYS if noise_keys is None else noise_keys.numpy()
-        kinds = tuple(map(kind_of, (operands.grad, *operands.state)))
-        kernel = _update_kernel(algorithm, operands.format.name, kinds, grad_scale is not None)
+        kernel = _update_kernel_of(algorithm, operands, grad_scale)
         with _threads(tables.elements):
             kernel(tables.work, addresses, coefficients.numpy(), _scale(grad_scale), keys, tables.runs)
         for (column, row), copy in copies.items():
@@ -165,6 +174,11 @@ def _load(kind: str, name: str) -> str:
 
 def _load_grad(kind: str, scaled: bool) -> str:
     return f"{_load(kind, 'grad')} * scale" if scaled else _load(kind, "grad")
+
+
+def _update_kernel_of(algorithm: Algorithm, operands: Operands, grad_scale: Tensor | None) -> Any:
+    kinds = tuple(map(kind_of, (operands.grad, *operands.state)))
+    return _update_kernel(algorithm, operands.format.name, kinds, grad_scale is not None)
 
 
 @cache
@@ -254,12 +268,12 @@ def kernel({signature}):
 
 def _make(name: str, source: str, functions: dict[str, Any]) -> Any:
     """Import a kernel's source from the cache folder, with the algorithm's functions in its globals."""
-    digest = hashlib.sha256(f"{_sources()}{source}".encode()).hexdigest()[:16]
-    path = _cache_folder() / f"{name}_{digest}.py"
-    if not path.exists():
-        written = path.with_suffix(f".{os.getpid()}")
-        written.write_text(source)
-        written.replace(path)  # whole or not at all: other processes write it too
+    parts = [source, numba.__version__, get_host_cpu_name(), *map(_fingerprint, functions.values()), SCALARS]
+    name = f"{name}_{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
+    try:
+        path = _written(_cache_folder(), name, source)
+    except OSError:  # the disk is full, or somebody else's
+        path = _written(Path(_own_folder().name), name, source)
     spec = importlib.util.spec_from_file_location(f"sharded_optim_kernels.{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
@@ -270,24 +284,39 @@ def _make(name: str, source: str, functions: dict[str, Any]) -> Any:
     return module.kernel
 
 
+def _written(folder: Path, name: str, source: str) -> Path:
+    path = folder / f"{name}.py"
+    if not path.exists():
+        with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
+            file.write(source)
+        Path(file.name).replace(path)  # whole or not at all: other processes write it too
+    return path
+
+
 @cache
 def _cache_folder() -> Path:
     """The user's own, or where there is none, one that ends with this process: what is in it is executed."""
     try:
-        folder = Path.home() / ".cache" / "sharded_optim"
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sharded_optim"
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
             return folder
     except (OSError, RuntimeError):
         pass
-    return Path(tempfile.mkdtemp(prefix="sharded_optim"))
+    return Path(_own_folder().name)
 
 
 @cache
-def _sources() -> str:
-    """Everything that a kernel's machine code depends on besides its own text and numba."""
-    paths = [Path(str(cpu_scalars.__file__)), *sorted(Path(algorithms.__path__[0]).glob("*.py"))]
-    return "".join(path.read_text() for path in paths)
+def _own_folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="sharded_optim")
+
+
+def _fingerprint(function: Any) -> str:
+    """Of the code of a compiled function and of all that it calls: the code in this process, not in files, which may have changed since."""
+    code, names = function.py_func.__code__, function.py_func.__globals__
+    called = [_fingerprint(names[name]) for name in code.co_names if hasattr(names.get(name), "py_func")]
+    constants = [constant for constant in code.co_consts if not isinstance(constant, CodeType)]
+    return repr((code.co_code, constants, code.co_names, called))
 
 
 BACKEND = Cpu()

@@ -26,6 +26,9 @@ class Eager:
     def supports(self, device: torch.device, dtypes: frozenset[torch.dtype]) -> str | None:
         return None
 
+    def prepare(self, algorithm: Algorithm, operands: Operands) -> None:
+        """There is nothing to do."""
+
     def observe(
         self,
         statistic: Statistic | None,

@@ -28,6 +28,10 @@ class OperandTables:
     """
 
     def __init__(self, operands: Operands, chunk: int) -> None:
+        columns = [column.tensors for column in (operands.param, *operands.extra, *operands.state, operands.grad)]
+        rows_of_tensors = list(zip(*columns, strict=True))
+        for tensors in rows_of_tensors:
+            assert len({tensor.shape for tensor in tensors}) == 1, "kernels would read and write beyond the smallest"
         counts = torch.tensor([tensor.numel() for tensor in operands.param.tensors], dtype=torch.int64)
         items = (counts + chunk - 1) // chunk
         rows = torch.arange(len(counts)).repeat_interleave(items)
@@ -35,9 +39,8 @@ class OperandTables:
         self.elements = int(counts.sum())
         self.work = torch.stack([rows, first, (counts[rows] - first).clamp(max=chunk)], dim=1)
         self.runs = torch.tensor([(each.start, max(each.run, 1), each.stride) for each in operands.segments], dtype=torch.int64)
-        columns = [column.tensors for column in (operands.param, *operands.extra, *operands.state, operands.grad)]
         ordered = operands.format.is_random
-        self._scattered = [row for row, tensors in enumerate(zip(*columns, strict=True)) if not _lie_alike(tensors, ordered=ordered)]
+        self._scattered = [row for row, tensors in enumerate(rows_of_tensors) if not _lie_alike(tensors, ordered=ordered)]
 
     def addresses(self, columns: Sequence[Column]) -> tuple[bytes, dict[tuple[int, int], Tensor]]:
         """Where the elements of each column lie, one after the other, those of a row in equal order.

@@ -79,6 +79,10 @@ class Triton:
             return f"Triton finds no driver for {device} ({error})"
         return None if device.type == active.type else f"Triton's driver is for {active.type}, not for {device}"
 
+    def prepare(self, algorithm: Algorithm, operands: Operands) -> None:
+        self._tables_of(operands)
+        _update_kernel_of(algorithm, operands)
+
     def observe(
         self,
         statistic: Statistic | None,
@@ -111,7 +115,7 @@ class Triton:
         written = [*operands.state, operands.param, *operands.extra]
         tables = self._tables_of(operands)
         addresses, copies = tables.addresses([operands.grad, *written])
-        kernel = update_kernel(algorithm, operands.format, tuple(map(kind_of, (operands.grad, *operands.state))))
+        kernel = _update_kernel_of(algorithm, operands)
         scale = tables.one if grad_scale is None else grad_scale
         arguments = [coefficients.contiguous(), tables.true if proceed is None else proceed]
         if operands.format.is_random:
@@ -248,6 +252,10 @@ class Kernel:
 def update_kernel(algorithm: Algorithm, fmt: Format, kinds: tuple[str, ...]) -> Kernel:
     """The kernel of an algorithm's update: parameters in a format, gradients and state in plain formats of these names."""
     return _update_kernel(algorithm, fmt.name, kinds, interpreted=_interpreted())
+
+
+def _update_kernel_of(algorithm: Algorithm, operands: Operands) -> Kernel:
+    return update_kernel(algorithm, operands.format, tuple(map(kind_of, (operands.grad, *operands.state))))
 
 
 def observe_kernel(statistic: Statistic | None, kinds: tuple[str, ...]) -> Kernel:

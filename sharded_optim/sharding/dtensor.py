@@ -29,10 +29,10 @@ def describe(param: DTensor, name: str) -> LocalParam:
             f"parameter {name!r} has a local tensor of shape {local_shape}, but its placements {param.placements} say {tuple(sizes)}; "
             f"build it with distribute_tensor, or give DTensor.from_local its shape and stride"
         )
-    mesh, placements = param.device_mesh, _placements(param)
+    mesh, placements, spec = param.device_mesh, _placements(param), param._spec
 
     def local(tensor: Tensor, role: str) -> Tensor:
-        if getattr(tensor, "_spec", None) is not param._spec:  # FSDP2 gives gradients the very object
+        if tensor is not param and getattr(tensor, "_spec", None) is not spec:  # FSDP2 gives gradients the very object
             what = f"{role} of {name!r}"
             check_dtype_and_layout(tensor, what)
             if not isinstance(tensor, DTensor):

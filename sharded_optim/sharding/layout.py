@@ -54,10 +54,15 @@ class Layout:
         """Of each local parameter."""
         return [entry.param for entry in self.local_params]
 
+    def tensor_numels(self, device: torch.device) -> Tensor:
+        """`numels`, but 1 where there is nothing: float64 (tensors,), kept on the device."""
+        if device not in self._numels_on:
+            self._numels_on[device] = torch.tensor(self.numels, dtype=torch.float64).clamp(min=1).to(device)
+        return self._numels_on[device]
+
     @cached_property
-    def tensor_numels(self) -> Tensor:
-        """`numels`: int64 (tensors,)."""
-        return torch.tensor(self.numels, dtype=torch.int64)
+    def _numels_on(self) -> dict[torch.device, Tensor]:
+        return {}
 
     @cached_property
     def slot_indices(self) -> Tensor:

@@ -31,6 +31,8 @@ def check_dtype_and_layout(tensor: Tensor, what: str) -> None:
     """Raise ValueError unless `tensor` is dense, real and of a floating dtype that a format stores."""
     if tensor.layout != torch.strided:
         raise ValueError(f"{what} is sparse ({tensor.layout}); only dense tensors are supported: build the layer with sparse=False")
+    if tensor.is_neg():
+        raise ValueError(f"{what} is a view that is negated when it is read; materialize it with .resolve_neg()")
     if tensor.is_complex():
         raise ValueError(f"{what} is complex ({tensor.dtype}); optimize torch.view_as_real(...) of it instead")
     if not tensor.is_floating_point():
