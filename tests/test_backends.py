@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numba
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from operand_cases import GROUP, Case, assert_same_observation, assert_same_update
 from torch import Tensor, nn
 from variants import CPU_BACKENDS
 
 import sharded_optim as so
 from sharded_optim import backends
+from sharded_optim.algorithms import Algorithm
+from sharded_optim.algorithms.adam import ADAM, AMSGRAD
+from sharded_optim.algorithms.sgd import MOMENTUM, SGD
+from sharded_optim.algorithms.stable_adamw import STABLE_ADAMW
 from sharded_optim.backends import cpu
+from sharded_optim.formats import FORMATS
 
 SHAPES = [(), (1,), (5,), (7, 3), (33, 17), (0,), (40_000,)]
 OPTIMIZERS: dict[str, Callable] = {
@@ -110,6 +119,99 @@ def test_any_hyperparameters_and_magnitudes_give_the_bits_of_the_eager_backend(
         results.append([{"param": param.detach(), **optimizer.state[param]}])
         results[-1].append({key: torch.tensor(value) for key, value in optimizer.metrics().items()})
     assert_same(results[1], results[0])
+
+
+SHAPES_OF_FEW = st.lists(st.integers(0, 9), max_size=3).map(tuple)
+
+
+@given(
+    algorithm=st.sampled_from([ADAM, AMSGRAD, SGD, MOMENTUM, STABLE_ADAMW]),
+    fmt=st.sampled_from(sorted(FORMATS)),
+    grad=st.sampled_from(["fp32", "bf16", "fp16"]),
+    state=st.sampled_from(["fp32", "bf16"]),
+    shapes=st.none() | st.lists(SHAPES_OF_FEW, min_size=3, max_size=5),
+    betas=st.tuples(st.sampled_from([0.0, 0.3, 0.9]), st.floats(0.0, 0.9999)),
+    eps=st.sampled_from([0.0, 1e-30, 1e-8, 1e-3]),
+    form=st.sampled_from(["coupled", "decoupled", "corrected"]),
+    magnitude=st.integers(-44, 12),
+    size=st.sampled_from([1.0, 1e-6, 1e-39]),
+    grad_scale=st.sampled_from([None, 1 / 3]),
+    seed=st.integers(0, 2**32),
+)
+@settings(deadline=None, max_examples=60, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+def test_any_storage_shape_and_option_gives_the_bits_of_the_eager_backend(
+    algorithm: Algorithm,
+    fmt: str,
+    grad: str,
+    state: str,
+    shapes,
+    betas,
+    eps: float,
+    form: str,
+    magnitude: int,
+    size: float,
+    grad_scale,
+    seed,
+) -> None:
+    """Down to the denormal numbers of each dtype; without shapes, strides and alignments are awkward and tensors are shards."""
+    case = Case(algorithm=algorithm, fmt=fmt, grad=grad, state=state, seed=seed, shapes=shapes, magnitude=10.0**magnitude, size=size)
+    group = GROUP | {"betas": betas, "eps": eps, "decay_form": form, "lr": size * 10.0 ** (magnitude % 7 - 3)}
+    assert_same_update(cpu.BACKEND, case, group=group, grad_scale=grad_scale, steps=2)
+    if algorithm.statistic is not None:
+        observable = group | {"betas": (betas[0], min(betas[1], 0.99))}
+        assert_same_observation(cpu.BACKEND, case, group=observable, grad_scale=grad_scale)
+    assert_same_observation(cpu.BACKEND, case, sums=False, grad_scale=grad_scale)
+
+
+@pytest.mark.parametrize("spoiled", [torch.nan, torch.inf, 3e19, 1e17])
+def test_one_element_that_is_not_finite_spoils_its_own_operand_only(spoiled: float) -> None:
+    """3e19 has no finite square, 1e17 has."""
+    for sums in (True, False):
+        flags = assert_same_observation(cpu.BACKEND, Case(algorithm=STABLE_ADAMW, spoiled=spoiled), sums=sums)
+        assert flags.tolist() == [row == 2 and spoiled != 1e17 for row in range(len(flags))]
+
+
+def test_a_cached_kernel_is_that_of_the_code_that_runs(tmp_path: Path) -> None:
+    """Not of files, which may have changed since they were imported: an upgrade, or an edit, under a running process."""
+    package = tmp_path / "sharded_optim"
+    shutil.copytree(Path(so.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    code = (
+        "import pathlib, torch, sharded_optim as so; from sharded_optim.algorithms import adam\n"
+        "{edit}\n"
+        "param = torch.nn.Parameter(torch.ones(3)); param.grad = torch.zeros(3)\n"
+        "so.AdamW([param], lr=0.1, weight_decay=0.5, backend='cpu').step(); print(param[0].item())"
+    )
+    edit = "path = pathlib.Path(adam.__file__); path.write_text(path.read_text().replace('decay * param', 'decay * decay * param'))"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    printed = [
+        float(
+            subprocess.run(
+                [sys.executable, "-c", code.format(edit=each)],
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=60,
+                cwd=tmp_path,
+                env=environment,
+            ).stdout
+        )
+        for each in (edit, "")
+    ]
+    assert printed == pytest.approx([0.95, 0.95**2])
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(folder: Path, name: str, source: str, written: Callable = cpu._written) -> Path:
+        if folder == tmp_path:
+            raise OSError("no space left on device")
+        return written(folder, name, source)
+
+    monkeypatch.setattr(cpu, "_cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(cpu, "_written", fail)
+    cpu._update_kernel.cache_clear()
+    case = Case(algorithm=SGD)
+    assert_same_update(cpu.BACKEND, case)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)

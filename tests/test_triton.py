@@ -7,9 +7,9 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,184 +18,19 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from operand_cases import GROUP, STATISTIC, Case, assert_same, assert_same_observation, assert_same_update, columns_of
 
-from sharded_optim.algorithms import Algorithm
 from sharded_optim.algorithms.adam import ADAM, AMSGRAD
 from sharded_optim.algorithms.sgd import MOMENTUM, SGD
 from sharded_optim.algorithms.stable_adamw import STABLE_ADAMW
-from sharded_optim.algorithms.weight_decay import COUPLED
-from sharded_optim.backends import Column, Operands, eager
+from sharded_optim.backends import Column, eager
 from sharded_optim.formats import FORMATS
-from sharded_optim.segment import Segment
 
 triton = pytest.importorskip("triton", reason="the triton package is not installed")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from sharded_optim.backends import triton as backend  # noqa: E402
-
-STATISTIC = STABLE_ADAMW.statistic
-GROUP: dict[str, Any] = {
-    "lr": 1e-2,
-    "betas": (0.9, 0.99),
-    "eps": 1e-6,
-    "weight_decay": 0.1,
-    "decay_form": COUPLED,
-    "reference_lr": 1e-2,
-    "momentum": 0.9,
-    "dampening": 0.0,
-    "nesterov": True,
-}
-DTYPES = {name: FORMATS[name].dtype for name in ("fp32", "bf16", "fp16")}
-
-
-# ---------------------------------------------------------------------------------------------------------------------- operands
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """Operands of a step, made as often as they are needed: a step writes them."""
-
-    algorithm: Algorithm
-    fmt: str = "fp32"
-    grad: str = "fp32"
-    state: str = "fp32"
-    seed: int = 1
-    shapes: Sequence[tuple[int, ...]] | None = None  # None: awkward ones
-    magnitude: float = 1.0  # of the gradients
-    size: float = 1.0  # of the parameters
-    spoiled: float | None = None  # an element of the third gradient ...
-    spoiled_state: float | None = None  # ... and of its last state
-
-    def operands(self, device: str = "cpu") -> Operands:
-        generator = torch.Generator().manual_seed(self.seed)
-        fmt = FORMATS[self.fmt]
-
-        def column(dtype: torch.dtype, scale: float, *, positive: bool = False, gradient: bool = False) -> Column:
-            tensors = [random(generator, shape, scale) for shape in self.shapes] if self.shapes else awkward(generator, scale, gradient)
-            return Column([moved(tensor.abs() if positive else tensor, dtype, device) for tensor in tensors])
-
-        grad = column(DTYPES[self.grad], self.magnitude, gradient=True)
-        if self.spoiled is not None:
-            grad.tensors[2].view(-1)[-1] = self.spoiled
-        param = column(fmt.dtype, self.size)
-        extra = tuple(column(fmt.dtype, self.size * 2.0**-9) for _ in fmt.extra)
-        state = tuple(column(DTYPES[self.state], 0.3, positive="sq" in name) for name in self.algorithm.state)
-        if self.spoiled_state is not None:
-            state[-1].tensors[2].view(-1)[-1] = self.spoiled_state
-        segments = [segment_of(row, tensor.shape) for row, tensor in enumerate(param.tensors)]
-        return Operands(segments=segments, format=fmt, param=param, extra=extra, grad=grad, state=state)
-
-    def coefficients(self, operands: Operands, group: dict[str, Any], step: int = 3) -> Tensor:
-        rows = [self.algorithm.coefficients(group | {"lr": group["lr"] * (1 + row)}, step, 1.0) for row in range(len(operands))]
-        return torch.tensor(rows, dtype=torch.float64).to(torch.float32)
-
-
-def random(generator: torch.Generator, shape: Sequence[int], scale: float) -> Tensor:
-    return torch.randn(shape, generator=generator) * scale * 10.0 ** torch.randint(-3, 2, shape, generator=generator)
-
-
-def awkward(generator: torch.Generator, scale: float, gradient: bool) -> list[Tensor]:
-    """Tensors without elements, with few, and with more than a program takes; then some that lie in memory in other ways."""
-    shapes = [(0,), (), (1,), (5,), (7, 3), (64,), (201,), (48, 2)]
-    values = [random(generator, shape, scale) for shape in shapes]
-    values.append(random(generator, (6, 4), scale).t())
-    other = random(generator, (6, 4), scale)
-    values.append(other.reshape(4, 6) if gradient else other.t())  # strided unlike its gradient
-    values.append(random(generator, (9, 8), scale)[:, 3:6])
-    values.append(random(generator, (71,), scale)[1:])  # unaligned
-    values.append(random(generator, (1,), scale).expand(40) if gradient else random(generator, (40,), scale))
-    return values
-
-
-def moved(tensor: Tensor, dtype: torch.dtype, device: str) -> Tensor:
-    """In another dtype, strided as before, and beginning where it began within its memory."""
-    base = torch.empty(tensor.untyped_storage().nbytes() // tensor.element_size(), dtype=dtype, device=device)
-    view = base.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
-    if tensor.numel() and 0 not in tensor.stride():
-        view.copy_(tensor)
-    elif tensor.numel():
-        base.fill_(float(tensor.flatten()[0]))
-    return view
-
-
-def segment_of(row: int, shape: Sequence[int]) -> Segment:
-    """A whole tensor; or runs of a larger one, shorter or longer than what a program takes."""
-    numel = torch.Size(shape).numel()
-    if numel % 6 == 0 and numel:
-        return Segment(name=f"w{row}", shape=(10 * numel,), start=13, run=6, stride=31, count=numel // 6)
-    if numel == 201:
-        return Segment(name=f"w{row}", shape=(1000,), start=7, run=67, stride=300, count=3)
-    if numel == 70:
-        return Segment.flat(f"w{row}", (2**40,), 2**33 + 1, 70)
-    return Segment.whole(f"w{row}", shape)
-
-
-def assert_same(actual: Tensor, expected: Tensor, name: str) -> None:
-    """The same bits, but for those of NaN, of which backends may choose."""
-    actual = actual.cpu()
-    assert torch.equal(actual.isnan(), expected.isnan()), name
-    bits = {4: torch.int32, 2: torch.int16}[expected.element_size()]
-    finite = ~expected.isnan()
-    assert torch.equal(actual[finite].view(bits), expected[finite].view(bits)), f"{name} of {tuple(expected.shape)}"
-
-
-def columns_of(operands: Operands) -> dict[str, Column]:
-    extra = {f"extra {index}": column for index, column in enumerate(operands.extra)}
-    state = {f"state {index}": column for index, column in enumerate(operands.state)}
-    return {"param": operands.param, **extra, **state, "grad": operands.grad}
-
-
-def assert_same_update(
-    case: Case,
-    *,
-    group: dict[str, Any] = GROUP,
-    proceed: bool | None = None,
-    grad_scale: float | None = None,
-    steps: int = 1,
-    triton_backend: backend.Triton | None = None,
-) -> Operands:
-    """Step the case with both backends; gives what Triton's made."""
-    results = []
-    for each in (eager.BACKEND, triton_backend or small()):
-        operands = case.operands()
-        keys = torch.randint(-(2**63), 2**63 - 1, (len(operands),), generator=torch.Generator().manual_seed(case.seed))
-        for step in range(steps):
-            each.update(
-                case.algorithm,
-                operands,
-                case.coefficients(operands, group, step + 1),
-                None if proceed is None else torch.tensor(proceed),
-                None if grad_scale is None else torch.tensor(grad_scale),
-                keys + step if operands.format.is_random else None,
-            )
-        results.append(operands)
-    expected, actual = results
-    for (name, column), other in zip(columns_of(actual).items(), columns_of(expected).values(), strict=True):
-        for a, e in zip(column.tensors, other.tensors, strict=True):
-            assert_same(a, e, name)
-    return actual
-
-
-def assert_same_observation(case: Case, *, group: dict[str, Any] = GROUP, grad_scale: float | None = None, sums: bool = True) -> Tensor:
-    """Observe the case with both backends, and write nothing; gives which operands are not finite."""
-    statistic = STATISTIC if sums else None
-    assert STATISTIC is not None
-    operands = case.operands()
-    count = len(operands)
-    coefficients = torch.tensor([STATISTIC.coefficients(group, 3 + row) for row in range(count)], dtype=torch.float64).to(torch.float32)
-    limits = torch.full((count,), 1.01 * STATISTIC.bound(group))
-    scales = torch.tensor([2.0 ** (44 - 8 * (row % 4)) for row in range(count)])
-    scale = None if grad_scale is None else torch.tensor(grad_scale)
-    results = [each.observe(statistic, operands, coefficients, limits, scales, scale) for each in (eager.BACKEND, small())]
-    (expected_sums, expected_flags), (actual_sums, actual_flags) = results
-    assert torch.equal(actual_sums, expected_sums)
-    assert torch.equal(actual_flags != 0, expected_flags != 0)
-    for column, other in zip(columns_of(operands).values(), columns_of(case.operands()).values(), strict=True):
-        for a, e in zip(column.tensors, other.tensors, strict=True):
-            assert_same(a, e, "what observe must not write")
-    return actual_flags != 0
 
 
 def small() -> backend.Triton:
@@ -234,14 +69,14 @@ def described(case: Case) -> str:
 @pytest.mark.parametrize("case", UPDATES, ids=described)
 def test_an_update_gives_the_bits_of_the_eager_backend(case: Case) -> None:
     """Awkward shapes, strides, alignments and segments, two steps; gradients are not written."""
-    assert_same_update(case, steps=2)
+    assert_same_update(small(), case, steps=2)
 
 
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("grad", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("state", ["fp32", "bf16"])
 def test_an_observation_gives_the_sums_of_the_eager_backend(grad: str, state: str) -> None:
-    assert not assert_same_observation(Case(algorithm=STABLE_ADAMW, grad=grad, state=state)).any()
+    assert not assert_same_observation(small(), Case(algorithm=STABLE_ADAMW, grad=grad, state=state)).any()
 
 
 @pytest.mark.usefixtures("interpreter")
@@ -249,26 +84,26 @@ def test_an_observation_gives_the_sums_of_the_eager_backend(grad: str, state: st
 @pytest.mark.parametrize("spoiled", [torch.nan, torch.inf, 3e19, 1e17])
 def test_one_element_that_is_not_finite_spoils_its_own_operand_only(spoiled: float, sums: bool) -> None:
     """3e19 has no finite square, 1e17 has."""
-    flags = assert_same_observation(Case(algorithm=STABLE_ADAMW, spoiled=spoiled), sums=sums)
+    flags = assert_same_observation(small(), Case(algorithm=STABLE_ADAMW, spoiled=spoiled), sums=sums)
     assert flags.tolist() == [row == 2 and spoiled != 1e17 for row in range(len(flags))]
 
 
 @pytest.mark.usefixtures("interpreter")
 def test_gradients_are_multiplied_by_their_scale() -> None:
-    assert_same_observation(Case(algorithm=STABLE_ADAMW, grad="fp16"), grad_scale=1 / 3)
-    assert_same_observation(Case(algorithm=STABLE_ADAMW, grad="fp16"), grad_scale=1 / 3, sums=False)
-    assert_same_update(Case(algorithm=ADAM, fmt="fp16_kahan", grad="fp16"), grad_scale=1 / 3)
+    assert_same_observation(small(), Case(algorithm=STABLE_ADAMW, grad="fp16"), grad_scale=1 / 3)
+    assert_same_observation(small(), Case(algorithm=STABLE_ADAMW, grad="fp16"), grad_scale=1 / 3, sums=False)
+    assert_same_update(small(), Case(algorithm=ADAM, fmt="fp16_kahan", grad="fp16"), grad_scale=1 / 3)
 
 
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("fmt", ["fp32", "bf16_kahan_stochastic"])
 def test_nothing_is_written_unless_the_device_says_so(fmt: str) -> None:
     case = Case(algorithm=ADAM, fmt=fmt)
-    before, after = case.operands(), assert_same_update(case, proceed=False)
+    before, after = case.operands(), assert_same_update(small(), case, proceed=False)
     for (name, column), other in zip(columns_of(after).items(), columns_of(before).values(), strict=True):
         for a, e in zip(column.tensors, other.tensors, strict=True):
             assert_same(a, e, name)
-    assert not torch.equal(assert_same_update(case, proceed=True).param.tensors[6], before.param.tensors[6])
+    assert not torch.equal(assert_same_update(small(), case, proceed=True).param.tensors[6], before.param.tensors[6])
 
 
 @pytest.mark.usefixtures("interpreter")
@@ -276,7 +111,7 @@ def test_nothing_is_written_unless_the_device_says_so(fmt: str) -> None:
 @pytest.mark.parametrize("spoiled", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_goes_where_the_eager_backend_lets_it_go(fmt: str, spoiled: float) -> None:
     for algorithm in (SGD, AMSGRAD):
-        after = assert_same_update(Case(algorithm=algorithm, fmt=fmt, spoiled=spoiled, shapes=[(3,), (4,), (20,)]))
+        after = assert_same_update(small(), Case(algorithm=algorithm, fmt=fmt, spoiled=spoiled, shapes=[(3,), (4,), (20,)]))
         assert not after.param.tensors[2][-1].isfinite()
 
 
@@ -284,9 +119,9 @@ def test_what_is_not_finite_goes_where_the_eager_backend_lets_it_go(fmt: str, sp
 @pytest.mark.parametrize("spoiled", [torch.nan, torch.inf])
 def test_state_that_is_not_finite_is_not_forgotten(spoiled: float) -> None:
     """A maximum with NaN is NaN."""
-    flags = assert_same_observation(Case(algorithm=STABLE_ADAMW, spoiled_state=spoiled))
+    flags = assert_same_observation(small(), Case(algorithm=STABLE_ADAMW, spoiled_state=spoiled))
     assert flags.tolist() == [row == 2 and spoiled != torch.inf for row in range(len(flags))]  # a fraction of an infinite one is none
-    after = assert_same_update(Case(algorithm=AMSGRAD, spoiled_state=spoiled))
+    after = assert_same_update(small(), Case(algorithm=AMSGRAD, spoiled_state=spoiled))
     assert not after.state[-1].tensors[2].isfinite().any()
 
 
@@ -314,8 +149,8 @@ def test_any_hyperparameters_and_magnitudes_give_the_bits_of_the_eager_backend(
     """Magnitudes of gradients and parameters reach into the denormal numbers of each dtype."""
     case = Case(algorithm=STABLE_ADAMW, fmt=fmt, state=state, seed=seed, shapes=[(numel,), (3,)], magnitude=10.0**magnitude, size=size)
     group = GROUP | {"betas": betas, "eps": eps, "weight_decay": weight_decay, "lr": size * 10.0 ** (magnitude % 7 - 3)}
-    assert_same_update(case, group=group)
-    assert_same_observation(case, group=group | {"betas": (betas[0], min(betas[1], 0.99))})
+    assert_same_update(small(), case, group=group)
+    assert_same_observation(small(), case, group=group | {"betas": (betas[0], min(betas[1], 0.99))})
 
 
 @pytest.mark.usefixtures("interpreter")
@@ -323,7 +158,7 @@ def test_tensors_may_move_between_two_calls() -> None:
     """The tables that depend on shapes are kept, the addresses are looked at anew."""
     case = Case(algorithm=ADAM)
     one, other = case.operands(), case.operands()
-    stepped = assert_same_update(case, triton_backend=(own := small()))
+    stepped = assert_same_update(own := small(), case)
     own.update(ADAM, one, case.coefficients(one, GROUP, 1), None, None, None)
     moved_to = [tensor.clone() if tensor.is_contiguous() else tensor for tensor in one.param.tensors]
     one.param.tensors, one.param.addresses = moved_to, Column(moved_to).addresses
@@ -347,7 +182,7 @@ def test_autograd_notices_that_a_parameter_was_written() -> None:
 @pytest.mark.usefixtures("interpreter")
 def test_the_tables_of_operands_end_with_them() -> None:
     own = small()
-    assert_same_update(Case(algorithm=SGD, shapes=[(4,)]), triton_backend=own)
+    assert_same_update(own, Case(algorithm=SGD, shapes=[(4,)]))
     assert not len(own._tables)
 
 

@@ -231,7 +231,7 @@ def _observe_kernel(statistic: Statistic | None, kinds: tuple[str, ...], scaled:
             "bad = add_int32(bad, np.int32(not value <= limit))",
         ]
     before = ["limit, scale_of_sum = limits[row], np.float64(scales[row])", "total, bad = np.int64(0), np.int32(0)"]
-    after = ["items[item, 0] = total - count * MAGIC_BITS", "items[item, 1] = bad"]
+    after = [f"items[item, 0] = total{' - count * MAGIC_BITS' if statistic else ''}", "items[item, 1] = bad"]
     signature = "work, addresses, coefficients, limits, scales, scale, items"
     return _make(name, _kernel_source(signature, {"grad": grad_kind, **states}, coefficients, before, lines, after), functions)
 
