@@ -7,6 +7,7 @@ where it was: wrappers and users replace gradients, state and memory at any time
 from __future__ import annotations
 
 import logging
+from array import array
 from collections.abc import Callable, Sequence
 from operator import attrgetter, is_, itemgetter
 from typing import Any
@@ -188,7 +189,7 @@ class _Source:
         self.column = Column([self._local(row, tensor) for row, tensor in enumerate(tensors)])
         self._described = list(map(_description, self.column.tensors))
         self._contiguous = all(map(Tensor.is_contiguous, self.column.tensors))
-        self._numels = list(map(Tensor.numel, self.column.tensors))
+        self._bytes = list(map(_bytes, self.column.tensors))
         self._dtypes = set(map(_dtype, self.column.tensors))
 
     def renew(self, tensors: Sequence[Any]) -> bool:
@@ -198,7 +199,7 @@ class _Source:
             ValueError: one of them is not laid out like its parameter.
         """
         local = [getattr(tensor, "_local_tensor", tensor) for tensor in tensors] if self._wrapped else tensors
-        addresses = addresses_of(local) if self._lie_as_before(local) else None
+        addresses = self._where_alike(local)
         if addresses != self.column.addresses:
             local = list(local)
             for row, tensor in enumerate(tensors):
@@ -219,15 +220,18 @@ class _Source:
             )
         return local
 
-    def _lie_as_before(self, local: Sequence[Tensor]) -> bool:
-        """Whether the tensors have the numbers of elements, dtypes and strides of those before, as far as is quickly seen."""
-        if self._role == GRADIENT and (self._wrapped or set(map(type, local)) != {Tensor}):  # the wrapper says how it is sharded
-            return False
+    def _where_alike(self, local: Sequence[Tensor]) -> array[int] | None:
+        """The addresses of tensors that have the sizes, dtypes and strides of those before, as far as is quickly seen."""
+        if not self._contiguous or (self._role == GRADIENT and (self._wrapped or set(map(type, local)) != {Tensor})):
+            return None  # the wrapper says how a gradient is sharded
         try:
-            contiguous = self._contiguous and all(map(Tensor.is_contiguous, local))
+            if not all(map(Tensor.is_contiguous, local)):
+                return None
         except RuntimeError:  # a sparse one has no strides
-            return False
-        return contiguous and set(map(_dtype, local)) == self._dtypes and list(map(Tensor.numel, local)) == self._numels
+            return None
+        if set(map(_dtype, local)) != self._dtypes or list(map(_bytes, local)) != self._bytes:
+            return None
+        return addresses_of(local)
 
     def release(self) -> None:
         """Let go of the tensors, whose memory may be wanted."""
@@ -331,6 +335,7 @@ class _Kept:
 
 _grad: Callable[[Tensor], Tensor | None] = attrgetter("grad")
 _dtype: Callable[[Tensor], torch.dtype] = attrgetter("dtype")
+_bytes: Callable[[Tensor], int] = attrgetter("nbytes")
 
 
 def _absent(grads: Sequence[Tensor | None]) -> list[int]:

@@ -66,8 +66,9 @@ class Cpu:
         columns = 2 + len(operands.extra) + len(operands.state)
         coefficients = np.empty((0, argument_count(algorithm.update)), np.float32)
         kernel = _update_kernel_of(algorithm, operands, None)
+        addresses = np.frombuffer(b"", np.int64).reshape(columns, 0)
         with _threads(0):
-            kernel(nothing, np.empty((columns, 0), np.int64), coefficients, _scale(None), NO_KEYS, nothing)  # is compiled for these types
+            kernel(nothing, addresses, coefficients, _scale(None), NO_KEYS, nothing)  # is compiled for these types, of those of a step
 
     def observe(
         self,
