@@ -22,7 +22,7 @@ from sharded_optim.backends import Backend, Column, Operands, addresses_of, choo
 from sharded_optim.coefficients import known_on_host, next_steps
 from sharded_optim.formats import Format
 from sharded_optim.param_groups import hyperparameter_key
-from sharded_optim.sharding import Layout, LocalParam
+from sharded_optim.sharding import Layout, LocalParam, check_memory
 from sharded_optim.state import STEP
 from sharded_optim.stateful import StatefulOptimizer
 from sharded_optim.statistics import FixedPoint
@@ -213,12 +213,7 @@ class _Source:
 
     def _local(self, row: int, tensor: Any) -> Tensor:
         entry = self._entries[row]
-        local = entry.local(tensor, self._role)
-        if local.numel() and not local.data_ptr() and local.device.type != "meta":
-            raise ValueError(
-                f"{self._role} of {entry.segment.name!r} has no memory: its storage was freed, or it is zeros that are not stored"
-            )
-        return local
+        return check_memory(entry.local(tensor, self._role), f"{self._role} of {entry.segment.name!r}")
 
     def _where_alike(self, local: Sequence[Tensor]) -> array[int] | None:
         """The addresses of tensors that have the sizes, dtypes and strides of those before, as far as is quickly seen."""
@@ -228,6 +223,8 @@ class _Source:
             if not all(map(Tensor.is_contiguous, local)):
                 return None
         except RuntimeError:  # a sparse one has no strides
+            return None
+        if self._role == GRADIENT and any(map(Tensor.is_neg, local)):
             return None
         if set(map(_dtype, local)) != self._dtypes or list(map(_bytes, local)) != self._bytes:
             return None
@@ -299,6 +296,11 @@ class Batches:
                 continue
             algorithm, fmt = optimizer.choice_of(entry.param, group)
             state = optimizer.complete_state(entry.param, group, entry.segment.name)
+            for name in fmt.extra:
+                if state[name].dtype != fmt.dtype:
+                    raise ValueError(
+                        f"{name!r} of {entry.segment.name!r} has dtype {state[name].dtype}, the parameter {fmt.dtype}; make both alike"
+                    )
             dtypes = tuple(tensor.dtype for tensor in (grad, *(state[name] for name in algorithm.state)))
             backend = self._backend_of(optimizer, entry.param, dtypes)
             key = (entry.param.device, backend.name, algorithm.name, fmt.name, dtypes, None if self._together else id(entry.param))

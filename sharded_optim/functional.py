@@ -11,7 +11,7 @@ from torch import Tensor
 from sharded_optim.algorithms import Algorithm
 from sharded_optim.backends import MODULES, Operands, choose
 from sharded_optim.coefficients import coefficient_table
-from sharded_optim.sharding import describe
+from sharded_optim.sharding import check_memory, describe
 
 __all__ = ["update"]
 
@@ -34,11 +34,12 @@ def update(
     for name, each in lists.items():
         if len(each) != len(params):
             raise ValueError(f"{name} must have one tensor for each of {len(params)} params, got {len(each)}")
-    for index, (param, grad, step) in enumerate(zip(params, grads, steps, strict=True)):
-        state = [each[index] for each in states]
+    rows = []
+    for index, (param, grad, *state) in enumerate(zip(params, grads, *states, strict=True)):
         local = describe(param, f"params[{index}]").local
-        for name, tensor in zip(("gradient", *algorithm.state), (grad, *state), strict=True):
-            local(tensor, name)  # raises where it does not fit
+        named = zip(("parameter", "gradient", *algorithm.state), (param, grad, *state), strict=True)
+        rows.append([check_memory(local(tensor, name), f"{name} of 'params[{index}]'") for name, tensor in named])
+    for (param, grad, *state), step in zip(rows, steps, strict=True):  # nothing is written before all was looked at
         operands = Operands.whole([param], [grad], [[each] for each in state])
         backend, _ = choose(MODULES, param.device, frozenset(tensor.dtype for tensor in (param, grad, *state)))
         table = coefficient_table(algorithm.coefficients, [(group, None)], step.to(param.device).reshape(1), 1.0)

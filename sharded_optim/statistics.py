@@ -195,6 +195,6 @@ def _sent(layout: Layout, host: Tensor, device: torch.device) -> Tensor:
     if device.type == "cpu":
         return host
     before = _sent_before.get(layout)
-    if before is None or not torch.equal(before[0], host):
+    if before is None or before[1].device != device or not torch.equal(before[0], host):
         before = _sent_before[layout] = (host, host.to(device))
     return before[1].clone()

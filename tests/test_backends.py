@@ -267,3 +267,19 @@ def test_a_step_leaves_torchs_threads_alone() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert result.stdout.strip() == "1"
+
+
+def test_the_log_says_which_backend_runs_and_why_not_another(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.delitem(sys.modules, "sharded_optim.backends.cpu")
+    monkeypatch.setitem(sys.modules, "numba", None)
+    param = nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    optimizer = so.AdamW([param], lr=1e-2)
+    with caplog.at_level("INFO", logger="sharded_optim"):
+        optimizer.step()
+        optimizer.step()
+    (line,) = caplog.messages
+    assert "AdamW steps float32 on cpu with the eager backend (cpu: " in line
+    assert "pip install 'sharded-optim[cpu]'" in line
+    assert "triton: it runs on GPUs, not on cpu" in line
+    assert "backend: eager" in repr(optimizer)

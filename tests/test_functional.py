@@ -206,4 +206,7 @@ def test_tensors_that_do_not_fit_their_parameter_are_refused() -> None:
         so.DecoupledAdamW.adamw([param], [big[:3]], *moments, [], step, **options)
     with pytest.raises(ValueError, match=r"exp_avg_sq of 'params\[0\]' has shape \(3,\)"):
         so.DecoupledAdamW.adamw([param], [big], moments[0], [torch.zeros(3)], [], step, **options)
+    grads = [big, torch._efficientzerotensor(6)]
+    with pytest.raises(ValueError, match=r"gradient of 'params\[1\]' has no memory"):
+        so.DecoupledAdamW.adamw([param, big.clone()], grads, *([each[0], each[0].clone()] for each in moments), [], 2 * step, **options)
     assert torch.equal(param, torch.ones(6))

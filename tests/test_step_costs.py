@@ -278,12 +278,23 @@ def test_memory_that_is_gone_or_negated_is_refused() -> None:
     param.grad = torch._efficientzerotensor(5)
     with pytest.raises(ValueError, match="gradient of 'w' has no memory"):
         optimizer.step()
-    param.grad = torch._neg_view(torch.ones(5))
+    param.grad = grad = torch.ones(5)
+    optimizer.step()
+    param.grad = torch._neg_view(grad)  # at the address of the one before
     with pytest.raises(ValueError, match="gradient of 'w' is a view that is negated"):
         optimizer.step()
     param.grad = torch.ones(5)
     optimizer.state[param]["exp_avg"].untyped_storage().resize_(0)
     with pytest.raises(ValueError, match="state of 'w' has no memory"):
+        optimizer.step()
+
+
+def test_a_compensation_of_another_dtype_is_refused() -> None:
+    param = parameter(5, torch.bfloat16)
+    optimizer = so.AdamW([("w", param)], lr=1e-2)
+    optimizer.step()
+    optimizer.state[param]["kahan_comp"] = optimizer.state[param]["kahan_comp"].float()
+    with pytest.raises(ValueError, match=r"'kahan_comp' of 'w' has dtype torch\.float32, the parameter torch\.bfloat16"):
         optimizer.step()
 
 

@@ -17,7 +17,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from types import CodeType
@@ -282,15 +282,22 @@ def _make(name: str, source: str, functions: dict[str, Any]) -> Any:
     vars(module).update(functions)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
+    save = module.kernel._cache.save_overload
+
+    def save_if_possible(*arguments: Any) -> None:
+        with suppress(OSError):  # a step does not fail for want of a cache
+            save(*arguments)
+
+    module.kernel._cache.save_overload = save_if_possible
     return module.kernel
 
 
 def _written(folder: Path, name: str, source: str) -> Path:
     path = folder / f"{name}.py"
     if not path.exists():
-        with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
-            file.write(source)
-        Path(file.name).replace(path)  # whole or not at all: other processes write it too
+        with tempfile.TemporaryDirectory(dir=folder) as own:
+            (Path(own) / path.name).write_text(source)
+            (Path(own) / path.name).replace(path)  # whole or not at all: other processes write it too
     return path
 
 
@@ -314,10 +321,14 @@ def _own_folder() -> tempfile.TemporaryDirectory[str]:
 
 def _fingerprint(function: Any) -> str:
     """Of the code of a compiled function and of all that it calls: the code in this process, not in files, which may have changed since."""
-    code, names = function.py_func.__code__, function.py_func.__globals__
-    called = [_fingerprint(names[name]) for name in code.co_names if hasattr(names.get(name), "py_func")]
-    constants = [constant for constant in code.co_consts if not isinstance(constant, CodeType)]
-    return repr((code.co_code, constants, code.co_names, called))
+    return repr(_facts(function.py_func.__code__, function.py_func.__globals__))
+
+
+def _facts(code: CodeType, names: dict[str, Any]) -> tuple[Any, ...]:
+    constants = [_facts(each, names) if isinstance(each, CodeType) else each for each in code.co_consts]
+    meant = [names.get(name) for name in code.co_names]
+    called = [_fingerprint(each) if hasattr(each, "py_func") else each if isinstance(each, int | float) else None for each in meant]
+    return code.co_code, constants, code.co_names, called
 
 
 BACKEND = Cpu()

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from sharded_optim.sharding import plain
 from sharded_optim.sharding.layout import Layout, LocalParam
+from sharded_optim.sharding.plain import check_memory
 
-__all__ = ["Layout", "LocalParam", "describe"]
+__all__ = ["Layout", "LocalParam", "check_memory", "describe"]
 
 
 def describe(param: Tensor, name: str) -> LocalParam:

@@ -9,7 +9,7 @@ from sharded_optim.formats import format_of
 from sharded_optim.segment import Segment
 from sharded_optim.sharding.layout import LocalParam
 
-__all__ = ["check_dtype_and_layout", "describe"]
+__all__ = ["check_dtype_and_layout", "check_memory", "describe"]
 
 
 def describe(param: Tensor, name: str) -> LocalParam:
@@ -41,3 +41,10 @@ def check_dtype_and_layout(tensor: Tensor, what: str) -> None:
         format_of(tensor.dtype)
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from None
+
+
+def check_memory(local: Tensor, what: str) -> Tensor:
+    """The tensor, if it has memory where it has elements; else ValueError. Compiled kernels are given addresses."""
+    if local.numel() and not local.data_ptr() and local.device.type != "meta":
+        raise ValueError(f"{what} has no memory: its storage was freed, or it is zeros that are not stored")
+    return local
