@@ -178,7 +178,7 @@ def agree(
     vector = flat[:-TAIL].view(SECTIONS, tensors)
     for each in contributions:
         observed = torch.stack([each.sums * each.places.owned, (each.non_finite != 0).to(torch.int64)])
-        vector[: NON_FINITE + 1].index_add_(1, each.places.slots, observed)
+        vector[: NON_FINITE + 1].index_add_(1, each.places.slots.to(device), observed.to(device))  # parameters may be on several devices
     if found_inf is not None:
         flat[-1] = (found_inf.to(device) != 0).reshape(())
     non_finite_here = vector[NON_FINITE].clone()
