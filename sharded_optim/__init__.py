@@ -2,7 +2,7 @@
 
 from sharded_optim.algorithms.weight_decay import convert_weight_decay
 from sharded_optim.gradient_release import prepare_for_gradient_release, remove_gradient_release
-from sharded_optim.model_preparation import param_groups_weight_decay, to_low_precision
+from sharded_optim.model_preparation import fsdp1_layout, param_groups_weight_decay, to_low_precision
 from sharded_optim.optimizers import Adam, AdamW, DecoupledAdamW, DecoupledSGDW, StableAdamW
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "DecoupledSGDW",
     "StableAdamW",
     "convert_weight_decay",
+    "fsdp1_layout",
     "param_groups_weight_decay",
     "prepare_for_gradient_release",
     "remove_gradient_release",

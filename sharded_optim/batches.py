@@ -22,7 +22,7 @@ from sharded_optim.backends import Backend, Column, Operands, addresses_of, choo
 from sharded_optim.coefficients import known_on_host, next_steps
 from sharded_optim.formats import Format
 from sharded_optim.param_groups import hyperparameter_key
-from sharded_optim.sharding import Layout, LocalParam, check_memory
+from sharded_optim.sharding import Layout, LocalParam, Piece, check_memory
 from sharded_optim.state import STEP
 from sharded_optim.stateful import StatefulOptimizer
 from sharded_optim.statistics import FixedPoint
@@ -37,14 +37,13 @@ logger = logging.getLogger(__name__)
 
 
 class Batch:
-    """The local parameters that one backend steps in one call: stored alike, by one algorithm.
+    """The local parameters that one backend steps in one call: stored alike, by one algorithm. An operand is a piece of one of them.
 
     Attributes:
         backend, algorithm, operands: what is called, with what.
-        entries: the local parameters, in the order of the operands.
+        pieces: what each operand is, and of which local parameter.
         places: where they stand in the layout.
         members: the param groups, each with the rows of its operands: int64 on the operands' device, or None for all.
-        steps: fp32 (operands,), the steps that each has taken. The optimizer's state has views of it.
     """
 
     def __init__(
@@ -57,41 +56,50 @@ class Batch:
     ) -> None:
         self.backend = backend
         self.algorithm, fmt = choice
-        indices, entries, groups = zip(*rows, strict=True)
-        self.entries: Sequence[LocalParam] = entries
-        self._rows: Sequence[int] = indices
-        self._groups: Sequence[Group] = groups
-        self._params = [entry.param for entry in self.entries]
+        self._rows: Sequence[int] = [row for row, _, _ in rows]
+        entries = [entry for _, entry, _ in rows]
+        self._params = [entry.param for entry in entries]
+        owners = [owner for owner, entry in enumerate(entries) for _ in entry.pieces]
+        self.pieces = [(entry, piece) for entry in entries for piece in entry.pieces]
+        self._groups: Sequence[Group] = [rows[owner][2] for owner in owners]
+        cut = _Cut(owners, [piece for _, piece in self.pieces]) if any(piece.offset is not None for _, piece in self.pieces) else None
         state = [optimizer.state[param] for param in self._params]
         self._names = (*fmt.extra, *self.algorithm.state)
-        self._param = _Source(self.entries, "parameter", self._params)
-        self._grad = _Source(self.entries, GRADIENT, [param.grad for param in self._params])
-        self._state = [_Source(self.entries, "state", [values[name] for values in state]) for name in self._names]
+        self._param = _Source(entries, "parameter", self._params, cut)
+        self._grad = _Source(entries, GRADIENT, [param.grad for param in self._params], cut)
+        self._state = [_Source(entries, "state", [values[name] for values in state], cut) for name in self._names]
         self.operands = Operands(
-            segments=[entry.segment for entry in self.entries],
+            segments=[piece.segment for _, piece in self.pieces],
             format=fmt,
             param=self._param.column,
             extra=tuple(source.column for source in self._state[: len(fmt.extra)]),
             grad=self._grad.column,
             state=tuple(source.column for source in self._state[len(fmt.extra) :]),
         )
-        self.places = layout.places(indices, self.device)
-        rows_of = _rows_of(groups)
+        first_piece = layout.first_piece
+        self.places = layout.places([first_piece[row] + k for row, entry, _ in rows for k in range(len(entry.pieces))], self.device)
+        rows_of = _rows_of(self._groups)
         self._rows_on_host = [None if len(rows_of) == 1 else torch.tensor(each) for each in rows_of]
         self.members = [
-            (groups[each[0]], None if rows is None else rows.to(self.device))
+            (self._groups[each[0]], None if rows is None else rows.to(self.device))
             for each, rows in zip(rows_of, self._rows_on_host, strict=True)
         ]
-        self._firsts = [(groups[each[0]], entries[each[0]].param) for each in rows_of]  # a parameter of each group
+        self._firsts = [(self._groups[each[0]], self.pieces[each[0]][0].param) for each in rows_of]  # a parameter of each group
         self._fixed_point: tuple[Any, FixedPoint] | None = None
         backend.prepare(self.algorithm, self.operands)
-        self.steps = torch.empty(0)
+        self._owners = None if cut is None else torch.tensor(owners).to(self.device)
+        self._steps = torch.empty(0)  # fp32 (parameters,), of which the optimizer's state has views
         self._counters: list[Tensor] = []
         self._take_counters_home(state)
 
     @property
     def device(self) -> torch.device:
         return self.operands.device
+
+    @property
+    def steps(self) -> Tensor:
+        """How many each operand has taken: fp32 (operands,)."""
+        return self._steps if self._owners is None else self._steps[self._owners]
 
     def renew(self, grads: Sequence[Tensor | None], optimizer: StatefulOptimizer) -> bool:
         """Take what this step brings.
@@ -125,13 +133,13 @@ class Batch:
     def release(self) -> None:
         """Let go of gradients and state until the next step, which asks for them anew."""
         for source in (self._grad, *self._state):
-            source.release()
+            source.column.release()
 
     def fixed_point(self, statistic: Statistic | None) -> FixedPoint:
         """How the statistic of each operand is summed; None stands for a statistic that is 0."""
         bounds = [0.0 if statistic is None else statistic.bound(group) for group, _ in self.members]
         if self._fixed_point is None or self._fixed_point[0] != bounds:  # hyperparameters have changed
-            bound = torch.empty(len(self.entries), dtype=torch.float64)
+            bound = torch.empty(len(self.pieces), dtype=torch.float64)
             for value, rows in zip(bounds, self._rows_on_host, strict=True):
                 bound[slice(None) if rows is None else rows] = value
             numels = [segment.tensor_numel for segment in self.operands.segments]
@@ -140,9 +148,10 @@ class Batch:
 
     def keys(self) -> Tensor:
         """A number for each operand, the same on two ranks if they use the same hyperparameters at the same step: int64 (operands,)."""
-        result = torch.empty(len(self.entries), dtype=torch.int64)
+        result = torch.empty(len(self.pieces), dtype=torch.int64)
+        all_steps = self.steps
         for (group, _), rows in zip(self.members, self._rows_on_host, strict=True):
-            steps = (self.steps if rows is None else self.steps[rows]).tolist() if known_on_host(self.steps) else [-1.0]
+            steps = (all_steps if rows is None else all_steps[rows]).tolist() if known_on_host(all_steps) else [-1.0]
             keys = {step: hyperparameter_key(group, step) for step in set(steps)}
             own = torch.tensor([keys[step] for step in steps] if len(keys) > 1 else list(keys.values()))
             result[slice(None) if rows is None else rows] = own
@@ -157,13 +166,13 @@ class Batch:
 
     def count_step(self, proceed: Tensor | None) -> None:
         """Advance the counters; not where `proceed`, bool (), is False."""
-        self.steps += 1.0 if proceed is None else proceed.to(self.device, torch.float32)
+        self._steps += 1.0 if proceed is None else proceed.to(self.device, torch.float32)
 
     def _take_counters_home(self, state: Sequence[dict[str, Any]]) -> None:
         """Make the step counters of all parameters views of one tensor, which is read and written at once."""
         counters = [torch.as_tensor(values[STEP]) for values in state]
-        self.steps = torch.stack([counter.to(self.device, torch.float32).reshape(()) for counter in counters])
-        for values, counter, home in zip(state, counters, self.steps.unbind(), strict=True):
+        self._steps = torch.stack([counter.to(self.device, torch.float32).reshape(()) for counter in counters])
+        for values, counter, home in zip(state, counters, self._steps.unbind(), strict=True):
             if counter is values[STEP] and counter.device == home.device and counter.dtype == home.dtype and counter.ndim == 0:
                 counter.data = home  # who holds the counter sees it move on
             else:
@@ -171,8 +180,48 @@ class Batch:
         self._counters = [values[STEP] for values in state]
 
     def _counters_are_home(self) -> bool:
-        first, size = self.steps.data_ptr(), self.steps.element_size()
+        first, size = self._steps.data_ptr(), self._steps.element_size()
         return addresses_of(self._counters).tolist() == list(range(first, first + size * len(self._counters), size))
+
+
+class _Cut:
+    """How the local tensors of parameters are cut into operands."""
+
+    def __init__(self, owners: Sequence[int], pieces: Sequence[Piece]) -> None:
+        self._owners = torch.tensor(owners, dtype=torch.int64)
+        self._offsets = torch.tensor([piece.offset or 0 for piece in pieces], dtype=torch.int64)
+        self._pieces = list(zip(owners, pieces, strict=True))
+
+    def tensors(self, wholes: Sequence[Tensor]) -> list[Tensor]:
+        return [piece.of(wholes[owner]) for owner, piece in self._pieces]
+
+    def addresses(self, wholes: array[int], itemsize: int) -> array[int]:
+        return array("q", (torch.tensor(wholes)[self._owners] + self._offsets * itemsize).tolist())
+
+
+class _CutColumn(Column):
+    """A column whose tensors are views, made only for those who ask: kernels take addresses."""
+
+    def __init__(self, wholes: Sequence[Tensor], cut: _Cut) -> None:
+        self._cut = cut
+        self._at: array[int] | None = None
+        super().__init__(wholes)
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        if self._tensors is None:
+            self._tensors = self._cut.tensors(self.wholes)
+        return self._tensors
+
+    def renew(self, wholes: Sequence[Tensor], addresses: array[int]) -> None:
+        self.wholes = wholes
+        if addresses is not self._at:
+            self._at, self.addresses = addresses, self._cut.addresses(addresses, wholes[0].element_size())
+        self._tensors = None
+
+    def release(self) -> None:
+        super().release()
+        self._tensors = None
 
 
 class _Source:
@@ -182,15 +231,17 @@ class _Source:
     way is taken for the same; anything else is looked at by the wrapper's rules.
     """
 
-    def __init__(self, entries: Sequence[LocalParam], role: str, tensors: Sequence[Any]) -> None:
+    def __init__(self, entries: Sequence[LocalParam], role: str, tensors: Sequence[Any], cut: _Cut | None) -> None:
         self._entries = entries
         self._role = role
         self._wrapped = not set(map(type, tensors)) <= {Tensor, torch.nn.Parameter}
-        self.column = Column([self._local(row, tensor) for row, tensor in enumerate(tensors)])
-        self._described = list(map(_description, self.column.tensors))
-        self._contiguous = all(map(Tensor.is_contiguous, self.column.tensors))
-        self._bytes = list(map(_bytes, self.column.tensors))
-        self._dtypes = set(map(_dtype, self.column.tensors))
+        local = [self._local(row, tensor) for row, tensor in enumerate(tensors)]
+        self.column = Column(local) if cut is None else _CutColumn(local, cut)
+        self._addresses = addresses_of(local)
+        self._described = list(map(_description, local))
+        self._contiguous = all(map(Tensor.is_contiguous, local))
+        self._bytes = list(map(_bytes, local))
+        self._dtypes = set(map(_dtype, local))
 
     def renew(self, tensors: Sequence[Any]) -> bool:
         """Take the tensors of this step; False if they are not like those of the step before.
@@ -200,20 +251,20 @@ class _Source:
         """
         local = [getattr(tensor, "_local_tensor", tensor) for tensor in tensors] if self._wrapped else tensors
         addresses = self._where_alike(local)
-        if addresses != self.column.addresses:
+        if addresses != self._addresses:
             local = list(local)
             for row, tensor in enumerate(tensors):
-                if addresses is None or addresses[row] != self.column.addresses[row]:
+                if addresses is None or addresses[row] != self._addresses[row]:
                     local[row] = self._local(row, tensor)
                     if _description(local[row]) != self._described[row]:
                         return False
-            self.column.addresses = addresses_of(local)
-        self.column.tensors = local
+            self._addresses = addresses_of(local)
+        self.column.renew(local, self._addresses)
         return True
 
     def _local(self, row: int, tensor: Any) -> Tensor:
         entry = self._entries[row]
-        return check_memory(entry.local(tensor, self._role), f"{self._role} of {entry.segment.name!r}")
+        return check_memory(entry.local(tensor, self._role), f"{self._role} of {entry.name!r}")
 
     def _where_alike(self, local: Sequence[Tensor]) -> array[int] | None:
         """The addresses of tensors that have the sizes, dtypes and strides of those before, as far as is quickly seen."""
@@ -229,10 +280,6 @@ class _Source:
         if set(map(_dtype, local)) != self._dtypes or list(map(_bytes, local)) != self._bytes:
             return None
         return addresses_of(local)
-
-    def release(self) -> None:
-        """Let go of the tensors, whose memory may be wanted."""
-        self.column.tensors = ()
 
 
 def _description(tensor: Tensor) -> tuple[Any, ...]:
@@ -292,14 +339,14 @@ class Batches:
         rows: dict[tuple[Any, ...], list[tuple[int, LocalParam, Group]]] = {}
         choices: dict[tuple[Any, ...], tuple[Backend, Choice]] = {}
         for index, (entry, group, grad) in enumerate(zip(layout.local_params, groups, grads, strict=True)):
-            if grad is None:
+            if grad is None or not entry.pieces:
                 continue
             algorithm, fmt = optimizer.choice_of(entry.param, group)
-            state = optimizer.complete_state(entry.param, group, entry.segment.name)
+            state = optimizer.complete_state(entry.param, group, entry.name)
             for name in fmt.extra:
                 if state[name].dtype != fmt.dtype:
                     raise ValueError(
-                        f"{name!r} of {entry.segment.name!r} has dtype {state[name].dtype}, the parameter {fmt.dtype}; make both alike"
+                        f"{name!r} of {entry.name!r} has dtype {state[name].dtype}, the parameter {fmt.dtype}; make both alike"
                     )
             dtypes = tuple(tensor.dtype for tensor in (grad, *(state[name] for name in algorithm.state)))
             backend = self._backend_of(optimizer, entry.param, dtypes)

@@ -24,7 +24,7 @@ from sharded_optim.coefficients import coefficient_table, host_value, known_on_h
 from sharded_optim.layouts import Layouts
 from sharded_optim.options import NonFinite, Params
 from sharded_optim.ranks import gather_messages, own_process_group
-from sharded_optim.sharding import Layout, describe
+from sharded_optim.sharding import FlatLayout, Layout
 from sharded_optim.state import called_to_allocate
 from sharded_optim.stateful import StatefulOptimizer
 
@@ -76,6 +76,7 @@ class Engine(StatefulOptimizer):
         foreach: bool | None = None,
         triton: bool | None = None,
         gradient_release: bool = False,
+        layout: FlatLayout | None = None,
     ) -> None:
         if nonfinite not in (None, "skip", "raise", "allow"):
             raise ValueError(f"nonfinite must be 'skip', 'raise', 'allow' or None, got {nonfinite!r}")
@@ -85,10 +86,10 @@ class Engine(StatefulOptimizer):
         self.optimizer_accumulation = False
         self._backend_names = candidates(backend, triton)
         self._foreach = foreach is not False
-        self.process_group = process_group
         self._skipped: int | Tensor = 0
         defaults = defaults | {"kahan_sum": kahan_sum, "stochastic_rounding": stochastic_rounding, "rounding_seed": int(rounding_seed)}
-        super().__init__(params, defaults, algorithm=algorithm, state_dtype=state_dtype or torch.float32, max_lr=max_lr)
+        super().__init__(params, defaults, algorithm=algorithm, state_dtype=state_dtype or torch.float32, max_lr=max_lr, layout=layout)
+        self.process_group = process_group
         self._statistic = algorithm(self.param_groups[0]).statistic
         # Where ranks agree on something anyway, skipping together costs nothing; elsewhere it would cost a collective.
         self.nonfinite: NonFinite = nonfinite or ("skip" if self._statistic else "allow")
@@ -126,8 +127,7 @@ class Engine(StatefulOptimizer):
         layout = self._layouts.current(self.param_groups, only, agree=self._agrees, process_group=process_group)
         observation = self._observe(layout)
         if only is None and observation.batches:  # without a gradient, after gradient release, the reports of its steps stay
-            self._agreements.clear()
-            self._updates.clear()
+            self._forget_reports(layout)
         try:
             proceed, lr_scales = self._agree(layout, observation)
             self._update(layout, observation.batches, proceed, lr_scales, accumulate=only is not None and self.optimizer_accumulation)
@@ -173,7 +173,7 @@ class Engine(StatefulOptimizer):
         statistic = self._statistic
         fixed_point = batch.fixed_point(statistic)
         if statistic is None:
-            table = torch.empty(len(batch.entries), 0, device=batch.device)
+            table = torch.empty(len(batch.pieces), 0, device=batch.device)
         else:
             table = coefficient_table(statistic.coefficients, batch.members, batch.steps)
         grad_scale = self._inverse_grad_scale(batch.device)
@@ -226,6 +226,8 @@ class Engine(StatefulOptimizer):
 
     def _raise_deferred(self, only: tuple[Tensor, ...] | None) -> None:
         """Raise what the step before found: of these parameters, or of any."""
+        if only is None and self._steps_in_turns:
+            only = tuple(param for group in self.param_groups for param in group["params"])
         layouts = list(self._deferred) if only is None else [layout for layout in self._deferred if layout.describes(only)]
         for deferred in [self._deferred.pop(layout) for layout in layouts]:
             deferred.raise_if_inconsistent()
@@ -267,7 +269,7 @@ class Engine(StatefulOptimizer):
             updates.append(
                 metrics.Update(
                     algorithm=batch.algorithm,
-                    entries=batch.entries,
+                    pieces=batch.pieces,
                     format=batch.operands.format,
                     coefficients=table,
                     proceed=proceed,
@@ -292,13 +294,25 @@ class Engine(StatefulOptimizer):
             raise ValueError("this optimizer was copied or unpickled, which cannot take its process_group along; set it again")
         return own_process_group(self.process_group)
 
+    @property
+    def _steps_in_turns(self) -> bool:
+        """Whether a wrapper steps one set of parameters after the other."""
+        return self.layout is not None and self.layout.in_turns
+
     def _forget_layouts(self) -> None:
-        self._layouts = Layouts()
+        self._layouts = Layouts(self.describe_param, in_turns=self._steps_in_turns)
         self._agreements: dict[Layout, statistics.Agreement] = {}  # the last of each layout, the newest last
         self._deferred: dict[Layout, statistics.Deferred] = {}
         self._updates: dict[Layout, list[metrics.Update]] = {}  # of the last step of each layout, the newest last
-        self._reported: dict[str, Tensor] = {}  # parameters by the names that metrics were reported under
+        self._reported: dict[str, tuple[Tensor, int]] = {}  # (parameter, which of its pieces) by the name of its metrics
         self._batches = Batches(self._backend_names, together=self._foreach)
+
+    def _forget_reports(self, layout: Layout) -> None:
+        """Of what is about to be stepped: all, but what another turn of the same step has left."""
+        stepped = set(map(id, layout.params))
+        for reports in (self._agreements, self._updates):
+            for other in [each for each in reports if not self._steps_in_turns or not stepped.isdisjoint(map(id, each.params))]:
+                del reports[other]
 
     # ----------------------------------------------------------------------------------------------------------------- reports
 
@@ -341,25 +355,30 @@ class Engine(StatefulOptimizer):
 
         Returns:
             `optimizer_metrics`, to which this adds what `metrics.report` says of this rank's piece, under
-            `l2_norm/{moment,param,update,grad}/NAME` and `cosine/{update_grad,moment_grad}/NAME`: float64 tensors of one element.
+            `l2_norm/{moment,param,update,grad}/NAME` and `cosine/{update_grad,moment_grad}/NAME`: float64 tensors of one element. NAME is
+            `name`, or for a flat parameter that of each tensor in it.
 
         Raises:
             ValueError: the gradient is not laid out like the parameter.
         """
-        if self._group_with(param) is None:
+        group = self._group_with(param)
+        if group is None:
             return optimizer_metrics
-        values = metrics.report(describe(param, name), self.state.get(param, {}), self._last_update(param))
-        self._reported[name] = param
-        optimizer_metrics |= {f"{kind}/{name}": value for kind, value in values.items()}
+        entry = self.describe_param(param, name, group)
+        last = self._last_updates(param) or [None] * len(entry.pieces)
+        for index, (piece, update) in enumerate(zip(entry.pieces, last, strict=True)):
+            values = metrics.report(entry, piece, self.state.get(param, {}), update)
+            called = name if len(entry.pieces) == 1 else piece.segment.name
+            self._reported[called] = (param, index)
+            optimizer_metrics |= {f"{kind}/{called}": value for kind, value in values.items()}
         return optimizer_metrics
 
-    def _last_update(self, param: Tensor) -> tuple[metrics.Update, int] | None:
-        """The update that the last step wrote a parameter by, and its place in it."""
+    def _last_updates(self, param: Tensor) -> list[tuple[metrics.Update, int]]:
+        """For each piece of a parameter, the update that the last step wrote it by, and its row there."""
         for layout, updates in reversed(self._updates.items()):
             if any(each is param for each in layout.params):
-                places = ((update, row) for update in updates for row, entry in enumerate(update.entries) if entry.param is param)
-                return next(places, None)
-        return None
+                return [(update, row) for update in updates for row, (entry, _) in enumerate(update.pieces) if entry.param is param]
+        return []
 
     def pre_reduce_metrics(self, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
         """Turn norms into squares and cosines into dot products, which add up over ranks, in place. See `metrics.py`."""
@@ -373,8 +392,8 @@ class Engine(StatefulOptimizer):
         """
         process_group = self._own_group()
         layout = self._layouts.of_group(self.param_groups, agree=self._agrees, process_group=process_group)
-        places = {entry.param: index for index, entry in enumerate(layout.local_params)}
-        index_of = {name: places[param] for name, param in self._reported.items() if param in places}
+        places = dict(zip(layout.params, layout.first_piece, strict=True))
+        index_of = {name: places[param] + index for name, (param, index) in self._reported.items() if param in places}
         optimizer_metrics |= metrics.dist_reduce(optimizer_metrics, layout, index_of.get, process_group)
         return optimizer_metrics
 

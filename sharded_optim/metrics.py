@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sharded_optim.algorithms import Algorithm
 from sharded_optim.formats import Format, format_of
-from sharded_optim.sharding import Layout, LocalParam
+from sharded_optim.sharding import Layout, LocalParam, Piece
 
 __all__ = ["Update", "dist_reduce", "pre_reduce", "report"]
 
@@ -37,15 +37,15 @@ class Update:
     """What is kept of one backend's last update."""
 
     algorithm: Algorithm
-    entries: Sequence[LocalParam]
+    pieces: Sequence[tuple[LocalParam, Piece]]  # what each row of the coefficients is of
     format: Format  # of the parameters
-    coefficients: Tensor  # fp32 (entries, coefficients of algorithm.update)
+    coefficients: Tensor  # fp32 (pieces, coefficients of algorithm.update)
     proceed: Tensor | None  # as the backend was given
     grad_scale: Tensor | None
 
 
-def report(entry: LocalParam, state: dict[str, Any], last: tuple[Update, int] | None) -> dict[str, Tensor]:
-    """Norms and cosines of this rank's piece of one parameter: {kind: float64 ()}.
+def report(entry: LocalParam, piece: Piece, state: dict[str, Any], last: tuple[Update, int] | None) -> dict[str, Tensor]:
+    """Norms and cosines of this rank's piece of one tensor: {kind: float64 ()}.
 
     param: as it is after the step, with its Kahan compensation.
     update: what the step subtracted, the weight decay of the parameter before the step included; 0 without `last`, not finite after a
@@ -56,22 +56,26 @@ def report(entry: LocalParam, state: dict[str, Any], last: tuple[Update, int] | 
     Left out are `moment` of an optimizer that has none, and what needs a gradient that is gone (`update` of SGD, not of Adam).
 
     Args:
-        entry: the parameter.
+        entry, piece: the parameter, and which of its pieces.
         state: of the parameter, with plain or sharded tensors; empty before its first step.
         last: the update that wrote it, and its place in that update's coefficients; None if the last step left it alone.
 
     Raises:
         ValueError: the gradient is not laid out like the parameter.
     """
+
+    def values_of(tensor: Tensor, role: str) -> Tensor:
+        return piece.of(entry.local(tensor, role)).detach()
+
     update, row = last if last is not None else (None, 0)
-    local = entry.local(entry.param, "parameter").detach()
+    local = values_of(entry.param, "parameter")
     fmt = format_of(local.dtype) if update is None else update.format
-    vectors = {"param": fmt.load(local, *(entry.local(state[name], "state") for name in fmt.extra)).double()}
-    moments = [entry.local(state[name], "state").double() for name in update.algorithm.state] if update is not None else []
+    vectors = {"param": fmt.load(local, *(values_of(state[name], "state") for name in fmt.extra)).double()}
+    moments = [values_of(state[name], "state").double() for name in update.algorithm.state] if update is not None else []
     if moments:
         vectors["moment"] = moments[0]
     if entry.param.grad is not None:
-        vectors["grad"] = entry.local(entry.param.grad, "gradient").detach().double()
+        vectors["grad"] = values_of(entry.param.grad, "gradient").double()
         if update is not None and update.grad_scale is not None:
             vectors["grad"] = vectors["grad"] * update.grad_scale
     if update is None:
@@ -122,7 +126,7 @@ def dist_reduce(
     Args:
         metrics: of this rank.
         layout: of all ranks.
-        index_of: the index into `layout.local_params` of a name the user reported a parameter under; None for a name that is not ours.
+        index_of: the index among the layout's pieces of a name that one was reported under; None for a name that is not ours.
 
     Returns:
         Norms and cosines of the whole tensors, float64 (), under the names this rank reported or, for tensors that only other ranks

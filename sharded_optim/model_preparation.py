@@ -1,4 +1,4 @@
-"""What is done to a model before its optimizer is built: who decays, and who computes in low precision. As in optimi."""
+"""What is done to a model before its optimizer is built: who decays, who computes in low precision (as in optimi), and how FSDP1 shards."""
 
 from __future__ import annotations
 
@@ -8,7 +8,23 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["param_groups_weight_decay", "to_low_precision"]
+from sharded_optim.sharding import FlatLayout
+
+__all__ = ["fsdp1_layout", "param_groups_weight_decay", "to_low_precision"]
+
+
+def fsdp1_layout(model: nn.Module) -> FlatLayout:
+    """How FullyShardedDataParallel (FSDP1) has sharded a model: what an optimizer of its parameters needs as `layout=`. No communication.
+
+    Args:
+        model: wrapped, or with wrapped modules inside; use_orig_params True or False, every sharding strategy, mixed precision, offload.
+
+    Raises:
+        ValueError: nothing is wrapped, or the model cannot be described: parameters that were not contiguous, tensor parallelism inside.
+    """
+    from sharded_optim.sharding import fsdp1  # its import takes time
+
+    return fsdp1.layout_of(model)
 
 
 def param_groups_weight_decay(
@@ -17,20 +33,40 @@ def param_groups_weight_decay(
     """Param groups of a model's trainable parameters: without weight decay for biases, norms and what is named, with it for the rest.
 
     Args:
-        model: ordinary or sharded; DTensors count the dimensions of the whole tensor.
+        model: ordinary or sharded; dimensions are those of the whole tensors.
         weight_decay: of the second group.
         additional_layers: parts of names (or one of them); a parameter whose name contains one does not decay.
 
     Returns:
         The group without decay (one dimension or none, named `*.bias`, or in `additional_layers`), then the one with it. A group that
         would be empty is left out.
+
+    Raises:
+        ValueError: FSDP1 has flattened parameters together that would belong to different groups.
     """
     exempt = (additional_layers,) if isinstance(additional_layers, str) else tuple(additional_layers or ())
+
+    def decays(name: str, dimensions: int) -> bool:
+        return dimensions > 1 and not name.endswith(".bias") and not any(part in name for part in exempt)
+
+    flattened = {}
+    if any(getattr(param, "_fsdp_flattened", False) for param in model.parameters()):  # torch's mark of FSDP1
+        from sharded_optim.sharding import fsdp1
+
+        flattened = fsdp1.flattened(model)
     decaying, others = [], []
     for name, param in model.named_parameters():
-        if param.requires_grad:
-            decays = param.ndim > 1 and not name.endswith(".bias") and not any(part in name for part in exempt)
-            (decaying if decays else others).append(param)
+        if not param.requires_grad:
+            continue
+        tensors = flattened.get(param, [(name, param.shape)])
+        decay = [decays(tensor, len(shape)) for tensor, shape in tensors]
+        if any(decay) != all(decay):
+            yes, no = tensors[decay.index(True)][0], tensors[decay.index(False)][0]
+            raise ValueError(
+                f"{yes!r} decays and {no!r} does not, but FullyShardedDataParallel has flattened them into one parameter, {name!r}; "
+                f"wrap with use_orig_params=True, or wrap them in different units"
+            )
+        (decaying if any(decay) else others).append(param)
     groups = [{"params": others, "weight_decay": 0.0}, {"params": decaying, "weight_decay": weight_decay}]
     return [group for group in groups if group["params"]]
 

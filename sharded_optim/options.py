@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sharded_optim.sharding import FlatLayout
+
 __all__ = ["EngineOptions", "NonFinite", "Params", "SwitchOptions"]
 
 NonFinite = Literal["skip", "raise", "allow"]
@@ -30,6 +32,8 @@ class EngineOptions(TypedDict, total=False):
     stochastic_rounding: float16 and bfloat16 parameters are rounded up or down at random, so that the expected value is the value; instead
         of `kahan_sum`, and without its memory, or with kahan_sum=True the compensation is. The same bits whatever the sharding.
     rounding_seed: of stochastic rounding; the same on every rank.
+    layout: how parameters are sharded that do not tell it themselves: `fsdp1_layout(model)` for FullyShardedDataParallel. Not needed for
+        ordinary tensors and DTensors, and set by `deepspeed.initialize` and `deepspeed.attach` for DeepSpeed.
     """
 
     state_dtype: torch.dtype | None
@@ -38,6 +42,7 @@ class EngineOptions(TypedDict, total=False):
     process_group: dist.ProcessGroup | None
     stochastic_rounding: bool
     rounding_seed: int
+    layout: FlatLayout | None
 
 
 class SwitchOptions(EngineOptions, total=False):

@@ -151,9 +151,12 @@ def warn_of_high_decay(groups: list[dict[str, Any]]) -> None:
 def named_params(group: dict[str, Any], group_index: int) -> list[tuple[Any, str]]:
     """The tensors of a group, added or about to be, each with the user's name for it or its position."""
     params = group["params"]
-    names = group.get("param_names") or [
-        str(param[0]) if isinstance(param, tuple) else f"param_groups[{group_index}].params[{index}]" for index, param in enumerate(params)
-    ]
+    names = group.get("param_names", ())
+    if len(names) != len(params):  # none are given, or a wrapper put others in the place of those that they are for
+        names = [
+            str(param[0]) if isinstance(param, tuple) else f"param_groups[{group_index}].params[{index}]"
+            for index, param in enumerate(params)
+        ]
     return [(param[1] if isinstance(param, tuple) else param, name) for param, name in zip(params, names, strict=True)]
 
 

@@ -12,7 +12,7 @@ from sharded_optim import foreign_state, loading, param_groups
 from sharded_optim.algorithms import Algorithm, Choose
 from sharded_optim.formats import KAHAN_COMP, Format, param_format
 from sharded_optim.options import Params
-from sharded_optim.sharding import describe
+from sharded_optim.sharding import FlatLayout, LocalParam, describe
 from sharded_optim.state import STEP, State, new_state, zeros
 
 __all__ = ["StatefulOptimizer"]
@@ -27,12 +27,22 @@ class StatefulOptimizer(torch.optim.Optimizer):
         algorithm: chooses the math of a param group, which says what state it needs.
         state_dtype: storage dtype of the moments.
         max_lr: reference learning rate of groups that do not bring their own `max_lr`; None takes each group's `lr`.
+        layout: of parameters that a wrapper has flattened.
     """
 
     def __init__(
-        self, params: Params, defaults: dict[str, Any], *, algorithm: Choose, state_dtype: torch.dtype, max_lr: float | None
+        self,
+        params: Params,
+        defaults: dict[str, Any],
+        *,
+        algorithm: Choose,
+        state_dtype: torch.dtype,
+        max_lr: float | None,
+        layout: FlatLayout | None,
     ) -> None:
         self._choose = algorithm
+        self.layout = layout
+        self._shapes: dict[int, list[torch.Size]] = {}  # of the parameters that groups were given, by the group's id
         self.state_dtype = state_dtype
         self._max_lr = None if max_lr is None else param_groups.check_number("max_lr", max_lr)
         self._check_group(defaults, "the optimizer's arguments")
@@ -68,9 +78,45 @@ class StatefulOptimizer(torch.optim.Optimizer):
                 known[id(param)] = name
                 names.add(name)
                 if isinstance(param, Tensor):
-                    describe(param, name)
+                    describe(param, name, self.layout)
         super().add_param_group(param_group)
-        param_groups.set_reference_lr(self.param_groups[index], self._max_lr)
+        group = self.param_groups[index]
+        self._shapes[id(group)] = [param.shape for param in group["params"]]
+        param_groups.set_reference_lr(group, self._max_lr)
+
+    def describe_param(self, param: Tensor, name: str, group: dict[str, Any]) -> LocalParam:
+        """What this rank holds of a parameter.
+
+        Args:
+            name: for error messages.
+            group: its param group.
+
+        Raises:
+            ValueError: it cannot be optimized, or the optimizer was not told how it is sharded.
+        """
+        if self.layout is None and param.ndim == 1 and type(param) in (Tensor, torch.nn.Parameter):
+            given = self._shapes.get(id(group))
+            if given is not None and given != [each.shape for each in group["params"]]:
+                raise ValueError(
+                    f"parameter {name!r} of shape {tuple(param.shape)} was put in the place of those that the optimizer was given, as by "
+                    f"wrappers that flatten them, and it does not tell which tensors it holds. Under DeepSpeed call "
+                    f"so.deepspeed.attach(engine) after deepspeed.initialize, or so.deepspeed.initialize instead of it; parameters of your "
+                    f"own go in with add_param_group"
+                )
+        return describe(param, name, self.layout)
+
+    @property
+    def layout(self) -> FlatLayout | None:
+        """How parameters are sharded that do not tell it themselves."""
+        return self._layout
+
+    @layout.setter
+    def layout(self, layout: FlatLayout | None) -> None:
+        self._layout = layout
+        self._forget_layouts()
+
+    def _forget_layouts(self) -> None:
+        """Let go of what was derived from the layout: the engine's business."""
 
     def init_state(self) -> None:
         """Allocate the state of every trainable parameter that has none yet: what the first step does for those with a gradient."""
@@ -137,6 +183,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
             ValueError: the saved state does not fit; nothing was changed.
         """
         before = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
+        given = [self._shapes.get(id(group)) for group in self.param_groups]
         incoming: dict[str, Any] = {}
 
         def prepare(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
@@ -154,6 +201,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
         def restore(_: torch.optim.Optimizer) -> None:
             loading.restore_groups(self.param_groups, before)
+            self._shapes = {id(group): shapes for group, shapes in zip(self.param_groups, given, strict=True) if shapes is not None}
             loading.restore_state(self, incoming, self._state_dtypes)
 
         # After the users' pre-hooks, which may convert the state dict, and before their post-hooks, which may look at the result.
@@ -171,3 +219,6 @@ class StatefulOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.state = State(self._new_state, self.state)  # torch makes it a plain dict when it loads
+        if "_choose" in state:  # unpickled or copied, which cannot take the layout's tensors along
+            self.layout = None
+            self._shapes = {id(group): [param.shape for param in group["params"]] for group in self.param_groups}

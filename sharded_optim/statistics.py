@@ -142,7 +142,7 @@ class Deferred:
 
 @dataclass(frozen=True, kw_only=True)
 class Contribution:
-    """What this rank brings to an agreement about some of its local parameters."""
+    """What this rank brings to an agreement about some of its pieces."""
 
     places: Places  # which they are
     bits: Tensor  # int64 (n,), k of each
@@ -153,7 +153,7 @@ class Contribution:
 
 def agree(
     layout: Layout,
-    contributions: Sequence[Contribution],  # about all local parameters that have a gradient
+    contributions: Sequence[Contribution],  # about the pieces of all local parameters that have a gradient
     *,
     device: torch.device,
     invalid: bool,  # this rank met bad input
@@ -168,7 +168,7 @@ def agree(
     for each in contributions:
         told = torch.stack([torch.ones_like(each.bits), each.bits, each.keys, each.keys * each.keys])
         table[PRESENT:, each.places.held_slots] = told if each.places.held is None else told[:, each.places.held]
-    if sum(len(each.bits) for each in contributions) < len(layout.local_params):
+    if sum(len(each.bits) for each in contributions) < len(layout.slots):
         absent = layout.held.clone()
         for each in contributions:
             absent[each.places.indices] = False

@@ -7,14 +7,21 @@ their own flat indices is wrapped alike.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import sharded_optim as so
+from sharded_optim.sharding import FlatLayout
+
+RADIX = 128  # of an index whose two digits every dtype holds
 
 
 class AwkwardModel(nn.Module):
@@ -34,44 +41,77 @@ class AwkwardModel(nn.Module):
         self.down = nn.Linear(33, 6)
 
 
+@cache
+def _mesh(*names: str) -> DeviceMesh:
+    """All ranks: in a row, or, with two names, in two rows."""
+    world_size = dist.get_world_size()
+    return init_device_mesh("cpu", (world_size,) if len(names) == 1 else (2, world_size // 2), mesh_dim_names=names)
+
+
 def _ddp(model: AwkwardModel) -> None:
     """DDP leaves the parameters as they are: every rank holds all of them."""
 
 
 def _fsdp2(model: AwkwardModel) -> None:
-    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)), ignored_params={model.scalar})
+    fully_shard(model, mesh=_mesh("shard"), ignored_params={model.scalar})
 
 
 def _hsdp(model: AwkwardModel) -> None:
-    mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("replicate", "shard"))
+    mesh = _mesh("replicate", "shard")
     fully_shard(model, mesh=mesh, ignored_params={model.scalar})
 
 
 def _fsdp2_tp(model: AwkwardModel) -> None:
-    mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("dp", "tp"))
+    mesh = _mesh("dp", "tp")
     parallelize_module(model, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
     fully_shard(model, mesh=mesh["dp"], ignored_params={model.scalar})
 
 
-WRAPPERS: dict[str, Callable[[AwkwardModel], None]] = {"ddp": _ddp, "fsdp2": _fsdp2, "hsdp": _hsdp, "fsdp2_tp": _fsdp2_tp}
+def _fsdp1(model: AwkwardModel, **options: Any) -> FlatLayout:
+    options |= {"use_orig_params": True, "device_id": torch.device("cpu")}
+    wrapped = FullyShardedDataParallel(model, ignored_states=[model.scalar], **options)
+    return so.fsdp1_layout(wrapped)
+
+
+def _hybrid_fsdp1(model: AwkwardModel) -> FlatLayout:
+    mesh = _mesh("replicate", "shard")
+    return _fsdp1(model, device_mesh=mesh, sharding_strategy=ShardingStrategy.HYBRID_SHARD)
+
+
+WRAPPERS: dict[str, Callable[[AwkwardModel], FlatLayout | None]] = {
+    "ddp": _ddp,
+    "fsdp2": _fsdp2,
+    "hsdp": _hsdp,
+    "fsdp2_tp": _fsdp2_tp,
+    "fsdp1": _fsdp1,
+    "hybrid_fsdp1": _hybrid_fsdp1,
+}
 
 
 class ShardedModel:
     """`AwkwardModel` with the given full values, under a wrapper."""
 
     def __init__(self, wrapper: str, values: dict[str, Tensor]) -> None:
-        self.params = self._wrap(wrapper, values)
-        indices = {name: torch.arange(value.numel(), dtype=torch.float32).view(value.shape) for name, value in values.items()}
-        self._indices = {name: self.local(param).long() for name, param in self._wrap(wrapper, indices).items()}
+        self.params, self.layout = self._wrap(wrapper, values)
+        self._indices = self._indices_under(wrapper, next(iter(values.values())).dtype)  # by which wrappers pad
+
+    @classmethod
+    @cache
+    def _indices_under(cls, wrapper: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Which elements of each tensor this rank's part has: int64."""
+        indices = {name: torch.arange(param.numel()).view(param.shape) for name, param in AwkwardModel().named_parameters()}
+        high, _ = cls._wrap(wrapper, {name: (index // RADIX).to(dtype) for name, index in indices.items()})
+        low, _ = cls._wrap(wrapper, {name: (index % RADIX).to(dtype) for name, index in indices.items()})
+        return {name: cls.local(high[name]).long() * RADIX + cls.local(low[name]).long() for name in high}
 
     @staticmethod
-    def _wrap(wrapper: str, values: dict[str, Tensor]) -> dict[str, nn.Parameter]:
+    def _wrap(wrapper: str, values: dict[str, Tensor]) -> tuple[dict[str, nn.Parameter], FlatLayout | None]:
         model = AwkwardModel().to(next(iter(values.values())).dtype)
         with torch.no_grad():
             for name, param in model.named_parameters():
                 param.copy_(values[name])
-        WRAPPERS[wrapper](model)
-        return dict(model.named_parameters())
+        layout = WRAPPERS[wrapper](model)
+        return dict(model.named_parameters()), layout
 
     @staticmethod
     def local(tensor: Tensor) -> Tensor:

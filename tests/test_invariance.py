@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,26 +15,26 @@ import sharded_optim as so
 
 STEPS = 20
 OPTIMIZERS = {
-    "Adam-l2": lambda groups: so.Adam(groups, lr=1e-2, weight_decay=0.1),
-    "Adam-decoupled": lambda groups: so.Adam(groups, lr=1e-2, weight_decay=1e-3, decouple_lr=True, max_lr=2e-2),
-    "AdamW": lambda groups: so.AdamW(groups, lr=1e-2),
-    "AdamW-skip-loop": lambda groups: so.AdamW(groups, lr=1e-2, nonfinite="skip", foreach=False),
-    "AdamW-no-kahan": lambda groups: so.AdamW(groups, lr=1e-2, kahan_sum=False),
-    "AdamW-stochastic": lambda groups: so.AdamW(groups, lr=1e-2, stochastic_rounding=True, rounding_seed=7),
-    "AdamW-kahan-stochastic": lambda groups: so.AdamW(groups, lr=1e-2, kahan_sum=True, stochastic_rounding=True),
-    "DecoupledAdamW": lambda groups: so.DecoupledAdamW(groups, lr=1e-2, weight_decay=1e-3),
-    "DecoupledAdamW-amsgrad": lambda groups: so.DecoupledAdamW(groups, lr=1e-2, amsgrad=True, stochastic_rounding=True),
-    "DecoupledSGDW": lambda groups: so.DecoupledSGDW(groups, lr=1e-2, weight_decay=1e-3),
-    "DecoupledSGDW-momentum": lambda groups: so.DecoupledSGDW(groups, lr=1e-2, momentum=0.9, dampening=0.5, kahan_sum=False),
-    "DecoupledSGDW-nesterov": lambda groups: so.DecoupledSGDW(groups, lr=1e-2, momentum=0.9, nesterov=True, state_dtype=torch.bfloat16),
-    "StableAdamW": lambda groups: so.StableAdamW(groups, lr=1e-2),
-    "StableAdamW-corrected": lambda groups: so.StableAdamW(groups, lr=1e-2, betas=(0.8, 0.999), decay_form="corrected"),
-    "StableAdamW-bf16-moments": lambda groups: so.StableAdamW(groups, lr=1e-2, state_dtype=torch.bfloat16),
-    "StableAdamW-cpu": lambda groups: so.StableAdamW(groups, lr=1e-2, backend="cpu"),
-    "AdamW-cpu-stochastic": lambda groups: so.AdamW(groups, lr=1e-2, stochastic_rounding=True, backend="cpu"),
-    "StableAdamW-stochastic": lambda groups: so.StableAdamW(groups, lr=1e-2, decouple_lr=True, stochastic_rounding=True),
+    "Adam-l2": partial(so.Adam, lr=1e-2, weight_decay=0.1),
+    "Adam-decoupled": partial(so.Adam, lr=1e-2, weight_decay=1e-3, decouple_lr=True, max_lr=2e-2),
+    "AdamW": partial(so.AdamW, lr=1e-2),
+    "AdamW-skip-loop": partial(so.AdamW, lr=1e-2, nonfinite="skip", foreach=False),
+    "AdamW-no-kahan": partial(so.AdamW, lr=1e-2, kahan_sum=False),
+    "AdamW-stochastic": partial(so.AdamW, lr=1e-2, stochastic_rounding=True, rounding_seed=7),
+    "AdamW-kahan-stochastic": partial(so.AdamW, lr=1e-2, kahan_sum=True, stochastic_rounding=True),
+    "DecoupledAdamW": partial(so.DecoupledAdamW, lr=1e-2, weight_decay=1e-3),
+    "DecoupledAdamW-amsgrad": partial(so.DecoupledAdamW, lr=1e-2, amsgrad=True, stochastic_rounding=True),
+    "DecoupledSGDW": partial(so.DecoupledSGDW, lr=1e-2, weight_decay=1e-3),
+    "DecoupledSGDW-momentum": partial(so.DecoupledSGDW, lr=1e-2, momentum=0.9, dampening=0.5, kahan_sum=False),
+    "DecoupledSGDW-nesterov": partial(so.DecoupledSGDW, lr=1e-2, momentum=0.9, nesterov=True, state_dtype=torch.bfloat16),
+    "StableAdamW": partial(so.StableAdamW, lr=1e-2),
+    "StableAdamW-corrected": partial(so.StableAdamW, lr=1e-2, betas=(0.8, 0.999), decay_form="corrected"),
+    "StableAdamW-bf16-moments": partial(so.StableAdamW, lr=1e-2, state_dtype=torch.bfloat16),
+    "StableAdamW-cpu": partial(so.StableAdamW, lr=1e-2, backend="cpu"),
+    "AdamW-cpu-stochastic": partial(so.AdamW, lr=1e-2, stochastic_rounding=True, backend="cpu"),
+    "StableAdamW-stochastic": partial(so.StableAdamW, lr=1e-2, decouple_lr=True, stochastic_rounding=True),
 }
-LAYOUTS = {2: ["ddp", "fsdp2"], 3: ["fsdp2"], 4: ["fsdp2", "hsdp", "fsdp2_tp"]}
+LAYOUTS = {2: ["ddp", "fsdp2", "fsdp1"], 3: ["fsdp2"], 4: ["fsdp2", "hsdp", "fsdp2_tp", "hybrid_fsdp1"]}
 DTYPES = [torch.float32, torch.bfloat16]
 
 pytestmark = pytest.mark.filterwarnings("ignore:weight_decay")
@@ -57,9 +58,10 @@ def spiky_grads(step: int, dtype: torch.dtype) -> dict[str, Tensor]:
 def param_groups(params: dict[str, torch.nn.Parameter]) -> list[dict]:
     """Two groups with different lr; matrices and the rest."""
     named = list(params.items())
+    matrices = {name for name, param in AwkwardModel().named_parameters() if param.ndim >= 2}
     return [
-        {"params": [(name, p) for name, p in named if p.ndim >= 2]},
-        {"params": [(name, p) for name, p in named if p.ndim < 2], "lr": 3e-3, "weight_decay": 0.0},
+        {"params": [(name, p) for name, p in named if name in matrices]},
+        {"params": [(name, p) for name, p in named if name not in matrices], "lr": 3e-3, "weight_decay": 0.0},
     ]
 
 
@@ -80,7 +82,7 @@ def check_ranks(wrappers: list[str], folder: str) -> None:
             for label, make in OPTIMIZERS.items():
                 expected = torch.load(Path(folder) / f"{label}-{dtype}.pt")
                 model = ShardedModel(wrapper, start_values(dtype))
-                optimizer = make(param_groups(model.params))
+                optimizer = make(param_groups(model.params), layout=model.layout)
                 for step in range(STEPS):
                     model.set_grads(spiky_grads(step, dtype))
                     optimizer.step()
@@ -96,7 +98,7 @@ def check_ranks(wrappers: list[str], folder: str) -> None:
 
 @pytest.mark.parametrize("world_size", LAYOUTS)
 def test_parameters_and_state_do_not_depend_on_the_sharding(world_size: int, tmp_path: Path) -> None:
-    """20 spiky steps: DDP, FSDP2, HSDP and FSDP2+TP equal one process bitwise, for fp32 and bf16 parameters."""
+    """20 spiky steps: DDP, FSDP2, HSDP, FSDP2+TP and FSDP1 equal one process bitwise, for fp32 and bf16 parameters."""
     for dtype in DTYPES:
         for label, make in OPTIMIZERS.items():
             torch.save(unsharded(make, dtype), tmp_path / f"{label}-{dtype}.pt")

@@ -23,7 +23,7 @@ from operand_cases import GROUP, STATISTIC, Case, assert_same, assert_same_obser
 from sharded_optim.algorithms.adam import ADAM, AMSGRAD
 from sharded_optim.algorithms.sgd import MOMENTUM, SGD
 from sharded_optim.algorithms.stable_adamw import STABLE_ADAMW
-from sharded_optim.backends import Column, eager
+from sharded_optim.backends import addresses_of, eager
 from sharded_optim.formats import FORMATS
 
 triton = pytest.importorskip("triton", reason="the triton package is not installed")
@@ -161,7 +161,7 @@ def test_tensors_may_move_between_two_calls() -> None:
     stepped = assert_same_update(own := small(), case)
     own.update(ADAM, one, case.coefficients(one, GROUP, 1), None, None, None)
     moved_to = [tensor.clone() if tensor.is_contiguous() else tensor for tensor in one.param.tensors]
-    one.param.tensors, one.param.addresses = moved_to, Column(moved_to).addresses
+    one.param.renew(moved_to, addresses_of(moved_to))
     for target, source in zip((one.param, *one.state), (other.param, *other.state), strict=True):
         for tensor, value in zip(target.tensors, source.tensors, strict=True):
             tensor.copy_(value)
@@ -309,7 +309,7 @@ def test_a_gpu_gives_the_bits_of_the_eager_backend_on_the_cpu(case: Case) -> Non
             with synchronisation_is_an_error():
                 backend.BACKEND.update(case.algorithm, actual, *arguments)
             grads = [grad.clone() if grad.is_contiguous() else grad for grad in actual.grad.tensors]
-            actual.grad.tensors, actual.grad.addresses = grads, Column(grads).addresses
+            actual.grad.renew(grads, addresses_of(grads))
         for (name, column), other in zip(columns_of(actual).items(), columns_of(expected).values(), strict=True):
             for a, e in zip(column.tensors, other.tensors, strict=True):
                 assert_same(a, e, name)
@@ -349,9 +349,9 @@ def test_a_cuda_graph_steps_as_the_backend_does() -> None:
         backend.BACKEND.update(ADAM, actual, on_gpu, None, None, None)
     graph.replay()
     home = actual.grad.tensors, actual.grad.addresses
-    actual.grad.tensors, actual.grad.addresses = other.grad.tensors, other.grad.addresses
+    actual.grad.renew(other.grad.tensors, other.grad.addresses)
     backend.BACKEND.update(ADAM, actual, on_gpu * 0, torch.tensor(False).cuda(), None, None)
-    actual.grad.tensors, actual.grad.addresses = home
+    actual.grad.renew(*home)
     graph.replay()
     for a, e in zip(actual.param.tensors, expected.param.tensors, strict=True):
         assert_same(a, e, "param")

@@ -31,13 +31,26 @@ class Column:
     """One tensor of each of several parameters: equal dtypes and devices, any shapes and strides.
 
     Attributes:
-        tensors: their shapes, strides and dtype never change; which memory they lie in may, between two calls of a backend.
+        wholes: the tensors that these are, or, where a wrapper flattens, are pieces of.
         addresses: of the memory of each: int64.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.tensors = tensors
-        self.addresses = addresses_of(tensors)
+        self.wholes: Sequence[Tensor] = ()
+        self.renew(tensors, addresses_of(tensors))
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        """Their shapes, strides and dtype never change; which memory they lie in may, between two calls of a backend."""
+        return self.wholes
+
+    def renew(self, wholes: Sequence[Tensor], addresses: array[int]) -> None:
+        """Have other tensors, like those before, at these addresses."""
+        self.wholes, self.addresses = wholes, addresses
+
+    def release(self) -> None:
+        """Let go of the tensors, whose memory may be wanted."""
+        self.wholes = ()
 
 
 def addresses_of(tensors: Iterable[Tensor]) -> array[int]:
@@ -75,7 +88,7 @@ class Operands:
 
     @property
     def device(self) -> torch.device:
-        return self.param.tensors[0].device
+        return self.param.wholes[0].device
 
 
 class Backend(Protocol):

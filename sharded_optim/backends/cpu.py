@@ -113,7 +113,7 @@ class Cpu:
         for (column, row), copy in copies.items():
             if column < len(written):
                 written[column].tensors[row].copy_(copy)
-        increment_version(operands.param.tensors)  # as a torch operation would: autograd looks at it
+        increment_version(operands.param.wholes)  # as a torch operation would: autograd looks at it
 
     def _tables_of(self, operands: Operands) -> _Tables:
         if operands not in self._tables:

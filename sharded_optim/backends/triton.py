@@ -125,7 +125,7 @@ class Triton:
         for (column, row), copy in copies.items():
             if column:  # the first is the gradient's
                 written[column - 1].tensors[row].copy_(copy)
-        increment_version(operands.param.tensors)  # as a torch operation would: autograd looks at it
+        increment_version(operands.param.wholes)  # as a torch operation would: autograd looks at it
 
     def _tables_of(self, operands: Operands) -> _Tables:
         tables = self._tables.get(operands) or _Tables(operands, self._chunk)

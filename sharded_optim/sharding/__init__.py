@@ -1,7 +1,8 @@
 """From a wrapper's parameters to segments: one file per wrapper.
 
-Each has `describe(param, name) -> LocalParam`; `describe` here picks by the parameter's type. `layout.py` puts the local parameters of all
-ranks together.
+Tensors that tell how they are sharded have a `describe(param, name) -> LocalParam`, and `describe` here picks by the parameter's type:
+`plain.py`, `dtensor.py`. For wrappers whose tensors do not tell, `fsdp1.py` and `deepspeed.py` make a `FlatLayout` (`flat.py`). `layout.py`
+puts the local parameters of all ranks together.
 """
 
 from __future__ import annotations
@@ -11,18 +12,29 @@ import sys
 from torch import Tensor
 
 from sharded_optim.sharding import plain
-from sharded_optim.sharding.layout import Layout, LocalParam
+from sharded_optim.sharding.flat import FlatLayout
+from sharded_optim.sharding.layout import Layout, LocalParam, Piece
 from sharded_optim.sharding.plain import check_memory
 
-__all__ = ["Layout", "LocalParam", "check_memory", "describe"]
+__all__ = ["FlatLayout", "Layout", "LocalParam", "Piece", "check_memory", "describe"]
 
 
-def describe(param: Tensor, name: str) -> LocalParam:
-    """What this rank holds of tensor `name`.
+def describe(param: Tensor, name: str, flat_layout: FlatLayout | None = None) -> LocalParam:
+    """What this rank holds of parameter `name`.
+
+    Args:
+        flat_layout: of the wrapped model whose parameter it is; None for parameters that tell how they are sharded.
 
     Raises:
         ValueError: the parameter cannot be optimized, or its sharding cannot be expressed; names the tensor, the rule and the way out.
     """
+    if flat_layout is not None:
+        return flat_layout.describe(param, name)
+    if getattr(param, "_fsdp_flattened", False):  # torch's mark of FSDP1
+        raise ValueError(
+            f"parameter {name!r} is sharded by FullyShardedDataParallel, which does not tell how: pass layout=so.fsdp1_layout(model), or "
+            f"wrap with fully_shard (FSDP2)"
+        )
     # Who holds a DTensor has imported its module; a single process need not pay for that import.
     if "torch.distributed.tensor" in sys.modules:
         from sharded_optim.sharding import dtensor

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from sharded_optim.segment import Segment
-from sharded_optim.sharding.layout import LocalParam
+from sharded_optim.sharding.layout import LocalParam, Piece
 from sharded_optim.sharding.plain import check_dtype_and_layout
 
 __all__ = ["DTensor", "describe"]
@@ -51,7 +51,7 @@ def describe(param: DTensor, name: str) -> LocalParam:
             raise ValueError(f"{role} of {name!r} has a local tensor of shape {tuple(local_tensor.shape)}, the parameter {local_shape}")
         return local_tensor
 
-    return LocalParam(param=param, segment=segment, local=local)
+    return LocalParam(param=param, name=name, pieces=(Piece(segment=segment),), local=local)
 
 
 def _refuse_partial(tensor: DTensor, what: str) -> None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from operator import is_
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from sharded_optim.ranks import join_messages
 from sharded_optim.segment import Segment, find_tiling_error
 
-__all__ = ["Layout", "LocalParam", "Places"]
+__all__ = ["Layout", "LocalParam", "Piece", "Places"]
 
 GRADIENTS_DIFFER = 1e-2  # relative difference of norms at which gradients are not the same up to rounding
 HASHED_AT_ONCE = 2**20  # elements, each of which takes 24 bytes for a moment
@@ -29,12 +30,25 @@ NOISE = 1e-4  # of the largest gradient norm: a gradient below may be rounding n
 
 
 @dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Elements of one tensor of the model, and where they lie in the local tensor that holds them."""
+
+    segment: Segment
+    offset: int | None = None  # of the first, in a contiguous 1-D local tensor; None: they are all of the local tensor, in any shape
+
+    def of(self, local: Tensor) -> Tensor:
+        """The piece's elements of a local tensor, sharing memory."""
+        return local if self.offset is None else local[self.offset : self.offset + self.segment.numel]
+
+
+@dataclass(frozen=True, kw_only=True)
 class LocalParam:
-    """This rank's piece of one parameter."""
+    """What this rank holds of one parameter of the optimizer: a piece of a tensor, or, where a wrapper flattens, pieces of several."""
 
     param: Tensor  # as the param group holds it; the key of its optimizer state
-    segment: Segment
-    # (param, gradient or state tensor, its role for error messages) -> this rank's part, any shape, sharing memory.
+    name: str  # for error messages
+    pieces: tuple[Piece, ...]
+    # (param, gradient or state tensor, its role for error messages) -> this rank's part, sharing memory.
     # Raises ValueError when the tensor is not laid out like the parameter.
     local: Callable[[Tensor, str], Tensor]
 
@@ -46,13 +60,18 @@ class Layout:
     local_params: tuple[LocalParam, ...]
     names: tuple[str, ...]  # every tensor of the whole model, on all ranks in the same order
     numels: tuple[int, ...]  # of these tensors
-    slots: tuple[int, ...]  # index into `names` of each local parameter
+    slots: tuple[int, ...]  # index into `names` of each piece of the local parameters, one parameter after the other
     owned: tuple[bool, ...]  # whether this rank is the one that speaks for the piece; replicas have exactly one owner
 
     @cached_property
     def params(self) -> list[Tensor]:
         """Of each local parameter."""
         return [entry.param for entry in self.local_params]
+
+    @cached_property
+    def first_piece(self) -> list[int]:
+        """Where the pieces of each local parameter begin among all."""
+        return [0, *accumulate(len(entry.pieces) for entry in self.local_params)][:-1]
 
     def tensor_numels(self, device: torch.device) -> Tensor:
         """`numels`, but 1 where there is nothing: float64 (tensors,), kept on the device."""
@@ -66,16 +85,16 @@ class Layout:
 
     @cached_property
     def slot_indices(self) -> Tensor:
-        """`slots`: int64 (local parameters,)."""
+        """`slots`: int64 (pieces,)."""
         return torch.tensor(self.slots, dtype=torch.int64)
 
     @cached_property
     def held(self) -> Tensor:
-        """Whether this rank holds an element of each: bool (local parameters,)."""
-        return torch.tensor([entry.segment.numel > 0 for entry in self.local_params], dtype=torch.bool)
+        """Whether each has an element: bool (pieces,)."""
+        return torch.tensor([segment.numel > 0 for segment in _segments(self.local_params)], dtype=torch.bool)
 
     def places(self, indices: Sequence[int], device: torch.device) -> Places:
-        """Where some of the local parameters stand in the list of tensors."""
+        """Where some of the pieces stand in the list of tensors."""
         at = torch.tensor(indices, dtype=torch.int64)
         slots, held = self.slot_indices[at], self.held[at]
         return Places(
@@ -93,12 +112,13 @@ class Layout:
     @classmethod
     def of_rank(cls, local_params: Sequence[LocalParam]) -> Layout:
         """What this rank holds, for algorithms that need nothing from other ranks. No communication."""
+        segments = _segments(local_params)
         return cls(
             local_params=tuple(local_params),
-            names=tuple(entry.segment.name for entry in local_params),
-            numels=tuple(entry.segment.tensor_numel for entry in local_params),
-            slots=tuple(range(len(local_params))),
-            owned=(True,) * len(local_params),
+            names=tuple(segment.name for segment in segments),
+            numels=tuple(segment.tensor_numel for segment in segments),
+            slots=tuple(range(len(segments))),
+            owned=(True,) * len(segments),
         )
 
     @classmethod
@@ -119,7 +139,7 @@ class Layout:
         rows: list[_Row] | str
         try:
             local_params = describe()
-            rows = [_Row.of(entry, alone=process_group is None, compare_values=compare_values) for entry in local_params]
+            rows = [row for entry in local_params for row in _Row.of(entry, alone=process_group is None, compare_values=compare_values)]
         except Exception as error:  # the other ranks must hear of it before this one raises
             rows = str(error) if isinstance(error, ValueError) else repr(error)
         rank, tables = 0, [rows]
@@ -147,8 +167,8 @@ class Layout:
             local_params=tuple(local_params),
             names=names,
             numels=tuple(pieces[0][1].segment.tensor_numel for pieces in holders.values()),
-            slots=tuple(index[entry.segment.name] for entry in local_params),
-            owned=tuple(owner[entry.segment] == rank for entry in local_params),
+            slots=tuple(index[segment.name] for segment in _segments(local_params)),
+            owned=tuple(owner[segment] == rank for segment in _segments(local_params)),
         )
 
     def describes(self, params: Sequence[Tensor]) -> bool:
@@ -157,15 +177,20 @@ class Layout:
         return same and list(map(Tensor.numel, params)) == self._numels_described
 
 
+def _segments(local_params: Sequence[LocalParam]) -> list[Segment]:
+    """Of all their pieces."""
+    return [piece.segment for entry in local_params for piece in entry.pieces]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Places:
-    """Where some local parameters stand in a layout."""
+    """Where some pieces stand in a layout."""
 
-    indices: Tensor  # int64 (n,), into `local_params`
+    indices: Tensor  # int64 (n,), among all pieces
     slots: Tensor  # int64 (n,) on the device, into `names`
     owned: Tensor  # int64 (n,) on the device, 1 where this rank speaks for the piece
-    held: Tensor | None  # bool (n,), whether this rank holds an element of each; None: of all
-    held_slots: Tensor  # int64, into `names`, of those it holds elements of
+    held: Tensor | None  # bool (n,), whether each has an element; None: all have
+    held_slots: Tensor  # int64, into `names`, of those that have
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,16 +203,18 @@ class _Row:
     grad_norm: float | None = None  # None without a gradient, or a finite one
 
     @classmethod
-    def of(cls, entry: LocalParam, *, alone: bool, compare_values: bool) -> _Row:
+    def of(cls, entry: LocalParam, *, alone: bool, compare_values: bool) -> Iterator[_Row]:
+        """One for each piece."""
         dtype = str(entry.param.dtype)
-        if alone or not entry.segment.numel:
-            return cls(segment=entry.segment, dtype=dtype)
-        grad_norm = None
-        if entry.param.grad is not None:
-            norm = float(torch.linalg.vector_norm(entry.local(entry.param.grad, "gradient"), dtype=torch.float32))
-            grad_norm = norm if math.isfinite(norm) else None
-        fingerprint = _fingerprint(entry) if compare_values else None
-        return cls(segment=entry.segment, dtype=dtype, fingerprint=fingerprint, grad_norm=grad_norm)
+        param = entry.local(entry.param, "parameter").detach()
+        grad = None if alone or entry.param.grad is None else entry.local(entry.param.grad, "gradient")
+        for piece in entry.pieces:
+            fingerprint = grad_norm = None
+            if piece.segment.numel and not alone:
+                norm = math.nan if grad is None else float(torch.linalg.vector_norm(piece.of(grad), dtype=torch.float32))
+                grad_norm = norm if math.isfinite(norm) else None
+                fingerprint = _fingerprint(piece.of(param)) if compare_values else None
+            yield cls(segment=piece.segment, dtype=dtype, fingerprint=fingerprint, grad_norm=grad_norm)
 
 
 def _check_agreement(name: str, pieces: list[tuple[int, _Row]], largest_norm: float) -> None:
@@ -208,7 +235,7 @@ def _check_agreement(name: str, pieces: list[tuple[int, _Row]], largest_norm: fl
                 f"replicas of one tensor. If they should be, start from equal values (broadcast them from one rank, or seed all ranks "
                 f"alike) and average the gradients, as DDP does; if they are different tensors (stages of a pipeline, experts), pass named "
                 f"parameters with names that are unique over all ranks; if the ranks train apart, pass process_group= with those that "
-                f"train together; if a wrapper flattened the parameters (FSDP1, DeepSpeed), it is not supported without a layout"
+                f"train together; if a wrapper flattened the parameters, say how they lie in its tensors with layout="
             )
     problem = find_tiling_error(list(replicas))
     if problem:
@@ -234,10 +261,9 @@ def _how_replicas_differ(a: _Row, b: _Row, largest_norm: float) -> str | None:
     return None
 
 
-def _fingerprint(entry: LocalParam) -> int:
-    """A position-sensitive hash of the piece's bits."""
-    local = entry.local(entry.param, "parameter").detach()
-    bits = local.contiguous().flatten().view(torch.int16 if local.element_size() == 2 else torch.int32)
+def _fingerprint(values: Tensor) -> int:
+    """A position-sensitive hash of their bits."""
+    bits = values.contiguous().flatten().view(torch.int16 if values.element_size() == 2 else torch.int32)
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
     for start in range(0, bits.numel(), HASHED_AT_ONCE):
         chunk = bits[start : start + HASHED_AT_ONCE].to(torch.int64)

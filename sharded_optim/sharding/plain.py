@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sharded_optim.formats import format_of
 from sharded_optim.segment import Segment
-from sharded_optim.sharding.layout import LocalParam
+from sharded_optim.sharding.layout import LocalParam, Piece
 
 __all__ = ["check_dtype_and_layout", "check_memory", "describe"]
 
@@ -24,7 +24,7 @@ def describe(param: Tensor, name: str) -> LocalParam:
                 raise ValueError(f"{role} of {name!r} has shape {tuple(tensor.shape)}, the parameter {tuple(param.shape)}")
         return tensor
 
-    return LocalParam(param=param, segment=Segment.whole(name, param.shape), local=local)
+    return LocalParam(param=param, name=name, pieces=(Piece(segment=Segment.whole(name, param.shape)),), local=local)
 
 
 def check_dtype_and_layout(tensor: Tensor, what: str) -> None:

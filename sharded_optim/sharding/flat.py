@@ -1,0 +1,96 @@
+"""Flat tensors: a wrapper has flattened several parameters into one, cut that into ranges, and gives an optimizer this rank's range.
+
+A flat tensor does not tell which elements of which tensor it holds, so whoever knows the wrapper says so with a `FlatLayout`: `fsdp1.py`
+and `deepspeed.py`. It is what the optimizers' `layout=` takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sharded_optim.segment import Segment
+from sharded_optim.sharding import plain
+from sharded_optim.sharding.layout import LocalParam, Piece
+from sharded_optim.sharding.plain import check_dtype_and_layout
+
+__all__ = ["FlatLayout", "FlatTensor", "pieces_of_range"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlatTensor:
+    """What a rank holds in one tensor that a wrapper gives an optimizer."""
+
+    numel: int  # with padding
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FlatLayout:
+    """What this rank holds of a wrapped model.
+
+    Attributes:
+        flat: each tensor that the wrapper gives the optimizer for several parameters, or for a part of one.
+        whole: the names of the parameters that it leaves as they are.
+        stranger: why a tensor that is neither cannot be stepped, and the way out.
+        in_turns: whether the wrapper takes a step by several calls of the optimizer, each with some of the tensors in its param groups.
+    """
+
+    flat: Mapping[Tensor, FlatTensor]
+    whole: Mapping[Tensor, str]
+    stranger: str
+    in_turns: bool = False
+
+    def describe(self, param: Tensor, name: str) -> LocalParam:
+        """As `sharding.describe`."""
+        if param in self.whole:
+            return plain.describe(param, self.whole[param])
+        if param not in self.flat:
+            raise ValueError(f"parameter {name!r} of shape {tuple(param.shape)} {self.stranger}")
+        return _describe(param, name, self.flat[param])
+
+
+def _describe(param: Tensor, name: str, held: FlatTensor) -> LocalParam:
+    check_dtype_and_layout(param, f"parameter {name!r}")
+
+    def local(tensor: Tensor, role: str) -> Tensor:
+        if type(tensor) not in (Tensor, torch.nn.Parameter):
+            raise ValueError(f"{role} of {name!r} is a {type(tensor).__name__}, the parameter an ordinary tensor; make both alike")
+        if tensor is not param:
+            check_dtype_and_layout(tensor, f"{role} of {name!r}")
+        if tensor.numel() != held.numel or not tensor.is_contiguous():
+            raise ValueError(
+                f"{role} of {name!r} has shape {tuple(tensor.shape)} and strides {tensor.stride()}, but this rank's shard of it has "
+                f"{held.numel} elements one after the other; step when the wrapper has sharded them, after backward and outside of what "
+                f"gathers whole parameters"
+            )
+        return tensor
+
+    return LocalParam(param=param, name=name, pieces=held.pieces, local=local)
+
+
+def pieces_of_range(
+    names: Sequence[str], shapes: Sequence[Sequence[int]], offsets: Sequence[int], start: int, length: int
+) -> tuple[Piece, ...]:
+    """The pieces in elements [start, start + length) of a flat tensor.
+
+    Args:
+        names, shapes: of the tensors that were flattened.
+        offsets: of the first element of each in the whole flat tensor; there may be padding between them.
+        start, length: the range that a rank holds.
+
+    Returns:
+        At least one, if there is a tensor: where the range is all padding, an empty piece.
+    """
+    pieces = []
+    for name, shape, offset in zip(names, shapes, offsets, strict=True):
+        numel = Segment.whole(name, shape).numel
+        first, end = max(start, offset), min(start + length, offset + numel)
+        if first < end:
+            pieces.append(Piece(segment=Segment.flat(name, shape, first - offset, end - first), offset=first - start))
+    if not pieces and names:  # a rank without an element counts its steps like the others
+        pieces = [Piece(segment=Segment.flat(names[0], shapes[0], 0, 0), offset=0)]
+    return tuple(pieces)

@@ -1,0 +1,95 @@
+"""FullyShardedDataParallel (FSDP1): units of parameters that are flattened together and cut into equal ranges.
+
+With `use_orig_params=True` an optimizer is given, for each parameter, a 1-D view of what this rank's range has of it, which is empty on
+most ranks; with False, the flat parameter of each unit. Neither tells which elements those are: FSDP1 keeps that in private attributes,
+tried with torch 2.13 and guarded by a test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp._common_utils import clean_tensor_name
+
+from sharded_optim.segment import Segment
+from sharded_optim.sharding.flat import FlatLayout, FlatTensor
+from sharded_optim.sharding.layout import Piece
+
+__all__ = ["flattened", "layout_of"]
+
+Tensors = Sequence[tuple[str, Sequence[int]]]  # their names and shapes
+
+STRANGER = (
+    "is not one of the FullyShardedDataParallel model that layout= was made from; build the optimizer from model.parameters() after "
+    "wrapping. Parameters that were flattened together with use_orig_params=False are one parameter of one group: for groups that cut "
+    "through a unit, wrap with use_orig_params=True"
+)
+
+
+def layout_of(model: nn.Module) -> FlatLayout:
+    """See `sharded_optim.fsdp1_layout`."""
+    flat: dict[Tensor, FlatTensor] = {}
+    for prefix, handle in _handles(model):
+        flat_param = handle.flat_param
+        segments = list(_segments(prefix, flat_param))
+        if flat_param._params is None:
+            pieces = tuple(
+                Piece(segment=segment, offset=info.offset_in_shard)
+                for segment, info in zip(segments, flat_param._shard_param_infos, strict=True)
+                if info.in_shard
+            )
+            flat[flat_param] = FlatTensor(numel=flat_param._sharded_size.numel(), pieces=pieces or (Piece(segment=segments[0], offset=0),))
+        else:
+            for param, segment in zip(flat_param._params, segments, strict=True):
+                flat[param] = FlatTensor(numel=segment.numel, pieces=(Piece(segment=segment),))
+    if not flat:
+        raise ValueError(
+            "the model has no parameters that FullyShardedDataParallel has flattened; wrap it first, and leave layout out under other "
+            "wrappers"
+        )
+    whole: dict[Tensor, str] = {param: clean_tensor_name(name) for name, param in model.named_parameters() if param not in flat}
+    return FlatLayout(flat=flat, whole=whole, stranger=STRANGER)
+
+
+def flattened(model: nn.Module) -> dict[Tensor, Tensors]:
+    """For each parameter that a model's optimizer is given, the names and shapes of the tensors in it, on whatever ranks their elements
+    are. Empty where FSDP1 has flattened nothing.
+    """
+    found: dict[Tensor, Tensors] = {}
+    for prefix, handle in _handles(model):
+        flat_param = handle.flat_param
+        tensors = [(prefix + name, tuple(shape)) for name, shape in zip(flat_param._fqns, flat_param._shapes, strict=True)]
+        if flat_param._params is None:
+            found[flat_param] = tensors
+        else:
+            found |= {param: [tensor] for param, tensor in zip(flat_param._params, tensors, strict=True)}
+    return found
+
+
+def _handles(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """FSDP1's handle of each unit, with what precedes the names in it."""
+    for name, module in model.named_modules():
+        if isinstance(module, FullyShardedDataParallel) and module._handle is not None:
+            name = clean_tensor_name(f"{name}.")
+            yield name.removeprefix("."), module._handle
+
+
+def _segments(prefix: str, flat_param: Any) -> Iterator[Segment]:
+    """What this rank's range has of each tensor of a unit."""
+    columns = (flat_param._fqns, flat_param._shapes, flat_param._contiguities, flat_param._param_extensions, flat_param._shard_param_infos)
+    for name, shape, contiguous, extension, info in zip(*columns, strict=True):
+        if not contiguous:
+            raise ValueError(
+                f"parameter {prefix + name!r} of shape {tuple(shape)} was not contiguous, and FullyShardedDataParallel has flattened it in "
+                f"the order of its memory; make it contiguous before wrapping: param.data = param.data.contiguous()"
+            )
+        if extension is not None:
+            raise ValueError(
+                f"parameter {prefix + name!r} is sharded by tensor parallelism inside FullyShardedDataParallel, which is not supported; "
+                f"wrap with fully_shard (FSDP2)"
+            )
+        start, numel = (info.intra_param_start_idx, info.numel_in_shard) if info.in_shard else (0, 0)
+        yield Segment.flat(prefix + name, shape, start, numel)
