@@ -1,5 +1,6 @@
 """Optimizers that give the same answer however you shard them."""
 
+from sharded_optim import deepspeed
 from sharded_optim.algorithms.weight_decay import convert_weight_decay
 from sharded_optim.gradient_release import prepare_for_gradient_release, remove_gradient_release
 from sharded_optim.model_preparation import fsdp1_layout, param_groups_weight_decay, to_low_precision
@@ -12,6 +13,7 @@ __all__ = [
     "DecoupledSGDW",
     "StableAdamW",
     "convert_weight_decay",
+    "deepspeed",
     "fsdp1_layout",
     "param_groups_weight_decay",
     "prepare_for_gradient_release",

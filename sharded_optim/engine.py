@@ -285,7 +285,7 @@ class Engine(StatefulOptimizer):
         return None if scale is None else scale.to(device).double().reciprocal().float().reshape(())
 
     def _is_allocation_step(self) -> bool:
-        return not self.state and all(group["lr"] == 0 for group in self.param_groups) and called_to_allocate()
+        return not self.state and called_to_allocate()
 
     # --------------------------------------------------------------------------------------------------------------- all ranks
 

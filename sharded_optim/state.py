@@ -1,6 +1,6 @@
 """Optimizer state: per parameter, a step counter, the algorithm's moments and its format's further arrays, allocated when first asked for.
 
-Used by the engine. The private name of torch that is relied on here is tried with torch 2.13 and guarded by a test.
+Used by the engine. The private names of torch and DeepSpeed that are relied on here are tried with torch 2.13 and guarded by tests.
 """
 
 from __future__ import annotations
@@ -61,15 +61,23 @@ def zeros(param: Tensor, dtype: torch.dtype) -> Tensor:
     return result
 
 
-def called_to_allocate() -> bool:
-    """Whether torch.distributed.checkpoint is stepping with zero gradients and lr 0, only to make the optimizer allocate its state.
+# Functions that step with zero gradients only to make the optimizer allocate its state: (module, name).
+ALLOCATORS = {
+    ("torch.distributed.checkpoint.state_dict", "_init_optim_state"),
+    ("deepspeed.runtime.fp16.unfused_optimizer", "initialize_optimizer_states"),
+}
 
-    That step must not count (pytorch#164929): bias correction would be one step off in everything that follows. The gradients do not tell
-    it from a real first step, on a rank whose shard happens to have only zeros; the caller does.
+
+def called_to_allocate() -> bool:
+    """Whether a wrapper is stepping only to make the optimizer allocate its state.
+
+    That step must not count (pytorch#164929): bias correction would be one step off in everything that follows, and DeepSpeed's would
+    decay the weights. The gradients do not tell it from a real first step, on a rank whose shard happens to have only zeros; the caller
+    does.
     """
     frame = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_name == "_init_optim_state" and frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict":
+        if (frame.f_globals.get("__name__"), frame.f_code.co_name) in ALLOCATORS:
             return True
         frame = frame.f_back
     return False

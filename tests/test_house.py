@@ -47,6 +47,7 @@ FLOORS = {
     "batches": 3,
     "engine": 3,
     "optimizers": 3,
+    "deepspeed": 4,
     "gradient_release": 4,
     "model_preparation": 4,
     "__init__": 5,

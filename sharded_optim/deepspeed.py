@@ -1,0 +1,172 @@
+"""Optimizers of this library under DeepSpeed: `initialize` instead of `deepspeed.initialize`, or `attach` after it.
+
+Under ZeRO an optimizer is given flat partitions that do not tell which tensors they hold. `attach` reads that from DeepSpeed and tells the
+optimizer (`sharding/deepspeed.py`), and refuses by name what would be silently wrong, on all ranks together.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from copy import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharded_optim import optimizers
+from sharded_optim.engine import Engine
+from sharded_optim.ranks import gather_messages, own_process_group
+from sharded_optim.sharding import deepspeed as sharding
+
+__all__ = ["attach", "initialize"]
+
+OLDEST, NEXT = (0, 19), (0, 20)  # versions of DeepSpeed from, and before, which this is tried
+OWN_TYPES = ("StableAdamW", "DecoupledAdamW", "DecoupledSGDW")  # in a DeepSpeed config; DeepSpeed has an Adam and an AdamW of its own
+PREFIX = "sharded_optim."
+NEEDED = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+
+
+def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
+    """`deepspeed.initialize`, and `attach` to the engine that it makes.
+
+    The optimizer is one of this library, or a callable that makes one of parameters, or stands in the config under its class's name:
+    "StableAdamW", "DecoupledAdamW" or "DecoupledSGDW", or "sharded_optim.AdamW" and so on for all classes, with its arguments as `params`.
+    `zero_allow_untested_optimizer` and `zero_force_ds_cpu_optimizer` need not be set.
+
+    Args:
+        args, kwargs: as deepspeed.initialize takes them.
+
+    Returns:
+        As deepspeed.initialize: engine, optimizer, training_dataloader, lr_scheduler.
+
+    Raises:
+        ImportError: DeepSpeed is not installed.
+        ValueError: see `attach`.
+    """
+    import deepspeed
+
+    call = inspect.signature(deepspeed.initialize).bind(*args, **kwargs)
+    given = call.arguments
+    config = dict(_take_config(given))
+    named = config.get("optimizer")
+    if given.get("optimizer") is None and isinstance(named, dict) and _is_own(named.get("type")):
+        given["optimizer"] = _maker(named["type"], named.get("params", {}))
+        del config["optimizer"]
+    given["config"] = NEEDED | config
+    result = deepspeed.initialize(*call.args, **call.kwargs)
+    attach(result[0])
+    return result
+
+
+def attach(engine: Any) -> None:
+    """Tell the base optimizer of a DeepSpeedEngine which tensors DeepSpeed's flat partitions hold. A collective; call it again after
+    parameters were added or replaced.
+
+    Args:
+        engine: of ZeRO stage 0, 1, 2 or 3, whose base optimizer is one of this library.
+
+    Raises:
+        ValueError: on every rank, when on one of them the version of DeepSpeed or something it does is not supported. Names what, and the
+            way out.
+
+    Warns:
+        UserWarning: `gradient_clipping` is not in the config, which means 1.0 to DeepSpeed.
+    """
+    problem = layout = None
+    try:
+        problem = next(_problems(engine), None)
+        if problem is None:
+            layout = sharding.layout_of(engine)
+    except Exception as error:  # the other ranks must hear of it before this one raises
+        import deepspeed
+
+        problem = f"{error!r} (DeepSpeed {deepspeed.__version__}, supported are {_versions()})"
+    messages = gather_messages(problem, own_process_group(None))
+    if messages:
+        raise ValueError(f"so.deepspeed.attach: {messages}")
+    engine.basic_optimizer.layout = layout
+    if "gradient_clipping" not in engine.config and engine.gradient_clipping():
+        warnings.warn(
+            f"gradient_clipping is not in the DeepSpeed config, and its default clips gradients to a norm of {engine.gradient_clipping()}; "
+            f"say what you want: 0 for none",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------------------ refusals
+
+
+def _versions() -> str:
+    return f">={'.'.join(map(str, OLDEST))},<{'.'.join(map(str, NEXT))}"
+
+
+def _problems(engine: Any) -> Iterator[str]:
+    """Why what an engine does is not supported."""
+    import deepspeed
+
+    version = tuple(int(part) for part in deepspeed.__version__.split(".")[:2])
+    if not OLDEST <= version < NEXT:
+        yield f"DeepSpeed {deepspeed.__version__} keeps its layout in ways that were not tried; install deepspeed{_versions()}"
+    optimizer, wrapper = engine.basic_optimizer, engine.optimizer
+    if not isinstance(optimizer, Engine):
+        yield (
+            f"the base optimizer is {sharding.qualified_name(optimizer)}; pass one of sharded_optim as optimizer=, or "
+            f"name it in the config, as {{'type': 'StableAdamW'}} or {{'type': 'sharded_optim.AdamW'}}"
+        )
+    if optimizer.gradient_release:
+        yield "the optimizer was built with gradient_release=True, and DeepSpeed steps after backward; leave it out"
+    zero = engine._config.zero_config
+    stage = int(zero.stage)
+    if zero.zenflow is not None:
+        yield "ZenFlow steps parts of the model by an optimizer of its own; leave zero_optimization.zenflow out"
+    if engine.super_offload():
+        yield "SuperOffload steps by an optimizer of its own; leave offload_optimizer.super_offload out"
+    for name in ("offload_optimizer", "offload_param"):
+        offload = getattr(zero, name)
+        if offload is not None and str(getattr(offload.device, "value", offload.device)) == "nvme":
+            yield f"zero_optimization.{name} to NVMe leaves the optimizer tensors without values; offload to 'cpu'"
+    if stage == 3 and zero.offload_optimizer is not None and engine.zero_partial_offload() != 1.0:
+        yield f"offload_optimizer.ratio={engine.zero_partial_offload()} steps a part by an optimizer of DeepSpeed's; leave it at 1"
+    if engine.torch_autocast_enabled() and engine.torch_autocast_dtype() == torch.float16:
+        yield "torch_autocast in float16 lets each rank decide alone whether to step; use bfloat16, or DeepSpeed's fp16"
+    if engine.autotp_size() > 1 or engine.mp_world_size > 1:
+        yield "tensors are sharded by tensor parallelism, in a way that DeepSpeed's partitions do not tell; use FSDP2 for it"
+    if engine.pipeline_parallelism:
+        yield "PipelineEngine is not supported; use DeepSpeedEngine"
+    if any(hasattr(param, "ds_zero_placement_family") and param.ds_zero_placement_family != "replicated" for param in engine.param_names):
+        yield "AutoEP stacks experts into one tensor per rank; use deepspeed.moe.layer.MoE with ZeRO stage 0, 1 or 2"
+    if wrapper is not optimizer and sharding.qualified_name(wrapper) not in sharding.WRAPPERS:
+        yield f"the optimizer wrapper {sharding.qualified_name(wrapper)} is not known here; use ZeRO stage 0, 1, 2 or 3"
+    if stage == 0 and engine.fp16_enabled():
+        yield "fp16 without ZeRO divides gradients by a loss scale that DeepSpeed has not multiplied them with; use ZeRO stage 1, or bf16"
+
+
+# ------------------------------------------------------------------------------------------------------------------------- configs
+
+
+def _take_config(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The config among the arguments of deepspeed.initialize, which then has only `config` left of the ways to give one."""
+    import deepspeed
+
+    config = arguments.pop("config", None)
+    config = arguments.pop("config_params", None) if config is None else config
+    if config is None and getattr(arguments.get("args"), "deepspeed_config", None) is not None:
+        arguments["args"] = copy(arguments["args"])
+        config, arguments["args"].deepspeed_config = arguments["args"].deepspeed_config, None
+    if config is None:
+        raise ValueError("DeepSpeed needs a config: pass config= with a dict or the path of a JSON file, or args.deepspeed_config")
+    return deepspeed.load_ds_config(config)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _is_own(name: Any) -> bool:
+    """Whether the type of an optimizer in a DeepSpeed config is a class of this library."""
+    return name in OWN_TYPES or (isinstance(name, str) and name.removeprefix(PREFIX) in optimizers.__all__ and name.startswith(PREFIX))
+
+
+def _maker(name: str, params: dict[str, Any]) -> Callable[[Iterable[Tensor]], Engine]:
+    """What makes the optimizer that a DeepSpeed config names."""
+    make: type[Engine] = getattr(optimizers, name.removeprefix(PREFIX))
+    return lambda parameters: make(parameters, **params)  # pyright: ignore[reportCallIssue]

@@ -1,0 +1,168 @@
+"""DeepSpeed: the optimizer is given flat partitions of fp32 master weights, one for each param group, or in stage 3 for each sub-group.
+
+Which elements of which tensors they hold stands in attributes of DeepSpeed's optimizer wrapper, a function here for each. They are no
+public interface, so what was read is compared with the model's own parameters, whose values the partitions must have. Not used, because
+they are wrong with `round_robin_gradients`: `_hp_mapping` and `_param_slice_mappings`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sharded_optim.segment import Segment
+from sharded_optim.sharding.flat import FlatLayout, FlatTensor, pieces_of_range
+from sharded_optim.sharding.layout import Piece
+
+__all__ = ["WRAPPERS", "layout_of", "qualified_name"]
+
+STRANGER = (
+    "is not one that DeepSpeed had given the optimizer when so.deepspeed.attach(engine) was called; call it again after parameters have "
+    "been added or replaced"
+)
+EXPERTS = ".deepspeed_experts."  # in a parameter's name, before the number of an expert on this rank
+
+Names = Mapping[Tensor, str]  # of the model's parameters
+Flat = tuple[Tensor, FlatTensor]
+
+
+def layout_of(engine: Any) -> FlatLayout:
+    """What this rank holds of a DeepSpeedEngine's model.
+
+    Raises:
+        ValueError: the partitions do not have the values of the parameters that they are said to hold.
+        KeyError, AttributeError: DeepSpeed keeps its layout elsewhere.
+    """
+    names = _names(engine)
+    read = _stage_0 if engine.optimizer is engine.basic_optimizer else WRAPPERS[qualified_name(engine.optimizer)]
+    whole, flat = read(engine.optimizer, names)
+    return FlatLayout(flat=dict(flat), whole=whole, stranger=STRANGER, in_turns=True)
+
+
+def qualified_name(value: object) -> str:
+    """Of its type."""
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _stage_0(wrapper: Any, names: Names) -> tuple[Names, Iterator[Flat]]:
+    """The base optimizer itself, with the model's parameters."""
+    return {param: names[param] for group in wrapper.param_groups for param in group["params"]}, iter(())
+
+
+def _stage_0_bf16(wrapper: Any, names: Names) -> tuple[Names, Iterator[Flat]]:
+    """FP16_UnfusedOptimizer: an fp32 copy of each parameter."""
+    pairs = [pair for groups in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True) for pair in zip(*groups, strict=True)]
+    for param, copy in pairs:
+        _check_values(names[param], copy, param)
+    return {copy: names[param] for param, copy in pairs}, iter(())
+
+
+def _stages_1_and_2(wrapper: Any, names: Names) -> tuple[Names, Iterator[Flat]]:
+    """DeepSpeedZeroOptimizer: in each group, parameters dealt out in turns if `round_robin_gradients`, with padding between them if
+    `parameter_alignment`.
+    """
+    columns = (
+        wrapper.round_robin_bit16_groups,
+        wrapper.round_robin_bit16_offsets,
+        wrapper.bit16_groups_flat,
+        wrapper.single_partition_of_fp32_groups,
+        wrapper.real_dp_process_group,
+    )
+    return {}, (_partition(names, *row) for row in zip(*columns, strict=True))
+
+
+def _stage_1_bf16(wrapper: Any, names: Names) -> tuple[Names, Iterator[Flat]]:
+    """BF16_Optimizer: in each group, one parameter after the other."""
+    offsets = [[0, *accumulate(param.numel() for param in group)][:-1] for group in wrapper.bf16_groups]
+    columns = (
+        wrapper.bf16_groups,
+        offsets,
+        wrapper.bf16_groups_flat,
+        wrapper.fp32_groups_flat_partition,
+        wrapper.real_dp_process_group,
+    )
+    return {}, (_partition(names, *row) for row in zip(*columns, strict=True))
+
+
+def _partition(names: Names, params: list[Tensor], offsets: list[int], flat: Tensor, master: Tensor, group: dist.ProcessGroup) -> Flat:
+    """Of a group whose parameters are views of `flat`, which is cut into equal partitions, of which `master` is this rank's."""
+    size = master.numel()
+    if size * dist.get_world_size(group) != flat.numel():
+        raise ValueError(f"DeepSpeed's partition has {size} elements, of {flat.numel()} over {dist.get_world_size(group)} ranks")
+    start = dist.get_rank(group) * size
+    for param, offset in zip(params, offsets, strict=True):
+        if param.numel() and param.data_ptr() != flat.data_ptr() + offset * flat.element_size():
+            raise ValueError(f"parameter {names[param]!r} does not lie where DeepSpeed's optimizer wrapper says, at element {offset}")
+    pieces = pieces_of_range([names[param] for param in params], [param.shape for param in params], offsets, start, size)
+    partition = flat[start : start + size]
+    for piece in pieces:
+        _check_values(piece.segment.name, piece.of(master), piece.of(partition))
+    return master, FlatTensor(numel=size, pieces=pieces)
+
+
+def _stage_3(wrapper: Any, names: Names) -> tuple[Names, Iterator[Flat]]:
+    """DeepSpeedZeroOptimizer_Stage3: each parameter is cut into equal parts with padding, and a sub-group has the parts one after the
+    other.
+    """
+    return {}, (
+        _sub_group(names, params, master) for params, master in zip(wrapper.fp16_groups, wrapper.fp32_partitioned_groups_flat, strict=True)
+    )
+
+
+def _sub_group(names: Names, params: list[Any], master: Tensor) -> Flat:
+    pieces = []
+    offset = 0
+    for param in params:
+        size, numel = param.partition_numel(), param.ds_numel
+        start = min(dist.get_rank(param.ds_process_group) * size, numel)
+        length = min(size, numel - start)
+        piece = Piece(segment=Segment.flat(names[param], param.ds_shape, start, length), offset=offset)
+        _check_values(names[param], piece.of(master), param.ds_tensor.flatten()[:length])
+        if length:
+            pieces.append(piece)
+        offset += size
+    if offset != master.numel():
+        raise ValueError(f"DeepSpeed's sub-group has {master.numel()} elements, its parameters {offset}")
+    if not pieces:  # a rank without an element counts its steps like the others
+        pieces = [Piece(segment=Segment.flat(names[params[0]], params[0].ds_shape, 0, 0), offset=0)]
+    return master, FlatTensor(numel=offset, pieces=tuple(pieces))
+
+
+def _check_values(name: str, master: Tensor, param: Tensor) -> None:
+    if not torch.equal(master.detach().to(param.device, param.dtype), param.detach()):
+        raise ValueError(f"the master weights that DeepSpeed's optimizer wrapper says are those of {name!r} have other values than it")
+
+
+# By the class of DeepSpeed's optimizer wrapper. Subclasses do other things.
+WRAPPERS: dict[str, Callable[[Any, Names], tuple[Names, Iterator[Flat]]]] = {
+    "deepspeed.runtime.fp16.unfused_optimizer.FP16_UnfusedOptimizer": _stage_0_bf16,
+    "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer": _stages_1_and_2,
+    "deepspeed.runtime.bf16_optimizer.BF16_Optimizer": _stage_1_bf16,
+    "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3": _stage_3,
+}
+
+
+# -------------------------------------------------------------------------------------------------------------------------- names
+
+
+def _names(engine: Any) -> dict[Tensor, str]:
+    """The names of the model's parameters, with experts numbered over all ranks: on each they are numbered from 0."""
+    experts = {name: module for name, module in engine.module.named_modules() if hasattr(module, "deepspeed_experts")}
+    names = {}
+    for param, name in engine.param_names.items():
+        owner, mark, rest = name.partition(EXPERTS)
+        names[param] = _expert_name(owner, rest, experts[owner], param) if mark and owner in experts else name
+    return names
+
+
+def _expert_name(owner: str, rest: str, experts: nn.Module, param: Any) -> str:
+    from deepspeed.utils import groups
+
+    number, _, rest = rest.partition(".")
+    rank = dist.get_rank(groups._get_expert_parallel_group(param.group_name))
+    return f"{owner}{EXPERTS}{rank * len(experts.deepspeed_experts) + int(number)}.{rest}"  # pyright: ignore[reportArgumentType]
