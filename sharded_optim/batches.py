@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from array import array
+from collections import Counter
 from collections.abc import Callable, Sequence
 from operator import attrgetter, is_, itemgetter
 from typing import Any
@@ -90,7 +91,7 @@ class Batch:
         self._owners = None if cut is None else torch.tensor(owners).to(self.device)
         self._steps = torch.empty(0)  # fp32 (parameters,), of which the optimizer's state has views
         self._counters: list[Tensor] = []
-        self._take_counters_home(state)
+        self._take_counters_home(optimizer, state)
 
     @property
     def device(self) -> torch.device:
@@ -127,7 +128,7 @@ class Batch:
         if not all(source.renew(tensors) for source, tensors in sources):
             return False
         if not all(map(is_, counters, self._counters)) or not self._counters_are_home():
-            self._take_counters_home(state)
+            self._take_counters_home(optimizer, state)
         return True
 
     def release(self) -> None:
@@ -168,14 +169,18 @@ class Batch:
         """Advance the counters; not where `proceed`, bool (), is False."""
         self._steps += 1.0 if proceed is None else proceed.to(self.device, torch.float32)
 
-    def _take_counters_home(self, state: Sequence[dict[str, Any]]) -> None:
+    def _take_counters_home(self, optimizer: StatefulOptimizer, state: Sequence[dict[str, Any]]) -> None:
         """Make the step counters of all parameters views of one tensor, which is read and written at once."""
         counters = [torch.as_tensor(values[STEP]) for values in state]
+        # DeepSpeed loads a Universal checkpoint of ZeRO-3 by giving one counter to all parameters, each of which would then count.
+        users = Counter(id(values.get(STEP)) for values in optimizer.state.values())
         self._steps = torch.stack([counter.to(self.device, torch.float32).reshape(()) for counter in counters])
         for values, counter, home in zip(state, counters, self._steps.unbind(), strict=True):
-            if counter is values[STEP] and counter.device == home.device and counter.dtype == home.dtype and counter.ndim == 0:
+            alike = counter.device == home.device and counter.dtype == home.dtype and counter.ndim == 0
+            if counter is values[STEP] and alike and users[id(counter)] == 1:
                 counter.data = home  # who holds the counter sees it move on
             else:
+                users[id(counter)] -= 1
                 values[STEP] = home.detach()
         self._counters = [values[STEP] for values in state]
 

@@ -368,7 +368,7 @@ class Engine(StatefulOptimizer):
         last = self._last_updates(param) or [None] * len(entry.pieces)
         for index, (piece, update) in enumerate(zip(entry.pieces, last, strict=True)):
             values = metrics.report(entry, piece, self.state.get(param, {}), update)
-            called = name if len(entry.pieces) == 1 else piece.segment.name
+            called = name if piece.offset is None else piece.segment.name
             self._reported[called] = (param, index)
             optimizer_metrics |= {f"{kind}/{called}": value for kind, value in values.items()}
         return optimizer_metrics

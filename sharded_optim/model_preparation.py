@@ -17,7 +17,7 @@ def fsdp1_layout(model: nn.Module) -> FlatLayout:
     """How FullyShardedDataParallel (FSDP1) has sharded a model: what an optimizer of its parameters needs as `layout=`. No communication.
 
     Args:
-        model: wrapped, or with wrapped modules inside; use_orig_params True or False, every sharding strategy, mixed precision, offload.
+        model: wrapped, or with wrapped modules inside; use_orig_params True or False, every sharding strategy, mixed precision.
 
     Raises:
         ValueError: nothing is wrapped, or the model cannot be described: parameters that were not contiguous, tensor parallelism inside.

@@ -1,0 +1,360 @@
+"""Under DeepSpeed, ZeRO stages 0 to 3: the bits of an unsharded optimizer that is given the same gradients."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import deepspeed_models
+import pytest
+import torch
+import torch.distributed as dist
+from deepspeed_models import AWKWARD, NEEDS_DEEPSPEED, assert_equal, config_of, model, train, whole
+from test_agreement import collectives_of
+from torch import Tensor, nn
+
+import sharded_optim as so
+from benchmarks.given_gradients import gradients, one_group, two_groups, unsharded
+
+pytestmark = [NEEDS_DEEPSPEED, pytest.mark.filterwarnings("ignore:weight_decay")]
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+STEPS = 10
+STABLE = partial(so.StableAdamW, lr=1e-2, weight_decay=0.1)
+ADAMW = partial(so.AdamW, lr=1e-2, weight_decay=0.1)
+BF16_OPTIMIZER = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+CELLS: list[tuple[int, torch.dtype, dict[str, Any]]] = [
+    (0, FP32, {}),
+    (0, BF16, {}),
+    *((stage, dtype, {}) for stage in (1, 2, 3) for dtype in (FP32, BF16, FP16)),
+    (1, BF16, {"top": BF16_OPTIMIZER}),
+    *((stage, BF16, {"round_robin_gradients": True}) for stage in (1, 2)),
+    *((stage, FP32, {"round_robin_gradients": True, "parameter_alignment": True}) for stage in (1, 2)),
+    *((stage, BF16, {"offload_optimizer": {"device": "cpu"}}) for stage in (1, 2, 3)),
+    *((3, dtype, {"sub_group_size": 300}) for dtype in (FP32, BF16)),
+    (3, BF16, {"sub_group_size": 300, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}),
+]
+
+
+@contextmanager
+def engine_of(config: dict[str, Any], make: Callable[..., Any] = STABLE, groups: Any = one_group, **options: Any) -> Iterator[Any]:
+    own = model()
+    engine, *_ = so.deepspeed.initialize(model=own, optimizer=make(groups(own)), config=config, **options)
+    yield engine
+    engine.destroy()
+
+
+# ------------------------------------------------------------------------------------------------------------------------ the bits
+
+
+def check_bits(variants: list[tuple[Callable[..., Any], Any]]) -> None:
+    expected = {(make, groups): unsharded(make, STEPS, AWKWARD, groups=groups) for make, groups in variants}
+    for stage, dtype, options in CELLS:
+        for (make, groups), outcome in expected.items():
+            with engine_of(config_of(stage, dtype, **options), make, groups) as engine:
+                train(engine, 1, STEPS)
+                assert_equal(engine, outcome, f"stage {stage} {dtype} {options} {make.func.__name__} {groups.__name__}")
+
+
+@pytest.mark.parametrize(
+    ("world_size", "variants"), [(2, [(STABLE, one_group), (STABLE, two_groups), (ADAMW, two_groups)]), (3, [(STABLE, two_groups)])]
+)
+def test_every_stage_dtype_and_option_gives_the_bits_of_the_unsharded_optimizer(world_size: int, variants: list[Any]) -> None:
+    """Parameters, moments and step counters after 10 spiky steps, one and two param groups, also where a stage steps several times."""
+    deepspeed_models.run(check_bits, world_size, variants)
+
+
+OTHERS = [
+    partial(so.Adam, lr=1e-2, weight_decay=0.1),
+    partial(so.DecoupledAdamW, lr=1e-2, weight_decay=1e-3, amsgrad=True),
+    partial(so.DecoupledSGDW, lr=1e-2, momentum=0.9, nesterov=True),
+    partial(so.StableAdamW, lr=1e-2, state_dtype=torch.bfloat16, betas=(0.9, 0.95)),
+    partial(so.StableAdamW, lr=1e-2, backend="eager", foreach=False),
+    partial(so.AdamW, lr=1e-2, nonfinite="skip"),
+]
+
+
+def check_other_optimizers() -> None:
+    for make in OTHERS:
+        outcome = unsharded(make, STEPS, AWKWARD)
+        for stage in (1, 3):
+            with engine_of(config_of(stage), make) as engine:
+                train(engine, 1, STEPS)
+                assert all(torch.equal(value, outcome.params[name]) for name, value in whole(engine).items()), (stage, make)
+    # Half the gradient in each of two micro-batches.
+    outcome = unsharded(STABLE, 5, AWKWARD)
+    for stage in (0, 1, 2, 3):
+        with engine_of(config_of(stage, top={"gradient_accumulation_steps": 2})) as engine:
+            train(engine, 1, 5, micro_batches=2)
+            assert_equal(engine, outcome, f"gradient accumulation, stage {stage}")
+    # Parameters that were partitioned as they were made.
+    config = config_of(3, BF16)
+    import deepspeed
+
+    with deepspeed.zero.Init(config_dict_or_path=config):
+        own = model()
+    engine, *_ = so.deepspeed.initialize(model=own, optimizer=STABLE(own.named_parameters()), config=config)
+    train(engine, 1, 5)
+    assert_equal(engine, outcome, "zero.Init")
+    names = {name.removeprefix("rms/") for name in engine.basic_optimizer.metrics() if name.startswith("rms/")}
+    assert names == {name for name, _ in own.named_parameters()}
+    engine.destroy()
+
+
+def test_other_optimizers_gradient_accumulation_and_zero_init() -> None:
+    deepspeed_models.run(check_other_optimizers, 2)
+
+
+def check_clipping_and_scaling() -> None:
+    grads = [gradients(step, AWKWARD) for step in range(1, STEPS + 1)]
+    own = model()
+    optimizer = STABLE(one_group(own))
+    for each in grads:
+        for param, grad in zip(own.parameters(), each, strict=True):
+            param.grad = grad.clone()
+        nn.utils.clip_grad_norm_(own.parameters(), 1.5)
+        optimizer.step()
+    for stage in (0, 1, 2, 3):
+        with engine_of(config_of(stage, top={"gradient_clipping": 1.5})) as engine:
+            train(engine, 1, STEPS)
+            for (name, param), value in zip(own.named_parameters(), whole(engine).values(), strict=True):
+                torch.testing.assert_close(value, param.detach(), rtol=2e-5, atol=2e-6, msg=f"stage {stage} {name}")
+    # A step whose gradients overflow is skipped by DeepSpeed, with everything as it was.
+    outcome = unsharded(STABLE, 3, AWKWARD)
+    for stage in (1, 2, 3):
+        with engine_of(config_of(stage, FP16)) as engine:
+            train(engine, 1, 2)
+            spoiled = [grad * 3e4 if dist.get_rank() == 1 else grad for grad in gradients(3, AWKWARD)]
+            engine.backward(engine(spoiled))
+            engine.step()
+            train(engine, 3, 3)
+            assert_equal(engine, outcome, f"overflow, stage {stage}")
+    # Without an overflow check of DeepSpeed's, ours keeps a group or sub-group as it was on every rank.
+    outcome = unsharded(STABLE, 2, AWKWARD)
+    for stage in (1, 2, 3):
+        with engine_of(config_of(stage)) as engine:
+            train(engine, 1, 2)
+            spoiled = [grad * (float("nan") if dist.get_rank() == 1 else 1.0) for grad in gradients(3, AWKWARD)]
+            engine.backward(engine(spoiled))
+            engine.step()
+            assert_equal(engine, outcome, f"NaN, stage {stage}")
+
+
+def test_clipping_loss_scaling_and_skipped_steps() -> None:
+    deepspeed_models.run(check_clipping_and_scaling, 2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------------- MoE
+
+
+class Experts(nn.Module):
+    """A dense layer before and after one of four experts, which two ranks share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from deepspeed.moe.layer import MoE
+
+        torch.manual_seed(0)
+        self.inner = nn.Linear(6, 8)
+        self.experts = MoE(8, nn.Sequential(nn.Linear(8, 5), nn.Linear(5, 8)), num_experts=4, ep_size=2, k=1)
+        self.outer = nn.Linear(8, 3)
+
+    def forward(self, features: Tensor) -> Tensor:
+        hidden, auxiliary_loss, _ = self.experts(self.inner(features))
+        return self.outer(hidden).square().mean() + 0.01 * auxiliary_loss
+
+
+def check_experts() -> None:
+    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+
+    for stage in (1, 2):
+        own = Experts()
+        for number, (name, param) in enumerate(own.named_parameters()):  # other experts on the other rank of the expert group
+            torch.manual_seed(number + (100 * (dist.get_rank() % 2) if "deepspeed_experts" in name else 0))
+            nn.init.normal_(param, std=0.3)
+        groups = split_params_into_different_moe_groups_for_optimizer({"params": list(own.parameters()), "name": "parameters"})
+        optimizer = so.StableAdamW(groups, lr=1e-2, weight_decay=0.1)
+        engine, *_ = so.deepspeed.initialize(model=own, optimizer=optimizer, config=config_of(stage))
+        twins = {name: nn.Parameter(value) for name, value in whole(engine).items()}
+        reference = so.StableAdamW(
+            list(twins.items()), lr=1e-2, weight_decay=0.1, process_group=dist.new_group([dist.get_rank()], use_local_synchronization=True)
+        )
+        grads = record_gradients(engine)
+        for step in range(6):
+            torch.manual_seed(10 * step + dist.get_rank())
+            engine.backward(engine(torch.randn(12, 6) * (50.0 if step == 3 else 1.0)))
+            grads.clear()
+            engine.step()
+            for name, param in twins.items():
+                param.grad = grads[name]
+            reference.step()
+            for name, value in whole(engine).items():
+                assert torch.equal(value, twins[name].detach()), f"stage {stage} step {step} {name}"
+        tensors = {name for name in optimizer.metrics() if "deepspeed_experts" in name}
+        assert len(tensors) == 4 * 4, f"four experts of four tensors, each with an RMS of its own: {sorted(tensors)}"
+        engine.destroy()
+
+
+def record_gradients(engine: Any) -> dict[str, Tensor]:
+    """What is returned gets the whole gradients of each step."""
+    found: dict[str, Tensor] = {}
+
+    def record(optimizer: Any, args: Any, kwargs: Any) -> None:
+        stepped = {param for group in optimizer.param_groups for param in group["params"]}
+        found.update(deepspeed_models.gathered(engine, lambda master: master.grad.clone() if master in stepped else None))
+
+    engine.basic_optimizer.register_step_pre_hook(record)
+    return found
+
+
+def test_experts_have_statistics_of_their_own() -> None:
+    """MoE: ranks hold other experts under equal names, over which their data-parallel groups are cut; the dense layers are everybody's."""
+    deepspeed_models.run(check_experts, 4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- collectives
+
+
+def check_collectives() -> None:
+    for stage, groups, options, calls in (
+        (0, two_groups, {}, 1),
+        (1, two_groups, {}, 2),
+        (1, two_groups, {"top": BF16_OPTIMIZER}, 1),
+        (2, two_groups, {}, 2),
+        (3, one_group, {}, 1),
+        (3, one_group, {"sub_group_size": 300}, 3),
+    ):
+        for make, per_call in ((STABLE, ["gloo:all_reduce"]), (ADAMW, [])):
+            with engine_of(config_of(stage, **options), make, groups) as engine:
+                train(engine, 1, 1)  # the first step also exchanges the layout
+                found = count_collectives(engine)
+                train(engine, 2, 2)
+                assert found == [per_call] * calls, f"stage {stage} {options} {make.func.__name__}: {found}"
+
+
+def count_collectives(engine: Any) -> list[list[str]]:
+    """What each call of the base optimizer's step communicates from now on."""
+    found: list[list[str]] = []
+    step = engine.basic_optimizer.step
+    engine.basic_optimizer.step = lambda: found.append(collectives_of(step))
+    return found
+
+
+def test_a_flat_group_or_sub_group_is_one_all_reduce() -> None:
+    deepspeed_models.run(check_collectives, 2)
+
+
+# ------------------------------------------------------------------------------------------------------------ configs and refusals
+
+
+def check_configs() -> None:
+    outcome = unsharded(partial(so.StableAdamW, lr=1e-2, weight_decay=0.1), 3, AWKWARD)
+    for name in ("StableAdamW", "sharded_optim.StableAdamW"):
+        config = config_of(2, top={"optimizer": {"type": name, "params": {"lr": 1e-2, "weight_decay": 0.1, "betas": [0.9, 0.99]}}})
+        before = repr(config)
+        engine, optimizer, loader, schedule = so.deepspeed.initialize(model=model(), config=config)
+        assert repr(config) == before, "the caller's config is left as it is"
+        assert optimizer is engine.optimizer
+        assert loader is schedule is None
+        train(engine, 1, 3)
+        assert_equal(engine, outcome, name)
+        engine.destroy()
+    own = model()
+    config = config_of(2, top={"optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}}})
+    with pytest.raises(ValueError, match=r"all ranks: the base optimizer is torch\.optim\.adamw\.AdamW; pass one of sharded_optim"):
+        so.deepspeed.initialize(model=own, config=config)
+    with pytest.warns(UserWarning, match=r"gradient_clipping is not in the DeepSpeed config.*norm of 1\.0"):
+        so.deepspeed.initialize(model=own, optimizer=STABLE, config={"train_micro_batch_size_per_gpu": 1})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="gradient_clipping")
+        so.deepspeed.initialize(model=own, optimizer=STABLE, config=config_of(0))
+
+
+def test_configs_name_the_optimizer() -> None:
+    deepspeed_models.run(check_configs, 2)
+
+
+def check_refusals() -> None:
+    import deepspeed
+
+    needed = {"zero_allow_untested_optimizer": True}
+    for stage in (1, 2, 3):  # DeepSpeed's own initialize, and nothing attached
+        for make in (STABLE, ADAMW):
+            own = model()
+            engine, *_ = deepspeed.initialize(model=own, optimizer=make(one_group(own)), config=config_of(stage) | needed)
+            with pytest.raises(ValueError, match=r"so\.deepspeed\.attach\(engine\)"):
+                train(engine, 1, 1)
+            so.deepspeed.attach(engine)
+            engine.optimizer.zero_grad()
+            engine.destroy()
+    own = model()
+    with pytest.raises(ValueError, match=r"fp16 without ZeRO divides gradients by a loss scale"):
+        so.deepspeed.initialize(model=own, optimizer=STABLE(one_group(own)), config=config_of(0, FP16))
+    with pytest.raises(ValueError, match=r"gradient_release=True, and DeepSpeed steps after backward"):
+        so.deepspeed.initialize(model=own, optimizer=partial(STABLE, gradient_release=True), config=config_of(1))
+
+    with engine_of(config_of(3, offload_optimizer={"device": "cpu"})) as engine:
+        zero = engine._config.zero_config
+        refusals: list[tuple[object, str, Any, str]] = [
+            (zero, "zenflow", object(), r"ZenFlow steps parts of the model.*leave zero_optimization\.zenflow out"),
+            (zero.offload_optimizer, "super_offload", True, r"SuperOffload.*leave offload_optimizer\.super_offload out"),
+            (zero.offload_optimizer, "device", "nvme", r"zero_optimization\.offload_optimizer to NVMe.*offload to 'cpu'"),
+            (zero.offload_optimizer, "ratio", 0.5, r"offload_optimizer\.ratio=0\.5.*leave it at 1"),
+            (engine, "mp_world_size", 2, r"tensor parallelism.*use FSDP2"),
+            (engine, "pipeline_parallelism", True, r"PipelineEngine is not supported"),
+            (engine, "torch_autocast_enabled", lambda: True, r"torch_autocast in float16.*use bfloat16"),
+            (engine, "optimizer", object(), r"optimizer wrapper builtins\.object is not known here"),
+            (deepspeed, "__version__", "0.17.6", r"DeepSpeed 0\.17\.6 .*install deepspeed>=0\.19,<0\.20"),
+            (deepspeed, "__version__", "0.20.0", r"DeepSpeed 0\.20\.0 .*install deepspeed>=0\.19,<0\.20"),
+        ]
+        engine.torch_autocast_dtype = lambda: torch.float16
+        for target, name, value, message in refusals:
+            if dist.get_rank() == 1:  # one rank's problem is everybody's error
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setitem(vars(target), name, value)  # past validation
+                    refused(engine, rf"rank 1: .*{message}")
+            else:
+                refused(engine, rf"rank 1: .*{message}")
+        so.deepspeed.attach(engine)
+
+
+def refused(engine: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        so.deepspeed.attach(engine)
+
+
+def test_what_would_be_silently_wrong_is_refused_on_all_ranks() -> None:
+    deepspeed_models.run(check_refusals, 2)
+
+
+# ------------------------------------------------------------------------------------------------------------- private attributes
+
+
+def check_private_attributes() -> None:
+    relied_on = {
+        1: "round_robin_bit16_groups round_robin_bit16_offsets bit16_groups_flat single_partition_of_fp32_groups real_dp_process_group",
+        3: "fp16_groups fp32_partitioned_groups_flat",
+        "bf16": "bf16_groups bf16_groups_flat fp32_groups_flat_partition real_dp_process_group",
+    }
+    for stage, attributes in relied_on.items():
+        config = config_of(1, top=BF16_OPTIMIZER) if stage == "bf16" else config_of(stage)
+        with engine_of(config) as engine:
+            for name in attributes.split():
+                assert hasattr(engine.optimizer, name), f"DeepSpeed has moved {name} of {type(engine.optimizer).__name__}"
+                value = engine.optimizer.__dict__.pop(name)
+                refused(engine, rf"{name}.*\(DeepSpeed [\d.]+, supported are >=0\.19,<0\.20\)")
+                setattr(engine.optimizer, name, value)
+    with engine_of(config_of(1)) as engine:
+        flat = engine.optimizer.single_partition_of_fp32_groups[0]
+        with torch.no_grad():
+            flat += 1.0
+        refused(engine, "have other values than it")
+        engine.optimizer.round_robin_bit16_offsets = [[offset + 1 for offset in engine.optimizer.round_robin_bit16_offsets[0]]]
+        refused(engine, "does not lie where DeepSpeed's optimizer wrapper says")
+
+
+def test_a_private_attribute_that_moves_is_refused_by_name() -> None:
+    deepspeed_models.run(check_private_attributes, 2)
