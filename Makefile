@@ -6,7 +6,7 @@ CONFIG ?= configs/fsdp2.yaml
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test bench figures lint format clean
+.PHONY: help setup train test bench flattened figures lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -17,7 +17,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python >= 3.10 is needed, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip setuptools
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	touch $@
 
 train: setup  ## run the training job: make train CONFIG=configs/ddp.yaml ARGS="steps=50"
@@ -26,14 +26,13 @@ train: setup  ## run the training job: make train CONFIG=configs/ddp.yaml ARGS="
 test: setup  ## run the tests: make test ARGS="-k invariance"
 	$(BIN)/python -m pytest $(ARGS)
 
-$(VENV)/.bench: $(VENV)/.installed
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[bench]'
-	touch $@
-
-bench: $(VENV)/.bench  ## time steps of all optimizers side by side: make bench ARGS="--quick"
+bench: setup  ## time steps of all optimizers side by side: make bench ARGS="--quick"
 	$(BIN)/python -m benchmarks.step $(ARGS)
 	$(if $(ARGS),,$(BIN)/python -m benchmarks.first_step)
 	$(if $(ARGS),,$(BIN)/python -m benchmarks.fsdp2)
+
+flattened: setup  ## tabulate errors under DeepSpeed and FSDP1: make flattened ARGS="--quick"
+	$(BIN)/python -m benchmarks.flattened $(ARGS)
 
 figures: setup  ## draw the figures of docs/ anew, but for the loss curve
 	$(BIN)/python docs/decay_figure.py

@@ -381,6 +381,19 @@ def _entry(cell: Cell) -> str:
     return _number(cell.error)
 
 
+def _kind(cell: Cell) -> str:
+    """What settings that differ in dtype, groups and options have in common."""
+    words = cell.setting.split(",")[0].split()
+    return " ".join([cell.wrapper, *words[:2]] if cell.wrapper == DEEPSPEED else [cell.wrapper, *words])
+
+
+def _worst(cells: Sequence[Cell]) -> str:
+    if any(cell.error is None for cell in cells):
+        return "failed"
+    worst = max(cells, key=lambda cell: cell.error or 0.0)
+    return "bitwise" if all(cell.bitwise for cell in cells) else _entry(worst)
+
+
 def _bitwise(cells: Sequence[Cell]) -> str:
     """Whether all are, or what is not."""
     others = [f"{cell.contender.removeprefix('ours ')} on {cell.ranks} ranks: {_difference(cell)}" for cell in cells if not cell.bitwise]
@@ -406,6 +419,9 @@ def markdown(record: dict[str, Any]) -> str:
         summary(record["environment"]),
         f"`{record['environment']['command']}`, commit {record['environment']['commit']}",
     ]
+    kinds = dict.fromkeys(map(_kind, cells))
+    worst = [[kind, *(_worst([c for c in cells if _kind(c) == kind and c.contender == each]) for each in contenders)] for kind in kinds]
+    parts += ["## The worst of all settings", report.table(["", *contenders], worst)]
     for wrapper in dict.fromkeys(cell.wrapper for cell in cells):
         here = [cell for cell in cells if cell.wrapper == wrapper]
         ranks = sorted({cell.ranks for cell in here})

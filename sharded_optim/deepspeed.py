@@ -22,7 +22,8 @@ from sharded_optim.sharding import deepspeed as sharding
 
 __all__ = ["attach", "initialize"]
 
-OLDEST, NEXT = (0, 19), (0, 20)  # versions of DeepSpeed from, and before, which this is tried
+OLDEST, NEXT = (0, 19), (0, 20)  # of DeepSpeed: tried with 0.19.0 and 0.19.8
+VERSIONS = f">={OLDEST[0]}.{OLDEST[1]},<{NEXT[0]}.{NEXT[1]}"
 OWN_TYPES = ("StableAdamW", "DecoupledAdamW", "DecoupledSGDW")  # in a DeepSpeed config; DeepSpeed has an Adam and an AdamW of its own
 PREFIX = "sharded_optim."
 NEEDED = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
@@ -45,15 +46,18 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
         ImportError: DeepSpeed is not installed.
         ValueError: see `attach`.
     """
-    import deepspeed
-
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ImportError("so.deepspeed needs DeepSpeed: pip install 'sharded-optim[deepspeed]'") from error
     call = inspect.signature(deepspeed.initialize).bind(*args, **kwargs)
     given = call.arguments
     config = dict(_take_config(given))
     named = config.get("optimizer")
-    if given.get("optimizer") is None and isinstance(named, dict) and _is_own(named.get("type")):
-        given["optimizer"] = _maker(named["type"], named.get("params", {}))
-        del config["optimizer"]
+    if isinstance(named, dict) and _is_own(named.get("type")):
+        del config["optimizer"]  # of which DeepSpeed knows nothing
+        if given.get("optimizer") is None:
+            given["optimizer"] = _maker(named["type"], named.get("params", {}))
     given["config"] = NEEDED | config
     result = deepspeed.initialize(*call.args, **call.kwargs)
     attach(result[0])
@@ -82,7 +86,7 @@ def attach(engine: Any) -> None:
     except Exception as error:  # the other ranks must hear of it before this one raises
         import deepspeed
 
-        problem = f"{error!r} (DeepSpeed {deepspeed.__version__}, supported are {_versions()})"
+        problem = f"{error!r} (DeepSpeed {deepspeed.__version__}, supported are {VERSIONS})"
     messages = gather_messages(problem, own_process_group(None))
     if messages:
         raise ValueError(f"so.deepspeed.attach: {messages}")
@@ -99,17 +103,13 @@ def attach(engine: Any) -> None:
 # ------------------------------------------------------------------------------------------------------------------------ refusals
 
 
-def _versions() -> str:
-    return f">={'.'.join(map(str, OLDEST))},<{'.'.join(map(str, NEXT))}"
-
-
 def _problems(engine: Any) -> Iterator[str]:
     """Why what an engine does is not supported."""
     import deepspeed
 
     version = tuple(int(part) for part in deepspeed.__version__.split(".")[:2])
     if not OLDEST <= version < NEXT:
-        yield f"DeepSpeed {deepspeed.__version__} keeps its layout in ways that were not tried; install deepspeed{_versions()}"
+        yield f"DeepSpeed {deepspeed.__version__} keeps its layout in ways that were not tried; install deepspeed{VERSIONS}"
     optimizer, wrapper = engine.basic_optimizer, engine.optimizer
     if not isinstance(optimizer, Engine):
         yield (
@@ -136,8 +136,9 @@ def _problems(engine: Any) -> Iterator[str]:
         yield "tensors are sharded by tensor parallelism, in a way that DeepSpeed's partitions do not tell; use FSDP2 for it"
     if engine.pipeline_parallelism:
         yield "PipelineEngine is not supported; use DeepSpeedEngine"
-    if any(hasattr(param, "ds_zero_placement_family") and param.ds_zero_placement_family != "replicated" for param in engine.param_names):
-        yield "AutoEP stacks experts into one tensor per rank; use deepspeed.moe.layer.MoE with ZeRO stage 0, 1 or 2"
+    for param, name in engine.param_names.items():
+        if not getattr(param, "allreduce", True) and sharding.EXPERTS not in name:  # AutoEP, which stacks experts into one tensor per rank
+            yield f"{name!r} is another tensor on each rank of an expert-parallel group; make experts with deepspeed.moe.layer.MoE"
     if wrapper is not optimizer and sharding.qualified_name(wrapper) not in sharding.WRAPPERS:
         yield f"the optimizer wrapper {sharding.qualified_name(wrapper)} is not known here; use ZeRO stage 0, 1, 2 or 3"
     if stage == 0 and engine.fp16_enabled():

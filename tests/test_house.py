@@ -96,6 +96,11 @@ def test_nothing_in_the_package_imports_the_launcher_or_tests() -> None:
             assert not any(name.split(".")[0] in ("launch", "tests", "benchmarks") for name in names), path
 
 
+def test_the_range_of_deepspeed_is_the_one_that_attach_checks() -> None:
+    pyproject = (PACKAGE.parent / "pyproject.toml").read_text()
+    assert f'"deepspeed{sharded_optim.deepspeed.VERSIONS}; ' in pyproject
+
+
 def test_importing_the_package_imports_nothing_heavy() -> None:
     heavy = ["deepspeed", "triton", "numba", "mpi4py", "matplotlib", "pydantic", "rich", "safetensors", "torch.distributed.tensor"]
     code = (

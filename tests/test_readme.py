@@ -13,7 +13,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 def test_the_example_runs_on_two_ranks(tmp_path: Path) -> None:
     """Each writes a metric down at the end, so that an example that did nothing would fail."""
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    code, _ = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
     script = tmp_path / "example.py"
     end = "import gc; del model, optimizer; gc.collect(); dist.destroy_process_group()"  # see launch/environment.py
     report = f"open(f'{tmp_path}/{{dist.get_rank()}}.txt', 'w').write(str(max(optimizer.metrics().values())))"

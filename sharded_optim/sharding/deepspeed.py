@@ -8,7 +8,6 @@ they are wrong with `round_robin_gradients`: `_hp_mapping` and `_param_slice_map
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from sharded_optim.segment import Segment
 from sharded_optim.sharding.flat import FlatLayout, FlatTensor, pieces_of_range
 from sharded_optim.sharding.layout import Piece
 
-__all__ = ["WRAPPERS", "layout_of", "qualified_name"]
+__all__ = ["EXPERTS", "WRAPPERS", "layout_of", "qualified_name"]
 
 STRANGER = (
     "is not one that DeepSpeed had given the optimizer when so.deepspeed.attach(engine) was called; call it again after parameters have "
@@ -63,42 +62,34 @@ def _stage_0_bf16(wrapper: Any, names: Names) -> tuple[Names, Iterator[Flat]]:
 
 
 def _stages_1_and_2(wrapper: Any, names: Names) -> tuple[Names, Iterator[Flat]]:
-    """DeepSpeedZeroOptimizer: in each group, parameters dealt out in turns if `round_robin_gradients`, with padding between them if
-    `parameter_alignment`.
-    """
-    columns = (
-        wrapper.round_robin_bit16_groups,
-        wrapper.round_robin_bit16_offsets,
-        wrapper.bit16_groups_flat,
-        wrapper.single_partition_of_fp32_groups,
-        wrapper.real_dp_process_group,
-    )
+    """DeepSpeedZeroOptimizer."""
+    columns = (wrapper.bit16_groups, wrapper.bit16_groups_flat, wrapper.single_partition_of_fp32_groups, wrapper.real_dp_process_group)
     return {}, (_partition(names, *row) for row in zip(*columns, strict=True))
 
 
 def _stage_1_bf16(wrapper: Any, names: Names) -> tuple[Names, Iterator[Flat]]:
-    """BF16_Optimizer: in each group, one parameter after the other."""
-    offsets = [[0, *accumulate(param.numel() for param in group)][:-1] for group in wrapper.bf16_groups]
-    columns = (
-        wrapper.bf16_groups,
-        offsets,
-        wrapper.bf16_groups_flat,
-        wrapper.fp32_groups_flat_partition,
-        wrapper.real_dp_process_group,
-    )
+    """BF16_Optimizer."""
+    columns = (wrapper.bf16_groups, wrapper.bf16_groups_flat, wrapper.fp32_groups_flat_partition, wrapper.real_dp_process_group)
     return {}, (_partition(names, *row) for row in zip(*columns, strict=True))
 
 
-def _partition(names: Names, params: list[Tensor], offsets: list[int], flat: Tensor, master: Tensor, group: dist.ProcessGroup) -> Flat:
-    """Of a group whose parameters are views of `flat`, which is cut into equal partitions, of which `master` is this rank's."""
+def _partition(names: Names, params: list[Tensor], flat: Tensor, master: Tensor, group: dist.ProcessGroup) -> Flat:
+    """Of a group whose parameters are views of `flat`, in any order and with any padding (`round_robin_gradients`, `parameter_alignment`).
+
+    It is cut into equal partitions, of which `master` is this rank's.
+    """
     size = master.numel()
     if size * dist.get_world_size(group) != flat.numel():
         raise ValueError(f"DeepSpeed's partition has {size} elements, of {flat.numel()} over {dist.get_world_size(group)} ranks")
+    offset_of = {param: (param.data_ptr() - flat.data_ptr()) // flat.element_size() if param.numel() else 0 for param in params}
+    params = sorted(params, key=offset_of.__getitem__)
+    for param in params:
+        if not 0 <= offset_of[param] <= flat.numel() - param.numel() or not param.is_contiguous():
+            raise ValueError(f"parameter {names[param]!r} does not lie in the flat tensor of DeepSpeed's optimizer wrapper")
     start = dist.get_rank(group) * size
-    for param, offset in zip(params, offsets, strict=True):
-        if param.numel() and param.data_ptr() != flat.data_ptr() + offset * flat.element_size():
-            raise ValueError(f"parameter {names[param]!r} does not lie where DeepSpeed's optimizer wrapper says, at element {offset}")
-    pieces = pieces_of_range([names[param] for param in params], [param.shape for param in params], offsets, start, size)
+    pieces = pieces_of_range(
+        [names[param] for param in params], [param.shape for param in params], list(map(offset_of.__getitem__, params)), start, size
+    )
     partition = flat[start : start + size]
     for piece in pieces:
         _check_values(piece.segment.name, piece.of(master), piece.of(partition))
