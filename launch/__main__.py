@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 
-from launch import corpus, environment
+from launch import corpus, deepspeed_extension, environment
 from launch.config import ConfigError, from_arguments
 
 
@@ -17,6 +17,9 @@ def main(arguments: list[str]) -> None:
     try:
         config = from_arguments(arguments, "python -m launch")
         corpus.load(config)  # writes the cache, which the ranks then find
+        if config.sharding == "deepspeed":
+            device = environment.pick_device(environment.Place(local_world_size=config.processes), config.device)
+            deepspeed_extension.build(device.type)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

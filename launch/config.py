@@ -21,17 +21,17 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
+
+from launch import deepspeed_config
+from launch.errors import ConfigError
 
 __all__ = ["Config", "ConfigError", "DataConfig", "ModelConfig", "OptimizerConfig", "from_arguments", "load"]
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]  # part of a folder's name
-
-
-class ConfigError(ValueError):
-    """What the user can put right; shown without a traceback."""
 
 
 class _Section(BaseModel):
@@ -100,12 +100,14 @@ class Config(_Section):
     device: "auto" takes a GPU for each process where there are as many, else the CPU.
     batch_size: sequences in a step, over all processes together, so that the loss curve does not depend on their number.
     validation_batches: how many batches of that size are the validation set.
+    deepspeed: what DeepSpeed is told, but for the optimizer and the batch. In a file or an override also the path of a DeepSpeed config
+        in JSON, which may give these too (`launch/deepspeed_config.py`).
     """
 
     name: Name
     runs_folder: str = "runs"
     processes: PositiveInt
-    sharding: Literal["fsdp2", "ddp", "single"]
+    sharding: Literal["fsdp2", "fsdp1", "ddp", "single", "deepspeed"]
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     steps: PositiveInt
@@ -118,11 +120,21 @@ class Config(_Section):
     model: ModelConfig
     optimizer: OptimizerConfig
     data: DataConfig = DataConfig()
+    deepspeed: dict[str, Any] | None = None
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _has_no_keys_of_the_job(cls, content: dict[str, Any] | None) -> dict[str, Any] | None:
+        return None if content is None else deepspeed_config.check(content)
 
     @model_validator(mode="after")
     def _check(self) -> Config:
         if self.sharding == "single" and self.processes > 1:
             raise ValueError(f"sharding='single' is one process, got processes={self.processes}; use sharding=ddp or fsdp2, or processes=1")
+        if self.sharding == "deepspeed" and self.deepspeed is None:
+            raise ValueError("sharding='deepspeed' needs a DeepSpeed config; use deepspeed=configs/deepspeed_zero2.json or another one")
+        if self.sharding != "deepspeed" and self.deepspeed is not None:
+            raise ValueError(f"sharding={self.sharding!r} does not use the key deepspeed; use sharding=deepspeed, or deepspeed=null")
         if self.batch_size % self.processes:
             raise ValueError(f"batch_size={self.batch_size} does not divide over processes={self.processes}; make it a multiple")
         if self.warmup_steps >= self.steps:
@@ -142,6 +154,7 @@ def from_arguments(arguments: list[str], program: str) -> Config:
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="overrides a key of the file, as steps=50 or optimizer.lr=1e-3"
     )
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher's, which puts it into the environment too
     parsed = parser.parse_args(arguments)
     return load(parsed.config, parsed.overrides)
 
@@ -153,8 +166,13 @@ def load(path: Path, overrides: list[str]) -> Config:
         ConfigError: see `from_arguments`.
     """
     values = {"name": path.stem} | _read(path)
-    for override in overrides:
+    sources = [override for override in overrides if override.startswith("deepspeed=")]  # the others may change what such a file says
+    for override in sources:
         _apply(values, override)
+    deepspeed_config.include(values, path)
+    for override in overrides:
+        if override not in sources:
+            _apply(values, override)
     try:
         return Config.model_validate(values)
     except ValidationError as error:

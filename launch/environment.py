@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sysconfig
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.config import Config, ConfigError
@@ -11,7 +13,7 @@ from launch.config import Config, ConfigError
 if TYPE_CHECKING:  # the parent process uses this module too, and need not wait for torch
     import torch
 
-__all__ = ["Place", "find_place", "pick_device", "share_cores", "start", "stop"]
+__all__ = ["Place", "find_place", "pick_device", "prepare_for_deepspeed", "share_cores", "start", "stop"]
 
 TIMEOUT_SECONDS = 300  # of a collective: far longer than any takes here, and soon enough to notice a rank that died
 
@@ -36,12 +38,14 @@ def share_cores(processes: int) -> None:
 
 
 def find_place(config: Config) -> Place:
-    """Read torchrun's variables; without any, this process is alone.
+    """Read the variables of torchrun or of the deepspeed launcher; without any, this process is alone.
 
     Raises:
         ConfigError: the variables are incomplete, or there are not as many processes as the config says.
     """
     names = {"rank": "RANK", "world_size": "WORLD_SIZE", "local_rank": "LOCAL_RANK", "local_world_size": "LOCAL_WORLD_SIZE"}
+    if "LOCAL_SIZE" in os.environ and "LOCAL_WORLD_SIZE" not in os.environ:
+        names["local_world_size"] = "LOCAL_SIZE"  # the deepspeed launcher's name for it
     found = {field: os.environ[name] for field, name in names.items() if name in os.environ}
     missing = [name for field, name in names.items() if field not in found]
     if found and missing:
@@ -56,6 +60,28 @@ def find_place(config: Config) -> Place:
             f"`torchrun --nproc-per-node {config.processes} -m launch.train`, or processes={place.world_size}"
         )
     return place
+
+
+def prepare_for_deepspeed(device: str) -> Path:
+    """Tell DeepSpeed, in this process and in those that it starts, what it runs on and where it keeps what it compiles.
+
+    Args:
+        device: "cpu" or "cuda".
+
+    Returns:
+        The folder of what it compiles.
+
+    Raises:
+        ConfigError: the user has told it to run on something else.
+    """
+    chosen = os.environ.setdefault("DS_ACCELERATOR", device)
+    if chosen != device:
+        raise ConfigError(f"DS_ACCELERATOR={chosen!r} in the environment, but the job runs on {device!r}; unset it, or use device={chosen}")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    scripts = sysconfig.get_path("scripts")  # where a virtual environment has ninja, which need not be activated
+    if scripts not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join(filter(None, (os.environ.get("PATH"), scripts)))
+    return Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache / "sharded_optim" / "torch_extensions")))
 
 
 def pick_device(place: Place, wanted: str) -> torch.device:
@@ -86,6 +112,10 @@ def start(place: Place, device: torch.device) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]  # costs a write of each
+    if "OMP_NUM_THREADS" not in os.environ:  # neither `python -m launch` nor torchrun has started this
+        share_cores(place.local_world_size)
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    os.environ.setdefault("LOCAL_RANK", str(place.local_rank))  # DeepSpeed reads it, also in a process that is alone
     alone = place.world_size == 1  # then there may be no torchrun to meet the others through, and no others
     dist.init_process_group(
         backend="nccl" if device.type == "cuda" else "gloo",

@@ -29,7 +29,7 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Rotary position embedding (Su et al. 2021, arXiv 2104.09864) of (..., sequence, width)."""
     cos, sin = table[:, : x.shape[-2]]
     first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(x.dtype)
 
 
 class Attention(nn.Module):

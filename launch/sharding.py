@@ -1,39 +1,113 @@
-"""How the model is spread over the ranks. To add a wrapper, write its function, and its name here and in `Config.sharding`.
+"""How the model is spread over the ranks, and what a step is then. To add a wrapper, write its function, and its name here and in
+`Config.sharding`.
 
-Every rank comes with the same weights. A wrapper keeps `model` itself as it is named: the optimizer takes `model.named_parameters()`.
+Every rank comes with the same weights.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from functools import partial
+from io import StringIO
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 
-from launch.model import GPT
+import sharded_optim as so
+from launch.config import Config
+from launch.model import GPT, Block
+from launch.optimizer import build_optimizer
 
-__all__ = ["SHARDINGS"]
+__all__ = ["SHARDINGS", "Sharded", "shard"]
+
+FSDP1_PREFIX = "_fsdp_wrapped_module."  # of the names in each wrapped module
 
 
-def _fsdp2(model: GPT, device: torch.device, world_size: int) -> nn.Module:
+@dataclass(frozen=True, kw_only=True)
+class Sharded:
+    """A model that is spread over the ranks, with its optimizer.
+
+    Attributes:
+        model: to be called.
+        optimizer: of this library; its param groups are what a schedule changes.
+        step: goes one step down a loss, which leaves no gradients.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    step: Callable[[Tensor], None]
+
+
+BuildOptimizer = Callable[..., torch.optim.Optimizer]  # of named parameters, under the names that the model had before it was wrapped
+Wrapper = Callable[[GPT, BuildOptimizer, Config, torch.device], Sharded]
+
+
+def shard(model: GPT, config: Config, device: torch.device) -> Sharded:
+    """Spread a model over the ranks as the config says."""
+    build = partial(build_optimizer, config=config.optimizer, dimensions={name: param.ndim for name, param in model.named_parameters()})
+    return SHARDINGS[config.sharding](model, build, config, device)
+
+
+def _fsdp2(model: GPT, build: BuildOptimizer, config: Config, device: torch.device) -> Sharded:
     """Each rank keeps a slice of every parameter; a block's are gathered while it runs."""
-    mesh = init_device_mesh(device.type, (world_size,), mesh_dim_names=("data",))
+    mesh = init_device_mesh(device.type, (config.processes,), mesh_dim_names=("data",))
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    return model
+    return _stepped_by_optimizer(model, build(model.named_parameters()))
 
 
-def _ddp(model: GPT, device: torch.device, world_size: int) -> nn.Module:
+def _fsdp1(model: GPT, build: BuildOptimizer, config: Config, device: torch.device) -> Sharded:
+    """Each rank keeps a range of every block, whose parameters are flattened together and gathered while it runs."""
+    wrapped = FullyShardedDataParallel(model, auto_wrap_policy=ModuleWrapPolicy({Block}), device_id=device, use_orig_params=True)
+    named = [(name.replace(FSDP1_PREFIX, ""), param) for name, param in wrapped.named_parameters()]
+    return _stepped_by_optimizer(wrapped, build(named, layout=so.fsdp1_layout(wrapped)))
+
+
+def _ddp(model: GPT, build: BuildOptimizer, config: Config, device: torch.device) -> Sharded:
     """Each rank keeps the whole model."""
-    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    wrapped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    return _stepped_by_optimizer(wrapped, build(model.named_parameters()))
 
 
-def _single(model: GPT, device: torch.device, world_size: int) -> nn.Module:
-    return model
+def _single(model: GPT, build: BuildOptimizer, config: Config, device: torch.device) -> Sharded:
+    return _stepped_by_optimizer(model, build(model.named_parameters()))
 
 
-SHARDINGS: dict[str, Callable[[GPT, torch.device, int], nn.Module]] = {"fsdp2": _fsdp2, "ddp": _ddp, "single": _single}
+def _deepspeed(model: GPT, build: BuildOptimizer, config: Config, device: torch.device) -> Sharded:
+    """DeepSpeed's ZeRO: what each rank keeps a range of depends on the stage. The engine does what a step consists of."""
+    import deepspeed
+
+    assert config.deepspeed is not None, "Config demands it"
+    deepspeed.utils.logger.setLevel("ERROR")
+    warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)  # DeepSpeed calls it
+    with redirect_stdout(StringIO()):  # each rank says that it has loaded an extension
+        deepspeed.init_distributed()  # joins the process group that is there
+    optimizer = build(model.named_parameters())
+    told = config.deepspeed | {"train_batch_size": config.batch_size}
+    engine, *_ = so.deepspeed.initialize(model=model, optimizer=optimizer, config=told)
+
+    def step(loss: Tensor) -> None:
+        engine.backward(loss)
+        engine.step()
+
+    return Sharded(model=engine, optimizer=optimizer, step=step)
+
+
+def _stepped_by_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> Sharded:
+    def step(loss: Tensor) -> None:
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Sharded(model=model, optimizer=optimizer, step=step)
+
+
+SHARDINGS: dict[str, Wrapper] = {"fsdp2": _fsdp2, "fsdp1": _fsdp1, "ddp": _ddp, "single": _single, "deepspeed": _deepspeed}

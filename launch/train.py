@@ -1,8 +1,9 @@
 """The training job: what every process runs.
 
-Three ways to start it, from the repository:
+Four ways to start it, from the repository:
 `python -m launch configs/fsdp2.yaml` starts as many processes as the config says;
 `torchrun --nproc-per-node 2 -m launch.train configs/fsdp2.yaml steps=50` does the same by hand;
+`deepspeed --num_accelerators 2 --module launch.train configs/deepspeed.yaml` does so with DeepSpeed's launcher;
 `python -m launch.train configs/single.yaml` is one process.
 """
 
@@ -11,27 +12,23 @@ from __future__ import annotations
 import math
 import sys
 import time
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
-import sharded_optim as so
-from launch import corpus, environment
+from launch import corpus, deepspeed_extension, environment
 from launch.batches import training_batch, validation_batch
-from launch.config import Config, ConfigError, OptimizerConfig, from_arguments
+from launch.config import Config, ConfigError, from_arguments
 from launch.corpus import Corpus
 from launch.environment import Place
 from launch.model import GPT
+from launch.optimizer import build_schedule
 from launch.progress import Display
 from launch.records import Listener, Summary, Training, Validation
 from launch.run_folder import RunFolder
-from launch.sharding import SHARDINGS
-
-WARMUP_START = 0.01  # of the peak learning rate: a first step at 0 would be wasted
+from launch.sharding import shard
 
 
 def main(arguments: list[str]) -> int:
@@ -41,6 +38,8 @@ def main(arguments: list[str]) -> int:
         place = environment.find_place(config)
         device = environment.pick_device(place, config.device)
         text = corpus.load(config)
+        if config.sharding == "deepspeed":
+            deepspeed_extension.build(device.type)
         folder = RunFolder(config) if place.rank == 0 else None
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -61,26 +60,23 @@ def run(config: Config, place: Place, device: torch.device, text: Corpus, folder
     torch.manual_seed(config.seed)  # the same weights on every rank
     model = GPT(**config.model.model_dump(), sequence_length=config.sequence_length).to(device)
     parameters = sum(param.numel() for param in model.parameters())  # before they are cut into shards
-    sharded = SHARDINGS[config.sharding](model, device, place.world_size)
-    optimizer = build_optimizer(model, config.optimizer)
-    schedule = build_schedule(optimizer, config.warmup_steps, config.steps)
+    sharded = shard(model, config, device)
+    schedule = build_schedule(sharded.optimizer, config.warmup_steps, config.steps)
     meter = Meter(config.batch_size * config.sequence_length, device)
 
     training = validation = None
     for step in range(1, config.steps + 1):
-        loss = mean_loss(sharded, next_batch(config, place, text, step).to(device))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        loss = mean_loss(sharded.model, next_batch(config, place, text, step).to(device))
+        sharded.step(loss)
         meter.count(loss)
         if step % config.log_every == 0 or step == config.steps:
-            training = describe_training(step, meter, optimizer)
+            training = describe_training(step, meter, sharded.optimizer)
             for listener in listeners:
                 listener.training(training)
         schedule.step()
         if step % config.validation_every == 0 or step == config.steps:
             meter.pause()
-            validation = Validation(step=step, val_bits_per_byte=validate(sharded, config, place, text, device))
+            validation = Validation(step=step, val_bits_per_byte=validate(sharded.model, config, place, text, device))
             for listener in listeners:
                 listener.validation(validation)
             meter.resume()
@@ -106,25 +102,6 @@ def run(config: Config, place: Place, device: torch.device, text: Corpus, folder
     )
     for listener in listeners:
         listener.finish(summary)
-
-
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer by its name, with two param groups. Gradients are not clipped: StableAdamW clips its own updates, per tensor."""
-    named = list(model.named_parameters())  # with names, which its errors and metrics then use
-    matrices = [(name, param) for name, param in named if param.ndim >= 2]
-    gains = [(name, param) for name, param in named if param.ndim < 2]  # of norms: decay would pull them from 1 to 0
-    # What the config leaves open is the optimizer's own default.
-    given: dict[str, Any] = {key: value for key, value in config.model_dump().items() if key != "name" and value is not None}
-    return getattr(so, config.name)([{"params": matrices}, {"params": gains, "weight_decay": 0.0}], **given)
-
-
-def build_schedule(optimizer: torch.optim.Optimizer, warmup_steps: int, steps: int) -> LRScheduler:
-    """Linear warm-up to the optimizer's lr, then half a cosine down to 0 after the last step."""
-    decay = CosineAnnealingLR(optimizer, T_max=steps - warmup_steps)
-    if warmup_steps == 0:
-        return decay
-    warmup = LinearLR(optimizer, start_factor=WARMUP_START, total_iters=warmup_steps)
-    return SequentialLR(optimizer, [warmup, decay], milestones=[warmup_steps])
 
 
 def next_batch(config: Config, place: Place, text: Corpus, step: int) -> Tensor:

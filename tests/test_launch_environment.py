@@ -1,12 +1,13 @@
-"""A process knows its place from torchrun's variables, or refuses to start, before it could wait for others."""
+"""A process knows its place from its launcher's variables, or refuses to start, before it could wait for others."""
 
 import os
+import sysconfig
 from pathlib import Path
 
 import pytest
 
 from launch.config import Config, ConfigError, load
-from launch.environment import Place, find_place, pick_device, share_cores
+from launch.environment import Place, find_place, pick_device, prepare_for_deepspeed, share_cores
 
 FSDP2 = Path(__file__).parents[1] / "configs" / "fsdp2.yaml"
 VARIABLES = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
@@ -19,13 +20,19 @@ def config() -> Config:
 
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch):
-    for name in VARIABLES:
+    for name in (*VARIABLES, "LOCAL_SIZE"):
         monkeypatch.delenv(name, raising=False)
 
 
 def test_torchrun_says_which_rank_this_is(config, monkeypatch):
     for name, value in VARIABLES.items():
         monkeypatch.setenv(name, value)
+    assert find_place(config) == Place(rank=1, world_size=2, local_rank=1, local_world_size=2)
+
+
+def test_the_deepspeed_launcher_says_it_in_words_of_its_own(config, monkeypatch):
+    for name, value in VARIABLES.items():
+        monkeypatch.setenv("LOCAL_SIZE" if name == "LOCAL_WORLD_SIZE" else name, value)
     assert find_place(config) == Place(rank=1, world_size=2, local_rank=1, local_world_size=2)
 
 
@@ -72,3 +79,20 @@ def test_cores_are_shared_unless_the_user_has_chosen(monkeypatch):
             monkeypatch.setenv("OMP_NUM_THREADS", chosen)
         share_cores(processes)
         assert os.environ["OMP_NUM_THREADS"] == expected
+
+
+def test_deepspeed_is_told_where_to_run_and_to_build_unless_the_user_has_chosen(tmp_path, monkeypatch):
+    for name in ("DS_ACCELERATOR", "TORCH_EXTENSIONS_DIR"):  # so that the test's end restores them
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", "/usr/bin")
+    assert prepare_for_deepspeed("cpu") == tmp_path / "sharded_optim" / "torch_extensions" == Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    assert os.environ["DS_ACCELERATOR"] == "cpu"
+    assert os.environ["PATH"] == f"/usr/bin:{sysconfig.get_path('scripts')}"  # ninja's
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/elsewhere")
+    assert prepare_for_deepspeed("cpu") == Path("/elsewhere")
+    with pytest.raises(
+        ConfigError, match=r"DS_ACCELERATOR='cpu' in the environment, but the job runs on 'cuda'; unset it, or use device=cpu"
+    ):
+        prepare_for_deepspeed("cuda")

@@ -46,3 +46,15 @@ def test_attention_sees_distances_not_positions():
         diagonal = products.diagonal(distance)
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-5, atol=1e-5)
     assert products.diagonal(0)[0] != products.diagonal(3)[0]
+
+
+def test_weights_in_bfloat16_compute_in_bfloat16():
+    """DeepSpeed casts parameters, and leaves the table of rotations in float32."""
+    model = small()
+    expected = model(TOKENS)
+    for param in model.parameters():
+        param.data = param.data.bfloat16()
+    assert model.rotary.dtype == torch.float32
+    logits = model(TOKENS)
+    assert logits.dtype == torch.bfloat16
+    torch.testing.assert_close(logits.float(), expected, rtol=0.0, atol=0.1)

@@ -4,9 +4,11 @@ import json
 import math
 import os
 import random
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,12 @@ import pytest
 import torch
 import yaml
 
+from launch import deepspeed_extension
 from launch.config import OptimizerConfig, load
 from launch.model import GPT
+from launch.optimizer import build_optimizer, build_schedule
 from launch.run_folder import RunFolder
-from launch.train import build_optimizer, build_schedule, largest_rms
+from launch.train import largest_rms
 
 ROOT = Path(__file__).parents[1]
 STEPS = 10
@@ -28,9 +32,12 @@ TINY = (
 TIMEOUT = 90.0  # seconds; a run takes about 8
 
 
-def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
+LAUNCH = [sys.executable, "-m", "launch"]
+
+
+def launch(*arguments: str, starter: list[str] = LAUNCH) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "launch", *arguments]
+    command = [*starter, *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False)
 
 
@@ -67,12 +74,13 @@ class Runs:
             path.parent.mkdir(exist_ok=True)
             path.write_text(" ".join(generator.choices(words, k=300)))
 
-    def of(self, sharding: str, attempt: str = "first") -> Run:
+    def of(self, sharding: str, attempt: str = "first", starter: list[str] = LAUNCH) -> Run:
         if (sharding, attempt) not in self._made:
             runs = self._folder / f"{sharding}-{attempt}"
-            finished = launch(f"configs/{sharding}.yaml", *TINY, f"data.path={self._folder / 'text'}", f"runs_folder={runs}")
+            arguments = [f"configs/{sharding}.yaml", *TINY, f"data.path={self._folder / 'text'}", f"runs_folder={runs}"]
+            finished = launch(*arguments, starter=starter)
             assert finished.returncode == 0, finished.stderr
-            self._made[sharding, attempt] = Run(folder=runs / "latest", output=finished.stdout)
+            self._made[sharding, attempt] = Run(folder=runs / "latest", output=finished.stdout + finished.stderr)
         return self._made[sharding, attempt]
 
 
@@ -119,10 +127,44 @@ def test_validation_is_printed_next_to_what_it_is_compared_with(runs):
     assert f"step 1/{STEPS}  loss {run.losses()[0]:.3f} bits/byte" in run.output
 
 
-@pytest.mark.parametrize("sharding", ["ddp", "single"])
+@pytest.mark.parametrize("sharding", ["fsdp1", "ddp", "single"])
 def test_losses_do_not_depend_on_how_the_model_is_sharded(runs, sharding):
     """Two ranks of half a batch each, and one of a whole: the same training. Only the order of sums over a batch differs."""
     assert runs.of(sharding).losses() == pytest.approx(runs.of("fsdp2").losses(), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def deepspeed() -> None:
+    if find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed; pip install 'sharded-optim[deepspeed]'")
+    deepspeed_extension.build()
+
+
+@pytest.mark.timeout(400)  # of which building takes up to 300
+@pytest.mark.usefixtures("deepspeed")
+def test_a_run_of_deepspeed_leaves_the_same_and_says_nothing_more(runs):
+    run, other = runs.of("deepspeed"), runs.of("fsdp2")
+    assert run.losses() == pytest.approx(other.losses(), rel=1e-5)
+    assert [record.keys() for record in run.metrics()] == [record.keys() for record in other.metrics()]
+    assert [record.get("lr") for record in run.metrics()] == [record.get("lr") for record in other.metrics()]
+    assert [record.get("largest_rms_name") for record in run.metrics()] == [record.get("largest_rms_name") for record in other.metrics()]
+    assert run.summary().keys() == other.summary().keys()
+    assert run.summary()["parameters"] == other.summary()["parameters"]
+    assert run.output.count("\n") == other.output.count("\n")
+    written = yaml.safe_load((run.folder / "config.yaml").read_text())  # with what came from the JSON file
+    assert (written["optimizer"]["name"], written["deepspeed"]["zero_optimization"]["stage"]) == ("StableAdamW", 2)
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.usefixtures("deepspeed")
+def test_the_deepspeed_launcher_starts_the_job_too(runs):
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = str(free.getsockname()[1])
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_accelerators", "2", "--master_port", port]
+    run = runs.of("deepspeed", "launcher", starter=[*launcher, "--module", "launch.train"])
+    assert run.losses() == pytest.approx(runs.of("fsdp2").losses(), rel=1e-5)
+    assert run.summary()["world_size"] == 2
 
 
 def test_the_same_config_twice_gives_the_same_metrics(runs):
@@ -152,7 +194,8 @@ def test_a_mistake_is_reported_once_and_nothing_starts(tmp_path, arguments, expe
 @pytest.mark.parametrize("name", ["StableAdamW", "Adam", "AdamW", "DecoupledAdamW", "DecoupledSGDW"])
 def test_every_optimizer_is_built_by_name_without_decay_of_gains(name):
     model = GPT(layers=1, heads=2, d_model=8, sequence_length=4)
-    optimizer = build_optimizer(model, OptimizerConfig(name=name, lr=1e-3, weight_decay=0.25))
+    dimensions = {name: param.ndim for name, param in model.named_parameters()}
+    optimizer = build_optimizer(model.named_parameters(), OptimizerConfig(name=name, lr=1e-3, weight_decay=0.25), dimensions)
     assert type(optimizer).__name__ == name
     matrices, gains = optimizer.param_groups
     assert (matrices["weight_decay"], gains["weight_decay"]) == (0.25, 0.0)

@@ -1,0 +1,105 @@
+"""The DeepSpeed config of a job: a JSON file of which the optimizer and the batch become keys of the job's own config.
+
+So each hyperparameter stands in one place once a config is loaded, and an override reaches it as it reaches any other. What is left is for
+DeepSpeed. Knows nothing of DeepSpeed itself, which need not be installed to read a config.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from launch.errors import ConfigError
+
+__all__ = ["check", "include"]
+
+PREFIX = "sharded_optim."  # of this library's classes in a DeepSpeed config
+DEEPSPEEDS_OWN = ("Adam", "AdamW")  # what these mean there without the prefix
+ELSEWHERE = {  # what DeepSpeed would take from its config, and the job has its own keys for
+    "optimizer": "use optimizer.name, optimizer.lr and so on",
+    "scheduler": "the job has a schedule of its own; leave it out, and use warmup_steps and steps",
+    "train_batch_size": "use batch_size",
+    "train_micro_batch_size_per_gpu": "use train_batch_size in the JSON file or batch_size in the job, which do not depend on the number "
+    "of processes",
+}
+
+
+def include(values: dict[str, Any], path: Path) -> None:
+    """Read what `deepspeed` of a job's config names, in `values`: a JSON file, or its content.
+
+    `optimizer` and `train_batch_size` move to the job's keys, of which the job's file may leave out what is given here.
+
+    Args:
+        values: of the job's file, before overrides.
+        path: of the job's file.
+
+    Raises:
+        ConfigError: there is no such JSON file, or both files give a value and disagree. Names both.
+    """
+    given = values.get("deepspeed")
+    if isinstance(given, str):
+        name, content = given, _read(Path(given))
+    elif isinstance(given, dict):
+        name, content = f"deepspeed of {path}", dict(given)
+    else:  # None, or for the model of the config to refuse
+        return
+    for key, their_key, value in _take(content, name):
+        *parents, leaf = key.split(".")
+        section = values
+        for parent in parents:
+            section = section.setdefault(parent, {})
+            if not isinstance(section, dict):
+                raise ConfigError(f"{parent}={section!r} in {path} must hold keys and values; leave it out, and {name} gives it")
+        if section.setdefault(leaf, value) != value:
+            raise ConfigError(
+                f"{key}={section[leaf]!r} in {path}, but {their_key}={value!r} in {name}; give it in one of the files, or the same in both"
+            )
+    values["deepspeed"] = content
+
+
+def check(content: dict[str, Any]) -> dict[str, Any]:
+    """What `include` has left, unless it says what the job says elsewhere.
+
+    Raises:
+        ValueError: it does. Names the key to use.
+    """
+    for key, remedy in ELSEWHERE.items():
+        if key in content:
+            raise ValueError(f"{key}={content[key]!r} is not used in here: {remedy}")
+    accumulation = content.get("gradient_accumulation_steps", 1)
+    if accumulation != 1:
+        raise ValueError(f"gradient_accumulation_steps={accumulation!r}: the job has one batch in a step; leave it out")
+    return content
+
+
+def _take(content: dict[str, Any], name: str) -> Iterator[tuple[str, str, Any]]:
+    """(The job's dotted key, DeepSpeed's, the value), which are removed from `content`."""
+    if "train_batch_size" in content:
+        yield "batch_size", "train_batch_size", content.pop("train_batch_size")
+    optimizer = content.pop("optimizer", None)
+    if optimizer is None:
+        return
+    if not (isinstance(optimizer, dict) and isinstance(optimizer.get("type"), str) and isinstance(optimizer.get("params", {}), dict)):
+        raise ConfigError(f'optimizer in {name} must be as {{"type": "StableAdamW", "params": {{"lr": 0.001}}}}, got {optimizer!r}')
+    if optimizer["type"] in DEEPSPEEDS_OWN:
+        kind = optimizer["type"]
+        raise ConfigError(f"optimizer.type={kind!r} in {name} is DeepSpeed's own; use {PREFIX + kind!r} for the one of this library")
+    yield "optimizer.name", "optimizer.type", optimizer["type"].removeprefix(PREFIX)
+    for key, value in optimizer.get("params", {}).items():
+        yield f"optimizer.{key}", f"optimizer.params.{key}", value
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*.json")], n=1, cutoff=0.5)
+        raise ConfigError(f"deepspeed={str(path)!r}: there is no such file{f'; did you mean {near[0]}?' if near else ''}") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"deepspeed={str(path)!r} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"deepspeed={str(path)!r} must hold keys and values, got {content!r}")
+    return content

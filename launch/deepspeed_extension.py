@@ -1,0 +1,74 @@
+"""Builds what DeepSpeed compiles when it starts on a CPU, before ranks are started that would wait for it.
+
+torch compiles extensions under a lock file, and waits for another's lock as long as it is there: if a build was killed, forever. Here the
+waiting has an end, and a build that is given up is interrupted so that it removes its lock.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from importlib.util import find_spec
+
+from launch import environment
+from launch.errors import ConfigError
+
+__all__ = ["build"]
+
+NAME = "deepspeed_shm_comm"
+TIMEOUT_SECONDS = 300.0  # it takes about a minute on 2 cores
+PATIENCE_SECONDS = 10.0  # with an interrupted build
+# What a rank does when it starts, by itself. The first argument is a file that does not exist.
+START = """
+import sys, deepspeed
+deepspeed.init_distributed("gloo", auto_mpi_discovery=False, init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
+"""
+
+
+def build(device: str = "cpu", timeout: float = TIMEOUT_SECONDS) -> None:
+    """Build the extension unless it is there, and set the variables by which DeepSpeed in this process and its children finds it.
+
+    Args:
+        device: what DeepSpeed will run on, "cpu" or "cuda", for which nothing is built.
+        timeout: in seconds.
+
+    Raises:
+        ConfigError: DeepSpeed is not installed, cannot compile, or has not finished in time; then names the lock file, if there is one.
+    """
+    if find_spec("deepspeed") is None:
+        raise ConfigError("sharding='deepspeed' needs DeepSpeed, which is not installed; run pip install 'sharded-optim[deepspeed]'")
+    folder = environment.prepare_for_deepspeed(device) / NAME
+    lock = folder / "lock"
+    if device != "cpu" or sys.platform != "linux" or ((folder / f"{NAME}.so").exists() and not lock.exists()):
+        return
+    print("waiting for an extension that DeepSpeed compiles once, in about a minute", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as store:
+        # In a session of its own, so that the whole build can be interrupted, and Ctrl-C reaches it by way of this process only.
+        command = [sys.executable, "-c", START, f"{store}/store"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            _interrupt(process)
+            remedy = f"if nothing else is compiling it, remove {lock}" if lock.exists() else "start again"
+            raise ConfigError(f"DeepSpeed's extension was not compiled within {timeout:g} s; {remedy}") from None
+        except BaseException:
+            _interrupt(process)
+            raise
+    if process.returncode:
+        raise ConfigError(f"DeepSpeed cannot compile its extension, for which it needs a C++ compiler and ninja:\n{output[-2000:]}")
+
+
+def _interrupt(process: subprocess.Popen[str]) -> None:
+    for each in (signal.SIGINT, signal.SIGKILL):  # as from the keyboard first: torch then removes a lock of its own
+        try:
+            os.killpg(process.pid, each)
+            process.communicate(timeout=PATIENCE_SECONDS)
+        except subprocess.TimeoutExpired:
+            continue
+        except ProcessLookupError:
+            pass
+        return

@@ -1,0 +1,41 @@
+"""The job's optimizer, and the schedule of its learning rate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+
+import sharded_optim as so
+from launch.config import OptimizerConfig
+
+__all__ = ["build_optimizer", "build_schedule"]
+
+WARMUP_START = 0.01  # of the peak learning rate: a first step at 0 would be wasted
+
+
+def build_optimizer(
+    named_parameters: Iterable[tuple[str, Tensor]],
+    config: OptimizerConfig,
+    dimensions: Mapping[str, int],  # of the whole tensors by name: wrappers flatten parameters
+    **options: Any,  # of the optimizer that depend on the sharding
+) -> torch.optim.Optimizer:
+    """The optimizer by its name, with two param groups. Gradients are not clipped: StableAdamW clips its own updates, per tensor."""
+    named = list(named_parameters)  # with names, which its errors and metrics then use
+    matrices = [(name, param) for name, param in named if dimensions[name] >= 2]
+    gains = [(name, param) for name, param in named if dimensions[name] < 2]  # of norms: decay would pull them from 1 to 0
+    # What the config leaves open is the optimizer's own default.
+    given: dict[str, Any] = {key: value for key, value in config.model_dump().items() if key != "name" and value is not None}
+    return getattr(so, config.name)([{"params": matrices}, {"params": gains, "weight_decay": 0.0}], **given, **options)
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, warmup_steps: int, steps: int) -> LRScheduler:
+    """Linear warm-up to the optimizer's lr, then half a cosine down to 0 after the last step."""
+    decay = CosineAnnealingLR(optimizer, T_max=steps - warmup_steps)
+    if warmup_steps == 0:
+        return decay
+    warmup = LinearLR(optimizer, start_factor=WARMUP_START, total_iters=warmup_steps)
+    return SequentialLR(optimizer, [warmup, decay], milestones=[warmup_steps])
