@@ -406,7 +406,7 @@ class Engine(StatefulOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "_statistic" in state:  # unpickling or copying; torch also calls this with the loaded state and groups alone
+        if "_statistic" in state:
             self._process_group = None
             self._forget_layouts()
 

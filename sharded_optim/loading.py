@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sharded_optim.algorithms import Choose
 from sharded_optim.formats import KAHAN_COMP
+from sharded_optim.param_groups import named_params
 from sharded_optim.state import STEP, zeros
 
 __all__ = ["Dtypes", "check_family", "check_sizes", "check_state", "restore_groups", "restore_state"]
@@ -24,11 +25,10 @@ Dtypes = Callable[[Tensor, Mapping[str, Any]], dict[str, torch.dtype]]
 def _saved_states(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> list[tuple[Tensor, str, dict[str, Any], dict[str, Any]]]:
     """(parameter, its name, its group, its saved state) for every saved state that belongs to a parameter of `groups`."""
     found = []
-    for group, saved in zip(groups, state_dict["param_groups"], strict=True):
-        names = group.get("param_names") or [None] * len(group["params"])
-        for param, name, key in zip(group["params"], names, saved["params"], strict=True):
+    for index, (group, saved) in enumerate(zip(groups, state_dict["param_groups"], strict=True)):
+        for (param, name), key in zip(named_params(group, index), saved["params"], strict=True):
             if key in state_dict["state"]:
-                found.append((param, name or f"parameter {key}", group, state_dict["state"][key]))
+                found.append((param, name, group, state_dict["state"][key]))
     return found
 
 
@@ -58,22 +58,22 @@ def check_state(groups: list[dict[str, Any]], state_dict: dict[str, Any], dtypes
         for key in (*expected, STEP):
             if key not in state and (strange or key not in algorithm.late | {KAHAN_COMP}):
                 raise ValueError(
-                    f"the saved state of {name} lacks {key!r} (it has {', '.join(map(str, state))}); it is another optimizer's: {WAY_OUT}"
+                    f"the saved state of {name!r} lacks {key!r} (it has {', '.join(map(str, state))}); it is another optimizer's: {WAY_OUT}"
                 )
         if strange:
             raise ValueError(
-                f"the saved state of {name} has {', '.join(sorted(strange))}, of which this optimizer knows nothing; {WAY_OUT}"
+                f"the saved state of {name!r} has {', '.join(sorted(strange))}, of which this optimizer knows nothing; {WAY_OUT}"
             )
         if torch.as_tensor(state[STEP]).numel() != 1:
-            raise ValueError(f"saved {STEP!r} of {name} has shape {tuple(state[STEP].shape)}; it must be one number")
+            raise ValueError(f"saved {STEP!r} of {name!r} has shape {tuple(state[STEP].shape)}; it must be one number")
         for key in (key for key in expected if key in state):
             if getattr(state[key], "placements", None) != getattr(param, "placements", None):
                 raise ValueError(
-                    f"saved {key!r} of {name} is not sharded like the parameter; load it with set_optimizer_state_dict of "
+                    f"saved {key!r} of {name!r} is not sharded like the parameter; load it with set_optimizer_state_dict of "
                     f"torch.distributed.checkpoint.state_dict, which reshards"
                 )
             if state[key].shape != param.shape:
-                raise ValueError(f"saved {key!r} of {name} has shape {tuple(state[key].shape)}, the parameter {tuple(param.shape)}")
+                raise ValueError(f"saved {key!r} of {name!r} has shape {tuple(state[key].shape)}, the parameter {tuple(param.shape)}")
 
 
 def restore_groups(groups: list[dict[str, Any]], before: list[dict[str, Any]]) -> None:

@@ -41,6 +41,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         layout: FlatLayout | None,
     ) -> None:
         self._choose = algorithm
+        self._lost_layout = False
         self.layout = layout
         self._shapes: dict[int, list[torch.Size]] = {}  # of the parameters that groups were given, by the group's id
         self.state_dtype = state_dtype
@@ -94,6 +95,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: it cannot be optimized, or the optimizer was not told how it is sharded.
         """
+        if self._lost_layout:
+            raise ValueError("this optimizer was copied or unpickled, which cannot take its layout along; set it again")
         if self.layout is None and param.ndim == 1 and type(param) in (Tensor, torch.nn.Parameter):
             given = self._shapes.get(id(group))
             if given is not None and given != [each.shape for each in group["params"]]:
@@ -113,6 +116,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
     @layout.setter
     def layout(self, layout: FlatLayout | None) -> None:
         self._layout = layout
+        self._lost_layout = False
         self._forget_layouts()
 
     def _forget_layouts(self) -> None:
@@ -214,11 +218,12 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("_choose", "state_dtype", "_max_lr")
-        return super().__getstate__() | {name: getattr(self, name) for name in own}
+        lost = {"_lost_layout": self._layout is not None or self._lost_layout}
+        return super().__getstate__() | {name: getattr(self, name) for name in own} | lost
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.state = State(self._new_state, self.state)  # torch makes it a plain dict when it loads
-        if "_choose" in state:  # unpickled or copied, which cannot take the layout's tensors along
-            self.layout = None
+        if "_choose" in state:  # unpickled or copied; torch also calls this with the loaded state and groups alone
+            self._layout = None
             self._shapes = {id(group): [param.shape for param in group["params"]] for group in self.param_groups}

@@ -23,7 +23,10 @@ from torch import Tensor
 
 from benchmarks.given_gradients import Model, Outcome, Shapes, gradients
 
-NEEDS_DEEPSPEED = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed (the extra `deepspeed`)")
+NEEDS_DEEPSPEED = (
+    pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed (the extra `deepspeed`)"),
+    pytest.mark.timeout(400),  # the first test may have to wait for DeepSpeed's extension
+)
 AWKWARD: Shapes = (((7, 3), (7,)), ((1,),), ((5,),), ((33, 17), (33,)), ((3, 5, 2),), ((64, 41), (64,)))
 
 
@@ -96,7 +99,7 @@ def whole(engine: Any, key: str | None = None) -> dict[str, Tensor]:
     wrapper, state, names = engine.optimizer, engine.basic_optimizer.state, engine.param_names
     if hasattr(wrapper, "fp32_partitioned_groups_flat"):
         read = safe_get_full_fp32_param if key is None else partial(safe_get_full_optimizer_state, optim_state_key=key)
-        return {name: read(param).detach().view(param.ds_shape) for param, name in names.items()}
+        return {name: read(param).detach().view(param.ds_shape) for param, name in names.items() if param.requires_grad}
     if hasattr(wrapper, "real_dp_process_group"):
         return gathered(engine, lambda master: master.detach() if key is None else state[master][key])
     if hasattr(wrapper, "fp32_groups"):

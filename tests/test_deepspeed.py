@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import json
+import pickle
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +23,7 @@ from torch import Tensor, nn
 import sharded_optim as so
 from benchmarks.given_gradients import gradients, one_group, two_groups, unsharded
 
-pytestmark = [NEEDS_DEEPSPEED, pytest.mark.filterwarnings("ignore:weight_decay")]
+pytestmark = [*NEEDS_DEEPSPEED, pytest.mark.filterwarnings("ignore:weight_decay")]
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 STEPS = 10
@@ -106,6 +110,53 @@ def check_other_optimizers() -> None:
 
 def test_other_optimizers_gradient_accumulation_and_zero_init() -> None:
     deepspeed_models.run(check_other_optimizers, 2)
+
+
+class Various(nn.Module):
+    """Tied weights, frozen parameters and one that is not used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 7)
+        self.frozen = nn.Linear(7, 7).requires_grad_(False)
+        self.second = nn.Linear(7, 5, bias=False)
+        self.tied = nn.Linear(7, 5, bias=False)
+        self.tied.weight = self.second.weight
+        self.unused = nn.Parameter(torch.ones(9))
+
+    def forward(self, features: Tensor) -> Tensor:
+        hidden = self.first(features)
+        return (self.tied(self.frozen(hidden)) + self.second(hidden)).square().mean()
+
+
+def check_various() -> None:
+    outcomes = []
+    for stage in (0, 1, 2, 3):
+        torch.manual_seed(0)
+        own = Various()
+        optimizer = STABLE([(name, param) for name, param in own.named_parameters() if name != "unused" or stage])
+        engine, *_ = so.deepspeed.initialize(model=own, optimizer=optimizer, config=config_of(stage))
+        for step in range(4):
+            engine.backward(engine(torch.randn(4, 5, generator=torch.Generator().manual_seed(step))))
+            engine.step()
+        values = whole(engine) if stage else {name: param.detach().clone() for name, param in own.named_parameters()}
+        outcomes.append({name: values[name] for name in ("first.weight", "first.bias", "second.weight")})
+        found = {name for name in optimizer.metrics() if name.startswith("rms/")}
+        # A partition has zeros for the gradient that is missing.
+        assert found == {f"rms/{name}" for name in (*outcomes[0], *(["unused"] if stage else []))}
+        copied = pickle.loads(pickle.dumps(optimizer))
+        copied.param_groups = [{**group, "params": [nn.Parameter(torch.ones(3))]} for group in copied.param_groups]
+        with pytest.raises(ValueError, match="copied or unpickled, which cannot take its layout along"):
+            copied.step()
+        engine.destroy()
+    for outcome in outcomes[1:]:
+        for name, value in outcome.items():
+            torch.testing.assert_close(value, outcomes[0][name], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_tied_frozen_and_unused_parameters(world_size: int) -> None:
+    deepspeed_models.run(check_various, world_size)
 
 
 def check_clipping_and_scaling() -> None:
@@ -261,6 +312,19 @@ def check_configs() -> None:
         assert loader is schedule is None
         train(engine, 1, 3)
         assert_equal(engine, outcome, name)
+        engine.destroy()
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:  # as arguments have it, with a scheduler, and param groups beside it
+        named = {"optimizer": {"type": "sharded_optim.AdamW", "params": {"lr": 1e-2}}}
+        scheduler = {"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-2, "warmup_num_steps": 2}}}
+        json.dump(config_of(2, top=named | scheduler), file)
+        file.flush()
+        arguments = argparse.Namespace(deepspeed_config=file.name, local_rank=dist.get_rank())
+        own = model()
+        engine, *_, schedule = so.deepspeed.initialize(arguments, own, model_parameters=two_groups(own))
+        assert arguments.deepspeed_config == file.name
+        train(engine, 1, 3)
+        assert schedule.get_last_lr() == [1e-2, 1e-2]
+        assert [group["weight_decay"] for group in engine.basic_optimizer.param_groups] == [1e-2, 0.0]
         engine.destroy()
     own = model()
     config = config_of(2, top={"optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}}})

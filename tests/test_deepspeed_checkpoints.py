@@ -17,7 +17,7 @@ from deepspeed_models import AWKWARD, NEEDS_DEEPSPEED, assert_equal, config_of, 
 import sharded_optim as so
 from benchmarks.given_gradients import one_group, two_groups, unsharded
 
-pytestmark = [NEEDS_DEEPSPEED, pytest.mark.filterwarnings("ignore:weight_decay")]
+pytestmark = [*NEEDS_DEEPSPEED, pytest.mark.filterwarnings("ignore:weight_decay")]
 
 BEFORE, AFTER = 4, 4  # steps; the spikes are at 3, 6 and 8
 MAKERS = {"AdamW": partial(so.AdamW, lr=1e-2, weight_decay=0.1), "StableAdamW": partial(so.StableAdamW, lr=1e-2, weight_decay=0.1)}
@@ -42,8 +42,10 @@ TO_FP32 = [label for label in UNIVERSAL if "BF16_Optimizer" not in label]
 def engine_of(label: str, **top: Any) -> Any:
     optimizer, stage, dtype, options, groups = CELLS[label]
     own = model()
+    names = {param: name for name, param in own.named_parameters()}
+    named = [group | {"params": [(names[param], param) for param in group["params"]]} for group in groups(own)]
     options = {**options, "top": {**options.get("top", {}), **top}}
-    engine, *_ = so.deepspeed.initialize(model=own, optimizer=MAKERS[optimizer](groups(own)), config=config_of(stage, dtype, **options))
+    engine, *_ = so.deepspeed.initialize(model=own, optimizer=MAKERS[optimizer](named), config=config_of(stage, dtype, **options))
     return engine
 
 

@@ -56,6 +56,7 @@ FLOORS = {
 SEEN = {("statistics", "sharding"), ("noise", "segment")}
 SEEN |= {
     ("loading", "state"),
+    ("loading", "param_groups"),
     ("foreign_state", "state"),
     ("foreign_state", "param_groups"),
     ("layouts", "param_groups"),

@@ -144,7 +144,7 @@ def test_load_is_all_or_nothing_and_names_what_does_not_fit() -> None:
     before = copy.deepcopy(optimizer.state_dict())
     for spoil, words in (
         (lambda s: s["state"][2].pop("exp_avg_sq"), "2.weight.*lacks 'exp_avg_sq'"),
-        (lambda s: s["state"][1].update(exp_avg=torch.zeros(3)), r"0.bias has shape \(3,\), the parameter \(7,\)"),
+        (lambda s: s["state"][1].update(exp_avg=torch.zeros(3)), r"0.bias. has shape \(3,\), the parameter \(7,\)"),
         (lambda s: s["param_groups"].append({"params": []}), r"groups of \[4, 0\] parameters, the optimizer of \[4\]"),
     ):
         saved = copy.deepcopy(before)
@@ -164,7 +164,7 @@ def test_a_state_dict_with_a_step_that_is_no_number_changes_nothing() -> None:
     saved = copy.deepcopy(optimizer.state_dict())
     saved["state"][3]["step"] = torch.zeros(2)
     saved["param_groups"][0]["lr"] = 0.5
-    with pytest.raises(ValueError, match=r"saved 'step' of parameter 3 has shape \(2,\)"):
+    with pytest.raises(ValueError, match=r"saved 'step' of 'param_groups\[0\]\.params\[3\]' has shape \(2,\)"):
         optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0]["lr"] == 1e-2
 
