@@ -172,12 +172,14 @@ class Batch:
     def _take_counters_home(self, optimizer: StatefulOptimizer, state: Sequence[dict[str, Any]]) -> None:
         """Make the step counters of all parameters views of one tensor, which is read and written at once."""
         counters = [torch.as_tensor(values[STEP]) for values in state]
-        # DeepSpeed loads a Universal checkpoint of ZeRO-3 by giving one counter to all parameters, each of which would then count.
-        users = Counter(id(values.get(STEP)) for values in optimizer.state.values())
+        users: Counter[int] = Counter()
+        if optimizer.layout is not None and optimizer.layout.in_turns:
+            # DeepSpeed loads a Universal checkpoint of ZeRO-3 by giving one counter to all parameters, each of which would then count.
+            users.update(id(values.get(STEP)) for values in optimizer.state.values())
         self._steps = torch.stack([counter.to(self.device, torch.float32).reshape(()) for counter in counters])
         for values, counter, home in zip(state, counters, self._steps.unbind(), strict=True):
             alike = counter.device == home.device and counter.dtype == home.dtype and counter.ndim == 0
-            if counter is values[STEP] and alike and users[id(counter)] == 1:
+            if counter is values[STEP] and alike and users[id(counter)] <= 1:
                 counter.data = home  # who holds the counter sees it move on
             else:
                 users[id(counter)] -= 1

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from copy import copy
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from sharded_optim import optimizers
 from sharded_optim.engine import Engine
@@ -57,10 +57,12 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     if isinstance(named, dict) and _is_own(named.get("type")):
         del config["optimizer"]  # of which DeepSpeed knows nothing
         if given.get("optimizer") is None:
-            given["optimizer"] = _maker(named["type"], named.get("params", {}))
+            given["optimizer"] = _maker(named["type"], named.get("params") or {})
+    _check_parameters(given.get("optimizer"), given.get("model"))
     given["config"] = NEEDED | config
     result = deepspeed.initialize(*call.args, **call.kwargs)
-    attach(result[0])
+    if result[0].basic_optimizer is not None:  # without one an engine infers
+        _attach(result[0])
     return result
 
 
@@ -78,6 +80,10 @@ def attach(engine: Any) -> None:
     Warns:
         UserWarning: `gradient_clipping` is not in the config, which means 1.0 to DeepSpeed.
     """
+    _attach(engine)
+
+
+def _attach(engine: Any) -> None:
     problem = layout = None
     try:
         problem = next(_problems(engine), None)
@@ -96,7 +102,7 @@ def attach(engine: Any) -> None:
             f"gradient_clipping is not in the DeepSpeed config, and its default clips gradients to a norm of {engine.gradient_clipping()}; "
             f"say what you want: 0 for none",
             UserWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
 
 
@@ -111,6 +117,9 @@ def _problems(engine: Any) -> Iterator[str]:
     if not OLDEST <= version < NEXT:
         yield f"DeepSpeed {deepspeed.__version__} keeps its layout in ways that were not tried; install deepspeed{VERSIONS}"
     optimizer, wrapper = engine.basic_optimizer, engine.optimizer
+    if optimizer is None:
+        yield "the engine has no optimizer; give deepspeed.initialize one of sharded_optim"
+        return
     if not isinstance(optimizer, Engine):
         yield (
             f"the base optimizer is {sharding.qualified_name(optimizer)}; pass one of sharded_optim as optimizer=, or "
@@ -167,7 +176,28 @@ def _is_own(name: Any) -> bool:
     return name in OWN_TYPES or (isinstance(name, str) and name.removeprefix(PREFIX) in optimizers.__all__ and name.startswith(PREFIX))
 
 
-def _maker(name: str, params: dict[str, Any]) -> Callable[[Iterable[Tensor]], Engine]:
+def _maker(name: str, hyperparameters: dict[str, Any]) -> Callable[[list[Any]], Engine]:
     """What makes the optimizer that a DeepSpeed config names."""
-    make: type[Engine] = getattr(optimizers, name.removeprefix(PREFIX))
-    return lambda parameters: make(parameters, **params)  # pyright: ignore[reportCallIssue]
+    kind: Callable[..., Engine] = getattr(optimizers, name.removeprefix(PREFIX))
+
+    def make(parameters: list[Any]) -> Engine:
+        from deepspeed.moe.utils import configure_moe_param_groups, is_moe_param
+
+        tensors = [tensor for each in parameters for tensor in (each["params"] if isinstance(each, dict) else [each])]
+        if any(map(is_moe_param, tensors)):  # as DeepSpeed does for its own
+            parameters = configure_moe_param_groups(parameters) or parameters
+        return kind(parameters, **hyperparameters)
+
+    return make
+
+
+def _check_parameters(optimizer: Any, model: Any) -> None:
+    """Raise ValueError for parameters that are not the model's, on every rank: of DeepSpeed's, only rank 0 would."""
+    if isinstance(optimizer, Engine) and isinstance(model, nn.Module):
+        known = set(model.parameters())
+        strangers = [param for group in optimizer.param_groups for param in group["params"] if param not in known]
+        if strangers:
+            raise ValueError(
+                f"the optimizer has a parameter of shape {tuple(strangers[0].shape)} that is not the model's, and DeepSpeed steps those of "
+                f"its model alone; make it a parameter of the model"
+            )

@@ -285,7 +285,8 @@ class Engine(StatefulOptimizer):
         return None if scale is None else scale.to(device).double().reciprocal().float().reshape(())
 
     def _is_allocation_step(self) -> bool:
-        return not self.state and called_to_allocate()
+        has_state = any(group["params"][0] in self.state for group in self.param_groups if group["params"])
+        return not has_state and called_to_allocate()
 
     # --------------------------------------------------------------------------------------------------------------- all ranks
 
@@ -329,7 +330,10 @@ class Engine(StatefulOptimizer):
 
     @property
     def skipped_steps(self) -> int:
-        """How many steps did not happen because a gradient was not finite. Waits for the device."""
+        """How many steps did not happen because a gradient was not finite. Waits for the device.
+
+        DeepSpeed's ZeRO steps each param group, or sub-group, by itself, and each counts; steps that DeepSpeed skips do not.
+        """
         return int(self._skipped)
 
     def _count_skipped(self, skipped: int | Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from sharded_optim.sharding import FlatLayout, LocalParam, describe
 from sharded_optim.state import STEP, State, new_state, zeros
 
 __all__ = ["StatefulOptimizer"]
+
+
+Given = list[tuple[ref[Tensor], torch.Size]]  # the parameters that a group was given, and their shapes
 
 
 class StatefulOptimizer(torch.optim.Optimizer):
@@ -43,7 +47,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         self._choose = algorithm
         self._lost_layout = False
         self.layout = layout
-        self._shapes: dict[int, list[torch.Size]] = {}  # of the parameters that groups were given, by the group's id
+        self._given: dict[int, Given] = {}  # by the group's id
         self.state_dtype = state_dtype
         self._max_lr = None if max_lr is None else param_groups.check_number("max_lr", max_lr)
         self._check_group(defaults, "the optimizer's arguments")
@@ -82,7 +86,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
                     describe(param, name, self.layout)
         super().add_param_group(param_group)
         group = self.param_groups[index]
-        self._shapes[id(group)] = [param.shape for param in group["params"]]
+        self._given[id(group)] = _given(group)
         param_groups.set_reference_lr(group, self._max_lr)
 
     def describe_param(self, param: Tensor, name: str, group: dict[str, Any]) -> LocalParam:
@@ -96,17 +100,25 @@ class StatefulOptimizer(torch.optim.Optimizer):
             ValueError: it cannot be optimized, or the optimizer was not told how it is sharded.
         """
         if self._lost_layout:
-            raise ValueError("this optimizer was copied or unpickled, which cannot take its layout along; set it again")
-        if self.layout is None and param.ndim == 1 and type(param) in (Tensor, torch.nn.Parameter):
-            given = self._shapes.get(id(group))
-            if given is not None and given != [each.shape for each in group["params"]]:
-                raise ValueError(
-                    f"parameter {name!r} of shape {tuple(param.shape)} was put in the place of those that the optimizer was given, as by "
-                    f"wrappers that flatten them, and it does not tell which tensors it holds. Under DeepSpeed call "
-                    f"so.deepspeed.attach(engine) after deepspeed.initialize, or so.deepspeed.initialize instead of it; parameters of your "
-                    f"own go in with add_param_group"
-                )
+            raise ValueError(
+                "this optimizer was copied or unpickled, which cannot take its layout along; set it again: optimizer.layout = "
+                "so.fsdp1_layout(model), or so.deepspeed.attach(engine)"
+            )
+        if self.layout is None and self._stands_for_others(param, group):
+            raise ValueError(
+                f"parameter {name!r} of shape {tuple(param.shape)} was put in the place of those that the optimizer was given, as by "
+                f"wrappers that flatten them, and it does not tell which tensors it holds. Under DeepSpeed call "
+                f"so.deepspeed.attach(engine) after deepspeed.initialize, or so.deepspeed.initialize instead of it; parameters of your "
+                f"own go in with add_param_group"
+            )
         return describe(param, name, self.layout)
+
+    def _stands_for_others(self, param: Tensor, group: dict[str, Any]) -> bool:
+        """Whether a flat tensor is all that is left in a group of others: so DeepSpeed does it, but people who edit groups do not."""
+        given = self._given.get(id(group), [])
+        if len(group["params"]) != 1 or param.ndim != 1 or type(param) not in (Tensor, torch.nn.Parameter):
+            return False
+        return not any(other() is param for other, _ in given) and [shape for _, shape in given] not in ([], [param.shape])
 
     @property
     def layout(self) -> FlatLayout | None:
@@ -187,7 +199,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
             ValueError: the saved state does not fit; nothing was changed.
         """
         before = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
-        given = [self._shapes.get(id(group)) for group in self.param_groups]
+        given = [self._given.get(id(group), []) for group in self.param_groups]
         incoming: dict[str, Any] = {}
 
         def prepare(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
@@ -205,7 +217,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
         def restore(_: torch.optim.Optimizer) -> None:
             loading.restore_groups(self.param_groups, before)
-            self._shapes = {id(group): shapes for group, shapes in zip(self.param_groups, given, strict=True) if shapes is not None}
+            self._given = {id(group): params for group, params in zip(self.param_groups, given, strict=True)}
             loading.restore_state(self, incoming, self._state_dtypes)
 
         # After the users' pre-hooks, which may convert the state dict, and before their post-hooks, which may look at the result.
@@ -226,4 +238,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
         self.state = State(self._new_state, self.state)  # torch makes it a plain dict when it loads
         if "_choose" in state:  # unpickled or copied; torch also calls this with the loaded state and groups alone
             self._layout = None
-            self._shapes = {id(group): [param.shape for param in group["params"]] for group in self.param_groups}
+            self._given = {id(group): _given(group) for group in self.param_groups}
+
+
+def _given(group: Mapping[str, Any]) -> Given:
+    return [(ref(param), param.shape) for param in group["params"]]

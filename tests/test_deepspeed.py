@@ -183,15 +183,34 @@ def check_clipping_and_scaling() -> None:
             engine.step()
             train(engine, 3, 3)
             assert_equal(engine, outcome, f"overflow, stage {stage}")
-    # Without an overflow check of DeepSpeed's, ours keeps a group or sub-group as it was on every rank.
-    outcome = unsharded(STABLE, 2, AWKWARD)
-    for stage in (1, 2, 3):
-        with engine_of(config_of(stage)) as engine:
+    # Where DeepSpeed does not look, a group whose gradients are not finite stays as it was, on every rank.
+    outcome = unsharded(STABLE, 2, AWKWARD, groups=two_groups)
+    unchecked = {"bf16": {"enabled": True, "check_grad_overflow": False}}
+    for stage in (1, 2):
+        with engine_of(config_of(stage, top=unchecked), STABLE, two_groups) as engine:
             train(engine, 1, 2)
-            spoiled = [grad * (float("nan") if dist.get_rank() == 1 else 1.0) for grad in gradients(3, AWKWARD)]
+            steps = count_steps(engine)
+            before = whole(engine)
+            spoiled = [
+                grad * (float("nan") if dist.get_rank() == 1 and name.endswith("bias") else 1.0)
+                for name, grad in zip(engine.param_names.values(), gradients(3, AWKWARD), strict=True)
+            ]
             engine.backward(engine(spoiled))
             engine.step()
-            assert_equal(engine, outcome, f"NaN, stage {stage}")
+            assert len(steps) == 2, "DeepSpeed has not skipped the step itself"
+            after = whole(engine)
+            for name in after:
+                kept = name.endswith("bias")
+                assert torch.equal(after[name], before[name]) == kept, (stage, name)
+                assert not kept or torch.equal(after[name], outcome.params[name]), (stage, name)
+            assert engine.basic_optimizer.skipped_steps == 1
+
+
+def count_steps(engine: Any) -> list[None]:
+    """Grows with each call of the base optimizer's step."""
+    calls: list[None] = []
+    engine.basic_optimizer.register_step_pre_hook(lambda *_: calls.append(None))
+    return calls
 
 
 def test_clipping_loss_scaling_and_skipped_steps() -> None:
@@ -226,9 +245,13 @@ def check_experts() -> None:
         for number, (name, param) in enumerate(own.named_parameters()):  # other experts on the other rank of the expert group
             torch.manual_seed(number + (100 * (dist.get_rank() % 2) if "deepspeed_experts" in name else 0))
             nn.init.normal_(param, std=0.3)
-        groups = split_params_into_different_moe_groups_for_optimizer({"params": list(own.parameters()), "name": "parameters"})
-        optimizer = so.StableAdamW(groups, lr=1e-2, weight_decay=0.1)
-        engine, *_ = so.deepspeed.initialize(model=own, optimizer=optimizer, config=config_of(stage))
+        if stage == 1:
+            groups = split_params_into_different_moe_groups_for_optimizer({"params": list(own.parameters()), "name": "parameters"})
+            engine, *_ = so.deepspeed.initialize(model=own, optimizer=STABLE(groups), config=config_of(stage))
+        else:
+            named = {"type": "StableAdamW", "params": {"lr": 1e-2, "weight_decay": 0.1}}
+            engine, *_ = so.deepspeed.initialize(model=own, config=config_of(stage, top={"optimizer": named}))
+        optimizer = engine.basic_optimizer
         twins = {name: nn.Parameter(value) for name, value in whole(engine).items()}
         reference = so.StableAdamW(
             list(twins.items()), lr=1e-2, weight_decay=0.1, process_group=dist.new_group([dist.get_rank()], use_local_synchronization=True)
@@ -330,6 +353,10 @@ def check_configs() -> None:
     config = config_of(2, top={"optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}}})
     with pytest.raises(ValueError, match=r"all ranks: the base optimizer is torch\.optim\.adamw\.AdamW; pass one of sharded_optim"):
         so.deepspeed.initialize(model=own, config=config)
+    engine, optimizer, *_ = so.deepspeed.initialize(model=own, config=config_of(3))  # to infer
+    assert engine.basic_optimizer is None
+    engine.destroy()
+    own = model()
     with pytest.warns(UserWarning, match=r"gradient_clipping is not in the DeepSpeed config.*norm of 1\.0"):
         so.deepspeed.initialize(model=own, optimizer=STABLE, config={"train_micro_batch_size_per_gpu": 1})
     with warnings.catch_warnings():
@@ -359,6 +386,27 @@ def check_refusals() -> None:
         so.deepspeed.initialize(model=own, optimizer=STABLE(one_group(own)), config=config_of(0, FP16))
     with pytest.raises(ValueError, match=r"gradient_release=True, and DeepSpeed steps after backward"):
         so.deepspeed.initialize(model=own, optimizer=partial(STABLE, gradient_release=True), config=config_of(1))
+
+    stranger = nn.Parameter(torch.ones(2))
+    for stage in (0, 1):
+        with pytest.raises(ValueError, match=r"a parameter of shape \(2,\) that is not the model's.*make it a parameter of the model"):
+            so.deepspeed.initialize(model=own, optimizer=STABLE([*own.parameters(), stranger]), config=config_of(stage))
+    with (
+        engine_of(config_of(1)) as engine,
+        pytest.raises(ValueError, match=r"DeepSpeed takes no parameters later, so give all of them to initialize"),
+    ):
+        engine.basic_optimizer.add_param_group({"params": [stranger]})
+    # An optimizer that has stepped before does not take DeepSpeed's step with zero gradients either.
+    own = model()
+    optimizer = STABLE(one_group(own))
+    for param in own.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    before = [param.detach().bfloat16() for param in own.parameters()]
+    engine, *_ = so.deepspeed.initialize(model=own, optimizer=optimizer, config=config_of(0, BF16))
+    assert all(map(torch.equal, before, own.parameters()))
+    assert all(optimizer.state[param]["step"] == 0 for group in optimizer.param_groups for param in group["params"])
+    engine.destroy()
 
     with engine_of(config_of(3, offload_optimizer={"device": "cpu"})) as engine:
         zero = engine._config.zero_config

@@ -119,6 +119,11 @@ def check_refusals(*, orig: bool) -> None:
     model = wrapped(use_orig_params=orig)
     with pytest.raises(ValueError, match=r"sharded by FullyShardedDataParallel, .*: pass layout=so\.fsdp1_layout\(model\)"):
         STABLE(model.parameters())
+    plain = Model(AWKWARD)
+    early = STABLE(plain.parameters())
+    FullyShardedDataParallel(plain, use_orig_params=True, device_id=CPU)
+    with pytest.raises(ValueError, match=r"sharded by FullyShardedDataParallel"):
+        early.step()
     layout = so.fsdp1_layout(model)
     with pytest.raises(ValueError, match=r"parameter 'own' .*is not one of the FullyShardedDataParallel model.*use_orig_params=True"):
         STABLE([("own", nn.Parameter(torch.ones(3)))], layout=layout)

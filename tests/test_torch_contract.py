@@ -472,3 +472,24 @@ def test_grad_scaler_and_no_gradients_at_all(cls: type) -> None:
     optimizer.found_inf = 0.0
     optimizer.step()
     assert not torch.equal(param.detach(), torch.ones(3))
+
+
+@pytest.mark.parametrize("cls", [so.AdamW, so.StableAdamW])
+def test_groups_may_be_edited(cls: type) -> None:
+    """Freezing takes parameters out of a group, surgery on a model puts others in."""
+    model = make_model()
+    optimizer = cls(model.parameters(), lr=1e-2)
+    take_steps(model, optimizer, range(1))
+    params = optimizer.param_groups[0]["params"]
+    bias = next(param for param in params if param.ndim == 1)
+    params[:] = [param for param in params if param.ndim == 1]
+    take_steps(model, optimizer, range(1, 2))
+    params[:] = [bias]
+    take_steps(model, optimizer, range(2, 3))
+    new = nn.Parameter(torch.ones(11))
+    params.append(new)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert optimizer.state[new]["step"] == 1
+    assert optimizer.state[bias]["step"] == 4

@@ -7,12 +7,12 @@ they are wrong with `round_robin_gradients`: `_hp_mapping` and `_param_slice_map
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from sharded_optim.segment import Segment
 from sharded_optim.sharding.flat import FlatLayout, FlatTensor, pieces_of_range
@@ -21,12 +21,12 @@ from sharded_optim.sharding.layout import Piece
 __all__ = ["EXPERTS", "WRAPPERS", "layout_of", "qualified_name"]
 
 STRANGER = (
-    "is not one that DeepSpeed had given the optimizer when so.deepspeed.attach(engine) was called; call it again after parameters have "
-    "been added or replaced"
+    "is not one that DeepSpeed had given the optimizer when so.deepspeed.attach(engine) was called; DeepSpeed takes no parameters later, "
+    "so give all of them to initialize, or call attach again if it has replaced them"
 )
 EXPERTS = ".deepspeed_experts."  # in a parameter's name, before the number of an expert on this rank
 
-Names = Mapping[Tensor, str]  # of the model's parameters
+Names = dict[Tensor, str]  # of the model's parameters
 Flat = tuple[Tensor, FlatTensor]
 
 
@@ -141,19 +141,23 @@ WRAPPERS: dict[str, Callable[[Any, Names], tuple[Names, Iterator[Flat]]]] = {
 # -------------------------------------------------------------------------------------------------------------------------- names
 
 
-def _names(engine: Any) -> dict[Tensor, str]:
+class _Names(dict[Tensor, str]):
+    def __missing__(self, param: Tensor) -> str:
+        raise ValueError(f"a parameter of shape {tuple(param.shape)} is not the model's; DeepSpeed steps those of its model alone")
+
+
+def _names(engine: Any) -> Names:
     """The names of the model's parameters, with experts numbered over all ranks: on each they are numbered from 0."""
-    experts = {name: module for name, module in engine.module.named_modules() if hasattr(module, "deepspeed_experts")}
-    names = {}
+    names = _Names()
     for param, name in engine.param_names.items():
         owner, mark, rest = name.partition(EXPERTS)
-        names[param] = _expert_name(owner, rest, experts[owner], param) if mark and owner in experts else name
+        names[param] = _expert_name(engine.module.get_submodule(owner), owner, rest, param) if mark else name
     return names
 
 
-def _expert_name(owner: str, rest: str, experts: nn.Module, param: Any) -> str:
+def _expert_name(experts: Any, owner: str, rest: str, param: Any) -> str:
     from deepspeed.utils import groups
 
     number, _, rest = rest.partition(".")
     rank = dist.get_rank(groups._get_expert_parallel_group(param.group_name))
-    return f"{owner}{EXPERTS}{rank * len(experts.deepspeed_experts) + int(number)}.{rest}"  # pyright: ignore[reportArgumentType]
+    return f"{owner}{EXPERTS}{rank * len(experts.deepspeed_experts) + int(number)}.{rest}"
