@@ -92,7 +92,7 @@ def _attach(engine: Any) -> None:
     except Exception as error:  # the other ranks must hear of it before this one raises
         import deepspeed
 
-        problem = f"{error!r} (DeepSpeed {deepspeed.__version__}, supported are {VERSIONS})"
+        problem = f"{error if isinstance(error, ValueError) else repr(error)} (DeepSpeed {deepspeed.__version__}, supported are {VERSIONS})"
     messages = gather_messages(problem, own_process_group(None))
     if messages:
         raise ValueError(f"so.deepspeed.attach: {messages}")

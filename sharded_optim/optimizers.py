@@ -27,8 +27,8 @@ class DecoupledAdamW(Engine):
     A step first multiplies each parameter by (1 - weight_decay * lr / reference_lr). The math is in `algorithms/adam.py`.
 
     Args:
-        params: parameters, named parameters or param groups: ordinary tensors or DTensors (FSDP2, HSDP, tensor parallelism), float32,
-            bfloat16 or float16, any shape.
+        params: parameters, named parameters or param groups: ordinary tensors, DTensors (FSDP2, HSDP, tensor parallelism) or, with
+            `layout`, flattened ones (FSDP1, DeepSpeed); float32, bfloat16 or float16, any shape.
         lr: learning rate; a float or a one-element tensor. The value at construction is the reference of the decay, per group, unless
             `max_lr` is given; if it is 0, the largest lr so far is.
         betas: decay of the moving averages of the gradient and of its square, each in [0, 1).
@@ -102,8 +102,8 @@ class DecoupledSGDW(Engine):
     A step first multiplies each parameter by (1 - weight_decay * lr / reference_lr). The math is in `algorithms/sgd.py`.
 
     Args:
-        params: parameters, named parameters or param groups: ordinary tensors or DTensors (FSDP2, HSDP, tensor parallelism), float32,
-            bfloat16 or float16, any shape.
+        params: parameters, named parameters or param groups: ordinary tensors, DTensors (FSDP2, HSDP, tensor parallelism) or, with
+            `layout`, flattened ones (FSDP1, DeepSpeed); float32, bfloat16 or float16, any shape.
         lr: learning rate; a float or a one-element tensor. The value at construction is the reference of the decay, per group, unless
             `max_lr` is given; if it is 0, the largest lr so far is.
         momentum: decay of the momentum buffer; with 0 there is no buffer.
@@ -175,8 +175,8 @@ class Adam(Engine):
     """Adam with optimi's signature and defaults: weight decay through the gradient (L2) unless decoupled. See `algorithms/adam.py`.
 
     Args:
-        params: parameters, named parameters or param groups: ordinary tensors or DTensors (FSDP2, HSDP, tensor parallelism), float32,
-            bfloat16 or float16, any shape.
+        params: parameters, named parameters or param groups: ordinary tensors, DTensors (FSDP2, HSDP, tensor parallelism) or, with
+            `layout`, flattened ones (FSDP1, DeepSpeed); float32, bfloat16 or float16, any shape.
         lr: learning rate; a float or a one-element tensor.
         betas: decay of the moving averages of the gradient and of its square, each in [0, 1).
         weight_decay: lambda; lambda times the parameter is added to its gradient, or what `decouple_wd` or `decouple_lr` say.
@@ -272,8 +272,8 @@ class AdamW(_OptimiAdamW):
     """AdamW with optimi's signature and defaults. The math is in `algorithms/adam.py`.
 
     Args:
-        params: parameters, named parameters or param groups: ordinary tensors or DTensors (FSDP2, HSDP, tensor parallelism), float32,
-            bfloat16 or float16, any shape.
+        params: parameters, named parameters or param groups: ordinary tensors, DTensors (FSDP2, HSDP, tensor parallelism) or, with
+            `layout`, flattened ones (FSDP1, DeepSpeed); float32, bfloat16 or float16, any shape.
         lr: learning rate; a float or a one-element tensor.
         betas: decay of the moving averages of the gradient and of its square, each in [0, 1).
         weight_decay: lambda; a step multiplies a parameter by (1 - lr * lambda), as in torch, or by what `decay_form` says.
@@ -303,8 +303,9 @@ class StableAdamW(_OptimiAdamW):
     of `process_group` must call `step`, also with no gradient. The math is in `algorithms/stable_adamw.py`.
 
     Args:
-        params: parameters, named parameters or param groups: ordinary tensors or DTensors (FSDP2, HSDP, tensor parallelism), float32,
-            bfloat16 or float16, any shape. Where ranks hold different ordinary tensors (pipeline stages), pass named parameters.
+        params: parameters, named parameters or param groups: ordinary tensors, DTensors (FSDP2, HSDP, tensor parallelism) or, with
+            `layout`, flattened ones (FSDP1, DeepSpeed); float32, bfloat16 or float16, any shape. Where ranks
+            hold different ordinary tensors (pipeline stages), pass named parameters.
         lr: learning rate; a float or a one-element tensor.
         betas: decay of the moving averages of the gradient and of its square, each in [0, 1).
         weight_decay: lambda; a step multiplies a parameter by (1 - lr' * lambda), with the clipped learning rate lr', or by what

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharded_optim.segment import Segment
-from sharded_optim.sharding.flat import FlatLayout, FlatTensor, pieces_of_range
+from sharded_optim.sharding.flat import FlatLayout, FlatTensor, piece_in_range
 from sharded_optim.sharding.layout import Piece
 
 __all__ = ["EXPERTS", "WRAPPERS", "layout_of", "qualified_name"]
@@ -81,19 +81,17 @@ def _partition(names: Names, params: list[Tensor], flat: Tensor, master: Tensor,
     size = master.numel()
     if size * dist.get_world_size(group) != flat.numel():
         raise ValueError(f"DeepSpeed's partition has {size} elements, of {flat.numel()} over {dist.get_world_size(group)} ranks")
-    offset_of = {param: (param.data_ptr() - flat.data_ptr()) // flat.element_size() if param.numel() else 0 for param in params}
-    params = sorted(params, key=offset_of.__getitem__)
-    for param in params:
-        if not 0 <= offset_of[param] <= flat.numel() - param.numel() or not param.is_contiguous():
-            raise ValueError(f"parameter {names[param]!r} does not lie in the flat tensor of DeepSpeed's optimizer wrapper")
     start = dist.get_rank(group) * size
-    pieces = pieces_of_range(
-        [names[param] for param in params], [param.shape for param in params], list(map(offset_of.__getitem__, params)), start, size
-    )
     partition = flat[start : start + size]
-    for piece in pieces:
-        _check_values(piece.segment.name, piece.of(master), piece.of(partition))
-    return master, FlatTensor(numel=size, pieces=pieces)
+    pieces = []
+    for param in sorted(params, key=Tensor.data_ptr):
+        offset = (param.data_ptr() - flat.data_ptr()) // flat.element_size() if param.numel() else 0
+        if not 0 <= offset <= flat.numel() - param.numel() or not param.is_contiguous():
+            raise ValueError(f"parameter {names[param]!r} does not lie in the flat tensor of DeepSpeed's optimizer wrapper")
+        piece = piece_in_range(names[param], param.shape, offset, start, size)
+        _check_values(names[param], piece.of(master), piece.of(partition))
+        pieces.append(piece)
+    return master, FlatTensor.holding(size, pieces)
 
 
 def _stage_3(wrapper: Any, names: Names) -> tuple[Names, Iterator[Flat]]:
@@ -114,14 +112,11 @@ def _sub_group(names: Names, params: list[Any], master: Tensor) -> Flat:
         length = min(size, numel - start)
         piece = Piece(segment=Segment.flat(names[param], param.ds_shape, start, length), offset=offset)
         _check_values(names[param], piece.of(master), param.ds_tensor.flatten()[:length])
-        if length:
-            pieces.append(piece)
+        pieces.append(piece)
         offset += size
     if offset != master.numel():
         raise ValueError(f"DeepSpeed's sub-group has {master.numel()} elements, its parameters {offset}")
-    if not pieces:  # a rank without an element counts its steps like the others
-        pieces = [Piece(segment=Segment.flat(names[params[0]], params[0].ds_shape, 0, 0), offset=0)]
-    return master, FlatTensor(numel=offset, pieces=tuple(pieces))
+    return master, FlatTensor.holding(offset, pieces)
 
 
 def _check_values(name: str, master: Tensor, param: Tensor) -> None:

@@ -6,7 +6,7 @@ and `deepspeed.py`. It is what the optimizers' `layout=` takes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from sharded_optim.sharding import plain
 from sharded_optim.sharding.layout import LocalParam, Piece
 from sharded_optim.sharding.plain import check_dtype_and_layout
 
-__all__ = ["FlatLayout", "FlatTensor", "pieces_of_range"]
+__all__ = ["FlatLayout", "FlatTensor", "piece_in_range"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,12 @@ class FlatTensor:
 
     numel: int  # with padding
     pieces: tuple[Piece, ...]
+
+    @classmethod
+    def holding(cls, numel: int, pieces: Iterable[Piece]) -> FlatTensor:
+        """With those of the pieces that have an element; if none has, with an empty one, so that the rank counts steps like the others."""
+        pieces = tuple(pieces)
+        return cls(numel=numel, pieces=tuple(piece for piece in pieces if piece.segment.numel) or pieces[:1])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -72,25 +78,10 @@ def _describe(param: Tensor, name: str, held: FlatTensor) -> LocalParam:
     return LocalParam(param=param, name=name, pieces=held.pieces, local=local)
 
 
-def pieces_of_range(
-    names: Sequence[str], shapes: Sequence[Sequence[int]], offsets: Sequence[int], start: int, length: int
-) -> tuple[Piece, ...]:
-    """The pieces in elements [start, start + length) of a flat tensor.
-
-    Args:
-        names, shapes: of the tensors that were flattened.
-        offsets: of the first element of each in the whole flat tensor; there may be padding between them.
-        start, length: the range that a rank holds.
-
-    Returns:
-        At least one, if there is a tensor: where the range is all padding, an empty piece.
-    """
-    pieces = []
-    for name, shape, offset in zip(names, shapes, offsets, strict=True):
-        numel = Segment.whole(name, shape).numel
-        first, end = max(start, offset), min(start + length, offset + numel)
-        if first < end:
-            pieces.append(Piece(segment=Segment.flat(name, shape, first - offset, end - first), offset=first - start))
-    if not pieces and names:  # a rank without an element counts its steps like the others
-        pieces = [Piece(segment=Segment.flat(names[0], shapes[0], 0, 0), offset=0)]
-    return tuple(pieces)
+def piece_in_range(name: str, shape: Sequence[int], offset: int, start: int, length: int) -> Piece:
+    """What elements [start, start + length) of a flat tensor, a rank's range, have of a tensor that begins at `offset`; maybe nothing."""
+    numel = Segment.whole(name, shape).numel
+    first, end = max(start, offset), min(start + length, offset + numel)
+    if first >= end:
+        return Piece(segment=Segment.flat(name, shape, 0, 0), offset=0)
+    return Piece(segment=Segment.flat(name, shape, first - offset, end - first), offset=first - start)

@@ -36,12 +36,9 @@ def layout_of(model: nn.Module) -> FlatLayout:
         flat_param = handle.flat_param
         segments = list(_segments(prefix, flat_param))
         if flat_param._params is None:
-            pieces = tuple(
-                Piece(segment=segment, offset=info.offset_in_shard)
-                for segment, info in zip(segments, flat_param._shard_param_infos, strict=True)
-                if info.in_shard
-            )
-            flat[flat_param] = FlatTensor(numel=flat_param._sharded_size.numel(), pieces=pieces or (Piece(segment=segments[0], offset=0),))
+            rows = zip(segments, flat_param._shard_param_infos, strict=True)
+            pieces = [Piece(segment=segment, offset=info.offset_in_shard or 0) for segment, info in rows]
+            flat[flat_param] = FlatTensor.holding(flat_param._sharded_size.numel(), pieces)
         else:
             for param, segment in zip(flat_param._params, segments, strict=True):
                 flat[param] = FlatTensor(numel=segment.numel, pieces=(Piece(segment=segment),))
