@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -67,15 +66,9 @@ def _fsdp2_tp(model: AwkwardModel) -> None:
     fully_shard(model, mesh=mesh["dp"], ignored_params={model.scalar})
 
 
-def _fsdp1(model: AwkwardModel, **options: Any) -> FlatLayout:
-    options |= {"use_orig_params": True, "device_id": torch.device("cpu")}
-    wrapped = FullyShardedDataParallel(model, ignored_states=[model.scalar], **options)
-    return so.fsdp1_layout(wrapped)
-
-
-def _hybrid_fsdp1(model: AwkwardModel) -> FlatLayout:
-    mesh = _mesh("replicate", "shard")
-    return _fsdp1(model, device_mesh=mesh, sharding_strategy=ShardingStrategy.HYBRID_SHARD)
+def _fsdp1(model: AwkwardModel) -> FlatLayout:
+    options = {"use_orig_params": True, "device_id": torch.device("cpu")}
+    return so.fsdp1_layout(FullyShardedDataParallel(model, ignored_states=[model.scalar], **options))
 
 
 WRAPPERS: dict[str, Callable[[AwkwardModel], FlatLayout | None]] = {
@@ -84,7 +77,6 @@ WRAPPERS: dict[str, Callable[[AwkwardModel], FlatLayout | None]] = {
     "hsdp": _hsdp,
     "fsdp2_tp": _fsdp2_tp,
     "fsdp1": _fsdp1,
-    "hybrid_fsdp1": _hybrid_fsdp1,
 }
 
 

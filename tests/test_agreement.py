@@ -44,11 +44,6 @@ def check_collectives(wrappers: list[str]) -> None:
             assert collectives_of(optimizer.step) == expected, wrapper
 
 
-@pytest.mark.parametrize(("world_size", "wrappers"), [(2, ["ddp", "fsdp2"]), (4, ["hsdp", "fsdp2_tp"])])
-def test_a_step_is_one_all_reduce_for_stable_adamw_and_none_for_adamw(world_size: int, wrappers: list[str]) -> None:
-    ranks.run(check_collectives, world_size, wrappers)
-
-
 def snapshot(model: ShardedModel, optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """Clones of all local parameters and state."""
     params = [model.local(param).clone() for param in model.params.values()]
@@ -106,10 +101,17 @@ def check_nonfinite(wrappers: list[str]) -> None:
         assert model.local(model.params["vector"]).isfinite().all()
 
 
+def check_agreement(wrappers: list[str]) -> None:
+    check_collectives(wrappers)
+    check_nonfinite(wrappers)
+
+
 @pytest.mark.parametrize(("world_size", "wrappers"), [(2, ["ddp", "fsdp2"]), (4, ["hsdp", "fsdp2_tp"])])
-def test_a_non_finite_gradient_on_one_rank_skips_or_raises_on_all(world_size: int, wrappers: list[str]) -> None:
-    """Bitwise untouched state and step counters, an error that names rank and tensor, or the whole tensor NaN as if unsharded."""
-    ranks.run(check_nonfinite, world_size, wrappers)
+def test_a_step_is_one_all_reduce_and_happens_on_every_rank_or_on_none(world_size: int, wrappers: list[str]) -> None:
+    """One for StableAdamW, none for AdamW. After a non-finite gradient on one rank: bitwise untouched state and step counters, an error
+    that names rank and tensor, or the whole tensor NaN as if unsharded.
+    """
+    ranks.run(check_agreement, world_size, wrappers)
 
 
 @pytest.mark.parametrize("cls", [so.AdamW, so.StableAdamW])

@@ -7,7 +7,7 @@ import json
 import pickle
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -54,21 +54,22 @@ def engine_of(config: dict[str, Any], make: partial[Any] = STABLE, groups: Any =
 # ------------------------------------------------------------------------------------------------------------------------ the bits
 
 
-def check_bits(variants: list[tuple[partial[Any], Any]]) -> None:
-    expected = {(make, groups): unsharded(make, STEPS, AWKWARD, groups=groups) for make, groups in variants}
+def check_bits() -> None:
+    expected = {make: unsharded(make, STEPS, AWKWARD, groups=two_groups) for make in (STABLE, ADAMW)}
     for stage, dtype, options in CELLS:
-        for (make, groups), outcome in expected.items():
-            with engine_of(config_of(stage, dtype, **options), make, groups) as engine:
-                train(engine, 1, STEPS)
-                assert_equal(engine, outcome, f"stage {stage} {dtype} {options} {make.func.__name__} {groups.__name__}")
+        if dist.get_world_size() > 2 and (stage == 0 or dtype == FP16):
+            continue  # more ranks cut elsewhere, which does not depend on these
+        for make, outcome in expected.items():
+            if make is STABLE or (dist.get_world_size() == 2 and not options):
+                with engine_of(config_of(stage, dtype, **options), make, two_groups) as engine:
+                    train(engine, 1, STEPS)
+                    assert_equal(engine, outcome, f"stage {stage} {dtype} {options} {make.func.__name__}")
 
 
-@pytest.mark.parametrize(
-    ("world_size", "variants"), [(2, [(STABLE, one_group), (STABLE, two_groups), (ADAMW, two_groups)]), (3, [(STABLE, two_groups)])]
-)
-def test_every_stage_dtype_and_option_gives_the_bits_of_the_unsharded_optimizer(world_size: int, variants: list[Any]) -> None:
-    """Parameters, moments and step counters after 10 spiky steps, one and two param groups, also where a stage steps several times."""
-    deepspeed_models.run(check_bits, world_size, variants)
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_every_stage_dtype_and_option_gives_the_bits_of_the_unsharded_optimizer(world_size: int) -> None:
+    """Parameters, moments and step counters after 10 spiky steps, with two param groups, also where a stage steps several times."""
+    deepspeed_models.run(check_bits, world_size)
 
 
 OTHERS = [
@@ -106,10 +107,6 @@ def check_other_optimizers() -> None:
     names = {name.removeprefix("rms/") for name in engine.basic_optimizer.metrics() if name.startswith("rms/")}
     assert names == {name for name, _ in own.named_parameters()}
     engine.destroy()
-
-
-def test_other_optimizers_gradient_accumulation_and_zero_init() -> None:
-    deepspeed_models.run(check_other_optimizers, 2)
 
 
 class Various(nn.Module):
@@ -152,11 +149,6 @@ def check_various() -> None:
     for outcome in outcomes[1:]:
         for name, value in outcome.items():
             torch.testing.assert_close(value, outcomes[0][name], rtol=1e-6, atol=1e-7)
-
-
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_tied_frozen_and_unused_parameters(world_size: int) -> None:
-    deepspeed_models.run(check_various, world_size)
 
 
 def check_clipping_and_scaling() -> None:
@@ -211,10 +203,6 @@ def count_steps(engine: Any) -> list[None]:
     calls: list[None] = []
     engine.basic_optimizer.register_step_pre_hook(lambda *_: calls.append(None))
     return calls
-
-
-def test_clipping_loss_scaling_and_skipped_steps() -> None:
-    deepspeed_models.run(check_clipping_and_scaling, 2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------------- MoE
@@ -317,10 +305,6 @@ def count_collectives(engine: Any) -> list[list[str]]:
     return found
 
 
-def test_a_flat_group_or_sub_group_is_one_all_reduce() -> None:
-    deepspeed_models.run(check_collectives, 2)
-
-
 # ------------------------------------------------------------------------------------------------------------ configs and refusals
 
 
@@ -362,10 +346,6 @@ def check_configs() -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="gradient_clipping")
         so.deepspeed.initialize(model=own, optimizer=STABLE, config=config_of(0))
-
-
-def test_configs_name_the_optimizer() -> None:
-    deepspeed_models.run(check_configs, 2)
 
 
 def check_refusals() -> None:
@@ -439,10 +419,6 @@ def refused(engine: Any, message: str) -> None:
         so.deepspeed.attach(engine)
 
 
-def test_what_would_be_silently_wrong_is_refused_on_all_ranks() -> None:
-    deepspeed_models.run(check_refusals, 2)
-
-
 # ------------------------------------------------------------------------------------------------------------- private attributes
 
 
@@ -469,5 +445,26 @@ def check_private_attributes() -> None:
         refused(engine, "does not lie in the flat tensor of DeepSpeed's optimizer wrapper")
 
 
-def test_a_private_attribute_that_moves_is_refused_by_name() -> None:
-    deepspeed_models.run(check_private_attributes, 2)
+# --------------------------------------------------------------------------------------------------------------------------- spawns
+
+
+def check_all(checks: list[Callable[[], None]]) -> None:
+    """Starting ranks that import DeepSpeed takes longer than most checks."""
+    for check in checks:
+        check()
+
+
+@pytest.mark.parametrize(
+    ("world_size", "checks"),
+    [(2, [check_other_optimizers, check_clipping_and_scaling, check_various, check_collectives]), (1, [check_various])],
+)
+def test_options_of_training(world_size: int, checks: list[Any]) -> None:
+    """Other optimizers, gradient accumulation, zero.Init, clipping, loss scaling, skipped steps, tied, frozen and unused parameters; and
+    a step is one all-reduce for each param group or sub-group.
+    """
+    deepspeed_models.run(check_all, world_size, checks)
+
+
+def test_configs_refusals_and_private_attributes() -> None:
+    """The optimizer named in a config; what would be silently wrong is refused on all ranks; a private attribute that moves, by name."""
+    deepspeed_models.run(check_all, 2, [check_configs, check_refusals, check_private_attributes])

@@ -34,7 +34,7 @@ OPTIMIZERS = {
     "AdamW-cpu-stochastic": partial(so.AdamW, lr=1e-2, stochastic_rounding=True, backend="cpu"),
     "StableAdamW-stochastic": partial(so.StableAdamW, lr=1e-2, decouple_lr=True, stochastic_rounding=True),
 }
-LAYOUTS = {2: ["ddp", "fsdp2", "fsdp1"], 3: ["fsdp2"], 4: ["fsdp2", "hsdp", "fsdp2_tp", "hybrid_fsdp1"]}
+LAYOUTS = {2: ["ddp", "fsdp2", "fsdp1"], 3: ["fsdp2"], 4: ["fsdp2", "hsdp", "fsdp2_tp"]}
 DTYPES = [torch.float32, torch.bfloat16]
 
 pytestmark = pytest.mark.filterwarnings("ignore:weight_decay")
