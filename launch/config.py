@@ -26,7 +26,7 @@ from pydantic import (
 )
 
 from launch import deepspeed_config
-from launch.errors import ConfigError
+from launch.errors import ConfigError, nearest
 
 __all__ = ["Config", "ConfigError", "DataConfig", "ModelConfig", "OptimizerConfig", "from_arguments", "load"]
 
@@ -203,7 +203,7 @@ def _read(path: Path) -> dict[str, Any]:
         values = _parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         others = sorted(other.name for other in path.parent.glob("*.yaml"))
-        raise ConfigError(f"there is no file {path}{_nearest(path.name, others)}") from None
+        raise ConfigError(f"there is no file {path}{nearest(path.name, others)}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     if not isinstance(values, dict):
@@ -245,12 +245,6 @@ def _keys(section: type[BaseModel], prefix: str = "") -> list[str]:
     return names
 
 
-def _nearest(name: str, names: list[str]) -> str:
-    """`; did you mean ...?`, or nothing if no name is near."""
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
 def _nearest_key(key: str) -> str:
     section, _, leaf = key.rpartition(".")
     elsewhere = [name for name in _keys(Config) if name.rpartition(".")[2] == leaf]
@@ -274,4 +268,4 @@ def _explain(problem: dict[str, Any]) -> str:
         return f"{key + ': ' if key else ''}{problem['ctx']['error']}"
     rule = re.sub(r"^\w+ should ", "", problem["msg"])  # Input should be ...
     choices = re.findall(r"'([^']+)'", problem.get("ctx", {}).get("expected", ""))
-    return f"{key}={value!r}: it should {rule}{_nearest(str(value), choices)}"
+    return f"{key}={value!r}: it should {rule}{nearest(str(value), choices)}"

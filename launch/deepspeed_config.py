@@ -6,13 +6,12 @@ DeepSpeed. Knows nothing of DeepSpeed itself, which need not be installed to rea
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from launch.errors import ConfigError
+from launch.errors import ConfigError, nearest
 
 __all__ = ["check", "include"]
 
@@ -96,8 +95,8 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*.json")], n=1, cutoff=0.5)
-        raise ConfigError(f"deepspeed={str(path)!r}: there is no such file{f'; did you mean {near[0]}?' if near else ''}") from None
+        others = sorted(other.name for other in path.parent.glob("*.json"))
+        raise ConfigError(f"deepspeed={str(path)!r}: there is no such file{nearest(path.name, others)}") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"deepspeed={str(path)!r} cannot be read: {error}") from None
     if not isinstance(content, dict):

@@ -310,9 +310,9 @@ class Engine(StatefulOptimizer):
 
     def _forget_reports(self, layout: Layout) -> None:
         """Of what is about to be stepped: all, but what another turn of the same step has left."""
-        stepped = set(map(id, layout.params))
+        stepped = set(map(id, layout.params)) if self._steps_in_turns else None
         for reports in (self._agreements, self._updates):
-            for other in [each for each in reports if not self._steps_in_turns or not stepped.isdisjoint(map(id, each.params))]:
+            for other in [each for each in reports if stepped is None or not stepped.isdisjoint(map(id, each.params))]:
                 del reports[other]
 
     # ----------------------------------------------------------------------------------------------------------------- reports
