@@ -1,7 +1,7 @@
-"""Run a function on spawned gloo ranks.
+"""Run a function on gloo ranks, each a process of its own.
 
-A test calls `run(checks, world_size)`. Starting ranks costs seconds, so a function does several checks. What a rank raises is raised in
-the test, and ranks that hang are ended after `TIMEOUT`.
+A test calls `run(checks, world_size)`. What a rank raises is raised in the test, and ranks that hang are ended after `TIMEOUT`. Ranks are
+forked from a server that has imported what they need and has started no thread: imports alone would take each of them seconds.
 """
 
 from __future__ import annotations
@@ -19,15 +19,29 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 TIMEOUT = 90.0  # seconds for all ranks together
+IMPORTED = (  # by the server; what is not installed is passed over
+    "deepspeed",
+    "numba",
+    "pytest",
+    "sharded_optim",
+    "torch._dynamo",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+)
 
 
 def run(function: Callable[..., None], world_size: int, *args: Any, timeout: float = TIMEOUT) -> None:
     """Call `function(*args)` in `world_size` processes that form the default process group."""
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload([*IMPORTED])
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # which DeepSpeed asks for when it is imported
     with tempfile.TemporaryDirectory() as folder:
         errors = context.SimpleQueue()
         ranks = [
-            context.Process(target=_rank, args=(function, rank, world_size, os.path.join(folder, "store"), errors, args), daemon=True)
+            context.Process(
+                target=_rank, args=(function, rank, world_size, os.path.join(folder, "store"), errors, args, dict(os.environ)), daemon=True
+            )
             for rank in range(world_size)
         ]
         for process in ranks:
@@ -49,7 +63,11 @@ def run(function: Callable[..., None], world_size: int, *args: Any, timeout: flo
     assert not failures, "\n".join(failures)
 
 
-def _rank(function: Callable[..., None], rank: int, world_size: int, store: str, errors: Any, args: tuple[Any, ...]) -> None:
+def _rank(
+    function: Callable[..., None], rank: int, world_size: int, store: str, errors: Any, args: tuple[Any, ...], environment: dict[str, str]
+) -> None:
+    os.environ.clear()
+    os.environ.update(environment)  # the test's: the server has the one in which it was started
     torch.set_num_threads(1)
     try:
         dist.init_process_group(
