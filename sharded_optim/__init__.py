@@ -5,12 +5,14 @@ from sharded_optim.algorithms.weight_decay import convert_weight_decay
 from sharded_optim.gradient_release import prepare_for_gradient_release, remove_gradient_release
 from sharded_optim.model_preparation import fsdp1_layout, param_groups_weight_decay, to_low_precision
 from sharded_optim.optimizers import Adam, AdamW, DecoupledAdamW, DecoupledSGDW, StableAdamW
+from sharded_optim.zero import ShardedOptimizer
 
 __all__ = [
     "Adam",
     "AdamW",
     "DecoupledAdamW",
     "DecoupledSGDW",
+    "ShardedOptimizer",
     "StableAdamW",
     "convert_weight_decay",
     "deepspeed",

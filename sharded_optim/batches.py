@@ -45,6 +45,8 @@ class Batch:
         pieces: what each operand is, and of which local parameter.
         places: where they stand in the layout.
         members: the param groups, each with the rows of its operands: int64 on the operands' device, or None for all.
+        params: of which the operands are.
+        unit: of all of them; see `FlatLayout`.
     """
 
     def __init__(
@@ -54,20 +56,22 @@ class Batch:
         backend: Backend,
         choice: Choice,
         rows: Sequence[tuple[int, LocalParam, Group]],
+        unit: int,
     ) -> None:
+        self.unit = unit
         self.backend = backend
         self.algorithm, fmt = choice
-        self._rows: Sequence[int] = [row for row, _, _ in rows]
+        self.rows: Sequence[int] = [row for row, _, _ in rows]  # of the layout's local parameters
         entries = [entry for _, entry, _ in rows]
-        self._params = [entry.param for entry in entries]
+        self.params = [entry.param for entry in entries]
         owners = [owner for owner, entry in enumerate(entries) for _ in entry.pieces]
         self.pieces = [(entry, piece) for entry in entries for piece in entry.pieces]
         self._groups: Sequence[Group] = [rows[owner][2] for owner in owners]
         cut = _Cut(owners, [piece for _, piece in self.pieces]) if any(piece.offset is not None for _, piece in self.pieces) else None
-        state = [optimizer.state[param] for param in self._params]
+        state = [optimizer.state[param] for param in self.params]
         self._names = (*fmt.extra, *self.algorithm.state)
-        self._param = _Source(entries, "parameter", self._params, cut)
-        self._grad = _Source(entries, GRADIENT, [param.grad for param in self._params], cut)
+        self._param = _Source(entries, "parameter", self.params, cut)
+        self._grad = _Source(entries, GRADIENT, [param.grad for param in self.params], cut)
         self._state = [_Source(entries, "state", [values[name] for values in state], cut) for name in self._names]
         self.operands = Operands(
             segments=[piece.segment for _, piece in self.pieces],
@@ -102,11 +106,11 @@ class Batch:
         """How many each operand has taken: fp32 (operands,)."""
         return self._steps if self._owners is None else self._steps[self._owners]
 
-    def renew(self, grads: Sequence[Tensor | None], optimizer: StatefulOptimizer) -> bool:
+    def renew(self, grads: Sequence[Tensor], optimizer: StatefulOptimizer) -> bool:
         """Take what this step brings.
 
         Args:
-            grads: of all local parameters of the layout.
+            grads: of `params`.
 
         Returns:
             False if it is not like the step before, so that the batch must be built anew.
@@ -118,13 +122,12 @@ class Batch:
             algorithm, fmt = optimizer.choice_of(param, group)
             if algorithm.name != self.algorithm.name or fmt is not self.operands.format:
                 return False
-        taken = [grads[row] for row in self._rows]
-        state: list[Any] = list(map(optimizer.state.get, self._params))
+        state: list[Any] = list(map(optimizer.state.get, self.params))
         try:
             counters, *columns = [list(map(itemgetter(name), state)) for name in (STEP, *self._names)]
         except (KeyError, TypeError):  # state is missing
             return False
-        sources = zip((self._param, self._grad, *self._state), (self._params, taken, *columns), strict=True)
+        sources = zip((self._param, self._grad, *self._state), (self.params, grads, *columns), strict=True)
         if not all(source.renew(tensors) for source, tensors in sources):
             return False
         if not all(map(is_, counters, self._counters)) or not self._counters_are_home():
@@ -135,6 +138,12 @@ class Batch:
         """Let go of gradients and state until the next step, which asks for them anew."""
         for source in (self._grad, *self._state):
             source.column.release()
+
+    def stamp(self) -> tuple[Any, ...]:
+        """Two of these are equal if gradients, state and hyperparameters are the same: as far as torch counts changes of values."""
+        sources = (self._grad, *self._state)
+        found = tuple((tensor.data_ptr(), tensor._version) for source in sources for tensor in source.column.wholes)
+        return found, tuple(self.keys().tolist())
 
     def fixed_point(self, statistic: Statistic | None) -> FixedPoint:
         """How the statistic of each operand is summed; None stands for a statistic that is 0."""
@@ -338,11 +347,28 @@ class Batches:
         self._kept[layout] = kept
         return kept.batches
 
+    def of_unit(self, optimizer: StatefulOptimizer, layout: Layout, unit: int) -> list[Batch]:
+        """The batches of a unit in which a step would find its gradients as they are now; none where that would be others than before.
+
+        Raises:
+            ValueError: a gradient, or state, that cannot be used.
+        """
+        kept = self._kept.get(layout)
+        batches = [] if kept is None else [batch for batch in kept.batches if batch.unit == unit]
+        found = []
+        for batch in batches:
+            grads = list(map(_grad, batch.params))
+            if any(grad is None for grad in grads) or not batch.renew(grads, optimizer):  # type: ignore[arg-type]
+                return []
+            found.append(batch)
+        return found
+
     def forget(self, layout: Layout) -> None:
         """Let go of everything that is kept for a layout, as after a step that failed."""
         self._kept.pop(layout, None)
 
     def _build(self, optimizer: StatefulOptimizer, layout: Layout, groups: Sequence[Group], grads: Sequence[Tensor | None]) -> list[Batch]:
+        units = {} if optimizer.layout is None else optimizer.layout.units
         rows: dict[tuple[Any, ...], list[tuple[int, LocalParam, Group]]] = {}
         choices: dict[tuple[Any, ...], tuple[Backend, Choice]] = {}
         for index, (entry, group, grad) in enumerate(zip(layout.local_params, groups, grads, strict=True)):
@@ -357,10 +383,11 @@ class Batches:
                     )
             dtypes = tuple(tensor.dtype for tensor in (grad, *(state[name] for name in algorithm.state)))
             backend = self._backend_of(optimizer, entry.param, dtypes)
-            key = (entry.param.device, backend.name, algorithm.name, fmt.name, dtypes, None if self._together else id(entry.param))
+            alone = None if self._together else id(entry.param)
+            key = (units.get(entry.param, 0), entry.param.device, backend.name, algorithm.name, fmt.name, dtypes, alone)
             choices[key] = backend, (algorithm, fmt)
             rows.setdefault(key, []).append((index, entry, group))
-        return [Batch(optimizer, layout, *choices[key], each) for key, each in rows.items()]
+        return [Batch(optimizer, layout, *choices[key], rows[key], key[0]) for key in sorted(rows, key=itemgetter(0))]
 
     def _backend_of(self, optimizer: StatefulOptimizer, param: Tensor, dtypes: Sequence[torch.dtype]) -> Backend:
         key = (param.device, frozenset((param.dtype, *dtypes)))
@@ -385,7 +412,7 @@ class _Kept:
         return (
             all(map(is_, groups, self._groups))
             and _absent(grads) == self._absent
-            and all(batch.renew(grads, optimizer) for batch in self.batches)
+            and all(batch.renew([grads[row] for row in batch.rows], optimizer) for batch in self.batches)  # type: ignore[misc]
         )
 
 

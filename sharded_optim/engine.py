@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -28,7 +28,7 @@ from sharded_optim.sharding import FlatLayout, Layout
 from sharded_optim.state import called_to_allocate
 from sharded_optim.stateful import StatefulOptimizer
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "StepListener"]
 
 LEAVE_PARAMS = {"lr": 0.0, "weight_decay": 0.0}  # hyperparameters with which an update writes state alone
 
@@ -40,6 +40,16 @@ class _Observation:
     batches: Sequence[Batch] = ()
     contributions: Sequence[statistics.Contribution] = ()  # of each batch
     failure: Exception | None = None  # or why it brings nothing
+
+
+class StepListener(Protocol):
+    """Hears how far a step is."""
+
+    def updating(self) -> None:
+        """The step happens, as far as the host knows. Not called where it does not."""
+
+    def updated(self, unit: int) -> None:
+        """The parameters of a unit that this rank steps have their new values; see `FlatLayout`. Units come in order."""
 
 
 class Engine(StatefulOptimizer):
@@ -87,6 +97,7 @@ class Engine(StatefulOptimizer):
         self._backend_names = candidates(backend, triton)
         self._foreach = foreach is not False
         self._skipped: int | Tensor = 0
+        self._listener: StepListener | None = None
         defaults = defaults | {"kahan_sum": kahan_sum, "stochastic_rounding": stochastic_rounding, "rounding_seed": int(rounding_seed)}
         super().__init__(params, defaults, algorithm=algorithm, state_dtype=state_dtype or torch.float32, max_lr=max_lr, layout=layout)
         self.process_group = process_group
@@ -132,9 +143,31 @@ class Engine(StatefulOptimizer):
             proceed, lr_scales = self._agree(layout, observation)
             self._update(layout, observation.batches, proceed, lr_scales, accumulate=only is not None and self.optimizer_accumulation)
         finally:
+            self._observed_early.clear()
             for batch in observation.batches:
                 batch.release()
         return loss
+
+    def listen(self, listener: StepListener) -> None:
+        """Tell it of every step from now on."""
+        self._listener = listener
+
+    @torch.no_grad()
+    def observe_unit(self, unit: int) -> None:
+        """Look at the gradients of a unit before the step, as soon as they are complete. No communication.
+
+        The next step of all parameters uses what it found, unless gradients, state or hyperparameters have changed by then.
+        """
+        layout = self._layouts.last if self._agrees else None
+        if layout is None or not layout.describes([param for group in self.param_groups for param in group["params"]]):
+            return
+        try:
+            batches = self._batches.of_unit(self, layout, unit)
+        except ValueError:  # the step says so, on all ranks
+            return
+        for batch in batches:
+            self._observed_early[batch] = batch.stamp(), self._sums(batch)
+            batch.release()
 
     def zero_grad(self, set_to_none: bool = True, param: Tensor | None = None) -> None:
         """As in torch; or of one parameter alone."""
@@ -169,6 +202,13 @@ class Engine(StatefulOptimizer):
             return _Observation(failure=failure)
 
     def _contribution(self, batch: Batch) -> statistics.Contribution:
+        """What this rank brings for the operands of a batch: as it was observed early, where that is still true."""
+        stamp, early = self._observed_early.get(batch, (None, None))
+        if early is not None and getattr(self, "grad_scale", None) is None and stamp == batch.stamp():
+            return early
+        return self._sums(batch)
+
+    def _sums(self, batch: Batch) -> statistics.Contribution:
         """Sum the statistic of each operand, or only see whether its gradient is finite."""
         statistic = self._statistic
         fixed_point = batch.fixed_point(statistic)
@@ -259,7 +299,9 @@ class Engine(StatefulOptimizer):
             proceed = None
         for group in self.param_groups:
             param_groups.learn_reference_lr(group)
-        for batch in batches:
+        if self._listener is not None:
+            self._listener.updating()
+        for number, batch in enumerate(batches, start=1):
             scale = 1.0 if lr_scales is None else _if_one(lr_scales[batch.places.slots.to(lr_scales.device)].to(batch.device))
             members = [({**group, **LEAVE_PARAMS}, rows) for group, rows in batch.members] if accumulate else batch.members
             table = coefficient_table(batch.algorithm.coefficients, members, batch.steps, scale)
@@ -276,6 +318,8 @@ class Engine(StatefulOptimizer):
                     grad_scale=grad_scale,
                 )
             )
+            if self._listener is not None and (number == len(batches) or batches[number].unit != batch.unit):
+                self._listener.updated(batch.unit)
         if proceed is not None:
             self._count_skipped(~proceed)
 
@@ -307,6 +351,7 @@ class Engine(StatefulOptimizer):
         self._updates: dict[Layout, list[metrics.Update]] = {}  # of the last step of each layout, the newest last
         self._reported: dict[str, tuple[Tensor, int]] = {}  # (parameter, which of its pieces) by the name of its metrics
         self._batches = Batches(self._backend_names, together=self._foreach)
+        self._observed_early: dict[Batch, tuple[Any, statistics.Contribution]] = {}  # with its stamp
 
     def _forget_reports(self, layout: Layout) -> None:
         """Of what is about to be stepped: all, but what another turn of the same step has left."""
@@ -412,6 +457,7 @@ class Engine(StatefulOptimizer):
         super().__setstate__(state)
         if "_statistic" in state:
             self._process_group = None
+            self._listener = None
             self._forget_layouts()
 
     def __repr__(self) -> str:

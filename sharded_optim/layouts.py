@@ -56,6 +56,11 @@ class Layouts:
             self._all = layout
         return layout
 
+    @property
+    def last(self) -> Layout | None:
+        """The last that was of all parameters; None before the first."""
+        return self._all
+
     def of_group(self, groups: Groups, *, agree: bool, process_group: dist.ProcessGroup | None) -> Layout:
         """The layout of all parameters of all ranks, also where no step needs one. A collective when it is made."""
         params = _params(groups)

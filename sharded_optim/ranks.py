@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import weakref
 from collections.abc import Sequence
 from datetime import timedelta
@@ -9,7 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-__all__ = ["gather_messages", "join_messages", "own_process_group"]
+__all__ = ["gather_messages", "join_messages", "own_process_group", "raise_together"]
 
 # By the group they mirror. Held weakly: torch.distributed owns groups, and must be the one to end their threads.
 _own_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, weakref.ref[dist.ProcessGroup]] = weakref.WeakKeyDictionary()
@@ -59,6 +60,36 @@ def gather_messages(message: str | None, process_group: dist.ProcessGroup | None
     messages: list[str | None] = [None] * dist.get_world_size(process_group)
     dist.all_gather_object(messages, message, group=process_group)
     return join_messages(messages)
+
+
+def raise_together(failure: Exception | None, description: object, process_group: dist.ProcessGroup | None) -> None:
+    """Raise, on every rank, what went wrong on any. A collective.
+
+    Args:
+        failure: of this rank; None if it has none.
+        description: what must be the same on all ranks that have not failed; anything with a `repr`.
+
+    Raises:
+        ValueError: of what went wrong on which rank, or that the descriptions differ.
+        Exception: `failure` itself, where it is no ValueError.
+    """
+    told: list[tuple[str | None, str]] = [(None, "")]
+    if process_group is not None:
+        digest = hashlib.sha256(repr(description).encode()).hexdigest()
+        message = None if failure is None else str(failure) if isinstance(failure, ValueError) else repr(failure)
+        told = told * dist.get_world_size(process_group)
+        dist.all_gather_object(told, (message, digest), group=process_group)
+    if failure is not None and (process_group is None or not isinstance(failure, ValueError)):
+        raise failure
+    messages = [message for message, _ in told]
+    if any(messages):
+        raise ValueError(join_messages(messages)) from failure
+    if len({digest for _, digest in told}) > 1:
+        ranks = [rank for rank, (_, digest) in enumerate(told) if digest != told[0][1]]
+        raise ValueError(
+            f"rank {ranks[0]} has other parameters (names, shapes, dtypes, order) or options than rank 0; build the same model and "
+            f"optimizer on every rank"
+        )
 
 
 def join_messages(messages: Sequence[str | None]) -> str:

@@ -12,11 +12,11 @@ import sys
 from torch import Tensor
 
 from sharded_optim.sharding import plain
-from sharded_optim.sharding.flat import FlatLayout
+from sharded_optim.sharding.flat import FlatLayout, FlatTensor
 from sharded_optim.sharding.layout import Layout, LocalParam, Piece
 from sharded_optim.sharding.plain import check_memory
 
-__all__ = ["FlatLayout", "Layout", "LocalParam", "Piece", "check_memory", "describe"]
+__all__ = ["FlatLayout", "FlatTensor", "Layout", "LocalParam", "Piece", "check_memory", "describe"]
 
 
 def describe(param: Tensor, name: str, flat_layout: FlatLayout | None = None) -> LocalParam:

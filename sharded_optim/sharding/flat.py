@@ -7,7 +7,7 @@ and `deepspeed.py`. It is what the optimizers' `layout=` takes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -43,12 +43,15 @@ class FlatLayout:
         whole: the names of the parameters that it leaves as they are.
         stranger: why a tensor that is neither cannot be stepped, and the way out.
         in_turns: whether the wrapper takes a step by several calls of the optimizer, each with some of the tensors in its param groups.
+        units: numbers of the tensors whose gradients come together. Those of a unit are stepped by calls of their own, the units in the
+            order of their numbers. What has none is of unit 0.
     """
 
     flat: Mapping[Tensor, FlatTensor]
     whole: Mapping[Tensor, str]
     stranger: str
     in_turns: bool = False
+    units: Mapping[Tensor, int] = field(default_factory=dict)
 
     def describe(self, param: Tensor, name: str) -> LocalParam:
         """As `sharding.describe`."""

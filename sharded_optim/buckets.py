@@ -1,0 +1,83 @@
+"""Flat buckets: where tensors lie in memory when they are laid end to end and cut into equal shards, one for each rank.
+
+Arithmetic on sizes alone. Used by `zero.py`, which allocates and communicates bucket by bucket, and by `plan.py`, which tells beforehand
+what that takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+__all__ = ["ALIGNMENT", "IN_FLIGHT", "BucketPlan", "Size", "default_bucket_bytes", "plan_buckets"]
+
+ALIGNMENT = 64  # bytes, to which shards are aligned: a cache line, and all that vector loads ask for
+SMALLEST_DEFAULT = 25 * 2**20  # bytes, as DistributedDataParallel's
+IN_FLIGHT = 2  # buckets whose gradients are being reduced at a time; full ones are in memory so long
+LEAST_SHARD = 2**16  # bytes of a bucket for each rank: its one pad, less than ALIGNMENT for each rank, is then under 0.1 % of it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """What a plan has to know of a tensor."""
+
+    numel: int
+    itemsize: int  # bytes of an element
+    kind: Hashable = None  # only tensors of one kind share a bucket: its dtype and device
+
+
+@dataclass(frozen=True, kw_only=True)
+class BucketPlan:
+    """Tensors that lie end to end in one flat buffer."""
+
+    members: tuple[int, ...]  # which of the tensors, in the order of memory
+    offsets: tuple[int, ...]  # of their first elements
+    numel: int  # with the one pad at the end; a multiple of the number of shards
+    itemsize: int
+
+
+def default_bucket_bytes(shards: int) -> int:
+    """How large a bucket is where nobody has said: 25 MiB, and more on more than 400 ranks."""
+    return max(SMALLEST_DEFAULT, LEAST_SHARD * shards)
+
+
+def plan_buckets(sizes: Sequence[Size], shards: int, bucket_bytes: int) -> list[BucketPlan]:
+    """Fill buckets with tensors from the last to the first: backward completes their gradients in about that order.
+
+    A bucket is closed when the next tensor would make it larger than `bucket_bytes`; a tensor that is larger has one of its own. In a
+    bucket, tensors whose sizes are multiples of ALIGNMENT come first, so that all of those stay aligned.
+
+    Args:
+        sizes: of the tensors, in the order of their use in the forward pass.
+        shards: into how many equal parts each bucket is cut.
+        bucket_bytes: how large a bucket may become.
+
+    Returns:
+        The buckets, in the order in which their last tensors come.
+    """
+    open_buckets: dict[Hashable, list[int]] = {}
+    held: dict[Hashable, int] = {}  # bytes in them
+    closed: list[list[int]] = []
+    for index in reversed(range(len(sizes))):
+        size = sizes[index]
+        bucket = open_buckets.setdefault(size.kind, [])
+        added = size.numel * size.itemsize
+        if bucket and held[size.kind] + added > bucket_bytes:
+            closed.append(bucket)
+            bucket = open_buckets[size.kind] = []
+        held[size.kind] = added + (held[size.kind] if bucket else 0)
+        bucket.append(index)
+    closed += open_buckets.values()
+    closed.sort(key=lambda bucket: -bucket[-1])  # the last tensor to come has the lowest index
+    return [_laid_out(bucket, sizes, shards) for bucket in closed]
+
+
+def _laid_out(bucket: list[int], sizes: Sequence[Size], shards: int) -> BucketPlan:
+    itemsize = sizes[bucket[0]].itemsize
+    members = sorted(bucket, key=lambda index: sizes[index].numel * itemsize % ALIGNMENT != 0)
+    offsets, end = [], 0
+    for index in members:
+        offsets.append(end)
+        end += sizes[index].numel
+    unit = shards * (ALIGNMENT // itemsize)
+    return BucketPlan(members=tuple(members), offsets=tuple(offsets), numel=-(-end // unit) * unit, itemsize=itemsize)

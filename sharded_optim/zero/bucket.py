@@ -1,0 +1,164 @@
+"""The memory of a bucket: the parameters that lie in it, and this rank's shard of their masters and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from sharded_optim import memory
+from sharded_optim.buckets import BucketPlan
+from sharded_optim.zero.transfers import Transfer
+
+__all__ = ["Bucket", "Home", "Kind"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """What the tensors of a bucket have in common."""
+
+    dtype: torch.dtype
+    device: torch.device
+    has_masters: bool  # float32 copies of this rank's shard, which the optimizer steps instead of it
+
+
+@dataclass(kw_only=True, eq=False)
+class Home:
+    """Where a parameter lies, and what this rank's shard has of it.
+
+    Attributes:
+        param: the model's.
+        name: in errors and metrics.
+        kind: of its bucket.
+        bucket, offset: the bucket, and of its elements the parameter's first.
+        shape: of the parameter.
+        start, numel: which of the parameter's own elements are in this rank's shard: [start, start + numel).
+        local: what the optimizer steps of it: (numel,); None where this rank has nothing to step.
+        version: of the parameter's values, as torch counts their changes, when its master was last equal.
+    """
+
+    param: Tensor
+    name: str
+    kind: Kind
+    bucket: Bucket = field(init=False)
+    offset: int = field(init=False)
+    start: int = field(init=False)
+    numel: int = field(init=False)
+    shape: torch.Size = field(init=False)
+    local: nn.Parameter | None = None
+    version: int = -1
+
+    def __post_init__(self) -> None:
+        self.shape = self.param.shape
+
+    @property
+    def whole_in_bucket(self) -> slice:
+        return slice(self.offset, self.offset + self.param.numel())
+
+    @property
+    def in_shard(self) -> slice:
+        """Its place in the buffers of this rank's shard."""
+        first = self.offset + self.start - self.bucket.first
+        return slice(first, first + self.numel)
+
+    def of_shard(self, whole: Tensor) -> Tensor:
+        """This rank's part of a tensor that is shaped like the parameter, flat; a view where that is contiguous."""
+        return whole.detach().reshape(-1)[self.start : self.start + self.numel]
+
+    @cached_property
+    def grad(self) -> Tensor:
+        """This rank's part of the averaged gradient, (numel,): a view of the bucket's, in the dtype of what is stepped."""
+        return self.bucket.grads[self.in_shard]
+
+
+class Bucket:
+    """Parameters that lie end to end in one flat buffer, of which each rank steps a shard.
+
+    Args:
+        plan: where they lie.
+        homes: all that were planned; this takes its own.
+        number: of the bucket, in the order in which gradients are reduced.
+        shards, rank: how many there are, and which is this rank's.
+
+    Attributes:
+        values: of the parameters: (numel,) in their dtype.
+        has_gradient: whether `grads` has the average of a backward pass.
+        gathering: the transfer that brings the other ranks' shards of `values`, until it was waited for.
+        contents: the gradients of a backward pass as they come, until they are reduced: (numel,); None before the first.
+        is_scaled: whether they are divided by the number of ranks already.
+    """
+
+    def __init__(self, plan: BucketPlan, homes: Sequence[Home], *, number: int, shards: int, rank: int) -> None:
+        self.number = number
+        self.homes = [homes[member] for member in plan.members]
+        self.numel = plan.numel
+        self.kind = self.homes[0].kind
+        self.shard_numel = plan.numel // shards
+        self.first = rank * self.shard_numel
+        self.values = _zeros(self.numel, self.kind.dtype, self.kind.device)
+        for home, offset in zip(self.homes, plan.offsets, strict=True):
+            first = max(offset, self.first)
+            end = min(offset + home.param.numel(), self.first + self.shard_numel)
+            home.bucket, home.offset = self, offset
+            home.start, home.numel = (first - offset, end - first) if first < end else (0, 0)
+            self.bring_home(home)
+        self.masters = _zeros(self.shard_numel, torch.float32, self.kind.device) if self.kind.has_masters else None
+        self.gathering: Transfer | None = None
+        self.has_gradient = False
+        self.contents: Tensor | None = None
+        self.is_scaled = True
+        self._filled_numel = sum(home.param.numel() for home in self.homes)
+
+    @property
+    def shard(self) -> Tensor:
+        """This rank's part of `values`."""
+        return self.values[self.first : self.first + self.shard_numel]
+
+    @cached_property
+    def grads(self) -> Tensor:
+        """This rank's shard of the averaged gradients, (shard_numel,): float32 with masters, else in the parameters' dtype."""
+        dtype = torch.float32 if self.kind.has_masters else self.kind.dtype
+        return _zeros(self.shard_numel, dtype, self.kind.device)
+
+    @property
+    def named(self) -> str:
+        """For error messages."""
+        return f"the bucket that begins with {self.homes[0].name!r}"
+
+    @property
+    def pad(self) -> slice:
+        """Elements of no parameter."""
+        return slice(self._filled_numel, self.numel)
+
+    def bring_home(self, home: Home) -> None:
+        """Put the values of a parameter where they belong, and the parameter there."""
+        place = self.values[home.whole_in_bucket].view(home.param.shape)
+        place.copy_(home.param.detach())
+        home.param.data = place
+
+    def is_home(self, home: Home) -> bool:
+        """Whether nobody has given the parameter other memory."""
+        return home.param.data_ptr() == self.values.data_ptr() + home.offset * self.values.element_size() or not home.param.numel()
+
+    def stepped_memory(self, home: Home) -> Tensor:
+        """What the optimizer steps of a parameter: (numel,)."""
+        return (self.shard if self.masters is None else self.masters)[home.in_shard]
+
+    def renew_masters(self, home: Home) -> None:
+        """Take the parameter's values, where somebody has written to it, as the masters'."""
+        if self.masters is not None:
+            master, value = self.masters[home.in_shard], self.shard[home.in_shard]
+            master.copy_(torch.where(master.to(value.dtype) == value, master, value.float()))
+
+    def round_masters(self) -> None:
+        """Write this rank's shard of the parameters from its masters."""
+        if self.masters is not None:
+            self.shard.copy_(self.masters)
+
+
+def _zeros(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On a CPU on large pages."""
+    return memory.zeros(numel, dtype) if device.type == "cpu" else torch.zeros(numel, dtype=dtype, device=device)

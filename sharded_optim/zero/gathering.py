@@ -1,0 +1,64 @@
+"""After a step: the other ranks' shards of the parameters, bucket by bucket, while the update and the next forward pass go on."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+
+from sharded_optim.zero import transfers
+from sharded_optim.zero.bucket import Bucket
+from sharded_optim.zero.housing import unit_of
+from sharded_optim.zero.reduction import tag_of, wait
+
+__all__ = ["Gatherer"]
+
+
+class Gatherer:
+    """Begins the all-gather of each bucket when it is updated; a listener of steps.
+
+    All ranks begin them in one order, that of the next forward pass, also where one of them steps nothing of a bucket.
+    """
+
+    def __init__(self, shard_group: dist.ProcessGroup | None) -> None:
+        self._shard_group = shard_group
+        self._left: list[Bucket] = []  # of this step, in the order in which they are gathered
+        self._happens = False
+        self._step = 0
+
+    def begin(self, buckets: Sequence[Bucket], changed: Collection[Bucket]) -> None:
+        """Before a step.
+
+        Args:
+            buckets: all, in the order in which gradients are reduced.
+            changed: those of which a parameter is stepped, on whatever rank.
+        """
+        self._left = [bucket for bucket in reversed(buckets) if bucket in changed]
+        self._happens = False
+        self._step += 1
+
+    def updating(self) -> None:
+        self._happens = True
+
+    def updated(self, unit: int) -> None:
+        while self._left and unit_of(self._left[0]) <= unit:
+            self._gather(self._left.pop(0))
+
+    def end(self) -> None:
+        """After a step."""
+        for bucket in self._left if self._happens else ():
+            self._gather(bucket)
+        self._left = []
+
+    @torch.no_grad()
+    def _gather(self, bucket: Bucket) -> None:
+        bucket.round_masters()
+        bucket.gathering = transfers.all_gather(bucket.values, self._shard_group, tag=tag_of(bucket, self._step, gathers=True))
+
+    def wait(self, buckets: Iterable[Bucket]) -> None:
+        """Return when the parameters of these are complete."""
+        for bucket in buckets:
+            if bucket.gathering is not None:
+                gathering, bucket.gathering = bucket.gathering, None
+                wait(gathering, f"the parameters of {bucket.named}")

@@ -1,0 +1,167 @@
+"""Moves parameters into flat buckets, and says what of each this rank steps."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sharded_optim.buckets import Size, plan_buckets
+from sharded_optim.param_groups import named_params
+from sharded_optim.segment import Segment
+from sharded_optim.sharding import FlatLayout, FlatTensor, Piece, describe
+from sharded_optim.zero.bucket import Bucket, Home, Kind
+
+__all__ = ["Group", "Housing", "unfrozen", "without_params"]
+
+Group = dict[str, Any]
+STRANGER = "was not given to ShardedOptimizer; add it with add_param_group"
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+class Housing:
+    """Where the trainable parameters of an optimizer lie.
+
+    Args:
+        shards, rank: into how many shards buckets are cut, and which is this rank's.
+        bucket_bytes: how large a bucket may become.
+        defaults: options of groups that have none of their own.
+
+    Attributes:
+        homes: by parameter.
+        buckets: in the order in which gradients are reduced.
+        layout: of what this rank steps.
+    """
+
+    def __init__(self, *, shards: int, rank: int, bucket_bytes: int, defaults: Mapping[str, Any]) -> None:
+        self.homes: dict[Tensor, Home] = {}
+        self.buckets: list[Bucket] = []
+        self._flat: dict[Tensor, FlatTensor] = {}
+        self._units: dict[Tensor, int] = {}
+        self.layout = FlatLayout(flat=self._flat, whole={}, stranger=STRANGER, units=self._units)
+        self._shards, self._rank = shards, rank
+        self._bucket_bytes = bucket_bytes
+        self._defaults = defaults
+
+    def move_in(self, groups: Sequence[Group]) -> list[Bucket]:
+        """Make buckets for the trainable parameters of param groups that lie in none yet.
+
+        Raises:
+            ValueError: a parameter that cannot be optimized, or that shares memory with another; nothing was moved.
+        """
+        found: dict[Tensor, Home] = {}
+        for index, group in enumerate(groups):
+            for param, name in named_params(group, index):
+                if param.requires_grad and param not in self.homes and param not in found:
+                    _check(param, name)
+                    found[param] = Home(param=param, name=name, kind=self._kind(param, group))
+        new = list(found.values())
+        _refuse_shared_memory(new)
+        plans = plan_buckets([_size(home) for home in new], self._shards, self._bucket_bytes)
+        buckets = [
+            Bucket(plan, new, number=number, shards=self._shards, rank=self._rank)
+            for number, plan in enumerate(plans, start=len(self.buckets))
+        ]
+        for home in new:
+            if home.numel:
+                home.local = nn.Parameter(home.bucket.stepped_memory(home))
+                segment = Segment.flat(home.name, home.param.shape, home.start, home.numel)
+                self._flat[home.local] = FlatTensor(numel=home.numel, pieces=(Piece(segment=segment),))
+                self._units[home.local] = unit_of(home.bucket)
+        self.homes |= found
+        self.buckets += buckets
+        return buckets
+
+    def stepped(self, group: Group, index: int) -> list[tuple[str, Tensor]]:
+        """What this rank steps of a param group's parameters."""
+        homes = [self.homes.get(param) for param, _ in named_params(group, index)]
+        return [(home.name, home.local) for home in homes if home is not None and home.local is not None]
+
+    def group_inside(self, group: Group, index: int) -> Group:
+        """A param group with what this rank steps; an empty tensor where that is nothing, as a group must not be empty."""
+        params = self.stepped(group, index)
+        if not params:
+            name = named_params(group, index)[0][1] if group["params"] else f"param_groups[{index}]"
+            nothing = nn.Parameter(torch.empty(0))
+            self._flat[nothing] = FlatTensor(numel=0, pieces=())
+            params = [(f"{name}, of which and of its group this rank steps nothing", nothing)]
+        return without_params(group) | {"params": params}
+
+    def bring_home(self) -> None:
+        """Undo what users did to parameters since the last step: their values are what counts.
+
+        Raises:
+            ValueError: a parameter was moved or cast.
+        """
+        for home in self.homes.values():
+            param, bucket = home.param, home.bucket
+            if param._version == home.version and bucket.is_home(home):
+                continue
+            if param.dtype != home.kind.dtype or param.device != home.kind.device or param.shape != home.shape:
+                raise ValueError(
+                    f"parameter {home.name!r} has become {param.dtype} {tuple(param.shape)} on {param.device}, but was {home.kind.dtype} "
+                    f"{tuple(home.shape)} on {home.kind.device} when it was given to ShardedOptimizer; convert the model before"
+                )
+            if not bucket.is_home(home):
+                bucket.bring_home(home)
+            bucket.renew_masters(home)
+            home.version = param._version
+
+    def _kind(self, param: Tensor, group: Group) -> Kind:
+        options = {key: group.get(key, self._defaults.get(key)) for key in ("kahan_sum", "stochastic_rounding")}
+        return Kind(dtype=param.dtype, device=param.device, has_masters=param.dtype in LOW_PRECISION and not any(options.values()))
+
+
+def unit_of(bucket: Bucket) -> int:
+    """The unit, in the sense of `FlatLayout`, of what lies in a bucket: those that a forward pass needs first are stepped first."""
+    return -bucket.number
+
+
+def without_params(group: Group) -> Group:
+    """Its hyperparameters."""
+    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
+
+
+def unfrozen(groups: Sequence[Group], homes: Mapping[Tensor, Home]) -> list[Group]:
+    """The groups with those of their parameters that are trainable and have no home, under their names."""
+    return [
+        without_params(group)
+        | {"params": [(name, param) for param, name in named_params(group, index) if param.requires_grad and param not in homes]}
+        for index, group in enumerate(groups)
+    ]
+
+
+def _size(home: Home) -> Size:
+    kind: Hashable = home.kind
+    return Size(numel=home.param.numel(), itemsize=home.param.element_size(), kind=kind)
+
+
+def _check(param: Tensor, name: str) -> None:
+    describe(param, name)
+    if type(param) not in (Tensor, nn.Parameter):
+        raise ValueError(
+            f"parameter {name!r} is a {type(param).__name__}, not an ordinary tensor; what FSDP2 or tensor parallelism has sharded goes "
+            f"into the optimizer itself, without ShardedOptimizer"
+        )
+    if param.device.type == "meta":
+        raise ValueError(f"parameter {name!r} has no memory (device meta); materialize the model before: model.to_empty(device=...)")
+
+
+def _refuse_shared_memory(homes: Sequence[Home]) -> None:
+    """Parameters that overlap would each get a copy, and go apart."""
+    spans = []
+    for home in homes:
+        if home.param.numel():
+            last = sum((size - 1) * stride for size, stride in zip(home.param.shape, home.param.stride(), strict=True))
+            first = home.param.data_ptr()
+            spans.append((str(home.kind.device), first, first + (last + 1) * home.param.element_size(), home.name))
+    spans.sort()
+    for (device, _, end, name), (other_device, start, _, other) in pairwise(spans):
+        if device == other_device and start < end:
+            raise ValueError(
+                f"parameters {name!r} and {other!r} share memory; tie them as one parameter: module.weight = other.weight, which is then "
+                f"given once"
+            )

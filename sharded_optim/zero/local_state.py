@@ -1,0 +1,113 @@
+"""The optimizer state of this rank's shards, under the model's parameters: `optimizer.state` and local state dicts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharded_optim.engine import Engine
+from sharded_optim.param_groups import named_params
+from sharded_optim.zero.bucket import Home
+from sharded_optim.zero.housing import Group, without_params
+
+__all__ = ["MASTER", "SHARDS", "LocalState", "inside", "shards_of", "write_masters"]
+
+MASTER = "master"  # the float32 values of a low-precision parameter: (n,), as of moments this rank's part
+SHARDS = "shards"  # key of a state dict: what its tensors are
+
+
+class LocalState(Mapping[Tensor, dict[str, Any]]):
+    """For each parameter of the model that this rank steps a part of, the state of that part: 1-D tensors, and the step counter."""
+
+    def __init__(self, engine: Engine, homes: Mapping[Tensor, Home]) -> None:
+        self._engine = engine
+        self._homes = homes
+
+    def __getitem__(self, param: Tensor) -> dict[str, Any]:
+        home = self._homes[param]
+        if home.local is None or home.local not in self._engine.state:
+            raise KeyError(f"this rank has no state of {home.name!r}")
+        state = self._engine.state[home.local]
+        return {**state, MASTER: home.local.detach()} if home.kind.has_masters else state
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (param for param, home in self._homes.items() if home.local is not None and home.local in self._engine.state)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def shards_of(groups: Sequence[Group], homes: Mapping[Tensor, Home]) -> dict[int, dict[str, Any]]:
+    """For each parameter of a state dict, by its number: the elements, [start, start + numel) of the flattened one, that this rank has."""
+    params = [param for group in groups for param in group["params"]]
+    return {
+        number: {"start": homes[param].start, "numel": homes[param].numel, "shape": tuple(param.shape)}
+        for number, param in enumerate(params)
+        if param in homes
+    }
+
+
+def inside(
+    state_dict: Mapping[str, Any], groups: Sequence[Group], homes: Mapping[Tensor, Home], engine: Engine
+) -> tuple[dict[str, Any], dict[Home, Tensor]]:
+    """A state dict as the optimizer inside takes it, and the masters in it.
+
+    Args:
+        state_dict: of a ShardedOptimizer on this rank, or of one process with whole tensors.
+        groups: the param groups that it is going to be loaded into.
+        homes: of their parameters.
+        engine: the optimizer inside.
+
+    Raises:
+        ValueError: it has other groups or other parts of the parameters.
+    """
+    saved_groups = state_dict["param_groups"]
+    sizes, own_sizes = [len(group["params"]) for group in saved_groups], [len(group["params"]) for group in groups]
+    if sizes != own_sizes:
+        raise ValueError(
+            f"the state dict has param groups of {sizes} parameters, the optimizer of {own_sizes}; build the same groups before loading"
+        )
+    shards: Mapping[int, Any] | None = state_dict.get(SHARDS)
+    own_shards = shards_of(groups, homes)
+    numbers = {id(local): number for number, local in enumerate(local for group in engine.param_groups for local in group["params"])}
+    state: dict[int, Any] = {}
+    masters: dict[Home, Tensor] = {}
+    number = 0
+    inner_groups = []
+    for index, (group, saved, own) in enumerate(zip(groups, saved_groups, engine.param_groups, strict=True)):
+        for (param, name), key in zip(named_params(group, index), saved["params"], strict=True):
+            home = homes.get(param)
+            if home is not None and key in state_dict["state"]:
+                if shards is not None and shards.get(key) != own_shards[number]:
+                    raise ValueError(
+                        f"the state dict was saved with another sharding: of {name!r} it has {shards.get(key)}, this rank steps "
+                        f"{own_shards[number]}; load the file of the same rank of as many ranks, or the state dict of an optimizer in one "
+                        f"process, of which each rank takes its part"
+                    )
+                found = {name: _part(home, value, shards is None) for name, value in state_dict["state"][key].items()}
+                if home.local is not None:
+                    if MASTER in found and home.kind.has_masters:
+                        masters[home] = found[MASTER]
+                    state[numbers[id(home.local)]] = {key: value for key, value in found.items() if key != MASTER}
+            number += 1
+        inner_groups.append(without_params(saved) | {"params": [numbers[id(local)] for local in own["params"]]})
+    return {"state": state, "param_groups": inner_groups}, masters
+
+
+def _part(home: Home, value: Any, is_whole: bool) -> Any:
+    """This rank's part of a state tensor that is shaped like the parameter."""
+    if is_whole and isinstance(value, Tensor) and value.shape == home.shape and not (value.ndim == 0 and home.numel == 0):
+        return home.of_shard(value)
+    return value
+
+
+@torch.no_grad()
+def write_masters(masters: Mapping[Home, Tensor]) -> None:
+    """Set the float32 values of parameters, and round the parameters' own from them."""
+    for home, values in masters.items():
+        assert home.local is not None, "loaded for what this rank steps"
+        home.local.copy_(values)
+        home.bucket.shard[home.in_shard].copy_(values)

@@ -1,0 +1,576 @@
+"""ShardedOptimizer: ZeRO-1 and ZeRO-2 around any model.
+
+    backward -> buckets of gradients -> reduce-scatter -> observe      (reduction.py; while backward goes on)
+    step     -> agree -> update this rank's shards -> all-gather       (engine.py, gathering.py; the last while the next forward goes on)
+
+Every rank keeps whole parameters, which lie end to end in flat buckets (buckets.py, housing.py), and a shard of everything else. What the
+optimizer inside steps is, for each parameter, the part of it in this rank's shard, as a tensor of its own: so a parameter may lack a
+gradient, has its own step counter and belongs to any param group, and segments tell what lies where as under every other wrapper.
+
+ZeRO: Rajbhandari et al. 2020, arXiv 1910.02054.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary, ref
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sharded_optim.buckets import default_bucket_bytes
+from sharded_optim.engine import Engine
+from sharded_optim.options import Params
+from sharded_optim.ranks import raise_together
+from sharded_optim.state import called_to_allocate
+from sharded_optim.zero import local_state
+from sharded_optim.zero.bucket import Bucket, Home
+from sharded_optim.zero.forward import wait_in_forward
+from sharded_optim.zero.gathering import Gatherer
+from sharded_optim.zero.housing import Group, Housing, unfrozen, unit_of, without_params
+from sharded_optim.zero.reduction import Reducer
+from sharded_optim.zero.topology import Topology
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = ["ShardedOptimizer"]
+
+OURS = ("gradient_release", "layout", "process_group")  # options of the optimizer inside that are not the caller's to give
+
+# The optimizer that has a parameter in its buckets, the newest one.
+_owners: WeakKeyDictionary[Tensor, ref[ShardedOptimizer]] = WeakKeyDictionary()
+
+
+class ShardedOptimizer(torch.optim.Optimizer):
+    """Spreads gradients, moments and float32 masters of a replicated model evenly over the ranks (ZeRO-1, ZeRO-2).
+
+    Called like torch's ZeroRedundancyOptimizer, but it averages gradients itself, in backward, by one reduce-scatter per bucket, so the
+    model need not be wrapped; under DistributedDataParallel, which has averaged them, it only takes its shards. A step ends in one
+    all-gather per bucket. Given the same gradients, every number of ranks, both stages and every mesh give the bits of one process.
+
+    After backward a gradient is in its bucket and `param.grad` is None: clip with this class's `clip_grad_norm_`. A `param.grad` that you
+    assign yourself is taken as it is: as the average, equal on all ranks.
+
+    Args:
+        params: the model; or parameters, named parameters or param groups of it, the same on every rank. Ordinary tensors. They are given
+            rank 0's values and move into flat buckets, contiguous; they stay the same objects.
+        optimizer_class: of this library: so.StableAdamW and so on.
+        process_group: the ranks that train the model together; None: all. Or a DeviceMesh: of shards, or 2-D of (replicas, shards), as
+            for fully_shard: shards inside a node, replicas across.
+        stage: 1 keeps the buckets of full gradients allocated; 2 has a few of them at a time.
+        bucket_mb: how large a bucket may become, in MiB; a larger parameter has one of its own. None: 25, and more on more than 400 ranks.
+        reduce_dtype: in which gradients are sent; None: the parameters'.
+        overlap: whether `step` returns before all parameters have come from the other ranks, and the forward pass waits for them, module
+            by module. It needs the model, as `params` or as `module`; without it `step` waits. Whoever reads parameters in between, other
+            than by the model's forward and state_dict, calls `wait()` first.
+        module: the model, where `params` is something else.
+        defaults: hyperparameters and options of `optimizer_class`. bfloat16 and float16 parameters have float32 masters, but with
+            kahan_sum=True or stochastic_rounding=True.
+
+    Raises:
+        TypeError: `optimizer_class` is not one of this library.
+        ValueError: on all ranks: an option out of range, a parameter that cannot be optimized, ranks that differ.
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler leaves gradients alone; where it finds none of them, `step` refuses it
+
+    def __init__(
+        self,
+        params: nn.Module | Params,
+        optimizer_class: type[Engine],
+        process_group: dist.ProcessGroup | DeviceMesh | None = None,
+        *,
+        stage: Literal[1, 2] = 2,
+        bucket_mb: float | None = None,
+        reduce_dtype: torch.dtype | None = None,
+        overlap: bool = True,
+        module: nn.Module | None = None,
+        **defaults: Any,
+    ) -> None:
+        if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, Engine)):
+            raise TypeError(
+                f"optimizer_class must be a class of sharded_optim (so.AdamW, so.StableAdamW, ...), whose statistics stay right on shards, "
+                f"got {optimizer_class!r}"
+            )
+        if isinstance(params, nn.Module):
+            module = params if module is None else module
+            params = _unwrapped(params).named_parameters()
+        topology = Topology.of(process_group)
+        self.stage = stage
+        self._topology = topology
+        self._superseded = False
+        # Whether gradients stay in the parameters, as others average them.
+        self._slices = topology.all_ranks is None or isinstance(module, DistributedDataParallel)
+        self._looked_for_ddp = self._slices
+        self._used: set[Home] = set()  # the parameters that had a gradient, on any rank, since zero_grad
+        self._stepped: set[Home] = set()  # and that the last step has stepped
+        self._gatherer = Gatherer(topology.shard_group)
+        self._reducer = Reducer(
+            shard_group=topology.shard_group,
+            replica_group=topology.replica_group,
+            all_ranks=topology.all_ranks,
+            keeps_contents=stage == 1,
+            reduce_dtype=reduce_dtype,
+            arrived=self._arrived,
+        )
+        try:
+            _check_options(stage, bucket_mb, reduce_dtype, defaults)
+            bucket_bytes = default_bucket_bytes(topology.shards) if bucket_mb is None else int(bucket_mb * 2**20)
+            self._housing = Housing(shards=topology.shards, rank=topology.rank, bucket_bytes=bucket_bytes, defaults=defaults)
+            groups = _groups(params)
+            self._housing.move_in(groups)
+            inside = [self._housing.group_inside(group, index) for index, group in enumerate(groups)]
+            self._engine = optimizer_class(inside, process_group=topology.given, layout=self._housing.layout, **defaults)
+        except Exception as failure:  # the other ranks must hear of it before this one raises
+            raise_together(failure, None, topology.all_ranks)
+            raise
+        raise_together(None, (stage, bucket_bytes, reduce_dtype, self._description()), topology.all_ranks)
+        super().__init__(self._outside(groups, self._engine.param_groups), self._engine.defaults)
+        self._engine.listen(self._gatherer)
+        self._overlaps = overlap and module is not None and topology.shard_group is not None
+        self._hooks: list[Callable[[], None]] = []
+        if self._overlaps and module is not None:
+            # It is the hooks' model that keeps this alive, not the other way round.
+            self._hooks += wait_in_forward(_unwrapped(module), partial(_wait_for, ref(self)), partial(_wait_for, ref(self), None))
+        self._take_up(self._housing.buckets)
+
+    # ------------------------------------------------------------------------------------------------------------------ parameters
+
+    def _outside(self, groups: Sequence[Group], inside: Sequence[Group]) -> list[Group]:
+        """Param groups of the model's parameters, with the hyperparameters that the optimizer inside has made of what was given."""
+        return [without_params(own) | {"params": group["params"]} for group, own in zip(groups, inside, strict=True)]
+
+    def _description(self) -> list[tuple[object, ...]]:
+        """What must be the same on every rank."""
+        return [(home.name, tuple(home.shape), home.kind.dtype, home.offset) for home in self._housing.homes.values()]
+
+    def _take_up(self, buckets: Sequence[Bucket]) -> None:
+        """Begin with these: give all ranks the first one's values, and take gradients from now on."""
+        self._reducer.buckets += buckets
+        for bucket in buckets:
+            if self._topology.all_ranks is not None:
+                dist.broadcast(bucket.values, group_src=0, group=self._topology.all_ranks)
+            for home in bucket.homes:
+                bucket.renew_masters(home)
+                home.version = home.param._version
+                before = _owners.get(home.param, lambda: None)()
+                if before is not None and before is not self:
+                    before._supersede()
+                _owners[home.param] = ref(self)
+                if not self._slices:
+                    hook = home.param.register_post_accumulate_grad_hook(partial(_ready, ref(self), home))
+                    self._hooks.append(hook.remove)
+
+    def _supersede(self) -> None:
+        """Another optimizer has taken over parameters of this one."""
+        self._superseded = True
+        self._remove_hooks()
+
+    def _remove_hooks(self) -> None:
+        while self._hooks:
+            self._hooks.pop()()
+
+    def add_param_group(self, param_group: Group) -> None:
+        """As in torch; on every rank. Its parameters get buckets of their own.
+
+        Raises:
+            ValueError: see the class; nothing was added.
+        """
+        if not hasattr(self, "_hooks"):  # torch's constructor
+            super().add_param_group(param_group)
+            return
+        self.finish_reduction()
+        self.wait()
+        try:
+            group, *_ = _groups([param_group])
+            known = [home for param, home in self._housing.homes.items() if any(each is param for each in _tensors(group))]
+            if known:
+                raise ValueError(f"parameter {known[0].name!r} appears twice; give each parameter once")
+            index = len(self.param_groups)
+            buckets = self._housing.move_in([group])
+            self._engine.add_param_group(self._housing.group_inside(group, index))
+        except Exception as failure:
+            raise_together(failure, None, self._topology.all_ranks)
+            raise
+        raise_together(None, self._description(), self._topology.all_ranks)
+        super().add_param_group(*self._outside([group], self._engine.param_groups[index:]))
+        self._take_up_late(buckets)
+
+    def _take_up_late(self, buckets: Sequence[Bucket]) -> None:
+        self._engine.layout = self._housing.layout  # forgets what ranks know of each other, also on those that have nothing of these
+        self._take_up(buckets)
+
+    def _take_up_unfrozen(self) -> None:
+        """Give parameters that have become trainable buckets. Gradients that they have already were averaged by nobody."""
+        groups = unfrozen(self.param_groups, self._housing.homes)
+        if not any(group["params"] for group in groups):
+            return
+        buckets = self._housing.move_in(groups)
+        for index, (group, inside) in enumerate(zip(groups, self._engine.param_groups, strict=True)):
+            for name, local in self._housing.stepped(group, index):
+                inside["params"].append(local)
+                inside["param_names"].append(name)
+        self._take_up_late(buckets)
+        if not self._slices and any(home.param.grad is not None for bucket in buckets for home in bucket.homes):
+            self._reducer.has_unreduced = True
+
+    # ------------------------------------------------------------------------------------------------------------------- gradients
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backward passes in here leave their gradients, unreduced, in the parameters; the next one outside averages them with its own.
+
+        For gradient accumulation with less communication. On all ranks or on none.
+        """
+        before, self._reducer.synchronizes = self._reducer.synchronizes, False
+        try:
+            yield
+        finally:
+            self._reducer.synchronizes = before
+
+    def _ready(self, home: Home) -> None:
+        """A parameter has its gradient; in backward."""
+        if not self._looked_for_ddp:
+            self._looked_for_ddp = True
+            self._slices = _are_under_ddp(self._housing.homes.values())
+        if self._slices:
+            self._remove_hooks()
+        else:
+            self._reducer.ready(home)
+
+    def _arrived(self, bucket: Bucket) -> None:
+        """The averaged gradients of a bucket are there."""
+        for home in bucket.homes:
+            if home.local is not None and home in self._stepped:
+                home.local.grad = home.grad
+        self._engine.observe_unit(unit_of(bucket))
+
+    def finish_reduction(self) -> None:
+        """Return when the gradients of the backward passes so far are averaged."""
+        self._reducer.finish()
+
+    def _gradients(self) -> set[Home]:
+        """Give what is stepped its gradients.
+
+        Returns:
+            Those of all parameters that have a gradient, on whatever rank.
+        """
+        homes = self._housing.homes.values()
+        if not self._slices:
+            has_any = self._reducer.rounds or self._used or any(home.param.grad is not None for home in homes)
+            if self._reducer.has_unreduced or not has_any:  # without any, other ranks may have some
+                self._reducer.run_round()
+            self._used |= self._reducer.collect()
+        for home in homes:
+            if home.local is not None:
+                home.local.grad = home.grad if home in self._used else None
+        assigned = [home for home in homes if home.param.grad is not None]
+        for home in assigned:
+            if home.local is not None and home.param.grad is not None:
+                home.local.grad = home.of_shard(home.param.grad).to(home.local.dtype)
+        return self._used.union(assigned)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients. `set_to_none` makes no difference: those in buckets are gone."""
+        super().zero_grad(set_to_none=True)
+        self._reducer.collect()
+        self._used = set()
+        for bucket in self._housing.buckets:
+            bucket.has_gradient = False
+        self._engine.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
+        """Scale all gradients so that the norm of all of them together is at most `max_norm`. A collective.
+
+        As torch.nn.utils.clip_grad_norm_, which finds no gradients. The norm is computed in float64.
+
+        Returns:
+            The norm before: float32 (), the same on every rank.
+
+        Raises:
+            RuntimeError: it is not finite and `error_if_nonfinite`; on every rank.
+        """
+        used = self._gradients()
+        local = [home.local.grad for home in used if home.local is not None and home.local.grad is not None]
+        device = next(iter(self._housing.homes.values())).kind.device
+        norms = [torch.linalg.vector_norm(grad, norm_type, dtype=torch.float64) for grad in local]
+        is_max = norm_type == float("inf")
+        if is_max:
+            total = torch.stack(norms).max() if norms else torch.zeros((), dtype=torch.float64, device=device)
+        else:
+            total = torch.stack(norms).pow(norm_type).sum() if norms else torch.zeros((), dtype=torch.float64, device=device)
+        if self._topology.shard_group is not None:
+            dist.all_reduce(total, op=dist.ReduceOp.MAX if is_max else dist.ReduceOp.SUM, group=self._topology.shard_group)
+        norm = total if is_max else total.pow(1.0 / norm_type)
+        if error_if_nonfinite and not bool(norm.isfinite()):
+            raise RuntimeError(f"the norm of the gradients is {float(norm)}; it cannot be clipped")
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0).float()
+        assigned = [home.param.grad for home in used if home.param.grad is not None]
+        for bucket in self._housing.buckets:
+            if bucket.has_gradient:
+                bucket.grads.mul_(factor)
+        for grad in assigned:
+            grad.mul_(factor)
+        return norm.float()
+
+    # ------------------------------------------------------------------------------------------------------------------------ step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step once: on every rank, or on none.
+
+        Args:
+            closure: re-evaluates the model and returns the loss.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            ValueError, FloatingPointError: as the optimizer inside.
+            RuntimeError: other ranks did not take part in what the gradients or parameters of a bucket need, within the process group's
+                timeout.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not len(self.state) and called_to_allocate():
+            self.init_state()
+            return loss
+        self._refuse()
+        self.wait()
+        self._take_up_unfrozen()
+        self._housing.bring_home()
+        used = self._gradients()
+        for outside, inside in zip(self.param_groups, self._engine.param_groups, strict=True):
+            inside |= without_params(outside)
+        self._gatherer.begin(self._housing.buckets, {home.bucket for home in used})
+        try:
+            with self._grad_scaler():
+                self._engine.step()
+        finally:
+            self._gatherer.end()
+        self._stepped = used
+        for outside, inside in zip(self.param_groups, self._engine.param_groups, strict=True):
+            outside |= without_params(inside)  # what it learns
+        if not self._overlaps or self._optimizer_step_post_hooks:  # which may look at parameters
+            self.wait()
+        return loss
+
+    def wait(self) -> None:
+        """Return when all parameters have their new values."""
+        self._gatherer.wait(self._housing.buckets)
+
+    def _refuse(self) -> None:
+        """Raise ValueError where a step would be silently wrong."""
+        if self._superseded:
+            raise ValueError(
+                "another ShardedOptimizer has taken over parameters of this one; step the newer one, or build one for all of them"
+            )
+        if hasattr(self, "found_inf") and not self._slices:
+            raise ValueError(
+                "GradScaler finds no gradients in the parameters, as they are in ShardedOptimizer's buckets; train in bfloat16 without it, "
+                "or wrap the model with DistributedDataParallel, which leaves them there"
+            )
+
+    @contextmanager
+    def _grad_scaler(self) -> Iterator[None]:
+        """Hand on what GradScaler says."""
+        told = {name: getattr(self, name) for name in ("grad_scale", "found_inf") if hasattr(self, name)}
+        for name, value in told.items():
+            setattr(self._engine, name, value)
+        try:
+            yield
+        finally:
+            for name in told:
+                delattr(self._engine, name)
+
+    # ----------------------------------------------------------------------------------------------------------------------- state
+
+    @property  # type: ignore[override]
+    def state(self) -> local_state.LocalState:  # pyright: ignore[reportIncompatibleVariableOverride]  # torch has a dict
+        """For each parameter that this rank steps a part of, the state of that part: 1-D tensors, and the step counter."""
+        return local_state.LocalState(self._engine, self._housing.homes)
+
+    @state.setter
+    def state(self, _: object) -> None:
+        """Torch's constructor sets it."""
+
+    def init_state(self) -> None:
+        """Allocate the state of what this rank steps: what the first step does for what has a gradient."""
+        self._engine.init_state()
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's part: local and cheap. Loads on the same rank of as many ranks."""
+        return super().state_dict() | {local_state.SHARDS: local_state.shards_of(self.param_groups, self._housing.homes)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` of this rank has returned, or the state dict of an optimizer in one process, of which it takes its part.
+
+        The latter may be of one of the libraries that the optimizer inside knows. All or nothing, on all ranks together.
+
+        Raises:
+            ValueError: it does not fit, on this rank or on another; nothing was changed.
+        """
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
+        self.wait()
+        before = self._engine.state_dict()
+        failure: Exception | None = None
+        masters: dict[Home, Tensor] = {}
+        try:
+            inside, masters = local_state.inside(state_dict, self.param_groups, self._housing.homes, self._engine)
+            self._engine.load_state_dict(inside)
+        except Exception as error:
+            failure = error
+        try:
+            raise_together(failure, None, self._topology.all_ranks)
+        except Exception:
+            if failure is None:
+                self._engine.load_state_dict(before)
+            raise
+        local_state.write_masters(masters)
+        for outside, inside in zip(self.param_groups, self._engine.param_groups, strict=True):
+            outside |= without_params(inside)
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise ValueError(
+            "a ShardedOptimizer cannot be copied or pickled: it holds process groups and the model's memory; save state_dict()"
+        )
+
+    # --------------------------------------------------------------------------------------------------------------------- reports
+
+    @property
+    def skipped_steps(self) -> int:
+        """As of the optimizer inside."""
+        return self._engine.skipped_steps
+
+    def metrics(self) -> dict[str, float]:
+        """What the last step found, reduced over all ranks; see the optimizer inside."""
+        return self._engine.metrics()
+
+    def report_per_parameter_metrics(self, param: Tensor, name: str, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
+        """As of the optimizer inside, of the part of a parameter that this rank steps."""
+        home = self._housing.homes.get(param)
+        if home is None or home.local is None:
+            return optimizer_metrics
+        return self._engine.report_per_parameter_metrics(home.local, name, optimizer_metrics)
+
+    def pre_reduce_metrics(self, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
+        """As of the optimizer inside."""
+        return self._engine.pre_reduce_metrics(optimizer_metrics)
+
+    def dist_reduce_metrics(self, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
+        """As of the optimizer inside: a collective."""
+        return self._engine.dist_reduce_metrics(optimizer_metrics)
+
+    def __repr__(self) -> str:
+        spread = f"stage {self.stage}, {self._topology.shards} shards, {self._topology.replicas} replicas"
+        return super().__repr__().removesuffix(")") + f"inside: {type(self._engine).__name__}, {spread}\n)"
+
+
+# Hooks hold the optimizer weakly: Python cannot collect a cycle through autograd.
+
+
+def _ready(optimizer: ref[ShardedOptimizer], home: Home, _: Tensor) -> None:
+    """A post-accumulate-grad hook."""
+    found = optimizer()
+    if found is not None:
+        found._ready(home)
+
+
+def _wait_for(optimizer: ref[ShardedOptimizer], params: Iterable[Tensor] | None) -> None:
+    """Of a forward pass: wait for these parameters, or for all."""
+    found = optimizer()
+    if found is None:
+        return
+    if params is None:
+        found.wait()
+    else:
+        homes = found._housing.homes
+        found._gatherer.wait({homes[param].bucket for param in params if param in homes})
+
+
+def _check_options(stage: int, bucket_mb: float | None, reduce_dtype: torch.dtype | None, defaults: dict[str, Any]) -> None:
+    if stage not in (1, 2):
+        raise ValueError(f"stage must be 1 or 2, got {stage!r}; what shards parameters too (stage 3) is fully_shard")
+    if bucket_mb is not None and not bucket_mb > 0:
+        raise ValueError(f"bucket_mb must be positive, got {bucket_mb!r}")
+    if reduce_dtype is not None and not reduce_dtype.is_floating_point:
+        raise ValueError(f"reduce_dtype must be a floating dtype, got {reduce_dtype}")
+    for name in OURS:
+        if name in defaults:
+            raise ValueError(f"{name}={defaults[name]!r} cannot be given in the options: ShardedOptimizer sets it for the optimizer inside")
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Without DistributedDataParallel and torch.compile, which put prefixes before names."""
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def _groups(params: Params) -> list[Group]:
+    """Param groups with lists of tensors or of (name, tensor)."""
+    if isinstance(params, Tensor):
+        raise ValueError(f"params must be a model, or an iterable of tensors or dicts, got one tensor of shape {tuple(params.shape)}")
+    given: list[Any] = list(params)
+    groups = [dict(group) for group in given] if given and isinstance(given[0], dict) else [{"params": given}]
+    for index, group in enumerate(groups):
+        members = group["params"]
+        group["params"] = [members] if isinstance(members, Tensor) else list(members)
+        if isinstance(members, set):
+            raise ValueError(f"param_groups[{index}] is a set, whose order differs between ranks; give a list")
+        if not group["params"]:
+            raise ValueError(
+                f"param_groups[{index}] has no parameters; leave the group out"
+                if given
+                else "params is empty; give the parameters of a model"
+            )
+    tensors = [tensor for group in groups for tensor in _tensors(group)]
+    if len(set(map(id, tensors))) < len(tensors):
+        raise ValueError("a parameter appears twice; give each parameter once")
+    if not any(tensor.requires_grad for tensor in tensors):
+        raise ValueError("no parameter is trainable; set requires_grad")
+    return groups
+
+
+def _tensors(group: Group) -> list[Tensor]:
+    return [each[1] if isinstance(each, tuple) else each for each in group["params"]]
+
+
+def _are_under_ddp(homes: Iterable[Home]) -> bool:
+    """Whether DistributedDataParallel averages the gradients. It leaves no mark on parameters, so it is looked for among all objects.
+
+    Raises:
+        ValueError: it averages those of some of the parameters.
+    """
+    averaged = {
+        id(param)
+        for each in gc.get_objects()
+        if issubclass(type(each), DistributedDataParallel)
+        for name, param in each.module.named_parameters()
+        if name not in each.parameters_to_ignore
+    }
+    inside = [id(home.param) in averaged for home in homes]
+    if any(inside) and not all(inside):
+        without = next(home.name for home, is_inside in zip(homes, inside, strict=True) if not is_inside)
+        raise ValueError(
+            f"DistributedDataParallel averages the gradients of some parameters, but not that of {without!r}; give what it does not "
+            f"average to an optimizer of its own"
+        )
+    return any(inside)

@@ -1,0 +1,69 @@
+"""Which ranks share the state of an optimizer, and which have copies of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from sharded_optim.ranks import own_process_group
+
+__all__ = ["Topology"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topology:
+    """Groups of ranks. Those of the transfers are the library's own, and None where this process is alone in one.
+
+    Attributes:
+        given: the group that all ranks form, as users know it; None: the world.
+        all_ranks: the same, for transfers.
+        shard_group: the ranks that a bucket is cut over.
+        replica_group: the ranks that hold the same shards.
+        shards, replicas: how many there are.
+        rank: which of the shards is this rank's.
+    """
+
+    given: dist.ProcessGroup | None
+    all_ranks: dist.ProcessGroup | None
+    shard_group: dist.ProcessGroup | None
+    replica_group: dist.ProcessGroup | None
+    shards: int
+    replicas: int
+    rank: int
+
+    @classmethod
+    def of(cls, process_group: dist.ProcessGroup | DeviceMesh | None) -> Topology:
+        """From a group, or a mesh: of shards, or of replicas of shards, as `fully_shard` reads one. The first time, a collective.
+
+        Raises:
+            ValueError: a mesh of another number of dimensions, or this rank is not in it.
+        """
+        replica_group = None
+        given: Any = None if isinstance(process_group, DeviceMesh) else process_group
+        shard_group = given
+        if isinstance(process_group, DeviceMesh):
+            mesh = process_group
+            if mesh.ndim not in (1, 2) or mesh.get_coordinate() is None:
+                raise ValueError(
+                    f"process_group={mesh} must be a mesh that this rank is in, of 1 dimension (shards) or 2 (replicas, shards); make one "
+                    f"with init_device_mesh(device, (replicas, shards))"
+                )
+            shard_group = mesh.get_group(mesh.ndim - 1)
+            given = shard_group
+            if mesh.ndim == 2:
+                replica_group = own_process_group(mesh.get_group(0))
+                ranks = sorted(mesh.mesh.flatten().tolist())
+                given = None if len(ranks) == dist.get_world_size() else dist.new_group(ranks, use_local_synchronization=True)
+        own = own_process_group(shard_group)
+        return cls(
+            given=given,
+            all_ranks=own_process_group(given),
+            shard_group=own,
+            replica_group=replica_group,
+            shards=1 if own is None else dist.get_world_size(own),
+            replicas=1 if replica_group is None else dist.get_world_size(replica_group),
+            rank=0 if own is None else dist.get_rank(own),
+        )
