@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import figure, first_step, fsdp2, report, step
+from benchmarks import distributed, figure, first_step, fsdp2, report, step, wrappers
 from benchmarks.cases import GPT2, LAYOUTS, Case, Layout, select
 from benchmarks.contenders import BASELINE, CONTENDERS, OURS, Contender, by_name
+from benchmarks.gpt2 import GPT2Model
 from benchmarks.records import Run
 from benchmarks.storage import HUGE_PAGES, ORDINARY, make_params
 from benchmarks.timing import Entrant, interleave
@@ -153,3 +154,41 @@ def test_the_sharded_model_is_the_one_that_is_documented() -> None:
     with torch.device("meta"):
         sizes = [param.numel() for param in fsdp2.Model().parameters()]
     assert (len(sizes), sum(sizes)) == (76, 23_371_776)
+
+
+def test_training_on_two_ranks(tmp_path: Path) -> None:
+    """Everyone has the same loss in the end, or there would be a remark."""
+    names = [wrappers.BASELINE, "FSDP2 + torch fused"]
+    distributed.main(["--quick", "--cases", "GPT-2", "--contenders", names[1], "--rounds", "1", "--output", str(tmp_path)])
+    record = json.loads((tmp_path / "distributed_cpu.json").read_text())
+    (case,) = record["cases"]
+    assert [result["contender"] for result in case["results"]] == names
+    assert case["missing"] == case["remarks"] == []
+    for result in case["results"]:
+        assert result["whole"]["milliseconds"] > result["optimizer"]["milliseconds"] > 0
+        assert math.isfinite(result["peak_mebibytes"])
+    assert case["results"][0]["optimizer"]["ratio"] == case["results"][0]["whole"]["ratio"] == 1.0
+    assert f"| {names[1]} |" in (tmp_path / "distributed_cpu.md").read_text()
+    with pytest.raises(SystemExit):
+        distributed.main(["--contenders", "nobody's"])
+
+
+def test_who_is_missing_on_two_ranks_has_a_reason() -> None:
+    case = dataclasses.replace(distributed.CASES[0], sizes=distributed.SMALL)
+    record = distributed.run(case, [wrappers.BASELINE, "DeepSpeed ZeRO-1 + torch fused"], 1, {}, {"DeepSpeed ZeRO-1 + torch fused": "no"})
+    assert record["missing"] == [{"contender": "DeepSpeed ZeRO-1 + torch fused", "reason": "no"}]
+    assert [result["contender"] for result in record["results"]] == [wrappers.BASELINE]
+
+
+def test_the_gpt2_that_is_trained_has_the_gpt2_list() -> None:
+    with torch.device("meta"):
+        model = GPT2Model()
+    assert tuple(tuple(param.shape) for param in model.parameters()) == GPT2
+
+
+def test_sharding_divides_what_a_rank_has() -> None:
+    sizes = {each.name: each.bytes_in_theory(100, 2) for each in wrappers.CONTENDERS}
+    assert sizes[wrappers.BASELINE] == 1600
+    assert sizes["DeepSpeed ZeRO-1 + torch fused"] == sizes["DDP + ZeroRedundancyOptimizer"] == 1200
+    assert sizes["DeepSpeed ZeRO-2 + torch fused"] == 1000
+    assert sizes["FSDP2 + torch fused"] == 800

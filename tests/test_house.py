@@ -26,7 +26,9 @@ GROUP |= {"momentum": 0.9, "dampening": 0.0, "nesterov": False}
 # but for those listed in SEEN.
 FLOORS = {
     "ranks": 1,
+    "buckets": 1,
     "segment": 1,
+    "shapes": 1,
     "formats": 1,
     "memory": 1,
     "noise": 1,
@@ -47,10 +49,14 @@ FLOORS = {
     "batches": 3,
     "engine": 3,
     "optimizers": 3,
+    "plan": 3,
     "deepspeed": 4,
     "gradient_release": 4,
     "model_preparation": 4,
+    "zero": 4,
+    "commands": 5,
     "__init__": 5,
+    "cli": 6,
 }
 # Statistics are laid out by the layout; floor 3 is a stack.
 SEEN = {("statistics", "sharding"), ("noise", "segment")}
@@ -103,7 +109,7 @@ def test_the_range_of_deepspeed_is_the_one_that_attach_checks() -> None:
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:
-    heavy = ["deepspeed", "triton", "numba", "mpi4py", "matplotlib", "pydantic", "rich", "safetensors", "torch.distributed.tensor"]
+    heavy = ["deepspeed", "triton", "numba", "mpi4py", "matplotlib", "pydantic", "rich", "safetensors", "typer", "torch.distributed.tensor"]
     code = (
         f"import torch, sys; before = set(sys.modules); import sharded_optim; print([m for m in {heavy} if m in set(sys.modules) - before])"
     )

@@ -88,7 +88,6 @@ class Bucket:
         has_gradient: whether `grads` has the average of a backward pass.
         gathering: the transfer that brings the other ranks' shards of `values`, until it was waited for.
         contents: the gradients of a backward pass as they come, until they are reduced: (numel,); None before the first.
-        is_scaled: whether they are divided by the number of ranks already.
     """
 
     def __init__(self, plan: BucketPlan, homes: Sequence[Home], *, number: int, shards: int, rank: int) -> None:
@@ -109,7 +108,6 @@ class Bucket:
         self.gathering: Transfer | None = None
         self.has_gradient = False
         self.contents: Tensor | None = None
-        self.is_scaled = True
         self._filled_numel = sum(home.param.numel() for home in self.homes)
 
     @property

@@ -46,14 +46,14 @@ class Housing:
         self._bucket_bytes = bucket_bytes
         self._defaults = defaults
 
-    def move_in(self, groups: Sequence[Group]) -> list[Bucket]:
-        """Make buckets for the trainable parameters of param groups that lie in none yet.
+    def move_in(self, groups: Sequence[Group], *, first: int = 0) -> list[Bucket]:
+        """Make buckets for the trainable parameters of param groups, of which the first is number `first`, that lie in none yet.
 
         Raises:
             ValueError: a parameter that cannot be optimized, or that shares memory with another; nothing was moved.
         """
         found: dict[Tensor, Home] = {}
-        for index, group in enumerate(groups):
+        for index, group in enumerate(groups, start=first):
             for param, name in named_params(group, index):
                 if param.requires_grad and param not in self.homes and param not in found:
                     _check(param, name)

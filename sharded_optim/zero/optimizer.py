@@ -13,16 +13,17 @@ ZeRO: Rajbhandari et al. 2020, arXiv 1910.02054.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
-from weakref import WeakKeyDictionary, ref
+from weakref import ref
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from sharded_optim.buckets import default_bucket_bytes
 from sharded_optim.engine import Engine
@@ -45,7 +46,7 @@ __all__ = ["ShardedOptimizer"]
 OURS = ("gradient_release", "layout", "process_group")  # options of the optimizer inside that are not the caller's to give
 
 # The optimizer that has a parameter in its buckets, the newest one.
-_owners: WeakKeyDictionary[Tensor, ref[ShardedOptimizer]] = WeakKeyDictionary()
+_owners: MutableMapping[Tensor, ref[ShardedOptimizer]] = WeakTensorKeyDictionary()
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
@@ -194,7 +195,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             if known:
                 raise ValueError(f"parameter {known[0].name!r} appears twice; give each parameter once")
             index = len(self.param_groups)
-            buckets = self._housing.move_in([group])
+            buckets = self._housing.move_in([group], first=index)
             self._engine.add_param_group(self._housing.group_inside(group, index))
         except Exception as failure:
             raise_together(failure, None, self._topology.all_ranks)

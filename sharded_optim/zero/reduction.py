@@ -158,34 +158,42 @@ class Reducer:
         assert grad is not None, "a hook is called with one"
         if grad.layout != torch.strided:
             raise ValueError(f"the gradient of {home.name!r} is sparse ({grad.layout}); build the layer with sparse=False")
-        dtype = self._reduce_dtype or bucket.kind.dtype
-        if bucket.contents is None:
-            if self._is_contents(grad, bucket, dtype):
-                bucket.contents = grad.detach().reshape(-1)
-                bucket.is_scaled = False
-            else:
-                bucket.contents = self._pool.take(bucket.numel, bucket.values, dtype)
+        if self._sends_alone(bucket) and grad.is_contiguous() and grad.dtype == self._dtype(bucket):
+            bucket.contents = grad.detach().view(-1)
+        else:
+            if bucket.contents is None:
+                bucket.contents = self._take_contents(bucket)
                 bucket.contents[bucket.pad].zero_()
-        if bucket.is_scaled:
             place = bucket.contents[home.whole_in_bucket].view(home.param.shape)
-            if place.dtype == grad.dtype:
+            if self._sends_alone(bucket):
+                place.copy_(grad)
+            elif place.dtype == grad.dtype:
                 torch.mul(grad, self._scale, out=place)
             else:
                 place.copy_(grad).mul_(self._scale)
         home.param.grad = None
         self._used.add(home)
 
-    def _is_contents(self, grad: Tensor, bucket: Bucket, dtype: torch.dtype) -> bool:
-        """Whether a gradient is all that its bucket contains, and can be sent from where it is; float16 would overflow in a sum."""
-        alone = len(bucket.homes) == 1 and grad.numel() == bucket.numel
-        return alone and not self._keeps_contents and grad.is_contiguous() and grad.dtype == dtype != torch.float16
+    def _sends_alone(self, bucket: Bucket) -> bool:
+        """Whether a bucket holds one gradient and nothing else, which can be sent from where it is, and is divided when it is added up.
+
+        The same on every rank. Not in float16, whose sums overflow.
+        """
+        is_alone = len(bucket.homes) == 1 and bucket.homes[0].param.numel() == bucket.numel
+        return is_alone and not self._keeps_contents and self._dtype(bucket) != torch.float16
+
+    def _dtype(self, bucket: Bucket) -> torch.dtype:
+        """In which its gradients are sent."""
+        return self._reduce_dtype or bucket.kind.dtype
+
+    def _take_contents(self, bucket: Bucket) -> Tensor:
+        return self._pool.take(bucket.numel, bucket.values, self._dtype(bucket))
 
     @torch.no_grad()
     def _launch(self, bucket: Bucket) -> None:
         """Begin to reduce a bucket, and finish one before it, so that few are in memory at a time."""
         if bucket.contents is None:
-            dtype = self._reduce_dtype or bucket.kind.dtype
-            bucket.contents = self._pool.take(bucket.numel, bucket.values, dtype).zero_()
+            bucket.contents = self._take_contents(bucket).zero_()
         elif not self._is_filled(bucket):
             for home in bucket.homes:
                 if home not in self._used:
@@ -204,7 +212,6 @@ class Reducer:
         """What happens to a bucket's contents, from one transfer to the next."""
         contents = bucket.contents
         assert contents is not None, "filled"
-        scale = 1.0 if bucket.is_scaled else self._scale
         shard = bucket.grads if not bucket.has_gradient else self._pool.take(bucket.shard_numel, contents, bucket.grads.dtype)
         scratch = None
         if transfers.needs_scratch(contents, self._shard_group):
@@ -213,14 +220,13 @@ class Reducer:
         yield transfers.reduce_scatter(contents, shard, self._shard_group, tag=tag, scratch=scratch)
         self._pool.give(scratch)
         if not self._keeps_contents:
-            if bucket.is_scaled:  # else it was autograd's own
+            if not self._sends_alone(bucket):  # else it is autograd's
                 self._pool.give(contents)
             bucket.contents = None
-        bucket.is_scaled = True
         if self._replica_group is not None:
             yield transfers.all_reduce(shard, self._replica_group)
-        if scale != 1.0:
-            shard.mul_(scale)
+        if self._sends_alone(bucket):
+            shard.mul_(self._scale)
         if shard is not bucket.grads:
             bucket.grads.add_(shard)
             self._pool.give(shard)

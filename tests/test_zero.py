@@ -1,0 +1,500 @@
+"""ShardedOptimizer: the bits of one process that is given the same gradients, whatever the ranks, stages, meshes and buckets."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+from deepspeed_models import AWKWARD
+from test_invariance import OPTIMIZERS
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+
+import sharded_optim as so
+from benchmarks.given_gradients import Model, gradients, one_group, two_groups
+
+pytestmark = pytest.mark.filterwarnings("ignore:weight_decay")
+
+STEPS = 5
+SMALL = 0.002  # MiB of a bucket: several of them
+STABLE = partial(so.StableAdamW, lr=1e-2, weight_decay=0.1)
+Grads = Sequence[Tensor | None]  # of a model's parameters
+
+
+def one_process(make: Callable[..., Any], steps: Sequence[Grads], groups: Callable[..., Any] = one_group, dtype=torch.float32) -> Any:
+    """A model after steps with given gradients, and its optimizer."""
+    model = Model(AWKWARD).to(dtype)
+    optimizer = make(groups(model))
+    for grads in steps:
+        for param, grad in zip(model.parameters(), grads, strict=True):
+            param.grad = None if grad is None else grad.to(dtype)
+        optimizer.step()
+    return model, optimizer
+
+
+def contributions(step: int) -> list[Tensor]:
+    """What this rank brings; the mean over ranks is `gradients(step, AWKWARD)`, exactly."""
+    return gradients(step, AWKWARD, rank=dist.get_rank(), world_size=dist.get_world_size())
+
+
+def mean_of(step: int, used: Callable[[int, int], bool]) -> list[Tensor | None]:
+    """The mean of what the ranks contribute, where rank r contributes to parameter i if `used(r, i)`; None where none does."""
+    world_size = dist.get_world_size()
+    of_ranks = [gradients(step, AWKWARD, rank=rank, world_size=world_size) for rank in range(world_size)]
+    found: list[Tensor | None] = []
+    for index, parts in enumerate(zip(*of_ranks, strict=True)):
+        bringing = [part for rank, part in enumerate(parts) if used(rank, index)]
+        found.append(torch.stack(bringing).sum(0) / world_size if bringing else None)
+    return found
+
+
+def loss_of(model: nn.Module, grads: Grads) -> Tensor:
+    """What has these gradients."""
+    terms = [(param * grad.to(param.dtype)).sum() for param, grad in zip(model.parameters(), grads, strict=True) if grad is not None]
+    return torch.stack(terms).sum()
+
+
+def assert_like(model: nn.Module, optimizer: so.ShardedOptimizer, expected: nn.Module, reference: Any, where: str) -> None:
+    """Every parameter, and this rank's part of every state, bit for bit; and that all ranks together have all of it."""
+    optimizer.wait()
+    numbers = {param: number for number, param in enumerate(param for group in optimizer.param_groups for param in group["params"])}
+    shards = optimizer.state_dict()["shards"]
+    held = torch.zeros(len(shards), dtype=torch.int64)
+    stepped = torch.zeros(len(shards), dtype=torch.int64)
+    for (name, param), other in zip(model.named_parameters(), expected.parameters(), strict=True):
+        assert torch.equal(param, other.to(param.dtype)), f"{where} {name}"
+        own = optimizer.state.get(param, {})
+        shard = shards[numbers[param]]
+        held[numbers[param]] = shard["numel"] if own else 0
+        stepped[numbers[param]] = param.numel() * optimizer._topology.replicas if other in reference.state else 0
+        for key, value in own.items():
+            whole = other if key == "master" else reference.state[other][key]
+            part = whole if key == "step" else whole.flatten()[shard["start"] : shard["start"] + shard["numel"]]
+            assert value.dtype == part.dtype, f"{where} {name} {key}"
+            assert torch.equal(value, part), f"{where} {name} {key}"
+    dist.all_reduce(held)
+    assert torch.equal(held, stepped), where
+
+
+# -------------------------------------------------------------------------------------------------------------------- same bits
+
+BITS = ("Adam-l2", "AdamW", "AdamW-skip-loop", "DecoupledAdamW-amsgrad", "DecoupledSGDW", "DecoupledSGDW-nesterov", "StableAdamW")
+LOW = ("AdamW", "StableAdamW-corrected", "AdamW-kahan-stochastic", "StableAdamW-stochastic")  # with bfloat16 parameters
+
+
+def check_bits() -> None:
+    world_size, rank = dist.get_world_size(), dist.get_rank()
+    meshes: list[Any] = [None, init_device_mesh("cpu", (2, 2))] if world_size == 4 else [None]
+    steps = range(1, STEPS + 1)
+    for label in BITS:
+        make = OPTIMIZERS[label]
+        expected = {groups: one_process(make, [gradients(step, AWKWARD) for step in steps], groups) for groups in (one_group, two_groups)}
+        for mesh in meshes:
+            for stage, groups, bucket_mb in ((1, two_groups, SMALL), (2, one_group, None), (2, two_groups, SMALL)):
+                model = Model(AWKWARD)
+                if rank:  # whose values are given to all
+                    nn.init.zeros_(model.layers[0].weight)
+                given = model if groups is one_group else groups(model)
+                optimizer = sharded(make, given, mesh, stage=stage, bucket_mb=bucket_mb)
+                for step in steps:
+                    model(contributions(step)).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                assert_like(model, optimizer, *expected[groups], f"{label} {stage=} {mesh} {bucket_mb}")
+    check_low_precision(meshes[-1], steps)
+
+
+def check_low_precision(mesh: Any, steps: Sequence[int]) -> None:
+    """Float32 masters have the bits of a float32 model; with Kahan sums or stochastic rounding there are none."""
+    for label in LOW:
+        make = OPTIMIZERS[label]
+        has_masters = not {"kahan_sum", "stochastic_rounding"} & make.keywords.keys()
+        dtype = torch.float32 if has_masters else torch.bfloat16
+        expected = one_process(make, [gradients(step, AWKWARD) for step in steps], two_groups, dtype)
+        for reduce_dtype in (None, torch.float32):
+            model = Model(AWKWARD).bfloat16()
+            optimizer = sharded(make, two_groups(model), mesh, bucket_mb=SMALL, reduce_dtype=reduce_dtype)
+            for step in steps:
+                loss_of(model, contributions(step)).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            assert all(("master" in state) == has_masters for state in optimizer.state.values())
+            assert_like(model, optimizer, *expected, f"{label} bf16 {reduce_dtype}")
+
+
+def sharded(make: partial, params: Any, process_group: Any = None, **options: Any) -> so.ShardedOptimizer:
+    return so.ShardedOptimizer(params, make.func, process_group, **options, **make.keywords)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_every_optimizer_has_the_bits_of_one_process_at_any_number_of_ranks(world_size: int) -> None:
+    """Stages 1 and 2, one and two param groups, one bucket and several, bfloat16 with masters and without, shards in replicas on 4."""
+    ranks.run(check_bits, world_size)
+
+
+# -------------------------------------------------------------------------------------------------------- what gradients there are
+
+
+def check_gradients() -> None:
+    check_unused()
+    check_accumulation()
+    check_assigned()
+    check_added_and_frozen()
+    check_odd_parameters()
+    check_non_finite()
+
+
+def check_unused() -> None:
+    """A parameter that has a gradient on some ranks is averaged with zeros, one that has it on none is not stepped."""
+    patterns: list[Callable[[int, int], bool]] = [
+        lambda rank, index: True,
+        lambda rank, index: index % 3 != rank,
+        lambda rank, index: index not in (2, 5),
+        lambda rank, index: rank == 1,
+        lambda rank, index: False,
+        lambda rank, index: True,
+    ]
+    for make in (STABLE, partial(so.AdamW, lr=1e-2, weight_decay=0.1)):
+        steps = [mean_of(step, used) for step, used in enumerate(patterns, start=1)]
+        expected = one_process(make, steps)
+        model = Model(AWKWARD)
+        optimizer = sharded(make, model, bucket_mb=SMALL)
+        for step, used in enumerate(patterns, start=1):
+            grads = [grad if used(dist.get_rank(), index) else None for index, grad in enumerate(contributions(step))]
+            if any(grad is not None for grad in grads):  # else this rank calls no backward at all
+                loss_of(model, grads).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert_like(model, optimizer, *expected, f"unused {make.func.__name__}")
+
+
+def check_accumulation() -> None:
+    """Micro-batches add up: reduced each, or under no_sync together with the last, also where that lacks a gradient."""
+    expected = one_process(STABLE, [[a + b for a, b in zip(gradients(1, AWKWARD), gradients(2, AWKWARD), strict=True)]] * 2)
+    for stage in (1, 2):
+        for way in ("every", "last", "none"):
+            model = Model(AWKWARD)
+            optimizer = sharded(STABLE, model, stage=stage, bucket_mb=SMALL)
+            for _ in range(2):
+                first, second = contributions(1), contributions(2)
+                if way == "every":
+                    loss_of(model, first).backward()
+                else:  # the third parameter has a gradient in the first pass alone
+                    first[2] = first[2] + second[2]
+                    with optimizer.no_sync():
+                        loss_of(model, first).backward()
+                        second[2] = None
+                        if way == "none":
+                            loss_of(model, second).backward()
+                if way != "none":
+                    loss_of(model, second).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            assert_like(model, optimizer, *expected, f"accumulation {stage=} {way}")
+
+
+def check_assigned() -> None:
+    """A gradient that was assigned is the average; it is not averaged again."""
+    expected = one_process(STABLE, [gradients(step, AWKWARD) for step in (1, 2)])
+    model = Model(AWKWARD)
+    optimizer = sharded(STABLE, model)
+    for step in (1, 2):
+        for param, grad in zip(model.parameters(), gradients(step, AWKWARD), strict=True):
+            param.grad = grad
+        optimizer.step()
+        optimizer.zero_grad()
+        assert all(param.grad is None for param in model.parameters())
+    assert_like(model, optimizer, *expected, "assigned")
+
+
+def check_added_and_frozen() -> None:
+    """Param groups that come later, parameters that are frozen and thawed, for a while or from the start."""
+    for make in (STABLE, partial(so.AdamW, lr=1e-2)):
+        reference = Model(AWKWARD)
+        model = Model(AWKWARD)
+        params, others = list(model.parameters()), list(reference.parameters())
+        params[1].requires_grad_(False)
+        expected = make([{"params": others[:5]}])
+        optimizer = sharded(make, [{"params": params[:5]}], bucket_mb=SMALL)
+        for step in range(1, 7):
+            if step == 2:
+                expected.add_param_group({"params": others[5:], "lr": 5e-3})
+                optimizer.add_param_group({"params": params[5:], "lr": 5e-3})
+            if step == 3:
+                params[1].requires_grad_(True)
+            params[0].requires_grad_(step != 4)
+            whole, own = gradients(step, AWKWARD), contributions(step)
+            absent = {1} if step < 3 else {0} if step == 4 else set()
+            loss_of(model, [None if index in absent else grad for index, grad in enumerate(own)]).backward()
+            for index, (other, grad) in enumerate(zip(others, whole, strict=True)):
+                other.grad = None if index in absent else grad
+            if step == 1:
+                for param in params[5:]:
+                    param.grad = None
+            expected.step()
+            optimizer.step()
+            optimizer.zero_grad()
+        params[0].requires_grad_(True)
+        assert_like(model, optimizer, reference, expected, f"added and frozen {make.func.__name__}")
+
+
+class Odd(nn.Module):
+    """Tied, non-contiguous and empty parameters, a scalar, and buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.embedding = nn.Embedding(11, 6)
+        self.head = nn.Linear(6, 11, bias=False)
+        self.head.weight = self.embedding.weight
+        self.turned = nn.Parameter(torch.randn(6, 9, generator=generator).t())
+        self.scalar = nn.Parameter(torch.tensor(0.5))
+        self.empty = nn.Parameter(torch.empty(0))
+        self.register_buffer("count", torch.arange(3.0))
+        nn.init.normal_(self.embedding.weight, generator=generator)
+
+
+def check_odd_parameters() -> None:
+    reference, model = Odd(), Odd()
+    expected = STABLE(reference.named_parameters())
+    count = model.count + dist.get_rank()
+    model.count.copy_(count)
+    optimizer = sharded(STABLE, model)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        grads = {name: torch.randint(-8, 9, param.shape, generator=generator) / 4.0 for name, param in reference.named_parameters()}
+        for name, param in reference.named_parameters():
+            param.grad = grads[name]
+        expected.step()
+        torch.stack([(param * grads[name]).sum() for name, param in model.named_parameters()]).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    optimizer.wait()
+    for (name, param), other in zip(model.named_parameters(), reference.parameters(), strict=True):
+        assert torch.equal(param, other), name
+    assert model.head.weight is model.embedding.weight
+    assert torch.equal(model.count, count), "buffers are left alone"
+
+
+def check_non_finite() -> None:
+    """One element that is not finite on one rank, and no rank steps; the next step is as if nothing had been."""
+    for bad_rank in (0, 1):
+        expected = one_process(STABLE, [gradients(step, AWKWARD) for step in (1, 3)])
+        model = Model(AWKWARD)
+        optimizer = sharded(STABLE, model, bucket_mb=SMALL)
+        for step in (1, 2, 3):
+            grads = contributions(step)
+            if step == 2 and dist.get_rank() == bad_rank:
+                grads[3][4, 5] = torch.inf
+            model(grads).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert optimizer.skipped_steps == 1
+        assert_like(model, optimizer, *expected, "non-finite")
+
+
+def test_missing_accumulated_assigned_added_frozen_and_non_finite_gradients() -> None:
+    ranks.run(check_gradients, 2)
+
+
+# ------------------------------------------------------------------------------------------------------------- around other things
+
+
+def check_surroundings() -> None:
+    check_ddp()
+    check_clipping()
+    check_edits_of_parameters()
+    check_metrics()
+    check_overlap()
+    check_what_outlives_what()
+
+
+def check_ddp() -> None:
+    """DistributedDataParallel, before or after, given or found: its averages are what is stepped, with one reduction."""
+    steps = range(1, 4)
+    expected = one_process(STABLE, [gradients(step, AWKWARD) for step in steps])
+    for way in ("model", "parameters", "before"):
+        model = Model(AWKWARD)
+        early = sharded(STABLE, model) if way == "before" else None
+        wrapped = DistributedDataParallel(model)
+        optimizer = early or sharded(STABLE, wrapped if way == "model" else wrapped.parameters(), bucket_mb=SMALL)
+        for step in steps:
+            wrapped(contributions(step)).backward()
+            assert all(param.grad is not None for param in model.parameters()), way
+            optimizer.step()
+            optimizer.zero_grad()
+        assert_like(model, optimizer, *expected, f"DDP {way}")
+    check_grad_scaler(wrapped, model)
+    del wrapped, early, optimizer
+    gc.collect()
+    kept = DistributedDataParallel(model.layers[0]), sharded(STABLE, model)
+    with pytest.raises(ValueError, match=r"averages the gradients of some parameters, but not that of 'layers.1.weight'"):
+        loss_of(model, contributions(1)).backward()
+    del kept
+
+
+def check_grad_scaler(wrapped: nn.Module, model: nn.Module) -> None:
+    """Under DDP it scales the gradients that it finds; where there are none, it is refused."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer = sharded(partial(so.AdamW, lr=1e-2), wrapped)
+    before = [param.detach().clone() for param in model.parameters()]
+    scaler.scale(wrapped(contributions(1))).backward()
+    scaler.step(optimizer)
+    optimizer.wait()
+    assert not all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    plain = Model(AWKWARD)
+    optimizer = sharded(STABLE, plain)
+    scaler.scale(plain(contributions(1))).backward()
+    with pytest.raises(ValueError, match=r"GradScaler finds no gradients in the parameters.*DistributedDataParallel"):
+        scaler.step(optimizer)
+
+
+def check_clipping() -> None:
+    """clip_grad_norm_ gives the norm of whole gradients, and the step of gradients that are scaled by it."""
+    for norm_type in (2.0, 1.0, float("inf")):
+        reference = Model(AWKWARD)
+        expected = STABLE(reference.parameters())
+        for param, grad in zip(reference.parameters(), gradients(3, AWKWARD), strict=True):
+            param.grad = grad
+        norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.5, norm_type)
+        expected.step()
+        for way in ("buckets", "DDP"):
+            model = Model(AWKWARD)
+            wrapped = DistributedDataParallel(model) if way == "DDP" else model
+            optimizer = sharded(STABLE, wrapped, bucket_mb=SMALL)
+            wrapped(contributions(3)).backward()
+            found = optimizer.clip_grad_norm_(0.5, norm_type)
+            torch.testing.assert_close(found, norm)
+            optimizer.step()
+            optimizer.wait()
+            for param, other in zip(model.parameters(), reference.parameters(), strict=True):
+                torch.testing.assert_close(param, other, rtol=1e-5, atol=1e-7)
+
+
+def check_edits_of_parameters() -> None:
+    """What users write to parameters between steps counts, also against masters; what they cannot do is refused."""
+    for dtype in (torch.float32, torch.bfloat16):
+        reference = Model(AWKWARD)
+        expected = STABLE(reference.parameters())
+        model = Model(AWKWARD).to(dtype)
+        optimizer = sharded(STABLE, model)
+        for step in (1, 2, 3):
+            loss_of(model, contributions(step)).backward()
+            for param, grad in zip(reference.parameters(), gradients(step, AWKWARD), strict=True):
+                param.grad = grad
+            expected.step()
+            optimizer.step()
+            optimizer.zero_grad()
+            optimizer.wait()
+            values = {name: param.detach() * 0 + step for name, param in model.named_parameters()}
+            if step == 1:
+                model.load_state_dict(values)
+            else:
+                for name, param in model.named_parameters():
+                    param.data = values[name]
+            with torch.no_grad():
+                for param in reference.parameters():
+                    param.fill_(step)
+    model.double()
+    with pytest.raises(ValueError, match=r"parameter 'layers.0.weight' has become torch.float64.*convert the model before"):
+        optimizer.step()
+    newer = sharded(STABLE, Model(AWKWARD).parameters())
+    params = [param for group in newer.param_groups for param in group["params"]]
+    newest = sharded(STABLE, params)
+    with pytest.raises(ValueError, match=r"another ShardedOptimizer has taken over"):
+        newer.step()
+    del newest
+
+
+def check_metrics() -> None:
+    """As those of one process: under the names of whole tensors, on every rank."""
+    reference, expected = one_process(STABLE, [gradients(1, AWKWARD)], lambda model: list(model.named_parameters()))
+    model = Model(AWKWARD)
+    optimizer = sharded(STABLE, model, bucket_mb=SMALL)
+    model(contributions(1)).backward()
+    optimizer.step()
+    optimizer.wait()
+    assert optimizer.metrics() == expected.metrics()
+    found: dict[str, Any] = {}
+    wanted: dict[str, Any] = {}
+    for (name, param), other in zip(model.named_parameters(), reference.parameters(), strict=True):
+        optimizer.report_per_parameter_metrics(param, name, found)
+        expected.report_per_parameter_metrics(other, name, wanted)
+    optimizer.dist_reduce_metrics(optimizer.pre_reduce_metrics(found))
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        torch.testing.assert_close(found[key], value, msg=key)
+
+
+class Slow(nn.Module):
+    """Uses what belongs to modules that it does not call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(8, 8)
+        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def check_overlap() -> None:
+    """A forward pass, in training and in evaluation, and a state dict see whole new parameters, though step returns before they are."""
+    rank = dist.get_rank()
+    models, optimizers = [], []
+    for overlap in (True, False):
+        model = Slow()
+        models.append(model)
+        optimizers.append(sharded(STABLE, model, bucket_mb=SMALL, overlap=overlap))
+    x = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(rank))
+    for step in range(4):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            model.train()
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert any(bucket.gathering is not None for bucket in optimizers[0]._housing.buckets), "nothing is left to overlap"
+        assert all(bucket.gathering is None for bucket in optimizers[1]._housing.buckets)
+        if step == 1:
+            for model in models:
+                model.eval()
+            with torch.no_grad():
+                assert torch.equal(models[0](x), models[1](x))
+        if step == 2:
+            for a, b in zip(models[0].state_dict().values(), models[1].state_dict().values(), strict=True):
+                assert torch.equal(a, b)
+    optimizers[0].wait()
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+    handle = optimizers[0].register_step_post_hook(lambda *_: None)  # as an average of weights would
+    models[0](x).square().mean().backward()
+    optimizers[0].step()
+    assert all(bucket.gathering is None for bucket in optimizers[0]._housing.buckets)
+    handle.remove()
+
+
+def check_what_outlives_what() -> None:
+    """Hooks do not keep an optimizer alive, and a model without its optimizer trains as any other."""
+    model = Model(AWKWARD)
+    optimizer = sharded(STABLE, model)
+    model(contributions(1)).backward()
+    optimizer.step()
+    del optimizer
+    gc.collect()
+    model(contributions(2)).backward()
+    assert all(param.grad is not None for param in model.parameters())
+
+
+def test_ddp_clipping_edits_metrics_and_overlap() -> None:
+    ranks.run(check_surroundings, 2)
