@@ -30,6 +30,7 @@ bench: setup  ## time steps of all optimizers side by side: make bench ARGS="--q
 	$(BIN)/python -m benchmarks.step $(ARGS)
 	$(if $(ARGS),,$(BIN)/python -m benchmarks.first_step)
 	$(if $(ARGS),,$(BIN)/python -m benchmarks.fsdp2)
+	$(if $(ARGS),,$(BIN)/python -m benchmarks.distributed)
 
 flattened: setup  ## tabulate errors under DeepSpeed and FSDP1: make flattened ARGS="--quick"
 	$(BIN)/python -m benchmarks.flattened $(ARGS)

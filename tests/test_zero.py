@@ -292,7 +292,7 @@ def check_non_finite() -> None:
         for step in (1, 2, 3):
             grads = contributions(step)
             if step == 2 and dist.get_rank() == bad_rank:
-                grads[3][4, 5] = torch.inf
+                grads[4][4, 5] = torch.inf
             model(grads).backward()
             optimizer.step()
             optimizer.zero_grad()

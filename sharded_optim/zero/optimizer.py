@@ -446,7 +446,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         raise ValueError(
-            "a ShardedOptimizer cannot be copied or pickled: it holds process groups and the model's memory; save state_dict()"
+            "a ShardedOptimizer cannot be copied or pickled, as it holds process groups; save its state_dict()"
         )
 
     # --------------------------------------------------------------------------------------------------------------------- reports

@@ -1,0 +1,266 @@
+"""ShardedOptimizer's state: how much of it a rank has, what it sends, and how it is saved and loaded."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+from test_zero import SMALL, STABLE, assert_like, contributions, one_process, sharded
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+
+import sharded_optim as so
+from benchmarks.fsdp2 import Model as Transformer
+from benchmarks.given_gradients import gradients, two_groups
+from deepspeed_models import AWKWARD
+from benchmarks.given_gradients import Model
+
+pytestmark = pytest.mark.filterwarnings("ignore:weight_decay")
+
+KAHAN = partial(so.AdamW, lr=1e-2, kahan_sum=True)
+
+
+@contextmanager
+def counted() -> Iterator[dict[str, int]]:
+    """Bytes that this rank sends, by the function of torch.distributed that sends them."""
+    found: dict[str, int] = {}
+    originals = {name: getattr(dist, name) for name in ("isend", "all_reduce", "broadcast")}
+
+    def count(name: str, tensor: Tensor, *args: Any, **options: Any) -> Any:
+        found[name] = found.get(name, 0) + tensor.nbytes
+        return originals[name](tensor, *args, **options)
+
+    for name in originals:
+        setattr(dist, name, partial(count, name))
+    try:
+        yield found
+    finally:
+        for name, function in originals.items():
+            setattr(dist, name, function)
+
+
+def train(model: nn.Module, optimizer: Any, first: int, last: int) -> None:
+    for step in range(first, last + 1):
+        model(contributions(step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def check_costs() -> None:
+    """Of a transformer: state in equal shards, 2 (N - 1) / N of the parameters' bytes sent, one small all-reduce in a step."""
+    world_size = dist.get_world_size()
+    for dtype, make, per_element in ((torch.float32, STABLE, 8), (torch.bfloat16, STABLE, 12), (torch.bfloat16, KAHAN, 10)):
+        model = Transformer(layers=2, width=32, vocabulary=301, positions=64).to(dtype)
+        optimizer = sharded(make, model, bucket_mb=0.05)
+        numel = sum(param.numel() for param in model.parameters())
+        tokens = torch.randint(301, (2, 8), generator=torch.Generator().manual_seed(dist.get_rank()))
+        for _ in range(2):
+            model(tokens).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        with counted() as sent:
+            model(tokens).square().mean().backward()
+            optimizer.finish_reduction()
+            in_backward = dict(sent)
+            optimizer.step()
+            optimizer.wait()
+        padded = sum(bucket.numel for bucket in optimizer._housing.buckets)
+        assert padded - numel < 16 * 4 * world_size * len(optimizer._housing.buckets), "one pad for each bucket"
+        itemsize = dtype.itemsize
+        if world_size > 1:
+            half = padded * itemsize * (world_size - 1) // world_size
+            tensors = len(list(model.parameters()))
+            assert in_backward == {"isend": half, "all_reduce": 4 * tensors}
+            small = sent["all_reduce"] - in_backward["all_reduce"]
+            assert sent["isend"] == 2 * half
+            assert small == (8 * (7 * tensors + 2) if make is STABLE else 0)
+        state = [value for values in optimizer.state.values() for key, value in values.items() if key != "step"]
+        held = sum(value.nbytes for value in state)
+        share = per_element * numel / world_size
+        pads = per_element * sum(bucket.numel - sum(p.numel() for p in (h.param for h in bucket.homes)) for bucket in optimizer._housing.buckets)
+        assert share - pads <= held <= share + pads / world_size, f"{held} of {share}"
+    check_balance()
+
+
+def check_balance() -> None:
+    """Shards are equal, whatever the sizes of tensors, and with default buckets at most 0.1 % of them is padding."""
+    model = nn.ParameterList(nn.Parameter(torch.zeros(numel)) for numel in (1_000_003, 7, 1, 0, 12_345, 999_983, 31))
+    optimizer = sharded(STABLE, model)
+    (bucket,) = optimizer._housing.buckets
+    held = torch.tensor([sum(home.numel for home in bucket.homes)])
+    everything = [torch.zeros_like(held) for _ in range(dist.get_world_size())]
+    dist.all_gather(everything, held)
+    mean = sum(map(int, everything)) / len(everything)
+    assert max(map(int, everything)) / mean - 1 < 1e-3
+    assert min(map(int, everything)) / mean > 1 - 1e-3
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_state_falls_with_the_number_of_ranks_and_traffic_is_twice_the_parameters(world_size: int) -> None:
+    ranks.run(check_costs, world_size)
+
+
+# ------------------------------------------------------------------------------------------------------------------- state dicts
+
+
+def check_state(folder: str) -> None:
+    check_resuming(Path(folder))
+    check_whole_state_dicts()
+    check_refused_state_dicts()
+    check_early_observation()
+    check_close_to_ddp()
+
+
+def check_resuming(folder: Path) -> None:
+    """A run that is saved and loaded goes on with the bits of one that is not, with masters and without, after steps or before any."""
+    for dtype, make in ((torch.float32, STABLE), (torch.bfloat16, STABLE), (torch.bfloat16, KAHAN)):
+        models = [Model(AWKWARD).to(dtype) for _ in range(2)]
+        optimizers = [sharded(make, two_groups(model), bucket_mb=SMALL) for model in models]
+        train(models[0], optimizers[0], 1, 3)
+        optimizers[0].param_groups[1]["lr"] = 2e-3
+        optimizers[0].wait()
+        path = folder / f"{dist.get_rank()}.pt"
+        torch.save({"model": models[0].state_dict(), "optimizer": optimizers[0].state_dict()}, path)
+        saved = torch.load(path, weights_only=True)
+        models[1].load_state_dict(saved["model"])
+        optimizers[1].load_state_dict(saved["optimizer"])
+        for model, optimizer in zip(models, optimizers, strict=True):
+            train(model, optimizer, 4, 5)
+            optimizer.wait()
+        assert optimizers[1].param_groups[1]["lr"] == 2e-3
+        for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            assert torch.equal(a, b)
+            assert optimizers[0].state.get(a, {}).keys() == optimizers[1].state.get(b, {}).keys()
+            for key, value in optimizers[0].state.get(a, {}).items():
+                assert torch.equal(value, optimizers[1].state[b][key]), key
+
+
+def check_whole_state_dicts() -> None:
+    """The state dict of an optimizer in one process, ours or torch's, is continued: each rank takes its part."""
+    steps = [gradients(step, AWKWARD) for step in (1, 2, 3)]
+    expected = one_process(STABLE, steps, two_groups)
+    half, saved = one_process(STABLE, steps[:2], two_groups)
+    model = Model(AWKWARD)
+    optimizer = sharded(STABLE, two_groups(model), bucket_mb=SMALL)
+    model.load_state_dict(half.state_dict())
+    optimizer.load_state_dict(saved.state_dict())
+    train(model, optimizer, 3, 3)
+    assert_like(model, optimizer, *expected, "from one process")
+
+    def torchs(groups: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(groups, lr=1e-2)
+
+    half, saved = one_process(torchs, steps[:2])
+    ours = partial(so.AdamW, lr=1e-2, weight_decay=0.0)
+    reference = ours(half.parameters())
+    reference.load_state_dict(saved.state_dict())
+    model = Model(AWKWARD)
+    model.load_state_dict(half.state_dict())
+    optimizer = sharded(ours, model)
+    optimizer.load_state_dict(saved.state_dict())
+    train(model, optimizer, 3, 3)
+    for param, grad in zip(half.parameters(), steps[2], strict=True):
+        param.grad = grad
+    reference.step()
+    assert_like(model, optimizer, half, reference, "from torch")
+
+
+def check_refused_state_dicts() -> None:
+    """What fits on one rank and not on the other changes nothing on either."""
+    model = Model(AWKWARD)
+    optimizer = sharded(STABLE, model, bucket_mb=SMALL)
+    train(model, optimizer, 1, 1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    train(model, optimizer, 2, 2)
+    before = copy.deepcopy(optimizer.state_dict())
+    wrong = copy.deepcopy(saved)
+    number = next(iter(wrong["shards"]))
+    wrong["shards"][number]["start"] += 1
+    with pytest.raises(ValueError, match=r"rank 0: the state dict was saved with another sharding: of '.*' it has .*in one process"):
+        optimizer.load_state_dict(wrong if dist.get_rank() == 0 else saved)
+    wrong = copy.deepcopy(saved)
+    wrong["param_groups"][0]["betas"] = (2.0, 0.9)
+    with pytest.raises(ValueError, match=r"rank 1: betas must be two numbers in \[0, 1\)"):
+        optimizer.load_state_dict(wrong if dist.get_rank() == 1 else saved)
+    with pytest.raises(ValueError, match=r"param groups of \[9\] parameters, the optimizer of \[\d, \d\]"):
+        sharded(STABLE, two_groups(Model(AWKWARD))).load_state_dict(saved)
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for number, state in before["state"].items():
+        for key, value in state.items():
+            assert torch.equal(value, after["state"][number][key])
+    for way in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(ValueError, match=r"cannot be copied or pickled.*save its state_dict"):
+            way(optimizer)
+
+
+def check_early_observation() -> None:
+    """Sums are taken of each bucket as it arrives, and again in the step where anything has changed since."""
+    model = Model(AWKWARD)
+    optimizer = sharded(STABLE, model, bucket_mb=SMALL)
+    engine = optimizer._engine
+    seen = 0
+    sums = engine._sums
+
+    def count(batch: Any) -> Any:
+        nonlocal seen
+        seen += 1
+        return sums(batch)
+
+    engine._sums = count  # type: ignore[method-assign]
+    buckets = sum(any(home.numel for home in bucket.homes) for bucket in optimizer._housing.buckets)
+    assert buckets > 2
+    changes: list[Callable[[], object]] = [
+        lambda: None,
+        lambda: optimizer.clip_grad_norm_(1e9),
+        lambda: optimizer.param_groups[0].update(betas=(0.9, 0.95)),
+        lambda: optimizer.load_state_dict(optimizer.state_dict()),
+    ]
+    train(model, optimizer, 1, 1)
+    for step, change in enumerate(changes, start=2):
+        model(contributions(step)).backward()
+        optimizer.finish_reduction()
+        seen = 0
+        optimizer.finish_reduction()
+        change()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert seen == (0 if step == 2 else buckets), step
+
+
+def check_close_to_ddp() -> None:
+    """On real gradients, what DDP and an unsharded optimizer do, but for the order in which float32 numbers are added."""
+    sizes = {"layers": 2, "width": 32, "vocabulary": 301, "positions": 64}
+    torch.manual_seed(0)
+    wrapped = DistributedDataParallel(Transformer(**sizes))
+    expected = STABLE(wrapped.parameters())
+    torch.manual_seed(0)
+    model = Transformer(**sizes)
+    optimizer = sharded(STABLE, model, bucket_mb=0.05)
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    for _ in range(10):
+        tokens = torch.randint(301, (2, 16), generator=generator)
+        for each, stepping in ((wrapped, expected), (model, optimizer)):
+            (each(tokens) - 1.0).square().mean().backward()
+            stepping.step()
+            stepping.zero_grad()
+    optimizer.wait()
+    for (name, param), other in zip(model.named_parameters(), wrapped.parameters(), strict=True):
+        error = (param - other).norm() / other.norm()
+        assert error < 1e-5, f"{name}: {error}"
+    assert math.isfinite(float(error))
+
+
+def test_state_dicts_early_observation_and_real_gradients(tmp_path: Path) -> None:
+    ranks.run(check_state, 2, str(tmp_path))
