@@ -107,7 +107,7 @@ class Config(_Section):
     name: Name
     runs_folder: str = "runs"
     processes: PositiveInt
-    sharding: Literal["fsdp2", "fsdp1", "ddp", "single", "deepspeed"]
+    sharding: Literal["fsdp2", "fsdp1", "zero2", "zero1", "ddp", "single", "deepspeed"]
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     steps: PositiveInt

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ def build_optimizer(
     named_parameters: Iterable[tuple[str, Tensor]],
     config: OptimizerConfig,
     dimensions: Mapping[str, int],  # of the whole tensors by name: wrappers flatten parameters
-    **options: Any,  # of the optimizer that depend on the sharding
+    constructor: Callable[..., torch.optim.Optimizer] | None = None,  # called as so.ShardedOptimizer; None: the optimizer's own
+    **options: Any,  # of the constructor that depend on the sharding
 ) -> torch.optim.Optimizer:
     """The optimizer by its name, with two param groups. Gradients are not clipped: StableAdamW clips its own updates, per tensor."""
     named = list(named_parameters)  # with names, which its errors and metrics then use
@@ -29,7 +30,11 @@ def build_optimizer(
     gains = [(name, param) for name, param in named if dimensions[name] < 2]  # of norms: decay would pull them from 1 to 0
     # What the config leaves open is the optimizer's own default.
     given: dict[str, Any] = {key: value for key, value in config.model_dump().items() if key != "name" and value is not None}
-    return getattr(so, config.name)([{"params": matrices}, {"params": gains, "weight_decay": 0.0}], **given, **options)
+    groups = [{"params": matrices}, {"params": gains, "weight_decay": 0.0}]
+    optimizer_class = getattr(so, config.name)
+    if constructor is None:
+        return optimizer_class(groups, **given, **options)
+    return constructor(groups, optimizer_class, **given, **options)
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, warmup_steps: int, steps: int) -> LRScheduler:

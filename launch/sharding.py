@@ -12,6 +12,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from io import StringIO
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +72,11 @@ def _fsdp1(model: GPT, build: BuildOptimizer, config: Config, device: torch.devi
     return _stepped_by_optimizer(wrapped, build(named, layout=so.fsdp1_layout(wrapped)))
 
 
+def _zero(model: GPT, build: BuildOptimizer, config: Config, device: torch.device, stage: Literal[1, 2]) -> Sharded:
+    """Each rank keeps the whole model, and a range of what the stage says. The optimizer averages the gradients; nothing is wrapped."""
+    return _stepped_by_optimizer(model, build(model.named_parameters(), constructor=so.ShardedOptimizer, stage=stage, module=model))
+
+
 def _ddp(model: GPT, build: BuildOptimizer, config: Config, device: torch.device) -> Sharded:
     """Each rank keeps the whole model."""
     wrapped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
@@ -110,4 +116,12 @@ def _stepped_by_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) ->
     return Sharded(model=model, optimizer=optimizer, step=step)
 
 
-SHARDINGS: dict[str, Wrapper] = {"fsdp2": _fsdp2, "fsdp1": _fsdp1, "ddp": _ddp, "single": _single, "deepspeed": _deepspeed}
+SHARDINGS: dict[str, Wrapper] = {
+    "fsdp2": _fsdp2,
+    "fsdp1": _fsdp1,
+    "zero2": partial(_zero, stage=2),
+    "zero1": partial(_zero, stage=1),
+    "ddp": _ddp,
+    "single": _single,
+    "deepspeed": _deepspeed,
+}

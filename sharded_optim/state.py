@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from sharded_optim import memory
 
-__all__ = ["STEP", "State", "called_to_allocate", "new_state", "zeros"]
+__all__ = ["STEP", "Asked", "State", "asked_by_distributed_checkpoint", "called_to_allocate", "new_state", "zeros"]
 
 STEP = "step"
 
@@ -75,9 +77,47 @@ def called_to_allocate() -> bool:
     decay the weights. The gradients do not tell it from a real first step, on a rank whose shard happens to have only zeros; the caller
     does.
     """
+    return any((_module_of(frame), frame.f_code.co_name) in ALLOCATORS for frame in _callers())
+
+
+CHECKPOINT = "torch.distributed.checkpoint"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """How torch.distributed.checkpoint wants an optimizer's state: see torch's StateDictOptions."""
+
+    full: bool = False  # whole tensors
+    cpu_offload: bool = False  # with `full`: on rank 0 alone
+    flat: bool = False  # one level of keys
+    template: bool = False  # what values are is of no interest: it is going to load others in their place
+
+
+def asked_by_distributed_checkpoint() -> Asked | None:
+    """What torch.distributed.checkpoint asks for, where it is the caller; else None.
+
+    It calls `optimizer.state_dict` and `optimizer.state` as everybody does, but what it is given are the parts of one checkpoint of all
+    ranks: it would save one rank's 1-D tensors and drop the others'.
+    """
+    frames = [frame for frame in _callers() if f"{_module_of(frame)}.".startswith(f"{CHECKPOINT}.")]
+    if not frames:
+        return None
+    info = frames[0].f_locals.get("info")
+    return Asked(
+        full=getattr(info, "full_state_dict", False),
+        cpu_offload=getattr(info, "cpu_offload", False),
+        flat=getattr(info, "flatten_optimizer_state_dict", False),
+        template=any(frame.f_code.co_name == "_load_optim_state_dict" for frame in frames),
+    )
+
+
+def _callers() -> Iterator[FrameType]:
+    """Of this module's caller, the innermost first."""
     frame = sys._getframe(1)
     while frame is not None:
-        if (frame.f_globals.get("__name__"), frame.f_code.co_name) in ALLOCATORS:
-            return True
+        yield frame
         frame = frame.f_back
-    return False
+
+
+def _module_of(frame: FrameType) -> str | None:
+    return frame.f_globals.get("__name__")

@@ -38,7 +38,7 @@ def test_every_file_in_configs_loads_and_survives_being_written_down(path, tmp_p
 
 def test_the_configs_differ_only_in_how_they_run():
     recipes = []
-    for name in ("fsdp2", "fsdp1", "ddp", "single", "deepspeed"):
+    for name in ("fsdp2", "fsdp1", "zero2", "ddp", "single", "deepspeed"):
         config = load(CONFIGS / f"{name}.yaml", [])
         assert config.sharding == name
         recipes.append(config.model_dump(exclude={"name", "processes", "sharding", "deepspeed"}))
@@ -102,7 +102,10 @@ def test_an_unknown_key_is_refused_with_its_value_and_the_nearest_name(override,
         ("optimizer.lr=.nan", "optimizer.lr=nan: it should be"),
         ("optimizer.betas=[0.9, 1.0]", "optimizer.betas.1=1.0: it should be less than 1"),
         ("optimizer=5", "optimizer=5: it should be"),
-        ("sharding=fsdp", "sharding='fsdp': it should be 'fsdp2', 'fsdp1', 'ddp', 'single' or 'deepspeed'; did you mean fsdp2?"),
+        (
+            "sharding=fsdp",
+            "sharding='fsdp': it should be 'fsdp2', 'fsdp1', 'zero2', 'zero1', 'ddp', 'single' or 'deepspeed'; did you mean fsdp2?",
+        ),
         ("optimizer.name=StableAdam", "did you mean StableAdamW?"),
         ("optimizer={name: DecoupledSGDW, lr: 0.1, eps: 0.0}", "DecoupledSGDW has no eps; leave it out"),
         ("optimizer.momentum=0.9", "StableAdamW has no momentum; leave it out"),

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 
+import sharded_optim as so
 from launch import deepspeed_extension
 from launch.config import OptimizerConfig, load
 from launch.model import GPT
@@ -192,11 +193,14 @@ def test_a_mistake_is_reported_once_and_nothing_starts(tmp_path, arguments, expe
 
 @pytest.mark.filterwarnings("ignore:weight_decay")
 @pytest.mark.parametrize("name", ["StableAdamW", "Adam", "AdamW", "DecoupledAdamW", "DecoupledSGDW"])
-def test_every_optimizer_is_built_by_name_without_decay_of_gains(name):
+@pytest.mark.parametrize("constructor", [None, so.ShardedOptimizer])
+def test_every_optimizer_is_built_by_name_without_decay_of_gains(name, constructor):
     model = GPT(layers=1, heads=2, d_model=8, sequence_length=4)
     dimensions = {name: param.ndim for name, param in model.named_parameters()}
-    optimizer = build_optimizer(model.named_parameters(), OptimizerConfig(name=name, lr=1e-3, weight_decay=0.25), dimensions)
-    assert type(optimizer).__name__ == name
+    config = OptimizerConfig(name=name, lr=1e-3, weight_decay=0.25)
+    optimizer = build_optimizer(model.named_parameters(), config, dimensions, constructor)
+    assert type(optimizer) is (constructor or getattr(so, name))
+    assert name in repr(optimizer)
     matrices, gains = optimizer.param_groups
     assert (matrices["weight_decay"], gains["weight_decay"]) == (0.25, 0.0)
     assert all(param.ndim == 2 for param in matrices["params"])

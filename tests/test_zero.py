@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +19,11 @@ from test_invariance import OPTIMIZERS
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import sharded_optim as so
 from benchmarks.given_gradients import Model, gradients, one_group, two_groups
+from sharded_optim.zero import neighbours
 
 pytestmark = pytest.mark.filterwarnings("ignore:weight_decay")
 
@@ -26,6 +31,19 @@ STEPS = 5
 SMALL = 0.002  # MiB of a bucket: several of them
 STABLE = partial(so.StableAdamW, lr=1e-2, weight_decay=0.1)
 Grads = Sequence[Tensor | None]  # of a model's parameters
+
+
+@contextmanager
+def ranks_per_machine(count: int) -> Iterator[None]:
+    """As if so many ranks shared a machine, in whose memory they read each other's buffers; others send them."""
+    with tempfile.TemporaryDirectory() as folder:
+        boot_id = Path(folder) / "boot_id"
+        boot_id.write_text(str(dist.get_rank() // count))
+        before, neighbours.BOOT_ID = neighbours.BOOT_ID, boot_id
+        try:
+            yield
+        finally:
+            neighbours.BOOT_ID = before
 
 
 def one_process(make: Callable[..., Any], steps: Sequence[Grads], groups: Callable[..., Any] = one_group, dtype=torch.float32) -> Any:
@@ -97,17 +115,19 @@ def check_bits() -> None:
         make = OPTIMIZERS[label]
         expected = {groups: one_process(make, [gradients(step, AWKWARD) for step in steps], groups) for groups in (one_group, two_groups)}
         for mesh in meshes:
-            for stage, groups, bucket_mb in ((1, two_groups, SMALL), (2, one_group, None), (2, two_groups, SMALL)):
+            cases = ((1, two_groups, SMALL, 1), (2, one_group, None, 2), (2, two_groups, SMALL, world_size))
+            for stage, groups, bucket_mb, together in cases:
                 model = Model(AWKWARD)
                 if rank:  # whose values are given to all
                     nn.init.zeros_(model.layers[0].weight)
                 given = model if groups is one_group else groups(model)
-                optimizer = sharded(make, given, mesh, stage=stage, bucket_mb=bucket_mb)
+                with ranks_per_machine(together):
+                    optimizer = sharded(make, given, mesh, stage=stage, bucket_mb=bucket_mb)
                 for step in steps:
                     model(contributions(step)).backward()
                     optimizer.step()
                     optimizer.zero_grad()
-                assert_like(model, optimizer, *expected[groups], f"{label} {stage=} {mesh} {bucket_mb}")
+                assert_like(model, optimizer, *expected[groups], f"{label} {stage=} {mesh} {bucket_mb} {together=}")
     check_low_precision(meshes[-1], steps)
 
 
@@ -135,7 +155,9 @@ def sharded(make: partial, params: Any, process_group: Any = None, **options: An
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_every_optimizer_has_the_bits_of_one_process_at_any_number_of_ranks(world_size: int) -> None:
-    """Stages 1 and 2, one and two param groups, one bucket and several, bfloat16 with masters and without, shards in replicas on 4."""
+    """Stages 1 and 2, one and two param groups, one bucket and several, one to all ranks on a machine, bfloat16 with masters and without,
+    and on 4 ranks also shards in replicas.
+    """
     ranks.run(check_bits, world_size)
 
 
@@ -149,6 +171,7 @@ def check_gradients() -> None:
     check_added_and_frozen()
     check_odd_parameters()
     check_non_finite()
+    check_checkpointing()
 
 
 def check_unused() -> None:
@@ -264,7 +287,7 @@ class Odd(nn.Module):
 def check_odd_parameters() -> None:
     reference, model = Odd(), Odd()
     expected = STABLE(reference.named_parameters())
-    count = model.count + dist.get_rank()
+    count = torch.arange(3.0) + dist.get_rank()
     model.count.copy_(count)
     optimizer = sharded(STABLE, model)
     generator = torch.Generator().manual_seed(1)
@@ -298,6 +321,32 @@ def check_non_finite() -> None:
             optimizer.zero_grad()
         assert optimizer.skipped_steps == 1
         assert_like(model, optimizer, *expected, "non-finite")
+
+
+def check_checkpointing() -> None:
+    """Backward passes inside of backward passes are one round of reductions, unless a parameter is used in several; the sum is the same."""
+    outcomes = []
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(dist.get_rank()))
+    for way in ("none", "reentrant", "not reentrant"):
+        torch.manual_seed(0)
+        shared = nn.Linear(6, 6)
+        blocks = [nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(3)] + [shared, nn.Linear(6, 6), shared]
+        model = nn.ModuleList([*blocks[:-1], nn.Linear(2, 2)])  # of which the last is not used
+        optimizer = sharded(STABLE, model, bucket_mb=1e-4)
+        for _ in range(3):
+            y = x.clone().requires_grad_()
+            for block in blocks:
+                y = block(y) if way == "none" else checkpoint(block, y, use_reentrant=way == "reentrant")
+            (y**2).mean().backward()
+            rounds = optimizer._reducer.rounds
+            optimizer.step()
+            optimizer.zero_grad()
+        assert rounds == {"none": 1, "reentrant": 2, "not reentrant": 1}[way]
+        optimizer.wait()
+        outcomes.append([param.detach() for param in model.parameters()])
+    for values in zip(*outcomes, strict=True):
+        torch.testing.assert_close(values[1], values[0], rtol=1e-5, atol=1e-7)
+        assert torch.equal(values[2], values[0])
 
 
 def test_missing_accumulated_assigned_added_frozen_and_non_finite_gradients() -> None:
@@ -464,8 +513,8 @@ def check_overlap() -> None:
             model(x).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-        assert any(bucket.gathering is not None for bucket in optimizers[0]._housing.buckets), "nothing is left to overlap"
-        assert all(bucket.gathering is None for bucket in optimizers[1]._housing.buckets)
+        assert any(bucket.gathering._arriving for bucket in optimizers[0]._housing.buckets), "nothing is left to overlap"
+        assert not any(bucket.gathering._leaving for bucket in optimizers[1]._housing.buckets)
         if step == 1:
             for model in models:
                 model.eval()
@@ -480,7 +529,7 @@ def check_overlap() -> None:
     handle = optimizers[0].register_step_post_hook(lambda *_: None)  # as an average of weights would
     models[0](x).square().mean().backward()
     optimizers[0].step()
-    assert all(bucket.gathering is None for bucket in optimizers[0]._housing.buckets)
+    assert not any(bucket.gathering._leaving for bucket in optimizers[0]._housing.buckets)
     handle.remove()
 
 

@@ -1,4 +1,4 @@
-"""ShardedOptimizer when something is wrong: an error that names it, on every rank, before anything hangs or goes apart."""
+"""ShardedOptimizer when something is wrong: an error on every rank that names it, before anything hangs or goes apart."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import ranks
 import torch
 import torch.distributed as dist
 from deepspeed_models import AWKWARD
-from test_zero import SMALL, STABLE, contributions, loss_of, sharded
-from torch import nn
+from test_zero import SMALL, STABLE, contributions, ranks_per_machine, sharded
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -22,45 +22,139 @@ from benchmarks.given_gradients import Model
 
 pytestmark = pytest.mark.filterwarnings("ignore:weight_decay")
 
-TIMEOUT = 3.0  # seconds of the process group
+TIMEOUT = 1.5  # seconds of the process group
+ADAMW = partial(so.AdamW, lr=1e-2)
 
 
 class Raising(torch.autograd.Function):
     """The identity, whose backward fails."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
         raise ArithmeticError("in backward")
 
 
-def check_timeout(way: str) -> None:
-    """One rank leaves the others alone: both end with an error within the timeout, that of the waiting one names a bucket."""
+def failing_loss(model: nn.Module, grads: list[Tensor]) -> Tensor:
+    """Its backward completes some gradients, and then fails."""
+    numbered = enumerate(zip(model.parameters(), grads, strict=True))
+    terms = [(param if index > 4 else Raising.apply(param)) * grad for index, (param, grad) in numbered]
+    early, late = terms[:5], terms[5:]
+    return torch.stack([term.sum() for term in early]).sum() + torch.stack([term.sum() for term in late]).sum()
+
+
+def act(way: str, model: nn.Module, optimizer: so.ShardedOptimizer, step: int) -> None:
+    """A step, in which rank 1 does something else in step 2."""
+    grads = contributions(step)
+    differs = dist.get_rank() == 1 and step == 2
+    if differs and way == "raises":
+        failing_loss(model, grads).backward()
+    elif differs and way == "raises, and goes on":
+        with pytest.raises(ArithmeticError):
+            failing_loss(model, grads).backward()
+    else:
+        model(grads).backward()
+    if differs and way == "leaves out a step":
+        optimizer.zero_grad()
+        return
+    if differs and way == "is late":
+        time.sleep(2 * TIMEOUT)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def check_alone(way: str, make: Any, together: int) -> None:
+    """Both ranks end with an error soon after the timeout; that of the one that waits names the first parameter of a bucket."""
     process_group = dist.new_group(timeout=timedelta(seconds=TIMEOUT))
     model = Model(AWKWARD)
-    optimizer = sharded(STABLE, model, process_group, bucket_mb=SMALL)
-    fails = dist.get_rank() == 1
+    with ranks_per_machine(together):
+        optimizer = sharded(make, model, process_group, bucket_mb=SMALL)
+    names = [bucket.homes[0].name for bucket in optimizer._housing.buckets]
+    errors: list[Exception] = []
     started = time.monotonic()
-    names = {bucket.homes[0].name for bucket in optimizer._housing.buckets}
-    for step in (1, 2):
-        grads = contributions(step)
+    for step in (1, 2, 3, 4):
         try:
-            if way == "raises in backward" and fails and step == 2:
-                with pytest.raises(ArithmeticError):
-                    (loss_of(model.layers[4:], grads[6:]) + loss_of(model.layers[:4], map(Raising.apply, grads[:6]))).backward()
-                Raising.apply(model.layers[0].weight).sum().backward()
-            with optimizer.no_sync() if way == "no_sync on one" and fails and step == 2 else torch.enable_grad():
-                model(grads).backward()
-            if way == "no step on one" and fails and step == 1:
-                continue
-            optimizer.step()
-            optimizer.zero_grad()
+            act(way, model, optimizer, step)
         except (RuntimeError, ArithmeticError) as error:
-            assert time.monotonic() - started < 5 * TIMEOUT
-            if not fails:
-                assert any(name in str(error) for name in names), error
-            return
-    raise AssertionError(f"rank {dist.get_rank()} has noticed nothing")
+            errors.append(error)
+            break
+    assert errors, f"{way}: rank {dist.get_rank()} has noticed nothing"
+    assert time.monotonic() - started < 5 * TIMEOUT, way
+    if dist.get_rank() == 0 or way != "raises":
+        assert any(repr(name) in str(errors[0]) for name in names), f"{way}: {errors[0]}"
+
+
+def check_ways() -> None:
+    for way, make, together in (
+        ("raises", STABLE, 2),
+        ("raises", ADAMW, 1),
+        ("raises, and goes on", STABLE, 2),
+        ("leaves out a step", ADAMW, 2),
+        ("leaves out a step", STABLE, 1),
+        ("is late", ADAMW, 2),
+    ):
+        check_alone(way, make, together)
+        dist.barrier()  # the default group's: the other one is of no more use
+
+
+def test_a_rank_that_goes_its_own_way_ends_the_job_on_all_ranks() -> None:
+    """It raises in backward, or leaves others waiting for a bucket; where ranks read each other's memory, and where they send."""
+    ranks.run(check_ways, 2)
+
+
+def check_refusals() -> None:
+    rank = dist.get_rank()
+    model = Model(AWKWARD)
+    with pytest.raises(TypeError, match=r"optimizer_class must be a class of sharded_optim"):
+        so.ShardedOptimizer(model, torch.optim.AdamW, lr=1e-2)
+    for options, message in (
+        ({"stage": 3}, r"all ranks: stage must be 1 or 2, got 3; .*fully_shard"),
+        ({"bucket_mb": 0}, r"bucket_mb must be positive, got 0"),
+        ({"reduce_dtype": torch.int32}, r"reduce_dtype must be a floating dtype"),
+        ({"gradient_release": True}, r"gradient_release=True cannot be given"),
+        ({"lr": -1.0}, r"all ranks: lr must be a finite number >= 0, got -1.0"),
+        ({"lr": -1.0 if rank else 1.0}, r"^rank 1: lr must be"),
+        ({"stage": 1 + rank}, r"rank 1 has other parameters .* than rank 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            so.ShardedOptimizer(model, so.AdamW, **{"lr": 1e-2, **options})
+    twin = nn.Parameter(model.layers[0].weight.data)
+    mesh = init_device_mesh("cpu", (2,))
+    dtensors = nn.Linear(4, 4)
+    fully_shard(dtensors, mesh=mesh)
+    frozen = nn.Linear(2, 2).requires_grad_(False)
+    for params, message in (
+        ([], r"params is empty; give the parameters of a model"),
+        ([{"params": []}], r"param_groups\[0\] has no parameters; leave the group out"),
+        (model.layers[0].weight, r"got one tensor of shape \(7, 3\)"),
+        ([model.layers[0].weight, twin], r"'param_groups\[0\].params\[\d\]' and '.*' share memory; tie them as one parameter"),
+        ([model.layers[0].weight] * 2, r"appears twice"),
+        (dtensors, r"parameter 'weight' is a DTensor, not an ordinary tensor"),
+        (nn.Linear(2, 2, device="meta"), r"parameter 'weight' has no memory \(device meta\)"),
+        (nn.Linear(2 + rank, 2), r"rank 1 has other parameters"),
+        (frozen, r"no parameter is trainable"),
+        ([torch.ones(3, dtype=torch.int64)], r"no parameter is trainable"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            so.ShardedOptimizer(params, so.AdamW, lr=1e-2)
+    with pytest.raises(ValueError, match=r"must be a mesh .* of 1 dimension \(shards\) or 2 \(replicas, shards\)"):
+        so.ShardedOptimizer(model, so.AdamW, init_device_mesh("cpu", (1, 2, 1)), lr=1e-2)
+    optimizer = sharded(STABLE, model)
+    with pytest.raises(ValueError, match=r"parameter 'layers.0.weight' appears twice"):
+        optimizer.add_param_group({"params": model.layers[0].weight})
+    check_sparse()
+
+
+def check_sparse() -> None:
+    model = nn.Embedding(5, 3, sparse=True)
+    optimizer = sharded(STABLE, model)
+    with pytest.raises(ValueError, match=r"the gradient of 'weight' is sparse .*sparse=False"):
+        model(torch.tensor([1, 2])).sum().backward()
+    del optimizer
+
+
+def test_what_cannot_work_is_refused_by_name_on_all_ranks() -> None:
+    ranks.run(check_refusals, 2)

@@ -15,16 +15,14 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
-from test_zero import SMALL, STABLE, assert_like, contributions, one_process, sharded
+from deepspeed_models import AWKWARD
+from test_zero import SMALL, STABLE, assert_like, contributions, one_process, ranks_per_machine, sharded
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 import sharded_optim as so
 from benchmarks.fsdp2 import Model as Transformer
-from benchmarks.given_gradients import gradients, two_groups
-from deepspeed_models import AWKWARD
-from benchmarks.given_gradients import Model
+from benchmarks.given_gradients import Model, gradients, two_groups
 
 pytestmark = pytest.mark.filterwarnings("ignore:weight_decay")
 
@@ -62,7 +60,8 @@ def check_costs() -> None:
     world_size = dist.get_world_size()
     for dtype, make, per_element in ((torch.float32, STABLE, 8), (torch.bfloat16, STABLE, 12), (torch.bfloat16, KAHAN, 10)):
         model = Transformer(layers=2, width=32, vocabulary=301, positions=64).to(dtype)
-        optimizer = sharded(make, model, bucket_mb=0.05)
+        with ranks_per_machine(1):
+            optimizer = sharded(make, model, bucket_mb=0.05)
         numel = sum(param.numel() for param in model.parameters())
         tokens = torch.randint(301, (2, 8), generator=torch.Generator().manual_seed(dist.get_rank()))
         for _ in range(2):
@@ -88,7 +87,9 @@ def check_costs() -> None:
         state = [value for values in optimizer.state.values() for key, value in values.items() if key != "step"]
         held = sum(value.nbytes for value in state)
         share = per_element * numel / world_size
-        pads = per_element * sum(bucket.numel - sum(p.numel() for p in (h.param for h in bucket.homes)) for bucket in optimizer._housing.buckets)
+        pads = per_element * sum(
+            bucket.numel - sum(p.numel() for p in (h.param for h in bucket.homes)) for bucket in optimizer._housing.buckets
+        )
         assert share - pads <= held <= share + pads / world_size, f"{held} of {share}"
     check_balance()
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sharded_optim import memory
 from sharded_optim.buckets import BucketPlan
-from sharded_optim.zero.transfers import Transfer
+from sharded_optim.zero.transfers import ShardGroup, Transfer
 
 __all__ = ["Bucket", "Home", "Kind"]
 
@@ -81,23 +81,23 @@ class Bucket:
         plan: where they lie.
         homes: all that were planned; this takes its own.
         number: of the bucket, in the order in which gradients are reduced.
-        shards, rank: how many there are, and which is this rank's.
+        shard_group: the ranks that it is cut over.
 
     Attributes:
         values: of the parameters: (numel,) in their dtype.
         has_gradient: whether `grads` has the average of a backward pass.
-        gathering: the transfer that brings the other ranks' shards of `values`, until it was waited for.
+        gathering: the last transfer that brings the other ranks' shards of `values`.
         contents: the gradients of a backward pass as they come, until they are reduced: (numel,); None before the first.
     """
 
-    def __init__(self, plan: BucketPlan, homes: Sequence[Home], *, number: int, shards: int, rank: int) -> None:
+    def __init__(self, plan: BucketPlan, homes: Sequence[Home], *, number: int, shard_group: ShardGroup) -> None:
         self.number = number
         self.homes = [homes[member] for member in plan.members]
         self.numel = plan.numel
         self.kind = self.homes[0].kind
-        self.shard_numel = plan.numel // shards
-        self.first = rank * self.shard_numel
-        self.values = _zeros(self.numel, self.kind.dtype, self.kind.device)
+        self.shard_numel = plan.numel // shard_group.size
+        self.first = shard_group.rank * self.shard_numel
+        self.values = shard_group.zeros(self.numel, self.kind.dtype, self.kind.device)
         for home, offset in zip(self.homes, plan.offsets, strict=True):
             first = max(offset, self.first)
             end = min(offset + home.param.numel(), self.first + self.shard_numel)
@@ -105,7 +105,7 @@ class Bucket:
             home.start, home.numel = (first - offset, end - first) if first < end else (0, 0)
             self.bring_home(home)
         self.masters = _zeros(self.shard_numel, torch.float32, self.kind.device) if self.kind.has_masters else None
-        self.gathering: Transfer | None = None
+        self.gathering = Transfer()
         self.has_gradient = False
         self.contents: Tensor | None = None
         self._filled_numel = sum(home.param.numel() for home in self.homes)

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 
 import torch
-import torch.distributed as dist
 
-from sharded_optim.zero import transfers
 from sharded_optim.zero.bucket import Bucket
 from sharded_optim.zero.housing import unit_of
-from sharded_optim.zero.reduction import tag_of, wait
+from sharded_optim.zero.transfers import ShardGroup
 
 __all__ = ["Gatherer"]
 
@@ -21,7 +19,7 @@ class Gatherer:
     All ranks begin them in one order, that of the next forward pass, also where one of them steps nothing of a bucket.
     """
 
-    def __init__(self, shard_group: dist.ProcessGroup | None) -> None:
+    def __init__(self, shard_group: ShardGroup) -> None:
         self._shard_group = shard_group
         self._left: list[Bucket] = []  # of this step, in the order in which they are gathered
         self._happens = False
@@ -54,11 +52,13 @@ class Gatherer:
     @torch.no_grad()
     def _gather(self, bucket: Bucket) -> None:
         bucket.round_masters()
-        bucket.gathering = transfers.all_gather(bucket.values, self._shard_group, tag=tag_of(bucket, self._step, gathers=True))
+        what = f"the parameters of {bucket.named}"
+        bucket.gathering = self._shard_group.all_gather(bucket.values, what=what, number=self._step, place=bucket.number)
 
-    def wait(self, buckets: Iterable[Bucket]) -> None:
-        """Return when the parameters of these are complete."""
+    def wait(self, buckets: Iterable[Bucket], *, settles: bool = False) -> None:
+        """Return when the parameters of these are complete; or may be written to, as the other ranks have this one's too."""
         for bucket in buckets:
-            if bucket.gathering is not None:
-                gathering, bucket.gathering = bucket.gathering, None
-                wait(gathering, f"the parameters of {bucket.named}")
+            if settles:
+                bucket.gathering.settle()
+            else:
+                bucket.gathering.wait()

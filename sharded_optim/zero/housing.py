@@ -14,8 +14,9 @@ from sharded_optim.param_groups import named_params
 from sharded_optim.segment import Segment
 from sharded_optim.sharding import FlatLayout, FlatTensor, Piece, describe
 from sharded_optim.zero.bucket import Bucket, Home, Kind
+from sharded_optim.zero.transfers import ShardGroup
 
-__all__ = ["Group", "Housing", "unfrozen", "without_params"]
+__all__ = ["Group", "Housing", "check_params", "unfrozen", "without_params"]
 
 Group = dict[str, Any]
 STRANGER = "was not given to ShardedOptimizer; add it with add_param_group"
@@ -26,23 +27,25 @@ class Housing:
     """Where the trainable parameters of an optimizer lie.
 
     Args:
-        shards, rank: into how many shards buckets are cut, and which is this rank's.
+        shard_group: the ranks that buckets are cut over.
         bucket_bytes: how large a bucket may become.
         defaults: options of groups that have none of their own.
 
     Attributes:
         homes: by parameter.
         buckets: in the order in which gradients are reduced.
+        shards: how many there are of each.
         layout: of what this rank steps.
     """
 
-    def __init__(self, *, shards: int, rank: int, bucket_bytes: int, defaults: Mapping[str, Any]) -> None:
+    def __init__(self, *, shard_group: ShardGroup, bucket_bytes: int, defaults: Mapping[str, Any]) -> None:
         self.homes: dict[Tensor, Home] = {}
         self.buckets: list[Bucket] = []
         self._flat: dict[Tensor, FlatTensor] = {}
         self._units: dict[Tensor, int] = {}
         self.layout = FlatLayout(flat=self._flat, whole={}, stranger=STRANGER, units=self._units)
-        self._shards, self._rank = shards, rank
+        self.shards = shard_group.size
+        self._shard_group = shard_group
         self._bucket_bytes = bucket_bytes
         self._defaults = defaults
 
@@ -52,19 +55,17 @@ class Housing:
         Raises:
             ValueError: a parameter that cannot be optimized, or that shares memory with another; nothing was moved.
         """
+        check_params(groups, first=first)
         found: dict[Tensor, Home] = {}
         for index, group in enumerate(groups, start=first):
             for param, name in named_params(group, index):
                 if param.requires_grad and param not in self.homes and param not in found:
-                    _check(param, name)
                     found[param] = Home(param=param, name=name, kind=self._kind(param, group))
         new = list(found.values())
         _refuse_shared_memory(new)
-        plans = plan_buckets([_size(home) for home in new], self._shards, self._bucket_bytes)
-        buckets = [
-            Bucket(plan, new, number=number, shards=self._shards, rank=self._rank)
-            for number, plan in enumerate(plans, start=len(self.buckets))
-        ]
+        plans = plan_buckets([_size(home) for home in new], self.shards, self._bucket_bytes)
+        numbered = enumerate(plans, start=len(self.buckets))
+        buckets = [Bucket(plan, new, number=number, shard_group=self._shard_group) for number, plan in numbered]
         for home in new:
             if home.numel:
                 home.local = nn.Parameter(home.bucket.stepped_memory(home))
@@ -137,6 +138,14 @@ def unfrozen(groups: Sequence[Group], homes: Mapping[Tensor, Home]) -> list[Grou
 def _size(home: Home) -> Size:
     kind: Hashable = home.kind
     return Size(numel=home.param.numel(), itemsize=home.param.element_size(), kind=kind)
+
+
+def check_params(groups: Sequence[Group], *, first: int = 0) -> None:
+    """Raise ValueError for a trainable parameter that cannot lie in a bucket."""
+    for index, group in enumerate(groups, start=first):
+        for param, name in named_params(group, index):
+            if param.requires_grad:
+                _check(param, name)
 
 
 def _check(param: Tensor, name: str) -> None:

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from sharded_optim.engine import Engine
 from sharded_optim.param_groups import named_params
+from sharded_optim.state import new_state
 from sharded_optim.zero.bucket import Home
 from sharded_optim.zero.housing import Group, without_params
+from sharded_optim.zero.logical import LogicalTensor
 
-__all__ = ["MASTER", "SHARDS", "LocalState", "inside", "shards_of", "write_masters"]
+__all__ = ["MASTER", "SHARDS", "LocalState", "LogicalState", "inside", "shards_of", "write_masters"]
 
 MASTER = "master"  # the float32 values of a low-precision parameter: (n,), as of moments this rank's part
 SHARDS = "shards"  # key of a state dict: what its tensors are
@@ -40,6 +42,52 @@ class LocalState(Mapping[Tensor, dict[str, Any]]):
         return sum(1 for _ in self)
 
 
+class LogicalState(LocalState):
+    """For each trainable parameter its state as whole tensors, on every rank: ordinary ones where this rank has all of them.
+
+    Where a rank has nothing of a parameter it does not know the step counter, nor what has no dimensions.
+
+    Args:
+        engine: the optimizer inside, with state of all that this rank steps.
+        homes: of the model's parameters.
+        groups: their param groups.
+        template: what the rank does not know is zero; else it is missing, so that only ranks that know it save it.
+    """
+
+    def __init__(self, engine: Engine, homes: Mapping[Tensor, Home], groups: Sequence[Group], *, template: bool) -> None:
+        super().__init__(engine, homes)
+        self._template = template
+        self._groups = {param: index for index, group in enumerate(groups) for param in group["params"]}
+
+    def __getitem__(self, param: Tensor) -> dict[str, Any]:
+        home = self._homes[param]
+        state = super().__getitem__(param) if home.local is not None else self._of_nothing(home)
+        return {name: _logical(home, value) for name, value in state.items() if self._template or _is_known(home, value)}
+
+    def _of_nothing(self, home: Home) -> dict[str, Any]:
+        """The state of no elements."""
+        dtype = torch.float32 if home.kind.has_masters else home.kind.dtype
+        nothing = torch.empty(0, dtype=dtype, device=home.kind.device)
+        state = new_state(nothing, self._engine._state_dtypes(nothing, self._engine.param_groups[self._groups[home.param]]))
+        return state | {MASTER: nothing} if home.kind.has_masters else state
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (param for param in self._groups if param in self._homes and param.requires_grad)
+
+
+def _is_known(home: Home, value: Tensor) -> bool:
+    return home.numel > 0 or home.param.numel() == 0 or (value.ndim > 0 and len(home.shape) > 0)
+
+
+def _logical(home: Home, value: Tensor) -> Tensor:
+    """A state tensor of this rank's part of a parameter as one of the whole parameter."""
+    if value.ndim == 0:
+        return value
+    if home.numel == home.param.numel():
+        return value.view(home.shape)
+    return LogicalTensor(value, home.shape, home.start) if home.shape else value.new_zeros(())
+
+
 def shards_of(groups: Sequence[Group], homes: Mapping[Tensor, Home]) -> dict[int, dict[str, Any]]:
     """For each parameter of a state dict, by its number: the elements, [start, start + numel) of the flattened one, that this rank has."""
     params = [param for group in groups for param in group["params"]]
@@ -56,7 +104,7 @@ def inside(
     """A state dict as the optimizer inside takes it, and the masters in it.
 
     Args:
-        state_dict: of a ShardedOptimizer on this rank, or of one process with whole tensors.
+        state_dict: of a ShardedOptimizer on this rank, or with whole tensors: of one process, or of torch.distributed.checkpoint.
         groups: the param groups that it is going to be loaded into.
         homes: of their parameters.
         engine: the optimizer inside.
@@ -99,6 +147,14 @@ def inside(
 
 def _part(home: Home, value: Any, is_whole: bool) -> Any:
     """This rank's part of a state tensor that is shaped like the parameter."""
+    if isinstance(value, LogicalTensor):
+        if home.local is not None and (value.start, value.local.numel(), value.shape) != (home.start, home.numel, home.shape):
+            raise ValueError(
+                f"the state dict was made for another sharding: of {home.name!r} it has {value!r}, this rank steps {home.numel} elements "
+                f"from {home.start} on of shape {tuple(home.shape)}; ask get_optimizer_state_dict of the optimizer into which you load, "
+                f"and have torch.distributed.checkpoint.load fill that"
+            )
+        return value.local
     if is_whole and isinstance(value, Tensor) and value.shape == home.shape and not (value.ndim == 0 and home.numel == 0):
         return home.of_shard(value)
     return value
@@ -106,8 +162,14 @@ def _part(home: Home, value: Any, is_whole: bool) -> Any:
 
 @torch.no_grad()
 def write_masters(masters: Mapping[Home, Tensor]) -> None:
-    """Set the float32 values of parameters, and round the parameters' own from them."""
+    """Set the float32 values of parameters, and round the parameters' own from them.
+
+    torch.distributed.checkpoint writes to the masters themselves. Then there is nothing to set, and the parameters' values count where
+    they are no rounded masters: a checkpoint without masters, loaded with a planner that allows it, left these as they were.
+    """
     for home, values in masters.items():
         assert home.local is not None, "loaded for what this rank steps"
+        if values.data_ptr() == home.local.data_ptr():
+            continue
         home.local.copy_(values)
         home.bucket.shard[home.in_shard].copy_(values)

@@ -29,14 +29,15 @@ from sharded_optim.buckets import default_bucket_bytes
 from sharded_optim.engine import Engine
 from sharded_optim.options import Params
 from sharded_optim.ranks import raise_together
-from sharded_optim.state import called_to_allocate
-from sharded_optim.zero import local_state
+from sharded_optim.state import asked_by_distributed_checkpoint, called_to_allocate
+from sharded_optim.zero import local_state, logical
 from sharded_optim.zero.bucket import Bucket, Home
 from sharded_optim.zero.forward import wait_in_forward
 from sharded_optim.zero.gathering import Gatherer
-from sharded_optim.zero.housing import Group, Housing, unfrozen, unit_of, without_params
+from sharded_optim.zero.housing import Group, Housing, check_params, unfrozen, unit_of, without_params
 from sharded_optim.zero.reduction import Reducer
 from sharded_optim.zero.topology import Topology
+from sharded_optim.zero.transfers import ShardGroup, naming
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -112,9 +113,18 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._looked_for_ddp = self._slices
         self._used: set[Home] = set()  # the parameters that had a gradient, on any rank, since zero_grad
         self._stepped: set[Home] = set()  # and that the last step has stepped
-        self._gatherer = Gatherer(topology.shard_group)
+        try:
+            _check_options(stage, bucket_mb, reduce_dtype, defaults)
+            groups = _groups(params)
+            check_params(groups)
+        except Exception as failure:  # the other ranks must hear of it before this one raises
+            raise_together(failure, None, topology.all_ranks)
+            raise
+        raise_together(None, (stage, bucket_mb, reduce_dtype), topology.all_ranks)
+        shard_group = ShardGroup(topology.shard_group, _tensors(groups[0])[0].device)
+        self._gatherer = Gatherer(shard_group)
         self._reducer = Reducer(
-            shard_group=topology.shard_group,
+            shard_group=shard_group,
             replica_group=topology.replica_group,
             all_ranks=topology.all_ranks,
             keeps_contents=stage == 1,
@@ -122,17 +132,15 @@ class ShardedOptimizer(torch.optim.Optimizer):
             arrived=self._arrived,
         )
         try:
-            _check_options(stage, bucket_mb, reduce_dtype, defaults)
-            bucket_bytes = default_bucket_bytes(topology.shards) if bucket_mb is None else int(bucket_mb * 2**20)
-            self._housing = Housing(shards=topology.shards, rank=topology.rank, bucket_bytes=bucket_bytes, defaults=defaults)
-            groups = _groups(params)
+            bucket_bytes = default_bucket_bytes(shard_group.size) if bucket_mb is None else int(bucket_mb * 2**20)
+            self._housing = Housing(shard_group=shard_group, bucket_bytes=bucket_bytes, defaults=defaults)
             self._housing.move_in(groups)
             inside = [self._housing.group_inside(group, index) for index, group in enumerate(groups)]
             self._engine = optimizer_class(inside, process_group=topology.given, layout=self._housing.layout, **defaults)
-        except Exception as failure:  # the other ranks must hear of it before this one raises
+        except Exception as failure:
             raise_together(failure, None, topology.all_ranks)
             raise
-        raise_together(None, (stage, bucket_bytes, reduce_dtype, self._description()), topology.all_ranks)
+        raise_together(None, self._description(), topology.all_ranks)
         super().__init__(self._outside(groups, self._engine.param_groups), self._engine.defaults)
         self._engine.listen(self._gatherer)
         self._overlaps = overlap and module is not None and topology.shard_group is not None
@@ -243,8 +251,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self._slices = _are_under_ddp(self._housing.homes.values())
         if self._slices:
             self._remove_hooks()
-        else:
-            self._reducer.ready(home)
+            return
+        if not self._reducer.is_open:  # other ranks may wait for the answer that this one has their parameters, and then for gradients
+            self._gatherer.wait(self._housing.buckets)
+        self._reducer.ready(home)
 
     def _arrived(self, bucket: Bucket) -> None:
         """The averaged gradients of a bucket are there."""
@@ -355,7 +365,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             inside |= without_params(outside)
         self._gatherer.begin(self._housing.buckets, {home.bucket for home in used})
         try:
-            with self._grad_scaler():
+            with self._grad_scaler(), naming(f"what ranks agree on in a step, of {self._housing.buckets[0].named} and all others,"):
                 self._engine.step()
         finally:
             self._gatherer.end()
@@ -367,8 +377,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return loss
 
     def wait(self) -> None:
-        """Return when all parameters have their new values."""
-        self._gatherer.wait(self._housing.buckets)
+        """Return when all parameters have their new values, on the other ranks too as far as they have them from this one."""
+        self._gatherer.wait(self._housing.buckets, settles=True)
 
     def _refuse(self) -> None:
         """Raise ValueError where a step would be silently wrong."""
@@ -396,27 +406,56 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     # ----------------------------------------------------------------------------------------------------------------------- state
 
-    @property  # type: ignore[override]
-    def state(self) -> local_state.LocalState:  # pyright: ignore[reportIncompatibleVariableOverride]  # torch has a dict
-        """For each parameter that this rank steps a part of, the state of that part: 1-D tensors, and the step counter."""
-        return local_state.LocalState(self._engine, self._housing.homes)
+    @property
+    def state(self) -> local_state.LocalState:
+        """For each parameter that this rank steps a part of, the state of that part: 1-D tensors, and the step counter.
+
+        For torch.distributed.checkpoint of every trainable parameter, as whole tensors.
+        """
+        asked = asked_by_distributed_checkpoint()
+        if asked is None:
+            return local_state.LocalState(self._engine, self._housing.homes)
+        if called_to_allocate():
+            self._complete_state()
+        return local_state.LogicalState(self._engine, self._housing.homes, self.param_groups, template=asked.template)
 
     @state.setter
-    def state(self, _: object) -> None:
+    def state(self, _: object) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Torch's constructor sets it."""
 
     def init_state(self) -> None:
         """Allocate the state of what this rank steps: what the first step does for what has a gradient."""
         self._engine.init_state()
 
+    def _complete_state(self) -> None:
+        """Allocate the state of all trainable parameters, so that a checkpoint has the same tensors whatever had a gradient so far."""
+        self.wait()
+        self._take_up_unfrozen()
+        self.init_state()
+
     def state_dict(self) -> dict[str, Any]:
-        """This rank's part: local and cheap. Loads on the same rank of as many ranks."""
+        """This rank's part: local and cheap. Loads on the same rank of as many ranks.
+
+        torch.distributed.checkpoint is given whole tensors, of which each rank saves and loads its part, on any number of ranks. That too
+        is local, but with StateDictOptions(full_state_dict=True) a collective.
+        """
+        asked = asked_by_distributed_checkpoint()
+        if asked is not None:
+            self._complete_state()
+            whole = super().state_dict()
+            if not asked.flat:  # else torch asks for it again when it loads
+                for group in whole["param_groups"]:
+                    group.pop("param_names", None)  # which an optimizer that was not given names does not save
+            if asked.full:
+                whole["state"] = logical.gathered(whole["state"], self._topology.shard_group, to_rank_0=asked.cpu_offload)
+            return whole
         return super().state_dict() | {local_state.SHARDS: local_state.shards_of(self.param_groups, self._housing.homes)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` of this rank has returned, or the state dict of an optimizer in one process, of which it takes its part.
 
-        The latter may be of one of the libraries that the optimizer inside knows. All or nothing, on all ranks together.
+        The latter may be of one of the libraries that the optimizer inside knows, or be what torch.distributed.checkpoint has loaded. All
+        or nothing, on all ranks together.
 
         Raises:
             ValueError: it does not fit, on this rank or on another; nothing was changed.
@@ -445,9 +484,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        raise ValueError(
-            "a ShardedOptimizer cannot be copied or pickled, as it holds process groups; save its state_dict()"
-        )
+        raise ValueError("a ShardedOptimizer cannot be copied or pickled, as it holds process groups; save its state_dict()")
 
     # --------------------------------------------------------------------------------------------------------------------- reports
 
@@ -476,7 +513,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return self._engine.dist_reduce_metrics(optimizer_metrics)
 
     def __repr__(self) -> str:
-        spread = f"stage {self.stage}, {self._topology.shards} shards, {self._topology.replicas} replicas"
+        spread = f"stage {self.stage}, {self._housing.shards} shards, {self._topology.replicas} replicas"
         return super().__repr__().removesuffix(")") + f"inside: {type(self._engine).__name__}, {spread}\n)"
 
 
@@ -563,7 +600,7 @@ def _are_under_ddp(homes: Iterable[Home]) -> bool:
     averaged = {
         id(param)
         for each in gc.get_objects()
-        if issubclass(type(each), DistributedDataParallel)
+        if DistributedDataParallel in type(each).__mro__  # issubclass is slow on half a million objects
         for name, param in each.module.named_parameters()
         if name not in each.parameters_to_ignore
     }

@@ -8,55 +8,56 @@ for it: then it brings zeros. At its end the ranks tell each other which paramet
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import compress
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Variable
+from torch.autograd.function import BackwardCFunction
 
 from sharded_optim.buckets import IN_FLIGHT
 from sharded_optim.zero import transfers
 from sharded_optim.zero.bucket import Bucket, Home
-from sharded_optim.zero.transfers import Transfer
+from sharded_optim.zero.transfers import ShardGroup, Transfer
 
-__all__ = ["Pool", "Reducer", "tag_of", "wait"]
-
-ROUNDS = 2**14  # that a tag tells apart: a rank that has left one out must not be paired with others' next one
+__all__ = ["Pool", "Reducer"]
 
 
 class Pool:
     """Flat buffers that are used again: memory that is new has to be mapped page by page."""
 
-    def __init__(self) -> None:
-        self._free: list[Tensor] = []  # uint8
+    def __init__(self, make: Callable[[int, torch.dtype, torch.device], Tensor]) -> None:
+        self._make = make
+        self._free: list[tuple[Tensor, Transfer]] = []
 
-    def take(self, numel: int, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """Anything in (numel,), on the device of `like`."""
+    def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Anything in (numel,)."""
         size = numel * dtype.itemsize
-        fitting = [buffer for buffer in self._free if buffer.device == like.device and buffer.numel() >= size]
-        if fitting:
-            buffer = min(fitting, key=Tensor.numel)
-            self._free = [each for each in self._free if each is not buffer]
-        else:  # too small ones are let go, so that there are never more than were in use together
-            self._free = self._free[:-1]
-            buffer = torch.empty(size, dtype=torch.uint8, device=like.device)
-        return buffer[:size].view(dtype)
+        fitting = [each for each in self._free if each[0].device == device and each[0].untyped_storage().nbytes() >= size]
+        # One that is too small is let go, so that there are never more than were in use together.
+        buffer, transfer = min(fitting or self._free[-1:], key=lambda each: each[0].untyped_storage().nbytes(), default=(None, Transfer()))
+        self._free = [each for each in self._free if each[0] is not buffer]
+        transfer.settle()
+        if buffer is None or not fitting:
+            return self._make(numel, dtype, device)
+        return torch.empty(0, dtype=dtype, device=device).set_(buffer.untyped_storage(), 0, (numel,), (1,))
 
-    def give(self, buffer: Tensor | None) -> None:
-        """Back."""
-        if buffer is not None:
-            self._free.append(torch.empty(0, dtype=torch.uint8, device=buffer.device).set_(buffer.untyped_storage()))
+    def give(self, buffer: Tensor, transfer: Transfer) -> None:
+        """Back; to be used again when the transfer has ended for other ranks too."""
+        self._free.append((buffer, transfer))
 
 
 class Reducer:
     """Averages gradients over ranks, bucket by bucket.
 
     Args:
-        shard_group: the ranks that hold the shards of a bucket; None: this one alone.
+        shard_group: the ranks that hold the shards of a bucket.
         replica_group: the ranks that hold the same shard; None: this one alone.
         all_ranks: both together; None: this one alone.
         keeps_contents: whether a bucket's full gradients stay allocated (ZeRO-1) or are returned once they are reduced (ZeRO-2).
@@ -66,6 +67,7 @@ class Reducer:
     Attributes:
         buckets: in the order in which they are reduced.
         synchronizes: whether a backward pass is a round, or leaves its gradients in the parameters.
+        is_open: whether a round has begun and not ended.
         rounds: how many were run since `collect`.
         has_unreduced: whether parameters have gradients of passes that did not synchronize.
     """
@@ -73,7 +75,7 @@ class Reducer:
     def __init__(
         self,
         *,
-        shard_group: dist.ProcessGroup | None,
+        shard_group: ShardGroup,
         replica_group: dist.ProcessGroup | None,
         all_ranks: dist.ProcessGroup | None,
         keeps_contents: bool,
@@ -89,12 +91,16 @@ class Reducer:
         self._keeps_contents = keeps_contents
         self._reduce_dtype = reduce_dtype
         self._arrived = arrived
-        self._pool = Pool()
+        self._contents = Pool(shard_group.zeros)
+        self._scratch = Pool(_empty)
         self._round = 0
-        self._is_open = False
+        self.is_open = False
+        self._pass = -1  # the backward pass that the last hook ran in
+        self._unended: set[int] = set()  # passes, one inside the other
         self._left: deque[Bucket] = deque()  # of the open round, not yet being reduced
         self._used: set[Home] = set()  # whose gradients this rank brings to the open round
         self._in_flight: deque[_Reduction] = deque()
+        self._unsettled: list[Transfer] = []  # of contents that are kept
         self._told: list[_Told] = []
 
     # ---------------------------------------------------------------------------------------------------------------- in backward
@@ -108,18 +114,45 @@ class Reducer:
         if not self.synchronizes:
             self.has_unreduced = True
             return
-        if not self._is_open:
+        self._enter_pass()
+        if home in self._used:  # in another pass inside the same one, or in the next one
+            self._close()
+        if not self.is_open:
             self._open()
-            Variable._execution_engine.queue_callback(self._close)
-        if home in self._used:
-            raise RuntimeError(
-                f"{home.name!r} got a gradient twice in one backward pass, or an exception ended the pass before, and the ranks are no "
-                f"longer at the same place; let such an exception end the job, and run a part of the model that is used twice in one "
-                f"piece (checkpoint(..., use_reentrant=False))"
-            )
         self._fill(home)
         while self._left and self._is_full(self._left[0]):
             self._launch(self._left.popleft())
+        if not self._left:
+            self._close()
+
+    def _enter_pass(self) -> None:
+        """See to it that a round ends when the backward pass ends in which a hook runs.
+
+        Passes can be inside others (reentrant checkpoints): these do not end a round. Tried with torch 2.13.
+        """
+        number = torch._C._current_graph_task_id()
+        if number == self._pass:
+            return
+        is_inside = _is_inside_another()
+        if self._unended and not is_inside:
+            self._refuse_unended()
+        self._pass = number
+        if number not in self._unended:
+            self._unended.add(number)
+            Variable._execution_engine.queue_callback(partial(self._leave_pass, number, is_inside))
+
+    def _leave_pass(self, number: int, is_inside: bool) -> None:
+        """An autograd callback."""
+        self._unended.discard(number)
+        self._pass = -1
+        if self.is_open and not is_inside:
+            self._close()
+
+    def _refuse_unended(self) -> None:
+        raise RuntimeError(
+            f"the last backward pass did not end: an exception left {self._left[0].named if self._left else 'its end'} to be reduced, for "
+            f"which the other ranks wait; let the exception end the job"
+        )
 
     def run_round(self) -> None:
         """A round outside of backward: with the gradients that passes without synchronization have left, or with none."""
@@ -127,14 +160,17 @@ class Reducer:
         self._close()
 
     def _open(self) -> None:
-        self.finish()  # before its buffers are filled again
-        self._is_open = True
+        self._finish_in_flight()
+        for transfer in self._unsettled:  # before its buffers are filled again
+            transfer.settle()
+        self._unsettled = []
+        self.is_open = True
         self._round += 1
         self._used = set()
         self._left = deque(bucket for bucket in self.buckets if any(home.param.requires_grad for home in bucket.homes))
 
     def _close(self) -> None:
-        """Reduce what is left, and tell the other ranks what was used: an autograd callback, at the end of a backward pass."""
+        """Reduce what is left, and tell the other ranks what was used."""
         homes = [home for bucket in self.buckets for home in bucket.homes]
         for home in [home for bucket in self._left for home in bucket.homes] if self.has_unreduced else ():
             if home not in self._used and home.param.grad is not None:
@@ -143,8 +179,11 @@ class Reducer:
             self._launch(self._left.popleft())
         used = torch.tensor([home in self._used for home in homes], dtype=torch.int32)
         told = used.to(homes[0].param.device, non_blocking=True)
-        self._told.append(_Told(transfer=transfers.all_reduce(told, self._all_ranks), counts=told, homes=homes, all_used=bool(used.all())))
-        self._is_open = False
+        what = f"which gradients there are, of {self.buckets[0].named} and all others,"
+        self._told.append(
+            _Told(transfer=transfers.all_reduce(told, self._all_ranks, what), counts=told, homes=homes, all_used=bool(used.all()))
+        )
+        self.is_open = False
         self.has_unreduced = False
         self.rounds += 1
 
@@ -180,14 +219,14 @@ class Reducer:
         The same on every rank. Not in float16, whose sums overflow.
         """
         is_alone = len(bucket.homes) == 1 and bucket.homes[0].param.numel() == bucket.numel
-        return is_alone and not self._keeps_contents and self._dtype(bucket) != torch.float16
+        return is_alone and not self._keeps_contents and not self._shard_group.neighbours.exist and self._dtype(bucket) != torch.float16
 
     def _dtype(self, bucket: Bucket) -> torch.dtype:
         """In which its gradients are sent."""
         return self._reduce_dtype or bucket.kind.dtype
 
     def _take_contents(self, bucket: Bucket) -> Tensor:
-        return self._pool.take(bucket.numel, bucket.values, self._dtype(bucket))
+        return self._contents.take(bucket.numel, self._dtype(bucket), bucket.kind.device)
 
     @torch.no_grad()
     def _launch(self, bucket: Bucket) -> None:
@@ -198,7 +237,7 @@ class Reducer:
             for home in bucket.homes:
                 if home not in self._used:
                     bucket.contents[home.whole_in_bucket].zero_()
-        self._in_flight.append(_Reduction(bucket, self._reduce(bucket)))
+        self._in_flight.append(_Reduction(self._reduce(bucket)))
         if self._replica_group is not None:
             for reduction in list(self._in_flight)[:-1]:
                 reduction.leave_first_stage()
@@ -212,24 +251,28 @@ class Reducer:
         """What happens to a bucket's contents, from one transfer to the next."""
         contents = bucket.contents
         assert contents is not None, "filled"
-        shard = bucket.grads if not bucket.has_gradient else self._pool.take(bucket.shard_numel, contents, bucket.grads.dtype)
-        scratch = None
-        if transfers.needs_scratch(contents, self._shard_group):
-            scratch = self._pool.take(bucket.numel - bucket.shard_numel, contents, contents.dtype)
-        tag = tag_of(bucket, self._round, gathers=False)
-        yield transfers.reduce_scatter(contents, shard, self._shard_group, tag=tag, scratch=scratch)
-        self._pool.give(scratch)
-        if not self._keeps_contents:
+        device = bucket.kind.device
+        shard = bucket.grads if not bucket.has_gradient else self._scratch.take(bucket.shard_numel, bucket.grads.dtype, device)
+        room = self._shard_group.scratch_shards * bucket.shard_numel
+        scratch = self._scratch.take(room, contents.dtype, device) if room else None
+        what = f"the gradients of {bucket.named}"
+        transfer = self._shard_group.reduce_scatter(contents, shard, what=what, number=self._round, place=bucket.number, scratch=scratch)
+        yield transfer
+        if scratch is not None:
+            self._scratch.give(scratch, Transfer())
+        if self._keeps_contents:
+            self._unsettled.append(transfer)
+        else:
             if not self._sends_alone(bucket):  # else it is autograd's
-                self._pool.give(contents)
+                self._contents.give(contents, transfer)
             bucket.contents = None
         if self._replica_group is not None:
-            yield transfers.all_reduce(shard, self._replica_group)
+            yield transfers.all_reduce(shard, self._replica_group, what)
         if self._sends_alone(bucket):
             shard.mul_(self._scale)
         if shard is not bucket.grads:
             bucket.grads.add_(shard)
-            self._pool.give(shard)
+            self._scratch.give(shard, Transfer())
         bucket.has_gradient = True
         self._arrived(bucket)
 
@@ -238,11 +281,13 @@ class Reducer:
     @torch.no_grad()
     def finish(self) -> None:
         """Wait until all gradients of the rounds so far are averaged."""
-        if self._is_open:
-            raise RuntimeError(
-                f"the last backward pass did not end: an exception left {self._left[0].named if self._left else 'its end'} to be reduced, "
-                f"for which the other ranks wait; let the exception end the job"
-            )
+        if self._unended:
+            self._refuse_unended()
+        if self.is_open:
+            self._close()
+        self._finish_in_flight()
+
+    def _finish_in_flight(self) -> None:
         while self._in_flight:
             self._in_flight.popleft().finish()
 
@@ -255,12 +300,26 @@ class Reducer:
         self.finish()
         found: set[Home] = set()
         for told in self._told:
-            wait(told.transfer, "what the ranks tell each other at the end of a backward pass")
+            told.transfer.wait()
             # A rank that had all gradients knows the answer without waiting for a device.
             found.update(told.homes if told.all_used else compress(told.homes, told.counts.tolist()))
         self._told.clear()
         self.rounds = 0
         return found
+
+
+def _is_inside_another() -> bool:
+    """Whether the backward pass that runs was called by a function's backward."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is BackwardCFunction.apply.__code__:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _empty(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(numel, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,8 +335,7 @@ class _Told:
 class _Reduction:
     """Of one bucket, while it is in flight."""
 
-    def __init__(self, bucket: Bucket, stages: Iterator[Transfer]) -> None:
-        self._named = bucket.named
+    def __init__(self, stages: Iterator[Transfer]) -> None:
         self._stages = stages
         self._transfer: Transfer | None = next(stages)
         self._is_first = True
@@ -292,27 +350,6 @@ class _Reduction:
 
     def _advance(self) -> None:
         assert self._transfer is not None, "not finished"
-        wait(self._transfer, f"the gradients of {self._named}")
+        self._transfer.wait()
         self._is_first = False
         self._transfer = next(self._stages, None)
-
-
-def wait(transfer: Transfer, what: str) -> None:
-    """Wait for a transfer.
-
-    Raises:
-        RuntimeError: it did not end; says of what it was.
-    """
-    try:
-        transfer.wait()
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"{what} did not come from the other ranks: one of them has raised an error, has died or did not get there in the process "
-            f"group's timeout. Its own error says why; if there is none, make every rank call backward and step equally often, and no_sync "
-            f"on all of them or on none ({error})"
-        ) from error
-
-
-def tag_of(bucket: Bucket, number: int, *, gathers: bool) -> int:
-    """Of a transfer between ranks, by the number of the round or step: those of different rounds are not taken for each other."""
-    return (number % ROUNDS) << 16 | bucket.number << 1 | gathers

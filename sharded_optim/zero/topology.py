@@ -15,24 +15,21 @@ __all__ = ["Topology"]
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
-    """Groups of ranks. Those of the transfers are the library's own, and None where this process is alone in one.
+    """Groups of ranks, of which all but `given` are the library's own, and None where this process is alone in one.
 
     Attributes:
         given: the group that all ranks form, as users know it; None: the world.
-        all_ranks: the same, for transfers.
+        all_ranks: the same.
         shard_group: the ranks that a bucket is cut over.
         replica_group: the ranks that hold the same shards.
-        shards, replicas: how many there are.
-        rank: which of the shards is this rank's.
+        replicas: how many of them.
     """
 
     given: dist.ProcessGroup | None
     all_ranks: dist.ProcessGroup | None
     shard_group: dist.ProcessGroup | None
     replica_group: dist.ProcessGroup | None
-    shards: int
     replicas: int
-    rank: int
 
     @classmethod
     def of(cls, process_group: dist.ProcessGroup | DeviceMesh | None) -> Topology:
@@ -57,13 +54,10 @@ class Topology:
                 replica_group = own_process_group(mesh.get_group(0))
                 ranks = sorted(mesh.mesh.flatten().tolist())
                 given = None if len(ranks) == dist.get_world_size() else dist.new_group(ranks, use_local_synchronization=True)
-        own = own_process_group(shard_group)
         return cls(
             given=given,
             all_ranks=own_process_group(given),
-            shard_group=own,
+            shard_group=own_process_group(shard_group),
             replica_group=replica_group,
-            shards=1 if own is None else dist.get_world_size(own),
             replicas=1 if replica_group is None else dist.get_world_size(replica_group),
-            rank=0 if own is None else dist.get_rank(own),
         )

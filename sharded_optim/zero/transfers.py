@@ -1,119 +1,246 @@
 """Reduce-scatter, all-gather and all-reduce of flat buffers that are cut into equal shards. All of them are asynchronous.
 
-Gloo has no reduce-scatter: torch gives it an all-reduce of everything. With it, ranks send each other their shards directly, which moves
-half of that and lets the sum be taken in float32 and in the order of the ranks. Its all-gather is replaced likewise: of 94 MiB on two
-ranks it took 90 ms, the direct exchange 24.
+Gloo has no reduce-scatter: torch gives it an all-reduce of everything, and its all-gather of 94 MiB on two ranks took 90 ms. With it
+ranks exchange shards directly instead, through memory on one machine (`neighbours.py`) and else by sends, in 24 ms: half of the bytes,
+added up in float32 and in the order of the ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Transfer", "all_gather", "all_reduce", "needs_scratch", "reduce_scatter"]
+from sharded_optim import memory
+from sharded_optim.zero.neighbours import Neighbours
+
+__all__ = ["ShardGroup", "Transfer", "all_reduce", "naming"]
+
+# A tag, an int of 31 bits, has from the highest: which ShardGroup, the number of the round or step, the bucket, and two bits for what is
+# sent. What one of them has left unreceived must not be taken for another's.
+SERIALS = ROUNDS = 2**7  # so many are told apart
+BUCKETS = 2**15
+
+_ANSWER = torch.ones(1, dtype=torch.int64)  # lives as long as it may be sent
+_made: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()  # ShardGroups, over each process group
 
 
 class Transfer:
     """A transfer that has begun.
 
     Args:
-        works: what to wait for. On a GPU waiting makes the current stream wait, not the host.
-        finish: what then remains to be done.
+        what: it is of, for error messages.
+        arriving: what brings what this rank gets. On a GPU waiting makes the current stream wait, not the host.
+        finish: what then remains to be done; returns what was begun by it.
+        leaving: what takes away what other ranks get.
         held: buffers that must live until then.
     """
 
-    def __init__(self, works: Sequence[Any], finish: Callable[[], object] | None = None, held: Sequence[Tensor] = ()) -> None:
-        self._works = works
+    def __init__(
+        self,
+        what: str = "nothing",
+        arriving: Sequence[Any] = (),
+        finish: Callable[[], Sequence[Any]] | None = None,
+        leaving: Sequence[Any] = (),
+        held: Sequence[Tensor] = (),
+    ) -> None:
+        self._what = what
+        self._arriving = arriving
         self._finish = finish
+        self._leaving = leaving
         self._held = held
 
     def wait(self) -> None:
-        """Return when it has ended.
+        """Return when this rank has what it gets.
 
         Raises:
             RuntimeError: a rank did not take part within the process group's timeout, or has gone.
         """
-        works, self._works = self._works, ()
-        for work in works:
-            work.wait()
-        if self._finish is not None:
-            self._finish()
-        self._held = ()
+        arriving, self._arriving = self._arriving, ()
+        finish, self._finish = self._finish, None
+        with naming(self._what):
+            for work in arriving:
+                work.wait()
+            if finish is not None:
+                self._leaving = [*self._leaving, *finish()]
+
+    def settle(self) -> None:
+        """Return when the other ranks have what they get too, so that the buffers may be written to.
+
+        Raises:
+            RuntimeError: as `wait`.
+        """
+        self.wait()
+        leaving, self._leaving, self._held = self._leaving, (), ()
+        with naming(f"the answer that other ranks have {self._what}"):
+            for work in leaving:
+                work.wait()
 
 
-def reduce_scatter(
-    full: Tensor,  # (ranks * n,), read-only
-    shard: Tensor,  # (n,), any dtype; written: this rank's shard of the sum over ranks
-    process_group: dist.ProcessGroup | None,  # None: this process is alone
-    *,
-    tag: int,  # of this transfer, among those between the same ranks
-    scratch: Tensor | None,  # ((ranks - 1) * n,) where `needs_scratch`, in full's dtype; written
-) -> Transfer:
-    """Add up all ranks' buffers, of which each rank gets its shard."""
-    if process_group is None:
-        shard.copy_(full)
-        return Transfer(())
-    if scratch is not None:
-        rank, size = dist.get_rank(process_group), shard.numel()
-        own = list(full.split(size))
-        received = list(scratch.split(size))
-        received.insert(rank, own[rank])
-        return Transfer(_exchange(own, received, process_group, tag), lambda: _sum(received, shard), held=(full, scratch))
-    summed = shard if shard.dtype == full.dtype else torch.empty_like(shard, dtype=full.dtype)
-    work = _reduce_scatter_single(summed, full, group=process_group, async_op=True)
-    return Transfer((work,), None if summed is shard else lambda: shard.copy_(summed), held=(full, summed))
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Say what did not come, where other ranks are missing.
+
+    Raises:
+        RuntimeError: in the place of one of torch.distributed.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"{what} did not come from the other ranks: one of them has raised an error, has died or did not get there in the process "
+            f"group's timeout. Its own error says why; if there is none, make every rank call backward and step equally often ({error})"
+        ) from error
 
 
-def all_gather(
-    full: Tensor,  # (ranks * n,), in which this rank's shard is in its place; written: the others
-    process_group: dist.ProcessGroup | None,
-    *,
-    tag: int,
-) -> Transfer:
-    """Get all ranks' shards."""
-    if process_group is None:
-        return Transfer(())
-    ranks, rank = dist.get_world_size(process_group), dist.get_rank(process_group)
-    shards = list(full.split(full.numel() // ranks))
-    if needs_scratch(full, process_group):
-        return Transfer(_exchange([shards[rank]] * ranks, shards, process_group, tag), held=(full,))
-    return Transfer((_all_gather_single(full, shards[rank], group=process_group, async_op=True),), held=(full,))
+class ShardGroup:
+    """The ranks that flat buffers are cut over.
+
+    Args:
+        process_group: of them; making this is a collective over it. None: this process is alone.
+        device: of the buffers.
+
+    Attributes:
+        size, rank: how many shards there are, and which is this rank's.
+        exchanges: whether ranks send each other their shards directly.
+        neighbours: those that read each other's buffers instead.
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup | None, device: torch.device) -> None:
+        self._process_group = process_group
+        self._serial = 0
+        if process_group is not None:
+            _made[process_group] = self._serial = _made.get(process_group, 0) + 1
+        self.size = 1 if process_group is None else dist.get_world_size(process_group)
+        self.rank = 0 if process_group is None else dist.get_rank(process_group)
+        self.exchanges = process_group is not None and process_group._get_backend(device).name() == "gloo"
+        self.neighbours = Neighbours(process_group if self.exchanges and device.type == "cpu" else None)
+
+    @property
+    def scratch_shards(self) -> int:
+        """For how many shards a reduce-scatter needs room."""
+        return self.size - 1 - len(self.neighbours.ranks) if self.exchanges else 0
+
+    def zeros(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Of a buffer that is going to be cut: (numel,)."""
+        if self.neighbours.ranks and numel and device.type == "cpu":
+            return self.neighbours.allocate(numel * dtype.itemsize).view(dtype)
+        return memory.zeros(numel, dtype) if device.type == "cpu" else torch.zeros(numel, dtype=dtype, device=device)
+
+    def reduce_scatter(
+        self,
+        full: Tensor,  # (size * n,), from `zeros`; read-only
+        shard: Tensor,  # (n,), any dtype; written: this rank's shard of the sum over ranks
+        *,
+        what: str,  # they are of
+        number: int,  # of the round of reductions
+        place: int,  # of the buffer among all that are reduced in a round
+        scratch: Tensor | None = None,  # (scratch_shards * n,) in full's dtype, where there are such; written
+    ) -> Transfer:
+        """Add up all ranks' buffers, of which each rank gets its shard."""
+        if self._process_group is None:
+            shard.copy_(full)
+            return Transfer()
+        if not self.exchanges:
+            summed = shard if shard.dtype == full.dtype else torch.empty_like(shard, dtype=full.dtype)
+            work = _reduce_scatter_single(summed, full, group=self._process_group, async_op=True)
+            return Transfer(what, [work], None if summed is shard else lambda: (shard.copy_(summed), ())[1], held=(full, summed))
+        own = full.split(shard.numel())
+        room = iter(scratch.split(shard.numel()) if scratch is not None else ())
+        received = [own[rank] if rank == self.rank else None if rank in self.neighbours.ranks else next(room) for rank in range(self.size)]
+
+        def add_up(read: Callable[[int], Tensor]) -> None:
+            place = slice(self.rank * shard.numel(), (self.rank + 1) * shard.numel())
+            _sum([read(rank)[place] if part is None else part for rank, part in enumerate(received)], shard)
+
+        return self._exchange(what, full, own, received, add_up, self._tag(number, place, 0), scratch)
+
+    def all_gather(
+        self,
+        full: Tensor,  # (size * n,), from `zeros`, in which this rank's shard is in its place; written: the others
+        *,
+        what: str,  # they are of
+        number: int,  # of the step
+        place: int,  # of the buffer among all
+    ) -> Transfer:
+        """Get all ranks' shards."""
+        if self._process_group is None:
+            return Transfer()
+        shards = full.split(full.numel() // self.size)
+        own = shards[self.rank]
+        if not self.exchanges:
+            return Transfer(what, [_all_gather_single(full, own, group=self._process_group, async_op=True)], held=(full,))
+
+        def copy(read: Callable[[int], Tensor]) -> None:
+            for rank in sorted(self.neighbours.ranks):
+                shards[rank].copy_(read(rank)[rank * own.numel() : (rank + 1) * own.numel()])
+
+        received = [None if rank in self.neighbours.ranks else part for rank, part in enumerate(shards)]
+        return self._exchange(what, full, [own] * self.size, received, copy, self._tag(number, place, 2), None)
+
+    def _tag(self, number: int, place: int, kind: int) -> int:
+        """Of a transfer; that of the answers to it is one more."""
+        return ((self._serial % SERIALS * ROUNDS + number % ROUNDS) * BUCKETS + place % BUCKETS) * 4 + kind
+
+    def _exchange(
+        self,
+        what: str,
+        full: Tensor,
+        sent: Sequence[Tensor],  # to each rank
+        received: Sequence[Tensor | None],  # from each; None from those whose buffers are read
+        finish: Callable[[Callable[[int], Tensor]], None],  # is given what reads the buffer of a rank, like `full`
+        tag: int,
+        scratch: Tensor | None,
+    ) -> Transfer:
+        """Send to all other ranks, the next one first, and receive from them; neighbours get a message instead, and answer one."""
+        said = {rank: torch.empty(2, dtype=torch.int64) for rank in self.neighbours.ranks}
+        answers = [torch.empty(1, dtype=torch.int64) for _ in said]
+        saying = self.neighbours.message(full) if said else torch.empty(0)
+        arriving, leaving = [], []
+        with naming(what):
+            for step in range(1, self.size):
+                source, target = (self.rank - step) % self.size, (self.rank + step) % self.size
+                place = received[source]
+                arriving.append(self._receive(said[source] if place is None else place, source, tag))
+                leaving.append(self._send(saying if target in said else sent[target], target, tag))
+            for rank, answer in zip(said, answers, strict=True):
+                leaving.append(self._receive(answer, rank, tag + 1))
+
+        def read(rank: int) -> Tensor:
+            return self.neighbours.read(rank, said[rank])[: full.nbytes].view(full.dtype)
+
+        def finish_and_answer() -> list[Any]:
+            finish(read)
+            return [self._send(_ANSWER, rank, tag + 1) for rank in said]
+
+        return Transfer(what, arriving, finish_and_answer, leaving, held=[full, saying, *answers] + ([] if scratch is None else [scratch]))
+
+    def _send(self, tensor: Tensor, rank: int, tag: int) -> Any:
+        return dist.isend(tensor, group=self._process_group, group_dst=rank, tag=tag)
+
+    def _receive(self, tensor: Tensor, rank: int, tag: int) -> Any:
+        return dist.irecv(tensor, group=self._process_group, group_src=rank, tag=tag)
 
 
 def all_reduce(
     tensor: Tensor,  # written
     process_group: dist.ProcessGroup | None,
+    what: str,
 ) -> Transfer:
     """Add up over all ranks."""
     if process_group is None:
-        return Transfer(())
-    return Transfer((dist.all_reduce(tensor, group=process_group, async_op=True),), held=(tensor,))
-
-
-def needs_scratch(buffer: Tensor, process_group: dist.ProcessGroup | None) -> bool:
-    """Whether shards are exchanged directly, so that a reduce-scatter of this buffer needs room for what comes from the other ranks."""
-    return process_group is not None and process_group._get_backend(buffer.device).name() == "gloo"
-
-
-def _exchange(sent: Sequence[Tensor], received: Sequence[Tensor], process_group: dist.ProcessGroup, tag: int) -> list[Any]:
-    """Send `sent[j]` to rank j and receive `received[j]` from it, for all other ranks, the next one first."""
-    ranks, rank = dist.get_world_size(process_group), dist.get_rank(process_group)
-    works = [
-        dist.irecv(received[(rank - step) % ranks], group=process_group, group_src=(rank - step) % ranks, tag=tag)
-        for step in range(1, ranks)
-    ]
-    works += [
-        dist.isend(sent[(rank + step) % ranks], group=process_group, group_dst=(rank + step) % ranks, tag=tag) for step in range(1, ranks)
-    ]
-    return works
+        return Transfer()
+    with naming(what):
+        return Transfer(what, [dist.all_reduce(tensor, group=process_group, async_op=True)], held=(tensor,))
 
 
 def _sum(parts: Sequence[Tensor], out: Tensor) -> None:
-    """Add up tensors of one dtype in their order, in `out`'s dtype if that is wider, else in float32 where theirs is narrower."""
+    """Add up tensors of one dtype in their order, in float32."""
     first, second, *rest = parts
     if out.dtype == first.dtype == torch.float32:
         torch.add(first, second, out=out)

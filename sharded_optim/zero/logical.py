@@ -1,0 +1,215 @@
+"""The optimizer state of this rank's shards as parts of whole tensors, which is how torch.distributed.checkpoint saves and loads it.
+
+What a rank has of a tensor is a range of its elements in row-major order, which is at most 2 ndim - 1 boxes. `LogicalTensor` tells
+torch.distributed.checkpoint which, so a checkpoint has tensors that are shaped like the parameters, as under every other wrapper, and
+loads on any number of ranks and under any wrapper. Used by `ShardedOptimizer` where torch.distributed.checkpoint is what asks for state.
+
+The private names of torch that are relied on here, `Tensor._make_wrapper_subclass` and the three methods of `_Checkpointable`, are tried
+with torch 2.13 and guarded by tests.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+    from torch.distributed.checkpoint.planner import WriteItem
+
+__all__ = ["Box", "LogicalTensor", "boxes", "gathered"]
+
+WAY_OUT = (
+    "save it with torch.distributed.checkpoint.save; for whole tensors ask get_optimizer_state_dict with "
+    "StateDictOptions(full_state_dict=True), for this rank's part call optimizer.state_dict()"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Box:
+    """A part of a tensor: `sizes` elements along each dimension, from `offsets` on."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.sizes)
+
+
+def boxes(shape: Sequence[int], start: int, numel: int) -> list[Box]:
+    """The boxes that make up elements [start, start + numel) of a row-major tensor, in the order of their elements.
+
+    >>> [(box.offsets, box.sizes) for box in boxes((4, 3), 2, 8)]
+    [((0, 2), (1, 1)), ((1, 0), (2, 3)), ((3, 0), (1, 1))]
+    """
+    if numel == 0:
+        return []
+    if not shape:
+        return [Box(offsets=(), sizes=())]
+    row = math.prod(shape[1:])
+    end = start + numel
+    first_whole, end_whole = -(-start // row), end // row
+    if first_whole > end_whole:  # inside one row
+        return _in_row(shape, end_whole, start - end_whole * row, numel)
+    found = _in_row(shape, first_whole - 1, start - (first_whole - 1) * row, first_whole * row - start)
+    if first_whole < end_whole:
+        inner = tuple(shape[1:])
+        found.append(Box(offsets=(first_whole, *(0 for _ in inner)), sizes=(end_whole - first_whole, *inner)))
+    return found + _in_row(shape, end_whole, 0, end - end_whole * row)
+
+
+def _in_row(shape: Sequence[int], index: int, start: int, numel: int) -> list[Box]:
+    return [Box(offsets=(index, *box.offsets), sizes=(1, *box.sizes)) for box in boxes(shape[1:], start, numel)]
+
+
+class LogicalTensor(Tensor):
+    """A whole tensor, as far as this rank has it. It can be copied, moved to another device, saved and loaded, and nothing else.
+
+    Attributes:
+        local: what this rank has: (n,). Loading writes here.
+        start: elements [start, start + n) of the flattened tensor.
+    """
+
+    local: Tensor
+    start: int
+
+    @staticmethod
+    def __new__(cls, local: Tensor, shape: Sequence[int], start: int) -> LogicalTensor:
+        made = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=local.dtype, device=local.device)  # pyright: ignore
+        made.local, made.start = local.detach(), start
+        return made
+
+    def boxes(self) -> list[tuple[Box, Tensor]]:
+        """Each box that this rank has, with its elements: a view of `local`."""
+        found = boxes(self.shape, self.start, self.local.numel())
+        parts = self.local.split([box.numel for box in found]) if found else ()
+        return [(box, part.view(box.sizes)) for box, part in zip(found, parts, strict=True)]
+
+    # ------------------------------------------------------------------------------------------------ torch.distributed.checkpoint
+
+    def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
+        from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
+        from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+        properties = TensorProperties.create_from_tensor(self.local)
+        return [
+            WriteItem(
+                index=MetadataIndex(fqn, chunk.offsets),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=self.shape),
+            )
+            for chunk in self.__create_chunk_list__()
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
+        return [ChunkStorageMetadata(offsets=torch.Size(box.offsets), sizes=torch.Size(box.sizes)) for box, _ in self.boxes()]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        for box, part in self.boxes():
+            if index.offset is not None and box.offsets == tuple(index.offset):
+                return part
+        raise ValueError(f"{index.fqn!r}: this rank has no part of it that begins at {index.offset}; it has {self!r}")
+
+    # ---------------------------------------------------------------------------------------------------------------- as a tensor
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, function: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Tensor:
+        options = {key: value for key, value in (kwargs or {}).items() if key != "memory_format"}
+        self = args[0]
+        if isinstance(self, LogicalTensor):
+            if function in COPIES:
+                return LogicalTensor(function(self.local, **options), self.shape, self.start)
+            if function is torch.ops.aten.new_empty.default and tuple(args[1]) == self.shape:
+                return LogicalTensor(function(self.local, self.local.shape, **options), self.shape, self.start)
+            if function is torch.ops.aten.copy_.default and self.is_like(args[1]):
+                self.local.copy_(args[1].local, *args[2:], **options)
+                return self
+        raise ValueError(f"{function} cannot be computed of one rank's part of a tensor; {WAY_OUT}")
+
+    def is_like(self, other: object) -> bool:
+        """Whether the other is the same part of a tensor of the same shape."""
+        return isinstance(other, LogicalTensor) and (self.shape, self.start, self.local.shape) == (
+            other.shape,
+            other.start,
+            other.local.shape,
+        )
+
+    def __reduce_ex__(self, _: object) -> NoReturn:
+        raise ValueError(f"{self!r} cannot be pickled, as it is one rank's part of a tensor; {WAY_OUT}")
+
+    def __repr__(self, **_: object) -> str:
+        end = self.start + self.local.numel()
+        return f"LogicalTensor(elements [{self.start}, {end}) of shape {tuple(self.shape)}, {self.dtype}, {self.device})"
+
+
+COPIES = {
+    torch.ops.aten.detach.default,
+    torch.ops.aten.clone.default,
+    torch.ops.aten._to_copy.default,
+    torch.ops.aten.empty_like.default,
+    torch.ops.aten.zeros_like.default,
+}
+
+
+@torch.no_grad()
+def gathered(
+    state: Mapping[int, Mapping[str, Tensor]], process_group: dist.ProcessGroup | None, *, to_rank_0: bool
+) -> dict[int, dict[str, Tensor]]:
+    """Logical state as ordinary whole tensors. A collective.
+
+    Args:
+        state: by the numbers of the parameters.
+        process_group: the ranks that the tensors are cut over; None: this process is alone.
+        to_rank_0: give it to rank 0 alone, in the memory of its CPU.
+    """
+    known = {
+        number: {name: (value.dtype, tuple(value.shape), value.item() if value.ndim == 0 else None) for name, value in values.items()}
+        for number, values in state.items()
+    }
+    told: list[dict[int, dict[str, tuple[torch.dtype, tuple[int, ...], float | None]]]] = [known]
+    if process_group is not None:
+        told = told * dist.get_world_size(process_group)
+        dist.all_gather_object(told, known, group=process_group)
+    is_kept = not to_rank_0 or not dist.is_initialized() or dist.get_rank() == 0
+    found: dict[int, dict[str, Tensor]] = {}
+    for number, values in state.items():
+        device = next(iter(values.values())).device if values else torch.device("cpu")
+        names = {name: about for of_rank in told for name, about in of_rank[number].items()}
+        whole = {}
+        for name, (dtype, shape, number_itself) in names.items():
+            if number_itself is None:
+                value = _gathered(values.get(name), dtype, shape, device, process_group)
+            else:
+                value = torch.tensor(number_itself, dtype=dtype, device=device)
+            if is_kept:
+                whole[name] = value.cpu() if to_rank_0 else value
+        if is_kept:
+            found[number] = whole
+    return found
+
+
+def _gathered(
+    part: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device, process_group: dist.ProcessGroup | None
+) -> Tensor:
+    """Bytes are added up, of which all but one rank have zeros, so that every bit arrives."""
+    whole = torch.zeros(math.prod(shape), dtype=dtype, device=device)
+    if isinstance(part, LogicalTensor):
+        whole[part.start : part.start + part.local.numel()] = part.local
+    elif part is not None:
+        whole.copy_(part.reshape(-1))
+    if process_group is not None and whole.numel():
+        dist.all_reduce(whole.view(torch.uint8), group=process_group)
+    return whole.view(shape)
