@@ -17,6 +17,7 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
+from test_zero import ranks_per_machine
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -262,7 +263,8 @@ def check_sharded_optimizer(stage: int, setup: Setup, dtype: torch.dtype = torch
     mesh = None
     if setup.shard_size:
         mesh = init_device_mesh("cpu", (setup.world_size // setup.shard_size, setup.shard_size), mesh_dim_names=("replicas", "shards"))
-    optimizer = so.ShardedOptimizer(model, so.StableAdamW, mesh, stage=stage, lr=1e-3, bucket_mb=BUCKET_MB, **options)
+    with ranks_per_machine(1):
+        optimizer = so.ShardedOptimizer(model, so.StableAdamW, mesh, stage=stage, lr=1e-3, bucket_mb=BUCKET_MB, **options)
     train(model, optimizer, torch.arange(5))
     optimizer.zero_grad()
     with Sent() as sent:
@@ -278,7 +280,8 @@ def check_sharded_optimizer_peak(stage: int, setup: Setup) -> None:
     """The total is an upper bound of what is there at one time, and not a loose one."""
     model = WideBlocks()
     shapes = shapes_of(model)
-    optimizer = so.ShardedOptimizer(model, so.StableAdamW, stage=stage, lr=1e-3, bucket_mb=0.3)  # a block has 0.25
+    with ranks_per_machine(1):
+        optimizer = so.ShardedOptimizer(model, so.StableAdamW, stage=stage, lr=1e-3, bucket_mb=0.3)  # a block has 0.25
     train(model, optimizer, torch.ones(1, 257))
     optimizer.wait()
     optimizer.zero_grad()

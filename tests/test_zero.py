@@ -338,6 +338,7 @@ def check_checkpointing() -> None:
             for block in blocks:
                 y = block(y) if way == "none" else checkpoint(block, y, use_reentrant=way == "reentrant")
             (y**2).mean().backward()
+            optimizer.finish_reduction()
             rounds = optimizer._reducer.rounds
             optimizer.step()
             optimizer.zero_grad()

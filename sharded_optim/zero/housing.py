@@ -16,7 +16,7 @@ from sharded_optim.sharding import FlatLayout, FlatTensor, Piece, describe
 from sharded_optim.zero.bucket import Bucket, Home, Kind
 from sharded_optim.zero.transfers import ShardGroup
 
-__all__ = ["Group", "Housing", "check_params", "unfrozen", "without_params"]
+__all__ = ["Group", "Housing", "check_params", "without_params"]
 
 Group = dict[str, Any]
 STRANGER = "was not given to ShardedOptimizer; add it with add_param_group"
@@ -41,6 +41,7 @@ class Housing:
     def __init__(self, *, shard_group: ShardGroup, bucket_bytes: int, defaults: Mapping[str, Any]) -> None:
         self.homes: dict[Tensor, Home] = {}
         self.buckets: list[Bucket] = []
+        self._names: dict[Tensor, str] = {}  # of all parameters that were given, frozen ones too
         self._flat: dict[Tensor, FlatTensor] = {}
         self._units: dict[Tensor, int] = {}
         self.layout = FlatLayout(flat=self._flat, whole={}, stranger=STRANGER, units=self._units)
@@ -59,6 +60,7 @@ class Housing:
         found: dict[Tensor, Home] = {}
         for index, group in enumerate(groups, start=first):
             for param, name in named_params(group, index):
+                self._names[param] = name
                 if param.requires_grad and param not in self.homes and param not in found:
                     found[param] = Home(param=param, name=name, kind=self._kind(param, group))
         new = list(found.values())
@@ -75,6 +77,14 @@ class Housing:
         self.homes |= found
         self.buckets += buckets
         return buckets
+
+    def unfrozen(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups with those of their parameters that are trainable and lie in no bucket yet."""
+        late = [[param for param in group["params"] if param.requires_grad and param not in self.homes] for group in groups]
+        return [
+            without_params(group) | {"params": [(self._names[param], param) for param in params]}
+            for group, params in zip(groups, late, strict=True)
+        ]
 
     def stepped(self, group: Group, index: int) -> list[tuple[str, Tensor]]:
         """What this rank steps of a param group's parameters."""
@@ -124,15 +134,6 @@ def unit_of(bucket: Bucket) -> int:
 def without_params(group: Group) -> Group:
     """Its hyperparameters."""
     return {key: value for key, value in group.items() if key not in ("params", "param_names")}
-
-
-def unfrozen(groups: Sequence[Group], homes: Mapping[Tensor, Home]) -> list[Group]:
-    """The groups with those of their parameters that are trainable and have no home, under their names."""
-    return [
-        without_params(group)
-        | {"params": [(name, param) for param, name in named_params(group, index) if param.requires_grad and param not in homes]}
-        for index, group in enumerate(groups)
-    ]
 
 
 def _size(home: Home) -> Size:

@@ -34,7 +34,7 @@ from sharded_optim.zero import local_state, logical
 from sharded_optim.zero.bucket import Bucket, Home
 from sharded_optim.zero.forward import wait_in_forward
 from sharded_optim.zero.gathering import Gatherer
-from sharded_optim.zero.housing import Group, Housing, check_params, unfrozen, unit_of, without_params
+from sharded_optim.zero.housing import Group, Housing, check_params, unit_of, without_params
 from sharded_optim.zero.reduction import Reducer
 from sharded_optim.zero.topology import Topology
 from sharded_optim.zero.transfers import ShardGroup, naming
@@ -101,6 +101,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 f"optimizer_class must be a class of sharded_optim (so.AdamW, so.StableAdamW, ...), whose statistics stay right on shards, "
                 f"got {optimizer_class!r}"
             )
+        is_model = isinstance(params, nn.Module)
         if isinstance(params, nn.Module):
             module = params if module is None else module
             params = _unwrapped(params).named_parameters()
@@ -141,7 +142,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
             raise_together(failure, None, topology.all_ranks)
             raise
         raise_together(None, self._description(), topology.all_ranks)
-        super().__init__(self._outside(groups, self._engine.param_groups), self._engine.defaults)
+        outside = self._outside(groups, self._engine.param_groups)
+        if is_model:  # whose names are in errors and metrics, but not in state dicts, so that these fit optimizers of model.parameters()
+            outside[0]["params"] = _tensors(groups[0])
+        super().__init__(outside, self._engine.defaults)
         self._engine.listen(self._gatherer)
         self._overlaps = overlap and module is not None and topology.shard_group is not None
         self._hooks: list[Callable[[], None]] = []
@@ -218,7 +222,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def _take_up_unfrozen(self) -> None:
         """Give parameters that have become trainable buckets. Gradients that they have already were averaged by nobody."""
-        groups = unfrozen(self.param_groups, self._housing.homes)
+        groups = self._housing.unfrozen(self.param_groups)
         if not any(group["params"] for group in groups):
             return
         buckets = self._housing.move_in(groups)

@@ -115,7 +115,7 @@ class Reducer:
             self.has_unreduced = True
             return
         self._enter_pass()
-        if home in self._used:  # in another pass inside the same one, or in the next one
+        if self.is_open and home in self._used:  # in another pass inside the same one, or in the next one
             self._close()
         if not self.is_open:
             self._open()
