@@ -20,7 +20,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	touch $@
 
-train: setup  ## run the training job: make train CONFIG=configs/ddp.yaml ARGS="steps=50"
+train: setup  ## run the training job: make train CONFIG=configs/ddp.yaml ARGS="steps=100"
 	$(BIN)/python -m launch $(CONFIG) $(ARGS)
 
 test: setup  ## run the tests: make test ARGS="-k invariance"

@@ -10,7 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-__all__ = ["gather_messages", "join_messages", "own_process_group", "raise_together"]
+__all__ = ["gather_messages", "join_messages", "own_process_group", "raise_together", "timeout_of"]
 
 # By the group they mirror. Held weakly: torch.distributed owns groups, and must be the one to end their threads.
 _own_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, weakref.ref[dist.ProcessGroup]] = weakref.WeakKeyDictionary()
@@ -36,14 +36,14 @@ def own_process_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGr
         if dist.get_rank(parent) < 0:
             raise ValueError(f"rank {dist.get_rank()} is not in the optimizer's process_group; give each rank a group that it is in")
         ranks = dist.get_process_group_ranks(parent)
-        created = dist.new_group(ranks, timeout=_timeout(parent), use_local_synchronization=parent is not world)
+        created = dist.new_group(ranks, timeout=timeout_of(parent), use_local_synchronization=parent is not world)
         assert isinstance(created, dist.ProcessGroup), "this rank is in the group"
         own = created
         _own_groups[parent] = weakref.ref(own)
     return own
 
 
-def _timeout(process_group: dist.ProcessGroup) -> timedelta | None:
+def timeout_of(process_group: dist.ProcessGroup) -> timedelta | None:
     """The group's own, so that a missing rank is noticed when the user expects it; None, torch's default, where a backend tells none."""
     for device_type in ("cuda", "cpu"):
         try:

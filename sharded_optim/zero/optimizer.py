@@ -148,10 +148,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         super().__init__(outside, self._engine.defaults)
         self._engine.listen(self._gatherer)
         self._overlaps = overlap and module is not None and topology.shard_group is not None
-        self._hooks: list[Callable[[], None]] = []
+        self._gradient_hooks: list[Callable[[], None]] = []  # what removes them
+        self._forward_hooks: list[Callable[[], None]] = []
         if self._overlaps and module is not None:
-            # It is the hooks' model that keeps this alive, not the other way round.
-            self._hooks += wait_in_forward(_unwrapped(module), partial(_wait_for, ref(self)), partial(_wait_for, ref(self), None))
+            self._forward_hooks = wait_in_forward(_unwrapped(module), partial(_wait_for, ref(self)), partial(_wait_for, ref(self), None))
         self._take_up(self._housing.buckets)
 
     # ------------------------------------------------------------------------------------------------------------------ parameters
@@ -179,16 +179,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 _owners[home.param] = ref(self)
                 if not self._slices:
                     hook = home.param.register_post_accumulate_grad_hook(partial(_ready, ref(self), home))
-                    self._hooks.append(hook.remove)
+                    self._gradient_hooks.append(hook.remove)
 
     def _supersede(self) -> None:
         """Another optimizer has taken over parameters of this one."""
         self._superseded = True
-        self._remove_hooks()
-
-    def _remove_hooks(self) -> None:
-        while self._hooks:
-            self._hooks.pop()()
+        _remove(self._gradient_hooks)
 
     def add_param_group(self, param_group: Group) -> None:
         """As in torch; on every rank. Its parameters get buckets of their own.
@@ -196,7 +192,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: see the class; nothing was added.
         """
-        if not hasattr(self, "_hooks"):  # torch's constructor
+        if not hasattr(self, "_gradient_hooks"):  # torch's constructor
             super().add_param_group(param_group)
             return
         self.finish_reduction()
@@ -254,7 +250,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self._looked_for_ddp = True
             self._slices = _are_under_ddp(self._housing.homes.values())
         if self._slices:
-            self._remove_hooks()
+            _remove(self._gradient_hooks)
             return
         if not self._reducer.is_open:  # other ranks may wait for the answer that this one has their parameters, and then for gradients
             self._gatherer.wait(self._housing.buckets)
@@ -541,6 +537,11 @@ def _wait_for(optimizer: ref[ShardedOptimizer], params: Iterable[Tensor] | None)
     else:
         homes = found._housing.homes
         found._gatherer.wait({homes[param].bucket for param in params if param in homes})
+
+
+def _remove(hooks: list[Callable[[], None]]) -> None:
+    while hooks:
+        hooks.pop()()
 
 
 def _check_options(stage: int, bucket_mb: float | None, reduce_dtype: torch.dtype | None, defaults: dict[str, Any]) -> None:

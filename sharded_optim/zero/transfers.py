@@ -7,7 +7,7 @@ added up in float32 and in the order of the ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharded_optim import memory
-from sharded_optim.zero.neighbours import Neighbours
+from sharded_optim.zero.neighbours import Hearing, Neighbours
 
 __all__ = ["ShardGroup", "Transfer", "all_reduce", "naming"]
 
@@ -26,7 +26,6 @@ __all__ = ["ShardGroup", "Transfer", "all_reduce", "naming"]
 SERIALS = ROUNDS = 2**7  # so many are told apart
 BUCKETS = 2**15
 
-_ANSWER = torch.ones(1, dtype=torch.int64)  # lives as long as it may be sent
 _made: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()  # ShardGroups, over each process group
 
 
@@ -36,7 +35,7 @@ class Transfer:
     Args:
         what: it is of, for error messages.
         arriving: what brings what this rank gets. On a GPU waiting makes the current stream wait, not the host.
-        finish: what then remains to be done; returns what was begun by it.
+        finish: what then remains to be done.
         leaving: what takes away what other ranks get.
         held: buffers that must live until then.
     """
@@ -45,7 +44,7 @@ class Transfer:
         self,
         what: str = "nothing",
         arriving: Sequence[Any] = (),
-        finish: Callable[[], Sequence[Any]] | None = None,
+        finish: Callable[[], object] | None = None,
         leaving: Sequence[Any] = (),
         held: Sequence[Tensor] = (),
     ) -> None:
@@ -67,7 +66,7 @@ class Transfer:
             for work in arriving:
                 work.wait()
             if finish is not None:
-                self._leaving = [*self._leaving, *finish()]
+                finish()
 
     def settle(self) -> None:
         """Return when the other ranks have what they get too, so that the buffers may be written to.
@@ -120,11 +119,12 @@ class ShardGroup:
         self.rank = 0 if process_group is None else dist.get_rank(process_group)
         self.exchanges = process_group is not None and process_group._get_backend(device).name() == "gloo"
         self.neighbours = Neighbours(process_group if self.exchanges and device.type == "cpu" else None)
+        self._strangers = [rank for rank in range(self.size) if rank != self.rank and rank not in self.neighbours.ranks]
 
     @property
     def scratch_shards(self) -> int:
         """For how many shards a reduce-scatter needs room."""
-        return self.size - 1 - len(self.neighbours.ranks) if self.exchanges else 0
+        return len(self._strangers) if self.exchanges else 0
 
     def zeros(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Of a buffer that is going to be cut: (numel,)."""
@@ -149,14 +149,14 @@ class ShardGroup:
         if not self.exchanges:
             summed = shard if shard.dtype == full.dtype else torch.empty_like(shard, dtype=full.dtype)
             work = _reduce_scatter_single(summed, full, group=self._process_group, async_op=True)
-            return Transfer(what, [work], None if summed is shard else lambda: (shard.copy_(summed), ())[1], held=(full, summed))
+            return Transfer(what, [work], None if summed is shard else lambda: shard.copy_(summed), held=(full, summed))
         own = full.split(shard.numel())
-        room = iter(scratch.split(shard.numel()) if scratch is not None else ())
-        received = [own[rank] if rank == self.rank else None if rank in self.neighbours.ranks else next(room) for rank in range(self.size)]
+        received = dict(zip(self._strangers, scratch.split(shard.numel()) if scratch is not None else (), strict=True))
+        known = {self.rank: own[self.rank], **received}
 
         def add_up(read: Callable[[int], Tensor]) -> None:
-            place = slice(self.rank * shard.numel(), (self.rank + 1) * shard.numel())
-            _sum([read(rank)[place] if part is None else part for rank, part in enumerate(received)], shard)
+            own_place = slice(self.rank * shard.numel(), (self.rank + 1) * shard.numel())
+            _sum([known[rank] if rank in known else read(rank)[own_place] for rank in range(self.size)], shard)
 
         return self._exchange(what, full, own, received, add_up, self._tag(number, place, 0), scratch)
 
@@ -180,7 +180,7 @@ class ShardGroup:
             for rank in sorted(self.neighbours.ranks):
                 shards[rank].copy_(read(rank)[rank * own.numel() : (rank + 1) * own.numel()])
 
-        received = [None if rank in self.neighbours.ranks else part for rank, part in enumerate(shards)]
+        received = {rank: shards[rank] for rank in self._strangers}
         return self._exchange(what, full, [own] * self.size, received, copy, self._tag(number, place, 2), None)
 
     def _tag(self, number: int, place: int, kind: int) -> int:
@@ -192,39 +192,30 @@ class ShardGroup:
         what: str,
         full: Tensor,
         sent: Sequence[Tensor],  # to each rank
-        received: Sequence[Tensor | None],  # from each; None from those whose buffers are read
+        received: Mapping[int, Tensor],  # from each whose buffer is not read
         finish: Callable[[Callable[[int], Tensor]], None],  # is given what reads the buffer of a rank, like `full`
         tag: int,
         scratch: Tensor | None,
     ) -> Transfer:
-        """Send to all other ranks, the next one first, and receive from them; neighbours get a message instead, and answer one."""
-        said = {rank: torch.empty(2, dtype=torch.int64) for rank in self.neighbours.ranks}
-        answers = [torch.empty(1, dtype=torch.int64) for _ in said]
-        saying = self.neighbours.message(full) if said else torch.empty(0)
-        arriving, leaving = [], []
+        """Send to all other ranks and receive from them; neighbours hear where to read instead, and answer."""
+        neighbours, group = self.neighbours, self._process_group
+        ready = {rank: Hearing(neighbours, rank, tag) for rank in neighbours.ranks}
+        answers = [Hearing(neighbours, rank, tag + 1) for rank in neighbours.ranks]
+        later = [rank for rank in self._strangers if rank > self.rank]  # who are sent to first, so that not all begin with one rank
+        targets = later + [rank for rank in self._strangers if rank < self.rank]
         with naming(what):
-            for step in range(1, self.size):
-                source, target = (self.rank - step) % self.size, (self.rank + step) % self.size
-                place = received[source]
-                arriving.append(self._receive(said[source] if place is None else place, source, tag))
-                leaving.append(self._send(saying if target in said else sent[target], target, tag))
-            for rank, answer in zip(said, answers, strict=True):
-                leaving.append(self._receive(answer, rank, tag + 1))
+            for rank in neighbours.ranks:
+                neighbours.tell(rank, tag, full)
+            works = [dist.irecv(received[rank], group=group, group_src=rank, tag=tag) for rank in reversed(targets)]
+            sends = [dist.isend(sent[rank], group=group, group_dst=rank, tag=tag) for rank in targets]
 
-        def read(rank: int) -> Tensor:
-            return self.neighbours.read(rank, said[rank])[: full.nbytes].view(full.dtype)
+        def finish_and_answer() -> None:
+            finish(lambda rank: neighbours.read(rank, ready[rank].which)[: full.nbytes].view(full.dtype))
+            for rank in ready:
+                neighbours.tell(rank, tag + 1)
 
-        def finish_and_answer() -> list[Any]:
-            finish(read)
-            return [self._send(_ANSWER, rank, tag + 1) for rank in said]
-
-        return Transfer(what, arriving, finish_and_answer, leaving, held=[full, saying, *answers] + ([] if scratch is None else [scratch]))
-
-    def _send(self, tensor: Tensor, rank: int, tag: int) -> Any:
-        return dist.isend(tensor, group=self._process_group, group_dst=rank, tag=tag)
-
-    def _receive(self, tensor: Tensor, rank: int, tag: int) -> Any:
-        return dist.irecv(tensor, group=self._process_group, group_src=rank, tag=tag)
+        held = [full] if scratch is None else [full, scratch]
+        return Transfer(what, [*works, *ready.values()], finish_and_answer, [*sends, *answers], held)
 
 
 def all_reduce(
