@@ -1,6 +1,6 @@
 """Flat buckets: where tensors lie in memory when they are laid end to end and cut into equal shards, one for each rank.
 
-Arithmetic on sizes alone. Used by `zero.py`, which allocates and communicates bucket by bucket, and by `plan.py`, which tells beforehand
+Arithmetic on sizes alone. Used by `zero/`, which allocates and communicates bucket by bucket, and by `plan.py`, which tells beforehand
 what that takes.
 """
 
@@ -80,4 +80,5 @@ def _laid_out(bucket: list[int], sizes: Sequence[Size], shards: int) -> BucketPl
         offsets.append(end)
         end += sizes[index].numel
     unit = shards * (ALIGNMENT // itemsize)
-    return BucketPlan(members=tuple(members), offsets=tuple(offsets), numel=-(-end // unit) * unit, itemsize=itemsize)
+    numel = -(-max(end, 1) // unit) * unit  # empty tensors alone have a pad too: no buffer is empty
+    return BucketPlan(members=tuple(members), offsets=tuple(offsets), numel=numel, itemsize=itemsize)

@@ -161,6 +161,7 @@ class Engine(StatefulOptimizer):
         layout = self._layouts.last if self._agrees else None
         if layout is None or not layout.describes([param for group in self.param_groups for param in group["params"]]):
             return
+        self._observed_early = {batch: found for batch, found in self._observed_early.items() if batch.unit != unit}
         try:
             batches = self._batches.of_unit(self, layout, unit)
         except ValueError:  # the step says so, on all ranks

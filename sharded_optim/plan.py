@@ -394,14 +394,15 @@ def _flat_buckets(
     received = sum(contents) * (shards - 1) // shards if setup.backend == "gloo" else 0
     buckets = arriving + received + (0 if keeps_contents else sum(contents))
     kept = whole if keeps_contents else 0
-    if case.ranks == 1:  # gradients stay where autograd has put them
-        buckets, kept = 0, case.numel
     grad_itemsize = FP32 if setup.has_masters else setup.itemsize
+    averaged = whole // shards * grad_itemsize
+    if case.ranks == 1:  # gradients stay where autograd has put them, but for copies that masters are stepped with
+        buckets, kept, averaged = 0, case.numel, case.numel * FP32 if setup.has_masters else 0
     shard = whole // shards * setup.itemsize
     return case.result(
         shards=shards,
         parameters=whole * setup.itemsize,
-        gradients=whole // shards * grad_itemsize + kept * setup.itemsize,
+        gradients=averaged + kept * setup.itemsize,
         stepped=stepped,
         masters=whole // shards if setup.has_masters else None,
         buckets=buckets * setup.itemsize,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import pytest
 import ranks
@@ -115,7 +117,7 @@ def check_bits() -> None:
         make = OPTIMIZERS[label]
         expected = {groups: one_process(make, [gradients(step, AWKWARD) for step in steps], groups) for groups in (one_group, two_groups)}
         for mesh in meshes:
-            cases = [(1, two_groups, SMALL, 1), (2, two_groups, SMALL, 2 if mesh is None else world_size)]
+            cases = [(1, two_groups, SMALL, 2), (2, two_groups, SMALL, 1 if mesh is None else world_size)]
             cases += [(2, one_group, None, world_size)] if world_size < 4 else []
             for stage, groups, bucket_mb, together in cases:
                 model = Model(AWKWARD)
@@ -123,7 +125,7 @@ def check_bits() -> None:
                     nn.init.zeros_(model.layers[0].weight)
                 given = model if groups is one_group else groups(model)
                 with ranks_per_machine(together):
-                    optimizer = sharded(make, given, mesh, stage=stage, bucket_mb=bucket_mb)
+                    optimizer = sharded(make, given, mesh, stage=stage, bucket_mb=bucket_mb, module=model, overlap=True)
                 for step in steps:
                     model(contributions(step)).backward()
                     optimizer.step()
@@ -150,8 +152,9 @@ def check_low_precision(mesh: Any, steps: Sequence[int]) -> None:
             assert_like(model, optimizer, *expected, f"{label} bf16 {reduce_dtype}")
 
 
-def sharded(make: partial, params: Any, process_group: Any = None, **options: Any) -> so.ShardedOptimizer:
-    return so.ShardedOptimizer(params, make.func, process_group, **options, **make.keywords)
+def sharded(make: partial, params: Any, process_group: Any = None, *, overlap: bool = False, **options: Any) -> so.ShardedOptimizer:
+    """Without overlap, as most tests use parameters without the forward of their model."""
+    return so.ShardedOptimizer(params, make.func, process_group, overlap=overlap, **options, **make.keywords)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -177,6 +180,7 @@ def check_gradients() -> None:
 
 def check_unused() -> None:
     """A parameter that has a gradient on some ranks is averaged with zeros, one that has it on none is not stepped."""
+    check_model_zero_grad()
     patterns: list[Callable[[int, int], bool]] = [
         lambda rank, index: True,
         lambda rank, index: index % 3 != rank,
@@ -197,6 +201,18 @@ def check_unused() -> None:
             optimizer.step()
             optimizer.zero_grad()
         assert_like(model, optimizer, *expected, f"unused {make.func.__name__}")
+
+
+def check_model_zero_grad() -> None:
+    """A step uses gradients up: `model.zero_grad()` does not reach the buckets."""
+    expected = one_process(STABLE, [gradients(step, AWKWARD) for step in (1, 2, 3)])
+    model = Model(AWKWARD)
+    optimizer = sharded(STABLE, model)
+    for step in (1, 2, 3):
+        model(contributions(step)).backward()
+        optimizer.step()
+        model.zero_grad()
+    assert_like(model, optimizer, *expected, "model.zero_grad")
 
 
 def check_accumulation() -> None:
@@ -373,9 +389,9 @@ def check_ddp() -> None:
     expected = one_process(STABLE, [gradients(step, AWKWARD) for step in steps])
     for way in ("model", "parameters", "before"):
         model = Model(AWKWARD)
-        early = sharded(STABLE, model) if way == "before" else None
+        early = sharded(STABLE, model, overlap=True) if way == "before" else None
         wrapped = DistributedDataParallel(model)
-        optimizer = early or sharded(STABLE, wrapped if way == "model" else wrapped.parameters(), bucket_mb=SMALL)
+        optimizer = early or sharded(STABLE, wrapped if way == "model" else wrapped.parameters(), bucket_mb=SMALL, overlap=True)
         for step in steps:
             wrapped(contributions(step)).backward()
             assert not any(bucket.gathering._arriving for bucket in optimizer._housing.buckets), "forward has not waited"
@@ -492,12 +508,13 @@ class Slow(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.first = nn.Linear(8, 8)
+        self.scales = nn.ParameterList(nn.Parameter(torch.ones(8)) for _ in range(3))
         self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
-        for block in self.blocks:
-            x = block(x)
+        for block, scale in zip(self.blocks, self.scales, strict=True):
+            x = block(x) * scale
         return x
 
 
@@ -534,18 +551,81 @@ def check_overlap() -> None:
     optimizers[0].step()
     assert not any(bucket.gathering._leaving for bucket in optimizers[0]._housing.buckets)
     handle.remove()
+    optimizers[0].zero_grad()
+    check_who_waits(models[0], optimizers[0], x)
+
+
+def check_who_waits(model: nn.Module, optimizer: so.ShardedOptimizer, x: Tensor) -> None:
+    """One rank's state dict, a part of the model that is called alone, a copy, another optimizer; what nobody waits for is an error."""
+
+    def step(optimizer: so.ShardedOptimizer) -> None:
+        """One that is not waited for."""
+        model(x).square().mean().backward()
+        optimizer.step()
+        model.zero_grad()
+        assert any(bucket.gathering.is_arriving for bucket in optimizer._housing.buckets)
+
+    def whole() -> Tensor:
+        return torch.cat([param.detach().flatten() for param in model.parameters()])
+
+    def same_everywhere() -> None:
+        mine = whole()
+        others = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(others, mine)
+        assert all(torch.equal(each, mine) for each in others)
+
+    step(optimizer)
+    if dist.get_rank() == 0:  # alone
+        model.state_dict()
+        saved = whole()
+    dist.barrier()
+    optimizer.wait()
+    assert dist.get_rank() or torch.equal(saved, whole())
+    step(optimizer)
+    model.blocks[1](model.first(x))  # parts of it alone
+    assert not any(optimizer._housing.homes[param].bucket.gathering.is_arriving for param in model.blocks[1].parameters())
+    optimizer.wait()
+    step(optimizer)
+    model.load_state_dict({name: torch.full_like(value, 0.5) for name, value in model.state_dict().items()})
+    same_everywhere()
+    assert torch.equal(whole(), torch.full_like(whole(), 0.5))
+    copied = copy.deepcopy(model)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.normal_()
+    step(optimizer)
+    copied(x)
+    newer = sharded(STABLE, model, bucket_mb=SMALL, overlap=True)  # waits for what the other has begun
+    same_everywhere()
+    step(newer)
+    del optimizer, newer  # what they have begun ends
+    gc.collect()
+    model(x)
+    same_everywhere()
+    last = sharded(STABLE, model, bucket_mb=SMALL, overlap=True)
+    step(last)
+    with pytest.raises(RuntimeError, match=r"'first.weight' was used before its new values had come from the other ranks.*overlap=False"):
+        model.first.weight.sum().backward()
 
 
 def check_what_outlives_what() -> None:
     """Hooks do not keep an optimizer alive, and a model without its optimizer trains as any other."""
     model = Model(AWKWARD)
-    optimizer = sharded(STABLE, model)
+    optimizer = sharded(STABLE, model, overlap=True)
     model(contributions(1)).backward()
     optimizer.step()
+    optimizer.wait()
+    gone = ref(optimizer)
     del optimizer
     gc.collect()
+    assert gone() is None
     model(contributions(2)).backward()
     assert all(param.grad is not None for param in model.parameters())
+    values = ref(model.layers[0].weight)
+    del model
+    gc.collect()
+    assert values() is None, "the model is kept alive"
 
 
 def test_ddp_clipping_edits_metrics_and_overlap() -> None:

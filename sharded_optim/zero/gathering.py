@@ -17,6 +17,9 @@ class Gatherer:
     """Begins the all-gather of each bucket when it is updated; a listener of steps.
 
     All ranks begin them in one order, that of the next forward pass, also where one of them steps nothing of a bucket.
+
+    Attributes:
+        is_pending: whether anything may still be waited for.
     """
 
     def __init__(self, shard_group: ShardGroup) -> None:
@@ -24,6 +27,7 @@ class Gatherer:
         self._left: list[Bucket] = []  # of this step, in the order in which they are gathered
         self._happens = False
         self._step = 0
+        self.is_pending = False
 
     def begin(self, buckets: Sequence[Bucket], changed: Collection[Bucket]) -> None:
         """Before a step.
@@ -52,6 +56,7 @@ class Gatherer:
     @torch.no_grad()
     def _gather(self, bucket: Bucket) -> None:
         bucket.round_masters()
+        self.is_pending = True
         what = f"the parameters of {bucket.named}"
         bucket.gathering = self._shard_group.all_gather(bucket.values, what=what, number=self._step, place=bucket.number)
 
@@ -62,3 +67,13 @@ class Gatherer:
                 bucket.gathering.settle()
             else:
                 bucket.gathering.wait()
+
+    def wait_for_all(self, buckets: Iterable[Bucket], *, settles: bool) -> list[Bucket]:
+        """As `wait`, for all buckets that there are; returns those that had not been waited for."""
+        if not self.is_pending:
+            return []
+        buckets = list(buckets)
+        pending = [bucket for bucket in buckets if bucket.gathering.is_arriving]
+        self.wait(buckets, settles=settles)
+        self.is_pending = not settles
+        return pending

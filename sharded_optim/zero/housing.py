@@ -16,7 +16,7 @@ from sharded_optim.sharding import FlatLayout, FlatTensor, Piece, describe
 from sharded_optim.zero.bucket import Bucket, Home, Kind
 from sharded_optim.zero.transfers import ShardGroup
 
-__all__ = ["Group", "Housing", "check_params", "without_params"]
+__all__ = ["Group", "Housing", "check_params", "unit_of", "without_params"]
 
 Group = dict[str, Any]
 STRANGER = "was not given to ShardedOptimizer; add it with add_param_group"
@@ -57,6 +57,12 @@ class Housing:
             ValueError: a parameter that cannot be optimized, or that shares memory with another; nothing was moved.
         """
         check_params(groups, first=first)
+        devices = {
+            str(param.device) for index, group in enumerate(groups) for param, _ in named_params(group, index) if param.requires_grad
+        }
+        devices |= {str(home.kind.device) for home in self.homes.values()}
+        if len(devices) > 1:
+            raise ValueError(f"parameters are on several devices, {', '.join(sorted(devices))}; build an optimizer for those of each")
         found: dict[Tensor, Home] = {}
         for index, group in enumerate(groups, start=first):
             for param, name in named_params(group, index):
@@ -78,6 +84,12 @@ class Housing:
         self.buckets += buckets
         return buckets
 
+    def move_out(self, buckets: Sequence[Bucket]) -> None:
+        """Forget buckets that were made for nothing."""
+        self.buckets = [bucket for bucket in self.buckets if bucket not in buckets]
+        for home in [home for bucket in buckets for home in bucket.homes]:
+            del self.homes[home.param]
+
     def unfrozen(self, groups: Sequence[Group]) -> list[Group]:
         """The groups with those of their parameters that are trainable and lie in no bucket yet."""
         late = [[param for param in group["params"] if param.requires_grad and param not in self.homes] for group in groups]
@@ -96,7 +108,7 @@ class Housing:
         params = self.stepped(group, index)
         if not params:
             name = named_params(group, index)[0][1] if group["params"] else f"param_groups[{index}]"
-            nothing = nn.Parameter(torch.empty(0))
+            nothing = nn.Parameter(torch.empty(0, device=next(iter(self.homes)).device))
             self._flat[nothing] = FlatTensor(numel=0, pieces=())
             params = [(f"{name}, of which and of its group this rank steps nothing", nothing)]
         return without_params(group) | {"params": params}

@@ -16,6 +16,7 @@ import struct
 import time
 import weakref
 from collections import OrderedDict
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,9 @@ from sharded_optim.ranks import timeout_of
 __all__ = ["Hearing", "Neighbours"]
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # tells machines apart
-KEPT = 256  # mappings of other ranks' buffers
+KEPT = 4096  # mappings of other ranks' buffers
 MESSAGE = struct.Struct("<qqq")  # a tag, and what says which buffer: a file descriptor and an inode
-PIPE_BYTES = 2**20  # of messages that nobody has read yet: 40,000
+PIPE_BYTES = 2**18  # of messages that nobody has read yet: 10,000
 LONGEST = timedelta(minutes=30)  # to wait where the process group does not say
 
 _files: dict[int, tuple[int, int]] = {}  # (file descriptor, inode) of each of our buffers, by its address
@@ -85,7 +86,6 @@ class Neighbours:
                 readable.append(other)
         lists = _gather(readable, process_group)  # after it nobody reads the probe
         self.ranks = frozenset(other for other in readable if rank in lists[other])
-        self.exist = any(each in lists[other] for each in range(len(lists)) for other in lists[each])
         self._mapped.clear()
 
     def _connect(self, process_group: dist.ProcessGroup) -> None:
@@ -94,11 +94,16 @@ class Neighbours:
         pipes = {rank: os.pipe2(os.O_CLOEXEC) for rank in sorted(self.ranks)}
         told = _gather({rank: write for rank, (_, write) in pipes.items()}, process_group)
         for rank, (read, _) in pipes.items():
-            path = f"/proc/{self._process_ids[rank]}/fd/{told[rank][own]}"
-            self._outgoing[rank] = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             self._incoming[rank] = read
-            fcntl.fcntl(self._outgoing[rank], fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-        _gather(None, process_group)  # all have opened them
+            with suppress(OSError):  # then they are no neighbours
+                path = f"/proc/{self._process_ids[rank]}/fd/{told[rank][own]}"
+                self._outgoing[rank] = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        for descriptor in self._outgoing.values():
+            with suppress(OSError):  # a user may have only so much
+                fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+        lists = _gather(list(self._outgoing), process_group)  # now all have opened what they can
+        self.ranks = frozenset(rank for rank in self._outgoing if own in lists[rank])
+        self.exist = any(each in lists[other] for each in range(len(lists)) for other in lists[each])
         for _, write in pipes.values():
             os.close(write)  # so that a pipe ends when the neighbour does
         weakref.finalize(self, _close, [*self._incoming.values(), *self._outgoing.values()])
@@ -118,15 +123,14 @@ class Neighbours:
         descriptor, inode = which
         key = (rank, inode)
         if key not in self._mapped:
-            file = os.open(f"/proc/{self._process_ids[rank]}/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)
-            try:
-                status = os.fstat(file)
-                if status.st_ino != inode:
-                    raise OSError(f"file {descriptor} of process {self._process_ids[rank]} is another one than it has said")
-                # Written to by nobody here, but torch has no tensors that are read-only.
-                self._mapped[key] = torch.frombuffer(mmap.mmap(file, status.st_size), dtype=torch.uint8)
-            finally:
-                os.close(file)
+            path = f"/proc/{self._process_ids[rank]}/fd/{descriptor}"
+            status = os.stat(path)
+            if status.st_ino != inode:
+                raise OSError(f"{path} is another file than its process has said")
+            try:  # keeps no file open, which there may be many of; nobody here writes to it, but torch has no tensors that are read-only
+                self._mapped[key] = torch.from_file(path, shared=True, size=status.st_size, dtype=torch.uint8)
+            except RuntimeError as error:
+                raise OSError(f"{path} cannot be mapped: {error}") from error
             while len(self._mapped) > KEPT:
                 self._mapped.popitem(last=False)
         self._mapped.move_to_end(key)
@@ -141,10 +145,19 @@ class Neighbours:
             RuntimeError: it has gone, or has not read anything for long.
         """
         which = (0, 0) if buffer is None else _files[buffer.untyped_storage().data_ptr()]
-        try:
-            os.write(self._outgoing[rank], MESSAGE.pack(tag, *which))
-        except OSError as error:
-            raise RuntimeError(f"rank {rank} of the process group does not listen: {error}") from error
+        deadline = time.monotonic() + self._seconds
+        while True:
+            try:
+                os.write(self._outgoing[rank], MESSAGE.pack(tag, *which))
+            except BlockingIOError:  # it may be in here too, and its pipe to us as full
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"rank {rank} of the process group has not listened for {self._seconds:g} s") from None
+                for other in self._incoming:
+                    self._listen(other, 0.001)
+            except OSError as error:
+                raise RuntimeError(f"rank {rank} of the process group has gone: {error}") from error
+            else:
+                return
 
     def hear(self, rank: int, tag: int) -> tuple[int, int]:
         """Wait for a neighbour's message; returns which buffer it is about.
@@ -154,16 +167,22 @@ class Neighbours:
         """
         deadline = time.monotonic() + self._seconds
         while (rank, tag) not in self._heard:
-            waiting = select.poll()
-            waiting.register(self._incoming[rank], select.POLLIN)
-            if not waiting.poll(max(0.0, deadline - time.monotonic()) * 1e3):
+            if not self._listen(rank, deadline - time.monotonic()):
                 raise RuntimeError(f"timed out after {self._seconds:g} s of waiting for rank {rank} of the process group")
-            content = os.read(self._incoming[rank], 1000 * MESSAGE.size)  # whole messages: they are written at once
-            if not content:
-                raise RuntimeError(f"rank {rank} of the process group has gone")
-            for found, *which in MESSAGE.iter_unpack(content):
-                self._heard[rank, found] = (which[0], which[1])
         return self._heard.pop((rank, tag))
+
+    def _listen(self, rank: int, seconds: float) -> bool:
+        """Take up what a neighbour has said; whether it has said anything in this time."""
+        waiting = select.poll()
+        waiting.register(self._incoming[rank], select.POLLIN)
+        if not waiting.poll(max(0.0, seconds) * 1e3):
+            return False
+        content = os.read(self._incoming[rank], 1000 * MESSAGE.size)  # whole messages: they are written at once
+        if not content:
+            raise RuntimeError(f"rank {rank} of the process group has gone")
+        for tag, *which in MESSAGE.iter_unpack(content):
+            self._heard[rank, tag] = (which[0], which[1])
+        return True
 
 
 class Hearing:

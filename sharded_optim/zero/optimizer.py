@@ -16,8 +16,9 @@ import gc
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import count
 from typing import TYPE_CHECKING, Any, Literal
-from weakref import ref
+from weakref import finalize, ref
 
 import torch
 import torch.distributed as dist
@@ -32,7 +33,7 @@ from sharded_optim.ranks import raise_together
 from sharded_optim.state import asked_by_distributed_checkpoint, called_to_allocate
 from sharded_optim.zero import local_state, logical
 from sharded_optim.zero.bucket import Bucket, Home
-from sharded_optim.zero.forward import wait_in_forward
+from sharded_optim.zero.forward import finish_gathering, wait_in_forward
 from sharded_optim.zero.gathering import Gatherer
 from sharded_optim.zero.housing import Group, Housing, check_params, unit_of, without_params
 from sharded_optim.zero.reduction import Reducer
@@ -47,6 +48,7 @@ __all__ = ["ShardedOptimizer"]
 OURS = ("gradient_release", "layout", "process_group")  # options of the optimizer inside that are not the caller's to give
 
 # The optimizer that has a parameter in its buckets, the newest one.
+_numbers = count()  # of optimizers, as they are made: on all ranks in one order
 _owners: MutableMapping[Tensor, ref[ShardedOptimizer]] = WeakTensorKeyDictionary()
 
 
@@ -112,7 +114,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         # Whether gradients stay in the parameters, as others average them.
         self._slices = topology.all_ranks is None or isinstance(module, DistributedDataParallel)
         self._looked_for_ddp = self._slices
-        self._used: set[Home] = set()  # the parameters that had a gradient, on any rank, since zero_grad
+        self._late: set[Bucket] = set()  # that no module had waited for when the backward pass began
+        self._number = next(_numbers)
+        self._used: set[Home] = set()  # the parameters that have had a gradient, on any rank, since the last step
         self._stepped: set[Home] = set()  # and that the last step has stepped
         try:
             _check_options(stage, bucket_mb, reduce_dtype, defaults)
@@ -135,6 +139,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         try:
             bucket_bytes = default_bucket_bytes(shard_group.size) if bucket_mb is None else int(bucket_mb * 2**20)
             self._housing = Housing(shard_group=shard_group, bucket_bytes=bucket_bytes, defaults=defaults)
+            _finish_others(groups, module)
             self._housing.move_in(groups)
             inside = [self._housing.group_inside(group, index) for index, group in enumerate(groups)]
             self._engine = optimizer_class(inside, process_group=topology.given, layout=self._housing.layout, **defaults)
@@ -149,9 +154,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._engine.listen(self._gatherer)
         self._overlaps = overlap and module is not None and topology.shard_group is not None
         self._gradient_hooks: list[Callable[[], None]] = []  # what removes them
-        self._forward_hooks: list[Callable[[], None]] = []
+        finalize(self, _remove, self._gradient_hooks)
         if self._overlaps and module is not None:
-            self._forward_hooks = wait_in_forward(_unwrapped(module), partial(_wait_for, ref(self)), partial(_wait_for, ref(self), None))
+            wait_in_forward(_unwrapped(module), self._gatherer, self._housing.homes)
         self._take_up(self._housing.buckets)
 
     # ------------------------------------------------------------------------------------------------------------------ parameters
@@ -178,7 +183,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                     before._supersede()
                 _owners[home.param] = ref(self)
                 if not self._slices:
-                    hook = home.param.register_post_accumulate_grad_hook(partial(_ready, ref(self), home))
+                    hook = home.param.register_post_accumulate_grad_hook(partial(_ready, ref(self)))
                     self._gradient_hooks.append(hook.remove)
 
     def _supersede(self) -> None:
@@ -197,27 +202,35 @@ class ShardedOptimizer(torch.optim.Optimizer):
             return
         self.finish_reduction()
         self.wait()
+        index, buckets = len(self.param_groups), []
         try:
             group, *_ = _groups([param_group])
             known = [home for param, home in self._housing.homes.items() if any(each is param for each in _tensors(group))]
             if known:
                 raise ValueError(f"parameter {known[0].name!r} appears twice; give each parameter once")
-            index = len(self.param_groups)
             buckets = self._housing.move_in([group], first=index)
             self._engine.add_param_group(self._housing.group_inside(group, index))
         except Exception as failure:
+            self._housing.move_out(buckets)
             raise_together(failure, None, self._topology.all_ranks)
             raise
-        raise_together(None, self._description(), self._topology.all_ranks)
+        try:
+            raise_together(None, self._description(), self._topology.all_ranks)
+        except ValueError:
+            self._housing.move_out(buckets)
+            del self._engine.param_groups[index:]
+            raise
         super().add_param_group(*self._outside([group], self._engine.param_groups[index:]))
         self._take_up_late(buckets)
 
     def _take_up_late(self, buckets: Sequence[Bucket]) -> None:
+        """Of gradients that they have already, nobody has averaged any; which there are may differ between ranks, not what they do."""
         self._engine.layout = self._housing.layout  # forgets what ranks know of each other, also on those that have nothing of these
         self._take_up(buckets)
+        self._reducer.has_unreduced = True
 
     def _take_up_unfrozen(self) -> None:
-        """Give parameters that have become trainable buckets. Gradients that they have already were averaged by nobody."""
+        """Give parameters that have become trainable buckets."""
         groups = self._housing.unfrozen(self.param_groups)
         if not any(group["params"] for group in groups):
             return
@@ -227,8 +240,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 inside["params"].append(local)
                 inside["param_names"].append(name)
         self._take_up_late(buckets)
-        if not self._slices and any(home.param.grad is not None for bucket in buckets for home in bucket.homes):
-            self._reducer.has_unreduced = True
 
     # ------------------------------------------------------------------------------------------------------------------- gradients
 
@@ -252,8 +263,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if self._slices:
             _remove(self._gradient_hooks)
             return
-        if not self._reducer.is_open:  # other ranks may wait for the answer that this one has their parameters, and then for gradients
-            self._gatherer.wait(self._housing.buckets)
+        if self._reducer.synchronizes and not self._reducer.is_open:
+            # Other ranks may wait for the answer that this one has their parameters, before they bring gradients.
+            self._late = set(self._gatherer.wait_for_all(self._housing.buckets, settles=False))
+        if home.bucket in self._late:
+            raise RuntimeError(
+                f"{home.name!r} was used before its new values had come from the other ranks, other than by the forward pass of the module "
+                f"that holds it, or of one that contains that; call optimizer.wait() before, or build with overlap=False"
+            )
         self._reducer.ready(home)
 
     def _arrived(self, bucket: Bucket) -> None:
@@ -284,6 +301,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 home.local.grad = home.grad if home in self._used else None
         assigned = [home for home in homes if home.param.grad is not None]
         for home in assigned:
+            if home in self._used:
+                raise ValueError(
+                    f"{home.name!r} has a gradient of its own beside the one that was averaged in backward, assigned later or by another "
+                    f"wrapper; assign gradients without a backward pass, or give the wrapped model to ShardedOptimizer"
+                )
             if home.local is not None and home.param.grad is not None:
                 home.local.grad = home.of_shard(home.param.grad).to(home.local.dtype)
         return self._used.union(assigned)
@@ -292,10 +314,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Forget all gradients. `set_to_none` makes no difference: those in buckets are gone."""
         super().zero_grad(set_to_none=True)
         self._reducer.collect()
+        self._use_up()
+        self._engine.zero_grad(set_to_none=True)
+
+    def _use_up(self) -> None:
+        """Forget the gradients in the buckets: `model.zero_grad()` does not reach them."""
         self._used = set()
         for bucket in self._housing.buckets:
             bucket.has_gradient = False
-        self._engine.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
@@ -370,6 +396,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         finally:
             self._gatherer.end()
         self._stepped = used
+        self._use_up()
         for outside, inside in zip(self.param_groups, self._engine.param_groups, strict=True):
             outside |= without_params(inside)  # what it learns
         if not self._overlaps or self._optimizer_step_post_hooks:  # which may look at parameters
@@ -377,8 +404,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return loss
 
     def wait(self) -> None:
-        """Return when all parameters have their new values, on the other ranks too as far as they have them from this one."""
-        self._gatherer.wait(self._housing.buckets, settles=True)
+        """Return when all parameters have their new values, and may be written to, as the other ranks have theirs too. On every rank."""
+        self._gatherer.wait_for_all(self._housing.buckets, settles=True)
 
     def _refuse(self) -> None:
         """Raise ValueError where a step would be silently wrong."""
@@ -520,23 +547,20 @@ class ShardedOptimizer(torch.optim.Optimizer):
 # Hooks hold the optimizer weakly: Python cannot collect a cycle through autograd.
 
 
-def _ready(optimizer: ref[ShardedOptimizer], home: Home, _: Tensor) -> None:
+def _ready(optimizer: ref[ShardedOptimizer], param: Tensor) -> None:
     """A post-accumulate-grad hook."""
     found = optimizer()
     if found is not None:
-        found._ready(home)
+        found._ready(found._housing.homes[param])
 
 
-def _wait_for(optimizer: ref[ShardedOptimizer], params: Iterable[Tensor] | None) -> None:
-    """Of a forward pass: wait for these parameters, or for all."""
-    found = optimizer()
-    if found is None:
-        return
-    if params is None:
-        found.wait()
-    else:
-        homes = found._housing.homes
-        found._gatherer.wait({homes[param].bucket for param in params if param in homes})
+def _finish_others(groups: Sequence[Group], module: nn.Module | None) -> None:
+    """Wait for what other optimizers have begun with the parameters of these groups."""
+    owners = {owner for group in groups for param in _tensors(group) if (owner := _owners.get(param, lambda: None)()) is not None}
+    for owner in sorted(owners, key=lambda owner: owner._number):
+        owner.wait()
+    if module is not None:
+        finish_gathering(_unwrapped(module))
 
 
 def _remove(hooks: list[Callable[[], None]]) -> None:

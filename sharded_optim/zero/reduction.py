@@ -100,7 +100,7 @@ class Reducer:
         self._left: deque[Bucket] = deque()  # of the open round, not yet being reduced
         self._used: set[Home] = set()  # whose gradients this rank brings to the open round
         self._in_flight: deque[_Reduction] = deque()
-        self._unsettled: list[Transfer] = []  # of contents that are kept
+        self._unsettled: list[Transfer] = []  # of contents that are not the pool's
         self._told: list[_Told] = []
 
     # ---------------------------------------------------------------------------------------------------------------- in backward
@@ -206,7 +206,7 @@ class Reducer:
             place = bucket.contents[home.whole_in_bucket].view(home.param.shape)
             if self._sends_alone(bucket):
                 place.copy_(grad)
-            elif place.dtype == grad.dtype:
+            elif place.element_size() <= grad.element_size():
                 torch.mul(grad, self._scale, out=place)
             else:
                 place.copy_(grad).mul_(self._scale)
@@ -218,8 +218,9 @@ class Reducer:
 
         The same on every rank. Not in float16, whose sums overflow.
         """
-        is_alone = len(bucket.homes) == 1 and bucket.homes[0].param.numel() == bucket.numel
-        return is_alone and not self._keeps_contents and not self._shard_group.neighbours.exist and self._dtype(bucket) != torch.float16
+        if self._keeps_contents or self._replica_group is not None or self._shard_group.neighbours.exist:
+            return False
+        return len(bucket.homes) == 1 and bucket.homes[0].param.numel() == bucket.numel and self._dtype(bucket) != torch.float16
 
     def _dtype(self, bucket: Bucket) -> torch.dtype:
         """In which its gradients are sent."""
@@ -263,7 +264,9 @@ class Reducer:
         if self._keeps_contents:
             self._unsettled.append(transfer)
         else:
-            if not self._sends_alone(bucket):  # else it is autograd's
+            if self._sends_alone(bucket):  # autograd's own memory
+                self._unsettled.append(transfer)
+            else:
                 self._contents.give(contents, transfer)
             bucket.contents = None
         if self._replica_group is not None:

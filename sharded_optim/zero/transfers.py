@@ -8,7 +8,7 @@ added up in float32 and in the order of the ranks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -25,6 +25,8 @@ __all__ = ["ShardGroup", "Transfer", "all_reduce", "naming"]
 # sent. What one of them has left unreceived must not be taken for another's.
 SERIALS = ROUNDS = 2**7  # so many are told apart
 BUCKETS = 2**15
+
+FAILURES = (RuntimeError, dist.DistError, dist.DistBackendError, dist.DistNetworkError)  # gloo's are plain ones
 
 _made: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()  # ShardGroups, over each process group
 
@@ -54,19 +56,24 @@ class Transfer:
         self._leaving = leaving
         self._held = held
 
+    @property
+    def is_arriving(self) -> bool:
+        """Whether this rank has not waited for what it gets."""
+        return bool(self._arriving) or self._finish is not None
+
     def wait(self) -> None:
         """Return when this rank has what it gets.
 
         Raises:
             RuntimeError: a rank did not take part within the process group's timeout, or has gone.
         """
-        arriving, self._arriving = self._arriving, ()
-        finish, self._finish = self._finish, None
-        with naming(self._what):
-            for work in arriving:
-                work.wait()
-            if finish is not None:
-                finish()
+        if self.is_arriving:
+            with naming(self._what):
+                for work in self._arriving:
+                    work.wait()
+                if self._finish is not None:
+                    self._finish()
+            self._arriving, self._finish = (), None
 
     def settle(self) -> None:
         """Return when the other ranks have what they get too, so that the buffers may be written to.
@@ -75,10 +82,10 @@ class Transfer:
             RuntimeError: as `wait`.
         """
         self.wait()
-        leaving, self._leaving, self._held = self._leaving, (), ()
         with naming(f"the answer that other ranks have {self._what}"):
-            for work in leaving:
+            for work in self._leaving:
                 work.wait()
+        self._leaving, self._held = (), ()
 
 
 @contextmanager
@@ -86,11 +93,13 @@ def naming(what: str) -> Iterator[None]:
     """Say what did not come, where other ranks are missing.
 
     Raises:
-        RuntimeError: in the place of one of torch.distributed.
+        RuntimeError: in the place of one of torch.distributed, or of the operating system.
     """
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
+        if type(error) not in FAILURES and not isinstance(error, OSError):
+            raise  # out of memory, for example
         raise RuntimeError(
             f"{what} did not come from the other ranks: one of them has raised an error, has died or did not get there in the process "
             f"group's timeout. Its own error says why; if there is none, make every rank call backward and step equally often ({error})"
@@ -117,8 +126,8 @@ class ShardGroup:
             _made[process_group] = self._serial = _made.get(process_group, 0) + 1
         self.size = 1 if process_group is None else dist.get_world_size(process_group)
         self.rank = 0 if process_group is None else dist.get_rank(process_group)
-        self.exchanges = process_group is not None and process_group._get_backend(device).name() == "gloo"
-        self.neighbours = Neighbours(process_group if self.exchanges and device.type == "cpu" else None)
+        self.exchanges = process_group is not None and device.type == "cpu" and process_group._get_backend(device).name() == "gloo"
+        self.neighbours = Neighbours(process_group if self.exchanges else None)
         self._strangers = [rank for rank in range(self.size) if rank != self.rank and rank not in self.neighbours.ranks]
 
     @property
@@ -212,7 +221,8 @@ class ShardGroup:
         def finish_and_answer() -> None:
             finish(lambda rank: neighbours.read(rank, ready[rank].which)[: full.nbytes].view(full.dtype))
             for rank in ready:
-                neighbours.tell(rank, tag + 1)
+                with suppress(RuntimeError):  # who has gone needs no answer
+                    neighbours.tell(rank, tag + 1)
 
         held = [full] if scratch is None else [full, scratch]
         return Transfer(what, [*works, *ready.values()], finish_and_answer, [*sends, *answers], held)
