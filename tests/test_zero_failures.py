@@ -146,6 +146,17 @@ def check_refusals() -> None:
     with pytest.raises(ValueError, match=r"parameter 'layers.0.weight' appears twice"):
         optimizer.add_param_group({"params": model.layers[0].weight})
     check_sparse()
+    check_order()
+
+
+def check_order() -> None:
+    """Two optimizers whose backward passes come in another order on one rank are not taken for each other."""
+    models = [nn.Linear(3, 3) for _ in range(2)]
+    optimizers = [sharded(ADAMW, model) for model in models]
+    for index in (0, 1) if dist.get_rank() else (1, 0):
+        models[index](torch.ones(1, 3)).sum().backward()
+    with pytest.raises(RuntimeError, match=r"several ShardedOptimizers in different orders"):
+        optimizers[0].step()
 
 
 def check_sparse() -> None:

@@ -22,6 +22,7 @@ from torch.autograd import Variable
 from torch.autograd.function import BackwardCFunction
 
 from sharded_optim.buckets import IN_FLIGHT
+from sharded_optim.coefficients import known_on_host
 from sharded_optim.zero import transfers
 from sharded_optim.zero.bucket import Bucket, Home
 from sharded_optim.zero.transfers import ShardGroup, Transfer
@@ -87,7 +88,8 @@ class Reducer:
         self.rounds = 0
         self.has_unreduced = False
         self._shard_group, self._replica_group, self._all_ranks = shard_group, replica_group, all_ranks
-        self._scale = 1.0 if all_ranks is None else 1.0 / dist.get_world_size(all_ranks)
+        self._ranks = 1 if all_ranks is None else dist.get_world_size(all_ranks)
+        self._scale = 1.0 / self._ranks
         self._keeps_contents = keeps_contents
         self._reduce_dtype = reduce_dtype
         self._arrived = arrived
@@ -177,12 +179,11 @@ class Reducer:
                 self._fill(home)
         while self._left:
             self._launch(self._left.popleft())
-        used = torch.tensor([home in self._used for home in homes], dtype=torch.int32)
+        used = torch.tensor([home in self._used for home in homes] + [self._shard_group.serial], dtype=torch.int32)
         told = used.to(homes[0].param.device, non_blocking=True)
         what = f"which gradients there are, of {self.buckets[0].named} and all others,"
-        self._told.append(
-            _Told(transfer=transfers.all_reduce(told, self._all_ranks, what), counts=told, homes=homes, all_used=bool(used.all()))
-        )
+        transfer = transfers.all_reduce(told, self._all_ranks, what)
+        self._told.append(_Told(transfer=transfer, counts=told, homes=homes, all_used=len(self._used) == len(homes)))
         self.is_open = False
         self.has_unreduced = False
         self.rounds += 1
@@ -304,8 +305,16 @@ class Reducer:
         found: set[Home] = set()
         for told in self._told:
             told.transfer.wait()
-            # A rank that had all gradients knows the answer without waiting for a device.
-            found.update(told.homes if told.all_used else compress(told.homes, told.counts.tolist()))
+            if told.all_used and not known_on_host(told.counts):  # then this rank knows the answer without waiting for the device
+                found.update(told.homes)
+                continue
+            *counts, serials = told.counts.tolist()
+            if serials != self._shard_group.serial * self._ranks:
+                raise RuntimeError(
+                    "ranks have run backward passes for several ShardedOptimizers in different orders; run them in one order, with a "
+                    "gradient for each optimizer on every rank"
+                )
+            found.update(compress(told.homes, counts))
         self._told.clear()
         self.rounds = 0
         return found
@@ -330,7 +339,7 @@ class _Told:
     """On how many ranks each parameter had a gradient in a round."""
 
     transfer: Transfer
-    counts: Tensor  # int32 (parameters,), complete after the transfer
+    counts: Tensor  # int32 (parameters + 1,), complete after the transfer; the last is the sum of what the ranks call their optimizer
     homes: list[Home]
     all_used: bool  # whether this rank had one of each
 

@@ -115,15 +115,16 @@ class ShardGroup:
 
     Attributes:
         size, rank: how many shards there are, and which is this rank's.
+        serial: which of those over the process group this is, on all ranks.
         exchanges: whether ranks send each other their shards directly.
         neighbours: those that read each other's buffers instead.
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None, device: torch.device) -> None:
         self._process_group = process_group
-        self._serial = 0
+        self.serial = 0
         if process_group is not None:
-            _made[process_group] = self._serial = _made.get(process_group, 0) + 1
+            _made[process_group] = self.serial = _made.get(process_group, 0) + 1
         self.size = 1 if process_group is None else dist.get_world_size(process_group)
         self.rank = 0 if process_group is None else dist.get_rank(process_group)
         self.exchanges = process_group is not None and device.type == "cpu" and process_group._get_backend(device).name() == "gloo"
@@ -194,7 +195,7 @@ class ShardGroup:
 
     def _tag(self, number: int, place: int, kind: int) -> int:
         """Of a transfer; that of the answers to it is one more."""
-        return ((self._serial % SERIALS * ROUNDS + number % ROUNDS) * BUCKETS + place % BUCKETS) * 4 + kind
+        return ((self.serial % SERIALS * ROUNDS + number % ROUNDS) * BUCKETS + place % BUCKETS) * 4 + kind
 
     def _exchange(
         self,
