@@ -525,7 +525,8 @@ def check_overlap() -> None:
     for overlap in (True, False):
         model = Slow()
         models.append(model)
-        optimizers.append(sharded(STABLE, model, bucket_mb=SMALL, overlap=overlap))
+        with ranks_per_machine(1):
+            optimizers.append(sharded(STABLE, model, bucket_mb=SMALL, overlap=overlap))
     x = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(rank))
     for step in range(4):
         for model, optimizer in zip(models, optimizers, strict=True):
@@ -596,17 +597,22 @@ def check_who_waits(model: nn.Module, optimizer: so.ShardedOptimizer, x: Tensor)
             param.normal_()
     step(optimizer)
     copied(x)
-    newer = sharded(STABLE, model, bucket_mb=SMALL, overlap=True)  # waits for what the other has begun
+    with ranks_per_machine(1):
+        newer = sharded(STABLE, model, bucket_mb=SMALL, overlap=True)  # waits for what the other has begun
     same_everywhere()
     step(newer)
     del optimizer, newer  # what they have begun ends
     gc.collect()
     model(x)
     same_everywhere()
-    last = sharded(STABLE, model, bucket_mb=SMALL, overlap=True)
+    with ranks_per_machine(1):
+        last = sharded(STABLE, model, bucket_mb=SMALL, overlap=True)
     step(last)
     with pytest.raises(RuntimeError, match=r"'first.weight' was used before its new values had come from the other ranks.*overlap=False"):
         model.first.weight.sum().backward()
+    together = sharded(STABLE, Model(AWKWARD), overlap=True)
+    together.zero_grad()
+    assert not together._overlaps, "what is read in memory is there when a step returns"
 
 
 def check_what_outlives_what() -> None:

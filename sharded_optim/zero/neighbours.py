@@ -46,12 +46,12 @@ class Neighbours:
 
     Attributes:
         ranks: of the group, without this one.
-        exist: whether any two ranks of the group are neighbours; the same on every rank.
+        exist, are_all: whether any two ranks of the group are neighbours, and whether all are; the same on every rank.
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None) -> None:
         self.ranks: frozenset[int] = frozenset()
-        self.exist = False
+        self.exist = self.are_all = False
         self._process_ids: list[int] = []
         self._mapped: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
         self._incoming: dict[int, int] = {}  # a pipe's end, by rank
@@ -103,7 +103,8 @@ class Neighbours:
                 fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         lists = _gather(list(self._outgoing), process_group)  # now all have opened what they can
         self.ranks = frozenset(rank for rank in self._outgoing if own in lists[rank])
-        self.exist = any(each in lists[other] for each in range(len(lists)) for other in lists[each])
+        mutual = [each in lists[other] for each in range(len(lists)) for other in lists[each]]
+        self.exist, self.are_all = any(mutual), sum(mutual) == len(lists) * (len(lists) - 1)
         for _, write in pipes.values():
             os.close(write)  # so that a pipe ends when the neighbour does
         weakref.finalize(self, _close, [*self._incoming.values(), *self._outgoing.values()])

@@ -72,8 +72,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         bucket_mb: how large a bucket may become, in MiB; a larger parameter has one of its own. None: 25, and more on more than 400 ranks.
         reduce_dtype: in which gradients are sent; None: the parameters'.
         overlap: whether `step` returns before all parameters have come from the other ranks, and the forward pass waits for them, module
-            by module. It needs the model, as `params` or as `module`; without it `step` waits. Whoever reads parameters in between, other
-            than by the model's forward and state_dict, calls `wait()` first.
+            by module. It needs the model, as `params` or as `module`; without it `step` waits, and also where all ranks are on one machine
+            and read each other's memory (gloo), as nothing goes on meanwhile. Whoever uses parameters in between, other than by the
+            model's forward and its state dicts, calls `wait()` first.
         module: the model, where `params` is something else.
         defaults: hyperparameters and options of `optimizer_class`. bfloat16 and float16 parameters have float32 masters, but with
             kahan_sum=True or stochastic_rounding=True.
@@ -152,7 +153,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             outside[0]["params"] = _tensors(groups[0])
         super().__init__(outside, self._engine.defaults)
         self._engine.listen(self._gatherer)
-        self._overlaps = overlap and module is not None and topology.shard_group is not None
+        self._overlaps = overlap and module is not None and shard_group.sends
         self._gradient_hooks: list[Callable[[], None]] = []  # what removes them
         finalize(self, _remove, self._gradient_hooks)
         if self._overlaps and module is not None:

@@ -132,6 +132,11 @@ class ShardGroup:
         self._strangers = [rank for rank in range(self.size) if rank != self.rank and rank not in self.neighbours.ranks]
 
     @property
+    def sends(self) -> bool:
+        """Whether transfers go on while this process computes; the same on every rank. What is read in memory is copied by who waits."""
+        return self.size > 1 and not self.neighbours.are_all
+
+    @property
     def scratch_shards(self) -> int:
         """For how many shards a reduce-scatter needs room."""
         return len(self._strangers) if self.exchanges else 0
