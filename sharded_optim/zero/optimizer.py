@@ -12,8 +12,7 @@ ZeRO: Rajbhandari et al. 2020, arXiv 1910.02054.
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import count
@@ -32,7 +31,9 @@ from sharded_optim.options import Params
 from sharded_optim.ranks import raise_together
 from sharded_optim.state import asked_by_distributed_checkpoint, called_to_allocate
 from sharded_optim.zero import local_state, logical
+from sharded_optim.zero.arguments import check_options, groups_of, tensors_of, unwrapped
 from sharded_optim.zero.bucket import Bucket, Home
+from sharded_optim.zero.ddp import are_under_ddp
 from sharded_optim.zero.forward import finish_gathering, wait_in_forward
 from sharded_optim.zero.gathering import Gatherer
 from sharded_optim.zero.housing import Group, Housing, check_params, unit_of, without_params
@@ -45,11 +46,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ShardedOptimizer"]
 
-OURS = ("gradient_release", "layout", "process_group")  # options of the optimizer inside that are not the caller's to give
-
-# The optimizer that has a parameter in its buckets, the newest one.
 _numbers = count()  # of optimizers, as they are made: on all ranks in one order
-_owners: MutableMapping[Tensor, ref[ShardedOptimizer]] = WeakTensorKeyDictionary()
+_owners: MutableMapping[Tensor, ref[ShardedOptimizer]] = WeakTensorKeyDictionary()  # that have a parameter in their buckets, the newest
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
@@ -107,7 +105,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         is_model = isinstance(params, nn.Module)
         if isinstance(params, nn.Module):
             module = params if module is None else module
-            params = _unwrapped(params).named_parameters()
+            params = unwrapped(params).named_parameters()
         topology = Topology.of(process_group)
         self.stage = stage
         self._topology = topology
@@ -120,14 +118,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._used: set[Home] = set()  # the parameters that have had a gradient, on any rank, since the last step
         self._stepped: set[Home] = set()  # and that the last step has stepped
         try:
-            _check_options(stage, bucket_mb, reduce_dtype, defaults)
-            groups = _groups(params)
+            check_options(stage, bucket_mb, reduce_dtype, defaults)
+            groups = groups_of(params)
             check_params(groups)
         except Exception as failure:  # the other ranks must hear of it before this one raises
             raise_together(failure, None, topology.all_ranks)
             raise
         raise_together(None, (stage, bucket_mb, reduce_dtype), topology.all_ranks)
-        shard_group = ShardGroup(topology.shard_group, _tensors(groups[0])[0].device)
+        shard_group = ShardGroup(topology.shard_group, tensors_of(groups[0])[0].device)
         self._gatherer = Gatherer(shard_group)
         self._reducer = Reducer(
             shard_group=shard_group,
@@ -150,14 +148,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
         raise_together(None, self._description(), topology.all_ranks)
         outside = self._outside(groups, self._engine.param_groups)
         if is_model:  # whose names are in errors and metrics, but not in state dicts, so that these fit optimizers of model.parameters()
-            outside[0]["params"] = _tensors(groups[0])
+            outside[0]["params"] = tensors_of(groups[0])
         super().__init__(outside, self._engine.defaults)
         self._engine.listen(self._gatherer)
         self._overlaps = overlap and module is not None and shard_group.sends
         self._gradient_hooks: list[Callable[[], None]] = []  # what removes them
         finalize(self, _remove, self._gradient_hooks)
         if self._overlaps and module is not None:
-            wait_in_forward(_unwrapped(module), self._gatherer, self._housing.homes)
+            wait_in_forward(unwrapped(module), self._gatherer, self._housing.homes)
         self._take_up(self._housing.buckets)
 
     # ------------------------------------------------------------------------------------------------------------------ parameters
@@ -205,8 +203,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.wait()
         index, buckets = len(self.param_groups), []
         try:
-            group, *_ = _groups([param_group])
-            known = [home for param, home in self._housing.homes.items() if any(each is param for each in _tensors(group))]
+            group, *_ = groups_of([param_group])
+            known = [home for param, home in self._housing.homes.items() if any(each is param for each in tensors_of(group))]
             if known:
                 raise ValueError(f"parameter {known[0].name!r} appears twice; give each parameter once")
             buckets = self._housing.move_in([group], first=index)
@@ -260,7 +258,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """A parameter has its gradient; in backward."""
         if not self._looked_for_ddp:
             self._looked_for_ddp = True
-            self._slices = _are_under_ddp(self._housing.homes.values())
+            self._slices = are_under_ddp(self._housing.homes.values())
         if self._slices:
             _remove(self._gradient_hooks)
             return
@@ -557,88 +555,13 @@ def _ready(optimizer: ref[ShardedOptimizer], param: Tensor) -> None:
 
 def _finish_others(groups: Sequence[Group], module: nn.Module | None) -> None:
     """Wait for what other optimizers have begun with the parameters of these groups."""
-    owners = {owner for group in groups for param in _tensors(group) if (owner := _owners.get(param, lambda: None)()) is not None}
+    owners = {owner for group in groups for param in tensors_of(group) if (owner := _owners.get(param, lambda: None)()) is not None}
     for owner in sorted(owners, key=lambda owner: owner._number):
         owner.wait()
     if module is not None:
-        finish_gathering(_unwrapped(module))
+        finish_gathering(unwrapped(module))
 
 
 def _remove(hooks: list[Callable[[], None]]) -> None:
     while hooks:
         hooks.pop()()
-
-
-def _check_options(stage: int, bucket_mb: float | None, reduce_dtype: torch.dtype | None, defaults: dict[str, Any]) -> None:
-    if stage not in (1, 2):
-        raise ValueError(f"stage must be 1 or 2, got {stage!r}; what shards parameters too (stage 3) is fully_shard")
-    if bucket_mb is not None and not bucket_mb > 0:
-        raise ValueError(f"bucket_mb must be positive, got {bucket_mb!r}")
-    if reduce_dtype is not None and not reduce_dtype.is_floating_point:
-        raise ValueError(f"reduce_dtype must be a floating dtype, got {reduce_dtype}")
-    for name in OURS:
-        if name in defaults:
-            raise ValueError(f"{name}={defaults[name]!r} cannot be given in the options: ShardedOptimizer sets it for the optimizer inside")
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """Without DistributedDataParallel and torch.compile, which put prefixes before names."""
-    while True:
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
-
-
-def _groups(params: Params) -> list[Group]:
-    """Param groups with lists of tensors or of (name, tensor)."""
-    if isinstance(params, Tensor):
-        raise ValueError(f"params must be a model, or an iterable of tensors or dicts, got one tensor of shape {tuple(params.shape)}")
-    given: list[Any] = list(params)
-    groups = [dict(group) for group in given] if given and isinstance(given[0], dict) else [{"params": given}]
-    for index, group in enumerate(groups):
-        members = group["params"]
-        group["params"] = [members] if isinstance(members, Tensor) else list(members)
-        if isinstance(members, set):
-            raise ValueError(f"param_groups[{index}] is a set, whose order differs between ranks; give a list")
-        if not group["params"]:
-            raise ValueError(
-                f"param_groups[{index}] has no parameters; leave the group out"
-                if given
-                else "params is empty; give the parameters of a model"
-            )
-    tensors = [tensor for group in groups for tensor in _tensors(group)]
-    if len(set(map(id, tensors))) < len(tensors):
-        raise ValueError("a parameter appears twice; give each parameter once")
-    if not any(tensor.requires_grad for tensor in tensors):
-        raise ValueError("no parameter is trainable; set requires_grad")
-    return groups
-
-
-def _tensors(group: Group) -> list[Tensor]:
-    return [each[1] if isinstance(each, tuple) else each for each in group["params"]]
-
-
-def _are_under_ddp(homes: Iterable[Home]) -> bool:
-    """Whether DistributedDataParallel averages the gradients. It leaves no mark on parameters, so it is looked for among all objects.
-
-    Raises:
-        ValueError: it averages those of some of the parameters.
-    """
-    averaged = {
-        id(param)
-        for each in gc.get_objects()
-        if DistributedDataParallel in type(each).__mro__  # issubclass is slow on half a million objects
-        for name, param in each.module.named_parameters()
-        if name not in each.parameters_to_ignore
-    }
-    inside = [id(home.param) in averaged for home in homes]
-    if any(inside) and not all(inside):
-        without = next(home.name for home, is_inside in zip(homes, inside, strict=True) if not is_inside)
-        raise ValueError(
-            f"DistributedDataParallel averages the gradients of some parameters, but not that of {without!r}; give what it does not "
-            f"average to an optimizer of its own"
-        )
-    return any(inside)

@@ -1,0 +1,68 @@
+"""What a ShardedOptimizer is given: options, a model, parameters in any of the forms that torch's optimizers take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sharded_optim.options import Params
+from sharded_optim.zero.housing import Group
+
+__all__ = ["check_options", "groups_of", "tensors_of", "unwrapped"]
+
+OURS = ("gradient_release", "layout", "process_group")  # options of the optimizer inside that are not the caller's to give
+
+
+def check_options(stage: int, bucket_mb: float | None, reduce_dtype: torch.dtype | None, defaults: dict[str, Any]) -> None:
+    if stage not in (1, 2):
+        raise ValueError(f"stage must be 1 or 2, got {stage!r}; what shards parameters too (stage 3) is fully_shard")
+    if bucket_mb is not None and not bucket_mb > 0:
+        raise ValueError(f"bucket_mb must be positive, got {bucket_mb!r}")
+    if reduce_dtype is not None and not reduce_dtype.is_floating_point:
+        raise ValueError(f"reduce_dtype must be a floating dtype, got {reduce_dtype}")
+    for name in OURS:
+        if name in defaults:
+            raise ValueError(f"{name}={defaults[name]!r} cannot be given in the options: ShardedOptimizer sets it for the optimizer inside")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Without DistributedDataParallel and torch.compile, which put prefixes before names."""
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def groups_of(params: Params) -> list[Group]:
+    """Param groups with lists of tensors or of (name, tensor)."""
+    if isinstance(params, Tensor):
+        raise ValueError(f"params must be a model, or an iterable of tensors or dicts, got one tensor of shape {tuple(params.shape)}")
+    given: list[Any] = list(params)
+    groups = [dict(group) for group in given] if given and isinstance(given[0], dict) else [{"params": given}]
+    for index, group in enumerate(groups):
+        members = group["params"]
+        group["params"] = [members] if isinstance(members, Tensor) else list(members)
+        if isinstance(members, set):
+            raise ValueError(f"param_groups[{index}] is a set, whose order differs between ranks; give a list")
+        if not group["params"]:
+            raise ValueError(
+                f"param_groups[{index}] has no parameters; leave the group out"
+                if given
+                else "params is empty; give the parameters of a model"
+            )
+    tensors = [tensor for group in groups for tensor in tensors_of(group)]
+    if len(set(map(id, tensors))) < len(tensors):
+        raise ValueError("a parameter appears twice; give each parameter once")
+    if not any(tensor.requires_grad for tensor in tensors):
+        raise ValueError("no parameter is trainable; set requires_grad")
+    return groups
+
+
+def tensors_of(group: Group) -> list[Tensor]:
+    return [each[1] if isinstance(each, tuple) else each for each in group["params"]]
