@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
 
 from benchmarks.storage import FLOAT32, HUGE_PAGES, ORDINARY
 
-__all__ = ["BASELINE", "CONTENDERS", "OURS", "Contender", "by_name"]
+__all__ = ["BASELINE", "CONTENDERS", "OURS", "Contender", "by_name", "find"]
 
 Params = list[nn.Parameter]
 OURS = "sharded_optim"
@@ -104,13 +104,28 @@ CONTENDERS = (
 )
 
 
-def by_name(name: str) -> Contender:
+class Named(Protocol):
+    """What is found by its name."""
+
+    @property
+    def name(self) -> str: ...
+
+
+Found = TypeVar("Found", bound=Named)
+
+
+def find(name: str, among: Sequence[Found]) -> Found:
     """The contender of that name.
 
     Raises:
         ValueError: there is none.
     """
-    for contender in CONTENDERS:
+    for contender in among:
         if contender.name == name:
             return contender
-    raise ValueError(f"unknown contender {name!r}; there are {', '.join(each.name for each in CONTENDERS)}")
+    raise ValueError(f"unknown contender {name!r}; there are {', '.join(each.name for each in among)}")
+
+
+def by_name(name: str) -> Contender:
+    """As `find`, of those that step in one process."""
+    return find(name, CONTENDERS)

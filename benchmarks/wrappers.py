@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.contenders import HYPERPARAMETERS, OURS
+from benchmarks.contenders import HYPERPARAMETERS, OURS, find
 
 __all__ = ["BASELINE", "CONTENDERS", "DEEPSPEED", "Contender", "Training", "by_name"]
 
@@ -167,12 +167,5 @@ CONTENDERS = (
 
 
 def by_name(name: str) -> Contender:
-    """The contender of that name.
-
-    Raises:
-        ValueError: there is none.
-    """
-    for contender in CONTENDERS:
-        if contender.name == name:
-            return contender
-    raise ValueError(f"unknown contender {name!r}; there are {', '.join(each.name for each in CONTENDERS)}")
+    """As `contenders.find`, of those that train on several ranks."""
+    return find(name, CONTENDERS)

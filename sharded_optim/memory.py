@@ -11,7 +11,7 @@ import mmap
 import torch
 from torch import Tensor
 
-__all__ = ["LARGE_PAGE", "zeros"]
+__all__ = ["LARGE_PAGE", "zeros", "zeros_on"]
 
 LARGE_PAGE = 2 * 2**20  # bytes
 
@@ -28,3 +28,8 @@ def zeros(numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
     except OSError:  # a kernel without them
         return torch.zeros(numel, dtype=dtype)
     return torch.frombuffer(memory, dtype=dtype, count=numel, offset=offset)
+
+
+def zeros_on(device: torch.device, numel: int, dtype: torch.dtype) -> Tensor:
+    """Zeros, (numel,); on a CPU as `zeros`."""
+    return zeros(numel, dtype) if device.type == "cpu" else torch.zeros(numel, dtype=dtype, device=device)

@@ -104,7 +104,7 @@ class Bucket:
             home.bucket, home.offset = self, offset
             home.start, home.numel = (first - offset, end - first) if first < end else (0, 0)
             self.bring_home(home)
-        self.masters = _zeros(self.shard_numel, torch.float32, self.kind.device) if self.kind.has_masters else None
+        self.masters = memory.zeros_on(self.kind.device, self.shard_numel, torch.float32) if self.kind.has_masters else None
         self.gathering = Transfer()
         self.has_gradient = False
         self.contents: Tensor | None = None
@@ -119,7 +119,7 @@ class Bucket:
     def grads(self) -> Tensor:
         """This rank's shard of the averaged gradients, (shard_numel,): float32 with masters, else in the parameters' dtype."""
         dtype = torch.float32 if self.kind.has_masters else self.kind.dtype
-        return _zeros(self.shard_numel, dtype, self.kind.device)
+        return memory.zeros_on(self.kind.device, self.shard_numel, dtype)
 
     @property
     def named(self) -> str:
@@ -155,8 +155,3 @@ class Bucket:
         """Write this rank's shard of the parameters from its masters."""
         if self.masters is not None:
             self.shard.copy_(self.masters)
-
-
-def _zeros(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """On a CPU on large pages."""
-    return memory.zeros(numel, dtype) if device.type == "cpu" else torch.zeros(numel, dtype=dtype, device=device)

@@ -145,7 +145,7 @@ class ShardGroup:
         """Of a buffer that is going to be cut: (numel,)."""
         if self.neighbours.ranks and numel and device.type == "cpu":
             return self.neighbours.allocate(numel * dtype.itemsize).view(dtype)
-        return memory.zeros(numel, dtype) if device.type == "cpu" else torch.zeros(numel, dtype=dtype, device=device)
+        return memory.zeros_on(device, numel, dtype)
 
     def reduce_scatter(
         self,
