@@ -18,6 +18,7 @@ from sharded_optim.algorithms.weight_decay import DECOUPLED, FORMS, L2, form_of
 from sharded_optim.coefficients import host_value, known_on_host
 
 __all__ = [
+    "HYPERPARAMETERS",
     "check_hyperparameters",
     "check_number",
     "check_state_dtype",
@@ -33,6 +34,7 @@ __all__ = [
 
 NUMBERS = ("lr", "eps", "weight_decay", "max_lr", "momentum", "dampening", "reference_lr")  # hyperparameters that are numbers >= 0
 CHOICES = ("decay_form", "amsgrad", "nesterov", "kahan_sum", "stochastic_rounding", "rounding_seed")  # those that are not
+HYPERPARAMETERS = frozenset({*NUMBERS, *CHOICES, "betas", "learns_reference_lr"})
 HIGH_DECAY = 1e-3  # from which on Composer and optimi warn
 BF16_HALF_ULP = 2.0**-8  # relative, at worst
 LR_ROUNDING = 1e-12

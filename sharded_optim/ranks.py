@@ -13,14 +13,15 @@ import torch.distributed as dist
 __all__ = ["gather_messages", "join_messages", "own_process_group", "raise_together", "timeout_of"]
 
 # By the group they mirror. Held weakly: torch.distributed owns groups, and must be the one to end their threads.
-_own_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, weakref.ref[dist.ProcessGroup]] = weakref.WeakKeyDictionary()
+_own_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[str | None, weakref.ref[dist.ProcessGroup]]] = weakref.WeakKeyDictionary()
 
 
-def own_process_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+def own_process_group(process_group: dist.ProcessGroup | None, backend: str | None = None) -> dist.ProcessGroup | None:
     """A group with the same ranks that only the optimizers use, so that their collective never interleaves with a wrapper's.
 
     Args:
         process_group: None means the world. The first call for a group is a collective over it.
+        backend: None: the group's own, for steps. Each backend that is named has a group of its own.
 
     Returns:
         None when this process is alone.
@@ -31,15 +32,16 @@ def own_process_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGr
     parent = process_group or world
     if parent is None or dist.get_world_size(parent) == 1:
         return None
-    own = _own_groups[parent]() if parent in _own_groups else None
+    groups = _own_groups.setdefault(parent, {})
+    own = groups[backend]() if backend in groups else None
     if own is None:
         if dist.get_rank(parent) < 0:
             raise ValueError(f"rank {dist.get_rank()} is not in the optimizer's process_group; give each rank a group that it is in")
         ranks = dist.get_process_group_ranks(parent)
-        created = dist.new_group(ranks, timeout=timeout_of(parent), use_local_synchronization=parent is not world)
+        created = dist.new_group(ranks, timeout_of(parent), backend, use_local_synchronization=parent is not world)
         assert isinstance(created, dist.ProcessGroup), "this rank is in the group"
         own = created
-        _own_groups[parent] = weakref.ref(own)
+        groups[backend] = weakref.ref(own)
     return own
 
 

@@ -1,19 +1,19 @@
 """Which elements of which tensor a local buffer holds.
 
 A `Segment` is the one description of a shard that the rest of the library uses. The wrappers (`sharding/`) produce segments; ownership,
-the check that pieces tile a tensor, and checkpoints consume them.
+the check that pieces tile a tensor, and checkpoints, which cut segments and ask what two of them have in common, consume them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["Segment", "find_tiling_error"]
+__all__ = ["Overlap", "Segment", "find_tiling_error", "overlaps"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +101,123 @@ class Segment:
     def run_starts(self) -> Tensor:
         """Offsets at which the runs begin: int64, shape (count,)."""
         return self.start + self.stride * torch.arange(self.count, dtype=torch.int64)
+
+    def cut(self, numel: int) -> Iterator[Segment]:
+        """Its elements in parts of at most `numel`, in order.
+
+        >>> whole = Segment.whole("w", (5, 3))
+        >>> [(part.start, part.numel) for part in whole.cut(6)]
+        [(0, 6), (6, 6), (12, 3)]
+        """
+        rows = max(1, numel // self.run) if self.run else 1
+        for first in range(0, self.count, rows):
+            count = min(rows, self.count - first)
+            start = self.start + first * self.stride
+            if self.run <= numel:
+                yield Segment(name=self.name, shape=self.shape, start=start, run=self.run, stride=self.stride, count=count)
+            else:
+                for offset in range(0, self.run, numel):
+                    yield Segment.flat(self.name, self.shape, start + offset, min(numel, self.run - offset))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overlap:
+    """`count` runs of `run` elements that two segments have in common, by where they are in buffers of the segments' elements."""
+
+    run: int
+    count: int
+    source: int  # where the first begins in the source's buffer, and how far apart they are there
+    source_stride: int
+    target: int
+    target_stride: int
+
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        """Copy them from one buffer to the other, both 1-D and contiguous; casts."""
+        if self.count == 1:
+            target[self.target : self.target + self.run].copy_(source[self.source : self.source + self.run])
+        else:
+            shape = (self.count, self.run)
+            rows = source.as_strided(shape, (self.source_stride, 1), source.storage_offset() + self.source)
+            target.as_strided(shape, (self.target_stride, 1), target.storage_offset() + self.target).copy_(rows)
+
+    def reversed(self) -> Overlap:
+        """With source and target in each other's place."""
+        ends = {"source": self.target, "source_stride": self.target_stride, "target": self.source, "target_stride": self.source_stride}
+        return Overlap(run=self.run, count=self.count, **ends)
+
+
+def overlaps(source: Segment, target: Segment) -> list[Overlap]:
+    """What two segments of one tensor have in common; nothing, or each common element once.
+
+    >>> row = Segment.flat("w", (5, 3), 3, 3)
+    >>> column = Segment(name="w", shape=(5, 3), start=2, run=1, stride=3, count=5)
+    >>> [(overlap.source, overlap.target, overlap.run, overlap.count) for overlap in overlaps(row, column)]
+    [(2, 1, 1, 1)]
+    """
+    if not (source.numel and target.numel):
+        return []
+    if source.count == 1:
+        return list(_with_range(source.start, source.start + source.run, target))
+    if target.count == 1:
+        return [overlap.reversed() for overlap in _with_range(target.start, target.start + target.run, source)]
+    if source.stride == target.stride:
+        return list(_with_same_stride(source, target))
+    if source.count > target.count:
+        return [overlap.reversed() for overlap in overlaps(target, source)]
+    found = []
+    for row, start in enumerate(source.run_starts().tolist()):
+        found += [
+            Overlap(
+                run=each.run,
+                count=each.count,
+                source=each.source + row * source.run,
+                source_stride=each.source_stride,
+                target=each.target,
+                target_stride=each.target_stride,
+            )
+            for each in _with_range(start, start + source.run, target)
+        ]
+    return found
+
+
+def _with_range(begin: int, end: int, rows: Segment) -> Iterator[Overlap]:
+    """Of the elements [begin, end), as the source, with a segment: its first and last row may be cut."""
+    start, run, stride = rows.start, rows.run, rows.stride
+    first = max(0, (begin - start - run) // stride + 1)
+    last = min(rows.count, -((start - end) // stride)) - 1
+    while first <= last:
+        row = start + first * stride
+        cut_begin, cut_end = max(begin, row), min(end, row + run)
+        whole = cut_end - cut_begin == run
+        # Whole rows go together; all between the first and the last are.
+        count = last - first + (start + last * stride + run <= end) if whole and first < last else 1
+        yield Overlap(
+            run=cut_end - cut_begin,
+            count=count,
+            source=cut_begin - begin,
+            source_stride=stride,
+            target=first * run + cut_begin - row,
+            target_stride=run,
+        )
+        first += count
+
+
+def _with_same_stride(source: Segment, target: Segment) -> Iterator[Overlap]:
+    """Each run of the source meets at most two of the target."""
+    apart, stride = target.start - source.start, source.stride
+    for shift in range((-target.run - apart) // stride + 1, -((apart - source.run) // stride)):  # of the target's rows to the source's
+        offset = apart + shift * stride
+        begin, end = max(0, offset), min(source.run, offset + target.run)
+        first, last = max(0, -shift), min(source.count, target.count - shift)
+        if begin < end and first < last:
+            yield Overlap(
+                run=end - begin,
+                count=last - first,
+                source=first * source.run + begin,
+                source_stride=source.run,
+                target=(first + shift) * target.run + begin - offset,
+                target_stride=target.run,
+            )
 
 
 def find_tiling_error(segments: Sequence[Segment]) -> str | None:

@@ -26,6 +26,7 @@ GROUP |= {"momentum": 0.9, "dampening": 0.0, "nesterov": False}
 # but for those listed in SEEN.
 FLOORS = {
     "ranks": 1,
+    "version": 1,
     "buckets": 1,
     "segment": 1,
     "shapes": 1,
@@ -54,9 +55,10 @@ FLOORS = {
     "gradient_release": 4,
     "model_preparation": 4,
     "zero": 4,
-    "commands": 5,
-    "__init__": 5,
-    "cli": 6,
+    "checkpoint": 5,
+    "commands": 6,
+    "__init__": 6,
+    "cli": 7,
 }
 # Statistics are laid out by the layout; floor 3 is a stack.
 SEEN = {("statistics", "sharding"), ("noise", "segment")}

@@ -18,7 +18,7 @@ from sharded_optim.segment import Segment
 from sharded_optim.sharding.flat import FlatLayout, FlatTensor, piece_in_range
 from sharded_optim.sharding.layout import Piece
 
-__all__ = ["EXPERTS", "WRAPPERS", "layout_of", "qualified_name"]
+__all__ = ["EXPERTS", "WRAPPERS", "layout_of", "parameter_names", "qualified_name"]
 
 STRANGER = (
     "is not one that DeepSpeed had given the optimizer when so.deepspeed.attach(engine) was called; DeepSpeed takes no parameters later, "
@@ -37,7 +37,7 @@ def layout_of(engine: Any) -> FlatLayout:
         ValueError: the partitions do not have the values of the parameters that they are said to hold.
         KeyError, AttributeError: DeepSpeed keeps its layout elsewhere.
     """
-    names = _names(engine)
+    names = parameter_names(engine)
     read = _stage_0 if engine.optimizer is engine.basic_optimizer else WRAPPERS[qualified_name(engine.optimizer)]
     whole, flat = read(engine.optimizer, names)
     return FlatLayout(flat=dict(flat), whole=whole, stranger=STRANGER, in_turns=True)
@@ -141,7 +141,7 @@ class _Names(dict[Tensor, str]):
         raise ValueError(f"a parameter of shape {tuple(param.shape)} is not the model's; DeepSpeed steps those of its model alone")
 
 
-def _names(engine: Any) -> Names:
+def parameter_names(engine: Any) -> Names:
     """The names of the model's parameters, with experts numbered over all ranks: on each they are numbered from 0."""
     names = _Names()
     for param, name in engine.param_names.items():

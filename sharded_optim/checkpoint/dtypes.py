@@ -1,0 +1,41 @@
+"""The names of dtypes in manifests and in safetensors files."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["dtype_named", "name_of"]
+
+NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+DTYPES = {name: dtype for dtype, name in NAMES.items()}
+
+
+def name_of(dtype: torch.dtype, what: str) -> str:
+    """As safetensors calls it.
+
+    Raises:
+        ValueError: safetensors files have no such dtype.
+    """
+    if dtype not in NAMES:
+        raise ValueError(f"{what} is of {dtype}, which checkpoints do not hold; they hold {', '.join(map(str, NAMES))}")
+    return NAMES[dtype]
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """Raises ValueError for a name of none."""
+    if name not in DTYPES:
+        raise ValueError(f"there is no dtype {name!r}; known are {', '.join(DTYPES)}")
+    return DTYPES[name]

@@ -1,0 +1,59 @@
+"""What a process holds of the tensors of a checkpoint. What wrappers hold is told in these terms by the modules in `live/`."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sharded_optim.checkpoint.manifest import key_of
+from sharded_optim.segment import Segment
+
+__all__ = ["KAHAN", "MASTER", "MODEL", "Held", "bytes_of"]
+
+MODEL = "model"  # the kind of parameters and buffers
+MASTER = "master"  # float32 values of which a parameter is the rounded copy; all other kinds are the entries of optimizer state
+KAHAN = "kahan_comp"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Held:
+    """Elements of a tensor in this process's memory.
+
+    Attributes:
+        kind: of the tensor; see above.
+        segment: which elements, of the tensor of which parameter or buffer.
+        local: these elements in their order, in any shape. Loading writes here.
+    """
+
+    kind: str
+    segment: Segment
+    local: Tensor
+
+    @property
+    def key(self) -> str:
+        return key_of(self.kind, self.segment.name)
+
+    def flat(self) -> Tensor:
+        """The elements: 1-D, contiguous; a view where memory allows it."""
+        return self.local.detach().reshape(-1)
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether `flat` is a view."""
+        return self.local.is_contiguous() and not self.local.is_conj() and not self.local.is_neg()
+
+
+def bytes_of(flat: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU. The tensor must live as long as it is used."""
+    size = flat.numel() * flat.element_size()
+    assert flat.device.type == "cpu"
+    assert flat.is_contiguous()
+    return memoryview((ctypes.c_char * size).from_address(flat.data_ptr())).cast("B") if size else memoryview(b"")
+
+
+def numbers_of(content: bytearray, dtype: torch.dtype, size: int) -> Tensor:
+    """The first `size` bytes as a 1-D tensor that shares memory with them."""
+    return torch.frombuffer(content, dtype=torch.uint8, count=size).view(dtype)

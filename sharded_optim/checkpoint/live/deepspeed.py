@@ -1,0 +1,89 @@
+"""What a DeepSpeedEngine holds: the model's parameters, replicated or, in stage 3, partitioned; and what its base optimizer steps.
+
+Attributes of DeepSpeed's that are no public interface, tried with 0.19.0 to 0.19.8: a parameter's `ds_tensor`, `ds_shape`, `ds_numel`,
+`ds_status`, `partition_numel` and `ds_process_group`, the engine's counters, the fields of its loss scaler, and of stage 3's wrapper
+`fp32_partitioned_groups_flat` and `sub_group_to_group_id`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+
+from sharded_optim.checkpoint.held import MODEL, Held
+from sharded_optim.checkpoint.live.model import LiveModel, buffers_of, held_of
+from sharded_optim.checkpoint.live.optimizer import LiveOptimizer, Member, group_of
+from sharded_optim.engine import Engine
+from sharded_optim.param_groups import named_params
+from sharded_optim.segment import Segment
+from sharded_optim.sharding import deepspeed as sharding
+
+__all__ = ["live_model", "live_optimizer"]
+
+NAME = "deepspeed"
+COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
+SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of dynamic loss scaling
+
+
+def live_model(engine: Any) -> LiveModel:
+    """As `live.live_model`."""
+    names = sharding.parameter_names(engine)
+    partitioned: list[Any] = [param for param in names if hasattr(param, "ds_id")]
+    held = [_partition(param, name) if hasattr(param, "ds_id") else held_of(param, name) for param, name in names.items()]
+    held += [held_of(buffer, name) for name, buffer in buffers_of(engine.module).items()]
+
+    def prepare() -> None:
+        gathered = [param for param in partitioned if param.ds_status.name == "AVAILABLE"]
+        if gathered:  # whole copies, which DeepSpeed keeps of small ones, and makes anew
+            gathered[0].partition(gathered)
+
+    def resume(saved: dict[str, Any]) -> None:
+        for counter in COUNTERS:
+            setattr(engine, counter, saved[counter])
+        scaler = getattr(engine.optimizer, "loss_scaler", None)
+        for field, value in saved["loss_scaler"].items():
+            if hasattr(scaler, field):
+                setattr(scaler, field, value)
+
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    told = {counter: getattr(engine, counter) for counter in COUNTERS}
+    told["loss_scaler"] = {field: getattr(scaler, field) for field in SCALER if hasattr(scaler, field)}
+    return LiveModel(held=held, wrapper={NAME: told}, prepare=prepare, resume=resume)
+
+
+def _partition(param: Any, name: str) -> Held:
+    """What this rank has of a parameter that stage 3 has partitioned: equal parts, with padding."""
+    size, numel = param.partition_numel(), param.ds_numel
+    start = min(dist.get_rank(param.ds_process_group) * size, numel)
+    length = min(size, numel - start)
+    return Held(kind=MODEL, segment=Segment.flat(name, param.ds_shape, start, length), local=param.ds_tensor.flatten()[:length])
+
+
+def live_optimizer(engine: Any, optimizer: Engine) -> LiveOptimizer:
+    """As `live.live_optimizer`.
+
+    Raises:
+        ValueError: the optimizer is not the engine's, or was not attached to it.
+    """
+    if engine.basic_optimizer is not optimizer:
+        raise ValueError("the optimizer is not the one that the DeepSpeed engine steps; pass what so.deepspeed.initialize returned")
+    if optimizer.layout is None:
+        raise ValueError("the optimizer does not know DeepSpeed's partitions; call so.deepspeed.attach(engine) after initialize")
+    names = sharding.parameter_names(engine)
+    wrapper = engine.optimizer
+    if hasattr(wrapper, "fp32_partitioned_groups_flat"):  # stage 3, whose param groups are empty between steps
+        indices = [wrapper.sub_group_to_group_id[number] for number in range(len(wrapper.fp32_partitioned_groups_flat))]
+        params = list(zip(wrapper.fp32_partitioned_groups_flat, indices, strict=True))
+    else:
+        params = [(param, index) for index, group in enumerate(optimizer.param_groups) for param, _ in named_params(group, index)]
+    members = [
+        Member(
+            param=param,
+            group=index,
+            local=optimizer.describe_param(param, "a flat partition", optimizer.param_groups[index]),
+            is_master=param not in names,
+        )
+        for param, index in params
+    ]
+    return LiveOptimizer(engine=optimizer, members=members, groups=optimizer.param_groups, group_of=group_of(members))

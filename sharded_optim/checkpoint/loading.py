@@ -1,0 +1,229 @@
+"""Loading: everything that could go wrong is found out, on all ranks together, before anything live changes.
+
+manifest -> what is wanted, what does not fit -> verify (all bytes, by the ranks together) -> read what intersects -> install
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from sharded_optim.checkpoint.errors import CheckpointError, DamagedError, MismatchError, together
+from sharded_optim.checkpoint.held import MASTER, MODEL, Held
+from sharded_optim.checkpoint.live import LiveModel, LiveOptimizer, live_model, live_optimizer
+from sharded_optim.checkpoint.live.optimizer import Landing
+from sharded_optim.checkpoint.manifest import Manifest, TensorEntry, key_of
+from sharded_optim.checkpoint.read import CheckpointReader, Wish
+from sharded_optim.checkpoint.steps import steps_of, trust
+from sharded_optim.checkpoint.store import Store
+
+__all__ = ["Choices", "load_newest", "load_step"]
+
+logger = logging.getLogger(__name__)
+
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+SHOWN = 50  # problems in an error message
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """How strict loading is.
+
+    Attributes:
+        strict: whether what is missing, left over or of another dtype is an error, for all names.
+        lenient: patterns of names for which it is not, where `strict` is False.
+        hyperparameters: whose count.
+    """
+
+    strict: bool
+    lenient: Sequence[str]
+    hyperparameters: Literal["checkpoint", "live"]
+
+    def passes(self, name: str) -> bool:
+        """Whether what is wrong with a name is passed over."""
+        return not self.strict and any(fnmatch.fnmatchcase(name, pattern) for pattern in self.lenient)
+
+
+@dataclass
+class _Fit:
+    """How a checkpoint fits what this rank holds."""
+
+    wishes: list[Wish] = field(default_factory=list)
+    used: set[str] = field(default_factory=set)  # keys of the checkpoint
+    problems: list[tuple[str, str]] = field(default_factory=list)  # the name that each is about, and what it is
+
+
+def load_newest(store: Store, load: Callable[[int], Any], process_group: dist.ProcessGroup | None) -> Any:
+    """Load the highest step that is not damaged. A collective.
+
+    Args:
+        load: loads a step.
+
+    Raises:
+        CheckpointError: there is none, or `load` raises it for a reason other than damage.
+    """
+    told = together(f"looking into {store.root}", lambda: steps_of(store), process_group)
+    damaged: list[str] = []
+    for step in reversed(told[0]):
+        try:
+            return load(step)
+        except DamagedError as error:
+            damaged += error.problems
+            warnings.warn(f"{error}\n  Falling back to the checkpoint before it.", UserWarning, stacklevel=4)
+    if damaged:
+        raise DamagedError(f"there is no checkpoint in {store.root} that verifies; all {len(told[0])} are damaged", damaged)
+    raise CheckpointError(f"there is no checkpoint in {store.root}; save one, or give the folder that holds the step-... folders")
+
+
+def load_step(store: Store, step: int, model: Any, optimizer: Any, choices: Choices, process_group: dist.ProcessGroup | None) -> Any:
+    """Load a step, on all ranks or on none. A collective.
+
+    Returns:
+        What was given as `extra`.
+
+    Raises:
+        CheckpointError: see `load`.
+    """
+    rank, world_size = (0, 1) if process_group is None else (dist.get_rank(process_group), dist.get_world_size(process_group))
+    live: list[Any] = []
+
+    def look() -> tuple[str, list[set[int]]]:
+        reader = CheckpointReader(store, step)
+        reader.check_files()
+        shown = None if model is None else live_model(model)
+        state = None if optimizer is None else live_optimizer(optimizer, model)
+        if state is not None:
+            state.settle()
+            if reader.manifest.parameters is None:
+                raise MismatchError(f"{reader.where} was saved without an optimizer; load it without optimizer=")
+        live.extend((reader, shown, state))
+        parameters = reader.manifest.parameters
+        return reader.digest, [] if state is None or parameters is None else state.groups_in(parameters)
+
+    looked = together(f"loading step {step} from {store.root}", look, process_group)
+    reader: CheckpointReader
+    shown: LiveModel | None
+    state: LiveOptimizer | None
+    reader, shown, state = live
+    if len({digest for digest, _ in looked}) > 1:
+        raise CheckpointError(f"ranks see different checkpoints in {reader.where}; root must be a folder that all ranks share")
+    groups_in = [set().union(*found) for found in zip(*(groups for _, groups in looked), strict=True)]
+
+    landing = Landing()
+    fits: list[_Fit] = []
+
+    def fit() -> tuple[set[str], list[tuple[str, str]]]:
+        nonlocal landing
+        if state is not None and reader.manifest.parameters is not None:
+            landing = state.land(reader.manifest.parameters, _kinds_of(reader.manifest), groups_in)
+        found = _fit(reader.manifest, [] if shown is None else shown.held, landing)
+        fits.append(found)
+        return found.used, found.problems
+
+    told = together(f"comparing {reader.where} with what is live", fit, process_group)
+    problems = dict.fromkeys(problem for _, found in told for problem in found)
+    used = set().union(*(keys for keys, _ in told))
+    problems |= dict.fromkeys(_left_over(reader.manifest, used, shown, state))
+    errors = [text for name, text in problems if not choices.passes(name)]
+    if errors:
+        listed = "\n  ".join(errors[:SHOWN]) + (f"\n  and {len(errors) - SHOWN} more" if len(errors) > SHOWN else "")
+        raise MismatchError(f"{reader.where} does not fit, and nothing was changed:\n  {listed}")
+    if problems and rank == 0:
+        warnings.warn(
+            f"{reader.where} does not fit in all, as strict=False allows:\n  " + "\n  ".join(text for _, text in problems), stacklevel=4
+        )
+    wishes = fits[0].wishes
+    together(f"verifying {reader.where}", lambda: reader.verify(wishes, rank, world_size), process_group)
+    trust(store, step, reader.text)
+
+    def install() -> None:
+        if shown is not None:
+            shown.prepare()
+        reader.load(wishes)
+        if state is not None:
+            if rank == 0:
+                _log_differences(state, landing, choices)
+            state.install(landing, hyperparameters=choices.hyperparameters == "checkpoint")
+        if shown is not None:
+            for name, saved in reader.manifest.wrapper.items():
+                if name in shown.wrapper:
+                    shown.resume(saved)
+
+    together(f"reading {reader.where}, after which model and optimizer are of no use,", install, process_group)
+    return reader.manifest.extra
+
+
+# ------------------------------------------------------------------------------------------------------------------------- fitting
+
+
+def _kinds_of(manifest: Manifest) -> Mapping[str, set[str]]:
+    found: dict[str, set[str]] = defaultdict(set)
+    for entry in manifest.tensors.values():
+        found[entry.name].add(entry.kind)
+    return found
+
+
+def _fit(manifest: Manifest, model: Sequence[Held], landing: Landing) -> _Fit:
+    """What of a checkpoint goes where."""
+    fit = _Fit(problems=[("", problem) for problem in landing.problems])
+    has_masters = {held.segment.name for held in landing.wanted if held.kind == MASTER}
+    for held in (*model, *landing.wanted):
+        name = held.segment.name
+        entry = _source(manifest, held)
+        if entry is None:
+            if held.segment.tensor_numel:
+                fit.problems.append((name, f"{held.key!r} is not in the checkpoint"))
+            continue
+        fit.used.add(entry.key)
+        if entry.shape != held.segment.shape:
+            fit.problems.append((name, f"{held.key!r} has shape {held.segment.shape}, in the checkpoint {entry.shape}"))
+            continue
+        live, saved = held.local.dtype, entry.dtype
+        is_rounding = held.kind == MODEL and name in has_masters and live in LOW_PRECISION and saved == torch.float32
+        if live != saved and not is_rounding:
+            fit.problems.append((name, f"{held.key!r} is of {live}, in the checkpoint of {saved}"))
+        fit.wishes.append(Wish(entry=entry, held=held))
+    return fit
+
+
+def _source(manifest: Manifest, held: Held) -> TensorEntry | None:
+    """Which tensor of a checkpoint a live one is loaded from: float32 values from masters, where parameters are rounded, and conversely."""
+    name = held.segment.name
+    own = manifest.tensors.get(held.key)
+    if held.kind == MASTER:
+        return own or manifest.tensors.get(key_of(MODEL, name))
+    if held.kind == MODEL and held.local.dtype == torch.float32 and (own is None or own.dtype in LOW_PRECISION):
+        return manifest.tensors.get(key_of(MASTER, name)) or own
+    return own
+
+
+def _left_over(manifest: Manifest, used: set[str], shown: LiveModel | None, state: LiveOptimizer | None) -> list[tuple[str, str]]:
+    """What a checkpoint has and nobody wants, of the kinds that are being loaded."""
+    passed = {MASTER} if state is None else {MASTER, *state.unused_kinds()}
+    masters = {entry.name for entry in manifest.tensors.values() if entry.kind == MASTER and entry.key in used}
+    found = []
+    for entry in manifest.tensors.values():
+        is_wanted = shown is not None if entry.kind == MODEL else state is not None and entry.kind not in passed
+        if entry.key in used or not is_wanted or not entry.size or (entry.kind == MODEL and entry.name in masters):
+            continue
+        found.append((entry.name, f"{entry.key!r} of the checkpoint is in nothing that is being loaded"))
+    return found
+
+
+def _log_differences(state: LiveOptimizer, landing: Landing, choices: Choices) -> None:
+    for index, (group, values) in enumerate(zip(state.groups, landing.groups, strict=True)):
+        for key, value in values.items():
+            own = group.get(key)
+            own = own.item() if isinstance(own, torch.Tensor) and own.numel() == 1 else own
+            if own != value:
+                logger.info(
+                    "param_groups[%d][%r] is %r, in the checkpoint %r; the %s's counts", index, key, own, value, choices.hyperparameters
+                )

@@ -1,0 +1,116 @@
+"""Checkpoints in a local folder, or in one of a network file system: what is said to be there survives a power cut."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+
+__all__ = ["LocalStore"]
+
+
+class LocalStore:
+    """A `Store` in a folder.
+
+    Args:
+        root: the folder; it need not exist.
+    """
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+
+    def folders(self) -> list[str]:
+        try:
+            with os.scandir(self.root) as entries:
+                return [entry.name for entry in entries if entry.is_dir()]
+        except FileNotFoundError:
+            return []
+
+    def files(self, folder: str) -> dict[str, int]:
+        try:
+            with os.scandir(self._path(folder)) as entries:
+                return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+        except FileNotFoundError:
+            return {}
+
+    def read(self, folder: str, file: str, offset: int, into: memoryview) -> int:
+        with open(self._path(folder, file), "rb", buffering=0) as stream:
+            stream.seek(offset)
+            total = 0
+            while total < len(into) and (count := stream.readinto(into[total:])):
+                total += count
+        return total
+
+    def begin(self, folder: str, nonce: str) -> str:
+        _make_folders(self.root)
+        draft = f".{folder}.{nonce}"
+        os.mkdir(self._path(draft))
+        return draft
+
+    def is_draft(self, folder: str) -> bool:
+        return folder.startswith(".step-")
+
+    def create(self, folder: str, file: str) -> LocalFile:
+        return LocalFile(self._path(folder, file))
+
+    def publish(self, draft: str, folder: str) -> None:
+        _sync_folder(self._path(draft))
+        if os.path.lexists(self._path(folder)):  # an empty one would be replaced
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), self._path(folder))
+        os.rename(self._path(draft), self._path(folder))
+        _sync_folder(self.root)
+
+    def remove(self, folder: str) -> None:
+        doomed = folder if self.is_draft(folder) else f".{folder}.removed-{os.getpid()}"
+        try:
+            if doomed != folder:
+                os.rename(self._path(folder), self._path(doomed))
+                _sync_folder(self.root)
+            shutil.rmtree(self._path(doomed), ignore_errors=True)
+        except FileNotFoundError:  # somebody else has removed it
+            return
+
+    def _path(self, *parts: str) -> str:
+        return os.path.join(self.root, *parts)
+
+
+class LocalFile:
+    """A `Writer` of a file that does not exist yet."""
+
+    def __init__(self, path: str) -> None:
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+
+    def write(self, content: memoryview) -> None:
+        while content:
+            content = content[os.write(self._descriptor, content) :]
+
+    def close(self) -> None:
+        try:
+            os.fsync(self._descriptor)
+        finally:
+            os.close(self._descriptor)
+
+    def abandon(self) -> None:
+        os.close(self._descriptor)
+
+
+def _make_folders(path: str) -> None:
+    """As os.makedirs, and on the disk."""
+    path = os.path.abspath(path)
+    if os.path.isdir(path):
+        return
+    _make_folders(os.path.dirname(path))
+    try:
+        os.mkdir(path)
+    except FileExistsError:
+        if not os.path.isdir(path):
+            raise
+    _sync_folder(os.path.dirname(path))
+
+
+def _sync_folder(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

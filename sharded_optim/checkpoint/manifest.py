@@ -1,0 +1,301 @@
+"""The manifest of a checkpoint: what it holds, and where each byte of it lies. JSON, versioned, and checked when it is read.
+
+`manifest.json` is covered by `COMMITTED`, which holds its SHA-256; everything else is covered by the manifest: of each shard file the size
+and the SHA-256 of its header, and of each chunk of data the SHA-256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from sharded_optim.checkpoint.dtypes import dtype_named, name_of
+from sharded_optim.checkpoint.errors import DamagedError, MismatchError
+from sharded_optim.checkpoint.values import decode, encode
+from sharded_optim.segment import Segment, find_tiling_error
+
+__all__ = ["Chunk", "Manifest", "Parameters", "ShardFile", "TensorEntry", "key_of", "sha256"]
+
+FORMAT = "sharded_optim.checkpoint"
+VERSION = (1, 0)  # what raises the first number, older versions of this library cannot read
+FEATURES: frozenset[str] = frozenset()  # that a manifest may require of its reader, and that this one has
+SHARD_NAME = re.compile(r"shard-\d{5}-of-\d{5}\.safetensors")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def sha256(content: bytes | memoryview) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def key_of(kind: str, name: str) -> str:
+    """What a tensor is called: its kind ("model", or an entry of the optimizer's state) and its parameter or buffer."""
+    return f"{kind}/{name}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardFile:
+    """A safetensors file."""
+
+    size: int  # bytes
+    header_size: int  # bytes before the data
+    header_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """Elements of a tensor that lie together in a file, and are read and hashed together."""
+
+    segment: Segment
+    file: str
+    offset: int  # bytes, from the beginning of the file
+    size: int  # bytes
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorEntry:
+    """A whole tensor."""
+
+    kind: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def key(self) -> str:
+        return key_of(self.kind, self.name)
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return Segment.whole(self.name, self.shape).numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameters:
+    """What a checkpoint knows of the parameters of an optimizer beside tensors.
+
+    Attributes:
+        optimizer: the class's name.
+        groups: hyperparameters of each param group.
+        group_of: index of each parameter's group, by its name.
+        steps: the step counter of each parameter that has state.
+    """
+
+    optimizer: str
+    groups: tuple[Mapping[str, Any], ...]
+    group_of: Mapping[str, int]
+    steps: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """A checkpoint."""
+
+    step: int
+    world_size: int
+    files: Mapping[str, ShardFile]
+    tensors: Mapping[str, TensorEntry]  # by key
+    parameters: Parameters | None
+    extra: Any
+    wrapper: Mapping[str, Any] = field(default_factory=dict)  # what only the same wrapper takes up again, by the wrapper's name
+    libraries: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def kinds(self) -> frozenset[str]:
+        return frozenset(entry.kind for entry in self.tensors.values())
+
+    @property
+    def size(self) -> int:
+        """Bytes of all shard files."""
+        return sum(file.size for file in self.files.values())
+
+    def chunks(self) -> list[tuple[TensorEntry, Chunk]]:
+        """Of all tensors, in the order of the files."""
+        found = [(entry, chunk) for entry in self.tensors.values() for chunk in entry.chunks]
+        return sorted(found, key=lambda pair: (pair[1].file, pair[1].offset))
+
+    # ------------------------------------------------------------------------------------------------------------------------ JSON
+
+    def to_json(self) -> bytes:
+        names = list(self.files)
+        numbers = {name: number for number, name in enumerate(names)}
+        content = {
+            "format": FORMAT,
+            "version": list(VERSION),
+            "requires": [],
+            "step": self.step,
+            "world_size": self.world_size,
+            "libraries": dict(self.libraries),
+            "files": [
+                {"name": name, "size": file.size, "header_size": file.header_size, "header_sha256": file.header_sha256}
+                for name, file in self.files.items()
+            ],
+            # A chunk: file, offset, size, the segment's start, run, stride and count, SHA-256.
+            "tensors": [
+                {
+                    "kind": entry.kind,
+                    "name": entry.name,
+                    "shape": list(entry.shape),
+                    "dtype": name_of(entry.dtype, entry.key),
+                    "chunks": [
+                        [numbers[chunk.file], chunk.offset, chunk.size, *_extent(chunk.segment), chunk.sha256] for chunk in entry.chunks
+                    ],
+                }
+                for entry in self.tensors.values()
+            ],
+            "parameters": None if self.parameters is None else _parameters_to_json(self.parameters),
+            "wrapper": encode(dict(self.wrapper), "wrapper"),
+            "extra": encode(self.extra, "extra"),
+        }
+        # One line for each tensor: to be read by people and by line-based tools, without a line for each number.
+        rows = {key: value for key, value in content.items() if key not in ("tensors", "files")}
+        lines = [f"{json.dumps(key)}: {_dumps(value)}" for key, value in rows.items()]
+        for key in ("files", "tensors"):
+            lines.append(f"{json.dumps(key)}: [\n" + ",\n".join(map(_dumps, content[key])) + "\n]")
+        return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+
+    @classmethod
+    def from_json(cls, text: bytes, where: str) -> Manifest:
+        """Read and check one.
+
+        Args:
+            where: it was read from, for error messages.
+
+        Raises:
+            MismatchError: it was written by a later version of the library.
+            DamagedError: it contradicts itself.
+        """
+        try:
+            content = json.loads(text)
+            if not isinstance(content, dict) or content.get("format") != FORMAT:
+                raise ValueError(f"it is not a {FORMAT}")
+            _check_version(content, where)
+            manifest = cls._from_content(content)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as error:
+            if isinstance(error, MismatchError):
+                raise
+            raise DamagedError(f"{where}: {error if isinstance(error, ValueError) else repr(error)}") from error
+        return manifest
+
+    @classmethod
+    def _from_content(cls, content: dict[str, Any]) -> Manifest:
+        files = {}
+        for row in content["files"]:
+            if not SHARD_NAME.fullmatch(row["name"]):
+                raise ValueError(f"{row['name']!r} is not the name of a shard file")
+            _check_sha256(row["header_sha256"])
+            files[row["name"]] = ShardFile(
+                size=_whole(row["size"]), header_size=_whole(row["header_size"]), header_sha256=row["header_sha256"]
+            )
+        names = list(files)
+        tensors = {}
+        for row in content["tensors"]:
+            entry = _entry(row, names)
+            tensors[entry.key] = entry
+        if len(tensors) != len(content["tensors"]):
+            raise ValueError("two tensors have one name")
+        manifest = cls(
+            step=_whole(content["step"]),
+            world_size=_whole(content["world_size"]),
+            files=files,
+            tensors=tensors,
+            parameters=None if content["parameters"] is None else _parameters_from_json(content["parameters"]),
+            extra=decode(content["extra"]),
+            wrapper=decode(content["wrapper"]),
+            libraries={str(name): str(version) for name, version in content["libraries"].items()},
+        )
+        _check_extents(manifest)
+        return manifest
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value, allow_nan=False)
+
+
+def _extent(segment: Segment) -> tuple[int, int, int, int]:
+    return segment.start, segment.run, segment.stride, segment.count
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is not a whole number >= 0")
+    return value
+
+
+def _check_sha256(value: Any) -> None:
+    if not (isinstance(value, str) and SHA256.fullmatch(value)):
+        raise ValueError(f"{value!r} is not a SHA-256")
+
+
+def _check_version(content: dict[str, Any], where: str) -> None:
+    major, minor = content["version"]
+    if major != VERSION[0]:
+        raise MismatchError(
+            f"{where} is of version {major}.{minor} of the format, and this library reads {VERSION[0]}.x; upgrade sharded-optim"
+        )
+    unknown = sorted(set(content["requires"]) - FEATURES)
+    if unknown:
+        raise MismatchError(f"{where} requires {', '.join(unknown)}, of which this library knows nothing; upgrade sharded-optim")
+
+
+def _entry(row: dict[str, Any], files: list[str]) -> TensorEntry:
+    shape = tuple(map(_whole, row["shape"]))
+    dtype = dtype_named(row["dtype"])
+    kind, name = str(row["kind"]), str(row["name"])
+    chunks = []
+    for file, offset, size, start, run, stride, count, digest in row["chunks"]:
+        segment = Segment(name=name, shape=shape, start=_whole(start), run=_whole(run), stride=_whole(stride), count=_whole(count))
+        _check_sha256(digest)
+        if segment.numel * dtype.itemsize != size or size == 0:
+            raise ValueError(f"a chunk of {key_of(kind, name)!r} has {segment.numel} elements of {dtype} in {size} bytes")
+        chunks.append(Chunk(segment=segment, file=files[_whole(file)], offset=_whole(offset), size=_whole(size), sha256=digest))
+    problem = find_tiling_error([chunk.segment for chunk in chunks] or [Segment.flat(name, shape, 0, 0)])
+    if problem:
+        raise ValueError(f"the chunks of {key_of(kind, name)!r} (shape {shape}) do not tile it: {problem}")
+    return TensorEntry(kind=kind, name=name, shape=shape, dtype=dtype, chunks=tuple(chunks))
+
+
+def _check_extents(manifest: Manifest) -> None:
+    """Chunks fill the files, without gaps: what lies in none would be covered by no hash."""
+    ends = {name: file.header_size for name, file in manifest.files.items()}
+    for entry, chunk in manifest.chunks():
+        if chunk.offset != ends[chunk.file]:
+            raise ValueError(f"{chunk.file} has no chunk at {ends[chunk.file]}, the next is of {entry.key!r} at {chunk.offset}")
+        ends[chunk.file] += chunk.size
+    for name, file in manifest.files.items():
+        if ends[name] != file.size:
+            raise ValueError(f"{name} has {file.size} bytes, its chunks end at {ends[name]}")
+
+
+def _parameters_to_json(parameters: Parameters) -> dict[str, Any]:
+    members: list[list[str]] = [[] for _ in parameters.groups]
+    for name, index in parameters.group_of.items():
+        members[index].append(name)
+    return {
+        "optimizer": parameters.optimizer,
+        "groups": [
+            {"hyperparameters": encode(dict(group), f"param_groups[{index}]"), "params": names}
+            for index, (group, names) in enumerate(zip(parameters.groups, members, strict=True))
+        ],
+        "steps": encode(dict(parameters.steps), "steps"),
+    }
+
+
+def _parameters_from_json(content: dict[str, Any]) -> Parameters:
+    groups = [decode(group["hyperparameters"]) for group in content["groups"]]
+    names: Iterable[tuple[str, int]] = [(name, index) for index, group in enumerate(content["groups"]) for name in group["params"]]
+    return Parameters(
+        optimizer=str(content["optimizer"]),
+        groups=tuple(groups),
+        group_of=dict(names),
+        steps={name: float(step) for name, step in decode(content["steps"]).items()},
+    )

@@ -1,0 +1,191 @@
+"""Reading a checkpoint: what lies on the disk is compared with what was saved, and copied to where it is wanted, chunk by chunk."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+import torch
+
+from sharded_optim.checkpoint.errors import CheckpointError, DamagedError
+from sharded_optim.checkpoint.held import Held, numbers_of
+from sharded_optim.checkpoint.manifest import Chunk, Manifest, TensorEntry, sha256
+from sharded_optim.checkpoint.plan import CHUNK_BYTES
+from sharded_optim.checkpoint.store import COMMITTED, MANIFEST, Store, folder_of
+from sharded_optim.segment import overlaps
+
+__all__ = ["CheckpointReader", "Wish"]
+
+THREADS = 4  # that read and hash, each with memory for a chunk
+SHOWN = 20  # problems in an error message
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Wish:
+    """Elements that are to be loaded, and the tensor that has them."""
+
+    entry: TensorEntry
+    held: Held
+
+
+class CheckpointReader:
+    """A committed checkpoint.
+
+    Args:
+        store, step: which.
+
+    Attributes:
+        manifest: of it.
+        text, digest: of the manifest as it is stored, and its SHA-256.
+
+    Raises:
+        CheckpointError: there is none.
+        DamagedError: the manifest is not what was saved.
+        MismatchError: a later version of the library has written it.
+    """
+
+    def __init__(self, store: Store, step: int) -> None:
+        self._store = store
+        self.folder = folder_of(step)
+        self.where = f"{store.root}/{self.folder}"
+        self.sizes = store.files(self.folder)
+        if COMMITTED not in self.sizes:
+            raise CheckpointError(f"{self.where} is no committed checkpoint; {COMMITTED} is missing")
+        if MANIFEST not in self.sizes:
+            raise DamagedError(f"{self.where}/{MANIFEST} is lost")
+        self.text = self._all_of(MANIFEST)
+        self.digest = sha256(self.text)
+        if self._all_of(COMMITTED) != committed_content(self.text):
+            raise DamagedError(f"{self.where}: {MANIFEST} is not the one that was committed: its SHA-256 is not that in {COMMITTED}")
+        self.manifest = Manifest.from_json(self.text, f"{self.where}/{MANIFEST}")
+        if self.manifest.step != step:
+            raise DamagedError(f"{self.where} is the folder of another step: its {MANIFEST} is of step {self.manifest.step}")
+
+    def _all_of(self, file: str) -> bytes:
+        content = bytearray(self.sizes[file])
+        try:
+            count = self._store.read(self.folder, file, 0, memoryview(content))
+        except OSError as error:
+            raise DamagedError(f"{self.where}/{file} cannot be read: {error}") from error
+        return bytes(content[:count])
+
+    def check_files(self) -> None:
+        """Raise DamagedError for files that are lost, foreign, or of another size than was saved. Reads no data."""
+        problems = []
+        for name, file in self.manifest.files.items():
+            if name not in self.sizes:
+                problems.append(f"{name} is lost")
+            elif self.sizes[name] != file.size:
+                problems.append(f"{name} has {self.sizes[name]} bytes, but {file.size} were saved")
+        known = {*self.manifest.files, MANIFEST, COMMITTED}
+        problems += [f"{name} does not belong to this checkpoint" for name in sorted(self.sizes) if name not in known and is_shard(name)]
+        self._raise(problems)
+
+    def verify(self, wishes: Iterable[Wish], share: int, shares: int) -> None:
+        """Read and compare what is wished for, and one share of everything.
+
+        Raises:
+            DamagedError: something is not what was saved; names all such files and tensors.
+        """
+        names = list(self.manifest.files)
+        problems = [problem for name in names[share::shares] if (problem := self._header_problem(name)) is not None]
+        found: dict[tuple[str, int], tuple[TensorEntry, Chunk]] = {}
+        for entry, chunk in self.manifest.chunks()[share::shares]:
+            found[chunk.file, chunk.offset] = entry, chunk
+        for entry, chunk in self._wished(wishes):
+            found[chunk.file, chunk.offset] = entry, chunk
+        todo = [found[place] for place in sorted(found)]
+        problems += self._each(todo, lambda entry, chunk, content: self._problem(entry, chunk, content))
+        self._raise(problems)
+
+    def load(self, wishes: Sequence[Wish]) -> None:
+        """Copy what is wished for to where it is wanted. `verify` has read the same before."""
+        wanted: dict[tuple[str, int], list[Wish]] = {}
+        chunks: dict[tuple[str, int], tuple[TensorEntry, Chunk]] = {}
+        landings = {id(wish): wish.held.flat() for wish in wishes}
+        for wish in wishes:
+            for chunk in wish.entry.chunks:
+                if overlaps(chunk.segment, wish.held.segment):
+                    chunks[chunk.file, chunk.offset] = wish.entry, chunk
+                    wanted.setdefault((chunk.file, chunk.offset), []).append(wish)
+
+        def copy(entry: TensorEntry, chunk: Chunk, content: bytearray) -> None:
+            source = numbers_of(content, entry.dtype, chunk.size)
+            for wish in wanted[chunk.file, chunk.offset]:
+                for overlap in overlaps(chunk.segment, wish.held.segment):
+                    overlap.copy(source, landings[id(wish)])
+
+        with torch.no_grad():
+            problems = self._each([chunks[place] for place in sorted(chunks)], copy)
+            self._raise(problems)
+            for wish in wishes:
+                if not wish.held.shares_memory:
+                    wish.held.local.detach().copy_(landings[id(wish)].view(wish.held.local.shape))
+
+    def _wished(self, wishes: Iterable[Wish]) -> list[tuple[TensorEntry, Chunk]]:
+        return [(wish.entry, chunk) for wish in wishes for chunk in wish.entry.chunks if overlaps(chunk.segment, wish.held.segment)]
+
+    def _each(
+        self, chunks: Sequence[tuple[TensorEntry, Chunk]], action: Callable[[TensorEntry, Chunk, bytearray], str | None]
+    ) -> list[str]:
+        """Read chunks, and do something with the content of each, in several threads.
+
+        Returns:
+            What the actions return, where it is something.
+        """
+        buffers = threading.local()
+
+        def read(entry: TensorEntry, chunk: Chunk) -> str | None:
+            content: bytearray | None = getattr(buffers, "content", None)
+            if content is None or len(content) < chunk.size:
+                content = buffers.content = bytearray(max(chunk.size, CHUNK_BYTES))
+            try:
+                count = self._store.read(self.folder, chunk.file, chunk.offset, memoryview(content)[: chunk.size])
+            except OSError as error:
+                return f"{chunk.file} cannot be read at {chunk.offset}, inside of {entry.key!r}: {error}"
+            if count != chunk.size:
+                return f"{chunk.file} ends at {chunk.offset + count}, inside of {entry.key!r}"
+            return action(entry, chunk, content)
+
+        results: list[str] = []
+        running: set[Future[str | None]] = set()
+        with ThreadPoolExecutor(THREADS, thread_name_prefix="sharded_optim read") as pool:
+            for entry, chunk in chunks:
+                if len(running) >= 2 * THREADS:
+                    done, running = wait(running, return_when=FIRST_COMPLETED)
+                    results += [result for future in done if (result := future.result()) is not None]
+                running.add(pool.submit(read, entry, chunk))
+            results += [result for future in running if (result := future.result()) is not None]
+        return sorted(results)
+
+    def _problem(self, entry: TensorEntry, chunk: Chunk, content: bytearray) -> str | None:
+        if sha256(memoryview(content)[: chunk.size]) == chunk.sha256:
+            return None
+        return f"{chunk.file}: bytes {chunk.offset} to {chunk.offset + chunk.size}, of {entry.key!r}, are not those that were saved"
+
+    def _header_problem(self, name: str) -> str | None:
+        file = self.manifest.files[name]
+        header = bytearray(file.header_size)
+        try:
+            count = self._store.read(self.folder, name, 0, memoryview(header))
+        except OSError as error:
+            return f"{name} cannot be read: {error}"
+        if count == file.header_size and sha256(bytes(header)) == file.header_sha256:
+            return None
+        return f"{name}: its header is not the one that was saved"
+
+    def _raise(self, problems: Sequence[str]) -> None:
+        if problems:
+            shown = "\n  ".join(problems[:SHOWN]) + (f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else "")
+            raise DamagedError(f"{self.where} is damaged:\n  {shown}", problems)
+
+
+def committed_content(manifest: bytes) -> bytes:
+    """What stands in the marker of a checkpoint with this manifest."""
+    return f"{sha256(manifest)}\n".encode()
+
+
+def is_shard(name: str) -> bool:
+    return name.endswith(".safetensors")

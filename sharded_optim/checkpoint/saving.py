@@ -1,0 +1,326 @@
+"""Saving: all ranks write what the plan says, vote, and then one of them makes it a checkpoint.
+
+    collect -> plan -> draft -> shards, written and hashed -> vote -> manifest, marker -> publish
+
+Nothing that is committed is ever written to. A process that dies leaves a draft, which the next run's first save removes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sharded_optim.checkpoint.errors import CheckpointError, DamagedError, together
+from sharded_optim.checkpoint.held import MASTER, Held
+from sharded_optim.checkpoint.live import LiveModel, LiveOptimizer, live_model, live_optimizer
+from sharded_optim.checkpoint.manifest import Chunk, Manifest, Parameters, ShardFile, TensorEntry
+from sharded_optim.checkpoint.plan import Part, Plan, Row, rows_of
+from sharded_optim.checkpoint.read import CheckpointReader, committed_content
+from sharded_optim.checkpoint.shard_file import WrittenShard, write_shard
+from sharded_optim.checkpoint.steps import prune_in, trust
+from sharded_optim.checkpoint.store import COMMITTED, MANIFEST, Store, folder_of, open_store, shard_name
+from sharded_optim.checkpoint.values import decode, encode
+from sharded_optim.version import __version__
+
+__all__ = ["Content", "Draft", "begin", "finish"]
+
+logger = logging.getLogger(__name__)
+
+_cleaned: set[str] = set()  # roots in which this process has removed the drafts of processes that died
+
+
+@dataclass(frozen=True, kw_only=True)
+class Content:
+    """What a rank has to save.
+
+    Attributes:
+        held: tensors.
+        parameters: what it knows of an optimizer beside them; None: there is no optimizer.
+        wrapper: what only the same wrapper takes up again, by the wrapper's name.
+        extra: of the user; None where the rank gives none.
+    """
+
+    held: Sequence[Held]
+    parameters: Parameters | None = None
+    wrapper: Mapping[str, Any] = field(default_factory=dict)
+    extra: Any = None
+
+    @classmethod
+    def of(cls, model: Any, optimizer: Any, extra: Any) -> Content:
+        """Of what is live.
+
+        Raises:
+            ValueError, TypeError: it cannot be saved.
+        """
+        if model is None and optimizer is None:
+            raise ValueError("there is nothing to save; pass model=, optimizer= or both")
+        shown = live_model(model) if model is not None else LiveModel(held=[])
+        if optimizer is None:
+            return cls(held=shown.held, wrapper=shown.wrapper, extra=extra)
+        state = live_optimizer(optimizer, model)
+        state.settle()
+        held = [*shown.held, *_with_masters(state, shown.held)]
+        return cls(held=held, parameters=state.parameters(), wrapper=shown.wrapper, extra=extra)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Draft:
+    """A save that has begun.
+
+    Attributes:
+        held: what this rank's parts are parts of.
+        parts: what this rank writes.
+    """
+
+    store: Store
+    step: int
+    folder: str  # of the draft
+    plan: Plan
+    rank: int
+    held: Sequence[Held]
+    manifest: Manifest  # without files and chunks
+    process_group: dist.ProcessGroup | None
+    keep: int | None
+
+    @property
+    def parts(self) -> Sequence[Part]:
+        return self.plan.parts[self.rank]
+
+    def content(self, part: Part) -> Tensor:
+        """The elements of a part, as they are now: 1-D."""
+        return self.held[part.row].flat()[part.offset : part.offset + part.segment.numel]
+
+
+def begin(
+    root: str | os.PathLike[str],
+    step: int,
+    collect: Callable[[], Content],
+    *,
+    keep: int | None = None,
+    process_group: dist.ProcessGroup | None = None,
+) -> Draft:
+    """Look at what there is to save, plan who writes what, and make the draft. A collective.
+
+    Args:
+        root, step, keep, process_group: as of `checkpoint.save`.
+        collect: tells what this rank has, without communication.
+
+    Raises:
+        CheckpointError: see `checkpoint.save`.
+    """
+    store = open_store(root)
+    held: list[Held] = []
+
+    def tell() -> tuple[list[Row], Parameters | None, Mapping[str, Any], Any]:
+        _check_arguments(step, keep)
+        content = collect()
+        held.extend(content.held)
+        return rows_of(held), content.parameters, content.wrapper, None if content.extra is None else encode(content.extra, "extra")
+
+    rows, parameters, wrappers, extras = zip(*together("collecting what to save", tell, process_group), strict=True)
+    manifest = Manifest(
+        step=step,
+        world_size=len(rows),
+        files={},
+        tensors={},
+        parameters=_joined(parameters),
+        extra=decode(_only(extras, "extra")),
+        wrapper=_only(wrappers, "what the wrapper counts"),
+        libraries={"sharded_optim": __version__, "torch": torch.__version__},
+    )
+    plan = Plan.of(rows)
+    rank = 0 if process_group is None else dist.get_rank(process_group)
+    made = together(f"beginning {store.root}/{folder_of(step)}", lambda: _make_draft(store, step) if rank == 0 else "", process_group)
+    return Draft(
+        store=store,
+        step=step,
+        folder=made[0],
+        plan=plan,
+        rank=rank,
+        held=held,
+        manifest=manifest,
+        process_group=process_group,
+        keep=keep,
+    )
+
+
+def finish(draft: Draft, content: Callable[[Part], Tensor]) -> None:
+    """Write, vote and commit. A collective.
+
+    Args:
+        content: the elements of one of this rank's parts.
+
+    Raises:
+        CheckpointError: on every rank; the draft is gone, and nothing else was touched.
+    """
+    store, where = draft.store, f"{draft.store.root}/{folder_of(draft.step)}"
+    world_size = len(draft.plan.parts)
+    try:
+        written = together(
+            f"writing {where}",
+            lambda: write_shard(store, draft.folder, shard_name(draft.rank, world_size), draft.parts, content) if draft.parts else None,
+            draft.process_group,
+        )
+        together(f"committing {where}", lambda: _commit(draft, written) if draft.rank == 0 else None, draft.process_group)
+    except BaseException:
+        if draft.rank == 0:
+            _discard(draft)
+        raise
+    if draft.rank == 0 and draft.keep is not None:
+        try:
+            prune_in(store, draft.keep)
+        except Exception as error:  # the checkpoint is there
+            warnings.warn(f"{store.root} could not be pruned: {error}", UserWarning, stacklevel=3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- collecting
+
+
+def _check_arguments(step: int, keep: int | None) -> None:
+    if type(step) is not int or step < 0:
+        raise ValueError(f"step must be a whole number >= 0, got {step!r}")
+    if keep is not None and (type(keep) is not int or keep < 1):
+        raise ValueError(f"keep must be a whole number >= 1, or None, got {keep!r}")
+
+
+def _with_masters(state: LiveOptimizer, model: Sequence[Held]) -> list[Held]:
+    """An optimizer's state; masters that have the dtype of the model's own parameters are the same values again, and are left out."""
+    dtypes = {held.segment.name: held.local.dtype for held in model}
+    return [held for held in state.held() if held.kind != MASTER or dtypes.get(held.segment.name) != held.local.dtype]
+
+
+def _joined(parameters: Sequence[Parameters | None]) -> Parameters | None:
+    """What all ranks know, each of its own parameters.
+
+    Raises:
+        CheckpointError: two ranks contradict each other.
+    """
+    known = [each for each in parameters if each is not None]
+    if not known:
+        return None
+    if len(known) < len(parameters):
+        raise CheckpointError("optimizer= was given on some ranks only; give it on all")
+    first = known[0]
+    group_of: dict[str, int] = {}
+    steps: dict[str, float] = {}
+    for rank, each in enumerate(known):
+        if (each.optimizer, len(each.groups)) != (first.optimizer, len(first.groups)):
+            raise CheckpointError(
+                f"rank {rank} has a {each.optimizer} with {len(each.groups)} param groups, rank 0 a {first.optimizer} with "
+                f"{len(first.groups)}; build the same optimizer on every rank"
+            )
+        for index, (own, other) in enumerate(zip(first.groups, each.groups, strict=True)):
+            differ = sorted(key for key in own.keys() | other.keys() if repr(own.get(key)) != repr(other.get(key)))
+            if differ:
+                raise CheckpointError(
+                    f"param_groups[{index}] has {differ[0]}={other.get(differ[0])!r} on rank {rank}, {own.get(differ[0])!r} on rank 0; "
+                    f"change hyperparameters alike on every rank"
+                )
+        tables: list[tuple[Mapping[str, float], dict[str, Any], str]] = [
+            (each.group_of, group_of, "the param group"),
+            (each.steps, steps, "the step counter"),
+        ]
+        for told, found, what in tables:
+            for name, value in told.items():
+                if found.setdefault(name, value) != value:
+                    raise CheckpointError(f"{what} of {name!r} is {value} on rank {rank}, {found[name]} on another; the ranks went apart")
+    return replace(first, group_of=group_of, steps=steps)
+
+
+def _only(values: Sequence[Any], what: str) -> Any:
+    """The value that ranks have given; those that gave none do not count.
+
+    Raises:
+        CheckpointError: two gave different ones.
+    """
+    given = [(rank, value) for rank, value in enumerate(values) if value is not None]
+    for rank, value in given[1:]:
+        if repr(value) != repr(given[0][1]):
+            raise CheckpointError(
+                f"{what} is not the same on ranks {given[0][0]} and {rank}; a checkpoint holds one for all ranks: gather what belongs to "
+                f"single ranks, for example {{rank: value}}, or give it on one rank alone"
+            )
+    return given[0][1] if given else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------- rank 0
+
+
+def _make_draft(store: Store, step: int) -> str:
+    folder = folder_of(step)
+    folders = store.folders()
+    if store.root not in _cleaned:
+        for other in filter(store.is_draft, folders):
+            logger.info("removing %s/%s, which a process has left that died", store.root, other)
+            store.remove(other)
+        _cleaned.add(store.root)
+    if folder in folders and COMMITTED in store.files(folder):
+        _make_way(store, step)
+    return store.begin(folder, secrets.token_hex(4))
+
+
+def _make_way(store: Store, step: int) -> None:
+    """For a step that is there already: only if it is damaged, so that training that fell back behind it can go on."""
+    try:
+        reader = CheckpointReader(store, step)
+        reader.check_files()
+        reader.verify((), 0, 1)
+    except DamagedError as error:
+        warnings.warn(f"replacing a checkpoint that is damaged: {error}", UserWarning, stacklevel=2)
+        store.remove(folder_of(step))
+    else:
+        raise CheckpointError(
+            f"step {step} is committed already, and a committed checkpoint is never overwritten; save to another root, or remove "
+            f"{store.root}/{folder_of(step)}"
+        )
+
+
+def _commit(draft: Draft, written: Sequence[WrittenShard | None]) -> None:
+    files: dict[str, ShardFile] = {}
+    chunks: dict[tuple[str, str], list[Chunk]] = {key: [] for key in draft.plan.tensors}
+    for rank, (shard, parts) in enumerate(zip(written, draft.plan.parts, strict=True)):
+        if shard is None:
+            continue
+        name = shard_name(rank, len(written))
+        offset = shard.header_size
+        for part, digest in zip(parts, shard.chunks_sha256, strict=True):
+            chunk = Chunk(segment=part.segment, file=name, offset=offset, size=part.size, sha256=digest)
+            chunks[part.kind, part.segment.name].append(chunk)
+            offset += part.size
+        files[name] = ShardFile(size=offset, header_size=shard.header_size, header_sha256=shard.header_sha256)
+    tensors = [
+        TensorEntry(kind=kind, name=name, shape=shape, dtype=dtype, chunks=tuple(chunks[kind, name]))
+        for (kind, name), (shape, dtype) in draft.plan.tensors.items()
+    ]
+    manifest = replace(draft.manifest, files=files, tensors={entry.key: entry for entry in tensors}).to_json()
+    _write_file(draft, MANIFEST, manifest)
+    _write_file(draft, COMMITTED, committed_content(manifest))
+    draft.store.publish(draft.folder, folder_of(draft.step))
+    trust(draft.store, draft.step, manifest)
+
+
+def _write_file(draft: Draft, name: str, content: bytes) -> None:
+    writer = draft.store.create(draft.folder, name)
+    try:
+        writer.write(memoryview(content))
+    except BaseException:
+        writer.abandon()
+        raise
+    writer.close()
+
+
+def _discard(draft: Draft) -> None:
+    """Remove what a save has left that failed."""
+    try:
+        draft.store.remove(draft.folder)
+    except Exception as error:  # what it failed of is more important
+        logger.warning("%s/%s could not be removed: %s", draft.store.root, draft.folder, error)

@@ -1,0 +1,101 @@
+"""Saving in the background: what is to be written is copied once, to a buffer that is kept, and training goes on."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+import torch
+from torch import Tensor
+
+from sharded_optim import memory
+from sharded_optim.checkpoint.saving import Draft, finish
+
+__all__ = ["Saving", "settle", "start"]
+
+logger = logging.getLogger(__name__)
+
+
+class Saving:
+    """A save in the background."""
+
+    def __init__(self, draft: Draft) -> None:
+        self._where = f"{draft.store.root}, step {draft.step}"
+        self._failure: BaseException | None = None
+        self._parts = {id(part): tensor for part, tensor in zip(draft.parts, _stage(draft), strict=True)}
+        self._thread = threading.Thread(target=self._run, args=(draft,), name="sharded_optim save")  # no daemon: it ends before the process
+        self._thread.start()
+
+    def done(self) -> bool:
+        """Whether it has ended, well or not."""
+        return not self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Return when the checkpoint is committed.
+
+        Raises:
+            CheckpointError: it failed, on every rank. Raised once, here or by the next save or load.
+        """
+        self._thread.join()
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def _run(self, draft: Draft) -> None:
+        try:
+            finish(draft, lambda part: self._parts[id(part)])
+        except BaseException as error:
+            logger.error("saving %s in the background failed: %s", self._where, error)  # also if nobody asks
+            self._failure = error
+        finally:
+            self._parts.clear()
+
+
+_in_flight: Saving | None = None
+_buffer = torch.empty(0, dtype=torch.uint8)
+
+
+def start(draft: Draft) -> Saving:
+    """Copy, and begin to write. After `settle`."""
+    global _in_flight
+    _in_flight = Saving(draft)
+    return _in_flight
+
+
+def settle() -> None:
+    """Wait for the save in flight, if there is one.
+
+    Raises:
+        CheckpointError: it failed, and nobody has heard of it.
+    """
+    global _in_flight
+    saving, _in_flight = _in_flight, None
+    if saving is not None:
+        saving.wait()
+
+
+def _stage(draft: Draft) -> list[Tensor]:
+    """Copies of this rank's parts, in the buffer."""
+    size = sum(part.size for part in draft.parts)
+    on_gpu = any(held.local.is_cuda for held in draft.held)
+    staged = []
+    begin = 0
+    buffer = _buffer_of(size, pinned=on_gpu)
+    for part in draft.parts:
+        content = draft.content(part)
+        target = buffer[begin : begin + part.size].view(part.dtype)
+        target.copy_(content, non_blocking=on_gpu)
+        staged.append(target)
+        begin += part.size
+    if on_gpu:
+        torch.cuda.synchronize()
+    return staged
+
+
+def _buffer_of(size: int, *, pinned: bool) -> Tensor:
+    """Bytes that are used again by the next save."""
+    global _buffer
+    if _buffer.numel() < size or _buffer.is_pinned() != pinned:
+        _buffer = torch.empty(0, dtype=torch.uint8)  # gives the old one back before the new one is there
+        _buffer = torch.empty(size, dtype=torch.uint8, pin_memory=True) if pinned else memory.zeros(size, torch.uint8)
+    return _buffer

@@ -1,0 +1,91 @@
+"""Checkpoints behind a URL, through fsspec. An object store renames nothing: its draft has its final name, and lacks the marker."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["UrlStore"]
+
+
+class UrlStore:
+    """A `Store` behind a URL.
+
+    Args:
+        root: as fsspec takes it, s3://bucket/run or memory://run.
+        file_system: of fsspec; None: the URL's.
+    """
+
+    def __init__(self, root: str, file_system: Any = None) -> None:
+        self.root = root
+        if file_system is None:
+            from fsspec.core import url_to_fs
+
+            file_system, path = url_to_fs(root)
+        else:
+            path = file_system._strip_protocol(root)
+        self._files = file_system
+        self._root = str(path).rstrip("/")
+
+    def folders(self) -> list[str]:
+        return [_name(entry) for entry in self._list(self._root) if entry["type"] == "directory"]
+
+    def files(self, folder: str) -> dict[str, int]:
+        return {_name(entry): entry["size"] for entry in self._list(self._path(folder)) if entry["type"] == "file"}
+
+    def read(self, folder: str, file: str, offset: int, into: memoryview) -> int:
+        found = self._files.cat_file(self._path(folder, file), start=offset, end=offset + len(into))
+        into[: len(found)] = found
+        return len(found)
+
+    def begin(self, folder: str, nonce: str) -> str:
+        self.remove(folder)  # what an attempt that died has left; the caller has seen that it is not committed
+        self._files.makedirs(self._path(folder), exist_ok=True)
+        return folder
+
+    def is_draft(self, folder: str) -> bool:
+        return False
+
+    def create(self, folder: str, file: str) -> UrlFile:
+        return UrlFile(self._files.open(self._path(folder, file), "wb"))
+
+    def publish(self, draft: str, folder: str) -> None:
+        """Its marker has."""
+
+    def remove(self, folder: str) -> None:
+        try:
+            marker = self._path(folder, "COMMITTED")  # first: without it the rest is no checkpoint
+            if self._files.exists(marker):
+                self._files.rm_file(marker)
+            self._files.rm(self._path(folder), recursive=True)
+        except FileNotFoundError:
+            return
+
+    def _list(self, path: str) -> list[dict[str, Any]]:
+        self._files.invalidate_cache(path)
+        try:
+            return self._files.ls(path, detail=True)
+        except FileNotFoundError:
+            return []
+
+    def _path(self, *parts: str) -> str:
+        return "/".join((self._root, *parts))
+
+
+class UrlFile:
+    """A `Writer`. An object is there when it is closed."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def write(self, content: memoryview) -> None:
+        self._file.write(content)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def abandon(self) -> None:
+        getattr(self._file, "discard", self._file.close)()
+
+
+def _name(entry: dict[str, Any]) -> str:
+    return str(entry["name"]).rstrip("/").rpartition("/")[2]
