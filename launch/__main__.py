@@ -20,6 +20,10 @@ def main(arguments: list[str]) -> None:
         if config.sharding == "deepspeed":
             device = environment.pick_device(environment.Place(local_world_size=config.processes), config.device)
             deepspeed_extension.build(device.type)
+        if config.checkpoint.every is not None or config.resume == "auto":
+            from launch.checkpoints import check_folder  # imports torch
+
+            check_folder(config)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

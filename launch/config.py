@@ -28,7 +28,7 @@ from pydantic import (
 from launch import deepspeed_config
 from launch.errors import ConfigError, nearest
 
-__all__ = ["Config", "ConfigError", "DataConfig", "ModelConfig", "OptimizerConfig", "from_arguments", "load"]
+__all__ = ["CheckpointConfig", "Config", "ConfigError", "DataConfig", "ModelConfig", "OptimizerConfig", "from_arguments", "load"]
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]  # part of a folder's name
@@ -92,6 +92,19 @@ class OptimizerConfig(_Section):
         return self
 
 
+class CheckpointConfig(_Section):
+    """Checkpoints of the job.
+
+    every: after so many steps, and after the last; None is never.
+    keep: how many remain.
+    folder: None is `<runs_folder>/<name>-checkpoints`.
+    """
+
+    every: PositiveInt | None = None
+    keep: PositiveInt = 2
+    folder: str | None = None
+
+
 class Config(_Section):
     """A training job.
 
@@ -100,6 +113,8 @@ class Config(_Section):
     device: "auto" takes a GPU for each process where there are as many, else the CPU.
     batch_size: sequences in a step, over all processes together, so that the loss curve does not depend on their number.
     validation_batches: how many batches of that size are the validation set.
+    resume: "auto" goes on from the newest checkpoint in the folder of checkpoints, if there is one; "never" begins, and refuses a folder
+        that has some.
     deepspeed: what DeepSpeed is told, but for the optimizer and the batch. In a file or an override also the path of a DeepSpeed config
         in JSON, which may give these too (`launch/deepspeed_config.py`).
     """
@@ -120,6 +135,8 @@ class Config(_Section):
     model: ModelConfig
     optimizer: OptimizerConfig
     data: DataConfig = DataConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    resume: Literal["auto", "never"] = "never"
     deepspeed: dict[str, Any] | None = None
 
     @field_validator("deepspeed")

@@ -27,6 +27,10 @@ class Display:
             self._task = self._bar.add_task("waiting for the first steps", total=steps)
             self._bar.start()
 
+    def start(self, step: int) -> None:
+        if step:
+            self._console.print(f"step {step}/{self._steps}  going on from the checkpoint")
+
     def training(self, record: Training) -> None:
         parts = [f"loss {record.train_loss_bits:.3f} bits/byte", f"lr {record.lr:.2e}", f"{record.tokens_per_second:,.0f} tokens/s"]
         if record.largest_rms is not None:

@@ -53,6 +53,9 @@ class Summary:
 class Listener(Protocol):
     """What rank 0 calls."""
 
+    def start(self, step: int) -> None:
+        """Training begins after this step: 0, or that of the checkpoint that it goes on from."""
+
     def training(self, record: Training) -> None: ...
 
     def validation(self, record: Validation) -> None: ...

@@ -37,6 +37,9 @@ class RunFolder:
         except OSError as error:
             raise ConfigError(f"runs_folder={config.runs_folder!r}: {error}") from None
 
+    def start(self, step: int) -> None:
+        """Nothing to write down: the first record has its step."""
+
     def training(self, record: Training) -> None:
         self._training.append(record)
         self._append(asdict(record))

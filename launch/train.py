@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from launch import corpus, deepspeed_extension, environment
 from launch.batches import training_batch, validation_batch
+from launch.checkpoints import Checkpoints, check_folder
 from launch.config import Config, ConfigError, from_arguments
 from launch.corpus import Corpus
 from launch.environment import Place
@@ -29,6 +30,7 @@ from launch.progress import Display
 from launch.records import Listener, Summary, Training, Validation
 from launch.run_folder import RunFolder
 from launch.sharding import shard
+from sharded_optim.checkpoint import CheckpointError
 
 
 def main(arguments: list[str]) -> int:
@@ -40,12 +42,19 @@ def main(arguments: list[str]) -> int:
         text = corpus.load(config)
         if config.sharding == "deepspeed":
             deepspeed_extension.build(device.type)
+        check_folder(config)
         folder = RunFolder(config) if place.rank == 0 else None
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     environment.start(place, device)
-    run(config, place, device, text, folder, started)
+    try:
+        run(config, place, device, text, folder, started)
+    except CheckpointError as error:  # all ranks have it
+        if place.rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        environment.stop()
+        return 1
     environment.stop()
     return 0
 
@@ -62,10 +71,14 @@ def run(config: Config, place: Place, device: torch.device, text: Corpus, folder
     parameters = sum(param.numel() for param in model.parameters())  # before they are cut into shards
     sharded = shard(model, config, device)
     schedule = build_schedule(sharded.optimizer, config.warmup_steps, config.steps)
+    checkpoints = Checkpoints(config, sharded, schedule)
+    resumed = checkpoints.resume()
+    for listener in listeners:
+        listener.start(resumed)
     meter = Meter(config.batch_size * config.sequence_length, device)
 
     training = validation = None
-    for step in range(1, config.steps + 1):
+    for step in range(resumed + 1, config.steps + 1):
         loss = mean_loss(sharded.model, next_batch(config, place, text, step).to(device))
         sharded.step(loss)
         meter.count(loss)
@@ -80,6 +93,8 @@ def run(config: Config, place: Place, device: torch.device, text: Corpus, folder
             for listener in listeners:
                 listener.validation(validation)
             meter.resume()
+        checkpoints.after(step)
+    checkpoints.finish()
 
     assert training is not None, "there is at least one step"
     assert validation is not None, "the last step is validated"

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -107,6 +108,30 @@ def test_a_run_leaves_a_folder_that_tells_all_about_it(runs):
     written = yaml.safe_load((run.folder / "config.yaml").read_text())
     assert (written["steps"], written["optimizer"]["lr"], written["processes"]) == (STEPS, 0.01, 2)
     assert (run.folder / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+@pytest.mark.timeout(300)
+def test_a_job_goes_on_from_its_newest_checkpoint_as_if_it_had_not_ended(runs, tmp_path):
+    """Also under another wrapper; and it refuses to write over what an earlier job has left."""
+    whole = runs.of("fsdp2").losses()
+    runs_folder = tmp_path / "runs"
+    arguments = [*TINY, f"data.path={runs._folder / 'text'}", f"runs_folder={runs_folder}", "name=job"]
+    saving = launch("configs/zero2.yaml", *arguments, "checkpoint.every=4", "checkpoint.keep=3")
+    assert saving.returncode == 0, saving.stderr
+    folder = runs_folder / "job-checkpoints"
+    assert so.checkpoint.steps(folder) == [4, 8, STEPS]
+    again = launch("configs/zero2.yaml", *arguments, "checkpoint.every=4")
+    assert again.returncode == 2
+    assert f"error: {folder} has checkpoints of steps 4, 8, 10; use resume=auto" in again.stderr
+    shutil.rmtree(folder / "step-000000010")
+    resumed = launch("configs/fsdp2.yaml", *arguments, "checkpoint.every=4", "resume=auto", "checkpoint.keep=1")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "going on from the checkpoint" in resumed.stdout
+    assert Run(folder=runs_folder / "latest", output="").losses() == whole[-len(whole) + 9 :]
+    assert so.checkpoint.steps(folder) == [STEPS]
+    done = launch("configs/fsdp2.yaml", *arguments, "resume=auto")
+    assert done.returncode == 2
+    assert "steps=10 are done" in done.stderr
 
 
 def test_metrics_have_every_step_and_a_living_rms_with_its_tensor(runs):

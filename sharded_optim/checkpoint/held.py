@@ -11,7 +11,7 @@ from torch import Tensor
 from sharded_optim.checkpoint.manifest import key_of
 from sharded_optim.segment import Segment
 
-__all__ = ["KAHAN", "MASTER", "MODEL", "Held", "bytes_of"]
+__all__ = ["KAHAN", "MASTER", "MODEL", "Held", "bytes_of", "numbers_of"]
 
 MODEL = "model"  # the kind of parameters and buffers
 MASTER = "master"  # float32 values of which a parameter is the rounded copy; all other kinds are the entries of optimizer state
@@ -54,6 +54,7 @@ def bytes_of(flat: Tensor) -> memoryview:
     return memoryview((ctypes.c_char * size).from_address(flat.data_ptr())).cast("B") if size else memoryview(b"")
 
 
-def numbers_of(content: bytearray, dtype: torch.dtype, size: int) -> Tensor:
-    """The first `size` bytes as a 1-D tensor that shares memory with them."""
-    return torch.frombuffer(content, dtype=torch.uint8, count=size).view(dtype)
+def numbers_of(content: memoryview, dtype: torch.dtype) -> Tensor:
+    """Bytes as a 1-D tensor, which is gone when they are."""
+    numbers = torch.frombuffer(content, dtype=torch.uint8)
+    return (numbers if numbers.data_ptr() % dtype.itemsize == 0 else numbers.clone()).view(dtype)

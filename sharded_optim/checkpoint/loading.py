@@ -95,7 +95,7 @@ def load_step(store: Store, step: int, model: Any, optimizer: Any, choices: Choi
     rank, world_size = (0, 1) if process_group is None else (dist.get_rank(process_group), dist.get_world_size(process_group))
     live: list[Any] = []
 
-    def look() -> tuple[str, list[set[int]]]:
+    def look() -> tuple[str, list[set[int]], set[str]]:
         reader = CheckpointReader(store, step)
         reader.check_files()
         shown = None if model is None else live_model(model)
@@ -106,16 +106,20 @@ def load_step(store: Store, step: int, model: Any, optimizer: Any, choices: Choi
                 raise MismatchError(f"{reader.where} was saved without an optimizer; load it without optimizer=")
         live.extend((reader, shown, state))
         parameters = reader.manifest.parameters
-        return reader.digest, [] if state is None or parameters is None else state.groups_in(parameters)
+        if state is None or parameters is None:
+            return reader.digest, [], set()
+        return reader.digest, state.groups_in(parameters), state.rounded()
 
     looked = together(f"loading step {step} from {store.root}", look, process_group)
     reader: CheckpointReader
     shown: LiveModel | None
     state: LiveOptimizer | None
     reader, shown, state = live
-    if len({digest for digest, _ in looked}) > 1:
+    digests, groups, names = zip(*looked, strict=True)
+    if len(set(digests)) > 1:
         raise CheckpointError(f"ranks see different checkpoints in {reader.where}; root must be a folder that all ranks share")
-    groups_in = [set().union(*found) for found in zip(*(groups for _, groups in looked), strict=True)]
+    groups_in = [set().union(*found) for found in zip(*groups, strict=True)]
+    rounded = set().union(*names)
 
     landing = Landing()
     fits: list[_Fit] = []
@@ -124,7 +128,7 @@ def load_step(store: Store, step: int, model: Any, optimizer: Any, choices: Choi
         nonlocal landing
         if state is not None and reader.manifest.parameters is not None:
             landing = state.land(reader.manifest.parameters, _kinds_of(reader.manifest), groups_in)
-        found = _fit(reader.manifest, [] if shown is None else shown.held, landing)
+        found = _fit(reader.manifest, [] if shown is None else shown.held, landing, rounded)
         fits.append(found)
         return found.used, found.problems
 
@@ -171,10 +175,13 @@ def _kinds_of(manifest: Manifest) -> Mapping[str, set[str]]:
     return found
 
 
-def _fit(manifest: Manifest, model: Sequence[Held], landing: Landing) -> _Fit:
-    """What of a checkpoint goes where."""
+def _fit(manifest: Manifest, model: Sequence[Held], landing: Landing, rounded: set[str]) -> _Fit:
+    """What of a checkpoint goes where.
+
+    Args:
+        rounded: names of the live parameters that are rounded copies of masters.
+    """
     fit = _Fit(problems=[("", problem) for problem in landing.problems])
-    has_masters = {held.segment.name for held in landing.wanted if held.kind == MASTER}
     for held in (*model, *landing.wanted):
         name = held.segment.name
         entry = _source(manifest, held)
@@ -187,7 +194,7 @@ def _fit(manifest: Manifest, model: Sequence[Held], landing: Landing) -> _Fit:
             fit.problems.append((name, f"{held.key!r} has shape {held.segment.shape}, in the checkpoint {entry.shape}"))
             continue
         live, saved = held.local.dtype, entry.dtype
-        is_rounding = held.kind == MODEL and name in has_masters and live in LOW_PRECISION and saved == torch.float32
+        is_rounding = held.kind == MODEL and name in rounded and live in LOW_PRECISION and saved == torch.float32
         if live != saved and not is_rounding:
             fit.problems.append((name, f"{held.key!r} is of {live}, in the checkpoint of {saved}"))
         fit.wishes.append(Wish(entry=entry, held=held))

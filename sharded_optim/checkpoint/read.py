@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
@@ -17,6 +17,8 @@ from sharded_optim.checkpoint.store import COMMITTED, MANIFEST, Store, folder_of
 from sharded_optim.segment import overlaps
 
 __all__ = ["CheckpointReader", "Wish"]
+
+_Stretch = list[tuple[TensorEntry, Chunk]]  # that are read at once
 
 THREADS = 4  # that read and hash, each with memory for a chunk
 SHOWN = 20  # problems in an error message
@@ -97,7 +99,7 @@ class CheckpointReader:
         for entry, chunk in self._wished(wishes):
             found[chunk.file, chunk.offset] = entry, chunk
         todo = [found[place] for place in sorted(found)]
-        problems += self._each(todo, lambda entry, chunk, content: self._problem(entry, chunk, content))
+        problems += self._each(todo, _problem)
         self._raise(problems)
 
     def load(self, wishes: Sequence[Wish]) -> None:
@@ -111,8 +113,8 @@ class CheckpointReader:
                     chunks[chunk.file, chunk.offset] = wish.entry, chunk
                     wanted.setdefault((chunk.file, chunk.offset), []).append(wish)
 
-        def copy(entry: TensorEntry, chunk: Chunk, content: bytearray) -> None:
-            source = numbers_of(content, entry.dtype, chunk.size)
+        def copy(entry: TensorEntry, chunk: Chunk, content: memoryview) -> None:
+            source = numbers_of(content, entry.dtype)
             for wish in wanted[chunk.file, chunk.offset]:
                 for overlap in overlaps(chunk.segment, wish.held.segment):
                     overlap.copy(source, landings[id(wish)])
@@ -128,42 +130,47 @@ class CheckpointReader:
         return [(wish.entry, chunk) for wish in wishes for chunk in wish.entry.chunks if overlaps(chunk.segment, wish.held.segment)]
 
     def _each(
-        self, chunks: Sequence[tuple[TensorEntry, Chunk]], action: Callable[[TensorEntry, Chunk, bytearray], str | None]
+        self, chunks: Sequence[tuple[TensorEntry, Chunk]], action: Callable[[TensorEntry, Chunk, memoryview], str | None]
     ) -> list[str]:
         """Read chunks, and do something with the content of each, in several threads.
+
+        Args:
+            chunks: in the order of the files.
 
         Returns:
             What the actions return, where it is something.
         """
         buffers = threading.local()
 
-        def read(entry: TensorEntry, chunk: Chunk) -> str | None:
+        def read(stretch: _Stretch) -> list[str]:
+            (first, chunk), (_, last) = stretch[0], stretch[-1]
+            begin, size = chunk.offset, last.offset + last.size - chunk.offset
             content: bytearray | None = getattr(buffers, "content", None)
-            if content is None or len(content) < chunk.size:
-                content = buffers.content = bytearray(max(chunk.size, CHUNK_BYTES))
+            if content is None or len(content) < size:
+                content = buffers.content = bytearray(max(size, CHUNK_BYTES))
             try:
-                count = self._store.read(self.folder, chunk.file, chunk.offset, memoryview(content)[: chunk.size])
+                count = self._store.read(self.folder, chunk.file, begin, memoryview(content)[:size])
             except OSError as error:
-                return f"{chunk.file} cannot be read at {chunk.offset}, inside of {entry.key!r}: {error}"
-            if count != chunk.size:
-                return f"{chunk.file} ends at {chunk.offset + count}, inside of {entry.key!r}"
-            return action(entry, chunk, content)
+                return [f"{chunk.file} cannot be read at {begin}, from {first.key!r} on: {error}"]
+            told = []
+            for entry, chunk in stretch:
+                offset = chunk.offset - begin
+                if offset + chunk.size > count:
+                    told.append(f"{chunk.file} ends at {begin + count}, inside of {entry.key!r}")
+                else:
+                    told.append(action(entry, chunk, memoryview(content)[offset : offset + chunk.size]))
+            return [each for each in told if each is not None]
 
         results: list[str] = []
-        running: set[Future[str | None]] = set()
+        running: set[Future[list[str]]] = set()
         with ThreadPoolExecutor(THREADS, thread_name_prefix="sharded_optim read") as pool:
-            for entry, chunk in chunks:
+            for stretch in _stretches(chunks):
                 if len(running) >= 2 * THREADS:
                     done, running = wait(running, return_when=FIRST_COMPLETED)
-                    results += [result for future in done if (result := future.result()) is not None]
-                running.add(pool.submit(read, entry, chunk))
-            results += [result for future in running if (result := future.result()) is not None]
+                    results += [each for future in done for each in future.result()]
+                running.add(pool.submit(read, stretch))
+            results += [each for future in running for each in future.result()]
         return sorted(results)
-
-    def _problem(self, entry: TensorEntry, chunk: Chunk, content: bytearray) -> str | None:
-        if sha256(memoryview(content)[: chunk.size]) == chunk.sha256:
-            return None
-        return f"{chunk.file}: bytes {chunk.offset} to {chunk.offset + chunk.size}, of {entry.key!r}, are not those that were saved"
 
     def _header_problem(self, name: str) -> str | None:
         file = self.manifest.files[name]
@@ -180,6 +187,28 @@ class CheckpointReader:
         if problems:
             shown = "\n  ".join(problems[:SHOWN]) + (f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else "")
             raise DamagedError(f"{self.where} is damaged:\n  {shown}", problems)
+
+
+def _problem(entry: TensorEntry, chunk: Chunk, content: memoryview) -> str | None:
+    """What is wrong with a chunk."""
+    if sha256(content) == chunk.sha256:
+        return None
+    return f"{chunk.file}: bytes {chunk.offset} to {chunk.offset + chunk.size}, of {entry.key!r}, are not those that were saved"
+
+
+def _stretches(chunks: Sequence[tuple[TensorEntry, Chunk]]) -> Iterator[_Stretch]:
+    """Chunks that lie one after the other in a file, up to `CHUNK_BYTES` together; one where it is larger."""
+    stretch: _Stretch = []
+    for entry, chunk in chunks:
+        if stretch:
+            first, last = stretch[0][1], stretch[-1][1]
+            follows = (chunk.file, chunk.offset) == (last.file, last.offset + last.size)
+            if not follows or chunk.offset + chunk.size - first.offset > CHUNK_BYTES:
+                yield stretch
+                stretch = []
+        stretch.append((entry, chunk))
+    if stretch:
+        yield stretch
 
 
 def committed_content(manifest: bytes) -> bytes:

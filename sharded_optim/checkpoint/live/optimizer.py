@@ -126,6 +126,10 @@ class LiveOptimizer:
 
     # --------------------------------------------------------------------------------------------------------------------- loading
 
+    def rounded(self) -> set[str]:
+        """Names of the parameters that the model has as rounded copies of masters; as far as this rank knows."""
+        return {name for member in self.members if member.is_master for name in member.names}
+
     def groups_in(self, saved: Parameters) -> list[set[int]]:
         """For each param group, the numbers of the saved groups that its parameters were in; as far as this rank knows."""
         found: list[set[int]] = [set() for _ in self.groups]

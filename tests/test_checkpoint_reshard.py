@@ -1,0 +1,131 @@
+"""A checkpoint that one wrapper has saved on some ranks is the same training under every other, on any other number of ranks, bit for bit.
+
+Parameters are compared after loading, and again two steps later, into which moments, step counters and hyperparameters go.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import deepspeed_models
+import pytest
+import torch
+import torch.distributed as dist
+from checkpoint_wrappers import GROUPS, SHAPES, WRAPPERS, Trained, make_optimizer, worlds_of
+
+import sharded_optim as so
+from benchmarks.given_gradients import unsharded
+
+pytestmark = pytest.mark.filterwarnings("ignore:weight_decay")
+
+SAVED_AT = 3  # steps
+MORE = 2
+EXTRA = {"tokens": 12345, "lr_scale": 0.1}
+Case = tuple[str, int]  # a wrapper, and on how many ranks
+HAS_DEEPSPEED = find_spec("deepspeed") is not None
+
+EVERYTHING = [(name, world) for name in WRAPPERS for world in worlds_of(name)]
+SOME: list[Case] = [
+    ("plain", 1),
+    ("ddp", 2),
+    ("fsdp2", 3),
+    ("hsdp", 4),
+    ("fsdp2_tp", 4),
+    ("fsdp1", 3),
+    ("fsdp1_flat", 2),
+    ("zero1", 2),
+    ("zero2_bf16", 3),
+    ("deepspeed1", 2),
+    ("deepspeed3_bf16", 4),
+]
+
+
+def folder_of(root: Path, case: Case, groups: int) -> Path:
+    return root / f"{case[0]}-{case[1]}-{groups}"
+
+
+def group_counts(wrapper: str) -> tuple[int, ...]:
+    """A flat parameter has weights and biases, which cannot be in different groups."""
+    return (1,) if wrapper == "fsdp1_flat" else (1, 2)
+
+
+def built(wrappers: Sequence[str], seed: int) -> Iterator[tuple[str, int, Trained]]:
+    """Every wrapper, with each number of param groups, one after the other."""
+    for name in wrappers:
+        for groups in group_counts(name):
+            trained = WRAPPERS[name](groups, seed)
+            yield name, groups, trained
+            if hasattr(trained.model, "destroy"):
+                trained.model.destroy()
+            del trained
+            gc.collect()
+
+
+def check_saving(root: Path, wrappers: Sequence[str]) -> None:
+    for name, groups, trained in built(wrappers, seed=0):
+        for step in range(1, SAVED_AT + 1):
+            trained.step(step)
+        folder = folder_of(root, (name, dist.get_world_size()), groups)
+        so.checkpoint.save(folder, SAVED_AT, model=trained.model, optimizer=trained.optimizer, extra=EXTRA)
+
+
+def check_loading(root: Path, sources: Sequence[Case], wrappers: Sequence[str]) -> None:
+    outcomes = {
+        (groups, steps): unsharded(make_optimizer, steps, SHAPES, groups=GROUPS[groups]).params
+        for groups in (1, 2)
+        for steps in (SAVED_AT, SAVED_AT + MORE)
+    }
+    for name, groups, trained in built(wrappers, seed=1):  # other values, that have to go
+        trained.step(1)
+        for source in sources:
+            if groups not in group_counts(source[0]):
+                continue
+            where = f"{source} -> {name} on {dist.get_world_size()}, {groups} groups"
+            folder = folder_of(root, source, groups)
+            extra = so.checkpoint.load(folder, model=trained.model, optimizer=trained.optimizer)
+            assert extra == EXTRA, where
+            compare(trained, outcomes[groups, SAVED_AT], f"{where}, loaded")
+            for step in range(SAVED_AT + 1, SAVED_AT + MORE + 1):
+                trained.step(step)
+            compare(trained, outcomes[groups, SAVED_AT + MORE], f"{where}, {MORE} steps later")
+
+
+def compare(trained: Trained, expected: dict[str, torch.Tensor], where: str) -> None:
+    for name, value in trained.whole().items():
+        assert torch.equal(value, expected[name]), f"{where}: {name}, by {(value - expected[name]).abs().max()}"
+
+
+def check(root: Path, sources: Sequence[Case], targets: Sequence[Case]) -> int:
+    """Save and load all pairs; returns how many."""
+    if not HAS_DEEPSPEED:
+        sources, targets = ([case for case in cases if "deepspeed" not in case[0]] for cases in (sources, targets))
+    worlds = (1, 2, 3, 4)
+    for world in worlds:
+        wrappers = [name for name, ranks in sources if ranks == world]
+        if wrappers:
+            deepspeed_models.run(check_saving, world, root, wrappers, timeout=600.0)
+    for world in worlds:
+        wrappers = [name for name, ranks in targets if ranks == world]
+        if wrappers:
+            deepspeed_models.run(check_loading, world, root, sources, wrappers, timeout=3000.0)
+    return len(sources) * len(targets)
+
+
+@pytest.mark.timeout(400)
+def test_a_checkpoint_is_the_same_training_under_other_wrappers_and_on_other_numbers_of_ranks(tmp_path: Path) -> None:
+    check(tmp_path, SOME, SOME)
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    warnings.filterwarnings("ignore", message="weight_decay")
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        pairs = check(Path(scratch), EVERYTHING, EVERYTHING)
+    print(f"{pairs} pairs of {len(EVERYTHING)} wrappers and numbers of ranks: bitwise the same, in {time.perf_counter() - began:.0f} s")
