@@ -8,16 +8,11 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import math
 import os
 import random
-import resource
-import socket
 import sys
-import tempfile
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -28,7 +23,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -36,7 +30,9 @@ from benchmarks import report, wrappers
 from benchmarks.contenders import HYPERPARAMETERS
 from benchmarks.environment import describe, summary
 from benchmarks.fsdp2 import Model
+from benchmarks.gloo_ranks import start
 from benchmarks.gpt2 import GPT2Model
+from benchmarks.resident import peak, resident_after_reset
 from benchmarks.timing import keep_threads, quartiles, seconds_of, without_collector
 from benchmarks.wrappers import BASELINE, CONTENDERS, Training, by_name
 
@@ -52,7 +48,6 @@ QUICK_ROUNDS = 2
 SAME_LOSS = 1e-2  # of the baseline's, relative: AdamW at the end, after a different order of summation in each step
 TIMEOUT = timedelta(seconds=120)  # of a collective
 IMPORTED = ("benchmarks.fsdp2", "benchmarks.gpt2", "benchmarks.wrappers", "sharded_optim", "torch._dynamo")  # by the server of ranks
-PEAK, RESIDENT = "VmHWM", "VmRSS"  # in /proc/self/status, in KiB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,75 +201,19 @@ def _remember(case: Case, name: str) -> dict[str, Any]:
     training.close()
     del training
     gc.collect()
-    before = _resident_after_reset()
+    before = resident_after_reset()
     training, tokens = _wrap(name, case)
     _whole_steps(training, tokens, MEMORY_STEPS - WARM_UP)
-    most = torch.tensor([_peak() - before], dtype=torch.float64)
+    most = torch.tensor([peak() - before], dtype=torch.float64)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     training.close()
     return {"bytes": most.item()}
 
 
-def _status(key: str) -> int | None:
-    """Bytes, from Linux."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), None)
-
-
-def _resident_after_reset() -> int:
-    """Bytes of this process in memory, from which its peak begins anew where that can be had."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return _peak()
-    resident = _status(RESIDENT)
-    return _peak() if resident is None else resident
-
-
-def _peak() -> int:
-    """The most bytes that this process had in memory."""
-    peak = _status(PEAK)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if peak is None else peak
-
-
-def _rank(rank: int, folder: str, environment: dict[str, str], work: Callable[[], dict[str, Any]]) -> None:
-    """Do `work` on a rank; rank 0 writes down what it found."""
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries print; standard output is for the report
-    warnings.simplefilter("ignore")
-    os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD_SIZE, timeout=TIMEOUT)
-    found = work()
-    if rank == 0:
-        (Path(folder) / "found.json").write_text(json.dumps(found))
-    dist.barrier()
-    gc.collect()  # wrapped models are cycles that hold process groups, which must not outlive the interpreter
-    dist.destroy_process_group()
-
-
-def _start(environment: dict[str, str], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Start ranks that do `work`, and give back what rank 0 found.
-
-    Ranks are forked from a server that has imported what they need and has started no thread: imports would take each of them seconds.
-    """
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload([*IMPORTED, *([wrappers.DEEPSPEED] if "DS_ACCELERATOR" in environment else [])])
-    with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(  # pyright: ignore[reportPrivateImportUsage]
-            _rank, args=(folder, environment | _address(), work), nprocs=WORLD_SIZE, start_method="forkserver"
-        )
-        return json.loads((Path(folder) / "found.json").read_text())
-
-
-def _address() -> dict[str, str]:
-    """DeepSpeed reads it, also when the process group is there."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(WORLD_SIZE)}
+def _ranks(environment: dict[str, str], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What rank 0 finds, of as many as are measured."""
+    imported = [*IMPORTED, *([wrappers.DEEPSPEED] if "DS_ACCELERATOR" in environment else [])]
+    return start(work, world_size=WORLD_SIZE, imported=imported, environment=environment, timeout=TIMEOUT)
 
 
 def run(case: Case, names: Sequence[str], rounds: int, environment: dict[str, str], missing: dict[str, str]) -> dict[str, Any]:
@@ -291,14 +230,14 @@ def run(case: Case, names: Sequence[str], rounds: int, environment: dict[str, st
         sizes = [param.numel() for param in case.build().parameters()]
     others = [name for name in names[1:] if name not in missing]
     turns = max(1, math.ceil(len(others) / case.together))
-    found = [_start(environment, partial(_time, case, [names[0], *others[turn::turns]], rounds)) for turn in range(turns)]
+    found = [_ranks(environment, partial(_time, case, [names[0], *others[turn::turns]], rounds)) for turn in range(turns)]
     missing = missing | {name: reason for each in found for name, reason in each["missing"].items()}
     results = []
     for name in names:
         if name in missing:
             continue
         print(f"{case.name}: memory of {name}", file=sys.stderr, flush=True)
-        memory = _start(environment, partial(_remember, case, name))["bytes"]
+        memory = _ranks(environment, partial(_remember, case, name))["bytes"]
         theory = by_name(name).bytes_in_theory(sum(sizes), WORLD_SIZE)
         samples = [(each["samples"][name], each["samples"][names[0]]) for each in found if name in each["samples"]]
         loss = samples[0][0]["loss"]
