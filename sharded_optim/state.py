@@ -13,11 +13,20 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sharded_optim import memory
 
-__all__ = ["STEP", "Asked", "State", "asked_by_distributed_checkpoint", "called_to_allocate", "new_state", "zeros"]
+__all__ = [
+    "STEP",
+    "Asked",
+    "State",
+    "asked_by_distributed_checkpoint",
+    "called_to_allocate",
+    "fsdp1_that_offloads_whole_state",
+    "new_state",
+    "zeros",
+]
 
 STEP = "step"
 
@@ -109,6 +118,26 @@ def asked_by_distributed_checkpoint() -> Asked | None:
         flat=getattr(info, "flatten_optimizer_state_dict", False),
         template=any(frame.f_code.co_name == "_load_optim_state_dict" for frame in frames),
     )
+
+
+FSDP1 = "torch.distributed.fsdp.fully_sharded_data_parallel"
+
+
+def fsdp1_that_offloads_whole_state() -> nn.Module | None:
+    """The FullyShardedDataParallel model for which torch asks for state, to gather it whole in the memory of the CPU; else None."""
+    for frame in _callers():
+        known = frame.f_locals
+        caller = _module_of(frame), frame.f_code.co_name
+        if caller == (f"{CHECKPOINT}.state_dict", "_get_optim_state_dict"):
+            info = known["info"]
+            return known["model"] if info.fsdp_modules and info.full_state_dict and info.cpu_offload else None
+        if caller == (FSDP1, "optim_state_dict"):
+            settings = known["state_dict_settings"]
+            is_whole = settings.state_dict_type.name == "FULL_STATE_DICT"
+            return known["model"] if is_whole and settings.optim_state_dict_config.offload_to_cpu else None
+        if caller == (FSDP1, "full_optim_state_dict"):
+            return known["model"]
+    return None
 
 
 def _callers() -> Iterator[FrameType]:

@@ -14,7 +14,7 @@ from sharded_optim.algorithms import Algorithm, Choose
 from sharded_optim.formats import KAHAN_COMP, Format, param_format
 from sharded_optim.options import Params
 from sharded_optim.sharding import FlatLayout, LocalParam, describe
-from sharded_optim.state import STEP, State, new_state, zeros
+from sharded_optim.state import STEP, State, fsdp1_that_offloads_whole_state, new_state, zeros
 
 __all__ = ["StatefulOptimizer"]
 
@@ -189,6 +189,19 @@ class StatefulOptimizer(torch.optim.Optimizer):
         return self._choose(group), fmt
 
     # ------------------------------------------------------------------------------------------------------------- state dicts
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch.
+
+        Raises:
+            ValueError: torch asks for it on behalf of FullyShardedDataParallel, and would give moments each other's values.
+        """
+        model = None if self._layout is None else fsdp1_that_offloads_whole_state()
+        if model is not None:
+            from sharded_optim.sharding import fsdp1
+
+            fsdp1.check_whole_state_on_cpu(model, sorted({key for state in self.state.values() for key in state} - {STEP}))
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but all or nothing, with moments kept in `state_dtype`, and with group keys the saved state lacks kept as they are.

@@ -18,7 +18,7 @@ from sharded_optim.segment import Segment
 from sharded_optim.sharding.flat import FlatLayout, FlatTensor
 from sharded_optim.sharding.layout import Piece
 
-__all__ = ["flattened", "layout_of"]
+__all__ = ["check_whole_state_on_cpu", "flattened", "layout_of"]
 
 Tensors = Sequence[tuple[str, Sequence[int]]]  # their names and shapes
 
@@ -64,6 +64,23 @@ def flattened(model: nn.Module) -> dict[Tensor, Tensors]:
         else:
             found |= {param: [tensor] for param, tensor in zip(flat_param._params, tensors, strict=True)}
     return found
+
+
+def check_whole_state_on_cpu(model: nn.Module, keys: Sequence[str]) -> None:
+    """Raise ValueError where torch would give the model's whole state under each key the values of the last one.
+
+    With `use_orig_params=True` torch 2.13 gathers one key after the other into the same memory, and takes what it has gathered from there
+    with `.cpu()`, which copies nothing that is on a CPU already. On other devices, and with False, whole state is right.
+    """
+    for prefix, handle in _handles(model):
+        shares_memory = handle.uses_sharded_strategy and handle.world_size > 1 and handle.device.type == "cpu"
+        if len(keys) > 1 and shares_memory and handle.flat_param._params is not None:
+            raise ValueError(
+                f"whole optimizer state of {prefix + handle.flat_param._fqns[0]!r} and others under FullyShardedDataParallel with "
+                f"use_orig_params=True would be wrong: torch gives {' and '.join(map(repr, keys[:-1]))} the values of {keys[-1]!r} when it "
+                f"offloads whole state that is on a CPU. It need not offload it: ask get_optimizer_state_dict with cpu_offload=False, or "
+                f"FullyShardedDataParallel.optim_state_dict with FullOptimStateDictConfig(offload_to_cpu=False); sharded state is right too"
+            )
 
 
 def _handles(model: nn.Module) -> Iterator[tuple[str, Any]]:
