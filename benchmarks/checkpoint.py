@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +132,16 @@ def _save_dcp(live: Live, folder: Path) -> None:
 
 
 def _begin_dcp(live: Live, folder: Path) -> Callable[[], Any]:
-    future = dcp_async_save(_state(live), checkpoint_id=folder / "dcp")
+    future = dcp_async_save(_state(live), checkpoint_id=folder / "dcp", process_group=_background_group())
     return getattr(future, "result", None) or future.upload_completion.result  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@cache
+def _background_group() -> dist.ProcessGroup:
+    """DCP would use the default group from a thread, in between our barriers."""
+    group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def _load_dcp(live: Live, folder: Path) -> None:
