@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ AT_ONCE = 4 * 2**20  # bytes of a raw write
 Do = Callable[[Path], Any]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Live:
     """What is saved and loaded."""
 
@@ -71,6 +71,11 @@ class Live:
     def size(self) -> int:
         """Bytes of this rank's."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
+
+    @cached_property
+    def raw(self) -> bytes:
+        """A copy of them."""
+        return b"".join(tensor.detach().numpy().tobytes() for tensor in self.tensors)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,21 +98,12 @@ class Contender:
 
 
 def _save_raw(live: Live, folder: Path) -> None:
-    content = memoryview(_raw_buffer(live.size))
+    content = memoryview(live.raw)
     descriptor = os.open(folder / f"raw-{dist.get_rank()}", os.O_WRONLY | os.O_CREAT)
     for begin in range(0, live.size, AT_ONCE):
         os.write(descriptor, content[begin : min(begin + AT_ONCE, live.size)])
     os.fsync(descriptor)
     os.close(descriptor)
-
-
-_raw: dict[int, bytes] = {}
-
-
-def _raw_buffer(size: int) -> bytes:
-    if size not in _raw:
-        _raw[size] = os.urandom(size)
-    return _raw[size]
 
 
 def _save_ours(live: Live, folder: Path) -> None:
@@ -180,7 +176,7 @@ def _build(sizes: dict[str, int]) -> Live:
     fully_shard(model)
     optimizer = so.AdamW(model.parameters(), lr=1e-3)
     for param in model.parameters():
-        param.grad = torch.ones_like(param)
+        param.grad = torch.randn_like(param)
     optimizer.step()
     optimizer.zero_grad()
     return Live(model=model, optimizer=optimizer)

@@ -16,7 +16,8 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from sharded_optim.checkpoint.errors import CheckpointError, DamagedError, MismatchError, together
+from sharded_optim.checkpoint.errors import CheckpointError, DamagedError, MismatchError
+from sharded_optim.checkpoint.exchange import together
 from sharded_optim.checkpoint.held import MASTER, MODEL, Held
 from sharded_optim.checkpoint.live import LiveModel, LiveOptimizer, live_model, live_optimizer
 from sharded_optim.checkpoint.live.optimizer import Landing
@@ -124,17 +125,17 @@ def load_step(store: Store, step: int, model: Any, optimizer: Any, choices: Choi
     landing = Landing()
     fits: list[_Fit] = []
 
-    def fit() -> tuple[set[str], list[tuple[str, str]]]:
+    def fit() -> tuple[int, list[tuple[str, str]]]:
         nonlocal landing
         if state is not None and reader.manifest.parameters is not None:
             landing = state.land(reader.manifest.parameters, _kinds_of(reader.manifest), groups_in)
         found = _fit(reader.manifest, [] if shown is None else shown.held, landing, rounded)
         fits.append(found)
-        return found.used, found.problems
+        return _as_bits(reader.manifest, found.used), found.problems
 
     told = together(f"comparing {reader.where} with what is live", fit, process_group)
     problems = dict.fromkeys(problem for _, found in told for problem in found)
-    used = set().union(*(keys for keys, _ in told))
+    used = {key for number, key in enumerate(reader.manifest.tensors) if any(bits >> number & 1 for bits, _ in told)}
     problems |= dict.fromkeys(_left_over(reader.manifest, used, shown, state))
     errors = [text for name, text in problems if not choices.passes(name)]
     if errors:
@@ -210,6 +211,11 @@ def _source(manifest: Manifest, held: Held) -> TensorEntry | None:
     if held.kind == MODEL and held.local.dtype == torch.float32 and (own is None or own.dtype in LOW_PRECISION):
         return manifest.tensors.get(key_of(MASTER, name)) or own
     return own
+
+
+def _as_bits(manifest: Manifest, keys: set[str]) -> int:
+    """Keys of a manifest, as a number with a bit for each: ranks may be many."""
+    return sum(1 << number for number, key in enumerate(manifest.tensors) if key in keys)
 
 
 def _left_over(manifest: Manifest, used: set[str], shown: LiveModel | None, state: LiveOptimizer | None) -> list[tuple[str, str]]:

@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sharded_optim.checkpoint.errors import CheckpointError, DamagedError, together
+from sharded_optim.checkpoint.errors import CheckpointError, DamagedError
+from sharded_optim.checkpoint.exchange import digest_of, distinct, together
 from sharded_optim.checkpoint.held import MASTER, Held
 from sharded_optim.checkpoint.live import LiveModel, LiveOptimizer, live_model, live_optimizer
 from sharded_optim.checkpoint.manifest import Chunk, Manifest, Parameters, ShardFile, TensorEntry
@@ -119,17 +120,22 @@ def begin(
     """
     store = open_store(root)
     held: list[Held] = []
+    rows: list[Row] = []
+    rest: list[Any] = []
 
-    def tell() -> tuple[list[Row], Parameters | None, Mapping[str, Any], Any]:
+    def tell() -> tuple[bytes, bytes]:
         _check_arguments(step, keep)
         content = collect()
         held.extend(content.held)
-        return rows_of(held), content.parameters, content.wrapper, None if content.extra is None else encode(content.extra, "extra")
+        rows.extend(rows_of(held))
+        rest.extend((content.parameters, content.wrapper, None if content.extra is None else encode(content.extra, "extra")))
+        return digest_of(rows), digest_of(rest)
 
-    rows, parameters, wrappers, extras = zip(*together("collecting what to save", tell, process_group), strict=True)
+    digests, rest_digests = zip(*together("collecting what to save", tell, process_group), strict=True)
+    parameters, wrappers, extras = zip(*distinct(rest, rest_digests, process_group), strict=True)
     manifest = Manifest(
         step=step,
-        world_size=len(rows),
+        world_size=len(digests),
         files={},
         tensors={},
         parameters=_joined(parameters),
@@ -137,7 +143,7 @@ def begin(
         wrapper=_only(wrappers, "what the wrapper counts"),
         libraries={"sharded_optim": __version__, "torch": torch.__version__},
     )
-    plan = Plan.of(rows)
+    plan = _plan(rows, digests, process_group)
     rank = 0 if process_group is None else dist.get_rank(process_group)
     made = together(f"beginning {store.root}/{folder_of(step)}", lambda: _make_draft(store, step) if rank == 0 else "", process_group)
     return Draft(
@@ -183,6 +189,17 @@ def finish(draft: Draft, content: Callable[[Part], Tensor]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------- collecting
+
+
+_last_plan: tuple[Sequence[bytes], Plan] | None = None  # with the digests of all ranks' rows
+
+
+def _plan(rows: Sequence[Row], digests: Sequence[bytes], process_group: dist.ProcessGroup | None) -> Plan:
+    """The plan for what all ranks hold: the last one, if they hold what they held then. A collective."""
+    global _last_plan
+    if _last_plan is None or _last_plan[0] != digests:
+        _last_plan = digests, Plan.of(distinct(rows, digests, process_group))
+    return _last_plan[1]
 
 
 def _check_arguments(step: int, keep: int | None) -> None:

@@ -1,0 +1,84 @@
+"""What ranks tell each other, and how all of them raise what one has found: one rank raising alone is a hang for the others."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from sharded_optim.checkpoint.errors import CheckpointError, DamagedError, MismatchError
+from sharded_optim.ranks import join_messages
+
+__all__ = ["digest_of", "distinct", "together"]
+
+Result = TypeVar("Result")
+
+KINDS: tuple[type[CheckpointError], ...] = (CheckpointError, MismatchError, DamagedError)  # the last that occurs on any rank is raised
+
+
+def together(what: str, action: Callable[[], Result], process_group: dist.ProcessGroup | None) -> list[Result]:
+    """Do something on every rank, and go on if it went well on all. A collective.
+
+    Args:
+        what: is done, for error messages.
+        action: without communication.
+        process_group: None: this process is alone.
+
+    Returns:
+        What each rank's action has returned.
+
+    Raises:
+        CheckpointError: on every rank: what the action has raised on any.
+    """
+    failure: Exception | None = None
+    result: Any = None
+    try:
+        result = action()
+    except Exception as error:
+        failure = error
+    if process_group is None:
+        if isinstance(failure, CheckpointError):
+            raise failure
+        if failure is not None:
+            raise CheckpointError(f"{what} failed: {_told(failure)}") from failure
+        return [result]
+    told = (None, result) if failure is None else (_kind(failure), _told(failure))
+    votes: list[Any] = [None] * dist.get_world_size(process_group)
+    dist.all_gather_object(votes, told, group=process_group)
+    failed = [kind for kind, _ in votes if kind is not None]
+    if failed:
+        message = join_messages([None if kind is None else message for kind, message in votes])
+        raise KINDS[max(failed)](f"{what} failed: {message}") from failure
+    return [result for _, result in votes]
+
+
+def _kind(failure: Exception) -> int:
+    return max(index for index, kind in enumerate(KINDS) if index == 0 or isinstance(failure, kind))
+
+
+def _told(failure: Exception) -> str:
+    return str(failure) if isinstance(failure, CheckpointError | ValueError | OSError) else repr(failure)
+
+
+def digest_of(value: Any) -> bytes:
+    """32 bytes that are the same for equal values that were built alike."""
+    return hashlib.sha256(pickle.dumps(value)).digest()
+
+
+def distinct(value: Result, digests: Sequence[bytes], process_group: dist.ProcessGroup | None) -> list[Result]:
+    """What each rank has, where most have the same: each distinct value is sent once. A collective.
+
+    Args:
+        value: of this rank.
+        digests: of all ranks' values.
+    """
+    if process_group is None:
+        return [value]
+    first = {digest: rank for rank, digest in reversed(list(enumerate(digests)))}
+    rank = dist.get_rank(process_group)
+    sent: list[Any] = [None] * len(digests)
+    dist.all_gather_object(sent, value if first[digests[rank]] == rank else None, group=process_group)
+    return [sent[first[digest]] for digest in digests]
