@@ -8,8 +8,7 @@ from __future__ import annotations
 import fnmatch
 import logging
 import warnings
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -128,7 +127,7 @@ def load_step(store: Store, step: int, model: Any, optimizer: Any, choices: Choi
     def fit() -> tuple[int, list[tuple[str, str]]]:
         nonlocal landing
         if state is not None and reader.manifest.parameters is not None:
-            landing = state.land(reader.manifest.parameters, _kinds_of(reader.manifest), groups_in)
+            landing = state.land(reader.manifest, reader.manifest.parameters, groups_in)
         found = _fit(reader.manifest, [] if shown is None else shown.held, landing, rounded)
         fits.append(found)
         return _as_bits(reader.manifest, found.used), found.problems
@@ -169,20 +168,13 @@ def load_step(store: Store, step: int, model: Any, optimizer: Any, choices: Choi
 # ------------------------------------------------------------------------------------------------------------------------- fitting
 
 
-def _kinds_of(manifest: Manifest) -> Mapping[str, set[str]]:
-    found: dict[str, set[str]] = defaultdict(set)
-    for entry in manifest.tensors.values():
-        found[entry.name].add(entry.kind)
-    return found
-
-
 def _fit(manifest: Manifest, model: Sequence[Held], landing: Landing, rounded: set[str]) -> _Fit:
     """What of a checkpoint goes where.
 
     Args:
         rounded: names of the live parameters that are rounded copies of masters.
     """
-    fit = _Fit(problems=[("", problem) for problem in landing.problems])
+    fit = _Fit(problems=list(landing.problems))
     for held in (*model, *landing.wanted):
         name = held.segment.name
         entry = _source(manifest, held)

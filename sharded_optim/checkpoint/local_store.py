@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
 
 __all__ = ["LocalStore"]
@@ -61,7 +62,7 @@ class LocalStore:
         _sync_folder(self.root)
 
     def remove(self, folder: str) -> None:
-        doomed = folder if self.is_draft(folder) else f".{folder}.removed-{os.getpid()}"
+        doomed = folder if self.is_draft(folder) else f".{folder}.{secrets.token_hex(4)}.removed"
         try:
             if doomed != folder:
                 os.rename(self._path(folder), self._path(doomed))
@@ -112,5 +113,8 @@ def _sync_folder(path: str) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot, as some in user space
+            raise
     finally:
         os.close(descriptor)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sharded_optim.checkpoint.held import KAHAN, MASTER, Held
-from sharded_optim.checkpoint.manifest import Parameters
+from sharded_optim.checkpoint.manifest import Manifest, Parameters, key_of
 from sharded_optim.engine import Engine
 from sharded_optim.param_groups import HYPERPARAMETERS, named_params
 from sharded_optim.sharding import LocalParam
@@ -55,13 +55,13 @@ class Landing:
 
     Attributes:
         wanted: tensors to be loaded. Those that are new belong to nobody yet.
-        problems: why it cannot be.
-        states: the state that each parameter is going to have; None: nothing.
+        problems: why it cannot be: the parameter that each is about, or "", and what it is.
+        states: the state that each parameter is going to have; None: nothing. Of one that is not here, it stays.
         groups: the hyperparameters that each param group is going to have.
     """
 
     wanted: list[Held] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
+    problems: list[tuple[str, str]] = field(default_factory=list)
     states: list[tuple[Tensor, dict[str, Any] | None]] = field(default_factory=list)
     groups: list[Mapping[str, Any]] = field(default_factory=list)
 
@@ -138,28 +138,28 @@ class LiveOptimizer:
                 found[index].add(saved.group_of[name])
         return found
 
-    def land(self, saved: Parameters, kinds_of: Mapping[str, set[str]], groups_in: Sequence[set[int]]) -> Landing:
+    def land(self, manifest: Manifest, saved: Parameters, groups_in: Sequence[set[int]]) -> Landing:
         """Prepare to load. Changes nothing.
 
         Args:
-            saved: of the checkpoint.
-            kinds_of: which kinds of tensors it has, by name.
+            manifest: of the checkpoint.
+            saved: in it.
             groups_in: as `groups_in` of all ranks together.
         """
         landing = Landing()
         for index, (group, numbers) in enumerate(zip(self.groups, groups_in, strict=True)):
             landing.groups.append(self._group(index, group, [saved.groups[number] for number in sorted(numbers)], landing.problems))
         for member in self.members:
-            self._land_member(member, landing, saved, kinds_of)
+            self._land_member(member, landing, manifest, saved)
         missing = sorted(name for name in self.group_of if name not in saved.group_of and not self._is_empty(name))
-        landing.problems += [f"parameter {name!r} is in no param group of the checkpoint" for name in missing]
+        landing.problems += [(name, f"parameter {name!r} is in no param group of the checkpoint") for name in missing]
         return landing
 
     def _is_empty(self, name: str) -> bool:
         """Whether a parameter, as far as this rank knows it, has no elements."""
         return any(piece.segment.name == name and not piece.segment.tensor_numel for each in self.members for piece in each.local.pieces)
 
-    def _group(self, index: int, group: Group, saved: Sequence[Mapping[str, Any]], problems: list[str]) -> Mapping[str, Any]:
+    def _group(self, index: int, group: Group, saved: Sequence[Mapping[str, Any]], problems: list[tuple[str, str]]) -> Mapping[str, Any]:
         """The hyperparameters that a param group is going to have."""
         own = _hyperparameters(group)
         if not saved:
@@ -168,32 +168,35 @@ class LiveOptimizer:
         for other in saved[1:]:
             differ = [key for key in saved[0].keys() | other.keys() if saved[0].get(key) != other.get(key)]
             if differ:
-                problems.append(
+                told = (
                     f"{where} has parameters that were in several groups of the checkpoint, with different {', '.join(sorted(differ))}; "
                     f"build groups like those that were saved"
                 )
-        merged = own | dict(saved[0])
-        known = HYPERPARAMETERS & own.keys()
-        problems += [f"{where} has the hyperparameter {key!r}, the checkpoint has not" for key in sorted(known - saved[0].keys())]
-        strange = (HYPERPARAMETERS & saved[0].keys()) - own.keys()
-        problems += [f"{where} has no hyperparameter {key!r}, the checkpoint has {saved[0][key]!r}" for key in sorted(strange)]
-        if not strange:
-            try:
-                self.engine._check_group(dict(merged), f"{where} of the checkpoint", scheduled=True)
-            except ValueError as error:
-                problems.append(str(error))
+                problems.append(("", told))
+        known, found = HYPERPARAMETERS & own.keys(), HYPERPARAMETERS & saved[0].keys()
+        problems += [("", f"{where} has the hyperparameter {key!r}, the checkpoint has not") for key in sorted(known - found)]
+        problems += [("", f"{where} has no hyperparameter {key!r}, the checkpoint has {saved[0][key]!r}") for key in sorted(found - known)]
+        merged = own | {key: value for key, value in saved[0].items() if key not in found - known}
+        try:
+            self.engine._check_group(dict(merged), f"{where} of the checkpoint", scheduled=True)
+        except ValueError as error:
+            problems.append(("", str(error)))
+            return own
         return merged
 
-    def _land_member(self, member: Member, landing: Landing, saved: Parameters, kinds_of: Mapping[str, set[str]]) -> None:
+    def _land_member(self, member: Member, landing: Landing, manifest: Manifest, saved: Parameters) -> None:
         if member.is_master:
             landing.wanted += member.held(MASTER, member.param)
+        if member.names and not any(name in saved.group_of for name in member.names):
+            return
         steps = {saved.steps.get(name) for name in member.names}
         if len(steps) > 1:
             told = ", ".join(f"{name!r}: {saved.steps.get(name, 'no state')}" for name in member.names[:8])
-            landing.problems.append(
+            problem = (
                 f"the wrapper has flattened parameters together that have taken different numbers of steps ({told}), and counts them "
                 f"together; load under another wrapper"
             )
+            landing.problems.append(("", problem))
             return
         if steps in ({None}, set()):
             landing.states.append((member.param, None))
@@ -203,13 +206,17 @@ class LiveOptimizer:
         algorithm, _ = self.engine.choice_of(member.param, group)
         late = algorithm.late | {KAHAN}
         state: dict[str, Any] = {STEP: torch.tensor(steps.pop(), dtype=torch.float32, device=member.param.device)}
+        wanted: list[Held] = []
         for kind, dtype in self.engine._state_dtypes(member.param, group).items():
-            begins = kind in late and not any(kind in kinds_of.get(name, ()) for name in member.names)
-            fits = kind in live and live[kind].dtype == dtype and not begins
-            state[kind] = live[kind] if fits else zeros(member.param, dtype)
+            begins = kind in late and not any(key_of(kind, name) in manifest.tensors for name in member.names)
+            is_there = kind in live and live[kind].dtype == dtype and not begins
+            state[kind] = live[kind] if is_there else zeros(member.param, dtype)
             if not begins:
-                landing.wanted += member.held(kind, state[kind])
-        landing.states.append((member.param, state))
+                wanted += member.held(kind, state[kind])
+        landing.wanted += wanted
+        found = [(manifest.tensors.get(held.key), held.segment) for held in wanted if held.segment.tensor_numel]
+        if all(entry is not None and entry.shape == segment.shape for entry, segment in found):  # else it is told, and the state stays
+            landing.states.append((member.param, state))
 
     def unused_kinds(self) -> frozenset[str]:
         """Kinds of state that another optimizer may have saved and this one passes over."""
