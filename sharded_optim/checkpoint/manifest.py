@@ -180,9 +180,9 @@ class Manifest:
                 raise ValueError(f"it is not a {FORMAT}")
             _check_version(content, where)
             manifest = cls._from_content(content)
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as error:
-            if isinstance(error, MismatchError):
-                raise
+        except MismatchError:
+            raise
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RuntimeError) as error:  # torch's are the last
             raise DamagedError(f"{where}: {error if isinstance(error, ValueError) else repr(error)}") from error
         return manifest
 
