@@ -19,10 +19,11 @@ class LocalStore:
 
     def __init__(self, root: str) -> None:
         self.root = root
+        self._top = os.path.abspath(root)  # also if somebody changes the current folder while a save is in the background
 
     def folders(self) -> list[str]:
         try:
-            with os.scandir(self.root) as entries:
+            with os.scandir(self._top) as entries:
                 return [entry.name for entry in entries if entry.is_dir()]
         except FileNotFoundError:
             return []
@@ -43,7 +44,7 @@ class LocalStore:
         return total
 
     def begin(self, folder: str, nonce: str) -> str:
-        _make_folders(self.root)
+        _make_folders(self._top)
         draft = f".{folder}.{nonce}"
         os.mkdir(self._path(draft))
         return draft
@@ -59,20 +60,24 @@ class LocalStore:
         if os.path.lexists(self._path(folder)):  # an empty one would be replaced
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), self._path(folder))
         os.rename(self._path(draft), self._path(folder))
-        _sync_folder(self.root)
+        try:
+            _sync_folder(self._top)
+        except BaseException:  # a save that fails leaves no checkpoint
+            os.rename(self._path(folder), self._path(draft))
+            raise
 
     def remove(self, folder: str) -> None:
         doomed = folder if self.is_draft(folder) else f".{folder}.{secrets.token_hex(4)}.removed"
         try:
             if doomed != folder:
                 os.rename(self._path(folder), self._path(doomed))
-                _sync_folder(self.root)
+                _sync_folder(self._top)
             shutil.rmtree(self._path(doomed), ignore_errors=True)
         except FileNotFoundError:  # somebody else has removed it
             return
 
     def _path(self, *parts: str) -> str:
-        return os.path.join(self.root, *parts)
+        return os.path.join(self._top, *parts)
 
 
 class LocalFile:
