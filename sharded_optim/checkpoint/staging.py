@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sharded_optim import memory
+from sharded_optim.checkpoint.exchange import together
 from sharded_optim.checkpoint.saving import Draft, finish
 
 __all__ = ["Saving", "settle", "start"]
@@ -22,7 +23,7 @@ class Saving:
     def __init__(self, draft: Draft) -> None:
         self._where = f"{draft.store.root}, step {draft.step}"
         self._failure: BaseException | None = None
-        self._parts = {id(part): tensor for part, tensor in zip(draft.parts, _stage(draft), strict=True)}
+        self._parts = {id(part): tensor for part, tensor in zip(draft.parts, _staged_everywhere(draft), strict=True)}
         self._thread = threading.Thread(target=self._run, args=(draft,), name="sharded_optim save")  # no daemon: it ends before the process
         self._thread.start()
 
@@ -72,6 +73,18 @@ def settle() -> None:
     saving, _in_flight = _in_flight, None
     if saving is not None:
         saving.wait()
+
+
+def _staged_everywhere(draft: Draft) -> list[Tensor]:
+    """As `_stage`, or the same error on every rank: there may be no memory for it on one."""
+    staged: list[Tensor] = []
+    try:
+        together(f"copying {draft.store.root}, step {draft.step},", lambda: staged.extend(_stage(draft)), draft.process_group)
+    except BaseException:
+        if draft.rank == 0:
+            draft.store.remove(draft.folder)
+        raise
+    return staged
 
 
 def _stage(draft: Draft) -> list[Tensor]:
