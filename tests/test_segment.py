@@ -7,10 +7,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sharded_optim.segment import Segment, find_tiling_error
+from sharded_optim.segment import Segment, find_tiling_error, overlaps
 
 
 def elements(segment: Segment) -> list[int]:
@@ -36,6 +36,42 @@ def test_a_box_is_its_elements_or_is_refused_for_not_being_equal_runs(box) -> No
             Segment.box("w", shape, offsets, sizes)
     else:
         assert elements(Segment.box("w", shape, offsets, sizes)) == expected
+
+
+@st.composite
+def segments(draw, numel: int = 60):
+    """Any segment of a tensor of so many elements."""
+    run = draw(st.integers(0, numel))
+    count = draw(st.integers(0, 12))
+    stride = run + draw(st.integers(0, 12))
+    reach = (count - 1) * stride + run if run * count else 0
+    if reach > numel:
+        run, stride, count, reach = min(run, numel), run, 1, min(run, numel)
+    return Segment(name="w", shape=(numel,), start=draw(st.integers(0, numel - reach)), run=run, stride=stride, count=count)
+
+
+@settings(deadline=None, max_examples=300)
+@given(segments(), segments())
+def test_overlaps_copies_each_common_element_once_and_nothing_else(source: Segment, target: Segment) -> None:
+    ours, theirs = elements(source), elements(target)
+    found = overlaps(source, target)
+    assert sum(each.run * each.count for each in found) == len({*ours} & {*theirs})
+    landed = torch.full((target.numel,), -1)
+    for each in found:
+        each.copy(torch.tensor(ours), landed)
+    assert landed.tolist() == [index if index in ours else -1 for index in theirs]
+    back = torch.full((source.numel,), -1)
+    for each in found:
+        each.reversed().copy(torch.tensor(theirs), back)
+    assert back.tolist() == [index if index in theirs else -1 for index in ours]
+
+
+@settings(deadline=None, max_examples=200)
+@given(segments(), st.integers(1, 70))
+def test_a_segment_is_cut_into_its_elements_in_order(segment: Segment, numel: int) -> None:
+    parts = list(segment.cut(numel))
+    assert [index for part in parts for index in elements(part)] == elements(segment)
+    assert all(0 < part.numel <= numel for part in parts)
 
 
 def test_the_designs_example() -> None:
