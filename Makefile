@@ -6,7 +6,7 @@ CONFIG ?= configs/fsdp2.yaml
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test bench flattened figures lint format clean
+.PHONY: help setup train test chaos bench flattened figures lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -25,6 +25,10 @@ train: setup  ## run the training job: make train CONFIG=configs/ddp.yaml ARGS="
 
 test: setup  ## run the tests: make test ARGS="-k invariance"
 	$(BIN)/python -m pytest $(ARGS)
+
+chaos: setup  ## kill a job that saves checkpoints 200 times, and damage 2,000 checkpoints: make chaos ARGS="20 --seed 1"
+	$(BIN)/python -m tests.chaos $(ARGS)
+	CORRUPTIONS=2000 $(BIN)/python -m pytest --timeout 1200 tests/test_checkpoint_corruption.py
 
 bench: setup  ## time steps of all optimizers side by side: make bench ARGS="--quick"
 	$(BIN)/python -m benchmarks.step $(ARGS)
