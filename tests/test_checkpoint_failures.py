@@ -447,7 +447,6 @@ def test_what_fails_on_one_rank_is_the_same_error_on_all(tmp_path: Path) -> None
 # ------------------------------------------------------------------------------------------------------------------------ known bugs
 
 
-@pytest.mark.xfail(strict=True, reason="publishing refuses it; nothing removes a folder without its marker")
 def test_a_folder_without_its_marker_is_in_no_saves_way(tmp_path: Path) -> None:
     live = trained()
     checkpoint.save(tmp_path, 1, **live)
@@ -456,7 +455,6 @@ def test_a_folder_without_its_marker_is_in_no_saves_way(tmp_path: Path) -> None:
     assert checkpoint.verify(tmp_path) == 1
 
 
-@pytest.mark.xfail(strict=True, reason="what is discarded has the final name, where nothing can be renamed")
 def test_an_object_store_keeps_what_is_committed_when_a_rank_is_lost_after_that(monkeypatch: pytest.MonkeyPatch) -> None:
     """The vote after the commit fails here; on another rank it may have gone well, and `save` has returned."""
     together = saving.together
@@ -475,7 +473,6 @@ def test_an_object_store_keeps_what_is_committed_when_a_rank_is_lost_after_that(
     assert checkpoint.steps(root) == [1]
 
 
-@pytest.mark.xfail(strict=True, reason="`load` reads what `verify` has hashed a second time, and does not compare that")
 def test_bytes_that_are_others_when_they_are_read_again_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A disk, cable or network that flips bits now and then."""
     checkpoint.save(tmp_path, 1, **trained())
@@ -498,6 +495,5 @@ def check_different_steps(folder: str) -> None:
     assert_all_raise(lambda: checkpoint.save(folder, 1 + dist.get_rank(), **trained()), "step", "rank 1")
 
 
-@pytest.mark.xfail(strict=True, reason="the step of rank 0 is taken, and `save` returns on all ranks")
 def test_ranks_that_save_different_steps_are_told(tmp_path: Path) -> None:
     ranks.run(check_different_steps, 2, str(tmp_path))

@@ -88,7 +88,6 @@ def test_an_unknown_mark_is_refused(value: Any) -> None:
         decode(value)
 
 
-@pytest.mark.xfail(strict=True, reason="encode wants float itself")
 def test_a_hyperparameter_that_numpy_has_computed_is_saved() -> None:
     """A float by inheritance, which optimizers take."""
     found = decode(json.loads(json.dumps(encode({"lr": np.float64(0.1)}, "param_groups[0]"))))

@@ -23,9 +23,10 @@ import torch.distributed as dist
 
 from sharded_optim.checkpoint import loading, saving, staging
 from sharded_optim.checkpoint.errors import CheckpointError, DamagedError, MismatchError
+from sharded_optim.checkpoint.exchange import together
 from sharded_optim.checkpoint.staging import Saving
 from sharded_optim.checkpoint.steps import describe, latest, prune, steps, verify
-from sharded_optim.checkpoint.store import open_store
+from sharded_optim.checkpoint.store import Store, open_store
 from sharded_optim.ranks import own_process_group
 
 __all__ = [
@@ -138,14 +139,16 @@ def load(
         MismatchError: everything that does not fit, in one message.
     """
     staging.settle()
-    store = open_store(root)
     choices = loading.Choices(strict=strict, lenient=tuple(lenient), hyperparameters=hyperparameters)
     group = _group(process_group)
 
-    def load_one(number: int) -> Any:
-        return loading.load_step(store, number, model, optimizer, choices, group)
+    opened: list[Store] = []
+    together(f"opening {root}", lambda: opened.append(open_store(root)), group)
 
-    return loading.load_newest(store, load_one, group) if step is None else load_one(step)
+    def load_one(number: int) -> Any:
+        return loading.load_step(opened[0], number, model, optimizer, choices, group)
+
+    return loading.load_newest(opened[0], load_one, group) if step is None else load_one(step)
 
 
 def _begin(

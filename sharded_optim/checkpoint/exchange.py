@@ -45,13 +45,16 @@ def together(what: str, action: Callable[[], Result], process_group: dist.Proces
         if failure is not None:
             raise CheckpointError(f"{what} failed: {_told(failure)}") from failure
         return [result]
-    told = (None, result) if failure is None else (_kind(failure), _told(failure))
+    told = (None, result) if failure is None else (_kind(failure), (_told(failure), getattr(failure, "problems", ())))
     votes: list[Any] = [None] * dist.get_world_size(process_group)
     dist.all_gather_object(votes, told, group=process_group)
     failed = [kind for kind, _ in votes if kind is not None]
     if failed:
-        message = join_messages([None if kind is None else message for kind, message in votes])
-        raise KINDS[max(failed)](f"{what} failed: {message}") from failure
+        message = f"{what} failed: {join_messages([None if kind is None else told[0] for kind, told in votes])}"
+        if KINDS[max(failed)] is DamagedError:
+            problems = dict.fromkeys(problem for kind, told in votes if kind is not None for problem in told[1])
+            raise DamagedError(message, sorted(problems)) from failure
+        raise KINDS[max(failed)](message) from failure
     return [result for _, result in votes]
 
 

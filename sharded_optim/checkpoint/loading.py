@@ -22,7 +22,7 @@ from sharded_optim.checkpoint.live import LiveModel, LiveOptimizer, live_model, 
 from sharded_optim.checkpoint.live.optimizer import Landing
 from sharded_optim.checkpoint.manifest import Manifest, TensorEntry, key_of
 from sharded_optim.checkpoint.read import CheckpointReader, Wish
-from sharded_optim.checkpoint.steps import steps_of, trust
+from sharded_optim.checkpoint.steps import candidates, trust
 from sharded_optim.checkpoint.store import Store
 
 __all__ = ["Choices", "load_newest", "load_step"]
@@ -70,7 +70,7 @@ def load_newest(store: Store, load: Callable[[int], Any], process_group: dist.Pr
     Raises:
         CheckpointError: there is none, or `load` raises it for a reason other than damage.
     """
-    told = together(f"looking into {store.root}", lambda: steps_of(store), process_group)
+    told = together(f"looking into {store.root}", lambda: candidates(store), process_group)
     damaged: list[str] = []
     for step in reversed(told[0]):
         try:
@@ -79,7 +79,8 @@ def load_newest(store: Store, load: Callable[[int], Any], process_group: dist.Pr
             damaged += error.problems
             warnings.warn(f"{error}\n  Falling back to the checkpoint before it.", UserWarning, stacklevel=4)
     if damaged:
-        raise DamagedError(f"there is no checkpoint in {store.root} that verifies; all {len(told[0])} are damaged", damaged)
+        listed = "\n  ".join(damaged[:SHOWN])
+        raise DamagedError(f"there is no checkpoint in {store.root} that verifies; all {len(told[0])} are damaged:\n  {listed}", damaged)
     raise CheckpointError(f"there is no checkpoint in {store.root}; save one, or give the folder that holds the step-... folders")
 
 
@@ -140,7 +141,7 @@ def load_step(store: Store, step: int, model: Any, optimizer: Any, choices: Choi
     if errors:
         listed = "\n  ".join(errors[:SHOWN]) + (f"\n  and {len(errors) - SHOWN} more" if len(errors) > SHOWN else "")
         raise MismatchError(f"{reader.where} does not fit, and nothing was changed:\n  {listed}")
-    if problems and rank == 0:
+    if problems:
         warnings.warn(
             f"{reader.where} does not fit in all, as strict=False allows:\n  " + "\n  ".join(text for _, text in problems), stacklevel=4
         )

@@ -17,6 +17,8 @@ class LocalStore:
         root: the folder; it need not exist.
     """
 
+    renames = True
+
     def __init__(self, root: str) -> None:
         self.root = root
         self._top = os.path.abspath(root)  # also if somebody changes the current folder while a save is in the background

@@ -13,6 +13,7 @@ from sharded_optim.checkpoint.errors import CheckpointError, DamagedError
 from sharded_optim.checkpoint.held import Held, numbers_of
 from sharded_optim.checkpoint.manifest import Chunk, Manifest, TensorEntry, sha256
 from sharded_optim.checkpoint.plan import CHUNK_BYTES
+from sharded_optim.checkpoint.shard_file import tensors_in, tensors_of
 from sharded_optim.checkpoint.store import COMMITTED, MANIFEST, Store, folder_of
 from sharded_optim.segment import overlaps
 
@@ -54,6 +55,8 @@ class CheckpointReader:
         self.where = f"{store.root}/{self.folder}"
         self.sizes = store.files(self.folder)
         if COMMITTED not in self.sizes:
+            if store.renames and self.sizes:  # it was published with one
+                raise DamagedError(f"{self.where}/{COMMITTED} is lost")
             raise CheckpointError(f"{self.where} is no committed checkpoint; {COMMITTED} is missing")
         if MANIFEST not in self.sizes:
             raise DamagedError(f"{self.where}/{MANIFEST} is lost")
@@ -103,7 +106,11 @@ class CheckpointReader:
         self._raise(problems)
 
     def load(self, wishes: Sequence[Wish]) -> None:
-        """Copy what is wished for to where it is wanted. `verify` has read the same before."""
+        """Copy what is wished for to where it is wanted.
+
+        Raises:
+            DamagedError: bytes are others than when `verify` read them. What is wished for is then partly loaded.
+        """
         wanted: dict[tuple[str, int], list[Wish]] = {}
         chunks: dict[tuple[str, int], tuple[TensorEntry, Chunk]] = {}
         landings = {id(wish): wish.held.flat() for wish in wishes}
@@ -113,11 +120,15 @@ class CheckpointReader:
                     chunks[chunk.file, chunk.offset] = wish.entry, chunk
                     wanted.setdefault((chunk.file, chunk.offset), []).append(wish)
 
-        def copy(entry: TensorEntry, chunk: Chunk, content: memoryview) -> None:
+        def copy(entry: TensorEntry, chunk: Chunk, content: memoryview) -> str | None:
+            problem = _problem(entry, chunk, content)
+            if problem is not None:
+                return problem
             source = numbers_of(content, entry.dtype)
             for wish in wanted[chunk.file, chunk.offset]:
                 for overlap in overlaps(chunk.segment, wish.held.segment):
                     overlap.copy(source, landings[id(wish)])
+            return None
 
         with torch.no_grad():
             problems = self._each([chunks[place] for place in sorted(chunks)], copy)
@@ -179,9 +190,12 @@ class CheckpointReader:
             count = self._store.read(self.folder, name, 0, memoryview(header))
         except OSError as error:
             return f"{name} cannot be read: {error}"
-        if count == file.header_size and sha256(bytes(header)) == file.header_sha256:
-            return None
-        return f"{name}: its header is not the one that was saved"
+        if count != file.header_size or sha256(bytes(header)) != file.header_sha256:
+            return f"{name}: its header is not the one that was saved"
+        chunks = [(entry.key, entry.dtype, chunk.segment) for entry, chunk in self.manifest.chunks() if chunk.file == name]
+        if tensors_in(bytes(header)) != tensors_of(chunks):
+            return f"{name}: its header tells of other tensors than {MANIFEST}"
+        return None
 
     def _raise(self, problems: Sequence[str]) -> None:
         if problems:

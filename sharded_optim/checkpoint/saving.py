@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -118,21 +119,27 @@ def begin(
     Raises:
         CheckpointError: see `checkpoint.save`.
     """
-    store = open_store(root)
+    opened: list[Store] = []
     held: list[Held] = []
     rows: list[Row] = []
     rest: list[Any] = []
 
     def tell() -> tuple[bytes, bytes]:
         _check_arguments(step, keep)
+        opened.append(open_store(root))
         content = collect()
         held.extend(content.held)
         rows.extend(rows_of(held))
-        rest.extend((content.parameters, content.wrapper, None if content.extra is None else encode(content.extra, "extra")))
+        extra = None if content.extra is None else encode(content.extra, "extra")
+        rest.extend((content.parameters, content.wrapper, extra, {"step": step, "keep": keep}))
         return digest_of(rows), digest_of(rest)
 
     digests, rest_digests = zip(*together("collecting what to save", tell, process_group), strict=True)
-    parameters, wrappers, extras = zip(*distinct(rest, rest_digests, process_group), strict=True)
+    store = opened[0]
+    parameters, wrappers, extras, arguments = zip(*distinct(rest, rest_digests, process_group), strict=True)
+    for rank, own in enumerate(arguments):
+        if own != arguments[0]:
+            raise CheckpointError(f"rank {rank} saves with {own}, rank 0 with {arguments[0]}; give all ranks the same")
     manifest = Manifest(
         step=step,
         world_size=len(digests),
@@ -170,20 +177,21 @@ def finish(draft: Draft, content: Callable[[Part], Tensor]) -> None:
     """
     store, where = draft.store, f"{draft.store.root}/{folder_of(draft.step)}"
     world_size = len(draft.plan.parts)
+    committed: list[str] = []
     try:
         written = together(
             f"writing {where}",
             lambda: write_shard(store, draft.folder, shard_name(draft.rank, world_size), draft.parts, content) if draft.parts else None,
             draft.process_group,
         )
-        together(f"committing {where}", lambda: _commit(draft, written) if draft.rank == 0 else None, draft.process_group)
+        together(f"committing {where}", lambda: committed.append(_commit(draft, written)) if draft.rank == 0 else None, draft.process_group)
     except BaseException:
-        if draft.rank == 0:
+        if draft.rank == 0 and not committed:  # else others may have returned
             _discard(draft)
         raise
     if draft.rank == 0 and draft.keep is not None:
         try:
-            prune_in(store, draft.keep)
+            prune_in(store, draft.keep, spare=draft.step)
         except Exception as error:  # the checkpoint is there
             warnings.warn(f"{store.root} could not be pruned: {error}", UserWarning, stacklevel=3)
 
@@ -191,15 +199,21 @@ def finish(draft: Draft, content: Callable[[Part], Tensor]) -> None:
 # ---------------------------------------------------------------------------------------------------------------------- collecting
 
 
-_last_plan: tuple[Sequence[bytes], Plan] | None = None  # with the digests of all ranks' rows
+class _Alone:
+    """Stands for the group of a process that is alone."""
+
+
+_ALONE = _Alone()
+# The last plan of each group, with the digests of all ranks' rows: whether it still holds is the same on all of its ranks.
+_plans: WeakKeyDictionary[Any, tuple[Sequence[bytes], Plan]] = WeakKeyDictionary()
 
 
 def _plan(rows: Sequence[Row], digests: Sequence[bytes], process_group: dist.ProcessGroup | None) -> Plan:
     """The plan for what all ranks hold: the last one, if they hold what they held then. A collective."""
-    global _last_plan
-    if _last_plan is None or _last_plan[0] != digests:
-        _last_plan = digests, Plan.of(distinct(rows, digests, process_group))
-    return _last_plan[1]
+    group = process_group or _ALONE
+    if group not in _plans or _plans[group][0] != digests:
+        _plans[group] = digests, Plan.of(distinct(rows, digests, process_group))
+    return _plans[group][1]
 
 
 def _check_arguments(step: int, keep: int | None) -> None:
@@ -280,7 +294,7 @@ def _make_draft(store: Store, step: int) -> str:
             logger.info("removing %s/%s, which a process has left that died", store.root, other)
             store.remove(other)
         _cleaned.add(store.root)
-    if folder in folders and COMMITTED in store.files(folder):
+    if folder in folders and (store.renames or COMMITTED in store.files(folder)):
         _make_way(store, step)
     return store.begin(folder, secrets.token_hex(4))
 
@@ -301,7 +315,8 @@ def _make_way(store: Store, step: int) -> None:
         )
 
 
-def _commit(draft: Draft, written: Sequence[WrittenShard | None]) -> None:
+def _commit(draft: Draft, written: Sequence[WrittenShard | None]) -> str:
+    """Make the draft a checkpoint; returns its folder."""
     files: dict[str, ShardFile] = {}
     chunks: dict[tuple[str, str], list[Chunk]] = {key: [] for key in draft.plan.tensors}
     for rank, (shard, parts) in enumerate(zip(written, draft.plan.parts, strict=True)):
@@ -323,6 +338,7 @@ def _commit(draft: Draft, written: Sequence[WrittenShard | None]) -> None:
     _write_file(draft, COMMITTED, committed_content(manifest))
     draft.store.publish(draft.folder, folder_of(draft.step))
     trust(draft.store, draft.step, manifest)
+    return folder_of(draft.step)
 
 
 def _write_file(draft: Draft, name: str, content: bytes) -> None:

@@ -7,10 +7,12 @@ Format: https://huggingface.co/docs/safetensors, 8 bytes with the size of a JSON
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from sharded_optim.checkpoint.dtypes import name_of
@@ -18,9 +20,11 @@ from sharded_optim.checkpoint.held import bytes_of
 from sharded_optim.checkpoint.manifest import sha256
 from sharded_optim.checkpoint.plan import Part
 from sharded_optim.checkpoint.store import Store
+from sharded_optim.segment import Segment
 
-__all__ = ["WrittenShard", "write_shard"]
+__all__ = ["WrittenShard", "tensors_in", "tensors_of", "write_shard"]
 
+METADATA = "__metadata__"  # of a safetensors file, beside its tensors
 AHEAD = 2  # chunks that may be hashed at a time besides the one that is written
 
 
@@ -65,19 +69,30 @@ def _sha256(flat: Tensor, memory: memoryview) -> str:
 
 
 def _header(parts: Sequence[Part]) -> bytes:
-    content: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    begin = 0
-    numbers: dict[str, int] = {}
-    for part in parts:
-        number = numbers[part.key] = numbers.get(part.key, -1) + 1
-        segment = part.segment
-        shape = list(segment.shape) if segment.numel == segment.tensor_numel else [segment.numel]
-        content[f"{part.key}#{number}"] = {
-            "dtype": name_of(part.dtype, part.key),
-            "shape": shape,
-            "data_offsets": [begin, begin + part.size],
-        }
-        begin += part.size
+    content = {METADATA: {"format": "pt"}} | tensors_of((part.key, part.dtype, part.segment) for part in parts)
     text = json.dumps(content).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def tensors_of(chunks: Iterable[tuple[str, torch.dtype, Segment]]) -> dict[str, Any]:
+    """What a header tells of chunks, in their order: the key of each, its dtype and its elements."""
+    content: dict[str, Any] = {}
+    begin = 0
+    numbers: dict[str, int] = {}
+    for key, dtype, segment in chunks:
+        number = numbers[key] = numbers.get(key, -1) + 1
+        shape = list(segment.shape) if segment.numel == segment.tensor_numel else [segment.numel]
+        end = begin + segment.numel * dtype.itemsize
+        content[f"{key}#{number}"] = {"dtype": name_of(dtype, key), "shape": shape, "data_offsets": [begin, end]}
+        begin = end
+    return content
+
+
+def tensors_in(header: bytes) -> dict[str, Any] | None:
+    """What a header that was read tells; None if it is none."""
+    try:
+        content = json.loads(header[8:])
+    except ValueError:
+        return None
+    return {key: value for key, value in content.items() if key != METADATA} if isinstance(content, dict) else None

@@ -11,7 +11,7 @@ from sharded_optim.checkpoint.manifest import Manifest, sha256
 from sharded_optim.checkpoint.read import CheckpointReader
 from sharded_optim.checkpoint.store import COMMITTED, Store, folder_of, open_store, steps_in
 
-__all__ = ["describe", "latest", "prune", "prune_in", "steps", "steps_of", "trust", "verify"]
+__all__ = ["candidates", "describe", "latest", "prune", "prune_in", "steps", "steps_of", "trust", "verify"]
 
 Root = str | os.PathLike[str]
 
@@ -24,7 +24,13 @@ def steps(root: Root) -> list[int]:
 
 
 def steps_of(store: Store) -> list[int]:
+    """The committed steps, ascending."""
     return [step for step in steps_in(store.folders()) if COMMITTED in store.files(folder_of(step))]
+
+
+def candidates(store: Store) -> list[int]:
+    """The steps that are committed, and those that were and have lost their marker, as far as that can be told, ascending."""
+    return steps_in(store.folders()) if store.renames else steps_of(store)
 
 
 def describe(root: Root, step: int | None = None) -> Manifest:
@@ -84,7 +90,12 @@ def prune(root: Root, keep: int) -> list[int]:
     return prune_in(open_store(root), keep)
 
 
-def prune_in(store: Store, keep: int) -> list[int]:
+def prune_in(store: Store, keep: int, *, spare: int | None = None) -> list[int]:
+    """See `prune`.
+
+    Args:
+        spare: a step that stays whatever there is.
+    """
     kept = []
     for step in _newest_first(store, trusts=True):
         kept.append(step)
@@ -92,7 +103,7 @@ def prune_in(store: Store, keep: int) -> list[int]:
             break
     else:
         return []
-    removed = [step for step in steps_of(store) if step < kept[-1]]
+    removed = [step for step in candidates(store) if step < kept[-1] and step != spare]
     for step in removed:
         store.remove(folder_of(step))
     return removed
@@ -100,7 +111,7 @@ def prune_in(store: Store, keep: int) -> list[int]:
 
 def _newest_first(store: Store, *, trusts: bool = False) -> Iterator[int]:
     """The steps that verify."""
-    for step in reversed(steps_of(store)):
+    for step in reversed(candidates(store)):
         try:
             _verify(store, step, trusts=trusts)
         except DamagedError as error:
@@ -125,7 +136,7 @@ def trust(store: Store, step: int, manifest: bytes) -> None:
 
 
 def _existing(store: Store, step: int | None) -> int:
-    found = steps_of(store)
+    found = candidates(store)
     if step is None and not found:
         raise CheckpointError(f"there is no checkpoint in {store.root}")
     if step is not None and step not in found:

@@ -40,9 +40,11 @@ class Store(Protocol):
 
     Attributes:
         root: as the user gave it.
+        renames: whether a draft becomes the folder by a rename, so that a folder without a marker has lost it.
     """
 
     root: str
+    renames: bool
 
     def folders(self) -> list[str]:
         """Under the root, drafts too; none where there is no root."""

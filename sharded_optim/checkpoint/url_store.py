@@ -15,6 +15,8 @@ class UrlStore:
         file_system: of fsspec; None: the URL's.
     """
 
+    renames = False
+
     def __init__(self, root: str, file_system: Any = None) -> None:
         self.root = root
         if file_system is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -33,9 +34,10 @@ def encode(value: Any, where: str) -> Any:
     """
     if value is None or isinstance(value, bool | str):
         return value
-    if type(value) is int:
-        return value
-    if type(value) is float:
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real) and not isinstance(value, numbers.Rational):  # NumPy's too
+        value = float(value)
         return value if math.isfinite(value) else {"$float": repr(value)}
     if isinstance(value, list):
         return [encode(each, f"{where}[{index}]") for index, each in enumerate(value)]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sharded_optim.checkpoint.held import KAHAN, MASTER, Held
 from sharded_optim.checkpoint.manifest import Manifest, Parameters, key_of
+from sharded_optim.checkpoint.values import decode, encode
 from sharded_optim.engine import Engine
 from sharded_optim.param_groups import HYPERPARAMETERS, named_params
 from sharded_optim.sharding import LocalParam
@@ -121,7 +122,9 @@ class LiveOptimizer:
             if (state := self.engine.state.get(member.param)) is not None
             for name in member.names
         }
-        hyperparameters = tuple(_hyperparameters(group) for group in self.groups)
+        hyperparameters = tuple(
+            decode(encode(_hyperparameters(group), f"param_groups[{index}]")) for index, group in enumerate(self.groups)
+        )
         return Parameters(optimizer=type(self.engine).__name__, groups=hyperparameters, group_of=dict(self.group_of), steps=steps)
 
     # --------------------------------------------------------------------------------------------------------------------- loading
