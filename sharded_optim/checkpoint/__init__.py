@@ -11,6 +11,8 @@ load changes everything or nothing.
     manifest.py, values.py, dtypes.py         what is written down, in JSON
     store.py, local_store.py, url_store.py    where it is kept
     steps.py    which checkpoints there are
+    whole.py, export.py     one process reads all of it, and writes it for other programs
+    imports/    other libraries' checkpoints, one file for each format
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ import torch.distributed as dist
 from sharded_optim.checkpoint import loading, saving, staging
 from sharded_optim.checkpoint.errors import CheckpointError, DamagedError, MismatchError
 from sharded_optim.checkpoint.exchange import together
+from sharded_optim.checkpoint.export import export_safetensors, export_torch
+from sharded_optim.checkpoint.imports import import_from
 from sharded_optim.checkpoint.staging import Saving
 from sharded_optim.checkpoint.steps import describe, latest, prune, steps, verify
 from sharded_optim.checkpoint.store import Store, open_store
@@ -36,6 +40,9 @@ __all__ = [
     "Saving",
     "async_save",
     "describe",
+    "export_safetensors",
+    "export_torch",
+    "import_from",
     "latest",
     "load",
     "prune",

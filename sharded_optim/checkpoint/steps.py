@@ -11,7 +11,7 @@ from sharded_optim.checkpoint.manifest import Manifest, sha256
 from sharded_optim.checkpoint.read import CheckpointReader
 from sharded_optim.checkpoint.store import COMMITTED, Store, folder_of, open_store, steps_in
 
-__all__ = ["candidates", "describe", "latest", "prune", "prune_in", "steps", "steps_of", "trust", "verify"]
+__all__ = ["candidates", "describe", "existing_step", "latest", "prune", "prune_in", "steps", "steps_of", "trust", "verify"]
 
 Root = str | os.PathLike[str]
 
@@ -44,7 +44,7 @@ def describe(root: Root, step: int | None = None) -> Manifest:
         DamagedError: its manifest is not the one that was saved.
     """
     store = open_store(root)
-    return CheckpointReader(store, _existing(store, step)).manifest
+    return CheckpointReader(store, existing_step(store, step)).manifest
 
 
 def verify(root: Root, step: int | None = None) -> int:
@@ -61,7 +61,7 @@ def verify(root: Root, step: int | None = None) -> int:
         DamagedError: it is not what was saved; `problems` names each file and tensor.
     """
     store = open_store(root)
-    step = _existing(store, step)
+    step = existing_step(store, step)
     _verify(store, step)
     return step
 
@@ -135,7 +135,12 @@ def trust(store: Store, step: int, manifest: bytes) -> None:
     _trusted.add((store.root, step, sha256(manifest)))
 
 
-def _existing(store: Store, step: int | None) -> int:
+def existing_step(store: Store, step: int | None) -> int:
+    """The step that is meant; None: the highest that is committed.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     found = candidates(store)
     if step is None and not found:
         raise CheckpointError(f"there is no checkpoint in {store.root}")
