@@ -1,10 +1,10 @@
-"""The commands of `sharded-optim`: each a function in a file of its own, listed here. Used by `cli.py` alone."""
+"""The commands of `sharded-optim`: each a function in a file of its own, or a package of several, listed here. Used by `cli.py` alone."""
 
 from __future__ import annotations
 
 import typer
 
-from sharded_optim.commands import plan
+from sharded_optim.commands import checkpoint, plan
 
 __all__ = ["app"]
 
@@ -17,9 +17,5 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def _sharded_optim() -> None:
-    """Without a callback, typer would make the only command the whole application, and its name an argument of it."""
-
-
 app.command("plan")(plan.plan)
+app.add_typer(checkpoint.app, name="checkpoint")

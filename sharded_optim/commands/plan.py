@@ -10,11 +10,9 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from sharded_optim.commands import errors
+from sharded_optim.commands.tables import print_table, table
 from sharded_optim.plan import DTYPES, KINDS, MASTERS, OPTIMIZERS, SHARDINGS, Plan, Rates, Setup, compare, time_of
 from sharded_optim.plan import plan as plan_of
 from sharded_optim.shapes import Model, load
@@ -29,7 +27,6 @@ EXPLANATIONS = {
     "masters": "or Kahan compensations",
     "buckets": "other buffers, at most",
 }
-WIDEST = 1000  # columns of characters, more than a table has
 
 
 def plan(
@@ -125,22 +122,6 @@ def _print_head(model: Model, setup: Setup) -> None:
     )
 
 
-def _table(*headings: str, numbers: Sequence[str], caption: str | None = None) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=caption, caption_justify="left", caption_style="")
-    for heading in headings:
-        table.add_column(heading, no_wrap=True)
-    for heading in numbers:
-        table.add_column(heading, no_wrap=True, justify="right")
-    return table
-
-
-def _print(table: Table) -> None:
-    """As wide as it is: a terminal that is narrower wraps lines, where rich would cut numbers off."""
-    console = Console()
-    console = Console(width=max(console.width, console.measure(table, options=console.options.update_width(WIDEST)).maximum))
-    console.print(table)
-
-
 def _gib(size: int) -> str:
     return f"{size / GIB:,.3f}"
 
@@ -156,33 +137,33 @@ def _print_comparison(plans: Sequence[Plan], rates: Rates) -> None:
     caption = "GiB on a rank; sent: GiB by a rank in a step"
     caption += "; ms of a step, at least: communication hidden" if ranged else "; ms of a step" if timed else ""
     milliseconds = ["least ms", "most ms"] if ranged else ["ms"] if timed else []
-    table = _table("sharding", numbers=[*KINDS, "total", "sent", *milliseconds], caption=caption)
+    grid = table("sharding", numbers=[*KINDS, "total", "sent", *milliseconds], caption=caption)
     for each, time in zip(plans, times, strict=True):
         row = [each.name, *(_gib(getattr(each.memory, kind)) for kind in KINDS), _gib(each.memory.total), _gib(each.sent)]
-        table.add_row(*row, *[_ms(time.shortest), _ms(time.longest)][: len(milliseconds)])
-    _print(table)
+        grid.add_row(*row, *[_ms(time.shortest), _ms(time.longest)][: len(milliseconds)])
+    print_table(grid)
 
 
 def _print_details(plan: Plan, rates: Rates) -> None:
-    table = _table(plan.name, "", numbers=["GiB"])
+    grid = table(plan.name, "", numbers=["GiB"])
     for kind in KINDS:
-        table.add_row(kind, EXPLANATIONS[kind], _gib(getattr(plan.memory, kind)))
-    table.add_row("total", "", _gib(plan.memory.total), style="bold")
-    _print(table)
+        grid.add_row(kind, EXPLANATIONS[kind], _gib(getattr(plan.memory, kind)))
+    grid.add_row("total", "", _gib(plan.memory.total), style="bold")
+    print_table(grid)
     if plan.collectives:
-        table = _table("in a step", "of", numbers=["ranks", "GiB sent"])
+        grid = table("in a step", "of", numbers=["ranks", "GiB sent"])
         for each in plan.collectives:
-            table.add_row(each.operation, each.what, f"{each.ranks:,}", _gib(each.sent))
-        table.add_row("total", "", "", _gib(plan.sent), style="bold")
-        _print(table)
+            grid.add_row(each.operation, each.what, f"{each.ranks:,}", _gib(each.sent))
+        grid.add_row("total", "", "", _gib(plan.sent), style="bold")
+        print_table(grid)
     time = time_of(plan, rates)
     if time.longest is not None:
-        table = _table("time", numbers=["ms"])
+        grid = table("time", numbers=["ms"])
         parts = {"communication": time.communication, "optimizer": time.optimizer, "forward and backward": time.compute}
         if time.shortest != time.longest:
             parts["step, communication hidden"] = time.shortest
         parts["step, one after the other"] = time.longest
         for name, seconds in parts.items():
             if seconds is not None:
-                table.add_row(name, _ms(seconds))
-        _print(table)
+                grid.add_row(name, _ms(seconds))
+        print_table(grid)

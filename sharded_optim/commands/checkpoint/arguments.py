@@ -1,0 +1,12 @@
+"""Arguments that several commands have."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+__all__ = ["Root", "Step"]
+
+Root = Annotated[str, typer.Argument(metavar="ROOT", help="folder that holds the step-... folders, or a URL that fsspec knows")]
+Step = Annotated[int | None, typer.Option("--step", help="the highest, unless given")]

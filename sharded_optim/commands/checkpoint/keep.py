@@ -1,0 +1,60 @@
+"""`checkpoint verify` and `checkpoint prune`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from sharded_optim import checkpoint
+from sharded_optim.checkpoint.errors import CheckpointError, DamagedError
+from sharded_optim.commands import errors
+from sharded_optim.commands.checkpoint.arguments import Root, Step
+from sharded_optim.commands.tables import counted, size_of
+
+__all__ = ["prune", "verify"]
+
+
+def verify(
+    root: Root,
+    step: Step = None,
+    every: Annotated[bool, typer.Option("--all", help="verify all steps")] = False,
+) -> None:
+    """Read a checkpoint and compare every byte with what was saved, by SHA-256. Exit status 1: it is damaged."""
+    damaged = False
+    with errors.for_users():
+        if every and step is not None:
+            raise ValueError("--all and --step contradict each other; give one of the two")
+        found = checkpoint.steps(root) if every else [step]
+        if not found:
+            raise CheckpointError(f"there is no checkpoint in {root}")
+        for each in found:
+            damaged |= not _verified(root, each)
+    if damaged:
+        raise typer.Exit(1)
+
+
+def _verified(root: str, step: int | None) -> bool:
+    try:
+        step = checkpoint.verify(root, step)
+    except DamagedError as error:
+        print(f"step {step}: DAMAGED" if step is not None else "DAMAGED")
+        for problem in error.problems:
+            print(f"  {problem}")
+        return False
+    manifest = checkpoint.describe(root, step)
+    size = f"{size_of(manifest.size)} in {counted(len(manifest.files), 'file')}"
+    print(f"step {step}: verified, {size}, {counted(len(manifest.tensors), 'tensor')}")
+    return True
+
+
+def prune(root: Root, keep: Annotated[int, typer.Option("--keep", help="how many remain")]) -> None:
+    """Remove all checkpoints but the newest that verify. Those that are damaged and newer than all of these stay."""
+    with errors.for_users():
+        removed = checkpoint.prune(root, keep)
+        remaining = checkpoint.steps(root)
+    print(f"removed {_listed(removed)}; there remain {_listed(remaining)}")
+
+
+def _listed(steps: list[int]) -> str:
+    return ", ".join(map(str, steps)) or "none"

@@ -1,0 +1,67 @@
+"""Tables as commands print them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+__all__ = ["counted", "plain", "print_table", "size_of", "table"]
+
+WIDEST = 1000  # columns of characters, more than a table has
+UNITS = ("B", "kB", "MB", "GB", "TB")
+
+
+def table(*headings: str, numbers: Sequence[str] = (), last: Sequence[str] = (), caption: str | None = None) -> Table:
+    """An empty table.
+
+    Args:
+        headings: of columns of text.
+        numbers: of columns of numbers, behind those.
+        last: of columns of text behind the numbers.
+        caption: below it.
+    """
+    found = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=caption, caption_justify="left", caption_style="")
+    for heading in headings:
+        found.add_column(heading, no_wrap=True)
+    for heading in numbers:
+        found.add_column(heading, no_wrap=True, justify="right")
+    for heading in last:
+        found.add_column(heading, no_wrap=True)
+    return found
+
+
+def print_table(table: Table) -> None:
+    """As wide as it is: a terminal that is narrower wraps lines, where rich would cut numbers off."""
+    console = Console()
+    console = Console(width=max(console.width, console.measure(table, options=console.options.update_width(WIDEST)).maximum))
+    console.print(table)
+
+
+def plain(value: object) -> Text:
+    """Text in which rich sees no markup: names and shapes have brackets."""
+    return Text(str(value))
+
+
+def counted(count: int, what: str) -> str:
+    """A number of things.
+
+    >>> counted(1, "file"), counted(1234, "file")
+    ('1 file', '1,234 files')
+    """
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def size_of(count: int) -> str:
+    """Bytes, as people read them.
+
+    >>> size_of(999), size_of(1_234_567)
+    ('999 B', '1.23 MB')
+    """
+    value, unit = float(count), 0
+    while value >= 999.5 and unit < len(UNITS) - 1:
+        value, unit = value / 1000, unit + 1
+    return f"{value:.3g} {UNITS[unit]}"
