@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 import zipfile
 from pathlib import Path
@@ -50,7 +49,7 @@ STAND_INS = (
     "numpy.ndarray",
     "numpy.dtype",
 )
-REFUSED = re.compile(r"GLOBAL (\S+) was not|blocklisted module (\S+)|[Uu]nsupported class (\S+)")
+REFUSED = re.compile(r"GLOBAL (\S+) was not|GLOBAL (\S+) whose module|[Uu]nsupported class (\S+)")
 
 
 def load(path: Path) -> Any:
@@ -73,10 +72,12 @@ def _load(source: Any, where: str, *, mmap: bool | None) -> Any:
     try:
         with torch.serialization.safe_globals([(Inert, name) for name in STAND_INS]):
             return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # of any type, where the file is damaged
         found = REFUSED.search(str(error))
         if found is None:
-            raise ValueError(f"{where} cannot be loaded as a file of torch.save: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"{where} cannot be loaded as a file of torch.save: {(str(error) or repr(error)).splitlines()[0]}") from error
         name = next(filter(None, found.groups()))
         raise ValueError(
             f"{where} holds a {name.rstrip('.')}, which might run code, and is not loaded; save it again without: tensors, numbers, texts, "

@@ -1,0 +1,252 @@
+"""Exports: what other programs read is what was saved, bit for bit; nothing is overwritten, and nothing half written is left."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from deepspeed_models import AWKWARD
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+
+import sharded_optim as so
+from benchmarks.given_gradients import Model, Shapes, gradients, two_groups
+from sharded_optim import checkpoint
+from sharded_optim.checkpoint import export, saving
+from sharded_optim.checkpoint.held import Held
+from sharded_optim.segment import Segment
+
+pytestmark = pytest.mark.filterwarnings("ignore:weight_decay")
+
+ODD = (*AWKWARD, ((),), ((0, 5),))  # and no dimensions, and no elements
+SAVED = 3  # steps
+STABLE = partial(so.StableAdamW, lr=1e-2, weight_decay=0.1)
+OPTIMIZERS: dict[str, Callable[..., Any]] = {
+    "Adam": partial(so.Adam, lr=1e-2, weight_decay=0.1),
+    "AdamW": partial(so.AdamW, lr=1e-2, weight_decay=0.1),
+    "StableAdamW": STABLE,
+    "DecoupledAdamW-amsgrad": partial(so.DecoupledAdamW, lr=1e-2, weight_decay=1e-4, amsgrad=True),
+    "DecoupledSGDW": partial(so.DecoupledSGDW, lr=1e-2, momentum=0.9),
+}
+
+
+class WithBuffers(Model):
+    def __init__(self, layers: Shapes = ODD, *, seed: int = 0) -> None:
+        super().__init__(layers, seed=seed)
+        self.register_buffer("count", torch.tensor(7 + seed))
+        self.register_buffer("scratch", torch.zeros(3), persistent=False)
+
+
+def train(model: nn.Module, optimizer: Any, first: int, last: int, layers: Shapes = ODD) -> None:
+    for step in range(first, last + 1):
+        for param, grad in zip(model.parameters(), gradients(step, layers), strict=True):
+            param.grad = grad.to(param.dtype)
+        optimizer.step()
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype, name
+        assert found[name].shape == value.shape, name
+        assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_model_is_one_safetensors_file_where_it_fits(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Parameters, buffers, no dimensions, no elements; none of the optimizer's state."""
+    model = WithBuffers().to(dtype)
+    optimizer = STABLE(two_groups(model))
+    train(model, optimizer, 1, SAVED)
+    checkpoint.save(tmp_path / "run", 3, model=model, optimizer=optimizer)
+    assert checkpoint.export_safetensors(tmp_path / "run", tmp_path / "model") == ["model.safetensors"]
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["model.safetensors"]
+    assert_same(safetensors.torch.load_file(tmp_path / "model" / "model.safetensors"), dict(model.state_dict()))
+    with safe_open(tmp_path / "model" / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_a_larger_model_is_cut_into_numbered_files_with_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = WithBuffers()
+    checkpoint.save(tmp_path / "run", 0, model=model)
+    monkeypatch.setattr(export, "FILE_BYTES", 2500)
+    names = checkpoint.export_safetensors(tmp_path / "run", tmp_path / "model")
+    count = len(names) - 1
+    assert count > 2
+    assert names == [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)] + ["model.safetensors.index.json"]
+    index = json.loads((tmp_path / "model" / names[-1]).read_text())
+    expected = dict(model.state_dict())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in expected.values())
+    found: dict[str, Tensor] = {}
+    for name in names[:-1]:
+        part = safetensors.torch.load_file(tmp_path / "model" / name)
+        assert part
+        assert len(part) == 1 or sum(tensor.nbytes for tensor in part.values()) <= 2500
+        assert {tensor: file for tensor, file in index["weight_map"].items() if file == name}.keys() == part.keys()
+        found |= part
+    assert_same(found, expected)
+
+
+def save_pieces(root: Path, step: int, held: list[Held]) -> None:
+    content = saving.Content(held=held)
+    draft = saving.begin(root, step, lambda: content)
+    saving.finish(draft, draft.content)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "torch"])
+def test_masters_take_the_place_of_rounded_parameters_where_there_are_some(kind: str, tmp_path: Path) -> None:
+    values = {"a": torch.randn(5, 3), "b": torch.randn(7)}
+    rounded = {name: value.bfloat16() for name, value in values.items()}
+    held = [Held(kind="model", segment=Segment.whole(name, value.shape), local=value) for name, value in rounded.items()]
+    held.append(Held(kind="master", segment=Segment.whole("a", (5, 3)), local=values["a"]))
+    save_pieces(tmp_path / "run", 1, held)
+    for masters, expected in ((False, rounded), (True, {"a": values["a"], "b": rounded["b"]})):
+        path = tmp_path / f"out{masters}"
+        if kind == "safetensors":
+            checkpoint.export_safetensors(tmp_path / "run", path, masters=masters)
+            assert_same(safetensors.torch.load_file(path / "model.safetensors"), expected)
+        else:
+            checkpoint.export_torch(tmp_path / "run", path, masters=masters)
+            assert_same(torch.load(path, weights_only=True)["model"], expected)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_torch_file_continues_bitwise_through_load_state_dict(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Loaded with weights_only=True, into the same param groups of an optimizer that was built with other hyperparameters."""
+    model = WithBuffers().to(dtype)
+    optimizer = OPTIMIZERS[name](two_groups(model))
+    train(model, optimizer, 1, SAVED)
+    extra = {"epoch": 2, "betas": (0.1, float("inf")), "blob": b"\x00\xff", "t": torch.arange(3), "none": None}
+    checkpoint.save(tmp_path / "run", 3, model=model, optimizer=optimizer, extra=extra)
+    checkpoint.export_torch(tmp_path / "run", tmp_path / "all.pt")
+    loaded = torch.load(tmp_path / "all.pt", weights_only=True)
+    assert loaded["step"] == 3
+    assert torch.equal(loaded["extra"].pop("t"), extra.pop("t"))
+    assert loaded["extra"] == extra
+    other = WithBuffers(seed=5).to(dtype)
+    other.load_state_dict(loaded["model"])
+    groups = [{**group, "lr": 0.5} for group in two_groups(other)]
+    taken = OPTIMIZERS[name](groups)
+    taken.load_state_dict(loaded["optimizer"])
+    names = {param: name for name, param in model.named_parameters()}
+    for group, theirs in zip(loaded["optimizer"]["param_groups"], optimizer.param_groups, strict=True):
+        assert group["param_names"] == [names[param] for param in theirs["params"]]
+    for each, its in ((model, optimizer), (other, taken)):
+        train(each, its, SAVED + 1, SAVED + 2)
+    assert_same(dict(other.state_dict()), dict(model.state_dict()))
+    for mine, theirs in zip(other.parameters(), model.parameters(), strict=True):
+        assert_same(taken.state[mine], optimizer.state[theirs])
+    for mine, theirs in zip(taken.param_groups, optimizer.param_groups, strict=True):
+        assert {key: value for key, value in mine.items() if "param" not in key} == {
+            key: value for key, value in theirs.items() if "param" not in key
+        }
+
+
+def save_sharded(folder: str) -> None:
+    """On two ranks. FSDP2 takes no parameter without dimensions."""
+    model = WithBuffers(AWKWARD)
+    fully_shard(model)
+    plain = WithBuffers(AWKWARD)
+    sharded = so.ShardedOptimizer(two_groups(plain), so.StableAdamW, lr=1e-2, weight_decay=0.1)
+    each = {"fsdp2": (model, STABLE(two_groups(model))), "zero": (plain, sharded)}
+    for wrapper, (wrapped, optimizer) in each.items():
+        for step in range(1, SAVED + 1):
+            wrapped(gradients(step, AWKWARD, rank=dist.get_rank(), world_size=2)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        checkpoint.save(Path(folder) / wrapper, 3, model=wrapped, optimizer=optimizer)
+
+
+def test_what_was_saved_sharded_is_exported_whole(tmp_path: Path) -> None:
+    """The next step is that of a training that was never sharded."""
+    ranks.run(save_sharded, 2, str(tmp_path))
+    expected = WithBuffers(AWKWARD)
+    train(expected, STABLE(two_groups(expected)), 1, SAVED + 1, AWKWARD)
+    for wrapper in ("fsdp2", "zero"):
+        checkpoint.export_torch(tmp_path / wrapper, tmp_path / f"{wrapper}.pt")
+        loaded = torch.load(tmp_path / f"{wrapper}.pt", weights_only=True)
+        model = WithBuffers(AWKWARD, seed=5)
+        model.load_state_dict(loaded["model"])
+        taken = STABLE(two_groups(model))
+        taken.load_state_dict(loaded["optimizer"])
+        train(model, taken, SAVED + 1, SAVED + 1, AWKWARD)
+        assert_same(dict(model.state_dict()), dict(expected.state_dict()))
+
+
+# ------------------------------------------------------------------------------------------------------------------------ failures
+
+
+def exporters() -> list[Callable[..., Any]]:
+    return [checkpoint.export_safetensors, checkpoint.export_torch]
+
+
+@pytest.mark.parametrize("run", exporters(), ids=["safetensors", "torch"])
+def test_nothing_that_exists_is_overwritten(run: Callable[..., Any], tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "run", 0, model=WithBuffers())
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "folder", "dangling"):
+        with pytest.raises(FileExistsError, match="overwrites nothing"):
+            run(tmp_path / "run", tmp_path / name)
+    assert (tmp_path / "file").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "file", "folder", "run"]
+
+
+@pytest.mark.parametrize("run", exporters(), ids=["safetensors", "torch"])
+def test_a_damaged_checkpoint_is_not_exported(run: Callable[..., Any], tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "run", 0, model=WithBuffers())
+    (shard,) = (tmp_path / "run" / "step-000000000").glob("*.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(checkpoint.DamagedError, match=shard.name):
+        run(tmp_path / "run", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("run", exporters(), ids=["safetensors", "torch"])
+def test_an_export_that_fails_leaves_nothing(run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save(tmp_path / "run", 0, model=WithBuffers())
+
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(export, "_sync", full)
+    with pytest.raises(OSError, match="No space"):
+        run(tmp_path / "run", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_checkpoint_of_an_optimizer_alone_has_no_model_to_export(tmp_path: Path) -> None:
+    model = WithBuffers()
+    optimizer = STABLE(list(model.named_parameters()))
+    train(model, optimizer, 1, 1)
+    checkpoint.save(tmp_path / "run", 1, optimizer=optimizer)
+    with pytest.raises(checkpoint.CheckpointError, match="saved without a model"):
+        checkpoint.export_safetensors(tmp_path / "run", tmp_path / "out")
+    checkpoint.export_torch(tmp_path / "run", tmp_path / "out.pt")
+    loaded = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert loaded["model"] is None
+    assert len(loaded["optimizer"]["state"]) == len(list(model.parameters()))
+
+
+def test_the_step_that_is_meant_is_exported(tmp_path: Path) -> None:
+    for step in (1, 2):
+        checkpoint.save(tmp_path / "run", step, model=WithBuffers(seed=step))
+    checkpoint.export_torch(tmp_path / "run", tmp_path / "1.pt", step=1)
+    checkpoint.export_torch(tmp_path / "run", tmp_path / "newest.pt")
+    for step, name in ((1, "1.pt"), (2, "newest.pt")):
+        assert_same(torch.load(tmp_path / name, weights_only=True)["model"], dict(WithBuffers(seed=step).state_dict()))
+    with pytest.raises(checkpoint.CheckpointError, match=r"no checkpoint of step 3 .* there are \[1, 2\]"):
+        checkpoint.export_torch(tmp_path / "run", tmp_path / "3.pt", step=3)
