@@ -3,7 +3,7 @@
 safely.py             what may be in a pickled file
 optimizer_state.py    optimizer state in our terms
 assembly.py           whole tensors of a model, and of an optimizer that numbers or names its parameters
-torch_file.py, dcp.py, deepspeed_rigid.py, deepspeed_universal.py      the formats
+torch_file.py, dcp.py, deepspeed_rigid.py, deepspeed_universal.py, safetensors_files.py     the formats
 deepspeed_files.py    what both of DeepSpeed's have in common
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from sharded_optim.checkpoint import saving
 from sharded_optim.checkpoint.errors import CheckpointError
-from sharded_optim.checkpoint.imports import dcp, deepspeed_rigid, deepspeed_universal, torch_file
+from sharded_optim.checkpoint.imports import dcp, deepspeed_rigid, deepspeed_universal, safetensors_files, torch_file
 from sharded_optim.checkpoint.imports.optimizer_state import Choices
 
 __all__ = ["FORMATS", "import_from"]
@@ -25,7 +25,9 @@ FORMATS: dict[str, Callable[[Path, Choices], saving.Content]] = {
     "deepspeed": deepspeed_rigid.content,
     "universal": deepspeed_universal.content,
     "torch": torch_file.content,
+    "safetensors": safetensors_files.content,
 }
+PICKLED = FORMATS.keys() - {"safetensors"}
 
 
 def import_from(
@@ -47,11 +49,12 @@ def import_from(
     `foreign_state.py`.
 
     Args:
-        source: a folder of torch.distributed.checkpoint or of DeepSpeed, the folder above that with a file `latest`, or a torch file.
+        source: a folder of torch.distributed.checkpoint or of DeepSpeed, or the folder above that with a file `latest`; a torch file; or
+            a model of safetensors files.
         root, step: as of `checkpoint.save`.
-        source_format: "dcp", "deepspeed", "universal", "torch", or "auto": what the source looks like.
-        unpickle: whether pickled files are read, which all of these are. Only classes that are known to be harmless are loaded, by torch's
-            weights-only unpickler or one like it, but that is code that reads what somebody else may have crafted.
+        source_format: "dcp", "deepspeed", "universal", "torch", "safetensors", or "auto": what the source looks like.
+        unpickle: whether pickled files are read, which all but safetensors are. Only classes that are known to be harmless are loaded, by
+            torch's weights-only unpickler or one like it, but that is code that reads what somebody else may have crafted.
         optimizer: the class of this library that is going to continue; None: the nearest.
         decay_form: what `weight_decay` means where the source does not tell: "coupled" (the default), "l2", or "decoupled".
         model_key, optimizer_key: where the state dicts are, as in "a.b"; None: under one of the usual names.
@@ -66,7 +69,7 @@ def import_from(
     name = _format_of(path) if source_format == "auto" else source_format
     if name not in FORMATS:
         raise ValueError(f"the format is auto, or one of {', '.join(FORMATS)}, got {source_format!r}")
-    if not unpickle:
+    if name in PICKLED and not unpickle:
         raise CheckpointError(
             f"{path} is read as {name}, whose files are pickled, and a pickle can run code that somebody else has put there; if you trust "
             f"where it comes from, say so with --unpickle (unpickle=True): only harmless classes are loaded even then"
@@ -85,7 +88,7 @@ def import_from(
 
 def _format_of(path: Path) -> str:
     if path.is_file():
-        return "torch"
+        return "safetensors" if safetensors_files.looks_like(path) else "torch"
     if not path.is_dir():
         raise FileNotFoundError(f"{path} does not exist; give a folder of DCP or DeepSpeed, or a file of torch's")
     if (path / ".metadata").is_file():
@@ -94,7 +97,9 @@ def _format_of(path: Path) -> str:
         return "universal"
     if deepspeed_rigid.looks_like(path):
         return "deepspeed"
+    if safetensors_files.looks_like(path):
+        return "safetensors"
     raise ValueError(
-        f"{path} has no .metadata as of DCP, no zero/ or *_model_states.pt as of DeepSpeed, and no file `latest` that names a folder with "
-        f"them; give the folder that has"
+        f"{path} has no .metadata as of DCP, no zero/ or *_model_states.pt as of DeepSpeed, no file `latest` that names a folder with "
+        f"them, and no *.safetensors; give the folder that has"
     )

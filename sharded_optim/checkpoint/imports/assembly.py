@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sharded_optim.checkpoint.held import MASTER, MODEL, Held
@@ -16,7 +17,7 @@ from sharded_optim.checkpoint.saving import Content
 from sharded_optim.checkpoint.values import encode
 from sharded_optim.segment import Segment
 
-__all__ = ["assemble", "content_of_tree", "encodable", "whole"]
+__all__ = ["assemble", "content_of_tree", "encodable", "tiled", "whole"]
 
 MODEL_KEYS = ("model", "state_dict", "model_state_dict", "module")
 OPTIMIZER_KEYS = ("optimizer", "optimizer_state_dict", "optim", "optimizer_states")
@@ -27,6 +28,34 @@ Tree = Mapping[Any, Any]
 
 def whole(kind: str, name: str, tensor: Tensor) -> Held:
     return Held(kind=kind, segment=Segment.whole(name, tensor.shape), local=tensor)
+
+
+def tiled(stored: Sequence[tuple[Any, Any]], shape: tuple[int, ...], where: str) -> Tensor:
+    """A whole tensor, of boxes and what they hold.
+
+    Args:
+        stored: where each begins, and its tensor.
+
+    Raises:
+        ValueError: they do not tile it.
+    """
+    if not stored or not all(isinstance(chunk, Tensor) for _, chunk in stored):
+        raise ValueError(f"{where} has no chunks, or chunks that are no tensors")
+    first = stored[0][1]
+    if len(stored) == 1 and tuple(first.shape) == shape:
+        return first
+    whole = torch.empty(shape, dtype=first.dtype)
+    count = torch.zeros(shape, dtype=torch.uint8)
+    for offsets, chunk in stored:
+        begins = tuple(offsets) if offsets is not None else ()
+        box = tuple(slice(begin, begin + size) for begin, size in zip(begins, chunk.shape, strict=False))
+        if len(begins) != len(shape) or whole[box].shape != chunk.shape or chunk.dtype != whole.dtype:
+            raise ValueError(f"{where}: a chunk of shape {tuple(chunk.shape)} at {begins} does not fit into {shape}")
+        whole[box] = chunk
+        count[box] += 1
+    if not bool((count == 1).all()):
+        raise ValueError(f"{where}: its chunks do not tile it: elements are stored {int(count.min())} to {int(count.max())} times")
+    return whole
 
 
 def encodable(values: Mapping[Any, Any], where: str) -> dict[Any, Any] | None:

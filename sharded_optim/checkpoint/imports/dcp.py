@@ -6,6 +6,7 @@ Read without torch.distributed.checkpoint, whose own reader unpickles what it is
 from __future__ import annotations
 
 import io
+import math
 import pickle
 from collections import defaultdict
 from collections.abc import Hashable, Mapping
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sharded_optim.checkpoint.imports import safely
-from sharded_optim.checkpoint.imports.assembly import content_of_tree
+from sharded_optim.checkpoint.imports.assembly import content_of_tree, tiled
 from sharded_optim.checkpoint.imports.optimizer_state import Choices
 from sharded_optim.checkpoint.imports.safely import Inert
 from sharded_optim.checkpoint.saving import Content
@@ -99,23 +100,10 @@ def _only(stored: list[tuple[Any, Any]], where: str) -> Any:
 
 
 def _tensor(stored: list[tuple[Any, Any]], entry: Inert, where: str) -> Tensor:
-    """A whole tensor, of chunks that must tile it."""
     shape = tuple(entry.field("size"))
-    if len(stored) == 1 and isinstance(stored[0][1], Tensor) and tuple(stored[0][1].shape) == shape:
-        return stored[0][1]
-    if not all(isinstance(chunk, Tensor) and offsets is not None and len(offsets) == len(shape) for offsets, chunk in stored) or not stored:
-        raise ValueError(f"{where} has no chunks, or chunks that are no tensors")
-    whole = torch.empty(shape, dtype=stored[0][1].dtype)
-    count = torch.zeros(shape, dtype=torch.uint8)
-    for offsets, chunk in stored:
-        box = tuple(slice(offset, offset + size) for offset, size in zip(offsets, chunk.shape, strict=True))
-        if whole[box].shape != chunk.shape or chunk.dtype != whole.dtype:
-            raise ValueError(f"{where}: a chunk of shape {tuple(chunk.shape)} at {tuple(offsets)} does not fit into {shape}")
-        whole[box] = chunk
-        count[box] += 1
-    if not bool((count == 1).all()):
-        raise ValueError(f"{where}: its chunks do not tile it: elements are stored {int(count.min())} to {int(count.max())} times")
-    return whole
+    if not stored and math.prod(shape) == 0:  # nobody has stored nothing
+        return torch.empty(shape, dtype=entry.field("properties").state[0])
+    return tiled(stored, shape, where)
 
 
 def _put(tree: dict[Hashable, Any], path: tuple[Hashable, ...], value: Any) -> None:

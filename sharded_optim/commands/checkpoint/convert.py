@@ -42,7 +42,8 @@ def import_(
     step: Annotated[int, typer.Option("--step", help="the number of the checkpoint that is made")],
     format_: Annotated[str, typer.Option("--format", help=f"auto, or one of {', '.join(FORMATS)}")] = "auto",
     unpickle: Annotated[
-        bool, typer.Option("--unpickle", help="read pickled files, with torch's weights-only loading: all formats are pickled")
+        bool,
+        typer.Option("--unpickle", help="read pickled files, with torch's weights-only loading: all formats but safetensors are pickled"),
     ] = False,
     optimizer: Annotated[
         str | None, typer.Option(help="of this library, that is going to continue: AdamW, StableAdamW, ...; the nearest, unless given")
@@ -54,7 +55,7 @@ def import_(
     optimizer_key: Annotated[str | None, typer.Option(help="where the optimizer's is")] = None,
     names: Annotated[str | None, typer.Option(help="text file with the parameters' names, in the order in which they are numbered")] = None,
 ) -> None:
-    """Make a checkpoint of one of DCP, DeepSpeed, Universal or torch. With pickled files only if told so: see --unpickle."""
+    """Make a checkpoint of one of DCP, DeepSpeed or torch, or of a model. Of pickled files only if told so: see --unpickle."""
     with errors.for_users():
         param_names = None
         if names is not None:
