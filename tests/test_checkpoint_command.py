@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ def test_verify_names_what_is_damaged_and_exits_with_1(pattern: str, root: Path)
 
 
 def test_prune_keeps_the_newest_that_verify(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sharded_optim.checkpoint.steps._trusted", set())  # as in a process of its own
+    monkeypatch.setattr(import_module("sharded_optim.checkpoint.steps"), "_trusted", set())  # as in a process of its own
     damage(root, 12, "*.safetensors")
     result = run("prune", root, "--keep", "1")
     assert result.exit_code == 0, result.output
@@ -167,6 +168,18 @@ def test_export_and_import_go_there_and_back(root: Path, tmp_path: Path) -> None
     }
     assert after.parameters == before.parameters
     assert after.extra == {"extra": before.extra, "step": 5}
+
+
+def test_names_of_parameters_are_read_from_a_file(root: Path, tmp_path: Path) -> None:
+    printed("export", root, tmp_path / "all.pt", "--format", "torch")
+    content = torch.load(tmp_path / "all.pt", weights_only=True)
+    names = [name for group in content["optimizer"]["param_groups"] for name in group.pop("param_names")]
+    torch.save(content, tmp_path / "nameless.pt")
+    result = run("import", tmp_path / "nameless.pt", tmp_path / "back", "--step", "1", "--unpickle")
+    assert (result.exit_code, "2 param groups without names; give the names" in result.stderr) == (2, True)
+    (tmp_path / "names").write_text("\n".join(names))
+    printed("import", tmp_path / "nameless.pt", tmp_path / "back", "--step", "1", "--unpickle", "--names", tmp_path / "names")
+    assert checkpoint.describe(tmp_path / "back").parameters.group_of == checkpoint.describe(root).parameters.group_of
 
 
 def test_export_writes_a_folder_of_safetensors(root: Path, tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ from torch.optim.lr_scheduler import LambdaLR
 import sharded_optim as so
 from benchmarks.given_gradients import Model, gradients, two_groups, unsharded
 from sharded_optim import checkpoint
+from sharded_optim.checkpoint import export
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:weight_decay", "ignore:the state dict may be of torch", "ignore::FutureWarning", "ignore:torch.distributed is disabled"
@@ -308,6 +309,34 @@ def test_the_nearest_optimizer_is_chosen(theirs: Callable[..., Any], options: di
     assert (parameters.optimizer, parameters.groups[0]["decay_form"]) == (name, form)
 
 
+@pytest.mark.parametrize("decay_form", [None, "l2"])
+def test_deepspeeds_own_adams_are_continued(decay_form: str | None, tmp_path: Path) -> None:
+    """FusedAdam counts by param group, DeepSpeedCPUAdam by parameter; neither says how it decays."""
+    model, optimizer = trained()
+    for step, counts_by_group in enumerate((True, False)):
+        state_dict = copy.deepcopy(optimizer.state_dict())
+        (group,) = state_dict["param_groups"]
+        kept = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay", "params")}
+        state_dict["param_groups"] = [{**kept, "bias_correction": True, "amsgrad": False} | ({"step": 3} if counts_by_group else {})]
+        for state in state_dict["state"].values():
+            state["step"] = 3
+            if counts_by_group:
+                del state["step"]
+        torch.save({"model": model.state_dict(), "optimizer": state_dict}, tmp_path / "file")
+        load(tmp_path / "file", tmp_path / "run", step, decay_form=decay_form)
+        parameters = checkpoint.describe(tmp_path / "run", step).parameters
+        assert set(parameters.steps.values()) == {3.0}
+        assert parameters.groups[0]["decay_form"] == (decay_form or "coupled")
+        assert "bias_correction" not in parameters.groups[0]
+        assert parameters.optimizer == ("AdamW" if decay_form is None else "Adam")
+        if decay_form is None:
+            assert_like(tmp_path / "run", model, optimizer)
+    state_dict["param_groups"][0]["bias_correction"] = False
+    torch.save({"model": model.state_dict(), "optimizer": state_dict}, tmp_path / "file")
+    with pytest.raises(ValueError, match="bias_correction=False, which is not continued here"):
+        load(tmp_path / "file", tmp_path / "run", 9)
+
+
 # --------------------------------------------------------------------------------------------------------------------- pickles
 
 
@@ -435,10 +464,58 @@ def test_a_folder_of_dcp_is_imported_whole(tmp_path: Path) -> None:
                 param.grad = grad
             its.step()
         assert_same(dict(model.state_dict()), dict(continued.state_dict()))
+    metadata = (tmp_path / "flat" / ".metadata").read_bytes()
+    (tmp_path / "flat" / ".metadata").write_bytes(metadata.replace(b"__1_0.distcp", b"../10.distcp"))
+    with pytest.raises(ValueError, match=r"names a file outside of the folder: '../10.distcp'"):
+        load(tmp_path / "flat", tmp_path / "run" / "flat", 11)
     (lost,) = (tmp_path / "zero").glob("__1_0.distcp")
     lost.unlink()
     with pytest.raises(FileNotFoundError, match=r"__1_0.distcp"):
         load(tmp_path / "zero", tmp_path / "run" / "zero", 11)
+
+
+def test_dcp_keeps_tensors_without_dimensions_or_elements(tmp_path: Path) -> None:
+    model = Model((*AWKWARD, ((),), ((0, 5),)))
+    dcp.save({"model": model.state_dict()}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    load(tmp_path / "dcp", tmp_path / "run", 0)
+    other = Model((*AWKWARD, ((),), ((0, 5),)), seed=5)
+    assert checkpoint.load(tmp_path / "run", model=other) is None
+    assert_same(dict(other.state_dict()), dict(model.state_dict()))
+
+
+# ----------------------------------------------------------------------------------------------------------------- safetensors
+
+
+def save_hugging_face(folder: str) -> None:
+    """Two ranks, FSDP2, in parts."""
+    model = Model(AWKWARD)
+    fully_shard(model)
+    dcp.save(model.state_dict(), storage_writer=dcp.HuggingFaceStorageWriter(f"{folder}/parts", save_distributed=True))
+
+
+def test_safetensors_need_no_unpickling_and_parts_are_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is exported, one file and several, and DCP's Hugging Face storage."""
+    ranks.run(save_hugging_face, 2, str(tmp_path))
+    parts = tmp_path / "parts"
+    expected = Model(AWKWARD)
+    checkpoint.save(tmp_path / "ours", 0, model=expected)
+    checkpoint.export_safetensors(tmp_path / "ours", tmp_path / "one")
+    monkeypatch.setattr(export, "FILE_BYTES", 2500)
+    checkpoint.export_safetensors(tmp_path / "ours", tmp_path / "several")
+    for step, source in enumerate(("parts", "one", "several", "one/model.safetensors")):
+        checkpoint.import_from(tmp_path / source, tmp_path / "run", step)
+        model = Model(AWKWARD, seed=5)
+        checkpoint.load(tmp_path / "run", model=model, step=step)
+        assert_same(dict(model.state_dict()), dict(expected.state_dict()))
+    checkpoint.import_from(tmp_path / "one", tmp_path / "run", 9, model_key="layers.0")
+    assert sorted(checkpoint.describe(tmp_path / "run", 9).tensors) == ["model/bias", "model/weight"]
+    sorted(parts.rglob("*.safetensors"))[0].unlink()
+    with pytest.raises((ValueError, FileNotFoundError), match=r"do not tile it|is missing|does not fit|is in none of the files"):
+        checkpoint.import_from(parts, tmp_path / "run", 10)
+    second = sorted((tmp_path / "several").glob("model-00002-*"))[0]
+    second.unlink()
+    with pytest.raises(FileNotFoundError, match=f"{second.name} is missing"):
+        checkpoint.import_from(tmp_path / "several", tmp_path / "run", 10)
 
 
 # ------------------------------------------------------------------------------------------------------------------- DeepSpeed
