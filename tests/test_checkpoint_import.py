@@ -200,10 +200,23 @@ def test_other_keys_are_told(tmp_path: Path) -> None:
     torch.save({"a": {"net": model.state_dict()}, "b": optimizer.state_dict()}, tmp_path / "file")
     with pytest.raises(ValueError, match=r"has the keys a, b, none of which is known .* --model-key"):
         load(tmp_path / "file", tmp_path / "run", 0)
-    with pytest.raises(ValueError, match=r"has no key 'a.model'; it has b?"):
+    with pytest.raises(ValueError, match=r"has no key 'a.model'; it has a, b"):
         load(tmp_path / "file", tmp_path / "run", 0, model_key="a.model", optimizer_key="b")
     load(tmp_path / "file", tmp_path / "run", 0, model_key="a.net", optimizer_key="b")
-    assert_like(tmp_path / "run", model, optimizer)
+    torch.save({"a": {"net": model.state_dict(), "b": optimizer.state_dict()}}, tmp_path / "file")
+    load(tmp_path / "file", tmp_path / "run", 1, model_key="a.net", optimizer_key="a.b")
+    for step in (0, 1):
+        shutil.copytree(tmp_path / "run" / f"step-{step:09d}", tmp_path / str(step) / f"step-{step:09d}")
+        assert assert_like(tmp_path / str(step), model, optimizer) is None
+
+
+def test_a_model_beside_the_optimizer_is_known_by_the_optimizers_names(tmp_path: Path) -> None:
+    """As torchtitan saves with DCP."""
+    model, optimizer = trained()
+    _, state = get_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
+    dcp.save({**model.state_dict(), "optimizer": state, "train_state": {"step": 3}}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    load(tmp_path / "dcp", tmp_path / "run", 3)
+    assert assert_like(tmp_path / "run", model, optimizer) == {"train_state": {"step": 3}}
 
 
 def test_a_bare_model_is_imported_and_a_tied_parameter_once(tmp_path: Path) -> None:

@@ -89,8 +89,9 @@ def content_of_tree(tree: Any, choices: Choices, where: str) -> Content:
         model, optimizer = rest.pop("model"), _only(rest.pop("optimizers"), f"optimizers of {where}")
         of_composer = str(next(iter(inner["optimizers"]), "")).startswith("Decoupled")
     else:
-        optimizer = _found(rest, choices.optimizer_key, OPTIMIZER_KEYS, where)
-        model = _found(rest, choices.model_key, MODEL_KEYS, where)
+        optimizer, optimizer_at = _found(tree, choices.optimizer_key, OPTIMIZER_KEYS, where)
+        model, model_at = _found(tree, choices.model_key, MODEL_KEYS, where)
+        rest = {key: value for key, value in tree.items() if key not in (optimizer_at, model_at)}
         if isinstance(optimizer, list):  # PyTorch Lightning's
             optimizer = _only(dict(enumerate(optimizer)), f"optimizer_states of {where}")
         if model is None and optimizer is None:
@@ -98,6 +99,11 @@ def content_of_tree(tree: Any, choices: Choices, where: str) -> Content:
                 optimizer, rest = rest, {}
             elif rest and all(isinstance(value, Tensor) for value in rest.values()):
                 model, rest = rest, {}
+        elif model is None and isinstance(optimizer, Mapping):  # torchtitan's model is beside the optimizer
+            tensors = {key: value for key, value in rest.items() if isinstance(value, Tensor)}
+            called = {key for group in _nested(optimizer, where)["param_groups"] for key in group["params"]}
+            if called and called <= tensors.keys():
+                model, rest = tensors, {key: value for key, value in rest.items() if key not in tensors}
     if model is None and optimizer is None:
         raise ValueError(
             f"{where} has the keys {', '.join(map(str, tree))}, none of which is known to be the model's ({', '.join(MODEL_KEYS)}) or the "
@@ -107,18 +113,17 @@ def content_of_tree(tree: Any, choices: Choices, where: str) -> Content:
     return Content(held=held, parameters=parameters, extra=encodable(rest, where))
 
 
-def _found(tree: dict[Any, Any], key: str | None, usual: Iterable[str], where: str) -> Any:
-    """Take a state dict out of the tree."""
+def _found(tree: Tree, key: str | None, usual: Iterable[str], where: str) -> tuple[Any, str | None]:
+    """A state dict in the tree, and the first key on the way to it; twice None, where there is none."""
     if key is None:
         name = next((name for name in usual if isinstance(tree.get(name), Mapping | list)), None)
-        return None if name is None else tree.pop(name)
+        return (None, None) if name is None else (tree[name], name)
     found: Any = tree
     for part in key.split("."):
         if not isinstance(found, Mapping) or part not in found:
             raise ValueError(f"{where} has no key {key!r}; it has {', '.join(map(str, tree))}")
         found = found[part]
-    tree.pop(key.split(".")[0])
-    return found
+    return found, key.split(".")[0]
 
 
 def _only(values: Mapping[Any, Any], what: str) -> Any:
