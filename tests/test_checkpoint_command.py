@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,10 @@ def test_verify_names_what_is_damaged_and_exits_with_1(pattern: str, root: Path)
         r"step 3: verified.*\nstep 5: DAMAGED\n  .*" + re.escape(path.name) + r".*\n(?:  .*\n)*step 12: verified", result.stdout
     )
     assert run("verify", root, "--step", "5").exit_code == 1
+    shutil.rmtree(root / "step-000000012")
+    result = run("verify", root)
+    assert (result.exit_code, result.stdout.splitlines()[0]) == (1, "step 5: DAMAGED")
+    shutil.rmtree(root / "step-000000005")
     assert run("verify", root).exit_code == 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -239,6 +240,14 @@ def test_a_checkpoint_of_an_optimizer_alone_has_no_model_to_export(tmp_path: Pat
     loaded = torch.load(tmp_path / "out.pt", weights_only=True)
     assert loaded["model"] is None
     assert len(loaded["optimizer"]["state"]) == len(list(model.parameters()))
+
+
+def test_without_safetensors_an_export_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save(tmp_path / "run", 0, model=WithBuffers())
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(checkpoint.CheckpointError, match=r"not installed; pip install 'sharded-optim\[cli\]'"):
+        checkpoint.export_safetensors(tmp_path / "run", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_the_step_that_is_meant_is_exported(tmp_path: Path) -> None:

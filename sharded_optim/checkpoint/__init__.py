@@ -11,7 +11,7 @@ load changes everything or nothing.
     manifest.py, values.py, dtypes.py         what is written down, in JSON
     store.py, local_store.py, url_store.py    where it is kept
     steps.py    which checkpoints there are
-    whole.py, export.py     one process reads all of it, and writes it for other programs
+    whole.py, export.py, optional.py     one process reads all of it, and writes it for other programs
     imports/    other libraries' checkpoints, one file for each format
 """
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from sharded_optim.checkpoint import optional
 from sharded_optim.checkpoint.errors import CheckpointError
 from sharded_optim.checkpoint.held import MASTER, MODEL
 from sharded_optim.checkpoint.manifest import Parameters, TensorEntry
@@ -49,8 +50,7 @@ def export_safetensors(root: Where, destination: Where, *, step: int | None = No
         DamagedError: it is not what was saved.
         FileExistsError: the destination exists.
     """
-    from safetensors.torch import save_file
-
+    safetensors = optional.safetensors()
     _refuse_existing(Path(destination))
     checkpoint = WholeCheckpoint(root, step)
     model = _model_of(checkpoint, masters)
@@ -58,7 +58,9 @@ def export_safetensors(root: Where, destination: Where, *, step: int | None = No
     with _beside(Path(destination)) as draft:
         draft.mkdir()
         for file, entries in files.items():
-            save_file({entry.name: checkpoint.tensor(entry) for entry in entries}, draft / file, metadata={"format": "pt"})
+            safetensors.torch.save_file(
+                {entry.name: checkpoint.tensor(entry) for entry in entries}, draft / file, metadata={"format": "pt"}
+            )
             _sync(draft / file)
         names = list(files)
         if len(files) > 1:
@@ -75,8 +77,9 @@ def export_torch(root: Where, destination: Where, *, step: int | None = None, ma
     """Write a checkpoint as one file for `torch.load(..., weights_only=True)`: {"model": .., "optimizer": .., "extra": .., "step": ..}.
 
     "model" is for `model.load_state_dict`, "optimizer" for `load_state_dict` of an optimizer of this library with the same param groups;
-    None, where the checkpoint has none. Parameters are numbered in the order of the groups, and named there as "param_names". Holds all
-    of it in memory.
+    None, where the checkpoint has none. Parameters are numbered in the order of the groups, and named there as "param_names". Under FSDP1
+    with use_orig_params=False, where an optimizer has no order of its own, compare these names with those of the groups it is loaded into.
+    Holds all of it in memory.
 
     Args:
         root, step, masters: as of `export_safetensors`.

@@ -27,7 +27,8 @@ Tree = Mapping[Any, Any]
 
 
 def whole(kind: str, name: str, tensor: Tensor) -> Held:
-    return Held(kind=kind, segment=Segment.whole(name, tensor.shape), local=tensor)
+    """All of a tensor, copied only where it is not contiguous: it would be copied anew for each chunk."""
+    return Held(kind=kind, segment=Segment.whole(name, tensor.shape), local=tensor.contiguous())
 
 
 def tiled(stored: Sequence[tuple[Any, Any]], shape: tuple[int, ...], where: str) -> Tensor:

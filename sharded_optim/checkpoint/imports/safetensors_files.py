@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sharded_optim.checkpoint import optional
 from sharded_optim.checkpoint.imports.assembly import assemble, tiled
 from sharded_optim.checkpoint.imports.optimizer_state import Choices
 from sharded_optim.checkpoint.saving import Content
@@ -64,14 +65,13 @@ def _index(folder: Path) -> dict[str, str]:
 
 
 def _chunks(files: list[Path]) -> Iterator[tuple[str, list[int], Tensor]]:
-    from safetensors import SafetensorError, safe_open
-
+    safetensors = optional.safetensors()
     for file in files:
         try:
-            with safe_open(file, "pt") as opened:
+            with safetensors.safe_open(file, "pt") as opened:
                 places = json.loads((opened.metadata() or {}).get(SHARDING, "{}"))
                 for name in opened.keys():  # noqa: SIM118, it is no dict
                     tensor = opened.get_tensor(name)
                     yield name, places.get(name, {}).get("saved_offsets") or [0] * tensor.ndim, tensor
-        except SafetensorError as error:
+        except safetensors.SafetensorError as error:
             raise ValueError(f"{file} is not a safetensors file, or is damaged: {error}") from error

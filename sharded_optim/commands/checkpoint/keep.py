@@ -25,20 +25,22 @@ def verify(
     with errors.for_users():
         if every and step is not None:
             raise ValueError("--all and --step contradict each other; give one of the two")
-        found = checkpoint.steps(root) if every else [step]
+        found = checkpoint.steps(root)
         if not found:
             raise CheckpointError(f"there is no checkpoint in {root}")
+        if not every:
+            found = found[-1:] if step is None else [step]
         for each in found:
             damaged |= not _verified(root, each)
     if damaged:
         raise typer.Exit(1)
 
 
-def _verified(root: str, step: int | None) -> bool:
+def _verified(root: str, step: int) -> bool:
     try:
-        step = checkpoint.verify(root, step)
+        checkpoint.verify(root, step)
     except DamagedError as error:
-        print(f"step {step}: DAMAGED" if step is not None else "DAMAGED")
+        print(f"step {step}: DAMAGED")
         for problem in error.problems:
             print(f"  {problem}")
         return False
