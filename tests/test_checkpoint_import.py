@@ -628,6 +628,9 @@ def test_deepspeeds_folders_are_imported_rigid_and_universal(tmp_path: Path) -> 
         check_deepspeed(label, tmp_path / label / "saved", tmp_path / "run" / label)
     for label in CONVERTED:
         check_deepspeed(label, tmp_path / label / "universal", tmp_path / "universal" / label)
+    with pytest.raises(ValueError, match="a `latest_universal` and a `latest`, of which either may be the older"):
+        load(tmp_path / "stage 1", tmp_path / "run" / "stage 1", 4)
+    load(tmp_path / "stage 1", tmp_path / "universal" / "stage 1", 4, source_format="universal")
     check_torchs(tmp_path / TORCHS, tmp_path / "run" / TORCHS)  # through the file `latest`
     assert_lost_files_are_named(tmp_path)
 
@@ -643,7 +646,7 @@ def assert_lost_files_are_named(folder: Path) -> None:
     values = folder / "stage 1" / "universal" / "zero" / "layers.3.bias" / "fp32.pt"
     values.unlink()
     with pytest.raises(FileNotFoundError, match=r"layers.3.bias.fp32.pt is missing"):
-        load(folder / "stage 1" / "universal", folder / "universal" / "stage 1", 4)
+        load(folder / "stage 1" / "universal", folder / "universal" / "stage 1", 5)
     path = folder / "stage 2 round robin" / "saved" / "mp_rank_00_model_states.pt"
     states: dict[str, Any] = torch.load(path, weights_only=True)
     states["module"]["layers.2.weight"] += 1

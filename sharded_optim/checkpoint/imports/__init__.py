@@ -93,6 +93,11 @@ def _format_of(path: Path) -> str:
         raise FileNotFoundError(f"{path} does not exist; give a folder of DCP or DeepSpeed, or a file of torch's")
     if (path / ".metadata").is_file():
         return "dcp"
+    if (path / deepspeed_universal.LATEST).is_file() and (path / deepspeed_rigid.LATEST).is_file():
+        raise ValueError(
+            f"{path} has a `{deepspeed_universal.LATEST}` and a `{deepspeed_rigid.LATEST}`, of which either may be the older; say which "
+            f"with --format universal or deepspeed (source_format=), or give the folder that one of them names"
+        )
     if deepspeed_universal.looks_like(path):
         return "universal"
     if deepspeed_rigid.looks_like(path):

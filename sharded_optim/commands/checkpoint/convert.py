@@ -55,7 +55,7 @@ def import_(
     optimizer_key: Annotated[str | None, typer.Option(help="where the optimizer's is")] = None,
     names: Annotated[str | None, typer.Option(help="text file with the parameters' names, in the order in which they are numbered")] = None,
 ) -> None:
-    """Make a checkpoint of one of DCP, DeepSpeed or torch, or of a model. Of pickled files only if told so: see --unpickle."""
+    """Make a checkpoint of another library's. Of pickled files only if told so: see --unpickle."""
     with errors.for_users():
         param_names = None
         if names is not None:

@@ -20,7 +20,7 @@ def verify(
     step: Step = None,
     every: Annotated[bool, typer.Option("--all", help="verify all steps")] = False,
 ) -> None:
-    """Read a checkpoint and compare every byte with what was saved, by SHA-256. Exit status 1: it is damaged."""
+    """Compare every byte with what was saved. By SHA-256; exit status 1: something is damaged."""
     damaged = False
     with errors.for_users():
         if every and step is not None:
@@ -51,7 +51,7 @@ def _verified(root: str, step: int) -> bool:
 
 
 def prune(root: Root, keep: Annotated[int, typer.Option("--keep", help="how many remain")]) -> None:
-    """Remove all checkpoints but the newest that verify. Those that are damaged and newer than all of these stay."""
+    """Remove all but the newest that verify. Checkpoints that are damaged and newer than all of these stay."""
     with errors.for_users():
         removed = checkpoint.prune(root, keep)
         remaining = checkpoint.steps(root)

@@ -23,7 +23,7 @@ LONGEST_VALUE = 100  # characters
 
 
 def ls(root: Root) -> None:
-    """List checkpoints, from their manifests: no data is read; see `verify`."""
+    """List checkpoints. Reads no data: see verify."""
     with errors.for_users():
         store = open_store(root)
         found = steps_in(store.folders())
@@ -54,7 +54,7 @@ def show(
     step: Step = None,
     extents: Annotated[bool, typer.Option("--extents", help="also each chunk of each tensor: elements, file and bytes")] = False,
 ) -> None:
-    """Describe a checkpoint: tensors, hyperparameters, step counters, extra."""
+    """Tell what a checkpoint holds. Tensors, hyperparameters, step counters, extra."""
     with errors.for_users():
         manifest = checkpoint.describe(root, step)
     libraries = ", ".join(f"{name} {version}" for name, version in manifest.libraries.items())
