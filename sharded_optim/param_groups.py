@@ -34,7 +34,8 @@ __all__ = [
 
 NUMBERS = ("lr", "eps", "weight_decay", "max_lr", "momentum", "dampening", "reference_lr")  # hyperparameters that are numbers >= 0
 CHOICES = ("decay_form", "amsgrad", "nesterov", "kahan_sum", "stochastic_rounding", "rounding_seed")  # those that are not
-HYPERPARAMETERS = frozenset({*NUMBERS, *CHOICES, "betas", "learns_reference_lr"})
+# What a step uses of a group. `max_lr` became the reference when the group was added; schedulers write it again.
+HYPERPARAMETERS = frozenset({*NUMBERS, *CHOICES, "betas", "learns_reference_lr"} - {"max_lr"})
 HIGH_DECAY = 1e-3  # from which on Composer and optimi warn
 BF16_HALF_ULP = 2.0**-8  # relative, at worst
 LR_ROUNDING = 1e-12

@@ -49,12 +49,14 @@ class Content:
         parameters: what it knows of an optimizer beside them; None: there is no optimizer.
         wrapper: what only the same wrapper takes up again, by the wrapper's name.
         extra: of the user; None where the rank gives none.
+        order: names of parameters in an order that the ranks have in common; others come after these.
     """
 
     held: Sequence[Held]
     parameters: Parameters | None = None
     wrapper: Mapping[str, Any] = field(default_factory=dict)
     extra: Any = None
+    order: Sequence[str] = ()
 
     @classmethod
     def of(cls, model: Any, optimizer: Any, extra: Any) -> Content:
@@ -71,7 +73,7 @@ class Content:
         state = live_optimizer(optimizer, model)
         state.settle()
         held = [*shown.held, *_with_masters(state, shown.held)]
-        return cls(held=held, parameters=state.parameters(), wrapper=shown.wrapper, extra=extra)
+        return cls(held=held, parameters=state.parameters(), wrapper=shown.wrapper, extra=extra, order=state.order)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -92,6 +94,7 @@ class Draft:
     manifest: Manifest  # without files and chunks
     process_group: dist.ProcessGroup | None
     keep: int | None
+    _flat: list[Any] = field(default_factory=list)  # the row that was asked for last, and its elements
 
     @property
     def parts(self) -> Sequence[Part]:
@@ -99,7 +102,9 @@ class Draft:
 
     def content(self, part: Part) -> Tensor:
         """The elements of a part, as they are now: 1-D."""
-        return self.held[part.row].flat()[part.offset : part.offset + part.segment.numel]
+        if not self._flat or self._flat[0] != part.row:  # of a tensor that is not contiguous it is a copy, for all of its parts
+            self._flat[:] = part.row, self.held[part.row].flat()
+        return self._flat[1][part.offset : part.offset + part.segment.numel]
 
 
 def begin(
@@ -131,12 +136,12 @@ def begin(
         held.extend(content.held)
         rows.extend(rows_of(held))
         extra = None if content.extra is None else encode(content.extra, "extra")
-        rest.extend((content.parameters, content.wrapper, extra, {"step": step, "keep": keep}))
+        rest.extend((content.parameters, content.order, content.wrapper, extra, {"step": step, "keep": keep}))
         return digest_of(rows), digest_of(rest)
 
     digests, rest_digests = zip(*together("collecting what to save", tell, process_group), strict=True)
     store = opened[0]
-    parameters, wrappers, extras, arguments = zip(*distinct(rest, rest_digests, process_group), strict=True)
+    parameters, orders, wrappers, extras, arguments = zip(*distinct(rest, rest_digests, process_group), strict=True)
     for rank, own in enumerate(arguments):
         if own != arguments[0]:
             raise CheckpointError(f"rank {rank} saves with {own}, rank 0 with {arguments[0]}; give all ranks the same")
@@ -145,7 +150,7 @@ def begin(
         world_size=len(digests),
         files={},
         tensors={},
-        parameters=_joined(parameters),
+        parameters=_joined(parameters, orders[0]),
         extra=decode(_only(extras, "extra")),
         wrapper=_only(wrappers, "what the wrapper counts"),
         libraries={"sharded_optim": __version__, "torch": torch.__version__},
@@ -229,8 +234,11 @@ def _with_masters(state: LiveOptimizer, model: Sequence[Held]) -> list[Held]:
     return [held for held in state.held() if held.kind != MASTER or dtypes.get(held.segment.name) != held.local.dtype]
 
 
-def _joined(parameters: Sequence[Parameters | None]) -> Parameters | None:
+def _joined(parameters: Sequence[Parameters | None], order: Sequence[str]) -> Parameters | None:
     """What all ranks know, each of its own parameters.
+
+    Args:
+        order: in which to name them.
 
     Raises:
         CheckpointError: two ranks contradict each other.
@@ -264,7 +272,8 @@ def _joined(parameters: Sequence[Parameters | None]) -> Parameters | None:
             for name, value in told.items():
                 if found.setdefault(name, value) != value:
                     raise CheckpointError(f"{what} of {name!r} is {value} on rank {rank}, {found[name]} on another; the ranks went apart")
-    return replace(first, group_of=group_of, steps=steps)
+    ordered = {name: group_of[name] for name in order if name in group_of} | group_of
+    return replace(first, group_of=ordered, steps=steps)
 
 
 def _only(values: Sequence[Any], what: str) -> Any:

@@ -7,12 +7,13 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from sharded_optim.checkpoint.live import zero
-from sharded_optim.checkpoint.live.model import LiveModel, names_of
+from sharded_optim.checkpoint.live.model import LiveModel, flattened_names, names_of
 from sharded_optim.checkpoint.live.optimizer import LiveOptimizer
 from sharded_optim.engine import Engine
 from sharded_optim.zero import ShardedOptimizer
@@ -66,7 +67,8 @@ def live_optimizer(optimizer: Any, model: Any) -> LiveOptimizer:
         return deepspeed.live_optimizer(model, inner)
     if inner.layout is not None and inner.layout.in_turns:
         raise ValueError("under DeepSpeed pass the engine, which knows the param groups, as model=, beside optimizer=")
-    return LiveOptimizer.of(inner, {} if model is None else names_of(model))
+    found = LiveOptimizer.of(inner, {} if model is None else names_of(model))
+    return found if model is None else replace(found, order=flattened_names(model))
 
 
 def is_deepspeed_engine(model: Any) -> bool:

@@ -86,4 +86,5 @@ def live_optimizer(engine: Any, optimizer: Engine) -> LiveOptimizer:
         )
         for param, index in params
     ]
-    return LiveOptimizer(engine=optimizer, members=members, groups=optimizer.param_groups, group_of=group_of(members))
+    order = tuple(names.values())
+    return LiveOptimizer(engine=optimizer, members=members, groups=optimizer.param_groups, group_of=group_of(members), order=order)

@@ -15,7 +15,7 @@ from sharded_optim.checkpoint.held import MODEL, Held
 from sharded_optim.segment import Segment
 from sharded_optim.sharding import FlatLayout, describe
 
-__all__ = ["LiveModel", "buffers_of", "held_of", "names_of"]
+__all__ = ["LiveModel", "buffers_of", "flattened_names", "held_of", "names_of"]
 
 TRANSPARENT = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}  # wrappers' names for what they wrap
 
@@ -91,6 +91,15 @@ def buffers_of(model: nn.Module) -> dict[str, Tensor]:
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 found.setdefault(buffer, prefix + name)
     return {name: buffer for buffer, name in found.items()}
+
+
+def flattened_names(model: nn.Module) -> list[str]:
+    """The names of the parameters that FullyShardedDataParallel has flattened, on whatever rank they are, in the order of the model."""
+    if _fsdp1_layout(model) is None:
+        return []
+    from sharded_optim.sharding import fsdp1
+
+    return [name for tensors in fsdp1.flattened(model).values() for name, _ in tensors]
 
 
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -20,6 +20,7 @@ from sharded_optim.state import STEP, zeros
 __all__ = ["Landing", "LiveOptimizer", "Member", "renamed"]
 
 Group = dict[str, Any]
+SWITCHES = {"amsgrad"}  # hyperparameters that a class may have no argument for, and takes from a checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,7 @@ class LiveOptimizer:
         members: its parameters.
         groups: its param groups; of those that users see, where these are others.
         group_of: the number of each parameter's group, by name; as far as this rank knows.
+        order: names in the order of the model, where a wrapper has flattened parameters and the optimizer's order is lost.
         settle: called before anything is read or written.
         loaded: called when everything is.
     """
@@ -84,6 +86,7 @@ class LiveOptimizer:
     members: Sequence[Member]
     groups: Sequence[Group]
     group_of: Mapping[str, int]
+    order: Sequence[str] = ()
     settle: Callable[[], None] = lambda: None
     loaded: Callable[[], None] = lambda: None
 
@@ -176,10 +179,11 @@ class LiveOptimizer:
                     f"build groups like those that were saved"
                 )
                 problems.append(("", told))
-        known, found = HYPERPARAMETERS & own.keys(), HYPERPARAMETERS & saved[0].keys()
-        problems += [("", f"{where} has the hyperparameter {key!r}, the checkpoint has not") for key in sorted(known - found)]
-        problems += [("", f"{where} has no hyperparameter {key!r}, the checkpoint has {saved[0][key]!r}") for key in sorted(found - known)]
-        merged = own | {key: value for key, value in saved[0].items() if key not in found - known}
+        lacking = {key for key in HYPERPARAMETERS & own.keys() - saved[0].keys() if own[key]}  # what is off is as good as missing
+        strange = {key for key in HYPERPARAMETERS & saved[0].keys() - own.keys() if saved[0][key] and key not in SWITCHES}
+        problems += [("", f"{where} has the hyperparameter {key!r}, the checkpoint has not") for key in sorted(lacking)]
+        problems += [("", f"{where} has no hyperparameter {key!r}, the checkpoint has {saved[0][key]!r}") for key in sorted(strange)]
+        merged = own | {key: value for key, value in saved[0].items() if key not in strange}
         try:
             self.engine._check_group(dict(merged), f"{where} of the checkpoint", scheduled=True)
         except ValueError as error:
