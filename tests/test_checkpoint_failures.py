@@ -358,7 +358,7 @@ def check_async_saving(folder: str) -> None:
         assert_all_raise(act, *words)
         assert_saved(root, 1)
     with patched_on(1, staging, "_stage", MemoryError("no memory to copy to")):
-        assert_all_raise(lambda: checkpoint.async_save(root, 2, **live), "rank 1: MemoryError('no memory to copy to')")
+        assert_all_raise(lambda: checkpoint.async_save(root, 2, **live).wait(), "rank 1: MemoryError('no memory to copy to')")
     assert_saved(root, 1)
     handle = checkpoint.async_save(root, 2, **live)
     checkpoint.save(root, 3, **live)  # waits for it

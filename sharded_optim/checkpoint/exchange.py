@@ -78,8 +78,8 @@ def distinct(value: Result, digests: Sequence[bytes], process_group: dist.Proces
         value: of this rank.
         digests: of all ranks' values.
     """
-    if process_group is None:
-        return [value]
+    if len(set(digests)) == 1:
+        return [value] * len(digests)
     first = {digest: rank for rank, digest in reversed(list(enumerate(digests)))}
     rank = dist.get_rank(process_group)
     sent: list[Any] = [None] * len(digests)

@@ -99,8 +99,8 @@ def load_step(store: Store, step: int, model: Any, optimizer: Any, choices: Choi
     def look() -> tuple[str, list[set[int]], set[str]]:
         reader = CheckpointReader(store, step)
         reader.check_files()
-        shown = None if model is None else live_model(model)
-        state = None if optimizer is None else live_optimizer(optimizer, model)
+        shown = live_model(model)
+        state = None if optimizer is None else live_optimizer(optimizer, model, shown)
         if state is not None:
             state.settle()
             if reader.manifest.parameters is None:
@@ -113,7 +113,7 @@ def load_step(store: Store, step: int, model: Any, optimizer: Any, choices: Choi
 
     looked = together(f"loading step {step} from {store.root}", look, process_group)
     reader: CheckpointReader
-    shown: LiveModel | None
+    shown: LiveModel
     state: LiveOptimizer | None
     reader, shown, state = live
     digests, groups, names = zip(*looked, strict=True)
@@ -129,14 +129,14 @@ def load_step(store: Store, step: int, model: Any, optimizer: Any, choices: Choi
         nonlocal landing
         if state is not None and reader.manifest.parameters is not None:
             landing = state.land(reader.manifest, reader.manifest.parameters, groups_in)
-        found = _fit(reader.manifest, [] if shown is None else shown.held, landing, rounded)
+        found = _fit(reader.manifest, shown.held, landing, rounded)
         fits.append(found)
         return _as_bits(reader.manifest, found.used), found.problems
 
     told = together(f"comparing {reader.where} with what is live", fit, process_group)
     problems = dict.fromkeys(problem for _, found in told for problem in found)
     used = {key for number, key in enumerate(reader.manifest.tensors) if any(bits >> number & 1 for bits, _ in told)}
-    problems |= dict.fromkeys(_left_over(reader.manifest, used, shown, state))
+    problems |= dict.fromkeys(_left_over(reader.manifest, used, with_model=model is not None, state=state))
     errors = [text for name, text in problems if not choices.passes(name)]
     if errors:
         listed = "\n  ".join(errors[:SHOWN]) + (f"\n  and {len(errors) - SHOWN} more" if len(errors) > SHOWN else "")
@@ -150,17 +150,15 @@ def load_step(store: Store, step: int, model: Any, optimizer: Any, choices: Choi
     trust(store, step, reader.text)
 
     def install() -> None:
-        if shown is not None:
-            shown.prepare()
+        shown.prepare()
         reader.load(wishes)
         if state is not None:
             if rank == 0:
                 _log_differences(state, landing, choices)
             state.install(landing, hyperparameters=choices.hyperparameters == "checkpoint")
-        if shown is not None:
-            for name, saved in reader.manifest.wrapper.items():
-                if name in shown.wrapper:
-                    shown.resume(saved)
+        for name, saved in reader.manifest.wrapper.items():
+            if name in shown.wrapper:
+                shown.resume(saved)
 
     together(f"reading {reader.where}, after which model and optimizer are of no use,", install, process_group)
     return reader.manifest.extra
@@ -211,13 +209,13 @@ def _as_bits(manifest: Manifest, keys: set[str]) -> int:
     return sum(1 << number for number, key in enumerate(manifest.tensors) if key in keys)
 
 
-def _left_over(manifest: Manifest, used: set[str], shown: LiveModel | None, state: LiveOptimizer | None) -> list[tuple[str, str]]:
+def _left_over(manifest: Manifest, used: set[str], *, with_model: bool, state: LiveOptimizer | None) -> list[tuple[str, str]]:
     """What a checkpoint has and nobody wants, of the kinds that are being loaded."""
     passed = {MASTER} if state is None else {MASTER, *state.unused_kinds()}
     masters = {entry.name for entry in manifest.tensors.values() if entry.kind == MASTER and entry.key in used}
     found = []
     for entry in manifest.tensors.values():
-        is_wanted = shown is not None if entry.kind == MODEL else state is not None and entry.kind not in passed
+        is_wanted = with_model if entry.kind == MODEL else state is not None and entry.kind not in passed
         if entry.key in used or not is_wanted or not entry.size or (entry.kind == MODEL and entry.name in masters):
             continue
         found.append((entry.name, f"{entry.key!r} of the checkpoint is in nothing that is being loaded"))

@@ -23,7 +23,7 @@ from torch import Tensor
 from sharded_optim.checkpoint.errors import CheckpointError, DamagedError
 from sharded_optim.checkpoint.exchange import digest_of, distinct, together
 from sharded_optim.checkpoint.held import MASTER, Held
-from sharded_optim.checkpoint.live import LiveModel, LiveOptimizer, live_model, live_optimizer
+from sharded_optim.checkpoint.live import LiveOptimizer, live_model, live_optimizer
 from sharded_optim.checkpoint.manifest import Chunk, Manifest, Parameters, ShardFile, TensorEntry
 from sharded_optim.checkpoint.plan import Part, Plan, Row, rows_of
 from sharded_optim.checkpoint.read import CheckpointReader, committed_content
@@ -67,10 +67,10 @@ class Content:
         """
         if model is None and optimizer is None:
             raise ValueError("there is nothing to save; pass model=, optimizer= or both")
-        shown = live_model(model) if model is not None else LiveModel(held=[])
+        shown = live_model(model)
         if optimizer is None:
             return cls(held=shown.held, wrapper=shown.wrapper, extra=extra)
-        state = live_optimizer(optimizer, model)
+        state = live_optimizer(optimizer, model, shown)
         state.settle()
         held = [*shown.held, *_with_masters(state, shown.held)]
         return cls(held=held, parameters=state.parameters(), wrapper=shown.wrapper, extra=extra, order=state.order)
@@ -87,7 +87,6 @@ class Draft:
 
     store: Store
     step: int
-    folder: str  # of the draft
     plan: Plan
     rank: int
     held: Sequence[Held]
@@ -115,7 +114,7 @@ def begin(
     keep: int | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> Draft:
-    """Look at what there is to save, plan who writes what, and make the draft. A collective.
+    """Look at what there is to save, and plan who writes what. A collective.
 
     Args:
         root, step, keep, process_group: as of `checkpoint.save`.
@@ -124,6 +123,7 @@ def begin(
     Raises:
         CheckpointError: see `checkpoint.save`.
     """
+    rank = 0 if process_group is None else dist.get_rank(process_group)
     opened: list[Store] = []
     held: list[Held] = []
     rows: list[Row] = []
@@ -132,6 +132,8 @@ def begin(
     def tell() -> tuple[bytes, bytes]:
         _check_arguments(step, keep)
         opened.append(open_store(root))
+        if rank == 0:
+            _make_way(opened[0], step)
         content = collect()
         held.extend(content.held)
         rows.extend(rows_of(held))
@@ -140,11 +142,10 @@ def begin(
         return digest_of(rows), digest_of(rest)
 
     digests, rest_digests = zip(*together("collecting what to save", tell, process_group), strict=True)
-    store = opened[0]
     parameters, orders, wrappers, extras, arguments = zip(*distinct(rest, rest_digests, process_group), strict=True)
-    for rank, own in enumerate(arguments):
+    for other, own in enumerate(arguments):
         if own != arguments[0]:
-            raise CheckpointError(f"rank {rank} saves with {own}, rank 0 with {arguments[0]}; give all ranks the same")
+            raise CheckpointError(f"rank {other} saves with {own}, rank 0 with {arguments[0]}; give all ranks the same")
     manifest = Manifest(
         step=step,
         world_size=len(digests),
@@ -155,14 +156,10 @@ def begin(
         wrapper=_only(wrappers, "what the wrapper counts"),
         libraries={"sharded_optim": __version__, "torch": torch.__version__},
     )
-    plan = _plan(rows, digests, process_group)
-    rank = 0 if process_group is None else dist.get_rank(process_group)
-    made = together(f"beginning {store.root}/{folder_of(step)}", lambda: _make_draft(store, step) if rank == 0 else "", process_group)
     return Draft(
-        store=store,
+        store=opened[0],
         step=step,
-        folder=made[0],
-        plan=plan,
+        plan=_plan(rows, digests, process_group),
         rank=rank,
         held=held,
         manifest=manifest,
@@ -183,16 +180,21 @@ def finish(draft: Draft, content: Callable[[Part], Tensor]) -> None:
     store, where = draft.store, f"{draft.store.root}/{folder_of(draft.step)}"
     world_size = len(draft.plan.parts)
     committed: list[str] = []
+    folder, *_ = together(f"beginning {where}", lambda: _make_draft(draft) if draft.rank == 0 else "", draft.process_group)
     try:
         written = together(
             f"writing {where}",
-            lambda: write_shard(store, draft.folder, shard_name(draft.rank, world_size), draft.parts, content) if draft.parts else None,
+            lambda: write_shard(store, folder, shard_name(draft.rank, world_size), draft.parts, content) if draft.parts else None,
             draft.process_group,
         )
-        together(f"committing {where}", lambda: committed.append(_commit(draft, written)) if draft.rank == 0 else None, draft.process_group)
+        together(
+            f"committing {where}",
+            lambda: committed.append(_commit(draft, folder, written)) if draft.rank == 0 else None,
+            draft.process_group,
+        )
     except BaseException:
         if draft.rank == 0 and not committed:  # else others may have returned
-            _discard(draft)
+            _discard(store, folder)
         raise
     if draft.rank == 0 and draft.keep is not None:
         try:
@@ -295,36 +297,37 @@ def _only(values: Sequence[Any], what: str) -> Any:
 # ---------------------------------------------------------------------------------------------------------------------- rank 0
 
 
-def _make_draft(store: Store, step: int) -> str:
-    folder = folder_of(step)
-    folders = store.folders()
-    if store.root not in _cleaned:
-        for other in filter(store.is_draft, folders):
-            logger.info("removing %s/%s, which a process has left that died", store.root, other)
-            store.remove(other)
-        _cleaned.add(store.root)
-    if folder in folders and (store.renames or COMMITTED in store.files(folder)):
-        _make_way(store, step)
-    return store.begin(folder, secrets.token_hex(4))
-
-
 def _make_way(store: Store, step: int) -> None:
     """For a step that is there already: only if it is damaged, so that training that fell back behind it can go on."""
+    folder = folder_of(step)
+    if folder not in store.folders() or not (store.renames or COMMITTED in store.files(folder)):
+        return
     try:
         reader = CheckpointReader(store, step)
         reader.check_files()
         reader.verify((), 0, 1)
     except DamagedError as error:
         warnings.warn(f"replacing a checkpoint that is damaged: {error}", UserWarning, stacklevel=2)
-        store.remove(folder_of(step))
+        store.remove(folder)
     else:
         raise CheckpointError(
             f"step {step} is committed already, and a committed checkpoint is never overwritten; save to another root, or remove "
-            f"{store.root}/{folder_of(step)}"
+            f"{store.root}/{folder}"
         )
 
 
-def _commit(draft: Draft, written: Sequence[WrittenShard | None]) -> str:
+def _make_draft(draft: Draft) -> str:
+    """Make its folder."""
+    store = draft.store
+    if store.root not in _cleaned:
+        for other in filter(store.is_draft, store.folders()):
+            logger.info("removing %s/%s, which a process has left that died", store.root, other)
+            store.remove(other)
+        _cleaned.add(store.root)
+    return store.begin(folder_of(draft.step), secrets.token_hex(4))
+
+
+def _commit(draft: Draft, folder: str, written: Sequence[WrittenShard | None]) -> str:
     """Make the draft a checkpoint; returns its folder."""
     files: dict[str, ShardFile] = {}
     chunks: dict[tuple[str, str], list[Chunk]] = {key: [] for key in draft.plan.tensors}
@@ -343,15 +346,15 @@ def _commit(draft: Draft, written: Sequence[WrittenShard | None]) -> str:
         for (kind, name), (shape, dtype) in draft.plan.tensors.items()
     ]
     manifest = replace(draft.manifest, files=files, tensors={entry.key: entry for entry in tensors}).to_json()
-    _write_file(draft, MANIFEST, manifest)
-    _write_file(draft, COMMITTED, committed_content(manifest))
-    draft.store.publish(draft.folder, folder_of(draft.step))
+    _write_file(draft.store, folder, MANIFEST, manifest)
+    _write_file(draft.store, folder, COMMITTED, committed_content(manifest))
+    draft.store.publish(folder, folder_of(draft.step))
     trust(draft.store, draft.step, manifest)
     return folder_of(draft.step)
 
 
-def _write_file(draft: Draft, name: str, content: bytes) -> None:
-    writer = draft.store.create(draft.folder, name)
+def _write_file(store: Store, folder: str, name: str, content: bytes) -> None:
+    writer = store.create(folder, name)
     try:
         writer.write(memoryview(content))
     except BaseException:
@@ -360,9 +363,9 @@ def _write_file(draft: Draft, name: str, content: bytes) -> None:
     writer.close()
 
 
-def _discard(draft: Draft) -> None:
+def _discard(store: Store, folder: str) -> None:
     """Remove what a save has left that failed."""
     try:
-        draft.store.remove(draft.folder)
+        store.remove(folder)
     except Exception as error:  # what it failed of is more important
-        logger.warning("%s/%s could not be removed: %s", draft.store.root, draft.folder, error)
+        logger.warning("%s/%s could not be removed: %s", store.root, folder, error)

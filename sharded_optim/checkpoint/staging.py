@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sharded_optim import memory
-from sharded_optim.checkpoint.exchange import together
+from sharded_optim.checkpoint.plan import Part
 from sharded_optim.checkpoint.saving import Draft, finish
 
 __all__ = ["Saving", "settle", "start"]
@@ -23,7 +23,12 @@ class Saving:
     def __init__(self, draft: Draft) -> None:
         self._where = f"{draft.store.root}, step {draft.step}"
         self._failure: BaseException | None = None
-        self._parts = {id(part): tensor for part, tensor in zip(draft.parts, _staged_everywhere(draft), strict=True)}
+        self._not_staged: Exception | None = None
+        self._parts: dict[int, Tensor] = {}
+        try:
+            self._parts |= {id(part): tensor for part, tensor in zip(draft.parts, _stage(draft), strict=True)}
+        except Exception as error:  # as of memory: the ranks hear of it together, in the background
+            self._not_staged = error
         self._thread = threading.Thread(target=self._run, args=(draft,), name="sharded_optim save")  # no daemon: it ends before the process
         self._thread.start()
 
@@ -42,9 +47,14 @@ class Saving:
         if failure is not None:
             raise failure
 
+    def _content(self, part: Part) -> Tensor:
+        if self._not_staged is not None:
+            raise self._not_staged
+        return self._parts[id(part)]
+
     def _run(self, draft: Draft) -> None:
         try:
-            finish(draft, lambda part: self._parts[id(part)])
+            finish(draft, self._content)
         except BaseException as error:
             logger.error("saving %s in the background failed: %s", self._where, error)  # also if nobody asks
             self._failure = error
@@ -73,18 +83,6 @@ def settle() -> None:
     saving, _in_flight = _in_flight, None
     if saving is not None:
         saving.wait()
-
-
-def _staged_everywhere(draft: Draft) -> list[Tensor]:
-    """As `_stage`, or the same error on every rank: there may be no memory for it on one."""
-    staged: list[Tensor] = []
-    try:
-        together(f"copying {draft.store.root}, step {draft.step},", lambda: staged.extend(_stage(draft)), draft.process_group)
-    except BaseException:
-        if draft.rank == 0:
-            draft.store.remove(draft.folder)
-        raise
-    return staged
 
 
 def _stage(draft: Draft) -> list[Tensor]:

@@ -7,13 +7,12 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from sharded_optim.checkpoint.live import zero
-from sharded_optim.checkpoint.live.model import LiveModel, flattened_names, names_of
+from sharded_optim.checkpoint.live.model import LiveModel
 from sharded_optim.checkpoint.live.optimizer import LiveOptimizer
 from sharded_optim.engine import Engine
 from sharded_optim.zero import ShardedOptimizer
@@ -25,12 +24,14 @@ def live_model(model: Any) -> LiveModel:
     """What a model holds.
 
     Args:
-        model: a module under any wrapper, or a DeepSpeedEngine.
+        model: a module under any wrapper, or a DeepSpeedEngine; None: nothing.
 
     Raises:
         TypeError: it is neither.
         ValueError: it does not tell what it holds.
     """
+    if model is None:
+        return LiveModel()
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module or a DeepSpeedEngine, got {type(model).__name__}")
     if is_deepspeed_engine(model):
@@ -40,12 +41,13 @@ def live_model(model: Any) -> LiveModel:
     return LiveModel.of(model)
 
 
-def live_optimizer(optimizer: Any, model: Any) -> LiveOptimizer:
+def live_optimizer(optimizer: Any, model: Any, shown: LiveModel) -> LiveOptimizer:
     """What an optimizer holds.
 
     Args:
         optimizer: one of this library, or what Accelerate or DeepSpeed have made of one.
         model: whose parameters it steps, and whose names for them are used; None: the optimizer's own names.
+        shown: what the model holds.
 
     Raises:
         TypeError: it is of another library.
@@ -55,7 +57,7 @@ def live_optimizer(optimizer: Any, model: Any) -> LiveOptimizer:
     while not isinstance(inner, Engine | ShardedOptimizer) and getattr(inner, "optimizer", None) is not None:
         inner = inner.optimizer
     if isinstance(inner, ShardedOptimizer):
-        return zero.live_optimizer(inner, {} if model is None else names_of(model))
+        return zero.live_optimizer(inner, shown)
     if not isinstance(inner, Engine):
         raise TypeError(
             f"optimizer must be one of this library (so.StableAdamW, so.ShardedOptimizer, ...), got {type(optimizer).__qualname__}; the "
@@ -64,11 +66,10 @@ def live_optimizer(optimizer: Any, model: Any) -> LiveOptimizer:
     if is_deepspeed_engine(model):
         from sharded_optim.checkpoint.live import deepspeed
 
-        return deepspeed.live_optimizer(model, inner)
+        return deepspeed.live_optimizer(model, inner, shown)
     if inner.layout is not None and inner.layout.in_turns:
         raise ValueError("under DeepSpeed pass the engine, which knows the param groups, as model=, beside optimizer=")
-    found = LiveOptimizer.of(inner, {} if model is None else names_of(model))
-    return found if model is None else replace(found, order=flattened_names(model))
+    return LiveOptimizer.of(inner, shown)
 
 
 def is_deepspeed_engine(model: Any) -> bool:

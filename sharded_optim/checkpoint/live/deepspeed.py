@@ -49,7 +49,8 @@ def live_model(engine: Any) -> LiveModel:
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     told = {counter: getattr(engine, counter) for counter in COUNTERS}
     told["loss_scaler"] = {field: getattr(scaler, field) for field in SCALER if hasattr(scaler, field)}
-    return LiveModel(held=held, wrapper={NAME: told}, prepare=prepare, resume=resume)
+    order = list(names.values())
+    return LiveModel(held=held, names=names, order=order, wrapper={NAME: told}, prepare=prepare, resume=resume)
 
 
 def _partition(param: Any, name: str) -> Held:
@@ -60,7 +61,7 @@ def _partition(param: Any, name: str) -> Held:
     return Held(kind=MODEL, segment=Segment.flat(name, param.ds_shape, start, length), local=param.ds_tensor.flatten()[:length])
 
 
-def live_optimizer(engine: Any, optimizer: Engine) -> LiveOptimizer:
+def live_optimizer(engine: Any, optimizer: Engine, model: LiveModel) -> LiveOptimizer:
     """As `live.live_optimizer`.
 
     Raises:
@@ -70,7 +71,6 @@ def live_optimizer(engine: Any, optimizer: Engine) -> LiveOptimizer:
         raise ValueError("the optimizer is not the one that the DeepSpeed engine steps; pass what so.deepspeed.initialize returned")
     if optimizer.layout is None:
         raise ValueError("the optimizer does not know DeepSpeed's partitions; call so.deepspeed.attach(engine) after initialize")
-    names = sharding.parameter_names(engine)
     wrapper = engine.optimizer
     if hasattr(wrapper, "fp32_partitioned_groups_flat"):  # stage 3, whose param groups are empty between steps
         indices = [wrapper.sub_group_to_group_id[number] for number in range(len(wrapper.fp32_partitioned_groups_flat))]
@@ -82,9 +82,8 @@ def live_optimizer(engine: Any, optimizer: Engine) -> LiveOptimizer:
             param=param,
             group=index,
             local=optimizer.describe_param(param, "a flat partition", optimizer.param_groups[index]),
-            is_master=param not in names,
+            is_master=param not in model.names,
         )
         for param, index in params
     ]
-    order = tuple(names.values())
-    return LiveOptimizer(engine=optimizer, members=members, groups=optimizer.param_groups, group_of=group_of(members), order=order)
+    return LiveOptimizer(engine=optimizer, members=members, groups=optimizer.param_groups, group_of=group_of(members), order=model.order)

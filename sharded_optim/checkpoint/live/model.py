@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sharded_optim.checkpoint.held import MODEL, Held
 from sharded_optim.segment import Segment
-from sharded_optim.sharding import FlatLayout, describe
+from sharded_optim.sharding import FlatLayout, LocalParam, describe
 
-__all__ = ["LiveModel", "buffers_of", "flattened_names", "held_of", "names_of"]
+__all__ = ["LiveModel", "buffers_of", "held_of", "names_of"]
 
 TRANSPARENT = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}  # wrappers' names for what they wrap
 
@@ -26,12 +26,18 @@ class LiveModel:
 
     Attributes:
         held: of its tensors.
+        names: of its parameters, but of flat ones.
+        local_params: what this process holds of those that tell how they are sharded, under these names.
+        order: the names of parameters that a wrapper has flattened, on whatever rank they are, in the order of the model.
         wrapper: what only the same wrapper takes up again, by the wrapper's name.
         resume: takes that up, when all tensors are loaded.
         prepare: called before they are.
     """
 
-    held: list[Held]
+    held: list[Held] = field(default_factory=list)
+    names: Mapping[Tensor, str] = field(default_factory=dict)
+    local_params: Mapping[Tensor, LocalParam] = field(default_factory=dict)
+    order: Sequence[str] = ()
     wrapper: dict[str, Any] = field(default_factory=dict)
     prepare: Callable[[], None] = lambda: None
     resume: Callable[[Any], None] = lambda _: None
@@ -43,27 +49,53 @@ class LiveModel:
         Raises:
             ValueError: it does not tell what it holds.
         """
-        layout = _fsdp1_layout(model)
-        held = []
-        if layout is not None:
-            for param, flat in layout.flat.items():
-                local = layout.describe(param, "a flat parameter")
-                held += [Held(kind=MODEL, segment=piece.segment, local=piece.of(local.local(param, "values"))) for piece in flat.pieces]
-            held += [held_of(param, name) for param, name in layout.whole.items()]
-        else:
-            held += [held_of(param, name) for param, name in names_of(model).items()]
-        return cls(held=held + [held_of(buffer, name) for name, buffer in buffers_of(model).items()])
+        buffers = [_held_of_plain(buffer, name) for name, buffer in buffers_of(model).items()]
+        if _has_fsdp1(model):
+            return cls._of_fsdp1(model, buffers)
+        names = names_of(model)
+        local_params = {param: _describe(param, name) for param, name in names.items() if param.is_floating_point()}
+        held = [
+            _held(MODEL, param, local_params[param]) if param in local_params else _held_of_plain(param, name)
+            for param, name in names.items()
+        ]
+        return cls(held=held + buffers, names=names, local_params=local_params)
+
+    @classmethod
+    def _of_fsdp1(cls, model: nn.Module, buffers: list[Held]) -> LiveModel:
+        from sharded_optim.sharding import fsdp1
+
+        flattened = fsdp1.flattened(model)
+        layout = fsdp1.layout_of(model) if flattened else FlatLayout(flat={}, whole=names_of(model), stranger="")
+        held: list[Held] = []
+        for param, flat in layout.flat.items():
+            local = layout.describe(param, "a flat parameter").local(param, "values")
+            held += [Held(kind=MODEL, segment=piece.segment, local=piece.of(local)) for piece in flat.pieces]
+        held += [_held_of_plain(param, name) for param, name in layout.whole.items()]
+        order = [name for tensors in flattened.values() for name, _ in tensors]
+        return cls(held=held + buffers, names=layout.whole, order=order)
 
 
-def held_of(tensor: Tensor, name: str, kind: str = MODEL) -> Held:
-    """What this process holds of a tensor that tells how it is sharded."""
-    if type(tensor) in (Tensor, nn.Parameter) and not tensor.is_floating_point():  # which nothing that describes shards expects
-        return Held(kind=kind, segment=Segment.whole(name, tensor.shape), local=tensor)
-    if hasattr(tensor, "ds_id"):
+def held_of(tensor: Tensor, name: str) -> Held:
+    """What this process holds of a parameter or buffer that tells how it is sharded."""
+    return _held(MODEL, tensor, _describe(tensor, name)) if tensor.is_floating_point() else _held_of_plain(tensor, name)
+
+
+def _describe(param: Tensor, name: str) -> LocalParam:
+    if hasattr(param, "ds_id"):
         raise ValueError(f"{name!r} is partitioned by DeepSpeed; pass the engine as model=, not its module")
-    found = describe(tensor, name)
-    (piece,) = found.pieces
-    return Held(kind=kind, segment=piece.segment, local=piece.of(found.local(tensor, "values")))
+    return describe(param, name)
+
+
+def _held(kind: str, param: Tensor, local: LocalParam) -> Held:
+    (piece,) = local.pieces
+    return Held(kind=kind, segment=piece.segment, local=piece.of(local.local(param, "values")))
+
+
+def _held_of_plain(tensor: Tensor, name: str) -> Held:
+    """Of an ordinary tensor of any dtype: all of it."""
+    if type(tensor) not in (Tensor, nn.Parameter):
+        return _held(MODEL, tensor, describe(tensor, name))
+    return Held(kind=MODEL, segment=Segment.whole(name, tensor.shape), local=tensor)
 
 
 def names_of(model: nn.Module) -> dict[Tensor, str]:
@@ -93,15 +125,6 @@ def buffers_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for buffer, name in found.items()}
 
 
-def flattened_names(model: nn.Module) -> list[str]:
-    """The names of the parameters that FullyShardedDataParallel has flattened, on whatever rank they are, in the order of the model."""
-    if _fsdp1_layout(model) is None:
-        return []
-    from sharded_optim.sharding import fsdp1
-
-    return [name for tensors in fsdp1.flattened(model).values() for name, _ in tensors]
-
-
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Each module of a model once, with what precedes the names in it."""
     seen: set[nn.Module] = set()
@@ -119,11 +142,7 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     yield from walk(model, "")
 
 
-def _fsdp1_layout(model: nn.Module) -> FlatLayout | None:
-    """Of what FullyShardedDataParallel has flattened in a model; None where that is nothing."""
+def _has_fsdp1(model: nn.Module) -> bool:
+    """Whether FullyShardedDataParallel wraps a model, or parts of it."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # whoever has wrapped a model has imported it
-    if fsdp is None or not any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules()):
-        return None
-    from sharded_optim.sharding import fsdp1
-
-    return fsdp1.layout_of(model) if fsdp1.flattened(model) else None
+    return fsdp is not None and any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sharded_optim.checkpoint.held import KAHAN, MASTER, Held
+from sharded_optim.checkpoint.live.model import LiveModel
 from sharded_optim.checkpoint.manifest import Manifest, Parameters, key_of
 from sharded_optim.checkpoint.values import decode, encode
 from sharded_optim.engine import Engine
@@ -91,18 +92,18 @@ class LiveOptimizer:
     loaded: Callable[[], None] = lambda: None
 
     @classmethod
-    def of(cls, engine: Engine, names: Mapping[Tensor, str]) -> LiveOptimizer:
+    def of(cls, engine: Engine, model: LiveModel) -> LiveOptimizer:
         """Of an optimizer that has the model's own parameters.
 
         Args:
-            names: of the model's parameters; of others its own, or their position, is used.
+            model: whose names are used; of other parameters the optimizer's own, or their position.
         """
         members = []
         for index, group in enumerate(engine.param_groups):
             for param, own_name in named_params(group, index):
-                local = engine.describe_param(param, names.get(param, own_name), group)
+                local = model.local_params.get(param) or engine.describe_param(param, model.names.get(param, own_name), group)
                 members.append(Member(param=param, group=index, local=local))
-        return cls(engine=engine, members=members, groups=engine.param_groups, group_of=group_of(members))
+        return cls(engine=engine, members=members, groups=engine.param_groups, group_of=group_of(members), order=model.order)
 
     # ---------------------------------------------------------------------------------------------------------------------- saving
 

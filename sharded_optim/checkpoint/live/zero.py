@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from torch import Tensor
-
+from sharded_optim.checkpoint.live.model import LiveModel
 from sharded_optim.checkpoint.live.optimizer import LiveOptimizer, Member, renamed
 from sharded_optim.param_groups import named_params
 from sharded_optim.zero import ShardedOptimizer
@@ -13,17 +10,17 @@ from sharded_optim.zero import ShardedOptimizer
 __all__ = ["live_optimizer"]
 
 
-def live_optimizer(optimizer: ShardedOptimizer, names: Mapping[Tensor, str]) -> LiveOptimizer:
+def live_optimizer(optimizer: ShardedOptimizer, model: LiveModel) -> LiveOptimizer:
     """As `live.live_optimizer`.
 
     Args:
-        names: of the model's parameters; of others its own, or their position, is used.
+        model: whose names are used; of other parameters the optimizer's own, or their position.
     """
     housing = optimizer._housing
     members, group_of = [], {}
     for index, group in enumerate(optimizer.param_groups):
         for param, own_name in named_params(group, index):
-            name = names.get(param, own_name)
+            name = model.names.get(param, own_name)
             group_of[name] = index
             home = housing.homes.get(param)
             if home is not None and home.local is not None:
