@@ -4,9 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= configs/fsdp2.yaml
 ARGS ?=
+# In two processes, as one often waits for ranks. Files stay whole, for what their tests share; tests/conftest.py puts long ones first.
+SIDE_BY_SIDE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test chaos bench flattened figures lint format clean
+.PHONY: help setup train test matrix reshard chaos bench flattened figures lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -24,7 +26,13 @@ train: setup  ## run the training job: make train CONFIG=configs/ddp.yaml ARGS="
 	$(BIN)/python -m launch $(CONFIG) $(ARGS)
 
 test: setup  ## run the tests: make test ARGS="-k invariance"
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
+
+matrix: setup  ## run the tests with all cells of their matrices, and many more random examples
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --matrix $(ARGS)
+
+reshard: setup  ## save checkpoints under every wrapper on 1 to 4 ranks, and load each under every other
+	$(BIN)/python -m pytest --matrix --timeout 7200 tests/test_checkpoint_reshard.py $(ARGS)
 
 chaos: setup  ## kill a job that saves checkpoints 200 times, and damage 2,000 checkpoints: make chaos ARGS="20 --seed 1"
 	$(BIN)/python -m tests.chaos $(ARGS)
@@ -35,6 +43,7 @@ bench: setup  ## time steps of all optimizers side by side: make bench ARGS="--q
 	$(if $(ARGS),,$(BIN)/python -m benchmarks.first_step)
 	$(if $(ARGS),,$(BIN)/python -m benchmarks.fsdp2)
 	$(if $(ARGS),,$(BIN)/python -m benchmarks.distributed)
+	$(if $(ARGS),,$(BIN)/python -m benchmarks.checkpoint)
 
 flattened: setup  ## tabulate errors under DeepSpeed and FSDP1: make flattened ARGS="--quick"
 	$(BIN)/python -m benchmarks.flattened $(ARGS)

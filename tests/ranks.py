@@ -1,7 +1,7 @@
 """Run a function on gloo ranks, each a process of its own.
 
 A test calls `run(checks, world_size)`. What a rank raises is raised in the test, and ranks that hang are ended after `TIMEOUT`. Ranks are
-forked from a server that has imported what they need and has started no thread: imports alone would take each of them seconds.
+forked from a server that has imported what they need (rank_server.py): imports alone would take each of them seconds.
 """
 
 from __future__ import annotations
@@ -12,30 +12,22 @@ import os
 import tempfile
 import traceback
 from collections.abc import Callable
+from functools import cache
+from multiprocessing import forkserver
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 TIMEOUT = 90.0  # seconds for all ranks together
-IMPORTED = (  # by the server; what is not installed is passed over
-    "deepspeed",
-    "numba",
-    "pytest",
-    "sharded_optim",
-    "torch._dynamo",
-    "torch.distributed.checkpoint.state_dict",
-    "torch.distributed.fsdp",
-    "torch.distributed.tensor.parallel",
-)
 
 
 def run(function: Callable[..., None], world_size: int, *args: Any, timeout: float = TIMEOUT) -> None:
     """Call `function(*args)` in `world_size` processes that form the default process group."""
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload([*IMPORTED])
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # which DeepSpeed asks for when it is imported
+    _start_server()
     with tempfile.TemporaryDirectory() as folder:
         errors = context.SimpleQueue()
         ranks = [
@@ -61,6 +53,15 @@ def run(function: Callable[..., None], world_size: int, *args: Any, timeout: flo
         if died and not failures:
             failures.append(f"ranks {died} of {world_size} died without an exception")
     assert not failures, "\n".join(failures)
+
+
+@cache
+def _start_server() -> None:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # which DeepSpeed asks for when it is imported
+    forkserver.set_forkserver_preload(["rank_server"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.path.dirname(__file__), prepend=os.pathsep)  # where the server finds what it is to import
+        forkserver.ensure_running()
 
 
 def _rank(

@@ -9,21 +9,14 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
+from collectives import collectives_of
 from sharded_models import ShardedModel
 from test_invariance import param_groups, spiky_grads, start_values
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.profiler import ProfilerActivity, profile
 
 import sharded_optim as so
 from sharded_optim.ranks import own_process_group
-
-
-def collectives_of(call) -> list[str]:
-    """What gloo communicates during a call, under whatever API, as torch's profiler sees it."""
-    with profile(activities=[ProfilerActivity.CPU]) as recorded:
-        call()
-    return [event.name for event in recorded.events() if event.name.startswith("gloo:")]
 
 
 def check_collectives(wrappers: list[str]) -> None:

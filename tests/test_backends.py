@@ -16,7 +16,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from operand_cases import GROUP, Case, assert_same_observation, assert_same_update
 from torch import Tensor, nn
-from variants import CPU_BACKENDS
+from variants import CPU_BACKENDS, examples
 
 import sharded_optim as so
 from sharded_optim import backends
@@ -102,7 +102,7 @@ def test_the_cpu_backend_gives_the_bits_of_the_eager_one(name: str, storage: str
     seed=st.integers(0, 2**32),
     spoiled=st.sampled_from([None, torch.nan, torch.inf]),
 )
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=examples(20))
 def test_any_hyperparameters_and_magnitudes_give_the_bits_of_the_eager_backend(
     numel: int, betas: tuple[float, float], eps: float, weight_decay: float, magnitude: int, seed: int, spoiled: float | None
 ) -> None:
@@ -138,7 +138,7 @@ SHAPES_OF_FEW = st.lists(st.integers(0, 9), max_size=3).map(tuple)
     grad_scale=st.sampled_from([None, 1 / 3]),
     seed=st.integers(0, 2**32),
 )
-@settings(deadline=None, max_examples=60, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+@settings(deadline=None, max_examples=examples(15), phases=(Phase.explicit, Phase.reuse, Phase.generate))
 def test_any_storage_shape_and_option_gives_the_bits_of_the_eager_backend(
     algorithm: Algorithm,
     fmt: str,

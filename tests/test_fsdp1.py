@@ -9,8 +9,8 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
+from collectives import collectives_of
 from deepspeed_models import AWKWARD
-from test_agreement import collectives_of
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy

@@ -30,6 +30,7 @@ TINY = (
 TINY.append("optimizer.weight_decay=1.0")
 WAYS = {
     "fsdp2": ["fsdp2.yaml"],
+    "ddp": ["ddp.yaml"],
     "fsdp1": ["fsdp1.yaml"],
     "zero2": ["zero2.yaml"],
     "zero1": ["zero2.yaml", "sharding=zero1"],

@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from variants import examples
 
 from sharded_optim.algorithms import Statistic
 from sharded_optim.algorithms.bias_correction import bias_correction
@@ -34,7 +35,7 @@ def observed(grad: torch.Tensor, exp_avg_sq: torch.Tensor, bits: int, step: int 
 @given(
     st.integers(1, 300), st.lists(st.integers(0, 300), max_size=8), st.integers(0, 10**6), st.sampled_from([torch.float32, torch.bfloat16])
 )
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 def test_any_cut_gives_the_same_total(numel: int, cuts: list[int], seed: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(seed)
     grad = (torch.randn(numel, generator=generator) * 10 ** torch.empty(numel).uniform_(-6, 4, generator=generator)).to(dtype)

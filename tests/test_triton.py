@@ -19,6 +19,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from operand_cases import GROUP, STATISTIC, Case, assert_same, assert_same_observation, assert_same_update, columns_of
+from variants import examples
 
 from sharded_optim.algorithms.adam import ADAM, AMSGRAD
 from sharded_optim.algorithms.sgd import MOMENTUM, SGD
@@ -138,7 +139,7 @@ def test_state_that_is_not_finite_is_not_forgotten(spoiled: float) -> None:
 )
 @settings(
     deadline=None,
-    max_examples=30,
+    max_examples=examples(20),
     phases=(Phase.explicit, Phase.reuse, Phase.generate),  # to shrink an example takes the interpreter minutes
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from variants import examples
 
 import sharded_optim as so
 
@@ -125,7 +126,7 @@ def converted(value: float, from_: str, to: str) -> float:
 @pytest.mark.parametrize("from_", NAMES)
 @pytest.mark.parametrize("to", NAMES)
 @given(d=st.floats(1e-7, 0.9))
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=examples(10))
 def test_every_pair_of_conventions_follows_the_formulas_and_round_trips(from_: str, to: str, d: float) -> None:
     """The formulas are those of the decay d of one step; the half-life's is written without log1p, hence the tolerance at small d."""
     value = FROM_FRACTION[ALIASES.get(from_, from_)](d)

@@ -1,0 +1,59 @@
+"""What holds for every process of the tests; pytest imports this file before anything that starts a thread."""
+
+from __future__ import annotations
+
+import gc
+import os
+
+import pytest
+from hypothesis import settings
+
+# The tests run side by side, in more threads and ranks than there are cores. A thread of OpenMP that waits for others by spinning, as it
+# does unless told otherwise, then takes the core from those it waits for: steps of small tensors become ten to thirty times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# The longest, so that no process is left alone with one of them at the end. The first has DeepSpeed's extension compiled, for which the
+# others that need it would wait.
+FIRST = (
+    "test_deepspeed.py",
+    "test_invariance.py",
+    "test_launch_train.py",
+    "test_zero.py",
+    "test_checkpoint_reshard.py",
+    "test_checkpoint_import.py",
+    "test_distributed_checkpoint.py",
+    "test_backends.py",
+    "test_training.py",
+    "test_gradient_release.py",
+    "test_deepspeed_checkpoints.py",
+    "test_zero_checkpoints.py",
+)
+
+settings.register_profile("matrix", max_examples=10 * settings.get_profile("default").max_examples)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--matrix", action="store_true", help="all cells of every matrix, and ten times as many of Hypothesis' examples")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--matrix"):
+        settings.load_profile("matrix")
+
+
+@pytest.fixture
+def everything(request: pytest.FixtureRequest) -> bool:
+    """Whether a test runs all cells of its matrix: otherwise those in which each option, dtype and wrapper occurs, but not each pair."""
+    return bool(request.config.getoption("--matrix"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first: `make test` gives files to processes in this order."""
+    places = {name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(FIRST)))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays: the garbage collector need not look through all of it again and again."""
+    gc.collect()
+    gc.freeze()
