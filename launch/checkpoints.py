@@ -41,9 +41,12 @@ class Checkpoints:
         Raises:
             CheckpointError: there are checkpoints, and none is whole or fits the job.
         """
-        if not (self._resumes and so.checkpoint.steps(self._root)):
+        if not self._resumes:
             return 0
-        extra: dict[str, Any] = so.checkpoint.load(self._root, model=self._sharded.model, optimizer=self._sharded.optimizer)
+        try:
+            extra: dict[str, Any] = so.checkpoint.load(self._root, model=self._sharded.model, optimizer=self._sharded.optimizer)
+        except so.checkpoint.NoCheckpointError:
+            return 0
         self._schedule.load_state_dict(extra["schedule"])
         return extra["step"]
 
@@ -76,7 +79,7 @@ def check_folder(config: Config) -> None:
     where = f"{folder_of(config)} has checkpoints of steps {', '.join(map(str, found))}"
     if config.resume == "never" and config.checkpoint.every is not None and found:
         raise ConfigError(f"{where}; use resume=auto to go on from the last, or another checkpoint.folder")
-    if config.resume == "auto" and found and found[-1] >= config.steps:
+    if config.resume == "auto" and found and found[-1] >= config.steps and so.checkpoint.latest(folder_of(config)) == found[-1]:
         raise ConfigError(f"{where}, and steps={config.steps} are done; raise steps, or use another checkpoint.folder")
 
 

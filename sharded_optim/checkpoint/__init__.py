@@ -19,12 +19,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch.distributed as dist
 
 from sharded_optim.checkpoint import loading, saving, staging
-from sharded_optim.checkpoint.errors import CheckpointError, DamagedError, MismatchError
+from sharded_optim.checkpoint.errors import CheckpointError, DamagedError, MismatchError, NoCheckpointError
 from sharded_optim.checkpoint.exchange import together
 from sharded_optim.checkpoint.export import export_safetensors, export_torch
 from sharded_optim.checkpoint.imports import import_from
@@ -37,6 +38,7 @@ __all__ = [
     "CheckpointError",
     "DamagedError",
     "MismatchError",
+    "NoCheckpointError",
     "Saving",
     "async_save",
     "describe",
@@ -81,7 +83,6 @@ def save(
     Raises:
         CheckpointError: on every rank: what went wrong on any. What was committed before is untouched.
     """
-    staging.settle()
     draft = _begin(root, step, model, optimizer, extra, keep, process_group)
     saving.finish(draft, draft.content)
 
@@ -110,7 +111,6 @@ def async_save(
     Raises:
         CheckpointError: on every rank: of this save, as far as it has come; or of the one before it, if nobody has heard of that.
     """
-    staging.settle()
     return staging.start(_begin(root, step, model, optimizer, extra, keep, process_group))
 
 
@@ -121,7 +121,7 @@ def load(
     optimizer: Any = None,
     step: int | None = None,
     strict: bool = True,
-    lenient: Sequence[str] = ("*",),
+    lenient: str | Sequence[str] = "*",
     hyperparameters: Literal["checkpoint", "live"] = "checkpoint",
     process_group: dist.ProcessGroup | None = None,
 ) -> Any:
@@ -134,23 +134,33 @@ def load(
         root, model, optimizer, process_group: as of `save`. Only what is given is loaded.
         step: None: the highest that verifies; those that are damaged are passed over with a warning.
         strict: False: what is missing in the checkpoint, or left over, stays as it is, and dtypes may differ; with a warning.
-        lenient: the names, as shell patterns, that `strict=False` is for: ("head.*",).
+        lenient: the names, as one or several shell patterns, that `strict=False` is for: ("head.*",).
         hyperparameters: whose count: the checkpoint's, or those that the optimizer has. Differences are logged.
 
     Returns:
         The `extra` that was saved.
 
     Raises:
-        CheckpointError: on every rank: there is no such checkpoint.
+        NoCheckpointError: on every rank: there is no checkpoint under `root`.
+        CheckpointError: on every rank: there is none of that step.
         DamagedError: what is stored is not what was saved; names files and tensors. With `step=None` only if no checkpoint verifies.
         MismatchError: everything that does not fit, in one message.
     """
-    staging.settle()
-    choices = loading.Choices(strict=strict, lenient=tuple(lenient), hyperparameters=hyperparameters)
+    patterns = (lenient,) if isinstance(lenient, str) else tuple(lenient)
+    choices = loading.Choices(strict=strict, lenient=patterns, hyperparameters=hyperparameters)
     group = _group(process_group)
-
     opened: list[Store] = []
-    together(f"opening {root}", lambda: opened.append(open_store(root)), group)
+
+    def look() -> dict[str, Any]:
+        staging.settle()
+        choices.check()
+        opened.append(open_store(root))
+        return {"root": str(root), "step": step, "model": model is not None, "optimizer": optimizer is not None, "choices": asdict(choices)}
+
+    arguments = together(f"opening {root}", look, group)
+    for rank, own in enumerate(arguments):
+        if own != arguments[0]:
+            raise CheckpointError(f"rank {rank} loads with {own}, rank 0 with {arguments[0]}; give all ranks the same")
 
     def load_one(number: int) -> Any:
         return loading.load_step(opened[0], number, model, optimizer, choices, group)
@@ -161,7 +171,11 @@ def load(
 def _begin(
     root: Root, step: int, model: Any, optimizer: Any, extra: Any, keep: int | None, process_group: dist.ProcessGroup | None
 ) -> saving.Draft:
-    return saving.begin(root, step, lambda: saving.Content.of(model, optimizer, extra), keep=keep, process_group=_group(process_group))
+    def collect() -> saving.Content:
+        staging.settle()
+        return saving.Content.of(model, optimizer, extra)
+
+    return saving.begin(root, step, collect, keep=keep, process_group=_group(process_group))
 
 
 def _group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:

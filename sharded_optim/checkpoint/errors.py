@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["CheckpointError", "DamagedError", "MismatchError"]
+__all__ = ["CheckpointError", "DamagedError", "MismatchError", "NoCheckpointError", "UnreadableError"]
 
 
 class CheckpointError(RuntimeError):
@@ -21,3 +21,11 @@ class DamagedError(CheckpointError):
     def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.problems = tuple(problems) or (message,)
+
+
+class UnreadableError(DamagedError):
+    """What is stored cannot be read, now: it need not be damaged."""
+
+
+class NoCheckpointError(CheckpointError):
+    """There is no checkpoint at all."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import zlib
 from dataclasses import dataclass
 
 import torch
@@ -11,11 +12,12 @@ from torch import Tensor
 from sharded_optim.checkpoint.manifest import key_of
 from sharded_optim.segment import Segment
 
-__all__ = ["KAHAN", "MASTER", "MODEL", "Held", "bytes_of", "numbers_of"]
+__all__ = ["KAHAN", "MASTER", "MODEL", "Held", "bytes_of", "checksum", "numbers_of"]
 
 MODEL = "model"  # the kind of parameters and buffers
 MASTER = "master"  # float32 values of which a parameter is the rounded copy; all other kinds are the entries of optimizer state
 KAHAN = "kahan_comp"
+CHECKED_AT_ONCE = 2**20  # elements
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -26,11 +28,13 @@ class Held:
         kind: of the tensor; see above.
         segment: which elements, of the tensor of which parameter or buffer.
         local: these elements in their order, in any shape. Loading writes here.
+        is_buffer: whether ranks that hold the same may have different values, of which the first one's count, as of running means.
     """
 
     kind: str
     segment: Segment
     local: Tensor
+    is_buffer: bool = False
 
     @property
     def key(self) -> str:
@@ -38,7 +42,7 @@ class Held:
 
     def flat(self) -> Tensor:
         """The elements: 1-D, contiguous; a view where memory allows it."""
-        return self.local.detach().reshape(-1)
+        return self.local.detach().reshape(-1).contiguous()
 
     @property
     def shares_memory(self) -> bool:
@@ -52,6 +56,15 @@ def bytes_of(flat: Tensor) -> memoryview:
     assert flat.device.type == "cpu"
     assert flat.is_contiguous()
     return memoryview((ctypes.c_char * size).from_address(flat.data_ptr())).cast("B") if size else memoryview(b"")
+
+
+def checksum(flat: Tensor) -> int:
+    """CRC-32 of the bytes of a 1-D tensor, which two that differ hardly ever have in common."""
+    found = 0
+    for part in flat.split(CHECKED_AT_ONCE):
+        on_host = part.cpu()
+        found = zlib.crc32(bytes_of(on_host), found)
+    return found
 
 
 def numbers_of(content: memoryview, dtype: torch.dtype) -> Tensor:

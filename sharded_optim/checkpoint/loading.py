@@ -8,19 +8,19 @@ from __future__ import annotations
 import fnmatch
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 import torch.distributed as dist
 
-from sharded_optim.checkpoint.errors import CheckpointError, DamagedError, MismatchError
+from sharded_optim.checkpoint.errors import CheckpointError, DamagedError, MismatchError, NoCheckpointError
 from sharded_optim.checkpoint.exchange import together
 from sharded_optim.checkpoint.held import MASTER, MODEL, Held
 from sharded_optim.checkpoint.live import LiveModel, LiveOptimizer, live_model, live_optimizer
 from sharded_optim.checkpoint.live.optimizer import Landing
-from sharded_optim.checkpoint.manifest import Manifest, TensorEntry, key_of
+from sharded_optim.checkpoint.manifest import Manifest, Parameters, TensorEntry, key_of
 from sharded_optim.checkpoint.read import CheckpointReader, Wish
 from sharded_optim.checkpoint.steps import candidates, trust
 from sharded_optim.checkpoint.store import Store
@@ -47,9 +47,23 @@ class Choices:
     lenient: Sequence[str]
     hyperparameters: Literal["checkpoint", "live"]
 
+    def check(self) -> None:
+        """Raise ValueError for a choice that there is not."""
+        if self.hyperparameters not in ("checkpoint", "live"):
+            raise ValueError(f"hyperparameters must be 'checkpoint' or 'live', got {self.hyperparameters!r}")
+
     def passes(self, name: str) -> bool:
         """Whether what is wrong with a name is passed over."""
         return not self.strict and any(fnmatch.fnmatchcase(name, pattern) for pattern in self.lenient)
+
+
+class _Seen(TypedDict):
+    """What a rank tells the others first."""
+
+    digest: str  # of the manifest
+    groups_in: list[set[int]]  # see `LiveOptimizer`
+    rounded: set[str]  # names of parameters that are rounded copies of masters
+    known: int  # which of the checkpoint's parameters the optimizer has, as bits
 
 
 @dataclass
@@ -81,7 +95,7 @@ def load_newest(store: Store, load: Callable[[int], Any], process_group: dist.Pr
     if damaged:
         listed = "\n  ".join(damaged[:SHOWN])
         raise DamagedError(f"there is no checkpoint in {store.root} that verifies; all {len(told[0])} are damaged:\n  {listed}", damaged)
-    raise CheckpointError(f"there is no checkpoint in {store.root}; save one, or give the folder that holds the step-... folders")
+    raise NoCheckpointError(f"there is no checkpoint in {store.root}; save one, or give the folder that holds the step-... folders")
 
 
 def load_step(store: Store, step: int, model: Any, optimizer: Any, choices: Choices, process_group: dist.ProcessGroup | None) -> Any:
@@ -96,7 +110,7 @@ def load_step(store: Store, step: int, model: Any, optimizer: Any, choices: Choi
     rank, world_size = (0, 1) if process_group is None else (dist.get_rank(process_group), dist.get_world_size(process_group))
     live: list[Any] = []
 
-    def look() -> tuple[str, list[set[int]], set[str]]:
+    def look() -> _Seen:
         reader = CheckpointReader(store, step)
         reader.check_files()
         shown = live_model(model)
@@ -105,22 +119,25 @@ def load_step(store: Store, step: int, model: Any, optimizer: Any, choices: Choi
             state.settle()
             if reader.manifest.parameters is None:
                 raise MismatchError(f"{reader.where} was saved without an optimizer; load it without optimizer=")
-        live.extend((reader, shown, state))
+        masters = shown.masters() if state is None and model is not None else []
+        live.extend((reader, shown, state, masters))
         parameters = reader.manifest.parameters
         if state is None or parameters is None:
-            return reader.digest, [], set()
-        return reader.digest, state.groups_in(parameters), state.rounded()
+            return _Seen(digest=reader.digest, groups_in=[], rounded={held.segment.name for held in masters}, known=0)
+        known = {*state.group_of, *state.order}
+        bits = _as_bits(parameters.group_of, known)
+        return _Seen(digest=reader.digest, groups_in=state.groups_in(parameters), rounded=state.rounded(), known=bits)
 
     looked = together(f"loading step {step} from {store.root}", look, process_group)
     reader: CheckpointReader
     shown: LiveModel
     state: LiveOptimizer | None
-    reader, shown, state = live
-    digests, groups, names = zip(*looked, strict=True)
-    if len(set(digests)) > 1:
+    masters: list[Held]
+    reader, shown, state, masters = live
+    if len({seen["digest"] for seen in looked}) > 1:
         raise CheckpointError(f"ranks see different checkpoints in {reader.where}; root must be a folder that all ranks share")
-    groups_in = [set().union(*found) for found in zip(*groups, strict=True)]
-    rounded = set().union(*names)
+    groups_in = [set().union(*found) for found in zip(*(seen["groups_in"] for seen in looked), strict=True)]
+    rounded = set().union(*(seen["rounded"] for seen in looked))
 
     landing = Landing()
     fits: list[_Fit] = []
@@ -129,14 +146,17 @@ def load_step(store: Store, step: int, model: Any, optimizer: Any, choices: Choi
         nonlocal landing
         if state is not None and reader.manifest.parameters is not None:
             landing = state.land(reader.manifest, reader.manifest.parameters, groups_in)
-        found = _fit(reader.manifest, shown.held, landing, rounded)
+        found = _fit(reader.manifest, [*shown.held, *masters], landing, rounded)
         fits.append(found)
-        return _as_bits(reader.manifest, found.used), found.problems
+        return _as_bits(reader.manifest.tensors, found.used), found.problems
 
     told = together(f"comparing {reader.where} with what is live", fit, process_group)
     problems = dict.fromkeys(problem for _, found in told for problem in found)
-    used = {key for number, key in enumerate(reader.manifest.tensors) if any(bits >> number & 1 for bits, _ in told)}
+    used = _of_bits(reader.manifest.tensors, [bits for bits, _ in told])
     problems |= dict.fromkeys(_left_over(reader.manifest, used, with_model=model is not None, state=state))
+    if state is not None and reader.manifest.parameters is not None:
+        known = _of_bits(reader.manifest.parameters.group_of, [seen["known"] for seen in looked])
+        problems |= dict.fromkeys(_left_out(reader.manifest, reader.manifest.parameters, known))
     errors = [text for name, text in problems if not choices.passes(name)]
     if errors:
         listed = "\n  ".join(errors[:SHOWN]) + (f"\n  and {len(errors) - SHOWN} more" if len(errors) > SHOWN else "")
@@ -185,6 +205,10 @@ def _fit(manifest: Manifest, model: Sequence[Held], landing: Landing, rounded: s
         if entry.shape != held.segment.shape:
             fit.problems.append((name, f"{held.key!r} has shape {held.segment.shape}, in the checkpoint {entry.shape}"))
             continue
+        if held.local.is_meta or any(stride == 0 < size - 1 for stride, size in zip(held.local.stride(), held.local.shape, strict=True)):
+            what = "has no memory (device meta)" if held.local.is_meta else "has elements that share memory (expanded)"
+            fit.problems.append((name, f"{held.key!r} {what} and cannot be loaded into; materialize it before"))
+            continue
         live, saved = held.local.dtype, entry.dtype
         is_rounding = held.kind == MODEL and name in rounded and live in LOW_PRECISION and saved == torch.float32
         if live != saved and not is_rounding:
@@ -204,9 +228,24 @@ def _source(manifest: Manifest, held: Held) -> TensorEntry | None:
     return own
 
 
-def _as_bits(manifest: Manifest, keys: set[str]) -> int:
-    """Keys of a manifest, as a number with a bit for each: ranks may be many."""
-    return sum(1 << number for number, key in enumerate(manifest.tensors) if key in keys)
+def _as_bits(keys: Iterable[str], some: Collection[str]) -> int:
+    """Some of the keys of a manifest, as a number with a bit for each: ranks may be many."""
+    return sum(1 << number for number, key in enumerate(keys) if key in some)
+
+
+def _of_bits(keys: Iterable[str], numbers: Iterable[int]) -> set[str]:
+    """The keys that some rank has."""
+    bits = 0
+    for number in numbers:
+        bits |= number
+    return {key for number, key in enumerate(keys) if bits >> number & 1}
+
+
+def _left_out(manifest: Manifest, parameters: Parameters, known: set[str]) -> list[tuple[str, str]]:
+    """Parameters of a checkpoint's optimizer that no rank's has."""
+    empty = {entry.name for entry in manifest.tensors.values() if entry.kind == MODEL and not entry.size}
+    missing = sorted(parameters.group_of.keys() - known - empty)
+    return [(name, f"parameter {name!r} of the checkpoint's optimizer is in no param group") for name in missing]
 
 
 def _left_over(manifest: Manifest, used: set[str], *, with_model: bool, state: LiveOptimizer | None) -> list[tuple[str, str]]:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import secrets
 import shutil
 
 __all__ = ["LocalStore"]
+
+REMOVED = ".removed"  # ends the name of a folder that is being removed
+
+logger = logging.getLogger(__name__)
 
 
 class LocalStore:
@@ -20,12 +25,11 @@ class LocalStore:
     renames = True
 
     def __init__(self, root: str) -> None:
-        self.root = root
-        self._top = os.path.abspath(root)  # also if somebody changes the current folder while a save is in the background
+        self.root = os.path.abspath(root)  # also if somebody changes the current folder while a save is in the background
 
     def folders(self) -> list[str]:
         try:
-            with os.scandir(self._top) as entries:
+            with os.scandir(self.root) as entries:
                 return [entry.name for entry in entries if entry.is_dir()]
         except FileNotFoundError:
             return []
@@ -46,7 +50,7 @@ class LocalStore:
         return total
 
     def begin(self, folder: str, nonce: str) -> str:
-        _make_folders(self._top)
+        _make_folders(self.root)
         draft = f".{folder}.{nonce}"
         os.mkdir(self._path(draft))
         return draft
@@ -63,23 +67,33 @@ class LocalStore:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), self._path(folder))
         os.rename(self._path(draft), self._path(folder))
         try:
-            _sync_folder(self._top)
+            _sync_folder(self.root)
         except BaseException:  # a save that fails leaves no checkpoint
             os.rename(self._path(folder), self._path(draft))
             raise
 
     def remove(self, folder: str) -> None:
-        doomed = folder if self.is_draft(folder) else f".{folder}.{secrets.token_hex(4)}.removed"
+        doomed = f".{folder.lstrip('.')}.{secrets.token_hex(4)}{REMOVED}"
         try:
-            if doomed != folder:
-                os.rename(self._path(folder), self._path(doomed))
-                _sync_folder(self._top)
-            shutil.rmtree(self._path(doomed), ignore_errors=True)
+            # Renamed first, a draft too: whoever is about to publish it must not find a part of it.
+            os.rename(self._path(folder), self._path(doomed))
+            if not self.is_draft(folder):  # after a crash it must not be there with a part of its files
+                _sync_folder(self.root)
         except FileNotFoundError:  # somebody else has removed it
             return
+        except OSError:
+            if not self.is_draft(folder):
+                raise
+            doomed = folder
+        try:
+            shutil.rmtree(self._path(doomed))
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            logger.warning("%s could not be removed in all: %s", self._path(doomed), error)
 
     def _path(self, *parts: str) -> str:
-        return os.path.join(self._top, *parts)
+        return os.path.join(self.root, *parts)
 
 
 class LocalFile:

@@ -123,6 +123,14 @@ class Manifest:
         found = [(entry, chunk) for entry in self.tensors.values() for chunk in entry.chunks]
         return sorted(found, key=lambda pair: (pair[1].file, pair[1].offset))
 
+    @cached_property
+    def chunks_of(self) -> Mapping[str, list[tuple[TensorEntry, Chunk]]]:
+        """Of each file, in its order."""
+        found: dict[str, list[tuple[TensorEntry, Chunk]]] = {name: [] for name in self.files}
+        for entry, chunk in self.chunks():
+            found[chunk.file].append((entry, chunk))
+        return found
+
     # ------------------------------------------------------------------------------------------------------------------------ JSON
 
     def to_json(self) -> bytes:

@@ -21,8 +21,8 @@ __all__ = ["CHUNK_BYTES", "Part", "Plan", "Row", "rows_of"]
 
 CHUNK_BYTES = 4 * 2**20
 
-# What one rank holds of one tensor: kind, name, shape, dtype, and the segment's start, run, stride and count.
-Row = tuple[str, str, tuple[int, ...], str, int, int, int, int]
+# What one rank holds of one tensor: kind, name, shape, dtype, the segment's start, run, stride and count, and whether it is a buffer.
+Row = tuple[str, str, tuple[int, ...], str, int, int, int, int, bool]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +52,12 @@ class Plan:
     Attributes:
         tensors: shape and dtype of all, by kind and name.
         parts: of each rank, in the order of its file.
+        replicas: the key of what several ranks hold the same elements of, but for buffers, and (rank, row) of each of these.
     """
 
     tensors: dict[tuple[str, str], tuple[tuple[int, ...], torch.dtype]]
     parts: tuple[tuple[Part, ...], ...]
+    replicas: tuple[tuple[str, tuple[tuple[int, int], ...]], ...]
 
     @classmethod
     def of(cls, tables: Sequence[Sequence[Row]]) -> Plan:
@@ -68,7 +70,7 @@ class Plan:
         holders: dict[tuple[str, Segment], list[tuple[int, int]]] = {}  # (rank, row) of all who hold a segment
         segments: dict[tuple[str, str], list[Segment]] = {}
         for rank, table in enumerate(tables):
-            for number, (kind, name, shape, dtype_name, start, run, stride, count) in enumerate(table):
+            for number, (kind, name, shape, dtype_name, start, run, stride, count, is_buffer) in enumerate(table):
                 dtype = dtype_named(dtype_name)
                 segment = Segment(name=name, shape=shape, start=start, run=run, stride=stride, count=count)
                 known = tensors.setdefault((kind, name), (shape, dtype))
@@ -80,7 +82,8 @@ class Plan:
                 found = holders.setdefault((kind, segment), [])
                 if not found:
                     segments.setdefault((kind, name), []).append(segment)
-                found.append((rank, number))
+                if not (found and is_buffer):
+                    found.append((rank, number))
         for (kind, name), distinct in segments.items():
             problem = find_tiling_error(distinct)
             if problem:
@@ -88,7 +91,10 @@ class Plan:
                     f"what the ranks hold of {key_of(kind, name)!r} (shape {distinct[0].shape}) does not tile it: {problem}; save from "
                     f"all ranks that hold a part, with the wrapped model and its optimizer"
                 )
-        return cls(tensors=tensors, parts=_assign(holders, tensors, len(tables)))
+        replicas = tuple(
+            (key_of(kind, segment.name), tuple(found)) for (kind, segment), found in holders.items() if len(found) > 1 and segment.numel
+        )
+        return cls(tensors=tensors, parts=_assign(holders, tensors, len(tables)), replicas=replicas)
 
 
 def _assign(
@@ -118,5 +124,8 @@ def rows_of(held: Iterable[Held]) -> list[Row]:
     for each in held:
         segment = each.segment
         dtype = name_of(each.local.dtype, each.key)
-        rows.append((each.kind, segment.name, segment.shape, dtype, segment.start, segment.run, segment.stride, segment.count))
+        if each.local.is_meta:
+            raise ValueError(f"{each.key!r} has no memory (device meta); materialize the model before it is saved")
+        extent = (segment.start, segment.run, segment.stride, segment.count)
+        rows.append((each.kind, segment.name, segment.shape, dtype, *extent, each.is_buffer))
     return rows

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import torch
 
-from sharded_optim.checkpoint.errors import CheckpointError, DamagedError
+from sharded_optim.checkpoint.errors import CheckpointError, DamagedError, UnreadableError
 from sharded_optim.checkpoint.held import Held, numbers_of
 from sharded_optim.checkpoint.manifest import Chunk, Manifest, TensorEntry, sha256
 from sharded_optim.checkpoint.plan import CHUNK_BYTES
@@ -54,8 +53,9 @@ class CheckpointReader:
         self.folder = folder_of(step)
         self.where = f"{store.root}/{self.folder}"
         self.sizes = store.files(self.folder)
+        self._is_unreadable = False
         if COMMITTED not in self.sizes:
-            if store.renames and self.sizes:  # it was published with one
+            if store.renames and self.folder in store.folders():  # it was published with one
                 raise DamagedError(f"{self.where}/{COMMITTED} is lost")
             raise CheckpointError(f"{self.where} is no committed checkpoint; {COMMITTED} is missing")
         if MANIFEST not in self.sizes:
@@ -73,7 +73,7 @@ class CheckpointReader:
         try:
             count = self._store.read(self.folder, file, 0, memoryview(content))
         except OSError as error:
-            raise DamagedError(f"{self.where}/{file} cannot be read: {error}") from error
+            raise UnreadableError(f"{self.where}/{file} cannot be read: {error}") from error
         return bytes(content[:count])
 
     def check_files(self) -> None:
@@ -162,6 +162,7 @@ class CheckpointReader:
             try:
                 count = self._store.read(self.folder, chunk.file, begin, memoryview(content)[:size])
             except OSError as error:
+                self._is_unreadable = True
                 return [f"{chunk.file} cannot be read at {begin}, from {first.key!r} on: {error}"]
             told = []
             for entry, chunk in stretch:
@@ -172,15 +173,29 @@ class CheckpointReader:
                     told.append(action(entry, chunk, memoryview(content)[offset : offset + chunk.size]))
             return [each for each in told if each is not None]
 
+        stretches = _stretches(chunks)
+        lock = threading.Lock()
         results: list[str] = []
-        running: set[Future[list[str]]] = set()
-        with ThreadPoolExecutor(THREADS, thread_name_prefix="sharded_optim read") as pool:
-            for stretch in _stretches(chunks):
-                if len(running) >= 2 * THREADS:
-                    done, running = wait(running, return_when=FIRST_COMPLETED)
-                    results += [each for future in done for each in future.result()]
-                running.add(pool.submit(read, stretch))
-            results += [each for future in running for each in future.result()]
+        failures: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                while not failures:
+                    with lock:
+                        stretch = next(stretches, None)
+                    if stretch is None:
+                        return
+                    results.extend(read(stretch))
+            except BaseException as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=work, name="sharded_optim read", daemon=True) for _ in range(min(THREADS, len(chunks)))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if failures:
+            raise failures[0]
         return sorted(results)
 
     def _header_problem(self, name: str) -> str | None:
@@ -189,10 +204,11 @@ class CheckpointReader:
         try:
             count = self._store.read(self.folder, name, 0, memoryview(header))
         except OSError as error:
+            self._is_unreadable = True
             return f"{name} cannot be read: {error}"
         if count != file.header_size or sha256(bytes(header)) != file.header_sha256:
             return f"{name}: its header is not the one that was saved"
-        chunks = [(entry.key, entry.dtype, chunk.segment) for entry, chunk in self.manifest.chunks() if chunk.file == name]
+        chunks = [(entry.key, entry.dtype, chunk.segment) for entry, chunk in self.manifest.chunks_of[name]]
         if tensors_in(bytes(header)) != tensors_of(chunks):
             return f"{name}: its header tells of other tensors than {MANIFEST}"
         return None
@@ -200,7 +216,8 @@ class CheckpointReader:
     def _raise(self, problems: Sequence[str]) -> None:
         if problems:
             shown = "\n  ".join(problems[:SHOWN]) + (f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else "")
-            raise DamagedError(f"{self.where} is damaged:\n  {shown}", problems)
+            kind = UnreadableError if self._is_unreadable else DamagedError
+            raise kind(f"{self.where} is damaged:\n  {shown}", problems)
 
 
 def _problem(entry: TensorEntry, chunk: Chunk, content: memoryview) -> str | None:

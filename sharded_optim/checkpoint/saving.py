@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sharded_optim.checkpoint.errors import CheckpointError, DamagedError
+from sharded_optim.checkpoint.errors import CheckpointError, DamagedError, UnreadableError
 from sharded_optim.checkpoint.exchange import digest_of, distinct, together
-from sharded_optim.checkpoint.held import MASTER, Held
+from sharded_optim.checkpoint.held import MASTER, Held, checksum
 from sharded_optim.checkpoint.live import LiveOptimizer, live_model, live_optimizer
 from sharded_optim.checkpoint.manifest import Chunk, Manifest, Parameters, ShardFile, TensorEntry
 from sharded_optim.checkpoint.plan import Part, Plan, Row, rows_of
@@ -105,6 +105,10 @@ class Draft:
             self._flat[:] = part.row, self.held[part.row].flat()
         return self._flat[1][part.offset : part.offset + part.segment.numel]
 
+    def release(self) -> None:
+        """Let go of what `content` may have copied."""
+        self._flat.clear()
+
 
 def begin(
     root: str | os.PathLike[str],
@@ -130,15 +134,15 @@ def begin(
     rest: list[Any] = []
 
     def tell() -> tuple[bytes, bytes]:
+        content = collect()
         _check_arguments(step, keep)
         opened.append(open_store(root))
         if rank == 0:
             _make_way(opened[0], step)
-        content = collect()
         held.extend(content.held)
         rows.extend(rows_of(held))
         extra = None if content.extra is None else encode(content.extra, "extra")
-        rest.extend((content.parameters, content.order, content.wrapper, extra, {"step": step, "keep": keep}))
+        rest.extend((content.parameters, content.order, content.wrapper, extra, {"root": str(root), "step": step, "keep": keep}))
         return digest_of(rows), digest_of(rest)
 
     digests, rest_digests = zip(*together("collecting what to save", tell, process_group), strict=True)
@@ -159,7 +163,7 @@ def begin(
     return Draft(
         store=opened[0],
         step=step,
-        plan=_plan(rows, digests, process_group),
+        plan=_plan(rows, held, digests, process_group),
         rank=rank,
         held=held,
         manifest=manifest,
@@ -215,12 +219,39 @@ _ALONE = _Alone()
 _plans: WeakKeyDictionary[Any, tuple[Sequence[bytes], Plan]] = WeakKeyDictionary()
 
 
-def _plan(rows: Sequence[Row], digests: Sequence[bytes], process_group: dist.ProcessGroup | None) -> Plan:
-    """The plan for what all ranks hold: the last one, if they hold what they held then. A collective."""
+def _plan(rows: Sequence[Row], held: Sequence[Held], digests: Sequence[bytes], process_group: dist.ProcessGroup | None) -> Plan:
+    """The plan for what all ranks hold: the last one, if they hold what they held then. A collective.
+
+    Raises:
+        CheckpointError: see `Plan.of`; or what should be replicas has different values. That is looked at when a plan is made.
+    """
     group = process_group or _ALONE
     if group not in _plans or _plans[group][0] != digests:
-        _plans[group] = digests, Plan.of(distinct(rows, digests, process_group))
+        plan = Plan.of(distinct(rows, digests, process_group))
+        if plan.replicas:
+            _compare_replicas(plan, held, process_group)
+        _plans[group] = digests, plan
     return _plans[group][1]
+
+
+def _compare_replicas(plan: Plan, held: Sequence[Held], process_group: dist.ProcessGroup | None) -> None:
+    """Tensors that ranks hold under one name are the same tensor, or one of them would be lost."""
+    rank = dist.get_rank(process_group)
+
+    def look() -> dict[int, int]:
+        own = [row for _, holders in plan.replicas for holder, row in holders if holder == rank]
+        return {row: checksum(held[row].flat()) for row in own}
+
+    found = together("comparing replicas", look, process_group)
+    for key, holders in plan.replicas:
+        first, row = holders[0]
+        for other, its_row in holders[1:]:
+            if found[other][its_row] != found[first][row]:
+                raise CheckpointError(
+                    f"ranks {first} and {other} both hold {key!r}, with different values: they are not replicas of one tensor. If they "
+                    f"should be, broadcast them from one rank; if they are different tensors (stages of a pipeline, experts), give them "
+                    f"different names; if the ranks train apart, save with process_group= of those that train together"
+                )
 
 
 def _check_arguments(step: int, keep: int | None) -> None:
@@ -306,6 +337,8 @@ def _make_way(store: Store, step: int) -> None:
         reader = CheckpointReader(store, step)
         reader.check_files()
         reader.verify((), 0, 1)
+    except UnreadableError as error:
+        raise CheckpointError(f"step {step} is there already, and cannot be read to see whether it is whole: {error}") from error
     except DamagedError as error:
         warnings.warn(f"replacing a checkpoint that is damaged: {error}", UserWarning, stacklevel=2)
         store.remove(folder)
@@ -345,6 +378,13 @@ def _commit(draft: Draft, folder: str, written: Sequence[WrittenShard | None]) -
         TensorEntry(kind=kind, name=name, shape=shape, dtype=dtype, chunks=tuple(chunks[kind, name]))
         for (kind, name), (shape, dtype) in draft.plan.tensors.items()
     ]
+    found = draft.store.files(folder)
+    for name, file in files.items():
+        if found.get(name) != file.size:
+            raise CheckpointError(
+                f"{name} was written with {file.size} bytes, and {draft.store.root}/{folder} has {found.get(name, 'none')}; root must "
+                f"be a folder that all ranks share, to which no other job saves"
+            )
     manifest = replace(draft.manifest, files=files, tensors={entry.key: entry for entry in tensors}).to_json()
     _write_file(draft.store, folder, MANIFEST, manifest)
     _write_file(draft.store, folder, COMMITTED, committed_content(manifest))

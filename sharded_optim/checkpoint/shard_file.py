@@ -7,9 +7,10 @@ Format: https://huggingface.co/docs/safetensors, 8 bytes with the size of a JSON
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from queue import Queue
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from sharded_optim.segment import Segment
 __all__ = ["WrittenShard", "tensors_in", "tensors_of", "write_shard"]
 
 METADATA = "__metadata__"  # of a safetensors file, beside its tensors
-AHEAD = 2  # chunks that may be hashed at a time besides the one that is written
+AHEAD = 2  # chunks that may wait to be hashed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,27 +46,49 @@ def write_shard(store: Store, folder: str, file: str, parts: Sequence[Part], con
     """
     header = _header(parts)
     writer = store.create(folder, file)
+    hasher = _Hasher()
     try:
         writer.write(memoryview(header))
-        hashes: list[Future[str]] = []
-        with ThreadPoolExecutor(1, thread_name_prefix="sharded_optim hash") as hasher:
-            for number, part in enumerate(parts):
-                flat = content(part).cpu()
-                memory = bytes_of(flat)
-                hashes.append(hasher.submit(_sha256, flat, memory))
-                writer.write(memory)
-                if number >= AHEAD:
-                    hashes[number - AHEAD].result()
+        for part in parts:
+            flat = content(part).cpu()
+            hasher.add(flat)
+            writer.write(bytes_of(flat))
+        digests = hasher.finish()
     except BaseException:
+        hasher.finish()
         writer.abandon()
         raise
     writer.close()
-    return WrittenShard(header_size=len(header), header_sha256=sha256(header), chunks_sha256=tuple(digest.result() for digest in hashes))
+    return WrittenShard(header_size=len(header), header_sha256=sha256(header), chunks_sha256=digests)
 
 
-def _sha256(flat: Tensor, memory: memoryview) -> str:
-    """Of memory that `flat` keeps alive."""
-    return sha256(memory)
+class _Hasher:
+    """Hashes one chunk after the other while they are written.
+
+    In a thread of its own: those of a pool take no more work when the interpreter ends, and a save in the background may outlast the main
+    thread.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: Queue[Tensor | None] = Queue(AHEAD)
+        self._digests: list[str] = []
+        self._thread = threading.Thread(target=self._run, name="sharded_optim hash", daemon=True)
+        self._thread.start()
+
+    def add(self, flat: Tensor) -> None:
+        """Wait while too many are waiting."""
+        self._waiting.put(flat)
+
+    def finish(self) -> tuple[str, ...]:
+        """The digests of all; once more, if need be."""
+        if self._thread.is_alive():
+            self._waiting.put(None)
+            self._thread.join()
+        return tuple(self._digests)
+
+    def _run(self) -> None:
+        while (flat := self._waiting.get()) is not None:
+            self._digests.append(sha256(bytes_of(flat)))
 
 
 def _header(parts: Sequence[Part]) -> bytes:

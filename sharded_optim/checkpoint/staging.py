@@ -29,6 +29,7 @@ class Saving:
             self._parts |= {id(part): tensor for part, tensor in zip(draft.parts, _stage(draft), strict=True)}
         except Exception as error:  # as of memory: the ranks hear of it together, in the background
             self._not_staged = error
+        draft.release()
         self._thread = threading.Thread(target=self._run, args=(draft,), name="sharded_optim save")  # no daemon: it ends before the process
         self._thread.start()
 

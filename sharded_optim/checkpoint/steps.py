@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator
 
-from sharded_optim.checkpoint.errors import CheckpointError, DamagedError
+from sharded_optim.checkpoint.errors import CheckpointError, DamagedError, MismatchError, NoCheckpointError
 from sharded_optim.checkpoint.manifest import Manifest, sha256
 from sharded_optim.checkpoint.read import CheckpointReader
 from sharded_optim.checkpoint.store import COMMITTED, Store, folder_of, open_store, steps_in
@@ -116,7 +116,9 @@ def _newest_first(store: Store, *, trusts: bool = False) -> Iterator[int]:
             _verify(store, step, trusts=trusts)
         except DamagedError as error:
             warnings.warn(f"{error}\n  It is passed over.", UserWarning, stacklevel=4)
-        except (CheckpointError, FileNotFoundError):  # it was pruned meanwhile, or a later version has written it
+        except MismatchError as error:  # of a later version
+            warnings.warn(f"{error}\n  It is passed over.", UserWarning, stacklevel=4)
+        except (CheckpointError, FileNotFoundError):  # it was pruned meanwhile
             continue
         else:
             yield step
@@ -143,7 +145,7 @@ def existing_step(store: Store, step: int | None) -> int:
     """
     found = candidates(store)
     if step is None and not found:
-        raise CheckpointError(f"there is no checkpoint in {store.root}")
+        raise NoCheckpointError(f"there is no checkpoint in {store.root}")
     if step is not None and step not in found:
         raise CheckpointError(f"there is no checkpoint of step {step} in {store.root}; there are {found or 'none'}")
     return found[-1] if step is None else step

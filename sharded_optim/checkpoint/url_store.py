@@ -86,7 +86,11 @@ class UrlFile:
         self._file.close()
 
     def abandon(self) -> None:
+        from fsspec.spec import AbstractBufferedFile
+
         getattr(self._file, "discard", self._file.close)()
+        if isinstance(self._file, AbstractBufferedFile):
+            self._file.closed = True  # else it would be uploaded, as far as it is, when it is collected
 
 
 def _name(entry: dict[str, Any]) -> str:

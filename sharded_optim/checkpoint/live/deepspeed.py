@@ -11,7 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from sharded_optim.checkpoint.held import MODEL, Held
+from sharded_optim.checkpoint.held import MASTER, MODEL, Held
 from sharded_optim.checkpoint.live.model import LiveModel, buffers_of, held_of
 from sharded_optim.checkpoint.live.optimizer import LiveOptimizer, Member, group_of
 from sharded_optim.engine import Engine
@@ -31,7 +31,7 @@ def live_model(engine: Any) -> LiveModel:
     names = sharding.parameter_names(engine)
     partitioned: list[Any] = [param for param in names if hasattr(param, "ds_id")]
     held = [_partition(param, name) if hasattr(param, "ds_id") else held_of(param, name) for param, name in names.items()]
-    held += [held_of(buffer, name) for name, buffer in buffers_of(engine.module).items()]
+    held += [held_of(buffer, name, is_buffer=True) for name, buffer in buffers_of(engine.module).items()]
 
     def prepare() -> None:
         gathered = [param for param in partitioned if param.ds_status.name == "AVAILABLE"]
@@ -46,11 +46,23 @@ def live_model(engine: Any) -> LiveModel:
             if hasattr(scaler, field):
                 setattr(scaler, field, value)
 
+    def masters() -> list[Held]:
+        optimizer = engine.basic_optimizer
+        if optimizer is None or engine.optimizer is optimizer:
+            return []
+        if not isinstance(optimizer, Engine):
+            raise ValueError(
+                "DeepSpeed steps masters of the parameters, which would undo what is loaded, and its base optimizer, "
+                f"{sharding.qualified_name(optimizer)}, does not tell which they are; use one of this library"
+            )
+        members = live_optimizer(engine, optimizer, LiveModel(names=names)).members
+        return [held for member in members if member.is_master for held in member.held(MASTER, member.param)]
+
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     told = {counter: getattr(engine, counter) for counter in COUNTERS}
     told["loss_scaler"] = {field: getattr(scaler, field) for field in SCALER if hasattr(scaler, field)}
     order = list(names.values())
-    return LiveModel(held=held, names=names, order=order, wrapper={NAME: told}, prepare=prepare, resume=resume)
+    return LiveModel(held=held, names=names, order=order, wrapper={NAME: told}, masters=masters, prepare=prepare, resume=resume)
 
 
 def _partition(param: Any, name: str) -> Held:

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sharded_optim.checkpoint.held import MODEL, Held
 from sharded_optim.segment import Segment
 from sharded_optim.sharding import FlatLayout, LocalParam, describe
+from sharded_optim.zero import finish_gathering
 
 __all__ = ["LiveModel", "buffers_of", "held_of", "names_of"]
 
@@ -31,6 +32,7 @@ class LiveModel:
         order: the names of parameters that a wrapper has flattened, on whatever rank they are, in the order of the model.
         wrapper: what only the same wrapper takes up again, by the wrapper's name.
         resume: takes that up, when all tensors are loaded.
+        masters: values of the parameters that an optimizer keeps apart, which are to be loaded too where the optimizer is not.
         prepare: called before they are.
     """
 
@@ -39,6 +41,7 @@ class LiveModel:
     local_params: Mapping[Tensor, LocalParam] = field(default_factory=dict)
     order: Sequence[str] = ()
     wrapper: dict[str, Any] = field(default_factory=dict)
+    masters: Callable[[], list[Held]] = list
     prepare: Callable[[], None] = lambda: None
     resume: Callable[[Any], None] = lambda _: None
 
@@ -49,7 +52,8 @@ class LiveModel:
         Raises:
             ValueError: it does not tell what it holds.
         """
-        buffers = [_held_of_plain(buffer, name) for name, buffer in buffers_of(model).items()]
+        finish_gathering(model)
+        buffers = [_held_of_plain(buffer, name, is_buffer=True) for name, buffer in buffers_of(model).items()]
         if _has_fsdp1(model):
             return cls._of_fsdp1(model, buffers)
         names = names_of(model)
@@ -75,9 +79,11 @@ class LiveModel:
         return cls(held=held + buffers, names=layout.whole, order=order)
 
 
-def held_of(tensor: Tensor, name: str) -> Held:
+def held_of(tensor: Tensor, name: str, *, is_buffer: bool = False) -> Held:
     """What this process holds of a parameter or buffer that tells how it is sharded."""
-    return _held(MODEL, tensor, _describe(tensor, name)) if tensor.is_floating_point() else _held_of_plain(tensor, name)
+    if is_buffer or not tensor.is_floating_point():
+        return _held_of_plain(tensor, name, is_buffer=is_buffer)
+    return _held(MODEL, tensor, _describe(tensor, name))
 
 
 def _describe(param: Tensor, name: str) -> LocalParam:
@@ -91,11 +97,11 @@ def _held(kind: str, param: Tensor, local: LocalParam) -> Held:
     return Held(kind=kind, segment=piece.segment, local=piece.of(local.local(param, "values")))
 
 
-def _held_of_plain(tensor: Tensor, name: str) -> Held:
+def _held_of_plain(tensor: Tensor, name: str, *, is_buffer: bool = False) -> Held:
     """Of an ordinary tensor of any dtype: all of it."""
     if type(tensor) not in (Tensor, nn.Parameter):
         return _held(MODEL, tensor, describe(tensor, name))
-    return Held(kind=MODEL, segment=Segment.whole(name, tensor.shape), local=tensor)
+    return Held(kind=MODEL, segment=Segment.whole(name, tensor.shape), local=tensor, is_buffer=is_buffer)
 
 
 def names_of(model: nn.Module) -> dict[Tensor, str]:

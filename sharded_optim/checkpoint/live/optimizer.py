@@ -99,8 +99,14 @@ class LiveOptimizer:
             model: whose names are used; of other parameters the optimizer's own, or their position.
         """
         members = []
+        taken = set(model.names.values())
         for index, group in enumerate(engine.param_groups):
             for param, own_name in named_params(group, index):
+                if own_name in taken and param not in model.names and not model.order:
+                    raise ValueError(
+                        f"the optimizer's parameter {own_name!r} is not the model's of that name; build the optimizer from the parameters "
+                        f"of the model as it is, after it was wrapped, moved or replaced"
+                    )
                 local = model.local_params.get(param) or engine.describe_param(param, model.names.get(param, own_name), group)
                 members.append(Member(param=param, group=index, local=local))
         return cls(engine=engine, members=members, groups=engine.param_groups, group_of=group_of(members), order=model.order)

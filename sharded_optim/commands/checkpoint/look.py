@@ -10,7 +10,7 @@ import torch
 import typer
 
 from sharded_optim import checkpoint
-from sharded_optim.checkpoint.errors import CheckpointError, DamagedError
+from sharded_optim.checkpoint.errors import CheckpointError, DamagedError, MismatchError
 from sharded_optim.checkpoint.manifest import Chunk, Manifest, Parameters
 from sharded_optim.checkpoint.store import folder_of, open_store, steps_in
 from sharded_optim.commands import errors
@@ -42,7 +42,7 @@ def _row(root: str, step: int) -> tuple[str, ...]:
         manifest = checkpoint.describe(root, step)
     except DamagedError:
         return (str(step), *"----", "-", "damaged manifest")
-    except CheckpointError:
+    except MismatchError:
         return (str(step), *"----", "-", "of a later version")
     optimizer = "-" if manifest.parameters is None else manifest.parameters.optimizer
     counts = (len(manifest.tensors), len(manifest.files), manifest.world_size)
