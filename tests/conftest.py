@@ -47,8 +47,11 @@ def everything(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("--matrix"))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files first: `make test` gives files to processes in this order."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Long files first: `make test` gives files to processes in this order. Whole matrices take their time."""
+    if config.getoption("--matrix"):
+        for item in items:
+            item.add_marker(pytest.mark.timeout(7200), append=False)
     places = {name: place for place, name in enumerate(FIRST)}
     items.sort(key=lambda item: places.get(item.path.name, len(FIRST)))
 

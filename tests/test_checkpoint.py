@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -321,6 +323,62 @@ def test_low_precision_comes_back_with_its_compensations(options: dict[str, Any]
     assert torch.equal(wide.weight, model.weight.float())
 
 
+def test_a_single_pattern_is_one_and_choices_are_checked(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    so.checkpoint.save(tmp_path, 3, model=model, optimizer=optimizer)
+    other, _ = trained(0, seed=1)
+    other.unused, other.scale = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(5))
+    with pytest.raises(MismatchError, match="model/scale"):
+        so.checkpoint.load(tmp_path, model=other, strict=False, lenient="unused*")
+    with pytest.raises(CheckpointError, match="hyperparameters must be 'checkpoint' or 'live', got 'Live'"):
+        so.checkpoint.load(tmp_path, model=model, optimizer=optimizer, hyperparameters="Live")
+
+
+def test_what_cannot_hold_values_is_told(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    so.checkpoint.save(tmp_path, 3, model=model, optimizer=optimizer)
+    with torch.device("meta"):
+        hollow = Net()
+    with pytest.raises(MismatchError, match=r"'model/scale' has no memory \(device meta\) and cannot be loaded into; materialize it"):
+        so.checkpoint.load(tmp_path, model=hollow)
+    with pytest.raises(CheckpointError, match=r"has no memory \(device meta\); materialize the model before it is saved"):
+        so.checkpoint.save(tmp_path, 4, model=hollow)
+    model.counts = torch.zeros(1, dtype=torch.int64).expand(3)
+    with pytest.raises(MismatchError, match=r"'model/counts' has elements that share memory \(expanded\)"):
+        so.checkpoint.load(tmp_path, model=model)
+
+
+def test_an_optimizer_of_another_model_and_one_that_lacks_parameters_are_told(tmp_path: Path) -> None:
+    model, optimizer = trained(make=partial(so.DecoupledSGDW, lr=1e-2))
+    so.checkpoint.save(tmp_path, 3, model=model, optimizer=optimizer)
+    partly = so.DecoupledSGDW([model.scale], lr=1e-2)
+    with pytest.raises(MismatchError, match=r"parameter 'unused' of the checkpoint's optimizer is in no param group"):
+        so.checkpoint.load(tmp_path, model=model, optimizer=partly)
+    stale = so.AdamW([("scale", nn.Parameter(torch.ones(4)))], lr=1e-2)
+    with pytest.raises(CheckpointError, match=r"the optimizer's parameter 'scale' is not the model's of that name; build the optimizer"):
+        so.checkpoint.save(tmp_path, 4, model=model, optimizer=stale)
+
+
+def test_tensors_that_are_not_contiguous_are_saved_and_loaded(tmp_path: Path) -> None:
+    model = nn.Module()
+    model.columns = nn.Parameter(torch.arange(12.0).view(3, 4).t())
+    model.every_other = nn.Parameter(torch.arange(10.0)[::2])
+    so.checkpoint.save(tmp_path, 1, model=model)
+    expected = {name: param.clone() for name, param in model.named_parameters()}
+    for param in model.parameters():
+        param.data.zero_()
+    so.checkpoint.load(tmp_path, model=model)
+    assert all(torch.equal(param, expected[name]) for name, param in model.named_parameters())
+    assert not any(param.is_contiguous() for param in model.parameters())
+
+
+def test_a_save_in_the_background_is_committed_when_the_process_ends_without_waiting(tmp_path: Path) -> None:
+    code = "import sys, torch, sharded_optim as so\nso.checkpoint.async_save(sys.argv[1], 7, model=torch.nn.Linear(3000, 3000), keep=1)\n"
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60, check=True)
+    assert result.stderr == ""
+    assert so.checkpoint.latest(tmp_path) == 7
+
+
 def test_wrong_use_says_the_way_out(tmp_path: Path) -> None:
     model, optimizer = trained(1)
     cases: list[tuple[Any, str]] = [
@@ -436,10 +494,51 @@ def check_ranks(folder: Path) -> None:
         so.checkpoint.load(folder, model=nn.Linear(1000, model.weight.shape[0], bias=rank == 1))
     assert so.checkpoint.steps(folder) == [1]
 
+    check_replicas(folder / "replicas")
+    check_arguments(folder, model, optimizer)
     group = dist.new_group([1])  # ranks that save alone
     if rank == 1:
         so.checkpoint.save(folder / "alone", 1, model=model, process_group=group)
         assert so.checkpoint.verify(folder / "alone") == 1
+
+
+def check_replicas(folder: Path) -> None:
+    """Tensors that have a name in common are one tensor; buffers may differ, and are the first rank's, all of them."""
+    rank = dist.get_rank()
+    model = nn.BatchNorm1d(5)
+    for buffer in (model.running_mean, model.running_var):
+        buffer.add_(rank)
+    so.checkpoint.save(folder, 1, model=model)
+    so.checkpoint.load(folder, model=model)
+    assert torch.equal(model.running_mean, torch.zeros(5))
+    assert torch.equal(model.running_var, torch.ones(5))
+    stage = nn.Linear(3, 3)
+    nn.init.constant_(stage.weight, rank)
+    with pytest.raises(CheckpointError, match=r"ranks 0 and 1 both hold 'model/weight', with different values: they are not replicas"):
+        so.checkpoint.save(folder, 2, model=stage)
+
+
+def check_arguments(folder: Path, model: nn.Module, optimizer: Any) -> None:
+    """What only one rank gives, or waits for, leaves none waiting."""
+    rank = dist.get_rank()
+    for options, message in (
+        ({"strict": rank == 0}, "strict is False on rank 1, True on rank 0"),
+        ({"step": 1 if rank else None}, "step is 1 on rank 1, None on rank 0"),
+        ({"optimizer": optimizer if rank else None}, "optimizer is True on rank 1, False on rank 0"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            so.checkpoint.load(folder, **{"model": model, **options})
+    before = so.checkpoint.saving.write_shard
+    so.checkpoint.saving.write_shard = lambda *_: 1 / 0
+    handle = so.checkpoint.async_save(folder / "failing", 1, model=model)
+    if rank == 0:
+        with pytest.raises(CheckpointError, match="ZeroDivisionError"):
+            handle.wait()  # the other rank has not heard of it
+    handle._thread.join()
+    so.checkpoint.saving.write_shard = before
+    with pytest.raises(CheckpointError, match=r"rank 1: .*ZeroDivisionError"):
+        so.checkpoint.save(folder / "failing", 1, model=model)
+    so.checkpoint.save(folder / "failing", 1, model=model)
 
 
 def test_ranks_write_each_element_once_and_read_what_they_hold(tmp_path: Path) -> None:

@@ -234,7 +234,7 @@ def assert_all_raise(
     assert None not in told, told
     assert told[0] == told[1] or not same_root, told
     for type_, message in told:
-        assert type_ is kind, told
+        assert issubclass(type_, kind), told
         assert all(word in message for word in words), f"{words} not in {message}"
 
 

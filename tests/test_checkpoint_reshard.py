@@ -94,6 +94,22 @@ def check_loading(root: Path, sources: Sequence[Case], wrappers: Sequence[str]) 
             compare(trained, outcomes[groups, SAVED_AT + MORE], f"{where}, {MORE} steps later")
 
 
+def check_model_alone(root: Path) -> None:
+    """DeepSpeed steps masters of the parameters: they are loaded with them, or the next step would undo it."""
+    for name in ("deepspeed2", "deepspeed3_bf16", "deepspeed1_bf16"):
+        source = WRAPPERS[name](2, 0)
+        expected = source.whole()
+        so.checkpoint.save(root / name, 0, model=source.model)
+        source.model.destroy()
+        trained = WRAPPERS[name](2, 1)
+        so.checkpoint.load(root / name, model=trained.model)
+        for group in trained.optimizer.param_groups:
+            group["lr"] = 0.0
+        trained.step(1)
+        compare(trained, expected, f"{name}, the model alone")
+        trained.model.destroy()
+
+
 def compare(trained: Trained, expected: dict[str, torch.Tensor], where: str) -> None:
     for name, value in trained.whole().items():
         assert torch.equal(value, expected[name]), f"{where}: {name}, by {(value - expected[name]).abs().max()}"
@@ -126,3 +142,9 @@ def test_a_checkpoint_is_the_same_training_under_other_wrappers_and_on_other_num
     pairs = check(tmp_path, EVERYTHING, EVERYTHING)
     with capsys.disabled():
         print(f"{pairs} pairs of {len(EVERYTHING)} wrappers and numbers of ranks: bitwise the same, {time.perf_counter() - began:.0f} s")
+
+
+@pytest.mark.skipif(not HAS_DEEPSPEED, reason="deepspeed is not installed (the extra `deepspeed`)")
+@pytest.mark.timeout(400)
+def test_a_model_that_deepspeed_trains_is_loaded_without_its_optimizer(tmp_path: Path) -> None:
+    deepspeed_models.run(check_model_alone, 2, tmp_path)

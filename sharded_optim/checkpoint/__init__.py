@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from sharded_optim.checkpoint import loading, saving, staging
 from sharded_optim.checkpoint.errors import CheckpointError, DamagedError, MismatchError, NoCheckpointError
-from sharded_optim.checkpoint.exchange import together
+from sharded_optim.checkpoint.exchange import refuse_differences, together
 from sharded_optim.checkpoint.export import export_safetensors, export_torch
 from sharded_optim.checkpoint.imports import import_from
 from sharded_optim.checkpoint.staging import Saving
@@ -155,12 +155,9 @@ def load(
         staging.settle()
         choices.check()
         opened.append(open_store(root))
-        return {"root": str(root), "step": step, "model": model is not None, "optimizer": optimizer is not None, "choices": asdict(choices)}
+        return {"step": step, "model": model is not None, "optimizer": optimizer is not None, **asdict(choices)}
 
-    arguments = together(f"opening {root}", look, group)
-    for rank, own in enumerate(arguments):
-        if own != arguments[0]:
-            raise CheckpointError(f"rank {rank} loads with {own}, rank 0 with {arguments[0]}; give all ranks the same")
+    refuse_differences(together(f"opening {root}", look, group))
 
     def load_one(number: int) -> Any:
         return loading.load_step(opened[0], number, model, optimizer, choices, group)

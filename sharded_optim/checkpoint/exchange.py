@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from sharded_optim.checkpoint.errors import CheckpointError, DamagedError, MismatchError
 from sharded_optim.ranks import join_messages
 
-__all__ = ["digest_of", "distinct", "together"]
+__all__ = ["digest_of", "distinct", "refuse_differences", "together"]
 
 Result = TypeVar("Result")
 
@@ -85,3 +85,11 @@ def distinct(value: Result, digests: Sequence[bytes], process_group: dist.Proces
     sent: list[Any] = [None] * len(digests)
     dist.all_gather_object(sent, value if first[digests[rank]] == rank else None, group=process_group)
     return [sent[first[digest]] for digest in digests]
+
+
+def refuse_differences(arguments: Sequence[Mapping[str, Any]]) -> None:
+    """Raise CheckpointError unless all ranks, in their order, have called with the same."""
+    for rank, own in enumerate(arguments):
+        for name, value in own.items():
+            if value != arguments[0][name]:
+                raise CheckpointError(f"{name} is {value!r} on rank {rank}, {arguments[0][name]!r} on rank 0; give the same on all ranks")

@@ -146,7 +146,7 @@ def load_step(store: Store, step: int, model: Any, optimizer: Any, choices: Choi
         nonlocal landing
         if state is not None and reader.manifest.parameters is not None:
             landing = state.land(reader.manifest, reader.manifest.parameters, groups_in)
-        found = _fit(reader.manifest, [*shown.held, *masters], landing, rounded)
+        found = _fit(reader.manifest, shown.held, masters, landing, rounded)
         fits.append(found)
         return _as_bits(reader.manifest.tensors, found.used), found.problems
 
@@ -187,14 +187,16 @@ def load_step(store: Store, step: int, model: Any, optimizer: Any, choices: Choi
 # ------------------------------------------------------------------------------------------------------------------------- fitting
 
 
-def _fit(manifest: Manifest, model: Sequence[Held], landing: Landing, rounded: set[str]) -> _Fit:
+def _fit(manifest: Manifest, model: Sequence[Held], masters: Sequence[Held], landing: Landing, rounded: set[str]) -> _Fit:
     """What of a checkpoint goes where.
 
     Args:
+        masters: of the model, where it is loaded alone: its values are theirs, whatever their dtype.
         rounded: names of the live parameters that are rounded copies of masters.
     """
     fit = _Fit(problems=list(landing.problems))
-    for held in (*model, *landing.wanted):
+    alone = set(map(id, masters))
+    for held in (*model, *masters, *landing.wanted):
         name = held.segment.name
         entry = _source(manifest, held)
         if entry is None:
@@ -211,7 +213,7 @@ def _fit(manifest: Manifest, model: Sequence[Held], landing: Landing, rounded: s
             continue
         live, saved = held.local.dtype, entry.dtype
         is_rounding = held.kind == MODEL and name in rounded and live in LOW_PRECISION and saved == torch.float32
-        if live != saved and not is_rounding:
+        if live != saved and not is_rounding and id(held) not in alone:
             fit.problems.append((name, f"{held.key!r} is of {live}, in the checkpoint of {saved}"))
         fit.wishes.append(Wish(entry=entry, held=held))
     return fit

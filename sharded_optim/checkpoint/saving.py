@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharded_optim.checkpoint.errors import CheckpointError, DamagedError, UnreadableError
-from sharded_optim.checkpoint.exchange import digest_of, distinct, together
+from sharded_optim.checkpoint.exchange import digest_of, distinct, refuse_differences, together
 from sharded_optim.checkpoint.held import MASTER, Held, checksum
 from sharded_optim.checkpoint.live import LiveOptimizer, live_model, live_optimizer
 from sharded_optim.checkpoint.manifest import Chunk, Manifest, Parameters, ShardFile, TensorEntry
@@ -142,14 +142,12 @@ def begin(
         held.extend(content.held)
         rows.extend(rows_of(held))
         extra = None if content.extra is None else encode(content.extra, "extra")
-        rest.extend((content.parameters, content.order, content.wrapper, extra, {"root": str(root), "step": step, "keep": keep}))
+        rest.extend((content.parameters, content.order, content.wrapper, extra, {"step": step, "keep": keep}))
         return digest_of(rows), digest_of(rest)
 
     digests, rest_digests = zip(*together("collecting what to save", tell, process_group), strict=True)
     parameters, orders, wrappers, extras, arguments = zip(*distinct(rest, rest_digests, process_group), strict=True)
-    for other, own in enumerate(arguments):
-        if own != arguments[0]:
-            raise CheckpointError(f"rank {other} saves with {own}, rank 0 with {arguments[0]}; give all ranks the same")
+    refuse_differences(arguments)
     manifest = Manifest(
         step=step,
         world_size=len(digests),
