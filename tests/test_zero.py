@@ -109,18 +109,11 @@ BITS = ("Adam-l2", "AdamW", "AdamW-skip-loop", "DecoupledAdamW-amsgrad", "Decoup
 LOW = ("AdamW", "StableAdamW-corrected", "AdamW-kahan-stochastic", "StableAdamW-stochastic")  # with bfloat16 parameters
 
 
-def some(labels: Sequence[str], everything: bool) -> Sequence[str]:
-    """All on 1 and 2 ranks; on 3 and 4, unless everything is asked for, every other, so that each is in one of them, and the last."""
-    if everything or dist.get_world_size() < 3:
-        return labels
-    return [label for index, label in enumerate(labels) if index % 2 == dist.get_world_size() % 2 or label == labels[-1]]
-
-
-def check_bits(everything: bool) -> None:
+def check_bits() -> None:
     world_size, rank = dist.get_world_size(), dist.get_rank()
     meshes: list[Any] = [None, init_device_mesh("cpu", (2, 2))] if world_size == 4 else [None]
     steps = range(1, STEPS + 1)
-    for label in some(BITS, everything):
+    for label in BITS:
         make = OPTIMIZERS[label]
         expected = {groups: one_process(make, [gradients(step, AWKWARD) for step in steps], groups) for groups in (one_group, two_groups)}
         for mesh in meshes:
@@ -138,12 +131,12 @@ def check_bits(everything: bool) -> None:
                     optimizer.step()
                     optimizer.zero_grad()
                 assert_like(model, optimizer, *expected[groups], f"{label} {stage=} {mesh} {bucket_mb} {together=}")
-    check_low_precision(meshes[-1], steps, everything)
+    check_low_precision(meshes[-1], steps)
 
 
-def check_low_precision(mesh: Any, steps: Sequence[int], everything: bool) -> None:
+def check_low_precision(mesh: Any, steps: Sequence[int]) -> None:
     """Float32 masters have the bits of a float32 model; with Kahan sums or stochastic rounding there are none."""
-    for label in some(LOW, everything):
+    for label in LOW:
         make = OPTIMIZERS[label]
         has_masters = not {"kahan_sum", "stochastic_rounding"} & make.keywords.keys()
         dtype = torch.float32 if has_masters else torch.bfloat16
@@ -165,11 +158,11 @@ def sharded(make: partial, params: Any, process_group: Any = None, *, overlap: b
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_every_optimizer_has_the_bits_of_one_process_at_any_number_of_ranks(world_size: int, everything: bool) -> None:
+def test_every_optimizer_has_the_bits_of_one_process_at_any_number_of_ranks(world_size: int) -> None:
     """Stages 1 and 2, one and two param groups, one bucket and several, one to all ranks on a machine, bfloat16 with masters and without,
     and on 4 ranks also shards in replicas.
     """
-    ranks.run(check_bits, world_size, everything)
+    ranks.run(check_bits, world_size)
 
 
 # -------------------------------------------------------------------------------------------------------- what gradients there are
