@@ -80,12 +80,10 @@ def unsharded(make, dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
 
 
 def labels_of(wrapper: str, world_size: int, dtype: torch.dtype, everything: bool) -> list[str]:
-    """All optimizers on 3 ranks, whose shards are the least alike; on 2 and on 4, unless everything is asked for, each with each dtype
-    under one of the wrappers.
-    """
+    """Unless everything is asked for, each optimizer has each dtype under one of the wrappers on 2 ranks, and under one of those on 4."""
     offset = LAYOUTS[world_size].index(wrapper) + DTYPES.index(dtype)
-    thirds = {label for index, label in enumerate(OPTIMIZERS) if (index + offset) % 3 == 0}
-    return [label for label in OPTIMIZERS if everything or world_size == 3 or label in thirds | ALWAYS]
+    third = {label for index, label in enumerate(OPTIMIZERS) if (index + offset) % 3 == 0}
+    return [label for label in OPTIMIZERS if everything or label in third | ALWAYS]
 
 
 def check_ranks(wrappers: list[str], folder: str, everything: bool) -> None:
