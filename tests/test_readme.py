@@ -8,20 +8,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+import sharded_optim as so
+
 README = Path(__file__).parents[1] / "README.md"
 
 
 def test_the_example_runs_on_two_ranks(tmp_path: Path) -> None:
     """Each writes a metric down at the end, so that an example that did nothing would fail."""
-    code, _ = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    code, checkpoints, _ = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
     script = tmp_path / "example.py"
     end = "import gc; del model, optimizer; gc.collect(); dist.destroy_process_group()"  # see launch/environment.py
     report = f"open(f'{tmp_path}/{{dist.get_rank()}}.txt', 'w').write(str(max(optimizer.metrics().values())))"
-    script.write_text(f"{code}\n{report}\n{end}\n")
+    schedule = "schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)"  # which the second example has
+    script.write_text(f"{code}\n{report}\n{schedule}\n{checkpoints}\nassert extra == schedule.state_dict()\n{end}\n")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment, cwd=tmp_path, check=False)
     assert result.returncode == 0, result.stderr
+    assert so.checkpoint.steps(tmp_path / "checkpoints") == [9]
     first, second = (float((tmp_path / f"{rank}.txt").read_text()) for rank in (0, 1))
     assert first == second > 0
 
