@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 import sharded_optim as so
 from sharded_optim.checkpoint import CheckpointError, MismatchError
@@ -495,6 +496,7 @@ def check_ranks(folder: Path) -> None:
     assert so.checkpoint.steps(folder) == [1]
 
     check_replicas(folder / "replicas")
+    check_gathered_parameters(folder / "gathered")
     check_arguments(folder, model, optimizer)
     group = dist.new_group([1])  # ranks that save alone
     if rank == 1:
@@ -516,6 +518,24 @@ def check_replicas(folder: Path) -> None:
     nn.init.constant_(stage.weight, rank)
     with pytest.raises(CheckpointError, match=r"ranks 0 and 1 both hold 'model/weight', with different values: they are not replicas"):
         so.checkpoint.save(folder, 2, model=stage)
+
+
+def check_gathered_parameters(folder: Path) -> None:
+    """FSDP2 leaves gathered copies in the parameters' places after a forward pass without a backward pass: not they are loaded into."""
+    model, other = nn.Linear(5, 3), nn.Linear(5, 3)
+    nn.init.constant_(model.weight, 2.0)
+    nn.init.constant_(model.bias, 1.0)
+    for each in (model, other):
+        fully_shard(each)
+    optimizer = so.AdamW(other.named_parameters(), lr=1e-3)
+    so.checkpoint.save(folder, 1, model=model)
+    with torch.no_grad():
+        other(torch.ones(1, 5))
+        so.checkpoint.load(folder, model=other)
+        assert torch.equal(other(torch.ones(1, 5)), torch.full((1, 3), 11.0))
+    so.checkpoint.save(folder, 2, model=other, optimizer=optimizer)
+    for param in other.parameters():
+        assert (param.to_local() == param.ndim).all()
 
 
 def check_arguments(folder: Path, model: nn.Module, optimizer: Any) -> None:

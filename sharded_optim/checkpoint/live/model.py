@@ -53,6 +53,7 @@ class LiveModel:
             ValueError: it does not tell what it holds.
         """
         finish_gathering(model)
+        _reshard(model)
         buffers = [_held_of_plain(buffer, name, is_buffer=True) for name, buffer in buffers_of(model).items()]
         if _has_fsdp1(model):
             return cls._of_fsdp1(model, buffers)
@@ -146,6 +147,15 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 yield from walk(child, prefix if is_inside else f"{prefix}{name}.")
 
     yield from walk(model, "")
+
+
+def _reshard(model: nn.Module) -> None:
+    """Have FSDP2 put its sharded parameters back, where a forward pass without a backward pass has left gathered copies in their places."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None:
+        for module in model.modules():
+            if isinstance(module, fsdp.FSDPModule):
+                module.reshard()
 
 
 def _has_fsdp1(model: nn.Module) -> bool:
