@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from sharded_optim.checkpoint.errors import CheckpointError, DamagedError, MismatchError, NoCheckpointError
 from sharded_optim.checkpoint.exchange import together
-from sharded_optim.checkpoint.held import MASTER, MODEL, Held
+from sharded_optim.checkpoint.held import LOW_PRECISION, MASTER, MODEL, Held
 from sharded_optim.checkpoint.live import LiveModel, LiveOptimizer, live_model, live_optimizer
 from sharded_optim.checkpoint.live.optimizer import Landing
 from sharded_optim.checkpoint.manifest import Manifest, Parameters, TensorEntry, key_of
@@ -29,7 +29,6 @@ __all__ = ["Choices", "load_newest", "load_step"]
 
 logger = logging.getLogger(__name__)
 
-LOW_PRECISION = (torch.bfloat16, torch.float16)
 SHOWN = 50  # problems in an error message
 
 

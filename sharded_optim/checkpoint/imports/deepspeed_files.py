@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sharded_optim.checkpoint.held import MODEL, Held
@@ -17,9 +16,8 @@ from sharded_optim.checkpoint.imports import safely
 from sharded_optim.checkpoint.imports.assembly import encodable
 from sharded_optim.segment import Segment
 
-__all__ = ["LOW_PRECISION", "ModelStates", "names_of_groups", "pieces_of_equal_parts", "tagged"]
+__all__ = ["ModelStates", "names_of_groups", "pieces_of_equal_parts", "tagged"]
 
-LOW_PRECISION = (torch.bfloat16, torch.float16)
 FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 UNKNOWN = re.compile(r"layer_.*|.*expert.*")
 OWN = {  # what DeepSpeed itself saves; the rest is the user's client_state

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharded_optim.checkpoint.held import MASTER, MODEL, Held
+from sharded_optim.checkpoint.held import LOW_PRECISION, MASTER, MODEL, Held
 from sharded_optim.checkpoint.imports import safely
 from sharded_optim.checkpoint.imports.assembly import assemble
-from sharded_optim.checkpoint.imports.deepspeed_files import LOW_PRECISION, ModelStates, names_of_groups, pieces_of_equal_parts, tagged
+from sharded_optim.checkpoint.imports.deepspeed_files import ModelStates, names_of_groups, pieces_of_equal_parts, tagged
 from sharded_optim.checkpoint.imports.optimizer_state import Choices, Translated, translated
 from sharded_optim.checkpoint.imports.safely import Inert
 from sharded_optim.checkpoint.manifest import Parameters

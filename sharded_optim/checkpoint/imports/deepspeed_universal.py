@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from sharded_optim.checkpoint.held import MASTER, MODEL, Held
+from sharded_optim.checkpoint.held import LOW_PRECISION, MASTER, MODEL, Held
 from sharded_optim.checkpoint.imports import safely
 from sharded_optim.checkpoint.imports.assembly import whole
-from sharded_optim.checkpoint.imports.deepspeed_files import LOW_PRECISION, ModelStates, names_of_groups, tagged
+from sharded_optim.checkpoint.imports.deepspeed_files import ModelStates, names_of_groups, tagged
 from sharded_optim.checkpoint.imports.optimizer_state import Choices, translated
 from sharded_optim.checkpoint.manifest import Parameters
 from sharded_optim.checkpoint.saving import Content

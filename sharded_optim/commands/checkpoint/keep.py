@@ -7,7 +7,9 @@ from typing import Annotated
 import typer
 
 from sharded_optim import checkpoint
-from sharded_optim.checkpoint.errors import CheckpointError, DamagedError
+from sharded_optim.checkpoint.errors import DamagedError
+from sharded_optim.checkpoint.steps import candidates, existing_step
+from sharded_optim.checkpoint.store import open_store
 from sharded_optim.commands import errors
 from sharded_optim.commands.checkpoint.arguments import Root, Step
 from sharded_optim.commands.tables import counted, size_of
@@ -25,12 +27,9 @@ def verify(
     with errors.for_users():
         if every and step is not None:
             raise ValueError("--all and --step contradict each other; give one of the two")
-        found = checkpoint.steps(root)
-        if not found:
-            raise CheckpointError(f"there is no checkpoint in {root}")
-        if not every:
-            found = found[-1:] if step is None else [step]
-        for each in found:
+        store = open_store(root)
+        chosen = existing_step(store, step)
+        for each in candidates(store) if every else [chosen]:  # one that has lost its marker is damaged
             damaged |= not _verified(root, each)
     if damaged:
         raise typer.Exit(1)
