@@ -155,7 +155,7 @@ def _reshard(model: nn.Module) -> None:
     if fsdp is not None:
         for module in model.modules():
             if isinstance(module, fsdp.FSDPModule):
-                module.reshard()
+                fsdp.FSDPModule.reshard(module)
 
 
 def _has_fsdp1(model: nn.Module) -> bool:
