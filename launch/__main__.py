@@ -17,8 +17,12 @@ def main(arguments: list[str]) -> None:
     try:
         config = from_arguments(arguments, "python -m launch")
         corpus.load(config)  # writes the cache, which the ranks then find
+        if config.processes == "auto":
+            config = config.with_processes(max(1, environment.gpus_here()) if config.device != "cpu" else 1)
+        processes = config.processes
+        assert processes != "auto"
         if config.sharding == "deepspeed":
-            device = environment.pick_device(environment.Place(local_world_size=config.processes), config.device)
+            device = environment.pick_device(environment.Place(local_world_size=processes), config.device)
             deepspeed_extension.build(device.type)
         if config.checkpoint.every is not None or config.resume == "auto":
             from launch.checkpoints import check_folder  # imports torch
@@ -27,10 +31,11 @@ def main(arguments: list[str]) -> None:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    environment.share_cores(config.processes)
+    environment.share_cores(processes, config.threads)
     command = [sys.executable, "-m"]
-    if config.processes > 1:
-        command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(config.processes), "-m"]
+    if processes > 1 or config.max_restarts:
+        command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        command += ["--max-restarts", str(config.max_restarts), "-m"]
     os.execv(sys.executable, [*command, "launch.train", *arguments])
 
 

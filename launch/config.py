@@ -109,19 +109,26 @@ class Config(_Section):
     """A training job.
 
     name: ends the run folder's name; the config file's own unless given.
-    processes: over how many processes the job is spread, on this machine.
+    processes: over how many processes the job is spread; "auto": as many as were started, or with `python -m launch` one for each GPU.
+    threads: of each process on the CPU; None is an equal share of the machine's cores.
     device: "auto" takes a GPU for each process where there are as many, else the CPU.
     batch_size: sequences in a step, over all processes together, so that the loss curve does not depend on their number.
     validation_batches: how many batches of that size are the validation set.
     resume: "auto" goes on from the newest checkpoint in the folder of checkpoints, if there is one; "never" begins, and refuses a folder
         that has some.
+    max_restarts: how often `python -m launch` starts all processes again when one has failed; they go on from checkpoints with resume=auto.
+    heartbeat: seconds for which a rank may be silent, or keep others waiting, before the job ends; None: for as long as it likes. Longer
+        than whatever one rank does alone.
+    divergence_every: after so many steps, values that ranks have in common are compared; None: never.
+    max_skipped_steps: how many steps in a row may be skipped because gradients are not finite.
     deepspeed: what DeepSpeed is told, but for the optimizer and the batch. In a file or an override also the path of a DeepSpeed config
         in JSON, which may give these too (`launch/deepspeed_config.py`).
     """
 
     name: Name
     runs_folder: str = "runs"
-    processes: PositiveInt
+    processes: PositiveInt | Literal["auto"]
+    threads: PositiveInt | None = None
     sharding: Literal["fsdp2", "fsdp1", "zero2", "zero1", "ddp", "single", "deepspeed"]
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -137,6 +144,10 @@ class Config(_Section):
     data: DataConfig = DataConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     resume: Literal["auto", "never"] = "never"
+    max_restarts: NonNegativeInt = 0
+    heartbeat: PositiveFloat | None = 20.0
+    divergence_every: PositiveInt | None = 100
+    max_skipped_steps: PositiveInt = 20
     deepspeed: dict[str, Any] | None = None
 
     @field_validator("deepspeed")
@@ -146,17 +157,33 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
-        if self.sharding == "single" and self.processes > 1:
+        if self.sharding == "single" and self.processes not in (1, "auto"):
             raise ValueError(f"sharding='single' is one process, got processes={self.processes}; use sharding=ddp or fsdp2, or processes=1")
         if self.sharding == "deepspeed" and self.deepspeed is None:
             raise ValueError("sharding='deepspeed' needs a DeepSpeed config; use deepspeed=configs/deepspeed_zero2.json or another one")
         if self.sharding != "deepspeed" and self.deepspeed is not None:
             raise ValueError(f"sharding={self.sharding!r} does not use the key deepspeed; use sharding=deepspeed, or deepspeed=null")
-        if self.batch_size % self.processes:
+        if self.processes != "auto" and self.batch_size % self.processes:
             raise ValueError(f"batch_size={self.batch_size} does not divide over processes={self.processes}; make it a multiple")
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps={self.warmup_steps} must be less than steps={self.steps}; lower it, or train for longer")
+        if self.max_restarts and not (self.resume == "auto" and self.checkpoint.every):
+            raise ValueError(f"max_restarts={self.max_restarts} would begin anew each time; use resume=auto checkpoint.every=100 too")
         return self
+
+    def with_processes(self, processes: int) -> Config:
+        """The same job on as many processes as there are, where the config leaves that open.
+
+        Raises:
+            ConfigError: it cannot be spread over so many.
+        """
+        if self.processes == processes:
+            return self
+        try:
+            return Config.model_validate(self.model_dump() | {"processes": processes})
+        except ValidationError as error:
+            problems = [_explain(dict(problem)) for problem in error.errors()]
+            raise ConfigError(f"processes='auto' are {processes}: {'; '.join(problems)}") from None
 
 
 def from_arguments(arguments: list[str], program: str) -> Config:

@@ -1,21 +1,78 @@
-"""Where this process stands among the others: the one file that reads environment variables and starts and ends the process group."""
+"""Where this process stands among the others: the one file that reads environment variables and starts and ends the process group.
+
+torchrun, the deepspeed launcher, mpirun (Open MPI's and MPICH's) and srun each say it in variables of their own. What they have in common
+is a `Place`; how the ranks then find each other is in `meeting.py`.
+"""
 
 from __future__ import annotations
 
 import os
+import re
+import sys
 import sysconfig
-from dataclasses import dataclass
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from launch.config import Config, ConfigError
 
 if TYPE_CHECKING:  # the parent process uses this module too, and need not wait for torch
     import torch
 
-__all__ = ["Place", "find_place", "pick_device", "prepare_for_deepspeed", "share_cores", "start", "stop"]
+    from launch.meeting import Venue
 
-TIMEOUT_SECONDS = 300  # of a collective: far longer than any takes here, and soon enough to notice a rank that died
+__all__ = ["Place", "find_place", "gpus_here", "leave", "pick_device", "prepare_for_deepspeed", "share_cores", "start", "stop"]
+
+TIMEOUT_SECONDS = 300  # of a meeting and of a collective: far longer than any takes here, and soon enough to notice that one will not end
+SECONDS_FOR_THREADS = 3.0  # that a job has left behind, to end
+# srun gives no port. One for each job, so that jobs that share a node hardly meet, and outside of what systems give out by themselves.
+SLURM_PORTS = range(10000, 30000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launcher:
+    """Who has started this process.
+
+    Attributes:
+        name: as messages have it.
+        variables: where it says what `Place` has, by the name there.
+        mark: the variables by which it is recognised; any of them.
+    """
+
+    name: str
+    variables: Mapping[str, str]
+    mark: tuple[str, ...]
+
+
+def _variables(*names: str) -> dict[str, str]:
+    return dict(zip(("rank", "world_size", "local_rank", "local_world_size"), names, strict=True))
+
+
+ALONE = Launcher(name="python", variables={}, mark=())
+TORCHRUN_VARIABLES = _variables("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+TORCHRUN = Launcher(name="torchrun", variables=TORCHRUN_VARIABLES, mark=tuple(TORCHRUN_VARIABLES.values()))
+DEEPSPEED = Launcher(name="deepspeed", variables=_variables("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE"), mark=("LOCAL_SIZE",))
+OPEN_MPI = Launcher(
+    name="Open MPI's mpirun",
+    variables=_variables("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    mark=("OMPI_COMM_WORLD_RANK",),
+)
+MPICH = Launcher(
+    name="MPICH's mpirun",
+    variables=_variables("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    mark=("MPI_LOCALRANKID",),  # srun may set PMI_RANK
+)
+SRUN = Launcher(
+    name="srun",
+    variables=_variables("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+    mark=("SLURM_STEP_NUM_TASKS",),  # batch scripts and shells in an allocation have a SLURM_PROCID too
+)
+# In this order: torchrun may be started by srun or mpirun, and mpirun by srun.
+LAUNCHERS = (DEEPSPEED, TORCHRUN, OPEN_MPI, MPICH, SRUN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,40 +83,72 @@ class Place:
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
+    launcher: Launcher = ALONE
 
 
-def share_cores(processes: int) -> None:
-    """Give the processes that this one starts an equal share of the cores, unless the user has chosen.
-
-    More threads than cores make a small model several times slower; torchrun's default of one thread leaves cores idle.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+# ----------------------------------------------------------------------------------------------------------------- before torch
 
 
 def find_place(config: Config) -> Place:
-    """Read the variables of torchrun or of the deepspeed launcher; without any, this process is alone.
+    """Read the variables of whatever has started this process; without any, it is alone.
 
     Raises:
         ConfigError: the variables are incomplete, or there are not as many processes as the config says.
     """
-    names = {"rank": "RANK", "world_size": "WORLD_SIZE", "local_rank": "LOCAL_RANK", "local_world_size": "LOCAL_WORLD_SIZE"}
-    if "LOCAL_SIZE" in os.environ and "LOCAL_WORLD_SIZE" not in os.environ:
-        names["local_world_size"] = "LOCAL_SIZE"  # the deepspeed launcher's name for it
-    found = {field: os.environ[name] for field, name in names.items() if name in os.environ}
-    missing = [name for field, name in names.items() if field not in found]
-    if found and missing:
-        raise ConfigError(f"{', '.join(missing)} not in the environment, but the rest of torchrun's variables are; start with torchrun")
+    launcher = next((each for each in LAUNCHERS if any(name in os.environ for name in each.mark)), ALONE)
+    if launcher is DEEPSPEED and "LOCAL_WORLD_SIZE" in os.environ:
+        launcher = TORCHRUN
+    found = {field: os.environ[name] for field, name in launcher.variables.items() if name in os.environ}
+    missing = [name for name in launcher.variables.values() if name not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"{', '.join(missing)} not in the environment, but the rest of {launcher.name}'s variables are; start with torchrun, mpirun or "
+            f"srun, or unset {', '.join(name for name in launcher.variables.values() if name in os.environ)}"
+        )
+    if launcher is SRUN:
+        found["local_world_size"] = _tasks_of_node(found["local_world_size"], os.environ.get("SLURM_NODEID", "0"))
     try:
-        place = Place(**{field: int(value) for field, value in found.items()})
+        place = Place(**{field: int(value) for field, value in found.items()}, launcher=launcher)
     except ValueError:
-        raise ConfigError(f"torchrun's variables must be whole numbers, got {found}") from None
-    if place.world_size != config.processes:
+        raise ConfigError(f"{launcher.name}'s variables must be whole numbers, got {found}") from None
+    if config.processes not in ("auto", place.world_size):
         raise ConfigError(
             f"processes={config.processes}, but {place.world_size} started; use `python -m launch`, "
             f"`torchrun --nproc-per-node {config.processes} -m launch.train`, or processes={place.world_size}"
         )
     return place
+
+
+def _tasks_of_node(counts: str, node: str) -> str:
+    """How many tasks a node has, of Slurm's short list of counts.
+
+    >>> [_tasks_of_node("2(x3),1", node) for node in "0123"]
+    ['2', '2', '2', '1']
+    """
+    found: list[str] = []
+    for each in counts.split(","):
+        count, _, times = each.partition("(x")
+        found += [count] * int(times.rstrip(")") or 1)
+    return found[int(node)]
+
+
+def cores_here() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def share_cores(processes: int, threads: int | None = None) -> None:
+    """Give each of the processes of this machine an equal share of the cores, unless the user has chosen.
+
+    More threads than cores make a small model several times slower; torchrun's default of one thread leaves cores idle.
+
+    Args:
+        processes: of this machine.
+        threads: what the user has chosen in the config.
+    """
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores_here() // processes)))
 
 
 def prepare_for_deepspeed(device: str) -> Path:
@@ -84,6 +173,16 @@ def prepare_for_deepspeed(device: str) -> Path:
     return Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache / "sharded_optim" / "torch_extensions")))
 
 
+# ------------------------------------------------------------------------------------------------------------------- with torch
+
+
+def gpus_here() -> int:
+    """How many GPUs this process sees."""
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 def pick_device(place: Place, wanted: str) -> torch.device:
     """This process's device.
 
@@ -92,19 +191,34 @@ def pick_device(place: Place, wanted: str) -> torch.device:
     """
     import torch
 
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = gpus_here()
     enough = gpus >= place.local_world_size  # NCCL does not let two ranks share one
+    # Slurm, told so, shows each task its own GPU alone.
+    index = place.local_rank if enough else 0
+    enough = enough or (gpus == 1 and "SLURM_STEP_GPUS" in os.environ)
     if wanted == "cuda" and not enough:
         raise ConfigError(f"device='cuda' needs a GPU for each of the {place.local_world_size} processes here, there are {gpus}")
-    return torch.device("cuda", place.local_rank) if enough and wanted != "cpu" else torch.device("cpu")
+    return torch.device("cuda", index) if enough and wanted != "cpu" else torch.device("cpu")
 
 
-def start(place: Place, device: torch.device) -> None:
-    """Start the process group, also for a process that is alone: then nothing else has to know the difference."""
-    from datetime import timedelta
+def start(place: Place, device: torch.device, threads: int | None = None) -> Venue:
+    """Start the process group, also for a process that is alone: then nothing else has to know the difference.
 
+    Args:
+        place: of this process.
+        device: of this process; NCCL connects GPUs, gloo everything else.
+        threads: see `share_cores`.
+
+    Returns:
+        Where the ranks have met: a store of this attempt alone.
+
+    Raises:
+        MeetingError: not all ranks came.
+    """
     import torch
     import torch.distributed as dist
+
+    from launch import meeting
 
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -112,23 +226,69 @@ def start(place: Place, device: torch.device) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]  # costs a write of each
-    if "OMP_NUM_THREADS" not in os.environ:  # neither `python -m launch` nor torchrun has started this
-        share_cores(place.local_world_size)
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    os.environ.setdefault("LOCAL_RANK", str(place.local_rank))  # DeepSpeed reads it, also in a process that is alone
-    alone = place.world_size == 1  # then there may be no torchrun to meet the others through, and no others
+    _set_threads(place, threads)
+    for name, value in (("RANK", place.rank), ("WORLD_SIZE", place.world_size), ("LOCAL_RANK", place.local_rank)):
+        os.environ.setdefault(name, str(value))  # DeepSpeed reads them, also in a process that is alone
+    timeout = timedelta(seconds=TIMEOUT_SECONDS)
+    venue = _venue(place, timeout)
+    store = meeting.attempt(venue.store, place.rank, place.world_size, timeout)
     dist.init_process_group(
         backend="nccl" if device.type == "cuda" else "gloo",
-        store=dist.HashStore() if alone else None,  # pyright: ignore[reportPrivateImportUsage]  # public in the documentation
+        store=store,
         rank=place.rank,
         world_size=place.world_size,
-        timeout=timedelta(seconds=TIMEOUT_SECONDS),
+        timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
+    return replace(venue, store=store)
+
+
+def _set_threads(place: Place, threads: int | None) -> None:
+    """The same number of threads, and so the same sums, whatever has started this process."""
+    import torch
+
+    if place.launcher is TORCHRUN and os.environ.get("OMP_NUM_THREADS") == "1":
+        del os.environ["OMP_NUM_THREADS"]  # torchrun's own default, which nobody has chosen; threads=1 says that somebody has
+    if threads is not None or "OMP_NUM_THREADS" not in os.environ:
+        share_cores(place.local_world_size, threads)
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def _venue(place: Place, timeout: timedelta) -> Venue:
+    """The store of whatever has started this process, or one that rank 0 opens."""
+    from launch import meeting
+
+    if place.world_size == 1:  # there may be nothing to meet the others through, and no others
+        return meeting.alone()
+    if place.launcher in (OPEN_MPI, MPICH):
+        return meeting.through_mpi(place.rank, place.world_size, os.environ.get("MASTER_ADDR"), timeout)
+    if place.launcher is SRUN:
+        nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_NODELIST", "localhost")
+        address = os.environ.get("MASTER_ADDR") or _first_host(nodes)
+        job = int(os.environ.get("SLURM_JOB_ID", "0"))
+        port = int(os.environ.get("MASTER_PORT") or SLURM_PORTS[job % len(SLURM_PORTS)])
+        return meeting.through_address(address, port, place.rank, place.world_size, timeout)
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ConfigError(f"{', '.join(missing)} not in the environment, where ranks meet; start with torchrun, mpirun or srun")
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    is_there = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return meeting.through_address(address, port, place.rank, place.world_size, timeout, is_there=is_there)
+
+
+def _first_host(nodes: str) -> str:
+    """Of Slurm's short list of hosts.
+
+    >>> [_first_host(nodes) for nodes in ("gpu7", "gpu[012-014,20],cpu1", "a-[3,5]-ib")]
+    ['gpu7', 'gpu012', 'a-3-ib']
+    """
+    found = re.match(r"([^\[,]*)(?:\[(\w+)[^\]]*\]([^,]*))?", nodes)
+    assert found is not None, "it matches an empty text"
+    return "".join(part or "" for part in found.groups())
 
 
 def stop() -> None:
-    """End the process group. Not after an error: it would wait for ranks that are stuck in a collective, and torchrun ends those."""
+    """End the process group. Not after an error: it would wait for ranks that are stuck in a collective."""
     import gc
 
     import torch.distributed as dist
@@ -137,3 +297,19 @@ def stop() -> None:
     # with torch 2.13, FSDP2 and torch's own AdamW in 3 of 22 runs, and with this line in none of 26.
     gc.collect()
     dist.destroy_process_group()
+
+
+def leave(status: int) -> NoReturn:
+    """End this process, which is done, also if somebody has left threads behind that would keep it alive."""
+    until = time.monotonic() + SECONDS_FOR_THREADS
+    while (alive := [thread.name for thread in threading.enumerate() if _keeps_alive(thread)]) and time.monotonic() < until:
+        time.sleep(0.05)
+    if not alive:
+        sys.exit(status)
+    print(f"threads that have not ended: {', '.join(alive)}; the process ends without them", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def _keeps_alive(thread: threading.Thread) -> bool:
+    return thread is not threading.main_thread() and not thread.daemon

@@ -15,6 +15,7 @@ from io import StringIO
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -58,7 +59,7 @@ def shard(model: GPT, config: Config, device: torch.device) -> Sharded:
 
 def _fsdp2(model: GPT, build: BuildOptimizer, config: Config, device: torch.device) -> Sharded:
     """Each rank keeps a slice of every parameter; a block's are gathered while it runs."""
-    mesh = init_device_mesh(device.type, (config.processes,), mesh_dim_names=("data",))
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("data",))
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -95,7 +96,7 @@ def _deepspeed(model: GPT, build: BuildOptimizer, config: Config, device: torch.
     deepspeed.utils.logger.setLevel("ERROR")
     warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)  # DeepSpeed calls it
     with redirect_stdout(StringIO()):  # each rank says that it has loaded an extension
-        deepspeed.init_distributed()  # joins the process group that is there
+        deepspeed.init_distributed(auto_mpi_discovery=False)  # joins the process group that is there
     optimizer = build(model.named_parameters())
     told = config.deepspeed | {"train_batch_size": config.batch_size}
     engine, *_ = so.deepspeed.initialize(model=model, optimizer=optimizer, config=told)

@@ -6,11 +6,34 @@ from pathlib import Path
 
 import pytest
 
+from launch import environment
 from launch.config import Config, ConfigError, load
-from launch.environment import Place, find_place, pick_device, prepare_for_deepspeed, share_cores
+from launch.environment import (
+    DEEPSPEED,
+    MPICH,
+    OPEN_MPI,
+    SRUN,
+    TORCHRUN,
+    Place,
+    find_place,
+    pick_device,
+    prepare_for_deepspeed,
+    share_cores,
+)
 
 FSDP2 = Path(__file__).parents[1] / "configs" / "fsdp2.yaml"
 VARIABLES = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+OF_OPEN_MPI = {f"OMPI_COMM_WORLD_{name}": value for name, value in zip(("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"), "1212", strict=True)}
+OF_MPICH = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
+OF_SRUN = {
+    "SLURM_PROCID": "3",
+    "SLURM_STEP_NUM_TASKS": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
+    "SLURM_NODEID": "1",
+    "SLURM_JOB_ID": "4321",
+    "SLURM_STEP_NODELIST": "gpu[07-08],cpu1",
+}
 
 
 @pytest.fixture
@@ -20,20 +43,52 @@ def config() -> Config:
 
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch):
-    for name in (*VARIABLES, "LOCAL_SIZE"):
+    for name in (*VARIABLES, "LOCAL_SIZE", *OF_OPEN_MPI, *OF_MPICH, *OF_SRUN):
         monkeypatch.delenv(name, raising=False)
 
 
-def test_torchrun_says_which_rank_this_is(config, monkeypatch):
+OF_DEEPSPEED = {"LOCAL_SIZE" if name == "LOCAL_WORLD_SIZE" else name: value for name, value in VARIABLES.items()}
+
+
+@pytest.mark.parametrize(
+    ("launcher", "variables"),
+    [
+        (TORCHRUN, VARIABLES),
+        (DEEPSPEED, OF_DEEPSPEED),
+        (OPEN_MPI, OF_OPEN_MPI),
+        (MPICH, OF_MPICH),
+        (MPICH, OF_MPICH | OF_SRUN),  # mpirun in an allocation of Slurm
+        (TORCHRUN, VARIABLES | OF_SRUN),  # srun starts one torchrun on each node
+        (TORCHRUN, VARIABLES | {"LOCAL_SIZE": "7"}),
+    ],
+)
+def test_each_launcher_says_in_words_of_its_own_which_rank_this_is(config, monkeypatch, launcher, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert find_place(config) == Place(rank=1, world_size=2, local_rank=1, local_world_size=2, launcher=launcher)
+
+
+def test_srun_says_which_rank_this_is_and_the_ranks_of_each_node(monkeypatch):
+    for name, value in OF_SRUN.items():
+        monkeypatch.setenv(name, value)
+    config = load(FSDP2, ["processes=auto", "batch_size=10"])
+    assert find_place(config) == Place(rank=3, world_size=5, local_rank=1, local_world_size=2, launcher=SRUN)
+    monkeypatch.setenv("SLURM_NODEID", "2")
+    assert find_place(config).local_world_size == 1
+    monkeypatch.delenv("SLURM_STEP_NUM_TASKS")  # a batch script, or a shell in an allocation, is no task
+    assert find_place(config) == Place()
+
+
+def test_as_many_processes_as_were_started_must_divide_the_batch(monkeypatch):
     for name, value in VARIABLES.items():
         monkeypatch.setenv(name, value)
-    assert find_place(config) == Place(rank=1, world_size=2, local_rank=1, local_world_size=2)
-
-
-def test_the_deepspeed_launcher_says_it_in_words_of_its_own(config, monkeypatch):
-    for name, value in VARIABLES.items():
-        monkeypatch.setenv("LOCAL_SIZE" if name == "LOCAL_WORLD_SIZE" else name, value)
-    assert find_place(config) == Place(rank=1, world_size=2, local_rank=1, local_world_size=2)
+    config = load(FSDP2, ["processes=auto", "batch_size=3"])
+    assert find_place(config).world_size == 2
+    with pytest.raises(ConfigError, match=r"processes='auto' are 2: batch_size=3 does not divide over processes=2"):
+        config.with_processes(2)
+    assert config.with_processes(3) == load(FSDP2, ["processes=3", "batch_size=3"])
+    deepspeed = load(FSDP2.with_name("deepspeed.yaml"), ["processes=auto"])
+    assert deepspeed.with_processes(2) == load(FSDP2.with_name("deepspeed.yaml"), [])
 
 
 def test_without_torchrun_a_process_is_alone():
@@ -67,6 +122,37 @@ def test_gpus_are_refused_where_there_are_fewer_than_processes(monkeypatch):
     assert pick_device(place, "auto").type == "cpu"
     assert pick_device(Place(), "auto").type == "cuda"
     assert pick_device(Place(), "cpu").type == "cpu"
+
+
+def test_a_rank_that_sees_its_own_gpu_alone_takes_it(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setenv("SLURM_STEP_GPUS", "3")
+    device = pick_device(Place(rank=3, world_size=4, local_rank=3, local_world_size=4, launcher=SRUN), "auto")
+    assert (device.type, device.index) == ("cuda", 0)
+
+
+def test_torchruns_default_of_one_thread_is_not_a_choice(monkeypatch):
+    """So that torchrun, mpirun and srun give the same bits. The config has the last word."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
+    chosen = []
+    monkeypatch.setattr("torch.set_num_threads", chosen.append)
+    torchrun, mpirun = Place(world_size=2, local_world_size=2, launcher=TORCHRUN), Place(world_size=2, local_world_size=2, launcher=MPICH)
+    for place, variable, threads, expected in (
+        (torchrun, "1", None, [4]),
+        (torchrun, "3", None, []),  # torch has read it
+        (torchrun, "1", 1, [1]),
+        (mpirun, "1", None, []),
+        (mpirun, None, None, [4]),
+        (mpirun, "3", 2, [2]),
+    ):
+        if variable is None:
+            monkeypatch.delenv("OMP_NUM_THREADS")
+        else:
+            monkeypatch.setenv("OMP_NUM_THREADS", variable)
+        chosen.clear()
+        environment._set_threads(place, threads)
+        assert chosen == expected, (place.launcher.name, variable, threads)
 
 
 def test_cores_are_shared_unless_the_user_has_chosen(monkeypatch):

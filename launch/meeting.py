@@ -1,0 +1,189 @@
+"""How the ranks of one attempt find each other: a store, and in it a prefix that no other attempt uses.
+
+torchrun keeps one store for all attempts of a job, where a restarted rank would read what its dead predecessor has left; and an attempt's
+number does not tell attempts apart, as every node counts its own. So rank 0 draws a name for the attempt, and an attempt begins when rank
+0 has read an answer from each rank that this very process has written:
+
+    rank 0:  attempt = NAME                        ... waits for all NAME/came/RANK ...  NAME/all = the answers
+    others:  read attempt, NAME/came/RANK = ANSWER ... wait until NAME/all has ANSWER, or for another attempt ...
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+import uuid
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, TCPStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from launch.errors import ConfigError
+
+__all__ = ["MeetingError", "Venue", "alone", "attempt", "through_address", "through_mpi"]
+
+LONGEST_PAUSE = 0.5  # seconds between two looks into the store
+
+
+class MeetingError(RuntimeError):
+    """Not all ranks came. Says which."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Venue:
+    """Where ranks meet.
+
+    Attributes:
+        store: that all of them reach.
+        address: of rank 0's machine, as the others reach it; on rank 0.
+    """
+
+    store: Store
+    address: str = "127.0.0.1"
+
+
+# ------------------------------------------------------------------------------------------------------------------------ stores
+
+
+def alone() -> Venue:
+    """For a process that is alone."""
+    return Venue(store=HashStore())
+
+
+def through_address(address: str, port: int, rank: int, world_size: int, timeout: timedelta, *, is_there: bool = False) -> Venue:
+    """A store at an address that all ranks know.
+
+    Args:
+        is_there: whether somebody else has opened it; else rank 0 does, whose machine the address must be.
+    """
+    is_master = rank == 0 and not is_there
+    try:
+        store = TCPStore(address, port, world_size, is_master, timeout, wait_for_workers=False, multi_tenant=not is_there)
+        return Venue(store=store, address=_own_address(address, port) if is_there else address)
+    except (dist.DistError, RuntimeError) as error:
+        what = "open" if is_master else "reach"
+        raise MeetingError(f"rank {rank} cannot {what} the store at {address}:{port}, where ranks meet: {error}") from error
+
+
+def through_mpi(rank: int, world_size: int, address: str | None, timeout: timedelta) -> Venue:
+    """A store that rank 0 opens, and tells the others of through MPI, which is not used for anything else.
+
+    Args:
+        address: of rank 0's machine; None: its name, or the loopback if all ranks are on it.
+    """
+    library = _library_of_launcher()
+    if library is not None:
+        os.environ.setdefault("MPI4PY_LIBMPI", str(library))
+    try:
+        from mpi4py import MPI
+    except ModuleNotFoundError:
+        raise ConfigError(
+            "mpirun needs mpi4py, which is not installed; run pip install 'sharded-optim[mpi]', or start with torchrun"
+        ) from None
+    world = MPI.COMM_WORLD
+    if world.size != world_size:
+        version = MPI.Get_library_version().split(",")[0]
+        raise ConfigError(
+            f"mpirun has started {world_size} processes, but the MPI library that mpi4py has loaded ({version}) knows of {world.size}; set "
+            f"MPI4PY_LIBMPI to the libmpi of this mpirun"
+        )
+    machine = world.Split_type(MPI.COMM_TYPE_SHARED)
+    if address is None:
+        address = "127.0.0.1" if machine.size == world.size else socket.gethostname()
+    machine.Free()
+    opened = through_address(address, 0, rank, world_size, timeout) if rank == 0 else None
+    host, port = world.bcast((opened.address, opened.store.port) if opened else None)  # pyright: ignore[reportAttributeAccessIssue]
+    # Before anything can go wrong: to a launcher, a process that ends while it is part of MPI has crashed.
+    MPI.Finalize()
+    return opened or through_address(host, port, rank, world_size, timeout, is_there=True)
+
+
+def _own_address(peer: str, port: int) -> str:
+    """This machine's address on the network by which it reaches a peer."""
+    for family, kind, protocol, _, address in socket.getaddrinfo(peer, port, type=socket.SOCK_DGRAM):
+        with socket.socket(family, kind, protocol) as probe:
+            try:
+                probe.connect(address)  # sends nothing
+            except OSError:
+                continue
+            own = probe.getsockname()[0]
+            return peer if own in ("::1", "127.0.0.1", "127.0.1.1") else own  # others may reach this machine by that name only
+    return socket.gethostname()
+
+
+def _library_of_launcher() -> Path | None:
+    """The MPI library that belongs to the mpirun which has started this process, as another one may be installed too."""
+    process = os.getppid()
+    for _ in range(4):  # mpirun, its daemon, a shell in between
+        try:
+            program = Path(os.readlink(f"/proc/{process}/exe"))
+            process = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError):
+            return None
+        if program.name.startswith(("prte", "orte", "mpi", "hydra")):
+            for name in ("libmpi.so.40", "libmpi.so.12", "libmpi.so"):
+                for folder in ("lib", "lib64"):
+                    library = program.parent.parent / folder / name
+                    if library.exists():
+                        return library
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------- attempts
+
+
+def attempt(store: Store, rank: int, world_size: int, timeout: timedelta) -> Store:
+    """Wait for all ranks of this attempt.
+
+    Returns:
+        A store of this attempt alone.
+
+    Raises:
+        MeetingError: not all came in time.
+    """
+    until = time.monotonic() + timeout.total_seconds()
+    if rank == 0:
+        return _invite(store, world_size, until)
+    own = uuid.uuid4().hex
+    pause, joined = 0.005, ""
+    while time.monotonic() < until:
+        if store.check(["attempt"]):
+            name = store.get("attempt").decode()
+            prefixed = PrefixStore(name, store)
+            if name != joined:
+                prefixed.set(f"came/{rank}", own)
+                joined = name
+            if prefixed.check(["all"]) and own in json.loads(prefixed.get("all")):
+                return prefixed
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)
+    raise MeetingError(f"rank 0 and rank {rank} have not met within {timeout.total_seconds():.0f} s; see the log of rank 0")
+
+
+def _invite(store: Store, world_size: int, until: float) -> Store:
+    name = f"attempt-{uuid.uuid4().hex}"
+    prefixed = PrefixStore(name, store)
+    store.set("attempt", name)
+    started = time.monotonic()
+    awaited = list(range(1, world_size))
+    pause = 0.005
+    while True:
+        awaited = [rank for rank in awaited if not prefixed.check([f"came/{rank}"])]
+        if not awaited:
+            break
+        if time.monotonic() > until:
+            shown = ", ".join(map(str, awaited[:8])) + (f" and {len(awaited) - 8} more" if len(awaited) > 8 else "")
+            raise MeetingError(
+                f"rank{'s' if len(awaited) > 1 else ''} {shown} of {world_size} did not come within {time.monotonic() - started:.0f} s; "
+                f"look into their logs, and whether they reach this machine"
+            )
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)
+    answers = [prefixed.get(f"came/{rank}").decode() for rank in range(1, world_size)]
+    prefixed.set("all", json.dumps(answers))
+    return prefixed

