@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch.optim.lr_scheduler import LRScheduler
 
 import sharded_optim as so
 from launch.config import Config, ConfigError
+from launch.records import Resumption
 from launch.sharding import Sharded
 
 __all__ = ["Checkpoints", "check_folder"]
@@ -30,38 +32,42 @@ class Checkpoints:
         self._root = folder_of(config)
         self._sharded = sharded
         self._schedule = schedule
+        self._world_size = dist.get_world_size()
         self._saving: so.checkpoint.Saving | None = None
 
-    def resume(self) -> int:
+    def resume(self) -> Resumption | None:
         """Go on from the newest checkpoint that verifies, if the config says so.
 
         Returns:
-            Its step; 0 where training begins.
+            What was found; None where training begins.
 
         Raises:
             CheckpointError: there are checkpoints, and none is whole or fits the job.
         """
         if not self._resumes:
-            return 0
+            return None
         try:
             extra: dict[str, Any] = so.checkpoint.load(self._root, model=self._sharded.model, optimizer=self._sharded.optimizer)
         except so.checkpoint.NoCheckpointError:
-            return 0
+            return None
         self._schedule.load_state_dict(extra["schedule"])
-        return extra["step"]
+        return Resumption(step=extra["step"], saved_by=extra.get("world_size", self._world_size), world_size=self._world_size)
 
     def after(self, step: int) -> None:
-        """Save, if it is time: also after the last step."""
+        """Save in the background, if it is time: also after the last step."""
         every = self._config.every
         if every is not None and (step % every == 0 or step == self._steps):
-            self._saving = so.checkpoint.async_save(
-                self._root,
-                step,
-                model=self._sharded.model,
-                optimizer=self._sharded.optimizer,
-                extra={"step": step, "schedule": self._schedule.state_dict()},
-                keep=self._config.keep,
-            )
+            self._saving = so.checkpoint.async_save(self._root, step, **self._content(step), keep=self._config.keep)
+
+    def before_stopping(self, step: int) -> None:
+        """Save what a job has reached that is stopped after a step, unless it has been saved; also where the job saves nothing else."""
+        self.finish()
+        if step not in so.checkpoint.steps(self._root):
+            so.checkpoint.save(self._root, step, **self._content(step), keep=self._config.keep)
+
+    def _content(self, step: int) -> dict[str, Any]:
+        extra = {"step": step, "schedule": self._schedule.state_dict(), "world_size": self._world_size}
+        return {"model": self._sharded.model, "optimizer": self._sharded.optimizer, "extra": extra}
 
     def finish(self) -> None:
         """Return when all that was saved is committed."""
@@ -77,7 +83,7 @@ def check_folder(config: Config) -> None:
     """
     found = so.checkpoint.steps(folder_of(config))
     where = f"{folder_of(config)} has checkpoints of steps {', '.join(map(str, found))}"
-    if config.resume == "never" and config.checkpoint.every is not None and found:
+    if config.resume == "never" and found:
         raise ConfigError(f"{where}; use resume=auto to go on from the last, or another checkpoint.folder")
     if config.resume == "auto" and found and found[-1] >= config.steps and so.checkpoint.latest(folder_of(config)) == found[-1]:
         raise ConfigError(f"{where}, and steps={config.steps} are done; raise steps, or use another checkpoint.folder")

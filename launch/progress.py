@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from launch.records import Summary, Training, Validation
+from launch.records import Resumption, Summary, Training, Validation
 
 __all__ = ["Display"]
 
@@ -27,9 +27,15 @@ class Display:
             self._task = self._bar.add_task("waiting for the first steps", total=steps)
             self._bar.start()
 
-    def start(self, step: int) -> None:
-        if step:
-            self._console.print(f"step {step}/{self._steps}  going on from the checkpoint")
+    def start(self, resumption: Resumption | None) -> None:
+        if resumption is None:
+            return
+        self._console.print(f"step {resumption.step}/{self._steps}  going on from the checkpoint")
+        if resumption.saved_by != resumption.world_size:
+            self._console.print(
+                f"the checkpoint is of {resumption.saved_by} ranks, and now there are {resumption.world_size}: the same state and the same "
+                f"batches in the same order, but each rank has other rows of them, so sums over a batch are rounded otherwise"
+            )
 
     def training(self, record: Training) -> None:
         parts = [f"loss {record.train_loss_bits:.3f} bits/byte", f"lr {record.lr:.2e}", f"{record.tokens_per_second:,.0f} tokens/s"]
@@ -46,6 +52,11 @@ class Display:
     def validation(self, record: Validation) -> None:
         text = f"validation {record.val_bits_per_byte:.3f} bits/byte  (unigram {self._unigram:.3f}, zlib {self._zlib:.3f})"
         self._console.print(f"step {record.step}/{self._steps}  {text}")  # above the bar, where there is one
+
+    def stop(self, step: int, why: str) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        self._console.print(f"step {step}/{self._steps}  {why}")
 
     def finish(self, summary: Summary) -> None:
         if self._bar is not None:

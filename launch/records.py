@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-__all__ = ["Listener", "Summary", "Training", "Validation"]
+__all__ = ["Listener", "Resumption", "Summary", "Training", "Validation"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumption:
+    """A checkpoint that a run goes on from."""
+
+    step: int
+    saved_by: int  # ranks
+    world_size: int  # that go on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +62,14 @@ class Summary:
 class Listener(Protocol):
     """What rank 0 calls."""
 
-    def start(self, step: int) -> None:
-        """Training begins after this step: 0, or that of the checkpoint that it goes on from."""
+    def start(self, resumption: Resumption | None) -> None:
+        """Training begins, or goes on from a checkpoint."""
 
     def training(self, record: Training) -> None: ...
 
     def validation(self, record: Validation) -> None: ...
+
+    def stop(self, step: int, why: str) -> None:
+        """The run ends early after this step, and can be gone on with. Nothing follows."""
 
     def finish(self, summary: Summary) -> None: ...

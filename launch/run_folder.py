@@ -14,7 +14,7 @@ import yaml
 
 from launch.config import Config, ConfigError
 from launch.loss_curve import draw
-from launch.records import Summary, Training, Validation
+from launch.records import Resumption, Summary, Training, Validation
 
 __all__ = ["RunFolder"]
 
@@ -37,7 +37,7 @@ class RunFolder:
         except OSError as error:
             raise ConfigError(f"runs_folder={config.runs_folder!r}: {error}") from None
 
-    def start(self, step: int) -> None:
+    def start(self, resumption: Resumption | None) -> None:
         """Nothing to write down: the first record has its step."""
 
     def training(self, record: Training) -> None:
@@ -47,6 +47,9 @@ class RunFolder:
     def validation(self, record: Validation) -> None:
         self._validation.append(record)
         self._append(asdict(record))
+
+    def stop(self, step: int, why: str) -> None:
+        """What is written down so far stays; there is no summary."""
 
     def finish(self, summary: Summary) -> None:
         draw(self.path / "loss.png", self._training, self._validation, summary)

@@ -1,8 +1,9 @@
 """The training job: what every process runs.
 
-Four ways to start it, from the repository:
+Ways to start it, from the repository:
 `python -m launch configs/fsdp2.yaml` starts as many processes as the config says;
 `torchrun --nproc-per-node 2 -m launch.train configs/fsdp2.yaml steps=50` does the same by hand;
+`mpirun -n 2 python -m launch.train configs/fsdp2.yaml` and `srun -n 2 python -m launch.train configs/fsdp2.yaml` give the same result;
 `deepspeed --num_accelerators 2 --module launch.train configs/deepspeed.yaml` does so with DeepSpeed's launcher;
 `python -m launch.train configs/single.yaml` is one process.
 """
@@ -24,12 +25,15 @@ from launch.checkpoints import Checkpoints, check_folder
 from launch.config import Config, ConfigError, from_arguments
 from launch.corpus import Corpus
 from launch.environment import Place
+from launch.meeting import MeetingError
 from launch.model import GPT
 from launch.optimizer import build_schedule
+from launch.preemption import Preemption
 from launch.progress import Display
 from launch.records import Listener, Summary, Training, Validation
 from launch.run_folder import RunFolder
 from launch.sharding import shard
+from launch.watch import Watch
 from sharded_optim.checkpoint import CheckpointError
 
 
@@ -38,28 +42,26 @@ def main(arguments: list[str]) -> int:
     try:  # whatever can be refused, before the ranks depend on each other
         config = from_arguments(arguments, "python -m launch.train")
         place = environment.find_place(config)
+        config = config.with_processes(place.world_size)
         device = environment.pick_device(place, config.device)
         text = corpus.load(config)
         if config.sharding == "deepspeed":
             deepspeed_extension.build(device.type)
         check_folder(config)
         folder = RunFolder(config) if place.rank == 0 else None
-    except ConfigError as error:
+        venue = environment.start(place, device, config.threads)
+    except (ConfigError, MeetingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    environment.start(place, device)
-    try:
-        run(config, place, device, text, folder, started)
-    except CheckpointError as error:  # all ranks have it
-        if place.rank == 0:
-            print(f"error: {error}", file=sys.stderr)
-        environment.stop()
-        return 1
+    with Watch(
+        venue, rank=place.rank, world_size=place.world_size, heartbeat=config.heartbeat, expected=(CheckpointError, FloatingPointError)
+    ) as watch:
+        run(config, place, device, text, folder, started, watch)
     environment.stop()
     return 0
 
 
-def run(config: Config, place: Place, device: torch.device, text: Corpus, folder: RunFolder | None, started: float) -> None:
+def run(config: Config, place: Place, device: torch.device, text: Corpus, folder: RunFolder | None, started: float, watch: Watch) -> None:
     """Build, train, validate, report."""
     unigram, zlib = corpus.unigram_bits_per_byte(text.train, text.validation), corpus.zlib_bits_per_byte(text.validation)
     listeners: list[Listener] = []  # rank 0's only; but every rank takes part in computing what they hear
@@ -72,13 +74,15 @@ def run(config: Config, place: Place, device: torch.device, text: Corpus, folder
     sharded = shard(model, config, device)
     schedule = build_schedule(sharded.optimizer, config.warmup_steps, config.steps)
     checkpoints = Checkpoints(config, sharded, schedule)
-    resumed = checkpoints.resume()
+    preemption = Preemption()
+    resumption = checkpoints.resume()
     for listener in listeners:
-        listener.start(resumed)
+        listener.start(resumption)
     meter = Meter(config.batch_size * config.sequence_length, device)
 
     training = validation = None
-    for step in range(resumed + 1, config.steps + 1):
+    for step in range(resumption.step + 1 if resumption else 1, config.steps + 1):
+        watch.step = step
         loss = mean_loss(sharded.model, next_batch(config, place, text, step).to(device))
         sharded.step(loss)
         meter.count(loss)
@@ -94,7 +98,16 @@ def run(config: Config, place: Place, device: torch.device, text: Corpus, folder
                 listener.validation(validation)
             meter.resume()
         checkpoints.after(step)
+        stopped = preemption.after_step()
+        if stopped is not None and step < config.steps:
+            checkpoints.before_stopping(step)
+            for listener in listeners:
+                listener.stop(step, f"asked to stop by {stopped}: saved; resume=auto goes on from here")
+            break
+    preemption.finish()
     checkpoints.finish()
+    if watch.step < config.steps:
+        return
 
     assert training is not None, "there is at least one step"
     assert validation is not None, "the last step is validated"
@@ -222,4 +235,4 @@ class Meter:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    environment.leave(main(sys.argv[1:]))

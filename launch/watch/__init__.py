@@ -1,0 +1,165 @@
+"""Sees to it that a job ends when one rank has failed, and that everyone is told which was the first.
+
+    with Watch(...) as watch:
+        for step in ...:
+            watch.step = step
+            ...
+
+Without it, the ranks that are left wait in a collective for as long as its timeout says, or report each other's hanging up; a launcher
+knows that a process has ended, not why, and nothing of one that is stopped or late. Each rank connects to rank 0 (`member.py`, `hub.py`),
+which decides (`judge.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import threading
+import traceback
+import uuid
+from types import FrameType, TracebackType
+from typing import NoReturn
+
+import torch.distributed as dist
+
+from launch.meeting import Venue
+from launch.watch.hub import Hub
+from launch.watch.judge import Judge, Process, Verdict
+from launch.watch.member import Member, this_process
+
+__all__ = ["Watch"]
+
+# What gloo, NCCL and stores say when another rank is gone.
+CONSEQUENCE = re.compile(
+    r"closed by peer|Connection reset|Broken pipe|Connection refused|connection was likely closed|remote process exited|Timed out waiting"
+    r"|Socket Timeout|wait timeout|unhandled system error|aborted|recvBytes|sendBytes|failed to (send|recv|connect)",
+    re.IGNORECASE,
+)
+SECONDS_FOR_VERDICT = 5.0
+OTHERS_CODE = ("site-packages", "dist-packages", f"{os.sep}lib{os.sep}python")  # not where a user looks for what a rank is doing
+
+
+class Watch:
+    """Ends this process with exit status 1 when this rank or another has failed, after rank 0's log has the first cause.
+
+    What is raised inside is a failure, SystemExit too: a rank that leaves early leaves the others waiting. The process then ends at once,
+    also if it has other threads.
+
+    Args:
+        venue: where the ranks have met; its store is this attempt's own.
+        rank, world_size: of this process.
+        heartbeat: seconds for which a rank may be silent, or keep others waiting in a collective; None: for as long as it likes. Longer
+            than whatever one rank does alone.
+        expected: exceptions that speak for themselves, and need no traceback.
+
+    Attributes:
+        step: the step that this rank is at, for messages.
+    """
+
+    def __init__(
+        self, venue: Venue, *, rank: int, world_size: int, heartbeat: float | None, expected: tuple[type[BaseException], ...] = ()
+    ) -> None:
+        self.step = 0
+        self._rank = rank
+        self._expected = expected
+        self._ending = threading.Lock()
+        self._main = threading.main_thread().ident
+        self._hub: Hub | None = None
+        self._member: Member | None = None
+        if world_size == 1:
+            return
+        process = this_process(rank)
+        if rank == 0:
+            secret = uuid.uuid4().hex
+            self._hub = Hub(Judge(heartbeat), secret)
+            venue.store.set("watch", json.dumps([venue.address, self._hub.port, secret, vars(process)]))
+        host, port, secret, of_hub = json.loads(venue.store.get("watch"))
+        address = ("127.0.0.1" if rank == 0 else host, port)
+        self._member = Member(address, secret, process, Process(**of_hub), heartbeat, self._position, self._end)
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None:
+            self._fail(error)
+        if self._member is not None:
+            self._member.leave()
+        if self._hub is not None:
+            self._hub.close()
+
+    def _fail(self, error: BaseException) -> NoReturn:
+        """Say so, hear who was first, and end."""
+        told = traceback.format_exception_only(error)[-1].strip()
+        if isinstance(error, SystemExit):
+            told = f"it left early, by exit({error.code!r})"
+        if self._member is None:
+            self._show(error)
+            print(f"error: {told}", file=sys.stderr)
+            _exit(1)
+        follows = isinstance(error, (RuntimeError, OSError)) and CONSEQUENCE.search(told) is not None
+        self._member.report(told, self._step_now(), follows=follows)
+        verdict = self._member.wait_for_verdict(SECONDS_FOR_VERDICT)
+        if verdict is None:
+            self._show(error)
+            print(f"error: rank {self._rank}, which does not hear from rank 0: {told}", file=sys.stderr)
+            _exit(1)
+        if verdict.rank == self._rank:
+            self._show(error)
+            _tell_torchrun(error)
+        self._end(verdict)
+
+    def _show(self, error: BaseException) -> None:
+        if not isinstance(error, (*self._expected, SystemExit)):
+            traceback.print_exception(error)
+
+    def _end(self, verdict: Verdict) -> NoReturn:
+        with self._ending:  # whichever thread comes first; the other waits here for the end
+            if self._hub is not None:
+                self._hub.close()  # it has told the others, and printed what happened
+            else:
+                print(f"rank {self._rank} ends: {verdict.text}", file=sys.stderr)
+            _exit(1)
+
+    def _step_now(self) -> str:
+        return f"step {self.step}" if self.step else "its start"
+
+    def _position(self) -> tuple[dict[str, int], str]:
+        frame = _frame_of_user(sys._current_frames().get(self._main or 0))
+        return _collectives(), self._step_now() if frame is None else f"{self._step_now()}, in {frame}"
+
+
+def _frame_of_user(frame: FrameType | None) -> str | None:
+    """Where a thread is, in code that is not a library's."""
+    while frame is not None:
+        code = frame.f_code
+        if not any(part in code.co_filename for part in OTHERS_CODE) and not code.co_filename.startswith("<"):
+            return f"{code.co_name} ({os.path.relpath(code.co_filename)}:{frame.f_lineno})"
+        frame = frame.f_back
+    return None
+
+
+def _collectives() -> dict[str, int]:
+    """How many collectives this rank has begun, by process group. Tried with torch 2.13."""
+    try:
+        groups = list(dist.distributed_c10d._world.pg_names.items())
+        return {name: group._get_sequence_number_for_group() for group, name in groups}  # pyright: ignore[reportAttributeAccessIssue]
+    except (AttributeError, RuntimeError):  # groups come and go, and these names are torch's own
+        return {}
+
+
+def _tell_torchrun(error: BaseException) -> None:
+    """Have torchrun's own summary name the error too, rather than that it knows of none."""
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        get_error_handler().record_exception(error)
+
+
+def _exit(status: int) -> NoReturn:
+    """Without waiting for threads, or for libraries that wait for ranks."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
