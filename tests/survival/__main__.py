@@ -1,0 +1,66 @@
+"""The table of docs/survival.md: every fault under every launcher. `python -m tests.survival [PART OF A FAULT'S NAME]`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tests.survival import restarts
+from tests.survival.faults import FAULTS
+from tests.survival.launched import LAUNCHERS, Outcome, run
+
+AT_ONCE = 3  # jobs: most of a run with a heartbeat is waiting
+DOCUMENT = Path(__file__).parents[2] / "docs" / "survival.md"
+BEGIN, END = "<!-- table: make survive -->\n", "<!-- end of table -->\n"
+
+
+def main(arguments: list[str]) -> int:
+    started = time.monotonic()
+    wanted = arguments[0] if arguments else ""
+    cases = [
+        (fault, launcher, rank)
+        for fault in sorted(FAULTS, key=lambda fault: -fault.seconds)
+        if wanted in fault.name
+        for rank in ((0, 1) if fault.on_each_rank else (1,))
+        for launcher in LAUNCHERS
+    ]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        outcomes = []
+        for outcome in pool.map(lambda case: run(*case), cases):
+            outcomes.append(outcome)
+            print(
+                f"{outcome.fault.name}, rank {outcome.rank}, {outcome.launcher}: {outcome.seconds:.1f} s  {outcome.problem or ''}",
+                flush=True,
+            )
+            if outcome.problem:
+                print(outcome.output, file=sys.stderr)
+    found = table(outcomes)
+    print(found)
+    print(f"{len(outcomes)} jobs in {time.monotonic() - started:.0f} s")
+    if not wanted:
+        text = DOCUMENT.read_text(encoding="utf-8")
+        DOCUMENT.write_text(text[: text.index(BEGIN)] + BEGIN + found + text[text.index(END) :], encoding="utf-8")
+    problems = sum(outcome.problem is not None for outcome in outcomes)
+    if not wanted:
+        problems += restarts.main([])
+    return int(problems > 0)
+
+
+def table(outcomes: list[Outcome]) -> str:
+    """Seconds from the fault to the end of the job, by fault and launcher."""
+    lines = [f"| fault | rank | at most | {' | '.join(LAUNCHERS)} |", "|---|---:|---:|" + "---:|" * len(LAUNCHERS)]
+    rows: dict[tuple[str, int], dict[str, Outcome]] = {}
+    for outcome in outcomes:
+        rows.setdefault((outcome.fault.name, outcome.rank), {})[outcome.launcher] = outcome
+    order = [fault.name for fault in FAULTS]
+    for (name, rank), by_launcher in sorted(rows.items(), key=lambda row: (order.index(row[0][0]), row[0][1])):
+        at_most = next(iter(by_launcher.values())).fault.seconds
+        times = [f"{by_launcher[launcher].seconds:.1f}" + (" (!)" if by_launcher[launcher].problem else "") for launcher in LAUNCHERS]
+        lines.append(f"| {name} | {rank} | {at_most:g} s | {' | '.join(times)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,31 @@
+"""The training job with time between steps, in which something can happen to it. Ranks say which process they are."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from unittest import mock
+
+import launch.train
+from launch import environment
+from tests.survival.job import RANK_VARIABLES
+
+PAUSE = 0.2  # seconds
+
+
+def main(arguments: list[str]) -> int:
+    rank = next(os.environ[variable] for variable in RANK_VARIABLES if variable in os.environ)
+    print(f"slow rank {rank} is {os.getpid()}", flush=True)
+    next_batch = launch.train.next_batch
+
+    def next_batch_later(*given: object) -> object:
+        time.sleep(PAUSE)
+        return next_batch(*given)  # type: ignore[arg-type]
+
+    mock.patch.object(launch.train, "next_batch", next_batch_later).start()
+    return launch.train.main(arguments)
+
+
+if __name__ == "__main__":
+    environment.leave(main(sys.argv[1:]))

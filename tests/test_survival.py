@@ -1,0 +1,129 @@
+"""A job meets its end, its restart, or its scheduler as docs/survival.md says: a few cells of `make survive`, under all launchers."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import sharded_optim as so
+from tests.survival import restarts
+from tests.survival.faults import FAULTS
+from tests.survival.launched import LAUNCHERS, ROOT, TINY, environment, run, write_text
+
+pytestmark = pytest.mark.timeout(180)
+
+FAULT = {fault.name: fault for fault in FAULTS}
+SHORT = 5.0  # seconds of heartbeat, so that no test waits for 20
+SLACK = 10.0  # seconds that a busy machine may take longer
+
+
+@pytest.mark.parametrize(
+    ("name", "launcher", "rank"),
+    [
+        ("an exception, and a thread left alive", "torchrun", 1),
+        ("SIGKILL", "mpirun (MPICH)", 1),
+        ("SIGKILL", "torchrun", 0),
+        ("exit(0)", "mpirun (Open MPI)", 1),
+        ("SIGSTOP", "mpirun (MPICH)", 1),
+        ("a late rank", "torchrun", 1),
+        ("an exception inside save", "mpirun (Open MPI)", 1),
+    ],
+)
+def test_the_first_cause_is_in_the_log_and_the_job_ends_in_time(name, launcher, rank):
+    fault = FAULT[name]
+    if fault.seconds > SHORT:
+        fault = replace(fault, seconds=SHORT + fault.seconds - 20.0 if fault.seconds > 20.0 else fault.seconds)
+    fault = replace(fault, seconds=fault.seconds + SLACK, arguments=(*fault.arguments, f"heartbeat={SHORT}"))
+    outcome = run(fault, launcher, rank)
+    assert outcome.problem is None, f"{outcome.problem}\n{outcome.output}"
+
+
+# ---------------------------------------------------------------------------------------------------------------- whole jobs
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("survival") / "text"
+    write_text(folder)
+    return folder
+
+
+def arguments(folder: Path, text: Path, *more: str) -> list[str]:
+    return ["configs/ddp.yaml", *TINY, "log_every=1", f"data.path={text}", f"runs_folder={folder}", "name=job", *more]
+
+
+def finished(command: list[str]) -> str:
+    """The output of a job that ends well."""
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=90, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def losses(runs: Path) -> dict[int, float]:
+    """Training losses of all runs in a folder, by step."""
+    records = [json.loads(line) for path in sorted(runs.glob("2*/metrics.jsonl")) for line in path.read_text().splitlines()]
+    return {record["step"]: record["train_loss_bits"] for record in records if "train_loss_bits" in record}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """Losses of a job that nothing happens to, under torchrun."""
+    runs = tmp_path_factory.mktemp("undisturbed")
+    finished([*LAUNCHERS["torchrun"], "-m", "launch.train", *arguments(runs, text)])
+    return losses(runs)
+
+
+@pytest.mark.parametrize("launcher", ["mpirun (MPICH)", "mpirun (Open MPI)"])
+def test_mpirun_gives_bitwise_what_torchrun_gives(launcher, text, undisturbed, tmp_path):
+    output = finished([*LAUNCHERS[launcher], "-m", "launch.train", *arguments(tmp_path, text)])
+    assert losses(tmp_path) == undisturbed
+    assert len(undisturbed) == 12
+    assert "ends" not in output
+
+
+@pytest.mark.parametrize(("number", "launcher"), [(signal.SIGTERM, "torchrun"), (signal.SIGUSR1, "mpirun (MPICH)")])
+def test_a_signal_to_one_rank_saves_and_ends_all_and_the_job_goes_on_from_there(number, launcher, text, undisturbed, tmp_path):
+    """Also on another number of ranks, which is said."""
+    job = arguments(tmp_path, text, "processes=auto", "resume=auto")
+    process = subprocess.Popen(
+        [*LAUNCHERS[launcher], "-m", "tests.survival.slow", *job],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    ranks: list[int] = []
+    assert process.stdout is not None
+    output = ""
+    for line in process.stdout:
+        output += line
+        ranks += [int(found) for found in re.findall(r"slow rank 1 is (\d+)", line)]
+        if "step 2/12  loss" in line:
+            break
+    os.kill(ranks[0], number)
+    output += process.stdout.read()
+    assert process.wait(60) == 0, output
+    (saved,) = so.checkpoint.steps(tmp_path / "job-checkpoints")
+    assert 2 <= saved < 12
+    assert f"step {saved}/12  asked to stop by {number.name}: saved" in output
+    world_size = 2 if number == signal.SIGTERM else 1
+    rest = finished([sys.executable, "-m", "launch", *job, f"processes={world_size}"])
+    assert f"step {saved}/12  going on from the checkpoint" in rest
+    if world_size == 2:
+        assert losses(tmp_path) == undisturbed
+    else:
+        assert "the checkpoint is of 2 ranks, and now there are 1: the same state and the same batches" in rest
+        assert losses(tmp_path) == pytest.approx(undisturbed, rel=1e-4)
+
+
+def test_a_killed_job_starts_anew_by_itself_and_ends_as_if_nothing_had_happened(capsys):
+    assert restarts.main(["1", "60"]) == 0, capsys.readouterr()
