@@ -56,12 +56,13 @@ FLOORS = {
     "model_preparation": 4,
     "zero": 4,
     "checkpoint": 5,
+    "doctor": 5,
     "commands": 6,
     "__init__": 6,
     "cli": 7,
 }
-# Statistics are laid out by the layout; floor 3 is a stack.
-SEEN = {("statistics", "sharding"), ("noise", "segment")}
+# Statistics are laid out by the layout; the doctor writes as checkpoints do; floor 3 is a stack.
+SEEN = {("statistics", "sharding"), ("noise", "segment"), ("doctor", "checkpoint")}
 SEEN |= {
     ("loading", "state"),
     ("loading", "param_groups"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from sharded_optim.commands import checkpoint, plan
+from sharded_optim.commands import checkpoint, doctor, plan
 
 __all__ = ["app"]
 
@@ -17,5 +17,6 @@ app = typer.Typer(
 )
 
 
+app.command("doctor")(doctor.doctor)
 app.command("plan")(plan.plan)
 app.add_typer(checkpoint.app, name="checkpoint")

@@ -1,0 +1,106 @@
+"""What a look at a machine finds, as data that can be sent between ranks, printed, and written as JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+__all__ = ["Datum", "Finding", "RankReport", "Report", "Status", "one_line"]
+
+Status = Literal["ok", "absent", "warning", "problem"]  # absent: not there, and nothing that is there needs it
+Datum = str | int | float | bool | None
+STATUSES: tuple[Status, ...] = get_args(Status)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        section: of the report.
+        name: unique within a section.
+        value: what was found, for people.
+        way_out: what to do; warnings and problems have one.
+        data: what was found, for programs; bytes, seconds, bytes per second.
+        alike: what every rank of a job must have the same of; None: it may differ.
+    """
+
+    section: str
+    name: str
+    status: Status
+    value: str
+    way_out: str | None = None
+    data: Mapping[str, Datum] = field(default_factory=dict)
+    alike: str | None = None
+
+    def __post_init__(self) -> None:
+        assert self.status in STATUSES, self.status
+        assert self.way_out or self.status in ("ok", "absent"), f"{self.name}: what is wrong has a way out"
+        infinite = [key for key, value in self.data.items() if isinstance(value, float) and not math.isfinite(value)]
+        assert not infinite, f"{self.name}: JSON has no number for {infinite}"
+
+    def as_data(self) -> dict[str, Any]:
+        return {
+            "section": self.section,
+            "name": self.name,
+            "status": self.status,
+            "value": self.value,
+            "way_out": self.way_out,
+            "data": dict(self.data),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankReport:
+    """What one rank has found about itself.
+
+    Attributes:
+        gpu: what no other rank may have, None without one.
+    """
+
+    rank: int
+    host: str
+    gpu: str | None = None
+    findings: tuple[Finding, ...]
+
+    def as_data(self) -> dict[str, Any]:
+        return {"rank": self.rank, "host": self.host, "findings": [each.as_data() for each in self.findings]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What all ranks have found, each about itself, and all about each other."""
+
+    ranks: tuple[RankReport, ...]
+    together: tuple[Finding, ...]
+    world_size: int | None = None  # None: as many as there are reports; more where ranks are missing
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        return (*(finding for each in self.ranks for finding in each.findings), *self.together)
+
+    @property
+    def status(self) -> Status:
+        """The worst; "ok" where something is merely absent."""
+        there = {each.status for each in self.findings}
+        return "problem" if "problem" in there else "warning" if "warning" in there else "ok"
+
+    def as_data(self) -> dict[str, Any]:
+        return {
+            "status": self.status,
+            "world_size": self.world_size or len(self.ranks),
+            "ranks": [each.as_data() for each in self.ranks],
+            "together": [each.as_data() for each in self.together],
+        }
+
+
+def one_line(error: object) -> str:
+    r"""What somebody else's error says, in a line.
+
+    >>> one_line("no driver\n  at driver.cpp:12")
+    'no driver'
+    """
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__
