@@ -13,7 +13,6 @@ from typing import Any
 import yaml
 
 from launch.config import Config, ConfigError
-from launch.loss_curve import draw
 from launch.records import Resumption, Summary, Training, Validation
 
 __all__ = ["RunFolder"]
@@ -52,6 +51,8 @@ class RunFolder:
         """What is written down so far stays; there is no summary."""
 
     def finish(self, summary: Summary) -> None:
+        from launch.loss_curve import draw  # imports matplotlib, for which a job that is started again need not wait
+
         draw(self.path / "loss.png", self._training, self._validation, summary)
         (self.path / "summary.json").write_text(_to_json(asdict(summary), indent=2) + "\n", encoding="utf-8")
 
