@@ -49,6 +49,7 @@ bench: setup  ## time steps of all optimizers side by side: make bench ARGS="--q
 	$(if $(ARGS),,$(BIN)/python -m benchmarks.fsdp2)
 	$(if $(ARGS),,$(BIN)/python -m benchmarks.distributed)
 	$(if $(ARGS),,$(BIN)/python -m benchmarks.checkpoint)
+	$(if $(ARGS),,$(BIN)/python -m benchmarks.divergence)
 
 flattened: setup  ## tabulate errors under DeepSpeed and FSDP1: make flattened ARGS="--quick"
 	$(BIN)/python -m benchmarks.flattened $(ARGS)

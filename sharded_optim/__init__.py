@@ -2,6 +2,7 @@
 
 from sharded_optim import checkpoint, deepspeed
 from sharded_optim.algorithms.weight_decay import convert_weight_decay
+from sharded_optim.divergence import DivergenceCheck, DivergenceError
 from sharded_optim.gradient_release import prepare_for_gradient_release, remove_gradient_release
 from sharded_optim.model_preparation import fsdp1_layout, param_groups_weight_decay, to_low_precision
 from sharded_optim.optimizers import Adam, AdamW, DecoupledAdamW, DecoupledSGDW, StableAdamW
@@ -13,6 +14,8 @@ __all__ = [
     "AdamW",
     "DecoupledAdamW",
     "DecoupledSGDW",
+    "DivergenceCheck",
+    "DivergenceError",
     "ShardedOptimizer",
     "StableAdamW",
     "__version__",

@@ -10,18 +10,23 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-__all__ = ["gather_messages", "join_messages", "own_process_group", "raise_together", "timeout_of"]
+__all__ = ["gather_messages", "join_messages", "named_ranks", "own_process_group", "raise_together", "timeout_of"]
 
 # By the group they mirror. Held weakly: torch.distributed owns groups, and must be the one to end their threads.
-_own_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[str | None, weakref.ref[dist.ProcessGroup]]] = weakref.WeakKeyDictionary()
+_own_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[str | None, str], weakref.ref[dist.ProcessGroup]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
-def own_process_group(process_group: dist.ProcessGroup | None, backend: str | None = None) -> dist.ProcessGroup | None:
+def own_process_group(
+    process_group: dist.ProcessGroup | None, backend: str | None = None, *, purpose: str = ""
+) -> dist.ProcessGroup | None:
     """A group with the same ranks that only the optimizers use, so that their collective never interleaves with a wrapper's.
 
     Args:
         process_group: None means the world. The first call for a group is a collective over it.
         backend: None: the group's own, for steps. Each backend that is named has a group of its own.
+        purpose: likewise each of these, so that what is done for one may go on in the background.
 
     Returns:
         None when this process is alone.
@@ -33,7 +38,8 @@ def own_process_group(process_group: dist.ProcessGroup | None, backend: str | No
     if parent is None or dist.get_world_size(parent) == 1:
         return None
     groups = _own_groups.setdefault(parent, {})
-    own = groups[backend]() if backend in groups else None
+    known = groups.get((backend, purpose))
+    own = None if known is None else known()
     if own is None:
         if dist.get_rank(parent) < 0:
             raise ValueError(f"rank {dist.get_rank()} is not in the optimizer's process_group; give each rank a group that it is in")
@@ -41,7 +47,7 @@ def own_process_group(process_group: dist.ProcessGroup | None, backend: str | No
         created = dist.new_group(ranks, timeout_of(parent), backend, use_local_synchronization=parent is not world)
         assert isinstance(created, dist.ProcessGroup), "this rank is in the group"
         own = created
-        groups[backend] = weakref.ref(own)
+        groups[backend, purpose] = weakref.ref(own)
     return own
 
 
@@ -106,7 +112,16 @@ def join_messages(messages: Sequence[str | None]) -> str:
             ranks_of.setdefault(message, []).append(rank)
     lines = []
     for message, ranks in ranks_of.items():
-        shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
-        who = "all ranks" if len(ranks) == len(messages) > 1 else f"rank{'s' if len(ranks) > 1 else ''} {shown}"
+        who = "all ranks" if len(ranks) == len(messages) > 1 else named_ranks(ranks)
         lines.append(f"{who}: {message}")
     return "\n".join(lines)
+
+
+def named_ranks(ranks: Sequence[int]) -> str:
+    """Ranks in an error message.
+
+    >>> named_ranks([3]), named_ranks([0, 2])
+    ('rank 3', 'ranks 0, 2')
+    """
+    shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+    return f"rank{'s' if len(ranks) > 1 else ''} {shown}"

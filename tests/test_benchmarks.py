@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import distributed, figure, first_step, fsdp2, report, step, wrappers
+from benchmarks import distributed, divergence, figure, first_step, fsdp2, report, step, wrappers
 from benchmarks.cases import GPT2, LAYOUTS, Case, Layout, select
 from benchmarks.contenders import BASELINE, CONTENDERS, OURS, Contender, by_name
+from benchmarks.environment import describe
 from benchmarks.gpt2 import GPT2Model
 from benchmarks.records import Run
 from benchmarks.storage import HUGE_PAGES, ORDINARY, make_params
@@ -192,3 +193,10 @@ def test_sharding_divides_what_a_rank_has() -> None:
     assert sizes["DeepSpeed ZeRO-1 + torch fused"] == sizes["DDP + ZeroRedundancyOptimizer"] == 1200
     assert sizes["DeepSpeed ZeRO-2 + torch fused"] == 1000
     assert sizes["FSDP2 + torch fused"] == 800
+
+
+def test_a_divergence_check_is_measured_beside_steps() -> None:
+    record = divergence.run(divergence.SMALL, 1)
+    text = divergence.markdown({"environment": describe(CPU, "benchmarks.divergence"), **record})
+    assert set(record["seconds"]) == {"step", "check"}
+    assert f"{record['share'][1]:.2%}" in text

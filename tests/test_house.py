@@ -33,6 +33,7 @@ FLOORS = {
     "formats": 1,
     "memory": 1,
     "noise": 1,
+    "position_hash": 1,
     "algorithms": 1,
     "backends": 2,
     "sharding": 2,
@@ -58,7 +59,8 @@ FLOORS = {
     "checkpoint": 5,
     "doctor": 5,
     "commands": 6,
-    "__init__": 6,
+    "divergence": 6,
+    "__init__": 7,
     "cli": 7,
 }
 # Statistics are laid out by the layout; the doctor writes as checkpoints do; floor 3 is a stack.

@@ -18,7 +18,7 @@ from sharded_optim.param_groups import HYPERPARAMETERS, named_params
 from sharded_optim.sharding import LocalParam
 from sharded_optim.state import STEP, zeros
 
-__all__ = ["Landing", "LiveOptimizer", "Member", "renamed"]
+__all__ = ["Landing", "LiveOptimizer", "Member", "hyperparameters_of", "renamed"]
 
 Group = dict[str, Any]
 SWITCHES = {"amsgrad"}  # hyperparameters that a class may have no argument for, and takes from a checkpoint
@@ -271,7 +271,12 @@ def renamed(local: LocalParam, name: str) -> LocalParam:
     return replace(local, pieces=pieces)
 
 
+def hyperparameters_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What a param group has beside parameters."""
+    return {key: value for key, value in group.items() if key not in ("params", "param_names") and not key.startswith("_ds_")}
+
+
 def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
     """Of a param group, as numbers, not tensors."""
-    values = {key: value for key, value in group.items() if key not in ("params", "param_names") and not key.startswith("_ds_")}
+    values = hyperparameters_of(group)
     return {key: value.item() if isinstance(value, Tensor) and value.numel() == 1 else value for key, value in values.items()}
