@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,7 @@ from sharded_optim.backends import AUTO, candidates
 from sharded_optim.batches import Batch, Batches
 from sharded_optim.coefficients import coefficient_table, host_value, known_on_host
 from sharded_optim.layouts import Layouts
-from sharded_optim.options import NonFinite, Params
+from sharded_optim.options import MOST_SKIPPED, NonFinite, Params
 from sharded_optim.ranks import gather_messages, own_process_group
 from sharded_optim.sharding import FlatLayout, Layout
 from sharded_optim.state import called_to_allocate
@@ -79,6 +80,7 @@ class Engine(StatefulOptimizer):
         state_dtype: torch.dtype | None = None,
         backend: str = AUTO,
         nonfinite: NonFinite | None = None,
+        max_skipped_steps: int | None = MOST_SKIPPED,
         process_group: dist.ProcessGroup | None = None,
         kahan_sum: bool | None = None,
         stochastic_rounding: bool = False,
@@ -90,6 +92,8 @@ class Engine(StatefulOptimizer):
     ) -> None:
         if nonfinite not in (None, "skip", "raise", "allow"):
             raise ValueError(f"nonfinite must be 'skip', 'raise', 'allow' or None, got {nonfinite!r}")
+        if max_skipped_steps is not None and not (type(max_skipped_steps) is int and max_skipped_steps > 0):
+            raise ValueError(f"max_skipped_steps must be a positive int, or None for no limit, got {max_skipped_steps!r}")
         if gradient_release and foreach:
             warnings.warn("gradient_release=True steps what a backward hook brings; foreach=True has no effect", UserWarning, stacklevel=3)
         self.gradient_release = gradient_release
@@ -104,6 +108,7 @@ class Engine(StatefulOptimizer):
         self._statistic = algorithm(self.param_groups[0]).statistic
         # Where ranks agree on something anyway, skipping together costs nothing; elsewhere it would cost a collective.
         self.nonfinite: NonFinite = nonfinite or ("skip" if self._statistic else "allow")
+        self.max_skipped_steps = max_skipped_steps
 
     # ------------------------------------------------------------------------------------------------------------------- step
 
@@ -121,7 +126,8 @@ class Engine(StatefulOptimizer):
 
         Raises:
             ValueError: bad input. On every rank where ranks agree in this step, else on this one.
-            FloatingPointError: a gradient was not finite and `nonfinite="raise"`. On every rank, naming tensors and ranks.
+            FloatingPointError: a gradient was not finite and `nonfinite="raise"`, or `max_skipped_steps` steps in a row were skipped. On
+                every rank, naming tensors and ranks.
         """
         loss = None
         if closure is not None:
@@ -252,18 +258,36 @@ class Engine(StatefulOptimizer):
         self._raise_inconsistency(layout, agreement, failure)
         self._agreements.pop(layout, None)  # the newest is last
         self._agreements[layout] = agreement
+        self._raise_streak(layout, agreement)
         return self._verdict(agreement), None if self._statistic is None else self._statistic.lr_scale(agreement.means())
 
     def _raise_inconsistency(self, layout: Layout, agreement: statistics.Agreement, failure: Exception | None) -> None:
         if not known_on_host(agreement.vector):
             if failure is not None:
                 raise failure
-            self._deferred[layout] = statistics.Deferred(agreement)
+            streak = None
+            if self.nonfinite == "skip" and self.max_skipped_steps is not None:
+                streak = self._streaks[layout] = statistics.Streak.following(self._streaks.get(layout), agreement)
+            self._deferred[layout] = statistics.Deferred(agreement, streak, self.max_skipped_steps or 0)
         elif host_value(agreement.invalid):
             message = None if failure is None else str(failure) if isinstance(failure, ValueError) else repr(failure)
             raise ValueError(gather_messages(message, self._own_group())) from failure
         elif not host_value(agreement.consistent()):
             raise ValueError(agreement.inconsistency())
+
+    def _raise_streak(self, layout: Layout, agreement: statistics.Agreement) -> None:
+        """Count steps that are skipped in a row, where the host knows it, and raise FloatingPointError when they are too many."""
+        if self.nonfinite != "skip" or self.max_skipped_steps is None or not known_on_host(agreement.vector):
+            return
+        if host_value(agreement.all_finite()) and layout not in self._streaks:
+            return
+        streak = self._streaks[layout] = statistics.Streak.following(self._streaks.get(layout), agreement)
+        length = host_value(streak.length)
+        if not length:
+            del self._streaks[layout]
+        elif length >= self.max_skipped_steps and not host_value(agreement.all_finite()):
+            self._count_skipped(1)
+            raise FloatingPointError(streak.told(layout.names))
 
     def _raise_deferred(self, only: tuple[Tensor, ...] | None) -> None:
         """Raise what the step before found: of these parameters, or of any."""
@@ -271,7 +295,7 @@ class Engine(StatefulOptimizer):
             only = tuple(param for group in self.param_groups for param in group["params"])
         layouts = list(self._deferred) if only is None else [layout for layout in self._deferred if layout.describes(only)]
         for deferred in [self._deferred.pop(layout) for layout in layouts]:
-            deferred.raise_if_inconsistent()
+            deferred.raise_if_due()
 
     def _verdict(self, agreement: statistics.Agreement) -> Tensor:
         """Whether the step happens: bool, 0-dim, on the device of the agreement."""
@@ -349,6 +373,7 @@ class Engine(StatefulOptimizer):
         self._layouts = Layouts(self.describe_param, in_turns=self._steps_in_turns)
         self._agreements: dict[Layout, statistics.Agreement] = {}  # the last of each layout, the newest last
         self._deferred: dict[Layout, statistics.Deferred] = {}
+        self._streaks: WeakKeyDictionary[Layout, statistics.Streak] = WeakKeyDictionary()  # of skipped steps, of each layout
         self._updates: dict[Layout, list[metrics.Update]] = {}  # of the last step of each layout, the newest last
         self._reported: dict[str, tuple[Tensor, int]] = {}  # (parameter, which of its pieces) by the name of its metrics
         self._batches = Batches(self._backend_names, together=self._foreach)
@@ -450,7 +475,8 @@ class Engine(StatefulOptimizer):
     # ------------------------------------------------------------------------------------------------------- copying, printing
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_statistic", "_backend_names", "_foreach", "_skipped", "nonfinite", "gradient_release", "optimizer_accumulation")
+        own = ("_statistic", "_backend_names", "_foreach", "_skipped", "nonfinite", "max_skipped_steps")
+        own += ("gradient_release", "optimizer_accumulation")
         lost = {"_lost_process_group": self._process_group is not None or self._lost_process_group}
         return super().__getstate__() | {name: getattr(self, name) for name in own} | lost
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from sharded_optim.sharding import FlatLayout
 
-__all__ = ["EngineOptions", "NonFinite", "Params", "SwitchOptions"]
+__all__ = ["MOST_SKIPPED", "EngineOptions", "NonFinite", "Params", "SwitchOptions"]
 
+MOST_SKIPPED = 100  # see max_skipped_steps
 NonFinite = Literal["skip", "raise", "allow"]
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
@@ -28,6 +29,12 @@ class EngineOptions(TypedDict, total=False):
         "raise": FloatingPointError on every rank, naming tensors and ranks. The host waits for the device in every step.
         "allow": it goes through, as in torch; StableAdamW makes the whole tensor NaN, as an unsharded one would.
         The default is "skip" for algorithms whose ranks agree on something anyway and "allow" for those that need no collective.
+    max_skipped_steps: where `nonfinite` is "skip", so many steps in a row that did not happen for their gradients are a FloatingPointError
+        on every rank, which names what was not finite in the first of them; state stays untouched, and each further one raises too. 100,
+        the default, is time enough for GradScaler, which at its start skips up to 17 to find its scale; a job that skips more learns
+        nothing. None: no limit. Steps that GradScaler alone has stopped, their gradients being finite, do not count. On an accelerator the
+        next step raises, as a step does not wait for its own verdict. Where parts are stepped by themselves (DeepSpeed's ZeRO, gradient
+        release) each has a count of its own.
     process_group: the ranks that train this model together; None, the default, means all. Unused by a step without a collective.
     stochastic_rounding: float16 and bfloat16 parameters are rounded up or down at random, so that the expected value is the value; instead
         of `kahan_sum`, and without its memory, or with kahan_sum=True the compensation is. The same bits whatever the sharding.
@@ -39,6 +46,7 @@ class EngineOptions(TypedDict, total=False):
     state_dtype: torch.dtype | None
     backend: str
     nonfinite: NonFinite | None
+    max_skipped_steps: int | None
     process_group: dist.ProcessGroup | None
     stochastic_rounding: bool
     rounding_seed: int

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from sharded_optim.sharding.layout import Layout, Places
 
-__all__ = ["Agreement", "Contribution", "Deferred", "FixedPoint", "agree", "fraction_bits"]
+__all__ = ["Agreement", "Contribution", "Deferred", "FixedPoint", "Streak", "agree", "fraction_bits"]
 
 # A float64 below 2**51 is rounded to an integer, half to even, by adding 1.5 * 2**52 and reading the low bits: processors without a
 # conversion from floating point to 64-bit integers keep their full speed.
@@ -38,6 +39,7 @@ PRESENT = 3  # ranks that hold a piece with a gradient
 BITS = 4  # sum of k over the ranks in PRESENT
 KEY = 5  # sum of the hyperparameters' keys over the ranks in PRESENT
 SQUARED_KEY = 6  # and of their squares: all ranks have the same key if and only if PRESENT * SQUARED_KEY == KEY**2
+MOST_NAMES = 8  # of tensors, in an error message
 TAIL = 2  # after the rows: ranks that met bad input, ranks on which GradScaler found an infinite gradient
 
 
@@ -92,6 +94,10 @@ class Agreement:
 
     def all_finite(self) -> Tensor:
         """Bool, 0-dim."""
+        return self._all_finite
+
+    @cached_property
+    def _all_finite(self) -> Tensor:
         return (self.vector[NON_FINITE] == 0).all()
 
     def names_where_not_finite_here(self) -> list[str]:
@@ -120,24 +126,74 @@ class Agreement:
         raise AssertionError("the ranks are consistent")
 
 
-class Deferred:
-    """An agreement whose consistency is read one step later, when the host hardly has to wait for it."""
+@dataclass(frozen=True, kw_only=True)
+class Streak:
+    """Steps in a row that were skipped because gradients were not finite; the same on every rank.
 
-    def __init__(self, agreement: Agreement) -> None:
+    A step that does not happen for another reason, as GradScaler has found something that is not in these gradients, neither counts nor
+    ends it.
+    """
+
+    length: Tensor  # int64 (), how many
+    first: Tensor  # int64 (number of tensors,), NON_FINITE of the first of them
+
+    @classmethod
+    def following(cls, before: Streak | None, agreement: Agreement) -> Streak:
+        """After another step. Waits for nothing."""
+        non_finite, finite = agreement.vector[NON_FINITE], agreement.all_finite()
+        if before is None:
+            before = cls(length=torch.zeros_like(agreement.invalid), first=non_finite)
+        goes_on = torch.where(agreement.found_inf == 0, 0, before.length)
+        length = torch.where(finite, goes_on, before.length + 1)
+        return cls(length=length, first=torch.where(before.length == 0, non_finite, before.first))
+
+    def told(self, names: Sequence[str]) -> str:
+        """What went wrong, in words. Waits for the device.
+
+        Args:
+            names: of all tensors of the model.
+        """
+        found = [
+            f"{name!r} on {ranks} rank{'s' if ranks > 1 else ''}" for name, ranks in zip(names, self.first.tolist(), strict=True) if ranks
+        ]
+        more = f" and {len(found) - MOST_NAMES} more" if len(found) > MOST_NAMES else ""
+        return (
+            f"{int(self.length)} steps in a row were skipped, as gradients were not finite, or too large to square in fp32. In the first "
+            f"of them: {', '.join(found[:MOST_NAMES])}{more}. Parameters and state are as they were before it. Lower the learning rate, or "
+            f"look at the loss and the data of that step; nonfinite='raise' stops in it, max_skipped_steps sets the limit (None: none)"
+        )
+
+
+class Deferred:
+    """What an agreement says that stops the optimizer, read one step later, when the host hardly has to wait for it.
+
+    Args:
+        agreement: of all ranks.
+        streak: of skipped steps, up to this one; None: there is no limit.
+        longest: length of a streak at which to stop.
+    """
+
+    def __init__(self, agreement: Agreement, streak: Streak | None = None, longest: int = 0) -> None:
         self._agreement = agreement
-        self._consistent = agreement.consistent().to("cpu", non_blocking=True)
+        self._streak = streak
+        told = [agreement.consistent()]
+        if streak is not None:
+            told.append(agreement.all_finite() | (streak.length < longest))
+        self._told = torch.stack(told).to("cpu", non_blocking=True)
         self._copied = torch.Event(agreement.vector.device)
         self._copied.record()
 
-    def raise_if_inconsistent(self) -> None:
-        """Raise ValueError, on every rank, if the ranks did not fit together.
+    def raise_if_due(self) -> None:
+        """Raise, on every rank, ValueError if the ranks did not fit together, FloatingPointError if they skip step after step.
 
         It always looks at the step before, so that all ranks raise in the same one. The device has long had a forward and a backward pass
         queued behind what is waited for here, so it does not run dry.
         """
         self._copied.synchronize()
-        if not self._consistent:
+        if not self._told[0]:
             raise ValueError(self._agreement.inconsistency())
+        if self._streak is not None and not self._told[1]:
+            raise FloatingPointError(self._streak.told(self._agreement.layout.names))
 
 
 @dataclass(frozen=True, kw_only=True)

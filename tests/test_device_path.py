@@ -86,7 +86,7 @@ def test_selecting_on_the_device_gives_the_bits_of_branching_on_the_host(name: s
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_step_reads_nothing_from_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """But the verdict on the step before, which is copied as soon as it is there."""
-    monkeypatch.setattr(statistics.Deferred, "raise_if_inconsistent", lambda self: None)
+    monkeypatch.setattr(statistics.Deferred, "raise_if_due", lambda self: None)
     monkeypatch.setattr(operations, "sqrt_of_scalars", torch.sqrt)  # what it is on a device
     params = [nn.Parameter(torch.ones(n)) for n in (3, 5)]
     groups = [{"params": params[:1]}, {"params": params[1:], "lr": 3e-2}]
