@@ -53,7 +53,12 @@ Wrapper = Callable[[GPT, BuildOptimizer, Config, torch.device], Sharded]
 
 def shard(model: GPT, config: Config, device: torch.device) -> Sharded:
     """Spread a model over the ranks as the config says."""
-    build = partial(build_optimizer, config=config.optimizer, dimensions={name: param.ndim for name, param in model.named_parameters()})
+    build = partial(
+        build_optimizer,
+        config=config.optimizer,
+        max_skipped_steps=config.max_skipped_steps,
+        dimensions={name: param.ndim for name, param in model.named_parameters()},
+    )
     return SHARDINGS[config.sharding](model, build, config, device)
 
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+import sharded_optim as so
 from launch import corpus, deepspeed_extension, environment
 from launch.batches import training_batch, validation_batch
 from launch.checkpoints import Checkpoints, check_folder
@@ -35,6 +36,8 @@ from launch.run_folder import RunFolder
 from launch.sharding import shard
 from launch.watch import Watch
 from sharded_optim.checkpoint import CheckpointError
+
+EXPECTED = (CheckpointError, so.DivergenceError, FloatingPointError)  # say themselves what to do, without a traceback
 
 
 def main(arguments: list[str]) -> int:
@@ -53,9 +56,7 @@ def main(arguments: list[str]) -> int:
     except (ConfigError, MeetingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    with Watch(
-        venue, rank=place.rank, world_size=place.world_size, heartbeat=config.heartbeat, expected=(CheckpointError, FloatingPointError)
-    ) as watch:
+    with Watch(venue, rank=place.rank, world_size=place.world_size, heartbeat=config.heartbeat, expected=EXPECTED) as watch:
         run(config, place, device, text, folder, started, watch)
     environment.stop()
     return 0
@@ -74,6 +75,7 @@ def run(config: Config, place: Place, device: torch.device, text: Corpus, folder
     sharded = shard(model, config, device)
     schedule = build_schedule(sharded.optimizer, config.warmup_steps, config.steps)
     checkpoints = Checkpoints(config, sharded, schedule)
+    divergence = so.DivergenceCheck(sharded.optimizer, model=sharded.model)
     preemption = Preemption()
     resumption = checkpoints.resume()
     for listener in listeners:
@@ -85,6 +87,8 @@ def run(config: Config, place: Place, device: torch.device, text: Corpus, folder
         watch.step = step
         loss = mean_loss(sharded.model, next_batch(config, place, text, step).to(device))
         sharded.step(loss)
+        if config.divergence_every is not None and step % config.divergence_every == 0:
+            divergence()
         meter.count(loss)
         if step % config.log_every == 0 or step == config.steps:
             training = describe_training(step, meter, sharded.optimizer)

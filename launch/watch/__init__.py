@@ -92,7 +92,7 @@ class Watch:
 
     def _fail(self, error: BaseException) -> NoReturn:
         """Say so, hear who was first, and end."""
-        told = traceback.format_exception_only(error)[-1].strip()
+        told = f"{type(error).__name__}: {error}"
         if isinstance(error, SystemExit):
             told = f"it left early, by exit({error.code!r})"
         if self._member is None:

@@ -96,7 +96,7 @@ class Hub:
 
     def _pronounce(self, verdict: Verdict) -> None:
         """Rank 0's log has it before anybody ends, since some launchers end all when one has ended."""
-        print(f"error: {verdict.text}; all ranks end", file=sys.stderr, flush=True)
+        print(f"error: {verdict.text}", file=sys.stderr, flush=True)
         self._tell({"verdict": asdict(verdict)})
         self._drain()
 

@@ -92,6 +92,7 @@ class Member:
     def _listen(self) -> Verdict | None:
         """Until there is a verdict, or none is to be expected."""
         beat, heard = 0.0, time.monotonic()
+        launcher = os.getppid()
         with selectors.DefaultSelector() as selector:
             selector.register(self._line, selectors.EVENT_READ)
             while True:
@@ -100,6 +101,8 @@ class Member:
                     beat = now
                     counts, place = self._position()
                     self._say({"counts": counts, "place": place})
+                    if os.getppid() != launcher:
+                        return Verdict(rank=self._process.rank, text=f"what has started {self._process} (pid {launcher}) is gone")
                 if selector.select(BEAT_SECONDS):
                     try:
                         for message in self._line.receive():
