@@ -8,10 +8,10 @@ ARGS ?=
 SIDE_BY_SIDE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test matrix reshard chaos survive bench flattened figures lint format clean
+.PHONY: help setup train test matrix reshard chaos survive docker-check bench flattened figures lint format clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 setup: $(VENV)/.installed  ## make .venv with the package and its development extras
 
@@ -42,6 +42,9 @@ chaos: setup  ## kill a job that saves checkpoints 200 times, and damage 2,000 c
 
 survive: setup  ## let ranks of jobs fail in every way under every launcher, and kill a job 20 times: make survive ARGS=SIGKILL
 	$(BIN)/python -m tests.survival $(ARGS)
+
+docker-check: setup  ## run every command of docker/ on this machine: make docker-check ARGS="--argument NAME=VALUE"
+	$(BIN)/python docker/bare.py $(ARGS)
 
 bench: setup  ## time steps of all optimizers side by side: make bench ARGS="--quick"
 	$(BIN)/python -m benchmarks.step $(ARGS)
