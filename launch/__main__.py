@@ -25,9 +25,12 @@ def main(arguments: list[str]) -> None:
             device = environment.pick_device(environment.Place(local_world_size=processes), config.device)
             deepspeed_extension.build(device.type)
         if config.checkpoint.every is not None or config.resume == "auto":
-            from launch.checkpoints import check_folder  # imports torch
+            from launch.checkpoints import check_folder, is_done  # imports torch
 
             check_folder(config)
+            if done := is_done(config):
+                print(done)
+                sys.exit(0)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -13,7 +13,7 @@ from launch.config import Config, ConfigError
 from launch.records import Resumption
 from launch.sharding import Sharded
 
-__all__ = ["Checkpoints", "check_folder"]
+__all__ = ["Checkpoints", "check_folder", "is_done"]
 
 
 class Checkpoints:
@@ -85,8 +85,19 @@ def check_folder(config: Config) -> None:
     where = f"{folder_of(config)} has checkpoints of steps {', '.join(map(str, found))}"
     if config.resume == "never" and found:
         raise ConfigError(f"{where}; use resume=auto to go on from the last, or another checkpoint.folder")
-    if config.resume == "auto" and found and found[-1] >= config.steps and so.checkpoint.latest(folder_of(config)) == found[-1]:
-        raise ConfigError(f"{where}, and steps={config.steps} are done; raise steps, or use another checkpoint.folder")
+
+
+def is_done(config: Config) -> str | None:
+    """Whether nothing is left to do for a job that goes on: as when it failed after its last step, and was started again.
+
+    Returns:
+        A sentence that says so, or None.
+    """
+    folder = folder_of(config)
+    found = so.checkpoint.steps(folder)
+    if config.resume == "auto" and found and found[-1] >= config.steps and so.checkpoint.latest(folder) == found[-1]:
+        return f"steps={config.steps} are done: {folder} has a checkpoint of step {found[-1]}; raise steps to train for longer"
+    return None
 
 
 def folder_of(config: Config) -> Path:

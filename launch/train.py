@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import sharded_optim as so
 from launch import corpus, deepspeed_extension, environment
 from launch.batches import training_batch, validation_batch
-from launch.checkpoints import Checkpoints, check_folder
+from launch.checkpoints import Checkpoints, check_folder, is_done
 from launch.config import Config, ConfigError, from_arguments
 from launch.corpus import Corpus
 from launch.environment import Place
@@ -51,6 +51,10 @@ def main(arguments: list[str]) -> int:
         if config.sharding == "deepspeed":
             deepspeed_extension.build(device.type)
         check_folder(config)
+        if done := is_done(config):
+            if place.rank == 0:
+                print(done)
+            return 0
         folder = RunFolder(config) if place.rank == 0 else None
         venue = environment.start(place, device, config.threads)
     except (ConfigError, MeetingError) as error:

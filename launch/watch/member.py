@@ -101,8 +101,8 @@ class Member:
                     beat = now
                     counts, place = self._position()
                     self._say({"counts": counts, "place": place})
-                    if os.getppid() != launcher:
-                        return Verdict(rank=self._process.rank, text=f"what has started {self._process} (pid {launcher}) is gone")
+                    if os.getppid() != launcher:  # it can no longer end this rank
+                        self.report(f"what has started it (pid {launcher}) is gone", place, follows=False)
                 if selector.select(BEAT_SECONDS):
                     try:
                         for message in self._line.receive():
