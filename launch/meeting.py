@@ -13,11 +13,15 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
+import sys
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, TCPStore
@@ -71,36 +75,54 @@ def through_address(address: str, port: int, rank: int, world_size: int, timeout
 
 
 def through_mpi(rank: int, world_size: int, address: str | None, timeout: timedelta) -> Venue:
-    """A store that rank 0 opens, and tells the others of through MPI, which is not used for anything else.
+    """A store that rank 0 opens, and tells the others of through MPI, which is used for nothing else (`mpi_broadcast.py`).
 
     Args:
         address: of rank 0's machine; None: its name, or the loopback if all ranks are on it.
+
+    Raises:
+        ConfigError: mpi4py is not installed, or has loaded the library of another MPI.
+        MeetingError: MPI has failed, or not all ranks came.
     """
-    library = _library_of_launcher()
-    if library is not None:
-        os.environ.setdefault("MPI4PY_LIBMPI", str(library))
-    try:
-        from mpi4py import MPI
-    except ModuleNotFoundError:
+    if find_spec("mpi4py") is None:
+        raise ConfigError("mpirun needs mpi4py, which is not installed; run pip install 'sharded-optim[mpi]', or start with torchrun")
+    opened = through_address(address or "127.0.0.1", 0, rank, world_size, timeout) if rank == 0 else None
+    told = _broadcast(0 if opened is None else opened.store.port, address, timeout)  # pyright: ignore[reportAttributeAccessIssue]
+    if told["world_size"] != world_size:
         raise ConfigError(
-            "mpirun needs mpi4py, which is not installed; run pip install 'sharded-optim[mpi]', or start with torchrun"
-        ) from None
-    world = MPI.COMM_WORLD
-    if world.size != world_size:
-        version = MPI.Get_library_version().split(",")[0]
-        raise ConfigError(
-            f"mpirun has started {world_size} processes, but the MPI library that mpi4py has loaded ({version}) knows of {world.size}; set "
-            f"MPI4PY_LIBMPI to the libmpi of this mpirun"
+            f"mpirun has started {world_size} processes, but the MPI library that mpi4py has loaded ({told['library']}) knows of "
+            f"{told['world_size']}; set MPI4PY_LIBMPI to the libmpi of this mpirun"
         )
-    machine = world.Split_type(MPI.COMM_TYPE_SHARED)
-    if address is None:
-        address = "127.0.0.1" if machine.size == world.size else socket.gethostname()
-    machine.Free()
-    opened = through_address(address, 0, rank, world_size, timeout) if rank == 0 else None
-    host, port = world.bcast((opened.address, opened.store.port) if opened else None)  # pyright: ignore[reportAttributeAccessIssue]
-    # Before anything can go wrong: to a launcher, a process that ends while it is part of MPI has crashed.
-    MPI.Finalize()
-    return opened or through_address(host, port, rank, world_size, timeout, is_there=True)
+    if opened is not None:
+        return replace(opened, address=told["address"])
+    return through_address(told["address"], told["port"], rank, world_size, timeout, is_there=True)
+
+
+def _broadcast(port: int, address: str | None, timeout: timedelta) -> dict[str, Any]:
+    """What rank 0 tells of its store through MPI."""
+    library = _library_of_launcher()
+    environment = os.environ | ({} if library is None else {"MPI4PY_LIBMPI": os.environ.get("MPI4PY_LIBMPI", str(library))})
+    command = [sys.executable, "-m", "launch.mpi_broadcast", str(port), *([] if address is None else [address])]
+    folder = Path(__file__).parents[1]
+    try:  # mpirun's connection to its rank is an open file
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout.total_seconds(),
+            close_fds=False,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise MeetingError(
+            f"the ranks have not met through MPI within {timeout.total_seconds():.0f} s; look into the logs of the others"
+        ) from None
+    try:
+        return json.loads(done.stdout.splitlines()[-1])
+    except (ValueError, IndexError):
+        raise MeetingError(f"the ranks cannot meet through MPI (exit status {done.returncode}):\n{done.stderr[-2000:]}") from None
 
 
 def _own_address(peer: str, port: int) -> str:
