@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> None:
     command = [sys.executable, "-m"]
     if processes > 1 or config.max_restarts:
         command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        command += ["--max-restarts", str(config.max_restarts), "-m"]
+        command += ["--max-restarts", str(config.max_restarts), *environment.TORCHRUN_SIGNALS, "-m"]
     os.execv(sys.executable, [*command, "launch.train", *arguments])
 
 

@@ -34,6 +34,7 @@ class Checkpoints:
         self._schedule = schedule
         self._world_size = dist.get_world_size()
         self._saving: so.checkpoint.Saving | None = None
+        self._saved: int | None = None  # the step of the last save; the same on all ranks, which folders need not be
 
     def resume(self) -> Resumption | None:
         """Go on from the newest checkpoint that verifies, if the config says so.
@@ -51,18 +52,24 @@ class Checkpoints:
         except so.checkpoint.NoCheckpointError:
             return None
         self._schedule.load_state_dict(extra["schedule"])
+        self._saved = extra["step"]
         return Resumption(step=extra["step"], saved_by=extra.get("world_size", self._world_size), world_size=self._world_size)
 
-    def after(self, step: int) -> None:
-        """Save in the background, if it is time: also after the last step."""
+    def is_due(self, step: int) -> bool:
+        """Whether it is time to save: also after the last step."""
         every = self._config.every
-        if every is not None and (step % every == 0 or step == self._steps):
+        return every is not None and (step % every == 0 or step == self._steps)
+
+    def after(self, step: int) -> None:
+        """Save in the background, if it is time."""
+        if self.is_due(step):
+            self._saved = step
             self._saving = so.checkpoint.async_save(self._root, step, **self._content(step), keep=self._config.keep)
 
     def before_stopping(self, step: int) -> None:
         """Save what a job has reached that is stopped after a step, unless it has been saved; also where the job saves nothing else."""
         self.finish()
-        if step not in so.checkpoint.steps(self._root):
+        if self._saved != step:
             so.checkpoint.save(self._root, step, **self._content(step), keep=self._config.keep)
 
     def _content(self, step: int) -> dict[str, Any]:

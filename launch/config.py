@@ -117,9 +117,9 @@ class Config(_Section):
     resume: "auto" goes on from the newest checkpoint in the folder of checkpoints, if there is one; "never" begins, and refuses a folder
         that has some.
     max_restarts: how often `python -m launch` starts all processes again when one has failed; they go on from checkpoints with resume=auto.
-    heartbeat: seconds for which a rank may be silent, or keep others waiting, before the job ends; None: for as long as it likes. Longer
-        than whatever one rank does alone.
-    divergence_every: after so many steps, values that ranks have in common are compared; None: never.
+    heartbeat: seconds, 5 or more, for which a rank may be silent, or keep others waiting, before the job ends; None: for as long as it
+        likes, as under a debugger.
+    divergence_every: after so many steps, and before each checkpoint, values that ranks have in common are compared; None: never.
     max_skipped_steps: how many steps in a row may be skipped because gradients are not finite.
     deepspeed: what DeepSpeed is told, but for the optimizer and the batch. In a file or an override also the path of a DeepSpeed config
         in JSON, which may give these too (`launch/deepspeed_config.py`).
@@ -145,7 +145,7 @@ class Config(_Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     resume: Literal["auto", "never"] = "never"
     max_restarts: NonNegativeInt = 0
-    heartbeat: PositiveFloat | None = 20.0
+    heartbeat: Annotated[float, Field(ge=5.0)] | None = 20.0
     divergence_every: PositiveInt | None = 100
     max_skipped_steps: PositiveInt = 20
     deepspeed: dict[str, Any] | None = None

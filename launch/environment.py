@@ -6,29 +6,30 @@ is a `Place`; how the ranks then find each other is in `meeting.py`.
 
 from __future__ import annotations
 
+import json
 import os
 import re
-import sys
+import socket
 import sysconfig
-import threading
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from launch.config import Config, ConfigError
 
 if TYPE_CHECKING:  # the parent process uses this module too, and need not wait for torch
     import torch
+    from torch.distributed.distributed_c10d import Store
 
     from launch.meeting import Venue
 
-__all__ = ["Place", "find_place", "gpus_here", "leave", "pick_device", "prepare_for_deepspeed", "share_cores", "start", "stop"]
+__all__ = ["Place", "find_place", "gpus_here", "launcher_of", "pick_device", "prepare_for_deepspeed", "share_cores", "start", "stop"]
 
 TIMEOUT_SECONDS = 300  # of a meeting and of a collective: far longer than any takes here, and soon enough to notice that one will not end
-SECONDS_FOR_THREADS = 3.0  # that a job has left behind, to end
+# torchrun hands these on to its ranks, which have so many seconds to save; by default it knows no SIGUSR1, and waits for 30 s.
+TORCHRUN_SIGNALS = ("--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "--shutdown-timeout", "100")
 # srun gives no port. One for each job, so that jobs that share a node hardly meet, and outside of what systems give out by themselves.
 SLURM_PORTS = range(10000, 30000)
 
@@ -55,7 +56,7 @@ def _variables(*names: str) -> dict[str, str]:
 ALONE = Launcher(name="python", variables={}, mark=())
 TORCHRUN_VARIABLES = _variables("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 TORCHRUN = Launcher(name="torchrun", variables=TORCHRUN_VARIABLES, mark=tuple(TORCHRUN_VARIABLES.values()))
-DEEPSPEED = Launcher(name="deepspeed", variables=_variables("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE"), mark=("LOCAL_SIZE",))
+DEEPSPEED = Launcher(name="deepspeed", variables=_variables("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE"), mark=("RANK",))
 OPEN_MPI = Launcher(
     name="Open MPI's mpirun",
     variables=_variables("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
@@ -72,7 +73,7 @@ SRUN = Launcher(
     mark=("SLURM_STEP_NUM_TASKS",),  # batch scripts and shells in an allocation have a SLURM_PROCID too
 )
 # In this order: torchrun may be started by srun or mpirun, and mpirun by srun.
-LAUNCHERS = (DEEPSPEED, TORCHRUN, OPEN_MPI, MPICH, SRUN)
+LAUNCHERS = (TORCHRUN, OPEN_MPI, MPICH, SRUN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +97,8 @@ def find_place(config: Config) -> Place:
         ConfigError: the variables are incomplete, or there are not as many processes as the config says.
     """
     launcher = next((each for each in LAUNCHERS if any(name in os.environ for name in each.mark)), ALONE)
-    if launcher is DEEPSPEED and "LOCAL_WORLD_SIZE" in os.environ:
-        launcher = TORCHRUN
+    if launcher is TORCHRUN and "LOCAL_SIZE" in os.environ and "LOCAL_WORLD_SIZE" not in os.environ:
+        launcher = DEEPSPEED
     found = {field: os.environ[name] for field, name in launcher.variables.items() if name in os.environ}
     missing = [name for name in launcher.variables.values() if name not in os.environ]
     if missing:
@@ -132,12 +133,18 @@ def _tasks_of_node(counts: str, node: str) -> str:
     return found[int(node)]
 
 
-def cores_here() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def launcher_of(place: Place) -> int | None:
+    """The pid of what has started this process and is there as long as the job; None where that may be a shell that is left."""
+    is_by_hand = place.launcher is ALONE or (place.launcher is TORCHRUN and "TORCHELASTIC_RUN_ID" not in os.environ)
+    return None if is_by_hand else os.getppid()
 
 
-def share_cores(processes: int, threads: int | None = None) -> None:
+def cores_here() -> set[int]:
+    """The cores that this process may use."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+def share_cores(processes: int, threads: int | None = None, cores: set[int] | None = None) -> None:
     """Give each of the processes of this machine an equal share of the cores, unless the user has chosen.
 
     More threads than cores make a small model several times slower; torchrun's default of one thread leaves cores idle.
@@ -145,10 +152,11 @@ def share_cores(processes: int, threads: int | None = None) -> None:
     Args:
         processes: of this machine.
         threads: what the user has chosen in the config.
+        cores: that they may use together; None: each of them those of this process.
     """
     if threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores_here() // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(cores or cores_here()) // processes)))
 
 
 def prepare_for_deepspeed(device: str) -> Path:
@@ -195,7 +203,7 @@ def pick_device(place: Place, wanted: str) -> torch.device:
     enough = gpus >= place.local_world_size  # NCCL does not let two ranks share one
     # Slurm, told so, shows each task its own GPU alone.
     index = place.local_rank if enough else 0
-    enough = enough or (gpus == 1 and "SLURM_STEP_GPUS" in os.environ)
+    enough = enough or (gpus == 1 and place.launcher is SRUN and "SLURM_STEP_GPUS" in os.environ)
     if wanted == "cuda" and not enough:
         raise ConfigError(f"device='cuda' needs a GPU for each of the {place.local_world_size} processes here, there are {gpus}")
     return torch.device("cuda", index) if enough and wanted != "cpu" else torch.device("cpu")
@@ -226,12 +234,12 @@ def start(place: Place, device: torch.device, threads: int | None = None) -> Ven
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]  # costs a write of each
-    _set_threads(place, threads)
     for name, value in (("RANK", place.rank), ("WORLD_SIZE", place.world_size), ("LOCAL_RANK", place.local_rank)):
         os.environ.setdefault(name, str(value))  # DeepSpeed reads them, also in a process that is alone
     timeout = timedelta(seconds=TIMEOUT_SECONDS)
     venue = _venue(place, timeout)
     store = meeting.attempt(venue.store, place.rank, place.world_size, timeout)
+    _set_threads(place, threads, _cores_of_machine(place, store))
     dist.init_process_group(
         backend="nccl" if device.type == "cuda" else "gloo",
         store=store,
@@ -243,15 +251,29 @@ def start(place: Place, device: torch.device, threads: int | None = None) -> Ven
     return replace(venue, store=store)
 
 
-def _set_threads(place: Place, threads: int | None) -> None:
-    """The same number of threads, and so the same sums, whatever has started this process."""
+def _cores_of_machine(place: Place, store: Store) -> set[int]:
+    """The cores that the ranks of this machine may use together, of which a launcher may have bound each to a few."""
+    first = place.rank - place.local_rank  # launchers number the ranks of a machine one after the other
+    own = cores_here()
+    store.set(f"cores/{place.rank}", json.dumps([socket.gethostname(), sorted(own)]))
+    told = [json.loads(store.get(f"cores/{rank}")) for rank in range(first, first + place.local_world_size) if rank < place.world_size]
+    return own.union(*(cores for host, cores in told if host == socket.gethostname()))
+
+
+def _set_threads(place: Place, threads: int | None, cores: set[int]) -> None:
+    """The same number of threads, and so the same sums, whatever has started this process.
+
+    Open MPI binds a rank to one core unless told otherwise: a rank that has fewer cores than threads may use all of its machine's ranks'.
+    """
     import torch
 
     if place.launcher is TORCHRUN and os.environ.get("OMP_NUM_THREADS") == "1":
         del os.environ["OMP_NUM_THREADS"]  # torchrun's own default, which nobody has chosen; threads=1 says that somebody has
     if threads is not None or "OMP_NUM_THREADS" not in os.environ:
-        share_cores(place.local_world_size, threads)
+        share_cores(place.local_world_size, threads, cores)
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    if len(cores_here()) < min(torch.get_num_threads(), len(cores)):
+        os.sched_setaffinity(0, cores)
 
 
 def _venue(place: Place, timeout: timedelta) -> Venue:
@@ -297,19 +319,3 @@ def stop() -> None:
     # with torch 2.13, FSDP2 and torch's own AdamW in 3 of 22 runs, and with this line in none of 26.
     gc.collect()
     dist.destroy_process_group()
-
-
-def leave(status: int) -> NoReturn:
-    """End this process, which is done, also if somebody has left threads behind that would keep it alive."""
-    until = time.monotonic() + SECONDS_FOR_THREADS
-    while (alive := [thread.name for thread in threading.enumerate() if _keeps_alive(thread)]) and time.monotonic() < until:
-        time.sleep(0.05)
-    if not alive:
-        sys.exit(status)
-    print(f"threads that have not ended: {', '.join(alive)}; the process ends without them", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(status)
-
-
-def _keeps_alive(thread: threading.Thread) -> bool:
-    return thread is not threading.main_thread() and not thread.daemon

@@ -29,6 +29,11 @@ class Preemption:
         for each in SIGNALS:
             signal.signal(each, self._receive)
 
+    @property
+    def asked_here(self) -> bool:
+        """Whether this process has had a signal itself."""
+        return self._received != 0
+
     def after_step(self) -> str | None:
         """To be called on every rank after each step.
 

@@ -56,6 +56,7 @@ def shard(model: GPT, config: Config, device: torch.device) -> Sharded:
     build = partial(
         build_optimizer,
         config=config.optimizer,
+        nonfinite="skip",  # also optimizers that have nothing else to agree on: a rank that alone went on would be lost
         max_skipped_steps=config.max_skipped_steps,
         dimensions={name: param.ndim for name, param in model.named_parameters()},
     )

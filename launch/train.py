@@ -37,37 +37,56 @@ from launch.sharding import shard
 from launch.watch import Watch
 from sharded_optim.checkpoint import CheckpointError
 
+# The exit status of ranks that have saved and stopped because another machine is taken away: torchrun is to start them again, when there is
+# another one. With 0 it would take the job for done.
+STOPPED_ELSEWHERE = 75
 EXPECTED = (CheckpointError, so.DivergenceError, FloatingPointError)  # say themselves what to do, without a traceback
 
 
 def main(arguments: list[str]) -> int:
     started = time.perf_counter()
+    done = folder = None
     try:  # whatever can be refused, before the ranks depend on each other
         config = from_arguments(arguments, "python -m launch.train")
         place = environment.find_place(config)
         config = config.with_processes(place.world_size)
+        launcher = environment.launcher_of(place)
         device = environment.pick_device(place, config.device)
         text = corpus.load(config)
         if config.sharding == "deepspeed":
             deepspeed_extension.build(device.type)
         check_folder(config)
-        if done := is_done(config):
-            if place.rank == 0:
-                print(done)
-            return 0
-        folder = RunFolder(config) if place.rank == 0 else None
+        if place.rank == 0:
+            done = is_done(config)
+            folder = None if done else RunFolder(config)
         venue = environment.start(place, device, config.threads)
     except (ConfigError, MeetingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    with Watch(venue, rank=place.rank, world_size=place.world_size, heartbeat=config.heartbeat, expected=EXPECTED) as watch:
-        run(config, place, device, text, folder, started, watch)
-    environment.stop()
-    return 0
+    told = {"rank": place.rank, "world_size": place.world_size, "heartbeat": config.heartbeat, "launcher": launcher}
+    with Watch(venue, expected=EXPECTED, **told) as watch:
+        status = 0
+        if agreed(done):
+            print(done or "", end="\n" if done else "")
+        else:
+            status = run(config, place, device, text, folder, started, watch)
+        environment.stop()
+    return status
 
 
-def run(config: Config, place: Place, device: torch.device, text: Corpus, folder: RunFolder | None, started: float, watch: Watch) -> None:
-    """Build, train, validate, report."""
+def agreed(done: str | None) -> bool:
+    """Whether rank 0 has found that nothing is left to do. The others might see its folder otherwise."""
+    told = [done]
+    dist.broadcast_object_list(told)
+    return told[0] is not None
+
+
+def run(config: Config, place: Place, device: torch.device, text: Corpus, folder: RunFolder | None, started: float, watch: Watch) -> int:
+    """Build, train, validate, report.
+
+    Returns:
+        The exit status: 0 where all is done, or saved since this process was asked to stop; STOPPED_ELSEWHERE.
+    """
     unigram, zlib = corpus.unigram_bits_per_byte(text.train, text.validation), corpus.zlib_bits_per_byte(text.validation)
     listeners: list[Listener] = []  # rank 0's only; but every rank takes part in computing what they hear
     if folder is not None:
@@ -81,17 +100,18 @@ def run(config: Config, place: Place, device: torch.device, text: Corpus, folder
     checkpoints = Checkpoints(config, sharded, schedule)
     divergence = so.DivergenceCheck(sharded.optimizer, model=sharded.model)
     preemption = Preemption()
-    resumption = checkpoints.resume()
+    with watch.patience():
+        resumption = checkpoints.resume()
     for listener in listeners:
         listener.start(resumption)
     meter = Meter(config.batch_size * config.sequence_length, device)
 
-    training = validation = None
+    training = validation = stopped = None
     for step in range(resumption.step + 1 if resumption else 1, config.steps + 1):
         watch.step = step
         loss = mean_loss(sharded.model, next_batch(config, place, text, step).to(device))
         sharded.step(loss)
-        if config.divergence_every is not None and step % config.divergence_every == 0:
+        if config.divergence_every is not None and (step % config.divergence_every == 0 or checkpoints.is_due(step)):
             divergence()
         meter.count(loss)
         if step % config.log_every == 0 or step == config.steps:
@@ -105,17 +125,22 @@ def run(config: Config, place: Place, device: torch.device, text: Corpus, folder
             for listener in listeners:
                 listener.validation(validation)
             meter.resume()
-        checkpoints.after(step)
+        with watch.patience():  # with who writes more slowly than others
+            checkpoints.after(step)
         stopped = preemption.after_step()
         if stopped is not None and step < config.steps:
-            checkpoints.before_stopping(step)
-            for listener in listeners:
-                listener.stop(step, f"asked to stop by {stopped}: saved; resume=auto goes on from here")
             break
+        stopped = None  # too late
     preemption.finish()
-    checkpoints.finish()
-    if watch.step < config.steps:
-        return
+    with watch.patience():
+        if stopped is not None:
+            checkpoints.before_stopping(watch.step)
+        checkpoints.finish()
+    if stopped is not None:
+        for listener in listeners:
+            listener.stop(watch.step, f"asked to stop by {stopped}: saved; resume=auto goes on from here")
+        is_elsewhere = place.launcher is environment.TORCHRUN and place.world_size > place.local_world_size and not preemption.asked_here
+        return STOPPED_ELSEWHERE if is_elsewhere else 0
 
     assert training is not None, "there is at least one step"
     assert validation is not None, "the last step is validated"
@@ -138,6 +163,7 @@ def run(config: Config, place: Place, device: torch.device, text: Corpus, folder
     )
     for listener in listeners:
         listener.finish(summary)
+    return 0
 
 
 def next_batch(config: Config, place: Place, text: Corpus, step: int) -> Tensor:
@@ -243,4 +269,4 @@ class Meter:
 
 
 if __name__ == "__main__":
-    environment.leave(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

@@ -383,7 +383,13 @@ def test_an_image_runs_a_job_file_as_another_user_than_root(name, recorder, monk
     assert "USER 1000" in lines
     assert "STOPSIGNAL SIGTERM" in lines
     (check,) = [line for line in lines if line.startswith("HEALTHCHECK ")]
-    assert json.loads(check[check.index("[") :]) == ["sharded-optim", "doctor", "--quick"]
+    assert json.loads(check[check.index("[") :]) == [
+        "sharded-optim",
+        "doctor",
+        "--quick",
+        "--folder",
+        "/data",
+    ]  # the user may write nowhere else
     installs = [line for line in lines if " pip install " in f" {line} "]
     assert installs
     assert all("--constraint constraints.txt" in line for line in installs)

@@ -1,6 +1,8 @@
 """A process knows its place from its launcher's variables, or refuses to start, before it could wait for others."""
 
+import json
 import os
+import socket
 import sysconfig
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from launch.environment import (
     prepare_for_deepspeed,
     share_cores,
 )
+from launch.meeting import alone
 
 FSDP2 = Path(__file__).parents[1] / "configs" / "fsdp2.yaml"
 VARIABLES = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
@@ -134,7 +137,8 @@ def test_a_rank_that_sees_its_own_gpu_alone_takes_it(monkeypatch):
 
 def test_torchruns_default_of_one_thread_is_not_a_choice(monkeypatch):
     """So that torchrun, mpirun and srun give the same bits. The config has the last word."""
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
+    cores = set(range(8))
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: cores, raising=False)
     chosen = []
     monkeypatch.setattr("torch.set_num_threads", chosen.append)
     torchrun, mpirun = Place(world_size=2, local_world_size=2, launcher=TORCHRUN), Place(world_size=2, local_world_size=2, launcher=MPICH)
@@ -146,13 +150,38 @@ def test_torchruns_default_of_one_thread_is_not_a_choice(monkeypatch):
         (mpirun, None, None, [4]),
         (mpirun, "3", 2, [2]),
     ):
+        monkeypatch.setenv("OMP_NUM_THREADS", variable or "")
         if variable is None:
             monkeypatch.delenv("OMP_NUM_THREADS")
-        else:
-            monkeypatch.setenv("OMP_NUM_THREADS", variable)
         chosen.clear()
-        environment._set_threads(place, threads)
+        environment._set_threads(place, threads, cores)
         assert chosen == expected, (place.launcher.name, variable, threads)
+
+
+def test_ranks_that_a_launcher_has_bound_to_too_few_cores_are_unbound(monkeypatch):
+    """Open MPI binds each rank to one core. One that has its share, as of a socket, stays there."""
+    bound: list[set[int]] = []
+    monkeypatch.setattr("os.sched_setaffinity", lambda _, cores: bound.append(cores), raising=False)
+    monkeypatch.setattr("torch.set_num_threads", lambda _: None)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 4)
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    place, store = Place(rank=3, world_size=4, local_rank=1, local_world_size=2, launcher=OPEN_MPI), alone().store
+    for own, others, expected in (({5}, {4}, {4, 5}), ({4, 5, 6, 7}, {0, 1, 2, 3}, None)):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _, own=own: own, raising=False)
+        store.set("cores/2", json.dumps([socket.gethostname(), sorted(others)]))
+        cores = environment._cores_of_machine(place, store)
+        assert cores == own | others
+        bound.clear()
+        environment._set_threads(place, None, cores)
+        assert bound == ([] if expected is None else [expected])
+
+
+def test_only_a_launcher_is_missed_when_it_is_gone(monkeypatch):
+    by_hand = Place(world_size=2, local_world_size=2, launcher=TORCHRUN)  # RANK and the rest were set in a shell
+    assert environment.launcher_of(by_hand) is None
+    assert environment.launcher_of(Place()) is None
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    assert environment.launcher_of(by_hand) == os.getppid()
 
 
 def test_cores_are_shared_unless_the_user_has_chosen(monkeypatch):

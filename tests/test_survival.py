@@ -6,8 +6,10 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -125,5 +127,43 @@ def test_a_signal_to_one_rank_saves_and_ends_all_and_the_job_goes_on_from_there(
         assert losses(tmp_path) == pytest.approx(undisturbed, rel=1e-4)
 
 
+def test_a_node_that_is_taken_away_comes_back_and_the_others_wait_for_it(everything, text, undisturbed, tmp_path):
+    """The torchrun of a node that nobody takes away must not believe that all is done."""
+    if not everything:
+        pytest.skip("takes a minute: --matrix")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    job = arguments(tmp_path, text, "processes=auto", "resume=auto")
+    nodes = ["torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--max-restarts", "3"]
+    command = [sys.executable, "-m", *nodes, "--rdzv-endpoint", f"localhost:{port}", "-m", "tests.survival.slow", *job]
+
+    # torch 2.13 otherwise tells nodes that come later nothing of the store that it has shared with the first ones.
+    of_nodes = environment() | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+    def start() -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            command, cwd=ROOT, env=of_nodes, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+
+    stays = start()
+    time.sleep(2.0)  # hosts the meeting
+    taken = start()
+    until = time.monotonic() + 60
+    while not any(step >= 2 for step in losses(tmp_path)) and time.monotonic() < until:
+        time.sleep(0.1)
+    taken.terminate()
+    taken.communicate(timeout=60)
+    (saved,) = so.checkpoint.steps(tmp_path / "job-checkpoints")
+    assert stays.poll() is None
+    back = start()
+    output, _ = back.communicate(timeout=90)
+    rest, _ = stays.communicate(timeout=90)
+    assert (stays.returncode, back.returncode) == (0, 0), rest + output
+    assert f"step {saved}/12  going on from the checkpoint" in rest + output
+    assert losses(tmp_path) == undisturbed
+
+
 def test_a_killed_job_starts_anew_by_itself_and_ends_as_if_nothing_had_happened(capsys):
-    assert restarts.main(["1", "60"]) == 0, capsys.readouterr()
+    told, is_right = restarts.measure(kills=1, at_most=60.0)
+    assert is_right, told + capsys.readouterr().err

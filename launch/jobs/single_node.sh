@@ -11,4 +11,5 @@ cd "$(dirname "$0")/../.."
 
 # exec: signals reach torchrun, which hands them on. Ranks then have 100 s to save, where torchrun's default is 30.
 exec torchrun --standalone --nproc-per-node "${PROCESSES:-auto}" --max-restarts "${RESTARTS:-3}" --shutdown-timeout 100 \
+    --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
     -m launch.train "${CONFIG:-configs/fsdp2.yaml}" processes=auto checkpoint.every=100 resume=auto "$@"

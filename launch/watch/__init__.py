@@ -4,6 +4,8 @@
         for step in ...:
             watch.step = step
             ...
+            with watch.patience():
+                save()
 
 Without it, the ranks that are left wait in a collective for as long as its timeout says, or report each other's hanging up; a launcher
 knows that a process has ended, not why, and nothing of one that is stopped or late. Each rank connects to rank 0 (`member.py`, `hub.py`),
@@ -12,13 +14,18 @@ which decides (`judge.py`).
 
 from __future__ import annotations
 
+import concurrent.futures.thread
 import json
 import os
 import re
 import sys
 import threading
+import time
 import traceback
 import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
 from types import FrameType, TracebackType
 from typing import NoReturn
 
@@ -26,7 +33,7 @@ import torch.distributed as dist
 
 from launch.meeting import Venue
 from launch.watch.hub import Hub
-from launch.watch.judge import Judge, Process, Verdict
+from launch.watch.judge import Judge, Position, Process, Verdict
 from launch.watch.member import Member, this_process
 
 __all__ = ["Watch"]
@@ -38,46 +45,77 @@ CONSEQUENCE = re.compile(
     re.IGNORECASE,
 )
 SECONDS_FOR_VERDICT = 5.0
+SECONDS_FOR_THREADS = 2.0  # that the job has started, to end when it has
 OTHERS_CODE = ("site-packages", "dist-packages", f"{os.sep}lib{os.sep}python")  # not where a user looks for what a rank is doing
+ROOT = os.getcwd() + os.sep
 
 
 class Watch:
     """Ends this process with exit status 1 when this rank or another has failed, after rank 0's log has the first cause.
 
-    What is raised inside is a failure, SystemExit too: a rank that leaves early leaves the others waiting. The process then ends at once,
-    also if it has other threads.
+    What is raised inside is a failure, SystemExit too: a rank that leaves early leaves the others waiting. So is a thread that is still
+    there at the end, which would keep the process for ever, or lose what it does. A process that fails ends at once, with all its threads.
 
     Args:
-        venue: where the ranks have met; its store is this attempt's own.
+        venue: where the ranks have met; its store is this attempt's own. None: this process is alone.
         rank, world_size: of this process.
         heartbeat: seconds for which a rank may be silent, or keep others waiting in a collective; None: for as long as it likes. Longer
-            than whatever one rank does alone.
+            than whatever one rank does alone without `patience`.
+        launcher: pid of what has started this process, without which it ends; None: of nothing that must be there.
         expected: exceptions that speak for themselves, and need no traceback.
-
-    Attributes:
-        step: the step that this rank is at, for messages.
     """
 
     def __init__(
-        self, venue: Venue, *, rank: int, world_size: int, heartbeat: float | None, expected: tuple[type[BaseException], ...] = ()
+        self,
+        venue: Venue | None = None,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        heartbeat: float | None = None,
+        launcher: int | None = None,
+        expected: tuple[type[BaseException], ...] = (),
     ) -> None:
-        self.step = 0
+        self._step = 0
+        self._begun_before: Mapping[str, int] = {}  # collectives, in the step before
+        self._begun_at_start: Mapping[str, int] = {}  # of this step
+        self._patience = 0
         self._rank = rank
         self._expected = expected
         self._ending = threading.Lock()
         self._main = threading.main_thread().ident
         self._hub: Hub | None = None
         self._member: Member | None = None
-        if world_size == 1:
+        if venue is None or world_size == 1:
             return
         process = this_process(rank)
         if rank == 0:
             secret = uuid.uuid4().hex
-            self._hub = Hub(Judge(heartbeat), secret)
-            venue.store.set("watch", json.dumps([venue.address, self._hub.port, secret, vars(process)]))
+            self._hub = Hub(Judge(heartbeat, world_size, time.monotonic()), secret)
+            venue.store.set("watch", json.dumps([venue.address, self._hub.port, secret, asdict(process)]))
         host, port, secret, of_hub = json.loads(venue.store.get("watch"))
         address = ("127.0.0.1" if rank == 0 else host, port)
-        self._member = Member(address, secret, process, Process(**of_hub), heartbeat, self._position, self._end)
+        self._member = Member(address, secret, process, Process(**of_hub), heartbeat, launcher, self._position, self._end)
+
+    @property
+    def step(self) -> int:
+        """The step that this rank is at. To be set when it begins one."""
+        return self._step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        begun = _collectives()
+        self._begun_before = _since(self._begun_at_start, begun)
+        self._begun_at_start = begun
+        self._step = step
+
+    @contextmanager
+    def patience(self) -> Iterator[None]:
+        """Others may wait for this rank meanwhile for as long as it takes, as when it saves or loads."""
+        self._patience += 1
+        try:
+            yield
+        finally:
+            self._patience -= 1
 
     def __enter__(self) -> Watch:
         return self
@@ -85,10 +123,13 @@ class Watch:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is not None:
             self._fail(error)
+        left = _threads_left()
+        if left:
+            self._fail(RuntimeError(f"its work is done, but threads that it has started are still there: {', '.join(left)}"))
         if self._member is not None:
             self._member.leave()
-        if self._hub is not None:
-            self._hub.close()
+        if self._hub is not None and self._hub.close() is not None:
+            _exit(1)  # another rank failed at its end
 
     def _fail(self, error: BaseException) -> NoReturn:
         """Say so, hear who was first, and end."""
@@ -112,23 +153,29 @@ class Watch:
         self._end(verdict)
 
     def _show(self, error: BaseException) -> None:
-        if not isinstance(error, (*self._expected, SystemExit)):
+        if not isinstance(error, (*self._expected, SystemExit)) and error.__traceback__ is not None:
             traceback.print_exception(error)
 
     def _end(self, verdict: Verdict) -> NoReturn:
         with self._ending:  # whichever thread comes first; the other waits here for the end
             if self._hub is not None:
-                self._hub.close()  # it has told the others, and printed what happened
+                self._hub.close()  # it has printed what happened, and the others have heard it
             else:
                 print(f"rank {self._rank} ends: {verdict.text}", file=sys.stderr)
             _exit(1)
 
     def _step_now(self) -> str:
-        return f"step {self.step}" if self.step else "its start"
+        return f"step {self._step}" if self._step else "its start"
 
-    def _position(self) -> tuple[dict[str, int], str]:
+    def _position(self) -> Position:
         frame = _frame_of_user(sys._current_frames().get(self._main or 0))
-        return _collectives(), self._step_now() if frame is None else f"{self._step_now()}, in {frame}"
+        return Position(
+            step=self._step,
+            begun=_since(self._begun_at_start, _collectives()),
+            before=self._begun_before,
+            place=self._step_now() if frame is None else f"{self._step_now()}, in {frame}",
+            patient=self._patience > 0,
+        )
 
 
 def _frame_of_user(frame: FrameType | None) -> str | None:
@@ -136,7 +183,7 @@ def _frame_of_user(frame: FrameType | None) -> str | None:
     while frame is not None:
         code = frame.f_code
         if not any(part in code.co_filename for part in OTHERS_CODE) and not code.co_filename.startswith("<"):
-            return f"{code.co_name} ({os.path.relpath(code.co_filename)}:{frame.f_lineno})"
+            return f"{code.co_name} ({code.co_filename.removeprefix(ROOT)}:{frame.f_lineno})"
         frame = frame.f_back
     return None
 
@@ -148,6 +195,22 @@ def _collectives() -> dict[str, int]:
         return {name: group._get_sequence_number_for_group() for group, name in groups}  # pyright: ignore[reportAttributeAccessIssue]
     except (AttributeError, RuntimeError):  # groups come and go, and these names are torch's own
         return {}
+
+
+def _since(start: Mapping[str, int], now: Mapping[str, int]) -> dict[str, int]:
+    return {group: count - start.get(group, 0) for group, count in now.items()}
+
+
+def _threads_left() -> list[str]:
+    """Threads that keep this process alive, and do not end soon."""
+    until = time.monotonic() + SECONDS_FOR_THREADS
+    while True:
+        pools = set(getattr(concurrent.futures.thread, "_threads_queues", ()))  # idle ones of which the interpreter ends by itself
+        alive = [thread for thread in threading.enumerate() if not thread.daemon and thread not in pools]
+        left = [thread.name for thread in alive if thread is not threading.main_thread() and thread is not threading.current_thread()]
+        if not left or time.monotonic() > until:
+            return left
+        time.sleep(0.05)
 
 
 def _tell_torchrun(error: BaseException) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["Judge", "Process", "Verdict"]
+__all__ = ["Judge", "Position", "Process", "Verdict"]
 
 # An error that follows from another rank's end may be heard before that end is.
 SECONDS_FOR_CAUSES = 1.0
@@ -53,13 +53,41 @@ class Verdict:
     process: Process | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """How far a rank is.
+
+    Attributes:
+        step: counts from 1; 0 before the first.
+        begun: how many collectives it has begun in this step, by process group.
+        before: how many in the step before.
+        place: for messages.
+        patient: whether it may take its time, as while saving.
+    """
+
+    step: int = 0
+    begun: Mapping[str, int] = field(default_factory=dict)
+    before: Mapping[str, int] = field(default_factory=dict)
+    place: str = "its start"
+    patient: bool = False
+
+    def waits_for(self, other: Position) -> bool:
+        """Whether this rank is in something that the other takes part in and has not begun."""
+        if self.step != other.step:
+            return self.step > other.step
+        alike = {group for group in self.begun.keys() & other.begun if self.before.get(group) == other.before.get(group)}
+        return any(self.begun[group] > other.begun[group] for group in alike)
+
+    def is_as_far_as(self, other: Position) -> bool:
+        return (self.step, self.begun) == (other.step, other.begun)
+
+
 @dataclass
 class _Rank:
     process: Process
     heard: float  # when it last spoke
-    moved: float  # when it last began a collective
-    counts: Mapping[str, int] = field(default_factory=dict)
-    place: str = "its start"
+    moved: float  # when it last began a step or a collective
+    position: Position = field(default_factory=Position)
 
 
 @dataclass(frozen=True)
@@ -75,28 +103,39 @@ class Judge:
 
     Args:
         heartbeat: seconds; None: ranks may be silent or late for as long as they like.
+        world_size: how many ranks are going to come, from `now` on.
     """
 
-    def __init__(self, heartbeat: float | None) -> None:
+    def __init__(self, heartbeat: float | None, world_size: int, now: float) -> None:
         self._heartbeat = heartbeat
+        self._awaited = set(range(world_size))
+        self._began = now
         self._ranks: dict[int, _Rank] = {}  # that take part: they have come and not left
         self._troubles: list[_Trouble] = []
 
+    @property
+    def is_over(self) -> bool:
+        """Whether all ranks have come and left."""
+        return not (self._awaited or self._ranks)
+
     def came(self, process: Process, now: float) -> None:
+        self._awaited.discard(process.rank)
         self._ranks[process.rank] = _Rank(process=process, heard=now, moved=now)
 
-    def heard(self, rank: int, counts: Mapping[str, int], place: str, now: float) -> None:
-        """A rank is alive.
-
-        Args:
-            counts: how many collectives it has begun, by their process group.
-            place: where it is, for messages.
-        """
+    def heard(self, rank: int, position: Position, now: float) -> None:
+        """A rank is alive."""
         known = self._ranks.get(rank)
         if known is not None:
-            known.heard, known.place = now, place
-            if known.counts != counts:
-                known.counts, known.moved = counts, now
+            if not position.is_as_far_as(known.position):
+                known.moved = now
+            known.heard, known.position = now, position
+
+    def slept(self, seconds: float) -> None:
+        """Nobody has listened for so long, as when the machine was suspended: ranks may have spoken and moved meanwhile."""
+        self._began += seconds
+        for known in self._ranks.values():
+            known.heard += seconds
+            known.moved += seconds
 
     def failed(self, rank: int, error: str, place: str, *, follows: bool, now: float) -> None:
         """A rank has raised an exception.
@@ -113,7 +152,7 @@ class Judge:
         """A rank's connection has ended."""
         known = self._ranks.pop(rank, None)
         if known is not None:
-            text = f"{known.process} ended first, without a word, at {known.place}: it was killed, crashed, or left by os._exit"
+            text = f"{known.process} ended first, without a word, at {known.position.place}: it was killed, crashed, or left by os._exit"
             self._troubles.append(_Trouble(rank, text, follows=False, time=now))
 
     def left(self, rank: int) -> None:
@@ -132,34 +171,27 @@ class Judge:
     def _silent(self, now: float) -> Verdict | None:
         if self._heartbeat is None:
             return None
+        if self._awaited and now - self._began >= self._heartbeat:
+            rank = min(self._awaited)
+            return Verdict(rank=rank, text=f"rank {rank} met the others, and has not been heard of for {now - self._began:.0f} s")
         for rank, known in sorted(self._ranks.items(), key=lambda item: item[1].heard):
             silence = now - known.heard
             if silence >= self._heartbeat:
-                text = f"{known.process} has not answered for {silence:.0f} s, at {known.place}: it is stopped, or its machine is"
+                text = f"{known.process} has not answered for {silence:.0f} s, at {known.position.place}: it is stopped, or its machine is"
                 return Verdict(rank=rank, text=text, process=known.process)
         return None
 
     def _late(self, now: float) -> Verdict | None:
-        if self._heartbeat is None or any(now - known.heard > SECONDS_BEHIND_SILENCE for known in self._ranks.values()):
+        everyone = self._ranks.values()
+        if self._heartbeat is None or any(known.position.patient or now - known.heard > SECONDS_BEHIND_SILENCE for known in everyone):
             return None
         for rank, known in sorted(self._ranks.items(), key=lambda item: item[1].moved):
             waited = now - known.moved
-            # A rank that waits in one group's collective is behind in another's: who is to blame is ahead of nobody.
-            if waited >= self._heartbeat and self._is_behind(rank) and not self._is_ahead(rank):
-                text = f"{known.process} is late: others have waited for it for {waited:.0f} s, at {known.place}"
+            if waited < self._heartbeat:
+                continue
+            others = [other.position for other in everyone if other is not known]
+            # A rank that waits for another keeps others waiting, too: who is to blame waits for nobody.
+            if any(other.waits_for(known.position) for other in others) and not any(known.position.waits_for(other) for other in others):
+                text = f"{known.process} is late: others have waited for it for {waited:.0f} s, at {known.position.place}"
                 return Verdict(rank=rank, text=text, process=known.process)
         return None
-
-    def _is_behind(self, rank: int) -> bool:
-        return any(self._leads(other, self._ranks[rank]) for other in self._others(rank))
-
-    def _is_ahead(self, rank: int) -> bool:
-        return any(self._leads(self._ranks[rank], other) for other in self._others(rank))
-
-    def _others(self, rank: int) -> list[_Rank]:
-        return [known for other, known in self._ranks.items() if other != rank]
-
-    @staticmethod
-    def _leads(one: _Rank, other: _Rank) -> bool:
-        """Whether one has begun a collective that the other takes part in and has not begun."""
-        return any(count > other.counts[group] for group, count in one.counts.items() if group in other.counts)

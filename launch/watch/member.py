@@ -10,14 +10,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
-from launch.watch.judge import Process, Verdict
+from launch.watch.judge import Position, Process, Verdict
 from launch.watch.wire import Line, Message
 
 __all__ = ["Member", "this_process"]
 
 BEAT_SECONDS = 1.0
+SLEPT_SECONDS = 2.0  # that a round takes longer, and this process has not run
 CONNECT_SECONDS = 30.0
 SECONDS_TO_END = 0.5  # for the main thread to come to its own error, once there is a verdict
 
@@ -29,9 +31,11 @@ class Member:
         address: of the hub.
         secret: of this attempt.
         process: this one.
+        hub: the process that has the hub.
         heartbeat: seconds after which a silent hub is taken for stopped; None: never.
-        position: tells how many collectives this rank has begun, by process group, and where it is.
-        on_verdict: called once, on the thread, some time after `verdict` has been set.
+        launcher: pid of what has started this process, without which it ends; None: of nothing that must be there.
+        position: tells how far this rank is.
+        on_verdict: called once, on the thread, some time after `wait_for_verdict` returns it.
     """
 
     def __init__(
@@ -41,14 +45,16 @@ class Member:
         process: Process,
         hub: Process,
         heartbeat: float | None,
-        position: Callable[[], tuple[dict[str, int], str]],
+        launcher: int | None,
+        position: Callable[[], Position],
         on_verdict: Callable[[Verdict], None],
     ) -> None:
         self._line = Line(socket.create_connection(address, CONNECT_SECONDS))
-        self._line.send({"secret": secret, "process": vars(process)})
+        self._line.send({"secret": secret, "process": asdict(process)})
         self._process = process
         self._hub = hub
         self._heartbeat = heartbeat
+        self._launcher = launcher
         self._position = position
         self._on_verdict = on_verdict
         self._sending = threading.Lock()
@@ -91,18 +97,17 @@ class Member:
 
     def _listen(self) -> Verdict | None:
         """Until there is a verdict, or none is to be expected."""
-        beat, heard = 0.0, time.monotonic()
-        launcher = os.getppid()
+        beat, heard, before = 0.0, time.monotonic(), time.monotonic()
         with selectors.DefaultSelector() as selector:
             selector.register(self._line, selectors.EVENT_READ)
             while True:
                 now = time.monotonic()
+                if now - before > BEAT_SECONDS + SLEPT_SECONDS:
+                    heard += now - before
+                before = now
                 if now - beat >= BEAT_SECONDS:
                     beat = now
-                    counts, place = self._position()
-                    self._say({"counts": counts, "place": place})
-                    if os.getppid() != launcher:  # it can no longer end this rank
-                        self.report(f"what has started it (pid {launcher}) is gone", place, follows=False)
+                    self._beat()
                 if selector.select(BEAT_SECONDS):
                     try:
                         for message in self._line.receive():
@@ -110,7 +115,7 @@ class Member:
                                 return _verdict_of(message["verdict"])
                             if "over" in message:
                                 return None
-                    except EOFError:
+                    except (EOFError, ValueError):
                         if self._leaving:
                             return None
                         text = f"{self._hub} ended first, without a word: it was killed, crashed, or left by os._exit"
@@ -119,7 +124,13 @@ class Member:
                 elif self._heartbeat is not None and time.monotonic() - heard >= self._heartbeat:
                     text = f"{self._hub} has not answered for {time.monotonic() - heard:.0f} s: it is stopped, or its machine is"
                     return Verdict(rank=0, text=text, process=self._hub)
-        return None
+
+    def _beat(self) -> None:
+        position = self._position()
+        self._say({"position": asdict(position)})
+        if self._launcher is not None and os.getppid() != self._launcher:  # which can no longer end this rank
+            self.report(f"what has started it (pid {self._launcher}) is gone", position.place, follows=False)
+            self._launcher = None
 
 
 def _verdict_of(told: Message) -> Verdict:

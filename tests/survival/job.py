@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import launch.train
-from launch import environment
 from tests.survival import faults
 
 RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
@@ -22,4 +21,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    environment.leave(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

@@ -21,7 +21,7 @@ from pathlib import Path
 import sharded_optim as so
 from tests.survival.launched import ROOT, TINY, environment, write_text
 
-__all__ = ["main"]
+__all__ = ["main", "measure"]
 
 KILLS = 20
 STEPS_PER_KILL = 150  # more than are taken between two kills
@@ -31,16 +31,20 @@ FIRST_STEP = re.compile(rb'"train_loss_bits"')
 
 
 def main(arguments: list[str]) -> int:
-    """Kill, and tell how it went.
+    told, is_right = measure(
+        int(arguments[0]) if arguments else KILLS,
+        float(arguments[1]) if len(arguments) > 1 else AT_MOST,
+    )
+    print(told)
+    return int(not is_right)
 
-    Args:
-        arguments: how often, and in how many seconds the job must go on each time.
+
+def measure(kills: int = KILLS, at_most: float = AT_MOST) -> tuple[str, bool]:
+    """Kill so often, and go on each time within so many seconds.
 
     Returns:
-        1 if anything was not as it should be, else 0.
+        How it went, and whether that is as it should be.
     """
-    kills = int(arguments[0]) if arguments else KILLS
-    at_most = float(arguments[1]) if len(arguments) > 1 else AT_MOST
     steps = kills * STEPS_PER_KILL
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -52,17 +56,17 @@ def main(arguments: list[str]) -> int:
             job = _Job(folder / "disturbed", folder / "text", steps, restarts=kills)
             seconds = [job.kill_and_wait(number) for number in range(kills)]
         status = job.finish()
-        attempts = len(job.attempts())
+        restarts = len(job.attempts()) - 1
         same = _digest(job.checkpoints) == _digest(quiet.checkpoints)
-        print(
+        told = (
             f"{kills} kills in {time.monotonic() - started:.0f} s: from a kill to the first step after it {min(seconds):.1f} to "
-            f"{max(seconds):.1f} s (median {sorted(seconds)[kills // 2]:.1f}), {attempts - 1} restarts, exit status {status}, last "
-            f"checkpoint {'the same as' if same else 'OTHER than'} without kills"
+            f"{max(seconds):.1f} s (median {sorted(seconds)[kills // 2]:.1f}), {restarts} restarts, exit status {status}, the last "
+            f"checkpoint {'bit for bit that' if same else 'OTHER than that'} of a job that nobody disturbed"
         )
-        problem = max(seconds) > at_most or attempts != kills + 1 or status != 0 or not same
-        if problem:
+        is_right = max(seconds) <= at_most and restarts == kills and status == 0 and same
+        if not is_right:
             print(job.log.read_text()[-20000:], file=sys.stderr)
-    return int(problem)
+    return told, is_right
 
 
 class _Job:

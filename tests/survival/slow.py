@@ -8,7 +8,6 @@ import time
 from unittest import mock
 
 import launch.train
-from launch import environment
 from tests.survival.job import RANK_VARIABLES
 
 PAUSE = 0.2  # seconds
@@ -28,4 +27,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    environment.leave(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))
