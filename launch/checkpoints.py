@@ -66,11 +66,20 @@ class Checkpoints:
             self._saved = step
             self._saving = so.checkpoint.async_save(self._root, step, **self._content(step), keep=self._config.keep)
 
-    def before_stopping(self, step: int) -> None:
-        """Save what a job has reached that is stopped after a step, unless it has been saved; also where the job saves nothing else."""
+    def before_stopping(self, step: int) -> Path:
+        """Save what a job has reached that is stopped after a step, unless it has been saved; also where the job saves nothing else.
+
+        Returns:
+            The folder of checkpoints: where another job has left some, one beside it.
+        """
         self.finish()
+        if self._saved is None:
+            told = [_unused(self._root)]  # of rank 0, as folders need not look the same to all
+            dist.broadcast_object_list(told)
+            (self._root,) = told
         if self._saved != step:
             so.checkpoint.save(self._root, step, **self._content(step), keep=self._config.keep)
+        return self._root
 
     def _content(self, step: int) -> dict[str, Any]:
         extra = {"step": step, "schedule": self._schedule.state_dict(), "world_size": self._world_size}
@@ -90,7 +99,7 @@ def check_folder(config: Config) -> None:
     """
     found = so.checkpoint.steps(folder_of(config))
     where = f"{folder_of(config)} has checkpoints of steps {', '.join(map(str, found))}"
-    if config.resume == "never" and found:
+    if config.resume == "never" and config.checkpoint.every is not None and found:
         raise ConfigError(f"{where}; use resume=auto to go on from the last, or another checkpoint.folder")
 
 
@@ -110,3 +119,12 @@ def is_done(config: Config) -> str | None:
 def folder_of(config: Config) -> Path:
     """Where a job's checkpoints are: the same folder each time, so that the next job finds them."""
     return Path(config.checkpoint.folder or Path(config.runs_folder) / f"{config.name}-checkpoints")
+
+
+def _unused(folder: Path) -> Path:
+    """The folder if it has no checkpoints, else the first like it that has none."""
+    number, found = 1, folder
+    while so.checkpoint.steps(found):
+        number += 1
+        found = folder.with_name(f"{folder.name}-{number}")
+    return found

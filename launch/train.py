@@ -133,12 +133,13 @@ def run(config: Config, place: Place, device: torch.device, text: Corpus, folder
         stopped = None  # too late
     preemption.finish()
     with watch.patience():
-        if stopped is not None:
-            checkpoints.before_stopping(watch.step)
+        saved = None if stopped is None else checkpoints.before_stopping(watch.step)
         checkpoints.finish()
     if stopped is not None:
         for listener in listeners:
-            listener.stop(watch.step, f"asked to stop by {stopped}: saved; resume=auto goes on from here")
+            listener.stop(
+                watch.step, f"asked to stop by {stopped}: saved in {saved}; resume=auto checkpoint.folder={saved} goes on from here"
+            )
         is_elsewhere = place.launcher is environment.TORCHRUN and place.world_size > place.local_world_size and not preemption.asked_here
         return STOPPED_ELSEWHERE if is_elsewhere else 0
 

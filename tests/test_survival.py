@@ -116,7 +116,7 @@ def test_a_signal_to_one_rank_saves_and_ends_all_and_the_job_goes_on_from_there(
     assert process.wait(60) == 0, output
     (saved,) = so.checkpoint.steps(tmp_path / "job-checkpoints")
     assert 2 <= saved < 12
-    assert f"step {saved}/12  asked to stop by {number.name}: saved" in output
+    assert f"step {saved}/12  asked to stop by {number.name}: saved in {tmp_path / 'job-checkpoints'}" in output
     world_size = 2 if number == signal.SIGTERM else 1
     rest = finished([sys.executable, "-m", "launch", *job, f"processes={world_size}"])
     assert f"step {saved}/12  going on from the checkpoint" in rest
