@@ -238,7 +238,7 @@ def start(place: Place, device: torch.device, threads: int | None = None) -> Ven
         os.environ.setdefault(name, str(value))  # DeepSpeed reads them, also in a process that is alone
     timeout = timedelta(seconds=TIMEOUT_SECONDS)
     venue = _venue(place, timeout)
-    store = meeting.attempt(venue.store, place.rank, place.world_size, timeout)
+    store = meeting.attempt(venue.store, place.rank, place.world_size, timeout, launcher_of(place))
     _set_threads(place, threads, _cores_of_machine(place, store))
     dist.init_process_group(
         backend="nccl" if device.type == "cuda" else "gloo",

@@ -159,8 +159,12 @@ def _library_of_launcher() -> Path | None:
 # ---------------------------------------------------------------------------------------------------------------------- attempts
 
 
-def attempt(store: Store, rank: int, world_size: int, timeout: timedelta) -> Store:
+def attempt(store: Store, rank: int, world_size: int, timeout: timedelta, launcher: int | None = None) -> Store:
     """Wait for all ranks of this attempt.
+
+    Args:
+        launcher: pid of what has started this process; None: of nothing that must be there. Without it, this rank is of an attempt that is
+            over, and must not answer in the next one.
 
     Returns:
         A store of this attempt alone.
@@ -174,6 +178,8 @@ def attempt(store: Store, rank: int, world_size: int, timeout: timedelta) -> Sto
     own = uuid.uuid4().hex
     pause, joined = 0.005, ""
     while time.monotonic() < until:
+        if launcher not in (None, os.getppid()):
+            raise MeetingError(f"what has started rank {rank} (pid {launcher}) is gone, before all ranks had come")
         if store.check(["attempt"]):
             name = store.get("attempt").decode()
             prefixed = PrefixStore(name, store)

@@ -507,7 +507,9 @@ def network() -> Iterator[list[tuple[str, str, str]]]:
                 pytest.skip(f"network namespaces are not allowed here: ip {step}: {run.stderr.strip()}")
         for folder in folders:
             folder.mkdir(parents=True)
-            (folder / "hosts").write_text("".join(f"{address} node{index}\n" for index, (_, _, address) in enumerate(nodes)))
+            (folder / "hosts").write_text(
+                "127.0.0.1 localhost\n" + "".join(f"{address} node{index}\n" for index, (_, _, address) in enumerate(nodes))
+            )
             (folder / "resolv.conf").write_text("")
         yield nodes
     finally:

@@ -60,6 +60,13 @@ def test_an_attempt_that_ended_halfway_is_left():
     assert len(meet(store, 2)) == 2
 
 
+def test_a_rank_whose_launcher_is_gone_answers_no_other_attempt():
+    store = alone().store
+    with pytest.raises(MeetingError, match=r"what has started rank 1 \(pid 1\) is gone"):
+        attempt(store, 1, 2, LATER, launcher=1)
+    assert len(meet(store, 2)) == 2
+
+
 def test_the_ranks_that_did_not_come_are_named():
     store = alone().store
     with ThreadPoolExecutor(2) as ranks:
@@ -94,7 +101,9 @@ from launch import meeting
 rank = int(os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK")))
 venue = meeting.through_mpi(rank, 2, None, timedelta(seconds=20))
 venue.store.set(str(rank), f"here is {rank}")
-print(json.dumps([rank, venue.store.get(str(1 - rank)).decode(), str(meeting._library_of_launcher())]))
+told = [rank, venue.store.get(str(1 - rank)).decode(), str(meeting._library_of_launcher())]
+sys.stdout.write(json.dumps(told) + "\\n")  # at once: both ranks write into one pipe
+sys.stdout.flush()
 venue.store.add("done", 1)
 while rank == 0 and venue.store.add("done", 0) < 2: pass  # the store is rank 0's
 """

@@ -248,7 +248,7 @@ def install(fault: Fault, time_file: Path) -> None:
         happen, next_batch = fault.happen, launch.train.next_batch
 
         def next_batch_with_fault(config: Any, place: Any, text: Any, step: int) -> Tensor:
-            if step == STEP:
+            if step == STEP and not time_file.exists():  # once: the job may be started again
                 happened()
                 happen()
             return next_batch(config, place, text, step)
