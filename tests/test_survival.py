@@ -168,6 +168,30 @@ def test_a_node_that_is_taken_away_comes_back_and_the_others_wait_for_it(everyth
     assert losses(tmp_path) == undisturbed
 
 
+def test_a_job_that_is_suspended_as_a_whole_goes_on(everything, text, undisturbed, tmp_path):
+    """As by a scheduler, for longer than its heartbeat."""
+    if not everything:
+        pytest.skip("takes half a minute: --matrix")
+    command = [*LAUNCHERS["torchrun"], "-m", "tests.survival.slow", *arguments(tmp_path, text, f"heartbeat={SHORT}")]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    output = ""
+    for line in process.stdout:
+        output += line
+        if "step 2/12  loss" in line:
+            break
+    ranks = [int(found) for found in re.findall(r"slow rank \d is (\d+)", output)]
+    assert len(ranks) == 2
+    for rank in ranks:
+        os.kill(rank, signal.SIGSTOP)
+    time.sleep(SHORT + 4.0)
+    for rank in ranks:
+        os.kill(rank, signal.SIGCONT)
+    output += process.stdout.read()
+    assert process.wait(60) == 0, output
+    assert losses(tmp_path) == undisturbed
+
+
 def test_a_job_of_which_a_rank_is_killed_starts_anew_and_ends_as_if_nothing_had_happened(text, undisturbed, tmp_path):
     job = arguments(tmp_path, text, "resume=auto", "checkpoint.every=2")
     launcher = [*LAUNCHERS["torchrun"], "--max-restarts", "1"]

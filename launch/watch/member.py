@@ -97,18 +97,19 @@ class Member:
 
     def _listen(self) -> Verdict | None:
         """Until there is a verdict, or none is to be expected."""
-        beat, heard, before = 0.0, time.monotonic(), time.monotonic()
+        beat, heard = 0.0, time.monotonic()
         with selectors.DefaultSelector() as selector:
             selector.register(self._line, selectors.EVENT_READ)
             while True:
+                before = time.monotonic()
+                if before - beat >= BEAT_SECONDS:
+                    beat = before
+                    self._beat()
+                is_told = selector.select(BEAT_SECONDS)
                 now = time.monotonic()
                 if now - before > BEAT_SECONDS + SLEPT_SECONDS:
                     heard += now - before
-                before = now
-                if now - beat >= BEAT_SECONDS:
-                    beat = now
-                    self._beat()
-                if selector.select(BEAT_SECONDS):
+                if is_told:
                     try:
                         for message in self._line.receive():
                             if "verdict" in message:
@@ -120,9 +121,9 @@ class Member:
                             return None
                         text = f"{self._hub} ended first, without a word: it was killed, crashed, or left by os._exit"
                         return Verdict(rank=0, text=text)
-                    heard = time.monotonic()
-                elif self._heartbeat is not None and time.monotonic() - heard >= self._heartbeat:
-                    text = f"{self._hub} has not answered for {time.monotonic() - heard:.0f} s: it is stopped, or its machine is"
+                    heard = now
+                elif self._heartbeat is not None and now - heard >= self._heartbeat:
+                    text = f"{self._hub} has not answered for {now - heard:.0f} s: it is stopped, or its machine is"
                     return Verdict(rank=0, text=text, process=self._hub)
 
     def _beat(self) -> None:
