@@ -1,4 +1,4 @@
-"""Where this process stands among the others: the one file that reads environment variables and starts and ends the process group.
+"""Where this process stands among the others: reads what launchers say in environment variables, starts and ends the process group.
 
 torchrun, the deepspeed launcher, mpirun (Open MPI's and MPICH's) and srun each say it in variables of their own. What they have in common
 is a `Place`; how the ranks then find each other is in `meeting.py`.
@@ -46,17 +46,17 @@ class Launcher:
 
     name: str
     variables: Mapping[str, str]
-    mark: tuple[str, ...]
+    mark: tuple[str, ...] = ()
 
 
 def _variables(*names: str) -> dict[str, str]:
     return dict(zip(("rank", "world_size", "local_rank", "local_world_size"), names, strict=True))
 
 
-ALONE = Launcher(name="python", variables={}, mark=())
+ALONE = Launcher(name="python", variables={})
 TORCHRUN_VARIABLES = _variables("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 TORCHRUN = Launcher(name="torchrun", variables=TORCHRUN_VARIABLES, mark=tuple(TORCHRUN_VARIABLES.values()))
-DEEPSPEED = Launcher(name="deepspeed", variables=_variables("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE"), mark=("RANK",))
+DEEPSPEED = Launcher(name="deepspeed", variables=_variables("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
 OPEN_MPI = Launcher(
     name="Open MPI's mpirun",
     variables=_variables("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),

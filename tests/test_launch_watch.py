@@ -284,8 +284,11 @@ def test_strangers_are_not_heard_and_do_no_harm(nonsense, family):
                 pass
         except ConnectionError:
             pass
+    assert ranks.hub._thread.is_alive()
     assert not ranks.verdicts
-    ranks.leave()
+    ranks.members[1].report("ValueError: bad", "step 3", follows=False)
+    assert {verdict.rank for verdict in ranks.wait(3).values()} == {1}  # it hears those whom it should
+    ranks.hub.close()
 
 
 def test_a_forked_child_does_not_hide_the_end_of_its_parent():
