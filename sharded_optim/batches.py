@@ -20,7 +20,8 @@ from torch import Tensor
 from sharded_optim import noise
 from sharded_optim.algorithms import Algorithm, Statistic
 from sharded_optim.backends import Backend, Column, Operands, addresses_of, choose
-from sharded_optim.coefficients import known_on_host, next_steps
+from sharded_optim.coefficients import Members, known_on_host, next_steps
+from sharded_optim.devices import capturing, send
 from sharded_optim.formats import Format
 from sharded_optim.param_groups import hyperparameter_key
 from sharded_optim.sharding import Layout, LocalParam, Piece, check_memory
@@ -44,7 +45,7 @@ class Batch:
         backend, algorithm, operands: what is called, with what.
         pieces: what each operand is, and of which local parameter.
         places: where they stand in the layout.
-        members: the param groups, each with the rows of its operands: int64 on the operands' device, or None for all.
+        members: the param groups, and which operands are whose.
         params: of which the operands are.
         unit: of all of them; see `FlatLayout`.
     """
@@ -85,14 +86,17 @@ class Batch:
         self.places = layout.places([first_piece[row] + k for row, entry, _ in rows for k in range(len(entry.pieces))], self.device)
         rows_of = _rows_of(self._groups)
         self._rows_on_host = [None if len(rows_of) == 1 else torch.tensor(each) for each in rows_of]
-        self.members = [
-            (self._groups[each[0]], None if rows is None else rows.to(self.device))
-            for each, rows in zip(rows_of, self._rows_on_host, strict=True)
-        ]
+        self._distinct_groups = [self._groups[each[0]] for each in rows_of]
+        self.members = Members(
+            groups=self._distinct_groups,
+            rows=[None if rows is None else send(rows, self.device) for rows in self._rows_on_host],
+            group_of=None if len(rows_of) == 1 else send(_group_of(rows_of), self.device),
+        )
         self._firsts = [(self._groups[each[0]], self.pieces[each[0]][0].param) for each in rows_of]  # a parameter of each group
         self._fixed_point: tuple[Any, FixedPoint] | None = None
+        self._sources: tuple[Any, Tensor] | None = None
         backend.prepare(self.algorithm, self.operands)
-        self._owners = None if cut is None else torch.tensor(owners).to(self.device)
+        self._owners = None if cut is None else send(torch.tensor(owners), self.device)
         self._steps = torch.empty(0)  # fp32 (parameters,), of which the optimizer's state has views
         self._counters: list[Tensor] = []
         self._take_counters_home(optimizer, state)
@@ -131,6 +135,8 @@ class Batch:
         if not all(source.renew(tensors) for source, tensors in sources):
             return False
         if not all(map(is_, counters, self._counters)) or not self._counters_are_home():
+            if capturing(self.device):
+                return False
             self._take_counters_home(optimizer, state)
         return True
 
@@ -147,20 +153,23 @@ class Batch:
 
     def fixed_point(self, statistic: Statistic | None) -> FixedPoint:
         """How the statistic of each operand is summed; None stands for a statistic that is 0."""
-        bounds = [0.0 if statistic is None else statistic.bound(group) for group, _ in self.members]
+        bounds = [0.0 if statistic is None else statistic.bound(group) for group in self.members.groups]
         if self._fixed_point is None or self._fixed_point[0] != bounds:  # hyperparameters have changed
             bound = torch.empty(len(self.pieces), dtype=torch.float64)
             for value, rows in zip(bounds, self._rows_on_host, strict=True):
                 bound[slice(None) if rows is None else rows] = value
             numels = [segment.tensor_numel for segment in self.operands.segments]
-            self._fixed_point = bounds, FixedPoint.of(bound.tolist(), numels, self.device)
+            fixed_point = FixedPoint.of(bound.tolist(), numels, self.device)
+            if capturing(self.device):  # then nothing is there yet
+                return fixed_point
+            self._fixed_point = bounds, fixed_point
         return self._fixed_point[1]
 
     def keys(self) -> Tensor:
         """A number for each operand, the same on two ranks if they use the same hyperparameters at the same step: int64 (operands,)."""
         result = torch.empty(len(self.pieces), dtype=torch.int64)
         all_steps = self.steps
-        for (group, _), rows in zip(self.members, self._rows_on_host, strict=True):
+        for group, rows in zip(self._distinct_groups, self._rows_on_host, strict=True):
             steps = (all_steps if rows is None else all_steps[rows]).tolist() if known_on_host(all_steps) else [-1.0]
             keys = {step: hyperparameter_key(group, step) for step in set(steps)}
             own = torch.tensor([keys[step] for step in steps] if len(keys) > 1 else list(keys.values()))
@@ -172,11 +181,16 @@ class Batch:
         if not self.operands.format.is_random:
             return None
         seeds = [group["rounding_seed"] for group in self._groups]
-        return noise.keys(seeds, [segment.name for segment in self.operands.segments], next_steps(self.steps))
+        if self._sources is None or self._sources[0] != seeds:
+            sources = send(noise.sources(seeds, [segment.name for segment in self.operands.segments]), self.device)
+            if capturing(self.device):
+                return noise.keys(sources, next_steps(self.steps))
+            self._sources = seeds, sources
+        return noise.keys(self._sources[1], next_steps(self.steps))
 
     def count_step(self, proceed: Tensor | None) -> None:
         """Advance the counters; not where `proceed`, bool (), is False."""
-        self._steps += 1.0 if proceed is None else proceed.to(self.device, torch.float32)
+        self._steps += 1.0 if proceed is None else proceed.to(self.device)
 
     def _take_counters_home(self, optimizer: StatefulOptimizer, state: Sequence[dict[str, Any]]) -> None:
         """Make the step counters of all parameters views of one tensor, which is read and written at once."""
@@ -310,6 +324,14 @@ def _rows_of(groups: Sequence[Group]) -> list[list[int]]:
     return list(rows.values())
 
 
+def _group_of(rows_of: Sequence[Sequence[int]]) -> Tensor:
+    """Of each row, which of these it is in: int64."""
+    found = torch.empty(sum(map(len, rows_of)), dtype=torch.int64)
+    for index, rows in enumerate(rows_of):
+        found[list(rows)] = index
+    return found
+
+
 class Batches:
     """The batches of each layout that is stepped.
 
@@ -338,11 +360,16 @@ class Batches:
             groups: the param group of each of the layout's local parameters.
 
         Raises:
-            ValueError: a gradient, or state, that cannot be used.
+            ValueError: a gradient, or state, that cannot be used; a CUDA graph records a step that is not like one before.
         """
         grads = list(map(_grad, layout.params))
         kept = self._kept.pop(layout, None)  # put back when nothing has failed
         if kept is None or not kept.renew(optimizer, groups, grads):
+            if layout.params and capturing(layout.params[0].device):
+                raise ValueError(
+                    "a CUDA graph records a step of other parameters, gradients, state or options than the step before, which would be set "
+                    "up anew in every replay; take such a step before the capture"
+                )
             kept = _Kept(groups, grads, self._build(optimizer, layout, groups, grads))
         self._kept[layout] = kept
         return kept.batches

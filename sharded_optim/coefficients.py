@@ -1,20 +1,60 @@
 """From hyperparameters, step counters and learning-rate scales to the table of coefficients that a backend reads. Used by the engine.
 
-Nothing here waits for a device: what the host knows is computed in Python floats, what only the device knows in float64 tensors there. Both
-give the same bits.
+Nothing here waits for a device. What the host knows is computed in Python floats, what only the device knows there in float64: in one
+launch by a backend that compiles formulas, else as tensors. All give the same bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sharded_optim.algorithms import Coefficients
+from sharded_optim.algorithms.scalars import Formula, Number, Recorded, Recorder, Sums
+from sharded_optim.backends import Backend, Operands
 
-__all__ = ["coefficient_table", "host_value", "known_on_host", "next_steps"]
+__all__ = ["LrScale", "Members", "coefficient_table", "host_value", "known_on_host", "next_steps"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Members:
+    """Param groups, and which operands are whose.
+
+    Attributes:
+        groups: hyperparameters of each.
+        rows: the operands of each: int64; or None for all, if there is one group.
+        group_of: which group is each operand's: int64 (operands,); None if there is one.
+    """
+
+    groups: Sequence[Mapping[str, Any]]
+    rows: Sequence[Tensor | None]
+    group_of: Tensor | None
+
+    @classmethod
+    def one(cls, group: Mapping[str, Any]) -> Members:
+        return cls(groups=[group], rows=[None], group_of=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LrScale:
+    """What multiplies the learning rate of each operand, by what ranks observed together."""
+
+    of_mean: Callable[[Number], Number]  # see `Statistic.lr_scale`
+    sums: Sums
+
+    def values(self) -> float | Tensor:
+        """Float64 (operands,); or the one value of all, where the host knows it: that is computed with faster, and to the same bits."""
+        scales = self.of_mean(self.sums.mean())
+        assert isinstance(scales, Tensor)
+        known = set(scales.tolist()) if known_on_host(scales) else ()
+        return known.pop() if len(known) == 1 else scales
+
+    def recorded(self, recorder: Recorder) -> Number:
+        return self.of_mean(self.sums.recorded_mean(recorder))
 
 
 def known_on_host(tensor: Tensor) -> bool:
@@ -29,17 +69,25 @@ def host_value(tensor: Tensor) -> Any:
 
 def coefficient_table(
     coefficients: Callable[..., Coefficients],  # (hyperparameters, step) or (hyperparameters, step, lr_scale)
-    members: Sequence[tuple[Mapping[str, Any], Tensor | None]],  # param groups, and the rows of their operands: int64, or None for all
+    members: Members,
     steps: Tensor,  # fp32 (operands,), taken so far by each
-    lr_scale: float | Tensor | None = None,  # passed on where given; float64 (operands,) if a tensor
+    lr_scale: float | LrScale | None = None,  # passed on where given
+    *,
+    backend: Backend,
+    operands: Operands,
 ) -> Tensor:
     """One row of coefficients for each operand: fp32 (operands, coefficients), computed in float64 and rounded once."""
+    if backend.tabulate is not None and not known_on_host(steps):
+        formulas = [_formula(coefficients, group, lr_scale) for group in members.groups]
+        sums = lr_scale.sums if isinstance(lr_scale, LrScale) else None
+        return backend.tabulate(operands, formulas, members.group_of, steps, sums, _lr_on_device(members.groups, steps.device))
+    scales = lr_scale.values() if isinstance(lr_scale, LrScale) else lr_scale
     table = None
-    for group, rows in members:
+    for group, rows in zip(members.groups, members.rows, strict=True):
         own_steps = steps if rows is None else steps[rows]
         arguments: list[Any] = [{**group, "lr": _current_lr(group, steps.device)}, _next_step(own_steps)]
-        if lr_scale is not None:
-            arguments.append(lr_scale[rows] if isinstance(lr_scale, Tensor) and rows is not None else lr_scale)
+        if scales is not None:
+            arguments.append(scales[rows] if isinstance(scales, Tensor) and rows is not None else scales)
         part = _columns(coefficients(*arguments), len(own_steps), steps.device)
         if rows is None:
             return part
@@ -50,14 +98,42 @@ def coefficient_table(
     return table
 
 
+def _formula(coefficients: Callable[..., Coefficients], group: Mapping[str, Any], lr_scale: float | LrScale | None) -> Formula:
+    """Of one group's operands."""
+    recorder = Recorder()
+    lr = recorder.input("lr") if _is_on_device(group["lr"]) else _current_lr(group, torch.device("cpu"))
+    arguments: list[Any] = [{**group, "lr": lr}, recorder.input("step")]
+    if lr_scale is not None:
+        arguments.append(lr_scale.recorded(recorder) if isinstance(lr_scale, LrScale) else lr_scale)
+    return recorder.formula(coefficients(*arguments))
+
+
+def _lr_on_device(groups: Sequence[Mapping[str, Any]], device: torch.device) -> Tensor | None:
+    """The learning rates that are tensors on a device: float64 (groups,), 0 for others; None if there are none."""
+    rates = [group["lr"] for group in groups]
+    if not any(map(_is_on_device, rates)):
+        return None
+    zero = torch.zeros((), dtype=torch.float64, device=device)
+    return torch.stack([_double(lr, device) if _is_on_device(lr) else zero for lr in rates])
+
+
+def _is_on_device(lr: float | Tensor) -> bool:
+    return isinstance(lr, Tensor) and not known_on_host(lr)
+
+
+def _double(lr: Tensor, device: torch.device) -> Tensor:
+    return lr.detach().to(device).double().reshape(())
+
+
 def _columns(values: Coefficients, rows: int, device: torch.device) -> Tensor:
     if device.type == "cpu" and not any(isinstance(value, Tensor) for value in values):
         return torch.tensor([values], dtype=torch.float32).expand(rows, -1).contiguous()
     # Not copied to a device but filled in there: a copy would have to wait, and a CUDA graph could not record it.
-    columns = [
-        value.expand(rows) if isinstance(value, Tensor) else torch.full((rows,), value, dtype=torch.float64, device=device)
-        for value in values
-    ]
+    columns = []
+    for value in values:
+        assert not isinstance(value, Recorded)
+        filled = isinstance(value, Tensor)
+        columns.append(value.expand(rows) if filled else torch.full((rows,), value, dtype=torch.float64, device=device))
     return torch.stack(columns, dim=1).to(torch.float32)
 
 
@@ -65,7 +141,7 @@ def _current_lr(group: Mapping[str, Any], device: torch.device) -> float | Tenso
     """This step's learning rate: a float, or a float64 tensor on `device`."""
     lr = group["lr"]
     if isinstance(lr, Tensor):
-        return host_value(lr) if known_on_host(lr) else lr.detach().to(device).double().reshape(())
+        return host_value(lr) if known_on_host(lr) else _double(lr, device)
     return float(lr)
 
 

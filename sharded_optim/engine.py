@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -21,7 +21,8 @@ from sharded_optim import metrics, param_groups, statistics
 from sharded_optim.algorithms import Choose
 from sharded_optim.backends import AUTO, candidates
 from sharded_optim.batches import Batch, Batches
-from sharded_optim.coefficients import coefficient_table, host_value, known_on_host
+from sharded_optim.coefficients import LrScale, coefficient_table, host_value, known_on_host
+from sharded_optim.devices import capturing
 from sharded_optim.layouts import Layouts
 from sharded_optim.options import MOST_SKIPPED, NonFinite, Params
 from sharded_optim.ranks import gather_messages, own_process_group
@@ -146,8 +147,8 @@ class Engine(StatefulOptimizer):
         if only is None and observation.batches:  # without a gradient, after gradient release, the reports of its steps stay
             self._forget_reports(layout)
         try:
-            proceed, lr_scales = self._agree(layout, observation)
-            self._update(layout, observation.batches, proceed, lr_scales, accumulate=only is not None and self.optimizer_accumulation)
+            proceed, agreement = self._agree(layout, observation)
+            self._update(layout, observation.batches, proceed, agreement, accumulate=only is not None and self.optimizer_accumulation)
         finally:
             self._observed_early.clear()
             for batch in observation.batches:
@@ -222,17 +223,17 @@ class Engine(StatefulOptimizer):
         if statistic is None:
             table = torch.empty(len(batch.pieces), 0, device=batch.device)
         else:
-            table = coefficient_table(statistic.coefficients, batch.members, batch.steps)
+            table = coefficient_table(statistic.coefficients, batch.members, batch.steps, backend=batch.backend, operands=batch.operands)
         grad_scale = self._inverse_grad_scale(batch.device)
-        sums, non_finite = batch.backend.observe(statistic, batch.operands, table, fixed_point.limits, fixed_point.scales, grad_scale)
-        return statistics.Contribution(places=batch.places, bits=fixed_point.bits, keys=batch.keys(), sums=sums, non_finite=non_finite)
+        observed = batch.backend.observe(statistic, batch.operands, table, fixed_point.limits, fixed_point.scales, grad_scale)
+        return statistics.Contribution(places=batch.places, bits=fixed_point.bits, keys=batch.keys(), observed=observed)
 
-    def _agree(self, layout: Layout, observation: _Observation) -> tuple[Tensor | None, Tensor | None]:
+    def _agree(self, layout: Layout, observation: _Observation) -> tuple[Tensor | None, statistics.Agreement | None]:
         """Add up what all ranks observed, if the algorithm needs to know. Every rank gets here in every step.
 
         Returns:
             proceed: bool, 0-dim, whether the step happens; None if nothing can stop it.
-            lr_scales: float64 (tensors of the model,), multipliers of the learning rate; None for 1.
+            agreement: what they found; None if they need not know.
 
         Raises:
             ValueError: the ranks do not fit together or one has failed; on all of them, or on a device one step later on the others.
@@ -259,12 +260,14 @@ class Engine(StatefulOptimizer):
         self._agreements.pop(layout, None)  # the newest is last
         self._agreements[layout] = agreement
         self._raise_streak(layout, agreement)
-        return self._verdict(agreement), None if self._statistic is None else self._statistic.lr_scale(agreement.means())
+        return self._verdict(agreement), agreement
 
     def _raise_inconsistency(self, layout: Layout, agreement: statistics.Agreement, failure: Exception | None) -> None:
         if not known_on_host(agreement.vector):
             if failure is not None:
                 raise failure
+            if capturing(agreement.vector.device):  # a replay raises nothing: it steps or it does not
+                return
             streak = None
             if self.nonfinite == "skip" and self.max_skipped_steps is not None:
                 streak = self._streaks[layout] = statistics.Streak.following(self._streaks.get(layout), agreement)
@@ -290,7 +293,9 @@ class Engine(StatefulOptimizer):
             raise FloatingPointError(streak.told(layout.names))
 
     def _raise_deferred(self, only: tuple[Tensor, ...] | None) -> None:
-        """Raise what the step before found: of these parameters, or of any."""
+        """Raise what the step before found: of these parameters, or of any. Not where a CUDA graph is recorded, which cannot wait."""
+        if any(capturing(layout.params[0].device) for layout in self._deferred):
+            return
         if only is None and self._steps_in_turns:
             only = tuple(param for group in self.param_groups for param in group["params"])
         layouts = list(self._deferred) if only is None else [layout for layout in self._deferred if layout.describes(only)]
@@ -310,7 +315,13 @@ class Engine(StatefulOptimizer):
         return verdict & finite if self.nonfinite == "skip" else verdict
 
     def _update(
-        self, layout: Layout, batches: Sequence[Batch], proceed: Tensor | None, lr_scales: Tensor | None, *, accumulate: bool
+        self,
+        layout: Layout,
+        batches: Sequence[Batch],
+        proceed: Tensor | None,
+        agreement: statistics.Agreement | None,
+        *,
+        accumulate: bool,
     ) -> None:
         """Write parameters (but not to `accumulate`) and state, and count the step, where it happens."""
         updates: list[metrics.Update] = []
@@ -327,9 +338,15 @@ class Engine(StatefulOptimizer):
         if self._listener is not None:
             self._listener.updating()
         for number, batch in enumerate(batches, start=1):
-            scale = 1.0 if lr_scales is None else _if_one(lr_scales[batch.places.slots.to(lr_scales.device)].to(batch.device))
-            members = [({**group, **LEAVE_PARAMS}, rows) for group, rows in batch.members] if accumulate else batch.members
-            table = coefficient_table(batch.algorithm.coefficients, members, batch.steps, scale)
+            scale = 1.0
+            if agreement is not None and self._statistic is not None:
+                scale = LrScale(of_mean=self._statistic.lr_scale, sums=agreement.sums(batch.places, batch.fixed_point(self._statistic)))
+            members = batch.members
+            if accumulate:
+                members = replace(members, groups=[{**group, **LEAVE_PARAMS} for group in members.groups])
+            table = coefficient_table(
+                batch.algorithm.coefficients, members, batch.steps, scale, backend=batch.backend, operands=batch.operands
+            )
             grad_scale = self._inverse_grad_scale(batch.device)
             batch.backend.update(batch.algorithm, batch.operands, table, proceed, grad_scale, batch.noise_keys())
             batch.count_step(proceed)
@@ -490,9 +507,3 @@ class Engine(StatefulOptimizer):
     def __repr__(self) -> str:
         backends = ", ".join(sorted(self._batches.backends)) or f"{' or '.join(self._backend_names)}, chosen in the first step"
         return super().__repr__().removesuffix(")") + f"backend: {backends}\nnonfinite: {self.nonfinite}\n)"
-
-
-def _if_one(values: Tensor) -> Tensor | float:
-    """The value that all have, where the host knows it: it is computed with faster, and to the same bits."""
-    known = set(values.tolist()) if known_on_host(values) else ()
-    return known.pop() if len(known) == 1 else values

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sharded_optim.algorithms import Algorithm
 from sharded_optim.backends import MODULES, Operands, choose
-from sharded_optim.coefficients import coefficient_table
+from sharded_optim.coefficients import Members, coefficient_table
 from sharded_optim.sharding import check_memory, describe
 
 __all__ = ["update"]
@@ -42,5 +42,6 @@ def update(
     for (param, grad, *state), step in zip(rows, steps, strict=True):  # nothing is written before all was looked at
         operands = Operands.whole([param], [grad], [[each] for each in state])
         backend, _ = choose(MODULES, param.device, frozenset(tensor.dtype for tensor in (param, grad, *state)))
-        table = coefficient_table(algorithm.coefficients, [(group, None)], step.to(param.device).reshape(1), 1.0)
+        taken = step.to(param.device).reshape(1)
+        table = coefficient_table(algorithm.coefficients, Members.one(group), taken, 1.0, backend=backend, operands=operands)
         backend.update(algorithm, operands, table, None, None, None)

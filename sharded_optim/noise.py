@@ -41,19 +41,28 @@ def _mix(bits: Tensor) -> Tensor:
     return bits ^ _shift_right(bits, 31)
 
 
-def keys(seeds: Sequence[int], names: Sequence[str], steps: Tensor) -> Tensor:
-    """What `uniform` draws with: int64 (n,), for n tensors.
+def sources(seeds: Sequence[int], names: Sequence[str]) -> Tensor:
+    """What tells the numbers of n tensors apart: int64 (n,) on the CPU.
 
     Args:
         seeds: of each tensor.
         names: of each tensor, the same on every rank.
-        steps: the step each is about to take, int64 (n,) or ().
     """
-    named = [
+    found = [
         _signed(int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "little"))
         for seed, name in zip(seeds, names, strict=True)
     ]
-    return _mix(torch.tensor(named, dtype=torch.int64).to(steps.device, non_blocking=True) + steps * GOLDEN)
+    return torch.tensor(found, dtype=torch.int64)
+
+
+def keys(sources: Tensor, steps: Tensor) -> Tensor:
+    """What `uniform` draws with: int64 (n,), for n tensors.
+
+    Args:
+        sources: int64 (n,), see above.
+        steps: the step each is about to take, int64 (n,) or ().
+    """
+    return _mix(sources + steps * GOLDEN)
 
 
 def uniform(key: Tensor, segment: Segment) -> Tensor:

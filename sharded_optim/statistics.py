@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sharded_optim.algorithms.scalars import Sums, mean
+from sharded_optim.devices import capturing, send
 from sharded_optim.sharding.layout import Layout, Places
 
 __all__ = ["Agreement", "Contribution", "Deferred", "FixedPoint", "Streak", "agree", "fraction_bits"]
@@ -59,25 +61,28 @@ class FixedPoint:
     bits: Tensor  # int64 (n,) on the CPU, k of each
     limits: Tensor  # fp32 (n,) on the device, the largest value that is possible
     scales: Tensor  # fp32 (n,) on the device, 2**k
+    units: Tensor  # float64 (n,) on the device, 2**-k
+    numels: Tensor  # float64 (n,) on the device, of the whole tensors, but at least 1
 
     @classmethod
     def of(cls, bounds: Sequence[float], numels: Sequence[int], device: torch.device) -> FixedPoint:
         """For statistics in [0, bound], of tensors of these numbers of elements."""
         bits = [fraction_bits(bound, numel) for bound, numel in zip(bounds, numels, strict=True)]
-        limits = torch.tensor([HEADROOM * bound for bound in bounds]).to(device, non_blocking=True)
-        scales = torch.tensor([math.ldexp(1.0, k) for k in bits]).to(device, non_blocking=True)
-        return cls(bits=torch.tensor(bits), limits=limits, scales=scales)
+        doubles = torch.tensor([[math.ldexp(1.0, -k) for k in bits], [max(numel, 1) for numel in numels]], dtype=torch.float64)
+        units, numels_on_device = send(doubles, device)
+        limits, scales = send(torch.tensor([[HEADROOM * bound for bound in bounds], [math.ldexp(1.0, k) for k in bits]]), device)
+        return cls(bits=torch.tensor(bits), limits=limits, scales=scales, units=units, numels=numels_on_device)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """What all ranks know after the all-reduce; the same on each, but for `non_finite_here`."""
+    """What all ranks know after the all-reduce; the same on each, but for `contributions`."""
 
     layout: Layout
     vector: Tensor  # int64 (SECTIONS, number of tensors), summed over ranks
     invalid: Tensor  # int64 (), ranks that met bad input
     found_inf: Tensor  # int64 (), ranks on which GradScaler found an infinite gradient
-    non_finite_here: Tensor  # int64 (number of tensors,), this rank's contribution to NON_FINITE
+    contributions: Sequence[Contribution]  # this rank's
 
     def named_means(self) -> dict[str, float]:
         """Mean of the statistic over every tensor of the model that had a gradient. Waits for the device."""
@@ -89,8 +94,14 @@ class Agreement:
         total, non_finite, _, present, bits, _, _ = self.vector.unbind()
         k = bits // present.clamp(min=1)
         unit = ((1023 - k) << 52).view(torch.float64)  # 2.0**-k by its bit pattern: exp2 and pow need not be exact
-        numels = self.layout.tensor_numels(total.device)
-        return torch.where(non_finite > 0, math.nan, total.to(torch.float64) * unit / numels)
+        means = mean(total.to(torch.float64), unit, self.layout.tensor_numels(total.device), non_finite)
+        assert isinstance(means, Tensor)
+        return means
+
+    def sums(self, places: Places, fixed_point: FixedPoint) -> Sums:
+        """What the pieces of this rank at some places became part of."""
+        totals, non_finite = self.vector[: NON_FINITE + 1].to(fixed_point.units.device)
+        return Sums(totals=totals, non_finite=non_finite, slots=places.slots, units=fixed_point.units, numels=fixed_point.numels)
 
     def all_finite(self) -> Tensor:
         """Bool, 0-dim."""
@@ -102,13 +113,23 @@ class Agreement:
 
     def names_where_not_finite_here(self) -> list[str]:
         """Tensors whose gradient was not finite on this rank. Waits for the device."""
-        return [name for name, count in zip(self.layout.names, self.non_finite_here.tolist(), strict=True) if count]
+        slots = {
+            slot
+            for each in self.contributions
+            for slot, not_finite in zip(each.places.slots.tolist(), each.observed[1].tolist(), strict=True)
+            if not_finite
+        }
+        return [self.layout.names[slot] for slot in sorted(slots)]
 
     def consistent(self) -> Tensor:
         """Whether no rank met bad input and all saw gradients of the same tensors, with the same hyperparameters, at the same step."""
+        return self._consistent
+
+    @cached_property
+    def _consistent(self) -> Tensor:
+        # What is not in PRESENT has no key. Both terms that are added are never negative.
         _, _, absent, present, _, key, squared_key = self.vector.unbind()
-        agreed = (present == 0) | ((absent == 0) & (present * squared_key == key * key))
-        return agreed.all() & (self.invalid == 0)
+        return (present * (absent + squared_key) == key * key).all() & (self.invalid == 0)
 
     def inconsistency(self) -> str:
         """What `consistent` found, in words. Waits for the device."""
@@ -143,7 +164,7 @@ class Streak:
         non_finite, finite = agreement.vector[NON_FINITE], agreement.all_finite()
         if before is None:
             before = cls(length=torch.zeros_like(agreement.invalid), first=non_finite)
-        goes_on = torch.where(agreement.found_inf == 0, 0, before.length)
+        goes_on = before.length * (agreement.found_inf != 0)
         length = torch.where(finite, goes_on, before.length + 1)
         return cls(length=length, first=torch.where(before.length == 0, non_finite, before.first))
 
@@ -176,9 +197,10 @@ class Deferred:
     def __init__(self, agreement: Agreement, streak: Streak | None = None, longest: int = 0) -> None:
         self._agreement = agreement
         self._streak = streak
+        self._longest = longest
         told = [agreement.consistent()]
         if streak is not None:
-            told.append(agreement.all_finite() | (streak.length < longest))
+            told += [agreement.all_finite(), streak.length]
         self._told = torch.stack(told).to("cpu", non_blocking=True)
         self._copied = torch.Event(agreement.vector.device)
         self._copied.record()
@@ -190,10 +212,13 @@ class Deferred:
         queued behind what is waited for here, so it does not run dry.
         """
         self._copied.synchronize()
-        if not self._told[0]:
+        consistent, *rest = self._told.tolist()
+        if not consistent:
             raise ValueError(self._agreement.inconsistency())
-        if self._streak is not None and not self._told[1]:
-            raise FloatingPointError(self._streak.told(self._agreement.layout.names))
+        if self._streak is not None:
+            finite, length = rest
+            if not finite and length >= self._longest:
+                raise FloatingPointError(self._streak.told(self._agreement.layout.names))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,8 +228,7 @@ class Contribution:
     places: Places  # which they are
     bits: Tensor  # int64 (n,), k of each
     keys: Tensor  # int64 (n,), of the hyperparameters of each, 24 bits
-    sums: Tensor  # int64 (n,) on the device, each one's sum of q
-    non_finite: Tensor  # int64 (n,) on the device, not 0 where an element was not finite
+    observed: Tensor  # int64 (2, n) on the device: each one's sum of q, and 1 where an element was not finite
 
 
 def agree(
@@ -233,14 +257,13 @@ def agree(
     flat = _sent(layout, host, device)
     vector = flat[:-TAIL].view(SECTIONS, tensors)
     for each in contributions:
-        observed = torch.stack([each.sums * each.places.owned, (each.non_finite != 0).to(torch.int64)])
+        observed = each.observed * each.places.counted
         vector[: NON_FINITE + 1].index_add_(1, each.places.slots.to(device), observed.to(device))  # parameters may be on several devices
     if found_inf is not None:
         flat[-1] = (found_inf.to(device) != 0).reshape(())
-    non_finite_here = vector[NON_FINITE].clone()
     if process_group is not None:
         dist.all_reduce(flat, group=process_group)
-    return Agreement(layout=layout, vector=vector, invalid=flat[-TAIL], found_inf=flat[-1], non_finite_here=non_finite_here)
+    return Agreement(layout=layout, vector=vector, invalid=flat[-TAIL], found_inf=flat[-1], contributions=contributions)
 
 
 _sent_before: WeakKeyDictionary[Layout, tuple[Tensor, Tensor]] = WeakKeyDictionary()
@@ -252,5 +275,7 @@ def _sent(layout: Layout, host: Tensor, device: torch.device) -> Tensor:
         return host
     before = _sent_before.get(layout)
     if before is None or before[1].device != device or not torch.equal(before[0], host):
-        before = _sent_before[layout] = (host, host.to(device))
+        if capturing(device):  # then nothing is there yet
+            return send(host, device)
+        before = _sent_before[layout] = (host, send(host, device))
     return before[1].clone()

@@ -6,9 +6,10 @@ There is no GPU where these tests run, so the CPU is declared to be a device tha
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from variants import CPU_BACKENDS
 
 import sharded_optim as so
 from sharded_optim import batches, coefficients, engine, param_groups, statistics
-from sharded_optim.algorithms import operations
+from sharded_optim.algorithms import adam, stable_adamw
 
 
 class FakeEvent:
@@ -42,6 +43,14 @@ def cpu_is_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeEvent, "waits", 0)
 
 
+@pytest.fixture
+def interpreter() -> Iterator[None]:
+    triton = pytest.importorskip("triton", reason="the triton package is not installed")
+    with triton.knobs.runtime.scope(), np.errstate(all="ignore"):
+        triton.knobs.runtime.interpret = True
+        yield
+
+
 OPTIMIZERS = {
     "Adam": partial(so.Adam, weight_decay=0.1),
     "AdamW": so.AdamW,
@@ -52,10 +61,10 @@ OPTIMIZERS = {
 }
 
 
-def run(make: Callable, nan_at: int | None, backend: str = "auto") -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
+def run(make: Callable, nan_at: int | None, backend: str = "auto", steps: int = 8) -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
     params = [nn.Parameter(torch.linspace(-1, 1, n)) for n in (1, 5)] + [nn.Parameter(torch.linspace(-1, 1, 64).bfloat16())]
     optimizer = make([{"params": params[:2]}, {"params": params[2:], "lr": 3e-2}], lr=1e-2, nonfinite="skip", backend=backend)
-    for step in range(8):
+    for step in range(steps):
         for index, param in enumerate(params):
             grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(10 * step + index)) * 10 ** (step % 3)
             param.grad = grad.to(param.dtype)
@@ -72,11 +81,26 @@ def run(make: Callable, nan_at: int | None, backend: str = "auto") -> tuple[list
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_selecting_on_the_device_gives_the_bits_of_branching_on_the_host(name: str, nan_at: int | None, backend: str, request) -> None:
     """Parameters, Kahan compensation, moments, step counters and the count of skipped steps."""
-    expected, reference = run(OPTIMIZERS[name], nan_at)
+    expected = run(OPTIMIZERS[name], nan_at)
     request.getfixturevalue("cpu_is_a_device")
-    actual, optimizer = run(OPTIMIZERS[name], nan_at, backend)
-    assert optimizer.skipped_steps == reference.skipped_steps == (nan_at is not None)
-    for a, e in zip(actual, expected, strict=True):
+    assert_same(run(OPTIMIZERS[name], nan_at, backend), expected, skipped=nan_at is not None)
+
+
+@pytest.mark.parametrize("name", ["DecoupledSGDW", "StableAdamW", "StableAdamW-stochastic"])
+def test_steps_of_kernels_alone_give_the_bits_of_branching_on_the_host(name: str, request) -> None:
+    """The same in Triton's interpreter, with coefficients and learning-rate scales from a kernel, which takes half a second for a step."""
+    expected = run(OPTIMIZERS[name], 1, steps=3)
+    request.getfixturevalue("cpu_is_a_device")
+    request.getfixturevalue("interpreter")
+    assert_same(run(OPTIMIZERS[name], 1, "triton", steps=3), expected, skipped=True)
+
+
+def assert_same(
+    actual: tuple[list[nn.Parameter], torch.optim.Optimizer], expected: tuple[list[nn.Parameter], torch.optim.Optimizer], *, skipped: bool
+) -> None:
+    (params, optimizer), (others, reference) = actual, expected
+    assert optimizer.skipped_steps == reference.skipped_steps == skipped
+    for a, e in zip(params, others, strict=True):
         assert torch.equal(a, e)
         for key, value in reference.state[e].items():
             assert torch.equal(optimizer.state[a][key], value)
@@ -87,7 +111,8 @@ def test_selecting_on_the_device_gives_the_bits_of_branching_on_the_host(name: s
 def test_a_step_reads_nothing_from_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """But the verdict on the step before, which is copied as soon as it is there."""
     monkeypatch.setattr(statistics.Deferred, "raise_if_due", lambda self: None)
-    monkeypatch.setattr(operations, "sqrt_of_scalars", torch.sqrt)  # what it is on a device
+    for module in (adam, stable_adamw):
+        monkeypatch.setattr(module, "sqrt", torch.sqrt)  # what it is on a device
     params = [nn.Parameter(torch.ones(n)) for n in (3, 5)]
     groups = [{"params": params[:1]}, {"params": params[1:], "lr": 3e-2}]
     optimizer = OPTIMIZERS[name](groups, lr=1e-2, nonfinite="skip", backend="eager")

@@ -226,7 +226,7 @@ DRAWS = 2**16
 
 
 def drawn(count: int, name: str = "w", seed: int = 0, step: int = 1) -> Tensor:
-    (key,) = noise.keys([seed], [name], torch.tensor([step]))
+    (key,) = noise.keys(noise.sources([seed], [name]), torch.tensor([step]))
     return noise.uniform(key, Segment.whole(name, (count,)))
 
 
@@ -452,4 +452,4 @@ def correlation(a: Tensor, b: Tensor) -> float:
 def test_keys_differ_between_seeds_names_and_steps() -> None:
     combinations = list(itertools.product(range(-3, 30), ["w", "w2", "1/w", "layers.1.bias"], range(1, 60)))
     seeds, names, steps = zip(*combinations, strict=True)
-    assert len(set(noise.keys(seeds, names, torch.tensor(steps)).tolist())) == len(combinations)
+    assert len(set(noise.keys(noise.sources(seeds, names), torch.tensor(steps)).tolist())) == len(combinations)

@@ -15,6 +15,7 @@ import torch
 import sharded_optim
 from sharded_optim.algorithms import Algorithm, operations
 from sharded_optim.algorithms.adam import ADAM, AMSGRAD
+from sharded_optim.algorithms.scalars import sqrt
 from sharded_optim.algorithms.sgd import MOMENTUM, SGD
 from sharded_optim.algorithms.stable_adamw import STABLE_ADAMW
 from sharded_optim.algorithms.weight_decay import FORMS
@@ -28,6 +29,7 @@ FLOORS = {
     "ranks": 1,
     "version": 1,
     "buckets": 1,
+    "devices": 1,
     "segment": 1,
     "shapes": 1,
     "formats": 1,
@@ -139,7 +141,7 @@ def test_operations_are_rounded_once() -> None:
     assert torch.equal(operations.sqrt(values), torch.from_numpy(np.sqrt(values.numpy())))
     assert torch.equal(operations.divide(values, others), torch.from_numpy(values.numpy() / others.numpy()))
     scalars = torch.rand(1000, dtype=torch.float64, generator=generator)
-    assert torch.equal(operations.sqrt_of_scalars(scalars), torch.from_numpy(np.sqrt(scalars.numpy())))
+    assert torch.equal(sqrt(scalars), torch.from_numpy(np.sqrt(scalars.numpy())))
     special = torch.tensor([0.0, torch.inf, torch.nan, 1e-45])
     assert torch.equal(operations.sqrt(special).nan_to_num(7.0), torch.from_numpy(np.sqrt(special.numpy())).nan_to_num(7.0))
 

@@ -5,6 +5,8 @@ a param group, and a public class in `optimizers.py`.
 
 Rules for `update` and `observe`, which every backend compiles from the same source:
 `+ - *` and the functions of `operations` only; every value is fp32; one result rounding per operation (no fused multiply-add).
+
+Rule for `coefficients` and `lr_scale`: `+ - *` and the functions of `scalars` only, for all that may depend on step or learning rate.
 """
 
 from __future__ import annotations
@@ -13,11 +15,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from sharded_optim.algorithms.scalars import Number, Step
 
-__all__ = ["Algorithm", "Choose", "Coefficients", "Number", "Statistic"]
+__all__ = ["Algorithm", "Choose", "Coefficients", "Statistic"]
 
-Number = float | Tensor  # a Python float, or a float64 tensor of one value per local parameter
 Coefficients = tuple[Number, ...]
 
 
@@ -29,9 +30,9 @@ class Statistic:
     """
 
     observe: Callable[..., Any]  # (grad, *state, *coefficients) -> the value, in [0, bound]; writes nothing
-    coefficients: Callable[[Mapping[str, Any], int | Tensor], Coefficients]  # (hyperparameters, step)
+    coefficients: Callable[[Mapping[str, Any], Step], Coefficients]  # (hyperparameters, step)
     bound: Callable[[Mapping[str, Any]], float]  # the largest value that `observe` can give with these hyperparameters, at any step
-    lr_scale: Callable[[Tensor], Tensor]  # means, float64 (n,) -> multipliers of the learning rate, float64 (n,)
+    lr_scale: Callable[[Number], Number]  # mean -> multiplier of the learning rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class Algorithm:
     name: str
     state: tuple[str, ...]  # names of the per-element state, in the order the functions take and return it; the first moment first
     update: Callable[..., tuple[Any, ...]]  # (param, grad, *state, *coefficients) -> (param, *state)
-    coefficients: Callable[[Mapping[str, Any], int | Tensor, Number], Coefficients]  # (hyperparameters, step, lr_scale)
+    coefficients: Callable[[Mapping[str, Any], Step, Number], Coefficients]  # (hyperparameters, step, lr_scale)
     # (param, grad, *state, *coefficients) -> the parameter before an update that led to this parameter and state; for reports
     undo: Callable[..., Any]
     statistic: Statistic | None = None

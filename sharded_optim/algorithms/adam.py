@@ -13,15 +13,13 @@ of m and v, which is the same in exact arithmetic.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
-from sharded_optim.algorithms import Algorithm, Coefficients, Number
+from sharded_optim.algorithms import Algorithm, Coefficients
 from sharded_optim.algorithms import operations as xp
 from sharded_optim.algorithms.bias_correction import bias_correction
+from sharded_optim.algorithms.scalars import Number, Step, divide, sqrt
 from sharded_optim.algorithms.weight_decay import decay_coefficients
 
 __all__ = ["ADAM", "AMSGRAD", "choose"]
@@ -88,21 +86,21 @@ def undo_amsgrad(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, *coefficients
     return undo(param, grad, exp_avg, max_exp_avg_sq, *coefficients)
 
 
-def coefficients(group: Mapping[str, Any], step: int | Tensor, lr_scale: Number) -> Coefficients:
+def coefficients(group: Mapping[str, Any], step: Step, lr_scale: Number) -> Coefficients:
     """The last eight arguments of `update`; `lr_scale` multiplies the learning rate, in the step and in the decay alike."""
     beta1, beta2 = group["betas"]
     correction2 = bias_correction(beta2, step)
     # The moving average is computed from the nearer end, as torch's lerp: from the other, a small one would be the difference of two large
     # numbers.
     from_grad = beta1 <= 0.5
-    root = xp.sqrt_of_scalars(correction2) if isinstance(correction2, Tensor) else math.sqrt(correction2)
+    root = sqrt(correction2)
     return (
         *decay_coefficients(group, lr_scale),
         float(from_grad),
         -beta1 if from_grad else 1.0 - beta1,
         beta2,
         1.0 - beta2,
-        lr_scale * group["lr"] / bias_correction(beta1, step) * root,
+        divide(lr_scale * group["lr"], bias_correction(beta1, step)) * root,
         group["eps"] * root,
     )
 

@@ -15,11 +15,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from sharded_optim.algorithms import Algorithm, Coefficients, Number
+from sharded_optim.algorithms import Algorithm, Coefficients
 from sharded_optim.algorithms import operations as xp
+from sharded_optim.algorithms.scalars import Number, Step, at_first_step
 from sharded_optim.algorithms.weight_decay import decay_coefficients
 
 __all__ = ["MOMENTUM", "SGD", "choose"]
@@ -46,18 +44,14 @@ def undo_momentum(param, grad, momentum_buffer, l2, decay, lr, momentum, one_min
     return xp.divide(param + lr * direction, decay - nesterov * lr * l2)
 
 
-def coefficients(group: Mapping[str, Any], step: int | Tensor, lr_scale: Number) -> Coefficients:
+def coefficients(group: Mapping[str, Any], step: Step, lr_scale: Number) -> Coefficients:
     """The last three arguments of `update`."""
     return (*decay_coefficients(group, lr_scale), lr_scale * group["lr"])
 
 
-def coefficients_momentum(group: Mapping[str, Any], step: int | Tensor, lr_scale: Number) -> Coefficients:
+def coefficients_momentum(group: Mapping[str, Any], step: Step, lr_scale: Number) -> Coefficients:
     """The last six arguments of `update_momentum`."""
-    one_minus_dampening = 1.0 - group["dampening"]
-    if isinstance(step, Tensor):
-        one_minus_dampening = one_minus_dampening + (1.0 - one_minus_dampening) * (step == 1).to(torch.float64)
-    elif step == 1:
-        one_minus_dampening = 1.0
+    one_minus_dampening = at_first_step(step, 1.0, 1.0 - group["dampening"])
     return (*coefficients(group, step, lr_scale), group["momentum"], one_minus_dampening, float(group["nesterov"]))
 
 

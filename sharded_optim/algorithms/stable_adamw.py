@@ -17,11 +17,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sharded_optim.algorithms import Algorithm, Coefficients, Statistic, adam
 from sharded_optim.algorithms import operations as xp
 from sharded_optim.algorithms.bias_correction import bias_correction
+from sharded_optim.algorithms.scalars import Number, Step, divide, maximum, sqrt
 from sharded_optim.algorithms.weight_decay import L2
 
 __all__ = ["STABLE_ADAMW", "choose"]
@@ -36,14 +36,13 @@ def observe(grad, exp_avg, exp_avg_sq, beta2, one_minus_beta2, bias_correction2,
     return xp.divide(bias_correction2 * square, xp.where(exp_avg_sq < floor, floor, exp_avg_sq))
 
 
-def observe_coefficients(group: Mapping[str, Any], step: int | Tensor) -> Coefficients:
+def observe_coefficients(group: Mapping[str, Any], step: Step) -> Coefficients:
     """The last four arguments of `observe`."""
     _, beta2 = group["betas"]
     correction2 = bias_correction(beta2, step)
     floor = correction2 * group["eps"] ** 2
     # eps^2 underflows in fp32 for eps < 1e-19, and 0 / 0 would make a zero gradient NaN.
-    floor = max(floor, SMALLEST_NORMAL) if isinstance(floor, float) else floor.clamp(min=SMALLEST_NORMAL)
-    return (beta2, 1.0 - beta2, correction2, floor)
+    return (beta2, 1.0 - beta2, correction2, maximum(floor, SMALLEST_NORMAL))
 
 
 def bound(group: Mapping[str, Any]) -> float:
@@ -51,8 +50,8 @@ def bound(group: Mapping[str, Any]) -> float:
     return 1.0 / (1.0 - beta2)
 
 
-def lr_scale(mean: Tensor) -> Tensor:
-    return 1.0 / xp.sqrt_of_scalars(mean).clamp(min=1.0)
+def lr_scale(mean: Number) -> Number:
+    return divide(1.0, maximum(sqrt(mean), 1.0))
 
 
 STABLE_ADAMW = Algorithm(

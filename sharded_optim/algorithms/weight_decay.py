@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sharded_optim.algorithms import Number
+from sharded_optim.algorithms.scalars import Number, divide
 
 __all__ = ["CORRECTED", "COUPLED", "DECOUPLED", "FORMS", "L2", "convert_weight_decay", "decay_coefficients", "form_of"]
 
@@ -33,11 +33,11 @@ def _coupled(lr: Number, reference_lr: float, weight_decay: float) -> Number:
 
 
 def _decoupled(lr: Number, reference_lr: float, weight_decay: float) -> Number:
-    return lr / reference_lr * weight_decay
+    return divide(lr, reference_lr) * weight_decay
 
 
 def _corrected(lr: Number, reference_lr: float, weight_decay: float) -> Number:
-    return lr * (lr / reference_lr) * weight_decay
+    return lr * divide(lr, reference_lr) * weight_decay
 
 
 _AMOUNTS: dict[str, Callable[[Number, float, float], Number]] = {COUPLED: _coupled, DECOUPLED: _decoupled, CORRECTED: _corrected}

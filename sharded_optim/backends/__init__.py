@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from sharded_optim.algorithms import Algorithm, Statistic
+from sharded_optim.algorithms.scalars import Formula, Sums
 from sharded_optim.formats import Format, format_of
 from sharded_optim.segment import Segment
 
-__all__ = ["AUTO", "Backend", "Column", "Operands", "addresses_of", "available", "candidates", "choose"]
+__all__ = ["AUTO", "Backend", "Column", "Operands", "Tabulate", "addresses_of", "available", "candidates", "choose"]
 
 MODULES = ("cpu", "triton", "eager")  # in the order in which "auto" takes them; imported when asked for
 EXTRAS = {"cpu": "cpu", "triton": "triton"}  # what a backend's packages are installed by
@@ -91,10 +92,31 @@ class Operands:
         return self.param.wholes[0].device
 
 
+class Tabulate(Protocol):
+    """Computes coefficients of operands in one launch."""
+
+    def __call__(
+        self,
+        operands: Operands,
+        formulas: Sequence[Formula],  # of inputs `step`, the next; those of `Sums`; and `lr`; with as many results each
+        formula_of: Tensor | None,  # int64 (operands,), which of the formulas is each operand's; None if there is one
+        steps: Tensor,  # fp32 (operands,), taken so far
+        sums: Sums | None,
+        lr: Tensor | None,  # float64 (formulas,)
+    ) -> Tensor:
+        """The results, rounded once: fp32 (operands, results)."""
+        ...
+
+
 class Backend(Protocol):
     """What the engine needs of a backend. Nothing here communicates, and nothing waits for the device."""
 
     name: str
+
+    @property
+    def tabulate(self) -> Tabulate | None:
+        """Computes coefficients on a device that the host must not wait for; None: they are computed there as tensors."""
+        ...
 
     def supports(self, device: torch.device, dtypes: frozenset[torch.dtype]) -> str | None:
         """None, or why this backend does not run on this device with these dtypes of parameters, gradients and state."""
@@ -112,13 +134,12 @@ class Backend(Protocol):
         limits: Tensor,  # fp32 (operands,), the largest statistic that is possible
         scales: Tensor,  # fp32 (operands,), powers of two with limits * scales < 2**51
         grad_scale: Tensor | None,  # fp32 (), multiplies every gradient
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         """Sum each operand's statistic in fixed point. Writes nothing.
 
         Returns:
-            sums: int64 (operands,), of round_half_even(statistic * scale); anything where `non_finite`.
-            non_finite: int64 (operands,), not 0 where an element is NaN or beyond the limit. Without a statistic, where a gradient has no
-                finite square.
+            int64 (2, operands): the sums of round_half_even(statistic * scale); and 1 where an element is NaN or beyond the limit, or,
+            without a statistic, where a gradient has no finite square. There the sum is anything.
         """
         ...
 

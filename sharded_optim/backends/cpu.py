@@ -54,6 +54,7 @@ class Cpu:
     """Kernels compiled by numba; see `sharded_optim.backends.Backend`."""
 
     name = "cpu"
+    tabulate = None
 
     def __init__(self) -> None:
         self._tables: WeakKeyDictionary[Operands, _Tables] = WeakKeyDictionary()
@@ -78,7 +79,7 @@ class Cpu:
         limits: Tensor,
         scales: Tensor,
         grad_scale: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         columns = [operands.grad, *(operands.state if statistic else ())]
         tables = self._tables_of(operands)
         addresses, copies = tables.addresses(columns)
@@ -87,10 +88,10 @@ class Cpu:
         with _threads(tables.elements):
             kernel(tables.work, addresses, coefficients.numpy(), limits.numpy(), scales.numpy(), _scale(grad_scale), items)
         del copies  # not before the kernel has run
-        sums, non_finite = np.zeros(len(operands), np.int64), np.zeros(len(operands), np.int64)
-        np.add.at(sums, tables.work[:, 0], items[:, 0])
-        np.add.at(non_finite, tables.work[:, 0], items[:, 1])
-        return torch.from_numpy(sums), torch.from_numpy(non_finite)
+        result = np.zeros((2, len(operands)), np.int64)
+        np.add.at(result[0], tables.work[:, 0], items[:, 0])
+        np.maximum.at(result[1], tables.work[:, 0], items[:, 1] != 0)
+        return torch.from_numpy(result)
 
     def update(
         self,

@@ -22,6 +22,7 @@ class Eager:
     """Torch operations; see `sharded_optim.backends.Backend`."""
 
     name = "eager"
+    tabulate = None
 
     def supports(self, device: torch.device, dtypes: frozenset[torch.dtype]) -> str | None:
         return None
@@ -37,9 +38,9 @@ class Eager:
         limits: Tensor,
         scales: Tensor,
         grad_scale: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        sums = torch.zeros(len(operands), dtype=torch.int64, device=coefficients.device)
-        non_finite = torch.zeros_like(sums)
+    ) -> Tensor:
+        result = torch.zeros(2, len(operands), dtype=torch.int64, device=coefficients.device)
+        sums, non_finite = result
         rows = zip(*_columns(operands.grad, *operands.state), coefficients, limits, scales, strict=True)
         for index, (stored_grad, *state, row, limit, scale) in enumerate(rows):
             grad = _load_grad(stored_grad, grad_scale)
@@ -51,7 +52,7 @@ class Eager:
             scaled = torch.where(finite, values, 0.0) * scale  # exact, by a power of two
             sums[index] = scaled.round().to(torch.int64).sum()
             non_finite[index] = (~finite).any()
-        return sums, non_finite
+        return result
 
     def update(
         self,

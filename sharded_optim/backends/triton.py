@@ -13,12 +13,9 @@ are those of the eager backend. The host never waits, and a CUDA graph may recor
 
 from __future__ import annotations
 
-import linecache
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from types import FunctionType, ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -27,14 +24,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.graph import increment_version
-from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sharded_optim.algorithms import Algorithm, Statistic
-from sharded_optim.backends import Column, Operands, triton_scalars
+from sharded_optim.algorithms.scalars import Formula, Sums
+from sharded_optim.backends import Column, Operands, triton_formulas
 from sharded_optim.backends.operand_tables import OperandTables, kind_of
-from sharded_optim.backends.rebinding import argument_count, rebound
+from sharded_optim.backends.rebinding import argument_count
+from sharded_optim.backends.triton_compiler import compiled, executed, interpreted, on, scalars
+from sharded_optim.devices import capturing, send
 from sharded_optim.formats import FORMATS, Format
 from sharded_optim.noise import RESOLUTION
 
@@ -69,7 +68,7 @@ class Triton:
         self._captured: list[Tensor] = []  # what CUDA graphs read, which do not keep it alive
 
     def supports(self, device: torch.device, dtypes: frozenset[torch.dtype]) -> str | None:
-        if _interpreted():
+        if interpreted():
             return None if device.type == "cpu" else f"Triton's interpreter runs on the CPU, not on {device}"
         if device.type in ("cpu", "meta"):
             return f"it runs on GPUs, not on {device}"
@@ -78,6 +77,21 @@ class Triton:
         except Exception as error:  # what is raised depends on the vendor's driver
             return f"Triton finds no driver for {device} ({error})"
         return None if device.type == active.type else f"Triton's driver is for {active.type}, not for {device}"
+
+    def tabulate(
+        self,
+        operands: Operands,
+        formulas: Sequence[Formula],
+        formula_of: Tensor | None,
+        steps: Tensor,
+        sums: Sums | None,
+        lr: Tensor | None,
+    ) -> Tensor:
+        with on(steps.device):
+            table, read = triton_formulas.launch(formulas, formula_of, steps, sums, lr, self._tables_of(operands).constants)
+        if capturing(steps.device):
+            self._captured += read
+        return table
 
     def prepare(self, algorithm: Algorithm, operands: Operands) -> None:
         self._tables_of(operands)
@@ -91,7 +105,7 @@ class Triton:
         limits: Tensor,
         scales: Tensor,
         grad_scale: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         columns = [operands.grad, *(operands.state if statistic else ())]
         tables = self._tables_of(operands)
         addresses, copies = tables.addresses(columns)
@@ -101,7 +115,7 @@ class Triton:
         arguments = [coefficients.contiguous(), limits.contiguous(), scales.contiguous(), sums] if statistic else [sums]
         self._launch(kernel, tables, addresses, scale, *arguments)
         del copies  # not before the kernel was launched
-        return sums[0], sums[1]
+        return sums
 
     def update(
         self,
@@ -129,7 +143,7 @@ class Triton:
 
     def _tables_of(self, operands: Operands) -> _Tables:
         tables = self._tables.get(operands) or _Tables(operands, self._chunk)
-        if not _capturing(operands.device):
+        if not capturing(operands.device):
             self._tables[operands] = tables
         return tables
 
@@ -137,9 +151,9 @@ class Triton:
         if not len(tables.work):
             return
         table = addresses.table
-        if _capturing(table.device):
+        if capturing(table.device):
             self._captured += [tables.work, tables.segments, tables.one, tables.true, table]
-        with _on(table.device):
+        with on(table.device):
             for aligned in addresses.alignments:
                 kernel.function[len(tables.work),](
                     tables.work,
@@ -161,6 +175,7 @@ class _Tables:
     Attributes:
         work, segments: `work` and `runs` of `OperandTables`.
         one, true: grad_scale and proceed where there are none.
+        constants: of the formulas of their coefficients.
     """
 
     def __init__(self, operands: Operands, chunk: int) -> None:
@@ -168,10 +183,11 @@ class _Tables:
         self._tables = OperandTables(operands, chunk)
         work, runs = self._tables.work, self._tables.runs
         # One copy for all.
-        flat = _to_device(torch.cat([work.flatten(), runs.flatten()]), self._device)
+        flat = send(torch.cat([work.flatten(), runs.flatten()]), self._device)
         self.work, self.segments = flat[: work.numel()].view(work.shape), flat[work.numel() :].view(runs.shape)
         self.one = torch.ones((), device=self._device)
         self.true = torch.ones((), dtype=torch.bool, device=self._device)
+        self.constants = triton_formulas.Constants()
         self._known: dict[int, tuple[bytes, _Addresses]] = {}  # by number of columns, those of the last call
 
     def addresses(self, columns: Sequence[Column]) -> tuple[_Addresses, dict[tuple[int, int], Tensor]]:
@@ -183,10 +199,10 @@ class _Tables:
         table = torch.frombuffer(bytearray(values), dtype=torch.int64).view(len(columns), -1)
         unaligned = (table % ALIGNMENT != 0).any(dim=0)
         addresses = _Addresses(
-            table=_to_device(table, self._device),
+            table=send(table, self._device),
             alignments=[aligned for aligned in (True, False) if (unaligned != aligned).any()],
         )
-        if not _capturing(self._device):  # then nothing is copied yet
+        if not capturing(self._device):  # then nothing is copied yet
             self._known[len(columns)] = values, addresses
         return addresses, copies
 
@@ -202,30 +218,6 @@ class _Addresses:
 
     table: Tensor
     alignments: Sequence[bool]
-
-
-# ------------------------------------------------------------------------------------------------------------------------ devices
-
-
-def _interpreted() -> bool:
-    """Whether Triton runs kernels in Python, on the CPU, to test them (TRITON_INTERPRET=1)."""
-    return knobs.runtime.interpret
-
-
-def _capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph records what is launched instead of running it."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def _to_device(values: Tensor, device: torch.device) -> Tensor:
-    if device.type == "cpu":
-        return values
-    return values.pin_memory().to(device, non_blocking=True)  # without pinning, the host would wait for the copy
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device."""
-    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
 # ------------------------------------------------------------------------------------------------------------------------ kernels
@@ -251,7 +243,7 @@ class Kernel:
 
 def update_kernel(algorithm: Algorithm, fmt: Format, kinds: tuple[str, ...]) -> Kernel:
     """The kernel of an algorithm's update: parameters in a format, gradients and state in plain formats of these names."""
-    return _update_kernel(algorithm, fmt.name, kinds, interpreted=_interpreted())
+    return _update_kernel(algorithm, fmt.name, kinds, interpreted=interpreted())
 
 
 def _update_kernel_of(algorithm: Algorithm, operands: Operands) -> Kernel:
@@ -260,7 +252,7 @@ def _update_kernel_of(algorithm: Algorithm, operands: Operands) -> Kernel:
 
 def observe_kernel(statistic: Statistic | None, kinds: tuple[str, ...]) -> Kernel:
     """The kernel that sums a statistic, or only looks for gradients without a finite square; gradients and state as in `update_kernel`."""
-    return _observe_kernel(statistic, kinds, interpreted=_interpreted())
+    return _observe_kernel(statistic, kinds, interpreted=interpreted())
 
 
 def compile_for(kernel: Kernel, target: GPUTarget, *, aligned: bool = True) -> Any:
@@ -308,7 +300,7 @@ def _update_kernel(algorithm: Algorithm, format_name: str, kinds: tuple[str, ...
         before=["key = tl.load(keys + row)", "index, left, length, gap = run_of(segments, row, first, count)"] if random else [],
         lines=lines,
         summed={},
-        names=_scalars(interpreted=interpreted) | {"update": _compiled(algorithm.update, interpreted=interpreted)},
+        names=scalars(interpreted=interpreted) | {"update": compiled(algorithm.update, interpreted=interpreted)},
     )
 
 
@@ -316,23 +308,23 @@ def _update_kernel(algorithm: Algorithm, format_name: str, kinds: tuple[str, ...
 def _observe_kernel(statistic: Statistic | None, kinds: tuple[str, ...], *, interpreted: bool) -> Kernel:
     grad_kind, *state_kinds = kinds
     states = {f"state{index}": kind for index, kind in enumerate(state_kinds)}
-    names = _scalars(interpreted=interpreted)
+    names = scalars(interpreted=interpreted)
     arguments = {"sums": "*i64"}
     coefficients: list[str] = []
     before: list[str] = []
-    summed = {"not_finite": ("tl.int32", "sums + operands + row")}
+    summed = {"not_finite": ("tl.int32", "sums + operands + row", "set_if_any")}
     if statistic is None:
         name = f"finite_{grad_kind}"
         lines = ["g = value_of_grad * scale", "not_finite = tl.where(g * g < float('inf'), 0, 1)"]
     else:
         name = f"observe_{statistic.observe.__module__.rpartition('.')[2]}_{'_'.join(kinds)}"
-        names["observe"] = _compiled(statistic.observe, interpreted=interpreted)
+        names["observe"] = compiled(statistic.observe, interpreted=interpreted)
         arguments = {"coefficients": "*fp32", "limits": "*fp32", "scales": "*fp32", **arguments}
         coefficients = [f"c{index}" for index in range(argument_count(statistic.observe) - len(kinds))]
         before = ["limit = tl.load(limits + row)", "scale_of_sum = tl.load(scales + row)"]
         values = ["value_of_grad * scale", *(f"value_of_{name}" for name in states), *coefficients]
         lines = [f"value = observe({', '.join(values)})", "q, not_finite = fixed_point(value, limit, scale_of_sum)"]
-        summed["q"] = ("tl.int64", "sums + row")
+        summed["q"] = ("tl.int64", "sums + row", "add_up")
     tensors = {"grad": grad_kind, **states}
     return _kernel(name, arguments, tensors, coefficients, before=before, lines=lines, summed=summed, names=names)
 
@@ -345,7 +337,7 @@ def _kernel(
     *,
     before: Sequence[str],  # all elements of a program
     lines: Sequence[str],  # for each block of elements
-    summed: dict[str, tuple[str, str]],  # what is summed of these: type of the sums of a program, and where they are added
+    summed: dict[str, tuple[str, str, str]],  # what is summed of these: type of a program's sums, where they go, and by which function
     names: dict[str, Any],  # that the text uses
     count: str = "tl.load(work + 3 * item + 2)",  # of a program's elements
 ) -> Kernel:
@@ -360,11 +352,11 @@ def _kernel(
         *(f"value_of_{name} = load_{kind}(tl.load(at_{name} + element, mask=inside, other=0.0))" for name, kind in tensors.items()),
         *lines,
     ]
-    totals = [f"total_{name} = tl.full((BLOCK,), 0, {dtype})" for name, (dtype, _) in summed.items()]
+    totals = [f"total_{name} = tl.full((BLOCK,), 0, {dtype})" for name, (dtype, _, _) in summed.items()]
     terms = {name: f"tl.where(inside, {name}, 0)" for name in summed}
     of_block = [f"total_{name} += {each}" for name, each in terms.items()]
-    of_program = [f"add_up(total_{name}, {target})" for name, (_, target) in summed.items()]
-    of_rest = [f"add_up({terms[name]}, {target})" for name, (_, target) in summed.items()]
+    of_program = [f"{put}(total_{name}, {target})" for name, (_, target, put) in summed.items()]
+    of_rest = [f"{put}({terms[name]}, {target})" for name, (_, target, put) in summed.items()]
     source = f'''"""Made by sharded_optim/backends/triton.py."""
 
 @triton.jit(do_not_specialize=ARGUMENTS)
@@ -390,7 +382,7 @@ def {name}({", ".join(signature)}, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
 '''
     return Kernel(
         # Arguments of equal types are not to be compiled anew for other values of theirs, such as addresses that are aligned by chance.
-        function=_executed(name, source, {"triton": triton, "tl": tl, "ARGUMENTS": list(signature), **names}),
+        function=executed(name, source, {"triton": triton, "tl": tl, "ARGUMENTS": list(signature), **names}),
         signature=signature,
         elements_per_thread=ALIGNMENT // max(ITEMSIZE[kind] for kind in tensors.values()),
         source=source,
@@ -399,32 +391,6 @@ def {name}({", ".join(signature)}, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
 
 def _lines(indent: int, *lines: Sequence[str]) -> str:
     return f"\n{' ' * indent}".join(line for each in lines for line in each)
-
-
-def _executed(name: str, source: str, names: dict[str, Any]) -> Any:
-    """What the text defines under a name. Triton reads the text of a function again, where Python looks it up for tracebacks too."""
-    path = f"<sharded_optim {name}>"
-    linecache.cache[path] = (len(source), None, source.splitlines(keepends=True), path)
-    namespace = {"__name__": __name__, **names}
-    exec(compile(source, path, "exec"), namespace)
-    return namespace[name]
-
-
-@cache
-def _compiled(function: Callable[..., Any], *, interpreted: bool) -> Any:
-    names: dict[str, Any] = {"tl": tl}  # Triton's interpreter insists on it
-    if "xp" in function.__globals__:
-        names["xp"] = ModuleType("xp")  # Triton looks up names in nothing but modules
-        vars(names["xp"]).update(_scalars(interpreted=interpreted))
-    assert interpreted == _interpreted(), "triton.jit looks at this too"
-    return rebound(function, names, triton.jit)
-
-
-def _scalars(*, interpreted: bool) -> dict[str, Any]:
-    functions = {name: value for name, value in vars(triton_scalars).items() if isinstance(value, FunctionType)}
-    if interpreted:
-        functions = {name: functions.get(f"{name}_interpreted", value) for name, value in functions.items()}
-    return {name: _compiled(function, interpreted=interpreted) for name, function in functions.items()}
 
 
 BACKEND = Triton()

@@ -157,5 +157,10 @@ def add_up(terms, target):
     tl.atomic_add(target, total, mask=total != 0, sem="relaxed")
 
 
+def set_if_any(terms, target):
+    found = tl.reduce(terms, 0, add)
+    tl.atomic_max(target, 1, mask=found != 0, sem="relaxed")
+
+
 def add(a, b):
     return a + b

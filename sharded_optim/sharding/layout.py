@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sharded_optim.devices import send
 from sharded_optim.ranks import join_messages
 from sharded_optim.segment import Segment, find_tiling_error
 
@@ -76,7 +77,7 @@ class Layout:
     def tensor_numels(self, device: torch.device) -> Tensor:
         """`numels`, but 1 where there is nothing: float64 (tensors,), kept on the device."""
         if device not in self._numels_on:
-            self._numels_on[device] = torch.tensor(self.numels, dtype=torch.float64).clamp(min=1).to(device)
+            self._numels_on[device] = send(torch.tensor(self.numels, dtype=torch.float64).clamp(min=1), device)
         return self._numels_on[device]
 
     @cached_property
@@ -99,8 +100,8 @@ class Layout:
         slots, held = self.slot_indices[at], self.held[at]
         return Places(
             indices=at,
-            slots=slots.to(device, non_blocking=True),
-            owned=torch.tensor([self.owned[index] for index in indices], dtype=torch.int64).to(device, non_blocking=True),
+            slots=send(slots, device),
+            counted=send(torch.tensor([[self.owned[index] for index in indices], [True] * len(indices)], dtype=torch.int64), device),
             held=None if held.all() else held,
             held_slots=slots[held],
         )
@@ -188,7 +189,7 @@ class Places:
 
     indices: Tensor  # int64 (n,), among all pieces
     slots: Tensor  # int64 (n,) on the device, into `names`
-    owned: Tensor  # int64 (n,) on the device, 1 where this rank speaks for the piece
+    counted: Tensor  # int64 (2, n) on the device: 1 where this rank speaks for the piece, as replicas are not counted twice; and 1
     held: Tensor | None  # bool (n,), whether each has an element; None: all have
     held_slots: Tensor  # int64, into `names`, of those that have
 

@@ -1,0 +1,231 @@
+"""Arithmetic of the few numbers of a step: learning rates, step counters, coefficients. In float64; each operation rounds once.
+
+A number is a Python float where the host knows it. What only a device knows is a float64 tensor, with a value for each operand, or a
+`Recorded`: then nothing is computed yet, but every operation is written down, for a kernel that does all of them in one launch. All three
+give the same bits. Besides these functions, `+ - *` are allowed. `/` is not: torch multiplies by a reciprocal for it, which rounds twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Formula",
+    "Number",
+    "Operations",
+    "Recorded",
+    "Recorder",
+    "Step",
+    "Sums",
+    "at_first_step",
+    "divide",
+    "maximum",
+    "mean",
+    "power",
+    "sqrt",
+]
+
+STEP_BITS = 25  # steps are counted in float32, as torch does: exact up to 2**24
+
+
+def divide(a: Number, b: Number) -> Number:
+    if isinstance(a, Recorded) or isinstance(b, Recorded):
+        return Recorder.of(a, b).record("divide({}, {})", a, b)
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return torch.divide(_like(a, b), _like(b, a))
+    return a / b
+
+
+def sqrt(a: Number) -> Number:
+    if isinstance(a, Recorded):
+        return Recorder.of(a).record("sqrt({})", a)
+    if not isinstance(a, Tensor):
+        return math.sqrt(a)
+    if a.device.type != "cpu":
+        return torch.sqrt(a)
+    # On a CPU MKL's is off for one value in seventy.
+    return torch.tensor([math.sqrt(value) for value in a.flatten().tolist()], dtype=torch.float64).view(a.shape)
+
+
+def maximum(a: Number, least: float) -> Number:
+    """NaN stays."""
+    if isinstance(a, Recorded):
+        return Recorder.of(a).record("maximum({}, {})", a, least)
+    return a.clamp(min=least) if isinstance(a, Tensor) else a if a != a else max(a, least)
+
+
+def power(base: float, exponent: Step) -> Number:
+    """By repeated squaring: IEEE multiplication gives the same bits everywhere, a library's `pow` does not."""
+    if isinstance(exponent, Recorded):
+        return Recorder.of(exponent).record("power({}, {})", base, exponent)
+    if isinstance(exponent, Tensor):
+        result = torch.ones(exponent.shape, dtype=torch.float64, device=exponent.device)
+        for bit in range(STEP_BITS):
+            result = torch.where((exponent >> bit) & 1 == 1, result * base, result)
+            base *= base
+        return result
+    result = 1.0
+    while exponent:
+        if exponent & 1:
+            result *= base
+        base *= base
+        exponent >>= 1
+    return result
+
+
+def at_first_step(step: Step, value: float, otherwise: float) -> Number:
+    if isinstance(step, Recorded):
+        return Recorder.of(step).record("where({} == 1, {}, {})", step, value, otherwise)
+    if isinstance(step, Tensor):
+        return torch.where(step == 1, _like(value, step), _like(otherwise, step))
+    return value if step == 1 else otherwise
+
+
+def nan_where(flag: Number, value: Number) -> Number:
+    """NaN where the flag, an int64 if it is not recorded, is positive."""
+    if isinstance(flag, Recorded):
+        return Recorder.of(flag).record("nan_where({}, {})", flag, value)
+    assert isinstance(flag, Tensor)
+    return torch.where(flag > 0, math.nan, _like(value, flag))
+
+
+def _like(number: Number, other: Number) -> Tensor:
+    if isinstance(number, Tensor):
+        return number
+    assert isinstance(other, Tensor)
+    assert not isinstance(number, Recorded)
+    return torch.full_like(other, number, dtype=torch.float64)
+
+
+# ------------------------------------------------------------------------------------------------------------------- recordings
+
+
+class Recorder:
+    """Writes down what is done to numbers that only a device knows.
+
+    Attributes:
+        lines: assignments of one operation each, to `v0`, `v1`, ..., in a syntax that Python and Triton share. Operands are others of
+            these, constants `c0`, `c1`, ..., and inputs by name; float64 all, but for the step, an int64.
+        constants: floats, which differ from step to step where the lines do not.
+    """
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.constants: list[float] = []
+
+    def input(self, name: str) -> Recorded:
+        return Recorded(recorder=self, name=name)
+
+    @staticmethod
+    def of(*numbers: Number) -> Recorder:
+        return next(number.recorder for number in numbers if isinstance(number, Recorded))
+
+    def name(self, number: Number) -> str:
+        """What stands for it in lines."""
+        assert not isinstance(number, Tensor), "numbers of a step are recorded, or are tensors"
+        if isinstance(number, Recorded):
+            return number.name
+        self.constants.append(float(number))
+        return f"c{len(self.constants) - 1}"
+
+    def record(self, operation: str, *operands: Number) -> Recorded:
+        """What comes of an operation, whose operands stand for each {}."""
+        result = Recorded(recorder=self, name=f"v{len(self.lines)}")
+        self.lines.append(f"{result.name} = {operation.format(*map(self.name, operands))}")
+        return result
+
+    def formula(self, results: Sequence[Number]) -> Formula:
+        """What leads to these."""
+        names = tuple(map(self.name, results))
+        operations = Operations(lines=tuple(self.lines), results=names, constants=len(self.constants))
+        return Formula(operations=operations, constants=tuple(self.constants))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operations:
+    """How numbers are computed.
+
+    Attributes:
+        lines: see `Recorder`.
+        results: names of what was assigned, of constants or of inputs.
+        constants: how many there are.
+    """
+
+    lines: tuple[str, ...]
+    results: tuple[str, ...]
+    constants: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Formula:
+    """Numbers that only a device knows, by what they are computed of."""
+
+    operations: Operations
+    constants: tuple[float, ...]  # in the order of their names
+
+
+def _recorded(operation: str) -> tuple[Callable[[Recorded, Number], Recorded], Callable[[Recorded, Number], Recorded]]:
+    """An infix operator, and the same with its operands exchanged."""
+    return (
+        lambda self, other: self.recorder.record(operation, self, other),
+        lambda self, other: self.recorder.record(operation, other, self),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Recorded:
+    """A number of each operand that nobody has computed yet."""
+
+    recorder: Recorder
+    name: str
+
+    __add__, __radd__ = _recorded("{} + {}")
+    __sub__, __rsub__ = _recorded("{} - {}")
+    __mul__, __rmul__ = _recorded("{} * {}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sums:
+    """What ranks observed together, of the tensors that operands are pieces of; on one device.
+
+    The mean of each operand's tensor is a number of these inputs: `total`, `unit`, `numel` and `non_finite`.
+    """
+
+    totals: Tensor  # int64 (tensors,), sums in fixed point
+    non_finite: Tensor  # int64 (tensors,), not 0 where the sum is none
+    slots: Tensor  # int64 (operands,), which tensor is each operand's
+    units: Tensor  # float64 (operands,), of the fixed point
+    numels: Tensor  # float64 (operands,), of the tensor, but at least 1
+
+    def mean(self) -> Tensor:
+        """Float64 (operands,); NaN where not finite."""
+        found = mean(self.totals[self.slots].to(torch.float64), self.units, self.numels, self.non_finite[self.slots])
+        assert isinstance(found, Tensor)
+        return found
+
+    @staticmethod
+    def recorded_mean(recorder: Recorder) -> Recorded:
+        found = mean(*map(recorder.input, ("total", "unit", "numel", "non_finite")))
+        assert isinstance(found, Recorded)
+        return found
+
+
+def mean(total: Number, unit: Number, numel: Number, non_finite: Number) -> Number:
+    """Of a statistic that was summed in fixed point over a tensor: float64; NaN where it was not finite.
+
+    Args:
+        total: sum of integers.
+        unit: 2**-k.
+        numel: of the tensor.
+        non_finite: not 0 where the statistic was not finite; int64.
+    """
+    return nan_where(non_finite, divide(total * unit, numel))
+
+
+Number = float | Tensor | Recorded
+Step = int | Tensor | Recorded  # 1 in the first
