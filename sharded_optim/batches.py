@@ -21,7 +21,7 @@ from sharded_optim import noise
 from sharded_optim.algorithms import Algorithm, Statistic
 from sharded_optim.backends import Backend, Column, Operands, addresses_of, choose
 from sharded_optim.coefficients import Members, known_on_host, next_steps
-from sharded_optim.devices import capturing, send
+from sharded_optim.devices import capturing, keep, send
 from sharded_optim.formats import Format
 from sharded_optim.param_groups import hyperparameter_key
 from sharded_optim.sharding import Layout, LocalParam, Piece, check_memory
@@ -138,6 +138,7 @@ class Batch:
             if capturing(self.device):
                 return False
             self._take_counters_home(optimizer, state)
+        keep(self.device, self._steps, self._owners, self.places, self.members)
         return True
 
     def release(self) -> None:
@@ -163,6 +164,7 @@ class Batch:
             if capturing(self.device):  # then nothing is there yet
                 return fixed_point
             self._fixed_point = bounds, fixed_point
+        keep(self.device, self._fixed_point)
         return self._fixed_point[1]
 
     def keys(self) -> Tensor:
@@ -186,6 +188,7 @@ class Batch:
             if capturing(self.device):
                 return noise.keys(sources, next_steps(self.steps))
             self._sources = seeds, sources
+        keep(self.device, self._sources)
         return noise.keys(self._sources[1], next_steps(self.steps))
 
     def count_step(self, proceed: Tensor | None) -> None:

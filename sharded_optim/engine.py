@@ -17,11 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sharded_optim import metrics, param_groups, statistics
+from sharded_optim import consensus, metrics, param_groups, statistics
 from sharded_optim.algorithms import Choose
 from sharded_optim.backends import AUTO, candidates
 from sharded_optim.batches import Batch, Batches
 from sharded_optim.coefficients import LrScale, coefficient_table, host_value, known_on_host
+from sharded_optim.consensus import TAIL, Verdict
 from sharded_optim.devices import capturing
 from sharded_optim.layouts import Layouts
 from sharded_optim.options import MOST_SKIPPED, NonFinite, Params
@@ -256,41 +257,59 @@ class Engine(StatefulOptimizer):
             found_inf=found_inf,
             process_group=self._own_group(),
         )
-        self._raise_inconsistency(layout, agreement, failure)
+        verdict = self._judge(layout, agreement, observation)
+        if known_on_host(agreement.totals):
+            self._raise_inconsistency(agreement, verdict, failure)
+        elif failure is not None:
+            raise failure
+        elif not capturing(agreement.totals.device):  # a replay raises nothing: it steps or it does not
+            self._deferred[layout] = statistics.Deferred(agreement, verdict, self._longest_streak)
         self._agreements.pop(layout, None)  # the newest is last
         self._agreements[layout] = agreement
-        self._raise_streak(layout, agreement)
-        return self._verdict(agreement), agreement
+        if self.nonfinite == "raise":
+            self._raise_non_finite(agreement, verdict)
+        elif known_on_host(agreement.totals):
+            self._raise_streak(agreement, verdict)
+        return verdict.proceed, agreement
 
-    def _raise_inconsistency(self, layout: Layout, agreement: statistics.Agreement, failure: Exception | None) -> None:
-        if not known_on_host(agreement.vector):
-            if failure is not None:
-                raise failure
-            if capturing(agreement.vector.device):  # a replay raises nothing: it steps or it does not
-                return
-            streak = None
-            if self.nonfinite == "skip" and self.max_skipped_steps is not None:
-                streak = self._streaks[layout] = statistics.Streak.following(self._streaks.get(layout), agreement)
-            self._deferred[layout] = statistics.Deferred(agreement, streak, self.max_skipped_steps or 0)
-        elif host_value(agreement.invalid):
+    @property
+    def _longest_streak(self) -> int | None:
+        """How many steps in a row may be skipped; None: any number."""
+        return self.max_skipped_steps if self.nonfinite == "skip" else None
+
+    def _judge(self, layout: Layout, agreement: statistics.Agreement, observation: _Observation) -> Verdict:
+        """What the ranks' agreement means for this step, after the step before."""
+        device = agreement.totals.device
+        judge = next((batch.backend.judge for batch in observation.batches if batch.device == device), consensus.judge)
+        before = None if capturing(device) else self._streaks.get(layout)
+        verdict = judge(agreement.totals, before, skips=self.nonfinite == "skip")
+        if self._longest_streak is not None and not capturing(device):
+            self._streaks[layout] = verdict
+        return verdict
+
+    def _raise_inconsistency(self, agreement: statistics.Agreement, verdict: Verdict, failure: Exception | None) -> None:
+        """Where the host knows what the ranks know."""
+        if failure is not None or host_value(agreement.totals[-TAIL]):
             message = None if failure is None else str(failure) if isinstance(failure, ValueError) else repr(failure)
             raise ValueError(gather_messages(message, self._own_group())) from failure
-        elif not host_value(agreement.consistent()):
+        if not host_value(verdict.told[0]):
             raise ValueError(agreement.inconsistency())
 
-    def _raise_streak(self, layout: Layout, agreement: statistics.Agreement) -> None:
-        """Count steps that are skipped in a row, where the host knows it, and raise FloatingPointError when they are too many."""
-        if self.nonfinite != "skip" or self.max_skipped_steps is None or not known_on_host(agreement.vector):
-            return
-        if host_value(agreement.all_finite()) and layout not in self._streaks:
-            return
-        streak = self._streaks[layout] = statistics.Streak.following(self._streaks.get(layout), agreement)
-        length = host_value(streak.length)
-        if not length:
-            del self._streaks[layout]
-        elif length >= self.max_skipped_steps and not host_value(agreement.all_finite()):
+    def _raise_non_finite(self, agreement: statistics.Agreement, verdict: Verdict) -> None:
+        """Waits for the device: the price of raising in the step that went wrong."""
+        if not host_value(verdict.told[1]):
+            names = agreement.names_where_not_finite_here()
+            message = f"gradient not finite, or too large to square in fp32: {', '.join(map(repr, names))}" if names else None
+            raise FloatingPointError(gather_messages(message, self._own_group()))
+
+    def _raise_streak(self, agreement: statistics.Agreement, verdict: Verdict) -> None:
+        """When too many steps in a row were skipped, where the host knows it."""
+        _, finite, length = verdict.told.tolist()
+        if not length:  # to go on from here would cost each step something
+            self._streaks.pop(agreement.layout, None)
+        elif self._longest_streak is not None and not finite and length >= self._longest_streak:
             self._count_skipped(1)
-            raise FloatingPointError(streak.told(layout.names))
+            raise FloatingPointError(statistics.told_of_streak(verdict, agreement.layout.names))
 
     def _raise_deferred(self, only: tuple[Tensor, ...] | None) -> None:
         """Raise what the step before found: of these parameters, or of any. Not where a CUDA graph is recorded, which cannot wait."""
@@ -301,18 +320,6 @@ class Engine(StatefulOptimizer):
         layouts = list(self._deferred) if only is None else [layout for layout in self._deferred if layout.describes(only)]
         for deferred in [self._deferred.pop(layout) for layout in layouts]:
             deferred.raise_if_due()
-
-    def _verdict(self, agreement: statistics.Agreement) -> Tensor:
-        """Whether the step happens: bool, 0-dim, on the device of the agreement."""
-        finite = agreement.all_finite()
-        if self.nonfinite == "raise" and not host_value(finite):  # waits for the device: the price of raising in the step that went wrong
-            names = agreement.names_where_not_finite_here()
-            message = f"gradient not finite, or too large to square in fp32: {', '.join(map(repr, names))}" if names else None
-            raise FloatingPointError(gather_messages(message, self._own_group()))
-        verdict = agreement.found_inf == 0
-        if not known_on_host(agreement.vector):
-            verdict = verdict & agreement.consistent()
-        return verdict & finite if self.nonfinite == "skip" else verdict
 
     def _update(
         self,
@@ -390,7 +397,7 @@ class Engine(StatefulOptimizer):
         self._layouts = Layouts(self.describe_param, in_turns=self._steps_in_turns)
         self._agreements: dict[Layout, statistics.Agreement] = {}  # the last of each layout, the newest last
         self._deferred: dict[Layout, statistics.Deferred] = {}
-        self._streaks: WeakKeyDictionary[Layout, statistics.Streak] = WeakKeyDictionary()  # of skipped steps, of each layout
+        self._streaks: WeakKeyDictionary[Layout, Verdict] = WeakKeyDictionary()  # the last of each layout
         self._updates: dict[Layout, list[metrics.Update]] = {}  # of the last step of each layout, the newest last
         self._reported: dict[str, tuple[Tensor, int]] = {}  # (parameter, which of its pieces) by the name of its metrics
         self._batches = Batches(self._backend_names, together=self._foreach)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,10 +20,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharded_optim.algorithms.scalars import Sums, mean
-from sharded_optim.devices import capturing, send
+from sharded_optim.consensus import ABSENT, KEY, NON_FINITE, PRESENT, SECTIONS, SQUARED_KEY, TAIL, Verdict
+from sharded_optim.devices import capturing, keep, send
 from sharded_optim.sharding.layout import Layout, Places
 
-__all__ = ["Agreement", "Contribution", "Deferred", "FixedPoint", "Streak", "agree", "fraction_bits"]
+__all__ = ["Agreement", "Contribution", "Deferred", "FixedPoint", "agree", "fraction_bits", "told_of_streak"]
 
 # A float64 below 2**51 is rounded to an integer, half to even, by adding 1.5 * 2**52 and reading the low bits: processors without a
 # conversion from floating point to 64-bit integers keep their full speed.
@@ -32,17 +32,7 @@ TERM_BITS = 51
 SUM_BITS = 62  # of an int64: a sign bit, and one of headroom for roundings
 HEADROOM = 1.001  # a computed statistic exceeds its mathematical bound by a few fp32 roundings, never by this much
 
-# Rows of the vector, one column per tensor.
-SECTIONS = 7
-TOTAL = 0  # sum of q over the owned pieces
-NON_FINITE = 1  # ranks on which the gradient, or the statistic, was not finite
-ABSENT = 2  # ranks that hold a piece without a gradient
-PRESENT = 3  # ranks that hold a piece with a gradient
-BITS = 4  # sum of k over the ranks in PRESENT
-KEY = 5  # sum of the hyperparameters' keys over the ranks in PRESENT
-SQUARED_KEY = 6  # and of their squares: all ranks have the same key if and only if PRESENT * SQUARED_KEY == KEY**2
 MOST_NAMES = 8  # of tensors, in an error message
-TAIL = 2  # after the rows: ranks that met bad input, ranks on which GradScaler found an infinite gradient
 
 
 def fraction_bits(bound: float, numel: int) -> int:
@@ -79,10 +69,13 @@ class Agreement:
     """What all ranks know after the all-reduce; the same on each, but for `contributions`."""
 
     layout: Layout
-    vector: Tensor  # int64 (SECTIONS, number of tensors), summed over ranks
-    invalid: Tensor  # int64 (), ranks that met bad input
-    found_inf: Tensor  # int64 (), ranks on which GradScaler found an infinite gradient
+    totals: Tensor  # int64 (SECTIONS * number of tensors + TAIL,), summed over ranks
     contributions: Sequence[Contribution]  # this rank's
+
+    @property
+    def vector(self) -> Tensor:
+        """Int64 (SECTIONS, number of tensors)."""
+        return self.totals[:-TAIL].view(SECTIONS, len(self.layout.names))
 
     def named_means(self) -> dict[str, float]:
         """Mean of the statistic over every tensor of the model that had a gradient. Waits for the device."""
@@ -103,14 +96,6 @@ class Agreement:
         totals, non_finite = self.vector[: NON_FINITE + 1].to(fixed_point.units.device)
         return Sums(totals=totals, non_finite=non_finite, slots=places.slots, units=fixed_point.units, numels=fixed_point.numels)
 
-    def all_finite(self) -> Tensor:
-        """Bool, 0-dim."""
-        return self._all_finite
-
-    @cached_property
-    def _all_finite(self) -> Tensor:
-        return (self.vector[NON_FINITE] == 0).all()
-
     def names_where_not_finite_here(self) -> list[str]:
         """Tensors whose gradient was not finite on this rank. Waits for the device."""
         slots = {
@@ -121,20 +106,10 @@ class Agreement:
         }
         return [self.layout.names[slot] for slot in sorted(slots)]
 
-    def consistent(self) -> Tensor:
-        """Whether no rank met bad input and all saw gradients of the same tensors, with the same hyperparameters, at the same step."""
-        return self._consistent
-
-    @cached_property
-    def _consistent(self) -> Tensor:
-        # What is not in PRESENT has no key. Both terms that are added are never negative.
-        _, _, absent, present, _, key, squared_key = self.vector.unbind()
-        return (present * (absent + squared_key) == key * key).all() & (self.invalid == 0)
-
     def inconsistency(self) -> str:
-        """What `consistent` found, in words. Waits for the device."""
-        if self.invalid:
-            return f"{int(self.invalid)} other ranks met bad input; their own errors say which"
+        """Why ranks are not consistent, in words. Waits for the device."""
+        if invalid := int(self.totals[-TAIL]):
+            return f"{invalid} other ranks met bad input; their own errors say which"
         rows = self.vector[[PRESENT, ABSENT, KEY, SQUARED_KEY]].tolist()
         for name, present, absent, key, squared_key in zip(self.layout.names, *rows, strict=True):
             if present and absent:
@@ -147,42 +122,22 @@ class Agreement:
         raise AssertionError("the ranks are consistent")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Streak:
-    """Steps in a row that were skipped because gradients were not finite; the same on every rank.
+def told_of_streak(verdict: Verdict, names: Sequence[str]) -> str:
+    """What went wrong in steps that were skipped in a row, in words. Waits for the device.
 
-    A step that does not happen for another reason, as GradScaler has found something that is not in these gradients, neither counts nor
-    ends it.
+    Args:
+        verdict: on the last of them.
+        names: of all tensors of the model.
     """
-
-    length: Tensor  # int64 (), how many
-    first: Tensor  # int64 (number of tensors,), NON_FINITE of the first of them
-
-    @classmethod
-    def following(cls, before: Streak | None, agreement: Agreement) -> Streak:
-        """After another step. Waits for nothing."""
-        non_finite, finite = agreement.vector[NON_FINITE], agreement.all_finite()
-        if before is None:
-            before = cls(length=torch.zeros_like(agreement.invalid), first=non_finite)
-        goes_on = before.length * (agreement.found_inf != 0)
-        length = torch.where(finite, goes_on, before.length + 1)
-        return cls(length=length, first=torch.where(before.length == 0, non_finite, before.first))
-
-    def told(self, names: Sequence[str]) -> str:
-        """What went wrong, in words. Waits for the device.
-
-        Args:
-            names: of all tensors of the model.
-        """
-        found = [
-            f"{name!r} on {ranks} rank{'s' if ranks > 1 else ''}" for name, ranks in zip(names, self.first.tolist(), strict=True) if ranks
-        ]
-        more = f" and {len(found) - MOST_NAMES} more" if len(found) > MOST_NAMES else ""
-        return (
-            f"{int(self.length)} steps in a row were skipped, as gradients were not finite, or too large to square in fp32. In the first "
-            f"of them: {', '.join(found[:MOST_NAMES])}{more}. Parameters and state are as they were before it. Lower the learning rate, or "
-            f"look at the loss and the data of that step; nonfinite='raise' stops in it, max_skipped_steps sets the limit (None: none)"
-        )
+    found = [
+        f"{name!r} on {ranks} rank{'s' if ranks > 1 else ''}" for name, ranks in zip(names, verdict.first.tolist(), strict=True) if ranks
+    ]
+    more = f" and {len(found) - MOST_NAMES} more" if len(found) > MOST_NAMES else ""
+    return (
+        f"{int(verdict.length)} steps in a row were skipped, as gradients were not finite, or too large to square in fp32. In the first "
+        f"of them: {', '.join(found[:MOST_NAMES])}{more}. Parameters and state are as they were before it. Lower the learning rate, or "
+        f"look at the loss and the data of that step; nonfinite='raise' stops in it, max_skipped_steps sets the limit (None: none)"
+    )
 
 
 class Deferred:
@@ -190,19 +145,16 @@ class Deferred:
 
     Args:
         agreement: of all ranks.
-        streak: of skipped steps, up to this one; None: there is no limit.
-        longest: length of a streak at which to stop.
+        verdict: what it means.
+        longest: how many steps in a row may be skipped; None: there is no limit.
     """
 
-    def __init__(self, agreement: Agreement, streak: Streak | None = None, longest: int = 0) -> None:
+    def __init__(self, agreement: Agreement, verdict: Verdict, longest: int | None) -> None:
         self._agreement = agreement
-        self._streak = streak
+        self._verdict = verdict
         self._longest = longest
-        told = [agreement.consistent()]
-        if streak is not None:
-            told += [agreement.all_finite(), streak.length]
-        self._told = torch.stack(told).to("cpu", non_blocking=True)
-        self._copied = torch.Event(agreement.vector.device)
+        self._told = verdict.told.to("cpu", non_blocking=True)
+        self._copied = torch.Event(verdict.told.device)
         self._copied.record()
 
     def raise_if_due(self) -> None:
@@ -212,13 +164,11 @@ class Deferred:
         queued behind what is waited for here, so it does not run dry.
         """
         self._copied.synchronize()
-        consistent, *rest = self._told.tolist()
+        consistent, finite, length = self._told.tolist()
         if not consistent:
             raise ValueError(self._agreement.inconsistency())
-        if self._streak is not None:
-            finite, length = rest
-            if not finite and length >= self._longest:
-                raise FloatingPointError(self._streak.told(self._agreement.layout.names))
+        if self._longest is not None and not finite and length >= self._longest:
+            raise FloatingPointError(told_of_streak(self._verdict, self._agreement.layout.names))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,7 +213,7 @@ def agree(
         flat[-1] = (found_inf.to(device) != 0).reshape(())
     if process_group is not None:
         dist.all_reduce(flat, group=process_group)
-    return Agreement(layout=layout, vector=vector, invalid=flat[-TAIL], found_inf=flat[-1], contributions=contributions)
+    return Agreement(layout=layout, totals=flat, contributions=contributions)
 
 
 _sent_before: WeakKeyDictionary[Layout, tuple[Tensor, Tensor]] = WeakKeyDictionary()
@@ -278,4 +228,5 @@ def _sent(layout: Layout, host: Tensor, device: torch.device) -> Tensor:
         if capturing(device):  # then nothing is there yet
             return send(host, device)
         before = _sent_before[layout] = (host, send(host, device))
+    keep(device, before)
     return before[1].clone()

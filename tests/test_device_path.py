@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from variants import CPU_BACKENDS
 
 import sharded_optim as so
-from sharded_optim import batches, coefficients, engine, param_groups, statistics
+from sharded_optim import batches, coefficients, consensus, engine, param_groups, statistics
 from sharded_optim.algorithms import adam, stable_adamw
 
 
@@ -135,7 +135,7 @@ def test_an_inconsistency_is_raised_in_the_next_step_and_nothing_is_written_in_b
 
     def another_rank_met_bad_input(*args, agree=statistics.agree, **options) -> statistics.Agreement:
         agreement = agree(*args, **options)
-        agreement.invalid.fill_(1)
+        agreement.totals[-consensus.TAIL] = 1
         return agreement
 
     monkeypatch.setattr(statistics, "agree", another_rank_met_bad_input)

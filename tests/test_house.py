@@ -30,6 +30,7 @@ FLOORS = {
     "version": 1,
     "buckets": 1,
     "devices": 1,
+    "consensus": 1,
     "segment": 1,
     "shapes": 1,
     "formats": 1,
@@ -66,7 +67,7 @@ FLOORS = {
     "cli": 7,
 }
 # Statistics are laid out by the layout; the doctor writes as checkpoints do; floor 3 is a stack.
-SEEN = {("statistics", "sharding"), ("noise", "segment"), ("doctor", "checkpoint")}
+SEEN = {("consensus", "algorithms"), ("statistics", "sharding"), ("noise", "segment"), ("doctor", "checkpoint")}
 SEEN |= {
     ("loading", "state"),
     ("loading", "param_groups"),

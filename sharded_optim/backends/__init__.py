@@ -17,10 +17,11 @@ from torch import Tensor
 
 from sharded_optim.algorithms import Algorithm, Statistic
 from sharded_optim.algorithms.scalars import Formula, Sums
+from sharded_optim.consensus import Verdict
 from sharded_optim.formats import Format, format_of
 from sharded_optim.segment import Segment
 
-__all__ = ["AUTO", "Backend", "Column", "Operands", "Tabulate", "addresses_of", "available", "candidates", "choose"]
+__all__ = ["AUTO", "Backend", "Column", "Judge", "Operands", "Tabulate", "addresses_of", "available", "candidates", "choose"]
 
 MODULES = ("cpu", "triton", "eager")  # in the order in which "auto" takes them; imported when asked for
 EXTRAS = {"cpu": "cpu", "triton": "triton"}  # what a backend's packages are installed by
@@ -108,6 +109,12 @@ class Tabulate(Protocol):
         ...
 
 
+class Judge(Protocol):
+    """See `consensus.judge`."""
+
+    def __call__(self, sums: Tensor, before: Verdict | None, *, skips: bool) -> Verdict: ...
+
+
 class Backend(Protocol):
     """What the engine needs of a backend. Nothing here communicates, and nothing waits for the device."""
 
@@ -116,6 +123,11 @@ class Backend(Protocol):
     @property
     def tabulate(self) -> Tabulate | None:
         """Computes coefficients on a device that the host must not wait for; None: they are computed there as tensors."""
+        ...
+
+    @property
+    def judge(self) -> Judge:
+        """`consensus.judge`, or the same in one launch."""
         ...
 
     def supports(self, device: torch.device, dtypes: frozenset[torch.dtype]) -> str | None:

@@ -35,6 +35,7 @@ from sharded_optim.algorithms import Algorithm, Statistic
 from sharded_optim.backends import Column, Operands, cpu_scalars
 from sharded_optim.backends.operand_tables import OperandTables, kind_of
 from sharded_optim.backends.rebinding import argument_count, rebound
+from sharded_optim.consensus import judge
 from sharded_optim.formats import FORMATS
 from sharded_optim.noise import RESOLUTION
 
@@ -55,6 +56,7 @@ class Cpu:
 
     name = "cpu"
     tabulate = None
+    judge = staticmethod(judge)
 
     def __init__(self) -> None:
         self._tables: WeakKeyDictionary[Operands, _Tables] = WeakKeyDictionary()

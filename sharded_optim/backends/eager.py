@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sharded_optim.algorithms import Algorithm, Statistic
 from sharded_optim.backends import Column, Operands
+from sharded_optim.consensus import judge
 from sharded_optim.formats import format_of
 from sharded_optim.noise import uniform
 
@@ -23,6 +24,7 @@ class Eager:
 
     name = "eager"
     tabulate = None
+    judge = staticmethod(judge)
 
     def supports(self, device: torch.device, dtypes: frozenset[torch.dtype]) -> str | None:
         return None

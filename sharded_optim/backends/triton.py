@@ -29,11 +29,12 @@ from triton.compiler import ASTSource
 
 from sharded_optim.algorithms import Algorithm, Statistic
 from sharded_optim.algorithms.scalars import Formula, Sums
-from sharded_optim.backends import Column, Operands, triton_formulas
+from sharded_optim.backends import Column, Operands, triton_formulas, triton_verdict
 from sharded_optim.backends.operand_tables import OperandTables, kind_of
 from sharded_optim.backends.rebinding import argument_count
 from sharded_optim.backends.triton_compiler import compiled, executed, interpreted, on, scalars
-from sharded_optim.devices import capturing, send
+from sharded_optim.consensus import Verdict
+from sharded_optim.devices import capturing, keep, send
 from sharded_optim.formats import FORMATS, Format
 from sharded_optim.noise import RESOLUTION
 
@@ -65,7 +66,6 @@ class Triton:
         self._chunk = chunk
         self._threads = threads
         self._tables: WeakKeyDictionary[Operands, _Tables] = WeakKeyDictionary()
-        self._captured: list[Tensor] = []  # what CUDA graphs read, which do not keep it alive
 
     def supports(self, device: torch.device, dtypes: frozenset[torch.dtype]) -> str | None:
         if interpreted():
@@ -89,9 +89,12 @@ class Triton:
     ) -> Tensor:
         with on(steps.device):
             table, read = triton_formulas.launch(formulas, formula_of, steps, sums, lr, self._tables_of(operands).constants)
-        if capturing(steps.device):
-            self._captured += read
+        keep(steps.device, *read)
         return table
+
+    def judge(self, sums: Tensor, before: Verdict | None, *, skips: bool) -> Verdict:
+        with on(sums.device):
+            return triton_verdict.judge(sums, before, skips=skips)
 
     def prepare(self, algorithm: Algorithm, operands: Operands) -> None:
         self._tables_of(operands)
@@ -151,8 +154,7 @@ class Triton:
         if not len(tables.work):
             return
         table = addresses.table
-        if capturing(table.device):
-            self._captured += [tables.work, tables.segments, tables.one, tables.true, table]
+        keep(table.device, tables, table)
         with on(table.device):
             for aligned in addresses.alignments:
                 kernel.function[len(tables.work),](

@@ -1,0 +1,90 @@
+"""Whether a step happens, by what all ranks have added up: a vector of integers, some for each tensor of the model.
+
+`judge` is the definition, in torch operations. A backend may compile its functions `agrees` and `streak_length` into a kernel that does the
+same in one launch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sharded_optim.algorithms import operations as xp
+
+__all__ = [
+    "ABSENT",
+    "BITS",
+    "KEY",
+    "NON_FINITE",
+    "PRESENT",
+    "SECTIONS",
+    "SQUARED_KEY",
+    "TAIL",
+    "TOTAL",
+    "Verdict",
+    "agrees",
+    "judge",
+    "streak_length",
+]
+
+# Rows of the vector, one column per tensor.
+SECTIONS = 7
+TOTAL = 0  # sum of q over the owned pieces
+NON_FINITE = 1  # pieces in which the gradient, or the statistic, was not finite
+ABSENT = 2  # ranks that hold a piece without a gradient
+PRESENT = 3  # ranks that hold a piece with a gradient
+BITS = 4  # sum of k over the ranks in PRESENT
+KEY = 5  # sum of the hyperparameters' keys over the ranks in PRESENT
+SQUARED_KEY = 6  # and of their squares: all ranks have the same key if and only if PRESENT * SQUARED_KEY == KEY**2
+TAIL = 2  # after the rows: ranks that met bad input, ranks on which GradScaler found an infinite gradient
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What ranks know together of a step; the same on each."""
+
+    told: Tensor  # int64 (3,): whether they are consistent, whether all is finite, and the length of the streak
+    proceed: Tensor  # bool (), whether the step happens
+    first: Tensor  # int64 (tensors,), NON_FINITE of the first step of the streak
+
+    @property
+    def length(self) -> Tensor:
+        """Int64 (): how many steps in a row were skipped because something was not finite.
+
+        A step that does not happen for another reason, as GradScaler has found something that is not in these gradients, neither counts nor
+        ends it.
+        """
+        return self.told[2]
+
+
+def agrees(absent, present, key, squared_key):
+    """Whether all ranks that hold the tensor have a gradient, or none, and the same hyperparameters at the same step."""
+    return present * (absent + squared_key) == key * key  # who is not in PRESENT adds no key, and no term is negative
+
+
+def streak_length(before, finite, found_inf):
+    return xp.where(finite, before * (found_inf != 0), before + 1)
+
+
+def judge(sums: Tensor, before: Verdict | None, *, skips: bool) -> Verdict:
+    """What a step's sums over ranks mean. Waits for nothing.
+
+    Args:
+        sums: int64 (SECTIONS * tensors + TAIL,).
+        before: of the step before, if a streak may go on.
+        skips: whether a step that is not finite does not happen.
+    """
+    vector = sums[:-TAIL].view(SECTIONS, (len(sums) - TAIL) // SECTIONS)
+    valid, no_inf = (sums[-TAIL:] == 0).unbind()
+    first = vector[NON_FINITE]
+    finite = (first == 0).all()
+    consistent = agrees(vector[ABSENT], vector[PRESENT], vector[KEY], vector[SQUARED_KEY]).all() & valid
+    length = ~finite
+    if before is not None:
+        length = streak_length(before.length, finite, sums[-1])
+        first = torch.where(before.length == 0, first, before.first)
+    proceed = consistent & no_inf
+    told = torch.stack([consistent, finite, length]).to(torch.int64)
+    return Verdict(told=told, proceed=proceed & finite if skips else proceed, first=first)

@@ -1,0 +1,83 @@
+"""Whether a step happens is the same in plain Python, in torch operations and in one kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from variants import examples
+
+from sharded_optim import consensus
+from sharded_optim.consensus import ABSENT, KEY, NON_FINITE, PRESENT, SECTIONS, SQUARED_KEY, Verdict
+
+triton = pytest.importorskip("triton", reason="the triton package is not installed")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from sharded_optim.backends import triton_verdict  # noqa: E402
+
+
+@pytest.fixture
+def interpreter() -> Iterator[None]:
+    with triton.knobs.runtime.scope(), np.errstate(all="ignore"):
+        triton.knobs.runtime.interpret = True
+        yield
+
+
+RANKS = (
+    st.lists(  # of each rank that holds the tensor: the key of its hyperparameters, or None without a gradient; and whether it is finite
+        st.tuples(st.sampled_from([3, 2**24 - 1, 2**24 - 1, None]), st.sampled_from([True, True, True, False])), max_size=3
+    )
+)
+
+
+@given(
+    tensors=st.lists(RANKS, max_size=5),
+    padding=st.sampled_from([0, 1, triton_verdict.BLOCK]),
+    invalid=st.sampled_from([0, 0, 0, 2]),
+    found_inf=st.sampled_from([0, 0, 1]),
+    streak=st.sampled_from([None, 0, 1, 7]),
+    skips=st.booleans(),
+)
+@settings(deadline=None, max_examples=examples(40), suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.usefixtures("interpreter")
+def test_a_step_happens_where_all_ranks_agree_and_all_is_finite(tensors, padding, invalid, found_inf, streak, skips) -> None:
+    """With more tensors than the kernel looks at together, or none; a streak goes on, begins, ends, or is left as it is."""
+    tensors = [*tensors, *([[(5, True)]] * padding)]
+    vector = torch.zeros(SECTIONS, len(tensors), dtype=torch.int64)
+    for column, ranks in enumerate(tensors):
+        keys = [key for key, _ in ranks if key is not None]
+        vector[NON_FINITE, column] = sum(not finite for _, finite in ranks)
+        vector[ABSENT, column], vector[PRESENT, column] = len(ranks) - len(keys), len(keys)
+        vector[KEY, column], vector[SQUARED_KEY, column] = sum(keys), sum(key * key for key in keys)
+    sums = torch.cat([vector.flatten(), torch.tensor([invalid, found_inf])])
+    before = None
+    if streak is not None:
+        before = Verdict(told=torch.tensor([1, 0, streak]), proceed=torch.tensor(False), first=torch.arange(len(tensors)))
+
+    consistent = not invalid and all(len({key for key, _ in ranks}) <= 1 for ranks in tensors)
+    finite = all(finite for ranks in tensors for _, finite in ranks)
+    length = (streak or 0) + 1 if not finite else (streak or 0) if found_inf else 0
+    first = before.first if before is not None and streak else vector[NON_FINITE]
+    for judge in (consensus.judge, triton_verdict.judge):
+        verdict = judge(sums, before, skips=skips)
+        assert verdict.told.tolist() == [consistent, finite, length]
+        assert bool(verdict.proceed) == (consistent and not found_inf and (finite or not skips))
+        assert torch.equal(verdict.first, first)
+        assert (verdict.told.dtype, verdict.proceed.dtype, verdict.first.dtype) == (torch.int64, torch.bool, torch.int64)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("follows", [False, True])
+def test_a_gpu_gets_one_small_program(follows: bool, capability: int) -> None:
+    signature = {name: "i32" if name == "tensors" else "*i1" if name == "proceed" else "*i64" for name in triton_verdict.ARGUMENTS}
+    constants = {"FOLLOWS": follows, "SKIPS": True, "BLOCK": triton_verdict.BLOCK}
+    source = ASTSource(triton_verdict.verdict_kernel(), signature | dict.fromkeys(constants, "constexpr"), constexprs=constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=triton_verdict.OPTIONS)
+    assert compiled.metadata.shared <= 64
+    assert ".local" not in compiled.asm["ptx"]
