@@ -24,7 +24,7 @@ from variants import examples
 from sharded_optim.algorithms.adam import ADAM, AMSGRAD
 from sharded_optim.algorithms.sgd import MOMENTUM, SGD
 from sharded_optim.algorithms.stable_adamw import STABLE_ADAMW
-from sharded_optim.backends import addresses_of, eager
+from sharded_optim.backends import Operands, addresses_of, eager
 from sharded_optim.formats import FORMATS
 
 triton = pytest.importorskip("triton", reason="the triton package is not installed")
@@ -36,7 +36,7 @@ from sharded_optim.backends import triton as backend  # noqa: E402
 
 def small() -> backend.Triton:
     """Programs so small that tensors of the interpreter's size take several, and several blocks each."""
-    return backend.Triton(chunk=128, threads=8)
+    return backend.Triton(chunk=128, threads=4)
 
 
 # ------------------------------------------------------------------------------------------------------------------- interpreter
@@ -87,6 +87,29 @@ def test_one_element_that_is_not_finite_spoils_its_own_operand_only(spoiled: flo
     """3e19 has no finite square, 1e17 has."""
     flags = assert_same_observation(small(), Case(algorithm=STABLE_ADAMW, spoiled=spoiled), sums=sums)
     assert flags.tolist() == [row == 2 and spoiled != 1e17 for row in range(len(flags))]
+
+
+def of_gradient(grad, exp_avg, exp_avg_sq, factor):
+    return factor * grad
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("scale", [1.0, 2.0**-20, 2.0**40])
+def test_a_sum_is_of_integers_each_rounded_to_even(scale: float) -> None:
+    """From nothing to the largest term there may be, also where half a unit is to be rounded, and where limbs carry."""
+    assert STATISTIC is not None
+    generator = np.random.default_rng(1)
+    halves = generator.integers(0, 2**23, 100) + 0.5
+    any_size = 2.0 ** generator.uniform(-30, 51, 100)
+    around = np.array([2.0**bits + d * 2.0 ** max(bits - 23, -1) for bits in range(-1, 51) for d in (-1, 0, 1)])
+    values = np.concatenate([halves, any_size, around]).astype(np.float32)
+    values = np.minimum(values, np.nextafter(np.float32(2.0**51), np.float32(0)))
+    for terms in (values, *values[:40, None], *values[-40:, None]):
+        grads = torch.from_numpy(terms / np.float32(scale))
+        operands = Operands.whole([torch.zeros_like(grads)], [grads], [[torch.zeros_like(grads)] for _ in range(2)])
+        tables = torch.ones(1, 1), torch.tensor([2.0**51 / scale]), torch.tensor([scale])
+        sums, _ = small().observe(replace(STATISTIC, observe=of_gradient), operands, *tables, None)
+        assert sums.item() == sum(map(int, np.rint(terms.astype(np.float64)))), terms
 
 
 @pytest.mark.usefixtures("interpreter")
@@ -239,8 +262,9 @@ def test_a_gpu_gets_ieee_arithmetic_and_long_accesses(case: Case, capability: in
         read = [case.grad, *(written or [case.state])]  # StableAdamW observes one of the moments
         widest = {kind for kind in read if kind == "fp32"} or set(read)
         if aligned:
-            assert long.get("LDG", 0) >= sum(kind in widest for kind in read)
-            assert long.get("STG", 0) == sum(kind in widest for kind in written)
+            of_each = backend.ELEMENTS * FORMATS[next(iter(widest))].dtype.itemsize // backend.ALIGNMENT
+            assert long.get("LDG", 0) >= of_each * sum(kind in widest for kind in read)
+            assert long.get("STG", 0) == of_each * sum(kind in widest for kind in written)
         else:
             assert not long, "an address that is not aligned would be a fault"
         assert not any(name.startswith(("LDL", "STL")) for name in code), "registers are spilled"

@@ -13,9 +13,10 @@ are those of the eager backend. The host never waits, and a CUDA graph may recor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -41,11 +42,13 @@ from sharded_optim.noise import RESOLUTION
 __all__ = ["BACKEND", "compile_for", "observe_kernel", "update_kernel"]
 
 CHUNK = 4096  # elements of a program
-WARPS = 8
-THREADS = 32 * WARPS  # where a warp has 32
+WARP = 32  # threads, where Triton is to have any number of them
+THREADS = 4 * WARP  # of a program
+ELEMENTS = 8  # that a thread loads before it computes
 ALIGNMENT = 16  # bytes: the longest access of a thread
 VECTOR = 8  # elements of the smallest dtype in so many bytes
-OPTIONS = {"num_warps": WARPS, "num_stages": 1, "enable_fp_fusion": False}
+OPTIONS = {"num_stages": 1, "enable_fp_fusion": False}
+MOST = 2**13  # elements of a program, whose sums of limbs are int32
 assert RESOLUTION == 24, "triton_scalars.uniform draws so many bits"
 
 TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # Triton's names of the plain formats' dtypes
@@ -56,15 +59,17 @@ class Triton:
     """Kernels compiled by Triton; see `sharded_optim.backends.Backend`.
 
     Args:
-        chunk: elements of a program, at most `CHUNK`.
-        threads: of a program; powers of two, so that the tests can have small ones.
+        chunk: elements of a program, at most `MOST`.
+        threads: of a program.
+        elements: that a thread loads before it computes, at least `VECTOR`. All three are powers of two.
     """
 
     name = "triton"
 
-    def __init__(self, chunk: int = CHUNK, threads: int = THREADS) -> None:
+    def __init__(self, chunk: int = CHUNK, threads: int = THREADS, elements: int = ELEMENTS) -> None:
+        assert chunk <= MOST, "sums of limbs would not fit 32 bits"
         self._chunk = chunk
-        self._threads = threads
+        self._options = _options(threads, elements)
         self._tables: WeakKeyDictionary[Operands, _Tables] = WeakKeyDictionary()
 
     def supports(self, device: torch.device, dtypes: frozenset[torch.dtype]) -> str | None:
@@ -163,8 +168,7 @@ class Triton:
                     table.shape[1],
                     *arguments,
                     ALIGNED=aligned,
-                    BLOCK=self._threads * kernel.elements_per_thread,
-                    **OPTIONS,
+                    **self._options,
                 )
 
 
@@ -230,16 +234,13 @@ class Kernel:
     """A kernel as Triton knows it.
 
     Attributes:
-        function: to be launched as `function[programs,](*arguments, ALIGNED=..., BLOCK=...)`.
+        function: to be launched as `function[programs,](*arguments, ALIGNED=..., **_options(...))`.
         signature: Triton's type of each argument.
-        elements_per_thread: that fit one access to the tensors of the widest dtype. If a thread had more of them than it can write at once,
-            they would have to go through another memory, to other threads.
         source: its text.
     """
 
     function: Any
     signature: dict[str, str]
-    elements_per_thread: int
     source: str
 
 
@@ -257,15 +258,20 @@ def observe_kernel(statistic: Statistic | None, kinds: tuple[str, ...]) -> Kerne
     return _observe_kernel(statistic, kinds, interpreted=interpreted())
 
 
-def compile_for(kernel: Kernel, target: GPUTarget, *, aligned: bool = True) -> Any:
+def compile_for(kernel: Kernel, target: GPUTarget, *, aligned: bool = True, threads: int = THREADS, elements: int = ELEMENTS) -> Any:
     """Compile a kernel ahead of time, on a machine that need not have the target.
 
     Returns:
         Triton's compiled kernel; its `asm` has "ptx" and "cubin" for NVIDIA, "amdgcn" and "hsaco" for AMD.
     """
-    constants = {"ALIGNED": aligned, "BLOCK": THREADS * kernel.elements_per_thread}
+    options = _options(threads, elements)
+    constants = {"ALIGNED": aligned, "BLOCK": options.pop("BLOCK")}
     source = ASTSource(kernel.function, kernel.signature | dict.fromkeys(constants, "constexpr"), constexprs=constants)
-    return triton.compile(source, target=target, options=OPTIONS)
+    return triton.compile(source, target=target, options=options)
+
+
+def _options(threads: int, elements: int) -> dict[str, Any]:
+    return {"BLOCK": threads * elements, "num_warps": max(threads // WARP, 1), **OPTIONS}
 
 
 @cache
@@ -301,7 +307,6 @@ def _update_kernel(algorithm: Algorithm, format_name: str, kinds: tuple[str, ...
         count="tl.where(tl.load(proceed), tl.load(work + 3 * item + 2), 0)",
         before=["key = tl.load(keys + row)", "index, left, length, gap = run_of(segments, row, first, count)"] if random else [],
         lines=lines,
-        summed={},
         names=scalars(interpreted=interpreted) | {"update": compiled(algorithm.update, interpreted=interpreted)},
     )
 
@@ -313,22 +318,27 @@ def _observe_kernel(statistic: Statistic | None, kinds: tuple[str, ...], *, inte
     names = scalars(interpreted=interpreted)
     arguments = {"sums": "*i64"}
     coefficients: list[str] = []
-    before: list[str] = []
-    summed = {"not_finite": ("tl.int32", "sums + operands + row", "set_if_any")}
     if statistic is None:
         name = f"finite_{grad_kind}"
-        lines = ["g = value_of_grad * scale", "not_finite = tl.where(g * g < float('inf'), 0, 1)"]
+        before = ["limit = 3.4028234663852886e38"]
+        lines = ["g = value_of_grad * scale", "value = g * g"]
     else:
         name = f"observe_{statistic.observe.__module__.rpartition('.')[2]}_{'_'.join(kinds)}"
         names["observe"] = compiled(statistic.observe, interpreted=interpreted)
         arguments = {"coefficients": "*fp32", "limits": "*fp32", "scales": "*fp32", **arguments}
         coefficients = [f"c{index}" for index in range(argument_count(statistic.observe) - len(kinds))]
-        before = ["limit = tl.load(limits + row)", "scale_of_sum = tl.load(scales + row)"]
+        before = ["limit = tl.load(limits + row)", "unit = inverse_of_power(tl.load(scales + row))"]
         values = ["value_of_grad * scale", *(f"value_of_{name}" for name in states), *coefficients]
-        lines = [f"value = observe({', '.join(values)})", "q, not_finite = fixed_point(value, limit, scale_of_sum)"]
-        summed["q"] = ("tl.int64", "sums + row", "add_up")
+        lines = [f"value = observe({', '.join(values)})"]
+    # What lies beyond the end is read as zeros, of which a statistic is zero.
+    folded = {"largest": ("0.0, tl.float32", "value", "larger")}
+    after = ["tell(~({largest} <= limit), sums + operands + row)"]
+    if statistic is not None:
+        lines.append("low, middle, high = fixed_point(value, unit)")
+        folded |= {limb: ("0, tl.int32", f"bits_of({limb})", "add") for limb in ("low", "middle", "high")}
+        after.append("add_up({low}, {middle}, {high}, {lanes}, unit, sums + row)")
     tensors = {"grad": grad_kind, **states}
-    return _kernel(name, arguments, tensors, coefficients, before=before, lines=lines, summed=summed, names=names)
+    return _kernel(name, arguments, tensors, coefficients, before=before, lines=lines, folded=folded, after=after, names=names)
 
 
 def _kernel(
@@ -339,7 +349,8 @@ def _kernel(
     *,
     before: Sequence[str],  # all elements of a program
     lines: Sequence[str],  # for each block of elements
-    summed: dict[str, tuple[str, str, str]],  # what is summed of these: type of a program's sums, where they go, and by which function
+    folded: Mapping[str, tuple[str, str, str]] = MappingProxyType({}),  # of each row of elements: start and type, term, and function
+    after: Sequence[str] = (),  # all blocks, with names of what was folded and of the number of elements that it is of
     names: dict[str, Any],  # that the text uses
     count: str = "tl.load(work + 3 * item + 2)",  # of a program's elements
 ) -> Kernel:
@@ -354,11 +365,14 @@ def _kernel(
         *(f"value_of_{name} = load_{kind}(tl.load(at_{name} + element, mask=inside, other=0.0))" for name, kind in tensors.items()),
         *lines,
     ]
-    totals = [f"total_{name} = tl.full((BLOCK,), 0, {dtype})" for name, (dtype, _, _) in summed.items()]
-    terms = {name: f"tl.where(inside, {name}, 0)" for name in summed}
-    of_block = [f"total_{name} += {each}" for name, each in terms.items()]
-    of_program = [f"{put}(total_{name}, {target})" for name, (_, target, put) in summed.items()]
-    of_rest = [f"{put}({terms[name]}, {target})" for name, (_, target, put) in summed.items()]
+    width = ALIGNMENT // max(ITEMSIZE[kind] for kind in tensors.values())
+    start = [f"{name}_of_blocks = tl.full((BLOCK // {width},), {zero})" for name, (zero, _, _) in folded.items()]
+    of_block = [f"{name}_of_blocks = {fold}({name}_of_blocks, tl.reduce({term}, 1, {fold}))" for name, (_, term, fold) in folded.items()]
+    of_rest = [f"{name}_of_rest = tl.reduce({term}, 1, {fold})" for name, (_, term, fold) in folded.items()]
+    after_blocks, after_rest = (
+        [line.format(lanes=lanes, **{name: f"{name}_of_{part}" for name in folded}) for line in after]
+        for part, lanes in (("blocks", "(whole + BLOCK - 1) // BLOCK * BLOCK"), ("rest", VECTOR))
+    )
     source = f'''"""Made by sharded_optim/backends/triton.py."""
 
 @triton.jit(do_not_specialize=ARGUMENTS)
@@ -370,23 +384,22 @@ def {name}({", ".join(signature)}, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
     {_lines(4, found)}
     if (({" | ".join(tensors)}) % {ALIGNMENT} == 0) == ALIGNED:
         scale = tl.load(grad_scale)
-        {_lines(8, constants, totals)}
+        {_lines(8, constants, start)}
         whole = count // {VECTOR} * {VECTOR} if ALIGNED else count
         for start in range(0, whole, BLOCK):
-            element = start + tl.arange(0, BLOCK)
+            element = start + elements(BLOCK, {width})
             inside = element < whole
             {_lines(12, block, of_block)}
-        {_lines(8, of_program)}
+        {_lines(8, after_blocks)}
         if whole < count:  # what does not fill {ALIGNMENT} bytes
-            element = whole + tl.arange(0, {VECTOR})
+            element = whole + elements({VECTOR}, {width})
             inside = element < count
-            {_lines(12, block, of_rest)}
+            {_lines(12, block, of_rest, after_rest)}
 '''
     return Kernel(
         # Arguments of equal types are not to be compiled anew for other values of theirs, such as addresses that are aligned by chance.
         function=executed(name, source, {"triton": triton, "tl": tl, "ARGUMENTS": list(signature), **names}),
         signature=signature,
-        elements_per_thread=ALIGNMENT // max(ITEMSIZE[kind] for kind in tensors.values()),
         source=source,
     )
 

@@ -143,18 +143,59 @@ def index_of(index, left, length, gap, count, element):
 # -------------------------------------------------------------------------------------------------------------------------- sum
 
 
-def fixed_point(value, limit, scale):
-    """(round_half_even(value * scale) as int64, 0), or (0, 1) where the value is not finite; for value * scale < 2**63."""
-    finite = value <= limit  # False for NaN too
-    scaled = tl.where(finite, value, 0.0) * scale  # exact, by a power of two
-    # From 2**23 on fp32 has nothing but integers, so that an addition which leads there rounds to one.
-    rounded = tl.where(scaled < 8388608.0, (scaled + 8388608.0) - 8388608.0, scaled)
-    return rounded.to(tl.int64), tl.where(finite, 0, 1)
+# A statistic is summed exactly, as the integer that it is in units of 1 / scale. Adding 1.5 * 2**23 units of some power of two rounds a
+# smaller fp32 number to these units, half to even, and leaves their number in the low bits of the result, offset by the bits of what was
+# added. Three such roundings, each of what the one before left over, which is exact, make three limbs of 17 bits and their signs. All
+# that multiprocessors have many units for is 32 bits long: conversions to int64 would take longer than the memory.
+
+LIMB = tl.constexpr(17)  # bits: 3 * LIMB is TERM_BITS of statistics.py, and 2**13 limbs are summed in 32 bits
+ROUNDER = tl.constexpr(1.5 * 2.0**23)
+STEP = tl.constexpr(2.0**17)
 
 
-def add_up(terms, target):
-    total = tl.reduce(terms, 0, add).to(tl.int64)
-    tl.atomic_add(target, total, mask=total != 0, sem="relaxed")
+def elements(block: tl.constexpr, width: tl.constexpr):
+    """0, 1, ... as int32 (block // width, width): a row is what a thread reads or writes at once, and folds without others."""
+    return tl.arange(0, block // width)[:, None] * width + tl.arange(0, width)[None, :]
+
+
+def inverse_of_power(scale):
+    """1 / scale of a power of two, fp32: the exponent with the other sign."""
+    return (0x7F000000 - bits_of(scale)).to(tl.float32, bitcast=True)
+
+
+def fixed_point(value, unit):
+    """Limbs of round_half_even(value / unit), for `bits_of` and `add_up`: fp32, each offset by its rounder.
+
+    Args:
+        value: fp32, at least 0 and below 2**51 units; any limbs are of others.
+        unit: a power of two, 1 / scale, of which 2**58 are finite.
+    """
+    to_low = unit * ROUNDER
+    to_middle = to_low * STEP
+    to_high = to_middle * STEP
+    high = value + to_high
+    rest = value - (high - to_high)
+    middle = rest + to_middle
+    rest = rest - (middle - to_middle)
+    return rest + to_low, middle, high
+
+
+def bits_of(value):
+    return value.to(tl.int32, bitcast=True)
+
+
+def add_up(low, middle, high, lanes, unit, target):
+    """Add the integers of which these are the limbs.
+
+    Args:
+        low, middle, high: int32 (n,), sums of bits of limbs, modulo 2**32.
+        lanes: of how many limbs each of the three is.
+    """
+    to_low = unit * ROUNDER
+    to_middle = to_low * STEP
+    total = (tl.reduce(high, 0, add) - lanes * bits_of(to_middle * STEP)).to(tl.int64) << LIMB
+    total = (total + (tl.reduce(middle, 0, add) - lanes * bits_of(to_middle))) << LIMB
+    tl.atomic_add(target, total + (tl.reduce(low, 0, add) - lanes * bits_of(to_low)), sem="relaxed")
 
 
 def set_if_any(terms, target):
@@ -164,3 +205,15 @@ def set_if_any(terms, target):
 
 def add(a, b):
     return a + b
+
+
+# ----------------------------------------------------------------------------------------------------------------------- consensus
+
+
+def larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+def tell(found, target):
+    """Write 1 if any is True: all threads that do write the same, which needs no atomic operation."""
+    tl.store(target + tl.full(found.shape, 0, tl.int32), 1, mask=found)
