@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +29,8 @@ triton = pytest.importorskip("triton", reason="the triton package is not install
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
+from benchmarks.machine_code import disassembled, figures_of  # noqa: E402
+from benchmarks.sweep import VARIANTS  # noqa: E402
 from sharded_optim.backends import triton as backend  # noqa: E402
 
 
@@ -78,6 +78,14 @@ def test_an_update_gives_the_bits_of_the_eager_backend(case: Case) -> None:
 @pytest.mark.parametrize("state", ["fp32", "bf16"])
 def test_an_observation_gives_the_sums_of_the_eager_backend(grad: str, state: str) -> None:
     assert not assert_same_observation(small(), Case(algorithm=STABLE_ADAMW, grad=grad, state=state)).any()
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("variant", [{"elements": 16, "backward": False}, {"threads": 2, "eviction": "evict_first"}], ids=str)
+def test_how_it_is_launched_changes_no_bit(variant: dict[str, Any]) -> None:
+    other = backend.Triton(**{"chunk": 64, "threads": 4} | variant)
+    assert_same_update(other, Case(algorithm=STABLE_ADAMW, fmt="bf16_kahan", grad="bf16"), steps=2)
+    assert not assert_same_observation(other, Case(algorithm=STABLE_ADAMW)).any()
 
 
 @pytest.mark.usefixtures("interpreter")
@@ -228,18 +236,9 @@ def kernels_of(case: Case) -> list[Any]:
     return [update, *([backend.observe_kernel(case.algorithm.statistic, kinds)] if case.algorithm.statistic else [])]
 
 
-def machine_code(cubin: bytes, folder: Path) -> str:
-    """What `nvdisasm`, of Triton's wheel or of CUDA, makes of it."""
-    found = shutil.which("nvdisasm", path=str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin")) or shutil.which("nvdisasm")
-    assert found, "triton's wheels for x86 and Arm have nvdisasm"
-    path = folder / "kernel.cubin"
-    path.write_bytes(cubin)
-    return subprocess.run([found, "-c", path], capture_output=True, text=True, check=True, timeout=60).stdout
-
-
 @pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize(("case", "capability"), TARGETS, ids=lambda value: described(value) if isinstance(value, Case) else str(value))
-def test_a_gpu_gets_ieee_arithmetic_and_long_accesses(case: Case, capability: int, aligned: bool, tmp_path: Path) -> None:
+def test_a_gpu_gets_ieee_arithmetic_and_long_accesses(case: Case, capability: int, aligned: bool) -> None:
     """Each operation is rounded once: division and square root are exact, nothing is contracted, denormal numbers stay.
 
     Where tensors are aligned, fp32 goes 16 bytes at a time, as does everything where all is of 16 bits; beside fp32, 16-bit tensors go 8
@@ -254,7 +253,7 @@ def test_a_gpu_gets_ieee_arithmetic_and_long_accesses(case: Case, capability: in
         uses_adam = case.algorithm in (ADAM, AMSGRAD, STABLE_ADAMW)
         assert bool(re.search(r"\bdiv\.rn\.f32", ptx)) == (uses_adam or "stochastic" in case.fmt)
         assert bool(re.search(r"\bsqrt\.rn\.f32", ptx)) == (uses_adam and kernel.signature.keys() >= {"proceed"})
-        code = Counter(re.findall(r"\b(?:LDG|STG|LDL|STL)[\w.]*", machine_code(compiled.asm["cubin"], tmp_path)))
+        code = Counter(re.findall(r"\b(?:LDG|STG|LDL|STL)[\w.]*", disassembled(compiled.asm["cubin"])))
         long = {name.partition(".")[0]: count for name, count in code.items() if name.endswith(".128")}
         written = [case.fmt[:4]] * (1 + len(FORMATS[case.fmt].extra)) + [case.state] * len(case.algorithm.state)
         if "proceed" not in kernel.signature:
@@ -269,6 +268,29 @@ def test_a_gpu_gets_ieee_arithmetic_and_long_accesses(case: Case, capability: in
             assert not long, "an address that is not aligned would be a fault"
         assert not any(name.startswith(("LDL", "STL")) for name in code), "registers are spilled"
         assert compiled.metadata.shared <= 1024 * (not written)
+
+
+MOST_OF_AN_H200 = 0.75  # of the issue slots there are while a copy's bandwidth, 4.3 TB/s, brings an element
+
+
+@pytest.mark.parametrize("kernel", kernels_of(COMPILED[0]), ids=["update", "observe"])
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_fp32_waits_for_memory_alone(kernel: Any, capability: int) -> None:
+    """By count: instructions leave room for stalls, so do the slower units, and loads in flight bridge twice a busy memory's latency."""
+    found = figures_of("", kernel, capability=capability)
+    elements = 4.3e12 / found.bytes / 1.9e9 / 132
+    assert found.bytes == (28 if "proceed" in kernel.signature else 8)
+    assert found.share(elements) < MOST_OF_AN_H200
+    assert found.slowest(elements)[0] < MOST_OF_AN_H200 / 2
+    assert found.in_flight > 2 * 4.3e12 * 1e-6 / 132
+    assert not found.spills
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_variants_of_the_sweep_are_worth_a_try(variant: dict[str, Any]) -> None:
+    """None spills registers, and each is another launch: whoever has a GPU measures nothing else."""
+    shape = {name: value for name, value in variant.items() if name in ("chunk", "threads", "elements")}
+    assert not any(figures_of("", kernel, **shape).spills for kernel in kernels_of(COMPILED[0]))
 
 
 @pytest.mark.parametrize("architecture", [("gfx942", 64), ("gfx1100", 32)])

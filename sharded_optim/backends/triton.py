@@ -48,6 +48,7 @@ ELEMENTS = 8  # that a thread loads before it computes
 ALIGNMENT = 16  # bytes: the longest access of a thread
 VECTOR = 8  # elements of the smallest dtype in so many bytes
 OPTIONS = {"num_stages": 1, "enable_fp_fusion": False}
+UPDATE = {"BACKWARD": True, "EVICTION": ""}  # see `Triton`
 MOST = 2**13  # elements of a program, whose sums of limbs are int32
 assert RESOLUTION == 24, "triton_scalars.uniform draws so many bits"
 
@@ -62,14 +63,19 @@ class Triton:
         chunk: elements of a program, at most `MOST`.
         threads: of a program.
         elements: that a thread loads before it computes, at least `VECTOR`. All three are powers of two.
+        backward: whether an update begins with the last program, where the observation before it ended: a cache may have that still.
+        eviction: Triton's policy for what an update reads and writes: "", or "evict_first", which leaves the cache to others.
     """
 
     name = "triton"
 
-    def __init__(self, chunk: int = CHUNK, threads: int = THREADS, elements: int = ELEMENTS) -> None:
+    def __init__(
+        self, chunk: int = CHUNK, threads: int = THREADS, elements: int = ELEMENTS, *, backward: bool = True, eviction: str = ""
+    ) -> None:
         assert chunk <= MOST, "sums of limbs would not fit 32 bits"
         self._chunk = chunk
         self._options = _options(threads, elements)
+        self._of_update = {"BACKWARD": backward, "EVICTION": eviction}
         self._tables: WeakKeyDictionary[Operands, _Tables] = WeakKeyDictionary()
 
     def supports(self, device: torch.device, dtypes: frozenset[torch.dtype]) -> str | None:
@@ -143,7 +149,7 @@ class Triton:
         if operands.format.is_random:
             assert noise_keys is not None
             arguments += [noise_keys.contiguous(), tables.segments]
-        self._launch(kernel, tables, addresses, scale, *arguments)
+        self._launch(kernel, tables, addresses, scale, *arguments, **self._of_update)
         for (column, row), copy in copies.items():
             if column:  # the first is the gradient's
                 written[column - 1].tensors[row].copy_(copy)
@@ -155,7 +161,7 @@ class Triton:
             self._tables[operands] = tables
         return tables
 
-    def _launch(self, kernel: Kernel, tables: _Tables, addresses: _Addresses, *arguments: Tensor) -> None:
+    def _launch(self, kernel: Kernel, tables: _Tables, addresses: _Addresses, *arguments: Tensor, **constants: Any) -> None:
         if not len(tables.work):
             return
         table = addresses.table
@@ -169,6 +175,7 @@ class Triton:
                     *arguments,
                     ALIGNED=aligned,
                     **self._options,
+                    **constants,
                 )
 
 
@@ -234,13 +241,15 @@ class Kernel:
     """A kernel as Triton knows it.
 
     Attributes:
-        function: to be launched as `function[programs,](*arguments, ALIGNED=..., **_options(...))`.
+        function: to be launched as `function[programs,](*arguments, ALIGNED=..., **_options(...), **constants)`.
         signature: Triton's type of each argument.
+        constants: further ones, with what a launch gives by default.
         source: its text.
     """
 
     function: Any
     signature: dict[str, str]
+    constants: Mapping[str, Any]
     source: str
 
 
@@ -265,7 +274,7 @@ def compile_for(kernel: Kernel, target: GPUTarget, *, aligned: bool = True, thre
         Triton's compiled kernel; its `asm` has "ptx" and "cubin" for NVIDIA, "amdgcn" and "hsaco" for AMD.
     """
     options = _options(threads, elements)
-    constants = {"ALIGNED": aligned, "BLOCK": options.pop("BLOCK")}
+    constants = {"ALIGNED": aligned, "BLOCK": options.pop("BLOCK"), **kernel.constants}
     source = ASTSource(kernel.function, kernel.signature | dict.fromkeys(constants, "constexpr"), constexprs=constants)
     return triton.compile(source, target=target, options=options)
 
@@ -291,19 +300,23 @@ def _update_kernel(algorithm: Algorithm, format_name: str, kinds: tuple[str, ...
 
     param = " + ".join(["value_of_param", *(f"value_of_{name}" for name in extra)])
     arguments = [param, "value_of_grad * scale", *(f"value_of_{name}" for name in states), *coefficients]
+    access = "mask=inside, eviction_policy=EVICTION"
     lines = [
         *(["noise = uniform(key, index_of(index, left, length, gap, count, element))"] if random else []),
         f"new_param, {''.join(f'new_{name}, ' for name in states)} = update({', '.join(arguments)})",
         f"stored_param = {stored(base, 'new_param', random=suffix == 'stochastic')}",
         *(f"stored_{name} = {stored(base, f'new_param - load_{base}(stored_param)', random=random)}" for name in extra),
         *(f"stored_{name} = {stored(kind, f'new_{name}', random=False)}" for name, kind in states.items()),
-        *(f"tl.store(at_{name} + element, stored_{name}, mask=inside)" for name in ("param", *extra, *states)),
+        *(f"tl.store(at_{name} + element, stored_{name}, {access})" for name in ("param", *extra, *states)),
     ]
     return _kernel(
         f"update_{algorithm.name}_{format_name}_{'_'.join(kinds)}",
         {"coefficients": "*fp32", "proceed": "*i1"} | ({"keys": "*i64", "segments": "*i64"} if random else {}),
         tensors,
         coefficients,
+        item="tl.num_programs(0) - 1 - tl.program_id(0) if BACKWARD else tl.program_id(0)",
+        access=access,
+        constants=UPDATE,
         count="tl.where(tl.load(proceed), tl.load(work + 3 * item + 2), 0)",
         before=["key = tl.load(keys + row)", "index, left, length, gap = run_of(segments, row, first, count)"] if random else [],
         lines=lines,
@@ -352,17 +365,20 @@ def _kernel(
     folded: Mapping[str, tuple[str, str, str]] = MappingProxyType({}),  # of each row of elements: start and type, term, and function
     after: Sequence[str] = (),  # all blocks, with names of what was folded and of the number of elements that it is of
     names: dict[str, Any],  # that the text uses
-    count: str = "tl.load(work + 3 * item + 2)",  # of a program's elements
+    item: str = "tl.program_id(0)",  # the program's row in the table of work
+    count: str = "tl.load(work + 3 * item + 2)",  # of its elements
+    access: str = "mask=inside",  # how memory is accessed
+    constants: Mapping[str, Any] = MappingProxyType({}),  # of a launch, and which `compile_for` takes
 ) -> Kernel:
     signature = {"work": "*i64", "addresses": "*i64", "operands": "i32", "grad_scale": "*fp32", **arguments}
     found = [f"{name} = tl.load(addresses + {column} * operands + row)" for column, name in enumerate(tensors)]
-    constants = [
+    of_program = [
         *(f"{name} = tl.load(coefficients + {len(coefficients)} * row + {index})" for index, name in enumerate(coefficients)),
         *before,
         *(f"at_{name} = pointer({name} + {ITEMSIZE[kind]} * first, tl.{TYPES[kind]}, ALIGNED)" for name, kind in tensors.items()),
     ]
     block = [
-        *(f"value_of_{name} = load_{kind}(tl.load(at_{name} + element, mask=inside, other=0.0))" for name, kind in tensors.items()),
+        *(f"value_of_{name} = load_{kind}(tl.load(at_{name} + element, {access}, other=0.0))" for name, kind in tensors.items()),
         *lines,
     ]
     width = ALIGNMENT // max(ITEMSIZE[kind] for kind in tensors.values())
@@ -373,18 +389,19 @@ def _kernel(
         [line.format(lanes=lanes, **{name: f"{name}_of_{part}" for name in folded}) for line in after]
         for part, lanes in (("blocks", "(whole + BLOCK - 1) // BLOCK * BLOCK"), ("rest", VECTOR))
     )
+    constexprs = "".join(f", {name}: tl.constexpr" for name in constants)
     source = f'''"""Made by sharded_optim/backends/triton.py."""
 
 @triton.jit(do_not_specialize=ARGUMENTS)
-def {name}({", ".join(signature)}, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
-    item = tl.program_id(0).to(tl.int64)
+def {name}({", ".join(signature)}, ALIGNED: tl.constexpr, BLOCK: tl.constexpr{constexprs}):
+    item = ({item}).to(tl.int64)
     row = tl.load(work + 3 * item)
     first = tl.load(work + 3 * item + 1)
     count = ({count}).to(tl.int32)
     {_lines(4, found)}
     if (({" | ".join(tensors)}) % {ALIGNMENT} == 0) == ALIGNED:
         scale = tl.load(grad_scale)
-        {_lines(8, constants, start)}
+        {_lines(8, of_program, start)}
         whole = count // {VECTOR} * {VECTOR} if ALIGNED else count
         for start in range(0, whole, BLOCK):
             element = start + elements(BLOCK, {width})
@@ -400,6 +417,7 @@ def {name}({", ".join(signature)}, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
         # Arguments of equal types are not to be compiled anew for other values of theirs, such as addresses that are aligned by chance.
         function=executed(name, source, {"triton": triton, "tl": tl, "ARGUMENTS": list(signature), **names}),
         signature=signature,
+        constants=constants,
         source=source,
     )
 
