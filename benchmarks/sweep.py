@@ -2,7 +2,7 @@
 
 Each variant changes one argument of `sharded_optim.backends.triton.Triton`. The passes of StableAdamW are timed one by one and together, as
 calls of the backend: without the engine, and without waiting for one another. Variants take turns, and each figure is the median of its
-rounds, as bytes that a pass has to move by its time. Takes about a minute on a data centre's GPU. Without one, `TRITON_INTERPRET=1` and
+rounds, as bytes that a pass has to move by its time. Meant to take a minute or two. Without a GPU, `TRITON_INTERPRET=1` and
 --layouts tiny run the same, slowly, to see that it works.
 """
 
@@ -90,7 +90,7 @@ def measure(shapes: Sequence[tuple[int, ...]], device: torch.device, *, rounds: 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--layouts", nargs="+", choices=SHAPES, default=["256M", "16M", "GPT-2", "10kx1k"], metavar="NAME")
+    parser.add_argument("--layouts", nargs="+", choices=SHAPES, default=["256M", "16M", "1M", "GPT-2", "10kx1k"], metavar="NAME")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--zeros", type=float, default=0.0, help="share of the gradients that are zero")
     told = parser.parse_args(arguments)
