@@ -4,11 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= configs/fsdp2.yaml
 ARGS ?=
+# Has a CUDA build of torch, and Triton; what needs a GPU runs with it as it is, without .venv and without a network.
+GPU_PYTHON ?= python3
 # In two processes, as one often waits for ranks. Files stay whole, for what their tests share; tests/conftest.py puts long ones first.
 SIDE_BY_SIDE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test matrix reshard chaos survive docker-check bench flattened figures lint format clean
+.PHONY: help setup train test matrix reshard chaos survive docker-check bench gpu-bench flattened figures lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -53,6 +55,9 @@ bench: setup  ## time steps of all optimizers side by side: make bench ARGS="--q
 	$(if $(ARGS),,$(BIN)/python -m benchmarks.distributed)
 	$(if $(ARGS),,$(BIN)/python -m benchmarks.checkpoint)
 	$(if $(ARGS),,$(BIN)/python -m benchmarks.divergence)
+
+gpu-bench:  ## time steps on a GPU, with GPU_PYTHON's torch, in less than 9 minutes: make gpu-bench ARGS="--cases 256M GPT-2"
+	$(GPU_PYTHON) -m benchmarks.step --device cuda $(ARGS)
 
 flattened: setup  ## tabulate errors under DeepSpeed and FSDP1: make flattened ARGS="--quick"
 	$(BIN)/python -m benchmarks.flattened $(ARGS)

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["DTYPES", "GPT2", "LAYOUTS", "Case", "Layout", "select"]
+from benchmarks.devices import CPU, CUDA
+
+__all__ = ["DTYPES", "GPT2", "LAYOUTS", "LLAMA3_8B", "Case", "Layout", "select", "shards"]
 
 M = 2**20
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -22,6 +24,7 @@ class Layout:
     name: str
     shapes: Shapes
     dtypes: tuple[str, ...] = ("fp32", "bf16")  # in which it is measured
+    devices: tuple[str, ...] = (CPU,)  # kinds on which it is measured without being named
     few: bool = False  # only by the contenders that say so
     same_elements: str | None = None  # the layout that has as many elements in one tensor
     quick: bool = False  # part of a smoke run
@@ -52,13 +55,30 @@ def _gpt2(width: int = 768, blocks: int = 12, vocabulary: int = 50257, positions
     return ((vocabulary, width), (positions, width), *(block * blocks), *norm)
 
 
+def _llama3_8b(width: int = 4096, blocks: int = 32, hidden: int = 14336, heads: int = 1024, vocabulary: int = 128256) -> Shapes:
+    """The parameters of Llama 3 8B (Grattafiori et al. 2024) as Hugging Face lays them out; `heads` is the width of keys and of values."""
+    attention = ((width, width), (heads, width), (heads, width), (width, width))
+    feed_forward = ((hidden, width), (hidden, width), (width, hidden))
+    block = (*attention, *feed_forward, (width,), (width,))
+    return ((vocabulary, width), *(block * blocks), (width,), (vocabulary, width))
+
+
+def shards(shapes: Shapes, ranks: int) -> Shapes:
+    """What the first rank has of each tensor under FSDP2: the first of so many chunks along dim 0, of which the last may be smaller."""
+    return tuple((-(-rows // ranks), *rest) for rows, *rest in shapes)
+
+
 GPT2 = _gpt2()
+LLAMA3_8B = _llama3_8b()
+BOTH = (CPU, CUDA)
 LAYOUTS = (
     Layout(name="1M", shapes=((M,),), quick=True),
-    Layout(name="16M", shapes=((16 * M,),)),
+    Layout(name="16M", shapes=((16 * M,),), devices=BOTH),
     Layout(name="64M", shapes=((64 * M,),)),
-    Layout(name="256M", shapes=((256 * M,),)),
-    Layout(name="GPT-2", shapes=GPT2),
+    Layout(name="256M", shapes=((256 * M,),), devices=BOTH),
+    Layout(name="1G", shapes=((1024 * M,),), devices=(CUDA,)),
+    Layout(name="GPT-2", shapes=GPT2, devices=BOTH),
+    Layout(name="Llama-3-8B/64", shapes=shards(LLAMA3_8B, 64), devices=(CUDA,)),  # the local tensors of one of 64 ranks
     # The next four are pairs: what many tensors cost beyond their elements.
     Layout(name="1x10M", shapes=((10_000_000,),), dtypes=("fp32",), few=True, quick=True),
     Layout(name="10kx1k", shapes=((1_000,),) * 10_000, dtypes=("fp32",), few=True, same_elements="1x10M", quick=True),
@@ -67,8 +87,8 @@ LAYOUTS = (
 )
 
 
-def select(names: Sequence[str] | None, dtypes: Sequence[str] | None, *, quick: bool = False) -> list[Case]:
-    """The cases of the layouts and dtypes that are named; None means all, or for a quick run those that are quick.
+def select(names: Sequence[str] | None, dtypes: Sequence[str] | None, *, device: str = CPU, quick: bool = False) -> list[Case]:
+    """The cases of the layouts and dtypes that are named; None means those of the kind of device, or for a quick run those that are quick.
 
     Raises:
         ValueError: nothing is left, or a name is unknown.
@@ -77,7 +97,8 @@ def select(names: Sequence[str] | None, dtypes: Sequence[str] | None, *, quick: 
     unknown = [name for name in names or () if name not in known]
     if unknown:
         raise ValueError(f"unknown cases {', '.join(unknown)}; there are {', '.join(known)}")
-    layouts = [layout for layout in LAYOUTS if (layout.name in names if names else layout.quick or not quick)]
+    meant = [layout.name for layout in LAYOUTS if (layout.quick if quick else device in layout.devices)]
+    layouts = [layout for layout in LAYOUTS if layout.name in (names or meant)]
     chosen = [Case(layout=layout, dtype=dtype) for dtype in DTYPES for layout in layouts if dtype in layout.dtypes]
     cases = [case for case in chosen if not dtypes or case.dtype in dtypes]
     if not cases:

@@ -185,7 +185,7 @@ def _build(sizes: dict[str, int]) -> Live:
 def _slowest(work: Callable[[], object]) -> float:
     """Seconds of the slowest rank, when all begin together."""
     dist.barrier()
-    seconds = torch.tensor([seconds_of(work, 1, torch.device("cpu"))], dtype=torch.float64)
+    seconds = torch.tensor([seconds_of(work)], dtype=torch.float64)
     dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
     return seconds.item()
 

@@ -17,16 +17,18 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import nn
 
+from benchmarks.devices import CPU, CUDA
 from benchmarks.storage import FLOAT32, HUGE_PAGES, ORDINARY
 
-__all__ = ["BASELINE", "CONTENDERS", "OURS", "Contender", "by_name", "find"]
+__all__ = ["BASELINE", "CONTENDERS", "GRAPH", "OURS", "Contender", "by_name", "find"]
 
 Params = list[nn.Parameter]
 OURS = "sharded_optim"
 BASELINE = "torch AdamW fused"
+GRAPH = ", graph"  # ends the name of who replays a CUDA graph of its step
 # Gradients do not change, so a step moves a parameter by about lr: small enough for thousands of steps.
 HYPERPARAMETERS: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 1e-2}
-# Elements beyond which a contender is left out: what takes several times the baseline's time, and what takes a hundred times as much.
+# Elements beyond which a contender is left out on a CPU: what takes several times the baseline's time, and what takes a hundred times that.
 SLOW, SLOWEST = 200 * 2**20, 20 * 2**20
 
 
@@ -38,11 +40,16 @@ class Contender:
     library: str
     algorithm: str  # "AdamW" or "StableAdamW", which reads gradient and second moment once more
     make: Callable[[Params], torch.optim.Optimizer]
-    devices: tuple[str, ...] = ("cpu", "cuda")
+    devices: tuple[str, ...] = (CPU, CUDA)
     dtypes: tuple[str, ...] = ("fp32", "bf16")
     storage: str = ORDINARY  # of parameters and gradients; a key of `storage.KINDS`
-    most_elements: int | None = None
+    most_elements: int | None = None  # on a CPU
     few: bool = False  # also measured in the cases that few take part in
+
+    @property
+    def graphed(self) -> bool:
+        """Whether its step is captured in a CUDA graph, which is replayed."""
+        return self.name.endswith(GRAPH)
 
 
 def _torch(params: Params, **options: Any) -> torch.optim.Optimizer:
@@ -63,8 +70,8 @@ def _optimi(params: Params, *, algorithm: str, **options: Any) -> torch.optim.Op
     return getattr(import_module("optimi"), algorithm)(params, **HYPERPARAMETERS, **options)
 
 
-def _ours(params: Params, *, algorithm: str, backend: str) -> torch.optim.Optimizer:
-    return getattr(import_module(OURS), algorithm)(params, backend=backend, **HYPERPARAMETERS)
+def _ours(params: Params, *, algorithm: str, backend: str, **options: Any) -> torch.optim.Optimizer:
+    return getattr(import_module(OURS), algorithm)(params, backend=backend, **HYPERPARAMETERS, **options)
 
 
 def _of_optimi(algorithm: str) -> list[Contender]:
@@ -73,20 +80,28 @@ def _of_optimi(algorithm: str) -> list[Contender]:
     triton = partial(_optimi, algorithm=algorithm, triton=True)
     common: dict[str, Any] = {"library": "optimi", "algorithm": algorithm}
     return [
-        Contender(name=f"optimi {algorithm} foreach", make=foreach, devices=("cpu",), most_elements=SLOW, **common),
-        Contender(name=f"optimi {algorithm} loop", make=loop, devices=("cpu",), most_elements=SLOW, **common),
-        Contender(name=f"optimi {algorithm} triton", make=triton, devices=("cuda",), **common),
+        Contender(name=f"optimi {algorithm} foreach", make=foreach, devices=(CPU,), most_elements=SLOW, **common),
+        Contender(name=f"optimi {algorithm} loop", make=loop, devices=(CPU,), most_elements=SLOW, **common),
+        Contender(name=f"optimi {algorithm} triton", make=triton, devices=(CUDA,), **common),
     ]
 
 
 def _of_ours(algorithm: str) -> list[Contender]:
     common: dict[str, Any] = {"library": OURS, "algorithm": algorithm}
     cpu, triton, eager = (partial(_ours, algorithm=algorithm, backend=backend) for backend in ("cpu", "triton", "eager"))
+    on_gpu: dict[str, Any] = {"devices": (CUDA,), **common}
+    bf16: dict[str, Any] = {"dtypes": ("bf16",), **on_gpu}
+    name, small = f"ours {algorithm} triton", {"state_dtype": torch.bfloat16}
     return [
-        Contender(name=f"ours {algorithm} cpu", make=cpu, devices=("cpu",), few=True, **common),
-        Contender(name=f"ours {algorithm} cpu, huge pages", make=cpu, devices=("cpu",), storage=HUGE_PAGES, few=True, **common),
-        Contender(name=f"ours {algorithm} triton", make=triton, devices=("cuda",), few=True, **common),
-        Contender(name=f"ours {algorithm} eager", make=eager, most_elements=SLOWEST, **common),
+        Contender(name=f"ours {algorithm} cpu", make=cpu, devices=(CPU,), few=True, **common),
+        Contender(name=f"ours {algorithm} cpu, huge pages", make=cpu, devices=(CPU,), storage=HUGE_PAGES, few=True, **common),
+        Contender(name=name, make=triton, few=True, **on_gpu),
+        Contender(name=name + GRAPH, make=triton, **on_gpu),
+        # In bf16 those two have fp32 moments and Kahan compensation.
+        Contender(name=f"{name}, no Kahan", make=partial(triton, kahan_sum=False), **bf16),
+        Contender(name=f"{name}, bf16 moments", make=partial(triton, **small), **bf16),
+        Contender(name=f"{name}, bf16 moments, no Kahan", make=partial(triton, kahan_sum=False, **small), **bf16),
+        Contender(name=f"ours {algorithm} eager", make=eager, devices=(CPU,), most_elements=SLOWEST, **common),
     ]
 
 
@@ -94,9 +109,10 @@ FUSED = partial(_torch, fused=True)
 COMMON: dict[str, Any] = {"library": "torch", "algorithm": "AdamW"}
 CONTENDERS = (
     Contender(name=BASELINE, make=FUSED, few=True, **COMMON),  # in bf16 its moments are bf16
+    Contender(name=BASELINE + GRAPH, make=partial(FUSED, capturable=True), devices=(CUDA,), **COMMON),
     Contender(name="torch AdamW fused, fp32 copy", make=FUSED, dtypes=("bf16",), storage=FLOAT32, **COMMON),
     Contender(name="torch AdamW foreach", make=partial(_torch, foreach=True), most_elements=SLOW, **COMMON),
-    Contender(name="DeepSpeedCPUAdam", library="deepspeed", algorithm="AdamW", make=_deepspeed, devices=("cpu",)),
+    Contender(name="DeepSpeedCPUAdam", library="deepspeed", algorithm="AdamW", make=_deepspeed, devices=(CPU,)),
     *_of_optimi("AdamW"),
     *_of_ours("AdamW"),
     *_of_optimi("StableAdamW"),

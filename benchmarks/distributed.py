@@ -131,7 +131,7 @@ class _Entrant:
 def _seconds(work: Callable[[], object]) -> float:
     """Seconds that this rank takes, when all begin together."""
     dist.barrier()
-    return seconds_of(work, 1, torch.device("cpu"))
+    return seconds_of(work)
 
 
 def _wrap(name: str, case: Case) -> tuple[Training, Tensor]:

@@ -42,7 +42,7 @@ SMALL: dict[str, int] = {"layers": 2, "width": 32, "vocabulary": 64, "positions"
 def _slowest(work: Callable[[], object]) -> float:
     """Seconds of the slowest rank, when all begin together."""
     dist.barrier()
-    seconds = torch.tensor([seconds_of(work, 1, torch.device("cpu"))], dtype=torch.float64)
+    seconds = torch.tensor([seconds_of(work)], dtype=torch.float64)
     dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
     return seconds.item()
 

@@ -14,21 +14,15 @@ from typing import Any
 
 import torch
 
-__all__ = ["describe", "pick_device", "summary"]
+from sharded_optim.version import __version__
 
-PACKAGES = ("sharded-optim", "torch", "torch-optimi", "deepspeed", "numba", "numpy", "triton")
+__all__ = ["describe", "summary"]
+
+PACKAGES = ("torch", "torch-optimi", "deepspeed", "numba", "numpy", "triton")
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
-def pick_device(wanted: str | None) -> torch.device:
-    """The GPU if there is one, or what is asked for.
-
-    Raises:
-        ValueError: a GPU is asked for and there is none.
-    """
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no GPU here; leave it out to measure the CPU")
-    return torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def describe(device: torch.device, module: str) -> dict[str, Any]:
@@ -43,7 +37,7 @@ def describe(device: torch.device, module: str) -> dict[str, Any]:
         "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
         "commit": _commit(),
         "device": device.type,
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "gpu": None,  # `devices.Cuda.describe` has it
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -52,14 +46,18 @@ def describe(device: torch.device, module: str) -> dict[str, Any]:
         "transparent_huge_pages": HUGE_PAGES.read_text().strip() if HUGE_PAGES.exists() else None,
         "system": platform.platform(),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {"sharded-optim": __version__} | {name: _version(name) for name in PACKAGES},
     }
 
 
 def summary(environment: dict[str, Any]) -> str:
     """One line for a report."""
     versions = ", ".join(f"{name} {version}" for name, version in environment["packages"].items() if version)
-    place = environment["gpu"] or f"{environment['cpu']} ({environment['vector_instructions']}), {environment['threads']} threads"
+    details = environment.get("gpu_details", {})
+    place = f"{environment['cpu']} ({environment['vector_instructions']}), {environment['threads']} threads"
+    if environment["gpu"]:
+        place = f"{environment['gpu']} in a machine with {environment['cores']} cores, CUDA {details.get('cuda')}"
+        place += f", driver {details['driver_version']}" if "driver_version" in details else ""
     return f"{environment['date'][:10]}, {place}, {environment['system']}, Python {environment['python']}, {versions}."
 
 

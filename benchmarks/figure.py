@@ -30,7 +30,7 @@ def draw(path: Path, run: Run) -> None:
     from matplotlib.patches import Patch
 
     groups: dict[tuple[bool, str], list[CaseRecord]] = {}
-    for case in run.cases:
+    for case in [case for case in run.cases if case.results]:
         groups.setdefault((_is_few(case, run), case.dtype), []).append(case)
     rows = [row for _, group in sorted(groups.items(), key=lambda item: item[0][0]) for row in _rows(group)]
     names_of_rows = [_names(row, run) for row in rows]
@@ -41,7 +41,7 @@ def draw(path: Path, run: Run) -> None:
     for row, names, axes_row in zip(rows, names_of_rows, grid, strict=True):
         for index, axes in enumerate(axes_row):
             if index < len(row):
-                _panel(axes, row[index], names, labelled=index == 0)
+                _panel(axes, row[index], names, labelled=index == 0, percent=run.on_gpu)
             else:
                 axes.set_visible(False)
     libraries = [name for name in COLORS if any(result.library == name for case in run.cases for result in case.results)]
@@ -49,7 +49,9 @@ def draw(path: Path, run: Run) -> None:
     handles.append(Patch(facecolor="white", edgecolor="black", hatch=STABLE, label="StableAdamW"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     place = run.environment["gpu"] or f"{run.environment['cpu']}, {run.environment['threads']} threads"
-    figure.suptitle(f"Time of a step, ratio to {run.baseline}; left of 1 is faster\n{place}, {run.environment['date'][:10]}", fontsize=11)
+    percent = "; beside it percent of the bandwidth of a copy" if run.on_gpu else ""
+    title = f"Time of a step, ratio to {run.baseline}; left of 1 is faster{percent}"
+    figure.suptitle(f"{title}\n{place}, {run.environment['date'][:10]}", fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
@@ -71,7 +73,7 @@ def _is_few(case: CaseRecord, run: Run) -> bool:
     return case.same_elements is not None or any(case.name == other.same_elements for other in run.cases)
 
 
-def _panel(axes: Axes, case: CaseRecord, names: list[str], *, labelled: bool) -> None:
+def _panel(axes: Axes, case: CaseRecord, names: list[str], *, labelled: bool, percent: bool) -> None:
     positions = {name: len(names) - 1 - index for index, name in enumerate(names)}
     for result in case.results:
         hatch = STABLE if result.algorithm == "StableAdamW" else None
@@ -80,6 +82,7 @@ def _panel(axes: Axes, case: CaseRecord, names: list[str], *, labelled: bool) ->
         color = COLORS.get(result.library, OTHER)
         axes.barh(position, end - 1, left=1, height=0.72, color=color, hatch=hatch, edgecolor="white")
         text = f"{result.ratio:.2f}" if result.ratio <= MOST else f"{result.ratio:.0f} (cut)"
+        text += f"   {result.percent_of_stream:.0f} %" if percent else ""
         axes.annotate(text, (max(end, 1.0), position), (3, 0), textcoords="offset points", va="center", fontsize=8)
     for name in set(names) - {result.contender for result in case.results}:
         axes.annotate("not measured", (1.0, positions[name]), (3, 0), textcoords="offset points", va="center", fontsize=7, color="#777777")

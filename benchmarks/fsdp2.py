@@ -101,7 +101,7 @@ def _rank(rank: int, folder: str, names: Sequence[str], sizes: dict[str, int], r
             generator.shuffle(turn)
             for name in turn:
                 dist.barrier()
-                samples[name].append(seconds_of(steps[name], 1, torch.device("cpu")))
+                samples[name].append(seconds_of(steps[name]))
     slowest = torch.tensor([samples[name] for name in steps], dtype=torch.float64)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     if rank == 0:

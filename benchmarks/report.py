@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import summary
-from benchmarks.records import CaseRecord, Run
+from benchmarks.records import CaseRecord, Profile, Run, Share, Verdict
 
-__all__ = ["contender_names", "markdown", "table", "write"]
+__all__ = ["contender_names", "markdown", "short", "table", "write"]
 
 NOTHING = "-"
 
@@ -37,7 +37,7 @@ def contender_names(cases: Sequence[CaseRecord], order: Sequence[str]) -> list[s
 
 
 def markdown(run: Run) -> str:
-    """The ratios first, then what many tensors cost, then everything about each case."""
+    """The ratios first, then targets and what many tensors cost, then everything about each case, and what steps are made of."""
     parts = [
         f"# Time of a step, ratio to {run.baseline}",
         f"Below 1 is faster. {summary(run.environment)}",
@@ -46,15 +46,95 @@ def markdown(run: Run) -> str:
     for dtype in dict.fromkeys(case.dtype for case in run.cases):
         cases = [case for case in run.cases if case.dtype == dtype]
         parts += [f"## Parameters and gradients in {dtype}", _ratios(cases, run.contenders)]
+    parts += _verdicts(run.verdicts)
     parts += _many_tensors(run)
     parts += _reasons(run)
     if run.remarks:
         parts += ["## Remarks", "\n".join(f"- {remark}" for remark in dict.fromkeys(run.remarks))]
-    streams = [[f"`{s.operation}`", s.storage, f"{s.gigabytes_per_second:.1f}"] for s in run.streams]
-    parts += ["## What the memory gives", table(["torch, fp32", "memory", "GB/s"], streams, text=2)]
+    streams = [
+        [f"`{s.operation}`", s.storage, s.when, f"{s.gigabytes_per_second:.1f}", f"{s.median_gigabytes_per_second:.1f}"]
+        for s in run.streams
+    ]
+    header = ["torch, fp32", "memory", "the cases", "GB/s at best", "median"]
+    parts += ["## What the memory gives", table(header, streams, text=3)]
     for case in run.cases:
-        parts += [f"## {case.title}: {_size(case)}", _details(case)]
+        parts += [f"## {case.title}: {_size(case)}", *_in_cache(case, run)]
+        if case.results:
+            parts += [_details(case, run)]
+    parts += _profiles(run.profiles)
     return "\n\n".join(parts) + "\n"
+
+
+def short(run: Run) -> str:
+    """What the README has of a run: ratios, and percents of what the memory gives."""
+    header = f"Ratio to `{run.baseline}` in the same run, and percent of {_stream(run)} by the bytes that a step has to move."
+    parts = [header]
+    for dtype in dict.fromkeys(case.dtype for case in run.cases):
+        cases = [case for case in run.cases if case.dtype == dtype and case.results]
+        rows = []
+        for name in contender_names(cases, run.contenders):
+            found = [case.of(name) for case in cases]
+            if any(found):
+                rows.append([name, *(NOTHING if each is None else f"{each.ratio:.2f} ({each.percent_of_stream:.0f} %)" for each in found)])
+        parts.append(table([dtype, *(case.name for case in cases)], rows))
+    return "\n\n".join([*parts, f"{summary(run.environment)} Commit {run.environment['commit']}."])
+
+
+def _stream(run: Run) -> str:
+    if not run.on_gpu:
+        return "the fastest stream"
+    copies = [stream for stream in run.streams if "copy_" in stream.operation]
+    medians = " and ".join(f"{stream.median_gigabytes_per_second:.0f} GB/s {stream.when}" for stream in copies)
+    return f"the bandwidth of a copy from device to device ({medians} the cases)"
+
+
+def _verdicts(verdicts: Sequence[Verdict]) -> list[str]:
+    if not verdicts:
+        return []
+    rows = []
+    for each in verdicts:
+        numbers = [
+            NOTHING if value is None else f"{value:.{0 if each.unit == '%' and value >= 100 else 2}f} {each.unit}"
+            for value in (each.measured, each.alone, each.graph)
+        ]
+        verdict = {True: "met", False: "MISSED", None: f"not measured: {each.reason}"}[each.met]
+        rows.append([each.target, each.case, verdict, f"{each.bound} {each.unit}", *numbers])
+    header = ["", "case", "verdict", "bound", "measured", "device alone", "as a CUDA graph"]
+    return ["## Targets", table(header, rows, text=3)]
+
+
+def _in_cache(case: CaseRecord, run: Run) -> list[str]:
+    """How much of a case a GPU's cache may still have from the step before."""
+    cache = run.environment.get("gpu_details", {}).get("l2_bytes")
+    baseline = case.of(run.baseline)
+    if not cache or baseline is None:
+        return []
+    held = baseline.held_bytes_per_element * case.elements
+    fits = "it fits, and no bandwidth of the memory is measured" if held <= cache else f"{held / cache:.1f} times the L2 cache"
+    return [f"{run.baseline} holds {held / 2**20:,.0f} MiB, {fits}."]
+
+
+def _profiles(found: Sequence[Profile]) -> list[str]:
+    """One profiled step of each."""
+    parts = ["## What a step is made of"] if found else []
+    for each in found:
+        parts.append(f"### {each.contender}, {each.case}")
+        if each.failure is not None:
+            parts.append(f"No profile: {each.failure}")
+            continue
+        count = sum(kernel.count for kernel in each.kernels)
+        parts.append(
+            f"Device: {count:g} kernels and copies, {each.kernels_milliseconds:.3f} ms in them, {each.span_milliseconds:.3f} ms from the"
+            f" first to the last, in {each.gaps_milliseconds:.3f} ms of which none ran. Times are a profiler's, which slows the host."
+        )
+        parts += [_shares("on the device", each.kernels)] if each.kernels else []
+        parts += [_shares("on the host, its own time", each.functions)] if each.functions else []
+    return parts
+
+
+def _shares(what: str, shares: Sequence[Share]) -> str:
+    rows = [[f"`{share.name.replace('|', '/').replace('`', '')}`", f"{share.count:g}", f"{share.microseconds:.1f}"] for share in shares]
+    return table([what, "times a step", "us in all"], rows)
 
 
 def _size(case: CaseRecord) -> str:
@@ -102,25 +182,26 @@ def _reasons(run: Run) -> list[str]:
     return ["## Not measured", "\n".join(lines)]
 
 
-def _details(case: CaseRecord) -> str:
+def _details(case: CaseRecord, run: Run) -> str:
+    header = ["", "state", "ms", "quartiles", "samples", "ratio", "quartiles", "bytes/element", "GB/s"]
+    header += ["% of copy", "device alone, ms", "host, ms"] if run.on_gpu else ["% of stream"]
     rows = []
     for result in case.results:
         low, high = result.quartiles
-        rows.append(
-            [
-                result.contender,
-                result.state
-                + ("" if result.shared_moments else " (its own)")
-                + (" (writes to gradients)" if result.writes_gradients else ""),
-                f"{result.milliseconds:.2f}",
-                f"{low:.2f} - {high:.2f}",
-                str(result.samples),
-                f"{result.ratio:.3f}",
-                f"{result.ratio_quartiles[0]:.3f} - {result.ratio_quartiles[1]:.3f}",
-                str(result.bytes_per_element),
-                f"{result.gigabytes_per_second:.1f}",
-                f"{result.percent_of_stream:.0f}",
-            ]
-        )
-    header = ["", "state", "ms", "quartiles", "samples", "ratio", "quartiles", "bytes/element", "GB/s", "% of stream"]
+        digits = 3 if run.on_gpu else 2
+        row = [
+            result.contender,
+            result.state + ("" if result.shared_moments else " (its own)") + (" (writes to gradients)" if result.writes_gradients else ""),
+            f"{result.milliseconds:.{digits}f}",
+            f"{low:.{digits}f} - {high:.{digits}f}",
+            str(result.samples),
+            f"{result.ratio:.3f}",
+            f"{result.ratio_quartiles[0]:.3f} - {result.ratio_quartiles[1]:.3f}",
+            str(result.bytes_per_element),
+            f"{result.gigabytes_per_second:.1f}",
+            f"{result.percent_of_stream:.{digits - 2}f}",
+        ]
+        if run.on_gpu:
+            row += [NOTHING if value is None else f"{value:.3f}" for value in (result.device_milliseconds, result.host_milliseconds)]
+        rows.append(row)
     return table(header, rows, text=2)

@@ -22,9 +22,12 @@ __all__ = [
     "ORDINARY",
     "Pool",
     "allocate_on_huge_pages",
+    "fill",
     "fill_grads",
+    "fill_params",
     "make_params",
     "notices_shared_moments",
+    "pattern",
     "share_moments",
 ]
 
@@ -72,31 +75,40 @@ KINDS: dict[str, Allocate] = {ORDINARY: _ordinary, HUGE_PAGES: _huge_pages, FLOA
 
 def make_params(kind: str, shapes: Shapes, dtype: torch.dtype, device: torch.device) -> list[nn.Parameter]:
     """Parameters with gradients that are fixed and nowhere zero."""
-    values = 2e-2 * _pattern(device)
-    params = [nn.Parameter(_fill(tensor, values)) for tensor in KINDS[kind](shapes, dtype, device)]
+    params = [nn.Parameter(tensor) for tensor in KINDS[kind](shapes, dtype, device)]
     for param, grad in zip(params, KINDS[kind](shapes, dtype, device), strict=True):
         param.grad = grad
+    fill_params(params)
     fill_grads(params)
     return params
 
 
 @torch.no_grad()
+def fill_params(params: Sequence[nn.Parameter]) -> None:
+    """Give the parameters their values, at the beginning and after a step that made them infinite."""
+    values = 2e-2 * pattern(params[0].device)
+    for param in params:
+        fill(param, values)
+
+
+@torch.no_grad()
 def fill_grads(params: Sequence[nn.Parameter]) -> None:
     """Give the gradients their values, at the beginning and after a step that wrote to them."""
-    values = 1e-2 * _pattern(params[0].device)
+    values = 1e-2 * pattern(params[0].device)
     for param in params:
         assert param.grad is not None, "made with one"
-        _fill(param.grad, values)
+        fill(param.grad, values)
 
 
 @cache
-def _pattern(device: torch.device) -> Tensor:
+def pattern(device: torch.device) -> Tensor:
     """Normally distributed numbers, but none near zero: fp32 (PATTERN,)."""
     values = torch.randn(PATTERN, generator=torch.Generator().manual_seed(0))
     return torch.where(values.abs() < 1e-2, 1e-2, values).to(device)
 
 
-def _fill(tensor: Tensor, values: Tensor) -> Tensor:
+def fill(tensor: Tensor, values: Tensor) -> Tensor:
+    """The tensor, with the values in it, over and over."""
     for chunk in tensor.view(-1).split(len(values)):
         chunk.copy_(values[: len(chunk)])
     return tensor
@@ -111,9 +123,9 @@ def share_moments(optimizer: torch.optim.Optimizer, params: Sequence[nn.Paramete
                 state[name] = pool.setdefault((index, name, value.dtype), value)
 
 
-def notices_shared_moments(optimizer: torch.optim.Optimizer, param: nn.Parameter) -> bool:
-    """Whether a step writes the moments that are in the state now, not others that the optimizer remembers. Steps once."""
+def notices_shared_moments(optimizer: torch.optim.Optimizer, param: nn.Parameter, step: Callable[[], object] | None = None) -> bool:
+    """Whether a step writes the moments that are in the state now, not others that the optimizer remembers. Steps once, by `step`."""
     probe = optimizer.state[param]["exp_avg"].view(-1)[:1]
     probe.zero_()
-    optimizer.step()
+    (step or optimizer.step)()
     return bool(probe != 0)  # the gradient is not zero

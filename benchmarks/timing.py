@@ -1,4 +1,7 @@
-"""How a step is timed: contenders take turns in rounds, in a new order each, so that what slows the machine for a while slows all."""
+"""How a step is timed: contenders take turns in rounds, in a new order each, so that what slows the machine for a while slows all.
+
+What takes the time of a step is a `Clock`; `devices.py` has those of a CPU and of a GPU.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -18,12 +21,40 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Entrant", "interleave", "keep_threads", "quartiles", "seconds_of", "without_collector"]
+__all__ = ["Clock", "Entrant", "Timed", "interleave", "keep_threads", "quartiles", "seconds_of", "without_collector"]
 
 SHORTEST = 2e-3  # seconds of a sample: shorter steps are repeated
 SHORT = 20e-3  # seconds of a step before which an untimed one brings caches and threads into its own state
 SLOW = 2.5  # what takes up to n times so much as the baseline runs in every nth round
 LEAST_ROUNDS, MOST_ROUNDS, LEAST_SAMPLES = 7, 300, 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timed:
+    """What a step takes, in seconds; means over the calls of a sample.
+
+    Attributes:
+        seconds: one of several in a row, with waiting for the host where the device does.
+        host: of them, those in which the host is inside `step`; None where host and device are one.
+        alone: of the device, when the host has all of the step ready before it begins; None likewise.
+    """
+
+    seconds: float
+    host: float | None = None
+    alone: float | None = None
+
+
+class Clock(Protocol):
+    """Takes the time of steps."""
+
+    def time(
+        self,
+        step: Callable[[], object],
+        calls: int,
+        *,
+        restore: Callable[[], object] | None = None,  # untimed, before the first call; with it there is one call
+        settle: bool = False,  # whether an untimed call comes first
+    ) -> Timed: ...
 
 
 @dataclass(kw_only=True)
@@ -35,6 +66,9 @@ class Entrant:
     warm: float  # seconds of a step, when it warmed up
     restore: Callable[[], object] | None = None  # untimed, before each step; what it spoils
     samples: dict[int, float] = field(default_factory=dict)  # seconds of a step, by round
+    of_host: list[float] = field(default_factory=list)  # seconds of the host in a step, where it is not the device
+    alone: list[float] = field(default_factory=list)  # seconds of the device for a step that the host had ready
+    failure: Exception | None = None  # after which it was not timed any more
 
     @property
     def seconds(self) -> float:
@@ -46,48 +80,42 @@ class Entrant:
         """How often it steps in a sample."""
         return 1 if self.restore else max(1, math.ceil(SHORTEST / max(self.seconds, 1e-7)))
 
-    def sample(self, device: torch.device) -> float:
-        """Seconds of a step."""
-        if self.restore:
-            self.restore()
-        if self.seconds < SHORT:
-            self.step()
-            if self.restore:
-                self.restore()
-        return seconds_of(self.step, self.calls, device)
+    def sample(self, number: int, clock: Clock) -> None:
+        """Take the sample of a round."""
+        timed = clock.time(self.step, self.calls, restore=self.restore, settle=self.seconds < SHORT)
+        self.samples[number] = timed.seconds
+        self.of_host += [] if timed.host is None else [timed.host]
+        self.alone += [] if timed.alone is None else [timed.alone]
 
 
-def seconds_of(step: Callable[[], object], calls: int, device: torch.device) -> float:
-    """Seconds of a step, mean over `calls`; on a GPU between two events in its stream, so with waiting for the host."""
-    if device.type == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize(device)
-        start.record()
-        for _ in range(calls):
-            step()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3 / calls
+def seconds_of(step: Callable[[], object], calls: int = 1) -> float:
+    """Seconds of a step on the host, mean over `calls`."""
     begin = time.perf_counter()
     for _ in range(calls):
         step()
     return (time.perf_counter() - begin) / calls
 
 
-def interleave(
-    entrants: Sequence[Entrant], baseline: str, deadline: float, device: torch.device, *, least_rounds: int = LEAST_ROUNDS
-) -> None:
-    """Add samples to all entrants until `deadline`, of `time.monotonic`, and at least `least_rounds` rounds."""
+def interleave(entrants: Sequence[Entrant], baseline: str, deadline: float, clock: Clock, *, least_rounds: int = LEAST_ROUNDS) -> None:
+    """Add samples to all entrants until `deadline`, of `time.monotonic`, and at least `least_rounds` rounds.
+
+    Who raises is timed no more, and keeps what it raised; without the baseline nobody is.
+    """
     reference = next(entrant for entrant in entrants if entrant.name == baseline)
     generator = random.Random(0)
     with without_collector():
         for number in count():
             if number >= least_rounds and (time.monotonic() > deadline or number >= MOST_ROUNDS):
                 return
-            turn = [each for each in entrants if _is_due(each, reference, number, least_rounds)]
+            turn = [each for each in entrants if each.failure is None and _is_due(each, reference, number, least_rounds)]
             generator.shuffle(turn)
             for entrant in turn:
-                entrant.samples[number] = entrant.sample(device)
+                try:
+                    entrant.sample(number, clock)
+                except Exception as error:  # whatever it is: the others go on, and the report has the reason
+                    entrant.failure = error.with_traceback(None)  # whose frames hold memory
+            if reference.failure is not None:
+                return
 
 
 def _is_due(entrant: Entrant, reference: Entrant, number: int, least_rounds: int) -> bool:

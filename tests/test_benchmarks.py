@@ -14,13 +14,15 @@ import torch
 from benchmarks import distributed, divergence, figure, first_step, fsdp2, report, step, wrappers
 from benchmarks.cases import GPT2, LAYOUTS, Case, Layout, select
 from benchmarks.contenders import BASELINE, CONTENDERS, OURS, Contender, by_name
+from benchmarks.contest import takes_part
+from benchmarks.devices import Cpu
 from benchmarks.environment import describe
 from benchmarks.gpt2 import GPT2Model
 from benchmarks.records import Run
 from benchmarks.storage import HUGE_PAGES, ORDINARY, make_params
 from benchmarks.timing import Entrant, interleave
 
-CPU = torch.device("cpu")
+CPU = Cpu()
 TINY = Layout(name="tiny", shapes=((1000,), (7, 3)))
 PAIR = Layout(name="pair", shapes=((7,), (7,)), dtypes=("fp32",), few=True, same_elements="one")
 ONE = Layout(name="one", shapes=((14,),), dtypes=("fp32",), few=True)
@@ -52,7 +54,7 @@ def test_the_gpt2_list_is_gpt2() -> None:
 
 def test_every_contender_is_measured_or_has_a_reason(tiny_run: Run) -> None:
     for case, record in zip(CASES, tiny_run.cases, strict=True):
-        meant = {contender.name for contender in [*MEASURED, NOBODY] if step.takes_part(contender, case, CPU)}
+        meant = {contender.name for contender in [*MEASURED, NOBODY] if takes_part(contender, case, CPU)}
         assert {each.contender for each in (*record.results, *record.missing)} == meant
         allowed = {NOBODY.name} if find_spec("sharded_optim.memory") else {each.name for each in MEASURED if each.storage == HUGE_PAGES}
         assert {each.contender for each in record.missing} <= allowed | {NOBODY.name}
@@ -82,7 +84,7 @@ def test_gradients_are_the_same_for_all(tiny_run: Run) -> None:
     writes = {(case.dtype, r.contender): r.writes_gradients for case in tiny_run.cases[:2] for r in case.results}
     assert writes["bf16", "optimi AdamW foreach"]
     assert not any(value for (_, name), value in writes.items() if name.startswith(("ours", "torch")))
-    params = make_params(ORDINARY, TINY.shapes, torch.bfloat16, CPU)
+    params = make_params(ORDINARY, TINY.shapes, torch.bfloat16, CPU.place)
     assert all(bool((param.grad != 0).all()) for param in params)
 
 
@@ -119,7 +121,7 @@ def test_reports_have_a_row_for_everyone(tiny_run: Run, tmp_path: Path) -> None:
 
 
 def test_cases_are_chosen_by_name_and_dtype() -> None:
-    assert len(select(None, None)) == sum(len(layout.dtypes) for layout in LAYOUTS)
+    assert len(select(None, None)) == sum(len(layout.dtypes) for layout in LAYOUTS if "cpu" in layout.devices)
     assert [case.title for case in select(["GPT-2", "1M"], ["bf16"])] == ["1M bf16", "GPT-2 bf16"]
     with pytest.raises(ValueError, match="unknown cases 2M; there are 1M"):
         select(["2M"], None)
@@ -197,6 +199,6 @@ def test_sharding_divides_what_a_rank_has() -> None:
 
 def test_a_divergence_check_is_measured_beside_steps() -> None:
     record = divergence.run(divergence.SMALL, 1)
-    text = divergence.markdown({"environment": describe(CPU, "benchmarks.divergence"), **record})
+    text = divergence.markdown({"environment": describe(CPU.place, "benchmarks.divergence"), **record})
     assert set(record["seconds"]) == {"step", "check"}
     assert f"{record['share'][1]:.2%}" in text
