@@ -124,8 +124,10 @@ def _profiles(found: Sequence[Profile]) -> list[str]:
             continue
         count = sum(kernel.count for kernel in each.kernels)
         parts.append(
-            f"Device: {count:g} kernels and copies, {each.kernels_milliseconds:.3f} ms in them, {each.span_milliseconds:.3f} ms from the"
-            f" first to the last, in {each.gaps_milliseconds:.3f} ms of which none ran. Times are a profiler's, which slows the host."
+            "Torch's profiler saw nothing on the device."
+            if not each.kernels
+            else f"Device: {count:g} kernels and copies, {each.kernels_milliseconds:.3f} ms in them, {each.span_milliseconds:.3f} ms from"
+            f" the first to the last, in {each.gaps_milliseconds:.3f} ms of which none ran. Times are a profiler's, which slows the host."
         )
         parts += [_shares("on the device", each.kernels)] if each.kernels else []
         parts += [_shares("on the host, its own time", each.functions)] if each.functions else []

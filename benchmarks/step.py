@@ -75,6 +75,7 @@ def run(
     if device.kind != CUDA:
         return record
     if lost is None:
+        _let_go(device)
         record.streams.extend(bandwidth.measure(ORDINARY, numel, device, when="after"))
         record.cases[:] = [_with_percents(case, device, record.streams) for case in record.cases]
         measured(record)
