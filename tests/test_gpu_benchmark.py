@@ -378,11 +378,11 @@ def test_a_capture_that_fails_fails_in_another_process() -> None:
 def test_answers_of_the_processes_are_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each ends with the first that cannot be captured, or without an answer."""
     asked: list[list[tuple[str, str]]] = []
-    answers: Iterator[tuple[list[str | None], str]] = iter([([None, "no"], "ended"), ([], "crashed"), ([None], "ended")])
+    answers: list[tuple[list[str | None], str]] = [([None, "no"], "ended"), ([], "crashed"), ([None], "ended")]
 
     def ask(pairs: list[tuple[str, str]]) -> tuple[list[str | None], str]:
         asked.append(list(pairs))
-        return next(answers)
+        return answers[len(asked) - 1]
 
     monkeypatch.setattr(graphs, "_ask", ask)
     four = [contender(f"{number}{GRAPH}", out_of_memory) for number in range(4)]
