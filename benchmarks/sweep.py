@@ -19,9 +19,9 @@ from torch import Tensor
 
 from benchmarks import bandwidth
 from benchmarks.cases import LAYOUTS
+from benchmarks.devices import CUDA, Device, pick
 from benchmarks.report import table
 from benchmarks.storage import ORDINARY
-from benchmarks.timing import seconds_of
 from sharded_optim.algorithms.stable_adamw import STABLE_ADAMW
 from sharded_optim.backends import Operands
 from sharded_optim.backends.triton import Triton
@@ -46,7 +46,7 @@ LIMIT, SCALE = 100.1, 2.0**24  # of the statistic with this beta2, and for 2**31
 CALLS = 10  # in a sample
 
 
-def measure(shapes: Sequence[tuple[int, ...]], device: torch.device, *, rounds: int, zeros: float = 0.0) -> dict[str, dict[str, float]]:
+def measure(shapes: Sequence[tuple[int, ...]], device: Device, *, rounds: int, zeros: float = 0.0) -> dict[str, dict[str, float]]:
     """Seconds of each pass by each variant.
 
     Args:
@@ -55,18 +55,18 @@ def measure(shapes: Sequence[tuple[int, ...]], device: torch.device, *, rounds: 
         rounds: in which all variants take turns.
         zeros: share of the gradients that are zero, whose divisions take a slower path.
     """
-    values: list[list[Tensor]] = [[torch.rand(shape, device=device) + 0.1 for shape in shapes] for _ in range(4)]
+    values: list[list[Tensor]] = [[torch.rand(shape, device=device.place) + 0.1 for shape in shapes] for _ in range(4)]
     for grad in values[1] if zeros else ():
-        grad *= torch.rand(grad.shape, device=device) >= zeros
+        grad *= torch.rand(grad.shape, device=device.place) >= zeros
     operands = Operands.whole(values[0], values[1], values[2:])
     statistic = STABLE_ADAMW.statistic
     assert statistic is not None
 
     def rows(coefficients: Sequence[Any]) -> Tensor:
-        return torch.tensor(coefficients).expand(len(shapes), -1).contiguous().to(device)
+        return torch.tensor(coefficients).expand(len(shapes), -1).contiguous().to(device.place)
 
     of_observe, of_update = rows(statistic.coefficients(GROUP, 3)), rows(STABLE_ADAMW.coefficients(GROUP, 3, 1.0))
-    limits, scales = (torch.full((len(shapes),), value, device=device) for value in (LIMIT, SCALE))
+    limits, scales = (torch.full((len(shapes),), value, device=device.place) for value in (LIMIT, SCALE))
 
     def passes(backend: Triton) -> dict[str, Callable[[], object]]:
         def observe() -> object:
@@ -84,7 +84,7 @@ def measure(shapes: Sequence[tuple[int, ...]], device: torch.device, *, rounds: 
     for _ in range(rounds):
         for name, of_variant in samples.items():
             for each, seconds in of_variant.items():
-                seconds.append(seconds_of(steps[name][each], CALLS if device.type == "cuda" else 1, device))
+                seconds.append(device.time(steps[name][each], CALLS if device.kind == CUDA else 1).seconds)
     return {name: {each: median(seconds) for each, seconds in of_variant.items()} for name, of_variant in samples.items()}
 
 
@@ -94,14 +94,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--zeros", type=float, default=0.0, help="share of the gradients that are zero")
     told = parser.parse_args(arguments)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    refusal = Triton().supports(device, frozenset({torch.float32}))
+    device = pick(None)
+    refusal = Triton().supports(device.place, frozenset({torch.float32}))
     if refusal:
         parser.error(
             f"the Triton backend does not run here: {refusal}; TRITON_INTERPRET=1 with --layouts tiny shows that this program works"
         )
-    gigabytes = bandwidth.fastest(bandwidth.measure(ORDINARY, 2**28 if device.type == "cuda" else 2**20, device)[:1], ORDINARY)
-    print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, torch {torch.__version__}; copy_: {gigabytes:.0f} GB/s")
+    gigabytes = bandwidth.reference(bandwidth.measure(ORDINARY, 2**28 if device.kind == CUDA else 2**20, device)[:1], ORDINARY, device.kind)
+    print(f"{torch.cuda.get_device_name() if device.kind == CUDA else 'CPU'}, torch {torch.__version__}; copy_: {gigabytes:.0f} GB/s")
     for layout in told.layouts:
         elements = sum(map(math.prod, SHAPES[layout]))
         found = measure(SHAPES[layout], device, rounds=told.rounds, zeros=told.zeros)
