@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,13 +15,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from operand_cases import GROUP, STATISTIC, Case, assert_same, assert_same_observation, assert_same_update, columns_of
+from operand_cases import GROUP, Case, assert_same, assert_same_observation, assert_same_update, columns_of
 from variants import examples
 
 from sharded_optim.algorithms.adam import ADAM, AMSGRAD
 from sharded_optim.algorithms.sgd import MOMENTUM, SGD
 from sharded_optim.algorithms.stable_adamw import STABLE_ADAMW
-from sharded_optim.backends import Operands, addresses_of, eager
+from sharded_optim.backends import Operands, addresses_of
 from sharded_optim.formats import FORMATS
 
 triton = pytest.importorskip("triton", reason="the triton package is not installed")
@@ -333,84 +332,6 @@ def test_what_is_launched_is_what_was_looked_at(case: Case, monkeypatch: pytest.
     kernel = kernels_of(case)[0]
     expected = [backend.compile_for(kernel, GPUTarget("cuda", 90, 32), aligned=aligned) for aligned in (True, False)]
     assert [each.asm["ptx"] for each in launched] == [each.asm["ptx"] for each in expected]
-
-
-# --------------------------------------------------------------------------------------------------------------------------- GPU
-
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-LARGE = [(100_003,), (4096,), (33, 1000)]
-
-
-@gpu
-@pytest.mark.parametrize("case", UPDATES, ids=described)
-def test_a_gpu_gives_the_bits_of_the_eager_backend_on_the_cpu(case: Case) -> None:
-    """Also where some of what it is given moves between two steps; and the host waits for nothing."""
-    for shapes in (None, LARGE):
-        each = replace(case, shapes=shapes)
-        expected, actual = each.operands(), each.operands("cuda")
-        keys = torch.arange(len(expected)) * 0x123456789ABCDEF
-        for step in (1, 2):
-            coefficients = each.coefficients(expected, GROUP, step)
-            eager.BACKEND.update(case.algorithm, expected, coefficients, None, torch.tensor(0.7), keys)
-            arguments = coefficients.cuda(), torch.tensor(True).cuda(), torch.tensor(0.7).cuda(), keys.cuda()
-            with synchronisation_is_an_error():
-                backend.BACKEND.update(case.algorithm, actual, *arguments)
-            grads = [grad.clone() if grad.is_contiguous() else grad for grad in actual.grad.tensors]
-            actual.grad.renew(grads, addresses_of(grads))
-        for (name, column), other in zip(columns_of(actual).items(), columns_of(expected).values(), strict=True):
-            for a, e in zip(column.tensors, other.tensors, strict=True):
-                assert_same(a, e, name)
-
-
-@gpu
-@pytest.mark.parametrize("grad", ["fp32", "bf16"])
-@pytest.mark.parametrize("spoiled", [None, torch.inf])
-def test_a_gpu_gives_the_sums_of_the_eager_backend_on_the_cpu(grad: str, spoiled: float | None) -> None:
-    assert STATISTIC is not None
-    for shapes in (None, LARGE):
-        case = Case(algorithm=STABLE_ADAMW, grad=grad, spoiled=spoiled, shapes=shapes)
-        expected, actual = case.operands(), case.operands("cuda")
-        tables = [torch.tensor(STATISTIC.coefficients(GROUP, 3)).expand(len(expected), -1)]
-        tables += [torch.full((len(expected),), value) for value in (101.0, 2.0**20)]
-        on_gpu = [table.cuda() for table in tables]
-        for statistic in (STATISTIC, None):
-            with synchronisation_is_an_error():
-                sums, flags = backend.BACKEND.observe(statistic, actual, *on_gpu, None)
-            expected_sums, expected_flags = eager.BACKEND.observe(statistic, expected, *tables, None)
-            assert torch.equal(sums.cpu(), expected_sums)
-            assert torch.equal(flags.cpu() != 0, expected_flags != 0)
-
-
-@gpu
-def test_a_cuda_graph_steps_as_the_backend_does() -> None:
-    """It keeps what it reads, also when the backend is called with other tensors in between."""
-    case = Case(algorithm=ADAM, fmt="bf16_kahan", grad="bf16", shapes=LARGE)
-    expected, actual, other = case.operands(), case.operands("cuda"), case.operands("cuda")
-    coefficients = case.coefficients(expected, GROUP)
-    on_gpu = coefficients.cuda()
-    for _ in range(3):
-        eager.BACKEND.update(ADAM, expected, coefficients, None, None, None)
-    backend.BACKEND.update(ADAM, actual, on_gpu, None, None, None)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        backend.BACKEND.update(ADAM, actual, on_gpu, None, None, None)
-    graph.replay()
-    home = actual.grad.tensors, actual.grad.addresses
-    actual.grad.renew(other.grad.tensors, other.grad.addresses)
-    backend.BACKEND.update(ADAM, actual, on_gpu * 0, torch.tensor(False).cuda(), None, None)
-    actual.grad.renew(*home)
-    graph.replay()
-    for a, e in zip(actual.param.tensors, expected.param.tensors, strict=True):
-        assert_same(a, e, "param")
-
-
-@contextmanager
-def synchronisation_is_an_error() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 # ----------------------------------------------------------------------------------------------------------------------- support

@@ -1,0 +1,69 @@
+"""Every kernel runs once, on tensors of awkward sizes: what compute-sanitizer looks at. `python -m tests.gpu.every_kernel`.
+
+Tensors are separate allocations that end where their elements do (with PYTORCH_NO_CUDA_MEMORY_CACHING=1), so that an access beyond one
+is beyond what the device has given.
+"""
+
+from __future__ import annotations
+
+import sys
+from itertools import product
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sharded_optim.algorithms.adam import ADAM, AMSGRAD
+from sharded_optim.algorithms.sgd import MOMENTUM, SGD
+from sharded_optim.algorithms.stable_adamw import STABLE_ADAMW
+from sharded_optim.algorithms.weight_decay import COUPLED
+from sharded_optim.backends import Column, Operands, choose
+from sharded_optim.formats import FORMATS
+from sharded_optim.segment import Segment
+from tests.gpu.device import DEVICE, REHEARSAL, synchronize
+
+GROUP = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1, "decay_form": COUPLED, "reference_lr": 1e-2}
+GROUP |= {"momentum": 0.9, "dampening": 0.0, "nesterov": True}
+NUMELS = (1, 7, 8, 200) if REHEARSAL else (1, 2, 7, 8, 9, 255, 4096, 4097, 12_289)
+DTYPES = (torch.float32, torch.bfloat16)
+CASES = list(product((STABLE_ADAMW, ADAM, AMSGRAD, MOMENTUM, SGD), FORMATS.values(), DTYPES))
+
+
+def main() -> int:
+    backend, _ = choose(("triton",), DEVICE, frozenset({torch.float32}))
+    for algorithm, fmt, dtype in CASES[:: 9 if REHEARSAL else 1]:
+        for offset in (0, 1):  # aligned, and not
+
+            def column(dtype: torch.dtype, offset: int = offset) -> Column:
+                return Column([ones(numel + offset, dtype)[offset:] for numel in NUMELS])
+
+            operands = Operands(
+                segments=[Segment.flat(f"w{numel}", (numel,), 0, numel) for numel in NUMELS],
+                format=fmt,
+                param=column(fmt.dtype),
+                extra=tuple(column(fmt.dtype) for _ in fmt.extra),
+                grad=column(dtype),
+                state=tuple(column(dtype) for _ in algorithm.state),
+            )
+            count = len(operands)
+            table = torch.tensor([algorithm.coefficients(GROUP, 3, 1.0)] * count, dtype=torch.float64).float().to(DEVICE)
+            keys = torch.arange(count).to(DEVICE) if fmt.is_random else None
+            backend.update(algorithm, operands, table, None, None, keys)
+            if algorithm.statistic is not None:
+                observed = torch.tensor([algorithm.statistic.coefficients(GROUP, 3)] * count, dtype=torch.float64).float().to(DEVICE)
+                limits, scales = torch.full((count,), 101.0).to(DEVICE), torch.full((count,), 2.0**20).to(DEVICE)
+                for statistic in (algorithm.statistic, None):
+                    _, flags = backend.observe(statistic, operands, observed, limits, scales, None)
+                    assert not flags.cpu().any()
+    synchronize()
+    print(f"{len(CASES)} kinds of parameters were stepped")
+    return 0
+
+
+def ones(numel: int, dtype: torch.dtype) -> Tensor:
+    return torch.ones(numel, dtype=dtype).to(DEVICE)
+
+
+if __name__ == "__main__":
+    with np.errstate(all="ignore"):
+        sys.exit(main())
