@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= configs/fsdp2.yaml
 ARGS ?=
-# Has a CUDA build of torch, and Triton; what needs a GPU runs with it as it is, without .venv and without a network.
+# Has a CUDA build of torch, Triton, and for gpu-check pytest, pytest-timeout, pytest-xdist and hypothesis. What needs a GPU runs with it as
+# it is, without .venv and without a network.
 GPU_PYTHON ?= python3
 # In two processes, as one often waits for ranks. Files stay whole, for what their tests share; tests/conftest.py puts long ones first.
 SIDE_BY_SIDE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test matrix reshard chaos survive docker-check bench gpu-bench flattened figures lint format clean
+.PHONY: help setup train test matrix reshard chaos survive gpu-check docker-check bench gpu-bench flattened figures lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -44,6 +45,9 @@ chaos: setup  ## kill a job that saves checkpoints 200 times, and damage 2,000 c
 
 survive: setup  ## let ranks of jobs fail in every way under every launcher, and kill a job 20 times: make survive ARGS=SIGKILL
 	$(BIN)/python -m tests.survival $(ARGS)
+
+gpu-check:  ## prove on a GPU what only a GPU can prove, in 8 minutes: make gpu-check ARGS="kernels graphs" GPU_PYTHON=python3
+	$(GPU_PYTHON) -m tests.gpu $(ARGS)
 
 docker-check: setup  ## run every command of docker/ on this machine: make docker-check ARGS="--argument NAME=VALUE"
 	$(BIN)/python docker/bare.py $(ARGS)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from operand_cases import GROUP, Case, assert_same, assert_same_observation, assert_same_update, columns_of
+from operand_cases import GROUP, STATISTIC, Case, assert_same, assert_same_observation, assert_same_update, columns_of
 from variants import examples
 
 from sharded_optim.algorithms.adam import ADAM, AMSGRAD
