@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,20 +29,36 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    path = os.environ.get(RECORD)
-    if path is None or "PYTEST_XDIST_WORKER" in os.environ or (report.when != "call" and report.passed):
+    if report.when != "call" and report.passed:
         return
     told = {"test": report.nodeid.partition("::")[2], "outcome": report.outcome, "seconds": round(report.duration, 2)}
     if report.skipped and isinstance(report.longrepr, tuple):
         told["reason"] = report.longrepr[2].removeprefix("Skipped: ")
     elif report.failed:
         told["reason"] = report.longreprtext
-    with open(path, "a", encoding="utf-8") as stream:
-        stream.write(json.dumps(told) + "\n")
+    _write(told)
+
+
+def pytest_sessionfinish() -> None:
+    """Not there where the process was ended, as by a time limit of a test."""
+    _write({"outcome": "end"})
+
+
+def _write(told: dict[str, object]) -> None:
+    path = os.environ.get(RECORD)
+    if path is not None and "PYTEST_XDIST_WORKER" not in os.environ:
+        with open(path, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(told) + "\n")
 
 
 @pytest.fixture(autouse=True)
-def quiet_interpreter() -> Iterator[None]:
-    """NumPy, by which Triton's interpreter computes, warns of what IEEE 754 defines."""
-    with np.errstate(all="ignore"):
+def usable_device() -> Iterator[None]:
+    """After an access out of bounds nothing runs any more in a process: another one goes on with the tests that are left."""
+    with np.errstate(all="ignore"):  # Triton's interpreter computes by NumPy, which warns of what IEEE 754 defines
         yield
+    if not REHEARSAL and "PYTEST_XDIST_WORKER" in os.environ:
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            print(f"the CUDA context is lost: {error}", file=sys.stderr, flush=True)
+            os._exit(1)

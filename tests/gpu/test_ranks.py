@@ -333,6 +333,7 @@ def check_rank(wrapper: str, folder: str) -> None:
         assert_same(whole(param), value.detach(), name)
 
 
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_two_ranks_that_share_the_device_step_as_one_process(wrapper: str, tmp_path: Path) -> None:
     """Through gloo, as NCCL lets no two ranks share a device: 'Duplicate GPU detected'."""

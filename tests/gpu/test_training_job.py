@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ import pytest
 from gpu.device import DEVICE, REHEARSAL
 from sharded_optim.checkpoint.store import folder_of
 
-for package in ("pydantic", "yaml", "rich"):
-    pytest.importorskip(package, reason=f"the training job needs {package}, which is not installed")
+MISSING = [package for package in ("pydantic", "yaml", "rich", "matplotlib") if find_spec(package) is None]
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"the training job needs {', '.join(MISSING)}, which is not installed")
 
 ROOT = Path(__file__).parents[2]
 STEPS = 12 if REHEARSAL else 60
