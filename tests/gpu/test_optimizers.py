@@ -18,6 +18,7 @@ from gpu.device import BACKEND, DEVICE, REHEARSAL, synchronize
 from gpu.runs import CPU, OPTIMIZERS, STORAGES, Run, assert_alike, on_both
 from sharded_optim.backends import choose
 from sharded_optim.checkpoint import staging
+from sharded_optim.doctor import backends, bandwidth, devices
 
 STEPS = 5 if REHEARSAL else 12
 CELLS = [(optimizer, storage) for optimizer in OPTIMIZERS for storage in STORAGES]
@@ -30,6 +31,14 @@ def test_a_gpu_takes_the_triton_backend_by_itself() -> None:
     backend, declined = choose(names, DEVICE, frozenset({torch.float32, torch.bfloat16}))
     assert backend.name == "triton"
     assert len(declined) == len(names[: names.index("triton")])
+
+
+def test_the_doctor_finds_everything_in_order() -> None:
+    """It steps a small optimizer by each backend, and copies memory of the device."""
+    findings = [*backends.examine(DEVICE), *devices.examine(DEVICE), *bandwidth.examine(DEVICE)]
+    assert not [each for each in findings if each.status == "problem"]
+    assert next(each for each in findings if each.name == "triton").status == "ok"
+    assert REHEARSAL or next(each for each in findings if each.name == "gpu").status == "ok"
 
 
 @pytest.mark.parametrize(("optimizer", "storage"), CELLS)
@@ -192,8 +201,8 @@ def test_one_optimizer_steps_parameters_of_the_gpu_and_of_the_cpu() -> None:
         assert optimizer.skipped_steps == 0
         return [param.detach().cpu() for param in params]
 
-    for devices in ([DEVICE, CPU], [CPU, DEVICE]):
-        for actual, expected in zip(run(devices), run([CPU, CPU]), strict=True):
+    for placed in ([DEVICE, CPU], [CPU, DEVICE]):
+        for actual, expected in zip(run(placed), run([CPU, CPU]), strict=True):
             assert torch.equal(actual, expected)
 
 

@@ -7,6 +7,7 @@ the same everywhere, and exactly what two ranks average, as both bring the same.
 from __future__ import annotations
 
 import datetime
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -151,6 +152,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     device_id = None if REHEARSAL else DEVICE
     dist.init_process_group(TRANSPORT, store=store, rank=0, world_size=1, timeout=TIMEOUT, device_id=device_id)
     yield
+    gc.collect()  # wrapped models are cycles that hold process groups
     dist.destroy_process_group()
 
 
