@@ -47,7 +47,7 @@ survive: setup  ## let ranks of jobs fail in every way under every launcher, and
 	$(BIN)/python -m tests.survival $(ARGS)
 
 gpu-check:  ## prove on a GPU what only a GPU can prove, in 8 minutes: make gpu-check ARGS="kernels graphs" GPU_PYTHON=python3
-	$(GPU_PYTHON) -m tests.gpu $(ARGS)
+	$(GPU_PYTHON) tests/gpu $(ARGS)
 
 docker-check: setup  ## run every command of docker/ on this machine: make docker-check ARGS="--argument NAME=VALUE"
 	$(BIN)/python docker/bare.py $(ARGS)

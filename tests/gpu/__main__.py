@@ -29,14 +29,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from tests.gpu.device import VARIABLE
+try:
+    import torch
+except ModuleNotFoundError:
+    sys.exit(f"{sys.executable} has no torch; name a Python that has: make gpu-check GPU_PYTHON=...")
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "gpu_check"
-RECORD = "GPU_CHECK_RECORD"  # see conftest.py
+# Read by conftest.py and device.py. Nothing of this folder is imported, so that `python tests/gpu` runs it too: on a machine of others,
+# `tests` may be a package that somebody has installed.
+RECORD = "GPU_CHECK_RECORD"
+REHEARSAL = "GPU_CHECK_REHEARSAL"
 SECONDS = 450  # of all stages together
 LONGEST_MESSAGE = 300  # characters of a failure, in the table; all of it is in the JSON file
 NO_TEST = 5  # pytest's exit status
@@ -166,7 +170,7 @@ def environment(*, rehearse: bool) -> dict[str, str]:
     if "lo" in (name for _, name in socket.if_nameindex()):  # nothing leaves this machine, which need not have a network
         told |= {name: os.environ.get(name, "lo") for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
     if rehearse:
-        told |= {VARIABLE: "1", "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+        told |= {REHEARSAL: "1", "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     return os.environ | told
 
 
@@ -292,7 +296,7 @@ def write(output: Path, where: dict[str, str], outcomes: Sequence[Outcome], verd
     output.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     facts = "\n".join(f"| {name} | {value} |" for name, value in where.items())
     failures = [f"- {each.stage}, `{test}`: {short(text)}" for each in outcomes for test, text in each.failures.items()]
-    page = ["# Checked on a GPU", "`make gpu-check`", f"| | |\n|---|---|\n{facts}", table(outcomes), "\n".join(failures), verdict]
+    page = ["# make gpu-check", f"| | |\n|---|---|\n{facts}", table(outcomes), "\n".join(failures), verdict]
     output.with_suffix(".md").write_text("\n\n".join(part for part in page if part) + "\n", encoding="utf-8")
 
 

@@ -18,11 +18,10 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["BACKEND", "DEVICE", "REHEARSAL", "TRANSPORT", "VARIABLE", "busy", "capture", "is_busy", "kernels_of"]
+__all__ = ["BACKEND", "DEVICE", "REHEARSAL", "TRANSPORT", "busy", "capture", "is_busy", "kernels_of"]
 __all__ += ["on_a_stream", "synchronisation_is_an_error", "synchronize"]
 
-VARIABLE = "GPU_CHECK_REHEARSAL"  # set to 1 by `python -m tests.gpu --rehearse`
-REHEARSAL = os.environ.get(VARIABLE) == "1"
+REHEARSAL = os.environ.get("GPU_CHECK_REHEARSAL") == "1"  # as `python -m tests.gpu --rehearse` sets it
 DEVICE = torch.device("cpu") if REHEARSAL else torch.device("cuda", 0)
 BACKEND = "triton" if REHEARSAL else "auto"  # on a GPU "auto" must take it
 TRANSPORT = "gloo" if REHEARSAL else "nccl"  # of a process that is alone

@@ -1,4 +1,4 @@
-"""Every kernel runs once, on tensors of awkward sizes: what compute-sanitizer looks at. `python -m tests.gpu.every_kernel`.
+"""Every kernel runs once, on tensors of awkward sizes: what compute-sanitizer looks at. `test_sanitizer.py` starts it.
 
 Tensors are separate allocations that end where their elements do (with PYTORCH_NO_CUDA_MEMORY_CACHING=1), so that an access beyond one
 is beyond what the device has given.
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gpu.device import DEVICE, REHEARSAL, synchronize
 from sharded_optim.algorithms.adam import ADAM, AMSGRAD
 from sharded_optim.algorithms.sgd import MOMENTUM, SGD
 from sharded_optim.algorithms.stable_adamw import STABLE_ADAMW
@@ -20,7 +21,6 @@ from sharded_optim.algorithms.weight_decay import COUPLED
 from sharded_optim.backends import Column, Operands, choose
 from sharded_optim.formats import FORMATS
 from sharded_optim.segment import Segment
-from tests.gpu.device import DEVICE, REHEARSAL, synchronize
 
 GROUP = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1, "decay_form": COUPLED, "reference_lr": 1e-2}
 GROUP |= {"momentum": 0.9, "dampening": 0.0, "nesterov": True}

@@ -14,14 +14,14 @@ import pytest
 from gpu.device import REHEARSAL
 
 ROOT = Path(__file__).parents[2]
-PROGRAM = [sys.executable, "-m", "tests.gpu.every_kernel"]
+PROGRAM = [sys.executable, "-m", "gpu.every_kernel"]
 SECONDS = {"memcheck": 200, "racecheck": 200, "synccheck": 150, "initcheck": 150}  # Python is slow under it
 KERNELS = re.compile(r"\b(?:update|observe|finite)_\w+")  # as the backend names them
 NOT_SUPPORTED = re.compile(r"Device not supported|not supported on this|Unable to find|Internal Sanitizer Error|failed to initialize", re.I)
 
 
 def test_the_small_program_runs_without_it() -> None:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     done = subprocess.run(PROGRAM, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "were stepped" in done.stdout
@@ -38,7 +38,7 @@ def test_compute_sanitizer_finds_nothing(tool: str) -> None:
     if tool == "memcheck":  # torch asks the driver for what it may not have, and goes on without
         command += ["--report-api-errors", "no"]
     # Torch's own allocator would give out parts of large blocks, so that what lies beyond a tensor is still allowed.
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     try:
         done = subprocess.run(
             [*command, *PROGRAM], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=SECONDS[tool], check=False
