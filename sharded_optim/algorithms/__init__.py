@@ -29,7 +29,7 @@ class Statistic:
     The engine sums `observe` over all ranks and hands the mean to `lr_scale`.
     """
 
-    observe: Callable[..., Any]  # (grad, *state, *coefficients) -> the value, in [0, bound]; writes nothing
+    observe: Callable[..., Any]  # (grad, *state, *coefficients) -> the value, in [0, bound], of zeros zero; writes nothing
     coefficients: Callable[[Mapping[str, Any], Step], Coefficients]  # (hyperparameters, step)
     bound: Callable[[Mapping[str, Any]], float]  # the largest value that `observe` can give with these hyperparameters, at any step
     lr_scale: Callable[[Number], Number]  # mean -> multiplier of the learning rate
