@@ -62,6 +62,8 @@ def summary(environment: dict[str, Any]) -> str:
 
 
 def _version(package: str) -> str | None:
+    if package == "torch":
+        return torch.__version__  # has the build, which the metadata of some of its wheels leave out
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -16,13 +16,16 @@ from launch.config import ConfigError, from_arguments
 def main(arguments: list[str]) -> None:
     try:
         config = from_arguments(arguments, "python -m launch")
-        corpus.load(config)  # writes the cache, which the ranks then find
         if config.processes == "auto":
             config = config.with_processes(max(1, environment.gpus_here()) if config.device != "cpu" else 1)
         processes = config.processes
         assert processes != "auto"
+        place = environment.Place(local_world_size=processes)
+        if config.device == "cuda":
+            environment.pick_device(place, config.device)  # refuses too few GPUs, which each rank would
+        corpus.load(config)  # writes the cache, which the ranks then find
         if config.sharding == "deepspeed":
-            device = environment.pick_device(environment.Place(local_world_size=processes), config.device)
+            device = environment.pick_device(place, config.device)
             deepspeed_extension.build(device.type)
         if config.checkpoint.every is not None or config.resume == "auto":
             from launch.checkpoints import check_folder, is_done  # imports torch
@@ -39,6 +42,7 @@ def main(arguments: list[str]) -> None:
     if processes > 1 or config.max_restarts:
         command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         command += ["--max-restarts", str(config.max_restarts), *environment.TORCHRUN_SIGNALS, "-m"]
+        os.environ.setdefault(*environment.TORCHRUN_PATIENCE)
     os.execv(sys.executable, [*command, "launch.train", *arguments])
 
 

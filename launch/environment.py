@@ -28,8 +28,10 @@ if TYPE_CHECKING:  # the parent process uses this module too, and need not wait 
 __all__ = ["Place", "find_place", "gpus_here", "launcher_of", "pick_device", "prepare_for_deepspeed", "share_cores", "start", "stop"]
 
 TIMEOUT_SECONDS = 300  # of a meeting and of a collective: far longer than any takes here, and soon enough to notice that one will not end
-# torchrun hands these on to its ranks, which have so many seconds to save; by default it knows no SIGUSR1, and waits for 30 s.
-TORCHRUN_SIGNALS = ("--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "--shutdown-timeout", "100")
+# torchrun hands these on to its ranks; by default it knows no SIGUSR1.
+TORCHRUN_SIGNALS = ("--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
+# How many seconds ranks then have to save, by default 30. The option for it is refused by torch < 2.12, which leaves them 30 s in any case.
+TORCHRUN_PATIENCE = ("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "100")
 # srun gives no port. One for each job, so that jobs that share a node hardly meet, and outside of what systems give out by themselves.
 SLURM_PORTS = range(10000, 30000)
 

@@ -317,7 +317,7 @@ def test_pods_mount_what_is_there_and_ranks_have_time_to_save(name):
     claims = {volume["persistentVolumeClaim"]["claimName"] for volume in volumes.values() if "persistentVolumeClaim" in volume}
     assert claims == {by_kind["PersistentVolumeClaim"]["metadata"]["name"]}
     assert volumes["memory"]["emptyDir"]["medium"] == "Memory"
-    assert pod["terminationGracePeriodSeconds"] > 100  # torchrun's --shutdown-timeout
+    assert pod["terminationGracePeriodSeconds"] > 100  # TORCH_ELASTIC_SHUTDOWN_TIMEOUT
     assert "checkpoint.folder=/data/checkpoints" in text
     assert pod["securityContext"]["runAsNonRoot"]
 

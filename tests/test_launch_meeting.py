@@ -112,8 +112,10 @@ while rank == 0 and venue.store.add("done", 0) < 2: pass  # the store is rank 0'
 @pytest.mark.parametrize("launcher", ["mpirun (MPICH)", "mpirun (Open MPI)"])
 def test_the_mpi_library_is_that_of_the_mpirun_which_has_started_the_ranks(launcher):
     """Both are installed, and mpi4py alone would take one of them: each rank would then be alone."""
-    from tests.survival.launched import LAUNCHERS, ROOT, environment
+    from tests.survival.launched import LAUNCHERS, ROOT, absent, environment
 
+    if reason := absent(launcher):
+        pytest.skip(reason)
     command = [*LAUNCHERS[launcher], "-c", MEETS_THROUGH_MPI]
     finished = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60, check=False)
     assert finished.returncode == 0, finished.stderr

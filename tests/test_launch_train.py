@@ -201,6 +201,10 @@ def test_the_same_config_twice_gives_the_same_metrics(runs):
     [
         (["configs/fsdp2.yaml", "optimizer.rl=1e-3"], "optimizer.rl=0.001: there is no such key; did you mean optimizer.lr?"),
         (["configs/fsdp2.yaml", "data.path=/no/such/folder"], "data.path='/no/such/folder'"),
+        (
+            ["configs/fsdp2.yaml", "device=cuda", "processes=1000", "batch_size=1000"],
+            "device='cuda' needs a GPU for each of the 1000 processes here, there are ",
+        ),
     ],
 )
 def test_a_mistake_is_reported_once_and_nothing_starts(tmp_path, arguments, expected):

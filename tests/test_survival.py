@@ -18,7 +18,7 @@ import pytest
 
 import sharded_optim as so
 from tests.survival.faults import FAULTS, HEARTBEAT
-from tests.survival.launched import LAUNCHERS, ROOT, TINY, Outcome, environment, run, write_text
+from tests.survival.launched import LAUNCHERS, ROOT, TINY, Outcome, absent, environment, run, write_text
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -36,6 +36,10 @@ SLACK = 10.0  # seconds that a busy machine may take longer
     ],
 )
 def test_the_first_cause_is_in_the_log_and_the_job_ends_in_time(cases):
+    for _, launcher in cases:
+        if reason := absent(launcher):
+            pytest.skip(reason)
+
     def happens(case: tuple[str, str]) -> Outcome:
         name, launcher = case
         fault = FAULT[name]
@@ -87,6 +91,8 @@ def test_mpirun_gives_bitwise_what_torchrun_gives(text, undisturbed, tmp_path):
         finished([*LAUNCHERS[launcher], "-m", "launch.train", *arguments(tmp_path / launcher, text)])
 
     launchers = ["mpirun (MPICH)", "mpirun (Open MPI)"]
+    if reason := absent(launchers[0]) or absent(launchers[1]):
+        pytest.skip(reason)
     with ThreadPoolExecutor() as both:
         list(both.map(train, launchers))
     assert len(undisturbed) == 12
@@ -98,6 +104,8 @@ def test_a_signal_to_one_rank_saves_and_ends_all_and_the_job_goes_on_from_there(
     """Also on another number of ranks, which is said."""
     if number == signal.SIGUSR1 and not everything:
         pytest.skip("takes as long again: --matrix")
+    if reason := absent(launcher):
+        pytest.skip(reason)
     job = arguments(tmp_path, text, "processes=auto", "resume=auto")
     process = subprocess.Popen(
         [*LAUNCHERS[launcher], "-m", "tests.survival.slow", *job],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from tests.survival.faults import Fault
 
-__all__ = ["LAUNCHERS", "TINY", "Outcome", "environment", "run", "write_text"]
+__all__ = ["LAUNCHERS", "TINY", "Outcome", "absent", "environment", "run", "write_text"]
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = Path(sys.executable).parent
@@ -51,6 +52,12 @@ def environment() -> dict[str, str]:
     """In which launchers start: mpirun refuses to be root unless told otherwise."""
     told = {"PYTHONPATH": str(ROOT), "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     return {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | told
+
+
+def absent(launcher: str) -> str | None:
+    """Why a launcher cannot be tried here; None if it can."""
+    program = LAUNCHERS[launcher][0]
+    return None if shutil.which(program) else f"there is no {program}; make setup puts it there on Linux"
 
 
 def write_text(folder: Path) -> None:
