@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
@@ -42,7 +43,16 @@ def small() -> backend.Triton:
 
 
 @pytest.fixture
-def interpreter() -> Iterator[None]:
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if triton.__version__.startswith("3.6."):  # its interpreter makes an integer of an array, which numpy >= 2.4 refuses
+        of_triton = importlib.import_module("triton.runtime.interpreter")
+        patch = of_triton._patch_lang_tensor
+
+        def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+            patch(tensor, scope)
+            scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+        monkeypatch.setattr(of_triton, "_patch_lang_tensor", patch_lang_tensor)
     with triton.knobs.runtime.scope(), np.errstate(all="ignore"):
         triton.knobs.runtime.interpret = True
         yield
