@@ -41,8 +41,9 @@ def main(arguments: list[str]) -> None:
     command = [sys.executable, "-m"]
     if processes > 1 or config.max_restarts:
         command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        command += ["--max-restarts", str(config.max_restarts), *environment.TORCHRUN_SIGNALS, "-m"]
-        os.environ.setdefault(*environment.TORCHRUN_PATIENCE)
+        command += ["--max-restarts", str(config.max_restarts), "-m"]
+        for name, value in environment.TORCHRUN_OPTIONS.items():
+            os.environ.setdefault(name, value)
     os.execv(sys.executable, [*command, "launch.train", *arguments])
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import deepspeed_models
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
 from checkpoint_wrappers import GROUPS, SHAPES, WRAPPERS, Trained, make_optimizer, worlds_of
@@ -121,17 +122,18 @@ def compare(trained: Trained, expected: dict[str, torch.Tensor], where: str) -> 
 
 def check(root: Path, sources: Sequence[Case], targets: Sequence[Case], everything: bool) -> int:
     """Save and load all pairs; returns how many."""
+    run = deepspeed_models.run if HAS_DEEPSPEED else ranks.run
     if not HAS_DEEPSPEED:
         sources, targets = ([case for case in cases if "deepspeed" not in case[0]] for cases in (sources, targets))
     worlds = (1, 2, 3, 4)
     for world in worlds:
         wrappers = [name for name, ranks in sources if ranks == world]
         if wrappers:
-            deepspeed_models.run(check_saving, world, root, wrappers, timeout=600.0)
+            run(check_saving, world, root, wrappers, timeout=600.0)
     for world in worlds:
         wrappers = [name for name, ranks in targets if ranks == world]
         if wrappers:
-            deepspeed_models.run(check_loading, world, root, sources, wrappers, everything, timeout=3000.0)
+            run(check_loading, world, root, sources, wrappers, everything, timeout=3000.0)
     return len(sources) * len(targets)
 
 

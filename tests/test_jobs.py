@@ -25,6 +25,7 @@ import torch.distributed.run
 import yaml
 
 from launch.config import Config, from_arguments
+from launch.environment import TORCHRUN_OPTIONS
 from tests.test_launch_train import TINY
 
 ROOT = Path(__file__).parents[1]
@@ -132,6 +133,19 @@ def test_torchrun_knows_its_options(recorder):
     several = check_torchrun(recorder.run([str(JOBS / "multi_node.sh")], HEAD_NODE="127.0.0.1", NODES="1:4", PORT="29999")[1:])
     assert (several.nnodes, several.rdzv_backend, several.rdzv_endpoint) == ("1:4", "c10d", "127.0.0.1:29999")
     assert (several.local_addr, several.rdzv_conf) == ("127.0.0.1", "read_timeout=600")
+
+
+@pytest.mark.parametrize("name", ["single_node.sh", "multi_node.sh"])
+def test_torchrun_is_told_by_variables_what_older_ones_do_not_know(name, recorder, monkeypatch):
+    """As options they would be refused."""
+    recorder.replace("torchrun", f"env > {recorder.folder}/called")
+    told = dict(line.split("=", 1) for line in recorder.run([str(JOBS / name)], **VARIABLES[name]) if line.startswith("PET_"))
+    assert told == TORCHRUN_OPTIONS
+    for variable, value in told.items():
+        monkeypatch.setenv(variable, value)
+    parsed = vars(torch.distributed.run.get_args_parser().parse_args(["script"]))
+    known = {"PET_SIGNALS_TO_HANDLE": "signals_to_handle", "PET_SHUTDOWN_TIMEOUT": "shutdown_timeout"}  # from torch 2.10, 2.12
+    assert {variable: str(parsed[option]) for variable, option in known.items() if option in parsed}.items() <= told.items()
 
 
 def test_what_multi_node_needs_is_asked_for():
@@ -317,7 +331,7 @@ def test_pods_mount_what_is_there_and_ranks_have_time_to_save(name):
     claims = {volume["persistentVolumeClaim"]["claimName"] for volume in volumes.values() if "persistentVolumeClaim" in volume}
     assert claims == {by_kind["PersistentVolumeClaim"]["metadata"]["name"]}
     assert volumes["memory"]["emptyDir"]["medium"] == "Memory"
-    assert pod["terminationGracePeriodSeconds"] > 100  # TORCH_ELASTIC_SHUTDOWN_TIMEOUT
+    assert pod["terminationGracePeriodSeconds"] > float(TORCHRUN_OPTIONS["PET_SHUTDOWN_TIMEOUT"])
     assert "checkpoint.folder=/data/checkpoints" in text
     assert pod["securityContext"]["runAsNonRoot"]
 

@@ -17,11 +17,11 @@ answer="$(python launch/jobs/head_node.py "${HEAD_NODE:?is not set: the node whe
 read -r local_address is_host <<<"$answer"
 
 # Otherwise torch 2.13 tells nodes that come back nothing of the store that it has shared with those that stayed, and they cannot join.
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100
-# Nodes may come ten minutes apart. The rest is as in single_node.sh.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 PET_SHUTDOWN_TIMEOUT=100
+# Nodes may come ten minutes apart. The rest, and PET_*, are as in single_node.sh.
 exec torchrun --nnodes "${NODES:?is not set: how many nodes, as NODES=2 or NODES=2:4}" --nproc-per-node "${PROCESSES:-auto}" \
     --rdzv-backend c10d --rdzv-endpoint "$HEAD_NODE:${PORT:-29500}" --rdzv-id "${JOB:-sharded-optim}" \
     --rdzv-conf "read_timeout=600${is_host:+,is_host=$is_host}" --local-addr "${LOCAL_ADDRESS:-$local_address}" \
     --max-restarts "${RESTARTS:-3}" \
-    --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
     -m launch.train "${CONFIG:-configs/fsdp2.yaml}" processes=auto checkpoint.every=100 resume=auto "$@"

@@ -9,9 +9,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-# exec: signals reach torchrun, which hands them on. Ranks then have 100 s to save, where torchrun's default is 30, and that of torch < 2.12
-# cannot be changed.
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100
+# Signals that torchrun hands on, and seconds that ranks then have to save, where its default is 30. torch < 2.10 knows no such option, and
+# would refuse it, but not a variable; nor the second one before 2.12.
+export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 PET_SHUTDOWN_TIMEOUT=100
+# exec: signals reach torchrun.
 exec torchrun --standalone --nproc-per-node "${PROCESSES:-auto}" --max-restarts "${RESTARTS:-3}" \
-    --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
     -m launch.train "${CONFIG:-configs/fsdp2.yaml}" processes=auto checkpoint.every=100 resume=auto "$@"

@@ -189,7 +189,7 @@ def _frame_of_user(frame: FrameType | None) -> str | None:
 
 
 def _collectives() -> dict[str, int]:
-    """How many collectives this rank has begun, by process group. Tried with torch 2.13."""
+    """How many collectives this rank has begun, by process group. Tried with torch 2.11 and 2.13."""
     try:
         groups = list(dist.distributed_c10d._world.pg_names.items())
         return {name: group._get_sequence_number_for_group() for group, name in groups}  # pyright: ignore[reportAttributeAccessIssue]
