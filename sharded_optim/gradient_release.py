@@ -133,7 +133,7 @@ class _RefuseLaterWrapping:
         self._unseen: set[int] = set(map(id, params))  # until the first forward
 
     def __call__(self, model: nn.Module, _: object) -> None:
-        if DistributedDataParallel._active_ddp_module is not None:  # tried with torch 2.13
+        if DistributedDataParallel._active_ddp_module is not None:  # tried with torch 2.11 and 2.13
             raise ValueError(
                 "the model was prepared for gradient release inside or before DistributedDataParallel, so each rank would step by its own "
                 "gradients; wrap it first, and pass the DistributedDataParallel to prepare_for_gradient_release"
@@ -203,7 +203,7 @@ def _release_buckets(model: DistributedDataParallel, optimizer: Engine) -> Calla
             model.register_comm_hook(None, release.hook)
         except RuntimeError as error:
             raise ValueError("the DistributedDataParallel has a communication hook already, and it takes one; build it without") from error
-        # So that it does not fill gradients again. Tried with torch 2.13.
+        # So that it does not fill gradients again. Tried with torch 2.11 and 2.13.
         model.reducer._set_optimizer_in_backward()  # pyright: ignore[reportAttributeAccessIssue]
         _bucket_releases[model] = release
     release = _bucket_releases[model]

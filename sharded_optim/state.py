@@ -1,6 +1,7 @@
 """Optimizer state: per parameter, a step counter, the algorithm's moments and its format's further arrays, allocated when first asked for.
 
-Used by the engine. The private names of torch and DeepSpeed that are relied on here are tried with torch 2.13 and guarded by tests.
+Used by the engine. The private names of torch and DeepSpeed that are relied on here are tried with torch 2.11 and 2.13, and guarded by
+tests.
 """
 
 from __future__ import annotations

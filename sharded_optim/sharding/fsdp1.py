@@ -2,7 +2,7 @@
 
 With `use_orig_params=True` an optimizer is given, for each parameter, a 1-D view of what this rank's range has of it, which is empty on
 most ranks; with False, the flat parameter of each unit. Neither tells which elements those are: FSDP1 keeps that in private attributes,
-tried with torch 2.13 and guarded by a test.
+tried with torch 2.11 and 2.13 and guarded by a test.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ torch.distributed.checkpoint which, so a checkpoint has tensors that are shaped 
 loads on any number of ranks and under any wrapper. Used by `ShardedOptimizer` where torch.distributed.checkpoint is what asks for state.
 
 The private names of torch that are relied on here, `Tensor._make_wrapper_subclass` and the three methods of `_Checkpointable`, are tried
-with torch 2.13 and guarded by tests.
+with torch 2.11 and 2.13 and guarded by tests.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ class Reducer:
     def _enter_pass(self) -> None:
         """See to it that a round ends when the backward pass ends in which a hook runs.
 
-        Passes can be inside others (reentrant checkpoints): these do not end a round. Tried with torch 2.13.
+        Passes can be inside others (reentrant checkpoints): these do not end a round. Tried with torch 2.11 and 2.13.
         """
         number = torch._C._current_graph_task_id()
         if number == self._pass:
