@@ -28,8 +28,8 @@ if TYPE_CHECKING:  # the parent process uses this module too, and need not wait 
 __all__ = ["Place", "find_place", "gpus_here", "launcher_of", "pick_device", "prepare_for_deepspeed", "share_cores", "start", "stop"]
 
 TIMEOUT_SECONDS = 300  # of a meeting and of a collective: far longer than any takes here, and soon enough to notice that one will not end
-# torchrun hands these signals on to its ranks, by default no SIGUSR1. They then have so many seconds to save, by default 30. As options, the
-# first would be refused by torch < 2.10, the second by torch < 2.12; such variables they ignore.
+# torchrun hands these signals on to its ranks, by default no SIGUSR1. They then have so many seconds to save, by default 30. As options,
+# the first would be refused by torch < 2.10, the second by torch < 2.12; such variables they ignore.
 TORCHRUN_OPTIONS = {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "PET_SHUTDOWN_TIMEOUT": "100"}
 # srun gives no port. One for each job, so that jobs that share a node hardly meet, and outside of what systems give out by themselves.
 SLURM_PORTS = range(10000, 30000)

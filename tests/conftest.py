@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
+from triton_interpreter import interpreted
 
 # The tests run side by side, in more threads and ranks than there are cores. A thread of OpenMP that waits for others by spinning, as it
 # does unless told otherwise, then takes the core from those it waits for: steps of small tensors become ten to thirty times slower.
@@ -48,6 +50,14 @@ def pytest_configure(config: pytest.Config) -> None:
 def everything(request: pytest.FixtureRequest) -> bool:
     """Whether a test runs all cells of its matrix: otherwise those in which each option, dtype and wrapper occurs, but not each pair."""
     return bool(request.config.getoption("--matrix"))
+
+
+@pytest.fixture
+def interpreter() -> Iterator[None]:
+    """Triton's, in which its kernels run."""
+    pytest.importorskip("triton", reason="the triton package is not installed")
+    with interpreted():
+        yield
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
@@ -51,12 +50,9 @@ assert STATISTIC is not None
 
 
 @pytest.fixture
-def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Kernels run in Triton's interpreter, and the CPU is a device that the host must not wait for."""
+def device(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU is a device that the host must not wait for, where kernels run in Triton's interpreter."""
     monkeypatch.setattr(coefficients, "known_on_host", lambda tensor: False)
-    with triton.knobs.runtime.scope(), np.errstate(all="ignore"):
-        triton.knobs.runtime.interpret = True
-        yield
 
 
 def members(groups: list[Mapping[str, Any]], operands: int) -> Members:
@@ -117,7 +113,7 @@ GROUPS = {
 }
 
 
-@pytest.mark.usefixtures("interpreter")
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("groups", GROUPS)
 def test_a_kernel_gives_the_bits_of_floats_and_of_tensors(name: str, groups: str) -> None:
@@ -145,14 +141,14 @@ def test_a_kernel_gives_the_bits_of_floats_and_of_tensors(name: str, groups: str
     phases=(Phase.explicit, Phase.reuse, Phase.generate),
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-@pytest.mark.usefixtures("interpreter")
+@pytest.mark.usefixtures("device")
 def test_any_hyperparameters_give_the_same_bits(name, betas, lr, reference_lr, eps, weight_decay, form, steps, seed) -> None:
     group = GROUP | {"betas": betas, "lr": lr, "reference_lr": reference_lr, "eps": eps, "weight_decay": weight_decay, "decay_form": form}
     groups = [group, GROUP, group | {"lr": torch.tensor(lr)}]
     assert_all_alike(name, groups, torch.tensor(steps).float(), sums_of(len(steps), torch.Generator().manual_seed(seed)))
 
 
-@pytest.mark.usefixtures("interpreter")
+@pytest.mark.usefixtures("device")
 def test_constants_are_sent_when_they_have_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     sent = []
     monkeypatch.setattr(triton_formulas, "send", lambda values, device: sent.append(values) or values)

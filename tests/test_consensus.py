@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -20,14 +17,6 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from sharded_optim.backends import triton_verdict  # noqa: E402
-
-
-@pytest.fixture
-def interpreter() -> Iterator[None]:
-    with triton.knobs.runtime.scope(), np.errstate(all="ignore"):
-        triton.knobs.runtime.interpret = True
-        yield
-
 
 RANKS = (
     st.lists(  # of each rank that holds the tensor: the key of its hyperparameters, or None without a gradient; and whether it is finite

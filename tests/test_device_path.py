@@ -6,10 +6,9 @@ There is no GPU where these tests run, so the CPU is declared to be a device tha
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -41,14 +40,6 @@ def cpu_is_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "known_on_host", lambda tensor: False)
     monkeypatch.setattr(torch, "Event", FakeEvent)
     monkeypatch.setattr(FakeEvent, "waits", 0)
-
-
-@pytest.fixture
-def interpreter() -> Iterator[None]:
-    triton = pytest.importorskip("triton", reason="the triton package is not installed")
-    with triton.knobs.runtime.scope(), np.errstate(all="ignore"):
-        triton.knobs.runtime.interpret = True
-        yield
 
 
 OPTIMIZERS = {

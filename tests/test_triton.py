@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -40,22 +38,6 @@ def small() -> backend.Triton:
 
 
 # ------------------------------------------------------------------------------------------------------------------- interpreter
-
-
-@pytest.fixture
-def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    if triton.__version__.startswith("3.6."):  # its interpreter makes an integer of an array, which numpy >= 2.4 refuses
-        of_triton = importlib.import_module("triton.runtime.interpreter")
-        patch = of_triton._patch_lang_tensor
-
-        def patch_lang_tensor(tensor: Any, scope: Any) -> None:
-            patch(tensor, scope)
-            scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-        monkeypatch.setattr(of_triton, "_patch_lang_tensor", patch_lang_tensor)
-    with triton.knobs.runtime.scope(), np.errstate(all="ignore"):
-        triton.knobs.runtime.interpret = True
-        yield
 
 
 FORMAT_NAMES = ("fp32", "bf16", "bf16_kahan", "bf16_stochastic", "bf16_kahan_stochastic", "fp16", "fp16_kahan", "fp16_stochastic")

@@ -9,14 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from importlib import import_module
-from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+from triton_interpreter import mend
 
 __all__ = ["BACKEND", "DEVICE", "REHEARSAL", "TRANSPORT", "busy", "capture", "is_busy", "kernels_of"]
 __all__ += ["on_a_stream", "synchronisation_is_an_error", "synchronize"]
@@ -105,17 +104,5 @@ def kernels_of(call: Callable[[], object]) -> list[str]:
     return [event.name for event in events if event.device_type == DeviceType.CUDA and not event.name.startswith(NO_KERNELS)]
 
 
-def _mend_interpreter() -> None:
-    """Triton 3.6 makes an integer of an array of one element, where a loop's bound is a tensor, which NumPy >= 2.4 refuses."""
-    interpreter = import_module("triton.runtime.interpreter")
-    patch = interpreter._patch_lang_tensor
-
-    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    interpreter._patch_lang_tensor = patch_lang_tensor
-
-
-if REHEARSAL and find_spec("triton") is not None and version("triton").startswith("3.6."):  # in every process, ranks included
-    _mend_interpreter()
+if REHEARSAL and find_spec("triton") is not None:  # in every process, ranks included
+    mend()
