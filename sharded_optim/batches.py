@@ -193,7 +193,7 @@ class Batch:
 
     def count_step(self, proceed: Tensor | None) -> None:
         """Advance the counters; not where `proceed`, bool (), is False."""
-        self._steps += 1.0 if proceed is None else proceed.to(self.device)
+        self._steps += 1.0 if proceed is None else proceed
 
     def _take_counters_home(self, optimizer: StatefulOptimizer, state: Sequence[dict[str, Any]]) -> None:
         """Make the step counters of all parameters views of one tensor, which is read and written at once."""

@@ -355,15 +355,16 @@ class Engine(StatefulOptimizer):
                 batch.algorithm.coefficients, members, batch.steps, scale, backend=batch.backend, operands=batch.operands
             )
             grad_scale = self._inverse_grad_scale(batch.device)
-            batch.backend.update(batch.algorithm, batch.operands, table, proceed, grad_scale, batch.noise_keys())
-            batch.count_step(proceed)
+            happens = None if proceed is None else proceed.to(batch.device)  # parameters may be on several devices
+            batch.backend.update(batch.algorithm, batch.operands, table, happens, grad_scale, batch.noise_keys())
+            batch.count_step(happens)
             updates.append(
                 metrics.Update(
                     algorithm=batch.algorithm,
                     pieces=batch.pieces,
                     format=batch.operands.format,
                     coefficients=table,
-                    proceed=proceed,
+                    proceed=happens,
                     grad_scale=grad_scale,
                 )
             )

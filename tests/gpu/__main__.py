@@ -171,7 +171,8 @@ def environment(*, rehearse: bool) -> dict[str, str]:
         told |= {name: os.environ.get(name, "lo") for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
     if rehearse:
         told |= {REHEARSAL: "1", "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return os.environ | told
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}  # of a pytest that this runs in
+    return own | told
 
 
 # -------------------------------------------------------------------------------------------------------------------- all stages
