@@ -144,7 +144,7 @@ class Backend(Protocol):
         operands: Operands,
         coefficients: Tensor,  # fp32 (operands, coefficients of the statistic), on the operands' device
         limits: Tensor,  # fp32 (operands,), the largest statistic that is possible
-        scales: Tensor,  # fp32 (operands,), powers of two with limits * scales < 2**51
+        scales: Tensor,  # fp32 (operands,), powers of two from 2**-60 on, with limits * scales < 2**51
         grad_scale: Tensor | None,  # fp32 (), multiplies every gradient
     ) -> Tensor:
         """Sum each operand's statistic in fixed point. Writes nothing.

@@ -198,16 +198,8 @@ def add_up(low, middle, high, lanes, unit, target):
     tl.atomic_add(target, total + (tl.reduce(low, 0, add) - lanes * bits_of(to_low)), sem="relaxed")
 
 
-def set_if_any(terms, target):
-    found = tl.reduce(terms, 0, add)
-    tl.atomic_max(target, 1, mask=found != 0, sem="relaxed")
-
-
 def add(a, b):
     return a + b
-
-
-# ----------------------------------------------------------------------------------------------------------------------- consensus
 
 
 def larger(a, b):
