@@ -502,7 +502,7 @@ def test_what_was_not_measured_is_neither_met_nor_missed() -> None:
 
 def test_make_gpu_bench_wants_a_gpu_and_nothing_of_the_virtual_environment() -> None:
     root = Path(__file__).parents[1]
-    command = ["make", "--dry-run", "gpu-bench", "GPU_PYTHON=some-python", "ARGS=--quick"]
+    command = ["make", "--no-print-directory", "--dry-run", "gpu-bench", "GPU_PYTHON=some-python", "ARGS=--quick"]
     result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True, timeout=60)
     assert result.stdout.strip() == "some-python -m benchmarks.step --device cuda --quick"
     if not torch.cuda.is_available():
