@@ -21,7 +21,7 @@ from torch import Tensor
 from variants import examples
 
 from gpu.device import DEVICE, REHEARSAL, synchronisation_is_an_error, synchronize
-from sharded_optim.algorithms import Algorithm, operations
+from sharded_optim.algorithms import Algorithm, operations, scalars
 from sharded_optim.algorithms.adam import ADAM, AMSGRAD
 from sharded_optim.algorithms.sgd import MOMENTUM, SGD
 from sharded_optim.algorithms.stable_adamw import STABLE_ADAMW
@@ -278,7 +278,7 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "divide(a, b)": lambda a, b, c: operations.divide(a, b),
     "divide(a, 0-dim)": lambda a, b, c: operations.divide(a, c),
     "sqrt(|a|)": lambda a, b, c: operations.sqrt(a.abs()),
-    "sqrt of float64": lambda a, b, c: operations.sqrt_of_scalars(a.abs().double() * (1.0 + 2.0**-30)),
+    "sqrt of float64": lambda a, b, c: scalars.sqrt(a.abs().double() * (1.0 + 2.0**-30)),
     "maximum(|a|, |b|)": lambda a, b, c: operations.maximum(a.abs(), b.abs()),
     "float64 product": lambda a, b, c: a.double() * b.double() * c.double(),
     "float64 to float32": lambda a, b, c: (a.double() * b.double()).float(),
