@@ -15,7 +15,7 @@ from gpu.runs import OPTIMIZERS, Run, assert_alike, on_both
 WARM = 2  # steps, in which kernels are compiled and tables made
 STORAGES = ("bf16_kahan",) if REHEARSAL else ("fp32", "bf16_kahan", "bf16_stochastic", "fp16_stochastic")
 # Kernels of a step, of however many tensors in two param groups: what a step should cost, with some room for torch's own small ones.
-MOST_KERNELS = {"AdamW": 5, "StableAdamW": 25}
+MOST_KERNELS = {"AdamW": 4, "StableAdamW": 14}
 MOST_BYTES = 4 * 2**20  # that a step takes beside its tensors: tables, not copies
 
 
