@@ -21,7 +21,7 @@ from sharded_optim import noise
 from sharded_optim.algorithms import Algorithm, Statistic
 from sharded_optim.backends import Backend, Column, Operands, addresses_of, choose
 from sharded_optim.coefficients import Members, known_on_host, next_steps
-from sharded_optim.devices import capturing, keep, send
+from sharded_optim.devices import capturing, keep, refuse_to_capture, send
 from sharded_optim.formats import Format
 from sharded_optim.param_groups import hyperparameter_key
 from sharded_optim.sharding import Layout, LocalParam, Piece, check_memory
@@ -85,7 +85,7 @@ class Batch:
         first_piece = layout.first_piece
         self.places = layout.places([first_piece[row] + k for row, entry, _ in rows for k in range(len(entry.pieces))], self.device)
         rows_of = _rows_of(self._groups)
-        self._rows_on_host = [None if len(rows_of) == 1 else torch.tensor(each) for each in rows_of]
+        self._rows_on_host = [None if len(rows_of) == 1 else torch.tensor(each, device="cpu") for each in rows_of]
         self._distinct_groups = [self._groups[each[0]] for each in rows_of]
         self.members = Members(
             groups=self._distinct_groups,
@@ -96,8 +96,8 @@ class Batch:
         self._fixed_point: tuple[Any, FixedPoint] | None = None
         self._sources: tuple[Any, Tensor] | None = None
         backend.prepare(self.algorithm, self.operands)
-        self._owners = None if cut is None else send(torch.tensor(owners), self.device)
-        self._steps = torch.empty(0)  # fp32 (parameters,), of which the optimizer's state has views
+        self._owners = None if cut is None else send(torch.tensor(owners, device="cpu"), self.device)
+        self._steps = torch.empty(0, device="cpu")  # fp32 (parameters,), of which the optimizer's state has views
         self._counters: list[Tensor] = []
         self._take_counters_home(optimizer, state)
 
@@ -138,7 +138,7 @@ class Batch:
             if capturing(self.device):
                 return False
             self._take_counters_home(optimizer, state)
-        keep(self.device, self._steps, self._owners, self.places, self.members)
+        keep(self.device, self._steps, self._owners, self.places, self.members.rows, self.members.group_of)
         return True
 
     def release(self) -> None:
@@ -156,7 +156,7 @@ class Batch:
         """How the statistic of each operand is summed; None stands for a statistic that is 0."""
         bounds = [0.0 if statistic is None else statistic.bound(group) for group in self.members.groups]
         if self._fixed_point is None or self._fixed_point[0] != bounds:  # hyperparameters have changed
-            bound = torch.empty(len(self.pieces), dtype=torch.float64)
+            bound = torch.empty(len(self.pieces), dtype=torch.float64, device="cpu")
             for value, rows in zip(bounds, self._rows_on_host, strict=True):
                 bound[slice(None) if rows is None else rows] = value
             numels = [segment.tensor_numel for segment in self.operands.segments]
@@ -169,12 +169,12 @@ class Batch:
 
     def keys(self) -> Tensor:
         """A number for each operand, the same on two ranks if they use the same hyperparameters at the same step: int64 (operands,)."""
-        result = torch.empty(len(self.pieces), dtype=torch.int64)
+        result = torch.empty(len(self.pieces), dtype=torch.int64, device="cpu")
         all_steps = self.steps
         for group, rows in zip(self._distinct_groups, self._rows_on_host, strict=True):
             steps = (all_steps if rows is None else all_steps[rows]).tolist() if known_on_host(all_steps) else [-1.0]
             keys = {step: hyperparameter_key(group, step) for step in set(steps)}
-            own = torch.tensor([keys[step] for step in steps] if len(keys) > 1 else list(keys.values()))
+            own = torch.tensor([keys[step] for step in steps] if len(keys) > 1 else list(keys.values()), device="cpu")
             result[slice(None) if rows is None else rows] = own
         return result
 
@@ -197,7 +197,10 @@ class Batch:
 
     def _take_counters_home(self, optimizer: StatefulOptimizer, state: Sequence[dict[str, Any]]) -> None:
         """Make the step counters of all parameters views of one tensor, which is read and written at once."""
-        counters = [torch.as_tensor(values[STEP]) for values in state]
+        counters = [
+            values[STEP] if isinstance(values[STEP], Tensor) else torch.tensor(values[STEP], dtype=torch.float32, device="cpu")
+            for values in state
+        ]
         users: Counter[int] = Counter()
         if optimizer.layout is not None and optimizer.layout.in_turns:
             # DeepSpeed loads a Universal checkpoint of ZeRO-3 by giving one counter to all parameters, each of which would then count.
@@ -221,15 +224,15 @@ class _Cut:
     """How the local tensors of parameters are cut into operands."""
 
     def __init__(self, owners: Sequence[int], pieces: Sequence[Piece]) -> None:
-        self._owners = torch.tensor(owners, dtype=torch.int64)
-        self._offsets = torch.tensor([piece.offset or 0 for piece in pieces], dtype=torch.int64)
+        self._owners = torch.tensor(owners, dtype=torch.int64, device="cpu")
+        self._offsets = torch.tensor([piece.offset or 0 for piece in pieces], dtype=torch.int64, device="cpu")
         self._pieces = list(zip(owners, pieces, strict=True))
 
     def tensors(self, wholes: Sequence[Tensor]) -> list[Tensor]:
         return [piece.of(wholes[owner]) for owner, piece in self._pieces]
 
     def addresses(self, wholes: array[int], itemsize: int) -> array[int]:
-        return array("q", (torch.tensor(wholes)[self._owners] + self._offsets * itemsize).tolist())
+        return array("q", (torch.tensor(wholes, device="cpu")[self._owners] + self._offsets * itemsize).tolist())
 
 
 class _CutColumn(Column):
@@ -329,7 +332,7 @@ def _rows_of(groups: Sequence[Group]) -> list[list[int]]:
 
 def _group_of(rows_of: Sequence[Sequence[int]]) -> Tensor:
     """Of each row, which of these it is in: int64."""
-    found = torch.empty(sum(map(len, rows_of)), dtype=torch.int64)
+    found = torch.empty(sum(map(len, rows_of)), dtype=torch.int64, device="cpu")
     for index, rows in enumerate(rows_of):
         found[list(rows)] = index
     return found
@@ -368,11 +371,8 @@ class Batches:
         grads = list(map(_grad, layout.params))
         kept = self._kept.pop(layout, None)  # put back when nothing has failed
         if kept is None or not kept.renew(optimizer, groups, grads):
-            if layout.params and capturing(layout.params[0].device):
-                raise ValueError(
-                    "a CUDA graph records a step of other parameters, gradients, state or options than the step before, which would be set "
-                    "up anew in every replay; take such a step before the capture"
-                )
+            for param in layout.params[:1]:
+                refuse_to_capture(param.device)
             kept = _Kept(groups, grads, self._build(optimizer, layout, groups, grads))
         self._kept[layout] = kept
         return kept.batches

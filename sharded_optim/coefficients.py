@@ -85,14 +85,15 @@ def coefficient_table(
     table = None
     for group, rows in zip(members.groups, members.rows, strict=True):
         own_steps = steps if rows is None else steps[rows]
-        arguments: list[Any] = [{**group, "lr": _current_lr(group, steps.device)}, _next_step(own_steps)]
+        lr = _double(group["lr"], steps.device) if _is_on_device(group["lr"]) else None
+        arguments: list[Any] = [_numbers(group, lr), _next_step(own_steps)]
         if scales is not None:
             arguments.append(scales[rows] if isinstance(scales, Tensor) and rows is not None else scales)
         part = _columns(coefficients(*arguments), len(own_steps), steps.device)
         if rows is None:
             return part
         if table is None:
-            table = torch.empty(len(steps), part.shape[1], device=steps.device)
+            table = torch.empty(len(steps), part.shape[1], dtype=torch.float32, device=steps.device)
         table[rows] = part
     assert table is not None, "a batch has a group"
     return table
@@ -101,8 +102,8 @@ def coefficient_table(
 def _formula(coefficients: Callable[..., Coefficients], group: Mapping[str, Any], lr_scale: float | LrScale | None) -> Formula:
     """Of one group's operands."""
     recorder = Recorder()
-    lr = recorder.input("lr") if _is_on_device(group["lr"]) else _current_lr(group, torch.device("cpu"))
-    arguments: list[Any] = [{**group, "lr": lr}, recorder.input("step")]
+    lr = recorder.input("lr") if _is_on_device(group["lr"]) else None
+    arguments: list[Any] = [_numbers(group, lr), recorder.input("step")]
     if lr_scale is not None:
         arguments.append(lr_scale.recorded(recorder) if isinstance(lr_scale, LrScale) else lr_scale)
     return recorder.formula(coefficients(*arguments))
@@ -127,7 +128,7 @@ def _double(lr: Tensor, device: torch.device) -> Tensor:
 
 def _columns(values: Coefficients, rows: int, device: torch.device) -> Tensor:
     if device.type == "cpu" and not any(isinstance(value, Tensor) for value in values):
-        return torch.tensor([values], dtype=torch.float32).expand(rows, -1).contiguous()
+        return torch.tensor([values], dtype=torch.float32, device="cpu").expand(rows, -1).contiguous()
     # Not copied to a device but filled in there: a copy would have to wait, and a CUDA graph could not record it.
     columns = []
     for value in values:
@@ -137,12 +138,12 @@ def _columns(values: Coefficients, rows: int, device: torch.device) -> Tensor:
     return torch.stack(columns, dim=1).to(torch.float32)
 
 
-def _current_lr(group: Mapping[str, Any], device: torch.device) -> float | Tensor:
-    """This step's learning rate: a float, or a float64 tensor on `device`."""
-    lr = group["lr"]
-    if isinstance(lr, Tensor):
-        return host_value(lr) if known_on_host(lr) else _double(lr, device)
-    return float(lr)
+def _numbers(group: Mapping[str, Any], lr: Number | None) -> dict[str, Any]:
+    """Hyperparameters as floats, also those that the host has as tensors; but this learning rate, if a device has it."""
+    found = {name: host_value(value) if isinstance(value, Tensor) and known_on_host(value) else value for name, value in group.items()}
+    if "betas" in group:
+        found["betas"] = tuple(map(float, group["betas"]))
+    return found | {"lr": float(found["lr"]) if lr is None else lr}
 
 
 def _next_step(steps: Tensor) -> int | Tensor:

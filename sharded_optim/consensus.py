@@ -32,7 +32,7 @@ __all__ = [
 # Rows of the vector, one column per tensor.
 SECTIONS = 7
 TOTAL = 0  # sum of q over the owned pieces
-NON_FINITE = 1  # pieces in which the gradient, or the statistic, was not finite
+NON_FINITE = 1  # ranks on which the gradient, or the statistic, was not finite; who holds several pieces counts for each
 ABSENT = 2  # ranks that hold a piece without a gradient
 PRESENT = 3  # ranks that hold a piece with a gradient
 BITS = 4  # sum of k over the ranks in PRESENT

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["capturing", "keep", "send"]
+__all__ = ["capturing", "keep", "on", "refuse_to_capture", "send"]
 
 _replayed: list[Any] = []
 
@@ -24,6 +25,20 @@ def send(values: Tensor, device: torch.device) -> Tensor:
 def capturing(device: torch.device) -> bool:
     """Whether a CUDA graph records what is launched instead of running it."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def refuse_to_capture(device: torch.device) -> None:
+    """Raise ValueError if a CUDA graph is recorded, because every replay would set up anew what a step sets up."""
+    if capturing(device):
+        raise ValueError(
+            "a CUDA graph records a step of other parameters, gradients, state or options than the step before, which every replay would "
+            "set up anew; take such a step before the capture"
+        )
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes it the current one, on whose current stream kernels are launched and events recorded."""
+    return nullcontext() if device.type in ("cpu", "meta") else torch.get_device_module(device).device(device)
 
 
 def keep(device: torch.device, *read: Any) -> None:

@@ -23,7 +23,7 @@ from sharded_optim.backends import AUTO, candidates
 from sharded_optim.batches import Batch, Batches
 from sharded_optim.coefficients import LrScale, coefficient_table, host_value, known_on_host
 from sharded_optim.consensus import TAIL, Verdict
-from sharded_optim.devices import capturing
+from sharded_optim.devices import capturing, refuse_to_capture
 from sharded_optim.layouts import Layouts
 from sharded_optim.options import MOST_SKIPPED, NonFinite, Params
 from sharded_optim.ranks import gather_messages, own_process_group
@@ -211,9 +211,9 @@ class Engine(StatefulOptimizer):
             return _Observation(failure=failure)
 
     def _contribution(self, batch: Batch) -> statistics.Contribution:
-        """What this rank brings for the operands of a batch: as it was observed early, where that is still true."""
+        """What this rank brings for the operands of a batch: as it was observed early, where that is still true, and in every replay."""
         stamp, early = self._observed_early.get(batch, (None, None))
-        if early is not None and getattr(self, "grad_scale", None) is None and stamp == batch.stamp():
+        if early is not None and not capturing(batch.device) and getattr(self, "grad_scale", None) is None and stamp == batch.stamp():
             return early
         return self._sums(batch)
 
@@ -222,7 +222,7 @@ class Engine(StatefulOptimizer):
         statistic = self._statistic
         fixed_point = batch.fixed_point(statistic)
         if statistic is None:
-            table = torch.empty(len(batch.pieces), 0, device=batch.device)
+            table = torch.empty(len(batch.pieces), 0, dtype=torch.float32, device=batch.device)
         else:
             table = coefficient_table(statistic.coefficients, batch.members, batch.steps, backend=batch.backend, operands=batch.operands)
         grad_scale = self._inverse_grad_scale(batch.device)
@@ -243,7 +243,7 @@ class Engine(StatefulOptimizer):
         failure = observation.failure
         found_inf: Tensor | float | None = getattr(self, "found_inf", None)  # GradScaler's
         if found_inf is not None and not isinstance(found_inf, Tensor):  # of a rank without a gradient
-            found_inf = torch.tensor(float(found_inf))
+            found_inf = torch.tensor(float(found_inf), device="cpu")
         if not self._agrees:
             if failure is not None:
                 raise failure
@@ -297,6 +297,8 @@ class Engine(StatefulOptimizer):
 
     def _raise_non_finite(self, agreement: statistics.Agreement, verdict: Verdict) -> None:
         """Waits for the device: the price of raising in the step that went wrong."""
+        if capturing(verdict.told.device):
+            raise ValueError("nonfinite='raise' waits for each step, which a CUDA graph cannot record; use nonfinite='skip'")
         if not host_value(verdict.told[1]):
             names = agreement.names_where_not_finite_here()
             message = f"gradient not finite, or too large to square in fp32: {', '.join(map(repr, names))}" if names else None
@@ -434,6 +436,7 @@ class Engine(StatefulOptimizer):
 
     def _count_skipped(self, skipped: int | Tensor) -> None:
         if isinstance(skipped, Tensor) and not isinstance(self._skipped, Tensor):
+            refuse_to_capture(skipped.device)
             self._skipped = torch.full((), self._skipped, dtype=torch.int64, device=skipped.device)
         self._skipped += skipped
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from sharded_optim.devices import refuse_to_capture
 from sharded_optim.param_groups import named_params
 from sharded_optim.sharding import Layout, LocalParam
 
@@ -48,6 +49,8 @@ class Layouts:
         key = None if only is None and not self._in_turns else tuple(map(id, params))
         layout = self._kept.get(key)
         if layout is None or not layout.describes(params):
+            for param in params[:1]:
+                refuse_to_capture(param.device)
             if key is None:
                 self._kept.clear()
             layout = self._make(groups, params, process_group) if agree else Layout.of_rank(self._describe_all(groups, params))

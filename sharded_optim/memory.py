@@ -20,13 +20,13 @@ def zeros(numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Zeros on the CPU, (numel,), on large pages as far as they fill them and where the system has them. The storage cannot be resized."""
     size = numel * dtype.itemsize
     if size < LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.zeros(numel, dtype=dtype)
+        return torch.zeros(numel, dtype=dtype, device="cpu")
     try:
         memory = mmap.mmap(-1, size + LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         offset = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % LARGE_PAGE
         memory.madvise(mmap.MADV_HUGEPAGE, offset, size // LARGE_PAGE * LARGE_PAGE)  # what does not fill a page takes small ones
     except OSError:  # a kernel without them
-        return torch.zeros(numel, dtype=dtype)
+        return torch.zeros(numel, dtype=dtype, device="cpu")
     return torch.frombuffer(memory, dtype=dtype, count=numel, offset=offset)
 
 

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sharded_optim.devices import send
 from sharded_optim.segment import Segment
 
-__all__ = ["keys", "uniform"]
+__all__ = ["keys", "sources", "uniform"]
 
 RESOLUTION = 24  # bits of a drawn number: all that fp32 holds below 1
 
@@ -52,7 +53,7 @@ def sources(seeds: Sequence[int], names: Sequence[str]) -> Tensor:
         _signed(int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "little"))
         for seed, name in zip(seeds, names, strict=True)
     ]
-    return torch.tensor(found, dtype=torch.int64)
+    return torch.tensor(found, dtype=torch.int64, device="cpu")
 
 
 def keys(sources: Tensor, steps: Tensor) -> Tensor:
@@ -72,6 +73,6 @@ def uniform(key: Tensor, segment: Segment) -> Tensor:
         key: int64 (), from `keys`.
         segment: which elements of the tensor are drawn for.
     """
-    runs = segment.run_starts().to(key.device, non_blocking=True)
+    runs = send(segment.run_starts(), key.device)
     indices = (runs[:, None] + torch.arange(segment.run, device=key.device)).flatten()
     return _shift_right(_mix(key + indices * GOLDEN), 64 - RESOLUTION).to(torch.float32) * 2.0**-RESOLUTION

@@ -76,8 +76,12 @@ def check_hyperparameters(values: dict[str, Any], where: str, *, scheduled: bool
             value = _on_host(value)
             rounded = scheduled and name in ("lr", "max_lr") and not isinstance(value, str) and -LR_ROUNDING < value < 0
             check_number(name, 0.0 if rounded else value, where)
+        elif name not in ("lr", "max_lr"):
+            raise ValueError(f"{name} must be a number, got a tensor on {value.device}{where}: only lr may lie on a device")
     if "betas" in values:
         betas = values["betas"]
+        if isinstance(betas, Iterable) and any(isinstance(beta, Tensor) and not known_on_host(beta) for beta in betas):
+            raise ValueError(f"betas must be two numbers, got a tensor on a device{where}: only lr may lie on one")
         if not isinstance(betas, Iterable) or len(list(betas)) != 2 or not all(0.0 <= float(beta) < 1.0 for beta in betas):
             raise ValueError(f"betas must be two numbers in [0, 1), got {values['betas']!r}{where}")
     if values.get("decay_form", "coupled") not in FORMS:

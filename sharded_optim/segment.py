@@ -100,7 +100,7 @@ class Segment:
 
     def run_starts(self) -> Tensor:
         """Offsets at which the runs begin: int64, shape (count,)."""
-        return self.start + self.stride * torch.arange(self.count, dtype=torch.int64)
+        return self.start + self.stride * torch.arange(self.count, dtype=torch.int64, device="cpu")
 
     def cut(self, numel: int) -> Iterator[Segment]:
         """Its elements in parts of at most `numel`, in order.
@@ -230,11 +230,13 @@ def find_tiling_error(segments: Sequence[Segment]) -> str | None:
     filled = [segment for segment in segments if segment.numel]
     if sum(segment.numel for segment in filled) == numel and len(filled) <= 1:
         return None
-    starts = torch.cat([segment.run_starts() for segment in filled] or [torch.empty(0, dtype=torch.int64)])
-    lengths = torch.cat([torch.full((segment.count,), segment.run) for segment in filled] or [torch.empty(0, dtype=torch.int64)])
+    starts = torch.cat([segment.run_starts() for segment in filled] or [torch.empty(0, dtype=torch.int64, device="cpu")])
+    lengths = torch.cat(
+        [torch.full((segment.count,), segment.run, device="cpu") for segment in filled] or [torch.empty(0, dtype=torch.int64, device="cpu")]
+    )
     starts, order = starts.sort()
-    ends = torch.cat([torch.zeros(1, dtype=torch.int64), starts + lengths[order]])
-    starts = torch.cat([starts, torch.tensor([numel])])
+    ends = torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), starts + lengths[order]])
+    starts = torch.cat([starts, torch.tensor([numel], device="cpu")])
     wrong = (starts != ends).nonzero()
     if not len(wrong):
         return None

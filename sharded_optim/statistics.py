@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sharded_optim.algorithms.scalars import Sums, mean
 from sharded_optim.consensus import ABSENT, KEY, NON_FINITE, PRESENT, SECTIONS, SQUARED_KEY, TAIL, Verdict
-from sharded_optim.devices import capturing, keep, send
+from sharded_optim.devices import capturing, keep, on, send
 from sharded_optim.sharding.layout import Layout, Places
 
 __all__ = ["Agreement", "Contribution", "Deferred", "FixedPoint", "agree", "fraction_bits", "told_of_streak"]
@@ -58,10 +58,11 @@ class FixedPoint:
     def of(cls, bounds: Sequence[float], numels: Sequence[int], device: torch.device) -> FixedPoint:
         """For statistics in [0, bound], of tensors of these numbers of elements."""
         bits = [fraction_bits(bound, numel) for bound, numel in zip(bounds, numels, strict=True)]
-        doubles = torch.tensor([[math.ldexp(1.0, -k) for k in bits], [max(numel, 1) for numel in numels]], dtype=torch.float64)
-        units, numels_on_device = send(doubles, device)
-        limits, scales = send(torch.tensor([[HEADROOM * bound for bound in bounds], [math.ldexp(1.0, k) for k in bits]]), device)
-        return cls(bits=torch.tensor(bits), limits=limits, scales=scales, units=units, numels=numels_on_device)
+        on_host = {"device": "cpu", "dtype": torch.float64}
+        doubles = torch.tensor([[math.ldexp(1.0, -k) for k in bits], [max(numel, 1) for numel in numels]], **on_host)
+        singles = torch.tensor([[HEADROOM * bound for bound in bounds], [math.ldexp(1.0, k) for k in bits]], **on_host).float()
+        (units, numels_on_device), (limits, scales) = send(doubles, device), send(singles, device)
+        return cls(bits=torch.tensor(bits, device="cpu"), limits=limits, scales=scales, units=units, numels=numels_on_device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +156,8 @@ class Deferred:
         self._longest = longest
         self._told = verdict.told.to("cpu", non_blocking=True)
         self._copied = torch.Event(verdict.told.device)
-        self._copied.record()
+        with on(verdict.told.device):
+            self._copied.record()
 
     def raise_if_due(self) -> None:
         """Raise, on every rank, ValueError if the ranks did not fit together, FloatingPointError if they skip step after step.
@@ -193,7 +195,7 @@ def agree(
     """Add up all ranks' contributions. The one collective of a step; every rank of the group must call it, also with nothing to give."""
     tensors = len(layout.names)
     # Everything known on the host goes over in one copy; what the device computed is added there.
-    host = torch.zeros(SECTIONS * tensors + TAIL, dtype=torch.int64)
+    host = torch.zeros(SECTIONS * tensors + TAIL, dtype=torch.int64, device="cpu")
     table = host[:-TAIL].view(SECTIONS, tensors)
     for each in contributions:
         told = torch.stack([torch.ones_like(each.bits), each.bits, each.keys, each.keys * each.keys])

@@ -22,6 +22,7 @@ from sharded_optim.coefficients import LrScale, Members, coefficient_table
 
 triton = pytest.importorskip("triton", reason="the triton package is not installed")
 
+from absent_gpu import launched  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -63,7 +64,7 @@ def members(groups: list[Mapping[str, Any]], operands: int) -> Members:
 
 
 def table(with_: Backend, name: str, groups: list[Mapping[str, Any]], steps: Tensor, lr_scale: float | LrScale | None) -> Tensor:
-    params = [torch.zeros(1) for _ in steps]
+    params = [torch.zeros(1, dtype=torch.float32) for _ in steps]
     operands = Operands.whole(params, params, [])
     return coefficient_table(FUNCTIONS[name], members(groups, len(steps)), steps, lr_scale, backend=with_, operands=operands)
 
@@ -74,7 +75,7 @@ def of_floats(name: str, groups: list[Mapping[str, Any]], steps: Tensor, lr_scal
         group = groups[row % len(groups)]
         arguments = [{**group, "lr": float(group["lr"])}, int(step) + 1]
         rows.append(FUNCTIONS[name](*arguments, *([] if lr_scales is None else [lr_scales[row]])))
-    return torch.tensor(rows, dtype=torch.float64).float()
+    return torch.tensor(rows, dtype=torch.float64).to(torch.float32)
 
 
 def assert_all_alike(name: str, groups: list[Mapping[str, Any]], steps: Tensor, sums: Sums | None) -> None:
@@ -149,6 +150,35 @@ def test_any_hyperparameters_give_the_same_bits(name, betas, lr, reference_lr, e
 
 
 @pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_changes_nothing(dtype: torch.dtype) -> None:
+    steps = STEPS.clone()
+    sums = sums_of(len(steps), torch.Generator().manual_seed(0))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        for each in (eager.BACKEND, backend.Triton()):
+            scale = LrScale(of_mean=STATISTIC.lr_scale, sums=sums)
+            assert table(each, "adam", GROUPS["three"], steps, scale).dtype == torch.float32
+        assert_all_alike("adam", GROUPS["three"], steps, sums)
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_hyperparameters_may_be_tensors_and_are_not_written(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coefficients, "known_on_host", lambda tensor: tensor.numel() == 1)
+    betas = (torch.tensor(0.9, dtype=torch.float64), torch.tensor(0.99, dtype=torch.float64))
+    tensors = GROUP | {"betas": betas, "weight_decay": torch.tensor(0.25), "eps": torch.tensor(2.0**-20)}
+    floats = GROUP | {"weight_decay": 0.25, "eps": 2.0**-20}
+    scale = None if name == "observe" else 1.0
+    for each in (eager.BACKEND, backend.Triton()):
+        assert torch.equal(table(each, name, [tensors], STEPS, scale), table(each, name, [floats], STEPS, scale))
+    assert [float(beta) for beta in betas] == [0.9, 0.99]
+
+
+@pytest.mark.usefixtures("device")
 def test_constants_are_sent_when_they_have_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     sent = []
     monkeypatch.setattr(triton_formulas, "send", lambda values, device: sent.append(values) or values)
@@ -164,38 +194,18 @@ def test_constants_are_sent_when_they_have_changed(monkeypatch: pytest.MonkeyPat
     assert not torch.equal(found[0], found[2])
 
 
-class Absent:
-    """A driver for a GPU that is not there, as far as a launch asks for it before it launches."""
-
-    get_current_device = staticmethod(lambda: 0)
-    get_current_stream = staticmethod(lambda device: 0)
-    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
-
-
 def test_what_is_launched_is_what_was_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A launch derives types from the arguments: also where an int is 1, or a tensor is aligned by chance, they are those of `compiled`."""
-    launched = []
-
-    def run(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        launched.append(original(self, *arguments, grid=grid, warmup=True, **options))
-
-    original = triton.runtime.JITFunction.run
-    monkeypatch.setattr(triton.runtime.JITFunction, "run", run)
-    monkeypatch.setattr(triton.runtime.driver, "_active", Absent())
-    monkeypatch.setattr(coefficients, "known_on_host", lambda tensor: False)
-    triton_formulas._formula_kernel.cache_clear()
+    """Also where an int is 1, or a tensor is aligned by chance."""
     groups = [GROUP | {"lr": torch.tensor(1e-2)}, GROUP | {"lr": torch.tensor(1e-3)}]
     sums = LrScale(of_mean=STATISTIC.lr_scale, sums=sums_of(2, torch.Generator()))
-    monkeypatch.setattr(coefficients, "_is_on_device", lambda lr: isinstance(lr, Tensor))
-    try:
+    monkeypatch.setattr(coefficients, "known_on_host", lambda tensor: False)
+    with launched(monkeypatch) as found:
         table(backend.Triton(), "adam", groups, torch.zeros(2), sums)
-    finally:
-        triton_formulas._formula_kernel.cache_clear()  # a driver that is there must not be given what was compiled here
     recorder = Recorder()
     scale = STATISTIC.lr_scale(Sums.recorded_mean(recorder))
     arguments = GROUP | {"lr": recorder.input("lr")}, recorder.input("step"), scale
     expected = compiled("adam", arguments, recorder, list(triton_formulas.FOUND), 90)
-    assert [each.asm["ptx"] for each in launched] == [expected.asm["ptx"]]
+    assert [each.asm["ptx"] for each in found] == [expected.asm["ptx"]]
 
 
 def compiled(name: str, arguments: Sequence[Any], recorder: Recorder, inputs: list[str], capability: int) -> Any:

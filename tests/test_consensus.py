@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -13,6 +15,7 @@ from sharded_optim.consensus import ABSENT, KEY, NON_FINITE, PRESENT, SECTIONS, 
 
 triton = pytest.importorskip("triton", reason="the triton package is not installed")
 
+from absent_gpu import launched  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -61,12 +64,26 @@ def test_a_step_happens_where_all_ranks_agree_and_all_is_finite(tensors, padding
         assert (verdict.told.dtype, verdict.proceed.dtype, verdict.first.dtype) == (torch.int64, torch.bool, torch.int64)
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("follows", [False, True])
-def test_a_gpu_gets_one_small_program(follows: bool, capability: int) -> None:
+def compiled(*, follows: bool, capability: int) -> Any:
     signature = {name: "i32" if name == "tensors" else "*i1" if name == "proceed" else "*i64" for name in triton_verdict.ARGUMENTS}
     constants = {"FOLLOWS": follows, "SKIPS": True, "BLOCK": triton_verdict.BLOCK}
     source = ASTSource(triton_verdict.verdict_kernel(), signature | dict.fromkeys(constants, "constexpr"), constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=triton_verdict.OPTIONS)
-    assert compiled.metadata.shared <= 64
-    assert ".local" not in compiled.asm["ptx"]
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=triton_verdict.OPTIONS)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("follows", [False, True])
+def test_a_gpu_gets_one_small_program(follows: bool, capability: int) -> None:
+    code = compiled(follows=follows, capability=capability)
+    assert code.metadata.shared <= 64
+    assert ".local" not in code.asm["ptx"]
+
+
+@pytest.mark.parametrize("tensors", [1, 16])
+def test_what_is_launched_is_what_was_looked_at(tensors: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where an int is 1, or can be divided by 16."""
+    sums = torch.zeros(SECTIONS * tensors + consensus.TAIL, dtype=torch.int64)
+    with launched(monkeypatch) as found:
+        before = triton_verdict.judge(sums, None, skips=True)
+        triton_verdict.judge(sums, before, skips=True)
+    assert [each.asm["ptx"] for each in found] == [compiled(follows=follows, capability=90).asm["ptx"] for follows in (False, True)]

@@ -67,7 +67,7 @@ FLOORS = {
     "cli": 7,
 }
 # Statistics are laid out by the layout; the doctor writes as checkpoints do; floor 3 is a stack.
-SEEN = {("consensus", "algorithms"), ("statistics", "sharding"), ("noise", "segment"), ("doctor", "checkpoint")}
+SEEN = {("consensus", "algorithms"), ("statistics", "sharding"), ("noise", "devices"), ("noise", "segment"), ("doctor", "checkpoint")}
 SEEN |= {
     ("loading", "state"),
     ("loading", "param_groups"),

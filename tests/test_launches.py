@@ -15,11 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import sharded_optim as so
-from sharded_optim import batches, engine, statistics
+from sharded_optim import batches, devices, engine, statistics
 
 triton = pytest.importorskip("triton", reason="the triton package is not installed")
 
 from sharded_optim.backends import triton as backend  # noqa: E402
+from sharded_optim.backends import triton_formulas  # noqa: E402
 
 META = torch.device("meta")
 SHAPES = [(7, 3), (), (64,), (5, 4, 3), (1,)]
@@ -35,6 +36,8 @@ class Gpu(TorchDispatchMode):
         self.operations: Counter[str] = Counter()
         self.kernels: list[str] = []
         self.copies = 0  # between host and device
+        self.read: set[int] = set()  # storages of what operations and kernels are given
+        self.made: set[int] = set()  # and of what operations give
 
     @property
     def launches(self) -> int:
@@ -49,6 +52,8 @@ class Gpu(TorchDispatchMode):
             return torch.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)  # all is well
         result = func(*args, **kwargs)
         made = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
+        self.read |= {storage(each) for each in given if each.device == META}
+        self.made |= {storage(each) for each in made} - {storage(each) for each in given}
         if name not in FREE and any(each.device == META for each in given + made):
             # A number that torch wraps, or a copy: nothing else may have operands on both.
             foreign = [each for each in given if each.device != META and (each.ndim or name in ("_to_copy", "copy_"))]
@@ -84,6 +89,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
 
         def run(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
             mode.kernels.append(self.fn.__name__)
+            mode.read |= {storage(each) for each in arguments if isinstance(each, Tensor)}
 
         monkeypatch.setattr(triton.runtime.JITFunction, "run", run)
         monkeypatch.setattr(backend.Triton, "supports", lambda self, device, dtypes: None)
@@ -119,8 +125,7 @@ def test_a_step_waits_for_nothing_and_launches_little(name: str, capture: bool, 
     for _ in range(2):  # state is made, kernels are
         optimizer.step()
     if capture:
-        for module in (batches, engine, statistics):
-            monkeypatch.setattr(module, "capturing", lambda device: True)
+        begin_capture(monkeypatch)
     else:
         optimizer.param_groups[0]["lr"] = 5e-3
     gpu.operations.clear()
@@ -166,7 +171,84 @@ def test_a_graph_does_not_record_what_is_set_up_anew(replaced: str, gpu: Gpu, mo
         optimizer.state[params[0]]["step"] = torch.empty((), device=META)
     else:
         optimizer = so.StableAdamW(params, lr=1e-2)
-    for module in (batches, engine, statistics):
-        monkeypatch.setattr(module, "capturing", lambda device: True)
+    begin_capture(monkeypatch)
     with pytest.raises(ValueError, match="take such a step before the capture"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_what_a_graph_reads_stays(name: str, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when later steps have other hyperparameters. Parameters, gradients and state are the user's, and are not kept."""
+    make, _ = OPTIMIZERS[name]
+    params = parameters(torch.bfloat16 if "stochastic" in name else torch.float32)
+    optimizer = make(params, lr=1e-2)
+    for _ in range(3):
+        optimizer.step()
+    with monkeypatch.context() as capture:
+        kept = begin_capture(capture)
+        gpu.read.clear()
+        gpu.made.clear()
+        optimizer.step()
+    read, made = set(gpu.read), set(gpu.made)
+    for group in optimizer.param_groups:
+        group |= {"lr": 1e-3, "rounding_seed": 5} | ({"betas": (0.8, 0.9)} if "betas" in group else {})
+    optimizer.step()
+    users = [*params, *(param.grad for param in params), *(value for state in optimizer.state.values() for value in state.values())]
+    users.append(optimizer._skipped)
+    known = {storage(each) for each in users if isinstance(each, Tensor)}
+    kept_storages = {storage(each) for each in tensors_in(kept)}
+    assert read - made - known <= kept_storages
+    counters = {storage(state["step"]) for state in optimizer.state.values()}
+    assert kept_storages & known <= counters, "a graph would keep the model"
+
+
+def test_what_was_observed_before_is_observed_in_every_replay(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = parameters()
+    optimizer = so.StableAdamW(params, lr=1e-2)
+    for _ in range(2):
+        optimizer.step()
+    optimizer.observe_unit(0)
+    gpu.kernels.clear()
+    optimizer.step()
+    assert not any(kernel.startswith("observe") for kernel in gpu.kernels)
+    optimizer.observe_unit(0)
+    begin_capture(monkeypatch)
+    gpu.kernels.clear()
+    optimizer.step()
+    assert any(kernel.startswith("observe") for kernel in gpu.kernels)
+
+
+def test_a_graph_does_not_record_what_must_wait(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = so.AdamW(parameters(), lr=1e-2, nonfinite="raise")
+    monkeypatch.setattr(engine, "host_value", lambda tensor: True)
+    for _ in range(2):
+        optimizer.step()
+    begin_capture(monkeypatch)
+    with pytest.raises(ValueError, match="use nonfinite='skip'"):
+        optimizer.step()
+
+
+def begin_capture(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """From now on a CUDA graph records; gives what is kept for its replays."""
+    for module in (batches, engine, statistics, devices, backend, triton_formulas):
+        monkeypatch.setattr(module, "capturing", lambda device: True)
+    kept: list[Any] = []
+    monkeypatch.setattr(devices, "_replayed", kept)
+    return kept
+
+
+def storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def tensors_in(found: Any) -> Iterator[Tensor]:
+    """All tensors in lists, tuples, dicts and objects of this library."""
+    if isinstance(found, Tensor):
+        yield found
+    elif isinstance(found, list | tuple):
+        for each in found:
+            yield from tensors_in(each)
+    elif isinstance(found, dict):
+        yield from tensors_in(list(found.values()))
+    elif type(found).__module__.startswith("sharded_optim"):
+        yield from tensors_in(vars(found))

@@ -355,3 +355,26 @@ def test_memory_on_large_pages_is_ordinary_to_torch() -> None:
         assert buffer.tell() < zeros.nbytes + 4096
         buffer.seek(0)
         assert torch.equal(torch.load(buffer), zeros)
+
+
+@every_optimizer
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_defaults_of_torch_change_nothing(name: str, backend: str) -> None:
+    """Neither another dtype nor another device: tables lie where they are used."""
+    results = []
+    for dtype, device in ((torch.float32, "cpu"), (torch.float64, "meta"), (torch.bfloat16, "meta")):
+        params = [parameter(5), parameter(70), parameter(3)]
+        optimizer = OPTIMIZERS[name](params)
+        groups = [{**optimizer.param_groups[0], "params": params[:1]}, {**optimizer.param_groups[0], "params": params[1:], "lr": 3e-2}]
+        optimizer = type(optimizer)(groups, lr=1e-2, nonfinite=optimizer.nonfinite, backend=backend)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device):
+                for _ in range(3):
+                    optimizer.step()
+        finally:
+            torch.set_default_dtype(before)
+        results.append(params)
+    for others in results[1:]:
+        assert all(torch.equal(param, other) for param, other in zip(results[0], others, strict=True))

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from operand_cases import GROUP, STATISTIC, Case, assert_same, assert_same_observation, assert_same_update, columns_of
 from variants import examples
 
+from sharded_optim import statistics
 from sharded_optim.algorithms.adam import ADAM, AMSGRAD
 from sharded_optim.algorithms.sgd import MOMENTUM, SGD
 from sharded_optim.algorithms.stable_adamw import STABLE_ADAMW
@@ -25,11 +26,13 @@ from sharded_optim.formats import FORMATS
 
 triton = pytest.importorskip("triton", reason="the triton package is not installed")
 
+from absent_gpu import TARGET, launched  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from benchmarks.machine_code import disassembled, figures_of  # noqa: E402
 from benchmarks.sweep import VARIANTS  # noqa: E402
 from sharded_optim.backends import triton as backend  # noqa: E402
+from sharded_optim.backends import triton_scalars  # noqa: E402
 
 
 def small() -> backend.Triton:
@@ -93,7 +96,7 @@ def of_gradient(grad, exp_avg, exp_avg_sq, factor):
 
 
 @pytest.mark.usefixtures("interpreter")
-@pytest.mark.parametrize("scale", [1.0, 2.0**-20, 2.0**40])
+@pytest.mark.parametrize("scale", [1.0, 2.0**-60, 2.0**50])
 def test_a_sum_is_of_integers_each_rounded_to_even(scale: float) -> None:
     """From nothing to the largest term there may be, also where half a unit is to be rounded, and where limbs carry."""
     assert STATISTIC is not None
@@ -103,7 +106,7 @@ def test_a_sum_is_of_integers_each_rounded_to_even(scale: float) -> None:
     around = np.array([2.0**bits + d * 2.0 ** max(bits - 23, -1) for bits in range(-1, 51) for d in (-1, 0, 1)])
     values = np.concatenate([halves, any_size, around]).astype(np.float32)
     values = np.minimum(values, np.nextafter(np.float32(2.0**51), np.float32(0)))
-    for terms in (values, *values[:40, None], *values[-40:, None]):
+    for terms in (values, np.full(8, values.max()), *values[:40, None], *values[-40:, None]):
         grads = torch.from_numpy(terms / np.float32(scale))
         operands = Operands.whole([torch.zeros_like(grads)], [grads], [[torch.zeros_like(grads)] for _ in range(2)])
         tables = torch.ones(1, 1), torch.tensor([2.0**51 / scale]), torch.tensor([scale])
@@ -296,37 +299,26 @@ def test_amd_gpus_are_not_ruled_out(architecture: tuple[str, int]) -> None:
         assert not re.search(r"spill_count: *[1-9]", assembly)
 
 
-class Absent:
-    """A driver for a GPU that is not there, as far as a launch asks for it before it launches."""
-
-    get_current_device = staticmethod(lambda: 0)
-    get_current_stream = staticmethod(lambda device: 0)
-    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
-
-
 @pytest.mark.parametrize("case", COMPILED, ids=described)
 def test_what_is_launched_is_what_was_looked_at(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A launch derives types and options from the arguments: the code is that of `compile_for`, once for each alignment."""
-    launched = []
-
-    def run(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        launched.append(original(self, *arguments, grid=grid, warmup=True, **options))
-
-    original = triton.runtime.JITFunction.run
-    monkeypatch.setattr(triton.runtime.JITFunction, "run", run)
-    monkeypatch.setattr(triton.runtime.driver, "_active", Absent())
-    backend._update_kernel.cache_clear()
-    try:
-        operands = case.operands()
-        backend.Triton().update(case.algorithm, operands, case.coefficients(operands, GROUP), None, None, None)
-    finally:
-        backend._update_kernel.cache_clear()  # a driver that is there must not be given what was compiled here
-    kernel = kernels_of(case)[0]
-    expected = [backend.compile_for(kernel, GPUTarget("cuda", 90, 32), aligned=aligned) for aligned in (True, False)]
-    assert [each.asm["ptx"] for each in launched] == [each.asm["ptx"] for each in expected]
+    """Once for each alignment, whatever addresses are aligned by chance."""
+    operands = case.operands()
+    own = backend.Triton()
+    coefficients = case.coefficients(operands, GROUP)
+    observed = torch.empty(len(operands), 4), torch.ones(len(operands) + 1)[1:], torch.ones(len(operands))
+    with launched(monkeypatch) as found:
+        own.update(case.algorithm, operands, coefficients, None, None, None)
+        if case.algorithm.statistic is not None:
+            own.observe(case.algorithm.statistic, operands, *observed, None)
+    expected = [backend.compile_for(kernel, TARGET, aligned=aligned) for kernel in kernels_of(case) for aligned in (True, False)]
+    assert [each.asm["ptx"] for each in found] == [each.asm["ptx"] for each in expected]
 
 
 # ----------------------------------------------------------------------------------------------------------------------- support
+
+
+def test_limbs_have_all_bits_of_a_term() -> None:
+    assert 3 * triton_scalars.LIMB.value == statistics.TERM_BITS
 
 
 def test_it_says_why_it_does_not_run_on_a_cpu() -> None:

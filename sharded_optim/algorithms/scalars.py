@@ -26,6 +26,7 @@ __all__ = [
     "divide",
     "maximum",
     "mean",
+    "nan_where",
     "power",
     "sqrt",
 ]
@@ -49,7 +50,7 @@ def sqrt(a: Number) -> Number:
     if a.device.type != "cpu":
         return torch.sqrt(a)
     # On a CPU MKL's is off for one value in seventy.
-    return torch.tensor([math.sqrt(value) for value in a.flatten().tolist()], dtype=torch.float64).view(a.shape)
+    return torch.tensor([math.sqrt(value) for value in a.flatten().tolist()], dtype=torch.float64, device="cpu").view(a.shape)
 
 
 def maximum(a: Number, least: float) -> Number:
@@ -67,13 +68,13 @@ def power(base: float, exponent: Step) -> Number:
         result = torch.ones(exponent.shape, dtype=torch.float64, device=exponent.device)
         for bit in range(STEP_BITS):
             result = torch.where((exponent >> bit) & 1 == 1, result * base, result)
-            base *= base
+            base = base * base
         return result
     result = 1.0
     while exponent:
         if exponent & 1:
             result *= base
-        base *= base
+        base = base * base
         exponent >>= 1
     return result
 

@@ -32,13 +32,15 @@ class OperandTables:
         rows_of_tensors = list(zip(*columns, strict=True))
         for tensors in rows_of_tensors:
             assert len({tensor.shape for tensor in tensors}) == 1, "kernels would read and write beyond the smallest"
-        counts = torch.tensor([tensor.numel() for tensor in operands.param.tensors], dtype=torch.int64)
+        counts = torch.tensor([tensor.numel() for tensor in operands.param.tensors], dtype=torch.int64, device="cpu")
         items = (counts + chunk - 1) // chunk
-        rows = torch.arange(len(counts)).repeat_interleave(items)
-        first = (torch.arange(len(rows)) - (items.cumsum(0) - items)[rows]) * chunk
+        rows = torch.arange(len(counts), device="cpu").repeat_interleave(items)
+        first = (torch.arange(len(rows), device="cpu") - (items.cumsum(0) - items)[rows]) * chunk
         self.elements = int(counts.sum())
         self.work = torch.stack([rows, first, (counts[rows] - first).clamp(max=chunk)], dim=1)
-        self.runs = torch.tensor([(each.start, max(each.run, 1), each.stride) for each in operands.segments], dtype=torch.int64)
+        self.runs = torch.tensor(
+            [(each.start, max(each.run, 1), each.stride) for each in operands.segments], dtype=torch.int64, device="cpu"
+        )
         ordered = operands.format.is_random
         self._scattered = [row for row, tensors in enumerate(rows_of_tensors) if not _lie_alike(tensors, ordered=ordered)]
 

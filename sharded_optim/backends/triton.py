@@ -33,9 +33,9 @@ from sharded_optim.algorithms.scalars import Formula, Sums
 from sharded_optim.backends import Column, Operands, triton_formulas, triton_verdict
 from sharded_optim.backends.operand_tables import OperandTables, kind_of
 from sharded_optim.backends.rebinding import argument_count
-from sharded_optim.backends.triton_compiler import compiled, executed, interpreted, on, scalars
+from sharded_optim.backends.triton_compiler import compiled, executed, interpreted, scalars
 from sharded_optim.consensus import Verdict
-from sharded_optim.devices import capturing, keep, send
+from sharded_optim.devices import capturing, keep, on, send
 from sharded_optim.formats import FORMATS, Format
 from sharded_optim.noise import RESOLUTION
 
@@ -198,7 +198,7 @@ class _Tables:
         # One copy for all.
         flat = send(torch.cat([work.flatten(), runs.flatten()]), self._device)
         self.work, self.segments = flat[: work.numel()].view(work.shape), flat[work.numel() :].view(runs.shape)
-        self.one = torch.ones((), device=self._device)
+        self.one = torch.ones((), dtype=torch.float32, device=self._device)
         self.true = torch.ones((), dtype=torch.bool, device=self._device)
         self.constants = triton_formulas.Constants()
         self._known: dict[int, tuple[bytes, _Addresses]] = {}  # by number of columns, those of the last call
@@ -293,7 +293,7 @@ def _update_kernel(algorithm: Algorithm, format_name: str, kinds: tuple[str, ...
     tensors = {"grad": grad_kind, **states, "param": base, **dict.fromkeys(extra, base)}
     random = "stochastic" in suffix
     limits = torch.finfo(FORMATS[base].dtype)
-    smallest = int(torch.tensor(limits.smallest_normal * limits.eps).view(torch.int32))
+    smallest = int(torch.tensor(limits.smallest_normal * limits.eps, dtype=torch.float32, device="cpu").view(torch.int32))
 
     def stored(kind: str, value: str, *, random: bool) -> str:
         return f"store_{kind}(stochastic({value}, noise, {limits.eps!r}, {smallest}))" if random else f"store_{kind}({value})"

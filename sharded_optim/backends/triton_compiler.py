@@ -1,15 +1,13 @@
-"""How `triton.py` and `triton_formulas.py` turn text and the algorithms' own functions into something that Triton launches, and on what."""
+"""How text, and functions that other backends compile too, become kernels of Triton. Used by `triton*.py`."""
 
 from __future__ import annotations
 
 import linecache
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import FunctionType, ModuleType
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from triton import knobs
@@ -17,7 +15,7 @@ from triton import knobs
 from sharded_optim.backends import triton_scalars
 from sharded_optim.backends.rebinding import rebound
 
-__all__ = ["compiled", "executed", "interpreted", "on", "scalars"]
+__all__ = ["compiled", "executed", "interpreted", "scalars"]
 
 # ------------------------------------------------------------------------------------------------------------------------ devices
 
@@ -25,11 +23,6 @@ __all__ = ["compiled", "executed", "interpreted", "on", "scalars"]
 def interpreted() -> bool:
     """Whether Triton runs kernels in Python, on the CPU, to test them (TRITON_INTERPRET=1)."""
     return knobs.runtime.interpret
-
-
-def on(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device."""
-    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
 # ----------------------------------------------------------------------------------------------------------------------- sources

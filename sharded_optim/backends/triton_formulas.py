@@ -51,7 +51,7 @@ class Constants:
         rows = [(1.0, *each.constants) if each.operations == operations else (0.0,) * (1 + operations.constants) for each in formulas]
         known = self._known.get(operations)
         if known is None or known[0] != rows or known[1].device != device:
-            values = send(torch.tensor(rows, dtype=torch.float64), device)
+            values = send(torch.tensor(rows, dtype=torch.float64, device="cpu"), device)
             if capturing(device):  # then nothing is copied yet
                 return values
             known = self._known[operations] = rows, values
@@ -62,7 +62,7 @@ def launch(
     formulas: Sequence[Formula], formula_of: Tensor | None, steps: Tensor, sums: Sums | None, lr: Tensor | None, constants: Constants
 ) -> tuple[Tensor, list[Tensor]]:
     """See `sharded_optim.backends.Tabulate`; also gives what the kernels read, which must live as long as they may run."""
-    table = torch.empty(len(steps), len(formulas[0].operations.results), device=steps.device)
+    table = torch.empty(len(steps), len(formulas[0].operations.results), dtype=torch.float32, device=steps.device)
     steps = steps.contiguous()
     read = [steps]
     for operations in dict.fromkeys(formula.operations for formula in formulas):

@@ -77,7 +77,7 @@ class Layout:
     def tensor_numels(self, device: torch.device) -> Tensor:
         """`numels`, but 1 where there is nothing: float64 (tensors,), kept on the device."""
         if device not in self._numels_on:
-            self._numels_on[device] = send(torch.tensor(self.numels, dtype=torch.float64).clamp(min=1), device)
+            self._numels_on[device] = send(torch.tensor(self.numels, dtype=torch.float64, device="cpu").clamp(min=1), device)
         return self._numels_on[device]
 
     @cached_property
@@ -87,21 +87,23 @@ class Layout:
     @cached_property
     def slot_indices(self) -> Tensor:
         """`slots`: int64 (pieces,)."""
-        return torch.tensor(self.slots, dtype=torch.int64)
+        return torch.tensor(self.slots, dtype=torch.int64, device="cpu")
 
     @cached_property
     def held(self) -> Tensor:
         """Whether each has an element: bool (pieces,)."""
-        return torch.tensor([segment.numel > 0 for segment in _segments(self.local_params)], dtype=torch.bool)
+        return torch.tensor([segment.numel > 0 for segment in _segments(self.local_params)], dtype=torch.bool, device="cpu")
 
     def places(self, indices: Sequence[int], device: torch.device) -> Places:
         """Where some of the pieces stand in the list of tensors."""
-        at = torch.tensor(indices, dtype=torch.int64)
+        at = torch.tensor(indices, dtype=torch.int64, device="cpu")
         slots, held = self.slot_indices[at], self.held[at]
         return Places(
             indices=at,
             slots=send(slots, device),
-            counted=send(torch.tensor([[self.owned[index] for index in indices], [True] * len(indices)], dtype=torch.int64), device),
+            counted=send(
+                torch.tensor([[self.owned[index] for index in indices], [True] * len(indices)], dtype=torch.int64, device="cpu"), device
+            ),
             held=None if held.all() else held,
             held_slots=slots[held],
         )

@@ -267,7 +267,7 @@ def test_a_tensor_may_have_more_elements_than_an_int32_counts() -> None:
 
 # --------------------------------------------------------------------------------------------------------------------------- torch
 
-OPERATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+OPERATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
     "a + b": lambda a, b, c: a + b,
     "a - b": lambda a, b, c: a - b,
     "a * b": lambda a, b, c: a * b,
