@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
@@ -23,36 +24,45 @@ __all__ = ["Refused", "main", "probe", "try_capture"]
 
 Refused: TypeAlias = dict[tuple[str, str], str]  # reasons by names of contender and dtype
 SHAPES = ((300_000,), (64, 64), (7,), ())  # several tensors, aligned and not, of which one takes many programs
-TIMEOUT = 120  # seconds of a process, which compiles
+SECONDS, SECONDS_OF_ALL = 60, 100  # of a process, which compiles, and of all that are started
 
 
 def probe(contenders: Sequence[Contender], dtypes: Sequence[str]) -> Refused:
-    """Why graphs of these contenders' steps cannot be captured, in a process that ends with the first that cannot, and then another."""
+    """Why graphs of these contenders' steps cannot be captured, in a process that ends with the first that cannot, and then another.
+
+    A process that ends without a reason, or not in time, has its end from the first pair that it did not answer for.
+    """
+    end = time.monotonic() + SECONDS_OF_ALL
     left = [(each.name, dtype) for each in contenders if each.graphed for dtype in dtypes if dtype in each.dtypes]
     refused: Refused = {}
-    while left:
-        answers, why = _ask(left)
-        if not answers:
-            refused[left.pop(0)] = why
-        for answer in answers:
+    while left and (seconds := min(SECONDS, end - time.monotonic())) > 0:
+        answers, why = _ask(left, seconds)
+        if len(answers) < len(left) and not any(answers):
+            answers.append(why)
+        for pair, answer in zip(left, answers, strict=False):
             if answer is not None:
-                refused[left[0]] = answer
-            left = left[1:]
-    return refused
+                refused[pair] = answer
+        left = left[len(answers) :]
+    return refused | dict.fromkeys(left, f"whether it can be captured was not tried: others took {SECONDS_OF_ALL} s")
 
 
-def _ask(pairs: Sequence[tuple[str, str]]) -> tuple[list[str | None], str]:
+def _ask(pairs: Sequence[tuple[str, str]], seconds: float) -> tuple[list[str | None], str]:
     """(for the first of the pairs None or why it cannot be captured, and why the process ended)."""
     command = [sys.executable, "-m", "benchmarks.graphs", *(text for pair in pairs for text in pair)]
     root = str(Path(__file__).parents[1])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
     try:
-        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT, env=environment)
-    except subprocess.TimeoutExpired:
-        return [], f"a process that tried to capture it did not end within {TIMEOUT} s"
-    answers = [json.loads(line)["refused"] for line in result.stdout.splitlines() if line.startswith("{")]
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds, env=environment)
+    except subprocess.TimeoutExpired as error:
+        return _answers(error.stdout), f"a process that tried to capture it did not end within {seconds:.0f} s"
     end = (result.stderr.strip() or "it said nothing").splitlines()[-1]
-    return answers, f"a process that tried to capture it ended with status {result.returncode}: {end}"[:300]
+    return _answers(result.stdout), f"a process that tried to capture it ended with status {result.returncode}: {end}"[:300]
+
+
+def _answers(output: str | bytes | None) -> list[str | None]:
+    """Those that a process gave; subprocess has bytes, or nothing, of one that it stopped."""
+    lines = (output.decode() if isinstance(output, bytes) else output or "").splitlines()
+    return [json.loads(line)["refused"] for line in lines if line.startswith("{")]
 
 
 def try_capture(contender: Contender, dtype: str, device: Device) -> str | None:

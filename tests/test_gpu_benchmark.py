@@ -380,7 +380,7 @@ def test_answers_of_the_processes_are_put_together(monkeypatch: pytest.MonkeyPat
     asked: list[list[tuple[str, str]]] = []
     answers: list[tuple[list[str | None], str]] = [([None, "no"], "ended"), ([], "crashed"), ([None], "ended")]
 
-    def ask(pairs: list[tuple[str, str]]) -> tuple[list[str | None], str]:
+    def ask(pairs: list[tuple[str, str]], seconds: float) -> tuple[list[str | None], str]:
         asked.append(list(pairs))
         return answers[len(asked) - 1]
 
@@ -388,6 +388,22 @@ def test_answers_of_the_processes_are_put_together(monkeypatch: pytest.MonkeyPat
     four = [contender(f"{number}{GRAPH}", out_of_memory) for number in range(4)]
     assert graphs.probe([*four, FOREACH], ["fp32"]) == {(four[1].name, "fp32"): "no", (four[2].name, "fp32"): "crashed"}
     assert [len(pairs) for pairs in asked] == [4, 2, 1]
+
+
+def test_a_capture_that_hangs_costs_nobody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each process here answers for one pair, and then hangs in the next."""
+    hangs = tmp_path / "hangs"
+    hangs.write_text("#!/bin/sh\necho '{\"refused\": null}'\nexec sleep 60\n")
+    hangs.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(hangs))
+    monkeypatch.setattr(graphs, "SECONDS", 1)
+    five = [contender(f"{number}{GRAPH}", out_of_memory) for number in range(5)]
+    hung = "a process that tried to capture it did not end within 1 s"
+    assert graphs.probe(five[:4], ["fp32"]) == {(five[1].name, "fp32"): hung, (five[3].name, "fp32"): hung}
+    monkeypatch.setattr(graphs, "SECONDS_OF_ALL", 1)
+    refused = graphs.probe(five, ["fp32"])
+    assert list(refused) == [(each.name, "fp32") for each in five[1:]]
+    assert [reason.split(":")[0] for reason in refused.values()] == [hung, *["whether it can be captured was not tried"] * 3]
 
 
 def test_a_graph_counts_only_if_its_replay_steps() -> None:
