@@ -46,12 +46,12 @@ def run(
     least_rounds: int = LEAST_ROUNDS,
     stream_elements: int | None = None,  # None: as many as the kind of device needs
     refused: Refused | None = None,  # see `graphs.probe`
-    measured: Callable[[Run], object] = lambda record: None,  # is told after each case, so that what was measured is not lost
+    measured: Callable[[Run], object] = lambda record: None,  # is told after each case and before profiles, so that nothing is lost
 ) -> Run:
     """Measure the memory, then the cases one after the other, each with an equal share of the time that is left.
 
     The largest case is the last: what may go wrong there takes nothing else along. On a GPU the memory is measured again after the cases,
-    and then a step of the baseline and of each contender of this library is looked into.
+    targets are judged, and then a step of the baseline and of each contender of this library is looked into.
 
     Raises:
         RuntimeError: nothing was measured.
@@ -78,9 +78,10 @@ def run(
         _let_go(device)
         record.streams.extend(bandwidth.measure(ORDINARY, numel, device, when="after"))
         record.cases[:] = [_with_percents(case, device, record.streams) for case in record.cases]
-        measured(record)
-        record.profiles.extend(_profiles(cases, contenders, device, record))
     record.verdicts[:] = targets.judge(record)
+    measured(record)
+    if lost is None:
+        record.profiles.extend(_profiles(cases, contenders, device, record))
     return record
 
 
@@ -143,21 +144,25 @@ def _profiles(cases: Sequence[Case], contenders: Sequence[Contender], device: De
     found: list[Profile] = []
     end = time.monotonic() + PROFILE_SECONDS
     for case, measured in zip(cases, record.cases, strict=True):
-        _let_go(device)
         memory = Memory(case=case, device=device)
+        _let_go(device)
         for contender in contenders:
             wanted = (contender.library == OURS or contender.name == BASELINE) and not contender.graphed
-            if not wanted or measured.of(contender.name) is None:
-                continue
-            if time.monotonic() > end:
-                found.append(Profile(case=case.title, contender=contender.name, failure=f"left out after {PROFILE_SECONDS} s"))
-                continue
-            try:
-                step = prepare(contender, memory, {}, {}).entrant.step
-                found.append(profiles.profile(case.title, contender.name, step, device))
-            except Exception as error:  # the figures are there all the same
-                found.append(Profile(case=case.title, contender=contender.name, failure=first_line(error)))
+            if wanted and measured.of(contender.name) is not None:
+                found.append(_profile(contender, memory, end))
     return found
+
+
+def _profile(contender: Contender, memory: Memory, end: float) -> Profile:
+    """Of one of them, of whom nothing is left afterwards."""
+    case = memory.case.title
+    if time.monotonic() > end:
+        return Profile(case=case, contender=contender.name, failure=f"left out after {PROFILE_SECONDS} s")
+    try:
+        step = prepare(contender, memory, {}, {}).entrant.step
+        return profiles.profile(case, contender.name, step, memory.device)
+    except Exception as error:  # the figures are there all the same
+        return Profile(case=case, contender=contender.name, failure=first_line(error))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -171,9 +176,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="a smoke run: small cases and few rounds")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results; default: %(default)s")
     parser.add_argument("--table", type=Path, metavar="JSON", help="measure nothing: print the README's table of a run that was written")
+    parser.add_argument("--figure", type=Path, metavar="JSON", help="measure nothing: draw the figure of a run that was written, beside it")
     options = parser.parse_args(arguments)
     if options.table:
-        print(report.short(from_json(json.loads(options.table.read_text(encoding="utf-8")))))
+        print(report.short(_read(options.table)))
+    if options.figure:
+        figure.draw(options.figure.with_suffix(".png"), _read(options.figure))
+    if options.table or options.figure:
         return
     try:
         device = pick(options.device)
@@ -197,8 +206,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text = report.markdown(record)
     report.write(options.output, stem, record, text)
     print(text)
-    figure.draw(options.output / f"{stem}.png", record)
-    print(f"written to {options.output / stem}.json, .md and .png", file=sys.stderr)
+    print(f"written to {options.output / stem}.json and .md", file=sys.stderr)
+    try:
+        figure.draw(options.output / f"{stem}.png", record)
+        print(f"drawn to {options.output / stem}.png", file=sys.stderr)
+    except ImportError as error:
+        later = f"python -m benchmarks.step --figure {options.output / stem}.json"
+        print(f"no figure: {error}; where matplotlib is installed, `{later}` draws it", file=sys.stderr)
+
+
+def _read(path: Path) -> Run:
+    return from_json(json.loads(path.read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":

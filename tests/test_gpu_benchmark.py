@@ -7,12 +7,14 @@ time.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import math
 import re
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -183,6 +185,15 @@ def test_ours_and_the_baseline_are_profiled(rehearsal: Run) -> None:
         assert all(each.failure is None and each.functions for each in found.values()), found
 
 
+def test_targets_are_judged_and_written_before_profiles() -> None:
+    """A profiler may take the process along."""
+    written: list[tuple[int, int, int]] = []
+    run = measure([by_name(BASELINE)], measured=lambda run: written.append((len(run.streams), len(run.verdicts), len(run.profiles))))
+    assert written == [(3, 0, 0), (6, len(run.verdicts), 0)]
+    assert run.verdicts
+    assert run.profiles
+
+
 def test_a_gpus_report_has_a_row_for_everything(rehearsal: Run, tmp_path: Path) -> None:
     text = report.markdown(rehearsal)
     report.write(tmp_path, "step_cuda", rehearsal, text)
@@ -212,6 +223,21 @@ def test_the_table_of_the_readme_is_printed_from_what_was_written(
     assert capsys.readouterr().out == report.short(rehearsal) + "\n"
     step.main(["--table", str(step.RESULTS / "step_cpu.json")])
     assert "| ours AdamW cpu |" in capsys.readouterr().out
+
+
+def test_without_matplotlib_the_figure_is_drawn_later(
+    rehearsal: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the JSON, which is there all the same."""
+    monkeypatch.setattr(step, "run", lambda *arguments, **options: rehearsal)
+    written = tmp_path / "step_cpu.json"
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib.figure", None)
+        step.main(["--device", CPU, "--output", str(tmp_path)])
+    assert f"`python -m benchmarks.step --figure {written}` draws it" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_cpu.json", "step_cpu.md"]
+    step.main(["--figure", str(written)])
+    assert written.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.skipif(
@@ -324,7 +350,7 @@ def test_after_a_gpu_is_lost_what_was_measured_is_kept(at: int) -> None:
     run = measure([by_name(BASELINE), fails], device, [last, FP32, small], measured=lambda run: written.append(len(run.cases)))
     assert [(case.name, bool(case.results)) for case in run.cases] == [("last", False), ("flat", False), ("small", True)]
     assert all("can no longer be used in this process (CUDA error" in each.reason for each in run.cases[0].missing)
-    assert written == [1, 2, 3]
+    assert written == [1, 2, 3, 3]
     assert {stream.when for stream in run.streams} == {"before"}
     assert run.verdicts
     assert not run.profiles
@@ -360,6 +386,35 @@ def test_a_case_takes_no_more_memory_than_it_is_said_to(dtype: str) -> None:
     shared = [tensor for pool in memory.moments.values() for tensor in pool.values()]
     inputs = [tensor for params in memory.params.values() for param in params for tensor in (param, param.grad)]
     assert sum(tensor.nbytes for tensor in [*shared, *inputs]) + own <= (BYTES_PER_ELEMENT - 12) * FLAT.elements
+
+
+def test_a_case_leaves_no_memory_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither when it was timed nor when it was profiled, whoever failed: each finds the parameters of those before it collected."""
+    made: list[weakref.ref[nn.Parameter]] = []
+    left: list[int] = []
+
+    def noted(each: Contender) -> Contender:
+        def make(params: list[nn.Parameter]) -> torch.optim.Optimizer:
+            made.extend(weakref.ref(param) for param in params)
+            return each.make(params)
+
+        return dataclasses.replace(each, make=make)
+
+    let_go = step._let_go
+
+    def looks(device: NoGpu) -> None:
+        let_go(device)
+        left.append(sum(param() is not None for param in made))
+
+    monkeypatch.setattr(step, "_let_go", looks)
+    fails = [contender("late", lambda params: FailsIn(params, at=PREPARED)), contender("large", out_of_memory)]
+    cases = [dataclasses.replace(FP32, dtype=dtype) for dtype in ("fp32", "bf16")]
+    run = measure([noted(each) for each in (*EAGERLY, *fails)], cases=cases)
+    gc.collect()
+    left.append(sum(param() is not None for param in made))
+    assert left == [0] * (2 + 1 + 2 + 1), "before each case, the second copy and each case's profiles, and in the end"
+    assert len(made) > 2 * len(run.cases)
+    assert run.profiles
 
 
 # ----------------------------------------------------------------------------------------------------------------------- graphs
