@@ -21,6 +21,7 @@ CPU, CUDA = "cpu", "cuda"
 GIB = 2**30
 AHEAD, LEAST_AHEAD = 1.5, 1e-3  # the device sleeps for so many times what the host needs, and so many seconds more
 SPUN, SPUN_AFTER = 20_000_000, 1_000_000  # cycles by which the speed of the sleeping kernel is measured, and those before
+SPINS = 10  # of which the fastest counts: clocks of a GPU that had nothing to do are low, and a sleep counted by them would be too short
 CAPTURE_WARM_UP = 3  # steps in a stream of their own before a graph is captured, as torch's documentation has it
 # What nvidia-smi tells and torch does not. Read only.
 SMI_FIELDS = ("driver_version", "clocks.max.sm", "clocks.max.memory", "power.limit")
@@ -105,10 +106,11 @@ class Cpu:
 class Cuda:
     """Takes time by events in the current stream.
 
-    Steps are timed in a row: an untimed one comes first, and the host does not wait between it and the timed ones. So the time of a step
-    is that of the device, or of the host where the host is slower, but never the host's and then the device's, which nobody waits for who
-    trains. `alone` is what the device takes when the host has been ahead, as it is while a backward pass runs: it sleeps until the step
-    is there.
+    Steps are timed in a row: an untimed one comes first, and this class does not wait between it and the timed ones. So the time of a step
+    is that of the device, or of the host where the host is slower. A step that itself waits for the device, as StableAdamW's does at its
+    beginning for what the step before found in its gradients, is then some of the host's and then some of the device's: with a backward
+    pass in between it would hardly wait. `alone` is what the device takes when the host has been ahead, as it is while a backward pass
+    runs: it sleeps until the step is there. `host` is taken of that step, behind which nothing is left to be waited for.
     """
 
     kind = CUDA
@@ -140,13 +142,17 @@ class Cuda:
         """Let the stream wait. The kernel counts cycles of a clock whose speed is not told."""
         if not self._cycles_per_second:
             torch.cuda._sleep(SPUN_AFTER)  # compiled, and awake
-            start, end = self.event(), self.event()
-            start.record()
-            torch.cuda._sleep(SPUN)
-            end.record()
-            end.synchronize()
-            self._cycles_per_second = 1e3 * SPUN / start.elapsed_time(end)
+            self._cycles_per_second = max(self._spin() for _ in range(SPINS))
         torch.cuda._sleep(round(seconds * self._cycles_per_second))
+
+    def _spin(self) -> float:
+        """Cycles per second."""
+        start, end = self.event(), self.event()
+        start.record()
+        torch.cuda._sleep(SPUN)
+        end.record()
+        end.synchronize()
+        return 1e3 * SPUN / start.elapsed_time(end)
 
     def free_bytes(self) -> int | None:
         return torch.cuda.mem_get_info(self.place)[0]
@@ -196,21 +202,26 @@ class Cuda:
         begin = time.perf_counter()
         for _ in range(calls):
             step()
-        host = (time.perf_counter() - begin) / calls
+        longest = (time.perf_counter() - begin) / calls
         end.record()
         end.synchronize()
-        return Timed(seconds=start.elapsed_time(end) / 1e3 / calls, host=host, alone=self._alone(step, restore, host))
+        seconds = start.elapsed_time(end) / 1e3 / calls
+        host, alone = self._ahead(step, restore, longest)
+        return Timed(seconds=seconds, host=host, alone=alone)
 
-    def _alone(self, step: Callable[[], object], restore: Callable[[], object], host: float) -> float:
+    def _ahead(self, step: Callable[[], object], restore: Callable[[], object], longest: float) -> tuple[float, float]:
+        """Seconds of the host and of the device in a step for which the host takes at most `longest`."""
         restore()
         start, end = self.event(), self.event()
         self.synchronize()
-        self.sleep(AHEAD * host + LEAST_AHEAD)
+        self.sleep(AHEAD * longest + LEAST_AHEAD)
         start.record()
+        begin = time.perf_counter()
         step()
+        host = time.perf_counter() - begin
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        return host, start.elapsed_time(end) / 1e3
 
     def failure(self) -> str | None:
         """See `Device`: after an access out of bounds, say, every further call fails. Not for want of memory."""

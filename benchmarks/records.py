@@ -28,7 +28,7 @@ class Result:
     gigabytes_per_second: float  # that many bytes in the median step
     percent_of_stream: float  # of the fastest stream on the same kind of memory; on a GPU of the copy
     held_bytes_per_element: int = 0  # of parameter, gradient and state
-    host_milliseconds: float | None = None  # of the host inside the step, median; None where the host is the device
+    host_milliseconds: float | None = None  # of the host in a step by itself, median; None where the host is the device
     device_milliseconds: float | None = None  # of the device alone, with the host ahead, median; None likewise
 
 

@@ -31,12 +31,12 @@ LEAST_ROUNDS, MOST_ROUNDS, LEAST_SAMPLES = 7, 300, 3
 
 @dataclass(frozen=True, kw_only=True)
 class Timed:
-    """What a step takes, in seconds; means over the calls of a sample.
+    """What a step takes, in seconds.
 
     Attributes:
-        seconds: one of several in a row, with waiting for the host where the device does.
-        host: of them, those in which the host is inside `step`; None where host and device are one.
-        alone: of the device, when the host has all of the step ready before it begins; None likewise.
+        seconds: one of several in a row, their mean, with waiting for the host where the device does.
+        alone: of the device, when the host has all of the step ready before it begins; None where host and device are one.
+        host: of the host inside that step; None likewise.
     """
 
     seconds: float

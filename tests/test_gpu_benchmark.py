@@ -269,6 +269,37 @@ def test_a_step_is_timed_behind_another_and_alone_behind_a_sleep() -> None:
     assert [call for call in device.calls if call in ("step", "restore")] == ["restore", "step"] * 3
 
 
+def test_the_hosts_time_has_no_waiting_for_the_step_before() -> None:
+    """As StableAdamW waits at its beginning for the verdict of the step before, unless the device has been waited for."""
+    device = NoGpu()
+
+    def step() -> None:
+        if device.calls[-1] not in ("synchronize", "sleep"):
+            time.sleep(0.05)
+        device.calls.append("step")
+
+    timed = device.time(step, 2)
+    assert timed.seconds >= 0.05 > (timed.host or 1.0)
+
+
+def test_the_device_sleeps_by_the_fastest_clock_that_was_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has just woken up when it is asked for the first time."""
+    now, slept = 0.0, []
+
+    def sleep(cycles: int) -> None:
+        nonlocal now
+        slept.append(cycles)
+        now += cycles / (2e9 if len(slept) > 4 else 3e8)
+
+    monkeypatch.setattr(torch.cuda, "_sleep", sleep)
+    monkeypatch.setattr(Cuda, "event", lambda self: HostEvent())
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    device = Cuda()
+    device.sleep(1.0)
+    device.sleep(0.5)
+    assert slept[-2:] == pytest.approx([2e9, 1e9], rel=1e-5)
+
+
 def test_the_sleep_that_torch_keeps_private_is_there() -> None:
     assert callable(getattr(torch.cuda, "_sleep", None)), "benchmarks/devices.py lets the stream sleep by torch.cuda._sleep"
 
