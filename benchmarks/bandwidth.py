@@ -19,8 +19,10 @@ from benchmarks.timing import quartiles
 
 __all__ = ["STREAMS", "measure", "reference"]
 
-# On a GPU a stream is over in half a millisecond, and the first ones find it asleep.
+# On a GPU a stream is over in half a millisecond, and the first ones find it asleep. Several in a row are timed together, as of one alone
+# some would be the gaps at the events.
 REPETITIONS, GPU_REPETITIONS = 7, 40
+CALLS, GPU_CALLS = 1, 8
 GPU_WARM_UP = 0.5  # seconds of copies
 COPY = "y.copy_(x): 1 read, 1 write"
 # (operation, tensors of fp32 that are read and written, the operation)
@@ -32,7 +34,7 @@ STREAMS: tuple[tuple[str, int, Callable[[Tensor, Tensor], Tensor]], ...] = (
 
 
 def measure(kind: str, numel: int, device: Device, *, when: str = "before") -> list[Stream]:
-    """The best and the median of several runs of each stream, on tensors of that many elements in memory of a kind.
+    """The best and the median of several samples of each stream, on tensors of that many elements in memory of a kind.
 
     Args:
         kind: a key of `storage.KINDS`.
@@ -45,12 +47,13 @@ def measure(kind: str, numel: int, device: Device, *, when: str = "before") -> l
     for tensor in (x, y):  # first touch, and no zeros, which some memories move faster
         fill(tensor, pattern(device.place))
     on_gpu = device.kind == CUDA
+    repetitions, calls = (GPU_REPETITIONS, GPU_CALLS) if on_gpu else (REPETITIONS, CALLS)
     end = time.monotonic() + (GPU_WARM_UP if on_gpu else 0.0)
     while time.monotonic() < end:
         device.time(lambda: y.copy_(x), 1)
     found = []
     for operation, tensors, function in STREAMS:
-        times = [device.time(lambda run=function: run(x, y), 1).seconds for _ in range(GPU_REPETITIONS if on_gpu else REPETITIONS)]
+        times = [device.time(lambda run=function: run(x, y), calls).seconds for _ in range(repetitions)]
         size = tensors * x.element_size()
         best, median = (size * numel / seconds / 1e9 for seconds in (min(times), quartiles(times)[1]))
         found.append(

@@ -22,9 +22,6 @@ PACKAGES = ("torch", "torch-optimi", "deepspeed", "numba", "numpy", "triton")
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
-HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-
-
 def describe(device: torch.device, module: str) -> dict[str, Any]:
     """Machine, versions, date and command.
 

@@ -97,15 +97,15 @@ def _why(case: CaseRecord, name: str) -> str:
 
 
 def _measured(target: Target, ours: Result, other: Result | None) -> float:
+    """What was measured in a row, in the target's unit."""
     if other is None:
         return ours.percent_of_stream
-    if target.faster:
-        return other.milliseconds / ours.milliseconds
-    return ours.ratio if other.contender == BASELINE else ours.milliseconds / other.milliseconds
+    # Both are medians of ratios in one round, which hold when the machine was slow for a while.
+    return other.ratio / ours.ratio if target.faster else ours.ratio / other.ratio
 
 
 def _alone(target: Target, ours: Result, other: Result | None) -> float | None:
-    """What was measured in a row, of the device alone."""
+    """The same of the device alone."""
     if ours.device_milliseconds is None:
         return None
     if other is None:

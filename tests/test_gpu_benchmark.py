@@ -31,10 +31,11 @@ from benchmarks.bandwidth import COPY
 from benchmarks.cases import LAYOUTS, LLAMA3_8B, Case, Layout, select, shards
 from benchmarks.contenders import BASELINE, CONTENDERS, GRAPH, OURS, Contender, by_name
 from benchmarks.contest import BYTES_PER_ELEMENT, Memory, prepare
-from benchmarks.devices import CPU, CUDA, Cpu, Cuda, pick
+from benchmarks.devices import CPU, CUDA, Cpu, Cuda, Device, pick
 from benchmarks.records import CaseRecord, Result, Run, Stream, from_json
+from benchmarks.storage import ORDINARY
 from benchmarks.targets import ADAMW, STABLE_ADAMW, TARGETS, judge
-from benchmarks.timing import Entrant, interleave
+from benchmarks.timing import Entrant, Timed, interleave
 
 triton = pytest.importorskip("triton", reason="the triton package is not installed")
 
@@ -175,6 +176,19 @@ def test_the_copy_is_measured_before_and_after_and_is_what_percents_are_of(rehea
     for case in rehearsal.cases:
         for result in case.results:
             assert result.percent_of_stream == pytest.approx(100 * result.gigabytes_per_second / best)
+
+
+@pytest.mark.parametrize(("device", "calls"), [(NoGpu(), 8), (Cpu(), 1)])
+def test_several_copies_in_a_row_are_timed_on_a_gpu(device: Device, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def noted(step: Callable[[], object], calls: int) -> Timed:
+        asked.append(calls)
+        return Timed(seconds=1.0)
+
+    monkeypatch.setattr(device, "time", noted)
+    bandwidth.measure(ORDINARY, 10, device)
+    assert set(asked) == {calls}
 
 
 def test_ours_and_the_baseline_are_profiled(rehearsal: Run) -> None:
@@ -587,6 +601,14 @@ def test_a_target_is_met_missed_or_not_measured() -> None:
     assert found[f"{STABLE_ADAMW}: times the time of {BASELINE}"].met
     faster = found[f"{STABLE_ADAMW}: times as fast as optimi StableAdamW triton"]
     assert (faster.met, faster.measured, faster.bound) == (True, 1.5, ">= 1.5")
+
+
+def test_a_slow_while_is_no_slow_contender() -> None:
+    """Medians of times are of other rounds where a contender took part in few; ratios are of the same."""
+    slow = dataclasses.replace(result("optimi StableAdamW triton", 9.0), ratio=1.4)
+    found = judged(result(BASELINE, 2.0), result(STABLE_ADAMW, 2.0), slow)
+    faster = found[f"{STABLE_ADAMW}: times as fast as {slow.contender}"]
+    assert (faster.met, faster.measured) == (False, pytest.approx(1.4))
 
 
 def test_what_was_not_measured_is_neither_met_nor_missed() -> None:
