@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -38,14 +39,15 @@ def named(value: Any) -> str:
     return value if isinstance(value, str) else " ".join(f"{key}={each}" for key, each in value.items()) or "plain"
 
 
-def captured(run: Run, grads: list[list[Tensor]], static: list[Tensor]) -> Any:
-    """Warm up with the first gradients, and capture a step."""
+def captured(run: Run, grads: list[list[Tensor]], static: list[Tensor], change: Callable[[], object] = lambda: None) -> Any:
+    """Warm up with the first gradients, change something, and capture a step."""
     run.give(list(static))
     with on_a_stream():
         for own in grads[:WARM]:
             run.fill(own)
             run.optimizer.step()
     synchronize()
+    change()
     graph = capture(run.optimizer.step)
     synchronize()
     return graph
@@ -117,20 +119,58 @@ def test_a_replay_whose_gradients_are_not_finite_is_no_step() -> None:
     assert run.optimizer.skipped_steps == 1
 
 
-def test_a_graph_keeps_what_it_reads() -> None:
-    """Memory that nothing but the graph needs is not given to others, who would overwrite its tables."""
-    run, reference = Run("StableAdamW", "bf16_kahan"), Run("StableAdamW", "bf16_kahan", CPU, "eager")
+@pytest.mark.parametrize("change", ["learning rate", "gradients"])
+@pytest.mark.parametrize("optimizer", ["AdamW", "StableAdamW"])
+def test_what_has_changed_since_the_step_before_is_captured(optimizer: str, change: str) -> None:
+    """The captured step then copies it to the device, and so does each replay."""
+    run, reference = Run(optimizer, "bf16_kahan"), Run(optimizer, "bf16_kahan", CPU, "eager")
     grads = [run.gradients(step) for step in range(WARM + REPLAYS)]
-    static = [torch.zeros_like(grad) for grad in grads[0]]
-    graph = captured(run, grads, static)
-    other = Run("StableAdamW", "bf16_kahan")
-    for step in range(3):  # tables of its own, of the same sizes
-        other.step(step)
-    rubbish = [torch.full((numel,), -1, dtype=torch.int64, device=DEVICE) for numel in range(1, 2 if REHEARSAL else 4000)]
+    moved = [torch.zeros_like(grad) for grad in grads[0]]
+    changes = {"learning rate": run.schedule.step, "gradients": lambda: run.give(list(moved))}
+    graph = captured(run, grads, [torch.zeros_like(grad) for grad in grads[0]], changes[change])
     for step in range(WARM + REPLAYS):
         if step >= WARM:
             run.fill(grads[step])
             graph.replay()
+        if step == WARM and change == "learning rate":
+            reference.schedule.step()
+        reference.give(list(reference.gradients(step)))
+        reference.optimizer.step()
+    synchronize()
+    assert_alike(run, reference)
+
+
+@torch.no_grad()
+def test_a_graph_keeps_what_it_reads() -> None:
+    """Steps with other hyperparameters and gradients replace what it reads; if nothing kept that, others would be given the memory."""
+    storage = "bf16_kahan_stochastic"
+    run, reference = Run("StableAdamW", storage), Run("StableAdamW", storage, CPU, "eager")
+    grads = [run.gradients(step) for step in range(WARM + REPLAYS)]
+    static, moved = ([torch.zeros_like(grad) for grad in grads[0]] for _ in range(2))
+    graph = captured(run, grads, moved, lambda: (run.schedule.step(), run.give(list(static))))
+    tensors = [*run.params, *(value for param in run.params for value in run.optimizer.state[param].values())]
+    before = [tensor.clone() for tensor in tensors], [dict(group) for group in run.optimizer.param_groups]
+    for step in range(3):
+        for group in run.optimizer.param_groups:
+            group |= {"lr": 0.1 / (1 + step), "betas": (0.5, 0.8 + 0.01 * step), "rounding_seed": 100 + step}
+        run.give(list(run.gradients(step)))
+        run.optimizer.step()
+    synchronize()
+    # Of all sizes that tables have, on the device and where the host copies from.
+    rubbish = [torch.full((numel,), -1, dtype=torch.int64, device=DEVICE) for numel in range(1, 2 if REHEARSAL else 4000)]
+    if not REHEARSAL:
+        rubbish += [torch.full((2**power,), -1, dtype=torch.int64).pin_memory() for power in range(12) for _ in range(100)]
+    for tensor, value in zip(tensors, before[0], strict=True):
+        tensor.copy_(value)
+    for group, values in zip(run.optimizer.param_groups, before[1], strict=True):
+        group |= values
+    run.give(list(static))
+    for step in range(WARM + REPLAYS):
+        if step >= WARM:
+            run.fill(grads[step])
+            graph.replay()
+        if step == WARM:
+            reference.schedule.step()
         reference.give(list(reference.gradients(step)))
         reference.optimizer.step()
     synchronize()
