@@ -7,18 +7,25 @@ is beyond what the device has given.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from itertools import product
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gpu.device import DEVICE, REHEARSAL, synchronize
+from sharded_optim import coefficients
 from sharded_optim.algorithms.adam import ADAM, AMSGRAD
+from sharded_optim.algorithms.scalars import Sums
 from sharded_optim.algorithms.sgd import MOMENTUM, SGD
 from sharded_optim.algorithms.stable_adamw import STABLE_ADAMW
 from sharded_optim.algorithms.weight_decay import COUPLED
-from sharded_optim.backends import Column, Operands, choose
+from sharded_optim.backends import Backend, Column, Operands, choose
+from sharded_optim.coefficients import LrScale, Members, coefficient_table
+from sharded_optim.consensus import PRESENT, SECTIONS, TAIL
 from sharded_optim.formats import FORMATS
 from sharded_optim.segment import Segment
 
@@ -26,6 +33,8 @@ GROUP = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1, "de
 GROUP |= {"momentum": 0.9, "dampening": 0.0, "nesterov": True}
 NUMELS = (1, 7, 8, 200) if REHEARSAL else (1, 2, 7, 8, 9, 255, 4096, 4097, 12_289)
 DTYPES = (torch.float32, torch.bfloat16)
+MANY = 131  # operands: more than a program of the kernels of coefficients takes
+TENSORS = 1031  # of the model: more than the kernel of the verdict looks at together
 CASES = list(product((STABLE_ADAMW, ADAM, AMSGRAD, MOMENTUM, SGD), FORMATS.values(), DTYPES))
 
 
@@ -55,9 +64,53 @@ def main() -> int:
                 for statistic in (algorithm.statistic, None):
                     _, flags = backend.observe(statistic, operands, observed, limits, scales, None)
                     assert not flags.cpu().any()
+    # On a CPU coefficients would be computed by the host.
+    with mock.patch.object(coefficients, "known_on_host", lambda tensor: tensor.device.type == "cpu" and not REHEARSAL):
+        tabulate(backend)
+    judge(backend)
     synchronize()
     print(f"{len(CASES)} kinds of parameters were stepped")
     return 0
+
+
+def tabulate(backend: Backend) -> None:
+    """Coefficients of all algorithms: of one param group and of three, one of which has its learning rate on the device."""
+    assert STABLE_ADAMW.statistic is not None
+    params = [ones(1, torch.float32) for _ in range(MANY)]
+    operands = Operands.whole(params, params, [])
+    steps = torch.arange(MANY).float().to(DEVICE)
+    sums = Sums(
+        totals=torch.arange(TENSORS).to(DEVICE),
+        non_finite=torch.zeros(TENSORS, dtype=torch.int64).to(DEVICE),
+        slots=torch.arange(TENSORS - MANY, TENSORS).to(DEVICE),
+        units=torch.full((MANY,), 2.0**-20, dtype=torch.float64).to(DEVICE),
+        numels=torch.ones(MANY, dtype=torch.float64).to(DEVICE),
+    )
+    groups = [GROUP, GROUP | {"weight_decay": 0.2}, GROUP | {"lr": torch.tensor(1e-2).to(DEVICE)}]
+    group_of = torch.arange(MANY) % len(groups)
+    rows = [(group_of == index).nonzero().flatten().to(DEVICE) for index in range(len(groups))]
+    several = Members(groups=groups, rows=rows, group_of=group_of.to(DEVICE))
+    observed = LrScale(of_mean=STABLE_ADAMW.statistic.lr_scale, sums=sums)
+    kinds: list[tuple[Callable[..., Any], tuple[float | LrScale | None, ...]]] = [(STABLE_ADAMW.statistic.coefficients, (None,))]
+    kinds += [(algorithm.coefficients, (1.0, observed)) for algorithm in (STABLE_ADAMW, ADAM, AMSGRAD, MOMENTUM, SGD)]
+    for members in (Members.one(GROUP), several):
+        for function, lr_scales in kinds:
+            for lr_scale in lr_scales:
+                table = coefficient_table(function, members, steps, lr_scale, backend=backend, operands=operands)
+                assert table.cpu().isfinite().all()
+
+
+def judge(backend: Backend) -> None:
+    """Whether a step happens, as the first and after one that did not."""
+    sums = torch.zeros(SECTIONS * TENSORS + TAIL, dtype=torch.int64)
+    sums[PRESENT * TENSORS : (PRESENT + 1) * TENSORS] = 1
+    spoiled = sums.clone()
+    spoiled[TENSORS] = 1  # a gradient that is not finite
+    for skips in (False, True):
+        first = backend.judge(spoiled.to(DEVICE), None, skips=skips)
+        then = backend.judge(sums.to(DEVICE), first, skips=skips)
+        assert bool(first.proceed.cpu()) != skips
+        assert bool(then.proceed.cpu())
 
 
 def ones(numel: int, dtype: torch.dtype) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from gpu.device import DEVICE, REHEARSAL
+from gpu.device import DEVICE, REHEARSAL, environment
 from sharded_optim.checkpoint.store import folder_of
 
 MISSING = [package for package in ("pydantic", "yaml", "rich", "matplotlib") if find_spec(package) is None]
@@ -30,12 +29,11 @@ TIMEOUT = 110.0
 CONFIGS = ("single", "fsdp2", "ddp", "zero2", "fsdp1")
 
 
-def job(folder: Path, config: str, *arguments: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Summary and metrics of a run."""
+def job(folder: Path, config: str, *arguments: str, **variables: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Summary and metrics of a run, with further variables of its environment."""
     command = [sys.executable, "-m", "launch", f"configs/{config}.yaml", *ARGUMENTS, f"runs_folder={folder}", *arguments]
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=TIMEOUT, check=False
-    )
+    told = environment(ROOT) | variables
+    done = subprocess.run(command, cwd=ROOT, env=told, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     runs = sorted(folder.glob("*/summary.json"), key=lambda path: path.stat().st_mtime)
     metrics = [json.loads(line) for line in (runs[-1].parent / "metrics.jsonl").read_text().splitlines()]
@@ -53,8 +51,10 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @cache
 def losses(folder: Path, text: Path, config: str) -> tuple[float, ...]:
-    summary, metrics = job(folder, config, f"data.path={text}")
+    kernels = folder / "kernels"
+    summary, metrics = job(folder, config, f"data.path={text}", TRITON_CACHE_DIR=str(kernels))
     assert summary["device"] == DEVICE.type
+    assert REHEARSAL or any(kernels.rglob("update_*")), "Triton has compiled no kernel that steps: another backend has stepped"
     assert summary["skipped_steps"] == 0
     return tuple(each["train_loss_bits"] for each in metrics)
 
