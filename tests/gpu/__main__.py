@@ -9,6 +9,7 @@ Exit status: 0 all passed, or skipped for a reason that is told; 1 something fai
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -17,9 +18,11 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -146,13 +149,18 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
         return
-    process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # of a process that the driver does not let go the report is not to wait
+        process.wait(10)
 
 
 def _read(stage: Stage, record: Path) -> Outcome:
     outcome = Outcome(stage=stage.name, proves=stage.proves)
     lines = record.read_text(encoding="utf-8").splitlines() if record.exists() else []
-    told = [each for each in map(json.loads, lines) if each["outcome"] != "end"]
+    told = []
+    for line in lines:
+        with contextlib.suppress(json.JSONDecodeError):  # of a process that was ended while it wrote
+            told.append(json.loads(line))
+    told = [each for each in told if each["outcome"] != "end"]
     outcomes = Counter(each["outcome"] for each in told)
     outcome.passed, outcome.failed = outcomes["passed"], outcomes["failed"]
     outcome.skipped = dict(Counter(each["reason"] for each in told if each["outcome"] == "skipped"))
@@ -213,12 +221,15 @@ def run_all(stages: Sequence[Stage], seconds: float, arguments: Sequence[str], *
                 outcome = Outcome(stage=stage.name, proves=stage.proves, problem=f"not begun: the {seconds:.0f} s were over")
             else:
                 outcome = run(stage, workers, left if rehearse else min(stage.seconds, left), folder, arguments, rehearse=rehearse)
+        except Exception as error:  # no reason to lose what the others have found
+            problem = f"{type(error).__name__}: {error}"
+            outcome = Outcome(stage=stage.name, proves=stage.proves, problem=problem, failures={stage.file: traceback.format_exc()})
         finally:
             cores.give(workers)
         print(f"{outcome.stage}: {outcome.passed} passed, {outcome.failed} failed, {outcome.seconds:.0f} s", flush=True)
         return outcome
 
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(stages)) as pool:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, ThreadPoolExecutor(len(stages)) as pool:
         running = [pool.submit(one, place, stage, Path(folder)) for place, stage in enumerate(stages)]
         return [each.result() for each in running]
 
@@ -234,6 +245,8 @@ def machine(*, rehearse: bool) -> dict[str, str]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "numba": _version("numba"),
+        "pytest-xdist": _version("pytest-xdist", "not installed: what hangs, or loses the CUDA context, ends its whole stage"),
+        "C compiler": _compiler(),
         "cores": str(os.cpu_count()),
         "system": f"{platform.system()} {platform.release()}",
     }
@@ -253,13 +266,20 @@ def machine(*, rehearse: bool) -> dict[str, str]:
     }
 
 
-def _version(package: str) -> str:
+def _version(package: str, otherwise: str = "not installed") -> str:
     from importlib.metadata import PackageNotFoundError, version
 
     try:
         return version(package)
     except PackageNotFoundError:
-        return "not installed"
+        return otherwise
+
+
+def _compiler() -> str:
+    """What Triton builds its launchers with."""
+    command = os.environ.get("CC") or next(filter(shutil.which, ("gcc", "clang")), "none")
+    has_header = (Path(sysconfig.get_path("include")) / "Python.h").exists()
+    return f"{Path(command).name}, {'with' if has_header else 'without'} Python.h"
 
 
 def _said_by(*command: str) -> str:
@@ -288,6 +308,20 @@ def short(failure: str) -> str:
     """The line of a failure that says what went wrong."""
     lines = [line for line in failure.splitlines() if line.startswith("E ")] or failure.strip().splitlines()[-1:] or [""]
     return lines[0].removeprefix("E").strip()[:LONGEST_MESSAGE]
+
+
+def verdict_of(outcomes: Sequence[Outcome], seconds: float) -> str:
+    """In a line: whether all that ran passed, and what did not run."""
+    if not is_right(outcomes):
+        return f"Something is wrong, after {seconds:.0f} s."
+    skipped = [f"{each.stage} ({'; '.join(each.skipped)})" for each in outcomes if each.skipped]
+    if not skipped:
+        return f"All is as it should be, after {seconds:.0f} s."
+    return f"All that ran is as it should be, after {seconds:.0f} s. Not proven here, or not all of it: {', '.join(skipped)}."
+
+
+def is_right(outcomes: Sequence[Outcome]) -> bool:
+    return all(each.is_right for each in outcomes) and any(each.passed for each in outcomes)
 
 
 def write(output: Path, where: dict[str, str], outcomes: Sequence[Outcome], verdict: str) -> None:
@@ -328,14 +362,13 @@ def main(arguments: Sequence[str]) -> int:
     for each in outcomes:
         for test, text in each.failures.items():
             print(f"\n{each.stage}: {test}\n    {short(text)}")
-    is_right = all(each.is_right for each in outcomes) and any(each.passed for each in outcomes)
-    verdict = f"{'All is as it should be' if is_right else 'Something is wrong'}, after {time.monotonic() - started:.0f} s."
+    verdict = verdict_of(outcomes, time.monotonic() - started)
     print(f"\n{table(outcomes)}\n\n{verdict}", flush=True)
     output = options.output or (None if options.rehearse else RESULTS)
     if output is not None:
         write(output, where, outcomes, verdict)
         print(f"written to {output.with_suffix('.json')} and {output.with_suffix('.md').name}")
-    return int(not is_right)
+    return int(not is_right(outcomes))
 
 
 if __name__ == "__main__":
