@@ -262,8 +262,11 @@ class Engine(StatefulOptimizer):
             self._raise_inconsistency(agreement, verdict, failure)
         elif failure is not None:
             raise failure
-        elif not capturing(agreement.totals.device):  # a replay raises nothing: it steps or it does not
-            self._deferred[layout] = statistics.Deferred(agreement, verdict, self._longest_streak)
+        if not capturing(agreement.totals.device):  # a replay raises nothing: it steps or it does not
+            if not known_on_host(agreement.totals):
+                self._deferred[layout] = statistics.Deferred(agreement, verdict, self._longest_streak)
+            if self._longest_streak is not None:
+                self._streaks[layout] = verdict
         self._agreements.pop(layout, None)  # the newest is last
         self._agreements[layout] = agreement
         if self.nonfinite == "raise":
@@ -282,10 +285,7 @@ class Engine(StatefulOptimizer):
         device = agreement.totals.device
         judge = next((batch.backend.judge for batch in observation.batches if batch.device == device), consensus.judge)
         before = None if capturing(device) else self._streaks.get(layout)
-        verdict = judge(agreement.totals, before, skips=self.nonfinite == "skip")
-        if self._longest_streak is not None and not capturing(device):
-            self._streaks[layout] = verdict
-        return verdict
+        return judge(agreement.totals, before, skips=self.nonfinite == "skip")
 
     def _raise_inconsistency(self, agreement: statistics.Agreement, verdict: Verdict, failure: Exception | None) -> None:
         """Where the host knows what the ranks know."""
