@@ -138,7 +138,7 @@ SHAPES_OF_FEW = st.lists(st.integers(0, 9), max_size=3).map(tuple)
     grad_scale=st.sampled_from([None, 1 / 3]),
     seed=st.integers(0, 2**32),
 )
-@settings(deadline=None, max_examples=examples(10), phases=(Phase.explicit, Phase.reuse, Phase.generate))
+@settings(deadline=None, max_examples=examples(7), phases=(Phase.explicit, Phase.reuse, Phase.generate))
 def test_any_storage_shape_and_option_gives_the_bits_of_the_eager_backend(
     algorithm: Algorithm,
     fmt: str,

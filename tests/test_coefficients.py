@@ -138,7 +138,7 @@ def test_a_kernel_gives_the_bits_of_floats_and_of_tensors(name: str, groups: str
 )
 @settings(
     deadline=None,
-    max_examples=examples(30),
+    max_examples=examples(20),
     phases=(Phase.explicit, Phase.reuse, Phase.generate),
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

@@ -36,7 +36,7 @@ RANKS = (
     streak=st.sampled_from([None, 0, 1, 7]),
     skips=st.booleans(),
 )
-@settings(deadline=None, max_examples=examples(40), suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=examples(20), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @pytest.mark.usefixtures("interpreter")
 def test_a_step_happens_where_all_ranks_agree_and_all_is_finite(tensors, padding, invalid, found_inf, streak, skips) -> None:
     """With more tensors than the kernel looks at together, or none; a streak goes on, begins, ends, or is left as it is."""

@@ -164,7 +164,7 @@ def test_state_that_is_not_finite_is_not_forgotten(spoiled: float) -> None:
 )
 @settings(
     deadline=None,
-    max_examples=examples(20),
+    max_examples=examples(10),
     phases=(Phase.explicit, Phase.reuse, Phase.generate),  # to shrink an example takes the interpreter minutes
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
