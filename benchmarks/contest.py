@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -117,6 +117,13 @@ def run_case(
             missing[each.contender.name] = reason
             remarks.append(f"{each.contender.name} failed in {case.title} {reason}")
             print(f"  {each.contender.name} failed {reason}", file=sys.stderr)
+    measured = {result.contender for result in results}
+    absent = {each: missing.get(each.name, lost or "no sample was taken") for each in meant if each.name not in measured}
+    return _record(case, results, absent, device.peak_bytes() if results else None)
+
+
+def _record(case: Case, results: list[Result], absent: Mapping[Contender, str], peak_bytes: int | None) -> CaseRecord:
+    """Of a case, with the reason why a contender is absent."""
     return CaseRecord(
         name=case.layout.name,
         dtype=case.dtype,
@@ -124,12 +131,8 @@ def run_case(
         elements=case.layout.elements,
         same_elements=case.layout.same_elements,
         results=results,
-        missing=[
-            Missing(contender=each.name, library=each.library, reason=missing.get(each.name, lost or "no sample was taken"))
-            for each in meant
-            if each.name not in {result.contender for result in results}
-        ],
-        peak_bytes=device.peak_bytes() if results else None,
+        missing=[Missing(contender=each.name, library=each.library, reason=reason) for each, reason in absent.items()],
+        peak_bytes=peak_bytes,
     )
 
 
@@ -276,11 +279,4 @@ def first_line(error: Exception) -> str:
 
 
 def unmeasured(case: Case, contenders: Sequence[Contender], device: Device, reason: str) -> CaseRecord:
-    return CaseRecord(
-        name=case.layout.name,
-        dtype=case.dtype,
-        tensors=len(case.layout.shapes),
-        elements=case.layout.elements,
-        same_elements=case.layout.same_elements,
-        missing=[Missing(contender=c.name, library=c.library, reason=reason) for c in contenders if takes_part(c, case, device)],
-    )
+    return _record(case, [], {each: reason for each in contenders if takes_part(each, case, device)}, None)

@@ -21,7 +21,7 @@ from sharded_optim import noise
 from sharded_optim.algorithms import Algorithm, Statistic
 from sharded_optim.backends import Backend, Column, Operands, addresses_of, choose
 from sharded_optim.coefficients import Members, known_on_host, next_steps
-from sharded_optim.devices import capturing, keep, refuse_to_capture, send
+from sharded_optim.devices import Sent, capturing, keep, refuse_to_capture, send
 from sharded_optim.formats import Format
 from sharded_optim.param_groups import hyperparameter_key
 from sharded_optim.sharding import Layout, LocalParam, Piece, check_memory
@@ -86,15 +86,14 @@ class Batch:
         self.places = layout.places([first_piece[row] + k for row, entry, _ in rows for k in range(len(entry.pieces))], self.device)
         rows_of = _rows_of(self._groups)
         self._rows_on_host = [None if len(rows_of) == 1 else torch.tensor(each, device="cpu") for each in rows_of]
-        self._distinct_groups = [self._groups[each[0]] for each in rows_of]
         self.members = Members(
-            groups=self._distinct_groups,
+            groups=[self._groups[each[0]] for each in rows_of],
             rows=[None if rows is None else send(rows, self.device) for rows in self._rows_on_host],
             group_of=None if len(rows_of) == 1 else send(_group_of(rows_of), self.device),
         )
         self._firsts = [(self._groups[each[0]], self.pieces[each[0]][0].param) for each in rows_of]  # a parameter of each group
-        self._fixed_point: tuple[Any, FixedPoint] | None = None
-        self._sources: tuple[Any, Tensor] | None = None
+        self._fixed_point: Sent[FixedPoint] = Sent()
+        self._sources: Sent[Tensor] = Sent()  # of random numbers
         backend.prepare(self.algorithm, self.operands)
         self._owners = None if cut is None else send(torch.tensor(owners, device="cpu"), self.device)
         self._steps = torch.empty(0, device="cpu")  # fp32 (parameters,), of which the optimizer's state has views
@@ -155,23 +154,21 @@ class Batch:
     def fixed_point(self, statistic: Statistic | None) -> FixedPoint:
         """How the statistic of each operand is summed; None stands for a statistic that is 0."""
         bounds = [0.0 if statistic is None else statistic.bound(group) for group in self.members.groups]
-        if self._fixed_point is None or self._fixed_point[0] != bounds:  # hyperparameters have changed
+
+        def make() -> FixedPoint:
             bound = torch.empty(len(self.pieces), dtype=torch.float64, device="cpu")
             for value, rows in zip(bounds, self._rows_on_host, strict=True):
                 bound[slice(None) if rows is None else rows] = value
             numels = [segment.tensor_numel for segment in self.operands.segments]
-            fixed_point = FixedPoint.of(bound.tolist(), numels, self.device)
-            if capturing(self.device):  # then nothing is there yet
-                return fixed_point
-            self._fixed_point = bounds, fixed_point
-        keep(self.device, self._fixed_point)
-        return self._fixed_point[1]
+            return FixedPoint.of(bound.tolist(), numels, self.device)
+
+        return self._fixed_point.of(bounds, self.device, make)
 
     def keys(self) -> Tensor:
         """A number for each operand, the same on two ranks if they use the same hyperparameters at the same step: int64 (operands,)."""
         result = torch.empty(len(self.pieces), dtype=torch.int64, device="cpu")
         all_steps = self.steps
-        for group, rows in zip(self._distinct_groups, self._rows_on_host, strict=True):
+        for group, rows in zip(self.members.groups, self._rows_on_host, strict=True):
             steps = (all_steps if rows is None else all_steps[rows]).tolist() if known_on_host(all_steps) else [-1.0]
             keys = {step: hyperparameter_key(group, step) for step in set(steps)}
             own = torch.tensor([keys[step] for step in steps] if len(keys) > 1 else list(keys.values()), device="cpu")
@@ -183,13 +180,9 @@ class Batch:
         if not self.operands.format.is_random:
             return None
         seeds = [group["rounding_seed"] for group in self._groups]
-        if self._sources is None or self._sources[0] != seeds:
-            sources = send(noise.sources(seeds, [segment.name for segment in self.operands.segments]), self.device)
-            if capturing(self.device):
-                return noise.keys(sources, next_steps(self.steps))
-            self._sources = seeds, sources
-        keep(self.device, self._sources)
-        return noise.keys(self._sources[1], next_steps(self.steps))
+        names = [segment.name for segment in self.operands.segments]
+        sources = self._sources.of(seeds, self.device, lambda: send(noise.sources(seeds, names), self.device))
+        return noise.keys(sources, next_steps(self.steps))
 
     def count_step(self, proceed: Tensor | None) -> None:
         """Advance the counters; not where `proceed`, bool (), is False."""

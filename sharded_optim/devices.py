@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["capturing", "keep", "on", "refuse_to_capture", "send"]
+__all__ = ["Sent", "capturing", "keep", "on", "refuse_to_capture", "send"]
 
 _replayed: list[Any] = []
+T = TypeVar("T")
 
 
 def send(values: Tensor, device: torch.device) -> Tensor:
@@ -34,6 +36,23 @@ def refuse_to_capture(device: torch.device) -> None:
             "a CUDA graph records a step of other parameters, gradients, state or options than the step before, which every replay would "
             "set up anew; take such a step before the capture"
         )
+
+
+class Sent(Generic[T]):
+    """What is made of values of the host, and stays on a device until they are others."""
+
+    def __init__(self) -> None:
+        self._known: tuple[Any, T] | None = None
+
+    def of(self, values: Any, device: torch.device, make: Callable[[], T]) -> T:
+        """What `make` made when the values were the same, or makes now."""
+        if self._known is None or self._known[0] != values:
+            made = make()
+            if capturing(device):  # then nothing is there yet
+                return made
+            self._known = values, made
+        keep(device, self._known[1])
+        return self._known[1]
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:

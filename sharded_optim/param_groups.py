@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -105,7 +105,7 @@ def check_state_dtype(dtype: torch.dtype, values: dict[str, Any], where: str) ->
         )
 
 
-def hyperparameter_key(group: dict[str, Any], step: float) -> int:
+def hyperparameter_key(group: Mapping[str, Any], step: float) -> int:
     """24 bits that two ranks have in common if the group's hyperparameters and the step are the same on both."""
     values = [_comparable(group[name]) for name in (*NUMBERS, *CHOICES, "betas") if name in group]
     return zlib.crc32(repr((values, step)).encode()) & 0xFFFFFF

@@ -20,7 +20,6 @@ from sharded_optim import batches, devices, engine, statistics
 triton = pytest.importorskip("triton", reason="the triton package is not installed")
 
 from sharded_optim.backends import triton as backend  # noqa: E402
-from sharded_optim.backends import triton_formulas  # noqa: E402
 
 META = torch.device("meta")
 SHAPES = [(7, 3), (), (64,), (5, 4, 3), (1,)]
@@ -230,7 +229,7 @@ def test_a_graph_does_not_record_what_must_wait(gpu: Gpu, monkeypatch: pytest.Mo
 
 def begin_capture(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """From now on a CUDA graph records; gives what is kept for its replays."""
-    for module in (batches, engine, statistics, devices, backend, triton_formulas):
+    for module in (batches, engine, statistics, devices, backend):
         monkeypatch.setattr(module, "capturing", lambda device: True)
     kept: list[Any] = []
     monkeypatch.setattr(devices, "_replayed", kept)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "STEP_BITS",
     "Formula",
     "Number",
     "Operations",

@@ -13,6 +13,7 @@ are those of the eager backend. The host never waits, and a CUDA graph may recor
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -35,7 +36,7 @@ from sharded_optim.backends.operand_tables import OperandTables, kind_of
 from sharded_optim.backends.rebinding import argument_count
 from sharded_optim.backends.triton_compiler import compiled, executed, interpreted, scalars
 from sharded_optim.consensus import Verdict
-from sharded_optim.devices import capturing, keep, on, send
+from sharded_optim.devices import Sent, capturing, keep, on, send
 from sharded_optim.formats import FORMATS, Format
 from sharded_optim.noise import RESOLUTION
 
@@ -99,9 +100,7 @@ class Triton:
         lr: Tensor | None,
     ) -> Tensor:
         with on(steps.device):
-            table, read = triton_formulas.launch(formulas, formula_of, steps, sums, lr, self._tables_of(operands).constants)
-        keep(steps.device, *read)
-        return table
+            return triton_formulas.launch(formulas, formula_of, steps, sums, lr, self._tables_of(operands).constants)
 
     def judge(self, sums: Tensor, before: Verdict | None, *, skips: bool) -> Verdict:
         with on(sums.device):
@@ -165,7 +164,7 @@ class Triton:
         if not len(tables.work):
             return
         table = addresses.table
-        keep(table.device, tables, table)
+        keep(table.device, tables)
         with on(table.device):
             for aligned in addresses.alignments:
                 kernel.function[len(tables.work),](
@@ -201,23 +200,21 @@ class _Tables:
         self.one = torch.ones((), dtype=torch.float32, device=self._device)
         self.true = torch.ones((), dtype=torch.bool, device=self._device)
         self.constants = triton_formulas.Constants()
-        self._known: dict[int, tuple[bytes, _Addresses]] = {}  # by number of columns, those of the last call
+        self._sent: defaultdict[int, Sent[_Addresses]] = defaultdict(Sent)  # by number of columns
 
     def addresses(self, columns: Sequence[Column]) -> tuple[_Addresses, dict[tuple[int, int], Tensor]]:
         """See `OperandTables.addresses`."""
         values, copies = self._tables.addresses(columns)
-        known = self._known.get(len(columns))
-        if known is not None and known[0] == values:
-            return known[1], copies
-        table = torch.frombuffer(bytearray(values), dtype=torch.int64).view(len(columns), -1)
-        unaligned = (table % ALIGNMENT != 0).any(dim=0)
-        addresses = _Addresses(
-            table=send(table, self._device),
-            alignments=[aligned for aligned in (True, False) if (unaligned != aligned).any()],
-        )
-        if not capturing(self._device):  # then nothing is copied yet
-            self._known[len(columns)] = values, addresses
-        return addresses, copies
+
+        def make() -> _Addresses:
+            table = torch.frombuffer(bytearray(values), dtype=torch.int64).view(len(columns), -1)
+            unaligned = (table % ALIGNMENT != 0).any(dim=0)
+            return _Addresses(
+                table=send(table, self._device),
+                alignments=[aligned for aligned in (True, False) if (unaligned != aligned).any()],
+            )
+
+        return self._sent[len(columns)].of(values, self._device, make), copies
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ for each sequence of operations that is met; the constants, which a schedule of 
 from __future__ import annotations
 
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import cache
 from types import FunctionType
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from sharded_optim.algorithms.scalars import STEP_BITS, Formula, Operations, Sums
 from sharded_optim.backends.triton_compiler import compiled, executed, interpreted
-from sharded_optim.devices import capturing, send
+from sharded_optim.devices import Sent, send
 
 __all__ = ["Constants", "formula_kernel", "launch"]
 
@@ -44,27 +45,20 @@ class Constants:
     """Those of formulas, on a device, where they stay until others are needed."""
 
     def __init__(self) -> None:
-        self._known: dict[Operations, tuple[Sequence[Sequence[float]], Tensor]] = {}
+        self._sent: defaultdict[Operations, Sent[Tensor]] = defaultdict(Sent)
 
     def of(self, formulas: Sequence[Formula], operations: Operations, device: torch.device) -> Tensor:
         """A row of each formula: 1, then its constants, if these are its operations, else zeros: float64 (formulas, 1 + constants)."""
         rows = [(1.0, *each.constants) if each.operations == operations else (0.0,) * (1 + operations.constants) for each in formulas]
-        known = self._known.get(operations)
-        if known is None or known[0] != rows or known[1].device != device:
-            values = send(torch.tensor(rows, dtype=torch.float64, device="cpu"), device)
-            if capturing(device):  # then nothing is copied yet
-                return values
-            known = self._known[operations] = rows, values
-        return known[1]
+        return self._sent[operations].of(rows, device, lambda: send(torch.tensor(rows, dtype=torch.float64, device="cpu"), device))
 
 
 def launch(
     formulas: Sequence[Formula], formula_of: Tensor | None, steps: Tensor, sums: Sums | None, lr: Tensor | None, constants: Constants
-) -> tuple[Tensor, list[Tensor]]:
-    """See `sharded_optim.backends.Tabulate`; also gives what the kernels read, which must live as long as they may run."""
+) -> Tensor:
+    """See `sharded_optim.backends.Tabulate`."""
     table = torch.empty(len(steps), len(formulas[0].operations.results), dtype=torch.float32, device=steps.device)
     steps = steps.contiguous()
-    read = [steps]
     for operations in dict.fromkeys(formula.operations for formula in formulas):
         values = constants.of(formulas, operations, steps.device)
         optional = {"formula_of": formula_of, "lr": lr, **({} if sums is None else vars(sums))}
@@ -73,8 +67,7 @@ def launch(
         kernel[triton.cdiv(len(steps), BLOCK),](
             table, len(steps), values, values.shape[1], steps, *tensors.values(), BLOCK=BLOCK, **OPTIONS
         )
-        read += [values, *tensors.values()]
-    return table, read
+    return table
 
 
 def formula_kernel(operations: Operations, inputs: tuple[str, ...]) -> Any:
