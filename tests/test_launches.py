@@ -137,10 +137,10 @@ def test_a_step_waits_for_nothing_and_launches_little(name: str, capture: bool, 
         optimizer.step()  # which looks at the verdict on the last
 
 
-@pytest.mark.parametrize("name", ["AdamW", "StableAdamW"])
-def test_neither_groups_nor_tensors_are_launched_one_by_one(name: str, gpu: Gpu) -> None:
+@pytest.mark.parametrize(("name", "most"), [("AdamW", 14), ("StableAdamW", 28)])
+def test_neither_groups_nor_tensors_are_launched_one_by_one(name: str, most: int, gpu: Gpu) -> None:
     """Two param groups with other hyperparameters, one of them with a learning rate on the device, and GradScaler's tensors."""
-    make, most = OPTIMIZERS[name]
+    make, _ = OPTIMIZERS[name]
     params = parameters()
     optimizer = make([{"params": params[:2], "betas": (0.8, 0.95)}, {"params": params[2:]}], lr=1e-2)
     optimizer.param_groups[1]["lr"] = torch.empty((), device=META)
@@ -150,10 +150,7 @@ def test_neither_groups_nor_tensors_are_launched_one_by_one(name: str, gpu: Gpu)
     gpu.operations.clear()
     gpu.kernels.clear()
     optimizer.step()
-    for_groups = 2 * 2  # another formula, since a learning rate on the device cannot be a constant
-    for_lr = 2 * 3
-    for_scaler = 12
-    assert gpu.launches <= most + for_groups + for_lr + for_scaler, (gpu.operations, gpu.kernels)
+    assert gpu.launches <= most, (gpu.operations, gpu.kernels)
 
 
 @pytest.mark.parametrize("replaced", ["grad", "state", "counter", "skipped"])
