@@ -2,7 +2,7 @@
 
 Algorithms compute on fp32 values and never see a storage: a backend loads through the format, calls the algorithm, and stores the whole
 new value through the format. So every algorithm has every storage, with weight decay inside it. A new storage is one new entry here, and
-the option that chooses it in `param_format`.
+the option that chooses it in `param_format`. Backends that compile know the formats of this file; others are stepped by the eager backend.
 
     fp32, bf16, fp16               rounded to nearest, ties to even (IEEE 754 roundTiesToEven)
     bf16_kahan, fp16_kahan         with a second array for what rounding lost (Kahan 1965): value = param + kahan_comp
@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-__all__ = ["FORMATS", "KAHAN_COMP", "Format", "format_of", "param_format"]
+__all__ = ["FORMATS", "KAHAN_COMP", "Format", "compiled_format", "format_of", "param_format"]
 
 KAHAN_COMP = "kahan_comp"
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -92,7 +92,16 @@ def _formats() -> list[Format]:
     return formats
 
 
-FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in _formats()}
+_OWN = tuple(_formats())
+FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in _OWN}
+
+
+def compiled_format(fmt: Format) -> Format | None:
+    """The format of this file that stores the same bits, whatever `fmt` and its arrays are called; None if there is none.
+
+    Backends that compile know what these do with `dtype`, `extra` and `is_random`, but not what is in other functions `load` and `store`.
+    """
+    return next((own for own in _OWN if own.load is fmt.load and own.store is fmt.store and len(own.extra) == len(fmt.extra)), None)
 
 
 def format_of(dtype: torch.dtype) -> Format:

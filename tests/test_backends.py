@@ -6,7 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import numba
@@ -228,14 +231,18 @@ def test_autograd_notices_that_a_parameter_was_written(backend: str) -> None:
 def test_threads_are_torchs() -> None:
     """Ranks of one machine share its cores; torchrun and OMP_NUM_THREADS tell torch, not numba."""
     before, threads = numba.get_num_threads(), torch.get_num_threads()
-    torch.set_num_threads(1)
     try:
-        with cpu._threads(10**9):
-            assert numba.get_num_threads() == 1
+        torch.set_num_threads(1)
+        with cpu._threads(10**9) as uses_pool:
+            assert not uses_pool
+        torch.set_num_threads(2)
+        with cpu._threads(10**9) as uses_pool:
+            assert uses_pool == (cpu.MOST_THREADS > 1)
+            assert numba.get_num_threads() == min(2, cpu.MOST_THREADS)
+        with cpu._threads(1) as uses_pool:
+            assert not uses_pool, "a small step wakes no threads"
     finally:
         torch.set_num_threads(threads)
-    with cpu._threads(1):
-        assert numba.get_num_threads() == 1, "a small step wakes no threads"
     assert numba.get_num_threads() == before
 
 
@@ -261,12 +268,113 @@ def test_the_backend_that_runs_is_named() -> None:
 def test_a_step_leaves_torchs_threads_alone() -> None:
     """Also the first of a process, in which numba starts its threads and with them sets the number of OpenMP's, which is torch's."""
     code = (
-        "import torch, sharded_optim as so; torch.set_num_threads(1)\n"
+        "import torch, sharded_optim as so; torch.set_num_threads(2)\n"
         "param = torch.nn.Parameter(torch.ones(100_000)); param.grad = torch.ones(100_000)\n"
         "so.AdamW([param], lr=1e-3, backend='cpu').step(); print(torch.get_num_threads())"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-    assert result.stdout.strip() == "1"
+    assert run_python(code, NUMBA_NUM_THREADS="3") == ["2"]
+
+
+def run_python(code: str, **environment: str) -> list[str]:
+    """What it prints, line by line, in a process of its own."""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=100, env=os.environ | environment
+    )
+    return result.stdout.split("\n")[:-1]
+
+
+STEPS = """
+import os, signal, threading, torch, sharded_optim as so
+def train(seed):
+    generator = torch.Generator().manual_seed(seed)
+    params = [torch.nn.Parameter(torch.randn(300, 400, generator=generator)) for _ in range(3)]
+    optimizer = so.StableAdamW(params, lr=1e-2, backend="cpu")
+    for _ in range(STEPS):
+        for param in params:
+            param.grad = torch.randn(param.shape, generator=generator)
+        optimizer.step()
+    return [param.detach() for param in params]
+same = lambda a, b: all(map(torch.equal, a, b))
+"""
+
+
+@pytest.mark.parametrize("threads", ["1", "2"])
+def test_a_child_that_is_forked_after_a_step_steps_too(threads: str) -> None:
+    """With the same bits; it has none of its parent's threads, and OpenMP's would end it or have it wait for ever."""
+    code = (
+        f"STEPS = 3{STEPS}"
+        "want = train(0)\n"
+        "child = os.fork()\n"
+        "if not child: signal.alarm(60); os._exit(0 if same(train(0), want) else 3)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), same(train(0), want))"
+    )
+    environment = {"OMP_NUM_THREADS": threads, "NUMBA_NUM_THREADS": "2"}
+    assert run_python(code, **environment) == ["0 True"]
+
+
+@pytest.mark.parametrize("layer", ["omp", "workqueue"])
+def test_optimizers_of_several_threads_step_at_the_same_time(layer: str) -> None:
+    """With the same bits; numba's workqueue layer ends a process in which two kernels use it at once."""
+    code = (
+        f"STEPS = 20{STEPS}"
+        "want = [train(seed) for seed in range(3)]\n"
+        "found = [None] * 3\n"
+        "def work(seed): found[seed] = train(seed)\n"
+        "threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]\n"
+        "[each.start() for each in threads]; [each.join() for each in threads]\n"
+        "print(all(map(same, want, found)))"
+    )
+    environment = {"OMP_NUM_THREADS": "2", "NUMBA_NUM_THREADS": "2", "NUMBA_THREADING_LAYER": layer}
+    assert run_python(code, **environment) == ["True"]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("fmt", ["bf16_kahan", "fp16_stochastic", "bf16_kahan_stochastic", "fp32"])
+def test_a_format_under_another_name_is_stepped_alike(fmt: str, backend: str, monkeypatch: pytest.MonkeyPatch, request) -> None:
+    """What a backend compiles does not depend on what a format and its arrays are called."""
+    if backend == "triton":
+        request.getfixturevalue("interpreter")
+    known = FORMATS[fmt]
+    renamed = replace(known, name="another_name", extra=tuple(f"another_{name}" for name in known.extra))
+    monkeypatch.setitem(FORMATS, renamed.name, renamed)
+    assert_same_update(import_module(f"sharded_optim.backends.{backend}").BACKEND, Case(algorithm=ADAM, fmt=renamed.name))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_a_format_of_other_functions_is_refused_by_what_compiles_and_chosen_for_eager(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip(backend.replace("cpu", "numba"))
+    known = FORMATS["bf16_kahan"]
+    doubled = replace(known, name="bf16_doubled", load=lambda stored, comp: 2.0 * known.load(stored, comp))
+    monkeypatch.setitem(FORMATS, doubled.name, doubled)
+    case = Case(algorithm=SGD, fmt=doubled.name)
+    with pytest.raises(ValueError, match="the format 'bf16_doubled' is not compiled; backend='eager' runs every format"):
+        assert_same_update(import_module(f"sharded_optim.backends.{backend}").BACKEND, case)
+    chosen, declined = backends.choose(("cpu", "eager"), torch.device("cpu"), frozenset({torch.bfloat16}), doubled)
+    assert chosen.name == "eager"
+    assert declined == ["cpu: it does not know the format 'bf16_doubled'"]
+
+
+def test_many_elements_without_a_compiled_backend_warn_once_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it was not asked for, and not for a model that is small."""
+    monkeypatch.delitem(sys.modules, "sharded_optim.backends.cpu")
+    monkeypatch.setitem(sys.modules, "numba", None)
+
+    def warned(numel: int, **options) -> int:
+        param = nn.Parameter(torch.zeros(numel))
+        optimizer = so.AdamW([param], lr=1e-2, **options)
+        param.grad = torch.zeros(numel)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            optimizer.step()
+            optimizer.step()
+        return sum("pip install numba" in str(each.message) for each in found)
+
+    assert warned(1_000_001) == 1
+    assert warned(1_000_001, triton=False) == 1
+    assert warned(1_000_001, backend="eager") == 0
+    assert warned(1_000_000) == 0
 
 
 def test_the_log_says_which_backend_runs_and_why_not_another(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

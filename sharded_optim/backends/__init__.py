@@ -18,15 +18,28 @@ from torch import Tensor
 from sharded_optim.algorithms import Algorithm, Statistic
 from sharded_optim.algorithms.scalars import Formula, Sums
 from sharded_optim.consensus import Verdict
-from sharded_optim.formats import Format, format_of
+from sharded_optim.formats import Format, compiled_format, format_of
 from sharded_optim.segment import Segment
 
-__all__ = ["AUTO", "Backend", "Column", "Judge", "Operands", "Tabulate", "addresses_of", "available", "candidates", "choose"]
+__all__ = [
+    "AUTO",
+    "EAGER",
+    "Backend",
+    "Column",
+    "Judge",
+    "Operands",
+    "Tabulate",
+    "addresses_of",
+    "available",
+    "candidates",
+    "choose",
+    "format_to_compile",
+]
 
 MODULES = ("cpu", "triton", "eager")  # in the order in which "auto" takes them; imported when asked for
 EXTRAS = {"cpu": "cpu", "triton": "triton"}  # what a backend's packages are installed by
 AUTO = "auto"
-TRITON = "triton"
+TRITON, EAGER = "triton", "eager"
 
 
 class Column:
@@ -130,8 +143,12 @@ class Backend(Protocol):
         """`consensus.judge`, or the same in one launch."""
         ...
 
-    def supports(self, device: torch.device, dtypes: frozenset[torch.dtype]) -> str | None:
-        """None, or why this backend does not run on this device with these dtypes of parameters, gradients and state."""
+    def supports(self, device: torch.device, dtypes: frozenset[torch.dtype], fmt: Format | None = None) -> str | None:
+        """None, or why this backend does not run on this device with these dtypes of parameters, gradients and state.
+
+        Args:
+            fmt: of the parameters; None: the plain one of their dtype.
+        """
         ...
 
     def prepare(self, algorithm: Algorithm, operands: Operands) -> None:
@@ -173,6 +190,18 @@ def available() -> tuple[str, ...]:
     return (AUTO, *MODULES)
 
 
+def format_to_compile(fmt: Format) -> Format:
+    """What a backend that compiles makes of a format.
+
+    Raises:
+        ValueError: it does not know what the format does.
+    """
+    known = compiled_format(fmt)
+    if known is None:
+        raise ValueError(f"the format {fmt.name!r} is not compiled; backend='eager' runs every format")
+    return known
+
+
 def candidates(backend: str, triton: bool | None) -> tuple[str, ...]:
     """Names of the backends that may run, the preferred first.
 
@@ -198,8 +227,10 @@ def candidates(backend: str, triton: bool | None) -> tuple[str, ...]:
     return tuple(name for name in names if triton is None or name != TRITON)
 
 
-def choose(names: Sequence[str], device: torch.device, dtypes: frozenset[torch.dtype]) -> tuple[Backend, list[str]]:
-    """The first of the named backends that supports the device and dtypes, and why those before it do not.
+def choose(
+    names: Sequence[str], device: torch.device, dtypes: frozenset[torch.dtype], fmt: Format | None = None
+) -> tuple[Backend, list[str]]:
+    """The first of the named backends that supports the device, the dtypes and the parameters' format, and why those before it do not.
 
     Raises:
         ValueError: all of them decline; says why.
@@ -211,7 +242,7 @@ def choose(names: Sequence[str], device: torch.device, dtypes: frozenset[torch.d
         except ImportError as error:
             reasons.append(f"{name}: {error} (pip install 'sharded-optim[{EXTRAS[name]}]')")
             continue
-        reason = backend.supports(device, dtypes)
+        reason = backend.supports(device, dtypes, fmt)
         if reason is None:
             return backend, reasons
         reasons.append(f"{name}: {reason}")

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from types import CodeType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -32,11 +33,11 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from sharded_optim.algorithms import Algorithm, Statistic
-from sharded_optim.backends import Column, Operands, cpu_scalars
+from sharded_optim.backends import Column, Operands, cpu_scalars, format_to_compile
 from sharded_optim.backends.operand_tables import OperandTables, kind_of
 from sharded_optim.backends.rebinding import argument_count, rebound
 from sharded_optim.consensus import judge
-from sharded_optim.formats import FORMATS
+from sharded_optim.formats import FORMATS, Format, compiled_format, format_of
 from sharded_optim.noise import RESOLUTION
 
 __all__ = ["BACKEND"]
@@ -61,16 +62,18 @@ class Cpu:
     def __init__(self) -> None:
         self._tables: WeakKeyDictionary[Operands, _Tables] = WeakKeyDictionary()
 
-    def supports(self, device: torch.device, dtypes: frozenset[torch.dtype]) -> str | None:
+    def supports(self, device: torch.device, dtypes: frozenset[torch.dtype], fmt: Format | None = None) -> str | None:
+        if fmt is not None and compiled_format(fmt) is None:
+            return f"it does not know the format {fmt.name!r}"
         return None if device.type == "cpu" else f"it runs on the CPU, not on {device}"
 
     def prepare(self, algorithm: Algorithm, operands: Operands) -> None:
         nothing = np.empty((0, 3), np.int64)
         columns = 2 + len(operands.extra) + len(operands.state)
         coefficients = np.empty((0, argument_count(algorithm.update)), np.float32)
-        kernel = _update_kernel_of(algorithm, operands, None)
         addresses = np.frombuffer(b"", np.int64).reshape(columns, 0)
-        with _threads(0):
+        with _threads(self._tables_of(operands).elements) as parallel:
+            kernel = _update_kernel_of(algorithm, operands, None, parallel=parallel)
             kernel(nothing, addresses, coefficients, _scale(None), NO_KEYS, nothing)  # is compiled for these types, of those of a step
 
     def observe(
@@ -85,9 +88,9 @@ class Cpu:
         columns = [operands.grad, *(operands.state if statistic else ())]
         tables = self._tables_of(operands)
         addresses, copies = tables.addresses(columns)
-        kernel = _observe_kernel(statistic, tuple(map(kind_of, columns)), grad_scale is not None)
         items = tables.sums
-        with _threads(tables.elements):
+        with _threads(tables.elements) as parallel:
+            kernel = _observe_kernel(statistic, tuple(map(kind_of, columns)), scaled=grad_scale is not None, parallel=parallel)
             kernel(tables.work, addresses, coefficients.numpy(), limits.numpy(), scales.numpy(), _scale(grad_scale), items)
         del copies  # not before the kernel has run
         result = np.zeros((2, len(operands)), np.int64)
@@ -110,8 +113,8 @@ class Cpu:
         tables = self._tables_of(operands)
         addresses, copies = tables.addresses([*written, operands.grad])
         keys = NO_KEYS if noise_keys is None else noise_keys.numpy()
-        kernel = _update_kernel_of(algorithm, operands, grad_scale)
-        with _threads(tables.elements):
+        with _threads(tables.elements) as parallel:
+            kernel = _update_kernel_of(algorithm, operands, grad_scale, parallel=parallel)
             kernel(tables.work, addresses, coefficients.numpy(), _scale(grad_scale), keys, tables.runs)
         for (column, row), copy in copies.items():
             if column < len(written):
@@ -148,20 +151,52 @@ def _scale(grad_scale: Tensor | None) -> np.float32:
     return np.float32(1.0 if grad_scale is None else grad_scale.numpy())
 
 
+class _Pool:
+    """Numba's pool of threads. One kernel uses it at a time: its workqueue layer ends processes in which two do.
+
+    A forked child has no threads but the one that called fork: OpenMP ends a child that uses its parent's pool, and torch's operations wait
+    for threads that are not there. So a child computes on one thread, as torch's data loaders do.
+    """
+
+    def __init__(self) -> None:
+        self.lock = Lock()
+        self.is_started = False
+        self.is_lost = False
+
+    def leave_to_parent(self) -> None:
+        if self.is_started:
+            self.is_lost = True
+            torch.set_num_threads(1)
+
+
+_pool = _Pool()
+os.register_at_fork(after_in_child=_pool.leave_to_parent)
+
+
 @contextmanager
-def _threads(elements: int) -> Iterator[None]:
-    """As many threads as torch has in this process, which torchrun and OMP_NUM_THREADS decide, and as are worth waking."""
-    torchs, before = torch.get_num_threads(), numba.get_num_threads()
-    wanted = max(1, min(torchs, MOST_THREADS, elements // WORTH_A_THREAD))
-    if wanted != before:
-        numba.set_num_threads(wanted)
-    try:
-        yield
-    finally:
+def _threads(elements: int) -> Iterator[bool]:
+    """Run a kernel on as many threads as torch has in this process, which torchrun and OMP_NUM_THREADS decide, and as are worth waking.
+
+    Yields:
+        Whether it is to use the pool. On one thread it does not.
+    """
+    torchs = torch.get_num_threads()
+    wanted = min(torchs, MOST_THREADS, elements // WORTH_A_THREAD)
+    if wanted <= 1 or _pool.is_lost:
+        yield False
+        return
+    with _pool.lock:
+        _pool.is_started = True
+        before = numba.get_num_threads()
         if wanted != before:
-            numba.set_num_threads(before)
-        if torch.get_num_threads() != torchs:  # numba sets OpenMP's when it starts its pool, which torch obeys
-            torch.set_num_threads(torchs)
+            numba.set_num_threads(wanted)
+        try:
+            yield True
+        finally:
+            if wanted != before:
+                numba.set_num_threads(before)
+            if torch.get_num_threads() != torchs:  # numba sets OpenMP's when it starts its pool, which torch obeys
+                torch.set_num_threads(torchs)
 
 
 # ------------------------------------------------------------------------------------------------------------------------ kernels
@@ -180,19 +215,19 @@ def _load_grad(kind: str, scaled: bool) -> str:
     return f"{_load(kind, 'grad')} * scale" if scaled else _load(kind, "grad")
 
 
-def _update_kernel_of(algorithm: Algorithm, operands: Operands, grad_scale: Tensor | None) -> Any:
+def _update_kernel_of(algorithm: Algorithm, operands: Operands, grad_scale: Tensor | None, *, parallel: bool) -> Any:
     kinds = tuple(map(kind_of, (operands.grad, *operands.state)))
-    return _update_kernel(algorithm, operands.format.name, kinds, grad_scale is not None)
+    return _update_kernel(algorithm, format_to_compile(operands.format), kinds, scaled=grad_scale is not None, parallel=parallel)
 
 
 @cache
-def _update_kernel(algorithm: Algorithm, format_name: str, kinds: tuple[str, ...], scaled: bool) -> Any:
+def _update_kernel(algorithm: Algorithm, fmt: Format, kinds: tuple[str, ...], *, scaled: bool, parallel: bool) -> Any:
     """The kernel of an algorithm's update: parameters in a format, gradients and state in plain formats of these names."""
     grad_kind, *state_kinds = kinds
-    base, _, suffix = format_name.partition("_")
+    base = format_of(fmt.dtype).name
     states = {f"state{index}": kind for index, kind in enumerate(state_kinds)}
     coefficients = [f"c{index}" for index in range(argument_count(algorithm.update) - 2 - len(states))]
-    extra = ["comp"] if "kahan" in suffix else []
+    extra = ["comp"] if fmt.extra else []
     tensors = {"param": base, **dict.fromkeys(extra, base), **states, "grad": grad_kind}
     param = " + ".join(_load(base, name) for name in ("param", *extra))
     arguments = [param, _load_grad(grad_kind, scaled), *(_load(kind, name) for name, kind in states.items()), *coefficients]
@@ -205,17 +240,18 @@ def _update_kernel(algorithm: Algorithm, format_name: str, kinds: tuple[str, ...
 
     lines = [
         f"new_param, {''.join(f'new_{name}, ' for name in states)} = update({', '.join(arguments)})",
-        f"stored = {store(base, 'new_param', random=suffix == 'stochastic')}",
+        f"stored = {store(base, 'new_param', random=fmt.is_random and not extra)}",
         "param[i] = stored",
-        *(f"{name}[i] = {store(base, f'new_param - load_{base}(stored)', random='stochastic' in suffix)}" for name in extra),
+        *(f"{name}[i] = {store(base, f'new_param - load_{base}(stored)', random=fmt.is_random)}" for name in extra),
         *(f"{name}[i] = {store(kind, f'new_{name}', random=False)}" for name, kind in states.items()),
     ]
-    source = _kernel_source("work, addresses, coefficients, scale, keys, segments", tensors, coefficients, [], lines, [])
-    return _make(f"update_{algorithm.name}_{format_name}_{'_'.join(kinds)}", source, {"update": _compiled(algorithm.update)})
+    signature = "work, addresses, coefficients, scale, keys, segments"
+    source = _kernel_source(signature, tensors, coefficients, [], lines, [], parallel=parallel)
+    return _make(f"update_{algorithm.name}_{fmt.name}_{'_'.join(kinds)}", source, {"update": _compiled(algorithm.update)})
 
 
 @cache
-def _observe_kernel(statistic: Statistic | None, kinds: tuple[str, ...], scaled: bool) -> Any:
+def _observe_kernel(statistic: Statistic | None, kinds: tuple[str, ...], *, scaled: bool, parallel: bool) -> Any:
     """The kernel that sums a statistic, or only counts gradients without a finite square."""
     grad_kind, *state_kinds = kinds
     states = {f"state{index}": kind for index, kind in enumerate(state_kinds)}
@@ -237,7 +273,8 @@ def _observe_kernel(statistic: Statistic | None, kinds: tuple[str, ...], scaled:
     before = ["limit, scale_of_sum = limits[row], np.float64(scales[row])", "total, bad = np.int64(0), np.int32(0)"]
     after = [f"items[item, 0] = total{' - count * MAGIC_BITS' if statistic else ''}", "items[item, 1] = bad"]
     signature = "work, addresses, coefficients, limits, scales, scale, items"
-    return _make(name, _kernel_source(signature, {"grad": grad_kind, **states}, coefficients, before, lines, after), functions)
+    source = _kernel_source(signature, {"grad": grad_kind, **states}, coefficients, before, lines, after, parallel=parallel)
+    return _make(name, source, functions)
 
 
 def _kernel_source(
@@ -247,6 +284,8 @@ def _kernel_source(
     before: Sequence[str],  # each run of elements
     lines: Sequence[str],  # for each element
     after: Sequence[str],
+    *,
+    parallel: bool,  # on threads of the pool
 ) -> str:
     indent = "\n        "
     arrays = [
@@ -259,7 +298,7 @@ import numpy as np
 from numba import carray, njit, prange
 from sharded_optim.backends.cpu_scalars import *
 
-@njit(parallel=True, cache=True, error_model="numpy")
+@njit(parallel={parallel}, cache=True, error_model="numpy")
 def kernel({signature}):
     for item in prange(len(work)):
         row, first, count = work[item, 0], work[item, 1], work[item, 2]

@@ -13,7 +13,7 @@ from torch import Tensor
 from sharded_optim.algorithms import Algorithm, Statistic
 from sharded_optim.backends import Column, Operands
 from sharded_optim.consensus import judge
-from sharded_optim.formats import format_of
+from sharded_optim.formats import Format, format_of
 from sharded_optim.noise import uniform
 
 __all__ = ["BACKEND"]
@@ -26,7 +26,7 @@ class Eager:
     tabulate = None
     judge = staticmethod(judge)
 
-    def supports(self, device: torch.device, dtypes: frozenset[torch.dtype]) -> str | None:
+    def supports(self, device: torch.device, dtypes: frozenset[torch.dtype], fmt: Format | None = None) -> str | None:
         return None
 
     def prepare(self, algorithm: Algorithm, operands: Operands) -> None:

@@ -31,13 +31,13 @@ from triton.compiler import ASTSource
 
 from sharded_optim.algorithms import Algorithm, Statistic
 from sharded_optim.algorithms.scalars import Formula, Sums
-from sharded_optim.backends import Column, Operands, triton_formulas, triton_verdict
+from sharded_optim.backends import Column, Operands, format_to_compile, triton_formulas, triton_verdict
 from sharded_optim.backends.operand_tables import OperandTables, kind_of
 from sharded_optim.backends.rebinding import argument_count
 from sharded_optim.backends.triton_compiler import compiled, executed, interpreted, scalars
 from sharded_optim.consensus import Verdict
 from sharded_optim.devices import Sent, capturing, keep, on, send
-from sharded_optim.formats import FORMATS, Format
+from sharded_optim.formats import FORMATS, Format, compiled_format, format_of
 from sharded_optim.noise import RESOLUTION
 
 __all__ = ["BACKEND", "compile_for", "observe_kernel", "update_kernel"]
@@ -79,7 +79,9 @@ class Triton:
         self._of_update = {"BACKWARD": backward, "EVICTION": eviction}
         self._tables: WeakKeyDictionary[Operands, _Tables] = WeakKeyDictionary()
 
-    def supports(self, device: torch.device, dtypes: frozenset[torch.dtype]) -> str | None:
+    def supports(self, device: torch.device, dtypes: frozenset[torch.dtype], fmt: Format | None = None) -> str | None:
+        if fmt is not None and compiled_format(fmt) is None:
+            return f"it does not know the format {fmt.name!r}"
         if interpreted():
             return None if device.type == "cpu" else f"Triton's interpreter runs on the CPU, not on {device}"
         if device.type in ("cpu", "meta"):
@@ -252,7 +254,7 @@ class Kernel:
 
 def update_kernel(algorithm: Algorithm, fmt: Format, kinds: tuple[str, ...]) -> Kernel:
     """The kernel of an algorithm's update: parameters in a format, gradients and state in plain formats of these names."""
-    return _update_kernel(algorithm, fmt.name, kinds, interpreted=interpreted())
+    return _update_kernel(algorithm, format_to_compile(fmt), kinds, interpreted=interpreted())
 
 
 def _update_kernel_of(algorithm: Algorithm, operands: Operands) -> Kernel:
@@ -281,14 +283,14 @@ def _options(threads: int, elements: int) -> dict[str, Any]:
 
 
 @cache
-def _update_kernel(algorithm: Algorithm, format_name: str, kinds: tuple[str, ...], *, interpreted: bool) -> Kernel:
+def _update_kernel(algorithm: Algorithm, fmt: Format, kinds: tuple[str, ...], *, interpreted: bool) -> Kernel:
     grad_kind, *state_kinds = kinds
-    base, _, suffix = format_name.partition("_")
+    base = format_of(fmt.dtype).name
     states = {f"state{index}": kind for index, kind in enumerate(state_kinds)}
     coefficients = [f"c{index}" for index in range(argument_count(algorithm.update) - 2 - len(states))]
-    extra = ["comp"] if "kahan" in suffix else []
+    extra = ["comp"] if fmt.extra else []
     tensors = {"grad": grad_kind, **states, "param": base, **dict.fromkeys(extra, base)}
-    random = "stochastic" in suffix
+    random = fmt.is_random
     limits = torch.finfo(FORMATS[base].dtype)
     smallest = int(torch.tensor(limits.smallest_normal * limits.eps, dtype=torch.float32, device="cpu").view(torch.int32))
 
@@ -301,13 +303,13 @@ def _update_kernel(algorithm: Algorithm, format_name: str, kinds: tuple[str, ...
     lines = [
         *(["noise = uniform(key, index_of(index, left, length, gap, count, element))"] if random else []),
         f"new_param, {''.join(f'new_{name}, ' for name in states)} = update({', '.join(arguments)})",
-        f"stored_param = {stored(base, 'new_param', random=suffix == 'stochastic')}",
+        f"stored_param = {stored(base, 'new_param', random=random and not extra)}",
         *(f"stored_{name} = {stored(base, f'new_param - load_{base}(stored_param)', random=random)}" for name in extra),
         *(f"stored_{name} = {stored(kind, f'new_{name}', random=False)}" for name, kind in states.items()),
         *(f"tl.store(at_{name} + element, stored_{name}, {access})" for name in ("param", *extra, *states)),
     ]
     return _kernel(
-        f"update_{algorithm.name}_{format_name}_{'_'.join(kinds)}",
+        f"update_{algorithm.name}_{fmt.name}_{'_'.join(kinds)}",
         {"coefficients": "*fp32", "proceed": "*i1"} | ({"keys": "*i64", "segments": "*i64"} if random else {}),
         tensors,
         coefficients,
