@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sharded_optim.devices import send
+from sharded_optim.names import without_wrappers
 from sharded_optim.segment import Segment
 
 __all__ = ["keys", "sources", "uniform"]
@@ -47,10 +48,10 @@ def sources(seeds: Sequence[int], names: Sequence[str]) -> Tensor:
 
     Args:
         seeds: of each tensor.
-        names: of each tensor, the same on every rank.
+        names: of each tensor, the same on every rank; wrappers' prefixes do not matter.
     """
     found = [
-        _signed(int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "little"))
+        _signed(int.from_bytes(hashlib.blake2b(f"{seed}/{without_wrappers(name)}".encode(), digest_size=8).digest(), "little"))
         for seed, name in zip(seeds, names, strict=True)
     ]
     return torch.tensor(found, dtype=torch.int64, device="cpu")

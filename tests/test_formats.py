@@ -13,6 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.optim.swa_utils import AveragedModel
 
 import sharded_optim as so
 from sharded_optim import noise
@@ -453,3 +455,43 @@ def test_keys_differ_between_seeds_names_and_steps() -> None:
     combinations = list(itertools.product(range(-3, 30), ["w", "w2", "1/w", "layers.1.bias"], range(1, 60)))
     seeds, names, steps = zip(*combinations, strict=True)
     assert len(set(noise.keys(noise.sources(seeds, names), torch.tensor(steps)).tolist())) == len(combinations)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "module.layers.0.weight",
+        "_orig_mod.layers.0.weight",
+        "_orig_mod.module.layers.0.weight",
+        "module._orig_mod.layers.0._checkpoint_wrapped_module.weight",
+        "_fsdp_wrapped_module.layers._checkpoint_wrapped_module.0._fsdp_wrapped_module.weight",
+    ],
+)
+def test_names_that_wrappers_give_draw_the_numbers_of_the_plain_name(name: str) -> None:
+    """So one training has the same bits under every wrapper; names that differ otherwise do not."""
+    plain = noise.sources([7], ["layers.0.weight"])
+    assert torch.equal(noise.sources([7], [name]), plain)
+    for other in ("layers.1.weight", "layers.0.bias", "layers.0.module.weight", "layers.0.weight.module"):
+        assert not torch.equal(noise.sources([7], [other]), plain)
+
+
+def test_wrapped_models_are_rounded_at_random_alike() -> None:
+    """DistributedDataParallel aside, whose name is as that of AveragedModel."""
+
+    def trained(wrap: Callable[[nn.Module], nn.Module]) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = wrap(nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 4)).bfloat16())
+        optimizer = so.AdamW([(name, p) for name, p in model.named_parameters()], lr=1e-2, stochastic_rounding=True)
+        for step in range(3):
+            for index, param in enumerate(model.parameters()):
+                param.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(10 * step + index)).bfloat16()
+            optimizer.step()
+        return [param.detach() for param in model.parameters()]
+
+    def checkpointed(model: nn.Module) -> nn.Module:
+        model[0] = checkpoint_wrapper(model[0])
+        return model
+
+    plain = trained(lambda model: model)
+    for wrap in (AveragedModel, checkpointed, lambda model: torch.compile(model, backend="eager")):
+        assert all(map(torch.equal, trained(wrap), plain))

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from sharded_optim.checkpoint.held import MASTER, MODEL, Held
 from sharded_optim.checkpoint.imports.optimizer_state import Choices, translated
-from sharded_optim.checkpoint.live.model import TRANSPARENT
 from sharded_optim.checkpoint.manifest import Parameters
 from sharded_optim.checkpoint.saving import Content
 from sharded_optim.checkpoint.values import encode
+from sharded_optim.names import without_wrappers
 from sharded_optim.segment import Segment
 
 __all__ = ["assemble", "content_of_tree", "encodable", "tiled", "whole"]
@@ -183,17 +183,12 @@ def _model(model: Mapping[str, Any], where: str) -> tuple[dict[str, Tensor], dic
     for name, tensor in model.items():
         if not isinstance(tensor, Tensor):
             continue
-        clean = _clean(str(name), is_wrapped)
+        clean = without_wrappers(str(name), is_in_ddp=is_wrapped)
         place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
         names[str(name)] = first.setdefault(place, clean) if tensor.numel() else clean
         if names[str(name)] == clean:
             tensors[clean] = tensor.detach()
     return tensors, names
-
-
-def _clean(name: str, is_wrapped: bool) -> str:
-    name = name.removeprefix("module.") if is_wrapped else name
-    return ".".join(part for part in name.split(".") if part not in TRANSPARENT)
 
 
 def _nested(optimizer: Tree, where: str) -> Tree:
@@ -245,7 +240,7 @@ def _names(optimizer: Tree, tensors: Mapping[str, Tensor], names: Mapping[str, s
     else:
         told = _names_in_order(optimizer, keys, tensors, where)
     is_wrapped = bool(told) and all(name.startswith("module.") for name in told)
-    found = {key: names.get(name, _clean(name, is_wrapped)) for key, name in zip(keys, told, strict=True)}
+    found = {key: names.get(name, without_wrappers(name, is_in_ddp=is_wrapped)) for key, name in zip(keys, told, strict=True)}
     missing = [name for name in found.values() if tensors and name not in tensors]
     if missing:
         raise ValueError(f"{where}: the optimizer has a parameter {missing[0]!r}, and the model has not ({len(missing)} such)")

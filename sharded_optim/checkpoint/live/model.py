@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_optim.checkpoint.held import MODEL, Held
+from sharded_optim.names import TRANSPARENT
 from sharded_optim.segment import Segment
 from sharded_optim.sharding import FlatLayout, LocalParam, describe
 from sharded_optim.zero import finish_gathering
 
 __all__ = ["LiveModel", "buffers_of", "held_of", "names_of"]
-
-TRANSPARENT = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}  # wrappers' names for what they wrap
 
 
 @dataclass(frozen=True, kw_only=True)

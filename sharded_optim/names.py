@@ -1,0 +1,22 @@
+"""Names of parameters without what wrappers put into them. Used where a result must not depend on the wrapper."""
+
+from __future__ import annotations
+
+__all__ = ["TRANSPARENT", "without_wrappers"]
+
+TRANSPARENT = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}  # wrappers' names for what they wrap
+DDP = "module."  # before all names, by DistributedDataParallel, DataParallel, AveragedModel and DeepSpeed's engine
+
+
+def without_wrappers(name: str, *, is_in_ddp: bool = True) -> str:
+    """Remove the prefixes of wrappers from a parameter's name.
+
+    Args:
+        name: of a parameter, as `named_parameters` of a wrapped or plain model has it.
+        is_in_ddp: whether a first part "module" is a wrapper's.
+
+    >>> without_wrappers("module._orig_mod.layers.0._checkpoint_wrapped_module.weight")
+    'layers.0.weight'
+    """
+    name = ".".join(part for part in name.split(".") if part not in TRANSPARENT)
+    return name.removeprefix(DDP) if is_in_ddp else name
