@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -27,6 +27,8 @@ from torch.autograd import Variable
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_optim.engine import Engine
+from sharded_optim.hooks import InertHook
+from sharded_optim.state import local_of
 
 __all__ = ["prepare_for_gradient_release", "remove_gradient_release"]
 
@@ -127,10 +129,10 @@ class _Units:
 
 
 class _RefuseLaterWrapping:
-    """A forward pre-hook: the gradients that hooks see must be those of the whole job."""
+    """A forward pre-hook: the gradients that hooks see must be those of the whole job. A copy of the model has none of these hooks."""
 
-    def __init__(self, params: Iterable[Tensor]) -> None:
-        self._unseen: set[int] = set(map(id, params))  # until the first forward
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self._unseen = params  # until the first forward
 
     def __call__(self, model: nn.Module, _: object) -> None:
         if DistributedDataParallel._active_ddp_module is not None:  # tried with torch 2.11 and 2.13
@@ -138,9 +140,13 @@ class _RefuseLaterWrapping:
                 "the model was prepared for gradient release inside or before DistributedDataParallel, so each rank would step by its own "
                 "gradients; wrap it first, and pass the DistributedDataParallel to prepare_for_gradient_release"
             )
-        if self._unseen - set(map(id, model.parameters())):
+        present = set(map(id, model.parameters()))
+        if any(id(param) not in present for param in self._unseen):
             raise ValueError("parameters were replaced after prepare_for_gradient_release, as by fully_shard; call it after wrapping")
-        self._unseen = set()
+        self._unseen = ()
+
+    def __reduce__(self) -> tuple[type[InertHook], tuple[()]]:
+        return InertHook, ()
 
 
 class _BucketRelease:
@@ -186,8 +192,7 @@ def _step_and_free(optimizer: Engine, params: Unit) -> None:
     finally:  # left, a refused gradient would be added to the next one
         for param in params:
             if param.grad is not None and param.grad.is_cuda:
-                local = getattr(param.grad, "_local_tensor", param.grad)
-                local.record_stream(torch.cuda.current_stream())  # it may have been allocated for another
+                local_of(param.grad).record_stream(torch.cuda.current_stream())  # it may have been allocated for another
             param.grad = None
 
 

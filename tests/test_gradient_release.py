@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 import weakref
 from collections.abc import Callable, Iterable
 
@@ -18,6 +19,7 @@ from test_training import Model, fsdp2, fsdp2_tp, full_values, hsdp, train
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 import sharded_optim as so
 
@@ -426,3 +428,41 @@ def check_two_dimensions(everything: bool) -> None:
 
 def test_hsdp_and_tensor_parallelism_end_with_the_bits_of_ordinary_steps(everything: bool) -> None:
     ranks.run(check_two_dimensions, 4, everything)
+
+
+def test_a_copy_of_a_prepared_model_is_an_ordinary_model() -> None:
+    """For averages of weights, as a teacher, or saved whole; before and after the first forward pass. No step is taken in it or for it."""
+
+    def saved(model: nn.Module) -> nn.Module:
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        buffer.seek(0)
+        return torch.load(buffer, weights_only=False)
+
+    inputs = torch.randn(4, 8)
+    for copied in (copy.deepcopy, saved, lambda model: AveragedModel(model).module):
+        for is_used in (False, True):
+            model = nn.Sequential(nn.Linear(8, 7), nn.GELU(), nn.Linear(7, 3))
+            optimizer = so.StableAdamW(model.parameters(), lr=1e-2, gradient_release=True)
+            so.prepare_for_gradient_release(model, optimizer)
+            if is_used:
+                model(inputs).square().mean().backward()
+            twin = copied(model)
+            before = [param.detach().clone() for param in (*twin.parameters(), *model.parameters())]
+            twin(inputs).square().mean().backward()
+            assert all(map(torch.equal, before, (*twin.parameters(), *model.parameters())))
+            assert all(param.grad is not None for param in twin.parameters())
+            own = so.StableAdamW(twin.parameters(), lr=1e-2, gradient_release=True)
+            so.prepare_for_gradient_release(twin, own)
+            so.remove_gradient_release(model)
+            twin(inputs).square().mean().backward()
+            assert own.state[next(twin.parameters())]["step"] == 1
+
+
+def test_parameters_that_are_replaced_before_the_first_forward_pass_are_still_refused() -> None:
+    model = nn.Sequential(nn.Linear(8, 7), nn.Linear(7, 3))
+    optimizer = so.AdamW(model.parameters(), lr=1e-2, gradient_release=True)
+    so.prepare_for_gradient_release(model, optimizer)
+    model[1].weight = nn.Parameter(torch.ones(3, 7))
+    with pytest.raises(ValueError, match="replaced after prepare_for_gradient_release"):
+        model(torch.randn(2, 8))
