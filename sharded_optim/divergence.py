@@ -132,14 +132,15 @@ class DivergenceCheck:
             Which of what is shared has different values; None: a rank holds other things than it has told, or has failed.
         """
         assert self._shared is not None
-        sent = torch.full((2, len(self._shared) + 1), NOBODY, dtype=torch.int64)
+        on_host: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}
+        sent = torch.full((2, len(self._shared) + 1), NOBODY, **on_host)
         if found is None or tuple(found.values) != self._own:
             sent[0, -1] = CHANGED
         else:
             values = [found.values.get(fact) for fact in self._shared]
-            sent[0, :-1] = torch.tensor([NOBODY if value is None else value for value in values], dtype=torch.int64)
+            sent[0, :-1] = torch.tensor([NOBODY if value is None else value for value in values], **on_host)
             # The largest ~value is that of the smallest value; -value may overflow.
-            sent[1, :-1] = torch.tensor([NOBODY if value is None else ~value for value in values], dtype=torch.int64)
+            sent[1, :-1] = torch.tensor([NOBODY if value is None else ~value for value in values], **on_host)
         dist.all_reduce(sent, op=dist.ReduceOp.MAX, group=process_group)
         largest, smallest = sent[0], ~sent[1]
         if largest[-1] == CHANGED:

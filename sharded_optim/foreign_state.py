@@ -150,7 +150,11 @@ def _biased(state: ParamState, betas: tuple[float, float], step: Any) -> ParamSt
     compensation = state.get(KAHAN_COMP)
     if isinstance(compensation, Tensor) and compensation.dtype.is_floating_point:  # else None, or a placeholder for a kernel
         result[KAHAN_COMP] = compensation
-    return result | {STEP: torch.tensor(float(step))} if result else {}
+    return result | {STEP: _counter(step)} if result else {}
+
+
+def _counter(step: int) -> Tensor:
+    return torch.tensor(step, dtype=torch.float32, device="cpu")
 
 
 def _tensors(state: Mapping[str, Any]) -> ParamState:
@@ -159,7 +163,7 @@ def _tensors(state: Mapping[str, Any]) -> ParamState:
 
 def _with_step(state: ParamState) -> ParamState:
     """SGD counts no steps; all that matters of them is that a momentum buffer has begun."""
-    return state if STEP in state else {**state, STEP: torch.tensor(1.0)}
+    return state if STEP in state else {**state, STEP: _counter(1)}
 
 
 # (a saved group, the saved states of its parameters, our group) -> both in our terms

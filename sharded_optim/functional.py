@@ -13,7 +13,12 @@ from sharded_optim.backends import MODULES, Operands, choose
 from sharded_optim.coefficients import Members, coefficient_table
 from sharded_optim.sharding import check_memory, describe
 
-__all__ = ["update"]
+__all__ = ["counter", "update"]
+
+
+def counter(step: Tensor | float) -> Tensor:
+    """A number of steps as a tensor that holds it exactly, whatever torch's default dtype and device are."""
+    return step if isinstance(step, Tensor) else torch.tensor(step, dtype=torch.float32, device="cpu")
 
 
 @torch.no_grad()
@@ -38,7 +43,7 @@ def update(
     for index, (param, grad, *state) in enumerate(zip(params, grads, *states, strict=True)):
         local = describe(param, f"params[{index}]").local
         named = zip(("parameter", "gradient", *algorithm.state), (param, grad, *state), strict=True)
-        rows.append([check_memory(local(tensor, name), f"{name} of 'params[{index}]'") for name, tensor in named])
+        rows.append([check_memory(local(tensor, name), f"{name} of 'params[{index}]'", param.device) for name, tensor in named])
     for (param, grad, *state), step in zip(rows, steps, strict=True):  # nothing is written before all was looked at
         operands = Operands.whole([param], [grad], [[each] for each in state])
         backend, _ = choose(MODULES, param.device, frozenset(tensor.dtype for tensor in (param, grad, *state)))

@@ -99,4 +99,5 @@ def restore_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any], 
             state[key] = zeros(param, dtype)
             if key in saved:
                 state[key].copy_(saved[key].detach())
-        state[STEP] = torch.as_tensor(saved[STEP], dtype=torch.float32).to(param.device, copy=True).reshape(())
+        step = saved[STEP] if isinstance(saved[STEP], Tensor) else torch.tensor(saved[STEP], dtype=torch.float32, device="cpu")
+        state[STEP] = step.to(param.device, torch.float32, copy=True).reshape(())

@@ -93,7 +93,7 @@ class DecoupledAdamW(Engine):
         group = {"lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": weight_decay}
         group |= {"amsgrad": amsgrad, "decay_form": DECOUPLED, "reference_lr": initial_lr}
         states = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs) if amsgrad else (exp_avgs, exp_avg_sqs)
-        functional.update(adam.choose(group), group, params, grads, states, [torch.as_tensor(step) - 1 for step in state_steps])
+        functional.update(adam.choose(group), group, params, grads, states, [functional.counter(step) - 1 for step in state_steps])
 
 
 class DecoupledSGDW(Engine):
@@ -163,7 +163,7 @@ class DecoupledSGDW(Engine):
         group = {"lr": lr, "momentum": momentum, "dampening": dampening, "nesterov": nesterov, "weight_decay": weight_decay}
         group |= {"decay_form": DECOUPLED, "reference_lr": initial_lr}
         algorithm = sgd.choose(group)
-        steps = [torch.tensor(0.0 if buffer is None else 1.0) for buffer in momentum_buffer_list]
+        steps = [functional.counter(buffer is not None) for buffer in momentum_buffer_list]
         pairs = zip(momentum_buffer_list, d_p_list, strict=False)  # lengths are checked with all others
         buffers = [torch.zeros_like(grad) if buffer is None else buffer for buffer, grad in pairs]
         functional.update(algorithm, group, params, d_p_list, [buffers] if algorithm.state else [], steps)

@@ -40,7 +40,7 @@ def position_hashes(
     tensors: Sequence[Tensor],  # any dtype, shape and strides, on any devices; read-only
 ) -> Tensor:  # int64 (len(tensors),) on the CPU
     """The hash of each tensor's elements in their order. Waits for the devices, once for each."""
-    found = torch.zeros(len(tensors), dtype=torch.int64)
+    found = torch.zeros(len(tensors), dtype=torch.int64, device="cpu")
     for device in dict.fromkeys(tensor.device for tensor in tensors):
         numbers = [number for number, tensor in enumerate(tensors) if tensor.device == device]
         found[numbers] = _hashes_on(device, [tensors[number] for number in numbers]).cpu()
@@ -59,10 +59,10 @@ def _hashes_on(device: torch.device, tensors: Sequence[Tensor]) -> Tensor:
         if count:
             _sum_blocks(tensor, sums[begin : begin + count], scratch)
         begin += count
-    counted = torch.tensor(counts, dtype=torch.int64)
-    rows = torch.repeat_interleave(torch.arange(len(tensors)), counted)
+    counted = torch.tensor(counts, dtype=torch.int64, device="cpu")
+    rows = torch.repeat_interleave(torch.arange(len(tensors), device="cpu"), counted)
     first = torch.repeat_interleave(counted.cumsum(0) - counted, counted)
-    factors = _odd(BLOCK + torch.arange(len(rows)) - first)
+    factors = _odd(BLOCK + torch.arange(len(rows), device="cpu") - first)
     hashes = torch.zeros(len(tensors), dtype=torch.int64, device=device)
     return hashes.index_add_(0, rows.to(device), sums * factors.to(device))
 
@@ -126,7 +126,7 @@ def _words(content: Tensor) -> Tensor:
 
 @cache
 def _weights(device: torch.device) -> Tensor:
-    return _odd(torch.arange(BLOCK)).to(device)
+    return _odd(torch.arange(BLOCK, device="cpu")).to(device)
 
 
 def _odd(

@@ -629,3 +629,37 @@ def test_a_state_dict_of_nobody_we_know_is_left_alone() -> None:
     foreign = {"state": {0: {"step": 3, "exp_avg": torch.ones(2), "other": "x"}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
     translated = foreign_state.translate(foreign, our_adamw(params).param_groups)
     assert_same(translated, foreign)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_defaults_of_torch_do_not_round_step_counters(dtype: torch.dtype) -> None:
+    """12345 is no bfloat16. Counters are tensors, numbers or in the group, as the libraries save them; none is made on another device."""
+    params = [nn.Parameter(torch.ones(4))]
+    groups = {
+        "torch": {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0, "amsgrad": False, "maximize": False, "foreach": None},
+        "Composer": {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0, "amsgrad": False, "initial_lr": 1e-3},
+        "optimi": {"beta1": 0.9, "beta2": 0.99, "weight_decay": 0.0, "eps": 1e-6, "decouple_lr": False, "max_lr": None},
+    }
+    groups["optimi"] |= {"kahan_sum": False, "foreach": False, "triton": False, "gradient_release": False, "setup": True}
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            for library, group in groups.items():
+                for step in (12345, 12345.0, torch.tensor(12345.0, dtype=torch.float32, device="cpu")):
+                    moments = {key: torch.ones(4, dtype=torch.float32, device="cpu") for key in ("exp_avg", "exp_avg_sq")}
+                    own = {} if library == "optimi" else {"step": step}
+                    common = {"step": torch.as_tensor(step, dtype=torch.float32, device="cpu")} if library == "optimi" else {}
+                    saved = {"state": {0: moments | own}, "param_groups": [{"lr": 1e-3, "params": [0]} | group | common]}
+                    optimizer = so.AdamW(params, lr=1e-3)
+                    optimizer.load_state_dict(saved)
+                    counter = optimizer.state[params[0]]["step"]
+                    assert (counter.item(), counter.dtype, counter.device.type) == (12345.0, torch.float32, "cpu"), (library, step)
+            param, grad, exp_avg, exp_avg_sq = (torch.ones(3, dtype=torch.float32, device="cpu") for _ in range(4))
+            options = {"beta1": 0.9, "beta2": 0.999, "lr": 1e-3, "initial_lr": 1e-3, "weight_decay": 0.0, "eps": 1e-8}
+            so.DecoupledAdamW.adamw([param], [grad], [exp_avg], [exp_avg_sq], [], [12345], amsgrad=False, **options)
+    finally:
+        torch.set_default_dtype(before)
+    expected, moment, moment_sq = (torch.ones(3) for _ in range(3))
+    so.DecoupledAdamW.adamw([expected], [torch.ones(3)], [moment], [moment_sq], [], [torch.tensor(12345.0)], amsgrad=False, **options)
+    assert torch.equal(param, expected)
