@@ -7,6 +7,7 @@ where it was: wrappers and users replace gradients, state and memory at any time
 from __future__ import annotations
 
 import logging
+import warnings
 from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,13 +20,13 @@ from torch import Tensor
 
 from sharded_optim import noise
 from sharded_optim.algorithms import Algorithm, Statistic
-from sharded_optim.backends import Backend, Column, Operands, addresses_of, choose
+from sharded_optim.backends import EAGER, Backend, Column, Operands, addresses_of, choose
 from sharded_optim.coefficients import Members, known_on_host, next_steps
 from sharded_optim.devices import Sent, capturing, keep, refuse_to_capture, send
-from sharded_optim.formats import Format
+from sharded_optim.formats import Format, compiled_format
 from sharded_optim.param_groups import hyperparameter_key
-from sharded_optim.sharding import Layout, LocalParam, Piece, check_memory
-from sharded_optim.state import STEP
+from sharded_optim.sharding import GRADIENT, PARAMETER, Layout, LocalParam, Piece, check_memory
+from sharded_optim.state import STEP, local_of
 from sharded_optim.stateful import StatefulOptimizer
 from sharded_optim.statistics import FixedPoint
 
@@ -33,7 +34,8 @@ __all__ = ["Batch", "Batches"]
 
 Group = dict[str, Any]
 Choice = tuple[Algorithm, Format]
-GRADIENT = "gradient"
+
+SLOW = 1_000_000  # elements, from which on it matters that no backend compiles their step
 
 logger = logging.getLogger(__name__)
 
@@ -56,14 +58,15 @@ class Batch:
         layout: Layout,
         backend: Backend,
         choice: Choice,
-        rows: Sequence[tuple[int, LocalParam, Group]],
+        rows: Sequence[tuple[int, LocalParam, Group, Tensor]],  # of the layout; the last is the gradient
         unit: int,
     ) -> None:
         self.unit = unit
         self.backend = backend
+        self._hyperparameters = optimizer.hyperparameters
         self.algorithm, fmt = choice
-        self.rows: Sequence[int] = [row for row, _, _ in rows]  # of the layout's local parameters
-        entries = [entry for _, entry, _ in rows]
+        self.rows: Sequence[int] = [row for row, _, _, _ in rows]  # of the layout's local parameters
+        entries = [entry for _, entry, _, _ in rows]
         self.params = [entry.param for entry in entries]
         owners = [owner for owner, entry in enumerate(entries) for _ in entry.pieces]
         self.pieces = [(entry, piece) for entry in entries for piece in entry.pieces]
@@ -71,9 +74,9 @@ class Batch:
         cut = _Cut(owners, [piece for _, piece in self.pieces]) if any(piece.offset is not None for _, piece in self.pieces) else None
         state = [optimizer.state[param] for param in self.params]
         self._names = (*fmt.extra, *self.algorithm.state)
-        self._param = _Source(entries, "parameter", self.params, cut)
-        self._grad = _Source(entries, GRADIENT, [param.grad for param in self.params], cut)
-        self._state = [_Source(entries, "state", [values[name] for values in state], cut) for name in self._names]
+        self._param = _Source(entries, PARAMETER, self.params, cut)
+        self._grad = _Source(entries, GRADIENT, [grad for _, _, _, grad in rows], cut)
+        self._state = [_Source(entries, f"state {name!r}", [values[name] for values in state], cut) for name in self._names]
         self.operands = Operands(
             segments=[piece.segment for _, piece in self.pieces],
             format=fmt,
@@ -83,7 +86,7 @@ class Batch:
             state=tuple(source.column for source in self._state[len(fmt.extra) :]),
         )
         first_piece = layout.first_piece
-        self.places = layout.places([first_piece[row] + k for row, entry, _ in rows for k in range(len(entry.pieces))], self.device)
+        self.places = layout.places([first_piece[row] + k for row, entry, _, _ in rows for k in range(len(entry.pieces))], self.device)
         rows_of = _rows_of(self._groups)
         self._rows_on_host = [None if len(rows_of) == 1 else torch.tensor(each, device="cpu") for each in rows_of]
         self.members = Members(
@@ -99,6 +102,8 @@ class Batch:
         self._steps = torch.empty(0, device="cpu")  # fp32 (parameters,), of which the optimizer's state has views
         self._counters: list[Tensor] = []
         self._take_counters_home(optimizer, state)
+        self._log = optimizer.compensation_log
+        self._drop_stale_compensation([[values[name] for values in state] for name in fmt.extra])
 
     @property
     def device(self) -> torch.device:
@@ -137,11 +142,13 @@ class Batch:
             if capturing(self.device):
                 return False
             self._take_counters_home(optimizer, state)
+        self._drop_stale_compensation(columns[: len(self.operands.extra)])
         keep(self.device, self._steps, self._owners, self.places, self.members.rows, self.members.group_of)
         return True
 
     def release(self) -> None:
         """Let go of gradients and state until the next step, which asks for them anew."""
+        self._compensations = ()
         for source in (self._grad, *self._state):
             source.column.release()
 
@@ -170,7 +177,8 @@ class Batch:
         all_steps = self.steps
         for group, rows in zip(self.members.groups, self._rows_on_host, strict=True):
             steps = (all_steps if rows is None else all_steps[rows]).tolist() if known_on_host(all_steps) else [-1.0]
-            keys = {step: hyperparameter_key(group, step) for step in set(steps)}
+            hyperparameters = {name: group[name] for name in self._hyperparameters & group.keys()}
+            keys = {step: hyperparameter_key(hyperparameters, step) for step in set(steps)}
             own = torch.tensor([keys[step] for step in steps] if len(keys) > 1 else list(keys.values()), device="cpu")
             result[slice(None) if rows is None else rows] = own
         return result
@@ -184,9 +192,17 @@ class Batch:
         sources = self._sources.of(seeds, self.device, lambda: send(noise.sources(seeds, names), self.device))
         return noise.keys(sources, next_steps(self.steps))
 
-    def count_step(self, proceed: Tensor | None) -> None:
-        """Advance the counters; not where `proceed`, bool (), is False."""
+    def updated(self, proceed: Tensor | None) -> None:
+        """After an update: advance the step counters; not where `proceed`, bool (), is False."""
         self._steps += 1.0 if proceed is None else proceed
+        for compensations in self._compensations:
+            self._log.record(self.params, compensations)
+
+    def _drop_stale_compensation(self, compensations: Sequence[Sequence[Tensor]]) -> None:
+        """Of each further array of the format, as it is in the state of `params`."""
+        self._compensations = compensations
+        for each in compensations:
+            self._log.drop_stale(self.params, each)
 
     def _take_counters_home(self, optimizer: StatefulOptimizer, state: Sequence[dict[str, Any]]) -> None:
         """Make the step counters of all parameters views of one tensor, which is read and written at once."""
@@ -198,6 +214,9 @@ class Batch:
         if optimizer.layout is not None and optimizer.layout.in_turns:
             # DeepSpeed loads a Universal checkpoint of ZeRO-3 by giving one counter to all parameters, each of which would then count.
             users.update(id(values.get(STEP)) for values in optimizer.state.values())
+        for counter, param in zip(counters, self.params, strict=True):
+            if counter.is_meta and not param.is_meta:
+                raise ValueError(f"the step counter of a parameter on {param.device} is on {counter.device}, where it has no value")
         self._steps = torch.stack([counter.to(self.device, torch.float32).reshape(()) for counter in counters])
         for values, counter, home in zip(state, counters, self._steps.unbind(), strict=True):
             alike = counter.device == home.device and counter.dtype == home.dtype and counter.ndim == 0
@@ -278,7 +297,7 @@ class _Source:
         Raises:
             ValueError: one of them is not laid out like its parameter.
         """
-        local = [getattr(tensor, "_local_tensor", tensor) for tensor in tensors] if self._wrapped else tensors
+        local = list(map(local_of, tensors)) if self._wrapped else tensors
         addresses = self._where_alike(local)
         if addresses != self._addresses:
             local = list(local)
@@ -293,7 +312,7 @@ class _Source:
 
     def _local(self, row: int, tensor: Any) -> Tensor:
         entry = self._entries[row]
-        return check_memory(entry.local(tensor, self._role), f"{self._role} of {entry.name!r}")
+        return check_memory(entry.local(tensor, self._role), f"{self._role} of {entry.name!r}", entry.param.device)
 
     def _where_alike(self, local: Sequence[Tensor]) -> array[int] | None:
         """The addresses of tensors that have the sizes, dtypes and strides of those before, as far as is quickly seen."""
@@ -306,6 +325,8 @@ class _Source:
             return None
         if self._role == GRADIENT and any(map(Tensor.is_neg, local)):
             return None
+        if self._role == PARAMETER and not self._wrapped:
+            return addresses_of(local)  # the layout has compared them
         if set(map(_dtype, local)) != self._dtypes or list(map(_bytes, local)) != self._bytes:
             return None
         return addresses_of(local)
@@ -342,7 +363,7 @@ class Batches:
     def __init__(self, backend_names: Sequence[str], *, together: bool) -> None:
         self._backend_names = backend_names
         self._together = together
-        self._backends: dict[tuple[torch.device, frozenset[torch.dtype]], Backend] = {}
+        self._backends: dict[tuple[torch.device, frozenset[torch.dtype], Format], Backend] = {}
         self._kept: WeakKeyDictionary[Layout, _Kept] = WeakKeyDictionary()
 
     @property
@@ -350,18 +371,18 @@ class Batches:
         """Names of those that run."""
         return {backend.name for backend in self._backends.values()}
 
-    def current(self, optimizer: StatefulOptimizer, layout: Layout, groups: Sequence[Group]) -> list[Batch]:
+    def current(self, optimizer: StatefulOptimizer, layout: Layout, groups: Sequence[Group], grads: Sequence[Tensor | None]) -> list[Batch]:
         """The batches of this step.
 
         Args:
             optimizer: whose parameters these are.
             layout: of the parameters to step.
             groups: the param group of each of the layout's local parameters.
+            grads: their gradients.
 
         Raises:
             ValueError: a gradient, or state, that cannot be used; a CUDA graph records a step that is not like one before.
         """
-        grads = list(map(_grad, layout.params))
         kept = self._kept.pop(layout, None)  # put back when nothing has failed
         if kept is None or not kept.renew(optimizer, groups, grads):
             for param in layout.params[:1]:
@@ -392,7 +413,7 @@ class Batches:
 
     def _build(self, optimizer: StatefulOptimizer, layout: Layout, groups: Sequence[Group], grads: Sequence[Tensor | None]) -> list[Batch]:
         units = {} if optimizer.layout is None else optimizer.layout.units
-        rows: dict[tuple[Any, ...], list[tuple[int, LocalParam, Group]]] = {}
+        rows: dict[tuple[Any, ...], list[tuple[int, LocalParam, Group, Tensor]]] = {}
         choices: dict[tuple[Any, ...], tuple[Backend, Choice]] = {}
         for index, (entry, group, grad) in enumerate(zip(layout.local_params, groups, grads, strict=True)):
             if grad is None or not entry.pieces:
@@ -405,15 +426,33 @@ class Batches:
                         f"{name!r} of {entry.name!r} has dtype {state[name].dtype}, the parameter {fmt.dtype}; make both alike"
                     )
             dtypes = tuple(tensor.dtype for tensor in (grad, *(state[name] for name in algorithm.state)))
-            backend = self._backend_of(optimizer, entry.param, dtypes)
+            backend = self._backend_of(optimizer, entry.param, dtypes, fmt)
             alone = None if self._together else id(entry.param)
             key = (units.get(entry.param, 0), entry.param.device, backend.name, algorithm.name, fmt.name, dtypes, alone)
             choices[key] = backend, (algorithm, fmt)
-            rows.setdefault(key, []).append((index, entry, group))
+            rows.setdefault(key, []).append((index, entry, group, grad))
+        optimizer.bound_compensation_log()
+        self._warn_if_slow([(entry, *choices[key]) for key, members in rows.items() for _, entry, _, _ in members])
         return [Batch(optimizer, layout, *choices[key], rows[key], key[0]) for key in sorted(rows, key=itemgetter(0))]
 
-    def _backend_of(self, optimizer: StatefulOptimizer, param: Tensor, dtypes: Sequence[torch.dtype]) -> Backend:
-        key = (param.device, frozenset((param.dtype, *dtypes)))
+    def _warn_if_slow(self, stepped: Sequence[tuple[LocalParam, Backend, Choice]]) -> None:
+        """Where many elements are on the CPU and the package is missing that compiles their step."""
+        slow = sum(
+            piece.segment.numel
+            for entry, backend, (_, fmt) in stepped
+            if entry.param.device.type == "cpu" and backend.name == EAGER and compiled_format(fmt) is not None
+            for piece in entry.pieces
+        )
+        if slow > SLOW and "cpu" in self._backend_names:
+            warnings.warn(
+                "more than a million elements are stepped by one torch operation after the other, which takes many times as long as the "
+                "compiled step: pip install numba. backend='eager' asks for it without a warning",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def _backend_of(self, optimizer: StatefulOptimizer, param: Tensor, dtypes: Sequence[torch.dtype], fmt: Format) -> Backend:
+        key = (param.device, frozenset((param.dtype, *dtypes)), fmt)
         if key not in self._backends:
             self._backends[key], declined = choose(self._backend_names, *key)
             what = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in key[1]))

@@ -16,9 +16,12 @@ from sharded_optim.algorithms import operations as xp
 __all__ = [
     "ABSENT",
     "BITS",
+    "FOUND_INF",
+    "INVALID",
     "KEY",
     "NON_FINITE",
     "PRESENT",
+    "REPLACES",
     "SECTIONS",
     "SQUARED_KEY",
     "TAIL",
@@ -38,7 +41,10 @@ PRESENT = 3  # ranks that hold a piece with a gradient
 BITS = 4  # sum of k over the ranks in PRESENT
 KEY = 5  # sum of the hyperparameters' keys over the ranks in PRESENT
 SQUARED_KEY = 6  # and of their squares: all ranks have the same key if and only if PRESENT * SQUARED_KEY == KEY**2
-TAIL = 2  # after the rows: ranks that met bad input, ranks on which GradScaler found an infinite gradient
+TAIL = 3  # after the rows:
+REPLACES = -3  # ranks whose parameters are not those of this vector any more, so that all must make a new layout
+INVALID = -2  # ranks that met bad input
+FOUND_INF = -1  # ranks on which GradScaler found an infinite gradient
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,13 +83,13 @@ def judge(sums: Tensor, before: Verdict | None, *, skips: bool) -> Verdict:
         skips: whether a step that is not finite does not happen.
     """
     vector = sums[:-TAIL].view(SECTIONS, (len(sums) - TAIL) // SECTIONS)
-    valid, no_inf = (sums[-TAIL:] == 0).unbind()
+    no_new_params, valid, no_inf = (sums[-TAIL:] == 0).unbind()
     first = vector[NON_FINITE]
     finite = (first == 0).all()
-    consistent = agrees(vector[ABSENT], vector[PRESENT], vector[KEY], vector[SQUARED_KEY]).all() & valid
+    consistent = agrees(vector[ABSENT], vector[PRESENT], vector[KEY], vector[SQUARED_KEY]).all() & valid & no_new_params
     length = ~finite
     if before is not None:
-        length = streak_length(before.length, finite, sums[-1])
+        length = streak_length(before.length, finite, sums[FOUND_INF])
         first = torch.where(before.length == 0, first, before.first)
     proceed = consistent & no_inf
     told = torch.stack([consistent, finite, length]).to(torch.int64)

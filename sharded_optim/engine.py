@@ -22,12 +22,12 @@ from sharded_optim.algorithms import Choose
 from sharded_optim.backends import AUTO, candidates
 from sharded_optim.batches import Batch, Batches
 from sharded_optim.coefficients import LrScale, coefficient_table, host_value, known_on_host
-from sharded_optim.consensus import TAIL, Verdict
+from sharded_optim.consensus import INVALID, PRESENT, REPLACES, Verdict
 from sharded_optim.devices import capturing, refuse_to_capture
 from sharded_optim.layouts import Layouts
 from sharded_optim.options import MOST_SKIPPED, NonFinite, Params
 from sharded_optim.ranks import gather_messages, own_process_group
-from sharded_optim.sharding import FlatLayout, Layout
+from sharded_optim.sharding import FlatLayout, Layout, gradients_of
 from sharded_optim.state import called_to_allocate
 from sharded_optim.stateful import StatefulOptimizer
 
@@ -92,10 +92,9 @@ class Engine(StatefulOptimizer):
         gradient_release: bool = False,
         layout: FlatLayout | None = None,
     ) -> None:
-        if nonfinite not in (None, "skip", "raise", "allow"):
-            raise ValueError(f"nonfinite must be 'skip', 'raise', 'allow' or None, got {nonfinite!r}")
-        if max_skipped_steps is not None and not (type(max_skipped_steps) is int and max_skipped_steps > 0):
-            raise ValueError(f"max_skipped_steps must be a positive int, or None for no limit, got {max_skipped_steps!r}")
+        if nonfinite is not None:
+            self.nonfinite = nonfinite  # checked before anything is made
+        self.max_skipped_steps = max_skipped_steps
         if gradient_release and foreach:
             warnings.warn("gradient_release=True steps what a backward hook brings; foreach=True has no effect", UserWarning, stacklevel=3)
         self.gradient_release = gradient_release
@@ -103,14 +102,14 @@ class Engine(StatefulOptimizer):
         self._backend_names = candidates(backend, triton)
         self._foreach = foreach is not False
         self._skipped: int | Tensor = 0
+        self._has_stepped = False
         self._listener: StepListener | None = None
         defaults = defaults | {"kahan_sum": kahan_sum, "stochastic_rounding": stochastic_rounding, "rounding_seed": int(rounding_seed)}
         super().__init__(params, defaults, algorithm=algorithm, state_dtype=state_dtype or torch.float32, max_lr=max_lr, layout=layout)
         self.process_group = process_group
         self._statistic = algorithm(self.param_groups[0]).statistic
         # Where ranks agree on something anyway, skipping together costs nothing; elsewhere it would cost a collective.
-        self.nonfinite: NonFinite = nonfinite or ("skip" if self._statistic else "allow")
-        self.max_skipped_steps = max_skipped_steps
+        self.nonfinite = nonfinite or ("skip" if self._statistic else "allow")
 
     # ------------------------------------------------------------------------------------------------------------------- step
 
@@ -143,12 +142,23 @@ class Engine(StatefulOptimizer):
         only = None if param is None else (param,) if isinstance(param, Tensor) else tuple(param)
         self._raise_deferred(only)
         process_group = self._own_group() if self._agrees else None
-        layout = self._layouts.current(self.param_groups, only, agree=self._agrees, process_group=process_group)
+        layout = self._layouts.current(
+            self.param_groups,
+            only,
+            self.describe_param,
+            agree=self._agrees,
+            process_group=process_group,
+            confirm=self._confirm_replacement,
+        )
+        self._forget_dropped_layouts()
+        self._given.clear()
         observation = self._observe(layout)
         if only is None and observation.batches:  # without a gradient, after gradient release, the reports of its steps stay
             self._forget_reports(layout)
         try:
             proceed, agreement = self._agree(layout, observation)
+            if not self._has_stepped and only is None:
+                self._warn_of_no_gradients(layout, observation, agreement)
             self._update(layout, observation.batches, proceed, agreement, accumulate=only is not None and self.optimizer_accumulation)
         finally:
             self._observed_early.clear()
@@ -166,8 +176,10 @@ class Engine(StatefulOptimizer):
 
         The next step of all parameters uses what it found, unless gradients, state or hyperparameters have changed by then.
         """
-        layout = self._layouts.last if self._agrees else None
-        if layout is None or not layout.describes([param for group in self.param_groups for param in group["params"]]):
+        layout = self._layouts.last
+        if layout is None or layout.is_global != self._agrees or not self._agrees:
+            return
+        if not layout.describes([param for group in self.param_groups for param in group["params"]]):
             return
         self._observed_early = {batch: found for batch, found in self._observed_early.items() if batch.unit != unit}
         try:
@@ -195,12 +207,13 @@ class Engine(StatefulOptimizer):
     def _observe(self, layout: Layout) -> _Observation:
         """Look at gradients and state, and sum what the ranks must agree on. Writes no values."""
         try:
+            grads = gradients_of(layout)
             groups = self._layouts.groups_of(self.param_groups, layout)
             stepped = set(map(id, groups))
             for index, group in enumerate(self.param_groups):
                 if id(group) in stepped:  # schedulers and users write to them
                     self._check_group(group, f"param_groups[{index}]", scheduled=True)
-            batches = self._batches.current(self, layout, groups)
+            batches = self._batches.current(self, layout, groups, grads)
             if self.gradient_release and not batches and hasattr(self, "found_inf"):
                 raise ValueError(
                     "GradScaler stepped an optimizer whose gradients were released in backward, still scaled; use one of the two"
@@ -287,9 +300,46 @@ class Engine(StatefulOptimizer):
         before = None if capturing(device) else self._streaks.get(layout)
         return judge(agreement.totals, before, skips=self.nonfinite == "skip")
 
+    def _confirm_replacement(self, layout: Layout, change: str) -> None:
+        """Ask all ranks, in the place of the step that the others may be in, whether they too are about to replace their layout.
+
+        Waits for the device: parameters seldom change.
+
+        Raises:
+            ValueError: not all of them are; on all ranks, or on a device one step later on the others.
+        """
+        process_group = self._own_group()
+        assert process_group is not None, "ranks agree"
+        agreement = statistics.agree(layout, (), device=layout.params[0].device, replaces=True, process_group=process_group)
+        if host_value(agreement.totals[REPLACES]) == dist.get_world_size(process_group):
+            return
+        message = (
+            f"the parameters to step have changed since the last step, but not on all ranks: here they are {change}; add, remove or "
+            f"replace parameters on every rank, before the same step"
+        )
+        raise ValueError(gather_messages(message, process_group) if known_on_host(agreement.totals) else message)
+
+    def _warn_of_no_gradients(self, layout: Layout, observation: _Observation, agreement: statistics.Agreement | None) -> None:
+        """In the first step. Waits for the device if this rank has no gradient."""
+        self._has_stepped = True
+        if observation.batches or self.gradient_release or self._steps_in_turns or not any(param.requires_grad for param in layout.params):
+            return
+        if agreement is not None:
+            if agreement.vector[PRESENT].any():
+                return  # other ranks have some
+        elif self.layout is not None:
+            return  # this rank may hold none of the elements that have one
+        warnings.warn(
+            "the first step found no gradient on any parameter, so it changes nothing. If the model was wrapped (fully_shard, "
+            "FullyShardedDataParallel) after the optimizer was built, the optimizer has the parameters of before: build it from "
+            "model.parameters() after wrapping. Else call loss.backward() before step()",
+            UserWarning,
+            stacklevel=5,
+        )
+
     def _raise_inconsistency(self, agreement: statistics.Agreement, verdict: Verdict, failure: Exception | None) -> None:
         """Where the host knows what the ranks know."""
-        if failure is not None or host_value(agreement.totals[-TAIL]):
+        if failure is not None or host_value(agreement.totals[INVALID]) or host_value(agreement.totals[REPLACES]):
             message = None if failure is None else str(failure) if isinstance(failure, ValueError) else repr(failure)
             raise ValueError(gather_messages(message, self._own_group())) from failure
         if not host_value(verdict.told[0]):
@@ -337,6 +387,7 @@ class Engine(StatefulOptimizer):
         if batches:
             self._updates.pop(layout, None)  # the newest is last
             self._updates[layout] = updates
+            self._update_rows = None
         if proceed is not None and known_on_host(proceed):  # branch here; a verdict that only the device knows selects there
             if not host_value(proceed):
                 self._count_skipped(1)
@@ -359,7 +410,7 @@ class Engine(StatefulOptimizer):
             grad_scale = self._inverse_grad_scale(batch.device)
             happens = None if proceed is None else proceed.to(batch.device)  # parameters may be on several devices
             batch.backend.update(batch.algorithm, batch.operands, table, happens, grad_scale, batch.noise_keys())
-            batch.count_step(happens)
+            batch.updated(happens)
             updates.append(
                 metrics.Update(
                     algorithm=batch.algorithm,
@@ -397,14 +448,28 @@ class Engine(StatefulOptimizer):
         return self.layout is not None and self.layout.in_turns
 
     def _forget_layouts(self) -> None:
-        self._layouts = Layouts(self.describe_param, in_turns=self._steps_in_turns)
+        self._layouts = Layouts(self._index, in_turns=self._steps_in_turns)
         self._agreements: dict[Layout, statistics.Agreement] = {}  # the last of each layout, the newest last
         self._deferred: dict[Layout, statistics.Deferred] = {}
         self._streaks: WeakKeyDictionary[Layout, Verdict] = WeakKeyDictionary()  # the last of each layout
         self._updates: dict[Layout, list[metrics.Update]] = {}  # of the last step of each layout, the newest last
+        self._update_rows: dict[int, list[tuple[metrics.Update, int]]] | None = (
+            None  # of `_updates`, by a parameter's id; made when asked for
+        )
         self._reported: dict[str, tuple[Tensor, int]] = {}  # (parameter, which of its pieces) by the name of its metrics
         self._batches = Batches(self._backend_names, together=self._foreach)
         self._observed_early: dict[Batch, tuple[Any, statistics.Contribution]] = {}  # with its stamp
+
+    def _forget_dropped_layouts(self) -> None:
+        """Let go of what is known of layouts that no step uses any more, and raise what their last step left to be raised."""
+        while self._layouts.dropped:
+            layout = self._layouts.dropped.pop()
+            self._agreements.pop(layout, None)
+            self._updates.pop(layout, None)
+            self._update_rows = None
+            deferred = self._deferred.pop(layout, None)
+            if deferred is not None:
+                deferred.raise_if_due()
 
     def _forget_reports(self, layout: Layout) -> None:
         """Of what is about to be stepped: all, but what another turn of the same step has left."""
@@ -412,6 +477,7 @@ class Engine(StatefulOptimizer):
         for reports in (self._agreements, self._updates):
             for other in [each for each in reports if stepped is None or not stepped.isdisjoint(map(id, each.params))]:
                 del reports[other]
+        self._update_rows = None
 
     # ----------------------------------------------------------------------------------------------------------------- reports
 
@@ -425,6 +491,28 @@ class Engine(StatefulOptimizer):
         self._process_group = process_group
         self._lost_process_group = False
         self._forget_layouts()
+
+    @property
+    def nonfinite(self) -> NonFinite:
+        """What a step does where a gradient is not finite: see `EngineOptions`. May be set between two steps, on all ranks."""
+        return self._nonfinite
+
+    @nonfinite.setter
+    def nonfinite(self, nonfinite: NonFinite) -> None:
+        if nonfinite not in ("skip", "raise", "allow"):
+            raise ValueError(f"nonfinite must be 'skip', 'raise' or 'allow', or None at construction for the default, got {nonfinite!r}")
+        self._nonfinite: NonFinite = nonfinite
+
+    @property
+    def max_skipped_steps(self) -> int | None:
+        """How many steps in a row may be skipped: see `EngineOptions`. May be set between two steps, on all ranks."""
+        return self._max_skipped_steps
+
+    @max_skipped_steps.setter
+    def max_skipped_steps(self, most: int | None) -> None:
+        if most is not None and not (type(most) is int and most > 0):
+            raise ValueError(f"max_skipped_steps must be a positive int, or None for no limit, got {most!r}")
+        self._max_skipped_steps = most
 
     @property
     def skipped_steps(self) -> int:
@@ -478,10 +566,15 @@ class Engine(StatefulOptimizer):
 
     def _last_updates(self, param: Tensor) -> list[tuple[metrics.Update, int]]:
         """For each piece of a parameter, the update that the last step wrote it by, and its row there."""
-        for layout, updates in reversed(self._updates.items()):
-            if any(each is param for each in layout.params):
-                return [(update, row) for update in updates for row, (entry, _) in enumerate(update.pieces) if entry.param is param]
-        return []
+        if self._update_rows is None:
+            self._update_rows = {}
+            for layout, updates in self._updates.items():  # the newest is last
+                rows: dict[int, list[tuple[metrics.Update, int]]] = {id(each): [] for each in layout.params}
+                for update in updates:
+                    for row, (entry, _) in enumerate(update.pieces):
+                        rows[id(entry.param)].append((update, row))
+                self._update_rows |= rows
+        return self._update_rows.get(id(param), [])
 
     def pre_reduce_metrics(self, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
         """Turn norms into squares and cosines into dot products, which add up over ranks, in place. See `metrics.py`."""
@@ -494,7 +587,7 @@ class Engine(StatefulOptimizer):
         The first call may exchange the layout before. See `metrics.dist_reduce`.
         """
         process_group = self._own_group()
-        layout = self._layouts.of_group(self.param_groups, agree=self._agrees, process_group=process_group)
+        layout = self._layouts.of_group(self.param_groups, self.describe_param, process_group=process_group)
         places = dict(zip(layout.params, layout.first_piece, strict=True))
         index_of = {name: places[param] + index for name, (param, index) in self._reported.items() if param in places}
         optimizer_metrics |= metrics.dist_reduce(optimizer_metrics, layout, index_of.get, process_group)
@@ -503,7 +596,7 @@ class Engine(StatefulOptimizer):
     # ------------------------------------------------------------------------------------------------------- copying, printing
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_statistic", "_backend_names", "_foreach", "_skipped", "nonfinite", "max_skipped_steps")
+        own = ("_statistic", "_backend_names", "_foreach", "_skipped", "_has_stepped", "_nonfinite", "_max_skipped_steps")
         own += ("gradient_release", "optimizer_accumulation")
         lost = {"_lost_process_group": self._process_group is not None or self._lost_process_group}
         return super().__getstate__() | {name: getattr(self, name) for name in own} | lost

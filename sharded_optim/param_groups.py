@@ -24,6 +24,7 @@ __all__ = [
     "check_state_dtype",
     "hyperparameter_key",
     "learn_reference_lr",
+    "name_of_param",
     "named_params",
     "reference",
     "resolve_kahan",
@@ -34,7 +35,7 @@ __all__ = [
 
 NUMBERS = ("lr", "eps", "weight_decay", "max_lr", "momentum", "dampening", "reference_lr")  # hyperparameters that are numbers >= 0
 CHOICES = ("decay_form", "amsgrad", "nesterov", "kahan_sum", "stochastic_rounding", "rounding_seed")  # those that are not
-# What a step uses of a group. `max_lr` became the reference when the group was added; schedulers write it again.
+# What the optimizers of this library use of a group. `max_lr` became the reference when the group was added; schedulers write it again.
 HYPERPARAMETERS = frozenset({*NUMBERS, *CHOICES, "betas", "learns_reference_lr"} - {"max_lr"})
 HIGH_DECAY = 1e-3  # from which on Composer and optimi warn
 BF16_HALF_ULP = 2.0**-8  # relative, at worst
@@ -57,10 +58,11 @@ def check_number(name: str, value: Any, where: str = "") -> float:
     return number
 
 
-def check_hyperparameters(values: dict[str, Any], where: str, *, scheduled: bool = False) -> None:
+def check_hyperparameters(values: dict[str, Any], where: str, *, names: frozenset[str] = frozenset(), scheduled: bool = False) -> None:
     """Raise ValueError for a hyperparameter that no step could use, or that asks for what no step does. Other keys pass.
 
     Args:
+        names: of all hyperparameters of the optimizer. Of those that are not known here, the numbers must be finite.
         scheduled: the values may come from a scheduler, whose roundings can take an lr just below 0 (CosineAnnealingLR at its end).
     """
     where = f" in {where}"
@@ -81,14 +83,27 @@ def check_hyperparameters(values: dict[str, Any], where: str, *, scheduled: bool
     if "betas" in values:
         betas = values["betas"]
         if isinstance(betas, Iterable) and any(isinstance(beta, Tensor) and not known_on_host(beta) for beta in betas):
-            raise ValueError(f"betas must be two numbers, got a tensor on a device{where}: only lr may lie on one")
-        if not isinstance(betas, Iterable) or len(list(betas)) != 2 or not all(0.0 <= float(beta) < 1.0 for beta in betas):
-            raise ValueError(f"betas must be two numbers in [0, 1), got {values['betas']!r}{where}")
+            raise ValueError(f"betas must be numbers, got a tensor on a device{where}: only lr may lie on one")
+        if not isinstance(betas, Iterable) or not all(0.0 <= float(beta) < 1.0 for beta in betas):
+            raise ValueError(f"betas must be numbers in [0, 1), got {values['betas']!r}{where}")
     if values.get("decay_form", "coupled") not in FORMS:
         raise ValueError(f"decay_form must be one of {', '.join(FORMS)}, got {values['decay_form']!r}{where}")
+    for name in values.keys() & names - HYPERPARAMETERS - {"max_lr"}:
+        _check_other(name, values[name], where)
     for name in ("maximize", "differentiable"):  # torch's; others of its keys do not change the result
         if values.get(name):
             raise ValueError(f"{name}={values[name]!r} is not supported{where}; leave it out")
+
+
+def _check_other(name: str, value: Any, where: str) -> None:
+    """Raise ValueError unless a hyperparameter of an optimizer outside of this library can be used, and compared between ranks."""
+    if isinstance(value, list | tuple):
+        for item in value:
+            _check_other(name, item, where)
+    elif isinstance(value, Tensor) and not known_on_host(value):
+        raise ValueError(f"{name} must be known on the host, got a tensor on {value.device}{where}: only lr may lie on a device")
+    elif isinstance(number := _on_host(value), int | float) and not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {value!r}{where}")
 
 
 def check_state_dtype(dtype: torch.dtype, values: dict[str, Any], where: str) -> None:
@@ -97,7 +112,7 @@ def check_state_dtype(dtype: torch.dtype, values: dict[str, Any], where: str) ->
         raise ValueError(
             f"state_dtype must be torch.float32 or torch.bfloat16, got {dtype}: a second moment overflows or vanishes in float16"
         )
-    _, beta2 = values.get("betas", (0.0, 0.0))
+    *_, beta2 = values.get("betas", (0.0, 0.0))
     if dtype == torch.bfloat16 and 1.0 - beta2 < BF16_HALF_ULP:
         raise ValueError(
             f"state_dtype=torch.bfloat16 needs beta2 <= {1.0 - BF16_HALF_ULP:.4f}, got {beta2} in {where}: a step would change the second "
@@ -105,9 +120,9 @@ def check_state_dtype(dtype: torch.dtype, values: dict[str, Any], where: str) ->
         )
 
 
-def hyperparameter_key(group: Mapping[str, Any], step: float) -> int:
-    """24 bits that two ranks have in common if the group's hyperparameters and the step are the same on both."""
-    values = [_comparable(group[name]) for name in (*NUMBERS, *CHOICES, "betas") if name in group]
+def hyperparameter_key(hyperparameters: Mapping[str, Any], step: float) -> int:
+    """24 bits that two ranks have in common if these hyperparameters and the step are the same on both."""
+    values = [(name, _comparable(hyperparameters[name])) for name in sorted(hyperparameters)]
     return zlib.crc32(repr((values, step)).encode()) & 0xFFFFFF
 
 
@@ -115,8 +130,9 @@ def _comparable(value: Any) -> Any:
     if isinstance(value, Tensor) and value.device.type != "cpu":
         return -1.0  # a device's is not waited for
     if isinstance(value, tuple | list):
-        return [float(item) for item in value]
-    return value if value is None or isinstance(value, str) else float(_on_host(value))
+        return list(map(_comparable, value))
+    value = _on_host(value)
+    return float(value) if isinstance(value, int | float) else value
 
 
 def translate_switches(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -157,14 +173,18 @@ def warn_of_high_decay(groups: list[dict[str, Any]]) -> None:
 
 def named_params(group: dict[str, Any], group_index: int) -> list[tuple[Any, str]]:
     """The tensors of a group, added or about to be, each with the user's name for it or its position."""
-    params = group["params"]
+    return [
+        (param[1], str(param[0])) if isinstance(param, tuple) else (param, name_of_param(group, group_index, index))
+        for index, param in enumerate(group["params"])
+    ]
+
+
+def name_of_param(group: Mapping[str, Any], group_index: int, index: int) -> str:
+    """The user's name of a parameter of a group that was added, or its position."""
     names = group.get("param_names", ())
-    if len(names) != len(params):  # none are given, or a wrapper put others in the place of those that they are for
-        names = [
-            str(param[0]) if isinstance(param, tuple) else f"param_groups[{group_index}].params[{index}]"
-            for index, param in enumerate(params)
-        ]
-    return [(param[1] if isinstance(param, tuple) else param, name) for param, name in zip(params, names, strict=True)]
+    if len(names) == len(group["params"]):  # else none are given, or a wrapper put others in the place of those that they are for
+        return names[index]
+    return f"param_groups[{group_index}].params[{index}]"
 
 
 def reference(lr: float) -> dict[str, Any]:

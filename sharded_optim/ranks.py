@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-__all__ = ["gather_messages", "join_messages", "named_ranks", "own_process_group", "raise_together", "timeout_of"]
+__all__ = [
+    "gather_messages",
+    "join_messages",
+    "named_ranks",
+    "naming_missing_ranks",
+    "own_process_group",
+    "raise_together",
+    "timeout_of",
+]
+
+# What torch.distributed raises where a rank is missing; gloo's errors are plain ones.
+COLLECTIVE_ERRORS = (RuntimeError, dist.DistError, dist.DistBackendError, dist.DistNetworkError)
+REPORTING_TIME = 3.0  # seconds in which ranks whose collective has failed report that they took part
 
 # By the group they mirror. Held weakly: torch.distributed owns groups, and must be the one to end their threads.
 _own_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[str | None, str], weakref.ref[dist.ProcessGroup]]] = (
@@ -59,6 +73,49 @@ def timeout_of(process_group: dist.ProcessGroup) -> timedelta | None:
         except (AttributeError, RuntimeError):
             continue
     return None
+
+
+@contextmanager
+def naming_missing_ranks(process_group: dist.ProcessGroup, what: str) -> Iterator[None]:
+    """Say which ranks did not take part in a collective that fails.
+
+    Args:
+        process_group: of the collective.
+        what: it is for, in the error message.
+
+    Raises:
+        RuntimeError: in the place of an error of torch.distributed.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if type(error) not in COLLECTIVE_ERRORS:
+            raise  # out of memory, for example
+        missing = _missing_ranks(process_group)
+        who = f"{named_ranks(missing)} did not take part in" if missing else "the ranks lost each other in"
+        raise RuntimeError(
+            f"{who} {what}: a rank has raised an error, has died or has called step less often than this one. Its own error says why; if "
+            f"there is none, make every rank call step equally often ({error})"
+        ) from error
+
+
+def _missing_ranks(process_group: dist.ProcessGroup) -> list[int]:
+    """The ranks of a group that do not report, within `REPORTING_TIME`, that a collective of the group has failed on them too.
+
+    When it fails on one of those that wait, it fails on all of them soon. They report through the store by which the job's processes met:
+    `_get_default_store`, a private name, is tried with torch 2.11 and 2.13.
+    """
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        ranks = dist.get_process_group_ranks(process_group)
+        keys = {rank: f"sharded_optim/failed/{process_group.group_name}/{rank}" for rank in ranks}
+        store.set(keys[dist.get_rank()], "")
+        deadline = time.monotonic() + REPORTING_TIME
+        while (missing := [rank for rank in ranks if not store.check([keys[rank]])]) and time.monotonic() < deadline:
+            time.sleep(0.05)
+    except (AttributeError, RuntimeError, ValueError):  # the store has gone, with the process that served it
+        return []
+    return missing
 
 
 def gather_messages(message: str | None, process_group: dist.ProcessGroup | None) -> str:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ __all__ = [
     "asked_by_distributed_checkpoint",
     "called_to_allocate",
     "fsdp1_that_offloads_whole_state",
+    "local_of",
     "new_state",
     "zeros",
 ]
@@ -32,29 +34,43 @@ __all__ = [
 STEP = "step"
 
 
+class Allocator(Protocol):
+    """An optimizer, as far as its state needs it."""
+
+    def new_state(self, param: Tensor) -> dict[str, Any]:
+        """State of a parameter that has none yet."""
+        ...
+
+
 class State(defaultdict[Tensor, dict[str, Any]]):
-    """`optimizer.state`: a missing parameter is given what `allocate(param)` returns.
+    """`optimizer.state`: a missing parameter is given new state.
 
     A plain dict would be silently wrong: torch.distributed.checkpoint asks `optimizer.state[param]` which state to load, and loads
     nothing where it finds nothing, as in an optimizer that has gradients but has not stepped.
+
+    The optimizer is held weakly, so that both are freed as soon as nobody uses the optimizer.
     """
 
-    def __init__(self, allocate: Callable[[Tensor], dict[str, Any]], content: Mapping[Tensor, dict[str, Any]]) -> None:
+    def __init__(self, optimizer: Allocator, content: Mapping[Tensor, dict[str, Any]]) -> None:
         super().__init__(dict, content)
-        self._allocate = allocate
+        self._optimizer = ref(optimizer)
 
     def __missing__(self, param: Tensor) -> dict[str, Any]:
-        self[param] = self._allocate(param)
+        optimizer = self._optimizer()
+        if optimizer is None:
+            raise KeyError(param)
+        self[param] = optimizer.new_state(param)
         return self[param]
 
-    def copy(self) -> State:
-        return State(self._allocate, self)
+    def copy(self) -> dict[Tensor, dict[str, Any]]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        optimizer = self._optimizer()
+        return dict(self) if optimizer is None else State(optimizer, self)
 
-    def __copy__(self) -> State:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __copy__(self) -> dict[Tensor, dict[str, Any]]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self.copy()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A plain dict: the optimizer that is copied or unpickled makes a State of it again, with its own `allocate`."""
+        """A plain dict: the optimizer that is copied or unpickled makes a State of it again."""
         return dict, (dict(self),)
 
 
@@ -66,11 +82,16 @@ def new_state(param: Tensor, dtypes: Mapping[str, torch.dtype]) -> dict[str, Any
 def zeros(param: Tensor, dtype: torch.dtype) -> Tensor:
     """Zeros that are shaped, strided and sharded like the parameter; on a CPU on large pages, see `memory.py`."""
     result = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
-    local = getattr(result, "_local_tensor", result)
+    local = local_of(result)
     if local.device.type != "cpu" or type(local) is not Tensor:
         return result.zero_()
     local.data = memory.zeros(local.numel(), dtype).as_strided(local.shape, local.stride())
     return result
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor; any other tensor itself."""
+    return getattr(tensor, "_local_tensor", tensor)
 
 
 # Functions that step with zero gradients only to make the optimizer allocate its state: (module, name).

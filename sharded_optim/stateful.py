@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
-from weakref import ref
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sharded_optim import foreign_state, loading, param_groups
 from sharded_optim.algorithms import Algorithm, Choose
+from sharded_optim.compensation import CompensationLog
 from sharded_optim.formats import KAHAN_COMP, Format, param_format
 from sharded_optim.options import Params
+from sharded_optim.param_index import ParamIndex
 from sharded_optim.sharding import FlatLayout, LocalParam, describe
 from sharded_optim.state import STEP, State, fsdp1_that_offloads_whole_state, new_state, zeros
 
 __all__ = ["StatefulOptimizer"]
 
 
-Given = list[tuple[ref[Tensor], torch.Size]]  # the parameters that a group was given, and their shapes
+class _Given(NamedTuple):
+    """The parameters with which a group was added, and their shapes then."""
+
+    group: dict[str, Any]
+    params: list[Tensor]
+    shapes: list[torch.Size]
+
+    @classmethod
+    def to(cls, group: dict[str, Any]) -> _Given:
+        return cls(group, list(group["params"]), [param.shape for param in group["params"]])
 
 
 class StatefulOptimizer(torch.optim.Optimizer):
@@ -32,6 +42,10 @@ class StatefulOptimizer(torch.optim.Optimizer):
         state_dtype: storage dtype of the moments.
         max_lr: reference learning rate of groups that do not bring their own `max_lr`; None takes each group's `lr`.
         layout: of parameters that a wrapper has flattened.
+
+    Attributes:
+        hyperparameters: names of all: those of `defaults`, and of this library's other optimizers, whose state dicts may be loaded. Each
+            is checked, compared between ranks, saved.
     """
 
     def __init__(
@@ -45,14 +59,17 @@ class StatefulOptimizer(torch.optim.Optimizer):
         layout: FlatLayout | None,
     ) -> None:
         self._choose = algorithm
+        self._index = ParamIndex()
+        self.compensation_log = CompensationLog()
         self._lost_layout = False
         self.layout = layout
-        self._given: dict[int, Given] = {}  # by the group's id
+        self._given: list[_Given] = []  # of groups that no step has stepped yet: wrappers replace parameters before the first
         self.state_dtype = state_dtype
         self._max_lr = None if max_lr is None else param_groups.check_number("max_lr", max_lr)
+        self.hyperparameters = param_groups.HYPERPARAMETERS | defaults.keys()
         self._check_group(defaults, "the optimizer's arguments")
         super().__init__(params, defaults)
-        self.state = State(self._new_state, self.state)
+        self.state = State(self, self.state)
         param_groups.warn_of_high_decay(self.param_groups)
 
     # ----------------------------------------------------------------------------------------------------- parameters and state
@@ -86,7 +103,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
                     describe(param, name, self.layout)
         super().add_param_group(param_group)
         group = self.param_groups[index]
-        self._given[id(group)] = _given(group)
+        self._given.append(_Given.to(group))
         param_groups.set_reference_lr(group, self._max_lr)
 
     def describe_param(self, param: Tensor, name: str, group: dict[str, Any]) -> LocalParam:
@@ -114,11 +131,16 @@ class StatefulOptimizer(torch.optim.Optimizer):
         return describe(param, name, self.layout)
 
     def _stands_for_others(self, param: Tensor, group: dict[str, Any]) -> bool:
-        """Whether a flat tensor is all that is left in a group of others: so DeepSpeed does it, but people who edit groups do not."""
-        given = self._given.get(id(group), [])
-        if len(group["params"]) != 1 or param.ndim != 1 or type(param) not in (Tensor, torch.nn.Parameter):
+        """Whether a flat tensor is all that is left of a group, before its first step: wrappers that flatten do it so, as DeepSpeed.
+
+        Users who edit a group before its first step may replace its one 1-D parameter by a longer or a shorter one. It is a Parameter.
+        """
+        given = next((given for given in self._given if given.group is group), None)
+        if given is None or len(group["params"]) != 1 or param.ndim != 1 or type(param) not in (Tensor, torch.nn.Parameter):
             return False
-        return not any(other() is param for other, _ in given) and [shape for _, shape in given] not in ([], [param.shape])
+        if type(param) is torch.nn.Parameter and len(given.shapes) == 1 and len(given.shapes[0]) == 1:
+            return False
+        return not any(other is param for other in given.params) and given.shapes not in ([], [param.shape])
 
     @property
     def layout(self) -> FlatLayout | None:
@@ -141,11 +163,13 @@ class StatefulOptimizer(torch.optim.Optimizer):
                 if param.requires_grad:
                     self.complete_state(param, group, name)
 
-    def _new_state(self, param: Tensor) -> dict[str, Any]:
+    def new_state(self, param: Tensor) -> dict[str, Any]:
+        """State of a parameter that has none yet, as `self.state` asks for it."""
         return new_state(param, self._state_dtypes(param, self._group_with(param) or self.param_groups[0]))
 
     def _group_with(self, param: Tensor) -> dict[str, Any] | None:
-        return next((group for group in self.param_groups if any(each is param for each in group["params"])), None)
+        place = self._index.place_of(self.param_groups, param)
+        return None if place is None else place.group
 
     def complete_state(self, param: Tensor, group: dict[str, Any], name: str) -> dict[str, Any]:
         """The parameter's state, with everything that the group's algorithm and the format need.
@@ -154,9 +178,11 @@ class StatefulOptimizer(torch.optim.Optimizer):
             ValueError: something is missing that cannot begin now.
         """
         dtypes = self._state_dtypes(param, group)
-        if param not in self.state:
+        if not self.state.get(param):  # torch's optimizers too take empty state as none
             self.state[param] = new_state(param, dtypes)
         state = self.state[param]
+        if STEP not in state:
+            raise ValueError(f"the state of {name!r} lacks {STEP!r} (it has {', '.join(map(str, state))}); delete it, or load a full state")
         if KAHAN_COMP in state and KAHAN_COMP not in dtypes:
             del state[KAHAN_COMP]  # of a value that is about to change
         for key, dtype in dtypes.items():
@@ -176,7 +202,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
     def _check_group(self, group: dict[str, Any], where: str, *, scheduled: bool = False) -> None:
         """Raise ValueError for hyperparameters that no step could use."""
-        param_groups.check_hyperparameters(group, where, scheduled=scheduled)
+        param_groups.check_hyperparameters(group, where, names=self.hyperparameters, scheduled=scheduled)
         param_groups.check_state_dtype(self.state_dtype, group, where)
         try:
             self._choose(group)
@@ -190,6 +216,16 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
     # ------------------------------------------------------------------------------------------------------------- state dicts
 
+    def drop_stale_compensation(self) -> None:
+        """Zero the Kahan compensations of parameters that were written since the last step, before state is read together with them."""
+        rows = [(param, state[KAHAN_COMP]) for param, state in self.state.items() if KAHAN_COMP in state]
+        self.compensation_log.drop_stale([param for param, _ in rows], [compensation for _, compensation in rows])
+
+    def bound_compensation_log(self) -> None:
+        """Forget compensations of state that was deleted, once there are as many as of state that is there."""
+        if len(self.compensation_log) > 2 * len(self.state):
+            self.compensation_log.keep_only(state[KAHAN_COMP] for state in self.state.values() if KAHAN_COMP in state)
+
     def state_dict(self) -> dict[str, Any]:
         """As in torch.
 
@@ -201,6 +237,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
             from sharded_optim.sharding import fsdp1
 
             fsdp1.check_whole_state_on_cpu(model, sorted({key for state in self.state.values() for key in state} - {STEP}))
+        self.drop_stale_compensation()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -212,7 +249,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
             ValueError: the saved state does not fit; nothing was changed.
         """
         before = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
-        given = [self._given.get(id(group), []) for group in self.param_groups]
+        given = {index: each for each in self._given for index, group in enumerate(self.param_groups) if group is each.group}
         incoming: dict[str, Any] = {}
 
         def prepare(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
@@ -230,7 +267,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
         def restore(_: torch.optim.Optimizer) -> None:
             loading.restore_groups(self.param_groups, before)
-            self._given = {id(group): params for group, params in zip(self.param_groups, given, strict=True)}
+            self._given = [each._replace(group=self.param_groups[index]) for index, each in given.items()]
             loading.restore_state(self, incoming, self._state_dtypes)
 
         # After the users' pre-hooks, which may convert the state dict, and before their post-hooks, which may look at the result.
@@ -242,17 +279,15 @@ class StatefulOptimizer(torch.optim.Optimizer):
                 hook.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_choose", "state_dtype", "_max_lr")
+        own = ("_choose", "state_dtype", "_max_lr", "hyperparameters")
         lost = {"_lost_layout": self._layout is not None or self._lost_layout}
         return super().__getstate__() | {name: getattr(self, name) for name in own} | lost
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.state = State(self._new_state, self.state)  # torch makes it a plain dict when it loads
+        self.state = State(self, self.state)  # torch makes it a plain dict when it loads
         if "_choose" in state:  # unpickled or copied; torch also calls this with the loaded state and groups alone
+            self._index = ParamIndex()
+            self.compensation_log = CompensationLog()
             self._layout = None
-            self._given = {id(group): _given(group) for group in self.param_groups}
-
-
-def _given(group: Mapping[str, Any]) -> Given:
-    return [(ref(param), param.shape) for param in group["params"]]
+            self._given = list(map(_Given.to, self.param_groups))

@@ -20,8 +20,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharded_optim.algorithms.scalars import Sums, mean
-from sharded_optim.consensus import ABSENT, KEY, NON_FINITE, PRESENT, SECTIONS, SQUARED_KEY, TAIL, Verdict
+from sharded_optim.consensus import (
+    ABSENT,
+    FOUND_INF,
+    INVALID,
+    KEY,
+    NON_FINITE,
+    PRESENT,
+    REPLACES,
+    SECTIONS,
+    SQUARED_KEY,
+    TAIL,
+    Verdict,
+)
 from sharded_optim.devices import capturing, keep, on, send
+from sharded_optim.ranks import naming_missing_ranks
 from sharded_optim.sharding.layout import Layout, Places
 
 __all__ = ["Agreement", "Contribution", "Deferred", "FixedPoint", "agree", "fraction_bits", "told_of_streak"]
@@ -109,7 +122,9 @@ class Agreement:
 
     def inconsistency(self) -> str:
         """Why ranks are not consistent, in words. Waits for the device."""
-        if invalid := int(self.totals[-TAIL]):
+        if replacing := int(self.totals[REPLACES]):
+            return f"the parameters to step have changed on {replacing} of the ranks alone; their own errors say how"
+        if invalid := int(self.totals[INVALID]):
             return f"{invalid} other ranks met bad input; their own errors say which"
         rows = self.vector[[PRESENT, ABSENT, KEY, SQUARED_KEY]].tolist()
         for name, present, absent, key, squared_key in zip(self.layout.names, *rows, strict=True):
@@ -188,8 +203,9 @@ def agree(
     contributions: Sequence[Contribution],  # about the pieces of all local parameters that have a gradient
     *,
     device: torch.device,
-    invalid: bool,  # this rank met bad input
-    found_inf: Tensor | None,  # GradScaler's, any shape with one element
+    invalid: bool = False,  # this rank met bad input
+    replaces: bool = False,  # its parameters are not those of the layout any more
+    found_inf: Tensor | None = None,  # GradScaler's, any shape with one element
     process_group: dist.ProcessGroup | None,
 ) -> Agreement:
     """Add up all ranks' contributions. The one collective of a step; every rank of the group must call it, also with nothing to give."""
@@ -205,16 +221,17 @@ def agree(
         for each in contributions:
             absent[each.places.indices] = False
         table[ABSENT, layout.slot_indices[absent]] = 1
-    host[-TAIL] = int(invalid)
+    host[INVALID], host[REPLACES] = int(invalid), int(replaces)
     flat = _sent(layout, host, device)
     vector = flat[:-TAIL].view(SECTIONS, tensors)
     for each in contributions:
         observed = each.observed * each.places.counted
         vector[: NON_FINITE + 1].index_add_(1, each.places.slots.to(device), observed.to(device))  # parameters may be on several devices
     if found_inf is not None:
-        flat[-1] = (found_inf.to(device) != 0).reshape(())
+        flat[FOUND_INF] = (found_inf.to(device) != 0).reshape(())
     if process_group is not None:
-        dist.all_reduce(flat, group=process_group)
+        with naming_missing_ranks(process_group, f"a step of {layout.described_by_name}"):
+            dist.all_reduce(flat, group=process_group)
     return Agreement(layout=layout, totals=flat, contributions=contributions)
 
 

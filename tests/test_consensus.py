@@ -31,6 +31,7 @@ RANKS = (
 @given(
     tensors=st.lists(RANKS, max_size=5),
     padding=st.sampled_from([0, 1, triton_verdict.BLOCK]),
+    replaces=st.sampled_from([0, 0, 0, 1]),
     invalid=st.sampled_from([0, 0, 0, 2]),
     found_inf=st.sampled_from([0, 0, 1]),
     streak=st.sampled_from([None, 0, 1, 7]),
@@ -38,7 +39,7 @@ RANKS = (
 )
 @settings(deadline=None, max_examples=examples(20), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @pytest.mark.usefixtures("interpreter")
-def test_a_step_happens_where_all_ranks_agree_and_all_is_finite(tensors, padding, invalid, found_inf, streak, skips) -> None:
+def test_a_step_happens_where_all_ranks_agree_and_all_is_finite(tensors, padding, replaces, invalid, found_inf, streak, skips) -> None:
     """With more tensors than the kernel looks at together, or none; a streak goes on, begins, ends, or is left as it is."""
     tensors = [*tensors, *([[(5, True)]] * padding)]
     vector = torch.zeros(SECTIONS, len(tensors), dtype=torch.int64)
@@ -47,12 +48,12 @@ def test_a_step_happens_where_all_ranks_agree_and_all_is_finite(tensors, padding
         vector[NON_FINITE, column] = sum(not finite for _, finite in ranks)
         vector[ABSENT, column], vector[PRESENT, column] = len(ranks) - len(keys), len(keys)
         vector[KEY, column], vector[SQUARED_KEY, column] = sum(keys), sum(key * key for key in keys)
-    sums = torch.cat([vector.flatten(), torch.tensor([invalid, found_inf])])
+    sums = torch.cat([vector.flatten(), torch.tensor([replaces, invalid, found_inf])])
     before = None
     if streak is not None:
         before = Verdict(told=torch.tensor([1, 0, streak]), proceed=torch.tensor(False), first=torch.arange(len(tensors)))
 
-    consistent = not invalid and all(len({key for key, _ in ranks}) <= 1 for ranks in tensors)
+    consistent = not replaces and not invalid and all(len({key for key, _ in ranks}) <= 1 for ranks in tensors)
     finite = all(finite for ranks in tensors for _, finite in ranks)
     length = (streak or 0) + 1 if not finite else (streak or 0) if found_inf else 0
     first = before.first if before is not None and streak else vector[NON_FINITE]

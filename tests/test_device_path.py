@@ -126,7 +126,7 @@ def test_an_inconsistency_is_raised_in_the_next_step_and_nothing_is_written_in_b
 
     def another_rank_met_bad_input(*args, agree=statistics.agree, **options) -> statistics.Agreement:
         agreement = agree(*args, **options)
-        agreement.totals[-consensus.TAIL] = 1
+        agreement.totals[consensus.INVALID] = 1
         return agreement
 
     monkeypatch.setattr(statistics, "agree", another_rank_met_bad_input)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -193,3 +194,29 @@ def test_keys_of_others_pass_unchanged_and_tied_weights_count_once() -> None:
     assert metrics["l2_norm/grad/global"] == 3.0
     assert metrics["l2_norm/grad/other"] == 5.0
     assert metrics["l2_norm/grad/embedding"].item() == metrics["l2_norm/grad/head"].item() == pytest.approx(2.0)
+
+
+def test_reports_take_as_much_work_for_each_of_many_parameters_as_for_each_of_few() -> None:
+    """Counted as calls of functions: a step's reports for n parameters must not look through n parameters each."""
+
+    def calls(count: int) -> int:
+        params = [nn.Parameter(torch.ones(2)) for _ in range(count)]
+        optimizer = so.StableAdamW([(f"w{index}", param) for index, param in enumerate(params)], lr=1e-2)
+        for param in params:
+            param.grad = torch.ones(2)
+        optimizer.step()
+        total = 0
+
+        def count_call(frame, event, argument) -> None:
+            nonlocal total
+            total += event in ("call", "c_call")
+
+        sys.setprofile(count_call)
+        try:
+            for index, param in enumerate(params):
+                optimizer.report_per_parameter_metrics(param, f"w{index}", {})
+        finally:
+            sys.setprofile(None)
+        return total
+
+    assert calls(200) < 4.5 * calls(50)

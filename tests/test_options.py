@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import math
+import warnings
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import ranks
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 import sharded_optim as so
 from sharded_optim import backends
+from sharded_optim.algorithms import adam
+from sharded_optim.algorithms.weight_decay import COUPLED
+from sharded_optim.engine import Engine
 
 CLASSES = [so.Adam, so.AdamW, so.DecoupledAdamW, so.DecoupledSGDW, so.StableAdamW]
 every_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
@@ -196,3 +206,103 @@ def test_a_parameter_stepped_alone_is_reported_by_its_last_step() -> None:
                 update = optimizer.report_per_parameter_metrics(param, name, {})[f"l2_norm/update/{name}"]
                 assert update.item() == pytest.approx(lr * 2, rel=1e-3)
     assert optimizer.metrics()["rms/a"] == pytest.approx(1.0, rel=1e-3)
+
+
+class Boosted(Engine):
+    """An optimizer outside of the library, with hyperparameters of its own."""
+
+    def __init__(self, params, lr, boost=2.0, betas=(0.9, 0.99), shape=(1.0, 2.0), mode="fast", **options) -> None:
+        algorithm = replace(adam.ADAM, name="boosted", coefficients=self.coefficients)
+        defaults = {"lr": lr, "boost": boost, "betas": betas, "shape": shape, "mode": mode, "eps": 1e-8, "weight_decay": 0.0}
+        super().__init__(params, defaults | {"decay_form": COUPLED}, algorithm=lambda group: algorithm, **options)
+
+    @staticmethod
+    def coefficients(group, step, lr_scale):
+        return adam.coefficients({**group, "lr": group["lr"] * group["boost"], "betas": group["betas"][:2]}, step, lr_scale)
+
+
+def test_hyperparameters_of_a_new_optimizer_are_checked_wherever_they_come_from() -> None:
+    param = nn.Parameter(torch.ones(4))
+    for wrong in ({"boost": math.nan}, {"boost": math.inf}, {"boost": torch.tensor(math.nan)}, {"shape": (1.0, -math.inf)}):
+        (name,) = wrong
+        with pytest.raises(ValueError, match=f"{name}.* must be finite"):
+            Boosted([param], 1e-3, **wrong)
+        with pytest.raises(ValueError, match=rf"{name}.* must be finite, got .* in param_groups\[0\]"):
+            Boosted([{"params": [param], **wrong}], 1e-3)
+        optimizer = Boosted([param], 1e-3)
+        saved = optimizer.state_dict()
+        saved["param_groups"][0] |= wrong
+        with pytest.raises(ValueError, match=f"{name}.* must be finite"):
+            optimizer.load_state_dict(saved)
+        optimizer.param_groups[0] |= wrong
+        param.grad = torch.ones(4)
+        with pytest.raises(ValueError, match=f"{name}.* must be finite"):
+            optimizer.step()
+    optimizer = Boosted([{"params": [param], "name": "mine", "note": math.nan}], 1e-3, boost=-1.5, betas=(0.9, 0.99, 0.999))
+    optimizer.step()
+    assert Boosted([param], 1e-3).state_dict()["param_groups"][0]["boost"] == 2.0
+
+
+def check_that_ranks_compare_hyperparameters_of_a_new_optimizer(folder: str) -> None:
+    param = nn.Parameter(torch.ones(4))
+    param.grad = torch.ones(4)
+    rank = dist.get_rank()
+    for other in ({"boost": 1.0 + rank}, {"shape": (1.0, 2.0 + rank)}, {"mode": f"mode {rank}"}, {"betas": (0.9, 0.99, 0.9 + 0.01 * rank)}):
+        with pytest.raises(ValueError, match="different hyperparameters"):
+            Boosted([("w", param)], 1e-3, nonfinite="skip", **other).step()
+    model = nn.Linear(3, 2)
+    saving = Boosted(model.named_parameters(), 1e-3, boost=3.0)
+    so.checkpoint.save(folder, 1, model=model, optimizer=saving)
+    loading = Boosted(model.named_parameters(), 1e-3, boost=5.0)
+    so.checkpoint.load(folder, model=model, optimizer=loading)
+    assert loading.param_groups[0]["boost"] == 3.0
+
+
+def test_hyperparameters_of_a_new_optimizer_are_compared_between_ranks_and_saved(tmp_path: Path) -> None:
+    ranks.run(check_that_ranks_compare_hyperparameters_of_a_new_optimizer, 2, str(tmp_path))
+
+
+# ---------------------------------------------------------------------------------------------------- the optimizer came too early
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_first_step_without_any_gradient_warns_once_with_the_cause_and_the_way_out(cls: type) -> None:
+    def warnings_of(steps: int, *, grad: bool = False, **options) -> list[str]:
+        param = nn.Parameter(torch.ones(3))
+        optimizer = cls([param], lr=1e-2, **options)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            for _ in range(steps):
+                param.grad = torch.ones(3) if grad else None
+                optimizer.step()
+                grad = False
+        assert all(each.filename == __file__ for each in found)
+        return [str(each.message) for each in found]
+
+    (message,) = warnings_of(3)
+    assert "fully_shard" in message
+    assert "build it from model.parameters() after wrapping" in message
+    assert warnings_of(3, grad=True) == []
+    assert warnings_of(3, gradient_release=True) == []
+
+
+def check_who_is_warned_of_missing_gradients() -> None:
+    """All ranks, of an optimizer that was built before fully_shard; none, where another rank has gradients."""
+    rank = dist.get_rank()
+    for cls in (so.AdamW, so.StableAdamW):
+        model = nn.Linear(8, 4)
+        optimizer = cls(model.parameters(), lr=1e-2)
+        fully_shard(model)
+        model(torch.ones(2, 8)).sum().backward()
+        with pytest.warns(UserWarning, match="after the optimizer was built"):
+            optimizer.step()
+    param = nn.Parameter(torch.ones(3))
+    optimizer = so.StableAdamW([(f"stage{rank}", param)], lr=1e-2)
+    param.grad = torch.ones(3) if rank else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+
+
+def test_ranks_are_warned_of_missing_gradients_together() -> None:
+    ranks.run(check_who_is_warned_of_missing_gradients, 2)

@@ -285,7 +285,7 @@ def test_memory_that_is_gone_or_negated_is_refused() -> None:
         optimizer.step()
     param.grad = torch.ones(5)
     optimizer.state[param]["exp_avg"].untyped_storage().resize_(0)
-    with pytest.raises(ValueError, match="state of 'w' has no memory"):
+    with pytest.raises(ValueError, match="state 'exp_avg' of 'w' has no memory"):
         optimizer.step()
 
 

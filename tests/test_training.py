@@ -69,6 +69,14 @@ def hsdp(model: Model) -> Model:
     return fsdp2(model, init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("replicate", "shard")))
 
 
+def tp(model: Model) -> Model:
+    """With a sequence-parallel norm, whose gradients nothing but the step reduces."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    plan = {"0": SequenceParallel(sequence_dim=0), "1": ColwiseParallel(input_layouts=Shard(0)), "3": RowwiseParallel()}
+    parallelize_module(model, mesh, plan)
+    return model
+
+
 def fsdp2_tp(model: Model) -> Model:
     """With a sequence-parallel norm, whose gradients tensor parallelism leaves Partial until FSDP2 reduces them."""
     mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("dp", "tp"))
@@ -151,7 +159,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def check_two_ranks(one_process: str, folder: str, everything: bool) -> None:
-    check_training(one_process, {"FSDP2": (fsdp2, 1), "DDP": (DistributedDataParallel, 1)})
+    check_training(one_process, {"FSDP2": (fsdp2, 1), "DDP": (DistributedDataParallel, 1), "TP": (tp, 2)})
     check_checkpoints(folder, {fsdp2: 1, fsdp2_bf16: 1}, everything)
     check_parameters_replaced_after_construction()
 

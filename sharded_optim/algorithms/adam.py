@@ -22,7 +22,7 @@ from sharded_optim.algorithms.bias_correction import bias_correction
 from sharded_optim.algorithms.scalars import Number, Step, divide, sqrt
 from sharded_optim.algorithms.weight_decay import decay_coefficients
 
-__all__ = ["ADAM", "AMSGRAD", "choose"]
+__all__ = ["ADAM", "AMSGRAD", "check_betas", "choose"]
 
 
 def moments(grad, exp_avg, exp_avg_sq, from_grad, weight1, beta2, one_minus_beta2):
@@ -123,5 +123,12 @@ AMSGRAD = Algorithm(
 )
 
 
+def check_betas(group: Mapping[str, Any]) -> None:
+    """Raise ValueError unless there are two."""
+    if len(group["betas"]) != 2:
+        raise ValueError(f"betas must be two numbers in [0, 1), got {group['betas']!r}")
+
+
 def choose(group: Mapping[str, Any]) -> Algorithm:
+    check_betas(group)
     return AMSGRAD if group.get("amsgrad") else ADAM

@@ -65,6 +65,7 @@ STABLE_ADAMW = Algorithm(
 
 
 def choose(group: Mapping[str, Any]) -> Algorithm:
+    adam.check_betas(group)
     if group["decay_form"] == L2:
         raise ValueError(f"decay_form={L2!r} is not supported by StableAdamW, whose decay never goes through the gradient; use Adam")
     if group.get("amsgrad"):

@@ -12,7 +12,21 @@ from torch import Tensor
 
 from sharded_optim.backends.triton_compiler import compiled, executed, interpreted
 from sharded_optim.backends.triton_scalars import add
-from sharded_optim.consensus import ABSENT, KEY, NON_FINITE, PRESENT, SECTIONS, SQUARED_KEY, TAIL, Verdict, agrees, streak_length
+from sharded_optim.consensus import (
+    ABSENT,
+    FOUND_INF,
+    INVALID,
+    KEY,
+    NON_FINITE,
+    PRESENT,
+    REPLACES,
+    SECTIONS,
+    SQUARED_KEY,
+    TAIL,
+    Verdict,
+    agrees,
+    streak_length,
+)
 
 __all__ = ["ARGUMENTS", "BLOCK", "OPTIONS", "judge", "verdict_kernel"]
 
@@ -38,8 +52,9 @@ def verdict({", ".join(ARGUMENTS)}, FOLLOWS: tl.constexpr, SKIPS: tl.constexpr, 
             known = tl.load(before_first + at, mask=inside, other=0)
             non_finite = tl.where(before == 0, non_finite, known)
         tl.store(first + at, non_finite, mask=inside)
-    invalid = tl.load(sums + {SECTIONS} * tensors)
-    found_inf = tl.load(sums + {SECTIONS} * tensors + 1)
+    end = sums + {SECTIONS} * tensors + {TAIL}
+    invalid = tl.load(end + {INVALID}) + tl.load(end + {REPLACES})  # neither is negative
+    found_inf = tl.load(end + {FOUND_INF})
     finite = tl.reduce(not_finite, 0, add) == 0
     consistent = (tl.reduce(disagree, 0, add) == 0) & (invalid == 0)
     goes_on = consistent & (found_inf == 0)

@@ -13,10 +13,21 @@ from torch import Tensor
 
 from sharded_optim.sharding import plain
 from sharded_optim.sharding.flat import FlatLayout, FlatTensor
-from sharded_optim.sharding.layout import Layout, LocalParam, Piece
+from sharded_optim.sharding.layout import GRADIENT, PARAMETER, Layout, LocalParam, Piece
 from sharded_optim.sharding.plain import check_memory
 
-__all__ = ["FlatLayout", "FlatTensor", "Layout", "LocalParam", "Piece", "check_memory", "describe"]
+__all__ = [
+    "GRADIENT",
+    "PARAMETER",
+    "FlatLayout",
+    "FlatTensor",
+    "Layout",
+    "LocalParam",
+    "Piece",
+    "check_memory",
+    "describe",
+    "gradients_of",
+]
 
 
 def describe(param: Tensor, name: str, flat_layout: FlatLayout | None = None) -> LocalParam:
@@ -42,3 +53,13 @@ def describe(param: Tensor, name: str, flat_layout: FlatLayout | None = None) ->
         if isinstance(param, dtensor.DTensor):
             return dtensor.describe(param, name)
     return plain.describe(param, name)
+
+
+def gradients_of(layout: Layout) -> list[Tensor | None]:
+    """The gradients of a layout's parameters, reduced where tensor parallelism has left them Partial: a collective, so call it first."""
+    grads = [param.grad for param in layout.params]
+    if layout.has_dtensors and "torch.distributed.tensor" in sys.modules:
+        from sharded_optim.sharding import dtensor
+
+        return [None if grad is None else dtensor.reduced(grad, param) for grad, param in zip(grads, layout.params, strict=True)]
+    return grads

@@ -6,15 +6,14 @@ Step and state work on the local tensors: DTensor dispatch costs more than the a
 from __future__ import annotations
 
 from torch import Tensor
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from sharded_optim.segment import Segment
-from sharded_optim.sharding.layout import LocalParam, Piece
-from sharded_optim.sharding.plain import check_dtype_and_layout
+from sharded_optim.sharding.layout import GRADIENT, LocalParam, Piece
+from sharded_optim.sharding.plain import check_dtype_and_layout, waited_for
 
-__all__ = ["DTensor", "describe"]
+__all__ = ["DTensor", "describe", "reduced"]
 
 
 def describe(param: DTensor, name: str) -> LocalParam:
@@ -37,6 +36,9 @@ def describe(param: DTensor, name: str) -> LocalParam:
             check_dtype_and_layout(tensor, what)
             if not isinstance(tensor, DTensor):
                 raise ValueError(f"{what} is a plain tensor, the parameter a DTensor; wrap it with DTensor.from_local")
+            if role == GRADIENT:
+                tensor = reduced(tensor, param)
+                assert isinstance(tensor, DTensor)
             _refuse_partial(tensor, what)
             if tensor.device_mesh != mesh or _placements(tensor) != placements:
                 raise ValueError(
@@ -44,14 +46,23 @@ def describe(param: DTensor, name: str) -> LocalParam:
                     f"redistribute it: param.grad = param.grad.redistribute(param.device_mesh, param.placements)"
                 )
         assert isinstance(tensor, DTensor)
-        local_tensor = tensor._local_tensor
-        if isinstance(local_tensor, AsyncCollectiveTensor):
-            local_tensor = local_tensor.wait()
+        local_tensor = waited_for(tensor._local_tensor)
         if tuple(local_tensor.shape) != local_shape:
             raise ValueError(f"{role} of {name!r} has a local tensor of shape {tuple(local_tensor.shape)}, the parameter {local_shape}")
         return local_tensor
 
     return LocalParam(param=param, name=name, pieces=(Piece(segment=segment),), local=local)
+
+
+def reduced(grad: Tensor, param: Tensor) -> Tensor:
+    """Place a gradient that is Partial like its parameter: a collective over the axes of the mesh on which it is. Others stay as they are.
+
+    Tensor parallelism leaves gradients so: those of the replicated weights of a norm in a SequenceParallel region are sums over the ranks.
+    """
+    if getattr(grad, "_spec", None) is getattr(param, "_spec", None) or not isinstance(grad, DTensor) or not isinstance(param, DTensor):
+        return grad
+    is_partial = any(placement.is_partial() for placement in grad.placements)
+    return grad.redistribute(param.device_mesh, param.placements) if is_partial and grad.device_mesh == param.device_mesh else grad
 
 
 def _refuse_partial(tensor: DTensor, what: str) -> None:

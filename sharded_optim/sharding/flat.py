@@ -15,7 +15,7 @@ from torch import Tensor
 from sharded_optim.segment import Segment
 from sharded_optim.sharding import plain
 from sharded_optim.sharding.layout import LocalParam, Piece
-from sharded_optim.sharding.plain import check_dtype_and_layout
+from sharded_optim.sharding.plain import check_dtype_and_layout, waited_for
 
 __all__ = ["FlatLayout", "FlatTensor", "piece_in_range"]
 
@@ -66,6 +66,7 @@ def _describe(param: Tensor, name: str, held: FlatTensor) -> LocalParam:
     check_dtype_and_layout(param, f"parameter {name!r}")
 
     def local(tensor: Tensor, role: str) -> Tensor:
+        tensor = waited_for(tensor)
         if type(tensor) not in (Tensor, torch.nn.Parameter):
             raise ValueError(f"{role} of {name!r} is a {type(tensor).__name__}, the parameter an ordinary tensor; make both alike")
         if tensor is not param:

@@ -1,18 +1,19 @@
 """What every rank holds, and who owns it.
 
-A `Layout` is built once per set of parameters. With a process group it is a collective: all ranks exchange their segments, refuse together
-what does not fit together, and choose for each distinct piece of a tensor the one rank that owns it.
+A `Layout` is built once per set of parameters and process group. With a process group it is a collective: all ranks exchange their
+segments, refuse together what does not fit together, and choose for each distinct piece of a tensor the one rank that owns it.
 """
 
 from __future__ import annotations
 
 import math
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -20,10 +21,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharded_optim.devices import send
-from sharded_optim.ranks import join_messages
+from sharded_optim.ranks import join_messages, naming_missing_ranks
 from sharded_optim.segment import Segment, find_tiling_error
 
-__all__ = ["Layout", "LocalParam", "Piece", "Places"]
+__all__ = ["GRADIENT", "PARAMETER", "Layout", "LocalParam", "Piece", "Places"]
+
+PARAMETER, GRADIENT = "parameter", "gradient"  # roles of tensors, besides state
 
 GRADIENTS_DIFFER = 1e-2  # relative difference of norms at which gradients are not the same up to rounding
 HASHED_AT_ONCE = 2**20  # elements, each of which takes 24 bytes for a moment
@@ -56,13 +59,23 @@ class LocalParam:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Layout:
-    """All local parameters of an optimizer, or those it steps together, and the model-wide list of tensors."""
+    """All local parameters of an optimizer, or those it steps together, and the model-wide list of tensors.
+
+    It holds for these parameters as they were described, and for this process group: see `fits`.
+    """
 
     local_params: tuple[LocalParam, ...]
     names: tuple[str, ...]  # every tensor of the whole model, on all ranks in the same order
     numels: tuple[int, ...]  # of these tensors
     slots: tuple[int, ...]  # index into `names` of each piece of the local parameters, one parameter after the other
     owned: tuple[bool, ...]  # whether this rank is the one that speaks for the piece; replicas have exactly one owner
+    is_global: bool = False  # whether it was made by all ranks of a process group together
+    # Of these ranks; None: this process is alone. Held weakly: torch.distributed owns groups, and must be the one to end their threads.
+    process_group: weakref.ref[dist.ProcessGroup] | None = None
+    _described: tuple[list[Any], ...] = field(init=False)  # see `_properties`
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_described", _properties(self.params))
 
     @cached_property
     def params(self) -> list[Tensor]:
@@ -73,6 +86,19 @@ class Layout:
     def first_piece(self) -> list[int]:
         """Where the pieces of each local parameter begin among all."""
         return [0, *accumulate(len(entry.pieces) for entry in self.local_params)][:-1]
+
+    @property
+    def has_dtensors(self) -> bool:
+        """Whether any of the parameters is more than an ordinary tensor."""
+        return bool(self._described[-1])
+
+    @property
+    def described_by_name(self) -> str:
+        """For error messages."""
+        if not self.names:
+            return "nothing"
+        others = len(self.names) - 1
+        return f"{self.names[0]!r}{f' and {others} other tensor' if others else ''}{'s' if others > 1 else ''}"
 
     def tensor_numels(self, device: torch.device) -> Tensor:
         """`numels`, but 1 where there is nothing: float64 (tensors,), kept on the device."""
@@ -108,10 +134,6 @@ class Layout:
             held_slots=slots[held],
         )
 
-    @cached_property
-    def _numels_described(self) -> list[int]:
-        return list(map(Tensor.numel, self.params))
-
     @classmethod
     def of_rank(cls, local_params: Sequence[LocalParam]) -> Layout:
         """What this rank holds, for algorithms that need nothing from other ranks. No communication."""
@@ -126,13 +148,17 @@ class Layout:
 
     @classmethod
     def of_group(
-        cls, describe: Callable[[], Sequence[LocalParam]], process_group: dist.ProcessGroup | None, *, compare_values: bool
+        cls,
+        describe: Callable[[], Sequence[LocalParam]],
+        process_group: dist.ProcessGroup | None,
+        *,
+        compares_values: Callable[[Tensor], bool],
     ) -> Layout:
         """Put together what all ranks of `process_group` hold (None: this process is all there is). A collective.
 
         Args:
             describe: describes this rank's parameters; what it raises on one rank is raised on all.
-            compare_values: replicas must have the same values, bit for bit; else only gradients that are alike.
+            compares_values: whether replicas of a parameter must have the same values, bit for bit; else only gradients that are alike.
 
         Raises:
             ValueError: on every rank alike, when ranks disagree about a tensor, their pieces do not tile it, or pieces that should be
@@ -142,14 +168,16 @@ class Layout:
         rows: list[_Row] | str
         try:
             local_params = describe()
-            rows = [row for entry in local_params for row in _Row.of(entry, alone=process_group is None, compare_values=compare_values)]
+            alone = process_group is None
+            rows = [row for entry in local_params for row in _Row.of(entry, alone=alone, compare_values=compares_values(entry.param))]
         except Exception as error:  # the other ranks must hear of it before this one raises
             rows = str(error) if isinstance(error, ValueError) else repr(error)
         rank, tables = 0, [rows]
         if process_group is not None:
             rank = dist.get_rank(process_group)
             tables: list[Any] = [None] * dist.get_world_size(process_group)
-            dist.all_gather_object(tables, rows, group=process_group)
+            with naming_missing_ranks(process_group, "what each rank holds, which is exchanged before the first step of these parameters"):
+                dist.all_gather_object(tables, rows, group=process_group)
         failures = [table if isinstance(table, str) else None for table in tables]
         if any(failures):
             raise ValueError(join_messages(failures) if process_group else failures[0])
@@ -172,12 +200,37 @@ class Layout:
             numels=tuple(pieces[0][1].segment.tensor_numel for pieces in holders.values()),
             slots=tuple(index[segment.name] for segment in _segments(local_params)),
             owned=tuple(owner[segment] == rank for segment in _segments(local_params)),
+            is_global=True,
+            process_group=None if process_group is None else weakref.ref(process_group),
         )
 
+    def is_global_over(self, process_group: dist.ProcessGroup | None) -> bool:
+        """Whether it was made by all ranks of this process group together; None: by this process alone."""
+        if self.process_group is None or process_group is None:
+            return self.is_global and self.process_group is process_group
+        return self.process_group() is process_group
+
     def describes(self, params: Sequence[Tensor]) -> bool:
-        """Whether these are the parameters this layout was built from; wrappers replace them."""
+        """Whether these are the parameters this layout was built from, as they were then.
+
+        Wrappers replace parameters, and `model.to()` may replace what is behind a parameter that stays the same object.
+        """
         same = len(params) == len(self.local_params) and all(map(is_, params, self.params))
-        return same and list(map(Tensor.numel, params)) == self._numels_described
+        return same and _properties(params) == self._described
+
+
+_dtype: Callable[[Tensor], torch.dtype] = attrgetter("dtype")
+
+
+def _properties(params: Sequence[Tensor]) -> tuple[list[Any], ...]:
+    """The properties of parameters that a layout depends on. Compared in every step: a column of all is faster than a row of each.
+
+    Their device is not among them. On another one they have another address, and kernel calls are made anew.
+    """
+    types = list(map(type, params))
+    is_plain = set(types) <= {Tensor, torch.nn.Parameter}
+    specs = [] if is_plain else [getattr(param, "_spec", None) for param in params]  # of DTensors: mesh, placements, shape
+    return types, list(map(Tensor.numel, params)), list(map(_dtype, params)), specs
 
 
 def _segments(local_params: Sequence[LocalParam]) -> list[Segment]:
@@ -209,8 +262,8 @@ class _Row:
     def of(cls, entry: LocalParam, *, alone: bool, compare_values: bool) -> Iterator[_Row]:
         """One for each piece."""
         dtype = str(entry.param.dtype)
-        param = entry.local(entry.param, "parameter").detach()
-        grad = None if alone or entry.param.grad is None else entry.local(entry.param.grad, "gradient")
+        param = entry.local(entry.param, PARAMETER).detach()
+        grad = None if alone or entry.param.grad is None else entry.local(entry.param.grad, GRADIENT)
         for piece in entry.pieces:
             fingerprint = grad_norm = None
             if piece.segment.numel and not alone:

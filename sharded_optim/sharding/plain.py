@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from sharded_optim.formats import format_of
 from sharded_optim.segment import Segment
 from sharded_optim.sharding.layout import LocalParam, Piece
 
-__all__ = ["check_dtype_and_layout", "check_memory", "describe"]
+__all__ = ["check_dtype_and_layout", "check_memory", "describe", "waited_for"]
 
 
 def describe(param: Tensor, name: str) -> LocalParam:
@@ -17,6 +19,7 @@ def describe(param: Tensor, name: str) -> LocalParam:
 
     def local(tensor: Tensor, role: str) -> Tensor:
         if tensor is not param:
+            tensor = waited_for(tensor)
             if type(tensor) not in (Tensor, torch.nn.Parameter):
                 raise ValueError(f"{role} of {name!r} is a {type(tensor).__name__}, the parameter an ordinary tensor; make both alike")
             check_dtype_and_layout(tensor, f"{role} of {name!r}")
@@ -25,6 +28,14 @@ def describe(param: Tensor, name: str) -> LocalParam:
         return tensor
 
     return LocalParam(param=param, name=name, pieces=(Piece(segment=Segment.whole(name, param.shape)),), local=local)
+
+
+def waited_for(tensor: Tensor) -> Tensor:
+    """The result of a functional collective, which torch waits for when it is used; any other tensor as it is."""
+    collectives = sys.modules.get("torch.distributed._functional_collectives")  # imported by whoever has such a tensor
+    if collectives is not None and isinstance(tensor, collectives.AsyncCollectiveTensor):
+        return tensor.wait()  # pyright: ignore[reportAttributeAccessIssue]
+    return tensor
 
 
 def check_dtype_and_layout(tensor: Tensor, what: str) -> None:
@@ -43,8 +54,14 @@ def check_dtype_and_layout(tensor: Tensor, what: str) -> None:
         raise ValueError(f"{what}: {error}") from None
 
 
-def check_memory(local: Tensor, what: str) -> Tensor:
-    """The tensor, if it has memory where it has elements; else ValueError. Compiled kernels are given addresses."""
+def check_memory(local: Tensor, what: str, device: torch.device) -> Tensor:
+    """Return the tensor if a kernel on the parameter's device may be given its address.
+
+    Raises:
+        ValueError: it is on another device, or has elements but no memory.
+    """
+    if local.device != device:
+        raise ValueError(f"{what} is on {local.device}, the parameter on {device}; move it there with .to({str(device)!r})")
     if local.numel() and not local.data_ptr() and local.device.type != "meta":
         raise ValueError(f"{what} has no memory: its storage was freed, or it is zeros that are not stored")
     return local

@@ -14,7 +14,7 @@ from sharded_optim.checkpoint.live.model import LiveModel
 from sharded_optim.checkpoint.manifest import Manifest, Parameters, key_of
 from sharded_optim.checkpoint.values import decode, encode
 from sharded_optim.engine import Engine
-from sharded_optim.param_groups import HYPERPARAMETERS, named_params
+from sharded_optim.param_groups import named_params
 from sharded_optim.sharding import LocalParam
 from sharded_optim.state import STEP, zeros
 
@@ -115,6 +115,7 @@ class LiveOptimizer:
 
     def held(self) -> list[Held]:
         """Its state, and masters."""
+        self.engine.drop_stale_compensation()
         found: list[Held] = []
         for member in self.members:
             if member.is_master:
@@ -186,8 +187,9 @@ class LiveOptimizer:
                     f"build groups like those that were saved"
                 )
                 problems.append(("", told))
-        lacking = {key for key in HYPERPARAMETERS & own.keys() - saved[0].keys() if own[key]}  # what is off is as good as missing
-        strange = {key for key in HYPERPARAMETERS & saved[0].keys() - own.keys() if saved[0][key] and key not in SWITCHES}
+        names = self.engine.hyperparameters
+        lacking = {key for key in names & own.keys() - saved[0].keys() if own[key]}  # what is off is as good as missing
+        strange = {key for key in names & saved[0].keys() - own.keys() if saved[0][key] and key not in SWITCHES}
         problems += [("", f"{where} has the hyperparameter {key!r}, the checkpoint has not") for key in sorted(lacking)]
         problems += [("", f"{where} has no hyperparameter {key!r}, the checkpoint has {saved[0][key]!r}") for key in sorted(strange)]
         merged = own | {key: value for key, value in saved[0].items() if key not in strange}

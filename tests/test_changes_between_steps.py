@@ -1,0 +1,397 @@
+"""What changes between two steps: process groups, param groups, parameters, what is behind a parameter, replicas, options."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+
+import sharded_optim as so
+
+CLASSES = [so.Adam, so.AdamW, so.StableAdamW, so.DecoupledAdamW, so.DecoupledSGDW]
+SHAPES = ((7, 3), (), (5,), (0,), (64, 8))
+
+
+def parameters(seed: int = 0) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
+
+
+def give_grads(params: list[nn.Parameter], seed: int, scale: float = 1.0) -> None:
+    generator = torch.Generator().manual_seed(1000 + seed)
+    for param in params:
+        param.grad = torch.randn(param.shape, generator=generator) * scale
+
+
+def named(params: list[nn.Parameter]) -> list[tuple[str, nn.Parameter]]:
+    return [(f"w{index}", param) for index, param in enumerate(params)]
+
+
+# -------------------------------------------------------------------------------------------------------------------- one process
+
+
+def test_a_parameter_is_stepped_with_the_group_it_is_in_now() -> None:
+    """Whether it is moved to a new list, within lists, or to a group that is added later; steps of it alone and of all alternate."""
+    a, b, c = (nn.Parameter(torch.ones(4)) for _ in range(3))
+    optimizer = so.AdamW([{"params": [a, c], "lr": 1.0}, {"params": [b], "lr": 1e-6}], lr=1e-3, weight_decay=0.0, eps=1e-8)
+
+    def step_size(only: Tensor | None) -> float:
+        before = a.detach().clone()
+        for param in (a, b, c):
+            param.grad = torch.ones(4)
+        optimizer.step(param=only)
+        return (before - a.detach())[0].item()
+
+    assert step_size(a) == pytest.approx(1.0)
+    optimizer.param_groups[0]["params"], optimizer.param_groups[1]["params"] = [c], [b, a]
+    assert step_size(a) == pytest.approx(1e-6, rel=0.1)
+    assert step_size(None) == pytest.approx(1e-6, rel=0.1)
+    optimizer.param_groups[1]["params"].pop()
+    optimizer.param_groups[0]["params"].insert(0, a)
+    assert step_size(a) == pytest.approx(1.0)
+    optimizer.param_groups.reverse()
+    assert step_size(a) == pytest.approx(1.0)
+    optimizer.param_groups[1]["params"].pop(0)
+    optimizer.add_param_group({"params": [a], "lr": 0.5})
+    assert step_size(a) == pytest.approx(0.5)
+    optimizer.param_groups.pop()
+    with pytest.raises(ValueError, match="none of the optimizer's param groups"):
+        step_size(a)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_an_optimizer_is_freed_as_soon_as_nobody_uses_it(cls: type) -> None:
+    """As one of torch, without the cycle collector; what it kept for each step goes with it."""
+    params = parameters()
+    optimizer = cls(named(params), lr=1e-2)
+    give_grads(params, 0)
+    optimizer.step()
+    optimizer.step(param=params[0])
+    optimizer.metrics()
+    optimizer.report_per_parameter_metrics(params[0], "w0", {})
+    optimizer.load_state_dict(optimizer.state_dict())
+    give_grads(params, 1)
+    optimizer.step()
+    alive = [weakref.ref(optimizer), *(weakref.ref(value) for value in optimizer.state[params[0]].values())]
+    gc.collect()
+    gc.disable()
+    try:
+        del optimizer
+        assert [each() for each in alive] == [None] * len(alive)
+    finally:
+        gc.enable()
+
+
+def test_replaced_parameters_are_freed() -> None:
+    """As by growing and pruning: neither the layout nor reports keep them once others were stepped."""
+    params = parameters()
+    optimizer = so.StableAdamW(named(params), lr=1e-2)
+    give_grads(params, 0)
+    optimizer.step()
+    optimizer.step(param=params[0])
+    old = weakref.ref(params[0])
+    optimizer.state.pop(params[0])
+    params[0] = optimizer.param_groups[0]["params"][0] = nn.Parameter(torch.ones(3, 3))
+    give_grads(params, 1)
+    optimizer.step()
+    gc.collect()
+    assert old() is None
+
+
+def test_what_is_kept_of_sets_that_are_stepped_alone_is_bounded() -> None:
+    params = [nn.Parameter(torch.ones(3)) for _ in range(8)]
+    optimizer = so.StableAdamW(named(params), lr=1e-2)
+    for number in range(1, 2 ** len(params)):
+        subset = [param for bit, param in enumerate(params) if number >> bit & 1]
+        give_grads(subset, number)
+        optimizer.step(param=subset)
+    kept = [each for each in gc.get_objects() if type(each).__name__ == "Layout" and any(p is q for p in each.params for q in params)]
+    assert len(kept) <= 8 * len(params) + 1
+    assert len(optimizer._updates) <= 8 * len(params) + 1
+    assert optimizer.metrics()["rms/w7"] > 0
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("stepped", [False, True])
+def test_a_1d_parameter_alone_in_its_group_may_be_replaced_by_one_of_another_size(cls: type, stepped: bool) -> None:
+    """As in torch: users grow and prune parameters, and move state by hand."""
+    old = nn.Parameter(torch.ones(6))
+    optimizer = cls([{"params": [old], "name": "opacity"}], lr=1e-2)
+    old.grad = torch.ones(6)
+    if stepped:
+        optimizer.step()
+    state = optimizer.state.pop(old, None)
+    new = nn.Parameter(old.detach()[:4].clone())
+    optimizer.param_groups[0]["params"][0] = new
+    if state is not None:
+        optimizer.state[new] = {key: value[:4].clone() if value.ndim else value for key, value in state.items()}
+    for _ in range(2):
+        for param in (old, new):
+            param.grad = torch.full(param.shape, 0.5)
+        optimizer.step()
+    assert optimizer.state[new]["step"] == 2 + stepped
+    assert bool((new.detach() < old.detach()[:4]).all()) or not stepped
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_empty_state_begins_anew(cls: type) -> None:
+    """As in torch, whose optimizers take it as none."""
+    param = nn.Parameter(torch.ones(3))
+    optimizer = cls([("w", param)], lr=1e-2)
+    param.grad = torch.ones(3)
+    optimizer.step()
+    optimizer.state[param] = {}
+    optimizer.step()
+    assert optimizer.state[param]["step"] == 1
+
+
+def test_state_without_a_step_counter_is_refused_by_name() -> None:
+    param = nn.Parameter(torch.ones(3))
+    optimizer = so.AdamW([("w", param)], lr=1e-2)
+    param.grad = torch.ones(3)
+    optimizer.step()
+    del optimizer.state[param]["step"]
+    with pytest.raises(ValueError, match="the state of 'w' lacks 'step'"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq", "kahan_comp", "step"])
+@pytest.mark.parametrize("cls", [so.AdamW, so.StableAdamW])
+def test_state_on_another_device_than_its_parameter_is_refused(cls: type, key: str) -> None:
+    """A kernel that is given its address would end the process."""
+    param = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    optimizer = cls([("w", param)], lr=1e-2)
+    param.grad = torch.ones(3, dtype=torch.bfloat16)
+    optimizer.step()
+    optimizer.state[param][key] = optimizer.state[param][key].to("meta")
+    before = param.detach().clone()
+    with pytest.raises(ValueError, match="on meta" if key == "step" else rf"state '{key}' of 'w' is on meta, the parameter on cpu; move"):
+        optimizer.step()
+    assert torch.equal(param.detach(), before)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_parameter_of_which_the_content_is_swapped_is_stepped_as_it_is_now(cls: type) -> None:
+    """`nn.Module.to` swaps the content of parameters under the same objects, where it is told to."""
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model = nn.Linear(5, 3)
+        optimizer = cls(model.parameters(), lr=1e-2)
+        model.to(torch.bfloat16)
+        for dtype in (torch.bfloat16, torch.float32, torch.float16):
+            model.to(dtype)
+            start = model.weight.detach().clone()
+            for param in model.parameters():
+                param.grad = torch.ones_like(param)
+            optimizer.step()
+            assert model.weight.dtype == dtype
+            assert bool((model.weight < start).all())
+            model.zero_grad()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+
+
+def test_options_are_checked_when_they_are_set() -> None:
+    optimizer = so.AdamW([nn.Parameter(torch.ones(3))], lr=1e-2)
+    for name, value in (("nonfinite", "ignore"), ("nonfinite", None), ("max_skipped_steps", 0), ("max_skipped_steps", True)):
+        before = getattr(optimizer, name)
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            setattr(optimizer, name, value)
+        assert getattr(optimizer, name) == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------- two ranks
+
+
+def check_process_groups_come_and_go(folder: str) -> None:
+    """A step alone, two with the other rank, one alone: each as by an optimizer that knew no other process group."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+
+    def meet(number: int) -> None:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store{number}", rank=rank, world_size=world_size)
+
+    params, twins = parameters(), parameters()
+    optimizer = so.StableAdamW(named(params), lr=1e-2)
+
+    def check(seed: int) -> None:
+        fresh = so.StableAdamW(named(twins), lr=1e-2)
+        fresh.load_state_dict(optimizer.state_dict())
+        for each, stepping in ((params, optimizer), (twins, fresh)):
+            give_grads(each, seed, scale=5.0 * seed)
+            stepping.step()
+        assert optimizer.metrics() == fresh.metrics()
+        assert optimizer.metrics()["rms/w4"] > 0
+        for param, twin in zip(params, twins, strict=True):
+            assert torch.equal(param, twin)
+
+    dist.destroy_process_group()
+    check(1)
+    meet(1)
+    check(2)
+    check(3)
+    dist.barrier()
+    dist.destroy_process_group()
+    check(4)
+    meet(2)
+    check(5)
+    other = dist.new_group([0, 1])
+    optimizer.process_group = other
+    check(6)
+
+
+def check_equal_jobs_go_on_whatever_ids_python_gives() -> None:
+    """A parameter is replaced again and again; each rank reuses other ids of those before."""
+    param = parameters()[0]
+    optimizer = so.StableAdamW([("w", param)], lr=1e-2)
+    for generation in range(1, 40):
+        param.grad = torch.ones(7, 3)
+        optimizer.step()
+        optimizer.state.clear()
+        if dist.get_rank() == 1:
+            kept = [object() for _ in range(generation * 7)], parameters(99)
+            assert len(kept) == 2
+        param = parameters(generation)[0]
+        optimizer.param_groups[0]["params"] = [param]
+
+
+def check_replicas_of_a_later_group_are_compared() -> None:
+    """Those known before are not: they may have drifted in their last bits."""
+    first = nn.Parameter(torch.ones(16))
+    optimizer = so.StableAdamW([("w", first)], lr=1e-2)
+    first.grad = torch.ones(16)
+    optimizer.step()
+    with torch.no_grad():
+        first[0] = torch.nextafter(first[0], torch.tensor(2.0 * dist.get_rank()))
+    late = nn.Parameter(torch.full((8,), float(dist.get_rank())))
+    optimizer.add_param_group({"params": [("late", late)]})
+    late.grad = torch.ones(8)
+    with pytest.raises(ValueError, match=r"ranks 0 and 1 both hold 'late' .* but with different values"):
+        optimizer.step()
+    with torch.no_grad():
+        late.zero_()
+    optimizer.step()
+
+
+def check_options_that_change_who_agrees() -> None:
+    """Each rank holds another number of tensors, as stages of a pipeline do."""
+    rank = dist.get_rank()
+    params = [nn.Parameter(torch.ones(4)) for _ in range(1 + rank)]
+    optimizer = so.AdamW([(f"stage{rank}.w{index}", param) for index, param in enumerate(params)], lr=1e-2)
+
+    def step(*, bad: bool) -> None:
+        for param in params:
+            param.grad = torch.full((4,), float("nan") if bad and rank == 0 else 1.0)
+        optimizer.step()
+
+    step(bad=False)
+    before = [param.detach().clone() for param in params]
+    optimizer.nonfinite = "skip"
+    step(bad=True)
+    assert optimizer.skipped_steps == 1
+    assert all(map(torch.equal, before, params))
+    optimizer.nonfinite = "raise"
+    with pytest.raises(FloatingPointError, match=r"rank 0: gradient not finite.*'stage0.w0'"):
+        step(bad=True)
+    optimizer.nonfinite = "allow"
+    step(bad=False)
+    assert all(bool((a > b).all()) for a, b in zip(before, params, strict=True))
+
+
+def check_parameters_that_change_on_one_rank_alone() -> None:
+    """All ranks raise, and go on when the change was undone, or made on all."""
+    for cls, change in ((so.StableAdamW, "add"), (so.AdamW, "add"), (so.StableAdamW, "replace"), (so.StableAdamW, "remove")):
+        first, second, late = (nn.Parameter(torch.ones(5)) for _ in range(3))
+        optimizer = cls([("first", first), ("second", second)], lr=1e-2, nonfinite="skip")
+        for param in (first, second, late):
+            param.grad = torch.ones(5)
+        optimizer.step()
+        group = optimizer.param_groups[0]
+        for rank in (1, 0):
+            if dist.get_rank() == rank:
+                if change == "add":
+                    optimizer.add_param_group({"params": [("late", late)]})
+                elif change == "replace":
+                    group["params"][1] = late
+                else:
+                    del group["params"][1], group["param_names"][1]
+            if rank == 1:
+                what = {"add": "1 new ones, 'late'", "replace": "1 new ones, 'second'", "remove": "without 1, 'second'"}[change]
+                before = first.detach().clone()
+                with pytest.raises(ValueError, match=rf"rank 1: the parameters .* not on all ranks: here they are {what}; .* every rank"):
+                    optimizer.step()
+                assert torch.equal(first.detach(), before)
+        optimizer.step()
+        assert bool((first.detach() < before).all())
+
+
+def check_a_step_that_a_rank_leaves_out() -> None:
+    """The others learn which rank is missing, and in a step of what, when the process group's time is over."""
+    group = dist.new_group([0, 1], timeout=timedelta(seconds=2))
+    param = nn.Parameter(torch.ones(3))
+    params = [("weight", param), ("bias", nn.Parameter(torch.ones(2)))]
+    optimizer = so.AdamW(params, lr=1e-2, nonfinite="skip", process_group=group)
+    param.grad = torch.ones(3)
+    optimizer.step()
+    if dist.get_rank() == 0:
+        with pytest.raises(RuntimeError, match=r"rank 1 did not take part in a step of 'weight' and 1 other tensor: .*equally often"):
+            optimizer.step()
+
+
+def check_fsdp2_models_that_are_moved_and_cast() -> None:
+    """Before the first step and after steps; training goes on with the same bits where nothing changed."""
+    conversions = {
+        "to": lambda model: model.to("cpu"),
+        "cpu": lambda model: model.cpu(),
+        "float": lambda model: model.float(),
+        "to_empty": lambda model: model.to_empty(device="cpu"),
+        "to_bfloat16": lambda model: model.to(torch.bfloat16),
+    }
+    for cls in CLASSES:
+        expected = None
+        for name, convert in conversions.items():
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(8, 17), nn.Linear(17, 4))
+            fully_shard(model[0])
+            fully_shard(model)
+            optimizer = cls(model.parameters(), lr=1e-2)
+            for step in range(3):
+                if name != "to_empty" or step != 0:
+                    convert(model)
+                if name == "to_empty":
+                    with torch.no_grad():
+                        for seed, param in enumerate(model.parameters()):
+                            generator = torch.Generator().manual_seed(seed)
+                            param.to_local().copy_(torch.randn(param.to_local().shape, generator=generator))
+                inputs = torch.randn(3, 8, generator=torch.Generator().manual_seed(step)).to(next(model.parameters()).dtype)
+                model(inputs).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            values = [param.full_tensor().detach().clone() for param in model.parameters()]
+            assert all(value.isfinite().all() for value in values), (cls, name)
+            if name in ("to", "cpu", "float"):
+                expected = values if expected is None else expected
+                assert all(map(torch.equal, values, expected)), (cls, name)
+
+
+def check_two_ranks(folder: str) -> None:
+    check_equal_jobs_go_on_whatever_ids_python_gives()
+    check_replicas_of_a_later_group_are_compared()
+    check_options_that_change_who_agrees()
+    check_parameters_that_change_on_one_rank_alone()
+    check_fsdp2_models_that_are_moved_and_cast()
+    check_process_groups_come_and_go(folder)
+    check_a_step_that_a_rank_leaves_out()
+
+
+def test_ranks_go_on_or_raise_together_when_something_changes(tmp_path: Path) -> None:
+    """Process groups, parameters, groups, options, contents; and a rank that leaves out a step is named."""
+    ranks.run(check_two_ranks, 2, str(tmp_path))
