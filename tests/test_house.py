@@ -31,6 +31,8 @@ FLOORS = {
     "buckets": 1,
     "devices": 1,
     "consensus": 1,
+    "hooks": 1,
+    "names": 1,
     "segment": 1,
     "shapes": 1,
     "formats": 1,
@@ -43,7 +45,9 @@ FLOORS = {
     "statistics": 2,
     "options": 3,
     "param_groups": 3,
+    "param_index": 3,
     "state": 3,
+    "compensation": 3,
     "coefficients": 3,
     "foreign_state": 3,
     "loading": 3,
@@ -67,17 +71,20 @@ FLOORS = {
     "cli": 7,
 }
 # Statistics are laid out by the layout; the doctor writes as checkpoints do; floor 3 is a stack.
-SEEN = {("consensus", "algorithms"), ("statistics", "sharding"), ("noise", "devices"), ("noise", "segment"), ("doctor", "checkpoint")}
+SEEN = {("consensus", "algorithms"), ("statistics", "sharding"), ("doctor", "checkpoint")}
+SEEN |= {("noise", room) for room in ("devices", "names", "segment")}
 SEEN |= {
     ("loading", "state"),
     ("loading", "param_groups"),
     ("foreign_state", "state"),
     ("foreign_state", "param_groups"),
-    ("layouts", "param_groups"),
+    ("param_index", "param_groups"),
+    ("layouts", "param_index"),
+    ("compensation", "state"),
     ("param_groups", "coefficients"),
     ("functional", "coefficients"),
 }
-SEEN |= {("stateful", room) for room in ("foreign_state", "loading", "options", "param_groups", "state")}
+SEEN |= {("stateful", room) for room in ("compensation", "foreign_state", "loading", "options", "param_groups", "param_index", "state")}
 SEEN |= {("batches", room) for room in ("coefficients", "param_groups", "state", "stateful")}
 SEEN |= {("engine", room) for room in ("batches", "coefficients", "layouts", "metrics", "options", "param_groups", "state", "stateful")}
 SEEN |= {("optimizers", room) for room in ("engine", "functional", "options")}
