@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,8 +11,7 @@ import torch
 
 from sharded_optim.checkpoint.errors import CheckpointError, DamagedError, UnreadableError
 from sharded_optim.checkpoint.held import Held, numbers_of
-from sharded_optim.checkpoint.manifest import Chunk, Manifest, TensorEntry, sha256
-from sharded_optim.checkpoint.plan import CHUNK_BYTES
+from sharded_optim.checkpoint.manifest import CHUNK_BYTES, LARGEST_MANIFEST, Chunk, Manifest, TensorEntry, sha256
 from sharded_optim.checkpoint.shard_file import tensors_in, tensors_of
 from sharded_optim.checkpoint.store import COMMITTED, MANIFEST, Store, folder_of
 from sharded_optim.segment import overlaps
@@ -22,6 +22,7 @@ _Stretch = list[tuple[TensorEntry, Chunk]]  # that are read at once
 
 THREADS = 4  # that read and hash, each with memory for a chunk
 SHOWN = 20  # problems in an error message
+BROKEN = (errno.ENOTDIR, errno.ELOOP)  # errors of a folder that is none, now and later
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,8 +40,10 @@ class CheckpointReader:
         store, step: which.
 
     Attributes:
+        step: its number.
         manifest: of it.
         text, digest: of the manifest as it is stored, and its SHA-256.
+        version: the checkpoint as its files are now: another value once one of them was written to, as far as the file system notices.
 
     Raises:
         CheckpointError: there is none.
@@ -50,16 +53,26 @@ class CheckpointReader:
 
     def __init__(self, store: Store, step: int) -> None:
         self._store = store
+        self.step = step
         self.folder = folder_of(step)
         self.where = f"{store.root}/{self.folder}"
-        self.sizes = store.files(self.folder)
         self._is_unreadable = False
-        if COMMITTED not in self.sizes:
-            if store.renames and self.folder in store.folders():  # it was published with one
-                raise DamagedError(f"{self.where}/{COMMITTED} is lost")
+        try:
+            self.sizes = store.files(self.folder)
+            is_there = COMMITTED in self.sizes or (store.renames and self.folder in store.folders())
+            self.version = (store.root, step, store.stamp(self.folder) if self.sizes else None)
+        except OSError as error:
+            kind = DamagedError if error.errno in BROKEN else UnreadableError
+            raise kind(f"{self.where} cannot be listed: {error}") from error
+        if not is_there:
             raise CheckpointError(f"{self.where} is no committed checkpoint; {COMMITTED} is missing")
-        if MANIFEST not in self.sizes:
-            raise DamagedError(f"{self.where}/{MANIFEST} is lost")
+        for file in (COMMITTED, MANIFEST):
+            if file not in self.sizes:  # it was published with both
+                raise DamagedError(f"{self.where}/{file} is lost")
+        if self.sizes[COMMITTED] != COMMITTED_BYTES:
+            raise DamagedError(f"{self.where}/{COMMITTED} has {self.sizes[COMMITTED]} bytes, and as it was saved {COMMITTED_BYTES}")
+        if self.sizes[MANIFEST] > LARGEST_MANIFEST:
+            raise DamagedError(f"{self.where}/{MANIFEST} has {self.sizes[MANIFEST]} bytes; none is larger than {LARGEST_MANIFEST}")
         self.text = self._all_of(MANIFEST)
         self.digest = sha256(self.text)
         if self._all_of(COMMITTED) != committed_content(self.text):
@@ -189,9 +202,15 @@ class CheckpointReader:
             except BaseException as error:
                 failures.append(error)
 
-        threads = [threading.Thread(target=work, name="sharded_optim read", daemon=True) for _ in range(min(THREADS, len(chunks)))]
-        for thread in threads:
-            thread.start()
+        threads: list[threading.Thread] = []
+        try:
+            for _ in range(min(THREADS, len(chunks))):
+                thread = threading.Thread(target=work, name="sharded_optim read", daemon=True)
+                thread.start()
+                threads.append(thread)
+        except RuntimeError:  # there can be no more threads
+            if not threads:
+                work()
         for thread in threads:
             thread.join()
         if failures:
@@ -240,6 +259,9 @@ def _stretches(chunks: Sequence[tuple[TensorEntry, Chunk]]) -> Iterator[_Stretch
         stretch.append((entry, chunk))
     if stretch:
         yield stretch
+
+
+COMMITTED_BYTES = 65  # of the marker: a SHA-256 in hexadecimal, and a line feed
 
 
 def committed_content(manifest: bytes) -> bytes:
