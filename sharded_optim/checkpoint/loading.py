@@ -22,7 +22,7 @@ from sharded_optim.checkpoint.live import LiveModel, LiveOptimizer, live_model, 
 from sharded_optim.checkpoint.live.optimizer import Landing
 from sharded_optim.checkpoint.manifest import Manifest, Parameters, TensorEntry, key_of
 from sharded_optim.checkpoint.read import CheckpointReader, Wish
-from sharded_optim.checkpoint.steps import candidates, trust
+from sharded_optim.checkpoint.steps import candidates, reading_back
 from sharded_optim.checkpoint.store import Store
 
 __all__ = ["Choices", "load_newest", "load_step"]
@@ -165,8 +165,8 @@ def load_step(store: Store, step: int, model: Any, optimizer: Any, choices: Choi
             f"{reader.where} does not fit in all, as strict=False allows:\n  " + "\n  ".join(text for _, text in problems), stacklevel=4
         )
     wishes = fits[0].wishes
-    together(f"verifying {reader.where}", lambda: reader.verify(wishes, rank, world_size), process_group)
-    trust(store, step, reader.text)
+    with reading_back(reader):
+        together(f"verifying {reader.where}", lambda: reader.verify(wishes, rank, world_size), process_group)
 
     def install() -> None:
         shown.prepare()
@@ -179,7 +179,8 @@ def load_step(store: Store, step: int, model: Any, optimizer: Any, choices: Choi
             if name in shown.wrapper:
                 shown.resume(saved)
 
-    together(f"reading {reader.where}, after which model and optimizer are of no use,", install, process_group)
+    with reading_back(reader):
+        together(f"reading {reader.where}, after which model and optimizer are of no use,", install, process_group)
     return reader.manifest.extra
 
 
