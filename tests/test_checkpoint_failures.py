@@ -202,6 +202,26 @@ def test_what_cannot_be_removed_is_no_error(tmp_path: Path) -> None:
     assert checkpoint.steps(tmp_path) == [3]
 
 
+def test_of_a_linked_step_the_link_is_removed_and_what_it_leads_to_stays(tmp_path: Path) -> None:
+    """A checkpoint that was moved to another disk; a file of one; a link to nothing."""
+    root, other = tmp_path / "run", tmp_path / "other"
+    live = trained()
+    for step in (1, 2, 3, 4):
+        checkpoint.save(root, step, **live)
+    other.mkdir()
+    shutil.move(root / "step-000000001", other / "moved")
+    (root / "step-000000001").symlink_to(other / "moved")
+    shutil.move(root / "step-000000002" / SHARD_OF_ONE, other / "shard")
+    (root / "step-000000002" / SHARD_OF_ONE).symlink_to(other / "shard")
+    (root / "step-000000000").symlink_to("nothing")
+    assert checkpoint.verify(root, 1) == 1
+    assert checkpoint.verify(root, 2) == 2
+    assert checkpoint.prune(root, 2) == [0, 1, 2]
+    assert sorted(path.name for path in root.iterdir()) == ["step-000000003", "step-000000004"]
+    assert {path.name for path in (other / "moved").iterdir()} == {SHARD_OF_ONE, "manifest.json", "COMMITTED"}
+    assert (other / "shard").stat().st_size
+
+
 def test_a_removal_that_was_cut_short_is_in_no_others_way(tmp_path: Path) -> None:
     """In a container every run may have the same process id."""
     live = trained()

@@ -112,7 +112,7 @@ class LocalFile:
     """A `Writer` of a file that does not exist yet."""
 
     def __init__(self, path: str) -> None:
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
 
     def write(self, content: memoryview) -> None:
         while content:

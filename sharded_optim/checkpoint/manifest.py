@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -134,6 +134,7 @@ class Manifest:
     extra: Any
     wrapper: Mapping[str, Any] = field(default_factory=dict)  # what only the same wrapper takes up again, by the wrapper's name
     libraries: Mapping[str, str] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)  # further names of the model's tensors, each with the one that they have here
 
     @cached_property
     def kinds(self) -> frozenset[str]:
@@ -169,6 +170,7 @@ class Manifest:
             "step": self.step,
             "world_size": self.world_size,
             "libraries": dict(self.libraries),
+            **({"aliases": dict(self.aliases)} if self.aliases else {}),
             "files": [
                 {"name": name, "size": file.size, "header_size": file.header_size, "header_sha256": file.header_sha256}
                 for name, file in self.files.items()
@@ -253,6 +255,7 @@ class Manifest:
             parameters=None if content["parameters"] is None else _parameters_from_json(content["parameters"]),
             extra=decode(content["extra"]),
             wrapper=_table(decode(content["wrapper"]), "wrapper"),
+            aliases=_aliases_from_json(content.get("aliases", {}), tensors.values()),
             libraries={check_text(name): check_text(version) for name, version in content["libraries"].items()},
         )
         _check_extents(manifest)
@@ -357,6 +360,14 @@ def _check_extents(manifest: Manifest) -> None:
     for name, file in manifest.files.items():
         if ends[name] != file.size:
             raise ValueError(f"{name} has {file.size} bytes, its chunks end at {ends[name]}")
+
+
+def _aliases_from_json(content: Any, tensors: Iterable[TensorEntry]) -> dict[str, str]:
+    names = {entry.name for entry in tensors}
+    for alias, name in _table(content, "aliases").items():
+        if check_text(alias) in names or name not in names:
+            raise ValueError(f"{alias!r} is said to be another name of {name!r}")
+    return content
 
 
 def _parameters_to_json(parameters: Parameters) -> dict[str, Any]:

@@ -49,6 +49,7 @@ class Content:
         parameters: what it knows of an optimizer beside them; None: there is no optimizer.
         wrapper: what only the same wrapper takes up again, by the wrapper's name.
         extra: of the user; None where the rank gives none.
+        aliases: further names of the model's tensors, each with the one that they are saved under.
         order: names of parameters in an order that the ranks have in common; others come after these.
     """
 
@@ -56,6 +57,7 @@ class Content:
     parameters: Parameters | None = None
     wrapper: Mapping[str, Any] = field(default_factory=dict)
     extra: Any = None
+    aliases: Mapping[str, str] = field(default_factory=dict)
     order: Sequence[str] = ()
 
     @classmethod
@@ -69,11 +71,11 @@ class Content:
             raise ValueError("there is nothing to save; pass model=, optimizer= or both")
         shown = live_model(model)
         if optimizer is None:
-            return cls(held=shown.held, wrapper=shown.wrapper, extra=extra)
+            return cls(held=shown.held, wrapper=shown.wrapper, extra=extra, aliases=shown.aliases)
         state = live_optimizer(optimizer, model, shown)
         state.settle()
         held = [*shown.held, *_with_masters(state, shown.held)]
-        return cls(held=held, parameters=state.parameters(), wrapper=shown.wrapper, extra=extra, order=state.order)
+        return cls(held=held, parameters=state.parameters(), wrapper=shown.wrapper, extra=extra, aliases=shown.aliases, order=state.order)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -142,17 +144,20 @@ def begin(
         held.extend(content.held)
         rows.extend(rows_of(held))
         extra = None if content.extra is None else encode(content.extra, "extra")
-        rest.extend((content.parameters, content.order, content.wrapper, extra, {"step": step, "keep": keep}))
+        rest.extend((content.parameters, content.order, content.aliases, content.wrapper, extra, {"step": step, "keep": keep}))
         return digest_of(rows), digest_of(rest)
 
     digests, rest_digests = zip(*together("collecting what to save", tell, process_group), strict=True)
-    parameters, orders, wrappers, extras, arguments = zip(*distinct(rest, rest_digests, process_group), strict=True)
+    parameters, orders, aliases, wrappers, extras, arguments = zip(*distinct(rest, rest_digests, process_group), strict=True)
     refuse_differences(arguments)
+    plan = _plan(rows, held, digests, process_group)
+    names = {name for _, name in plan.tensors}
     manifest = Manifest(
         step=step,
         world_size=len(digests),
         files={},
         tensors={},
+        aliases={alias: name for own in reversed(aliases) for alias, name in own.items() if alias not in names},
         parameters=_joined(parameters, orders[0]),
         extra=decode(_only(extras, "extra")),
         wrapper=_only(wrappers, "what the wrapper counts"),
@@ -161,7 +166,7 @@ def begin(
     return Draft(
         store=opened[0],
         step=step,
-        plan=_plan(rows, held, digests, process_group),
+        plan=plan,
         rank=rank,
         held=held,
         manifest=manifest,

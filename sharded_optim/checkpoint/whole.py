@@ -49,11 +49,12 @@ class WholeCheckpoint:
         return result
 
     def model(self, *, masters: bool) -> Mapping[str, TensorEntry]:
-        """The model's parameters and buffers, by name.
+        """The model's parameters and buffers, by all of their names.
 
         Args:
             masters: the float32 values of parameters, where there are some, in the place of those that were rounded.
         """
         tensors = self.manifest.tensors
         found = {entry.name: entry for entry in tensors.values() if entry.kind == MODEL}
-        return {name: tensors.get(key_of(MASTER, name), entry) if masters else entry for name, entry in found.items()}
+        chosen = {name: tensors.get(key_of(MASTER, name), entry) if masters else entry for name, entry in found.items()}
+        return chosen | {alias: chosen[name] for alias, name in self.manifest.aliases.items() if name in chosen}
