@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from sharded_optim.checkpoint.errors import CheckpointError, DamagedError, MismatchError, NoCheckpointError
 from sharded_optim.checkpoint.exchange import together
-from sharded_optim.checkpoint.held import LOW_PRECISION, MASTER, MODEL, Held
+from sharded_optim.checkpoint.held import KAHAN, LOW_PRECISION, MASTER, MODEL, Held
 from sharded_optim.checkpoint.live import LiveModel, LiveOptimizer, live_model, live_optimizer
 from sharded_optim.checkpoint.live.optimizer import Landing
 from sharded_optim.checkpoint.manifest import Manifest, Parameters, TensorEntry, key_of
@@ -212,10 +212,14 @@ def _fit(manifest: Manifest, model: Sequence[Held], masters: Sequence[Held], lan
             fit.problems.append((name, f"{held.key!r} {what} and cannot be loaded into; materialize it before"))
             continue
         live, saved = held.local.dtype, entry.dtype
+        plus = _compensation(manifest, held, entry, rounded)
+        if plus is not None:
+            fit.used.add(plus.key)
         is_rounding = held.kind == MODEL and name in rounded and live in LOW_PRECISION and saved == torch.float32
-        if live != saved and not is_rounding and id(held) not in alone:
+        is_exact = plus is not None or (held.kind == MASTER and saved in LOW_PRECISION)
+        if live != saved and not (is_rounding or is_exact) and id(held) not in alone:
             fit.problems.append((name, f"{held.key!r} is of {live}, in the checkpoint of {saved}"))
-        fit.wishes.append(Wish(entry=entry, held=held))
+        fit.wishes.append(Wish(entry=entry, held=held, plus=plus))
     return fit
 
 
@@ -228,6 +232,18 @@ def _source(manifest: Manifest, held: Held) -> TensorEntry | None:
     if held.kind == MODEL and held.local.dtype == torch.float32 and (own is None or own.dtype in LOW_PRECISION):
         return manifest.tensors.get(key_of(MASTER, name)) or own
     return own
+
+
+def _compensation(manifest: Manifest, held: Held, entry: TensorEntry, rounded: set[str]) -> TensorEntry | None:
+    """The Kahan compensation of a rounded parameter, where a live tensor has no rounding of its own, or is a rounded copy of one that has
+    none: value = parameter + compensation, as of the step that saved both.
+    """
+    name = held.segment.name
+    is_exact = held.kind == MASTER or (held.kind == MODEL and (held.local.dtype == torch.float32 or name in rounded))
+    found = manifest.tensors.get(key_of(KAHAN, name))
+    if not is_exact or found is None or entry.kind != MODEL or entry.dtype not in LOW_PRECISION or found.shape != entry.shape:
+        return None
+    return found
 
 
 def _as_bits(keys: Iterable[str], some: Collection[str]) -> int:

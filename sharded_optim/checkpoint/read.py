@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import errno
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from sharded_optim.checkpoint.errors import CheckpointError, DamagedError, UnreadableError
 from sharded_optim.checkpoint.held import Held, numbers_of
 from sharded_optim.checkpoint.manifest import CHUNK_BYTES, LARGEST_MANIFEST, Chunk, Manifest, TensorEntry, sha256
 from sharded_optim.checkpoint.shard_file import tensors_in, tensors_of
 from sharded_optim.checkpoint.store import COMMITTED, MANIFEST, Store, folder_of
-from sharded_optim.segment import overlaps
+from sharded_optim.segment import Overlap, overlaps
 
 __all__ = ["CheckpointReader", "Wish"]
 
@@ -27,10 +28,19 @@ BROKEN = (errno.ENOTDIR, errno.ELOOP)  # errors of a folder that is none, now an
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Wish:
-    """Elements that are to be loaded, and the tensor that has them."""
+    """Elements that are to be loaded, and the tensor that has them.
+
+    Attributes:
+        plus: a tensor of the same shape that is added to it, in float32; None: nothing is.
+    """
 
     entry: TensorEntry
     held: Held
+    plus: TensorEntry | None = None
+
+    @property
+    def entries(self) -> list[TensorEntry]:
+        return [self.entry] if self.plus is None else [self.entry, self.plus]
 
 
 class CheckpointReader:
@@ -124,34 +134,49 @@ class CheckpointReader:
         Raises:
             DamagedError: bytes are others than when `verify` read them. What is wished for is then partly loaded.
         """
+        landings = {id(wish): wish.held.flat() for wish in wishes}
+        with torch.no_grad():
+            self._transfer([(wish.entry, wish) for wish in wishes], landings, Overlap.copy)
+            self._transfer([(wish.plus, wish) for wish in wishes if wish.plus is not None], landings, Overlap.add)
+            for wish in wishes:
+                if not wish.held.shares_memory:
+                    wish.held.local.detach().copy_(landings[id(wish)].view(wish.held.local.shape))
+
+    def _transfer(
+        self,
+        pairs: Sequence[tuple[TensorEntry, Wish]],
+        landings: Mapping[int, Tensor],
+        act: Callable[[Overlap, Tensor, Tensor], None],
+    ) -> None:
+        """Do something with what tensors have of the elements of wishes, and the places of these."""
         wanted: dict[tuple[str, int], list[Wish]] = {}
         chunks: dict[tuple[str, int], tuple[TensorEntry, Chunk]] = {}
-        landings = {id(wish): wish.held.flat() for wish in wishes}
-        for wish in wishes:
-            for chunk in wish.entry.chunks:
+        for entry, wish in pairs:
+            for chunk in entry.chunks:
                 if overlaps(chunk.segment, wish.held.segment):
-                    chunks[chunk.file, chunk.offset] = wish.entry, chunk
+                    chunks[chunk.file, chunk.offset] = entry, chunk
                     wanted.setdefault((chunk.file, chunk.offset), []).append(wish)
 
-        def copy(entry: TensorEntry, chunk: Chunk, content: memoryview) -> str | None:
+        def take(entry: TensorEntry, chunk: Chunk, content: memoryview) -> str | None:
             problem = _problem(entry, chunk, content)
             if problem is not None:
                 return problem
             source = numbers_of(content, entry.dtype)
             for wish in wanted[chunk.file, chunk.offset]:
                 for overlap in overlaps(chunk.segment, wish.held.segment):
-                    overlap.copy(source, landings[id(wish)])
+                    act(overlap, source, landings[id(wish)])
             return None
 
-        with torch.no_grad():
-            problems = self._each([chunks[place] for place in sorted(chunks)], copy)
-            self._raise(problems)
-            for wish in wishes:
-                if not wish.held.shares_memory:
-                    wish.held.local.detach().copy_(landings[id(wish)].view(wish.held.local.shape))
+        self._raise(self._each([chunks[place] for place in sorted(chunks)], take))
 
     def _wished(self, wishes: Iterable[Wish]) -> list[tuple[TensorEntry, Chunk]]:
-        return [(wish.entry, chunk) for wish in wishes for chunk in wish.entry.chunks if overlaps(chunk.segment, wish.held.segment)]
+        return [
+            (entry, chunk)
+            for wish in wishes
+            for entry in wish.entries
+            for chunk in entry.chunks
+            if overlaps(chunk.segment, wish.held.segment)
+        ]
 
     def _each(
         self, chunks: Sequence[tuple[TensorEntry, Chunk]], action: Callable[[TensorEntry, Chunk, memoryview], str | None]
