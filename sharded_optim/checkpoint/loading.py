@@ -216,8 +216,8 @@ def _fit(manifest: Manifest, model: Sequence[Held], masters: Sequence[Held], lan
         if plus is not None:
             fit.used.add(plus.key)
         is_rounding = held.kind == MODEL and name in rounded and live in LOW_PRECISION and saved == torch.float32
-        is_exact = plus is not None or (held.kind == MASTER and saved in LOW_PRECISION)
-        if live != saved and not (is_rounding or is_exact) and id(held) not in alone:
+        is_widening = held.kind == MASTER and saved in LOW_PRECISION
+        if live != saved and not (is_rounding or is_widening) and id(held) not in alone:
             fit.problems.append((name, f"{held.key!r} is of {live}, in the checkpoint of {saved}"))
         fit.wishes.append(Wish(entry=entry, held=held, plus=plus))
     return fit
@@ -235,13 +235,13 @@ def _source(manifest: Manifest, held: Held) -> TensorEntry | None:
 
 
 def _compensation(manifest: Manifest, held: Held, entry: TensorEntry, rounded: set[str]) -> TensorEntry | None:
-    """The Kahan compensation of a rounded parameter, where a live tensor has no rounding of its own, or is a rounded copy of one that has
-    none: value = parameter + compensation, as of the step that saved both.
+    """The Kahan compensation of a saved parameter, where masters and their rounded copies are loaded from it.
+
+    They begin with parameter + compensation, which is the value that the step computed.
     """
-    name = held.segment.name
-    is_exact = held.kind == MASTER or (held.kind == MODEL and (held.local.dtype == torch.float32 or name in rounded))
-    found = manifest.tensors.get(key_of(KAHAN, name))
-    if not is_exact or found is None or entry.kind != MODEL or entry.dtype not in LOW_PRECISION or found.shape != entry.shape:
+    found = manifest.tensors.get(key_of(KAHAN, held.segment.name))
+    has_masters = held.kind == MASTER or (held.kind == MODEL and held.segment.name in rounded)
+    if not has_masters or found is None or entry.kind != MODEL or entry.dtype not in LOW_PRECISION or found.shape != entry.shape:
         return None
     return found
 
