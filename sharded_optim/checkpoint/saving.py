@@ -150,19 +150,19 @@ def begin(
     digests, rest_digests = zip(*together("collecting what to save", tell, process_group), strict=True)
     parameters, orders, aliases, wrappers, extras, arguments = zip(*distinct(rest, rest_digests, process_group), strict=True)
     refuse_differences(arguments)
-    plan = _plan(rows, held, digests, process_group)
-    names = {name for _, name in plan.tensors}
     manifest = Manifest(
         step=step,
         world_size=len(digests),
         files={},
         tensors={},
-        aliases={alias: name for own in reversed(aliases) for alias, name in own.items() if alias not in names},
         parameters=_joined(parameters, orders[0]),
         extra=decode(_only(extras, "extra")),
         wrapper=_only(wrappers, "what the wrapper counts"),
         libraries={"sharded_optim": __version__, "torch": torch.__version__},
     )
+    plan = _plan(rows, held, digests, process_group)
+    names = {name for _, name in plan.tensors}
+    manifest = replace(manifest, aliases={alias: name for own in reversed(aliases) for alias, name in own.items() if alias not in names})
     return Draft(
         store=opened[0],
         step=step,
