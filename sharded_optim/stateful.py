@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 from weakref import ref
 
 import torch
@@ -33,6 +33,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
         max_lr: reference learning rate of groups that do not bring their own `max_lr`; None takes each group's `lr`.
         layout: of parameters that a wrapper has flattened.
     """
+
+    is_composers: ClassVar[bool] = False  # whether the class takes the place of one of Composer's, whose state it continues
 
     def __init__(
         self,
@@ -217,7 +219,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
         def prepare(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
             loading.check_sizes(self.param_groups, saved)
-            saved = foreign_state.translate(saved, self.param_groups)
+            saved = foreign_state.translate(saved, self.param_groups, is_composers=self.is_composers)
             merged = []
             for index, (own, group) in enumerate(zip(self.param_groups, saved["param_groups"], strict=True)):
                 where = f"the state dict's param_groups[{index}]"
