@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from torch import Tensor
 import sharded_optim as so
 from benchmarks.given_gradients import Model, Shapes, gradients
 from sharded_optim import checkpoint
+from sharded_optim.checkpoint import loading
+from sharded_optim.checkpoint.live import LiveModel, deepspeed, live_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:weight_decay")
 
@@ -613,6 +615,45 @@ def assert_passed_over(manifest: str, words: str, specimen: Specimen) -> None:
     live = Live.new()
     with pytest.warns(UserWarning, match="Falling back"):
         assert checkpoint.load(specimen.root, model=live.model, optimizer=live.optimizer) == {"step": OLDER}
+
+
+COUNTERS = {"global_steps": 4, "global_samples": 8, "skipped_steps": 0, "micro_steps": 4, "loss_scaler": {"cur_scale": 65536.0}}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"global_steps": 0.5}, r"global_steps is 0\.5"),
+        ({"global_steps": -1}, "global_steps is -1"),
+        ({"micro_steps": None}, "micro_steps is None"),
+        ({"skipped_steps": {"$float": "nan"}}, "skipped_steps is nan"),
+        ({"loss_scaler": {"cur_scale": {"$float": "inf"}}}, "cur_scale of DeepSpeed's loss scaler is inf"),
+        ({"loss_scaler": []}, r"loss scaler is \[\]"),
+    ],
+)
+def test_what_deepspeed_cannot_have_counted_is_damage(
+    change: Content, words: str, specimen: Specimen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And is found before anything has changed."""
+    resumed: list[Any] = []
+
+    def under_deepspeed(model: Any) -> LiveModel:
+        return replace(live_model(model), wrapper={"deepspeed": {}}, check=deepspeed.check, resume=resumed.append)
+
+    monkeypatch.setattr(loading, "live_model", under_deepspeed)
+    content = json.loads(specimen.files["manifest.json"]) | {"wrapper": {"deepspeed": COUNTERS}}
+    for wrong in (change, {}):
+        content["wrapper"] = {"deepspeed": COUNTERS | wrong}
+        manifest = json.dumps(content).encode()
+        specimen.damage(specimen.files | {"manifest.json": manifest, "COMMITTED": hashlib.sha256(manifest).hexdigest().encode() + b"\n"})
+        live = Live.new()
+        if wrong:
+            with pytest.raises(checkpoint.DamagedError, match=f"manifest.json: .*{words}"):
+                checkpoint.load(specimen.root, step=STEP, model=live.model, optimizer=live.optimizer)
+            assert live.is_unchanged()
+        else:
+            checkpoint.load(specimen.root, step=STEP, model=live.model, optimizer=live.optimizer)
+            assert resumed == [COUNTERS]
 
 
 @pytest.mark.parametrize("count", [math.nan, 0.5, -1.0, 2.0**60])

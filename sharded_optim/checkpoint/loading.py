@@ -23,7 +23,7 @@ from sharded_optim.checkpoint.live.optimizer import Landing
 from sharded_optim.checkpoint.manifest import Manifest, Parameters, TensorEntry, key_of
 from sharded_optim.checkpoint.read import CheckpointReader, Wish
 from sharded_optim.checkpoint.steps import candidates, reading_back
-from sharded_optim.checkpoint.store import Store
+from sharded_optim.checkpoint.store import MANIFEST, Store
 
 __all__ = ["Choices", "load_newest", "load_step"]
 
@@ -143,6 +143,12 @@ def load_step(store: Store, step: int, model: Any, optimizer: Any, choices: Choi
 
     def fit() -> tuple[int, list[tuple[str, str]]]:
         nonlocal landing
+        try:
+            for name, saved in reader.manifest.wrapper.items():
+                if name in shown.wrapper:
+                    shown.check(saved)
+        except ValueError as error:
+            raise DamagedError(f"{reader.where}/{MANIFEST}: {error}") from error
         if state is not None and reader.manifest.parameters is not None:
             landing = state.land(reader.manifest, reader.manifest.parameters, groups_in)
         found = _fit(reader.manifest, shown.held, masters, landing, rounded)

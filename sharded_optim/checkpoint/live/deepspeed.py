@@ -7,6 +7,7 @@ Attributes of DeepSpeed's that are no public interface, tried with 0.19.0 to 0.1
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch.distributed as dist
@@ -65,8 +66,30 @@ def live_model(engine: Any) -> LiveModel:
     told["loss_scaler"] = {field: getattr(scaler, field) for field in SCALER if hasattr(scaler, field)}
     order = list(names.values())
     return LiveModel(
-        held=held, names=names, aliases=aliases, order=order, wrapper={NAME: told}, masters=masters, prepare=prepare, resume=resume
+        held=held,
+        names=names,
+        aliases=aliases,
+        order=order,
+        wrapper={NAME: told},
+        masters=masters,
+        prepare=prepare,
+        check=check,
+        resume=resume,
     )
+
+
+def check(saved: Any) -> None:
+    """Raise ValueError unless counters are counts, and the numbers of the loss scaler finite."""
+    for counter in COUNTERS:
+        count = saved.get(counter) if isinstance(saved, dict) else None
+        if type(count) is not int or count < 0:
+            raise ValueError(f"DeepSpeed's {counter} is {count!r}; it must be a whole number >= 0")
+    scaler = saved.get("loss_scaler")
+    if not isinstance(scaler, dict):
+        raise ValueError(f"the state of DeepSpeed's loss scaler is {scaler!r}")
+    for name, value in scaler.items():
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise ValueError(f"{name} of DeepSpeed's loss scaler is {value!r}; it must be a finite number")
 
 
 def _partition(param: Any, name: str) -> Held:

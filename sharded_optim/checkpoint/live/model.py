@@ -32,6 +32,7 @@ class LiveModel:
         aliases: further names under which `state_dict()` has tensors, each with the one under which they are saved.
         order: the names of parameters that a wrapper has flattened, on whatever rank they are, in the order of the model.
         wrapper: what only the same wrapper takes up again, by the wrapper's name.
+        check: raises ValueError for what of that cannot be, before anything is loaded.
         resume: takes that up, when all tensors are loaded.
         masters: values of the parameters that an optimizer keeps apart, which are to be loaded too where the optimizer is not.
         prepare: called before they are.
@@ -45,6 +46,7 @@ class LiveModel:
     wrapper: dict[str, Any] = field(default_factory=dict)
     masters: Callable[[], list[Held]] = list
     prepare: Callable[[], None] = lambda: None
+    check: Callable[[Any], None] = lambda _: None
     resume: Callable[[Any], None] = lambda _: None
 
     @classmethod
@@ -70,7 +72,7 @@ class LiveModel:
         return cls(held=held + buffers, names=names, local_params=local_params, aliases=aliases)
 
     @classmethod
-    def _of_fsdp1(cls, model: nn.Module, buffers: list[Held], aliases: Mapping[str, str]) -> LiveModel:
+    def _of_fsdp1(cls, model: nn.Module, buffers: list[Held], aliases: dict[str, str]) -> LiveModel:
         from sharded_optim.sharding import fsdp1
 
         flattened = fsdp1.flattened(model)
