@@ -44,8 +44,11 @@ class LocalStore:
             return {}
 
     def stamp(self, folder: str) -> Hashable:
-        with os.scandir(self._path(folder)) as entries:
-            found = [(entry.name, entry.stat()) for entry in entries if entry.is_file()]
+        try:
+            with os.scandir(self._path(folder)) as entries:
+                found = [(entry.name, entry.stat()) for entry in entries if entry.is_file()]
+        except FileNotFoundError:
+            return ()
         # The time of change cannot be set back, the time of modification can.
         return tuple(sorted((name, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in found))
 
