@@ -36,6 +36,7 @@ from test_foreign_state import (
     our_decoupled,
     schedule,
     set_grads,
+    said,
     taken_over,
     train,
     train_theirs,
@@ -77,7 +78,10 @@ def names_in_groups(params: list[nn.Parameter]) -> list[str]:
 
 def with_amsgrad(case: Case) -> Case:
     """Of our classes only one has the hyperparameter from the beginning."""
-    return replace(case, ours=our_decoupled) if "amsgrad" in case.name else case
+    if "amsgrad" not in case.name:
+        return case
+    is_composers = case.name.startswith("composer")
+    return replace(case, ours=our_decoupled if is_composers else said(our_decoupled, "l2" if "l2" in case.name else "coupled"))
 
 
 @pytest.mark.parametrize("case", [with_amsgrad(case) for case in TORCH + OPTIMI + COMPOSER], ids=lambda case: case.name)

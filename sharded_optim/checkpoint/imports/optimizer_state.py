@@ -80,9 +80,8 @@ def translated(state_dict: Mapping[str, Any], choices: Choices, *, of_composer: 
         for key in group["params"]:
             if group.get("step") is not None and state.get(key):
                 state[key].setdefault(STEP, group["step"])  # DeepSpeed's FusedAdam counts by group
-    is_composers = of_composer or (choices.optimizer is not None and getattr(optimizers, choices.optimizer).is_composers)
-    own = [{"decay_form": choices.decay_form or (DECOUPLED if is_composers else COUPLED)} for _ in given]
-    told = foreign_state.translate({"state": state, "param_groups": given}, own, is_composers=is_composers)
+    own = [{"decay_form": choices.decay_form or (DECOUPLED if of_composer else COUPLED)} for _ in given]
+    told = foreign_state.translate({"state": state, "param_groups": given}, own, is_composers=of_composer)
     name = choices.optimizer or _nearest(given, told["param_groups"], of_composer)
     is_ours = all("reference_lr" in group for group in given)
     groups, states, steps = [], {}, {}
