@@ -38,12 +38,13 @@ Group = dict[str, Any]
 ParamState = dict[str, Any]
 
 
-def translate(state_dict: dict[str, Any], own_groups: list[Group]) -> dict[str, Any]:
+def translate(state_dict: dict[str, Any], own_groups: list[Group], *, replaces_composer: bool = False) -> dict[str, Any]:
     """The state dict in our terms; itself, where it is one of ours or of nobody we know. Nothing given is changed.
 
     Args:
         state_dict: as `torch.optim.Optimizer.state_dict` returns it.
         own_groups: the param groups it is going to be loaded into, as many as it has.
+        replaces_composer: whether these are of a class that takes the place of one of Composer's.
 
     Raises:
         ValueError: it is of one of torch's other optimizers.
@@ -59,9 +60,10 @@ def translate(state_dict: dict[str, Any], own_groups: list[Group]) -> dict[str, 
         source = _source(group, f"the state dict's param_groups[{index}]")
         if source == TORCH and "initial_lr" in group and own["decay_form"] == DECOUPLED:
             # Composer's optimizers are subclasses of torch's, and have the same keys once a scheduler has written torch's initial_lr. So
-            # it is Composer's where it goes into one of Composer's classes, unless the decay is one that Composer warns of.
-            source = TORCH if highest_decay >= HIGH_DECAY else COMPOSER
-            doubtful = highest_decay > 0
+            # it is Composer's where it goes into one of Composer's classes. Others that decay so have been told to, by users of any
+            # library: it is then torch's where the decay is one that Composer warns of.
+            source = TORCH if highest_decay >= HIGH_DECAY and not replaces_composer else COMPOSER
+            doubtful = highest_decay > 0 and not replaces_composer
         if source is None:
             groups.append(group)
             continue

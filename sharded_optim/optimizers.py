@@ -46,6 +46,8 @@ class DecoupledAdamW(Engine):
         UserWarning: a weight decay of 1e-3 or more, usual for a coupled one.
     """
 
+    replaces_composer = True
+
     def __init__(
         self,
         params: Params,
@@ -119,6 +121,8 @@ class DecoupledSGDW(Engine):
     Warns:
         UserWarning: a weight decay of 1e-3 or more, usual for a coupled one.
     """
+
+    replaces_composer = True
 
     def __init__(
         self,

@@ -133,12 +133,20 @@ class Overlap:
 
     def copy(self, source: Tensor, target: Tensor) -> None:
         """Copy them from one buffer to the other, both 1-D and contiguous; casts."""
+        source, target = self._views(source, target)
+        target.copy_(source)
+
+    def add(self, source: Tensor, target: Tensor) -> None:
+        """Add those of one buffer to those of the other, both 1-D and contiguous: in float32, and rounded to the target's dtype."""
+        source, target = self._views(source, target)
+        target.copy_(target.float() + source.float())
+
+    def _views(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         if self.count == 1:
-            target[self.target : self.target + self.run].copy_(source[self.source : self.source + self.run])
-        else:
-            shape = (self.count, self.run)
-            rows = source.as_strided(shape, (self.source_stride, 1), source.storage_offset() + self.source)
-            target.as_strided(shape, (self.target_stride, 1), target.storage_offset() + self.target).copy_(rows)
+            return source[self.source : self.source + self.run], target[self.target : self.target + self.run]
+        shape = (self.count, self.run)
+        rows = source.as_strided(shape, (self.source_stride, 1), source.storage_offset() + self.source)
+        return rows, target.as_strided(shape, (self.target_stride, 1), target.storage_offset() + self.target)
 
     def reversed(self) -> Overlap:
         """With source and target in each other's place."""

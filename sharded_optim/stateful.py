@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,6 +47,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
         hyperparameters: names of all: those of `defaults`, and of this library's other optimizers, whose state dicts may be loaded. Each
             is checked, compared between ranks, saved.
     """
+
+    replaces_composer: ClassVar[bool] = False  # whether the class takes the place of one of Composer's, whose state it continues
 
     def __init__(
         self,
@@ -254,7 +256,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
         def prepare(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
             loading.check_sizes(self.param_groups, saved)
-            saved = foreign_state.translate(saved, self.param_groups)
+            saved = foreign_state.translate(saved, self.param_groups, replaces_composer=self.replaces_composer)
             merged = []
             for index, (own, group) in enumerate(zip(self.param_groups, saved["param_groups"], strict=True)):
                 where = f"the state dict's param_groups[{index}]"

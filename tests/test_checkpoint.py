@@ -22,7 +22,7 @@ from torch.distributed.fsdp import fully_shard
 import sharded_optim as so
 from sharded_optim.checkpoint import CheckpointError, MismatchError
 from sharded_optim.checkpoint.local_store import LocalStore
-from sharded_optim.checkpoint.plan import CHUNK_BYTES
+from sharded_optim.checkpoint.manifest import CHUNK_BYTES
 from sharded_optim.checkpoint.url_store import UrlStore
 
 pytestmark = pytest.mark.filterwarnings("ignore:weight_decay")

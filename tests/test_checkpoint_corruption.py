@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from torch import Tensor
 import sharded_optim as so
 from benchmarks.given_gradients import Model, Shapes, gradients
 from sharded_optim import checkpoint
+from sharded_optim.checkpoint import loading
+from sharded_optim.checkpoint.live import LiveModel, deepspeed, live_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:weight_decay")
 
@@ -505,6 +507,162 @@ def test_a_manifest_that_contradicts_the_headers_of_shards_is_found(edit: Callab
     specimen.damage(files)
     with pytest.raises(checkpoint.DamagedError, match="shard-0000"):
         checkpoint.verify(specimen.root, STEP)
+
+
+def set_step(value: Any) -> Callable[[Content], None]:
+    """Of a parameter."""
+    return lambda content: content["parameters"]["steps"].update({"layers.1.weight": value})
+
+
+def set_extra(value: Any) -> Callable[[Content], None]:
+    return lambda content: content.update(extra=value)
+
+
+def nested(depth: int) -> Any:
+    value: Any = 0
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def grow_a_header(content: Content) -> None:
+    content["files"][0] |= {"size": 2 * 10**9, "header_size": 10**9}
+
+
+def grow_a_chunk(content: Content) -> None:
+    """As large as its tensor and its file."""
+    row = content["tensors"][0]
+    row |= {"shape": [2**30], "dtype": "F32", "chunks": [[0, 8, 2**32, 0, 2**30, 2**30, 1, "0" * 64]]}
+
+
+def put_into_two_groups(content: Content) -> None:
+    groups = content["parameters"]["groups"]
+    groups.append(groups[0])
+
+
+def rename_a_tensor(content: Content) -> None:
+    content["tensors"][0]["name"] = "layers.\ud800"
+
+
+IMPOSSIBLE: dict[str, tuple[Callable[[Content], None], str]] = {
+    "a step counter of NaN": (set_step({"$float": "nan"}), r"step counter of 'layers.1.weight' is nan"),
+    "an infinite step counter": (set_step({"$float": "inf"}), r"step counter of 'layers.1.weight' is inf"),
+    "a step counter beyond all counts": (set_step(1e300), r"step counter of 'layers.1.weight' is 1e\+300"),
+    "a step counter that is no float": (set_step(10**400), r"step counter of 'layers.1.weight' is 10000"),
+    "half a step": (set_step(0.5), r"step counter of 'layers.1.weight' is 0.5"),
+    "a negative step counter": (set_step(-1), r"step counter of 'layers.1.weight' is -1"),
+    "a step counter that is text": (set_step("3"), r"step counter of 'layers.1.weight' is '3'"),
+    "a step counter that is a truth": (set_step(True), r"step counter of 'layers.1.weight' is True"),
+    "no step counter": (set_step(None), r"step counter of 'layers.1.weight' is None"),
+    "a literal that is no JSON": (set_extra(math.nan), "NaN, which is not finite"),
+    "another": (set_extra([-math.inf]), "-Infinity, which is not finite"),
+    "nesting that no stack holds": (set_extra(nested(900)), "nested too deeply"),
+    "a header for which there is no memory": (grow_a_header, "header of 1000000000 bytes; none is larger than 100000000"),
+    "a chunk for which there is no memory": (grow_a_chunk, "has 4294967296 bytes; none is larger than 4194304"),
+    "a dimension that no tensor has": (lambda content: content["tensors"][0].update(shape=[2**63, 0], chunks=[]), "has shape"),
+    "half a character in a name": (rename_a_tensor, "lone surrogate"),
+    "a name that is none": (lambda content: content["tensors"][0].update(name=None), "None is not a name"),
+    "saved by nobody": (lambda content: content.update(world_size=0), "saved by 0 ranks"),
+    "a parameter in two groups": (put_into_two_groups, "is in two param groups"),
+    "a dict with a key twice": (set_extra({"$items": [[1, 2], [1, 3]]}), "has a key twice"),
+    "a float that JSON has": (set_extra({"$float": "1.5"}), "marked as a float"),
+    "a shape that is to be guessed": (set_extra({"$array": ["<f4", [-1], "AAAAAA=="]}), r"has shape \[-1\]"),
+    "an array of objects": (set_extra({"$array": ["|O", [1], "AAAAAA=="]}), "an array of '|O'"),
+    "a dict that makes what it says": (set_extra({"$defaultdict": ["eval", []]}), "a defaultdict of 'eval'"),
+}
+
+
+@pytest.mark.parametrize("what", IMPOSSIBLE)
+def test_a_manifest_of_what_cannot_be_is_damaged(what: str, specimen: Specimen) -> None:
+    """Before any memory is allocated for it; the checkpoint before it is loaded."""
+    edit, words = IMPOSSIBLE[what]
+    content = json.loads(specimen.files["manifest.json"])
+    edit(content)
+    assert_passed_over(json.dumps(content), words, specimen)
+
+
+TWICE = {
+    "the step": ('"step": 4', '"step": 2, "step": 4', "step"),
+    "a tensor's name": ('"name": "layers.0.bias"', '"name": "layers.9.bias", "name": "layers.0.bias"', "name"),
+    "a step counter": ('"layers.1.weight": 4.0', '"layers.1.weight": 3.0, "layers.1.weight": 4.0', "layers.1.weight"),
+    "a number that is infinite": ('"lr": 0.01', '"lr": 1e999', "1e999"),
+}
+
+
+@pytest.mark.parametrize("what", TWICE)
+def test_a_manifest_that_says_two_things_is_damaged(what: str, specimen: Specimen) -> None:
+    """The last one does not win."""
+    was, becomes, word = TWICE[what]
+    text = specimen.files["manifest.json"].decode()
+    assert was in text
+    assert_passed_over(text.replace(was, becomes), word, specimen)
+
+
+def assert_passed_over(manifest: str, words: str, specimen: Specimen) -> None:
+    """A manifest with its marker is found to be damaged, by name, and the checkpoint before it is loaded."""
+    marker = hashlib.sha256(manifest.encode()).hexdigest().encode() + b"\n"
+    specimen.damage(specimen.files | {"manifest.json": manifest.encode(), "COMMITTED": marker})
+    for act in (
+        lambda: checkpoint.describe(specimen.root, STEP),
+        lambda: checkpoint.verify(specimen.root, STEP),
+        lambda: checkpoint.load(specimen.root, step=STEP, model=specimen.live.model, optimizer=specimen.live.optimizer),
+    ):
+        with pytest.raises(checkpoint.DamagedError, match=rf"manifest.json(.|\n)*{words}"):
+            act()
+    assert specimen.live.is_unchanged()
+    with pytest.warns(UserWarning, match=words):
+        assert checkpoint.latest(specimen.root) == OLDER
+    live = Live.new()
+    with pytest.warns(UserWarning, match="Falling back"):
+        assert checkpoint.load(specimen.root, model=live.model, optimizer=live.optimizer) == {"step": OLDER}
+
+
+COUNTERS = {"global_steps": 4, "global_samples": 8, "skipped_steps": 0, "micro_steps": 4, "loss_scaler": {"cur_scale": 65536.0}}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"global_steps": 0.5}, r"global_steps is 0\.5"),
+        ({"global_steps": -1}, "global_steps is -1"),
+        ({"micro_steps": None}, "micro_steps is None"),
+        ({"skipped_steps": {"$float": "nan"}}, "skipped_steps is nan"),
+        ({"loss_scaler": {"cur_scale": {"$float": "inf"}}}, "cur_scale of DeepSpeed's loss scaler is inf"),
+        ({"loss_scaler": []}, r"loss scaler is \[\]"),
+    ],
+)
+def test_what_deepspeed_cannot_have_counted_is_damage(
+    change: Content, words: str, specimen: Specimen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And is found before anything has changed."""
+    resumed: list[Any] = []
+
+    def under_deepspeed(model: Any) -> LiveModel:
+        return replace(live_model(model), wrapper={"deepspeed": {}}, check=deepspeed.check, resume=resumed.append)
+
+    monkeypatch.setattr(loading, "live_model", under_deepspeed)
+    content = json.loads(specimen.files["manifest.json"]) | {"wrapper": {"deepspeed": COUNTERS}}
+    for wrong in (change, {}):
+        content["wrapper"] = {"deepspeed": COUNTERS | wrong}
+        manifest = json.dumps(content).encode()
+        specimen.damage(specimen.files | {"manifest.json": manifest, "COMMITTED": hashlib.sha256(manifest).hexdigest().encode() + b"\n"})
+        live = Live.new()
+        if wrong:
+            with pytest.raises(checkpoint.DamagedError, match=f"manifest.json: .*{words}"):
+                checkpoint.load(specimen.root, step=STEP, model=live.model, optimizer=live.optimizer)
+            assert live.is_unchanged()
+        else:
+            checkpoint.load(specimen.root, step=STEP, model=live.model, optimizer=live.optimizer)
+            assert resumed == [COUNTERS]
+
+
+@pytest.mark.parametrize("count", [math.nan, 0.5, -1.0, 2.0**60])
+def test_a_step_counter_that_cannot_be_loaded_is_not_saved(count: float, tmp_path: Path) -> None:
+    model, optimizer = train(0, 1)
+    optimizer.state[model.layers[1].weight]["step"].fill_(count)
+    with pytest.raises(checkpoint.CheckpointError, match=r"step counter of 'layers.1.weight' is"):
+        checkpoint.save(tmp_path, 1, model=model, optimizer=optimizer)
+    assert checkpoint.steps(tmp_path) == []
 
 
 def test_a_lost_marker_is_told(specimen: Specimen) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +18,8 @@ import torch.distributed as dist
 from deepspeed_models import AWKWARD
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 import sharded_optim as so
 from benchmarks.given_gradients import Model, Shapes, gradients, two_groups
@@ -95,6 +97,101 @@ def test_a_larger_model_is_cut_into_numbered_files_with_an_index(tmp_path: Path,
         assert {tensor: file for tensor, file in index["weight_map"].items() if file == name}.keys() == part.keys()
         found |= part
     assert_same(found, expected)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077, 0o027])
+def test_whoever_the_umask_lets_may_read_checkpoints_and_exports(umask: int, tmp_path: Path) -> None:
+    model = WithBuffers()
+    before = os.umask(umask)
+    try:
+        checkpoint.save(tmp_path / "run", 1, model=model)
+        checkpoint.export_safetensors(tmp_path / "run", tmp_path / "model")
+        checkpoint.export_torch(tmp_path / "run", tmp_path / "model.pt")
+        (tmp_path / "file").touch()
+        (tmp_path / "folder").mkdir()
+    finally:
+        os.umask(before)
+    modes = {is_file: {path.stat().st_mode for path in tmp_path.rglob("*") if path.is_file() == is_file} for is_file in (True, False)}
+    assert {is_file: len(found) for is_file, found in modes.items()} == {True: 1, False: 1}, modes
+
+
+class Tied(nn.Module):
+    """A weight and a buffer with two names, one of which comes first in the alphabet and last in the model; and a module with two."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed = nn.Embedding(8, 4)
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.again = self.layers[1]
+        self.a_head = nn.Linear(4, 8, bias=False)
+        self.a_head.weight = self.embed.weight
+        self.register_buffer("mean", torch.full((3,), float(seed)))
+        self.register_buffer("a_mean", self.mean)
+        self.register_buffer("scratch", self.mean, persistent=False)
+
+    def forward(self, index: Tensor) -> Tensor:
+        return self.a_head(self.again(self.layers[0](self.embed(index)))).square().sum()
+
+
+ALIASES = {"a_head.weight": "embed.weight", "again.weight": "layers.1.weight", "again.bias": "layers.1.bias", "a_mean": "mean"}
+
+
+def assert_exports_load(root: Path, model: nn.Module) -> None:
+    """By `load_state_dict` with all names; and an export is imported with its ties."""
+    expected = model.state_dict()
+    checkpoint.export_torch(root, root / "model.pt")
+    checkpoint.export_safetensors(root, root / "model")
+    for found in (torch.load(root / "model.pt", weights_only=True)["model"], safetensors.torch.load_file(root / "model/model.safetensors")):
+        assert_same(dict(found), dict(expected))
+        other = Tied(seed=1)
+        other.load_state_dict(found)
+        assert_same(dict(other.state_dict()), dict(expected))
+    for number, source in enumerate((root / "model.pt", root / "model")):
+        checkpoint.import_from(source, root / "imported", number, unpickle=True)
+        assert checkpoint.describe(root / "imported", number).aliases == ALIASES
+        other = Tied(seed=1)
+        checkpoint.load(root / "imported", model=other)
+        assert_same(dict(other.state_dict()), dict(expected))
+
+
+def test_exports_of_tied_weights_load_by_all_of_their_names(tmp_path: Path) -> None:
+    model = Tied()
+    checkpoint.save(tmp_path, 1, model=model, optimizer=so.AdamW(model.parameters(), lr=1e-2))
+    assert checkpoint.describe(tmp_path).aliases == ALIASES
+    size = (tmp_path / "step-000000001" / "shard-00000-of-00001.safetensors").stat().st_size
+    assert size < 1.5 * sum(param.nbytes for param in model.parameters()) + 2500, "each is saved once"
+    assert_exports_load(tmp_path, model)
+
+
+def check_tied_weights(folder: str) -> None:
+    """Under each wrapper as in one process."""
+    whole = Tied()
+    for wrapper in ("ddp", "fsdp2", "fsdp1", "fsdp1-flat", "zero"):
+        root = Path(folder) / wrapper
+        model: Any = Tied()
+        if wrapper == "ddp":
+            model = DistributedDataParallel(model)
+        elif wrapper == "fsdp2":
+            fully_shard(model)
+        elif wrapper.startswith("fsdp1"):
+            model = FullyShardedDataParallel(model, use_orig_params=wrapper == "fsdp1", device_id=torch.device("cpu"))
+        else:
+            so.ShardedOptimizer(model, so.AdamW, lr=1e-2)
+        checkpoint.save(root, 1, model=model)
+        if dist.get_rank() == 0:
+            assert checkpoint.describe(root).aliases == ALIASES, wrapper
+            assert_exports_load_once(root, whole)
+        dist.barrier()
+
+
+def assert_exports_load_once(root: Path, model: nn.Module) -> None:
+    checkpoint.export_torch(root, root / "model.pt")
+    assert_same(dict(torch.load(root / "model.pt", weights_only=True)["model"]), dict(model.state_dict()))
+
+
+def test_tied_weights_keep_their_names_under_every_wrapper(tmp_path: Path) -> None:
+    ranks.run(check_tied_weights, 2, str(tmp_path))
 
 
 def save_pieces(root: Path, step: int, held: list[Held]) -> None:

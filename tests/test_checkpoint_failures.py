@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import logging
 import os
 import resource
@@ -14,7 +15,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ import torch.distributed as dist
 import sharded_optim as so
 from benchmarks.given_gradients import Model, Shapes, gradients
 from sharded_optim import checkpoint
-from sharded_optim.checkpoint import local_store, saving, staging
+from sharded_optim.checkpoint import local_store, saving, shard_file, staging
 from sharded_optim.checkpoint.local_store import LocalStore
 from sharded_optim.checkpoint.read import CheckpointReader
 
@@ -131,6 +132,65 @@ def test_wherever_a_save_fails_it_says_why_and_what_was_there_stays(save: str, t
     assert checkpoint.verify(root) == len(CALLS)
 
 
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("number", [1, 2, 5])
+def test_a_save_that_cannot_hash_says_so(number: int, tmp_path: Path) -> None:
+    """It waited for a thread that had died."""
+    live = trained()
+    with failing_hash(number), pytest.raises(checkpoint.CheckpointError, match=r"writing .* failed: MemoryError\('to hash'\)"):
+        checkpoint.save(tmp_path, 1, **live)
+    assert not drafts(tmp_path)
+    assert "sharded_optim hash" not in {thread.name for thread in threading.enumerate()}
+    checkpoint.save(tmp_path, 1, **live)
+    assert checkpoint.verify(tmp_path) == 1
+
+
+@contextmanager
+def failing_hash(number: int, *, on: int = 0) -> Iterator[None]:
+    """Let the hash of a chunk fail, the `number`-th of a shard, on one rank."""
+    hashed = itertools.count(1)
+
+    def failing(content: memoryview) -> str:
+        if next(hashed) == number:
+            raise MemoryError("to hash")
+        return hashlib.sha256(content).hexdigest()
+
+    if rank_here() != on:
+        yield
+        return
+    with mock.patch.object(shard_file, "sha256", failing):
+        yield
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("limit", [0, 1, 2, 3])
+def test_where_there_can_be_no_more_threads_nobody_waits(limit: int, tmp_path: Path) -> None:
+    """Loading reads in those that there are, a save in the background goes to the foreground, and one that cannot hash says so."""
+    live = trained()
+    checkpoint.save(tmp_path, 1, **live)
+    start = threading.Thread.start
+    started: list[threading.Thread] = []
+
+    def limited(thread: threading.Thread) -> None:
+        if thread.name.startswith("sharded_optim"):
+            if len(started) >= limit:
+                raise RuntimeError("can't start new thread")
+            started.append(thread)
+        start(thread)
+
+    with mock.patch.object(threading.Thread, "start", limited):
+        assert checkpoint.verify(tmp_path) == 1
+        started.clear()
+        assert checkpoint.load(tmp_path, **live) is None
+        started.clear()
+        handle = checkpoint.async_save(tmp_path, 2, **live)
+        with nullcontext() if limit > 1 else pytest.raises(checkpoint.CheckpointError, match="can't start new thread"):
+            handle.wait()
+        assert handle.done()
+    assert not drafts(tmp_path)
+    assert checkpoint.latest(tmp_path) == (2 if limit > 1 else 1)
+
+
 def test_what_cannot_be_removed_is_no_error(tmp_path: Path) -> None:
     """The checkpoint is there."""
     live = trained()
@@ -140,6 +200,26 @@ def test_what_cannot_be_removed_is_no_error(tmp_path: Path) -> None:
     assert checkpoint.steps(tmp_path) == [1, 2]
     checkpoint.save(tmp_path, 3, keep=1, **live)
     assert checkpoint.steps(tmp_path) == [3]
+
+
+def test_of_a_linked_step_the_link_is_removed_and_what_it_leads_to_stays(tmp_path: Path) -> None:
+    """A checkpoint that was moved to another disk; a file of one; a link to nothing."""
+    root, other = tmp_path / "run", tmp_path / "other"
+    live = trained()
+    for step in (1, 2, 3, 4):
+        checkpoint.save(root, step, **live)
+    other.mkdir()
+    shutil.move(root / "step-000000001", other / "moved")
+    (root / "step-000000001").symlink_to(other / "moved")
+    shutil.move(root / "step-000000002" / SHARD_OF_ONE, other / "shard")
+    (root / "step-000000002" / SHARD_OF_ONE).symlink_to(other / "shard")
+    (root / "step-000000000").symlink_to("nothing")
+    assert checkpoint.verify(root, 1) == 1
+    assert checkpoint.verify(root, 2) == 2
+    assert checkpoint.prune(root, 2) == [0, 1, 2]
+    assert sorted(path.name for path in root.iterdir()) == ["step-000000003", "step-000000004"]
+    assert {path.name for path in (other / "moved").iterdir()} == {SHARD_OF_ONE, "manifest.json", "COMMITTED"}
+    assert (other / "shard").stat().st_size
 
 
 def test_a_removal_that_was_cut_short_is_in_no_others_way(tmp_path: Path) -> None:
@@ -271,6 +351,12 @@ def check_saving(folder: str) -> None:
         assert_saved(root, *range(1, step))
         checkpoint.save(root, step, **live)
         assert_saved(root, *range(1, step + 1))
+    for number in (1, 4):
+        with failing_hash(number, on=1):
+            assert_all_raise(partial(checkpoint.save, root, len(ways) + 2, **live), "rank 1: MemoryError('to hash')")
+        with failing_hash(number, on=1):
+            assert_all_raise(checkpoint.async_save(root, len(ways) + 2, **live).wait, "rank 1: MemoryError('to hash')")
+        assert_saved(root, *range(1, len(ways) + 2))
     check_limited_files(root, live, len(ways) + 2)
     check_refusals(root, live)
 

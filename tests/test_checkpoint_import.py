@@ -34,6 +34,7 @@ from test_foreign_state import (
     Saved,
     assert_same,
     our_decoupled,
+    said,
     schedule,
     set_grads,
     taken_over,
@@ -77,7 +78,10 @@ def names_in_groups(params: list[nn.Parameter]) -> list[str]:
 
 def with_amsgrad(case: Case) -> Case:
     """Of our classes only one has the hyperparameter from the beginning."""
-    return replace(case, ours=our_decoupled) if "amsgrad" in case.name else case
+    if "amsgrad" not in case.name:
+        return case
+    replaces_composer = case.name.startswith("composer")
+    return replace(case, ours=our_decoupled if replaces_composer else said(our_decoupled, "l2" if "l2" in case.name else "coupled"))
 
 
 @pytest.mark.parametrize("case", [with_amsgrad(case) for case in TORCH + OPTIMI + COMPOSER], ids=lambda case: case.name)
@@ -87,8 +91,8 @@ def test_a_file_continues_as_its_state_dict_does(case: Case, tmp_path: Path) -> 
     names = names_in_groups(theirs.params)
     model, state_dict = Listed(theirs.params).state_dict(), copy.deepcopy(theirs.optimizer.state_dict())
     expected = taken_over(case, theirs, copy.deepcopy(state_dict))
-    is_composers = case.name.startswith("composer")
-    if is_composers:
+    replaces_composer = case.name.startswith("composer")
+    if replaces_composer:
         for group in state_dict["param_groups"]:
             group["params"] = [names[number] for number in group["params"]]
         state_dict["state"] = {names[number]: values for number, values in state_dict["state"].items()}
@@ -97,12 +101,12 @@ def test_a_file_continues_as_its_state_dict_does(case: Case, tmp_path: Path) -> 
     else:
         torch.save({"model": model, "optimizer": state_dict}, tmp_path / "theirs.pt")
     name = type(expected.optimizer).__name__
-    load(tmp_path / "theirs.pt", tmp_path / "run", 10, param_names=None if is_composers else names, optimizer=name)
+    load(tmp_path / "theirs.pt", tmp_path / "run", 10, param_names=None if replaces_composer else names, optimizer=name)
     params = [nn.Parameter(torch.zeros_like(param)) for param in theirs.params]
     optimizer = case.ours([{"params": params[::2]}, {"params": params[1::2]}])
     scheduler = LambdaLR(optimizer, schedule)
     extra = checkpoint.load(tmp_path / "run", model=Listed(params), optimizer=optimizer)
-    assert extra == ({"run_name": "x", "rng": []} if is_composers else None)
+    assert extra == ({"run_name": "x", "rng": []} if replaces_composer else None)
     scheduler.load_state_dict(copy.deepcopy(theirs.scheduler.state_dict()))
     found = Saved(params=params, optimizer=optimizer, scheduler=scheduler)
     for mine, its in zip(params, expected.params, strict=True):

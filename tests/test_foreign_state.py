@@ -120,6 +120,18 @@ def our_decoupled(groups: Any) -> so.DecoupledAdamW:
     return so.DecoupledAdamW(groups, **OTHER, amsgrad=True, max_lr=3.0)
 
 
+def said(make: Callable[[Any], torch.optim.Optimizer], decay_form: str) -> Callable[[Any], torch.optim.Optimizer]:
+    """One of ours whose user says that the state dict is torch's: Composer's has the same keys under a scheduler."""
+
+    def make_and_say(groups: Any) -> torch.optim.Optimizer:
+        optimizer = make(groups)
+        for group in optimizer.param_groups:
+            group["decay_form"] = decay_form
+        return optimizer
+
+    return make_and_say
+
+
 def our_stable(groups: Any) -> so.StableAdamW:
     return so.StableAdamW(groups, **OTHER, decay_form="corrected", max_lr=3.0)
 
@@ -130,19 +142,24 @@ def our_sgdw(groups: Any) -> so.DecoupledSGDW:
 
 TORCH = [
     Case(name="torch.AdamW", theirs=lambda g: torch.optim.AdamW(g, betas=(0.9, 0.95)), ours=our_adamw),
-    Case(name="torch.AdamW-into-decoupled", theirs=lambda g: torch.optim.AdamW(g, eps=1e-6), ours=our_decoupled),
+    Case(name="torch.AdamW-into-decoupled", theirs=lambda g: torch.optim.AdamW(g, eps=1e-6), ours=said(our_decoupled, "coupled")),
     Case(name="torch.AdamW-amsgrad", theirs=lambda g: torch.optim.AdamW(g, amsgrad=True), ours=our_adamw),
-    Case(name="torch.AdamW-amsgrad-into-decoupled", theirs=lambda g: torch.optim.AdamW(g, amsgrad=True), ours=our_decoupled),
+    Case(
+        name="torch.AdamW-amsgrad-into-decoupled", theirs=lambda g: torch.optim.AdamW(g, amsgrad=True), ours=said(our_decoupled, "coupled")
+    ),
     Case(name="torch.AdamW-foreach", theirs=lambda g: torch.optim.AdamW(g, foreach=True), ours=our_adamw),
     Case(name="torch.AdamW-fused", theirs=lambda g: torch.optim.AdamW(g, fused=True), ours=our_adamw),
     Case(name="torch.Adam-l2", theirs=lambda g: torch.optim.Adam(g, betas=(0.8, 0.95)), ours=our_adam),
     Case(name="torch.Adam-l2-amsgrad", theirs=lambda g: torch.optim.Adam(g, amsgrad=True), ours=our_adam),
-    Case(name="torch.SGD", theirs=lambda g: torch.optim.SGD(g), ours=our_sgdw),
-    Case(name="torch.SGD-momentum", theirs=lambda g: torch.optim.SGD(g, momentum=0.9), ours=our_sgdw),
-    Case(name="torch.SGD-dampening", theirs=lambda g: torch.optim.SGD(g, momentum=0.9, dampening=0.4), ours=our_sgdw),
-    Case(name="torch.SGD-nesterov", theirs=lambda g: torch.optim.SGD(g, momentum=0.9, nesterov=True), ours=our_sgdw),
+    Case(name="torch.SGD", theirs=lambda g: torch.optim.SGD(g), ours=said(our_sgdw, "l2")),
+    Case(name="torch.SGD-momentum", theirs=lambda g: torch.optim.SGD(g, momentum=0.9), ours=said(our_sgdw, "l2")),
+    Case(name="torch.SGD-dampening", theirs=lambda g: torch.optim.SGD(g, momentum=0.9, dampening=0.4), ours=said(our_sgdw, "l2")),
+    Case(name="torch.SGD-nesterov", theirs=lambda g: torch.optim.SGD(g, momentum=0.9, nesterov=True), ours=said(our_sgdw, "l2")),
 ]
+HIGH = (0.1, 0.02)  # decays, of which Composer warns
 COMPOSER = [
+    Case(name="composer.DecoupledAdamW-high", theirs=lambda g: composer.DecoupledAdamW(g), ours=our_decoupled, decays=HIGH),
+    Case(name="composer.DecoupledSGDW-high", theirs=lambda g: composer.DecoupledSGDW(g, 1e-2, momentum=0.9), ours=our_sgdw, decays=HIGH),
     Case(name="composer.DecoupledAdamW", theirs=lambda g: composer.DecoupledAdamW(g), ours=our_decoupled, decays=SMALL),
     Case(name="composer.DecoupledAdamW-into-adamw", theirs=lambda g: composer.DecoupledAdamW(g, eps=1e-6), ours=our_adamw, decays=SMALL),
     Case(name="composer.DecoupledAdamW-amsgrad", theirs=lambda g: composer.DecoupledAdamW(g, amsgrad=True), ours=our_adamw, decays=SMALL),
@@ -302,35 +319,47 @@ def test_state_of_torch_before_2_7_is_adams_in_adam_and_adamws_in_adamw(theirs: 
     assert_continues(taken_over(case, saved, state_dict), saved)
 
 
+@pytest.mark.filterwarnings("error:the state dict may be")
 @pytest.mark.parametrize(
     ("cls", "ours", "decay", "form"),
     [
-        (torch.optim.AdamW, so.AdamW, 1e-4, "coupled"),
-        (torch.optim.AdamW, so.DecoupledAdamW, 0.1, "coupled"),
-        (torch.optim.SGD, so.DecoupledSGDW, 1e-2, "l2"),
+        (torch.optim.AdamW, so.AdamW, 0.1, "coupled"),
+        (torch.optim.AdamW, so.DecoupledAdamW, 0.1, "decoupled"),
+        (torch.optim.SGD, so.DecoupledSGDW, 1e-2, "decoupled"),
         (composer.DecoupledAdamW, so.DecoupledAdamW, 1e-5, "decoupled"),
+        (composer.DecoupledAdamW, so.DecoupledAdamW, 1e-3, "decoupled"),
+        (composer.DecoupledAdamW, so.DecoupledAdamW, 0.1, "decoupled"),
         (composer.DecoupledSGDW, so.DecoupledSGDW, 5e-4, "decoupled"),
+        (composer.DecoupledSGDW, so.DecoupledSGDW, 0.1, "decoupled"),
+        (composer.DecoupledAdamW, so.AdamW, 0.1, "coupled"),
     ],
 )
-def test_torch_under_a_scheduler_and_composer_are_told_apart_and_doubts_are_said(cls: type, ours: type, decay: float, form: str) -> None:
-    """Composer's optimizers are torch's subclasses: with `initial_lr` both have the same keys."""
+def test_the_class_decides_whether_state_is_of_torch_under_a_scheduler_or_of_composer(
+    cls: type, ours: type, decay: float, form: str
+) -> None:
+    """Composer's optimizers are torch's subclasses: with `initial_lr` both have the same keys. Nothing is warned of."""
     params = start()
     theirs = cls(params, lr=1e-2, weight_decay=decay)
     LambdaLR(theirs, lambda step: 1.0)
     optimizer = ours(params, lr=0.5)
-    if ours is so.AdamW:
-        optimizer.load_state_dict(theirs.state_dict())
-    else:
-        words = r"may be of torch under a scheduler or of Composer, and is read as (torch|Composer)'s"
-        with pytest.warns(UserWarning, match=words) as caught:
-            optimizer.load_state_dict(theirs.state_dict())
-        assert len(caught) == 1
+    optimizer.load_state_dict(theirs.state_dict())
     (group,) = optimizer.param_groups
     assert (group["decay_form"], group["weight_decay"]) == (form, decay)
     assert group["reference_lr"] == (1e-2 if form == "decoupled" else 0.5)
     optimizer.param_groups[0]["decay_form"] = "l2" if "SGD" in cls.__name__ else "coupled"  # the user says that it is torch's
     optimizer.load_state_dict(theirs.state_dict())
     assert optimizer.param_groups[0]["decay_form"] == ("l2" if "SGD" in cls.__name__ else "coupled")
+
+
+@pytest.mark.parametrize(("decay", "source", "form"), [(0.1, "torch", "coupled"), (1e-5, "Composer", "decoupled")])
+def test_another_class_that_decays_as_composers_is_told_how_the_state_is_read(decay: float, source: str, form: str) -> None:
+    theirs = torch.optim.AdamW(start(), lr=1e-2, weight_decay=decay)
+    LambdaLR(theirs, lambda step: 1.0)
+    optimizer = so.AdamW(start(), lr=0.5, decouple_lr=True)
+    with pytest.warns(UserWarning, match=f"may be of torch under a scheduler or of Composer, and is read as {source}'s") as caught:
+        optimizer.load_state_dict(theirs.state_dict())
+    assert len(caught) == 1
+    assert optimizer.param_groups[0]["decay_form"] == form
 
 
 def test_maximize_of_torch_is_refused() -> None:

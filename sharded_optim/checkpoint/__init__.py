@@ -77,7 +77,8 @@ def save(
         optimizer: of this library. Without `model` its parameters have the names that it was given, or their positions.
         extra: anything else: None, bool, int, float, str, bytes, small tensors, and lists, tuples and dicts of these, such as the
             state_dict() of a scheduler. The same on all ranks, or None on all but one.
-        keep: how many checkpoints remain: older ones are removed after the commit; see `prune`.
+        keep: how many checkpoints remain: older ones are removed after the commit; see `prune`. Where none of those that remain was read
+            back, the ranks first read back the newest together, each its share; if that is damaged, a warning says so, and all stay.
         process_group: the ranks that save together; None: all.
 
     Raises:

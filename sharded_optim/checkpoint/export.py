@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +35,8 @@ FILE_BYTES = 5 * 10**9  # of tensors in a file, as Hugging Face libraries cut th
 def export_safetensors(root: Where, destination: Where, *, step: int | None = None, masters: bool = False) -> list[str]:
     """Write a checkpoint's model as Hugging Face libraries do: `model.safetensors`, or several files of 5 GB with an index.
 
-    Tensors have the names that they have in the model. A tokenizer or config.json is not part of a checkpoint. Holds one file in memory.
+    Tensors have the names that they have in the model, a tied one all of its names. A tokenizer or config.json is not part of a checkpoint.
+    Holds one file in memory.
 
     Args:
         root: of the checkpoints.
@@ -57,20 +59,24 @@ def export_safetensors(root: Where, destination: Where, *, step: int | None = No
     files = _cut(model)
     with _beside(Path(destination)) as draft:
         draft.mkdir()
-        for file, entries in files.items():
+        for file, names in files.items():
+            (draft / file).touch()
+            mode = stat.S_IMODE((draft / file).stat().st_mode)
+            tied = {name: model[name].name for name in names if name != model[name].name}
             safetensors.torch.save_file(
-                {entry.name: checkpoint.tensor(entry) for entry in entries}, draft / file, metadata={"format": "pt"}
+                {name: checkpoint.tensor(model[name]) for name in names}, draft / file, metadata={"format": "pt"} | tied
             )
+            (draft / file).chmod(mode)  # safetensors lets nobody else read what it writes
             _sync(draft / file)
-        names = list(files)
+        written = list(files)
         if len(files) > 1:
-            places = {entry.name: file for file, entries in files.items() for entry in entries}
+            places = {name: file for file, names in files.items() for name in names}
             index = {"metadata": {"total_size": sum(entry.size for entry in model.values())}, "weight_map": places}
-            names.append("model.safetensors.index.json")
-            (draft / names[-1]).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-            _sync(draft / names[-1])
+            written.append("model.safetensors.index.json")
+            (draft / written[-1]).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+            _sync(draft / written[-1])
         _sync(draft)
-    return names
+    return written
 
 
 def export_torch(root: Where, destination: Where, *, step: int | None = None, masters: bool = False) -> None:
@@ -90,7 +96,9 @@ def export_torch(root: Where, destination: Where, *, step: int | None = None, ma
     """
     _refuse_existing(Path(destination))
     checkpoint = WholeCheckpoint(root, step)
-    model = {name: checkpoint.tensor(entry) for name, entry in _model_of(checkpoint, masters, empty=True).items()}
+    entries = _model_of(checkpoint, masters, empty=True)
+    tensors = {entry.key: checkpoint.tensor(entry) for entry in {entry.key: entry for entry in entries.values()}.values()}
+    model = {name: tensors[entry.key] for name, entry in entries.items()}
     parameters = checkpoint.manifest.parameters
     content = {
         "model": model or None,
@@ -110,15 +118,15 @@ def _model_of(checkpoint: WholeCheckpoint, masters: bool, *, empty: bool = False
     return model
 
 
-def _cut(model: Mapping[str, TensorEntry]) -> dict[str, list[TensorEntry]]:
+def _cut(model: Mapping[str, TensorEntry]) -> dict[str, list[str]]:
     """Which tensors go into which file."""
-    files: list[list[TensorEntry]] = [[]]
+    files: list[list[str]] = [[]]
     size = 0
-    for entry in model.values():
+    for name, entry in model.items():
         if files[-1] and size + entry.size > FILE_BYTES:
             files.append([])
             size = 0
-        files[-1].append(entry)
+        files[-1].append(name)
         size += entry.size
     if len(files) == 1:
         return {"model.safetensors": files[0]}
@@ -135,7 +143,9 @@ def _optimizer_of(checkpoint: WholeCheckpoint, parameters: Parameters) -> dict[s
         {**values, "param_names": names, "params": [numbers[name] for name in names]}
         for values, names in zip(parameters.groups, members, strict=True)
     ]
-    state: dict[int, dict[str, Any]] = {numbers[name]: {STEP: torch.tensor(float(step))} for name, step in parameters.steps.items()}
+    state: dict[int, dict[str, Any]] = {
+        numbers[name]: {STEP: torch.tensor(float(step), dtype=torch.float32)} for name, step in parameters.steps.items()
+    }
     for entry in checkpoint.manifest.tensors.values():
         if entry.kind not in (MODEL, MASTER):
             state[numbers[entry.name]][entry.kind] = checkpoint.tensor(entry)

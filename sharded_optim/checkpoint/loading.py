@@ -17,13 +17,13 @@ import torch.distributed as dist
 
 from sharded_optim.checkpoint.errors import CheckpointError, DamagedError, MismatchError, NoCheckpointError
 from sharded_optim.checkpoint.exchange import together
-from sharded_optim.checkpoint.held import LOW_PRECISION, MASTER, MODEL, Held
+from sharded_optim.checkpoint.held import KAHAN, LOW_PRECISION, MASTER, MODEL, Held
 from sharded_optim.checkpoint.live import LiveModel, LiveOptimizer, live_model, live_optimizer
 from sharded_optim.checkpoint.live.optimizer import Landing
 from sharded_optim.checkpoint.manifest import Manifest, Parameters, TensorEntry, key_of
 from sharded_optim.checkpoint.read import CheckpointReader, Wish
-from sharded_optim.checkpoint.steps import candidates, trust
-from sharded_optim.checkpoint.store import Store
+from sharded_optim.checkpoint.steps import candidates, reading_back
+from sharded_optim.checkpoint.store import MANIFEST, Store
 
 __all__ = ["Choices", "load_newest", "load_step"]
 
@@ -143,6 +143,12 @@ def load_step(store: Store, step: int, model: Any, optimizer: Any, choices: Choi
 
     def fit() -> tuple[int, list[tuple[str, str]]]:
         nonlocal landing
+        try:
+            for name, saved in reader.manifest.wrapper.items():
+                if name in shown.wrapper:
+                    shown.check(saved)
+        except ValueError as error:
+            raise DamagedError(f"{reader.where}/{MANIFEST}: {error}") from error
         if state is not None and reader.manifest.parameters is not None:
             landing = state.land(reader.manifest, reader.manifest.parameters, groups_in)
         found = _fit(reader.manifest, shown.held, masters, landing, rounded)
@@ -165,8 +171,8 @@ def load_step(store: Store, step: int, model: Any, optimizer: Any, choices: Choi
             f"{reader.where} does not fit in all, as strict=False allows:\n  " + "\n  ".join(text for _, text in problems), stacklevel=4
         )
     wishes = fits[0].wishes
-    together(f"verifying {reader.where}", lambda: reader.verify(wishes, rank, world_size), process_group)
-    trust(store, step, reader.text)
+    with reading_back(reader):
+        together(f"verifying {reader.where}", lambda: reader.verify(wishes, rank, world_size), process_group)
 
     def install() -> None:
         shown.prepare()
@@ -179,7 +185,8 @@ def load_step(store: Store, step: int, model: Any, optimizer: Any, choices: Choi
             if name in shown.wrapper:
                 shown.resume(saved)
 
-    together(f"reading {reader.where}, after which model and optimizer are of no use,", install, process_group)
+    with reading_back(reader):
+        together(f"reading {reader.where}, after which model and optimizer are of no use,", install, process_group)
     return reader.manifest.extra
 
 
@@ -211,10 +218,14 @@ def _fit(manifest: Manifest, model: Sequence[Held], masters: Sequence[Held], lan
             fit.problems.append((name, f"{held.key!r} {what} and cannot be loaded into; materialize it before"))
             continue
         live, saved = held.local.dtype, entry.dtype
+        plus = _compensation(manifest, held, entry, rounded)
+        if plus is not None:
+            fit.used.add(plus.key)
         is_rounding = held.kind == MODEL and name in rounded and live in LOW_PRECISION and saved == torch.float32
-        if live != saved and not is_rounding and id(held) not in alone:
+        is_widening = held.kind == MASTER and saved in LOW_PRECISION
+        if live != saved and not (is_rounding or is_widening) and id(held) not in alone:
             fit.problems.append((name, f"{held.key!r} is of {live}, in the checkpoint of {saved}"))
-        fit.wishes.append(Wish(entry=entry, held=held))
+        fit.wishes.append(Wish(entry=entry, held=held, plus=plus))
     return fit
 
 
@@ -227,6 +238,18 @@ def _source(manifest: Manifest, held: Held) -> TensorEntry | None:
     if held.kind == MODEL and held.local.dtype == torch.float32 and (own is None or own.dtype in LOW_PRECISION):
         return manifest.tensors.get(key_of(MASTER, name)) or own
     return own
+
+
+def _compensation(manifest: Manifest, held: Held, entry: TensorEntry, rounded: set[str]) -> TensorEntry | None:
+    """The Kahan compensation of a saved parameter, where masters and their rounded copies are loaded from it.
+
+    They begin with parameter + compensation, which is the value that the step computed.
+    """
+    found = manifest.tensors.get(key_of(KAHAN, held.segment.name))
+    has_masters = held.kind == MASTER or (held.kind == MODEL and held.segment.name in rounded)
+    if not has_masters or found is None or entry.kind != MODEL or entry.dtype not in LOW_PRECISION or found.shape != entry.shape:
+        return None
+    return found
 
 
 def _as_bits(keys: Iterable[str], some: Collection[str]) -> int:

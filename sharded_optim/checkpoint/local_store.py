@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import shutil
+from collections.abc import Hashable
 
 __all__ = ["LocalStore"]
 
@@ -28,9 +29,10 @@ class LocalStore:
         self.root = os.path.abspath(root)  # also if somebody changes the current folder while a save is in the background
 
     def folders(self) -> list[str]:
+        """Also a file or a broken link with the name of a step: it is in the place of a checkpoint, which may not be missed silently."""
         try:
             with os.scandir(self.root) as entries:
-                return [entry.name for entry in entries if entry.is_dir()]
+                return [entry.name for entry in entries if entry.name.startswith("step-") or _is_folder(entry)]
         except FileNotFoundError:
             return []
 
@@ -40,6 +42,15 @@ class LocalStore:
                 return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
         except FileNotFoundError:
             return {}
+
+    def stamp(self, folder: str) -> Hashable:
+        try:
+            with os.scandir(self._path(folder)) as entries:
+                found = [(entry.name, entry.stat()) for entry in entries if entry.is_file()]
+        except FileNotFoundError:
+            return ()
+        # The time of change cannot be set back, the time of modification can.
+        return tuple(sorted((name, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in found))
 
     def read(self, folder: str, file: str, offset: int, into: memoryview) -> int:
         with open(self._path(folder, file), "rb", buffering=0) as stream:
@@ -85,12 +96,16 @@ class LocalStore:
             if not self.is_draft(folder):
                 raise
             doomed = folder
+        path = self._path(doomed)
         try:
-            shutil.rmtree(self._path(doomed))
+            if os.path.isdir(path) and not os.path.islink(path):
+                shutil.rmtree(path)
+            else:  # a link: what it leads to stays
+                os.unlink(path)
         except FileNotFoundError:
             return
         except OSError as error:
-            logger.warning("%s could not be removed in all: %s", self._path(doomed), error)
+            logger.warning("%s could not be removed in all: %s", path, error)
 
     def _path(self, *parts: str) -> str:
         return os.path.join(self.root, *parts)
@@ -100,7 +115,7 @@ class LocalFile:
     """A `Writer` of a file that does not exist yet."""
 
     def __init__(self, path: str) -> None:
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
 
     def write(self, content: memoryview) -> None:
         while content:
@@ -114,6 +129,13 @@ class LocalFile:
 
     def abandon(self) -> None:
         os.close(self._descriptor)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _make_folders(path: str) -> None:

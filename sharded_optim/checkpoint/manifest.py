@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -21,12 +22,29 @@ from sharded_optim.checkpoint.errors import DamagedError, MismatchError
 from sharded_optim.checkpoint.values import decode, encode
 from sharded_optim.segment import Segment, find_tiling_error
 
-__all__ = ["Chunk", "Manifest", "Parameters", "ShardFile", "TensorEntry", "key_of", "sha256"]
+__all__ = [
+    "CHUNK_BYTES",
+    "LARGEST_HEADER",
+    "LARGEST_MANIFEST",
+    "Chunk",
+    "Manifest",
+    "Parameters",
+    "ShardFile",
+    "TensorEntry",
+    "check_text",
+    "key_of",
+    "sha256",
+]
 
 FORMAT = "sharded_optim.checkpoint"
 VERSION = (1, 0)  # what raises the first number, older versions of this library cannot read
 FEATURES: frozenset[str] = frozenset()  # that a manifest may require of its reader, and that this one has
-SHARD_NAME = re.compile(r"shard-\d{5}-of-\d{5}\.safetensors")
+# What is larger is not read: memory is allocated by these numbers. Nothing larger is saved.
+LARGEST_MANIFEST = 2**30  # bytes
+LARGEST_HEADER = 100_000_000  # bytes of a shard file before the data, as other readers of safetensors have it
+CHUNK_BYTES = 4 * 2**20  # of data that are hashed and read together
+LARGEST_COUNT = 2**53  # steps, up to which float counters are exact
+SHARD_NAME = re.compile(r"shard-[0-9]{5}-of-[0-9]{5}\.safetensors")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -88,12 +106,20 @@ class Parameters:
         groups: hyperparameters of each param group.
         group_of: index of each parameter's group, by its name.
         steps: the step counter of each parameter that has state.
+
+    Raises:
+        ValueError: a step counter is no count.
     """
 
     optimizer: str
     groups: tuple[Mapping[str, Any], ...]
     group_of: Mapping[str, int]
     steps: Mapping[str, float]
+
+    def __post_init__(self) -> None:
+        for name, step in self.steps.items():
+            if not (type(step) in (int, float) and 0 <= step <= LARGEST_COUNT and step == int(step)):
+                raise ValueError(f"the step counter of {name!r} is {step!r}; it must be a whole number from 0 to {LARGEST_COUNT}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +134,7 @@ class Manifest:
     extra: Any
     wrapper: Mapping[str, Any] = field(default_factory=dict)  # what only the same wrapper takes up again, by the wrapper's name
     libraries: Mapping[str, str] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)  # further names of the model's tensors, each with the one that they have here
 
     @cached_property
     def kinds(self) -> frozenset[str]:
@@ -143,6 +170,7 @@ class Manifest:
             "step": self.step,
             "world_size": self.world_size,
             "libraries": dict(self.libraries),
+            **({"aliases": dict(self.aliases)} if self.aliases else {}),
             "files": [
                 {"name": name, "size": file.size, "header_size": file.header_size, "header_sha256": file.header_sha256}
                 for name, file in self.files.items()
@@ -180,16 +208,18 @@ class Manifest:
 
         Raises:
             MismatchError: it was written by a later version of the library.
-            DamagedError: it contradicts itself.
+            DamagedError: it contradicts itself, or has numbers that cannot be.
         """
         try:
-            content = json.loads(text)
+            content = json.loads(text.decode(), object_pairs_hook=_object, parse_float=_finite, parse_constant=_finite)
             if not isinstance(content, dict) or content.get("format") != FORMAT:
                 raise ValueError(f"it is not a {FORMAT}")
             _check_version(content, where)
             manifest = cls._from_content(content)
         except MismatchError:
             raise
+        except RecursionError as error:
+            raise DamagedError(f"{where}: it is nested too deeply") from error
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RuntimeError) as error:  # torch's are the last
             raise DamagedError(f"{where}: {error if isinstance(error, ValueError) else repr(error)}") from error
         return manifest
@@ -201,6 +231,10 @@ class Manifest:
             if not SHARD_NAME.fullmatch(row["name"]):
                 raise ValueError(f"{row['name']!r} is not the name of a shard file")
             _check_sha256(row["header_sha256"])
+            if row["name"] in files:
+                raise ValueError(f"{row['name']} stands twice among the files")
+            if _whole(row["header_size"]) > LARGEST_HEADER:
+                raise ValueError(f"{row['name']} has a header of {row['header_size']} bytes; none is larger than {LARGEST_HEADER}")
             files[row["name"]] = ShardFile(
                 size=_whole(row["size"]), header_size=_whole(row["header_size"]), header_sha256=row["header_sha256"]
             )
@@ -211,6 +245,8 @@ class Manifest:
             tensors[entry.key] = entry
         if len(tensors) != len(content["tensors"]):
             raise ValueError("two tensors have one name")
+        if _whole(content["world_size"]) < 1:
+            raise ValueError("it was saved by 0 ranks")
         manifest = cls(
             step=_whole(content["step"]),
             world_size=_whole(content["world_size"]),
@@ -218,11 +254,29 @@ class Manifest:
             tensors=tensors,
             parameters=None if content["parameters"] is None else _parameters_from_json(content["parameters"]),
             extra=decode(content["extra"]),
-            wrapper=decode(content["wrapper"]),
-            libraries={str(name): str(version) for name, version in content["libraries"].items()},
+            wrapper=_table(decode(content["wrapper"]), "wrapper"),
+            aliases=_aliases_from_json(content.get("aliases", {}), tensors.values()),
+            libraries={check_text(name): check_text(version) for name, version in content["libraries"].items()},
         )
         _check_extents(manifest)
+        for entry in tensors.values():  # after the extents, which bound how much memory this takes
+            _check_tiling(entry)
         return manifest
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"an object has the key {next(name for name in names if names.count(name) > 1)!r} twice")
+    return found
+
+
+def _finite(number: str) -> float:
+    found = float(number)
+    if not math.isfinite(found):
+        raise ValueError(f"it has the number {number}, which is not finite")
+    return found
 
 
 def _dumps(value: Any) -> str:
@@ -239,13 +293,30 @@ def _whole(value: Any) -> int:
     return value
 
 
+def check_text(value: Any) -> str:
+    """A name; raises ValueError for what is none, or has characters that no file can hold."""
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is not a name")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the name {value!r} has half of a character (a lone surrogate)") from error
+    return value
+
+
+def _table(value: Any, what: str) -> dict[str, Any]:
+    if type(value) is not dict or not all(isinstance(key, str) for key in value):
+        raise ValueError(f"{what} is {value!r}, not an object")
+    return value
+
+
 def _check_sha256(value: Any) -> None:
     if not (isinstance(value, str) and SHA256.fullmatch(value)):
         raise ValueError(f"{value!r} is not a SHA-256")
 
 
 def _check_version(content: dict[str, Any], where: str) -> None:
-    major, minor = content["version"]
+    major, minor = map(_whole, content["version"])
     if major != VERSION[0]:
         raise MismatchError(
             f"{where} is of version {major}.{minor} of the format, and this library reads {VERSION[0]}.x; upgrade sharded-optim"
@@ -258,18 +329,25 @@ def _check_version(content: dict[str, Any], where: str) -> None:
 def _entry(row: dict[str, Any], files: list[str]) -> TensorEntry:
     shape = tuple(map(_whole, row["shape"]))
     dtype = dtype_named(row["dtype"])
-    kind, name = str(row["kind"]), str(row["name"])
+    kind, name = check_text(row["kind"]), check_text(row["name"])
+    if max(shape, default=0) >= 2**63:
+        raise ValueError(f"{key_of(kind, name)!r} has shape {shape}")
     chunks = []
     for file, offset, size, start, run, stride, count, digest in row["chunks"]:
         segment = Segment(name=name, shape=shape, start=_whole(start), run=_whole(run), stride=_whole(stride), count=_whole(count))
         _check_sha256(digest)
         if segment.numel * dtype.itemsize != size or size == 0:
             raise ValueError(f"a chunk of {key_of(kind, name)!r} has {segment.numel} elements of {dtype} in {size} bytes")
+        if size > CHUNK_BYTES:
+            raise ValueError(f"a chunk of {key_of(kind, name)!r} has {size} bytes; none is larger than {CHUNK_BYTES}")
         chunks.append(Chunk(segment=segment, file=files[_whole(file)], offset=_whole(offset), size=_whole(size), sha256=digest))
-    problem = find_tiling_error([chunk.segment for chunk in chunks] or [Segment.flat(name, shape, 0, 0)])
-    if problem:
-        raise ValueError(f"the chunks of {key_of(kind, name)!r} (shape {shape}) do not tile it: {problem}")
     return TensorEntry(kind=kind, name=name, shape=shape, dtype=dtype, chunks=tuple(chunks))
+
+
+def _check_tiling(entry: TensorEntry) -> None:
+    problem = find_tiling_error([chunk.segment for chunk in entry.chunks] or [Segment.flat(entry.name, entry.shape, 0, 0)])
+    if problem:
+        raise ValueError(f"the chunks of {entry.key!r} (shape {entry.shape}) do not tile it: {problem}")
 
 
 def _check_extents(manifest: Manifest) -> None:
@@ -282,6 +360,14 @@ def _check_extents(manifest: Manifest) -> None:
     for name, file in manifest.files.items():
         if ends[name] != file.size:
             raise ValueError(f"{name} has {file.size} bytes, its chunks end at {ends[name]}")
+
+
+def _aliases_from_json(content: Any, tensors: Iterable[TensorEntry]) -> dict[str, str]:
+    names = {entry.name for entry in tensors}
+    for alias, name in _table(content, "aliases").items():
+        if check_text(alias) in names or name not in names:
+            raise ValueError(f"{alias!r} is said to be another name of {name!r}")
+    return content
 
 
 def _parameters_to_json(parameters: Parameters) -> dict[str, Any]:
@@ -299,11 +385,14 @@ def _parameters_to_json(parameters: Parameters) -> dict[str, Any]:
 
 
 def _parameters_from_json(content: dict[str, Any]) -> Parameters:
-    groups = [decode(group["hyperparameters"]) for group in content["groups"]]
-    names: Iterable[tuple[str, int]] = [(name, index) for index, group in enumerate(content["groups"]) for name in group["params"]]
+    group_of: dict[str, int] = {}
+    for index, group in enumerate(content["groups"]):
+        for name in map(check_text, group["params"]):
+            if group_of.setdefault(name, index) != index:
+                raise ValueError(f"{name!r} is in two param groups")
     return Parameters(
-        optimizer=str(content["optimizer"]),
-        groups=tuple(groups),
-        group_of=dict(names),
-        steps={name: float(step) for name, step in decode(content["steps"]).items()},
+        optimizer=check_text(content["optimizer"]),
+        groups=tuple(_table(decode(group["hyperparameters"]), "hyperparameters") for group in content["groups"]),
+        group_of=group_of,
+        steps=_table(decode(content["steps"]), "steps"),
     )

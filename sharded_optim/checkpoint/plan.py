@@ -14,12 +14,10 @@ import torch
 from sharded_optim.checkpoint.dtypes import dtype_named, name_of
 from sharded_optim.checkpoint.errors import CheckpointError
 from sharded_optim.checkpoint.held import Held
-from sharded_optim.checkpoint.manifest import key_of
+from sharded_optim.checkpoint.manifest import CHUNK_BYTES, check_text, key_of
 from sharded_optim.segment import Segment, find_tiling_error
 
-__all__ = ["CHUNK_BYTES", "Part", "Plan", "Row", "rows_of"]
-
-CHUNK_BYTES = 4 * 2**20
+__all__ = ["Part", "Plan", "Row", "rows_of"]
 
 # What one rank holds of one tensor: kind, name, shape, dtype, the segment's start, run, stride and count, and whether it is a buffer.
 Row = tuple[str, str, tuple[int, ...], str, int, int, int, int, bool]
@@ -124,6 +122,7 @@ def rows_of(held: Iterable[Held]) -> list[Row]:
     for each in held:
         segment = each.segment
         dtype = name_of(each.local.dtype, each.key)
+        check_text(segment.name)
         if each.local.is_meta:
             raise ValueError(f"{each.key!r} has no memory (device meta); materialize the model before it is saved")
         extent = (segment.start, segment.run, segment.stride, segment.count)

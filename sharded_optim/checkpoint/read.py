@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from sharded_optim.checkpoint.errors import CheckpointError, DamagedError, UnreadableError
 from sharded_optim.checkpoint.held import Held, numbers_of
-from sharded_optim.checkpoint.manifest import Chunk, Manifest, TensorEntry, sha256
-from sharded_optim.checkpoint.plan import CHUNK_BYTES
+from sharded_optim.checkpoint.manifest import CHUNK_BYTES, LARGEST_MANIFEST, Chunk, Manifest, TensorEntry, sha256
 from sharded_optim.checkpoint.shard_file import tensors_in, tensors_of
 from sharded_optim.checkpoint.store import COMMITTED, MANIFEST, Store, folder_of
-from sharded_optim.segment import overlaps
+from sharded_optim.segment import Overlap, overlaps
 
 __all__ = ["CheckpointReader", "Wish"]
 
@@ -22,14 +23,24 @@ _Stretch = list[tuple[TensorEntry, Chunk]]  # that are read at once
 
 THREADS = 4  # that read and hash, each with memory for a chunk
 SHOWN = 20  # problems in an error message
+BROKEN = (errno.ENOTDIR, errno.ELOOP)  # errors of a folder that is none, now and later
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Wish:
-    """Elements that are to be loaded, and the tensor that has them."""
+    """Elements that are to be loaded, and the tensor that has them.
+
+    Attributes:
+        plus: a tensor of the same shape that is added to it, in float32; None: nothing is.
+    """
 
     entry: TensorEntry
     held: Held
+    plus: TensorEntry | None = None
+
+    @property
+    def entries(self) -> list[TensorEntry]:
+        return [self.entry] if self.plus is None else [self.entry, self.plus]
 
 
 class CheckpointReader:
@@ -39,8 +50,10 @@ class CheckpointReader:
         store, step: which.
 
     Attributes:
+        step: its number.
         manifest: of it.
         text, digest: of the manifest as it is stored, and its SHA-256.
+        version: the checkpoint as its files are now: another value once one of them was written to, as far as the file system notices.
 
     Raises:
         CheckpointError: there is none.
@@ -50,16 +63,26 @@ class CheckpointReader:
 
     def __init__(self, store: Store, step: int) -> None:
         self._store = store
+        self.step = step
         self.folder = folder_of(step)
         self.where = f"{store.root}/{self.folder}"
-        self.sizes = store.files(self.folder)
         self._is_unreadable = False
-        if COMMITTED not in self.sizes:
-            if store.renames and self.folder in store.folders():  # it was published with one
-                raise DamagedError(f"{self.where}/{COMMITTED} is lost")
+        try:
+            self.sizes = store.files(self.folder)
+            is_there = COMMITTED in self.sizes or (store.renames and self.folder in store.folders())
+            self.version = (store.root, step, store.stamp(self.folder) if self.sizes else None)
+        except OSError as error:
+            kind = DamagedError if error.errno in BROKEN else UnreadableError
+            raise kind(f"{self.where} cannot be listed: {error}") from error
+        if not is_there:
             raise CheckpointError(f"{self.where} is no committed checkpoint; {COMMITTED} is missing")
-        if MANIFEST not in self.sizes:
-            raise DamagedError(f"{self.where}/{MANIFEST} is lost")
+        for file in (COMMITTED, MANIFEST):
+            if file not in self.sizes:  # it was published with both
+                raise DamagedError(f"{self.where}/{file} is lost")
+        if self.sizes[COMMITTED] != COMMITTED_BYTES:
+            raise DamagedError(f"{self.where}/{COMMITTED} has {self.sizes[COMMITTED]} bytes, and as it was saved {COMMITTED_BYTES}")
+        if self.sizes[MANIFEST] > LARGEST_MANIFEST:
+            raise DamagedError(f"{self.where}/{MANIFEST} has {self.sizes[MANIFEST]} bytes; none is larger than {LARGEST_MANIFEST}")
         self.text = self._all_of(MANIFEST)
         self.digest = sha256(self.text)
         if self._all_of(COMMITTED) != committed_content(self.text):
@@ -111,34 +134,49 @@ class CheckpointReader:
         Raises:
             DamagedError: bytes are others than when `verify` read them. What is wished for is then partly loaded.
         """
+        landings = {id(wish): wish.held.flat() for wish in wishes}
+        with torch.no_grad():
+            self._transfer([(wish.entry, wish) for wish in wishes], landings, Overlap.copy)
+            self._transfer([(wish.plus, wish) for wish in wishes if wish.plus is not None], landings, Overlap.add)
+            for wish in wishes:
+                if not wish.held.shares_memory:
+                    wish.held.local.detach().copy_(landings[id(wish)].view(wish.held.local.shape))
+
+    def _transfer(
+        self,
+        pairs: Sequence[tuple[TensorEntry, Wish]],
+        landings: Mapping[int, Tensor],
+        act: Callable[[Overlap, Tensor, Tensor], None],
+    ) -> None:
+        """Do something with what tensors have of the elements of wishes, and the places of these."""
         wanted: dict[tuple[str, int], list[Wish]] = {}
         chunks: dict[tuple[str, int], tuple[TensorEntry, Chunk]] = {}
-        landings = {id(wish): wish.held.flat() for wish in wishes}
-        for wish in wishes:
-            for chunk in wish.entry.chunks:
+        for entry, wish in pairs:
+            for chunk in entry.chunks:
                 if overlaps(chunk.segment, wish.held.segment):
-                    chunks[chunk.file, chunk.offset] = wish.entry, chunk
+                    chunks[chunk.file, chunk.offset] = entry, chunk
                     wanted.setdefault((chunk.file, chunk.offset), []).append(wish)
 
-        def copy(entry: TensorEntry, chunk: Chunk, content: memoryview) -> str | None:
+        def take(entry: TensorEntry, chunk: Chunk, content: memoryview) -> str | None:
             problem = _problem(entry, chunk, content)
             if problem is not None:
                 return problem
             source = numbers_of(content, entry.dtype)
             for wish in wanted[chunk.file, chunk.offset]:
                 for overlap in overlaps(chunk.segment, wish.held.segment):
-                    overlap.copy(source, landings[id(wish)])
+                    act(overlap, source, landings[id(wish)])
             return None
 
-        with torch.no_grad():
-            problems = self._each([chunks[place] for place in sorted(chunks)], copy)
-            self._raise(problems)
-            for wish in wishes:
-                if not wish.held.shares_memory:
-                    wish.held.local.detach().copy_(landings[id(wish)].view(wish.held.local.shape))
+        self._raise(self._each([chunks[place] for place in sorted(chunks)], take))
 
     def _wished(self, wishes: Iterable[Wish]) -> list[tuple[TensorEntry, Chunk]]:
-        return [(wish.entry, chunk) for wish in wishes for chunk in wish.entry.chunks if overlaps(chunk.segment, wish.held.segment)]
+        return [
+            (entry, chunk)
+            for wish in wishes
+            for entry in wish.entries
+            for chunk in entry.chunks
+            if overlaps(chunk.segment, wish.held.segment)
+        ]
 
     def _each(
         self, chunks: Sequence[tuple[TensorEntry, Chunk]], action: Callable[[TensorEntry, Chunk, memoryview], str | None]
@@ -189,9 +227,15 @@ class CheckpointReader:
             except BaseException as error:
                 failures.append(error)
 
-        threads = [threading.Thread(target=work, name="sharded_optim read", daemon=True) for _ in range(min(THREADS, len(chunks)))]
-        for thread in threads:
-            thread.start()
+        threads: list[threading.Thread] = []
+        try:
+            for _ in range(min(THREADS, len(chunks))):
+                thread = threading.Thread(target=work, name="sharded_optim read", daemon=True)
+                thread.start()
+                threads.append(thread)
+        except RuntimeError:  # there can be no more threads
+            if not threads:
+                work()
         for thread in threads:
             thread.join()
         if failures:
@@ -240,6 +284,9 @@ def _stretches(chunks: Sequence[tuple[TensorEntry, Chunk]]) -> Iterator[_Stretch
         stretch.append((entry, chunk))
     if stretch:
         yield stretch
+
+
+COMMITTED_BYTES = 65  # of the marker: a SHA-256 in hexadecimal, and a line feed
 
 
 def committed_content(manifest: bytes) -> bytes:

@@ -24,11 +24,11 @@ from sharded_optim.checkpoint.errors import CheckpointError, DamagedError, Unrea
 from sharded_optim.checkpoint.exchange import digest_of, distinct, refuse_differences, together
 from sharded_optim.checkpoint.held import MASTER, Held, checksum
 from sharded_optim.checkpoint.live import LiveOptimizer, live_model, live_optimizer
-from sharded_optim.checkpoint.manifest import Chunk, Manifest, Parameters, ShardFile, TensorEntry
+from sharded_optim.checkpoint.manifest import LARGEST_MANIFEST, Chunk, Manifest, Parameters, ShardFile, TensorEntry
 from sharded_optim.checkpoint.plan import Part, Plan, Row, rows_of
 from sharded_optim.checkpoint.read import CheckpointReader, committed_content
 from sharded_optim.checkpoint.shard_file import WrittenShard, write_shard
-from sharded_optim.checkpoint.steps import prune_in, trust
+from sharded_optim.checkpoint.steps import read_back, reading_back, removable
 from sharded_optim.checkpoint.store import COMMITTED, MANIFEST, Store, folder_of, open_store, shard_name
 from sharded_optim.checkpoint.values import decode, encode
 from sharded_optim.version import __version__
@@ -49,6 +49,7 @@ class Content:
         parameters: what it knows of an optimizer beside them; None: there is no optimizer.
         wrapper: what only the same wrapper takes up again, by the wrapper's name.
         extra: of the user; None where the rank gives none.
+        aliases: further names of the model's tensors, each with the one that they are saved under.
         order: names of parameters in an order that the ranks have in common; others come after these.
     """
 
@@ -56,6 +57,7 @@ class Content:
     parameters: Parameters | None = None
     wrapper: Mapping[str, Any] = field(default_factory=dict)
     extra: Any = None
+    aliases: Mapping[str, str] = field(default_factory=dict)
     order: Sequence[str] = ()
 
     @classmethod
@@ -69,11 +71,11 @@ class Content:
             raise ValueError("there is nothing to save; pass model=, optimizer= or both")
         shown = live_model(model)
         if optimizer is None:
-            return cls(held=shown.held, wrapper=shown.wrapper, extra=extra)
+            return cls(held=shown.held, wrapper=shown.wrapper, extra=extra, aliases=shown.aliases)
         state = live_optimizer(optimizer, model, shown)
         state.settle()
         held = [*shown.held, *_with_masters(state, shown.held)]
-        return cls(held=held, parameters=state.parameters(), wrapper=shown.wrapper, extra=extra, order=state.order)
+        return cls(held=held, parameters=state.parameters(), wrapper=shown.wrapper, extra=extra, aliases=shown.aliases, order=state.order)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -142,11 +144,11 @@ def begin(
         held.extend(content.held)
         rows.extend(rows_of(held))
         extra = None if content.extra is None else encode(content.extra, "extra")
-        rest.extend((content.parameters, content.order, content.wrapper, extra, {"step": step, "keep": keep}))
+        rest.extend((content.parameters, content.order, content.aliases, content.wrapper, extra, {"step": step, "keep": keep}))
         return digest_of(rows), digest_of(rest)
 
     digests, rest_digests = zip(*together("collecting what to save", tell, process_group), strict=True)
-    parameters, orders, wrappers, extras, arguments = zip(*distinct(rest, rest_digests, process_group), strict=True)
+    parameters, orders, aliases, wrappers, extras, arguments = zip(*distinct(rest, rest_digests, process_group), strict=True)
     refuse_differences(arguments)
     manifest = Manifest(
         step=step,
@@ -158,10 +160,13 @@ def begin(
         wrapper=_only(wrappers, "what the wrapper counts"),
         libraries={"sharded_optim": __version__, "torch": torch.__version__},
     )
+    plan = _plan(rows, held, digests, process_group)
+    names = {name for _, name in plan.tensors}
+    manifest = replace(manifest, aliases={alias: name for own in reversed(aliases) for alias, name in own.items() if alias not in names})
     return Draft(
         store=opened[0],
         step=step,
-        plan=_plan(rows, held, digests, process_group),
+        plan=plan,
         rank=rank,
         held=held,
         manifest=manifest,
@@ -198,11 +203,37 @@ def finish(draft: Draft, content: Callable[[Part], Tensor]) -> None:
         if draft.rank == 0 and not committed:  # else others may have returned
             _discard(store, folder)
         raise
-    if draft.rank == 0 and draft.keep is not None:
+    if draft.keep is not None:
         try:
-            prune_in(store, draft.keep, spare=draft.step)
+            _prune(draft, draft.keep)
         except Exception as error:  # the checkpoint is there
-            warnings.warn(f"{store.root} could not be pruned: {error}", UserWarning, stacklevel=3)
+            if draft.rank == 0:
+                warnings.warn(f"{store.root} could not be pruned: {error}", UserWarning, stacklevel=3)
+
+
+def _prune(draft: Draft, keep: int) -> None:
+    """Remove old checkpoints. A collective.
+
+    The ranks read back together what `removable` says, each its share: rank 0 alone would take as many times as long as there are ranks,
+    and the others would run into a timeout.
+    """
+    store, group = draft.store, draft.process_group
+    found = together(f"pruning {store.root}", lambda: removable(store, keep, spare=draft.step) if draft.rank == 0 else ([], None), group)
+    older, unread = found[0]
+    if unread is not None:
+        readers: list[CheckpointReader] = []
+
+        def look() -> None:
+            readers.append(CheckpointReader(store, unread))
+            readers[0].check_files()
+
+        where = f"{store.root}/{folder_of(unread)}"
+        together(f"looking at {where}", look, group)
+        with reading_back(readers[0]):
+            together(f"reading back {where}", lambda: readers[0].verify((), draft.rank, len(draft.plan.parts)), group)
+    if draft.rank == 0:
+        for step in older:
+            store.remove(folder_of(step))
 
 
 # ---------------------------------------------------------------------------------------------------------------------- collecting
@@ -332,9 +363,7 @@ def _make_way(store: Store, step: int) -> None:
     if folder not in store.folders() or not (store.renames or COMMITTED in store.files(folder)):
         return
     try:
-        reader = CheckpointReader(store, step)
-        reader.check_files()
-        reader.verify((), 0, 1)
+        read_back(CheckpointReader(store, step))
     except UnreadableError as error:
         raise CheckpointError(f"step {step} is there already, and cannot be read to see whether it is whole: {error}") from error
     except DamagedError as error:
@@ -384,10 +413,13 @@ def _commit(draft: Draft, folder: str, written: Sequence[WrittenShard | None]) -
                 f"be a folder that all ranks share, to which no other job saves"
             )
     manifest = replace(draft.manifest, files=files, tensors={entry.key: entry for entry in tensors}).to_json()
+    if len(manifest) > LARGEST_MANIFEST:
+        raise CheckpointError(
+            f"the manifest would have {len(manifest)} bytes, of which none is read back that is larger than {LARGEST_MANIFEST}"
+        )
     _write_file(draft.store, folder, MANIFEST, manifest)
     _write_file(draft.store, folder, COMMITTED, committed_content(manifest))
     draft.store.publish(folder, folder_of(draft.step))
-    trust(draft.store, draft.step, manifest)
     return folder_of(draft.step)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sharded_optim.checkpoint.dtypes import name_of
 from sharded_optim.checkpoint.held import bytes_of
-from sharded_optim.checkpoint.manifest import sha256
+from sharded_optim.checkpoint.manifest import LARGEST_HEADER, sha256
 from sharded_optim.checkpoint.plan import Part
 from sharded_optim.checkpoint.store import Store
 from sharded_optim.segment import Segment
@@ -46,16 +46,15 @@ def write_shard(store: Store, folder: str, file: str, parts: Sequence[Part], con
     """
     header = _header(parts)
     writer = store.create(folder, file)
-    hasher = _Hasher()
     try:
-        writer.write(memoryview(header))
-        for part in parts:
-            flat = content(part).cpu()
-            hasher.add(flat)
-            writer.write(bytes_of(flat))
-        digests = hasher.finish()
+        with _Hasher() as hasher:
+            writer.write(memoryview(header))
+            for part in parts:
+                flat = content(part).cpu()
+                hasher.add(flat)
+                writer.write(bytes_of(flat))
+        digests = hasher.digests()
     except BaseException:
-        hasher.finish()
         writer.abandon()
         raise
     writer.close()
@@ -63,7 +62,7 @@ def write_shard(store: Store, folder: str, file: str, parts: Sequence[Part], con
 
 
 class _Hasher:
-    """Hashes one chunk after the other while they are written.
+    """Hashes one chunk after the other while they are written. A context: its thread ends with it.
 
     In a thread of its own: those of a pool take no more work when the interpreter ends, and a save in the background may outlast the main
     thread.
@@ -72,29 +71,44 @@ class _Hasher:
     def __init__(self) -> None:
         self._waiting: Queue[Tensor | None] = Queue(AHEAD)
         self._digests: list[str] = []
+        self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="sharded_optim hash", daemon=True)
+
+    def __enter__(self) -> _Hasher:
         self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._waiting.put(None)
+        self._thread.join()
 
     def add(self, flat: Tensor) -> None:
         """Wait while too many are waiting."""
         self._waiting.put(flat)
 
-    def finish(self) -> tuple[str, ...]:
-        """The digests of all; once more, if need be."""
-        if self._thread.is_alive():
-            self._waiting.put(None)
-            self._thread.join()
+    def digests(self) -> tuple[str, ...]:
+        """Of all chunks, when the thread has ended. Raises what hashing has raised."""
+        if self._failure is not None:
+            raise self._failure
         return tuple(self._digests)
 
     def _run(self) -> None:
         while (flat := self._waiting.get()) is not None:
-            self._digests.append(sha256(bytes_of(flat)))
+            if self._failure is None:  # else go on taking chunks: who adds them waits for that
+                try:
+                    self._digests.append(sha256(bytes_of(flat)))
+                except BaseException as error:
+                    self._failure = error
 
 
 def _header(parts: Sequence[Part]) -> bytes:
     content = {METADATA: {"format": "pt"}} | tensors_of((part.key, part.dtype, part.segment) for part in parts)
     text = json.dumps(content).encode()
     text += b" " * (-len(text) % 8)
+    if len(text) + 8 > LARGEST_HEADER:
+        raise ValueError(
+            f"the header of a shard would have {len(text) + 8} bytes, and the largest is {LARGEST_HEADER}; save from more ranks"
+        )
     return len(text).to_bytes(8, "little") + text
 
 

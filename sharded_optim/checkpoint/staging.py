@@ -31,7 +31,10 @@ class Saving:
             self._not_staged = error
         draft.release()
         self._thread = threading.Thread(target=self._run, args=(draft,), name="sharded_optim save")  # no daemon: it ends before the process
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:  # there can be no more threads; the other ranks wait for this one
+            self._run(draft)
 
     def done(self) -> bool:
         """Whether it has ended, well or not."""
@@ -43,7 +46,8 @@ class Saving:
         Raises:
             CheckpointError: it failed, on every rank. Raised once, here or by the next save or load.
         """
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure

@@ -1,21 +1,29 @@
-"""Which checkpoints a root has: listing, verifying, pruning. By one process, without communication."""
+"""Which checkpoints a root has: listing, verifying, pruning. By one process, without communication.
+
+Pruning trusts what this process has read back: a checkpoint of which it has compared every byte with what was saved, and whose files were
+not written to since. Having written a checkpoint is not enough.
+"""
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from itertools import islice
 
 from sharded_optim.checkpoint.errors import CheckpointError, DamagedError, MismatchError, NoCheckpointError
-from sharded_optim.checkpoint.manifest import Manifest, sha256
+from sharded_optim.checkpoint.manifest import Manifest
 from sharded_optim.checkpoint.read import CheckpointReader
 from sharded_optim.checkpoint.store import COMMITTED, Store, folder_of, open_store, steps_in
 
-__all__ = ["candidates", "describe", "existing_step", "latest", "prune", "prune_in", "steps", "steps_of", "trust", "verify"]
+__all__ = ["candidates", "describe", "existing_step", "latest", "prune", "reading_back", "removable", "steps", "steps_of", "verify"]
 
 Root = str | os.PathLike[str]
 
-_trusted: set[tuple[str, int, str]] = set()  # root, step, and the SHA-256 of the manifest
+# Of checkpoints that this process has read back: `CheckpointReader.version` of those that were whole, and of those that were not.
+_trusted: set[object] = set()
+_damaged: set[object] = set()
 
 
 def steps(root: Root) -> list[int]:
@@ -24,8 +32,15 @@ def steps(root: Root) -> list[int]:
 
 
 def steps_of(store: Store) -> list[int]:
-    """The committed steps, ascending."""
-    return [step for step in steps_in(store.folders()) if COMMITTED in store.files(folder_of(step))]
+    """The committed steps, ascending; also those of which that cannot be told, as their folders cannot be listed."""
+    return [step for step in steps_in(store.folders()) if _is_committed(store, step)]
+
+
+def _is_committed(store: Store, step: int) -> bool:
+    try:
+        return COMMITTED in store.files(folder_of(step))
+    except OSError:
+        return True
 
 
 def candidates(store: Store) -> list[int]:
@@ -62,7 +77,7 @@ def verify(root: Root, step: int | None = None) -> int:
     """
     store = open_store(root)
     step = existing_step(store, step)
-    _verify(store, step)
+    read_back(CheckpointReader(store, step))
     return step
 
 
@@ -70,71 +85,104 @@ def latest(root: Root) -> int | None:
     """The highest step that verifies; None if there is none.
 
     Warns:
-        UserWarning: of each that is higher and damaged.
+        UserWarning: of each that is higher and damaged, or cannot be read.
     """
-    return next(_newest_first(open_store(root)), None)
+    store = open_store(root)
+    for step in reversed(candidates(store)):
+        with _passing_over():
+            read_back(CheckpointReader(store, step))
+            return step
+    return None
 
 
 def prune(root: Root, keep: int) -> list[int]:
-    """Remove all checkpoints but the newest `keep` that verify. Those that are newer than all of these, and damaged, stay.
+    """Remove all checkpoints but the newest `keep`.
+
+    Those that are damaged do not count, as far as their manifests, the sizes of their files, and what this process has read before tell.
+    Those that are newer than all that count stay. No shard is read where this process has read back one of the newest `keep` before, in
+    `load`, `verify` or `latest`, and its files were not written to since. Otherwise it reads back the newest of them, and if that is
+    damaged the one before it: the last checkpoint that verifies is never removed.
 
     May be called by several processes at once.
-
-    Checkpoints that this process has itself written or verified are not read again.
 
     Returns:
         The steps that were removed.
     """
     if type(keep) is not int or keep < 1:
         raise ValueError(f"keep must be a whole number >= 1, got {keep!r}")
-    return prune_in(open_store(root), keep)
-
-
-def prune_in(store: Store, keep: int, *, spare: int | None = None) -> list[int]:
-    """See `prune`.
-
-    Args:
-        spare: a step that stays whatever there is.
-    """
-    kept = []
-    for step in _newest_first(store, trusts=True):
-        kept.append(step)
-        if len(kept) == keep:
+    store = open_store(root)
+    damaged: set[int] = set()
+    while True:
+        removed, unread = removable(store, keep, damaged=damaged)
+        if unread is None:
             break
-    else:
-        return []
-    removed = [step for step in candidates(store) if step < kept[-1] and step != spare]
+        with _passing_over():
+            read_back(CheckpointReader(store, unread))
+            break
+        damaged.add(unread)
     for step in removed:
         store.remove(folder_of(step))
     return removed
 
 
-def _newest_first(store: Store, *, trusts: bool = False) -> Iterator[int]:
-    """The steps that verify."""
+def removable(store: Store, keep: int, *, damaged: Collection[int] = (), spare: int | None = None) -> tuple[list[int], int | None]:
+    """The steps that are older than the newest `keep`, and the one of these that has to be read back before any is removed. Reads no shard.
+
+    Args:
+        damaged: steps that do not count.
+        spare: a step that stays.
+
+    Returns:
+        The steps, ascending; and None in the place of the other where one of the newest `keep` is trusted, or nothing is to be removed.
+    """
+    newest = list(islice((reader for reader in _newest_first(store) if reader.step not in damaged), keep))
+    if len(newest) < keep:
+        return [], None
+    older = [step for step in candidates(store) if step < newest[-1].step and step != spare]
+    is_safe = not older or any(reader.version in _trusted for reader in newest)
+    return older, None if is_safe else newest[0].step
+
+
+def _newest_first(store: Store) -> Iterator[CheckpointReader]:
+    """The checkpoints that are not damaged, as far as that can be told without reading a shard."""
     for step in reversed(candidates(store)):
-        try:
-            _verify(store, step, trusts=trusts)
-        except DamagedError as error:
-            warnings.warn(f"{error}\n  It is passed over.", UserWarning, stacklevel=4)
-        except MismatchError as error:  # of a later version
-            warnings.warn(f"{error}\n  It is passed over.", UserWarning, stacklevel=4)
-        except (CheckpointError, FileNotFoundError):  # it was pruned meanwhile
-            continue
-        else:
-            yield step
+        with _passing_over():
+            reader = CheckpointReader(store, step)
+            reader.check_files()
+            if reader.version in _damaged:
+                raise DamagedError(f"{reader.where} was damaged when this process read it")
+            yield reader
 
 
-def _verify(store: Store, step: int, *, trusts: bool = False) -> None:
-    reader = CheckpointReader(store, step)
+@contextmanager
+def _passing_over() -> Iterator[None]:
+    """Leave the block with a warning where a checkpoint is damaged or of a later version; without one where it was pruned meanwhile."""
+    try:
+        yield
+    except (DamagedError, MismatchError) as error:
+        warnings.warn(f"{error}\n  It is passed over.", UserWarning, stacklevel=5)
+    except CheckpointError:
+        pass
+
+
+def read_back(reader: CheckpointReader) -> None:
+    """Read all of a checkpoint. Raises DamagedError where it is not what was saved."""
     reader.check_files()
-    if not (trusts and (store.root, step, reader.digest) in _trusted):
+    with reading_back(reader):
         reader.verify((), 0, 1)
-        trust(store, step, reader.text)
 
 
-def trust(store: Store, step: int, manifest: bytes) -> None:
-    """Pruning need not read a checkpoint that this process has written or verified."""
-    _trusted.add((store.root, step, sha256(manifest)))
+@contextmanager
+def reading_back(reader: CheckpointReader) -> Iterator[None]:
+    """Remember for pruning whether the block, which reads all of a checkpoint, finds it damaged."""
+    try:
+        yield
+    except DamagedError:
+        _trusted.discard(reader.version)
+        _damaged.add(reader.version)
+        raise
+    _damaged.discard(reader.version)
+    _trusted.add(reader.version)
 
 
 def existing_step(store: Store, step: int | None) -> int:

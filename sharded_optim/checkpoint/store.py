@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Protocol
 
 from sharded_optim.checkpoint.local_store import LocalStore
@@ -18,7 +18,7 @@ __all__ = ["COMMITTED", "MANIFEST", "Store", "Writer", "folder_of", "open_store"
 
 MANIFEST = "manifest.json"
 COMMITTED = "COMMITTED"  # holds the SHA-256 of the manifest
-STEP_FOLDER = re.compile(r"step-(\d{9,})")
+STEP_FOLDER = re.compile(r"step-([0-9]{9,255})")
 
 
 class Writer(Protocol):
@@ -51,7 +51,19 @@ class Store(Protocol):
         ...
 
     def files(self, folder: str) -> dict[str, int]:
-        """The names of a folder's files, with their sizes in bytes; none where there is no folder."""
+        """The names of a folder's files, with their sizes in bytes; none where there is no folder.
+
+        Raises:
+            OSError: it cannot be listed.
+        """
+        ...
+
+    def stamp(self, folder: str) -> Hashable:
+        """A value that changes when a file of a folder is written to, as far as the file system notices.
+
+        Raises:
+            OSError: the folder cannot be listed.
+        """
         ...
 
     def read(self, folder: str, file: str, offset: int, into: memoryview) -> int:
@@ -59,6 +71,9 @@ class Store(Protocol):
 
         Returns:
             How many.
+
+        Raises:
+            OSError: the file cannot be read.
         """
         ...
 
@@ -101,5 +116,6 @@ def shard_name(rank: int, world_size: int) -> str:
 
 
 def steps_in(folders: Iterable[str]) -> list[int]:
-    """Of the folders that are of steps, ascending."""
-    return sorted(int(match[1]) for match in map(STEP_FOLDER.fullmatch, folders) if match)
+    """Of the folders that have exactly the name of a step, ascending."""
+    steps = ((int(match[1]), match[0]) for match in map(STEP_FOLDER.fullmatch, folders) if match)
+    return sorted(step for step, folder in steps if folder == folder_of(step))

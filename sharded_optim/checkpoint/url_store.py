@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 __all__ = ["UrlStore"]
@@ -34,8 +36,14 @@ class UrlStore:
     def files(self, folder: str) -> dict[str, int]:
         return {_name(entry): entry["size"] for entry in self._list(self._path(folder)) if entry["type"] == "file"}
 
+    def stamp(self, folder: str) -> Hashable:
+        return tuple(sorted(repr(sorted(entry.items())) for entry in self._list(self._path(folder))))
+
     def read(self, folder: str, file: str, offset: int, into: memoryview) -> int:
-        found = self._files.cat_file(self._path(folder, file), start=offset, end=offset + len(into))
+        with _as_os_error():
+            found = self._files.cat_file(self._path(folder, file), start=offset, end=offset + len(into))
+        if len(found) > len(into):
+            raise OSError(f"{self._path(folder, file)}: {len(found)} bytes came where {len(into)} were asked for")
         into[: len(found)] = found
         return len(found)
 
@@ -63,9 +71,10 @@ class UrlStore:
             return
 
     def _list(self, path: str) -> list[dict[str, Any]]:
-        self._files.invalidate_cache(path)
         try:
-            return self._files.ls(path, detail=True)
+            with _as_os_error():
+                self._files.invalidate_cache(path)
+                return self._files.ls(path, detail=True)
         except FileNotFoundError:
             return []
 
@@ -91,6 +100,17 @@ class UrlFile:
         getattr(self._file, "discard", self._file.close)()
         if isinstance(self._file, AbstractBufferedFile):
             self._file.closed = True  # else it would be uploaded, as far as it is, when it is collected
+
+
+@contextmanager
+def _as_os_error() -> Iterator[None]:
+    """File systems behind fsspec raise errors of their own: of HTTP, of a cloud's client."""
+    try:
+        yield
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise OSError(repr(error)) from error
 
 
 def _name(entry: dict[str, Any]) -> str:

@@ -2,14 +2,19 @@
 
 True, 3, 0.1, "text", None, [..], {"key": ..}     as they are; floats come back to the last bit
 inf, nan, (1, 2), b"..", {3: ..}, a tensor        {"$float": "inf"}, {"$tuple": [1, 2]}, {"$bytes": ..}, {"$items": ..}, {"$tensor": ..}
+OrderedDict, Counter, defaultdict(list)           {"$OrderedDict": [[key, value], ..]}, {"$Counter": ..}, {"$defaultdict": ["list", ..]}
+NumPy's scalars and arrays                        {"$scalar": ["<f4", ".."]}, {"$array": ["<u4", [624], ".."]}
+
+A type comes back as it was, or is refused: a subclass of a list, a dict or a number is not saved as one.
 """
 
 from __future__ import annotations
 
 import base64
 import math
-import numbers
-from collections.abc import Callable
+import sys
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -21,6 +26,13 @@ __all__ = ["decode", "encode"]
 
 MARK = "$"
 LARGEST_TENSOR = 2**20  # bytes
+LARGEST_INT = 10_000  # bits, which Python still reads
+DEEPEST = 100  # containers inside of each other, so that reading a value does not exhaust the stack
+FACTORIES: dict[str, Callable[[], Any] | None] = {
+    "None": None,
+    **{factory.__name__: factory for factory in (bool, int, float, str, bytes, list, tuple, dict)},
+}
+ARRAYS = {f"{order}{code}" for order in "<>|" for code in ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")}
 
 
 def encode(value: Any, where: str) -> Any:
@@ -32,36 +44,58 @@ def encode(value: Any, where: str) -> Any:
     Raises:
         ValueError: a value of another type; names it.
     """
-    if value is None or isinstance(value, bool | str):
+    return _encode(value, where, 0)
+
+
+def _encode(value: Any, where: str, depth: int) -> Any:
+    kind = type(value)
+    if value is None or kind in (bool, str) or (kind is int and value.bit_length() <= LARGEST_INT):
         return value
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    if isinstance(value, numbers.Real) and not isinstance(value, numbers.Rational):  # NumPy's too
-        value = float(value)
+    if kind is float:
         return value if math.isfinite(value) else {"$float": repr(value)}
-    if isinstance(value, list):
-        return [encode(each, f"{where}[{index}]") for index, each in enumerate(value)]
-    if type(value) is tuple:
-        return {"$tuple": [encode(each, f"{where}[{index}]") for index, each in enumerate(value)]}
-    if isinstance(value, dict):
-        if all(isinstance(key, str) and not key.startswith(MARK) for key in value):
-            return {key: encode(each, f"{where}[{key!r}]") for key, each in value.items()}
-        return {"$items": [[encode(key, f"a key of {where}"), encode(each, f"{where}[{key!r}]")] for key, each in value.items()]}
-    if isinstance(value, bytes):
-        return {"$bytes": base64.b64encode(value).decode()}
+    if kind is bytes:
+        return {"$bytes": _base64(value)}
     if isinstance(value, Tensor):
         return {"$tensor": _encode_tensor(value, where)}
-    raise ValueError(
-        f"{where} is a {type(value).__module__}.{type(value).__qualname__}, which a checkpoint cannot hold; it holds None, bool, int, "
-        f"float, str, bytes, tensors up to 1 MiB, and lists, tuples and dicts of these (for objects, what their state_dict() returns)"
+    if depth > DEEPEST:
+        raise ValueError(f"{where[:100]}... is nested more than {DEEPEST} deep, which a checkpoint cannot hold, or contains itself")
+    if kind in (list, tuple):
+        found = [_encode(each, f"{where}[{index}]", depth + 1) for index, each in enumerate(value)]
+        return found if kind is list else {"$tuple": found}
+    if kind is dict and all(type(key) is str and not key.startswith(MARK) for key in value):
+        return {key: _encode(each, f"{where}[{key!r}]", depth + 1) for key, each in value.items()}
+    if kind in (dict, OrderedDict, Counter, defaultdict):
+        items = [
+            [_encode(key, f"a key of {where}", depth + 1), _encode(each, f"{where}[{key!r}]", depth + 1)] for key, each in value.items()
+        ]
+        if kind is defaultdict:
+            return {"$defaultdict": [_factory_name(value.default_factory, where), items]}
+        return {"$items" if kind is dict else f"{MARK}{kind.__name__}": items}
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and (kind is numpy.ndarray or issubclass(kind, numpy.generic)):
+        return _encode_array(value, where)
+    raise _refused(f"{where} is a {kind.__module__}.{kind.__qualname__}")
+
+
+def _refused(what: str) -> ValueError:
+    return ValueError(
+        f"{what}, which a checkpoint cannot hold; it holds None, bool, int, float, str, bytes, tensors and arrays up to 1 MiB, and lists, "
+        f"tuples, dicts, OrderedDicts, Counters and defaultdicts of these (for objects, what their state_dict() returns)"
     )
+
+
+def _factory_name(factory: Any, where: str) -> str:
+    for name, known in FACTORIES.items():
+        if factory is known:
+            return name
+    raise _refused(f"{where} is a defaultdict of {factory!r}")
 
 
 def decode(value: Any) -> Any:
     """The value that `encode` was given. Tensors are on the CPU.
 
     Raises:
-        ValueError: an unknown mark.
+        ValueError: an unknown mark, or one with what cannot be.
     """
     if isinstance(value, list):
         return [decode(each) for each in value]
@@ -75,6 +109,61 @@ def decode(value: Any) -> Any:
     return DECODERS[mark](value[mark])
 
 
+def _decode_items(content: Iterable[Any]) -> dict[Any, Any]:
+    pairs = [(decode(key), decode(each)) for key, each in content]
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a value is marked as a dict, and has a key twice")
+    return found
+
+
+def _decode_defaultdict(content: Any) -> Any:
+    factory, items = content
+    if factory not in FACTORIES:
+        raise ValueError(f"a value is marked as a defaultdict of {factory!r}, which this version does not know")
+    return defaultdict(FACTORIES[factory], _decode_items(items))
+
+
+def _decode_float(content: Any) -> float:
+    if content not in ("inf", "-inf", "nan"):
+        raise ValueError(f"a value is marked as a float that JSON has not, and is {content!r}")
+    return float(content)
+
+
+def _encode_array(value: Any, where: str) -> Any:
+    """NumPy's scalars and arrays."""
+    dtype = value.dtype.str
+    if dtype not in ARRAYS or value.nbytes > LARGEST_TENSOR:
+        raise _refused(f"{where} is a {type(value).__module__}.{type(value).__qualname__} of {value.dtype} with {value.nbytes} bytes")
+    data = _base64(value.tobytes())
+    return {"$array": [dtype, list(value.shape), data]} if type(value).__name__ == "ndarray" else {"$scalar": [dtype, data]}
+
+
+def _decode_array(content: Any) -> Any:
+    dtype, shape, data = content
+    if dtype not in ARRAYS:
+        raise ValueError(f"a value is marked as an array of {dtype!r}, which this version does not know")
+    try:
+        import numpy
+    except ModuleNotFoundError as error:
+        raise ValueError("a value is an array of the package numpy, which is not installed; pip install numpy") from error
+    return numpy.frombuffer(bytearray(_bytes(data)), dtype=dtype).reshape(_shape(shape))
+
+
+def _shape(value: Any) -> list[int]:
+    if not all(type(size) is int and size >= 0 for size in value):
+        raise ValueError(f"a value is marked as a tensor or an array, and has shape {value!r}")
+    return value
+
+
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode()
+
+
+def _bytes(content: Any) -> bytes:
+    return base64.b64decode(content, validate=True)
+
+
 def _encode_tensor(value: Tensor, where: str) -> Any:
     if type(value) not in (Tensor, torch.nn.Parameter) or value.numel() * value.element_size() > LARGEST_TENSOR:
         raise ValueError(
@@ -85,21 +174,26 @@ def _encode_tensor(value: Tensor, where: str) -> Any:
     return {
         "dtype": name_of(value.dtype, where),
         "shape": list(value.shape),
-        "data": base64.b64encode(bytes(content.tolist())).decode(),
+        "data": _base64(bytes(content.tolist())),
     }
 
 
 def _decode_tensor(content: Any) -> Tensor:
-    data = bytearray(base64.b64decode(content["data"]))
+    data = bytearray(_bytes(content["data"]))
     dtype = dtype_named(content["dtype"])
     flat = torch.frombuffer(data, dtype=torch.uint8).view(dtype) if data else torch.empty(0, dtype=dtype)
-    return flat.clone().reshape(content["shape"])
+    return flat.clone().reshape(_shape(content["shape"]))
 
 
 DECODERS: dict[str, Callable[[Any], Any]] = {
-    "$float": float,
+    "$float": _decode_float,
     "$tuple": lambda content: tuple(decode(content)),
-    "$items": lambda content: {decode(key): decode(each) for key, each in content},
-    "$bytes": base64.b64decode,
+    "$items": _decode_items,
+    "$OrderedDict": lambda content: OrderedDict(_decode_items(content)),
+    "$Counter": lambda content: Counter(_decode_items(content)),
+    "$defaultdict": _decode_defaultdict,
+    "$bytes": _bytes,
     "$tensor": _decode_tensor,
+    "$array": _decode_array,
+    "$scalar": lambda content: _decode_array([content[0], [], content[1]])[()],
 }

@@ -11,7 +11,7 @@ from torch import Tensor
 from sharded_optim.checkpoint.held import MASTER, MODEL, Held
 from sharded_optim.checkpoint.manifest import Manifest, TensorEntry, key_of
 from sharded_optim.checkpoint.read import CheckpointReader, Wish
-from sharded_optim.checkpoint.steps import existing_step
+from sharded_optim.checkpoint.steps import existing_step, read_back
 from sharded_optim.checkpoint.store import open_store
 from sharded_optim.segment import Segment
 
@@ -35,8 +35,7 @@ class WholeCheckpoint:
     def __init__(self, root: str | os.PathLike[str], step: int | None = None) -> None:
         store = open_store(root)
         self._reader = CheckpointReader(store, existing_step(store, step))
-        self._reader.check_files()
-        self._reader.verify((), 0, 1)
+        read_back(self._reader)
 
     @property
     def manifest(self) -> Manifest:
@@ -50,11 +49,12 @@ class WholeCheckpoint:
         return result
 
     def model(self, *, masters: bool) -> Mapping[str, TensorEntry]:
-        """The model's parameters and buffers, by name.
+        """The model's parameters and buffers, by all of their names.
 
         Args:
             masters: the float32 values of parameters, where there are some, in the place of those that were rounded.
         """
         tensors = self.manifest.tensors
         found = {entry.name: entry for entry in tensors.values() if entry.kind == MODEL}
-        return {name: tensors.get(key_of(MASTER, name), entry) if masters else entry for name, entry in found.items()}
+        chosen = {name: tensors.get(key_of(MASTER, name), entry) if masters else entry for name, entry in found.items()}
+        return chosen | {alias: chosen[name] for alias, name in self.manifest.aliases.items() if name in chosen}

@@ -18,7 +18,7 @@ from sharded_optim.segment import Segment
 from sharded_optim.sharding.flat import FlatLayout, FlatTensor
 from sharded_optim.sharding.layout import Piece
 
-__all__ = ["check_whole_state_on_cpu", "flattened", "layout_of"]
+__all__ = ["aliases", "check_whole_state_on_cpu", "flattened", "layout_of"]
 
 Tensors = Sequence[tuple[str, Sequence[int]]]  # their names and shapes
 
@@ -63,6 +63,16 @@ def flattened(model: nn.Module) -> dict[Tensor, Tensors]:
             found[flat_param] = tensors
         else:
             found |= {param: [tensor] for param, tensor in zip(flat_param._params, tensors, strict=True)}
+    return found
+
+
+def aliases(model: nn.Module) -> dict[str, str]:
+    """Further names of tensors that are flattened, where modules share them, each with the name that `flattened` has."""
+    found: dict[str, str] = {}
+    for prefix, handle in _handles(model):
+        for info in handle.flat_param._shared_param_infos:
+            name, first = f"{info.module_name}.{info.param_name}", f"{info.prim_module_name}.{info.prim_param_name}"
+            found[prefix + clean_tensor_name(name).removeprefix(".")] = prefix + clean_tensor_name(first).removeprefix(".")
     return found
 
 

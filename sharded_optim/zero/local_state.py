@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sharded_optim.engine import Engine
+from sharded_optim.formats import KAHAN_COMP
 from sharded_optim.param_groups import named_params
 from sharded_optim.state import new_state
 from sharded_optim.zero.bucket import Home
 from sharded_optim.zero.housing import Group, without_params
 from sharded_optim.zero.logical import LogicalTensor
 
-__all__ = ["MASTER", "SHARDS", "LocalState", "LogicalState", "inside", "shards_of", "write_masters"]
+__all__ = ["MASTER", "SHARDS", "LocalState", "LogicalState", "Values", "inside", "shards_of"]
 
 MASTER = "master"  # the float32 values of a low-precision parameter: (n,), as of moments this rank's part
 SHARDS = "shards"  # key of a state dict: what its tensors are
@@ -100,8 +102,8 @@ def shards_of(groups: Sequence[Group], homes: Mapping[Tensor, Home]) -> dict[int
 
 def inside(
     state_dict: Mapping[str, Any], groups: Sequence[Group], homes: Mapping[Tensor, Home], engine: Engine
-) -> tuple[dict[str, Any], dict[Home, Tensor]]:
-    """A state dict as the optimizer inside takes it, and the masters in it.
+) -> tuple[dict[str, Any], Values]:
+    """A state dict as the optimizer inside takes it, and the float32 values in it: masters, or parameters with their Kahan compensations.
 
     Args:
         state_dict: of a ShardedOptimizer on this rank, or with whole tensors: of one process, or of torch.distributed.checkpoint.
@@ -122,7 +124,7 @@ def inside(
     own_shards = shards_of(groups, homes)
     numbers = {id(local): number for number, local in enumerate(local for group in engine.param_groups for local in group["params"])}
     state: dict[int, Any] = {}
-    masters: dict[Home, Tensor] = {}
+    values = Values()
     number = 0
     inner_groups = []
     for index, (group, saved, own) in enumerate(zip(groups, saved_groups, engine.param_groups, strict=True)):
@@ -136,13 +138,13 @@ def inside(
                         f"process, of which each rank takes its part"
                     )
                 found = {name: _part(home, value, shards is None) for name, value in state_dict["state"][key].items()}
+                if home.kind.has_masters:
+                    values.take(home, found, state_dict["state"][key])
                 if home.local is not None:
-                    if MASTER in found and home.kind.has_masters:
-                        masters[home] = found[MASTER]
                     state[numbers[id(home.local)]] = {key: value for key, value in found.items() if key != MASTER}
             number += 1
         inner_groups.append(without_params(saved) | {"params": [numbers[id(local)] for local in own["params"]]})
-    return {"state": state, "param_groups": inner_groups}, masters
+    return {"state": state, "param_groups": inner_groups}, values
 
 
 def _part(home: Home, value: Any, is_whole: bool) -> Any:
@@ -160,16 +162,51 @@ def _part(home: Home, value: Any, is_whole: bool) -> Any:
     return value
 
 
-@torch.no_grad()
-def write_masters(masters: Mapping[Home, Tensor]) -> None:
-    """Set the float32 values of parameters, and round the parameters' own from them.
+@dataclass(frozen=True)
+class Values:
+    """Float32 values of low-precision parameters that are being loaded.
 
-    torch.distributed.checkpoint writes to the masters themselves. Then there is nothing to set, and the parameters' values count where
-    they are no rounded masters: a checkpoint without masters, loaded with a planner that allows it, left these as they were.
+    Attributes:
+        masters: this rank's parts.
+        params: whole parameters, rounded from them, where other ranks' parts are known too.
     """
-    for home, values in masters.items():
-        assert home.local is not None, "loaded for what this rank steps"
-        if values.data_ptr() == home.local.data_ptr():
-            continue
-        home.local.copy_(values)
-        home.bucket.shard[home.in_shard].copy_(values)
+
+    masters: dict[Home, Tensor] = field(default_factory=dict)
+    params: dict[Home, Tensor] = field(default_factory=dict)
+
+    def take(self, home: Home, found: Mapping[str, Any], whole: Mapping[str, Any]) -> None:
+        """What a saved state says of the values of a parameter.
+
+        Args:
+            found: this rank's part of it.
+            whole: all of it that there is.
+        """
+        compensation = whole.get(KAHAN_COMP)
+        if MASTER in found:
+            if home.local is not None:
+                self.masters[home] = found[MASTER]
+        elif not isinstance(compensation, Tensor) or not compensation.is_floating_point():  # optimi has placeholders
+            return
+        elif type(compensation) is Tensor and compensation.shape == home.shape:
+            value = home.param.detach().float() + compensation.float()
+            self.params[home] = value.to(home.kind.dtype)
+            if home.local is not None:
+                self.masters[home] = home.of_shard(value)
+        elif home.local is not None:
+            self.masters[home] = home.of_shard(home.param).float() + found[KAHAN_COMP].float()
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Set masters, and round parameters from them.
+
+        torch.distributed.checkpoint writes to the masters themselves. Then there is nothing to set, and the parameters' values count where
+        they are no rounded masters: a checkpoint without masters, loaded with a planner that allows it, left these as they were.
+        """
+        for home, values in self.masters.items():
+            assert home.local is not None, "loaded for what this rank steps"
+            if values.data_ptr() == home.local.data_ptr():
+                continue
+            home.local.copy_(values)
+            home.bucket.shard[home.in_shard].copy_(values)
+        for home, values in self.params.items():
+            home.param.copy_(values)

@@ -491,9 +491,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.wait()
         before = self._engine.state_dict()
         failure: Exception | None = None
-        masters: dict[Home, Tensor] = {}
+        values = local_state.Values()
         try:
-            inside, masters = local_state.inside(state_dict, self.param_groups, self._housing.homes, self._engine)
+            inside, values = local_state.inside(state_dict, self.param_groups, self._housing.homes, self._engine)
             self._engine.load_state_dict(inside)
         except Exception as error:
             failure = error
@@ -503,7 +503,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             if failure is None:
                 self._engine.load_state_dict(before)
             raise
-        local_state.write_masters(masters)
+        values.write()
         for outside, inside in zip(self.param_groups, self._engine.param_groups, strict=True):
             outside |= without_params(inside)
         for hook in self._optimizer_load_state_dict_post_hooks.values():

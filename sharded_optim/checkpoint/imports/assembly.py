@@ -110,8 +110,7 @@ def content_of_tree(tree: Any, choices: Choices, where: str) -> Content:
             f"{where} has the keys {', '.join(map(str, tree))}, none of which is known to be the model's ({', '.join(MODEL_KEYS)}) or the "
             f"optimizer's ({', '.join(OPTIMIZER_KEYS)}); say which with --model-key and --optimizer-key (model_key=, optimizer_key=)"
         )
-    held, parameters = assemble(model or {}, optimizer, choices, where, of_composer=of_composer)
-    return Content(held=held, parameters=parameters, extra=encodable(rest, where))
+    return assemble(model or {}, optimizer, choices, where, extra=encodable(rest, where), of_composer=of_composer)
 
 
 def _found(tree: Tree, key: str | None, usual: Iterable[str], where: str) -> tuple[Any, str | None]:
@@ -140,9 +139,10 @@ def assemble(
     where: str,
     *,
     masters: Iterable[Tensor] = (),
+    extra: Any = None,
     of_composer: bool = False,
-) -> tuple[list[Held], Parameters | None]:
-    """Tensors of a model and its optimizer.
+) -> Content:
+    """Of a model and its optimizer.
 
     Args:
         model: its state dict.
@@ -151,10 +151,10 @@ def assemble(
         masters: float32 values of the parameters, in the order in which the optimizer numbers them.
         of_composer: see `translated`.
     """
-    tensors, names = _model(model, where)
+    tensors, names, aliases = _model(model, where)
     held = [whole(MODEL, name, tensor) for name, tensor in tensors.items()]
     if optimizer is None:
-        return held, None
+        return Content(held=held, extra=extra, aliases=aliases)
     nested = _nested(optimizer, where)
     found = translated(nested, choices, of_composer=of_composer)
     name_of = _names(nested, tensors, names, choices, where)
@@ -168,17 +168,23 @@ def assemble(
             held.append(whole(kind, name, tensor))
     group_of = {name_of[key]: index for index, group in enumerate(nested["param_groups"]) for key in group["params"]}
     steps = {name_of[key]: step for key, step in found.steps.items()}
-    return held, Parameters(optimizer=found.optimizer, groups=found.groups, group_of=group_of, steps=steps)
+    parameters = Parameters(optimizer=found.optimizer, groups=found.groups, group_of=group_of, steps=steps)
+    return Content(held=held, parameters=parameters, extra=extra, aliases=aliases)
 
 
-def _model(model: Mapping[str, Any], where: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors by the names that they have without wrappers, tied ones once; and the name that each of the source's names stands for."""
+def _model(model: Mapping[str, Any], where: str) -> tuple[dict[str, Tensor], dict[str, str], dict[str, str]]:
+    """Tensors by the names that they have without wrappers, tied ones once.
+
+    Returns:
+        The tensors; the name that each of the source's names stands for; and further names of tied ones, with the one that they have here.
+    """
     strange = [str(name) for name, value in model.items() if not isinstance(value, Tensor)]
     if strange:
         warnings.warn(f"{where}: {', '.join(strange)} of the model are no tensors; left out", UserWarning, stacklevel=2)
     is_wrapped = bool(model) and all(str(name).startswith("module.") for name in model)
     tensors: dict[str, Tensor] = {}
     names: dict[str, str] = {}
+    aliases: dict[str, str] = {}
     first: dict[Hashable, str] = {}
     for name, tensor in model.items():
         if not isinstance(tensor, Tensor):
@@ -188,7 +194,9 @@ def _model(model: Mapping[str, Any], where: str) -> tuple[dict[str, Tensor], dic
         names[str(name)] = first.setdefault(place, clean) if tensor.numel() else clean
         if names[str(name)] == clean:
             tensors[clean] = tensor.detach()
-    return tensors, names
+        else:
+            aliases[clean] = names[str(name)]
+    return tensors, names, aliases
 
 
 def _nested(optimizer: Tree, where: str) -> Tree:

@@ -182,5 +182,4 @@ def _stage_0(states: ModelStates, choices: Choices) -> Content:
         optimizer = optimizer["optimizer_state_dict"]
     if isinstance(optimizer, Inert) or not isinstance(optimizer, Mapping | None):
         raise ValueError(f"{where} has an optimizer state of an unknown kind")
-    held, parameters = assemble(states.module, optimizer, choices, where, masters=masters)
-    return Content(held=held, parameters=parameters, extra=states.extra())
+    return assemble(states.module, optimizer, choices, where, masters=masters, extra=states.extra())

@@ -81,7 +81,7 @@ def translated(state_dict: Mapping[str, Any], choices: Choices, *, of_composer: 
             if group.get("step") is not None and state.get(key):
                 state[key].setdefault(STEP, group["step"])  # DeepSpeed's FusedAdam counts by group
     own = [{"decay_form": choices.decay_form or (DECOUPLED if of_composer else COUPLED)} for _ in given]
-    told = foreign_state.translate({"state": state, "param_groups": given}, own)
+    told = foreign_state.translate({"state": state, "param_groups": given}, own, replaces_composer=of_composer)
     name = choices.optimizer or _nearest(given, told["param_groups"], of_composer)
     is_ours = all("reference_lr" in group for group in given)
     groups, states, steps = [], {}, {}
@@ -106,7 +106,7 @@ def _recognisable(group: Mapping[str, Any], of_composer: bool) -> Group:
             raise ValueError(f"the optimizer's state has {key}={found[key]!r}, which is not continued here")
     if found.get("bias_correction") is False:
         raise ValueError("the optimizer's state has bias_correction=False, which is not continued here")
-    if of_composer:  # without torch's keys, which make it doubtful
+    if of_composer:  # without torch's keys, which it has too
         found = {key: value for key, value in found.items() if key not in ("maximize", "foreach", "differentiable", "capturable", "fused")}
         found.setdefault("initial_lr", found["lr"])
     elif _is_deepspeeds(found):

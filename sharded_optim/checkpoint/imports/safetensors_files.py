@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sharded_optim.checkpoint import optional
@@ -32,7 +33,8 @@ def content(path: Path, choices: Choices) -> Content:
     With `model_key` only the tensors of which that is the beginning of the name.
     """
     chunks: dict[str, list[tuple[Any, Tensor]]] = defaultdict(list)
-    for name, offsets, tensor in _chunks([path] if path.is_file() else _files(path)):
+    metadata: dict[str, str] = {}
+    for name, offsets, tensor in _chunks([path] if path.is_file() else _files(path), metadata):
         chunks[name].append((offsets, tensor))
     if path.is_dir() and (path / INDEX).is_file():
         lost = sorted(set(_index(path)) - chunks.keys())
@@ -47,8 +49,11 @@ def content(path: Path, choices: Choices) -> Content:
             model[name.removeprefix(prefix)] = tiled(stored, shape, f"{path}: {name!r}")
     if not model:
         raise ValueError(f"{path} has no tensors" + (f" whose names begin with {prefix!r}" if prefix else ""))
-    held, parameters = assemble(model, None, choices, str(path))
-    return Content(held=held, parameters=parameters)
+    for name, first in metadata.items():  # of tied tensors, as safetensors.torch.save_model writes it
+        if first in model and (name not in model or torch.equal(model[name], model[first])):
+            model.pop(name, None)
+            model[name] = model[first]  # the last: tensors are called by their first names
+    return assemble(model, None, choices, str(path))
 
 
 def _files(folder: Path) -> list[Path]:
@@ -64,11 +69,13 @@ def _index(folder: Path) -> dict[str, str]:
     return json.loads((folder / INDEX).read_text())["weight_map"]
 
 
-def _chunks(files: list[Path]) -> Iterator[tuple[str, list[int], Tensor]]:
+def _chunks(files: list[Path], metadata: dict[str, str]) -> Iterator[tuple[str, list[int], Tensor]]:
+    """What is in the files; adds what their metadata say."""
     safetensors = optional.safetensors()
     for file in files:
         try:
             with safetensors.safe_open(file, "pt") as opened:
+                metadata |= opened.metadata() or {}
                 places = json.loads((opened.metadata() or {}).get(SHARDING, "{}"))
                 for name in opened.keys():  # noqa: SIM118, it is no dict
                     tensor = opened.get_tensor(name)

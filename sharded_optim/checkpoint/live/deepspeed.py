@@ -7,12 +7,13 @@ Attributes of DeepSpeed's that are no public interface, tried with 0.19.0 to 0.1
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch.distributed as dist
 
 from sharded_optim.checkpoint.held import MASTER, MODEL, Held
-from sharded_optim.checkpoint.live.model import LiveModel, buffers_of, held_of
+from sharded_optim.checkpoint.live.model import LiveModel, aliases_of, buffers_of, held_of
 from sharded_optim.checkpoint.live.optimizer import LiveOptimizer, Member, group_of
 from sharded_optim.engine import Engine
 from sharded_optim.param_groups import named_params
@@ -31,7 +32,9 @@ def live_model(engine: Any) -> LiveModel:
     names = sharding.parameter_names(engine)
     partitioned: list[Any] = [param for param in names if hasattr(param, "ds_id")]
     held = [_partition(param, name) if hasattr(param, "ds_id") else held_of(param, name) for param, name in names.items()]
-    held += [held_of(buffer, name, is_buffer=True) for name, buffer in buffers_of(engine.module).items()]
+    buffers = buffers_of(engine.module)
+    held += [held_of(buffer, name, is_buffer=True) for name, buffer in buffers.items()]
+    aliases = aliases_of(engine.module, names, buffers)
 
     def prepare() -> None:
         gathered = [param for param in partitioned if param.ds_status.name == "AVAILABLE"]
@@ -62,7 +65,31 @@ def live_model(engine: Any) -> LiveModel:
     told = {counter: getattr(engine, counter) for counter in COUNTERS}
     told["loss_scaler"] = {field: getattr(scaler, field) for field in SCALER if hasattr(scaler, field)}
     order = list(names.values())
-    return LiveModel(held=held, names=names, order=order, wrapper={NAME: told}, masters=masters, prepare=prepare, resume=resume)
+    return LiveModel(
+        held=held,
+        names=names,
+        aliases=aliases,
+        order=order,
+        wrapper={NAME: told},
+        masters=masters,
+        prepare=prepare,
+        check=check,
+        resume=resume,
+    )
+
+
+def check(saved: Any) -> None:
+    """Raise ValueError unless counters are counts, and the numbers of the loss scaler finite."""
+    for counter in COUNTERS:
+        count = saved.get(counter) if isinstance(saved, dict) else None
+        if type(count) is not int or count < 0:
+            raise ValueError(f"DeepSpeed's {counter} is {count!r}; it must be a whole number >= 0")
+    scaler = saved.get("loss_scaler")
+    if not isinstance(scaler, dict):
+        raise ValueError(f"the state of DeepSpeed's loss scaler is {scaler!r}")
+    for name, value in scaler.items():
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise ValueError(f"{name} of DeepSpeed's loss scaler is {value!r}; it must be a finite number")
 
 
 def _partition(param: Any, name: str) -> Held:

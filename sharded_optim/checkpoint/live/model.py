@@ -17,7 +17,7 @@ from sharded_optim.segment import Segment
 from sharded_optim.sharding import FlatLayout, LocalParam, describe
 from sharded_optim.zero import finish_gathering
 
-__all__ = ["LiveModel", "buffers_of", "held_of", "names_of"]
+__all__ = ["LiveModel", "aliases_of", "buffers_of", "held_of", "names_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +28,10 @@ class LiveModel:
         held: of its tensors.
         names: of its parameters, but of flat ones.
         local_params: what this process holds of those that tell how they are sharded, under these names.
+        aliases: further names under which `state_dict()` has tensors, each with the one under which they are saved.
         order: the names of parameters that a wrapper has flattened, on whatever rank they are, in the order of the model.
         wrapper: what only the same wrapper takes up again, by the wrapper's name.
+        check: raises ValueError for what of that cannot be, before anything is loaded.
         resume: takes that up, when all tensors are loaded.
         masters: values of the parameters that an optimizer keeps apart, which are to be loaded too where the optimizer is not.
         prepare: called before they are.
@@ -38,10 +40,12 @@ class LiveModel:
     held: list[Held] = field(default_factory=list)
     names: Mapping[Tensor, str] = field(default_factory=dict)
     local_params: Mapping[Tensor, LocalParam] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
     order: Sequence[str] = ()
     wrapper: dict[str, Any] = field(default_factory=dict)
     masters: Callable[[], list[Held]] = list
     prepare: Callable[[], None] = lambda: None
+    check: Callable[[Any], None] = lambda _: None
     resume: Callable[[Any], None] = lambda _: None
 
     @classmethod
@@ -53,19 +57,21 @@ class LiveModel:
         """
         finish_gathering(model)
         _reshard(model)
-        buffers = [_held_of_plain(buffer, name, is_buffer=True) for name, buffer in buffers_of(model).items()]
-        if _has_fsdp1(model):
-            return cls._of_fsdp1(model, buffers)
+        named_buffers = buffers_of(model)
+        buffers = [_held_of_plain(buffer, name, is_buffer=True) for name, buffer in named_buffers.items()]
         names = names_of(model)
+        aliases = aliases_of(model, names, named_buffers)
+        if _has_fsdp1(model):
+            return cls._of_fsdp1(model, buffers, aliases)
         local_params = {param: _describe(param, name) for param, name in names.items() if param.is_floating_point()}
         held = [
             _held(MODEL, param, local_params[param]) if param in local_params else _held_of_plain(param, name)
             for param, name in names.items()
         ]
-        return cls(held=held + buffers, names=names, local_params=local_params)
+        return cls(held=held + buffers, names=names, local_params=local_params, aliases=aliases)
 
     @classmethod
-    def _of_fsdp1(cls, model: nn.Module, buffers: list[Held]) -> LiveModel:
+    def _of_fsdp1(cls, model: nn.Module, buffers: list[Held], aliases: dict[str, str]) -> LiveModel:
         from sharded_optim.sharding import fsdp1
 
         flattened = fsdp1.flattened(model)
@@ -76,7 +82,7 @@ class LiveModel:
             held += [Held(kind=MODEL, segment=piece.segment, local=piece.of(local)) for piece in flat.pieces]
         held += [_held_of_plain(param, name) for param, name in layout.whole.items()]
         order = [name for tensors in flattened.values() for name, _ in tensors]
-        return cls(held=held + buffers, names=layout.whole, order=order)
+        return cls(held=held + buffers, names=layout.whole, aliases=fsdp1.aliases(model) | aliases, order=order)
 
 
 def held_of(tensor: Tensor, name: str, *, is_buffer: bool = False) -> Held:
@@ -131,12 +137,28 @@ def buffers_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for buffer, name in found.items()}
 
 
-def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Each module of a model once, with what precedes the names in it."""
+def aliases_of(model: nn.Module, names: Mapping[Tensor, str], buffers: Mapping[str, Tensor]) -> dict[str, str]:
+    """Further names under which `state_dict()` has a model's tensors, each with the one under which they are saved.
+
+    Args:
+        names: of its parameters, as of `names_of`.
+        buffers: as of `buffers_of`.
+    """
+    first = {**names, **{buffer: name for name, buffer in buffers.items()}}
+    found: dict[str, str] = {}
+    for prefix, module in _modules(model, again=True):
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and name not in module._non_persistent_buffers_set and first.get(tensor, prefix + name) != prefix + name:
+                found[prefix + name] = first[tensor]
+    return found
+
+
+def _modules(model: nn.Module, *, again: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """Each module of a model, with what precedes the names in it: once, or with `again` as often as it is there."""
     seen: set[nn.Module] = set()
 
     def walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-        if module in seen:
+        if module in seen and not again:
             return
         seen.add(module)
         yield prefix, module

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -281,4 +282,13 @@ def hyperparameters_of(group: Mapping[str, Any]) -> dict[str, Any]:
 def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
     """Of a param group, as numbers, not tensors."""
     values = hyperparameters_of(group)
-    return {key: value.item() if isinstance(value, Tensor) and value.numel() == 1 else value for key, value in values.items()}
+    return {key: _as_number(value) for key, value in values.items()}
+
+
+def _as_number(value: Any) -> Any:
+    """A tensor of one element, or a scalar of NumPy's, as a number; also inside of a tuple or list."""
+    if type(value) in (tuple, list):
+        return type(value)(map(_as_number, value))
+    numpy = sys.modules.get("numpy")
+    is_scalar = (isinstance(value, Tensor) and value.numel() == 1) or (numpy is not None and isinstance(value, numpy.generic))
+    return value.item() if is_scalar else value

@@ -50,7 +50,7 @@ def _verified(root: str, step: int) -> bool:
 
 
 def prune(root: Root, keep: Annotated[int, typer.Option("--keep", help="how many remain")]) -> None:
-    """Remove all but the newest that verify. Checkpoints that are damaged and newer than all of these stay."""
+    """Remove all but the newest. Of these one is read back before; what is damaged does not count, and stays if it is newer."""
     with errors.for_users():
         removed = checkpoint.prune(root, keep)
         remaining = checkpoint.steps(root)

@@ -10,7 +10,7 @@ import torch
 import typer
 
 from sharded_optim import checkpoint
-from sharded_optim.checkpoint.errors import CheckpointError, DamagedError, MismatchError
+from sharded_optim.checkpoint.errors import CheckpointError, DamagedError, MismatchError, UnreadableError
 from sharded_optim.checkpoint.manifest import Chunk, Manifest, Parameters
 from sharded_optim.checkpoint.store import folder_of, open_store, steps_in
 from sharded_optim.commands import errors
@@ -40,6 +40,8 @@ def ls(root: Root) -> None:
 def _row(root: str, step: int) -> tuple[str, ...]:
     try:
         manifest = checkpoint.describe(root, step)
+    except UnreadableError:
+        return (str(step), *"----", "-", "cannot be read")
     except DamagedError:
         return (str(step), *"----", "-", "damaged manifest")
     except MismatchError:

@@ -1,0 +1,286 @@
+"""Pruning reads no shard, and never removes the last checkpoint that verifies."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import sharded_optim as so
+from sharded_optim import checkpoint
+from sharded_optim.checkpoint.local_store import LocalFile, LocalStore
+
+WIDTH = 80  # of layers, which are large beside manifests
+
+
+def trained() -> dict[str, Any]:
+    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(4)))
+    return {"model": model, "optimizer": so.AdamW(model.parameters(), lr=1e-2, backend="eager")}
+
+
+def save(root: Any, *steps: int, **options: Any) -> None:
+    live = trained()
+    for step in steps:
+        checkpoint.save(root, step, **live, **options)
+
+
+def rot(root: Path, *steps: int) -> None:
+    """Flip a bit in a shard; its size, and the time of its modification, are as before."""
+    for step in steps:
+        (path,) = (root / f"step-{step:09d}").glob("*.safetensors")
+        before = path.stat()
+        content = bytearray(path.read_bytes())
+        content[-5] ^= 1
+        path.write_bytes(content)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def rot_unnoticed(root: Path, *steps: int) -> None:
+    """As a disk rots: also the file system knows nothing of it."""
+    stamp = LocalStore.stamp
+    before = {f"step-{step:09d}": LocalStore(str(root)).stamp(f"step-{step:09d}") for step in steps}
+    rot(root, *steps)
+    mock.patch.object(LocalStore, "stamp", lambda store, folder: before.get(folder) or stamp(store, folder)).start()
+
+
+@pytest.fixture(autouse=True)
+def unpatched() -> Iterator[None]:
+    yield
+    mock.patch.stopall()
+
+
+def a_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_trusted", "_damaged"):
+        monkeypatch.setattr(import_module("sharded_optim.checkpoint.steps"), name, set())
+
+
+@contextmanager
+def counted_reads() -> Iterator[Counter[str]]:
+    """Bytes that are read of shards, by step."""
+    counts: Counter[str] = Counter()
+    read = LocalStore.read
+
+    def counting(store: LocalStore, folder: str, file: str, offset: int, into: memoryview) -> int:
+        count = read(store, folder, file, offset, into)
+        if file.endswith(".safetensors"):
+            counts[folder] += count
+        return count
+
+    with mock.patch.object(LocalStore, "read", counting):
+        yield counts
+
+
+# ------------------------------------------------------------------------------------------------------------ the last one stays
+
+READ: dict[str, Callable[[Path], object]] = {
+    "written": lambda root: None,
+    "loaded": lambda root: checkpoint.load(root, **trained()),
+    "loaded one by one": lambda root: [checkpoint.load(root, step=step, **trained()) for step in checkpoint.steps(root)],
+    "verified": lambda root: [checkpoint.verify(root, step) for step in checkpoint.steps(root)],
+    "exported": lambda root: checkpoint.export_torch(root, root / "export.pt"),
+}
+
+
+@pytest.mark.parametrize("known", READ)
+@pytest.mark.parametrize("keep", [1, 2])
+@pytest.mark.filterwarnings("ignore:.*It is passed over")
+def test_the_last_that_verifies_is_not_pruned_whatever_was_read_before_it_rotted(known: str, keep: int, tmp_path: Path) -> None:
+    save(tmp_path, 1, 2, 3)
+    READ[known](tmp_path)
+    rot(tmp_path, 2, 3)
+    checkpoint.prune(tmp_path, keep)
+    assert checkpoint.latest(tmp_path) == 1
+
+
+@pytest.mark.parametrize("find", ["latest", "verify", "load", "load one", "export"])
+@pytest.mark.filterwarnings("ignore:.*(It is passed over|Falling back)")
+def test_a_verification_that_fails_takes_the_step_out_of_what_is_trusted(find: str, tmp_path: Path) -> None:
+    """Also where the file system has noticed no change."""
+    save(tmp_path, 1, 2, 3)
+    for step in (2, 3):
+        checkpoint.verify(tmp_path, step)
+    rot_unnoticed(tmp_path, 2, 3)
+    if find == "latest":
+        assert checkpoint.latest(tmp_path) == 1
+    elif find == "load":
+        checkpoint.load(tmp_path, **trained())
+    else:
+        for step in (2, 3):
+            act = {
+                "verify": lambda step=step: checkpoint.verify(tmp_path, step),
+                "load one": lambda step=step: checkpoint.load(tmp_path, step=step, **trained()),
+                "export": lambda step=step: checkpoint.export_torch(tmp_path, tmp_path / "out.pt", step=step),
+            }[find]
+            with pytest.raises(checkpoint.DamagedError):
+                act()
+    assert checkpoint.prune(tmp_path, 1) == []
+    save(tmp_path, 4, keep=2)  # neither of the two counts
+    assert checkpoint.steps(tmp_path) == [1, 2, 3, 4]
+    save(tmp_path, 5, keep=2)
+    assert checkpoint.steps(tmp_path) == [4, 5]
+
+
+def test_what_is_damaged_does_not_count(tmp_path: Path) -> None:
+    save(tmp_path, 1, 2, 3, 4)
+    rot(tmp_path, 3)
+    with pytest.raises(checkpoint.DamagedError):
+        checkpoint.verify(tmp_path, 3)
+    with pytest.warns(UserWarning, match=r"step-000000003 was damaged when this process read it"):
+        assert checkpoint.prune(tmp_path, 2) == [1]
+    assert checkpoint.steps(tmp_path) == [2, 3, 4]
+
+
+# ------------------------------------------------------------------------------------------------------------ nothing is read
+
+
+@pytest.mark.parametrize("keep", [2, 5])
+def test_a_restarted_job_reads_no_shard_to_prune(keep: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It has loaded one, and until that is to be removed nothing need be read back."""
+    save(tmp_path, *range(1, 7))
+    a_new_process(monkeypatch)
+    live = trained()
+    checkpoint.load(tmp_path, **live)
+    with counted_reads() as counts:
+        for step in range(7, 6 + keep):
+            checkpoint.save(tmp_path, step, **live, keep=keep)
+            assert checkpoint.steps(tmp_path) == list(range(step - keep + 1, step + 1))
+        assert checkpoint.prune(tmp_path, keep) == []
+    assert not counts
+    with counted_reads() as counts:  # and then one, the newest
+        checkpoint.save(tmp_path, 6 + keep, **live, keep=keep)
+        assert checkpoint.steps(tmp_path) == list(range(7, 7 + keep))
+    assert list(counts) == [f"step-{6 + keep:09d}"]
+    with counted_reads() as counts:
+        checkpoint.save(tmp_path, 7 + keep, **live, keep=keep)
+    assert not counts or keep == 1
+
+
+def test_nothing_is_read_where_nothing_is_to_be_removed(tmp_path: Path) -> None:
+    with counted_reads() as counts:
+        save(tmp_path, 1, 2, 3, keep=3)
+        assert checkpoint.prune(tmp_path, 3) == []
+        assert checkpoint.prune(tmp_path, 7) == []
+    assert not counts
+
+
+# ------------------------------------------------------------------------------------------------------------ written wrongly
+
+
+@contextmanager
+def a_disk_that_writes_other_bytes() -> Iterator[None]:
+    """And says nothing."""
+    write = LocalFile.write
+
+    def wrong(file: LocalFile, content: memoryview) -> None:
+        if len(content) > 10_000:  # of a shard
+            content = memoryview(bytes(content[:-1]) + bytes([content[-1] ^ 1]))
+        write(file, content)
+
+    with mock.patch.object(LocalFile, "write", wrong):
+        yield
+
+
+@pytest.mark.parametrize("act", ["save", "async_save"])
+def test_the_last_that_was_read_back_stays_until_the_one_that_replaces_it_was(act: str, tmp_path: Path) -> None:
+    live = trained()
+
+    def save_one(step: int) -> None:
+        if act == "save":
+            checkpoint.save(tmp_path, step, **live, keep=1)
+        else:
+            checkpoint.async_save(tmp_path, step, **live, keep=1).wait()
+
+    save_one(1)
+    checkpoint.load(tmp_path, **live)
+    for step in (2, 3):
+        with warnings.catch_warnings(record=True) as caught, a_disk_that_writes_other_bytes():
+            warnings.simplefilter("always")
+            save_one(step)
+        told = [str(each.message) for each in caught if "could not be pruned" in str(each.message)]
+        assert len(told) == 1
+        assert all(word in told[0] for word in (f"step-{step:09d}", "weight", "not those that were saved"))
+    assert checkpoint.steps(tmp_path) == [1, 2, 3]
+    save_one(4)
+    assert checkpoint.steps(tmp_path) == [4]
+
+
+# ------------------------------------------------------------------------------------------------------------ on two ranks
+
+
+def check_ranks_read_back_together(folder: str) -> None:
+    root = Path(folder)
+    torch.manual_seed(0)
+    live = trained()
+    for step in (1, 2):
+        checkpoint.save(root, step, **live)
+    with counted_reads() as counts:
+        checkpoint.save(root, 3, **live, keep=1)
+    size = sum(path.stat().st_size for path in (root / "step-000000003").glob("*.safetensors"))
+    read: list[int] = [0, 0]
+    dist.all_gather_object(read, counts["step-000000003"])
+    assert list(counts) == ["step-000000003"], counts
+    assert sum(read) == size, "each byte once"
+    assert max(read) <= 0.7 * size, "each its share"
+    assert checkpoint.steps(root) == [3]
+    dist.barrier()
+    with warnings.catch_warnings(record=True) as caught, a_disk_that_writes_other_bytes():
+        warnings.simplefilter("always")
+        checkpoint.save(root, 4, **live, keep=1)
+    assert sum("could not be pruned" in str(each.message) for each in caught) == (dist.get_rank() == 0)
+    assert checkpoint.steps(root) == [3, 4]
+    dist.barrier()
+    assert_all_go_on(root, live)
+
+
+def assert_all_go_on(root: Path, live: Any) -> None:
+    """Where rank 1 alone cannot read, nothing is removed, and no rank waits for another."""
+    read = LocalStore.read
+
+    def failing(store: LocalStore, folder: str, *arguments: Any) -> int:
+        if dist.get_rank() == 1 and folder.endswith("5"):
+            raise OSError(5, "Input/output error")
+        return read(store, folder, *arguments)
+
+    with mock.patch.object(LocalStore, "read", failing), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        checkpoint.save(root, 5, **live, keep=1)
+    dist.barrier()
+    assert checkpoint.steps(root) == [3, 4, 5]
+    dist.barrier()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        checkpoint.save(root, 6, **live, keep=1)
+    dist.barrier()
+    assert checkpoint.steps(root) == [6]
+
+
+def test_ranks_read_back_together(tmp_path: Path) -> None:
+    ranks.run(check_ranks_read_back_together, 2, str(tmp_path))
+
+
+def check_a_load_is_a_reading(folder: str, steps: Sequence[int]) -> None:
+    live = trained()
+    checkpoint.load(folder, **live)
+    with counted_reads() as counts:
+        checkpoint.save(folder, steps[-1] + 1, **live, keep=2)
+    assert not counts
+    dist.barrier()
+    assert checkpoint.steps(folder) == [steps[-1], steps[-1] + 1]
+
+
+def test_what_ranks_have_loaded_together_is_trusted(tmp_path: Path) -> None:
+    """Though no rank has read all of it."""
+    save(tmp_path, 1, 2, 3)
+    ranks.run(check_a_load_is_a_reading, 2, str(tmp_path), (1, 2, 3))
