@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -493,3 +494,41 @@ def test_groups_may_be_edited(cls: type) -> None:
     optimizer.step()
     assert optimizer.state[new]["step"] == 1
     assert optimizer.state[bias]["step"] == 4
+
+
+def test_defaults_of_torch_change_neither_checkpoints_nor_reports(tmp_path: Path) -> None:
+    """Neither another dtype nor another device: what the library makes lies where it is used, in the dtype that it needs."""
+    sizes = (("w", 7), ("v", 70), ("one", 1))
+
+    def run(folder: Path) -> tuple[list[Tensor], dict[str, float]]:
+        params = {name: nn.Parameter(torch.linspace(-1, 1, numel, dtype=torch.float32, device="cpu")) for name, numel in sizes}
+        model = nn.ParameterDict(params)
+        optimizer = so.StableAdamW(model.named_parameters(), lr=1e-2)
+
+        def step(scale: float) -> None:
+            for param in model.values():
+                param.grad = param.detach() * scale
+            optimizer.step()
+
+        step(3.0)
+        so.checkpoint.save(folder, 1, model=model, optimizer=optimizer, extra={"seen": torch.ones(3, dtype=torch.float32, device="cpu")})
+        so.checkpoint.async_save(folder, 2, model=model, optimizer=optimizer).wait()
+        step(5.0)
+        so.checkpoint.load(folder, model=model, optimizer=optimizer)
+        so.checkpoint.verify(folder)
+        step(7.0)
+        report: dict[str, Tensor] = {}
+        for name, param in model.items():
+            optimizer.report_per_parameter_metrics(param, name, report)
+        return [param.detach().clone() for param in model.values()], {key: float(value) for key, value in report.items()}
+
+    expected = run(tmp_path / "as usual")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            values, report = run(tmp_path / "other defaults")
+    finally:
+        torch.set_default_dtype(before)
+    assert all(map(torch.equal, values, expected[0]))
+    assert report == expected[1]

@@ -144,7 +144,7 @@ def _optimizer_of(checkpoint: WholeCheckpoint, parameters: Parameters) -> dict[s
         for values, names in zip(parameters.groups, members, strict=True)
     ]
     state: dict[int, dict[str, Any]] = {
-        numbers[name]: {STEP: torch.tensor(float(step), dtype=torch.float32)} for name, step in parameters.steps.items()
+        numbers[name]: {STEP: torch.tensor(float(step), dtype=torch.float32, device="cpu")} for name, step in parameters.steps.items()
     }
     for entry in checkpoint.manifest.tensors.values():
         if entry.kind not in (MODEL, MASTER):

@@ -68,7 +68,7 @@ class Saving:
 
 
 _in_flight: Saving | None = None
-_buffer = torch.empty(0, dtype=torch.uint8)
+_buffer = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 def start(draft: Draft) -> Saving:
@@ -112,6 +112,6 @@ def _buffer_of(size: int, *, pinned: bool) -> Tensor:
     """Bytes that are used again by the next save."""
     global _buffer
     if _buffer.numel() < size or _buffer.is_pinned() != pinned:
-        _buffer = torch.empty(0, dtype=torch.uint8)  # gives the old one back before the new one is there
-        _buffer = torch.empty(size, dtype=torch.uint8, pin_memory=True) if pinned else memory.zeros(size, torch.uint8)
+        _buffer = torch.empty(0, dtype=torch.uint8, device="cpu")  # gives the old one back before the new one is there
+        _buffer = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True) if pinned else memory.zeros(size, torch.uint8)
     return _buffer

@@ -181,7 +181,7 @@ def _encode_tensor(value: Tensor, where: str) -> Any:
 def _decode_tensor(content: Any) -> Tensor:
     data = bytearray(_bytes(content["data"]))
     dtype = dtype_named(content["dtype"])
-    flat = torch.frombuffer(data, dtype=torch.uint8).view(dtype) if data else torch.empty(0, dtype=dtype)
+    flat = torch.frombuffer(data, dtype=torch.uint8).view(dtype) if data else torch.empty(0, dtype=dtype, device="cpu")
     return flat.clone().reshape(_shape(content["shape"]))
 
 

@@ -43,7 +43,7 @@ class WholeCheckpoint:
 
     def tensor(self, entry: TensorEntry) -> Tensor:
         """A whole tensor, in memory of its own on the CPU."""
-        result = torch.empty(entry.shape, dtype=entry.dtype)
+        result = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
         held = Held(kind=entry.kind, segment=Segment.whole(entry.name, entry.shape), local=result)
         self._reader.load([Wish(entry=entry, held=held)])
         return result

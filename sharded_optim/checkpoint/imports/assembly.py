@@ -45,8 +45,8 @@ def tiled(stored: Sequence[tuple[Any, Any]], shape: tuple[int, ...], where: str)
     first = stored[0][1]
     if len(stored) == 1 and tuple(first.shape) == shape:
         return first
-    whole = torch.empty(shape, dtype=first.dtype)
-    count = torch.zeros(shape, dtype=torch.uint8)
+    whole = torch.empty(shape, dtype=first.dtype, device="cpu")
+    count = torch.zeros(shape, dtype=torch.uint8, device="cpu")
     for offsets, chunk in stored:
         begins = tuple(offsets) if offsets is not None else ()
         box = tuple(slice(begin, begin + size) for begin, size in zip(begins, chunk.shape, strict=False))

@@ -102,7 +102,7 @@ def _only(stored: list[tuple[Any, Any]], where: str) -> Any:
 def _tensor(stored: list[tuple[Any, Any]], entry: Inert, where: str) -> Tensor:
     shape = tuple(entry.field("size"))
     if not stored and math.prod(shape) == 0:  # nobody has stored nothing
-        return torch.empty(shape, dtype=entry.field("properties").state[0])
+        return torch.empty(shape, dtype=entry.field("properties").state[0], device="cpu")
     return tiled(stored, shape, where)
 
 

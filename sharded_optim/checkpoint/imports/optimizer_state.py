@@ -143,7 +143,9 @@ def _small(name: str, group: Group, where: str) -> Engine:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return getattr(optimizers, name)([nn.Parameter(torch.zeros(1))], lr=max(float(group["lr"]), 0.0), **options)
+            return getattr(optimizers, name)(
+                [nn.Parameter(torch.zeros(1, dtype=torch.float32, device="cpu"))], lr=max(float(group["lr"]), 0.0), **options
+            )
         except (TypeError, ValueError) as error:
             raise ValueError(f"{where} of the optimizer's state does not fit {name}: {error}") from error
 
