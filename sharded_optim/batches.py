@@ -431,7 +431,6 @@ class Batches:
             key = (units.get(entry.param, 0), entry.param.device, backend.name, algorithm.name, fmt.name, dtypes, alone)
             choices[key] = backend, (algorithm, fmt)
             rows.setdefault(key, []).append((index, entry, group, grad))
-        optimizer.bound_compensation_log()
         self._warn_if_slow([(entry, *choices[key]) for key, members in rows.items() for _, entry, _, _ in members])
         return [Batch(optimizer, layout, *choices[key], rows[key], key[0]) for key in sorted(rows, key=itemgetter(0))]
 

@@ -223,11 +223,6 @@ class StatefulOptimizer(torch.optim.Optimizer):
         rows = [(param, state[KAHAN_COMP]) for param, state in self.state.items() if KAHAN_COMP in state]
         self.compensation_log.drop_stale([param for param, _ in rows], [compensation for _, compensation in rows])
 
-    def bound_compensation_log(self) -> None:
-        """Forget compensations of state that was deleted, once there are as many as of state that is there."""
-        if len(self.compensation_log) > 2 * len(self.state):
-            self.compensation_log.keep_only(state[KAHAN_COMP] for state in self.state.values() if KAHAN_COMP in state)
-
     def state_dict(self) -> dict[str, Any]:
         """As in torch.
 
