@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -12,7 +13,9 @@ import ranks
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import sharded_optim as so
 
@@ -200,6 +203,41 @@ def test_a_parameter_of_which_the_content_is_swapped_is_stepped_as_it_is_now(cls
         torch.__future__.set_swap_module_params_on_conversion(before)
 
 
+def scale_gradients(optimizer: so.StableAdamW, param: Tensor) -> None:
+    """As GradScaler does."""
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(64.0), torch.tensor(0.0)
+
+
+CHANGES_AFTER_OBSERVATION: dict[str, Callable[[so.StableAdamW, Tensor], object]] = {
+    "gradient written": lambda optimizer, param: param.grad.mul_(0.01),
+    "gradient replaced": lambda optimizer, param: setattr(param, "grad", param.grad * 0.01),
+    "state written": lambda optimizer, param: optimizer.state[param]["exp_avg_sq"].mul_(9.0),
+    "step counter": lambda optimizer, param: optimizer.state[param]["step"].add_(5.0),
+    "betas": lambda optimizer, param: optimizer.param_groups[0].update(betas=(0.9, 0.5)),
+    "gradients are scaled": scale_gradients,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES_AFTER_OBSERVATION)
+def test_what_was_observed_before_the_step_is_not_used_after_a_change(change: str) -> None:
+    """The step has the bits of one before which nothing was observed."""
+    ends = []
+    for observes_before in (True, False):
+        params = parameters()
+        optimizer = so.StableAdamW(named(params), lr=1e-2)
+        give_grads(params, 0)
+        optimizer.step()
+        give_grads(params, 1, scale=30.0)
+        if observes_before:
+            optimizer.observe_unit(0)
+            assert optimizer._observed_early
+        with torch.no_grad():
+            CHANGES_AFTER_OBSERVATION[change](optimizer, params[0])
+        optimizer.step()
+        ends.append(params)
+    assert all(map(torch.equal, *ends))
+
+
 def test_options_are_checked_when_they_are_set() -> None:
     optimizer = so.AdamW([nn.Parameter(torch.ones(3))], lr=1e-2)
     for name, value in (("nonfinite", "ignore"), ("nonfinite", None), ("max_skipped_steps", 0), ("max_skipped_steps", True)):
@@ -382,12 +420,33 @@ def check_fsdp2_models_that_are_moved_and_cast() -> None:
                 assert all(map(torch.equal, values, expected)), (cls, name)
 
 
+def check_a_dtensor_that_is_sharded_otherwise() -> None:
+    """Under the same object, with its state: the next step makes the layout anew."""
+    mesh = init_device_mesh("cpu", (2,))
+    start, grad = torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(0)).unbind()
+    whole, param = nn.Parameter(start.clone()), nn.Parameter(distribute_tensor(start, mesh, [Shard(0)]))
+    alone = dist.new_subgroups(1)[0]
+    reference = so.StableAdamW([("w", whole)], lr=1e-2, process_group=alone)
+    optimizer = so.StableAdamW([("w", param)], lr=1e-2)
+    for placement in (Shard(0), Shard(1), Replicate(), Shard(0)):
+        torch.utils.swap_tensors(param, nn.Parameter(param.detach().redistribute(placements=[placement])))
+        for key, value in optimizer.state[param].items() if param in optimizer.state else ():
+            if key != "step":
+                optimizer.state[param][key] = value.redistribute(placements=[placement])
+        param.grad, whole.grad = distribute_tensor(grad, mesh, [placement]), grad
+        optimizer.step()
+        reference.step()
+        assert torch.equal(param.full_tensor(), whole), placement
+        assert optimizer.metrics() == reference.metrics(), placement
+
+
 def check_two_ranks(folder: str) -> None:
     check_equal_jobs_go_on_whatever_ids_python_gives()
     check_replicas_of_a_later_group_are_compared()
     check_options_that_change_who_agrees()
     check_parameters_that_change_on_one_rank_alone()
     check_fsdp2_models_that_are_moved_and_cast()
+    check_a_dtensor_that_is_sharded_otherwise()
     check_process_groups_come_and_go(folder)
     check_a_step_that_a_rank_leaves_out()
 
