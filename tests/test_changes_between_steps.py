@@ -251,7 +251,10 @@ def test_options_are_checked_when_they_are_set() -> None:
 
 
 def check_process_groups_come_and_go(folder: str) -> None:
-    """A step alone, two with the other rank, one alone: each as by an optimizer that knew no other process group."""
+    """A step alone, two with the other rank, one alone: each as by an optimizer that knew no other process group.
+
+    Ranks that were alone before compare their parameters.
+    """
     rank, world_size = dist.get_rank(), dist.get_world_size()
 
     def meet(number: int) -> None:
@@ -279,7 +282,13 @@ def check_process_groups_come_and_go(folder: str) -> None:
     dist.barrier()
     dist.destroy_process_group()
     check(4)
+    other_values = nn.Parameter(torch.full((3,), float(rank)))
+    apart = so.StableAdamW([("apart", other_values)], lr=1e-2)
+    other_values.grad = torch.zeros(3)
+    apart.step()
     meet(2)
+    with pytest.raises(ValueError, match=r"ranks 0 and 1 both hold 'apart' .* but with different values"):
+        apart.step()
     check(5)
     other = dist.new_group([0, 1])
     optimizer.process_group = other
