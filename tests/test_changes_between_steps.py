@@ -203,6 +203,22 @@ def test_a_parameter_of_which_the_content_is_swapped_is_stepped_as_it_is_now(cls
         torch.__future__.set_swap_module_params_on_conversion(before)
 
 
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("option", ["kahan_sum", "amsgrad"])
+def test_an_option_may_change_in_one_of_two_groups_that_were_stepped_together(option: str, index: int) -> None:
+    params = [nn.Parameter(torch.ones(5, dtype=torch.bfloat16)) for _ in range(2)]
+    optimizer = so.DecoupledAdamW([{"params": [param]} for param in params], lr=1e-2)
+    for value in (None, {"kahan_sum": False, "amsgrad": True}[option]):
+        if value is not None:
+            optimizer.param_groups[index][option] = value
+        for param in params:
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+    for number, param in enumerate(params):
+        changed = {"kahan_sum": "kahan_comp" not in optimizer.state[param], "amsgrad": "max_exp_avg_sq" in optimizer.state[param]}
+        assert changed[option] == (number == index)
+
+
 def scale_gradients(optimizer: so.StableAdamW, param: Tensor) -> None:
     """As GradScaler does."""
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(64.0), torch.tensor(0.0)
