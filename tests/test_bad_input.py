@@ -281,6 +281,18 @@ def check_ranks_that_disagree() -> None:
     refused("at different steps; make them the same", optimizer.step)
 
 
+def check_gradients_of_replicas() -> None:
+    """Ranks that train apart are refused where norms differ by 3 %, also of tensors with small gradients; rounding noise is not."""
+    for of_ranks, differ in (((1.0, 1.03), True), ((1.0, 1.003), False), ((1e-3, 1.1e-3), True), ((1e-5, 3e-5), False)):
+        largest, other = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+        largest.grad, other.grad = torch.ones(1), torch.full((1,), of_ranks[dist.get_rank()])
+        step = so.StableAdamW([("largest", largest), ("other", other)], 1e-3).step
+        if differ:
+            refused(r"ranks 0 and 1 both hold 'other' .* but with different gradients", step)
+        else:
+            step()
+
+
 def check_replicas_that_drifted_in_their_last_bits() -> None:
     """Harmless once training goes on: unfreezing layers must not end a run."""
     param, late = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
@@ -349,6 +361,7 @@ def check_two_ranks() -> None:
     check_pieces_that_do_not_tile()
     check_ranks_that_disagree()
     check_stages_that_share_names_on_sub_meshes()
+    check_gradients_of_replicas()
     check_replicas_that_drifted_in_their_last_bits()
     check_bad_gradient_on_one_rank()
     check_failure_of_another_kind_on_one_rank()

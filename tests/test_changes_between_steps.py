@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -12,7 +13,9 @@ import ranks
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import sharded_optim as so
 
@@ -200,6 +203,57 @@ def test_a_parameter_of_which_the_content_is_swapped_is_stepped_as_it_is_now(cls
         torch.__future__.set_swap_module_params_on_conversion(before)
 
 
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("option", ["kahan_sum", "amsgrad"])
+def test_an_option_may_change_in_one_of_two_groups_that_were_stepped_together(option: str, index: int) -> None:
+    params = [nn.Parameter(torch.ones(5, dtype=torch.bfloat16)) for _ in range(2)]
+    optimizer = so.DecoupledAdamW([{"params": [param]} for param in params], lr=1e-2)
+    for value in (None, {"kahan_sum": False, "amsgrad": True}[option]):
+        if value is not None:
+            optimizer.param_groups[index][option] = value
+        for param in params:
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+    for number, param in enumerate(params):
+        changed = {"kahan_sum": "kahan_comp" not in optimizer.state[param], "amsgrad": "max_exp_avg_sq" in optimizer.state[param]}
+        assert changed[option] == (number == index)
+
+
+def scale_gradients(optimizer: so.StableAdamW, param: Tensor) -> None:
+    """As GradScaler does."""
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(64.0), torch.tensor(0.0)
+
+
+CHANGES_AFTER_OBSERVATION: dict[str, Callable[[so.StableAdamW, Tensor], object]] = {
+    "gradient written": lambda optimizer, param: param.grad.mul_(0.01),
+    "gradient replaced": lambda optimizer, param: setattr(param, "grad", param.grad * 0.01),
+    "state written": lambda optimizer, param: optimizer.state[param]["exp_avg_sq"].mul_(9.0),
+    "step counter": lambda optimizer, param: optimizer.state[param]["step"].add_(5.0),
+    "betas": lambda optimizer, param: optimizer.param_groups[0].update(betas=(0.9, 0.5)),
+    "gradients are scaled": scale_gradients,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES_AFTER_OBSERVATION)
+def test_what_was_observed_before_the_step_is_not_used_after_a_change(change: str) -> None:
+    """The step has the bits of one before which nothing was observed."""
+    ends = []
+    for observes_before in (True, False):
+        params = parameters()
+        optimizer = so.StableAdamW(named(params), lr=1e-2)
+        give_grads(params, 0)
+        optimizer.step()
+        give_grads(params, 1, scale=30.0)
+        if observes_before:
+            optimizer.observe_unit(0)
+            assert optimizer._observed_early
+        with torch.no_grad():
+            CHANGES_AFTER_OBSERVATION[change](optimizer, params[0])
+        optimizer.step()
+        ends.append(params)
+    assert all(map(torch.equal, *ends))
+
+
 def test_options_are_checked_when_they_are_set() -> None:
     optimizer = so.AdamW([nn.Parameter(torch.ones(3))], lr=1e-2)
     for name, value in (("nonfinite", "ignore"), ("nonfinite", None), ("max_skipped_steps", 0), ("max_skipped_steps", True)):
@@ -213,7 +267,10 @@ def test_options_are_checked_when_they_are_set() -> None:
 
 
 def check_process_groups_come_and_go(folder: str) -> None:
-    """A step alone, two with the other rank, one alone: each as by an optimizer that knew no other process group."""
+    """A step alone, two with the other rank, one alone: each as by an optimizer that knew no other process group.
+
+    Ranks that were alone before compare their parameters.
+    """
     rank, world_size = dist.get_rank(), dist.get_world_size()
 
     def meet(number: int) -> None:
@@ -241,7 +298,13 @@ def check_process_groups_come_and_go(folder: str) -> None:
     dist.barrier()
     dist.destroy_process_group()
     check(4)
+    other_values = nn.Parameter(torch.full((3,), float(rank)))
+    apart = so.StableAdamW([("apart", other_values)], lr=1e-2)
+    other_values.grad = torch.zeros(3)
+    apart.step()
     meet(2)
+    with pytest.raises(ValueError, match=r"ranks 0 and 1 both hold 'apart' .* but with different values"):
+        apart.step()
     check(5)
     other = dist.new_group([0, 1])
     optimizer.process_group = other
@@ -382,12 +445,33 @@ def check_fsdp2_models_that_are_moved_and_cast() -> None:
                 assert all(map(torch.equal, values, expected)), (cls, name)
 
 
+def check_a_dtensor_that_is_sharded_otherwise() -> None:
+    """Under the same object, with its state: the next step makes the layout anew."""
+    mesh = init_device_mesh("cpu", (2,))
+    start, grad = torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(0)).unbind()
+    whole, param = nn.Parameter(start.clone()), nn.Parameter(distribute_tensor(start, mesh, [Shard(0)]))
+    alone = dist.new_subgroups(1)[0]
+    reference = so.StableAdamW([("w", whole)], lr=1e-2, process_group=alone)
+    optimizer = so.StableAdamW([("w", param)], lr=1e-2)
+    for placement in (Shard(0), Shard(1), Replicate(), Shard(0)):
+        torch.utils.swap_tensors(param, nn.Parameter(param.detach().redistribute(placements=[placement])))
+        for key, value in optimizer.state[param].items() if param in optimizer.state else ():
+            if key != "step":
+                optimizer.state[param][key] = value.redistribute(placements=[placement])
+        param.grad, whole.grad = distribute_tensor(grad, mesh, [placement]), grad
+        optimizer.step()
+        reference.step()
+        assert torch.equal(param.full_tensor(), whole), placement
+        assert optimizer.metrics() == reference.metrics(), placement
+
+
 def check_two_ranks(folder: str) -> None:
     check_equal_jobs_go_on_whatever_ids_python_gives()
     check_replicas_of_a_later_group_are_compared()
     check_options_that_change_who_agrees()
     check_parameters_that_change_on_one_rank_alone()
     check_fsdp2_models_that_are_moved_and_cast()
+    check_a_dtensor_that_is_sharded_otherwise()
     check_process_groups_come_and_go(folder)
     check_a_step_that_a_rank_leaves_out()
 

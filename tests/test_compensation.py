@@ -156,7 +156,7 @@ def test_steps_of_sets_and_of_all_do_not_take_each_other_for_others() -> None:
 
 
 def check_wrappers_do_not_count_as_others() -> None:
-    """Forward and backward passes under DDP and FSDP2 leave compensations alone; a mask on a DTensor drops them."""
+    """Forward and backward passes under DDP and FSDP2 leave compensations alone; a mask on a DTensor or its local tensor drops them."""
     for wrap in ("ddp", "fsdp2"):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(17, 9), nn.GELU(), nn.Linear(9, 5)).bfloat16()
@@ -176,14 +176,18 @@ def check_wrappers_do_not_count_as_others() -> None:
             optimizer.step()
         assert any(bool(local(state["kahan_comp"]).any()) for state in optimizer.state.values())
         weight = next(model.parameters())
-        with torch.no_grad():
-            if wrap == "ddp":
-                weight.mul_(0.0)
-            else:
-                mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-                weight.mul_(distribute_tensor(torch.zeros(weight.shape, dtype=weight.dtype), mesh, weight.placements))
-        optimizer.drop_stale_compensation()
-        assert not local(optimizer.state[weight]["kahan_comp"]).any()
+        writes: list[Callable[[], object]] = [lambda weight=weight: local(weight).mul_(0.0)]
+        if wrap == "fsdp2":
+            mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+            zeros = distribute_tensor(torch.zeros(weight.shape, dtype=weight.dtype), mesh, weight.placements)
+            writes.append(lambda weight=weight, zeros=zeros: weight.mul_(zeros))
+        for write in writes:
+            optimizer.step()
+            assert local(optimizer.state[weight]["kahan_comp"]).any()
+            with torch.no_grad():
+                write()
+            optimizer.drop_stale_compensation()
+            assert not local(optimizer.state[weight]["kahan_comp"]).any()
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -101,6 +101,7 @@ def check_rest() -> None:
         check_refusals(orig=orig)
         check_private_attributes(orig=orig)
     check_groups()
+    check_padding_alone()
 
 
 def check_metrics(model: nn.Module, optimizer: Any, *, orig: bool) -> None:
@@ -165,6 +166,17 @@ def check_groups() -> None:
     pure = FullyShardedDataParallel(nn.Sequential(nn.Linear(3, 5, bias=False), nn.Linear(5, 2, bias=False)), device_id=CPU)
     (group,) = so.param_groups_weight_decay(pure, 0.1)
     assert group["weight_decay"] == 0.1
+
+
+def check_padding_alone() -> None:
+    """A rank that holds nothing but padding of a flat parameter counts its steps like the others: whole state has one counter."""
+    model = FullyShardedDataParallel(nn.Linear(1, 1, bias=False), device_id=CPU)
+    optimizer = STABLE(model.parameters(), layout=so.fsdp1_layout(model))
+    for _ in range(2):
+        model(torch.ones(1, 1)).sum().backward()
+        optimizer.step()
+    (param,) = model.parameters()
+    assert optimizer.state[param]["step"] == 2
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -356,13 +356,17 @@ def test_one_cycle_does_not_move_the_reference(name: str, lr: float, max_lr: flo
 @high_decay_is_meant
 @REFERRING
 def test_warm_up_from_0_refers_to_the_largest_lr_so_far(name: str) -> None:
-    param = parameter()
-    optimizer = DECOUPLED[name]([param], lr=0.0, weight_decay=1e-2)
+    """Of each group."""
+    params = [parameter() for _ in range(2)]
+    optimizer = DECOUPLED[name]([{"params": [param]} for param in params], lr=0.0, weight_decay=1e-2)
     decays = []
     for lr in (0.0, 0.0, 2e-3, 8e-3, 4e-3, 0.0, 1e-3):
-        optimizer.param_groups[0]["lr"] = lr
-        decays += decay_of_one_step(optimizer, param)
-    assert decays == pytest.approx([0.0, 0.0, 1e-2, 1e-2, 5e-3, 0.0, 1.25e-3], abs=1e-7)
+        for factor, group in enumerate(optimizer.param_groups, start=1):
+            group["lr"] = factor * lr
+        decays += decay_of_one_step(optimizer, *params)
+    expected = [0.0, 0.0, 1e-2, 1e-2, 5e-3, 0.0, 1.25e-3]
+    assert decays[::2] == pytest.approx(expected, abs=1e-7)
+    assert decays[1::2] == pytest.approx(expected, abs=1e-7)
 
 
 @high_decay_is_meant
