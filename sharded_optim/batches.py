@@ -156,7 +156,7 @@ class Batch:
         """Two of these are equal if gradients, state and hyperparameters are the same: as far as torch counts changes of values."""
         sources = (self._grad, *self._state)
         found = tuple((tensor.data_ptr(), tensor._version) for source in sources for tensor in source.column.wholes)
-        return found, tuple(self.keys().tolist())
+        return found, tuple(self.keys(()).tolist())
 
     def fixed_point(self, statistic: Statistic | None) -> FixedPoint:
         """How the statistic of each operand is summed; None stands for a statistic that is 0."""
@@ -171,13 +171,17 @@ class Batch:
 
         return self._fixed_point.of(bounds, self.device, make)
 
-    def keys(self) -> Tensor:
-        """A number for each operand, the same on two ranks if they use the same hyperparameters at the same step: int64 (operands,)."""
+    def keys(self, options: tuple[Any, ...]) -> Tensor:
+        """A number for each operand, the same on two ranks if they use the same hyperparameters at the same step: int64 (operands,).
+
+        Args:
+            options: of the optimizer, which must be the same too.
+        """
         result = torch.empty(len(self.pieces), dtype=torch.int64, device="cpu")
         all_steps = self.steps
         for group, rows in zip(self.members.groups, self._rows_on_host, strict=True):
             steps = (all_steps if rows is None else all_steps[rows]).tolist() if known_on_host(all_steps) else [-1.0]
-            hyperparameters = {name: group[name] for name in self._hyperparameters & group.keys()}
+            hyperparameters = {name: group[name] for name in self._hyperparameters & group.keys()} | {"options": options}
             keys = {step: hyperparameter_key(hyperparameters, step) for step in set(steps)}
             own = torch.tensor([keys[step] for step in steps] if len(keys) > 1 else list(keys.values()), device="cpu")
             result[slice(None) if rows is None else rows] = own

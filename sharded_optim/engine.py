@@ -151,7 +151,7 @@ class Engine(StatefulOptimizer):
             confirm=self._confirm_replacement,
         )
         self._forget_dropped_layouts()
-        self._given.clear()
+        self._given.clear()  # whoever replaces parameters from now on is a user
         observation = self._observe(layout)
         if only is None and observation.batches:  # without a gradient, after gradient release, the reports of its steps stay
             self._forget_reports(layout)
@@ -187,7 +187,7 @@ class Engine(StatefulOptimizer):
         except ValueError:  # the step says so, on all ranks
             return
         for batch in batches:
-            self._observed_early[batch] = batch.stamp(), self._sums(batch)
+            self._observed_early[batch] = self._stamp(batch), self._sums(batch)
             batch.release()
 
     def zero_grad(self, set_to_none: bool = True, param: Tensor | None = None) -> None:
@@ -226,9 +226,13 @@ class Engine(StatefulOptimizer):
     def _contribution(self, batch: Batch) -> statistics.Contribution:
         """What this rank brings for the operands of a batch: as it was observed early, where that is still true, and in every replay."""
         stamp, early = self._observed_early.get(batch, (None, None))
-        if early is not None and not capturing(batch.device) and getattr(self, "grad_scale", None) is None and stamp == batch.stamp():
+        if early is not None and not capturing(batch.device) and getattr(self, "grad_scale", None) is None and stamp == self._stamp(batch):
             return early
         return self._sums(batch)
+
+    def _stamp(self, batch: Batch) -> tuple[Any, ...]:
+        """Equal to that of an earlier moment if an observation would find the same."""
+        return batch.stamp(), self.nonfinite, self.max_skipped_steps
 
     def _sums(self, batch: Batch) -> statistics.Contribution:
         """Sum the statistic of each operand, or only see whether its gradient is finite."""
@@ -240,7 +244,8 @@ class Engine(StatefulOptimizer):
             table = coefficient_table(statistic.coefficients, batch.members, batch.steps, backend=batch.backend, operands=batch.operands)
         grad_scale = self._inverse_grad_scale(batch.device)
         observed = batch.backend.observe(statistic, batch.operands, table, fixed_point.limits, fixed_point.scales, grad_scale)
-        return statistics.Contribution(places=batch.places, bits=fixed_point.bits, keys=batch.keys(), observed=observed)
+        keys = batch.keys((self.nonfinite, self.max_skipped_steps))
+        return statistics.Contribution(places=batch.places, bits=fixed_point.bits, keys=keys, observed=observed)
 
     def _agree(self, layout: Layout, observation: _Observation) -> tuple[Tensor | None, statistics.Agreement | None]:
         """Add up what all ranks observed, if the algorithm needs to know. Every rank gets here in every step.
@@ -265,7 +270,7 @@ class Engine(StatefulOptimizer):
         agreement = statistics.agree(
             layout,
             observation.contributions,
-            device=layout.params[0].device,
+            device=layout.device,
             invalid=failure is not None,
             found_inf=found_inf,
             process_group=self._own_group(),
@@ -310,7 +315,7 @@ class Engine(StatefulOptimizer):
         """
         process_group = self._own_group()
         assert process_group is not None, "ranks agree"
-        agreement = statistics.agree(layout, (), device=layout.params[0].device, replaces=True, process_group=process_group)
+        agreement = statistics.agree(layout, (), device=layout.device, replaces=True, process_group=process_group)
         if host_value(agreement.totals[REPLACES]) == dist.get_world_size(process_group):
             return
         message = (
@@ -329,10 +334,11 @@ class Engine(StatefulOptimizer):
                 return  # other ranks have some
         elif self.layout is not None:
             return  # this rank may hold none of the elements that have one
+        where = "on this rank, " if agreement is None and dist.is_available() and dist.is_initialized() else ""
         warnings.warn(
-            "the first step found no gradient on any parameter, so it changes nothing. If the model was wrapped (fully_shard, "
-            "FullyShardedDataParallel) after the optimizer was built, the optimizer has the parameters of before: build it from "
-            "model.parameters() after wrapping. Else call loss.backward() before step()",
+            f"the first step found no gradient on any parameter, {where}so it changes nothing. If the model was wrapped (fully_shard, "
+            f"FullyShardedDataParallel) after the optimizer was built, the optimizer has the parameters of before: build it from "
+            f"model.parameters() after wrapping. Else call loss.backward() before step()",
             UserWarning,
             stacklevel=5,
         )

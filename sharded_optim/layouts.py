@@ -40,7 +40,7 @@ class Layouts:
 
     def __init__(self, index: ParamIndex, *, in_turns: bool) -> None:
         self._index = index
-        self._lookups = index.lookups  # of the index, when `_prune` looked at it
+        self._present: list[int] = []  # ids of the parameters in the groups, when a layout was made last
         self._in_turns = in_turns
         self.last: Layout | None = None
         self.dropped: list[Layout] = []
@@ -80,8 +80,9 @@ class Layouts:
         if layout is None or layout.is_global != agree or not self._fits(layout, params, process_group):
             for param in params[:1]:
                 refuse_to_capture(param.device)
-            if layout is not None and agree and process_group is not None and layout.is_global_over(process_group):
-                confirm(layout, self._change(groups, params, layout))
+            before = layout if layout is not None or key is None else self._of_same_names(groups, params)
+            if before is not None and agree and process_group is not None and before.is_global_over(process_group):
+                confirm(before, self._change(groups, params, before))
             layout = self._replace(key, groups, params, describe, agree=agree, process_group=process_group)
         if only is None:
             self.last = layout
@@ -123,7 +124,7 @@ class Layouts:
             layout = self._make(groups, params, describe, process_group)
         else:
             layout = Layout.of_rank(self._describe_all(groups, params, describe))
-        self._prune()
+        self._prune(groups)
         if key is None:
             self._drop(list(self._kept))
         elif key in self._kept:
@@ -167,12 +168,21 @@ class Layouts:
         found = zip(params, self._index.places_of(groups, params), strict=True)
         return [describe(param, place.name, place.group) for param, place in found]
 
-    def _prune(self) -> None:
-        """Let go of what is known of parameters that have left the groups."""
-        if self._lookups != self._index.lookups and not self._in_turns:  # then they come back
-            self._lookups = self._index.lookups
-            self._compared = {key: param for key, param in self._compared.items() if param in self._index}
-            self._drop([key for key, layout in self._kept.items() if key and not all(param in self._index for param in layout.params)])
+    def _of_same_names(self, groups: Groups, params: Sequence[Tensor]) -> Layout | None:
+        """The layout of a set whose parameters these may have replaced, which other ranks may be stepping."""
+        names = [place.name for place in self._index.places_of(groups, params)]
+        of_set = (layout for key, layout in self._kept.items() if key is not None)
+        return next((layout for layout in of_set if [entry.name for entry in layout.local_params] == names), None)
+
+    def _prune(self, groups: Groups) -> None:
+        """Let go of what is known of parameters that have left the groups: on all ranks in the same step, as they step the same."""
+        present = [id(param) for group in groups for param in group["params"]]
+        if present == self._present or self._in_turns:  # then they come back
+            return
+        self._present = present
+        self._index.look_up(groups)
+        self._compared = {key: param for key, param in self._compared.items() if param in self._index}
+        self._drop([key for key, layout in self._kept.items() if key and not all(param in self._index for param in layout.params)])
 
     def _change(self, groups: Groups, params: Sequence[Tensor], layout: Layout) -> str:
         """How parameters differ from those of a layout, for an error message."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import warnings
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ HYPERPARAMETERS = frozenset({*NUMBERS, *CHOICES, "betas", "learns_reference_lr"}
 HIGH_DECAY = 1e-3  # from which on Composer and optimi warn
 BF16_HALF_ULP = 2.0**-8  # relative, at worst
 LR_ROUNDING = 1e-12
+LARGEST_EXACT = 2**53  # of integers as floats
 
 
 def _on_host(value: Any) -> Any:
@@ -82,10 +84,10 @@ def check_hyperparameters(values: dict[str, Any], where: str, *, names: frozense
             raise ValueError(f"{name} must be a number, got a tensor on {value.device}{where}: only lr may lie on a device")
     if "betas" in values:
         betas = values["betas"]
-        if isinstance(betas, Iterable) and any(isinstance(beta, Tensor) and not known_on_host(beta) for beta in betas):
+        if isinstance(betas, list | tuple) and any(isinstance(beta, Tensor) and not known_on_host(beta) for beta in betas):
             raise ValueError(f"betas must be numbers, got a tensor on a device{where}: only lr may lie on one")
-        if not isinstance(betas, Iterable) or not all(0.0 <= float(beta) < 1.0 for beta in betas):
-            raise ValueError(f"betas must be numbers in [0, 1), got {values['betas']!r}{where}")
+        if not isinstance(betas, list | tuple) or not betas or not all(_is_below_1(beta) for beta in betas):
+            raise ValueError(f"betas must be numbers in [0, 1), got {betas!r}{where}")
     if values.get("decay_form", "coupled") not in FORMS:
         raise ValueError(f"decay_form must be one of {', '.join(FORMS)}, got {values['decay_form']!r}{where}")
     for name in values.keys() & names - HYPERPARAMETERS - {"max_lr"}:
@@ -95,15 +97,53 @@ def check_hyperparameters(values: dict[str, Any], where: str, *, names: frozense
             raise ValueError(f"{name}={values[name]!r} is not supported{where}; leave it out")
 
 
+def _is_below_1(beta: Any) -> bool:
+    try:
+        return check_number("beta", beta) < 1.0
+    except ValueError:
+        return False
+
+
 def _check_other(name: str, value: Any, where: str) -> None:
     """Raise ValueError unless a hyperparameter of an optimizer outside of this library can be used, and compared between ranks."""
-    if isinstance(value, list | tuple):
-        for item in value:
-            _check_other(name, item, where)
-    elif isinstance(value, Tensor) and not known_on_host(value):
+    if isinstance(value, Tensor) and not known_on_host(value):
         raise ValueError(f"{name} must be known on the host, got a tensor on {value.device}{where}: only lr may lie on a device")
-    elif isinstance(number := _on_host(value), int | float) and not math.isfinite(number):
+    try:
+        plain = _plain(value)
+    except TypeError:
+        raise ValueError(f"{name} must be a number, a string, or a list or dict of them, got {value!r}{where}") from None
+    if not all(map(math.isfinite, _numbers_in(plain))):
         raise ValueError(f"{name} must be finite, got {value!r}{where}")
+
+
+def _plain(value: Any) -> Any:
+    """A hyperparameter as numbers, strings and lists of them, equal on two ranks if its values are.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if isinstance(value, Tensor) and not known_on_host(value):
+        return -1.0  # a device's is not waited for
+    if isinstance(value, list | tuple):
+        return list(map(_plain, value))
+    if isinstance(value, dict):
+        return [[key, _plain(value[key])] for key in sorted(value)]
+    value = value.tolist() if hasattr(value, "tolist") else value  # of torch and NumPy: numbers, or lists of them
+    if value is None or isinstance(value, str | list):
+        return value
+    if isinstance(value, int) and abs(value) > LARGEST_EXACT:
+        return value
+    if isinstance(value, Real):
+        return float(value)
+    raise TypeError(f"{type(value).__name__} cannot be compared between ranks")
+
+
+def _numbers_in(plain: Any) -> Iterator[float]:
+    if isinstance(plain, list):
+        for item in plain:
+            yield from _numbers_in(item)
+    elif plain is not None and not isinstance(plain, str):
+        yield plain
 
 
 def check_state_dtype(dtype: torch.dtype, values: dict[str, Any], where: str) -> None:
@@ -122,17 +162,8 @@ def check_state_dtype(dtype: torch.dtype, values: dict[str, Any], where: str) ->
 
 def hyperparameter_key(hyperparameters: Mapping[str, Any], step: float) -> int:
     """24 bits that two ranks have in common if these hyperparameters and the step are the same on both."""
-    values = [(name, _comparable(hyperparameters[name])) for name in sorted(hyperparameters)]
+    values = [(name, _plain(hyperparameters[name])) for name in sorted(hyperparameters)]
     return zlib.crc32(repr((values, step)).encode()) & 0xFFFFFF
-
-
-def _comparable(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.device.type != "cpu":
-        return -1.0  # a device's is not waited for
-    if isinstance(value, tuple | list):
-        return list(map(_comparable, value))
-    value = _on_host(value)
-    return float(value) if isinstance(value, int | float) else value
 
 
 def translate_switches(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

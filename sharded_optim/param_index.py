@@ -28,24 +28,25 @@ class Place(NamedTuple):
 
 
 class ParamIndex:
-    """The places of parameters when they were looked up last. A place is checked before it is used, as ids are reused.
-
-    Attributes:
-        lookups: how often all parameters were looked up, because one was not where it was before.
-    """
+    """The places of parameters when they were looked up last. A place is checked before it is used, as ids are reused."""
 
     def __init__(self) -> None:
-        self.lookups = 0
         self._places: dict[int, Place] = {}  # by a parameter's id
 
     def place_of(self, groups: Sequence[Group], param: Tensor) -> Place | None:
         """The place of a parameter; None if it is in none of the groups."""
         place = self._known_place(groups, param)
         if place is None:
-            self.lookups += 1
-            self._places = {id(p): Place(i, group, k) for i, group in enumerate(groups) for k, p in enumerate(group["params"])}
+            key = id(param)
+            if not any(key in map(id, group["params"]) for group in groups):  # faster than to look up all
+                return None
+            self.look_up(groups)
             place = self._known_place(groups, param)
         return place
+
+    def look_up(self, groups: Sequence[Group]) -> None:
+        """Look up all parameters."""
+        self._places = {id(p): Place(i, group, k) for i, group in enumerate(groups) for k, p in enumerate(group["params"])}
 
     def places_of(self, groups: Sequence[Group], params: Sequence[Tensor]) -> list[Place]:
         """The places of parameters.

@@ -21,15 +21,16 @@ __all__ = ["StatefulOptimizer"]
 
 
 class _Given(NamedTuple):
-    """The parameters with which a group was added, and their shapes then."""
+    """The shapes of the parameters with which a group was added, and those that have one dimension."""
 
     group: dict[str, Any]
-    params: list[Tensor]
     shapes: list[torch.Size]
+    flat: list[Tensor]
 
     @classmethod
-    def to(cls, group: dict[str, Any]) -> _Given:
-        return cls(group, list(group["params"]), [param.shape for param in group["params"]])
+    def of(cls, group: dict[str, Any]) -> _Given:
+        params = group["params"]
+        return cls(group, [param.shape for param in params], [param for param in params if param.ndim == 1])
 
 
 class StatefulOptimizer(torch.optim.Optimizer):
@@ -105,7 +106,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
                     describe(param, name, self.layout)
         super().add_param_group(param_group)
         group = self.param_groups[index]
-        self._given.append(_Given.to(group))
+        self._given.append(_Given.of(group))
         param_groups.set_reference_lr(group, self._max_lr)
 
     def describe_param(self, param: Tensor, name: str, group: dict[str, Any]) -> LocalParam:
@@ -142,7 +143,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
             return False
         if type(param) is torch.nn.Parameter and len(given.shapes) == 1 and len(given.shapes[0]) == 1:
             return False
-        return not any(other is param for other in given.params) and given.shapes not in ([], [param.shape])
+        return not any(other is param for other in given.flat) and given.shapes not in ([], [param.shape])
 
     @property
     def layout(self) -> FlatLayout | None:
@@ -205,11 +206,11 @@ class StatefulOptimizer(torch.optim.Optimizer):
     def _check_group(self, group: dict[str, Any], where: str, *, scheduled: bool = False) -> None:
         """Raise ValueError for hyperparameters that no step could use."""
         param_groups.check_hyperparameters(group, where, names=self.hyperparameters, scheduled=scheduled)
-        param_groups.check_state_dtype(self.state_dtype, group, where)
         try:
             self._choose(group)
         except ValueError as error:
             raise ValueError(f"{error} (in {where})") from None
+        param_groups.check_state_dtype(self.state_dtype, group, where)
 
     def choice_of(self, param: Tensor, group: Mapping[str, Any]) -> tuple[Algorithm, Format]:
         """What a param group's hyperparameters choose for one of its parameters."""
@@ -287,4 +288,4 @@ class StatefulOptimizer(torch.optim.Optimizer):
             self._index = ParamIndex()
             self.compensation_log = CompensationLog()
             self._layout = None
-            self._given = list(map(_Given.to, self.param_groups))
+            self._given = list(map(_Given.of, self.param_groups))

@@ -134,7 +134,10 @@ class Agreement:
                     f"none: make every rank run the same part of the model, or set the missing gradients to zero"
                 )
             if present * squared_key != key * key:
-                return f"ranks use different hyperparameters (lr, betas, ...) for {name!r} or are at different steps; make them the same"
+                return (
+                    f"ranks use different hyperparameters (lr, betas, ...) or options (nonfinite, max_skipped_steps) for {name!r}, or are "
+                    f"at different steps; make them the same"
+                )
         raise AssertionError("the ranks are consistent")
 
 

@@ -164,6 +164,7 @@ class _Pool:
         self.is_lost = False
 
     def leave_to_parent(self) -> None:
+        self.lock = Lock()  # another thread of the parent may have held it
         if self.is_started:
             self.is_lost = True
             torch.set_num_threads(1)
@@ -185,8 +186,8 @@ def _threads(elements: int) -> Iterator[bool]:
     if wanted <= 1 or _pool.is_lost:
         yield False
         return
+    _pool.is_started = True
     with _pool.lock:
-        _pool.is_started = True
         before = numba.get_num_threads()
         if wanted != before:
             numba.set_num_threads(wanted)

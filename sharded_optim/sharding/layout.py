@@ -61,7 +61,7 @@ class LocalParam:
 class Layout:
     """All local parameters of an optimizer, or those it steps together, and the model-wide list of tensors.
 
-    It holds for these parameters as they were described, and for this process group: see `fits`.
+    It holds for these parameters as they were described, and for this process group.
     """
 
     local_params: tuple[LocalParam, ...]
@@ -72,10 +72,12 @@ class Layout:
     is_global: bool = False  # whether it was made by all ranks of a process group together
     # Of these ranks; None: this process is alone. Held weakly: torch.distributed owns groups, and must be the one to end their threads.
     process_group: weakref.ref[dist.ProcessGroup] | None = None
+    device: torch.device = field(init=False)  # on which ranks agree: that of the first parameter when this was made
     _described: tuple[list[Any], ...] = field(init=False)  # see `_properties`
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_described", _properties(self.params))
+        object.__setattr__(self, "device", self.params[0].device if self.params else torch.device("cpu"))
 
     @cached_property
     def params(self) -> list[Tensor]:
@@ -219,6 +221,7 @@ class Layout:
         return same and _properties(params) == self._described
 
 
+_shape: Callable[[Tensor], torch.Size] = attrgetter("shape")
 _dtype: Callable[[Tensor], torch.dtype] = attrgetter("dtype")
 
 
@@ -230,7 +233,7 @@ def _properties(params: Sequence[Tensor]) -> tuple[list[Any], ...]:
     types = list(map(type, params))
     is_plain = set(types) <= {Tensor, torch.nn.Parameter}
     specs = [] if is_plain else [getattr(param, "_spec", None) for param in params]  # of DTensors: mesh, placements, shape
-    return types, list(map(Tensor.numel, params)), list(map(_dtype, params)), specs
+    return types, list(map(_shape, params)), list(map(_dtype, params)), specs
 
 
 def _segments(local_params: Sequence[LocalParam]) -> list[Segment]:
