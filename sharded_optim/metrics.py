@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sharded_optim.algorithms import Algorithm
 from sharded_optim.formats import Format, format_of
-from sharded_optim.sharding import Layout, LocalParam, Piece
+from sharded_optim.sharding import Layout, LocalParam, Piece, is_partial
 
 __all__ = ["Update", "dist_reduce", "pre_reduce", "report"]
 
@@ -53,7 +53,8 @@ def report(entry: LocalParam, piece: Piece, state: dict[str, Any], last: tuple[U
     moment: the first moment, not bias-corrected, or the momentum buffer.
     grad: without GradScaler's scale.
 
-    Left out are `moment` of an optimizer that has none, and what needs a gradient that is gone (`update` of SGD, not of Adam).
+    Left out are `moment` of an optimizer that has none, and what needs a gradient that is gone (`update` of SGD, not of Adam) or that is a
+    Partial DTensor.
 
     Args:
         entry, piece: the parameter, and which of its pieces.
@@ -74,7 +75,7 @@ def report(entry: LocalParam, piece: Piece, state: dict[str, Any], last: tuple[U
     moments = [values_of(state[name], "state").double() for name in update.algorithm.state] if update is not None else []
     if moments:
         vectors["moment"] = moments[0]
-    if entry.param.grad is not None:
+    if entry.param.grad is not None and not is_partial(entry.param.grad):  # to reduce it is a collective
         vectors["grad"] = values_of(entry.param.grad, "gradient").double()
         if update is not None and update.grad_scale is not None:
             vectors["grad"] = vectors["grad"] * update.grad_scale

@@ -226,6 +226,32 @@ def check_gradients_that_are_not_reduced_yet() -> None:
         assert torch.equal(plain, whole)
 
 
+def check_gradients_that_are_partial_on_one_rank_alone() -> None:
+    """The others take part in the reduction, in the first step and later; reports of one rank communicate nothing."""
+    rank = dist.get_rank()
+    for cls in (so.StableAdamW, so.AdamW):
+        for first in (True, False):
+            params = {name: nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh_1d(), [Replicate()])) for name in ("v", "w")}
+            optimizer = cls(params.items(), lr=1e-1, nonfinite="skip")
+
+            def give(*, all_ranks: bool, params: dict = params) -> None:
+                for param in params.values():
+                    param.grad = DTensor.from_local(torch.ones(4, 2), mesh_1d(), [Partial()], run_check=False)
+                if rank == 1 and not all_ranks:
+                    params["w"].grad = None
+
+            if not first:
+                give(all_ranks=True)
+                optimizer.step()
+                report = optimizer.report_per_parameter_metrics(params["w"], "w", {}) if rank == 0 else {}
+                assert not any("grad" in key for key in report)
+                assert ("l2_norm/param/w" in report) == (rank == 0)
+            give(all_ranks=False)
+            refused("'w' has a gradient on 1 of the ranks that hold it and none on 1", optimizer.step)
+            give(all_ranks=True)
+            optimizer.step()
+
+
 def check_gradient_placed_otherwise() -> None:
     for cls in CLASSES:
         param = nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh_1d(), [Shard(0)]))
@@ -357,6 +383,7 @@ def check_bad_parameter_on_one_rank() -> None:
 def check_two_ranks() -> None:
     check_partial_dtensor()
     check_gradients_that_are_not_reduced_yet()
+    check_gradients_that_are_partial_on_one_rank_alone()
     check_gradient_placed_otherwise()
     check_pieces_that_do_not_tile()
     check_ranks_that_disagree()

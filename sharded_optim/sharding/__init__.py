@@ -27,6 +27,7 @@ __all__ = [
     "check_memory",
     "describe",
     "gradients_of",
+    "is_partial",
 ]
 
 
@@ -56,10 +57,28 @@ def describe(param: Tensor, name: str, flat_layout: FlatLayout | None = None) ->
 
 
 def gradients_of(layout: Layout) -> list[Tensor | None]:
-    """The gradients of a layout's parameters, reduced where tensor parallelism has left them Partial: a collective, so call it first."""
-    grads = [param.grad for param in layout.params]
-    if layout.has_dtensors and "torch.distributed.tensor" in sys.modules:
-        from sharded_optim.sharding import dtensor
+    """The gradients of a layout's parameters, reduced where tensor parallelism has left them Partial.
 
-        return [None if grad is None else dtensor.reduced(grad, param) for grad, param in zip(grads, layout.params, strict=True)]
+    That is a collective, so call it before anything that a rank may raise alone. A rank without such a gradient takes part.
+    """
+    grads = [param.grad for param in layout.params]
+    rows = list(zip(grads, layout.params, strict=True)) if layout.has_dtensors else ()
+    if all(getattr(grad, "_spec", 0) is getattr(param, "_spec", 1) for grad, param in rows):  # so FSDP2 leaves them
+        return grads
+    from sharded_optim.sharding import dtensor
+
+    for row, (grad, param) in enumerate(rows):
+        placements = dtensor.partial_placements(grad) or (layout.partial.get(row) if grad is None else None)
+        if placements is not None:
+            layout.partial[row] = placements
+            grads[row] = dtensor.reduced(grad, param, placements)
     return grads
+
+
+def is_partial(grad: Tensor) -> bool:
+    """Whether a gradient is a DTensor that is yet to be reduced."""
+    if "torch.distributed.tensor" not in sys.modules:
+        return False
+    from sharded_optim.sharding import dtensor
+
+    return dtensor.partial_placements(grad) is not None

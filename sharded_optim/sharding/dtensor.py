@@ -5,15 +5,16 @@ Step and state work on the local tensors: DTensor dispatch costs more than the a
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from sharded_optim.segment import Segment
-from sharded_optim.sharding.layout import GRADIENT, LocalParam, Piece
+from sharded_optim.sharding.layout import LocalParam, Piece
 from sharded_optim.sharding.plain import check_dtype_and_layout, waited_for
 
-__all__ = ["DTensor", "describe", "reduced"]
+__all__ = ["DTensor", "describe", "partial_placements", "reduced"]
 
 
 def describe(param: DTensor, name: str) -> LocalParam:
@@ -36,9 +37,6 @@ def describe(param: DTensor, name: str) -> LocalParam:
             check_dtype_and_layout(tensor, what)
             if not isinstance(tensor, DTensor):
                 raise ValueError(f"{what} is a plain tensor, the parameter a DTensor; wrap it with DTensor.from_local")
-            if role == GRADIENT:
-                tensor = reduced(tensor, param)
-                assert isinstance(tensor, DTensor)
             _refuse_partial(tensor, what)
             if tensor.device_mesh != mesh or _placements(tensor) != placements:
                 raise ValueError(
@@ -54,15 +52,34 @@ def describe(param: DTensor, name: str) -> LocalParam:
     return LocalParam(param=param, name=name, pieces=(Piece(segment=segment),), local=local)
 
 
-def reduced(grad: Tensor, param: Tensor) -> Tensor:
-    """Place a gradient that is Partial like its parameter: a collective over the axes of the mesh on which it is. Others stay as they are.
+def partial_placements(grad: Tensor | None) -> tuple[Placement, ...] | None:
+    """The placements of a gradient that is Partial; None for any other.
 
     Tensor parallelism leaves gradients so: those of the replicated weights of a norm in a SequenceParallel region are sums over the ranks.
     """
-    if getattr(grad, "_spec", None) is getattr(param, "_spec", None) or not isinstance(grad, DTensor) or not isinstance(param, DTensor):
-        return grad
-    is_partial = any(placement.is_partial() for placement in grad.placements)
-    return grad.redistribute(param.device_mesh, param.placements) if is_partial and grad.device_mesh == param.device_mesh else grad
+    is_partial = isinstance(grad, DTensor) and any(placement.is_partial() for placement in grad.placements)
+    return tuple(grad.placements) if is_partial else None
+
+
+def reduced(grad: Tensor | None, param: Tensor, placements: tuple[Placement, ...]) -> Tensor | None:
+    """Place a Partial gradient like its parameter: a collective over the axes of the mesh on which it is Partial.
+
+    Args:
+        grad: None takes part with zeros, as the other ranks have a gradient, and gives None.
+        param: a DTensor.
+        placements: of the gradient.
+    """
+    assert isinstance(param, DTensor)
+    mesh = param.device_mesh
+    if grad is None:
+        sizes, _ = compute_local_shape_and_global_offset(param.shape, mesh, placements)
+        zeros = torch.zeros(sizes, dtype=param.dtype, device=param.device)
+        DTensor.from_local(zeros, mesh, placements, run_check=False, shape=param.shape, stride=param.stride()).redistribute(
+            mesh, param.placements
+        ).to_local()
+        return None
+    assert isinstance(grad, DTensor)
+    return grad.redistribute(mesh, param.placements) if grad.device_mesh == mesh else grad
 
 
 def _refuse_partial(tensor: DTensor, what: str) -> None:

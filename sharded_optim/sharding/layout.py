@@ -72,6 +72,7 @@ class Layout:
     is_global: bool = False  # whether it was made by all ranks of a process group together
     # Of these ranks; None: this process is alone. Held weakly: torch.distributed owns groups, and must be the one to end their threads.
     process_group: weakref.ref[dist.ProcessGroup] | None = None
+    partial: dict[int, Any] = field(default_factory=dict)  # by local parameter: the placements of its gradient, where that comes Partial
     device: torch.device = field(init=False)  # on which ranks agree: that of the first parameter when this was made
     _described: tuple[list[Any], ...] = field(init=False)  # see `_properties`
 
@@ -194,6 +195,7 @@ class Layout:
             _check_agreement(name, pieces, largest_norm)
             for holder, row in pieces:
                 owner.setdefault(row.segment, holder)
+        partial_of = {row.segment.name: row.partial for table in tables for row in table if row.partial is not None}
         names = tuple(holders)
         index = {name: slot for slot, name in enumerate(names)}
         return cls(
@@ -203,6 +205,12 @@ class Layout:
             slots=tuple(index[segment.name] for segment in _segments(local_params)),
             owned=tuple(owner[segment] == rank for segment in _segments(local_params)),
             is_global=True,
+            partial={
+                row: partial_of[piece.segment.name]
+                for row, entry in enumerate(local_params)
+                for piece in entry.pieces
+                if piece.segment.name in partial_of
+            },
             process_group=None if process_group is None else weakref.ref(process_group),
         )
 
@@ -260,20 +268,24 @@ class _Row:
     dtype: str
     fingerprint: int | None = None  # of the values
     grad_norm: float | None = None  # None without a gradient, or a finite one
+    partial: Any = None  # placements of the gradient, where it is a DTensor that is yet to be reduced
 
     @classmethod
     def of(cls, entry: LocalParam, *, alone: bool, compare_values: bool) -> Iterator[_Row]:
         """One for each piece."""
         dtype = str(entry.param.dtype)
         param = entry.local(entry.param, PARAMETER).detach()
-        grad = None if alone or entry.param.grad is None else entry.local(entry.param.grad, GRADIENT)
+        grad = None if alone else entry.param.grad
+        placements = getattr(grad, "placements", ())
+        partial = tuple(placements) if any(placement.is_partial() for placement in placements) else None
+        grad = None if grad is None or partial is not None else entry.local(grad, GRADIENT)
         for piece in entry.pieces:
             fingerprint = grad_norm = None
             if piece.segment.numel and not alone:
                 norm = math.nan if grad is None else float(torch.linalg.vector_norm(piece.of(grad), dtype=torch.float32))
                 grad_norm = norm if math.isfinite(norm) else None
                 fingerprint = _fingerprint(piece.of(param)) if compare_values else None
-            yield cls(segment=piece.segment, dtype=dtype, fingerprint=fingerprint, grad_norm=grad_norm)
+            yield cls(segment=piece.segment, dtype=dtype, fingerprint=fingerprint, grad_norm=grad_norm, partial=partial)
 
 
 def _check_agreement(name: str, pieces: list[tuple[int, _Row]], largest_norm: float) -> None:
