@@ -80,7 +80,7 @@ def check_costs() -> None:
         if world_size > 1:
             half = padded * itemsize * (world_size - 1) // world_size
             tensors = len(list(model.parameters()))
-            assert in_backward == {"isend": half, "all_reduce": 4 * (tensors + 1)}
+            assert in_backward == {"isend": half, "all_reduce": 4 * (tensors + 2)}
             small = sent["all_reduce"] - in_backward["all_reduce"]
             assert sent["isend"] == 2 * half
             assert small == (8 * (7 * tensors + 2) if make is STABLE else 0)

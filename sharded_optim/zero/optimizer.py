@@ -291,6 +291,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """
         homes = self._housing.homes.values()
         if not self._slices:
+            self._reducer.finish()
             has_any = self._reducer.rounds or self._used or any(home.param.grad is not None for home in homes)
             if self._reducer.has_unreduced or not has_any:  # without any, other ranks may have some
                 self._reducer.run_round()
@@ -312,7 +313,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients. `set_to_none` makes no difference: those in buckets are gone."""
         super().zero_grad(set_to_none=True)
-        self._reducer.collect()
+        self._reducer.forget()
         self._use_up()
         self._engine.zero_grad(set_to_none=True)
 
