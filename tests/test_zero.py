@@ -377,6 +377,8 @@ def test_missing_accumulated_assigned_added_frozen_and_non_finite_gradients() ->
 def check_surroundings() -> None:
     check_ddp()
     check_clipping()
+    check_placeholders()
+    check_compiled()
     check_edits_of_parameters()
     check_metrics()
     check_overlap()
@@ -445,6 +447,61 @@ def check_clipping() -> None:
             optimizer.wait()
             for param, other in zip(model.parameters(), reference.parameters(), strict=True):
                 torch.testing.assert_close(param, other, rtol=1e-5, atol=1e-7)
+
+
+def check_placeholders() -> None:
+    """While gradients are in buckets, whoever computes with param.grad gets an error by name; steps have the bits of who does not."""
+    expected = one_process(STABLE, [[a + b for a, b in zip(gradients(1, AWKWARD), gradients(2, AWKWARD), strict=True)]] * 2)
+    model = Model(AWKWARD)
+    params = list(model.parameters())
+    optimizer = sharded(STABLE, model, bucket_mb=SMALL)
+    refused = {
+        "clip_grad_norm_": lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3),
+        "clip_grad_norm_ by foreach": lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3, foreach=True),
+        "clip_grad_value_": lambda: torch.nn.utils.clip_grad_value_(model.parameters(), 1e-3),
+        "zeroing": lambda: model.zero_grad(set_to_none=False),
+        "reading": lambda: float(params[0].grad.norm()),
+        "adding": lambda: params[0].grad.add_(torch.ones_like(params[0])),
+        "copying": lambda: params[0].grad.clone(),
+        "another optimizer": lambda: torch.optim.SGD(params, lr=1.0).step(),
+    }
+    for _ in range(2):
+        model(contributions(1)).backward()
+        for action in refused.values():
+            with pytest.raises(
+                ValueError, match=r"the gradient of 'layers.*' is in a bucket.*clip with optimizer.clip_grad_norm_\(max_norm\)"
+            ):
+                action()
+        assert all(param.grad is not None and param.grad.shape == param.shape for param in params)
+        assert "is in a bucket" in repr(params[0].grad)
+        copy.deepcopy(model)
+        with optimizer.no_sync():
+            first, second = contributions(2), contributions(2)
+            loss_of(model, [*first[:3], None, *[grad / 2 for grad in first[4:]]]).backward()
+        loss_of(model, [None, None, None, second[3], *[grad / 2 for grad in second[4:]]]).backward()
+        optimizer.step()
+        assert all(param.grad is None for param in params), "a step uses gradients up"
+    assert_like(model, optimizer, *expected, "placeholders")
+    model(contributions(1)).backward()
+    hook = params[0].register_post_accumulate_grad_hook(lambda param: param.grad.add_(1.0))
+    with pytest.raises(ValueError, match=r"the gradient of 'layers.0.weight' is in a bucket"):
+        params[0].sum().backward()
+    hook.remove()
+    del optimizer
+    gc.collect()
+    assert all(param.grad is None for param in params), "they go with the optimizer"
+
+
+def check_compiled() -> None:
+    """Models that torch.compile has traced, again while gradients are in buckets."""
+    expected = one_process(STABLE, [[a + b for a, b in zip(gradients(1, AWKWARD), gradients(2, AWKWARD), strict=True)]])
+    model = Model(AWKWARD)
+    optimizer = sharded(STABLE, model, bucket_mb=SMALL)
+    for step in (1, 2):
+        torch.compile(partial(loss_of, model), backend="aot_eager")(contributions(step)).backward()
+        torch.compiler.reset()
+    optimizer.step()
+    assert_like(model, optimizer, *expected, "compiled")
 
 
 def check_edits_of_parameters() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sharded_optim import memory
 from sharded_optim.buckets import BucketPlan
+from sharded_optim.zero.placeholder import GradientInBucket
 from sharded_optim.zero.transfers import ShardGroup, Transfer
 
 __all__ = ["Bucket", "Home", "Kind"]
@@ -72,6 +73,21 @@ class Home:
     def grad(self) -> Tensor:
         """This rank's part of the averaged gradient, (numel,): a view of the bucket's, in the dtype of what is stepped."""
         return self.bucket.grads[self.in_shard]
+
+    @cached_property
+    def placeholder(self) -> GradientInBucket:
+        """What the parameter has for a gradient while that is in the bucket."""
+        return GradientInBucket(self.param, self.name)
+
+    @property
+    def own_grad(self) -> Tensor | None:
+        """The parameter's gradient, where it is not in the bucket."""
+        grad = self.param.grad
+        return None if type(grad) is GradientInBucket else grad
+
+    def remove_placeholder(self) -> None:
+        if type(self.param.grad) is GradientInBucket:
+            self.param.grad = None
 
 
 class Bucket:

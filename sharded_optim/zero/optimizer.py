@@ -37,6 +37,7 @@ from sharded_optim.zero.ddp import are_under_ddp
 from sharded_optim.zero.forward import finish_gathering, wait_in_forward
 from sharded_optim.zero.gathering import Gatherer
 from sharded_optim.zero.housing import Group, Housing, check_params, unit_of, without_params
+from sharded_optim.zero.placeholder import GRAD_SCALER
 from sharded_optim.zero.reduction import Reducer
 from sharded_optim.zero.topology import Topology
 from sharded_optim.zero.transfers import ShardGroup, naming
@@ -57,8 +58,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
     model need not be wrapped; under DistributedDataParallel, which has averaged them, it only takes its shards. A step ends in one
     all-gather per bucket. Given the same gradients, every number of ranks, both stages and every mesh give the bits of one process.
 
-    After backward a gradient is in its bucket and `param.grad` is None: clip with this class's `clip_grad_norm_`. A `param.grad` that you
-    assign yourself is taken as it is: as the average, equal on all ranks.
+    After backward a gradient is in its bucket, and `param.grad` is a placeholder that raises an error where it is computed with: clip with
+    this class's `clip_grad_norm_`. A `param.grad` that you assign yourself is taken as it is: as the average, equal on all ranks.
 
     Args:
         params: the model; or parameters, named parameters or param groups of it, the same on every rank. Ordinary tensors. They are given
@@ -152,7 +153,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         super().__init__(outside, self._engine.defaults)
         self._engine.listen(self._gatherer)
         self._overlaps = overlap and module is not None and shard_group.sends
-        self._gradient_hooks: list[Callable[[], None]] = []  # what removes them
+        self._gradient_hooks: list[Callable[[], None]] = []  # what removes them, and what they leave
         finalize(self, _remove, self._gradient_hooks)
         if self._overlaps and module is not None:
             wait_in_forward(unwrapped(module), self._gatherer, self._housing.homes)
@@ -183,7 +184,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 _owners[home.param] = ref(self)
                 if not self._slices:
                     hook = home.param.register_post_accumulate_grad_hook(partial(_ready, ref(self)))
-                    self._gradient_hooks.append(hook.remove)
+                    self._gradient_hooks += [hook.remove, home.remove_placeholder]
 
     def _supersede(self) -> None:
         """Another optimizer has taken over parameters of this one."""
@@ -292,22 +293,22 @@ class ShardedOptimizer(torch.optim.Optimizer):
         homes = self._housing.homes.values()
         if not self._slices:
             self._reducer.finish()
-            has_any = self._reducer.rounds or self._used or any(home.param.grad is not None for home in homes)
+            has_any = self._reducer.rounds or self._used or any(home.own_grad is not None for home in homes)
             if self._reducer.has_unreduced or not has_any:  # without any, other ranks may have some
                 self._reducer.run_round()
             self._used |= self._reducer.collect()
         for home in homes:
             if home.local is not None:
                 home.local.grad = home.grad if home in self._used else None
-        assigned = [home for home in homes if home.param.grad is not None]
+        assigned = [home for home in homes if home.own_grad is not None]
         for home in assigned:
             if home in self._used:
                 raise ValueError(
                     f"{home.name!r} has a gradient of its own beside the one that was averaged in backward, assigned later or by another "
                     f"wrapper; assign gradients without a backward pass, or give the wrapped model to ShardedOptimizer"
                 )
-            if home.local is not None and home.param.grad is not None:
-                home.local.grad = home.of_shard(home.param.grad).to(home.local.dtype)
+            if home.local is not None and home.own_grad is not None:
+                home.local.grad = home.of_shard(home.own_grad).to(home.local.dtype)
         return self._used.union(assigned)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -320,6 +321,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _use_up(self) -> None:
         """Forget the gradients in the buckets: `model.zero_grad()` does not reach them."""
         self._used = set()
+        for home in self._housing.homes.values():
+            home.remove_placeholder()
         for bucket in self._housing.buckets:
             bucket.has_gradient = False
 
@@ -350,7 +353,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if error_if_nonfinite and not bool(norm.isfinite()):
             raise RuntimeError(f"the norm of the gradients is {float(norm)}; it cannot be clipped")
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0).float()
-        assigned = [home.param.grad for home in used if home.param.grad is not None]
+        assigned = [home.own_grad for home in used if home.own_grad is not None]
         for bucket in self._housing.buckets:
             if bucket.has_gradient:
                 bucket.grads.mul_(factor)
@@ -414,10 +417,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 "another ShardedOptimizer has taken over parameters of this one; step the newer one, or build one for all of them"
             )
         if hasattr(self, "found_inf") and not self._slices:
-            raise ValueError(
-                "GradScaler finds no gradients in the parameters, as they are in ShardedOptimizer's buckets; train in bfloat16 without it, "
-                "or wrap the model with DistributedDataParallel, which leaves them there"
-            )
+            raise ValueError(GRAD_SCALER)
 
     @contextmanager
     def _grad_scaler(self) -> Iterator[None]:

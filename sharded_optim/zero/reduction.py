@@ -114,6 +114,8 @@ class Reducer:
         Raises:
             RuntimeError: the backward pass before this one did not end, or other ranks did not take part.
         """
+        if home.own_grad is None:
+            home.param.grad = home.placeholder.take()
         if not self.synchronizes:
             self.has_unreduced = True
             return
@@ -121,6 +123,9 @@ class Reducer:
             self._refuse_unended()
         self._passes.enter()
         if not self.is_open:
+            for bucket in self.buckets:  # so that autograd need not add to it
+                for each in bucket.homes:
+                    each.remove_placeholder()
             self._open()
         if home in self._used and home.bucket not in self._left:
             self._repeated.add(home)
@@ -143,7 +148,7 @@ class Reducer:
         """A round outside of backward: with the gradients of these parameters, and those that passes without synchronization have left."""
         self._open()
         for home in homes:
-            if home.param.grad is not None:
+            if home.own_grad is not None:
                 self._fill(home)
         self._close()
 
@@ -161,7 +166,7 @@ class Reducer:
         """Reduce what is left, and tell the other ranks what was used."""
         homes = [home for bucket in self.buckets for home in bucket.homes]
         for home in [home for bucket in self._left for home in bucket.homes] if self.has_unreduced else ():
-            if home not in self._used and home.param.grad is not None:
+            if home not in self._used and home.own_grad is not None:
                 self._fill(home)
         while self._left:
             self._launch(self._left.popleft())
@@ -182,7 +187,7 @@ class Reducer:
     @torch.no_grad()
     def _fill(self, home: Home) -> None:
         """Move a gradient into its bucket."""
-        grad, bucket = home.param.grad, home.bucket
+        grad, bucket = home.own_grad, home.bucket
         assert grad is not None, "a hook is called with one"
         if grad.layout != torch.strided:
             raise ValueError(f"the gradient of {home.name!r} is sparse ({grad.layout}); build the layer with sparse=False")
@@ -203,7 +208,7 @@ class Reducer:
                 torch.mul(grad, self._scale, out=place)
             else:
                 place.copy_(grad).mul_(self._scale)
-        home.param.grad = None
+        home.param.grad = home.placeholder
         self._used.add(home)
         self._repeated.discard(home)
 
