@@ -28,6 +28,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from sharded_optim.buckets import default_bucket_bytes
 from sharded_optim.engine import Engine
 from sharded_optim.options import Params
+from sharded_optim.position_hash import position_hashes
 from sharded_optim.ranks import raise_together
 from sharded_optim.state import asked_by_distributed_checkpoint, called_to_allocate
 from sharded_optim.zero import local_state, logical
@@ -224,10 +225,20 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._take_up_late(buckets)
 
     def _take_up_late(self, buckets: Sequence[Bucket]) -> None:
-        """Of gradients that they have already, nobody has averaged any; which there are may differ between ranks, not what they do."""
+        """Take up parameters that may have gradients already, of backward passes that nobody has averaged, or assigned.
+
+        Those that are equal on all ranks are their own average, to the last bit.
+        """
         self._engine.layout = self._housing.layout  # forgets what ranks know of each other, also on those that have nothing of these
         self._take_up(buckets)
-        self._reducer.has_unreduced = True
+        if self._slices:
+            return
+        homes = [home for bucket in buckets for home in bucket.homes]
+        rows: list[Any] = [None] * dist.get_world_size(self._topology.all_ranks)
+        dist.all_gather_object(rows, [_hash(home.own_grad) for home in homes], group=self._topology.all_ranks)
+        differing = [home for home, *hashes in zip(homes, *rows, strict=True) if len(set(hashes)) > 1]
+        if differing:
+            self._reducer.run_round(differing)
 
     def _take_up_unfrozen(self) -> None:
         """Give parameters that have become trainable buckets."""
@@ -339,7 +350,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
             RuntimeError: it is not finite and `error_if_nonfinite`; on every rank.
         """
         used = self._gradients()
-        local = [home.local.grad for home in used if home.local is not None and home.local.grad is not None]
+        in_order = [home for home in self._housing.homes.values() if home in used]  # so that the norm has the same bits in every run
+        local = [home.local.grad for home in in_order if home.local is not None and home.local.grad is not None]
         device = next(iter(self._housing.homes.values())).kind.device
         norms = [torch.linalg.vector_norm(grad, norm_type, dtype=torch.float64) for grad in local]
         is_max = norm_type == float("inf")
@@ -552,6 +564,13 @@ def _ready(optimizer: ref[ShardedOptimizer], param: Tensor) -> None:
     found = optimizer()
     if found is not None:
         found._ready(found._housing.homes[param])
+
+
+def _hash(grad: Tensor | None) -> int | None:
+    """Of a gradient's bits; but 0 of a sparse one, which the reduction refuses."""
+    if grad is None:
+        return None
+    return int(position_hashes([grad])) if grad.layout == torch.strided else 0
 
 
 def _finish_others(groups: Sequence[Group], module: nn.Module | None) -> None:
