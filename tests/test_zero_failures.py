@@ -19,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 
 import sharded_optim as so
 from benchmarks.given_gradients import Model
+from sharded_optim.zero import transfers
 
 pytestmark = pytest.mark.filterwarnings("ignore:weight_decay")
 
@@ -87,7 +88,42 @@ def check_alone(way: str, make: Any, together: int) -> None:
         assert any(repr(name) in str(errors[0]) for name in names), f"{way}: {errors[0]}"
 
 
+def train_on(model: nn.Module, optimizer: so.ShardedOptimizer) -> None:
+    optimizer.step()
+    model(contributions(2)).backward()
+    optimizer.finish_reduction()
+
+
+def check_blame() -> None:
+    """What this process cannot do is not said to be missing from others: in the step, in the update, in what is read of another rank."""
+    no_memory = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"
+
+    def fails(*args: Any, **options: Any) -> Any:
+        raise RuntimeError(no_memory)
+
+    for where in ("updating", "summing", "mapping"):
+        process_group = dist.new_group(timeout=timedelta(seconds=TIMEOUT))
+        model = Model(AWKWARD)
+        optimizer = sharded(STABLE, model, process_group, bucket_mb=SMALL)
+        model(contributions(1)).backward()
+        optimizer.finish_reduction()
+        with pytest.MonkeyPatch.context() as patch:
+            if where == "updating":
+                patch.setattr(optimizer._engine, "_update", fails)
+            elif where == "summing":
+                patch.setattr(transfers, "_sum", fails)
+            else:
+                patch.setattr(torch, "from_file", fails)
+                optimizer._gatherer._shard_group.neighbours._mapped.clear()
+            with pytest.raises((RuntimeError, MemoryError)) as raised:
+                train_on(model, optimizer)
+        assert no_memory in str(raised.value), where
+        assert "did not come from the other ranks" not in str(raised.value), where
+        dist.barrier()
+
+
 def check_ways() -> None:
+    check_blame()
     for way, make, together in (
         ("raises", STABLE, 2),
         ("raises", ADAMW, 1),
@@ -166,6 +202,19 @@ def check_sparse() -> None:
     with pytest.raises(ValueError, match=r"the gradient of 'weight' is sparse .*sparse=False"):
         model(torch.tensor([1, 2])).sum().backward()
     del optimizer
+
+
+def test_a_process_alone_blames_no_other_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Linear(2, 2)
+    optimizer = sharded(ADAMW, model)
+    model(torch.ones(1, 2)).sum().backward()
+
+    def fails(*args: Any) -> None:
+        raise RuntimeError("can't allocate memory")
+
+    monkeypatch.setattr(optimizer._engine, "_observe", fails)
+    with pytest.raises(RuntimeError, match=r"^can't allocate memory$"):
+        optimizer.step()
 
 
 def test_what_cannot_work_is_refused_by_name_on_all_ranks() -> None:

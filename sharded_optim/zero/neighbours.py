@@ -80,7 +80,7 @@ class Neighbours:
                 continue
             try:
                 found = self.read(other, each[2]).view(torch.int64)
-            except (OSError, ValueError):  # another container, or not allowed
+            except (OSError, ValueError, MemoryError):  # another container, or not allowed
                 continue
             if found.tolist() == [other]:
                 readable.append(other)
@@ -120,18 +120,24 @@ class Neighbours:
 
         Raises:
             OSError: it is gone, or out of reach.
+            MemoryError: this process cannot map it.
         """
         descriptor, inode = which
         key = (rank, inode)
         if key not in self._mapped:
             path = f"/proc/{self._process_ids[rank]}/fd/{descriptor}"
-            status = os.stat(path)
-            if status.st_ino != inode:
-                raise OSError(f"{path} is another file than its process has said")
-            try:  # keeps no file open, which there may be many of; nobody here writes to it, but torch has no tensors that are read-only
-                self._mapped[key] = torch.from_file(path, shared=True, size=status.st_size, dtype=torch.uint8)
+            opened = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                status = os.fstat(opened)
+                if status.st_ino != inode:
+                    raise OSError(f"{path} is another file than its process has said")
+                # Keeps no file open, which there may be many of. Nobody here writes to it, but torch has no tensors that are read-only.
+                own_path = f"/proc/self/fd/{opened}"
+                self._mapped[key] = torch.from_file(own_path, shared=True, size=status.st_size, dtype=torch.uint8)
             except RuntimeError as error:
-                raise OSError(f"{path} cannot be mapped: {error}") from error
+                raise MemoryError(f"the memory of rank {rank} of the process group cannot be mapped: {error}") from error
+            finally:
+                os.close(opened)
             while len(self._mapped) > KEPT:
                 self._mapped.popitem(last=False)
         self._mapped.move_to_end(key)
