@@ -173,6 +173,7 @@ def check_gradients() -> None:
     check_accumulation()
     check_assigned()
     check_added_and_frozen()
+    check_thawed_in_low_precision()
     check_odd_parameters()
     check_non_finite()
     check_checkpointing()
@@ -283,6 +284,22 @@ def check_added_and_frozen() -> None:
             optimizer.zero_grad()
         params[0].requires_grad_(True)
         assert_like(model, optimizer, reference, expected, f"added and frozen {make.func.__name__}")
+
+
+def check_thawed_in_low_precision() -> None:
+    """Parameters that are thawed have masters, or none, by the options that their group was given, as those that were never frozen."""
+    for options, has_masters in (({}, True), ({"kahan_sum": True}, False)):
+        model = Model(AWKWARD).bfloat16()
+        params = list(model.parameters())
+        params[2].requires_grad_(False)
+        optimizer = sharded(partial(so.AdamW, lr=1e-2, **options), model)
+        for _ in range(2):
+            for param, grad in zip(params, gradients(1, AWKWARD), strict=True):
+                param.grad = grad.bfloat16()
+            optimizer.step()
+            params[2].requires_grad_(True)
+        assert all(("master" in state) == has_masters for state in optimizer.state.values())
+        assert optimizer._housing.homes[params[2]].kind.has_masters == has_masters
 
 
 class Odd(nn.Module):

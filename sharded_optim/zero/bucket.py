@@ -91,7 +91,7 @@ class Home:
 
 
 class Bucket:
-    """Parameters that lie end to end in one flat buffer, of which each rank steps a shard.
+    """Parameters that lie end to end in one flat buffer, of which each rank steps a shard. Made without them: see `bring_home`.
 
     Args:
         plan: where they lie.
@@ -119,7 +119,6 @@ class Bucket:
             end = min(offset + home.param.numel(), self.first + self.shard_numel)
             home.bucket, home.offset = self, offset
             home.start, home.numel = (first - offset, end - first) if first < end else (0, 0)
-            self.bring_home(home)
         self.masters = memory.zeros_on(self.kind.device, self.shard_numel, torch.float32) if self.kind.has_masters else None
         self.gathering = Transfer()
         self.has_gradient = False

@@ -42,6 +42,9 @@ class Housing:
         self.homes: dict[Tensor, Home] = {}
         self.buckets: list[Bucket] = []
         self._names: dict[Tensor, str] = {}  # of all parameters that were given, frozen ones too
+        self._in_masters: dict[
+            Tensor, bool
+        ] = {}  # likewise, whether in low precision they have masters, by the options they were given with
         self._flat: dict[Tensor, FlatTensor] = {}
         self._units: dict[Tensor, int] = {}
         self.layout = FlatLayout(flat=self._flat, whole={}, stranger=STRANGER, units=self._units)
@@ -67,8 +70,10 @@ class Housing:
         for index, group in enumerate(groups, start=first):
             for param, name in named_params(group, index):
                 self._names[param] = name
+                has_masters = self._in_masters.setdefault(param, self._wants_masters(group)) and param.dtype in LOW_PRECISION
                 if param.requires_grad and param not in self.homes and param not in found:
-                    found[param] = Home(param=param, name=name, kind=self._kind(param, group))
+                    kind = Kind(dtype=param.dtype, device=param.device, has_masters=has_masters)
+                    found[param] = Home(param=param, name=name, kind=kind)
         new = list(found.values())
         _refuse_shared_memory(new)
         plans = plan_buckets([_size(home) for home in new], self.shards, self._bucket_bytes)
@@ -80,6 +85,8 @@ class Housing:
                 segment = Segment.flat(home.name, home.param.shape, home.start, home.numel)
                 self._flat[home.local] = FlatTensor(numel=home.numel, pieces=(Piece(segment=segment),))
                 self._units[home.local] = unit_of(home.bucket)
+        for home in new:  # when nothing can fail any more
+            home.bucket.bring_home(home)
         self.homes |= found
         self.buckets += buckets
         return buckets
@@ -88,7 +95,9 @@ class Housing:
         """Forget buckets that were made for nothing."""
         self.buckets = [bucket for bucket in self.buckets if bucket not in buckets]
         for home in [home for bucket in buckets for home in bucket.homes]:
-            del self.homes[home.param]
+            del self.homes[home.param], self._in_masters[home.param]
+            if home.local is not None:
+                del self._flat[home.local], self._units[home.local]
 
     def unfrozen(self, groups: Sequence[Group]) -> list[Group]:
         """The groups with those of their parameters that are trainable and lie in no bucket yet."""
@@ -133,9 +142,8 @@ class Housing:
             bucket.renew_masters(home)
             home.version = param._version
 
-    def _kind(self, param: Tensor, group: Group) -> Kind:
-        options = {key: group.get(key, self._defaults.get(key)) for key in ("kahan_sum", "stochastic_rounding")}
-        return Kind(dtype=param.dtype, device=param.device, has_masters=param.dtype in LOW_PRECISION and not any(options.values()))
+    def _wants_masters(self, group: Group) -> bool:
+        return not any(group.get(key, self._defaults.get(key)) for key in ("kahan_sum", "stochastic_rounding"))
 
 
 def unit_of(bucket: Bucket) -> int:

@@ -41,7 +41,7 @@ from sharded_optim.zero.housing import Group, Housing, check_params, unit_of, wi
 from sharded_optim.zero.placeholder import GRAD_SCALER
 from sharded_optim.zero.reduction import Reducer
 from sharded_optim.zero.topology import Topology
-from sharded_optim.zero.transfers import ShardGroup, naming_collectives
+from sharded_optim.zero.transfers import ShardGroup, exchanges, naming_collectives
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -119,15 +119,18 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._number = next(_numbers)
         self._used: set[Home] = set()  # the parameters that have had a gradient, on any rank, since the last step
         self._stepped: set[Home] = set()  # and that the last step has stepped
+        description, device = (), torch.device("cpu")
         try:
             check_options(stage, bucket_mb, reduce_dtype, defaults)
             groups = groups_of(params)
             check_params(groups)
+            device = tensors_of(groups[0])[0].device
+            description = (stage, bucket_mb, reduce_dtype, device.type, exchanges(topology.shard_group, device))
         except Exception as failure:  # the other ranks must hear of it before this one raises
             raise_together(failure, None, topology.all_ranks)
             raise
-        raise_together(None, (stage, bucket_mb, reduce_dtype), topology.all_ranks)
-        shard_group = ShardGroup(topology.shard_group, tensors_of(groups[0])[0].device)
+        raise_together(None, description, topology.all_ranks)
+        shard_group = ShardGroup(topology.shard_group, device)
         self._gatherer = Gatherer(shard_group)
         self._reducer = Reducer(
             shard_group=shard_group,
@@ -176,8 +179,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for bucket in buckets:
             if self._topology.all_ranks is not None:
                 dist.broadcast(bucket.values, group_src=0, group=self._topology.all_ranks)
+            if bucket.masters is not None:
+                bucket.masters.copy_(bucket.shard)
             for home in bucket.homes:
-                bucket.renew_masters(home)
                 home.version = home.param._version
                 before = _owners.get(home.param, lambda: None)()
                 if before is not None and before is not self:
@@ -245,7 +249,17 @@ class ShardedOptimizer(torch.optim.Optimizer):
         groups = self._housing.unfrozen(self.param_groups)
         if not any(group["params"] for group in groups):
             return
-        buckets = self._housing.move_in(groups)
+        buckets: list[Bucket] = []
+        try:
+            buckets = self._housing.move_in(groups)
+        except Exception as failure:
+            raise_together(failure, None, self._topology.all_ranks)
+            raise
+        try:
+            raise_together(None, self._description(), self._topology.all_ranks)
+        except ValueError:
+            self._housing.move_out(buckets)
+            raise
         for index, (group, inside) in enumerate(zip(groups, self._engine.param_groups, strict=True)):
             for name, local in self._housing.stepped(group, index):
                 inside["params"].append(local)

@@ -19,7 +19,7 @@ from torch import Tensor
 from sharded_optim import memory
 from sharded_optim.zero.neighbours import Hearing, Neighbours
 
-__all__ = ["ShardGroup", "Transfer", "all_reduce", "naming_collectives"]
+__all__ = ["ShardGroup", "Transfer", "all_reduce", "exchanges", "naming_collectives"]
 
 # A tag, an int of 31 bits, has from the highest: which ShardGroup, the number of the round or step, the bucket, and two bits for what is
 # sent. What one of them has left unreceived must not be taken for another's.
@@ -128,6 +128,11 @@ def _is_raised_by_torch_distributed(error: BaseException) -> bool:
     return traceback is not None and traceback.tb_frame.f_globals.get("__name__", "").startswith("torch.distributed.")
 
 
+def exchanges(process_group: dist.ProcessGroup | None, device: torch.device) -> bool:
+    """Whether ranks send each other their shards directly, as gloo has nothing better."""
+    return process_group is not None and device.type == "cpu" and process_group._get_backend(device).name() == "gloo"
+
+
 class ShardGroup:
     """The ranks that flat buffers are cut over.
 
@@ -149,7 +154,7 @@ class ShardGroup:
             _made[process_group] = self.serial = _made.get(process_group, 0) + 1
         self.size = 1 if process_group is None else dist.get_world_size(process_group)
         self.rank = 0 if process_group is None else dist.get_rank(process_group)
-        self.exchanges = process_group is not None and device.type == "cpu" and process_group._get_backend(device).name() == "gloo"
+        self.exchanges = exchanges(process_group, device)
         self.neighbours = Neighbours(process_group if self.exchanges else None)
         self._strangers = [rank for rank in range(self.size) if rank != self.rank and rank not in self.neighbours.ranks]
 
