@@ -399,6 +399,9 @@ def check_surroundings() -> None:
     check_edits_of_parameters()
     check_metrics()
     check_overlap()
+    check_hooks_go()
+    check_hooks_and_parameters_alone()
+    check_swapped_tensors()
     check_what_outlives_what()
 
 
@@ -688,6 +691,76 @@ def check_who_waits(model: nn.Module, optimizer: so.ShardedOptimizer, x: Tensor)
     together = sharded(STABLE, Model(AWKWARD), overlap=True)
     together.zero_grad()
     assert not together._overlaps, "what is read in memory is there when a step returns"
+
+
+def check_hooks_go() -> None:
+    """Hooks go with their optimizer, at once or when what it has begun has ended, and with them all but the parameters' own memory."""
+
+    def hooks(model: nn.Module) -> int:
+        own = [(each._forward_pre_hooks, each._state_dict_pre_hooks, each._load_state_dict_pre_hooks) for each in model.modules()]
+        return sum(map(len, (each for three in own for each in three)))
+
+    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(dist.get_rank()))
+    for together in (1, 2):
+        for waits in (True, False):
+            model, reference = Slow(), Slow()
+            gone: list[Any] = []
+            for _ in range(4):
+                with ranks_per_machine(together):
+                    optimizer = sharded(STABLE, model, bucket_mb=SMALL, overlap=True)
+                other = sharded(STABLE, reference, bucket_mb=SMALL)
+                assert hooks(model) == (hooks(copy.deepcopy(model)) if together == 1 else 0)
+                model(x).square().mean().backward()
+                reference(x).square().mean().backward()
+                optimizer.step()
+                other.step()
+                if waits:
+                    optimizer.wait()
+                gone += [ref(optimizer._reducer), *map(ref, optimizer._housing.buckets)]
+                del optimizer, other
+                gc.collect()
+                assert (hooks(model) == 0) == (waits or together == 2)
+                assert waits or together == 2 or hooks(model) > 0, "what was begun is not waited for"
+            assert torch.equal(model(x), reference(x))
+            gc.collect()
+            assert hooks(model) == 0
+            assert not any(each() for each in gone)
+            model.blocks[0](x)
+
+
+def check_hooks_and_parameters_alone() -> None:
+    """A new optimizer that is not given the model waits for what one that is gone has begun."""
+    model, reference = Slow(), Slow()
+    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(dist.get_rank()))
+    for each, overlap in ((model, True), (reference, False)):
+        with ranks_per_machine(1):
+            optimizer = sharded(STABLE, each, bucket_mb=SMALL, overlap=overlap)
+        each(x).square().mean().backward()
+        optimizer.step()
+        del optimizer
+        gc.collect()
+        kept = sharded(STABLE, list(each.parameters()))
+        del kept
+    for a, b in zip(model.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def check_swapped_tensors() -> None:
+    """No weak reference keeps torch from swapping tensors; gradients that then come to no bucket are not taken for averages."""
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        for way in ("device", "dtype"):
+            model = Model(AWKWARD)
+            optimizer = sharded(STABLE, model)
+            model(contributions(1)).backward()
+            optimizer.step()
+            model.to("cpu") if way == "device" else model.double()
+            loss_of(model, contributions(2)).backward()
+            with pytest.raises(ValueError, match=r"parameter 'layers.0.weight' was swapped.*convert the model before"):
+                optimizer.step()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
 
 
 def check_what_outlives_what() -> None:

@@ -38,6 +38,7 @@ class Home:
         shape: of the parameter.
         start, numel: which of the parameter's own elements are in this rank's shard: [start, start + numel).
         local: what the optimizer steps of it: (numel,); None where this rank has nothing to step.
+        identity: of what is behind the parameter, and has the hook of its gradients; 0: there is no hook.
         version: of the parameter's values, as torch counts their changes, when its master was last equal.
     """
 
@@ -50,6 +51,7 @@ class Home:
     numel: int = field(init=False)
     shape: torch.Size = field(init=False)
     local: nn.Parameter | None = None
+    identity: int = 0
     version: int = -1
 
     def __post_init__(self) -> None:

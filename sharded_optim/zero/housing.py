@@ -126,10 +126,16 @@ class Housing:
         """Undo what users did to parameters since the last step: their values are what counts.
 
         Raises:
-            ValueError: a parameter was moved or cast.
+            ValueError: a parameter was moved, cast or swapped.
         """
         for home in self.homes.values():
             param, bucket = home.param, home.bucket
+            if home.identity and param._cdata != home.identity:  # its gradients came to no bucket
+                raise ValueError(
+                    f"parameter {home.name!r} was swapped with another tensor, as converting a model does under "
+                    f"torch.__future__.set_swap_module_params_on_conversion(True), and has lost the hook that brings its gradients; "
+                    f"convert the model before it is given to ShardedOptimizer"
+                )
             if param._version == home.version and bucket.is_home(home):
                 continue
             if param.dtype != home.kind.dtype or param.device != home.kind.device or param.shape != home.shape:

@@ -203,6 +203,15 @@ class Neighbours:
                 raise RuntimeError(f"timed out after {self._seconds:g} s of waiting for rank {rank} of the process group")
         return self._heard.pop((rank, tag))
 
+    def has_heard(self, rank: int, tag: int) -> bool:
+        """Whether a neighbour's message has come, or none can come any more. Does not wait."""
+        try:
+            while (rank, tag) not in self._heard and self._listen(rank, 0.0):
+                pass
+        except RuntimeError:  # it has gone
+            return True
+        return self._heard.pop((rank, tag), None) is not None
+
     def _listen(self, rank: int, seconds: float) -> bool:
         """Take up what a neighbour has said; whether it has said anything in this time."""
         waiting = select.poll()
@@ -229,8 +238,16 @@ class Hearing:
         self._rank, self._tag = rank, tag
         self.which = (0, 0)
 
+        self._has_come = False
+
     def wait(self) -> None:
-        self.which = self._neighbours.hear(self._rank, self._tag)
+        if not self._has_come:
+            self.which = self._neighbours.hear(self._rank, self._tag)
+
+    def has_come(self) -> bool:
+        """Whether `wait` need not wait."""
+        self._has_come = self._has_come or self._neighbours.has_heard(self._rank, self._tag)
+        return self._has_come
 
 
 def _gather(make: Callable[[], T], process_group: dist.ProcessGroup) -> list[T]:

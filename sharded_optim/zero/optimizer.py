@@ -12,18 +12,17 @@ ZeRO: Rajbhandari et al. 2020, arXiv 1910.02054.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any, Literal
-from weakref import finalize, ref
+from weakref import WeakSet, finalize, ref
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from sharded_optim.buckets import default_bucket_bytes
 from sharded_optim.engine import Engine
@@ -35,7 +34,7 @@ from sharded_optim.zero import local_state, logical
 from sharded_optim.zero.arguments import check_options, groups_of, tensors_of, unwrapped
 from sharded_optim.zero.bucket import Bucket, Home
 from sharded_optim.zero.ddp import are_under_ddp
-from sharded_optim.zero.forward import finish_gathering, wait_in_forward
+from sharded_optim.zero.forward import ForwardHooks
 from sharded_optim.zero.gathering import Gatherer
 from sharded_optim.zero.housing import Group, Housing, check_params, unit_of, without_params
 from sharded_optim.zero.placeholder import GRAD_SCALER
@@ -49,7 +48,7 @@ if TYPE_CHECKING:
 __all__ = ["ShardedOptimizer"]
 
 _numbers = count()  # of optimizers, as they are made: on all ranks in one order
-_owners: MutableMapping[Tensor, ref[ShardedOptimizer]] = WeakTensorKeyDictionary()  # that have a parameter in their buckets, the newest
+_living: WeakSet[ShardedOptimizer] = WeakSet()
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
@@ -143,7 +142,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         try:
             bucket_bytes = default_bucket_bytes(shard_group.size) if bucket_mb is None else int(bucket_mb * 2**20)
             self._housing = Housing(shard_group=shard_group, bucket_bytes=bucket_bytes, defaults=defaults)
-            _finish_others(groups, module)
+            _finish_others(groups)
             self._housing.move_in(groups)
             inside = [self._housing.group_inside(group, index) for index, group in enumerate(groups)]
             self._engine = optimizer_class(inside, process_group=topology.given, layout=self._housing.layout, **defaults)
@@ -158,9 +157,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._engine.listen(self._gatherer)
         self._overlaps = overlap and module is not None and shard_group.sends
         self._gradient_hooks: list[Callable[[], None]] = []  # what removes them, and what they leave
-        finalize(self, _remove, self._gradient_hooks)
+        self._hooks = [partial(_call_and_drop, self._gradient_hooks)]  # likewise, of all
         if self._overlaps and module is not None:
-            wait_in_forward(unwrapped(module), self._gatherer, self._housing.homes)
+            self._hooks.append(ForwardHooks(unwrapped(module), self._gatherer, self._housing.homes).release)
+        finalize(self, _call_and_drop, self._hooks)
         self._take_up(self._housing.buckets)
 
     # ------------------------------------------------------------------------------------------------------------------ parameters
@@ -175,6 +175,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def _take_up(self, buckets: Sequence[Bucket]) -> None:
         """Begin with these: give all ranks the first one's values, and take gradients from now on."""
+        for other in _owners([home.param for bucket in buckets for home in bucket.homes]):
+            if other is not self:
+                other._supersede()
+        _living.add(self)
         self._reducer.buckets += buckets
         for bucket in buckets:
             if self._topology.all_ranks is not None:
@@ -183,18 +187,16 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 bucket.masters.copy_(bucket.shard)
             for home in bucket.homes:
                 home.version = home.param._version
-                before = _owners.get(home.param, lambda: None)()
-                if before is not None and before is not self:
-                    before._supersede()
-                _owners[home.param] = ref(self)
                 if not self._slices:
                     hook = home.param.register_post_accumulate_grad_hook(partial(_ready, ref(self)))
+                    home.identity = home.param._cdata
                     self._gradient_hooks += [hook.remove, home.remove_placeholder]
 
     def _supersede(self) -> None:
         """Another optimizer has taken over parameters of this one."""
         self._superseded = True
-        _remove(self._gradient_hooks)
+        _living.discard(self)
+        _call_and_drop(self._hooks)
 
     def add_param_group(self, param_group: Group) -> None:
         """As in torch; on every rank. Its parameters get buckets of their own.
@@ -286,7 +288,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self._looked_for_ddp = True
             self._slices = are_under_ddp(self._housing.homes.values())
         if self._slices:
-            _remove(self._gradient_hooks)
+            _call_and_drop(self._gradient_hooks)
             return
         if self._reducer.synchronizes and not self._reducer.is_open:
             # Other ranks may wait for the answer that this one has their parameters, before they bring gradients.
@@ -588,15 +590,21 @@ def _hash(grad: Tensor | None) -> int | None:
     return int(position_hashes([grad])) if grad.layout == torch.strided else 0
 
 
-def _finish_others(groups: Sequence[Group], module: nn.Module | None) -> None:
-    """Wait for what other optimizers have begun with the parameters of these groups."""
-    owners = {owner for group in groups for param in tensors_of(group) if (owner := _owners.get(param, lambda: None)()) is not None}
-    for owner in sorted(owners, key=lambda owner: owner._number):
+def _owners(params: Iterable[Tensor]) -> list[ShardedOptimizer]:
+    """The optimizers that have any of these parameters in their buckets, in the order in which they were made."""
+    params = list(params)
+    found = [each for each in _living if any(param in each._housing.homes for param in params)]
+    return sorted(found, key=lambda owner: owner._number)
+
+
+def _finish_others(groups: Sequence[Group]) -> None:
+    """Wait for what other optimizers have begun with the parameters of these groups, or whatever it was, if they are gone."""
+    for owner in _owners(param for group in groups for param in tensors_of(group)):
         owner.wait()
-    if module is not None:
-        finish_gathering(unwrapped(module))
+    for hooks in list(ForwardHooks.released):
+        hooks.finish()
 
 
-def _remove(hooks: list[Callable[[], None]]) -> None:
-    while hooks:
-        hooks.pop()()
+def _call_and_drop(functions: list[Callable[[], None]]) -> None:
+    while functions:
+        functions.pop()()

@@ -87,6 +87,20 @@ class Transfer:
                 work.wait()
         self._leaving, self._held = (), ()
 
+    def has_ended(self) -> bool:
+        """Whether the buffers may be let go: this rank has waited for what it gets, and the others have what they get.
+
+        Does not wait for a rank that has yet to read this one's memory. One that has got as far as this one takes what is sent to it.
+        """
+        if self.is_arriving or not all(work.has_come() for work in self._leaving if isinstance(work, Hearing)):
+            return False
+        with naming(f"the answer that other ranks have {self._what}"):
+            for work in self._leaving:
+                if not isinstance(work, Hearing):
+                    work.wait()
+        self._leaving, self._held = (), ()
+        return True
+
 
 @contextmanager
 def naming(what: str) -> Iterator[None]:
