@@ -29,6 +29,7 @@ from sharded_optim.engine import Engine
 from sharded_optim.options import Params
 from sharded_optim.position_hash import position_hashes
 from sharded_optim.ranks import raise_together
+from sharded_optim.sharding.ddp import JoinGuard
 from sharded_optim.state import asked_by_distributed_checkpoint, called_to_allocate
 from sharded_optim.zero import local_state, logical
 from sharded_optim.zero.arguments import check_options, groups_of, tensors_of, unwrapped
@@ -114,6 +115,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         # Whether gradients stay in the parameters, as others average them.
         self._slices = topology.all_ranks is None or isinstance(module, DistributedDataParallel)
         self._looked_for_ddp = self._slices
+        self._join_guard = JoinGuard()
         self._late: set[Bucket] = set()  # that no module had waited for when the backward pass began
         self._number = next(_numbers)
         self._used: set[Home] = set()  # the parameters that have had a gradient, on any rank, since the last step
@@ -440,7 +442,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._gatherer.wait_for_all(self._housing.buckets, settles=True)
 
     def _refuse(self) -> None:
-        """Raise ValueError where a step would be silently wrong."""
+        """Raise ValueError where a step would be silently wrong, or wait for ranks that do not take part."""
+        if self._slices and self._topology.all_ranks is not None:
+            self._join_guard.check(self._housing.homes, len(self._housing.homes))
         if self._superseded:
             raise ValueError(
                 "another ShardedOptimizer has taken over parameters of this one; step the newer one, or build one for all of them"
