@@ -152,7 +152,7 @@ class Bucket:
         """Put the values of a parameter where they belong, and the parameter there."""
         place = self.values[home.whole_in_bucket].view(home.param.shape)
         place.copy_(home.param.detach())
-        home.param.data = place
+        home.param.data = memory.with_own_storage(place)
 
     def is_home(self, home: Home) -> bool:
         """Whether nobody has given the parameter other memory."""

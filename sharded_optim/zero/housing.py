@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sharded_optim import memory
 from sharded_optim.buckets import Size, plan_buckets
 from sharded_optim.param_groups import named_params
 from sharded_optim.segment import Segment
@@ -81,7 +82,7 @@ class Housing:
         buckets = [Bucket(plan, new, number=number, shard_group=self._shard_group) for number, plan in numbered]
         for home in new:
             if home.numel:
-                home.local = nn.Parameter(home.bucket.stepped_memory(home))
+                home.local = nn.Parameter(memory.with_own_storage(home.bucket.stepped_memory(home)))
                 segment = Segment.flat(home.name, home.param.shape, home.start, home.numel)
                 self._flat[home.local] = FlatTensor(numel=home.numel, pieces=(Piece(segment=segment),))
                 self._units[home.local] = unit_of(home.bucket)

@@ -470,7 +470,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def state(self) -> local_state.LocalState:
         """For each parameter that this rank steps a part of, the state of that part: 1-D tensors, and the step counter.
 
-        For torch.distributed.checkpoint of every trainable parameter, as whole tensors.
+        For torch.distributed.checkpoint of every parameter that is trainable or has state, as whole tensors.
         """
         asked = asked_by_distributed_checkpoint()
         if asked is None:
@@ -484,7 +484,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Torch's constructor sets it."""
 
     def init_state(self) -> None:
-        """Allocate the state of what this rank steps: what the first step does for what has a gradient."""
+        """Allocate the state of what this rank steps and is trainable: what the first step does for what has a gradient."""
+        for home in self._housing.homes.values():
+            if home.local is not None:
+                home.local.requires_grad_(home.param.requires_grad)
         self._engine.init_state()
 
     def _complete_state(self) -> None:
@@ -527,7 +530,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         failure: Exception | None = None
         masters: dict[Home, Tensor] = {}
         try:
-            inside, masters = local_state.inside(state_dict, self.param_groups, self._housing.homes, self._engine)
+            keeps_frozen = asked_by_distributed_checkpoint() is not None  # which leaves their state out, and has loaded it in place
+            inside, masters = local_state.inside(
+                state_dict, self.param_groups, self._housing.homes, self._engine, keeps_frozen=keeps_frozen
+            )
             self._engine.load_state_dict(inside)
         except Exception as error:
             failure = error
