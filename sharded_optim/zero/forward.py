@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 from weakref import WeakSet
 
@@ -44,7 +44,7 @@ class ForwardHooks:
         self._handles += [module.register_forward_pre_hook(_WaitInForward(self, params)) for module, params in _needs(model)]
         self._is_released = False
 
-    def wait(self, params: list[Tensor], *, settles: bool) -> None:
+    def wait(self, params: Sequence[Tensor], *, settles: bool) -> None:
         if self._gatherer.is_pending:
             buckets = {home.bucket: None for param in params if (home := self._homes.get(param)) is not None}  # in order
             self._gatherer.wait(buckets, settles=settles)
@@ -85,7 +85,7 @@ def finish_gathering(model: nn.Module) -> None:
 class _Wait:
     """A state-dict pre-hook. A copy of it, in a copy of the model, has nothing to wait for."""
 
-    def __init__(self, hooks: ForwardHooks, params: list[Tensor], *, settles: bool = False) -> None:
+    def __init__(self, hooks: ForwardHooks, params: Sequence[Tensor], *, settles: bool = False) -> None:
         self._hooks = hooks
         self._params = params
         self._settles = settles
@@ -112,10 +112,10 @@ class _Nothing:
         pass
 
 
-def _needs(module: nn.Module) -> Iterator[tuple[nn.Module, list[Tensor]]]:
+def _needs(module: nn.Module) -> Iterator[tuple[nn.Module, Sequence[Tensor]]]:
     """Each module, and what it waits for."""
     is_unit = not any(isinstance(each, CONTAINERS) for each in module.modules())
-    params: list[Tensor] = [*module.parameters()] if is_unit else list(_own(module))
+    params: Sequence[Tensor] = [*module.parameters()] if is_unit else list(_own(module))
     if params:
         yield module, params
     for child in module.children():

@@ -144,7 +144,7 @@ def inside(
                     if MASTER in found and home.kind.has_masters:
                         masters[home] = found[MASTER]
                     state[numbers[id(home.local)]] = {key: value for key, value in found.items() if key != MASTER}
-            elif keeps_frozen and home is not None and not param.requires_grad and home.local in engine.state:
+            elif keeps_frozen and not param.requires_grad and home is not None and home.local is not None and home.local in engine.state:
                 state[numbers[id(home.local)]] = engine.state[home.local]
             number += 1
         inner_groups.append(without_params(saved) | {"params": [numbers[id(local)] for local in own["params"]]})

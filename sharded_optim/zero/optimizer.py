@@ -159,7 +159,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._engine.listen(self._gatherer)
         self._overlaps = overlap and module is not None and shard_group.sends
         self._gradient_hooks: list[Callable[[], None]] = []  # what removes them, and what they leave
-        self._hooks = [partial(_call_and_drop, self._gradient_hooks)]  # likewise, of all
+        self._hooks: list[Callable[[], None]] = [partial(_call_and_drop, self._gradient_hooks)]  # likewise, of all
         if self._overlaps and module is not None:
             self._hooks.append(ForwardHooks(unwrapped(module), self._gatherer, self._housing.homes).release)
         finalize(self, _call_and_drop, self._hooks)

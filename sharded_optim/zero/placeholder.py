@@ -43,7 +43,7 @@ class GradientInBucket(Tensor):
         made.param_name, made.added = param_name, None
         return made
 
-    def take(self) -> Tensor | None:
+    def take_added(self) -> Tensor | None:
         """What has been added, no longer kept here."""
         added, self.added = self.added, None
         return added

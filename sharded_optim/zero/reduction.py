@@ -115,7 +115,7 @@ class Reducer:
             RuntimeError: the backward pass before this one did not end, or other ranks did not take part.
         """
         if home.own_grad is None:
-            home.param.grad = home.placeholder.take()
+            home.param.grad = home.placeholder.take_added()
         if not self.synchronizes:
             self.has_unreduced = True
             return
