@@ -162,7 +162,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._hooks: list[Callable[[], None]] = [partial(_call_and_drop, self._gradient_hooks)]  # likewise, of all
         if self._overlaps and module is not None:
             self._hooks.append(ForwardHooks(unwrapped(module), self._gatherer, self._housing.homes).release)
-        finalize(self, _call_and_drop, self._hooks)
+        finalize(self, _call_and_drop, self._hooks).atexit = False  # then process groups may be gone, and nobody needs it
         self._take_up(self._housing.buckets)
 
     # ------------------------------------------------------------------------------------------------------------------ parameters
