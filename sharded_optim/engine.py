@@ -28,6 +28,7 @@ from sharded_optim.layouts import Layouts
 from sharded_optim.options import MOST_SKIPPED, NonFinite, Params
 from sharded_optim.ranks import gather_messages, own_process_group
 from sharded_optim.sharding import FlatLayout, Layout, gradients_of
+from sharded_optim.sharding.ddp import JoinGuard
 from sharded_optim.state import called_to_allocate
 from sharded_optim.stateful import StatefulOptimizer
 
@@ -141,6 +142,8 @@ class Engine(StatefulOptimizer):
             return loss
         only = None if param is None else (param,) if isinstance(param, Tensor) else tuple(param)
         self._raise_deferred(only)
+        if self._agrees and self.layout is None:  # DistributedDataParallel holds no flat parameters
+            self._join_guard.check((param for group in self.param_groups for param in group["params"]), self._layouts.last)
         process_group = self._own_group() if self._agrees else None
         layout = self._layouts.current(
             self.param_groups,
@@ -455,6 +458,7 @@ class Engine(StatefulOptimizer):
 
     def _forget_layouts(self) -> None:
         self._layouts = Layouts(self._index, in_turns=self._steps_in_turns)
+        self._join_guard = JoinGuard()
         self._agreements: dict[Layout, statistics.Agreement] = {}  # the last of each layout, the newest last
         self._deferred: dict[Layout, statistics.Deferred] = {}
         self._streaks: WeakKeyDictionary[Layout, Verdict] = WeakKeyDictionary()  # the last of each layout

@@ -11,7 +11,7 @@ import mmap
 import torch
 from torch import Tensor
 
-__all__ = ["LARGE_PAGE", "zeros", "zeros_on"]
+__all__ = ["LARGE_PAGE", "with_own_storage", "zeros", "zeros_on"]
 
 LARGE_PAGE = 2 * 2**20  # bytes
 
@@ -33,3 +33,11 @@ def zeros(numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def zeros_on(device: torch.device, numel: int, dtype: torch.dtype) -> Tensor:
     """Zeros, (numel,); on a CPU as `zeros`."""
     return zeros(numel, dtype) if device.type == "cpu" else torch.zeros(numel, dtype=dtype, device=device)
+
+
+def with_own_storage(part: Tensor) -> Tensor:
+    """The same memory under a storage that has nothing else, and keeps alive what `part` is a view of.
+
+    torch.save writes whole storages, and safetensors refuses tensors that share one.
+    """
+    return torch.from_dlpack(part.detach())

@@ -173,6 +173,7 @@ def check_gradients() -> None:
     check_accumulation()
     check_assigned()
     check_added_and_frozen()
+    check_thawed_in_low_precision()
     check_odd_parameters()
     check_non_finite()
     check_checkpointing()
@@ -285,6 +286,22 @@ def check_added_and_frozen() -> None:
         assert_like(model, optimizer, reference, expected, f"added and frozen {make.func.__name__}")
 
 
+def check_thawed_in_low_precision() -> None:
+    """Parameters that are thawed have masters, or none, by the options that their group was given, as those that were never frozen."""
+    for options, has_masters in (({}, True), ({"kahan_sum": True}, False)):
+        model = Model(AWKWARD).bfloat16()
+        params = list(model.parameters())
+        params[2].requires_grad_(False)
+        optimizer = sharded(partial(so.AdamW, lr=1e-2, **options), model)
+        for _ in range(2):
+            for param, grad in zip(params, gradients(1, AWKWARD), strict=True):
+                param.grad = grad.bfloat16()
+            optimizer.step()
+            params[2].requires_grad_(True)
+        assert all(("master" in state) == has_masters for state in optimizer.state.values())
+        assert optimizer._housing.homes[params[2]].kind.has_masters == has_masters
+
+
 class Odd(nn.Module):
     """Tied, non-contiguous and empty parameters, a scalar, and buffers."""
 
@@ -341,7 +358,7 @@ def check_non_finite() -> None:
 
 
 def check_checkpointing() -> None:
-    """Backward passes inside of backward passes are one round of reductions, unless a parameter is used in several; the sum is the same."""
+    """Backward passes inside of backward passes are one round of reductions, also where a parameter is used in several."""
     outcomes = []
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(dist.get_rank()))
     for way in ("none", "reentrant", "not reentrant"):
@@ -359,7 +376,7 @@ def check_checkpointing() -> None:
             rounds = optimizer._reducer.rounds
             optimizer.step()
             optimizer.zero_grad()
-        assert rounds == {"none": 1, "reentrant": 2, "not reentrant": 1}[way]
+        assert rounds == 1, way
         optimizer.wait()
         outcomes.append([param.detach() for param in model.parameters()])
     for values in zip(*outcomes, strict=True):
@@ -377,9 +394,14 @@ def test_missing_accumulated_assigned_added_frozen_and_non_finite_gradients() ->
 def check_surroundings() -> None:
     check_ddp()
     check_clipping()
+    check_placeholders()
+    check_compiled()
     check_edits_of_parameters()
     check_metrics()
     check_overlap()
+    check_hooks_go()
+    check_hooks_and_parameters_alone()
+    check_swapped_tensors()
     check_what_outlives_what()
 
 
@@ -445,6 +467,61 @@ def check_clipping() -> None:
             optimizer.wait()
             for param, other in zip(model.parameters(), reference.parameters(), strict=True):
                 torch.testing.assert_close(param, other, rtol=1e-5, atol=1e-7)
+
+
+def check_placeholders() -> None:
+    """While gradients are in buckets, whoever computes with param.grad gets an error by name; steps have the bits of who does not."""
+    expected = one_process(STABLE, [[a + b for a, b in zip(gradients(1, AWKWARD), gradients(2, AWKWARD), strict=True)]] * 2)
+    model = Model(AWKWARD)
+    params = list(model.parameters())
+    optimizer = sharded(STABLE, model, bucket_mb=SMALL)
+    refused = {
+        "clip_grad_norm_": lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3),
+        "clip_grad_norm_ by foreach": lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3, foreach=True),
+        "clip_grad_value_": lambda: torch.nn.utils.clip_grad_value_(model.parameters(), 1e-3),
+        "zeroing": lambda: model.zero_grad(set_to_none=False),
+        "reading": lambda: float(params[0].grad.norm()),
+        "adding": lambda: params[0].grad.add_(torch.ones_like(params[0])),
+        "copying": lambda: params[0].grad.clone(),
+        "another optimizer": lambda: torch.optim.SGD(params, lr=1.0).step(),
+    }
+    for _ in range(2):
+        model(contributions(1)).backward()
+        for action in refused.values():
+            with pytest.raises(
+                ValueError, match=r"the gradient of 'layers.*' is in a bucket.*clip with optimizer.clip_grad_norm_\(max_norm\)"
+            ):
+                action()
+        assert all(param.grad is not None and param.grad.shape == param.shape for param in params)
+        assert "is in a bucket" in repr(params[0].grad)
+        copy.deepcopy(model)
+        with optimizer.no_sync():
+            first, second = contributions(2), contributions(2)
+            loss_of(model, [*first[:3], None, *[grad / 2 for grad in first[4:]]]).backward()
+        loss_of(model, [None, None, None, second[3], *[grad / 2 for grad in second[4:]]]).backward()
+        optimizer.step()
+        assert all(param.grad is None for param in params), "a step uses gradients up"
+    assert_like(model, optimizer, *expected, "placeholders")
+    model(contributions(1)).backward()
+    hook = params[0].register_post_accumulate_grad_hook(lambda param: param.grad.add_(1.0))
+    with pytest.raises(ValueError, match=r"the gradient of 'layers.0.weight' is in a bucket"):
+        params[0].sum().backward()
+    hook.remove()
+    del optimizer
+    gc.collect()
+    assert all(param.grad is None for param in params), "they go with the optimizer"
+
+
+def check_compiled() -> None:
+    """Models that torch.compile has traced, again while gradients are in buckets."""
+    expected = one_process(STABLE, [[a + b for a, b in zip(gradients(1, AWKWARD), gradients(2, AWKWARD), strict=True)]])
+    model = Model(AWKWARD)
+    optimizer = sharded(STABLE, model, bucket_mb=SMALL)
+    for step in (1, 2):
+        torch.compile(partial(loss_of, model), backend="aot_eager")(contributions(step)).backward()
+        torch.compiler.reset()
+    optimizer.step()
+    assert_like(model, optimizer, *expected, "compiled")
 
 
 def check_edits_of_parameters() -> None:
@@ -614,6 +691,76 @@ def check_who_waits(model: nn.Module, optimizer: so.ShardedOptimizer, x: Tensor)
     together = sharded(STABLE, Model(AWKWARD), overlap=True)
     together.zero_grad()
     assert not together._overlaps, "what is read in memory is there when a step returns"
+
+
+def check_hooks_go() -> None:
+    """Hooks go with their optimizer, at once or when what it has begun has ended, and with them all but the parameters' own memory."""
+
+    def hooks(model: nn.Module) -> int:
+        own = [(each._forward_pre_hooks, each._state_dict_pre_hooks, each._load_state_dict_pre_hooks) for each in model.modules()]
+        return sum(map(len, (each for three in own for each in three)))
+
+    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(dist.get_rank()))
+    for together in (1, 2):
+        for waits in (True, False):
+            model, reference = Slow(), Slow()
+            gone: list[Any] = []
+            for _ in range(4):
+                with ranks_per_machine(together):
+                    optimizer = sharded(STABLE, model, bucket_mb=SMALL, overlap=True)
+                other = sharded(STABLE, reference, bucket_mb=SMALL)
+                assert hooks(model) == (hooks(copy.deepcopy(model)) if together == 1 else 0)
+                model(x).square().mean().backward()
+                reference(x).square().mean().backward()
+                optimizer.step()
+                other.step()
+                if waits:
+                    optimizer.wait()
+                gone += [ref(optimizer._reducer), *map(ref, optimizer._housing.buckets)]
+                del optimizer, other
+                gc.collect()
+                assert (hooks(model) == 0) == (waits or together == 2)
+                assert waits or together == 2 or hooks(model) > 0, "what was begun is not waited for"
+            assert torch.equal(model(x), reference(x))
+            gc.collect()
+            assert hooks(model) == 0
+            assert not any(each() for each in gone)
+            model.blocks[0](x)
+
+
+def check_hooks_and_parameters_alone() -> None:
+    """A new optimizer that is not given the model waits for what one that is gone has begun."""
+    model, reference = Slow(), Slow()
+    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(dist.get_rank()))
+    for each, overlap in ((model, True), (reference, False)):
+        with ranks_per_machine(1):
+            optimizer = sharded(STABLE, each, bucket_mb=SMALL, overlap=overlap)
+        each(x).square().mean().backward()
+        optimizer.step()
+        del optimizer
+        gc.collect()
+        kept = sharded(STABLE, list(each.parameters()))
+        del kept
+    for a, b in zip(model.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def check_swapped_tensors() -> None:
+    """No weak reference keeps torch from swapping tensors; gradients that then come to no bucket are not taken for averages."""
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        for way in ("device", "dtype"):
+            model = Model(AWKWARD)
+            optimizer = sharded(STABLE, model)
+            model(contributions(1)).backward()
+            optimizer.step()
+            model.to("cpu") if way == "device" else model.double()
+            loss_of(model, contributions(2)).backward()
+            with pytest.raises(ValueError, match=r"parameter 'layers.0.weight' was swapped.*convert the model before"):
+                optimizer.step()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
 
 
 def check_what_outlives_what() -> None:

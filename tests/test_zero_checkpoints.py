@@ -181,6 +181,7 @@ def check_saving(folder: str) -> None:
     check_asynchronous_saving(root)
     check_the_optimizer_itself(root)
     check_missing_gradients(root)
+    check_frozen(root)
     check_missing_masters(root)
     check_copies()
     check_refused()
@@ -306,6 +307,44 @@ def check_missing_gradients(root: Path) -> None:
     for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert torch.equal(a, b)
     assert len(get_optimizer_state_dict(models[0], optimizers[0])["state"]) == len(list(models[0].parameters()))
+
+
+def check_frozen(root: Path) -> None:
+    """What is frozen later has state, which is saved, whole too, and continued; it is loaded also where it is frozen by then."""
+    for dtype in (torch.float32, torch.bfloat16):
+        models = [Model(AWKWARD).to(dtype) for _ in range(3)]
+        optimizers = [sharded(STABLE, model, bucket_mb=SMALL) for model in models]
+        train(models[0], optimizers[0], 1, 2, AWKWARD)
+        train(models[2], optimizers[2], 4, 4, AWKWARD)  # so that it has other state
+        models[0].layers[3].requires_grad_(False)
+        models[2].layers[3].requires_grad_(False)
+        train_trainable(models[0], optimizers[0], 3)
+        names = {name for name, _ in models[0].named_parameters()}
+        whole = get_optimizer_state_dict(models[0], optimizers[0], options=FULL)
+        assert whole["state"].keys() == names
+        of_ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(of_ranks, set(get_optimizer_state_dict(models[0], optimizers[0])["state"]))
+        assert set.union(*of_ranks) == names
+        folder = root / f"frozen-{dtype}"
+        save(folder, models[0], optimizers[0])
+        for model, optimizer in zip(models[1:], optimizers[1:], strict=True):
+            load(folder, model, optimizer)
+        models[1].layers[3].requires_grad_(False)
+        for model, optimizer in zip(models, optimizers, strict=True):
+            train_trainable(model, optimizer, 4)
+            model.layers[3].requires_grad_(True)
+            train(model, optimizer, 5, 6, AWKWARD)
+        for model in models[1:]:
+            for a, b in zip(models[0].parameters(), model.parameters(), strict=True):
+                assert torch.equal(a, b)
+
+
+def train_trainable(model: nn.Module, optimizer: so.ShardedOptimizer, step: int) -> None:
+    grads = gradients(step, AWKWARD, rank=dist.get_rank(), world_size=dist.get_world_size())
+    loss_of(model, [grad if param.requires_grad else None for param, grad in zip(model.parameters(), grads, strict=True)]).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.wait()
 
 
 def check_missing_masters(root: Path) -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import mmap
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -19,6 +24,8 @@ from torch.distributed.fsdp import fully_shard
 
 import sharded_optim as so
 from benchmarks.given_gradients import Model
+from sharded_optim import memory
+from sharded_optim.zero import housing, transfers
 
 pytestmark = pytest.mark.filterwarnings("ignore:weight_decay")
 
@@ -87,7 +94,42 @@ def check_alone(way: str, make: Any, together: int) -> None:
         assert any(repr(name) in str(errors[0]) for name in names), f"{way}: {errors[0]}"
 
 
+def train_on(model: nn.Module, optimizer: so.ShardedOptimizer) -> None:
+    optimizer.step()
+    model(contributions(2)).backward()
+    optimizer.finish_reduction()
+
+
+def check_blame() -> None:
+    """What this process cannot do is not said to be missing from others: in the step, in the update, in what is read of another rank."""
+    no_memory = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"
+
+    def fails(*args: Any, **options: Any) -> Any:
+        raise RuntimeError(no_memory)
+
+    for where in ("updating", "summing", "mapping"):
+        process_group = dist.new_group(timeout=timedelta(seconds=TIMEOUT))
+        model = Model(AWKWARD)
+        optimizer = sharded(STABLE, model, process_group, bucket_mb=SMALL)
+        model(contributions(1)).backward()
+        optimizer.finish_reduction()
+        with pytest.MonkeyPatch.context() as patch:
+            if where == "updating":
+                patch.setattr(optimizer._engine, "_update", fails)
+            elif where == "summing":
+                patch.setattr(transfers, "_sum", fails)
+            else:
+                patch.setattr(torch, "from_file", fails)
+                optimizer._gatherer._shard_group.neighbours._mapped.clear()
+            with pytest.raises((RuntimeError, MemoryError)) as raised:
+                train_on(model, optimizer)
+        assert no_memory in str(raised.value), where
+        assert "did not come from the other ranks" not in str(raised.value), where
+        dist.barrier()
+
+
 def check_ways() -> None:
+    check_blame()
     for way, make, together in (
         ("raises", STABLE, 2),
         ("raises", ADAMW, 1),
@@ -145,6 +187,7 @@ def check_refusals() -> None:
     optimizer = sharded(STABLE, model)
     with pytest.raises(ValueError, match=r"parameter 'layers.0.weight' appears twice"):
         optimizer.add_param_group({"params": model.layers[0].weight})
+    check_allocations()
     check_sparse()
     check_order()
 
@@ -160,12 +203,94 @@ def check_order() -> None:
     dist.barrier()  # the other rank may still be in backward, for which it needs this rank's optimizers
 
 
+@contextmanager
+def failing(owner: Any, name: str, call: int) -> Iterator[list[int]]:
+    """A function fails in one of its calls, on rank 1; yields how often it was called."""
+    original, calls = getattr(owner, name), [0]
+
+    def fails(*args: Any, **options: Any) -> Any:
+        calls[0] += 1
+        if dist.get_rank() == 1 and calls[0] == call:
+            raise OSError(24, "Too many open files")
+        return original(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, fails)
+        yield calls
+
+
+def check_allocations() -> None:
+    """Whatever a rank cannot make when an optimizer is built or grows, all ranks raise at once, and a next attempt is as the first."""
+
+    def build() -> so.ShardedOptimizer:
+        return sharded(STABLE, made(), bucket_mb=SMALL)
+
+    def grow() -> so.ShardedOptimizer:
+        optimizer = sharded(STABLE, made().parameters())
+        optimizer.add_param_group({"params": list(made()[0].parameters())})
+        return optimizer
+
+    def thaw() -> so.ShardedOptimizer:
+        layers = made()
+        layers[1].requires_grad_(False)
+        optimizer = sharded(STABLE, [param for layer in layers for param in layer.parameters()])
+        layers[1].requires_grad_(True)
+        for param in layers.parameters():
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+        return optimizer
+
+    def made() -> nn.ModuleList:
+        torch.manual_seed(0)
+        return nn.ModuleList(nn.Linear(30, 30).to(dtype) for dtype in (torch.float32, torch.bfloat16))
+
+    files = len(os.listdir("/proc/self/fd"))
+    made_of = [(os, "memfd_create"), (mmap, "mmap"), (os, "pipe2"), (memory, "zeros_on"), (housing, "Bucket")]
+    for action in (build, grow, thaw):
+        for owner, name in [*made_of, (os, "open")] if action is build else made_of:
+            call, raised = 0, 0
+            while True:
+                call += 1
+                started = time.monotonic()
+                with failing(owner, name, call) as calls:
+                    try:
+                        optimizer = action()
+                    except (OSError, ValueError) as error:
+                        raised += "Too many open files" in str(error)
+                    else:
+                        del optimizer
+                assert time.monotonic() - started < 10.0, "the other rank did not hear of it"
+                gc.collect()
+                most = torch.tensor(calls)
+                dist.all_reduce(most, op=dist.ReduceOp.MAX)
+                if int(most) < call:
+                    break
+            outcomes: list[Any] = [None, None]
+            dist.all_gather_object(outcomes, (call, raised))
+            assert outcomes[0] == outcomes[1], f"{action.__name__} {name}: {outcomes}"
+            assert raised or name == "open", f"{action.__name__} {name}"
+    assert len(os.listdir("/proc/self/fd")) <= files + 2, "files stay open"
+
+
 def check_sparse() -> None:
     model = nn.Embedding(5, 3, sparse=True)
     optimizer = sharded(STABLE, model)
     with pytest.raises(ValueError, match=r"the gradient of 'weight' is sparse .*sparse=False"):
         model(torch.tensor([1, 2])).sum().backward()
     del optimizer
+
+
+def test_a_process_alone_blames_no_other_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Linear(2, 2)
+    optimizer = sharded(ADAMW, model)
+    model(torch.ones(1, 2)).sum().backward()
+
+    def fails(*args: Any) -> None:
+        raise RuntimeError("can't allocate memory")
+
+    monkeypatch.setattr(optimizer._engine, "_observe", fails)
+    with pytest.raises(RuntimeError, match=r"^can't allocate memory$"):
+        optimizer.step()
 
 
 def test_what_cannot_work_is_refused_by_name_on_all_ranks() -> None:

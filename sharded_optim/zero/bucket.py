@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sharded_optim import memory
 from sharded_optim.buckets import BucketPlan
+from sharded_optim.zero.placeholder import GradientInBucket
 from sharded_optim.zero.transfers import ShardGroup, Transfer
 
 __all__ = ["Bucket", "Home", "Kind"]
@@ -37,6 +38,7 @@ class Home:
         shape: of the parameter.
         start, numel: which of the parameter's own elements are in this rank's shard: [start, start + numel).
         local: what the optimizer steps of it: (numel,); None where this rank has nothing to step.
+        identity: of what is behind the parameter, and has the hook of its gradients; 0: there is no hook.
         version: of the parameter's values, as torch counts their changes, when its master was last equal.
     """
 
@@ -49,6 +51,7 @@ class Home:
     numel: int = field(init=False)
     shape: torch.Size = field(init=False)
     local: nn.Parameter | None = None
+    identity: int = 0
     version: int = -1
 
     def __post_init__(self) -> None:
@@ -73,9 +76,24 @@ class Home:
         """This rank's part of the averaged gradient, (numel,): a view of the bucket's, in the dtype of what is stepped."""
         return self.bucket.grads[self.in_shard]
 
+    @cached_property
+    def placeholder(self) -> GradientInBucket:
+        """What the parameter has for a gradient while that is in the bucket."""
+        return GradientInBucket(self.param, self.name)
+
+    @property
+    def own_grad(self) -> Tensor | None:
+        """The parameter's gradient, where it is not in the bucket."""
+        grad = self.param.grad
+        return None if type(grad) is GradientInBucket else grad
+
+    def remove_placeholder(self) -> None:
+        if type(self.param.grad) is GradientInBucket:
+            self.param.grad = None
+
 
 class Bucket:
-    """Parameters that lie end to end in one flat buffer, of which each rank steps a shard.
+    """Parameters that lie end to end in one flat buffer, of which each rank steps a shard. Made without them: see `bring_home`.
 
     Args:
         plan: where they lie.
@@ -103,7 +121,6 @@ class Bucket:
             end = min(offset + home.param.numel(), self.first + self.shard_numel)
             home.bucket, home.offset = self, offset
             home.start, home.numel = (first - offset, end - first) if first < end else (0, 0)
-            self.bring_home(home)
         self.masters = memory.zeros_on(self.kind.device, self.shard_numel, torch.float32) if self.kind.has_masters else None
         self.gathering = Transfer()
         self.has_gradient = False
@@ -135,7 +152,7 @@ class Bucket:
         """Put the values of a parameter where they belong, and the parameter there."""
         place = self.values[home.whole_in_bucket].view(home.param.shape)
         place.copy_(home.param.detach())
-        home.param.data = place
+        home.param.data = memory.with_own_storage(place)
 
     def is_home(self, home: Home) -> bool:
         """Whether nobody has given the parameter other memory."""

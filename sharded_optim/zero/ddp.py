@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterable
 
-from torch.nn.parallel import DistributedDataParallel
-
+from sharded_optim.sharding.ddp import averaged_params, ddp_modules
 from sharded_optim.zero.bucket import Home
 
 __all__ = ["are_under_ddp"]
 
 
 def are_under_ddp(homes: Iterable[Home]) -> bool:
-    """Whether DistributedDataParallel averages the gradients. It leaves no mark on parameters, so it is looked for among all objects.
+    """Whether DistributedDataParallel averages the gradients.
 
     Raises:
         ValueError: it averages those of some of the parameters.
     """
-    averaged = {
-        id(param)
-        for each in gc.get_objects()
-        if DistributedDataParallel in type(each).__mro__  # issubclass is slow on half a million objects
-        for name, param in each.module.named_parameters()
-        if name not in each.parameters_to_ignore
-    }
+    homes = list(homes)
+    averaged = averaged_params(ddp_modules())
     inside = [id(home.param) in averaged for home in homes]
     if any(inside) and not all(inside):
         without = next(home.name for home, is_inside in zip(homes, inside, strict=True) if not is_inside)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+from weakref import WeakSet
 
 from torch import Tensor, nn
 
 from sharded_optim.zero.bucket import Home
 from sharded_optim.zero.gathering import Gatherer
 
-__all__ = ["finish_gathering", "wait_in_forward"]
+__all__ = ["ForwardHooks", "finish_gathering"]
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 NOT_CALLED = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
-def wait_in_forward(model: nn.Module, gatherer: Gatherer, homes: Mapping[Tensor, Home]) -> None:
+class ForwardHooks:
     """Have parameters waited for before the modules run that use them, and all before state dicts are taken or loaded.
 
     A module that contains no ModuleList, ModuleDict or Sequential waits for all parameters below it, as it may use them without calling
@@ -29,37 +30,79 @@ def wait_in_forward(model: nn.Module, gatherer: Gatherer, homes: Mapping[Tensor,
         gatherer: of the optimizer.
         homes: of its parameters, also of those that come later.
     """
-    everything = _Wait(list(model.parameters()), gatherer, homes)
-    model.register_state_dict_pre_hook(everything)
-    model.register_load_state_dict_pre_hook(_Wait(list(model.parameters()), gatherer, homes, settles=True))
-    for module, params in _needs(model):
-        module.register_forward_pre_hook(_Wait(params, gatherer, homes))
+
+    released: ClassVar[WeakSet[ForwardHooks]] = WeakSet()  # that are still there, as transfers go on
+
+    def __init__(self, model: nn.Module, gatherer: Gatherer, homes: Mapping[Tensor, Home]) -> None:
+        self._gatherer = gatherer
+        self._homes = homes
+        params = list(model.parameters())
+        self._handles = [
+            model.register_state_dict_pre_hook(_Wait(self, params)),
+            model.register_load_state_dict_pre_hook(_Wait(self, params, settles=True)),
+        ]
+        self._handles += [module.register_forward_pre_hook(_WaitInForward(self, params)) for module, params in _needs(model)]
+        self._is_released = False
+
+    def wait(self, params: Sequence[Tensor], *, settles: bool) -> None:
+        if self._gatherer.is_pending:
+            buckets = {home.bucket: None for param in params if (home := self._homes.get(param)) is not None}  # in order
+            self._gatherer.wait(buckets, settles=settles)
+
+    def release(self) -> None:
+        """Remove the hooks, as the optimizer is gone or has no say any more; where transfers go on, when these have ended.
+
+        Waits for no rank that has not got as far as this one.
+        """
+        self._is_released = True
+        if all(home.bucket.gathering.has_ended() for home in self._homes.values()):
+            ForwardHooks.released.discard(self)
+            while self._handles:
+                self._handles.pop().remove()
+            self._homes = {}
+        else:
+            ForwardHooks.released.add(self)
+
+    def try_again(self) -> None:
+        """Remove the hooks, if they are to be removed and were not."""
+        if self._is_released:
+            self.release()
+
+    def finish(self) -> None:
+        """Wait for all that was begun."""
+        self.wait(list(self._homes), settles=False)
+        self.try_again()
 
 
 def finish_gathering(model: nn.Module) -> None:
     """Wait for what an optimizer that may be gone has begun with a model's parameters."""
     for module in model.modules():
-        for hook in module._forward_pre_hooks.values():
+        for hook in list(module._forward_pre_hooks.values()):
             if isinstance(hook, _Wait):
                 hook()
 
 
 class _Wait:
-    """A forward or state-dict pre-hook. A copy of it, in a copy of the model, has nothing to wait for."""
+    """A state-dict pre-hook. A copy of it, in a copy of the model, has nothing to wait for."""
 
-    def __init__(self, params: list[Tensor], gatherer: Gatherer, homes: Mapping[Tensor, Home], *, settles: bool = False) -> None:
+    def __init__(self, hooks: ForwardHooks, params: Sequence[Tensor], *, settles: bool = False) -> None:
+        self._hooks = hooks
         self._params = params
-        self._gatherer = gatherer
-        self._homes = homes
         self._settles = settles
 
     def __call__(self, *_: object) -> None:
-        if self._gatherer.is_pending:
-            buckets = {home.bucket: None for param in self._params if (home := self._homes.get(param)) is not None}  # in order
-            self._gatherer.wait(buckets, settles=self._settles)
+        self._hooks.wait(self._params, settles=self._settles)
 
     def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
         return _Nothing, ()
+
+
+class _WaitInForward(_Wait):
+    """A forward pre-hook. It may remove itself: modules call their hooks from a copy of the list, but state-dict hooks from the list."""
+
+    def __call__(self, *_: object) -> None:
+        super().__call__()
+        self._hooks.try_again()
 
 
 class _Nothing:
@@ -69,10 +112,10 @@ class _Nothing:
         pass
 
 
-def _needs(module: nn.Module) -> Iterator[tuple[nn.Module, list[Tensor]]]:
+def _needs(module: nn.Module) -> Iterator[tuple[nn.Module, Sequence[Tensor]]]:
     """Each module, and what it waits for."""
     is_unit = not any(isinstance(each, CONTAINERS) for each in module.modules())
-    params: list[Tensor] = [*module.parameters()] if is_unit else list(_own(module))
+    params: Sequence[Tensor] = [*module.parameters()] if is_unit else list(_own(module))
     if params:
         yield module, params
     for child in module.children():

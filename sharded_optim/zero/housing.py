@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sharded_optim import memory
 from sharded_optim.buckets import Size, plan_buckets
 from sharded_optim.param_groups import named_params
 from sharded_optim.segment import Segment
@@ -42,6 +43,9 @@ class Housing:
         self.homes: dict[Tensor, Home] = {}
         self.buckets: list[Bucket] = []
         self._names: dict[Tensor, str] = {}  # of all parameters that were given, frozen ones too
+        self._in_masters: dict[
+            Tensor, bool
+        ] = {}  # likewise, whether in low precision they have masters, by the options they were given with
         self._flat: dict[Tensor, FlatTensor] = {}
         self._units: dict[Tensor, int] = {}
         self.layout = FlatLayout(flat=self._flat, whole={}, stranger=STRANGER, units=self._units)
@@ -67,8 +71,10 @@ class Housing:
         for index, group in enumerate(groups, start=first):
             for param, name in named_params(group, index):
                 self._names[param] = name
+                has_masters = self._in_masters.setdefault(param, self._wants_masters(group)) and param.dtype in LOW_PRECISION
                 if param.requires_grad and param not in self.homes and param not in found:
-                    found[param] = Home(param=param, name=name, kind=self._kind(param, group))
+                    kind = Kind(dtype=param.dtype, device=param.device, has_masters=has_masters)
+                    found[param] = Home(param=param, name=name, kind=kind)
         new = list(found.values())
         _refuse_shared_memory(new)
         plans = plan_buckets([_size(home) for home in new], self.shards, self._bucket_bytes)
@@ -76,10 +82,12 @@ class Housing:
         buckets = [Bucket(plan, new, number=number, shard_group=self._shard_group) for number, plan in numbered]
         for home in new:
             if home.numel:
-                home.local = nn.Parameter(home.bucket.stepped_memory(home))
+                home.local = nn.Parameter(memory.with_own_storage(home.bucket.stepped_memory(home)))
                 segment = Segment.flat(home.name, home.param.shape, home.start, home.numel)
                 self._flat[home.local] = FlatTensor(numel=home.numel, pieces=(Piece(segment=segment),))
                 self._units[home.local] = unit_of(home.bucket)
+        for home in new:  # when nothing can fail any more
+            home.bucket.bring_home(home)
         self.homes |= found
         self.buckets += buckets
         return buckets
@@ -88,7 +96,9 @@ class Housing:
         """Forget buckets that were made for nothing."""
         self.buckets = [bucket for bucket in self.buckets if bucket not in buckets]
         for home in [home for bucket in buckets for home in bucket.homes]:
-            del self.homes[home.param]
+            del self.homes[home.param], self._in_masters[home.param]
+            if home.local is not None:
+                del self._flat[home.local], self._units[home.local]
 
     def unfrozen(self, groups: Sequence[Group]) -> list[Group]:
         """The groups with those of their parameters that are trainable and lie in no bucket yet."""
@@ -117,10 +127,16 @@ class Housing:
         """Undo what users did to parameters since the last step: their values are what counts.
 
         Raises:
-            ValueError: a parameter was moved or cast.
+            ValueError: a parameter was moved, cast or swapped.
         """
         for home in self.homes.values():
             param, bucket = home.param, home.bucket
+            if home.identity and param._cdata != home.identity:  # its gradients came to no bucket
+                raise ValueError(
+                    f"parameter {home.name!r} was swapped with another tensor, as converting a model does under "
+                    f"torch.__future__.set_swap_module_params_on_conversion(True), and has lost the hook that brings its gradients; "
+                    f"convert the model before it is given to ShardedOptimizer"
+                )
             if param._version == home.version and bucket.is_home(home):
                 continue
             if param.dtype != home.kind.dtype or param.device != home.kind.device or param.shape != home.shape:
@@ -133,9 +149,8 @@ class Housing:
             bucket.renew_masters(home)
             home.version = param._version
 
-    def _kind(self, param: Tensor, group: Group) -> Kind:
-        options = {key: group.get(key, self._defaults.get(key)) for key in ("kahan_sum", "stochastic_rounding")}
-        return Kind(dtype=param.dtype, device=param.device, has_masters=param.dtype in LOW_PRECISION and not any(options.values()))
+    def _wants_masters(self, group: Group) -> bool:
+        return not any(group.get(key, self._defaults.get(key)) for key in ("kahan_sum", "stochastic_rounding"))
 
 
 def unit_of(bucket: Bucket) -> int:

@@ -47,6 +47,8 @@ class LocalState(Mapping[Tensor, dict[str, Any]]):
 class LogicalState(LocalState):
     """For each trainable parameter its state as whole tensors, on every rank: ordinary ones where this rank has all of them.
 
+    Of a parameter that was frozen later the ranks that step a part of it know whether it has state, and they alone have it here.
+
     Where a rank has nothing of a parameter it does not know the step counter, nor what has no dimensions.
 
     Args:
@@ -74,7 +76,8 @@ class LogicalState(LocalState):
         return state | {MASTER: nothing} if home.kind.has_masters else state
 
     def __iter__(self) -> Iterator[Tensor]:
-        return (param for param in self._groups if param in self._homes and param.requires_grad)
+        known = set(super().__iter__())
+        return (param for param in self._groups if param in self._homes and (param.requires_grad or param in known))
 
 
 def _is_known(home: Home, value: Tensor) -> bool:
@@ -101,7 +104,7 @@ def shards_of(groups: Sequence[Group], homes: Mapping[Tensor, Home]) -> dict[int
 
 
 def inside(
-    state_dict: Mapping[str, Any], groups: Sequence[Group], homes: Mapping[Tensor, Home], engine: Engine
+    state_dict: Mapping[str, Any], groups: Sequence[Group], homes: Mapping[Tensor, Home], engine: Engine, *, keeps_frozen: bool
 ) -> tuple[dict[str, Any], Values]:
     """A state dict as the optimizer inside takes it, and the float32 values in it: masters, or parameters with their Kahan compensations.
 
@@ -110,6 +113,7 @@ def inside(
         groups: the param groups that it is going to be loaded into.
         homes: of their parameters.
         engine: the optimizer inside.
+        keeps_frozen: whether frozen parameters that it has no state of keep theirs.
 
     Raises:
         ValueError: it has other groups or other parts of the parameters.
@@ -142,6 +146,8 @@ def inside(
                     values.take(home, found, state_dict["state"][key])
                 if home.local is not None:
                     state[numbers[id(home.local)]] = {key: value for key, value in found.items() if key != MASTER}
+            elif keeps_frozen and not param.requires_grad and home is not None and home.local is not None and home.local in engine.state:
+                state[numbers[id(home.local)]] = engine.state[home.local]
             number += 1
         inner_groups.append(without_params(saved) | {"params": [numbers[id(local)] for local in own["params"]]})
     return {"state": state, "param_groups": inner_groups}, values

@@ -184,10 +184,12 @@ def gathered(
         told = told * dist.get_world_size(process_group)
         dist.all_gather_object(told, known, group=process_group)
     is_kept = not to_rank_0 or not dist.is_initialized() or dist.get_rank() == 0
+    devices = [value.device for values in state.values() for value in values.values()]
+    device = devices[0] if devices else torch.device("cpu")
     found: dict[int, dict[str, Tensor]] = {}
-    for number, values in state.items():
-        device = next(iter(values.values())).device if values else torch.device("cpu")
-        names = {name: about for of_rank in told for name, about in of_rank[number].items()}
+    for number in sorted({number for of_rank in told for number in of_rank}):  # ranks need not know of each other's
+        values = state.get(number, {})
+        names = {name: about for of_rank in told for name, about in of_rank.get(number, {}).items()}
         whole = {}
         for name, (dtype, shape, number_itself) in names.items():
             if number_itself is None:

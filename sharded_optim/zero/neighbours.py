@@ -16,19 +16,21 @@ import struct
 import time
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sharded_optim.ranks import timeout_of
+from sharded_optim.ranks import raise_together, timeout_of
 
 __all__ = ["Hearing", "Neighbours"]
 
+T = TypeVar("T")
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # tells machines apart
 KEPT = 4096  # mappings of other ranks' buffers
 MESSAGE = struct.Struct("<qqq")  # a tag, and what says which buffer: a file descriptor and an inode
@@ -67,47 +69,70 @@ class Neighbours:
     def _find(self, process_group: dist.ProcessGroup) -> None:
         """Read what all others have written into a buffer of theirs, if it can be read."""
         rank = dist.get_rank(process_group)
-        probe = _shared(8) if hasattr(os, "memfd_create") and BOOT_ID.exists() else None
-        own = None
-        if probe is not None:
+        can_share = hasattr(os, "memfd_create") and BOOT_ID.exists()
+        probes: list[Tensor] = []
+
+        def make_probe() -> tuple[str, int, tuple[int, int]] | None:
+            if not can_share:
+                return None
+            probe = _shared(8)
+            probes.append(probe)
             probe.copy_(torch.tensor([rank], dtype=torch.int64).view(torch.uint8))
-            own = (BOOT_ID.read_text(), os.getpid(), _files[probe.data_ptr()])
-        told = _gather(own, process_group)
+            return BOOT_ID.read_text(), os.getpid(), _files[probe.data_ptr()]
+
+        told = _gather(make_probe, process_group)
+        own = told[rank]
         self._process_ids = [0 if each is None else each[1] for each in told]
-        readable = []
-        for other, each in enumerate(told):
-            if own is None or each is None or other == rank or each[0] != own[0]:
-                continue
-            try:
-                found = self.read(other, each[2]).view(torch.int64)
-            except (OSError, ValueError):  # another container, or not allowed
-                continue
-            if found.tolist() == [other]:
-                readable.append(other)
-        lists = _gather(readable, process_group)  # after it nobody reads the probe
-        self.ranks = frozenset(other for other in readable if rank in lists[other])
+
+        def find_readable() -> list[int]:
+            readable = []
+            for other, each in enumerate(told):
+                if own is None or each is None or other == rank or each[0] != own[0]:
+                    continue
+                try:
+                    found = self.read(other, each[2]).view(torch.int64)
+                except (OSError, ValueError):  # another container, or not allowed
+                    continue
+                if found.tolist() == [other]:
+                    readable.append(other)
+            return readable
+
+        lists = _gather(find_readable, process_group)  # after it nobody reads the probe
+        self.ranks = frozenset(other for other in lists[rank] if rank in lists[other])
         self._mapped.clear()
 
     def _connect(self, process_group: dist.ProcessGroup) -> None:
         """Make a pipe from each neighbour."""
         own = dist.get_rank(process_group)
-        pipes = {rank: os.pipe2(os.O_CLOEXEC) for rank in sorted(self.ranks)}
-        told = _gather({rank: write for rank, (_, write) in pipes.items()}, process_group)
-        for rank, (read, _) in pipes.items():
-            self._incoming[rank] = read
-            with suppress(OSError):  # then they are no neighbours
-                path = f"/proc/{self._process_ids[rank]}/fd/{told[rank][own]}"
-                self._outgoing[rank] = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        outgoing_of: dict[int, int] = {}  # the end of each pipe that is the neighbour's
+
+        def make_pipes() -> dict[int, int]:
+            for rank in sorted(self.ranks):
+                self._incoming[rank], outgoing_of[rank] = os.pipe2(os.O_CLOEXEC)
+            return outgoing_of
+
+        def open_pipes() -> list[int]:
+            for rank in self._incoming:
+                with suppress(OSError):  # then they are no neighbours
+                    path = f"/proc/{self._process_ids[rank]}/fd/{told[rank][own]}"
+                    self._outgoing[rank] = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            return list(self._outgoing)
+
+        try:
+            told = _gather(make_pipes, process_group)
+            lists = _gather(open_pipes, process_group)  # now all have opened what they can
+        except BaseException:
+            _close([*self._incoming.values(), *self._outgoing.values()])
+            raise
+        finally:
+            _close(list(outgoing_of.values()))  # so that a pipe ends when the neighbour does
+        weakref.finalize(self, _close, [*self._incoming.values(), *self._outgoing.values()])
         for descriptor in self._outgoing.values():
             with suppress(OSError):  # a user may have only so much
                 fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-        lists = _gather(list(self._outgoing), process_group)  # now all have opened what they can
         self.ranks = frozenset(rank for rank in self._outgoing if own in lists[rank])
         mutual = [each in lists[other] for each in range(len(lists)) for other in lists[each]]
         self.exist, self.are_all = any(mutual), sum(mutual) == len(lists) * (len(lists) - 1)
-        for _, write in pipes.values():
-            os.close(write)  # so that a pipe ends when the neighbour does
-        weakref.finalize(self, _close, [*self._incoming.values(), *self._outgoing.values()])
 
     # ------------------------------------------------------------------------------------------------------------- buffers
 
@@ -120,18 +145,24 @@ class Neighbours:
 
         Raises:
             OSError: it is gone, or out of reach.
+            MemoryError: this process cannot map it.
         """
         descriptor, inode = which
         key = (rank, inode)
         if key not in self._mapped:
             path = f"/proc/{self._process_ids[rank]}/fd/{descriptor}"
-            status = os.stat(path)
-            if status.st_ino != inode:
-                raise OSError(f"{path} is another file than its process has said")
-            try:  # keeps no file open, which there may be many of; nobody here writes to it, but torch has no tensors that are read-only
-                self._mapped[key] = torch.from_file(path, shared=True, size=status.st_size, dtype=torch.uint8)
+            opened = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                status = os.fstat(opened)
+                if status.st_ino != inode:
+                    raise OSError(f"{path} is another file than its process has said")
+                # Keeps no file open, which there may be many of. Nobody here writes to it, but torch has no tensors that are read-only.
+                own_path = f"/proc/self/fd/{opened}"
+                self._mapped[key] = torch.from_file(own_path, shared=True, size=status.st_size, dtype=torch.uint8)
             except RuntimeError as error:
-                raise OSError(f"{path} cannot be mapped: {error}") from error
+                raise MemoryError(f"the memory of rank {rank} of the process group cannot be mapped: {error}") from error
+            finally:
+                os.close(opened)
             while len(self._mapped) > KEPT:
                 self._mapped.popitem(last=False)
         self._mapped.move_to_end(key)
@@ -172,6 +203,15 @@ class Neighbours:
                 raise RuntimeError(f"timed out after {self._seconds:g} s of waiting for rank {rank} of the process group")
         return self._heard.pop((rank, tag))
 
+    def has_heard(self, rank: int, tag: int) -> bool:
+        """Whether a neighbour's message has come, or none can come any more. Does not wait."""
+        try:
+            while (rank, tag) not in self._heard and self._listen(rank, 0.0):
+                pass
+        except RuntimeError:  # it has gone
+            return True
+        return self._heard.pop((rank, tag), None) is not None
+
     def _listen(self, rank: int, seconds: float) -> bool:
         """Take up what a neighbour has said; whether it has said anything in this time."""
         waiting = select.poll()
@@ -198,20 +238,44 @@ class Hearing:
         self._rank, self._tag = rank, tag
         self.which = (0, 0)
 
+        self._has_come = False
+
     def wait(self) -> None:
-        self.which = self._neighbours.hear(self._rank, self._tag)
+        if not self._has_come:
+            self.which = self._neighbours.hear(self._rank, self._tag)
+
+    def has_come(self) -> bool:
+        """Whether `wait` need not wait."""
+        self._has_come = self._has_come or self._neighbours.has_heard(self._rank, self._tag)
+        return self._has_come
 
 
-def _gather(own: object, process_group: dist.ProcessGroup) -> list[Any]:
-    found: list[Any] = [None] * dist.get_world_size(process_group)
-    dist.all_gather_object(found, own, group=process_group)
-    return found
+def _gather(make: Callable[[], T], process_group: dist.ProcessGroup) -> list[T]:
+    """What every rank makes.
+
+    Raises:
+        ValueError, or what `make` has raised here: on every rank, what it has raised on any.
+    """
+    failure, made = None, None
+    try:
+        made = make()
+    except Exception as error:  # the other ranks must hear of it before this one raises
+        failure = error
+    rows: list[Any] = [None] * dist.get_world_size(process_group)
+    dist.all_gather_object(rows, (failure is not None, made), group=process_group)
+    if any(has_failed for has_failed, _ in rows):
+        raise_together(failure, None, process_group)
+    return [value for _, value in rows]
 
 
 def _shared(size: int) -> Tensor:
     descriptor = os.memfd_create("sharded_optim", os.MFD_CLOEXEC)
-    os.ftruncate(descriptor, max(size, 1))
-    memory = mmap.mmap(descriptor, max(size, 1))
+    try:
+        os.ftruncate(descriptor, max(size, 1))
+        memory = mmap.mmap(descriptor, max(size, 1))
+    except BaseException:
+        os.close(descriptor)
+        raise
     buffer = torch.frombuffer(memory, dtype=torch.uint8)[:size]
     address = buffer.untyped_storage().data_ptr()
     _files[address] = (descriptor, os.fstat(descriptor).st_ino)

@@ -12,34 +12,36 @@ ZeRO: Rajbhandari et al. 2020, arXiv 1910.02054.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any, Literal
-from weakref import finalize, ref
+from weakref import WeakSet, finalize, ref
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from sharded_optim.buckets import default_bucket_bytes
 from sharded_optim.engine import Engine
 from sharded_optim.options import Params
+from sharded_optim.position_hash import position_hashes
 from sharded_optim.ranks import raise_together
+from sharded_optim.sharding.ddp import JoinGuard
 from sharded_optim.state import asked_by_distributed_checkpoint, called_to_allocate
 from sharded_optim.zero import local_state, logical
 from sharded_optim.zero.arguments import check_options, groups_of, tensors_of, unwrapped
 from sharded_optim.zero.bucket import Bucket, Home
 from sharded_optim.zero.ddp import are_under_ddp
-from sharded_optim.zero.forward import finish_gathering, wait_in_forward
+from sharded_optim.zero.forward import ForwardHooks
 from sharded_optim.zero.gathering import Gatherer
 from sharded_optim.zero.housing import Group, Housing, check_params, unit_of, without_params
+from sharded_optim.zero.placeholder import GRAD_SCALER
 from sharded_optim.zero.reduction import Reducer
 from sharded_optim.zero.topology import Topology
-from sharded_optim.zero.transfers import ShardGroup, naming
+from sharded_optim.zero.transfers import ShardGroup, exchanges, naming_collectives
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -47,7 +49,7 @@ if TYPE_CHECKING:
 __all__ = ["ShardedOptimizer"]
 
 _numbers = count()  # of optimizers, as they are made: on all ranks in one order
-_owners: MutableMapping[Tensor, ref[ShardedOptimizer]] = WeakTensorKeyDictionary()  # that have a parameter in their buckets, the newest
+_living: WeakSet[ShardedOptimizer] = WeakSet()
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
@@ -57,8 +59,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
     model need not be wrapped; under DistributedDataParallel, which has averaged them, it only takes its shards. A step ends in one
     all-gather per bucket. Given the same gradients, every number of ranks, both stages and every mesh give the bits of one process.
 
-    After backward a gradient is in its bucket and `param.grad` is None: clip with this class's `clip_grad_norm_`. A `param.grad` that you
-    assign yourself is taken as it is: as the average, equal on all ranks.
+    After backward a gradient is in its bucket, and `param.grad` is a placeholder that raises an error where it is computed with: clip with
+    this class's `clip_grad_norm_`. A `param.grad` that you assign yourself is taken as it is: as the average, equal on all ranks.
 
     Args:
         params: the model; or parameters, named parameters or param groups of it, the same on every rank. Ordinary tensors. They are given
@@ -113,19 +115,23 @@ class ShardedOptimizer(torch.optim.Optimizer):
         # Whether gradients stay in the parameters, as others average them.
         self._slices = topology.all_ranks is None or isinstance(module, DistributedDataParallel)
         self._looked_for_ddp = self._slices
+        self._join_guard = JoinGuard()
         self._late: set[Bucket] = set()  # that no module had waited for when the backward pass began
         self._number = next(_numbers)
         self._used: set[Home] = set()  # the parameters that have had a gradient, on any rank, since the last step
         self._stepped: set[Home] = set()  # and that the last step has stepped
+        description, device = (), torch.device("cpu")
         try:
             check_options(stage, bucket_mb, reduce_dtype, defaults)
             groups = groups_of(params)
             check_params(groups)
+            device = tensors_of(groups[0])[0].device
+            description = (stage, bucket_mb, reduce_dtype, device.type, exchanges(topology.shard_group, device))
         except Exception as failure:  # the other ranks must hear of it before this one raises
             raise_together(failure, None, topology.all_ranks)
             raise
-        raise_together(None, (stage, bucket_mb, reduce_dtype), topology.all_ranks)
-        shard_group = ShardGroup(topology.shard_group, tensors_of(groups[0])[0].device)
+        raise_together(None, description, topology.all_ranks)
+        shard_group = ShardGroup(topology.shard_group, device)
         self._gatherer = Gatherer(shard_group)
         self._reducer = Reducer(
             shard_group=shard_group,
@@ -138,7 +144,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         try:
             bucket_bytes = default_bucket_bytes(shard_group.size) if bucket_mb is None else int(bucket_mb * 2**20)
             self._housing = Housing(shard_group=shard_group, bucket_bytes=bucket_bytes, defaults=defaults)
-            _finish_others(groups, module)
+            _finish_others(groups)
             self._housing.move_in(groups)
             inside = [self._housing.group_inside(group, index) for index, group in enumerate(groups)]
             self._engine = optimizer_class(inside, process_group=topology.given, layout=self._housing.layout, **defaults)
@@ -152,10 +158,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         super().__init__(outside, self._engine.defaults)
         self._engine.listen(self._gatherer)
         self._overlaps = overlap and module is not None and shard_group.sends
-        self._gradient_hooks: list[Callable[[], None]] = []  # what removes them
-        finalize(self, _remove, self._gradient_hooks)
+        self._gradient_hooks: list[Callable[[], None]] = []  # what removes them, and what they leave
+        self._hooks: list[Callable[[], None]] = [partial(_call_and_drop, self._gradient_hooks)]  # likewise, of all
         if self._overlaps and module is not None:
-            wait_in_forward(unwrapped(module), self._gatherer, self._housing.homes)
+            self._hooks.append(ForwardHooks(unwrapped(module), self._gatherer, self._housing.homes).release)
+        finalize(self, _call_and_drop, self._hooks).atexit = False  # then process groups may be gone, and nobody needs it
         self._take_up(self._housing.buckets)
 
     # ------------------------------------------------------------------------------------------------------------------ parameters
@@ -170,25 +177,28 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def _take_up(self, buckets: Sequence[Bucket]) -> None:
         """Begin with these: give all ranks the first one's values, and take gradients from now on."""
+        for other in _owners([home.param for bucket in buckets for home in bucket.homes]):
+            if other is not self:
+                other._supersede()
+        _living.add(self)
         self._reducer.buckets += buckets
         for bucket in buckets:
             if self._topology.all_ranks is not None:
                 dist.broadcast(bucket.values, group_src=0, group=self._topology.all_ranks)
+            if bucket.masters is not None:
+                bucket.masters.copy_(bucket.shard)
             for home in bucket.homes:
-                bucket.renew_masters(home)
                 home.version = home.param._version
-                before = _owners.get(home.param, lambda: None)()
-                if before is not None and before is not self:
-                    before._supersede()
-                _owners[home.param] = ref(self)
                 if not self._slices:
                     hook = home.param.register_post_accumulate_grad_hook(partial(_ready, ref(self)))
-                    self._gradient_hooks.append(hook.remove)
+                    home.identity = home.param._cdata
+                    self._gradient_hooks += [hook.remove, home.remove_placeholder]
 
     def _supersede(self) -> None:
         """Another optimizer has taken over parameters of this one."""
         self._superseded = True
-        _remove(self._gradient_hooks)
+        _living.discard(self)
+        _call_and_drop(self._hooks)
 
     def add_param_group(self, param_group: Group) -> None:
         """As in torch; on every rank. Its parameters get buckets of their own.
@@ -223,17 +233,37 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._take_up_late(buckets)
 
     def _take_up_late(self, buckets: Sequence[Bucket]) -> None:
-        """Of gradients that they have already, nobody has averaged any; which there are may differ between ranks, not what they do."""
+        """Take up parameters that may have gradients already, of backward passes that nobody has averaged, or assigned.
+
+        Those that are equal on all ranks are their own average, to the last bit.
+        """
         self._engine.layout = self._housing.layout  # forgets what ranks know of each other, also on those that have nothing of these
         self._take_up(buckets)
-        self._reducer.has_unreduced = True
+        if self._slices:
+            return
+        homes = [home for bucket in buckets for home in bucket.homes]
+        rows: list[Any] = [None] * dist.get_world_size(self._topology.all_ranks)
+        dist.all_gather_object(rows, [_hash(home.own_grad) for home in homes], group=self._topology.all_ranks)
+        differing = [home for home, *hashes in zip(homes, *rows, strict=True) if len(set(hashes)) > 1]
+        if differing:
+            self._reducer.run_round(differing)
 
     def _take_up_unfrozen(self) -> None:
         """Give parameters that have become trainable buckets."""
         groups = self._housing.unfrozen(self.param_groups)
         if not any(group["params"] for group in groups):
             return
-        buckets = self._housing.move_in(groups)
+        buckets: list[Bucket] = []
+        try:
+            buckets = self._housing.move_in(groups)
+        except Exception as failure:
+            raise_together(failure, None, self._topology.all_ranks)
+            raise
+        try:
+            raise_together(None, self._description(), self._topology.all_ranks)
+        except ValueError:
+            self._housing.move_out(buckets)
+            raise
         for index, (group, inside) in enumerate(zip(groups, self._engine.param_groups, strict=True)):
             for name, local in self._housing.stepped(group, index):
                 inside["params"].append(local)
@@ -260,7 +290,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self._looked_for_ddp = True
             self._slices = are_under_ddp(self._housing.homes.values())
         if self._slices:
-            _remove(self._gradient_hooks)
+            _call_and_drop(self._gradient_hooks)
             return
         if self._reducer.synchronizes and not self._reducer.is_open:
             # Other ranks may wait for the answer that this one has their parameters, before they bring gradients.
@@ -291,34 +321,37 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """
         homes = self._housing.homes.values()
         if not self._slices:
-            has_any = self._reducer.rounds or self._used or any(home.param.grad is not None for home in homes)
+            self._reducer.finish()
+            has_any = self._reducer.rounds or self._used or any(home.own_grad is not None for home in homes)
             if self._reducer.has_unreduced or not has_any:  # without any, other ranks may have some
                 self._reducer.run_round()
             self._used |= self._reducer.collect()
         for home in homes:
             if home.local is not None:
                 home.local.grad = home.grad if home in self._used else None
-        assigned = [home for home in homes if home.param.grad is not None]
+        assigned = [home for home in homes if home.own_grad is not None]
         for home in assigned:
             if home in self._used:
                 raise ValueError(
                     f"{home.name!r} has a gradient of its own beside the one that was averaged in backward, assigned later or by another "
                     f"wrapper; assign gradients without a backward pass, or give the wrapped model to ShardedOptimizer"
                 )
-            if home.local is not None and home.param.grad is not None:
-                home.local.grad = home.of_shard(home.param.grad).to(home.local.dtype)
+            if home.local is not None and home.own_grad is not None:
+                home.local.grad = home.of_shard(home.own_grad).to(home.local.dtype)
         return self._used.union(assigned)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients. `set_to_none` makes no difference: those in buckets are gone."""
         super().zero_grad(set_to_none=True)
-        self._reducer.collect()
+        self._reducer.forget()
         self._use_up()
         self._engine.zero_grad(set_to_none=True)
 
     def _use_up(self) -> None:
         """Forget the gradients in the buckets: `model.zero_grad()` does not reach them."""
         self._used = set()
+        for home in self._housing.homes.values():
+            home.remove_placeholder()
         for bucket in self._housing.buckets:
             bucket.has_gradient = False
 
@@ -335,7 +368,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
             RuntimeError: it is not finite and `error_if_nonfinite`; on every rank.
         """
         used = self._gradients()
-        local = [home.local.grad for home in used if home.local is not None and home.local.grad is not None]
+        in_order = [home for home in self._housing.homes.values() if home in used]  # so that the norm has the same bits in every run
+        local = [home.local.grad for home in in_order if home.local is not None and home.local.grad is not None]
         device = next(iter(self._housing.homes.values())).kind.device
         norms = [torch.linalg.vector_norm(grad, norm_type, dtype=torch.float64) for grad in local]
         is_max = norm_type == float("inf")
@@ -349,7 +383,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if error_if_nonfinite and not bool(norm.isfinite()):
             raise RuntimeError(f"the norm of the gradients is {float(norm)}; it cannot be clipped")
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0).float()
-        assigned = [home.param.grad for home in used if home.param.grad is not None]
+        assigned = [home.own_grad for home in used if home.own_grad is not None]
         for bucket in self._housing.buckets:
             if bucket.has_gradient:
                 bucket.grads.mul_(factor)
@@ -390,7 +424,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
             inside |= without_params(outside)
         self._gatherer.begin(self._housing.buckets, {home.bucket for home in used})
         try:
-            with self._grad_scaler(), naming(f"what ranks agree on in a step, of {self._housing.buckets[0].named} and all others,"):
+            what = f"what ranks agree on in a step, of {self._housing.buckets[0].named} and all others,"
+            with self._grad_scaler(), naming_collectives(what):
                 self._engine.step()
         finally:
             self._gatherer.end()
@@ -407,16 +442,15 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._gatherer.wait_for_all(self._housing.buckets, settles=True)
 
     def _refuse(self) -> None:
-        """Raise ValueError where a step would be silently wrong."""
+        """Raise ValueError where a step would be silently wrong, or wait for ranks that do not take part."""
+        if self._slices and self._topology.all_ranks is not None:
+            self._join_guard.check(self._housing.homes, len(self._housing.homes))
         if self._superseded:
             raise ValueError(
                 "another ShardedOptimizer has taken over parameters of this one; step the newer one, or build one for all of them"
             )
         if hasattr(self, "found_inf") and not self._slices:
-            raise ValueError(
-                "GradScaler finds no gradients in the parameters, as they are in ShardedOptimizer's buckets; train in bfloat16 without it, "
-                "or wrap the model with DistributedDataParallel, which leaves them there"
-            )
+            raise ValueError(GRAD_SCALER)
 
     @contextmanager
     def _grad_scaler(self) -> Iterator[None]:
@@ -436,7 +470,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def state(self) -> local_state.LocalState:
         """For each parameter that this rank steps a part of, the state of that part: 1-D tensors, and the step counter.
 
-        For torch.distributed.checkpoint of every trainable parameter, as whole tensors.
+        For torch.distributed.checkpoint of every parameter that is trainable or has state, as whole tensors.
         """
         asked = asked_by_distributed_checkpoint()
         if asked is None:
@@ -450,7 +484,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Torch's constructor sets it."""
 
     def init_state(self) -> None:
-        """Allocate the state of what this rank steps: what the first step does for what has a gradient."""
+        """Allocate the state of what this rank steps and is trainable: what the first step does for what has a gradient."""
+        for home in self._housing.homes.values():
+            if home.local is not None:
+                home.local.requires_grad_(home.param.requires_grad)
         self._engine.init_state()
 
     def _complete_state(self) -> None:
@@ -493,7 +530,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         failure: Exception | None = None
         values = local_state.Values()
         try:
-            inside, values = local_state.inside(state_dict, self.param_groups, self._housing.homes, self._engine)
+            keeps_frozen = asked_by_distributed_checkpoint() is not None  # which leaves their state out, and has loaded it in place
+            inside, values = local_state.inside(state_dict, self.param_groups, self._housing.homes, self._engine, keeps_frozen=keeps_frozen)
             self._engine.load_state_dict(inside)
         except Exception as error:
             failure = error
@@ -553,15 +591,28 @@ def _ready(optimizer: ref[ShardedOptimizer], param: Tensor) -> None:
         found._ready(found._housing.homes[param])
 
 
-def _finish_others(groups: Sequence[Group], module: nn.Module | None) -> None:
-    """Wait for what other optimizers have begun with the parameters of these groups."""
-    owners = {owner for group in groups for param in tensors_of(group) if (owner := _owners.get(param, lambda: None)()) is not None}
-    for owner in sorted(owners, key=lambda owner: owner._number):
+def _hash(grad: Tensor | None) -> int | None:
+    """Of a gradient's bits; but 0 of a sparse one, which the reduction refuses."""
+    if grad is None:
+        return None
+    return int(position_hashes([grad])) if grad.layout == torch.strided else 0
+
+
+def _owners(params: Iterable[Tensor]) -> list[ShardedOptimizer]:
+    """The optimizers that have any of these parameters in their buckets, in the order in which they were made."""
+    params = list(params)
+    found = [each for each in _living if any(param in each._housing.homes for param in params)]
+    return sorted(found, key=lambda owner: owner._number)
+
+
+def _finish_others(groups: Sequence[Group]) -> None:
+    """Wait for what other optimizers have begun with the parameters of these groups, or whatever it was, if they are gone."""
+    for owner in _owners(param for group in groups for param in tensors_of(group)):
         owner.wait()
-    if module is not None:
-        finish_gathering(unwrapped(module))
+    for hooks in list(ForwardHooks.released):
+        hooks.finish()
 
 
-def _remove(hooks: list[Callable[[], None]]) -> None:
-    while hooks:
-        hooks.pop()()
+def _call_and_drop(functions: list[Callable[[], None]]) -> None:
+    while functions:
+        functions.pop()()

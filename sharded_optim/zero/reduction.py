@@ -2,29 +2,29 @@
 
     hook of a parameter -> its bucket's contents -> reduce-scatter (-> all-reduce over replicas) -> this rank's shard of the average
 
-A *round* is what one backward pass does: every bucket is reduced once, in the same order on every rank, also where a rank has no gradient
-for it: then it brings zeros. At its end the ranks tell each other which parameters had a gradient anywhere; the others are not stepped.
+A *round* is what one backward pass does, with the passes inside it: every bucket is reduced once, in the same order on every rank, also
+where a rank has no gradient for it: then it brings zeros. At its end the ranks tell each other which parameters had a gradient anywhere;
+the others are not stepped. A parameter that gets a further gradient in a round, when its bucket is on its way, keeps it: reentrant
+checkpoints do that to parameters that are used in several of them. The ranks tell each other that too, and run a further round for it.
 """
 
 from __future__ import annotations
 
-import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import compress
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd import Variable
-from torch.autograd.function import BackwardCFunction
 
 from sharded_optim.buckets import IN_FLIGHT
 from sharded_optim.coefficients import known_on_host
 from sharded_optim.zero import transfers
 from sharded_optim.zero.bucket import Bucket, Home
+from sharded_optim.zero.passes import Passes
 from sharded_optim.zero.transfers import ShardGroup, Transfer
 
 __all__ = ["Pool", "Reducer"]
@@ -97,13 +97,14 @@ class Reducer:
         self._scratch = Pool(_empty)
         self._round = 0
         self.is_open = False
-        self._pass = -1  # the backward pass that the last hook ran in
-        self._unended: set[int] = set()  # passes, one inside the other
+        self._passes = Passes(self._pass_ended)
         self._left: deque[Bucket] = deque()  # of the open round, not yet being reduced
         self._used: set[Home] = set()  # whose gradients this rank brings to the open round
+        self._repeated: set[Home] = set()  # that have a further gradient, for which a round is to be run
         self._in_flight: deque[_Reduction] = deque()
         self._unsettled: list[Transfer] = []  # of contents that are not the pool's
         self._told: list[_Told] = []
+        self._found: set[Home] = set()  # that had a gradient on any rank, as far as it is known
 
     # ---------------------------------------------------------------------------------------------------------------- in backward
 
@@ -113,52 +114,42 @@ class Reducer:
         Raises:
             RuntimeError: the backward pass before this one did not end, or other ranks did not take part.
         """
+        if home.own_grad is None:
+            home.param.grad = home.placeholder.take_added()
         if not self.synchronizes:
             self.has_unreduced = True
             return
-        self._enter_pass()
-        if self.is_open and home in self._used:  # in another pass inside the same one, or in the next one
-            self._close()
+        if self._passes.was_left:
+            self._refuse_unended()
+        self._passes.enter()
         if not self.is_open:
+            for bucket in self.buckets:  # so that autograd need not add to it
+                for each in bucket.homes:
+                    each.remove_placeholder()
             self._open()
+        if home in self._used and home.bucket not in self._left:
+            self._repeated.add(home)
+            return
         self._fill(home)
         while self._left and self._is_full(self._left[0]):
             self._launch(self._left.popleft())
-        if not self._left:
+
+    def _pass_ended(self) -> None:
+        if self.is_open:
             self._close()
 
-    def _enter_pass(self) -> None:
-        """See to it that a round ends when the backward pass ends in which a hook runs.
-
-        Passes can be inside others (reentrant checkpoints): these do not end a round. Tried with torch 2.11 and 2.13.
-        """
-        number = torch._C._current_graph_task_id()
-        if number == self._pass:
-            return
-        is_inside = _is_inside_another()
-        if self._unended and not is_inside:
-            self._refuse_unended()
-        self._pass = number
-        if number not in self._unended:
-            self._unended.add(number)
-            Variable._execution_engine.queue_callback(partial(self._leave_pass, number, is_inside))
-
-    def _leave_pass(self, number: int, is_inside: bool) -> None:
-        """An autograd callback."""
-        self._unended.discard(number)
-        self._pass = -1
-        if self.is_open and not is_inside:
-            self._close()
-
-    def _refuse_unended(self) -> None:
+    def _refuse_unended(self) -> NoReturn:
         raise RuntimeError(
             f"the last backward pass did not end: an exception left {self._left[0].named if self._left else 'its end'} to be reduced, for "
             f"which the other ranks wait; let the exception end the job"
         )
 
-    def run_round(self) -> None:
-        """A round outside of backward: with the gradients that passes without synchronization have left, or with none."""
+    def run_round(self, homes: Iterable[Home] = ()) -> None:
+        """A round outside of backward: with the gradients of these parameters, and those that passes without synchronization have left."""
         self._open()
+        for home in homes:
+            if home.own_grad is not None:
+                self._fill(home)
         self._close()
 
     def _open(self) -> None:
@@ -175,15 +166,17 @@ class Reducer:
         """Reduce what is left, and tell the other ranks what was used."""
         homes = [home for bucket in self.buckets for home in bucket.homes]
         for home in [home for bucket in self._left for home in bucket.homes] if self.has_unreduced else ():
-            if home not in self._used and home.param.grad is not None:
+            if home not in self._used and home.own_grad is not None:
                 self._fill(home)
         while self._left:
             self._launch(self._left.popleft())
-        used = torch.tensor([home in self._used for home in homes] + [self._shard_group.serial], dtype=torch.int32)
+        last = [self._shard_group.serial, bool(self._repeated)]
+        used = torch.tensor([home in self._used for home in homes] + last, dtype=torch.int32)
         told = used.to(homes[0].param.device, non_blocking=True)
         what = f"which gradients there are, of {self.buckets[0].named} and all others,"
         transfer = transfers.all_reduce(told, self._all_ranks, what)
-        self._told.append(_Told(transfer=transfer, counts=told, homes=homes, all_used=len(self._used) == len(homes)))
+        is_known = len(self._used) == len(homes) and not self._repeated
+        self._told.append(_Told(transfer=transfer, counts=told, homes=homes, is_known=is_known))
         self.is_open = False
         self.has_unreduced = False
         self.rounds += 1
@@ -194,25 +187,30 @@ class Reducer:
     @torch.no_grad()
     def _fill(self, home: Home) -> None:
         """Move a gradient into its bucket."""
-        grad, bucket = home.param.grad, home.bucket
+        grad, bucket = home.own_grad, home.bucket
         assert grad is not None, "a hook is called with one"
         if grad.layout != torch.strided:
             raise ValueError(f"the gradient of {home.name!r} is sparse ({grad.layout}); build the layer with sparse=False")
-        if self._sends_alone(bucket) and grad.is_contiguous() and grad.dtype == self._dtype(bucket):
+        if self._sends_alone(bucket) and home in self._used and bucket.contents is not None:
+            bucket.contents = bucket.contents.clone()  # it may be autograd's own memory
+        if self._sends_alone(bucket) and home not in self._used and grad.is_contiguous() and grad.dtype == self._dtype(bucket):
             bucket.contents = grad.detach().view(-1)
         else:
             if bucket.contents is None:
                 bucket.contents = self._take_contents(bucket)
                 bucket.contents[bucket.pad].zero_()
             place = bucket.contents[home.whole_in_bucket].view(home.param.shape)
-            if self._sends_alone(bucket):
+            if home in self._used:
+                place.add_(grad, alpha=1.0 if self._sends_alone(bucket) else self._scale)
+            elif self._sends_alone(bucket):
                 place.copy_(grad)
             elif place.element_size() <= grad.element_size():
                 torch.mul(grad, self._scale, out=place)
             else:
                 place.copy_(grad).mul_(self._scale)
-        home.param.grad = None
+        home.param.grad = home.placeholder
         self._used.add(home)
+        self._repeated.discard(home)
 
     def _sends_alone(self, bucket: Bucket) -> bool:
         """Whether a bucket holds one gradient and nothing else, which can be sent from where it is, and is divided when it is added up.
@@ -285,15 +283,50 @@ class Reducer:
     @torch.no_grad()
     def finish(self) -> None:
         """Wait until all gradients of the rounds so far are averaged."""
-        if self._unended:
+        while self._end_rounds():
+            self.run_round(self._repeated.copy())
+
+    def _end_rounds(self) -> bool:
+        """Wait for all rounds so far, and for what the ranks have told each other.
+
+        Returns:
+            Whether a rank has a further gradient of a parameter, for which all are to run a further round.
+        """
+        if self._passes.was_left or self._passes.is_any_running:
             self._refuse_unended()
         if self.is_open:
             self._close()
         self._finish_in_flight()
+        repeating = 0
+        for told in self._told:
+            repeating = self._read(told)  # of the last: a round brings what was left of the one before
+        self._told.clear()
+        return repeating > 0
 
     def _finish_in_flight(self) -> None:
         while self._in_flight:
             self._in_flight.popleft().finish()
+
+    def _read(self, told: _Told) -> int:
+        """Take up which parameters had a gradient on any rank in a round; returns on how many ranks one has a further gradient."""
+        told.transfer.wait()
+        if told.is_known and not known_on_host(told.counts):  # this rank knows the answer without waiting for the device
+            self._found.update(told.homes)
+            return 0
+        *counts, serials, repeating = told.counts.tolist()
+        if serials != self._shard_group.serial * self._ranks:
+            raise RuntimeError(
+                "ranks have run backward passes for several ShardedOptimizers in different orders; run them in one order, with a "
+                "gradient for each optimizer on every rank"
+            )
+        if repeating not in (0, self._ranks) and not known_on_host(told.counts):  # a rank that has not looked runs no further round
+            here = "".join(f", here {home.name!r}" for home in self._repeated)
+            raise RuntimeError(
+                f"parameters got several gradients in one backward pass on {repeating} of {self._ranks} ranks{here}, from several "
+                f"reentrant checkpoints; let all ranks do so or none, or checkpoint with use_reentrant=False"
+            )
+        self._found.update(compress(told.homes, counts))
+        return repeating
 
     def collect(self) -> set[Home]:
         """Finish all rounds since the last time.
@@ -302,32 +335,16 @@ class Reducer:
             The parameters that had a gradient on any rank in any of them.
         """
         self.finish()
-        found: set[Home] = set()
-        for told in self._told:
-            told.transfer.wait()
-            if told.all_used and not known_on_host(told.counts):  # then this rank knows the answer without waiting for the device
-                found.update(told.homes)
-                continue
-            *counts, serials = told.counts.tolist()
-            if serials != self._shard_group.serial * self._ranks:
-                raise RuntimeError(
-                    "ranks have run backward passes for several ShardedOptimizers in different orders; run them in one order, with a "
-                    "gradient for each optimizer on every rank"
-                )
-            found.update(compress(told.homes, counts))
-        self._told.clear()
+        found, self._found = self._found, set()
         self.rounds = 0
         return found
 
-
-def _is_inside_another() -> bool:
-    """Whether the backward pass that runs was called by a function's backward."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is BackwardCFunction.apply.__code__:
-            return True
-        frame = frame.f_back
-    return False
+    def forget(self) -> None:
+        """Finish all rounds, whose gradients are not wanted."""
+        self._end_rounds()
+        self._found = set()
+        self._repeated = set()
+        self.rounds = 0
 
 
 def _empty(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -339,9 +356,10 @@ class _Told:
     """On how many ranks each parameter had a gradient in a round."""
 
     transfer: Transfer
-    counts: Tensor  # int32 (parameters + 1,), complete after the transfer; the last is the sum of what the ranks call their optimizer
+    counts: Tensor  # int32 (parameters + 2,), complete after the transfer; the last are the sum of what the ranks call their optimizer,
+    # and on how many of them a parameter has a further gradient
     homes: list[Home]
-    all_used: bool  # whether this rank had one of each
+    is_known: bool  # whether this rank had one of each, and none further
 
 
 class _Reduction:

@@ -19,7 +19,7 @@ from torch import Tensor
 from sharded_optim import memory
 from sharded_optim.zero.neighbours import Hearing, Neighbours
 
-__all__ = ["ShardGroup", "Transfer", "all_reduce", "naming"]
+__all__ = ["ShardGroup", "Transfer", "all_reduce", "exchanges", "naming_collectives"]
 
 # A tag, an int of 31 bits, has from the highest: which ShardGroup, the number of the round or step, the bucket, and two bits for what is
 # sent. What one of them has left unreceived must not be taken for another's.
@@ -71,8 +71,8 @@ class Transfer:
             with naming(self._what):
                 for work in self._arriving:
                     work.wait()
-                if self._finish is not None:
-                    self._finish()
+            if self._finish is not None:
+                self._finish()
             self._arriving, self._finish = (), None
 
     def settle(self) -> None:
@@ -87,10 +87,24 @@ class Transfer:
                 work.wait()
         self._leaving, self._held = (), ()
 
+    def has_ended(self) -> bool:
+        """Whether the buffers may be let go: this rank has waited for what it gets, and the others have what they get.
+
+        Does not wait for a rank that has yet to read this one's memory. One that has got as far as this one takes what is sent to it.
+        """
+        if self.is_arriving or not all(work.has_come() for work in self._leaving if isinstance(work, Hearing)):
+            return False
+        with naming(f"the answer that other ranks have {self._what}"):
+            for work in self._leaving:
+                if not isinstance(work, Hearing):
+                    work.wait()
+        self._leaving, self._held = (), ()
+        return True
+
 
 @contextmanager
 def naming(what: str) -> Iterator[None]:
-    """Say what did not come, where other ranks are missing.
+    """Say what did not come, around what waits for other ranks and does nothing else.
 
     Raises:
         RuntimeError: in the place of one of torch.distributed, or of the operating system.
@@ -104,6 +118,33 @@ def naming(what: str) -> Iterator[None]:
             f"{what} did not come from the other ranks: one of them has raised an error, has died or did not get there in the process "
             f"group's timeout. Its own error says why; if there is none, make every rank call backward and step equally often ({error})"
         ) from error
+
+
+@contextmanager
+def naming_collectives(what: str) -> Iterator[None]:
+    """As `naming`, around code that also does other things: what is not raised by torch.distributed passes as it is.
+
+    Type and text do not tell gloo's errors from those of an allocator: both are plain RuntimeErrors.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_raised_by_torch_distributed(error):
+            raise
+        with naming(what):
+            raise
+
+
+def _is_raised_by_torch_distributed(error: BaseException) -> bool:
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return traceback is not None and traceback.tb_frame.f_globals.get("__name__", "").startswith("torch.distributed.")
+
+
+def exchanges(process_group: dist.ProcessGroup | None, device: torch.device) -> bool:
+    """Whether ranks send each other their shards directly, as gloo has nothing better."""
+    return process_group is not None and device.type == "cpu" and process_group._get_backend(device).name() == "gloo"
 
 
 class ShardGroup:
@@ -127,7 +168,7 @@ class ShardGroup:
             _made[process_group] = self.serial = _made.get(process_group, 0) + 1
         self.size = 1 if process_group is None else dist.get_world_size(process_group)
         self.rank = 0 if process_group is None else dist.get_rank(process_group)
-        self.exchanges = process_group is not None and device.type == "cpu" and process_group._get_backend(device).name() == "gloo"
+        self.exchanges = exchanges(process_group, device)
         self.neighbours = Neighbours(process_group if self.exchanges else None)
         self._strangers = [rank for rank in range(self.size) if rank != self.rank and rank not in self.neighbours.ranks]
 
@@ -224,8 +265,13 @@ class ShardGroup:
             works = [dist.irecv(received[rank], group=group, group_src=rank, tag=tag) for rank in reversed(targets)]
             sends = [dist.isend(sent[rank], group=group, group_dst=rank, tag=tag) for rank in targets]
 
+        def read(rank: int) -> Tensor:
+            with naming(what):
+                buffer = neighbours.read(rank, ready[rank].which)
+            return buffer[: full.nbytes].view(full.dtype)
+
         def finish_and_answer() -> None:
-            finish(lambda rank: neighbours.read(rank, ready[rank].which)[: full.nbytes].view(full.dtype))
+            finish(read)
             for rank in ready:
                 with suppress(RuntimeError):  # who has gone needs no answer
                     neighbours.tell(rank, tag + 1)

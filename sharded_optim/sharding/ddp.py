@@ -1,0 +1,81 @@
+"""The DistributedDataParallel modules of a process, and whether torch's Join lets ranks end early that they train on.
+
+DistributedDataParallel leaves no mark on parameters, and Join none but in the modules that it was given: so these are looked for among all
+objects, once for each set of parameters, and then only asked. Used by the engine and by ShardedOptimizer. Private names of torch that are
+relied on, `_join_config` and `Join._joinables`, are tried with torch 2.11 and 2.13.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable
+from typing import Any
+from weakref import ref
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.algorithms.join import Join
+from torch.nn.parallel import DistributedDataParallel
+
+__all__ = ["JoinGuard", "averaged_params", "ddp_modules"]
+
+
+class JoinGuard:
+    """Refuses steps inside of a Join context, for an optimizer whose step is a collective.
+
+    A rank that has run out of inputs would not take part in it, and Join can stand in for it only in what DistributedDataParallel does.
+    """
+
+    def __init__(self) -> None:
+        self._key: object = None
+        self._modules: list[ref[DistributedDataParallel]] | None = None
+        self._left: object = None  # a configuration of a context that has been left, which torch does not take back
+
+    def check(self, params: Iterable[Tensor], key: object) -> None:
+        """Raise ValueError inside of a Join context, on every rank that steps there.
+
+        Args:
+            params: that are stepped.
+            key: modules are looked for when it is another than the last time; None: only the first time.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            return
+        if self._modules is None or (key is not None and key != self._key):
+            self._key = key
+            self._modules = [ref(module) for module in ddp_modules()]
+        for known in self._modules:
+            module = known()
+            if module is None:
+                continue
+            config = module._join_config
+            if not config.enable or config.throw_on_early_termination or config is self._left:
+                continue  # who throws does so in the forward pass, on all ranks
+            if not any(_is_in_context(each, module) for each in _objects_of(Join)):
+                self._left = config
+            elif not averaged_params([module]).keys().isdisjoint(map(id, params)):
+                raise ValueError(
+                    "torch.distributed.algorithms.join.Join lets ranks run out of inputs, but a step of this optimizer is a collective, "
+                    "which would wait for them; give all ranks as many batches (DistributedSampler(drop_last=True)), or use an optimizer "
+                    "whose step needs no other rank, as so.AdamW with nonfinite='allow' outside of ShardedOptimizer"
+                )
+
+
+def ddp_modules() -> list[DistributedDataParallel]:
+    """All that there are."""
+    return _objects_of(DistributedDataParallel)
+
+
+def averaged_params(modules: Iterable[DistributedDataParallel]) -> dict[int, str]:
+    """The names of the parameters whose gradients they average, by the parameters' ids."""
+    return {id(param): name for each in modules for name, param in each.module.named_parameters() if name not in each.parameters_to_ignore}
+
+
+def _objects_of(kind: type) -> list[Any]:
+    objects = gc.get_objects()
+    kinds = {each for each in set(map(type, objects)) if kind in each.__mro__}  # of half a million objects: types are few
+    return [each for each in objects if type(each) in kinds] if kinds else []
+
+
+def _is_in_context(join: Join, module: DistributedDataParallel) -> bool:
+    """Whether a context is for a module. That it is there at all says that it has not been left."""
+    return join._enable and any(each is module for each in join._joinables)

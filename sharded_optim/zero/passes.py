@@ -1,0 +1,85 @@
+"""Backward passes, one inside the other: which of them run, and how each has ended.
+
+A reentrant checkpoint runs a backward pass inside that of the model. Autograd says which pass runs, but not which one that is inside of,
+nor that an exception has ended one. Used by `reduction.py`. Tried with torch 2.11 and 2.13.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import torch
+from torch.autograd import Variable
+from torch.autograd.function import BackwardCFunction
+
+__all__ = ["Passes"]
+
+
+class Passes:
+    """Watches the passes that `enter` is called in, and those around them.
+
+    Args:
+        ended: called at the end of an outermost pass, in that pass: what it raises is raised by `backward`.
+
+    Attributes:
+        was_left: whether an exception has ended one of them.
+    """
+
+    def __init__(self, ended: Callable[[], None]) -> None:
+        self.was_left = False
+        self._ended = ended
+        self._running: set[int] = set()
+        self._current = -1
+
+    @property
+    def is_any_running(self) -> bool:
+        return bool(self._running)
+
+    def enter(self) -> None:
+        """Watch the pass that runs; from a hook in it."""
+        number = torch._C._current_graph_task_id()
+        if number == self._current:
+            return
+        self._current = number
+        if number not in self._running:
+            self._running.add(number)
+            Variable._execution_engine.queue_callback(_Pass(self, number))
+
+    def end(self, number: int) -> None:
+        self._running.discard(number)
+        if not self._running and not _is_inside_another():
+            self._ended()
+
+    def leave(self, number: int) -> None:
+        self._running.discard(number)
+        self.was_left = True
+
+
+class _Pass:
+    """A callback of one pass. Autograd alone holds it, so that it goes with the pass, also where an exception ends that."""
+
+    def __init__(self, passes: Passes, number: int) -> None:
+        self._passes = passes
+        self._number = number
+        self._has_ended = False
+
+    def __call__(self) -> None:
+        self._has_ended = True
+        self._passes.end(self._number)
+
+    def __del__(self) -> None:
+        if not self._has_ended:
+            self._passes.leave(self._number)
+        if torch._C._current_graph_task_id() >= 0:  # now the pass runs that this one was inside of
+            self._passes.enter()
+
+
+def _is_inside_another() -> bool:
+    """Whether the pass that runs was called by a function's backward."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is BackwardCFunction.apply.__code__:
+            return True
+        frame = frame.f_back
+    return False

@@ -1,0 +1,90 @@
+"""What `param.grad` is while the gradient lies in a bucket, cut over the ranks.
+
+None would say that there is no gradient: torch.nn.utils.clip_grad_norm_, which frameworks call by themselves, would clip nothing and say
+nothing. The placeholder has a shape and no memory, and raises an error where anybody computes with it.
+
+Autograd adds to a gradient that is there. What the next backward pass adds to a placeholder is kept for the hook that follows.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["GRAD_SCALER", "GradientInBucket"]
+
+GRAD_SCALER = (
+    "GradScaler finds no gradients in the parameters, as they are in ShardedOptimizer's buckets; train in bfloat16 without it, or wrap the "
+    "model with DistributedDataParallel, which leaves them there"
+)
+aten = torch.ops.aten
+
+
+class GradientInBucket(Tensor):
+    """Shaped like a gradient, for which it stands.
+
+    Attributes:
+        param_name: in errors.
+        added: what has been added to it within backward; None: nothing.
+    """
+
+    param_name: str
+    added: Tensor | None
+
+    @staticmethod
+    def __new__(cls, param: Tensor, param_name: str) -> GradientInBucket:
+        made = torch.Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
+            cls, tuple(param.shape), dtype=param.dtype, device=param.device
+        )
+        made.param_name, made.added = param_name, None
+        return made
+
+    def take_added(self) -> Tensor | None:
+        """What has been added, no longer kept here."""
+        added, self.added = self.added, None
+        return added
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, function: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Tensor:
+        if function in (aten.add_.Tensor, aten.add.Tensor) and type(args[0]) is cls and _is_called_by_autograd():
+            if function is aten.add.Tensor:  # with create_graph=True
+                return args[1].clone()
+            args[0].added = args[1].clone()
+            return args[0]
+        if "unscale" in function.__name__:
+            raise ValueError(GRAD_SCALER)
+        raise ValueError(f"{function} cannot be computed: {next(_placeholders([args, kwargs]))!r}")
+
+    def __repr__(self, **_: object) -> str:
+        return (
+            f"the gradient of {self.param_name!r} is in a bucket of ShardedOptimizer, cut over the ranks, and not in param.grad; clip with "
+            f"optimizer.clip_grad_norm_(max_norm) instead of torch.nn.utils, forget it with optimizer.zero_grad(), or wrap the model with "
+            f"DistributedDataParallel, which leaves gradients in the parameters"
+        )
+
+
+def _is_called_by_autograd() -> bool:
+    """Whether a backward pass computes by itself, and not a hook that it has called."""
+    if torch._C._current_graph_task_id() < 0:
+        return False
+    caller = sys._getframe(1).f_back
+    return caller is None or caller.f_globals.get("__name__") == "torch.autograd.graph"  # None: in a thread of a device
+
+
+def _placeholders(given: object) -> Iterator[GradientInBucket]:
+    """Those among arguments."""
+    if isinstance(given, GradientInBucket):
+        yield given
+    elif isinstance(given, list | tuple):
+        for each in given:
+            yield from _placeholders(each)
+    elif isinstance(given, dict):
+        yield from _placeholders(list(given.values()))
