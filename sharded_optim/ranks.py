@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 import weakref
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 __all__ = [
+    "COLLECTIVE_ERRORS",
     "gather_messages",
     "join_messages",
     "named_ranks",
@@ -24,12 +26,16 @@ __all__ = [
 
 # What torch.distributed raises where a rank is missing; gloo's errors are plain ones.
 COLLECTIVE_ERRORS = (RuntimeError, dist.DistError, dist.DistBackendError, dist.DistNetworkError)
+LOST_RANK = re.compile(r"timed out|timeout|closed|reset|refused|broken pipe|abort|exited", re.IGNORECASE)  # in gloo's and NCCL's words
 REPORTING_TIME = 3.0  # seconds in which ranks whose collective has failed report that they took part
 
 # By the group they mirror. Held weakly: torch.distributed owns groups, and must be the one to end their threads.
 _own_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[str | None, str], weakref.ref[dist.ProcessGroup]]] = (
     weakref.WeakKeyDictionary()
 )
+
+
+_failures: dict[str, int] = {}  # collectives that have failed, by the group's name, which a later group may have again
 
 
 def own_process_group(
@@ -89,7 +95,7 @@ def naming_missing_ranks(process_group: dist.ProcessGroup, what: str) -> Iterato
     try:
         yield
     except RuntimeError as error:
-        if type(error) not in COLLECTIVE_ERRORS:
+        if type(error) not in COLLECTIVE_ERRORS or not LOST_RANK.search(str(error)):
             raise  # out of memory, for example
         missing = _missing_ranks(process_group)
         who = f"{named_ranks(missing)} did not take part in" if missing else "the ranks lost each other in"
@@ -108,7 +114,8 @@ def _missing_ranks(process_group: dist.ProcessGroup) -> list[int]:
     try:
         store = dist.distributed_c10d._get_default_store()
         ranks = dist.get_process_group_ranks(process_group)
-        keys = {rank: f"sharded_optim/failed/{process_group.group_name}/{rank}" for rank in ranks}
+        number = _failures[process_group.group_name] = _failures.get(process_group.group_name, 0) + 1
+        keys = {rank: f"sharded_optim/failed/{process_group.group_name}/{number}/{rank}" for rank in ranks}
         store.set(keys[dist.get_rank()], "")
         deadline = time.monotonic() + REPORTING_TIME
         while (missing := [rank for rank in ranks if not store.check([keys[rank]])]) and time.monotonic() < deadline:

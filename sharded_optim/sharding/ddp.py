@@ -8,13 +8,12 @@ relied on, `_join_config` and `Join._joinables`, are tried with torch 2.11 and 2
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 from weakref import ref
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
 __all__ = ["JoinGuard", "averaged_params", "ddp_modules"]
@@ -27,7 +26,7 @@ class JoinGuard:
     """
 
     def __init__(self) -> None:
-        self._key: object = None
+        self._key: Callable[[], object] = lambda: None
         self._modules: list[ref[DistributedDataParallel]] | None = None
         self._left: object = None  # a configuration of a context that has been left, which torch does not take back
 
@@ -40,8 +39,8 @@ class JoinGuard:
         """
         if not (dist.is_available() and dist.is_initialized()):
             return
-        if self._modules is None or (key is not None and key != self._key):
-            self._key = key
+        if self._modules is None or (key is not None and self._key() is not key):
+            self._key = (lambda: None) if key is None else ref(key)
             self._modules = [ref(module) for module in ddp_modules()]
         for known in self._modules:
             module = known()
@@ -50,7 +49,7 @@ class JoinGuard:
             config = module._join_config
             if not config.enable or config.throw_on_early_termination or config is self._left:
                 continue  # who throws does so in the forward pass, on all ranks
-            if not any(_is_in_context(each, module) for each in _objects_of(Join)):
+            if not _is_in_context(module):
                 self._left = config
             elif not averaged_params([module]).keys().isdisjoint(map(id, params)):
                 raise ValueError(
@@ -76,6 +75,8 @@ def _objects_of(kind: type) -> list[Any]:
     return [each for each in objects if type(each) in kinds] if kinds else []
 
 
-def _is_in_context(join: Join, module: DistributedDataParallel) -> bool:
-    """Whether a context is for a module. That it is there at all says that it has not been left."""
-    return join._enable and any(each is module for each in join._joinables)
+def _is_in_context(module: DistributedDataParallel) -> bool:
+    """Whether there is a context for a module. That it is there at all says that it has not been left."""
+    from torch.distributed.algorithms.join import Join  # whose module needs torch.distributed
+
+    return any(join._enable and any(each is module for each in join._joinables) for join in _objects_of(Join))

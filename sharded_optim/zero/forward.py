@@ -8,6 +8,7 @@ from weakref import WeakSet
 
 from torch import Tensor, nn
 
+from sharded_optim.hooks import InertHook
 from sharded_optim.zero.bucket import Home
 from sharded_optim.zero.gathering import Gatherer
 
@@ -94,7 +95,7 @@ class _Wait:
         self._hooks.wait(self._params, settles=self._settles)
 
     def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
-        return _Nothing, ()
+        return InertHook, ()
 
 
 class _WaitInForward(_Wait):
@@ -103,13 +104,6 @@ class _WaitInForward(_Wait):
     def __call__(self, *_: object) -> None:
         super().__call__()
         self._hooks.try_again()
-
-
-class _Nothing:
-    """The hook of a copied model."""
-
-    def __call__(self, *_: object) -> None:
-        pass
 
 
 def _needs(module: nn.Module) -> Iterator[tuple[nn.Module, Sequence[Tensor]]]:

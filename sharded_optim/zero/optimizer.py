@@ -41,7 +41,7 @@ from sharded_optim.zero.housing import Group, Housing, check_params, unit_of, wi
 from sharded_optim.zero.placeholder import GRAD_SCALER
 from sharded_optim.zero.reduction import Reducer
 from sharded_optim.zero.topology import Topology
-from sharded_optim.zero.transfers import ShardGroup, exchanges, naming_collectives
+from sharded_optim.zero.transfers import ShardGroup, exchanges
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -424,8 +424,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             inside |= without_params(outside)
         self._gatherer.begin(self._housing.buckets, {home.bucket for home in used})
         try:
-            what = f"what ranks agree on in a step, of {self._housing.buckets[0].named} and all others,"
-            with self._grad_scaler(), naming_collectives(what):
+            with self._grad_scaler():
                 self._engine.step()
         finally:
             self._gatherer.end()

@@ -17,16 +17,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharded_optim import memory
+from sharded_optim.ranks import COLLECTIVE_ERRORS
 from sharded_optim.zero.neighbours import Hearing, Neighbours
 
-__all__ = ["ShardGroup", "Transfer", "all_reduce", "exchanges", "naming_collectives"]
+__all__ = ["ShardGroup", "Transfer", "all_reduce", "exchanges"]
 
 # A tag, an int of 31 bits, has from the highest: which ShardGroup, the number of the round or step, the bucket, and two bits for what is
 # sent. What one of them has left unreceived must not be taken for another's.
 SERIALS = ROUNDS = 2**7  # so many are told apart
 BUCKETS = 2**15
-
-FAILURES = (RuntimeError, dist.DistError, dist.DistBackendError, dist.DistNetworkError)  # gloo's are plain ones
 
 _made: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()  # ShardGroups, over each process group
 
@@ -112,34 +111,12 @@ def naming(what: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, OSError) as error:
-        if type(error) not in FAILURES and not isinstance(error, OSError):
+        if type(error) not in COLLECTIVE_ERRORS and not isinstance(error, OSError):
             raise  # out of memory, for example
         raise RuntimeError(
             f"{what} did not come from the other ranks: one of them has raised an error, has died or did not get there in the process "
             f"group's timeout. Its own error says why; if there is none, make every rank call backward and step equally often ({error})"
         ) from error
-
-
-@contextmanager
-def naming_collectives(what: str) -> Iterator[None]:
-    """As `naming`, around code that also does other things: what is not raised by torch.distributed passes as it is.
-
-    Type and text do not tell gloo's errors from those of an allocator: both are plain RuntimeErrors.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if not _is_raised_by_torch_distributed(error):
-            raise
-        with naming(what):
-            raise
-
-
-def _is_raised_by_torch_distributed(error: BaseException) -> bool:
-    traceback = error.__traceback__
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    return traceback is not None and traceback.tb_frame.f_globals.get("__name__", "").startswith("torch.distributed.")
 
 
 def exchanges(process_group: dist.ProcessGroup | None, device: torch.device) -> bool:
