@@ -226,7 +226,7 @@ def scale_gradients(optimizer: so.StableAdamW, param: Tensor) -> None:
 
 CHANGES_AFTER_OBSERVATION: dict[str, Callable[[so.StableAdamW, Tensor], object]] = {
     "gradient written": lambda optimizer, param: param.grad.mul_(0.01),
-    "gradient replaced": lambda optimizer, param: setattr(param, "grad", param.grad * 0.01),
+    "gradient replaced": lambda optimizer, param: setattr(param, "grad", torch.full_like(param, 0.01)),
     "state written": lambda optimizer, param: optimizer.state[param]["exp_avg_sq"].mul_(9.0),
     "step counter": lambda optimizer, param: optimizer.state[param]["step"].add_(5.0),
     "betas": lambda optimizer, param: optimizer.param_groups[0].update(betas=(0.9, 0.5)),

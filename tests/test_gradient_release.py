@@ -82,6 +82,22 @@ def test_metrics_cover_all_parameters_stepped_in_a_backward() -> None:
     assert len(optimizer.metrics()) == 1 + len(list(model.parameters()))
 
 
+@pytest.mark.filterwarnings("ignore:the first step found no gradient")
+def test_a_step_of_all_parameters_ends_the_reports_of_steps_of_some() -> None:
+    """A parameter without a gradient in it is not reported as of a step before."""
+    params = {name: nn.Parameter(torch.ones(3)) for name in ("released", "late")}
+    optimizer = so.StableAdamW(list(params.items()), lr=1e-2)
+    optimizer.step()
+    for name, param in params.items():
+        param.grad = torch.ones(3)
+        optimizer.step(param=param if name == "released" else None)
+        assert optimizer.metrics().keys() == {"skipped_steps", f"rms/{name}"}
+        for other, each in params.items():
+            reported = optimizer.report_per_parameter_metrics(each, other, {})
+            assert bool(reported[f"l2_norm/update/{other}"] > 0) == (other == name)
+        optimizer.zero_grad()
+
+
 def test_a_unit_that_is_not_finite_is_left_out_and_counted() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     optimizer = so.StableAdamW(model.parameters(), lr=1e-2, gradient_release=True)
