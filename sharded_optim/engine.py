@@ -143,7 +143,7 @@ class Engine(StatefulOptimizer):
         only = None if param is None else (param,) if isinstance(param, Tensor) else tuple(param)
         self._raise_deferred(only)
         if self._agrees and self.layout is None:  # DistributedDataParallel holds no flat parameters
-            self._join_guard.check((param for group in self.param_groups for param in group["params"]), self._layouts.last)
+            self._join_guard.check((param for group in self.param_groups for param in group["params"]), id(self._layouts.last))
         process_group = self._own_group() if self._agrees else None
         layout = self._layouts.current(
             self.param_groups,

@@ -190,9 +190,39 @@ def check_wrappers_do_not_count_as_others() -> None:
             assert not local(optimizer.state[weight]["kahan_comp"]).any()
 
 
+def check_sharded_optimizer() -> None:
+    """A mask on the parameters drops the compensations of all shards; steps alone keep them, with the bits of one process."""
+    for stage in (1, 2):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(17, 9), nn.GELU(), nn.Linear(9, 5)).bfloat16()
+        alone = copy.deepcopy(model)
+        sharded = so.ShardedOptimizer(model, so.AdamW, stage=stage, lr=1e-3, weight_decay=0.0, kahan_sum=True, bucket_mb=1e-4)
+        optimizer = so.AdamW(alone.named_parameters(), lr=1e-3, weight_decay=0.0)
+        for masked in (False, True, False):
+            if masked:
+                with torch.no_grad():
+                    for param in (*model.parameters(), *alone.parameters()):
+                        param.mul_(torch.rand(param.shape, generator=torch.Generator().manual_seed(1)) < 0.5)
+            for step in range(3):
+                for param, twin in zip(model.parameters(), alone.parameters(), strict=True):
+                    twin.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(step)).bfloat16()
+                    param.grad = twin.grad.clone()
+                sharded.step()
+                optimizer.step()
+                sharded.wait()
+                sharded.zero_grad()
+            assert all(map(torch.equal, model.parameters(), alone.parameters())), (stage, masked)
+            assert any(bool(state["kahan_comp"].any()) for state in sharded.state.values())
+
+
+def check_two_ranks() -> None:
+    check_wrappers_do_not_count_as_others()
+    check_sharded_optimizer()
+
+
 def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def test_wrappers_do_not_count_as_others() -> None:
-    ranks.run(check_wrappers_do_not_count_as_others, 2)
+    ranks.run(check_two_ranks, 2)

@@ -8,7 +8,7 @@ relied on, `_join_config` and `Join._joinables`, are tried with torch 2.11 and 2
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 from weakref import ref
 
@@ -26,21 +26,21 @@ class JoinGuard:
     """
 
     def __init__(self) -> None:
-        self._key: Callable[[], object] = lambda: None
+        self._key = 0
         self._modules: list[ref[DistributedDataParallel]] | None = None
         self._left: object = None  # a configuration of a context that has been left, which torch does not take back
 
-    def check(self, params: Iterable[Tensor], key: object) -> None:
+    def check(self, params: Iterable[Tensor], key: int) -> None:
         """Raise ValueError inside of a Join context, on every rank that steps there.
 
         Args:
             params: that are stepped.
-            key: modules are looked for when it is another than the last time; None: only the first time.
+            key: modules are looked for when it is another than the last time.
         """
         if not (dist.is_available() and dist.is_initialized()):
             return
-        if self._modules is None or (key is not None and self._key() is not key):
-            self._key = (lambda: None) if key is None else ref(key)
+        if self._modules is None or key != self._key:
+            self._key = key
             self._modules = [ref(module) for module in ddp_modules()]
         for known in self._modules:
             module = known()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from sharded_optim import memory
 from sharded_optim.buckets import Size, plan_buckets
@@ -147,6 +148,8 @@ class Housing:
             if not bucket.is_home(home):
                 bucket.bring_home(home)
             bucket.renew_masters(home)
+            if home.local is not None and not home.kind.has_masters:  # whose memory is the parameter's
+                increment_version(home.local)
             home.version = param._version
 
     def _wants_masters(self, group: Group) -> bool:
