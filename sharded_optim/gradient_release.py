@@ -173,6 +173,9 @@ class _BucketRelease:
             param.grad = None  # the bucket has it
         return work.get_future().then(lambda future: future.value()[0])
 
+    def __reduce__(self) -> tuple[type[_NoBucketRelease], tuple[()]]:
+        return _NoBucketRelease, ()
+
     def _finish(self) -> None:
         """Use the gradients of the bucket in flight."""
         assert self._in_flight is not None, "queued when it was filled"
@@ -182,6 +185,13 @@ class _BucketRelease:
             param.grad = grad if param in self.optimized or self._grads_are_views else grad.clone()
         if self.optimizer is not None:
             _step_and_free(self.optimizer, tuple(param for param in params if param in self.optimized))
+
+
+class _NoBucketRelease:
+    """What a copy of a DistributedDataParallel has in its place: the copy reduces gradients without a hook, which it only remembers."""
+
+    def hook(self, *_: object) -> None:
+        raise RuntimeError("a copy of a DistributedDataParallel called the communication hook of gradient release; build it anew")
 
 
 def _step_and_free(optimizer: Engine, params: Unit) -> None:

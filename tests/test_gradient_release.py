@@ -482,6 +482,22 @@ def test_a_copy_of_a_prepared_model_is_an_ordinary_model() -> None:
             assert own.state[next(twin.parameters())]["step"] == 1
 
 
+def check_a_copy_of_a_prepared_ddp_model() -> None:
+    """It averages gradients as any other, and nobody steps it."""
+    model = DistributedDataParallel(nn.Linear(8, 3))
+    optimizer = so.AdamW(model.parameters(), lr=1e-2, gradient_release=True)
+    so.prepare_for_gradient_release(model, optimizer)
+    twin = copy.deepcopy(model)
+    before = copy.deepcopy(list(twin.parameters()))
+    twin(torch.full((2, 8), float(1 + dist.get_rank()))).sum().backward()
+    assert all(map(torch.equal, before, twin.parameters()))
+    assert torch.equal(next(twin.parameters()).grad, torch.full((3, 8), 3.0))
+
+
+def test_a_copy_of_a_prepared_ddp_model_is_an_ordinary_one() -> None:
+    ranks.run(check_a_copy_of_a_prepared_ddp_model, 2)
+
+
 def test_parameters_that_are_replaced_before_the_first_forward_pass_are_still_refused() -> None:
     model = nn.Sequential(nn.Linear(8, 7), nn.Linear(7, 3))
     optimizer = so.AdamW(model.parameters(), lr=1e-2, gradient_release=True)

@@ -716,8 +716,14 @@ def check_hooks_go() -> None:
                 other.step()
                 if waits:
                     optimizer.wait()
-                gone += [ref(optimizer._reducer), *map(ref, optimizer._housing.buckets)]
+                gone += [ref(optimizer._engine), ref(optimizer._reducer), *map(ref, optimizer._housing.buckets)]
+                other.wait()
+                gone_at_once = [ref(other), ref(other._engine), ref(other._reducer), *map(ref, other._housing.buckets)]
+                gc.collect()
+                gc.disable()
                 del optimizer, other
+                assert not any(each() for each in gone_at_once)
+                gc.enable()
                 gc.collect()
                 assert (hooks(model) == 0) == (waits or together == 2)
                 assert waits or together == 2 or hooks(model) > 0, "what was begun is not waited for"

@@ -139,7 +139,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             all_ranks=topology.all_ranks,
             keeps_contents=stage == 1,
             reduce_dtype=reduce_dtype,
-            arrived=self._arrived,
+            arrived=partial(_arrived, ref(self)),
         )
         try:
             bucket_bytes = default_bucket_bytes(shard_group.size) if bucket_mb is None else int(bucket_mb * 2**20)
@@ -162,7 +162,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._hooks: list[Callable[[], None]] = [partial(_call_and_drop, self._gradient_hooks)]  # likewise, of all
         if self._overlaps and module is not None:
             self._hooks.append(ForwardHooks(unwrapped(module), self._gatherer, self._housing.homes).release)
-        finalize(self, _call_and_drop, self._hooks).atexit = False  # then process groups may be gone, and nobody needs it
+        finalize(self, _let_go, self._hooks, self._housing).atexit = False  # then process groups may be gone, and nobody needs it
         self._take_up(self._housing.buckets)
 
     # ------------------------------------------------------------------------------------------------------------------ parameters
@@ -580,7 +580,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return super().__repr__().removesuffix(")") + f"inside: {type(self._engine).__name__}, {spread}\n)"
 
 
-# Hooks hold the optimizer weakly: Python cannot collect a cycle through autograd.
+# Hooks and parts hold the optimizer weakly: Python cannot collect a cycle through autograd, and any other only now and then.
+
+
+def _arrived(optimizer: ref[ShardedOptimizer], bucket: Bucket) -> None:
+    """The averaged gradients of a bucket are there."""
+    found = optimizer()
+    if found is not None:
+        found._arrived(bucket)
 
 
 def _ready(optimizer: ref[ShardedOptimizer], param: Tensor) -> None:
@@ -615,3 +622,11 @@ def _finish_others(groups: Sequence[Group]) -> None:
 def _call_and_drop(functions: list[Callable[[], None]]) -> None:
     while functions:
         functions.pop()()
+
+
+def _let_go(hooks: list[Callable[[], None]], housing: Housing) -> None:
+    """When an optimizer is gone: remove its hooks, and free its buckets at once, but for those of which transfers go on."""
+    _call_and_drop(hooks)
+    for bucket in housing.buckets:
+        if bucket.gathering.has_ended():
+            bucket.homes.clear()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from weakref import WeakMethod
 
 import torch
 from torch.autograd import Variable
@@ -20,13 +21,13 @@ class Passes:
     """Watches the passes that `enter` is called in, and those around them.
 
     Args:
-        ended: called at the end of an outermost pass, in that pass: what it raises is raised by `backward`.
+        ended: called at the end of an outermost pass, in that pass, if its object is still there: what it raises is raised by `backward`.
 
     Attributes:
         was_left: whether an exception has ended one of them.
     """
 
-    def __init__(self, ended: Callable[[], None]) -> None:
+    def __init__(self, ended: WeakMethod[Callable[[], None]]) -> None:
         self.was_left = False
         self._ended = ended
         self._running: set[int] = set()
@@ -48,8 +49,9 @@ class Passes:
 
     def end(self, number: int) -> None:
         self._running.discard(number)
-        if not self._running and not _is_inside_another():
-            self._ended()
+        ended = self._ended()
+        if ended is not None and not self._running and not _is_inside_another():
+            ended()
 
     def leave(self, number: int) -> None:
         self._running.discard(number)

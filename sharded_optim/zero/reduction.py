@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import compress
 from typing import NoReturn
+from weakref import WeakMethod
 
 import torch
 import torch.distributed as dist
@@ -97,7 +98,7 @@ class Reducer:
         self._scratch = Pool(_empty)
         self._round = 0
         self.is_open = False
-        self._passes = Passes(self._pass_ended)
+        self._passes = Passes(WeakMethod(self._pass_ended))
         self._left: deque[Bucket] = deque()  # of the open round, not yet being reduced
         self._used: set[Home] = set()  # whose gradients this rank brings to the open round
         self._repeated: set[Home] = set()  # that have a further gradient, for which a round is to be run
