@@ -409,7 +409,7 @@ def _flat_buckets(
         collectives=(
             case.reduce_scatter("gradients", shard),
             case.all_reduce("shards of gradients", whole // shards * grad_itemsize, case.ranks // shards),
-            case.all_reduce("which tensors have a gradient", 4 * (len(sizes) + 1), case.ranks),
+            case.all_reduce("which tensors have a gradient", 4 * (len(sizes) + 2), case.ranks),
             case.all_gather("parameters", shard),
         ),
         grad_itemsize=grad_itemsize,

@@ -160,8 +160,17 @@ class Peak(TorchDispatchMode):
         for tensor in result if isinstance(result, list | tuple) else [result]:
             if isinstance(tensor, Tensor):
                 self._add(tensor)
-        self.bytes = max(self.bytes, sum({storage.data_ptr(): storage.nbytes() for storage in self._storages.values()}.values()))
+        self.bytes = max(self.bytes, covered((storage.data_ptr(), storage.nbytes()) for storage in self._storages.values()))
         return result
+
+
+def covered(spans: Iterable[tuple[int, int]]) -> int:
+    """How many bytes lie in any of these (address, size): a storage may be a part of another's memory."""
+    total = end = 0
+    for start, size in sorted(spans):
+        total += max(0, start + size - max(start, end))
+        end = max(end, start + size)
+    return total
 
 
 def test_one_process_holds_what_is_planned() -> None:
@@ -287,7 +296,10 @@ def check_sharded_optimizer_peak(stage: int, setup: Setup) -> None:
     optimizer.zero_grad()
     already = [*model.parameters(), *(value for state in optimizer._engine.state.values() for value in state.values())]
     already += [
-        tensor for bucket in optimizer._housing.buckets for tensor in (bucket.grads, bucket.masters, bucket.contents) if tensor is not None
+        tensor
+        for bucket in optimizer._housing.buckets
+        for tensor in (bucket.values, bucket.grads, bucket.masters, bucket.contents)
+        if tensor is not None
     ]
     with Peak(already) as peak:
         train(model, optimizer, torch.ones(1, 257))
