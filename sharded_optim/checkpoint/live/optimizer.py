@@ -181,7 +181,8 @@ class LiveOptimizer:
             return own
         where = f"param_groups[{index}]"
         for other in saved[1:]:
-            differ = [key for key in saved[0].keys() | other.keys() if saved[0].get(key) != other.get(key)]
+            one, two = (encode(dict(each), where) for each in (saved[0], other))  # tensors have no truth value
+            differ = [key for key in one.keys() | two.keys() if one.get(key) != two.get(key)]
             if differ:
                 told = (
                     f"{where} has parameters that were in several groups of the checkpoint, with different {', '.join(sorted(differ))}; "
@@ -256,8 +257,9 @@ class LiveOptimizer:
         if hyperparameters:
             for group, values in zip(self.groups, landing.groups, strict=True):
                 for key, value in values.items():
-                    if isinstance(group.get(key), Tensor):
-                        group[key].fill_(value)
+                    own = group.get(key)
+                    if isinstance(own, Tensor) and own.numel() == 1 and isinstance(value, int | float):
+                        own.fill_(value)
                     else:
                         group[key] = value
         self.loaded()
