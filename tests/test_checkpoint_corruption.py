@@ -567,8 +567,6 @@ IMPOSSIBLE: dict[str, tuple[Callable[[Content], None], str]] = {
     "a dict with a key twice": (set_extra({"$items": [[1, 2], [1, 3]]}), "has a key twice"),
     "a float that JSON has": (set_extra({"$float": "1.5"}), "marked as a float"),
     "a shape that is to be guessed": (set_extra({"$array": ["<f4", [-1], "AAAAAA=="]}), r"has shape \[-1\]"),
-    "an array of objects": (set_extra({"$array": ["|O", [1], "AAAAAA=="]}), "an array of '|O'"),
-    "a dict that makes what it says": (set_extra({"$defaultdict": ["eval", []]}), "a defaultdict of 'eval'"),
 }
 
 

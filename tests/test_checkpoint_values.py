@@ -159,7 +159,10 @@ def test_what_a_manifest_cannot_hold_as_it_is_is_refused_by_its_place(value: Any
         encode(value, "extra")
 
 
-@pytest.mark.parametrize("value", [{"$object": 1}, {"$": 1}, {"$float": "x"}, [{"$pickle": "gASVAAAA"}]])
+NOT_KNOWN = [{"$array": ["|O", [1], "AAAAAA=="]}, {"$defaultdict": ["eval", []]}]
+
+
+@pytest.mark.parametrize("value", [{"$object": 1}, {"$": 1}, {"$float": "x"}, [{"$pickle": "gASVAAAA"}], *NOT_KNOWN])
 def test_an_unknown_mark_is_refused(value: Any) -> None:
     with pytest.raises(ValueError, match=r"marked|convert"):
         decode(value)

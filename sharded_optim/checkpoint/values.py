@@ -21,12 +21,14 @@ import torch
 from torch import Tensor
 
 from sharded_optim.checkpoint.dtypes import dtype_named, name_of
+from sharded_optim.checkpoint.errors import MismatchError
 
-__all__ = ["decode", "encode"]
+__all__ = ["LATER", "decode", "encode", "marks_in"]
 
 MARK = "$"
 LARGEST_TENSOR = 2**20  # bytes
 LARGEST_INT = 10_000  # bits, which Python still reads
+LATER = frozenset({"$OrderedDict", "$Counter", "$defaultdict", "$array", "$scalar"})  # marks that the first readers of 1.0 do not know
 DEEPEST = 100  # containers inside of each other, so that reading a value does not exhaust the stack
 FACTORIES: dict[str, Callable[[], Any] | None] = {
     "None": None,
@@ -95,7 +97,8 @@ def decode(value: Any) -> Any:
     """The value that `encode` was given. Tensors are on the CPU.
 
     Raises:
-        ValueError: an unknown mark, or one with what cannot be.
+        MismatchError: this version of the library, or this environment, cannot read it, though it may be right.
+        ValueError: a mark with what cannot be.
     """
     if isinstance(value, list):
         return [decode(each) for each in value]
@@ -105,8 +108,26 @@ def decode(value: Any) -> Any:
     if len(value) != 1 or not mark.startswith(MARK):
         return {key: decode(each) for key, each in value.items()}
     if mark not in DECODERS:
-        raise ValueError(f"a value is marked {mark!r}, which this version does not know")
+        raise _unknown(f"marked {mark!r}")
     return DECODERS[mark](value[mark])
+
+
+def _unknown(how: str) -> MismatchError:
+    return MismatchError(f"a value is {how}, which this version of the library does not know; upgrade sharded-optim")
+
+
+def marks_in(encoded: Any) -> set[str]:
+    """The marks in a value that `encode` has returned."""
+    found: set[str] = set()
+    waiting = [encoded]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            found.update(key for key in value if key.startswith(MARK))
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
+    return found
 
 
 def _decode_items(content: Iterable[Any]) -> dict[Any, Any]:
@@ -120,7 +141,7 @@ def _decode_items(content: Iterable[Any]) -> dict[Any, Any]:
 def _decode_defaultdict(content: Any) -> Any:
     factory, items = content
     if factory not in FACTORIES:
-        raise ValueError(f"a value is marked as a defaultdict of {factory!r}, which this version does not know")
+        raise _unknown(f"marked as a defaultdict of {factory!r}")
     return defaultdict(FACTORIES[factory], _decode_items(items))
 
 
@@ -142,11 +163,11 @@ def _encode_array(value: Any, where: str) -> Any:
 def _decode_array(content: Any) -> Any:
     dtype, shape, data = content
     if dtype not in ARRAYS:
-        raise ValueError(f"a value is marked as an array of {dtype!r}, which this version does not know")
+        raise _unknown(f"marked as an array of {dtype!r}")
     try:
         import numpy
     except ModuleNotFoundError as error:
-        raise ValueError("a value is an array of the package numpy, which is not installed; pip install numpy") from error
+        raise MismatchError("a value is an array of the package numpy, which is not installed; pip install numpy") from error
     return numpy.frombuffer(bytearray(_bytes(data)), dtype=dtype).reshape(_shape(shape))
 
 
