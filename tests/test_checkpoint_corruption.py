@@ -30,6 +30,7 @@ from benchmarks.given_gradients import Model, Shapes, gradients
 from sharded_optim import checkpoint
 from sharded_optim.checkpoint import loading
 from sharded_optim.checkpoint.live import LiveModel, deepspeed, live_model
+from sharded_optim.checkpoint.manifest import Manifest
 
 pytestmark = pytest.mark.filterwarnings("ignore:weight_decay")
 
@@ -594,6 +595,15 @@ def test_a_manifest_that_says_two_things_is_damaged(what: str, specimen: Specime
     text = specimen.files["manifest.json"].decode()
     assert was in text
     assert_passed_over(text.replace(was, becomes), word, specimen)
+
+
+@pytest.mark.timeout(20)
+def test_a_key_that_stands_twice_among_many_is_found_at_once(specimen: Specimen) -> None:
+    """Not in a time that grows with the square of their number."""
+    keys = ", ".join(f'"k{number}": 1' for number in range(200_000))
+    text = specimen.files["manifest.json"].decode().replace('"wrapper": {}', f'"wrapper": {{{keys}, "k199999": 2}}')
+    with pytest.raises(checkpoint.DamagedError, match="has the key 'k199999' twice"):
+        Manifest.from_json(text.encode(), "manifest.json")
 
 
 def assert_passed_over(manifest: str, words: str, specimen: Specimen) -> None:

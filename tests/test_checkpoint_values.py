@@ -185,6 +185,29 @@ def test_hyperparameters_are_plain_numbers_whoever_has_computed_them(tmp_path: P
     assert list(map(type, group["betas"])) == [float, float]
 
 
+class Float(float):
+    """A float with a type of its own, as configurations have them."""
+
+
+Betas = namedtuple("Betas", "first second")
+
+
+def test_hyperparameters_of_classes_that_inherit_from_numbers_are_saved_as_these(tmp_path: Path) -> None:
+    """Optimizers take them, so the first save does."""
+    groups = [
+        {"params": [nn.Parameter(torch.ones(2))], "tag": Text.A, "rank": Number.ONE, "names": Names("ab"), "table": Table(a=Float(1))}
+    ]
+    optimizer = so.AdamW(groups, lr=Float(0.1), betas=Betas(Float(0.9), np.float32(0.5)), backend="eager")
+    so.checkpoint.save(tmp_path, 1, optimizer=optimizer)
+    so.checkpoint.load(tmp_path, optimizer=optimizer)
+    (group,) = optimizer.param_groups
+    expected = {"lr": 0.1, "betas": (0.9, 0.5), "tag": "a", "rank": 1, "names": ["a", "b"], "table": {"a": 1.0}}
+    for key, value in expected.items():
+        assert_same(group[key], value)
+    with pytest.raises(so.checkpoint.CheckpointError, match=r"extra\['lr'\] is a .*Float, which a checkpoint cannot hold"):
+        so.checkpoint.save(tmp_path, 2, optimizer=optimizer, extra={"lr": Float(0.1)})
+
+
 # ---------------------------------------------------------------------------------------------------------------- in `extra`
 
 Optimizer = torch.optim.Optimizer

@@ -345,9 +345,7 @@ def _check_sha256(value: Any) -> None:
 def _check_version(content: dict[str, Any]) -> None:
     major, minor = map(_whole, content["version"])
     if major != VERSION[0]:
-        raise MismatchError(
-            f"it is of version {major}.{minor} of the format, and this library reads {VERSION[0]}.x; upgrade sharded-optim"
-        )
+        raise MismatchError(f"it is of version {major}.{minor} of the format, and this library reads {VERSION[0]}.x; upgrade sharded-optim")
     unknown = sorted(set(content["requires"]) - FEATURES)
     if unknown:
         raise MismatchError(f"it requires {', '.join(unknown)}, of which this library knows nothing; upgrade sharded-optim")

@@ -28,7 +28,7 @@ from sharded_optim.checkpoint.manifest import LARGEST_MANIFEST, Chunk, Manifest,
 from sharded_optim.checkpoint.plan import Part, Plan, Row, rows_of
 from sharded_optim.checkpoint.read import CheckpointReader, committed_content
 from sharded_optim.checkpoint.shard_file import WrittenShard, write_shard
-from sharded_optim.checkpoint.steps import Finding, finding_of, reading_back, removable, remove
+from sharded_optim.checkpoint.steps import Finding, finding_of, forget, reading_back, removable, remove
 from sharded_optim.checkpoint.store import COMMITTED, MANIFEST, Store, folder_of, open_store, shard_name
 from sharded_optim.checkpoint.values import decode, encode
 from sharded_optim.version import __version__
@@ -223,6 +223,8 @@ def _prune(draft: Draft, keep: int) -> None:
     older, unread = found[0]
     if unread is not None:
         _read_back(store, unread, group)
+    for step in older:
+        forget(store, step)
     if older:
         together(f"pruning {store.root}", lambda: remove(store, older) if draft.rank == 0 else None, group)
 
@@ -411,7 +413,7 @@ def _make_way(store: Store, step: int, process_group: dist.ProcessGroup | None) 
             name = store.set_aside(folder) if rank == 0 else f"{folder}.unreadable-*"
         except OSError as error:
             raise CheckpointError(f"{unread}; nor can it be renamed ({error}); save to another root: {found}") from error
-        warnings.warn(f"{unread}; it is now {store.root}/{name}, which no load finds and nothing removes: {found}", UserWarning, stacklevel=2)
+        warnings.warn(f"{unread}; it is now called {name}, and nothing removes it: {found}", UserWarning, stacklevel=2)
 
     together(f"making way for {where}", clear, process_group)
 

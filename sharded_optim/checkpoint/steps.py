@@ -24,8 +24,10 @@ __all__ = [
     "describe",
     "existing_step",
     "finding_of",
+    "forget",
     "latest",
     "prune",
+    "read_back",
     "reading_back",
     "removable",
     "remove",
@@ -179,9 +181,14 @@ def remove(store: Store, steps: Iterable[int]) -> None:
             store.remove(folder_of(step))
         except Exception as error:  # clients of clouds raise errors of their own
             failures.append(f"{store.root}/{folder_of(step)} could not be removed: {error}")
-        _findings.pop((store.root, step), None)
+        forget(store, step)
     if failures:
         raise CheckpointError("\n  ".join(failures))
+
+
+def forget(store: Store, step: int) -> None:
+    """Keep no memory for a checkpoint that is gone."""
+    _findings.pop((store.root, step), None)
 
 
 def removable(store: Store, keep: int, *, damaged: Collection[int] = (), spare: int | None = None) -> tuple[list[int], int | None]:
@@ -241,7 +248,7 @@ def reading_back(reader: CheckpointReader) -> Iterator[None]:
     try:
         yield
     except UnreadableError:
-        _findings.pop((reader.root, reader.step), None)
+        _findings.pop((reader.root, reader.step), None)  # it is neither
         raise
     except DamagedError:
         _remember(reader, Finding.DAMAGED)

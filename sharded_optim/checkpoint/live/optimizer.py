@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral, Rational, Real
 from typing import Any
 
 import torch
@@ -282,15 +284,22 @@ def hyperparameters_of(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a param group, as numbers, not tensors."""
+    """Of a param group, as Python's own numbers, texts and containers, whatever they were computed or configured with."""
     values = hyperparameters_of(group)
-    return {key: _as_number(value) for key, value in values.items()}
+    return {key: _plain(value) for key, value in values.items()}
 
 
-def _as_number(value: Any) -> Any:
-    """A tensor of one element, or a scalar of NumPy's, as a number; also inside of a tuple or list."""
-    if type(value) in (tuple, list):
-        return type(value)(map(_as_number, value))
+def _plain(value: Any) -> Any:
+    """A tensor of one element, a scalar of NumPy's, or a value of a class that inherits from one of Python's, as Python's own."""
     numpy = sys.modules.get("numpy")
-    is_scalar = (isinstance(value, Tensor) and value.numel() == 1) or (numpy is not None and isinstance(value, numpy.generic))
-    return value.item() if is_scalar else value
+    if (isinstance(value, Tensor) and value.numel() == 1) or (numpy is not None and isinstance(value, numpy.generic)):
+        value = value.item()
+    if isinstance(value, list | tuple):
+        return (list if isinstance(value, list) else tuple)(map(_plain, value))
+    if isinstance(value, dict) and type(value) not in (OrderedDict, Counter, defaultdict):
+        return {_plain(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, Integral):
+        return value if isinstance(value, bool) else int(value)
+    if isinstance(value, Real) and not isinstance(value, Rational):
+        return float(value)
+    return str.__str__(value) if isinstance(value, str) else value  # not str(value): an enum has its own
