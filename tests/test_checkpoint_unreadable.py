@@ -11,7 +11,7 @@ import sys
 import time
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -339,7 +339,7 @@ def check_ranks_fall_back_together(folder: str) -> None:
         checkpoint.save(folder, step, model=model, optimizer=optimizer, extra={"step": step})
     files = LocalStore.files
 
-    def failing(store: LocalStore, name: str) -> dict[str, int]:
+    def failing(store: LocalStore, name: str) -> dict[str, tuple[int, Hashable]]:
         if dist.get_rank() == 1 and name == NAME:
             raise OSError(errno.ESTALE, "Stale file handle")
         return files(store, name)

@@ -21,12 +21,14 @@ import torch
 from sharded_optim.checkpoint.dtypes import dtype_named, name_of
 from sharded_optim.checkpoint.errors import DamagedError, MismatchError
 from sharded_optim.checkpoint.values import LATER, decode, encode, marks_in
+from sharded_optim.param_groups import check_hyperparameters
 from sharded_optim.segment import Segment, find_tiling_error
 
 __all__ = [
     "CHUNK_BYTES",
     "LARGEST_HEADER",
     "LARGEST_MANIFEST",
+    "MODEL",
     "Chunk",
     "Manifest",
     "Parameters",
@@ -38,12 +40,15 @@ __all__ = [
 ]
 
 FORMAT = "sharded_optim.checkpoint"
+MODEL = "model"  # the kind of parameters and buffers
 VERSION = (1, 0)  # what raises the first number, older versions of this library cannot read
 FEATURES = LATER  # that a manifest may require of its reader, and that this one has: marks of values
 # What is larger is not read: memory is allocated by these numbers. Nothing larger is saved.
 LARGEST_MANIFEST = 2**30  # bytes
 LARGEST_HEADER = 100_000_000  # bytes of a shard file before the data, as other readers of safetensors have it
 CHUNK_BYTES = 4 * 2**20  # of data that are hashed and read together
+LARGEST_NUMBER = 2**62  # bytes of a tensor without its empty dimensions, up to which no product overflows
+SWITCHES = {"amsgrad", "nesterov", "kahan_sum", "stochastic_rounding", "learns_reference_lr"}  # hyperparameters that are on or off
 LARGEST_COUNT = 2**53  # steps, up to which float counters are exact
 SHARD_NAME = re.compile(r"shard-[0-9]{5}-of-[0-9]{5}\.safetensors")
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -109,7 +114,7 @@ class Parameters:
         steps: the step counter of each parameter that has state.
 
     Raises:
-        ValueError: a step counter is no count.
+        ValueError: a step counter is no count, a parameter is in no group, or a hyperparameter is none that any optimizer could use.
     """
 
     optimizer: str
@@ -121,6 +126,16 @@ class Parameters:
         for name, step in self.steps.items():
             if not (type(step) in (int, float) and 0 <= step <= LARGEST_COUNT and step == int(step)):
                 raise ValueError(f"the step counter of {name!r} is {step!r}; it must be a whole number from 0 to {LARGEST_COUNT}")
+            if name not in self.group_of:
+                raise ValueError(f"{name!r} has a step counter, and is in no param group")
+        for index, group in enumerate(self.groups):
+            check_hyperparameters(dict(group), f"param_groups[{index}]", scheduled=True)
+            for key in SWITCHES & group.keys():
+                if group[key] not in (False, True, None):
+                    raise ValueError(f"{key} must be True or False, got {group[key]!r} in param_groups[{index}]")
+            seed = group.get("rounding_seed", 0)
+            if not isinstance(seed, int | float) or seed % 1 != 0:
+                raise ValueError(f"rounding_seed must be a whole number, got {seed!r} in param_groups[{index}]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,6 +279,7 @@ class Manifest:
             aliases=_aliases_from_json(content.get("aliases", {}), tensors.values()),
             libraries={check_text(name): check_text(version) for name, version in content["libraries"].items()},
         )
+        _check_names(found)
         _check_extents(found)
         for entry in tensors.values():  # after the extents, which bound how much memory this takes
             _check_tiling(entry)
@@ -344,9 +360,13 @@ def _check_sha256(value: Any) -> None:
 
 def _check_version(content: dict[str, Any]) -> None:
     major, minor = map(_whole, content["version"])
+    if major < 1:
+        raise ValueError(f"it is of version {major}.{minor} of the format, which there never was")
     if major != VERSION[0]:
         raise MismatchError(f"it is of version {major}.{minor} of the format, and this library reads {VERSION[0]}.x; upgrade sharded-optim")
-    unknown = sorted(set(content["requires"]) - FEATURES)
+    if not isinstance(content["requires"], list):
+        raise ValueError(f"what it requires is {content['requires']!r}, not a list")
+    unknown = sorted(set(map(check_text, content["requires"])) - FEATURES)
     if unknown:
         raise MismatchError(f"it requires {', '.join(unknown)}, of which this library knows nothing; upgrade sharded-optim")
 
@@ -355,7 +375,7 @@ def _entry(row: dict[str, Any], files: list[str]) -> TensorEntry:
     shape = tuple(map(_whole, row["shape"]))
     dtype = dtype_named(row["dtype"])
     kind, name = check_text(row["kind"]), check_text(row["name"])
-    if max(shape, default=0) >= 2**63:
+    if math.prod(filter(None, shape)) * dtype.itemsize > LARGEST_NUMBER:
         raise ValueError(f"{key_of(kind, name)!r} has shape {shape}")
     chunks = []
     for file, offset, size, start, run, stride, count, digest in row["chunks"]:
@@ -373,6 +393,13 @@ def _check_tiling(entry: TensorEntry) -> None:
     problem = find_tiling_error([chunk.segment for chunk in entry.chunks] or [Segment.flat(entry.name, entry.shape, 0, 0)])
     if problem:
         raise ValueError(f"the chunks of {entry.key!r} (shape {entry.shape}) do not tile it: {problem}")
+
+
+def _check_names(manifest: Manifest) -> None:
+    """What an optimizer holds, it holds of its parameters."""
+    for entry in manifest.tensors.values() if manifest.parameters is not None else ():
+        if entry.kind != MODEL and entry.name not in manifest.parameters.group_of:
+            raise ValueError(f"{entry.key!r} is of an optimizer, and {entry.name!r} is in no param group")
 
 
 def _check_extents(manifest: Manifest) -> None:
@@ -413,8 +440,9 @@ def _parameters_from_json(content: dict[str, Any]) -> Parameters:
     group_of: dict[str, int] = {}
     for index, group in enumerate(content["groups"]):
         for name in map(check_text, group["params"]):
-            if group_of.setdefault(name, index) != index:
-                raise ValueError(f"{name!r} is in two param groups")
+            if name in group_of:
+                raise ValueError(f"{name!r} is in two param groups, {group_of[name]} and {index}, or twice in one")
+            group_of[name] = index
     return Parameters(
         optimizer=check_text(content["optimizer"]),
         groups=tuple(_table(decode(group["hyperparameters"]), "hyperparameters") for group in content["groups"]),
