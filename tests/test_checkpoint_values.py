@@ -151,6 +151,43 @@ REFUSED = [
 ]
 
 
+UNNAMED: dict[str, tuple[Callable[[], Any], str]] = {
+    "sparse": (lambda: torch.eye(3).to_sparse(), "a tensor of torch.sparse_coo"),
+    "meta": (lambda: torch.ones(2, device="meta"), "a tensor on the device meta"),
+    "nested": (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "a tensor nested"),
+    "conjugate": (lambda: torch.ones(2, dtype=torch.complex64).conj(), "torch.complex64"),
+    "an attribute": (lambda: with_attribute(Counter("a"), "note", 1), "a Counter with the attribute 'note'"),
+    "a large int": (lambda: 2**10_000, "an int of 10001 bits"),
+}
+
+
+def with_attribute(value: Any, name: str, content: Any) -> Any:
+    setattr(value, name, content)
+    return value
+
+
+@pytest.mark.parametrize("kind", UNNAMED)
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
+def test_what_a_manifest_cannot_hold_is_told_by_what_it_is(kind: str) -> None:
+    make, words = UNNAMED[kind]
+    with pytest.raises(ValueError, match=rf"^extra\[0\] is (a|an|of) ?.*{words.removeprefix('a ').removeprefix('an ')}"):
+        encode([make()], "extra")
+
+
+def test_state_dicts_and_parameters_come_back_as_such() -> None:
+    """A module's state dict has the versions of its modules as an attribute."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    state: Any = model.state_dict()
+    value = {"ema": state, "free": nn.Parameter(torch.ones(2)), "frozen": nn.Parameter(torch.ones(2), requires_grad=False)}
+    found = decode(json.loads(json.dumps(encode(value, "extra"))))
+    assert list(found["ema"]) == list(state)
+    assert_same(found["ema"]._metadata, state._metadata)
+    model.load_state_dict(found["ema"])
+    assert [(type(found[key]), found[key].requires_grad) for key in ("free", "frozen")] == [(nn.Parameter, True), (nn.Parameter, False)]
+    negative = torch._neg_view(torch.ones(2))
+    assert torch.equal(decode(encode(negative, "extra")), negative)
+
+
 @pytest.mark.parametrize("value", REFUSED, ids=lambda value: type(value).__name__)
 def test_what_a_manifest_cannot_hold_as_it_is_is_refused_by_its_place(value: Any) -> None:
     with pytest.raises(

@@ -3,9 +3,12 @@
 True, 3, 0.1, "text", None, [..], {"key": ..}     as they are; floats come back to the last bit
 inf, nan, (1, 2), b"..", {3: ..}, a tensor        {"$float": "inf"}, {"$tuple": [1, 2]}, {"$bytes": ..}, {"$items": ..}, {"$tensor": ..}
 OrderedDict, Counter, defaultdict(list)           {"$OrderedDict": [[key, value], ..]}, {"$Counter": ..}, {"$defaultdict": ["list", ..]}
+what a module's state_dict() returns              {"$state_dict": [[[key, value], ..], its _metadata]}
+a Parameter                                       {"$parameter": {as a tensor's, "requires_grad": true}}
 NumPy's scalars and arrays                        {"$scalar": ["<f4", ".."]}, {"$array": ["<u4", [624], ".."]}
 
-A type comes back as it was, or is refused: a subclass of a list, a dict or a number is not saved as one.
+A type comes back as it was, or is refused: a subclass of a list, a dict or a number is not saved as one. Of a tensor the values count, not
+whether it requires a gradient.
 """
 
 from __future__ import annotations
@@ -28,7 +31,9 @@ __all__ = ["LATER", "decode", "encode", "marks_in"]
 MARK = "$"
 LARGEST_TENSOR = 2**20  # bytes
 LARGEST_INT = 10_000  # bits, which Python still reads
-LATER = frozenset({"$OrderedDict", "$Counter", "$defaultdict", "$array", "$scalar"})  # marks that the first readers of 1.0 do not know
+LATER = frozenset(
+    {"$OrderedDict", "$Counter", "$defaultdict", "$state_dict", "$parameter", "$array", "$scalar"}
+)  # marks that the first readers of 1.0 do not know
 DEEPEST = 100  # containers inside of each other, so that reading a value does not exhaust the stack
 FACTORIES: dict[str, Callable[[], Any] | None] = {
     "None": None,
@@ -53,12 +58,17 @@ def _encode(value: Any, where: str, depth: int) -> Any:
     kind = type(value)
     if value is None or kind in (bool, str) or (kind is int and value.bit_length() <= LARGEST_INT):
         return value
+    if kind is int:
+        raise _refused(f"{where} is an int of {value.bit_length()} bits")
     if kind is float:
         return value if math.isfinite(value) else {"$float": repr(value)}
     if kind is bytes:
         return {"$bytes": _base64(value)}
     if isinstance(value, Tensor):
-        return {"$tensor": _encode_tensor(value, where)}
+        content = _encode_tensor(value, where)
+        if kind is not torch.nn.Parameter:
+            return {"$tensor": content}
+        return {"$parameter": content | {"requires_grad": value.requires_grad}}
     if depth > DEEPEST:
         raise ValueError(f"{where[:100]}... is nested more than {DEEPEST} deep, which a checkpoint cannot hold, or contains itself")
     if kind in (list, tuple):
@@ -70,6 +80,11 @@ def _encode(value: Any, where: str, depth: int) -> Any:
         items = [
             [_encode(key, f"a key of {where}", depth + 1), _encode(each, f"{where}[{key!r}]", depth + 1)] for key, each in value.items()
         ]
+        attributes = getattr(value, "__dict__", {})
+        if kind is OrderedDict and attributes.keys() == {"_metadata"}:
+            return {"$state_dict": [items, _encode(attributes["_metadata"], f"{where}._metadata", depth + 1)]}
+        if attributes:
+            raise _refused(f"{where} is a {kind.__qualname__} with the attribute {next(iter(attributes))!r}")
         if kind is defaultdict:
             return {"$defaultdict": [_factory_name(value.default_factory, where), items]}
         return {"$items" if kind is dict else f"{MARK}{kind.__name__}": items}
@@ -81,8 +96,8 @@ def _encode(value: Any, where: str, depth: int) -> Any:
 
 def _refused(what: str) -> ValueError:
     return ValueError(
-        f"{what}, which a checkpoint cannot hold; it holds None, bool, int, float, str, bytes, tensors and arrays up to 1 MiB, and lists, "
-        f"tuples, dicts, OrderedDicts, Counters and defaultdicts of these (for objects, what their state_dict() returns)"
+        f"{what}, which a checkpoint cannot hold; it holds None, bool, int up to {LARGEST_INT} bits, float, str, bytes, tensors and "
+        f"arrays up to 1 MiB, and lists, tuples, dicts, OrderedDicts, Counters and defaultdicts of these (for objects, what their state_dict() returns)"
     )
 
 
@@ -186,14 +201,18 @@ def _bytes(content: Any) -> bytes:
 
 
 def _encode_tensor(value: Tensor, where: str) -> Any:
+    dtype = name_of(value.dtype, where)
+    if value.layout != torch.strided or value.is_meta or value.is_nested:
+        what = "nested" if value.is_nested else "on the device meta" if value.is_meta else f"of {value.layout}"
+        raise _refused(f"{where} is a tensor {what}")
     if type(value) not in (Tensor, torch.nn.Parameter) or value.numel() * value.element_size() > LARGEST_TENSOR:
         raise ValueError(
             f"{where} is a {type(value).__name__} of {value.numel() * value.element_size()} bytes; beside parameters, buffers and "
             f"optimizer state a checkpoint holds ordinary tensors up to {LARGEST_TENSOR} bytes: make it a buffer of the model"
         )
-    content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    content = value.detach().cpu().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
     return {
-        "dtype": name_of(value.dtype, where),
+        "dtype": dtype,
         "shape": list(value.shape),
         "data": _base64(bytes(content.tolist())),
     }
@@ -206,6 +225,19 @@ def _decode_tensor(content: Any) -> Tensor:
     return flat.clone().reshape(_shape(content["shape"]))
 
 
+def _decode_state_dict(content: Any) -> Any:
+    items, metadata = content
+    found: Any = OrderedDict(_decode_items(items))
+    found._metadata = decode(metadata)
+    return found
+
+
+def _decode_parameter(content: Any) -> Tensor:
+    if type(content["requires_grad"]) is not bool:
+        raise ValueError(f"whether a parameter requires a gradient is {content['requires_grad']!r}")
+    return torch.nn.Parameter(_decode_tensor(content), requires_grad=content["requires_grad"])
+
+
 DECODERS: dict[str, Callable[[Any], Any]] = {
     "$float": _decode_float,
     "$tuple": lambda content: tuple(decode(content)),
@@ -213,6 +245,8 @@ DECODERS: dict[str, Callable[[Any], Any]] = {
     "$OrderedDict": lambda content: OrderedDict(_decode_items(content)),
     "$Counter": lambda content: Counter(_decode_items(content)),
     "$defaultdict": _decode_defaultdict,
+    "$state_dict": _decode_state_dict,
+    "$parameter": _decode_parameter,
     "$bytes": _bytes,
     "$tensor": _decode_tensor,
     "$array": _decode_array,
