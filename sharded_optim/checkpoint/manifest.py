@@ -397,7 +397,9 @@ def _check_tiling(entry: TensorEntry) -> None:
 
 def _check_names(manifest: Manifest) -> None:
     """What an optimizer holds, it holds of its parameters."""
-    for entry in manifest.tensors.values() if manifest.parameters is not None else ():
+    if manifest.parameters is None:
+        return
+    for entry in manifest.tensors.values():
         if entry.kind != MODEL and entry.name not in manifest.parameters.group_of:
             raise ValueError(f"{entry.key!r} is of an optimizer, and {entry.name!r} is in no param group")
 

@@ -31,9 +31,8 @@ __all__ = ["LATER", "decode", "encode", "marks_in"]
 MARK = "$"
 LARGEST_TENSOR = 2**20  # bytes
 LARGEST_INT = 10_000  # bits, which Python still reads
-LATER = frozenset(
-    {"$OrderedDict", "$Counter", "$defaultdict", "$state_dict", "$parameter", "$array", "$scalar"}
-)  # marks that the first readers of 1.0 do not know
+# Marks that the first readers of version 1.0 do not know.
+LATER = frozenset({"$OrderedDict", "$Counter", "$defaultdict", "$state_dict", "$parameter", "$array", "$scalar"})
 DEEPEST = 100  # containers inside of each other, so that reading a value does not exhaust the stack
 FACTORIES: dict[str, Callable[[], Any] | None] = {
     "None": None,
@@ -97,7 +96,8 @@ def _encode(value: Any, where: str, depth: int) -> Any:
 def _refused(what: str) -> ValueError:
     return ValueError(
         f"{what}, which a checkpoint cannot hold; it holds None, bool, int up to {LARGEST_INT} bits, float, str, bytes, tensors and "
-        f"arrays up to 1 MiB, and lists, tuples, dicts, OrderedDicts, Counters and defaultdicts of these (for objects, what their state_dict() returns)"
+        f"arrays up to 1 MiB, and lists, tuples, dicts, OrderedDicts, Counters and defaultdicts of these (for objects, what "
+        f"their state_dict() returns)"
     )
 
 
