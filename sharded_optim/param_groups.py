@@ -78,7 +78,7 @@ def check_hyperparameters(values: dict[str, Any], where: str, *, names: frozense
                 raise ValueError(f"{name} must be a finite number >= 0, got None{where}")
         elif not isinstance(value, Tensor) or value.device.type == "cpu":  # a device's is not waited for
             value = _on_host(value)
-            rounded = scheduled and name in ("lr", "max_lr") and not isinstance(value, str) and -LR_ROUNDING < value < 0
+            rounded = scheduled and name in ("lr", "max_lr") and isinstance(value, Real) and -LR_ROUNDING < float(value) < 0
             check_number(name, 0.0 if rounded else value, where)
         elif name not in ("lr", "max_lr"):
             raise ValueError(f"{name} must be a number, got a tensor on {value.device}{where}: only lr may lie on a device")

@@ -15,6 +15,8 @@ from torch import Tensor
 
 __all__ = ["Overlap", "Segment", "find_tiling_error", "overlaps"]
 
+EXPANDED_AT_ONCE = 2**20  # runs, so that many short ones do not exhaust memory
+
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
@@ -238,17 +240,35 @@ def find_tiling_error(segments: Sequence[Segment]) -> str | None:
     filled = [segment for segment in segments if segment.numel]
     if sum(segment.numel for segment in filled) == numel and len(filled) <= 1:
         return None
-    starts = torch.cat([segment.run_starts() for segment in filled] or [torch.empty(0, dtype=torch.int64, device="cpu")])
-    lengths = torch.cat(
-        [torch.full((segment.count,), segment.run, device="cpu") for segment in filled] or [torch.empty(0, dtype=torch.int64, device="cpu")]
-    )
-    starts, order = starts.sort()
-    ends = torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), starts + lengths[order]])
-    starts = torch.cat([starts, torch.tensor([numel], device="cpu")])
-    wrong = (starts != ends).nonzero()
-    if not len(wrong):
-        return None
-    begin, end = int(starts[wrong[0]]), int(ends[wrong[0]])
-    if begin > end:
-        return f"elements [{end}, {begin}) of {numel} are held by no rank"
-    return f"element {begin} of {numel} is held by two different pieces"
+    fields = [[segment.start, segment.run, segment.stride, segment.count] for segment in filled]
+    start, run, stride, count = torch.tensor(fields, dtype=torch.int64, device="cpu").reshape(len(filled), 4).unbind(1)
+    begin, end = 0, 0  # runs that start before `begin` are checked, and tile all elements before `end`
+    while True:
+        first = _runs_before(begin, start, stride, count)  # of each segment, to be checked
+        left = first < count
+        next_start = int((start + first * stride)[left].min()) if left.any() else numel
+        if next_start > end:
+            return f"elements [{end}, {next_start}) of {numel} are held by no rank"
+        if next_start < end:
+            return f"element {next_start} of {numel} is held by two different pieces"
+        if end == numel and not left.any():
+            return None
+        window = numel - end  # elements; as many of them as there is memory for the runs that start there
+        while int((last := _runs_before(end + window, start, stride, count)).sub(first).sum()) > EXPANDED_AT_ONCE and window > 1:
+            window //= 2
+        which = torch.arange(len(filled), device="cpu").repeat_interleave(last - first)
+        number = torch.arange(len(which), device="cpu") - (last - first).cumsum(0).sub(last - first)[which] + first[which]
+        starts, order = (start[which] + number * stride[which]).sort()
+        ends = torch.cat([torch.tensor([end], device="cpu"), starts + run[which[order]]])
+        wrong = (starts != ends[:-1]).nonzero()
+        if len(wrong):
+            begin, end = int(starts[wrong[0]]), int(ends[wrong[0]])
+            if begin > end:
+                return f"elements [{end}, {begin}) of {numel} are held by no rank"
+            return f"element {begin} of {numel} is held by two different pieces"
+        begin, end = end + window, int(ends[-1])
+
+
+def _runs_before(element: int, start: Tensor, stride: Tensor, count: Tensor) -> Tensor:
+    """How many runs of each segment start before an element."""
+    return ((element - start + stride - 1) // stride).clamp(min=0).minimum(count)

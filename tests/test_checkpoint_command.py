@@ -149,7 +149,7 @@ def test_verify_names_what_is_damaged_and_exits_with_1(pattern: str, root: Path)
 
 
 def test_prune_keeps_the_newest_that_verify(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(import_module("sharded_optim.checkpoint.steps"), "_trusted", set())  # as in a process of its own
+    monkeypatch.setattr(import_module("sharded_optim.checkpoint.steps"), "_findings", {})  # as in a process of its own
     damage(root, 12, "*.safetensors")
     result = run("prune", root, "--keep", "1")
     assert result.exit_code == 0, result.output

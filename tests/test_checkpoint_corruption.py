@@ -30,6 +30,7 @@ from benchmarks.given_gradients import Model, Shapes, gradients
 from sharded_optim import checkpoint
 from sharded_optim.checkpoint import loading
 from sharded_optim.checkpoint.live import LiveModel, deepspeed, live_model
+from sharded_optim.checkpoint.manifest import Manifest
 
 pytestmark = pytest.mark.filterwarnings("ignore:weight_decay")
 
@@ -540,6 +541,41 @@ def put_into_two_groups(content: Content) -> None:
     groups.append(groups[0])
 
 
+def put_twice_into_a_group(content: Content) -> None:
+    names = content["parameters"]["groups"][0]["params"]
+    names.append(names[0])
+
+
+def add_a_tensor(kind: str, name: str, shape: list[int]) -> Callable[[Content], None]:
+    """Without elements."""
+    return lambda content: content["tensors"].append({"kind": kind, "name": name, "shape": shape, "dtype": "F32", "chunks": []})
+
+
+def set_hyperparameter(key: str, value: Any) -> Callable[[Content], None]:
+    return lambda content: content["parameters"]["groups"][0]["hyperparameters"].update({key: value})
+
+
+HYPERPARAMETERS: list[tuple[str, Any]] = [
+    ("lr", {"$float": "nan"}),
+    ("lr", -1),
+    ("lr", []),
+    ("lr", None),
+    ("lr", "x"),
+    ("eps", {"$float": "inf"}),
+    ("weight_decay", -0.5),
+    ("betas", {"$tuple": [5, 0.9]}),
+    ("betas", 0.9),
+    ("reference_lr", {"$float": "nan"}),
+    ("learns_reference_lr", {"$float": "nan"}),
+    ("kahan_sum", "x"),
+    ("stochastic_rounding", 2),
+    ("rounding_seed", {"$float": "nan"}),
+    ("rounding_seed", -5.5),
+    ("decay_form", "x"),
+    ("decay_form", []),
+]
+
+
 def rename_a_tensor(content: Content) -> None:
     content["tensors"][0]["name"] = "layers.\ud800"
 
@@ -565,10 +601,15 @@ IMPOSSIBLE: dict[str, tuple[Callable[[Content], None], str]] = {
     "saved by nobody": (lambda content: content.update(world_size=0), "saved by 0 ranks"),
     "a parameter in two groups": (put_into_two_groups, "is in two param groups"),
     "a dict with a key twice": (set_extra({"$items": [[1, 2], [1, 3]]}), "has a key twice"),
+    "a parameter twice in a group": (put_twice_into_a_group, "or twice in one"),
+    "a format that there never was": (lambda content: content.update(version=[0, 0]), "which there never was"),
+    "a requirement that is no list": (lambda content: content.update(requires="abc"), "not a list"),
+    "a shape that no tensor has": (add_a_tensor("model", "new", [2**62, 2**62, 0]), "has shape"),
+    "state of no parameter": (add_a_tensor("exp_avg", "new", [0]), "'new' is in no param group"),
+    "steps of no parameter": (lambda content: content["parameters"]["steps"].update(new=1), "'new' has a step counter, and is in no"),
+    **{f"{key} of {value}": (set_hyperparameter(key, value), key) for key, value in HYPERPARAMETERS},
     "a float that JSON has": (set_extra({"$float": "1.5"}), "marked as a float"),
     "a shape that is to be guessed": (set_extra({"$array": ["<f4", [-1], "AAAAAA=="]}), r"has shape \[-1\]"),
-    "an array of objects": (set_extra({"$array": ["|O", [1], "AAAAAA=="]}), "an array of '|O'"),
-    "a dict that makes what it says": (set_extra({"$defaultdict": ["eval", []]}), "a defaultdict of 'eval'"),
 }
 
 
@@ -596,6 +637,15 @@ def test_a_manifest_that_says_two_things_is_damaged(what: str, specimen: Specime
     text = specimen.files["manifest.json"].decode()
     assert was in text
     assert_passed_over(text.replace(was, becomes), word, specimen)
+
+
+@pytest.mark.timeout(20)
+def test_a_key_that_stands_twice_among_many_is_found_at_once(specimen: Specimen) -> None:
+    """Not in a time that grows with the square of their number."""
+    keys = ", ".join(f'"k{number}": 1' for number in range(200_000))
+    text = specimen.files["manifest.json"].decode().replace('"wrapper": {}', f'"wrapper": {{{keys}, "k199999": 2}}')
+    with pytest.raises(checkpoint.DamagedError, match="has the key 'k199999' twice"):
+        Manifest.from_json(text.encode(), "manifest.json")
 
 
 def assert_passed_over(manifest: str, words: str, specimen: Specimen) -> None:

@@ -164,6 +164,18 @@ def test_exports_of_tied_weights_load_by_all_of_their_names(tmp_path: Path) -> N
     assert_exports_load(tmp_path, model)
 
 
+def test_a_tied_weight_of_any_name_leaves_the_format_of_the_file(tmp_path: Path) -> None:
+    """Libraries read `format` from the metadata, where the names of tied weights are too."""
+    model = nn.Module()
+    model.register_parameter("a", nn.Parameter(torch.ones(2)))
+    model.register_parameter("format", model.a)
+    checkpoint.save(tmp_path, 1, model=model)
+    checkpoint.export_safetensors(tmp_path, tmp_path / "model")
+    with safe_open(tmp_path / "model" / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert set(file.keys()) == {"a", "format"}
+
+
 def check_tied_weights(folder: str) -> None:
     """Under each wrapper as in one process."""
     whole = Tied()

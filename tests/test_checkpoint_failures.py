@@ -145,6 +145,24 @@ def test_a_save_that_cannot_hash_says_so(number: int, tmp_path: Path) -> None:
     assert checkpoint.verify(tmp_path) == 1
 
 
+@pytest.mark.timeout(20)
+def test_a_save_that_cannot_hash_writes_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it writes after that is for nothing, and may be hours of a large checkpoint."""
+    parts: list[int] = []
+    draft = saving.begin(tmp_path, 1, lambda: saving.Content.of(torch.nn.Linear(2, 50), None, None))
+    (store, (part, *_)) = draft.store, draft.parts
+    store.begin("step-000000001", "draft")
+
+    def content(_: object) -> torch.Tensor:
+        parts.append(1)
+        time.sleep(0.001)
+        return draft.content(part)
+
+    with failing_hash(1), pytest.raises(MemoryError):
+        shard_file.write_shard(store, ".step-000000001.draft", SHARD_OF_ONE, [part] * 200, content)
+    assert len(parts) < 100
+
+
 @contextmanager
 def failing_hash(number: int, *, on: int = 0) -> Iterator[None]:
     """Let the hash of a chunk fail, the `number`-th of a shard, on one rank."""

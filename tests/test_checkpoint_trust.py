@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from torch import nn
 import sharded_optim as so
 from sharded_optim import checkpoint
 from sharded_optim.checkpoint.local_store import LocalFile, LocalStore
+from sharded_optim.checkpoint.manifest import Manifest
 
 WIDTH = 80  # of layers, which are large beside manifests
 
@@ -49,10 +51,10 @@ def rot(root: Path, *steps: int) -> None:
 
 def rot_unnoticed(root: Path, *steps: int) -> None:
     """As a disk rots: also the file system knows nothing of it."""
-    stamp = LocalStore.stamp
-    before = {f"step-{step:09d}": LocalStore(str(root)).stamp(f"step-{step:09d}") for step in steps}
+    files = LocalStore.files
+    before = {f"step-{step:09d}": LocalStore(str(root)).files(f"step-{step:09d}") for step in steps}
     rot(root, *steps)
-    mock.patch.object(LocalStore, "stamp", lambda store, folder: before.get(folder) or stamp(store, folder)).start()
+    mock.patch.object(LocalStore, "files", lambda store, folder: before.get(folder) or files(store, folder)).start()
 
 
 @pytest.fixture(autouse=True)
@@ -62,8 +64,7 @@ def unpatched() -> Iterator[None]:
 
 
 def a_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_trusted", "_damaged"):
-        monkeypatch.setattr(import_module("sharded_optim.checkpoint.steps"), name, set())
+    monkeypatch.setattr(import_module("sharded_optim.checkpoint.steps"), "_findings", {})
 
 
 @contextmanager
@@ -164,7 +165,7 @@ def test_a_restarted_job_reads_no_shard_to_prune(keep: int, monkeypatch: pytest.
     assert list(counts) == [f"step-{6 + keep:09d}"]
     with counted_reads() as counts:
         checkpoint.save(tmp_path, 7 + keep, **live, keep=keep)
-    assert not counts or keep == 1
+    assert not counts
 
 
 def test_nothing_is_read_where_nothing_is_to_be_removed(tmp_path: Path) -> None:
@@ -173,6 +174,110 @@ def test_nothing_is_read_where_nothing_is_to_be_removed(tmp_path: Path) -> None:
         assert checkpoint.prune(tmp_path, 3) == []
         assert checkpoint.prune(tmp_path, 7) == []
     assert not counts
+
+
+def test_pruning_looks_at_each_manifest_once(tmp_path: Path) -> None:
+    """They are large where a checkpoint has many chunks, and the other ranks wait."""
+    with counted_manifests() as counts:
+        save(tmp_path, *range(1, 9), keep=3)
+        checkpoint.prune(tmp_path, 3)
+    assert counts == {f"step-{step:09d}": 2 if step in (4, 7) else 1 for step in range(1, 9)}, "and once more to be read back"
+    rot(tmp_path, 7)
+    with counted_manifests() as counts:  # a checkpoint whose files were written to is looked at again
+        assert checkpoint.prune(tmp_path, 3) == []
+    assert counts == {"step-000000007": 1}
+
+
+@contextmanager
+def counted_manifests() -> Iterator[Counter[str]]:
+    """How often manifests are parsed, by step."""
+    counts: Counter[str] = Counter()
+    parse = Manifest._from_text.__func__
+
+    def counting(cls: type[Manifest], text: bytes) -> Manifest:
+        found = parse(cls, text)
+        counts[f"step-{found.step:09d}"] += 1
+        return found
+
+    with mock.patch.object(Manifest, "_from_text", classmethod(counting)):
+        yield counts
+
+
+def test_what_is_remembered_of_checkpoints_is_bounded(tmp_path: Path) -> None:
+    """By the number of those that there are, whatever they consist of."""
+    findings = import_module("sharded_optim.checkpoint.steps")._findings
+    before = len(findings)
+    for steps in (range(1, 20), range(20, 40)):
+        save(tmp_path, *steps, keep=2)
+        for step in checkpoint.steps(tmp_path):
+            checkpoint.verify(tmp_path, step)
+        assert len(findings) - before <= 3
+    assert {len(version) for version, _ in findings.values()} == {32}
+
+
+def test_a_step_that_was_read_back_is_not_read_again_when_it_is_in_the_way(tmp_path: Path) -> None:
+    save(tmp_path, 1, 2)
+    checkpoint.verify(tmp_path, 1)
+    rot(tmp_path, 2)
+    with pytest.raises(checkpoint.DamagedError):
+        checkpoint.verify(tmp_path, 2)
+    with counted_reads() as counts:
+        with pytest.raises(checkpoint.CheckpointError, match="step 1 is committed already"):
+            save(tmp_path, 1)
+        with pytest.warns(UserWarning, match="replacing a checkpoint that is damaged: (.|\n)*step-000000002"):
+            save(tmp_path, 2)
+    assert not counts
+
+
+# ------------------------------------------------------------------------------------------------------------ what cannot be told
+
+
+@contextmanager
+def a_store_that_lists_sizes_alone() -> Iterator[str]:
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    listed = MemoryFileSystem.ls
+
+    def sizes(files: Any, path: str, detail: bool = True, **options: Any) -> Any:
+        return [{key: entry[key] for key in ("name", "size", "type")} for entry in listed(files, path, detail=True, **options)]
+
+    with mock.patch.object(MemoryFileSystem, "ls", sizes):
+        yield f"memory://{time.monotonic_ns()}"
+
+
+@pytest.mark.filterwarnings("ignore:.*It is passed over")
+def test_a_store_that_tells_nothing_of_writes_is_trusted_in_nothing() -> None:
+    """A file that was written to looks there as it did when it was read back."""
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    with a_store_that_lists_sizes_alone() as root:
+        save(root, 1, 2)
+        checkpoint.verify(root, 2)
+        path = f"/{root.rpartition('/')[2]}/step-000000002/shard-00000-of-00001.safetensors"
+        content = MemoryFileSystem().cat_file(path)
+        MemoryFileSystem().pipe_file(path, content[:-5] + bytes([content[-5] ^ 1]) + content[-4:])
+        assert checkpoint.prune(root, 1) == []
+        assert checkpoint.latest(root) == 1
+
+
+def test_what_cannot_be_removed_does_not_stop_pruning(tmp_path: Path) -> None:
+    save(tmp_path, 1, 2, 3)
+    remove = LocalStore.remove
+
+    def failing(store: LocalStore, folder: str) -> None:
+        if folder == "step-000000001":
+            raise PermissionError(13, "Permission denied", folder)
+        remove(store, folder)
+
+    told = "step-000000001 could not be removed: .*Permission denied"
+    with mock.patch.object(LocalStore, "remove", failing):
+        with pytest.raises(checkpoint.CheckpointError, match=told):
+            checkpoint.prune(tmp_path, 1)
+        assert checkpoint.steps(tmp_path) == [1, 3]
+        with pytest.warns(UserWarning, match=f"could not be pruned: .*{told}"):
+            save(tmp_path, 4, keep=1)
+        assert checkpoint.steps(tmp_path) == [1, 4]
+    assert checkpoint.prune(tmp_path, 1) == [1]
 
 
 # ------------------------------------------------------------------------------------------------------------ written wrongly
@@ -235,13 +340,35 @@ def check_ranks_read_back_together(folder: str) -> None:
     assert max(read) <= 0.7 * size, "each its share"
     assert checkpoint.steps(root) == [3]
     dist.barrier()
-    with warnings.catch_warnings(record=True) as caught, a_disk_that_writes_other_bytes():
-        warnings.simplefilter("always")
-        checkpoint.save(root, 4, **live, keep=1)
-    assert sum("could not be pruned" in str(each.message) for each in caught) == (dist.get_rank() == 0)
+    with warnings.catch_warnings(), a_disk_that_writes_other_bytes():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="could not be pruned"):  # a rank that raises alone leaves the others waiting
+            checkpoint.save(root, 4, **live, keep=1)
     assert checkpoint.steps(root) == [3, 4]
     dist.barrier()
     assert_all_go_on(root, live)
+    assert_ranks_share_the_reading_of_what_is_in_the_way(root, live)
+
+
+def assert_ranks_share_the_reading_of_what_is_in_the_way(root: Path, live: Any) -> None:
+    known = {step for where, step in import_module("sharded_optim.checkpoint.steps")._findings if where == str(root)}
+    assert known <= {6}, "no rank remembers what is gone"
+    checkpoint.save(root, 8, **live)
+    (shard, *_) = sorted((root / "step-000000008").glob("*.safetensors"))
+    size = sum(path.stat().st_size for path in (root / "step-000000008").glob("*.safetensors"))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        content = shard.read_bytes()
+        shard.write_bytes(content[:-5] + bytes([content[-5] ^ 1]) + content[-4:])
+    dist.barrier()
+    with counted_reads() as counts, pytest.warns(UserWarning, match="replacing a checkpoint that is damaged"):
+        checkpoint.save(root, 8, **live)
+    read: list[int] = [0, 0]
+    dist.all_gather_object(read, counts["step-000000008"])
+    assert sum(read) == size, "each byte once"
+    assert max(read) <= 0.7 * size, "each its share"
+    with pytest.raises(checkpoint.CheckpointError, match="step 8 is committed already"):
+        checkpoint.save(root, 8, **live)
 
 
 def assert_all_go_on(root: Path, live: Any) -> None:

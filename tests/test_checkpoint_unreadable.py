@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import inspect
+import json
 import os
+import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import ranks
 import torch
@@ -140,14 +146,134 @@ def unlistable(request: pytest.FixtureRequest) -> Iterator[str]:
             raise error
         return scandir(path)
 
-    with mock.patch.object(os, "scandir", failing):
-        yield os.strerror(request.param)
+    patch = mock.patch.object(os, "scandir", failing)
+    patch.start()
+    yield os.strerror(request.param)
+    mock.patch.stopall()
 
 
 def test_a_folder_that_cannot_be_listed_is_passed_over(unlistable: str, root: Path) -> None:
     assert_passed_over(root, unlistable)
-    with pytest.raises(checkpoint.CheckpointError, match=rf"step {STEP} is there already, and cannot be read to see(.|\n)*{unlistable}"):
-        save(root, STEP)  # it may be whole
+
+
+def test_training_goes_on_past_a_step_that_cannot_be_read(unlistable: str, root: Path) -> None:
+    """Each restart comes to it again. It may be whole, so it is renamed, and none of its bytes is lost."""
+    before = {path.name: path.read_bytes() for path in root.joinpath(NAME).iterdir()}
+    with pytest.warns(UserWarning, match=rf"step {STEP} is there already, and cannot be read to see(.|\n)*{unlistable}"):
+        save(root, STEP)
+    (aside,) = root.glob(f"{NAME}.unreadable-*")
+    mock.patch.stopall()
+    assert {path.name: path.read_bytes() for path in aside.iterdir()} == before
+    assert checkpoint.steps(root) == [OLDER, STEP]
+
+
+def test_a_shard_that_cannot_be_read_is_told_as_such_and_not_taken_for_damaged(root: Path) -> None:
+    """One error of a disk says nothing of the bytes, and is over with the next reading."""
+    read = LocalStore.read
+
+    def failing(store: LocalStore, folder: str, file: str, *arguments: Any) -> int:
+        if folder == NAME and file == SHARD:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(store, folder, file, *arguments)
+
+    with mock.patch.object(LocalStore, "read", failing):
+        with pytest.raises(checkpoint.DamagedError, match="cannot be read, and may be whole") as caught:
+            checkpoint.verify(root, STEP)
+        assert "is damaged" not in str(caught.value)
+        with pytest.warns(UserWarning, match="cannot be read to see"):
+            save(root, STEP)
+    assert len(list(root.glob(f"{NAME}.unreadable-*"))) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert checkpoint.prune(root, 1) == [OLDER]
+
+
+def test_a_step_that_can_be_neither_read_nor_renamed_is_an_error(unlistable: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "rename", mock.Mock(side_effect=OSError(errno.EROFS, "Read-only file system")))
+    with pytest.raises(checkpoint.CheckpointError, match=r"nor can it be renamed \(.*Read-only(.|\n)*save to another root"):
+        save(root, STEP)
+
+
+@pytest.mark.parametrize("target", ["loop", "COMMITTED/nothing", "x" * 300])
+def test_a_stray_link_in_a_folder_does_not_make_its_checkpoint_damaged(target: str, root: Path) -> None:
+    (root / NAME / "loop").symlink_to(target)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert checkpoint.latest(root) == STEP
+        assert checkpoint.load(root, model=nn.Linear(3, 5)) == {"step": STEP}
+        with pytest.raises(checkpoint.CheckpointError, match="is committed already"):
+            save(root, STEP)
+
+
+# ---------------------------------------------------------------------------------------------------- what this reader cannot read
+
+
+def without_numpy(content: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setitem(sys.modules, "numpy", None)
+    return content
+
+
+UNKNOWN: dict[str, tuple[Any, Callable[[str, pytest.MonkeyPatch], str], str]] = {
+    "a mark": ((1,), lambda content, _: content.replace("$tuple", "$deque"), r"marked '\$deque', .*upgrade sharded-optim"),
+    "a factory": (defaultdict(list), lambda content, _: content.replace('["list",', '["set",'), "a defaultdict of 'set', .*upgrade"),
+    "a dtype of an array": (np.uint32(3), lambda content, _: content.replace('"<u4"', '"<c8"'), "an array of '<c8', .*upgrade"),
+    "a dtype of a tensor": (None, lambda content, _: content.replace('"F32"', '"F4"'), "knows no dtype 'F4'.*upgrade"),
+    "a feature": (None, lambda content, _: content.replace('"requires": []', '"requires": ["$new"]'), r"requires \$new.*upgrade"),
+    "a package that is not installed": (np.uint32(3), without_numpy, "numpy, which is not installed; pip install numpy"),
+}
+
+
+@pytest.mark.parametrize("what", UNKNOWN)
+def test_a_checkpoint_that_this_environment_cannot_read_is_whole_and_stays(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A later version of the library, or a package, reads it: a load does not fall back, and a save does not replace it."""
+    extra, edit, words = UNKNOWN[what]
+    model = nn.Linear(3, 5)
+    checkpoint.save(tmp_path, OLDER, model=model)
+    checkpoint.save(tmp_path, STEP, model=model, extra={"value": extra})
+    folder = tmp_path / NAME
+    content = edit((folder / "manifest.json").read_text(), monkeypatch).encode()
+    (folder / "manifest.json").write_bytes(content)
+    (folder / "COMMITTED").write_text(hashlib.sha256(content).hexdigest() + "\n")
+    acts = (
+        lambda: checkpoint.load(tmp_path, model=model),
+        lambda: checkpoint.verify(tmp_path),
+        lambda: checkpoint.save(tmp_path, STEP, model=model),
+    )
+    for act in acts:
+        with pytest.raises(checkpoint.MismatchError, match=rf"{NAME}/manifest.json: .*{words}"):
+            act()
+    with pytest.warns(UserWarning, match=words):
+        assert checkpoint.latest(tmp_path) == OLDER
+    with pytest.warns(UserWarning, match=words):
+        assert checkpoint.prune(tmp_path, 1) == []
+    assert (folder / "manifest.json").read_bytes() == content
+
+
+def test_older_versions_of_the_library_are_told_what_they_do_not_know(tmp_path: Path) -> None:
+    """They name what they refuse, and do not take the checkpoint for damaged."""
+    model = nn.Linear(3, 5)
+    for step, extra in enumerate(((1, b"a", {2: torch.ones(1)}), {"a": [Counter("a"), np.float32(1)]}, {"$Counter": "$array"})):
+        checkpoint.save(tmp_path, step, model=model, extra=extra)
+    required = [json.loads(path.read_text())["requires"] for path in sorted(tmp_path.glob("*/manifest.json"))]
+    assert required == [[], ["$Counter", "$scalar"], []]
+    assert checkpoint.verify(tmp_path, 1) == 1
+
+
+def test_a_checkpoint_is_read_from_deep_inside_of_a_program(tmp_path: Path) -> None:
+    """How deep the caller is says nothing of the checkpoint."""
+    value: Any = 1
+    for _ in range(100):
+        value = {1: value}
+    checkpoint.save(tmp_path, 1, model=nn.Linear(1, 1), extra=value)
+
+    def at(depth: int) -> Any:
+        return at(depth - 1) if depth else checkpoint.latest(tmp_path)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert at(800 - len(inspect.stack(0))) == 1
 
 
 @pytest.mark.parametrize("name", [f"step-{99:014d}", "step-٠٠٠٠٠٠٠٩٩", "step-000000099 (copy)", "step-99", "step-+00000099", "step-"])
@@ -213,7 +339,7 @@ def check_ranks_fall_back_together(folder: str) -> None:
         checkpoint.save(folder, step, model=model, optimizer=optimizer, extra={"step": step})
     files = LocalStore.files
 
-    def failing(store: LocalStore, name: str) -> dict[str, int]:
+    def failing(store: LocalStore, name: str) -> dict[str, tuple[int, Hashable]]:
         if dist.get_rank() == 1 and name == NAME:
             raise OSError(errno.ESTALE, "Stale file handle")
         return files(store, name)

@@ -151,6 +151,43 @@ REFUSED = [
 ]
 
 
+UNNAMED: dict[str, tuple[Callable[[], Any], str]] = {
+    "sparse": (lambda: torch.eye(3).to_sparse(), "a tensor of torch.sparse_coo"),
+    "meta": (lambda: torch.ones(2, device="meta"), "a tensor on the device meta"),
+    "nested": (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "a tensor nested"),
+    "conjugate": (lambda: torch.ones(2, dtype=torch.complex64).conj(), "torch.complex64"),
+    "an attribute": (lambda: with_attribute(Counter("a"), "note", 1), "a Counter with the attribute 'note'"),
+    "a large int": (lambda: 2**10_000, "an int of 10001 bits"),
+}
+
+
+def with_attribute(value: Any, name: str, content: Any) -> Any:
+    setattr(value, name, content)
+    return value
+
+
+@pytest.mark.parametrize("kind", UNNAMED)
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
+def test_what_a_manifest_cannot_hold_is_told_by_what_it_is(kind: str) -> None:
+    make, words = UNNAMED[kind]
+    with pytest.raises(ValueError, match=rf"^extra\[0\] is (a|an|of) ?.*{words.removeprefix('a ').removeprefix('an ')}"):
+        encode([make()], "extra")
+
+
+def test_state_dicts_and_parameters_come_back_as_such() -> None:
+    """A module's state dict has the versions of its modules as an attribute."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    state: Any = model.state_dict()
+    value = {"ema": state, "free": nn.Parameter(torch.ones(2)), "frozen": nn.Parameter(torch.ones(2), requires_grad=False)}
+    found = decode(json.loads(json.dumps(encode(value, "extra"))))
+    assert list(found["ema"]) == list(state)
+    assert_same(found["ema"]._metadata, state._metadata)
+    model.load_state_dict(found["ema"])
+    assert [(type(found[key]), found[key].requires_grad) for key in ("free", "frozen")] == [(nn.Parameter, True), (nn.Parameter, False)]
+    negative = torch._neg_view(torch.ones(2))
+    assert torch.equal(decode(encode(negative, "extra")), negative)
+
+
 @pytest.mark.parametrize("value", REFUSED, ids=lambda value: type(value).__name__)
 def test_what_a_manifest_cannot_hold_as_it_is_is_refused_by_its_place(value: Any) -> None:
     with pytest.raises(
@@ -159,7 +196,10 @@ def test_what_a_manifest_cannot_hold_as_it_is_is_refused_by_its_place(value: Any
         encode(value, "extra")
 
 
-@pytest.mark.parametrize("value", [{"$object": 1}, {"$": 1}, {"$float": "x"}, [{"$pickle": "gASVAAAA"}]])
+NOT_KNOWN = [{"$array": ["|O", [1], "AAAAAA=="]}, {"$defaultdict": ["eval", []]}]
+
+
+@pytest.mark.parametrize("value", [{"$object": 1}, {"$": 1}, {"$float": "x"}, [{"$pickle": "gASVAAAA"}], *NOT_KNOWN])
 def test_an_unknown_mark_is_refused(value: Any) -> None:
     with pytest.raises(ValueError, match=r"marked|convert"):
         decode(value)
@@ -180,6 +220,29 @@ def test_hyperparameters_are_plain_numbers_whoever_has_computed_them(tmp_path: P
     (group,) = parameters.groups
     assert (type(group["lr"]), group["lr"]) == (float, 0.1)
     assert list(map(type, group["betas"])) == [float, float]
+
+
+class Float(float):
+    """A float with a type of its own, as configurations have them."""
+
+
+Betas = namedtuple("Betas", "first second")
+
+
+def test_hyperparameters_of_classes_that_inherit_from_numbers_are_saved_as_these(tmp_path: Path) -> None:
+    """Optimizers take them, so the first save does."""
+    groups = [
+        {"params": [nn.Parameter(torch.ones(2))], "tag": Text.A, "rank": Number.ONE, "names": Names("ab"), "table": Table(a=Float(1))}
+    ]
+    optimizer = so.AdamW(groups, lr=Float(0.1), betas=Betas(Float(0.9), np.float32(0.5)), backend="eager")
+    so.checkpoint.save(tmp_path, 1, optimizer=optimizer)
+    so.checkpoint.load(tmp_path, optimizer=optimizer)
+    (group,) = optimizer.param_groups
+    expected = {"lr": 0.1, "betas": (0.9, 0.5), "tag": "a", "rank": 1, "names": ["a", "b"], "table": {"a": 1.0}}
+    for key, value in expected.items():
+        assert_same(group[key], value)
+    with pytest.raises(so.checkpoint.CheckpointError, match=r"extra\['lr'\] is a .*Float, which a checkpoint cannot hold"):
+        so.checkpoint.save(tmp_path, 2, optimizer=optimizer, extra={"lr": Float(0.1)})
 
 
 # ---------------------------------------------------------------------------------------------------------------- in `extra`

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import resource
 from itertools import pairwise
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sharded_optim import segment
 from sharded_optim.segment import Segment, find_tiling_error, overlaps
 
 
@@ -120,3 +123,29 @@ def test_columns_and_rows_tile_and_any_hole_or_overlap_is_found(rows: int, colum
     extra = Segment.flat("w", (rows, columns), data.draw(st.integers(0, rows * columns - 1)), 1)
     if extra not in filled:
         assert "held by two" in (find_tiling_error([*pieces, extra]) or "")
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.data())
+def test_a_tiling_is_checked_in_parts_as_at_once(rows: int, columns: int, data) -> None:
+    """Columns of several widths, cut into several heights; whole, with one lost, and with one twice."""
+    pieces = []
+    bounds = [0, *sorted(data.draw(st.lists(st.integers(0, columns), max_size=3))), columns]
+    for begin, end in pairwise(bounds):
+        cuts = [0, *sorted(data.draw(st.lists(st.integers(0, rows), max_size=3))), rows]
+        pieces += [Segment.box("w", (rows, columns), (top, begin), (bottom - top, end - begin)) for top, bottom in pairwise(cuts)]
+    pieces = [piece for piece in pieces if piece.numel]
+    one = data.draw(st.sampled_from(pieces))
+    for case in (pieces, [piece for piece in pieces if piece is not one] or [Segment.flat("w", (rows, columns), 0, 0)], [*pieces, one]):
+        with mock.patch.object(segment, "EXPANDED_AT_ONCE", data.draw(st.integers(1, 5))):
+            found = find_tiling_error(case)
+        assert found == find_tiling_error(case)
+        assert (found is None) == (case is pieces)
+
+
+def test_a_tiling_of_many_short_runs_takes_little_memory() -> None:
+    """16 columns of a width of 1: 8 Mi runs, which at once would take 400 MB."""
+    rows = 2**19
+    pieces = [Segment.box("w", (rows, 16), (0, column), (rows, 1)) for column in range(16)]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert find_tiling_error(pieces) is None
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150_000  # KiB

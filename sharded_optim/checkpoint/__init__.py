@@ -75,8 +75,9 @@ def save(
         step: how far training is: a number >= 0 that is not committed yet under `root`.
         model: a module, under any wrapper or none, or a DeepSpeedEngine. Its parameters' names are those in the checkpoint.
         optimizer: of this library. Without `model` its parameters have the names that it was given, or their positions.
-        extra: anything else: None, bool, int, float, str, bytes, small tensors, and lists, tuples and dicts of these, such as the
-            state_dict() of a scheduler. The same on all ranks, or None on all but one.
+        extra: anything else: None, bool, int, float, str, bytes, tensors and NumPy's scalars and arrays up to 1 MiB, and lists, tuples,
+            dicts, OrderedDicts, Counters and defaultdicts of these, such as the state_dict() of a scheduler. Types come back as they were;
+            others are refused, and so are subclasses. The same on all ranks, or None on all but one.
         keep: how many checkpoints remain: older ones are removed after the commit; see `prune`. Where none of those that remain was read
             back, the ranks first read back the newest together, each its share; if that is damaged, a warning says so, and all stay.
         process_group: the ranks that save together; None: all.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from sharded_optim.checkpoint.errors import MismatchError
+
 __all__ = ["dtype_named", "name_of"]
 
 NAMES = {
@@ -35,7 +37,14 @@ def name_of(dtype: torch.dtype, what: str) -> str:
 
 
 def dtype_named(name: str) -> torch.dtype:
-    """Raises ValueError for a name of none."""
+    """The dtype that safetensors calls so.
+
+    Raises:
+        MismatchError: this version of the library has no such dtype; a later one may have it.
+        ValueError: it is no name.
+    """
+    if not isinstance(name, str):
+        raise ValueError(f"{name!r} is not the name of a dtype")
     if name not in DTYPES:
-        raise ValueError(f"there is no dtype {name!r}; known are {', '.join(DTYPES)}")
+        raise MismatchError(f"this version of the library knows no dtype {name!r}, but {', '.join(DTYPES)}; upgrade sharded-optim")
     return DTYPES[name]

@@ -9,14 +9,15 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from sharded_optim.checkpoint.errors import CheckpointError, DamagedError, MismatchError
+from sharded_optim.checkpoint.errors import CheckpointError, DamagedError, MismatchError, UnreadableError
 from sharded_optim.ranks import join_messages
 
 __all__ = ["digest_of", "distinct", "refuse_differences", "together"]
 
 Result = TypeVar("Result")
 
-KINDS: tuple[type[CheckpointError], ...] = (CheckpointError, MismatchError, DamagedError)  # the last that occurs on any rank is raised
+# The last that occurs on any rank is raised.
+KINDS: tuple[type[CheckpointError], ...] = (CheckpointError, MismatchError, UnreadableError, DamagedError)
 
 
 def together(what: str, action: Callable[[], Result], process_group: dist.ProcessGroup | None) -> list[Result]:
@@ -51,15 +52,16 @@ def together(what: str, action: Callable[[], Result], process_group: dist.Proces
     failed = [kind for kind, _ in votes if kind is not None]
     if failed:
         message = f"{what} failed: {join_messages([None if kind is None else told[0] for kind, told in votes])}"
-        if KINDS[max(failed)] is DamagedError:
+        found = KINDS[max(failed)]
+        if issubclass(found, DamagedError):
             problems = dict.fromkeys(problem for kind, told in votes if kind is not None for problem in told[1])
-            raise DamagedError(message, sorted(problems)) from failure
-        raise KINDS[max(failed)](message) from failure
+            raise found(message, sorted(problems)) from failure
+        raise found(message) from failure
     return [result for _, result in votes]
 
 
 def _kind(failure: Exception) -> int:
-    return max(index for index, kind in enumerate(KINDS) if index == 0 or isinstance(failure, kind))
+    return KINDS.index(type(failure)) if type(failure) in KINDS else 0
 
 
 def _told(failure: Exception) -> str:

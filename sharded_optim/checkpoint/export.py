@@ -35,7 +35,8 @@ FILE_BYTES = 5 * 10**9  # of tensors in a file, as Hugging Face libraries cut th
 def export_safetensors(root: Where, destination: Where, *, step: int | None = None, masters: bool = False) -> list[str]:
     """Write a checkpoint's model as Hugging Face libraries do: `model.safetensors`, or several files of 5 GB with an index.
 
-    Tensors have the names that they have in the model, a tied one all of its names. A tokenizer or config.json is not part of a checkpoint.
+    Tensors have the names that they have in the model, a tied one all of its names, so that `model.load_state_dict(load_file(..))` takes
+    them. `safetensors.torch.load_model` takes one name of each: with strict=False. A tokenizer or config.json is not part of a checkpoint.
     Holds one file in memory.
 
     Args:
@@ -64,7 +65,7 @@ def export_safetensors(root: Where, destination: Where, *, step: int | None = No
             mode = stat.S_IMODE((draft / file).stat().st_mode)
             tied = {name: model[name].name for name in names if name != model[name].name}
             safetensors.torch.save_file(
-                {name: checkpoint.tensor(model[name]) for name in names}, draft / file, metadata={"format": "pt"} | tied
+                {name: checkpoint.tensor(model[name]) for name in names}, draft / file, metadata=tied | {"format": "pt"}
             )
             (draft / file).chmod(mode)  # safetensors lets nobody else read what it writes
             _sync(draft / file)

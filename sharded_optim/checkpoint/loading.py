@@ -171,15 +171,19 @@ def load_step(store: Store, step: int, model: Any, optimizer: Any, choices: Choi
             f"{reader.where} does not fit in all, as strict=False allows:\n  " + "\n  ".join(text for _, text in problems), stacklevel=4
         )
     wishes = fits[0].wishes
+
+    def verify() -> None:
+        reader.verify(wishes, rank, world_size)
+        if state is not None and rank == 0:
+            _log_differences(state, landing, choices)
+
     with reading_back(reader):
-        together(f"verifying {reader.where}", lambda: reader.verify(wishes, rank, world_size), process_group)
+        together(f"verifying {reader.where}", verify, process_group)
 
     def install() -> None:
         shown.prepare()
         reader.load(wishes)
         if state is not None:
-            if rank == 0:
-                _log_differences(state, landing, choices)
             state.install(landing, hyperparameters=choices.hyperparameters == "checkpoint")
         for name, saved in reader.manifest.wrapper.items():
             if name in shown.wrapper:
@@ -290,7 +294,7 @@ def _log_differences(state: LiveOptimizer, landing: Landing, choices: Choices) -
         for key, value in values.items():
             own = group.get(key)
             own = own.item() if isinstance(own, torch.Tensor) and own.numel() == 1 else own
-            if own != value:
+            if repr(own) != repr(value):  # tensors and arrays have no truth value
                 logger.info(
                     "param_groups[%d][%r] is %r, in the checkpoint %r; the %s's counts", index, key, own, value, choices.hyperparameters
                 )

@@ -11,6 +11,7 @@ from collections.abc import Hashable
 
 __all__ = ["LocalStore"]
 
+BROKEN_LINK = (errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG)  # errors of a link that leads nowhere, now and later
 REMOVED = ".removed"  # ends the name of a folder that is being removed
 
 logger = logging.getLogger(__name__)
@@ -36,21 +37,18 @@ class LocalStore:
         except FileNotFoundError:
             return []
 
-    def files(self, folder: str) -> dict[str, int]:
+    def files(self, folder: str) -> dict[str, tuple[int, Hashable]]:
+        found: dict[str, tuple[int, Hashable]] = {}
         try:
             with os.scandir(self._path(folder)) as entries:
-                return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+                for entry in entries:
+                    if _is_file(entry):
+                        status = entry.stat()
+                        # The time of change cannot be set back, the time of modification can.
+                        found[entry.name] = status.st_size, (status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
         except FileNotFoundError:
             return {}
-
-    def stamp(self, folder: str) -> Hashable:
-        try:
-            with os.scandir(self._path(folder)) as entries:
-                found = [(entry.name, entry.stat()) for entry in entries if entry.is_file()]
-        except FileNotFoundError:
-            return ()
-        # The time of change cannot be set back, the time of modification can.
-        return tuple(sorted((name, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in found))
+        return found
 
     def read(self, folder: str, file: str, offset: int, into: memoryview) -> int:
         with open(self._path(folder, file), "rb", buffering=0) as stream:
@@ -82,6 +80,12 @@ class LocalStore:
         except BaseException:  # a save that fails leaves no checkpoint
             os.rename(self._path(folder), self._path(draft))
             raise
+
+    def set_aside(self, folder: str) -> str:
+        name = f"{folder}.unreadable-{secrets.token_hex(4)}"
+        os.rename(self._path(folder), self._path(name))
+        _sync_folder(self.root)
+        return name
 
     def remove(self, folder: str) -> None:
         doomed = f".{folder.lstrip('.')}.{secrets.token_hex(4)}{REMOVED}"
@@ -129,6 +133,15 @@ class LocalFile:
 
     def abandon(self) -> None:
         os.close(self._descriptor)
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError as error:
+        if error.errno not in BROKEN_LINK:
+            raise
+        return False
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -10,7 +10,8 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -19,13 +20,15 @@ import torch
 
 from sharded_optim.checkpoint.dtypes import dtype_named, name_of
 from sharded_optim.checkpoint.errors import DamagedError, MismatchError
-from sharded_optim.checkpoint.values import decode, encode
+from sharded_optim.checkpoint.values import LATER, decode, encode, marks_in
+from sharded_optim.param_groups import check_hyperparameters
 from sharded_optim.segment import Segment, find_tiling_error
 
 __all__ = [
     "CHUNK_BYTES",
     "LARGEST_HEADER",
     "LARGEST_MANIFEST",
+    "MODEL",
     "Chunk",
     "Manifest",
     "Parameters",
@@ -37,12 +40,15 @@ __all__ = [
 ]
 
 FORMAT = "sharded_optim.checkpoint"
+MODEL = "model"  # the kind of parameters and buffers
 VERSION = (1, 0)  # what raises the first number, older versions of this library cannot read
-FEATURES: frozenset[str] = frozenset()  # that a manifest may require of its reader, and that this one has
+FEATURES = LATER  # that a manifest may require of its reader, and that this one has: marks of values
 # What is larger is not read: memory is allocated by these numbers. Nothing larger is saved.
 LARGEST_MANIFEST = 2**30  # bytes
 LARGEST_HEADER = 100_000_000  # bytes of a shard file before the data, as other readers of safetensors have it
 CHUNK_BYTES = 4 * 2**20  # of data that are hashed and read together
+LARGEST_NUMBER = 2**62  # bytes of a tensor without its empty dimensions, up to which no product overflows
+SWITCHES = {"amsgrad", "nesterov", "kahan_sum", "stochastic_rounding", "learns_reference_lr"}  # hyperparameters that are on or off
 LARGEST_COUNT = 2**53  # steps, up to which float counters are exact
 SHARD_NAME = re.compile(r"shard-[0-9]{5}-of-[0-9]{5}\.safetensors")
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -108,7 +114,7 @@ class Parameters:
         steps: the step counter of each parameter that has state.
 
     Raises:
-        ValueError: a step counter is no count.
+        ValueError: a step counter is no count, a parameter is in no group, or a hyperparameter is none that any optimizer could use.
     """
 
     optimizer: str
@@ -120,6 +126,16 @@ class Parameters:
         for name, step in self.steps.items():
             if not (type(step) in (int, float) and 0 <= step <= LARGEST_COUNT and step == int(step)):
                 raise ValueError(f"the step counter of {name!r} is {step!r}; it must be a whole number from 0 to {LARGEST_COUNT}")
+            if name not in self.group_of:
+                raise ValueError(f"{name!r} has a step counter, and is in no param group")
+        for index, group in enumerate(self.groups):
+            check_hyperparameters(dict(group), f"param_groups[{index}]", scheduled=True)
+            for key in SWITCHES & group.keys():
+                if group[key] not in (False, True, None):
+                    raise ValueError(f"{key} must be True or False, got {group[key]!r} in param_groups[{index}]")
+            seed = group.get("rounding_seed", 0)
+            if not isinstance(seed, int | float) or seed % 1 != 0:
+                raise ValueError(f"rounding_seed must be a whole number, got {seed!r} in param_groups[{index}]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,10 +179,15 @@ class Manifest:
     def to_json(self) -> bytes:
         names = list(self.files)
         numbers = {name: number for number, name in enumerate(names)}
+        values = {
+            "parameters": None if self.parameters is None else _parameters_to_json(self.parameters),
+            "wrapper": encode(dict(self.wrapper), "wrapper"),
+            "extra": encode(self.extra, "extra"),
+        }
         content = {
             "format": FORMAT,
             "version": list(VERSION),
-            "requires": [],
+            "requires": sorted(marks_in(values) & FEATURES),
             "step": self.step,
             "world_size": self.world_size,
             "libraries": dict(self.libraries),
@@ -188,9 +209,7 @@ class Manifest:
                 }
                 for entry in self.tensors.values()
             ],
-            "parameters": None if self.parameters is None else _parameters_to_json(self.parameters),
-            "wrapper": encode(dict(self.wrapper), "wrapper"),
-            "extra": encode(self.extra, "extra"),
+            **values,
         }
         # One line for each tensor: to be read by people and by line-based tools, without a line for each number.
         rows = {key: value for key, value in content.items() if key not in ("tensors", "files")}
@@ -207,25 +226,27 @@ class Manifest:
             where: it was read from, for error messages.
 
         Raises:
-            MismatchError: it was written by a later version of the library.
+            MismatchError: this version of the library, or this environment, cannot read it, though it may be whole.
             DamagedError: it contradicts itself, or has numbers that cannot be.
         """
         try:
-            content = json.loads(text.decode(), object_pairs_hook=_object, parse_float=_finite, parse_constant=_finite)
-            if not isinstance(content, dict) or content.get("format") != FORMAT:
-                raise ValueError(f"it is not a {FORMAT}")
-            _check_version(content, where)
-            manifest = cls._from_content(content)
-        except MismatchError:
-            raise
+            try:
+                return cls._from_text(text)
+            except RecursionError:  # perhaps because this is called from deep inside of a program: a thread has a stack of its own
+                return _in_a_thread(lambda: cls._from_text(text))
+        except MismatchError as error:
+            raise MismatchError(f"{where}: {error}") from error
         except RecursionError as error:
             raise DamagedError(f"{where}: it is nested too deeply") from error
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RuntimeError) as error:  # torch's are the last
             raise DamagedError(f"{where}: {error if isinstance(error, ValueError) else repr(error)}") from error
-        return manifest
 
     @classmethod
-    def _from_content(cls, content: dict[str, Any]) -> Manifest:
+    def _from_text(cls, text: bytes) -> Manifest:
+        content = json.loads(text.decode(), object_pairs_hook=_object, parse_float=_finite, parse_constant=_finite)
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ValueError(f"it is not a {FORMAT}")
+        _check_version(content)
         files = {}
         for row in content["files"]:
             if not SHARD_NAME.fullmatch(row["name"]):
@@ -247,7 +268,7 @@ class Manifest:
             raise ValueError("two tensors have one name")
         if _whole(content["world_size"]) < 1:
             raise ValueError("it was saved by 0 ranks")
-        manifest = cls(
+        found = cls(
             step=_whole(content["step"]),
             world_size=_whole(content["world_size"]),
             files=files,
@@ -258,17 +279,39 @@ class Manifest:
             aliases=_aliases_from_json(content.get("aliases", {}), tensors.values()),
             libraries={check_text(name): check_text(version) for name, version in content["libraries"].items()},
         )
-        _check_extents(manifest)
+        _check_names(found)
+        _check_extents(found)
         for entry in tensors.values():  # after the extents, which bound how much memory this takes
             _check_tiling(entry)
-        return manifest
+        return found
+
+
+def _in_a_thread(action: Callable[[], Manifest]) -> Manifest:
+    found: list[Manifest | Exception] = []
+
+    def run() -> None:
+        try:
+            found.append(action())
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=run, name="sharded_optim parse", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise MismatchError("it cannot be read from so deep inside of a program, and there can be no more threads") from error
+    thread.join()
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"an object has the key {next(name for name in names if names.count(name) > 1)!r} twice")
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise ValueError(f"an object has the key {twice!r} twice")
     return found
 
 
@@ -315,22 +358,24 @@ def _check_sha256(value: Any) -> None:
         raise ValueError(f"{value!r} is not a SHA-256")
 
 
-def _check_version(content: dict[str, Any], where: str) -> None:
+def _check_version(content: dict[str, Any]) -> None:
     major, minor = map(_whole, content["version"])
+    if major < 1:
+        raise ValueError(f"it is of version {major}.{minor} of the format, which there never was")
     if major != VERSION[0]:
-        raise MismatchError(
-            f"{where} is of version {major}.{minor} of the format, and this library reads {VERSION[0]}.x; upgrade sharded-optim"
-        )
-    unknown = sorted(set(content["requires"]) - FEATURES)
+        raise MismatchError(f"it is of version {major}.{minor} of the format, and this library reads {VERSION[0]}.x; upgrade sharded-optim")
+    if not isinstance(content["requires"], list):
+        raise ValueError(f"what it requires is {content['requires']!r}, not a list")
+    unknown = sorted(set(map(check_text, content["requires"])) - FEATURES)
     if unknown:
-        raise MismatchError(f"{where} requires {', '.join(unknown)}, of which this library knows nothing; upgrade sharded-optim")
+        raise MismatchError(f"it requires {', '.join(unknown)}, of which this library knows nothing; upgrade sharded-optim")
 
 
 def _entry(row: dict[str, Any], files: list[str]) -> TensorEntry:
     shape = tuple(map(_whole, row["shape"]))
     dtype = dtype_named(row["dtype"])
     kind, name = check_text(row["kind"]), check_text(row["name"])
-    if max(shape, default=0) >= 2**63:
+    if math.prod(filter(None, shape)) * dtype.itemsize > LARGEST_NUMBER:
         raise ValueError(f"{key_of(kind, name)!r} has shape {shape}")
     chunks = []
     for file, offset, size, start, run, stride, count, digest in row["chunks"]:
@@ -348,6 +393,15 @@ def _check_tiling(entry: TensorEntry) -> None:
     problem = find_tiling_error([chunk.segment for chunk in entry.chunks] or [Segment.flat(entry.name, entry.shape, 0, 0)])
     if problem:
         raise ValueError(f"the chunks of {entry.key!r} (shape {entry.shape}) do not tile it: {problem}")
+
+
+def _check_names(manifest: Manifest) -> None:
+    """What an optimizer holds, it holds of its parameters."""
+    if manifest.parameters is None:
+        return
+    for entry in manifest.tensors.values():
+        if entry.kind != MODEL and entry.name not in manifest.parameters.group_of:
+            raise ValueError(f"{entry.key!r} is of an optimizer, and {entry.name!r} is in no param group")
 
 
 def _check_extents(manifest: Manifest) -> None:
@@ -388,8 +442,9 @@ def _parameters_from_json(content: dict[str, Any]) -> Parameters:
     group_of: dict[str, int] = {}
     for index, group in enumerate(content["groups"]):
         for name in map(check_text, group["params"]):
-            if group_of.setdefault(name, index) != index:
-                raise ValueError(f"{name!r} is in two param groups")
+            if name in group_of:
+                raise ValueError(f"{name!r} is in two param groups, {group_of[name]} and {index}, or twice in one")
+            group_of[name] = index
     return Parameters(
         optimizer=check_text(content["optimizer"]),
         groups=tuple(_table(decode(group["hyperparameters"]), "hyperparameters") for group in content["groups"]),

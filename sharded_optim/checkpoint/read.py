@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from sharded_optim.checkpoint.shard_file import tensors_in, tensors_of
 from sharded_optim.checkpoint.store import COMMITTED, MANIFEST, Store, folder_of
 from sharded_optim.segment import Overlap, overlaps
 
-__all__ = ["CheckpointReader", "Wish"]
+__all__ = ["CheckpointReader", "Wish", "committed_content", "look_at"]
 
 _Stretch = list[tuple[TensorEntry, Chunk]]  # that are read at once
 
@@ -50,30 +51,28 @@ class CheckpointReader:
         store, step: which.
 
     Attributes:
-        step: its number.
+        root, step: of the store, and its number.
         manifest: of it.
         text, digest: of the manifest as it is stored, and its SHA-256.
-        version: the checkpoint as its files are now: another value once one of them was written to, as far as the file system notices.
+        version: see `look_at`.
 
     Raises:
         CheckpointError: there is none.
         DamagedError: the manifest is not what was saved.
-        MismatchError: a later version of the library has written it.
+        MismatchError: this version of the library, or this environment, cannot read it, though it may be whole.
     """
 
     def __init__(self, store: Store, step: int) -> None:
         self._store = store
-        self.step = step
+        self.root, self.step = store.root, step
         self.folder = folder_of(step)
         self.where = f"{store.root}/{self.folder}"
-        self._is_unreadable = False
+        self._unreadable: set[str] = set()  # of the problems that were found, those that are no damage
+        self.sizes, self.version = look_at(store, step)
         try:
-            self.sizes = store.files(self.folder)
             is_there = COMMITTED in self.sizes or (store.renames and self.folder in store.folders())
-            self.version = (store.root, step, store.stamp(self.folder) if self.sizes else None)
         except OSError as error:
-            kind = DamagedError if error.errno in BROKEN else UnreadableError
-            raise kind(f"{self.where} cannot be listed: {error}") from error
+            raise UnreadableError(f"{store.root} cannot be listed: {error}") from error
         if not is_there:
             raise CheckpointError(f"{self.where} is no committed checkpoint; {COMMITTED} is missing")
         for file in (COMMITTED, MANIFEST):
@@ -200,8 +199,9 @@ class CheckpointReader:
             try:
                 count = self._store.read(self.folder, chunk.file, begin, memoryview(content)[:size])
             except OSError as error:
-                self._is_unreadable = True
-                return [f"{chunk.file} cannot be read at {begin}, from {first.key!r} on: {error}"]
+                problem = f"{chunk.file} cannot be read at {begin}, from {first.key!r} on: {error}"
+                self._unreadable.add(problem)
+                return [problem]
             told = []
             for entry, chunk in stretch:
                 offset = chunk.offset - begin
@@ -248,8 +248,9 @@ class CheckpointReader:
         try:
             count = self._store.read(self.folder, name, 0, memoryview(header))
         except OSError as error:
-            self._is_unreadable = True
-            return f"{name} cannot be read: {error}"
+            problem = f"{name} cannot be read: {error}"
+            self._unreadable.add(problem)
+            return problem
         if count != file.header_size or sha256(bytes(header)) != file.header_sha256:
             return f"{name}: its header is not the one that was saved"
         chunks = [(entry.key, entry.dtype, chunk.segment) for entry, chunk in self.manifest.chunks_of[name]]
@@ -260,8 +261,9 @@ class CheckpointReader:
     def _raise(self, problems: Sequence[str]) -> None:
         if problems:
             shown = "\n  ".join(problems[:SHOWN]) + (f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else "")
-            kind = UnreadableError if self._is_unreadable else DamagedError
-            raise kind(f"{self.where} is damaged:\n  {shown}", problems)
+            if self._unreadable.issuperset(problems):
+                raise UnreadableError(f"{self.where} cannot be read, and may be whole:\n  {shown}", problems)
+            raise DamagedError(f"{self.where} is damaged:\n  {shown}", problems)
 
 
 def _problem(entry: TensorEntry, chunk: Chunk, content: memoryview) -> str | None:
@@ -284,6 +286,26 @@ def _stretches(chunks: Sequence[tuple[TensorEntry, Chunk]]) -> Iterator[_Stretch
         stretch.append((entry, chunk))
     if stretch:
         yield stretch
+
+
+def look_at(store: Store, step: int) -> tuple[dict[str, int], bytes | None]:
+    """List the files of a checkpoint.
+
+    Returns:
+        The size of each, and 32 bytes that are others once a file was written to, as far as the store notices; None where it does not tell.
+
+    Raises:
+        DamagedError: there is something else in the place of its folder.
+        UnreadableError: the folder cannot be listed.
+    """
+    try:
+        files = store.files(folder_of(step))
+    except OSError as error:
+        kind = DamagedError if error.errno in BROKEN else UnreadableError
+        raise kind(f"{store.root}/{folder_of(step)} cannot be listed: {error}") from error
+    sizes = {name: size for name, (size, _) in files.items()}
+    is_told = all(version is not None for _, version in files.values())
+    return sizes, hashlib.sha256(repr(sorted(files.items())).encode()).digest() if is_told else None
 
 
 COMMITTED_BYTES = 65  # of the marker: a SHA-256 in hexadecimal, and a line feed

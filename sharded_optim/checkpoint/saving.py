@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sharded_optim.checkpoint.errors import CheckpointError, DamagedError, UnreadableError
+from sharded_optim.checkpoint.errors import CheckpointError, DamagedError, MismatchError, UnreadableError
 from sharded_optim.checkpoint.exchange import digest_of, distinct, refuse_differences, together
 from sharded_optim.checkpoint.held import MASTER, Held, checksum
 from sharded_optim.checkpoint.live import LiveOptimizer, live_model, live_optimizer
@@ -28,7 +28,7 @@ from sharded_optim.checkpoint.manifest import LARGEST_MANIFEST, Chunk, Manifest,
 from sharded_optim.checkpoint.plan import Part, Plan, Row, rows_of
 from sharded_optim.checkpoint.read import CheckpointReader, committed_content
 from sharded_optim.checkpoint.shard_file import WrittenShard, write_shard
-from sharded_optim.checkpoint.steps import read_back, reading_back, removable
+from sharded_optim.checkpoint.steps import Finding, finding_of, forget, reading_back, removable, remove
 from sharded_optim.checkpoint.store import COMMITTED, MANIFEST, Store, folder_of, open_store, shard_name
 from sharded_optim.checkpoint.values import decode, encode
 from sharded_optim.version import __version__
@@ -135,21 +135,22 @@ def begin(
     rows: list[Row] = []
     rest: list[Any] = []
 
-    def tell() -> tuple[bytes, bytes]:
+    def tell() -> tuple[bytes, bytes, bool]:
         content = collect()
         _check_arguments(step, keep)
         opened.append(open_store(root))
-        if rank == 0:
-            _make_way(opened[0], step)
+        is_there = rank == 0 and _is_there(opened[0], step)
         held.extend(content.held)
         rows.extend(rows_of(held))
         extra = None if content.extra is None else encode(content.extra, "extra")
         rest.extend((content.parameters, content.order, content.aliases, content.wrapper, extra, {"step": step, "keep": keep}))
-        return digest_of(rows), digest_of(rest)
+        return digest_of(rows), digest_of(rest), is_there
 
-    digests, rest_digests = zip(*together("collecting what to save", tell, process_group), strict=True)
+    digests, rest_digests, are_there = zip(*together("collecting what to save", tell, process_group), strict=True)
     parameters, orders, aliases, wrappers, extras, arguments = zip(*distinct(rest, rest_digests, process_group), strict=True)
     refuse_differences(arguments)
+    if any(are_there):
+        _make_way(opened[0], step, process_group)
     manifest = Manifest(
         step=step,
         world_size=len(digests),
@@ -207,8 +208,8 @@ def finish(draft: Draft, content: Callable[[Part], Tensor]) -> None:
         try:
             _prune(draft, draft.keep)
         except Exception as error:  # the checkpoint is there
-            if draft.rank == 0:
-                warnings.warn(f"{store.root} could not be pruned: {error}", UserWarning, stacklevel=3)
+            # On all ranks: where warnings are errors, one rank would raise alone.
+            warnings.warn(f"{store.root} could not be pruned: {error}", UserWarning, stacklevel=3)
 
 
 def _prune(draft: Draft, keep: int) -> None:
@@ -221,19 +222,35 @@ def _prune(draft: Draft, keep: int) -> None:
     found = together(f"pruning {store.root}", lambda: removable(store, keep, spare=draft.step) if draft.rank == 0 else ([], None), group)
     older, unread = found[0]
     if unread is not None:
-        readers: list[CheckpointReader] = []
+        _read_back(store, unread, group)
+    for step in older:
+        forget(store, step)
+    if older:
+        together(f"pruning {store.root}", lambda: remove(store, older) if draft.rank == 0 else None, group)
 
-        def look() -> None:
-            readers.append(CheckpointReader(store, unread))
-            readers[0].check_files()
 
-        where = f"{store.root}/{folder_of(unread)}"
-        together(f"looking at {where}", look, group)
+def _read_back(store: Store, step: int, process_group: dist.ProcessGroup | None) -> None:
+    """Read all of a checkpoint, each rank its share, unless rank 0 knows already what it is. A collective.
+
+    Raises:
+        CheckpointError: see `CheckpointReader`.
+    """
+    rank, world_size = (0, 1) if process_group is None else (dist.get_rank(process_group), dist.get_world_size(process_group))
+    where = f"{store.root}/{folder_of(step)}"
+    readers: list[CheckpointReader] = []
+
+    def look() -> Finding | None:
+        finding = finding_of(store, step) if rank == 0 else None
+        if finding is Finding.DAMAGED:
+            raise DamagedError(f"{where} was damaged when this process read it")
+        readers.append(CheckpointReader(store, step))
+        readers[0].check_files()
+        return finding
+
+    finding, *_ = together(f"looking at {where}", look, process_group)
+    if finding is not Finding.WHOLE:
         with reading_back(readers[0]):
-            together(f"reading back {where}", lambda: readers[0].verify((), draft.rank, len(draft.plan.parts)), group)
-    if draft.rank == 0:
-        for step in older:
-            store.remove(folder_of(step))
+            together(f"reading back {where}", lambda: readers[0].verify((), rank, world_size), process_group)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- collecting
@@ -354,26 +371,54 @@ def _only(values: Sequence[Any], what: str) -> Any:
     return given[0][1] if given else None
 
 
-# ---------------------------------------------------------------------------------------------------------------------- rank 0
+# ------------------------------------------------------------------------------------------------------- a step that is there already
 
 
-def _make_way(store: Store, step: int) -> None:
-    """For a step that is there already: only if it is damaged, so that training that fell back behind it can go on."""
+def _is_there(store: Store, step: int) -> bool:
+    """Whether a step has a folder, which on an object store must have been committed."""
     folder = folder_of(step)
-    if folder not in store.folders() or not (store.renames or COMMITTED in store.files(folder)):
-        return
+    return folder in store.folders() and (store.renames or COMMITTED in store.files(folder))
+
+
+def _make_way(store: Store, step: int, process_group: dist.ProcessGroup | None) -> None:
+    """Clear the place of a step if what is there cannot be loaded, so that training that fell back behind it can go on. A collective.
+
+    What is damaged is removed. What cannot be read may be whole, and gets another name.
+
+    Raises:
+        CheckpointError: it is whole, or cannot be renamed.
+    """
+    rank = 0 if process_group is None else dist.get_rank(process_group)
+    folder = folder_of(step)
+    where = f"{store.root}/{folder}"
     try:
-        read_back(CheckpointReader(store, step))
-    except UnreadableError as error:
-        raise CheckpointError(f"step {step} is there already, and cannot be read to see whether it is whole: {error}") from error
+        _read_back(store, step, process_group)
     except DamagedError as error:
-        warnings.warn(f"replacing a checkpoint that is damaged: {error}", UserWarning, stacklevel=2)
-        store.remove(folder)
+        found = error
+    except MismatchError as error:
+        raise MismatchError(f"step {step} is there already, and only what is damaged is replaced: {error}") from error
     else:
         raise CheckpointError(
-            f"step {step} is committed already, and a committed checkpoint is never overwritten; save to another root, or remove "
-            f"{store.root}/{folder}"
+            f"step {step} is committed already, and a committed checkpoint is never overwritten; save to another root, or remove {where}"
         )
+
+    def clear() -> None:
+        if not isinstance(found, UnreadableError):
+            warnings.warn(f"replacing a checkpoint that is damaged: {found}", UserWarning, stacklevel=2)
+            if rank == 0:
+                store.remove(folder)
+            return
+        unread = f"step {step} is there already, and cannot be read to see whether it is whole"
+        try:
+            name = store.set_aside(folder) if rank == 0 else f"{folder}.unreadable-*"
+        except OSError as error:
+            raise CheckpointError(f"{unread}; nor can it be renamed ({error}); save to another root: {found}") from error
+        warnings.warn(f"{unread}; it is now called {name}, and nothing removes it: {found}", UserWarning, stacklevel=2)
+
+    together(f"making way for {where}", clear, process_group)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- rank 0
 
 
 def _make_draft(draft: Draft) -> str:
@@ -407,9 +452,10 @@ def _commit(draft: Draft, folder: str, written: Sequence[WrittenShard | None]) -
     ]
     found = draft.store.files(folder)
     for name, file in files.items():
-        if found.get(name) != file.size:
+        size, _ = found.get(name, ("none", None))
+        if size != file.size:
             raise CheckpointError(
-                f"{name} was written with {file.size} bytes, and {draft.store.root}/{folder} has {found.get(name, 'none')}; root must "
+                f"{name} was written with {file.size} bytes, and {draft.store.root}/{folder} has {size}; root must "
                 f"be a folder that all ranks share, to which no other job saves"
             )
     manifest = replace(draft.manifest, files=files, tensors={entry.key: entry for entry in tensors}).to_json()

@@ -83,7 +83,9 @@ class _Hasher:
         self._thread.join()
 
     def add(self, flat: Tensor) -> None:
-        """Wait while too many are waiting."""
+        """Wait while too many are waiting. Raises what hashing has raised: what is written after that is for nothing."""
+        if self._failure is not None:
+            raise self._failure
         self._waiting.put(flat)
 
     def digests(self) -> tuple[str, ...]:

@@ -6,24 +6,65 @@ not written to since. Having written a checkpoint is not enough.
 
 from __future__ import annotations
 
+import enum
 import os
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 
-from sharded_optim.checkpoint.errors import CheckpointError, DamagedError, MismatchError, NoCheckpointError
+from sharded_optim.checkpoint.errors import CheckpointError, DamagedError, MismatchError, NoCheckpointError, UnreadableError
 from sharded_optim.checkpoint.manifest import Manifest
-from sharded_optim.checkpoint.read import CheckpointReader
+from sharded_optim.checkpoint.read import CheckpointReader, look_at
 from sharded_optim.checkpoint.store import COMMITTED, Store, folder_of, open_store, steps_in
 
-__all__ = ["candidates", "describe", "existing_step", "latest", "prune", "reading_back", "removable", "steps", "steps_of", "verify"]
+__all__ = [
+    "Finding",
+    "candidates",
+    "describe",
+    "existing_step",
+    "finding_of",
+    "forget",
+    "latest",
+    "prune",
+    "read_back",
+    "reading_back",
+    "removable",
+    "remove",
+    "steps",
+    "steps_of",
+    "verify",
+]
 
 Root = str | os.PathLike[str]
 
-# Of checkpoints that this process has read back: `CheckpointReader.version` of those that were whole, and of those that were not.
-_trusted: set[object] = set()
-_damaged: set[object] = set()
+
+class Finding(enum.Enum):
+    """What this process has found of a checkpoint."""
+
+    LISTED = enum.auto()  # the manifest is whole, and the files have the sizes that it says
+    WHOLE = enum.auto()  # every byte is as it was saved
+    DAMAGED = enum.auto()
+
+
+# By root and step, with the version of the files that it was found of (`look_at`).
+_findings: dict[tuple[str, int], tuple[bytes, Finding]] = {}
+
+
+def finding_of(store: Store, step: int) -> Finding | None:
+    """What this process has found of a checkpoint, if its files were not written to since, as far as the store notices.
+
+    Raises:
+        DamagedError, UnreadableError: see `look_at`.
+    """
+    _, version = look_at(store, step)
+    known, finding = _findings.get((store.root, step), (None, None))
+    return finding if version is not None and version == known else None
+
+
+def _remember(reader: CheckpointReader, finding: Finding) -> None:
+    if reader.version is not None:
+        _findings[reader.root, reader.step] = reader.version, finding
 
 
 def steps(root: Root) -> list[int]:
@@ -100,13 +141,17 @@ def prune(root: Root, keep: int) -> list[int]:
 
     Those that are damaged do not count, as far as their manifests, the sizes of their files, and what this process has read before tell.
     Those that are newer than all that count stay. No shard is read where this process has read back one of the newest `keep` before, in
-    `load`, `verify` or `latest`, and its files were not written to since. Otherwise it reads back the newest of them, and if that is
-    damaged the one before it: the last checkpoint that verifies is never removed.
+    `load`, `verify` or `latest`, and its files were not written to since, as far as the store notices. Otherwise it reads back the newest
+    of them, and if that is damaged the one before it: a checkpoint that verifies stays. Bytes that rot without a write after they were read
+    back are not noticed; `verify` finds them. Where a store lists no times or tags of files, something is read back each time.
 
     May be called by several processes at once.
 
     Returns:
         The steps that were removed.
+
+    Raises:
+        CheckpointError: some could not be removed; all others were.
     """
     if type(keep) is not int or keep < 1:
         raise ValueError(f"keep must be a whole number >= 1, got {keep!r}")
@@ -120,9 +165,30 @@ def prune(root: Root, keep: int) -> list[int]:
             read_back(CheckpointReader(store, unread))
             break
         damaged.add(unread)
-    for step in removed:
-        store.remove(folder_of(step))
+    remove(store, removed)
     return removed
+
+
+def remove(store: Store, steps: Iterable[int]) -> None:
+    """Remove checkpoints.
+
+    Raises:
+        CheckpointError: some could not be removed; all others were.
+    """
+    failures = []
+    for step in steps:
+        try:
+            store.remove(folder_of(step))
+        except Exception as error:  # clients of clouds raise errors of their own
+            failures.append(f"{store.root}/{folder_of(step)} could not be removed: {error}")
+        forget(store, step)
+    if failures:
+        raise CheckpointError("\n  ".join(failures))
+
+
+def forget(store: Store, step: int) -> None:
+    """Keep no memory for a checkpoint that is gone."""
+    _findings.pop((store.root, step), None)
 
 
 def removable(store: Store, keep: int, *, damaged: Collection[int] = (), spare: int | None = None) -> tuple[list[int], int | None]:
@@ -135,23 +201,27 @@ def removable(store: Store, keep: int, *, damaged: Collection[int] = (), spare: 
     Returns:
         The steps, ascending; and None in the place of the other where one of the newest `keep` is trusted, or nothing is to be removed.
     """
-    newest = list(islice((reader for reader in _newest_first(store) if reader.step not in damaged), keep))
+    newest = dict(islice(((step, finding) for step, finding in _newest_first(store) if step not in damaged), keep))
     if len(newest) < keep:
         return [], None
-    older = [step for step in candidates(store) if step < newest[-1].step and step != spare]
-    is_safe = not older or any(reader.version in _trusted for reader in newest)
-    return older, None if is_safe else newest[0].step
+    older = [step for step in candidates(store) if step < min(newest) and step != spare]
+    is_safe = not older or Finding.WHOLE in newest.values()
+    return older, None if is_safe else max(newest)
 
 
-def _newest_first(store: Store) -> Iterator[CheckpointReader]:
-    """The checkpoints that are not damaged, as far as that can be told without reading a shard."""
+def _newest_first(store: Store) -> Iterator[tuple[int, Finding]]:
+    """The checkpoints that are not damaged, as far as that can be told without reading a shard. A manifest is read once."""
     for step in reversed(candidates(store)):
         with _passing_over():
-            reader = CheckpointReader(store, step)
-            reader.check_files()
-            if reader.version in _damaged:
-                raise DamagedError(f"{reader.where} was damaged when this process read it")
-            yield reader
+            finding = finding_of(store, step)
+            if finding is None:
+                reader = CheckpointReader(store, step)
+                reader.check_files()
+                finding = Finding.LISTED
+                _remember(reader, finding)
+            if finding is Finding.DAMAGED:
+                raise DamagedError(f"{store.root}/{folder_of(step)} was damaged when this process read it")
+            yield step, finding
 
 
 @contextmanager
@@ -177,12 +247,13 @@ def reading_back(reader: CheckpointReader) -> Iterator[None]:
     """Remember for pruning whether the block, which reads all of a checkpoint, finds it damaged."""
     try:
         yield
-    except DamagedError:
-        _trusted.discard(reader.version)
-        _damaged.add(reader.version)
+    except UnreadableError:
+        _findings.pop((reader.root, reader.step), None)  # it is neither
         raise
-    _damaged.discard(reader.version)
-    _trusted.add(reader.version)
+    except DamagedError:
+        _remember(reader, Finding.DAMAGED)
+        raise
+    _remember(reader, Finding.WHOLE)
 
 
 def existing_step(store: Store, step: int | None) -> int:

@@ -50,16 +50,12 @@ class Store(Protocol):
         """Under the root, drafts too; none where there is no root."""
         ...
 
-    def files(self, folder: str) -> dict[str, int]:
-        """The names of a folder's files, with their sizes in bytes; none where there is no folder.
+    def files(self, folder: str) -> dict[str, tuple[int, Hashable]]:
+        """A folder's files by name; none where there is no folder. Links that lead nowhere are no files.
 
-        Raises:
-            OSError: it cannot be listed.
-        """
-        ...
-
-    def stamp(self, folder: str) -> Hashable:
-        """A value that changes when a file of a folder is written to, as far as the file system notices.
+        Returns:
+            Of each its size in bytes, and a value that changes when it is written to, as far as the file system notices; None where the
+            file system tells nothing of that.
 
         Raises:
             OSError: the folder cannot be listed.
@@ -91,6 +87,14 @@ class Store(Protocol):
 
     def publish(self, draft: str, folder: str) -> None:
         """Make a complete draft the folder; return when that is on the disk. Does not replace a folder."""
+        ...
+
+    def set_aside(self, folder: str) -> str:
+        """Give a folder another name, which is not that of a step, and return it.
+
+        Raises:
+            OSError: it cannot be renamed.
+        """
         ...
 
     def remove(self, folder: str) -> None:

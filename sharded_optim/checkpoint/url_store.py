@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 __all__ = ["UrlStore"]
+
+# Parts of the names under which file systems list what changes when a file is written to: LastModified, mtime, ETag, updated, ...
+CHANGING = ("modif", "mtime", "etag", "updated", "generation", "created", "write_time", "checksum", "md5")
 
 
 class UrlStore:
@@ -33,11 +37,8 @@ class UrlStore:
     def folders(self) -> list[str]:
         return [_name(entry) for entry in self._list(self._root) if entry["type"] == "directory"]
 
-    def files(self, folder: str) -> dict[str, int]:
-        return {_name(entry): entry["size"] for entry in self._list(self._path(folder)) if entry["type"] == "file"}
-
-    def stamp(self, folder: str) -> Hashable:
-        return tuple(sorted(repr(sorted(entry.items())) for entry in self._list(self._path(folder))))
+    def files(self, folder: str) -> dict[str, tuple[int, Hashable]]:
+        return {_name(entry): (entry["size"], _version(entry)) for entry in self._list(self._path(folder)) if entry["type"] == "file"}
 
     def read(self, folder: str, file: str, offset: int, into: memoryview) -> int:
         with _as_os_error():
@@ -60,6 +61,9 @@ class UrlStore:
 
     def publish(self, draft: str, folder: str) -> None:
         """Its marker has."""
+
+    def set_aside(self, folder: str) -> str:
+        raise OSError(errno.ENOTSUP, "an object store renames nothing", self._path(folder))
 
     def remove(self, folder: str) -> None:
         try:
@@ -115,3 +119,9 @@ def _as_os_error() -> Iterator[None]:
 
 def _name(entry: dict[str, Any]) -> str:
     return str(entry["name"]).rstrip("/").rpartition("/")[2]
+
+
+def _version(entry: dict[str, Any]) -> str | None:
+    """What a listing tells of a file's content; None where that is its size alone."""
+    found = {key: value for key, value in entry.items() if value is not None and any(part in key.lower() for part in CHANGING)}
+    return repr(sorted(found.items())) if found else None

@@ -3,9 +3,12 @@
 True, 3, 0.1, "text", None, [..], {"key": ..}     as they are; floats come back to the last bit
 inf, nan, (1, 2), b"..", {3: ..}, a tensor        {"$float": "inf"}, {"$tuple": [1, 2]}, {"$bytes": ..}, {"$items": ..}, {"$tensor": ..}
 OrderedDict, Counter, defaultdict(list)           {"$OrderedDict": [[key, value], ..]}, {"$Counter": ..}, {"$defaultdict": ["list", ..]}
+what a module's state_dict() returns              {"$state_dict": [[[key, value], ..], its _metadata]}
+a Parameter                                       {"$parameter": {as a tensor's, "requires_grad": true}}
 NumPy's scalars and arrays                        {"$scalar": ["<f4", ".."]}, {"$array": ["<u4", [624], ".."]}
 
-A type comes back as it was, or is refused: a subclass of a list, a dict or a number is not saved as one.
+A type comes back as it was, or is refused: a subclass of a list, a dict or a number is not saved as one. Of a tensor the values count, not
+whether it requires a gradient.
 """
 
 from __future__ import annotations
@@ -21,12 +24,15 @@ import torch
 from torch import Tensor
 
 from sharded_optim.checkpoint.dtypes import dtype_named, name_of
+from sharded_optim.checkpoint.errors import MismatchError
 
-__all__ = ["decode", "encode"]
+__all__ = ["LATER", "decode", "encode", "marks_in"]
 
 MARK = "$"
 LARGEST_TENSOR = 2**20  # bytes
 LARGEST_INT = 10_000  # bits, which Python still reads
+# Marks that the first readers of version 1.0 do not know.
+LATER = frozenset({"$OrderedDict", "$Counter", "$defaultdict", "$state_dict", "$parameter", "$array", "$scalar"})
 DEEPEST = 100  # containers inside of each other, so that reading a value does not exhaust the stack
 FACTORIES: dict[str, Callable[[], Any] | None] = {
     "None": None,
@@ -51,12 +57,17 @@ def _encode(value: Any, where: str, depth: int) -> Any:
     kind = type(value)
     if value is None or kind in (bool, str) or (kind is int and value.bit_length() <= LARGEST_INT):
         return value
+    if kind is int:
+        raise _refused(f"{where} is an int of {value.bit_length()} bits")
     if kind is float:
         return value if math.isfinite(value) else {"$float": repr(value)}
     if kind is bytes:
         return {"$bytes": _base64(value)}
     if isinstance(value, Tensor):
-        return {"$tensor": _encode_tensor(value, where)}
+        content = _encode_tensor(value, where)
+        if kind is not torch.nn.Parameter:
+            return {"$tensor": content}
+        return {"$parameter": content | {"requires_grad": value.requires_grad}}
     if depth > DEEPEST:
         raise ValueError(f"{where[:100]}... is nested more than {DEEPEST} deep, which a checkpoint cannot hold, or contains itself")
     if kind in (list, tuple):
@@ -68,6 +79,11 @@ def _encode(value: Any, where: str, depth: int) -> Any:
         items = [
             [_encode(key, f"a key of {where}", depth + 1), _encode(each, f"{where}[{key!r}]", depth + 1)] for key, each in value.items()
         ]
+        attributes = getattr(value, "__dict__", {})
+        if kind is OrderedDict and attributes.keys() == {"_metadata"}:
+            return {"$state_dict": [items, _encode(attributes["_metadata"], f"{where}._metadata", depth + 1)]}
+        if attributes:
+            raise _refused(f"{where} is a {kind.__qualname__} with the attribute {next(iter(attributes))!r}")
         if kind is defaultdict:
             return {"$defaultdict": [_factory_name(value.default_factory, where), items]}
         return {"$items" if kind is dict else f"{MARK}{kind.__name__}": items}
@@ -79,8 +95,9 @@ def _encode(value: Any, where: str, depth: int) -> Any:
 
 def _refused(what: str) -> ValueError:
     return ValueError(
-        f"{what}, which a checkpoint cannot hold; it holds None, bool, int, float, str, bytes, tensors and arrays up to 1 MiB, and lists, "
-        f"tuples, dicts, OrderedDicts, Counters and defaultdicts of these (for objects, what their state_dict() returns)"
+        f"{what}, which a checkpoint cannot hold; it holds None, bool, int up to {LARGEST_INT} bits, float, str, bytes, tensors and "
+        f"arrays up to 1 MiB, and lists, tuples, dicts, OrderedDicts, Counters and defaultdicts of these (for objects, what "
+        f"their state_dict() returns)"
     )
 
 
@@ -95,7 +112,8 @@ def decode(value: Any) -> Any:
     """The value that `encode` was given. Tensors are on the CPU.
 
     Raises:
-        ValueError: an unknown mark, or one with what cannot be.
+        MismatchError: this version of the library, or this environment, cannot read it, though it may be right.
+        ValueError: a mark with what cannot be.
     """
     if isinstance(value, list):
         return [decode(each) for each in value]
@@ -105,8 +123,26 @@ def decode(value: Any) -> Any:
     if len(value) != 1 or not mark.startswith(MARK):
         return {key: decode(each) for key, each in value.items()}
     if mark not in DECODERS:
-        raise ValueError(f"a value is marked {mark!r}, which this version does not know")
+        raise _unknown(f"marked {mark!r}")
     return DECODERS[mark](value[mark])
+
+
+def _unknown(how: str) -> MismatchError:
+    return MismatchError(f"a value is {how}, which this version of the library does not know; upgrade sharded-optim")
+
+
+def marks_in(encoded: Any) -> set[str]:
+    """The marks in a value that `encode` has returned."""
+    found: set[str] = set()
+    waiting = [encoded]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            found.update(key for key in value if key.startswith(MARK))
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
+    return found
 
 
 def _decode_items(content: Iterable[Any]) -> dict[Any, Any]:
@@ -120,7 +156,7 @@ def _decode_items(content: Iterable[Any]) -> dict[Any, Any]:
 def _decode_defaultdict(content: Any) -> Any:
     factory, items = content
     if factory not in FACTORIES:
-        raise ValueError(f"a value is marked as a defaultdict of {factory!r}, which this version does not know")
+        raise _unknown(f"marked as a defaultdict of {factory!r}")
     return defaultdict(FACTORIES[factory], _decode_items(items))
 
 
@@ -142,11 +178,11 @@ def _encode_array(value: Any, where: str) -> Any:
 def _decode_array(content: Any) -> Any:
     dtype, shape, data = content
     if dtype not in ARRAYS:
-        raise ValueError(f"a value is marked as an array of {dtype!r}, which this version does not know")
+        raise _unknown(f"marked as an array of {dtype!r}")
     try:
         import numpy
     except ModuleNotFoundError as error:
-        raise ValueError("a value is an array of the package numpy, which is not installed; pip install numpy") from error
+        raise MismatchError("a value is an array of the package numpy, which is not installed; pip install numpy") from error
     return numpy.frombuffer(bytearray(_bytes(data)), dtype=dtype).reshape(_shape(shape))
 
 
@@ -165,14 +201,18 @@ def _bytes(content: Any) -> bytes:
 
 
 def _encode_tensor(value: Tensor, where: str) -> Any:
+    dtype = name_of(value.dtype, where)
+    if value.layout != torch.strided or value.is_meta or value.is_nested:
+        what = "nested" if value.is_nested else "on the device meta" if value.is_meta else f"of {value.layout}"
+        raise _refused(f"{where} is a tensor {what}")
     if type(value) not in (Tensor, torch.nn.Parameter) or value.numel() * value.element_size() > LARGEST_TENSOR:
         raise ValueError(
             f"{where} is a {type(value).__name__} of {value.numel() * value.element_size()} bytes; beside parameters, buffers and "
             f"optimizer state a checkpoint holds ordinary tensors up to {LARGEST_TENSOR} bytes: make it a buffer of the model"
         )
-    content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    content = value.detach().cpu().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
     return {
-        "dtype": name_of(value.dtype, where),
+        "dtype": dtype,
         "shape": list(value.shape),
         "data": _base64(bytes(content.tolist())),
     }
@@ -185,6 +225,19 @@ def _decode_tensor(content: Any) -> Tensor:
     return flat.clone().reshape(_shape(content["shape"]))
 
 
+def _decode_state_dict(content: Any) -> Any:
+    items, metadata = content
+    found: Any = OrderedDict(_decode_items(items))
+    found._metadata = decode(metadata)
+    return found
+
+
+def _decode_parameter(content: Any) -> Tensor:
+    if type(content["requires_grad"]) is not bool:
+        raise ValueError(f"whether a parameter requires a gradient is {content['requires_grad']!r}")
+    return torch.nn.Parameter(_decode_tensor(content), requires_grad=content["requires_grad"])
+
+
 DECODERS: dict[str, Callable[[Any], Any]] = {
     "$float": _decode_float,
     "$tuple": lambda content: tuple(decode(content)),
@@ -192,6 +245,8 @@ DECODERS: dict[str, Callable[[Any], Any]] = {
     "$OrderedDict": lambda content: OrderedDict(_decode_items(content)),
     "$Counter": lambda content: Counter(_decode_items(content)),
     "$defaultdict": _decode_defaultdict,
+    "$state_dict": _decode_state_dict,
+    "$parameter": _decode_parameter,
     "$bytes": _bytes,
     "$tensor": _decode_tensor,
     "$array": _decode_array,

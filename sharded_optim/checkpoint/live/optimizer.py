@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral, Rational, Real
 from typing import Any
 
 import torch
@@ -181,7 +183,8 @@ class LiveOptimizer:
             return own
         where = f"param_groups[{index}]"
         for other in saved[1:]:
-            differ = [key for key in saved[0].keys() | other.keys() if saved[0].get(key) != other.get(key)]
+            one, two = (encode(dict(each), where) for each in (saved[0], other))  # tensors have no truth value
+            differ = [key for key in one.keys() | two.keys() if one.get(key) != two.get(key)]
             if differ:
                 told = (
                     f"{where} has parameters that were in several groups of the checkpoint, with different {', '.join(sorted(differ))}; "
@@ -256,8 +259,9 @@ class LiveOptimizer:
         if hyperparameters:
             for group, values in zip(self.groups, landing.groups, strict=True):
                 for key, value in values.items():
-                    if isinstance(group.get(key), Tensor):
-                        group[key].fill_(value)
+                    own = group.get(key)
+                    if isinstance(own, Tensor) and own.numel() == 1 and isinstance(value, int | float):
+                        own.fill_(value)
                     else:
                         group[key] = value
         self.loaded()
@@ -280,15 +284,22 @@ def hyperparameters_of(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a param group, as numbers, not tensors."""
+    """Of a param group, as Python's own numbers, texts and containers, whatever they were computed or configured with."""
     values = hyperparameters_of(group)
-    return {key: _as_number(value) for key, value in values.items()}
+    return {key: _plain(value) for key, value in values.items()}
 
 
-def _as_number(value: Any) -> Any:
-    """A tensor of one element, or a scalar of NumPy's, as a number; also inside of a tuple or list."""
-    if type(value) in (tuple, list):
-        return type(value)(map(_as_number, value))
+def _plain(value: Any) -> Any:
+    """A tensor of one element, a scalar of NumPy's, or a value of a class that inherits from one of Python's, as Python's own."""
     numpy = sys.modules.get("numpy")
-    is_scalar = (isinstance(value, Tensor) and value.numel() == 1) or (numpy is not None and isinstance(value, numpy.generic))
-    return value.item() if is_scalar else value
+    if (isinstance(value, Tensor) and value.numel() == 1) or (numpy is not None and isinstance(value, numpy.generic)):
+        value = value.item()
+    if isinstance(value, list | tuple):
+        return (list if isinstance(value, list) else tuple)(map(_plain, value))
+    if isinstance(value, dict) and type(value) not in (OrderedDict, Counter, defaultdict):
+        return {_plain(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, Integral):
+        return value if isinstance(value, bool) else int(value)
+    if isinstance(value, Real) and not isinstance(value, Rational):
+        return float(value)
+    return str.__str__(value) if isinstance(value, str) else value  # not str(value): an enum has its own
