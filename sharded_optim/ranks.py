@@ -10,7 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-__all__ = ["gather_messages", "join_messages", "named_ranks", "own_process_group", "raise_together", "timeout_of"]
+__all__ = ["gather_messages", "join_messages", "named_ranks", "own_process_group", "raise_together", "ranks_where", "timeout_of"]
 
 # By the group they mirror. Held weakly: torch.distributed owns groups, and must be the one to end their threads.
 _own_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[str | None, str], weakref.ref[dist.ProcessGroup]]] = (
@@ -68,6 +68,15 @@ def gather_messages(message: str | None, process_group: dist.ProcessGroup | None
     messages: list[str | None] = [None] * dist.get_world_size(process_group)
     dist.all_gather_object(messages, message, group=process_group)
     return join_messages(messages)
+
+
+def ranks_where(condition: bool, process_group: dist.ProcessGroup | None) -> list[int]:
+    """The ranks on which a condition holds; none for a process that is alone. A collective."""
+    if process_group is None:
+        return []
+    found = [False] * dist.get_world_size(process_group)
+    dist.all_gather_object(found, condition, group=process_group)
+    return [rank for rank, holds in enumerate(found) if holds]
 
 
 def raise_together(failure: Exception | None, description: object, process_group: dist.ProcessGroup | None) -> None:
