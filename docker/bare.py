@@ -51,12 +51,11 @@ class Bare:
             if keyword == "RUN":
                 for part in re.sub(r"--mount=\S+ ", "", rest).split(" && "):
                     self._run_line(f"{path.name}: RUN {part}", part, installs)
-            elif keyword in ("CMD", "HEALTHCHECK"):
-                command = json.loads(rest[rest.index("[") :])
+            elif keyword == "CMD":
                 if not installs:
                     self.table.append((label, "SKIPPED: needs a GPU; Dockerfile.cpu has the same"))
                 else:
-                    self.finish(label, self.start([*command, *(TINY if keyword == "CMD" else [])], {"PROCESSES": "2"}))
+                    self.finish(label, self.start([*json.loads(rest), *TINY], {"PROCESSES": "2"}))
             elif keyword == "COPY":
                 self.table.append((label, self._copy(rest.split())))
             elif keyword == "WORKDIR":
@@ -76,7 +75,7 @@ class Bare:
                 self.table.append((label, f"FAILED: {Path(__file__).name} does not know this instruction"))
 
     def compose(self, path: Path) -> None:
-        """Run its services side by side, each as a process, and then their health checks."""
+        """Run its services side by side, each as a process."""
         services = yaml.safe_load(path.read_text())["services"]
         self._volume = self.scratch / "volume"  # as new as the image's
         self._volume.mkdir()
@@ -90,10 +89,6 @@ class Bare:
             started.append((f"{path.name}: {name}: {shlex.join(service['command'])}", self.start(command, variables | {"PORT": port})))
         for label, process in started:
             self.finish(label, process)
-        for name, service in services.items():
-            kind, *test = service["healthcheck"]["test"]
-            assert kind == "CMD", kind
-            self.finish(f"{path.name}: {name}: healthcheck {shlex.join(test)}", self.start(test, {}))
         summary = Path(self._here("/data/runs/latest/summary.json"))
         size = json.loads(summary.read_text())["world_size"] if summary.exists() else "no summary"
         self.table.append((f"{path.name}: all services are ranks of one run", "seen" if size == len(services) else f"FAILED: {size}"))

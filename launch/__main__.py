@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 
-from launch import corpus, deepspeed_extension, environment
+from launch import corpus, deepspeed_extension, environment, run_folder
 from launch.config import ConfigError, from_arguments
 
 
@@ -27,11 +27,10 @@ def main(arguments: list[str]) -> None:
         if config.sharding == "deepspeed":
             device = environment.pick_device(place, config.device)
             deepspeed_extension.build(device.type)
-        if config.checkpoint.every is not None or config.resume == "auto":
-            from launch.checkpoints import check_folder, is_done  # imports torch
+        if run_folder.find(config) is not None:
+            from launch.checkpoints import go_on  # imports torch
 
-            check_folder(config)
-            if done := is_done(config):
+            if done := go_on(config, is_restart=False)[1]:
                 print(done)
                 sys.exit(0)
     except ConfigError as error:

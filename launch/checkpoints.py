@@ -9,11 +9,12 @@ import torch.distributed as dist
 from torch.optim.lr_scheduler import LRScheduler
 
 import sharded_optim as so
-from launch.config import Config, ConfigError
+from launch import run_folder
+from launch.config import Config
 from launch.records import Resumption
 from launch.sharding import Sharded
 
-__all__ = ["Checkpoints", "check_folder", "is_done"]
+__all__ = ["Checkpoints", "go_on"]
 
 
 class Checkpoints:
@@ -21,15 +22,16 @@ class Checkpoints:
 
     Args:
         config: of the job.
+        run: the run's folder.
         sharded: its model and optimizer.
         schedule: of the optimizer's learning rate.
     """
 
-    def __init__(self, config: Config, sharded: Sharded, schedule: LRScheduler) -> None:
+    def __init__(self, config: Config, run: Path, sharded: Sharded, schedule: LRScheduler) -> None:
         self._config = config.checkpoint
         self._steps = config.steps
         self._resumes = config.resume == "auto"
-        self._root = folder_of(config)
+        self._root = _folder_of(config, run)
         self._sharded = sharded
         self._schedule = schedule
         self._world_size = dist.get_world_size()
@@ -70,13 +72,9 @@ class Checkpoints:
         """Save what a job has reached that is stopped after a step, unless it has been saved; also where the job saves nothing else.
 
         Returns:
-            The folder of checkpoints: where another job has left some, one beside it.
+            The folder of checkpoints.
         """
         self.finish()
-        if self._saved is None:
-            told = [_unused(self._root)]  # of rank 0, as folders need not look the same to all
-            dist.broadcast_object_list(told)
-            (self._root,) = told
         if self._saved != step:
             so.checkpoint.save(self._root, step, **self._content(step), keep=self._config.keep)
         return self._root
@@ -91,40 +89,35 @@ class Checkpoints:
             self._saving.wait()
 
 
-def check_folder(config: Config) -> None:
-    """Refuse a folder of checkpoints that does not go with the config, before the ranks depend on each other.
+def go_on(config: Config, *, is_restart: bool) -> tuple[Path | None, str | None]:
+    """Which run to go on with.
 
-    Raises:
-        ConfigError: says which key to change.
-    """
-    found = so.checkpoint.steps(folder_of(config))
-    where = f"{folder_of(config)} has checkpoints of steps {', '.join(map(str, found))}"
-    if config.resume == "never" and config.checkpoint.every is not None and found:
-        raise ConfigError(f"{where}; use resume=auto to go on from the last, or another checkpoint.folder")
-
-
-def is_done(config: Config) -> str | None:
-    """Whether nothing is left to do for a job that goes on: as when it failed after its last step, and was started again.
+    Args:
+        is_restart: whether a launcher has started this process again.
 
     Returns:
-        A sentence that says so, or None.
+        The run's folder, or None for a new one; and a sentence if nothing is left to do in it, as when it failed after its last step.
+
+    Raises:
+        ConfigError: see `run_folder.find`.
     """
-    folder = folder_of(config)
+    run = run_folder.find(config)
+    if run is None:
+        return None, None
+    folder = _folder_of(config, run)
     found = so.checkpoint.steps(folder)
-    if config.resume == "auto" and found and found[-1] >= config.steps and so.checkpoint.latest(folder) == found[-1]:
-        return f"steps={config.steps} are done: {folder} has a checkpoint of step {found[-1]}; raise steps to train for longer"
-    return None
+    is_done = bool(found) and found[-1] >= config.steps and so.checkpoint.latest(folder) == found[-1]
+    if config.run is None and (
+        not found or (is_done and not is_restart)
+    ):  # nobody has asked for this one, and there is nothing to go on from
+        return None, None
+    told = (
+        f"steps={config.steps} are done: {folder} has a checkpoint of step {found[-1]}; raise steps to train for longer"
+        if is_done
+        else None
+    )
+    return run, told
 
 
-def folder_of(config: Config) -> Path:
-    """Where a job's checkpoints are: the same folder each time, so that the next job finds them."""
-    return Path(config.checkpoint.folder or Path(config.runs_folder) / f"{config.name}-checkpoints")
-
-
-def _unused(folder: Path) -> Path:
-    """The folder if it has no checkpoints, else the first like it that has none."""
-    number, found = 1, folder
-    while so.checkpoint.steps(found):
-        number += 1
-        found = folder.with_name(f"{folder.name}-{number}")
-    return found
+def _folder_of(config: Config, run: Path) -> Path:
+    return run / "checkpoints" if config.checkpoint.folder is None else Path(config.checkpoint.folder) / run.name

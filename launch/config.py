@@ -97,7 +97,7 @@ class CheckpointConfig(_Section):
 
     every: after so many steps, and after the last; None is never.
     keep: how many remain.
-    folder: None is `<runs_folder>/<name>-checkpoints`.
+    folder: each run has a folder of its name in it; None is `checkpoints` in the run's own folder.
     """
 
     every: PositiveInt | None = None
@@ -108,14 +108,16 @@ class CheckpointConfig(_Section):
 class Config(_Section):
     """A training job.
 
-    name: ends the run folder's name; the config file's own unless given.
+    name: what runs are called that go on with each other; the config file's own unless given.
+    run: the name of the run's folder in `runs_folder`; None is `<time>-<name>`.
     processes: over how many processes the job is spread; "auto": as many as were started, or with `python -m launch` one for each GPU.
     threads: of each process on the CPU; None is an equal share of the machine's cores.
     device: "auto" takes a GPU for each process where there are as many, else the CPU.
     batch_size: sequences in a step, over all processes together, so that the loss curve does not depend on their number.
     validation_batches: how many batches of that size are the validation set.
-    resume: "auto" goes on from the newest checkpoint in the folder of checkpoints, if there is one; "never" begins, and refuses a folder
-        that has some.
+    resume: "never" begins a new run. "auto" goes on with `run` if that exists, from its newest checkpoint; where `run` is None, with the
+        newest run of this name, unless all its steps are done.
+    warmup_steps: of the learning rate. An override of steps alone changes it in proportion.
     max_restarts: how often `python -m launch` starts all processes again when one has failed; they go on from checkpoints with resume=auto.
     heartbeat: seconds, 5 or more, for which a rank may be silent, or keep others waiting, before the job ends; None: for as long as it
         likes, as under a debugger.
@@ -126,6 +128,7 @@ class Config(_Section):
     """
 
     name: Name
+    run: Name | None = None
     runs_folder: str = "runs"
     processes: PositiveInt | Literal["auto"]
     threads: PositiveInt | None = None
@@ -214,9 +217,14 @@ def load(path: Path, overrides: list[str]) -> Config:
     for override in sources:
         _apply(values, override)
     deepspeed_config.include(values, path)
+    steps: Any = values.get("steps")
+    warmup_steps: Any = values.get("warmup_steps")
     for override in overrides:
         if override not in sources:
             _apply(values, override)
+    scales = "steps" in (keys := {override.partition("=")[0] for override in overrides}) and "warmup_steps" not in keys
+    if scales and type(steps) is type(warmup_steps) is type(values["steps"]) is int and steps > 0:  # else the model refuses what is wrong
+        values["warmup_steps"] = warmup_steps * values["steps"] // steps
     try:
         return Config.model_validate(values)
     except ValidationError as error:

@@ -1,7 +1,6 @@
 """Builds what DeepSpeed compiles when it starts on a CPU, before ranks are started that would wait for it.
 
-torch compiles extensions under a lock file, and waits for another's lock as long as it is there: if a build was killed, forever. Here the
-waiting has an end, and a build that is given up is interrupted so that it removes its lock.
+A build that is given up is interrupted, so that it removes its lock.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from launch.errors import ConfigError
 __all__ = ["build"]
 
 NAME = "deepspeed_shm_comm"
-TIMEOUT_SECONDS = 300.0  # it takes about a minute on 2 cores
 PATIENCE_SECONDS = 10.0  # with an interrupted build
 # What a rank does when it starts, by itself. The first argument is a file that does not exist.
 START = """
@@ -28,12 +26,12 @@ deepspeed.init_distributed("gloo", auto_mpi_discovery=False, init_method=f"file:
 """
 
 
-def build(device: str = "cpu", timeout: float = TIMEOUT_SECONDS) -> None:
+def build(device: str = "cpu", timeout: float | None = None) -> None:
     """Build the extension unless it is there, and set the variables by which DeepSpeed in this process and its children finds it.
 
     Args:
         device: what DeepSpeed will run on, "cpu" or "cuda", for which nothing is built.
-        timeout: in seconds.
+        timeout: in seconds; None: as `sharded_optim.deepspeed` has it.
 
     Raises:
         ConfigError: DeepSpeed is not installed, cannot compile, or has not finished in time; then names the lock file, if there is one.
@@ -44,6 +42,9 @@ def build(device: str = "cpu", timeout: float = TIMEOUT_SECONDS) -> None:
     lock = folder / "lock"
     if device != "cpu" or sys.platform != "linux" or ((folder / f"{NAME}.so").exists() and not lock.exists()):
         return
+    from sharded_optim.deepspeed import BUILD_SECONDS, not_built  # imports torch
+
+    timeout = BUILD_SECONDS if timeout is None else timeout
     print("waiting for an extension that DeepSpeed compiles once, in about a minute", file=sys.stderr)
     with tempfile.TemporaryDirectory() as store:
         # In a session of its own, so that the whole build can be interrupted, and Ctrl-C reaches it by way of this process only.
@@ -53,8 +54,7 @@ def build(device: str = "cpu", timeout: float = TIMEOUT_SECONDS) -> None:
             output, _ = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
             _interrupt(process)
-            remedy = f"if nothing else is compiling it, remove {lock}" if lock.exists() else "start again"
-            raise ConfigError(f"DeepSpeed's extension was not compiled within {timeout:g} s; {remedy}") from None
+            raise ConfigError(not_built(lock, timeout)) from None
         except BaseException:
             _interrupt(process)
             raise

@@ -25,7 +25,18 @@ if TYPE_CHECKING:  # the parent process uses this module too, and need not wait 
 
     from launch.meeting import Venue
 
-__all__ = ["Place", "find_place", "gpus_here", "launcher_of", "pick_device", "prepare_for_deepspeed", "share_cores", "start", "stop"]
+__all__ = [
+    "Place",
+    "find_place",
+    "gpus_here",
+    "is_restart",
+    "launcher_of",
+    "pick_device",
+    "prepare_for_deepspeed",
+    "share_cores",
+    "start",
+    "stop",
+]
 
 TIMEOUT_SECONDS = 300  # of a meeting and of a collective: far longer than any takes here, and soon enough to notice that one will not end
 # torchrun hands these signals on to its ranks, by default no SIGUSR1. They then have so many seconds to save, by default 30. As options,
@@ -138,6 +149,11 @@ def launcher_of(place: Place) -> int | None:
     """The pid of what has started this process and is there as long as the job; None where that may be a shell that is left."""
     is_by_hand = place.launcher is ALONE or (place.launcher is TORCHRUN and "TORCHELASTIC_RUN_ID" not in os.environ)
     return None if is_by_hand else os.getppid()
+
+
+def is_restart() -> bool:
+    """Whether torchrun has started this process again, after a failure."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 def cores_here() -> set[int]:
@@ -278,7 +294,7 @@ def _set_threads(place: Place, threads: int | None, cores: set[int]) -> None:
 
 
 def _venue(place: Place, timeout: timedelta) -> Venue:
-    """The store of whatever has started this process, or one that rank 0 opens."""
+    """The store of whatever has started this process, or one that rank 0 has served."""
     from launch import meeting
 
     if place.world_size == 1:  # there may be nothing to meet the others through, and no others

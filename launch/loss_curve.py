@@ -10,7 +10,13 @@ __all__ = ["draw"]
 
 
 def draw(path: Path, training: list[Training], validation: list[Validation], summary: Summary) -> None:
-    """Write a PNG: training and validation loss, between what a unigram model and zlib make of the validation text."""
+    """Write a PNG: training and validation loss, between what a unigram model and zlib make of the validation text.
+
+    Args:
+        path: of the PNG; there is always a whole one.
+        training, validation: since the run began.
+        summary: so far.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, and no global state as in pyplot
     from matplotlib.figure import Figure
 
@@ -19,7 +25,8 @@ def draw(path: Path, training: list[Training], validation: list[Validation], sum
     axes = figure.add_subplot()
     axes.plot([r.step for r in training], [r.train_loss_bits for r in training], color="tab:blue", alpha=0.6, label="training")
     losses = [r.val_bits_per_byte for r in validation]
-    axes.plot([r.step for r in validation], losses, color="tab:orange", marker="o", label=f"validation, at the end {losses[-1]:.3f}")
+    name = f"validation, last {losses[-1]:.3f}" if losses else "validation"
+    axes.plot([r.step for r in validation], losses, color="tab:orange", marker="o", label=name)
     for level, color, name in (
         (summary.unigram_bits_per_byte, "tab:gray", "unigram"),
         (summary.zlib_bits_per_byte, "tab:green", "zlib, level 9"),
@@ -28,7 +35,9 @@ def draw(path: Path, training: list[Training], validation: list[Validation], sum
     axes.set_xlabel("step")
     axes.set_ylabel("bits per byte")
     axes.set_ylim(bottom=0.0)
-    axes.set_title(f"{summary.optimizer}, {summary.sharding}, {summary.world_size} processes")
+    axes.set_title(f"{summary.optimizer}, {summary.sharding}, {summary.world_size} processes: {summary.status}")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    draft = path.with_name(f".{path.name}.draft")
+    figure.savefig(draft, dpi=120, format="png")
+    draft.replace(path)

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
 import uuid
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,11 +43,17 @@ class Venue:
 
     Attributes:
         store: that all of them reach.
-        address: of rank 0's machine, as the others reach it; on rank 0.
+        server: the process that serves it, if this one has started it.
     """
 
     store: Store
-    address: str = "127.0.0.1"
+    server: subprocess.Popen[str] | None = None
+
+    def close(self) -> None:
+        """End the store, when all ranks are done with it."""
+        if self.server is not None:
+            self.server.terminate()
+            self.server.wait()
 
 
 # ------------------------------------------------------------------------------------------------------------------------ stores
@@ -63,19 +68,41 @@ def through_address(address: str, port: int, rank: int, world_size: int, timeout
     """A store at an address that all ranks know.
 
     Args:
-        is_there: whether somebody else has opened it; else rank 0 does, whose machine the address must be.
+        port: 0, for rank 0 alone: any that is free.
+        is_there: whether somebody else serves it; else rank 0 has it served, whose machine the address must be.
     """
-    is_master = rank == 0 and not is_there
+    server = None
+    if rank == 0 and not is_there:
+        server, port = _serve(port)
     try:
-        store = TCPStore(address, port, world_size, is_master, timeout, wait_for_workers=False, multi_tenant=not is_there)
-        return Venue(store=store, address=_own_address(address, port) if is_there else address)
+        return Venue(store=TCPStore(address, port, world_size, False, timeout, wait_for_workers=False), server=server)
     except (dist.DistError, RuntimeError) as error:
-        what = "open" if is_master else "reach"
-        raise MeetingError(f"rank {rank} cannot {what} the store at {address}:{port}, where ranks meet: {error}") from error
+        raise MeetingError(f"rank {rank} cannot reach the store at {address}:{port}, where ranks meet: {error}") from error
+
+
+def _serve(port: int) -> tuple[subprocess.Popen[str], int]:
+    """Start a process that serves a store as long as this one is there."""
+    command = [sys.executable, "-m", "launch.store_server", str(port), str(os.getpid())]
+    # In a session of its own, so that what is typed or sent to end the ranks does not reach it, and without what mpirun waits for.
+    server = subprocess.Popen(
+        command,
+        cwd=Path(__file__).parents[1],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    assert server.stdout is not None
+    with server.stdout as answer:
+        told = answer.readline().strip()
+    if not told.isdigit():
+        raise MeetingError(f"rank 0 cannot open a store at port {port}, where ranks meet: {told or f'exit status {server.wait()}'}")
+    return server, int(told)
 
 
 def through_mpi(rank: int, world_size: int, address: str | None, timeout: timedelta) -> Venue:
-    """A store that rank 0 opens, and tells the others of through MPI, which is used for nothing else (`mpi_broadcast.py`).
+    """A store that rank 0 has served, and tells the others of through MPI, which is used for nothing else (`mpi_broadcast.py`).
 
     Args:
         address: of rank 0's machine; None: its name, or the loopback if all ranks are on it.
@@ -94,7 +121,7 @@ def through_mpi(rank: int, world_size: int, address: str | None, timeout: timede
             f"{told['world_size']}; set MPI4PY_LIBMPI to the libmpi of this mpirun"
         )
     if opened is not None:
-        return replace(opened, address=told["address"])
+        return opened
     return through_address(told["address"], told["port"], rank, world_size, timeout, is_there=True)
 
 
@@ -123,19 +150,6 @@ def _broadcast(port: int, address: str | None, timeout: timedelta) -> dict[str, 
         return json.loads(done.stdout.splitlines()[-1])
     except (ValueError, IndexError):
         raise MeetingError(f"the ranks cannot meet through MPI (exit status {done.returncode}):\n{done.stderr[-2000:]}") from None
-
-
-def _own_address(peer: str, port: int) -> str:
-    """This machine's address on the network by which it reaches a peer."""
-    for family, kind, protocol, _, address in socket.getaddrinfo(peer, port, type=socket.SOCK_DGRAM):
-        with socket.socket(family, kind, protocol) as probe:
-            try:
-                probe.connect(address)  # sends nothing
-            except OSError:
-                continue
-            own = probe.getsockname()[0]
-            return peer if own in ("::1", "127.0.0.1", "127.0.1.1") else own  # others may reach this machine by that name only
-    return socket.gethostname()
 
 
 def _library_of_launcher() -> Path | None:

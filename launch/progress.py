@@ -53,12 +53,16 @@ class Display:
         text = f"validation {record.val_bits_per_byte:.3f} bits/byte  (unigram {self._unigram:.3f}, zlib {self._zlib:.3f})"
         self._console.print(f"step {record.step}/{self._steps}  {text}")  # above the bar, where there is one
 
+    def progress(self, summary: Summary) -> None:
+        """Nothing to show: its parts have been."""
+
     def stop(self, step: int, why: str) -> None:
         if self._bar is not None:
             self._bar.stop()
         self._console.print(f"step {step}/{self._steps}  {why}")
 
     def finish(self, summary: Summary) -> None:
+        assert summary.val_bits_per_byte is not None, "the last step is validated"
         if self._bar is not None:
             self._bar.stop()
         table = Table(show_header=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-__all__ = ["Listener", "Resumption", "Summary", "Training", "Validation"]
+__all__ = ["FINISHED", "RUNNING", "Listener", "Resumption", "Summary", "Training", "Validation"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,15 +40,16 @@ class Validation:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """A whole run."""
+    """A run, as far as it is done."""
 
-    val_bits_per_byte: float
+    status: str  # RUNNING, FINISHED, or that it was interrupted
+    val_bits_per_byte: float | None  # the last; None before the first validation
     unigram_bits_per_byte: float
     zlib_bits_per_byte: float
     train_loss_bits: float
-    steps: int
+    steps: int  # that are done
     skipped_steps: int
-    seconds: float  # all of the job, from reading the config
+    seconds: float  # of the job since it was last started, from reading the config
     tokens_per_second: float  # while training
     parameters: int
     optimizer: str
@@ -57,6 +58,10 @@ class Summary:
     device: str
     torch: str
     text: str
+
+
+RUNNING = "running or interrupted"  # a run that is killed cannot write down that it is
+FINISHED = "finished"
 
 
 class Listener(Protocol):
@@ -68,6 +73,9 @@ class Listener(Protocol):
     def training(self, record: Training) -> None: ...
 
     def validation(self, record: Validation) -> None: ...
+
+    def progress(self, summary: Summary) -> None:
+        """After each record."""
 
     def stop(self, step: int, why: str) -> None:
         """The run ends early after this step, and can be gone on with. Nothing follows."""

@@ -101,11 +101,10 @@ def _deepspeed(model: GPT, build: BuildOptimizer, config: Config, device: torch.
     assert config.deepspeed is not None, "Config demands it"
     deepspeed.utils.logger.setLevel("ERROR")
     warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)  # DeepSpeed calls it
-    with redirect_stdout(StringIO()):  # each rank says that it has loaded an extension
-        deepspeed.init_distributed(auto_mpi_discovery=False)  # joins the process group that is there
     optimizer = build(model.named_parameters())
     told = config.deepspeed | {"train_batch_size": config.batch_size}
-    engine, *_ = so.deepspeed.initialize(model=model, optimizer=optimizer, config=told)
+    with redirect_stdout(StringIO()):  # each rank says that it has loaded an extension
+        engine, *_ = so.deepspeed.initialize(model=model, optimizer=optimizer, config=told)
 
     def step(loss: Tensor) -> None:
         engine.backward(loss)

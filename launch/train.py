@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -20,9 +21,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 import sharded_optim as so
-from launch import corpus, deepspeed_extension, environment
+from launch import corpus, deepspeed_extension, environment, threads
 from launch.batches import training_batch, validation_batch
-from launch.checkpoints import Checkpoints, check_folder, is_done
+from launch.checkpoints import Checkpoints, go_on
 from launch.config import Config, ConfigError, from_arguments
 from launch.corpus import Corpus
 from launch.environment import Place
@@ -31,11 +32,12 @@ from launch.model import GPT
 from launch.optimizer import build_schedule
 from launch.preemption import Preemption
 from launch.progress import Display
-from launch.records import Listener, Summary, Training, Validation
+from launch.records import FINISHED, RUNNING, Listener, Summary, Training, Validation
 from launch.run_folder import RunFolder
 from launch.sharding import shard
 from launch.watch import Watch
 from sharded_optim.checkpoint import CheckpointError
+from sharded_optim.ranks import named_ranks, ranks_where
 
 # The exit status of ranks that have saved and stopped because another machine is taken away: torchrun is to start them again, when there is
 # another one. With 0 it would take the job for done.
@@ -45,7 +47,7 @@ EXPECTED = (CheckpointError, so.DivergenceError, FloatingPointError)  # say them
 
 def main(arguments: list[str]) -> int:
     started = time.perf_counter()
-    done = folder = None
+    done = folder = path = None
     try:  # whatever can be refused, before the ranks depend on each other
         config = from_arguments(arguments, "python -m launch.train")
         place = environment.find_place(config)
@@ -55,34 +57,50 @@ def main(arguments: list[str]) -> int:
         text = corpus.load(config)
         if config.sharding == "deepspeed":
             deepspeed_extension.build(device.type)
-        check_folder(config)
         if place.rank == 0:
-            done = is_done(config)
-            folder = None if done else RunFolder(config)
+            path, done = go_on(config, is_restart=environment.is_restart())
+            folder = None if done else RunFolder(config, path)
         venue = environment.start(place, device, config.threads)
     except (ConfigError, MeetingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     told = {"rank": place.rank, "world_size": place.world_size, "heartbeat": config.heartbeat, "launcher": launcher}
-    with Watch(venue, expected=EXPECTED, **told) as watch:
+    with Watch(venue, expected=EXPECTED, variable=place.launcher.variables.get("rank", "RANK"), **told) as watch:
         status = 0
-        if agreed(done):
+        path = agreed(folder)
+        if path is None:
             print(done or "", end="\n" if done else "")
         else:
-            status = run(config, place, device, text, folder, started, watch)
+            status = run(config, place, device, text, path, folder, started, watch)
         environment.stop()
+        threads.check_none_left()
+    venue.close()
     return status
 
 
-def agreed(done: str | None) -> bool:
-    """Whether rank 0 has found that nothing is left to do. The others might see its folder otherwise."""
-    told = [done]
+def agreed(folder: RunFolder | None) -> Path | None:
+    """The folder of rank 0's run on every rank; None: nothing is left to do."""
+    told = [None if folder is None else folder.path]
     dist.broadcast_object_list(told)
-    return told[0] is not None
+    return told[0]
 
 
-def run(config: Config, place: Place, device: torch.device, text: Corpus, folder: RunFolder | None, started: float, watch: Watch) -> int:
+def run(
+    config: Config,
+    place: Place,
+    device: torch.device,
+    text: Corpus,
+    path: Path,
+    folder: RunFolder | None,
+    started: float,
+    watch: Watch,
+) -> int:
     """Build, train, validate, report.
+
+    Args:
+        path: of the run's folder.
+        folder: what writes it; on rank 0.
+        started: when the job was, by `time.perf_counter`.
 
     Returns:
         The exit status: 0 where all is done, or saved since this process was asked to stop; STOPPED_ELSEWHERE.
@@ -97,7 +115,7 @@ def run(config: Config, place: Place, device: torch.device, text: Corpus, folder
     parameters = sum(param.numel() for param in model.parameters())  # before they are cut into shards
     sharded = shard(model, config, device)
     schedule = build_schedule(sharded.optimizer, config.warmup_steps, config.steps)
-    checkpoints = Checkpoints(config, sharded, schedule)
+    checkpoints = Checkpoints(config, path, sharded, schedule)
     divergence = so.DivergenceCheck(sharded.optimizer, model=sharded.model)
     preemption = Preemption()
     with watch.patience():
@@ -106,11 +124,34 @@ def run(config: Config, place: Place, device: torch.device, text: Corpus, folder
         listener.start(resumption)
     meter = Meter(config.batch_size * config.sequence_length, device)
 
+    def summarize(status: str, training: Training, validation: Validation | None) -> Summary:
+        return Summary(
+            status=status,
+            val_bits_per_byte=None if validation is None else validation.val_bits_per_byte,
+            unigram_bits_per_byte=unigram,
+            zlib_bits_per_byte=zlib,
+            train_loss_bits=training.train_loss_bits,
+            steps=training.step,
+            skipped_steps=training.skipped_steps,
+            seconds=time.perf_counter() - started,
+            tokens_per_second=meter.overall_tokens_per_second(),
+            parameters=parameters,
+            optimizer=config.optimizer.name,
+            sharding=config.sharding,
+            world_size=place.world_size,
+            device=device.type,
+            torch=torch.__version__,
+            text=str(text.source),
+        )
+
     training = validation = stopped = None
     for step in range(resumption.step + 1 if resumption else 1, config.steps + 1):
         watch.step = step
         loss = mean_loss(sharded.model, next_batch(config, place, text, step).to(device))
-        sharded.step(loss)
+        try:
+            sharded.step(loss)
+        except FloatingPointError as error:  # on all ranks
+            raise FloatingPointError(f"{error}. {describe_losses(loss)}") from None
         if config.divergence_every is not None and (step % config.divergence_every == 0 or checkpoints.is_due(step)):
             divergence()
         meter.count(loss)
@@ -118,6 +159,7 @@ def run(config: Config, place: Place, device: torch.device, text: Corpus, folder
             training = describe_training(step, meter, sharded.optimizer)
             for listener in listeners:
                 listener.training(training)
+                listener.progress(summarize(RUNNING, training, validation))
         schedule.step()
         if step % config.validation_every == 0 or step == config.steps:
             meter.pause()
@@ -137,33 +179,14 @@ def run(config: Config, place: Place, device: torch.device, text: Corpus, folder
         checkpoints.finish()
     if stopped is not None:
         for listener in listeners:
-            listener.stop(
-                watch.step, f"asked to stop by {stopped}: saved in {saved}; resume=auto checkpoint.folder={saved} goes on from here"
-            )
+            listener.stop(watch.step, f"asked to stop by {stopped}: saved in {saved}; resume=auto run={path.name} goes on from here")
         is_elsewhere = place.launcher is environment.TORCHRUN and place.world_size > place.local_world_size and not preemption.asked_here
         return STOPPED_ELSEWHERE if is_elsewhere else 0
 
     assert training is not None, "there is at least one step"
     assert validation is not None, "the last step is validated"
-    summary = Summary(
-        val_bits_per_byte=validation.val_bits_per_byte,
-        unigram_bits_per_byte=unigram,
-        zlib_bits_per_byte=zlib,
-        train_loss_bits=training.train_loss_bits,
-        steps=config.steps,
-        skipped_steps=training.skipped_steps,
-        seconds=time.perf_counter() - started,
-        tokens_per_second=meter.overall_tokens_per_second(),
-        parameters=parameters,
-        optimizer=config.optimizer.name,
-        sharding=config.sharding,
-        world_size=place.world_size,
-        device=device.type,
-        torch=torch.__version__,
-        text=str(text.source),
-    )
     for listener in listeners:
-        listener.finish(summary)
+        listener.finish(summarize(FINISHED, training, validation))
     return 0
 
 
@@ -184,6 +207,12 @@ def mean_loss(model: nn.Module, sequences: Tensor) -> Tensor:
     """Cross-entropy in nats per byte of int64 (batch, length + 1) sequences. A token is a byte, so in bits it is bits per byte."""
     logits = model(sequences[:, :-1])
     return F.cross_entropy(logits.flatten(0, 1).float(), sequences[:, 1:].flatten())
+
+
+def describe_losses(loss: Tensor) -> str:
+    """On which ranks the loss of their own rows is not finite: a wrapper may have spread their gradients to all. A collective."""
+    ranks = ranks_where(not math.isfinite(loss.item()), dist.group.WORLD)
+    return f"The loss of its own rows is not finite on {named_ranks(ranks)}" if ranks else "The loss is finite on all ranks"
 
 
 @torch.no_grad()

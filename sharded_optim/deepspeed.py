@@ -7,25 +7,32 @@ optimizer (`sharding/deepspeed.py`), and refuses by name what would be silently 
 from __future__ import annotations
 
 import inspect
+import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import copy
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.utils.file_baton import FileBaton
 
 from sharded_optim import optimizers
 from sharded_optim.engine import Engine
 from sharded_optim.ranks import gather_messages, own_process_group
 from sharded_optim.sharding import deepspeed as sharding
 
-__all__ = ["attach", "initialize"]
+__all__ = ["BUILD_SECONDS", "attach", "initialize", "not_built"]
 
 OLDEST, NEXT = (0, 19), (0, 20)  # of DeepSpeed: tried with 0.19.0 and 0.19.8
 VERSIONS = f">={OLDEST[0]}.{OLDEST[1]},<{NEXT[0]}.{NEXT[1]}"
 OWN_TYPES = ("StableAdamW", "DecoupledAdamW", "DecoupledSGDW")  # in a DeepSpeed config; DeepSpeed has an Adam and an AdamW of its own
 PREFIX = "sharded_optim."
+BUILD_SECONDS = 300.0  # in which an extension is compiled, which takes about a minute on 2 cores
 NEEDED = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
 
 
@@ -44,7 +51,8 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
 
     Raises:
         ImportError: DeepSpeed is not installed.
-        ValueError: see `attach`.
+        ValueError: see `attach`; or another process has had the lock of an extension that DeepSpeed compiles for more than BUILD_SECONDS.
+            Names the lock.
     """
     try:
         import deepspeed
@@ -60,7 +68,10 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
             given["optimizer"] = _maker(named["type"], named.get("params") or {})
     _check_parameters(given.get("optimizer"), given.get("model"))
     given["config"] = NEEDED | config
-    result = deepspeed.initialize(*call.args, **call.kwargs)
+    with _limited_waiting():
+        if dist.is_initialized() and not deepspeed.comm.is_initialized():
+            _join(deepspeed)
+        result = deepspeed.initialize(*call.args, **call.kwargs)
     if result[0].basic_optimizer is not None:  # without one an engine infers
         _attach(result[0])
     return result
@@ -104,6 +115,54 @@ def _attach(engine: Any) -> None:
             UserWarning,
             stacklevel=3,
         )
+
+
+# ---------------------------------------------------------------------------------------------------------------------- extensions
+
+
+def not_built(lock: Path, seconds: float) -> str:
+    """What to say of an extension that was not compiled in time."""
+    remedy = f"if nothing else is compiling it, remove {lock}" if lock.exists() else "start again"
+    return f"DeepSpeed's extension was not compiled within {seconds:g} s; {remedy}"
+
+
+@contextmanager
+def _limited_waiting() -> Iterator[None]:
+    """Have torch wait no longer than BUILD_SECONDS for another process that compiles the same extension.
+
+    torch waits as long as the other's lock is there, and a process that was killed has left it. Tried with torch 2.11 and 2.13.
+    """
+
+    def wait(baton: Any) -> None:
+        until = time.monotonic() + BUILD_SECONDS
+        while Path(baton.lock_file_path).exists():
+            if time.monotonic() > until:
+                raise ValueError(not_built(Path(baton.lock_file_path), BUILD_SECONDS))
+            time.sleep(baton.wait_seconds)
+
+    with mock.patch.object(FileBaton, "wait", wait):
+        yield
+
+
+def _join(deepspeed: Any) -> None:
+    """Have DeepSpeed join the process group that is there, for which it compiles an extension on a CPU. A collective.
+
+    Raises:
+        ValueError: on every rank, when one of them has waited for the extension for too long.
+    """
+    failure = None
+    try:
+        deepspeed.init_distributed()
+    except ValueError as error:
+        failure = error
+    try:
+        messages = gather_messages(None if failure is None else str(failure), own_process_group(None))
+    except RuntimeError:
+        if failure is None:
+            raise
+        raise failure from None  # the others have not waited for so long
+    if messages:
+        raise ValueError(f"so.deepspeed.initialize: {messages}")
 
 
 # ------------------------------------------------------------------------------------------------------------------------ refusals

@@ -370,7 +370,7 @@ class Engine(StatefulOptimizer):
             self._streaks.pop(agreement.layout, None)
         elif self._longest_streak is not None and not finite and length >= self._longest_streak:
             self._count_skipped(1)
-            raise FloatingPointError(statistics.told_of_streak(verdict, agreement.layout.names))
+            raise FloatingPointError(statistics.told_of_streak(agreement, verdict, self._own_group()))
 
     def _raise_deferred(self, only: tuple[Tensor, ...] | None) -> None:
         """Raise what the step before found: of these parameters, or of any. Not where a CUDA graph is recorded, which cannot wait."""
@@ -380,7 +380,7 @@ class Engine(StatefulOptimizer):
             only = tuple(param for group in self.param_groups for param in group["params"])
         layouts = list(self._deferred) if only is None else [layout for layout in self._deferred if layout.describes(only)]
         for deferred in [self._deferred.pop(layout) for layout in layouts]:
-            deferred.raise_if_due()
+            deferred.raise_if_due(self._own_group)
 
     def _update(
         self,
@@ -479,7 +479,7 @@ class Engine(StatefulOptimizer):
             self._update_rows = None
             deferred = self._deferred.pop(layout, None)
             if deferred is not None:
-                deferred.raise_if_due()
+                deferred.raise_if_due(self._own_group)
 
     def _forget_reports(self, layout: Layout) -> None:
         """Of what is about to be stepped: all, but what another turn of the same step has left."""

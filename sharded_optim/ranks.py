@@ -21,6 +21,7 @@ __all__ = [
     "naming_missing_ranks",
     "own_process_group",
     "raise_together",
+    "ranks_where",
     "timeout_of",
 ]
 
@@ -132,6 +133,15 @@ def gather_messages(message: str | None, process_group: dist.ProcessGroup | None
     messages: list[str | None] = [None] * dist.get_world_size(process_group)
     dist.all_gather_object(messages, message, group=process_group)
     return join_messages(messages)
+
+
+def ranks_where(condition: bool, process_group: dist.ProcessGroup | None) -> list[int]:
+    """The ranks on which a condition holds; none for a process that is alone. A collective."""
+    if process_group is None:
+        return []
+    found = [False] * dist.get_world_size(process_group)
+    dist.all_gather_object(found, condition, group=process_group)
+    return [rank for rank, holds in enumerate(found) if holds]
 
 
 def raise_together(failure: Exception | None, description: object, process_group: dist.ProcessGroup | None) -> None:

@@ -11,7 +11,7 @@ The same vector carries the consensus: where a gradient was not finite, where on
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -34,7 +34,7 @@ from sharded_optim.consensus import (
     Verdict,
 )
 from sharded_optim.devices import capturing, keep, on, send
-from sharded_optim.ranks import naming_missing_ranks
+from sharded_optim.ranks import named_ranks, naming_missing_ranks, ranks_where
 from sharded_optim.sharding.layout import Layout, Places
 
 __all__ = ["Agreement", "Contribution", "Deferred", "FixedPoint", "agree", "fraction_bits", "told_of_streak"]
@@ -141,21 +141,24 @@ class Agreement:
         raise AssertionError("the ranks are consistent")
 
 
-def told_of_streak(verdict: Verdict, names: Sequence[str]) -> str:
-    """What went wrong in steps that were skipped in a row, in words. Waits for the device.
+def told_of_streak(agreement: Agreement, verdict: Verdict, process_group: dist.ProcessGroup | None) -> str:
+    """What went wrong in steps that were skipped in a row, in words; the same on every rank. A collective, which waits for the device.
 
     Args:
-        verdict: on the last of them.
-        names: of all tensors of the model.
+        agreement, verdict: on the last of them.
+        process_group: of the ranks that agreed; None: this process is alone.
     """
+    names = agreement.layout.names
     found = [
         f"{name!r} on {ranks} rank{'s' if ranks > 1 else ''}" for name, ranks in zip(names, verdict.first.tolist(), strict=True) if ranks
     ]
     more = f" and {len(found) - MOST_NAMES} more" if len(found) > MOST_NAMES else ""
+    holders = ranks_where(bool(agreement.names_where_not_finite_here()), process_group)
+    last = f" In the last of them, gradients held by {named_ranks(holders)} were not finite." if holders else ""
     return (
         f"{int(verdict.length)} steps in a row were skipped, as gradients were not finite, or too large to square in fp32. In the first "
-        f"of them: {', '.join(found[:MOST_NAMES])}{more}. Parameters and state are as they were before it. Lower the learning rate, or "
-        f"look at the loss and the data of that step; nonfinite='raise' stops in it, max_skipped_steps sets the limit (None: none)"
+        f"of them: {', '.join(found[:MOST_NAMES])}{more}.{last} Parameters and state are as they were before it. Lower the learning rate, "
+        f"or look at the loss and the data of that step; nonfinite='raise' stops in it, max_skipped_steps sets the limit (None: none)"
     )
 
 
@@ -177,18 +180,21 @@ class Deferred:
         with on(verdict.told.device):
             self._copied.record()
 
-    def raise_if_due(self) -> None:
+    def raise_if_due(self, process_group: Callable[[], dist.ProcessGroup | None]) -> None:
         """Raise, on every rank, ValueError if the ranks did not fit together, FloatingPointError if they skip step after step.
 
         It always looks at the step before, so that all ranks raise in the same one. The device has long had a forward and a backward pass
         queued behind what is waited for here, so it does not run dry.
+
+        Args:
+            process_group: gives that of the ranks that agreed.
         """
         self._copied.synchronize()
         consistent, finite, length = self._told.tolist()
         if not consistent:
             raise ValueError(self._agreement.inconsistency())
         if self._longest is not None and not finite and length >= self._longest:
-            raise FloatingPointError(told_of_streak(self._verdict, self._agreement.layout.names))
+            raise FloatingPointError(told_of_streak(self._agreement, self._verdict, process_group()))
 
 
 @dataclass(frozen=True, kw_only=True)

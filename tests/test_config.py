@@ -241,3 +241,20 @@ def test_a_deepspeed_config_that_cannot_be_read_is_refused(tmp_path):
 def test_names_in_the_config_are_those_of_the_code():
     assert set(get_args(OptimizerConfig.model_fields["name"].annotation)) <= set(sharded_optim.__all__)
     assert set(get_args(Config.model_fields["sharding"].annotation)) == set(SHARDINGS)
+
+
+def test_steps_alone_scale_the_warm_up_too():
+    """A first try is a few steps, fewer than a whole warm-up."""
+    assert (load(FSDP2, []).steps, load(FSDP2, []).warmup_steps) == (650, 50)
+    for steps, warmup_steps in ((20, 1), (65, 5), (1, 0), (1300, 100)):
+        assert load(FSDP2, [f"steps={steps}"]).warmup_steps == warmup_steps
+        assert load(DEEPSPEED, [f"steps={steps}"]).warmup_steps == warmup_steps
+    assert load(FSDP2, ["steps=80", "warmup_steps=50"]).warmup_steps == 50
+    assert load(FSDP2, ["warmup_steps=20"]).warmup_steps == 20
+    assert "steps='x': it should be a valid integer" in refusal("steps=x")
+
+
+def test_what_a_file_says_of_both_is_not_changed(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(FSDP2.read_text().replace("steps: 650", "steps: 40", 1))
+    assert "warmup_steps=50 must be less than steps=40" in refusal(path=path)

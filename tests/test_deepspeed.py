@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import pickle
+import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import deepspeed_models
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
 from collectives import collectives_of
@@ -468,3 +473,50 @@ def test_options_of_training(world_size: int, checks: list[Any]) -> None:
 def test_configs_refusals_and_private_attributes() -> None:
     """The optimizer named in a config; what would be silently wrong is refused on all ranks; a private attribute that moves, by name."""
     deepspeed_models.run(check_all, 2, [check_configs, check_refusals, check_private_attributes])
+
+
+# ----------------------------------------------------------------------------------------------------------------- a build's lock
+
+
+def check_stale_lock(folder: str) -> None:
+    """Of a build that was killed: on one rank's machine, or where no process group is there yet."""
+    own = model()
+    lock = Path(folder, "deepspeed_shm_comm", "lock")
+    os.environ["TORCH_EXTENSIONS_DIR"] = folder if dist.get_rank() == 0 else f"{folder}-other"
+    so.deepspeed.BUILD_SECONDS = 2.0
+    for others in (Path(folder), Path(f"{folder}-other")):
+        (others / "deepspeed_shm_comm").mkdir(parents=True, exist_ok=True)
+    if dist.get_rank() == 0:
+        lock.touch()
+    import deepspeed
+
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:  # which need not compile it
+            patch.setattr(deepspeed, "init_distributed", lambda: None)
+        with pytest.raises(ValueError, match=rf"rank 0: DeepSpeed's extension was not compiled within 2 s; .* remove {lock}$"):
+            so.deepspeed.initialize(model=own, optimizer=STABLE(one_group(own)), config=config_of(2))
+
+
+def test_a_lock_that_a_killed_build_has_left_is_named_on_all_ranks(tmp_path) -> None:
+    ranks.run(deepspeed_models._check, 2, check_stale_lock, (str(tmp_path / "extensions"),), timeout=60.0)
+
+
+ALONE = """
+import os, sys
+import torch, deepspeed
+import sharded_optim as so
+so.deepspeed.BUILD_SECONDS = 2.0
+model = torch.nn.Linear(3, 3)
+optimizer = so.AdamW(model.parameters(), lr=1e-3)
+so.deepspeed.initialize(model=model, optimizer=optimizer, config={"train_batch_size": 1, "zero_optimization": {"stage": 1}})
+"""
+
+
+def test_a_lock_that_a_killed_build_has_left_is_named_also_where_deepspeed_starts_the_process_group(tmp_path) -> None:
+    lock = tmp_path / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    variables = {"TORCH_EXTENSIONS_DIR": str(tmp_path), "DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    alone = os.environ | variables | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    done = subprocess.run([sys.executable, "-c", ALONE], env=alone, capture_output=True, text=True, timeout=60, check=False)
+    assert f"ValueError: DeepSpeed's extension was not compiled within 2 s; if nothing else is compiling it, remove {lock}" in done.stderr

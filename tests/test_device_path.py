@@ -101,7 +101,7 @@ def assert_same(
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_step_reads_nothing_from_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """But the verdict on the step before, which is copied as soon as it is there."""
-    monkeypatch.setattr(statistics.Deferred, "raise_if_due", lambda self: None)
+    monkeypatch.setattr(statistics.Deferred, "raise_if_due", lambda *_: None)
     for module in (adam, stable_adamw):
         monkeypatch.setattr(module, "sqrt", torch.sqrt)  # what it is on a device
     params = [nn.Parameter(torch.ones(n)) for n in (3, 5)]

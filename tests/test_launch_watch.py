@@ -1,46 +1,61 @@
-"""Which rank failed first: what the judge decides, and that everyone hears of it."""
+"""Which rank failed first: what the judge decides, and that a forged entry in the store can do no more than end the job."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
+from torch._C._distributed_c10d import HashStore, TCPStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from launch import watch as watch_module
-from launch.watch import CONSEQUENCE, Watch
-from launch.watch.hub import Hub
-from launch.watch.judge import Judge, Position, Process, Verdict
-from launch.watch.member import Member, this_process
+from launch import meeting, threads
+from launch.meeting import Venue
+from launch.watch import CONSEQUENCE, Watch, beats
+from launch.watch.beats import Beats
+from launch.watch.judge import Beat, Judge, Verdict
+from launch.watch.siblings import Sibling, gone, siblings
 
 HEARTBEAT = 20.0
-
-
-def process(rank: int) -> Process:
-    return Process(rank=rank, pid=100 + rank, host=f"node{rank // 2}", machine=f"m{rank // 2}", began=1)
+SOON = 5.0  # seconds in which a failure or a death ends a job
+ROOT = Path(__file__).parents[1]
 
 
 def judge(ranks: int = 3, heartbeat: float | None = HEARTBEAT) -> Judge:
-    made = Judge(heartbeat, ranks, 0.0)
+    made = Judge(heartbeat, range(ranks), 0.0)
     for rank in range(ranks):
-        made.came(process(rank), 0.0)
+        made.read(rank, at(0).of(rank, 0), 0.0)
     return made
 
 
-def at(step: int = 5, /, before: dict[str, int] | None = None, *, patient: bool = False, **begun: int) -> Position:
-    return Position(step=step, begun=begun, before=before or {}, place=f"step {step}", patient=patient)
+class at:  # noqa: N801
+    """Where a rank is."""
+
+    def __init__(self, step: int = 5, /, before: dict[str, int] | None = None, *, patient: bool = False, **begun: int) -> None:
+        self._told: dict[str, Any] = {"step": step, "begun": begun, "before": before or {}, "place": f"step {step}", "patient": patient}
+
+    def of(self, rank: int, number: int, **more: Any) -> Beat:
+        return Beat(**({"rank": rank, "pid": 100 + rank, "host": f"node{rank // 2}", "number": number} | self._told | more))
 
 
-def watched(made: Judge, positions: dict[int, Position], seconds: int = 40) -> tuple[Verdict | None, int]:
+def watched(made: Judge, places: dict[int, at], seconds: int = 40) -> tuple[Verdict | None, int]:
     """What the judge says when ranks stay where they are, and after how many seconds."""
     for second in range(1, seconds):
-        for rank, position in positions.items():
-            made.heard(rank, position, float(second))
+        for rank, place in places.items():
+            made.read(rank, place.of(rank, second), float(second))
         verdict = made.verdict(float(second))
         if verdict is not None:
             return verdict, second
@@ -50,53 +65,32 @@ def watched(made: Judge, positions: dict[int, Position], seconds: int = 40) -> t
 # ------------------------------------------------------------------------------------------------------------------------- judge
 
 
-def test_an_exception_is_the_cause_and_named_at_once():
-    made = judge()
-    made.failed(1, "ValueError: no such thing", "step 7", follows=False, now=5.0)
-    made.gone(2, 5.1)
-    verdict = made.verdict(5.1)
-    assert verdict is not None
-    assert verdict.rank == 1
-    assert verdict.text == "rank 1 (pid 101 on node0) failed first, at step 7: ValueError: no such thing"
-    assert verdict.process is None
-
-
-def test_errors_of_those_who_lost_a_peer_wait_for_the_peers_own_end():
-    """The survivor's error may be heard before the connection of the dead rank ends."""
-    made = judge()
-    made.failed(0, "RuntimeError: Connection closed by peer", "step 7", follows=True, now=5.0)
-    assert made.verdict(5.5) is None
-    made.gone(2, 5.6)
-    verdict = made.verdict(5.6)
-    assert verdict is not None
-    assert verdict.rank == 2
-    assert "ended first, without a word" in verdict.text
-
-
-def test_an_error_of_the_network_alone_is_the_cause_after_a_while():
-    made = judge()
-    made.failed(2, "RuntimeError: Connection closed by peer", "step 7", follows=True, now=5.0)
-    made.failed(0, "RuntimeError: Connection closed by peer", "step 7", follows=True, now=5.2)
-    assert made.verdict(5.9) is None
-    verdict = made.verdict(6.1)
-    assert verdict is not None
-    assert verdict.rank == 2
-
-
-def test_a_silent_rank_is_stopped_and_to_be_ended_by_its_neighbours():
+def test_a_silent_rank_is_named_with_the_place_where_it_was_last_heard_of():
     verdict, second = watched(judge(), {0: at(), 2: at()})
     assert verdict is not None
-    assert (verdict.rank, verdict.process, second) == (1, process(1), 20)
-    assert "has not answered for 20 s" in verdict.text
+    assert (verdict.rank, verdict.hangs, second) == (1, True, 20)
+    assert verdict.text(1).startswith("rank 1 (pid 101 on node0) has not answered for 20 s: it is stopped or holds Python's lock")
+    assert verdict.text(1).endswith("Last heard of at step 0")
     assert watched(judge(heartbeat=None), {0: at()}) == (None, 40)
 
 
-def test_a_rank_that_never_comes_is_named():
-    made = Judge(HEARTBEAT, 2, 0.0)
-    made.came(process(0), 0.0)
-    verdict, second = watched(made, {0: at()})
+def test_a_beat_that_does_not_change_is_none():
+    """The store keeps the last one for ever."""
+    made = judge()
+    for second in range(1, 25):
+        made.read(0, at().of(0, second), float(second))
+        made.read(1, at().of(1, 1), float(second))
+        made.read(2, at().of(2, second), float(second))
+    verdict = made.verdict(24.0)
     assert verdict is not None
-    assert (verdict.rank, verdict.process, second) == (1, None, 20)
+    assert verdict.rank == 1
+
+
+def test_a_rank_that_never_comes_is_named():
+    verdict, second = watched(Judge(HEARTBEAT, range(2), 0.0), {0: at()})
+    assert verdict is not None
+    assert (verdict.rank, verdict.hangs, second) == (1, False, 20)
+    assert verdict.text(1) == "rank 1 met the others, and has not been heard of for 20 s"
 
 
 def test_a_late_rank_is_the_one_that_others_wait_for():
@@ -104,7 +98,7 @@ def test_a_late_rank_is_the_one_that_others_wait_for():
     verdict, second = watched(judge(), {0: at(a=6), 1: at(a=5), 2: at(a=6)})
     assert verdict is not None
     assert (verdict.rank, second) == (1, 21)
-    assert verdict.text == "rank 1 (pid 101 on node0) is late: others have waited for it for 20 s, at step 5"
+    assert verdict.text(1) == "rank 1 (pid 101 on node0) is late: others have waited for it for 20 s, at step 5"
 
 
 def test_a_rank_that_others_have_left_in_a_step_is_late_whatever_it_has_begun():
@@ -121,24 +115,24 @@ def test_a_rank_that_waits_for_a_late_one_is_not_blamed():
 
 
 @pytest.mark.parametrize(
-    "positions",
+    "places",
     [
         {0: at(a=5, first=90), 1: at(a=5, second=10), 2: at(a=5)},  # as when all compile; each has groups of its own
         {0: at(5, {"a": 7}, a=5), 1: at(5, {"a": 9}, a=7), 2: at(5, {"a": 7}, a=5)},  # sends and receives of some ranks count too
         {0: at(a=6), 1: at(a=5, patient=True), 2: at(a=6)},  # rank 1 writes a checkpoint for which the others wait
     ],
 )
-def test_ranks_that_are_slow_together_or_may_take_their_time_are_not_late(positions):
-    assert watched(judge(), positions, 100) == (None, 100)
+def test_ranks_that_are_slow_together_or_may_take_their_time_are_not_late(places):
+    assert watched(judge(), places, 100) == (None, 100)
 
 
 def test_who_waits_for_a_stopped_rank_is_not_late():
     """Rank 0 stopped moving before rank 2 fell silent, and rank 1 waits for it."""
     made = judge()
     for second in range(1, 30):
-        for rank, position in {0: at(a=5, b=1), 1: at(b=2), 2: at(a=4)}.items():
+        for rank, place in {0: at(a=5, b=1), 1: at(b=2), 2: at(a=4)}.items():
             if rank < 2 or second < 5:
-                made.heard(rank, position, float(second))
+                made.read(rank, place.of(rank, second), float(second))
         verdict = made.verdict(float(second))
         if verdict is not None:
             break
@@ -150,7 +144,7 @@ def test_a_job_that_was_suspended_as_a_whole_goes_on():
     """As by a scheduler, or with its virtual machine."""
     made = judge()
     for rank in range(3):
-        made.heard(rank, at(a=5), 1.0)
+        made.read(rank, at(a=5).of(rank, 1), 1.0)
     made.slept(600.0)
     assert made.verdict(602.0) is None
     verdict, second = watched(made, {0: at(a=6), 1: at(a=6)}, 700)
@@ -158,15 +152,41 @@ def test_a_job_that_was_suspended_as_a_whole_goes_on():
     assert second == 621
 
 
-def test_who_has_left_is_neither_silent_nor_dead():
+def test_who_has_left_is_not_silent():
     made = judge()
-    made.left(1)
-    made.gone(1, 2.0)
+    made.read(1, at().of(1, 1, has_left=True), 1.0)
     assert watched(made, {0: at(a=1), 2: at(a=1)}) == (None, 40)
     assert not made.is_over
-    made.left(0)
-    made.left(2)
+    for rank in (0, 2):
+        made.read(rank, at().of(rank, 99, has_left=True), 40.0)
     assert made.is_over
+
+
+def test_nobody_is_blamed_for_an_error_that_several_ranks_have():
+    verdict = Verdict(rank=0, who="rank 0 (pid 1 on a)", what="at step 3: ValueError: bad", shared="same/1")
+    assert verdict.text(1) == "rank 0 (pid 1 on a) failed first, at step 3: ValueError: bad"
+    assert verdict.text(8) == "8 ranks failed with the same error, at step 3: ValueError: bad"
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        b"",
+        b"1",
+        b"[]",
+        b"[" * 100_000,
+        b"\xff\xfe",
+        b"{}",
+        json.dumps(asdict(at().of(2, 1))).encode(),  # of another rank
+        json.dumps(asdict(at().of(1, 1, begun={"a": "many"}))).encode(),
+        json.dumps(asdict(at().of(1, 1, begun=[3]))).encode(),
+        json.dumps(asdict(at().of(1, 1, step="last"))).encode(),
+    ],
+)
+def test_what_is_no_beat_is_not_read(nonsense):
+    assert Beat.from_json(1, nonsense) is None
+    beat = at(a=3).of(1, 1)
+    assert Beat.from_json(1, json.dumps(asdict(beat)).encode()) == beat
 
 
 @pytest.mark.parametrize(
@@ -185,145 +205,375 @@ def test_errors_that_follow_from_another_ranks_end_are_known(error, follows):
     assert (CONSEQUENCE.search(error) is not None) == follows
 
 
-# ----------------------------------------------------------------------------------------------------------------- over sockets
+# ------------------------------------------------------------------------------------------------------------------ over a store
+
+
+@pytest.fixture
+def ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What would have ended this process, by the name of the thread. Waits until no watch is left."""
+    names: list[str] = []
+    monkeypatch.setattr(beats, "end", lambda: names.append(threading.current_thread().name))
+    yield names
+    until = time.monotonic() + 10.0
+    while left := [thread.name for thread in threading.enumerate() if thread.name.startswith("watch")]:
+        assert time.monotonic() < until, left
+        time.sleep(0.02)
 
 
 class Ranks:
-    """Three members of one hub, in threads of this process."""
+    """Three ranks over one store, in threads of this process.
 
-    def __init__(self, heartbeat: float | None = HEARTBEAT) -> None:
-        self.hub = Hub(Judge(heartbeat, 3, time.monotonic()), "secret")
-        self.verdicts: dict[int, Any] = {}
-        self.members = [self._member(rank, heartbeat) for rank in range(3)]
+    Args:
+        ends: where it is written down that one would end.
+        heartbeat: of all.
+        others: what a rank sees of other processes.
+        absent: ranks that are not there.
+    """
 
-    def _member(self, rank: int, heartbeat: float | None) -> Member:
-        def decided(verdict: Verdict) -> None:
-            self.verdicts[rank] = verdict
+    def __init__(
+        self,
+        ends: list[str],
+        store: Store | None = None,
+        heartbeat: float | None = HEARTBEAT,
+        others: dict[int, list[Sibling]] | None = None,
+        absent: tuple[int, ...] = (),
+    ) -> None:
+        self.store = store or HashStore()
+        self.ends = ends
+        self.silent: set[int] = set()
+        self.pids = dict.fromkeys(range(3), os.getpid())
+        self.all = {
+            rank: Beats(self.store, rank, 3, heartbeat, None, (others or {}).get(rank, []), self._maker(rank))
+            for rank in range(3)
+            if rank not in absent
+        }
 
-        address = ("127.0.0.1", self.hub.port)
-        return Member(address, "secret", this_process(rank), this_process(0), heartbeat, None, at, decided)
+    def _maker(self, rank: int) -> Any:
+        def beat(number: int, has_left: bool) -> Beat:
+            if rank in self.silent:
+                number = 1
+            return at(6, a=number).of(rank, number, pid=self.pids[rank], has_left=has_left)
 
-    def leave(self) -> None:
-        for member in self.members:
-            member.leave()
-        assert self.hub.close() is None
+        return beat
 
-    def wait(self, ranks: int) -> dict[int, Any]:
-        until = time.monotonic() + 10
-        while len(self.verdicts) < ranks and time.monotonic() < until:
+    def wait(self, seconds: float = SOON) -> list[str]:
+        """The verdicts of all ranks that are there, once all have ended."""
+        until = time.monotonic() + seconds
+        while (len(self.ends) < len(self.all) or self._undecided()) and time.monotonic() < until:
             time.sleep(0.02)
-        return self.verdicts
+        assert len(self.ends) >= len(self.all)
+        return [each._verdict.text(1) for each in self.all.values() if each._verdict is not None]
+
+    def _undecided(self) -> bool:
+        return any(each._verdict is None for each in self.all.values())
 
 
-def test_every_rank_hears_the_first_cause_after_rank_0s_log_has_it(capfd):
-    ranks = Ranks()
-    ranks.members[1].report("ValueError: bad", "step 3", follows=False)
-    found = ranks.wait(3)
-    assert {verdict.text for verdict in found.values()} == {f"{this_process(1)} failed first, at step 3: ValueError: bad"}
-    assert capfd.readouterr().err.count("failed first") == 1
-    ranks.hub.close()
+def fail(ranks: Ranks, rank: int, error: str, *, follows: bool = False) -> None:
+    threading.Thread(target=ranks.all[rank].fail, args=(error, "step 3", SOON), kwargs={"follows": follows}).start()
 
 
-def test_a_rank_whose_connection_ends_has_died_and_one_that_has_said_goodbye_has_not():
-    ranks = Ranks()
-    ranks.members[2].leave()
+def test_every_rank_ends_by_the_first_cause_which_rank_0s_log_has_once(ends, capfd):
+    ranks = Ranks(ends)
+    fail(ranks, 1, "ValueError: bad")
+    assert ranks.wait() == [f"rank 1 (pid {os.getpid()} on node0) failed first, at step 3: ValueError: bad"] * 3
+    told = capfd.readouterr().err
+    assert told.count("error: rank 1") == 1
+    assert told.index("error: rank 1") < told.index("rank 2 ends: rank 1")
+
+
+def test_an_error_that_all_ranks_have_is_nobodys(ends, capfd):
+    ranks = Ranks(ends)
+    for rank in (0, 2, 1):
+        fail(ranks, rank, "FloatingPointError: 'w' on 1 rank")
+    ranks.wait()
+    told = capfd.readouterr().err
+    assert "error: 3 ranks failed with the same error, at step 3: FloatingPointError: 'w' on 1 rank" in told
+    assert "failed first" not in told
+
+
+def test_an_error_that_follows_waits_for_its_cause(ends):
+    ranks = Ranks(ends)
+    fail(ranks, 0, "RuntimeError: Connection closed by peer", follows=True)
     time.sleep(0.5)
-    assert not ranks.verdicts
-    ranks.members[1]._line._socket.shutdown(socket.SHUT_RDWR)
-    assert "rank 1" in ranks.wait(1)[0].text
-    assert "ended first" in ranks.verdicts[0].text
-    ranks.hub.close()
+    fail(ranks, 2, "ValueError: bad")
+    assert {text.partition(" (")[0] for text in ranks.wait()} == {"rank 2"}
 
 
-def test_a_job_that_ends_well_ends_without_a_word(capfd):
-    ranks = Ranks()
-    for member in reversed(ranks.members):
-        member.leave()
-    assert ranks.hub.close() is None
-    assert not ranks.verdicts
+def test_the_rank_that_was_lost_is_named_by_those_who_lost_it(ends):
+    """It is alone on its machine, where nobody sees that its process is gone."""
+    ranks = Ranks(ends)
+    time.sleep(0.5)
+    ranks.silent.add(2)
+    time.sleep(1.2)  # its last beat
+    fail(ranks, 1, "RuntimeError: Connection closed by peer", follows=True)
+    fail(ranks, 0, "RuntimeError: Connection reset", follows=True)
+    (text,) = set(ranks.wait())
+    assert text.startswith(f"rank 2 (pid {os.getpid()} on node1) is gone, or its machine is; last heard of at step 6. rank ")
+    assert "has lost it, at step 3: RuntimeError: Connection" in text
+
+
+def test_an_error_of_the_network_alone_is_the_cause_after_a_while(ends):
+    ranks = Ranks(ends)
+    fail(ranks, 2, "RuntimeError: Connection closed by peer", follows=True)
+    (text,) = set(ranks.wait())
+    assert text == f"rank 2 (pid {os.getpid()} on node1) failed first, at step 3: RuntimeError: Connection closed by peer"
+
+
+def test_a_job_that_ends_well_ends_without_a_word(ends, capfd):
+    ranks = Ranks(ends)
+    with ThreadPoolExecutor(3) as leaving:
+        list(leaving.map(lambda rank: ranks.all[rank].leave(SOON), (0, 2, 1)))
     assert capfd.readouterr().err == ""
-    assert not any(member._thread.is_alive() for member in ranks.members)
+    assert not ranks.ends
+    time.sleep(0.5)
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("watch")]
 
 
-def test_a_rank_that_dies_after_rank_0_has_done_its_work_is_seen():
-    ranks = Ranks()
-    ranks.members[0].leave()
-    ranks.members[1].leave()
-    closing = threading.Timer(0.5, ranks.members[2]._line._socket.shutdown, [socket.SHUT_RDWR])
-    closing.start()
-    verdict = ranks.hub.close()
-    assert verdict is not None
-    assert verdict.rank == 2
+def test_a_rank_that_leaves_while_its_beat_is_made_says_so_before_it_is_gone(ends):
+    """Else its end would be taken for a death."""
+    store, made = HashStore(), list[Beats]()
+
+    def beat(number: int, has_left: bool) -> Beat:
+        made[0]._leaving = True  # as the main thread may at any time
+        return at().of(1, number, has_left=has_left)
+
+    store.set("beat/0", "")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading.Thread, "start", lambda thread: None)
+        made.append(Beats(store, 1, 2, HEARTBEAT, None, [], beat))
+    assert made[0]._watch() is None
+    left = Beat.from_json(1, store.get("beat/1"))
+    assert left is not None
+    assert left.has_left
 
 
-@pytest.mark.parametrize("family", ["127.0.0.1", "::1"])
-@pytest.mark.parametrize(
-    "nonsense",
-    [
-        b'{"secret": "guess", "process": {}}\n{"failed": "all is lost", "place": "", "follows": false}\n',
-        b"GET / HTTP/1.1\r\n\r\n",
-        b"1\n",
-        b"[" * 100000 + b"\n",
-        b'{"secret": "secret", "process": 3}\n',
-        b"\xff\xfe\n",
-        b"x" * 3_000_000,
-    ],
-)
-def test_strangers_are_not_heard_and_do_no_harm(nonsense, family):
-    ranks = Ranks()
+def test_rank_0_waits_for_those_who_are_not_done_and_ends_by_their_failure(ends):
+    ranks = Ranks(ends)
+    ranks.all[1].leave(SOON)
+    leaving = threading.Thread(target=ranks.all[0].leave, args=(SOON,))
+    leaving.start()
+    time.sleep(0.5)
+    assert leaving.is_alive()
+    fail(ranks, 2, "ValueError: bad")
+    del ranks.all[1]
+    assert len(ranks.wait()) == 2
+
+
+def test_a_stopped_rank_0_is_named_by_the_others(ends):
+    ranks = Ranks(ends, heartbeat=3.0)
+    ranks.silent.add(0)
+    assert all(text.startswith(f"rank 0 (pid {os.getpid()} on node0) has not answered for ") for text in ranks.wait(10.0))
+
+
+@contextmanager
+def store_server() -> Iterator[tuple[Store, int]]:
+    """A store that a process serves, and its pid."""
+    server, port = meeting._serve(0)
     try:
-        stranger = socket.create_connection((family, ranks.hub.port))
-    except OSError:
-        ranks.leave()
-        pytest.skip(f"this machine has no {family}")
-    with stranger:
-        stranger.settimeout(5)
-        try:
-            stranger.sendall(nonsense)
-            while stranger.recv(1000):  # until it is hung up on
-                pass
-        except ConnectionError:
-            pass
-    assert ranks.hub._thread.is_alive()
-    assert not ranks.verdicts
-    ranks.members[1].report("ValueError: bad", "step 3", follows=False)
-    assert {verdict.rank for verdict in ranks.wait(3).values()} == {1}  # it hears those whom it should
-    ranks.hub.close()
-
-
-def test_a_forked_child_does_not_hide_the_end_of_its_parent():
-    """As a worker of a data loader: it has the parent's connection too."""
-    ranks = Ranks()
-    child = os.fork()
-    if child == 0:
-        time.sleep(60)
-        os._exit(0)
-    try:
-        line = ranks.members[1]._line
-        line._socket.close()  # as the kernel does when the parent is killed
-        assert "rank 1" in ranks.wait(1)[0].text
+        yield PrefixStore("attempt", TCPStore("127.0.0.1", port, 2, False, timedelta(seconds=3), wait_for_workers=False)), server.pid
     finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        ranks.hub.close()
+        server.kill()
+        server.wait()
+
+
+@pytest.mark.parametrize(("number", "told"), [(signal.SIGSTOP, "which has not answered for 2 s"), (signal.SIGKILL, "cannot use the store")])
+def test_a_store_that_is_lost_ends_the_job(ends, capfd, number, told):
+    """A request to a server that is stopped waits for longer than the store's timeout."""
+    with store_server() as (store, server):
+        ranks = Ranks(ends, store, heartbeat=2.0)
+        time.sleep(0.5)
+        os.kill(server, number)
+        assert all(told in text for text in ranks.wait(10.0))
+        assert told in capfd.readouterr().err
+
+
+STARTS_A_SERVER = """
+import time
+from launch import meeting
+server, port = meeting._serve(0)
+print(port, server.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_the_store_outlives_the_stop_of_rank_0_and_ends_with_its_end():
+    command = [sys.executable, "-c", STARTS_A_SERVER]
+    rank_0 = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert rank_0.stdout is not None
+    port, server = map(int, rank_0.stdout.readline().split())
+    rank_0.send_signal(signal.SIGSTOP)
+    store = TCPStore("127.0.0.1", port, 2, False, timedelta(seconds=3), wait_for_workers=False)
+    store.set("key", "value")
+    assert store.get("key") == b"value"
+    rank_0.kill()
+    rank_0.wait()
+    store.set("key", "the last word")  # the others learn of rank 0's end
+    until = time.monotonic() + 10.0
+    while Path(f"/proc/{server}").exists() and "(zombie)" not in Path(f"/proc/{server}/status").read_text() and time.monotonic() < until:
+        time.sleep(0.1)
+    assert time.monotonic() < until
+
+
+# ------------------------------------------------------------------------------------------------------------------- other processes
+
+
+@contextmanager
+def process(**variables: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A child of this process."""
+    started = subprocess.Popen(["sleep", "60"], env={"PATH": os.environ["PATH"]} | variables)
+    try:
+        yield started
+    finally:
+        started.kill()
+        started.wait()
+
+
+@contextmanager
+def grandchild(**variables: str) -> Iterator[int]:
+    """The pid of a process that another one has started."""
+    shell = subprocess.Popen(
+        ["bash", "-c", "sleep 60 & echo $!; wait"], env={"PATH": os.environ["PATH"]} | variables, stdout=subprocess.PIPE
+    )
+    assert shell.stdout is not None
+    pid = int(shell.stdout.readline())
+    try:
+        yield pid
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        shell.kill()
+        shell.wait()
+
+
+def test_siblings_are_the_ranks_of_the_same_launcher_and_no_other_process():
+    with process(SO_RANK="1") as one, process(SO_RANK="2"), process() as other, process(SO_RANK="x"), grandchild(SO_RANK="3") as below:
+        found = {sibling.rank: sibling for sibling in siblings(os.getpid(), "SO_RANK") if sibling.pid != below}
+        assert found.keys() == {1, 2, 3}  # the shell is a child, too; what it has started is not
+        assert found[1].pid == one.pid
+        assert other.pid not in {sibling.pid for sibling in found.values()}
+        assert below not in {sibling.pid for sibling in siblings(os.getpid(), "SO_RANK")}
+        assert siblings(None, "SO_RANK") == []
+        assert siblings(os.getppid(), "SO_RANK") == []
+        assert gone(found.values(), 0.0) == []
+        one.kill()
+        assert gone(found.values(), SOON) == [found[1]]  # its parent has not waited for it
+    for sibling in found.values():
+        os.close(sibling.process)
+
+
+def test_a_rank_that_dies_is_seen_at_once_and_named_with_the_place_where_it_was_last_heard_of(ends, capfd):
+    with process(SO_RANK="1") as dies:
+        ranks = Ranks(ends, heartbeat=None, others={0: siblings(os.getpid(), "SO_RANK")})
+        ranks.pids[1] = dies.pid
+        time.sleep(1.5)
+        dies.kill()
+        (text,) = set(ranks.wait())
+        assert text.startswith(f"rank 1 (pid {dies.pid} on node0) ended first, without a word: it was killed, crashed, or left by os._exit")
+        assert text.endswith(" Last heard of at step 6")
+    assert "error: rank 1" in capfd.readouterr().err
+
+
+def test_a_process_that_an_earlier_attempt_has_left_may_end(ends):
+    """As a worker of a data loader that has become a child of the launcher: it has a rank in its environment, too."""
+    with process(SO_RANK="1") as dies:
+        ranks = Ranks(ends, heartbeat=None, others={0: siblings(os.getpid(), "SO_RANK")})
+        time.sleep(0.5)
+        dies.kill()
+        time.sleep(1.5)
+        assert not ranks.ends
+        fail(ranks, 1, "ValueError: bad")
+        ranks.wait()
+
+
+@pytest.mark.parametrize("forged", ["beat", "verdict"])
+def test_who_writes_to_the_store_can_have_no_process_killed(ends, forged):
+    """Not even one of the same user that is named as a rank, whether it has that rank in its environment or not."""
+    with process() as bystander, grandchild(RANK="1") as below, process(SO_RANK="1") as stopped:
+        ranks = Ranks(ends, heartbeat=3.0, others={0: siblings(os.getpid(), "SO_RANK")}, absent=(1,))
+        for pid in (bystander.pid, below):
+            ranks.store.set("beat/1", json.dumps(asdict(at().of(1, pid, pid=pid))))
+            time.sleep(0.5)
+        if forged == "verdict":
+            ranks.store.set("verdict", json.dumps(asdict(Verdict(rank=1, who=f"rank 1 (pid {bystander.pid})", what="is late", hangs=True))))
+        assert all(text.startswith("rank 1 (pid ") for text in ranks.wait(10.0))
+        assert bystander.poll() is None
+        assert Path(f"/proc/{below}").exists()
+        assert stopped.wait(SOON) == -signal.SIGKILL  # the launcher's own process of that rank, which does not end by itself
+
+
+def test_nonsense_in_the_store_ends_the_job_and_does_no_more(ends):
+    ranks = Ranks(ends)
+    ranks.store.set("verdict", "nonsense")
+    assert all("cannot use the store by which ranks are watched" in text for text in ranks.wait())
+
+
+def listening() -> set[str]:
+    """The sockets on which this process listens."""
+    own = set()
+    for path in Path("/proc/self/fd").iterdir():
+        try:
+            own.add(os.readlink(path))
+        except OSError:  # the folder itself
+            continue
+    rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    return {row[9] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in own}
+
+
+@pytest.mark.usefixtures("ends")
+def test_a_watch_listens_on_no_socket():
+    store = TCPStore("127.0.0.1", 0, 2, True, timedelta(seconds=20), wait_for_workers=False)
+    before = listening()
+    assert len(before) == 1, "torch's own"
+    watches = [Watch(Venue(store=store), rank=rank, world_size=2, heartbeat=HEARTBEAT) for rank in (0, 1)]
+    time.sleep(0.5)
+    assert listening() == before
+    with ThreadPoolExecutor(2) as leaving:
+        list(leaving.map(lambda watch: watch.__exit__(None, None, None), watches))
+
+
+def test_a_thousand_idle_connections_to_the_store_cost_a_rank_no_file(ends):
+    with store_server() as (store, _):
+        ranks = Ranks(ends, store)
+        before = len(list(Path("/proc/self/fd").iterdir()))
+        port = store.underlying_store.port
+        idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(200)]
+        time.sleep(0.5)
+        assert len(list(Path("/proc/self/fd").iterdir())) == before + len(idle)  # which are this test's own
+        fail(ranks, 1, "ValueError: bad")
+        assert len(ranks.wait(15.0)) == 3  # torch is busy with so many new connections for 5 s
+        for connection in idle:
+            connection.close()
+
+
+# ------------------------------------------------------------------------------------------------------------------- this process
 
 
 def test_threads_that_a_job_leaves_behind_are_named_but_not_those_that_end_by_themselves(monkeypatch):
-    monkeypatch.setattr(watch_module, "SECONDS_FOR_THREADS", 0.1)
+    monkeypatch.setattr(threads, "SECONDS_FOR_THREADS", 0.1)
     release = threading.Event()
     left = threading.Thread(target=release.wait, name="left-behind")
     with ThreadPoolExecutor(1) as pool:
         pool.submit(int).result()
         left.start()
-        assert "left-behind" in watch_module._threads_left()
+        with pytest.raises(RuntimeError, match=r"its work is done, but threads .*left-behind"):
+            threads.check_none_left()
         release.set()
         left.join()
-        assert [name for name in watch_module._threads_left() if "pytest" not in name] == []
+        assert [name for name in threads._threads_left() if "pytest" not in name] == []
 
 
-def test_a_process_that_is_alone_is_not_watched(monkeypatch):
-    monkeypatch.setattr(watch_module, "_threads_left", list)  # pytest has one
+def test_a_process_that_is_alone_is_not_watched():
     before = threading.active_count()
     with Watch() as watch:
         watch.step = 3
         assert threading.active_count() == before
+
+
+def test_the_place_of_a_rank_is_a_line_of_the_job():
+    def work(watch: Watch) -> Beat:
+        return watch._beat(7, has_left=False)
+
+    watch = Watch(rank=3)
+    watch.step = 5
+    beat = work(watch)
+    assert beat.place.startswith("step 5, in work (tests/test_launch_watch.py:")
+    assert replace(beat, number=8) != beat

@@ -30,21 +30,24 @@ SLACK = 10.0  # seconds that a busy machine may take longer
 @pytest.mark.parametrize(
     "cases",
     [
-        [("an exception, and a thread left alive", "torchrun"), ("SIGKILL", "mpirun (MPICH)")],
-        [("exit(0)", "mpirun (Open MPI)"), ("an exception inside save", "mpirun (Open MPI)")],
-        [("SIGSTOP", "mpirun (MPICH)"), ("a late rank", "torchrun")],  # most of which is waiting
+        [("an exception, and a thread left alive", "torchrun", 1), ("SIGKILL", "mpirun (MPICH)", 1)],
+        [("exit(0)", "mpirun (Open MPI)", 1), ("an exception inside save", "mpirun (Open MPI)", 1)],
+        [("NaN in the loss, from then on", "torchrun", 1), ("a store that is gone", "mpirun (MPICH)", 1)],
+        # Most of which is waiting.
+        [("SIGSTOP", "mpirun (MPICH)", 0), ("a late rank", "torchrun", 1), ("a store that is stopped", "mpirun (Open MPI)", 1)],
+        [("SIGSTOP", "torchrun", 0), ("a call that holds Python's lock", "mpirun (MPICH)", 1), ("a store that is stopped", "torchrun", 1)],
     ],
 )
 def test_the_first_cause_is_in_the_log_and_the_job_ends_in_time(cases):
-    for _, launcher in cases:
+    for _, launcher, _ in cases:
         if reason := absent(launcher):
             pytest.skip(reason)
 
-    def happens(case: tuple[str, str]) -> Outcome:
-        name, launcher = case
+    def happens(case: tuple[str, str, int]) -> Outcome:
+        name, launcher, rank = case
         fault = FAULT[name]
         limit = fault.seconds - (HEARTBEAT - SHORT if fault.seconds > HEARTBEAT else 0.0)
-        return run(replace(fault, seconds=limit + SLACK, arguments=(*fault.arguments, f"heartbeat={SHORT}")), launcher, rank=1)
+        return run(replace(fault, seconds=limit + SLACK, arguments=(*fault.arguments, f"heartbeat={SHORT}")), launcher, rank)
 
     with ThreadPoolExecutor() as both:
         for outcome in both.map(happens, cases):
@@ -126,9 +129,12 @@ def test_a_signal_to_one_rank_saves_and_ends_all_and_the_job_goes_on_from_there(
     os.kill(ranks[0], number)
     output += process.stdout.read()
     assert process.wait(60) == 0, output
-    (saved,) = so.checkpoint.steps(tmp_path / "job-checkpoints")
+    run = (tmp_path / "latest").resolve()
+    (saved,) = so.checkpoint.steps(run / "checkpoints")
     assert 2 <= saved < 12
-    assert f"step {saved}/12  asked to stop by {number.name}: saved in {tmp_path / 'job-checkpoints'}" in output
+    told = f"asked to stop by {number.name}: saved in {run / 'checkpoints'}; resume=auto run={run.name} goes on from here"
+    assert f"step {saved}/12  {told}" in output
+    assert json.loads((run / "summary.json").read_text())["status"] == f"interrupted after step {saved}"
     world_size = 1 if number == signal.SIGTERM else 2
     rest = finished([sys.executable, "-m", "launch", *job, f"processes={world_size}"])
     assert f"step {saved}/12  going on from the checkpoint" in rest
@@ -166,7 +172,7 @@ def test_a_node_that_is_taken_away_comes_back_and_the_others_wait_for_it(everyth
         time.sleep(0.1)
     taken.terminate()
     taken.communicate(timeout=60)
-    (saved,) = so.checkpoint.steps(tmp_path / "job-checkpoints")
+    (saved,) = so.checkpoint.steps(tmp_path / "latest" / "checkpoints")
     assert stays.poll() is None
     back = start()
     output, _ = back.communicate(timeout=90)
@@ -174,6 +180,24 @@ def test_a_node_that_is_taken_away_comes_back_and_the_others_wait_for_it(everyth
     assert (stays.returncode, back.returncode) == (0, 0), rest + output
     assert f"step {saved}/12  going on from the checkpoint" in rest + output
     assert losses(tmp_path) == undisturbed
+
+
+def test_a_rank_that_is_killed_alone_on_its_machine_is_named_by_those_who_lost_it(text, tmp_path):
+    """Two torchruns, each with one rank: nobody sees in /proc that it is gone."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes = ["torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"]
+    job = ["-m", "tests.survival.job", "SIGKILL", "1", str(tmp_path / "time"), *arguments(tmp_path, text, "processes=auto")]
+    command = [sys.executable, "-m", *nodes, "--rdzv-endpoint", f"localhost:{port}", *job]
+    both = [
+        subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for _ in range(2)
+    ]
+    outputs = [node.communicate(timeout=90)[0] for node in both]
+    assert all(node.returncode for node in both)
+    (lost,) = re.findall(r"error: (rank 1 \(pid \d+ on .+\) is gone, or its machine is; last heard of at .+)", "".join(outputs))
+    assert "rank 0 (pid" in lost
 
 
 def test_a_job_that_is_suspended_as_a_whole_goes_on(everything, text, undisturbed, tmp_path):
@@ -207,3 +231,7 @@ def test_a_job_of_which_a_rank_is_killed_starts_anew_and_ends_as_if_nothing_had_
     assert re.search(r"rank 1 \(pid \d+ on .+\) ended first, without a word", output)
     assert "going on from the checkpoint" in output
     assert losses(tmp_path) == undisturbed
+    (metrics,) = tmp_path.glob("2*/metrics.jsonl")  # one curve, and each step once
+    steps = [record["step"] for record in map(json.loads, metrics.read_text().splitlines()) if "train_loss_bits" in record]
+    assert steps == list(range(1, 13))
+    assert json.loads((metrics.parent / "summary.json").read_text())["status"] == "finished"

@@ -2,11 +2,12 @@
 # mpirun of Open MPI or MPICH starts the ranks over ssh, which must need no password. The extra `mpi` brings mpi4py.
 #
 #   launch/jobs/mpirun.sh                                                    # two processes here
-#   HOSTS=node1:8,node2:8 launch/jobs/mpirun.sh runs_folder=/shared/runs checkpoint.folder=/shared/checkpoints
+#   HOSTS=node1:8,node2:8 launch/jobs/mpirun.sh runs_folder=/shared/runs
 #
-# What to change: HOSTS, a name and a number of processes for each node, one for each device; checkpoint.folder, which must be on a file
-# system that all nodes share, as the repository and its environment; CONFIG. Open MPI passes only the variables named with -x to other
-# nodes, MPICH all. SIGUSR1 saves a checkpoint and ends the job; at SIGTERM Open MPI kills ranks before they have saved.
+# What to change: HOSTS, a name and a number of processes for each node, one for each device; runs_folder, which must be on a file system
+# that all nodes share, as the repository and its environment; RUN, a folder in it to go on with, else a new run begins; CONFIG. Open MPI
+# passes only the variables named with -x to other nodes, MPICH all. SIGUSR1 saves a checkpoint and ends the job; at SIGTERM Open MPI kills
+# ranks before they have saved.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -24,5 +25,6 @@ if [[ "$(mpirun --version)" == *"Open MPI"* ]]; then
 else
     options=(-hosts "$hosts" -bind-to none)
 fi
+run="${RUN:-$(date +%Y-%m-%d-%H%M%S)-$(basename "${CONFIG:-configs/fsdp2.yaml}" .yaml)}"
 exec mpirun -n "$processes" "${options[@]}" \
-    python -m launch.train "${CONFIG:-configs/fsdp2.yaml}" processes=auto checkpoint.every=100 resume=auto "$@"
+    python -m launch.train "${CONFIG:-configs/fsdp2.yaml}" processes=auto checkpoint.every=100 resume=auto "run=$run" "$@"

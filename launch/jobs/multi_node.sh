@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # Several machines without a scheduler: the same command on each of them. Their torchruns meet at HEAD_NODE, which is one of them.
 #
-#   HEAD_NODE=10.0.0.1 NODES=2 launch/jobs/multi_node.sh runs_folder=/shared/runs checkpoint.folder=/shared/checkpoints
+#   HEAD_NODE=10.0.0.1 NODES=2 launch/jobs/multi_node.sh runs_folder=/shared/runs
 #   HEAD_NODE=10.0.0.1 NODES=2:4 launch/jobs/multi_node.sh ...               # begins with 2, goes on with any number from 2 to 4
 #
-# What to change: checkpoint.folder, which must be on a file system that all nodes share; HEAD_NODE, a name or an IPv4 address that all
-# nodes reach; PORT, open on it (ranks use further ones, which the system chooses: open all between the nodes); INTERFACE, the network
-# that ranks use, if a node has several; LOCAL_ADDRESS, if the others reach this node by another address than it believes; JOB, if two
-# jobs meet at one port; CONFIG, PROCESSES and RESTARTS as in single_node.sh. If NODES is a range, batch_size must be a multiple of all
-# numbers of processes. When a node comes or goes, ranks are started again, from their newest checkpoint.
+# What to change: runs_folder, which must be on a file system that all nodes share; HEAD_NODE, a name or an IPv4 address that all nodes
+# reach; RUN, the same name on all nodes, as nothing else tells a new run from nodes that come back: without it the newest run of this
+# config goes on, unless all its steps are done; PORT, open on it (ranks use further ones, which the system chooses: open all between the
+# nodes); INTERFACE, the network that ranks use, if a node has several; LOCAL_ADDRESS, if the others reach this node by another address than
+# it believes; JOB, if two jobs meet at one port; CONFIG, PROCESSES and RESTARTS as in single_node.sh. If NODES is a range, batch_size must
+# be a multiple of all numbers of processes. When a node comes or goes, ranks are started again, from their newest checkpoint.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -24,4 +25,4 @@ exec torchrun --nnodes "${NODES:?is not set: how many nodes, as NODES=2 or NODES
     --rdzv-backend c10d --rdzv-endpoint "$HEAD_NODE:${PORT:-29500}" --rdzv-id "${JOB:-sharded-optim}" \
     --rdzv-conf "read_timeout=600${is_host:+,is_host=$is_host}" --local-addr "${LOCAL_ADDRESS:-$local_address}" \
     --max-restarts "${RESTARTS:-3}" \
-    -m launch.train "${CONFIG:-configs/fsdp2.yaml}" processes=auto checkpoint.every=100 resume=auto "$@"
+    -m launch.train "${CONFIG:-configs/fsdp2.yaml}" processes=auto checkpoint.every=100 resume=auto ${RUN:+"run=$RUN"} "$@"

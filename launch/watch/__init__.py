@@ -1,4 +1,4 @@
-"""Sees to it that a job ends when one rank has failed, and that everyone is told which was the first.
+"""Ends a job when one rank has failed, and says in every log which was the first.
 
     with Watch(...) as watch:
         for step in ...:
@@ -7,34 +7,31 @@
             with watch.patience():
                 save()
 
-Without it, the ranks that are left wait in a collective for as long as its timeout says, or report each other's hanging up; a launcher
-knows that a process has ended, not why, and nothing of one that is stopped or late. Each rank connects to rank 0 (`member.py`, `hub.py`),
-which decides (`judge.py`).
+Without it, the ranks that are left wait in a collective for as long as its timeout says. Ranks exchange beats through the store by which
+they have met (`beats.py`), rank 0 decides who hangs (`judge.py`), and each sees which processes of its launcher are gone (`siblings.py`).
 """
 
 from __future__ import annotations
 
-import concurrent.futures.thread
-import json
 import os
 import re
+import socket
 import sys
 import threading
 import time
 import traceback
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from types import FrameType, TracebackType
 from typing import NoReturn
 
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from launch.meeting import Venue
-from launch.watch.hub import Hub
-from launch.watch.judge import Judge, Position, Process, Verdict
-from launch.watch.member import Member, this_process
+from launch.watch.beats import ENDING, Beats, end
+from launch.watch.judge import Beat
+from launch.watch.siblings import siblings
 
 __all__ = ["Watch"]
 
@@ -45,24 +42,25 @@ CONSEQUENCE = re.compile(
     re.IGNORECASE,
 )
 SECONDS_FOR_VERDICT = 5.0
-SECONDS_FOR_THREADS = 2.0  # that the job has started, to end when it has
-OTHERS_CODE = ("site-packages", "dist-packages", f"{os.sep}lib{os.sep}python")  # not where a user looks for what a rank is doing
+SECONDS_FOR_OTHERS = 60.0  # to do their work when this rank has done its own, where no heartbeat limits them
+# Not where a user looks for what a rank is doing.
+OTHERS_CODE = ("site-packages", "dist-packages", f"{os.sep}lib{os.sep}python", os.path.dirname(__file__))
 ROOT = os.getcwd() + os.sep
 
 
 class Watch:
     """Ends this process with exit status 1 when this rank or another has failed, after rank 0's log has the first cause.
 
-    What is raised inside is a failure, SystemExit too: a rank that leaves early leaves the others waiting. So is a thread that is still
-    there at the end, which would keep the process for ever, or lose what it does. A process that fails ends at once, with all its threads.
+    What is raised inside is a failure, SystemExit too: a rank that leaves early leaves the others waiting. A process that fails ends at
+    once, with all its threads.
 
     Args:
         venue: where the ranks have met; its store is this attempt's own. None: this process is alone.
-        rank, world_size: of this process.
-        heartbeat: seconds for which a rank may be silent, or keep others waiting in a collective; None: for as long as it likes. Longer
-            than whatever one rank does alone without `patience`.
+        heartbeat: seconds for which a rank or the store may be silent, or a rank may keep others waiting in a collective; None: for as long
+            as they like. Longer than whatever one rank does alone without `patience`.
         launcher: pid of what has started this process, without which it ends; None: of nothing that must be there.
-        expected: exceptions that speak for themselves, and need no traceback.
+        variable: of the environment, in which the launcher gives ranks their number.
+        expected: exceptions that need no traceback.
     """
 
     def __init__(
@@ -73,6 +71,7 @@ class Watch:
         world_size: int = 1,
         heartbeat: float | None = None,
         launcher: int | None = None,
+        variable: str = "RANK",
         expected: tuple[type[BaseException], ...] = (),
     ) -> None:
         self._step = 0
@@ -81,20 +80,10 @@ class Watch:
         self._patience = 0
         self._rank = rank
         self._expected = expected
-        self._ending = threading.Lock()
-        self._main = threading.main_thread().ident
-        self._hub: Hub | None = None
-        self._member: Member | None = None
-        if venue is None or world_size == 1:
-            return
-        process = this_process(rank)
-        if rank == 0:
-            secret = uuid.uuid4().hex
-            self._hub = Hub(Judge(heartbeat, world_size, time.monotonic()), secret)
-            venue.store.set("watch", json.dumps([venue.address, self._hub.port, secret, asdict(process)]))
-        host, port, secret, of_hub = json.loads(venue.store.get("watch"))
-        address = ("127.0.0.1" if rank == 0 else host, port)
-        self._member = Member(address, secret, process, Process(**of_hub), heartbeat, launcher, self._position, self._end)
+        self._beats: Beats | None = None
+        if venue is not None and world_size > 1:
+            others = siblings(launcher, variable)
+            self._beats = Beats(venue.store, rank, world_size, heartbeat, launcher, others, self._beat)
 
     @property
     def step(self) -> int:
@@ -104,8 +93,7 @@ class Watch:
     @step.setter
     def step(self, step: int) -> None:
         begun = _collectives()
-        self._begun_before = _since(self._begun_at_start, begun)
-        self._begun_at_start = begun
+        self._begun_before, self._begun_at_start = _since(self._begun_at_start, begun), begun
         self._step = step
 
     @contextmanager
@@ -123,59 +111,35 @@ class Watch:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is not None:
             self._fail(error)
-        left = _threads_left()
-        if left:
-            self._fail(RuntimeError(f"its work is done, but threads that it has started are still there: {', '.join(left)}"))
-        if self._member is not None:
-            self._member.leave()
-        if self._hub is not None and self._hub.close() is not None:
-            _exit(1)  # another rank failed at its end
+        if self._beats is not None:
+            self._beats.leave(SECONDS_FOR_OTHERS)
 
     def _fail(self, error: BaseException) -> NoReturn:
-        """Say so, hear who was first, and end."""
-        told = f"{type(error).__name__}: {error}"
-        if isinstance(error, SystemExit):
-            told = f"it left early, by exit({error.code!r})"
-        if self._member is None:
-            self._show(error)
-            print(f"error: {told}", file=sys.stderr)
-            _exit(1)
-        follows = isinstance(error, (RuntimeError, OSError)) and CONSEQUENCE.search(told) is not None
-        self._member.report(told, self._step_now(), follows=follows)
-        verdict = self._member.wait_for_verdict(SECONDS_FOR_VERDICT)
-        if verdict is None:
-            self._show(error)
-            print(f"error: rank {self._rank}, which does not hear from rank 0: {told}", file=sys.stderr)
-            _exit(1)
-        if verdict.rank == self._rank:
-            self._show(error)
-            _tell_torchrun(error)
-        self._end(verdict)
-
-    def _show(self, error: BaseException) -> None:
-        if not isinstance(error, (*self._expected, SystemExit)) and error.__traceback__ is not None:
-            traceback.print_exception(error)
-
-    def _end(self, verdict: Verdict) -> NoReturn:
-        with self._ending:  # whichever thread comes first; the other waits here for the end
-            if self._hub is not None:
-                self._hub.close()  # it has printed what happened, and the others have heard it
-            else:
-                print(f"rank {self._rank} ends: {verdict.text}", file=sys.stderr)
-            _exit(1)
+        """Say so, learn who was first, and end."""
+        text = f"it left early, by exit({error.code!r})" if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
+        follows = isinstance(error, (RuntimeError, OSError)) and CONSEQUENCE.search(text) is not None
+        verdict = self._beats and self._beats.fail(text, self._step_now(), SECONDS_FOR_VERDICT, follows=follows)
+        with ENDING:
+            if verdict is None or verdict.rank == self._rank:
+                if not isinstance(error, (*self._expected, SystemExit)) and error.__traceback__ is not None:
+                    traceback.print_exception(error)
+                if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun's own summary then names the error too
+                    get_error_handler().record_exception(error)
+            if verdict is None:
+                print(f"error: rank {self._rank}: {text}" if self._beats else f"error: {text}", file=sys.stderr)
+        if verdict is not None:
+            time.sleep(SECONDS_FOR_VERDICT)
+        end()
 
     def _step_now(self) -> str:
         return f"step {self._step}" if self._step else "its start"
 
-    def _position(self) -> Position:
-        frame = _frame_of_user(sys._current_frames().get(self._main or 0))
-        return Position(
-            step=self._step,
-            begun=_since(self._begun_at_start, _collectives()),
-            before=self._begun_before,
-            place=self._step_now() if frame is None else f"{self._step_now()}, in {frame}",
-            patient=self._patience > 0,
-        )
+    def _beat(self, number: int, has_left: bool) -> Beat:
+        frame = _frame_of_user(sys._current_frames().get(threading.main_thread().ident or 0))
+        place = self._step_now() if frame is None else f"{self._step_now()}, in {frame}"
+        who = {"rank": self._rank, "pid": os.getpid(), "host": socket.gethostname(), "number": number, "has_left": has_left}
+        begun = {"begun": _since(self._begun_at_start, _collectives()), "before": self._begun_before}
+        return Beat(**who, **begun, step=self._step, place=place, patient=self._patience > 0)
 
 
 def _frame_of_user(frame: FrameType | None) -> str | None:
@@ -199,30 +163,3 @@ def _collectives() -> dict[str, int]:
 
 def _since(start: Mapping[str, int], now: Mapping[str, int]) -> dict[str, int]:
     return {group: count - start.get(group, 0) for group, count in now.items()}
-
-
-def _threads_left() -> list[str]:
-    """Threads that keep this process alive, and do not end soon."""
-    until = time.monotonic() + SECONDS_FOR_THREADS
-    while True:
-        pools = set(getattr(concurrent.futures.thread, "_threads_queues", ()))  # idle ones of which the interpreter ends by itself
-        alive = [thread for thread in threading.enumerate() if not thread.daemon and thread not in pools]
-        left = [thread.name for thread in alive if thread is not threading.main_thread() and thread is not threading.current_thread()]
-        if not left or time.monotonic() > until:
-            return left
-        time.sleep(0.05)
-
-
-def _tell_torchrun(error: BaseException) -> None:
-    """Have torchrun's own summary name the error too, rather than that it knows of none."""
-    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        get_error_handler().record_exception(error)
-
-
-def _exit(status: int) -> NoReturn:
-    """Without waiting for threads, or for libraries that wait for ranks."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -68,6 +70,34 @@ def _signal(number: signal.Signals) -> Callable[[], None]:
     return lambda: os.kill(os.getpid(), number)
 
 
+# Goes on with a stopped process when the rank that has started this one is gone.
+LET_GO_ON = """
+import os, signal, sys, time
+rank, stopped = map(int, sys.argv[1:])
+while os.getppid() == rank:
+    time.sleep(0.1)
+os.kill(stopped, signal.SIGCONT)
+"""
+
+
+def _stop_store() -> None:
+    server = _server_of_store()
+    subprocess.Popen([sys.executable, "-c", LET_GO_ON, str(os.getpid()), str(server)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    os.kill(server, signal.SIGSTOP)
+
+
+def _server_of_store() -> int:
+    """The process that serves the store: of rank 0's children, or torchrun."""
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (path / "cmdline").read_bytes().split(b"\0")
+            if b"launch.store_server" in words and f"PPid:\t{os.getppid()}\n" in Path(f"/proc/{int(words[-2])}/status").read_text():
+                return int(path.name)
+        except OSError:  # it has ended
+            continue
+    return os.getppid()
+
+
 def _fail_to_save(sharded: Any, happened: Callable[[], None]) -> None:
     """The disk is full for this rank alone."""
 
@@ -94,6 +124,21 @@ def _spoil_gradients(sharded: Any, happened: Callable[[], None]) -> None:
             _local(_weight(optimizer).grad).view(-1)[0] = float("nan")
 
     sharded.optimizer.register_step_pre_hook(spoil)
+
+
+def _spoil_loss(sharded: Any, happened: Callable[[], None]) -> None:
+    """From a step on, the loss of this rank's rows is NaN, and so is the gradient of all ranks."""
+    steps = 0
+
+    def spoil(model: Any, arguments: Any, output: Tensor) -> Tensor:
+        nonlocal steps
+        steps += 1
+        if steps < STEP:
+            return output
+        happened()
+        return output * float("nan")
+
+    sharded.model.register_forward_hook(spoil)
 
 
 def _flip(what: Callable[[torch.optim.Optimizer], None]) -> Callable[[Any, Callable[[], None]], None]:
@@ -145,6 +190,8 @@ def _local(tensor: Any) -> Tensor:
 
 
 NAMED = r"error: rank {rank} \(pid \d+ on .+\)"
+SILENT = NAMED + r" has not answered for \d+ s.* Last heard of at (its start|step \d+), in "
+LOST = r"error: rank \d \(pid \d+ on .+\) .*the store by which ranks are watched"
 REPLICAS = ("divergence_every=1",)
 WEIGHT = r"embedding\.weight"
 FAULTS = (
@@ -165,7 +212,7 @@ FAULTS = (
         name="SIGKILL",
         happen=_signal(signal.SIGKILL),
         seconds=AT_ONCE,
-        says=r"rank {rank} \(pid \d+ on .+\) ended first",
+        says=r"error: rank {rank} \(pid \d+ on .+\) ended first",
         on_each_rank=True,
     ),
     Fault(
@@ -176,8 +223,27 @@ FAULTS = (
         name="SIGSTOP",
         happen=_signal(signal.SIGSTOP),
         seconds=HEARTBEAT + AT_ONCE,
-        says=r"rank {rank} \(pid \d+ on .+\) has not answered for \d+ s",
+        says=SILENT,
         on_each_rank=True,
+    ),
+    Fault(
+        name="a call that holds Python's lock",
+        happen=lambda: ctypes.PyDLL(None).sleep(int(FOREVER)),
+        seconds=HEARTBEAT + AT_ONCE,
+        says=SILENT,
+        on_each_rank=True,
+    ),
+    Fault(
+        name="a store that is stopped",
+        happen=_stop_store,
+        seconds=HEARTBEAT + AT_ONCE,
+        says=LOST + r", which has not answered for \d+ s",
+    ),
+    Fault(
+        name="a store that is gone",
+        happen=lambda: os.kill(_server_of_store(), signal.SIGKILL),
+        seconds=AT_ONCE,
+        says=f"{LOST}|what has started it",  # torchrun serves it itself
     ),
     Fault(
         name="a late rank",
@@ -197,15 +263,22 @@ FAULTS = (
         name="NaN in one element of a gradient, from then on",
         install=_spoil_gradients,
         seconds=AT_ONCE,
-        says=f"FloatingPointError: .*{WEIGHT}",
+        says=f"FloatingPointError: .*{WEIGHT}.* gradients held by rank {{rank}} were not finite",
         arguments=("max_skipped_steps=3", "sharding=fsdp2"),
     ),
     Fault(
         name="the same under AdamW, which has nothing else to agree on",
         install=_spoil_gradients,
         seconds=AT_ONCE,
-        says=f"FloatingPointError: .*{WEIGHT}",
+        says=f"FloatingPointError: .*{WEIGHT}.* gradients held by rank {{rank}} were not finite",
         arguments=("max_skipped_steps=3", "sharding=fsdp2", "optimizer.name=AdamW"),
+    ),
+    Fault(
+        name="NaN in the loss, from then on",
+        install=_spoil_loss,
+        seconds=AT_ONCE,
+        says="ranks failed with the same error, at step 8: FloatingPointError: .*loss of its own rows is not finite on rank {rank}$",
+        arguments=("max_skipped_steps=3",),
     ),
     Fault(
         name="a flipped bit of a weight",

@@ -96,6 +96,6 @@ def _problem(fault: Fault, rank: int, seconds: float, status: int, output: str) 
         return f"{seconds:.1f} s are more than {fault.seconds:g}"
     if status == 0:
         return "exit status 0"
-    if not re.search(fault.says.replace("{rank}", str(rank)), output, re.DOTALL):
+    if not re.search(fault.says.replace("{rank}", str(rank)), output, re.DOTALL | re.MULTILINE):
         return f"the log does not say {fault.says!r}"
     return None

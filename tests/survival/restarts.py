@@ -27,7 +27,8 @@ KILLS = 20
 STEPS_PER_KILL = 150  # more than are taken between two kills
 AT_MOST = 10.0  # seconds from a kill to the first step after it
 TIMEOUT = 60.0
-FIRST_STEP = re.compile(rb'"train_loss_bits"')
+GOES_ON = b"going on from the checkpoint"
+STEP_TAKEN = re.compile(rb"step \d+/\d+  loss ")
 
 
 def main(arguments: list[str]) -> int:
@@ -56,7 +57,7 @@ def measure(kills: int = KILLS, at_most: float = AT_MOST) -> tuple[str, bool]:
             job = _Job(folder / "disturbed", folder / "text", steps, restarts=kills)
             seconds = [job.kill_and_wait(number) for number in range(kills)]
         status = job.finish()
-        restarts = len(job.attempts()) - 1
+        restarts = job.attempts() - 1
         same = _digest(job.checkpoints) == _digest(quiet.checkpoints)
         told = (
             f"{kills} kills in {time.monotonic() - started:.0f} s: from a kill to the first step after it {min(seconds):.1f} to "
@@ -74,8 +75,8 @@ class _Job:
 
     def __init__(self, folder: Path, text: Path, steps: int, restarts: int) -> None:
         folder.mkdir()
-        self.log, self.checkpoints = folder / "log", folder / "checkpoints"
-        self._runs = folder / "runs"
+        self.log, self._run = folder / "log", folder / "runs" / "job"
+        self.checkpoints = self._run / "checkpoints"
         overrides = [
             f"steps={steps}",
             "log_every=1",
@@ -84,7 +85,7 @@ class _Job:
             "checkpoint.keep=2",
             "resume=auto",
         ]
-        overrides += [f"data.path={text}", f"runs_folder={self._runs}", f"checkpoint.folder={self.checkpoints}"]
+        overrides += [f"data.path={text}", f"runs_folder={folder / 'runs'}", "run=job"]
         launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", str(restarts)]
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -97,9 +98,9 @@ class _Job:
             )
         self._random = random.Random(steps)
 
-    def attempts(self) -> list[Path]:
-        """The run folders, oldest first."""
-        return sorted(path for path in self._runs.glob("2*") if path.is_dir()) if self._runs.is_dir() else []
+    def attempts(self) -> int:
+        """How many have taken a step: where an attempt goes on is in the log, and then come its steps."""
+        return sum(bool(STEP_TAKEN.search(part)) for part in self.log.read_bytes().split(GOES_ON))
 
     def kill_and_wait(self, number: int) -> float:
         """Kill a rank some time into an attempt, and wait until the next attempt has taken a step. Returns the seconds."""
@@ -127,11 +128,8 @@ class _Job:
     def _await_step(self, attempt: int) -> None:
         until = time.monotonic() + TIMEOUT
         while time.monotonic() < until and self._process.poll() is None:
-            attempts = self.attempts()
-            if len(attempts) > attempt:
-                metrics = attempts[attempt] / "metrics.jsonl"
-                if metrics.exists() and FIRST_STEP.search(metrics.read_bytes()):
-                    return
+            if self.attempts() > attempt:
+                return
             time.sleep(0.02)
         tail = self.log.read_text()[-10000:]
         os.killpg(self._process.pid, signal.SIGKILL)
