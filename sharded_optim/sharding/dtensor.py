@@ -57,8 +57,9 @@ def partial_placements(grad: Tensor | None) -> tuple[Placement, ...] | None:
 
     Tensor parallelism leaves gradients so: those of the replicated weights of a norm in a SequenceParallel region are sums over the ranks.
     """
-    is_partial = isinstance(grad, DTensor) and any(placement.is_partial() for placement in grad.placements)
-    return tuple(grad.placements) if is_partial else None
+    if not isinstance(grad, DTensor) or not any(placement.is_partial() for placement in grad.placements):
+        return None
+    return tuple(grad.placements)
 
 
 def reduced(grad: Tensor | None, param: Tensor, placements: tuple[Placement, ...]) -> Tensor | None:
