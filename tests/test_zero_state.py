@@ -84,7 +84,7 @@ def check_costs() -> None:
             assert in_backward == {"isend": half, "all_reduce": 4 * (tensors + 2)}
             small = sent["all_reduce"] - in_backward["all_reduce"]
             assert sent["isend"] == 2 * half
-            assert small == (8 * (7 * tensors + 2) if make is STABLE else 0)
+            assert small == (8 * (7 * tensors + 3) if make is STABLE else 0)
         state = [value for values in optimizer.state.values() for key, value in values.items() if key != "step"]
         held = sum(value.nbytes for value in state)
         share = per_element * numel / world_size
