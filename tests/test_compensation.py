@@ -226,3 +226,27 @@ def local(tensor: Tensor) -> Tensor:
 
 def test_wrappers_do_not_count_as_others() -> None:
     ranks.run(check_two_ranks, 2)
+
+
+def test_masters_keep_what_a_write_to_other_elements_leaves_alone() -> None:
+    """Of a parameter with float32 masters only the elements that were written lose theirs."""
+    torch.manual_seed(0)
+    model = nn.Linear(17, 9).bfloat16()
+    optimizer = so.ShardedOptimizer(model, so.AdamW, lr=1e-3, weight_decay=0.0)
+    for step in range(3):
+        for index, param in enumerate(model.parameters()):
+            param.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(10 * step + index)).bfloat16()
+        optimizer.step()
+    before = {param: optimizer.state[param]["master"].clone() for param in model.parameters()}
+    assert any(bool((master != master.bfloat16().float()).any()) for master in before.values())
+    with torch.no_grad():
+        model.weight[2] = 0.0
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+        for key in ("exp_avg", "exp_avg_sq"):
+            optimizer.state[param][key].zero_()
+    optimizer.step()
+    expected = before[model.weight].view(9, 17).clone()
+    expected[2] = 0.0
+    assert torch.equal(optimizer.state[model.weight]["master"].view(9, 17), expected)
+    assert torch.equal(optimizer.state[model.bias]["master"], before[model.bias])
