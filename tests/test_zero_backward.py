@@ -145,6 +145,87 @@ def test_reentrant_checkpoints_train_as_without_checkpoints(world_size: int) -> 
     ranks.run(check_checkpoints, world_size)
 
 
+def check_gradients_that_share_memory() -> None:
+    """Autograd may give two parameters gradients that are views of one memory; a further gradient of one does not change the other's."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    with ranks_per_machine(1):  # then a gradient that fills its bucket is sent from where it is
+        first, second, last = params = nn.ParameterList(nn.Parameter(torch.zeros(world_size * 16)) for _ in range(3))
+        optimizer = sharded(partial(so.DecoupledSGDW, lr=1.0), params, bucket_mb=2**-20)
+    weights = torch.randn(3, 2, world_size * 16, generator=torch.Generator().manual_seed(0))[:world_size]
+    x = torch.zeros(world_size * 16) + last  # whose bucket is reduced first, and is full last
+    x = checkpoint(lambda x: x + first * weights[rank, 1], x, use_reentrant=True)
+    x = checkpoint(lambda x: x + (first.view(-1, 1) + second.view(-1, 1)).view(-1), x, use_reentrant=True)
+    (x * weights[rank, 0]).sum().backward()
+    optimizer.step()
+    optimizer.wait()
+    once, twice = weights[:, 0].mean(0), (weights[:, 0] * weights[:, 1]).mean(0)
+    for param, expected in zip(params, (once + twice, once, once), strict=True):
+        torch.testing.assert_close(param.detach(), -expected, rtol=0, atol=1e-6)
+
+
+def test_a_further_gradient_of_a_parameter_leaves_those_alone_that_share_its_memory() -> None:
+    ranks.run(check_gradients_that_share_memory, 2)
+
+
+def check_further_rounds() -> None:
+    """Buckets are on their way when their parameters get further gradients, on all ranks or on one; a round of its own brings these."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    for way, make in product(("twice", "twice on one rank", "tied blocks"), (SGD, STABLE)):
+        expected = dict(reference(way, make, world_size, 2).named_parameters())
+        for stage, together in ((2, world_size), (2, 1), (1, world_size)):
+            model = Net(way, reentrant=True)
+            del model.unused  # whose bucket, never full, would hold back all after it
+            with ranks_per_machine(together):
+                optimizer = sharded(make, model, stage=stage, bucket_mb=MANY)
+            for step in range(2):
+                for loss in losses(model, step, rank):
+                    loss.backward()
+                before = optimizer._reducer._round
+                optimizer.step()
+                assert optimizer._reducer._round > before, f"{way} {stage=} {together=}: no gradient came late, so this tests nothing"
+                optimizer.zero_grad()
+            optimizer.wait()
+            for name, param in model.named_parameters():
+                error = (param - expected[name]).abs().max()
+                assert error < (1e-6 if make is SGD else 1e-5), f"{way} {stage=} {together=} {name}: {error}"
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_gradients_that_come_after_their_bucket_has_left_are_reduced_in_a_further_round(world_size: int) -> None:
+    ranks.run(check_further_rounds, world_size)
+
+
+def check_further_gradients_are_no_gradients_of_parameters() -> None:
+    """A part of a gradient that waits for a further round is not in param.grad, where others would take it for all of it or drop it."""
+    blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+    optimizer = sharded(SGD, blocks, bucket_mb=MANY)
+
+    def backward() -> None:
+        x = torch.ones(2, WIDTH, requires_grad=True)
+        for _ in range(2):
+            for block in blocks:
+                x = checkpoint(block, x, use_reentrant=True)
+        x.square().sum().backward()
+
+    backward()
+    for use in (
+        lambda: torch.nn.utils.clip_grad_norm_(blocks.parameters(), 1e-3),
+        lambda: torch.nn.utils.clip_grad_value_(blocks.parameters(), 1e-3),
+        lambda: blocks[0].weight.grad.norm(),
+    ):
+        with pytest.raises(ValueError, match=r"the gradient of '\d.\w+' is in a bucket"):
+            use()
+    norm = optimizer.clip_grad_norm_(1e9)
+    optimizer.zero_grad()
+    backward()
+    blocks.zero_grad()  # which does not reach what is in buckets, nor what is to follow
+    assert torch.equal(optimizer.clip_grad_norm_(1e9), norm)
+
+
+def test_a_further_gradient_is_not_left_in_the_parameter() -> None:
+    ranks.run(check_further_gradients_are_no_gradients_of_parameters, 2)
+
+
 class Raising(torch.autograd.Function):
     """The identity, whose backward fails."""
 
@@ -198,3 +279,35 @@ def test_a_process_alone_goes_on_after_an_exception_in_backward() -> None:
         stepping.step()
     for param, same in zip(model.parameters(), expected.parameters(), strict=True):
         assert torch.equal(param, same)
+
+
+def check_the_next_optimizer() -> None:
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    kept = []
+    for attempt in (1, 2):
+        torch.manual_seed(0)
+        first, second = model = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+        with ranks_per_machine(1):
+            optimizer = sharded(SGD, model, bucket_mb=MANY)
+        x = first(batch(attempt, rank))
+        if attempt == 1:
+            x = second(Raising.apply(x)) if rank == 0 else Raising.apply(second(x))
+            with pytest.raises(ArithmeticError):
+                x.square().sum().backward()
+            kept.append((model, optimizer))
+            continue
+        second(x).square().sum().backward()
+        optimizer.step()
+        optimizer.wait()
+        torch.manual_seed(0)
+        expected = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+        for each in range(world_size):
+            (expected[1](expected[0](batch(attempt, each))).square().sum() / world_size).backward()
+        SGD(expected.parameters()).step()
+        for param, same in zip(model.parameters(), expected.parameters(), strict=True):
+            torch.testing.assert_close(param, same, rtol=0, atol=1e-5)
+
+
+def test_what_a_failed_optimizer_has_sent_is_not_taken_for_a_gradient_of_the_next() -> None:
+    """Rank 0 has sent the first bucket of a backward pass that failed on both; a new optimizer over the same ranks receives its own."""
+    ranks.run(check_the_next_optimizer, 2)

@@ -101,7 +101,7 @@ class Reducer:
         self._passes = Passes(WeakMethod(self._pass_ended))
         self._left: deque[Bucket] = deque()  # of the open round, not yet being reduced
         self._used: set[Home] = set()  # whose gradients this rank brings to the open round
-        self._repeated: set[Home] = set()  # that have a further gradient, for which a round is to be run
+        self._repeated: dict[Home, Tensor] = {}  # further gradients, for which a round is to be run
         self._in_flight: deque[_Reduction] = deque()
         self._unsettled: list[Transfer] = []  # of contents that are not the pool's
         self._told: list[_Told] = []
@@ -129,7 +129,10 @@ class Reducer:
                     each.remove_placeholder()
             self._open()
         if home in self._used and home.bucket not in self._left:
-            self._repeated.add(home)
+            grad = home.own_grad
+            assert grad is not None, "a hook is called with one"
+            self._repeated[home] = self._repeated[home] + grad if home in self._repeated else grad
+            home.param.grad = home.placeholder
             return
         self._fill(home)
         while self._left and self._is_full(self._left[0]):
@@ -149,7 +152,7 @@ class Reducer:
         """A round outside of backward: with the gradients of these parameters, and those that passes without synchronization have left."""
         self._open()
         for home in homes:
-            if home.own_grad is not None:
+            if home.own_grad is not None or home in self._repeated:
                 self._fill(home)
         self._close()
 
@@ -189,6 +192,9 @@ class Reducer:
     def _fill(self, home: Home) -> None:
         """Move a gradient into its bucket."""
         grad, bucket = home.own_grad, home.bucket
+        further = self._repeated.pop(home, None)
+        if further is not None:
+            grad = further if grad is None else grad + further
         assert grad is not None, "a hook is called with one"
         if grad.layout != torch.strided:
             raise ValueError(f"the gradient of {home.name!r} is sparse ({grad.layout}); build the layer with sparse=False")
@@ -211,7 +217,6 @@ class Reducer:
                 place.copy_(grad).mul_(self._scale)
         home.param.grad = home.placeholder
         self._used.add(home)
-        self._repeated.discard(home)
 
     def _sends_alone(self, bucket: Bucket) -> bool:
         """Whether a bucket holds one gradient and nothing else, which can be sent from where it is, and is divided when it is added up.
@@ -285,7 +290,7 @@ class Reducer:
     def finish(self) -> None:
         """Wait until all gradients of the rounds so far are averaged."""
         while self._end_rounds():
-            self.run_round(self._repeated.copy())
+            self.run_round(list(self._repeated))
 
     def _end_rounds(self) -> bool:
         """Wait for all rounds so far, and for what the ranks have told each other.
@@ -344,7 +349,7 @@ class Reducer:
         """Finish all rounds, whose gradients are not wanted."""
         self._end_rounds()
         self._found = set()
-        self._repeated = set()
+        self._repeated = {}
         self.rounds = 0
 
 
