@@ -39,7 +39,7 @@ class JoinGuard:
         """
         if not (dist.is_available() and dist.is_initialized()):
             return
-        if self._modules is None or key != self._key:
+        if self._modules is None or key != self._key or any(known() is None for known in self._modules):  # a model may be wrapped again
             self._key = key
             self._modules = [ref(module) for module in ddp_modules()]
         for known in self._modules:

@@ -131,7 +131,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
             raise_together(failure, None, topology.all_ranks)
             raise
         raise_together(None, description, topology.all_ranks)
-        shard_group = ShardGroup(topology.shard_group, device)
+        try:
+            shard_group = ShardGroup(topology.shard_group, device)
+        except Exception as failure:  # on all ranks of this shard group; those of others must hear of it too
+            raise_together(failure, None, topology.all_ranks)
+            raise
         self._gatherer = Gatherer(shard_group)
         self._reducer = Reducer(
             shard_group=shard_group,
