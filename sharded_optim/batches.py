@@ -152,11 +152,11 @@ class Batch:
         for source in (self._grad, *self._state):
             source.column.release()
 
-    def stamp(self) -> tuple[Any, ...]:
-        """Two of these are equal if gradients, state and hyperparameters are the same: as far as torch counts changes of values."""
+    def stamp(self, options: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Equal to another one if gradients, state, hyperparameters and options are the same, as far as torch counts changes of values."""
         sources = (self._grad, *self._state)
         found = tuple((tensor.data_ptr(), tensor._version) for source in sources for tensor in source.column.wholes)
-        return found, tuple(self.keys(()).tolist())
+        return found, tuple(self.keys(options).tolist())
 
     def fixed_point(self, statistic: Statistic | None) -> FixedPoint:
         """How the statistic of each operand is summed; None stands for a statistic that is 0."""

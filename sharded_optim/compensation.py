@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from sharded_optim.state import local_of
 
-__all__ = ["CompensationLog", "Versions"]
+__all__ = ["CompensationLog"]
 
 Versions = tuple[list[Hashable], list[Hashable]]  # of parameters and of their compensations, in one order
 
 _version: Callable[[Tensor], int] = attrgetter("_version")
 
 
-def versions_of(params: Sequence[Tensor], compensations: Sequence[Tensor]) -> Versions:
+def _versions_of(params: Sequence[Tensor], compensations: Sequence[Tensor]) -> Versions:
     """Values that change when somebody writes to a tensor."""
     return _versions(params), _versions(compensations)
 
@@ -63,7 +63,7 @@ class CompensationLog:
 
     def drop_stale(self, params: Sequence[Tensor], compensations: Sequence[Tensor]) -> None:
         """Zero the compensations of parameters that were written since; both are in one order."""
-        now = versions_of(params, compensations)
+        now = _versions_of(params, compensations)
         left = self._left.get(id(compensations[0])) if compensations else None
         if left is not None and left.versions == now and left.is_of(compensations):
             return
@@ -81,7 +81,7 @@ class CompensationLog:
         if left is None or not left.is_of(compensations):
             left = _Left(compensations, self._forget)
             self._left.update(dict.fromkeys(left.ids, left))
-        left.versions = versions_of(params, compensations)
+        left.versions = _versions_of(params, compensations)
 
     def _forget(self, key: int) -> None:
         self._left.pop(key, None)

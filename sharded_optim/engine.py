@@ -190,7 +190,7 @@ class Engine(StatefulOptimizer):
         except ValueError:  # the step says so, on all ranks
             return
         for batch in batches:
-            self._observed_early[batch] = self._stamp(batch), self._sums(batch)
+            self._observed_early[batch] = batch.stamp(self._compared_options), self._sums(batch)
             batch.release()
 
     def zero_grad(self, set_to_none: bool = True, param: Tensor | None = None) -> None:
@@ -229,13 +229,14 @@ class Engine(StatefulOptimizer):
     def _contribution(self, batch: Batch) -> statistics.Contribution:
         """What this rank brings for the operands of a batch: as it was observed early, where that is still true, and in every replay."""
         stamp, early = self._observed_early.get(batch, (None, None))
-        if early is not None and not capturing(batch.device) and getattr(self, "grad_scale", None) is None and stamp == self._stamp(batch):
+        if (
+            early is not None
+            and not capturing(batch.device)
+            and getattr(self, "grad_scale", None) is None
+            and stamp == batch.stamp(self._compared_options)
+        ):
             return early
         return self._sums(batch)
-
-    def _stamp(self, batch: Batch) -> tuple[Any, ...]:
-        """Equal to that of an earlier moment if an observation would find the same."""
-        return batch.stamp(), self.nonfinite, self.max_skipped_steps
 
     def _sums(self, batch: Batch) -> statistics.Contribution:
         """Sum the statistic of each operand, or only see whether its gradient is finite."""
@@ -247,7 +248,7 @@ class Engine(StatefulOptimizer):
             table = coefficient_table(statistic.coefficients, batch.members, batch.steps, backend=batch.backend, operands=batch.operands)
         grad_scale = self._inverse_grad_scale(batch.device)
         observed = batch.backend.observe(statistic, batch.operands, table, fixed_point.limits, fixed_point.scales, grad_scale)
-        keys = batch.keys((self.nonfinite, self.max_skipped_steps))
+        keys = batch.keys(self._compared_options)
         return statistics.Contribution(places=batch.places, bits=fixed_point.bits, keys=keys, observed=observed)
 
     def _agree(self, layout: Layout, observation: _Observation) -> tuple[Tensor | None, statistics.Agreement | None]:
@@ -295,6 +296,11 @@ class Engine(StatefulOptimizer):
         elif known_on_host(agreement.totals):
             self._raise_streak(agreement, verdict)
         return verdict.proceed, agreement
+
+    @property
+    def _compared_options(self) -> tuple[Any, ...]:
+        """Options that must be the same on all ranks that agree."""
+        return self.nonfinite, self.max_skipped_steps
 
     @property
     def _longest_streak(self) -> int | None:
@@ -463,9 +469,8 @@ class Engine(StatefulOptimizer):
         self._deferred: dict[Layout, statistics.Deferred] = {}
         self._streaks: WeakKeyDictionary[Layout, Verdict] = WeakKeyDictionary()  # the last of each layout
         self._updates: dict[Layout, list[metrics.Update]] = {}  # of the last step of each layout, the newest last
-        self._update_rows: dict[int, list[tuple[metrics.Update, int]]] | None = (
-            None  # of `_updates`, by a parameter's id; made when asked for
-        )
+        # Of `_updates`, by a parameter's id; made when asked for.
+        self._update_rows: dict[int, list[tuple[metrics.Update, int]]] | None = None
         self._reported: dict[str, tuple[Tensor, int]] = {}  # (parameter, which of its pieces) by the name of its metrics
         self._batches = Batches(self._backend_names, together=self._foreach)
         self._observed_early: dict[Batch, tuple[Any, statistics.Contribution]] = {}  # with its stamp

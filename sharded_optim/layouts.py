@@ -46,6 +46,7 @@ class Layouts:
         self.dropped: list[Layout] = []
         self._kept: dict[Key, Layout] = {}
         self._keys_of: defaultdict[int, list[Key]] = defaultdict(list)  # of sets, by their first parameter; the last made is last
+        self._key_of_names: dict[tuple[str, ...], Key] = {}  # of sets, by the names of their parameters; the last made
         self._compared: dict[int, Tensor] = {}  # by id: parameters of which the ranks have compared the values
         self._compared_over: weakref.ref[dist.ProcessGroup] | None = None  # the ranks that have
         self._of_group: Layout | None = None  # of all parameters of all ranks, where no step needs it
@@ -80,7 +81,10 @@ class Layouts:
         if layout is None or layout.is_global != agree or not self._fits(layout, params, process_group):
             for param in params[:1]:
                 refuse_to_capture(param.device)
-            before = layout if layout is not None or key is None else self._of_same_names(groups, params)
+            before = layout
+            if layout is None and agree and only is not None:  # other ranks may step the set that this one was before
+                names = self._names(groups, only)
+                before = self._kept.get(self._key_of_names[names]) if names in self._key_of_names else None
             if before is not None and agree and process_group is not None and before.is_global_over(process_group):
                 confirm(before, self._change(groups, params, before))
             layout = self._replace(key, groups, params, describe, agree=agree, process_group=process_group)
@@ -134,12 +138,15 @@ class Layouts:
         self._kept[key] = layout
         if key:
             self._keys_of[key[0]].append(key)
+            self._key_of_names[tuple(entry.name for entry in layout.local_params)] = key
         return layout
 
     def _drop(self, keys: Sequence[Key]) -> None:
         for key in keys:
-            self.dropped.append(self._kept.pop(key))
+            layout = self._kept.pop(key)
+            self.dropped.append(layout)
             if key:
+                self._key_of_names.pop(tuple(entry.name for entry in layout.local_params), None)
                 self._keys_of[key[0]].remove(key)
                 if not self._keys_of[key[0]]:
                     del self._keys_of[key[0]]
@@ -168,11 +175,9 @@ class Layouts:
         found = zip(params, self._index.places_of(groups, params), strict=True)
         return [describe(param, place.name, place.group) for param, place in found]
 
-    def _of_same_names(self, groups: Groups, params: Sequence[Tensor]) -> Layout | None:
-        """The layout of a set whose parameters these may have replaced, which other ranks may be stepping."""
-        names = [place.name for place in self._index.places_of(groups, params)]
-        of_set = (layout for key, layout in self._kept.items() if key is not None)
-        return next((layout for layout in of_set if [entry.name for entry in layout.local_params] == names), None)
+    def _names(self, groups: Groups, only: Sequence[Tensor]) -> tuple[str, ...]:
+        """The names of a set, by which its layout is found when one rank alone has replaced some of its parameters."""
+        return tuple(place.name for place in self._index.places_of(groups, only))
 
     def _prune(self, groups: Groups) -> None:
         """Let go of what is known of parameters that have left the groups: on all ranks in the same step, as they step the same."""

@@ -109,14 +109,14 @@ def _check_other(name: str, value: Any, where: str) -> None:
     if isinstance(value, Tensor) and not known_on_host(value):
         raise ValueError(f"{name} must be known on the host, got a tensor on {value.device}{where}: only lr may lie on a device")
     try:
-        plain = _plain(value)
+        comparable = _comparable(value)
     except TypeError:
         raise ValueError(f"{name} must be a number, a string, or a list or dict of them, got {value!r}{where}") from None
-    if not all(map(math.isfinite, _numbers_in(plain))):
+    if not all(map(math.isfinite, _numbers_in(comparable))):
         raise ValueError(f"{name} must be finite, got {value!r}{where}")
 
 
-def _plain(value: Any) -> Any:
+def _comparable(value: Any) -> Any:
     """A hyperparameter as numbers, strings and lists of them, equal on two ranks if its values are.
 
     Raises:
@@ -125,9 +125,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Tensor) and not known_on_host(value):
         return -1.0  # a device's is not waited for
     if isinstance(value, list | tuple):
-        return list(map(_plain, value))
+        return list(map(_comparable, value))
     if isinstance(value, dict):
-        return [[key, _plain(value[key])] for key in sorted(value)]
+        return [[key, _comparable(value[key])] for key in sorted(value)]
     value = value.tolist() if hasattr(value, "tolist") else value  # of torch and NumPy: numbers, or lists of them
     if value is None or isinstance(value, str | list):
         return value
@@ -138,12 +138,12 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} cannot be compared between ranks")
 
 
-def _numbers_in(plain: Any) -> Iterator[float]:
-    if isinstance(plain, list):
-        for item in plain:
+def _numbers_in(comparable: Any) -> Iterator[float]:
+    if isinstance(comparable, list):
+        for item in comparable:
             yield from _numbers_in(item)
-    elif plain is not None and not isinstance(plain, str):
-        yield plain
+    elif comparable is not None and not isinstance(comparable, str):
+        yield comparable
 
 
 def check_state_dtype(dtype: torch.dtype, values: dict[str, Any], where: str) -> None:
@@ -162,7 +162,7 @@ def check_state_dtype(dtype: torch.dtype, values: dict[str, Any], where: str) ->
 
 def hyperparameter_key(hyperparameters: Mapping[str, Any], step: float) -> int:
     """24 bits that two ranks have in common if these hyperparameters and the step are the same on both."""
-    values = [(name, _plain(hyperparameters[name])) for name in sorted(hyperparameters)]
+    values = [(name, _comparable(hyperparameters[name])) for name in sorted(hyperparameters)]
     return zlib.crc32(repr((values, step)).encode()) & 0xFFFFFF
 
 

@@ -396,6 +396,42 @@ def check_parameters_that_change_on_one_rank_alone() -> None:
         assert bool((first.detach() < before).all())
 
 
+def check_a_set_that_changes_on_one_rank_alone() -> None:
+    """All ranks raise where one has replaced a parameter that is stepped alone, and go on when all have."""
+    params = [nn.Parameter(torch.ones(5)) for _ in range(2)]
+    optimizer = so.StableAdamW([("first", params[0]), ("second", params[1])], lr=1e-2)
+
+    def step() -> None:
+        for param in optimizer.param_groups[0]["params"]:
+            param.grad = torch.ones(5)
+        optimizer.step(param=optimizer.param_groups[0]["params"][0])
+
+    step()
+    late = nn.Parameter(torch.ones(5))
+    if dist.get_rank() == 1:
+        optimizer.param_groups[0]["params"][0] = late
+    with pytest.raises(ValueError, match=r"rank 1: the parameters .* not on all ranks: here they are 1 new ones, 'first'"):
+        step()
+    optimizer.param_groups[0]["params"][0] = late
+    step()
+
+
+def check_options_that_differ_between_ranks() -> None:
+    """An option that decides what a step does is compared like a hyperparameter, also when it is set later."""
+    for name, values in (("nonfinite", ("skip", "allow")), ("nonfinite", ("skip", "raise")), ("max_skipped_steps", (2, 3))):
+        param = nn.Parameter(torch.ones(3))
+        optimizer = so.StableAdamW([("w", param)], lr=1e-2)
+        param.grad = torch.ones(3)
+        optimizer.step()
+        setattr(optimizer, name, values[dist.get_rank()])
+        before = param.detach().clone()
+        with pytest.raises(ValueError, match=rf"options \(.*{name}.*\) for 'w'"):
+            optimizer.step()
+        assert torch.equal(param.detach(), before)
+        setattr(optimizer, name, values[0])
+        optimizer.step()
+
+
 def check_a_step_that_a_rank_leaves_out() -> None:
     """The others learn which rank is missing, and in a step of what, when the process group's time is over."""
     group = dist.new_group([0, 1], timeout=timedelta(seconds=2))
@@ -470,6 +506,8 @@ def check_two_ranks(folder: str) -> None:
     check_replicas_of_a_later_group_are_compared()
     check_options_that_change_who_agrees()
     check_parameters_that_change_on_one_rank_alone()
+    check_a_set_that_changes_on_one_rank_alone()
+    check_options_that_differ_between_ranks()
     check_fsdp2_models_that_are_moved_and_cast()
     check_a_dtensor_that_is_sharded_otherwise()
     check_process_groups_come_and_go(folder)

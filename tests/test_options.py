@@ -9,6 +9,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ranks
 import torch
@@ -21,6 +22,7 @@ from sharded_optim import backends
 from sharded_optim.algorithms import adam
 from sharded_optim.algorithms.weight_decay import COUPLED
 from sharded_optim.engine import Engine
+from sharded_optim.param_groups import hyperparameter_key
 
 CLASSES = [so.Adam, so.AdamW, so.DecoupledAdamW, so.DecoupledSGDW, so.StableAdamW]
 every_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
@@ -238,9 +240,30 @@ def test_hyperparameters_of_a_new_optimizer_are_checked_wherever_they_come_from(
         param.grad = torch.ones(4)
         with pytest.raises(ValueError, match=f"{name}.* must be finite"):
             optimizer.step()
+    for wrong in (np.float32("nan"), np.array([1.0, np.inf]), torch.tensor([1.0, math.nan]), {"a": [math.nan]}, 1j, lambda: 1.0):
+        with pytest.raises(ValueError, match="boost must be"):
+            Boosted([param], 1e-3, boost=wrong)
     optimizer = Boosted([{"params": [param], "name": "mine", "note": math.nan}], 1e-3, boost=-1.5, betas=(0.9, 0.99, 0.999))
     optimizer.step()
     assert Boosted([param], 1e-3).state_dict()["param_groups"][0]["boost"] == 2.0
+
+
+def test_hyperparameters_are_compared_by_their_values_whatever_holds_them() -> None:
+    def key(value: object) -> int:
+        return hyperparameter_key({"boost": value}, 1.0)
+
+    for alike in (
+        (0.5, np.float32(0.5), torch.tensor(0.5)),
+        (5, 5.0, np.int64(5)),
+        (True, np.True_),
+        ([1.0, 2.0], (1, 2), np.array([1, 2.0])),
+    ):
+        assert len({key(value) for value in alike}) == 1, alike
+    long = np.zeros(5000)
+    other = long.copy()
+    other[2500] = 1.0
+    for a, b in ((1.00001, 1.00002), (torch.tensor([1.00001]), torch.tensor([1.00002])), (long, other), ("a", "b"), ({"a": 1}, {"a": 2})):
+        assert key(a) != key(b)
 
 
 def check_that_ranks_compare_hyperparameters_of_a_new_optimizer(folder: str) -> None:

@@ -92,7 +92,7 @@ class Layout:
 
     @property
     def has_dtensors(self) -> bool:
-        """Whether any of the parameters is more than an ordinary tensor."""
+        """Whether any of the parameters is a DTensor."""
         return bool(self._described[-1])
 
     @property

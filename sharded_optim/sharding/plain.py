@@ -31,7 +31,7 @@ def describe(param: Tensor, name: str) -> LocalParam:
 
 
 def waited_for(tensor: Tensor) -> Tensor:
-    """The result of a functional collective, which torch waits for when it is used; any other tensor as it is."""
+    """Wait for a tensor that a functional collective is bringing; return any other as it is."""
     collectives = sys.modules.get("torch.distributed._functional_collectives")  # imported by whoever has such a tensor
     if collectives is not None and isinstance(tensor, collectives.AsyncCollectiveTensor):
         return tensor.wait()  # pyright: ignore[reportAttributeAccessIssue]
