@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
+import time
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -13,6 +17,11 @@ from triton_interpreter import interpreted
 # The tests run side by side, in more threads and ranks than there are cores. A thread of OpenMP that waits for others by spinning, as it
 # does unless told otherwise, then takes the core from those it waits for: steps of small tensors become ten to thirty times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# Where DeepSpeed keeps what it compiles: with the environment that is tested, so that no other run is waited for, or waits for a lock that a
+# killed one has left.
+EXTENSIONS = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix, "torch_extensions"))))
+SECONDS_OF_A_BUILD = 300.0  # at most
 
 # The longest, so that no process is left alone with one of them at the end. The first has DeepSpeed's extension compiled, for which the
 # others that need it would wait.
@@ -44,6 +53,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--matrix"):
         settings.load_profile("matrix")
+    for lock in EXTENSIONS.glob("*/lock"):
+        with suppress(FileNotFoundError):  # another process of these tests has removed it
+            if time.time() - lock.stat().st_mtime > SECONDS_OF_A_BUILD:
+                lock.unlink()
 
 
 @pytest.fixture
