@@ -1,7 +1,6 @@
 """Whether a step happens, by what all ranks have added up: a vector of integers, some for each tensor of the model.
 
-`judge` is the definition, in torch operations. A backend may compile its functions `agrees` and `streak_length` into a kernel that does the
-same in one launch.
+`judge` is the definition, in torch operations. A backend may compile its function `agrees` into a kernel that does the same in one launch.
 """
 
 from __future__ import annotations
@@ -10,8 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from sharded_optim.algorithms import operations as xp
 
 __all__ = [
     "ABSENT",
@@ -29,7 +26,6 @@ __all__ = [
     "Verdict",
     "agrees",
     "judge",
-    "streak_length",
 ]
 
 # Rows of the vector, one column per tensor.
@@ -49,20 +45,10 @@ FOUND_INF = -1  # ranks on which GradScaler found an infinite gradient
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What ranks know together of a step; the same on each."""
+    """What the sums of a step mean; the same on each rank."""
 
-    told: Tensor  # int64 (3,): whether they are consistent, whether all is finite, and the length of the streak
+    flags: Tensor  # int64 (3,): whether ranks are consistent, whether all is finite, and whether no GradScaler found an infinite gradient
     proceed: Tensor  # bool (), whether the step happens
-    first: Tensor  # int64 (tensors,), NON_FINITE of the first step of the streak
-
-    @property
-    def length(self) -> Tensor:
-        """Int64 (): how many steps in a row were skipped because something was not finite.
-
-        A step that does not happen for another reason, as GradScaler has found something that is not in these gradients, neither counts nor
-        ends it.
-        """
-        return self.told[2]
 
 
 def agrees(absent, present, key, squared_key):
@@ -70,27 +56,19 @@ def agrees(absent, present, key, squared_key):
     return present * (absent + squared_key) == key * key  # who is not in PRESENT adds no key, and no term is negative
 
 
-def streak_length(before, finite, found_inf):
-    return xp.where(finite, before * (found_inf != 0), before + 1)
-
-
-def judge(sums: Tensor, before: Verdict | None, *, skips: bool) -> Verdict:
+def judge(sums: Tensor, *, skips: bool) -> Verdict:
     """What a step's sums over ranks mean. Waits for nothing.
 
     Args:
         sums: int64 (SECTIONS * tensors + TAIL,).
-        before: of the step before, if a streak may go on.
         skips: whether a step that is not finite does not happen.
     """
     vector = sums[:-TAIL].view(SECTIONS, (len(sums) - TAIL) // SECTIONS)
     no_new_params, valid, no_inf = (sums[-TAIL:] == 0).unbind()
-    first = vector[NON_FINITE]
-    finite = (first == 0).all()
+    finite = (vector[NON_FINITE] == 0).all()
     consistent = agrees(vector[ABSENT], vector[PRESENT], vector[KEY], vector[SQUARED_KEY]).all() & valid & no_new_params
-    length = ~finite
-    if before is not None:
-        length = streak_length(before.length, finite, sums[FOUND_INF])
-        first = torch.where(before.length == 0, first, before.first)
     proceed = consistent & no_inf
-    told = torch.stack([consistent, finite, length]).to(torch.int64)
-    return Verdict(told=told, proceed=proceed & finite if skips else proceed, first=first)
+    return Verdict(
+        flags=torch.stack([consistent, finite, no_inf]).to(torch.int64),
+        proceed=proceed & finite if skips else proceed,
+    )

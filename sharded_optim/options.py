@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, Literal, TypedDict
+from collections.abc import Callable, Iterable
+from typing import Any, Generic, Literal, TypedDict, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,11 +11,54 @@ from torch import Tensor
 
 from sharded_optim.sharding import FlatLayout
 
-__all__ = ["MOST_SKIPPED", "EngineOptions", "NonFinite", "Params", "SwitchOptions"]
+__all__ = [
+    "MOST_SKIPPED",
+    "CheckedOption",
+    "EngineOptions",
+    "NonFinite",
+    "Params",
+    "SwitchOptions",
+    "check_max_skipped_steps",
+    "check_nonfinite",
+]
 
 MOST_SKIPPED = 100  # see max_skipped_steps
 NonFinite = Literal["skip", "raise", "allow"]
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
+
+
+T = TypeVar("T")
+
+
+class CheckedOption(Generic[T]):
+    """An attribute of an optimizer that is checked whenever it is set.
+
+    Args:
+        check: raises ValueError for a value that cannot be used.
+    """
+
+    def __init__(self, check: Callable[[Any], None]) -> None:
+        self._check = check
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = f"_{name}"
+
+    def __get__(self, optimizer: Any, owner: type | None = None) -> T:
+        return getattr(optimizer, self._name)
+
+    def __set__(self, optimizer: Any, value: T) -> None:
+        self._check(value)
+        setattr(optimizer, self._name, value)
+
+
+def check_nonfinite(nonfinite: Any) -> None:
+    if nonfinite not in ("skip", "raise", "allow"):
+        raise ValueError(f"nonfinite must be 'skip', 'raise' or 'allow', or None at construction for the default, got {nonfinite!r}")
+
+
+def check_max_skipped_steps(most: Any) -> None:
+    if most is not None and not (type(most) is int and most > 0):
+        raise ValueError(f"max_skipped_steps must be a positive int, or None for no limit, got {most!r}")
 
 
 class EngineOptions(TypedDict, total=False):

@@ -20,8 +20,8 @@ from sharded_optim.algorithms.adam import ADAM, AMSGRAD
 from sharded_optim.algorithms.sgd import MOMENTUM, SGD
 from sharded_optim.algorithms.stable_adamw import STABLE_ADAMW
 from sharded_optim.buckets import IN_FLIGHT, BucketPlan, Size, default_bucket_bytes, plan_buckets
+from sharded_optim.consensus import SECTIONS, TAIL
 from sharded_optim.shapes import Model, Shape
-from sharded_optim.statistics import SECTIONS, TAIL
 
 __all__ = [
     "BACKENDS",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -49,6 +49,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
             is checked, compared between ranks, saved.
     """
 
+    gradient_release = False  # whether steps happen inside backward, so that a step of all may find no gradient
     replaces_composer: ClassVar[bool] = False  # whether the class takes the place of one of Composer's, whose state it continues
 
     def __init__(
@@ -154,10 +155,30 @@ class StatefulOptimizer(torch.optim.Optimizer):
     def layout(self, layout: FlatLayout | None) -> None:
         self._layout = layout
         self._lost_layout = False
-        self._forget_layouts()
 
-    def _forget_layouts(self) -> None:
-        """Let go of what was derived from the layout: the engine's business."""
+    def all_params(self) -> list[Tensor]:
+        """Of all groups, in their order."""
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def groups_of(self, params: Sequence[Tensor] | None) -> list[dict[str, Any]]:
+        """The param group in which each parameter is now: they are moved, and groups are replaced when a state dict is loaded.
+
+        Args:
+            params: None means all, in their order.
+
+        Raises:
+            ValueError: one is in none of the groups.
+        """
+        if params is None:
+            return [group for group in self.param_groups for _ in group["params"]]
+        return [place.group for place in self._index.places_of(self.param_groups, params)]
+
+    def check_groups(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Raise ValueError for hyperparameters of these groups, to which schedulers and users write, that no step could use."""
+        checked = set(map(id, groups))
+        for index, group in enumerate(self.param_groups):
+            if id(group) in checked:
+                self._check_group(group, f"param_groups[{index}]", scheduled=True)
 
     def init_state(self) -> None:
         """Allocate the state of every trainable parameter that has none yet: what the first step does for those with a gradient."""

@@ -18,8 +18,8 @@ from triton_interpreter import interpreted
 # does unless told otherwise, then takes the core from those it waits for: steps of small tensors become ten to thirty times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-# Where DeepSpeed keeps what it compiles: with the environment that is tested, so that no other run is waited for, or waits for a lock that a
-# killed one has left.
+# Where DeepSpeed keeps what it compiles: with the environment that is tested. In the user's cache, another run may be compiling, or may
+# have been killed and have left its lock.
 EXTENSIONS = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix, "torch_extensions"))))
 SECONDS_OF_A_BUILD = 300.0  # at most
 

@@ -118,7 +118,7 @@ def test_what_is_kept_of_sets_that_are_stepped_alone_is_bounded() -> None:
         optimizer.step(param=subset)
     kept = [each for each in gc.get_objects() if type(each).__name__ == "Layout" and any(p is q for p in each.params for q in params)]
     assert len(kept) <= 8 * len(params) + 1
-    assert len(optimizer._updates) <= 8 * len(params) + 1
+    assert len(list(optimizer._sets)) <= 8 * len(params) + 1
     assert optimizer.metrics()["rms/w7"] > 0
 
 
@@ -246,7 +246,7 @@ def test_what_was_observed_before_the_step_is_not_used_after_a_change(change: st
         give_grads(params, 1, scale=30.0)
         if observes_before:
             optimizer.observe_unit(0)
-            assert optimizer._observed_early
+            assert any(call._early for each in optimizer._sets for call in each.calls)
         with torch.no_grad():
             CHANGES_AFTER_OBSERVATION[change](optimizer, params[0])
         optimizer.step()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from variants import examples
 
 from sharded_optim import consensus
-from sharded_optim.consensus import ABSENT, KEY, NON_FINITE, PRESENT, SECTIONS, SQUARED_KEY, Verdict
+from sharded_optim.consensus import ABSENT, KEY, NON_FINITE, PRESENT, SECTIONS, SQUARED_KEY
 
 triton = pytest.importorskip("triton", reason="the triton package is not installed")
 
@@ -34,13 +34,12 @@ RANKS = (
     replaces=st.sampled_from([0, 0, 0, 1]),
     invalid=st.sampled_from([0, 0, 0, 2]),
     found_inf=st.sampled_from([0, 0, 1]),
-    streak=st.sampled_from([None, 0, 1, 7]),
     skips=st.booleans(),
 )
 @settings(deadline=None, max_examples=examples(20), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @pytest.mark.usefixtures("interpreter")
-def test_a_step_happens_where_all_ranks_agree_and_all_is_finite(tensors, padding, replaces, invalid, found_inf, streak, skips) -> None:
-    """With more tensors than the kernel looks at together, or none; a streak goes on, begins, ends, or is left as it is."""
+def test_a_step_happens_where_all_ranks_agree_and_all_is_finite(tensors, padding, replaces, invalid, found_inf, skips) -> None:
+    """With more tensors than the kernel looks at together, or none."""
     tensors = [*tensors, *([[(5, True)]] * padding)]
     vector = torch.zeros(SECTIONS, len(tensors), dtype=torch.int64)
     for column, ranks in enumerate(tensors):
@@ -49,33 +48,25 @@ def test_a_step_happens_where_all_ranks_agree_and_all_is_finite(tensors, padding
         vector[ABSENT, column], vector[PRESENT, column] = len(ranks) - len(keys), len(keys)
         vector[KEY, column], vector[SQUARED_KEY, column] = sum(keys), sum(key * key for key in keys)
     sums = torch.cat([vector.flatten(), torch.tensor([replaces, invalid, found_inf])])
-    before = None
-    if streak is not None:
-        before = Verdict(told=torch.tensor([1, 0, streak]), proceed=torch.tensor(False), first=torch.arange(len(tensors)))
-
     consistent = not replaces and not invalid and all(len({key for key, _ in ranks}) <= 1 for ranks in tensors)
     finite = all(finite for ranks in tensors for _, finite in ranks)
-    length = (streak or 0) + 1 if not finite else (streak or 0) if found_inf else 0
-    first = before.first if before is not None and streak else vector[NON_FINITE]
     for judge in (consensus.judge, triton_verdict.judge):
-        verdict = judge(sums, before, skips=skips)
-        assert verdict.told.tolist() == [consistent, finite, length]
+        verdict = judge(sums, skips=skips)
+        assert verdict.flags.tolist() == [consistent, finite, not found_inf]
         assert bool(verdict.proceed) == (consistent and not found_inf and (finite or not skips))
-        assert torch.equal(verdict.first, first)
-        assert (verdict.told.dtype, verdict.proceed.dtype, verdict.first.dtype) == (torch.int64, torch.bool, torch.int64)
+        assert (verdict.flags.dtype, verdict.proceed.dtype) == (torch.int64, torch.bool)
 
 
-def compiled(*, follows: bool, capability: int) -> Any:
+def compiled(capability: int) -> Any:
     signature = {name: "i32" if name == "tensors" else "*i1" if name == "proceed" else "*i64" for name in triton_verdict.ARGUMENTS}
-    constants = {"FOLLOWS": follows, "SKIPS": True, "BLOCK": triton_verdict.BLOCK}
+    constants = {"SKIPS": True, "BLOCK": triton_verdict.BLOCK}
     source = ASTSource(triton_verdict.verdict_kernel(), signature | dict.fromkeys(constants, "constexpr"), constexprs=constants)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=triton_verdict.OPTIONS)
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("follows", [False, True])
-def test_a_gpu_gets_one_small_program(follows: bool, capability: int) -> None:
-    code = compiled(follows=follows, capability=capability)
+def test_a_gpu_gets_one_small_program(capability: int) -> None:
+    code = compiled(capability)
     assert code.metadata.shared <= 64
     assert ".local" not in code.asm["ptx"]
 
@@ -85,6 +76,5 @@ def test_what_is_launched_is_what_was_looked_at(tensors: int, monkeypatch: pytes
     """Also where an int is 1, or can be divided by 16."""
     sums = torch.zeros(SECTIONS * tensors + consensus.TAIL, dtype=torch.int64)
     with launched(monkeypatch) as found:
-        before = triton_verdict.judge(sums, None, skips=True)
-        triton_verdict.judge(sums, before, skips=True)
-    assert [each.asm["ptx"] for each in found] == [compiled(follows=follows, capability=90).asm["ptx"] for follows in (False, True)]
+        triton_verdict.judge(sums, skips=True)
+    assert [each.asm["ptx"] for each in found] == [compiled(90).asm["ptx"]]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from variants import CPU_BACKENDS
 
 import sharded_optim as so
-from sharded_optim import batches, coefficients, consensus, engine, param_groups, statistics
+from sharded_optim import agreement, coefficients, consensus, engine, kernel_calls, param_groups, param_set
 from sharded_optim.algorithms import adam, stable_adamw
 
 
@@ -36,7 +36,7 @@ class FakeEvent:
 
 @pytest.fixture
 def cpu_is_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (engine, coefficients, batches, param_groups):
+    for module in (agreement, coefficients, engine, kernel_calls, param_groups):
         monkeypatch.setattr(module, "known_on_host", lambda tensor: False)
     monkeypatch.setattr(torch, "Event", FakeEvent)
     monkeypatch.setattr(FakeEvent, "waits", 0)
@@ -101,7 +101,7 @@ def assert_same(
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_step_reads_nothing_from_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """But the verdict on the step before, which is copied as soon as it is there."""
-    monkeypatch.setattr(statistics.Deferred, "raise_if_due", lambda *_: None)
+    monkeypatch.setattr(agreement.Agreement, "raise_left_over", lambda *_: None)
     for module in (adam, stable_adamw):
         monkeypatch.setattr(module, "sqrt", torch.sqrt)  # what it is on a device
     params = [nn.Parameter(torch.ones(n)) for n in (3, 5)]
@@ -124,12 +124,11 @@ def test_an_inconsistency_is_raised_in_the_next_step_and_nothing_is_written_in_b
     optimizer.step()
     before = copy.deepcopy(optimizer.state[param]), param.detach().clone()
 
-    def another_rank_met_bad_input(*args, agree=statistics.agree, **options) -> statistics.Agreement:
-        agreement = agree(*args, **options)
-        agreement.totals[consensus.INVALID] = 1
-        return agreement
+    def another_rank_met_bad_input(vector: Tensor, *_) -> Tensor:
+        vector[consensus.INVALID] = 1
+        return vector
 
-    monkeypatch.setattr(statistics, "agree", another_rank_met_bad_input)
+    monkeypatch.setattr(agreement, "_summed", another_rank_met_bad_input)
     optimizer.step()
     assert torch.equal(param.detach(), before[1])
     assert all(torch.equal(optimizer.state[param][key], value) for key, value in before[0].items())
@@ -142,11 +141,11 @@ def test_an_inconsistency_is_raised_in_the_next_step_and_nothing_is_written_in_b
 def test_a_rank_that_meets_bad_input_raises_after_the_others_have_heard_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     heard = []
 
-    def record(*args, agree=statistics.agree, **options) -> statistics.Agreement:
+    def record(*args, agree=agreement.agree, **options) -> agreement.Agreement:
         heard.append(options["invalid"])
         return agree(*args, **options)
 
-    monkeypatch.setattr(statistics, "agree", record)
+    monkeypatch.setattr(param_set, "agree", record)
     param = nn.Parameter(torch.ones(3))
     optimizer = so.StableAdamW([("w", param)], lr=1e-2)
     param.grad = torch.ones(3).to_sparse()

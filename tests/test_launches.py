@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import sharded_optim as so
-from sharded_optim import batches, devices, engine, statistics
+from sharded_optim import agreement, devices, kernel_calls, param_set
 
 triton = pytest.importorskip("triton", reason="the triton package is not installed")
 
@@ -76,10 +76,10 @@ class Event:
         assert device == META
 
     def record(self) -> None:
-        assert not batches.capturing(META), "a graph would record it"
+        assert not kernel_calls.capturing(META), "a graph would record it"
 
     def synchronize(self) -> None:
-        assert not batches.capturing(META), "a capture would end with an error"
+        assert not kernel_calls.capturing(META), "a capture would end with an error"
 
 
 @pytest.fixture
@@ -216,7 +216,6 @@ def test_what_was_observed_before_is_observed_in_every_replay(gpu: Gpu, monkeypa
 
 def test_a_graph_does_not_record_what_must_wait(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = so.AdamW(parameters(), lr=1e-2, nonfinite="raise")
-    monkeypatch.setattr(engine, "host_value", lambda tensor: True)
     for _ in range(2):
         optimizer.step()
     begin_capture(monkeypatch)
@@ -226,7 +225,7 @@ def test_a_graph_does_not_record_what_must_wait(gpu: Gpu, monkeypatch: pytest.Mo
 
 def begin_capture(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """From now on a CUDA graph records; gives what is kept for its replays."""
-    for module in (batches, engine, statistics, devices, backend):
+    for module in (agreement, kernel_calls, param_set, devices, backend):
         monkeypatch.setattr(module, "capturing", lambda device: True)
     kept: list[Any] = []
     monkeypatch.setattr(devices, "_replayed", kept)

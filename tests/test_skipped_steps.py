@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import sharded_optim as so
-from sharded_optim import consensus
+from sharded_optim.agreement import Streak
 
 NAN = float("nan")
 AdamW = partial(so.AdamW, nonfinite="skip")
@@ -91,7 +91,7 @@ def test_limits_that_are_none_are_refused(cls: type, limit: Any) -> None:
 
 
 def test_what_nothing_is_agreed_on_about_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(consensus, "streak_length", lambda *_: pytest.fail("counted"))
+    monkeypatch.setattr(Streak, "count", lambda *_, **__: pytest.fail("counted"))
     for options in ({}, {"nonfinite": "allow"}, {"nonfinite": "skip", "max_skipped_steps": None}):
         params = parameters()
         optimizer = so.AdamW(list(params.items()), lr=1e-2, **{"max_skipped_steps": 1, **options})

@@ -25,6 +25,7 @@ from torch.distributed.fsdp import fully_shard
 import sharded_optim as so
 from benchmarks.given_gradients import Model
 from sharded_optim import memory
+from sharded_optim.param_set import ParamSet
 from sharded_optim.zero import housing, transfers
 
 pytestmark = pytest.mark.filterwarnings("ignore:weight_decay")
@@ -285,10 +286,10 @@ def test_a_process_alone_blames_no_other_ranks(monkeypatch: pytest.MonkeyPatch) 
     optimizer = sharded(ADAMW, model)
     model(torch.ones(1, 2)).sum().backward()
 
-    def fails(*args: Any) -> None:
+    def fails(*args: Any, **options: Any) -> None:
         raise RuntimeError("can't allocate memory")
 
-    monkeypatch.setattr(optimizer._engine, "_observe", fails)
+    monkeypatch.setattr(ParamSet, "observe", fails)
     with pytest.raises(RuntimeError, match=r"^can't allocate memory$"):
         optimizer.step()
 

@@ -125,7 +125,7 @@ class Tabulate(Protocol):
 class Judge(Protocol):
     """See `consensus.judge`."""
 
-    def __call__(self, sums: Tensor, before: Verdict | None, *, skips: bool) -> Verdict: ...
+    def __call__(self, sums: Tensor, *, skips: bool) -> Verdict: ...
 
 
 class Backend(Protocol):

@@ -104,9 +104,9 @@ class Triton:
         with on(steps.device):
             return triton_formulas.launch(formulas, formula_of, steps, sums, lr, self._tables_of(operands).constants)
 
-    def judge(self, sums: Tensor, before: Verdict | None, *, skips: bool) -> Verdict:
+    def judge(self, sums: Tensor, *, skips: bool) -> Verdict:
         with on(sums.device):
-            return triton_verdict.judge(sums, before, skips=skips)
+            return triton_verdict.judge(sums, skips=skips)
 
     def prepare(self, algorithm: Algorithm, operands: Operands) -> None:
         self._tables_of(operands)

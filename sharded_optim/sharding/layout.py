@@ -114,6 +114,11 @@ class Layout:
         return {}
 
     @cached_property
+    def sent(self) -> list[tuple[Tensor, Tensor]]:
+        """The last vector of a step and its copy on the device, before ranks added anything."""
+        return []
+
+    @cached_property
     def slot_indices(self) -> Tensor:
         """`slots`: int64 (pieces,)."""
         return torch.tensor(self.slots, dtype=torch.int64, device="cpu")
@@ -220,13 +225,16 @@ class Layout:
             return self.is_global and self.process_group is process_group
         return self.process_group() is process_group
 
+    def is_of(self, params: Sequence[Tensor]) -> bool:
+        """Whether these are the parameters that this layout was built from, whatever is behind them now."""
+        return len(params) == len(self.local_params) and all(map(is_, params, self.params))
+
     def describes(self, params: Sequence[Tensor]) -> bool:
-        """Whether these are the parameters this layout was built from, as they were then.
+        """Whether these are the parameters that this layout was built from, as they were then.
 
         Wrappers replace parameters, and `model.to()` may replace what is behind a parameter that stays the same object.
         """
-        same = len(params) == len(self.local_params) and all(map(is_, params, self.params))
-        return same and _properties(params) == self._described
+        return self.is_of(params) and _properties(params) == self._described and all(p.device == self.device for p in params[:1])
 
 
 _shape: Callable[[Tensor], torch.Size] = attrgetter("shape")
@@ -236,7 +244,8 @@ _dtype: Callable[[Tensor], torch.dtype] = attrgetter("dtype")
 def _properties(params: Sequence[Tensor]) -> tuple[list[Any], ...]:
     """The properties of parameters that a layout depends on. Compared in every step: a column of all is faster than a row of each.
 
-    Their device is not among them. On another one they have another address, and kernel calls are made anew.
+    Their devices are not among them, but for the first one's, on which ranks agree: on another device parameters have another address, and
+    kernel calls are made anew.
     """
     types = list(map(type, params))
     is_plain = set(types) <= {Tensor, torch.nn.Parameter}

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any, Literal
@@ -241,7 +242,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
         Those that are equal on all ranks are their own average, to the last bit.
         """
-        self._engine.layout = self._housing.layout  # forgets what ranks know of each other, also on those that have nothing of these
+        # Another one, so that all ranks ask anew what the others hold, also those that have nothing of these parameters.
+        self._engine.layout = replace(self._housing.layout)
         self._take_up(buckets)
         if self._slices:
             return

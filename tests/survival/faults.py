@@ -82,7 +82,9 @@ os.kill(stopped, signal.SIGCONT)
 
 def _stop_store() -> None:
     server = _server_of_store()
-    subprocess.Popen([sys.executable, "-c", LET_GO_ON, str(os.getpid()), str(server)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-c", LET_GO_ON, str(os.getpid()), str(server)]
+    # In a session of its own, as launchers end all processes of the rank's.
+    subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     os.kill(server, signal.SIGSTOP)
 
 

@@ -1,6 +1,6 @@
-"""What a step steps: the local parameters that have a gradient, in batches that one call of a backend takes. Used by the engine.
+"""Groups the parameters that a step steps into kernel calls: stored alike, by one algorithm, on one backend. Used by `ParamSet`.
 
-Batches are kept from step to step. What a step costs for each tensor besides its arithmetic is then what it takes to see that everything is
+Calls are kept from step to step. What a step costs for each tensor besides its arithmetic is then what it takes to see that everything is
 where it was: wrappers and users replace gradients, state and memory at any time.
 """
 
@@ -11,36 +11,40 @@ import warnings
 from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from operator import attrgetter, is_, itemgetter
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from sharded_optim import noise
+from sharded_optim.agreement import Agreement, Rules
 from sharded_optim.algorithms import Algorithm, Statistic
 from sharded_optim.backends import EAGER, Backend, Column, Operands, addresses_of, choose
-from sharded_optim.coefficients import Members, known_on_host, next_steps
-from sharded_optim.devices import Sent, capturing, keep, refuse_to_capture, send
+from sharded_optim.coefficients import LrScale, Members, coefficient_table, known_on_host, next_steps
+from sharded_optim.devices import Sent, capturing, keep, send
 from sharded_optim.formats import Format, compiled_format
+from sharded_optim.grad_scaler import Scaler
+from sharded_optim.metrics import Update
 from sharded_optim.param_groups import hyperparameter_key
 from sharded_optim.sharding import GRADIENT, PARAMETER, Layout, LocalParam, Piece, check_memory
 from sharded_optim.state import STEP, local_of
 from sharded_optim.stateful import StatefulOptimizer
-from sharded_optim.statistics import FixedPoint
+from sharded_optim.statistics import Contribution, FixedPoint
 
-__all__ = ["Batch", "Batches"]
+__all__ = ["BackendChoice", "KernelCall", "kernel_calls"]
 
 Group = dict[str, Any]
 Choice = tuple[Algorithm, Format]
 
 SLOW = 1_000_000  # elements, from which on it matters that no backend compiles their step
+LEAVE_PARAMS = {"lr": 0.0, "weight_decay": 0.0}  # hyperparameters with which an update writes state alone
 
 logger = logging.getLogger(__name__)
 
 
-class Batch:
+class KernelCall:
     """The local parameters that one backend steps in one call: stored alike, by one algorithm. An operand is a piece of one of them.
 
     Attributes:
@@ -104,6 +108,7 @@ class Batch:
         self._take_counters_home(optimizer, state)
         self._log = optimizer.compensation_log
         self._drop_stale_compensation([[values[name] for values in state] for name in fmt.extra])
+        self._early: tuple[Any, Contribution] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -121,7 +126,7 @@ class Batch:
             grads: of `params`.
 
         Returns:
-            False if it is not like the step before, so that the batch must be built anew.
+            False if it is not like the step before, so that the call must be built anew.
 
         Raises:
             ValueError: a gradient, or state, that cannot be used.
@@ -146,19 +151,80 @@ class Batch:
         keep(self.device, self._steps, self._owners, self.places, self.members.rows, self.members.group_of)
         return True
 
+    def observe(self, rules: Rules, scaler: Scaler) -> Contribution:
+        """What this rank brings to an agreement: as it was observed early, if that is still true, and in every replay of a CUDA graph."""
+        early, self._early = self._early, None
+        if early is not None and scaler.scale is None and not capturing(self.device) and early[0] == self._stamp(rules):
+            return early[1]
+        return self._sums(rules, scaler)
+
+    def observe_early(self, rules: Rules) -> None:
+        """Observe gradients before the step, which uses the result unless gradients, state or hyperparameters have changed by then."""
+        self._early = self._stamp(rules), self._sums(rules, Scaler())
+        self.release_memory()
+
+    def update(
+        self,
+        statistic: Statistic | None,
+        agreement: Agreement | None,
+        proceed: Tensor | None,  # bool (); None: the step happens
+        scaler: Scaler,
+        *,
+        accumulate: bool,  # leave the parameters alone, and write the state
+    ) -> Update:
+        """Write parameters and state, and count the step, where it happens."""
+        scale = 1.0
+        if agreement is not None and statistic is not None:
+            scale = LrScale(of_mean=statistic.lr_scale, sums=agreement.sums(self.places, self._fixed_point_of(statistic)))
+        members = self.members
+        if accumulate:
+            members = replace(members, groups=[{**group, **LEAVE_PARAMS} for group in members.groups])
+        table = coefficient_table(self.algorithm.coefficients, members, self.steps, scale, backend=self.backend, operands=self.operands)
+        grad_scale = scaler.inverse(self.device)
+        happens = None if proceed is None else proceed.to(self.device)  # parameters may be on several devices
+        self.backend.update(self.algorithm, self.operands, table, happens, grad_scale, self._noise_keys())
+        self._steps += 1.0 if happens is None else happens
+        for compensations in self._compensations:
+            self._log.record(self.params, compensations)
+        return Update(
+            algorithm=self.algorithm,
+            pieces=self.pieces,
+            format=self.operands.format,
+            coefficients=table,
+            proceed=happens,
+            grad_scale=grad_scale,
+        )
+
     def release(self) -> None:
-        """Let go of gradients and state until the next step, which asks for them anew."""
+        """Let go of gradients, state and what was observed early, until the next step, which asks for them anew."""
+        self._early = None
+        self.release_memory()
+
+    def release_memory(self) -> None:
+        """Let go of gradients and state."""
         self._compensations = ()
         for source in (self._grad, *self._state):
             source.column.release()
 
-    def stamp(self, options: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _sums(self, rules: Rules, scaler: Scaler) -> Contribution:
+        """Sum the statistic of each operand, or only see whether its gradient is finite."""
+        statistic = rules.statistic
+        fixed_point = self._fixed_point_of(statistic)
+        if statistic is None:
+            table = torch.empty(len(self.pieces), 0, dtype=torch.float32, device=self.device)
+        else:
+            table = coefficient_table(statistic.coefficients, self.members, self.steps, backend=self.backend, operands=self.operands)
+        grad_scale = scaler.inverse(self.device)
+        observed = self.backend.observe(statistic, self.operands, table, fixed_point.limits, fixed_point.scales, grad_scale)
+        return Contribution(places=self.places, bits=fixed_point.bits, keys=self._keys(rules.options), observed=observed)
+
+    def _stamp(self, rules: Rules) -> tuple[Any, ...]:
         """Equal to another one if gradients, state, hyperparameters and options are the same, as far as torch counts changes of values."""
         sources = (self._grad, *self._state)
         found = tuple((tensor.data_ptr(), tensor._version) for source in sources for tensor in source.column.wholes)
-        return found, tuple(self.keys(options).tolist())
+        return found, tuple(self._keys(rules.options).tolist())
 
-    def fixed_point(self, statistic: Statistic | None) -> FixedPoint:
+    def _fixed_point_of(self, statistic: Statistic | None) -> FixedPoint:
         """How the statistic of each operand is summed; None stands for a statistic that is 0."""
         bounds = [0.0 if statistic is None else statistic.bound(group) for group in self.members.groups]
 
@@ -171,7 +237,7 @@ class Batch:
 
         return self._fixed_point.of(bounds, self.device, make)
 
-    def keys(self, options: tuple[Any, ...]) -> Tensor:
+    def _keys(self, options: tuple[Any, ...]) -> Tensor:
         """A number for each operand, the same on two ranks if they use the same hyperparameters at the same step: int64 (operands,).
 
         Args:
@@ -187,7 +253,7 @@ class Batch:
             result[slice(None) if rows is None else rows] = own
         return result
 
-    def noise_keys(self) -> Tensor | None:
+    def _noise_keys(self) -> Tensor | None:
         """What stochastic rounding draws with in this step: int64 (operands,)."""
         if not self.operands.format.is_random:
             return None
@@ -195,12 +261,6 @@ class Batch:
         names = [segment.name for segment in self.operands.segments]
         sources = self._sources.of(seeds, self.device, lambda: send(noise.sources(seeds, names), self.device))
         return noise.keys(sources, next_steps(self.steps))
-
-    def updated(self, proceed: Tensor | None) -> None:
-        """After an update: advance the step counters; not where `proceed`, bool (), is False."""
-        self._steps += 1.0 if proceed is None else proceed
-        for compensations in self._compensations:
-            self._log.record(self.params, compensations)
 
     def _drop_stale_compensation(self, compensations: Sequence[Sequence[Tensor]]) -> None:
         """Of each further array of the format, as it is in the state of `params`."""
@@ -356,137 +416,92 @@ def _group_of(rows_of: Sequence[Sequence[int]]) -> Tensor:
     return found
 
 
-class Batches:
-    """The batches of each layout that is stepped.
+class BackendChoice:
+    """Chooses a backend for each combination of device, dtypes and format that an optimizer steps.
 
     Args:
-        backend_names: of the backends that may run, the preferred first.
-        together: whether a batch has all parameters that one call can take, or each its own.
+        names: of the backends that may run, the preferred first.
     """
 
-    def __init__(self, backend_names: Sequence[str], *, together: bool) -> None:
-        self._backend_names = backend_names
-        self._together = together
-        self._backends: dict[tuple[torch.device, frozenset[torch.dtype], Format], Backend] = {}
-        self._kept: WeakKeyDictionary[Layout, _Kept] = WeakKeyDictionary()
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+        self._chosen: dict[tuple[torch.device, frozenset[torch.dtype], Format], Backend] = {}
 
-    @property
-    def backends(self) -> set[str]:
-        """Names of those that run."""
-        return {backend.name for backend in self._backends.values()}
+    def __str__(self) -> str:
+        running = {backend.name for backend in self._chosen.values()}
+        return ", ".join(sorted(running)) or f"{' or '.join(self.names)}, chosen in the first step"
 
-    def current(self, optimizer: StatefulOptimizer, layout: Layout, groups: Sequence[Group], grads: Sequence[Tensor | None]) -> list[Batch]:
-        """The batches of this step.
+    def of(self, param: Tensor, dtypes: Sequence[torch.dtype], fmt: Format, optimizer: str) -> Backend:
+        """The backend that steps a parameter.
 
         Args:
-            optimizer: whose parameters these are.
-            layout: of the parameters to step.
-            groups: the param group of each of the layout's local parameters.
-            grads: their gradients.
+            dtypes: of its gradient and state.
+            optimizer: its name, for the log.
 
         Raises:
-            ValueError: a gradient, or state, that cannot be used; a CUDA graph records a step that is not like one before.
+            ValueError: all decline.
         """
-        kept = self._kept.pop(layout, None)  # put back when nothing has failed
-        if kept is None or not kept.renew(optimizer, groups, grads):
-            for param in layout.params[:1]:
-                refuse_to_capture(param.device)
-            kept = _Kept(groups, grads, self._build(optimizer, layout, groups, grads))
-        self._kept[layout] = kept
-        return kept.batches
-
-    def of_unit(self, optimizer: StatefulOptimizer, layout: Layout, unit: int) -> list[Batch]:
-        """The batches of a unit in which a step would find its gradients as they are now; none where that would be others than before.
-
-        Raises:
-            ValueError: a gradient, or state, that cannot be used.
-        """
-        kept = self._kept.get(layout)
-        batches = [] if kept is None else [batch for batch in kept.batches if batch.unit == unit]
-        found = []
-        for batch in batches:
-            grads = list(map(_grad, batch.params))
-            if any(grad is None for grad in grads) or not batch.renew(grads, optimizer):  # type: ignore[arg-type]
-                return []
-            found.append(batch)
-        return found
-
-    def forget(self, layout: Layout) -> None:
-        """Let go of everything that is kept for a layout, as after a step that failed."""
-        self._kept.pop(layout, None)
-
-    def _build(self, optimizer: StatefulOptimizer, layout: Layout, groups: Sequence[Group], grads: Sequence[Tensor | None]) -> list[Batch]:
-        units = {} if optimizer.layout is None else optimizer.layout.units
-        rows: dict[tuple[Any, ...], list[tuple[int, LocalParam, Group, Tensor]]] = {}
-        choices: dict[tuple[Any, ...], tuple[Backend, Choice]] = {}
-        for index, (entry, group, grad) in enumerate(zip(layout.local_params, groups, grads, strict=True)):
-            if grad is None or not entry.pieces:
-                continue
-            algorithm, fmt = optimizer.choice_of(entry.param, group)
-            state = optimizer.complete_state(entry.param, group, entry.name)
-            for name in fmt.extra:
-                if state[name].dtype != fmt.dtype:
-                    raise ValueError(
-                        f"{name!r} of {entry.name!r} has dtype {state[name].dtype}, the parameter {fmt.dtype}; make both alike"
-                    )
-            dtypes = tuple(tensor.dtype for tensor in (grad, *(state[name] for name in algorithm.state)))
-            backend = self._backend_of(optimizer, entry.param, dtypes, fmt)
-            alone = None if self._together else id(entry.param)
-            key = (units.get(entry.param, 0), entry.param.device, backend.name, algorithm.name, fmt.name, dtypes, alone)
-            choices[key] = backend, (algorithm, fmt)
-            rows.setdefault(key, []).append((index, entry, group, grad))
-        self._warn_if_slow([(entry, *choices[key]) for key, members in rows.items() for _, entry, _, _ in members])
-        return [Batch(optimizer, layout, *choices[key], rows[key], key[0]) for key in sorted(rows, key=itemgetter(0))]
-
-    def _warn_if_slow(self, stepped: Sequence[tuple[LocalParam, Backend, Choice]]) -> None:
-        """Where many elements are on the CPU and the package is missing that compiles their step."""
-        slow = sum(
-            piece.segment.numel
-            for entry, backend, (_, fmt) in stepped
-            if entry.param.device.type == "cpu" and backend.name == EAGER and compiled_format(fmt) is not None
-            for piece in entry.pieces
-        )
-        if slow > SLOW and "cpu" in self._backend_names:
-            warnings.warn(
-                "more than a million elements are stepped by one torch operation after the other, which takes many times as long as the "
-                "compiled step: pip install numba. backend='eager' asks for it without a warning",
-                UserWarning,
-                stacklevel=2,
-            )
-
-    def _backend_of(self, optimizer: StatefulOptimizer, param: Tensor, dtypes: Sequence[torch.dtype], fmt: Format) -> Backend:
         key = (param.device, frozenset((param.dtype, *dtypes)), fmt)
-        if key not in self._backends:
-            self._backends[key], declined = choose(self._backend_names, *key)
+        if key not in self._chosen:
+            self._chosen[key], declined = choose(self.names, *key)
             what = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in key[1]))
             why = f" ({'; '.join(declined)})" if declined else ""
-            logger.info("%s steps %s on %s with the %s backend%s", type(optimizer).__name__, what, key[0], self._backends[key].name, why)
-        return self._backends[key]
+            logger.info("%s steps %s on %s with the %s backend%s", optimizer, what, key[0], self._chosen[key].name, why)
+        return self._chosen[key]
 
 
-class _Kept:
-    """The batches of a layout, and what they were made for."""
+def kernel_calls(
+    optimizer: StatefulOptimizer,
+    layout: Layout,
+    groups: Sequence[Group],  # of each of the layout's local parameters
+    grads: Sequence[Tensor | None],  # their gradients
+    backends: BackendChoice,
+    *,
+    together: bool,  # whether a call takes all parameters that it can, or each its own
+) -> list[KernelCall]:
+    """The kernel calls that step the parameters that have a gradient, in the order of their units.
 
-    def __init__(self, groups: Sequence[Group], grads: Sequence[Tensor | None], batches: list[Batch]) -> None:
-        self.batches = batches
-        self._groups = groups
-        self._absent = _absent(grads)
+    Raises:
+        ValueError: a gradient, or state, that cannot be used.
+    """
+    units = {} if optimizer.layout is None else optimizer.layout.units
+    rows: dict[tuple[Any, ...], list[tuple[int, LocalParam, Group, Tensor]]] = {}
+    choices: dict[tuple[Any, ...], tuple[Backend, Choice]] = {}
+    for index, (entry, group, grad) in enumerate(zip(layout.local_params, groups, grads, strict=True)):
+        if grad is None or not entry.pieces:
+            continue
+        algorithm, fmt = optimizer.choice_of(entry.param, group)
+        state = optimizer.complete_state(entry.param, group, entry.name)
+        for name in fmt.extra:
+            if state[name].dtype != fmt.dtype:
+                raise ValueError(f"{name!r} of {entry.name!r} has dtype {state[name].dtype}, the parameter {fmt.dtype}; make both alike")
+        dtypes = tuple(tensor.dtype for tensor in (grad, *(state[name] for name in algorithm.state)))
+        backend = backends.of(entry.param, dtypes, fmt, type(optimizer).__name__)
+        alone = None if together else id(entry.param)
+        key = (units.get(entry.param, 0), entry.param.device, backend.name, algorithm.name, fmt.name, dtypes, alone)
+        choices[key] = backend, (algorithm, fmt)
+        rows.setdefault(key, []).append((index, entry, group, grad))
+    if "cpu" in backends.names:
+        _warn_if_slow([(entry, *choices[key]) for key, members in rows.items() for _, entry, _, _ in members])
+    return [KernelCall(optimizer, layout, *choices[key], rows[key], key[0]) for key in sorted(rows, key=itemgetter(0))]
 
-    def renew(self, optimizer: StatefulOptimizer, groups: Sequence[Group], grads: Sequence[Tensor | None]) -> bool:
-        """Take what this step brings; False if the batches must be made anew."""
-        return (
-            all(map(is_, groups, self._groups))
-            and _absent(grads) == self._absent
-            and all(batch.renew([grads[row] for row in batch.rows], optimizer) for batch in self.batches)  # type: ignore[misc]
+
+def _warn_if_slow(stepped: Sequence[tuple[LocalParam, Backend, Choice]]) -> None:
+    """Where many elements are on the CPU and the package is missing that compiles their step."""
+    slow = sum(
+        piece.segment.numel
+        for entry, backend, (_, fmt) in stepped
+        if entry.param.device.type == "cpu" and backend.name == EAGER and compiled_format(fmt) is not None
+        for piece in entry.pieces
+    )
+    if slow > SLOW:
+        warnings.warn(
+            "more than a million elements are stepped by one torch operation after the other, which takes many times as long as the "
+            "compiled step: pip install numba. backend='eager' asks for it without a warning",
+            UserWarning,
+            stacklevel=2,
         )
 
 
-_grad: Callable[[Tensor], Tensor | None] = attrgetter("grad")
 _dtype: Callable[[Tensor], torch.dtype] = attrgetter("dtype")
 _bytes: Callable[[Tensor], int] = attrgetter("nbytes")
-
-
-def _absent(grads: Sequence[Tensor | None]) -> list[int]:
-    if type(None) not in set(map(type, grads)):
-        return []
-    return [index for index, grad in enumerate(grads) if grad is None]
