@@ -14,11 +14,11 @@ import torch
 
 import sharded_optim
 from sharded_optim.algorithms import Algorithm, operations
-from sharded_optim.algorithms.adam import ADAM, AMSGRAD
 from sharded_optim.algorithms.scalars import sqrt
-from sharded_optim.algorithms.sgd import MOMENTUM, SGD
-from sharded_optim.algorithms.stable_adamw import STABLE_ADAMW
 from sharded_optim.algorithms.weight_decay import FORMS
+from sharded_optim.optimizers.adam import ADAM, AMSGRAD
+from sharded_optim.optimizers.sgd import MOMENTUM, SGD
+from sharded_optim.optimizers.stable_adamw import STABLE_ADAMW
 
 PACKAGE = Path(sharded_optim.__file__).parent
 GROUP = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "decay_form": "coupled", "reference_lr": 2e-2}
@@ -58,7 +58,7 @@ FLOORS = {
     "batches": 3,
     "engine": 3,
     "optimizers": 3,
-    "plan": 3,
+    "plan": 4,
     "deepspeed": 4,
     "gradient_release": 4,
     "model_preparation": 4,
@@ -81,7 +81,6 @@ SEEN |= {
     ("param_index", "param_groups"),
     ("layouts", "param_index"),
     ("compensation", "state"),
-    ("param_groups", "coefficients"),
     ("functional", "coefficients"),
 }
 SEEN |= {("stateful", room) for room in ("compensation", "foreign_state", "loading", "options", "param_groups", "param_index", "state")}
