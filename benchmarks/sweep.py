@@ -22,9 +22,9 @@ from benchmarks.cases import LAYOUTS
 from benchmarks.devices import CUDA, Device, pick
 from benchmarks.report import table
 from benchmarks.storage import ORDINARY
-from sharded_optim.algorithms.stable_adamw import STABLE_ADAMW
 from sharded_optim.backends import Operands
 from sharded_optim.backends.triton import Triton
+from sharded_optim.optimizers.stable_adamw import STABLE_ADAMW
 
 __all__ = ["main", "measure"]
 

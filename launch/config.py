@@ -1,12 +1,14 @@
 """What a training job can be told: one YAML file, read into the models below, and `key=value` overrides.
 
-Everything that can be refused without torch is refused here. To add an option, add a field; it is then a key of the YAML files too.
+Everything that can be refused before a process starts is refused here. To add an option, add a field; it is then a key of the YAML files
+too. Hyperparameters are those that the optimizers of `sharded_optim` declare.
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import inspect
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,21 +18,23 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    create_model,
     field_validator,
     model_validator,
 )
 
 from launch import deepspeed_config
 from launch.errors import ConfigError, nearest
+from sharded_optim.algorithms.hyperparameters import Choice, Float, Floats, Hyperparameter, Int, Switch, Unsupported
+from sharded_optim.engine import Engine
+from sharded_optim.optimizers import OPTIMIZERS
 
 __all__ = ["CheckpointConfig", "Config", "ConfigError", "DataConfig", "ModelConfig", "OptimizerConfig", "from_arguments", "load"]
 
-Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]  # part of a folder's name
 
 
@@ -66,29 +70,64 @@ class ModelConfig(_Section):
         return self
 
 
-class OptimizerConfig(_Section):
-    """A class of sharded_optim by its name, and its hyperparameters; None is the optimizer's own default.
+def _arguments(optimizer: type[Engine]) -> dict[str, Hyperparameter]:
+    """The hyperparameters that an optimizer's constructor takes, but for lr: of its own, and those of every optimizer."""
+    names = {*inspect.signature(optimizer).parameters, *inspect.signature(Engine).parameters} - {"lr"}
+    return {each.name: each for each in optimizer.hyperparameters if each.name in names and not isinstance(each, Unsupported)}
+
+
+def _type(hyperparameter: Hyperparameter) -> Any:
+    """The type of a field that holds it. What else it must be is checked by the hyperparameter itself."""
+    match hyperparameter:
+        case Float(least=least, below=below):
+            return Annotated[float, Field(ge=least, lt=below)]
+        case Floats(least=least, below=below, count=count):
+            each = Annotated[float, Field(ge=least, lt=below)]
+            several = tuple[each, ...] if count is None else tuple[(each,) * count]
+            return Annotated[several, Field(strict=False)]  # a YAML sequence is a list
+        case Switch():
+            return bool
+        case Choice(options=options):
+            return Literal[options]
+        case Int():
+            return int
+        case _:
+            return Any
+
+
+class _NamedOptimizer(_Section):
+    name: Literal[tuple(OPTIMIZERS)]  # pyright: ignore[reportInvalidTypeForm]
+    lr: PositiveFloat
+
+
+def _with_hyperparameters(section: type[_NamedOptimizer]) -> type[_NamedOptimizer]:
+    """The section with a field for every hyperparameter that the constructor of any optimizer takes; None is the optimizer's default."""
+    declared: dict[str, set[Hyperparameter]] = {}
+    for optimizer in OPTIMIZERS.values():
+        for name, hyperparameter in _arguments(optimizer).items():
+            declared.setdefault(name, set()).add(hyperparameter)
+    # Two optimizers may mean different things by one name: then the field takes anything, and the one that is named checks it.
+    types = {name: _type(next(iter(found))) if len(found) == 1 else Any for name, found in declared.items()}
+    fields: dict[str, Any] = {name: (found | None, None) for name, found in types.items()}
+    return create_model(section.__name__, __base__=section, **fields)
+
+
+class OptimizerConfig(_with_hyperparameters(_NamedOptimizer)):
+    """A class of sharded_optim by its name, and the hyperparameters that its constructor takes; None is the optimizer's own default.
 
     lr: the peak of the schedule.
     weight_decay: as the optimizer means it: DecoupledAdamW's and DecoupledSGDW's is the fraction lost in a step at the peak, Adam's goes
         through the gradient, the others' is multiplied by lr.
-    betas, eps: of all but DecoupledSGDW, which has momentum and nesterov instead.
     """
-
-    name: Literal["StableAdamW", "Adam", "AdamW", "DecoupledAdamW", "DecoupledSGDW"]
-    lr: PositiveFloat
-    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] | None = None  # a YAML sequence is a list
-    eps: NonNegativeFloat | None = None
-    weight_decay: NonNegativeFloat | None = None
-    momentum: NonNegativeFloat | None = None
-    nesterov: bool | None = None
 
     @model_validator(mode="after")
     def _has_hyperparameters_of_its_own(self) -> OptimizerConfig:
-        foreign = ("betas", "eps") if self.name == "DecoupledSGDW" else ("momentum", "nesterov")
-        for key in foreign:
-            if getattr(self, key) is not None:
-                raise ValueError(f"{self.name} has no {key}; leave it out")
+        own = _arguments(OPTIMIZERS[self.name])
+        for key, value in self:
+            if key not in ("name", "lr") and value is not None:
+                if key not in own:
+                    raise ValueError(f"{self.name} has no {key}; leave it out")
+                own[key].check(value)
         return self
 
 

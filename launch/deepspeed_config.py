@@ -1,7 +1,7 @@
 """The DeepSpeed config of a job: a JSON file of which the optimizer and the batch become keys of the job's own config.
 
 So each hyperparameter stands in one place once a config is loaded, and an override reaches it as it reaches any other. What is left is for
-DeepSpeed. Knows nothing of DeepSpeed itself, which need not be installed to read a config.
+DeepSpeed. DeepSpeed itself need not be installed to read a config.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from launch.errors import ConfigError, nearest
+from sharded_optim.deepspeed import PREFIX, is_own
 
 __all__ = ["check", "include"]
 
-PREFIX = "sharded_optim."  # of this library's classes in a DeepSpeed config
-DEEPSPEEDS_OWN = ("Adam", "AdamW")  # what these mean there without the prefix
 ELSEWHERE = {  # what DeepSpeed would take from its config, and the job has its own keys for
     "optimizer": "use optimizer.name, optimizer.lr and so on",
     "scheduler": "the job has a schedule of its own; leave it out, and use warmup_steps and steps",
@@ -83,10 +82,10 @@ def _take(content: dict[str, Any], name: str) -> Iterator[tuple[str, str, Any]]:
         return
     if not (isinstance(optimizer, dict) and isinstance(optimizer.get("type"), str) and isinstance(optimizer.get("params", {}), dict)):
         raise ConfigError(f'optimizer in {name} must be as {{"type": "StableAdamW", "params": {{"lr": 0.001}}}}, got {optimizer!r}')
-    if optimizer["type"] in DEEPSPEEDS_OWN:
-        kind = optimizer["type"]
+    kind = optimizer["type"]
+    if is_own(PREFIX + kind) and not is_own(kind):
         raise ConfigError(f"optimizer.type={kind!r} in {name} is DeepSpeed's own; use {PREFIX + kind!r} for the one of this library")
-    yield "optimizer.name", "optimizer.type", optimizer["type"].removeprefix(PREFIX)
+    yield "optimizer.name", "optimizer.type", kind.removeprefix(PREFIX)
     for key, value in optimizer.get("params", {}).items():
         yield f"optimizer.{key}", f"optimizer.params.{key}", value
 

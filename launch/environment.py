@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from launch.config import Config, ConfigError
 
-if TYPE_CHECKING:  # the parent process uses this module too, and need not wait for torch
+if TYPE_CHECKING:
     import torch
     from torch.distributed.distributed_c10d import Store
 

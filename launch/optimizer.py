@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
-import sharded_optim as so
 from launch.config import OptimizerConfig
+from sharded_optim.optimizers import OPTIMIZERS
 
 __all__ = ["build_optimizer", "build_schedule"]
 
@@ -31,7 +31,7 @@ def build_optimizer(
     # What the config leaves open is the optimizer's own default.
     given: dict[str, Any] = {key: value for key, value in config.model_dump().items() if key != "name" and value is not None}
     groups = [{"params": matrices}, {"params": gains, "weight_decay": 0.0}]
-    optimizer_class = getattr(so, config.name)
+    optimizer_class: Callable[..., torch.optim.Optimizer] = OPTIMIZERS[config.name]
     if constructor is None:
         return optimizer_class(groups, **given, **options)
     return constructor(groups, optimizer_class, **given, **options)

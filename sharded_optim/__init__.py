@@ -1,23 +1,18 @@
 """Optimizers that give the same answer however you shard them."""
 
-from sharded_optim import checkpoint, deepspeed
+from sharded_optim import checkpoint, deepspeed, optimizers
 from sharded_optim.algorithms.weight_decay import convert_weight_decay
 from sharded_optim.divergence import DivergenceCheck, DivergenceError
 from sharded_optim.gradient_release import prepare_for_gradient_release, remove_gradient_release
 from sharded_optim.model_preparation import fsdp1_layout, param_groups_weight_decay, to_low_precision
-from sharded_optim.optimizers import Adam, AdamW, DecoupledAdamW, DecoupledSGDW, StableAdamW
+from sharded_optim.optimizers import *  # noqa: F403
 from sharded_optim.version import __version__
 from sharded_optim.zero import ShardedOptimizer
 
 __all__ = [
-    "Adam",
-    "AdamW",
-    "DecoupledAdamW",
-    "DecoupledSGDW",
     "DivergenceCheck",
     "DivergenceError",
     "ShardedOptimizer",
-    "StableAdamW",
     "__version__",
     "checkpoint",
     "convert_weight_decay",
@@ -28,3 +23,4 @@ __all__ = [
     "remove_gradient_release",
     "to_low_precision",
 ]
+__all__ += optimizers.__all__

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sharded_optim.algorithms import Coefficients
-from sharded_optim.algorithms.scalars import Formula, Number, Recorded, Recorder, Sums
+from sharded_optim.algorithms.scalars import Formula, Number, Recorded, Recorder, Sums, host_value, known_on_host
 from sharded_optim.backends import Backend, Operands
 
 __all__ = ["LrScale", "Members", "coefficient_table", "host_value", "known_on_host", "next_steps"]
@@ -43,28 +43,20 @@ class Members:
 class LrScale:
     """What multiplies the learning rate of each operand, by what ranks observed together."""
 
-    of_mean: Callable[[Number], Number]  # see `Statistic.lr_scale`
+    of_mean: Callable[[Mapping[str, Any], Number], Number]  # see `Statistic.lr_scale`
     sums: Sums
 
-    def values(self) -> float | Tensor:
-        """Float64 (operands,); or the one value of all, where the host knows it: that is computed with faster, and to the same bits."""
-        scales = self.of_mean(self.sums.mean())
-        assert isinstance(scales, Tensor)
-        known = set(scales.tolist()) if known_on_host(scales) else ()
+    def values(self, group: Mapping[str, Any], means: Tensor) -> Number:
+        """Of a group's operands, from their means: float64 (operands,).
+
+        Or the one value of all, where the host knows it: that is computed with faster, and to the same bits.
+        """
+        scales = self.of_mean(group, means)
+        known = set(scales.tolist()) if isinstance(scales, Tensor) and known_on_host(scales) else ()
         return known.pop() if len(known) == 1 else scales
 
-    def recorded(self, recorder: Recorder) -> Number:
-        return self.of_mean(self.sums.recorded_mean(recorder))
-
-
-def known_on_host(tensor: Tensor) -> bool:
-    """Whether reading a value waits for nothing."""
-    return tensor.device.type == "cpu"
-
-
-def host_value(tensor: Tensor) -> Any:
-    """The one value of a tensor that is known on the host, as a Python number."""
-    return tensor.detach().reshape(()).tolist()
+    def recorded(self, group: Mapping[str, Any], recorder: Recorder) -> Number:
+        return self.of_mean(group, self.sums.recorded_mean(recorder))
 
 
 def coefficient_table(
@@ -81,14 +73,17 @@ def coefficient_table(
         formulas = [_formula(coefficients, group, lr_scale) for group in members.groups]
         sums = lr_scale.sums if isinstance(lr_scale, LrScale) else None
         return backend.tabulate(operands, formulas, members.group_of, steps, sums, _lr_on_device(members.groups, steps.device))
-    scales = lr_scale.values() if isinstance(lr_scale, LrScale) else lr_scale
+    means = lr_scale.sums.mean() if isinstance(lr_scale, LrScale) else None
     table = None
     for group, rows in zip(members.groups, members.rows, strict=True):
         own_steps = steps if rows is None else steps[rows]
         lr = _double(group["lr"], steps.device) if _is_on_device(group["lr"]) else None
-        arguments: list[Any] = [_numbers(group, lr), _next_step(own_steps)]
-        if scales is not None:
-            arguments.append(scales[rows] if isinstance(scales, Tensor) and rows is not None else scales)
+        numbers = _numbers(group, lr)
+        arguments: list[Any] = [numbers, _next_step(own_steps)]
+        if isinstance(lr_scale, LrScale) and means is not None:
+            arguments.append(lr_scale.values(numbers, means if rows is None else means[rows]))
+        elif lr_scale is not None:
+            arguments.append(lr_scale)
         part = _columns(coefficients(*arguments), len(own_steps), steps.device)
         if rows is None:
             return part
@@ -103,9 +98,10 @@ def _formula(coefficients: Callable[..., Coefficients], group: Mapping[str, Any]
     """Of one group's operands."""
     recorder = Recorder()
     lr = recorder.input("lr") if _is_on_device(group["lr"]) else None
-    arguments: list[Any] = [_numbers(group, lr), recorder.input("step")]
+    numbers = _numbers(group, lr)
+    arguments: list[Any] = [numbers, recorder.input("step")]
     if lr_scale is not None:
-        arguments.append(lr_scale.recorded(recorder) if isinstance(lr_scale, LrScale) else lr_scale)
+        arguments.append(lr_scale.recorded(numbers, recorder) if isinstance(lr_scale, LrScale) else lr_scale)
     return recorder.formula(coefficients(*arguments))
 
 

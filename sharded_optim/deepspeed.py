@@ -21,17 +21,18 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.file_baton import FileBaton
 
-from sharded_optim import optimizers
 from sharded_optim.engine import Engine
+from sharded_optim.optimizers import OPTIMIZERS
 from sharded_optim.ranks import gather_messages, own_process_group
 from sharded_optim.sharding import deepspeed as sharding
 
-__all__ = ["BUILD_SECONDS", "attach", "initialize", "not_built"]
+__all__ = ["BUILD_SECONDS", "PREFIX", "attach", "initialize", "is_own", "not_built"]
 
 OLDEST, NEXT = (0, 19), (0, 20)  # of DeepSpeed: tried with 0.19.0 and 0.19.8
 VERSIONS = f">={OLDEST[0]}.{OLDEST[1]},<{NEXT[0]}.{NEXT[1]}"
-OWN_TYPES = ("StableAdamW", "DecoupledAdamW", "DecoupledSGDW")  # in a DeepSpeed config; DeepSpeed has an Adam and an AdamW of its own
-PREFIX = "sharded_optim."
+PREFIX = "sharded_optim."  # of a class of this library in a DeepSpeed config
+# Names that mean DeepSpeed's own optimizers there, in lower case. Those of torch.optim mean torch's.
+DEEPSPEEDS = frozenset({"adagrad", "adam", "adamw", "lamb", "lion", "muadam", "muadamw", "muon", "musgd"})
 BUILD_SECONDS = 300.0  # in which an extension is compiled, which takes about a minute on 2 cores
 NEEDED = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
 
@@ -39,8 +40,8 @@ NEEDED = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": 
 def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     """`deepspeed.initialize`, and `attach` to the engine that it makes.
 
-    The optimizer is one of this library, or a callable that makes one of parameters, or stands in the config under its class's name:
-    "StableAdamW", "DecoupledAdamW" or "DecoupledSGDW", or "sharded_optim.AdamW" and so on for all classes, with its arguments as `params`.
+    The optimizer is one of this library, or a callable that makes one of parameters, or stands in the config, with its arguments as
+    `params`: as "sharded_optim.AdamW" and so on for all classes, or as "StableAdamW", where DeepSpeed has none of the class's name.
     `zero_allow_untested_optimizer` and `zero_force_ds_cpu_optimizer` need not be set.
 
     Args:
@@ -62,7 +63,7 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     given = call.arguments
     config = dict(_take_config(given))
     named = config.get("optimizer")
-    if isinstance(named, dict) and _is_own(named.get("type")):
+    if isinstance(named, dict) and is_own(named.get("type")):
         del config["optimizer"]  # of which DeepSpeed knows nothing
         if given.get("optimizer") is None:
             given["optimizer"] = _maker(named["type"], named.get("params") or {})
@@ -230,14 +231,16 @@ def _take_config(arguments: dict[str, Any]) -> dict[str, Any]:
     return deepspeed.load_ds_config(config)  # pyright: ignore[reportPrivateImportUsage]
 
 
-def _is_own(name: Any) -> bool:
+def is_own(name: Any) -> bool:
     """Whether the type of an optimizer in a DeepSpeed config is a class of this library."""
-    return name in OWN_TYPES or (isinstance(name, str) and name.removeprefix(PREFIX) in optimizers.__all__ and name.startswith(PREFIX))
+    if not isinstance(name, str) or name.removeprefix(PREFIX) not in OPTIMIZERS:
+        return False
+    return name.startswith(PREFIX) or not (name.lower() in DEEPSPEEDS or hasattr(torch.optim, name))
 
 
 def _maker(name: str, hyperparameters: dict[str, Any]) -> Callable[[list[Any]], Engine]:
     """What makes the optimizer that a DeepSpeed config names."""
-    kind: Callable[..., Engine] = getattr(optimizers, name.removeprefix(PREFIX))
+    kind: Callable[..., Engine] = OPTIMIZERS[name.removeprefix(PREFIX)]
 
     def make(parameters: list[Any]) -> Engine:
         from deepspeed.moe.utils import configure_moe_param_groups, is_moe_param

@@ -2,7 +2,7 @@
 
     grad, state -> observe -> per-tensor sums -> agree (one all-reduce) -> per-tensor learning-rate scale -> update -> param, state
 
-The public classes in `optimizers.py` give it an algorithm and defaults.
+The public classes in `optimizers/` give it an algorithm and defaults.
 """
 
 from __future__ import annotations

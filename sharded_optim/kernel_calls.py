@@ -67,7 +67,7 @@ class KernelCall:
     ) -> None:
         self.unit = unit
         self.backend = backend
-        self._hyperparameters = optimizer.hyperparameters
+        self._hyperparameters = optimizer.compared
         self.algorithm, fmt = choice
         self.rows: Sequence[int] = [row for row, _, _, _ in rows]  # of the layout's local parameters
         entries = [entry for _, entry, _, _ in rows]

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sharded_optim.algorithms import Choose
+from sharded_optim.algorithms.hyperparameters import Hyperparameter, Switch
 from sharded_optim.formats import KAHAN_COMP
 from sharded_optim.param_groups import named_params
 from sharded_optim.state import STEP, zeros
 
 __all__ = ["Dtypes", "check_family", "check_sizes", "check_state", "restore_groups", "restore_state"]
 
-WAY_OUT = "load it into the class that saved it, or one of its family (Adam, AdamW, DecoupledAdamW, StableAdamW; SGD, DecoupledSGDW)"
-MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}  # of any algorithm
+WAY_OUT = "load it into the class that saved it, or one of its family, which has the same hyperparameters and state"
 
 # (parameter, its param group) -> the storage dtype of each entry of its state but the step
 Dtypes = Callable[[Tensor, Mapping[str, Any]], dict[str, torch.dtype]]
@@ -42,19 +42,27 @@ def check_sizes(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> Non
         )
 
 
-def check_family(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> None:
-    """Raise ValueError for saved groups of another family, which an optimizer without state (SGD, or one that has not stepped) has too."""
-    for index, (own, saved) in enumerate(zip(groups, state_dict["param_groups"], strict=True)):
-        for key in ("betas", "momentum"):
-            if key in saved and key not in own:
+def check_family(state_dict: dict[str, Any], foreign: Mapping[str, Hyperparameter]) -> None:
+    """Raise ValueError for saved groups of another family, which an optimizer without state (SGD, or one that has not stepped) has too.
+
+    Args:
+        foreign: hyperparameters that only other optimizers have.
+    """
+    for index, saved in enumerate(state_dict["param_groups"]):
+        for key, value in saved.items():
+            if key in foreign and not (isinstance(foreign[key], Switch) and not value):
                 raise ValueError(f"the state dict's param_groups[{index}] has {key!r}, which this optimizer has not; {WAY_OUT}")
 
 
-def check_state(groups: list[dict[str, Any]], state_dict: dict[str, Any], dtypes: Dtypes, choose: Choose) -> None:
-    """Raise ValueError, before anything is loaded, for saved state that does not fit `groups` as they are going to be."""
+def check_state(groups: list[dict[str, Any]], state_dict: dict[str, Any], dtypes: Dtypes, choose: Choose, moments: Set[str]) -> None:
+    """Raise ValueError, before anything is loaded, for saved state that does not fit `groups` as they are going to be.
+
+    Args:
+        moments: names of the state of all algorithms.
+    """
     for param, name, group, state in _saved_states(groups, state_dict):
         expected, algorithm = dtypes(param, group), choose(group)
-        strange = MOMENTS & state.keys() - set(algorithm.state) - algorithm.unused
+        strange = moments & state.keys() - set(algorithm.state) - algorithm.unused
         for key in (*expected, STEP):
             if key not in state and (strange or key not in algorithm.late | {KAHAN_COMP}):
                 raise ValueError(

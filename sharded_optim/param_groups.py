@@ -1,27 +1,24 @@
-"""What a param group may hold: hyperparameters are checked here, and the reference learning rate of weight decay is chosen and kept.
+"""The values of a param group: they are checked and compared, and the reference learning rate of weight decay is chosen and kept.
 
 Used by the engine when a group is added, when a state dict is loaded, and before each step.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
-from numbers import Real
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sharded_optim.algorithms.weight_decay import DECOUPLED, FORMS, L2, form_of
-from sharded_optim.coefficients import host_value, known_on_host
+from sharded_optim.algorithms.hyperparameters import Hyperparameter, comparable, on_host
+from sharded_optim.algorithms.scalars import known_on_host
+from sharded_optim.algorithms.weight_decay import DECOUPLED, L2, form_of
 
 __all__ = [
-    "HYPERPARAMETERS",
     "check_hyperparameters",
-    "check_number",
     "check_state_dtype",
     "hyperparameter_key",
     "learn_reference_lr",
@@ -34,116 +31,19 @@ __all__ = [
     "warn_of_high_decay",
 ]
 
-NUMBERS = ("lr", "eps", "weight_decay", "max_lr", "momentum", "dampening", "reference_lr")  # hyperparameters that are numbers >= 0
-CHOICES = ("decay_form", "amsgrad", "nesterov", "kahan_sum", "stochastic_rounding", "rounding_seed")  # those that are not
-# What the optimizers of this library use of a group. `max_lr` became the reference when the group was added; schedulers write it again.
-HYPERPARAMETERS = frozenset({*NUMBERS, *CHOICES, "betas", "learns_reference_lr"} - {"max_lr"})
 HIGH_DECAY = 1e-3  # from which on Composer and optimi warn
 BF16_HALF_ULP = 2.0**-8  # relative, at worst
-LR_ROUNDING = 1e-12
-LARGEST_EXACT = 2**53  # of integers as floats
 
 
-def _on_host(value: Any) -> Any:
-    """A hyperparameter, if it is a tensor of one element that the host has, as a number."""
-    return host_value(value) if isinstance(value, Tensor) and value.numel() == 1 and known_on_host(value) else value
-
-
-def check_number(name: str, value: Any, where: str = "") -> float:
-    """`value` as a float, if it is a finite number >= 0."""
-    try:
-        number = math.nan if isinstance(value, str) else float(_on_host(value))
-    except (TypeError, ValueError, RuntimeError):
-        number = math.nan
-    if not (math.isfinite(number) and number >= 0.0):
-        raise ValueError(f"{name} must be a finite number >= 0, got {value!r}{where}")
-    return number
-
-
-def check_hyperparameters(values: dict[str, Any], where: str, *, names: frozenset[str] = frozenset(), scheduled: bool = False) -> None:
+def check_hyperparameters(declared: Iterable[Hyperparameter], values: Mapping[str, Any], where: str, *, scheduled: bool = False) -> None:
     """Raise ValueError for a hyperparameter that no step could use, or that asks for what no step does. Other keys pass.
 
     Args:
-        names: of all hyperparameters of the optimizer. Of those that are not known here, the numbers must be finite.
-        scheduled: the values may come from a scheduler, whose roundings can take an lr just below 0 (CosineAnnealingLR at its end).
+        scheduled: the values may come from a scheduler.
     """
-    where = f" in {where}"
-    lr = values.get("lr")
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"a tensor lr must have one element, got shape {tuple(lr.shape)}{where}")
-    for name in NUMBERS:
-        value = values.get(name)
-        if value is None:
-            if name in values and name != "max_lr":
-                raise ValueError(f"{name} must be a finite number >= 0, got None{where}")
-        elif not isinstance(value, Tensor) or value.device.type == "cpu":  # a device's is not waited for
-            value = _on_host(value)
-            rounded = scheduled and name in ("lr", "max_lr") and isinstance(value, Real) and -LR_ROUNDING < float(value) < 0
-            check_number(name, 0.0 if rounded else value, where)
-        elif name not in ("lr", "max_lr"):
-            raise ValueError(f"{name} must be a number, got a tensor on {value.device}{where}: only lr may lie on a device")
-    if "betas" in values:
-        betas = values["betas"]
-        if isinstance(betas, list | tuple) and any(isinstance(beta, Tensor) and not known_on_host(beta) for beta in betas):
-            raise ValueError(f"betas must be numbers, got a tensor on a device{where}: only lr may lie on one")
-        if not isinstance(betas, list | tuple) or not betas or not all(_is_below_1(beta) for beta in betas):
-            raise ValueError(f"betas must be numbers in [0, 1), got {betas!r}{where}")
-    if values.get("decay_form", "coupled") not in FORMS:
-        raise ValueError(f"decay_form must be one of {', '.join(FORMS)}, got {values['decay_form']!r}{where}")
-    for name in values.keys() & names - HYPERPARAMETERS - {"max_lr"}:
-        _check_other(name, values[name], where)
-    for name in ("maximize", "differentiable"):  # torch's; others of its keys do not change the result
-        if values.get(name):
-            raise ValueError(f"{name}={values[name]!r} is not supported{where}; leave it out")
-
-
-def _is_below_1(beta: Any) -> bool:
-    try:
-        return check_number("beta", beta) < 1.0
-    except ValueError:
-        return False
-
-
-def _check_other(name: str, value: Any, where: str) -> None:
-    """Raise ValueError unless a hyperparameter of an optimizer outside of this library can be used, and compared between ranks."""
-    if isinstance(value, Tensor) and not known_on_host(value):
-        raise ValueError(f"{name} must be known on the host, got a tensor on {value.device}{where}: only lr may lie on a device")
-    try:
-        comparable = _comparable(value)
-    except TypeError:
-        raise ValueError(f"{name} must be a number, a string, or a list or dict of them, got {value!r}{where}") from None
-    if not all(map(math.isfinite, _numbers_in(comparable))):
-        raise ValueError(f"{name} must be finite, got {value!r}{where}")
-
-
-def _comparable(value: Any) -> Any:
-    """A hyperparameter as numbers, strings and lists of them, equal on two ranks if its values are.
-
-    Raises:
-        TypeError: it is something else.
-    """
-    if isinstance(value, Tensor) and not known_on_host(value):
-        return -1.0  # a device's is not waited for
-    if isinstance(value, list | tuple):
-        return list(map(_comparable, value))
-    if isinstance(value, dict):
-        return [[key, _comparable(value[key])] for key in sorted(value)]
-    value = value.tolist() if hasattr(value, "tolist") else value  # of torch and NumPy: numbers, or lists of them
-    if value is None or isinstance(value, str | list):
-        return value
-    if isinstance(value, int) and abs(value) > LARGEST_EXACT:
-        return value
-    if isinstance(value, Real):
-        return float(value)
-    raise TypeError(f"{type(value).__name__} cannot be compared between ranks")
-
-
-def _numbers_in(comparable: Any) -> Iterator[float]:
-    if isinstance(comparable, list):
-        for item in comparable:
-            yield from _numbers_in(item)
-    elif comparable is not None and not isinstance(comparable, str):
-        yield comparable
+    for each in declared:
+        if each.name in values:
+            each.check(values[each.name], where, scheduled=scheduled)
 
 
 def check_state_dtype(dtype: torch.dtype, values: dict[str, Any], where: str) -> None:
@@ -162,7 +62,7 @@ def check_state_dtype(dtype: torch.dtype, values: dict[str, Any], where: str) ->
 
 def hyperparameter_key(hyperparameters: Mapping[str, Any], step: float) -> int:
     """24 bits that two ranks have in common if these hyperparameters and the step are the same on both."""
-    values = [(name, _comparable(hyperparameters[name])) for name in sorted(hyperparameters)]
+    values = [(name, comparable(hyperparameters[name])) for name in sorted(hyperparameters)]
     return zlib.crc32(repr((values, step)).encode()) & 0xFFFFFF
 
 
@@ -234,11 +134,11 @@ def set_reference_lr(group: dict[str, Any], max_lr: float | None) -> None:
     if own is None and {"reference_lr", "learns_reference_lr"} <= group.keys():
         return  # it was a group before
     group |= reference(float(own if own is not None else max_lr if max_lr is not None else group["lr"]))
-    if group["learns_reference_lr"] and isinstance(group["lr"], Tensor) and group["lr"].device.type != "cpu":
+    if group["learns_reference_lr"] and isinstance(group["lr"], Tensor) and not known_on_host(group["lr"]):
         raise ValueError("a device tensor lr of 0 does not tell the peak learning rate that weight decay refers to; pass max_lr")
 
 
 def learn_reference_lr(group: dict[str, Any]) -> None:
     """Keep the largest learning rate so far as the reference, in a group that was given none."""
     if group["learns_reference_lr"]:
-        group["reference_lr"] = max(group["reference_lr"], float(_on_host(group["lr"])))
+        group["reference_lr"] = max(group["reference_lr"], float(on_host(group["lr"])))

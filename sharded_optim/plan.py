@@ -15,10 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from sharded_optim import optimizers
 from sharded_optim.algorithms import Algorithm
-from sharded_optim.algorithms.adam import ADAM, AMSGRAD
-from sharded_optim.algorithms.sgd import MOMENTUM, SGD
-from sharded_optim.algorithms.stable_adamw import STABLE_ADAMW
 from sharded_optim.buckets import IN_FLIGHT, BucketPlan, Size, default_bucket_bytes, plan_buckets
 from sharded_optim.consensus import SECTIONS, TAIL
 from sharded_optim.shapes import Model, Shape
@@ -45,14 +43,10 @@ FP32 = 4  # bytes
 DTYPES: Mapping[str, int] = {"fp32": FP32, "bf16": 2, "fp16": 2}
 MASTERS = ("fp32", "kahan", "none")
 BACKENDS = ("nccl", "gloo")
-OPTIMIZERS: Mapping[str, Algorithm] = {
-    "Adam": ADAM,
-    "AdamW": ADAM,
-    "StableAdamW": STABLE_ADAMW,
-    "DecoupledAdamW": ADAM,
-    "DecoupledAdamW+amsgrad": AMSGRAD,
-    "DecoupledSGDW": SGD,
-    "DecoupledSGDW+momentum": MOMENTUM,
+OPTIMIZERS: Mapping[str, Algorithm] = {  # by class, and where an argument asks for it by `class+argument`
+    f"{name}+{argument}".removesuffix("+"): algorithm
+    for name, optimizer in optimizers.OPTIMIZERS.items()
+    for argument, algorithm in optimizer.algorithms.items()
 }
 KINDS = ("parameters", "gradients", "moments", "masters", "buckets")
 UNIT = re.compile(r"^(?:.*?\.)?\d+\.")  # of a parameter's name: up to its first number, as `layers.3.`

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from operator import is_
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from sharded_optim import foreign_state, loading, param_groups
 from sharded_optim.algorithms import Algorithm, Choose
+from sharded_optim.algorithms.hyperparameters import COMMON, Hyperparameter, Unsupported
 from sharded_optim.compensation import CompensationLog
 from sharded_optim.formats import KAHAN_COMP, Format, param_format
 from sharded_optim.options import Params
@@ -18,6 +21,9 @@ from sharded_optim.sharding import FlatLayout, LocalParam, describe
 from sharded_optim.state import STEP, State, fsdp1_that_offloads_whole_state, new_state, zeros
 
 __all__ = ["StatefulOptimizer"]
+
+ABSENT = object()  # stands for a hyperparameter that a group lacks
+IMMUTABLE = (bool, int, float, str, type(None), torch.dtype)
 
 
 class _Given(NamedTuple):
@@ -45,12 +51,16 @@ class StatefulOptimizer(torch.optim.Optimizer):
         layout: of parameters that a wrapper has flattened.
 
     Attributes:
-        hyperparameters: names of all: those of `defaults`, and of this library's other optimizers, whose state dicts may be loaded. Each
-            is checked, compared between ranks, saved.
+        hyperparameters: that a class declares: each is checked, compared between ranks, saved. A default that is not declared is checked
+            and compared as any value.
+        algorithms: that a class runs, by the argument of its constructor that asks for each; "" asks for nothing.
+        replaces_composer: whether a class takes the place of one of Composer's, whose state it continues.
     """
 
+    hyperparameters: ClassVar[tuple[Hyperparameter, ...]] = COMMON
+    algorithms: ClassVar[Mapping[str, Algorithm]] = {}
+    replaces_composer: ClassVar[bool] = False
     gradient_release = False  # whether steps happen inside backward, so that a step of all may find no gradient
-    replaces_composer: ClassVar[bool] = False  # whether the class takes the place of one of Composer's, whose state it continues
 
     def __init__(
         self,
@@ -69,9 +79,10 @@ class StatefulOptimizer(torch.optim.Optimizer):
         self.layout = layout
         self._given: list[_Given] = []  # of groups that no step has stepped yet: wrappers replace parameters before the first
         self.state_dtype = state_dtype
-        self._max_lr = None if max_lr is None else param_groups.check_number("max_lr", max_lr)
-        self.hyperparameters = param_groups.HYPERPARAMETERS | defaults.keys()
-        self._check_group(defaults, "the optimizer's arguments")
+        self._declared = {name: Hyperparameter(name) for name in defaults} | {each.name: each for each in self.hyperparameters}
+        self._passed: dict[str, list[Any]] = {}  # values of the last check, by where they stand
+        self._check_group({"max_lr": max_lr} | defaults, "the optimizer's arguments")
+        self._max_lr = None if max_lr is None else float(max_lr)
         super().__init__(params, defaults)
         self.state = State(self, self.state)
         param_groups.warn_of_high_decay(self.param_groups)
@@ -224,14 +235,39 @@ class StatefulOptimizer(torch.optim.Optimizer):
         algorithm, fmt = self.choice_of(param, group)
         return dict.fromkeys(algorithm.state, self.state_dtype) | dict.fromkeys(fmt.extra, fmt.dtype)
 
+    @cached_property
+    def compared(self) -> frozenset[str]:
+        """Names of the hyperparameters that must be the same on all ranks that agree on a step."""
+        return frozenset(name for name, each in self._declared.items() if each.compared)
+
+    def foreign_hyperparameters(self) -> dict[str, Hyperparameter]:
+        """Those that other optimizers support, and this one does not declare."""
+        supported = [each for optimizer in _classes() for each in optimizer.hyperparameters if not isinstance(each, Unsupported)]
+        return {each.name: each for each in supported if each.name not in self._declared}
+
+    @cached_property
+    def _known(self) -> dict[str, Hyperparameter]:
+        """All that are checked: a foreign one of a wrong value is a mistake too."""
+        return self.foreign_hyperparameters() | self._declared
+
     def _check_group(self, group: dict[str, Any], where: str, *, scheduled: bool = False) -> None:
-        """Raise ValueError for hyperparameters that no step could use."""
-        param_groups.check_hyperparameters(group, where, names=self.hyperparameters, scheduled=scheduled)
+        """Raise ValueError for hyperparameters that no step could use.
+
+        Args:
+            scheduled: a scheduler may have written the group. What passed the last such check is not checked again.
+        """
+        values = [self.state_dtype, *[group.get(name, ABSENT) for name in self._known]]
+        passed = self._passed.get(where)
+        if scheduled and passed is not None and all(map(is_, values, passed)):
+            return
+        param_groups.check_hyperparameters(self._known.values(), group, where, scheduled=scheduled)
         try:
             self._choose(group)
         except ValueError as error:
             raise ValueError(f"{error} (in {where})") from None
         param_groups.check_state_dtype(self.state_dtype, group, where)
+        if scheduled and all(map(_is_immutable, values)):
+            self._passed[where] = values
 
     def choice_of(self, param: Tensor, group: Mapping[str, Any]) -> tuple[Algorithm, Format]:
         """What a param group's hyperparameters choose for one of its parameters."""
@@ -279,8 +315,9 @@ class StatefulOptimizer(torch.optim.Optimizer):
                 where = f"the state dict's param_groups[{index}]"
                 merged.append(own | group | {"params": own["params"]})
                 self._check_group(merged[-1], where, scheduled=True)
-            loading.check_state(merged, saved, self._state_dtypes, self._choose)
-            loading.check_family(self.param_groups, saved)
+            moments = {name for optimizer in _classes() for algorithm in optimizer.algorithms.values() for name in algorithm.state}
+            loading.check_state(merged, saved, self._state_dtypes, self._choose, moments)
+            loading.check_family(saved, self.foreign_hyperparameters())
             incoming.update(saved)
             return saved
 
@@ -298,7 +335,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
                 hook.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_choose", "state_dtype", "_max_lr", "hyperparameters")
+        own = ("_choose", "state_dtype", "_max_lr", "_declared")
         lost = {"_lost_layout": self._layout is not None or self._lost_layout}
         return super().__getstate__() | {name: getattr(self, name) for name in own} | lost
 
@@ -307,6 +344,19 @@ class StatefulOptimizer(torch.optim.Optimizer):
         self.state = State(self, self.state)  # torch makes it a plain dict when it loads
         if "_choose" in state:  # unpickled or copied; torch also calls this with the loaded state and groups alone
             self._index = ParamIndex()
+            self._passed = {}
             self.compensation_log = CompensationLog()
             self._layout = None
             self._given = list(map(_Given.of, self.param_groups))
+
+
+def _classes() -> list[type[StatefulOptimizer]]:
+    """All optimizers that there are."""
+    found = [StatefulOptimizer]
+    for each in found:
+        found += each.__subclasses__()
+    return found
+
+
+def _is_immutable(value: Any) -> bool:
+    return value is ABSENT or isinstance(value, IMMUTABLE) or (type(value) is tuple and all(map(_is_immutable, value)))

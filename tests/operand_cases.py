@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from sharded_optim.algorithms import Algorithm
-from sharded_optim.algorithms.stable_adamw import STABLE_ADAMW
 from sharded_optim.algorithms.weight_decay import COUPLED
 from sharded_optim.backends import Backend, Column, Operands, eager
 from sharded_optim.formats import FORMATS
+from sharded_optim.optimizers.stable_adamw import STABLE_ADAMW
 from sharded_optim.segment import Segment
 
 STATISTIC = STABLE_ADAMW.statistic

@@ -19,16 +19,17 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from operand_cases import GROUP, Case, assert_same_observation, assert_same_update
 from torch import Tensor, nn
+from toy_optimizer import ThresholdAdamW
 from variants import CPU_BACKENDS, examples
 
 import sharded_optim as so
 from sharded_optim import backends
 from sharded_optim.algorithms import Algorithm
-from sharded_optim.algorithms.adam import ADAM, AMSGRAD
-from sharded_optim.algorithms.sgd import MOMENTUM, SGD
-from sharded_optim.algorithms.stable_adamw import STABLE_ADAMW
 from sharded_optim.backends import cpu
 from sharded_optim.formats import FORMATS
+from sharded_optim.optimizers.adam import ADAM, AMSGRAD
+from sharded_optim.optimizers.sgd import MOMENTUM, SGD
+from sharded_optim.optimizers.stable_adamw import STABLE_ADAMW
 
 SHAPES = [(), (1,), (5,), (7, 3), (33, 17), (0,), (40_000,)]
 OPTIMIZERS: dict[str, Callable] = {
@@ -39,6 +40,7 @@ OPTIMIZERS: dict[str, Callable] = {
     "DecoupledSGDW-dampening": lambda params, **options: so.DecoupledSGDW(params, lr=1e-2, momentum=0.9, dampening=0.3, **options),
     "DecoupledSGDW-nesterov": lambda params, **options: so.DecoupledSGDW(params, lr=1e-2, momentum=0.9, nesterov=True, **options),
     "StableAdamW": lambda params, **options: so.StableAdamW(params, lr=1e-2, **options),
+    "ThresholdAdamW": lambda params, **options: ThresholdAdamW(params, lr=1e-2, threshold=0.3, **options),
 }
 STORAGES: dict[str, tuple[torch.dtype, dict]] = {
     "fp32": (torch.float32, {}),
@@ -179,7 +181,7 @@ def test_a_cached_kernel_is_that_of_the_code_that_runs(tmp_path: Path) -> None:
     package = tmp_path / "sharded_optim"
     shutil.copytree(Path(so.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
     code = (
-        "import pathlib, torch, sharded_optim as so; from sharded_optim.algorithms import adam\n"
+        "import pathlib, torch, sharded_optim as so; from sharded_optim.optimizers import adam\n"
         "{edit}\n"
         "param = torch.nn.Parameter(torch.ones(3)); param.grad = torch.zeros(3)\n"
         "so.AdamW([param], lr=0.1, weight_decay=0.5, backend='cpu').step(); print(param[0].item())"

@@ -11,14 +11,15 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from toy_optimizer import THRESHOLD_ADAMW
 from variants import examples
 
 from sharded_optim import coefficients
-from sharded_optim.algorithms import adam, sgd, stable_adamw
 from sharded_optim.algorithms.scalars import Recorder, Sums
 from sharded_optim.algorithms.weight_decay import FORMS
 from sharded_optim.backends import Backend, Operands, eager
 from sharded_optim.coefficients import LrScale, Members, coefficient_table
+from sharded_optim.optimizers import adam, sgd, stable_adamw
 
 triton = pytest.importorskip("triton", reason="the triton package is not installed")
 
@@ -45,8 +46,9 @@ GROUP: dict[str, Any] = {
     "momentum": 0.9,
     "dampening": 0.1,
     "nesterov": False,
+    "threshold": 0.7,
 }
-STATISTIC = stable_adamw.STABLE_ADAMW.statistic
+STATISTIC = THRESHOLD_ADAMW.statistic  # whose scale depends on a hyperparameter
 assert STATISTIC is not None
 
 
@@ -83,7 +85,7 @@ def assert_all_alike(name: str, groups: list[Mapping[str, Any]], steps: Tensor, 
     floats = None if name == "observe" else [1.0] * len(steps)
     if sums is not None and name != "observe":
         lr_scale = LrScale(of_mean=STATISTIC.lr_scale, sums=sums)
-        floats = STATISTIC.lr_scale(sums.mean()).tolist()
+        floats = [STATISTIC.lr_scale(groups[row % len(groups)], mean) for row, mean in enumerate(sums.mean().tolist())]
     expected = of_floats(name, groups, steps, floats)
     for each in (eager.BACKEND, backend.Triton()):
         found = table(each, name, groups, steps, lr_scale)
@@ -106,7 +108,7 @@ def sums_of(operands: int, generator: torch.Generator) -> Sums:
 STEPS = torch.tensor([0.0, 1.0, 2.0, 9.0, 1000.0, 2.0**24 - 2])
 GROUPS = {
     "one group": [GROUP],
-    "three": [GROUP, GROUP | {"betas": (0.3, 0.95), "lr": 1e-3}, GROUP | {"weight_decay": 0.0}],
+    "three": [GROUP, GROUP | {"betas": (0.3, 0.95), "lr": 1e-3, "threshold": 3e-3}, GROUP | {"weight_decay": 0.0}],
     "two formulas": [GROUP, GROUP | {"decay_form": "l2"}, GROUP | {"lr": torch.tensor(3e-3)}],
     "tensors": [GROUP | {"lr": torch.tensor(1e-3)}, GROUP | {"lr": torch.tensor(7e-3), "decay_form": "corrected"}],
     "eps underflows": [GROUP | {"eps": 0.0}, GROUP | {"eps": 1e-30}],
@@ -202,7 +204,7 @@ def test_what_is_launched_is_what_was_looked_at(monkeypatch: pytest.MonkeyPatch)
     with launched(monkeypatch) as found:
         table(backend.Triton(), "adam", groups, torch.zeros(2), sums)
     recorder = Recorder()
-    scale = STATISTIC.lr_scale(Sums.recorded_mean(recorder))
+    scale = STATISTIC.lr_scale(GROUP, Sums.recorded_mean(recorder))
     arguments = GROUP | {"lr": recorder.input("lr")}, recorder.input("step"), scale
     expected = compiled("adam", arguments, recorder, list(triton_formulas.FOUND), 90)
     assert [each.asm["ptx"] for each in found] == [expected.asm["ptx"]]
@@ -225,7 +227,7 @@ def test_a_gpu_rounds_each_operation_once(name: str, capability: int) -> None:
     recorder = Recorder()
     arguments: list[Any] = [GROUP | {"lr": recorder.input("lr"), "decay_form": "corrected"}, recorder.input("step")]
     if name != "observe":
-        arguments.append(STATISTIC.lr_scale(Sums.recorded_mean(recorder)))
+        arguments.append(STATISTIC.lr_scale(GROUP, Sums.recorded_mean(recorder)))
     code = compiled(name, arguments, recorder, ["formula_of", "lr"] if name == "observe" else list(triton_formulas.FOUND), capability)
     ptx = code.asm["ptx"]
     assert not re.findall(r"\bfma\.\S*f(?:32|64)|\S+\.ftz\S*|\S+\.approx\S*", ptx)

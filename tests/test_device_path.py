@@ -11,12 +11,14 @@ from functools import partial
 
 import pytest
 import torch
+import toy_optimizer
 from torch import Tensor, nn
+from toy_optimizer import ThresholdAdamW
 from variants import CPU_BACKENDS
 
 import sharded_optim as so
 from sharded_optim import agreement, coefficients, consensus, engine, kernel_calls, param_groups, param_set
-from sharded_optim.algorithms import adam, stable_adamw
+from sharded_optim.optimizers import adam, stable_adamw
 
 
 class FakeEvent:
@@ -49,6 +51,7 @@ OPTIMIZERS = {
     "DecoupledSGDW": partial(so.DecoupledSGDW, momentum=0.9, dampening=0.3, weight_decay=1e-4),
     "StableAdamW": so.StableAdamW,
     "StableAdamW-stochastic": partial(so.StableAdamW, stochastic_rounding=True),
+    "ThresholdAdamW": partial(ThresholdAdamW, threshold=0.3),
 }
 
 
@@ -77,7 +80,7 @@ def test_selecting_on_the_device_gives_the_bits_of_branching_on_the_host(name: s
     assert_same(run(OPTIMIZERS[name], nan_at, backend), expected, skipped=nan_at is not None)
 
 
-@pytest.mark.parametrize("name", ["DecoupledSGDW", "StableAdamW-stochastic"])
+@pytest.mark.parametrize("name", ["DecoupledSGDW", "StableAdamW-stochastic", "ThresholdAdamW"])
 def test_steps_of_kernels_alone_give_the_bits_of_branching_on_the_host(name: str, request) -> None:
     """The same in Triton's interpreter, with coefficients and learning-rate scales from a kernel, which takes half a second for a step."""
     expected = run(OPTIMIZERS[name], 1, steps=3)
@@ -102,7 +105,7 @@ def assert_same(
 def test_a_step_reads_nothing_from_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """But the verdict on the step before, which is copied as soon as it is there."""
     monkeypatch.setattr(agreement.Agreement, "raise_left_over", lambda *_: None)
-    for module in (adam, stable_adamw):
+    for module in (adam, stable_adamw, toy_optimizer):
         monkeypatch.setattr(module, "sqrt", torch.sqrt)  # what it is on a device
     params = [nn.Parameter(torch.ones(n)) for n in (3, 5)]
     groups = [{"params": params[:1]}, {"params": params[1:], "lr": 3e-2}]

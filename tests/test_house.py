@@ -15,11 +15,11 @@ import torch
 
 import sharded_optim
 from sharded_optim.algorithms import Algorithm, operations
-from sharded_optim.algorithms.adam import ADAM, AMSGRAD
 from sharded_optim.algorithms.scalars import sqrt
-from sharded_optim.algorithms.sgd import MOMENTUM, SGD
-from sharded_optim.algorithms.stable_adamw import STABLE_ADAMW
 from sharded_optim.algorithms.weight_decay import FORMS
+from sharded_optim.optimizers.adam import ADAM, AMSGRAD
+from sharded_optim.optimizers.sgd import MOMENTUM, SGD
+from sharded_optim.optimizers.stable_adamw import STABLE_ADAMW
 
 PACKAGE = Path(sharded_optim.__file__).parent
 GROUP = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "decay_form": "coupled", "reference_lr": 2e-2}

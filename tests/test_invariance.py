@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from sharded_models import AwkwardModel, ShardedModel
 from torch import Tensor
+from toy_optimizer import ThresholdAdamW
 
 import sharded_optim as so
 
@@ -34,6 +35,7 @@ OPTIMIZERS = {
     "StableAdamW-cpu": partial(so.StableAdamW, lr=1e-2, backend="cpu"),
     "AdamW-cpu-stochastic": partial(so.AdamW, lr=1e-2, stochastic_rounding=True, backend="cpu"),
     "StableAdamW-stochastic": partial(so.StableAdamW, lr=1e-2, decouple_lr=True, stochastic_rounding=True),
+    "ThresholdAdamW": partial(ThresholdAdamW, lr=1e-2, threshold=0.3),
 }
 LAYOUTS = {2: ["ddp", "fsdp2", "fsdp1"], 3: ["fsdp2"], 4: ["fsdp2", "hsdp", "fsdp2_tp"]}
 DTYPES = [torch.float32, torch.bfloat16]

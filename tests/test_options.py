@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import math
 import warnings
-from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,9 +16,6 @@ from torch.distributed.fsdp import fully_shard
 
 import sharded_optim as so
 from sharded_optim import backends
-from sharded_optim.algorithms import adam
-from sharded_optim.algorithms.weight_decay import COUPLED
-from sharded_optim.engine import Engine
 from sharded_optim.param_groups import hyperparameter_key
 
 CLASSES = [so.Adam, so.AdamW, so.DecoupledAdamW, so.DecoupledSGDW, so.StableAdamW]
@@ -210,44 +204,6 @@ def test_a_parameter_stepped_alone_is_reported_by_its_last_step() -> None:
     assert optimizer.metrics()["rms/a"] == pytest.approx(1.0, rel=1e-3)
 
 
-class Boosted(Engine):
-    """An optimizer outside of the library, with hyperparameters of its own."""
-
-    def __init__(self, params, lr, boost=2.0, betas=(0.9, 0.99), shape=(1.0, 2.0), mode="fast", **options) -> None:
-        algorithm = replace(adam.ADAM, name="boosted", coefficients=self.coefficients)
-        defaults = {"lr": lr, "boost": boost, "betas": betas, "shape": shape, "mode": mode, "eps": 1e-8, "weight_decay": 0.0}
-        super().__init__(params, defaults | {"decay_form": COUPLED}, algorithm=lambda group: algorithm, **options)
-
-    @staticmethod
-    def coefficients(group, step, lr_scale):
-        return adam.coefficients({**group, "lr": group["lr"] * group["boost"], "betas": group["betas"][:2]}, step, lr_scale)
-
-
-def test_hyperparameters_of_a_new_optimizer_are_checked_wherever_they_come_from() -> None:
-    param = nn.Parameter(torch.ones(4))
-    for wrong in ({"boost": math.nan}, {"boost": math.inf}, {"boost": torch.tensor(math.nan)}, {"shape": (1.0, -math.inf)}):
-        (name,) = wrong
-        with pytest.raises(ValueError, match=f"{name}.* must be finite"):
-            Boosted([param], 1e-3, **wrong)
-        with pytest.raises(ValueError, match=rf"{name}.* must be finite, got .* in param_groups\[0\]"):
-            Boosted([{"params": [param], **wrong}], 1e-3)
-        optimizer = Boosted([param], 1e-3)
-        saved = optimizer.state_dict()
-        saved["param_groups"][0] |= wrong
-        with pytest.raises(ValueError, match=f"{name}.* must be finite"):
-            optimizer.load_state_dict(saved)
-        optimizer.param_groups[0] |= wrong
-        param.grad = torch.ones(4)
-        with pytest.raises(ValueError, match=f"{name}.* must be finite"):
-            optimizer.step()
-    for wrong in (np.float32("nan"), np.array([1.0, np.inf]), torch.tensor([1.0, math.nan]), {"a": [math.nan]}, 1j, lambda: 1.0):
-        with pytest.raises(ValueError, match="boost must be"):
-            Boosted([param], 1e-3, boost=wrong)
-    optimizer = Boosted([{"params": [param], "name": "mine", "note": math.nan}], 1e-3, boost=-1.5, betas=(0.9, 0.99, 0.999))
-    optimizer.step()
-    assert Boosted([param], 1e-3).state_dict()["param_groups"][0]["boost"] == 2.0
-
-
 def test_hyperparameters_are_compared_by_their_values_whatever_holds_them() -> None:
     def key(value: object) -> int:
         return hyperparameter_key({"boost": value}, 1.0)
@@ -264,25 +220,6 @@ def test_hyperparameters_are_compared_by_their_values_whatever_holds_them() -> N
     other[2500] = 1.0
     for a, b in ((1.00001, 1.00002), (torch.tensor([1.00001]), torch.tensor([1.00002])), (long, other), ("a", "b"), ({"a": 1}, {"a": 2})):
         assert key(a) != key(b)
-
-
-def check_that_ranks_compare_hyperparameters_of_a_new_optimizer(folder: str) -> None:
-    param = nn.Parameter(torch.ones(4))
-    param.grad = torch.ones(4)
-    rank = dist.get_rank()
-    for other in ({"boost": 1.0 + rank}, {"shape": (1.0, 2.0 + rank)}, {"mode": f"mode {rank}"}, {"betas": (0.9, 0.99, 0.9 + 0.01 * rank)}):
-        with pytest.raises(ValueError, match="different hyperparameters"):
-            Boosted([("w", param)], 1e-3, nonfinite="skip", **other).step()
-    model = nn.Linear(3, 2)
-    saving = Boosted(model.named_parameters(), 1e-3, boost=3.0)
-    so.checkpoint.save(folder, 1, model=model, optimizer=saving)
-    loading = Boosted(model.named_parameters(), 1e-3, boost=5.0)
-    so.checkpoint.load(folder, model=model, optimizer=loading)
-    assert loading.param_groups[0]["boost"] == 3.0
-
-
-def test_hyperparameters_of_a_new_optimizer_are_compared_between_ranks_and_saved(tmp_path: Path) -> None:
-    ranks.run(check_that_ranks_compare_hyperparameters_of_a_new_optimizer, 2, str(tmp_path))
 
 
 # ---------------------------------------------------------------------------------------------------- the optimizer came too early

@@ -12,14 +12,14 @@ from variants import examples
 
 from sharded_optim.algorithms import Statistic
 from sharded_optim.algorithms.bias_correction import bias_correction
-from sharded_optim.algorithms.stable_adamw import STABLE_ADAMW
 from sharded_optim.backends import Operands
 from sharded_optim.backends.eager import BACKEND
+from sharded_optim.optimizers.stable_adamw import STABLE_ADAMW
 from sharded_optim.statistics import FixedPoint, fraction_bits
 
 STATISTIC = STABLE_ADAMW.statistic
 assert STATISTIC is not None
-IDENTITY = Statistic(observe=lambda grad: grad, coefficients=lambda *_: (), bound=lambda _: 10.0, lr_scale=lambda mean: mean)
+IDENTITY = Statistic(observe=lambda grad: grad, coefficients=lambda *_: (), bound=lambda _: 10.0, lr_scale=lambda group, mean: mean)
 GROUP = {"betas": (0.9, 0.99), "eps": 1e-6}
 
 

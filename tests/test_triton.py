@@ -18,11 +18,11 @@ from operand_cases import GROUP, STATISTIC, Case, assert_same, assert_same_obser
 from variants import examples
 
 from sharded_optim import statistics
-from sharded_optim.algorithms.adam import ADAM, AMSGRAD
-from sharded_optim.algorithms.sgd import MOMENTUM, SGD
-from sharded_optim.algorithms.stable_adamw import STABLE_ADAMW
 from sharded_optim.backends import Operands, addresses_of
 from sharded_optim.formats import FORMATS
+from sharded_optim.optimizers.adam import ADAM, AMSGRAD
+from sharded_optim.optimizers.sgd import MOMENTUM, SGD
+from sharded_optim.optimizers.stable_adamw import STABLE_ADAMW
 
 triton = pytest.importorskip("triton", reason="the triton package is not installed")
 

@@ -1,7 +1,6 @@
-"""The math of the optimizers: plain functions over scalars or tensors, one file per algorithm.
+"""What the math of an optimizer consists of: plain functions over scalars or tensors.
 
-`Algorithm` is what a backend runs. To add an optimizer, write its functions in a new file here, with a `choose` that picks the algorithm of
-a param group, and a public class in `optimizers.py`.
+`Algorithm` is what a backend runs. The optimizers themselves, a file each, are in `optimizers/`.
 
 Rules for `update` and `observe`, which every backend compiles from the same source:
 `+ - *` and the functions of `operations` only; every value is fp32; one result rounding per operation (no fused multiply-add).
@@ -26,13 +25,13 @@ Coefficients = tuple[Number, ...]
 class Statistic:
     """What an algorithm must know of a whole tensor before it can update an element: the mean of an elementwise value.
 
-    The engine sums `observe` over all ranks and hands the mean to `lr_scale`.
+    The engine sums `observe` over all ranks and hands the mean over the tensor to `lr_scale`.
     """
 
     observe: Callable[..., Any]  # (grad, *state, *coefficients) -> the value, in [0, bound], of zeros zero; writes nothing
     coefficients: Callable[[Mapping[str, Any], Step], Coefficients]  # (hyperparameters, step)
     bound: Callable[[Mapping[str, Any]], float]  # the largest value that `observe` can give with these hyperparameters, at any step
-    lr_scale: Callable[[Number], Number]  # mean -> multiplier of the learning rate
+    lr_scale: Callable[[Mapping[str, Any], Number], Number]  # (hyperparameters, mean) -> multiplier of the learning rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +49,5 @@ class Algorithm:
     unused: frozenset[str] = frozenset()  # state that other hyperparameters would need, which may be left over
 
 
-Choose = Callable[
-    [Mapping[str, Any]], Algorithm
-]  # the algorithm of a param group; ValueError if its hyperparameters ask for what is not done
+# The algorithm of a param group. Raises ValueError for hyperparameters that do not go together, or ask for what is not done.
+Choose = Callable[[Mapping[str, Any]], Algorithm]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ __all__ = [
     "Sums",
     "at_first_step",
     "divide",
+    "host_value",
+    "known_on_host",
     "maximum",
     "mean",
     "nan_where",
@@ -33,6 +36,16 @@ __all__ = [
 ]
 
 STEP_BITS = 25  # steps are counted in float32, as torch does: exact up to 2**24
+
+
+def known_on_host(tensor: Tensor) -> bool:
+    """Whether reading a value waits for nothing."""
+    return tensor.device.type == "cpu"
+
+
+def host_value(tensor: Tensor) -> Any:
+    """The one value of a tensor that is known on the host, as a Python number."""
+    return tensor.detach().reshape(()).tolist()
 
 
 def divide(a: Number, b: Number) -> Number:

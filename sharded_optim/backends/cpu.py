@@ -363,8 +363,12 @@ def _own_folder() -> tempfile.TemporaryDirectory[str]:
 
 
 def _fingerprint(function: Any) -> str:
-    """Of the code of a compiled function and of all that it calls: the code in this process, not in files, which may have changed since."""
-    return repr(_facts(function.py_func.__code__, function.py_func.__globals__))
+    """Of the code of a compiled function and of all that it calls: the code in this process, not in files, which may have changed since.
+
+    And of the module that it is from, which numba imports when it loads a kernel.
+    """
+    python = function.py_func
+    return repr((python.__module__, _facts(python.__code__, python.__globals__)))
 
 
 def _facts(code: CodeType, names: dict[str, Any]) -> tuple[Any, ...]:

@@ -21,6 +21,8 @@ import torch
 from sharded_optim.checkpoint.dtypes import dtype_named, name_of
 from sharded_optim.checkpoint.errors import DamagedError, MismatchError
 from sharded_optim.checkpoint.values import LATER, decode, encode, marks_in
+from sharded_optim.engine import Engine
+from sharded_optim.optimizers import OPTIMIZERS
 from sharded_optim.param_groups import check_hyperparameters
 from sharded_optim.segment import Segment, find_tiling_error
 
@@ -48,7 +50,6 @@ LARGEST_MANIFEST = 2**30  # bytes
 LARGEST_HEADER = 100_000_000  # bytes of a shard file before the data, as other readers of safetensors have it
 CHUNK_BYTES = 4 * 2**20  # of data that are hashed and read together
 LARGEST_NUMBER = 2**62  # bytes of a tensor without its empty dimensions, up to which no product overflows
-SWITCHES = {"amsgrad", "nesterov", "kahan_sum", "stochastic_rounding", "learns_reference_lr"}  # hyperparameters that are on or off
 LARGEST_COUNT = 2**53  # steps, up to which float counters are exact
 SHARD_NAME = re.compile(r"shard-[0-9]{5}-of-[0-9]{5}\.safetensors")
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -128,14 +129,9 @@ class Parameters:
                 raise ValueError(f"the step counter of {name!r} is {step!r}; it must be a whole number from 0 to {LARGEST_COUNT}")
             if name not in self.group_of:
                 raise ValueError(f"{name!r} has a step counter, and is in no param group")
+        declared = OPTIMIZERS.get(self.optimizer, Engine).hyperparameters
         for index, group in enumerate(self.groups):
-            check_hyperparameters(dict(group), f"param_groups[{index}]", scheduled=True)
-            for key in SWITCHES & group.keys():
-                if group[key] not in (False, True, None):
-                    raise ValueError(f"{key} must be True or False, got {group[key]!r} in param_groups[{index}]")
-            seed = group.get("rounding_seed", 0)
-            if not isinstance(seed, int | float) or seed % 1 != 0:
-                raise ValueError(f"rounding_seed must be a whole number, got {seed!r} in param_groups[{index}]")
+            check_hyperparameters(declared, group, f"param_groups[{index}]", scheduled=True)
 
 
 @dataclass(frozen=True, kw_only=True)

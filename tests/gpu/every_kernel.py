@@ -18,15 +18,15 @@ from torch import Tensor
 
 from gpu.device import DEVICE, REHEARSAL, synchronize
 from sharded_optim import coefficients
-from sharded_optim.algorithms.adam import ADAM, AMSGRAD
 from sharded_optim.algorithms.scalars import Sums
-from sharded_optim.algorithms.sgd import MOMENTUM, SGD
-from sharded_optim.algorithms.stable_adamw import STABLE_ADAMW
 from sharded_optim.algorithms.weight_decay import COUPLED
 from sharded_optim.backends import Backend, Column, Operands, choose
 from sharded_optim.coefficients import LrScale, Members, coefficient_table
 from sharded_optim.consensus import PRESENT, SECTIONS, TAIL
 from sharded_optim.formats import FORMATS
+from sharded_optim.optimizers.adam import ADAM, AMSGRAD
+from sharded_optim.optimizers.sgd import MOMENTUM, SGD
+from sharded_optim.optimizers.stable_adamw import STABLE_ADAMW
 from sharded_optim.segment import Segment
 
 GROUP = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1, "decay_form": COUPLED, "reference_lr": 1e-2}

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from gpu.device import BACKEND, DEVICE, REHEARSAL, capture, on_a_stream, synchronisation_is_an_error, synchronize
 from gpu.runs import CPU, Run, assert_alike
-from sharded_optim.algorithms.adam import ADAM
 from sharded_optim.backends import choose, eager
+from sharded_optim.optimizers.adam import ADAM
 
 WARM = 3  # steps on a stream of their own, as torch asks for before a capture
 REPLAYS = 4

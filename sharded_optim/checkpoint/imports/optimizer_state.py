@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sharded_optim import foreign_state, optimizers
+from sharded_optim import foreign_state
 from sharded_optim.algorithms.weight_decay import COUPLED, DECOUPLED, FORMS, L2
 from sharded_optim.engine import Engine
 from sharded_optim.formats import KAHAN_COMP
-from sharded_optim.param_groups import HYPERPARAMETERS, reference
+from sharded_optim.optimizers import OPTIMIZERS
+from sharded_optim.param_groups import reference
 from sharded_optim.state import STEP
 
 __all__ = ["Choices", "Translated", "translated"]
 
-CLASSES = ("Adam", "AdamW", "DecoupledAdamW", "DecoupledSGDW", "StableAdamW")
 SWITCHES = {"maximize", "differentiable", "bias_correction", "step"}  # of others' groups; refused where they mean something
 
 Group = dict[str, Any]
@@ -39,8 +39,8 @@ class Choices:
     param_names: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        if self.optimizer is not None and self.optimizer not in CLASSES:
-            raise ValueError(f"optimizer is one of {', '.join(CLASSES)}, got {self.optimizer!r}")
+        if self.optimizer is not None and self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer is one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
         if self.decay_form is not None and self.decay_form not in FORMS:
             raise ValueError(f"decay_form is one of {', '.join(FORMS)}, got {self.decay_form!r}")
 
@@ -139,13 +139,11 @@ def _nearest(given: Sequence[Group], groups: Sequence[Group], of_composer: bool)
 
 def _small(name: str, group: Group, where: str) -> Engine:
     """An optimizer with one parameter, which has all hyperparameters and knows what is wrong with them."""
-    options = {key: group[key] for key in ("momentum", "amsgrad") if key in group and (key == "momentum" or name == "DecoupledAdamW")}
+    params = [nn.Parameter(torch.zeros(1, dtype=torch.float32, device="cpu"))]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return getattr(optimizers, name)(
-                [nn.Parameter(torch.zeros(1, dtype=torch.float32, device="cpu"))], lr=max(float(group["lr"]), 0.0), **options
-            )
+            return OPTIMIZERS[name](params, lr=max(float(group["lr"]), 0.0))  # pyright: ignore[reportCallIssue]
         except (TypeError, ValueError) as error:
             raise ValueError(f"{where} of the optimizer's state does not fit {name}: {error}") from error
 
@@ -155,7 +153,7 @@ def _complete(engine: Engine, group: Group, where: str) -> Group:
     own = {key: value for key, value in engine.param_groups[0].items() if key not in ("params", "param_names")}
     told = {key: value for key, value in group.items() if key not in SWITCHES and key not in ("params", "param_names")}
     merged = own | reference(float(group["lr"])) | told
-    strange = (HYPERPARAMETERS & merged.keys()) - own.keys() - {"max_lr"}  # which OneCycleLR writes into any group
+    strange = (engine.foreign_hyperparameters().keys() | engine.compared) & merged.keys() - own.keys()
     wrong = sorted(key for key in strange if merged[key])
     if wrong:
         raise ValueError(

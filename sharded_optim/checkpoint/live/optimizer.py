@@ -24,7 +24,6 @@ from sharded_optim.state import STEP, zeros
 __all__ = ["Landing", "LiveOptimizer", "Member", "hyperparameters_of", "renamed"]
 
 Group = dict[str, Any]
-SWITCHES = {"amsgrad"}  # hyperparameters that a class may have no argument for, and takes from a checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,9 +190,8 @@ class LiveOptimizer:
                     f"build groups like those that were saved"
                 )
                 problems.append(("", told))
-        names = self.engine.hyperparameters
-        lacking = {key for key in names & own.keys() - saved[0].keys() if own[key]}  # what is off is as good as missing
-        strange = {key for key in names & saved[0].keys() - own.keys() if saved[0][key] and key not in SWITCHES}
+        lacking = {key for key in self.engine.compared & own.keys() - saved[0].keys() if own[key]}  # what is off is as good as missing
+        strange = {key for key in self.engine.foreign_hyperparameters().keys() & saved[0].keys() - own.keys() if saved[0][key]}
         problems += [("", f"{where} has the hyperparameter {key!r}, the checkpoint has not") for key in sorted(lacking)]
         problems += [("", f"{where} has no hyperparameter {key!r}, the checkpoint has {saved[0][key]!r}") for key in sorted(strange)]
         merged = own | {key: value for key, value in saved[0].items() if key not in strange}

@@ -14,17 +14,19 @@ The mean runs over the whole tensor, so a rank that holds a slice cannot know it
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from sharded_optim.algorithms import Algorithm, Coefficients, Statistic, adam
+from sharded_optim.algorithms import Algorithm, Coefficients, Statistic
 from sharded_optim.algorithms import operations as xp
 from sharded_optim.algorithms.bias_correction import bias_correction
+from sharded_optim.algorithms.hyperparameters import Unsupported
 from sharded_optim.algorithms.scalars import Number, Step, divide, maximum, sqrt
 from sharded_optim.algorithms.weight_decay import L2
+from sharded_optim.optimizers import adam
 
-__all__ = ["STABLE_ADAMW", "choose"]
+__all__ = ["STABLE_ADAMW", "StableAdamW", "choose"]
 
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 
@@ -50,7 +52,7 @@ def bound(group: Mapping[str, Any]) -> float:
     return 1.0 / (1.0 - beta2)
 
 
-def lr_scale(mean: Number) -> Number:
+def lr_scale(group: Mapping[str, Any], mean: Number) -> Number:
     return divide(1.0, maximum(sqrt(mean), 1.0))
 
 
@@ -65,9 +67,43 @@ STABLE_ADAMW = Algorithm(
 
 
 def choose(group: Mapping[str, Any]) -> Algorithm:
-    adam.check_betas(group)
     if group["decay_form"] == L2:
         raise ValueError(f"decay_form={L2!r} is not supported by StableAdamW, whose decay never goes through the gradient; use Adam")
-    if group.get("amsgrad"):
-        raise ValueError(f"amsgrad={group['amsgrad']!r} is not supported by StableAdamW; leave it out, or use DecoupledAdamW")
     return STABLE_ADAMW
+
+
+class StableAdamW(adam.OptimiAdamW):
+    """AdamW with the learning rate of each tensor divided by max(1, RMS of its update), with optimi's signature and defaults.
+
+    The RMS is taken over the whole tensor, however it is sharded, with one small all-reduce per step for all tensors together. Every rank
+    of `process_group` must call `step`, also with no gradient.
+
+    Args:
+        params: parameters, named parameters or param groups: ordinary tensors, DTensors (FSDP2, HSDP, tensor parallelism) or, with
+            `layout`, flattened ones (FSDP1, DeepSpeed); float32, bfloat16 or float16, any shape. Where ranks
+            hold different ordinary tensors (pipeline stages), pass named parameters.
+        lr: learning rate; a float or a one-element tensor.
+        betas: decay of the moving averages of the gradient and of its square, each in [0, 1).
+        weight_decay: lambda; a step multiplies a parameter by (1 - lr' * lambda), with the clipped learning rate lr', or by what
+            `decay_form` says.
+        eps: added to the root of the second moment; its square bounds the second moment in the RMS from below.
+        decouple_lr: the same as decay_form="decoupled": (1 - lambda * lr' / max_lr).
+        max_lr: peak of the schedule, to which the decoupled and corrected forms refer; None means each group's lr at construction, or the
+            largest lr so far if that is 0.
+        kahan_sum, foreach, triton, gradient_release: see `SwitchOptions`.
+        decay_form: "coupled" (the default), "decoupled" or "corrected"; see `algorithms/weight_decay.py`.
+        options: see `EngineOptions`. `nonfinite` is "skip" by default: the ranks agree on something anyway.
+
+    Raises:
+        ValueError: a hyperparameter is out of range, or a parameter cannot be optimized.
+
+    Warns:
+        UserWarning: a fully decoupled weight decay of 1e-3 or more, usual for a coupled one.
+    """
+
+    hyperparameters = (
+        *adam.HYPERPARAMETERS,
+        Unsupported("amsgrad", by="StableAdamW", way_out="leave it out, or use DecoupledAdamW"),
+    )
+    algorithms: ClassVar = {"": STABLE_ADAMW}
+    _choose_algorithm = staticmethod(choose)

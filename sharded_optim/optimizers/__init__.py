@@ -1,0 +1,18 @@
+"""The public optimizers, one file each: its math, its hyperparameters, its class. What is exported here is known to all of the library.
+
+To add one, write its file and export its class. Options that mean the same for every optimizer are described at `EngineOptions` and
+`SwitchOptions`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from sharded_optim.engine import Engine
+from sharded_optim.optimizers.adam import Adam, AdamW, DecoupledAdamW
+from sharded_optim.optimizers.sgd import DecoupledSGDW
+from sharded_optim.optimizers.stable_adamw import StableAdamW
+
+__all__ = ["Adam", "AdamW", "DecoupledAdamW", "DecoupledSGDW", "StableAdamW"]
+
+OPTIMIZERS: Mapping[str, type[Engine]] = {name: globals()[name] for name in __all__}
