@@ -30,7 +30,6 @@ from sharded_optim.ranks import own_process_group
 from sharded_optim.reports import Reports
 from sharded_optim.sharding import FlatLayout
 from sharded_optim.sharding.ddp import JoinGuard
-from sharded_optim.state import called_to_allocate
 from sharded_optim.stateful import StatefulOptimizer
 
 __all__ = ["Engine"]
@@ -128,7 +127,7 @@ class Engine(StatefulOptimizer):
                 raise ValueError("step takes a closure or a param, not both: a closure is for the whole model")
             with torch.enable_grad():
                 loss = closure()
-        if self._is_allocation_step():
+        if self.is_allocation_step():
             self.init_state()
             return loss
         if self._agrees and self.layout is None:  # DistributedDataParallel holds no flat parameters
@@ -136,7 +135,7 @@ class Engine(StatefulOptimizer):
         rules = self._rules()
         only = None if param is None else (param,) if isinstance(param, Tensor) else tuple(param)
         params = self._sets.of(self, only, rules)  # raises what the step before has left
-        self._reports.begin_step()
+        self._reports.rows = None
         self._given.clear()  # whoever replaces parameters from now on is a user
         scaler = Scaler.of(self)
         try:
@@ -145,7 +144,8 @@ class Engine(StatefulOptimizer):
                 self._sets.forget_reports(params)
             agreement = params.agree(observation, rules, scaler)
             if not self._has_stepped and only is None:
-                self._warn_of_no_gradients(params, agreement)
+                self._has_stepped = True
+                _warn_of_no_gradients(self, params, agreement)
             self._update(params, agreement, rules, scaler, accumulate=only is not None and self.optimizer_accumulation)
         finally:
             params.release()
@@ -164,15 +164,6 @@ class Engine(StatefulOptimizer):
         rules, params = self._rules(), self._sets.last
         if params is not None and rules.agrees and params.fits(self.all_params(), self.layout, rules):
             params.observe_unit(self, rules, unit)
-
-    def zero_grad(self, set_to_none: bool = True, param: Tensor | None = None) -> None:
-        """As in torch; or of one parameter alone."""
-        if param is None:
-            super().zero_grad(set_to_none)
-        elif set_to_none:
-            param.grad = None
-        elif param.grad is not None:
-            param.grad = torch.zeros_like(param.grad)
 
     @property
     def _agrees(self) -> bool:
@@ -212,30 +203,6 @@ class Engine(StatefulOptimizer):
         params.update(agreement, rules, proceed, scaler, self._listener, accumulate=accumulate)
         if proceed is not None:
             self._count_skipped(~proceed)
-
-    def _is_allocation_step(self) -> bool:
-        has_state = any(group["params"][0] in self.state for group in self.param_groups if group["params"])
-        return not has_state and called_to_allocate()
-
-    def _warn_of_no_gradients(self, params: ParamSet, agreement: Agreement | None) -> None:
-        """In the first step. Waits for the device if this rank has no gradient."""
-        self._has_stepped = True
-        of_some = self.gradient_release or (self.layout is not None and self.layout.in_turns)  # other calls step other parameters
-        if params.calls or of_some or not any(param.requires_grad for param in params.layout.params):
-            return
-        if agreement is not None:
-            if agreement.vector[PRESENT].any():
-                return  # other ranks have some
-        elif self.layout is not None:
-            return  # this rank may hold none of the elements that have one
-        where = "on this rank, " if agreement is None and dist.is_available() and dist.is_initialized() else ""
-        warnings.warn(
-            f"the first step found no gradient on any parameter, {where}so it changes nothing. If the model was wrapped (fully_shard, "
-            f"FullyShardedDataParallel) after the optimizer was built, the optimizer has the parameters of before: build it from "
-            f"model.parameters() after wrapping. Else call loss.backward() before step()",
-            UserWarning,
-            stacklevel=5,
-        )
 
     # --------------------------------------------------------------------------------------------------------------- all ranks
 
@@ -327,3 +294,24 @@ class Engine(StatefulOptimizer):
 
     def __repr__(self) -> str:
         return super().__repr__().removesuffix(")") + f"backend: {self._backends}\nnonfinite: {self.nonfinite}\n)"
+
+
+def _warn_of_no_gradients(optimizer: Engine, params: ParamSet, agreement: Agreement | None) -> None:
+    """In the first step. Waits for the device if this rank has no gradient."""
+    layout = optimizer.layout
+    of_some = optimizer.gradient_release or (layout is not None and layout.in_turns)  # other calls step other parameters
+    if params.calls or of_some or not any(param.requires_grad for param in params.layout.params):
+        return
+    if agreement is not None:
+        if agreement.vector[PRESENT].any():
+            return  # other ranks have some
+    elif layout is not None:
+        return  # this rank may hold none of the elements that have one
+    where = "on this rank, " if agreement is None and dist.is_available() and dist.is_initialized() else ""
+    warnings.warn(
+        f"the first step found no gradient on any parameter, {where}so it changes nothing. If the model was wrapped (fully_shard, "
+        f"FullyShardedDataParallel) after the optimizer was built, the optimizer has the parameters of before: build it from "
+        f"model.parameters() after wrapping. Else call loss.backward() before step()",
+        UserWarning,
+        stacklevel=5,
+    )

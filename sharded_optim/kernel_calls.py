@@ -363,16 +363,28 @@ class _Source:
         """
         local = list(map(local_of, tensors)) if self._wrapped else tensors
         addresses = self._where_alike(local)
-        if addresses != self._addresses:
+        if addresses is None or (addresses != self._addresses and not self._differ_in_address_alone(local, addresses)):
             local = list(local)
             for row, tensor in enumerate(tensors):
                 if addresses is None or addresses[row] != self._addresses[row]:
                     local[row] = self._local(row, tensor)
                     if _description(local[row]) != self._described[row]:
                         return False
-            self._addresses = addresses_of(local)
+            addresses = addresses_of(local)
+        self._addresses = addresses
         self.column.renew(local, self._addresses)
         return True
+
+    def _differ_in_address_alone(self, local: Sequence[Tensor], addresses: array[int]) -> bool:
+        """Whether these are the tensors of before but for where they lie, as gradients that were allocated anew. Others are looked at."""
+        return (
+            not self._wrapped
+            and set(map(type, local)) <= {Tensor, torch.nn.Parameter}
+            and 0 not in addresses
+            and [(shape, dtype, device) for shape, _, dtype, device in self._described]
+            == list(zip(map(_shape, local), map(_dtype, local), map(_device, local), strict=True))
+            and not any(map(Tensor.is_neg, local))
+        )
 
     def _local(self, row: int, tensor: Any) -> Tensor:
         entry = self._entries[row]
@@ -505,3 +517,5 @@ def _warn_if_slow(stepped: Sequence[tuple[LocalParam, Backend, Choice]]) -> None
 
 _dtype: Callable[[Tensor], torch.dtype] = attrgetter("dtype")
 _bytes: Callable[[Tensor], int] = attrgetter("nbytes")
+_shape: Callable[[Tensor], torch.Size] = attrgetter("shape")
+_device: Callable[[Tensor], torch.device] = attrgetter("device")

@@ -96,7 +96,7 @@ class ParamSet:
             whole: whether these are all parameters of the optimizer, in their order.
         """
         try:
-            grads = gradients_of(self.layout)
+            grads = gradients_of(self.layout) if self.layout.has_dtensors else list(map(_grad, self.layout.params))
             groups = optimizer.groups_of(None if whole else self.layout.params)
             optimizer.check_groups(groups)
             if not self._renew(optimizer, groups, grads):

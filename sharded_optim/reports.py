@@ -18,15 +18,15 @@ Rows = list[tuple[metrics.Update, int]]
 
 
 class Reports:
-    """Reports of sets of parameters, by the names under which they were asked for."""
+    """Reports of sets of parameters, by the names under which they were asked for.
+
+    Attributes:
+        rows: of the last step, by a parameter's id; made when asked for. To be None when a step begins.
+    """
 
     def __init__(self) -> None:
         self._reported: dict[str, tuple[Tensor, int]] = {}  # (parameter, which of its pieces) by the name of its metrics
-        self._rows: dict[int, Rows] | None = None  # by a parameter's id; made when asked for
-
-    def begin_step(self) -> None:
-        """Let go of what is known of the step before."""
-        self._rows = None
+        self.rows: dict[int, Rows] | None = None
 
     def rms(self, sets: Iterable[ParamSet]) -> dict[str, float]:
         """The root mean of the statistic of each tensor, as ranks found it together. Waits for the device."""
@@ -58,12 +58,12 @@ class Reports:
 
     def _updates_of(self, param: Tensor, sets: Iterable[ParamSet]) -> Rows:
         """For each piece of a parameter, the update that the last step wrote it by, and its row there."""
-        if self._rows is None:
-            self._rows = {}
+        if self.rows is None:
+            self.rows = {}
             for each in sorted((each for each in sets if each.updates[0] >= 0), key=lambda each: each.updates[0]):
                 rows: dict[int, Rows] = {id(param): [] for param in each.layout.params}
                 for update in each.updates[1]:
                     for row, (entry, _) in enumerate(update.pieces):
                         rows[id(entry.param)].append((update, row))
-                self._rows |= rows
-        return self._rows.get(id(param), [])
+                self.rows |= rows
+        return self.rows.get(id(param), [])

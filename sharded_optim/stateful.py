@@ -18,7 +18,7 @@ from sharded_optim.formats import KAHAN_COMP, Format, param_format
 from sharded_optim.options import Params
 from sharded_optim.param_index import ParamIndex
 from sharded_optim.sharding import FlatLayout, LocalParam, describe
-from sharded_optim.state import STEP, State, fsdp1_that_offloads_whole_state, new_state, zeros
+from sharded_optim.state import STEP, State, called_to_allocate, fsdp1_that_offloads_whole_state, new_state, zeros
 
 __all__ = ["StatefulOptimizer"]
 
@@ -197,6 +197,20 @@ class StatefulOptimizer(torch.optim.Optimizer):
             for param, name in param_groups.named_params(group, index):
                 if param.requires_grad:
                     self.complete_state(param, group, name)
+
+    def zero_grad(self, set_to_none: bool = True, param: Tensor | None = None) -> None:
+        """As in torch; or of one parameter alone."""
+        if param is None:
+            super().zero_grad(set_to_none)
+        elif set_to_none:
+            param.grad = None
+        elif param.grad is not None:
+            param.grad = torch.zeros_like(param.grad)
+
+    def is_allocation_step(self) -> bool:
+        """Whether a wrapper steps only to have state allocated: see `called_to_allocate`."""
+        has_state = any(group["params"][0] in self.state for group in self.param_groups if group["params"])
+        return not has_state and called_to_allocate()
 
     def new_state(self, param: Tensor) -> dict[str, Any]:
         """State of a parameter that has none yet, as `self.state` asks for it."""

@@ -57,12 +57,12 @@ def describe(param: Tensor, name: str, flat_layout: FlatLayout | None = None) ->
 
 
 def gradients_of(layout: Layout) -> list[Tensor | None]:
-    """The gradients of a layout's parameters, reduced where tensor parallelism has left them Partial.
+    """The gradients of a layout with DTensors, reduced where tensor parallelism has left them Partial.
 
     That is a collective, so call it before anything that a rank may raise alone. A rank without such a gradient takes part.
     """
     grads = [param.grad for param in layout.params]
-    rows = list(zip(grads, layout.params, strict=True)) if layout.has_dtensors else ()
+    rows = list(zip(grads, layout.params, strict=True))
     if all(getattr(grad, "_spec", 0) is getattr(param, "_spec", 1) for grad, param in rows):  # so FSDP2 leaves them
         return grads
     from sharded_optim.sharding import dtensor
