@@ -51,6 +51,50 @@ def test_sparse_gradients_are_refused_and_nothing_is_written(cls: type) -> None:
     assert torch.equal(other.detach(), torch.ones(2))
 
 
+WRONG_LATER = {
+    "shape": (lambda grad: grad.reshape(3, 2), "has shape"),
+    "sparse": (lambda grad: grad.to_sparse(), "is sparse"),
+    "negated": (lambda grad: torch._neg_view(grad), "negated when it is read"),
+    "integers": (lambda grad: grad.view(torch.int32), "integer dtype"),
+    "meta": (lambda grad: grad.to("meta"), "is on meta"),
+    "without memory": (lambda grad: torch._efficientzerotensor(grad.shape), "has no memory"),
+    "subclass": (lambda grad: torch.nn.Buffer(grad).as_subclass(Tagged), "is a Tagged"),
+}
+
+
+class Tagged(torch.Tensor):
+    """A tensor that is not torch's own."""
+
+
+@every_class
+@pytest.mark.parametrize("wrong", WRONG_LATER)
+@pytest.mark.parametrize("where", ["gradient", "state"])
+def test_what_is_wrong_with_a_tensor_that_was_allocated_anew_is_seen_in_a_later_step(cls: type, wrong: str, where: str) -> None:
+    """Also where it has as many bytes as the one before."""
+    make, words = WRONG_LATER[wrong]
+    options = {"momentum": 0.9} if cls is so.DecoupledSGDW else {}
+    params = [nn.Parameter(torch.ones(2, 3)) for _ in range(3)]
+    optimizer = cls([(f"w{index}", param) for index, param in enumerate(params)], lr=1e-2, **options)
+    for param in params:
+        param.grad = torch.ones(2, 3)
+    optimizer.step()
+    before = [param.detach().clone() for param in params]
+    for param in params:
+        param.grad = torch.full((2, 3), 0.5)
+    spoiled = make(torch.ones(2, 3))
+    if where == "gradient":
+        try:
+            params[1].grad = spoiled
+        except (RuntimeError, TypeError):
+            pytest.skip("torch refuses it as a gradient")
+    else:
+        key = "momentum_buffer" if cls is so.DecoupledSGDW else "exp_avg"
+        optimizer.state[params[1]][key] = spoiled
+    with pytest.raises(ValueError, match=f"of 'w1'.* {words}"):
+        optimizer.step()
+    assert all(torch.equal(param, value) for param, value in zip(params, before, strict=True))
+
+
 @every_class
 def test_duplicate_parameters_are_refused(cls: type) -> None:
     a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
