@@ -1,4 +1,4 @@
-"""The values of a param group: they are checked and compared, and the reference learning rate of weight decay is chosen and kept.
+"""Param groups: optimi's keys, names of parameters, what ranks compare, and the reference learning rate of weight decay.
 
 Used by the engine when a group is added, when a state dict is loaded, and before each step.
 """
@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sharded_optim.algorithms.hyperparameters import Hyperparameter, comparable, on_host
+from sharded_optim.algorithms.hyperparameters import comparable, on_host
 from sharded_optim.algorithms.scalars import known_on_host
 from sharded_optim.algorithms.weight_decay import DECOUPLED, L2, form_of
 
 __all__ = [
-    "check_hyperparameters",
     "check_state_dtype",
     "hyperparameter_key",
     "learn_reference_lr",
@@ -33,17 +32,6 @@ __all__ = [
 
 HIGH_DECAY = 1e-3  # from which on Composer and optimi warn
 BF16_HALF_ULP = 2.0**-8  # relative, at worst
-
-
-def check_hyperparameters(declared: Iterable[Hyperparameter], values: Mapping[str, Any], where: str, *, scheduled: bool = False) -> None:
-    """Raise ValueError for a hyperparameter that no step could use, or that asks for what no step does. Other keys pass.
-
-    Args:
-        scheduled: the values may come from a scheduler.
-    """
-    for each in declared:
-        if each.name in values:
-            each.check(values[each.name], where, scheduled=scheduled)
 
 
 def check_state_dtype(dtype: torch.dtype, values: dict[str, Any], where: str) -> None:

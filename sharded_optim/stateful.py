@@ -23,6 +23,7 @@ from sharded_optim.state import STEP, State, called_to_allocate, fsdp1_that_offl
 __all__ = ["StatefulOptimizer"]
 
 ABSENT = object()  # stands for a hyperparameter that a group lacks
+MUTABLE = object()  # for one that may have another value, though it is the same object, or was not checked
 IMMUTABLE = (bool, int, float, str, type(None), torch.dtype)
 
 
@@ -80,7 +81,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         self._given: list[_Given] = []  # of groups that no step has stepped yet: wrappers replace parameters before the first
         self.state_dtype = state_dtype
         self._declared = {name: Hyperparameter(name) for name in defaults} | {each.name: each for each in self.hyperparameters}
-        self._passed: dict[str, list[Any]] = {}  # values of the last check, by where they stand
+        self._passed: dict[str, list[Any]] = {}  # what the last check of a scheduled group has passed, by where it stands
         self._check_group({"max_lr": max_lr} | defaults, "the optimizer's arguments")
         self._max_lr = None if max_lr is None else float(max_lr)
         super().__init__(params, defaults)
@@ -268,20 +269,23 @@ class StatefulOptimizer(torch.optim.Optimizer):
         """Raise ValueError for hyperparameters that no step could use.
 
         Args:
-            scheduled: a scheduler may have written the group. What passed the last such check is not checked again.
+            scheduled: a scheduler may have written the group. Values that have passed the last such check are not checked again.
         """
         values = [self.state_dtype, *[group.get(name, ABSENT) for name in self._known]]
-        passed = self._passed.get(where)
-        if scheduled and passed is not None and all(map(is_, values, passed)):
+        passed = (self._passed.get(where) if scheduled else None) or [MUTABLE] * len(values)
+        if all(map(is_, values, passed)):
             return
-        param_groups.check_hyperparameters(self._known.values(), group, where, scheduled=scheduled)
+        for each, value, before in zip(self._known.values(), values[1:], passed[1:], strict=True):
+            if value is not before and value is not ABSENT:
+                each.check(value, where, scheduled=scheduled)
         try:
             self._choose(group)
         except ValueError as error:
             raise ValueError(f"{error} (in {where})") from None
         param_groups.check_state_dtype(self.state_dtype, group, where)
-        if scheduled and all(map(_is_immutable, values)):
-            self._passed[where] = values
+        if scheduled:
+            known = zip(values, passed, strict=True)
+            self._passed[where] = [value if value is before or _is_immutable(value) else MUTABLE for value, before in known]
 
     def choice_of(self, param: Tensor, group: Mapping[str, Any]) -> tuple[Algorithm, Format]:
         """What a param group's hyperparameters choose for one of its parameters."""

@@ -177,32 +177,31 @@ def test_one_element_that_is_not_finite_spoils_its_own_operand_only(spoiled: flo
 
 
 def test_a_cached_kernel_is_that_of_the_code_that_runs(tmp_path: Path) -> None:
-    """Not of files, which may have changed since they were imported: an upgrade, or an edit, under a running process."""
+    """Not of files, which may have changed since they were imported: an upgrade, or an edit, under a running process.
+
+    And a kernel whose functions are in another module now is made anew: numba would import the one that is gone.
+    """
     package = tmp_path / "sharded_optim"
     shutil.copytree(Path(so.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
     code = (
-        "import pathlib, torch, sharded_optim as so; from sharded_optim.optimizers import adam\n"
+        "import pathlib, torch, sharded_optim as so; from sharded_optim.optimizers import {module} as adam\n"
         "{edit}\n"
         "param = torch.nn.Parameter(torch.ones(3)); param.grad = torch.zeros(3)\n"
         "so.AdamW([param], lr=0.1, weight_decay=0.5, backend='cpu').step(); print(param[0].item())"
     )
     edit = "path = pathlib.Path(adam.__file__); path.write_text(path.read_text().replace('decay * param', 'decay * decay * param'))"
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    printed = [
-        float(
-            subprocess.run(
-                [sys.executable, "-c", code.format(edit=each)],
-                capture_output=True,
-                text=True,
-                check=True,
-                timeout=60,
-                cwd=tmp_path,
-                env=environment,
-            ).stdout
-        )
-        for each in (edit, "")
-    ]
-    assert printed == pytest.approx([0.95, 0.95**2])
+
+    def stepped(edit: str, module: str = "adam") -> float:
+        command = [sys.executable, "-c", code.format(edit=edit, module=module)]
+        return float(subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, cwd=tmp_path, env=environment).stdout)
+
+    assert [stepped(edit), stepped("")] == pytest.approx([0.95, 0.95**2])
+    (package / "optimizers" / "adam.py").rename(package / "optimizers" / "moved.py")
+    for path in package.rglob("*.py"):
+        text = path.read_text().replace("optimizers.adam import", "optimizers.moved import")
+        path.write_text(text.replace("optimizers import adam\n", "optimizers import moved as adam\n"))
+    assert stepped("", "moved") == pytest.approx(0.95**2)
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

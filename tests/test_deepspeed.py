@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 import sharded_optim as so
 from benchmarks.given_gradients import gradients, one_group, two_groups, unsharded
+from sharded_optim.optimizers import OPTIMIZERS
 
 pytestmark = [*NEEDS_DEEPSPEED, pytest.mark.filterwarnings("ignore:weight_decay")]
 
@@ -313,6 +314,18 @@ def count_collectives(engine: Any) -> list[list[str]]:
 # ------------------------------------------------------------------------------------------------------------ configs and refusals
 
 
+def check_names() -> None:
+    """A name without a prefix is DeepSpeed's or torch's where they have an optimizer of that name."""
+    from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
+
+    assert set(DEEPSPEED_OPTIMIZERS) == so.deepspeed.DEEPSPEEDS
+    own = {name: so.deepspeed.is_own(name) for name in OPTIMIZERS}
+    assert own == {"Adam": False, "AdamW": False, "DecoupledAdamW": True, "DecoupledSGDW": True, "StableAdamW": True}
+    assert all(so.deepspeed.is_own(f"sharded_optim.{name}") for name in OPTIMIZERS)
+    for name in ("Muon", "Lamb", "SGD", "sharded_optim.Muon", "sharded_optim", "", None, ["AdamW"]):
+        assert not so.deepspeed.is_own(name)
+
+
 def check_configs() -> None:
     outcome = unsharded(partial(so.StableAdamW, lr=1e-2, weight_decay=0.1), 3, AWKWARD)
     for name in ("StableAdamW", "sharded_optim.StableAdamW"):
@@ -472,7 +485,7 @@ def test_options_of_training(world_size: int, checks: list[Any]) -> None:
 
 def test_configs_refusals_and_private_attributes() -> None:
     """The optimizer named in a config; what would be silently wrong is refused on all ranks; a private attribute that moves, by name."""
-    deepspeed_models.run(check_all, 2, [check_configs, check_refusals, check_private_attributes])
+    deepspeed_models.run(check_all, 2, [check_names, check_configs, check_refusals, check_private_attributes])
 
 
 # ----------------------------------------------------------------------------------------------------------------- a build's lock

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from graphlib import TopologicalSorter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,13 +20,12 @@ import sharded_optim
 from sharded_optim.algorithms import Algorithm, operations
 from sharded_optim.algorithms.scalars import sqrt
 from sharded_optim.algorithms.weight_decay import FORMS
-from sharded_optim.optimizers.adam import ADAM, AMSGRAD
-from sharded_optim.optimizers.sgd import MOMENTUM, SGD
-from sharded_optim.optimizers.stable_adamw import STABLE_ADAMW
+from sharded_optim.engine import Engine
+from sharded_optim.optimizers import OPTIMIZERS
 
 PACKAGE = Path(sharded_optim.__file__).parent
-GROUP = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "decay_form": "coupled", "reference_lr": 2e-2}
-GROUP |= {"momentum": 0.9, "dampening": 0.0, "nesterov": False}
+ALGORITHMS = {each.name: (each, optimizer) for optimizer in OPTIMIZERS.values() for each in optimizer.algorithms.values()}
+every_algorithm = pytest.mark.parametrize(("algorithm", "optimizer"), ALGORITHMS.values(), ids=ALGORITHMS)
 MOST_FLOORS = 16  # from a room that imports no other to the command line
 
 
@@ -73,13 +75,30 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     assert result.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("algorithm", [ADAM, AMSGRAD, STABLE_ADAMW, SGD, MOMENTUM], ids=lambda algorithm: algorithm.name)
-def test_an_algorithm_takes_as_many_coefficients_as_are_computed(algorithm: Algorithm) -> None:
-    count = len(algorithm.coefficients(GROUP, 1, 1.0))
+def group_of(optimizer: Callable[..., Engine]) -> dict[str, Any]:
+    """Hyperparameters with which every term of an optimizer's math counts."""
+    group = optimizer([torch.nn.Parameter(torch.ones(1))], lr=1e-2).param_groups[0]
+    return group | {"weight_decay": 0.1, "decay_form": "coupled", "reference_lr": 2e-2, "momentum": 0.9}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_every_hyperparameter_is_declared_and_documented(optimizer: type[Engine]) -> None:
+    """All that groups have is declared, and what a constructor names is described there."""
+    documented = re.findall(r"^        ((?:\w+, )*\w+):", optimizer.__doc__ or "", re.MULTILINE)
+    names = {name for names in documented for name in names.split(", ")}
+    declared = {each.name for each in optimizer.hyperparameters}
+    assert group_of(optimizer).keys() - {"params", "momentum"} <= declared
+    assert declared & inspect.signature(optimizer).parameters.keys() <= names
+
+
+@every_algorithm
+def test_an_algorithm_takes_as_many_coefficients_as_are_computed(algorithm: Algorithm, optimizer: type[Engine]) -> None:
+    group = group_of(optimizer)
+    count = len(algorithm.coefficients(group, 1, 1.0))
     assert len(inspect.signature(algorithm.update).parameters) == 2 + len(algorithm.state) + count
     if algorithm.statistic is not None:
         observe = len(inspect.signature(algorithm.statistic.observe).parameters)
-        assert observe == 1 + len(algorithm.state) + len(algorithm.statistic.coefficients(GROUP, 1))
+        assert observe == 1 + len(algorithm.state) + len(algorithm.statistic.coefficients(group, 1))
 
 
 def test_operations_are_rounded_once() -> None:
@@ -95,15 +114,15 @@ def test_operations_are_rounded_once() -> None:
     assert torch.equal(operations.sqrt(special).nan_to_num(7.0), torch.from_numpy(np.sqrt(special.numpy())).nan_to_num(7.0))
 
 
-@pytest.mark.parametrize("algorithm", [ADAM, AMSGRAD, STABLE_ADAMW, SGD, MOMENTUM], ids=lambda algorithm: algorithm.name)
+@every_algorithm
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_undo_gives_back_the_parameter_before_an_update(algorithm: Algorithm, form: str, nesterov: bool) -> None:
+def test_undo_gives_back_the_parameter_before_an_update(algorithm: Algorithm, optimizer: type[Engine], form: str, nesterov: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     param, grad, *state = (torch.rand(50, generator=generator, dtype=torch.float64) for _ in range(2 + len(algorithm.state)))
     row = [
         torch.tensor(float(c), dtype=torch.float64)
-        for c in algorithm.coefficients(GROUP | {"decay_form": form, "nesterov": nesterov}, 3, 0.7)
+        for c in algorithm.coefficients(group_of(optimizer) | {"decay_form": form, "nesterov": nesterov}, 3, 0.7)
     ]
     after, *new_state = algorithm.update(param, grad, *state, *row)
     assert not torch.allclose(after, param)

@@ -23,7 +23,6 @@ from sharded_optim.checkpoint.errors import DamagedError, MismatchError
 from sharded_optim.checkpoint.values import LATER, decode, encode, marks_in
 from sharded_optim.engine import Engine
 from sharded_optim.optimizers import OPTIMIZERS
-from sharded_optim.param_groups import check_hyperparameters
 from sharded_optim.segment import Segment, find_tiling_error
 
 __all__ = [
@@ -131,7 +130,9 @@ class Parameters:
                 raise ValueError(f"{name!r} has a step counter, and is in no param group")
         declared = OPTIMIZERS.get(self.optimizer, Engine).hyperparameters
         for index, group in enumerate(self.groups):
-            check_hyperparameters(declared, group, f"param_groups[{index}]", scheduled=True)
+            for each in declared:
+                if each.name in group:
+                    each.check(group[each.name], f"param_groups[{index}]", scheduled=True)
 
 
 @dataclass(frozen=True, kw_only=True)
