@@ -73,6 +73,7 @@ FLOORS = {
 # Statistics are laid out by the layout; the doctor writes as checkpoints do; floor 3 is a stack.
 SEEN = {("consensus", "algorithms"), ("statistics", "sharding"), ("doctor", "checkpoint")}
 SEEN |= {("noise", room) for room in ("devices", "names", "segment")}
+SEEN |= {("formats", "algorithms")}  # formats are written in the operations of algorithms
 SEEN |= {
     ("loading", "state"),
     ("loading", "param_groups"),

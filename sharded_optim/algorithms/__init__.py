@@ -3,8 +3,9 @@
 `Algorithm` is what a backend runs. To add an optimizer, write its functions in a new file here, with a `choose` that picks the algorithm of
 a param group, and a public class in `optimizers.py`.
 
-Rules for `update` and `observe`, which every backend compiles from the same source:
-`+ - *` and the functions of `operations` only; every value is fp32; one result rounding per operation (no fused multiply-add).
+Rules for `update` and `observe`, which every backend compiles from the same source, as it does `load` and `store` of a storage format:
+`+ - *`, comparisons, numbers and the functions of `operations` only; every value is fp32, of numbers too; one result rounding per operation
+(no fused multiply-add).
 
 Rule for `coefficients` and `lr_scale`: `+ - *` and the functions of `scalars` only, for all that may depend on step or learning rate.
 """
