@@ -272,8 +272,9 @@ def kernels() -> dict[str, backend.Kernel]:
         ("bf16 Kahan, fp32 moments", "bf16_kahan", ("bf16", "fp32", "fp32")),
         ("bf16 Kahan, bf16 moments", "bf16_kahan", ("bf16", "bf16", "bf16")),
     ):
-        found[f"AdamW update, {title}"] = backend.update_kernel(ADAM, FORMATS[fmt], kinds)
-        found[f"StableAdamW observe, {title}"] = backend.observe_kernel(STABLE_ADAMW.statistic, kinds)
+        grad_format, *state_formats = (FORMATS[kind] for kind in kinds)
+        found[f"AdamW update, {title}"] = backend.update_kernel(ADAM, (FORMATS[fmt], *state_formats), grad_format)
+        found[f"StableAdamW observe, {title}"] = backend.observe_kernel(STABLE_ADAMW.statistic, grad_format, tuple(state_formats))
     return found
 
 

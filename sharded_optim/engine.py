@@ -62,7 +62,7 @@ class Engine(StatefulOptimizer):
         *,
         algorithm: Choose,
         max_lr: float | None = None,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | str | None = None,
         backend: str = AUTO,
         nonfinite: NonFinite | None = None,
         max_skipped_steps: int | None = MOST_SKIPPED,

@@ -1,107 +1,162 @@
 """How a logically-fp32 value (a parameter or a moment) is stored.
 
 Algorithms compute on fp32 values and never see a storage: a backend loads through the format, calls the algorithm, and stores the whole
-new value through the format. So every algorithm has every storage, with weight decay inside it. A new storage is one new entry here, and
-the option that chooses it in `param_format`. Backends that compile know the formats of this file; others are stepped by the eager backend.
+new value through the format. So every algorithm has every storage, with weight decay inside it.
 
     fp32, bf16, fp16               rounded to nearest, ties to even (IEEE 754 roundTiesToEven)
     bf16_kahan, fp16_kahan         with a second array for what rounding lost (Kahan 1965): value = param + kahan_comp
     bf16_stochastic, ...           rounded up or down at random, so that the expected value is the value
     bf16_kahan_stochastic, ...     with a second array that is rounded so
+
+To add one, write its `load` and `store`, and give `FORMATS` an entry. Every backend compiles the two from the same source, under the rules
+of an algorithm's `update` (see `algorithms/__init__.py`). A moment's format is chosen by its name (`state_dtype="bf16_kahan"`), a
+parameter's by its dtype and by what the param group's options mean in `param_format`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-__all__ = ["FORMATS", "KAHAN_COMP", "Format", "compiled_format", "format_of", "param_format"]
+from sharded_optim.algorithms import operations as xp
+
+__all__ = ["FORMATS", "KAHAN_COMP", "Array", "Format", "chosen_format", "extra_arrays", "format_beside", "format_of", "param_format"]
 
 KAHAN_COMP = "kahan_comp"
-_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+MAIN = ""
 
 
-@dataclass(frozen=True, kw_only=True)
+class Array(NamedTuple):
+    """One array of a format."""
+
+    name: str  # MAIN of the first: the parameter itself, or the moment's own entry in the optimizer's state
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Format:
-    """One storage of fp32 values.
+    """One storage of fp32 values, in arrays of equal shape.
 
-    `load(*arrays)` gives the fp32 value of what is stored; `store(value, uniform)` gives what is to be stored of an fp32 value: the main
-    array, then the extra ones. `uniform` has a random number in [0, 1) for each element where `is_random`, else it is None.
+    Zeros in all arrays are the value 0, with which moments begin. Zeros in the further arrays of a parameter leave the value of the first:
+    so they begin, and so they are set when others have written the parameter. Formats with the same arrays load alike.
     """
 
     name: str
-    dtype: torch.dtype  # of every array
-    extra: tuple[str, ...] = ()  # names of the arrays besides the main one, as they are called in an optimizer's state
-    is_random: bool = False
-    load: Callable[..., Tensor]
-    store: Callable[[Tensor, Tensor | None], tuple[Tensor, ...]]
+    arrays: tuple[Array, ...]
+    load: Callable[..., Any]  # (*stored), an element of each array -> the value
+    store: Callable[[Any, Any], tuple[Any, ...]]  # (value, uniform) -> an element of each array
+    is_random: bool = False  # whether `store` uses `uniform`, a random number in [0, 1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the first array."""
+        return self.arrays[0].dtype
+
+    @property
+    def extra(self) -> tuple[Array, ...]:
+        """The arrays beside the first: a parameter's state has them under their names."""
+        return self.arrays[1:]
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a value."""
+        return sum(array.dtype.itemsize for array in self.arrays)
+
+    def entries(self, moment: str) -> dict[str, torch.dtype]:
+        """What the arrays of a moment are called in a parameter's state, and their dtypes."""
+        return {f"{moment}.{array.name}" if array.name else moment: array.dtype for array in self.arrays}
 
 
-def _load(stored: Tensor) -> Tensor:
-    return stored.to(torch.float32)
+# ----------------------------------------------------------------------------------------------------------------- load and store
 
 
-def _load_sum(stored: Tensor, compensation: Tensor) -> Tensor:
-    return stored.to(torch.float32) + compensation.to(torch.float32)
+def load_fp32(stored):
+    return stored
 
 
-def _store_nearest(value: Tensor, uniform: Tensor | None, *, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    return (value.to(dtype),)
+def store_fp32(value, uniform):
+    return (value,)
 
 
-def _store_sum(value: Tensor, uniform: Tensor | None, *, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    stored = value.to(dtype)
-    return stored, (value - stored.to(torch.float32)).to(dtype)
+def load_bf16(stored):
+    return xp.from_bf16(stored)
 
 
-def _store_stochastic_sum(value: Tensor, uniform: Tensor | None, *, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    stored = value.to(dtype)
-    return stored, *_store_stochastic(value - stored.to(torch.float32), uniform, dtype=dtype)
+def store_bf16(value, uniform):
+    return (xp.to_bf16(value),)
 
 
-def _store_stochastic(value: Tensor, uniform: Tensor | None, *, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Round up in magnitude with a probability equal to the distance from the lower neighbour, in units of the neighbours' distance."""
-    assert uniform is not None, "the format says that it is random"
-    limits = torch.finfo(dtype)
-    magnitude = value.abs()
-    power = (magnitude.view(torch.int32) & 0x7F800000).view(torch.float32)  # the largest power of two that is not above the magnitude
-    spacing = (power * limits.eps).clamp(min=limits.smallest_normal * limits.eps)  # a power of two: nothing below rounds
-    scaled = magnitude / spacing
-    below = scaled.floor()
-    rounded = (below + (uniform < scaled - below)) * spacing
-    return (torch.where(value.isfinite(), torch.copysign(rounded, value), value).to(dtype),)
+def store_bf16_stochastic(value, uniform):
+    return (xp.to_bf16(xp.stochastic_bf16(value, uniform)),)
 
 
-def _formats() -> list[Format]:
-    formats = []
-    for dtype, name in _NAMES.items():
-        nearest = partial(_store_nearest, dtype=dtype)
-        formats.append(Format(name=name, dtype=dtype, load=_load, store=nearest))
-        if dtype != torch.float32:
-            kahan, stochastic = partial(_store_sum, dtype=dtype), partial(_store_stochastic, dtype=dtype)
-            both = partial(_store_stochastic_sum, dtype=dtype)
-            formats += [
-                Format(name=f"{name}_kahan", dtype=dtype, extra=(KAHAN_COMP,), load=_load_sum, store=kahan),
-                Format(name=f"{name}_stochastic", dtype=dtype, is_random=True, load=_load, store=stochastic),
-                Format(name=f"{name}_kahan_stochastic", dtype=dtype, extra=(KAHAN_COMP,), is_random=True, load=_load_sum, store=both),
-            ]
-    return formats
+def load_bf16_kahan(stored, compensation):
+    return xp.from_bf16(stored) + xp.from_bf16(compensation)
 
 
-_OWN = tuple(_formats())
-FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in _OWN}
+def store_bf16_kahan(value, uniform):
+    stored = xp.to_bf16(value)
+    return stored, xp.to_bf16(value - xp.from_bf16(stored))
 
 
-def compiled_format(fmt: Format) -> Format | None:
-    """The format of this file that stores the same bits, whatever `fmt` and its arrays are called; None if there is none.
+def store_bf16_kahan_stochastic(value, uniform):
+    stored = xp.to_bf16(value)
+    return stored, xp.to_bf16(xp.stochastic_bf16(value - xp.from_bf16(stored), uniform))
 
-    Backends that compile know what these do with `dtype`, `extra` and `is_random`, but not what is in other functions `load` and `store`.
-    """
-    return next((own for own in _OWN if own.load is fmt.load and own.store is fmt.store and len(own.extra) == len(fmt.extra)), None)
+
+def load_fp16(stored):
+    return xp.from_fp16(stored)
+
+
+def store_fp16(value, uniform):
+    return (xp.to_fp16(value),)
+
+
+def store_fp16_stochastic(value, uniform):
+    return (xp.to_fp16(xp.stochastic_fp16(value, uniform)),)
+
+
+def load_fp16_kahan(stored, compensation):
+    return xp.from_fp16(stored) + xp.from_fp16(compensation)
+
+
+def store_fp16_kahan(value, uniform):
+    stored = xp.to_fp16(value)
+    return stored, xp.to_fp16(value - xp.from_fp16(stored))
+
+
+def store_fp16_kahan_stochastic(value, uniform):
+    stored = xp.to_fp16(value)
+    return stored, xp.to_fp16(xp.stochastic_fp16(value - xp.from_fp16(stored), uniform))
+
+
+FP32 = (Array(MAIN, torch.float32),)
+BF16 = (Array(MAIN, torch.bfloat16),)
+BF16_KAHAN = (*BF16, Array(KAHAN_COMP, torch.bfloat16))
+FP16 = (Array(MAIN, torch.float16),)
+FP16_KAHAN = (*FP16, Array(KAHAN_COMP, torch.float16))
+
+FORMATS: dict[str, Format] = {
+    fmt.name: fmt
+    for fmt in (
+        Format(name="fp32", arrays=FP32, load=load_fp32, store=store_fp32),
+        Format(name="bf16", arrays=BF16, load=load_bf16, store=store_bf16),
+        Format(name="bf16_kahan", arrays=BF16_KAHAN, load=load_bf16_kahan, store=store_bf16_kahan),
+        Format(name="bf16_stochastic", arrays=BF16, load=load_bf16, store=store_bf16_stochastic, is_random=True),
+        Format(name="bf16_kahan_stochastic", arrays=BF16_KAHAN, load=load_bf16_kahan, store=store_bf16_kahan_stochastic, is_random=True),
+        Format(name="fp16", arrays=FP16, load=load_fp16, store=store_fp16),
+        Format(name="fp16_kahan", arrays=FP16_KAHAN, load=load_fp16_kahan, store=store_fp16_kahan),
+        Format(name="fp16_stochastic", arrays=FP16, load=load_fp16, store=store_fp16_stochastic, is_random=True),
+        Format(name="fp16_kahan_stochastic", arrays=FP16_KAHAN, load=load_fp16_kahan, store=store_fp16_kahan_stochastic, is_random=True),
+    )
+}
+
+# ---------------------------------------------------------------------------------------------------------------------- choosing
+
+_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def format_of(dtype: torch.dtype) -> Format:
@@ -114,6 +169,19 @@ def format_of(dtype: torch.dtype) -> Format:
         known = ", ".join(str(known).removeprefix("torch.") for known in _NAMES)
         raise ValueError(f"dtype {dtype} is not supported (the step computes in float32 and stores {known}); convert with .to(...)")
     return FORMATS[_NAMES[dtype]]
+
+
+def chosen_format(choice: torch.dtype | str) -> Format:
+    """The format of a name, or the one that stores values in one array of a dtype.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not isinstance(choice, str):
+        return format_of(choice)
+    if choice not in FORMATS:
+        raise ValueError(f"there is no storage format {choice!r}; there are {', '.join(FORMATS)}")
+    return FORMATS[choice]
 
 
 def param_format(dtype: torch.dtype, *, kahan_sum: bool | None, stochastic_rounding: bool) -> Format:
@@ -129,3 +197,14 @@ def param_format(dtype: torch.dtype, *, kahan_sum: bool | None, stochastic_round
         return plain
     kahan = not stochastic_rounding if kahan_sum is None else kahan_sum
     return FORMATS[plain.name + ("_kahan" if kahan else "") + ("_stochastic" if stochastic_rounding else "")]
+
+
+def format_beside(dtype: torch.dtype, entries: Collection[str]) -> Format:
+    """A format that loads a parameter whose state has these entries, among them perhaps further arrays of the parameter."""
+    fitting = [fmt for fmt in FORMATS.values() if fmt.dtype == dtype and all(array.name in entries for array in fmt.extra)]
+    return max(fitting, key=lambda fmt: len(fmt.extra))
+
+
+def extra_arrays() -> set[str]:
+    """Names that the further arrays of parameters have in an optimizer's state, whatever the format."""
+    return {array.name for fmt in FORMATS.values() for array in fmt.extra}

@@ -10,7 +10,7 @@ import logging
 import warnings
 from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from operator import attrgetter, is_, itemgetter
 from typing import Any
@@ -20,23 +20,22 @@ from torch import Tensor
 
 from sharded_optim import noise
 from sharded_optim.agreement import Agreement, Rules
-from sharded_optim.algorithms import Algorithm, Statistic
+from sharded_optim.algorithms import Statistic
 from sharded_optim.backends import EAGER, Backend, Column, Operands, addresses_of, choose
 from sharded_optim.coefficients import LrScale, Members, coefficient_table, known_on_host, next_steps
 from sharded_optim.devices import Sent, capturing, keep, send
-from sharded_optim.formats import Format, compiled_format
+from sharded_optim.formats import Format, format_of
 from sharded_optim.grad_scaler import Scaler
 from sharded_optim.metrics import Update
 from sharded_optim.param_groups import hyperparameter_key
 from sharded_optim.sharding import GRADIENT, PARAMETER, Layout, LocalParam, Piece, check_memory
-from sharded_optim.state import STEP, local_of
+from sharded_optim.state import STEP, Choice, local_of
 from sharded_optim.stateful import StatefulOptimizer
 from sharded_optim.statistics import Contribution, FixedPoint
 
 __all__ = ["BackendChoice", "KernelCall", "kernel_calls"]
 
 Group = dict[str, Any]
-Choice = tuple[Algorithm, Format]
 
 SLOW = 1_000_000  # elements, from which on it matters that no backend compiles their step
 LEAVE_PARAMS = {"lr": 0.0, "weight_decay": 0.0}  # hyperparameters with which an update writes state alone
@@ -68,7 +67,7 @@ class KernelCall:
         self.unit = unit
         self.backend = backend
         self._hyperparameters = optimizer.compared
-        self.algorithm, fmt = choice
+        self.algorithm, fmt, state_formats = choice
         self.rows: Sequence[int] = [row for row, _, _, _ in rows]  # of the layout's local parameters
         entries = [entry for _, entry, _, _ in rows]
         self.params = [entry.param for entry in entries]
@@ -77,7 +76,8 @@ class KernelCall:
         self._groups: Sequence[Group] = [rows[owner][2] for owner in owners]
         cut = _Cut(owners, [piece for _, piece in self.pieces]) if any(piece.offset is not None for _, piece in self.pieces) else None
         state = [optimizer.state[param] for param in self.params]
-        self._names = (*fmt.extra, *self.algorithm.state)
+        extra = tuple(array.name for array in fmt.extra)
+        self._names = (*extra, *(key for _, _, entries in choice.moments for key in entries))
         self._param = _Source(entries, PARAMETER, self.params, cut)
         self._grad = _Source(entries, GRADIENT, [grad for _, _, _, grad in rows], cut)
         self._state = [_Source(entries, f"state {name!r}", [values[name] for values in state], cut) for name in self._names]
@@ -85,9 +85,10 @@ class KernelCall:
             segments=[piece.segment for _, piece in self.pieces],
             format=fmt,
             param=self._param.column,
-            extra=tuple(source.column for source in self._state[: len(fmt.extra)]),
+            extra=tuple(source.column for source in self._state[: len(extra)]),
             grad=self._grad.column,
-            state=tuple(source.column for source in self._state[len(fmt.extra) :]),
+            state_formats=state_formats,
+            state=tuple(source.column for source in self._state[len(extra) :]),
         )
         first_piece = layout.first_piece
         self.places = layout.places([first_piece[row] + k for row, entry, _, _ in rows for k in range(len(entry.pieces))], self.device)
@@ -100,6 +101,8 @@ class KernelCall:
         )
         self._firsts = [(self._groups[each[0]], self.pieces[each[0]][0].param) for each in rows_of]  # a parameter of each group
         self._fixed_point: Sent[FixedPoint] = Sent()
+        stored = zip((PARAMETER, *self.algorithm.state), self.operands.formats, strict=True)
+        self._random = [name for name, stored_in in stored if stored_in.is_random]  # what is rounded at random
         self._sources: Sent[Tensor] = Sent()  # of random numbers
         backend.prepare(self.algorithm, self.operands)
         self._owners = None if cut is None else send(torch.tensor(owners, device="cpu"), self.device)
@@ -107,7 +110,7 @@ class KernelCall:
         self._counters: list[Tensor] = []
         self._take_counters_home(optimizer, state)
         self._log = optimizer.compensation_log
-        self._drop_stale_compensation([[values[name] for values in state] for name in fmt.extra])
+        self._drop_stale_compensation([[values[name] for values in state] for name in extra])
         self._early: tuple[Any, Contribution] | None = None
 
     @property
@@ -132,7 +135,7 @@ class KernelCall:
             ValueError: a gradient, or state, that cannot be used.
         """
         for group, param in self._firsts:
-            algorithm, fmt = optimizer.choice_of(param, group)
+            algorithm, fmt, _ = optimizer.choice_of(param, group)
             if algorithm.name != self.algorithm.name or fmt is not self.operands.format:
                 return False
         state: list[Any] = list(map(optimizer.state.get, self.params))
@@ -190,6 +193,7 @@ class KernelCall:
             algorithm=self.algorithm,
             pieces=self.pieces,
             format=self.operands.format,
+            state_formats=self.operands.state_formats,
             coefficients=table,
             proceed=happens,
             grad_scale=grad_scale,
@@ -254,13 +258,17 @@ class KernelCall:
         return result
 
     def _noise_keys(self) -> Tensor | None:
-        """What stochastic rounding draws with in this step: int64 (operands,)."""
-        if not self.operands.format.is_random:
+        """What stochastic rounding draws with in this step: int64 (operands, parameters or moments that are rounded so)."""
+        if not self._random:
             return None
         seeds = [group["rounding_seed"] for group in self._groups]
-        names = [segment.name for segment in self.operands.segments]
-        sources = self._sources.of(seeds, self.device, lambda: send(noise.sources(seeds, names), self.device))
-        return noise.keys(sources, next_steps(self.steps))
+
+        def make() -> Tensor:
+            names = [segment.name for segment in self.operands.segments]
+            of_each = [noise.sources(seeds, [_source_name(name, what) for name in names]) for what in self._random]
+            return send(torch.stack(of_each, dim=1), self.device)
+
+        return noise.keys(self._sources.of(seeds, self.device, make), next_steps(self.steps).view(-1, 1))
 
     def _drop_stale_compensation(self, compensations: Sequence[Sequence[Tensor]]) -> None:
         """Of each further array of the format, as it is in the state of `params`."""
@@ -294,6 +302,11 @@ class KernelCall:
     def _counters_are_home(self) -> bool:
         first, size = self._steps.data_ptr(), self._steps.element_size()
         return addresses_of(self._counters).tolist() == list(range(first, first + size * len(self._counters), size))
+
+
+def _source_name(tensor: str, what: str) -> str:
+    """What tells the random numbers of a parameter, which has them under the tensor's name, from those of its moments."""
+    return tensor if what == PARAMETER else f"{tensor}\n{what}"
 
 
 class _Cut:
@@ -429,7 +442,7 @@ def _group_of(rows_of: Sequence[Sequence[int]]) -> Tensor:
 
 
 class BackendChoice:
-    """Chooses a backend for each combination of device, dtypes and format that an optimizer steps.
+    """Chooses a backend for each combination of device and dtypes that an optimizer steps.
 
     Args:
         names: of the backends that may run, the preferred first.
@@ -437,13 +450,13 @@ class BackendChoice:
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = names
-        self._chosen: dict[tuple[torch.device, frozenset[torch.dtype], Format], Backend] = {}
+        self._chosen: dict[tuple[torch.device, frozenset[torch.dtype]], Backend] = {}
 
     def __str__(self) -> str:
         running = {backend.name for backend in self._chosen.values()}
         return ", ".join(sorted(running)) or f"{' or '.join(self.names)}, chosen in the first step"
 
-    def of(self, param: Tensor, dtypes: Sequence[torch.dtype], fmt: Format, optimizer: str) -> Backend:
+    def of(self, param: Tensor, dtypes: Sequence[torch.dtype], optimizer: str) -> Backend:
         """The backend that steps a parameter.
 
         Args:
@@ -453,13 +466,37 @@ class BackendChoice:
         Raises:
             ValueError: all decline.
         """
-        key = (param.device, frozenset((param.dtype, *dtypes)), fmt)
+        key = (param.device, frozenset((param.dtype, *dtypes)))
         if key not in self._chosen:
             self._chosen[key], declined = choose(self.names, *key)
             what = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in key[1]))
             why = f" ({'; '.join(declined)})" if declined else ""
             logger.info("%s steps %s on %s with the %s backend%s", optimizer, what, key[0], self._chosen[key].name, why)
         return self._chosen[key]
+
+
+def _as_found(choice: Choice, state: Mapping[str, Any], entry: LocalParam) -> Choice:
+    """The choice for a parameter, with moments as they are stored: where one array was put there in another dtype, in its plain format.
+
+    Raises:
+        ValueError: an array is of another dtype than its format's.
+    """
+    for name, dtype in choice.format.extra:
+        if state[name].dtype != dtype:
+            raise ValueError(
+                f"{name!r} of {entry.name!r} has dtype {state[name].dtype}, the parameter {choice.format.dtype}, with which the format "
+                f"{choice.format.name!r} stores it in {dtype}; convert it"
+            )
+    found: list[Format] = []
+    for _, fmt, entries in choice.moments:
+        others = {key: state[key].dtype for key, dtype in entries.items() if state[key].dtype != dtype}
+        for key, dtype in others.items():
+            if len(entries) > 1:
+                raise ValueError(
+                    f"{key!r} of {entry.name!r} has dtype {dtype}, the format {fmt.name!r} stores it in {entries[key]}; convert it"
+                )
+        found.append(format_of(*others.values()) if others else fmt)
+    return choice._replace(state_formats=tuple(found))
 
 
 def kernel_calls(
@@ -482,16 +519,13 @@ def kernel_calls(
     for index, (entry, group, grad) in enumerate(zip(layout.local_params, groups, grads, strict=True)):
         if grad is None or not entry.pieces:
             continue
-        algorithm, fmt = optimizer.choice_of(entry.param, group)
         state = optimizer.complete_state(entry.param, group, entry.name)
-        for name in fmt.extra:
-            if state[name].dtype != fmt.dtype:
-                raise ValueError(f"{name!r} of {entry.name!r} has dtype {state[name].dtype}, the parameter {fmt.dtype}; make both alike")
-        dtypes = tuple(tensor.dtype for tensor in (grad, *(state[name] for name in algorithm.state)))
-        backend = backends.of(entry.param, dtypes, fmt, type(optimizer).__name__)
+        choice = _as_found(optimizer.choice_of(entry.param, group), state, entry)
+        dtypes = (grad.dtype, *(state[name].dtype for name in choice.algorithm.state))
+        backend = backends.of(entry.param, dtypes, type(optimizer).__name__)
         alone = None if together else id(entry.param)
-        key = (units.get(entry.param, 0), entry.param.device, backend.name, algorithm.name, fmt.name, dtypes, alone)
-        choices[key] = backend, (algorithm, fmt)
+        key = (units.get(entry.param, 0), entry.param.device, backend.name, choice.algorithm.name, choice[1:], grad.dtype, alone)
+        choices[key] = backend, choice
         rows.setdefault(key, []).append((index, entry, group, grad))
     if "cpu" in backends.names:
         _warn_if_slow([(entry, *choices[key]) for key, members in rows.items() for _, entry, _, _ in members])
@@ -502,8 +536,8 @@ def _warn_if_slow(stepped: Sequence[tuple[LocalParam, Backend, Choice]]) -> None
     """Where many elements are on the CPU and the package is missing that compiles their step."""
     slow = sum(
         piece.segment.numel
-        for entry, backend, (_, fmt) in stepped
-        if entry.param.device.type == "cpu" and backend.name == EAGER and compiled_format(fmt) is not None
+        for entry, backend, _ in stepped
+        if entry.param.device.type == "cpu" and backend.name == EAGER
         for piece in entry.pieces
     )
     if slow > SLOW:

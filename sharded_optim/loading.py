@@ -8,18 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharded_optim.algorithms import Choose
 from sharded_optim.algorithms.hyperparameters import Hyperparameter, Switch
-from sharded_optim.formats import KAHAN_COMP
+from sharded_optim.formats import extra_arrays
 from sharded_optim.param_groups import named_params
-from sharded_optim.state import STEP, zeros
+from sharded_optim.state import STEP, Choice, zeros
 
-__all__ = ["Dtypes", "check_family", "check_sizes", "check_state", "restore_groups", "restore_state"]
+__all__ = ["ChoiceOf", "check_family", "check_sizes", "check_state", "restore_groups", "restore_state"]
 
 WAY_OUT = "load it into the class that saved it, or one of its family, which has the same hyperparameters and state"
 
-# (parameter, its param group) -> the storage dtype of each entry of its state but the step
-Dtypes = Callable[[Tensor, Mapping[str, Any]], dict[str, torch.dtype]]
+ChoiceOf = Callable[[Tensor, Mapping[str, Any]], Choice]  # (parameter, its param group)
 
 
 def _saved_states(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> list[tuple[Tensor, str, dict[str, Any], dict[str, Any]]]:
@@ -54,17 +52,28 @@ def check_family(state_dict: dict[str, Any], foreign: Mapping[str, Hyperparamete
                 raise ValueError(f"the state dict's param_groups[{index}] has {key!r}, which this optimizer has not; {WAY_OUT}")
 
 
-def check_state(groups: list[dict[str, Any]], state_dict: dict[str, Any], dtypes: Dtypes, choose: Choose, moments: Set[str]) -> None:
+def check_state(groups: list[dict[str, Any]], state_dict: dict[str, Any], choice_of: ChoiceOf, moments: Set[str]) -> None:
     """Raise ValueError, before anything is loaded, for saved state that does not fit `groups` as they are going to be.
 
     Args:
         moments: names of the state of all algorithms.
     """
     for param, name, group, state in _saved_states(groups, state_dict):
-        expected, algorithm = dtypes(param, group), choose(group)
+        choice = choice_of(param, group)
+        algorithm, expected = choice.algorithm, choice.entries
         strange = moments & state.keys() - set(algorithm.state) - algorithm.unused
+        may_begin = choice.may_begin(state.keys())
+        for moment, fmt, entries in choice.moments:
+            found = {key: state[key].dtype for key in state if key == moment or str(key).startswith(f"{moment}.")}
+            if _is_value(found, moment):
+                may_begin |= entries.keys()
+            elif found and found != entries:
+                raise ValueError(
+                    f"the saved state of {name!r} has {_listed(found)}, where the format {fmt.name!r} has {_listed(entries)}; load it "
+                    f"into an optimizer with the state_dtype that it was saved with"
+                )
         for key in (*expected, STEP):
-            if key not in state and (strange or key not in algorithm.late | {KAHAN_COMP}):
+            if key not in state and (strange or key not in may_begin):
                 raise ValueError(
                     f"the saved state of {name!r} lacks {key!r} (it has {', '.join(map(str, state))}); it is another optimizer's: {WAY_OUT}"
                 )
@@ -84,6 +93,15 @@ def check_state(groups: list[dict[str, Any]], state_dict: dict[str, Any], dtypes
                 raise ValueError(f"saved {key!r} of {name!r} has shape {tuple(state[key].shape)}, the parameter {tuple(param.shape)}")
 
 
+def _is_value(found: Mapping[str, torch.dtype], moment: str) -> bool:
+    """Whether what is saved of a moment is its value, in one array, which any format can store."""
+    return found.keys() == {moment} and found[moment].is_floating_point
+
+
+def _listed(arrays: Mapping[str, torch.dtype]) -> str:
+    return ", ".join(f"{key!r} of {dtype}" for key, dtype in arrays.items())
+
+
 def restore_groups(groups: list[dict[str, Any]], before: list[dict[str, Any]]) -> None:
     """Give back the keys that the saved groups lacked; torch drops them."""
     for group, old in zip(groups, before, strict=True):
@@ -93,19 +111,26 @@ def restore_groups(groups: list[dict[str, Any]], before: list[dict[str, Any]]) -
             group["betas"] = tuple(group["betas"])
 
 
-def restore_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any], dtypes: Dtypes) -> None:
-    """Set each state as it was saved, in its storage dtype: torch's load casts all of it to the parameter's (pytorch#43706).
+def restore_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any], choice_of: ChoiceOf) -> None:
+    """Set each state as it was saved, in its format: torch's load casts all of it to the parameter's dtype (pytorch#43706).
 
-    What the saved state lacks begins as zeros; a Kahan compensation that the parameter's format has not is dropped.
+    What the saved state lacks begins as zeros; arrays beside a parameter that its format has not are dropped.
     """
     for param, _, group, saved in _saved_states(optimizer.param_groups, state_dict):
         state = optimizer.state[param]
-        expected = dtypes(param, group)
-        if KAHAN_COMP not in expected:
-            state.pop(KAHAN_COMP, None)
-        for key, dtype in expected.items():
+        choice = choice_of(param, group)
+        for key in extra_arrays() - choice.entries.keys():
+            state.pop(key, None)
+        arrays = {array.name: saved[array.name] for array in choice.format.extra if array.name in saved}
+        for moment, fmt, entries in choice.moments:
+            if all(key in saved and saved[key].dtype == dtype for key, dtype in entries.items()):
+                arrays |= {key: saved[key] for key in entries}
+            elif moment in saved:
+                value = saved[moment].detach().to(torch.float32)
+                arrays |= dict(zip(entries, fmt.store(value, 0.5), strict=True))  # what is random is rounded to nearest
+        for key, dtype in choice.entries.items():
             state[key] = zeros(param, dtype)
-            if key in saved:
-                state[key].copy_(saved[key].detach())
+            if key in arrays:
+                state[key].copy_(arrays[key].detach())
         step = saved[STEP] if isinstance(saved[STEP], Tensor) else torch.tensor(saved[STEP], dtype=torch.float32, device="cpu")
         state[STEP] = step.to(param.device, torch.float32, copy=True).reshape(())

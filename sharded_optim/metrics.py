@@ -13,7 +13,7 @@ from the new one, in float64, with the coefficients that the step used; a schedu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,7 @@ class Update:
     algorithm: Algorithm
     pieces: Sequence[tuple[LocalParam, Piece]]  # what each row of the coefficients is of
     format: Format  # of the parameters
+    state_formats: Sequence[Format]  # of each of algorithm.state
     coefficients: Tensor  # fp32 (pieces, coefficients of algorithm.update)
     proceed: Tensor | None  # as the backend was given
     grad_scale: Tensor | None
@@ -68,11 +69,15 @@ def report(entry: LocalParam, piece: Piece, state: dict[str, Any], last: tuple[U
     def values_of(tensor: Tensor, role: str) -> Tensor:
         return piece.of(entry.local(tensor, role)).detach()
 
+    def arrays_of(names: Iterable[str]) -> list[Tensor]:
+        return [values_of(state[name], "state") for name in names]
+
     update, row = last if last is not None else (None, 0)
     local = values_of(entry.param, "parameter")
     fmt = format_of(local.dtype) if update is None else update.format
-    vectors = {"param": fmt.load(local, *(values_of(state[name], "state") for name in fmt.extra)).double()}
-    moments = [values_of(state[name], "state").double() for name in update.algorithm.state] if update is not None else []
+    vectors = {"param": fmt.load(local, *arrays_of(array.name for array in fmt.extra)).double()}
+    stored = zip(update.algorithm.state, update.state_formats, strict=True) if update is not None else ()
+    moments = [each.load(*arrays_of(each.entries(name))).double() for name, each in stored]
     if moments:
         vectors["moment"] = moments[0]
     if entry.param.grad is not None and not is_partial(entry.param.grad):  # to reduce it is a collective

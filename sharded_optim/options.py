@@ -64,8 +64,8 @@ def check_max_skipped_steps(most: Any) -> None:
 class EngineOptions(TypedDict, total=False):
     """Keyword-only options of every optimizer.
 
-    state_dtype: storage dtype of the moments: float32 (the default, also for low-precision parameters), or bfloat16, whose rounding
-        wants beta2 <= 0.996.
+    state_dtype: storage of the moments: float32 (the default, also for low-precision parameters), or bfloat16, whose rounding wants
+        beta2 <= 0.996; or the name of a storage format, as "bf16_stochastic" (docs/low-precision.md).
     backend: "cpu", "triton" or "eager"; "auto", the default, picks the first of them that supports the device and dtypes. The same bits.
     nonfinite: what a step does when a gradient on any rank is not finite, or too large to be squared in fp32.
         "skip": no rank steps; parameters, state and step counters stay as they are, bit for bit.
@@ -86,7 +86,7 @@ class EngineOptions(TypedDict, total=False):
         ordinary tensors and DTensors, and set by `deepspeed.initialize` and `deepspeed.attach` for DeepSpeed.
     """
 
-    state_dtype: torch.dtype | None
+    state_dtype: torch.dtype | str | None
     backend: str
     nonfinite: NonFinite | None
     max_skipped_steps: int | None

@@ -16,6 +16,7 @@ from torch import Tensor
 from sharded_optim.algorithms.hyperparameters import comparable, on_host
 from sharded_optim.algorithms.scalars import known_on_host
 from sharded_optim.algorithms.weight_decay import DECOUPLED, L2, form_of
+from sharded_optim.formats import FORMATS, chosen_format
 
 __all__ = [
     "check_state_dtype",
@@ -34,14 +35,17 @@ HIGH_DECAY = 1e-3  # from which on Composer and optimi warn
 BF16_HALF_ULP = 2.0**-8  # relative, at worst
 
 
-def check_state_dtype(dtype: torch.dtype, values: dict[str, Any], where: str) -> None:
+def check_state_dtype(choice: torch.dtype | str, values: dict[str, Any], where: str) -> None:
     """Raise ValueError for a storage of the moments that would be silently wrong."""
-    if dtype not in (torch.float32, torch.bfloat16):
+    known = choice in FORMATS if isinstance(choice, str) else choice in (torch.float32, torch.bfloat16)
+    if not known or chosen_format(choice).dtype == torch.float16:
+        names = ", ".join(repr(name) for name, fmt in FORMATS.items() if fmt.dtype != torch.float16)
         raise ValueError(
-            f"state_dtype must be torch.float32 or torch.bfloat16, got {dtype}: a second moment overflows or vanishes in float16"
+            f"state_dtype must be torch.float32 or torch.bfloat16, got {choice}: a second moment overflows or vanishes in float16. Or it "
+            f"is the name of a storage format: {names}"
         )
     *_, beta2 = values.get("betas", (0.0, 0.0))
-    if dtype == torch.bfloat16 and 1.0 - beta2 < BF16_HALF_ULP:
+    if chosen_format(choice) is FORMATS["bf16"] and 1.0 - beta2 < BF16_HALF_ULP:
         raise ValueError(
             f"state_dtype=torch.bfloat16 needs beta2 <= {1.0 - BF16_HALF_ULP:.4f}, got {beta2} in {where}: a step would change the second "
             f"moment by less than its rounding, so that it never falls; lower beta2 or keep the moments in float32"

@@ -19,6 +19,7 @@ from sharded_optim import optimizers
 from sharded_optim.algorithms import Algorithm
 from sharded_optim.buckets import IN_FLIGHT, BucketPlan, Size, default_bucket_bytes, plan_buckets
 from sharded_optim.consensus import SECTIONS, TAIL
+from sharded_optim.formats import FORMATS, param_format
 from sharded_optim.shapes import Model, Shape
 
 __all__ = [
@@ -39,8 +40,8 @@ __all__ = [
     "time_of",
 ]
 
-FP32 = 4  # bytes
-DTYPES: Mapping[str, int] = {"fp32": FP32, "bf16": 2, "fp16": 2}
+DTYPES: Mapping[str, int] = {name: FORMATS[name].itemsize for name in ("fp32", "bf16", "fp16")}  # bytes
+FP32 = DTYPES["fp32"]
 MASTERS = ("fp32", "kahan", "none")
 BACKENDS = ("nccl", "gloo")
 OPTIMIZERS: Mapping[str, Algorithm] = {  # by class, and where an argument asks for it by `class+argument`
@@ -114,7 +115,10 @@ class Setup:
     @property
     def master_itemsize(self) -> int:
         """Bytes that are kept beside each element of a parameter."""
-        return 0 if self.itemsize == FP32 or self.masters == "none" else FP32 if self.has_masters else self.itemsize
+        if self.has_masters:
+            return FP32
+        stored = param_format(FORMATS[self.dtype].dtype, kahan_sum=self.masters == "kahan", stochastic_rounding=False)
+        return stored.itemsize - self.itemsize
 
     @property
     def moments_itemsize(self) -> int:

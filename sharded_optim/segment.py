@@ -138,11 +138,6 @@ class Overlap:
         source, target = self._views(source, target)
         target.copy_(source)
 
-    def add(self, source: Tensor, target: Tensor) -> None:
-        """Add those of one buffer to those of the other, both 1-D and contiguous: in float32, and rounded to the target's dtype."""
-        source, target = self._views(source, target)
-        target.copy_(target.float() + source.float())
-
     def _views(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         if self.count == 1:
             return source[self.source : self.source + self.run], target[self.target : self.target + self.run]

@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
 from sharded_optim import memory
+from sharded_optim.algorithms import Algorithm
+from sharded_optim.formats import Format
 
 __all__ = [
     "STEP",
     "Asked",
+    "Choice",
     "State",
     "asked_by_distributed_checkpoint",
     "called_to_allocate",
@@ -32,6 +35,33 @@ __all__ = [
 ]
 
 STEP = "step"
+
+
+class Choice(NamedTuple):
+    """What steps a parameter, and how it and its moments are stored."""
+
+    algorithm: Algorithm
+    format: Format  # of the parameter
+    state_formats: tuple[Format, ...]  # of each of algorithm.state
+
+    @property
+    def entries(self) -> dict[str, torch.dtype]:
+        """What the parameter's state has besides its step counter: arrays by name, with their dtypes."""
+        return {key: dtype for _, _, entries in self.moments for key, dtype in entries.items()} | dict(self.format.extra)
+
+    @property
+    def moments(self) -> list[tuple[str, Format, dict[str, torch.dtype]]]:
+        """Each of algorithm.state, its format, and its entries."""
+        return [(name, fmt, fmt.entries(name)) for name, fmt in zip(self.algorithm.state, self.state_formats, strict=True)]
+
+    def may_begin(self, there: Collection[str]) -> set[str]:
+        """Entries that may be zeros when others have long begun: arrays beside a parameter, and late moments.
+
+        Args:
+            there: the entries that have begun. A moment of which some arrays have begun needs the others too.
+        """
+        late = [entries for name, _, entries in self.moments if name in self.algorithm.late and entries.keys().isdisjoint(there)]
+        return {array.name for array in self.format.extra}.union(*late)
 
 
 class Allocator(Protocol):

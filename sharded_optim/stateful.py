@@ -14,11 +14,11 @@ from sharded_optim import foreign_state, loading, param_groups
 from sharded_optim.algorithms import Algorithm, Choose
 from sharded_optim.algorithms.hyperparameters import COMMON, Hyperparameter, Unsupported
 from sharded_optim.compensation import CompensationLog
-from sharded_optim.formats import KAHAN_COMP, Format, param_format
+from sharded_optim.formats import Format, chosen_format, extra_arrays, param_format
 from sharded_optim.options import Params
 from sharded_optim.param_index import ParamIndex
 from sharded_optim.sharding import FlatLayout, LocalParam, describe
-from sharded_optim.state import STEP, State, called_to_allocate, fsdp1_that_offloads_whole_state, new_state, zeros
+from sharded_optim.state import STEP, Choice, State, called_to_allocate, fsdp1_that_offloads_whole_state, new_state, zeros
 
 __all__ = ["StatefulOptimizer"]
 
@@ -47,7 +47,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         params: as for every torch optimizer: tensors, (name, tensor) tuples, or dicts of param groups.
         defaults: hyperparameters of the param groups.
         algorithm: chooses the math of a param group, which says what state it needs.
-        state_dtype: storage dtype of the moments.
+        state_dtype: storage of the moments: a dtype, or the name of a format.
         max_lr: reference learning rate of groups that do not bring their own `max_lr`; None takes each group's `lr`.
         layout: of parameters that a wrapper has flattened.
 
@@ -69,7 +69,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         defaults: dict[str, Any],
         *,
         algorithm: Choose,
-        state_dtype: torch.dtype,
+        state_dtype: torch.dtype | str,
         max_lr: float | None,
         layout: FlatLayout | None,
     ) -> None:
@@ -215,7 +215,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
     def new_state(self, param: Tensor) -> dict[str, Any]:
         """State of a parameter that has none yet, as `self.state` asks for it."""
-        return new_state(param, self._state_dtypes(param, self._group_with(param) or self.param_groups[0]))
+        return new_state(param, self.choice_of(param, self._group_with(param) or self.param_groups[0]).entries)
 
     def _group_with(self, param: Tensor) -> dict[str, Any] | None:
         place = self._index.place_of(self.param_groups, param)
@@ -227,28 +227,24 @@ class StatefulOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: something is missing that cannot begin now.
         """
-        dtypes = self._state_dtypes(param, group)
+        choice = self.choice_of(param, group)
         if not self.state.get(param):  # torch's optimizers too take empty state as none
-            self.state[param] = new_state(param, dtypes)
+            self.state[param] = new_state(param, choice.entries)
         state = self.state[param]
         if STEP not in state:
             raise ValueError(f"the state of {name!r} lacks {STEP!r} (it has {', '.join(map(str, state))}); delete it, or load a full state")
-        if KAHAN_COMP in state and KAHAN_COMP not in dtypes:
-            del state[KAHAN_COMP]  # of a value that is about to change
-        for key, dtype in dtypes.items():
+        for key in extra_arrays() & state.keys() - choice.entries.keys():
+            del state[key]  # of a value that is about to change
+        may_begin = choice.may_begin(state.keys())
+        for key, dtype in choice.entries.items():
             if key not in state:
-                if key not in self._choose(group).late | {KAHAN_COMP} and state[STEP] > 0:
+                if key not in may_begin and state[STEP] > 0:
                     raise ValueError(
                         f"the state of {name!r} lacks {key!r} after {int(state[STEP])} steps, and it cannot begin late; load a full state, "
                         f"or choose at construction what needs it"
                     )
                 state[key] = zeros(param, dtype)
         return state
-
-    def _state_dtypes(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, torch.dtype]:
-        """The storage dtype of each entry of a parameter's state but its step."""
-        algorithm, fmt = self.choice_of(param, group)
-        return dict.fromkeys(algorithm.state, self.state_dtype) | dict.fromkeys(fmt.extra, fmt.dtype)
 
     @cached_property
     def compared(self) -> frozenset[str]:
@@ -287,16 +283,23 @@ class StatefulOptimizer(torch.optim.Optimizer):
             known = zip(values, passed, strict=True)
             self._passed[where] = [value if value is before or _is_immutable(value) else MUTABLE for value, before in known]
 
-    def choice_of(self, param: Tensor, group: Mapping[str, Any]) -> tuple[Algorithm, Format]:
-        """What a param group's hyperparameters choose for one of its parameters."""
+    @property
+    def state_format(self) -> Format:
+        """How the moments are stored."""
+        return chosen_format(self.state_dtype)
+
+    def choice_of(self, param: Tensor, group: Mapping[str, Any]) -> Choice:
+        """What the options choose for a parameter of a param group."""
+        algorithm = self._choose(group)
         fmt = param_format(param.dtype, kahan_sum=group["kahan_sum"], stochastic_rounding=group["stochastic_rounding"])
-        return self._choose(group), fmt
+        return Choice(algorithm, fmt, (self.state_format,) * len(algorithm.state))
 
     # ------------------------------------------------------------------------------------------------------------- state dicts
 
     def drop_stale_compensation(self) -> None:
         """Zero the Kahan compensations of parameters that were written since the last step, before state is read together with them."""
-        rows = [(param, state[KAHAN_COMP]) for param, state in self.state.items() if KAHAN_COMP in state]
+        names = extra_arrays()
+        rows = [(param, state[key]) for param, state in self.state.items() for key in names & state.keys()]
         self.compensation_log.drop_stale([param for param, _ in rows], [compensation for _, compensation in rows])
 
     def state_dict(self) -> dict[str, Any]:
@@ -314,7 +317,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, but all or nothing, with moments kept in `state_dtype`, and with group keys the saved state lacks kept as they are.
+        """As in torch, but all or nothing, with moments stored as in `state_dtype`, and group keys the saved state lacks kept as they are.
 
         State of torch's Adam, AdamW and SGD, of Composer's and of optimi's optimizers is recognised and continued; see `foreign_state.py`.
 
@@ -334,7 +337,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
                 merged.append(own | group | {"params": own["params"]})
                 self._check_group(merged[-1], where, scheduled=True)
             moments = {name for optimizer in _classes() for algorithm in optimizer.algorithms.values() for name in algorithm.state}
-            loading.check_state(merged, saved, self._state_dtypes, self._choose, moments)
+            loading.check_state(merged, saved, self.choice_of, moments)
             loading.check_family(saved, self.foreign_hyperparameters())
             incoming.update(saved)
             return saved
@@ -342,7 +345,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         def restore(_: torch.optim.Optimizer) -> None:
             loading.restore_groups(self.param_groups, before)
             self._given = [each._replace(group=self.param_groups[index]) for index, each in given.items()]
-            loading.restore_state(self, incoming, self._state_dtypes)
+            loading.restore_state(self, incoming, self.choice_of)
 
         # After the users' pre-hooks, which may convert the state dict, and before their post-hooks, which may look at the result.
         hooks = [self.register_load_state_dict_pre_hook(prepare), self.register_load_state_dict_post_hook(restore, prepend=True)]

@@ -12,7 +12,7 @@ from torch import Tensor
 from sharded_optim.algorithms import Algorithm
 from sharded_optim.algorithms.weight_decay import COUPLED
 from sharded_optim.backends import Backend, Column, Operands, eager
-from sharded_optim.formats import FORMATS
+from sharded_optim.formats import FORMATS, Format
 from sharded_optim.optimizers.stable_adamw import STABLE_ADAMW
 from sharded_optim.segment import Segment
 
@@ -28,7 +28,6 @@ GROUP: dict[str, Any] = {
     "dampening": 0.0,
     "nesterov": True,
 }
-DTYPES = {name: FORMATS[name].dtype for name in ("fp32", "bf16", "fp16")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +37,7 @@ class Case:
     algorithm: Algorithm
     fmt: str = "fp32"
     grad: str = "fp32"
-    state: str = "fp32"
+    state: str = "fp32"  # format of every moment
     seed: int = 1
     shapes: Sequence[tuple[int, ...]] | None = None  # None: awkward ones
     magnitude: float = 1.0  # of the gradients
@@ -48,22 +47,38 @@ class Case:
 
     def operands(self, device: str = "cpu") -> Operands:
         generator = torch.Generator().manual_seed(self.seed)
-        fmt = FORMATS[self.fmt]
+        fmt, state_format = FORMATS[self.fmt], FORMATS[self.state]
 
         def column(dtype: torch.dtype, scale: float, *, positive: bool = False, gradient: bool = False) -> Column:
             tensors = [random(generator, shape, scale) for shape in self.shapes] if self.shapes else awkward(generator, scale, gradient)
             return Column([moved(tensor.abs() if positive else tensor, dtype, device) for tensor in tensors])
 
-        grad = column(DTYPES[self.grad], self.magnitude, gradient=True)
+        grad = column(FORMATS[self.grad].dtype, self.magnitude, gradient=True)
         if self.spoiled is not None:
             grad.tensors[2].view(-1)[-1] = self.spoiled
         param = column(fmt.dtype, self.size)
-        extra = tuple(column(fmt.dtype, self.size * 2.0**-9) for _ in fmt.extra)
-        state = tuple(column(DTYPES[self.state], 0.3, positive="sq" in name) for name in self.algorithm.state)
+        extra = tuple(column(array.dtype, self.size * 2.0**-9) for array in fmt.extra)
+        state = tuple(
+            column(array.dtype, 0.3 * 2.0 ** (-9 * number), positive="sq" in name)
+            for name in self.algorithm.state
+            for number, array in enumerate(state_format.arrays)
+        )
         if self.spoiled_state is not None:
             state[-1].tensors[2].view(-1)[-1] = self.spoiled_state
         segments = [segment_of(row, tensor.shape) for row, tensor in enumerate(param.tensors)]
-        return Operands(segments=segments, format=fmt, param=param, extra=extra, grad=grad, state=state)
+        state_formats = (state_format,) * len(self.algorithm.state)
+        return Operands(segments=segments, format=fmt, param=param, extra=extra, grad=grad, state_formats=state_formats, state=state)
+
+    @property
+    def kernel_formats(self) -> tuple[tuple[Format, ...], Format]:
+        """Of what an update stores, and of the gradients."""
+        return (FORMATS[self.fmt], *(FORMATS[self.state] for _ in self.algorithm.state)), FORMATS[self.grad]
+
+    def keys(self, operands: Operands) -> Tensor | None:
+        """What random numbers are drawn with; None where none are."""
+        count = sum(fmt.is_random for fmt in operands.formats)
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.randint(-(2**63), 2**63 - 1, (len(operands), count), generator=generator) if count else None
 
     def coefficients(self, operands: Operands, group: dict[str, Any], step: int = 3) -> Tensor:
         rows = [self.algorithm.coefficients(group | {"lr": group["lr"] * (1 + row)}, step, 1.0) for row in range(len(operands))]
@@ -114,7 +129,7 @@ def assert_same(actual: Tensor, expected: Tensor, name: str) -> None:
     """The same bits, but for those of NaN, of which backends may choose."""
     actual = actual.cpu()
     assert torch.equal(actual.isnan(), expected.isnan()), name
-    bits = {4: torch.int32, 2: torch.int16}[expected.element_size()]
+    bits = {4: torch.int32, 2: torch.int16, 1: torch.int8}[expected.element_size()]
     finite = ~expected.isnan()
     assert torch.equal(actual[finite].view(bits), expected[finite].view(bits)), f"{name} of {tuple(expected.shape)}"
 
@@ -138,7 +153,7 @@ def assert_same_update(
     results = []
     for each in (eager.BACKEND, backend):
         operands = case.operands()
-        keys = torch.randint(-(2**63), 2**63 - 1, (len(operands),), generator=torch.Generator().manual_seed(case.seed))
+        keys = case.keys(operands)
         for step in range(steps):
             each.update(
                 case.algorithm,
@@ -146,7 +161,7 @@ def assert_same_update(
                 case.coefficients(operands, group, step + 1),
                 None if proceed is None else torch.tensor(proceed),
                 None if grad_scale is None else torch.tensor(grad_scale),
-                keys + step if operands.format.is_random else None,
+                None if keys is None else keys + step,
             )
         results.append(operands)
     expected, actual = results

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import sharded_optim as so
+from sharded_optim.sharding import Layout
 
 CLASSES = [so.Adam, so.AdamW, so.StableAdamW, so.DecoupledAdamW, so.DecoupledSGDW]
 SHAPES = ((7, 3), (), (5,), (0,), (64, 8))
@@ -116,7 +117,7 @@ def test_what_is_kept_of_sets_that_are_stepped_alone_is_bounded() -> None:
         subset = [param for bit, param in enumerate(params) if number >> bit & 1]
         give_grads(subset, number)
         optimizer.step(param=subset)
-    kept = [each for each in gc.get_objects() if type(each).__name__ == "Layout" and any(p is q for p in each.params for q in params)]
+    kept = [each for each in gc.get_objects() if type(each) is Layout and any(p is q for p in each.params for q in params)]
     assert len(kept) <= 8 * len(params) + 1
     assert len(list(optimizer._sets)) <= 8 * len(params) + 1
     assert optimizer.metrics()["rms/w7"] > 0

@@ -91,7 +91,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
             mode.read |= {storage(each) for each in arguments if isinstance(each, Tensor)}
 
         monkeypatch.setattr(triton.runtime.JITFunction, "run", run)
-        monkeypatch.setattr(backend.Triton, "supports", lambda self, device, dtypes, fmt=None: None)
+        monkeypatch.setattr(backend.Triton, "supports", lambda self, device, dtypes: None)
         monkeypatch.setattr(backend, "on", lambda device: contextlib.nullcontext())
         monkeypatch.setattr(torch, "Event", Event)
         yield mode

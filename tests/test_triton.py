@@ -52,6 +52,8 @@ UPDATES += [
     Case(algorithm=ADAM, grad="bf16", state="bf16"),
     Case(algorithm=ADAM, fmt="bf16_kahan", state="bf16"),
     Case(algorithm=ADAM, fmt="bf16_kahan_stochastic", grad="bf16", state="bf16"),
+    Case(algorithm=ADAM, grad="bf16", state="bf16_kahan"),
+    Case(algorithm=ADAM, fmt="bf16_stochastic", state="bf16_kahan_stochastic"),
     Case(algorithm=MOMENTUM, fmt="fp16_kahan_stochastic", grad="fp16"),
 ]
 
@@ -69,7 +71,7 @@ def test_an_update_gives_the_bits_of_the_eager_backend(case: Case) -> None:
 
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("grad", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("state", ["fp32", "bf16"])
+@pytest.mark.parametrize("state", ["fp32", "bf16", "bf16_kahan"])
 def test_an_observation_gives_the_sums_of_the_eager_backend(grad: str, state: str) -> None:
     assert not assert_same_observation(small(), Case(algorithm=STABLE_ADAMW, grad=grad, state=state)).any()
 
@@ -225,9 +227,10 @@ TARGETS = [(case, capability) for case in COMPILED for capability in CAPABILITIE
 
 
 def kernels_of(case: Case) -> list[Any]:
-    kinds = (case.grad, *(case.state for _ in case.algorithm.state))
-    update = backend.update_kernel(case.algorithm, FORMATS[case.fmt], kinds)
-    return [update, *([backend.observe_kernel(case.algorithm.statistic, kinds)] if case.algorithm.statistic else [])]
+    formats, grad_format = case.kernel_formats
+    statistic = case.algorithm.statistic
+    observed = [backend.observe_kernel(statistic, grad_format, formats[1:])] if statistic else []
+    return [backend.update_kernel(case.algorithm, formats, grad_format), *observed]
 
 
 @pytest.mark.parametrize("aligned", [True, False])

@@ -2,8 +2,9 @@
 
 `Algorithm` is what a backend runs. The optimizers themselves, a file each, are in `optimizers/`.
 
-Rules for `update` and `observe`, which every backend compiles from the same source:
-`+ - *` and the functions of `operations` only; every value is fp32; one result rounding per operation (no fused multiply-add).
+Rules for `update` and `observe`, which every backend compiles from the same source, as it does `load` and `store` of a storage format:
+`+ - *`, comparisons, numbers and the functions of `operations` only; every value is fp32, of numbers too; one result rounding per operation
+(no fused multiply-add).
 
 Rule for `coefficients` and `lr_scale`: `+ - *` and the functions of `scalars` only, for all that may depend on step or learning rate.
 """

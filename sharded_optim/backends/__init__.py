@@ -18,7 +18,7 @@ from torch import Tensor
 from sharded_optim.algorithms import Algorithm, Statistic
 from sharded_optim.algorithms.scalars import Formula, Sums
 from sharded_optim.consensus import Verdict
-from sharded_optim.formats import Format, compiled_format, format_of
+from sharded_optim.formats import Format, format_of
 from sharded_optim.segment import Segment
 
 __all__ = [
@@ -33,7 +33,6 @@ __all__ = [
     "available",
     "candidates",
     "choose",
-    "format_to_compile",
 ]
 
 MODULES = ("cpu", "triton", "eager")  # in the order in which "auto" takes them; imported when asked for
@@ -67,6 +66,10 @@ class Column:
         """Let go of the tensors, whose memory may be wanted."""
         self.wholes = ()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.wholes[0].dtype
+
 
 def addresses_of(tensors: Iterable[Tensor]) -> array[int]:
     return array("q", list(map(Tensor.data_ptr, tensors)))  # a third faster than without the list
@@ -83,23 +86,40 @@ class Operands:
     format: Format  # how the parameters are stored
     param: Column  # written by update
     extra: tuple[Column, ...]  # the further arrays of the format; written by update
-    grad: Column  # read-only
-    state: tuple[Column, ...]  # in the order of Algorithm.state, each in the plain format of its dtype; written by update
+    grad: Column  # in the plain format of its dtype; read-only
+    state_formats: tuple[Format, ...]  # how each of Algorithm.state is stored
+    state: tuple[Column, ...]  # the arrays of the first of them, of the second, ...; written by update
 
     @classmethod
     def whole(cls, params: Sequence[Tensor], grads: Sequence[Tensor], state: Sequence[Sequence[Tensor]]) -> Operands:
         """Whole tensors in the plain format of their dtype, the same for all."""
+        columns = tuple(map(Column, state))
         return cls(
             segments=[Segment.whole("param", param.shape) for param in params],
             format=format_of(params[0].dtype),
             param=Column(params),
             extra=(),
             grad=Column(grads),
-            state=tuple(map(Column, state)),
+            state_formats=tuple(format_of(column.dtype) for column in columns),
+            state=columns,
         )
 
     def __len__(self) -> int:
         return len(self.segments)
+
+    @property
+    def grad_format(self) -> Format:
+        return format_of(self.grad.dtype)
+
+    @property
+    def formats(self) -> tuple[Format, ...]:
+        """Of the parameters and of each of their moments: what an update stores."""
+        return (self.format, *self.state_formats)
+
+    @property
+    def written(self) -> tuple[Column, ...]:
+        """The arrays of each of `formats`."""
+        return (self.param, *self.extra, *self.state)
 
     @property
     def device(self) -> torch.device:
@@ -143,12 +163,8 @@ class Backend(Protocol):
         """`consensus.judge`, or the same in one launch."""
         ...
 
-    def supports(self, device: torch.device, dtypes: frozenset[torch.dtype], fmt: Format | None = None) -> str | None:
-        """None, or why this backend does not run on this device with these dtypes of parameters, gradients and state.
-
-        Args:
-            fmt: of the parameters; None: the plain one of their dtype.
-        """
+    def supports(self, device: torch.device, dtypes: frozenset[torch.dtype]) -> str | None:
+        """None, or why this backend does not run on this device with these dtypes of parameters, gradients and state."""
         ...
 
     def prepare(self, algorithm: Algorithm, operands: Operands) -> None:
@@ -179,7 +195,8 @@ class Backend(Protocol):
         coefficients: Tensor,  # fp32 (operands, coefficients of algorithm.update)
         proceed: Tensor | None,  # bool (); where False nothing changes. None: always proceed
         grad_scale: Tensor | None,
-        noise_keys: Tensor | None,  # int64 (operands,), what `noise.uniform` draws with; None if the format is not random
+        noise_keys: Tensor
+        | None,  # int64 (operands, random ones of operands.formats), what `noise.uniform` draws with; None: there are none
     ) -> None:
         """Write the new parameters and state. Called with `prepare`d operands, or with others, which it prepares."""
         ...
@@ -188,18 +205,6 @@ class Backend(Protocol):
 def available() -> tuple[str, ...]:
     """Names that `backend=` accepts."""
     return (AUTO, *MODULES)
-
-
-def format_to_compile(fmt: Format) -> Format:
-    """What a backend that compiles makes of a format.
-
-    Raises:
-        ValueError: it does not know what the format does.
-    """
-    known = compiled_format(fmt)
-    if known is None:
-        raise ValueError(f"the format {fmt.name!r} is not compiled; backend='eager' runs every format")
-    return known
 
 
 def candidates(backend: str, triton: bool | None) -> tuple[str, ...]:
@@ -227,10 +232,8 @@ def candidates(backend: str, triton: bool | None) -> tuple[str, ...]:
     return tuple(name for name in names if triton is None or name != TRITON)
 
 
-def choose(
-    names: Sequence[str], device: torch.device, dtypes: frozenset[torch.dtype], fmt: Format | None = None
-) -> tuple[Backend, list[str]]:
-    """The first of the named backends that supports the device, the dtypes and the parameters' format, and why those before it do not.
+def choose(names: Sequence[str], device: torch.device, dtypes: frozenset[torch.dtype]) -> tuple[Backend, list[str]]:
+    """The first of the named backends that supports the device and the dtypes, and why those before it do not.
 
     Raises:
         ValueError: all of them decline; says why.
@@ -242,7 +245,7 @@ def choose(
         except ImportError as error:
             reasons.append(f"{name}: {error} (pip install 'sharded-optim[{EXTRAS[name]}]')")
             continue
-        reason = backend.supports(device, dtypes, fmt)
+        reason = backend.supports(device, dtypes)
         if reason is None:
             return backend, reasons
         reasons.append(f"{name}: {reason}")

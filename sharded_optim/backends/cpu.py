@@ -1,8 +1,8 @@
 """The CPU backend: the algorithms' own source, compiled by numba into one pass over all tensors.
 
-A kernel is made for each combination of algorithm, parameter format and dtypes that is met: a page of text (`_update_kernel`,
-`_observe_kernel`) that loads, calls the algorithm's function and stores. That function is the one that the eager backend runs, with `xp`
-bound to `cpu_scalars.py` (see `rebinding.py`). Kernels are written to a cache folder under a name that changes with any source they are
+A kernel is made for each combination of algorithm and formats that is met: a page of text (`_update_kernel`, `_observe_kernel`) that calls
+the formats' functions and the algorithm's. These are the ones that the eager backend runs, with `xp` bound to `cpu_scalars.py` (see
+`rebinding.py`). Kernels are written to a cache folder under a name that changes with any source they are
 made of, so that numba's on-disk cache spares later processes the compilation.
 
 A kernel gets a table of addresses, one column per operand, and a table of work, runs of at most `CHUNK` elements, over which threads are
@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from threading import Lock
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -33,11 +33,12 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from sharded_optim.algorithms import Algorithm, Statistic
-from sharded_optim.backends import Column, Operands, cpu_scalars, format_to_compile
-from sharded_optim.backends.operand_tables import OperandTables, kind_of
+from sharded_optim.backends import Column, Operands, cpu_scalars
+from sharded_optim.backends.kernel_text import StoredValue, arrays_of, functions_of, identifier, stored_values
+from sharded_optim.backends.operand_tables import OperandTables
 from sharded_optim.backends.rebinding import argument_count, rebound
 from sharded_optim.consensus import judge
-from sharded_optim.formats import FORMATS, Format, compiled_format, format_of
+from sharded_optim.formats import Format
 from sharded_optim.noise import RESOLUTION
 
 __all__ = ["BACKEND"]
@@ -48,8 +49,8 @@ assert RESOLUTION == 24, "cpu_scalars.uniform draws so many bits"
 
 MOST_THREADS: int = vars(numba.config)["NUMBA_NUM_THREADS"]  # pyright: ignore[reportPrivateImportUsage]
 SCALARS = Path(str(cpu_scalars.__file__)).read_text()  # as imported
-NUMPY = {"fp32": "float32", "bf16": "uint16", "fp16": "uint16"}  # how the elements of a plain format lie in memory
-ITEMSIZE = {kind: np.dtype(name).itemsize for kind, name in NUMPY.items()}
+ELEMENT = "{}[i]"  # of an array, in the text of a kernel
+AS_BITS = {torch.bfloat16: "uint16", torch.float16: "uint16"}  # how kernels see elements that have no type of their own there
 
 
 class Cpu:
@@ -62,14 +63,12 @@ class Cpu:
     def __init__(self) -> None:
         self._tables: WeakKeyDictionary[Operands, _Tables] = WeakKeyDictionary()
 
-    def supports(self, device: torch.device, dtypes: frozenset[torch.dtype], fmt: Format | None = None) -> str | None:
-        if fmt is not None and compiled_format(fmt) is None:
-            return f"it does not know the format {fmt.name!r}"
+    def supports(self, device: torch.device, dtypes: frozenset[torch.dtype]) -> str | None:
         return None if device.type == "cpu" else f"it runs on the CPU, not on {device}"
 
     def prepare(self, algorithm: Algorithm, operands: Operands) -> None:
         nothing = np.empty((0, 3), np.int64)
-        columns = 2 + len(operands.extra) + len(operands.state)
+        columns = len(operands.written) + 1
         coefficients = np.empty((0, argument_count(algorithm.update)), np.float32)
         addresses = np.frombuffer(b"", np.int64).reshape(columns, 0)
         with _threads(self._tables_of(operands).elements) as parallel:
@@ -90,7 +89,8 @@ class Cpu:
         addresses, copies = tables.addresses(columns)
         items = tables.sums
         with _threads(tables.elements) as parallel:
-            kernel = _observe_kernel(statistic, tuple(map(kind_of, columns)), scaled=grad_scale is not None, parallel=parallel)
+            formats = operands.state_formats if statistic else ()
+            kernel = _observe_kernel(statistic, operands.grad_format, formats, scaled=grad_scale is not None, parallel=parallel)
             kernel(tables.work, addresses, coefficients.numpy(), limits.numpy(), scales.numpy(), _scale(grad_scale), items)
         del copies  # not before the kernel has run
         result = np.zeros((2, len(operands)), np.int64)
@@ -109,7 +109,7 @@ class Cpu:
     ) -> None:
         if proceed is not None and not proceed.numpy():
             return
-        written = [operands.param, *operands.extra, *operands.state]
+        written = operands.written
         tables = self._tables_of(operands)
         addresses, copies = tables.addresses([*written, operands.grad])
         keys = NO_KEYS if noise_keys is None else noise_keys.numpy()
@@ -129,7 +129,7 @@ class Cpu:
 
 # ----------------------------------------------------------------------------------------------------------------------- operands
 
-NO_KEYS = np.zeros(1, np.int64)
+NO_KEYS = np.zeros((1, 1), np.int64)
 
 
 class _Tables:
@@ -203,69 +203,66 @@ def _threads(elements: int) -> Iterator[bool]:
 # ------------------------------------------------------------------------------------------------------------------------ kernels
 
 
+@cache
 def _compiled(function: Callable[..., Any]) -> Any:
-    return rebound(function, {"xp": cpu_scalars}, numba.njit(error_model="numpy"))
+    return rebound(function, {"xp": cpu_scalars}, _jit, _number)
 
 
-def _load(kind: str, name: str) -> str:
-    """An element of an array, as fp32."""
-    return f"load_{kind}({name}[i])"
+def _jit(function: FunctionType) -> Any:
+    code = function.__code__
+    function.__code__ = code.replace(co_consts=tuple(map(_number, code.co_consts)))
+    return numba.njit(error_model="numpy")(function)
 
 
-def _load_grad(kind: str, scaled: bool) -> str:
-    return f"{_load(kind, 'grad')} * scale" if scaled else _load(kind, "grad")
+def _number(constant: Any) -> Any:
+    """Numbers in a formula are fp32 beside fp32 tensors; for numba they would be float64."""
+    return np.float32(constant) if isinstance(constant, float) else constant
 
 
 def _update_kernel_of(algorithm: Algorithm, operands: Operands, grad_scale: Tensor | None, *, parallel: bool) -> Any:
-    kinds = tuple(map(kind_of, (operands.grad, *operands.state)))
-    return _update_kernel(algorithm, format_to_compile(operands.format), kinds, scaled=grad_scale is not None, parallel=parallel)
+    return _update_kernel(algorithm, operands.formats, operands.grad_format, scaled=grad_scale is not None, parallel=parallel)
 
 
 @cache
-def _update_kernel(algorithm: Algorithm, fmt: Format, kinds: tuple[str, ...], *, scaled: bool, parallel: bool) -> Any:
-    """The kernel of an algorithm's update: parameters in a format, gradients and state in plain formats of these names."""
-    grad_kind, *state_kinds = kinds
-    base = format_of(fmt.dtype).name
-    states = {f"state{index}": kind for index, kind in enumerate(state_kinds)}
-    coefficients = [f"c{index}" for index in range(argument_count(algorithm.update) - 2 - len(states))]
-    extra = ["comp"] if fmt.extra else []
-    tensors = {"param": base, **dict.fromkeys(extra, base), **states, "grad": grad_kind}
-    param = " + ".join(_load(base, name) for name in ("param", *extra))
-    arguments = [param, _load_grad(grad_kind, scaled), *(_load(kind, name) for name, kind in states.items()), *coefficients]
-    limits = torch.finfo(FORMATS[base].dtype)
-    draw = "uniform(keys[row], index_of(segments, row, first + i))"
+def _update_kernel(algorithm: Algorithm, formats: tuple[Format, ...], grad_format: Format, *, scaled: bool, parallel: bool) -> Any:
+    """The kernel of an algorithm's update.
 
-    def store(kind: str, value: str, *, random: bool) -> str:
-        spacing = f"np.float32({limits.eps!r}), np.float32({limits.smallest_normal * limits.eps!r})"
-        return f"store_{kind}(stochastic({value}, {draw}, {spacing}))" if random else f"store_{kind}({value})"
-
+    Args:
+        formats: of the parameters and of each of their moments.
+    """
+    written, grad = stored_values(formats), StoredValue("grad", grad_format)
+    coefficients = [f"c{index}" for index in range(argument_count(algorithm.update) - 1 - len(written))]
+    param, *state = (value.loaded(ELEMENT) for value in written)
+    arguments = [param, _loaded_grad(grad, scaled), *state, *coefficients]
+    random = [value.name for value in written if value.format.is_random]
+    draws = {name: f"uniform(keys[row, {column}], index)" for column, name in enumerate(random)}
     lines = [
-        f"new_param, {''.join(f'new_{name}, ' for name in states)} = update({', '.join(arguments)})",
-        f"stored = {store(base, 'new_param', random=fmt.is_random and not extra)}",
-        "param[i] = stored",
-        *(f"{name}[i] = {store(base, f'new_param - load_{base}(stored)', random=fmt.is_random)}" for name in extra),
-        *(f"{name}[i] = {store(kind, f'new_{name}', random=False)}" for name, kind in states.items()),
+        *(["index = index_of(segments, row, first + i)"] if random else []),
+        f"{''.join(f'new_{value.name}, ' for value in written)} = update({', '.join(arguments)})",
+        *(value.stored(ELEMENT, draws.get(value.name, "")) for value in written),
     ]
     signature = "work, addresses, coefficients, scale, keys, segments"
-    source = _kernel_source(signature, tensors, coefficients, [], lines, [], parallel=parallel)
-    return _make(f"update_{algorithm.name}_{fmt.name}_{'_'.join(kinds)}", source, {"update": _compiled(algorithm.update)})
+    source = _kernel_source(signature, arrays_of([*written, grad]), coefficients, [], lines, [], parallel=parallel)
+    functions = {"update": algorithm.update, **functions_of([*written, grad], written)}
+    return _make(identifier(f"update_{algorithm.name}", [*formats, grad_format]), source, functions)
 
 
 @cache
-def _observe_kernel(statistic: Statistic | None, kinds: tuple[str, ...], *, scaled: bool, parallel: bool) -> Any:
+def _observe_kernel(
+    statistic: Statistic | None, grad_format: Format, state_formats: tuple[Format, ...], *, scaled: bool, parallel: bool
+) -> Any:
     """The kernel that sums a statistic, or only counts gradients without a finite square."""
-    grad_kind, *state_kinds = kinds
-    states = {f"state{index}": kind for index, kind in enumerate(state_kinds)}
-    arguments = [_load_grad(grad_kind, scaled), *(_load(kind, name) for name, kind in states.items())]
+    state, grad = stored_values(state_formats), StoredValue("grad", grad_format)
+    arguments = [_loaded_grad(grad, scaled), *(value.loaded(ELEMENT) for value in state)]
     coefficients: list[str] = []
-    functions: dict[str, Any] = {}
+    functions = functions_of([grad, *state])
     if statistic is None:
-        name = f"finite_{grad_kind}"
+        title = "finite"
         lines = [f"g = {arguments[0]}", "bad = add_int32(bad, np.int32(not (g * g < np.float32(np.inf))))"]
     else:
-        coefficients = [f"c{index}" for index in range(argument_count(statistic.observe) - len(kinds))]
-        functions["observe"] = _compiled(statistic.observe)
-        name = f"observe_{statistic.observe.__module__.rpartition('.')[2]}_{'_'.join(kinds)}"
+        title = f"observe_{statistic.observe.__module__.rpartition('.')[2]}"
+        coefficients = [f"c{index}" for index in range(argument_count(statistic.observe) - len(arguments))]
+        functions["observe"] = statistic.observe
         lines = [
             f"value = observe({', '.join([*arguments, *coefficients])})",
             "total += fixed_point(value, scale_of_sum)",
@@ -274,13 +271,17 @@ def _observe_kernel(statistic: Statistic | None, kinds: tuple[str, ...], *, scal
     before = ["limit, scale_of_sum = limits[row], np.float64(scales[row])", "total, bad = np.int64(0), np.int32(0)"]
     after = [f"items[item, 0] = total{' - count * MAGIC_BITS' if statistic else ''}", "items[item, 1] = bad"]
     signature = "work, addresses, coefficients, limits, scales, scale, items"
-    source = _kernel_source(signature, {"grad": grad_kind, **states}, coefficients, before, lines, after, parallel=parallel)
-    return _make(name, source, functions)
+    source = _kernel_source(signature, arrays_of([grad, *state]), coefficients, before, lines, after, parallel=parallel)
+    return _make(identifier(title, [grad_format, *state_formats]), source, functions)
+
+
+def _loaded_grad(grad: StoredValue, scaled: bool) -> str:
+    return f"{grad.loaded(ELEMENT)} * scale" if scaled else grad.loaded(ELEMENT)
 
 
 def _kernel_source(
     signature: str,
-    tensors: dict[str, str],  # the plain format of each, in the order of a row of addresses
+    tensors: dict[str, torch.dtype],  # in the order of a row of addresses
     coefficients: Sequence[str],
     before: Sequence[str],  # each run of elements
     lines: Sequence[str],  # for each element
@@ -290,8 +291,8 @@ def _kernel_source(
 ) -> str:
     indent = "\n        "
     arrays = [
-        f"{name} = carray(pointer(addresses[{column}, row] + {ITEMSIZE[kind]} * first, np.{NUMPY[kind]}), (count,))"
-        for column, (name, kind) in enumerate(tensors.items())
+        f"{name} = carray(pointer(addresses[{column}, row] + {dtype.itemsize} * first, np.{_numpy(dtype)}), (count,))"
+        for column, (name, dtype) in enumerate(tensors.items())
     ]
     constants = [f"{name} = coefficients[row, {index}]" for index, name in enumerate(coefficients)]
     return f'''"""Made by sharded_optim/backends/cpu.py."""
@@ -310,9 +311,15 @@ def kernel({signature}):
 '''
 
 
-def _make(name: str, source: str, functions: dict[str, Any]) -> Any:
-    """Import a kernel's source from the cache folder, with the algorithm's functions in its globals."""
-    parts = [source, numba.__version__, get_host_cpu_name(), *map(_fingerprint, functions.values()), SCALARS]
+def _numpy(dtype: torch.dtype) -> str:
+    """The NumPy type of elements as kernels see them."""
+    return AS_BITS.get(dtype, str(dtype).removeprefix("torch."))
+
+
+def _make(name: str, source: str, functions: dict[str, Callable[..., Any]]) -> Any:
+    """Import a kernel's source from the cache folder, with the functions of algorithms and formats, compiled, in its globals."""
+    compiled = {name: _compiled(function) for name, function in functions.items()}
+    parts = [source, numba.__version__, get_host_cpu_name(), *map(_fingerprint, compiled.values()), SCALARS]
     name = f"{name}_{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
     try:
         path = _written(_cache_folder(), name, source)
@@ -322,7 +329,7 @@ def _make(name: str, source: str, functions: dict[str, Any]) -> Any:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    vars(module).update(functions)
+    vars(module).update(compiled)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     save = module.kernel._cache.save_overload
@@ -374,7 +381,9 @@ def _fingerprint(function: Any) -> str:
 def _facts(code: CodeType, names: dict[str, Any]) -> tuple[Any, ...]:
     constants = [_facts(each, names) if isinstance(each, CodeType) else each for each in code.co_consts]
     meant = [names.get(name) for name in code.co_names]
-    called = [_fingerprint(each) if hasattr(each, "py_func") else each if isinstance(each, int | float) else None for each in meant]
+    called = [
+        _fingerprint(each) if hasattr(each, "py_func") else each if isinstance(each, int | float | np.generic) else None for each in meant
+    ]
     return code.co_code, constants, code.co_names, called
 
 

@@ -1,7 +1,7 @@
 """Scalar functions that numba compiles into the kernels of `cpu.py`: the operations of an algorithm's math, and how values are stored.
 
-`divide`, `maximum`, `sqrt`, `where` are `algorithms/operations.py` for scalars; `load_*` and `store_*` are `formats.py`; `uniform` is
-`noise.py`. Nothing is contracted or reordered (no fastmath), so the bits are those of the eager backend.
+`divide` to `where` and `from_bf16` to `stochastic_fp16` are `algorithms/operations.py` for scalars; `uniform` is `noise.py`. Nothing is
+contracted or reordered (no fastmath), so the bits are those of the eager backend.
 """
 
 from __future__ import annotations
@@ -97,38 +97,28 @@ def pointer(typingctx, address, dtype):  # (int64, NumPy dtype) -> a C pointer
     return signature, codegen
 
 
-# ---------------------------------------------------------------------------------------------------------------------- formats
+# -------------------------------------------------------------------------------------- storage, 16-bit elements as their bits
 
 
 @scalar
-def load_fp32(stored):
-    return stored
-
-
-@scalar
-def store_fp32(value):
-    return value
-
-
-@scalar
-def load_bf16(stored):
+def from_bf16(stored):
     return float_of(np.uint32(stored) << np.uint32(16))
 
 
 @scalar
-def store_bf16(value):
+def to_bf16(value):
     bits = bits_of(value)
     rounded = np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     return np.uint16(rounded) if value == value else np.uint16(0x7FC0)
 
 
 @scalar
-def load_fp16(stored):
+def from_fp16(stored):
     return float_of_half(stored)
 
 
 @scalar
-def store_fp16(value):
+def to_fp16(value):
     return half_bits(value)
 
 
@@ -142,6 +132,16 @@ def stochastic(value, uniform, epsilon, smallest):
     below = math.floor(scaled)
     rounded = (np.float32(below) + (np.float32(1.0) if uniform < scaled - below else np.float32(0.0))) * spacing
     return math.copysign(rounded, value) if magnitude < np.float32(np.inf) else value
+
+
+@scalar
+def stochastic_bf16(value, uniform):
+    return stochastic(value, uniform, np.float32(2.0**-7), np.float32(2.0**-133))
+
+
+@scalar
+def stochastic_fp16(value, uniform):
+    return stochastic(value, uniform, np.float32(2.0**-10), np.float32(2.0**-24))
 
 
 # ------------------------------------------------------------------------------------------------------------------------ noise

@@ -6,6 +6,7 @@ It defines the bits that every other backend must give. Each torch operation rou
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from sharded_optim.algorithms import Algorithm, Statistic
 from sharded_optim.backends import Column, Operands
 from sharded_optim.consensus import judge
-from sharded_optim.formats import Format, format_of
+from sharded_optim.formats import Format
 from sharded_optim.noise import uniform
 
 __all__ = ["BACKEND"]
@@ -26,7 +27,7 @@ class Eager:
     tabulate = None
     judge = staticmethod(judge)
 
-    def supports(self, device: torch.device, dtypes: frozenset[torch.dtype], fmt: Format | None = None) -> str | None:
+    def supports(self, device: torch.device, dtypes: frozenset[torch.dtype]) -> str | None:
         return None
 
     def prepare(self, algorithm: Algorithm, operands: Operands) -> None:
@@ -43,13 +44,14 @@ class Eager:
     ) -> Tensor:
         result = torch.zeros(2, len(operands), dtype=torch.int64, device=coefficients.device)
         sums, non_finite = result
+        grad_format = operands.grad_format
         rows = zip(*_columns(operands.grad, *operands.state), coefficients, limits, scales, strict=True)
-        for index, (stored_grad, *state, row, limit, scale) in enumerate(rows):
-            grad = _load_grad(stored_grad, grad_scale)
+        for index, (stored_grad, *stored_state, row, limit, scale) in enumerate(rows):
+            grad = _scaled(grad_format.load(stored_grad), grad_scale)
             if statistic is None:
                 non_finite[index] = (~torch.isfinite(grad * grad)).any()
                 continue
-            values = statistic.observe(grad, *map(_load, state), *row.unbind())
+            values = statistic.observe(grad, *_loaded(operands.state_formats, stored_state), *row.unbind())
             finite = values <= limit  # False for NaN too
             scaled = torch.where(finite, values, 0.0) * scale  # exact, by a power of two
             sums[index] = scaled.round().to(torch.int64).sum()
@@ -65,18 +67,16 @@ class Eager:
         grad_scale: Tensor | None,
         noise_keys: Tensor | None,
     ) -> None:
-        fmt = operands.format
-        rows = zip(*_columns(operands.param, *operands.extra, *operands.state, operands.grad), coefficients, operands.segments, strict=True)
-        for index, (*written, grad, row, segment) in enumerate(rows):
-            arrays, state = written[: 1 + len(fmt.extra)], written[1 + len(fmt.extra) :]
-            param = fmt.load(*arrays)
-            param, *new_state = algorithm.update(param, _load_grad(grad, grad_scale), *map(_load, state), *row.unbind())
-            random = None
-            if fmt.is_random:
-                assert noise_keys is not None
-                random = uniform(noise_keys[index], segment).view(param.shape)
-            values = [*fmt.store(param, random), *(_store(value, into) for value, into in zip(new_state, state, strict=True))]
-            for target, value in zip(written, values, strict=True):
+        formats, grad_format = operands.formats, operands.grad_format
+        rows = zip(*_columns(*operands.written, operands.grad), coefficients, operands.segments, strict=True)
+        for index, (*stored, stored_grad, row, segment) in enumerate(rows):
+            param, *state = _loaded(formats, stored)
+            values = algorithm.update(param, _scaled(grad_format.load(stored_grad), grad_scale), *state, *row.unbind())
+            draws = iter(()) if noise_keys is None else (uniform(key, segment).view(param.shape) for key in noise_keys[index])
+            new = [
+                each for fmt, value in zip(formats, values, strict=True) for each in fmt.store(value, next(draws) if fmt.is_random else 0.0)
+            ]
+            for target, value in zip(stored, new, strict=True):
                 target.copy_(value if proceed is None else torch.where(proceed, value, target))
 
 
@@ -84,17 +84,13 @@ def _columns(*columns: Column) -> Iterator[Sequence[Tensor]]:
     return (column.tensors for column in columns)
 
 
-def _load(stored: Tensor) -> Tensor:
-    return format_of(stored.dtype).load(stored)
+def _loaded(formats: Sequence[Format], stored: Sequence[Tensor]) -> list[Tensor]:
+    """The values in the arrays of the first format, of the second, ..."""
+    arrays = iter(stored)
+    return [fmt.load(*islice(arrays, len(fmt.arrays))) for fmt in formats]
 
 
-def _store(value: Tensor, target: Tensor) -> Tensor:
-    (stored,) = format_of(target.dtype).store(value, None)
-    return stored
-
-
-def _load_grad(stored: Tensor, grad_scale: Tensor | None) -> Tensor:
-    grad = _load(stored)
+def _scaled(grad: Tensor, grad_scale: Tensor | None) -> Tensor:
     return grad if grad_scale is None else grad * grad_scale
 
 

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from sharded_optim.backends import Column, Operands
-from sharded_optim.formats import format_of
 
-__all__ = ["OperandTables", "kind_of"]
+__all__ = ["OperandTables"]
 
 
 class OperandTables:
@@ -28,7 +27,7 @@ class OperandTables:
     """
 
     def __init__(self, operands: Operands, chunk: int) -> None:
-        columns = [column.tensors for column in (operands.param, *operands.extra, *operands.state, operands.grad)]
+        columns = [column.tensors for column in (*operands.written, operands.grad)]
         rows_of_tensors = list(zip(*columns, strict=True))
         for tensors in rows_of_tensors:
             assert len({tensor.shape for tensor in tensors}) == 1, "kernels would read and write beyond the smallest"
@@ -41,7 +40,7 @@ class OperandTables:
         self.runs = torch.tensor(
             [(each.start, max(each.run, 1), each.stride) for each in operands.segments], dtype=torch.int64, device="cpu"
         )
-        ordered = operands.format.is_random
+        ordered = any(fmt.is_random for fmt in operands.formats)
         self._scattered = [row for row, tensors in enumerate(rows_of_tensors) if not _lie_alike(tensors, ordered=ordered)]
 
     def addresses(self, columns: Sequence[Column]) -> tuple[bytes, dict[tuple[int, int], Tensor]]:
@@ -62,11 +61,6 @@ class OperandTables:
                         copies[index, row] = copy
                         found[index][row] = copy.data_ptr()
         return b"".join(found), copies
-
-
-def kind_of(column: Column) -> str:
-    """The name of the plain format that a column is stored in."""
-    return format_of(column.tensors[0].dtype).name
 
 
 def _lie_alike(tensors: Sequence[Tensor], *, ordered: bool) -> bool:

@@ -1,6 +1,6 @@
-"""One source of math for all backends: a function of an algorithm, compiled by whoever compiles.
+"""One source of math for all backends: a function of an algorithm or of a storage format, compiled by whoever compiles.
 
-An algorithm's functions use `+ - *`, the operations of a module that they call `xp`, and each other. In a copy of such a function's globals
+Such functions use `+ - *`, numbers, the operations of a module that they call `xp`, and each other. In a copy of such a function's globals
 `xp` can be another module of the same operations, so that the same code computes with torch's tensors, or is compiled for a CPU or a GPU.
 """
 
@@ -14,12 +14,23 @@ from typing import Any
 __all__ = ["argument_count", "rebound"]
 
 
-def rebound(function: Callable[..., Any], names: Mapping[str, Any], compiler: Callable[[FunctionType], Any]) -> Any:
-    """What `compiler` makes of a function in whose globals these names mean something else, and the functions it calls are compiled too."""
+def rebound(
+    function: Callable[..., Any],
+    names: Mapping[str, Any],
+    compiler: Callable[[FunctionType], Any],
+    number: Callable[[float], Any],
+) -> Any:
+    """What `compiler` makes of a function in whose globals these names mean something else.
+
+    Functions that it calls are compiled too, and `number` says what a compiler takes for a number among the globals.
+    """
     own: dict[str, Any] = {**function.__globals__, **names}
     for name in {each.argval for each in dis.get_instructions(function) if each.opname == "LOAD_GLOBAL"}:
-        if isinstance(own.get(name), FunctionType):
-            own[name] = rebound(own[name], names, compiler)
+        value = own.get(name)
+        if isinstance(value, FunctionType):
+            own[name] = rebound(value, names, compiler, number)
+        elif isinstance(value, int | float):
+            own[name] = number(value)
     return compiler(FunctionType(function.__code__, own, function.__name__))
 
 

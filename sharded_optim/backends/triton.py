@@ -1,8 +1,8 @@
 """The Triton backend: the algorithms' own source, compiled into one launch over all tensors. For GPUs.
 
-A kernel is made for each combination of algorithm, parameter format and dtypes that is met: a page of text (`_update_kernel`,
-`_observe_kernel`) that loads, calls the algorithm's function and stores. That function is the one that the eager backend runs, with `xp`
-bound to `triton_scalars.py` (see `rebinding.py`). Triton keeps the machine code on disk.
+A kernel is made for each combination of algorithm and formats that is met: a page of text (`_update_kernel`, `_observe_kernel`) that calls
+the formats' functions and the algorithm's. These are the ones that the eager backend runs, with `xp` bound to `triton_scalars.py` (see
+`rebinding.py`). Triton keeps the machine code on disk.
 
 A kernel gets, in device memory, a table of addresses, one column per operand, and a table of work, runs of at most `CHUNK` elements. Each
 program takes one of them, and there are more than run at once, so that the device balances them. Operands of which every tensor is aligned
@@ -14,7 +14,7 @@ are those of the eager backend. The host never waits, and a CUDA graph may recor
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
@@ -31,13 +31,14 @@ from triton.compiler import ASTSource
 
 from sharded_optim.algorithms import Algorithm, Statistic
 from sharded_optim.algorithms.scalars import Formula, Sums
-from sharded_optim.backends import Column, Operands, format_to_compile, triton_formulas, triton_verdict
-from sharded_optim.backends.operand_tables import OperandTables, kind_of
+from sharded_optim.backends import Column, Operands, triton_formulas, triton_verdict
+from sharded_optim.backends.kernel_text import StoredValue, arrays_of, functions_of, identifier, stored_values
+from sharded_optim.backends.operand_tables import OperandTables
 from sharded_optim.backends.rebinding import argument_count
 from sharded_optim.backends.triton_compiler import compiled, executed, interpreted, scalars
 from sharded_optim.consensus import Verdict
 from sharded_optim.devices import Sent, capturing, keep, on, send
-from sharded_optim.formats import FORMATS, Format, compiled_format, format_of
+from sharded_optim.formats import Format
 from sharded_optim.noise import RESOLUTION
 
 __all__ = ["BACKEND", "compile_for", "observe_kernel", "update_kernel"]
@@ -51,10 +52,8 @@ VECTOR = 8  # elements of the smallest dtype in so many bytes
 OPTIONS = {"num_stages": 1, "enable_fp_fusion": False}
 UPDATE = {"BACKWARD": True, "EVICTION": ""}  # see `Triton`
 MOST = 2**13  # elements of a program, whose sums of limbs are int32
+LOADED, STORED = "loaded_{}", "stored_{}"  # an element of an array, in the text of a kernel
 assert RESOLUTION == 24, "triton_scalars.uniform draws so many bits"
-
-TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # Triton's names of the plain formats' dtypes
-ITEMSIZE = {name: FORMATS[name].dtype.itemsize for name in TYPES}
 
 
 class Triton:
@@ -79,9 +78,7 @@ class Triton:
         self._of_update = {"BACKWARD": backward, "EVICTION": eviction}
         self._tables: WeakKeyDictionary[Operands, _Tables] = WeakKeyDictionary()
 
-    def supports(self, device: torch.device, dtypes: frozenset[torch.dtype], fmt: Format | None = None) -> str | None:
-        if fmt is not None and compiled_format(fmt) is None:
-            return f"it does not know the format {fmt.name!r}"
+    def supports(self, device: torch.device, dtypes: frozenset[torch.dtype]) -> str | None:
         if interpreted():
             return None if device.type == "cpu" else f"Triton's interpreter runs on the CPU, not on {device}"
         if device.type in ("cpu", "meta"):
@@ -126,7 +123,7 @@ class Triton:
         addresses, copies = tables.addresses(columns)
         sums = torch.zeros(2, len(operands), dtype=torch.int64, device=operands.device)
         scale = tables.one if grad_scale is None else grad_scale
-        kernel = observe_kernel(statistic, tuple(map(kind_of, columns)))
+        kernel = observe_kernel(statistic, operands.grad_format, operands.state_formats if statistic else ())
         arguments = [coefficients.contiguous(), limits.contiguous(), scales.contiguous(), sums] if statistic else [sums]
         self._launch(kernel, tables, addresses, scale, *arguments)
         del copies  # not before the kernel was launched
@@ -141,14 +138,13 @@ class Triton:
         grad_scale: Tensor | None,
         noise_keys: Tensor | None,
     ) -> None:
-        written = [*operands.state, operands.param, *operands.extra]
+        written = operands.written
         tables = self._tables_of(operands)
         addresses, copies = tables.addresses([operands.grad, *written])
         kernel = _update_kernel_of(algorithm, operands)
         scale = tables.one if grad_scale is None else grad_scale
         arguments = [coefficients.contiguous(), tables.true if proceed is None else proceed]
-        if operands.format.is_random:
-            assert noise_keys is not None
+        if noise_keys is not None:
             arguments += [noise_keys.contiguous(), tables.segments]
         self._launch(kernel, tables, addresses, scale, *arguments, **self._of_update)
         for (column, row), copy in copies.items():
@@ -252,18 +248,22 @@ class Kernel:
     source: str
 
 
-def update_kernel(algorithm: Algorithm, fmt: Format, kinds: tuple[str, ...]) -> Kernel:
-    """The kernel of an algorithm's update: parameters in a format, gradients and state in plain formats of these names."""
-    return _update_kernel(algorithm, format_to_compile(fmt), kinds, interpreted=interpreted())
+def update_kernel(algorithm: Algorithm, formats: tuple[Format, ...], grad_format: Format) -> Kernel:
+    """The kernel of an algorithm's update.
+
+    Args:
+        formats: of the parameters and of each of their moments.
+    """
+    return _update_kernel(algorithm, formats, grad_format, interpreted=interpreted())
 
 
 def _update_kernel_of(algorithm: Algorithm, operands: Operands) -> Kernel:
-    return update_kernel(algorithm, operands.format, tuple(map(kind_of, (operands.grad, *operands.state))))
+    return update_kernel(algorithm, operands.formats, operands.grad_format)
 
 
-def observe_kernel(statistic: Statistic | None, kinds: tuple[str, ...]) -> Kernel:
-    """The kernel that sums a statistic, or only looks for gradients without a finite square; gradients and state as in `update_kernel`."""
-    return _observe_kernel(statistic, kinds, interpreted=interpreted())
+def observe_kernel(statistic: Statistic | None, grad_format: Format, state_formats: tuple[Format, ...]) -> Kernel:
+    """The kernel that sums a statistic, or, without moments, only looks for gradients without a finite square."""
+    return _observe_kernel(statistic, grad_format, state_formats, interpreted=interpreted())
 
 
 def compile_for(kernel: Kernel, target: GPUTarget, *, aligned: bool = True, threads: int = THREADS, elements: int = ELEMENTS) -> Any:
@@ -283,64 +283,54 @@ def _options(threads: int, elements: int) -> dict[str, Any]:
 
 
 @cache
-def _update_kernel(algorithm: Algorithm, fmt: Format, kinds: tuple[str, ...], *, interpreted: bool) -> Kernel:
-    grad_kind, *state_kinds = kinds
-    base = format_of(fmt.dtype).name
-    states = {f"state{index}": kind for index, kind in enumerate(state_kinds)}
-    coefficients = [f"c{index}" for index in range(argument_count(algorithm.update) - 2 - len(states))]
-    extra = ["comp"] if fmt.extra else []
-    tensors = {"grad": grad_kind, **states, "param": base, **dict.fromkeys(extra, base)}
-    random = fmt.is_random
-    limits = torch.finfo(FORMATS[base].dtype)
-    smallest = int(torch.tensor(limits.smallest_normal * limits.eps, dtype=torch.float32, device="cpu").view(torch.int32))
-
-    def stored(kind: str, value: str, *, random: bool) -> str:
-        return f"store_{kind}(stochastic({value}, noise, {limits.eps!r}, {smallest}))" if random else f"store_{kind}({value})"
-
-    param = " + ".join(["value_of_param", *(f"value_of_{name}" for name in extra)])
-    arguments = [param, "value_of_grad * scale", *(f"value_of_{name}" for name in states), *coefficients]
+def _update_kernel(algorithm: Algorithm, formats: tuple[Format, ...], grad_format: Format, *, interpreted: bool) -> Kernel:
+    written, grad = stored_values(formats), StoredValue("grad", grad_format)
+    param, *state = written
+    coefficients = [f"c{index}" for index in range(argument_count(algorithm.update) - 1 - len(written))]
+    arguments = [param.loaded(LOADED), f"{grad.loaded(LOADED)} * scale", *(value.loaded(LOADED) for value in state), *coefficients]
+    random = [value.name for value in written if value.format.is_random]
+    draws = {name: f"uniform(key{column}, indices)" for column, name in enumerate(random)}
     access = "mask=inside, eviction_policy=EVICTION"
     lines = [
-        *(["noise = uniform(key, index_of(index, left, length, gap, count, element))"] if random else []),
-        f"new_param, {''.join(f'new_{name}, ' for name in states)} = update({', '.join(arguments)})",
-        f"stored_param = {stored(base, 'new_param', random=random and not extra)}",
-        *(f"stored_{name} = {stored(base, f'new_param - load_{base}(stored_param)', random=random)}" for name in extra),
-        *(f"stored_{name} = {stored(kind, f'new_{name}', random=False)}" for name, kind in states.items()),
-        *(f"tl.store(at_{name} + element, stored_{name}, {access})" for name in ("param", *extra, *states)),
+        *(["indices = index_of(index, left, length, gap, count, element)"] if random else []),
+        f"{''.join(f'new_{value.name}, ' for value in written)} = update({', '.join(arguments)})",
+        *(value.stored(STORED, draws.get(value.name, "")) for value in written),
+        *(f"tl.store(at_{name} + element, {STORED.format(name)}, {access})" for name in arrays_of(written)),
     ]
+    keys = [f"key{column} = tl.load(keys + {len(random)} * row + {column})" for column in range(len(random))]
     return _kernel(
-        f"update_{algorithm.name}_{fmt.name}_{'_'.join(kinds)}",
+        identifier(f"update_{algorithm.name}", [*formats, grad_format]),
         {"coefficients": "*fp32", "proceed": "*i1"} | ({"keys": "*i64", "segments": "*i64"} if random else {}),
-        tensors,
+        arrays_of([grad, *written]),
         coefficients,
         item="tl.num_programs(0) - 1 - tl.program_id(0) if BACKWARD else tl.program_id(0)",
         access=access,
         constants=UPDATE,
         count="tl.where(tl.load(proceed), tl.load(work + 3 * item + 2), 0)",
-        before=["key = tl.load(keys + row)", "index, left, length, gap = run_of(segments, row, first, count)"] if random else [],
+        before=[*keys, "index, left, length, gap = run_of(segments, row, first, count)"] if random else [],
         lines=lines,
-        names=scalars(interpreted=interpreted) | {"update": compiled(algorithm.update, interpreted=interpreted)},
+        functions={"update": algorithm.update, **functions_of([grad, *written], written)},
+        interpreted=interpreted,
     )
 
 
 @cache
-def _observe_kernel(statistic: Statistic | None, kinds: tuple[str, ...], *, interpreted: bool) -> Kernel:
-    grad_kind, *state_kinds = kinds
-    states = {f"state{index}": kind for index, kind in enumerate(state_kinds)}
-    names = scalars(interpreted=interpreted)
+def _observe_kernel(statistic: Statistic | None, grad_format: Format, state_formats: tuple[Format, ...], *, interpreted: bool) -> Kernel:
+    state, grad = stored_values(state_formats), StoredValue("grad", grad_format)
+    functions = functions_of([grad, *state])
     arguments = {"sums": "*i64"}
     coefficients: list[str] = []
     if statistic is None:
-        name = f"finite_{grad_kind}"
+        title = "finite"
         before = ["limit = 3.4028234663852886e38"]
-        lines = ["g = value_of_grad * scale", "value = g * g"]
+        lines = [f"g = {grad.loaded(LOADED)} * scale", "value = g * g"]
     else:
-        name = f"observe_{statistic.observe.__module__.rpartition('.')[2]}_{'_'.join(kinds)}"
-        names["observe"] = compiled(statistic.observe, interpreted=interpreted)
+        title = f"observe_{statistic.observe.__module__.rpartition('.')[2]}"
+        functions["observe"] = statistic.observe
         arguments = {"coefficients": "*fp32", "limits": "*fp32", "scales": "*fp32", **arguments}
-        coefficients = [f"c{index}" for index in range(argument_count(statistic.observe) - len(kinds))]
+        coefficients = [f"c{index}" for index in range(argument_count(statistic.observe) - 1 - len(state))]
         before = ["limit = tl.load(limits + row)", "unit = inverse_of_power(tl.load(scales + row))"]
-        values = ["value_of_grad * scale", *(f"value_of_{name}" for name in states), *coefficients]
+        values = [f"{grad.loaded(LOADED)} * scale", *(value.loaded(LOADED) for value in state), *coefficients]
         lines = [f"value = observe({', '.join(values)})"]
     # What lies beyond the end is read as zeros, of which a statistic is zero.
     folded = {"largest": ("0.0, tl.float32", "value", "larger")}
@@ -349,21 +339,32 @@ def _observe_kernel(statistic: Statistic | None, kinds: tuple[str, ...], *, inte
         lines.append("low, middle, high = fixed_point(value, unit)")
         folded |= {limb: ("0, tl.int32", f"bits_of({limb})", "add") for limb in ("low", "middle", "high")}
         after.append("add_up({low}, {middle}, {high}, {lanes}, unit, sums + row)")
-    tensors = {"grad": grad_kind, **states}
-    return _kernel(name, arguments, tensors, coefficients, before=before, lines=lines, folded=folded, after=after, names=names)
+    return _kernel(
+        identifier(title, [grad_format, *state_formats]),
+        arguments,
+        arrays_of([grad, *state]),
+        coefficients,
+        before=before,
+        lines=lines,
+        folded=folded,
+        after=after,
+        functions=functions,
+        interpreted=interpreted,
+    )
 
 
 def _kernel(
     name: str,
     arguments: dict[str, str],  # that only some kernels have, with Triton's types
-    tensors: dict[str, str],  # the plain format of each, in the order of the addresses
+    tensors: dict[str, torch.dtype],  # in the order of the addresses
     coefficients: Sequence[str],
     *,
     before: Sequence[str],  # all elements of a program
     lines: Sequence[str],  # for each block of elements
     folded: Mapping[str, tuple[str, str, str]] = MappingProxyType({}),  # of each row of elements: start and type, term, and function
     after: Sequence[str] = (),  # all blocks, with names of what was folded and of the number of elements that it is of
-    names: dict[str, Any],  # that the text uses
+    functions: Mapping[str, Callable[..., Any]],  # of algorithms and formats, that the text calls
+    interpreted: bool,
     item: str = "tl.program_id(0)",  # the program's row in the table of work
     count: str = "tl.load(work + 3 * item + 2)",  # of its elements
     access: str = "mask=inside",  # how memory is accessed
@@ -374,13 +375,13 @@ def _kernel(
     of_program = [
         *(f"{name} = tl.load(coefficients + {len(coefficients)} * row + {index})" for index, name in enumerate(coefficients)),
         *before,
-        *(f"at_{name} = pointer({name} + {ITEMSIZE[kind]} * first, tl.{TYPES[kind]}, ALIGNED)" for name, kind in tensors.items()),
+        *(f"at_{name} = pointer({name} + {dtype.itemsize} * first, {_type(dtype)}, ALIGNED)" for name, dtype in tensors.items()),
     ]
     block = [
-        *(f"value_of_{name} = load_{kind}(tl.load(at_{name} + element, {access}, other=0.0))" for name, kind in tensors.items()),
+        *(f"{LOADED.format(name)} = tl.load(at_{name} + element, {access}, other=0.0)" for name in tensors),
         *lines,
     ]
-    width = ALIGNMENT // max(ITEMSIZE[kind] for kind in tensors.values())
+    width = ALIGNMENT // max(dtype.itemsize for dtype in tensors.values())
     start = [f"{name}_of_blocks = tl.full((BLOCK // {width},), {zero})" for name, (zero, _, _) in folded.items()]
     of_block = [f"{name}_of_blocks = {fold}({name}_of_blocks, tl.reduce({term}, 1, {fold}))" for name, (_, term, fold) in folded.items()]
     of_rest = [f"{name}_of_rest = tl.reduce({term}, 1, {fold})" for name, (_, term, fold) in folded.items()]
@@ -388,6 +389,7 @@ def _kernel(
         [line.format(lanes=lanes, **{name: f"{name}_of_{part}" for name in folded}) for line in after]
         for part, lanes in (("blocks", "(whole + BLOCK - 1) // BLOCK * BLOCK"), ("rest", VECTOR))
     )
+    names = scalars(interpreted=interpreted) | {each: compiled(function, interpreted=interpreted) for each, function in functions.items()}
     constexprs = "".join(f", {name}: tl.constexpr" for name in constants)
     source = f'''"""Made by sharded_optim/backends/triton.py."""
 
@@ -419,6 +421,10 @@ def {name}({", ".join(signature)}, ALIGNED: tl.constexpr, BLOCK: tl.constexpr{co
         constants=constants,
         source=source,
     )
+
+
+def _type(dtype: torch.dtype) -> str:
+    return f"tl.{str(dtype).removeprefix('torch.')}"
 
 
 def _lines(indent: int, *lines: Sequence[str]) -> str:

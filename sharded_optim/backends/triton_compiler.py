@@ -44,7 +44,7 @@ def compiled(function: Callable[..., Any], *, interpreted: bool) -> Any:
         names["xp"] = ModuleType("xp")  # Triton looks up names in nothing but modules
         vars(names["xp"]).update(scalars(interpreted=interpreted))
     assert interpreted == knobs.runtime.interpret, "triton.jit looks at this too"
-    return rebound(function, names, triton.jit)
+    return rebound(function, names, triton.jit, (lambda number: number) if interpreted else tl.constexpr)
 
 
 def scalars(*, interpreted: bool) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Functions that Triton compiles into the kernels of `triton.py`: the operations of an algorithm's math, and how values are stored.
 
-`divide`, `maximum`, `sqrt`, `where` are `algorithms/operations.py` for a block of elements; `load_*` and `store_*` are `formats.py`;
-`uniform` is `noise.py`. They carry no decorator: `triton.py` compiles them together with the algorithm's own functions, for a device or for
-Triton's interpreter. Only what Triton has for every device is used, so that none is ruled out.
+`divide` to `where` and `from_bf16` to `stochastic_fp16` are `algorithms/operations.py` for a block of elements; `uniform` is `noise.py`.
+They carry no decorator: `triton.py` compiles them together with the functions of algorithms and formats, for a device or for Triton's
+interpreter. Only what Triton has for every device is used, so that none is ruled out.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
@@ -39,35 +39,27 @@ def pointer(address, dtype: tl.constexpr, aligned: tl.constexpr):
     return tl.multiple_of(at, 16) if aligned else at
 
 
-# ---------------------------------------------------------------------------------------------------------------------- formats
+# ---------------------------------------------------------------------------------------------------------------------- storage
 
 
-def load_fp32(stored):
-    return stored
-
-
-def store_fp32(value):
-    return value
-
-
-def load_bf16(stored):
+def from_bf16(stored):
     return stored.to(tl.float32)
 
 
-def store_bf16(value):
+def to_bf16(value):
     return value.to(tl.bfloat16)
 
 
-def load_fp16(stored):
+def from_fp16(stored):
     return stored.to(tl.float32)
 
 
-def store_fp16(value):
+def to_fp16(value):
     return value.to(tl.float16)
 
 
 def stochastic(value, uniform, epsilon, smallest_bits):
-    """A neighbour of the value, or the value, for `store_*`, which then does not round.
+    """A neighbour of the value, or the value.
 
     Args:
         value: fp32.
@@ -86,14 +78,22 @@ def stochastic(value, uniform, epsilon, smallest_bits):
     return tl.where(bits < 0x7F800000, (rounded.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True), value)
 
 
+def stochastic_bf16(value, uniform):
+    return stochastic(value, uniform, 0.0078125, 0x00010000)  # 2**-7, 2**-133
+
+
+def stochastic_fp16(value, uniform):
+    return stochastic(value, uniform, 0.0009765625, 0x33800000)  # 2**-10, 2**-24
+
+
 # The interpreter cuts off the low bits where it converts to bfloat16, and is wrong about bfloat16's denormal numbers.
 
 
-def load_bf16_interpreted(stored):
+def from_bf16_interpreted(stored):
     return (stored.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
 
 
-def store_bf16_interpreted(value):
+def to_bf16_interpreted(value):
     bits = value.to(tl.uint32, bitcast=True)
     rounded = tl.where(value == value, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, 0x7FC0)
     return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)

@@ -12,11 +12,10 @@ from torch import Tensor
 from sharded_optim.checkpoint.manifest import MODEL, key_of
 from sharded_optim.segment import Segment
 
-__all__ = ["KAHAN", "LOW_PRECISION", "MASTER", "MODEL", "Held", "bytes_of", "checksum", "numbers_of"]
+__all__ = ["LOW_PRECISION", "MASTER", "MODEL", "Held", "bytes_of", "checksum", "numbers_of"]
 
 # The kinds of tensors beside MODEL; all others are the entries of optimizer state.
 MASTER = "master"  # float32 values of which a parameter is the rounded copy
-KAHAN = "kahan_comp"
 LOW_PRECISION = (torch.bfloat16, torch.float16)  # of parameters that may have masters
 CHECKED_AT_ONCE = 2**20  # elements
 

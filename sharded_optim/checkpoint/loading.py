@@ -17,13 +17,14 @@ import torch.distributed as dist
 
 from sharded_optim.checkpoint.errors import CheckpointError, DamagedError, MismatchError, NoCheckpointError
 from sharded_optim.checkpoint.exchange import together
-from sharded_optim.checkpoint.held import KAHAN, LOW_PRECISION, MASTER, MODEL, Held
+from sharded_optim.checkpoint.held import LOW_PRECISION, MASTER, MODEL, Held
 from sharded_optim.checkpoint.live import LiveModel, LiveOptimizer, live_model, live_optimizer
 from sharded_optim.checkpoint.live.optimizer import Landing
 from sharded_optim.checkpoint.manifest import Manifest, Parameters, TensorEntry, key_of
 from sharded_optim.checkpoint.read import CheckpointReader, Wish
 from sharded_optim.checkpoint.steps import candidates, reading_back
 from sharded_optim.checkpoint.store import MANIFEST, Store
+from sharded_optim.formats import extra_arrays, format_beside
 
 __all__ = ["Choices", "load_newest", "load_step"]
 
@@ -222,14 +223,13 @@ def _fit(manifest: Manifest, model: Sequence[Held], masters: Sequence[Held], lan
             fit.problems.append((name, f"{held.key!r} {what} and cannot be loaded into; materialize it before"))
             continue
         live, saved = held.local.dtype, entry.dtype
-        plus = _compensation(manifest, held, entry, rounded)
-        if plus is not None:
-            fit.used.add(plus.key)
+        beside = _beside(manifest, held, entry, rounded)
+        fit.used |= {other.key for other in beside}
         is_rounding = held.kind == MODEL and name in rounded and live in LOW_PRECISION and saved == torch.float32
         is_widening = held.kind == MASTER and saved in LOW_PRECISION
         if live != saved and not (is_rounding or is_widening) and id(held) not in alone:
             fit.problems.append((name, f"{held.key!r} is of {live}, in the checkpoint of {saved}"))
-        fit.wishes.append(Wish(entry=entry, held=held, plus=plus))
+        fit.wishes.append(Wish(entry=entry, held=held, beside=beside))
     return fit
 
 
@@ -244,16 +244,18 @@ def _source(manifest: Manifest, held: Held) -> TensorEntry | None:
     return own
 
 
-def _compensation(manifest: Manifest, held: Held, entry: TensorEntry, rounded: set[str]) -> TensorEntry | None:
-    """The Kahan compensation of a saved parameter, where masters and their rounded copies are loaded from it.
+def _beside(manifest: Manifest, held: Held, entry: TensorEntry, rounded: set[str]) -> list[TensorEntry]:
+    """The arrays beside a saved parameter, as a Kahan compensation, where masters and their rounded copies are loaded from it.
 
-    They begin with parameter + compensation, which is the value that the step computed.
+    They begin with the value that the step computed, which is stored in all of the arrays.
     """
-    found = manifest.tensors.get(key_of(KAHAN, held.segment.name))
-    has_masters = held.kind == MASTER or (held.kind == MODEL and held.segment.name in rounded)
-    if not has_masters or found is None or entry.kind != MODEL or entry.dtype not in LOW_PRECISION or found.shape != entry.shape:
-        return None
-    return found
+    name = held.segment.name
+    has_masters = held.kind == MASTER or (held.kind == MODEL and name in rounded)
+    if not has_masters or entry.kind != MODEL or entry.dtype not in LOW_PRECISION:
+        return []
+    others = {kind: manifest.tensors.get(key_of(kind, name)) for kind in extra_arrays()}
+    alike = {kind: other for kind, other in others.items() if other is not None and other.shape == entry.shape}
+    return [alike[array.name] for array in format_beside(entry.dtype, alike).extra]
 
 
 def _as_bits(keys: Iterable[str], some: Collection[str]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,8 @@ from sharded_optim.checkpoint.held import Held, numbers_of
 from sharded_optim.checkpoint.manifest import CHUNK_BYTES, LARGEST_MANIFEST, Chunk, Manifest, TensorEntry, sha256
 from sharded_optim.checkpoint.shard_file import tensors_in, tensors_of
 from sharded_optim.checkpoint.store import COMMITTED, MANIFEST, Store, folder_of
-from sharded_optim.segment import Overlap, overlaps
+from sharded_optim.formats import format_beside
+from sharded_optim.segment import Segment, overlaps
 
 __all__ = ["CheckpointReader", "Wish", "committed_content", "look_at"]
 
@@ -32,16 +33,16 @@ class Wish:
     """Elements that are to be loaded, and the tensor that has them.
 
     Attributes:
-        plus: a tensor of the same shape that is added to it, in float32; None: nothing is.
+        beside: arrays of the same shape that its values are stored in too; see `Format.extra`.
     """
 
     entry: TensorEntry
     held: Held
-    plus: TensorEntry | None = None
+    beside: Sequence[TensorEntry] = ()
 
     @property
     def entries(self) -> list[TensorEntry]:
-        return [self.entry] if self.plus is None else [self.entry, self.plus]
+        return [self.entry, *self.beside]
 
 
 class CheckpointReader:
@@ -133,37 +134,38 @@ class CheckpointReader:
         Raises:
             DamagedError: bytes are others than when `verify` read them. What is wished for is then partly loaded.
         """
-        landings = {id(wish): wish.held.flat() for wish in wishes}
+        simple = [(wish, wish.held.flat()) for wish in wishes if not wish.beside]
         with torch.no_grad():
-            self._transfer([(wish.entry, wish) for wish in wishes], landings, Overlap.copy)
-            self._transfer([(wish.plus, wish) for wish in wishes if wish.plus is not None], landings, Overlap.add)
-            for wish in wishes:
+            self._copy([(wish.entry, wish.held.segment, flat) for wish, flat in simple])
+            for wish, flat in simple:
                 if not wish.held.shares_memory:
-                    wish.held.local.detach().copy_(landings[id(wish)].view(wish.held.local.shape))
+                    wish.held.local.detach().copy_(flat.view(wish.held.local.shape))
+            for wish in wishes:  # one after the other: each needs memory for its arrays
+                if wish.beside:
+                    local, segment = wish.held.local.detach(), wish.held.segment
+                    fmt = format_beside(wish.entry.dtype, {entry.kind for entry in wish.beside})
+                    arrays = [torch.empty(segment.numel, dtype=entry.dtype, device=local.device) for entry in wish.entries]
+                    self._copy([(entry, segment, array) for entry, array in zip(wish.entries, arrays, strict=True)])
+                    local.copy_(fmt.load(*arrays).view(local.shape))
 
-    def _transfer(
-        self,
-        pairs: Sequence[tuple[TensorEntry, Wish]],
-        landings: Mapping[int, Tensor],
-        act: Callable[[Overlap, Tensor, Tensor], None],
-    ) -> None:
-        """Do something with what tensors have of the elements of wishes, and the places of these."""
-        wanted: dict[tuple[str, int], list[Wish]] = {}
+    def _copy(self, wanted_of: Sequence[tuple[TensorEntry, Segment, Tensor]]) -> None:
+        """Copy the elements of a segment of each tensor to where they are wanted: 1-D and contiguous."""
+        wanted: dict[tuple[str, int], list[tuple[Segment, Tensor]]] = {}
         chunks: dict[tuple[str, int], tuple[TensorEntry, Chunk]] = {}
-        for entry, wish in pairs:
+        for entry, segment, target in wanted_of:
             for chunk in entry.chunks:
-                if overlaps(chunk.segment, wish.held.segment):
+                if overlaps(chunk.segment, segment):
                     chunks[chunk.file, chunk.offset] = entry, chunk
-                    wanted.setdefault((chunk.file, chunk.offset), []).append(wish)
+                    wanted.setdefault((chunk.file, chunk.offset), []).append((segment, target))
 
         def take(entry: TensorEntry, chunk: Chunk, content: memoryview) -> str | None:
             problem = _problem(entry, chunk, content)
             if problem is not None:
                 return problem
             source = numbers_of(content, entry.dtype)
-            for wish in wanted[chunk.file, chunk.offset]:
-                for overlap in overlaps(chunk.segment, wish.held.segment):
-                    act(overlap, source, landings[id(wish)])
+            for segment, target in wanted[chunk.file, chunk.offset]:
+                for overlap in overlaps(chunk.segment, segment):
+                    overlap.copy(source, target)
             return None
 
         self._raise(self._each([chunks[place] for place in sorted(chunks)], take))

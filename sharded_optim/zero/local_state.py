@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sharded_optim.engine import Engine
-from sharded_optim.formats import KAHAN_COMP
+from sharded_optim.formats import format_beside
 from sharded_optim.param_groups import named_params
 from sharded_optim.state import new_state
 from sharded_optim.zero.bucket import Home
@@ -72,7 +72,7 @@ class LogicalState(LocalState):
         """The state of no elements."""
         dtype = torch.float32 if home.kind.has_masters else home.kind.dtype
         nothing = torch.empty(0, dtype=dtype, device=home.kind.device)
-        state = new_state(nothing, self._engine._state_dtypes(nothing, self._engine.param_groups[self._groups[home.param]]))
+        state = new_state(nothing, self._engine.choice_of(nothing, self._engine.param_groups[self._groups[home.param]]).entries)
         return state | {MASTER: nothing} if home.kind.has_masters else state
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -187,19 +187,23 @@ class Values:
             found: this rank's part of it.
             whole: all of it that there is.
         """
-        compensation = whole.get(KAHAN_COMP)
         if MASTER in found:
             if home.local is not None:
                 self.masters[home] = found[MASTER]
-        elif not isinstance(compensation, Tensor) or not compensation.is_floating_point():  # optimi has placeholders
             return
-        elif type(compensation) is Tensor and compensation.shape == home.shape:
-            value = home.param.detach().float() + compensation.float()
+        # optimi has placeholders
+        beside = {key: value for key, value in whole.items() if isinstance(value, Tensor) and value.is_floating_point()}
+        fmt = format_beside(home.kind.dtype, beside)
+        arrays = [beside[array.name] for array in fmt.extra]
+        if not arrays:
+            return
+        if all(type(array) is Tensor and array.shape == home.shape for array in arrays):
+            value = fmt.load(home.param.detach(), *arrays)
             self.params[home] = value.to(home.kind.dtype)
             if home.local is not None:
                 self.masters[home] = home.of_shard(value)
         elif home.local is not None:
-            self.masters[home] = home.of_shard(home.param).float() + found[KAHAN_COMP].float()
+            self.masters[home] = fmt.load(home.of_shard(home.param), *(found[array.name] for array in fmt.extra))
 
     @torch.no_grad()
     def write(self) -> None:

@@ -23,7 +23,7 @@ from sharded_optim.algorithms.weight_decay import COUPLED
 from sharded_optim.backends import Backend, Column, Operands, choose
 from sharded_optim.coefficients import LrScale, Members, coefficient_table
 from sharded_optim.consensus import PRESENT, SECTIONS, TAIL
-from sharded_optim.formats import FORMATS
+from sharded_optim.formats import FORMATS, format_of
 from sharded_optim.optimizers.adam import ADAM, AMSGRAD
 from sharded_optim.optimizers.sgd import MOMENTUM, SGD
 from sharded_optim.optimizers.stable_adamw import STABLE_ADAMW
@@ -50,13 +50,14 @@ def main() -> int:
                 segments=[Segment.flat(f"w{numel}", (numel,), 0, numel) for numel in NUMELS],
                 format=fmt,
                 param=column(fmt.dtype),
-                extra=tuple(column(fmt.dtype) for _ in fmt.extra),
+                extra=tuple(column(array.dtype) for array in fmt.extra),
                 grad=column(dtype),
+                state_formats=tuple(format_of(dtype) for _ in algorithm.state),
                 state=tuple(column(dtype) for _ in algorithm.state),
             )
             count = len(operands)
             table = torch.tensor([algorithm.coefficients(GROUP, 3, 1.0)] * count, dtype=torch.float64).float().to(DEVICE)
-            keys = torch.arange(count).to(DEVICE) if fmt.is_random else None
+            keys = torch.arange(count)[:, None].to(DEVICE) if fmt.is_random else None
             backend.update(algorithm, operands, table, None, None, keys)
             if algorithm.statistic is not None:
                 observed = torch.tensor([algorithm.statistic.coefficients(GROUP, 3)] * count, dtype=torch.float64).float().to(DEVICE)

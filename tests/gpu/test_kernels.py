@@ -23,7 +23,7 @@ from variants import examples
 from gpu.device import DEVICE, REHEARSAL, synchronisation_is_an_error, synchronize
 from sharded_optim.algorithms import Algorithm, operations, scalars
 from sharded_optim.backends import Backend, Column, Operands, addresses_of, choose, eager
-from sharded_optim.formats import FORMATS
+from sharded_optim.formats import FORMATS, format_of
 from sharded_optim.optimizers.adam import ADAM, AMSGRAD
 from sharded_optim.optimizers.sgd import MOMENTUM, SGD
 from sharded_optim.optimizers.stable_adamw import STABLE_ADAMW
@@ -48,10 +48,6 @@ def own() -> Backend:
     return backend
 
 
-def keys_of(case: Case, count: int) -> Tensor:
-    return torch.randint(-(2**63), 2**63 - 1, (count,), generator=torch.Generator().manual_seed(case.seed))
-
-
 def stepped(
     backend: Backend,
     case: Case,
@@ -65,10 +61,10 @@ def stepped(
     """What a backend makes of a case on a device, where gradients lie elsewhere in the second step; the host waits for nothing."""
     operands = case.operands(device.type)
     told = [None if value is None else torch.tensor(value, device=device) for value in (proceed, grad_scale)]
-    keys = keys_of(case, len(operands))
+    keys = case.keys(operands)
     for step in range(1, steps + 1):
         table = case.coefficients(operands, group, step).to(device)
-        drawn = (keys + step).to(device) if operands.format.is_random else None
+        drawn = None if keys is None else (keys + step).to(device)
         if backend is eager.BACKEND:
             backend.update(case.algorithm, operands, table, *told, drawn)
         else:
@@ -109,6 +105,12 @@ def test_an_update_gives_the_bits_of_the_eager_backend_on_the_gpu(algorithm: Alg
     check(case, at=DEVICE)
     if LARGE:
         check(replace(case, shapes=LARGE), at=DEVICE)
+
+
+@pytest.mark.parametrize("state", [fmt for fmt in FORMATS if fmt not in STATES])
+def test_moments_have_any_format(state: str) -> None:
+    check(Case(algorithm=ADAM, fmt="bf16_kahan_stochastic", grad="bf16", state=state))
+    observed_alike(Case(algorithm=STABLE_ADAMW, state=state))
 
 
 @pytest.mark.parametrize("fmt", ["fp32", "bf16_kahan_stochastic", "fp16_kahan"])
@@ -242,7 +244,8 @@ def test_a_tensor_may_have_more_elements_than_an_int32_counts() -> None:
     def operands(start: int, tensors: list[Tensor]) -> Operands:
         param, grad, *state = [Column([each]) for each in tensors]
         segment = Segment.flat("w", (MANY,), start, tensors[0].numel())
-        return Operands(segments=[segment], format=fmt, param=param, extra=(), grad=grad, state=tuple(state))
+        plain = tuple(format_of(column.dtype) for column in state)
+        return Operands(segments=[segment], format=fmt, param=param, extra=(), grad=grad, state_formats=plain, state=tuple(state))
 
     tensors = [tensor(1.0), tensor(0.5), tensor(0.1), tensor(0.2).abs_()]
     before = [each.clone() for each in tensors]
@@ -250,7 +253,7 @@ def test_a_tensor_may_have_more_elements_than_an_int32_counts() -> None:
     row = torch.tensor([STABLE_ADAMW.coefficients(GROUP, 3, 1.0)], dtype=torch.float64).float().to(DEVICE)
     observed = torch.tensor([STATISTIC.coefficients(GROUP, 3)], dtype=torch.float64).float().to(DEVICE)
     limit, scale = torch.tensor([1.01 * STATISTIC.bound(GROUP)], device=DEVICE), torch.tensor([2.0**20], device=DEVICE)
-    key = torch.tensor([0x123456789ABCDEF], device=DEVICE)
+    key = torch.tensor([[0x123456789ABCDEF]], device=DEVICE)
     sums, flags = own().observe(STATISTIC, whole, observed, limit, scale, None)
     own().update(STABLE_ADAMW, whole, row, None, None, key)
     total = torch.zeros_like(sums)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sharded_optim import foreign_state
 from sharded_optim.algorithms.weight_decay import COUPLED, DECOUPLED, FORMS, L2
 from sharded_optim.engine import Engine
-from sharded_optim.formats import KAHAN_COMP
+from sharded_optim.formats import extra_arrays
 from sharded_optim.optimizers import OPTIMIZERS
 from sharded_optim.param_groups import reference
 from sharded_optim.state import STEP
@@ -175,7 +175,10 @@ def _tensors(engine: Engine, values: Mapping[str, Any], group: Group, where: str
             f"{where} lacks {missing[0]!r}, which {type(engine).__name__} needs; it has {', '.join(map(str, values)) or 'nothing'}. Choose "
             f"the optimizer that continues it with --optimizer (optimizer=)"
         )
-    known = {*algorithm.state, *algorithm.unused, KAHAN_COMP}
+    beside = extra_arrays()
+    if is_ours:
+        beside |= {key for key in values if str(key).partition(".")[0] in algorithm.state}  # further arrays of moments
+    known = {*algorithm.state, *algorithm.unused, *beside}
     dropped = sorted(str(key) for key in values.keys() - known)
     if dropped:
         warnings.warn(
@@ -187,5 +190,5 @@ def _tensors(engine: Engine, values: Mapping[str, Any], group: Group, where: str
         if not isinstance(value, Tensor):
             raise ValueError(f"{where} has {key!r} that is a {type(value).__name__}, not a tensor")
         # Ours keeps the dtype that it was given; others' has the parameter's, and ours begins with float32.
-        found[key] = value if is_ours or key == KAHAN_COMP else value.to(torch.float32)
+        found[key] = value if is_ours or key in beside else value.to(torch.float32)
     return {key: found[key] for key in values if key in found}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharded_optim.checkpoint.held import KAHAN, MASTER, Held
+from sharded_optim.checkpoint.held import MASTER, Held
 from sharded_optim.checkpoint.live.model import LiveModel
 from sharded_optim.checkpoint.manifest import Manifest, Parameters, key_of
 from sharded_optim.checkpoint.values import decode, encode
@@ -221,12 +221,13 @@ class LiveOptimizer:
             return
         group = self.groups[member.group] | dict(landing.groups[member.group])
         live = self.engine.state.get(member.param, {})
-        algorithm, _ = self.engine.choice_of(member.param, group)
-        late = algorithm.late | {KAHAN}
+        choice = self.engine.choice_of(member.param, group)
+        there = {kind for kind in choice.entries if any(key_of(kind, name) in manifest.tensors for name in member.names)}
+        may_begin = choice.may_begin(there) - there
         state: dict[str, Any] = {STEP: torch.tensor(steps.pop(), dtype=torch.float32, device=member.param.device)}
         wanted: list[Held] = []
-        for kind, dtype in self.engine._state_dtypes(member.param, group).items():
-            begins = kind in late and not any(key_of(kind, name) in manifest.tensors for name in member.names)
+        for kind, dtype in choice.entries.items():
+            begins = kind in may_begin
             is_there = kind in live and live[kind].dtype == dtype and not begins
             state[kind] = live[kind] if is_there else zeros(member.param, dtype)
             if not begins:

@@ -1,0 +1,362 @@
+"""A storage format is two functions and an entry of FORMATS: all backends, state dicts, checkpoints and reports follow from these.
+
+The formats in this file are nowhere else.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+import torch
+from operand_cases import Case, assert_same, assert_same_observation, assert_same_update
+from torch import Tensor, nn
+
+import sharded_optim as so
+from sharded_optim import checkpoint, stateful
+from sharded_optim.algorithms import operations as xp
+from sharded_optim.backends import cpu
+from sharded_optim.checkpoint.export import export_torch
+from sharded_optim.formats import FORMATS, Array, Format, format_beside, param_format
+from sharded_optim.optimizers.adam import ADAM
+from sharded_optim.optimizers.stable_adamw import STABLE_ADAMW
+
+SHAPES = [(), (5,), (7, 3), (150,), (0,)]
+
+
+# -------------------------------------------------------------------------------------- three arrays of 8 bits: all 24 of float32
+
+
+def load_parts(high, middle, low):
+    return (xp.from_bf16(high) + xp.from_bf16(middle)) + xp.from_bf16(low)
+
+
+def store_parts(value, uniform):
+    high = xp.to_bf16(value)
+    rest = value - xp.from_bf16(high)
+    middle = xp.to_bf16(rest)
+    return high, middle, xp.to_bf16(rest - xp.from_bf16(middle))
+
+
+PARTS = Format(
+    name="bf16 in 3 parts",
+    arrays=(Array("", torch.bfloat16), Array("middle", torch.bfloat16), Array("low", torch.bfloat16)),
+    load=load_parts,
+    store=store_parts,
+)
+
+# -------------------------------------------------------------------------------------- others
+
+
+def load_bf16(stored):
+    return xp.from_bf16(stored)
+
+
+def store_toward_zero(value, uniform):
+    return (xp.to_bf16(xp.stochastic_bf16(value, 1.0)),)
+
+
+TENTH = 0.1
+
+
+def load_tenths(stored):
+    return 10.0 * stored
+
+
+def store_tenths(value, uniform):
+    return (TENTH * limited(value),)
+
+
+def limited(value):
+    return xp.where(value > 1e30, 1e30, value)
+
+
+def load_mixed(rounded, rest):
+    return xp.from_fp16(rounded) + rest
+
+
+def store_mixed(value, uniform):
+    rounded = xp.to_fp16(xp.stochastic_fp16(value, uniform))
+    return rounded, value - xp.from_fp16(rounded)
+
+
+OTHERS = (
+    Format(name="toward zero", arrays=(Array("", torch.bfloat16),), load=load_bf16, store=store_toward_zero),
+    Format(name="tenths", arrays=(Array("", torch.float32),), load=load_tenths, store=store_tenths),
+    Format(
+        name="of two dtypes, at random",
+        arrays=(Array("", torch.float16), Array("rest", torch.float32)),
+        load=load_mixed,
+        store=store_mixed,
+        is_random=True,
+    ),
+)
+NEW = {fmt.name: fmt for fmt in (PARTS, *OTHERS)}
+
+
+@pytest.fixture(autouse=True)
+def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    for fmt in NEW.values():
+        monkeypatch.setitem(FORMATS, fmt.name, fmt)
+
+
+@pytest.fixture
+def parts_for_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 parameters are stored in three parts."""
+    monkeypatch.setattr(stateful, "param_format", of_parameters)
+
+
+def of_parameters(dtype: torch.dtype, **options: Any) -> Format:
+    return PARTS if dtype == torch.bfloat16 else param_format(dtype, **options)
+
+
+# ----------------------------------------------------------------------------------------------------------------------- kernels
+
+
+@pytest.mark.parametrize("name", NEW)
+@pytest.mark.parametrize("compiling", ["cpu", "triton"])
+def test_what_is_compiled_of_a_format_gives_the_bits_of_its_functions(name: str, compiling: str, request: pytest.FixtureRequest) -> None:
+    """Of parameters, of moments and of both, on awkward shapes, strides and segments; also where a kernel only observes."""
+    if compiling == "triton":
+        request.getfixturevalue("interpreter")
+    module = import_module(f"sharded_optim.backends.{compiling}")
+    own = module.Triton(chunk=128, threads=4) if compiling == "triton" else module.BACKEND
+    for case in (Case(algorithm=ADAM, fmt=name), Case(algorithm=ADAM, state=name), Case(algorithm=STABLE_ADAMW, fmt=name, state=name)):
+        assert_same_update(own, case, steps=2)
+    assert_same_observation(own, Case(algorithm=STABLE_ADAMW, state=name))
+
+
+def test_numbers_in_a_format_are_fp32_as_those_of_tensors_are() -> None:
+    """In numba's own arithmetic a tenth is the one of float64, and so is all that is computed with it."""
+    value = torch.tensor([1 / 3, 7.0, 1e-20, 3e38])
+    found = torch.zeros_like(value)
+    function = cpu._compiled(store_tenths)
+    for index, each in enumerate(value.numpy()):
+        (found[index],) = function(each, each)
+    (expected,) = store_tenths(value, None)
+    assert_same(found, expected, "tenths")
+
+
+@pytest.mark.parametrize("fmt", [*FORMATS.values(), *NEW.values()], ids=lambda fmt: fmt.name)
+def test_zeros_are_what_new_state_needs(fmt: Format) -> None:
+    """A moment begins with zeros in all arrays, and beside a parameter zeros leave it as it is; formats with equal arrays load alike."""
+    zero, one = torch.zeros(3), torch.tensor([1.0, -0.75, 1.5])
+    assert torch.equal(fmt.load(*(zero.to(array.dtype) for array in fmt.arrays)), zero)
+    if fmt.name != "tenths":  # which is for moments
+        loaded = fmt.load(one.to(fmt.dtype), *(zero.to(array.dtype) for array in fmt.extra))
+        assert torch.equal(loaded, one)
+        assert format_beside(fmt.dtype, {array.name for array in fmt.extra}).arrays == fmt.arrays
+    assert fmt.store(one, zero)[0].dtype == fmt.dtype
+    if fmt.name not in NEW:
+        assert all(other.load is fmt.load for other in FORMATS.values() if other.arrays == fmt.arrays and other.name not in NEW)
+
+
+# --------------------------------------------------------------------------------------------------------------------- optimizers
+
+
+class Run:
+    """An optimizer that is stepped with gradients known from the step alone, all of which bfloat16 can hold."""
+
+    def __init__(self, backend: str, dtype: torch.dtype = torch.bfloat16, make: Callable = so.StableAdamW, **options: Any) -> None:
+        generator = torch.Generator().manual_seed(5)
+        values = [torch.randn(shape, generator=generator).bfloat16().to(dtype) for shape in SHAPES]
+        self.params = [nn.Parameter(value) for value in values]
+        self.optimizer = make([(f"w{index}", param) for index, param in enumerate(self.params)], lr=1e-3, backend=backend, **options)
+
+    def step(self, steps: range) -> Run:
+        for step in steps:
+            generator = torch.Generator().manual_seed(100 + step)
+            for param in self.params:
+                param.grad = torch.randn(param.shape, generator=generator).bfloat16().to(param.dtype)
+            self.optimizer.step()
+        return self
+
+    def values(self, key: str | None = None) -> list[Tensor]:
+        """Of the parameters or of a moment, decoded as `PARTS` where they are stored so."""
+        found = []
+        for param in self.params:
+            state = self.optimizer.state[param]
+            main, names = (param.detach(), ("middle", "low")) if key is None else (state[key], (f"{key}.middle", f"{key}.low"))
+            found.append(load_parts(main, *(state[name] for name in names)) if names[0] in state else main.float())
+        return found
+
+    def reports(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for index, param in enumerate(self.params):
+            found = self.optimizer.report_per_parameter_metrics(param, f"w{index}", found)
+        return found
+
+    def assert_same(self, other: Run) -> None:
+        for key in (None, "exp_avg", "exp_avg_sq"):
+            for mine, its in zip(self.values(key), other.values(key), strict=True):
+                assert_same(mine, its, str(key))
+        reports = other.reports()
+        assert self.reports().keys() == reports.keys()
+        for name, value in self.reports().items():
+            assert value.item() == reports[name].item(), name
+
+
+@pytest.mark.usefixtures("parts_for_parameters")
+@pytest.mark.parametrize(("backend", "state_dtype"), [("eager", PARTS.name), ("cpu", PARTS.name), ("triton", PARTS.name), ("cpu", None)])
+def test_parameters_and_moments_in_three_arrays_step_as_in_float32(
+    backend: str, state_dtype: str | None, request: pytest.FixtureRequest
+) -> None:
+    """Bit for bit, in what is stored and in what is reported: three times 8 bits are all that a float32 has."""
+    if backend == "triton":
+        request.getfixturevalue("interpreter")
+    parts = Run(backend, state_dtype=state_dtype).step(range(4))
+    parts.assert_same(Run("eager", torch.float32).step(range(4)))
+    expected = {"step", "exp_avg", "exp_avg_sq", "middle", "low"}
+    if state_dtype is not None:
+        expected |= {f"{moment}.{part}" for moment in ("exp_avg", "exp_avg_sq") for part in ("middle", "low")}
+    assert parts.optimizer.state[parts.params[1]].keys() == expected
+    assert {each.dtype for each in parts.optimizer.state[parts.params[1]].values()} <= {torch.float32, torch.bfloat16}
+
+
+@pytest.mark.usefixtures("parts_for_parameters")
+def test_a_state_dict_and_a_checkpoint_take_all_arrays_along(tmp_path: Path) -> None:
+    straight = Run("cpu", state_dtype=PARTS.name).step(range(6))
+    before = Run("cpu", state_dtype=PARTS.name).step(range(3))
+    model = nn.ParameterList(before.params)
+    checkpoint.save(tmp_path / "root", 3, model=model, optimizer=before.optimizer)
+    export_torch(tmp_path / "root", tmp_path / "exported.pt")
+    exported = torch.load(tmp_path / "exported.pt", weights_only=True)
+    for way in ("state dict", "checkpoint", "export"):
+        after = Run("eager", state_dtype=PARTS.name)
+        if way == "checkpoint":
+            after.step(range(2))
+            checkpoint.load(tmp_path / "root", model=nn.ParameterList(after.params), optimizer=after.optimizer)
+        else:
+            for param, saved in zip(after.params, before.params, strict=True):
+                param.data.copy_(saved.detach())
+            state_dict = exported["optimizer"] if way == "export" else copy.deepcopy(before.optimizer.state_dict())
+            after.optimizer.load_state_dict(state_dict)
+        after.step(range(3, 6)).assert_same(straight)
+
+
+def test_moments_of_another_format_are_converted_where_it_is_known_and_refused_where_it_is_not() -> None:
+    """Of several arrays, none is the value."""
+    plain, parts = Run("cpu", torch.float32).step(range(2)), Run("cpu", torch.float32, state_dtype=PARTS.name).step(range(2))
+    for state_dtype in (PARTS.name, "bf16_kahan"):
+        taken = Run("cpu", torch.float32, state_dtype=state_dtype)
+        taken.optimizer.load_state_dict(copy.deepcopy(plain.optimizer.state_dict()))
+        for param, source in zip(taken.params, plain.params, strict=True):
+            for moment in ("exp_avg", "exp_avg_sq"):
+                arrays = [taken.optimizer.state[param][key] for key in FORMATS[state_dtype].entries(moment)]
+                expected = FORMATS[state_dtype].store(plain.optimizer.state[source][moment], None)
+                assert all(torch.equal(a, e) for a, e in zip(arrays, expected, strict=True))
+    before = [param.detach().clone() for param in plain.params]
+    told = (
+        r"saved state of 'w0' has 'exp_avg' of torch.bfloat16, 'exp_avg.middle' .*, where the format 'fp32' has 'exp_avg' of torch.float32"
+    )
+    with pytest.raises(ValueError, match=told):
+        plain.optimizer.load_state_dict(parts.optimizer.state_dict())
+    state = parts.optimizer.state_dict()
+    del state["state"][1]["exp_avg.low"]
+    with pytest.raises(
+        ValueError, match=r"'w1' has 'exp_avg' of torch.bfloat16, 'exp_avg.middle' of torch.bfloat16, where .* load it into"
+    ):
+        parts.optimizer.load_state_dict(state)
+    assert all(torch.equal(param, value) for param, value in zip(plain.params, before, strict=True))
+
+
+def test_an_array_of_another_dtype_or_a_lost_one_is_refused_by_name() -> None:
+    run = Run("cpu", torch.float32, state_dtype=PARTS.name).step(range(2))
+    state = run.optimizer.state[run.params[1]]
+    low = state["exp_avg.low"]
+    state["exp_avg.low"] = low.float()
+    with pytest.raises(
+        ValueError, match=r"'exp_avg.low' of 'w1' has dtype torch.float32, the format 'bf16 in 3 parts' stores it in torch.bfloat16"
+    ):
+        run.step(range(2, 3))
+    del state["exp_avg.low"]
+    with pytest.raises(ValueError, match=r"the state of 'w1' lacks 'exp_avg.low' after 2 steps"):
+        run.step(range(2, 3))
+    state["exp_avg.low"] = low
+    run.step(range(2, 4)).assert_same(Run("cpu", torch.float32, state_dtype=PARTS.name).step(range(4)))
+
+
+@pytest.mark.usefixtures("parts_for_parameters")
+def test_a_parameter_that_others_have_written_loses_all_further_arrays() -> None:
+    run = Run("cpu").step(range(2))
+    assert all(run.optimizer.state[run.params[3]][key].any() for key in ("middle", "low"))
+    with torch.no_grad():
+        run.params[3].fill_(0.5)
+    saved = run.optimizer.state_dict()["state"]
+    assert not any(saved[3][key].any() for key in ("middle", "low"))
+    assert saved[2]["middle"].any()
+
+
+def check_masters(folder: str) -> None:
+    for fmt in NEW.values():
+        FORMATS[fmt.name] = fmt
+    stateful.param_format = of_parameters  # of this process, which ends with the check
+    parts = Run("eager").step(range(3))
+    checkpoint.save(folder, 3, model=nn.ParameterList(parts.params), optimizer=parts.optimizer)
+    expected = parts.values()
+    for way in ("checkpoint", "state dict"):
+        model = nn.ParameterList(Run("eager").params)
+        optimizer = so.ShardedOptimizer(model, so.StableAdamW, lr=1e-3, backend="eager")
+        if way == "checkpoint":
+            checkpoint.load(folder, model=model, optimizer=optimizer)
+        else:
+            model.load_state_dict(nn.ParameterList(parts.params).state_dict())
+            optimizer.load_state_dict(copy.deepcopy(parts.optimizer.state_dict()))
+        for param, value in zip(model, expected, strict=True):
+            if value.numel():
+                assert torch.equal(optimizer.state[param]["master"].view(value.shape), value), way
+            assert torch.equal(param, value.bfloat16()), way
+
+
+def test_masters_begin_with_the_value_of_all_arrays(tmp_path: Path) -> None:
+    ranks.run(check_masters, 1, str(tmp_path))
+
+
+# ------------------------------------------------------------------------------------------------------------- rounded at random
+
+
+def test_a_parameter_and_its_moments_are_rounded_by_different_numbers() -> None:
+    """In the first step of AMSGrad the second moment and its maximum have one value, and the first has it up to a factor."""
+    param = nn.Parameter(torch.full((1000,), 1.0))
+    optimizer = so.DecoupledAdamW([("w", param)], lr=1e-2, amsgrad=True, state_dtype="bf16_stochastic")
+    param.grad = torch.full((1000,), 0.7)
+    optimizer.step()
+    squares, largest = optimizer.state[param]["exp_avg_sq"], optimizer.state[param]["max_exp_avg_sq"]
+    assert len(set(squares.tolist())) == len(set(largest.tolist())) == 2
+    assert 0.3 < float((squares == largest).float().mean()) < 0.7
+
+
+def test_moments_rounded_at_random_go_on_where_they_would_stand_still() -> None:
+    """A second moment with beta2 = 0.9999 falls by a tenth in 1000 steps without gradients, which rounding to nearest would all undo."""
+    param = nn.Parameter(torch.ones(2000))
+    optimizer = so.AdamW([("w", param)], lr=0.0, betas=(0.9, 0.9999), state_dtype="bf16_stochastic", weight_decay=0.0)
+    param.grad = torch.ones(2000)
+    optimizer.step()
+    optimizer.state[param]["exp_avg_sq"].fill_(1.0)
+    param.grad = torch.zeros(2000)
+    for _ in range(1000):
+        optimizer.step()
+    assert float(optimizer.state[param]["exp_avg_sq"].double().mean()) == pytest.approx(0.9999**1000, rel=2e-3)
+
+
+# ------------------------------------------------------------------------------------------------------------------------- choice
+
+
+@pytest.mark.parametrize("name", ["bf16_typo", "fp16", "fp16_kahan"])
+def test_a_format_that_moments_cannot_have_is_refused_with_those_they_can(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"state_dtype must be torch.float32 or torch.bfloat16, got {name}.*'bf16_kahan'"):
+        so.AdamW([nn.Parameter(torch.ones(3))], lr=1e-2, state_dtype=name)
+
+
+@pytest.mark.parametrize("choice", [torch.bfloat16, "bf16"])
+def test_a_plain_format_may_be_named_or_given_by_its_dtype(choice: torch.dtype | str) -> None:
+    with pytest.raises(ValueError, match=r"state_dtype=torch.bfloat16 needs beta2 <= 0.9961, got 0.999"):
+        so.AdamW([nn.Parameter(torch.ones(3))], lr=1e-2, betas=(0.9, 0.999), state_dtype=choice)
+    run = Run("cpu", torch.float32, state_dtype=choice).step(range(2))
+    assert run.optimizer.state[run.params[1]]["exp_avg"].dtype == torch.bfloat16
+    assert copy.deepcopy(run.optimizer).state_dtype == choice
