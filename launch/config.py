@@ -29,7 +29,7 @@ from pydantic import (
 
 from launch import deepspeed_config
 from launch.errors import ConfigError, nearest
-from sharded_optim.algorithms.hyperparameters import Choice, Float, Floats, Hyperparameter, Int, Switch, Unsupported
+from sharded_optim.algorithms.hyperparameters import Choice, Float, Floats, Hyperparameter, Int, Switch, Unsupported, by_name
 from sharded_optim.engine import Engine
 from sharded_optim.optimizers import OPTIMIZERS
 
@@ -73,11 +73,12 @@ class ModelConfig(_Section):
 def _arguments(optimizer: type[Engine]) -> dict[str, Hyperparameter]:
     """The hyperparameters that an optimizer's constructor takes, but for lr: of its own, and those of every optimizer."""
     names = {*inspect.signature(optimizer).parameters, *inspect.signature(Engine).parameters} - {"lr"}
-    return {each.name: each for each in optimizer.hyperparameters if each.name in names and not isinstance(each, Unsupported)}
+    declared = by_name(optimizer.hyperparameters)
+    return {name: each for name, each in declared.items() if name in names and not isinstance(each, Unsupported)}
 
 
-def _type(hyperparameter: Hyperparameter) -> Any:
-    """The type of a field that holds it. What else it must be is checked by the hyperparameter itself."""
+def _field_type(hyperparameter: Hyperparameter) -> Any:
+    """What pydantic checks of a hyperparameter. What else it must be, it checks itself."""
     match hyperparameter:
         case Float(least=least, below=below):
             return Annotated[float, Field(ge=least, lt=below)]
@@ -107,7 +108,7 @@ def _with_hyperparameters(section: type[_NamedOptimizer]) -> type[_NamedOptimize
         for name, hyperparameter in _arguments(optimizer).items():
             declared.setdefault(name, set()).add(hyperparameter)
     # Two optimizers may mean different things by one name: then the field takes anything, and the one that is named checks it.
-    types = {name: _type(next(iter(found))) if len(found) == 1 else Any for name, found in declared.items()}
+    types = {name: _field_type(next(iter(found))) if len(found) == 1 else Any for name, found in declared.items()}
     fields: dict[str, Any] = {name: (found | None, None) for name, found in types.items()}
     return create_model(section.__name__, __base__=section, **fields)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sharded_optim import foreign_state, loading, param_groups
 from sharded_optim.algorithms import Algorithm, Choose
-from sharded_optim.algorithms.hyperparameters import COMMON, Hyperparameter, Unsupported
+from sharded_optim.algorithms.hyperparameters import COMMON, Hyperparameter, Unsupported, by_name
 from sharded_optim.compensation import CompensationLog
 from sharded_optim.formats import Format, chosen_format, extra_arrays, param_format
 from sharded_optim.options import Params
@@ -80,7 +80,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         self.layout = layout
         self._given: list[_Given] = []  # of groups that no step has stepped yet: wrappers replace parameters before the first
         self.state_dtype = state_dtype
-        self._declared = {name: Hyperparameter(name) for name in defaults} | {each.name: each for each in self.hyperparameters}
+        self._declared = {name: Hyperparameter(name) for name in defaults} | by_name(self.hyperparameters)
         self._passed: dict[str, list[Any]] = {}  # what the last check of a scheduled group has passed, by where it stands
         self._check_group({"max_lr": max_lr} | defaults, "the optimizer's arguments")
         self._max_lr = None if max_lr is None else float(max_lr)
@@ -254,7 +254,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
     def foreign_hyperparameters(self) -> dict[str, Hyperparameter]:
         """Those that other optimizers support, and this one does not declare."""
         supported = [each for optimizer in _classes() for each in optimizer.hyperparameters if not isinstance(each, Unsupported)]
-        return {each.name: each for each in supported if each.name not in self._declared}
+        return {name: each for name, each in by_name(supported).items() if name not in self._declared}
 
     @cached_property
     def _known(self) -> dict[str, Hyperparameter]:

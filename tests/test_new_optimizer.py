@@ -263,14 +263,16 @@ from sharded_optim.plan import Setup, plan
 from sharded_optim.shapes import from_shapes
 
 folder = sys.argv[1]
+assert OptimizerConfig(name="AdamW", lr=0.1, eps=1e-13).eps == 1e-13
 config = OptimizerConfig(name="ThresholdAdamW", lr=0.1, threshold=0.5)
 named = [("w", nn.Parameter(torch.ones(4, 3))), ("b", nn.Parameter(torch.ones(4)))]
 optimizer = build_optimizer(named, config, {"w": 2, "b": 1})
 assert type(optimizer) is so.ThresholdAdamW and optimizer.param_groups[0]["threshold"] == 0.5
 refused = []
-for name, threshold in (("ThresholdAdamW", 1e-4), ("ThresholdAdamW", "x"), ("AdamW", 0.5)):
+for name, given in (("ThresholdAdamW", {"threshold": 1e-4}), ("ThresholdAdamW", {"threshold": "x"}), ("AdamW", {"threshold": 0.5}),
+                    ("ThresholdAdamW", {"eps": 1e-13}), ("AdamW", {"eps": "x"})):
     try:
-        OptimizerConfig(name=name, lr=0.1, threshold=threshold)
+        OptimizerConfig(name=name, lr=0.1, **given)
     except ValueError as error:
         refused.append(str(error))
 assert deepspeed.is_own("ThresholdAdamW") and deepspeed.is_own("sharded_optim.ThresholdAdamW")
@@ -317,6 +319,8 @@ def test_it_takes_one_new_file_and_its_export(tmp_path: Path) -> None:
         "greater than or equal to 0.001",
         "valid number",
         "AdamW has no threshold; leave it out",
+        "eps must be a finite number >= 1e-12, got 1e-13",
+        "eps must be a finite number >= 0, got 'x'",
         "threshold must be a finite number >= 0.001, got -1.0 in param_groups[0]",
         "threshold=0.5, which AdamW has not; choose the optimizer that continues it",
     ):

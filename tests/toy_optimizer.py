@@ -35,12 +35,17 @@ class ThresholdAdamW(Engine):
     """AdamW with the learning rate of each tensor divided by max(1, RMS of its update / threshold).
 
     Args:
-        params, lr, betas, weight_decay, eps: as of StableAdamW.
+        params, lr, betas, weight_decay: as of StableAdamW.
+        eps: likewise, but at least 1e-12.
         threshold: RMS from which on a learning rate is lowered.
         options: see `EngineOptions` and `SwitchOptions`.
     """
 
-    hyperparameters = (*stable_adamw.StableAdamW.hyperparameters, Float("threshold", least=1e-3))
+    hyperparameters = (
+        *stable_adamw.StableAdamW.hyperparameters,
+        Float("threshold", least=1e-3),
+        Float("eps", least=1e-12),  # StableAdamW's may be 0
+    )
     algorithms: ClassVar = {"": THRESHOLD_ADAMW}
 
     def __init__(

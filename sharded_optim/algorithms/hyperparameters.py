@@ -1,13 +1,13 @@
 """Hyperparameters: the values of a param group that change what a step computes. An optimizer declares each of its own once.
 
-From the declarations they are checked (where groups are made, before a step, when something is loaded), compared between ranks, saved,
-and accepted by the training job's config. A class declares `hyperparameters = (*Engine.hyperparameters, Float("eps"), ...)`.
+By what is declared they are checked (where groups are made, before a step, when something is loaded), compared between ranks, and accepted
+by the training job's config. A class declares `hyperparameters = (*Engine.hyperparameters, Float("eps"), ...)`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
@@ -27,6 +27,7 @@ __all__ = [
     "LearningRate",
     "Switch",
     "Unsupported",
+    "by_name",
     "comparable",
     "on_host",
 ]
@@ -37,7 +38,7 @@ LARGEST_EXACT = 2**53  # of integers as floats
 
 @dataclass(frozen=True)
 class Hyperparameter:
-    """One of any kind: a finite number, a string, or a list or dict of them. Subclasses allow less.
+    """A value of any kind: a finite number, a string, or a list or dict of them. Subclasses allow less.
 
     Attributes:
         name: its key in param groups.
@@ -60,7 +61,7 @@ class Hyperparameter:
         """Raise ValueError unless a step can use the value. Does not wait for a device.
 
         Args:
-            where: the value stands, for the error.
+            where: where the value stands, for the error.
             scheduled: it may come from a scheduler.
         """
         parts = value if isinstance(value, list | tuple) else (value,)
@@ -204,6 +205,11 @@ COMMON: tuple[Hyperparameter, ...] = (  # of every optimizer
     Unsupported("maximize"),  # torch's; others of its keys do not change the result
     Unsupported("differentiable"),
 )
+
+
+def by_name(declared: Iterable[Hyperparameter]) -> dict[str, Hyperparameter]:
+    """Of two with one name the last counts: a class may narrow what it inherits."""
+    return {each.name: each for each in declared}
 
 
 def on_host(value: Any) -> Any:

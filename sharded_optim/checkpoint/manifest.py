@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from sharded_optim.algorithms.hyperparameters import by_name
 from sharded_optim.checkpoint.dtypes import dtype_named, name_of
 from sharded_optim.checkpoint.errors import DamagedError, MismatchError
 from sharded_optim.checkpoint.values import LATER, decode, encode, marks_in
@@ -128,11 +129,11 @@ class Parameters:
                 raise ValueError(f"the step counter of {name!r} is {step!r}; it must be a whole number from 0 to {LARGEST_COUNT}")
             if name not in self.group_of:
                 raise ValueError(f"{name!r} has a step counter, and is in no param group")
-        declared = OPTIMIZERS.get(self.optimizer, Engine).hyperparameters
+        declared = by_name(OPTIMIZERS.get(self.optimizer, Engine).hyperparameters)
         for index, group in enumerate(self.groups):
-            for each in declared:
-                if each.name in group:
-                    each.check(group[each.name], f"param_groups[{index}]", scheduled=True)
+            for name, each in declared.items():
+                if name in group:
+                    each.check(group[name], f"param_groups[{index}]", scheduled=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
-"""The public optimizers, one file each: its math, its hyperparameters, its class. What is exported here is known to all of the library.
+"""The public optimizers, a file for each: math, hyperparameters and class. Whatever is in `__all__` is known to all of the library.
 
-To add one, write its file and export its class. Options that mean the same for every optimizer are described at `EngineOptions` and
-`SwitchOptions`.
+To add one, write its file and name its class in `__all__`. Options that mean the same for every optimizer are described at
+`EngineOptions` and `SwitchOptions`.
 """
 
 from __future__ import annotations
