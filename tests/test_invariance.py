@@ -32,6 +32,7 @@ OPTIMIZERS = {
     "StableAdamW": partial(so.StableAdamW, lr=1e-2),
     "StableAdamW-corrected": partial(so.StableAdamW, lr=1e-2, betas=(0.8, 0.999), decay_form="corrected"),
     "StableAdamW-bf16-moments": partial(so.StableAdamW, lr=1e-2, state_dtype=torch.bfloat16),
+    "StableAdamW-stochastic-moments": partial(so.StableAdamW, lr=1e-2, state_dtype="bf16_stochastic"),
     "StableAdamW-cpu": partial(so.StableAdamW, lr=1e-2, backend="cpu"),
     "AdamW-cpu-stochastic": partial(so.AdamW, lr=1e-2, stochastic_rounding=True, backend="cpu"),
     "StableAdamW-stochastic": partial(so.StableAdamW, lr=1e-2, decouple_lr=True, stochastic_rounding=True),
@@ -40,7 +41,7 @@ OPTIMIZERS = {
 LAYOUTS = {2: ["ddp", "fsdp2", "fsdp1"], 3: ["fsdp2"], 4: ["fsdp2", "hsdp", "fsdp2_tp"]}
 DTYPES = [torch.float32, torch.bfloat16]
 # With a statistic of the whole tensor, and with noise that each element has of its own: what depends on where a shard begins.
-ALWAYS = {"StableAdamW", "AdamW-stochastic"}
+ALWAYS = {"StableAdamW", "AdamW-stochastic", "StableAdamW-stochastic-moments"}
 
 pytestmark = pytest.mark.filterwarnings("ignore:weight_decay")
 
