@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,7 +40,7 @@ from sharded_optim.ranks import gather_messages, named_ranks, naming_missing_ran
 from sharded_optim.sharding.layout import Layout, Places
 from sharded_optim.statistics import Contribution, FixedPoint
 
-__all__ = ["Agreement", "Rules", "Streak", "agree", "confirm_replacement"]
+__all__ = ["Agreement", "Rules", "Scaler", "Streak", "agree", "confirm_replacement"]
 
 MOST_NAMES = 8  # of tensors, in an error message
 _numbers = count()
@@ -64,6 +65,25 @@ class Rules:
     def longest_streak(self) -> int | None:
         """How many steps in a row may be skipped; None: any number."""
         return self.max_skipped_steps if self.nonfinite == "skip" else None
+
+
+@dataclass(frozen=True)
+class Scaler:
+    """What GradScaler sets on an optimizer for the time of a step. Read here and nowhere else."""
+
+    scale: Tensor | None = None  # what the gradients are multiplied by, one element
+    found_inf: Tensor | None = None  # not 0 if a gradient was not finite, one element
+
+    @classmethod
+    def of(cls, optimizer: Any) -> Scaler:
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and not isinstance(found_inf, Tensor):  # of a rank without a gradient
+            found_inf = torch.tensor(float(found_inf), device="cpu")
+        return cls(getattr(optimizer, "grad_scale", None), found_inf)
+
+    def inverse(self, device: torch.device) -> Tensor | None:
+        """What a step multiplies the gradients by: fp32 () on the device; None where they are not scaled."""
+        return None if self.scale is None else self.scale.to(device).double().reciprocal().float().reshape(())
 
 
 @dataclass

@@ -16,13 +16,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharded_optim import param_groups
-from sharded_optim.agreement import Agreement, Rules
+from sharded_optim.agreement import Agreement, Rules, Scaler
 from sharded_optim.algorithms import Choose
 from sharded_optim.backends import AUTO, candidates
 from sharded_optim.coefficients import host_value, known_on_host
 from sharded_optim.consensus import PRESENT
 from sharded_optim.devices import refuse_to_capture
-from sharded_optim.grad_scaler import Scaler
 from sharded_optim.kernel_calls import BackendChoice
 from sharded_optim.options import MOST_SKIPPED, CheckedOption, NonFinite, Params, check_max_skipped_steps, check_nonfinite
 from sharded_optim.param_set import ParamSet, ParamSets, StepListener
@@ -52,8 +51,8 @@ class Engine(StatefulOptimizer):
     """
 
     _step_supports_amp_scaling = True  # GradScaler then sets grad_scale and found_inf and leaves the gradients alone
-    nonfinite: CheckedOption[NonFinite] = CheckedOption(check_nonfinite)
-    max_skipped_steps: CheckedOption[int | None] = CheckedOption(check_max_skipped_steps)
+    nonfinite: NonFinite = CheckedOption(check_nonfinite)  # pyright: ignore[reportAssignmentType]
+    max_skipped_steps: int | None = CheckedOption(check_max_skipped_steps)  # pyright: ignore[reportAssignmentType]
 
     def __init__(
         self,
@@ -130,7 +129,7 @@ class Engine(StatefulOptimizer):
         if self.is_allocation_step():
             self.init_state()
             return loss
-        if self._agrees and self.layout is None:  # DistributedDataParallel holds no flat parameters
+        if self._agrees and self.layout is None and _is_distributed():  # DistributedDataParallel holds no flat parameters
             self._join_guard.check((param for group in self.param_groups for param in group["params"]), self._sets.made)
         rules = self._rules()
         only = None if param is None else (param,) if isinstance(param, Tensor) else tuple(param)
@@ -219,7 +218,7 @@ class Engine(StatefulOptimizer):
     def _own_group(self) -> dist.ProcessGroup | None:
         if self._lost_process_group:
             raise ValueError("this optimizer was copied or unpickled, which cannot take its process_group along; set it again")
-        return own_process_group(self.process_group)
+        return own_process_group(self.process_group) if _is_distributed() else None
 
     # ----------------------------------------------------------------------------------------------------------------- reports
 
@@ -281,7 +280,7 @@ class Engine(StatefulOptimizer):
     # ------------------------------------------------------------------------------------------------------- copying, printing
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_statistic", "_backend_names", "_foreach", "_skipped", "_has_stepped", "_nonfinite", "_max_skipped_steps")
+        own = ("_statistic", "_backend_names", "_foreach", "_skipped", "_has_stepped", "nonfinite", "max_skipped_steps")
         own += ("gradient_release", "optimizer_accumulation")
         lost = {"_lost_process_group": self._process_group is not None or self._lost_process_group}
         return super().__getstate__() | {name: getattr(self, name) for name in own} | lost
@@ -296,6 +295,10 @@ class Engine(StatefulOptimizer):
         return super().__repr__().removesuffix(")") + f"backend: {self._backends}\nnonfinite: {self.nonfinite}\n)"
 
 
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
 def _warn_of_no_gradients(optimizer: Engine, params: ParamSet, agreement: Agreement | None) -> None:
     """In the first step. Waits for the device if this rank has no gradient."""
     layout = optimizer.layout
@@ -307,7 +310,7 @@ def _warn_of_no_gradients(optimizer: Engine, params: ParamSet, agreement: Agreem
             return  # other ranks have some
     elif layout is not None:
         return  # this rank may hold none of the elements that have one
-    where = "on this rank, " if agreement is None and dist.is_available() and dist.is_initialized() else ""
+    where = "on this rank, " if agreement is None and _is_distributed() else ""
     warnings.warn(
         f"the first step found no gradient on any parameter, {where}so it changes nothing. If the model was wrapped (fully_shard, "
         f"FullyShardedDataParallel) after the optimizer was built, the optimizer has the parameters of before: build it from "

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharded_optim.algorithms.bias_correction import bias_correction
+from sharded_optim.algorithms.scalars import bias_correction
 from sharded_optim.algorithms.weight_decay import COUPLED, DECOUPLED, L2, form_of
 from sharded_optim.formats import KAHAN_COMP
 from sharded_optim.param_groups import HIGH_DECAY, reference

@@ -19,13 +19,12 @@ import torch
 from torch import Tensor
 
 from sharded_optim import noise
-from sharded_optim.agreement import Agreement, Rules
+from sharded_optim.agreement import Agreement, Rules, Scaler
 from sharded_optim.algorithms import Statistic
 from sharded_optim.backends import EAGER, Backend, Column, Operands, addresses_of, choose
 from sharded_optim.coefficients import LrScale, Members, coefficient_table, known_on_host, next_steps
 from sharded_optim.devices import Sent, capturing, keep, send
 from sharded_optim.formats import Format, format_of
-from sharded_optim.grad_scaler import Scaler
 from sharded_optim.metrics import Update
 from sharded_optim.param_groups import hyperparameter_key
 from sharded_optim.sharding import GRADIENT, PARAMETER, Layout, LocalParam, Piece, check_memory

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Generic, Literal, TypedDict, TypeVar
+from typing import Any, Literal, TypedDict
 
 import torch
 import torch.distributed as dist
@@ -27,10 +27,7 @@ NonFinite = Literal["skip", "raise", "allow"]
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
 
-T = TypeVar("T")
-
-
-class CheckedOption(Generic[T]):
+class CheckedOption:
     """An attribute of an optimizer that is checked whenever it is set.
 
     Args:
@@ -41,14 +38,11 @@ class CheckedOption(Generic[T]):
         self._check = check
 
     def __set_name__(self, owner: type, name: str) -> None:
-        self._name = f"_{name}"
+        self._name = name
 
-    def __get__(self, optimizer: Any, owner: type | None = None) -> T:
-        return getattr(optimizer, self._name)
-
-    def __set__(self, optimizer: Any, value: T) -> None:
+    def __set__(self, optimizer: Any, value: Any) -> None:  # without __get__, reading it is reading an ordinary attribute
         self._check(value)
-        setattr(optimizer, self._name, value)
+        optimizer.__dict__[self._name] = value
 
 
 def check_nonfinite(nonfinite: Any) -> None:

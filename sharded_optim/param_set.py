@@ -20,9 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharded_optim import consensus
-from sharded_optim.agreement import Agreement, Rules, Streak, agree, confirm_replacement
+from sharded_optim.agreement import Agreement, Rules, Scaler, Streak, agree, confirm_replacement
 from sharded_optim.devices import capturing, refuse_to_capture
-from sharded_optim.grad_scaler import Scaler
 from sharded_optim.kernel_calls import BackendChoice, KernelCall, kernel_calls
 from sharded_optim.metrics import Update
 from sharded_optim.param_index import ParamIndex

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from variants import examples
 
 from sharded_optim.algorithms import Statistic
-from sharded_optim.algorithms.bias_correction import bias_correction
+from sharded_optim.algorithms.scalars import bias_correction
 from sharded_optim.backends import Operands
 from sharded_optim.backends.eager import BACKEND
 from sharded_optim.optimizers.stable_adamw import STABLE_ADAMW

@@ -25,6 +25,7 @@ __all__ = [
     "Step",
     "Sums",
     "at_first_step",
+    "bias_correction",
     "divide",
     "host_value",
     "known_on_host",
@@ -91,6 +92,16 @@ def power(base: float, exponent: Step) -> Number:
         base = base * base
         exponent >>= 1
     return result
+
+
+def bias_correction(beta: float, step: Step) -> Number:
+    """1 - beta**step, in float64, by which a moving average is divided (Adam, Kingma & Ba 2015, section 3).
+
+    Args:
+        beta: decay of the moving average, in [0, 1).
+        step: 1 in the first step; an int, an int64 tensor of steps, or recorded. All give the same bits.
+    """
+    return 1.0 - power(beta, step)
 
 
 def at_first_step(step: Step, value: float, otherwise: float) -> Number:

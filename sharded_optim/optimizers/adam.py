@@ -22,9 +22,8 @@ from typing_extensions import Unpack
 from sharded_optim import functional
 from sharded_optim.algorithms import Algorithm, Choose, Coefficients
 from sharded_optim.algorithms import operations as xp
-from sharded_optim.algorithms.bias_correction import bias_correction
 from sharded_optim.algorithms.hyperparameters import Float, Floats, Switch
-from sharded_optim.algorithms.scalars import Number, Step, divide, sqrt
+from sharded_optim.algorithms.scalars import Number, Step, bias_correction, divide, sqrt
 from sharded_optim.algorithms.weight_decay import COUPLED, DECOUPLED, decay_coefficients, form_of
 from sharded_optim.engine import Engine
 from sharded_optim.options import EngineOptions, Params, SwitchOptions

@@ -20,9 +20,8 @@ import torch
 
 from sharded_optim.algorithms import Algorithm, Coefficients, Statistic
 from sharded_optim.algorithms import operations as xp
-from sharded_optim.algorithms.bias_correction import bias_correction
 from sharded_optim.algorithms.hyperparameters import Unsupported
-from sharded_optim.algorithms.scalars import Number, Step, divide, maximum, sqrt
+from sharded_optim.algorithms.scalars import Number, Step, bias_correction, divide, maximum, sqrt
 from sharded_optim.algorithms.weight_decay import L2
 from sharded_optim.optimizers import adam
 
