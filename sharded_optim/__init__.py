@@ -1,7 +1,7 @@
 """Optimizers that give the same answer however you shard them."""
 
 from sharded_optim import checkpoint, deepspeed, optimizers
-from sharded_optim.algorithms.weight_decay import convert_weight_decay
+from sharded_optim.algorithms.convert_weight_decay import convert_weight_decay
 from sharded_optim.divergence import DivergenceCheck, DivergenceError
 from sharded_optim.gradient_release import prepare_for_gradient_release, remove_gradient_release
 from sharded_optim.model_preparation import fsdp1_layout, param_groups_weight_decay, to_low_precision

@@ -26,6 +26,7 @@ from sharded_optim.kernel_calls import BackendChoice, KernelCall, kernel_calls
 from sharded_optim.metrics import Update
 from sharded_optim.param_index import ParamIndex
 from sharded_optim.sharding import FlatLayout, Layout, LocalParam, gradients_of
+from sharded_optim.sharding.exchange import exchange_layouts
 from sharded_optim.stateful import StatefulOptimizer
 from sharded_optim.statistics import Contribution
 
@@ -361,7 +362,7 @@ class ParamSets:
         if over != self._compared_over:
             self._compared.clear()
             self._compared_over = over
-        layout = Layout.of_group(
+        layout = exchange_layouts(
             partial(self._described, optimizer, params),
             process_group,
             compares_values=lambda param: id(param) not in self._compared,
