@@ -6,7 +6,7 @@ launch by a backend that compiles formulas, else as tensors. All give the same b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,17 +46,54 @@ class LrScale:
     of_mean: Callable[[Mapping[str, Any], Number], Number]  # see `Statistic.lr_scale`
     sums: Sums
 
-    def values(self, group: Mapping[str, Any], means: Tensor) -> Number:
-        """Of a group's operands, from their means: float64 (operands,).
+    def values(self, groups: Sequence[Mapping[str, Any]]) -> list[Number]:
+        """What each group's hyperparameters make of the means of all operands: float64 (operands,).
 
         Or the one value of all, where the host knows it: that is computed with faster, and to the same bits.
         """
-        scales = self.of_mean(group, means)
-        known = set(scales.tolist()) if isinstance(scales, Tensor) and known_on_host(scales) else ()
-        return known.pop() if len(known) == 1 else scales
+        means = self.sums.mean()
+        computed: list[tuple[Mapping[str, Any], Number]] = []  # with the hyperparameters that it was computed with
+        values = []
+        for group in groups:
+            value = next((value for used, value in computed if _has(group, used)), None)
+            if value is None:
+                noted = _Noted(group)
+                value = _one_if_known(self.of_mean(noted, means))
+                computed.append((noted.used, value))
+            values.append(value)
+        return values
 
     def recorded(self, group: Mapping[str, Any], recorder: Recorder) -> Number:
         return self.of_mean(group, self.sums.recorded_mean(recorder))
+
+
+class _Noted(Mapping[str, Any]):
+    """Hyperparameters, and which of them were used: groups that differ in others have their scales in common."""
+
+    def __init__(self, group: Mapping[str, Any]) -> None:
+        self._group = group
+        self.used: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        self.used[name] = self._group[name]
+        return self.used[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._group)
+
+    def __len__(self) -> int:
+        return len(self._group)
+
+
+def _has(group: Mapping[str, Any], used: Mapping[str, Any]) -> bool:
+    """Whether a group has these values for certain."""
+    pairs = [(group[name], value) for name, value in used.items()]
+    return all(own is value or (isinstance(own, int | float) and isinstance(value, int | float) and own == value) for own, value in pairs)
+
+
+def _one_if_known(values: Number) -> Number:
+    known = set(values.tolist()) if isinstance(values, Tensor) and known_on_host(values) else ()
+    return known.pop() if len(known) == 1 else values
 
 
 def coefficient_table(
@@ -73,17 +110,15 @@ def coefficient_table(
         formulas = [_formula(coefficients, group, lr_scale) for group in members.groups]
         sums = lr_scale.sums if isinstance(lr_scale, LrScale) else None
         return backend.tabulate(operands, formulas, members.group_of, steps, sums, _lr_on_device(members.groups, steps.device))
-    means = lr_scale.sums.mean() if isinstance(lr_scale, LrScale) else None
+    lrs = [_double(group["lr"], steps.device) if _is_on_device(group["lr"]) else None for group in members.groups]
+    groups = list(map(_numbers, members.groups, lrs))
+    scales = lr_scale.values(groups) if isinstance(lr_scale, LrScale) else [lr_scale] * len(groups)
     table = None
-    for group, rows in zip(members.groups, members.rows, strict=True):
+    for group, scale, rows in zip(groups, scales, members.rows, strict=True):
         own_steps = steps if rows is None else steps[rows]
-        lr = _double(group["lr"], steps.device) if _is_on_device(group["lr"]) else None
-        numbers = _numbers(group, lr)
-        arguments: list[Any] = [numbers, _next_step(own_steps)]
-        if isinstance(lr_scale, LrScale) and means is not None:
-            arguments.append(lr_scale.values(numbers, means if rows is None else means[rows]))
-        elif lr_scale is not None:
-            arguments.append(lr_scale)
+        arguments: list[Any] = [group, _next_step(own_steps)]
+        if scale is not None:
+            arguments.append(scale[rows] if isinstance(scale, Tensor) and rows is not None else scale)
         part = _columns(coefficients(*arguments), len(own_steps), steps.device)
         if rows is None:
             return part

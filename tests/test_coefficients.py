@@ -180,6 +180,23 @@ def test_hyperparameters_may_be_tensors_and_are_not_written(name: str, monkeypat
     assert [float(beta) for beta in betas] == [0.9, 0.99]
 
 
+def test_scales_are_computed_once_for_groups_that_have_all_in_common_that_they_depend_on() -> None:
+    """Each takes a dozen operations of torch, however few operands a group has."""
+    calls = []
+
+    def of_mean(group: Mapping[str, Any], mean: Any) -> Any:
+        calls.append(group["threshold"])
+        return STATISTIC.lr_scale(group, mean)
+
+    groups = [GROUP | {"lr": 0.1 * (row + 1), "threshold": threshold} for row, threshold in enumerate((0.7, 3e-3, 0.7, 3e-3, 0.7))]
+    steps = STEPS.repeat(3)
+    sums = sums_of(len(steps), torch.Generator().manual_seed(0))
+    found = table(eager.BACKEND, "adam", groups, steps, LrScale(of_mean=of_mean, sums=sums))
+    assert calls == [0.7, 3e-3]
+    scales = [STATISTIC.lr_scale(groups[row % len(groups)], mean) for row, mean in enumerate(sums.mean().tolist())]
+    assert torch.equal(found.nan_to_num(7.0), of_floats("adam", groups, steps, scales).nan_to_num(7.0))
+
+
 @pytest.mark.usefixtures("device")
 def test_constants_are_sent_when_they_have_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     sent = []
