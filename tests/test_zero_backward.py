@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import sharded_optim as so
+from sharded_optim.zero.placeholder import GradientInBucket
 
 WIDTH = 6
 MANY, ONE = 1e-4, 1.0  # MiB of a bucket
@@ -311,3 +312,11 @@ def check_the_next_optimizer() -> None:
 def test_what_a_failed_optimizer_has_sent_is_not_taken_for_a_gradient_of_the_next() -> None:
     """Rank 0 has sent the first bucket of a backward pass that failed on both; a new optimizer over the same ranks receives its own."""
     ranks.run(check_the_next_optimizer, 2)
+
+
+@pytest.mark.parametrize("use", ["share_memory_", "data_ptr", "__dlpack__", "untyped_storage", "numpy", "tolist"])
+def test_a_gradient_in_a_bucket_has_no_memory_to_give(use: str) -> None:
+    """As to model.share_memory() between backward and step, which would end the process."""
+    gradient = GradientInBucket(nn.Parameter(torch.ones(2, 3)), "w")
+    with pytest.raises(ValueError, match=rf"{use} has no memory to give: the gradient of 'w' is in a bucket"):
+        getattr(gradient, use)()

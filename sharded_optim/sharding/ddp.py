@@ -28,7 +28,8 @@ class JoinGuard:
     def __init__(self) -> None:
         self._key = 0
         self._modules: list[ref[DistributedDataParallel]] | None = None
-        self._left: object = None  # a configuration of a context that has been left, which torch does not take back
+        # By id: configurations of contexts that have been left, which torch does not take back. They are tuples, equal in every context.
+        self._left: dict[int, Any] = {}
 
     def check(self, params: Iterable[Tensor], key: int) -> None:
         """Raise ValueError inside of a Join context, on every rank that steps there.
@@ -47,10 +48,10 @@ class JoinGuard:
             if module is None:
                 continue
             config = module._join_config
-            if not config.enable or config.throw_on_early_termination or config is self._left:
+            if not config.enable or config.throw_on_early_termination or id(config) in self._left:
                 continue  # who throws does so in the forward pass, on all ranks
             if not _is_in_context(module):
-                self._left = config
+                self._left[id(config)] = config
             elif not averaged_params([module]).keys().isdisjoint(map(id, params)):
                 raise ValueError(
                     "torch.distributed.algorithms.join.Join lets ranks run out of inputs, but a step of this optimizer is a collective, "

@@ -9,7 +9,7 @@ Autograd adds to a gradient that is there. What the next backward pass adds to a
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ GRAD_SCALER = (
     "model with DistributedDataParallel, which leaves them there"
 )
 aten = torch.ops.aten
+# What gives others the memory of a tensor, of which there is none here: some of these would end the process.
+MEMORY = ("__dlpack__", "data_ptr", "numpy", "share_memory_", "storage", "tolist", "untyped_storage")
 
 
 class GradientInBucket(Tensor):
@@ -69,6 +71,17 @@ class GradientInBucket(Tensor):
             f"optimizer.clip_grad_norm_(max_norm) instead of torch.nn.utils, forget it with optimizer.zero_grad(), or wrap the model with "
             f"DistributedDataParallel, which leaves gradients in the parameters"
         )
+
+
+def _refused(name: str) -> Callable[..., Any]:
+    def refused(placeholder: GradientInBucket, *_: Any, **options: Any) -> Any:
+        raise ValueError(f"{name} has no memory to give: {placeholder!r}")
+
+    return refused
+
+
+for _name in MEMORY:
+    setattr(GradientInBucket, _name, _refused(_name))
 
 
 def _is_called_by_autograd() -> bool:
