@@ -314,7 +314,7 @@ def test_what_a_failed_optimizer_has_sent_is_not_taken_for_a_gradient_of_the_nex
     ranks.run(check_the_next_optimizer, 2)
 
 
-@pytest.mark.parametrize("use", ["share_memory_", "data_ptr", "__dlpack__", "untyped_storage", "numpy", "tolist"])
+@pytest.mark.parametrize("use", ["share_memory_", "data_ptr", "__dlpack__", "numpy", "tolist"])
 def test_a_gradient_in_a_bucket_has_no_memory_to_give(use: str) -> None:
     """As to model.share_memory() between backward and step, which would end the process."""
     gradient = GradientInBucket(nn.Parameter(torch.ones(2, 3)), "w")

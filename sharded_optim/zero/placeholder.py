@@ -23,7 +23,7 @@ GRAD_SCALER = (
 )
 aten = torch.ops.aten
 # What gives others the memory of a tensor, of which there is none here: some of these would end the process.
-MEMORY = ("__dlpack__", "data_ptr", "numpy", "share_memory_", "storage", "tolist", "untyped_storage")
+MEMORY = ("__dlpack__", "data_ptr", "numpy", "share_memory_", "tolist")  # torch.compile asks for storage, and takes an error
 
 
 class GradientInBucket(Tensor):
