@@ -6,6 +6,7 @@ The formats in this file are nowhere else.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -129,6 +130,17 @@ def test_what_is_compiled_of_a_format_gives_the_bits_of_its_functions(name: str,
     for case in (Case(algorithm=ADAM, fmt=name), Case(algorithm=ADAM, state=name), Case(algorithm=STABLE_ADAMW, fmt=name, state=name)):
         assert_same_update(own, case, steps=2)
     assert_same_observation(own, Case(algorithm=STABLE_ADAMW, state=name))
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_what_a_gpu_runs_of_a_format_is_compiled(name: str) -> None:
+    """For one that is not there; with arithmetic that rounds each operation once."""
+    triton = pytest.importorskip("sharded_optim.backends.triton", reason="the triton package is not installed")
+    target = import_module("triton.backends.compiler").GPUTarget("cuda", 90, 32)
+    formats = (NEW[name],) * (1 + len(ADAM.state))
+    ptx = triton.compile_for(triton.update_kernel(ADAM, formats, FORMATS["bf16"]), target).asm["ptx"]
+    assert not re.findall(r"\bfma\.\S*f32|\S+\.ftz\S*|\S+\.approx\S*|\b(?:mul|add|sub)\.f(?:32|64)", ptx)
+    assert not re.findall(r"\bcvt\S*\.f64|\S+\.rn\.f64", ptx)
 
 
 def test_numbers_in_a_format_are_fp32_as_those_of_tensors_are() -> None:
@@ -279,6 +291,17 @@ def test_an_array_of_another_dtype_or_a_lost_one_is_refused_by_name() -> None:
         run.step(range(2, 3))
     state["exp_avg.low"] = low
     run.step(range(2, 4)).assert_same(Run("cpu", torch.float32, state_dtype=PARTS.name).step(range(4)))
+
+
+def test_a_moment_that_may_begin_late_begins_with_all_arrays_or_none() -> None:
+    run = Run("cpu", torch.float32, so.DecoupledAdamW, state_dtype=PARTS.name).step(range(2))
+    run.optimizer.param_groups[0]["amsgrad"] = True
+    run.step(range(2, 3))
+    state = run.optimizer.state[run.params[1]]
+    assert state["max_exp_avg_sq.low"].any()
+    del state["max_exp_avg_sq.low"]
+    with pytest.raises(ValueError, match=r"the state of 'w1' lacks 'max_exp_avg_sq.low' after 3 steps"):
+        run.step(range(3, 4))
 
 
 @pytest.mark.usefixtures("parts_for_parameters")
