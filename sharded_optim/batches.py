@@ -487,7 +487,7 @@ def _as_found(choice: Choice, state: Mapping[str, Any], entry: LocalParam) -> Ch
     for _, fmt, entries in choice.moments:
         others = {key: state[key].dtype for key, dtype in entries.items() if state[key].dtype != dtype}
         for key, dtype in others.items():
-            if len(entries) > 1:
+            if len(entries) > 1 or not dtype.is_floating_point:
                 raise ValueError(
                     f"{key!r} of {entry.name!r} has dtype {dtype}, the format {fmt.name!r} stores it in {entries[key]}; convert it"
                 )
