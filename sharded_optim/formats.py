@@ -23,7 +23,18 @@ import torch
 
 from sharded_optim.algorithms import operations as xp
 
-__all__ = ["FORMATS", "KAHAN_COMP", "Array", "Format", "chosen_format", "extra_arrays", "format_beside", "format_of", "param_format"]
+__all__ = [
+    "FORMATS",
+    "KAHAN_COMP",
+    "Array",
+    "Format",
+    "chosen_format",
+    "extra_arrays",
+    "format_beside",
+    "format_of",
+    "is_stored",
+    "param_format",
+]
 
 KAHAN_COMP = "kahan_comp"
 MAIN = ""
@@ -39,6 +50,9 @@ class Array(NamedTuple):
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Format:
     """One storage of fp32 values, in arrays of equal shape.
+
+    Elements of arrays of 16 bits are read and made by operations such as `xp.from_bf16` and `xp.to_bf16`. Those of any other array are
+    numbers; an array of integers takes whole ones.
 
     Zeros in all arrays are the value 0, with which moments begin. Zeros in the further arrays of a parameter leave the value of the first:
     so they begin, and so they are set when others have written the parameter. Formats with the same arrays load alike.
@@ -169,6 +183,11 @@ def format_of(dtype: torch.dtype) -> Format:
         known = ", ".join(str(known).removeprefix("torch.") for known in _NAMES)
         raise ValueError(f"dtype {dtype} is not supported (the step computes in float32 and stores {known}); convert with .to(...)")
     return FORMATS[_NAMES[dtype]]
+
+
+def is_stored(dtype: torch.dtype) -> bool:
+    """Whether some format has an array of a dtype."""
+    return dtype in _NAMES or any(array.dtype == dtype for fmt in FORMATS.values() for array in fmt.arrays)
 
 
 def chosen_format(choice: torch.dtype | str) -> Format:

@@ -105,9 +105,7 @@ class KernelCall:
         self._sources: Sent[Tensor] = Sent()  # of random numbers
         backend.prepare(self.algorithm, self.operands)
         self._owners = None if cut is None else send(torch.tensor(owners, device="cpu"), self.device)
-        self._steps = torch.empty(0, device="cpu")  # fp32 (parameters,), of which the optimizer's state has views
-        self._counters: list[Tensor] = []
-        self._take_counters_home(optimizer, state)
+        self._counters = _StepCounters(optimizer, self.params, self.device)
         self._log = optimizer.compensation_log
         self._drop_stale_compensation([[values[name] for values in state] for name in extra])
         self._early: tuple[Any, Contribution] | None = None
@@ -119,7 +117,7 @@ class KernelCall:
     @property
     def steps(self) -> Tensor:
         """How many each operand has taken: fp32 (operands,)."""
-        return self._steps if self._owners is None else self._steps[self._owners]
+        return self._counters.steps if self._owners is None else self._counters.steps[self._owners]
 
     def renew(self, grads: Sequence[Tensor], optimizer: StatefulOptimizer) -> bool:
         """Take what this step brings.
@@ -145,12 +143,12 @@ class KernelCall:
         sources = zip((self._param, self._grad, *self._state), (self.params, grads, *columns), strict=True)
         if not all(source.renew(tensors) for source, tensors in sources):
             return False
-        if not all(map(is_, counters, self._counters)) or not self._counters_are_home():
+        if not self._counters.are(counters):
             if capturing(self.device):
                 return False
-            self._take_counters_home(optimizer, state)
+            self._counters = _StepCounters(optimizer, self.params, self.device)
         self._drop_stale_compensation(columns[: len(self.operands.extra)])
-        keep(self.device, self._steps, self._owners, self.places, self.members.rows, self.members.group_of)
+        keep(self.device, self._counters.steps, self._owners, self.places, self.members.rows, self.members.group_of)
         return True
 
     def observe(self, rules: Rules, scaler: Scaler) -> Contribution:
@@ -185,7 +183,7 @@ class KernelCall:
         grad_scale = scaler.inverse(self.device)
         happens = None if proceed is None else proceed.to(self.device)  # parameters may be on several devices
         self.backend.update(self.algorithm, self.operands, table, happens, grad_scale, self._noise_keys())
-        self._steps += 1.0 if happens is None else happens
+        self._counters.steps += 1.0 if happens is None else happens
         for compensations in self._compensations:
             self._log.record(self.params, compensations)
         return Update(
@@ -275,8 +273,21 @@ class KernelCall:
         for each in compensations:
             self._log.drop_stale(self.params, each)
 
-    def _take_counters_home(self, optimizer: StatefulOptimizer, state: Sequence[dict[str, Any]]) -> None:
-        """Make the step counters of all parameters views of one tensor, which is read and written at once."""
+
+def _source_name(tensor: str, what: str) -> str:
+    """What tells the random numbers of a parameter, which has them under the tensor's name, from those of its moments."""
+    return tensor if what == PARAMETER else f"{tensor}\n{what}"
+
+
+class _StepCounters:
+    """The step counters of parameters: views, in the optimizer's state, of one tensor, which is read and written at once.
+
+    Attributes:
+        steps: fp32 (parameters,).
+    """
+
+    def __init__(self, optimizer: StatefulOptimizer, params: Sequence[Tensor], device: torch.device) -> None:
+        state = [optimizer.state[param] for param in params]
         counters = [
             values[STEP] if isinstance(values[STEP], Tensor) else torch.tensor(values[STEP], dtype=torch.float32, device="cpu")
             for values in state
@@ -285,27 +296,25 @@ class KernelCall:
         if optimizer.layout is not None and optimizer.layout.in_turns:
             # DeepSpeed loads a Universal checkpoint of ZeRO-3 by giving one counter to all parameters, each of which would then count.
             users.update(id(values.get(STEP)) for values in optimizer.state.values())
-        for counter, param in zip(counters, self.params, strict=True):
+        for counter, param in zip(counters, params, strict=True):
             if counter.is_meta and not param.is_meta:
                 raise ValueError(f"the step counter of a parameter on {param.device} is on {counter.device}, where it has no value")
-        self._steps = torch.stack([counter.to(self.device, torch.float32).reshape(()) for counter in counters])
-        for values, counter, home in zip(state, counters, self._steps.unbind(), strict=True):
-            alike = counter.device == home.device and counter.dtype == home.dtype and counter.ndim == 0
+        self.steps = torch.stack([counter.to(device, torch.float32).reshape(()) for counter in counters])
+        for values, counter, view in zip(state, counters, self.steps.unbind(), strict=True):
+            alike = counter.device == view.device and counter.dtype == view.dtype and counter.ndim == 0
             if counter is values[STEP] and alike and users[id(counter)] <= 1:
-                counter.data = home  # who holds the counter sees it move on
+                counter.data = view  # who holds the counter sees it move on
             else:
                 users[id(counter)] -= 1
-                values[STEP] = home.detach()
-        self._counters = [values[STEP] for values in state]
+                values[STEP] = view.detach()
+        self._views = [values[STEP] for values in state]
 
-    def _counters_are_home(self) -> bool:
-        first, size = self._steps.data_ptr(), self._steps.element_size()
-        return addresses_of(self._counters).tolist() == list(range(first, first + size * len(self._counters), size))
-
-
-def _source_name(tensor: str, what: str) -> str:
-    """What tells the random numbers of a parameter, which has them under the tensor's name, from those of its moments."""
-    return tensor if what == PARAMETER else f"{tensor}\n{what}"
+    def are(self, counters: Sequence[Any]) -> bool:
+        """Whether these are the views, and still lie in the one tensor: users and wrappers replace both."""
+        if not all(map(is_, counters, self._views)):
+            return False
+        first, size = self.steps.data_ptr(), self.steps.element_size()
+        return addresses_of(self._views).tolist() == list(range(first, first + size * len(self._views), size))
 
 
 class _Cut:
@@ -490,7 +499,7 @@ def _as_found(choice: Choice, state: Mapping[str, Any], entry: LocalParam) -> Ch
     for _, fmt, entries in choice.moments:
         others = {key: state[key].dtype for key, dtype in entries.items() if state[key].dtype != dtype}
         for key, dtype in others.items():
-            if len(entries) > 1:
+            if len(entries) > 1 or not dtype.is_floating_point:
                 raise ValueError(
                     f"{key!r} of {entry.name!r} has dtype {dtype}, the format {fmt.name!r} stores it in {entries[key]}; convert it"
                 )

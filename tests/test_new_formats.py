@@ -6,6 +6,7 @@ The formats in this file are nowhere else.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -20,7 +21,6 @@ from torch import Tensor, nn
 import sharded_optim as so
 from sharded_optim import checkpoint, stateful
 from sharded_optim.algorithms import operations as xp
-from sharded_optim.backends import cpu
 from sharded_optim.checkpoint.export import export_torch
 from sharded_optim.formats import FORMATS, Array, Format, format_beside, param_format
 from sharded_optim.optimizers.adam import ADAM
@@ -85,7 +85,17 @@ def store_mixed(value, uniform):
     return rounded, value - xp.from_fp16(rounded)
 
 
+def load_codes(code):
+    return 0.015625 * code
+
+
+def store_codes(value, uniform):
+    scaled = 64.0 * xp.where(value > 1.0, 1.0, xp.where(value < -1.0, -1.0, value))
+    return ((scaled + 12582912.0) - 12582912.0,)  # 1.5 * 2**23: to the nearest integer, which the array takes
+
+
 OTHERS = (
+    Format(name="codes of 8 bits", arrays=(Array("", torch.int8),), load=load_codes, store=store_codes),
     Format(name="toward zero", arrays=(Array("", torch.bfloat16),), load=load_bf16, store=store_toward_zero),
     Format(name="tenths", arrays=(Array("", torch.float32),), load=load_tenths, store=store_tenths),
     Format(
@@ -97,6 +107,7 @@ OTHERS = (
     ),
 )
 NEW = {fmt.name: fmt for fmt in (PARTS, *OTHERS)}
+OF_MOMENTS = {"codes of 8 bits", "tenths"}  # without the main array being the value
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +132,10 @@ def of_parameters(dtype: torch.dtype, **options: Any) -> Format:
 @pytest.mark.parametrize("name", NEW)
 @pytest.mark.parametrize("compiling", ["cpu", "triton"])
 def test_what_is_compiled_of_a_format_gives_the_bits_of_its_functions(name: str, compiling: str, request: pytest.FixtureRequest) -> None:
-    """Of parameters, of moments and of both, on awkward shapes, strides and segments; also where a kernel only observes."""
+    """Of parameters, of moments and of both, on awkward shapes, strides and segments; also where a kernel only observes.
+
+    Numbers in a format are fp32, as those of tensors are: for numba's own arithmetic a tenth is that of float64.
+    """
     if compiling == "triton":
         request.getfixturevalue("interpreter")
     module = import_module(f"sharded_optim.backends.{compiling}")
@@ -131,15 +145,15 @@ def test_what_is_compiled_of_a_format_gives_the_bits_of_its_functions(name: str,
     assert_same_observation(own, Case(algorithm=STABLE_ADAMW, state=name))
 
 
-def test_numbers_in_a_format_are_fp32_as_those_of_tensors_are() -> None:
-    """In numba's own arithmetic a tenth is the one of float64, and so is all that is computed with it."""
-    value = torch.tensor([1 / 3, 7.0, 1e-20, 3e38])
-    found = torch.zeros_like(value)
-    function = cpu._compiled(store_tenths)
-    for index, each in enumerate(value.numpy()):
-        (found[index],) = function(each, each)
-    (expected,) = store_tenths(value, None)
-    assert_same(found, expected, "tenths")
+@pytest.mark.parametrize("name", NEW)
+def test_what_a_gpu_runs_of_a_format_is_compiled(name: str) -> None:
+    """For one that is not there; with arithmetic that rounds each operation once."""
+    triton = pytest.importorskip("sharded_optim.backends.triton", reason="the triton package is not installed")
+    target = import_module("triton.backends.compiler").GPUTarget("cuda", 90, 32)
+    formats = (NEW[name],) * (1 + len(ADAM.state))
+    ptx = triton.compile_for(triton.update_kernel(ADAM, formats, FORMATS["bf16"]), target).asm["ptx"]
+    assert not re.findall(r"\bfma\.\S*f32|\S+\.ftz\S*|\S+\.approx\S*|\b(?:mul|add|sub)\.f(?:32|64)", ptx)
+    assert not re.findall(r"\bcvt\S*\.f64|\S+\.rn\.f64", ptx)
 
 
 @pytest.mark.parametrize("fmt", [*FORMATS.values(), *NEW.values()], ids=lambda fmt: fmt.name)
@@ -147,11 +161,10 @@ def test_zeros_are_what_new_state_needs(fmt: Format) -> None:
     """A moment begins with zeros in all arrays, and beside a parameter zeros leave it as it is; formats with equal arrays load alike."""
     zero, one = torch.zeros(3), torch.tensor([1.0, -0.75, 1.5])
     assert torch.equal(fmt.load(*(zero.to(array.dtype) for array in fmt.arrays)), zero)
-    if fmt.name != "tenths":  # which is for moments
+    if fmt.name not in OF_MOMENTS:
         loaded = fmt.load(one.to(fmt.dtype), *(zero.to(array.dtype) for array in fmt.extra))
         assert torch.equal(loaded, one)
         assert format_beside(fmt.dtype, {array.name for array in fmt.extra}).arrays == fmt.arrays
-    assert fmt.store(one, zero)[0].dtype == fmt.dtype
     if fmt.name not in NEW:
         assert all(other.load is fmt.load for other in FORMATS.values() if other.arrays == fmt.arrays and other.name not in NEW)
 
@@ -265,6 +278,28 @@ def test_moments_of_another_format_are_converted_where_it_is_known_and_refused_w
     assert all(torch.equal(param, value) for param, value in zip(plain.params, before, strict=True))
 
 
+def test_moments_may_be_codes() -> None:
+    """Bytes, as integers in what is saved; they are taken for nothing else."""
+    runs = [Run(backend, torch.float32, state_dtype="codes of 8 bits").step(range(3)) for backend in ("eager", "cpu")]
+    for ours, expected in zip(*(run.params for run in runs), strict=True):
+        assert_same(expected, ours, "parameter")
+        states = [run.optimizer.state[param] for run, param in zip(runs, (ours, expected), strict=True)]
+        assert states[0]["exp_avg"].dtype == torch.int8
+        assert torch.equal(states[0]["exp_avg"], states[1]["exp_avg"])
+    moments = [load_codes(runs[0].optimizer.state[param]["exp_avg"]) for param in runs[0].params]
+    reports = runs[0].reports()
+    assert all(reports[f"l2_norm/moment/w{index}"].item() == moment.double().norm().item() for index, moment in enumerate(moments))
+    saved = copy.deepcopy(runs[0].optimizer.state_dict())
+    plain = Run("cpu", torch.float32).step(range(2))
+    with pytest.raises(ValueError, match=r"has 'exp_avg' of torch.int8, where the format 'fp32' has 'exp_avg' of torch.float32"):
+        plain.optimizer.load_state_dict(saved)
+    runs[1].optimizer.load_state_dict(saved)
+    runs[1].step(range(3, 5)).assert_same(runs[0].step(range(3, 5)))
+    plain.optimizer.state[plain.params[1]]["exp_avg"] = torch.zeros(5, dtype=torch.int8)
+    with pytest.raises(ValueError, match=r"'exp_avg' of 'w1' has dtype torch.int8, the format 'fp32' stores it in torch.float32"):
+        plain.step(range(2, 3))
+
+
 def test_an_array_of_another_dtype_or_a_lost_one_is_refused_by_name() -> None:
     run = Run("cpu", torch.float32, state_dtype=PARTS.name).step(range(2))
     state = run.optimizer.state[run.params[1]]
@@ -279,6 +314,17 @@ def test_an_array_of_another_dtype_or_a_lost_one_is_refused_by_name() -> None:
         run.step(range(2, 3))
     state["exp_avg.low"] = low
     run.step(range(2, 4)).assert_same(Run("cpu", torch.float32, state_dtype=PARTS.name).step(range(4)))
+
+
+def test_a_moment_that_may_begin_late_begins_with_all_arrays_or_none() -> None:
+    run = Run("cpu", torch.float32, so.DecoupledAdamW, state_dtype=PARTS.name).step(range(2))
+    run.optimizer.param_groups[0]["amsgrad"] = True
+    run.step(range(2, 3))
+    state = run.optimizer.state[run.params[1]]
+    assert state["max_exp_avg_sq.low"].any()
+    del state["max_exp_avg_sq.low"]
+    with pytest.raises(ValueError, match=r"the state of 'w1' lacks 'max_exp_avg_sq.low' after 3 steps"):
+        run.step(range(3, 4))
 
 
 @pytest.mark.usefixtures("parts_for_parameters")

@@ -2,8 +2,8 @@
 
 A kernel is made for each combination of algorithm and formats that is met: a page of text (`_update_kernel`, `_observe_kernel`) that calls
 the formats' functions and the algorithm's. These are the ones that the eager backend runs, with `xp` bound to `cpu_scalars.py` (see
-`rebinding.py`). Kernels are written to a cache folder under a name that changes with any source they are
-made of, so that numba's on-disk cache spares later processes the compilation.
+`rebinding.py`). Kernels are written to a cache folder under a name that changes with any source they are made of, so that numba's on-disk
+cache spares later processes the compilation.
 
 A kernel gets a table of addresses, one column per operand, and a table of work, runs of at most `CHUNK` elements, over which threads are
 spread. Memory needs no alignment. Tensors of one operand must be equally strided and dense, as wrappers give them; others are copied.
@@ -318,7 +318,7 @@ def _numpy(dtype: torch.dtype) -> str:
 
 def _make(name: str, source: str, functions: dict[str, Callable[..., Any]]) -> Any:
     """Import a kernel's source from the cache folder, with the functions of algorithms and formats, compiled, in its globals."""
-    compiled = {name: _compiled(function) for name, function in functions.items()}
+    compiled = {called: _compiled(function) for called, function in functions.items()}
     parts = [source, numba.__version__, get_host_cpu_name(), *map(_fingerprint, compiled.values()), SCALARS]
     name = f"{name}_{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
     try:

@@ -7,7 +7,7 @@ import sys
 import torch
 from torch import Tensor
 
-from sharded_optim.formats import format_of
+from sharded_optim.formats import format_of, is_stored
 from sharded_optim.segment import Segment
 from sharded_optim.sharding.layout import LocalParam, Piece
 
@@ -39,13 +39,15 @@ def waited_for(tensor: Tensor) -> Tensor:
 
 
 def check_dtype_and_layout(tensor: Tensor, what: str) -> None:
-    """Raise ValueError unless `tensor` is dense, real and of a floating dtype that a format stores."""
+    """Raise ValueError unless `tensor` is dense, real and of a dtype that a format stores."""
     if tensor.layout != torch.strided:
         raise ValueError(f"{what} is sparse ({tensor.layout}); only dense tensors are supported: build the layer with sparse=False")
     if tensor.is_neg():
         raise ValueError(f"{what} is a view that is negated when it is read; materialize it with .resolve_neg()")
     if tensor.is_complex():
         raise ValueError(f"{what} is complex ({tensor.dtype}); optimize torch.view_as_real(...) of it instead")
+    if is_stored(tensor.dtype):
+        return
     if not tensor.is_floating_point():
         raise ValueError(f"{what} has integer dtype {tensor.dtype}; only floating-point tensors can be optimized: leave it out")
     try:
