@@ -25,7 +25,7 @@ from sharded_optim.devices import refuse_to_capture
 from sharded_optim.kernel_calls import BackendChoice
 from sharded_optim.options import MOST_SKIPPED, CheckedOption, NonFinite, Params, check_max_skipped_steps, check_nonfinite
 from sharded_optim.param_set import ParamSet, ParamSets, StepListener
-from sharded_optim.ranks import own_process_group
+from sharded_optim.ranks import is_distributed
 from sharded_optim.reports import Reports
 from sharded_optim.sharding import FlatLayout
 from sharded_optim.sharding.ddp import JoinGuard
@@ -86,9 +86,16 @@ class Engine(StatefulOptimizer):
         self._skipped: int | Tensor = 0
         self._has_stepped = False
         defaults = defaults | {"kahan_sum": kahan_sum, "stochastic_rounding": stochastic_rounding, "rounding_seed": int(rounding_seed)}
-        super().__init__(params, defaults, algorithm=algorithm, state_dtype=state_dtype or torch.float32, max_lr=max_lr, layout=layout)
+        super().__init__(
+            params,
+            defaults,
+            algorithm=algorithm,
+            state_dtype=state_dtype or torch.float32,
+            max_lr=max_lr,
+            layout=layout,
+            process_group=process_group,
+        )
         self._begin()
-        self.process_group = process_group
         self._statistic = algorithm(self.param_groups[0]).statistic
         # Where ranks agree on something anyway, skipping together costs nothing; elsewhere it would cost a collective.
         self.nonfinite = nonfinite or ("skip" if self._statistic else "allow")
@@ -129,7 +136,7 @@ class Engine(StatefulOptimizer):
         if self.is_allocation_step():
             self.init_state()
             return loss
-        if self._agrees and self.layout is None and _is_distributed():  # DistributedDataParallel holds no flat parameters
+        if self._agrees and self.layout is None and is_distributed():  # DistributedDataParallel holds no flat parameters
             self._join_guard.check((param for group in self.param_groups for param in group["params"]), self._sets.made)
         rules = self._rules()
         only = None if param is None else (param,) if isinstance(param, Tensor) else tuple(param)
@@ -176,7 +183,7 @@ class Engine(StatefulOptimizer):
             agrees=self._agrees,
             nonfinite=self.nonfinite,
             max_skipped_steps=self.max_skipped_steps,
-            process_group=self._own_group() if self._agrees else None,
+            process_group=self.own_group() if self._agrees else None,
         )
 
     def _update(self, params: ParamSet, agreement: Agreement | None, rules: Rules, scaler: Scaler, *, accumulate: bool) -> None:
@@ -202,23 +209,6 @@ class Engine(StatefulOptimizer):
         params.update(agreement, rules, proceed, scaler, self._listener, accumulate=accumulate)
         if proceed is not None:
             self._count_skipped(~proceed)
-
-    # --------------------------------------------------------------------------------------------------------------- all ranks
-
-    @property
-    def process_group(self) -> dist.ProcessGroup | None:
-        """The ranks that train this model together; None means all."""
-        return self._process_group
-
-    @process_group.setter
-    def process_group(self, process_group: dist.ProcessGroup | None) -> None:
-        self._process_group = process_group
-        self._lost_process_group = False
-
-    def _own_group(self) -> dist.ProcessGroup | None:
-        if self._lost_process_group:
-            raise ValueError("this optimizer was copied or unpickled, which cannot take its process_group along; set it again")
-        return own_process_group(self.process_group) if _is_distributed() else None
 
     # ----------------------------------------------------------------------------------------------------------------- reports
 
@@ -272,7 +262,7 @@ class Engine(StatefulOptimizer):
 
         The first call may exchange the layout before. See `metrics.dist_reduce`.
         """
-        process_group = self._own_group()
+        process_group = self.own_group()
         layout = self._sets.whole_layout(self, process_group)
         optimizer_metrics |= self._reports.reduced(optimizer_metrics, layout, process_group)
         return optimizer_metrics
@@ -282,21 +272,15 @@ class Engine(StatefulOptimizer):
     def __getstate__(self) -> dict[str, Any]:
         own = ("_statistic", "_backend_names", "_foreach", "_skipped", "_has_stepped", "nonfinite", "max_skipped_steps")
         own += ("gradient_release", "optimizer_accumulation")
-        lost = {"_lost_process_group": self._process_group is not None or self._lost_process_group}
-        return super().__getstate__() | {name: getattr(self, name) for name in own} | lost
+        return super().__getstate__() | {name: getattr(self, name) for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_statistic" in state:
-            self._process_group = None
             self._begin()
 
     def __repr__(self) -> str:
         return super().__repr__().removesuffix(")") + f"backend: {self._backends}\nnonfinite: {self.nonfinite}\n)"
-
-
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
 
 
 def _warn_of_no_gradients(optimizer: Engine, params: ParamSet, agreement: Agreement | None) -> None:
@@ -310,7 +294,7 @@ def _warn_of_no_gradients(optimizer: Engine, params: ParamSet, agreement: Agreem
             return  # other ranks have some
     elif layout is not None:
         return  # this rank may hold none of the elements that have one
-    where = "on this rank, " if agreement is None and _is_distributed() else ""
+    where = "on this rank, " if agreement is None and is_distributed() else ""
     warnings.warn(
         f"the first step found no gradient on any parameter, {where}so it changes nothing. If the model was wrapped (fully_shard, "
         f"FullyShardedDataParallel) after the optimizer was built, the optimizer has the parameters of before: build it from "

@@ -8,6 +8,7 @@ from operator import is_
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from sharded_optim import param_groups
@@ -15,6 +16,7 @@ from sharded_optim.algorithms import Algorithm, Choose
 from sharded_optim.algorithms.hyperparameters import COMMON, Hyperparameter, Unsupported, by_name
 from sharded_optim.options import Params
 from sharded_optim.param_index import ParamIndex
+from sharded_optim.ranks import is_distributed, own_process_group
 from sharded_optim.sharding import FlatLayout, LocalParam, describe
 
 __all__ = ["GroupedOptimizer", "optimizer_classes"]
@@ -47,6 +49,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         state_dtype: storage of the moments: a dtype, or the name of a format.
         max_lr: reference learning rate of groups that do not bring their own `max_lr`; None takes each group's `lr`.
         layout: of parameters that a wrapper has flattened.
+        process_group: the ranks that train this model together; None means all.
 
     Attributes:
         hyperparameters: that a class declares: each is checked, compared between ranks, saved. A default that is not declared is checked
@@ -68,11 +71,13 @@ class GroupedOptimizer(torch.optim.Optimizer):
         state_dtype: torch.dtype | str,
         max_lr: float | None,
         layout: FlatLayout | None,
+        process_group: dist.ProcessGroup | None,
     ) -> None:
         self._choose = algorithm
         self._index = ParamIndex()
         self._lost_layout = False
         self.layout = layout
+        self.process_group = process_group
         self._given: list[_Given] = []  # of groups that no step has stepped yet: wrappers replace parameters before the first
         self.state_dtype = state_dtype
         self._declared = {name: Hyperparameter(name) for name in defaults} | by_name(self.hyperparameters)
@@ -160,6 +165,26 @@ class GroupedOptimizer(torch.optim.Optimizer):
         self._layout = layout
         self._lost_layout = False
 
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """The ranks that train this model together; None means all."""
+        return self._process_group
+
+    @process_group.setter
+    def process_group(self, process_group: dist.ProcessGroup | None) -> None:
+        self._process_group = process_group
+        self._lost_process_group = False
+
+    def own_group(self) -> dist.ProcessGroup | None:
+        """The optimizer's own process group of these ranks; None: this process is alone. A collective the first time.
+
+        Raises:
+            ValueError: the optimizer is a copy that has lost its process group, or this rank is not in it.
+        """
+        if self._lost_process_group:
+            raise ValueError("this optimizer was copied or unpickled, which cannot take its process_group along; set it again")
+        return own_process_group(self.process_group) if is_distributed() else None
+
     def all_params(self) -> list[Tensor]:
         """Of all groups, in their order."""
         return [param for group in self.param_groups for param in group["params"]]
@@ -227,7 +252,10 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("_choose", "state_dtype", "_max_lr", "_declared")
-        lost = {"_lost_layout": self._layout is not None or self._lost_layout}
+        lost = {
+            "_lost_layout": self._layout is not None or self._lost_layout,
+            "_lost_process_group": self._process_group is not None or self._lost_process_group,
+        }
         return super().__getstate__() | {name: getattr(self, name) for name in own} | lost
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -235,7 +263,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         if "_choose" in state:  # unpickled or copied; torch also calls this with the loaded state and groups alone
             self._index = ParamIndex()
             self._passed = {}
-            self._layout = None
+            self._layout = self._process_group = None
             self._given = list(map(_Given.of, self.param_groups))
 
 
