@@ -54,12 +54,13 @@ class Rules:
     statistic: Statistic | None
     nonfinite: NonFinite
     max_skipped_steps: int | None
+    state_format: str  # the name of the moments' format
     process_group: dist.ProcessGroup | None  # of the ranks that agree; None: this process is alone, or they do not agree
 
     @property
-    def options(self) -> tuple[NonFinite, int | None]:
+    def options(self) -> tuple[NonFinite, int | None, str]:
         """Those that must be the same on all ranks that agree."""
-        return self.nonfinite, self.max_skipped_steps
+        return self.nonfinite, self.max_skipped_steps, self.state_format
 
     @property
     def longest_streak(self) -> int | None:
@@ -179,8 +180,8 @@ class Agreement:
                 )
             if present * squared_key != key * key:
                 return (
-                    f"ranks use different hyperparameters (lr, betas, ...) or options (nonfinite, max_skipped_steps) for {name!r}, or are "
-                    f"at different steps; make them the same"
+                    f"ranks use different hyperparameters (lr, betas, ...) or options (nonfinite, max_skipped_steps, state_dtype) for "
+                    f"{name!r}, or are at different steps; make them the same"
                 )
         raise AssertionError("the ranks are consistent")
 

@@ -183,6 +183,7 @@ class Engine(StatefulOptimizer):
             agrees=self._agrees,
             nonfinite=self.nonfinite,
             max_skipped_steps=self.max_skipped_steps,
+            state_format=self.state_format.name,
             process_group=self.own_group() if self._agrees else None,
         )
 

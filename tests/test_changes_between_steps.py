@@ -431,6 +431,11 @@ def check_options_that_differ_between_ranks() -> None:
         assert torch.equal(param.detach(), before)
         setattr(optimizer, name, values[0])
         optimizer.step()
+    param = nn.Parameter(torch.ones(3))
+    optimizer = so.StableAdamW([("w", param)], lr=1e-2, state_dtype=(torch.float32, torch.bfloat16)[dist.get_rank()])
+    param.grad = torch.ones(3)
+    with pytest.raises(ValueError, match=r"options \(.*state_dtype\) for 'w'"):
+        optimizer.step()
 
 
 def check_a_step_that_a_rank_leaves_out() -> None:
