@@ -96,6 +96,14 @@ def check() -> None:
             train(model, optimizer, uneven())
 
 
+def check_join_of_the_optimizer() -> None:
+    """As it is passed beside the model where ZeroRedundancyOptimizer is used."""
+    model = DistributedDataParallel(nn.Linear(4, 3))
+    optimizer = so.ShardedOptimizer(model, so.AdamW, lr=1e-2)
+    with pytest.raises(ValueError, match="Join lets ranks run out of inputs, but a step of this optimizer is a collective"):
+        Join([model, optimizer])
+
+
 def check_a_rank_without_inputs() -> None:
     """The one that has some says so at once, in its first step: no collective of this library comes before."""
     torch.manual_seed(0)
@@ -110,9 +118,14 @@ def check_a_rank_without_inputs() -> None:
     dist.barrier()
 
 
+def check_both() -> None:
+    check()
+    check_join_of_the_optimizer()
+
+
 def test_join_is_refused_by_name_where_a_step_is_a_collective() -> None:
     """And nowhere else: not for AdamW, another model, a context that is off, has been left or stops all ranks together."""
-    ranks.run(check, 2)
+    ranks.run(check_both, 2)
 
 
 def test_a_rank_that_has_no_inputs_is_not_waited_for() -> None:

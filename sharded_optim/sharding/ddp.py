@@ -16,7 +16,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["JoinGuard", "averaged_params", "ddp_modules"]
+__all__ = ["JOIN_REFUSED", "JoinGuard", "averaged_params", "ddp_modules"]
+
+JOIN_REFUSED = (
+    "torch.distributed.algorithms.join.Join lets ranks run out of inputs, but a step of this optimizer is a collective, which would wait for "
+    "them; give all ranks as many batches (DistributedSampler(drop_last=True)), or use an optimizer whose step needs no other rank, as "
+    "so.AdamW with nonfinite='allow' outside of ShardedOptimizer"
+)
 
 
 class JoinGuard:
@@ -53,11 +59,7 @@ class JoinGuard:
             if not _is_in_context(module):
                 self._left[id(config)] = config
             elif not averaged_params([module]).keys().isdisjoint(map(id, params)):
-                raise ValueError(
-                    "torch.distributed.algorithms.join.Join lets ranks run out of inputs, but a step of this optimizer is a collective, "
-                    "which would wait for them; give all ranks as many batches (DistributedSampler(drop_last=True)), or use an optimizer "
-                    "whose step needs no other rank, as so.AdamW with nonfinite='allow' outside of ShardedOptimizer"
-                )
+                raise ValueError(JOIN_REFUSED)
 
 
 def ddp_modules() -> list[DistributedDataParallel]:

@@ -30,7 +30,7 @@ from sharded_optim.engine import Engine
 from sharded_optim.options import Params
 from sharded_optim.position_hash import position_hashes
 from sharded_optim.ranks import raise_together
-from sharded_optim.sharding.ddp import JoinGuard
+from sharded_optim.sharding.ddp import JOIN_REFUSED, JoinGuard
 from sharded_optim.state import asked_by_distributed_checkpoint, called_to_allocate
 from sharded_optim.zero import local_state, logical
 from sharded_optim.zero.arguments import check_options, groups_of, tensors_of, unwrapped
@@ -314,6 +314,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
             if home.local is not None and home in self._stepped:
                 home.local.grad = home.grad
         self._engine.observe_unit(unit_of(bucket))
+
+    def join_hook(self, **_: Any) -> Any:
+        """Raise ValueError: `torch.distributed.algorithms.join.Join` asks ZeroRedundancyOptimizer for it."""
+        raise ValueError(JOIN_REFUSED)
 
     def finish_reduction(self) -> None:
         """Return when the gradients of the backward passes so far are averaged."""
