@@ -19,9 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 __all__ = ["JOIN_REFUSED", "JoinGuard", "averaged_params", "ddp_modules"]
 
 JOIN_REFUSED = (
-    "torch.distributed.algorithms.join.Join lets ranks run out of inputs, but a step of this optimizer is a collective, which would wait for "
-    "them; give all ranks as many batches (DistributedSampler(drop_last=True)), or use an optimizer whose step needs no other rank, as "
-    "so.AdamW with nonfinite='allow' outside of ShardedOptimizer"
+    "torch.distributed.algorithms.join.Join lets ranks run out of inputs, but a step of this optimizer is a collective, which would wait "
+    "for them; give all ranks as many batches (DistributedSampler(drop_last=True)), or use an optimizer whose step needs no other rank, "
+    "as so.AdamW with nonfinite='allow' outside of ShardedOptimizer"
 )
 
 
