@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from operator import is_
 from typing import Any, ClassVar, NamedTuple
@@ -13,6 +13,7 @@ from torch import Tensor
 from sharded_optim import foreign_state, loading, param_groups
 from sharded_optim.algorithms import Algorithm, Choose
 from sharded_optim.algorithms.hyperparameters import COMMON, Hyperparameter, Unsupported, by_name
+from sharded_optim.arguments import check_iterable
 from sharded_optim.compensation import CompensationLog
 from sharded_optim.formats import Format, chosen_format, extra_arrays, param_format
 from sharded_optim.options import Params
@@ -84,6 +85,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         self._passed: dict[str, list[Any]] = {}  # what the last check of a scheduled group has passed, by where it stands
         self._check_group({"max_lr": max_lr} | defaults, "the optimizer's arguments")
         self._max_lr = None if max_lr is None else float(max_lr)
+        check_iterable(params, "params")
         super().__init__(params, defaults)
         self.state = State(self, self.state)
         param_groups.warn_of_high_decay(self.param_groups)
@@ -97,8 +99,9 @@ class StatefulOptimizer(torch.optim.Optimizer):
             ValueError: an empty group, a parameter given twice, a hyperparameter out of range, or a parameter that cannot be optimized.
         """
         index = len(self.param_groups)
-        if isinstance(param_group, dict) and isinstance(param_group.get("params"), Iterable) and not isinstance(param_group["params"], set):
+        if isinstance(param_group, dict) and "params" in param_group and not isinstance(param_group["params"], set):
             params = param_group["params"]
+            check_iterable(params, f"the params of param_groups[{index}]")
             param_group = {**param_group, "params": [params] if isinstance(params, Tensor) else list(params)}
             named = param_groups.named_params(param_group, index)
             if not named:
