@@ -87,6 +87,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
         self._max_lr = None if max_lr is None else float(max_lr)
         check_iterable(params, "params")
         super().__init__(params, defaults)
+        if not self.all_params():
+            raise ValueError("params has no parameters, in any group; give the parameters of a model")
         self.state = State(self, self.state)
         param_groups.warn_of_high_decay(self.param_groups)
 
@@ -96,7 +98,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         """As in torch, after checking what torch would let pass.
 
         Raises:
-            ValueError: an empty group, a parameter given twice, a hyperparameter out of range, or a parameter that cannot be optimized.
+            ValueError: a parameter given twice, a hyperparameter out of range, or a parameter that cannot be optimized.
         """
         index = len(self.param_groups)
         if isinstance(param_group, dict) and "params" in param_group and not isinstance(param_group["params"], set):
@@ -104,8 +106,6 @@ class StatefulOptimizer(torch.optim.Optimizer):
             check_iterable(params, f"the params of param_groups[{index}]")
             param_group = {**param_group, "params": [params] if isinstance(params, Tensor) else list(params)}
             named = param_groups.named_params(param_group, index)
-            if not named:
-                raise ValueError(f"param_groups[{index}] has no parameters; leave the group out")
             param_group = param_groups.translate_switches(param_group, self.defaults)
             param_groups.resolve_kahan(param_group, self.defaults)
             self._check_group(self.defaults | param_group, f"param_groups[{index}]")
@@ -120,6 +120,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
                 names.add(name)
                 if isinstance(param, Tensor):
                     describe(param, name, self.layout)
+            param_groups.follow_names(param_group, self.param_groups)
         super().add_param_group(param_group)
         group = self.param_groups[index]
         self._given.append(_Given.of(group))

@@ -194,11 +194,12 @@ def test_a_scheduler_may_round_an_lr_to_just_below_0(cls: type) -> None:
 
 
 @every_class
-def test_empty_groups_are_refused(cls: type) -> None:
+def test_an_optimizer_without_any_parameter_is_refused(cls: type) -> None:
     with pytest.raises(ValueError, match="empty parameter list"):
         cls([], lr=1e-3)
-    with pytest.raises(ValueError, match=r"param_groups\[1\] has no parameters; leave the group out"):
-        cls([{"params": [nn.Parameter(torch.ones(2))]}, {"params": []}], lr=1e-3)
+    for groups in ([{"params": []}], [{"params": []}, {"params": ()}]):
+        with pytest.raises(ValueError, match="params has no parameters, in any group; give the parameters of a model"):
+            cls(groups, lr=1e-3)
 
 
 @every_class

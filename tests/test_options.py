@@ -9,6 +9,7 @@ import pydoc
 import re
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -112,6 +113,61 @@ def test_lr_may_come_from_groups_alone(cls: type) -> None:
     for make in constructors(cls).values():
         optimizer = make([{"params": [a], "lr": 3e-4}, {"params": [b]}])
         assert [(group["lr"], group["reference_lr"]) for group in optimizer.param_groups] == [(3e-4, 3e-4), (1e-3, 1e-3)]
+
+
+@every_class
+@pytest.mark.parametrize("is_named", [False, True])
+@pytest.mark.parametrize("before", [0, 1, 2])
+def test_an_empty_group_is_kept_and_steps_nothing(cls: type, is_named: bool, before: int, tmp_path: Path) -> None:
+    """As in torch, whose names of parameters are in all groups or in none. Trainers make a group for what decays, be it empty or not.
+
+    `before` of two empty groups come before the others. State dicts, checkpoints and copies have them.
+    """
+
+    def made() -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = nn.Linear(3, 2)
+        params = list(model.named_parameters() if is_named else model.parameters())
+        empty = [{"params": [], "lr": 5e-3} for _ in range(2)]
+        groups = [*empty[:before], {"params": params[:1], "weight_decay": 1e-4}, *empty[before:], {"params": params[1:]}]
+        return model, cls(groups, lr=1e-2)
+
+    def step(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+        model(torch.ones(1, 3)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model, optimizer = made()
+    alone = copy.deepcopy(model)
+    reference = cls([{"params": alone.weight, "weight_decay": 1e-4}, {"params": alone.bias}], lr=1e-2)
+    lrs = [group["lr"] for group in optimizer.param_groups]
+    for each in ((optimizer, model), (reference, alone)):
+        step(*each)
+    so.checkpoint.save(tmp_path, 1, model=model, optimizer=optimizer)
+    others = [made(), made(), (None, copy.deepcopy(optimizer))]
+    others[0][1].load_state_dict(optimizer.state_dict())
+    so.checkpoint.load(tmp_path, model=others[1][0], optimizer=others[1][1])
+    for _, other in others:
+        assert [group["lr"] for group in other.param_groups] == lrs
+        assert [len(group["params"]) for group in other.param_groups] == [len(group["params"]) for group in optimizer.param_groups]
+    optimizer.add_param_group({"params": []})
+    optimizer.add_param_group({"params": [("late", nn.Parameter(torch.ones(2)))] if is_named else nn.Parameter(torch.ones(2))})
+    for each in ((optimizer, model), (reference, alone), others[1][::-1]):
+        step(*each)
+    assert torch.equal(model.weight, alone.weight)
+    assert torch.equal(model.weight, others[1][0].weight)
+
+
+@pytest.mark.parametrize(
+    ("cls", "torchs"), [(so.Adam, torch.optim.Adam), (so.AdamW, torch.optim.AdamW), (so.DecoupledSGDW, torch.optim.SGD)]
+)
+def test_a_state_dict_of_torch_with_an_empty_group_is_continued(cls: type, torchs: type) -> None:
+    for order in (1, -1):
+        params = [nn.Parameter(torch.ones(3))]
+        groups = [{"params": [], "lr": 5e-3}, {"params": params}][::order]
+        other, ours = torchs([dict(group) for group in groups], lr=1e-2), cls([dict(group) for group in groups], lr=1.0)
+        run(other, params[0], range(2))
+        ours.load_state_dict(other.state_dict())
+        assert [group["lr"] for group in ours.param_groups] == [5e-3, 1e-2][::order]
 
 
 def test_arguments_in_another_librarys_order_warn_with_both_readings() -> None:

@@ -65,16 +65,10 @@ def groups_of(params: Params) -> list[Group]:
         group["params"] = [members] if isinstance(members, Tensor) else list(members)
         if isinstance(members, set):
             raise ValueError(f"param_groups[{index}] is a set, whose order differs between ranks; give a list")
-        if not group["params"]:
-            raise ValueError(
-                f"param_groups[{index}] has no parameters; leave the group out"
-                if given
-                else "params is empty; give the parameters of a model"
-            )
     tensors = [tensor for group in groups for tensor in tensors_of(group)]
     if len(set(map(id, tensors))) < len(tensors):
         raise ValueError("a parameter appears twice; give each parameter once")
-    if not any(tensor.requires_grad for tensor in tensors):
+    if tensors and not any(tensor.requires_grad for tensor in tensors):
         raise ValueError("no parameter is trainable; set requires_grad")
     return groups
 

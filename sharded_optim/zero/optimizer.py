@@ -29,6 +29,7 @@ from typing_extensions import Unpack
 from sharded_optim.buckets import default_bucket_bytes
 from sharded_optim.engine import Engine
 from sharded_optim.options import Params, ShardedOptions
+from sharded_optim.param_groups import follow_names
 from sharded_optim.position_hash import position_hashes
 from sharded_optim.ranks import raise_together
 from sharded_optim.sharding.ddp import JoinGuard
@@ -129,7 +130,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
             check_defaults(type(self), optimizer_class, options)
             groups = groups_of(params)
             check_params(groups)
-            device = tensors_of(groups[0])[0].device
+            tensors = [tensor for group in groups for tensor in tensors_of(group)]
+            if not tensors:
+                raise ValueError("params has no parameters, in any group; give the parameters of a model")
+            device = tensors[0].device
             description = (stage, bucket_mb, reduce_dtype, device.type, exchanges(topology.shard_group, device))
         except Exception as failure:  # the other ranks must hear of it before this one raises
             raise_together(failure, None, topology.all_ranks)
@@ -215,6 +219,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             ValueError: see the class; nothing was added.
         """
         if not hasattr(self, "_gradient_hooks"):  # torch's constructor
+            follow_names(param_group, self.param_groups)
             super().add_param_group(param_group)
             return
         self.finish_reduction()
@@ -237,7 +242,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self._housing.move_out(buckets)
             del self._engine.param_groups[index:]
             raise
-        super().add_param_group(*self._outside([group], self._engine.param_groups[index:]))
+        (outside,) = self._outside([group], self._engine.param_groups[index:])
+        follow_names(outside, self.param_groups)
+        super().add_param_group(outside)
         self._take_up_late(buckets)
 
     def _take_up_late(self, buckets: Sequence[Bucket]) -> None:
