@@ -18,6 +18,7 @@ from torch import Tensor
 from sharded_optim import param_groups
 from sharded_optim.agreement import Agreement, Rules, Scaler
 from sharded_optim.algorithms import Choose
+from sharded_optim.arguments import argument_names, refuse_unknown, warn_of_swapped_eps
 from sharded_optim.backends import AUTO, candidates
 from sharded_optim.coefficients import host_value, known_on_host
 from sharded_optim.consensus import PRESENT
@@ -43,6 +44,7 @@ class Engine(StatefulOptimizer):
         algorithm: chooses the math of a param group.
         max_lr: reference learning rate of groups that do not bring their own `max_lr`; None takes each group's `lr`.
         options: see `EngineOptions` and `SwitchOptions`.
+        unknown: refused, but for switches of other libraries that are off.
 
     Attributes:
         nonfinite, max_skipped_steps: see `EngineOptions`. May be set between two steps, on all ranks.
@@ -73,7 +75,10 @@ class Engine(StatefulOptimizer):
         triton: bool | None = None,
         gradient_release: bool = False,
         layout: FlatLayout | None = None,
+        **unknown: Any,
     ) -> None:
+        if unknown:
+            refuse_unknown(type(self).__name__, unknown, argument_names(type(self), Engine), self.hyperparameters)
         if nonfinite is not None:
             self.nonfinite = nonfinite  # checked before anything is made
         self.max_skipped_steps = max_skipped_steps
@@ -95,6 +100,7 @@ class Engine(StatefulOptimizer):
             layout=layout,
             process_group=process_group,
         )
+        warn_of_swapped_eps(type(self), defaults)
         self._begin()
         self._statistic = algorithm(self.param_groups[0]).statistic
         # Where ranks agree on something anyway, skipping together costs nothing; elsewhere it would cost a collective.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from operator import is_
 from typing import Any, ClassVar, NamedTuple
@@ -14,6 +14,7 @@ from torch import Tensor
 from sharded_optim import param_groups
 from sharded_optim.algorithms import Algorithm, Choose
 from sharded_optim.algorithms.hyperparameters import COMMON, Hyperparameter, Unsupported, by_name
+from sharded_optim.arguments import check_iterable
 from sharded_optim.options import Params
 from sharded_optim.param_index import ParamIndex
 from sharded_optim.ranks import is_distributed, own_process_group
@@ -84,22 +85,24 @@ class GroupedOptimizer(torch.optim.Optimizer):
         self._passed: dict[str, list[Any]] = {}  # what the last check of a scheduled group has passed, by where it stands
         self._check_group({"max_lr": max_lr} | defaults, "the optimizer's arguments")
         self._max_lr = None if max_lr is None else float(max_lr)
+        check_iterable(params, "params")
         super().__init__(params, defaults)
+        if not self.all_params():
+            raise ValueError("params has no parameters, in any group; give the parameters of a model")
         param_groups.warn_of_high_decay(self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch, after checking what torch would let pass.
 
         Raises:
-            ValueError: an empty group, a parameter given twice, a hyperparameter out of range, or a parameter that cannot be optimized.
+            ValueError: a parameter given twice, a hyperparameter out of range, or a parameter that cannot be optimized.
         """
         index = len(self.param_groups)
-        if isinstance(param_group, dict) and isinstance(param_group.get("params"), Iterable) and not isinstance(param_group["params"], set):
+        if isinstance(param_group, dict) and "params" in param_group and not isinstance(param_group["params"], set):
             params = param_group["params"]
+            check_iterable(params, f"the params of param_groups[{index}]")
             param_group = {**param_group, "params": [params] if isinstance(params, Tensor) else list(params)}
             named = param_groups.named_params(param_group, index)
-            if not named:
-                raise ValueError(f"param_groups[{index}] has no parameters; leave the group out")
             param_group = param_groups.translate_switches(param_group, self.defaults)
             param_groups.resolve_kahan(param_group, self.defaults)
             self._check_group(self.defaults | param_group, f"param_groups[{index}]")
@@ -114,6 +117,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
                 names.add(name)
                 if isinstance(param, Tensor):
                     describe(param, name, self.layout)
+            param_groups.follow_names(param_group, self.param_groups)
         super().add_param_group(param_group)
         group = self.param_groups[index]
         self._given.append(_Given.of(group))

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from sharded_optim.sharding import FlatLayout
 
 __all__ = [
     "MOST_SKIPPED",
     "CheckedOption",
+    "CommonOptions",
     "EngineOptions",
     "NonFinite",
     "Params",
+    "ShardedOptions",
     "SwitchOptions",
     "check_max_skipped_steps",
     "check_nonfinite",
@@ -55,8 +58,8 @@ def check_max_skipped_steps(most: Any) -> None:
         raise ValueError(f"max_skipped_steps must be a positive int, or None for no limit, got {most!r}")
 
 
-class EngineOptions(TypedDict, total=False):
-    """Keyword-only options of every optimizer.
+class CommonOptions(TypedDict, total=False):
+    """Keyword-only options of every optimizer, also inside a ShardedOptimizer.
 
     state_dtype: storage of the moments: float32 (the default, also for low-precision parameters), or bfloat16, whose rounding wants
         beta2 <= 0.996; or the name of a storage format, as "bf16_stochastic" (docs/low-precision.md).
@@ -65,28 +68,36 @@ class EngineOptions(TypedDict, total=False):
         "skip": no rank steps; parameters, state and step counters stay as they are, bit for bit.
         "raise": FloatingPointError on every rank, naming tensors and ranks. The host waits for the device in every step.
         "allow": it goes through, as in torch; StableAdamW makes the whole tensor NaN, as an unsharded one would.
-        The default is "skip" for algorithms whose ranks agree on something anyway and "allow" for those that need no collective.
+        None, the default, means "skip" for StableAdamW, whose ranks agree on something anyway, and "allow" for the others, which need no
+        collective without it.
     max_skipped_steps: where `nonfinite` is "skip", so many steps in a row that did not happen for their gradients are a FloatingPointError
         on every rank, which names what was not finite in the first of them; state stays untouched, and each further one raises too. 100,
         the default, is time enough for GradScaler, which at its start skips up to 17 to find its scale; a job that skips more learns
         nothing. None: no limit. Steps that GradScaler alone has stopped, their gradients being finite, do not count. On an accelerator the
         next step raises, as a step does not wait for its own verdict. Where parts are stepped by themselves (DeepSpeed's ZeRO, gradient
         release) each has a count of its own.
-    process_group: the ranks that train this model together; None, the default, means all. Unused by a step without a collective.
     stochastic_rounding: float16 and bfloat16 parameters are rounded up or down at random, so that the expected value is the value; instead
         of `kahan_sum`, and without its memory, or with kahan_sum=True the compensation is. The same bits whatever the sharding.
-    rounding_seed: of stochastic rounding; the same on every rank.
-    layout: how parameters are sharded that do not tell it themselves: `fsdp1_layout(model)` for FullyShardedDataParallel. Not needed for
-        ordinary tensors and DTensors, and set by `deepspeed.initialize` and `deepspeed.attach` for DeepSpeed.
+    rounding_seed: seed of stochastic rounding; the same on every rank.
     """
 
     state_dtype: torch.dtype | str | None
     backend: str
     nonfinite: NonFinite | None
     max_skipped_steps: int | None
-    process_group: dist.ProcessGroup | None
     stochastic_rounding: bool
     rounding_seed: int
+
+
+class EngineOptions(CommonOptions, total=False):
+    """Keyword-only options of every optimizer that a ShardedOptimizer sets by itself.
+
+    process_group: the ranks that train this model together; None, the default, means all. Unused by a step without a collective.
+    layout: how parameters are sharded that do not tell it themselves: `fsdp1_layout(model)` for FullyShardedDataParallel. Not needed for
+        ordinary tensors and DTensors, and set by `deepspeed.initialize` and `deepspeed.attach` for DeepSpeed.
+    """
+
+    process_group: dist.ProcessGroup | None
     layout: FlatLayout | None
 
 
@@ -104,3 +115,23 @@ class SwitchOptions(EngineOptions, total=False):
     foreach: bool | None
     triton: bool | None
     gradient_release: bool
+
+
+class ShardedOptions(CommonOptions, total=False, extra_items=Any):  # what an optimizer of one's own takes
+    """What a ShardedOptimizer hands on to the optimizer inside: hyperparameters of the library's optimizers, and options."""
+
+    lr: float | Tensor
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    decay_form: str | None
+    decouple_wd: bool
+    decouple_lr: bool
+    max_lr: float | None
+    amsgrad: bool
+    momentum: float
+    dampening: float
+    nesterov: bool
+    kahan_sum: bool | None
+    foreach: bool | None
+    triton: bool | None

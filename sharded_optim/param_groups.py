@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from sharded_optim.formats import FORMATS, chosen_format
 
 __all__ = [
     "check_state_dtype",
+    "follow_names",
     "hyperparameter_key",
     "learn_reference_lr",
     "name_of_param",
@@ -100,6 +101,22 @@ def named_params(group: dict[str, Any], group_index: int) -> list[tuple[Any, str
         (param[1], str(param[0])) if isinstance(param, tuple) else (param, name_of_param(group, group_index, index))
         for index, param in enumerate(group["params"])
     ]
+
+
+def follow_names(group: dict[str, Any], groups: Sequence[dict[str, Any]]) -> None:
+    """Let empty groups have names, none of them, where the others have: torch wants names in all groups or in none.
+
+    Args:
+        group: about to be added.
+        groups: that there are.
+    """
+    filled = [each for each in (group, *groups) if each["params"]]
+    are_named = any("param_names" in each or isinstance(each["params"][0], tuple) for each in filled)
+    for each in (group, *groups):
+        if not each["params"]:
+            each.pop("param_names", None)
+            if are_named:
+                each["param_names"] = []
 
 
 def name_of_param(group: Mapping[str, Any], group_index: int, index: int) -> str:

@@ -109,6 +109,29 @@ def test_duplicate_parameters_are_refused(cls: type) -> None:
 
 
 @every_class
+@pytest.mark.parametrize(
+    ("params", "words"),
+    [
+        (nn.Linear(2, 2), r"got Linear; pass model.parameters\(\) or model.named_parameters\(\)"),
+        (nn.Sequential(nn.Linear(2, 2)), r"got Sequential; pass model.parameters\(\)"),  # which can be iterated over
+        (nn.Linear(2, 2).parameters, r"got a method that was not called; pass model.parameters\(\)"),
+        ([{"params": nn.Linear(2, 2)}], r"the params of param_groups\[0\] must be .*, got Linear; pass"),
+        (nn.Linear(2, 2).state_dict(), r"got OrderedDict; pass model.named_parameters\(\)"),
+        ({"params": list(nn.Linear(2, 2).parameters())}, "got dict; put a param group into a list"),
+        (3, "got int; pass"),
+    ],
+    ids=["model", "iterable model", "method", "model in a group", "state dict", "group", "number"],
+)
+def test_what_is_no_collection_of_parameters_is_refused_with_what_to_pass(cls: type, params: object, words: str) -> None:
+    with pytest.raises(TypeError, match=words):
+        cls(params)
+    if not isinstance(params, nn.Module):  # which it takes
+        with pytest.raises(TypeError, match=words):
+            so.ShardedOptimizer(params, cls)
+    cls(nn.ParameterList([nn.Parameter(torch.ones(2))]))
+
+
+@every_class
 def test_two_parameters_of_one_name_are_refused(cls: type) -> None:
     """Their statistics would be added up as if they were pieces of one tensor."""
     a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
@@ -171,11 +194,12 @@ def test_a_scheduler_may_round_an_lr_to_just_below_0(cls: type) -> None:
 
 
 @every_class
-def test_empty_groups_are_refused(cls: type) -> None:
+def test_an_optimizer_without_any_parameter_is_refused(cls: type) -> None:
     with pytest.raises(ValueError, match="empty parameter list"):
         cls([], lr=1e-3)
-    with pytest.raises(ValueError, match=r"param_groups\[1\] has no parameters; leave the group out"):
-        cls([{"params": [nn.Parameter(torch.ones(2))]}, {"params": []}], lr=1e-3)
+    for groups in ([{"params": []}], [{"params": []}, {"params": ()}]):
+        with pytest.raises(ValueError, match="params has no parameters, in any group; give the parameters of a model"):
+            cls(groups, lr=1e-3)
 
 
 @every_class

@@ -84,7 +84,7 @@ def group_of(optimizer: Callable[..., Engine]) -> dict[str, Any]:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_every_hyperparameter_is_declared_and_documented(optimizer: type[Engine]) -> None:
     """All that groups have is declared, and what a constructor names is described there."""
-    documented = re.findall(r"^        ((?:\w+, )*\w+):", optimizer.__doc__ or "", re.MULTILINE)
+    documented = re.findall(r"^    ((?:\w+, )*\w+):", inspect.getdoc(optimizer) or "", re.MULTILINE)
     names = {name for names in documented for name in names.split(", ")}
     declared = {each.name for each in optimizer.hyperparameters}
     assert group_of(optimizer).keys() - {"params", "momentum"} <= declared

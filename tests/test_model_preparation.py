@@ -146,7 +146,6 @@ def test_biases_norms_scalars_and_named_layers_do_not_decay() -> None:
 
 
 def test_groups_that_would_be_empty_are_left_out() -> None:
-    """The optimizers refuse empty groups."""
     assert [group["weight_decay"] for group in so.param_groups_weight_decay(nn.LayerNorm(3))] == [0.0]
     assert [group["weight_decay"] for group in so.param_groups_weight_decay(nn.Linear(3, 2, bias=False), 0.1)] == [0.1]
     assert so.param_groups_weight_decay(nn.ReLU()) == []

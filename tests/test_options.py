@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import inspect
+import pydoc
+import re
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,8 +42,163 @@ def stepped(cls: type, steps: int = 3, dtype: torch.dtype = torch.float32, **opt
 
 @every_class
 def test_unknown_arguments_are_refused(cls: type) -> None:
-    with pytest.raises(TypeError, match="unexpected keyword argument 'decoupled'"):
+    with pytest.raises(TypeError, match=rf"^{cls.__name__}\(\) got an unexpected keyword argument 'decoupled'"):
         cls([nn.Parameter(torch.ones(2))], lr=1e-3, decoupled=True)
+
+
+def constructors(cls: type) -> dict[str, Callable]:
+    """Ways to make an optimizer, by the name that its errors begin with."""
+    return {cls.__name__: cls, "ShardedOptimizer": lambda params, **options: so.ShardedOptimizer(params, cls, **options)}
+
+
+@every_class
+@pytest.mark.parametrize(
+    ("name", "value", "way_out"),
+    [
+        ("weigth_decay", 0.1, r"did you mean 'weight_decay'\?"),
+        ("state_dtyp", None, r"did you mean 'state_dtype'\?"),
+        ("wd", 0.1, "it takes params, .*weight_decay.*nonfinite"),
+        ("fused", "cuda", "leave it out, or choose who computes with backend="),
+        ("capturable", True, "a CUDA graph may record any step"),
+        ("maximize", True, "negate the loss"),
+        ("differentiable", True, "use torch.optim"),
+        ("parameters_as_bucket_view", True, "leave it out"),
+        ("overlap_with_ddp", True, "leave it out"),
+        ("consolidate_state_dict", True, "so.checkpoint"),
+        ("amsgrad", True, "leave it out|give it in the param groups"),
+    ],
+)
+def test_an_unknown_argument_names_the_public_class_and_the_way_out(cls: type, name: str, value: object, way_out: str) -> None:
+    if cls is so.DecoupledAdamW and name == "amsgrad":
+        pytest.skip("DecoupledAdamW has it")
+    for called, make in constructors(cls).items():
+        with pytest.raises(TypeError, match=rf"^{called}\(\) got an unexpected keyword argument '{name}', of value .*; .*({way_out})"):
+            make([nn.Parameter(torch.ones(2))], lr=1e-3, **{name: value})
+
+
+def test_a_typing_error_in_an_own_argument_of_sharded_optimizer_is_corrected() -> None:
+    with pytest.raises(TypeError, match=r"^ShardedOptimizer\(\) got .* 'bucket_size_mb', of value 25; did you mean 'bucket_mb'\?"):
+        so.ShardedOptimizer(nn.Linear(2, 2), so.AdamW, bucket_size_mb=25)
+
+
+@every_class
+def test_switches_of_other_libraries_that_ask_for_nothing_pass(cls: type) -> None:
+    names = (
+        "fused",
+        "capturable",
+        "amsgrad",
+        "maximize",
+        "foreach",
+        "differentiable",
+        "parameters_as_bucket_view",
+        "consolidate_state_dict",
+    )
+    for make in constructors(cls).values():
+        for value in (None, False):
+            make([nn.Parameter(torch.ones(2))], lr=1e-3, **dict.fromkeys(names, value))
+        optimizer = make([nn.Parameter(torch.ones(2))], lr=1e-3, fused=True)
+        assert "fused" not in optimizer.param_groups[0]
+
+
+def test_what_an_error_says_about_amsgrad_works() -> None:
+    optimizer = so.AdamW([{"params": [nn.Parameter(torch.ones(2))], "amsgrad": True}])
+    run(optimizer, optimizer.param_groups[0]["params"][0], range(1))
+    assert "max_exp_avg_sq" in optimizer.state[optimizer.param_groups[0]["params"][0]]
+
+
+@every_class
+def test_lr_may_come_from_groups_alone(cls: type) -> None:
+    """It is also what decoupled weight decay refers to. Without any it is 1e-3, as in torch."""
+    a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    for make in constructors(cls).values():
+        optimizer = make([{"params": [a], "lr": 3e-4}, {"params": [b]}])
+        assert [(group["lr"], group["reference_lr"]) for group in optimizer.param_groups] == [(3e-4, 3e-4), (1e-3, 1e-3)]
+
+
+@every_class
+@pytest.mark.parametrize("is_named", [False, True])
+@pytest.mark.parametrize("before", [0, 1, 2])
+def test_an_empty_group_is_kept_and_steps_nothing(cls: type, is_named: bool, before: int, tmp_path: Path) -> None:
+    """As in torch, whose names of parameters are in all groups or in none. Trainers make a group for what decays, be it empty or not.
+
+    `before` of two empty groups come before the others. State dicts, checkpoints and copies have them.
+    """
+
+    def made() -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = nn.Linear(3, 2)
+        params = list(model.named_parameters() if is_named else model.parameters())
+        empty = [{"params": [], "lr": 5e-3} for _ in range(2)]
+        groups = [*empty[:before], {"params": params[:1], "weight_decay": 1e-4}, *empty[before:], {"params": params[1:]}]
+        return model, cls(groups, lr=1e-2)
+
+    def step(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+        model(torch.ones(1, 3)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model, optimizer = made()
+    alone = copy.deepcopy(model)
+    reference = cls([{"params": alone.weight, "weight_decay": 1e-4}, {"params": alone.bias}], lr=1e-2)
+    lrs = [group["lr"] for group in optimizer.param_groups]
+    for each in ((optimizer, model), (reference, alone)):
+        step(*each)
+    so.checkpoint.save(tmp_path, 1, model=model, optimizer=optimizer)
+    others = [made(), made(), (None, copy.deepcopy(optimizer))]
+    others[0][1].load_state_dict(optimizer.state_dict())
+    so.checkpoint.load(tmp_path, model=others[1][0], optimizer=others[1][1])
+    for _, other in others:
+        assert [group["lr"] for group in other.param_groups] == lrs
+        assert [len(group["params"]) for group in other.param_groups] == [len(group["params"]) for group in optimizer.param_groups]
+    optimizer.add_param_group({"params": []})
+    optimizer.add_param_group({"params": [("late", nn.Parameter(torch.ones(2)))] if is_named else nn.Parameter(torch.ones(2))})
+    for each in ((optimizer, model), (reference, alone), others[1][::-1]):
+        step(*each)
+    assert torch.equal(model.weight, alone.weight)
+    assert torch.equal(model.weight, others[1][0].weight)
+
+
+@pytest.mark.parametrize(
+    ("cls", "torchs"), [(so.Adam, torch.optim.Adam), (so.AdamW, torch.optim.AdamW), (so.DecoupledSGDW, torch.optim.SGD)]
+)
+def test_a_state_dict_of_torch_with_an_empty_group_is_continued(cls: type, torchs: type) -> None:
+    for order in (1, -1):
+        params = [nn.Parameter(torch.ones(3))]
+        groups = [{"params": [], "lr": 5e-3}, {"params": params}][::order]
+        other, ours = torchs([dict(group) for group in groups], lr=1e-2), cls([dict(group) for group in groups], lr=1.0)
+        run(other, params[0], range(2))
+        ours.load_state_dict(other.state_dict())
+        assert [group["lr"] for group in ours.param_groups] == [5e-3, 1e-2][::order]
+
+
+def test_arguments_in_another_librarys_order_warn_with_both_readings() -> None:
+    """torch has eps before weight_decay, optimi after it."""
+    params, betas = [nn.Parameter(torch.ones(2))], (0.9, 0.999)
+    torchs = "takes weight_decay before eps, as optimi does, and torch has eps first"
+    for cls in (so.Adam, so.AdamW, so.StableAdamW):
+        with pytest.warns(UserWarning, match=f"{cls.__name__} {torchs}.* pass eps=1e-08, weight_decay=0.1, by keyword") as found:
+            cls(params, 1e-3, betas, 1e-8, 0.1)
+        assert found[0].filename == __file__
+        with pytest.warns(UserWarning, match=f"{torchs}.* pass eps=1e-08 and the weight_decay that you want"):
+            cls(params, 1e-3, betas, 1e-8)
+    with pytest.warns(UserWarning, match=r"DecoupledAdamW takes eps before weight_decay.* pass eps=1e-06, weight_decay=0.01, by keyword"):
+        so.DecoupledAdamW(params, 1e-3, betas, 1e-2, 1e-6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        so.AdamW(params, 1e-3, betas, 0.1, 1e-8)
+        so.Adam(params, 1e-3, betas, 0.0, 1e-4)
+        so.DecoupledAdamW(params, 1e-3, betas, 1e-8, 1e-9)
+
+
+@every_class
+def test_help_shows_every_option_with_its_default_and_its_meaning(cls: type) -> None:
+    text, signature = pydoc.plain(pydoc.render_doc(cls)), inspect.signature(cls)
+    assert "EngineOptions" not in text
+    assert "SwitchOptions" not in text
+    entries = re.findall(r"^    ((?:\w+, )*\w+): \S", inspect.getdoc(cls) or "", re.MULTILINE)
+    assert set(signature.parameters) <= {name for entry in entries for name in entry.split(", ")}
+    assert {"state_dtype", "layout", "rounding_seed", "kahan_sum", "gradient_release"} <= signature.parameters.keys()
+    assert signature.parameters["max_skipped_steps"].default == 100
+    cls(nn.Linear(2, 2).parameters(), **{name: each.default for name, each in signature.parameters.items() if name != "params"})
 
 
 @every_class

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from typing import get_args
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from variants import examples
 
 import sharded_optim as so
+from sharded_optim.algorithms import convert_weight_decay as conversion
 
 SCHEDULE = (0.0, 0.25, 1.0, 0.6, 0.1)  # multipliers of the peak learning rate
 high_decay_is_meant = pytest.mark.filterwarnings("ignore:weight_decay=.*is high:UserWarning")
@@ -421,3 +423,7 @@ def test_optimis_betas_of_a_group_are_its_betas(cls: type) -> None:
     assert not torch.equal(results[0][0], results[0][1])
     with pytest.raises(ValueError, match=r"betas must be (two )?numbers in \[0, 1\)"):
         cls([{"params": [parameter()], "beta1": 1.0}], lr=1e-2)
+
+
+def test_the_type_of_conventions_has_all_that_there_are() -> None:
+    assert set(get_args(conversion.Convention)) == {*conversion.CONVENTIONS, *conversion.ALIASES}

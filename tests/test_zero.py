@@ -173,6 +173,7 @@ def check_gradients() -> None:
     check_accumulation()
     check_assigned()
     check_added_and_frozen()
+    check_empty_groups()
     check_thawed_in_low_precision()
     check_odd_parameters()
     check_non_finite()
@@ -284,6 +285,30 @@ def check_added_and_frozen() -> None:
             optimizer.zero_grad()
         params[0].requires_grad_(True)
         assert_like(model, optimizer, reference, expected, f"added and frozen {make.func.__name__}")
+
+
+def check_empty_groups() -> None:
+    """They are kept wherever they stand, with and without names, and a checkpoint has them."""
+    for is_named in (False, True):
+        reference, model = Model(AWKWARD), Model(AWKWARD)
+        given, others = (list(each.named_parameters() if is_named else each.parameters()) for each in (model, reference))
+        empty = {"params": [], "lr": 5e-3}
+        expected = STABLE([{"params": others[:5]}, {"params": others[5:]}])
+        optimizer = sharded(STABLE, [dict(empty), {"params": given[:5]}, dict(empty)], bucket_mb=SMALL)
+        optimizer.add_param_group(dict(empty))
+        optimizer.add_param_group({"params": given[5:]})
+        for step in range(1, 4):
+            loss_of(model, contributions(step)).backward()
+            for param, grad in zip(reference.parameters(), gradients(step, AWKWARD), strict=True):
+                param.grad = grad
+            expected.step()
+            optimizer.step()
+            optimizer.zero_grad()
+            if step == 2:
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        assert [len(group["params"]) for group in optimizer.param_groups] == [0, 5, 0, 0, len(given) - 5]
+        assert [group["lr"] for group in optimizer.param_groups] == [5e-3, 1e-2, 5e-3, 5e-3, 1e-2]
+        assert_like(model, optimizer, reference, expected, f"empty groups {is_named=}")
 
 
 def check_thawed_in_low_precision() -> None:

@@ -170,8 +170,8 @@ def check_refusals() -> None:
     fully_shard(dtensors, mesh=mesh)
     frozen = nn.Linear(2, 2).requires_grad_(False)
     for params, message in (
-        ([], r"params is empty; give the parameters of a model"),
-        ([{"params": []}], r"param_groups\[0\] has no parameters; leave the group out"),
+        ([], r"all ranks: params has no parameters, in any group; give the parameters of a model"),
+        ([{"params": []}, {"params": ()}], r"all ranks: params has no parameters, in any group; give"),
         (model.layers[0].weight, r"got one tensor of shape \(7, 3\)"),
         ([model.layers[0].weight, twin], r"'param_groups\[0\].params\[\d\]' and '.*' share memory; tie them as one parameter"),
         ([model.layers[0].weight] * 2, r"appears twice"),

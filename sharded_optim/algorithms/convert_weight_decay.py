@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Literal
 
 from sharded_optim.algorithms.weight_decay import CORRECTED, COUPLED, DECOUPLED, FORMS, L2
 
@@ -21,6 +22,22 @@ ALIASES = {
     "tau_iter": "ema_steps",
     "tau_epoch": "ema_epochs",
 }
+Convention = Literal[
+    "coupled",
+    "torch",
+    "optimi",
+    "decoupled",
+    "composer",
+    "paper",
+    "corrected",
+    "adamc",
+    "l2",
+    "half_life",
+    "ema_steps",
+    "tau_iter",
+    "ema_epochs",
+    "tau_epoch",
+]
 _SCALED_BY_LR = (COUPLED, CORRECTED)
 _DURATIONS = ("half_life", "ema_steps", "ema_epochs")
 CONVENTIONS = (*FORMS, *_DURATIONS)
@@ -28,8 +45,8 @@ CONVENTIONS = (*FORMS, *_DURATIONS)
 
 def convert_weight_decay(
     value: float,
-    from_: str,
-    to: str,
+    from_: Convention,
+    to: Convention,
     *,
     lr: float | None = None,
     to_lr: float | None = None,

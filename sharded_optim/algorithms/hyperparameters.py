@@ -202,8 +202,8 @@ COMMON: tuple[Hyperparameter, ...] = (  # of every optimizer
     Switch("kahan_sum"),
     Switch("stochastic_rounding"),
     Int("rounding_seed"),
-    Unsupported("maximize"),  # torch's; others of its keys do not change the result
-    Unsupported("differentiable"),
+    Unsupported("maximize", way_out="negate the loss"),  # torch's; others of its keys do not change the result
+    Unsupported("differentiable", way_out="autograd cannot follow a step of this library; use torch.optim"),
 )
 
 

@@ -25,6 +25,7 @@ from sharded_optim.algorithms import operations as xp
 from sharded_optim.algorithms.hyperparameters import Float, Floats, Switch
 from sharded_optim.algorithms.scalars import Number, Step, bias_correction, divide, sqrt
 from sharded_optim.algorithms.weight_decay import COUPLED, DECOUPLED, decay_coefficients, form_of
+from sharded_optim.constructors import spelled_out
 from sharded_optim.engine import Engine
 from sharded_optim.options import EngineOptions, Params, SwitchOptions
 
@@ -136,6 +137,7 @@ def choose(group: Mapping[str, Any]) -> Algorithm:
 HYPERPARAMETERS = (*Engine.hyperparameters, Floats("betas", count=2), Float("eps"))
 
 
+@spelled_out
 class Adam(Engine):
     """Adam with optimi's signature and defaults: weight decay through the gradient (L2) unless decoupled.
 
@@ -150,9 +152,8 @@ class Adam(Engine):
         decouple_lr: by (1 - lambda * lr / max_lr) instead, whatever `decouple_wd`.
         max_lr: peak of the schedule, to which the decoupled and corrected forms refer; None means each group's lr at construction, or the
             largest lr so far if that is 0.
-        kahan_sum, foreach, triton, gradient_release: see `SwitchOptions`.
-        decay_form: "l2" (the default), "coupled", "decoupled" or "corrected"; see `algorithms/weight_decay.py`.
-        options: see `EngineOptions`. `nonfinite` is "allow" by default: see `AdamW`.
+        decay_form: "l2" (the default), "coupled", "decoupled" or "corrected" (docs/weight-decay.md).
+        kahan_sum, foreach, triton, gradient_release, options: see `EngineOptions` and `SwitchOptions`.
 
     Raises:
         ValueError: a hyperparameter is out of range, or a parameter cannot be optimized.
@@ -167,7 +168,7 @@ class Adam(Engine):
     def __init__(
         self,
         params: Params,
-        lr: float | Tensor,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0,
         eps: float = 1e-6,
@@ -207,7 +208,7 @@ class OptimiAdamW(Engine):
     def __init__(
         self,
         params: Params,
-        lr: float | Tensor,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 1e-2,
         eps: float = 1e-6,
@@ -236,6 +237,7 @@ class OptimiAdamW(Engine):
         )
 
 
+@spelled_out
 class AdamW(OptimiAdamW):
     """AdamW with optimi's signature and defaults.
 
@@ -249,10 +251,8 @@ class AdamW(OptimiAdamW):
         decouple_lr: the same as decay_form="decoupled": (1 - lambda * lr / max_lr).
         max_lr: peak of the schedule, to which the decoupled and corrected forms refer; None means each group's lr at construction, or the
             largest lr so far if that is 0.
-        kahan_sum, foreach, triton, gradient_release: see `SwitchOptions`.
-        decay_form: "coupled" (the default), "decoupled" or "corrected"; see `algorithms/weight_decay.py`.
-        options: see `EngineOptions`. `nonfinite` is "allow" by default, as in torch: telling all ranks of a non-finite gradient would cost
-            a collective, and this algorithm has none.
+        decay_form: "coupled" (the default), "decoupled" or "corrected" (docs/weight-decay.md).
+        kahan_sum, foreach, triton, gradient_release, options: see `EngineOptions` and `SwitchOptions`.
 
     Raises:
         ValueError: a hyperparameter is out of range, or a parameter cannot be optimized.
@@ -266,6 +266,7 @@ class AdamW(OptimiAdamW):
     _choose_algorithm = staticmethod(choose)
 
 
+@spelled_out
 class DecoupledAdamW(Engine):
     """AdamW with fully decoupled weight decay, with the signature and defaults of MosaicML Composer's DecoupledAdamW.
 
@@ -281,8 +282,7 @@ class DecoupledAdamW(Engine):
         weight_decay: fraction by which a step at the reference learning rate shrinks a parameter.
         amsgrad: divide by the largest second moment so far (Reddi et al. 2018).
         max_lr: peak of the schedule, where `lr` is not.
-        options: see `EngineOptions` and `SwitchOptions`. `nonfinite` is "allow" by default, as in torch: telling all ranks of a non-finite
-            gradient would cost a collective, and this algorithm has none.
+        options: see `EngineOptions` and `SwitchOptions`.
 
     Raises:
         ValueError: a hyperparameter is out of range, or a parameter cannot be optimized.

@@ -25,6 +25,7 @@ from sharded_optim.algorithms import operations as xp
 from sharded_optim.algorithms.hyperparameters import Float, Switch, Unsupported
 from sharded_optim.algorithms.scalars import Number, Step, at_first_step
 from sharded_optim.algorithms.weight_decay import DECOUPLED, decay_coefficients
+from sharded_optim.constructors import spelled_out
 from sharded_optim.engine import Engine
 from sharded_optim.options import Params, SwitchOptions
 
@@ -85,6 +86,7 @@ def choose(group: Mapping[str, Any]) -> Algorithm:
     return DAMPENED if group["dampening"] else MOMENTUM
 
 
+@spelled_out
 class DecoupledSGDW(Engine):
     """SGD with momentum and fully decoupled weight decay, with the signature and defaults of MosaicML Composer's DecoupledSGDW.
 
@@ -100,7 +102,7 @@ class DecoupledSGDW(Engine):
         weight_decay: fraction by which a step at the reference learning rate shrinks a parameter.
         nesterov: step along the gradient plus momentum times the buffer; needs momentum > 0 and no dampening.
         max_lr: peak of the schedule, where `lr` is not.
-        options: see `EngineOptions` and `SwitchOptions`. `nonfinite` is "allow" by default: see `DecoupledAdamW`.
+        options: see `EngineOptions` and `SwitchOptions`.
 
     Raises:
         ValueError: a hyperparameter is out of range, or a parameter cannot be optimized.
@@ -122,7 +124,7 @@ class DecoupledSGDW(Engine):
     def __init__(
         self,
         params: Params,
-        lr: float | Tensor,
+        lr: float | Tensor = 1e-3,
         momentum: float = 0,
         dampening: float = 0,
         weight_decay: float = 0,

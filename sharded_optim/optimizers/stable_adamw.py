@@ -23,6 +23,7 @@ from sharded_optim.algorithms import operations as xp
 from sharded_optim.algorithms.hyperparameters import Unsupported
 from sharded_optim.algorithms.scalars import Number, Step, bias_correction, divide, maximum, sqrt
 from sharded_optim.algorithms.weight_decay import L2
+from sharded_optim.constructors import spelled_out
 from sharded_optim.optimizers import adam
 
 __all__ = ["STABLE_ADAMW", "StableAdamW", "choose"]
@@ -71,6 +72,7 @@ def choose(group: Mapping[str, Any]) -> Algorithm:
     return STABLE_ADAMW
 
 
+@spelled_out
 class StableAdamW(adam.OptimiAdamW):
     """AdamW with the learning rate of each tensor divided by max(1, RMS of its update), with optimi's signature and defaults.
 
@@ -89,9 +91,8 @@ class StableAdamW(adam.OptimiAdamW):
         decouple_lr: the same as decay_form="decoupled": (1 - lambda * lr' / max_lr).
         max_lr: peak of the schedule, to which the decoupled and corrected forms refer; None means each group's lr at construction, or the
             largest lr so far if that is 0.
-        kahan_sum, foreach, triton, gradient_release: see `SwitchOptions`.
-        decay_form: "coupled" (the default), "decoupled" or "corrected"; see `algorithms/weight_decay.py`.
-        options: see `EngineOptions`. `nonfinite` is "skip" by default: the ranks agree on something anyway.
+        decay_form: "coupled" (the default), "decoupled" or "corrected" (docs/weight-decay.md).
+        kahan_sum, foreach, triton, gradient_release, options: see `EngineOptions` and `SwitchOptions`.
 
     Raises:
         ValueError: a hyperparameter is out of range, or a parameter cannot be optimized.

@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from sharded_optim.arguments import argument_names, check_iterable, hands_on, refuse_unknown
+from sharded_optim.engine import Engine
 from sharded_optim.options import Params
 from sharded_optim.zero.housing import Group
 
-__all__ = ["check_options", "groups_of", "tensors_of", "unwrapped"]
+__all__ = ["check_defaults", "check_options", "groups_of", "tensors_of", "unwrapped"]
 
 OURS = ("gradient_release", "layout", "process_group")  # options of the optimizer inside that are not the caller's to give
 
 
-def check_options(stage: int, bucket_mb: float | None, reduce_dtype: torch.dtype | None, defaults: dict[str, Any]) -> None:
+def check_options(stage: int, bucket_mb: float | None, reduce_dtype: torch.dtype | None) -> None:
     if stage not in (1, 2):
         raise ValueError(f"stage must be 1 or 2, got {stage!r}; what shards parameters too (stage 3) is fully_shard")
     if bucket_mb is not None and not bucket_mb > 0:
         raise ValueError(f"bucket_mb must be positive, got {bucket_mb!r}")
     if reduce_dtype is not None and not reduce_dtype.is_floating_point:
         raise ValueError(f"reduce_dtype must be a floating dtype, got {reduce_dtype}")
+
+
+def check_defaults(caller: type, optimizer_class: type[Engine], defaults: Mapping[str, Any]) -> None:
+    """Raise TypeError or ValueError for a keyword argument that `optimizer_class` does not take, or that is not the caller's to give."""
     for name in OURS:
         if name in defaults:
             raise ValueError(f"{name}={defaults[name]!r} cannot be given in the options: ShardedOptimizer sets it for the optimizer inside")
+    if hands_on(optimizer_class):
+        return  # it knows what
+    taken = [name for name in argument_names(optimizer_class) if name not in OURS]
+    unknown = {name: value for name, value in defaults.items() if name not in taken}
+    names = list(dict.fromkeys([*argument_names(caller), *taken]))
+    refuse_unknown(caller.__name__, unknown, names, optimizer_class.hyperparameters)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -43,23 +56,19 @@ def groups_of(params: Params) -> list[Group]:
     """Param groups with lists of tensors or of (name, tensor)."""
     if isinstance(params, Tensor):
         raise ValueError(f"params must be a model, or an iterable of tensors or dicts, got one tensor of shape {tuple(params.shape)}")
+    check_iterable(params, "params")
     given: list[Any] = list(params)
     groups = [dict(group) for group in given] if given and isinstance(given[0], dict) else [{"params": given}]
     for index, group in enumerate(groups):
         members = group["params"]
+        check_iterable(members, f"the params of param_groups[{index}]")
         group["params"] = [members] if isinstance(members, Tensor) else list(members)
         if isinstance(members, set):
             raise ValueError(f"param_groups[{index}] is a set, whose order differs between ranks; give a list")
-        if not group["params"]:
-            raise ValueError(
-                f"param_groups[{index}] has no parameters; leave the group out"
-                if given
-                else "params is empty; give the parameters of a model"
-            )
     tensors = [tensor for group in groups for tensor in tensors_of(group)]
     if len(set(map(id, tensors))) < len(tensors):
         raise ValueError("a parameter appears twice; give each parameter once")
-    if not any(tensor.requires_grad for tensor in tensors):
+    if tensors and not any(tensor.requires_grad for tensor in tensors):
         raise ValueError("no parameter is trainable; set requires_grad")
     return groups
 

@@ -115,7 +115,7 @@ class Housing:
         return [(home.name, home.local) for home in homes if home is not None and home.local is not None]
 
     def group_inside(self, group: Group, index: int) -> Group:
-        """A param group with what this rank steps; an empty tensor where that is nothing, as a group must not be empty."""
+        """A param group with what this rank steps; an empty tensor where that is nothing, as it may be in all groups."""
         params = self.stepped(group, index)
         if not params:
             name = named_params(group, index)[0][1] if group["params"] else f"param_groups[{index}]"

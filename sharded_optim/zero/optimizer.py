@@ -24,16 +24,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import Unpack
 
 from sharded_optim.buckets import default_bucket_bytes
 from sharded_optim.engine import Engine
-from sharded_optim.options import Params
+from sharded_optim.options import Params, ShardedOptions
+from sharded_optim.param_groups import follow_names
 from sharded_optim.position_hash import position_hashes
 from sharded_optim.ranks import raise_together
 from sharded_optim.sharding.ddp import JOIN_REFUSED, JoinGuard
 from sharded_optim.state import asked_by_distributed_checkpoint, called_to_allocate
 from sharded_optim.zero import local_state, logical
-from sharded_optim.zero.arguments import check_options, groups_of, tensors_of, unwrapped
+from sharded_optim.zero.arguments import check_defaults, check_options, groups_of, tensors_of, unwrapped
 from sharded_optim.zero.bucket import Bucket, Home
 from sharded_optim.zero.ddp import are_under_ddp
 from sharded_optim.zero.forward import ForwardHooks
@@ -81,7 +83,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             kahan_sum=True or stochastic_rounding=True.
 
     Raises:
-        TypeError: `optimizer_class` is not one of this library.
+        TypeError: `optimizer_class` is not one of this library; an argument that neither takes.
         ValueError: on all ranks: an option out of range, a parameter that cannot be optimized, ranks that differ.
     """
 
@@ -98,7 +100,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         reduce_dtype: torch.dtype | None = None,
         overlap: bool = True,
         module: nn.Module | None = None,
-        **defaults: Any,
+        **defaults: Unpack[ShardedOptions],
     ) -> None:
         if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, Engine)):
             raise TypeError(
@@ -109,6 +111,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if isinstance(params, nn.Module):
             module = params if module is None else module
             params = unwrapped(params).named_parameters()
+        options: dict[str, Any] = {**defaults}
         topology = Topology.of(process_group)
         self.stage = stage
         self._topology = topology
@@ -123,10 +126,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._stepped: set[Home] = set()  # and that the last step has stepped
         description, device = (), torch.device("cpu")
         try:
-            check_options(stage, bucket_mb, reduce_dtype, defaults)
+            check_options(stage, bucket_mb, reduce_dtype)
+            check_defaults(type(self), optimizer_class, options)
             groups = groups_of(params)
             check_params(groups)
-            device = tensors_of(groups[0])[0].device
+            tensors = [tensor for group in groups for tensor in tensors_of(group)]
+            if not tensors:
+                raise ValueError("params has no parameters, in any group; give the parameters of a model")
+            device = tensors[0].device
             description = (stage, bucket_mb, reduce_dtype, device.type, exchanges(topology.shard_group, device))
         except Exception as failure:  # the other ranks must hear of it before this one raises
             raise_together(failure, None, topology.all_ranks)
@@ -148,11 +155,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         )
         try:
             bucket_bytes = default_bucket_bytes(shard_group.size) if bucket_mb is None else int(bucket_mb * 2**20)
-            self._housing = Housing(shard_group=shard_group, bucket_bytes=bucket_bytes, defaults=defaults)
+            self._housing = Housing(shard_group=shard_group, bucket_bytes=bucket_bytes, defaults=options)
             _finish_others(groups)
             self._housing.move_in(groups)
             inside = [self._housing.group_inside(group, index) for index, group in enumerate(groups)]
-            self._engine = optimizer_class(inside, process_group=topology.given, layout=self._housing.layout, **defaults)
+            self._engine = optimizer_class(inside, process_group=topology.given, layout=self._housing.layout, **options)
         except Exception as failure:
             raise_together(failure, None, topology.all_ranks)
             raise
@@ -212,6 +219,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             ValueError: see the class; nothing was added.
         """
         if not hasattr(self, "_gradient_hooks"):  # torch's constructor
+            follow_names(param_group, self.param_groups)
             super().add_param_group(param_group)
             return
         self.finish_reduction()
@@ -234,7 +242,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self._housing.move_out(buckets)
             del self._engine.param_groups[index:]
             raise
-        super().add_param_group(*self._outside([group], self._engine.param_groups[index:]))
+        (outside,) = self._outside([group], self._engine.param_groups[index:])
+        follow_names(outside, self.param_groups)
+        super().add_param_group(outside)
         self._take_up_late(buckets)
 
     def _take_up_late(self, buckets: Sequence[Bucket]) -> None:
