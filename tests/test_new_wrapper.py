@@ -13,7 +13,7 @@ import ranks
 import torch
 import torch.distributed as dist
 from test_training import Model
-from torch import nn
+from torch import Tensor, nn
 from toy_wrapper import CutRows, Unreduced
 
 import sharded_optim as so
@@ -128,3 +128,22 @@ def test_what_a_wrapper_cannot_do_is_refused_by_name(tmp_path: Path, monkeypatch
     with pytest.raises(so.checkpoint.CheckpointError, match="CutRows cannot do this"):
         so.checkpoint.save(tmp_path, 1, model=model)
     assert not any(param._post_accumulate_grad_hooks for param in model.parameters())
+
+
+@pytest.mark.parametrize("marked", ["float_param", "integer_param", "buffer"])
+def test_every_tensor_that_a_wrapper_claims_is_described_by_it(marked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also ordinary tensors that it only marks, and those that no optimizer steps: they may be parts too."""
+
+    def refuse(_: Tensor, name: str) -> NoReturn:
+        raise ValueError(f"{name} is described by the wrapper")
+
+    marking = Wrapper(name="Marking", claims=lambda tensor: hasattr(tensor, "is_marked"), describe=refuse)
+    monkeypatch.setitem(sys.modules, "marking_wrapper", SimpleNamespace(WRAPPER=marking))
+    monkeypatch.setitem(WRAPPERS, "marking_wrapper", "marking_wrapper")
+    model = nn.Module()
+    model.float_param = nn.Parameter(torch.ones(4))
+    model.integer_param = nn.Parameter(torch.arange(4), requires_grad=False)
+    model.register_buffer("buffer", torch.ones(4))
+    getattr(model, marked).is_marked = True
+    with pytest.raises(so.checkpoint.CheckpointError, match=f"{marked} is described by the wrapper"):
+        so.checkpoint.save(tmp_path, 1, model=model)
