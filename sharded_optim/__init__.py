@@ -4,8 +4,9 @@ from sharded_optim import checkpoint, deepspeed, optimizers
 from sharded_optim.algorithms.convert_weight_decay import convert_weight_decay
 from sharded_optim.divergence import DivergenceCheck, DivergenceError
 from sharded_optim.gradient_release import prepare_for_gradient_release, remove_gradient_release
-from sharded_optim.model_preparation import fsdp1_layout, param_groups_weight_decay, to_low_precision
+from sharded_optim.model_preparation import param_groups_weight_decay, to_low_precision
 from sharded_optim.optimizers import *  # noqa: F403
+from sharded_optim.sharding import fsdp1_layout
 from sharded_optim.version import __version__
 from sharded_optim.zero import ShardedOptimizer
 

@@ -1,6 +1,6 @@
 """The step inside backward: a parameter is stepped, and its gradient freed, as soon as the gradient is complete.
 
-What is stepped together, a unit, depends on who completes gradients:
+What is stepped together, a unit, depends on who completes gradients, which each wrapper's file in `sharding/` says:
 
     plain model     one parameter, in autograd's post-accumulate hook
     FSDP2           the parameters of one `fully_shard` call: FSDP reduces them together and then calls the hook of each
@@ -14,20 +14,18 @@ Peak memory of gradients falls from the model's to about one unit's; DDP's bucke
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from functools import partial
 from weakref import WeakKeyDictionary, ref
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Variable
-from torch.nn.parallel import DistributedDataParallel
 
 from sharded_optim.engine import Engine
 from sharded_optim.hooks import InertHook
+from sharded_optim.sharding import used_wrappers
 from sharded_optim.state import local_of
 
 __all__ = ["prepare_for_gradient_release", "remove_gradient_release"]
@@ -36,7 +34,6 @@ Unit = tuple[Tensor, ...]
 
 # Keeps optimizers alive as long as their models. Hooks do not: Python cannot collect a cycle through autograd.
 _prepared: WeakKeyDictionary[nn.Module, tuple[Engine, list[Callable[[], None]]]] = WeakKeyDictionary()
-_bucket_releases: WeakKeyDictionary[DistributedDataParallel, _BucketRelease] = WeakKeyDictionary()
 
 
 def prepare_for_gradient_release(model: nn.Module, optimizer: torch.optim.Optimizer, ignore_existing_hooks: bool = False) -> None:
@@ -69,16 +66,16 @@ def prepare_for_gradient_release(model: nn.Module, optimizer: torch.optim.Optimi
     for param, name in names.items():
         if getattr(param, "_post_accumulate_grad_hooks", None) and not ignore_existing_hooks:
             raise ValueError(f"parameter {name!r} has a post-accumulate-grad hook already; pass ignore_existing_hooks=True to have both")
-    _refuse_fsdp1(model)
+    used = used_wrappers()
+    reduced_together = [unit for wrapper in used for unit in wrapper.units(model)]  # raises before anything has changed
 
     removers: list[Callable[[], None]] = []
     hooked = list(names)
-    for module in model.modules():
-        if isinstance(module, DistributedDataParallel):
-            bucketed = {p for name, p in module.module.named_parameters() if name not in module.parameters_to_ignore}
-            removers.append(_release_buckets(module, optimizer))
-            hooked = [param for param in hooked if param not in bucketed]
-    units = _Units(optimizer, _fsdp_units(model, hooked))
+    for wrapper in used:
+        for released, remove in wrapper.release(model, optimized, partial(_step_and_free, optimizer)):
+            removers.append(remove)
+            hooked = [param for param in hooked if param not in released]
+    units = _Units(optimizer, _units_of(hooked, reduced_together))
     removers += [param.register_post_accumulate_grad_hook(units.complete).remove for param in hooked]
     if hooked:
         plain = [param for param in hooked if type(param) is nn.Parameter]  # FSDP2 exchanges its own in every forward
@@ -135,11 +132,12 @@ class _RefuseLaterWrapping:
         self._unseen = params  # until the first forward
 
     def __call__(self, model: nn.Module, _: object) -> None:
-        if DistributedDataParallel._active_ddp_module is not None:  # tried with torch 2.11 and 2.13
-            raise ValueError(
-                "the model was prepared for gradient release inside or before DistributedDataParallel, so each rank would step by its own "
-                "gradients; wrap it first, and pass the DistributedDataParallel to prepare_for_gradient_release"
-            )
+        for wrapper in used_wrappers():
+            if wrapper.is_in_forward():
+                raise ValueError(
+                    f"the model was prepared for gradient release inside or before {wrapper.name}, so each rank would step by its own "
+                    f"gradients; wrap it first, and pass the {wrapper.name} to prepare_for_gradient_release"
+                )
         present = set(map(id, model.parameters()))
         if any(id(param) not in present for param in self._unseen):
             raise ValueError("parameters were replaced after prepare_for_gradient_release, as by fully_shard; call it after wrapping")
@@ -149,52 +147,7 @@ class _RefuseLaterWrapping:
         return InertHook, ()
 
 
-class _BucketRelease:
-    """DDP's communication hook: starts to average a bucket, and meanwhile steps the one before."""
-
-    def __init__(self, model: DistributedDataParallel) -> None:
-        self.optimizer: Engine | None = None  # None: only average
-        self.optimized: set[Tensor] = set()  # what the optimizer steps; the gradients of others stay
-        self._process_group = model.process_group
-        self._grads_are_views = model.gradient_as_bucket_view
-        self._in_flight: tuple[Any, list[Tensor], list[Tensor]] | None = None
-
-    def hook(self, _, bucket):  # DDP refuses annotations that are strings, as all are in this file: GradBucket -> Future[Tensor]
-        buffer = bucket.buffer()
-        buffer.mul_(1.0 / dist.get_world_size(self._process_group))  # before the sum, as DDP without a hook
-        work = dist.all_reduce(buffer, group=self._process_group, async_op=True)
-        assert work is not None, "asynchronous"
-        if self._in_flight is None:
-            Variable._execution_engine.queue_callback(self._finish)
-        else:
-            self._finish()
-        self._in_flight = (work, bucket.parameters(), bucket.gradients())
-        for param in self.optimized.intersection(bucket.parameters()):
-            param.grad = None  # the bucket has it
-        return work.get_future().then(lambda future: future.value()[0])
-
-    def __reduce__(self) -> tuple[type[_NoBucketRelease], tuple[()]]:
-        return _NoBucketRelease, ()
-
-    def _finish(self) -> None:
-        """Use the gradients of the bucket in flight."""
-        assert self._in_flight is not None, "queued when it was filled"
-        (work, params, grads), self._in_flight = self._in_flight, None
-        work.wait()
-        for param, grad in zip(params, grads, strict=True):
-            param.grad = grad if param in self.optimized or self._grads_are_views else grad.clone()
-        if self.optimizer is not None:
-            _step_and_free(self.optimizer, tuple(param for param in params if param in self.optimized))
-
-
-class _NoBucketRelease:
-    """What a copy of a DistributedDataParallel has in its place: the copy reduces gradients without a hook, which it only remembers."""
-
-    def hook(self, *_: object) -> None:
-        raise RuntimeError("a copy of a DistributedDataParallel called the communication hook of gradient release; build it anew")
-
-
-def _step_and_free(optimizer: Engine, params: Unit) -> None:
+def _step_and_free(optimizer: Engine, params: Sequence[Tensor]) -> None:
     if not params:
         return
     try:
@@ -206,62 +159,10 @@ def _step_and_free(optimizer: Engine, params: Unit) -> None:
             param.grad = None
 
 
-def _release_buckets(model: DistributedDataParallel, optimizer: Engine) -> Callable[[], None]:
-    if model.find_unused_parameters:
-        raise ValueError(
-            "gradient release does not go together with find_unused_parameters=True: a bucket does not tell unused parameters from zero "
-            "gradients; freeze the unused ones, or build DistributedDataParallel without it"
-        )
-    if model not in _bucket_releases:
-        release = _BucketRelease(model)
-        try:
-            model.register_comm_hook(None, release.hook)
-        except RuntimeError as error:
-            raise ValueError("the DistributedDataParallel has a communication hook already, and it takes one; build it without") from error
-        # So that it does not fill gradients again. Tried with torch 2.11 and 2.13.
-        model.reducer._set_optimizer_in_backward()  # pyright: ignore[reportAttributeAccessIssue]
-        _bucket_releases[model] = release
-    release = _bucket_releases[model]
-    release.optimizer = optimizer
-    release.optimized = {param for group in optimizer.param_groups for param in group["params"]}
-
-    def remove() -> None:
-        release.optimizer = None
-        release.optimized = set()
-
-    return remove
-
-
-def _fsdp_units(model: nn.Module, params: Iterable[Tensor]) -> list[Unit]:
-    """The parameters that FSDP2 reduces together; those it does not manage are units of their own."""
-    managed: dict[Tensor, list[Tensor]] = {}
-    if "torch.distributed.fsdp" in sys.modules:
-        from torch.distributed.fsdp import FSDPModule
-        from torch.distributed.tensor import DTensor
-
-        def collect(module: nn.Module, unit: list[Tensor] | None) -> None:
-            if isinstance(module, FSDPModule):
-                unit = []
-            for param in module.parameters(recurse=False):
-                if unit is not None and isinstance(param, DTensor):  # an ignored parameter stays an ordinary tensor
-                    managed.setdefault(param, unit)
-            for child in module.children():
-                collect(child, unit)
-
-        collect(model, None)
-    units: dict[int, list[Tensor]] = {}
+def _units_of(params: Iterable[Tensor], reduced_together: Iterable[Sequence[Tensor]]) -> list[Unit]:
+    """Those of the parameters that wrappers reduce together; others are units of their own."""
+    number = {param: number for number, unit in enumerate(reduced_together) for param in unit}
+    units: dict[int | Tensor, list[Tensor]] = {}
     for param in params:
-        unit = managed.get(param)
-        units.setdefault(id(param) if unit is None else id(unit), []).append(param)
+        units.setdefault(number.get(param, param), []).append(param)
     return [tuple(unit) for unit in units.values()]
-
-
-def _refuse_fsdp1(model: nn.Module) -> None:
-    if "torch.distributed.fsdp" in sys.modules:
-        from torch.distributed.fsdp import FullyShardedDataParallel
-
-        if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-            raise ValueError(
-                "gradient release does not work with FullyShardedDataParallel (FSDP1), whose hooks see gradients before they are sharded; "
-                "use fully_shard (FSDP2)"
-            )

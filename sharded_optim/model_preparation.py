@@ -1,4 +1,4 @@
-"""What is done to a model before its optimizer is built: who decays, who computes in low precision (as in optimi), and how FSDP1 shards."""
+"""What is done to a model before its optimizer is built: who decays, and who computes in low precision (as in optimi)."""
 
 from __future__ import annotations
 
@@ -8,23 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from sharded_optim.sharding import FlatLayout
+from sharded_optim.sharding import used_wrappers
 
-__all__ = ["fsdp1_layout", "param_groups_weight_decay", "to_low_precision"]
-
-
-def fsdp1_layout(model: nn.Module) -> FlatLayout:
-    """How FullyShardedDataParallel (FSDP1) has sharded a model: what an optimizer of its parameters needs as `layout=`. No communication.
-
-    Args:
-        model: wrapped, or with wrapped modules inside; use_orig_params True or False, every sharding strategy, mixed precision.
-
-    Raises:
-        ValueError: nothing is wrapped, or the model cannot be described: parameters that were not contiguous, tensor parallelism inside.
-    """
-    from sharded_optim.sharding import fsdp1  # its import takes time
-
-    return fsdp1.layout_of(model)
+__all__ = ["param_groups_weight_decay", "to_low_precision"]
 
 
 def param_groups_weight_decay(
@@ -42,28 +28,24 @@ def param_groups_weight_decay(
         would be empty is left out.
 
     Raises:
-        ValueError: FSDP1 has flattened parameters together that would belong to different groups.
+        ValueError: a wrapper (FSDP1) has flattened parameters together that would belong to different groups.
     """
     exempt = (additional_layers,) if isinstance(additional_layers, str) else tuple(additional_layers or ())
 
     def decays(name: str, dimensions: int) -> bool:
         return dimensions > 1 and not name.endswith(".bias") and not any(part in name for part in exempt)
 
-    flattened = {}
-    if any(getattr(param, "_fsdp_flattened", False) for param in model.parameters()):  # torch's mark of FSDP1
-        from sharded_optim.sharding import fsdp1
-
-        flattened = fsdp1.flattened(model)
+    flattened = {param: (each.name, tensors) for each in used_wrappers() for param, tensors in each.flattened(model).items()}
     decaying, others = [], []
     for name, param in model.named_parameters():
         if not param.requires_grad:
             continue
-        tensors = flattened.get(param, [(name, param.shape)])
+        wrapper, tensors = flattened.get(param, ("", [(name, param.shape)]))
         decay = [decays(tensor, len(shape)) for tensor, shape in tensors]
         if any(decay) != all(decay):
             yes, no = tensors[decay.index(True)][0], tensors[decay.index(False)][0]
             raise ValueError(
-                f"{yes!r} decays and {no!r} does not, but FullyShardedDataParallel has flattened them into one parameter, {name!r}; "
+                f"{yes!r} decays and {no!r} does not, but {wrapper} has flattened them into one parameter, {name!r}; "
                 f"wrap with use_orig_params=True, or wrap them in different units"
             )
         (decaying if any(decay) else others).append(param)

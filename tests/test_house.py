@@ -67,7 +67,8 @@ def test_the_range_of_deepspeed_is_the_one_that_attach_checks() -> None:
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:
-    heavy = ["deepspeed", "triton", "numba", "mpi4py", "matplotlib", "pydantic", "rich", "safetensors", "typer", "torch.distributed.tensor"]
+    heavy = ["deepspeed", "triton", "numba", "mpi4py", "matplotlib", "pydantic", "rich", "safetensors", "typer"]
+    heavy += ["torch.distributed.tensor", "torch.distributed.fsdp"]
     code = (
         f"import torch, sys; before = set(sys.modules); import sharded_optim; print([m for m in {heavy} if m in set(sys.modules) - before])"
     )

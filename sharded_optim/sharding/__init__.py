@@ -1,20 +1,18 @@
-"""From a wrapper's parameters to segments: one file per wrapper.
+"""From a wrapper's parameters to segments: one file per wrapper, registered in `wrappers.py`.
 
-Tensors that tell how they are sharded have a `describe(param, name) -> LocalParam`, and `describe` here picks by the parameter's type:
-`plain.py`, `dtensor.py`. For wrappers whose tensors do not tell, `fsdp1.py` and `deepspeed.py` make a `FlatLayout` (`flat.py`). `layout.py`
-puts the local parameters of all ranks together.
+Tensors that tell how they are sharded are described by the wrapper that claims them (`dtensor.py`), ordinary ones by `plain.py`. For
+wrappers whose tensors do not tell, `fsdp1.py` and `deepspeed.py` make a `FlatLayout` (`flat.py`). `layout.py` puts the local parameters of
+all ranks together.
 """
 
 from __future__ import annotations
 
-import sys
+from torch import Tensor, nn
 
-from torch import Tensor
-
-from sharded_optim.sharding import plain
 from sharded_optim.sharding.flat import FlatLayout, FlatTensor
 from sharded_optim.sharding.layout import GRADIENT, PARAMETER, Layout, LocalParam, Piece
 from sharded_optim.sharding.plain import check_memory
+from sharded_optim.sharding.wrappers import Wrapper, partial_of, used_wrappers, wrapper_of
 
 __all__ = [
     "GRADIENT",
@@ -24,10 +22,13 @@ __all__ = [
     "Layout",
     "LocalParam",
     "Piece",
+    "Wrapper",
     "check_memory",
     "describe",
+    "fsdp1_layout",
     "gradients_of",
     "is_partial",
+    "used_wrappers",
 ]
 
 
@@ -40,24 +41,25 @@ def describe(param: Tensor, name: str, flat_layout: FlatLayout | None = None) ->
     Raises:
         ValueError: the parameter cannot be optimized, or its sharding cannot be expressed; names the tensor, the rule and the way out.
     """
-    if flat_layout is not None:
-        return flat_layout.describe(param, name)
-    if getattr(param, "_fsdp_flattened", False):  # torch's mark of FSDP1
-        raise ValueError(
-            f"parameter {name!r} is sharded by FullyShardedDataParallel, which does not tell how: pass layout=so.fsdp1_layout(model), or "
-            f"wrap with fully_shard (FSDP2)"
-        )
-    # Who holds a DTensor has imported its module; a single process need not pay for that import.
-    if "torch.distributed.tensor" in sys.modules:
-        from sharded_optim.sharding import dtensor
+    return wrapper_of(param).describe(param, name) if flat_layout is None else flat_layout.describe(param, name)
 
-        if isinstance(param, dtensor.DTensor):
-            return dtensor.describe(param, name)
-    return plain.describe(param, name)
+
+def fsdp1_layout(model: nn.Module) -> FlatLayout:
+    """How FullyShardedDataParallel (FSDP1) has sharded a model: what an optimizer of its parameters needs as `layout=`. No communication.
+
+    Args:
+        model: wrapped, or with wrapped modules inside; use_orig_params True or False, every sharding strategy, mixed precision.
+
+    Raises:
+        ValueError: nothing is wrapped, or the model cannot be described: parameters that were not contiguous, tensor parallelism inside.
+    """
+    from sharded_optim.sharding import fsdp1  # its import takes time
+
+    return fsdp1.layout_of(model)
 
 
 def gradients_of(layout: Layout) -> list[Tensor | None]:
-    """The gradients of a layout with DTensors, reduced where tensor parallelism has left them Partial.
+    """The gradients of a layout with tensors of a subclass, reduced where the wrapper (tensor parallelism) has left them Partial.
 
     That is a collective, so call it before anything that a rank may raise alone. A rank without such a gradient takes part.
     """
@@ -65,20 +67,15 @@ def gradients_of(layout: Layout) -> list[Tensor | None]:
     rows = list(zip(grads, layout.params, strict=True))
     if all(getattr(grad, "_spec", 0) is getattr(param, "_spec", 1) for grad, param in rows):  # so FSDP2 leaves them
         return grads
-    from sharded_optim.sharding import dtensor
-
+    used = used_wrappers()
     for row, (grad, param) in enumerate(rows):
-        placements = dtensor.partial_placements(grad) or (layout.partial.get(row) if grad is None else None)
-        if placements is not None:
-            layout.partial[row] = placements
-            grads[row] = dtensor.reduced(grad, param, placements)
+        partial = layout.partial.get(row) if grad is None else partial_of(grad, used)
+        if partial is not None:
+            layout.partial[row] = partial
+            grads[row] = wrapper_of(param).reduced(grad, param, partial)
     return grads
 
 
 def is_partial(grad: Tensor) -> bool:
-    """Whether a gradient is a DTensor that is yet to be reduced."""
-    if "torch.distributed.tensor" not in sys.modules:
-        return False
-    from sharded_optim.sharding import dtensor
-
-    return dtensor.partial_placements(grad) is not None
+    """Whether a gradient is yet to be reduced."""
+    return partial_of(grad) is not None

@@ -1,4 +1,4 @@
-"""The DistributedDataParallel modules of a process, and whether torch's Join lets ranks end early that they train on.
+"""DistributedDataParallel: the modules of a process, and whether torch's Join lets ranks end early that they train on.
 
 DistributedDataParallel leaves no mark on parameters, and Join none but in the modules that it was given: so these are looked for among all
 objects, once for each set of parameters, and then only asked. Used by the engine and by ShardedOptimizer. Private names of torch that are
@@ -13,10 +13,13 @@ from typing import Any
 from weakref import ref
 
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["JOIN_REFUSED", "JoinGuard", "averaged_params", "ddp_modules"]
+from sharded_optim.sharding import ddp_buckets
+from sharded_optim.sharding.wrappers import Wrapper
+
+__all__ = ["JOIN_REFUSED", "WRAPPER", "JoinGuard", "averaged_params", "ddp_modules"]
 
 JOIN_REFUSED = (
     "torch.distributed.algorithms.join.Join lets ranks run out of inputs, but a step of this optimizer is a collective, which would wait "
@@ -83,3 +86,15 @@ def _is_in_context(module: DistributedDataParallel) -> bool:
     from torch.distributed.algorithms.join import Join  # whose module needs torch.distributed
 
     return any(join._enable and any(each is module for each in join._joinables) for join in _objects_of(Join))
+
+
+def _inner(module: nn.Module) -> str | None:
+    return "module" if isinstance(module, DistributedDataParallel) else None
+
+
+WRAPPER = Wrapper(
+    name="DistributedDataParallel",
+    inner=_inner,
+    release=ddp_buckets.release,
+    is_in_forward=lambda: DistributedDataParallel._active_ddp_module is not None,  # tried with torch 2.11 and 2.13
+)

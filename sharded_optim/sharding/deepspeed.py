@@ -7,18 +7,19 @@ they are wrong with `round_robin_gradients`: `_hp_mapping` and `_param_slice_map
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from sharded_optim.segment import Segment
 from sharded_optim.sharding.flat import FlatLayout, FlatTensor, piece_in_range
 from sharded_optim.sharding.layout import Piece
+from sharded_optim.sharding.wrappers import Wrapper
 
-__all__ = ["EXPERTS", "WRAPPERS", "layout_of", "parameter_names", "qualified_name"]
+__all__ = ["EXPERTS", "WRAPPER", "WRAPPERS", "layout_of", "parameter_names", "qualified_name"]
 
 STRANGER = (
     "is not one that DeepSpeed had given the optimizer when so.deepspeed.attach(engine) was called; DeepSpeed takes no parameters later, "
@@ -156,3 +157,15 @@ def _expert_name(experts: Any, owner: str, rest: str, param: Any) -> str:
     number, _, rest = rest.partition(".")
     rank = dist.get_rank(groups._get_expert_parallel_group(param.group_name))
     return f"{owner}{EXPERTS}{rank * len(experts.deepspeed_experts) + int(number)}.{rest}"
+
+
+# ------------------------------------------------------------------------------------------------------------------------- module
+
+
+def _refuse_partitioned(module: nn.Module, names: Mapping[Tensor, str]) -> None:
+    for param, name in names.items():
+        if hasattr(param, "ds_id"):
+            raise ValueError(f"{name!r} is partitioned by DeepSpeed; pass the engine as model=, not its module")
+
+
+WRAPPER = Wrapper(name="DeepSpeedEngine", content=_refuse_partitioned)

@@ -13,11 +13,12 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from sharded_optim.segment import Segment
 from sharded_optim.sharding.layout import LocalParam, Piece
 from sharded_optim.sharding.plain import check_dtype_and_layout, waited_for
+from sharded_optim.sharding.wrappers import Wrapper
 
-__all__ = ["DTensor", "describe", "partial_placements", "reduced"]
+__all__ = ["WRAPPER"]
 
 
-def describe(param: DTensor, name: str) -> LocalParam:
+def _describe(param: DTensor, name: str) -> LocalParam:
     check_dtype_and_layout(param, f"parameter {name!r}")
     _refuse_partial(param, f"parameter {name!r}")
     sizes, offsets = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
@@ -52,7 +53,7 @@ def describe(param: DTensor, name: str) -> LocalParam:
     return LocalParam(param=param, name=name, pieces=(Piece(segment=segment),), local=local)
 
 
-def partial_placements(grad: Tensor | None) -> tuple[Placement, ...] | None:
+def _partial_placements(grad: Tensor) -> tuple[Placement, ...] | None:
     """The placements of a gradient that is Partial; None for any other.
 
     Tensor parallelism leaves gradients so: those of the replicated weights of a norm in a SequenceParallel region are sums over the ranks.
@@ -62,7 +63,7 @@ def partial_placements(grad: Tensor | None) -> tuple[Placement, ...] | None:
     return tuple(grad.placements)
 
 
-def reduced(grad: Tensor | None, param: Tensor, placements: tuple[Placement, ...]) -> Tensor | None:
+def _reduced(grad: Tensor | None, param: Tensor, placements: tuple[Placement, ...]) -> Tensor | None:
     """Place a Partial gradient like its parameter: a collective over the axes of the mesh on which it is Partial.
 
     Args:
@@ -95,3 +96,12 @@ def _placements(tensor: DTensor) -> tuple[Placement, ...]:
     """Placements with every mesh axis of size 1 read as Replicate: there they all mean the same."""
     sizes = tensor.device_mesh.shape
     return tuple(Replicate() if size == 1 else placement for size, placement in zip(sizes, tensor.placements, strict=True))
+
+
+WRAPPER = Wrapper(
+    name="DTensor",
+    claims=lambda tensor: isinstance(tensor, DTensor),
+    describe=_describe,
+    partial=_partial_placements,
+    reduced=_reduced,
+)

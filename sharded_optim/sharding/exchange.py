@@ -19,6 +19,7 @@ from torch import Tensor
 from sharded_optim.ranks import join_messages, naming_missing_ranks
 from sharded_optim.segment import Segment, find_tiling_error
 from sharded_optim.sharding.layout import GRADIENT, PARAMETER, Layout, LocalParam, segments_of
+from sharded_optim.sharding.wrappers import partial_of
 
 __all__ = ["exchange_layouts"]
 
@@ -99,7 +100,7 @@ class _Row:
     dtype: str
     fingerprint: int | None = None  # of the values
     grad_norm: float | None = None  # None without a gradient, or a finite one
-    partial: Any = None  # placements of the gradient, where it is a DTensor that is yet to be reduced
+    partial: Any = None  # how the gradient is yet to be reduced
 
     @classmethod
     def of(cls, entry: LocalParam, *, alone: bool, compare_values: bool) -> Iterator[_Row]:
@@ -107,8 +108,7 @@ class _Row:
         dtype = str(entry.param.dtype)
         param = entry.local(entry.param, PARAMETER).detach()
         grad = None if alone else entry.param.grad
-        placements = getattr(grad, "placements", ())
-        partial = tuple(placements) if any(placement.is_partial() for placement in placements) else None
+        partial = partial_of(grad)
         grad = None if grad is None or partial is not None else entry.local(grad, GRADIENT)
         for piece in entry.pieces:
             fingerprint = grad_norm = None

@@ -7,8 +7,8 @@ tried with torch 2.11 and 2.13 and guarded by a test.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -17,10 +17,9 @@ from torch.distributed.fsdp._common_utils import clean_tensor_name
 from sharded_optim.segment import Segment
 from sharded_optim.sharding.flat import FlatLayout, FlatTensor
 from sharded_optim.sharding.layout import Piece
+from sharded_optim.sharding.wrappers import FlatModel, Tensors, Wrapper
 
-__all__ = ["aliases", "check_whole_state_on_cpu", "flattened", "layout_of"]
-
-Tensors = Sequence[tuple[str, Sequence[int]]]  # their names and shapes
+__all__ = ["WRAPPER", "check_whole_state_on_cpu", "layout_of"]
 
 STRANGER = (
     "is not one of the FullyShardedDataParallel model that layout= was made from; build the optimizer from model.parameters() after "
@@ -51,7 +50,7 @@ def layout_of(model: nn.Module) -> FlatLayout:
     return FlatLayout(flat=flat, whole=whole, stranger=STRANGER)
 
 
-def flattened(model: nn.Module) -> dict[Tensor, Tensors]:
+def _flattened(model: nn.Module) -> dict[Tensor, Tensors]:
     """For each parameter that a model's optimizer is given, the names and shapes of the tensors in it, on whatever ranks their elements
     are. Empty where FSDP1 has flattened nothing.
     """
@@ -66,8 +65,8 @@ def flattened(model: nn.Module) -> dict[Tensor, Tensors]:
     return found
 
 
-def aliases(model: nn.Module) -> dict[str, str]:
-    """Further names of tensors that are flattened, where modules share them, each with the name that `flattened` has."""
+def _aliases(model: nn.Module) -> dict[str, str]:
+    """As `FlatModel.aliases`."""
     found: dict[str, str] = {}
     for prefix, handle in _handles(model):
         for info in handle.flat_param._shared_param_infos:
@@ -117,3 +116,38 @@ def _segments(prefix: str, flat_param: Any) -> Iterator[Segment]:
             )
         start, numel = (info.intra_param_start_idx, info.numel_in_shard) if info.in_shard else (0, 0)
         yield Segment.flat(prefix + name, shape, start, numel)
+
+
+def _content(model: nn.Module, names: Mapping[Tensor, str]) -> FlatModel | None:
+    """As `Wrapper.content`."""
+    flattened = _flattened(model)
+    if not flattened:
+        return None
+    order = [name for tensors in flattened.values() for name, _ in tensors]
+    return FlatModel(layout=layout_of(model), order=order, aliases=_aliases(model))
+
+
+def _refuse(param: Tensor, name: str) -> NoReturn:
+    raise ValueError(
+        f"parameter {name!r} is sharded by FullyShardedDataParallel, which does not tell how: pass layout=so.fsdp1_layout(model), or "
+        f"wrap with fully_shard (FSDP2)"
+    )
+
+
+def _refuse_units(model: nn.Module) -> tuple[()]:
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "gradient release does not work with FullyShardedDataParallel (FSDP1), whose hooks see gradients before they are sharded; "
+            "use fully_shard (FSDP2)"
+        )
+    return ()
+
+
+WRAPPER = Wrapper(
+    name="FullyShardedDataParallel",
+    claims=lambda tensor: getattr(tensor, "_fsdp_flattened", False),  # torch's mark
+    describe=_refuse,
+    flattened=_flattened,
+    content=_content,
+    units=_refuse_units,
+)

@@ -64,7 +64,7 @@ class Layout:
     is_global: bool = False  # whether it was made by all ranks of a process group together
     # Of these ranks; None: this process is alone. Held weakly: torch.distributed owns groups, and must be the one to end their threads.
     process_group: weakref.ref[dist.ProcessGroup] | None = None
-    partial: dict[int, Any] = field(default_factory=dict)  # by local parameter: the placements of its gradient, where that comes Partial
+    partial: dict[int, Any] = field(default_factory=dict)  # by local parameter: how its gradient is reduced, where that comes Partial
     device: torch.device = field(init=False)  # on which ranks agree: that of the first parameter when this was made
     _described: tuple[list[Any], ...] = field(init=False)  # see `_properties`
 
@@ -84,7 +84,7 @@ class Layout:
 
     @property
     def has_dtensors(self) -> bool:
-        """Whether any of the parameters is a DTensor."""
+        """Whether any of the parameters is a tensor of a subclass, as a DTensor is."""
         return bool(self._described[-1])
 
     @property

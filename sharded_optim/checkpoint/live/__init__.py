@@ -1,7 +1,7 @@
 """What checkpoints see of models and optimizers under each wrapper: one file per wrapper, all in the terms of `held.py`.
 
-`model.py` knows ordinary tensors, DTensors and FSDP1, `optimizer.py` every optimizer of this library, `zero.py` ShardedOptimizer and
-`deepspeed.py` DeepSpeed's engines. `live_model` and `live_optimizer` pick by what they are given.
+`model.py` knows the wrappers that are registered in `sharding/wrappers.py`, `optimizer.py` every optimizer of this library, `zero.py`
+ShardedOptimizer and `deepspeed.py` DeepSpeed's engines. `live_model` and `live_optimizer` pick by what they are given.
 """
 
 from __future__ import annotations

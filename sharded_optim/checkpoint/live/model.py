@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from sharded_optim.checkpoint.held import MODEL, Held
 from sharded_optim.names import TRANSPARENT
 from sharded_optim.segment import Segment
-from sharded_optim.sharding import FlatLayout, LocalParam, describe
+from sharded_optim.sharding import LocalParam, describe, used_wrappers
+from sharded_optim.sharding.wrappers import NO_WRAPPER, FlatModel, wrapper_of
 from sharded_optim.zero import finish_gathering
 
 __all__ = ["LiveModel", "aliases_of", "buffers_of", "held_of", "names_of"]
@@ -56,14 +55,18 @@ class LiveModel:
             ValueError: it does not tell what it holds.
         """
         finish_gathering(model)
-        _reshard(model)
+        used = used_wrappers()
+        for wrapper in used:
+            wrapper.reshard(model)
         named_buffers = buffers_of(model)
         buffers = [_held_of_plain(buffer, name, is_buffer=True) for name, buffer in named_buffers.items()]
         names = names_of(model)
         aliases = aliases_of(model, names, named_buffers)
-        if _has_fsdp1(model):
-            return cls._of_fsdp1(model, buffers, aliases)
-        local_params = {param: _describe(param, name) for param, name in names.items() if param.is_floating_point()}
+        for wrapper in used:
+            flat = wrapper.content(model, names)
+            if flat is not None:
+                return cls._of_flat(flat, buffers, aliases)
+        local_params = {param: describe(param, name) for param, name in names.items() if param.is_floating_point()}
         held = [
             _held(MODEL, param, local_params[param]) if param in local_params else _held_of_plain(param, name)
             for param, name in names.items()
@@ -71,31 +74,21 @@ class LiveModel:
         return cls(held=held + buffers, names=names, local_params=local_params, aliases=aliases)
 
     @classmethod
-    def _of_fsdp1(cls, model: nn.Module, buffers: list[Held], aliases: dict[str, str]) -> LiveModel:
-        from sharded_optim.sharding import fsdp1
-
-        flattened = fsdp1.flattened(model)
-        layout = fsdp1.layout_of(model) if flattened else FlatLayout(flat={}, whole=names_of(model), stranger="")
+    def _of_flat(cls, flat: FlatModel, buffers: list[Held], aliases: Mapping[str, str]) -> LiveModel:
+        layout = flat.layout
         held: list[Held] = []
-        for param, flat in layout.flat.items():
+        for param, tensor in layout.flat.items():
             local = layout.describe(param, "a flat parameter").local(param, "values")
-            held += [Held(kind=MODEL, segment=piece.segment, local=piece.of(local)) for piece in flat.pieces]
+            held += [Held(kind=MODEL, segment=piece.segment, local=piece.of(local)) for piece in tensor.pieces]
         held += [_held_of_plain(param, name) for param, name in layout.whole.items()]
-        order = [name for tensors in flattened.values() for name, _ in tensors]
-        return cls(held=held + buffers, names=layout.whole, aliases=fsdp1.aliases(model) | aliases, order=order)
+        return cls(held=held + buffers, names=layout.whole, aliases={**flat.aliases, **aliases}, order=flat.order)
 
 
 def held_of(tensor: Tensor, name: str, *, is_buffer: bool = False) -> Held:
     """What this process holds of a parameter or buffer that tells how it is sharded."""
     if is_buffer or not tensor.is_floating_point():
         return _held_of_plain(tensor, name, is_buffer=is_buffer)
-    return _held(MODEL, tensor, _describe(tensor, name))
-
-
-def _describe(param: Tensor, name: str) -> LocalParam:
-    if hasattr(param, "ds_id"):
-        raise ValueError(f"{name!r} is partitioned by DeepSpeed; pass the engine as model=, not its module")
-    return describe(param, name)
+    return _held(MODEL, tensor, describe(tensor, name))
 
 
 def _held(kind: str, param: Tensor, local: LocalParam) -> Held:
@@ -105,7 +98,7 @@ def _held(kind: str, param: Tensor, local: LocalParam) -> Held:
 
 def _held_of_plain(tensor: Tensor, name: str, *, is_buffer: bool = False) -> Held:
     """Of an ordinary tensor of any dtype: all of it."""
-    if type(tensor) not in (Tensor, nn.Parameter):
+    if type(tensor) not in (Tensor, nn.Parameter) or wrapper_of(tensor) is not NO_WRAPPER:
         return _held(MODEL, tensor, describe(tensor, name))
     return Held(kind=MODEL, segment=Segment.whole(name, tensor.shape), local=tensor, is_buffer=is_buffer)
 
@@ -156,30 +149,16 @@ def aliases_of(model: nn.Module, names: Mapping[Tensor, str], buffers: Mapping[s
 def _modules(model: nn.Module, *, again: bool = False) -> Iterator[tuple[str, nn.Module]]:
     """Each module of a model, with what precedes the names in it: once, or with `again` as often as it is there."""
     seen: set[nn.Module] = set()
+    used = used_wrappers()
 
     def walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
         if module in seen and not again:
             return
         seen.add(module)
         yield prefix, module
+        inside = TRANSPARENT | {wrapper.inner(module) for wrapper in used}
         for name, child in module._modules.items():
             if child is not None:
-                is_inside = name in TRANSPARENT or (name == "module" and isinstance(module, DistributedDataParallel))
-                yield from walk(child, prefix if is_inside else f"{prefix}{name}.")
+                yield from walk(child, prefix if name in inside else f"{prefix}{name}.")
 
     yield from walk(model, "")
-
-
-def _reshard(model: nn.Module) -> None:
-    """Have FSDP2 put its sharded parameters back, where a forward pass without a backward pass has left gathered copies in their places."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is not None:
-        for module in model.modules():
-            if isinstance(module, fsdp.FSDPModule):
-                fsdp.FSDPModule.reshard(module)
-
-
-def _has_fsdp1(model: nn.Module) -> bool:
-    """Whether FullyShardedDataParallel wraps a model, or parts of it."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # whoever has wrapped a model has imported it
-    return fsdp is not None and any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules())

@@ -1,0 +1,96 @@
+"""DistributedDataParallel's buckets, stepped within backward: a communication hook averages one while the one before is stepped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from collections.abc import Set as AbstractSet
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.nn.parallel import DistributedDataParallel
+
+from sharded_optim.sharding.wrappers import StepUnit
+
+__all__ = ["release"]
+
+_bucket_releases: WeakKeyDictionary[DistributedDataParallel, _BucketRelease] = WeakKeyDictionary()
+
+
+def release(model: nn.Module, optimized: AbstractSet[Tensor], step: StepUnit) -> Iterator[tuple[Collection[Tensor], Callable[[], None]]]:
+    """As `Wrapper.release`, for each DistributedDataParallel in a model."""
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel):
+            bucketed = {param for name, param in module.module.named_parameters() if name not in module.parameters_to_ignore}
+            yield bucketed, _release_buckets(module, optimized, step)
+
+
+def _release_buckets(model: DistributedDataParallel, optimized: AbstractSet[Tensor], step: StepUnit) -> Callable[[], None]:
+    if model.find_unused_parameters:
+        raise ValueError(
+            "gradient release does not go together with find_unused_parameters=True: a bucket does not tell unused parameters from zero "
+            "gradients; freeze the unused ones, or build DistributedDataParallel without it"
+        )
+    if model not in _bucket_releases:
+        hook = _BucketRelease(model)
+        try:
+            model.register_comm_hook(None, hook.hook)
+        except RuntimeError as error:
+            raise ValueError("the DistributedDataParallel has a communication hook already, and it takes one; build it without") from error
+        # So that it does not fill gradients again. Tried with torch 2.11 and 2.13.
+        model.reducer._set_optimizer_in_backward()  # pyright: ignore[reportAttributeAccessIssue]
+        _bucket_releases[model] = hook
+    hook = _bucket_releases[model]
+    hook.step, hook.optimized = step, optimized
+
+    def remove() -> None:
+        hook.step, hook.optimized = None, frozenset()
+
+    return remove
+
+
+class _BucketRelease:
+    """DDP's communication hook: starts to average a bucket, and meanwhile steps the one before."""
+
+    def __init__(self, model: DistributedDataParallel) -> None:
+        self.step: StepUnit | None = None  # None: only average
+        self.optimized: AbstractSet[Tensor] = frozenset()  # what the optimizer steps; the gradients of others stay
+        self._process_group = model.process_group
+        self._grads_are_views = model.gradient_as_bucket_view
+        self._in_flight: tuple[Any, list[Tensor], list[Tensor]] | None = None
+
+    def hook(self, _, bucket):  # DDP refuses annotations that are strings, as all are in this file: GradBucket -> Future[Tensor]
+        buffer = bucket.buffer()
+        buffer.mul_(1.0 / dist.get_world_size(self._process_group))  # before the sum, as DDP without a hook
+        work = dist.all_reduce(buffer, group=self._process_group, async_op=True)
+        assert work is not None, "asynchronous"
+        if self._in_flight is None:
+            Variable._execution_engine.queue_callback(self._finish)
+        else:
+            self._finish()
+        self._in_flight = (work, bucket.parameters(), bucket.gradients())
+        for param in self.optimized & set(bucket.parameters()):
+            param.grad = None  # the bucket has it
+        return work.get_future().then(lambda future: future.value()[0])
+
+    def __reduce__(self) -> tuple[type[_NoBucketRelease], tuple[()]]:
+        return _NoBucketRelease, ()
+
+    def _finish(self) -> None:
+        """Use the gradients of the bucket in flight."""
+        assert self._in_flight is not None, "queued when it was filled"
+        (work, params, grads), self._in_flight = self._in_flight, None
+        work.wait()
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad if param in self.optimized or self._grads_are_views else grad.clone()
+        if self.step is not None:
+            self.step([param for param in params if param in self.optimized])
+
+
+class _NoBucketRelease:
+    """What a copy of a DistributedDataParallel has in its place: the copy reduces gradients without a hook, which it only remembers."""
+
+    def hook(self, *_: object) -> None:
+        raise RuntimeError("a copy of a DistributedDataParallel called the communication hook of gradient release; build it anew")

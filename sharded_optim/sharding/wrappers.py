@@ -1,0 +1,121 @@
+"""What the library knows of a wrapper: a `Wrapper`, made in a file of its own and registered in `WRAPPERS`.
+
+Used by all that describes tensors, prepares models or saves them: they ask every registered wrapper, and know none by name.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+from torch import Tensor, nn
+
+from sharded_optim.sharding import plain
+from sharded_optim.sharding.flat import FlatLayout
+from sharded_optim.sharding.layout import LocalParam
+
+__all__ = ["NO_WRAPPER", "WRAPPERS", "FlatModel", "StepUnit", "Tensors", "Wrapper", "partial_of", "used_wrappers", "wrapper_of"]
+
+# Modules with a `WRAPPER`, in the order in which they are asked, and the module that whoever uses the wrapper has imported. Without that,
+# ours is not imported either, as some of what they import takes seconds.
+WRAPPERS = {
+    "sharded_optim.sharding.fsdp1": "torch.distributed.fsdp",
+    "sharded_optim.sharding.fsdp2": "torch.distributed.fsdp",
+    "sharded_optim.sharding.dtensor": "torch.distributed.tensor",
+    "sharded_optim.sharding.ddp": "torch.nn.parallel",
+    "sharded_optim.sharding.deepspeed": "deepspeed",
+}
+
+Tensors = Sequence[tuple[str, Sequence[int]]]  # their names and shapes
+StepUnit = Callable[[Sequence[Tensor]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlatModel:
+    """What this rank holds of a model with parameters that a wrapper has flattened."""
+
+    layout: FlatLayout
+    order: Sequence[str]  # the names of the tensors that are flattened, on whatever ranks they are, in the order of the model
+    aliases: Mapping[str, str]  # further names of these tensors, where modules share them, each with the name that `layout` has
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wrapper:
+    """What a wrapper does to parameters and gradients. The defaults hold for a wrapper that leaves them as they are.
+
+    Attributes:
+        name: the wrapper's, for error messages.
+
+        claims: whether a tensor, a parameter of a model, is one of the wrapper's.
+        describe: (parameter that it claims, name) -> what this rank holds of it. Raises ValueError where that cannot be told.
+        partial: how a gradient is yet to be reduced over ranks, as an immutable value that can be pickled; None: not at all. Only asked
+            for gradients of layouts that have a tensor of a subclass.
+        reduced: (gradient, parameter that it claims, what `partial` said) -> the gradient, reduced. A collective: a rank without a
+            gradient calls it with None, which it returns.
+
+        inner: the name of the child that a module wraps, where it is one of the wrapper's modules. Names of tensors are without it.
+        reshard: puts the parameters that optimizers have back into a model, where forward passes have left others in their places.
+        flattened: for each parameter of a model that stands for tensors which the wrapper has flattened, these.
+        content: (model, names of its parameters) -> what this rank holds of it, where the wrapper has flattened parameters; else None.
+            Raises ValueError where a checkpoint of the model cannot be made.
+
+        units: parameters of a model whose gradients are reduced together, before autograd's post-accumulate hooks of them run. Those of
+            no unit are each reduced alone. Raises ValueError where the hooks run too early.
+        release: (model, optimized parameters, step) -> parameters that the wrapper steps by calls of `step` within backward, in its own
+            hooks, and what removes these. `step` takes parameters with complete gradients and frees the gradients.
+        is_in_forward: whether a forward pass of a model that it wraps runs now. Only for wrappers that must be there before hooks are.
+    """
+
+    name: str
+
+    claims: Callable[[Tensor], bool] = lambda tensor: False
+    describe: Callable[[Any, str], LocalParam] = plain.describe
+    partial: Callable[[Tensor], Any] | None = None
+    reduced: Callable[[Tensor | None, Tensor, Any], Tensor | None] = lambda grad, param, partial: grad
+
+    inner: Callable[[nn.Module], str | None] = lambda module: None
+    reshard: Callable[[nn.Module], None] = lambda model: None
+    flattened: Callable[[nn.Module], Mapping[Tensor, Tensors]] = lambda model: {}
+    content: Callable[[nn.Module, Mapping[Tensor, str]], FlatModel | None] = lambda model, names: None
+
+    units: Callable[[nn.Module], Iterable[Sequence[Tensor]]] = lambda model: ()
+    release: Callable[[nn.Module, AbstractSet[Tensor], StepUnit], Iterable[tuple[Collection[Tensor], Callable[[], None]]]] = (
+        lambda model, optimized, step: ()
+    )
+    is_in_forward: Callable[[], bool] = lambda: False
+
+
+NO_WRAPPER = Wrapper(name="no wrapper")
+
+
+def used_wrappers() -> list[Wrapper]:
+    """The registered ones that this process can have used."""
+    return [_wrapper_in(file) for file, used in WRAPPERS.items() if used in sys.modules]
+
+
+@cache
+def _wrapper_in(file: str) -> Wrapper:
+    return import_module(file).WRAPPER
+
+
+def wrapper_of(tensor: Tensor) -> Wrapper:
+    """The first that claims a tensor."""
+    return next((each for each in used_wrappers() if each.claims(tensor)), NO_WRAPPER)
+
+
+def partial_of(grad: Tensor | None, among: Iterable[Wrapper] | None = None) -> Any:
+    """How a gradient is yet to be reduced; None: not at all.
+
+    Args:
+        among: the wrappers to ask; None: all. For many gradients of a step, which look for them once.
+    """
+    for wrapper in used_wrappers() if among is None else among:
+        partial = None if grad is None or wrapper.partial is None else wrapper.partial(grad)
+        if partial is not None:
+            return partial
+    return None
