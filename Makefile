@@ -11,7 +11,7 @@ GPU_PYTHON ?= python3
 SIDE_BY_SIDE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test matrix reshard chaos survive gpu-check docker-check bench gpu-bench flattened figures lint format clean
+.PHONY: help setup train test matrix reshard chaos survive gpu-check wheel docker-check bench gpu-bench flattened figures lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -48,6 +48,9 @@ survive: setup  ## let ranks of jobs fail in every way under every launcher, and
 
 gpu-check:  ## prove on a GPU what only a GPU can prove, in 8 minutes: make gpu-check ARGS="kernels graphs" GPU_PYTHON=python3
 	$(GPU_PYTHON) tests/gpu $(ARGS)
+
+wheel: setup  ## build wheel and sdist, and run the README's example with the wheel alone, in a new environment
+	$(BIN)/python -m tests.wheel
 
 docker-check: setup  ## run every command of docker/ on this machine: make docker-check ARGS="--argument NAME=VALUE"
 	$(BIN)/python docker/bare.py $(ARGS)

@@ -37,7 +37,7 @@ def build(device: str = "cpu", timeout: float | None = None) -> None:
         ConfigError: DeepSpeed is not installed, cannot compile, or has not finished in time; then names the lock file, if there is one.
     """
     if find_spec("deepspeed") is None:
-        raise ConfigError("sharding='deepspeed' needs DeepSpeed, which is not installed; run pip install 'sharded-optim[deepspeed]'")
+        raise ConfigError("sharding='deepspeed' needs DeepSpeed, which is not installed; run pip install 'deepspeed>=0.19,<0.20'")
     folder = environment.prepare_for_deepspeed(device) / NAME
     lock = folder / "lock"
     if device != "cpu" or sys.platform != "linux" or ((folder / f"{NAME}.so").exists() and not lock.exists()):

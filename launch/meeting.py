@@ -112,7 +112,7 @@ def through_mpi(rank: int, world_size: int, address: str | None, timeout: timede
         MeetingError: MPI has failed, or not all ranks came.
     """
     if find_spec("mpi4py") is None:
-        raise ConfigError("mpirun needs mpi4py, which is not installed; run pip install 'sharded-optim[mpi]', or start with torchrun")
+        raise ConfigError("mpirun needs mpi4py, which is not installed; run pip install mpi4py, or start with torchrun")
     opened = through_address(address or "127.0.0.1", 0, rank, world_size, timeout) if rank == 0 else None
     told = _broadcast(0 if opened is None else opened.store.port, address, timeout)  # pyright: ignore[reportAttributeAccessIssue]
     if told["world_size"] != world_size:

@@ -90,7 +90,7 @@ def warn_of_swapped_eps(optimizer: type, defaults: Mapping[str, Any]) -> None:
         return
     eps, weight_decay = float(defaults["eps"]), float(defaults["weight_decay"])
     is_no_decay = 0.0 < weight_decay <= SWAPPED_DECAY and defaults.get("decay_form") != DECOUPLED
-    if eps < SWAPPED_EPS and not is_no_decay:
+    if not is_no_decay and not (SWAPPED_EPS <= eps > weight_decay):
         return
     names = list(inspect.signature(optimizer).parameters)
     order = "eps before weight_decay, as torch does, and optimi has weight_decay first"

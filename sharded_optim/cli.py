@@ -15,5 +15,5 @@ def main() -> None:
         package = (error.name or "").split(".")[0]
         if package not in ("typer", "rich"):
             raise
-        sys.exit(f"the command line needs {package}, which is not installed; pip install 'sharded-optim[cli]'")
+        sys.exit(f"the command line needs {package}, which is not installed; pip install rich typer")
     app()

@@ -58,7 +58,7 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     try:
         import deepspeed
     except ImportError as error:
-        raise ImportError("so.deepspeed needs DeepSpeed: pip install 'sharded-optim[deepspeed]'") from error
+        raise ImportError(f"so.deepspeed needs DeepSpeed: pip install 'deepspeed{VERSIONS}'") from error
     call = inspect.signature(deepspeed.initialize).bind(*args, **kwargs)
     given = call.arguments
     config = dict(_take_config(given))

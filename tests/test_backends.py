@@ -111,6 +111,7 @@ def test_the_cpu_backend_gives_the_bits_of_the_eager_one(name: str, storage: str
     seed=st.integers(0, 2**32),
     spoiled=st.sampled_from([None, torch.nan, torch.inf]),
 )
+@pytest.mark.filterwarnings("ignore:eps=.* look swapped")
 @settings(deadline=None, max_examples=examples(20))
 def test_any_hyperparameters_and_magnitudes_give_the_bits_of_the_eager_backend(
     numel: int, betas: tuple[float, float], eps: float, weight_decay: float, magnitude: int, seed: int, spoiled: float | None
@@ -283,7 +284,7 @@ def test_a_backend_whose_package_is_missing_says_what_to_install(monkeypatch: py
     param = nn.Parameter(torch.ones(3))
     optimizer = so.AdamW([param], lr=1e-2, backend="cpu")
     param.grad = torch.ones(3)
-    with pytest.raises(ValueError, match=r"no backend for cpu .*numba.*pip install 'sharded-optim\[cpu\]'"):
+    with pytest.raises(ValueError, match=r"no backend for cpu .*numba.*pip install numba"):
         optimizer.step()
 
 
@@ -391,6 +392,6 @@ def test_the_log_says_which_backend_runs_and_why_not_another(monkeypatch: pytest
         optimizer.step()
     (line,) = caplog.messages
     assert "AdamW steps float32 on cpu with the eager backend (cpu: " in line
-    assert "pip install 'sharded-optim[cpu]'" in line
+    assert "pip install numba" in line
     assert "triton: it runs on GPUs, not on cpu" in line
     assert "backend: eager" in repr(optimizer)

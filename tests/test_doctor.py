@@ -182,7 +182,14 @@ def test_missing_packages_are_absent_and_say_how_they_are_installed(monkeypatch:
     for name, extra in versions.OPTIONAL.items():
         each = finding(found, name)
         assert (each.status, each.value, each.way_out) == ("absent", "not installed", f"pip install {extra}")
-    assert [each.status for each in found if each.name not in versions.OPTIONAL] == ["ok"] * 3
+    assert [each.status for each in found if each.name not in versions.OPTIONAL] == ["ok"] * 4
+
+
+def test_numpy_that_is_missing_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch does not bring it, and torch.distributed cannot gather objects without it."""
+    without(monkeypatch, "numpy")
+    found = finding(versions.Packages(imports=False, timeout=10).findings(), "numpy")
+    assert (found.status, found.way_out) == ("problem", "pip install numpy")
 
 
 def test_the_least_versions_are_those_that_are_installed() -> None:
@@ -264,7 +271,7 @@ def test_a_backend_that_fails_is_a_problem_and_one_without_its_package_a_warning
 
     monkeypatch.setattr(backends, "import_module", import_without)
     found = finding(backends.examine(CPU), "cpu")
-    assert (found.status, found.way_out) == ("warning", "pip install 'sharded-optim[cpu]'")
+    assert (found.status, found.way_out) == ("warning", "pip install numba")
     assert "No module named 'numba'" in found.value
     assert finding(backends.examine(CPU), "triton").status == "absent"
 

@@ -66,6 +66,24 @@ def test_the_range_of_deepspeed_is_the_one_that_attach_checks() -> None:
     assert f'"deepspeed{sharded_optim.deepspeed.VERSIONS}; ' in pyproject
 
 
+def test_no_text_tells_to_install_a_distribution_that_is_in_no_index() -> None:
+    """Whoever registered its name could put anything there."""
+    root = PACKAGE.parent
+    folders = ("sharded_optim", "launch", "benchmarks", "docs", "tests", "docker", "configs")
+    files = [path for name in folders for path in (root / name).rglob("*") if path.suffix in (".py", ".md", ".sh", ".yaml", ".yml", "")]
+    files = [path for path in [*files, *root.glob("*.md"), *root.glob("*.txt"), root / "Makefile"] if path.is_file()]
+    found = [path for path in files if re.search(r"pip install[^\n]* '?sharded[-_]optim", path.read_text())]
+    assert len(files) > 100
+    assert found == []
+
+
+def test_numpy_is_required() -> None:
+    """torch does not require it, and its all_gather_object fails without it."""
+    pyproject = (PACKAGE.parent / "pyproject.toml").read_text()
+    (dependencies,) = re.findall(r"^dependencies = \[(.*?)^\]", pyproject, re.MULTILINE | re.DOTALL)
+    assert '"numpy>=' in dependencies
+
+
 def test_importing_the_package_imports_nothing_heavy() -> None:
     heavy = ["deepspeed", "triton", "numba", "mpi4py", "matplotlib", "pydantic", "rich", "safetensors", "typer"]
     heavy += ["torch.distributed.tensor", "torch.distributed.fsdp"]

@@ -52,7 +52,7 @@ def tool(name: str) -> str:
     """Where a linter is."""
     found = shutil.which(name, path=os.pathsep.join([SCRIPTS, os.environ["PATH"]]))
     if found is None:
-        pytest.fail(f"{name} is not installed; run make setup, or pip install 'sharded-optim[dev]'")
+        pytest.fail(f"{name} is not installed; run make setup")
     return found
 
 
@@ -204,7 +204,7 @@ def test_mpirun_takes_the_options(recorder, folder):
 
 def test_deepspeed_knows_its_options(recorder, monkeypatch):
     if find_spec("deepspeed") is None:
-        pytest.skip("deepspeed is not installed; pip install 'sharded-optim[deepspeed]'")
+        pytest.skip("deepspeed is not installed; pip install 'deepspeed>=0.19,<0.20'")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     from deepspeed.launcher.runner import parse_args
 
@@ -274,7 +274,7 @@ def test_scripts_stop_at_errors_and_leave_signals_to_the_launcher():
 def models() -> dict[str, Any]:
     """By kind, what the Kubeflow Trainer's interface makes of a document."""
     if find_spec("kubeflow_trainer_api") is None:
-        pytest.fail("kubeflow-trainer-api is not installed; run make setup, or pip install 'sharded-optim[dev]'")
+        pytest.fail("kubeflow-trainer-api is not installed; run make setup")
     from kubeflow_trainer_api import models
 
     return {
@@ -294,7 +294,7 @@ def check_kubernetes(document: dict[str, Any]) -> None:
     try:
         import kubernetes_validate
     except ImportError:
-        pytest.fail("kubernetes-validate is not installed; run make setup, or pip install 'sharded-optim[dev]'")
+        pytest.fail("kubernetes-validate is not installed; run make setup")
     kind = document["kind"]
     if kind in models():
         read = models()[kind].from_dict(copy.deepcopy(document)).to_dict()  # drops keys that it does not know

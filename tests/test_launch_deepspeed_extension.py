@@ -15,7 +15,7 @@ from launch.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 NEEDS_DEEPSPEED = pytest.mark.skipif(
-    find_spec("deepspeed") is None, reason="deepspeed is not installed; pip install 'sharded-optim[deepspeed]'"
+    find_spec("deepspeed") is None, reason="deepspeed is not installed; pip install 'deepspeed>=0.19,<0.20'"
 )
 # As a killed build leaves it, or as another's that goes on.
 TAKE_LOCK = """
@@ -55,7 +55,7 @@ def test_without_deepspeed_a_job_is_refused_before_any_process_starts(tmp_path, 
         launch_main.main(["configs/deepspeed.yaml", f"runs_folder={tmp_path}"])
     assert caught.value.code == 2
     assert "error: sharding='deepspeed' needs DeepSpeed" in (error := capsys.readouterr().err)
-    assert "pip install 'sharded-optim[deepspeed]'" in error
+    assert "pip install 'deepspeed>=0.19,<0.20'" in error
 
 
 @NEEDS_DEEPSPEED

@@ -40,7 +40,7 @@ WAYS = {
 # Measured: 0 for all but deepspeed_zero3, as a sum over two ranks does not depend on their order, and halving it rounds nothing; 1.1e-7 for
 # deepspeed_zero3, which has linear layers of its own. With a single gain in the wrong param group it is 4e-3.
 BOUND = 1e-5
-NO_DEEPSPEED = "deepspeed is not installed; pip install 'sharded-optim[deepspeed]'"
+NO_DEEPSPEED = "deepspeed is not installed; pip install 'deepspeed>=0.19,<0.20'"
 
 
 def check_runs(configs: list[Config]) -> None:

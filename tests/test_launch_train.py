@@ -165,7 +165,7 @@ def test_losses_do_not_depend_on_the_number_of_ranks(runs):
 @pytest.fixture(scope="module")
 def deepspeed() -> None:
     if find_spec("deepspeed") is None:
-        pytest.skip("deepspeed is not installed; pip install 'sharded-optim[deepspeed]'")
+        pytest.skip("deepspeed is not installed; pip install 'deepspeed>=0.19,<0.20'")
     deepspeed_extension.build()
 
 

@@ -708,7 +708,7 @@ def test_without_typer_or_rich_the_command_says_what_to_install(missing: str, mo
     for name in [name for name in sys.modules if name.startswith("sharded_optim.commands") or name.split(".")[0] == missing]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
-    message = f"the command line needs {missing}, which is not installed; pip install 'sharded-optim[cli]'"
+    message = f"the command line needs {missing}, which is not installed; pip install rich typer"
     assert run_main(monkeypatch, "plan") == message
 
 

@@ -30,6 +30,23 @@ def test_the_example_runs_on_two_ranks(tmp_path: Path) -> None:
     assert first == second > 0
 
 
+def test_every_extra_that_is_to_be_installed_exists() -> None:
+    root = README.parent
+    pages = [root / "README.md", *(root / "docs").glob("*.md")]
+    named = {extra for page in pages for group in re.findall(r"'\.\[([\w,]+)\]'", page.read_text()) for extra in group.split(",")}
+    extras = re.findall(r"^(\w+) = \[", (root / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1], re.MULTILINE)
+    assert {"cpu", "cli"} <= named
+    assert named <= set(extras)
+
+
+def test_the_citation_is_of_this_version_and_the_license_that_of_the_package() -> None:
+    citation = (README.parent / "CITATION.cff").read_text()
+    assert f"\nversion: {so.__version__}\n" in citation
+    assert "\nlicense: Apache-2.0\n" in citation
+    assert '\nlicense = "Apache-2.0"\n' in (README.parent / "pyproject.toml").read_text()
+    assert "Apache License\n" in (README.parent / "LICENSE").read_text()
+
+
 def test_every_file_the_readme_links_to_exists() -> None:
     links = re.findall(r"\]\((?!http)([^)#]+)", README.read_text())
     assert links

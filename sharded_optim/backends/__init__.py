@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 MODULES = ("cpu", "triton", "eager")  # in the order in which "auto" takes them; imported when asked for
-EXTRAS = {"cpu": "cpu", "triton": "triton"}  # what a backend's packages are installed by
+PACKAGES = {"cpu": "numba", "triton": "triton"}  # what a backend needs beside torch
 AUTO = "auto"
 TRITON, EAGER = "triton", "eager"
 
@@ -224,7 +224,7 @@ def candidates(backend: str, triton: bool | None) -> tuple[str, ...]:
         if backend not in (AUTO, TRITON):
             raise ValueError(f"triton=True contradicts backend={backend!r}; give one of the two")
         if find_spec("triton") is None:
-            raise ImportError("triton=True needs the triton package: pip install 'sharded-optim[triton]', or leave triton out")
+            raise ImportError("triton=True needs the triton package: pip install triton, or leave triton out")
         return (TRITON,)
     if triton is False and backend == TRITON:
         raise ValueError("triton=False contradicts backend='triton'; give one of the two")
@@ -243,7 +243,7 @@ def choose(names: Sequence[str], device: torch.device, dtypes: frozenset[torch.d
         try:
             backend: Backend = import_module(f"{__name__}.{name}").BACKEND
         except ImportError as error:
-            reasons.append(f"{name}: {error} (pip install 'sharded-optim[{EXTRAS[name]}]')")
+            reasons.append(f"{name}: {error} (pip install {PACKAGES[name]})")
             continue
         reason = backend.supports(device, dtypes)
         if reason is None:

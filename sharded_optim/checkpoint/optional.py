@@ -19,6 +19,6 @@ def safetensors() -> Any:
         import safetensors.torch
     except ModuleNotFoundError as error:
         raise CheckpointError(
-            "files of safetensors need the package safetensors, which is not installed; pip install 'sharded-optim[cli]'"
+            "files of safetensors need the package safetensors, which is not installed; pip install safetensors"
         ) from error
     return safetensors

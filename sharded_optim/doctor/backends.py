@@ -7,7 +7,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from sharded_optim.backends import EXTRAS, MODULES, Backend
+from sharded_optim.backends import MODULES, PACKAGES, Backend
 from sharded_optim.doctor.findings import Finding, Status, one_line
 from sharded_optim.optimizers import StableAdamW
 
@@ -50,7 +50,7 @@ def _examine(name: str, device: torch.device) -> Finding:
     try:
         backend: Backend = import_module(f"sharded_optim.backends.{name}").BACKEND
     except ImportError as error:
-        return _finding(name, "absent", one_line(error), f"pip install 'sharded-optim[{EXTRAS[name]}]'")
+        return _finding(name, "absent", one_line(error), f"pip install {PACKAGES[name]}")
     reasons = {each: backend.supports(each, frozenset(DTYPES)) for each in dict.fromkeys((device, CPU))}
     fitting = next((each for each, reason in reasons.items() if reason is None), None)
     if fitting is not None:

@@ -19,11 +19,11 @@ __all__ = ["MINIMUM", "OPTIONAL", "Packages"]
 MINIMUM = {"torch": (2, 9), "numba": (0, 61), "triton": (3, 6), "safetensors": (0, 4, 3)}  # as in pyproject.toml
 # Packages that may be there, and how they are installed.
 OPTIONAL = {
-    "numba": "'sharded-optim[cpu]'",
-    "triton": "'sharded-optim[triton]'",
-    "deepspeed": "'sharded-optim[deepspeed]'",
+    "numba": "numba",
+    "triton": "triton",
+    "deepspeed": f"'deepspeed{VERSIONS}'",
     "mpi4py": "mpi4py",
-    "safetensors": "'sharded-optim[cli]'",
+    "safetensors": "safetensors",
     "fsspec": "fsspec",
 }
 # Importing mpi4py.MPI would initialise MPI; the version of the library may be asked before.
@@ -49,6 +49,7 @@ class Packages:
         return [
             _finding("python", "ok", python, version=python),
             _torch(),
+            _numpy(),
             _finding("sharded-optim", "ok", __version__, version=__version__),
             *(_optional(name) for name in OPTIONAL if name not in ("deepspeed", "mpi4py")),
             _of_deepspeed(self._deepspeed, self._timeout),
@@ -86,6 +87,13 @@ def _torch() -> Finding:
     if numbers_of(version) < MINIMUM["torch"]:
         return _finding("torch", "problem", f"{version}, and >= {oldest} is needed", f"pip install 'torch>={oldest}'", **data)
     return _finding("torch", "ok", f"{version}, a {build} build, >= {oldest}", **data)
+
+
+def _numpy() -> Finding:
+    version = _version_of("numpy")
+    if version is None:
+        return _finding("numpy", "problem", "not installed, and torch.distributed gathers objects by it", "pip install numpy", version=None)
+    return _finding("numpy", "ok", version, version=version)
 
 
 def _optional(name: str) -> Finding:
