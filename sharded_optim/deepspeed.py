@@ -208,7 +208,7 @@ def _problems(engine: Any) -> Iterator[str]:
     for param, name in engine.param_names.items():
         if not getattr(param, "allreduce", True) and sharding.EXPERTS not in name:  # AutoEP, which stacks experts into one tensor per rank
             yield f"{name!r} is another tensor on each rank of an expert-parallel group; make experts with deepspeed.moe.layer.MoE"
-    if wrapper is not optimizer and sharding.qualified_name(wrapper) not in sharding.WRAPPERS:
+    if wrapper is not optimizer and sharding.qualified_name(wrapper) not in sharding.OPTIMIZER_WRAPPERS:
         yield f"the optimizer wrapper {sharding.qualified_name(wrapper)} is not known here; use ZeRO stage 0, 1, 2 or 3"
     if stage == 0 and engine.fp16_enabled():
         yield "fp16 without ZeRO divides gradients by a loss scale that DeepSpeed has not multiplied them with; use ZeRO stage 1, or bf16"

@@ -19,7 +19,7 @@ from sharded_optim.sharding.flat import FlatLayout, FlatTensor, piece_in_range
 from sharded_optim.sharding.layout import Piece
 from sharded_optim.sharding.wrappers import Wrapper
 
-__all__ = ["EXPERTS", "WRAPPER", "WRAPPERS", "layout_of", "parameter_names", "qualified_name"]
+__all__ = ["EXPERTS", "OPTIMIZER_WRAPPERS", "WRAPPER", "layout_of", "parameter_names", "qualified_name"]
 
 STRANGER = (
     "is not one that DeepSpeed had given the optimizer when so.deepspeed.attach(engine) was called; DeepSpeed takes no parameters later, "
@@ -39,7 +39,7 @@ def layout_of(engine: Any) -> FlatLayout:
         KeyError, AttributeError: DeepSpeed keeps its layout elsewhere.
     """
     names = parameter_names(engine)
-    read = _stage_0 if engine.optimizer is engine.basic_optimizer else WRAPPERS[qualified_name(engine.optimizer)]
+    read = _stage_0 if engine.optimizer is engine.basic_optimizer else OPTIMIZER_WRAPPERS[qualified_name(engine.optimizer)]
     whole, flat = read(engine.optimizer, names)
     return FlatLayout(flat=dict(flat), whole=whole, stranger=STRANGER, in_turns=True)
 
@@ -126,7 +126,7 @@ def _check_values(name: str, master: Tensor, param: Tensor) -> None:
 
 
 # By the class of DeepSpeed's optimizer wrapper. Subclasses do other things.
-WRAPPERS: dict[str, Callable[[Any, Names], tuple[Names, Iterator[Flat]]]] = {
+OPTIMIZER_WRAPPERS: dict[str, Callable[[Any, Names], tuple[Names, Iterator[Flat]]]] = {
     "deepspeed.runtime.fp16.unfused_optimizer.FP16_UnfusedOptimizer": _stage_0_bf16,
     "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer": _stages_1_and_2,
     "deepspeed.runtime.bf16_optimizer.BF16_Optimizer": _stage_1_bf16,
