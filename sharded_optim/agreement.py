@@ -8,7 +8,7 @@ in the same step where the host knows the sums, one step later where only a devi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
@@ -132,6 +132,11 @@ class Agreement:
         return known_on_host(self.totals)
 
     @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """Of the ranks that agreed, held weakly: torch.distributed owns it."""
+        return None if self.layout.process_group is None else self.layout.process_group()
+
+    @property
     def vector(self) -> Tensor:
         """Int64 (SECTIONS, number of tensors)."""
         return self.totals[:-TAIL].view(SECTIONS, len(self.layout.names))
@@ -196,7 +201,7 @@ class Agreement:
                 raise failure
         elif failure is not None or host_value(self.totals[INVALID]) or host_value(self.totals[REPLACES]):
             message = None if failure is None else str(failure) if isinstance(failure, ValueError) else repr(failure)
-            raise ValueError(gather_messages(message, self.rules.process_group)) from failure
+            raise ValueError(gather_messages(message, self.process_group)) from failure
         elif not self._flags.read()[0]:
             raise ValueError(self.inconsistency())
 
@@ -209,7 +214,7 @@ class Agreement:
         if not self._flags.read()[1]:
             names = self.names_where_not_finite_here()
             message = f"gradient not finite, or too large to square in fp32: {', '.join(map(repr, names))}" if names else None
-            raise FloatingPointError(gather_messages(message, self.rules.process_group))
+            raise FloatingPointError(gather_messages(message, self.process_group))
 
     def raise_left_over(self, streak: Streak) -> None:
         """Raise, on every rank, what only the host can see in the verdict: ranks that do not fit together, and a streak that is too long.
@@ -239,7 +244,7 @@ class Agreement:
         rows = zip(self.layout.names, streak.first.tolist(), strict=True)
         found = [f"{name!r} on {ranks} rank{'s' if ranks > 1 else ''}" for name, ranks in rows if ranks]
         more = f" and {len(found) - MOST_NAMES} more" if len(found) > MOST_NAMES else ""
-        holders = ranks_where(bool(self.names_where_not_finite_here()), self.rules.process_group)
+        holders = ranks_where(bool(self.names_where_not_finite_here()), self.process_group)
         last = f" In the last of them, gradients held by {named_ranks(holders)} were not finite." if holders else ""
         return (
             f"{streak.length} steps in a row were skipped, as gradients were not finite, or too large to square in fp32. In the first "
@@ -283,7 +288,7 @@ def agree(
         vector[FOUND_INF] = (found_inf.to(vector.device) != 0).reshape(())
     totals = _summed(vector, layout, rules.process_group)
     verdict = judge(totals, skips=rules.nonfinite == "skip")
-    return Agreement(layout=layout, totals=totals, contributions=contributions, verdict=verdict, rules=rules)
+    return Agreement(layout=layout, totals=totals, contributions=contributions, verdict=verdict, rules=replace(rules, process_group=None))
 
 
 def _contributed(layout: Layout, contributions: Sequence[Contribution], device: torch.device, *, invalid: bool, replaces: bool) -> Tensor:

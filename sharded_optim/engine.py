@@ -146,7 +146,7 @@ class Engine(StatefulOptimizer):
             self._join_guard.check((param for group in self.param_groups for param in group["params"]), self._sets.made)
         rules = self._rules()
         only = None if param is None else (param,) if isinstance(param, Tensor) else tuple(param)
-        params = self._sets.of(self, only, rules)  # raises what the step before has left
+        params = self._sets.of(self, only, rules)  # a collective when it is made; raises what the step before has left
         self._reports.rows = None
         self._given.clear()  # whoever replaces parameters from now on is a user
         scaler = Scaler.of(self)
@@ -160,7 +160,8 @@ class Engine(StatefulOptimizer):
                 _warn_of_no_gradients(self, params, agreement)
             self._update(params, agreement, rules, scaler, accumulate=only is not None and self.optimizer_accumulation)
         finally:
-            params.release()
+            self._sets.release(params)
+            observation = None  # else an error that it has, and this frame, would keep each other alive
         return loss
 
     def listen(self, listener: StepListener) -> None:
@@ -173,7 +174,7 @@ class Engine(StatefulOptimizer):
 
         The next step of all parameters uses what it found, unless gradients, state or hyperparameters have changed by then.
         """
-        rules, params = self._rules(), self._sets.last
+        rules, params = self._rules(), self._sets.whole
         if params is not None and rules.agrees and params.fits(self.all_params(), self.layout, rules):
             params.observe_unit(self, rules, unit)
 
@@ -205,7 +206,7 @@ class Engine(StatefulOptimizer):
             if not happens:
                 params.skip()
             if agreement is not None:
-                params.count_on_host(agreement)
+                params.conclude(agreement)
             if not happens:
                 return
             proceed = None
@@ -270,7 +271,7 @@ class Engine(StatefulOptimizer):
         The first call may exchange the layout before. See `metrics.dist_reduce`.
         """
         process_group = self.own_group()
-        layout = self._sets.whole_layout(self, process_group)
+        layout = self._sets.layout_of_all_ranks(self, process_group)
         optimizer_metrics |= self._reports.reduced(optimizer_metrics, layout, process_group)
         return optimizer_metrics
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from operator import attrgetter, is_
 from typing import Any, Protocol
-from weakref import WeakValueDictionary
 
 import torch.distributed as dist
 from torch import Tensor
@@ -80,14 +79,22 @@ class ParamSet:
         self._streak = Streak()
         self.updates: tuple[int, Sequence[Update]] = (-1, ())
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of its parameters."""
+        return tuple(entry.name for entry in self.layout.local_params)
+
     def fits(self, params: Sequence[Tensor], flat_layout: FlatLayout | None, rules: Rules) -> bool:
         """Whether these are the parameters of this set, as they were when it was made, in the same wrapper and for the same ranks."""
-        return (
-            self.layout.is_global == rules.agrees
-            and flat_layout is self._flat_layout
-            and (not rules.agrees or self.layout.is_global_over(rules.process_group))
-            and self.layout.describes(params)
-        )
+        return (self.is_over(rules.process_group) if rules.agrees else not self.layout.is_global) and self.holds(params, flat_layout)
+
+    def is_over(self, process_group: dist.ProcessGroup | None) -> bool:
+        """Whether all ranks of a process group have made it together."""
+        return self.layout.is_global_over(process_group)
+
+    def holds(self, params: Sequence[Tensor], flat_layout: FlatLayout | None) -> bool:
+        """Whether these are its parameters, as they were when it was made, in the same wrapper."""
+        return flat_layout is self._flat_layout and self.layout.describes(params)
 
     def observe(self, optimizer: StatefulOptimizer, rules: Rules, scaler: Scaler, *, whole: bool) -> Observation:
         """Look at gradients and state, and sum what the ranks must agree on. Writes no values.
@@ -152,11 +159,10 @@ class ParamSet:
         found.raise_non_finite()
         return found
 
-    def raise_left_over(self) -> None:
-        """Raise what the last step has left: see `Agreement.raise_left_over`."""
+    def take_left_over(self) -> Callable[[], None]:
+        """What raises what the last step has left, which is no longer kept here: see `Agreement.raise_left_over`."""
         agreement, self._left_over = self._left_over, None
-        if agreement is not None:
-            agreement.raise_left_over(self._streak)
+        return (lambda: None) if agreement is None else partial(agreement.raise_left_over, self._streak)
 
     @property
     def has_left_over(self) -> bool:
@@ -168,7 +174,7 @@ class ParamSet:
         """Whether anything is kept of the last step for reports."""
         return self.agreement is not None or self.updates[0] >= 0
 
-    def count_on_host(self, agreement: Agreement) -> None:
+    def conclude(self, agreement: Agreement) -> None:
         """Count a step whose verdict the host knows.
 
         Raises:
@@ -230,25 +236,29 @@ class ParamSets:
         together: whether one kernel call steps all parameters that it can, or each its own.
 
     Attributes:
-        last: the last set that was of all parameters; None before the first.
-        made: how many sets were made.
+        whole: the last set that was of all parameters; None before the first, and where a wrapper steps them in turns.
+        made: how many of these were made.
     """
 
     def __init__(self, index: ParamIndex, backends: BackendChoice, *, together: bool) -> None:
         self._index = index
         self._backends = backends
         self._together = together
-        self.last: ParamSet | None = None
+        self.whole: ParamSet | None = None
         self.made = 0
-        self._by_first: defaultdict[int, list[ParamSet]] = defaultdict(list)  # by the id of their first parameter; the last made is last
-        self._by_names: WeakValueDictionary[tuple[str, ...], ParamSet] = WeakValueDictionary()
+        # The others: by the id of their first parameter, the last made is last; and by the names of their parameters, the last made.
+        self._by_first: defaultdict[int, list[ParamSet]] = defaultdict(list)
+        self._by_names: dict[tuple[str, ...], ParamSet] = {}
         self._present: list[int] = []  # ids of the parameters in the groups, when a set was made last
         self._compared: dict[int, Tensor] = {}  # by id: parameters of which the ranks have compared the values
         self._compared_over: weakref.ref[dist.ProcessGroup] | None = None  # the ranks that have
-        self._whole: Layout | None = None  # of all parameters of all ranks, where no step needs it
+        self._exchanged: ParamSet | None = None  # of all parameters of all ranks, where no step needs it
 
     def __iter__(self) -> Iterator[ParamSet]:
-        return (each for sets in self._by_first.values() for each in sets)
+        if self.whole is not None:
+            yield self.whole
+        for sets in self._by_first.values():
+            yield from sets
 
     def of(self, optimizer: StatefulOptimizer, only: Sequence[Tensor] | None, rules: Rules) -> ParamSet:
         """The set of all parameters as they are now, or of some. A collective when it is made, if ranks agree.
@@ -262,13 +272,21 @@ class ParamSets:
             FloatingPointError: see `Agreement.raise_left_over`.
         """
         params = optimizer.all_params() if only is None else only
-        known = next((each for each in self._by_first.get(id(params[0]), ()) if each.layout.is_of(params)), None) if params else None
-        self._raise_left_over(params, known, whole=only is None)
-        if known is None or not known.fits(params, optimizer.layout, rules):
-            known = self._make(optimizer, only, params, rules, known)
-        if only is None:
-            self.last = known
-        return known
+        # All parameters are one set, whichever they are: the other ranks may be stepping it while this one has replaced some.
+        whole = only is None and not (optimizer.layout is not None and optimizer.layout.in_turns)
+        before = self.whole if whole else self._known(params)
+        self._raise_left_over(params, before, all_sets=only is None)
+        if before is not None and before.fits(params, optimizer.layout, rules):
+            return before
+        for param in params[:1]:
+            refuse_to_capture(param.device)
+        others = before
+        if before is None and only is not None and rules.process_group is not None:
+            others = self._of_same_names(optimizer, params)
+        made = self._make(optimizer, params, rules, others)
+        dropped = self._keep(optimizer, made, before, whole=whole)
+        _raise_all([each.take_left_over() for each in dropped])
+        return made
 
     def forget_reports(self, stepped: ParamSet) -> None:
         """Let go of what steps have left for reports of parameters that this set steps too."""
@@ -280,79 +298,99 @@ class ParamSets:
                 if not ids.isdisjoint(map(id, each.layout.params)):
                     each.forget_reports()
 
-    def whole_layout(self, optimizer: StatefulOptimizer, process_group: dist.ProcessGroup | None) -> Layout:
+    def release(self, stepped: ParamSet) -> None:
+        """After a step: let go of gradients and state, and of what was observed early of a set that it may have changed."""
+        stepped.release()
+        if self.whole is not None and self.whole is not stepped:
+            self.whole.release()
+
+    def layout_of_all_ranks(self, optimizer: StatefulOptimizer, process_group: dist.ProcessGroup | None) -> Layout:
         """The layout of all parameters of all ranks, also where no step needs one. A collective when it is made."""
         params = optimizer.all_params()
-        for layout in (self._whole, self.last and self.last.layout):
-            if layout is not None and layout.is_global_over(process_group) and layout.describes(params):
-                return layout
-        self._whole = self._layout(optimizer, params, process_group)
-        return self._whole
+        for each in (self._exchanged, self.whole):
+            if each is not None and each.is_over(process_group) and each.holds(params, optimizer.layout):
+                return each.layout
+        self._exchanged = self._set(optimizer, self._layout(optimizer, params, process_group))
+        return self._exchanged.layout
 
-    def _raise_left_over(self, params: Sequence[Tensor], known: ParamSet | None, *, whole: bool) -> None:
+    def _known(self, params: Sequence[Tensor]) -> ParamSet | None:
+        """The set of these parameters that was stepped before."""
+        return next((each for each in self._by_first.get(id(params[0]), ()) if each.layout.is_of(params)), None) if params else None
+
+    def _of_same_names(self, optimizer: StatefulOptimizer, params: Sequence[Tensor]) -> ParamSet | None:
+        """The set that other ranks may be stepping, where this one has replaced some of its parameters."""
+        return self._by_names.get(tuple(place.name for place in self._index.places_of(optimizer.param_groups, params)))
+
+    def _raise_left_over(self, params: Sequence[Tensor], known: ParamSet | None, *, all_sets: bool) -> None:
         """Raise what steps of any of these parameters have left. Not where a CUDA graph is recorded, which cannot wait."""
-        due = [each for each in (self if whole else (known,)) if each is not None and each.has_left_over]
+        due = [each for each in (self if all_sets else (known,)) if each is not None and each.has_left_over]
         if not due or any(capturing(each.layout.device) for each in due):
             return
         ids = set(map(id, params)) if due != [known] else set()
-        for each in due:
-            if each is known or not ids.isdisjoint(map(id, each.layout.params)):
-                each.raise_left_over()
+        _raise_all([each.take_left_over() for each in due if each is known or not ids.isdisjoint(map(id, each.layout.params))])
 
-    def _make(
-        self, optimizer: StatefulOptimizer, only: Sequence[Tensor] | None, params: Sequence[Tensor], rules: Rules, known: ParamSet | None
-    ) -> ParamSet:
-        """Make a set, and let go of those that it replaces."""
-        for param in params[:1]:
-            refuse_to_capture(param.device)
-        process_group = rules.process_group
-        before = known
-        if before is None and process_group is not None:  # other ranks may be stepping the set that this one was
-            names = None if only is None else tuple(place.name for place in self._index.places_of(optimizer.param_groups, params))
-            before = self.last if names is None else self._by_names.get(names)
-        if before is not None and process_group is not None and before.layout.is_global_over(process_group):
+    def _make(self, optimizer: StatefulOptimizer, params: Sequence[Tensor], rules: Rules, before: ParamSet | None) -> ParamSet:
+        """Make a set.
+
+        Args:
+            before: the set that other ranks may be stepping, unless theirs has changed too.
+        """
+        group = rules.process_group
+        if group is not None and before is not None and before.is_over(group):
             device = params[0].device if params else before.layout.device
             confirm_replacement(before.layout, self._change(optimizer, params, before.layout), rules, device)
-        layout = self._layout(optimizer, params, process_group) if rules.agrees else Layout.of_rank(self._described(optimizer, params))
-        self._drop(optimizer, known, whole=only is None)
-        made = ParamSet(layout, optimizer.layout, self._backends, together=self._together)
-        self.made += 1
-        sets = self._by_first[id(layout.params[0])]
-        alone = [each for each in sets if each is not self.last]
-        if len(alone) >= SETS_PER_PARAM:  # the same on all ranks, as they step the same sets in the same order
-            sets.remove(alone[0])
-        sets.append(made)
-        self._by_names[tuple(entry.name for entry in layout.local_params)] = made
-        return made
+        return self._set(
+            optimizer, self._layout(optimizer, params, group) if rules.agrees else Layout.of_rank(self._described(optimizer, params))
+        )
 
-    def _drop(self, optimizer: StatefulOptimizer, replaced: ParamSet | None, *, whole: bool) -> None:
-        """Let go of sets that a new one replaces, and of what is known of parameters that have left the groups.
+    def _set(self, optimizer: StatefulOptimizer, layout: Layout) -> ParamSet:
+        return ParamSet(layout, optimizer.layout, self._backends, together=self._together)
+
+    def _keep(self, optimizer: StatefulOptimizer, made: ParamSet, replaced: ParamSet | None, *, whole: bool) -> list[ParamSet]:
+        """Keep a set that was made, and let go of those that it replaces, which are returned. All ranks do the same in the same step.
 
         DeepSpeed puts one set of parameters after the other into the groups: those that its layout knows come back.
 
         Args:
-            replaced: had the parameters of the new one.
+            replaced: was of the same parameters, or of all.
             whole: whether the new one is of all parameters.
         """
+        dropped = [] if replaced is None else [replaced]
         present = list(map(id, optimizer.all_params()))
         if whole or present != self._present:
             self._present = present
+            self._exchanged = None
             self._index.look_up(optimizer.param_groups)
             flat = {} if optimizer.layout is None else optimizer.layout.flat
-
-            def comes_back(param: Tensor) -> bool:
-                return param not in self._index and param in flat
-
-            def stays(each: ParamSet) -> bool:
-                if whole:  # those of some of its parameters go too: they were made when there were others
-                    return all(map(comes_back, each.layout.params))
-                return all(param in self._index or param in flat for param in each.layout.params)
-
             self._compared = {key: param for key, param in self._compared.items() if param in self._index or param in flat}
-            kept = {first: [each for each in sets if stays(each)] for first, sets in self._by_first.items()}
-            self._by_first = defaultdict(list, {first: sets for first, sets in kept.items() if sets})
-        if replaced is not None and replaced in (sets := self._by_first[id(replaced.layout.params[0])]):
-            sets.remove(replaced)
+            # With a set of all parameters, those of some of them go too: they were made when there were others.
+            dropped += [
+                each
+                for sets in self._by_first.values()
+                for each in sets
+                if whole or not all(param in self._index or param in flat for param in each.layout.params)
+            ]
+        if whole:
+            self.whole = made
+            self.made += 1
+        else:
+            sets = self._by_first[id(made.layout.params[0])]
+            dropped += sets[: len(sets) + 1 - SETS_PER_PARAM] if len(sets) >= SETS_PER_PARAM else []
+        for each in dict.fromkeys(dropped):
+            self._forget(each)
+        if not whole:
+            self._by_first[id(made.layout.params[0])].append(made)
+            self._by_names[made.names] = made
+        return dropped
+
+    def _forget(self, dropped: ParamSet) -> None:
+        first = id(dropped.layout.params[0])
+        if dropped in self._by_first.get(first, ()):
+            self._by_first[first].remove(dropped)
+            if not self._by_first[first]:
+                del self._by_first[first]
+        if self._by_names.get(dropped.names) is dropped:
+            del self._by_names[dropped.names]
 
     def _layout(self, optimizer: StatefulOptimizer, params: Sequence[Tensor], process_group: dist.ProcessGroup | None) -> Layout:
         """Make a layout of all ranks: a collective. Values of replicas are compared once: later, they may have drifted in their last bits,
@@ -387,6 +425,12 @@ class ParamSets:
         if gone := [entry.name for entry in layout.local_params if id(entry.param) not in now]:
             return f"without {len(gone)}, {', '.join(map(repr, gone[:SHOWN]))}{', ...' if len(gone) > SHOWN else ''}"
         return "the same in another order, or of other shapes, dtypes, devices or placements"
+
+
+def _raise_all(left_over: Sequence[Callable[[], None]]) -> None:
+    """Raise the first that is to be raised; the others would say the same in the steps to come."""
+    for each in left_over:
+        each()
 
 
 def _without_grad(grads: Sequence[Tensor | None]) -> list[int]:

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ranks
@@ -18,7 +19,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import sharded_optim as so
-from sharded_optim.sharding import Layout
+from sharded_optim import engine, grouped
+from sharded_optim.sharding import Layout, ddp
 
 CLASSES = [so.Adam, so.AdamW, so.StableAdamW, so.DecoupledAdamW, so.DecoupledSGDW]
 SHAPES = ((7, 3), (), (5,), (0,), (64, 8))
@@ -121,6 +123,23 @@ def test_what_is_kept_of_sets_that_are_stepped_alone_is_bounded() -> None:
     assert len(kept) <= 8 * len(params) + 1
     assert len(list(optimizer._sets)) <= 8 * len(params) + 1
     assert optimizer.metrics()["rms/w7"] > 0
+
+
+def test_objects_are_searched_for_models_as_often_as_sets_of_all_parameters_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not for each parameter that gradient release steps alone: a search takes as long as thousands of steps."""
+    searches = []
+    monkeypatch.setattr(ddp, "ddp_modules", lambda: searches.append(1) or [])
+    monkeypatch.setattr(ddp.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(engine, "is_distributed", lambda: True)
+    monkeypatch.setattr(grouped, "is_distributed", lambda: False)
+    params = parameters()
+    optimizer = so.StableAdamW(named(params), lr=1e-2)
+    for _ in range(2):
+        give_grads(params, 0)
+        for param in params:
+            optimizer.step(param=param)
+        optimizer.step()
+    assert len(searches) <= 2
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -417,6 +436,86 @@ def check_a_set_that_changes_on_one_rank_alone() -> None:
     step()
 
 
+def check_all_parameters_that_have_become_a_set_stepped_alone() -> None:
+    """All ranks raise where one has removed so many that the others are a set it knows."""
+    a, b = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(300))
+    optimizer = so.StableAdamW([{"params": [("a", a)]}, {"params": [("b", b)]}], lr=1e-2)
+    for only in ((a,), None, (a,)):
+        give_ones(a, b)
+        optimizer.step(param=only)
+    group = optimizer.param_groups[1]
+    if dist.get_rank() == 0:
+        optimizer.param_groups.pop()
+    give_ones(a, b)
+    with pytest.raises(ValueError, match=r"rank 0: the parameters .* not on all ranks: here they are without 1, 'b'"):
+        optimizer.step()
+    if dist.get_rank() == 0:
+        optimizer.param_groups.append(group)
+    optimizer.step()
+
+
+def check_a_failed_step_that_one_rank_remembers() -> None:
+    """What is known of a set does not depend on who keeps an exception alive, as a notebook does."""
+    a, b, c = (nn.Parameter(torch.ones(count)) for count in (4, 5, 5))
+    optimizer = so.StableAdamW([{"params": [("a", a)]}, {"params": [("b", b)]}], lr=1e-2, nonfinite="raise")
+    give_ones(a, b)
+    optimizer.step()
+    a.grad = torch.full((4,), torch.nan)
+    kept = None
+    try:
+        optimizer.step(param=(a,))
+    except FloatingPointError as error:
+        kept = error if dist.get_rank() == 0 else None
+    give_ones(a, b, c)
+    optimizer.step(param=(a,))
+    optimizer.add_param_group({"params": [("c", c)]})
+    optimizer.step()
+    optimizer.step(param=(a,))
+    assert (kept is None) == (dist.get_rank() != 0)
+    assert float(optimizer.state[a]["step"]) == 4.0
+
+
+def check_metrics_of_a_parameter_that_only_one_rank_gets() -> None:
+    """ShardedOptimizer, whose other rank holds nothing of a parameter that is trained from now on."""
+    model, late = nn.Linear(6, 4), nn.Parameter(torch.ones(1), requires_grad=False)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.fill_(0.1)
+    params = {"w": model.weight, "b": model.bias, "late": late}
+    optimizer = so.ShardedOptimizer(list(params.items()), so.AdamW, lr=1e-2)
+    for trained in (False, True):
+        late.requires_grad_(trained)
+        optimizer.zero_grad()
+        (model(torch.ones(2, 6)).sum() * late.sum()).backward()
+        optimizer.step()
+        report: dict[str, Any] = {}
+        for name, param in params.items():
+            if param.requires_grad:
+                report = optimizer.report_per_parameter_metrics(param, name, report)
+        report = optimizer.dist_reduce_metrics(optimizer.pre_reduce_metrics(report))
+        assert float(report["l2_norm/grad/w"]) == pytest.approx(96**0.5, rel=0.1)
+        assert ("l2_norm/grad/late" in report) == trained
+
+
+def check_what_is_kept_of_a_process_group() -> None:
+    """torch.distributed owns it, and ends its threads."""
+    param = nn.Parameter(torch.ones(3))
+    group = dist.new_group([0, 1])
+    optimizer = so.StableAdamW([("w", param)], lr=1e-2, process_group=group)
+    give_ones(param)
+    optimizer.step()
+    own = weakref.ref(optimizer.own_group())
+    assert own() is not None
+    dist.destroy_process_group(own())
+    gc.collect()
+    assert own() is None
+
+
+def give_ones(*params: nn.Parameter) -> None:
+    for param in params:
+        param.grad = torch.ones_like(param)
+
+
 def check_options_that_differ_between_ranks() -> None:
     """An option that decides what a step does is compared like a hyperparameter, also when it is set later."""
     for name, values in (("nonfinite", ("skip", "allow")), ("nonfinite", ("skip", "raise")), ("max_skipped_steps", (2, 3))):
@@ -514,6 +613,10 @@ def check_two_ranks(folder: str) -> None:
     check_parameters_that_change_on_one_rank_alone()
     check_a_set_that_changes_on_one_rank_alone()
     check_options_that_differ_between_ranks()
+    check_all_parameters_that_have_become_a_set_stepped_alone()
+    check_a_failed_step_that_one_rank_remembers()
+    check_metrics_of_a_parameter_that_only_one_rank_gets()
+    check_what_is_kept_of_a_process_group()
     check_fsdp2_models_that_are_moved_and_cast()
     check_a_dtensor_that_is_sharded_otherwise()
     check_process_groups_come_and_go(folder)

@@ -141,6 +141,68 @@ def test_an_inconsistency_is_raised_in_the_next_step_and_nothing_is_written_in_b
 
 
 @pytest.mark.usefixtures("cpu_is_a_device")
+@pytest.mark.parametrize("change", ["replaced", "removed", "evicted"])
+def test_what_a_set_has_left_to_be_raised_is_raised_though_the_set_is_dropped(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = [nn.Parameter(torch.ones(3)) for _ in range(11)]
+    optimizer = so.StableAdamW([{"params": [(f"w{index}", param)]} for index, param in enumerate(params)], lr=1e-2)
+
+    def give(*changed: nn.Parameter) -> None:
+        for param in (*params, *changed):
+            param.grad = torch.ones(3)
+
+    def inconsistent(vector: Tensor, *_) -> Tensor:
+        vector[consensus.INVALID] = 1
+        return vector
+
+    give()
+    optimizer.step()
+    optimizer.step(param=(params[0], params[1]))
+    with monkeypatch.context() as patch:
+        patch.setattr(agreement, "_summed", inconsistent)
+        give()
+        optimizer.step(param=(params[0], params[1]))
+    new = nn.Parameter(torch.ones(3))
+    give(new)
+    steps: list[tuple[nn.Parameter, ...] | None] = [(params[0], other) for other in params[2:]]
+    if change == "replaced":
+        optimizer.param_groups[0]["params"][0] = new
+        steps = [(new, params[1])]
+    elif change == "removed":
+        del optimizer.param_groups[:2]
+        steps = [None]
+
+    def go_on() -> None:
+        for only in steps:
+            optimizer.step(param=only)
+
+    with pytest.raises(ValueError, match="other ranks met bad input"):
+        go_on()
+    optimizer.step()
+
+
+@pytest.mark.usefixtures("cpu_is_a_device")
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_what_was_observed_early_is_forgotten_when_a_part_is_stepped(backend: str) -> None:
+    """A device tells nobody what a step has written."""
+    ends = []
+    for early in (True, False):
+        params = [nn.Parameter(torch.ones(count)) for count in (3, 5)]
+        optimizer = so.StableAdamW([(f"w{index}", param) for index, param in enumerate(params)], lr=1e-2, backend=backend)
+        for scale in (1.0, 30.0):
+            for index, param in enumerate(params):
+                param.grad = scale * torch.randn(param.shape, generator=torch.Generator().manual_seed(index))
+            if scale == 1.0:
+                optimizer.step()
+                optimizer.step(param=params[0])
+            elif early:
+                optimizer.observe_unit(0)
+        optimizer.step(param=params[0])
+        optimizer.step()
+        ends.append(params)
+    assert all(map(torch.equal, *ends))
+
+
+@pytest.mark.usefixtures("cpu_is_a_device")
 def test_a_rank_that_meets_bad_input_raises_after_the_others_have_heard_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     heard = []
 
