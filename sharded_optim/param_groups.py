@@ -91,7 +91,7 @@ def warn_of_high_decay(groups: list[dict[str, Any]]) -> None:
             f"multiplied by the learning rate, so each step at the peak learning rate multiplies the weights by {1.0 - max(high):.6g}; "
             f"convert a coupled value with convert_weight_decay",
             UserWarning,
-            stacklevel=5,
+            stacklevel=6,
         )
 
 

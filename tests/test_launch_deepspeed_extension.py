@@ -71,8 +71,8 @@ def test_a_lock_that_was_left_behind_is_named_after_a_time_and_not_removed(folde
 @NEEDS_DEEPSPEED
 def test_a_build_that_takes_too_long_is_interrupted_and_leaves_no_lock(folder, monkeypatch):
     monkeypatch.setattr(deepspeed_extension, "START", TAKE_LOCK)
-    with pytest.raises(ConfigError, match="not compiled within 2 s; start again"):
-        build(timeout=2.0)
+    with pytest.raises(ConfigError, match="not compiled within 5 s; start again"):
+        build(timeout=5.0)
     assert (folder / "started").exists()
     assert not (folder / "lock").exists()
 

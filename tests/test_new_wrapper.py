@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -99,6 +99,16 @@ def check_everything(saved: str, plain: str) -> None:
     check_gradient_release(weight)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As ranks have: torch's products of matrices have other last bits on several."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_it_takes_one_new_file_and_its_registration(tmp_path: Path) -> None:
     """Then it is stepped, saved, loaded and released with the bits of one process, and its checkpoints are everybody's."""
     saved, plain = str(tmp_path / "saved"), str(tmp_path / "plain")
