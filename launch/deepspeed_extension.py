@@ -19,6 +19,8 @@ __all__ = ["build"]
 
 NAME = "deepspeed_shm_comm"
 PATIENCE_SECONDS = 10.0  # with an interrupted build
+# A shell's background jobs ignore what a keyboard sends, and so would the build.
+INTERRUPTIBLE = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
 # What a rank does when it starts, by itself. The first argument is a file that does not exist.
 START = """
 import sys, deepspeed
@@ -48,7 +50,7 @@ def build(device: str = "cpu", timeout: float | None = None) -> None:
     print("waiting for an extension that DeepSpeed compiles once, in about a minute", file=sys.stderr)
     with tempfile.TemporaryDirectory() as store:
         # In a session of its own, so that the whole build can be interrupted, and Ctrl-C reaches it by way of this process only.
-        command = [sys.executable, "-c", START, f"{store}/store"]
+        command = [sys.executable, "-c", INTERRUPTIBLE + START, f"{store}/store"]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
         try:
             output, _ = process.communicate(timeout=timeout)

@@ -370,18 +370,19 @@ class ParamSets:
                 for each in sets
                 if whole or not all(param in self._index or param in flat for param in each.layout.params)
             ]
+        for each in dropped:
+            self._forget(each)
         if whole:
             self.whole = made
             self.made += 1
-        else:
-            sets = self._by_first[id(made.layout.params[0])]
-            dropped += sets[: len(sets) + 1 - SETS_PER_PARAM] if len(sets) >= SETS_PER_PARAM else []
-        for each in dict.fromkeys(dropped):
+            return dropped
+        sets = self._by_first[id(made.layout.params[0])]
+        sets.append(made)
+        self._by_names[made.names] = made
+        evicted = sets[:-SETS_PER_PARAM]
+        for each in evicted:
             self._forget(each)
-        if not whole:
-            self._by_first[id(made.layout.params[0])].append(made)
-            self._by_names[made.names] = made
-        return dropped
+        return dropped + evicted
 
     def _forget(self, dropped: ParamSet) -> None:
         first = id(dropped.layout.params[0])
