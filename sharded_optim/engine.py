@@ -174,8 +174,11 @@ class Engine(StatefulOptimizer):
 
         The next step of all parameters uses what it found, unless gradients, state or hyperparameters have changed by then.
         """
-        rules, params = self._rules(), self._sets.whole
-        if params is not None and rules.agrees and params.fits(self.all_params(), self.layout, rules):
+        params = self._sets.whole
+        if params is None or not self._agrees:  # before the first step, the rules' process group would be made here: a collective
+            return
+        rules = self._rules()
+        if params.fits(self.all_params(), self.layout, rules):
             params.observe_unit(self, rules, unit)
 
     @property

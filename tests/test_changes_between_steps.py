@@ -254,6 +254,16 @@ CHANGES_AFTER_OBSERVATION: dict[str, Callable[[so.StableAdamW, Tensor], object]]
 }
 
 
+def test_observing_a_unit_before_the_first_step_is_no_collective(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks observe within backward, each the units that it holds: a process group that is made there would wait for the others."""
+    params = parameters()
+    optimizer = so.StableAdamW(named(params), lr=1e-2)
+    monkeypatch.setattr(grouped, "is_distributed", lambda: True)
+    monkeypatch.setattr(grouped, "own_process_group", lambda *_: pytest.fail("a process group was made"))
+    give_grads(params, 0)
+    optimizer.observe_unit(0)
+
+
 @pytest.mark.parametrize("change", CHANGES_AFTER_OBSERVATION)
 def test_what_was_observed_before_the_step_is_not_used_after_a_change(change: str) -> None:
     """The step has the bits of one before which nothing was observed."""
