@@ -30,9 +30,9 @@ from triton.backends.compiler import GPUTarget
 
 from benchmarks.report import table
 from sharded_optim.backends import triton as backend
-from sharded_optim.formats import FORMATS
 from sharded_optim.optimizers.adam import ADAM
 from sharded_optim.optimizers.stable_adamw import STABLE_ADAMW
+from sharded_optim.storage.formats import FORMATS
 
 __all__ = ["Code", "Figures", "disassembled", "figures_of", "main"]
 

@@ -49,9 +49,9 @@ def allocate_on_huge_pages(numel: int, dtype: torch.dtype) -> Tensor:
         ImportError: this version of the library has none.
     """
     try:
-        memory = import_module("sharded_optim.memory")
+        memory = import_module("sharded_optim.storage.memory")
     except ModuleNotFoundError:
-        raise ImportError("this version of sharded_optim has no sharded_optim.memory") from None
+        raise ImportError("this version of sharded_optim has no sharded_optim.storage.memory") from None
     return memory.zeros(numel, dtype)
 
 

@@ -29,9 +29,9 @@ from pydantic import (
 
 from launch import deepspeed_config
 from launch.errors import ConfigError, nearest
-from sharded_optim.algorithms.hyperparameters import Choice, Float, Floats, Hyperparameter, Int, Switch, Unsupported, by_name
-from sharded_optim.engine import Engine
+from sharded_optim.formulas.hyperparameters import Choice, Float, Floats, Hyperparameter, Int, Switch, Unsupported, by_name
 from sharded_optim.optimizers import OPTIMIZERS
+from sharded_optim.step.engine import Engine
 
 __all__ = ["CheckpointConfig", "Config", "ConfigError", "DataConfig", "ModelConfig", "OptimizerConfig", "from_arguments", "load"]
 

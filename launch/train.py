@@ -37,7 +37,7 @@ from launch.run_folder import RunFolder
 from launch.sharding import shard
 from launch.watch import Watch
 from sharded_optim.checkpoint import CheckpointError
-from sharded_optim.ranks import named_ranks, ranks_where
+from sharded_optim.sharding.ranks import named_ranks, ranks_where
 
 # The exit status of ranks that have saved and stopped because another machine is taken away: torchrun is to start them again, when there is
 # another one. With 0 it would take the job for done.

@@ -1,12 +1,12 @@
 """Optimizers that give the same answer however you shard them."""
 
 from sharded_optim import checkpoint, deepspeed, optimizers
-from sharded_optim.algorithms.convert_weight_decay import convert_weight_decay
-from sharded_optim.divergence import DivergenceCheck, DivergenceError
-from sharded_optim.gradient_release import prepare_for_gradient_release, remove_gradient_release
-from sharded_optim.model_preparation import param_groups_weight_decay, to_low_precision
 from sharded_optim.optimizers import *  # noqa: F403
+from sharded_optim.optimizers.convert_weight_decay import convert_weight_decay
 from sharded_optim.sharding import fsdp1_layout
+from sharded_optim.tools.divergence import DivergenceCheck, DivergenceError
+from sharded_optim.training.gradient_release import prepare_for_gradient_release, remove_gradient_release
+from sharded_optim.training.model_preparation import param_groups_weight_decay, to_low_precision
 from sharded_optim.version import __version__
 from sharded_optim.zero import ShardedOptimizer
 

@@ -21,10 +21,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.file_baton import FileBaton
 
-from sharded_optim.engine import Engine
 from sharded_optim.optimizers import OPTIMIZERS
-from sharded_optim.ranks import gather_messages, own_process_group
 from sharded_optim.sharding import deepspeed as sharding
+from sharded_optim.sharding.ranks import gather_messages, own_process_group
+from sharded_optim.step.engine import Engine
 
 __all__ = ["BUILD_SECONDS", "PREFIX", "attach", "initialize", "is_own", "not_built"]
 

@@ -11,7 +11,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from sharded_optim.backends import triton as backend
-from sharded_optim.backends import triton_formulas, triton_verdict
+from sharded_optim.backends.triton import formulas as triton_formulas
+from sharded_optim.backends.triton import verdict as triton_verdict
 
 __all__ = ["TARGET", "launched"]
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharded_optim.algorithms import Algorithm
-from sharded_optim.algorithms.weight_decay import COUPLED
 from sharded_optim.backends import Backend, Column, Operands, eager
-from sharded_optim.formats import FORMATS, Format
+from sharded_optim.formulas import Algorithm
+from sharded_optim.formulas.weight_decay import COUPLED
 from sharded_optim.optimizers.stable_adamw import STABLE_ADAMW
-from sharded_optim.segment import Segment
+from sharded_optim.sharding.segment import Segment
+from sharded_optim.storage.formats import FORMATS, Format
 
 STATISTIC = STABLE_ADAMW.statistic
 GROUP: dict[str, Any] = {

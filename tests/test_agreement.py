@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import sharded_optim as so
-from sharded_optim.ranks import own_process_group
+from sharded_optim.sharding.ranks import own_process_group
 
 
 def check_collectives(wrappers: list[str]) -> None:

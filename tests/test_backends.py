@@ -22,12 +22,12 @@ from variants import CPU_BACKENDS, examples
 
 import sharded_optim as so
 from sharded_optim import backends
-from sharded_optim.algorithms import Algorithm
 from sharded_optim.backends import cpu
-from sharded_optim.formats import FORMATS
+from sharded_optim.formulas import Algorithm
 from sharded_optim.optimizers.adam import ADAM, AMSGRAD
 from sharded_optim.optimizers.sgd import MOMENTUM, SGD
 from sharded_optim.optimizers.stable_adamw import STABLE_ADAMW
+from sharded_optim.storage.formats import FORMATS
 
 SHAPES = [(), (1,), (5,), (7, 3), (33, 17), (0,), (40_000,)]
 OPTIMIZERS: dict[str, Callable] = {
@@ -206,12 +206,12 @@ def copied(folder: Path) -> Path:
     [
         ("optimizers/adam.py", "decay * param", "decay * decay * param", 0.95**2),
         (
-            "formats.py",
+            "storage/formats.py",
             "def store_fp32(value, uniform):\n    return (value,)",
             "def store_fp32(value, uniform):\n    return (value + value,)",
             1.9,
         ),
-        ("formats.py", "def load_fp32(stored):\n    return stored", "def load_fp32(stored):\n    return stored + stored", 1.9),
+        ("storage/formats.py", "def load_fp32(stored):\n    return stored", "def load_fp32(stored):\n    return stored + stored", 1.9),
     ],
     ids=["update", "store", "load"],
 )

@@ -56,7 +56,9 @@ def test_every_contender_is_measured_or_has_a_reason(tiny_run: Run) -> None:
     for case, record in zip(CASES, tiny_run.cases, strict=True):
         meant = {contender.name for contender in [*MEASURED, NOBODY] if takes_part(contender, case, CPU)}
         assert {each.contender for each in (*record.results, *record.missing)} == meant
-        allowed = {NOBODY.name} if find_spec("sharded_optim.memory") else {each.name for each in MEASURED if each.storage == HUGE_PAGES}
+        allowed = (
+            {NOBODY.name} if find_spec("sharded_optim.storage.memory") else {each.name for each in MEASURED if each.storage == HUGE_PAGES}
+        )
         assert {each.contender for each in record.missing} <= allowed | {NOBODY.name}
         assert all(each.reason for each in record.missing)
         for result in record.results:

@@ -19,8 +19,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import sharded_optim as so
-from sharded_optim import engine, grouped
 from sharded_optim.sharding import Layout, ddp
+from sharded_optim.step import engine, grouped
 
 CLASSES = [so.Adam, so.AdamW, so.StableAdamW, so.DecoupledAdamW, so.DecoupledSGDW]
 SHAPES = ((7, 3), (), (5,), (0,), (64, 8))

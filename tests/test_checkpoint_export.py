@@ -26,7 +26,7 @@ from benchmarks.given_gradients import Model, Shapes, gradients, two_groups
 from sharded_optim import checkpoint
 from sharded_optim.checkpoint import export, saving
 from sharded_optim.checkpoint.held import Held
-from sharded_optim.segment import Segment
+from sharded_optim.sharding.segment import Segment
 
 pytestmark = pytest.mark.filterwarnings("ignore:weight_decay")
 

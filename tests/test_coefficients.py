@@ -14,12 +14,12 @@ from torch import Tensor
 from toy_optimizer import THRESHOLD_ADAMW
 from variants import examples
 
-from sharded_optim import coefficients
-from sharded_optim.algorithms.scalars import Recorder, Sums
-from sharded_optim.algorithms.weight_decay import FORMS
 from sharded_optim.backends import Backend, Operands, eager
-from sharded_optim.coefficients import LrScale, Members, coefficient_table
+from sharded_optim.formulas.scalars import Recorder, Sums
+from sharded_optim.formulas.weight_decay import FORMS
 from sharded_optim.optimizers import adam, sgd, stable_adamw
+from sharded_optim.step import coefficients
+from sharded_optim.step.coefficients import LrScale, Members, coefficient_table
 
 triton = pytest.importorskip("triton", reason="the triton package is not installed")
 
@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from sharded_optim.backends import triton as backend  # noqa: E402
-from sharded_optim.backends import triton_formulas  # noqa: E402
+from sharded_optim.backends.triton import formulas as triton_formulas  # noqa: E402
 
 FUNCTIONS: dict[str, Callable] = {
     "adam": adam.coefficients,

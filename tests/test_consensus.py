@@ -10,8 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from variants import examples
 
-from sharded_optim import consensus
-from sharded_optim.consensus import ABSENT, KEY, NON_FINITE, PRESENT, SECTIONS, SQUARED_KEY
+from sharded_optim.formulas.verdict import ABSENT, KEY, NON_FINITE, PRESENT, SECTIONS, SQUARED_KEY, TAIL, judge
 
 triton = pytest.importorskip("triton", reason="the triton package is not installed")
 
@@ -19,7 +18,7 @@ from absent_gpu import launched  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from sharded_optim.backends import triton_verdict  # noqa: E402
+from sharded_optim.backends.triton import verdict as triton_verdict  # noqa: E402
 
 RANKS = (
     st.lists(  # of each rank that holds the tensor: the key of its hyperparameters, or None without a gradient; and whether it is finite
@@ -50,8 +49,8 @@ def test_a_step_happens_where_all_ranks_agree_and_all_is_finite(tensors, padding
     sums = torch.cat([vector.flatten(), torch.tensor([replaces, invalid, found_inf])])
     consistent = not replaces and not invalid and all(len({key for key, _ in ranks}) <= 1 for ranks in tensors)
     finite = all(finite for ranks in tensors for _, finite in ranks)
-    for judge in (consensus.judge, triton_verdict.judge):
-        verdict = judge(sums, skips=skips)
+    for judge_one in (judge, triton_verdict.judge):
+        verdict = judge_one(sums, skips=skips)
         assert verdict.flags.tolist() == [consistent, finite, not found_inf]
         assert bool(verdict.proceed) == (consistent and not found_inf and (finite or not skips))
         assert (verdict.flags.dtype, verdict.proceed.dtype) == (torch.int64, torch.bool)
@@ -74,7 +73,7 @@ def test_a_gpu_gets_one_small_program(capability: int) -> None:
 @pytest.mark.parametrize("tensors", [1, 16])
 def test_what_is_launched_is_what_was_looked_at(tensors: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where an int is 1, or can be divided by 16."""
-    sums = torch.zeros(SECTIONS * tensors + consensus.TAIL, dtype=torch.int64)
+    sums = torch.zeros(SECTIONS * tensors + TAIL, dtype=torch.int64)
     with launched(monkeypatch) as found:
         triton_verdict.judge(sums, skips=True)
     assert [each.asm["ptx"] for each in found] == [compiled(90).asm["ptx"]]

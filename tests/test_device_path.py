@@ -17,8 +17,9 @@ from toy_optimizer import ThresholdAdamW
 from variants import CPU_BACKENDS
 
 import sharded_optim as so
-from sharded_optim import agreement, coefficients, consensus, engine, kernel_calls, param_groups, param_set
+from sharded_optim.formulas.verdict import INVALID
 from sharded_optim.optimizers import adam, stable_adamw
+from sharded_optim.step import agreement, coefficients, engine, kernel_calls, param_groups, param_set
 
 
 class FakeEvent:
@@ -128,7 +129,7 @@ def test_an_inconsistency_is_raised_in_the_next_step_and_nothing_is_written_in_b
     before = copy.deepcopy(optimizer.state[param]), param.detach().clone()
 
     def another_rank_met_bad_input(vector: Tensor, *_) -> Tensor:
-        vector[consensus.INVALID] = 1
+        vector[INVALID] = 1
         return vector
 
     monkeypatch.setattr(agreement, "_summed", another_rank_met_bad_input)
@@ -151,7 +152,7 @@ def test_what_a_set_has_left_to_be_raised_is_raised_though_the_set_is_dropped(ch
             param.grad = torch.ones(3)
 
     def inconsistent(vector: Tensor, *_) -> Tensor:
-        vector[consensus.INVALID] = 1
+        vector[INVALID] = 1
         return vector
 
     give()

@@ -21,13 +21,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from sharded_optim import doctor
 from sharded_optim.backends import cpu
 from sharded_optim.checkpoint.local_store import LocalFile
-from sharded_optim.commands import app
-from sharded_optim.commands import doctor as command
-from sharded_optim.doctor import Finding, RankReport, Report, all_reduce, backends, devices, limits, probes, ranks, storage, versions
-from sharded_optim.doctor.place import Place, find_place
+from sharded_optim.cli import app
+from sharded_optim.cli import doctor as command
+from sharded_optim.tools import doctor
+from sharded_optim.tools.doctor import Finding, RankReport, Report, all_reduce, backends, devices, limits, probes, ranks, storage, versions
+from sharded_optim.tools.doctor.place import Place, find_place
 
 CPU = torch.device("cpu")
 MACHINE = ("versions", "devices", "backends", "limits", "storage")
@@ -527,7 +527,7 @@ sys.argv.append("--quick")
 def test_a_rank_that_dies_leaves_no_rank_waiting(world: int, death: str, seconds: int, tmp_path: Path) -> None:
     """Without torchrun, which would end the others."""
     middle = f"""
-from sharded_optim.doctor import backends, ranks
+from sharded_optim.tools.doctor import backends, ranks
 backends.examine = lambda device: []
 if rank == 1:
     {death or "pass"}

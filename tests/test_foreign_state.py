@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 import sharded_optim as so
-from sharded_optim import foreign_state
+from sharded_optim.step import foreign_state
 
 SHAPES = [(), (1,), (5,), (7, 3), (13, 11), (0,)]
 SAVED, STEPS = 10, 30  # the other library takes the first 10 steps, then both take 20

@@ -17,9 +17,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.optim.swa_utils import AveragedModel
 
 import sharded_optim as so
-from sharded_optim import noise
-from sharded_optim.formats import FORMATS, format_of, param_format
-from sharded_optim.segment import Segment
+from sharded_optim.backends import noise
+from sharded_optim.sharding.segment import Segment
+from sharded_optim.storage.formats import FORMATS, format_of, param_format
 
 CLASSES = [so.Adam, so.AdamW, so.DecoupledAdamW, so.DecoupledSGDW, so.StableAdamW]
 every_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)

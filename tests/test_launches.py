@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import sharded_optim as so
-from sharded_optim import agreement, devices, kernel_calls, param_set
+from sharded_optim.step import agreement, kernel_calls, param_set
+from sharded_optim.storage import devices
 
 triton = pytest.importorskip("triton", reason="the triton package is not installed")
 

@@ -19,12 +19,13 @@ from operand_cases import Case, assert_same, assert_same_observation, assert_sam
 from torch import Tensor, nn
 
 import sharded_optim as so
-from sharded_optim import checkpoint, stateful
-from sharded_optim.algorithms import operations as xp
+from sharded_optim import checkpoint
 from sharded_optim.checkpoint.export import export_torch
-from sharded_optim.formats import FORMATS, Array, Format, format_beside, param_format
+from sharded_optim.formulas import operations as xp
 from sharded_optim.optimizers.adam import ADAM
 from sharded_optim.optimizers.stable_adamw import STABLE_ADAMW
+from sharded_optim.step import stateful
+from sharded_optim.storage.formats import FORMATS, Array, Format, format_beside, param_format
 
 SHAPES = [(), (5,), (7, 3), (150,), (0,)]
 

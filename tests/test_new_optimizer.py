@@ -23,9 +23,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from toy_optimizer import ThresholdAdamW
 
 import sharded_optim as so
-from sharded_optim.algorithms.hyperparameters import Choice, Float, Floats, Hyperparameter, Int, Switch
 from sharded_optim.checkpoint import MismatchError
-from sharded_optim.engine import Engine
+from sharded_optim.formulas.hyperparameters import Choice, Float, Floats, Hyperparameter, Int, Switch
+from sharded_optim.step.engine import Engine
 
 ROOT = Path(__file__).parents[1]
 LAYERS = ((7, 5), (5, 3))
@@ -259,8 +259,8 @@ from launch.optimizer import build_optimizer
 from sharded_optim import deepspeed
 from sharded_optim.checkpoint import import_from
 from sharded_optim.checkpoint.manifest import Parameters
-from sharded_optim.plan import Setup, plan
-from sharded_optim.shapes import from_shapes
+from sharded_optim.tools.plan import Setup, plan
+from sharded_optim.tools.shapes import from_shapes
 
 folder = sys.argv[1]
 assert OptimizerConfig(name="AdamW", lr=0.1, eps=1e-13).eps == 1e-13

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 
 import sharded_optim as so
 from sharded_optim import backends
-from sharded_optim.param_groups import hyperparameter_key
+from sharded_optim.step.param_groups import hyperparameter_key
 
 CLASSES = [so.Adam, so.AdamW, so.DecoupledAdamW, so.DecoupledSGDW, so.StableAdamW]
 every_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)

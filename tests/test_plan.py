@@ -28,9 +28,9 @@ from typer.testing import CliRunner
 
 import sharded_optim as so
 from sharded_optim import cli
-from sharded_optim.commands import app
-from sharded_optim.plan import KINDS, OPTIMIZERS, SHARDINGS, Plan, Rates, Setup, compare, plan, time_of
-from sharded_optim.shapes import MODEL_TYPES, Model, from_config, from_module, from_shapes, load
+from sharded_optim.cli import app
+from sharded_optim.tools.plan import KINDS, OPTIMIZERS, SHARDINGS, Plan, Rates, Setup, compare, plan, time_of
+from sharded_optim.tools.shapes import MODEL_TYPES, Model, from_config, from_module, from_shapes, load
 
 # ------------------------------------------------------------------------------------------------- what is allocated and what is sent
 
@@ -705,7 +705,7 @@ def test_modules_in_the_current_folder_are_found(
 
 @pytest.mark.parametrize("missing", ["typer", "rich"])
 def test_without_typer_or_rich_the_command_says_what_to_install(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.startswith("sharded_optim.commands") or name.split(".")[0] == missing]:
+    for name in [name for name in sys.modules if name.startswith("sharded_optim.cli") or name.split(".")[0] == missing]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
     message = f"the command line needs {missing}, which is not installed; pip install rich typer"

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sharded_optim import segment
-from sharded_optim.segment import Segment, find_tiling_error, overlaps
+from sharded_optim.sharding import segment
+from sharded_optim.sharding.segment import Segment, find_tiling_error, overlaps
 
 
 def elements(segment: Segment) -> list[int]:

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import sharded_optim as so
-from sharded_optim.agreement import Streak
+from sharded_optim.step.agreement import Streak
 
 NAN = float("nan")
 AdamW = partial(so.AdamW, nonfinite="skip")

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from variants import examples
 
-from sharded_optim.algorithms import Statistic
-from sharded_optim.algorithms.scalars import bias_correction
 from sharded_optim.backends import Operands
 from sharded_optim.backends.eager import BACKEND
+from sharded_optim.formulas import Statistic
+from sharded_optim.formulas.scalars import bias_correction
 from sharded_optim.optimizers.stable_adamw import STABLE_ADAMW
-from sharded_optim.statistics import FixedPoint, fraction_bits
+from sharded_optim.step.statistics import FixedPoint, fraction_bits
 
 STATISTIC = STABLE_ADAMW.statistic
 assert STATISTIC is not None

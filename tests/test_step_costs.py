@@ -18,8 +18,9 @@ from torch.utils._pytree import tree_leaves
 from variants import CPU_BACKENDS
 
 import sharded_optim as so
-from sharded_optim import kernel_calls, memory
 from sharded_optim.backends import cpu
+from sharded_optim.step import kernel_calls
+from sharded_optim.storage import memory
 
 OPTIMIZERS: dict[str, Callable] = {
     "AdamW": lambda params: so.AdamW(params, lr=1e-2),

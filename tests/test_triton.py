@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from operand_cases import GROUP, STATISTIC, Case, assert_same, assert_same_observation, assert_same_update, columns_of
 from variants import examples
 
-from sharded_optim import statistics
 from sharded_optim.backends import Operands, addresses_of
-from sharded_optim.formats import FORMATS
 from sharded_optim.optimizers.adam import ADAM, AMSGRAD
 from sharded_optim.optimizers.sgd import MOMENTUM, SGD
 from sharded_optim.optimizers.stable_adamw import STABLE_ADAMW
+from sharded_optim.step import statistics
+from sharded_optim.storage.formats import FORMATS
 
 triton = pytest.importorskip("triton", reason="the triton package is not installed")
 
@@ -32,7 +32,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from benchmarks.machine_code import disassembled, figures_of  # noqa: E402
 from benchmarks.sweep import VARIANTS  # noqa: E402
 from sharded_optim.backends import triton as backend  # noqa: E402
-from sharded_optim.backends import triton_scalars  # noqa: E402
+from sharded_optim.backends.triton import scalars as triton_scalars  # noqa: E402
 
 
 def small() -> backend.Triton:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from variants import examples
 
 import sharded_optim as so
-from sharded_optim.algorithms import convert_weight_decay as conversion
+from sharded_optim.optimizers import convert_weight_decay as conversion
 
 SCHEDULE = (0.0, 0.25, 1.0, 0.6, 0.1)  # multipliers of the peak learning rate
 high_decay_is_meant = pytest.mark.filterwarnings("ignore:weight_decay=.*is high:UserWarning")

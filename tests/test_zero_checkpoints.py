@@ -35,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sharded_optim as so
 from benchmarks.given_gradients import Model, gradients, one_group, two_groups
-from sharded_optim.segment import Segment, find_tiling_error
+from sharded_optim.sharding.segment import Segment, find_tiling_error
 from sharded_optim.zero.logical import LogicalTensor, boxes
 
 pytestmark = pytest.mark.filterwarnings("ignore:weight_decay")

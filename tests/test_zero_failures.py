@@ -24,8 +24,8 @@ from torch.distributed.fsdp import fully_shard
 
 import sharded_optim as so
 from benchmarks.given_gradients import Model
-from sharded_optim import memory
-from sharded_optim.param_set import ParamSet
+from sharded_optim.step.param_set import ParamSet
+from sharded_optim.storage import memory
 from sharded_optim.zero import housing, transfers
 
 pytestmark = pytest.mark.filterwarnings("ignore:weight_decay")

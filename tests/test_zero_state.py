@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 import sharded_optim as so
 from benchmarks.fsdp2 import Model as Transformer
 from benchmarks.given_gradients import Model, gradients, two_groups
-from sharded_optim.kernel_calls import KernelCall
+from sharded_optim.step.kernel_calls import KernelCall
 
 pytestmark = pytest.mark.filterwarnings("ignore:weight_decay")
 

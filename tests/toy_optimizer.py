@@ -12,13 +12,13 @@ from typing import Any, ClassVar
 from torch import Tensor
 from typing_extensions import Unpack
 
-from sharded_optim.algorithms.hyperparameters import Float
-from sharded_optim.algorithms.scalars import Number, divide, maximum, sqrt
-from sharded_optim.algorithms.weight_decay import COUPLED
-from sharded_optim.engine import Engine
+from sharded_optim.formulas.hyperparameters import Float
+from sharded_optim.formulas.scalars import Number, divide, maximum, sqrt
+from sharded_optim.formulas.weight_decay import COUPLED
 from sharded_optim.optimizers import stable_adamw
 from sharded_optim.optimizers.stable_adamw import STABLE_ADAMW
-from sharded_optim.options import Params, SwitchOptions
+from sharded_optim.step.engine import Engine
+from sharded_optim.step.options import Params, SwitchOptions
 
 __all__ = ["THRESHOLD_ADAMW", "ThresholdAdamW"]
 

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from sharded_optim.segment import Segment
 from sharded_optim.sharding import LocalParam, Piece, Wrapper
 from sharded_optim.sharding.plain import check_dtype_and_layout
+from sharded_optim.sharding.segment import Segment
 
 __all__ = ["WRAPPER", "CutRows", "Unreduced"]
 

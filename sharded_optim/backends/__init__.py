@@ -15,11 +15,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sharded_optim.algorithms import Algorithm, Statistic
-from sharded_optim.algorithms.scalars import Formula, Sums
-from sharded_optim.consensus import Verdict
-from sharded_optim.formats import Format, format_of
-from sharded_optim.segment import Segment
+from sharded_optim.formulas import Algorithm, Statistic
+from sharded_optim.formulas.scalars import Formula, Sums
+from sharded_optim.formulas.verdict import Verdict
+from sharded_optim.sharding.segment import Segment
+from sharded_optim.storage.formats import Format, format_of
 
 __all__ = [
     "AUTO",

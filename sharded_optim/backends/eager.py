@@ -11,11 +11,11 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from sharded_optim.algorithms import Algorithm, Statistic
 from sharded_optim.backends import Column, Operands
-from sharded_optim.consensus import judge
-from sharded_optim.formats import Format
-from sharded_optim.noise import uniform
+from sharded_optim.backends.noise import uniform
+from sharded_optim.formulas import Algorithm, Statistic
+from sharded_optim.formulas.verdict import judge
+from sharded_optim.storage.formats import Format
 
 __all__ = ["BACKEND"]
 

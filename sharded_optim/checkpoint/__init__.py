@@ -32,7 +32,7 @@ from sharded_optim.checkpoint.imports import import_from
 from sharded_optim.checkpoint.staging import Saving
 from sharded_optim.checkpoint.steps import describe, latest, prune, steps, verify
 from sharded_optim.checkpoint.store import Store, open_store
-from sharded_optim.ranks import own_process_group
+from sharded_optim.sharding.ranks import own_process_group
 
 __all__ = [
     "CheckpointError",

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from sharded_optim.checkpoint.errors import CheckpointError, DamagedError, MismatchError, UnreadableError
-from sharded_optim.ranks import join_messages
+from sharded_optim.sharding.ranks import join_messages
 
 __all__ = ["digest_of", "distinct", "refuse_differences", "together"]
 

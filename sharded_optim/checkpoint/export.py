@@ -23,7 +23,7 @@ from sharded_optim.checkpoint.errors import CheckpointError
 from sharded_optim.checkpoint.held import MASTER, MODEL
 from sharded_optim.checkpoint.manifest import Parameters, TensorEntry
 from sharded_optim.checkpoint.whole import WholeCheckpoint
-from sharded_optim.state import STEP
+from sharded_optim.step.state import STEP
 
 __all__ = ["export_safetensors", "export_torch"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sharded_optim.checkpoint.manifest import MODEL, key_of
-from sharded_optim.segment import Segment
+from sharded_optim.sharding.segment import Segment
 
 __all__ = ["LOW_PRECISION", "MASTER", "MODEL", "Held", "bytes_of", "checksum", "numbers_of"]
 

@@ -24,7 +24,7 @@ from sharded_optim.checkpoint.manifest import Manifest, Parameters, TensorEntry,
 from sharded_optim.checkpoint.read import CheckpointReader, Wish
 from sharded_optim.checkpoint.steps import candidates, reading_back
 from sharded_optim.checkpoint.store import MANIFEST, Store
-from sharded_optim.formats import extra_arrays, format_beside
+from sharded_optim.storage.formats import extra_arrays, format_beside
 
 __all__ = ["Choices", "load_newest", "load_step"]
 

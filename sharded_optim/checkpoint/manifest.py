@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
-from sharded_optim.algorithms.hyperparameters import by_name
 from sharded_optim.checkpoint.dtypes import dtype_named, name_of
 from sharded_optim.checkpoint.errors import DamagedError, MismatchError
 from sharded_optim.checkpoint.values import LATER, decode, encode, marks_in
-from sharded_optim.engine import Engine
+from sharded_optim.formulas.hyperparameters import by_name
 from sharded_optim.optimizers import OPTIMIZERS
-from sharded_optim.segment import Segment, find_tiling_error
+from sharded_optim.sharding.segment import Segment, find_tiling_error
+from sharded_optim.step.engine import Engine
 
 __all__ = [
     "CHUNK_BYTES",

@@ -15,7 +15,7 @@ from sharded_optim.checkpoint.dtypes import dtype_named, name_of
 from sharded_optim.checkpoint.errors import CheckpointError
 from sharded_optim.checkpoint.held import Held
 from sharded_optim.checkpoint.manifest import CHUNK_BYTES, check_text, key_of
-from sharded_optim.segment import Segment, find_tiling_error
+from sharded_optim.sharding.segment import Segment, find_tiling_error
 
 __all__ = ["Part", "Plan", "Row", "rows_of"]
 

@@ -16,8 +16,8 @@ from sharded_optim.checkpoint.held import Held, numbers_of
 from sharded_optim.checkpoint.manifest import CHUNK_BYTES, LARGEST_MANIFEST, Chunk, Manifest, TensorEntry, sha256
 from sharded_optim.checkpoint.shard_file import tensors_in, tensors_of
 from sharded_optim.checkpoint.store import COMMITTED, MANIFEST, Store, folder_of
-from sharded_optim.formats import format_beside
-from sharded_optim.segment import Segment, overlaps
+from sharded_optim.sharding.segment import Segment, overlaps
+from sharded_optim.storage.formats import format_beside
 
 __all__ = ["CheckpointReader", "Wish", "committed_content", "look_at"]
 

@@ -21,7 +21,7 @@ from sharded_optim.checkpoint.held import bytes_of
 from sharded_optim.checkpoint.manifest import LARGEST_HEADER, sha256
 from sharded_optim.checkpoint.plan import Part
 from sharded_optim.checkpoint.store import Store
-from sharded_optim.segment import Segment
+from sharded_optim.sharding.segment import Segment
 
 __all__ = ["WrittenShard", "tensors_in", "tensors_of", "write_shard"]
 

@@ -8,9 +8,9 @@ import threading
 import torch
 from torch import Tensor
 
-from sharded_optim import memory
 from sharded_optim.checkpoint.plan import Part
 from sharded_optim.checkpoint.saving import Draft, finish
+from sharded_optim.storage import memory
 
 __all__ = ["Saving", "settle", "start"]
 

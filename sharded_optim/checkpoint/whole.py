@@ -13,7 +13,7 @@ from sharded_optim.checkpoint.manifest import Manifest, TensorEntry, key_of
 from sharded_optim.checkpoint.read import CheckpointReader, Wish
 from sharded_optim.checkpoint.steps import existing_step, read_back
 from sharded_optim.checkpoint.store import open_store
-from sharded_optim.segment import Segment
+from sharded_optim.sharding.segment import Segment
 
 __all__ = ["WholeCheckpoint"]
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from sharded_optim.engine import Engine
 from sharded_optim.optimizers.adam import Adam, AdamW, DecoupledAdamW
 from sharded_optim.optimizers.sgd import DecoupledSGDW
 from sharded_optim.optimizers.stable_adamw import StableAdamW
+from sharded_optim.step.engine import Engine
 
 __all__ = ["Adam", "AdamW", "DecoupledAdamW", "DecoupledSGDW", "StableAdamW"]
 

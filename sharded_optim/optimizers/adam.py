@@ -19,15 +19,15 @@ from typing import Any, ClassVar
 from torch import Tensor
 from typing_extensions import Unpack
 
-from sharded_optim import functional
-from sharded_optim.algorithms import Algorithm, Choose, Coefficients
-from sharded_optim.algorithms import operations as xp
-from sharded_optim.algorithms.hyperparameters import Float, Floats, Switch
-from sharded_optim.algorithms.scalars import Number, Step, bias_correction, divide, sqrt
-from sharded_optim.algorithms.weight_decay import COUPLED, DECOUPLED, decay_coefficients, form_of
-from sharded_optim.constructors import spelled_out
-from sharded_optim.engine import Engine
-from sharded_optim.options import EngineOptions, Params, SwitchOptions
+from sharded_optim.formulas import Algorithm, Choose, Coefficients
+from sharded_optim.formulas import operations as xp
+from sharded_optim.formulas.hyperparameters import Float, Floats, Switch
+from sharded_optim.formulas.scalars import Number, Step, bias_correction, divide, sqrt
+from sharded_optim.formulas.weight_decay import COUPLED, DECOUPLED, decay_coefficients, form_of
+from sharded_optim.optimizers import functional
+from sharded_optim.optimizers.constructors import spelled_out
+from sharded_optim.step.engine import Engine
+from sharded_optim.step.options import EngineOptions, Params, SwitchOptions
 
 __all__ = ["ADAM", "AMSGRAD", "HYPERPARAMETERS", "Adam", "AdamW", "DecoupledAdamW", "OptimiAdamW", "choose"]
 

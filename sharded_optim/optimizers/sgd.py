@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from sharded_optim import functional
-from sharded_optim.algorithms import Algorithm, Coefficients
-from sharded_optim.algorithms import operations as xp
-from sharded_optim.algorithms.hyperparameters import Float, Switch, Unsupported
-from sharded_optim.algorithms.scalars import Number, Step, at_first_step
-from sharded_optim.algorithms.weight_decay import DECOUPLED, decay_coefficients
-from sharded_optim.constructors import spelled_out
-from sharded_optim.engine import Engine
-from sharded_optim.options import Params, SwitchOptions
+from sharded_optim.formulas import Algorithm, Coefficients
+from sharded_optim.formulas import operations as xp
+from sharded_optim.formulas.hyperparameters import Float, Switch, Unsupported
+from sharded_optim.formulas.scalars import Number, Step, at_first_step
+from sharded_optim.formulas.weight_decay import DECOUPLED, decay_coefficients
+from sharded_optim.optimizers import functional
+from sharded_optim.optimizers.constructors import spelled_out
+from sharded_optim.step.engine import Engine
+from sharded_optim.step.options import Params, SwitchOptions
 
 __all__ = ["MOMENTUM", "SGD", "DecoupledSGDW", "choose"]
 

@@ -18,13 +18,13 @@ from typing import Any, ClassVar
 
 import torch
 
-from sharded_optim.algorithms import Algorithm, Coefficients, Statistic
-from sharded_optim.algorithms import operations as xp
-from sharded_optim.algorithms.hyperparameters import Unsupported
-from sharded_optim.algorithms.scalars import Number, Step, bias_correction, divide, maximum, sqrt
-from sharded_optim.algorithms.weight_decay import L2
-from sharded_optim.constructors import spelled_out
+from sharded_optim.formulas import Algorithm, Coefficients, Statistic
+from sharded_optim.formulas import operations as xp
+from sharded_optim.formulas.hyperparameters import Unsupported
+from sharded_optim.formulas.scalars import Number, Step, bias_correction, divide, maximum, sqrt
+from sharded_optim.formulas.weight_decay import L2
 from sharded_optim.optimizers import adam
+from sharded_optim.optimizers.constructors import spelled_out
 
 __all__ = ["STABLE_ADAMW", "StableAdamW", "choose"]
 

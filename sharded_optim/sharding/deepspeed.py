@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sharded_optim.segment import Segment
 from sharded_optim.sharding.flat import FlatLayout, FlatTensor, piece_in_range
 from sharded_optim.sharding.layout import Piece
+from sharded_optim.sharding.segment import Segment
 from sharded_optim.sharding.wrappers import Wrapper
 
 __all__ = ["EXPERTS", "OPTIMIZER_WRAPPERS", "WRAPPER", "layout_of", "parameter_names", "qualified_name"]

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from sharded_optim.segment import Segment
 from sharded_optim.sharding.layout import LocalParam, Piece
 from sharded_optim.sharding.plain import check_dtype_and_layout, waited_for
+from sharded_optim.sharding.segment import Segment
 from sharded_optim.sharding.wrappers import Wrapper
 
 __all__ = ["WRAPPER"]

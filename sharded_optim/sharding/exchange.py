@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sharded_optim.ranks import join_messages, naming_missing_ranks
-from sharded_optim.segment import Segment, find_tiling_error
 from sharded_optim.sharding.layout import GRADIENT, PARAMETER, Layout, LocalParam, segments_of
+from sharded_optim.sharding.ranks import join_messages, naming_missing_ranks
+from sharded_optim.sharding.segment import Segment, find_tiling_error
 from sharded_optim.sharding.wrappers import partial_of
 
 __all__ = ["exchange_layouts"]

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sharded_optim.segment import Segment
 from sharded_optim.sharding import plain
 from sharded_optim.sharding.layout import LocalParam, Piece
 from sharded_optim.sharding.plain import check_dtype_and_layout, waited_for
+from sharded_optim.sharding.segment import Segment
 
 __all__ = ["FlatLayout", "FlatTensor", "piece_in_range"]
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp._common_utils import clean_tensor_name
 
-from sharded_optim.segment import Segment
 from sharded_optim.sharding.flat import FlatLayout, FlatTensor
 from sharded_optim.sharding.layout import Piece
+from sharded_optim.sharding.segment import Segment
 from sharded_optim.sharding.wrappers import FlatModel, Tensors, Wrapper
 
 __all__ = ["WRAPPER", "check_whole_state_on_cpu", "layout_of"]

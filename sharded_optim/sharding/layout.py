@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sharded_optim.devices import send
-from sharded_optim.segment import Segment
+from sharded_optim.sharding.segment import Segment
+from sharded_optim.storage.devices import send
 
 __all__ = ["GRADIENT", "PARAMETER", "Layout", "LocalParam", "Piece", "Places", "segments_of"]
 

@@ -7,9 +7,9 @@ import sys
 import torch
 from torch import Tensor
 
-from sharded_optim.formats import format_of, is_stored
-from sharded_optim.segment import Segment
 from sharded_optim.sharding.layout import LocalParam, Piece
+from sharded_optim.sharding.segment import Segment
+from sharded_optim.storage.formats import format_of, is_stored
 
 __all__ = ["check_dtype_and_layout", "check_memory", "describe", "waited_for"]
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sharded_optim.arguments import argument_names, check_iterable, hands_on, refuse_unknown
-from sharded_optim.engine import Engine
-from sharded_optim.options import Params
+from sharded_optim.step.arguments import argument_names, check_iterable, hands_on, refuse_unknown
+from sharded_optim.step.engine import Engine
+from sharded_optim.step.options import Params
 from sharded_optim.zero.housing import Group
 
 __all__ = ["check_defaults", "check_options", "groups_of", "tensors_of", "unwrapped"]

@@ -9,8 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from sharded_optim import memory
-from sharded_optim.buckets import BucketPlan
+from sharded_optim.sharding.buckets import BucketPlan
+from sharded_optim.storage import memory
 from sharded_optim.zero.placeholder import GradientInBucket
 from sharded_optim.zero.transfers import ShardGroup, Transfer
 

@@ -8,7 +8,7 @@ from weakref import WeakSet
 
 from torch import Tensor, nn
 
-from sharded_optim.hooks import InertHook
+from sharded_optim.sharding.hooks import InertHook
 from sharded_optim.zero.bucket import Home
 from sharded_optim.zero.gathering import Gatherer
 

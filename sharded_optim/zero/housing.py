@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from sharded_optim import memory
-from sharded_optim.buckets import Size, plan_buckets
-from sharded_optim.param_groups import named_params
-from sharded_optim.segment import Segment
 from sharded_optim.sharding import FlatLayout, FlatTensor, Piece, describe
+from sharded_optim.sharding.buckets import Size, plan_buckets
+from sharded_optim.sharding.segment import Segment
+from sharded_optim.step.param_groups import named_params
+from sharded_optim.storage import memory
 from sharded_optim.zero.bucket import Bucket, Home, Kind
 from sharded_optim.zero.transfers import ShardGroup
 

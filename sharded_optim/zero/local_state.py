@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharded_optim.engine import Engine
-from sharded_optim.formats import format_beside
-from sharded_optim.param_groups import named_params
-from sharded_optim.state import new_state
+from sharded_optim.step.engine import Engine
+from sharded_optim.step.param_groups import named_params
+from sharded_optim.step.state import new_state
+from sharded_optim.storage.formats import format_beside
 from sharded_optim.zero.bucket import Home
 from sharded_optim.zero.housing import Group, without_params
 from sharded_optim.zero.logical import LogicalTensor

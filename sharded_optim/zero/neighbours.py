@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sharded_optim.ranks import raise_together, timeout_of
+from sharded_optim.sharding.ranks import raise_together, timeout_of
 
 __all__ = ["Hearing", "Neighbours"]
 

@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sharded_optim.buckets import IN_FLIGHT
-from sharded_optim.coefficients import known_on_host
+from sharded_optim.sharding.buckets import IN_FLIGHT
+from sharded_optim.step.coefficients import known_on_host
 from sharded_optim.zero import transfers
 from sharded_optim.zero.bucket import Bucket, Home
 from sharded_optim.zero.passes import Passes

@@ -8,7 +8,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from sharded_optim.ranks import own_process_group
+from sharded_optim.sharding.ranks import own_process_group
 
 __all__ = ["Topology"]
 

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sharded_optim import memory
-from sharded_optim.ranks import COLLECTIVE_ERRORS
+from sharded_optim.sharding.ranks import COLLECTIVE_ERRORS
+from sharded_optim.storage import memory
 from sharded_optim.zero.neighbours import Hearing, Neighbours
 
 __all__ = ["ShardGroup", "Transfer", "all_reduce", "exchanges"]

@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 
 from gpu.device import DEVICE, REHEARSAL, synchronize
-from sharded_optim import coefficients
-from sharded_optim.algorithms.scalars import Sums
-from sharded_optim.algorithms.weight_decay import COUPLED
 from sharded_optim.backends import Backend, Column, Operands, choose
-from sharded_optim.coefficients import LrScale, Members, coefficient_table
-from sharded_optim.consensus import PRESENT, SECTIONS, TAIL
-from sharded_optim.formats import FORMATS, format_of
+from sharded_optim.formulas.scalars import Sums
+from sharded_optim.formulas.verdict import PRESENT, SECTIONS, TAIL
+from sharded_optim.formulas.weight_decay import COUPLED
 from sharded_optim.optimizers.adam import ADAM, AMSGRAD
 from sharded_optim.optimizers.sgd import MOMENTUM, SGD
 from sharded_optim.optimizers.stable_adamw import STABLE_ADAMW
-from sharded_optim.segment import Segment
+from sharded_optim.sharding.segment import Segment
+from sharded_optim.step import coefficients
+from sharded_optim.step.coefficients import LrScale, Members, coefficient_table
+from sharded_optim.storage.formats import FORMATS, format_of
 
 GROUP = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1, "decay_form": COUPLED, "reference_lr": 1e-2}
 GROUP |= {"momentum": 0.9, "dampening": 0.0, "nesterov": True}

@@ -21,13 +21,13 @@ from torch import Tensor
 from variants import examples
 
 from gpu.device import DEVICE, REHEARSAL, synchronisation_is_an_error, synchronize
-from sharded_optim.algorithms import Algorithm, operations, scalars
 from sharded_optim.backends import Backend, Column, Operands, addresses_of, choose, eager
-from sharded_optim.formats import FORMATS, format_of
+from sharded_optim.formulas import Algorithm, operations, scalars
 from sharded_optim.optimizers.adam import ADAM, AMSGRAD
 from sharded_optim.optimizers.sgd import MOMENTUM, SGD
 from sharded_optim.optimizers.stable_adamw import STABLE_ADAMW
-from sharded_optim.segment import Segment
+from sharded_optim.sharding.segment import Segment
+from sharded_optim.storage.formats import FORMATS, format_of
 
 pytest.importorskip("triton", reason="the triton package is not installed")
 

@@ -18,7 +18,7 @@ from gpu.device import BACKEND, DEVICE, REHEARSAL, synchronize
 from gpu.runs import CPU, OPTIMIZERS, STORAGES, Run, assert_alike, on_both
 from sharded_optim.backends import choose
 from sharded_optim.checkpoint import staging
-from sharded_optim.doctor import backends, bandwidth, devices
+from sharded_optim.tools.doctor import backends, bandwidth, devices
 
 STEPS = 5 if REHEARSAL else 12
 CELLS = [(optimizer, storage) for optimizer in OPTIMIZERS for storage in STORAGES]

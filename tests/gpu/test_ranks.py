@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sharded_optim as so
 from gpu.device import BACKEND, DEVICE, REHEARSAL, TRANSPORT, synchronisation_is_an_error, synchronize
-from sharded_optim.ranks import timeout_of
+from sharded_optim.sharding.ranks import timeout_of
 from sharded_optim.zero.transfers import ShardGroup
 
 STEPS = 4

@@ -14,8 +14,8 @@ from sharded_optim.checkpoint.imports.optimizer_state import Choices, translated
 from sharded_optim.checkpoint.manifest import Parameters
 from sharded_optim.checkpoint.saving import Content
 from sharded_optim.checkpoint.values import encode
-from sharded_optim.names import without_wrappers
-from sharded_optim.segment import Segment
+from sharded_optim.sharding.names import without_wrappers
+from sharded_optim.sharding.segment import Segment
 
 __all__ = ["assemble", "content_of_tree", "encodable", "tiled", "whole"]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from sharded_optim.checkpoint.held import MODEL, Held
 from sharded_optim.checkpoint.imports import safely
 from sharded_optim.checkpoint.imports.assembly import encodable
-from sharded_optim.segment import Segment
+from sharded_optim.sharding.segment import Segment
 
 __all__ = ["ModelStates", "names_of_groups", "pieces_of_equal_parts", "tagged"]
 

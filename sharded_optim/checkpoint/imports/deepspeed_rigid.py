@@ -23,7 +23,7 @@ from sharded_optim.checkpoint.imports.optimizer_state import Choices, Translated
 from sharded_optim.checkpoint.imports.safely import Inert
 from sharded_optim.checkpoint.manifest import Parameters
 from sharded_optim.checkpoint.saving import Content
-from sharded_optim.segment import Segment
+from sharded_optim.sharding.segment import Segment
 
 __all__ = ["content", "looks_like"]
 

@@ -15,8 +15,8 @@ from sharded_optim.checkpoint.imports.deepspeed_files import ModelStates, names_
 from sharded_optim.checkpoint.imports.optimizer_state import Choices, translated
 from sharded_optim.checkpoint.manifest import Parameters
 from sharded_optim.checkpoint.saving import Content
-from sharded_optim.segment import Segment
-from sharded_optim.state import STEP
+from sharded_optim.sharding.segment import Segment
+from sharded_optim.step.state import STEP
 
 __all__ = ["content", "looks_like"]
 

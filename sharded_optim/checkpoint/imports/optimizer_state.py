@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sharded_optim import foreign_state
-from sharded_optim.algorithms.weight_decay import COUPLED, DECOUPLED, FORMS, L2
-from sharded_optim.engine import Engine
-from sharded_optim.formats import extra_arrays
+from sharded_optim.formulas.weight_decay import COUPLED, DECOUPLED, FORMS, L2
 from sharded_optim.optimizers import OPTIMIZERS
-from sharded_optim.param_groups import reference
-from sharded_optim.state import STEP
+from sharded_optim.step import foreign_state
+from sharded_optim.step.engine import Engine
+from sharded_optim.step.param_groups import reference
+from sharded_optim.step.state import STEP
+from sharded_optim.storage.formats import extra_arrays
 
 __all__ = ["Choices", "Translated", "translated"]
 

@@ -14,7 +14,7 @@ from torch import nn
 from sharded_optim.checkpoint.live import zero
 from sharded_optim.checkpoint.live.model import LiveModel
 from sharded_optim.checkpoint.live.optimizer import LiveOptimizer
-from sharded_optim.engine import Engine
+from sharded_optim.step.engine import Engine
 from sharded_optim.zero import ShardedOptimizer
 
 __all__ = ["LiveModel", "LiveOptimizer", "live_model", "live_optimizer"]

@@ -15,10 +15,10 @@ import torch.distributed as dist
 from sharded_optim.checkpoint.held import MASTER, MODEL, Held
 from sharded_optim.checkpoint.live.model import LiveModel, aliases_of, buffers_of, held_of
 from sharded_optim.checkpoint.live.optimizer import LiveOptimizer, Member, group_of
-from sharded_optim.engine import Engine
-from sharded_optim.param_groups import named_params
-from sharded_optim.segment import Segment
 from sharded_optim.sharding import deepspeed as sharding
+from sharded_optim.sharding.segment import Segment
+from sharded_optim.step.engine import Engine
+from sharded_optim.step.param_groups import named_params
 
 __all__ = ["live_model", "live_optimizer"]
 

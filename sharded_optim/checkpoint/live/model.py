@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from sharded_optim.checkpoint.held import MODEL, Held
-from sharded_optim.names import TRANSPARENT
-from sharded_optim.segment import Segment
 from sharded_optim.sharding import LocalParam, describe, used_wrappers
+from sharded_optim.sharding.names import TRANSPARENT
+from sharded_optim.sharding.segment import Segment
 from sharded_optim.sharding.wrappers import NO_WRAPPER, FlatModel, wrapper_of
 from sharded_optim.zero import finish_gathering
 

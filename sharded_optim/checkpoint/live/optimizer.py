@@ -16,10 +16,10 @@ from sharded_optim.checkpoint.held import MASTER, Held
 from sharded_optim.checkpoint.live.model import LiveModel
 from sharded_optim.checkpoint.manifest import Manifest, Parameters, key_of
 from sharded_optim.checkpoint.values import decode, encode
-from sharded_optim.engine import Engine
-from sharded_optim.param_groups import named_params
 from sharded_optim.sharding import LocalParam
-from sharded_optim.state import STEP, zeros
+from sharded_optim.step.engine import Engine
+from sharded_optim.step.param_groups import named_params
+from sharded_optim.step.state import STEP, zeros
 
 __all__ = ["Landing", "LiveOptimizer", "Member", "hyperparameters_of", "renamed"]
 

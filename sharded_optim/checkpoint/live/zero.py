@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sharded_optim.checkpoint.live.model import LiveModel
 from sharded_optim.checkpoint.live.optimizer import LiveOptimizer, Member, renamed
-from sharded_optim.param_groups import named_params
+from sharded_optim.step.param_groups import named_params
 from sharded_optim.zero import ShardedOptimizer
 
 __all__ = ["live_optimizer"]

@@ -1,0 +1,437 @@
+"""The Triton backend: the algorithms' own source, compiled into one launch over all tensors. For GPUs.
+
+A kernel is made for each combination of algorithm and formats that is met: a page of text (`_update_kernel`, `_observe_kernel`) that calls
+the formats' functions and the algorithm's. These are the ones that the eager backend runs, with `xp` bound to `scalars.py` (see
+`rebinding.py`). Triton keeps the machine code on disk.
+
+A kernel gets, in device memory, a table of addresses, one column per operand, and a table of work, runs of at most `CHUNK` elements. Each
+program takes one of them, and there are more than run at once, so that the device balances them. Operands of which every tensor is aligned
+are read and written 16 bytes at a time, any others element by element, by a second launch; a program looks whether it is meant. Tensors of
+one operand must be equally strided and dense, as wrappers give them; others are copied. Nothing is contracted or approximated, so the bits
+are those of the eager backend. The host never waits, and a CUDA graph may record what is launched.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from types import MappingProxyType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.graph import increment_version
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from sharded_optim.backends import Column, Operands
+from sharded_optim.backends.kernel_text import StoredValue, arrays_of, functions_of, identifier, stored_values
+from sharded_optim.backends.noise import RESOLUTION
+from sharded_optim.backends.operand_tables import OperandTables
+from sharded_optim.backends.rebinding import argument_count
+from sharded_optim.backends.triton import formulas as triton_formulas
+from sharded_optim.backends.triton import verdict as triton_verdict
+from sharded_optim.backends.triton.compiler import compiled, compiled_scalars, executed, interpreted
+from sharded_optim.formulas import Algorithm, Statistic
+from sharded_optim.formulas.scalars import Formula, Sums
+from sharded_optim.formulas.verdict import Verdict
+from sharded_optim.storage.devices import Sent, capturing, keep, on, send
+from sharded_optim.storage.formats import Format
+
+__all__ = ["BACKEND", "compile_for", "observe_kernel", "update_kernel"]
+
+CHUNK = 4096  # elements of a program
+WARP = 32  # threads, where Triton is to have any number of them
+THREADS = 4 * WARP  # of a program
+ELEMENTS = 8  # that a thread loads before it computes
+ALIGNMENT = 16  # bytes: the longest access of a thread
+VECTOR = 8  # elements of the smallest dtype in so many bytes
+OPTIONS = {"num_stages": 1, "enable_fp_fusion": False}
+UPDATE = {"BACKWARD": True, "EVICTION": ""}  # see `Triton`
+MOST = 2**13  # elements of a program, whose sums of limbs are int32
+LOADED, STORED = "loaded_{}", "stored_{}"  # an element of an array, in the text of a kernel
+assert RESOLUTION == 24, "scalars.uniform draws so many bits"
+
+
+class Triton:
+    """Kernels compiled by Triton; see `sharded_optim.backends.Backend`.
+
+    Args:
+        chunk: elements of a program, at most `MOST`.
+        threads: of a program.
+        elements: that a thread loads before it computes, at least `VECTOR`. All three are powers of two.
+        backward: whether an update begins with the last program, where the observation before it ended: a cache may have that still.
+        eviction: Triton's policy for what an update reads and writes: "", or "evict_first", which leaves the cache to others.
+    """
+
+    name = "triton"
+
+    def __init__(
+        self, chunk: int = CHUNK, threads: int = THREADS, elements: int = ELEMENTS, *, backward: bool = True, eviction: str = ""
+    ) -> None:
+        assert chunk <= MOST, "sums of limbs would not fit 32 bits"
+        self._chunk = chunk
+        self._options = _options(threads, elements)
+        self._of_update = {"BACKWARD": backward, "EVICTION": eviction}
+        self._tables: WeakKeyDictionary[Operands, _Tables] = WeakKeyDictionary()
+
+    def supports(self, device: torch.device, dtypes: frozenset[torch.dtype]) -> str | None:
+        if interpreted():
+            return None if device.type == "cpu" else f"Triton's interpreter runs on the CPU, not on {device}"
+        if device.type in ("cpu", "meta"):
+            return f"it runs on GPUs, not on {device}"
+        try:
+            active: Any = triton.runtime.driver.active.get_active_torch_device()
+        except Exception as error:  # what is raised depends on the vendor's driver
+            return f"Triton finds no driver for {device} ({error})"
+        return None if device.type == active.type else f"Triton's driver is for {active.type}, not for {device}"
+
+    def tabulate(
+        self,
+        operands: Operands,
+        formulas: Sequence[Formula],
+        formula_of: Tensor | None,
+        steps: Tensor,
+        sums: Sums | None,
+        lr: Tensor | None,
+    ) -> Tensor:
+        with on(steps.device):
+            return triton_formulas.launch(formulas, formula_of, steps, sums, lr, self._tables_of(operands).constants)
+
+    def judge(self, sums: Tensor, *, skips: bool) -> Verdict:
+        with on(sums.device):
+            return triton_verdict.judge(sums, skips=skips)
+
+    def prepare(self, algorithm: Algorithm, operands: Operands) -> None:
+        self._tables_of(operands)
+        _update_kernel_of(algorithm, operands)
+
+    def observe(
+        self,
+        statistic: Statistic | None,
+        operands: Operands,
+        coefficients: Tensor,
+        limits: Tensor,
+        scales: Tensor,
+        grad_scale: Tensor | None,
+    ) -> Tensor:
+        columns = [operands.grad, *(operands.state if statistic else ())]
+        tables = self._tables_of(operands)
+        addresses, copies = tables.addresses(columns)
+        sums = torch.zeros(2, len(operands), dtype=torch.int64, device=operands.device)
+        scale = tables.one if grad_scale is None else grad_scale
+        kernel = observe_kernel(statistic, operands.grad_format, operands.state_formats if statistic else ())
+        arguments = [coefficients.contiguous(), limits.contiguous(), scales.contiguous(), sums] if statistic else [sums]
+        self._launch(kernel, tables, addresses, scale, *arguments)
+        del copies  # not before the kernel was launched
+        return sums
+
+    def update(
+        self,
+        algorithm: Algorithm,
+        operands: Operands,
+        coefficients: Tensor,
+        proceed: Tensor | None,
+        grad_scale: Tensor | None,
+        noise_keys: Tensor | None,
+    ) -> None:
+        written = operands.written
+        tables = self._tables_of(operands)
+        addresses, copies = tables.addresses([operands.grad, *written])
+        kernel = _update_kernel_of(algorithm, operands)
+        scale = tables.one if grad_scale is None else grad_scale
+        arguments = [coefficients.contiguous(), tables.true if proceed is None else proceed]
+        if noise_keys is not None:
+            arguments += [noise_keys.contiguous(), tables.segments]
+        self._launch(kernel, tables, addresses, scale, *arguments, **self._of_update)
+        for (column, row), copy in copies.items():
+            if column:  # the first is the gradient's
+                written[column - 1].tensors[row].copy_(copy)
+        increment_version(operands.param.wholes)  # as a torch operation would: autograd looks at it
+
+    def _tables_of(self, operands: Operands) -> _Tables:
+        tables = self._tables.get(operands) or _Tables(operands, self._chunk)
+        if not capturing(operands.device):
+            self._tables[operands] = tables
+        return tables
+
+    def _launch(self, kernel: Kernel, tables: _Tables, addresses: _Addresses, *arguments: Tensor, **constants: Any) -> None:
+        if not len(tables.work):
+            return
+        table = addresses.table
+        keep(table.device, tables)
+        with on(table.device):
+            for aligned in addresses.alignments:
+                kernel.function[len(tables.work),](
+                    tables.work,
+                    table,
+                    table.shape[1],
+                    *arguments,
+                    ALIGNED=aligned,
+                    **self._options,
+                    **constants,
+                )
+
+
+# ----------------------------------------------------------------------------------------------------------------------- operands
+
+
+class _Tables:
+    """What a kernel needs to know of operands besides their values, on their device.
+
+    Attributes:
+        work, segments: `work` and `runs` of `OperandTables`.
+        one, true: grad_scale and proceed where there are none.
+        constants: of the formulas of their coefficients.
+    """
+
+    def __init__(self, operands: Operands, chunk: int) -> None:
+        self._device = operands.device
+        self._tables = OperandTables(operands, chunk)
+        work, runs = self._tables.work, self._tables.runs
+        # One copy for all.
+        flat = send(torch.cat([work.flatten(), runs.flatten()]), self._device)
+        self.work, self.segments = flat[: work.numel()].view(work.shape), flat[work.numel() :].view(runs.shape)
+        self.one = torch.ones((), dtype=torch.float32, device=self._device)
+        self.true = torch.ones((), dtype=torch.bool, device=self._device)
+        self.constants = triton_formulas.Constants()
+        self._sent: defaultdict[int, Sent[_Addresses]] = defaultdict(Sent)  # by number of columns
+
+    def addresses(self, columns: Sequence[Column]) -> tuple[_Addresses, dict[tuple[int, int], Tensor]]:
+        """See `OperandTables.addresses`."""
+        values, copies = self._tables.addresses(columns)
+
+        def make() -> _Addresses:
+            table = torch.frombuffer(bytearray(values), dtype=torch.int64).view(len(columns), -1)
+            unaligned = (table % ALIGNMENT != 0).any(dim=0)
+            return _Addresses(
+                table=send(table, self._device),
+                alignments=[aligned for aligned in (True, False) if (unaligned != aligned).any()],
+            )
+
+        return self._sent[len(columns)].of(values, self._device, make), copies
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Addresses:
+    """Where columns lie.
+
+    Attributes:
+        table: int64 (columns, operands), on their device.
+        alignments: True if all tensors of some operand are aligned, False if not all of some other are.
+    """
+
+    table: Tensor
+    alignments: Sequence[bool]
+
+
+# ------------------------------------------------------------------------------------------------------------------------ kernels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """A kernel as Triton knows it.
+
+    Attributes:
+        function: to be launched as `function[programs,](*arguments, ALIGNED=..., **_options(...), **constants)`.
+        signature: Triton's type of each argument.
+        constants: further ones, with what a launch gives by default.
+        source: its text.
+    """
+
+    function: Any
+    signature: dict[str, str]
+    constants: Mapping[str, Any]
+    source: str
+
+
+def update_kernel(algorithm: Algorithm, formats: tuple[Format, ...], grad_format: Format) -> Kernel:
+    """The kernel of an algorithm's update.
+
+    Args:
+        formats: of the parameters and of each of their moments.
+    """
+    return _update_kernel(algorithm, formats, grad_format, interpreted=interpreted())
+
+
+def _update_kernel_of(algorithm: Algorithm, operands: Operands) -> Kernel:
+    return update_kernel(algorithm, operands.formats, operands.grad_format)
+
+
+def observe_kernel(statistic: Statistic | None, grad_format: Format, state_formats: tuple[Format, ...]) -> Kernel:
+    """The kernel that sums a statistic, or, without moments, only looks for gradients without a finite square."""
+    return _observe_kernel(statistic, grad_format, state_formats, interpreted=interpreted())
+
+
+def compile_for(kernel: Kernel, target: GPUTarget, *, aligned: bool = True, threads: int = THREADS, elements: int = ELEMENTS) -> Any:
+    """Compile a kernel ahead of time, on a machine that need not have the target.
+
+    Returns:
+        Triton's compiled kernel; its `asm` has "ptx" and "cubin" for NVIDIA, "amdgcn" and "hsaco" for AMD.
+    """
+    options = _options(threads, elements)
+    constants = {"ALIGNED": aligned, "BLOCK": options.pop("BLOCK"), **kernel.constants}
+    source = ASTSource(kernel.function, kernel.signature | dict.fromkeys(constants, "constexpr"), constexprs=constants)
+    return triton.compile(source, target=target, options=options)
+
+
+def _options(threads: int, elements: int) -> dict[str, Any]:
+    return {"BLOCK": threads * elements, "num_warps": max(threads // WARP, 1), **OPTIONS}
+
+
+@cache
+def _update_kernel(algorithm: Algorithm, formats: tuple[Format, ...], grad_format: Format, *, interpreted: bool) -> Kernel:
+    written, grad = stored_values(formats), StoredValue("grad", grad_format)
+    param, *state = written
+    coefficients = [f"c{index}" for index in range(argument_count(algorithm.update) - 1 - len(written))]
+    arguments = [param.loaded(LOADED), f"{grad.loaded(LOADED)} * scale", *(value.loaded(LOADED) for value in state), *coefficients]
+    random = [value.name for value in written if value.format.is_random]
+    draws = {name: f"uniform(key{column}, indices)" for column, name in enumerate(random)}
+    access = "mask=inside, eviction_policy=EVICTION"
+    lines = [
+        *(["indices = index_of(index, left, length, gap, count, element)"] if random else []),
+        f"{''.join(f'new_{value.name}, ' for value in written)} = update({', '.join(arguments)})",
+        *(value.stored(STORED, draws.get(value.name, "")) for value in written),
+        *(f"tl.store(at_{name} + element, {STORED.format(name)}, {access})" for name in arrays_of(written)),
+    ]
+    keys = [f"key{column} = tl.load(keys + {len(random)} * row + {column})" for column in range(len(random))]
+    return _kernel(
+        identifier(f"update_{algorithm.name}", [*formats, grad_format]),
+        {"coefficients": "*fp32", "proceed": "*i1"} | ({"keys": "*i64", "segments": "*i64"} if random else {}),
+        arrays_of([grad, *written]),
+        coefficients,
+        item="tl.num_programs(0) - 1 - tl.program_id(0) if BACKWARD else tl.program_id(0)",
+        access=access,
+        constants=UPDATE,
+        count="tl.where(tl.load(proceed), tl.load(work + 3 * item + 2), 0)",
+        before=[*keys, "index, left, length, gap = run_of(segments, row, first, count)"] if random else [],
+        lines=lines,
+        functions={"update": algorithm.update, **functions_of([grad, *written], written)},
+        interpreted=interpreted,
+    )
+
+
+@cache
+def _observe_kernel(statistic: Statistic | None, grad_format: Format, state_formats: tuple[Format, ...], *, interpreted: bool) -> Kernel:
+    state, grad = stored_values(state_formats), StoredValue("grad", grad_format)
+    functions = functions_of([grad, *state])
+    arguments = {"sums": "*i64"}
+    coefficients: list[str] = []
+    if statistic is None:
+        title = "finite"
+        before = ["limit = 3.4028234663852886e38"]
+        lines = [f"g = {grad.loaded(LOADED)} * scale", "value = g * g"]
+    else:
+        title = f"observe_{statistic.observe.__module__.rpartition('.')[2]}"
+        functions["observe"] = statistic.observe
+        arguments = {"coefficients": "*fp32", "limits": "*fp32", "scales": "*fp32", **arguments}
+        coefficients = [f"c{index}" for index in range(argument_count(statistic.observe) - 1 - len(state))]
+        before = ["limit = tl.load(limits + row)", "unit = inverse_of_power(tl.load(scales + row))"]
+        values = [f"{grad.loaded(LOADED)} * scale", *(value.loaded(LOADED) for value in state), *coefficients]
+        lines = [f"value = observe({', '.join(values)})"]
+    # What lies beyond the end is read as zeros, of which a statistic is zero.
+    folded = {"largest": ("0.0, tl.float32", "value", "larger")}
+    after = ["tell(~({largest} <= limit), sums + operands + row)"]
+    if statistic is not None:
+        lines.append("low, middle, high = fixed_point(value, unit)")
+        folded |= {limb: ("0, tl.int32", f"bits_of({limb})", "add") for limb in ("low", "middle", "high")}
+        after.append("add_up({low}, {middle}, {high}, {lanes}, unit, sums + row)")
+    return _kernel(
+        identifier(title, [grad_format, *state_formats]),
+        arguments,
+        arrays_of([grad, *state]),
+        coefficients,
+        before=before,
+        lines=lines,
+        folded=folded,
+        after=after,
+        functions=functions,
+        interpreted=interpreted,
+    )
+
+
+def _kernel(
+    name: str,
+    arguments: dict[str, str],  # that only some kernels have, with Triton's types
+    tensors: dict[str, torch.dtype],  # in the order of the addresses
+    coefficients: Sequence[str],
+    *,
+    before: Sequence[str],  # all elements of a program
+    lines: Sequence[str],  # for each block of elements
+    folded: Mapping[str, tuple[str, str, str]] = MappingProxyType({}),  # of each row of elements: start and type, term, and function
+    after: Sequence[str] = (),  # all blocks, with names of what was folded and of the number of elements that it is of
+    functions: Mapping[str, Callable[..., Any]],  # of algorithms and formats, that the text calls
+    interpreted: bool,
+    item: str = "tl.program_id(0)",  # the program's row in the table of work
+    count: str = "tl.load(work + 3 * item + 2)",  # of its elements
+    access: str = "mask=inside",  # how memory is accessed
+    constants: Mapping[str, Any] = MappingProxyType({}),  # of a launch, and which `compile_for` takes
+) -> Kernel:
+    signature = {"work": "*i64", "addresses": "*i64", "operands": "i32", "grad_scale": "*fp32", **arguments}
+    found = [f"{name} = tl.load(addresses + {column} * operands + row)" for column, name in enumerate(tensors)]
+    of_program = [
+        *(f"{name} = tl.load(coefficients + {len(coefficients)} * row + {index})" for index, name in enumerate(coefficients)),
+        *before,
+        *(f"at_{name} = pointer({name} + {dtype.itemsize} * first, {_type(dtype)}, ALIGNED)" for name, dtype in tensors.items()),
+    ]
+    block = [
+        *(f"{LOADED.format(name)} = tl.load(at_{name} + element, {access}, other=0.0)" for name in tensors),
+        *lines,
+    ]
+    width = ALIGNMENT // max(dtype.itemsize for dtype in tensors.values())
+    start = [f"{name}_of_blocks = tl.full((BLOCK // {width},), {zero})" for name, (zero, _, _) in folded.items()]
+    of_block = [f"{name}_of_blocks = {fold}({name}_of_blocks, tl.reduce({term}, 1, {fold}))" for name, (_, term, fold) in folded.items()]
+    of_rest = [f"{name}_of_rest = tl.reduce({term}, 1, {fold})" for name, (_, term, fold) in folded.items()]
+    after_blocks, after_rest = (
+        [line.format(lanes=lanes, **{name: f"{name}_of_{part}" for name in folded}) for line in after]
+        for part, lanes in (("blocks", "(whole + BLOCK - 1) // BLOCK * BLOCK"), ("rest", VECTOR))
+    )
+    own = {each: compiled(function, interpreted=interpreted) for each, function in functions.items()}
+    names = compiled_scalars(interpreted=interpreted) | own
+    constexprs = "".join(f", {name}: tl.constexpr" for name in constants)
+    source = f'''"""Made by sharded_optim/backends/triton.py."""
+
+@triton.jit(do_not_specialize=ARGUMENTS)
+def {name}({", ".join(signature)}, ALIGNED: tl.constexpr, BLOCK: tl.constexpr{constexprs}):
+    item = ({item}).to(tl.int64)
+    row = tl.load(work + 3 * item)
+    first = tl.load(work + 3 * item + 1)
+    count = ({count}).to(tl.int32)
+    {_lines(4, found)}
+    if (({" | ".join(tensors)}) % {ALIGNMENT} == 0) == ALIGNED:
+        scale = tl.load(grad_scale)
+        {_lines(8, of_program, start)}
+        whole = count // {VECTOR} * {VECTOR} if ALIGNED else count
+        for start in range(0, whole, BLOCK):
+            element = start + elements(BLOCK, {width})
+            inside = element < whole
+            {_lines(12, block, of_block)}
+        {_lines(8, after_blocks)}
+        if whole < count:  # what does not fill {ALIGNMENT} bytes
+            element = whole + elements({VECTOR}, {width})
+            inside = element < count
+            {_lines(12, block, of_rest, after_rest)}
+'''
+    return Kernel(
+        # Arguments of equal types are not to be compiled anew for other values of theirs, such as addresses that are aligned by chance.
+        function=executed(name, source, {"triton": triton, "tl": tl, "ARGUMENTS": list(signature), **names}),
+        signature=signature,
+        constants=constants,
+        source=source,
+    )
+
+
+def _type(dtype: torch.dtype) -> str:
+    return f"tl.{str(dtype).removeprefix('torch.')}"
+
+
+def _lines(indent: int, *lines: Sequence[str]) -> str:
+    return f"\n{' ' * indent}".join(line for each in lines for line in each)
+
+
+BACKEND = Triton()

@@ -1,0 +1,146 @@
+"""Coefficients in one launch: the formulas that `coefficients.py` has recorded, compiled by Triton.
+
+As torch operations they would be a hundred launches of a few microseconds each, more than a step of a small model takes. A kernel is made
+for each sequence of operations that is met; the constants, which a schedule of the learning rate changes, are in device memory.
+"""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
+# What Triton's functions return is known to Triton alone.
+
+from __future__ import annotations
+
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import cache
+from types import FunctionType
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sharded_optim.backends.triton.compiler import compiled, executed, interpreted
+from sharded_optim.formulas.scalars import STEP_BITS, Formula, Operations, Sums
+from sharded_optim.storage.devices import Sent, send
+
+__all__ = ["Constants", "formula_kernel", "launch"]
+
+BLOCK = 128  # operands of a program
+WARPS = 4
+FOUND = {  # in this order
+    "formula_of": "formula = tl.load(all_formula_of + row, mask=inside, other=0)",
+    "lr": "lr = tl.load(all_lr + formula)",
+    "slots": "slot = tl.load(all_slots + row, mask=inside, other=0)",
+    "totals": "total = tl.load(all_totals + slot).to(tl.float64)",
+    "non_finite": "non_finite = tl.load(all_non_finite + slot)",
+    "units": "unit = tl.load(all_units + row, mask=inside, other=1.0)",
+    "numels": "numel = tl.load(all_numels + row, mask=inside, other=1.0)",
+}
+OPTIONS = {"num_warps": WARPS, "num_stages": 1, "enable_fp_fusion": False}
+
+
+class Constants:
+    """Those of formulas, on a device, where they stay until others are needed."""
+
+    def __init__(self) -> None:
+        self._sent: defaultdict[Operations, Sent[Tensor]] = defaultdict(Sent)
+
+    def of(self, formulas: Sequence[Formula], operations: Operations, device: torch.device) -> Tensor:
+        """A row of each formula: 1, then its constants, if these are its operations, else zeros: float64 (formulas, 1 + constants)."""
+        rows = [(1.0, *each.constants) if each.operations == operations else (0.0,) * (1 + operations.constants) for each in formulas]
+        return self._sent[operations].of(rows, device, lambda: send(torch.tensor(rows, dtype=torch.float64, device="cpu"), device))
+
+
+def launch(
+    formulas: Sequence[Formula], formula_of: Tensor | None, steps: Tensor, sums: Sums | None, lr: Tensor | None, constants: Constants
+) -> Tensor:
+    """See `sharded_optim.backends.Tabulate`."""
+    table = torch.empty(len(steps), len(formulas[0].operations.results), dtype=torch.float32, device=steps.device)
+    steps = steps.contiguous()
+    for operations in dict.fromkeys(formula.operations for formula in formulas):
+        values = constants.of(formulas, operations, steps.device)
+        optional = {"formula_of": formula_of, "lr": lr, **({} if sums is None else vars(sums))}
+        tensors = {name: tensor.contiguous() for name in FOUND if (tensor := optional.get(name)) is not None}
+        kernel = formula_kernel(operations, tuple(tensors))
+        kernel[triton.cdiv(len(steps), BLOCK),](
+            table, len(steps), values, values.shape[1], steps, *tensors.values(), BLOCK=BLOCK, **OPTIONS
+        )
+    return table
+
+
+def formula_kernel(operations: Operations, inputs: tuple[str, ...]) -> Any:
+    """The kernel of all formulas with these operations, reading these of `FOUND`."""
+    return _formula_kernel(operations, inputs, interpreted=interpreted())
+
+
+@cache
+def _formula_kernel(operations: Operations, inputs: tuple[str, ...], *, interpreted: bool) -> Any:
+    results = operations.results
+    arguments = ["table", "operands", "constants", "width", "steps", *(f"all_{name}" for name in inputs)]
+    body = [
+        "row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)",
+        "inside = row < operands",
+        "formula = row * 0",
+        *(FOUND[name] for name in inputs),
+        "own = constants + formula * width",
+        "inside = inside & (tl.load(own) > 0.0)",
+        *(f"c{index} = tl.load(own + {index + 1})" for index in range(operations.constants)),
+        "step = tl.load(steps + row, mask=inside, other=0.0).to(tl.int64) + 1",
+        *operations.lines,
+        *(f"tl.store(table + {len(results)} * row + {index}, rounded({name}), mask=inside)" for index, name in enumerate(results)),
+    ]
+    text = "\n    ".join(body)
+    name = f"coefficients_{zlib.crc32(text.encode()):08x}"
+    source = f'''"""Made by sharded_optim/backends/triton/formulas.py."""
+
+@triton.jit(do_not_specialize=ARGUMENTS)
+def {name}({", ".join(arguments)}, BLOCK: tl.constexpr):
+    {text}
+'''
+    functions = {each.__name__: compiled(each, interpreted=interpreted) for each in OPERATIONS}
+    return executed(name, source, {"triton": triton, "tl": tl, "ARGUMENTS": arguments, **functions})
+
+
+# ------------------------------------------------------------------------------------------------------------------- operations
+# `formulas/scalars.py` in float64, where Triton has one division and one root: those of IEEE 754.
+
+
+def divide(a, b):
+    return a / b
+
+
+def sqrt(a):
+    return tl.sqrt(a)
+
+
+def maximum(a, least):
+    return tl.where((a > least) | (a != a), a, least)
+
+
+def where(condition, a, b):
+    return tl.where(condition, a, b)
+
+
+def nan_where(flag, value):
+    return tl.where(flag > 0, float("nan"), value)
+
+
+BITS = tl.constexpr(STEP_BITS)
+
+
+def power(base, exponent):
+    result = base * 0.0 + 1.0
+    for bit in range(BITS):
+        result = tl.where((exponent >> bit) & 1 == 1, result * base, result)
+        base = base * base
+    return result
+
+
+def rounded(value):
+    return value.to(tl.float32)
+
+
+OPERATIONS: tuple[Callable[..., Any], ...] = (divide, sqrt, maximum, where, nan_where, power, rounded)
+assert all(isinstance(operation, FunctionType) for operation in OPERATIONS)

@@ -1,0 +1,211 @@
+"""Functions that Triton compiles into the kernels of `triton.py`: the operations of an algorithm's math, and how values are stored.
+
+`divide` to `where` and `from_bf16` to `stochastic_fp16` are `formulas/operations.py` for a block of elements; `uniform` is `noise.py`.
+They carry no decorator: `triton.py` compiles them together with the functions of algorithms and formats, for a device or for Triton's
+interpreter. Only what Triton has for every device is used, so that none is ruled out.
+"""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
+# What Triton's functions return is known to Triton alone.
+
+from __future__ import annotations
+
+import triton.language as tl
+
+# ------------------------------------------------------------------------------------------------------------------- operations
+
+
+def divide(a, b):
+    return tl.div_rn(a, b)  # `/` is approximate on some devices
+
+
+def maximum(a, b):
+    return tl.where((a > b) | (a != a), a, b)  # NaN wins, as in torch
+
+
+def sqrt(a):
+    return tl.sqrt_rn(a)
+
+
+def where(condition, a, b):
+    return tl.where(condition, a, b)
+
+
+# ----------------------------------------------------------------------------------------------------------------------- memory
+
+
+def pointer(address, dtype: tl.constexpr, aligned: tl.constexpr):
+    at = address.to(tl.pointer_type(dtype))
+    return tl.multiple_of(at, 16) if aligned else at
+
+
+# ---------------------------------------------------------------------------------------------------------------------- storage
+
+
+def from_bf16(stored):
+    return stored.to(tl.float32)
+
+
+def to_bf16(value):
+    return value.to(tl.bfloat16)
+
+
+def from_fp16(stored):
+    return stored.to(tl.float32)
+
+
+def to_fp16(value):
+    return value.to(tl.float16)
+
+
+def stochastic(value, uniform, epsilon, smallest_bits):
+    """A neighbour of the value, or the value.
+
+    Args:
+        value: fp32.
+        uniform: in [0, 1).
+        epsilon: of the dtype that stores.
+        smallest_bits: of the smallest number that it has, as fp32. It may be denormal, which a constant of Triton cannot.
+    """
+    magnitude = tl.abs(value)
+    bits = magnitude.to(tl.int32, bitcast=True)
+    power = (bits & 0x7F800000).to(tl.float32, bitcast=True)
+    spacing = tl.maximum((power * epsilon).to(tl.int32, bitcast=True), smallest_bits).to(tl.float32, bitcast=True)
+    scaled = tl.div_rn(magnitude, spacing)
+    below = scaled.to(tl.int32).to(tl.float32)  # it is below 2**11; tl.floor flushes denormal numbers
+    rounded = (below + tl.where(uniform < scaled - below, 1.0, 0.0)) * spacing
+    sign = value.to(tl.int32, bitcast=True) ^ bits
+    return tl.where(bits < 0x7F800000, (rounded.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True), value)
+
+
+def stochastic_bf16(value, uniform):
+    return stochastic(value, uniform, 0.0078125, 0x00010000)  # 2**-7, 2**-133
+
+
+def stochastic_fp16(value, uniform):
+    return stochastic(value, uniform, 0.0009765625, 0x33800000)  # 2**-10, 2**-24
+
+
+# The interpreter cuts off the low bits where it converts to bfloat16, and is wrong about bfloat16's denormal numbers.
+
+
+def from_bf16_interpreted(stored):
+    return (stored.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+
+
+def to_bf16_interpreted(value):
+    bits = value.to(tl.uint32, bitcast=True)
+    rounded = tl.where(value == value, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, 0x7FC0)
+    return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+# ------------------------------------------------------------------------------------------------------------------------ noise
+
+GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
+MULTIPLIER_1 = tl.constexpr(0xBF58476D1CE4E5B9)
+MULTIPLIER_2 = tl.constexpr(0x94D049BB133111EB)
+
+
+def uniform(key, index):
+    bits = key.to(tl.uint64) + index.to(tl.uint64) * GOLDEN
+    bits = (bits ^ (bits >> 30)) * MULTIPLIER_1
+    bits = (bits ^ (bits >> 27)) * MULTIPLIER_2
+    bits = bits ^ (bits >> 31)
+    return (bits >> 40).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08  # 2**-24
+
+
+def run_of(segments, row, first, count):
+    """Where element `first` of a segment lies, for `index_of` of it and those that follow: (start, run, stride) in row `row` of `segments`.
+
+    Returns:
+        index: its own, in the whole tensor.
+        left: how many elements of its run there are from it on.
+        length: of a run, int32; or count if that is less, by which anything less than count is divided into equally many.
+        gap: from the end of a run to the next.
+    """
+    start = tl.load(segments + 3 * row)
+    run = tl.load(segments + 3 * row + 1)
+    stride = tl.load(segments + 3 * row + 2)
+    within = first % run
+    return start + first // run * stride + within, run - within, tl.minimum(run, count).to(tl.int32), stride - run
+
+
+def index_of(index, left, length, gap, count, element):
+    """Indices in the whole tensor, int64, of the elements that follow an element: by `element`, int32 (n,), each less than count."""
+    if left >= count:  # most often all are of one run, which spares each a division
+        indices = index + element
+    else:
+        beyond = element - left.to(tl.int32)
+        indices = index + element + tl.where(beyond < 0, 0, (beyond // length + 1) * gap)
+    return indices
+
+
+# -------------------------------------------------------------------------------------------------------------------------- sum
+
+
+# A statistic is summed exactly, as the integer that it is in units of 1 / scale. Adding 1.5 * 2**23 units of some power of two rounds a
+# smaller fp32 number to these units, half to even, and leaves their number in the low bits of the result, offset by the bits of what was
+# added. Three such roundings, each of what the one before left over, which is exact, make three limbs of 17 bits and their signs. All
+# that multiprocessors have many units for is 32 bits long: conversions to int64 would take longer than the memory.
+
+LIMB = tl.constexpr(17)  # bits: 3 * LIMB is TERM_BITS of statistics.py, and 2**13 limbs are summed in 32 bits
+ROUNDER = tl.constexpr(1.5 * 2.0**23)
+STEP = tl.constexpr(2.0**17)
+
+
+def elements(block: tl.constexpr, width: tl.constexpr):
+    """0, 1, ... as int32 (block // width, width): a row is what a thread reads or writes at once, and folds without others."""
+    return tl.arange(0, block // width)[:, None] * width + tl.arange(0, width)[None, :]
+
+
+def inverse_of_power(scale):
+    """1 / scale of a power of two, fp32: the exponent with the other sign."""
+    return (0x7F000000 - bits_of(scale)).to(tl.float32, bitcast=True)
+
+
+def fixed_point(value, unit):
+    """Limbs of round_half_even(value / unit), for `bits_of` and `add_up`: fp32, each offset by its rounder.
+
+    Args:
+        value: fp32, at least 0 and below 2**51 units; any limbs are of others.
+        unit: a power of two, 1 / scale, of which 2**58 are finite.
+    """
+    to_low = unit * ROUNDER
+    to_middle = to_low * STEP
+    to_high = to_middle * STEP
+    high = value + to_high
+    rest = value - (high - to_high)
+    middle = rest + to_middle
+    rest = rest - (middle - to_middle)
+    return rest + to_low, middle, high
+
+
+def bits_of(value):
+    return value.to(tl.int32, bitcast=True)
+
+
+def add_up(low, middle, high, lanes, unit, target):
+    """Add the integers of which these are the limbs.
+
+    Args:
+        low, middle, high: int32 (n,), sums of bits of limbs, modulo 2**32.
+        lanes: of how many limbs each of the three is.
+    """
+    to_low = unit * ROUNDER
+    to_middle = to_low * STEP
+    total = (tl.reduce(high, 0, add) - lanes * bits_of(to_middle * STEP)).to(tl.int64) << LIMB
+    total = (total + (tl.reduce(middle, 0, add) - lanes * bits_of(to_middle))) << LIMB
+    tl.atomic_add(target, total + (tl.reduce(low, 0, add) - lanes * bits_of(to_low)), sem="relaxed")
+
+
+def add(a, b):
+    return a + b
+
+
+def larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+def tell(found, target):
+    """Write 1 if any is True: all threads that do write the same, which needs no atomic operation."""
+    tl.store(target + tl.full(found.shape, 0, tl.int32), 1, mask=found)

@@ -1,0 +1,22 @@
+"""The commands of `sharded-optim`: each a function in a file of its own, or a package of several, listed here. Used by `cli.py` alone."""
+
+from __future__ import annotations
+
+import typer
+
+from sharded_optim.cli import checkpoint, doctor, plan
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    help="Optimizers for sharded training.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+app.command("doctor")(doctor.doctor)
+app.command("plan")(plan.plan)
+app.add_typer(checkpoint.app, name="checkpoint")

@@ -1,0 +1,158 @@
+"""`sharded-optim doctor`: whether this machine, or torchrun's ranks, can run a job. The looking is in `sharded_optim/tools/doctor/`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import textwrap
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+
+from sharded_optim.cli import errors
+from sharded_optim.cli.tables import counted, plain, print_table, table
+from sharded_optim.tools.doctor import TIMEOUT, Finding, Report, examine
+
+__all__ = ["doctor"]
+
+COLUMNS = 100
+LINES = 45  # of a screen
+WIDEST_VALUE = 57  # characters; what is cut off stands in full below the table, and in the JSON
+SECTIONS = ("versions", "devices", "backends", "limits", "storage", "bandwidth", "ranks")
+
+
+def doctor(
+    folder: Annotated[str, typer.Option(help="of checkpoints; what is written there is removed")] = ".",
+    quick: Annotated[bool, typer.Option("--quick", help="measure no bandwidth and no write speed")] = False,
+    timeout: Annotated[float, typer.Option(help="seconds to wait for another rank, or a process started for this")] = TIMEOUT,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON, in bytes and seconds")] = False,
+) -> None:
+    """Tell whether this machine can run a training job. Exit status 1: there is a problem.
+
+    Under torchrun also whether all ranks agree: torchrun --nproc-per-node 2 --no-python sharded-optim doctor
+    """
+    with errors.for_users(), _ended_politely(), _Stdout() as stdout:
+
+        def tell(report: Report) -> None:
+            with stdout.restored():
+                _print_json(report) if as_json else _print(report)
+
+        healthy = examine(folder, quick=quick, timeout=timeout, tell=tell)
+    if not healthy:
+        raise typer.Exit(1)
+
+
+class _Stdout(contextlib.AbstractContextManager["_Stdout"]):
+    """Libraries print on stdout, some from C++, and what reads the JSON does not want it: while this is open, that goes to stderr."""
+
+    def __enter__(self) -> _Stdout:
+        self._python = sys.stdout
+        self._python.flush()
+        self._own = os.dup(1)
+        self._divert()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._put_back()
+        os.close(self._own)
+
+    def _divert(self) -> None:
+        os.dup2(2, 1)
+        sys.stdout = sys.stderr
+
+    def _put_back(self) -> None:
+        os.dup2(self._own, 1)
+        sys.stdout = self._python
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        self._put_back()
+        try:
+            yield
+            sys.stdout.flush()
+        finally:
+            self._divert()
+
+
+@contextlib.contextmanager
+def _ended_politely() -> Iterator[None]:
+    """A process that is told to end removes what it has written."""
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:  # as ranks do that have agreed on their exit status
+            signal.signal(signal.SIGTERM, before)
+
+
+# --------------------------------------------------------------------------------------------------------------------------- print
+
+
+def _print_json(report: Report) -> None:
+    print(json.dumps(report.as_data(), indent=2, allow_nan=False))
+
+
+def _print(report: Report) -> None:
+    first = report.ranks[0]
+    world_size = report.world_size or len(report.ranks)
+    of_ranks = "" if world_size == 1 else f", rank 0 of {world_size}"
+    print(f"{first.host}{of_ranks}\n")
+    grid = table("part", "what", "status", "found")
+    section = ""
+    shown = (*first.findings, *report.together)
+    for each in sorted(shown, key=lambda finding: SECTIONS.index(finding.section)):
+        heading, section = each.section if each.section != section else "", each.section
+        style = None if each.status in ("ok", "absent") else "bold"
+        grid.add_row(heading, plain(each.name), "-" if each.status == "absent" else each.status, plain(_short(_told(each))), style=style)
+    print_table(grid)
+    notes = _notes(report)
+    room = LINES - len(shown) - 7  # for the host, headings, blank lines and the verdict
+    for line in notes if len(notes) <= room else [*notes[: room - 1], f"and {len(notes) - room + 1} lines more: --json has all"]:
+        print(line)
+    print(_verdict(report))
+
+
+def _told(finding: Finding) -> str:
+    return f"{finding.value}: {finding.way_out}" if finding.status == "absent" and finding.way_out else finding.value
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= WIDEST_VALUE else f"{text[: WIDEST_VALUE - 3]}..."
+
+
+def _notes(report: Report) -> list[str]:
+    """What is wrong and the way out, problems first; on whichever ranks."""
+    ranks_of: dict[tuple[str, str], list[int]] = {}
+    for rank in report.ranks:
+        for each in rank.findings:
+            ranks_of.setdefault(_note(each), []).append(rank.rank)
+    for each in report.together:
+        ranks_of.setdefault(_note(each), [])
+    lines = []
+    for kind in ("problem", "warning"):
+        for (status, text), ranks in ranks_of.items():
+            if status == kind:
+                lines += textwrap.wrap(f"{status}{_on(ranks, len(report.ranks))}: {text}", COLUMNS, subsequent_indent="  ")
+    return lines
+
+
+def _note(finding: Finding) -> tuple[str, str]:
+    return finding.status, f"{finding.section} {finding.name}: {finding.value}; {finding.way_out}"
+
+
+def _on(ranks: list[int], world_size: int) -> str:
+    if not ranks or len(ranks) == world_size:
+        return ""
+    shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+    return f" on rank{'s' if len(ranks) > 1 else ''} {shown}"
+
+
+def _verdict(report: Report) -> str:
+    statuses = [status for status, _ in {_note(each) for each in report.findings}]
+    problems, warnings = statuses.count("problem"), statuses.count("warning")
+    found = f"{counted(problems, 'problem')}, {counted(warnings, 'warning')}"
+    return f"{found}: {'a job would fail or be wrong here' if problems else 'ready to train'}"

@@ -1,0 +1,54 @@
+"""What the math of an optimizer consists of: plain functions over scalars or tensors.
+
+`Algorithm` is what a backend runs. The optimizers themselves, a file each, are in `optimizers/`.
+
+Rules for `update` and `observe`, which every backend compiles from the same source, as it does `load` and `store` of a storage format:
+`+ - *`, comparisons, numbers and the functions of `operations` only; every value is fp32, of numbers too; one result rounding per operation
+(no fused multiply-add).
+
+Rule for `coefficients` and `lr_scale`: `+ - *` and the functions of `scalars` only, for all that may depend on step or learning rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sharded_optim.formulas.scalars import Number, Step
+
+__all__ = ["Algorithm", "Choose", "Coefficients", "Statistic"]
+
+Coefficients = tuple[Number, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistic:
+    """What an algorithm must know of a whole tensor before it can update an element: the mean of an elementwise value.
+
+    The engine sums `observe` over all ranks and hands the mean over the tensor to `lr_scale`.
+    """
+
+    observe: Callable[..., Any]  # (grad, *state, *coefficients) -> the value, in [0, bound], of zeros zero; writes nothing
+    coefficients: Callable[[Mapping[str, Any], Step], Coefficients]  # (hyperparameters, step)
+    bound: Callable[[Mapping[str, Any]], float]  # the largest value that `observe` can give with these hyperparameters, at any step
+    lr_scale: Callable[[Mapping[str, Any], Number], Number]  # (hyperparameters, mean) -> multiplier of the learning rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Algorithm:
+    """One optimizer's math, elementwise but for its statistic."""
+
+    name: str
+    state: tuple[str, ...]  # names of the per-element state, in the order the functions take and return it; the first moment first
+    update: Callable[..., tuple[Any, ...]]  # (param, grad, *state, *coefficients) -> (param, *state)
+    coefficients: Callable[[Mapping[str, Any], Step, Number], Coefficients]  # (hyperparameters, step, lr_scale)
+    # (param, grad, *state, *coefficients) -> the parameter before an update that led to this parameter and state; for reports
+    undo: Callable[..., Any]
+    statistic: Statistic | None = None
+    late: frozenset[str] = frozenset()  # state that may begin, as zeros, when other state has long begun
+    unused: frozenset[str] = frozenset()  # state that other hyperparameters would need, which may be left over
+
+
+# The algorithm of a param group. Raises ValueError for hyperparameters that do not go together, or ask for what is not done.
+Choose = Callable[[Mapping[str, Any]], Algorithm]

@@ -1,0 +1,36 @@
+"""Constructors of the public optimizers, as `help` and editors show them: every option with its default and its meaning."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import TypeVar
+
+from sharded_optim.step.engine import Engine
+from sharded_optim.step.options import CommonOptions, EngineOptions, SwitchOptions
+
+__all__ = ["OPTION_TEXTS", "spelled_out"]
+
+Class = TypeVar("Class", bound=type[Engine])
+
+ENTRY = re.compile(r"^(\w+): (.*(?:\n    .*)*)", re.MULTILINE)
+OPTION_TEXTS: dict[str, str] = {  # by the option's name, as the docstrings of the options' types have them
+    name: text
+    for options in (SwitchOptions, EngineOptions, CommonOptions)
+    for name, text in ENTRY.findall(inspect.cleandoc(options.__doc__ or ""))
+}
+
+
+def spelled_out(optimizer: Class) -> Class:
+    """Put all options into the signature of a class, in place of `**options`, and their texts into its docstring."""
+    init = optimizer.__init__
+    of_engine = inspect.signature(Engine).parameters
+    own = [each for each in inspect.signature(init).parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+    missing = OPTION_TEXTS.keys() - {each.name for each in own}
+    init.__signature__ = inspect.Signature([*own, *[of_engine[name] for name in OPTION_TEXTS if name in missing]])  # pyright: ignore
+    entries = "".join(f"{name}: {text}\n" for name, text in OPTION_TEXTS.items())
+    indented = "".join(f"    {line}\n" for line in entries.splitlines())
+    optimizer.__doc__ = re.sub(
+        r"^    (\w+, )*options: .*\n", lambda _: indented, inspect.cleandoc(optimizer.__doc__ or ""), flags=re.MULTILINE
+    )
+    return optimizer

@@ -1,0 +1,105 @@
+"""Checks of constructor arguments that name the public class, the argument that was meant and the way out. Used by all optimizers."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from sharded_optim.formulas.hyperparameters import COMMON, Hyperparameter, Unsupported, by_name
+from sharded_optim.formulas.weight_decay import DECOUPLED
+
+__all__ = ["argument_names", "check_iterable", "hands_on", "refuse_unknown", "warn_of_swapped_eps"]
+
+# Arguments of torch's optimizers that are not arguments here, and what their users do instead.
+WAYS_OUT = {
+    "fused": "every backend is fused; leave it out, or choose who computes with backend=",
+    "capturable": "a CUDA graph may record any step on a GPU; leave it out",
+    "parameters_as_bucket_view": "in a ShardedOptimizer parameters lie in buckets anyway; leave it out",
+    "overlap_with_ddp": "ShardedOptimizer reduces gradients while backward goes on, without DistributedDataParallel; leave it out",
+    "consolidate_state_dict": "so.checkpoint and torch.distributed.checkpoint save every rank's part; leave it out",
+}
+PASSES = {"fused": True}  # what an argument may be beside None and False, as it asks for what is done anyway
+INTERNAL = ("defaults", "algorithm")  # what public classes give their base
+# Positional arguments in the order of another library: from SWAPPED_EPS on eps may be a weight decay, and up to SWAPPED_DECAY a weight
+# decay that lr multiplies, which would do nothing in float32, may be an eps.
+SWAPPED_EPS = 1e-3
+SWAPPED_DECAY = 1e-8
+
+
+def argument_names(*classes: type) -> list[str]:
+    """The names of the arguments of a class and of those that it hands others on to."""
+    parameters = [each for cls in classes for each in inspect.signature(cls).parameters.values()]
+    names = dict.fromkeys(each.name for each in parameters if each.kind is not inspect.Parameter.VAR_KEYWORD)
+    return [name for name in names if name not in INTERNAL]
+
+
+def hands_on(cls: type) -> bool:
+    """Whether a class takes arguments that its signature does not name."""
+    return any(each.kind is inspect.Parameter.VAR_KEYWORD for each in inspect.signature(cls).parameters.values())
+
+
+def refuse_unknown(caller: str, given: Mapping[str, Any], names: Sequence[str], hyperparameters: Iterable[Hyperparameter]) -> None:
+    """Raise TypeError for an argument that does not exist, unless it is a known switch of another library that asks for nothing.
+
+    Args:
+        caller: the class that was called.
+        given: arguments that it does not take.
+        names: those that it takes.
+        hyperparameters: what param groups may have.
+    """
+    for name, value in given.items():
+        declared = by_name(hyperparameters).get(name)
+        is_known = name in WAYS_OUT or declared is not None
+        if is_known and (value is None or value is False or value is PASSES.get(name, False)):
+            continue
+        if isinstance(declared, Unsupported):
+            way_out = declared.way_out
+        elif declared is not None and name not in by_name(COMMON):
+            way_out = f"give it in the param groups: [{{'params': ..., {name!r}: {value!r}}}]"
+        elif name in WAYS_OUT:
+            way_out = WAYS_OUT[name]
+        else:
+            near = difflib.get_close_matches(name, names, n=1)
+            way_out = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(names)}"
+        raise TypeError(f"{caller}() got an unexpected keyword argument {name!r}, of value {value!r}; {way_out}")
+
+
+def check_iterable(params: Any, where: str) -> None:
+    """Raise TypeError for what is no collection of parameters.
+
+    Args:
+        where: what it was given as.
+    """
+    is_model = isinstance(params, nn.Module) and not isinstance(params, nn.ParameterList)  # which torch too iterates over
+    if is_model or not isinstance(params, Iterable):
+        given = "a method that was not called" if inspect.ismethod(params) else type(params).__name__
+        raise TypeError(f"{where} must be an iterable of parameters, got {given}; pass model.parameters() or model.named_parameters()")
+    if isinstance(params, Mapping):
+        way_out = "put a param group into a list" if "params" in params else "pass model.named_parameters()"
+        raise TypeError(f"{where} must be an iterable of parameters or of dicts, got {type(params).__name__}; {way_out}")
+
+
+def warn_of_swapped_eps(optimizer: type, defaults: Mapping[str, Any]) -> None:
+    """Warn where eps and weight decay look like positional arguments in the order of another library."""
+    if not {"eps", "weight_decay"} <= defaults.keys():
+        return
+    eps, weight_decay = float(defaults["eps"]), float(defaults["weight_decay"])
+    is_no_decay = 0.0 < weight_decay <= SWAPPED_DECAY and defaults.get("decay_form") != DECOUPLED
+    if not is_no_decay and not (SWAPPED_EPS <= eps > weight_decay):
+        return
+    names = list(inspect.signature(optimizer).parameters)
+    order = "eps before weight_decay, as torch does, and optimi has weight_decay first"
+    if "eps" in names and "weight_decay" in names and names.index("weight_decay") < names.index("eps"):
+        order = "weight_decay before eps, as optimi does, and torch has eps first"
+    other = f"eps={weight_decay!r}" + (f", weight_decay={eps!r}" if eps >= SWAPPED_EPS else " and the weight_decay that you want")
+    warnings.warn(
+        f"eps={eps!r} and weight_decay={weight_decay!r} look swapped: {optimizer.__name__} takes {order}. As given, {eps!r} is added to "
+        f"the root of the second moment, and the weight decay is {weight_decay!r}. If you meant the other order, pass {other}, by keyword",
+        UserWarning,
+        stacklevel=4,
+    )

@@ -1,0 +1,315 @@
+"""The one torch.optim.Optimizer of the library. Its step reads observe, agree, update.
+
+    grad, state -> observe -> per-tensor sums -> agree (one all-reduce) -> per-tensor learning-rate scale -> update -> param, state
+
+The public classes in `optimizers/` give it an algorithm and defaults.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sharded_optim.backends import AUTO, candidates
+from sharded_optim.formulas import Choose
+from sharded_optim.formulas.verdict import PRESENT
+from sharded_optim.sharding import FlatLayout
+from sharded_optim.sharding.ddp import JoinGuard
+from sharded_optim.sharding.ranks import is_distributed
+from sharded_optim.step import param_groups
+from sharded_optim.step.agreement import Agreement, Rules, Scaler
+from sharded_optim.step.arguments import argument_names, refuse_unknown, warn_of_swapped_eps
+from sharded_optim.step.coefficients import host_value, known_on_host
+from sharded_optim.step.kernel_calls import BackendChoice
+from sharded_optim.step.options import MOST_SKIPPED, CheckedOption, NonFinite, Params, check_max_skipped_steps, check_nonfinite
+from sharded_optim.step.param_set import ParamSet, ParamSets, StepListener
+from sharded_optim.step.reports import Reports
+from sharded_optim.step.stateful import StatefulOptimizer
+from sharded_optim.storage.devices import refuse_to_capture
+
+__all__ = ["Engine"]
+
+
+class Engine(StatefulOptimizer):
+    """Steps an `Algorithm` on whatever shard of the parameters this rank holds.
+
+    Args:
+        params: as for every torch optimizer: tensors, (name, tensor) tuples, or dicts of param groups.
+        defaults: hyperparameters of the param groups.
+        algorithm: chooses the math of a param group.
+        max_lr: reference learning rate of groups that do not bring their own `max_lr`; None takes each group's `lr`.
+        options: see `EngineOptions` and `SwitchOptions`.
+        unknown: refused, but for switches of other libraries that are off.
+
+    Attributes:
+        nonfinite, max_skipped_steps: see `EngineOptions`. May be set between two steps, on all ranks.
+        optimizer_accumulation: while True, what is stepped inside backward (gradient release) updates its state alone, not the parameter:
+            set it during all but the last micro-batch. As in optimi, each of them counts as a step of the moments.
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler then sets grad_scale and found_inf and leaves the gradients alone
+    nonfinite: NonFinite = CheckedOption(check_nonfinite)  # pyright: ignore[reportAssignmentType]
+    max_skipped_steps: int | None = CheckedOption(check_max_skipped_steps)  # pyright: ignore[reportAssignmentType]
+
+    def __init__(
+        self,
+        params: Params,
+        defaults: dict[str, Any],
+        *,
+        algorithm: Choose,
+        max_lr: float | None = None,
+        state_dtype: torch.dtype | str | None = None,
+        backend: str = AUTO,
+        nonfinite: NonFinite | None = None,
+        max_skipped_steps: int | None = MOST_SKIPPED,
+        process_group: dist.ProcessGroup | None = None,
+        kahan_sum: bool | None = None,
+        stochastic_rounding: bool = False,
+        rounding_seed: int = 0,
+        foreach: bool | None = None,
+        triton: bool | None = None,
+        gradient_release: bool = False,
+        layout: FlatLayout | None = None,
+        **unknown: Any,
+    ) -> None:
+        if unknown:
+            refuse_unknown(type(self).__name__, unknown, argument_names(type(self), Engine), self.hyperparameters)
+        if nonfinite is not None:
+            self.nonfinite = nonfinite  # checked before anything is made
+        self.max_skipped_steps = max_skipped_steps
+        if gradient_release and foreach:
+            warnings.warn("gradient_release=True steps what a backward hook brings; foreach=True has no effect", UserWarning, stacklevel=3)
+        self.gradient_release = gradient_release
+        self.optimizer_accumulation = False
+        self._backend_names = candidates(backend, triton)
+        self._foreach = foreach is not False
+        self._skipped: int | Tensor = 0
+        self._has_stepped = False
+        defaults = defaults | {"kahan_sum": kahan_sum, "stochastic_rounding": stochastic_rounding, "rounding_seed": int(rounding_seed)}
+        super().__init__(
+            params,
+            defaults,
+            algorithm=algorithm,
+            state_dtype=state_dtype or torch.float32,
+            max_lr=max_lr,
+            layout=layout,
+            process_group=process_group,
+        )
+        warn_of_swapped_eps(type(self), defaults)
+        self._begin()
+        self._statistic = algorithm(self.param_groups[0]).statistic
+        # Where ranks agree on something anyway, skipping together costs nothing; elsewhere it would cost a collective.
+        self.nonfinite = nonfinite or ("skip" if self._statistic else "allow")
+
+    def _begin(self) -> None:
+        """What an optimizer has that is new or was copied."""
+        self._backends = BackendChoice(self._backend_names)
+        self._sets = ParamSets(self._index, self._backends, together=self._foreach)
+        self._join_guard = JoinGuard()
+        self._reports = Reports()
+        self._listener: StepListener | None = None
+
+    # ------------------------------------------------------------------------------------------------------------------- step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None, param: Tensor | Sequence[Tensor] | None = None) -> Any:
+        """Step once: on every rank, or on none.
+
+        Args:
+            closure: re-evaluates the model and returns the loss.
+            param: step this parameter, or these, alone: what gradient release does inside backward. Where ranks agree on something,
+                every rank of the process group must step the same parameters in the same order.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            ValueError: bad input. On every rank where ranks agree in this step, else on this one.
+            FloatingPointError: a gradient was not finite and `nonfinite="raise"`, or `max_skipped_steps` steps in a row were skipped. On
+                every rank, naming tensors and ranks.
+        """
+        loss = None
+        if closure is not None:
+            if param is not None:
+                raise ValueError("step takes a closure or a param, not both: a closure is for the whole model")
+            with torch.enable_grad():
+                loss = closure()
+        if self.is_allocation_step():
+            self.init_state()
+            return loss
+        if self._agrees and self.layout is None and is_distributed():  # DistributedDataParallel holds no flat parameters
+            self._join_guard.check((param for group in self.param_groups for param in group["params"]), self._sets.made)
+        rules = self._rules()
+        only = None if param is None else (param,) if isinstance(param, Tensor) else tuple(param)
+        params = self._sets.of(self, only, rules)  # a collective when it is made; raises what the step before has left
+        self._reports.rows = None
+        self._given.clear()  # whoever replaces parameters from now on is a user
+        scaler = Scaler.of(self)
+        try:
+            observation = params.observe(self, rules, scaler, whole=only is None)
+            if only is None and params.calls:  # without a gradient, after gradient release, the reports of its steps stay
+                self._sets.forget_reports(params)
+            agreement = params.agree(observation, rules, scaler)
+            if not self._has_stepped and only is None:
+                self._has_stepped = True
+                _warn_of_no_gradients(self, params, agreement)
+            self._update(params, agreement, rules, scaler, accumulate=only is not None and self.optimizer_accumulation)
+        finally:
+            self._sets.release(params)
+            observation = None  # else an error that it has, and this frame, would keep each other alive
+        return loss
+
+    def listen(self, listener: StepListener) -> None:
+        """Tell it of every step from now on."""
+        self._listener = listener
+
+    @torch.no_grad()
+    def observe_unit(self, unit: int) -> None:
+        """Look at the gradients of a unit before the step, as soon as they are complete. No communication.
+
+        The next step of all parameters uses what it found, unless gradients, state or hyperparameters have changed by then.
+        """
+        params = self._sets.whole
+        if params is None or not self._agrees:  # before the first step, the rules' process group would be made here: a collective
+            return
+        rules = self._rules()
+        if params.fits(self.all_params(), self.layout, rules):
+            params.observe_unit(self, rules, unit)
+
+    @property
+    def _agrees(self) -> bool:
+        """Whether a step is a collective."""
+        return self._statistic is not None or self.nonfinite != "allow"
+
+    def _rules(self) -> Rules:
+        """What ranks agree on, by the options as they are now. A collective the first time, if they agree."""
+        return Rules(
+            statistic=self._statistic,
+            agrees=self._agrees,
+            nonfinite=self.nonfinite,
+            max_skipped_steps=self.max_skipped_steps,
+            state_format=self.state_format.name,
+            process_group=self.own_group() if self._agrees else None,
+        )
+
+    def _update(self, params: ParamSet, agreement: Agreement | None, rules: Rules, scaler: Scaler, *, accumulate: bool) -> None:
+        """Write parameters (but not to `accumulate`) and state, and count the step, where it happens."""
+        if agreement is not None:
+            proceed = agreement.verdict.proceed
+        else:
+            proceed = None if scaler.found_inf is None else (scaler.found_inf == 0).all()
+        if proceed is not None and known_on_host(proceed):  # branch here; a verdict that only the device knows selects there
+            happens = bool(host_value(proceed))
+            self._count_skipped(not happens)
+            if not happens:
+                params.skip()
+            if agreement is not None:
+                params.conclude(agreement)
+            if not happens:
+                return
+            proceed = None
+        for group in self.param_groups:
+            param_groups.learn_reference_lr(group)
+        if self._listener is not None:
+            self._listener.updating()
+        params.update(agreement, rules, proceed, scaler, self._listener, accumulate=accumulate)
+        if proceed is not None:
+            self._count_skipped(~proceed)
+
+    # ----------------------------------------------------------------------------------------------------------------- reports
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps did not happen because a gradient was not finite. Waits for the device.
+
+        DeepSpeed's ZeRO steps each param group, or sub-group, by itself, and each counts; steps that DeepSpeed skips do not.
+        """
+        return int(self._skipped)
+
+    def _count_skipped(self, skipped: int | Tensor) -> None:
+        if isinstance(skipped, Tensor) and not isinstance(self._skipped, Tensor):
+            refuse_to_capture(skipped.device)
+            self._skipped = torch.full((), self._skipped, dtype=torch.int64, device=skipped.device)
+        self._skipped += skipped
+
+    def metrics(self) -> dict[str, float]:
+        """What the last step found, already reduced over all ranks. Waits for the device.
+
+        Returns:
+            `skipped_steps`, and for algorithms with a per-tensor statistic `rms/NAME`: its root mean over the whole tensor, for every
+            tensor of the model that has elements and had a gradient, also those held by other ranks only. NaN where it was not finite.
+        """
+        return {"skipped_steps": float(self.skipped_steps)} | (self._reports.rms(self._sets) if self._statistic is not None else {})
+
+    def report_per_parameter_metrics(self, param: Tensor, name: str, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
+        """Tell what the last step did to one parameter, as Composer's OptimizerMonitor asks for it. No communication.
+
+        Returns:
+            `optimizer_metrics`, to which this adds what `metrics.report` says of this rank's piece, under
+            `l2_norm/{moment,param,update,grad}/NAME` and `cosine/{update_grad,moment_grad}/NAME`: float64 tensors of one element. NAME is
+            `name`, or for a flat parameter that of each tensor in it.
+
+        Raises:
+            ValueError: the gradient is not laid out like the parameter.
+        """
+        group = self._group_with(param)
+        if group is not None:
+            entry = self.describe_param(param, name, group)
+            optimizer_metrics |= self._reports.of_param(entry, name, self.state.get(param, {}), self._sets)
+        return optimizer_metrics
+
+    def pre_reduce_metrics(self, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
+        """Turn norms into squares and cosines into dot products, which add up over ranks, in place. See `metrics.py`."""
+        optimizer_metrics |= self._reports.pre_reduced(optimizer_metrics)
+        return optimizer_metrics
+
+    def dist_reduce_metrics(self, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
+        """Make the metrics of this rank's pieces those of whole tensors, in place: one all-reduce, in which every rank must take part.
+
+        The first call may exchange the layout before. See `metrics.dist_reduce`.
+        """
+        process_group = self.own_group()
+        layout = self._sets.layout_of_all_ranks(self, process_group)
+        optimizer_metrics |= self._reports.reduced(optimizer_metrics, layout, process_group)
+        return optimizer_metrics
+
+    # ------------------------------------------------------------------------------------------------------- copying, printing
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_statistic", "_backend_names", "_foreach", "_skipped", "_has_stepped", "nonfinite", "max_skipped_steps")
+        own += ("gradient_release", "optimizer_accumulation")
+        return super().__getstate__() | {name: getattr(self, name) for name in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_statistic" in state:
+            self._begin()
+
+    def __repr__(self) -> str:
+        return super().__repr__().removesuffix(")") + f"backend: {self._backends}\nnonfinite: {self.nonfinite}\n)"
+
+
+def _warn_of_no_gradients(optimizer: Engine, params: ParamSet, agreement: Agreement | None) -> None:
+    """In the first step. Waits for the device if this rank has no gradient."""
+    layout = optimizer.layout
+    of_some = optimizer.gradient_release or (layout is not None and layout.in_turns)  # other calls step other parameters
+    if params.calls or of_some or not any(param.requires_grad for param in params.layout.params):
+        return
+    if agreement is not None:
+        if agreement.vector[PRESENT].any():
+            return  # other ranks have some
+    elif layout is not None:
+        return  # this rank may hold none of the elements that have one
+    where = "on this rank, " if agreement is None and is_distributed() else ""
+    warnings.warn(
+        f"the first step found no gradient on any parameter, {where}so it changes nothing. If the model was wrapped (fully_shard, "
+        f"FullyShardedDataParallel) after the optimizer was built, the optimizer has the parameters of before: build it from "
+        f"model.parameters() after wrapping. Else call loss.backward() before step()",
+        UserWarning,
+        stacklevel=5,
+    )

@@ -1,0 +1,176 @@
+"""State dicts of other libraries' optimizers, recognised by their keys and told in ours, so that a trajectory continues where it was.
+
+    torch.optim     Adam, AdamW, SGD: `weight_decay` means L2 or coupled decay; SGD has no step counter
+    Composer        DecoupledAdamW, DecoupledSGDW: torch's keys and `initial_lr`, the reference; a momentum buffer may be None
+    optimi          Adam, AdamW, StableAdamW: debiased moments in the parameter's dtype, one step counter per group, `max_lr`, `kahan_comp`
+
+Used when a state dict is loaded. The keys are those of torch 1.12 to 2.13, Composer 0.31 and optimi 0.3.3.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharded_optim.formulas.scalars import bias_correction
+from sharded_optim.formulas.weight_decay import COUPLED, DECOUPLED, L2, form_of
+from sharded_optim.step.param_groups import HIGH_DECAY, reference
+from sharded_optim.step.state import STEP
+from sharded_optim.storage.formats import KAHAN_COMP
+
+__all__ = ["translate"]
+
+TORCH, COMPOSER, OPTIMI = "torch", "Composer", "optimi"
+TORCHS_SWITCHES = {"foreach", "fused", "capturable", "decoupled_weight_decay"}  # how it computes, which is not ours to follow
+OPTIMIS_SWITCHES = {"beta1", "beta2", "decouple_wd", "decouple_lr", "max_lr", "foreach", "triton", "gradient_release", "setup", "step"}
+OPTIMIS_SCRATCH = {"eps_sq", "mean_square", "group"}
+TORCHS_ADAM = {"betas", "eps", "weight_decay", "amsgrad"}  # of RAdam and NAdam the last is missing
+TORCHS_SGD = {"momentum", "dampening", "nesterov", "weight_decay"}
+
+logger = logging.getLogger(__name__)
+
+Group = dict[str, Any]
+ParamState = dict[str, Any]
+
+
+def translate(state_dict: dict[str, Any], own_groups: list[Group], *, replaces_composer: bool = False) -> dict[str, Any]:
+    """The state dict in our terms; itself, where it is one of ours or of nobody we know. Nothing given is changed.
+
+    Args:
+        state_dict: as `torch.optim.Optimizer.state_dict` returns it.
+        own_groups: the param groups it is going to be loaded into, as many as it has.
+        replaces_composer: whether these are of a class that takes the place of one of Composer's.
+
+    Raises:
+        ValueError: it is of one of torch's other optimizers.
+
+    Warns:
+        UserWarning: its keys are those of two libraries; says how it is read, once.
+    """
+    groups, state = [], dict(state_dict["state"])
+    sources = set()
+    highest_decay = max(float(group.get("weight_decay", 0.0)) for group in state_dict["param_groups"])
+    doubtful = False
+    for index, (group, own) in enumerate(zip(state_dict["param_groups"], own_groups, strict=True)):
+        source = _source(group, f"the state dict's param_groups[{index}]")
+        if source == TORCH and "initial_lr" in group and own["decay_form"] == DECOUPLED:
+            # Composer's optimizers are subclasses of torch's, and have the same keys once a scheduler has written torch's initial_lr. So
+            # it is Composer's where it goes into one of Composer's classes. Others that decay so have been told to, by users of any
+            # library: it is then torch's where the decay is one that Composer warns of.
+            source = TORCH if highest_decay >= HIGH_DECAY and not replaces_composer else COMPOSER
+            doubtful = highest_decay > 0 and not replaces_composer
+        if source is None:
+            groups.append(group)
+            continue
+        translated, states = TRANSLATIONS[source](group, {key: state[key] for key in group["params"] if key in state}, own)
+        groups.append(translated)
+        state |= states
+        sources.add(source)
+    if sources:
+        logger.info("loading the state of an optimizer of %s", ", ".join(sorted(sources)))
+    if doubtful:
+        _warn_of_doubt(TORCH if highest_decay >= HIGH_DECAY else COMPOSER, highest_decay)
+    return {**state_dict, "state": state, "param_groups": groups}
+
+
+def _source(group: Group, where: str) -> str | None:
+    """The library whose keys a group has, or None."""
+    if "reference_lr" in group:
+        return None
+    if group.keys() >= {"beta1", "beta2", "kahan_sum"}:
+        return OPTIMI
+    if "maximize" in group or "foreach" in group:
+        if not (group.keys() >= TORCHS_ADAM or group.keys() >= TORCHS_SGD):
+            raise ValueError(
+                f"{where} is of an optimizer of torch that is not continued here; it has {', '.join(group)}; continued are Adam, AdamW and "
+                "SGD"
+            )
+        return TORCH
+    return COMPOSER if "initial_lr" in group else None
+
+
+def _warn_of_doubt(source: str, highest_decay: float) -> None:
+    meaning = "coupled to lr, or L2" if source == TORCH else "the fraction that a step at initial_lr takes"
+    warnings.warn(
+        f"the state dict may be of torch under a scheduler or of Composer, and is read as {source}'s: weight_decay up to {highest_decay} "
+        f"is {meaning}. To say which, set decay_form of our groups before loading ('coupled' for torch's AdamW, 'l2' for its Adam and "
+        f"SGD), or after it ('decoupled')",
+        UserWarning,
+        stacklevel=2,
+    )
+
+
+def _from_torch(group: Group, states: dict[Any, ParamState], own: Group) -> tuple[Group, dict[Any, ParamState]]:
+    if not group["weight_decay"]:
+        form = own["decay_form"]  # of nothing
+    elif "momentum" in group:
+        form = L2
+    elif "decoupled_weight_decay" in group:
+        form = COUPLED if group["decoupled_weight_decay"] else L2
+    else:  # before torch 2.7, Adam's and AdamW's look alike
+        form = L2 if own["decay_form"] == L2 else COUPLED
+    translated = {key: value for key, value in group.items() if key not in TORCHS_SWITCHES} | {"decay_form": form}
+    return translated, {key: _with_step(_tensors(state)) for key, state in states.items()}
+
+
+def _from_composer(group: Group, states: dict[Any, ParamState], own: Group) -> tuple[Group, dict[Any, ParamState]]:
+    translated = {key: value for key, value in group.items() if key not in TORCHS_SWITCHES}
+    translated |= {"decay_form": DECOUPLED} | reference(float(group["initial_lr"]))
+    return translated, {key: _with_step(_tensors(state)) for key, state in states.items()}
+
+
+def _from_optimi(group: Group, states: dict[Any, ParamState], own: Group) -> tuple[Group, dict[Any, ParamState]]:
+    translated = {key: value for key, value in group.items() if key not in OPTIMIS_SWITCHES}
+    betas = (float(group["beta1"]), float(group["beta2"]))
+    if not group["weight_decay"]:
+        form = own["decay_form"]  # of nothing
+    else:  # StableAdamW's groups do not say decouple_wd
+        form = form_of(decouple_wd=group.get("decouple_wd", True), decouple_lr=group["decouple_lr"])
+    translated |= reference(float(group["max_lr"] if group["max_lr"] is not None else group["lr"]))
+    translated |= {
+        "betas": betas,
+        "decay_form": form,
+        "amsgrad": False,
+        "kahan_sum": group["kahan_sum"] is not False,
+        "stochastic_rounding": False,
+    }
+    return translated, {key: _biased(state, betas, state.get(STEP, group.get(STEP, 0))) for key, state in states.items()}
+
+
+def _biased(state: ParamState, betas: tuple[float, float], step: Any) -> ParamState:
+    """optimi's moments times 1 - beta**step, its group's: then our bias correction gives them back, now and in every later step."""
+    step = int(step)
+    result: ParamState = {key: value for key, value in _tensors(state).items() if key not in OPTIMIS_SCRATCH | {KAHAN_COMP}}
+    for name, beta in zip(("exp_avg", "exp_avg_sq"), betas, strict=True):
+        if name in result:
+            result[name] = result[name].to(torch.float32) * bias_correction(beta, step)
+    compensation = state.get(KAHAN_COMP)
+    if isinstance(compensation, Tensor) and compensation.dtype.is_floating_point:  # else None, or a placeholder for a kernel
+        result[KAHAN_COMP] = compensation
+    return result | {STEP: _counter(step)} if result else {}
+
+
+def _counter(step: int) -> Tensor:
+    return torch.tensor(step, dtype=torch.float32, device="cpu")
+
+
+def _tensors(state: Mapping[str, Any]) -> ParamState:
+    return {key: value for key, value in state.items() if value is not None}
+
+
+def _with_step(state: ParamState) -> ParamState:
+    """SGD counts no steps; all that matters of them is that a momentum buffer has begun."""
+    return state if STEP in state else {**state, STEP: _counter(1)}
+
+
+# (a saved group, the saved states of its parameters, our group) -> both in our terms
+TRANSLATIONS: dict[str, Callable[[Group, dict[Any, ParamState], Group], tuple[Group, dict[Any, ParamState]]]] = {
+    TORCH: _from_torch,
+    COMPOSER: _from_composer,
+    OPTIMI: _from_optimi,
+}

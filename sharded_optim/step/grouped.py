@@ -1,0 +1,283 @@
+"""What an optimizer is given: param groups that are checked, and how their parameters are sharded. Below `stateful.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from operator import is_
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sharded_optim.formulas import Algorithm, Choose
+from sharded_optim.formulas.hyperparameters import COMMON, Hyperparameter, Unsupported, by_name
+from sharded_optim.sharding import FlatLayout, LocalParam, describe
+from sharded_optim.sharding.ranks import is_distributed, own_process_group
+from sharded_optim.step import param_groups
+from sharded_optim.step.arguments import check_iterable
+from sharded_optim.step.options import Params
+from sharded_optim.step.param_index import ParamIndex
+
+__all__ = ["GroupedOptimizer", "optimizer_classes"]
+
+ABSENT = object()  # stands for a hyperparameter that a group lacks
+MUTABLE = object()  # for one that may have another value, though it is the same object, or was not checked
+IMMUTABLE = (bool, int, float, str, type(None), torch.dtype)
+
+
+class _Given(NamedTuple):
+    """The shapes of the parameters with which a group was added, and those that have one dimension."""
+
+    group: dict[str, Any]
+    shapes: list[torch.Size]
+    flat: list[Tensor]
+
+    @classmethod
+    def of(cls, group: dict[str, Any]) -> _Given:
+        params = group["params"]
+        return cls(group, [param.shape for param in params], [param for param in params if param.ndim == 1])
+
+
+class GroupedOptimizer(torch.optim.Optimizer):
+    """A torch optimizer without a state and a step.
+
+    Args:
+        params: as for every torch optimizer: tensors, (name, tensor) tuples, or dicts of param groups.
+        defaults: hyperparameters of the param groups.
+        algorithm: chooses the math of a param group, which says what state it needs.
+        state_dtype: storage of the moments: a dtype, or the name of a format.
+        max_lr: reference learning rate of groups that do not bring their own `max_lr`; None takes each group's `lr`.
+        layout: of parameters that a wrapper has flattened.
+        process_group: the ranks that train this model together; None means all.
+
+    Attributes:
+        hyperparameters: that a class declares: each is checked, compared between ranks, saved. A default that is not declared is checked
+            and compared as any value.
+        algorithms: that a class runs, by the argument of its constructor that asks for each; "" asks for nothing.
+        replaces_composer: whether a class takes the place of one of Composer's, whose state it continues.
+    """
+
+    hyperparameters: ClassVar[tuple[Hyperparameter, ...]] = COMMON
+    algorithms: ClassVar[Mapping[str, Algorithm]] = {}
+    replaces_composer: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        params: Params,
+        defaults: dict[str, Any],
+        *,
+        algorithm: Choose,
+        state_dtype: torch.dtype | str,
+        max_lr: float | None,
+        layout: FlatLayout | None,
+        process_group: dist.ProcessGroup | None,
+    ) -> None:
+        self._choose = algorithm
+        self._index = ParamIndex()
+        self._lost_layout = False
+        self.layout = layout
+        self.process_group = process_group
+        self._given: list[_Given] = []  # of groups that no step has stepped yet: wrappers replace parameters before the first
+        self.state_dtype = state_dtype
+        self._declared = {name: Hyperparameter(name) for name in defaults} | by_name(self.hyperparameters)
+        self._passed: dict[str, list[Any]] = {}  # what the last check of a scheduled group has passed, by where it stands
+        self._check_group({"max_lr": max_lr} | defaults, "the optimizer's arguments")
+        self._max_lr = None if max_lr is None else float(max_lr)
+        check_iterable(params, "params")
+        super().__init__(params, defaults)
+        if not self.all_params():
+            raise ValueError("params has no parameters, in any group; give the parameters of a model")
+        param_groups.warn_of_high_decay(self.param_groups)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch, after checking what torch would let pass.
+
+        Raises:
+            ValueError: a parameter given twice, a hyperparameter out of range, or a parameter that cannot be optimized.
+        """
+        index = len(self.param_groups)
+        if isinstance(param_group, dict) and "params" in param_group and not isinstance(param_group["params"], set):
+            params = param_group["params"]
+            check_iterable(params, f"the params of param_groups[{index}]")
+            param_group = {**param_group, "params": [params] if isinstance(params, Tensor) else list(params)}
+            named = param_groups.named_params(param_group, index)
+            param_group = param_groups.translate_switches(param_group, self.defaults)
+            param_groups.resolve_kahan(param_group, self.defaults)
+            self._check_group(self.defaults | param_group, f"param_groups[{index}]")
+            known = {id(p): n for g_index, g in enumerate(self.param_groups) for p, n in param_groups.named_params(g, g_index)}
+            names = set(known.values())
+            for param, name in named:
+                if id(param) in known:
+                    raise ValueError(f"parameter {name!r} appears twice, also as {known[id(param)]!r}; give each parameter once")
+                if name in names:
+                    raise ValueError(f"two parameters are named {name!r}; give each a name of its own, for example with a prefix per model")
+                known[id(param)] = name
+                names.add(name)
+                if isinstance(param, Tensor):
+                    describe(param, name, self.layout)
+            param_groups.follow_names(param_group, self.param_groups)
+        super().add_param_group(param_group)
+        group = self.param_groups[index]
+        self._given.append(_Given.of(group))
+        param_groups.set_reference_lr(group, self._max_lr)
+
+    def describe_param(self, param: Tensor, name: str, group: dict[str, Any]) -> LocalParam:
+        """What this rank holds of a parameter.
+
+        Args:
+            name: for error messages.
+            group: its param group.
+
+        Raises:
+            ValueError: it cannot be optimized, or the optimizer was not told how it is sharded.
+        """
+        if self._lost_layout:
+            raise ValueError(
+                "this optimizer was copied or unpickled, which cannot take its layout along; set it again: optimizer.layout = "
+                "so.fsdp1_layout(model), or so.deepspeed.attach(engine)"
+            )
+        if self.layout is None and self._stands_for_others(param, group):
+            raise ValueError(
+                f"parameter {name!r} of shape {tuple(param.shape)} was put in the place of those that the optimizer was given, as by "
+                f"wrappers that flatten them, and it does not tell which tensors it holds. Under DeepSpeed call "
+                f"so.deepspeed.attach(engine) after deepspeed.initialize, or so.deepspeed.initialize instead of it; parameters of your "
+                f"own go in with add_param_group"
+            )
+        return describe(param, name, self.layout)
+
+    def _stands_for_others(self, param: Tensor, group: dict[str, Any]) -> bool:
+        """Whether a flat tensor is all that is left of a group, before its first step: wrappers that flatten do it so, as DeepSpeed.
+
+        Users who edit a group before its first step may replace its one 1-D parameter by a longer or a shorter one. It is a Parameter.
+        """
+        given = next((given for given in self._given if given.group is group), None)
+        if given is None or len(group["params"]) != 1 or param.ndim != 1 or type(param) not in (Tensor, torch.nn.Parameter):
+            return False
+        if type(param) is torch.nn.Parameter and len(given.shapes) == 1 and len(given.shapes[0]) == 1:
+            return False
+        return not any(other is param for other in given.flat) and given.shapes not in ([], [param.shape])
+
+    @property
+    def layout(self) -> FlatLayout | None:
+        """How parameters are sharded that do not tell it themselves."""
+        return self._layout
+
+    @layout.setter
+    def layout(self, layout: FlatLayout | None) -> None:
+        self._layout = layout
+        self._lost_layout = False
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """The ranks that train this model together; None means all."""
+        return self._process_group
+
+    @process_group.setter
+    def process_group(self, process_group: dist.ProcessGroup | None) -> None:
+        self._process_group = process_group
+        self._lost_process_group = False
+
+    def own_group(self) -> dist.ProcessGroup | None:
+        """The optimizer's own process group of these ranks; None: this process is alone. A collective the first time.
+
+        Raises:
+            ValueError: the optimizer is a copy that has lost its process group, or this rank is not in it.
+        """
+        if self._lost_process_group:
+            raise ValueError("this optimizer was copied or unpickled, which cannot take its process_group along; set it again")
+        return own_process_group(self.process_group) if is_distributed() else None
+
+    def all_params(self) -> list[Tensor]:
+        """Of all groups, in their order."""
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def groups_of(self, params: Sequence[Tensor] | None) -> list[dict[str, Any]]:
+        """The param group in which each parameter is now: they are moved, and groups are replaced when a state dict is loaded.
+
+        Args:
+            params: None means all, in their order.
+
+        Raises:
+            ValueError: one is in none of the groups.
+        """
+        if params is None:
+            return [group for group in self.param_groups for _ in group["params"]]
+        return [place.group for place in self._index.places_of(self.param_groups, params)]
+
+    def check_groups(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Raise ValueError for hyperparameters of these groups, to which schedulers and users write, that no step could use."""
+        checked = set(map(id, groups))
+        for index, group in enumerate(self.param_groups):
+            if id(group) in checked:
+                self._check_group(group, f"param_groups[{index}]", scheduled=True)
+
+    def _group_with(self, param: Tensor) -> dict[str, Any] | None:
+        place = self._index.place_of(self.param_groups, param)
+        return None if place is None else place.group
+
+    @cached_property
+    def compared(self) -> frozenset[str]:
+        """Names of the hyperparameters that must be the same on all ranks that agree on a step."""
+        return frozenset(name for name, each in self._declared.items() if each.compared)
+
+    def foreign_hyperparameters(self) -> dict[str, Hyperparameter]:
+        """Those that other optimizers support, and this one does not declare."""
+        supported = [each for optimizer in optimizer_classes() for each in optimizer.hyperparameters if not isinstance(each, Unsupported)]
+        return {name: each for name, each in by_name(supported).items() if name not in self._declared}
+
+    @cached_property
+    def _known(self) -> dict[str, Hyperparameter]:
+        """All that are checked: a foreign one of a wrong value is a mistake too."""
+        return self.foreign_hyperparameters() | self._declared
+
+    def _check_group(self, group: dict[str, Any], where: str, *, scheduled: bool = False) -> None:
+        """Raise ValueError for hyperparameters that no step could use.
+
+        Args:
+            scheduled: a scheduler may have written the group. Values that have passed the last such check are not checked again.
+        """
+        values = [self.state_dtype, *[group.get(name, ABSENT) for name in self._known]]
+        passed = (self._passed.get(where) if scheduled else None) or [MUTABLE] * len(values)
+        if all(map(is_, values, passed)):
+            return
+        for each, value, before in zip(self._known.values(), values[1:], passed[1:], strict=True):
+            if value is not before and value is not ABSENT:
+                each.check(value, where, scheduled=scheduled)
+        try:
+            self._choose(group)
+        except ValueError as error:
+            raise ValueError(f"{error} (in {where})") from None
+        param_groups.check_state_dtype(self.state_dtype, group, where)
+        if scheduled:
+            known = zip(values, passed, strict=True)
+            self._passed[where] = [value if value is before or _is_immutable(value) else MUTABLE for value, before in known]
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_choose", "state_dtype", "_max_lr", "_declared")
+        lost = {
+            "_lost_layout": self._layout is not None or self._lost_layout,
+            "_lost_process_group": self._process_group is not None or self._lost_process_group,
+        }
+        return super().__getstate__() | {name: getattr(self, name) for name in own} | lost
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_choose" in state:  # unpickled or copied; torch also calls this with the loaded state and groups alone
+            self._index = ParamIndex()
+            self._passed = {}
+            self._layout = self._process_group = None
+            self._given = list(map(_Given.of, self.param_groups))
+
+
+def optimizer_classes() -> list[type[GroupedOptimizer]]:
+    """All optimizers that there are."""
+    found = [GroupedOptimizer]
+    for each in found:
+        found += each.__subclasses__()
+    return found
+
+
+def _is_immutable(value: Any) -> bool:
+    return value is ABSENT or isinstance(value, IMMUTABLE) or (type(value) is tuple and all(map(_is_immutable, value)))

@@ -1,0 +1,171 @@
+"""Norms and cosines of a step, per parameter, as Composer's OptimizerMonitor asks an optimizer for them.
+
+    l2_norm/{moment,param,update,grad}/NAME, cosine/{update_grad,moment_grad}/NAME
+
+The monitor calls, after a step, `report_per_parameter_metrics` for each parameter. Where the model is sharded it then calls
+`pre_reduce_metrics` and `dist_reduce_metrics`, which make this rank's values those of whole tensors: squares and dot products of the
+pieces that a rank owns are added up, so replicas do not count twice.
+
+`update` is what the step subtracted from the parameter, weight decay included: old - new. The old parameter is not kept but computed back
+from the new one, in float64, with the coefficients that the step used; a scheduler may have changed the groups since.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sharded_optim.formulas import Algorithm
+from sharded_optim.sharding import Layout, LocalParam, Piece, is_partial
+from sharded_optim.storage.formats import Format, format_of
+
+__all__ = ["Update", "dist_reduce", "pre_reduce", "report"]
+
+NORMS = ("moment", "param", "update", "grad")
+COSINES = {"cosine/update_grad": ("update", "grad"), "cosine/moment_grad": ("moment", "grad")}
+KINDS = (*(f"l2_norm/{vector}" for vector in NORMS), *COSINES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """What is kept of one backend's last update."""
+
+    algorithm: Algorithm
+    pieces: Sequence[tuple[LocalParam, Piece]]  # what each row of the coefficients is of
+    format: Format  # of the parameters
+    state_formats: Sequence[Format]  # of each of algorithm.state
+    coefficients: Tensor  # fp32 (pieces, coefficients of algorithm.update)
+    proceed: Tensor | None  # as the backend was given
+    grad_scale: Tensor | None
+
+
+def report(entry: LocalParam, piece: Piece, state: dict[str, Any], last: tuple[Update, int] | None) -> dict[str, Tensor]:
+    """Norms and cosines of this rank's piece of one tensor: {kind: float64 ()}.
+
+    param: as it is after the step, with its Kahan compensation.
+    update: what the step subtracted, the weight decay of the parameter before the step included; 0 without `last`, not finite after a
+        decay that left nothing of the parameter.
+    moment: the first moment, not bias-corrected, or the momentum buffer.
+    grad: without GradScaler's scale.
+
+    Left out are `moment` of an optimizer that has none, and what needs a gradient that is gone (`update` of SGD, not of Adam) or that is a
+    Partial DTensor.
+
+    Args:
+        entry, piece: the parameter, and which of its pieces.
+        state: of the parameter, with plain or sharded tensors; empty before its first step.
+        last: the update that wrote it, and its place in that update's coefficients; None if the last step left it alone.
+
+    Raises:
+        ValueError: the gradient is not laid out like the parameter.
+    """
+
+    def values_of(tensor: Tensor, role: str) -> Tensor:
+        return piece.of(entry.local(tensor, role)).detach()
+
+    def arrays_of(names: Iterable[str]) -> list[Tensor]:
+        return [values_of(state[name], "state") for name in names]
+
+    update, row = last if last is not None else (None, 0)
+    local = values_of(entry.param, "parameter")
+    fmt = format_of(local.dtype) if update is None else update.format
+    vectors = {"param": fmt.load(local, *arrays_of(array.name for array in fmt.extra)).double()}
+    stored = zip(update.algorithm.state, update.state_formats, strict=True) if update is not None else ()
+    moments = [each.load(*arrays_of(each.entries(name))).double() for name, each in stored]
+    if moments:
+        vectors["moment"] = moments[0]
+    if entry.param.grad is not None and not is_partial(entry.param.grad):  # to reduce it is a collective
+        vectors["grad"] = values_of(entry.param.grad, "gradient").double()
+        if update is not None and update.grad_scale is not None:
+            vectors["grad"] = vectors["grad"] * update.grad_scale
+    if update is None:
+        vectors["update"] = torch.zeros_like(vectors["param"])
+    else:
+        coefficients = update.coefficients[row].double().unbind()
+        grad = vectors.get("grad", torch.full((), math.nan, dtype=torch.float64, device=local.device))  # makes NaN what needs it
+        moved = update.algorithm.undo(vectors["param"], grad, *moments, *coefficients) - vectors["param"]
+        if "grad" in vectors or not moved.isnan().all():
+            vectors["update"] = moved if update.proceed is None else torch.where(update.proceed, moved, 0.0)
+    values = {f"l2_norm/{name}": torch.linalg.vector_norm(vectors[name]) for name in NORMS if name in vectors}
+    for kind, (a, b) in COSINES.items():
+        if a in vectors and b in vectors:
+            values[kind] = _cosine((vectors[a] * vectors[b]).sum(), values[f"l2_norm/{a}"] * values[f"l2_norm/{b}"])
+    return values
+
+
+def _cosine(product: Tensor, norms: Tensor) -> Tensor:
+    return torch.where(norms > 0, product / norms, 0.0)
+
+
+def _split(key: str) -> tuple[str, str] | None:
+    """(kind, tensor name) of one of our keys."""
+    kind = next((kind for kind in KINDS if key.startswith(f"{kind}/")), None)
+    return None if kind is None else (kind, key.removeprefix(f"{kind}/"))
+
+
+def pre_reduce(metrics: dict[str, Any], names: Container[str]) -> dict[str, Any]:
+    """Norms and cosines of these names become squares and dot products, which can be added up over ranks. Other keys stay."""
+    result = dict(metrics)
+    for key, value in metrics.items():
+        kind, name = _split(key) or ("", "")
+        if name not in names:
+            continue
+        if kind.startswith("l2_norm/"):
+            result[key] = value**2
+        elif kind:
+            a, b = COSINES[kind]
+            result[key] = value * metrics[f"l2_norm/{a}/{name}"] * metrics[f"l2_norm/{b}/{name}"]
+    return result
+
+
+def dist_reduce(
+    metrics: dict[str, Any], layout: Layout, index_of: Callable[[str], int | None], process_group: dist.ProcessGroup | None
+) -> dict[str, Any]:
+    """Add up what `pre_reduce` made of all ranks' metrics, with one all-reduce. Every rank of the group must call it.
+
+    Args:
+        metrics: of this rank.
+        layout: of all ranks.
+        index_of: the index among the layout's pieces of a name that one was reported under; None for a name that is not ours.
+
+    Returns:
+        Norms and cosines of the whole tensors, float64 (), under the names this rank reported or, for tensors that only other ranks
+        hold, the layout's. Other keys as they were.
+    """
+    device = layout.local_params[0].param.device if layout.local_params else torch.device("cpu")
+    vector = torch.zeros(len(layout.names), 2 * len(KINDS), dtype=torch.float64, device=device)
+    result = {}
+    called: dict[int, list[str]] = {}  # the names that a tensor was reported under: tied weights have several
+    for key, value in metrics.items():
+        kind, name = _split(key) or ("", "")
+        index = index_of(name) if kind else None
+        if index is None:
+            result[key] = value
+            continue
+        slot = layout.slots[index]
+        names = called.setdefault(slot, [])
+        if name not in names:
+            names.append(name)
+        if layout.owned[index] and name == names[0]:
+            column = KINDS.index(kind)
+            vector[slot, column] += value.to(device)
+            vector[slot, len(KINDS) + column] += 1.0
+    if process_group is not None:
+        dist.all_reduce(vector, group=process_group)
+    sums, reported = vector.split(len(KINDS), dim=1)
+    for slot, counts in enumerate(reported.tolist()):
+        values = {kind: sums[slot, column] for column, kind in enumerate(KINDS) if counts[column]}
+        for kind, value in values.items():
+            if kind.startswith("l2_norm/"):
+                whole = value.sqrt()
+            else:
+                a, b = COSINES[kind]
+                whole = _cosine(value, (values[f"l2_norm/{a}"] * values[f"l2_norm/{b}"]).sqrt())
+            result |= {f"{kind}/{name}": whole for name in called.get(slot, [layout.names[slot]])}
+    return result

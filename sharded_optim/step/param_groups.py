@@ -1,0 +1,153 @@
+"""Param groups: optimi's keys, names of parameters, what ranks compare, and the reference learning rate of weight decay.
+
+Used by the engine when a group is added, when a state dict is loaded, and before each step.
+"""
+
+from __future__ import annotations
+
+import warnings
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharded_optim.formulas.hyperparameters import comparable, on_host
+from sharded_optim.formulas.scalars import known_on_host
+from sharded_optim.formulas.weight_decay import DECOUPLED, L2, form_of
+from sharded_optim.storage.formats import FORMATS, chosen_format
+
+__all__ = [
+    "check_state_dtype",
+    "follow_names",
+    "hyperparameter_key",
+    "learn_reference_lr",
+    "name_of_param",
+    "named_params",
+    "reference",
+    "resolve_kahan",
+    "set_reference_lr",
+    "translate_switches",
+    "warn_of_high_decay",
+]
+
+HIGH_DECAY = 1e-3  # from which on Composer and optimi warn
+BF16_HALF_ULP = 2.0**-8  # relative, at worst
+
+
+def check_state_dtype(choice: torch.dtype | str, values: dict[str, Any], where: str) -> None:
+    """Raise ValueError for a storage of the moments that would be silently wrong."""
+    known = choice in FORMATS if isinstance(choice, str) else choice in (torch.float32, torch.bfloat16)
+    if not known or chosen_format(choice).dtype == torch.float16:
+        names = ", ".join(repr(name) for name, fmt in FORMATS.items() if fmt.dtype != torch.float16)
+        raise ValueError(
+            f"state_dtype must be torch.float32 or torch.bfloat16, got {choice}: a second moment overflows or vanishes in float16. Or it "
+            f"is the name of a storage format: {names}"
+        )
+    *_, beta2 = values.get("betas", (0.0, 0.0))
+    if chosen_format(choice) is FORMATS["bf16"] and 1.0 - beta2 < BF16_HALF_ULP:
+        raise ValueError(
+            f"state_dtype=torch.bfloat16 needs beta2 <= {1.0 - BF16_HALF_ULP:.4f}, got {beta2} in {where}: a step would change the second "
+            f"moment by less than its rounding, so that it never falls; lower beta2 or keep the moments in float32"
+        )
+
+
+def hyperparameter_key(hyperparameters: Mapping[str, Any], step: float) -> int:
+    """24 bits that two ranks have in common if these hyperparameters and the step are the same on both."""
+    values = [(name, comparable(hyperparameters[name])) for name in sorted(hyperparameters)]
+    return zlib.crc32(repr((values, step)).encode()) & 0xFFFFFF
+
+
+def translate_switches(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """A group with optimi's keys in our terms: `decouple_lr` and `decouple_wd` as `decay_form`, `beta1` and `beta2` as `betas`."""
+    group = dict(group)
+    decouple_lr, decouple_wd = group.pop("decouple_lr", None), group.pop("decouple_wd", None)
+    if decouple_lr is not None or decouple_wd is not None:
+        inherited = defaults["decay_form"]
+        group["decay_form"] = form_of(
+            decouple_wd=inherited != L2 if decouple_wd is None else decouple_wd,
+            decouple_lr=inherited == DECOUPLED if decouple_lr is None else decouple_lr,
+            decay_form=group.get("decay_form"),
+        )
+    if "betas" in defaults and ("beta1" in group or "beta2" in group):
+        beta1, beta2 = group.get("betas", defaults["betas"])
+        group["betas"] = (group.pop("beta1", beta1), group.pop("beta2", beta2))
+    return group
+
+
+def resolve_kahan(group: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Write what `kahan_sum=None` means for a group: distributed checkpoints refuse None."""
+    if group.get("kahan_sum", defaults["kahan_sum"]) is None:
+        group["kahan_sum"] = not group.get("stochastic_rounding", defaults["stochastic_rounding"])
+
+
+def warn_of_high_decay(groups: list[dict[str, Any]]) -> None:
+    """Warn once of fully decoupled decays, over all groups, that would be usual as coupled ones."""
+    high = [group["weight_decay"] for group in groups if group["decay_form"] == DECOUPLED and group["weight_decay"] >= HIGH_DECAY]
+    if high:
+        warnings.warn(
+            f"weight_decay={max(high)} is high for fully decoupled decay (decouple_lr=True, DecoupledAdamW, DecoupledSGDW): it is not "
+            f"multiplied by the learning rate, so each step at the peak learning rate multiplies the weights by {1.0 - max(high):.6g}; "
+            f"convert a coupled value with convert_weight_decay",
+            UserWarning,
+            stacklevel=6,
+        )
+
+
+def named_params(group: dict[str, Any], group_index: int) -> list[tuple[Any, str]]:
+    """The tensors of a group, added or about to be, each with the user's name for it or its position."""
+    return [
+        (param[1], str(param[0])) if isinstance(param, tuple) else (param, name_of_param(group, group_index, index))
+        for index, param in enumerate(group["params"])
+    ]
+
+
+def follow_names(group: dict[str, Any], groups: Sequence[dict[str, Any]]) -> None:
+    """Let empty groups have names, none of them, where the others have: torch wants names in all groups or in none.
+
+    Args:
+        group: about to be added.
+        groups: that there are.
+    """
+    filled = [each for each in (group, *groups) if each["params"]]
+    are_named = any("param_names" in each or isinstance(each["params"][0], tuple) for each in filled)
+    for each in (group, *groups):
+        if not each["params"]:
+            each.pop("param_names", None)
+            if are_named:
+                each["param_names"] = []
+
+
+def name_of_param(group: Mapping[str, Any], group_index: int, index: int) -> str:
+    """The user's name of a parameter of a group that was added, or its position."""
+    names = group.get("param_names", ())
+    if len(names) == len(group["params"]):  # else none are given, or a wrapper put others in the place of those that they are for
+        return names[index]
+    return f"param_groups[{group_index}].params[{index}]"
+
+
+def reference(lr: float) -> dict[str, Any]:
+    """The keys of a group that say which learning rate the decoupled forms of weight decay divide by; 0 is one that is to be learned."""
+    return {"reference_lr": lr, "learns_reference_lr": lr == 0.0}
+
+
+def set_reference_lr(group: dict[str, Any], max_lr: float | None) -> None:
+    """Give a new group its reference learning rate.
+
+    It is the group's own `max_lr`, else what it brings from having been a group before (Composer clears and adds them again), else the
+    optimizer's, else the group's `lr` at this moment. It lives under a key of its own: schedulers overwrite `initial_lr` and `max_lr`
+    (OneCycleLR both). With neither `max_lr` nor a positive `lr` it is learned: the largest lr so far.
+    """
+    own = group.pop("max_lr", None)
+    if own is None and {"reference_lr", "learns_reference_lr"} <= group.keys():
+        return  # it was a group before
+    group |= reference(float(own if own is not None else max_lr if max_lr is not None else group["lr"]))
+    if group["learns_reference_lr"] and isinstance(group["lr"], Tensor) and not known_on_host(group["lr"]):
+        raise ValueError("a device tensor lr of 0 does not tell the peak learning rate that weight decay refers to; pass max_lr")
+
+
+def learn_reference_lr(group: dict[str, Any]) -> None:
+    """Keep the largest learning rate so far as the reference, in a group that was given none."""
+    if group["learns_reference_lr"]:
+        group["reference_lr"] = max(group["reference_lr"], float(on_host(group["lr"])))

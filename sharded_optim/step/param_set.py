@@ -1,0 +1,440 @@
+"""Everything that is known of parameters that are stepped together, kept from one step to the next. Used by the engine.
+
+Users and wrappers replace parameters, groups, options and what is behind a parameter at any time. What a set is known by is compared here,
+once per step, and nowhere else: a set whose parameters are others now is made anew, with all that was derived from it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from operator import attrgetter, is_
+from typing import Any, Protocol
+
+import torch.distributed as dist
+from torch import Tensor
+
+from sharded_optim.formulas.verdict import judge
+from sharded_optim.sharding import FlatLayout, Layout, LocalParam, gradients_of
+from sharded_optim.sharding.exchange import exchange_layouts
+from sharded_optim.step.agreement import Agreement, Rules, Scaler, Streak, agree, confirm_replacement
+from sharded_optim.step.kernel_calls import BackendChoice, KernelCall, kernel_calls
+from sharded_optim.step.metrics import Update
+from sharded_optim.step.param_index import ParamIndex
+from sharded_optim.step.stateful import StatefulOptimizer
+from sharded_optim.step.statistics import Contribution
+from sharded_optim.storage.devices import capturing, refuse_to_capture
+
+__all__ = ["Observation", "ParamSet", "ParamSets", "StepListener"]
+
+SETS_PER_PARAM = 8  # sets of parameters stepped alone that are kept with the same first parameter
+SHOWN = 3  # names in a message
+
+_numbers = count()
+_grad = attrgetter("grad")
+
+
+class StepListener(Protocol):
+    """Is told how far a step is."""
+
+    def updating(self) -> None:
+        """The step happens, as far as the host knows. Not called where it does not."""
+
+    def updated(self, unit: int) -> None:
+        """The parameters of a unit that this rank steps have their new values; see `FlatLayout`. Units come in order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observation:
+    """What this rank brings to an agreement."""
+
+    contributions: Sequence[Contribution] = ()  # of each kernel call
+    failure: Exception | None = None  # or why it brings nothing
+
+
+class ParamSet:
+    """Parameters that are stepped together.
+
+    Attributes:
+        layout: what ranks hold of them.
+        calls: the kernel calls of the last step, one for all parameters that are stored alike and have a gradient.
+        agreement: of the last step; None if ranks did not agree.
+        updates: what the last step wrote, and their number: larger than that of any update before.
+    """
+
+    def __init__(self, layout: Layout, flat_layout: FlatLayout | None, backends: BackendChoice, *, together: bool) -> None:
+        self.layout = layout
+        self._flat_layout = flat_layout
+        self._backends = backends
+        self._together = together
+        self.calls: list[KernelCall] = []
+        self._groups: Sequence[Any] = ()  # of each parameter, when the calls were made
+        self._without_grad: list[int] | None = None  # the parameters that had none then; None: there are no calls
+        self.agreement: Agreement | None = None
+        self._left_over: Agreement | None = None  # whose errors are raised when the next step begins
+        self._streak = Streak()
+        self.updates: tuple[int, Sequence[Update]] = (-1, ())
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of its parameters."""
+        return tuple(entry.name for entry in self.layout.local_params)
+
+    def fits(self, params: Sequence[Tensor], flat_layout: FlatLayout | None, rules: Rules) -> bool:
+        """Whether these are the parameters of this set, as they were when it was made, in the same wrapper and for the same ranks."""
+        return (self.is_over(rules.process_group) if rules.agrees else not self.layout.is_global) and self.holds(params, flat_layout)
+
+    def is_over(self, process_group: dist.ProcessGroup | None) -> bool:
+        """Whether all ranks of a process group have made it together."""
+        return self.layout.is_global_over(process_group)
+
+    def holds(self, params: Sequence[Tensor], flat_layout: FlatLayout | None) -> bool:
+        """Whether these are its parameters, as they were when it was made, in the same wrapper."""
+        return flat_layout is self._flat_layout and self.layout.describes(params)
+
+    def observe(self, optimizer: StatefulOptimizer, rules: Rules, scaler: Scaler, *, whole: bool) -> Observation:
+        """Look at gradients and state, and sum what the ranks must agree on. Writes no values.
+
+        Args:
+            whole: whether these are all parameters of the optimizer, in their order.
+        """
+        try:
+            grads = gradients_of(self.layout) if self.layout.has_dtensors else list(map(_grad, self.layout.params))
+            groups = optimizer.groups_of(None if whole else self.layout.params)
+            optimizer.check_groups(groups)
+            if not self._renew(optimizer, groups, grads):
+                for param in self.layout.params[:1]:
+                    refuse_to_capture(param.device)
+                self.calls = kernel_calls(optimizer, self.layout, groups, grads, self._backends, together=self._together)
+                self._groups, self._without_grad = groups, _without_grad(grads)
+            if optimizer.gradient_release and not self.calls and scaler.found_inf is not None:
+                raise ValueError(
+                    "GradScaler stepped an optimizer whose gradients were released in backward, still scaled; use one of the two"
+                )
+            return Observation(contributions=[call.observe(rules, scaler) for call in self.calls] if rules.agrees else ())
+        except Exception as failure:  # the other ranks must hear of it before this one raises
+            self.calls, self._without_grad = [], None
+            return Observation(failure=failure)
+
+    def observe_unit(self, optimizer: StatefulOptimizer, rules: Rules, unit: int) -> None:
+        """Observe the gradients of a unit early, if they are laid out like those of the last step."""
+        calls = [call for call in self.calls if call.unit == unit]
+        for call in calls:
+            call.release()
+        try:
+            grads = [list(map(_grad, call.params)) for call in calls]
+            if any(grad is None for each in grads for grad in each):
+                return
+            if not all(call.renew(each, optimizer) for call, each in zip(calls, grads, strict=True)):
+                return
+        except ValueError:  # the step says so, on all ranks
+            return
+        for call in calls:
+            call.observe_early(rules)
+
+    def agree(self, observation: Observation, rules: Rules, scaler: Scaler) -> Agreement | None:
+        """Add up what all ranks observed, if they must know. Every rank gets here in every step.
+
+        Raises:
+            ValueError: the ranks do not fit together or one has failed; on all of them, or on a device one step later on the others.
+            FloatingPointError: a gradient was not finite and `nonfinite="raise"`; on all ranks.
+        """
+        if not rules.agrees:
+            if observation.failure is not None:
+                raise observation.failure
+            self.agreement = None
+            return None
+        judges = [call.backend.judge for call in self.calls if call.device == self.layout.device]
+        invalid = observation.failure is not None
+        found = agree(self.layout, observation.contributions, rules, invalid=invalid, found_inf=scaler.found_inf, judge=(*judges, judge)[0])
+        self.agreement = None
+        found.raise_inconsistency(observation.failure)
+        self.agreement = found
+        if not found.is_on_host and not capturing(found.totals.device):  # a replay raises nothing: it steps or it does not
+            self._left_over = found
+        found.raise_non_finite()
+        return found
+
+    def take_left_over(self) -> Callable[[], None]:
+        """What raises what the last step has left, which is no longer kept here: see `Agreement.raise_left_over`."""
+        agreement, self._left_over = self._left_over, None
+        return (lambda: None) if agreement is None else partial(agreement.raise_left_over, self._streak)
+
+    @property
+    def has_left_over(self) -> bool:
+        """Whether the last step has left something to be raised, perhaps."""
+        return self._left_over is not None
+
+    @property
+    def has_reports(self) -> bool:
+        """Whether anything is kept of the last step for reports."""
+        return self.agreement is not None or self.updates[0] >= 0
+
+    def conclude(self, agreement: Agreement) -> None:
+        """Count a step whose verdict the host knows.
+
+        Raises:
+            FloatingPointError: so many steps in a row were skipped as the options allow; on all ranks.
+        """
+        if agreement.is_on_host and not capturing(agreement.totals.device):
+            agreement.raise_left_over(self._streak)
+
+    def update(
+        self,
+        agreement: Agreement | None,
+        rules: Rules,
+        proceed: Tensor | None,  # bool (); None: the step happens
+        scaler: Scaler,
+        listener: StepListener | None,
+        *,
+        accumulate: bool,  # leave the parameters alone, and write the state
+    ) -> None:
+        """Write parameters and state, and count the step, where it happens."""
+        updates: list[Update] = []
+        if self.calls:
+            self.updates = next(_numbers), updates
+        for number, call in enumerate(self.calls, start=1):
+            updates.append(call.update(rules.statistic, agreement, proceed, scaler, accumulate=accumulate))
+            if listener is not None and (number == len(self.calls) or self.calls[number].unit != call.unit):
+                listener.updated(call.unit)
+
+    def skip(self) -> None:
+        """Nothing was written in this step."""
+        if self.calls:
+            self.updates = next(_numbers), ()
+
+    def forget_reports(self) -> None:
+        """Of the last step."""
+        self.agreement, self.updates = None, (-1, ())
+
+    def release(self) -> None:
+        """Let go of gradients and state until the next step."""
+        for call in self.calls:
+            call.release()
+
+    def _renew(self, optimizer: StatefulOptimizer, groups: Sequence[Any], grads: Sequence[Tensor | None]) -> bool:
+        """Take what this step brings; False if the calls must be made anew."""
+        return (
+            self._without_grad is not None
+            and len(groups) == len(self._groups)
+            and all(map(is_, groups, self._groups))
+            and _without_grad(grads) == self._without_grad
+            and all(call.renew([grads[row] for row in call.rows], optimizer) for call in self.calls)  # type: ignore[misc]
+        )
+
+
+class ParamSets:
+    """A set of all parameters, and one for each choice of them that is stepped alone.
+
+    Args:
+        index: finds the groups of parameters.
+        backends: chooses a backend for each of them.
+        together: whether one kernel call steps all parameters that it can, or each its own.
+
+    Attributes:
+        whole: the last set that was of all parameters; None before the first, and where a wrapper steps them in turns.
+        made: how many of these were made.
+    """
+
+    def __init__(self, index: ParamIndex, backends: BackendChoice, *, together: bool) -> None:
+        self._index = index
+        self._backends = backends
+        self._together = together
+        self.whole: ParamSet | None = None
+        self.made = 0
+        # The others: by the id of their first parameter, the last made is last; and by the names of their parameters, the last made.
+        self._by_first: defaultdict[int, list[ParamSet]] = defaultdict(list)
+        self._by_names: dict[tuple[str, ...], ParamSet] = {}
+        self._present: list[int] = []  # ids of the parameters in the groups, when a set was made last
+        self._compared: dict[int, Tensor] = {}  # by id: parameters of which the ranks have compared the values
+        self._compared_over: weakref.ref[dist.ProcessGroup] | None = None  # the ranks that have
+        self._exchanged: ParamSet | None = None  # of all parameters of all ranks, where no step needs it
+
+    def __iter__(self) -> Iterator[ParamSet]:
+        if self.whole is not None:
+            yield self.whole
+        for sets in self._by_first.values():
+            yield from sets
+
+    def of(self, optimizer: StatefulOptimizer, only: Sequence[Tensor] | None, rules: Rules) -> ParamSet:
+        """The set of all parameters as they are now, or of some. A collective when it is made, if ranks agree.
+
+        Args:
+            only: some of the parameters; None means all.
+
+        Raises:
+            ValueError: on all ranks: what the step before has left to be raised; parameters that do not fit together; or parameters that
+                have changed on some ranks alone.
+            FloatingPointError: see `Agreement.raise_left_over`.
+        """
+        params = optimizer.all_params() if only is None else only
+        # All parameters are one set, whichever they are: the other ranks may be stepping it while this one has replaced some.
+        whole = only is None and not (optimizer.layout is not None and optimizer.layout.in_turns)
+        before = self.whole if whole else self._known(params)
+        self._raise_left_over(params, before, all_sets=only is None)
+        if before is not None and before.fits(params, optimizer.layout, rules):
+            return before
+        for param in params[:1]:
+            refuse_to_capture(param.device)
+        others = before
+        if before is None and only is not None and rules.process_group is not None:
+            others = self._of_same_names(optimizer, params)
+        made = self._make(optimizer, params, rules, others)
+        dropped = self._keep(optimizer, made, before, whole=whole)
+        _raise_all([each.take_left_over() for each in dropped])
+        return made
+
+    def forget_reports(self, stepped: ParamSet) -> None:
+        """Let go of what steps have left for reports of parameters that this set steps too."""
+        stepped.forget_reports()
+        others = [each for each in self if each.has_reports]
+        if others:
+            ids = set(map(id, stepped.layout.params))
+            for each in others:
+                if not ids.isdisjoint(map(id, each.layout.params)):
+                    each.forget_reports()
+
+    def release(self, stepped: ParamSet) -> None:
+        """After a step: let go of gradients and state, and of what was observed early of a set that it may have changed."""
+        stepped.release()
+        if self.whole is not None and self.whole is not stepped:
+            self.whole.release()
+
+    def layout_of_all_ranks(self, optimizer: StatefulOptimizer, process_group: dist.ProcessGroup | None) -> Layout:
+        """The layout of all parameters of all ranks, also where no step needs one. A collective when it is made."""
+        params = optimizer.all_params()
+        for each in (self._exchanged, self.whole):
+            if each is not None and each.is_over(process_group) and each.holds(params, optimizer.layout):
+                return each.layout
+        self._exchanged = self._set(optimizer, self._layout(optimizer, params, process_group))
+        return self._exchanged.layout
+
+    def _known(self, params: Sequence[Tensor]) -> ParamSet | None:
+        """The set of these parameters that was stepped before."""
+        return next((each for each in self._by_first.get(id(params[0]), ()) if each.layout.is_of(params)), None) if params else None
+
+    def _of_same_names(self, optimizer: StatefulOptimizer, params: Sequence[Tensor]) -> ParamSet | None:
+        """The set that other ranks may be stepping, where this one has replaced some of its parameters."""
+        return self._by_names.get(tuple(place.name for place in self._index.places_of(optimizer.param_groups, params)))
+
+    def _raise_left_over(self, params: Sequence[Tensor], known: ParamSet | None, *, all_sets: bool) -> None:
+        """Raise what steps of any of these parameters have left. Not where a CUDA graph is recorded, which cannot wait."""
+        due = [each for each in (self if all_sets else (known,)) if each is not None and each.has_left_over]
+        if not due or any(capturing(each.layout.device) for each in due):
+            return
+        ids = set(map(id, params)) if due != [known] else set()
+        _raise_all([each.take_left_over() for each in due if each is known or not ids.isdisjoint(map(id, each.layout.params))])
+
+    def _make(self, optimizer: StatefulOptimizer, params: Sequence[Tensor], rules: Rules, before: ParamSet | None) -> ParamSet:
+        """Make a set.
+
+        Args:
+            before: the set that other ranks may be stepping, unless theirs has changed too.
+        """
+        group = rules.process_group
+        if group is not None and before is not None and before.is_over(group):
+            device = params[0].device if params else before.layout.device
+            confirm_replacement(before.layout, self._change(optimizer, params, before.layout), rules, device)
+        return self._set(
+            optimizer, self._layout(optimizer, params, group) if rules.agrees else Layout.of_rank(self._described(optimizer, params))
+        )
+
+    def _set(self, optimizer: StatefulOptimizer, layout: Layout) -> ParamSet:
+        return ParamSet(layout, optimizer.layout, self._backends, together=self._together)
+
+    def _keep(self, optimizer: StatefulOptimizer, made: ParamSet, replaced: ParamSet | None, *, whole: bool) -> list[ParamSet]:
+        """Keep a set that was made, and let go of those that it replaces, which are returned. All ranks do the same in the same step.
+
+        DeepSpeed puts one set of parameters after the other into the groups: those that its layout knows come back.
+
+        Args:
+            replaced: was of the same parameters, or of all.
+            whole: whether the new one is of all parameters.
+        """
+        dropped = [] if replaced is None else [replaced]
+        present = list(map(id, optimizer.all_params()))
+        if whole or present != self._present:
+            self._present = present
+            self._exchanged = None
+            self._index.look_up(optimizer.param_groups)
+            flat = {} if optimizer.layout is None else optimizer.layout.flat
+            self._compared = {key: param for key, param in self._compared.items() if param in self._index or param in flat}
+            # With a set of all parameters, those of some of them go too: they were made when there were others.
+            dropped += [
+                each
+                for sets in self._by_first.values()
+                for each in sets
+                if whole or not all(param in self._index or param in flat for param in each.layout.params)
+            ]
+        for each in dropped:
+            self._forget(each)
+        if whole:
+            self.whole = made
+            self.made += 1
+            return dropped
+        sets = self._by_first[id(made.layout.params[0])]
+        sets.append(made)
+        self._by_names[made.names] = made
+        evicted = sets[:-SETS_PER_PARAM]
+        for each in evicted:
+            self._forget(each)
+        return dropped + evicted
+
+    def _forget(self, dropped: ParamSet) -> None:
+        first = id(dropped.layout.params[0])
+        if dropped in self._by_first.get(first, ()):
+            self._by_first[first].remove(dropped)
+            if not self._by_first[first]:
+                del self._by_first[first]
+        if self._by_names.get(dropped.names) is dropped:
+            del self._by_names[dropped.names]
+
+    def _layout(self, optimizer: StatefulOptimizer, params: Sequence[Tensor], process_group: dist.ProcessGroup | None) -> Layout:
+        """Make a layout of all ranks: a collective. Values of replicas are compared once: later, they may have drifted in their last bits,
+        where kernels are not deterministic.
+        """
+        over = None if process_group is None else weakref.ref(process_group)
+        if over != self._compared_over:
+            self._compared.clear()
+            self._compared_over = over
+        layout = exchange_layouts(
+            partial(self._described, optimizer, params),
+            process_group,
+            compares_values=lambda param: id(param) not in self._compared,
+        )
+        self._compared |= {id(param): param for param in params}
+        return layout
+
+    def _described(self, optimizer: StatefulOptimizer, params: Sequence[Tensor]) -> list[LocalParam]:
+        if not params:
+            raise ValueError(
+                "the optimizer's param groups are empty, as DeepSpeed's ZeRO stage 3 leaves them between steps; step through the wrapper"
+            )
+        found = zip(params, self._index.places_of(optimizer.param_groups, params), strict=True)
+        return [optimizer.describe_param(param, place.name, place.group) for param, place in found]
+
+    def _change(self, optimizer: StatefulOptimizer, params: Sequence[Tensor], layout: Layout) -> str:
+        """How parameters differ from those of a layout, for an error message."""
+        before, now = set(map(id, layout.params)), set(map(id, params))
+        if added := [param for param in params if id(param) not in before]:
+            names = [place.name for place in self._index.places_of(optimizer.param_groups, added)]
+            return f"{len(added)} new ones, {', '.join(map(repr, names[:SHOWN]))}{', ...' if len(names) > SHOWN else ''}"
+        if gone := [entry.name for entry in layout.local_params if id(entry.param) not in now]:
+            return f"without {len(gone)}, {', '.join(map(repr, gone[:SHOWN]))}{', ...' if len(gone) > SHOWN else ''}"
+        return "the same in another order, or of other shapes, dtypes, devices or placements"
+
+
+def _raise_all(left_over: Sequence[Callable[[], None]]) -> None:
+    """Raise the first that is to be raised; the others would say the same in the steps to come."""
+    for each in left_over:
+        each()
+
+
+def _without_grad(grads: Sequence[Tensor | None]) -> list[int]:
+    if type(None) not in set(map(type, grads)):
+        return []
+    return [index for index, grad in enumerate(grads) if grad is None]

@@ -1,0 +1,204 @@
+"""Optimizer state: per parameter, a step counter, the algorithm's moments and its format's further arrays, allocated when first asked for.
+
+Used by the engine. The private names of torch and DeepSpeed that are relied on here are tried with torch 2.11 and 2.13, and guarded by
+tests.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, NamedTuple, Protocol
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+
+from sharded_optim.formulas import Algorithm
+from sharded_optim.storage import memory
+from sharded_optim.storage.formats import Format
+
+__all__ = [
+    "STEP",
+    "Asked",
+    "Choice",
+    "State",
+    "asked_by_distributed_checkpoint",
+    "called_to_allocate",
+    "fsdp1_that_offloads_whole_state",
+    "local_of",
+    "new_state",
+    "zeros",
+]
+
+STEP = "step"
+
+
+class Choice(NamedTuple):
+    """What steps a parameter, and how it and its moments are stored."""
+
+    algorithm: Algorithm
+    format: Format  # of the parameter
+    state_formats: tuple[Format, ...]  # of each of algorithm.state
+
+    @property
+    def entries(self) -> dict[str, torch.dtype]:
+        """What the parameter's state has besides its step counter: arrays by name, with their dtypes."""
+        return {key: dtype for _, _, entries in self.moments for key, dtype in entries.items()} | dict(self.format.extra)
+
+    @property
+    def moments(self) -> list[tuple[str, Format, dict[str, torch.dtype]]]:
+        """Each of algorithm.state, its format, and its entries."""
+        return [(name, fmt, fmt.entries(name)) for name, fmt in zip(self.algorithm.state, self.state_formats, strict=True)]
+
+    def may_begin(self, there: Collection[str]) -> set[str]:
+        """Entries that may be zeros when others have long begun: arrays beside a parameter, and late moments.
+
+        Args:
+            there: the entries that have begun. A moment of which some arrays have begun needs the others too.
+        """
+        late = [entries for name, _, entries in self.moments if name in self.algorithm.late and entries.keys().isdisjoint(there)]
+        return {array.name for array in self.format.extra}.union(*late)
+
+
+class Allocator(Protocol):
+    """An optimizer, as far as its state needs it."""
+
+    def new_state(self, param: Tensor) -> dict[str, Any]:
+        """State of a parameter that has none yet."""
+        ...
+
+
+class State(defaultdict[Tensor, dict[str, Any]]):
+    """`optimizer.state`: a missing parameter is given new state.
+
+    A plain dict would be silently wrong: torch.distributed.checkpoint asks `optimizer.state[param]` which state to load, and loads
+    nothing where it finds nothing, as in an optimizer that has gradients but has not stepped.
+
+    The optimizer is held weakly, so that both are freed as soon as nobody uses the optimizer.
+    """
+
+    def __init__(self, optimizer: Allocator, content: Mapping[Tensor, dict[str, Any]]) -> None:
+        super().__init__(dict, content)
+        self._optimizer = ref(optimizer)
+
+    def __missing__(self, param: Tensor) -> dict[str, Any]:
+        optimizer = self._optimizer()
+        if optimizer is None:
+            raise KeyError(param)
+        self[param] = optimizer.new_state(param)
+        return self[param]
+
+    def copy(self) -> dict[Tensor, dict[str, Any]]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        optimizer = self._optimizer()
+        return dict(self) if optimizer is None else State(optimizer, self)
+
+    def __copy__(self) -> dict[Tensor, dict[str, Any]]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self.copy()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A plain dict: the optimizer that is copied or unpickled makes a State of it again."""
+        return dict, (dict(self),)
+
+
+def new_state(param: Tensor, dtypes: Mapping[str, torch.dtype]) -> dict[str, Any]:
+    """Zeros like the parameter under each name of `dtypes`, and a step counter of 0."""
+    return {STEP: torch.zeros((), dtype=torch.float32, device=param.device)} | {n: zeros(param, d) for n, d in dtypes.items()}
+
+
+def zeros(param: Tensor, dtype: torch.dtype) -> Tensor:
+    """Zeros that are shaped, strided and sharded like the parameter; on a CPU on large pages, see `memory.py`."""
+    result = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+    local = local_of(result)
+    if local.device.type != "cpu" or type(local) is not Tensor:
+        return result.zero_()
+    local.data = memory.zeros(local.numel(), dtype).as_strided(local.shape, local.stride())
+    return result
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor; any other tensor itself."""
+    return getattr(tensor, "_local_tensor", tensor)
+
+
+# Functions that step with zero gradients only to make the optimizer allocate its state: (module, name).
+ALLOCATORS = {
+    ("torch.distributed.checkpoint.state_dict", "_init_optim_state"),
+    ("deepspeed.runtime.fp16.unfused_optimizer", "initialize_optimizer_states"),
+}
+
+
+def called_to_allocate() -> bool:
+    """Whether a wrapper is stepping only to make the optimizer allocate its state.
+
+    That step must not count (pytorch#164929): bias correction would be one step off in everything that follows, and DeepSpeed's would
+    decay the weights. The gradients do not tell it from a real first step, on a rank whose shard happens to have only zeros; the caller
+    does.
+    """
+    return any((_module_of(frame), frame.f_code.co_name) in ALLOCATORS for frame in _callers())
+
+
+CHECKPOINT = "torch.distributed.checkpoint"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """How torch.distributed.checkpoint wants an optimizer's state: see torch's StateDictOptions."""
+
+    full: bool = False  # whole tensors
+    cpu_offload: bool = False  # with `full`: on rank 0 alone
+    flat: bool = False  # one level of keys
+    template: bool = False  # what values are is of no interest: it is going to load others in their place
+
+
+def asked_by_distributed_checkpoint() -> Asked | None:
+    """What torch.distributed.checkpoint asks for, where it is the caller; else None.
+
+    It calls `optimizer.state_dict` and `optimizer.state` as everybody does, but what it is given are the parts of one checkpoint of all
+    ranks: it would save one rank's 1-D tensors and drop the others'.
+    """
+    frames = [frame for frame in _callers() if f"{_module_of(frame)}.".startswith(f"{CHECKPOINT}.")]
+    if not frames:
+        return None
+    info = frames[0].f_locals.get("info")
+    return Asked(
+        full=getattr(info, "full_state_dict", False),
+        cpu_offload=getattr(info, "cpu_offload", False),
+        flat=getattr(info, "flatten_optimizer_state_dict", False),
+        template=any(frame.f_code.co_name == "_load_optim_state_dict" for frame in frames),
+    )
+
+
+FSDP1 = "torch.distributed.fsdp.fully_sharded_data_parallel"
+
+
+def fsdp1_that_offloads_whole_state() -> nn.Module | None:
+    """The FullyShardedDataParallel model for which torch asks for state, to gather it whole in the memory of the CPU; else None."""
+    for frame in _callers():
+        known = frame.f_locals
+        caller = _module_of(frame), frame.f_code.co_name
+        if caller == (f"{CHECKPOINT}.state_dict", "_get_optim_state_dict"):
+            info = known["info"]
+            return known["model"] if info.fsdp_modules and info.full_state_dict and info.cpu_offload else None
+        if caller == (FSDP1, "optim_state_dict"):
+            settings = known["state_dict_settings"]
+            is_whole = settings.state_dict_type.name == "FULL_STATE_DICT"
+            return known["model"] if is_whole and settings.optim_state_dict_config.offload_to_cpu else None
+        if caller == (FSDP1, "full_optim_state_dict"):
+            return known["model"]
+    return None
+
+
+def _callers() -> Iterator[FrameType]:
+    """Of this module's caller, the innermost first."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _module_of(frame: FrameType) -> str | None:
+    return frame.f_globals.get("__name__")

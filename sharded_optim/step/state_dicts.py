@@ -1,0 +1,136 @@
+"""Loading a state dict: what torch's base class does not check, drops or rounds. Used by the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Set
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharded_optim.formulas.hyperparameters import Hyperparameter, Switch
+from sharded_optim.step.param_groups import named_params
+from sharded_optim.step.state import STEP, Choice, zeros
+from sharded_optim.storage.formats import extra_arrays
+
+__all__ = ["ChoiceOf", "check_family", "check_sizes", "check_state", "restore_groups", "restore_state"]
+
+WAY_OUT = "load it into the class that saved it, or one of its family, which has the same hyperparameters and state"
+
+ChoiceOf = Callable[[Tensor, Mapping[str, Any]], Choice]  # (parameter, its param group)
+
+
+def _saved_states(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> list[tuple[Tensor, str, dict[str, Any], dict[str, Any]]]:
+    """(parameter, its name, its group, its saved state) for every saved state that belongs to a parameter of `groups`."""
+    found = []
+    for index, (group, saved) in enumerate(zip(groups, state_dict["param_groups"], strict=True)):
+        for (param, name), key in zip(named_params(group, index), saved["params"], strict=True):
+            if key in state_dict["state"]:
+                found.append((param, name, group, state_dict["state"][key]))
+    return found
+
+
+def check_sizes(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> None:
+    """Raise ValueError unless the saved groups have as many parameters as these."""
+    saved_sizes = [len(group["params"]) for group in state_dict["param_groups"]]
+    sizes = [len(group["params"]) for group in groups]
+    if saved_sizes != sizes:
+        raise ValueError(
+            f"the state dict has param groups of {saved_sizes} parameters, the optimizer of {sizes}; build the same groups before loading"
+        )
+
+
+def check_family(state_dict: dict[str, Any], foreign: Mapping[str, Hyperparameter]) -> None:
+    """Raise ValueError for saved groups of another family, which an optimizer without state (SGD, or one that has not stepped) has too.
+
+    Args:
+        foreign: hyperparameters that only other optimizers have.
+    """
+    for index, saved in enumerate(state_dict["param_groups"]):
+        for key, value in saved.items():
+            if key in foreign and not (isinstance(foreign[key], Switch) and not value):
+                raise ValueError(f"the state dict's param_groups[{index}] has {key!r}, which this optimizer has not; {WAY_OUT}")
+
+
+def check_state(groups: list[dict[str, Any]], state_dict: dict[str, Any], choice_of: ChoiceOf, moments: Set[str]) -> None:
+    """Raise ValueError, before anything is loaded, for saved state that does not fit `groups` as they are going to be.
+
+    Args:
+        moments: names of the state of all algorithms.
+    """
+    for param, name, group, state in _saved_states(groups, state_dict):
+        choice = choice_of(param, group)
+        algorithm, expected = choice.algorithm, choice.entries
+        strange = moments & state.keys() - set(algorithm.state) - algorithm.unused
+        may_begin = choice.may_begin(state.keys())
+        for moment, fmt, entries in choice.moments:
+            found = {key: state[key].dtype for key in state if key == moment or str(key).startswith(f"{moment}.")}
+            if _is_value(found, moment):
+                may_begin |= entries.keys()
+            elif found and found != entries:
+                raise ValueError(
+                    f"the saved state of {name!r} has {_listed(found)}, where the format {fmt.name!r} has {_listed(entries)}; load it "
+                    f"into an optimizer with the state_dtype that it was saved with"
+                )
+        for key in (*expected, STEP):
+            if key not in state and (strange or key not in may_begin):
+                raise ValueError(
+                    f"the saved state of {name!r} lacks {key!r} (it has {', '.join(map(str, state))}); it is another optimizer's: {WAY_OUT}"
+                )
+        if strange:
+            raise ValueError(
+                f"the saved state of {name!r} has {', '.join(sorted(strange))}, of which this optimizer knows nothing; {WAY_OUT}"
+            )
+        if torch.as_tensor(state[STEP]).numel() != 1:
+            raise ValueError(f"saved {STEP!r} of {name!r} has shape {tuple(state[STEP].shape)}; it must be one number")
+        for key in (key for key in expected if key in state):
+            if getattr(state[key], "placements", None) != getattr(param, "placements", None):
+                raise ValueError(
+                    f"saved {key!r} of {name!r} is not sharded like the parameter; load it with set_optimizer_state_dict of "
+                    f"torch.distributed.checkpoint.state_dict, which reshards"
+                )
+            if state[key].shape != param.shape:
+                raise ValueError(f"saved {key!r} of {name!r} has shape {tuple(state[key].shape)}, the parameter {tuple(param.shape)}")
+
+
+def _is_value(found: Mapping[str, torch.dtype], moment: str) -> bool:
+    """Whether what is saved of a moment is its value, in one array, which any format can store."""
+    return found.keys() == {moment} and found[moment].is_floating_point
+
+
+def _listed(arrays: Mapping[str, torch.dtype]) -> str:
+    return ", ".join(f"{key!r} of {dtype}" for key, dtype in arrays.items())
+
+
+def restore_groups(groups: list[dict[str, Any]], before: list[dict[str, Any]]) -> None:
+    """Give back the keys that the saved groups lacked; torch drops them."""
+    for group, old in zip(groups, before, strict=True):
+        for key, value in old.items():
+            group.setdefault(key, value)
+        if "betas" in group:
+            group["betas"] = tuple(group["betas"])
+
+
+def restore_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any], choice_of: ChoiceOf) -> None:
+    """Set each state as it was saved, in its format: torch's load casts all of it to the parameter's dtype (pytorch#43706).
+
+    What the saved state lacks begins as zeros; arrays beside a parameter that its format has not are dropped.
+    """
+    for param, _, group, saved in _saved_states(optimizer.param_groups, state_dict):
+        state = optimizer.state[param]
+        choice = choice_of(param, group)
+        for key in extra_arrays() - choice.entries.keys():
+            state.pop(key, None)
+        arrays = {array.name: saved[array.name] for array in choice.format.extra if array.name in saved}
+        for moment, fmt, entries in choice.moments:
+            if all(key in saved and saved[key].dtype == dtype for key, dtype in entries.items()):
+                arrays |= {key: saved[key] for key in entries}
+            elif moment in saved:
+                value = saved[moment].detach().to(torch.float32)
+                arrays |= dict(zip(entries, fmt.store(value, 0.5), strict=True))  # what is random is rounded to nearest
+        for key, dtype in choice.entries.items():
+            state[key] = zeros(param, dtype)
+            if key in arrays:
+                state[key].copy_(arrays[key].detach())
+        step = saved[STEP] if isinstance(saved[STEP], Tensor) else torch.tensor(saved[STEP], dtype=torch.float32, device="cpu")
+        state[STEP] = step.to(param.device, torch.float32, copy=True).reshape(())

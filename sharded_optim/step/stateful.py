@@ -1,0 +1,157 @@
+"""What an optimizer keeps: state that is allocated when asked for, and state dicts. Below the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharded_optim.step import foreign_state, param_groups, state_dicts
+from sharded_optim.step.compensation import CompensationLog
+from sharded_optim.step.grouped import GroupedOptimizer, optimizer_classes
+from sharded_optim.step.options import Params
+from sharded_optim.step.state import STEP, Choice, State, called_to_allocate, fsdp1_that_offloads_whole_state, new_state, zeros
+from sharded_optim.storage.formats import Format, chosen_format, extra_arrays, param_format
+
+__all__ = ["StatefulOptimizer"]
+
+
+class StatefulOptimizer(GroupedOptimizer):
+    """A torch optimizer without a step; its arguments are those of `GroupedOptimizer`."""
+
+    gradient_release = False  # whether steps happen inside backward, so that a step of all may find no gradient
+
+    def __init__(self, params: Params, defaults: dict[str, Any], **options: Any) -> None:
+        self.compensation_log = CompensationLog()
+        super().__init__(params, defaults, **options)
+        self.state = State(self, self.state)
+
+    def init_state(self) -> None:
+        """Allocate the state of every trainable parameter that has none yet: what the first step does for those with a gradient."""
+        for index, group in enumerate(self.param_groups):
+            for param, name in param_groups.named_params(group, index):
+                if param.requires_grad:
+                    self.complete_state(param, group, name)
+
+    def zero_grad(self, set_to_none: bool = True, param: Tensor | None = None) -> None:
+        """As in torch; or of one parameter alone."""
+        if param is None:
+            super().zero_grad(set_to_none)
+        elif set_to_none:
+            param.grad = None
+        elif param.grad is not None:
+            param.grad = torch.zeros_like(param.grad)
+
+    def is_allocation_step(self) -> bool:
+        """Whether a wrapper steps only to have state allocated: see `called_to_allocate`."""
+        has_state = any(group["params"][0] in self.state for group in self.param_groups if group["params"])
+        return not has_state and called_to_allocate()
+
+    def new_state(self, param: Tensor) -> dict[str, Any]:
+        """State of a parameter that has none yet, as `self.state` asks for it."""
+        return new_state(param, self.choice_of(param, self._group_with(param) or self.param_groups[0]).entries)
+
+    def complete_state(self, param: Tensor, group: dict[str, Any], name: str) -> dict[str, Any]:
+        """The parameter's state, with everything that the group's algorithm and the format need.
+
+        Raises:
+            ValueError: something is missing that cannot begin now.
+        """
+        choice = self.choice_of(param, group)
+        if not self.state.get(param):  # torch's optimizers too take empty state as none
+            self.state[param] = new_state(param, choice.entries)
+        state = self.state[param]
+        if STEP not in state:
+            raise ValueError(f"the state of {name!r} lacks {STEP!r} (it has {', '.join(map(str, state))}); delete it, or load a full state")
+        for key in extra_arrays() & state.keys() - choice.entries.keys():
+            del state[key]  # of a value that is about to change
+        may_begin = choice.may_begin(state.keys())
+        for key, dtype in choice.entries.items():
+            if key not in state:
+                if key not in may_begin and state[STEP] > 0:
+                    raise ValueError(
+                        f"the state of {name!r} lacks {key!r} after {int(state[STEP])} steps, and it cannot begin late; load a full state, "
+                        f"or choose at construction what needs it"
+                    )
+                state[key] = zeros(param, dtype)
+        return state
+
+    @property
+    def state_format(self) -> Format:
+        """How the moments are stored."""
+        return chosen_format(self.state_dtype)
+
+    def choice_of(self, param: Tensor, group: Mapping[str, Any]) -> Choice:
+        """What the options choose for a parameter of a param group."""
+        algorithm = self._choose(group)
+        fmt = param_format(param.dtype, kahan_sum=group["kahan_sum"], stochastic_rounding=group["stochastic_rounding"])
+        return Choice(algorithm, fmt, (self.state_format,) * len(algorithm.state))
+
+    # ------------------------------------------------------------------------------------------------------------- state dicts
+
+    def drop_stale_compensation(self) -> None:
+        """Zero the Kahan compensations of parameters that were written since the last step, before state is read together with them."""
+        names = extra_arrays()
+        rows = [(param, state[key]) for param, state in self.state.items() for key in names & state.keys()]
+        self.compensation_log.drop_stale([param for param, _ in rows], [compensation for _, compensation in rows])
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch.
+
+        Raises:
+            ValueError: torch asks for it on behalf of FullyShardedDataParallel, and would give moments each other's values.
+        """
+        model = None if self._layout is None else fsdp1_that_offloads_whole_state()
+        if model is not None:
+            from sharded_optim.sharding import fsdp1
+
+            fsdp1.check_whole_state_on_cpu(model, sorted({key for state in self.state.values() for key in state} - {STEP}))
+        self.drop_stale_compensation()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, but all or nothing, with moments stored as in `state_dtype`, and group keys the saved state lacks kept as they are.
+
+        State of torch's Adam, AdamW and SGD, of Composer's and of optimi's optimizers is recognised and continued; see `foreign_state.py`.
+
+        Raises:
+            ValueError: the saved state does not fit; nothing was changed.
+        """
+        before = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
+        given = {index: each for each in self._given for index, group in enumerate(self.param_groups) if group is each.group}
+        incoming: dict[str, Any] = {}
+
+        def prepare(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+            state_dicts.check_sizes(self.param_groups, saved)
+            saved = foreign_state.translate(saved, self.param_groups, replaces_composer=self.replaces_composer)
+            merged = []
+            for index, (own, group) in enumerate(zip(self.param_groups, saved["param_groups"], strict=True)):
+                where = f"the state dict's param_groups[{index}]"
+                merged.append(own | group | {"params": own["params"]})
+                self._check_group(merged[-1], where, scheduled=True)
+            moments = {name for optimizer in optimizer_classes() for algorithm in optimizer.algorithms.values() for name in algorithm.state}
+            state_dicts.check_state(merged, saved, self.choice_of, moments)
+            state_dicts.check_family(saved, self.foreign_hyperparameters())
+            incoming.update(saved)
+            return saved
+
+        def restore(_: torch.optim.Optimizer) -> None:
+            state_dicts.restore_groups(self.param_groups, before)
+            self._given = [each._replace(group=self.param_groups[index]) for index, each in given.items()]
+            state_dicts.restore_state(self, incoming, self.choice_of)
+
+        # After the users' pre-hooks, which may convert the state dict, and before their post-hooks, which may look at the result.
+        hooks = [self.register_load_state_dict_pre_hook(prepare), self.register_load_state_dict_post_hook(restore, prepend=True)]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.state = State(self, self.state)  # torch makes it a plain dict when it loads
+        if "_choose" in state:  # unpickled or copied; torch also calls this with the loaded state and groups alone
+            self.compensation_log = CompensationLog()

@@ -1,0 +1,278 @@
+"""Whether ranks still hold the same of what they hold together: replicated parameters and state, step counters, hyperparameters.
+
+    live model and optimizer -> facts: (what it is, its value) -> one int64 for each -> one all-reduce -> where largest and smallest differ
+
+A tensor's value is a hash of its bits (`position_hash.py`), any other's is a digest of its text. What each rank holds is exchanged in the
+first check, and again on all ranks when it has changed on any. A second exchange, of what was found, happens only to name the ranks that
+differ.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sharded_optim.checkpoint.dtypes import dtype_named
+from sharded_optim.checkpoint.exchange import digest_of, distinct
+from sharded_optim.checkpoint.held import MASTER, MODEL
+from sharded_optim.checkpoint.live import LiveOptimizer, live_model, live_optimizer
+from sharded_optim.checkpoint.live.optimizer import hyperparameters_of
+from sharded_optim.checkpoint.plan import Row, rows_of
+from sharded_optim.sharding.ranks import named_ranks, own_process_group, raise_together
+from sharded_optim.step.state import STEP
+from sharded_optim.storage.position_hash import position_hashes
+from sharded_optim.zero import ShardedOptimizer
+
+__all__ = ["DivergenceCheck", "DivergenceError"]
+
+NOBODY = -(2**63)  # of a rank that does not hold it: no maximum
+CHANGED = 1  # of a rank that holds other things than when they were exchanged, or has failed
+NO_STATE = "no state"
+NAMED = {MODEL: "parameter", MASTER: "float32 master"}  # other kinds are called as in the optimizer's state
+MOST_LINES = 8  # of an error message
+
+# What a rank has a value of: a tensor, of which others may have the same elements, or (of what, its name).
+Fact = Row | tuple[str, str]
+
+
+class DivergenceError(RuntimeError):
+    """Ranks hold different values of what should be the same. Names what, and the ranks."""
+
+
+class DivergenceCheck:
+    """Compares what several ranks hold, bit for bit. Call it every hundred steps or so, on every rank.
+
+    Compared are
+    - elements of parameters and of optimizer state (moments, float32 masters, ...) that are on more than one rank: whole ones under DDP,
+      the model's under ShardedOptimizer and DeepSpeed, shards on the ranks that HSDP replicates them on. Not the buffers of the model,
+      which may differ, as running means do;
+    - of every parameter its step counter and the number of its param group, also where the parameter itself is sharded;
+    - lr, weight decay and the other hyperparameters of every param group; the counters and the loss scale of a DeepSpeedEngine.
+
+    A call is one all-reduce of 16 bytes for each of these, in a process group of its own, and reads what is replicated once.
+    Alone, or without a process group, it does nothing.
+
+    Args:
+        optimizer: of this library; None: of the model alone.
+        model: whose parameters it steps, as it is wrapped; the engine under DeepSpeed.
+        process_group: the ranks that train this model together; None: all.
+    """
+
+    def __init__(self, optimizer: Any, *, model: Any, process_group: dist.ProcessGroup | None = None) -> None:
+        self._optimizer = optimizer
+        self._model = model
+        self._process_group = process_group
+        self._own: tuple[Fact, ...] = ()  # that this rank had when they were exchanged
+        self._shared: list[Fact] | None = None  # what more than one rank has, in one order on all; None: to be exchanged
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        """Compare. A collective.
+
+        Raises:
+            DivergenceError: ranks hold different values; on every rank, with the same message.
+            ValueError: the model or the optimizer of a rank does not tell what it holds; on every rank.
+        """
+        process_group = own_process_group(self._process_group, "gloo", purpose="divergence")  # on the CPU, where texts are too
+        if process_group is None:
+            return
+        found, failure = None, None
+        try:
+            found = _Found.of(self._optimizer, self._model)
+        except Exception as error:  # the other ranks must hear of it before this one raises
+            failure = error
+        if self._shared is None:
+            self._exchange(found, failure, process_group)
+        differing = self._compare(found, process_group)
+        if differing is None:
+            self._exchange(found, failure, process_group)
+            differing = self._compare(found, process_group)
+            assert differing is not None, "every rank has what it has just told"
+        if differing:
+            assert found is not None, "a rank that has failed has told it"
+            self._raise(found, differing, process_group)
+
+    def _exchange(self, found: _Found | None, failure: Exception | None, process_group: dist.ProcessGroup) -> None:
+        """Find out what more than one rank holds. A collective."""
+        self._shared = None
+        raise_together(failure, None, process_group)
+        assert found is not None, "else it has failed"
+        own = tuple(found.values)
+        digests: list[Any] = [None] * dist.get_world_size(process_group)
+        dist.all_gather_object(digests, digest_of(own), group=process_group)
+        ranks = dist.get_process_group_ranks(process_group)
+        holders: dict[Fact, int] = {}
+        tensors: dict[tuple[str, str], tuple[int, str]] = {}
+        for rank, facts in zip(ranks, distinct(own, digests, process_group), strict=True):
+            for fact in facts:
+                holders[fact] = holders.get(fact, 0) + 1
+                if len(fact) == 2:
+                    continue
+                kind, name, shape, dtype, *_ = fact
+                what = f"shape {shape} and dtype {dtype_named(dtype)}"
+                other, known = tensors.setdefault((kind, name), (rank, what))
+                if what != known:
+                    raise DivergenceError(
+                        f"{name!r} ({NAMED.get(kind, kind)}) has {known} on rank {other}, {what} on rank {rank}; build the same model on "
+                        f"every rank, and give different tensors different names"
+                    )
+        self._own, self._shared = own, [fact for fact, count in holders.items() if count > 1]
+
+    def _compare(self, found: _Found | None, process_group: dist.ProcessGroup) -> list[int] | None:
+        """The one collective of a check.
+
+        Returns:
+            Which of what is shared has different values; None: a rank holds other things than it has told, or has failed.
+        """
+        assert self._shared is not None
+        on_host: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}
+        sent = torch.full((2, len(self._shared) + 1), NOBODY, **on_host)
+        if found is None or tuple(found.values) != self._own:
+            sent[0, -1] = CHANGED
+        else:
+            values = [found.values.get(fact) for fact in self._shared]
+            sent[0, :-1] = torch.tensor([NOBODY if value is None else value for value in values], **on_host)
+            # The largest ~value is that of the smallest value; -value may overflow.
+            sent[1, :-1] = torch.tensor([NOBODY if value is None else ~value for value in values], **on_host)
+        dist.all_reduce(sent, op=dist.ReduceOp.MAX, group=process_group)
+        largest, smallest = sent[0], ~sent[1]
+        if largest[-1] == CHANGED:
+            return None
+        return (largest != smallest)[:-1].nonzero().flatten().tolist()
+
+    def _raise(self, found: _Found, differing: Sequence[int], process_group: dist.ProcessGroup) -> None:
+        """Raise what differs on which ranks. A collective."""
+        assert self._shared is not None
+        asked = [self._shared[index] for index in differing[:MOST_LINES]]
+        told: list[Any] = [None] * dist.get_world_size(process_group)
+        own = [(found.values.get(fact), found.texts.get(fact)) for fact in asked]
+        dist.all_gather_object(told, own, group=process_group)
+        ranks = dist.get_process_group_ranks(process_group)
+        lines = [_difference(fact, [each[index] for each in told], ranks) for index, fact in enumerate(asked)]
+        if len(differing) > len(lines):
+            lines.append(f"and {len(differing) - len(lines)} more")
+        raise DivergenceError(
+            f"ranks have diverged: {len(differing)} of {len(self._shared)} values that they share are not the same on all:\n"
+            + "\n".join(f"  {line}" for line in lines)
+            + "\nGo on from a checkpoint that was saved before it; lr and other hyperparameters must be set alike on every rank"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """What this rank holds, with its values.
+
+    Attributes:
+        values: an int64 for each, in an order that stays.
+        texts: of those that are not tensors.
+    """
+
+    values: Mapping[Fact, int]
+    texts: Mapping[Fact, str]
+
+    @classmethod
+    def of(cls, optimizer: Any, model: Any) -> _Found:
+        """As it is now. No communication, but that of steps that are still sending parameters."""
+        if isinstance(optimizer, ShardedOptimizer):
+            optimizer.wait()  # first: other ranks may wait for this one, also if it fails in what follows
+        shown = live_model(model)
+        state = None if optimizer is None else live_optimizer(optimizer, model, shown)
+        held = [each for each in shown.held if not each.is_buffer]
+        told: dict[Fact, Any] = {(path, ""): value for path, value in _paths(shown.wrapper)}
+        if state is not None:
+            state.settle()
+            held += state.held()
+            told |= _told(state)
+        texts = _texts(told)
+        held = [each for each in held if each.segment.numel]
+        hashes = position_hashes([each.local for each in held])
+        values: dict[Fact, int] = dict(zip(rows_of(held), hashes.tolist(), strict=True))
+        return cls(values=values | {fact: _digest(text) for fact, text in texts.items()}, texts=texts)
+
+
+def _told(state: LiveOptimizer) -> dict[Fact, Any]:
+    """What an optimizer has beside tensors."""
+    told: dict[Fact, Any] = {}
+    for member in state.members:
+        own = state.engine.state.get(member.param)
+        for piece in member.local.pieces:
+            if own is not None or piece.segment.numel:  # some wrappers do not step what is empty here
+                told["step", piece.segment.name] = NO_STATE if own is None else own[STEP]
+    told["number of param groups", ""] = len(state.groups)
+    told |= {("param group", name): index for name, index in state.group_of.items()}
+    for index, group in enumerate(state.groups):
+        told |= {(f"param_groups[{index}][{key!r}]", ""): value for key, value in hyperparameters_of(group).items()}
+    return told
+
+
+def _paths(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """The values in nested dicts, with the keys that lead there."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _paths(value, f"{before}{key}.")
+        else:
+            yield f"{before}{key}", value
+
+
+def _texts(told: Mapping[Fact, Any]) -> dict[Fact, str]:
+    """Values as texts that are the same for equal ones. What has no such text is left out."""
+    scalars = {fact: value for fact, value in told.items() if isinstance(value, Tensor) and value.numel() == 1}
+    numbers: dict[Fact, Any] = {}
+    for device in dict.fromkeys(value.device for value in scalars.values()):  # one copy from each
+        there = {fact: value.detach().reshape(()).double() for fact, value in scalars.items() if value.device == device}
+        numbers |= dict(zip(there, torch.stack(list(there.values())).tolist(), strict=True))
+    texts = {fact: _text(numbers.get(fact, value)) for fact, value in told.items()}
+    return {fact: text for fact, text in texts.items() if text is not None}
+
+
+def _text(value: Any) -> str | None:
+    if value is NO_STATE:
+        return NO_STATE
+    if isinstance(value, list | tuple):
+        parts = [_text(each) for each in value]
+        return None if None in parts else f"({', '.join(map(str, parts))})"
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return repr(float(value)) if float(value) == value else repr(value)  # 1 and 1.0 are equal
+    return repr(value) if value is None or isinstance(value, bool | str) else None
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+# ------------------------------------------------------------------------------------------------------------------------ messages
+
+
+def _difference(fact: Fact, told: Sequence[tuple[int | None, str | None]], ranks: Sequence[int]) -> str:
+    """Who has which value of something, as a line of an error message.
+
+    Args:
+        told: value and text of each rank that has it.
+        ranks: in the same order.
+    """
+    sets: dict[tuple[int, str | None], list[int]] = {}
+    for rank, (value, text) in zip(ranks, told, strict=True):
+        if value is not None:
+            sets.setdefault((value, text), []).append(rank)
+    (most, majority), *others = sorted(sets.items(), key=lambda each: -len(each[1]))  # of equally many, that of the first rank
+    parts = []
+    for other, odd in others:
+        values = "" if other[1] is None else f" ({other[1]}, not {most[1]})"
+        parts.append(f"{named_ranks(odd)} differ{'s' if len(odd) == 1 else ''} from {named_ranks(majority)}{values}")
+    return f"{_named(fact)}: {', '.join(parts)}"
+
+
+def _named(fact: Fact) -> str:
+    """What something is, for error messages."""
+    if len(fact) == 2:
+        return f"{fact[1]!r} ({fact[0]})" if fact[1] else fact[0]
+    kind, name, shape, _, start, run, _, count, _ = fact
+    part = "" if run * count == math.prod(shape) else f", {run * count} elements from {start}"
+    return f"{name!r} ({NAMED.get(kind, kind)}{part})"

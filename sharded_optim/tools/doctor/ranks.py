@@ -1,0 +1,189 @@
+"""What torchrun's ranks tell each other, and whether they agree. Nothing here waits for a rank for longer than the timeout."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from sharded_optim.sharding.ranks import join_messages
+from sharded_optim.tools.doctor.findings import Finding, RankReport, Report, one_line
+from sharded_optim.tools.doctor.place import Place
+from sharded_optim.tools.doctor.storage import PREFIX
+
+__all__ = ["Meeting", "compare", "compare_clocks", "compare_folders", "meet"]
+
+MOST_SKEW = 1.0  # seconds between two clocks
+ROUNDS = 3
+VISIBLE_SECONDS = 5.0  # for which network file systems may remember that a file was not there
+WAYS_OUT = {  # of differences, by section
+    "versions": "install the same version for every rank",
+    "devices": "start ranks on machines with the same devices and the same CUDA_VISIBLE_DEVICES",
+    "backends": "make the same backends run on every rank",
+    "limits": "set it to the same for every rank",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Meeting:
+    """All ranks, in a process group of gloo."""
+
+    place: Place
+    timeout: float
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's, on every rank. A collective."""
+        values: list[Any] = [None] * self.place.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_first(self, value: Any) -> Any:
+        """Rank 0's, on every rank. A collective."""
+        values = [value]
+        dist.broadcast_object_list(values)
+        return values[0]
+
+
+def meet(
+    place: Place,
+    here: RankReport,
+    timeout: float,
+    examine: Callable[[Meeting, list[RankReport]], Report],
+    tell: Callable[[Report], None],
+) -> bool:
+    """Gather what every rank has found, look at what they have together, tell it on rank 0. Afterwards this process ignores SIGTERM.
+
+    Args:
+        examine: a collective.
+        tell: is called on rank 0, once, before any rank returns.
+
+    Returns:
+        Whether there is no problem; the same on all ranks, and False on those that lost the others.
+    """
+    store: Any = None
+    told = False
+    limit = timedelta(seconds=timeout)
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=limit))  # pyright: ignore[reportPrivateImportUsage]
+        store.set_timeout(limit)
+        store.set(_key(place.rank), here.host)
+        dist.init_process_group("gloo", store=store, rank=place.rank, world_size=place.world_size, timeout=limit)
+        meeting = Meeting(place=place, timeout=timeout)
+        report = examine(meeting, meeting.gather(here))
+        if place.rank == 0:
+            tell(report)
+            told = True
+        return meeting.from_first(report.status != "problem")
+    except RuntimeError as error:  # of a store or of gloo
+        if place.rank == 0 and not told:
+            tell(Report(ranks=(here,), together=(_lost(place, timeout, store, error),), world_size=place.world_size))
+        return False
+    finally:
+        # torchrun ends all ranks as soon as it sees that one has failed; each is to end with the status that all have agreed on.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _key(rank: int) -> str:
+    return f"sharded_optim/tools/doctor/{rank}"
+
+
+def _lost(place: Place, timeout: float, store: Any, error: Exception) -> Finding:
+    way_out = "look at what the other ranks print; see that MASTER_ADDR and MASTER_PORT are rank 0's and reachable from all machines"
+    try:
+        missing = [] if store is None else [rank for rank in range(place.world_size) if not store.check([_key(rank)])]
+    except RuntimeError:  # the store is lost too
+        missing = []
+    if missing:
+        shown = ", ".join(map(str, missing[:8])) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+        value = f"rank{'s' if len(missing) > 1 else ''} {shown} of {place.world_size} did not come within {timeout:g} s"
+    else:
+        value = f"the {place.world_size} ranks lost each other: {one_line(error)}"
+    return _finding("problem", "ranks", value, way_out)
+
+
+def _finding(status: Any, name: str, value: str, way_out: str | None = None, **data: Any) -> Finding:
+    return Finding(section="ranks", name=name, status=status, value=value, way_out=way_out, data=data)
+
+
+def compare(everyone: Sequence[RankReport]) -> list[Finding]:
+    """A problem for everything that ranks must have alike and do not; else that they agree."""
+    values = [{(each.section, each.name): each.alike for each in report.findings if each.alike is not None} for report in everyone]
+    differences = []
+    for section, name in dict.fromkeys(key for each in values for key in each):
+        of_ranks = [each.get((section, name), "not examined") for each in values]
+        if len(set(of_ranks)) > 1:
+            value = join_messages(of_ranks).replace("\n", "; ")
+            differences.append(_finding("problem", name, value, WAYS_OUT[section]))
+    hosts = len({each.host for each in everyone})
+    if differences:
+        return differences
+    told = f"{len(everyone)} ranks on {hosts} host{'' if hosts == 1 else 's'} have alike what they must"
+    return [_finding("ok", "agreement", told, ranks=len(everyone), hosts=hosts)]
+
+
+def compare_clocks(meeting: Meeting) -> Finding:
+    """How far apart they are. A collective. Of a few rounds the best, as ranks do not leave a barrier at the same time."""
+    rounds = []
+    for _ in range(ROUNDS):
+        dist.barrier()
+        rounds.append(meeting.gather(time.time()))
+    first = min(rounds, key=lambda clocks: max(clocks) - min(clocks))
+    return clocks_finding([clock - first[0] for clock in first])
+
+
+def clocks_finding(ahead: Sequence[float]) -> Finding:
+    """Of the seconds by which each rank's clock is ahead of rank 0's."""
+    skew = max(ahead) - min(ahead)
+    if skew <= MOST_SKEW:
+        return _finding("ok", "clocks", f"at most {max(1, round(skew * 1e3)):,} ms apart", seconds=skew)
+    told = [f"{seconds:+.1f} s" if abs(seconds) > MOST_SKEW / 2 else None for seconds in ahead]
+    value = f"{skew:,.1f} s apart; from rank 0's, {join_messages(told)}".replace("\n", "; ")
+    return _finding("problem", "clocks", value, "synchronise the clocks of the machines (NTP)", seconds=skew)
+
+
+def compare_folders(meeting: Meeting, folder: str) -> Finding:
+    """Whether all ranks see one folder: rank 0 writes a file, the others look for it. A collective."""
+    token = None
+    try:
+        if meeting.place.rank == 0:
+            token = _write_token(folder)
+        name = meeting.from_first(None if token is None else os.path.basename(token))
+        seen = meeting.gather(name is not None and _appears(os.path.join(folder, name)))
+    finally:
+        if token is not None:
+            with suppress(OSError):
+                os.unlink(token)
+    if name is None:
+        return _finding("warning", "folder", "not known to be shared: rank 0 cannot write there", "see rank 0's problem with the folder")
+    blind = [None if each else folder for each in seen]
+    if not any(blind):
+        return _finding("ok", "folder", "all ranks see the same folder", shared=True)
+    value = f"{join_messages(blind)} is not rank 0's".replace("\n", "; ")
+    way_out = "give a --folder on a file system that all machines mount: a checkpoint is written by all ranks into one folder"
+    return _finding("warning", "folder", value, way_out, shared=False)
+
+
+def _write_token(folder: str) -> str | None:
+    try:
+        descriptor, path = tempfile.mkstemp(prefix=PREFIX, dir=folder)
+    except OSError:
+        return None
+    os.close(descriptor)
+    return path
+
+
+def _appears(path: str) -> bool:
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while not (found := os.path.exists(path)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return found

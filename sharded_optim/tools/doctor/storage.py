@@ -1,0 +1,111 @@
+"""The folder of checkpoints: whether a rank can write there, and how fast, in the way in which checkpoints are written."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from statistics import median
+
+from sharded_optim.checkpoint.local_store import LocalStore
+from sharded_optim.tools.doctor.findings import Finding, Status
+
+__all__ = ["PREFIX", "examine", "local_path", "measure", "refused"]
+
+PREFIX = ".sharded-optim-doctor-"  # begins the names of everything that is written, and removed again
+SIZE = 64 * 2**20  # bytes of the file whose writing is timed
+SMALL = 4096
+SMALL_REPETITIONS = 5
+LEAST_FREE = 2**30
+
+
+def local_path(folder: str | os.PathLike[str]) -> str:
+    """Absolute.
+
+    Raises:
+        ValueError: it is a URL.
+    """
+    path = os.fspath(folder)
+    if "://" in path:
+        raise ValueError(f"--folder must be on a local or network file system, got {path!r}; object stores cannot be examined")
+    return os.path.abspath(path)
+
+
+def examine(folder: str) -> list[Finding]:
+    """Whether it can be written, free space, and the latency of a small fsync."""
+    try:
+        with _own_folder(folder) as own:
+            latency = _fsync_seconds(os.path.join(own, "small"))
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        return [refused(folder, error)]
+    data = {"path": folder, "free": free, "fsync_seconds": latency}
+    value = f"{free / 1e9:,.1f} GB free, {latency * 1e3:,.2f} ms for a small fsync, {folder}"
+    if free < LEAST_FREE:
+        return [_finding("folder", "warning", value, "remove old checkpoints, or give another --folder", **data)]
+    return [_finding("folder", "ok", value, **data)]
+
+
+def measure(folder: str) -> list[Finding]:
+    """Speed of a write as of a checkpoint: file, fsync, rename, fsync of the folder."""
+    try:
+        if shutil.disk_usage(folder).free < 2 * SIZE:
+            return []  # `examine` has warned
+        with _own_folder(folder) as own:
+            seconds = _write_seconds(own)
+    except OSError as error:
+        return [refused(folder, error, "write speed")]
+    value = f"{SIZE / seconds / 1e6:,.0f} MB/s, {SIZE // 2**20} MiB with fsync and rename"
+    return [_finding("write speed", "ok", value, bytes_per_second=SIZE / seconds, size=SIZE)]
+
+
+def refused(folder: str, error: OSError, name: str = "folder") -> Finding:
+    """It cannot be written."""
+    told = error.strerror or str(error)
+    way_out = "give a --folder that this user can write" if os.path.exists(folder) else f"mkdir -p {folder}, or give another --folder"
+    return _finding(name, "problem", f"cannot write in {folder}: {told}", way_out, path=folder, errno=error.errno)
+
+
+def _finding(name: str, status: Status, value: str, way_out: str | None = None, **data: str | int | float | None) -> Finding:
+    return Finding(section="storage", name=name, status=status, value=value, way_out=way_out, data=data)
+
+
+@contextmanager
+def _own_folder(folder: str) -> Iterator[str]:
+    """A folder inside, which is removed with all that is in it."""
+    own = tempfile.mkdtemp(prefix=PREFIX, dir=folder)
+    try:
+        yield own
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
+
+
+def _fsync_seconds(path: str) -> float:
+    times = []
+    with open(path, "wb", buffering=0) as stream:
+        for _ in range(SMALL_REPETITIONS):
+            stream.write(b"\1" * SMALL)
+            begin = time.perf_counter()
+            os.fsync(stream.fileno())
+            times.append(time.perf_counter() - begin)
+    return median(times)
+
+
+def _write_seconds(own: str) -> float:
+    store = LocalStore(own)
+    content = memoryview(os.urandom(SIZE))  # which no file system compresses
+    begin = time.perf_counter()
+    draft = store.begin("written", secrets.token_hex(4))
+    file = store.create(draft, "content")
+    try:
+        file.write(content)
+    except BaseException:
+        file.abandon()
+        raise
+    file.close()
+    store.publish(draft, "written")
+    return time.perf_counter() - begin
