@@ -37,11 +37,11 @@ matrix: setup  ## run the tests with all cells of their matrices, and many more 
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --matrix $(ARGS)
 
 reshard: setup  ## save checkpoints under every wrapper on 1 to 4 ranks, and load each under every other
-	$(BIN)/python -m pytest --matrix --timeout 7200 tests/test_checkpoint_reshard.py $(ARGS)
+	$(BIN)/python -m pytest --matrix --timeout 7200 tests/checkpoint/test_checkpoint_reshard.py $(ARGS)
 
 chaos: setup  ## kill a job that saves checkpoints 200 times, and damage 2,000 checkpoints: make chaos ARGS="20 --seed 1"
 	$(BIN)/python -m tests.chaos $(ARGS)
-	CORRUPTIONS=2000 $(BIN)/python -m pytest --timeout 1200 tests/test_checkpoint_corruption.py
+	CORRUPTIONS=2000 $(BIN)/python -m pytest --timeout 1200 tests/checkpoint/test_checkpoint_corruption.py
 
 survive: setup  ## let ranks of jobs fail in every way under every launcher, and kill a job 20 times: make survive ARGS=SIGKILL
 	$(BIN)/python -m tests.survival $(ARGS)

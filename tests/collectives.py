@@ -1,11 +1,16 @@
-"""What ranks communicate, under whatever API, as torch's profiler sees it."""
+"""What ranks communicate, under whatever API, as torch's profiler sees it; and as if they ran on several machines."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
+
+from sharded_optim.zero import neighbours
 
 
 @contextmanager
@@ -27,3 +32,16 @@ def collectives_of(call: Callable[[], object]) -> list[str]:
     with collectives() as found:
         call()
     return found
+
+
+@contextmanager
+def ranks_per_machine(count: int) -> Iterator[None]:
+    """As if so many ranks shared a machine, in whose memory they read each other's buffers; others send them."""
+    with tempfile.TemporaryDirectory() as folder:
+        boot_id = Path(folder) / "boot_id"
+        boot_id.write_text(str(dist.get_rank() // count))
+        before, neighbours.BOOT_ID = neighbours.BOOT_ID, boot_id
+        try:
+            yield
+        finally:
+            neighbours.BOOT_ID = before

@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
+from fake_device import FakeEvent
 from hypothesis import settings
 from triton_interpreter import interpreted
 
@@ -71,6 +73,16 @@ def interpreter() -> Iterator[None]:
     pytest.importorskip("triton", reason="the triton package is not installed")
     with interpreted():
         yield
+
+
+@pytest.fixture
+def cpu_is_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sharded_optim.step import agreement, coefficients, engine, kernel_calls, param_groups
+
+    for module in (agreement, coefficients, engine, kernel_calls, param_groups):
+        monkeypatch.setattr(module, "known_on_host", lambda tensor: False)
+    monkeypatch.setattr(torch, "Event", FakeEvent)
+    monkeypatch.setattr(FakeEvent, "waits", 0)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

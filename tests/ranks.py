@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable
 from functools import cache
 from multiprocessing import forkserver
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+TESTS = Path(__file__).parent
 TIMEOUT = 90.0  # seconds for all ranks together
 
 
@@ -60,7 +62,8 @@ def _start_server() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # which DeepSpeed asks for when it is imported
     forkserver.set_forkserver_preload(["rank_server"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.path.dirname(__file__), prepend=os.pathsep)  # where the server finds what it is to import
+        folders = filter(os.path.isdir, (TESTS, *TESTS.iterdir()))
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, folders)), prepend=os.pathsep)  # where the server finds what it is to import
         forkserver.ensure_running()
 
 

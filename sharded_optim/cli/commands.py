@@ -1,4 +1,4 @@
-"""The commands of `sharded-optim`: each a function in a file of its own, or a package of several, listed here. Used by `cli.py` alone."""
+"""The commands of `sharded-optim`: each a function in a file of its own, or a package of several, listed here. Used by `main` alone."""
 
 from __future__ import annotations
 

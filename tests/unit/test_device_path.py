@@ -12,6 +12,7 @@ from functools import partial
 import pytest
 import torch
 import toy_optimizer
+from fake_device import FakeEvent
 from torch import Tensor, nn
 from toy_optimizer import ThresholdAdamW
 from variants import CPU_BACKENDS
@@ -19,31 +20,7 @@ from variants import CPU_BACKENDS
 import sharded_optim as so
 from sharded_optim.formulas.verdict import INVALID
 from sharded_optim.optimizers import adam, stable_adamw
-from sharded_optim.step import agreement, coefficients, engine, kernel_calls, param_groups, param_set
-
-
-class FakeEvent:
-    """An event of a device; counts how often the host waited."""
-
-    waits = 0
-
-    def __init__(self, device: torch.device) -> None:
-        assert device.type == "cpu"
-
-    def record(self) -> None:
-        """Nothing to record."""
-
-    def synchronize(self) -> None:
-        FakeEvent.waits += 1
-
-
-@pytest.fixture
-def cpu_is_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (agreement, coefficients, engine, kernel_calls, param_groups):
-        monkeypatch.setattr(module, "known_on_host", lambda tensor: False)
-    monkeypatch.setattr(torch, "Event", FakeEvent)
-    monkeypatch.setattr(FakeEvent, "waits", 0)
-
+from sharded_optim.step import agreement, param_set
 
 OPTIMIZERS = {
     "Adam": partial(so.Adam, weight_decay=0.1),

@@ -23,8 +23,8 @@ from typer.testing import CliRunner
 
 from sharded_optim.backends import cpu
 from sharded_optim.checkpoint.local_store import LocalFile
-from sharded_optim.cli import app
 from sharded_optim.cli import doctor as command
+from sharded_optim.cli.commands import app
 from sharded_optim.tools import doctor
 from sharded_optim.tools.doctor import Finding, RankReport, Report, all_reduce, backends, devices, limits, probes, ranks, storage, versions
 from sharded_optim.tools.doctor.place import Place, find_place

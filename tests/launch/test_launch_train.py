@@ -27,7 +27,7 @@ from launch.optimizer import build_optimizer, build_schedule
 from launch.run_folder import RunFolder, find
 from launch.train import largest_rms
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 STEPS = 10
 TINY = (
     f"steps={STEPS} warmup_steps=3 batch_size=4 sequence_length=32 log_every=1 validation_every=5 validation_batches=2 device=cpu "

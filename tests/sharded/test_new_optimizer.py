@@ -27,7 +27,7 @@ from sharded_optim.checkpoint import MismatchError
 from sharded_optim.formulas.hyperparameters import Choice, Float, Floats, Hyperparameter, Int, Switch
 from sharded_optim.step.engine import Engine
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LAYERS = ((7, 5), (5, 3))
 WRONG: list[Any] = [math.nan, math.inf, 0.0, -1.0, "0.5", None, 1j, (0.5,), torch.tensor(math.nan), np.float32("nan"), torch.ones(2)]
 RULE = r"threshold must be a finite number >= 0.001, got .* in "

@@ -21,7 +21,7 @@ from launch.run_folder import RunFolder
 from launch.train import agreed, run
 from launch.watch import Watch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 STEPS = 50
 TINY = (
     f"steps={STEPS} warmup_steps=5 batch_size=4 sequence_length=32 log_every=1 validation_every=25 validation_batches=2 device=cpu "

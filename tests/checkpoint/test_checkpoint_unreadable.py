@@ -28,7 +28,7 @@ import sharded_optim as so
 from sharded_optim import checkpoint
 from sharded_optim.checkpoint.local_store import LocalStore
 from sharded_optim.checkpoint.url_store import UrlStore
-from sharded_optim.cli import app
+from sharded_optim.cli.commands import app
 
 OLDER, STEP = 2, 4
 NAME = f"step-{STEP:09d}"

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 from weakref import ref
 
@@ -16,6 +13,7 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
+from collectives import ranks_per_machine
 from deepspeed_models import AWKWARD
 from test_invariance import OPTIMIZERS
 from torch import Tensor, nn
@@ -25,7 +23,6 @@ from torch.utils.checkpoint import checkpoint
 
 import sharded_optim as so
 from benchmarks.given_gradients import Model, gradients, one_group, two_groups
-from sharded_optim.zero import neighbours
 
 pytestmark = pytest.mark.filterwarnings("ignore:weight_decay")
 
@@ -33,19 +30,6 @@ STEPS = 4
 SMALL = 0.002  # MiB of a bucket: several of them
 STABLE = partial(so.StableAdamW, lr=1e-2, weight_decay=0.1)
 Grads = Sequence[Tensor | None]  # of a model's parameters
-
-
-@contextmanager
-def ranks_per_machine(count: int) -> Iterator[None]:
-    """As if so many ranks shared a machine, in whose memory they read each other's buffers; others send them."""
-    with tempfile.TemporaryDirectory() as folder:
-        boot_id = Path(folder) / "boot_id"
-        boot_id.write_text(str(dist.get_rank() // count))
-        before, neighbours.BOOT_ID = neighbours.BOOT_ID, boot_id
-        try:
-            yield
-        finally:
-            neighbours.BOOT_ID = before
 
 
 def one_process(make: Callable[..., Any], steps: Sequence[Grads], groups: Callable[..., Any] = one_group, dtype=torch.float32) -> Any:

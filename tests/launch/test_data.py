@@ -13,7 +13,7 @@ from launch import corpus
 from launch.batches import training_batch, validation_batch
 from launch.config import Config, ConfigError, load
 
-FSDP2 = Path(__file__).parents[1] / "configs" / "fsdp2.yaml"
+FSDP2 = Path(__file__).parents[2] / "configs" / "fsdp2.yaml"
 TEXT = np.frombuffer(np.random.default_rng(0).bytes(10_000), dtype=np.uint8)
 
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import sharded_optim as so
 from sharded_optim import checkpoint
-from sharded_optim.cli import app
+from sharded_optim.cli.commands import app
 
 
 def run(*arguments: object) -> Any:

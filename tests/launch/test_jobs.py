@@ -24,12 +24,12 @@ from typing import Any
 import pytest
 import torch.distributed.run
 import yaml
+from test_launch_train import TINY
 
 from launch.config import Config, from_arguments
 from launch.environment import TORCHRUN_OPTIONS
-from tests.test_launch_train import TINY
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 JOBS, DOCKER = ROOT / "launch" / "jobs", ROOT / "docker"
 SCRIPTS = sysconfig.get_path("scripts")
 TIMEOUT = 100.0  # seconds; a run takes about 10

@@ -24,7 +24,7 @@ from launch.environment import (
 )
 from launch.meeting import alone
 
-FSDP2 = Path(__file__).parents[1] / "configs" / "fsdp2.yaml"
+FSDP2 = Path(__file__).parents[2] / "configs" / "fsdp2.yaml"
 VARIABLES = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 OF_OPEN_MPI = {f"OMPI_COMM_WORLD_{name}": value for name, value in zip(("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"), "1212", strict=True)}
 OF_MPICH = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}

@@ -12,7 +12,6 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
-from test_device_path import cpu_is_a_device as cpu_is_a_device  # a fixture
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor

@@ -31,7 +31,7 @@ from launch.watch.siblings import Sibling, gone, siblings
 
 HEARTBEAT = 20.0
 SOON = 5.0  # seconds in which a failure or a death ends a job
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def judge(ranks: int = 3, heartbeat: float | None = HEARTBEAT) -> Judge:
@@ -580,5 +580,5 @@ def test_the_place_of_a_rank_is_a_line_of_the_job():
     watch = Watch(rank=3)
     watch.step = 5
     beat = work(watch)
-    assert beat.place.startswith("step 5, in work (tests/test_launch_watch.py:")
+    assert beat.place.startswith("step 5, in work (tests/launch/test_launch_watch.py:")
     assert replace(beat, number=8) != beat

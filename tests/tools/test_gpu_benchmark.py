@@ -255,7 +255,7 @@ def test_without_matplotlib_the_figure_is_drawn_later(
 
 
 @pytest.mark.skipif(
-    triton.__version__.startswith("3.6."), reason="Triton 3.6 interprets with numpy < 2.4 only, which tests/test_triton.py mends"
+    triton.__version__.startswith("3.6."), reason="Triton 3.6 interprets with numpy < 2.4 only, which tests/unit/test_triton.py mends"
 )
 def test_ours_are_measured_with_tritons_kernels() -> None:
     names = (BASELINE, f"{ADAMW}, bf16 moments", STABLE_ADAMW)
@@ -625,7 +625,7 @@ def test_what_was_not_measured_is_neither_met_nor_missed() -> None:
 
 
 def test_make_gpu_bench_wants_a_gpu_and_nothing_of_the_virtual_environment() -> None:
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     command = ["make", "--no-print-directory", "--dry-run", "gpu-bench", "GPU_PYTHON=some-python", "ARGS=--quick"]
     result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True, timeout=60)
     assert result.stdout.strip() == "some-python -m benchmarks.step --device cuda --quick"
@@ -641,6 +641,6 @@ def test_the_benchmark_imports_nothing_that_a_machine_with_a_gpu_may_lack() -> N
     """Neither what is developed with nor other optimizers."""
     lacking = ["optimi", "deepspeed", "hypothesis", "pytest", "matplotlib"]
     code = f"import sys; import benchmarks.step; print([name for name in {lacking} if name in sys.modules])"
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True, timeout=100)
     assert result.stdout.strip() == "[]"

@@ -11,7 +11,7 @@ import sharded_optim
 from launch.config import Config, ConfigError, OptimizerConfig, load
 from launch.sharding import SHARDINGS
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 FSDP2 = CONFIGS / "fsdp2.yaml"
 DEEPSPEED = CONFIGS / "deepspeed.yaml"
 

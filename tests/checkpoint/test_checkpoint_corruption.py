@@ -769,7 +769,7 @@ except RuntimeError:
 
 def test_loading_runs_nothing_that_a_file_says(specimen: Specimen) -> None:
     """An audit hook hears of every class that is unpickled, and of all code that is compiled, imported or run."""
-    path = [str(Path(__file__).parent), str(Path(so.__file__).parents[1])]
+    path = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(so.__file__).parents[1])]
     code = LOAD.format(path=path, root=str(specimen.root))
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert result.stdout.strip() == "loaded, and the hook works ['pickle.find_class']", result.stderr

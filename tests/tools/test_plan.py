@@ -17,7 +17,7 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
-from test_zero import ranks_per_machine
+from collectives import ranks_per_machine
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -28,7 +28,7 @@ from typer.testing import CliRunner
 
 import sharded_optim as so
 from sharded_optim import cli
-from sharded_optim.cli import app
+from sharded_optim.cli.commands import app
 from sharded_optim.tools.plan import KINDS, OPTIMIZERS, SHARDINGS, Plan, Rates, Setup, compare, plan, time_of
 from sharded_optim.tools.shapes import MODEL_TYPES, Model, from_config, from_module, from_shapes, load
 
@@ -713,7 +713,7 @@ def test_without_typer_or_rich_the_command_says_what_to_install(missing: str, mo
 
 
 def test_the_documentation_shows_what_the_command_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (Path(cli.__file__).parent.parent / "docs" / "plan.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "plan.md").read_text()
     (config,) = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
     (tmp_path / "config.json").write_text(config)
     monkeypatch.chdir(tmp_path)

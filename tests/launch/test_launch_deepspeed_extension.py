@@ -13,7 +13,7 @@ from launch import deepspeed_extension
 from launch.deepspeed_extension import build
 from launch.errors import ConfigError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NEEDS_DEEPSPEED = pytest.mark.skipif(
     find_spec("deepspeed") is None, reason="deepspeed is not installed; pip install 'deepspeed>=0.19,<0.20'"
 )

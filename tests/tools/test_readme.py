@@ -10,7 +10,7 @@ from pathlib import Path
 
 import sharded_optim as so
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 
 
 def test_the_example_runs_on_two_ranks(tmp_path: Path) -> None:

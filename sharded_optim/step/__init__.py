@@ -1,0 +1,1 @@
+"""One step: observe, agree, update; and the state that a step reads and writes."""

@@ -1,0 +1,1 @@
+"""How a value is stored: formats, memory, devices, and hashes of what is stored."""

@@ -1,0 +1,1 @@
+"""The optimizers in a training loop: gradient release and model preparation."""
