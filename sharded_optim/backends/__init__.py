@@ -5,9 +5,7 @@ All give the same bits as `eager`, the reference. To add one, write a module wit
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Protocol
@@ -15,11 +13,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sharded_optim.backends.operands import Column, Operands
 from sharded_optim.formulas import Algorithm, Statistic
-from sharded_optim.formulas.scalars import Formula, Sums
+from sharded_optim.formulas.recording import Formula
+from sharded_optim.formulas.scalars import Sums
 from sharded_optim.formulas.verdict import Verdict
-from sharded_optim.sharding.segment import Segment
-from sharded_optim.storage.formats import Format, format_of
 
 __all__ = [
     "AUTO",
@@ -29,7 +27,6 @@ __all__ = [
     "Judge",
     "Operands",
     "Tabulate",
-    "addresses_of",
     "available",
     "candidates",
     "choose",
@@ -39,91 +36,6 @@ MODULES = ("cpu", "triton", "eager")  # in the order in which "auto" takes them;
 PACKAGES = {"cpu": "numba", "triton": "triton"}  # what a backend needs beside torch
 AUTO = "auto"
 TRITON, EAGER = "triton", "eager"
-
-
-class Column:
-    """One tensor of each of several parameters: equal dtypes and devices, any shapes and strides.
-
-    Attributes:
-        wholes: the tensors that these are, or, where a wrapper flattens, are pieces of.
-        addresses: of the memory of each: int64.
-    """
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.wholes: Sequence[Tensor] = ()
-        self.renew(tensors, addresses_of(tensors))
-
-    @property
-    def tensors(self) -> Sequence[Tensor]:
-        """Their shapes, strides and dtype never change; which memory they lie in may, between two calls of a backend."""
-        return self.wholes
-
-    def renew(self, wholes: Sequence[Tensor], addresses: array[int]) -> None:
-        """Have other tensors, like those before, at these addresses."""
-        self.wholes, self.addresses = wholes, addresses
-
-    def release(self) -> None:
-        """Let go of the tensors, whose memory may be wanted."""
-        self.wholes = ()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.wholes[0].dtype
-
-
-def addresses_of(tensors: Iterable[Tensor]) -> array[int]:
-    return array("q", list(map(Tensor.data_ptr, tensors)))  # a third faster than without the list
-
-
-@dataclass(kw_only=True, eq=False)
-class Operands:
-    """Parameters of one process that a call of a backend steps, all stored alike, column by column.
-
-    A backend may keep, as long as the object lives, what it derives from shapes, strides, dtypes and segments.
-    """
-
-    segments: Sequence[Segment]  # which elements of which tensor each parameter's are, in row-major order
-    format: Format  # how the parameters are stored
-    param: Column  # written by update
-    extra: tuple[Column, ...]  # the further arrays of the format; written by update
-    grad: Column  # in the plain format of its dtype; read-only
-    state_formats: tuple[Format, ...]  # how each of Algorithm.state is stored
-    state: tuple[Column, ...]  # the arrays of the first of them, of the second, ...; written by update
-
-    @classmethod
-    def whole(cls, params: Sequence[Tensor], grads: Sequence[Tensor], state: Sequence[Sequence[Tensor]]) -> Operands:
-        """Whole tensors in the plain format of their dtype, the same for all."""
-        columns = tuple(map(Column, state))
-        return cls(
-            segments=[Segment.whole("param", param.shape) for param in params],
-            format=format_of(params[0].dtype),
-            param=Column(params),
-            extra=(),
-            grad=Column(grads),
-            state_formats=tuple(format_of(column.dtype) for column in columns),
-            state=columns,
-        )
-
-    def __len__(self) -> int:
-        return len(self.segments)
-
-    @property
-    def grad_format(self) -> Format:
-        return format_of(self.grad.dtype)
-
-    @property
-    def formats(self) -> tuple[Format, ...]:
-        """Of the parameters and of each of their moments: what an update stores."""
-        return (self.format, *self.state_formats)
-
-    @property
-    def written(self) -> tuple[Column, ...]:
-        """The arrays of each of `formats`."""
-        return (self.param, *self.extra, *self.state)
-
-    @property
-    def device(self) -> torch.device:
-        return self.param.wholes[0].device
 
 
 class Tabulate(Protocol):
@@ -143,7 +55,7 @@ class Tabulate(Protocol):
 
 
 class Judge(Protocol):
-    """See `consensus.judge`."""
+    """See `formulas.verdict.judge`."""
 
     def __call__(self, sums: Tensor, *, skips: bool) -> Verdict: ...
 
@@ -160,7 +72,7 @@ class Backend(Protocol):
 
     @property
     def judge(self) -> Judge:
-        """`consensus.judge`, or the same in one launch."""
+        """`formulas.verdict.judge`, or the same in one launch."""
         ...
 
     def supports(self, device: torch.device, dtypes: frozenset[torch.dtype]) -> str | None:

@@ -8,20 +8,17 @@ give the same bits. Besides these functions, `+ - *` are allowed. `/` is not: to
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sharded_optim.formulas.recording import Number, Recorded, Recorder, Step
+
 __all__ = [
     "STEP_BITS",
-    "Formula",
     "Number",
-    "Operations",
-    "Recorded",
-    "Recorder",
     "Step",
     "Sums",
     "at_first_step",
@@ -128,93 +125,6 @@ def _like(number: Number, other: Number) -> Tensor:
     return torch.full_like(other, number, dtype=torch.float64)
 
 
-# ------------------------------------------------------------------------------------------------------------------- recordings
-
-
-class Recorder:
-    """Writes down what is done to numbers that only a device knows.
-
-    Attributes:
-        lines: assignments of one operation each, to `v0`, `v1`, ..., in a syntax that Python and Triton share. Operands are others of
-            these, constants `c0`, `c1`, ..., and inputs by name; float64 all, but for the step, an int64.
-        constants: floats, which differ from step to step where the lines do not.
-    """
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.constants: list[float] = []
-
-    def input(self, name: str) -> Recorded:
-        return Recorded(recorder=self, name=name)
-
-    @staticmethod
-    def of(*numbers: Number) -> Recorder:
-        return next(number.recorder for number in numbers if isinstance(number, Recorded))
-
-    def name(self, number: Number) -> str:
-        """What stands for it in lines."""
-        assert not isinstance(number, Tensor), "numbers of a step are recorded, or are tensors"
-        if isinstance(number, Recorded):
-            return number.name
-        self.constants.append(float(number))
-        return f"c{len(self.constants) - 1}"
-
-    def record(self, operation: str, *operands: Number) -> Recorded:
-        """What comes of an operation, whose operands stand for each {}."""
-        result = Recorded(recorder=self, name=f"v{len(self.lines)}")
-        self.lines.append(f"{result.name} = {operation.format(*map(self.name, operands))}")
-        return result
-
-    def formula(self, results: Sequence[Number]) -> Formula:
-        """What leads to these."""
-        names = tuple(map(self.name, results))
-        operations = Operations(lines=tuple(self.lines), results=names, constants=len(self.constants))
-        return Formula(operations=operations, constants=tuple(self.constants))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Operations:
-    """How numbers are computed.
-
-    Attributes:
-        lines: see `Recorder`.
-        results: names of what was assigned, of constants or of inputs.
-        constants: how many there are.
-    """
-
-    lines: tuple[str, ...]
-    results: tuple[str, ...]
-    constants: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Formula:
-    """Numbers that only a device knows, by what they are computed of."""
-
-    operations: Operations
-    constants: tuple[float, ...]  # in the order of their names
-
-
-def _recorded(operation: str) -> tuple[Callable[[Recorded, Number], Recorded], Callable[[Recorded, Number], Recorded]]:
-    """An infix operator, and the same with its operands exchanged."""
-    return (
-        lambda self, other: self.recorder.record(operation, self, other),
-        lambda self, other: self.recorder.record(operation, other, self),
-    )
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Recorded:
-    """A number of each operand that nobody has computed yet."""
-
-    recorder: Recorder
-    name: str
-
-    __add__, __radd__ = _recorded("{} + {}")
-    __sub__, __rsub__ = _recorded("{} - {}")
-    __mul__, __rmul__ = _recorded("{} * {}")
-
-
 @dataclass(frozen=True, kw_only=True)
 class Sums:
     """What ranks observed together, of the tensors that operands are pieces of; on one device.
@@ -251,7 +161,3 @@ def mean(total: Number, unit: Number, numel: Number, non_finite: Number) -> Numb
         non_finite: not 0 where the statistic was not finite; int64.
     """
     return nan_where(non_finite, divide(total * unit, numel))
-
-
-Number = float | Tensor | Recorded
-Step = int | Tensor | Recorded  # 1 in the first

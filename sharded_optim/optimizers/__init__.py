@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from sharded_optim.optimizers.adam import Adam, AdamW, DecoupledAdamW
+from sharded_optim.optimizers.adam import Adam
+from sharded_optim.optimizers.adamw import AdamW
+from sharded_optim.optimizers.decoupled_adamw import DecoupledAdamW
 from sharded_optim.optimizers.sgd import DecoupledSGDW
 from sharded_optim.optimizers.stable_adamw import StableAdamW
 from sharded_optim.step.engine import Engine

@@ -24,6 +24,7 @@ from sharded_optim.formulas.hyperparameters import Unsupported
 from sharded_optim.formulas.scalars import Number, Step, bias_correction, divide, maximum, sqrt
 from sharded_optim.formulas.weight_decay import L2
 from sharded_optim.optimizers import adam
+from sharded_optim.optimizers.adamw import OptimiAdamW
 from sharded_optim.optimizers.constructors import spelled_out
 
 __all__ = ["STABLE_ADAMW", "StableAdamW", "choose"]
@@ -73,7 +74,7 @@ def choose(group: Mapping[str, Any]) -> Algorithm:
 
 
 @spelled_out
-class StableAdamW(adam.OptimiAdamW):
+class StableAdamW(OptimiAdamW):
     """AdamW with the learning rate of each tensor divided by max(1, RMS of its update), with optimi's signature and defaults.
 
     The RMS is taken over the whole tensor, however it is sharded, with one small all-reduce per step for all tensors together. Every rank

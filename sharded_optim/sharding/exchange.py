@@ -88,7 +88,7 @@ def exchange_layouts(
             for piece in entry.pieces
             if piece.segment.name in partial_of
         },
-        process_group=None if process_group is None else weakref.ref(process_group),
+        process_group_ref=None if process_group is None else weakref.ref(process_group),
     )
 
 

@@ -63,13 +63,15 @@ class Layout:
     owned: tuple[bool, ...]  # whether this rank is the one that speaks for the piece; replicas have exactly one owner
     is_global: bool = False  # whether it was made by all ranks of a process group together
     # Of these ranks; None: this process is alone. Held weakly: torch.distributed owns groups, and must be the one to end their threads.
-    process_group: weakref.ref[dist.ProcessGroup] | None = None
+    process_group_ref: weakref.ref[dist.ProcessGroup] | None = None
     partial: dict[int, Any] = field(default_factory=dict)  # by local parameter: how its gradient is reduced, where that comes Partial
+    has_dtensors: bool = field(init=False)  # whether any of the parameters is a tensor of a subclass, as a DTensor is
     device: torch.device = field(init=False)  # on which ranks agree: that of the first parameter when this was made
     _described: tuple[list[Any], ...] = field(init=False)  # see `_properties`
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_described", _properties(self.params))
+        object.__setattr__(self, "has_dtensors", bool(self._described[-1]))
         object.__setattr__(self, "device", self.params[0].device if self.params else torch.device("cpu"))
 
     @cached_property
@@ -83,9 +85,9 @@ class Layout:
         return [0, *accumulate(len(entry.pieces) for entry in self.local_params)][:-1]
 
     @property
-    def has_dtensors(self) -> bool:
-        """Whether any of the parameters is a tensor of a subclass, as a DTensor is."""
-        return bool(self._described[-1])
+    def process_group(self) -> dist.ProcessGroup | None:
+        """Of the ranks that made it together; None: this process is alone, or the group is gone."""
+        return None if self.process_group_ref is None else self.process_group_ref()
 
     @property
     def described_by_name(self) -> str:
@@ -148,9 +150,9 @@ class Layout:
 
     def is_global_over(self, process_group: dist.ProcessGroup | None) -> bool:
         """Whether it was made by all ranks of this process group together; None: by this process alone."""
-        if self.process_group is None or process_group is None:
-            return self.is_global and self.process_group is process_group
-        return self.process_group() is process_group
+        if self.process_group_ref is None or process_group is None:
+            return self.is_global and self.process_group_ref is process_group
+        return self.process_group_ref() is process_group
 
     def is_of(self, params: Sequence[Tensor]) -> bool:
         """Whether these are the parameters that this layout was built from, whatever is behind them now."""
@@ -161,7 +163,9 @@ class Layout:
 
         Wrappers replace parameters, and `model.to()` may replace what is behind a parameter that stays the same object.
         """
-        return self.is_of(params) and _properties(params) == self._described and all(p.device == self.device for p in params[:1])
+        if not self.is_of(params) or _properties(params) != self._described:
+            return False
+        return not params or params[0].device == self.device
 
 
 _shape: Callable[[Tensor], torch.Size] = attrgetter("shape")

@@ -16,7 +16,6 @@ import torch.distributed as dist
 __all__ = [
     "COLLECTIVE_ERRORS",
     "gather_messages",
-    "is_distributed",
     "join_messages",
     "named_ranks",
     "naming_missing_ranks",
@@ -40,11 +39,6 @@ _own_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[str | None,
 _failures: dict[str, int] = {}  # collectives that have failed, by the group's name, which a later group may have again
 
 
-def is_distributed() -> bool:
-    """Whether this process is a rank."""
-    return dist.is_available() and dist.is_initialized()
-
-
 def own_process_group(
     process_group: dist.ProcessGroup | None, backend: str | None = None, *, purpose: str = ""
 ) -> dist.ProcessGroup | None:
@@ -58,7 +52,7 @@ def own_process_group(
     Returns:
         None when this process is alone.
     """
-    if not is_distributed():
+    if not dist.is_initialized():
         return None
     world = dist.group.WORLD
     parent = process_group or world

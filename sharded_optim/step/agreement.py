@@ -8,7 +8,8 @@ in the same step where the host knows the sums, one step later where only a devi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import count
 from typing import Any
 
@@ -23,26 +24,24 @@ from sharded_optim.formulas.verdict import (
     ABSENT,
     FOUND_INF,
     INVALID,
-    KEY,
     NON_FINITE,
     PRESENT,
     REPLACES,
     SECTIONS,
-    SQUARED_KEY,
     TAIL,
     Verdict,
     judge,
 )
 from sharded_optim.sharding.layout import Layout, Places
-from sharded_optim.sharding.ranks import gather_messages, named_ranks, naming_missing_ranks, ranks_where
+from sharded_optim.sharding.ranks import gather_messages, naming_missing_ranks
 from sharded_optim.step.coefficients import host_value, known_on_host
+from sharded_optim.step.disagreement import inconsistency, non_finite, skipped_in_a_row
 from sharded_optim.step.options import NonFinite
 from sharded_optim.step.statistics import Contribution, FixedPoint
 from sharded_optim.storage.devices import capturing, keep, on, send
 
 __all__ = ["Agreement", "Rules", "Scaler", "Streak", "agree", "confirm_replacement"]
 
-MOST_NAMES = 8  # of tensors, in an error message
 _numbers = count()
 
 
@@ -55,14 +54,13 @@ class Rules:
     nonfinite: NonFinite
     max_skipped_steps: int | None
     state_format: str  # the name of the moments' format
-    process_group: dist.ProcessGroup | None  # of the ranks that agree; None: this process is alone, or they do not agree
 
-    @property
+    @cached_property
     def options(self) -> tuple[NonFinite, int | None, str]:
         """Those that must be the same on all ranks that agree."""
         return self.nonfinite, self.max_skipped_steps, self.state_format
 
-    @property
+    @cached_property
     def longest_streak(self) -> int | None:
         """How many steps in a row may be skipped; None: any number."""
         return self.max_skipped_steps if self.nonfinite == "skip" else None
@@ -111,35 +109,28 @@ class Streak:
         self.length, self.first = 0, None
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
 class Agreement:
-    """What all ranks know after the all-reduce; the same on each, but for `contributions`."""
+    """What all ranks know after the all-reduce; the same on each, but for `contributions`.
 
-    layout: Layout
-    totals: Tensor  # int64 (SECTIONS * number of tensors + TAIL,), summed over ranks
-    contributions: Sequence[Contribution]  # this rank's
-    verdict: Verdict
-    rules: Rules
-    number: int = field(default_factory=_numbers.__next__)  # larger than that of any agreement before
-    _flags: _HostCopy = field(init=False)
+    Attributes:
+        totals: int64 (SECTIONS * number of tensors + TAIL,), summed over ranks.
+        vector: int64 (SECTIONS, number of tensors), a view of it.
+        contributions: this rank's.
+        verdict: whether the step happens.
+        is_on_host: whether reading it waits for nothing.
+        number: larger than that of any agreement before.
+    """
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_flags", _HostCopy(self.verdict.flags))
-
-    @property
-    def is_on_host(self) -> bool:
-        """Whether reading it waits for nothing."""
-        return known_on_host(self.totals)
-
-    @property
-    def process_group(self) -> dist.ProcessGroup | None:
-        """Of the ranks that agreed, held weakly: torch.distributed owns it."""
-        return None if self.layout.process_group is None else self.layout.process_group()
-
-    @property
-    def vector(self) -> Tensor:
-        """Int64 (SECTIONS, number of tensors)."""
-        return self.totals[:-TAIL].view(SECTIONS, len(self.layout.names))
+    def __init__(self, layout: Layout, totals: Tensor, contributions: Sequence[Contribution], verdict: Verdict, rules: Rules) -> None:
+        self.layout = layout
+        self.totals = totals
+        self.vector = totals[:-TAIL].view(SECTIONS, len(layout.names))
+        self.contributions = contributions
+        self.verdict = verdict
+        self.is_on_host = known_on_host(totals)
+        self.number = next(_numbers)
+        self._rules = rules
+        self._flags = _HostCopy(verdict.flags)
 
     def named_means(self) -> dict[str, float]:
         """Mean of the statistic over every tensor of the model that had a gradient. Waits for the device."""
@@ -160,36 +151,6 @@ class Agreement:
         totals, non_finite = self.vector[: NON_FINITE + 1].to(fixed_point.units.device)
         return Sums(totals=totals, non_finite=non_finite, slots=places.slots, units=fixed_point.units, numels=fixed_point.numels)
 
-    def names_where_not_finite_here(self) -> list[str]:
-        """Tensors whose gradient was not finite on this rank. Waits for the device."""
-        slots = {
-            slot
-            for each in self.contributions
-            for slot, not_finite in zip(each.places.slots.tolist(), each.observed[1].tolist(), strict=True)
-            if not_finite
-        }
-        return [self.layout.names[slot] for slot in sorted(slots)]
-
-    def inconsistency(self) -> str:
-        """Why ranks are not consistent, in words. Waits for the device."""
-        if replacing := int(self.totals[REPLACES]):
-            return f"the parameters to step have changed on {replacing} of the ranks alone; their own errors say how"
-        if invalid := int(self.totals[INVALID]):
-            return f"{invalid} other ranks met bad input; their own errors say which"
-        rows = self.vector[[PRESENT, ABSENT, KEY, SQUARED_KEY]].tolist()
-        for name, present, absent, key, squared_key in zip(self.layout.names, *rows, strict=True):
-            if present and absent:
-                return (
-                    f"{name!r} has a gradient on {present} of the ranks that hold it and none on {absent}; a step needs it on all or on "
-                    f"none: make every rank run the same part of the model, or set the missing gradients to zero"
-                )
-            if present * squared_key != key * key:
-                return (
-                    f"ranks use different hyperparameters (lr, betas, ...) or options (nonfinite, max_skipped_steps, state_dtype) for "
-                    f"{name!r}, or are at different steps; make them the same"
-                )
-        raise AssertionError("the ranks are consistent")
-
     def raise_inconsistency(self, failure: Exception | None) -> None:
         """Raise ValueError on every rank if the ranks do not fit together; where only a device knows it, on those that have failed.
 
@@ -201,20 +162,16 @@ class Agreement:
                 raise failure
         elif failure is not None or host_value(self.totals[INVALID]) or host_value(self.totals[REPLACES]):
             message = None if failure is None else str(failure) if isinstance(failure, ValueError) else repr(failure)
-            raise ValueError(gather_messages(message, self.process_group)) from failure
+            raise ValueError(gather_messages(message, self.layout.process_group)) from failure
         elif not self._flags.read()[0]:
-            raise ValueError(self.inconsistency())
+            raise ValueError(inconsistency(self.layout.names, self.totals))
 
     def raise_non_finite(self) -> None:
-        """Raise FloatingPointError on every rank if the options ask for it. Waits for the device then: the price of raising in the step."""
-        if self.rules.nonfinite != "raise":
-            return
+        """Raise FloatingPointError on every rank if a gradient was not finite. Waits for the device: the price of raising in the step."""
         if capturing(self.totals.device):
             raise ValueError("nonfinite='raise' waits for each step, which a CUDA graph cannot record; use nonfinite='skip'")
         if not self._flags.read()[1]:
-            names = self.names_where_not_finite_here()
-            message = f"gradient not finite, or too large to square in fp32: {', '.join(map(repr, names))}" if names else None
-            raise FloatingPointError(gather_messages(message, self.process_group))
+            raise FloatingPointError(non_finite(self.layout, self.contributions))
 
     def raise_left_over(self, streak: Streak) -> None:
         """Raise, on every rank, what only the host can see in the verdict: ranks that do not fit together, and a streak that is too long.
@@ -228,30 +185,16 @@ class Agreement:
         """
         consistent, finite, no_inf = self._flags.read()
         if not consistent:
-            raise ValueError(self.inconsistency())
-        longest = self.rules.longest_streak
+            raise ValueError(inconsistency(self.layout.names, self.totals))
+        longest = self._rules.longest_streak
         if longest is None:
             streak.end()
             return
         if not finite or streak.length:
             streak.count(self, finite=bool(finite), no_inf=bool(no_inf))
         if not finite and streak.length >= longest:
-            raise FloatingPointError(self._streak_message(streak))
-
-    def _streak_message(self, streak: Streak) -> str:
-        """What went wrong in steps that were skipped in a row, of which this is the last; the same on every rank. A collective."""
-        assert streak.first is not None, "it has begun"
-        rows = zip(self.layout.names, streak.first.tolist(), strict=True)
-        found = [f"{name!r} on {ranks} rank{'s' if ranks > 1 else ''}" for name, ranks in rows if ranks]
-        more = f" and {len(found) - MOST_NAMES} more" if len(found) > MOST_NAMES else ""
-        holders = ranks_where(bool(self.names_where_not_finite_here()), self.process_group)
-        last = f" In the last of them, gradients held by {named_ranks(holders)} were not finite." if holders else ""
-        return (
-            f"{streak.length} steps in a row were skipped, as gradients were not finite, or too large to square in fp32. In the first "
-            f"of them: {', '.join(found[:MOST_NAMES])}{more}.{last} Parameters and state are as they were before it. Lower the learning "
-            f"rate, or look at the loss and the data of that step; nonfinite='raise' stops in it, max_skipped_steps sets the limit (None: "
-            f"none)"
-        )
+            assert streak.first is not None, "it has begun"
+            raise FloatingPointError(skipped_in_a_row(streak.length, streak.first, self.layout, self.contributions))
 
 
 class _HostCopy:
@@ -272,7 +215,7 @@ class _HostCopy:
 
 
 def agree(
-    layout: Layout,
+    layout: Layout,  # of all ranks
     contributions: Sequence[Contribution],  # about the pieces of all local parameters that have a gradient
     rules: Rules,
     *,
@@ -286,9 +229,11 @@ def agree(
     vector = _contributed(layout, contributions, layout.device if device is None else device, invalid=invalid, replaces=replaces)
     if found_inf is not None:
         vector[FOUND_INF] = (found_inf.to(vector.device) != 0).reshape(())
-    totals = _summed(vector, layout, rules.process_group)
-    verdict = judge(totals, skips=rules.nonfinite == "skip")
-    return Agreement(layout=layout, totals=totals, contributions=contributions, verdict=verdict, rules=replace(rules, process_group=None))
+    process_group = layout.process_group
+    if process_group is not None:
+        with naming_missing_ranks(process_group, f"a step of {layout.described_by_name}"):
+            dist.all_reduce(vector, group=process_group)
+    return Agreement(layout, vector, contributions, judge(vector, skips=rules.nonfinite == "skip"), rules)
 
 
 def _contributed(layout: Layout, contributions: Sequence[Contribution], device: torch.device, *, invalid: bool, replaces: bool) -> Tensor:
@@ -296,28 +241,22 @@ def _contributed(layout: Layout, contributions: Sequence[Contribution], device: 
     tensors = len(layout.names)
     host = torch.zeros(SECTIONS * tensors + TAIL, dtype=torch.int64, device="cpu")
     table = host[:-TAIL].view(SECTIONS, tensors)
+    missing = len(layout.slots)
     for each in contributions:
+        missing -= len(each.bits)
         rows = torch.stack([torch.ones_like(each.bits), each.bits, each.keys, each.keys * each.keys])
         table[PRESENT:, each.places.held_slots] = rows if each.places.held is None else rows[:, each.places.held]
-    if sum(len(each.bits) for each in contributions) < len(layout.slots):
+    if missing:
         absent = layout.held.clone()
         for each in contributions:
             absent[each.places.indices] = False
         table[ABSENT, layout.slot_indices[absent]] = 1
     host[INVALID], host[REPLACES] = int(invalid), int(replaces)
-    vector = _sent(layout, host, device)
+    vector = host if device.type == "cpu" else _sent(layout, host, device)
     observed_rows = vector[: (NON_FINITE + 1) * tensors].view(NON_FINITE + 1, tensors)
     for each in contributions:
         observed = each.observed * each.places.counted
         observed_rows.index_add_(1, each.places.slots.to(device), observed.to(device))  # parameters may be on several devices
-    return vector
-
-
-def _summed(vector: Tensor, layout: Layout, process_group: dist.ProcessGroup | None) -> Tensor:
-    """The vector over all ranks, in place."""
-    if process_group is not None:
-        with naming_missing_ranks(process_group, f"a step of {layout.described_by_name}"):
-            dist.all_reduce(vector, group=process_group)
     return vector
 
 
@@ -334,21 +273,19 @@ def confirm_replacement(layout: Layout, change: str, rules: Rules, device: torch
     Raises:
         ValueError: not all of them are; on all ranks, or on a device one step later on the others.
     """
-    assert rules.process_group is not None, "ranks agree"
+    assert layout.process_group is not None, "ranks agree"
     agreement = agree(layout, (), rules, replaces=True, device=device)
-    if int(agreement.totals[REPLACES]) == dist.get_world_size(rules.process_group):
+    if int(agreement.totals[REPLACES]) == dist.get_world_size(layout.process_group):
         return
     message = (
         f"the parameters to step have changed since the last step, but not on all ranks: here they are {change}; add, remove or "
         f"replace parameters on every rank, before the same step"
     )
-    raise ValueError(gather_messages(message, rules.process_group) if agreement.is_on_host else message)
+    raise ValueError(gather_messages(message, layout.process_group) if agreement.is_on_host else message)
 
 
 def _sent(layout: Layout, host: Tensor, device: torch.device) -> Tensor:
     """`host` on the device, to be written to. From step to step it seldom changes, and then the copy that is there already is copied."""
-    if device.type == "cpu":
-        return host
     before = layout.sent[0] if layout.sent else None
     if before is None or before[1].device != device or not torch.equal(before[0], host):
         if capturing(device):  # then nothing is there yet

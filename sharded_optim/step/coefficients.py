@@ -15,9 +15,10 @@ from torch import Tensor
 
 from sharded_optim.backends import Backend, Operands
 from sharded_optim.formulas import Coefficients
-from sharded_optim.formulas.scalars import Formula, Number, Recorded, Recorder, Sums, host_value, known_on_host
+from sharded_optim.formulas.recording import Formula, Number, Recorded, Recorder
+from sharded_optim.formulas.scalars import Sums, host_value, known_on_host
 
-__all__ = ["LrScale", "Members", "coefficient_table", "host_value", "known_on_host", "next_steps"]
+__all__ = ["LrScale", "Members", "coefficient_table", "host_numbers", "host_value", "known_on_host", "next_steps"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,7 @@ class Members:
     """Param groups, and which operands are whose.
 
     Attributes:
-        groups: hyperparameters of each.
+        groups: hyperparameters of each, as `host_numbers` gives them.
         rows: the operands of each: int64; or None for all, if there is one group.
         group_of: which group is each operand's: int64 (operands,); None if there is one.
     """
@@ -52,6 +53,8 @@ class LrScale:
         Or the one value of all, where the host knows it: that is computed with faster, and to the same bits.
         """
         means = self.sums.mean()
+        if len(groups) == 1:
+            return [_one_if_known(self.of_mean(groups[0], means))]
         computed: list[tuple[Mapping[str, Any], Number]] = []  # with the hyperparameters that it was computed with
         values = []
         for group in groups:
@@ -96,6 +99,14 @@ def _one_if_known(values: Number) -> Number:
     return known.pop() if len(known) == 1 else values
 
 
+def host_numbers(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Hyperparameters as floats, also those that the host has as tensors; a learning rate that only a device has stays a tensor."""
+    found = {name: host_value(value) if isinstance(value, Tensor) and known_on_host(value) else value for name, value in group.items()}
+    if "betas" in group:
+        found["betas"] = tuple(map(float, group["betas"]))
+    return found if isinstance(found["lr"], Tensor) else found | {"lr": float(found["lr"])}
+
+
 def coefficient_table(
     coefficients: Callable[..., Coefficients],  # (hyperparameters, step) or (hyperparameters, step, lr_scale)
     members: Members,
@@ -110,8 +121,7 @@ def coefficient_table(
         formulas = [_formula(coefficients, group, lr_scale) for group in members.groups]
         sums = lr_scale.sums if isinstance(lr_scale, LrScale) else None
         return backend.tabulate(operands, formulas, members.group_of, steps, sums, _lr_on_device(members.groups, steps.device))
-    lrs = [_double(group["lr"], steps.device) if _is_on_device(group["lr"]) else None for group in members.groups]
-    groups = list(map(_numbers, members.groups, lrs))
+    groups = [{**group, "lr": _double(group["lr"], steps.device)} if isinstance(group["lr"], Tensor) else group for group in members.groups]
     scales = lr_scale.values(groups) if isinstance(lr_scale, LrScale) else [lr_scale] * len(groups)
     table = None
     for group, scale, rows in zip(groups, scales, members.rows, strict=True):
@@ -132,8 +142,7 @@ def coefficient_table(
 def _formula(coefficients: Callable[..., Coefficients], group: Mapping[str, Any], lr_scale: float | LrScale | None) -> Formula:
     """Of one group's operands."""
     recorder = Recorder()
-    lr = recorder.input("lr") if _is_on_device(group["lr"]) else None
-    numbers = _numbers(group, lr)
+    numbers = {**group, "lr": recorder.input("lr")} if isinstance(group["lr"], Tensor) else group
     arguments: list[Any] = [numbers, recorder.input("step")]
     if lr_scale is not None:
         arguments.append(lr_scale.recorded(numbers, recorder) if isinstance(lr_scale, LrScale) else lr_scale)
@@ -143,14 +152,10 @@ def _formula(coefficients: Callable[..., Coefficients], group: Mapping[str, Any]
 def _lr_on_device(groups: Sequence[Mapping[str, Any]], device: torch.device) -> Tensor | None:
     """The learning rates that are tensors on a device: float64 (groups,), 0 for others; None if there are none."""
     rates = [group["lr"] for group in groups]
-    if not any(map(_is_on_device, rates)):
+    if not any(isinstance(lr, Tensor) for lr in rates):
         return None
     zero = torch.zeros((), dtype=torch.float64, device=device)
-    return torch.stack([_double(lr, device) if _is_on_device(lr) else zero for lr in rates])
-
-
-def _is_on_device(lr: float | Tensor) -> bool:
-    return isinstance(lr, Tensor) and not known_on_host(lr)
+    return torch.stack([_double(lr, device) if isinstance(lr, Tensor) else zero for lr in rates])
 
 
 def _double(lr: Tensor, device: torch.device) -> Tensor:
@@ -167,14 +172,6 @@ def _columns(values: Coefficients, rows: int, device: torch.device) -> Tensor:
         filled = isinstance(value, Tensor)
         columns.append(value.expand(rows) if filled else torch.full((rows,), value, dtype=torch.float64, device=device))
     return torch.stack(columns, dim=1).to(torch.float32)
-
-
-def _numbers(group: Mapping[str, Any], lr: Number | None) -> dict[str, Any]:
-    """Hyperparameters as floats, also those that the host has as tensors; but this learning rate, if a device has it."""
-    found = {name: host_value(value) if isinstance(value, Tensor) and known_on_host(value) else value for name, value in group.items()}
-    if "betas" in group:
-        found["betas"] = tuple(map(float, group["betas"]))
-    return found | {"lr": float(found["lr"]) if lr is None else lr}
 
 
 def _next_step(steps: Tensor) -> int | Tensor:

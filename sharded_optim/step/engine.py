@@ -20,22 +20,20 @@ from sharded_optim.formulas import Choose
 from sharded_optim.formulas.verdict import PRESENT
 from sharded_optim.sharding import FlatLayout
 from sharded_optim.sharding.ddp import JoinGuard
-from sharded_optim.sharding.ranks import is_distributed
-from sharded_optim.step import param_groups
 from sharded_optim.step.agreement import Agreement, Rules, Scaler
 from sharded_optim.step.arguments import argument_names, refuse_unknown, warn_of_swapped_eps
 from sharded_optim.step.coefficients import host_value, known_on_host
 from sharded_optim.step.kernel_calls import BackendChoice
 from sharded_optim.step.options import MOST_SKIPPED, CheckedOption, NonFinite, Params, check_max_skipped_steps, check_nonfinite
 from sharded_optim.step.param_set import ParamSet, ParamSets, StepListener
-from sharded_optim.step.reports import Reports
-from sharded_optim.step.stateful import StatefulOptimizer
+from sharded_optim.step.reports import ReportingOptimizer, Reports
+from sharded_optim.step.state import called_to_allocate
 from sharded_optim.storage.devices import refuse_to_capture
 
 __all__ = ["Engine"]
 
 
-class Engine(StatefulOptimizer):
+class Engine(ReportingOptimizer):
     """Steps an `Algorithm` on whatever shard of the parameters this rank holds.
 
     Args:
@@ -113,6 +111,8 @@ class Engine(StatefulOptimizer):
         self._join_guard = JoinGuard()
         self._reports = Reports()
         self._listener: StepListener | None = None
+        self._options: Any = None  # of which these are the rules
+        self._known_rules: Rules
 
     # ------------------------------------------------------------------------------------------------------------------- step
 
@@ -139,14 +139,15 @@ class Engine(StatefulOptimizer):
                 raise ValueError("step takes a closure or a param, not both: a closure is for the whole model")
             with torch.enable_grad():
                 loss = closure()
-        if self.is_allocation_step():
+        if not self.state and called_to_allocate():
             self.init_state()
             return loss
-        if self._agrees and self.layout is None and is_distributed():  # DistributedDataParallel holds no flat parameters
-            self._join_guard.check((param for group in self.param_groups for param in group["params"]), self._sets.made)
         rules = self._rules()
+        if rules.agrees and self.layout is None and dist.is_initialized():  # DistributedDataParallel holds no flat parameters
+            self._join_guard.check((param for group in self.param_groups for param in group["params"]), self._sets.made)
+        process_group = self.own_group() if rules.agrees else None
         only = None if param is None else (param,) if isinstance(param, Tensor) else tuple(param)
-        params = self._sets.of(self, only, rules)  # a collective when it is made; raises what the step before has left
+        params = self._sets.of(self, only, rules, process_group)  # a collective when it is made; raises what the step before has left
         self._reports.rows = None
         self._given.clear()  # whoever replaces parameters from now on is a user
         scaler = Scaler.of(self)
@@ -154,7 +155,7 @@ class Engine(StatefulOptimizer):
             observation = params.observe(self, rules, scaler, whole=only is None)
             if only is None and params.calls:  # without a gradient, after gradient release, the reports of its steps stay
                 self._sets.forget_reports(params)
-            agreement = params.agree(observation, rules, scaler)
+            agreement = params.agree(observation, rules, scaler) if rules.agrees else params.proceed_alone(observation)
             if not self._has_stepped and only is None:
                 self._has_stepped = True
                 _warn_of_no_gradients(self, params, agreement)
@@ -174,28 +175,25 @@ class Engine(StatefulOptimizer):
 
         The next step of all parameters uses what it found, unless gradients, state or hyperparameters have changed by then.
         """
-        params = self._sets.whole
-        if params is None or not self._agrees:  # before the first step, the rules' process group would be made here: a collective
+        params, rules = self._sets.whole, self._rules()
+        if params is None or not rules.agrees:  # before the first step, a process group would be made here: a collective
             return
-        rules = self._rules()
-        if params.fits(self.all_params(), self.layout, rules):
+        if params.fits(self.all_params(), self.layout, self.own_group(), agrees=True):
             params.observe_unit(self, rules, unit)
 
-    @property
-    def _agrees(self) -> bool:
-        """Whether a step is a collective."""
-        return self._statistic is not None or self.nonfinite != "allow"
-
     def _rules(self) -> Rules:
-        """What ranks agree on, by the options as they are now. A collective the first time, if they agree."""
-        return Rules(
-            statistic=self._statistic,
-            agrees=self._agrees,
-            nonfinite=self.nonfinite,
-            max_skipped_steps=self.max_skipped_steps,
-            state_format=self.state_format.name,
-            process_group=self.own_group() if self._agrees else None,
-        )
+        """What ranks agree on, by the options as they are now."""
+        options = (self.nonfinite, self.max_skipped_steps, self.state_dtype)
+        if options != self._options:
+            self._options = options
+            self._known_rules = Rules(
+                statistic=self._statistic,
+                agrees=self._statistic is not None or self.nonfinite != "allow",
+                nonfinite=self.nonfinite,
+                max_skipped_steps=self.max_skipped_steps,
+                state_format=self.state_format.name,
+            )
+        return self._known_rules
 
     def _update(self, params: ParamSet, agreement: Agreement | None, rules: Rules, scaler: Scaler, *, accumulate: bool) -> None:
         """Write parameters (but not to `accumulate`) and state, and count the step, where it happens."""
@@ -205,78 +203,25 @@ class Engine(StatefulOptimizer):
             proceed = None if scaler.found_inf is None else (scaler.found_inf == 0).all()
         if proceed is not None and known_on_host(proceed):  # branch here; a verdict that only the device knows selects there
             happens = bool(host_value(proceed))
-            self._count_skipped(not happens)
             if not happens:
+                self._count_skipped(1)
                 params.skip()
             if agreement is not None:
                 params.conclude(agreement)
             if not happens:
                 return
             proceed = None
-        for group in self.param_groups:
-            param_groups.learn_reference_lr(group)
         if self._listener is not None:
             self._listener.updating()
         params.update(agreement, rules, proceed, scaler, self._listener, accumulate=accumulate)
         if proceed is not None:
             self._count_skipped(~proceed)
 
-    # ----------------------------------------------------------------------------------------------------------------- reports
-
-    @property
-    def skipped_steps(self) -> int:
-        """How many steps did not happen because a gradient was not finite. Waits for the device.
-
-        DeepSpeed's ZeRO steps each param group, or sub-group, by itself, and each counts; steps that DeepSpeed skips do not.
-        """
-        return int(self._skipped)
-
     def _count_skipped(self, skipped: int | Tensor) -> None:
         if isinstance(skipped, Tensor) and not isinstance(self._skipped, Tensor):
             refuse_to_capture(skipped.device)
             self._skipped = torch.full((), self._skipped, dtype=torch.int64, device=skipped.device)
         self._skipped += skipped
-
-    def metrics(self) -> dict[str, float]:
-        """What the last step found, already reduced over all ranks. Waits for the device.
-
-        Returns:
-            `skipped_steps`, and for algorithms with a per-tensor statistic `rms/NAME`: its root mean over the whole tensor, for every
-            tensor of the model that has elements and had a gradient, also those held by other ranks only. NaN where it was not finite.
-        """
-        return {"skipped_steps": float(self.skipped_steps)} | (self._reports.rms(self._sets) if self._statistic is not None else {})
-
-    def report_per_parameter_metrics(self, param: Tensor, name: str, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
-        """Tell what the last step did to one parameter, as Composer's OptimizerMonitor asks for it. No communication.
-
-        Returns:
-            `optimizer_metrics`, to which this adds what `metrics.report` says of this rank's piece, under
-            `l2_norm/{moment,param,update,grad}/NAME` and `cosine/{update_grad,moment_grad}/NAME`: float64 tensors of one element. NAME is
-            `name`, or for a flat parameter that of each tensor in it.
-
-        Raises:
-            ValueError: the gradient is not laid out like the parameter.
-        """
-        group = self._group_with(param)
-        if group is not None:
-            entry = self.describe_param(param, name, group)
-            optimizer_metrics |= self._reports.of_param(entry, name, self.state.get(param, {}), self._sets)
-        return optimizer_metrics
-
-    def pre_reduce_metrics(self, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
-        """Turn norms into squares and cosines into dot products, which add up over ranks, in place. See `metrics.py`."""
-        optimizer_metrics |= self._reports.pre_reduced(optimizer_metrics)
-        return optimizer_metrics
-
-    def dist_reduce_metrics(self, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
-        """Make the metrics of this rank's pieces those of whole tensors, in place: one all-reduce, in which every rank must take part.
-
-        The first call may exchange the layout before. See `metrics.dist_reduce`.
-        """
-        process_group = self.own_group()
-        layout = self._sets.layout_of_all_ranks(self, process_group)
-        optimizer_metrics |= self._reports.reduced(optimizer_metrics, layout, process_group)
-        return optimizer_metrics
 
     # ------------------------------------------------------------------------------------------------------- copying, printing
 
@@ -305,7 +250,7 @@ def _warn_of_no_gradients(optimizer: Engine, params: ParamSet, agreement: Agreem
             return  # other ranks have some
     elif layout is not None:
         return  # this rank may hold none of the elements that have one
-    where = "on this rank, " if agreement is None and is_distributed() else ""
+    where = "on this rank, " if agreement is None and dist.is_initialized() else ""
     warnings.warn(
         f"the first step found no gradient on any parameter, {where}so it changes nothing. If the model was wrapped (fully_shard, "
         f"FullyShardedDataParallel) after the optimizer was built, the optimizer has the parameters of before: build it from "

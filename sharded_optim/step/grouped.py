@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
-from operator import is_
+from itertools import chain, repeat
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -14,17 +14,14 @@ from torch import Tensor
 from sharded_optim.formulas import Algorithm, Choose
 from sharded_optim.formulas.hyperparameters import COMMON, Hyperparameter, Unsupported, by_name
 from sharded_optim.sharding import FlatLayout, LocalParam, describe
-from sharded_optim.sharding.ranks import is_distributed, own_process_group
+from sharded_optim.sharding.ranks import own_process_group
 from sharded_optim.step import param_groups
 from sharded_optim.step.arguments import check_iterable
+from sharded_optim.step.group_values import ABSENT, GroupValues
 from sharded_optim.step.options import Params
 from sharded_optim.step.param_index import ParamIndex
 
 __all__ = ["GroupedOptimizer", "optimizer_classes"]
-
-ABSENT = object()  # stands for a hyperparameter that a group lacks
-MUTABLE = object()  # for one that may have another value, though it is the same object, or was not checked
-IMMUTABLE = (bool, int, float, str, type(None), torch.dtype)
 
 
 class _Given(NamedTuple):
@@ -82,7 +79,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         self._given: list[_Given] = []  # of groups that no step has stepped yet: wrappers replace parameters before the first
         self.state_dtype = state_dtype
         self._declared = {name: Hyperparameter(name) for name in defaults} | by_name(self.hyperparameters)
-        self._passed: dict[str, list[Any]] = {}  # what the last check of a scheduled group has passed, by where it stands
+        self._values: dict[int, GroupValues] = {}  # of the groups in the last step, by their index
         self._check_group({"max_lr": max_lr} | defaults, "the optimizer's arguments")
         self._max_lr = None if max_lr is None else float(max_lr)
         check_iterable(params, "params")
@@ -187,11 +184,11 @@ class GroupedOptimizer(torch.optim.Optimizer):
         """
         if self._lost_process_group:
             raise ValueError("this optimizer was copied or unpickled, which cannot take its process_group along; set it again")
-        return own_process_group(self.process_group) if is_distributed() else None
+        return own_process_group(self.process_group) if dist.is_initialized() else None
 
     def all_params(self) -> list[Tensor]:
         """Of all groups, in their order."""
-        return [param for group in self.param_groups for param in group["params"]]
+        return list(chain.from_iterable(group["params"] for group in self.param_groups))
 
     def groups_of(self, params: Sequence[Tensor] | None) -> list[dict[str, Any]]:
         """The param group in which each parameter is now: they are moved, and groups are replaced when a state dict is loaded.
@@ -206,12 +203,24 @@ class GroupedOptimizer(torch.optim.Optimizer):
             return [group for group in self.param_groups for _ in group["params"]]
         return [place.group for place in self._index.places_of(self.param_groups, params)]
 
-    def check_groups(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Raise ValueError for hyperparameters of these groups, to which schedulers and users write, that no step could use."""
-        checked = set(map(id, groups))
+    def values_of(self, groups: Iterable[dict[str, Any]]) -> dict[int, GroupValues]:
+        """What the hyperparameters of these groups mean in this step, by the groups' ids.
+
+        Raises:
+            ValueError: no step could use one of them.
+        """
+        asked = set(map(id, groups))
+        found: dict[int, GroupValues] = {}
         for index, group in enumerate(self.param_groups):
-            if id(group) in checked:
-                self._check_group(group, f"param_groups[{index}]", scheduled=True)
+            if id(group) in asked:
+                values = self._values.get(index)
+                now = {"state_dtype": self.state_dtype, **dict(zip(self._known, map(group.get, self._known, repeat(ABSENT)), strict=True))}
+                if values is None or not values.are_of(group, now):
+                    passed = () if values is None else values.unchanged(now)
+                    self._check_group(group, f"param_groups[{index}]", scheduled=True, passed=passed)
+                    values = self._values[index] = GroupValues(group, now, self.compared)
+                found[id(group)] = values
+        return found
 
     def _group_with(self, param: Tensor) -> dict[str, Any] | None:
         place = self._index.place_of(self.param_groups, param)
@@ -232,27 +241,21 @@ class GroupedOptimizer(torch.optim.Optimizer):
         """All that are checked: a foreign one of a wrong value is a mistake too."""
         return self.foreign_hyperparameters() | self._declared
 
-    def _check_group(self, group: dict[str, Any], where: str, *, scheduled: bool = False) -> None:
+    def _check_group(self, group: dict[str, Any], where: str, *, scheduled: bool = False, passed: Collection[str] = ()) -> None:
         """Raise ValueError for hyperparameters that no step could use.
 
         Args:
-            scheduled: a scheduler may have written the group. Values that have passed the last such check are not checked again.
+            scheduled: a scheduler may have written the group.
+            passed: names of hyperparameters whose values have passed such a check.
         """
-        values = [self.state_dtype, *[group.get(name, ABSENT) for name in self._known]]
-        passed = (self._passed.get(where) if scheduled else None) or [MUTABLE] * len(values)
-        if all(map(is_, values, passed)):
-            return
-        for each, value, before in zip(self._known.values(), values[1:], passed[1:], strict=True):
-            if value is not before and value is not ABSENT:
-                each.check(value, where, scheduled=scheduled)
+        for name, each in self._known.items():
+            if name in group and name not in passed:
+                each.check(group[name], where, scheduled=scheduled)
         try:
             self._choose(group)
         except ValueError as error:
             raise ValueError(f"{error} (in {where})") from None
         param_groups.check_state_dtype(self.state_dtype, group, where)
-        if scheduled:
-            known = zip(values, passed, strict=True)
-            self._passed[where] = [value if value is before or _is_immutable(value) else MUTABLE for value, before in known]
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("_choose", "state_dtype", "_max_lr", "_declared")
@@ -266,7 +269,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         if "_choose" in state:  # unpickled or copied; torch also calls this with the loaded state and groups alone
             self._index = ParamIndex()
-            self._passed = {}
+            self._values = {}
             self._layout = self._process_group = None
             self._given = list(map(_Given.of, self.param_groups))
 
@@ -277,7 +280,3 @@ def optimizer_classes() -> list[type[GroupedOptimizer]]:
     for each in found:
         found += each.__subclasses__()
     return found
-
-
-def _is_immutable(value: Any) -> bool:
-    return value is ABSENT or isinstance(value, IMMUTABLE) or (type(value) is tuple and all(map(_is_immutable, value)))

@@ -1,19 +1,17 @@
-"""Param groups: optimi's keys, names of parameters, what ranks compare, and the reference learning rate of weight decay.
+"""Param groups: optimi's keys, names of parameters, and the reference learning rate of weight decay.
 
-Used by the engine when a group is added, when a state dict is loaded, and before each step.
+Used when a group is added, and when a state dict is loaded.
 """
 
 from __future__ import annotations
 
 import warnings
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sharded_optim.formulas.hyperparameters import comparable, on_host
 from sharded_optim.formulas.scalars import known_on_host
 from sharded_optim.formulas.weight_decay import DECOUPLED, L2, form_of
 from sharded_optim.storage.formats import FORMATS, chosen_format
@@ -21,8 +19,6 @@ from sharded_optim.storage.formats import FORMATS, chosen_format
 __all__ = [
     "check_state_dtype",
     "follow_names",
-    "hyperparameter_key",
-    "learn_reference_lr",
     "name_of_param",
     "named_params",
     "reference",
@@ -51,12 +47,6 @@ def check_state_dtype(choice: torch.dtype | str, values: dict[str, Any], where: 
             f"state_dtype=torch.bfloat16 needs beta2 <= {1.0 - BF16_HALF_ULP:.4f}, got {beta2} in {where}: a step would change the second "
             f"moment by less than its rounding, so that it never falls; lower beta2 or keep the moments in float32"
         )
-
-
-def hyperparameter_key(hyperparameters: Mapping[str, Any], step: float) -> int:
-    """24 bits that two ranks have in common if these hyperparameters and the step are the same on both."""
-    values = [(name, comparable(hyperparameters[name])) for name in sorted(hyperparameters)]
-    return zlib.crc32(repr((values, step)).encode()) & 0xFFFFFF
 
 
 def translate_switches(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -145,9 +135,3 @@ def set_reference_lr(group: dict[str, Any], max_lr: float | None) -> None:
     group |= reference(float(own if own is not None else max_lr if max_lr is not None else group["lr"]))
     if group["learns_reference_lr"] and isinstance(group["lr"], Tensor) and not known_on_host(group["lr"]):
         raise ValueError("a device tensor lr of 0 does not tell the peak learning rate that weight decay refers to; pass max_lr")
-
-
-def learn_reference_lr(group: dict[str, Any]) -> None:
-    """Keep the largest learning rate so far as the reference, in a group that was given none."""
-    if group["learns_reference_lr"]:
-        group["reference_lr"] = max(group["reference_lr"], float(on_host(group["lr"])))

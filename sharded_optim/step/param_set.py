@@ -6,7 +6,6 @@ once per step, and nowhere else: a set whose parameters are others now is made a
 
 from __future__ import annotations
 
-import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,11 +17,14 @@ from typing import Any, Protocol
 import torch.distributed as dist
 from torch import Tensor
 
+from sharded_optim.backends import Judge
 from sharded_optim.formulas.verdict import judge
-from sharded_optim.sharding import FlatLayout, Layout, LocalParam, gradients_of
-from sharded_optim.sharding.exchange import exchange_layouts
-from sharded_optim.step.agreement import Agreement, Rules, Scaler, Streak, agree, confirm_replacement
-from sharded_optim.step.kernel_calls import BackendChoice, KernelCall, kernel_calls
+from sharded_optim.sharding import FlatLayout, Layout, gradients_of
+from sharded_optim.step.agreement import Agreement, Rules, Scaler, Streak, agree
+from sharded_optim.step.group_values import GroupValues
+from sharded_optim.step.kernel_call import KernelCall
+from sharded_optim.step.kernel_calls import BackendChoice, kernel_calls
+from sharded_optim.step.layouts import LayoutMaker
 from sharded_optim.step.metrics import Update
 from sharded_optim.step.param_index import ParamIndex
 from sharded_optim.step.stateful import StatefulOptimizer
@@ -32,7 +34,6 @@ from sharded_optim.storage.devices import capturing, refuse_to_capture
 __all__ = ["Observation", "ParamSet", "ParamSets", "StepListener"]
 
 SETS_PER_PARAM = 8  # sets of parameters stepped alone that are kept with the same first parameter
-SHOWN = 3  # names in a message
 
 _numbers = count()
 _grad = attrgetter("grad")
@@ -63,6 +64,7 @@ class ParamSet:
         layout: what ranks hold of them.
         calls: the kernel calls of the last step, one for all parameters that are stored alike and have a gradient.
         agreement: of the last step; None if ranks did not agree.
+        left_over: an agreement whose errors are raised when the next step begins.
         updates: what the last step wrote, and their number: larger than that of any update before.
     """
 
@@ -73,9 +75,11 @@ class ParamSet:
         self._together = together
         self.calls: list[KernelCall] = []
         self._groups: Sequence[Any] = ()  # of each parameter, when the calls were made
+        self._values: dict[int, GroupValues] = {}  # of each group, by its id
         self._without_grad: list[int] | None = None  # the parameters that had none then; None: there are no calls
         self.agreement: Agreement | None = None
-        self._left_over: Agreement | None = None  # whose errors are raised when the next step begins
+        self.left_over: Agreement | None = None
+        self._judge: Judge = judge  # of the backend where ranks agree
         self._streak = Streak()
         self.updates: tuple[int, Sequence[Update]] = (-1, ())
 
@@ -84,17 +88,16 @@ class ParamSet:
         """Of its parameters."""
         return tuple(entry.name for entry in self.layout.local_params)
 
-    def fits(self, params: Sequence[Tensor], flat_layout: FlatLayout | None, rules: Rules) -> bool:
-        """Whether these are the parameters of this set, as they were when it was made, in the same wrapper and for the same ranks."""
-        return (self.is_over(rules.process_group) if rules.agrees else not self.layout.is_global) and self.holds(params, flat_layout)
+    def fits(
+        self, params: Sequence[Tensor], flat_layout: FlatLayout | None, process_group: dist.ProcessGroup | None, *, agrees: bool
+    ) -> bool:
+        """Whether these are the parameters of this set, as they were when it was made, in the same wrapper and for the same ranks.
 
-    def is_over(self, process_group: dist.ProcessGroup | None) -> bool:
-        """Whether all ranks of a process group have made it together."""
-        return self.layout.is_global_over(process_group)
-
-    def holds(self, params: Sequence[Tensor], flat_layout: FlatLayout | None) -> bool:
-        """Whether these are its parameters, as they were when it was made, in the same wrapper."""
-        return flat_layout is self._flat_layout and self.layout.describes(params)
+        Args:
+            agrees: whether the ranks of the process group must have made it together; None stands for this process alone.
+        """
+        is_over = self.layout.is_global_over(process_group) if agrees else not self.layout.is_global
+        return is_over and flat_layout is self._flat_layout and self.layout.describes(params)
 
     def observe(self, optimizer: StatefulOptimizer, rules: Rules, scaler: Scaler, *, whole: bool) -> Observation:
         """Look at gradients and state, and sum what the ranks must agree on. Writes no values.
@@ -105,12 +108,14 @@ class ParamSet:
         try:
             grads = gradients_of(self.layout) if self.layout.has_dtensors else list(map(_grad, self.layout.params))
             groups = optimizer.groups_of(None if whole else self.layout.params)
-            optimizer.check_groups(groups)
+            self._values = optimizer.values_of(groups)
             if not self._renew(optimizer, groups, grads):
                 for param in self.layout.params[:1]:
                     refuse_to_capture(param.device)
-                self.calls = kernel_calls(optimizer, self.layout, groups, grads, self._backends, together=self._together)
+                values = [self._values[id(group)] for group in groups]
+                self.calls = kernel_calls(optimizer, self.layout, values, grads, self._backends, together=self._together)
                 self._groups, self._without_grad = groups, _without_grad(grads)
+                self._judge = next((call.backend.judge for call in self.calls if call.device == self.layout.device), judge)
             if optimizer.gradient_release and not self.calls and scaler.found_inf is not None:
                 raise ValueError(
                     "GradScaler stepped an optimizer whose gradients were released in backward, still scaled; use one of the two"
@@ -129,50 +134,47 @@ class ParamSet:
             grads = [list(map(_grad, call.params)) for call in calls]
             if any(grad is None for each in grads for grad in each):
                 return
-            if not all(call.renew(each, optimizer) for call, each in zip(calls, grads, strict=True)):
+            values = optimizer.values_of(self._groups)
+            if not all(call.renew(each, values, optimizer) for call, each in zip(calls, grads, strict=True)):
                 return
         except ValueError:  # the step says so, on all ranks
             return
         for call in calls:
             call.observe_early(rules)
 
-    def agree(self, observation: Observation, rules: Rules, scaler: Scaler) -> Agreement | None:
-        """Add up what all ranks observed, if they must know. Every rank gets here in every step.
+    def agree(self, observation: Observation, rules: Rules, scaler: Scaler) -> Agreement:
+        """Add up what all ranks observed. Every rank gets here in every step in which they agree.
 
         Raises:
             ValueError: the ranks do not fit together or one has failed; on all of them, or on a device one step later on the others.
             FloatingPointError: a gradient was not finite and `nonfinite="raise"`; on all ranks.
         """
-        if not rules.agrees:
-            if observation.failure is not None:
-                raise observation.failure
-            self.agreement = None
-            return None
-        judges = [call.backend.judge for call in self.calls if call.device == self.layout.device]
-        invalid = observation.failure is not None
-        found = agree(self.layout, observation.contributions, rules, invalid=invalid, found_inf=scaler.found_inf, judge=(*judges, judge)[0])
-        self.agreement = None
-        found.raise_inconsistency(observation.failure)
+        failure, self.agreement = observation.failure, None
+        found = agree(
+            self.layout, observation.contributions, rules, invalid=failure is not None, found_inf=scaler.found_inf, judge=self._judge
+        )
+        found.raise_inconsistency(failure)
         self.agreement = found
         if not found.is_on_host and not capturing(found.totals.device):  # a replay raises nothing: it steps or it does not
-            self._left_over = found
-        found.raise_non_finite()
+            self.left_over = found
+        if rules.nonfinite == "raise":
+            found.raise_non_finite()
         return found
+
+    def proceed_alone(self, observation: Observation) -> None:
+        """Go on where ranks do not agree.
+
+        Raises:
+            Exception: why this rank has failed.
+        """
+        self.agreement = None
+        if observation.failure is not None:
+            raise observation.failure
 
     def take_left_over(self) -> Callable[[], None]:
         """What raises what the last step has left, which is no longer kept here: see `Agreement.raise_left_over`."""
-        agreement, self._left_over = self._left_over, None
+        agreement, self.left_over = self.left_over, None
         return (lambda: None) if agreement is None else partial(agreement.raise_left_over, self._streak)
-
-    @property
-    def has_left_over(self) -> bool:
-        """Whether the last step has left something to be raised, perhaps."""
-        return self._left_over is not None
-
-    @property
-    def has_reports(self) -> bool:
-        """Whether anything is kept of the last step for reports."""
-        return self.agreement is not None or self.updates[0] >= 0
 
     def conclude(self, agreement: Agreement) -> None:
         """Count a step whose verdict the host knows.
@@ -194,6 +196,8 @@ class ParamSet:
         accumulate: bool,  # leave the parameters alone, and write the state
     ) -> None:
         """Write parameters and state, and count the step, where it happens."""
+        for values in self._values.values():
+            values.learn_reference_lr()
         updates: list[Update] = []
         if self.calls:
             self.updates = next(_numbers), updates
@@ -223,7 +227,7 @@ class ParamSet:
             and len(groups) == len(self._groups)
             and all(map(is_, groups, self._groups))
             and _without_grad(grads) == self._without_grad
-            and all(call.renew([grads[row] for row in call.rows], optimizer) for call in self.calls)  # type: ignore[misc]
+            and all(call.renew([grads[row] for row in call.rows], self._values, optimizer) for call in self.calls)  # type: ignore[misc]
         )
 
 
@@ -250,8 +254,7 @@ class ParamSets:
         self._by_first: defaultdict[int, list[ParamSet]] = defaultdict(list)
         self._by_names: dict[tuple[str, ...], ParamSet] = {}
         self._present: list[int] = []  # ids of the parameters in the groups, when a set was made last
-        self._compared: dict[int, Tensor] = {}  # by id: parameters of which the ranks have compared the values
-        self._compared_over: weakref.ref[dist.ProcessGroup] | None = None  # the ranks that have
+        self._layouts = LayoutMaker(index)
         self._exchanged: ParamSet | None = None  # of all parameters of all ranks, where no step needs it
 
     def __iter__(self) -> Iterator[ParamSet]:
@@ -260,11 +263,18 @@ class ParamSets:
         for sets in self._by_first.values():
             yield from sets
 
-    def of(self, optimizer: StatefulOptimizer, only: Sequence[Tensor] | None, rules: Rules) -> ParamSet:
+    def of(
+        self,
+        optimizer: StatefulOptimizer,
+        only: Sequence[Tensor] | None,
+        rules: Rules,
+        process_group: dist.ProcessGroup | None,
+    ) -> ParamSet:
         """The set of all parameters as they are now, or of some. A collective when it is made, if ranks agree.
 
         Args:
             only: some of the parameters; None means all.
+            process_group: of the ranks that agree; None: this process is alone, or they do not agree.
 
         Raises:
             ValueError: on all ranks: what the step before has left to be raised; parameters that do not fit together; or parameters that
@@ -276,14 +286,14 @@ class ParamSets:
         whole = only is None and not (optimizer.layout is not None and optimizer.layout.in_turns)
         before = self.whole if whole else self._known(params)
         self._raise_left_over(params, before, all_sets=only is None)
-        if before is not None and before.fits(params, optimizer.layout, rules):
+        if before is not None and before.fits(params, optimizer.layout, process_group, agrees=rules.agrees):
             return before
         for param in params[:1]:
             refuse_to_capture(param.device)
         others = before
-        if before is None and only is not None and rules.process_group is not None:
+        if before is None and only is not None and process_group is not None:
             others = self._of_same_names(optimizer, params)
-        made = self._make(optimizer, params, rules, others)
+        made = self._set(optimizer, self._layouts.make(optimizer, params, rules, process_group, None if others is None else others.layout))
         dropped = self._keep(optimizer, made, before, whole=whole)
         _raise_all([each.take_left_over() for each in dropped])
         return made
@@ -291,7 +301,7 @@ class ParamSets:
     def forget_reports(self, stepped: ParamSet) -> None:
         """Let go of what steps have left for reports of parameters that this set steps too."""
         stepped.forget_reports()
-        others = [each for each in self if each.has_reports]
+        others = [each for each in self if each.agreement is not None or each.updates[0] >= 0] if self._by_first else ()
         if others:
             ids = set(map(id, stepped.layout.params))
             for each in others:
@@ -308,9 +318,9 @@ class ParamSets:
         """The layout of all parameters of all ranks, also where no step needs one. A collective when it is made."""
         params = optimizer.all_params()
         for each in (self._exchanged, self.whole):
-            if each is not None and each.is_over(process_group) and each.holds(params, optimizer.layout):
+            if each is not None and each.fits(params, optimizer.layout, process_group, agrees=True):
                 return each.layout
-        self._exchanged = self._set(optimizer, self._layout(optimizer, params, process_group))
+        self._exchanged = self._set(optimizer, self._layouts.of_all_ranks(optimizer, params, process_group))
         return self._exchanged.layout
 
     def _known(self, params: Sequence[Tensor]) -> ParamSet | None:
@@ -323,25 +333,12 @@ class ParamSets:
 
     def _raise_left_over(self, params: Sequence[Tensor], known: ParamSet | None, *, all_sets: bool) -> None:
         """Raise what steps of any of these parameters have left. Not where a CUDA graph is recorded, which cannot wait."""
-        due = [each for each in (self if all_sets else (known,)) if each is not None and each.has_left_over]
+        sets = self if all_sets and self._by_first else (known,)
+        due = [each for each in sets if each is not None and each.left_over is not None]
         if not due or any(capturing(each.layout.device) for each in due):
             return
         ids = set(map(id, params)) if due != [known] else set()
         _raise_all([each.take_left_over() for each in due if each is known or not ids.isdisjoint(map(id, each.layout.params))])
-
-    def _make(self, optimizer: StatefulOptimizer, params: Sequence[Tensor], rules: Rules, before: ParamSet | None) -> ParamSet:
-        """Make a set.
-
-        Args:
-            before: the set that other ranks may be stepping, unless theirs has changed too.
-        """
-        group = rules.process_group
-        if group is not None and before is not None and before.is_over(group):
-            device = params[0].device if params else before.layout.device
-            confirm_replacement(before.layout, self._change(optimizer, params, before.layout), rules, device)
-        return self._set(
-            optimizer, self._layout(optimizer, params, group) if rules.agrees else Layout.of_rank(self._described(optimizer, params))
-        )
 
     def _set(self, optimizer: StatefulOptimizer, layout: Layout) -> ParamSet:
         return ParamSet(layout, optimizer.layout, self._backends, together=self._together)
@@ -362,7 +359,7 @@ class ParamSets:
             self._exchanged = None
             self._index.look_up(optimizer.param_groups)
             flat = {} if optimizer.layout is None else optimizer.layout.flat
-            self._compared = {key: param for key, param in self._compared.items() if param in self._index or param in flat}
+            self._layouts.keep(lambda param: param in self._index or param in flat)
             # With a set of all parameters, those of some of them go too: they were made when there were others.
             dropped += [
                 each
@@ -392,40 +389,6 @@ class ParamSets:
                 del self._by_first[first]
         if self._by_names.get(dropped.names) is dropped:
             del self._by_names[dropped.names]
-
-    def _layout(self, optimizer: StatefulOptimizer, params: Sequence[Tensor], process_group: dist.ProcessGroup | None) -> Layout:
-        """Make a layout of all ranks: a collective. Values of replicas are compared once: later, they may have drifted in their last bits,
-        where kernels are not deterministic.
-        """
-        over = None if process_group is None else weakref.ref(process_group)
-        if over != self._compared_over:
-            self._compared.clear()
-            self._compared_over = over
-        layout = exchange_layouts(
-            partial(self._described, optimizer, params),
-            process_group,
-            compares_values=lambda param: id(param) not in self._compared,
-        )
-        self._compared |= {id(param): param for param in params}
-        return layout
-
-    def _described(self, optimizer: StatefulOptimizer, params: Sequence[Tensor]) -> list[LocalParam]:
-        if not params:
-            raise ValueError(
-                "the optimizer's param groups are empty, as DeepSpeed's ZeRO stage 3 leaves them between steps; step through the wrapper"
-            )
-        found = zip(params, self._index.places_of(optimizer.param_groups, params), strict=True)
-        return [optimizer.describe_param(param, place.name, place.group) for param, place in found]
-
-    def _change(self, optimizer: StatefulOptimizer, params: Sequence[Tensor], layout: Layout) -> str:
-        """How parameters differ from those of a layout, for an error message."""
-        before, now = set(map(id, layout.params)), set(map(id, params))
-        if added := [param for param in params if id(param) not in before]:
-            names = [place.name for place in self._index.places_of(optimizer.param_groups, added)]
-            return f"{len(added)} new ones, {', '.join(map(repr, names[:SHOWN]))}{', ...' if len(names) > SHOWN else ''}"
-        if gone := [entry.name for entry in layout.local_params if id(entry.param) not in now]:
-            return f"without {len(gone)}, {', '.join(map(repr, gone[:SHOWN]))}{', ...' if len(gone) > SHOWN else ''}"
-        return "the same in another order, or of other shapes, dtypes, devices or placements"
 
 
 def _raise_all(left_over: Sequence[Callable[[], None]]) -> None:

@@ -1,4 +1,4 @@
-"""What an optimizer can tell about its last step. Used by the engine, for Composer's monitors and for `metrics()`."""
+"""What an optimizer can tell about its last step, for Composer's monitors and for `metrics()`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from sharded_optim.formulas import Statistic
 from sharded_optim.sharding import Layout, LocalParam
 from sharded_optim.step import metrics
-from sharded_optim.step.param_set import ParamSet
+from sharded_optim.step.param_set import ParamSet, ParamSets
+from sharded_optim.step.stateful import StatefulOptimizer
 
-__all__ = ["Reports"]
+__all__ = ["ReportingOptimizer", "Reports"]
 
 Rows = list[tuple[metrics.Update, int]]
 
@@ -67,3 +69,61 @@ class Reports:
                         rows[id(entry.param)].append((update, row))
                 self.rows |= rows
         return self.rows.get(id(param), [])
+
+
+class ReportingOptimizer(StatefulOptimizer):
+    """What a torch optimizer with a step has besides: reports."""
+
+    _statistic: Statistic | None
+    _sets: ParamSets
+    _reports: Reports
+    _skipped: int | Tensor
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps did not happen because a gradient was not finite. Waits for the device.
+
+        DeepSpeed's ZeRO steps each param group, or sub-group, by itself, and each counts; steps that DeepSpeed skips do not.
+        """
+        return int(self._skipped)
+
+    def metrics(self) -> dict[str, float]:
+        """What the last step found, already reduced over all ranks. Waits for the device.
+
+        Returns:
+            `skipped_steps`, and for algorithms with a per-tensor statistic `rms/NAME`: its root mean over the whole tensor, for every
+            tensor of the model that has elements and had a gradient, also those held by other ranks only. NaN where it was not finite.
+        """
+        return {"skipped_steps": float(self.skipped_steps)} | (self._reports.rms(self._sets) if self._statistic is not None else {})
+
+    def report_per_parameter_metrics(self, param: Tensor, name: str, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
+        """Tell what the last step did to one parameter, as Composer's OptimizerMonitor asks for it. No communication.
+
+        Returns:
+            `optimizer_metrics`, to which this adds what `metrics.report` says of this rank's piece, under
+            `l2_norm/{moment,param,update,grad}/NAME` and `cosine/{update_grad,moment_grad}/NAME`: float64 tensors of one element. NAME is
+            `name`, or for a flat parameter that of each tensor in it.
+
+        Raises:
+            ValueError: the gradient is not laid out like the parameter.
+        """
+        group = self._group_with(param)
+        if group is not None:
+            entry = self.describe_param(param, name, group)
+            optimizer_metrics |= self._reports.of_param(entry, name, self.state.get(param, {}), self._sets)
+        return optimizer_metrics
+
+    def pre_reduce_metrics(self, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
+        """Turn norms into squares and cosines into dot products, which add up over ranks, in place. See `metrics.py`."""
+        optimizer_metrics |= self._reports.pre_reduced(optimizer_metrics)
+        return optimizer_metrics
+
+    def dist_reduce_metrics(self, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
+        """Make the metrics of this rank's pieces those of whole tensors, in place: one all-reduce, in which every rank must take part.
+
+        The first call may exchange the layout before. See `metrics.dist_reduce`.
+        """
+        process_group = self.own_group()
+        layout = self._sets.layout_of_all_ranks(self, process_group)
+        optimizer_metrics |= self._reports.reduced(optimizer_metrics, layout, process_group)
+        return optimizer_metrics

@@ -20,7 +20,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import sharded_optim as so
 from sharded_optim.sharding import Layout, ddp
-from sharded_optim.step import engine, grouped
+from sharded_optim.step import grouped
 
 CLASSES = [so.Adam, so.AdamW, so.StableAdamW, so.DecoupledAdamW, so.DecoupledSGDW]
 SHAPES = ((7, 3), (), (5,), (0,), (64, 8))
@@ -130,8 +130,7 @@ def test_objects_are_searched_for_models_as_often_as_sets_of_all_parameters_are_
     searches = []
     monkeypatch.setattr(ddp, "ddp_modules", lambda: searches.append(1) or [])
     monkeypatch.setattr(ddp.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(engine, "is_distributed", lambda: True)
-    monkeypatch.setattr(grouped, "is_distributed", lambda: False)
+    monkeypatch.setattr(grouped, "own_process_group", lambda *_: None)
     params = parameters()
     optimizer = so.StableAdamW(named(params), lr=1e-2)
     for _ in range(2):
@@ -258,7 +257,7 @@ def test_observing_a_unit_before_the_first_step_is_no_collective(monkeypatch: py
     """Ranks observe within backward, each the units that it holds: a process group that is made there would wait for the others."""
     params = parameters()
     optimizer = so.StableAdamW(named(params), lr=1e-2)
-    monkeypatch.setattr(grouped, "is_distributed", lambda: True)
+    monkeypatch.setattr(grouped.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(grouped, "own_process_group", lambda *_: pytest.fail("a process group was made"))
     give_grads(params, 0)
     optimizer.observe_unit(0)

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 
 import sharded_optim as so
 from sharded_optim import backends
-from sharded_optim.step.param_groups import hyperparameter_key
+from sharded_optim.formulas.hyperparameters import comparable
 
 CLASSES = [so.Adam, so.AdamW, so.DecoupledAdamW, so.DecoupledSGDW, so.StableAdamW]
 every_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
@@ -366,8 +366,8 @@ def test_a_parameter_stepped_alone_is_reported_by_its_last_step() -> None:
 
 
 def test_hyperparameters_are_compared_by_their_values_whatever_holds_them() -> None:
-    def key(value: object) -> int:
-        return hyperparameter_key({"boost": value}, 1.0)
+    def key(value: object) -> str:
+        return repr(comparable(value))
 
     for alike in (
         (0.5, np.float32(0.5), torch.tensor(0.5)),

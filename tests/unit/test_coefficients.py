@@ -15,11 +15,12 @@ from toy_optimizer import THRESHOLD_ADAMW
 from variants import examples
 
 from sharded_optim.backends import Backend, Operands, eager
-from sharded_optim.formulas.scalars import Recorder, Sums
+from sharded_optim.formulas.recording import Recorder
+from sharded_optim.formulas.scalars import Sums
 from sharded_optim.formulas.weight_decay import FORMS
 from sharded_optim.optimizers import adam, sgd, stable_adamw
 from sharded_optim.step import coefficients
-from sharded_optim.step.coefficients import LrScale, Members, coefficient_table
+from sharded_optim.step.coefficients import LrScale, Members, coefficient_table, host_numbers
 
 triton = pytest.importorskip("triton", reason="the triton package is not installed")
 
@@ -61,8 +62,12 @@ def device(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
 def members(groups: list[Mapping[str, Any]], operands: int) -> Members:
     group_of = torch.arange(operands) % len(groups)
     if len(groups) == 1:
-        return Members.one(groups[0])
-    return Members(groups=groups, rows=[(group_of == index).nonzero().flatten() for index in range(len(groups))], group_of=group_of)
+        return Members.one(host_numbers(groups[0]))
+    return Members(
+        groups=list(map(host_numbers, groups)),
+        rows=[(group_of == index).nonzero().flatten() for index in range(len(groups))],
+        group_of=group_of,
+    )
 
 
 def table(with_: Backend, name: str, groups: list[Mapping[str, Any]], steps: Tensor, lr_scale: float | LrScale | None) -> Tensor:

@@ -22,6 +22,16 @@ from sharded_optim.formulas.verdict import INVALID
 from sharded_optim.optimizers import adam, stable_adamw
 from sharded_optim.step import agreement, param_set
 
+
+def as_if_another_rank_met_bad_input(contributed: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def changed(*args: object, **options: object) -> Tensor:
+        vector = contributed(*args, **options)
+        vector[INVALID] = 1
+        return vector
+
+    return changed
+
+
 OPTIMIZERS = {
     "Adam": partial(so.Adam, weight_decay=0.1),
     "AdamW": so.AdamW,
@@ -105,11 +115,7 @@ def test_an_inconsistency_is_raised_in_the_next_step_and_nothing_is_written_in_b
     optimizer.step()
     before = copy.deepcopy(optimizer.state[param]), param.detach().clone()
 
-    def another_rank_met_bad_input(vector: Tensor, *_) -> Tensor:
-        vector[INVALID] = 1
-        return vector
-
-    monkeypatch.setattr(agreement, "_summed", another_rank_met_bad_input)
+    monkeypatch.setattr(agreement, "_contributed", as_if_another_rank_met_bad_input(agreement._contributed))
     optimizer.step()
     assert torch.equal(param.detach(), before[1])
     assert all(torch.equal(optimizer.state[param][key], value) for key, value in before[0].items())
@@ -128,15 +134,11 @@ def test_what_a_set_has_left_to_be_raised_is_raised_though_the_set_is_dropped(ch
         for param in (*params, *changed):
             param.grad = torch.ones(3)
 
-    def inconsistent(vector: Tensor, *_) -> Tensor:
-        vector[INVALID] = 1
-        return vector
-
     give()
     optimizer.step()
     optimizer.step(param=(params[0], params[1]))
     with monkeypatch.context() as patch:
-        patch.setattr(agreement, "_summed", inconsistent)
+        patch.setattr(agreement, "_contributed", as_if_another_rank_met_bad_input(agreement._contributed))
         give()
         optimizer.step(param=(params[0], params[1]))
     new = nn.Parameter(torch.ones(3))

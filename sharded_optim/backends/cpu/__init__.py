@@ -36,7 +36,7 @@ from sharded_optim.backends import Column, Operands
 from sharded_optim.backends.cpu import scalars as cpu_scalars
 from sharded_optim.backends.kernel_text import StoredValue, arrays_of, functions_of, identifier, stored_values
 from sharded_optim.backends.noise import RESOLUTION
-from sharded_optim.backends.operand_tables import OperandTables
+from sharded_optim.backends.operands import OperandTables
 from sharded_optim.backends.rebinding import argument_count, rebound
 from sharded_optim.formulas import Algorithm, Statistic
 from sharded_optim.formulas.verdict import judge

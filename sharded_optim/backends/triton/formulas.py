@@ -22,7 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sharded_optim.backends.triton.compiler import compiled, executed, interpreted
-from sharded_optim.formulas.scalars import STEP_BITS, Formula, Operations, Sums
+from sharded_optim.formulas.recording import Formula, Operations
+from sharded_optim.formulas.scalars import STEP_BITS, Sums
 from sharded_optim.storage.devices import Sent, send
 
 __all__ = ["Constants", "formula_kernel", "launch"]

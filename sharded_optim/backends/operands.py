@@ -1,0 +1,145 @@
+"""What a backend is given: tensors column by column, where they lie in memory, and how the work on them is divided."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sharded_optim.sharding.segment import Segment
+from sharded_optim.storage.formats import Format, format_of
+
+__all__ = ["Column", "OperandTables", "Operands", "addresses_of"]
+
+
+class Column:
+    """One tensor of each of several parameters: equal dtypes and devices, any shapes and strides.
+
+    Attributes:
+        wholes: the tensors that these are, or, where a wrapper flattens, are pieces of.
+        dtype: of all of them.
+        addresses: of the memory of each: int64.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.wholes: Sequence[Tensor] = ()
+        self.dtype = tensors[0].dtype
+        self.renew(tensors, addresses_of(tensors))
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        """Their shapes, strides and dtype never change; which memory they lie in may, between two calls of a backend."""
+        return self.wholes
+
+    def renew(self, wholes: Sequence[Tensor], addresses: array[int]) -> None:
+        """Have other tensors, like those before, at these addresses."""
+        self.wholes, self.addresses = wholes, addresses
+
+    def release(self) -> None:
+        """Let go of the tensors, whose memory may be wanted."""
+        self.wholes = ()
+
+
+def addresses_of(tensors: Iterable[Tensor]) -> array[int]:
+    return array("q", list(map(Tensor.data_ptr, tensors)))  # a third faster than without the list
+
+
+@dataclass(kw_only=True, eq=False)
+class Operands:
+    """Parameters of one process that a call of a backend steps, all stored alike, column by column.
+
+    A backend may keep, as long as the object lives, what it derives from shapes, strides, dtypes and segments.
+    """
+
+    segments: Sequence[Segment]  # which elements of which tensor each parameter's are, in row-major order
+    format: Format  # how the parameters are stored
+    param: Column  # written by update
+    extra: tuple[Column, ...]  # the further arrays of the format; written by update
+    grad: Column  # in the plain format of its dtype; read-only
+    state_formats: tuple[Format, ...]  # how each of Algorithm.state is stored
+    state: tuple[Column, ...]  # the arrays of the first of them, of the second, ...; written by update
+
+    def __post_init__(self) -> None:
+        self.device = self.param.wholes[0].device
+        self.grad_format = format_of(self.grad.dtype)
+        self.formats = (self.format, *self.state_formats)  # of the parameters and of each of their moments: what an update stores
+        self.written = (self.param, *self.extra, *self.state)  # the arrays of each of these formats
+
+    @classmethod
+    def whole(cls, params: Sequence[Tensor], grads: Sequence[Tensor], state: Sequence[Sequence[Tensor]]) -> Operands:
+        """Whole tensors in the plain format of their dtype, the same for all."""
+        columns = tuple(map(Column, state))
+        return cls(
+            segments=[Segment.whole("param", param.shape) for param in params],
+            format=format_of(params[0].dtype),
+            param=Column(params),
+            extra=(),
+            grad=Column(grads),
+            state_formats=tuple(format_of(column.dtype) for column in columns),
+            state=columns,
+        )
+
+    def __len__(self) -> int:
+        return len(self.segments)
+
+
+class OperandTables:
+    """What follows from the shapes, strides and segments of operands, as tables on the CPU.
+
+    Args:
+        operands: which.
+        chunk: the most elements of an item of work.
+
+    Attributes:
+        elements: their number.
+        work: int64 (items, 3): operand, first element, number of elements.
+        runs: int64 (operands, 3): start, run and stride of each segment, for formats that draw random numbers.
+    """
+
+    def __init__(self, operands: Operands, chunk: int) -> None:
+        columns = [column.tensors for column in (*operands.written, operands.grad)]
+        rows_of_tensors = list(zip(*columns, strict=True))
+        for tensors in rows_of_tensors:
+            assert len({tensor.shape for tensor in tensors}) == 1, "kernels would read and write beyond the smallest"
+        counts = torch.tensor([tensor.numel() for tensor in operands.param.tensors], dtype=torch.int64, device="cpu")
+        items = (counts + chunk - 1) // chunk
+        rows = torch.arange(len(counts), device="cpu").repeat_interleave(items)
+        first = (torch.arange(len(rows), device="cpu") - (items.cumsum(0) - items)[rows]) * chunk
+        self.elements = int(counts.sum())
+        self.work = torch.stack([rows, first, (counts[rows] - first).clamp(max=chunk)], dim=1)
+        self.runs = torch.tensor(
+            [(each.start, max(each.run, 1), each.stride) for each in operands.segments], dtype=torch.int64, device="cpu"
+        )
+        ordered = any(fmt.is_random for fmt in operands.formats)
+        self._scattered = [row for row, tensors in enumerate(rows_of_tensors) if not _lie_alike(tensors, ordered=ordered)]
+
+    def addresses(self, columns: Sequence[Column]) -> tuple[bytes, dict[tuple[int, int], Tensor]]:
+        """Where the elements of each column lie, one after the other, those of a row in equal order.
+
+        Returns:
+            addresses: int64 (columns, operands).
+            copies: (column, row) of the tensors that had to be copied for that, and the copies, which must live until they are used.
+        """
+        found = [column.addresses for column in columns]
+        copies = {}
+        if self._scattered:
+            found = [array("q", each) for each in found]
+            for index, column in enumerate(columns):
+                for row in self._scattered:
+                    copy = column.tensors[row].contiguous()
+                    if copy is not column.tensors[row]:
+                        copies[index, row] = copy
+                        found[index][row] = copy.data_ptr()
+        return b"".join(found), copies
+
+
+def _lie_alike(tensors: Sequence[Tensor], *, ordered: bool) -> bool:
+    """Whether all lie in memory in the same order and without gaps, in row-major order if it must be."""
+    if all(tensor.is_contiguous() for tensor in tensors):
+        return True
+    shape, strides = tensors[0].shape, tensors[0].stride()
+    span = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + 1
+    return not ordered and span == shape.numel() and min(strides) > 0 and all(tensor.stride() == strides for tensor in tensors)

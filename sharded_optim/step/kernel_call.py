@@ -1,0 +1,274 @@
+"""One call of a backend, kept from step to step: it takes what each step brings, observes, and updates. Used by `ParamSet`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharded_optim.backends import Backend, noise
+from sharded_optim.backends.operands import Operands
+from sharded_optim.formulas import Statistic
+from sharded_optim.sharding import GRADIENT, PARAMETER, Layout, LocalParam
+from sharded_optim.step.agreement import Agreement, Rules, Scaler
+from sharded_optim.step.coefficients import LrScale, Members, coefficient_table, known_on_host, next_steps
+from sharded_optim.step.group_values import GroupValues
+from sharded_optim.step.metrics import Update
+from sharded_optim.step.sources import Cut, Source, StepCounters
+from sharded_optim.step.state import STEP, Choice
+from sharded_optim.step.stateful import StatefulOptimizer
+from sharded_optim.step.statistics import Contribution, FixedPoint
+from sharded_optim.storage.devices import Sent, capturing, keep, send
+
+__all__ = ["KernelCall"]
+
+LEAVE_PARAMS = {"lr": 0.0, "weight_decay": 0.0}  # hyperparameters with which an update writes state alone
+
+
+class KernelCall:
+    """The local parameters that one backend steps in one call: stored alike, by one algorithm. An operand is a piece of one of them.
+
+    Attributes:
+        backend, algorithm, operands: what is called, with what.
+        pieces: what each operand is, and of which local parameter.
+        places: where they stand in the layout.
+        members: the param groups, and which operands are whose.
+        params: of which the operands are.
+        unit: of all of them; see `FlatLayout`.
+    """
+
+    def __init__(
+        self,
+        optimizer: StatefulOptimizer,
+        layout: Layout,
+        backend: Backend,
+        choice: Choice,
+        rows: Sequence[tuple[int, LocalParam, GroupValues, Tensor]],  # of the layout; the last is the gradient
+        unit: int,
+    ) -> None:
+        self.unit = unit
+        self.backend = backend
+        self.algorithm, fmt, state_formats = choice
+        self.rows: Sequence[int] = [row for row, _, _, _ in rows]  # of the layout's local parameters
+        entries = [entry for _, entry, _, _ in rows]
+        self.params = [entry.param for entry in entries]
+        owners = [owner for owner, entry in enumerate(entries) for _ in entry.pieces]
+        self.pieces = [(entry, piece) for entry in entries for piece in entry.pieces]
+        cut = Cut(owners, [piece for _, piece in self.pieces]) if any(piece.offset is not None for _, piece in self.pieces) else None
+        state = [optimizer.state[param] for param in self.params]
+        extra = tuple(array.name for array in fmt.extra)
+        self._names = (*extra, *(key for _, _, entries in choice.moments for key in entries))
+        self._param = Source(entries, PARAMETER, self.params, cut)
+        self._grad = Source(entries, GRADIENT, [grad for _, _, _, grad in rows], cut)
+        self._state = [Source(entries, f"state {name!r}", [values[name] for values in state], cut) for name in self._names]
+        self.operands = Operands(
+            segments=[piece.segment for _, piece in self.pieces],
+            format=fmt,
+            param=self._param.column,
+            extra=tuple(source.column for source in self._state[: len(extra)]),
+            grad=self._grad.column,
+            state_formats=state_formats,
+            state=tuple(source.column for source in self._state[len(extra) :]),
+        )
+        self.device = self.operands.device
+        first_piece = layout.first_piece
+        self.places = layout.places([first_piece[row] + k for row, entry, _, _ in rows for k in range(len(entry.pieces))], self.device)
+        rows_of: dict[GroupValues, list[int]] = {}  # the operands of each group
+        for operand, owner in enumerate(owners):
+            rows_of.setdefault(rows[owner][2], []).append(operand)
+        numbers = {values: number for number, values in enumerate(rows_of)}
+        self._values = list(rows_of)
+        self._group_of = [numbers[rows[owner][2]] for owner in owners]
+        self._firsts = [self.pieces[each[0]][0].param for each in rows_of.values()]  # a parameter of each group
+        self._rows_on_host = [None if len(rows_of) == 1 else torch.tensor(each, device="cpu") for each in rows_of.values()]
+        self.members = Members(
+            groups=[values.numbers for values in self._values],
+            rows=[None if rows is None else send(rows, self.device) for rows in self._rows_on_host],
+            group_of=None if len(rows_of) == 1 else send(torch.tensor(self._group_of, device="cpu"), self.device),
+        )
+        self._sent_fixed_point: Sent[FixedPoint] = Sent()
+        self._fixed_point: FixedPoint | None = None  # of what was observed last
+        stored = zip((PARAMETER, *self.algorithm.state), self.operands.formats, strict=True)
+        self._random = [name for name, stored_in in stored if stored_in.is_random]  # what is rounded at random
+        self._sources: Sent[Tensor] = Sent()  # of random numbers
+        backend.prepare(self.algorithm, self.operands)
+        self._owners = None if cut is None else send(torch.tensor(owners, device="cpu"), self.device)
+        self._counters = StepCounters(optimizer, self.params, self.device)
+        self._log = optimizer.compensation_log
+        self._compensations: Sequence[Sequence[Tensor]] = ()  # of each further array of the format, those of `params`
+        self._drop_stale_compensation([[values[name] for values in state] for name in extra])
+        self._early: tuple[Any, Contribution] | None = None
+
+    @property
+    def steps(self) -> Tensor:
+        """How many each operand has taken: fp32 (operands,)."""
+        return self._counters.steps if self._owners is None else self._counters.steps[self._owners]
+
+    def renew(self, grads: Sequence[Tensor], values: Mapping[int, GroupValues], optimizer: StatefulOptimizer) -> bool:
+        """Take what this step brings.
+
+        Args:
+            grads: of `params`.
+            values: of all groups that are stepped, by their ids.
+
+        Returns:
+            False if it is not like the step before, so that the call must be built anew.
+
+        Raises:
+            ValueError: a gradient, or state, that cannot be used.
+        """
+        if not self._take_values([values[id(each.group)] for each in self._values], optimizer):
+            return False
+        state: list[Any] = list(map(optimizer.state.get, self.params))
+        try:
+            counters, *columns = [list(map(itemgetter(name), state)) for name in (STEP, *self._names)]
+        except (KeyError, TypeError):  # state is missing
+            return False
+        sources = zip((self._param, self._grad, *self._state), (self.params, grads, *columns), strict=True)
+        if not all(source.renew(tensors) for source, tensors in sources):
+            return False
+        if not self._counters.are(counters):
+            if capturing(self.device):
+                return False
+            self._counters = StepCounters(optimizer, self.params, self.device)
+        if self.operands.extra:
+            self._drop_stale_compensation(columns[: len(self.operands.extra)])
+        keep(self.device, self._counters.steps, self._owners, self.places, self.members.rows, self.members.group_of)
+        return True
+
+    def _take_values(self, values: list[GroupValues], optimizer: StatefulOptimizer) -> bool:
+        """Take each group's hyperparameters; False if they choose another algorithm or format."""
+        if values != self._values:
+            for each, param in zip(values, self._firsts, strict=True):
+                algorithm, fmt, _ = optimizer.choice_of(param, each.group)
+                if algorithm.name != self.algorithm.name or fmt is not self.operands.format:
+                    return False
+            self._values = values
+            self.members = replace(self.members, groups=[each.numbers for each in values])
+        return True
+
+    def observe(self, rules: Rules, scaler: Scaler) -> Contribution:
+        """What this rank brings to an agreement: as it was observed early, if that is still true, and in every replay of a CUDA graph."""
+        early, self._early = self._early, None
+        if early is not None and scaler.scale is None and not capturing(self.device) and early[0] == self._stamp(rules):
+            return early[1]
+        return self._sums(rules, scaler)
+
+    def observe_early(self, rules: Rules) -> None:
+        """Observe gradients before the step, which uses the result unless gradients, state or hyperparameters have changed by then."""
+        observed = self._stamp(rules), self._sums(rules, Scaler())
+        self.release()
+        self._early = observed
+
+    def update(
+        self,
+        statistic: Statistic | None,
+        agreement: Agreement | None,
+        proceed: Tensor | None,  # bool (); None: the step happens
+        scaler: Scaler,
+        *,
+        accumulate: bool,  # leave the parameters alone, and write the state
+    ) -> Update:
+        """Write parameters and state, and count the step, where it happens."""
+        scale = 1.0
+        if agreement is not None and statistic is not None:
+            assert self._fixed_point is not None, "it was observed"
+            scale = LrScale(of_mean=statistic.lr_scale, sums=agreement.sums(self.places, self._fixed_point))
+        members = self.members
+        if accumulate:
+            members = replace(members, groups=[{**group, **LEAVE_PARAMS} for group in members.groups])
+        table = coefficient_table(self.algorithm.coefficients, members, self.steps, scale, backend=self.backend, operands=self.operands)
+        grad_scale = scaler.inverse(self.device)
+        happens = None if proceed is None else proceed.to(self.device)  # parameters may be on several devices
+        self.backend.update(self.algorithm, self.operands, table, happens, grad_scale, self._noise_keys() if self._random else None)
+        self._counters.steps += 1.0 if happens is None else happens
+        for compensations in self._compensations:
+            self._log.record(self.params, compensations)
+        return Update(
+            algorithm=self.algorithm,
+            pieces=self.pieces,
+            format=self.operands.format,
+            state_formats=self.operands.state_formats,
+            coefficients=table,
+            proceed=happens,
+            grad_scale=grad_scale,
+        )
+
+    def release(self) -> None:
+        """Let go of gradients, state and what was observed early, until the next step, which asks for them anew."""
+        self._early = None
+        self._compensations = ()
+        for source in (self._grad, *self._state):
+            source.column.release()
+
+    def _sums(self, rules: Rules, scaler: Scaler) -> Contribution:
+        """Sum the statistic of each operand, or only see whether its gradient is finite."""
+        statistic = rules.statistic
+        self._fixed_point = fixed_point = self._fixed_point_of(statistic)
+        if statistic is None:
+            table = torch.empty(len(self.pieces), 0, dtype=torch.float32, device=self.device)
+        else:
+            table = coefficient_table(statistic.coefficients, self.members, self.steps, backend=self.backend, operands=self.operands)
+        grad_scale = scaler.inverse(self.device)
+        observed = self.backend.observe(statistic, self.operands, table, fixed_point.limits, fixed_point.scales, grad_scale)
+        return Contribution(places=self.places, bits=fixed_point.bits, keys=self._keys(rules.options), observed=observed)
+
+    def _stamp(self, rules: Rules) -> tuple[Any, ...]:
+        """Equal to another one if gradients, state, hyperparameters and options are the same, as far as torch counts changes of values."""
+        sources = (self._grad, *self._state)
+        found = tuple((tensor.data_ptr(), tensor._version) for source in sources for tensor in source.column.wholes)
+        return found, tuple(self._keys(rules.options).tolist())
+
+    def _fixed_point_of(self, statistic: Statistic | None) -> FixedPoint:
+        """How the statistic of each operand is summed; None stands for a statistic that is 0."""
+        bounds = [0.0] * len(self._values) if statistic is None else list(map(statistic.bound, self.members.groups))
+
+        def make() -> FixedPoint:
+            bound = torch.empty(len(self.pieces), dtype=torch.float64, device="cpu")
+            for value, rows in zip(bounds, self._rows_on_host, strict=True):
+                bound[slice(None) if rows is None else rows] = value
+            numels = [segment.tensor_numel for segment in self.operands.segments]
+            return FixedPoint.of(bound.tolist(), numels, self.device)
+
+        return self._sent_fixed_point.of(bounds, self.device, make)
+
+    def _keys(self, options: tuple[Any, ...]) -> Tensor:
+        """A number for each operand, the same on two ranks if they use the same hyperparameters at the same step: int64 (operands,).
+
+        Args:
+            options: of the optimizer, which must be the same too.
+        """
+        result = torch.empty(len(self.pieces), dtype=torch.int64, device="cpu")
+        steps = self.steps
+        for values, rows in zip(self._values, self._rows_on_host, strict=True):
+            taken = (steps if rows is None else steps[rows]).tolist() if known_on_host(steps) else [-1.0]
+            keys = {step: values.key(options, step) for step in set(taken)}
+            own = torch.tensor(list(map(keys.get, taken)) if len(keys) > 1 else list(keys.values()), device="cpu")
+            result[slice(None) if rows is None else rows] = own
+        return result
+
+    def _noise_keys(self) -> Tensor:
+        """What stochastic rounding draws with in this step: int64 (operands, parameters or moments that are rounded so)."""
+        seeds = [self.members.groups[group]["rounding_seed"] for group in self._group_of]
+
+        def make() -> Tensor:
+            names = [segment.name for segment in self.operands.segments]
+            of_each = [noise.sources(seeds, [_source_name(name, what) for name in names]) for what in self._random]
+            return send(torch.stack(of_each, dim=1), self.device)
+
+        return noise.keys(self._sources.of(seeds, self.device, make), next_steps(self.steps).view(-1, 1))
+
+    def _drop_stale_compensation(self, compensations: Sequence[Sequence[Tensor]]) -> None:
+        """Take the further arrays of the format, of which those are zeroed whose parameter was written since the last step."""
+        self._compensations = compensations
+        for each in compensations:
+            self._log.drop_stale(self.params, each)
+
+
+def _source_name(tensor: str, what: str) -> str:
+    """What tells the random numbers of a parameter, which has them under the tensor's name, from those of its moments."""
+    return tensor if what == PARAMETER else f"{tensor}\n{what}"

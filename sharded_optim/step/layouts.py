@@ -1,0 +1,94 @@
+"""Make the layouts of an optimizer's parameters: of one rank, or of all ranks together. Used by `ParamSets`."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch.distributed as dist
+from torch import Tensor
+
+from sharded_optim.sharding import Layout, LocalParam
+from sharded_optim.sharding.exchange import exchange_layouts
+from sharded_optim.step.agreement import Rules, confirm_replacement
+from sharded_optim.step.param_index import ParamIndex
+from sharded_optim.step.stateful import StatefulOptimizer
+
+__all__ = ["LayoutMaker"]
+
+SHOWN = 3  # names in a message
+
+
+class LayoutMaker:
+    """Makes layouts, and remembers of which parameters the ranks have compared the values.
+
+    Values of replicas are compared once: later, they may have drifted in their last bits, where kernels are not deterministic.
+
+    Args:
+        index: finds the groups of parameters.
+    """
+
+    def __init__(self, index: ParamIndex) -> None:
+        self._index = index
+        self._compared: dict[int, Tensor] = {}  # parameters whose values were compared, by their ids
+        self._compared_over: weakref.ref[dist.ProcessGroup] | None = None  # by these ranks
+
+    def make(
+        self,
+        optimizer: StatefulOptimizer,
+        params: Sequence[Tensor],
+        rules: Rules,
+        process_group: dist.ProcessGroup | None,
+        before: Layout | None,
+    ) -> Layout:
+        """Make a layout. A collective, if the ranks agree.
+
+        Args:
+            before: the layout that other ranks may be stepping, unless theirs has changed too.
+
+        Raises:
+            ValueError: the parameters do not fit together, or have changed on some ranks alone; on all ranks.
+        """
+        if process_group is not None and before is not None and before.is_global_over(process_group):
+            device = params[0].device if params else before.device
+            confirm_replacement(before, self._change(optimizer, params, before), rules, device)
+        if rules.agrees:
+            return self.of_all_ranks(optimizer, params, process_group)
+        return Layout.of_rank(self._described(optimizer, params))
+
+    def of_all_ranks(self, optimizer: StatefulOptimizer, params: Sequence[Tensor], process_group: dist.ProcessGroup | None) -> Layout:
+        """Make a layout of all ranks. A collective."""
+        over = None if process_group is None else weakref.ref(process_group)
+        if over != self._compared_over:
+            self._compared.clear()
+            self._compared_over = over
+        layout = exchange_layouts(
+            partial(self._described, optimizer, params),
+            process_group,
+            compares_values=lambda param: id(param) not in self._compared,
+        )
+        self._compared |= {id(param): param for param in params}
+        return layout
+
+    def keep(self, is_used: Callable[[Tensor], bool]) -> None:
+        """Let go of parameters that are no longer used."""
+        self._compared = {key: param for key, param in self._compared.items() if is_used(param)}
+
+    def _described(self, optimizer: StatefulOptimizer, params: Sequence[Tensor]) -> list[LocalParam]:
+        if not params:
+            raise ValueError(
+                "the optimizer's param groups are empty, as DeepSpeed's ZeRO stage 3 leaves them between steps; step through the wrapper"
+            )
+        found = zip(params, self._index.places_of(optimizer.param_groups, params), strict=True)
+        return [optimizer.describe_param(param, place.name, place.group) for param, place in found]
+
+    def _change(self, optimizer: StatefulOptimizer, params: Sequence[Tensor], layout: Layout) -> str:
+        """How parameters differ from those of a layout, for an error message."""
+        before, now = set(map(id, layout.params)), set(map(id, params))
+        if added := [param for param in params if id(param) not in before]:
+            names = [place.name for place in self._index.places_of(optimizer.param_groups, added)]
+            return f"{len(added)} new ones, {', '.join(map(repr, names[:SHOWN]))}{', ...' if len(names) > SHOWN else ''}"
+        if gone := [entry.name for entry in layout.local_params if id(entry.param) not in now]:
+            return f"without {len(gone)}, {', '.join(map(repr, gone[:SHOWN]))}{', ...' if len(gone) > SHOWN else ''}"
+        return "the same in another order, or of other shapes, dtypes, devices or placements"

@@ -1,0 +1,182 @@
+"""Where a kernel call's tensors come from: gradients and state are looked up anew in every step, and compared with the last step's.
+
+Wrappers and users replace gradients, state and memory at any time. What a step costs for each tensor besides its arithmetic is what it
+takes to see that everything is where it was: columns of all tensors are compared, not rows of each.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Callable, Sequence
+from operator import attrgetter, is_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharded_optim.backends.operands import Column, addresses_of
+from sharded_optim.sharding import GRADIENT, PARAMETER, LocalParam, Piece, check_memory
+from sharded_optim.step.state import STEP, local_of
+from sharded_optim.step.stateful import StatefulOptimizer
+
+__all__ = ["Cut", "Source", "StepCounters"]
+
+_dtype: Callable[[Tensor], torch.dtype] = attrgetter("dtype")
+_bytes: Callable[[Tensor], int] = attrgetter("nbytes")
+_shape: Callable[[Tensor], torch.Size] = attrgetter("shape")
+_device: Callable[[Tensor], torch.device] = attrgetter("device")
+
+
+class Cut:
+    """How the local tensors of parameters are cut into operands."""
+
+    def __init__(self, owners: Sequence[int], pieces: Sequence[Piece]) -> None:
+        self._owners = torch.tensor(owners, dtype=torch.int64, device="cpu")
+        self._offsets = torch.tensor([piece.offset or 0 for piece in pieces], dtype=torch.int64, device="cpu")
+        self._pieces = list(zip(owners, pieces, strict=True))
+
+    def tensors(self, wholes: Sequence[Tensor]) -> list[Tensor]:
+        return [piece.of(wholes[owner]) for owner, piece in self._pieces]
+
+    def addresses(self, wholes: array[int], itemsize: int) -> array[int]:
+        return array("q", (torch.tensor(wholes, device="cpu")[self._owners] + self._offsets * itemsize).tolist())
+
+
+class CutColumn(Column):
+    """A column whose tensors are views, made only for those who ask: kernels take addresses."""
+
+    def __init__(self, wholes: Sequence[Tensor], cut: Cut) -> None:
+        self._cut = cut
+        self._at: array[int] | None = None
+        super().__init__(wholes)
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        if self._tensors is None:
+            self._tensors = self._cut.tensors(self.wholes)
+        return self._tensors
+
+    def renew(self, wholes: Sequence[Tensor], addresses: array[int]) -> None:
+        self.wholes = wholes
+        if addresses is not self._at:
+            self._at, self.addresses = addresses, self._cut.addresses(addresses, wholes[0].element_size())
+        self._tensors = None
+
+    def release(self) -> None:
+        super().release()
+        self._tensors = None
+
+
+class Source:
+    """Where a column of operands comes from: a tensor of each parameter, as the wrapper gives it.
+
+    The tensors of the step before are not kept to compare with, as their memory may be wanted. What lies at the same address in the same
+    way is taken for the same; anything else is looked at by the wrapper's rules.
+    """
+
+    def __init__(self, entries: Sequence[LocalParam], role: str, tensors: Sequence[Any], cut: Cut | None) -> None:
+        self._entries = entries
+        self._role = role
+        self._wrapped = not set(map(type, tensors)) <= {Tensor, torch.nn.Parameter}
+        local = [self._local(row, tensor) for row, tensor in enumerate(tensors)]
+        self.column = Column(local) if cut is None else CutColumn(local, cut)
+        self._addresses = addresses_of(local)
+        self._described = list(map(_description, local))
+        self._contiguous = all(map(Tensor.is_contiguous, local))
+        self._bytes = list(map(_bytes, local))
+        self._dtypes = set(map(_dtype, local))
+
+    def renew(self, tensors: Sequence[Any]) -> bool:
+        """Take the tensors of this step; False if they are not like those of the step before.
+
+        Raises:
+            ValueError: one of them is not laid out like its parameter.
+        """
+        local = list(map(local_of, tensors)) if self._wrapped else tensors
+        addresses = self._where_alike(local)
+        if addresses is None or (addresses != self._addresses and not self._differ_in_address_alone(local, addresses)):
+            local = list(local)
+            for row, tensor in enumerate(tensors):
+                if addresses is None or addresses[row] != self._addresses[row]:
+                    local[row] = self._local(row, tensor)
+                    if _description(local[row]) != self._described[row]:
+                        return False
+            addresses = addresses_of(local)
+        self._addresses = addresses
+        self.column.renew(local, self._addresses)
+        return True
+
+    def _differ_in_address_alone(self, local: Sequence[Tensor], addresses: array[int]) -> bool:
+        """Whether these are the tensors of before but for where they lie, as gradients that were allocated anew. Others are looked at."""
+        return (
+            not self._wrapped
+            and set(map(type, local)) <= {Tensor, torch.nn.Parameter}
+            and 0 not in addresses
+            and [(shape, dtype, device) for shape, _, dtype, device in self._described]
+            == list(zip(map(_shape, local), map(_dtype, local), map(_device, local), strict=True))
+            and not any(map(Tensor.is_neg, local))
+        )
+
+    def _local(self, row: int, tensor: Any) -> Tensor:
+        entry = self._entries[row]
+        return check_memory(entry.local(tensor, self._role), f"{self._role} of {entry.name!r}", entry.param.device)
+
+    def _where_alike(self, local: Sequence[Tensor]) -> array[int] | None:
+        """The addresses of tensors that have the sizes, dtypes and strides of those before, as far as is quickly seen."""
+        if not self._contiguous or (self._role == GRADIENT and (self._wrapped or set(map(type, local)) != {Tensor})):
+            return None  # the wrapper says how a gradient is sharded
+        try:
+            if not all(map(Tensor.is_contiguous, local)):
+                return None
+        except RuntimeError:  # a sparse one has no strides
+            return None
+        if self._role == GRADIENT and any(map(Tensor.is_neg, local)):
+            return None
+        if self._role == PARAMETER and not self._wrapped:
+            return addresses_of(local)  # the layout has compared them
+        if set(map(_dtype, local)) != self._dtypes or list(map(_bytes, local)) != self._bytes:
+            return None
+        return addresses_of(local)
+
+
+def _description(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+class StepCounters:
+    """The step counters of parameters: views, in the optimizer's state, of one tensor, which is read and written at once.
+
+    Attributes:
+        steps: fp32 (parameters,).
+    """
+
+    def __init__(self, optimizer: StatefulOptimizer, params: Sequence[Tensor], device: torch.device) -> None:
+        state = [optimizer.state[param] for param in params]
+        counters = [
+            values[STEP] if isinstance(values[STEP], Tensor) else torch.tensor(values[STEP], dtype=torch.float32, device="cpu")
+            for values in state
+        ]
+        users: Counter[int] = Counter()
+        if optimizer.layout is not None and optimizer.layout.in_turns:
+            # DeepSpeed loads a Universal checkpoint of ZeRO-3 by giving one counter to all parameters, each of which would then count.
+            users.update(id(values.get(STEP)) for values in optimizer.state.values())
+        for counter, param in zip(counters, params, strict=True):
+            if counter.is_meta and not param.is_meta:
+                raise ValueError(f"the step counter of a parameter on {param.device} is on {counter.device}, where it has no value")
+        self.steps = torch.stack([counter.to(device, torch.float32).reshape(()) for counter in counters])
+        for values, counter, view in zip(state, counters, self.steps.unbind(), strict=True):
+            alike = counter.device == view.device and counter.dtype == view.dtype and counter.ndim == 0
+            if counter is values[STEP] and alike and users[id(counter)] <= 1:
+                counter.data = view  # who holds the counter sees it move on
+            else:
+                users[id(counter)] -= 1
+                values[STEP] = view.detach()
+        self._views = [values[STEP] for values in state]
+
+    def are(self, counters: Sequence[Any]) -> bool:
+        """Whether these are the views, and still lie in the one tensor: users and wrappers replace both."""
+        if not all(map(is_, counters, self._views)):
+            return False
+        first, size = self.steps.data_ptr(), self.steps.element_size()
+        return addresses_of(self._views).tolist() == list(range(first, first + size * len(self._views), size))
