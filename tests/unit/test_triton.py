@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from operand_cases import GROUP, STATISTIC, Case, assert_same, assert_same_observation, assert_same_update, columns_of
 from variants import examples
 
-from sharded_optim.backends import Operands, addresses_of
+from sharded_optim.backends import Operands
+from sharded_optim.backends.operands import addresses_of
 from sharded_optim.optimizers.adam import ADAM, AMSGRAD
 from sharded_optim.optimizers.sgd import MOMENTUM, SGD
 from sharded_optim.optimizers.stable_adamw import STABLE_ADAMW
