@@ -52,8 +52,8 @@ gpu-check:  ## prove on a GPU what only a GPU can prove, in 8 minutes: make gpu-
 wheel: setup  ## build wheel and sdist, and run the README's example with the wheel alone, in a new environment
 	$(BIN)/python -m tests.wheel
 
-docker-check: setup  ## run every command of docker/ on this machine: make docker-check ARGS="--argument NAME=VALUE"
-	$(BIN)/python docker/bare.py $(ARGS)
+docker-check:  ## install and run what docker/ does, in a scratch folder, without an engine
+	PYTHON=$(PYTHON) docker/check.sh
 
 bench: setup  ## time steps of all optimizers side by side: make bench ARGS="--quick"
 	$(BIN)/python -m benchmarks.step $(ARGS)

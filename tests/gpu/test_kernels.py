@@ -21,7 +21,8 @@ from torch import Tensor
 from variants import examples
 
 from gpu.device import DEVICE, REHEARSAL, synchronisation_is_an_error, synchronize
-from sharded_optim.backends import Backend, Column, Operands, addresses_of, choose, eager
+from sharded_optim.backends import Backend, Column, Operands, choose, eager
+from sharded_optim.backends.operands import addresses_of
 from sharded_optim.formulas import Algorithm, operations, scalars
 from sharded_optim.optimizers.adam import ADAM, AMSGRAD
 from sharded_optim.optimizers.sgd import MOMENTUM, SGD
