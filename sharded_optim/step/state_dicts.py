@@ -1,8 +1,9 @@
-"""Loading a state dict: what torch's base class does not check, drops or rounds. Used by the engine."""
+"""Load a state dict: checks, and what torch's base class would drop or round. Used by `StatefulOptimizer`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Set
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from sharded_optim.step.param_groups import named_params
 from sharded_optim.step.state import STEP, Choice, zeros
 from sharded_optim.storage.formats import extra_arrays
 
-__all__ = ["ChoiceOf", "check_family", "check_sizes", "check_state", "restore_groups", "restore_state"]
+__all__ = ["ChoiceOf", "check_family", "check_sizes", "check_state", "loaded_state", "merged_groups"]
 
 WAY_OUT = "load it into the class that saved it, or one of its family, which has the same hyperparameters and state"
 
@@ -102,25 +103,28 @@ def _listed(arrays: Mapping[str, torch.dtype]) -> str:
     return ", ".join(f"{key!r} of {dtype}" for key, dtype in arrays.items())
 
 
-def restore_groups(groups: list[dict[str, Any]], before: list[dict[str, Any]]) -> None:
-    """Give back the keys that the saved groups lacked; torch drops them."""
-    for group, old in zip(groups, before, strict=True):
-        for key, value in old.items():
-            group.setdefault(key, value)
+def merged_groups(groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The saved param groups with these parameters, and with the keys of these that the saved ones lack, which torch would drop."""
+    merged = []
+    for own, saved in zip(groups, saved_groups, strict=True):
+        group = own | deepcopy({key: value for key, value in saved.items() if key != "params"})
         if "betas" in group:
             group["betas"] = tuple(group["betas"])
+        merged.append(group)
+    return merged
 
 
-def restore_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any], choice_of: ChoiceOf) -> None:
-    """Set each state as it was saved, in its format: torch's load casts all of it to the parameter's dtype (pytorch#43706).
+def loaded_state(groups: list[dict[str, Any]], state_dict: dict[str, Any], choice_of: ChoiceOf) -> dict[Any, dict[str, Any]]:
+    """Copies of the saved states, by their parameters, each array in its own format: torch would cast all to the parameter's dtype
+    (pytorch#43706).
 
-    What the saved state lacks begins as zeros; arrays beside a parameter that its format has not are dropped.
+    What a saved state lacks begins as zeros; arrays beside a parameter that its format has not are dropped. State of no parameter stays.
     """
-    for param, _, group, saved in _saved_states(optimizer.param_groups, state_dict):
-        state = optimizer.state[param]
+    keys = {key for saved in state_dict["param_groups"] for key in saved["params"]}
+    state: dict[Any, dict[str, Any]] = {key: value for key, value in state_dict["state"].items() if key not in keys}
+    for param, _, group, saved in _saved_states(groups, state_dict):
         choice = choice_of(param, group)
-        for key in extra_arrays() - choice.entries.keys():
-            state.pop(key, None)
+        own = choice.entries.keys() | extra_arrays() | {STEP}
         arrays = {array.name: saved[array.name] for array in choice.format.extra if array.name in saved}
         for moment, fmt, entries in choice.moments:
             if all(key in saved and saved[key].dtype == dtype for key, dtype in entries.items()):
@@ -128,9 +132,16 @@ def restore_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any], 
             elif moment in saved:
                 value = saved[moment].detach().to(torch.float32)
                 arrays |= dict(zip(entries, fmt.store(value, 0.5), strict=True))  # what is random is rounded to nearest
-        for key, dtype in choice.entries.items():
-            state[key] = zeros(param, dtype)
-            if key in arrays:
-                state[key].copy_(arrays[key].detach())
         step = saved[STEP] if isinstance(saved[STEP], Tensor) else torch.tensor(saved[STEP], dtype=torch.float32, device="cpu")
-        state[STEP] = step.to(param.device, torch.float32, copy=True).reshape(())
+        state[param] = {key: _copied(value, param) for key, value in saved.items() if key not in own}
+        state[param][STEP] = step.to(param.device, torch.float32, copy=True).reshape(())
+        for key, dtype in choice.entries.items():
+            state[param][key] = zeros(param, dtype)
+            if key in arrays:
+                state[param][key].copy_(arrays[key].detach())
+    return state
+
+
+def _copied(value: Any, param: Tensor) -> Any:
+    """Of something in a saved state that no step uses."""
+    return value.detach().to(param.device, copy=True) if isinstance(value, Tensor) else deepcopy(value)

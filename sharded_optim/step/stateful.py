@@ -114,36 +114,23 @@ class StatefulOptimizer(GroupedOptimizer):
         Raises:
             ValueError: the saved state does not fit; nothing was changed.
         """
-        before = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
-        given = {index: each for each in self._given for index, group in enumerate(self.param_groups) if group is each.group}
-        incoming: dict[str, Any] = {}
-
-        def prepare(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-            state_dicts.check_sizes(self.param_groups, saved)
-            saved = foreign_state.translate(saved, self.param_groups, replaces_composer=self.replaces_composer)
-            merged = []
-            for index, (own, group) in enumerate(zip(self.param_groups, saved["param_groups"], strict=True)):
-                where = f"the state dict's param_groups[{index}]"
-                merged.append(own | group | {"params": own["params"]})
-                self._check_group(merged[-1], where, scheduled=True)
-            moments = {name for optimizer in optimizer_classes() for algorithm in optimizer.algorithms.values() for name in algorithm.state}
-            state_dicts.check_state(merged, saved, self.choice_of, moments)
-            state_dicts.check_family(saved, self.foreign_hyperparameters())
-            incoming.update(saved)
-            return saved
-
-        def restore(_: torch.optim.Optimizer) -> None:
-            state_dicts.restore_groups(self.param_groups, before)
-            self._given = [each._replace(group=self.param_groups[index]) for index, each in given.items()]
-            state_dicts.restore_state(self, incoming, self.choice_of)
-
-        # After the users' pre-hooks, which may convert the state dict, and before their post-hooks, which may look at the result.
-        hooks = [self.register_load_state_dict_pre_hook(prepare), self.register_load_state_dict_post_hook(restore, prepend=True)]
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        saved = dict(state_dict)
+        for convert in self._optimizer_load_state_dict_pre_hooks.values():
+            saved = convert(self, saved) or saved
+        state_dicts.check_sizes(self.param_groups, saved)
+        saved = foreign_state.translate(saved, self.param_groups, replaces_composer=self.replaces_composer)
+        groups = state_dicts.merged_groups(self.param_groups, saved["param_groups"])
+        for index, group in enumerate(groups):
+            self._check_group(group, f"the state dict's param_groups[{index}]", scheduled=True)
+        moments = {name for optimizer in optimizer_classes() for algorithm in optimizer.algorithms.values() for name in algorithm.state}
+        state_dicts.check_state(groups, saved, self.choice_of, moments)
+        state_dicts.check_family(saved, self.foreign_hyperparameters())
+        state = state_dicts.loaded_state(groups, saved, self.choice_of)
+        given = [(index, each) for each in self._given for index, group in enumerate(self.param_groups) if group is each.group]
+        self.__setstate__({"state": state, "param_groups": groups})
+        self._given = [each._replace(group=groups[index]) for index, each in given]
+        for look in self._optimizer_load_state_dict_post_hooks.values():
+            look(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
