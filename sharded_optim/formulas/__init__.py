@@ -1,4 +1,4 @@
-"""What the math of an optimizer consists of: plain functions over scalars or tensors.
+"""The math of an optimizer: plain functions over scalars or tensors.
 
 `Algorithm` is what a backend runs. The optimizers themselves, a file each, are in `optimizers/`.
 
@@ -24,7 +24,7 @@ Coefficients = tuple[Number, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Statistic:
-    """What an algorithm must know of a whole tensor before it can update an element: the mean of an elementwise value.
+    """The mean of an elementwise value over a whole tensor, which an algorithm needs before it can update any element.
 
     The engine sums `observe` over all ranks and hands the mean over the tensor to `lr_scale`.
     """
@@ -37,7 +37,7 @@ class Statistic:
 
 @dataclass(frozen=True, kw_only=True)
 class Algorithm:
-    """One optimizer's math, elementwise but for its statistic."""
+    """The math of one optimizer: elementwise, except for its statistic."""
 
     name: str
     state: tuple[str, ...]  # names of the per-element state, in the order the functions take and return it; the first moment first
@@ -46,8 +46,8 @@ class Algorithm:
     # (param, grad, *state, *coefficients) -> the parameter before an update that led to this parameter and state; for reports
     undo: Callable[..., Any]
     statistic: Statistic | None = None
-    late: frozenset[str] = frozenset()  # state that may begin, as zeros, when other state has long begun
-    unused: frozenset[str] = frozenset()  # state that other hyperparameters would need, which may be left over
+    optional_state: frozenset[str] = frozenset()  # state that may begin, as zeros, when other state has long begun
+    ignored_state: frozenset[str] = frozenset()  # state that other hyperparameters would need, which may be left over
 
 
 # The algorithm of a param group. Raises ValueError for hyperparameters that do not go together, or ask for what is not done.

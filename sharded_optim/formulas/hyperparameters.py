@@ -50,11 +50,11 @@ class Hyperparameter:
 
     @property
     def rule(self) -> str:
-        """What a value must be, as errors say it."""
+        """The rule for values, in words for error messages."""
         return "a finite number, a string, or a list or dict of them"
 
     def accepts(self, value: Any) -> bool:
-        """Whether a value that the host knows keeps the rule. May raise an arithmetic, type, value or runtime error where it does not."""
+        """Return whether a value that the host knows follows the rule, or raise an arithmetic, type, value or runtime error."""
         return all(map(math.isfinite, _numbers_in(comparable(value))))
 
     def check(self, value: Any, where: str = "", *, scheduled: bool = False) -> None:
@@ -120,7 +120,7 @@ class LearningRate(Float):
 
 @dataclass(frozen=True)
 class Floats(Hyperparameter):
-    """A list or tuple of numbers in [least, below), and so many of them where `count` says so."""
+    """A list or tuple of numbers in [least, below); exactly `count` of them if it is given."""
 
     least: float = 0.0
     below: float = 1.0
@@ -149,7 +149,7 @@ class Switch(Hyperparameter):
 
 @dataclass(frozen=True)
 class Unsupported(Switch):
-    """A switch that others have, and that must be off here.
+    """A switch of other libraries that must be off.
 
     Attributes:
         by: who does not support it; "" for the whole library.
@@ -208,17 +208,17 @@ COMMON: tuple[Hyperparameter, ...] = (  # of every optimizer
 
 
 def by_name(declared: Iterable[Hyperparameter]) -> dict[str, Hyperparameter]:
-    """Of two with one name the last counts: a class may narrow what it inherits."""
+    """Index hyperparameters by name. The last one of a name counts, so that a class may narrow what it inherits."""
     return {each.name: each for each in declared}
 
 
 def on_host(value: Any) -> Any:
-    """A hyperparameter, if it is a tensor of one element that the host has, as a number."""
+    """Convert a one-element tensor that the host knows to a number; return anything else as it is."""
     return host_value(value) if isinstance(value, Tensor) and value.numel() == 1 and known_on_host(value) else value
 
 
 def comparable(value: Any) -> Any:
-    """A hyperparameter as numbers, strings and lists of them, equal on two ranks if its values are.
+    """Convert a hyperparameter to numbers, strings and lists of them, which are equal on two ranks if the values are.
 
     Raises:
         TypeError: it is something else.

@@ -24,7 +24,7 @@ __all__ = [
 
 
 def sqrt(values: Tensor) -> Tensor:
-    """The root, rounded once. torch's own is MKL's on a CPU, and off by a unit in the last place for a fifth of all fp32 values.
+    """Square root, rounded once. torch's own is MKL's on a CPU, and off by a unit in the last place for a fifth of all fp32 values.
 
     The root of an fp32 value is never so near the middle of two others that the last bit of float64 could turn the rounding.
     """

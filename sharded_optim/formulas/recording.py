@@ -1,4 +1,4 @@
-"""Numbers that only a device knows, written down as operations, for a kernel that does all of them in one launch. Used by `scalars.py`."""
+"""Record scalar operations on numbers that only a device knows, so that one kernel launch computes all of them. Used by `scalars.py`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Formula", "Number", "Operations", "Recorded", "Recorder", "Step"]
 
 
 class Recorder:
-    """Writes down what is done to numbers that only a device knows.
+    """Records the operations on numbers that only a device knows.
 
     Attributes:
         lines: assignments of one operation each, to `v0`, `v1`, ..., in a syntax that Python and Triton share. Operands are others of
@@ -31,7 +31,7 @@ class Recorder:
         return next(number.recorder for number in numbers if isinstance(number, Recorded))
 
     def name(self, number: Number) -> str:
-        """What stands for it in lines."""
+        """The name of a number in the recorded lines."""
         assert not isinstance(number, Tensor), "numbers of a step are recorded, or are tensors"
         if isinstance(number, Recorded):
             return number.name
@@ -39,13 +39,13 @@ class Recorder:
         return f"c{len(self.constants) - 1}"
 
     def record(self, operation: str, *operands: Number) -> Recorded:
-        """What comes of an operation, whose operands stand for each {}."""
+        """Record an operation and return its result. Each {} stands for an operand."""
         result = Recorded(recorder=self, name=f"v{len(self.lines)}")
         self.lines.append(f"{result.name} = {operation.format(*map(self.name, operands))}")
         return result
 
     def formula(self, results: Sequence[Number]) -> Formula:
-        """What leads to these."""
+        """The recorded operations that compute these results."""
         names = tuple(map(self.name, results))
         operations = Operations(lines=tuple(self.lines), results=names, constants=len(self.constants))
         return Formula(operations=operations, constants=tuple(self.constants))
@@ -53,7 +53,7 @@ class Recorder:
 
 @dataclass(frozen=True, kw_only=True)
 class Operations:
-    """How numbers are computed.
+    """Recorded operations, as text.
 
     Attributes:
         lines: see `Recorder`.
@@ -68,7 +68,7 @@ class Operations:
 
 @dataclass(frozen=True, kw_only=True)
 class Formula:
-    """Numbers that only a device knows, by what they are computed of."""
+    """Recorded operations and the constants in them."""
 
     operations: Operations
     constants: tuple[float, ...]  # in the order of their names
@@ -77,7 +77,7 @@ class Formula:
 def _recorded(
     operation: str,
 ) -> tuple[Callable[[Recorded, Number], Recorded], Callable[[Recorded, Number], Recorded]]:
-    """An infix operator, and the same with its operands exchanged."""
+    """Make an infix operator, and the same with its operands exchanged."""
     return (
         lambda self, other: self.recorder.record(operation, self, other),
         lambda self, other: self.recorder.record(operation, other, self),
@@ -86,7 +86,7 @@ def _recorded(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Recorded:
-    """A number of each operand that nobody has computed yet."""
+    """A number whose value is not computed yet, one for each operand."""
 
     recorder: Recorder
     name: str

@@ -1,4 +1,4 @@
-"""Arithmetic of the few numbers of a step: learning rates, step counters, coefficients. In float64; each operation rounds once.
+"""Scalar arithmetic of a step, on learning rates, step counters and coefficients: in float64, each operation rounded once.
 
 A number is a Python float where the host knows it. What only a device knows is a float64 tensor, with a value for each operand, or a
 `Recorded`: then nothing is computed yet, but every operation is written down, for a kernel that does all of them in one launch. All three
@@ -37,12 +37,12 @@ STEP_BITS = 25  # steps are counted in float32, as torch does: exact up to 2**24
 
 
 def known_on_host(tensor: Tensor) -> bool:
-    """Whether reading a value waits for nothing."""
+    """Return whether the host can read the values without waiting for a device."""
     return tensor.device.type == "cpu"
 
 
 def host_value(tensor: Tensor) -> Any:
-    """The one value of a tensor that is known on the host, as a Python number."""
+    """The value of a one-element tensor on the host, as a Python number."""
     return tensor.detach().reshape(()).tolist()
 
 
@@ -66,14 +66,14 @@ def sqrt(a: Number) -> Number:
 
 
 def maximum(a: Number, least: float) -> Number:
-    """NaN stays."""
+    """Elementwise maximum; NaN stays NaN."""
     if isinstance(a, Recorded):
         return Recorder.of(a).record("maximum({}, {})", a, least)
     return a.clamp(min=least) if isinstance(a, Tensor) else a if a != a else max(a, least)
 
 
 def power(base: float, exponent: Step) -> Number:
-    """By repeated squaring: IEEE multiplication gives the same bits everywhere, a library's `pow` does not."""
+    """Integer power by repeated squaring: IEEE multiplication gives the same bits everywhere, a library's `pow` does not."""
     if isinstance(exponent, Recorded):
         return Recorder.of(exponent).record("power({}, {})", base, exponent)
     if isinstance(exponent, Tensor):
@@ -127,7 +127,7 @@ def _like(number: Number, other: Number) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Sums:
-    """What ranks observed together, of the tensors that operands are pieces of; on one device.
+    """Sums of the statistic over all ranks, for the tensors that the operands are pieces of; all on one device.
 
     The mean of each operand's tensor is a number of these inputs: `total`, `unit`, `numel` and `non_finite`.
     """
@@ -139,7 +139,7 @@ class Sums:
     numels: Tensor  # float64 (operands,), of the tensor, but at least 1
 
     def mean(self) -> Tensor:
-        """Float64 (operands,); NaN where not finite."""
+        """Mean of the statistic over each operand's tensor: float64 (operands,); NaN where it was not finite."""
         found = mean(self.totals[self.slots].to(torch.float64), self.units, self.numels, self.non_finite[self.slots])
         assert isinstance(found, Tensor)
         return found
@@ -152,7 +152,7 @@ class Sums:
 
 
 def mean(total: Number, unit: Number, numel: Number, non_finite: Number) -> Number:
-    """Of a statistic that was summed in fixed point over a tensor: float64; NaN where it was not finite.
+    """Mean of a statistic that was summed in fixed point over a tensor: float64; NaN where it was not finite.
 
     Args:
         total: sum of integers.

@@ -1,4 +1,4 @@
-"""Whether a step happens, by what all ranks have added up: a vector of integers, some for each tensor of the model.
+"""Decide whether a step happens, from one vector of integers that all ranks have summed: a few values for each tensor of the model.
 
 `judge` is the definition, in torch operations. A backend may compile its function `agrees` into a kernel that does the same in one launch.
 """
@@ -45,19 +45,19 @@ FOUND_INF = -1  # ranks on which GradScaler found an infinite gradient
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What the sums of a step mean; the same on each rank."""
+    """The decision about a step; the same on each rank."""
 
     flags: Tensor  # int64 (3,): whether ranks are consistent, whether all is finite, and whether no GradScaler found an infinite gradient
     proceed: Tensor  # bool (), whether the step happens
 
 
 def agrees(absent, present, key, squared_key):
-    """Whether all ranks that hold the tensor have a gradient, or none, and the same hyperparameters at the same step."""
+    """Return, for each tensor, whether all ranks that hold it have a gradient or none has, with equal hyperparameters and step counters."""
     return present * (absent + squared_key) == key * key  # who is not in PRESENT adds no key, and no term is negative
 
 
 def judge(sums: Tensor, *, skips: bool) -> Verdict:
-    """What a step's sums over ranks mean. Waits for nothing.
+    """Decide about a step from the sums over ranks, without waiting for the device.
 
     Args:
         sums: int64 (SECTIONS * tensors + TAIL,).

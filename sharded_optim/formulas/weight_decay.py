@@ -1,4 +1,4 @@
-"""Weight decay in all its conventions: what each does to a parameter in a step. How their values convert: `convert_weight_decay.py`.
+"""The conventions of weight decay: what each does to a parameter in a step. `convert_weight_decay.py` converts values between them.
 
 With alpha the reference (peak) learning rate and s = lr / alpha the schedule's multiplier, libraries mean different things by the same
 `weight_decay=lambda`:
@@ -43,7 +43,7 @@ FORMS = (*_AMOUNTS, L2)
 
 
 def form_of(*, decouple_wd: bool, decouple_lr: bool, decay_form: str | None = None) -> str:
-    """The form that optimi's switches mean, or `decay_form` where it is given.
+    """Return `decay_form`, or the form that optimi's switches mean if it is None.
 
     Raises:
         ValueError: `decay_form` contradicts `decouple_lr`.

@@ -118,7 +118,7 @@ ADAM = Algorithm(
     update=update,
     undo=undo,
     coefficients=coefficients,
-    unused=frozenset({"max_exp_avg_sq"}),
+    ignored_state=frozenset({"max_exp_avg_sq"}),
 )
 AMSGRAD = Algorithm(
     name="amsgrad",
@@ -126,7 +126,7 @@ AMSGRAD = Algorithm(
     update=update_amsgrad,
     undo=undo_amsgrad,
     coefficients=coefficients,
-    late=frozenset({"max_exp_avg_sq"}),
+    optional_state=frozenset({"max_exp_avg_sq"}),
 )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from sharded_optim.backends import MODULES, Operands, choose
 from sharded_optim.formulas import Algorithm
 from sharded_optim.sharding import check_memory, describe
-from sharded_optim.step.coefficients import Members, coefficient_table, host_numbers
+from sharded_optim.step.coefficients import GroupRows, coefficient_table, host_numbers
 
 __all__ = ["counter", "update"]
 
@@ -48,5 +48,7 @@ def update(
         operands = Operands.whole([param], [grad], [[each] for each in state])
         backend, _ = choose(MODULES, param.device, frozenset(tensor.dtype for tensor in (param, grad, *state)))
         taken = step.to(param.device).reshape(1)
-        table = coefficient_table(algorithm.coefficients, Members.one(host_numbers(group)), taken, 1.0, backend=backend, operands=operands)
+        table = coefficient_table(
+            algorithm.coefficients, GroupRows.one(host_numbers(group)), taken, 1.0, backend=backend, operands=operands
+        )
         backend.update(algorithm, operands, table, None, None, None)

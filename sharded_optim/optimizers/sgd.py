@@ -64,16 +64,16 @@ def coefficients_momentum(group: Mapping[str, Any], step: Step, lr_scale: Number
     return (*coefficients(group, step, lr_scale), group["momentum"], one_minus_dampening, float(group["nesterov"]))
 
 
-SGD = Algorithm(name="sgd", state=(), update=update, undo=undo, coefficients=coefficients, unused=frozenset({"momentum_buffer"}))
+SGD = Algorithm(name="sgd", state=(), update=update, undo=undo, coefficients=coefficients, ignored_state=frozenset({"momentum_buffer"}))
 MOMENTUM = Algorithm(
     name="momentum_sgd",
     state=("momentum_buffer",),
     update=update_momentum,
     undo=undo_momentum,
     coefficients=coefficients_momentum,
-    late=frozenset({"momentum_buffer"}),  # a buffer of zeros becomes the gradient ...
+    optional_state=frozenset({"momentum_buffer"}),  # a buffer of zeros becomes the gradient ...
 )
-DAMPENED = replace(MOMENTUM, late=frozenset())  # ... unless it is dampened, which the first step alone must not be
+DAMPENED = replace(MOMENTUM, optional_state=frozenset())  # ... unless it is dampened, which the first step alone must not be
 
 
 def choose(group: Mapping[str, Any]) -> Algorithm:

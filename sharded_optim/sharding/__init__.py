@@ -1,4 +1,4 @@
-"""From a wrapper's parameters to segments: one file per wrapper, registered in `wrappers.py`.
+"""Describe which elements of which tensor each rank holds, under every wrapper: one file per wrapper, registered in `wrappers.py`.
 
 Tensors that tell how they are sharded are described by the wrapper that claims them (`dtensor.py`), ordinary ones by `plain.py`. For
 wrappers whose tensors do not tell, `fsdp1.py` and `deepspeed.py` make a `FlatLayout` (`flat.py`). `layout.py` puts the local parameters of
@@ -33,7 +33,7 @@ __all__ = [
 
 
 def describe(param: Tensor, name: str, flat_layout: FlatLayout | None = None) -> LocalParam:
-    """What this rank holds of parameter `name`.
+    """Describe what this rank holds of parameter `name`.
 
     Args:
         flat_layout: of the wrapped model whose parameter it is; None for parameters that tell how they are sharded.
@@ -59,7 +59,7 @@ def fsdp1_layout(model: nn.Module) -> FlatLayout:
 
 
 def gradients_of(layout: Layout) -> list[Tensor | None]:
-    """The gradients of a layout with tensors of a subclass, reduced where the wrapper (tensor parallelism) has left them Partial.
+    """Return the gradients of the parameters, and reduce those that tensor parallelism has left Partial.
 
     That is a collective, so call it before anything that a rank may raise alone. A rank without such a gradient takes part.
     """
@@ -77,5 +77,5 @@ def gradients_of(layout: Layout) -> list[Tensor | None]:
 
 
 def is_partial(grad: Tensor) -> bool:
-    """Whether a gradient is yet to be reduced."""
+    """Return whether a gradient still has to be reduced."""
     return partial_of(grad) is not None

@@ -19,7 +19,7 @@ LEAST_SHARD = 2**16  # bytes of a bucket for each rank: its one pad, less than A
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """What a plan has to know of a tensor."""
+    """Number and size of the elements of one tensor."""
 
     numel: int
     itemsize: int  # bytes of an element
@@ -37,7 +37,7 @@ class BucketPlan:
 
 
 def default_bucket_bytes(shards: int) -> int:
-    """How large a bucket is where nobody has said: 25 MiB, and more on more than 400 ranks."""
+    """Default bucket size in bytes: 25 MiB, and more on more than 400 ranks."""
     return max(SMALLEST_DEFAULT, LEAST_SHARD * shards)
 
 

@@ -66,12 +66,12 @@ class JoinGuard:
 
 
 def ddp_modules() -> list[DistributedDataParallel]:
-    """All that there are."""
+    """All DistributedDataParallel modules of this process."""
     return _objects_of(DistributedDataParallel)
 
 
 def averaged_params(modules: Iterable[DistributedDataParallel]) -> dict[int, str]:
-    """The names of the parameters whose gradients they average, by the parameters' ids."""
+    """Names of the parameters whose gradients DistributedDataParallel averages, by the parameters' ids."""
     return {id(param): name for each in modules for name, param in each.module.named_parameters() if name not in each.parameters_to_ignore}
 
 
@@ -82,7 +82,7 @@ def _objects_of(kind: type) -> list[Any]:
 
 
 def _is_in_context(module: DistributedDataParallel) -> bool:
-    """Whether there is a context for a module. That it is there at all says that it has not been left."""
+    """Return whether a module is inside of a Join context; the attribute exists only there."""
     from torch.distributed.algorithms.join import Join  # whose module needs torch.distributed
 
     return any(join._enable and any(each is module for each in join._joinables) for join in _objects_of(Join))

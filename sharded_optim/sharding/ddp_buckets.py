@@ -90,7 +90,7 @@ class _BucketRelease:
 
 
 class _NoBucketRelease:
-    """What a copy of a DistributedDataParallel has in its place: the copy reduces gradients without a hook, which it only remembers."""
+    """Stands in for the hook in a copied DistributedDataParallel, which keeps the hook object but does not call it."""
 
     def hook(self, *_: object) -> None:
         raise RuntimeError("a copy of a DistributedDataParallel called the communication hook of gradient release; build it anew")

@@ -21,7 +21,7 @@ from sharded_optim.sharding.wrappers import Wrapper
 
 __all__ = ["EXPERTS", "OPTIMIZER_WRAPPERS", "WRAPPER", "layout_of", "parameter_names", "qualified_name"]
 
-STRANGER = (
+UNKNOWN_PARAM = (
     "is not one that DeepSpeed had given the optimizer when so.deepspeed.attach(engine) was called; DeepSpeed takes no parameters later, "
     "so give all of them to initialize, or call attach again if it has replaced them"
 )
@@ -32,7 +32,7 @@ Flat = tuple[Tensor, FlatTensor]
 
 
 def layout_of(engine: Any) -> FlatLayout:
-    """What this rank holds of a DeepSpeedEngine's model.
+    """Return the layout of a DeepSpeedEngine's model on this rank.
 
     Raises:
         ValueError: the partitions do not have the values of the parameters that they are said to hold.
@@ -41,11 +41,11 @@ def layout_of(engine: Any) -> FlatLayout:
     names = parameter_names(engine)
     read = _stage_0 if engine.optimizer is engine.basic_optimizer else OPTIMIZER_WRAPPERS[qualified_name(engine.optimizer)]
     whole, flat = read(engine.optimizer, names)
-    return FlatLayout(flat=dict(flat), whole=whole, stranger=STRANGER, in_turns=True)
+    return FlatLayout(flat=dict(flat), whole=whole, unknown_param_error=UNKNOWN_PARAM, steps_by_group=True)
 
 
 def qualified_name(value: object) -> str:
-    """Of its type."""
+    """Module and name of the type of an object."""
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
@@ -75,7 +75,9 @@ def _stage_1_bf16(wrapper: Any, names: Names) -> tuple[Names, Iterator[Flat]]:
 
 
 def _partition(names: Names, params: list[Tensor], flat: Tensor, master: Tensor, group: dist.ProcessGroup) -> Flat:
-    """Of a group whose parameters are views of `flat`, in any order and with any padding (`round_robin_gradients`, `parameter_alignment`).
+    """Return the partition of a group whose parameters are views of `flat`, in any order and with any padding, which the options
+    `round_robin_gradients` and `parameter_alignment` change.
+
 
     It is cut into equal partitions, of which `master` is this rank's.
     """

@@ -54,7 +54,7 @@ def _describe(param: DTensor, name: str) -> LocalParam:
 
 
 def _partial_placements(grad: Tensor) -> tuple[Placement, ...] | None:
-    """The placements of a gradient that is Partial; None for any other.
+    """Return the placements of a Partial gradient; None for any other gradient.
 
     Tensor parallelism leaves gradients so: those of the replicated weights of a norm in a SequenceParallel region are sums over the ranks.
     """
@@ -64,7 +64,7 @@ def _partial_placements(grad: Tensor) -> tuple[Placement, ...] | None:
 
 
 def _reduced(grad: Tensor | None, param: Tensor, placements: tuple[Placement, ...]) -> Tensor | None:
-    """Place a Partial gradient like its parameter: a collective over the axes of the mesh on which it is Partial.
+    """Reduce a Partial gradient to the placements of its parameter: a collective over the mesh axes on which it is Partial.
 
     Args:
         grad: None takes part with zeros, as the other ranks have a gradient, and gives None.

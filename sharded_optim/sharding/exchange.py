@@ -1,4 +1,4 @@
-"""Puts together what all ranks hold, in one exchange.
+"""Build the layout of all ranks, by one exchange.
 
 All ranks refuse together what does not fit together, and choose for each distinct piece of a tensor the one rank that owns it.
 """
@@ -34,7 +34,7 @@ def exchange_layouts(
     *,
     compares_values: Callable[[Tensor], bool],
 ) -> Layout:
-    """Put together what all ranks of `process_group` hold (None: this process is all there is). A collective.
+    """Build the layout of all ranks of `process_group`; None means this process alone. A collective.
 
     Args:
         describe: describes this rank's parameters; what it raises on one rank is raised on all.
@@ -94,7 +94,7 @@ def exchange_layouts(
 
 @dataclass(frozen=True, kw_only=True)
 class _Row:
-    """What a rank tells the others about one of its pieces."""
+    """The description of one piece that a rank sends to the others."""
 
     segment: Segment
     dtype: str
@@ -104,7 +104,7 @@ class _Row:
 
     @classmethod
     def of(cls, entry: LocalParam, *, alone: bool, compare_values: bool) -> Iterator[_Row]:
-        """One for each piece."""
+        """Make a row for each piece."""
         dtype = str(entry.param.dtype)
         param = entry.local(entry.param, PARAMETER).detach()
         grad = None if alone else entry.param.grad
@@ -152,7 +152,10 @@ def _check_agreement(name: str, pieces: list[tuple[int, _Row]], largest_norm: fl
 
 
 def _how_replicas_differ(a: _Row, b: _Row, largest_norm: float) -> str | None:
-    """None for replicas. Gradients of replicas may differ in their last bits, where kernels are not deterministic."""
+    """Say how two pieces differ; None for replicas.
+
+    Gradients of replicas may differ in their last bits, where kernels are not deterministic.
+    """
     if a.fingerprint != b.fingerprint:
         return "values"
     if a.grad_norm is None or b.grad_norm is None:

@@ -1,4 +1,4 @@
-"""Flat tensors: a wrapper has flattened several parameters into one, cut that into ranges, and gives an optimizer this rank's range.
+"""Flat tensors: a wrapper flattens several parameters into one, cuts it into ranges, and gives the optimizer this rank's range.
 
 A flat tensor does not tell which elements of which tensor it holds, so whoever knows the wrapper says so with a `FlatLayout`: `fsdp1.py`
 and `deepspeed.py`. It is what the optimizers' `layout=` takes.
@@ -22,35 +22,35 @@ __all__ = ["FlatLayout", "FlatTensor", "piece_in_range"]
 
 @dataclass(frozen=True, kw_only=True)
 class FlatTensor:
-    """What a rank holds in one tensor that a wrapper gives an optimizer."""
+    """The pieces in one flat tensor on this rank."""
 
     numel: int  # with padding
     pieces: tuple[Piece, ...]
 
     @classmethod
     def holding(cls, numel: int, pieces: Iterable[Piece]) -> FlatTensor:
-        """With those of the pieces that have an element; if none has, with an empty one, so that the rank counts steps like the others."""
+        """Make a flat tensor of the pieces that are not empty, or of one if all are: the rank then counts steps like the others."""
         pieces = tuple(pieces)
         return cls(numel=numel, pieces=tuple(piece for piece in pieces if piece.segment.numel) or pieces[:1])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FlatLayout:
-    """What this rank holds of a wrapped model.
+    """The flat and the ordinary tensors that a wrapper gives the optimizer on this rank.
 
     Attributes:
         flat: each tensor that the wrapper gives the optimizer for several parameters, or for a part of one.
         whole: the names of the parameters that it leaves as they are.
-        stranger: why a tensor that is neither cannot be stepped, and the way out.
-        in_turns: whether the wrapper takes a step by several calls of the optimizer, each with some of the tensors in its param groups.
+        unknown_param_error: why a tensor that is neither cannot be stepped, and the way out.
+        steps_by_group: whether the wrapper splits a step into several calls of the optimizer, each with some of its tensors in the groups.
         units: numbers of the tensors whose gradients come together. Those of a unit are stepped by calls of their own, the units in the
             order of their numbers. What has none is of unit 0.
     """
 
     flat: Mapping[Tensor, FlatTensor]
     whole: Mapping[Tensor, str]
-    stranger: str
-    in_turns: bool = False
+    unknown_param_error: str
+    steps_by_group: bool = False
     units: Mapping[Tensor, int] = field(default_factory=dict)
 
     def describe(self, param: Tensor, name: str) -> LocalParam:
@@ -58,7 +58,7 @@ class FlatLayout:
         if param in self.whole:
             return plain.describe(param, self.whole[param])
         if param not in self.flat:
-            raise ValueError(f"parameter {name!r} of shape {tuple(param.shape)} {self.stranger}")
+            raise ValueError(f"parameter {name!r} of shape {tuple(param.shape)} {self.unknown_param_error}")
         return _describe(param, name, self.flat[param])
 
 
@@ -83,7 +83,7 @@ def _describe(param: Tensor, name: str, held: FlatTensor) -> LocalParam:
 
 
 def piece_in_range(name: str, shape: Sequence[int], offset: int, start: int, length: int) -> Piece:
-    """What elements [start, start + length) of a flat tensor, a rank's range, have of a tensor that begins at `offset`; maybe nothing."""
+    """Return the piece of a tensor that lies in a rank's range [start, start + length) of a flat tensor; it may be empty."""
     numel = Segment.whole(name, shape).numel
     first, end = max(start, offset), min(start + length, offset + numel)
     if first >= end:

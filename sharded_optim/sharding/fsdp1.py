@@ -21,7 +21,7 @@ from sharded_optim.sharding.wrappers import FlatModel, Tensors, Wrapper
 
 __all__ = ["WRAPPER", "check_whole_state_on_cpu", "layout_of"]
 
-STRANGER = (
+UNKNOWN_PARAM = (
     "is not one of the FullyShardedDataParallel model that layout= was made from; build the optimizer from model.parameters() after "
     "wrapping. Parameters that were flattened together with use_orig_params=False are one parameter of one group: for groups that cut "
     "through a unit, wrap with use_orig_params=True"
@@ -47,7 +47,7 @@ def layout_of(model: nn.Module) -> FlatLayout:
             "wrappers"
         )
     whole: dict[Tensor, str] = {param: clean_tensor_name(name) for name, param in model.named_parameters() if param not in flat}
-    return FlatLayout(flat=flat, whole=whole, stranger=STRANGER)
+    return FlatLayout(flat=flat, whole=whole, unknown_param_error=UNKNOWN_PARAM)
 
 
 def _flattened(model: nn.Module) -> dict[Tensor, Tensors]:
@@ -66,7 +66,7 @@ def _flattened(model: nn.Module) -> dict[Tensor, Tensors]:
 
 
 def _aliases(model: nn.Module) -> dict[str, str]:
-    """As `FlatModel.aliases`."""
+    """See `FlatModel.aliases`."""
     found: dict[str, str] = {}
     for prefix, handle in _handles(model):
         for info in handle.flat_param._shared_param_infos:
@@ -93,7 +93,7 @@ def check_whole_state_on_cpu(model: nn.Module, keys: Sequence[str]) -> None:
 
 
 def _handles(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """FSDP1's handle of each unit, with what precedes the names in it."""
+    """Return FSDP1's handle of each unit, with the prefix of the names in it."""
     for name, module in model.named_modules():
         if isinstance(module, FullyShardedDataParallel) and module._handle is not None:
             name = clean_tensor_name(f"{name}.")
@@ -101,7 +101,7 @@ def _handles(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _segments(prefix: str, flat_param: Any) -> Iterator[Segment]:
-    """What this rank's range has of each tensor of a unit."""
+    """Return the segment of each tensor of a unit that lies in this rank's range."""
     columns = (flat_param._fqns, flat_param._shapes, flat_param._contiguities, flat_param._param_extensions, flat_param._shard_param_infos)
     for name, shape, contiguous, extension, info in zip(*columns, strict=True):
         if not contiguous:
@@ -119,7 +119,7 @@ def _segments(prefix: str, flat_param: Any) -> Iterator[Segment]:
 
 
 def _content(model: nn.Module, names: Mapping[Tensor, str]) -> FlatModel | None:
-    """As `Wrapper.content`."""
+    """See `Wrapper.content`."""
     flattened = _flattened(model)
     if not flattened:
         return None

@@ -1,4 +1,4 @@
-"""FSDP2 (`fully_shard`): what it does to a model. Its parameters are DTensors: `dtensor.py`."""
+"""FSDP2 (`fully_shard`), as far as it changes a model. Its parameters are DTensors: see `dtensor.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What copies of a model have in the place of hooks that hold an optimizer's objects. Used by those who register hooks on models."""
+"""A stand-in for hooks in copies of a model: the hooks themselves hold objects of an optimizer."""
 
 from __future__ import annotations
 

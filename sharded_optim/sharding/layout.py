@@ -1,4 +1,4 @@
-"""What every rank holds, and who owns it.
+"""Layouts: which pieces of which tensors a rank holds, and which of them it owns.
 
 A `Layout` is built once per set of parameters and process group: of this rank alone, or by `exchange.py` of what all ranks hold.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 from sharded_optim.sharding.segment import Segment
 from sharded_optim.storage.devices import send
 
-__all__ = ["GRADIENT", "PARAMETER", "Layout", "LocalParam", "Piece", "Places", "segments_of"]
+__all__ = ["GRADIENT", "PARAMETER", "Layout", "LocalParam", "Piece", "Slots", "segments_of"]
 
 PARAMETER, GRADIENT = "parameter", "gradient"  # roles of tensors, besides state
 
@@ -51,7 +51,7 @@ class LocalParam:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Layout:
-    """All local parameters of an optimizer, or those it steps together, and the model-wide list of tensors.
+    """The local parameters that are stepped together, and the list of all tensors of the model.
 
     It holds for these parameters as they were described, and for this process group.
     """
@@ -76,29 +76,29 @@ class Layout:
 
     @cached_property
     def params(self) -> list[Tensor]:
-        """Of each local parameter."""
+        """The parameter of each local parameter."""
         return [entry.param for entry in self.local_params]
 
     @cached_property
     def first_piece(self) -> list[int]:
-        """Where the pieces of each local parameter begin among all."""
+        """Index of the first piece of each local parameter, among all pieces."""
         return [0, *accumulate(len(entry.pieces) for entry in self.local_params)][:-1]
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
-        """Of the ranks that made it together; None: this process is alone, or the group is gone."""
+        """Process group of the ranks that built this layout together; None if this process is alone, or the group is gone."""
         return None if self.process_group_ref is None else self.process_group_ref()
 
     @property
     def described_by_name(self) -> str:
-        """For error messages."""
+        """The tensors of the model, in words for error messages."""
         if not self.names:
             return "nothing"
         others = len(self.names) - 1
         return f"{self.names[0]!r}{f' and {others} other tensor' if others else ''}{'s' if others > 1 else ''}"
 
     def tensor_numels(self, device: torch.device) -> Tensor:
-        """`numels`, but 1 where there is nothing: float64 (tensors,), kept on the device."""
+        """Number of elements of each tensor, but at least 1: float64 (tensors,) on the device, cached."""
         if device not in self._numels_on:
             self._numels_on[device] = send(torch.tensor(self.numels, dtype=torch.float64, device="cpu").clamp(min=1), device)
         return self._numels_on[device]
@@ -109,24 +109,24 @@ class Layout:
 
     @cached_property
     def sent(self) -> list[tuple[Tensor, Tensor]]:
-        """The last vector of a step and its copy on the device, before ranks added anything."""
+        """Cache of the last vector of a step and of its copy on the device, before the all-reduce."""
         return []
 
     @cached_property
     def slot_indices(self) -> Tensor:
-        """`slots`: int64 (pieces,)."""
+        """`slots` as a tensor: int64 (pieces,)."""
         return torch.tensor(self.slots, dtype=torch.int64, device="cpu")
 
     @cached_property
     def held(self) -> Tensor:
-        """Whether each has an element: bool (pieces,)."""
+        """Whether each piece has an element: bool (pieces,)."""
         return torch.tensor([segment.numel > 0 for segment in segments_of(self.local_params)], dtype=torch.bool, device="cpu")
 
-    def places(self, indices: Sequence[int], device: torch.device) -> Places:
-        """Where some of the pieces stand in the list of tensors."""
+    def places(self, indices: Sequence[int], device: torch.device) -> Slots:
+        """Return the positions of some of the pieces."""
         at = torch.tensor(indices, dtype=torch.int64, device="cpu")
         slots, held = self.slot_indices[at], self.held[at]
-        return Places(
+        return Slots(
             indices=at,
             slots=send(slots, device),
             counted=send(
@@ -138,7 +138,7 @@ class Layout:
 
     @classmethod
     def of_rank(cls, local_params: Sequence[LocalParam]) -> Layout:
-        """What this rank holds, for algorithms that need nothing from other ranks. No communication."""
+        """Build a layout of this rank alone, for algorithms that need nothing from other ranks. No communication."""
         segments = segments_of(local_params)
         return cls(
             local_params=tuple(local_params),
@@ -149,17 +149,17 @@ class Layout:
         )
 
     def is_global_over(self, process_group: dist.ProcessGroup | None) -> bool:
-        """Whether it was made by all ranks of this process group together; None: by this process alone."""
+        """Return whether the ranks of this process group built this layout together; None stands for this process alone."""
         if self.process_group_ref is None or process_group is None:
             return self.is_global and self.process_group_ref is process_group
         return self.process_group_ref() is process_group
 
     def is_of(self, params: Sequence[Tensor]) -> bool:
-        """Whether these are the parameters that this layout was built from, whatever is behind them now."""
+        """Return whether this layout was built from these parameter objects."""
         return len(params) == len(self.local_params) and all(map(is_, params, self.params))
 
     def describes(self, params: Sequence[Tensor]) -> bool:
-        """Whether these are the parameters that this layout was built from, as they were then.
+        """Return whether this layout was built from these parameters, and they still have the same properties.
 
         Wrappers replace parameters, and `model.to()` may replace what is behind a parameter that stays the same object.
         """
@@ -173,7 +173,7 @@ _dtype: Callable[[Tensor], torch.dtype] = attrgetter("dtype")
 
 
 def _properties(params: Sequence[Tensor]) -> tuple[list[Any], ...]:
-    """The properties of parameters that a layout depends on. Compared in every step: a column of all is faster than a row of each.
+    """Return the properties of parameters that a layout depends on, column by column: that compares faster than a row for each.
 
     Their devices are not among them, but for the first one's, on which ranks agree: on another device parameters have another address, and
     kernel calls are made anew.
@@ -185,13 +185,13 @@ def _properties(params: Sequence[Tensor]) -> tuple[list[Any], ...]:
 
 
 def segments_of(local_params: Sequence[LocalParam]) -> list[Segment]:
-    """Of all their pieces."""
+    """Segments of all pieces of these local parameters."""
     return [piece.segment for entry in local_params for piece in entry.pieces]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Places:
-    """Where some pieces stand in a layout."""
+class Slots:
+    """Positions of some pieces in a layout."""
 
     indices: Tensor  # int64 (n,), among all pieces
     slots: Tensor  # int64 (n,) on the device, into `names`

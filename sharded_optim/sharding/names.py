@@ -1,4 +1,4 @@
-"""Names of parameters without what wrappers put into them. Used where a result must not depend on the wrapper."""
+"""Parameter names without the prefixes of wrappers, for results that must not depend on the wrapper."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The optimizers' own process group, and errors that all its ranks raise together: one rank raising alone is a hang for the others."""
+"""The optimizers' own process group, and errors that all ranks raise together: a rank that raises alone leaves the others waiting."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _failures: dict[str, int] = {}  # collectives that have failed, by the group's n
 def own_process_group(
     process_group: dist.ProcessGroup | None, backend: str | None = None, *, purpose: str = ""
 ) -> dist.ProcessGroup | None:
-    """A group with the same ranks that only the optimizers use, so that their collective never interleaves with a wrapper's.
+    """Return a group of the same ranks that only the optimizers use, so that their collectives never interleave with a wrapper's.
 
     Args:
         process_group: None means the world. The first call for a group is a collective over it.
@@ -73,7 +73,7 @@ def own_process_group(
 
 
 def timeout_of(process_group: dist.ProcessGroup) -> timedelta | None:
-    """The group's own, so that a missing rank is noticed when the user expects it; None, torch's default, where a backend tells none."""
+    """Return the timeout of a process group, so that a missing rank is noticed when the user expects it; None if its backend has none."""
     for device_type in ("cuda", "cpu"):
         try:
             return process_group._get_backend(torch.device(device_type)).options._timeout  # pyright: ignore
@@ -84,7 +84,7 @@ def timeout_of(process_group: dist.ProcessGroup) -> timedelta | None:
 
 @contextmanager
 def naming_missing_ranks(process_group: dist.ProcessGroup, what: str) -> Iterator[None]:
-    """Say which ranks did not take part in a collective that fails.
+    """Context that adds to the error of a failed collective which ranks did not take part in it.
 
     Args:
         process_group: of the collective.
@@ -107,7 +107,7 @@ def naming_missing_ranks(process_group: dist.ProcessGroup, what: str) -> Iterato
 
 
 def _missing_ranks(process_group: dist.ProcessGroup) -> list[int]:
-    """The ranks of a group that do not report, within `REPORTING_TIME`, that a collective of the group has failed on them too.
+    """Return the ranks that do not report, within `REPORTING_TIME`, that the collective has failed on them too.
 
     When it fails on one of those that wait, it fails on all of them soon. They report through the store by which the job's processes met:
     `_get_default_store`, a private name, is tried with torch 2.11 and 2.13.
@@ -127,7 +127,7 @@ def _missing_ranks(process_group: dist.ProcessGroup) -> list[int]:
 
 
 def gather_messages(message: str | None, process_group: dist.ProcessGroup | None) -> str:
-    """All ranks' messages in one text, for the moment before every rank raises. A collective."""
+    """Gather the messages of all ranks in one text, which every rank then raises. A collective."""
     if process_group is None:
         return message or ""
     messages: list[str | None] = [None] * dist.get_world_size(process_group)
@@ -136,7 +136,7 @@ def gather_messages(message: str | None, process_group: dist.ProcessGroup | None
 
 
 def ranks_where(condition: bool, process_group: dist.ProcessGroup | None) -> list[int]:
-    """The ranks on which a condition holds; none for a process that is alone. A collective."""
+    """Return the ranks on which a condition holds; an empty list if this process is alone. A collective."""
     if process_group is None:
         return []
     found = [False] * dist.get_world_size(process_group)
@@ -145,7 +145,7 @@ def ranks_where(condition: bool, process_group: dist.ProcessGroup | None) -> lis
 
 
 def raise_together(failure: Exception | None, description: object, process_group: dist.ProcessGroup | None) -> None:
-    """Raise, on every rank, what went wrong on any. A collective.
+    """Raise an error on every rank if any rank has failed or differs. A collective.
 
     Args:
         failure: of this rank; None if it has none.
@@ -175,7 +175,7 @@ def raise_together(failure: Exception | None, description: object, process_group
 
 
 def join_messages(messages: Sequence[str | None]) -> str:
-    r"""One line for each distinct message, with the ranks that gave it.
+    r"""Join messages of ranks: one line for each distinct message, with its ranks.
 
     >>> join_messages(["no gradient", None, "no gradient", "NaN"])
     'ranks 0, 2: no gradient\nrank 3: NaN'
@@ -192,7 +192,7 @@ def join_messages(messages: Sequence[str | None]) -> str:
 
 
 def named_ranks(ranks: Sequence[int]) -> str:
-    """Ranks in an error message.
+    """List ranks in words for error messages.
 
     >>> named_ranks([3]), named_ranks([0, 2])
     ('rank 3', 'ranks 0, 2')

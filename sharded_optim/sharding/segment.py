@@ -1,4 +1,4 @@
-"""Which elements of which tensor a local buffer holds.
+"""Segments: which elements of which tensor a local buffer holds.
 
 A `Segment` is the one description of a shard that the rest of the library uses. The wrappers (`sharding/`) produce segments; ownership,
 the check that pieces tile a tensor, and checkpoints, which cut segments and ask what two of them have in common, consume them.
@@ -105,7 +105,7 @@ class Segment:
         return self.start + self.stride * torch.arange(self.count, dtype=torch.int64, device="cpu")
 
     def cut(self, numel: int) -> Iterator[Segment]:
-        """Its elements in parts of at most `numel`, in order.
+        """Cut a segment into segments of at most `numel` elements, in order.
 
         >>> whole = Segment.whole("w", (5, 3))
         >>> [(part.start, part.numel) for part in whole.cut(6)]
@@ -134,7 +134,7 @@ class Overlap:
     target_stride: int
 
     def copy(self, source: Tensor, target: Tensor) -> None:
-        """Copy them from one buffer to the other, both 1-D and contiguous; casts."""
+        """Copy the common elements from one buffer to the other, both 1-D and contiguous; casts."""
         source, target = self._views(source, target)
         target.copy_(source)
 
@@ -146,13 +146,13 @@ class Overlap:
         return rows, target.as_strided(shape, (self.target_stride, 1), target.storage_offset() + self.target)
 
     def reversed(self) -> Overlap:
-        """With source and target in each other's place."""
+        """The overlap with source and target exchanged."""
         ends = {"source": self.target, "source_stride": self.target_stride, "target": self.source, "target_stride": self.source_stride}
         return Overlap(run=self.run, count=self.count, **ends)
 
 
 def overlaps(source: Segment, target: Segment) -> list[Overlap]:
-    """What two segments of one tensor have in common; nothing, or each common element once.
+    """Return the overlaps of two segments of one tensor, which hold each common element once.
 
     >>> row = Segment.flat("w", (5, 3), 3, 3)
     >>> column = Segment(name="w", shape=(5, 3), start=2, run=1, stride=3, count=5)
@@ -265,5 +265,5 @@ def find_tiling_error(segments: Sequence[Segment]) -> str | None:
 
 
 def _runs_before(element: int, start: Tensor, stride: Tensor, count: Tensor) -> Tensor:
-    """How many runs of each segment start before an element."""
+    """Count the runs of each segment that start before an element."""
     return ((element - start + stride - 1) // stride).clamp(min=0).minimum(count)

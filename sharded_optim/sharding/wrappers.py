@@ -1,4 +1,4 @@
-"""What the library knows of a wrapper: a `Wrapper`, made in a file of its own and registered in `WRAPPERS`.
+"""The registry of wrappers: each is a `Wrapper`, defined in a file of its own and listed in `WRAPPERS`.
 
 Used by all that describes tensors, prepares models or saves them: they ask every registered wrapper, and know none by name.
 """
@@ -37,7 +37,7 @@ StepUnit = Callable[[Sequence[Tensor]], None]
 
 @dataclass(frozen=True, kw_only=True)
 class FlatModel:
-    """What this rank holds of a model with parameters that a wrapper has flattened."""
+    """A model whose parameters a wrapper has flattened, on this rank."""
 
     layout: FlatLayout
     order: Sequence[str]  # the names of the tensors that are flattened, on whatever ranks they are, in the order of the model
@@ -46,7 +46,7 @@ class FlatModel:
 
 @dataclass(frozen=True, kw_only=True)
 class Wrapper:
-    """What a wrapper does to parameters and gradients. The defaults hold for a wrapper that leaves them as they are.
+    """How a wrapper treats parameters and gradients. The defaults are right for a wrapper that leaves them as they are.
 
     Attributes:
         name: the wrapper's, for error messages.
@@ -94,7 +94,7 @@ NO_WRAPPER = Wrapper(name="no wrapper")
 
 
 def used_wrappers() -> list[Wrapper]:
-    """The registered ones that this process can have used."""
+    """Return the registered wrappers whose packages this process has imported."""
     return [_wrapper_in(file) for file, used in WRAPPERS.items() if used in sys.modules]
 
 
@@ -104,12 +104,12 @@ def _wrapper_in(file: str) -> Wrapper:
 
 
 def wrapper_of(tensor: Tensor) -> Wrapper:
-    """The first that claims a tensor."""
+    """Return the first wrapper that claims a tensor."""
     return next((each for each in used_wrappers() if each.claims(tensor)), NO_WRAPPER)
 
 
 def partial_of(grad: Tensor | None, among: Iterable[Wrapper] | None = None) -> Any:
-    """How a gradient is yet to be reduced; None: not at all.
+    """Return how a gradient still has to be reduced; None if it has not.
 
     Args:
         among: the wrappers to ask; None: all. For many gradients of a step, which look for them once.

@@ -32,7 +32,7 @@ from sharded_optim.formulas.verdict import (
     Verdict,
     judge,
 )
-from sharded_optim.sharding.layout import Layout, Places
+from sharded_optim.sharding.layout import Layout, Slots
 from sharded_optim.sharding.ranks import gather_messages, naming_missing_ranks
 from sharded_optim.step.coefficients import host_value, known_on_host
 from sharded_optim.step.disagreement import inconsistency, non_finite, skipped_in_a_row
@@ -146,7 +146,7 @@ class Agreement:
         assert isinstance(means, Tensor)
         return means
 
-    def sums(self, places: Places, fixed_point: FixedPoint) -> Sums:
+    def sums(self, places: Slots, fixed_point: FixedPoint) -> Sums:
         """What the pieces of this rank at some places became part of."""
         totals, non_finite = self.vector[: NON_FINITE + 1].to(fixed_point.units.device)
         return Sums(totals=totals, non_finite=non_finite, slots=places.slots, units=fixed_point.units, numels=fixed_point.numels)

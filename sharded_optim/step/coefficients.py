@@ -18,11 +18,11 @@ from sharded_optim.formulas import Coefficients
 from sharded_optim.formulas.recording import Formula, Number, Recorded, Recorder
 from sharded_optim.formulas.scalars import Sums, host_value, known_on_host
 
-__all__ = ["LrScale", "Members", "coefficient_table", "host_numbers", "host_value", "known_on_host", "next_steps"]
+__all__ = ["GroupRows", "LrScale", "coefficient_table", "host_numbers", "host_value", "known_on_host", "next_steps"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Members:
+class GroupRows:
     """Param groups, and which operands are whose.
 
     Attributes:
@@ -36,7 +36,7 @@ class Members:
     group_of: Tensor | None
 
     @classmethod
-    def one(cls, group: Mapping[str, Any]) -> Members:
+    def one(cls, group: Mapping[str, Any]) -> GroupRows:
         return cls(groups=[group], rows=[None], group_of=None)
 
 
@@ -109,7 +109,7 @@ def host_numbers(group: Mapping[str, Any]) -> dict[str, Any]:
 
 def coefficient_table(
     coefficients: Callable[..., Coefficients],  # (hyperparameters, step) or (hyperparameters, step, lr_scale)
-    members: Members,
+    members: GroupRows,
     steps: Tensor,  # fp32 (operands,), taken so far by each
     lr_scale: float | LrScale | None = None,  # passed on where given
     *,

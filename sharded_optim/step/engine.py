@@ -242,7 +242,7 @@ class Engine(ReportingOptimizer):
 def _warn_of_no_gradients(optimizer: Engine, params: ParamSet, agreement: Agreement | None) -> None:
     """In the first step. Waits for the device if this rank has no gradient."""
     layout = optimizer.layout
-    of_some = optimizer.gradient_release or (layout is not None and layout.in_turns)  # other calls step other parameters
+    of_some = optimizer.gradient_release or (layout is not None and layout.steps_by_group)  # other calls step other parameters
     if params.calls or of_some or not any(param.requires_grad for param in params.layout.params):
         return
     if agreement is not None:

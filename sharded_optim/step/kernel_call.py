@@ -15,14 +15,14 @@ from sharded_optim.backends.operands import Operands
 from sharded_optim.formulas import Statistic
 from sharded_optim.sharding import GRADIENT, PARAMETER, Layout, LocalParam
 from sharded_optim.step.agreement import Agreement, Rules, Scaler
-from sharded_optim.step.coefficients import LrScale, Members, coefficient_table, known_on_host, next_steps
+from sharded_optim.step.coefficients import GroupRows, LrScale, coefficient_table, known_on_host, next_steps
 from sharded_optim.step.group_values import GroupValues
 from sharded_optim.step.metrics import Update
 from sharded_optim.step.sources import Cut, Source, StepCounters
 from sharded_optim.step.state import STEP, Choice
 from sharded_optim.step.stateful import StatefulOptimizer
 from sharded_optim.step.statistics import Contribution, FixedPoint
-from sharded_optim.storage.devices import Sent, capturing, keep, send
+from sharded_optim.storage.devices import DeviceCache, capturing, keep, send
 
 __all__ = ["KernelCall"]
 
@@ -85,16 +85,16 @@ class KernelCall:
         self._group_of = [numbers[rows[owner][2]] for owner in owners]
         self._firsts = [self.pieces[each[0]][0].param for each in rows_of.values()]  # a parameter of each group
         self._rows_on_host = [None if len(rows_of) == 1 else torch.tensor(each, device="cpu") for each in rows_of.values()]
-        self.members = Members(
+        self.members = GroupRows(
             groups=[values.numbers for values in self._values],
             rows=[None if rows is None else send(rows, self.device) for rows in self._rows_on_host],
             group_of=None if len(rows_of) == 1 else send(torch.tensor(self._group_of, device="cpu"), self.device),
         )
-        self._sent_fixed_point: Sent[FixedPoint] = Sent()
+        self._sent_fixed_point: DeviceCache[FixedPoint] = DeviceCache()
         self._fixed_point: FixedPoint | None = None  # of what was observed last
         stored = zip((PARAMETER, *self.algorithm.state), self.operands.formats, strict=True)
         self._random = [name for name, stored_in in stored if stored_in.is_random]  # what is rounded at random
-        self._sources: Sent[Tensor] = Sent()  # of random numbers
+        self._sources: DeviceCache[Tensor] = DeviceCache()  # of random numbers
         backend.prepare(self.algorithm, self.operands)
         self._owners = None if cut is None else send(torch.tensor(owners, device="cpu"), self.device)
         self._counters = StepCounters(optimizer, self.params, self.device)

@@ -283,7 +283,7 @@ class ParamSets:
         """
         params = optimizer.all_params() if only is None else only
         # All parameters are one set, whichever they are: the other ranks may be stepping it while this one has replaced some.
-        whole = only is None and not (optimizer.layout is not None and optimizer.layout.in_turns)
+        whole = only is None and not (optimizer.layout is not None and optimizer.layout.steps_by_group)
         before = self.whole if whole else self._known(params)
         self._raise_left_over(params, before, all_sets=only is None)
         if before is not None and before.fits(params, optimizer.layout, process_group, agrees=rules.agrees):

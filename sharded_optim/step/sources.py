@@ -158,7 +158,7 @@ class StepCounters:
             for values in state
         ]
         users: Counter[int] = Counter()
-        if optimizer.layout is not None and optimizer.layout.in_turns:
+        if optimizer.layout is not None and optimizer.layout.steps_by_group:
             # DeepSpeed loads a Universal checkpoint of ZeRO-3 by giving one counter to all parameters, each of which would then count.
             users.update(id(values.get(STEP)) for values in optimizer.state.values())
         for counter, param in zip(counters, params, strict=True):

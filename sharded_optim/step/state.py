@@ -60,7 +60,7 @@ class Choice(NamedTuple):
         Args:
             there: the entries that have begun. A moment of which some arrays have begun needs the others too.
         """
-        late = [entries for name, _, entries in self.moments if name in self.algorithm.late and entries.keys().isdisjoint(there)]
+        late = [entries for name, _, entries in self.moments if name in self.algorithm.optional_state and entries.keys().isdisjoint(there)]
         return {array.name for array in self.format.extra}.union(*late)
 
 

@@ -62,7 +62,7 @@ def check_state(groups: list[dict[str, Any]], state_dict: dict[str, Any], choice
     for param, name, group, state in _saved_states(groups, state_dict):
         choice = choice_of(param, group)
         algorithm, expected = choice.algorithm, choice.entries
-        strange = moments & state.keys() - set(algorithm.state) - algorithm.unused
+        strange = moments & state.keys() - set(algorithm.state) - algorithm.ignored_state
         may_begin = choice.may_begin(state.keys())
         for moment, fmt, entries in choice.moments:
             found = {key: state[key].dtype for key in state if key == moment or str(key).startswith(f"{moment}.")}

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sharded_optim.sharding.layout import Places
+from sharded_optim.sharding.layout import Slots
 from sharded_optim.storage.devices import send
 
 __all__ = ["Contribution", "FixedPoint", "fraction_bits"]
@@ -60,7 +60,7 @@ class FixedPoint:
 class Contribution:
     """What this rank brings to an agreement about some of its pieces."""
 
-    places: Places  # which they are
+    places: Slots  # which they are
     bits: Tensor  # int64 (n,), k of each
     keys: Tensor  # int64 (n,), of the hyperparameters of each, 24 bits
     observed: Tensor  # int64 (2, n) on the device: each one's sum of q, and 1 where an element was not finite

@@ -1,4 +1,4 @@
-"""How values get to a device without the host having to wait for it, and stay there as long as a CUDA graph reads them."""
+"""Send host values to a device without waiting for it, and keep them alive as long as a CUDA graph reads them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["Sent", "capturing", "keep", "on", "refuse_to_capture", "send"]
+__all__ = ["DeviceCache", "capturing", "keep", "on", "refuse_to_capture", "send"]
 
 _replayed: list[Any] = []
 T = TypeVar("T")
 
 
 def send(values: Tensor, device: torch.device) -> Tensor:
-    """Values of the host, which nobody changes, on a device, for what is launched there after this."""
+    """Copy host values, which must not change afterwards, to a device, for the kernels launched after this call."""
     if device.type in ("cpu", "meta"):
         return values.to(device, non_blocking=True)
     pinned = values.pin_memory()  # else the host would wait for the copy
@@ -25,7 +25,7 @@ def send(values: Tensor, device: torch.device) -> Tensor:
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph records what is launched instead of running it."""
+    """Return whether kernels are being recorded into a CUDA graph instead of running."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
@@ -38,14 +38,14 @@ def refuse_to_capture(device: torch.device) -> None:
         )
 
 
-class Sent(Generic[T]):
-    """What is made of values of the host, and stays on a device until they are others."""
+class DeviceCache(Generic[T]):
+    """Caches device tensors that are built from host values, until these values change."""
 
     def __init__(self) -> None:
         self._known: tuple[Any, T] | None = None
 
     def of(self, values: Any, device: torch.device, make: Callable[[], T]) -> T:
-        """What `make` made when the values were the same, or makes now."""
+        """Return the cached result for these values, or call `make` and cache its result."""
         if self._known is None or self._known[0] != values:
             made = make()
             if capturing(device):  # then nothing is there yet
@@ -56,7 +56,7 @@ class Sent(Generic[T]):
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes it the current one, on whose current stream kernels are launched and events recorded."""
+    """Context in which this device is the current one, whose current stream runs kernels and events."""
     return nullcontext() if device.type in ("cpu", "meta") else torch.get_device_module(device).device(device)
 
 

@@ -1,4 +1,4 @@
-"""How a logically-fp32 value (a parameter or a moment) is stored.
+"""Storage formats of logically-fp32 values: parameters and moments.
 
 Algorithms compute on fp32 values and never see a storage: a backend loads through the format, calls the algorithm, and stores the whole
 new value through the format. So every algorithm has every storage, with weight decay inside it.
@@ -49,7 +49,7 @@ class Array(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Format:
-    """One storage of fp32 values, in arrays of equal shape.
+    """A way to store fp32 values, in one or several arrays of equal shape.
 
     Elements of arrays of 16 bits are read and made by operations such as `xp.from_bf16` and `xp.to_bf16`. Those of any other array are
     numbers; an array of integers takes whole ones.
@@ -66,7 +66,7 @@ class Format:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the first array."""
+        """Dtype of the first array."""
         return self.arrays[0].dtype
 
     @property
@@ -80,7 +80,7 @@ class Format:
         return sum(array.dtype.itemsize for array in self.arrays)
 
     def entries(self, moment: str) -> dict[str, torch.dtype]:
-        """What the arrays of a moment are called in a parameter's state, and their dtypes."""
+        """Keys of a moment's arrays in a parameter's state, with their dtypes."""
         return {f"{moment}.{array.name}" if array.name else moment: array.dtype for array in self.arrays}
 
 
@@ -186,12 +186,12 @@ def format_of(dtype: torch.dtype) -> Format:
 
 
 def is_stored(dtype: torch.dtype) -> bool:
-    """Whether some format has an array of a dtype."""
+    """Return whether any format has an array of this dtype."""
     return dtype in _NAMES or any(array.dtype == dtype for fmt in FORMATS.values() for array in fmt.arrays)
 
 
 def chosen_format(choice: torch.dtype | str) -> Format:
-    """The format of a name, or the one that stores values in one array of a dtype.
+    """Return the format of this name, or the plain format of this dtype.
 
     Raises:
         ValueError: there is none.
@@ -219,11 +219,11 @@ def param_format(dtype: torch.dtype, *, kahan_sum: bool | None, stochastic_round
 
 
 def format_beside(dtype: torch.dtype, entries: Collection[str]) -> Format:
-    """A format that loads a parameter whose state has these entries, among them perhaps further arrays of the parameter."""
+    """Return the format of a parameter, inferred from its dtype and from the entries of its state."""
     fitting = [fmt for fmt in FORMATS.values() if fmt.dtype == dtype and all(array.name in entries for array in fmt.extra)]
     return max(fitting, key=lambda fmt: len(fmt.extra))
 
 
 def extra_arrays() -> set[str]:
-    """Names that the further arrays of parameters have in an optimizer's state, whatever the format."""
+    """Names of the arrays that any format stores beside a parameter, in the optimizer's state."""
     return {array.name for fmt in FORMATS.values() for array in fmt.extra}

@@ -1,4 +1,4 @@
-"""Memory on large pages, which spare a processor most of its address translations: a step streams through all of the memory it works on.
+"""Allocate CPU memory on large pages: a step streams through all of its memory, and large pages save most address translations.
 
 Linux gives 2 MiB pages to those who ask before they first touch the memory (transparent huge pages, where they are set to `always` or to
 `madvise`). The optimizers' state lies on them; parameters and gradients may, if whoever makes them takes their memory from `zeros`.
@@ -36,7 +36,7 @@ def zeros_on(device: torch.device, numel: int, dtype: torch.dtype) -> Tensor:
 
 
 def with_own_storage(part: Tensor) -> Tensor:
-    """The same memory under a storage that has nothing else, and keeps alive what `part` is a view of.
+    """Return a tensor on the same memory whose storage holds nothing else, and keeps the memory alive.
 
     torch.save writes whole storages, and safetensors refuses tensors that share one.
     """

@@ -1,4 +1,4 @@
-"""A hash of a tensor's bits that depends on where each of them is. `divergence.py` compares replicas by it.
+"""Hash the bits of a tensor together with their positions, to compare replicas.
 
 A tensor's bytes are read as 64-bit words x, the last one filled up with zeros, in blocks of `BLOCK` words:
 
@@ -103,7 +103,7 @@ def _sum(block: Tensor, scratch: Tensor, sums: Tensor) -> None:
 
 @cache
 def _compiled() -> Any:
-    """What `_sum` does in one pass, by numba; None without it."""
+    """Return `_sum` compiled into one pass, or None where numba is not installed."""
     if find_spec("numba") is None:
         return None
     import numba

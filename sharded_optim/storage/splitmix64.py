@@ -24,7 +24,7 @@ def shift_right(
     bits: Tensor,  # int64, any shape
     by: int,
 ) -> Tensor:  # int64, of the same shape
-    """A logical shift; that of int64 would copy the sign."""
+    """Logical right shift; the shift of int64 would copy the sign."""
     return (bits >> by) & (2 ** (64 - by) - 1)
 
 

@@ -21,7 +21,7 @@ from sharded_optim.zero.transfers import ShardGroup
 __all__ = ["Group", "Housing", "check_params", "unit_of", "without_params"]
 
 Group = dict[str, Any]
-STRANGER = "was not given to ShardedOptimizer; add it with add_param_group"
+UNKNOWN_PARAM = "was not given to ShardedOptimizer; add it with add_param_group"
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
@@ -49,7 +49,7 @@ class Housing:
         ] = {}  # likewise, whether in low precision they have masters, by the options they were given with
         self._flat: dict[Tensor, FlatTensor] = {}
         self._units: dict[Tensor, int] = {}
-        self.layout = FlatLayout(flat=self._flat, whole={}, stranger=STRANGER, units=self._units)
+        self.layout = FlatLayout(flat=self._flat, whole={}, unknown_param_error=UNKNOWN_PARAM, units=self._units)
         self.shards = shard_group.size
         self._shard_group = shard_group
         self._bucket_bytes = bucket_bytes

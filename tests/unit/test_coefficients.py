@@ -20,7 +20,7 @@ from sharded_optim.formulas.scalars import Sums
 from sharded_optim.formulas.weight_decay import FORMS
 from sharded_optim.optimizers import adam, sgd, stable_adamw
 from sharded_optim.step import coefficients
-from sharded_optim.step.coefficients import LrScale, Members, coefficient_table, host_numbers
+from sharded_optim.step.coefficients import GroupRows, LrScale, coefficient_table, host_numbers
 
 triton = pytest.importorskip("triton", reason="the triton package is not installed")
 
@@ -59,11 +59,11 @@ def device(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(coefficients, "known_on_host", lambda tensor: False)
 
 
-def members(groups: list[Mapping[str, Any]], operands: int) -> Members:
+def members(groups: list[Mapping[str, Any]], operands: int) -> GroupRows:
     group_of = torch.arange(operands) % len(groups)
     if len(groups) == 1:
-        return Members.one(host_numbers(groups[0]))
-    return Members(
+        return GroupRows.one(host_numbers(groups[0]))
+    return GroupRows(
         groups=list(map(host_numbers, groups)),
         rows=[(group_of == index).nonzero().flatten() for index in range(len(groups))],
         group_of=group_of,
@@ -209,7 +209,7 @@ def test_constants_are_sent_when_they_have_changed(monkeypatch: pytest.MonkeyPat
     own, params = backend.Triton(), [torch.zeros(1) for _ in STEPS]
     operands = Operands.whole(params, params, [])
     found = [
-        coefficient_table(adam.coefficients, Members.one(GROUP | {"lr": lr}), STEPS, 1.0, backend=own, operands=operands)
+        coefficient_table(adam.coefficients, GroupRows.one(GROUP | {"lr": lr}), STEPS, 1.0, backend=own, operands=operands)
         for lr in (1e-2, 1e-2, 5e-3, 1e-2)
     ]
     assert len(sent) == 3

@@ -41,7 +41,7 @@ from sharded_optim.formulas import Algorithm, Statistic
 from sharded_optim.formulas.recording import Formula
 from sharded_optim.formulas.scalars import Sums
 from sharded_optim.formulas.verdict import Verdict
-from sharded_optim.storage.devices import Sent, capturing, keep, on, send
+from sharded_optim.storage.devices import DeviceCache, capturing, keep, on, send
 from sharded_optim.storage.formats import Format
 
 __all__ = ["BACKEND", "compile_for", "observe_kernel", "update_kernel"]
@@ -201,7 +201,7 @@ class _Tables:
         self.one = torch.ones((), dtype=torch.float32, device=self._device)
         self.true = torch.ones((), dtype=torch.bool, device=self._device)
         self.constants = triton_formulas.Constants()
-        self._sent: defaultdict[int, Sent[_Addresses]] = defaultdict(Sent)  # by number of columns
+        self._sent: defaultdict[int, DeviceCache[_Addresses]] = defaultdict(DeviceCache)  # by number of columns
 
     def addresses(self, columns: Sequence[Column]) -> tuple[_Addresses, dict[tuple[int, int], Tensor]]:
         """See `OperandTables.addresses`."""

@@ -24,7 +24,7 @@ from torch import Tensor
 from sharded_optim.backends.triton.compiler import compiled, executed, interpreted
 from sharded_optim.formulas.recording import Formula, Operations
 from sharded_optim.formulas.scalars import STEP_BITS, Sums
-from sharded_optim.storage.devices import Sent, send
+from sharded_optim.storage.devices import DeviceCache, send
 
 __all__ = ["Constants", "formula_kernel", "launch"]
 
@@ -46,7 +46,7 @@ class Constants:
     """Those of formulas, on a device, where they stay until others are needed."""
 
     def __init__(self) -> None:
-        self._sent: defaultdict[Operations, Sent[Tensor]] = defaultdict(Sent)
+        self._sent: defaultdict[Operations, DeviceCache[Tensor]] = defaultdict(DeviceCache)
 
     def of(self, formulas: Sequence[Formula], operations: Operations, device: torch.device) -> Tensor:
         """A row of each formula: 1, then its constants, if these are its operations, else zeros: float64 (formulas, 1 + constants)."""

@@ -169,7 +169,7 @@ def _complete(engine: Engine, group: Group, where: str) -> Group:
 
 def _tensors(engine: Engine, values: Mapping[str, Any], group: Group, where: str, steps: float, *, is_ours: bool) -> dict[str, Tensor]:
     algorithm = engine._choose(group)
-    missing = [key for key in algorithm.state if key not in values and key not in algorithm.late]
+    missing = [key for key in algorithm.state if key not in values and key not in algorithm.optional_state]
     if missing and steps > 0:
         raise ValueError(
             f"{where} lacks {missing[0]!r}, which {type(engine).__name__} needs; it has {', '.join(map(str, values)) or 'nothing'}. Choose "
@@ -178,7 +178,7 @@ def _tensors(engine: Engine, values: Mapping[str, Any], group: Group, where: str
     beside = extra_arrays()
     if is_ours:
         beside |= {key for key in values if str(key).partition(".")[0] in algorithm.state}  # further arrays of moments
-    known = {*algorithm.state, *algorithm.unused, *beside}
+    known = {*algorithm.state, *algorithm.ignored_state, *beside}
     dropped = sorted(str(key) for key in values.keys() - known)
     if dropped:
         warnings.warn(

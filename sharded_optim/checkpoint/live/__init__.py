@@ -67,7 +67,7 @@ def live_optimizer(optimizer: Any, model: Any, shown: LiveModel) -> LiveOptimize
         from sharded_optim.checkpoint.live import deepspeed
 
         return deepspeed.live_optimizer(model, inner, shown)
-    if inner.layout is not None and inner.layout.in_turns:
+    if inner.layout is not None and inner.layout.steps_by_group:
         raise ValueError("under DeepSpeed pass the engine, which knows the param groups, as model=, beside optimizer=")
     return LiveOptimizer.of(inner, shown)
 

@@ -239,7 +239,7 @@ class LiveOptimizer:
 
     def unused_kinds(self) -> frozenset[str]:
         """Kinds of state that another optimizer may have saved and this one passes over."""
-        return frozenset(kind for group in self.groups for kind in self.engine._choose(group).unused)
+        return frozenset(kind for group in self.groups for kind in self.engine._choose(group).ignored_state)
 
     def install(self, landing: Landing, *, hyperparameters: bool) -> None:
         """Make what was loaded the optimizer's.
