@@ -50,7 +50,7 @@ class Tabulate(Protocol):
         sums: Sums | None,
         lr: Tensor | None,  # float64 (formulas,)
     ) -> Tensor:
-        """The results, rounded once: fp32 (operands, results)."""
+        """Compute the results, rounded once: fp32 (operands, results)."""
         ...
 
 
@@ -61,7 +61,7 @@ class Judge(Protocol):
 
 
 class Backend(Protocol):
-    """What the engine needs of a backend. Nothing here communicates, and nothing waits for the device."""
+    """The interface of a backend. Its methods neither communicate nor wait for the device."""
 
     name: str
 
@@ -76,11 +76,11 @@ class Backend(Protocol):
         ...
 
     def supports(self, device: torch.device, dtypes: frozenset[torch.dtype]) -> str | None:
-        """None, or why this backend does not run on this device with these dtypes of parameters, gradients and state."""
+        """Return None, or the reason why this backend does not run on this device with these dtypes of parameters, gradients and state."""
         ...
 
     def prepare(self, algorithm: Algorithm, operands: Operands) -> None:
-        """Do now what may fail and need not wait for the values: an update that fails on one rank alone would part it from the others."""
+        """Do everything that may fail before the ranks agree: an update that fails on one rank alone would leave it behind the others."""
         ...
 
     def observe(
@@ -145,7 +145,7 @@ def candidates(backend: str, triton: bool | None) -> tuple[str, ...]:
 
 
 def choose(names: Sequence[str], device: torch.device, dtypes: frozenset[torch.dtype]) -> tuple[Backend, list[str]]:
-    """The first of the named backends that supports the device and the dtypes, and why those before it do not.
+    """Return the first of the named backends that supports the device and the dtypes, and the reasons of those before it.
 
     Raises:
         ValueError: all of them decline; says why.

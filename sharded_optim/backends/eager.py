@@ -31,7 +31,7 @@ class Eager:
         return None
 
     def prepare(self, algorithm: Algorithm, operands: Operands) -> None:
-        """There is nothing to do."""
+        """Do nothing."""
 
     def observe(
         self,
@@ -85,7 +85,7 @@ def _columns(*columns: Column) -> Iterator[Sequence[Tensor]]:
 
 
 def _loaded(formats: Sequence[Format], stored: Sequence[Tensor]) -> list[Tensor]:
-    """The values in the arrays of the first format, of the second, ..."""
+    """Load the values from the arrays of each format."""
     arrays = iter(stored)
     return [fmt.load(*islice(arrays, len(fmt.arrays))) for fmt in formats]
 

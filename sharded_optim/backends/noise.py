@@ -24,7 +24,7 @@ RESOLUTION = 24  # bits of a drawn number: all that fp32 holds below 1
 
 
 def sources(seeds: Sequence[int], names: Sequence[str]) -> Tensor:
-    """What tells the numbers of n tensors apart: int64 (n,) on the CPU.
+    """Compute a seed for each of n tensors: int64 (n,) on the CPU.
 
     Args:
         seeds: of each tensor.
@@ -38,7 +38,7 @@ def sources(seeds: Sequence[int], names: Sequence[str]) -> Tensor:
 
 
 def keys(sources: Tensor, steps: Tensor) -> Tensor:
-    """What `uniform` draws with: int64 (n,), for n tensors.
+    """Compute the keys of n tensors for `uniform`: int64 (n,).
 
     Args:
         sources: int64 (n,), see above.
@@ -48,7 +48,7 @@ def keys(sources: Tensor, steps: Tensor) -> Tensor:
 
 
 def uniform(key: Tensor, segment: Segment) -> Tensor:
-    """One number in [0, 1) for each element of a segment, a multiple of 2**-24: fp32 (segment.numel,), in the segment's order.
+    """Draw a number in [0, 1) for each element of a segment, a multiple of 2**-24: fp32 (segment.numel,), in the segment's order.
 
     Args:
         key: int64 (), from `keys`.

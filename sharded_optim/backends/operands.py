@@ -1,4 +1,4 @@
-"""What a backend is given: tensors column by column, where they lie in memory, and how the work on them is divided."""
+"""The tensors that a backend is given: columns, their addresses in memory, and the division of work."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ class Column:
 
     @property
     def tensors(self) -> Sequence[Tensor]:
-        """Their shapes, strides and dtype never change; which memory they lie in may, between two calls of a backend."""
+        """The tensors. Their shapes, strides and dtype never change; their memory may, between two calls of a backend."""
         return self.wholes
 
     def renew(self, wholes: Sequence[Tensor], addresses: array[int]) -> None:
-        """Have other tensors, like those before, at these addresses."""
+        """Replace the tensors by others of the same shapes, strides and dtype, at these addresses."""
         self.wholes, self.addresses = wholes, addresses
 
     def release(self) -> None:
-        """Let go of the tensors, whose memory may be wanted."""
+        """Release the tensors, so that their memory can be freed."""
         self.wholes = ()
 
 
@@ -49,7 +49,7 @@ def addresses_of(tensors: Iterable[Tensor]) -> array[int]:
 
 @dataclass(kw_only=True, eq=False)
 class Operands:
-    """Parameters of one process that a call of a backend steps, all stored alike, column by column.
+    """The tensors of one call of a backend, column by column: pieces of parameters, all in the same formats.
 
     A backend may keep, as long as the object lives, what it derives from shapes, strides, dtypes and segments.
     """
@@ -70,7 +70,7 @@ class Operands:
 
     @classmethod
     def whole(cls, params: Sequence[Tensor], grads: Sequence[Tensor], state: Sequence[Sequence[Tensor]]) -> Operands:
-        """Whole tensors in the plain format of their dtype, the same for all."""
+        """Build operands of whole tensors, in the plain formats of their dtypes."""
         columns = tuple(map(Column, state))
         return cls(
             segments=[Segment.whole("param", param.shape) for param in params],
@@ -87,7 +87,7 @@ class Operands:
 
 
 class OperandTables:
-    """What follows from the shapes, strides and segments of operands, as tables on the CPU.
+    """Tables for compiled kernels, on the CPU, that follow from shapes, strides and segments.
 
     Args:
         operands: which.
@@ -117,7 +117,7 @@ class OperandTables:
         self._scattered = [row for row, tensors in enumerate(rows_of_tensors) if not _lie_alike(tensors, ordered=ordered)]
 
     def addresses(self, columns: Sequence[Column]) -> tuple[bytes, dict[tuple[int, int], Tensor]]:
-        """Where the elements of each column lie, one after the other, those of a row in equal order.
+        """Return the addresses of contiguous elements of each column, those of a row in the same order.
 
         Returns:
             addresses: int64 (columns, operands).
@@ -137,7 +137,7 @@ class OperandTables:
 
 
 def _lie_alike(tensors: Sequence[Tensor], *, ordered: bool) -> bool:
-    """Whether all lie in memory in the same order and without gaps, in row-major order if it must be."""
+    """Return whether all tensors lie in memory in the same order and without gaps, with `ordered` in row-major order."""
     if all(tensor.is_contiguous() for tensor in tensors):
         return True
     shape, strides = tensors[0].shape, tensors[0].stride()

@@ -1,4 +1,4 @@
-"""One source of math for all backends: a function of an algorithm or of a storage format, compiled by whoever compiles.
+"""Compile a function of an algorithm or a storage format with another meaning of `xp`: one source of math for all backends.
 
 Such functions use `+ - *`, numbers, the operations of a module that they call `xp`, and each other. In a copy of such a function's globals
 `xp` can be another module of the same operations, so that the same code computes with torch's tensors, or is compiled for a CPU or a GPU.
@@ -20,7 +20,7 @@ def rebound(
     compiler: Callable[[FunctionType], Any],
     number: Callable[[float], Any],
 ) -> Any:
-    """What `compiler` makes of a function in whose globals these names mean something else.
+    """Compile a function with other values for these names in its globals.
 
     Functions that it calls are compiled too, and `number` says what a compiler takes for a number among the globals.
     """

@@ -1,4 +1,4 @@
-"""The public optimizers, a file for each: math, hyperparameters and class. Whatever is in `__all__` is known to all of the library.
+"""The public optimizers, a file for each: math, hyperparameters and class. The rest of the library finds them by `__all__`.
 
 To add one, write its file and name its class in `__all__`. Options that mean the same for every optimizer are described at
 `CommonOptions`, `EngineOptions` and `SwitchOptions`, whose texts `spelled_out` puts into a class's docstring and signature.

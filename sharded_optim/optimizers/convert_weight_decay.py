@@ -1,4 +1,4 @@
-"""How values of one convention of weight decay convert into another.
+"""Convert weight decay values between the conventions of libraries.
 
 Every convention but L2 is a way to write d, the fraction by which a step at the peak learning rate shrinks a parameter.
 """

@@ -17,7 +17,7 @@ __all__ = ["counter", "update"]
 
 
 def counter(step: Tensor | float) -> Tensor:
-    """A number of steps as a tensor that holds it exactly, whatever torch's default dtype and device are."""
+    """Convert a number of steps to a tensor that holds it exactly, whatever torch's default dtype and device are."""
     return step if isinstance(step, Tensor) else torch.tensor(step, dtype=torch.float32, device="cpu")
 
 

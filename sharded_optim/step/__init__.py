@@ -1,1 +1,1 @@
-"""One step: observe, agree, update; and the state that a step reads and writes."""
+"""One optimizer step (observe, agree, update), and the state that it reads and writes."""

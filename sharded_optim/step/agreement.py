@@ -1,6 +1,6 @@
-"""What ranks agree on in a step: the only collective of a step, what its result means, and the errors that follow from it.
+"""The only collective of a step: its contents, the meaning of its result, and the errors that follow from it.
 
-Every rank contributes one int64 vector, `consensus.SECTIONS` values for each tensor of the model, and one all-reduce adds them up: sums of
+Every rank contributes one int64 vector, `formulas.verdict.SECTIONS` values for each tensor of the model, and one all-reduce adds them up: sums of
 the statistic, where a gradient was not finite, where one was missing, and whether a rank met bad input. An error is raised on every rank:
 in the same step where the host knows the sums, one step later where only a device does.
 """
@@ -47,7 +47,7 @@ _numbers = count()
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """What ranks agree on in a step, by an optimizer's options."""
+    """The options of an optimizer that decide what ranks agree on in a step."""
 
     agrees: bool  # whether a step is a collective
     statistic: Statistic | None
@@ -57,18 +57,18 @@ class Rules:
 
     @cached_property
     def options(self) -> tuple[NonFinite, int | None, str]:
-        """Those that must be the same on all ranks that agree."""
+        """The options that must be the same on all ranks."""
         return self.nonfinite, self.max_skipped_steps, self.state_format
 
     @cached_property
     def longest_streak(self) -> int | None:
-        """How many steps in a row may be skipped; None: any number."""
+        """The number of consecutive steps that may be skipped; None means any number."""
         return self.max_skipped_steps if self.nonfinite == "skip" else None
 
 
 @dataclass(frozen=True)
 class Scaler:
-    """What GradScaler sets on an optimizer for the time of a step. Read here and nowhere else."""
+    """The values that GradScaler sets on an optimizer for the time of a step. Only this class reads them."""
 
     scale: Tensor | None = None  # what the gradients are multiplied by, one element
     found_inf: Tensor | None = None  # not 0 if a gradient was not finite, one element
@@ -81,13 +81,13 @@ class Scaler:
         return cls(getattr(optimizer, "grad_scale", None), found_inf)
 
     def inverse(self, device: torch.device) -> Tensor | None:
-        """What a step multiplies the gradients by: fp32 () on the device; None where they are not scaled."""
+        """The factor for the gradients: fp32 () on the device; None if they are not scaled."""
         return None if self.scale is None else self.scale.to(device).double().reciprocal().float().reshape(())
 
 
 @dataclass
 class Streak:
-    """Steps in a row that were skipped because something was not finite.
+    """Counts consecutive steps that were skipped because a gradient was not finite.
 
     A step that does not happen for another reason, as GradScaler has found something that is not in these gradients, neither counts nor
     ends it.
@@ -105,12 +105,12 @@ class Streak:
             self.end()
 
     def end(self) -> None:
-        """Begin anew with the next step."""
+        """Start again from 0."""
         self.length, self.first = 0, None
 
 
 class Agreement:
-    """What all ranks know after the all-reduce; the same on each, but for `contributions`.
+    """The result of the all-reduce: the same on every rank, except for `contributions`.
 
     Attributes:
         totals: int64 (SECTIONS * number of tensors + TAIL,), summed over ranks.
@@ -147,12 +147,12 @@ class Agreement:
         return means
 
     def sums(self, places: Slots, fixed_point: FixedPoint) -> Sums:
-        """What the pieces of this rank at some places became part of."""
+        """Return the sums over all ranks for the tensors that these pieces of this rank belong to."""
         totals, non_finite = self.vector[: NON_FINITE + 1].to(fixed_point.units.device)
         return Sums(totals=totals, non_finite=non_finite, slots=places.slots, units=fixed_point.units, numels=fixed_point.numels)
 
     def raise_inconsistency(self, failure: Exception | None) -> None:
-        """Raise ValueError on every rank if the ranks do not fit together; where only a device knows it, on those that have failed.
+        """Raise ValueError on every rank if the ranks are inconsistent; where only the device knows that, on the ranks that have failed.
 
         Args:
             failure: why this rank brought nothing to the agreement.
@@ -174,7 +174,7 @@ class Agreement:
             raise FloatingPointError(non_finite(self.layout, self.contributions))
 
     def raise_left_over(self, streak: Streak) -> None:
-        """Raise, on every rank, what only the host can see in the verdict: ranks that do not fit together, and a streak that is too long.
+        """Raise the errors for which the host reads the verdict, on every rank: inconsistent ranks, too many skipped steps in a row.
 
         On a device this is called when the next step begins, on all ranks in the same one. The device has long had a forward and a backward
         pass queued behind what is waited for here, so it does not run dry.
@@ -198,7 +198,7 @@ class Agreement:
 
 
 class _HostCopy:
-    """A small tensor whose values the host reads later, when it hardly has to wait for them."""
+    """A copy of a small tensor to the host, which is read later, when it has arrived or nearly so."""
 
     def __init__(self, values: Tensor) -> None:
         self._values, self._copied = values, None
@@ -237,7 +237,7 @@ def agree(
 
 
 def _contributed(layout: Layout, contributions: Sequence[Contribution], device: torch.device, *, invalid: bool, replaces: bool) -> Tensor:
-    """This rank's part of the vector. Everything known on the host goes over in one copy; what the device computed is added there."""
+    """Build this rank's vector. Values known on the host are copied to the device together; those computed there are added to it."""
     tensors = len(layout.names)
     host = torch.zeros(SECTIONS * tensors + TAIL, dtype=torch.int64, device="cpu")
     table = host[:-TAIL].view(SECTIONS, tensors)
@@ -261,7 +261,7 @@ def _contributed(layout: Layout, contributions: Sequence[Contribution], device: 
 
 
 def confirm_replacement(layout: Layout, change: str, rules: Rules, device: torch.device) -> None:
-    """Ask all ranks, in the place of a step of a layout that some may be in, whether they too are about to replace it.
+    """Ask all ranks whether they too are about to replace a layout. Some may be in a step of it, so this is the collective of that step.
 
     Waits for the device: parameters seldom change.
 
@@ -285,7 +285,7 @@ def confirm_replacement(layout: Layout, change: str, rules: Rules, device: torch
 
 
 def _sent(layout: Layout, host: Tensor, device: torch.device) -> Tensor:
-    """`host` on the device, to be written to. From step to step it seldom changes, and then the copy that is there already is copied."""
+    """Copy `host` to the device, to be written to. It seldom changes from step to step: then the copy of the last step is copied there."""
     before = layout.sent[0] if layout.sent else None
     if before is None or before[1].device != device or not torch.equal(before[0], host):
         if capturing(device):  # then nothing is there yet

@@ -32,14 +32,14 @@ SWAPPED_DECAY = 1e-8
 
 
 def argument_names(*classes: type) -> list[str]:
-    """The names of the arguments of a class and of those that it hands others on to."""
+    """Names of the arguments of a class, and of the classes that it passes further arguments to."""
     parameters = [each for cls in classes for each in inspect.signature(cls).parameters.values()]
     names = dict.fromkeys(each.name for each in parameters if each.kind is not inspect.Parameter.VAR_KEYWORD)
     return [name for name in names if name not in INTERNAL]
 
 
 def hands_on(cls: type) -> bool:
-    """Whether a class takes arguments that its signature does not name."""
+    """Return whether a class takes arguments that its signature does not name."""
     return any(each.kind is inspect.Parameter.VAR_KEYWORD for each in inspect.signature(cls).parameters.values())
 
 
@@ -70,7 +70,7 @@ def refuse_unknown(caller: str, given: Mapping[str, Any], names: Sequence[str], 
 
 
 def check_iterable(params: Any, where: str) -> None:
-    """Raise TypeError for what is no collection of parameters.
+    """Raise TypeError for anything that is not a collection of parameters.
 
     Args:
         where: what it was given as.

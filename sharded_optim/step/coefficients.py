@@ -1,4 +1,4 @@
-"""From hyperparameters, step counters and learning-rate scales to the table of coefficients that a backend reads. Used by the engine.
+"""Compute the table of coefficients that a backend reads, from hyperparameters, step counters and learning-rate scales.
 
 Nothing here waits for a device. What the host knows is computed in Python floats, what only the device knows there in float64: in one
 launch by a backend that compiles formulas, else as tensors. All give the same bits.
@@ -23,7 +23,7 @@ __all__ = ["GroupRows", "LrScale", "coefficient_table", "host_numbers", "host_va
 
 @dataclass(frozen=True, kw_only=True)
 class GroupRows:
-    """Param groups, and which operands are whose.
+    """The hyperparameters of param groups, and the rows of the operands of each.
 
     Attributes:
         groups: hyperparameters of each, as `host_numbers` gives them.
@@ -42,13 +42,13 @@ class GroupRows:
 
 @dataclass(frozen=True, kw_only=True)
 class LrScale:
-    """What multiplies the learning rate of each operand, by what ranks observed together."""
+    """The factor for the learning rate of each operand, computed from the sums over ranks."""
 
     of_mean: Callable[[Mapping[str, Any], Number], Number]  # see `Statistic.lr_scale`
     sums: Sums
 
     def values(self, groups: Sequence[Mapping[str, Any]]) -> list[Number]:
-        """What each group's hyperparameters make of the means of all operands: float64 (operands,).
+        """Compute the factors of all operands with each group's hyperparameters: float64 (operands,).
 
         Or the one value of all, where the host knows it: that is computed with faster, and to the same bits.
         """
@@ -71,7 +71,7 @@ class LrScale:
 
 
 class _Noted(Mapping[str, Any]):
-    """Hyperparameters, and which of them were used: groups that differ in others have their scales in common."""
+    """Hyperparameters that record which of them are read, so that groups which differ in others share a scale."""
 
     def __init__(self, group: Mapping[str, Any]) -> None:
         self._group = group
@@ -89,7 +89,7 @@ class _Noted(Mapping[str, Any]):
 
 
 def _has(group: Mapping[str, Any], used: Mapping[str, Any]) -> bool:
-    """Whether a group has these values for certain."""
+    """Return whether a group certainly has these values."""
     pairs = [(group[name], value) for name, value in used.items()]
     return all(own is value or (isinstance(own, int | float) and isinstance(value, int | float) and own == value) for own, value in pairs)
 
@@ -100,7 +100,7 @@ def _one_if_known(values: Number) -> Number:
 
 
 def host_numbers(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Hyperparameters as floats, also those that the host has as tensors; a learning rate that only a device has stays a tensor."""
+    """Convert hyperparameters to floats, also host tensors. A learning rate on a device stays a tensor."""
     found = {name: host_value(value) if isinstance(value, Tensor) and known_on_host(value) else value for name, value in group.items()}
     if "betas" in group:
         found["betas"] = tuple(map(float, group["betas"]))
@@ -116,7 +116,7 @@ def coefficient_table(
     backend: Backend,
     operands: Operands,
 ) -> Tensor:
-    """One row of coefficients for each operand: fp32 (operands, coefficients), computed in float64 and rounded once."""
+    """Compute a row of coefficients for each operand: fp32 (operands, coefficients), computed in float64 and rounded once."""
     if backend.tabulate is not None and not known_on_host(steps):
         formulas = [_formula(coefficients, group, lr_scale) for group in members.groups]
         sums = lr_scale.sums if isinstance(lr_scale, LrScale) else None
@@ -140,7 +140,7 @@ def coefficient_table(
 
 
 def _formula(coefficients: Callable[..., Coefficients], group: Mapping[str, Any], lr_scale: float | LrScale | None) -> Formula:
-    """Of one group's operands."""
+    """Record the formula of the coefficients of one group."""
     recorder = Recorder()
     numbers = {**group, "lr": recorder.input("lr")} if isinstance(group["lr"], Tensor) else group
     arguments: list[Any] = [numbers, recorder.input("step")]
@@ -150,7 +150,7 @@ def _formula(coefficients: Callable[..., Coefficients], group: Mapping[str, Any]
 
 
 def _lr_on_device(groups: Sequence[Mapping[str, Any]], device: torch.device) -> Tensor | None:
-    """The learning rates that are tensors on a device: float64 (groups,), 0 for others; None if there are none."""
+    """Stack the learning rates that are tensors on a device: float64 (groups,), 0 for the others; None if there are none."""
     rates = [group["lr"] for group in groups]
     if not any(isinstance(lr, Tensor) for lr in rates):
         return None
@@ -175,7 +175,7 @@ def _columns(values: Coefficients, rows: int, device: torch.device) -> Tensor:
 
 
 def _next_step(steps: Tensor) -> int | Tensor:
-    """The step about to be taken, from 1: an int where the host knows it and all agree, else int64 (operands,)."""
+    """Return the number of the coming step, from 1: an int if the host knows it and all operands share it, else int64 (operands,)."""
     if known_on_host(steps):
         known = set(steps.tolist())
         if len(known) == 1:
@@ -184,5 +184,5 @@ def _next_step(steps: Tensor) -> int | Tensor:
 
 
 def next_steps(steps: Tensor) -> Tensor:
-    """The step about to be taken by each, from 1: int64 (operands,)."""
+    """Return the number of the coming step of each operand, from 1: int64 (operands,)."""
     return steps.to(torch.int64) + 1

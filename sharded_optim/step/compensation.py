@@ -1,4 +1,4 @@
-"""Drops Kahan compensations of parameters that were written since the last step: what a step added is of values that are gone.
+"""Drop Kahan compensations of parameters that were written to since the last step: they belong to values that are gone.
 
 Masks of pruning, clamps and loaded weights write so. torch counts in-place writes to a tensor; writes through `param.data` are not counted.
 Used by the optimizer, before a step and before its state is saved.
@@ -23,7 +23,7 @@ _version: Callable[[Tensor], int] = attrgetter("_version")
 
 
 def _versions_of(params: Sequence[Tensor], compensations: Sequence[Tensor]) -> Versions:
-    """Values that change when somebody writes to a tensor."""
+    """Return values that change when a parameter or a compensation is written to."""
     return _versions(params), _versions(compensations)
 
 
@@ -35,7 +35,7 @@ def _versions(tensors: Sequence[Tensor]) -> list[Hashable]:
 
 
 class _Left:
-    """What a step has left of compensations that it updated together."""
+    """The versions of compensations that a step has updated together."""
 
     def __init__(self, compensations: Sequence[Tensor], freed: Callable[[int], object]) -> None:
         self.ids = list(map(id, compensations))
@@ -62,7 +62,7 @@ class CompensationLog:
         self._left: dict[int, _Left] = {}  # by the compensation's id, until it is freed: it is held weakly
 
     def drop_stale(self, params: Sequence[Tensor], compensations: Sequence[Tensor]) -> None:
-        """Zero the compensations of parameters that were written since; both are in one order."""
+        """Zero the compensations of parameters that were written to since they were recorded; both are in the same order."""
         now = _versions_of(params, compensations)
         left = self._left.get(id(compensations[0])) if compensations else None
         if left is not None and left.versions == now and left.is_of(compensations):
@@ -76,7 +76,7 @@ class CompensationLog:
                     compensation.zero_()
 
     def record(self, params: Sequence[Tensor], compensations: Sequence[Tensor]) -> None:
-        """Remember what a step has left."""
+        """Record the versions after a step."""
         left = self._left.get(id(compensations[0])) if compensations else None
         if left is None or not left.is_of(compensations):
             left = _Left(compensations, self._forget)

@@ -1,4 +1,4 @@
-"""What the ranks could not agree on, in words for the errors that all of them raise. Everything here waits for the device."""
+"""Error messages for steps in which the ranks disagree, or skip too often. All functions here wait for the device."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def inconsistency(
     names: Sequence[str],  # of all tensors of the model
     totals: Tensor,  # see `Agreement`
 ) -> str:
-    """Why the ranks of an agreement are not consistent."""
+    """Say why the ranks are inconsistent."""
     if replacing := int(totals[REPLACES]):
         return f"the parameters to step have changed on {replacing} of the ranks alone; their own errors say how"
     if invalid := int(totals[INVALID]):
@@ -41,7 +41,7 @@ def inconsistency(
 
 
 def non_finite(layout: Layout, contributions: Sequence[Contribution]) -> str:
-    """Which tensors' gradients were not finite on which ranks. A collective."""
+    """Say which gradients were not finite on which ranks. A collective."""
     names = _not_finite_here(layout, contributions)
     message = f"gradient not finite, or too large to square in fp32: {', '.join(map(repr, names))}" if names else None
     return gather_messages(message, layout.process_group)
@@ -53,7 +53,7 @@ def skipped_in_a_row(
     layout: Layout,
     contributions: Sequence[Contribution],  # of the last of them
 ) -> str:
-    """What went wrong in steps that were skipped in a row, the same on every rank. A collective."""
+    """Say which gradients made consecutive steps fail; the same text on every rank. A collective."""
     rows = zip(layout.names, first.tolist(), strict=True)
     found = [f"{name!r} on {ranks} rank{'s' if ranks > 1 else ''}" for name, ranks in rows if ranks]
     more = f" and {len(found) - MOST_NAMES} more" if len(found) > MOST_NAMES else ""
@@ -67,7 +67,7 @@ def skipped_in_a_row(
 
 
 def _not_finite_here(layout: Layout, contributions: Sequence[Contribution]) -> list[str]:
-    """Tensors whose gradient was not finite on this rank."""
+    """Names of the tensors whose gradient was not finite on this rank."""
     slots = {
         slot
         for each in contributions

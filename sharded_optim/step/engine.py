@@ -1,4 +1,4 @@
-"""The one torch.optim.Optimizer of the library. Its step reads observe, agree, update.
+"""The torch.optim.Optimizer behind all public classes: a step observes, agrees and updates.
 
     grad, state -> observe -> per-tensor sums -> agree (one all-reduce) -> per-tensor learning-rate scale -> update -> param, state
 
@@ -105,7 +105,7 @@ class Engine(ReportingOptimizer):
         self.nonfinite = nonfinite or ("skip" if self._statistic else "allow")
 
     def _begin(self) -> None:
-        """What an optimizer has that is new or was copied."""
+        """Create what is neither copied nor pickled."""
         self._backends = BackendChoice(self._backend_names)
         self._sets = ParamSets(self._index, self._backends, together=self._foreach)
         self._join_guard = JoinGuard()
@@ -166,12 +166,12 @@ class Engine(ReportingOptimizer):
         return loss
 
     def listen(self, listener: StepListener) -> None:
-        """Tell it of every step from now on."""
+        """Call a listener in every step from now on."""
         self._listener = listener
 
     @torch.no_grad()
     def observe_unit(self, unit: int) -> None:
-        """Look at the gradients of a unit before the step, as soon as they are complete. No communication.
+        """Observe the gradients of a unit before the step, as soon as they are complete. No communication.
 
         The next step of all parameters uses what it found, unless gradients, state or hyperparameters have changed by then.
         """
@@ -182,7 +182,7 @@ class Engine(ReportingOptimizer):
             params.observe_unit(self, rules, unit)
 
     def _rules(self) -> Rules:
-        """What ranks agree on, by the options as they are now."""
+        """The rules that follow from the current options."""
         options = (self.nonfinite, self.max_skipped_steps, self.state_dtype)
         if options != self._options:
             self._options = options
@@ -196,7 +196,7 @@ class Engine(ReportingOptimizer):
         return self._known_rules
 
     def _update(self, params: ParamSet, agreement: Agreement | None, rules: Rules, scaler: Scaler, *, accumulate: bool) -> None:
-        """Write parameters (but not to `accumulate`) and state, and count the step, where it happens."""
+        """Write parameters (not with `accumulate`) and state and count the step, if it happens."""
         if agreement is not None:
             proceed = agreement.verdict.proceed
         else:
@@ -240,7 +240,7 @@ class Engine(ReportingOptimizer):
 
 
 def _warn_of_no_gradients(optimizer: Engine, params: ParamSet, agreement: Agreement | None) -> None:
-    """In the first step. Waits for the device if this rank has no gradient."""
+    """Warn if the first step finds no gradient. Waits for the device if this rank has none."""
     layout = optimizer.layout
     of_some = optimizer.gradient_release or (layout is not None and layout.steps_by_group)  # other calls step other parameters
     if params.calls or of_some or not any(param.requires_grad for param in params.layout.params):

@@ -1,4 +1,4 @@
-"""State dicts of other libraries' optimizers, recognised by their keys and told in ours, so that a trajectory continues where it was.
+"""Translate state dicts of other libraries' optimizers, recognised by their keys, so that training continues where it was.
 
     torch.optim     Adam, AdamW, SGD: `weight_decay` means L2 or coupled decay; SGD has no step counter
     Composer        DecoupledAdamW, DecoupledSGDW: torch's keys and `initial_lr`, the reference; a momentum buffer may be None
@@ -39,7 +39,7 @@ ParamState = dict[str, Any]
 
 
 def translate(state_dict: dict[str, Any], own_groups: list[Group], *, replaces_composer: bool = False) -> dict[str, Any]:
-    """The state dict in our terms; itself, where it is one of ours or of nobody we know. Nothing given is changed.
+    """Translate a state dict of a known library; return any other as it is. The argument is not changed.
 
     Args:
         state_dict: as `torch.optim.Optimizer.state_dict` returns it.
@@ -79,7 +79,7 @@ def translate(state_dict: dict[str, Any], own_groups: list[Group], *, replaces_c
 
 
 def _source(group: Group, where: str) -> str | None:
-    """The library whose keys a group has, or None."""
+    """Return the library whose keys a group has, or None."""
     if "reference_lr" in group:
         return None
     if group.keys() >= {"beta1", "beta2", "kahan_sum"}:
@@ -143,7 +143,7 @@ def _from_optimi(group: Group, states: dict[Any, ParamState], own: Group) -> tup
 
 
 def _biased(state: ParamState, betas: tuple[float, float], step: Any) -> ParamState:
-    """optimi's moments times 1 - beta**step, its group's: then our bias correction gives them back, now and in every later step."""
+    """Multiply optimi's moments by 1 - beta**step, which this library's bias correction divides by."""
     step = int(step)
     result: ParamState = {key: value for key, value in _tensors(state).items() if key not in OPTIMIS_SCRATCH | {KAHAN_COMP}}
     for name, beta in zip(("exp_avg", "exp_avg_sq"), betas, strict=True):
@@ -164,7 +164,7 @@ def _tensors(state: Mapping[str, Any]) -> ParamState:
 
 
 def _with_step(state: ParamState) -> ParamState:
-    """SGD counts no steps; all that matters of them is that a momentum buffer has begun."""
+    """Add a step counter to state of SGD, which has none: it only matters whether a momentum buffer has begun."""
     return state if STEP in state else {**state, STEP: _counter(1)}
 
 

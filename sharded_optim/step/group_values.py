@@ -1,4 +1,4 @@
-"""What the hyperparameters of a param group mean in a step: worked out once, and again when one of them has changed.
+"""Hyperparameters of a param group, checked and converted once, and again when one of them changes.
 
 Schedulers and users write to param groups at any time. The values are compared by identity in every step, which is fast; only a group that
 has changed is checked, converted and hashed again. Used by `GroupedOptimizer`, which makes these, and by kernel calls.
@@ -47,11 +47,11 @@ class GroupValues:
         self._hash = 0  # of what is compared, and of these options
 
     def are_of(self, group: dict[str, Any], values: Mapping[str, Any]) -> bool:
-        """Whether this is the group, and these are its values, for certain."""
+        """Return whether this is the group and these are certainly its values."""
         return group is self.group and all(map(is_, values.values(), self._seen.values()))
 
     def unchanged(self, values: Mapping[str, Any]) -> set[str]:
-        """Names of the values that are still the same for certain."""
+        """Names of the values that are certainly unchanged."""
         return {name for name, value in values.items() if value is self._seen[name]}
 
     def learn_reference_lr(self) -> None:
@@ -60,7 +60,7 @@ class GroupValues:
             self.group["reference_lr"] = self.numbers["reference_lr"] = max(self.group["reference_lr"], float(self.numbers["lr"]))
 
     def key(self, options: Any, step: float) -> int:
-        """24 bits that two ranks have in common if hyperparameters, these options and the step are the same on both."""
+        """Hash hyperparameters, options and step to 24 bits, which ranks compare."""
         if options != self._options:
             self._options, self._hash = options, zlib.crc32(repr((self._compared, options)).encode())
         return zlib.crc32(repr(step).encode(), self._hash) & 0xFFFFFF

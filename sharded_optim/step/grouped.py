@@ -1,4 +1,4 @@
-"""What an optimizer is given: param groups that are checked, and how their parameters are sharded. Below `stateful.py`."""
+"""Param groups, checked when they are added, and how their parameters are sharded: the lowest layer of an optimizer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["GroupedOptimizer", "optimizer_classes"]
 
 
 class _Given(NamedTuple):
-    """The shapes of the parameters with which a group was added, and those that have one dimension."""
+    """Shapes of the parameters with which a group was added, and the parameters of one dimension."""
 
     group: dict[str, Any]
     shapes: list[torch.Size]
@@ -38,7 +38,7 @@ class _Given(NamedTuple):
 
 
 class GroupedOptimizer(torch.optim.Optimizer):
-    """A torch optimizer without a state and a step.
+    """A torch optimizer without state and without a step.
 
     Args:
         params: as for every torch optimizer: tensors, (name, tensor) tuples, or dicts of param groups.
@@ -89,7 +89,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         param_groups.warn_of_high_decay(self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch, after checking what torch would let pass.
+        """Add a param group as torch does, with further checks.
 
         Raises:
             ValueError: a parameter given twice, a hyperparameter out of range, or a parameter that cannot be optimized.
@@ -121,7 +121,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         param_groups.set_reference_lr(group, self._max_lr)
 
     def describe_param(self, param: Tensor, name: str, group: dict[str, Any]) -> LocalParam:
-        """What this rank holds of a parameter.
+        """Describe what this rank holds of a parameter.
 
         Args:
             name: for error messages.
@@ -145,7 +145,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         return describe(param, name, self.layout)
 
     def _stands_for_others(self, param: Tensor, group: dict[str, Any]) -> bool:
-        """Whether a flat tensor is all that is left of a group, before its first step: wrappers that flatten do it so, as DeepSpeed.
+        """Return whether a wrapper such as DeepSpeed has replaced the parameters of a group by one flat tensor before its first step.
 
         Users who edit a group before its first step may replace its one 1-D parameter by a longer or a shorter one. It is a Parameter.
         """
@@ -158,7 +158,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
     @property
     def layout(self) -> FlatLayout | None:
-        """How parameters are sharded that do not tell it themselves."""
+        """The layout of parameters that do not describe their own sharding."""
         return self._layout
 
     @layout.setter
@@ -177,7 +177,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         self._lost_process_group = False
 
     def own_group(self) -> dist.ProcessGroup | None:
-        """The optimizer's own process group of these ranks; None: this process is alone. A collective the first time.
+        """Return the optimizer's own process group of these ranks; None if this process is alone. A collective the first time.
 
         Raises:
             ValueError: the optimizer is a copy that has lost its process group, or this rank is not in it.
@@ -187,11 +187,11 @@ class GroupedOptimizer(torch.optim.Optimizer):
         return own_process_group(self.process_group) if dist.is_initialized() else None
 
     def all_params(self) -> list[Tensor]:
-        """Of all groups, in their order."""
+        """The parameters of all groups, in their order."""
         return list(chain.from_iterable(group["params"] for group in self.param_groups))
 
     def groups_of(self, params: Sequence[Tensor] | None) -> list[dict[str, Any]]:
-        """The param group in which each parameter is now: they are moved, and groups are replaced when a state dict is loaded.
+        """Return the current param group of each parameter: users move parameters, and loading a state dict replaces the groups.
 
         Args:
             params: None means all, in their order.
@@ -204,7 +204,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         return [place.group for place in self._index.places_of(self.param_groups, params)]
 
     def values_of(self, groups: Iterable[dict[str, Any]]) -> dict[int, GroupValues]:
-        """What the hyperparameters of these groups mean in this step, by the groups' ids.
+        """Return the values of these groups in this step, by the groups' ids.
 
         Raises:
             ValueError: no step could use one of them.
@@ -232,13 +232,13 @@ class GroupedOptimizer(torch.optim.Optimizer):
         return frozenset(name for name, each in self._declared.items() if each.compared)
 
     def foreign_hyperparameters(self) -> dict[str, Hyperparameter]:
-        """Those that other optimizers support, and this one does not declare."""
+        """Hyperparameters that other optimizers support, and this one does not declare."""
         supported = [each for optimizer in optimizer_classes() for each in optimizer.hyperparameters if not isinstance(each, Unsupported)]
         return {name: each for name, each in by_name(supported).items() if name not in self._declared}
 
     @cached_property
     def _known(self) -> dict[str, Hyperparameter]:
-        """All that are checked: a foreign one of a wrong value is a mistake too."""
+        """All hyperparameters that are checked; a wrong value of a foreign one is a mistake too."""
         return self.foreign_hyperparameters() | self._declared
 
     def _check_group(self, group: dict[str, Any], where: str, *, scheduled: bool = False, passed: Collection[str] = ()) -> None:
@@ -275,7 +275,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
 
 def optimizer_classes() -> list[type[GroupedOptimizer]]:
-    """All optimizers that there are."""
+    """All optimizer classes of this process."""
     found = [GroupedOptimizer]
     for each in found:
         found += each.__subclasses__()

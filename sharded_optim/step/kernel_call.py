@@ -1,4 +1,4 @@
-"""One call of a backend, kept from step to step: it takes what each step brings, observes, and updates. Used by `ParamSet`."""
+"""One call of a backend: takes the tensors of each step, observes, and updates. `ParamSet` keeps it from step to step."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LEAVE_PARAMS = {"lr": 0.0, "weight_decay": 0.0}  # hyperparameters with which an
 
 
 class KernelCall:
-    """The local parameters that one backend steps in one call: stored alike, by one algorithm. An operand is a piece of one of them.
+    """The local parameters that a backend steps in one call: in the same format, by the same algorithm. Each operand is a piece of one.
 
     Attributes:
         backend, algorithm, operands: what is called, with what.
@@ -105,11 +105,11 @@ class KernelCall:
 
     @property
     def steps(self) -> Tensor:
-        """How many each operand has taken: fp32 (operands,)."""
+        """Number of steps that each operand has taken: fp32 (operands,)."""
         return self._counters.steps if self._owners is None else self._counters.steps[self._owners]
 
     def renew(self, grads: Sequence[Tensor], values: Mapping[int, GroupValues], optimizer: StatefulOptimizer) -> bool:
-        """Take what this step brings.
+        """Take the gradients, state and hyperparameters of this step.
 
         Args:
             grads: of `params`.
@@ -152,7 +152,7 @@ class KernelCall:
         return True
 
     def observe(self, rules: Rules, scaler: Scaler) -> Contribution:
-        """What this rank brings to an agreement: as it was observed early, if that is still true, and in every replay of a CUDA graph."""
+        """Return this rank's contribution: the early observation if it is still valid, else a new one, as always in a CUDA graph."""
         early, self._early = self._early, None
         if early is not None and scaler.scale is None and not capturing(self.device) and early[0] == self._stamp(rules):
             return early[1]
@@ -199,14 +199,14 @@ class KernelCall:
         )
 
     def release(self) -> None:
-        """Let go of gradients, state and what was observed early, until the next step, which asks for them anew."""
+        """Release gradients, state and the early observation; the next step looks them up again."""
         self._early = None
         self._compensations = ()
         for source in (self._grad, *self._state):
             source.column.release()
 
     def _sums(self, rules: Rules, scaler: Scaler) -> Contribution:
-        """Sum the statistic of each operand, or only see whether its gradient is finite."""
+        """Sum the statistic of each operand, or only check whether its gradient is finite."""
         statistic = rules.statistic
         self._fixed_point = fixed_point = self._fixed_point_of(statistic)
         if statistic is None:
@@ -218,13 +218,13 @@ class KernelCall:
         return Contribution(places=self.places, bits=fixed_point.bits, keys=self._keys(rules.options), observed=observed)
 
     def _stamp(self, rules: Rules) -> tuple[Any, ...]:
-        """Equal to another one if gradients, state, hyperparameters and options are the same, as far as torch counts changes of values."""
+        """Return a value that changes with gradients, state, hyperparameters and options, as far as torch counts writes."""
         sources = (self._grad, *self._state)
         found = tuple((tensor.data_ptr(), tensor._version) for source in sources for tensor in source.column.wholes)
         return found, tuple(self._keys(rules.options).tolist())
 
     def _fixed_point_of(self, statistic: Statistic | None) -> FixedPoint:
-        """How the statistic of each operand is summed; None stands for a statistic that is 0."""
+        """Return the fixed-point format for the statistic of each operand; None stands for a statistic that is 0."""
         bounds = [0.0] * len(self._values) if statistic is None else list(map(statistic.bound, self.members.groups))
 
         def make() -> FixedPoint:
@@ -237,7 +237,7 @@ class KernelCall:
         return self._sent_fixed_point.of(bounds, self.device, make)
 
     def _keys(self, options: tuple[Any, ...]) -> Tensor:
-        """A number for each operand, the same on two ranks if they use the same hyperparameters at the same step: int64 (operands,).
+        """Hash hyperparameters and step of each operand, to be compared between ranks: int64 (operands,).
 
         Args:
             options: of the optimizer, which must be the same too.
@@ -252,7 +252,7 @@ class KernelCall:
         return result
 
     def _noise_keys(self) -> Tensor:
-        """What stochastic rounding draws with in this step: int64 (operands, parameters or moments that are rounded so)."""
+        """Keys for the random numbers of this step: int64 (operands, parameters or moments that are rounded stochastically)."""
         seeds = [self.members.groups[group]["rounding_seed"] for group in self._group_of]
 
         def make() -> Tensor:
@@ -263,12 +263,12 @@ class KernelCall:
         return noise.keys(self._sources.of(seeds, self.device, make), next_steps(self.steps).view(-1, 1))
 
     def _drop_stale_compensation(self, compensations: Sequence[Sequence[Tensor]]) -> None:
-        """Take the further arrays of the format, of which those are zeroed whose parameter was written since the last step."""
+        """Take the further arrays of the format, and zero those whose parameter was written to since the last step."""
         self._compensations = compensations
         for each in compensations:
             self._log.drop_stale(self.params, each)
 
 
 def _source_name(tensor: str, what: str) -> str:
-    """What tells the random numbers of a parameter, which has them under the tensor's name, from those of its moments."""
+    """Return a name for a source of random numbers: of a parameter the tensor's name, of its moments another."""
     return tensor if what == PARAMETER else f"{tensor}\n{what}"

@@ -42,7 +42,7 @@ class BackendChoice:
         return ", ".join(sorted(running)) or f"{' or '.join(self.names)}, chosen in the first step"
 
     def of(self, param: Tensor, dtypes: Sequence[torch.dtype], optimizer: str) -> Backend:
-        """The backend that steps a parameter.
+        """Return the backend that steps a parameter.
 
         Args:
             dtypes: of its gradient and state.
@@ -61,7 +61,7 @@ class BackendChoice:
 
 
 def _as_found(choice: Choice, state: Mapping[str, Any], entry: LocalParam) -> Choice:
-    """The choice for a parameter, with moments as they are stored: where one array was put there in another dtype, in its plain format.
+    """Adapt a choice to the state: a moment in one array of another dtype is stored in the plain format of that dtype.
 
     Raises:
         ValueError: an array is of another dtype than its format's.
@@ -93,7 +93,7 @@ def kernel_calls(
     *,
     together: bool,  # whether a call takes all parameters that it can, or each its own
 ) -> list[KernelCall]:
-    """The kernel calls that step the parameters that have a gradient, in the order of their units.
+    """Build the kernel calls for the parameters that have a gradient, in the order of their units.
 
     Raises:
         ValueError: a gradient, or state, that cannot be used.
@@ -118,7 +118,7 @@ def kernel_calls(
 
 
 def _warn_if_slow(stepped: Sequence[tuple[LocalParam, Backend, Choice]]) -> None:
-    """Where many elements are on the CPU and the package is missing that compiles their step."""
+    """Warn if many elements are stepped on the CPU without the package that compiles their step."""
     slow = sum(
         piece.segment.numel
         for entry, backend, _ in stepped

@@ -1,4 +1,4 @@
-"""Make the layouts of an optimizer's parameters: of one rank, or of all ranks together. Used by `ParamSets`."""
+"""Build the layouts of an optimizer's parameters: of one rank, or of all ranks together. Used by `ParamSets`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHOWN = 3  # names in a message
 
 
 class LayoutMaker:
-    """Makes layouts, and remembers of which parameters the ranks have compared the values.
+    """Builds layouts, and records the parameters whose values the ranks have compared.
 
     Values of replicas are compared once: later, they may have drifted in their last bits, where kernels are not deterministic.
 
@@ -42,7 +42,7 @@ class LayoutMaker:
         process_group: dist.ProcessGroup | None,
         before: Layout | None,
     ) -> Layout:
-        """Make a layout. A collective, if the ranks agree.
+        """Build a layout. A collective, if the ranks agree.
 
         Args:
             before: the layout that other ranks may be stepping, unless theirs has changed too.
@@ -58,7 +58,7 @@ class LayoutMaker:
         return Layout.of_rank(self._described(optimizer, params))
 
     def of_all_ranks(self, optimizer: StatefulOptimizer, params: Sequence[Tensor], process_group: dist.ProcessGroup | None) -> Layout:
-        """Make a layout of all ranks. A collective."""
+        """Build a layout of all ranks. A collective."""
         over = None if process_group is None else weakref.ref(process_group)
         if over != self._compared_over:
             self._compared.clear()
@@ -72,7 +72,7 @@ class LayoutMaker:
         return layout
 
     def keep(self, is_used: Callable[[Tensor], bool]) -> None:
-        """Let go of parameters that are no longer used."""
+        """Release the parameters that are no longer used."""
         self._compared = {key: param for key, param in self._compared.items() if is_used(param)}
 
     def _described(self, optimizer: StatefulOptimizer, params: Sequence[Tensor]) -> list[LocalParam]:
@@ -84,7 +84,7 @@ class LayoutMaker:
         return [optimizer.describe_param(param, place.name, place.group) for param, place in found]
 
     def _change(self, optimizer: StatefulOptimizer, params: Sequence[Tensor], layout: Layout) -> str:
-        """How parameters differ from those of a layout, for an error message."""
+        """Say how parameters differ from those of a layout."""
         before, now = set(map(id, layout.params)), set(map(id, params))
         if added := [param for param in params if id(param) not in before]:
             names = [place.name for place in self._index.places_of(optimizer.param_groups, added)]

@@ -34,7 +34,7 @@ KINDS = (*(f"l2_norm/{vector}" for vector in NORMS), *COSINES)
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """What is kept of one backend's last update."""
+    """The record of the last update of one kernel call."""
 
     algorithm: Algorithm
     pieces: Sequence[tuple[LocalParam, Piece]]  # what each row of the coefficients is of
@@ -46,7 +46,7 @@ class Update:
 
 
 def report(entry: LocalParam, piece: Piece, state: dict[str, Any], last: tuple[Update, int] | None) -> dict[str, Tensor]:
-    """Norms and cosines of this rank's piece of one tensor: {kind: float64 ()}.
+    """Compute norms and cosines of this rank's piece of one tensor: {kind: float64 ()}.
 
     param: as it is after the step, with its Kahan compensation.
     update: what the step subtracted, the weight decay of the parameter before the step included; 0 without `last`, not finite after a
@@ -104,13 +104,13 @@ def _cosine(product: Tensor, norms: Tensor) -> Tensor:
 
 
 def _split(key: str) -> tuple[str, str] | None:
-    """(kind, tensor name) of one of our keys."""
+    """Split a key of a metric into its kind and its tensor name."""
     kind = next((kind for kind in KINDS if key.startswith(f"{kind}/")), None)
     return None if kind is None else (kind, key.removeprefix(f"{kind}/"))
 
 
 def pre_reduce(metrics: dict[str, Any], names: Container[str]) -> dict[str, Any]:
-    """Norms and cosines of these names become squares and dot products, which can be added up over ranks. Other keys stay."""
+    """Turn norms and cosines of these names into squares and dot products, which add up over ranks. Other keys stay."""
     result = dict(metrics)
     for key, value in metrics.items():
         kind, name = _split(key) or ("", "")
@@ -127,7 +127,7 @@ def pre_reduce(metrics: dict[str, Any], names: Container[str]) -> dict[str, Any]
 def dist_reduce(
     metrics: dict[str, Any], layout: Layout, index_of: Callable[[str], int | None], process_group: dist.ProcessGroup | None
 ) -> dict[str, Any]:
-    """Add up what `pre_reduce` made of all ranks' metrics, with one all-reduce. Every rank of the group must call it.
+    """Sum the results of `pre_reduce` over all ranks, with one all-reduce. Every rank of the group must call it.
 
     Args:
         metrics: of this rank.

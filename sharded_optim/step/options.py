@@ -1,4 +1,4 @@
-"""Types of what the public optimizers take; their docstrings are the options' documentation."""
+"""Types of the arguments of the public optimizers; their docstrings are the documentation of the options."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class SwitchOptions(EngineOptions, total=False):
 
 
 class ShardedOptions(CommonOptions, total=False, extra_items=Any):  # what an optimizer of one's own takes
-    """What a ShardedOptimizer hands on to the optimizer inside: hyperparameters of the library's optimizers, and options."""
+    """Arguments that a ShardedOptimizer passes to the optimizer inside: hyperparameters of the library's optimizers, and options."""
 
     lr: float | Tensor
     betas: tuple[float, float]

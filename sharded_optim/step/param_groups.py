@@ -50,7 +50,7 @@ def check_state_dtype(choice: torch.dtype | str, values: dict[str, Any], where: 
 
 
 def translate_switches(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """A group with optimi's keys in our terms: `decouple_lr` and `decouple_wd` as `decay_form`, `beta1` and `beta2` as `betas`."""
+    """Translate optimi's keys of a group: `decouple_lr` and `decouple_wd` to `decay_form`, `beta1` and `beta2` to `betas`."""
     group = dict(group)
     decouple_lr, decouple_wd = group.pop("decouple_lr", None), group.pop("decouple_wd", None)
     if decouple_lr is not None or decouple_wd is not None:
@@ -67,13 +67,13 @@ def translate_switches(group: dict[str, Any], defaults: dict[str, Any]) -> dict[
 
 
 def resolve_kahan(group: dict[str, Any], defaults: dict[str, Any]) -> None:
-    """Write what `kahan_sum=None` means for a group: distributed checkpoints refuse None."""
+    """Replace `kahan_sum=None` in a group by its meaning: distributed checkpoints refuse None."""
     if group.get("kahan_sum", defaults["kahan_sum"]) is None:
         group["kahan_sum"] = not group.get("stochastic_rounding", defaults["stochastic_rounding"])
 
 
 def warn_of_high_decay(groups: list[dict[str, Any]]) -> None:
-    """Warn once of fully decoupled decays, over all groups, that would be usual as coupled ones."""
+    """Warn once for all groups if a fully decoupled decay has a value that is usual for a coupled one."""
     high = [group["weight_decay"] for group in groups if group["decay_form"] == DECOUPLED and group["weight_decay"] >= HIGH_DECAY]
     if high:
         warnings.warn(
@@ -86,7 +86,7 @@ def warn_of_high_decay(groups: list[dict[str, Any]]) -> None:
 
 
 def named_params(group: dict[str, Any], group_index: int) -> list[tuple[Any, str]]:
-    """The tensors of a group, added or about to be, each with the user's name for it or its position."""
+    """Return the tensors of a group, each with its name or, without one, its position."""
     return [
         (param[1], str(param[0])) if isinstance(param, tuple) else (param, name_of_param(group, group_index, index))
         for index, param in enumerate(group["params"])
@@ -94,7 +94,7 @@ def named_params(group: dict[str, Any], group_index: int) -> list[tuple[Any, str
 
 
 def follow_names(group: dict[str, Any], groups: Sequence[dict[str, Any]]) -> None:
-    """Let empty groups have names, none of them, where the others have: torch wants names in all groups or in none.
+    """Give empty groups an empty list of names if the others have names: torch wants names in all groups or in none.
 
     Args:
         group: about to be added.
@@ -110,7 +110,7 @@ def follow_names(group: dict[str, Any], groups: Sequence[dict[str, Any]]) -> Non
 
 
 def name_of_param(group: Mapping[str, Any], group_index: int, index: int) -> str:
-    """The user's name of a parameter of a group that was added, or its position."""
+    """Return the name of a parameter, or its position if it has none."""
     names = group.get("param_names", ())
     if len(names) == len(group["params"]):  # else none are given, or a wrapper put others in the place of those that they are for
         return names[index]
@@ -118,7 +118,7 @@ def name_of_param(group: Mapping[str, Any], group_index: int, index: int) -> str
 
 
 def reference(lr: float) -> dict[str, Any]:
-    """The keys of a group that say which learning rate the decoupled forms of weight decay divide by; 0 is one that is to be learned."""
+    """Return the keys of a group that set the reference learning rate of decoupled weight decay; 0 means that it is to be learned."""
     return {"reference_lr": lr, "learns_reference_lr": lr == 0.0}
 
 

@@ -1,4 +1,4 @@
-"""Finds the param group of a parameter in constant time, though users and wrappers edit the groups at any time. Used by the optimizer."""
+"""Find the param group of a parameter in constant time, though users and wrappers edit the groups at any time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Group = dict[str, Any]
 
 
 class Place(NamedTuple):
-    """Where a parameter is: `groups[group_index]["params"][row]`."""
+    """The position of a parameter: `groups[group_index]["params"][row]`."""
 
     group_index: int
     group: Group
@@ -23,18 +23,18 @@ class Place(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The user's name of the parameter, or its position."""
+        """The name of the parameter, or its position if it has none."""
         return name_of_param(self.group, self.group_index, self.row)
 
 
 class ParamIndex:
-    """The places of parameters when they were looked up last. A place is checked before it is used, as ids are reused."""
+    """Caches the positions of parameters. A position is checked before it is used, as ids are reused."""
 
     def __init__(self) -> None:
         self._places: dict[int, Place] = {}  # by a parameter's id
 
     def place_of(self, groups: Sequence[Group], param: Tensor) -> Place | None:
-        """The place of a parameter; None if it is in none of the groups."""
+        """Return the position of a parameter; None if it is in none of the groups."""
         place = self._known_place(groups, param)
         if place is None:
             key = id(param)
@@ -45,11 +45,11 @@ class ParamIndex:
         return place
 
     def look_up(self, groups: Sequence[Group]) -> None:
-        """Look up all parameters."""
+        """Cache the positions of all parameters."""
         self._places = {id(p): Place(i, group, k) for i, group in enumerate(groups) for k, p in enumerate(group["params"])}
 
     def places_of(self, groups: Sequence[Group], params: Sequence[Tensor]) -> list[Place]:
-        """The places of parameters.
+        """Return the positions of parameters.
 
         Raises:
             ValueError: one is in none of the groups.
@@ -63,7 +63,7 @@ class ParamIndex:
         return places
 
     def __contains__(self, param: Tensor) -> bool:
-        """Whether a parameter that is alive was in a group at the last lookup."""
+        """Return whether a living parameter was in a group at the last lookup."""
         return id(param) in self._places
 
     def _known_place(self, groups: Sequence[Group], param: Tensor) -> Place | None:

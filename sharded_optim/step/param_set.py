@@ -1,4 +1,4 @@
-"""Everything that is known of parameters that are stepped together, kept from one step to the next. Used by the engine.
+"""Parameters that are stepped together, with all that is cached for them from one step to the next.
 
 Users and wrappers replace parameters, groups, options and what is behind a parameter at any time. What a set is known by is compared here,
 once per step, and nowhere else: a set whose parameters are others now is made anew, with all that was derived from it.
@@ -40,18 +40,18 @@ _grad = attrgetter("grad")
 
 
 class StepListener(Protocol):
-    """Is told how far a step is."""
+    """Receives the progress of a step."""
 
     def updating(self) -> None:
-        """The step happens, as far as the host knows. Not called where it does not."""
+        """Called before the update, unless the host knows that the step does not happen."""
 
     def updated(self, unit: int) -> None:
-        """The parameters of a unit that this rank steps have their new values; see `FlatLayout`. Units come in order."""
+        """Called when the parameters of a unit (see `FlatLayout`) have their new values. Units come in order."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
-    """What this rank brings to an agreement."""
+    """The result of looking at the gradients on this rank."""
 
     contributions: Sequence[Contribution] = ()  # of each kernel call
     failure: Exception | None = None  # or why it brings nothing
@@ -85,13 +85,13 @@ class ParamSet:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of its parameters."""
+        """Names of the parameters."""
         return tuple(entry.name for entry in self.layout.local_params)
 
     def fits(
         self, params: Sequence[Tensor], flat_layout: FlatLayout | None, process_group: dist.ProcessGroup | None, *, agrees: bool
     ) -> bool:
-        """Whether these are the parameters of this set, as they were when it was made, in the same wrapper and for the same ranks.
+        """Return whether this set was made for these parameters, as they are now, in the same wrapper and for the same ranks.
 
         Args:
             agrees: whether the ranks of the process group must have made it together; None stands for this process alone.
@@ -143,7 +143,7 @@ class ParamSet:
             call.observe_early(rules)
 
     def agree(self, observation: Observation, rules: Rules, scaler: Scaler) -> Agreement:
-        """Add up what all ranks observed. Every rank gets here in every step in which they agree.
+        """Sum the observations of all ranks. Every rank calls this in every step in which ranks agree.
 
         Raises:
             ValueError: the ranks do not fit together or one has failed; on all of them, or on a device one step later on the others.
@@ -162,7 +162,7 @@ class ParamSet:
         return found
 
     def proceed_alone(self, observation: Observation) -> None:
-        """Go on where ranks do not agree.
+        """Continue without a collective, where ranks need not agree.
 
         Raises:
             Exception: why this rank has failed.
@@ -172,12 +172,12 @@ class ParamSet:
             raise observation.failure
 
     def take_left_over(self) -> Callable[[], None]:
-        """What raises what the last step has left, which is no longer kept here: see `Agreement.raise_left_over`."""
+        """Remove the agreement whose errors are still to be raised, and return a function that raises them."""
         agreement, self.left_over = self.left_over, None
         return (lambda: None) if agreement is None else partial(agreement.raise_left_over, self._streak)
 
     def conclude(self, agreement: Agreement) -> None:
-        """Count a step whose verdict the host knows.
+        """Count a step whose verdict is known on the host.
 
         Raises:
             FloatingPointError: so many steps in a row were skipped as the options allow; on all ranks.
@@ -195,7 +195,7 @@ class ParamSet:
         *,
         accumulate: bool,  # leave the parameters alone, and write the state
     ) -> None:
-        """Write parameters and state, and count the step, where it happens."""
+        """Write parameters and state and count the step, if it happens."""
         for values in self._values.values():
             values.learn_reference_lr()
         updates: list[Update] = []
@@ -207,21 +207,21 @@ class ParamSet:
                 listener.updated(call.unit)
 
     def skip(self) -> None:
-        """Nothing was written in this step."""
+        """Record that this step has written nothing."""
         if self.calls:
             self.updates = next(_numbers), ()
 
     def forget_reports(self) -> None:
-        """Of the last step."""
+        """Drop the reports of the last step."""
         self.agreement, self.updates = None, (-1, ())
 
     def release(self) -> None:
-        """Let go of gradients and state until the next step."""
+        """Release gradients and state until the next step."""
         for call in self.calls:
             call.release()
 
     def _renew(self, optimizer: StatefulOptimizer, groups: Sequence[Any], grads: Sequence[Tensor | None]) -> bool:
-        """Take what this step brings; False if the calls must be made anew."""
+        """Take the tensors of this step; return False if the kernel calls must be built again."""
         return (
             self._without_grad is not None
             and len(groups) == len(self._groups)
@@ -232,7 +232,7 @@ class ParamSet:
 
 
 class ParamSets:
-    """A set of all parameters, and one for each choice of them that is stepped alone.
+    """The set of all parameters, and the sets of those that are stepped alone.
 
     Args:
         index: finds the groups of parameters.
@@ -270,7 +270,7 @@ class ParamSets:
         rules: Rules,
         process_group: dist.ProcessGroup | None,
     ) -> ParamSet:
-        """The set of all parameters as they are now, or of some. A collective when it is made, if ranks agree.
+        """Return the set of all current parameters, or of some. A collective when it is built, if ranks agree.
 
         Args:
             only: some of the parameters; None means all.
@@ -299,7 +299,7 @@ class ParamSets:
         return made
 
     def forget_reports(self, stepped: ParamSet) -> None:
-        """Let go of what steps have left for reports of parameters that this set steps too."""
+        """Drop the reports of all sets that share parameters with this one."""
         stepped.forget_reports()
         others = [each for each in self if each.agreement is not None or each.updates[0] >= 0] if self._by_first else ()
         if others:
@@ -309,13 +309,13 @@ class ParamSets:
                     each.forget_reports()
 
     def release(self, stepped: ParamSet) -> None:
-        """After a step: let go of gradients and state, and of what was observed early of a set that it may have changed."""
+        """Release gradients and state after a step, and early observations that it may have made invalid."""
         stepped.release()
         if self.whole is not None and self.whole is not stepped:
             self.whole.release()
 
     def layout_of_all_ranks(self, optimizer: StatefulOptimizer, process_group: dist.ProcessGroup | None) -> Layout:
-        """The layout of all parameters of all ranks, also where no step needs one. A collective when it is made."""
+        """Return the layout of all parameters of all ranks, also where no step needs it. A collective when it is built."""
         params = optimizer.all_params()
         for each in (self._exchanged, self.whole):
             if each is not None and each.fits(params, optimizer.layout, process_group, agrees=True):
@@ -324,15 +324,15 @@ class ParamSets:
         return self._exchanged.layout
 
     def _known(self, params: Sequence[Tensor]) -> ParamSet | None:
-        """The set of these parameters that was stepped before."""
+        """Return the known set of these parameters."""
         return next((each for each in self._by_first.get(id(params[0]), ()) if each.layout.is_of(params)), None) if params else None
 
     def _of_same_names(self, optimizer: StatefulOptimizer, params: Sequence[Tensor]) -> ParamSet | None:
-        """The set that other ranks may be stepping, where this one has replaced some of its parameters."""
+        """Return the set that other ranks may be stepping if this rank has replaced some of its parameters."""
         return self._by_names.get(tuple(place.name for place in self._index.places_of(optimizer.param_groups, params)))
 
     def _raise_left_over(self, params: Sequence[Tensor], known: ParamSet | None, *, all_sets: bool) -> None:
-        """Raise what steps of any of these parameters have left. Not where a CUDA graph is recorded, which cannot wait."""
+        """Raise errors that earlier steps of these parameters have left. Not while a CUDA graph is recorded, which cannot wait."""
         sets = self if all_sets and self._by_first else (known,)
         due = [each for each in sets if each is not None and each.left_over is not None]
         if not due or any(capturing(each.layout.device) for each in due):
@@ -344,7 +344,7 @@ class ParamSets:
         return ParamSet(layout, optimizer.layout, self._backends, together=self._together)
 
     def _keep(self, optimizer: StatefulOptimizer, made: ParamSet, replaced: ParamSet | None, *, whole: bool) -> list[ParamSet]:
-        """Keep a set that was made, and let go of those that it replaces, which are returned. All ranks do the same in the same step.
+        """Store a new set, and drop and return those that it replaces. All ranks do the same in the same step.
 
         DeepSpeed puts one set of parameters after the other into the groups: those that its layout knows come back.
 

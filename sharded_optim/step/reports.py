@@ -1,4 +1,4 @@
-"""What an optimizer can tell about its last step, for Composer's monitors and for `metrics()`."""
+"""Reports about the last step, for Composer's monitors and for `metrics()`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Rows = list[tuple[metrics.Update, int]]
 
 
 class Reports:
-    """Reports of sets of parameters, by the names under which they were asked for.
+    """Computes reports of param sets, and records the names under which they were asked for.
 
     Attributes:
         rows: of the last step, by a parameter's id; made when asked for. To be None when a step begins.
@@ -31,7 +31,7 @@ class Reports:
         self.rows: dict[int, Rows] | None = None
 
     def rms(self, sets: Iterable[ParamSet]) -> dict[str, float]:
-        """The root mean of the statistic of each tensor, as ranks found it together. Waits for the device."""
+        """Return the root mean of the statistic of each tensor, over all ranks. Waits for the device."""
         agreements = [each.agreement for each in sets if each.agreement is not None]
         report: dict[str, float] = {}
         for agreement in sorted(agreements, key=lambda agreement: agreement.number):
@@ -39,7 +39,7 @@ class Reports:
         return report
 
     def of_param(self, entry: LocalParam, name: str, state: dict[str, Any], sets: Iterable[ParamSet]) -> dict[str, Tensor]:
-        """What `metrics.report` says of each piece of a parameter."""
+        """Return `metrics.report` of each piece of a parameter."""
         result = {}
         last = self._updates_of(entry.param, sets) or [None] * len(entry.pieces)
         for index, (piece, update) in enumerate(zip(entry.pieces, last, strict=True)):
@@ -59,7 +59,7 @@ class Reports:
         return metrics.dist_reduce(optimizer_metrics, layout, index_of.get, process_group)
 
     def _updates_of(self, param: Tensor, sets: Iterable[ParamSet]) -> Rows:
-        """For each piece of a parameter, the update that the last step wrote it by, and its row there."""
+        """Return, for each piece of a parameter, the update of the last step that wrote it, and its row there."""
         if self.rows is None:
             self.rows = {}
             for each in sorted((each for each in sets if each.updates[0] >= 0), key=lambda each: each.updates[0]):
@@ -72,7 +72,7 @@ class Reports:
 
 
 class ReportingOptimizer(StatefulOptimizer):
-    """What a torch optimizer with a step has besides: reports."""
+    """The public methods of an optimizer that report about its last step."""
 
     _statistic: Statistic | None
     _sets: ParamSets
@@ -81,14 +81,14 @@ class ReportingOptimizer(StatefulOptimizer):
 
     @property
     def skipped_steps(self) -> int:
-        """How many steps did not happen because a gradient was not finite. Waits for the device.
+        """Number of steps that were skipped because a gradient was not finite. Waits for the device.
 
         DeepSpeed's ZeRO steps each param group, or sub-group, by itself, and each counts; steps that DeepSpeed skips do not.
         """
         return int(self._skipped)
 
     def metrics(self) -> dict[str, float]:
-        """What the last step found, already reduced over all ranks. Waits for the device.
+        """Return metrics of the last step, already reduced over all ranks. Waits for the device.
 
         Returns:
             `skipped_steps`, and for algorithms with a per-tensor statistic `rms/NAME`: its root mean over the whole tensor, for every
@@ -97,7 +97,7 @@ class ReportingOptimizer(StatefulOptimizer):
         return {"skipped_steps": float(self.skipped_steps)} | (self._reports.rms(self._sets) if self._statistic is not None else {})
 
     def report_per_parameter_metrics(self, param: Tensor, name: str, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
-        """Tell what the last step did to one parameter, as Composer's OptimizerMonitor asks for it. No communication.
+        """Report what the last step did to one parameter, as Composer's OptimizerMonitor asks for it. No communication.
 
         Returns:
             `optimizer_metrics`, to which this adds what `metrics.report` says of this rank's piece, under
@@ -119,7 +119,7 @@ class ReportingOptimizer(StatefulOptimizer):
         return optimizer_metrics
 
     def dist_reduce_metrics(self, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
-        """Make the metrics of this rank's pieces those of whole tensors, in place: one all-reduce, in which every rank must take part.
+        """Reduce the metrics of pieces to those of whole tensors, in place: one all-reduce, in which every rank must take part.
 
         The first call may exchange the layout before. See `metrics.dist_reduce`.
         """

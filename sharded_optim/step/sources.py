@@ -1,4 +1,4 @@
-"""Where a kernel call's tensors come from: gradients and state are looked up anew in every step, and compared with the last step's.
+"""Look up the tensors of a kernel call in every step, and compare them with those of the last step.
 
 Wrappers and users replace gradients, state and memory at any time. What a step costs for each tensor besides its arithmetic is what it
 takes to see that everything is where it was: columns of all tensors are compared, not rows of each.
@@ -29,7 +29,7 @@ _device: Callable[[Tensor], torch.device] = attrgetter("device")
 
 
 class Cut:
-    """How the local tensors of parameters are cut into operands."""
+    """Cuts the local tensors of parameters into operands."""
 
     def __init__(self, owners: Sequence[int], pieces: Sequence[Piece]) -> None:
         self._owners = torch.tensor(owners, dtype=torch.int64, device="cpu")
@@ -44,7 +44,7 @@ class Cut:
 
 
 class CutColumn(Column):
-    """A column whose tensors are views, made only for those who ask: kernels take addresses."""
+    """A column of views, which are created only when they are asked for: kernels take addresses."""
 
     def __init__(self, wholes: Sequence[Tensor], cut: Cut) -> None:
         self._cut = cut
@@ -69,7 +69,7 @@ class CutColumn(Column):
 
 
 class Source:
-    """Where a column of operands comes from: a tensor of each parameter, as the wrapper gives it.
+    """Provides one column of operands: a tensor of each parameter, as the wrapper gives it.
 
     The tensors of the step before are not kept to compare with, as their memory may be wanted. What lies at the same address in the same
     way is taken for the same; anything else is looked at by the wrapper's rules.
@@ -88,7 +88,7 @@ class Source:
         self._dtypes = set(map(_dtype, local))
 
     def renew(self, tensors: Sequence[Any]) -> bool:
-        """Take the tensors of this step; False if they are not like those of the step before.
+        """Take the tensors of this step; return False if they are not laid out like those of the last step.
 
         Raises:
             ValueError: one of them is not laid out like its parameter.
@@ -108,7 +108,7 @@ class Source:
         return True
 
     def _differ_in_address_alone(self, local: Sequence[Tensor], addresses: array[int]) -> bool:
-        """Whether these are the tensors of before but for where they lie, as gradients that were allocated anew. Others are looked at."""
+        """Return whether tensors differ from those of the last step in their addresses alone, as newly allocated gradients do."""
         return (
             not self._wrapped
             and set(map(type, local)) <= {Tensor, torch.nn.Parameter}
@@ -123,7 +123,7 @@ class Source:
         return check_memory(entry.local(tensor, self._role), f"{self._role} of {entry.name!r}", entry.param.device)
 
     def _where_alike(self, local: Sequence[Tensor]) -> array[int] | None:
-        """The addresses of tensors that have the sizes, dtypes and strides of those before, as far as is quickly seen."""
+        """Return the addresses of tensors with the sizes, dtypes and strides of the last step; None if a quick look cannot tell."""
         if not self._contiguous or (self._role == GRADIENT and (self._wrapped or set(map(type, local)) != {Tensor})):
             return None  # the wrapper says how a gradient is sharded
         try:
@@ -175,7 +175,7 @@ class StepCounters:
         self._views = [values[STEP] for values in state]
 
     def are(self, counters: Sequence[Any]) -> bool:
-        """Whether these are the views, and still lie in the one tensor: users and wrappers replace both."""
+        """Return whether these are the views, and still lie in the one tensor: users and wrappers replace both."""
         if not all(map(is_, counters, self._views)):
             return False
         first, size = self.steps.data_ptr(), self.steps.element_size()

@@ -38,7 +38,7 @@ STEP = "step"
 
 
 class Choice(NamedTuple):
-    """What steps a parameter, and how it and its moments are stored."""
+    """The algorithm of a parameter, and the storage formats of it and of its moments."""
 
     algorithm: Algorithm
     format: Format  # of the parameter
@@ -46,7 +46,7 @@ class Choice(NamedTuple):
 
     @property
     def entries(self) -> dict[str, torch.dtype]:
-        """What the parameter's state has besides its step counter: arrays by name, with their dtypes."""
+        """Arrays in the parameter's state, by name, with their dtypes; the step counter not among them."""
         return {key: dtype for _, _, entries in self.moments for key, dtype in entries.items()} | dict(self.format.extra)
 
     @property
@@ -55,7 +55,7 @@ class Choice(NamedTuple):
         return [(name, fmt, fmt.entries(name)) for name, fmt in zip(self.algorithm.state, self.state_formats, strict=True)]
 
     def may_begin(self, there: Collection[str]) -> set[str]:
-        """Entries that may be zeros when others have long begun: arrays beside a parameter, and late moments.
+        """Names of arrays that may begin as zeros at any step: those beside a parameter, and optional moments.
 
         Args:
             there: the entries that have begun. A moment of which some arrays have begun needs the others too.
@@ -65,7 +65,7 @@ class Choice(NamedTuple):
 
 
 class Allocator(Protocol):
-    """An optimizer, as far as its state needs it."""
+    """The part of an optimizer that its state uses."""
 
     def new_state(self, param: Tensor) -> dict[str, Any]:
         """State of a parameter that has none yet."""
@@ -73,7 +73,7 @@ class Allocator(Protocol):
 
 
 class State(defaultdict[Tensor, dict[str, Any]]):
-    """`optimizer.state`: a missing parameter is given new state.
+    """`optimizer.state`, which creates the state of a missing parameter.
 
     A plain dict would be silently wrong: torch.distributed.checkpoint asks `optimizer.state[param]` which state to load, and loads
     nothing where it finds nothing, as in an optimizer that has gradients but has not stepped.
@@ -100,17 +100,17 @@ class State(defaultdict[Tensor, dict[str, Any]]):
         return self.copy()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A plain dict: the optimizer that is copied or unpickled makes a State of it again."""
+        """Pickle as a plain dict; the copied or unpickled optimizer makes a State of it again."""
         return dict, (dict(self),)
 
 
 def new_state(param: Tensor, dtypes: Mapping[str, torch.dtype]) -> dict[str, Any]:
-    """Zeros like the parameter under each name of `dtypes`, and a step counter of 0."""
+    """Create the state of a parameter: zeros like it under each name of `dtypes`, and a step counter of 0."""
     return {STEP: torch.zeros((), dtype=torch.float32, device=param.device)} | {n: zeros(param, d) for n, d in dtypes.items()}
 
 
 def zeros(param: Tensor, dtype: torch.dtype) -> Tensor:
-    """Zeros that are shaped, strided and sharded like the parameter; on a CPU on large pages, see `memory.py`."""
+    """Create zeros that are shaped, strided and sharded like the parameter; on a CPU on large pages, see `memory.py`."""
     result = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
     local = local_of(result)
     if local.device.type != "cpu" or type(local) is not Tensor:
@@ -120,7 +120,7 @@ def zeros(param: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def local_of(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor; any other tensor itself."""
+    """Return the local tensor of a DTensor; any other tensor as it is."""
     return getattr(tensor, "_local_tensor", tensor)
 
 
@@ -132,7 +132,7 @@ ALLOCATORS = {
 
 
 def called_to_allocate() -> bool:
-    """Whether a wrapper is stepping only to make the optimizer allocate its state.
+    """Return whether a wrapper is stepping only to make the optimizer allocate its state.
 
     That step must not count (pytorch#164929): bias correction would be one step off in everything that follows, and DeepSpeed's would
     decay the weights. The gradients do not tell it from a real first step, on a rank whose shard happens to have only zeros; the caller
@@ -146,7 +146,7 @@ CHECKPOINT = "torch.distributed.checkpoint"
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """How torch.distributed.checkpoint wants an optimizer's state: see torch's StateDictOptions."""
+    """The form in which torch.distributed.checkpoint asks for optimizer state: see torch's StateDictOptions."""
 
     full: bool = False  # whole tensors
     cpu_offload: bool = False  # with `full`: on rank 0 alone
@@ -155,7 +155,7 @@ class Asked:
 
 
 def asked_by_distributed_checkpoint() -> Asked | None:
-    """What torch.distributed.checkpoint asks for, where it is the caller; else None.
+    """Return the form that torch.distributed.checkpoint asks for, or None if it is not the caller.
 
     It calls `optimizer.state_dict` and `optimizer.state` as everybody does, but what it is given are the parts of one checkpoint of all
     ranks: it would save one rank's 1-D tensors and drop the others'.
@@ -176,7 +176,7 @@ FSDP1 = "torch.distributed.fsdp.fully_sharded_data_parallel"
 
 
 def fsdp1_that_offloads_whole_state() -> nn.Module | None:
-    """The FullyShardedDataParallel model for which torch asks for state, to gather it whole in the memory of the CPU; else None."""
+    """Return the FullyShardedDataParallel model whose whole state torch is gathering on the CPU; else None."""
     for frame in _callers():
         known = frame.f_locals
         caller = _module_of(frame), frame.f_code.co_name
@@ -193,7 +193,7 @@ def fsdp1_that_offloads_whole_state() -> nn.Module | None:
 
 
 def _callers() -> Iterator[FrameType]:
-    """Of this module's caller, the innermost first."""
+    """Frames of the callers of this module, the innermost first."""
     frame = sys._getframe(1)
     while frame is not None:
         yield frame

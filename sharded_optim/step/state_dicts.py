@@ -22,7 +22,7 @@ ChoiceOf = Callable[[Tensor, Mapping[str, Any]], Choice]  # (parameter, its para
 
 
 def _saved_states(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> list[tuple[Tensor, str, dict[str, Any], dict[str, Any]]]:
-    """(parameter, its name, its group, its saved state) for every saved state that belongs to a parameter of `groups`."""
+    """Return (parameter, name, group, saved state) for every saved state that belongs to a parameter of `groups`."""
     found = []
     for index, (group, saved) in enumerate(zip(groups, state_dict["param_groups"], strict=True)):
         for (param, name), key in zip(named_params(group, index), saved["params"], strict=True):
@@ -42,7 +42,7 @@ def check_sizes(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> Non
 
 
 def check_family(state_dict: dict[str, Any], foreign: Mapping[str, Hyperparameter]) -> None:
-    """Raise ValueError for saved groups of another family, which an optimizer without state (SGD, or one that has not stepped) has too.
+    """Raise ValueError for saved groups of another family of optimizers, also where nothing has state yet.
 
     Args:
         foreign: hyperparameters that only other optimizers have.
@@ -95,7 +95,7 @@ def check_state(groups: list[dict[str, Any]], state_dict: dict[str, Any], choice
 
 
 def _is_value(found: Mapping[str, torch.dtype], moment: str) -> bool:
-    """Whether what is saved of a moment is its value, in one array, which any format can store."""
+    """Return whether a moment is saved as its value in one array, which any format can store."""
     return found.keys() == {moment} and found[moment].is_floating_point
 
 
@@ -104,7 +104,7 @@ def _listed(arrays: Mapping[str, torch.dtype]) -> str:
 
 
 def merged_groups(groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The saved param groups with these parameters, and with the keys of these that the saved ones lack, which torch would drop."""
+    """Merge saved param groups into these, which keep their parameters, and the keys that the saved ones lack (torch drops them)."""
     merged = []
     for own, saved in zip(groups, saved_groups, strict=True):
         group = own | deepcopy({key: value for key, value in saved.items() if key != "params"})
@@ -143,5 +143,5 @@ def loaded_state(groups: list[dict[str, Any]], state_dict: dict[str, Any], choic
 
 
 def _copied(value: Any, param: Tensor) -> Any:
-    """Of something in a saved state that no step uses."""
+    """Copy an entry of a saved state that no step uses."""
     return value.detach().to(param.device, copy=True) if isinstance(value, Tensor) else deepcopy(value)

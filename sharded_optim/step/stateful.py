@@ -1,4 +1,4 @@
-"""What an optimizer keeps: state that is allocated when asked for, and state dicts. Below the engine."""
+"""Optimizer state, allocated when it is asked for, and state dicts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class StatefulOptimizer(GroupedOptimizer):
                     self.complete_state(param, group, name)
 
     def zero_grad(self, set_to_none: bool = True, param: Tensor | None = None) -> None:
-        """As in torch; or of one parameter alone."""
+        """Reset gradients as torch does, of all parameters or of one."""
         if param is None:
             super().zero_grad(set_to_none)
         elif set_to_none:
@@ -45,11 +45,11 @@ class StatefulOptimizer(GroupedOptimizer):
             param.grad = torch.zeros_like(param.grad)
 
     def new_state(self, param: Tensor) -> dict[str, Any]:
-        """State of a parameter that has none yet, as `self.state` asks for it."""
+        """Create the state of a parameter, for `self.state`."""
         return new_state(param, self.choice_of(param, self._group_with(param) or self.param_groups[0]).entries)
 
     def complete_state(self, param: Tensor, group: dict[str, Any], name: str) -> dict[str, Any]:
-        """The parameter's state, with everything that the group's algorithm and the format need.
+        """Return the parameter's state, completed by whatever the algorithm and the format need.
 
         Raises:
             ValueError: something is missing that cannot begin now.
@@ -75,11 +75,11 @@ class StatefulOptimizer(GroupedOptimizer):
 
     @property
     def state_format(self) -> Format:
-        """How the moments are stored."""
+        """The storage format of the moments."""
         return chosen_format(self.state_dtype)
 
     def choice_of(self, param: Tensor, group: Mapping[str, Any]) -> Choice:
-        """What the options choose for a parameter of a param group."""
+        """Choose algorithm and formats of a parameter by the options of its param group."""
         algorithm = self._choose(group)
         fmt = param_format(param.dtype, kahan_sum=group["kahan_sum"], stochastic_rounding=group["stochastic_rounding"])
         return Choice(algorithm, fmt, (self.state_format,) * len(algorithm.state))
@@ -87,13 +87,13 @@ class StatefulOptimizer(GroupedOptimizer):
     # ------------------------------------------------------------------------------------------------------------- state dicts
 
     def drop_stale_compensation(self) -> None:
-        """Zero the Kahan compensations of parameters that were written since the last step, before state is read together with them."""
+        """Zero the Kahan compensations of parameters that were written to since the last step."""
         names = extra_arrays()
         rows = [(param, state[key]) for param, state in self.state.items() for key in names & state.keys()]
         self.compensation_log.drop_stale([param for param, _ in rows], [compensation for _, compensation in rows])
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch.
+        """Return the state dict, in torch's form.
 
         Raises:
             ValueError: torch asks for it on behalf of FullyShardedDataParallel, and would give moments each other's values.
@@ -107,7 +107,7 @@ class StatefulOptimizer(GroupedOptimizer):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, but all or nothing, with moments stored as in `state_dtype`, and group keys the saved state lacks kept as they are.
+        """Load a state dict: all or nothing. Moments are stored as `state_dtype` says; group keys that the saved state lacks are kept.
 
         State of torch's Adam, AdamW and SGD, of Composer's and of optimi's optimizers is recognised and continued; see `foreign_state.py`.
 

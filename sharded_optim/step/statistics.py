@@ -1,4 +1,4 @@
-"""Per-tensor statistics of the whole model, summed exactly.
+"""Exact sums of per-tensor statistics over all ranks.
 
 Integers make a sum independent of the order and the grouping of the additions, that is of how the tensors are sharded:
 
@@ -27,7 +27,7 @@ HEADROOM = 1.001  # a computed statistic exceeds its mathematical bound by a few
 
 
 def fraction_bits(bound: float, numel: int) -> int:
-    """k: how many fraction bits of a statistic in [0, bound] are summed over a tensor of `numel` elements without overflow.
+    """Return k, the number of fraction bits with which a statistic in [0, bound] sums over `numel` elements without overflow.
 
     The error of the mean is at most 2**-(k+1). StableAdamW with beta2 = 0.99 has k = 44 up to 2**11 elements, 35 at 2**20 and 24 at 2**31.
     """
@@ -37,7 +37,7 @@ def fraction_bits(bound: float, numel: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class FixedPoint:
-    """How the statistics of several pieces of tensors are summed."""
+    """The fixed-point formats in which the statistics of several pieces are summed."""
 
     bits: Tensor  # int64 (n,) on the CPU, k of each
     limits: Tensor  # fp32 (n,) on the device, the largest value that is possible
@@ -47,7 +47,7 @@ class FixedPoint:
 
     @classmethod
     def of(cls, bounds: Sequence[float], numels: Sequence[int], device: torch.device) -> FixedPoint:
-        """For statistics in [0, bound], of tensors of these numbers of elements."""
+        """Build the formats for statistics in [0, bound] of tensors with these numbers of elements."""
         bits = [fraction_bits(bound, numel) for bound, numel in zip(bounds, numels, strict=True)]
         on_host = {"device": "cpu", "dtype": torch.float64}
         doubles = torch.tensor([[math.ldexp(1.0, -k) for k in bits], [max(numel, 1) for numel in numels]], **on_host)
@@ -58,7 +58,7 @@ class FixedPoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Contribution:
-    """What this rank brings to an agreement about some of its pieces."""
+    """The contribution of some pieces of this rank to an agreement."""
 
     places: Slots  # which they are
     bits: Tensor  # int64 (n,), k of each

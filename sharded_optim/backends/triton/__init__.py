@@ -183,7 +183,7 @@ class Triton:
 
 
 class _Tables:
-    """What a kernel needs to know of operands besides their values, on their device.
+    """Tables of operands on their device.
 
     Attributes:
         work, segments: `work` and `runs` of `OperandTables`.
@@ -220,7 +220,7 @@ class _Tables:
 
 @dataclass(frozen=True, kw_only=True)
 class _Addresses:
-    """Where columns lie.
+    """Addresses of columns.
 
     Attributes:
         table: int64 (columns, operands), on their device.
@@ -236,7 +236,7 @@ class _Addresses:
 
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """A kernel as Triton knows it.
+    """A compiled kernel.
 
     Attributes:
         function: to be launched as `function[programs,](*arguments, ALIGNED=..., **_options(...), **constants)`.

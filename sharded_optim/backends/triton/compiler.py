@@ -1,4 +1,4 @@
-"""How text, and functions that other backends compile too, become kernels of Triton. Used by this package."""
+"""Compile text, and functions that other backends compile too, by Triton."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["compiled", "compiled_scalars", "executed", "interpreted"]
 
 
 def interpreted() -> bool:
-    """Whether Triton runs kernels in Python, on the CPU, to test them (TRITON_INTERPRET=1)."""
+    """Return whether Triton runs kernels in Python, on the CPU, to test them (TRITON_INTERPRET=1)."""
     return knobs.runtime.interpret
 
 
@@ -29,7 +29,7 @@ def interpreted() -> bool:
 
 
 def executed(name: str, source: str, names: dict[str, Any]) -> Any:
-    """What the text defines under a name. Triton reads the text of a function again, where Python looks it up for tracebacks too."""
+    """Execute text and return the function that it defines. Triton reads the text again, from the cache that tracebacks use."""
     path = f"<sharded_optim {name}>"
     linecache.cache[path] = (len(source), None, source.splitlines(keepends=True), path)
     namespace = {"__name__": __name__, **names}

@@ -1,4 +1,4 @@
-"""Coefficients in one launch: the formulas that `coefficients.py` has recorded, compiled by Triton.
+"""Compute coefficients in one launch: Triton compiles the formulas that `coefficients.py` records.
 
 As torch operations they would be a hundred launches of a few microseconds each, more than a step of a small model takes. A kernel is made
 for each sequence of operations that is met; the constants, which a schedule of the learning rate changes, are in device memory.
@@ -43,13 +43,13 @@ OPTIONS = {"num_warps": WARPS, "num_stages": 1, "enable_fp_fusion": False}
 
 
 class Constants:
-    """Those of formulas, on a device, where they stay until others are needed."""
+    """Caches the constants of formulas on a device."""
 
     def __init__(self) -> None:
         self._sent: defaultdict[Operations, DeviceCache[Tensor]] = defaultdict(DeviceCache)
 
     def of(self, formulas: Sequence[Formula], operations: Operations, device: torch.device) -> Tensor:
-        """A row of each formula: 1, then its constants, if these are its operations, else zeros: float64 (formulas, 1 + constants)."""
+        """Return a row for each formula: 1 and its constants if it has these operations, else zeros: float64 (formulas, 1 + constants)."""
         rows = [(1.0, *each.constants) if each.operations == operations else (0.0,) * (1 + operations.constants) for each in formulas]
         return self._sent[operations].of(rows, device, lambda: send(torch.tensor(rows, dtype=torch.float64, device="cpu"), device))
 
@@ -72,7 +72,7 @@ def launch(
 
 
 def formula_kernel(operations: Operations, inputs: tuple[str, ...]) -> Any:
-    """The kernel of all formulas with these operations, reading these of `FOUND`."""
+    """Build the kernel of all formulas with these operations, which reads these of `FOUND`."""
     return _formula_kernel(operations, inputs, interpreted=interpreted())
 
 

@@ -59,7 +59,7 @@ def to_fp16(value):
 
 
 def stochastic(value, uniform, epsilon, smallest_bits):
-    """A neighbour of the value, or the value.
+    """Round a value to one of its two neighbours in the target format.
 
     Args:
         value: fp32.
@@ -154,7 +154,7 @@ STEP = tl.constexpr(2.0**17)
 
 
 def elements(block: tl.constexpr, width: tl.constexpr):
-    """0, 1, ... as int32 (block // width, width): a row is what a thread reads or writes at once, and folds without others."""
+    """Return 0, 1, ... as int32 (block // width, width): a thread reads or writes a row at once, and reduces it alone."""
     return tl.arange(0, block // width)[:, None] * width + tl.arange(0, width)[None, :]
 
 
@@ -164,7 +164,7 @@ def inverse_of_power(scale):
 
 
 def fixed_point(value, unit):
-    """Limbs of round_half_even(value / unit), for `bits_of` and `add_up`: fp32, each offset by its rounder.
+    """Split round_half_even(value / unit) into limbs, for `bits_of` and `add_up`: fp32, each offset by its rounder.
 
     Args:
         value: fp32, at least 0 and below 2**51 units; any limbs are of others.
@@ -185,7 +185,7 @@ def bits_of(value):
 
 
 def add_up(low, middle, high, lanes, unit, target):
-    """Add the integers of which these are the limbs.
+    """Add integers that are given as limbs.
 
     Args:
         low, middle, high: int32 (n,), sums of bits of limbs, modulo 2**32.

@@ -1,4 +1,4 @@
-"""Whether a step happens, in one launch: `consensus.judge`, of which each torch operation would be a launch by itself."""
+"""Decide in one launch whether a step happens: `formulas.verdict.judge`, where each torch operation would be a launch."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def verdict({", ".join(ARGUMENTS)}, SKIPS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 def judge(sums: Tensor, *, skips: bool) -> Verdict:
-    """See `consensus.judge`."""
+    """See `formulas.verdict.judge`."""
     verdict = Verdict(
         flags=torch.empty(3, dtype=torch.int64, device=sums.device), proceed=torch.empty((), dtype=torch.bool, device=sums.device)
     )
