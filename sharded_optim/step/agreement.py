@@ -1,6 +1,6 @@
 """The only collective of a step: its contents, the meaning of its result, and the errors that follow from it.
 
-Every rank contributes one int64 vector, `formulas.verdict.SECTIONS` values for each tensor of the model, and one all-reduce adds them up: sums of
+Every rank contributes one int64 vector, `verdict.SECTIONS` values for each tensor of the model, and one all-reduce adds them up: sums of
 the statistic, where a gradient was not finite, where one was missing, and whether a rank met bad input. An error is raised on every rank:
 in the same step where the host knows the sums, one step later where only a device does.
 """

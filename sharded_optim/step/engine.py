@@ -27,7 +27,6 @@ from sharded_optim.step.kernel_calls import BackendChoice
 from sharded_optim.step.options import MOST_SKIPPED, CheckedOption, NonFinite, Params, check_max_skipped_steps, check_nonfinite
 from sharded_optim.step.param_set import ParamSet, ParamSets, StepListener
 from sharded_optim.step.reports import ReportingOptimizer, Reports
-from sharded_optim.step.state import called_to_allocate
 from sharded_optim.storage.devices import refuse_to_capture
 
 __all__ = ["Engine"]
@@ -139,7 +138,7 @@ class Engine(ReportingOptimizer):
                 raise ValueError("step takes a closure or a param, not both: a closure is for the whole model")
             with torch.enable_grad():
                 loss = closure()
-        if not self.state and called_to_allocate():
+        if self.is_allocation_step():
             self.init_state()
             return loss
         rules = self._rules()

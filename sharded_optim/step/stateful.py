@@ -12,7 +12,7 @@ from sharded_optim.step import foreign_state, param_groups, state_dicts
 from sharded_optim.step.compensation import CompensationLog
 from sharded_optim.step.grouped import GroupedOptimizer, optimizer_classes
 from sharded_optim.step.options import Params
-from sharded_optim.step.state import STEP, Choice, State, fsdp1_that_offloads_whole_state, new_state, zeros
+from sharded_optim.step.state import STEP, Choice, State, called_to_allocate, fsdp1_that_offloads_whole_state, new_state, zeros
 from sharded_optim.storage.formats import Format, chosen_format, extra_arrays, param_format
 
 __all__ = ["StatefulOptimizer"]
@@ -43,6 +43,11 @@ class StatefulOptimizer(GroupedOptimizer):
             param.grad = None
         elif param.grad is not None:
             param.grad = torch.zeros_like(param.grad)
+
+    def is_allocation_step(self) -> bool:
+        """Return whether a wrapper steps only to have state allocated: see `called_to_allocate`."""
+        has_state = any(group["params"][0] in self.state for group in self.param_groups if group["params"])
+        return not has_state and called_to_allocate()
 
     def new_state(self, param: Tensor) -> dict[str, Any]:
         """Create the state of a parameter, for `self.state`."""
