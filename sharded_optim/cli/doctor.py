@@ -1,4 +1,4 @@
-"""`sharded-optim doctor`: whether this machine, or torchrun's ranks, can run a job. The looking is in `sharded_optim/tools/doctor/`."""
+"""`sharded-optim doctor`: check this machine, or torchrun's ranks. The checks are in `sharded_optim/tools/doctor/`; this file prints."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ __all__ = ["doctor"]
 COLUMNS = 100
 LINES = 45  # of a screen
 WIDEST_VALUE = 57  # characters; what is cut off stands in full below the table, and in the JSON
-SECTIONS = ("versions", "devices", "backends", "limits", "storage", "bandwidth", "ranks")
+SECTIONS = ("environment", "backends", "storage", "ranks")
 
 
 def doctor(
     folder: Annotated[str, typer.Option(help="of checkpoints; what is written there is removed")] = ".",
-    quick: Annotated[bool, typer.Option("--quick", help="measure no bandwidth and no write speed")] = False,
-    timeout: Annotated[float, typer.Option(help="seconds to wait for another rank, or a process started for this")] = TIMEOUT,
+    quick: Annotated[bool, typer.Option("--quick", help="neither measure the write speed nor collect torch's report")] = False,
+    timeout: Annotated[float, typer.Option(help="seconds to wait for another rank")] = TIMEOUT,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON, in bytes and seconds")] = False,
 ) -> None:
-    """Tell whether this machine can run a training job. Exit status 1: there is a problem.
+    """Check whether this machine can run a training job. Exit status 1: there is a problem.
 
     Under torchrun also whether all ranks agree: torchrun --nproc-per-node 2 --no-python sharded-optim doctor
     """
     with errors.for_users(), _ended_politely(), _Stdout() as stdout:
 
-        def tell(report: Report) -> None:
+        def report_to(report: Report) -> None:
             with stdout.restored():
                 _print_json(report) if as_json else _print(report)
 
-        healthy = examine(folder, quick=quick, timeout=timeout, tell=tell)
+        healthy = examine(folder, quick=quick, timeout=timeout, report_to=report_to)
     if not healthy:
         raise typer.Exit(1)
 
 
 class _Stdout(contextlib.AbstractContextManager["_Stdout"]):
-    """Libraries print on stdout, some from C++, and what reads the JSON does not want it: while this is open, that goes to stderr."""
+    """Redirects stdout to stderr, also of C++ libraries, so that stdout has nothing but the report."""
 
     def __enter__(self) -> _Stdout:
         self._python = sys.stdout
@@ -80,7 +80,7 @@ class _Stdout(contextlib.AbstractContextManager["_Stdout"]):
 
 @contextlib.contextmanager
 def _ended_politely() -> Iterator[None]:
-    """A process that is told to end removes what it has written."""
+    """Turn SIGTERM into an exit that removes what was written."""
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         yield
@@ -107,7 +107,7 @@ def _print(report: Report) -> None:
     for each in sorted(shown, key=lambda finding: SECTIONS.index(finding.section)):
         heading, section = each.section if each.section != section else "", each.section
         style = None if each.status in ("ok", "absent") else "bold"
-        grid.add_row(heading, plain(each.name), "-" if each.status == "absent" else each.status, plain(_short(_told(each))), style=style)
+        grid.add_row(heading, plain(each.name), "-" if each.status == "absent" else each.status, plain(_short(_value(each))), style=style)
     print_table(grid)
     notes = _notes(report)
     room = LINES - len(shown) - 7  # for the host, headings, blank lines and the verdict
@@ -116,7 +116,7 @@ def _print(report: Report) -> None:
     print(_verdict(report))
 
 
-def _told(finding: Finding) -> str:
+def _value(finding: Finding) -> str:
     return f"{finding.value}: {finding.way_out}" if finding.status == "absent" and finding.way_out else finding.value
 
 
@@ -125,7 +125,7 @@ def _short(text: str) -> str:
 
 
 def _notes(report: Report) -> list[str]:
-    """What is wrong and the way out, problems first; on whichever ranks."""
+    """Return a line for each distinct problem and warning, with its ranks and the way out; problems first."""
     ranks_of: dict[tuple[str, str], list[int]] = {}
     for rank in report.ranks:
         for each in rank.findings:

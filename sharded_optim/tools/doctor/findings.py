@@ -1,4 +1,4 @@
-"""What a look at a machine finds, as data that can be sent between ranks, printed, and written as JSON."""
+"""Findings about a machine: data that can be sent between ranks, printed, and written as JSON."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Finding:
         name: unique within a section.
         value: what was found, for people.
         way_out: what to do; warnings and problems have one.
-        data: what was found, for programs; bytes, seconds, bytes per second.
-        alike: what every rank of a job must have the same of; None: it may differ.
+        data: the same for programs; in bytes, seconds, bytes per second.
+        alike: a value that must be equal on all ranks; None: it may differ.
     """
 
     section: str
@@ -54,15 +54,10 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class RankReport:
-    """What one rank has found about itself.
-
-    Attributes:
-        gpu: what no other rank may have, None without one.
-    """
+    """The findings of one rank about itself."""
 
     rank: int
     host: str
-    gpu: str | None = None
     findings: tuple[Finding, ...]
 
     def as_data(self) -> dict[str, Any]:
@@ -71,11 +66,12 @@ class RankReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What all ranks have found, each about itself, and all about each other."""
+    """The findings of all ranks: each about itself, and all about each other."""
 
     ranks: tuple[RankReport, ...]
     together: tuple[Finding, ...]
     world_size: int | None = None  # None: as many as there are reports; more where ranks are missing
+    environment: str | None = None  # torch's report: hardware, drivers, libraries; of rank 0
 
     @property
     def findings(self) -> tuple[Finding, ...]:
@@ -93,11 +89,12 @@ class Report:
             "world_size": self.world_size or len(self.ranks),
             "ranks": [each.as_data() for each in self.ranks],
             "together": [each.as_data() for each in self.together],
+            "environment": self.environment,
         }
 
 
 def one_line(error: object) -> str:
-    r"""What somebody else's error says, in a line.
+    r"""Return the first line of an error message.
 
     >>> one_line("no driver\n  at driver.cpp:12")
     'no driver'

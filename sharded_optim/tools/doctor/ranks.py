@@ -1,4 +1,4 @@
-"""What torchrun's ranks tell each other, and whether they agree. Nothing here waits for a rank for longer than the timeout."""
+"""Check torchrun's ranks together: whether they agree, see the same folder, and have the same time. No wait exceeds the timeout."""
 
 from __future__ import annotations
 
@@ -25,10 +25,8 @@ MOST_SKEW = 1.0  # seconds between two clocks
 ROUNDS = 3
 VISIBLE_SECONDS = 5.0  # for which network file systems may remember that a file was not there
 WAYS_OUT = {  # of differences, by section
-    "versions": "install the same version for every rank",
-    "devices": "start ranks on machines with the same devices and the same CUDA_VISIBLE_DEVICES",
+    "environment": "make it the same for every rank: install one version, use one kind of device, set OMP_NUM_THREADS",
     "backends": "make the same backends run on every rank",
-    "limits": "set it to the same for every rank",
 }
 
 
@@ -40,13 +38,13 @@ class Meeting:
     timeout: float
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's, on every rank. A collective."""
+        """Gather a value of every rank on every rank. A collective."""
         values: list[Any] = [None] * self.place.world_size
         dist.all_gather_object(values, value)
         return values
 
     def from_first(self, value: Any) -> Any:
-        """Rank 0's, on every rank. A collective."""
+        """Return rank 0's value on every rank. A collective."""
         values = [value]
         dist.broadcast_object_list(values)
         return values[0]
@@ -57,19 +55,19 @@ def meet(
     here: RankReport,
     timeout: float,
     examine: Callable[[Meeting, list[RankReport]], Report],
-    tell: Callable[[Report], None],
+    report_to: Callable[[Report], None],
 ) -> bool:
-    """Gather what every rank has found, look at what they have together, tell it on rank 0. Afterwards this process ignores SIGTERM.
+    """Gather the reports of all ranks, examine them together, and report on rank 0. Afterwards this process ignores SIGTERM.
 
     Args:
         examine: a collective.
-        tell: is called on rank 0, once, before any rank returns.
+        report_to: is called on rank 0, once, before any rank returns.
 
     Returns:
         Whether there is no problem; the same on all ranks, and False on those that lost the others.
     """
     store: Any = None
-    told = False
+    reported = False
     limit = timedelta(seconds=timeout)
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=limit))  # pyright: ignore[reportPrivateImportUsage]
@@ -79,12 +77,12 @@ def meet(
         meeting = Meeting(place=place, timeout=timeout)
         report = examine(meeting, meeting.gather(here))
         if place.rank == 0:
-            tell(report)
-            told = True
+            report_to(report)
+            reported = True
         return meeting.from_first(report.status != "problem")
     except RuntimeError as error:  # of a store or of gloo
-        if place.rank == 0 and not told:
-            tell(Report(ranks=(here,), together=(_lost(place, timeout, store, error),), world_size=place.world_size))
+        if place.rank == 0 and not reported:
+            report_to(Report(ranks=(here,), together=(_lost(place, timeout, store, error),), world_size=place.world_size))
         return False
     finally:
         # torchrun ends all ranks as soon as it sees that one has failed; each is to end with the status that all have agreed on.
@@ -94,7 +92,7 @@ def meet(
 
 
 def _key(rank: int) -> str:
-    return f"sharded_optim/tools/doctor/{rank}"
+    return f"sharded_optim/doctor/{rank}"
 
 
 def _lost(place: Place, timeout: float, store: Any, error: Exception) -> Finding:
@@ -116,7 +114,7 @@ def _finding(status: Any, name: str, value: str, way_out: str | None = None, **d
 
 
 def compare(everyone: Sequence[RankReport]) -> list[Finding]:
-    """A problem for everything that ranks must have alike and do not; else that they agree."""
+    """Return a problem for everything that must be equal on all ranks and is not; else a finding that they agree."""
     values = [{(each.section, each.name): each.alike for each in report.findings if each.alike is not None} for report in everyone]
     differences = []
     for section, name in dict.fromkeys(key for each in values for key in each):
@@ -127,12 +125,12 @@ def compare(everyone: Sequence[RankReport]) -> list[Finding]:
     hosts = len({each.host for each in everyone})
     if differences:
         return differences
-    told = f"{len(everyone)} ranks on {hosts} host{'' if hosts == 1 else 's'} have alike what they must"
-    return [_finding("ok", "agreement", told, ranks=len(everyone), hosts=hosts)]
+    value = f"{len(everyone)} ranks on {hosts} host{'' if hosts == 1 else 's'} have alike what they must"
+    return [_finding("ok", "agreement", value, ranks=len(everyone), hosts=hosts)]
 
 
 def compare_clocks(meeting: Meeting) -> Finding:
-    """How far apart they are. A collective. Of a few rounds the best, as ranks do not leave a barrier at the same time."""
+    """Measure how far apart the clocks are. A collective. The best of a few rounds counts, as ranks leave a barrier at different times."""
     rounds = []
     for _ in range(ROUNDS):
         dist.barrier()
@@ -142,17 +140,17 @@ def compare_clocks(meeting: Meeting) -> Finding:
 
 
 def clocks_finding(ahead: Sequence[float]) -> Finding:
-    """Of the seconds by which each rank's clock is ahead of rank 0's."""
+    """Judge the seconds by which each rank's clock is ahead of rank 0's."""
     skew = max(ahead) - min(ahead)
     if skew <= MOST_SKEW:
         return _finding("ok", "clocks", f"at most {max(1, round(skew * 1e3)):,} ms apart", seconds=skew)
-    told = [f"{seconds:+.1f} s" if abs(seconds) > MOST_SKEW / 2 else None for seconds in ahead]
-    value = f"{skew:,.1f} s apart; from rank 0's, {join_messages(told)}".replace("\n", "; ")
+    shown = [f"{seconds:+.1f} s" if abs(seconds) > MOST_SKEW / 2 else None for seconds in ahead]
+    value = f"{skew:,.1f} s apart; from rank 0's, {join_messages(shown)}".replace("\n", "; ")
     return _finding("problem", "clocks", value, "synchronise the clocks of the machines (NTP)", seconds=skew)
 
 
 def compare_folders(meeting: Meeting, folder: str) -> Finding:
-    """Whether all ranks see one folder: rank 0 writes a file, the others look for it. A collective."""
+    """Check whether all ranks see the same folder: rank 0 writes a file, the others look for it. A collective."""
     token = None
     try:
         if meeting.place.rank == 0:

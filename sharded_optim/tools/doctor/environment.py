@@ -1,0 +1,127 @@
+"""Packages, device and threads of this process: what ranks must have alike, and versions that are too old. No package is imported here.
+
+Hardware, drivers, limits and libraries are in torch's own report: `python -m torch.utils.collect_env`.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from importlib import metadata
+from importlib.util import find_spec
+
+import torch
+
+from sharded_optim.deepspeed import NEXT, OLDEST, VERSIONS
+from sharded_optim.tools.doctor.findings import Finding, Status
+from sharded_optim.tools.doctor.place import Place
+from sharded_optim.version import __version__
+
+__all__ = ["MINIMUM", "OPTIONAL", "device_of", "examine"]
+
+MINIMUM = {"torch": (2, 9), "numba": (0, 61), "triton": (3, 6), "safetensors": (0, 4, 3)}  # as in pyproject.toml
+# Packages that need not be there, and the argument of `pip install` for each.
+OPTIONAL = {
+    "numba": "numba",
+    "triton": "triton",
+    "deepspeed": f"'deepspeed{VERSIONS}'",
+    "mpi4py": "mpi4py",
+    "safetensors": "safetensors",
+    "fsspec": "fsspec",
+}
+
+
+def device_of(place: Place) -> torch.device:
+    """The device on which this rank would train."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return torch.device("cuda", place.local_rank % count) if count else torch.device("cpu")
+
+
+def examine(place: Place) -> list[Finding]:
+    """Look at versions, the device and the number of threads."""
+    python = platform.python_version()
+    return [
+        _finding("python", "ok", python, alike=python),
+        _torch(),
+        _numpy(),
+        _finding("sharded-optim", "ok", __version__, alike=__version__),
+        *map(_optional, OPTIONAL),
+        _device(device_of(place)),
+        _threads(place),
+    ]
+
+
+def _finding(name: str, status: Status, value: str, way_out: str | None = None, *, alike: str) -> Finding:
+    return Finding(section="environment", name=name, status=status, value=value, way_out=way_out, data={"value": alike}, alike=alike)
+
+
+def _version_of(name: str) -> str | None:
+    """The version of a package; None if it is not installed."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "unknown" if find_spec(name) is not None else None
+
+
+def numbers_of(version: str) -> tuple[int, ...]:
+    """The numbers that a version begins with.
+
+    >>> numbers_of("2.13.0rc1+cpu")
+    (2, 13, 0)
+    """
+    found = re.match(r"\d+(\.\d+)*", version)
+    return tuple(int(part) for part in found[0].split(".")) if found else ()
+
+
+def _torch() -> Finding:
+    version, oldest = str(torch.__version__), ".".join(map(str, MINIMUM["torch"]))
+    if numbers_of(version) < MINIMUM["torch"]:
+        return _finding("torch", "problem", f"{version}, and >= {oldest} is needed", f"pip install 'torch>={oldest}'", alike=version)
+    return _finding("torch", "ok", f"{version}, >= {oldest}", alike=version)
+
+
+def _numpy() -> Finding:
+    version = _version_of("numpy")
+    if version is None:
+        return _finding("numpy", "problem", "not installed; torch.distributed needs it", "pip install numpy", alike="none")
+    return _finding("numpy", "ok", version, alike=version)
+
+
+def _optional(name: str) -> Finding:
+    version, install = _version_of(name), f"pip install {OPTIONAL[name]}"
+    if version is None:
+        return _finding(name, "absent", "not installed", install, alike="none")
+    oldest = MINIMUM.get(name)
+    if oldest is not None and version != "unknown" and numbers_of(version) < oldest:
+        needed = ".".join(map(str, oldest))
+        return _finding(name, "warning", f"{version}, and >= {needed} is needed", f"pip install '{name}>={needed}'", alike=version)
+    if name == "deepspeed" and not OLDEST <= numbers_of(version)[:2] < NEXT:
+        return _finding(name, "warning", f"{version}; so.deepspeed attaches to {VERSIONS}", install, alike=version)
+    return _finding(name, "ok", version, alike=version)
+
+
+def _device(device: torch.device) -> Finding:
+    if device.type != "cuda":
+        return _finding("device", "ok", "cpu", alike="cpu")
+    name = torch.cuda.get_device_name(device)
+    try:
+        right = bool((torch.ones(1000, device=device) * 2).sum().item() == 2000)
+    except RuntimeError as error:
+        return _finding("device", "problem", f"{name} fails: {error}", "see python -m torch.utils.collect_env", alike=name)
+    if not right:
+        return _finding("device", "problem", f"{name} computes wrong results", "do not use this GPU", alike=name)
+    return _finding("device", "ok", f"{torch.cuda.device_count()} x {name}", alike=name)
+
+
+def _threads(place: Place) -> Finding:
+    """Ranks with different numbers of threads take different times; more threads than cores make all of them slow."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads, chosen = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
+    setting = f"OMP_NUM_THREADS={chosen}" if chosen is not None else "OMP_NUM_THREADS is not set"
+    value, alike = f"torch uses {threads} on {cores} core{'' if cores == 1 else 's'}; {setting}", f"{threads} ({setting})"
+    share = max(1, cores // place.local_world_size)
+    if threads <= share:
+        return _finding("threads", "ok", value, alike=alike)
+    ranks = f" for {place.local_world_size} ranks" if place.local_world_size > 1 else ""
+    return _finding("threads", "warning", value, f"set OMP_NUM_THREADS={share}{ranks}", alike=alike)
