@@ -9,23 +9,25 @@ from __future__ import annotations
 import os
 import sys
 
-from launch import corpus, deepspeed_extension, environment, run_folder
+from launch import corpus, deepspeed_extension, process_group, run_folder
 from launch.config import ConfigError, from_arguments
+from launch.cores import share_cores
+from launch.launchers import TORCHRUN_OPTIONS, RankInfo
 
 
 def main(arguments: list[str]) -> None:
     try:
         config = from_arguments(arguments, "python -m launch")
         if config.processes == "auto":
-            config = config.with_processes(max(1, environment.gpus_here()) if config.device != "cpu" else 1)
+            config = config.with_processes(max(1, process_group.gpus_here()) if config.device != "cpu" else 1)
         processes = config.processes
         assert processes != "auto"
-        place = environment.Place(local_world_size=processes)
+        info = RankInfo(local_world_size=processes)
         if config.device == "cuda":
-            environment.pick_device(place, config.device)  # refuses too few GPUs, which each rank would
+            process_group.pick_device(info, config.device)  # refuses too few GPUs, which each rank would
         corpus.load(config)  # writes the cache, which the ranks then find
         if config.sharding == "deepspeed":
-            device = environment.pick_device(place, config.device)
+            device = process_group.pick_device(info, config.device)
             deepspeed_extension.build(device.type)
         if run_folder.find(config) is not None:
             from launch.checkpoints import go_on  # imports torch
@@ -36,12 +38,12 @@ def main(arguments: list[str]) -> None:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    environment.share_cores(processes, config.threads)
+    share_cores(processes, config.threads)
     command = [sys.executable, "-m"]
     if processes > 1 or config.max_restarts:
         command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         command += ["--max-restarts", str(config.max_restarts), "-m"]
-        for name, value in environment.TORCHRUN_OPTIONS.items():
+        for name, value in TORCHRUN_OPTIONS.items():
             os.environ.setdefault(name, value)
     os.execv(sys.executable, [*command, "launch.train", *arguments])
 

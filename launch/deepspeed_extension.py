@@ -9,13 +9,14 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from importlib.util import find_spec
+from pathlib import Path
 
-from launch import environment
 from launch.errors import ConfigError
 
-__all__ = ["build"]
+__all__ = ["build", "prepare"]
 
 NAME = "deepspeed_shm_comm"
 PATIENCE_SECONDS = 10.0  # with an interrupted build
@@ -40,7 +41,7 @@ def build(device: str = "cpu", timeout: float | None = None) -> None:
     """
     if find_spec("deepspeed") is None:
         raise ConfigError("sharding='deepspeed' needs DeepSpeed, which is not installed; run pip install 'deepspeed>=0.19,<0.20'")
-    folder = environment.prepare_for_deepspeed(device) / NAME
+    folder = prepare(device) / NAME
     lock = folder / "lock"
     if device != "cpu" or sys.platform != "linux" or ((folder / f"{NAME}.so").exists() and not lock.exists()):
         return
@@ -74,3 +75,25 @@ def _interrupt(process: subprocess.Popen[str]) -> None:
         except ProcessLookupError:
             pass
         return
+
+
+def prepare(device: str) -> Path:
+    """Set the variables that tell DeepSpeed, in this process and its children, its device and the folder of its extensions.
+
+    Args:
+        device: "cpu" or "cuda".
+
+    Returns:
+        The folder of its extensions.
+
+    Raises:
+        ConfigError: the user has told it to run on something else.
+    """
+    chosen = os.environ.setdefault("DS_ACCELERATOR", device)
+    if chosen != device:
+        raise ConfigError(f"DS_ACCELERATOR={chosen!r} in the environment, but the job runs on {device!r}; unset it, or use device={chosen}")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    scripts = sysconfig.get_path("scripts")  # where a virtual environment has ninja, which need not be activated
+    if scripts not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join(filter(None, (os.environ.get("PATH"), scripts)))
+    return Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache / "sharded_optim" / "torch_extensions")))

@@ -21,18 +21,18 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 import sharded_optim as so
-from launch import corpus, deepspeed_extension, environment, threads
+from launch import corpus, deepspeed_extension, process_group, threads
 from launch.batches import training_batch, validation_batch
 from launch.checkpoints import Checkpoints, go_on
 from launch.config import Config, ConfigError, from_arguments
 from launch.corpus import Corpus
-from launch.environment import Place
-from launch.meeting import MeetingError
+from launch.launchers import TORCHRUN, RankInfo, is_restart, launcher_pid, read_rank_info
 from launch.model import GPT
 from launch.optimizer import build_schedule
 from launch.preemption import Preemption
 from launch.progress import Display
 from launch.records import FINISHED, RUNNING, Listener, Summary, Training, Validation
+from launch.rendezvous import RendezvousError
 from launch.run_folder import RunFolder
 from launch.sharding import shard
 from launch.watch import Watch
@@ -50,31 +50,31 @@ def main(arguments: list[str]) -> int:
     done = folder = path = None
     try:  # whatever can be refused, before the ranks depend on each other
         config = from_arguments(arguments, "python -m launch.train")
-        place = environment.find_place(config)
-        config = config.with_processes(place.world_size)
-        launcher = environment.launcher_of(place)
-        device = environment.pick_device(place, config.device)
+        info = read_rank_info(config)
+        config = config.with_processes(info.world_size)
+        launcher = launcher_pid(info)
+        device = process_group.pick_device(info, config.device)
         text = corpus.load(config)
         if config.sharding == "deepspeed":
             deepspeed_extension.build(device.type)
-        if place.rank == 0:
-            path, done = go_on(config, is_restart=environment.is_restart())
+        if info.rank == 0:
+            path, done = go_on(config, is_restart=is_restart())
             folder = None if done else RunFolder(config, path)
-        venue = environment.start(place, device, config.threads)
-    except (ConfigError, MeetingError) as error:
+        rendezvous = process_group.start(info, device, config.threads)
+    except (ConfigError, RendezvousError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    told = {"rank": place.rank, "world_size": place.world_size, "heartbeat": config.heartbeat, "launcher": launcher}
-    with Watch(venue, expected=EXPECTED, variable=place.launcher.variables.get("rank", "RANK"), **told) as watch:
+    told = {"rank": info.rank, "world_size": info.world_size, "heartbeat": config.heartbeat, "launcher": launcher}
+    with Watch(rendezvous, expected=EXPECTED, variable=info.launcher.variables.get("rank", "RANK"), **told) as watch:
         status = 0
         path = agreed(folder)
         if path is None:
             print(done or "", end="\n" if done else "")
         else:
-            status = run(config, place, device, text, path, folder, started, watch)
-        environment.stop()
+            status = run(config, info, device, text, path, folder, started, watch)
+        process_group.stop()
         threads.check_none_left()
-    venue.close()
+    rendezvous.close()
     return status
 
 
@@ -87,7 +87,7 @@ def agreed(folder: RunFolder | None) -> Path | None:
 
 def run(
     config: Config,
-    place: Place,
+    info: RankInfo,
     device: torch.device,
     text: Corpus,
     path: Path,
@@ -138,7 +138,7 @@ def run(
             parameters=parameters,
             optimizer=config.optimizer.name,
             sharding=config.sharding,
-            world_size=place.world_size,
+            world_size=info.world_size,
             device=device.type,
             torch=torch.__version__,
             text=str(text.source),
@@ -147,7 +147,7 @@ def run(
     training = validation = stopped = None
     for step in range(resumption.step + 1 if resumption else 1, config.steps + 1):
         watch.step = step
-        loss = mean_loss(sharded.model, next_batch(config, place, text, step).to(device))
+        loss = mean_loss(sharded.model, next_batch(config, info, text, step).to(device))
         try:
             sharded.step(loss)
         except FloatingPointError as error:  # on all ranks
@@ -163,7 +163,7 @@ def run(
         schedule.step()
         if step % config.validation_every == 0 or step == config.steps:
             meter.pause()
-            validation = Validation(step=step, val_bits_per_byte=validate(sharded.model, config, place, text, device))
+            validation = Validation(step=step, val_bits_per_byte=validate(sharded.model, config, info, text, device))
             for listener in listeners:
                 listener.validation(validation)
             meter.resume()
@@ -180,7 +180,7 @@ def run(
     if stopped is not None:
         for listener in listeners:
             listener.stop(watch.step, f"asked to stop by {stopped}: saved in {saved}; resume=auto run={path.name} goes on from here")
-        is_elsewhere = place.launcher is environment.TORCHRUN and place.world_size > place.local_world_size and not preemption.asked_here
+        is_elsewhere = info.launcher is TORCHRUN and info.world_size > info.local_world_size and not preemption.asked_here
         return STOPPED_ELSEWHERE if is_elsewhere else 0
 
     assert training is not None, "there is at least one step"
@@ -190,7 +190,7 @@ def run(
     return 0
 
 
-def next_batch(config: Config, place: Place, text: Corpus, step: int) -> Tensor:
+def next_batch(config: Config, info: RankInfo, text: Corpus, step: int) -> Tensor:
     """This rank's part of a step's batch."""
     return training_batch(
         text.train,
@@ -198,8 +198,8 @@ def next_batch(config: Config, place: Place, text: Corpus, step: int) -> Tensor:
         step=step,
         batch_size=config.batch_size,
         sequence_length=config.sequence_length,
-        rank=place.rank,
-        world_size=place.world_size,
+        rank=info.rank,
+        world_size=info.world_size,
     )
 
 
@@ -216,7 +216,7 @@ def describe_losses(loss: Tensor) -> str:
 
 
 @torch.no_grad()
-def validate(model: nn.Module, config: Config, place: Place, text: Corpus, device: torch.device) -> float:
+def validate(model: nn.Module, config: Config, info: RankInfo, text: Corpus, device: torch.device) -> float:
     """Bits per byte of the whole validation set, the same on every rank. Each rank takes its rows of every batch."""
     total = torch.zeros((), dtype=torch.float64, device=device)
     for index in range(config.validation_batches):
@@ -226,12 +226,12 @@ def validate(model: nn.Module, config: Config, place: Place, text: Corpus, devic
             batches=config.validation_batches,
             batch_size=config.batch_size,
             sequence_length=config.sequence_length,
-            rank=place.rank,
-            world_size=place.world_size,
+            rank=info.rank,
+            world_size=info.world_size,
         )
         total += mean_loss(model, sequences.to(device))
     dist.all_reduce(total)
-    return total.item() / (config.validation_batches * place.world_size) / math.log(2.0)
+    return total.item() / (config.validation_batches * info.world_size) / math.log(2.0)
 
 
 def describe_training(step: int, meter: Meter, optimizer: torch.optim.Optimizer) -> Training:

@@ -28,7 +28,7 @@ from typing import NoReturn
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from launch.meeting import Venue
+from launch.rendezvous import RendezvousStore
 from launch.watch.beats import ENDING, Beats, end
 from launch.watch.judge import Beat
 from launch.watch.siblings import siblings
@@ -55,7 +55,7 @@ class Watch:
     once, with all its threads.
 
     Args:
-        venue: where the ranks have met; its store is this attempt's own. None: this process is alone.
+        rendezvous: where the ranks have met; its store is this attempt's own. None: this process is alone.
         heartbeat: seconds for which a rank or the store may be silent, or a rank may keep others waiting in a collective; None: for as long
             as they like. Longer than whatever one rank does alone without `patience`.
         launcher: pid of what has started this process, without which it ends; None: of nothing that must be there.
@@ -65,7 +65,7 @@ class Watch:
 
     def __init__(
         self,
-        venue: Venue | None = None,
+        rendezvous: RendezvousStore | None = None,
         *,
         rank: int = 0,
         world_size: int = 1,
@@ -81,9 +81,9 @@ class Watch:
         self._rank = rank
         self._expected = expected
         self._beats: Beats | None = None
-        if venue is not None and world_size > 1:
+        if rendezvous is not None and world_size > 1:
             others = siblings(launcher, variable)
-            self._beats = Beats(venue.store, rank, world_size, heartbeat, launcher, others, self._beat)
+            self._beats = Beats(rendezvous.store, rank, world_size, heartbeat, launcher, others, self._beat)
 
     @property
     def step(self) -> int:

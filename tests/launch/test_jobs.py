@@ -26,7 +26,7 @@ import yaml
 from test_launch_train import TINY
 
 from launch.config import Config, from_arguments
-from launch.environment import TORCHRUN_OPTIONS
+from launch.launchers import TORCHRUN_OPTIONS
 
 ROOT = Path(__file__).parents[2]
 JOBS, DOCKER = ROOT / "launch" / "jobs", ROOT / "docker"

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from launch import corpus, deepspeed_extension
 from launch.config import Config, load
-from launch.environment import Place
+from launch.launchers import RankInfo
 from launch.run_folder import RunFolder
 from launch.train import agreed, run
 from launch.watch import Watch
@@ -45,13 +45,13 @@ NO_DEEPSPEED = "deepspeed is not installed; pip install 'deepspeed>=0.19,<0.20'"
 
 def check_runs(configs: list[Config]) -> None:
     """The job, once for each config in the same processes: starting them takes longer than training does."""
-    place = Place(rank=dist.get_rank(), world_size=2, local_rank=dist.get_rank(), local_world_size=2)
-    os.environ |= {"RANK": str(place.rank), "LOCAL_RANK": str(place.rank), "WORLD_SIZE": "2"}  # DeepSpeed reads them
+    info = RankInfo(rank=dist.get_rank(), world_size=2, local_rank=dist.get_rank(), local_world_size=2)
+    os.environ |= {"RANK": str(info.rank), "LOCAL_RANK": str(info.rank), "WORLD_SIZE": "2"}  # DeepSpeed reads them
     for config in configs:
-        folder = RunFolder(config) if place.rank == 0 else None
+        folder = RunFolder(config) if info.rank == 0 else None
         path = agreed(folder)
         assert path is not None
-        run(config, place, torch.device("cpu"), corpus.load(config), path, folder, time.perf_counter(), Watch())
+        run(config, info, torch.device("cpu"), corpus.load(config), path, folder, time.perf_counter(), Watch())
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,8 @@ import pytest
 from torch._C._distributed_c10d import HashStore, TCPStore
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from launch import meeting, threads
-from launch.meeting import Venue
+from launch import rendezvous, threads
+from launch.rendezvous import RendezvousStore
 from launch.watch import CONSEQUENCE, Watch, beats
 from launch.watch.beats import Beats
 from launch.watch.judge import Beat, Judge, Verdict
@@ -368,7 +368,7 @@ def test_a_stopped_rank_0_is_named_by_the_others(ends):
 @contextmanager
 def store_server() -> Iterator[tuple[Store, int]]:
     """A store that a process serves, and its pid."""
-    server, port = meeting._serve(0)
+    server, port = rendezvous._serve(0)
     try:
         yield PrefixStore("attempt", TCPStore("127.0.0.1", port, 2, False, timedelta(seconds=3), wait_for_workers=False)), server.pid
     finally:
@@ -389,8 +389,8 @@ def test_a_store_that_is_lost_ends_the_job(ends, capfd, number, told):
 
 STARTS_A_SERVER = """
 import time
-from launch import meeting
-server, port = meeting._serve(0)
+from launch import rendezvous
+server, port = rendezvous._serve(0)
 print(port, server.pid, flush=True)
 time.sleep(60)
 """
@@ -523,7 +523,7 @@ def test_a_watch_listens_on_no_socket():
     store = TCPStore("127.0.0.1", 0, 2, True, timedelta(seconds=20), wait_for_workers=False)
     before = listening()
     assert len(before) == 1, "torch's own"
-    watches = [Watch(Venue(store=store), rank=rank, world_size=2, heartbeat=HEARTBEAT) for rank in (0, 1)]
+    watches = [Watch(RendezvousStore(store=store), rank=rank, world_size=2, heartbeat=HEARTBEAT) for rank in (0, 1)]
     time.sleep(0.5)
     assert listening() == before
     with ThreadPoolExecutor(2) as leaving:

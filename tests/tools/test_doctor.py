@@ -26,7 +26,7 @@ from sharded_optim.cli import doctor as command
 from sharded_optim.cli.commands import app
 from sharded_optim.tools import doctor
 from sharded_optim.tools.doctor import Finding, RankReport, Report, backends, environment, ranks, storage
-from sharded_optim.tools.doctor.place import Place, find_place
+from sharded_optim.tools.doctor.rank_info import RankInfo, read_rank_info
 
 CPU = torch.device("cpu")
 
@@ -124,7 +124,7 @@ def test_what_is_wrong_stands_whole_below_the_table_with_its_way_out(capsys: pyt
 def test_json_is_all_of_stdout_whatever_libraries_print(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also from C++, which knows nothing of sys.stdout."""
 
-    def chatty(place: Place) -> list[Finding]:
+    def chatty(info: RankInfo) -> list[Finding]:
         print("from Python")
         os.write(1, b"from C++\n")
         return []
@@ -173,7 +173,7 @@ def without(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 
 def test_missing_packages_are_absent_and_say_how_they_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, *environment.OPTIONAL)
-    found = environment.examine(Place())
+    found = environment.examine(RankInfo())
     for name, extra in environment.OPTIONAL.items():
         each = finding(found, name)
         assert (each.status, each.value, each.way_out) == ("absent", "not installed", f"pip install {extra}")
@@ -183,7 +183,7 @@ def test_missing_packages_are_absent_and_say_how_they_are_installed(monkeypatch:
 def test_numpy_that_is_missing_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch does not bring it, and torch.distributed cannot gather objects without it."""
     without(monkeypatch, "numpy")
-    found = finding(environment.examine(Place()), "numpy")
+    found = finding(environment.examine(RankInfo()), "numpy")
     assert (found.status, found.way_out) == ("problem", "pip install numpy")
 
 
@@ -192,7 +192,7 @@ def test_versions_that_are_too_old_or_too_new_are_reported(monkeypatch: pytest.M
     pretended = {"numba": "0.60.9", "deepspeed": "0.20.0"}
     monkeypatch.setattr(metadata, "version", lambda name: pretended.get(name) or version(name))
     monkeypatch.setattr(torch, "__version__", "2.8.1+cpu")
-    found = environment.examine(Place())
+    found = environment.examine(RankInfo())
     assert finding(found, "torch").status == "problem"
     assert finding(found, "torch").way_out == "pip install 'torch>=2.9'"
     assert finding(found, "numba").status == "warning"
@@ -202,8 +202,8 @@ def test_versions_that_are_too_old_or_too_new_are_reported(monkeypatch: pytest.M
 def test_more_threads_than_cores_is_a_warning_with_the_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    assert finding(environment.examine(Place()), "threads").status == "ok"
-    found = finding(environment.examine(Place(world_size=4, local_world_size=4)), "threads")
+    assert finding(environment.examine(RankInfo()), "threads").status == "ok"
+    found = finding(environment.examine(RankInfo(world_size=4, local_world_size=4)), "threads")
     assert (found.status, found.way_out) == ("warning", "set OMP_NUM_THREADS=2 for 4 ranks")
 
 
@@ -325,7 +325,7 @@ def test_torchruns_variables_are_whole_or_refused(monkeypatch: pytest.MonkeyPatc
     variables = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert find_place() == Place(rank=1, world_size=2)
+    assert read_rank_info() == RankInfo(rank=1, world_size=2)
     for name, value, message in (
         ("RANK", "2", "from 0 to WORLD_SIZE - 1, got 2 of 2"),
         ("WORLD_SIZE", "two", "whole numbers"),
@@ -334,16 +334,16 @@ def test_torchruns_variables_are_whole_or_refused(monkeypatch: pytest.MonkeyPatc
         with monkeypatch.context() as patch:
             patch.setenv(name, value) if value else patch.delenv(name)
             with pytest.raises(ValueError, match=message):
-                find_place()
+                read_rank_info()
 
 
 def test_ranks_that_did_not_come_are_named() -> None:
     store = torch.distributed.HashStore()
     store.set(ranks._key(1), "host")
-    found = ranks._lost(Place(world_size=4), 60.0, store, RuntimeError())
+    found = ranks._lost(RankInfo(world_size=4), 60.0, store, RuntimeError())
     assert found.value == "ranks 0, 2, 3 of 4 did not come within 60 s"
     store.set(ranks._key(0), "host")
-    assert ranks._lost(Place(world_size=2), 60.0, store, RuntimeError("closed\nat")).value == "the 2 ranks lost each other: closed"
+    assert ranks._lost(RankInfo(world_size=2), 60.0, store, RuntimeError("closed\nat")).value == "the 2 ranks lost each other: closed"
 
 
 BEGIN = """

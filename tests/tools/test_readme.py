@@ -17,7 +17,7 @@ def test_the_example_runs_on_two_ranks(tmp_path: Path) -> None:
     """Each writes a metric down at the end, so that an example that did nothing would fail."""
     code, checkpoints, _ = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
     script = tmp_path / "example.py"
-    end = "import gc; del model, optimizer; gc.collect(); dist.destroy_process_group()"  # see launch/environment.py
+    end = "import gc; del model, optimizer; gc.collect(); dist.destroy_process_group()"  # see launch/process_group.py
     report = f"open(f'{tmp_path}/{{dist.get_rank()}}.txt', 'w').write(str(max(optimizer.metrics().values())))"
     schedule = "schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)"  # which the second example has
     script.write_text(f"{code}\n{report}\n{schedule}\n{checkpoints}\nassert extra == schedule.state_dict()\n{end}\n")

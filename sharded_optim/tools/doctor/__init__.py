@@ -1,7 +1,7 @@
 """Check whether a machine, or the ranks that torchrun has started, can run a training job. `cli/doctor.py` prints the report.
 
 findings.py     what is found, as data: a Finding, a RankReport, a Report
-place.py        which of torchrun's ranks this process is
+rank_info.py    which of torchrun's ranks this process is
 environment.py  packages, device and threads
 backends.py     which backends run, each stepped and compared with eager
 storage.py      the folder of checkpoints
@@ -21,7 +21,7 @@ from torch.utils.collect_env import get_pretty_env_info
 
 from sharded_optim.tools.doctor import backends, environment, ranks, storage
 from sharded_optim.tools.doctor.findings import Finding, RankReport, Report, Status
-from sharded_optim.tools.doctor.place import Place, find_place
+from sharded_optim.tools.doctor.rank_info import RankInfo, read_rank_info
 
 __all__ = ["TIMEOUT", "Finding", "RankReport", "Report", "Status", "examine"]
 
@@ -49,21 +49,21 @@ def examine(
     Raises:
         ValueError: the folder is a URL, or torchrun's variables are incomplete.
     """
-    place = find_place()
+    info = read_rank_info()
     path = storage.local_path(folder)
-    here = _examine_rank(place, path)
-    if place.world_size > 1:
-        return ranks.meet(place, here, timeout, lambda meeting, everyone: _examine_together(meeting, everyone, path, quick), report_to)
+    here = _examine_rank(info, path)
+    if info.world_size > 1:
+        return ranks.meet(info, here, timeout, lambda meeting, everyone: _examine_together(meeting, everyone, path, quick), report_to)
     report = Report(ranks=(here if quick else _measured(here, path),), together=(), environment=None if quick else get_pretty_env_info())
     report_to(report)
     return report.status != "problem"
 
 
-def _examine_rank(place: Place, folder: str) -> RankReport:
+def _examine_rank(info: RankInfo, folder: str) -> RankReport:
     """Look at this rank, without communication."""
-    device = environment.device_of(place)
-    findings = (*environment.examine(place), *backends.examine(device), *storage.examine(folder))
-    return RankReport(rank=place.rank, host=socket.gethostname(), findings=findings)
+    device = environment.device_of(info)
+    findings = (*environment.examine(info), *backends.examine(device), *storage.examine(folder))
+    return RankReport(rank=info.rank, host=socket.gethostname(), findings=findings)
 
 
 def _measured(here: RankReport, folder: str) -> RankReport:
@@ -74,7 +74,7 @@ def _measured(here: RankReport, folder: str) -> RankReport:
 
 def _examine_together(meeting: ranks.Meeting, everyone: list[RankReport], folder: str, quick: bool) -> Report:
     together = (*ranks.compare(everyone), ranks.compare_clocks(meeting), ranks.compare_folders(meeting, folder))
-    is_first = meeting.place.rank == 0
+    is_first = meeting.info.rank == 0
     if not quick and is_first:
         everyone[0] = _measured(everyone[0], folder)
     return Report(ranks=tuple(everyone), together=together, environment=get_pretty_env_info() if is_first and not quick else None)

@@ -15,7 +15,7 @@ import torch
 
 from sharded_optim.deepspeed import NEXT, OLDEST, VERSIONS
 from sharded_optim.tools.doctor.findings import Finding, Status
-from sharded_optim.tools.doctor.place import Place
+from sharded_optim.tools.doctor.rank_info import RankInfo
 from sharded_optim.version import __version__
 
 __all__ = ["MINIMUM", "OPTIONAL", "device_of", "examine"]
@@ -32,13 +32,13 @@ OPTIONAL = {
 }
 
 
-def device_of(place: Place) -> torch.device:
+def device_of(info: RankInfo) -> torch.device:
     """The device on which this rank would train."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return torch.device("cuda", place.local_rank % count) if count else torch.device("cpu")
+    return torch.device("cuda", info.local_rank % count) if count else torch.device("cpu")
 
 
-def examine(place: Place) -> list[Finding]:
+def examine(info: RankInfo) -> list[Finding]:
     """Look at versions, the device and the number of threads."""
     python = platform.python_version()
     return [
@@ -47,8 +47,8 @@ def examine(place: Place) -> list[Finding]:
         _numpy(),
         _finding("sharded-optim", "ok", __version__, alike=__version__),
         *map(_optional, OPTIONAL),
-        _device(device_of(place)),
-        _threads(place),
+        _device(device_of(info)),
+        _threads(info),
     ]
 
 
@@ -114,14 +114,14 @@ def _device(device: torch.device) -> Finding:
     return _finding("device", "ok", f"{torch.cuda.device_count()} x {name}", alike=name)
 
 
-def _threads(place: Place) -> Finding:
+def _threads(info: RankInfo) -> Finding:
     """Ranks with different numbers of threads take different times; more threads than cores make all of them slow."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads, chosen = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
     setting = f"OMP_NUM_THREADS={chosen}" if chosen is not None else "OMP_NUM_THREADS is not set"
     value, alike = f"torch uses {threads} on {cores} core{'' if cores == 1 else 's'}; {setting}", f"{threads} ({setting})"
-    share = max(1, cores // place.local_world_size)
+    share = max(1, cores // info.local_world_size)
     if threads <= share:
         return _finding("threads", "ok", value, alike=alike)
-    ranks = f" for {place.local_world_size} ranks" if place.local_world_size > 1 else ""
+    ranks = f" for {info.local_world_size} ranks" if info.local_world_size > 1 else ""
     return _finding("threads", "warning", value, f"set OMP_NUM_THREADS={share}{ranks}", alike=alike)

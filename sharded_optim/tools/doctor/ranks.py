@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from sharded_optim.sharding.ranks import join_messages
 from sharded_optim.tools.doctor.findings import Finding, RankReport, Report, one_line
-from sharded_optim.tools.doctor.place import Place
+from sharded_optim.tools.doctor.rank_info import RankInfo
 from sharded_optim.tools.doctor.storage import PREFIX
 
 __all__ = ["Meeting", "compare", "compare_clocks", "compare_folders", "meet"]
@@ -34,12 +34,12 @@ WAYS_OUT = {  # of differences, by section
 class Meeting:
     """All ranks, in a process group of gloo."""
 
-    place: Place
+    info: RankInfo
     timeout: float
 
     def gather(self, value: Any) -> list[Any]:
         """Gather a value of every rank on every rank. A collective."""
-        values: list[Any] = [None] * self.place.world_size
+        values: list[Any] = [None] * self.info.world_size
         dist.all_gather_object(values, value)
         return values
 
@@ -51,7 +51,7 @@ class Meeting:
 
 
 def meet(
-    place: Place,
+    info: RankInfo,
     here: RankReport,
     timeout: float,
     examine: Callable[[Meeting, list[RankReport]], Report],
@@ -72,17 +72,17 @@ def meet(
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=limit))  # pyright: ignore[reportPrivateImportUsage]
         store.set_timeout(limit)
-        store.set(_key(place.rank), here.host)
-        dist.init_process_group("gloo", store=store, rank=place.rank, world_size=place.world_size, timeout=limit)
-        meeting = Meeting(place=place, timeout=timeout)
+        store.set(_key(info.rank), here.host)
+        dist.init_process_group("gloo", store=store, rank=info.rank, world_size=info.world_size, timeout=limit)
+        meeting = Meeting(info=info, timeout=timeout)
         report = examine(meeting, meeting.gather(here))
-        if place.rank == 0:
+        if info.rank == 0:
             report_to(report)
             reported = True
         return meeting.from_first(report.status != "problem")
     except RuntimeError as error:  # of a store or of gloo
-        if place.rank == 0 and not reported:
-            report_to(Report(ranks=(here,), together=(_lost(place, timeout, store, error),), world_size=place.world_size))
+        if info.rank == 0 and not reported:
+            report_to(Report(ranks=(here,), together=(_lost(info, timeout, store, error),), world_size=info.world_size))
         return False
     finally:
         # torchrun ends all ranks as soon as it sees that one has failed; each is to end with the status that all have agreed on.
@@ -95,17 +95,17 @@ def _key(rank: int) -> str:
     return f"sharded_optim/doctor/{rank}"
 
 
-def _lost(place: Place, timeout: float, store: Any, error: Exception) -> Finding:
+def _lost(info: RankInfo, timeout: float, store: Any, error: Exception) -> Finding:
     way_out = "look at what the other ranks print; see that MASTER_ADDR and MASTER_PORT are rank 0's and reachable from all machines"
     try:
-        missing = [] if store is None else [rank for rank in range(place.world_size) if not store.check([_key(rank)])]
+        missing = [] if store is None else [rank for rank in range(info.world_size) if not store.check([_key(rank)])]
     except RuntimeError:  # the store is lost too
         missing = []
     if missing:
         shown = ", ".join(map(str, missing[:8])) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
-        value = f"rank{'s' if len(missing) > 1 else ''} {shown} of {place.world_size} did not come within {timeout:g} s"
+        value = f"rank{'s' if len(missing) > 1 else ''} {shown} of {info.world_size} did not come within {timeout:g} s"
     else:
-        value = f"the {place.world_size} ranks lost each other: {one_line(error)}"
+        value = f"the {info.world_size} ranks lost each other: {one_line(error)}"
     return _finding("problem", "ranks", value, way_out)
 
 
@@ -153,7 +153,7 @@ def compare_folders(meeting: Meeting, folder: str) -> Finding:
     """Check whether all ranks see the same folder: rank 0 writes a file, the others look for it. A collective."""
     token = None
     try:
-        if meeting.place.rank == 0:
+        if meeting.info.rank == 0:
             token = _write_token(folder)
         name = meeting.from_first(None if token is None else os.path.basename(token))
         seen = meeting.gather(name is not None and _appears(os.path.join(folder, name)))

@@ -1,4 +1,4 @@
-"""How the ranks of one attempt find each other: a store, and in it a prefix that no other attempt uses.
+"""Rendezvous: the ranks of one attempt find each other through a store, under a prefix that no other attempt uses.
 
 torchrun keeps one store for all attempts of a job, where a restarted rank would read what its dead predecessor has left; and an attempt's
 number does not tell attempts apart, as every node counts its own. So rank 0 draws a name for the attempt, and an attempt begins when rank
@@ -27,22 +27,25 @@ from torch._C._distributed_c10d import HashStore, TCPStore
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from launch.errors import ConfigError
+from launch.launchers import MPICH, OPEN_MPI, SRUN, RankInfo, first_host
 
-__all__ = ["MeetingError", "Venue", "alone", "attempt", "through_address", "through_mpi"]
+__all__ = ["RendezvousError", "RendezvousStore", "alone", "join_attempt", "open_store", "through_address", "through_mpi"]
 
+# srun gives no port. One for each job, so that jobs that share a node hardly meet, and outside of what systems give out by themselves.
+SLURM_PORTS = range(10000, 30000)
 LONGEST_PAUSE = 0.5  # seconds between two looks into the store
 
 
-class MeetingError(RuntimeError):
-    """Not all ranks came. Says which."""
+class RendezvousError(RuntimeError):
+    """Not all ranks came; the message says which."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Venue:
-    """Where ranks meet.
+class RendezvousStore:
+    """A store that all ranks reach.
 
     Attributes:
-        store: that all of them reach.
+        store: torch's client of it.
         server: the process that serves it, if this one has started it.
     """
 
@@ -59,13 +62,13 @@ class Venue:
 # ------------------------------------------------------------------------------------------------------------------------ stores
 
 
-def alone() -> Venue:
-    """For a process that is alone."""
-    return Venue(store=HashStore())
+def alone() -> RendezvousStore:
+    """Return a store for a process that is alone."""
+    return RendezvousStore(store=HashStore())
 
 
-def through_address(address: str, port: int, rank: int, world_size: int, timeout: timedelta, *, is_there: bool = False) -> Venue:
-    """A store at an address that all ranks know.
+def through_address(address: str, port: int, rank: int, world_size: int, timeout: timedelta, *, is_there: bool = False) -> RendezvousStore:
+    """Connect to a store at an address that all ranks know.
 
     Args:
         port: 0, for rank 0 alone: any that is free.
@@ -75,9 +78,9 @@ def through_address(address: str, port: int, rank: int, world_size: int, timeout
     if rank == 0 and not is_there:
         server, port = _serve(port)
     try:
-        return Venue(store=TCPStore(address, port, world_size, False, timeout, wait_for_workers=False), server=server)
+        return RendezvousStore(store=TCPStore(address, port, world_size, False, timeout, wait_for_workers=False), server=server)
     except (dist.DistError, RuntimeError) as error:
-        raise MeetingError(f"rank {rank} cannot reach the store at {address}:{port}, where ranks meet: {error}") from error
+        raise RendezvousError(f"rank {rank} cannot reach the store at {address}:{port}, where ranks meet: {error}") from error
 
 
 def _serve(port: int) -> tuple[subprocess.Popen[str], int]:
@@ -97,19 +100,19 @@ def _serve(port: int) -> tuple[subprocess.Popen[str], int]:
     with server.stdout as answer:
         told = answer.readline().strip()
     if not told.isdigit():
-        raise MeetingError(f"rank 0 cannot open a store at port {port}, where ranks meet: {told or f'exit status {server.wait()}'}")
+        raise RendezvousError(f"rank 0 cannot open a store at port {port}, where ranks meet: {told or f'exit status {server.wait()}'}")
     return server, int(told)
 
 
-def through_mpi(rank: int, world_size: int, address: str | None, timeout: timedelta) -> Venue:
-    """A store that rank 0 has served, and tells the others of through MPI, which is used for nothing else (`mpi_broadcast.py`).
+def through_mpi(rank: int, world_size: int, address: str | None, timeout: timedelta) -> RendezvousStore:
+    """Connect to a store that rank 0 serves, and whose address it broadcasts through MPI, which does nothing else (`mpi_broadcast.py`).
 
     Args:
         address: of rank 0's machine; None: its name, or the loopback if all ranks are on it.
 
     Raises:
         ConfigError: mpi4py is not installed, or has loaded the library of another MPI.
-        MeetingError: MPI has failed, or not all ranks came.
+        RendezvousError: MPI has failed, or not all ranks came.
     """
     if find_spec("mpi4py") is None:
         raise ConfigError("mpirun needs mpi4py, which is not installed; run pip install mpi4py, or start with torchrun")
@@ -126,7 +129,7 @@ def through_mpi(rank: int, world_size: int, address: str | None, timeout: timede
 
 
 def _broadcast(port: int, address: str | None, timeout: timedelta) -> dict[str, Any]:
-    """What rank 0 tells of its store through MPI."""
+    """Broadcast the port of rank 0's store through MPI."""
     library = _library_of_launcher()
     environment = os.environ | ({} if library is None else {"MPI4PY_LIBMPI": os.environ.get("MPI4PY_LIBMPI", str(library))})
     command = [sys.executable, "-m", "launch.mpi_broadcast", str(port), *([] if address is None else [address])]
@@ -143,17 +146,17 @@ def _broadcast(port: int, address: str | None, timeout: timedelta) -> dict[str, 
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise MeetingError(
+        raise RendezvousError(
             f"the ranks have not met through MPI within {timeout.total_seconds():.0f} s; look into the logs of the others"
         ) from None
     try:
         return json.loads(done.stdout.splitlines()[-1])
     except (ValueError, IndexError):
-        raise MeetingError(f"the ranks cannot meet through MPI (exit status {done.returncode}):\n{done.stderr[-2000:]}") from None
+        raise RendezvousError(f"the ranks cannot meet through MPI (exit status {done.returncode}):\n{done.stderr[-2000:]}") from None
 
 
 def _library_of_launcher() -> Path | None:
-    """The MPI library that belongs to the mpirun which has started this process, as another one may be installed too."""
+    """Find the MPI library of the mpirun that has started this process, as another one may be installed too."""
     process = os.getppid()
     for _ in range(4):  # mpirun, its daemon, a shell in between
         try:
@@ -170,10 +173,30 @@ def _library_of_launcher() -> Path | None:
     return None
 
 
+def open_store(info: RankInfo, timeout: timedelta) -> RendezvousStore:
+    """Open the store of the launcher, or one that rank 0 serves."""
+    if info.world_size == 1:  # there may be no address, and there are no others
+        return alone()
+    if info.launcher in (OPEN_MPI, MPICH):
+        return through_mpi(info.rank, info.world_size, os.environ.get("MASTER_ADDR"), timeout)
+    if info.launcher is SRUN:
+        nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_NODELIST", "localhost")
+        address = os.environ.get("MASTER_ADDR") or first_host(nodes)
+        job = int(os.environ.get("SLURM_JOB_ID", "0"))
+        port = int(os.environ.get("MASTER_PORT") or SLURM_PORTS[job % len(SLURM_PORTS)])
+        return through_address(address, port, info.rank, info.world_size, timeout)
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ConfigError(f"{', '.join(missing)} not in the environment; start with torchrun, mpirun or srun")
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    is_there = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return through_address(address, port, info.rank, info.world_size, timeout, is_there=is_there)
+
+
 # ---------------------------------------------------------------------------------------------------------------------- attempts
 
 
-def attempt(store: Store, rank: int, world_size: int, timeout: timedelta, launcher: int | None = None) -> Store:
+def join_attempt(store: Store, rank: int, world_size: int, timeout: timedelta, launcher: int | None = None) -> Store:
     """Wait for all ranks of this attempt.
 
     Args:
@@ -184,7 +207,7 @@ def attempt(store: Store, rank: int, world_size: int, timeout: timedelta, launch
         A store of this attempt alone.
 
     Raises:
-        MeetingError: not all came in time.
+        RendezvousError: not all came in time.
     """
     until = time.monotonic() + timeout.total_seconds()
     if rank == 0:
@@ -193,7 +216,7 @@ def attempt(store: Store, rank: int, world_size: int, timeout: timedelta, launch
     pause, joined = 0.005, ""
     while time.monotonic() < until:
         if launcher not in (None, os.getppid()):
-            raise MeetingError(f"what has started rank {rank} (pid {launcher}) is gone, before all ranks had come")
+            raise RendezvousError(f"what has started rank {rank} (pid {launcher}) is gone, before all ranks had come")
         if store.check(["attempt"]):
             name = store.get("attempt").decode()
             prefixed = PrefixStore(name, store)
@@ -204,7 +227,7 @@ def attempt(store: Store, rank: int, world_size: int, timeout: timedelta, launch
                 return prefixed
         time.sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE)
-    raise MeetingError(f"rank 0 and rank {rank} have not met within {timeout.total_seconds():.0f} s; see the log of rank 0")
+    raise RendezvousError(f"rank 0 and rank {rank} have not met within {timeout.total_seconds():.0f} s; see the log of rank 0")
 
 
 def _invite(store: Store, world_size: int, until: float) -> Store:
@@ -220,7 +243,7 @@ def _invite(store: Store, world_size: int, until: float) -> Store:
             break
         if time.monotonic() > until:
             shown = ", ".join(map(str, awaited[:8])) + (f" and {len(awaited) - 8} more" if len(awaited) > 8 else "")
-            raise MeetingError(
+            raise RendezvousError(
                 f"rank{'s' if len(awaited) > 1 else ''} {shown} of {world_size} did not come within {time.monotonic() - started:.0f} s; "
                 f"look into their logs, and whether they reach this machine"
             )

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-__all__ = ["Place", "find_place"]
+__all__ = ["RankInfo", "read_rank_info"]
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class RankInfo:
     """`local` counts the processes on this machine."""
 
     rank: int = 0
@@ -20,7 +20,7 @@ class Place:
     local_world_size: int = 1
 
 
-def find_place() -> Place:
+def read_rank_info() -> RankInfo:
     """Read torchrun's variables; without any, this process is alone.
 
     Raises:
@@ -28,12 +28,12 @@ def find_place() -> Place:
     """
     missing = [name for name in VARIABLES if name not in os.environ]
     if "RANK" in missing and "WORLD_SIZE" in missing:  # MASTER_ADDR alone may be a cluster's default
-        return Place()
+        return RankInfo()
     if missing:
         raise ValueError(f"{', '.join(missing)} not in the environment, but others of torchrun's variables are; start with torchrun")
     try:
         rank, world_size, _ = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
-        place = Place(
+        info = RankInfo(
             rank=rank,
             world_size=world_size,
             local_rank=int(os.environ.get("LOCAL_RANK", "0")),
@@ -43,4 +43,4 @@ def find_place() -> Place:
         raise ValueError(f"torchrun's variables must be whole numbers ({error}); start with torchrun") from None
     if not 0 <= rank < world_size:
         raise ValueError(f"RANK must be from 0 to WORLD_SIZE - 1, got {rank} of {world_size}; start with torchrun")
-    return place
+    return info

@@ -1,4 +1,4 @@
-"""A process knows its place from its launcher's variables, or refuses to start, before it could wait for others."""
+"""A process knows its rank from its launcher's variables, or refuses to start, before it could wait for others."""
 
 import json
 import os
@@ -8,21 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from launch import environment
+from launch import cores as core_shares
 from launch.config import Config, ConfigError, load
-from launch.environment import (
-    DEEPSPEED,
-    MPICH,
-    OPEN_MPI,
-    SRUN,
-    TORCHRUN,
-    Place,
-    find_place,
-    pick_device,
-    prepare_for_deepspeed,
-    share_cores,
-)
-from launch.meeting import alone
+from launch.cores import share_cores
+from launch.deepspeed_extension import prepare
+from launch.launchers import DEEPSPEED, MPICH, OPEN_MPI, SRUN, TORCHRUN, RankInfo, launcher_pid, read_rank_info
+from launch.process_group import pick_device
+from launch.rendezvous import alone
 
 FSDP2 = Path(__file__).parents[2] / "configs" / "fsdp2.yaml"
 VARIABLES = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
@@ -68,25 +60,25 @@ OF_DEEPSPEED = {"LOCAL_SIZE" if name == "LOCAL_WORLD_SIZE" else name: value for 
 def test_each_launcher_says_in_words_of_its_own_which_rank_this_is(config, monkeypatch, launcher, variables):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert find_place(config) == Place(rank=1, world_size=2, local_rank=1, local_world_size=2, launcher=launcher)
+    assert read_rank_info(config) == RankInfo(rank=1, world_size=2, local_rank=1, local_world_size=2, launcher=launcher)
 
 
 def test_srun_says_which_rank_this_is_and_the_ranks_of_each_node(monkeypatch):
     for name, value in OF_SRUN.items():
         monkeypatch.setenv(name, value)
     config = load(FSDP2, ["processes=auto", "batch_size=10"])
-    assert find_place(config) == Place(rank=3, world_size=5, local_rank=1, local_world_size=2, launcher=SRUN)
+    assert read_rank_info(config) == RankInfo(rank=3, world_size=5, local_rank=1, local_world_size=2, launcher=SRUN)
     monkeypatch.setenv("SLURM_NODEID", "2")
-    assert find_place(config).local_world_size == 1
+    assert read_rank_info(config).local_world_size == 1
     monkeypatch.delenv("SLURM_STEP_NUM_TASKS")  # a batch script, or a shell in an allocation, is no task
-    assert find_place(config) == Place()
+    assert read_rank_info(config) == RankInfo()
 
 
 def test_as_many_processes_as_were_started_must_divide_the_batch(monkeypatch):
     for name, value in VARIABLES.items():
         monkeypatch.setenv(name, value)
     config = load(FSDP2, ["processes=auto", "batch_size=3"])
-    assert find_place(config).world_size == 2
+    assert read_rank_info(config).world_size == 2
     with pytest.raises(ConfigError, match=r"processes='auto' are 2: batch_size=3 does not divide over processes=2"):
         config.with_processes(2)
     assert config.with_processes(3) == load(FSDP2, ["processes=3", "batch_size=3"])
@@ -95,12 +87,12 @@ def test_as_many_processes_as_were_started_must_divide_the_batch(monkeypatch):
 
 
 def test_without_torchrun_a_process_is_alone():
-    assert find_place(load(FSDP2, ["processes=1"])) == Place(rank=0, world_size=1, local_rank=0, local_world_size=1)
+    assert read_rank_info(load(FSDP2, ["processes=1"])) == RankInfo(rank=0, world_size=1, local_rank=0, local_world_size=1)
 
 
 def test_another_number_of_processes_than_configured_is_refused_with_the_way_out(config):
     with pytest.raises(ConfigError, match=r"processes=2, but 1 started; use .*torchrun --nproc-per-node 2 .* or processes=1"):
-        find_place(config)
+        read_rank_info(config)
 
 
 @pytest.mark.parametrize(
@@ -113,25 +105,25 @@ def test_broken_variables_are_refused(config, monkeypatch, name, value, expected
     if value is not None:
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=expected):
-        find_place(config)
+        read_rank_info(config)
 
 
 def test_gpus_are_refused_where_there_are_fewer_than_processes(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    place = Place(rank=1, world_size=2, local_rank=1, local_world_size=2)
+    info = RankInfo(rank=1, world_size=2, local_rank=1, local_world_size=2)
     with pytest.raises(ConfigError, match="needs a GPU for each of the 2 processes here, there are 1"):
-        pick_device(place, "cuda")
-    assert pick_device(place, "auto").type == "cpu"
-    assert pick_device(Place(), "auto").type == "cuda"
-    assert pick_device(Place(), "cpu").type == "cpu"
+        pick_device(info, "cuda")
+    assert pick_device(info, "auto").type == "cpu"
+    assert pick_device(RankInfo(), "auto").type == "cuda"
+    assert pick_device(RankInfo(), "cpu").type == "cpu"
 
 
 def test_a_rank_that_sees_its_own_gpu_alone_takes_it(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setenv("SLURM_STEP_GPUS", "3")
-    device = pick_device(Place(rank=3, world_size=4, local_rank=3, local_world_size=4, launcher=SRUN), "auto")
+    device = pick_device(RankInfo(rank=3, world_size=4, local_rank=3, local_world_size=4, launcher=SRUN), "auto")
     assert (device.type, device.index) == ("cuda", 0)
 
 
@@ -141,8 +133,11 @@ def test_torchruns_default_of_one_thread_is_not_a_choice(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: cores, raising=False)
     chosen = []
     monkeypatch.setattr("torch.set_num_threads", chosen.append)
-    torchrun, mpirun = Place(world_size=2, local_world_size=2, launcher=TORCHRUN), Place(world_size=2, local_world_size=2, launcher=MPICH)
-    for place, variable, threads, expected in (
+    torchrun, mpirun = (
+        RankInfo(world_size=2, local_world_size=2, launcher=TORCHRUN),
+        RankInfo(world_size=2, local_world_size=2, launcher=MPICH),
+    )
+    for info, variable, threads, expected in (
         (torchrun, "1", None, [4]),
         (torchrun, "3", None, []),  # torch has read it
         (torchrun, "1", 1, [1]),
@@ -154,8 +149,8 @@ def test_torchruns_default_of_one_thread_is_not_a_choice(monkeypatch):
         if variable is None:
             monkeypatch.delenv("OMP_NUM_THREADS")
         chosen.clear()
-        environment._set_threads(place, threads, cores)
-        assert chosen == expected, (place.launcher.name, variable, threads)
+        core_shares.set_threads(info, threads, cores)
+        assert chosen == expected, (info.launcher.name, variable, threads)
 
 
 def test_ranks_that_a_launcher_has_bound_to_too_few_cores_are_unbound(monkeypatch):
@@ -165,23 +160,23 @@ def test_ranks_that_a_launcher_has_bound_to_too_few_cores_are_unbound(monkeypatc
     monkeypatch.setattr("torch.set_num_threads", lambda _: None)
     monkeypatch.setattr("torch.get_num_threads", lambda: 4)
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
-    place, store = Place(rank=3, world_size=4, local_rank=1, local_world_size=2, launcher=OPEN_MPI), alone().store
+    info, store = RankInfo(rank=3, world_size=4, local_rank=1, local_world_size=2, launcher=OPEN_MPI), alone().store
     for own, others, expected in (({5}, {4}, {4, 5}), ({4, 5, 6, 7}, {0, 1, 2, 3}, None)):
         monkeypatch.setattr("os.sched_getaffinity", lambda _, own=own: own, raising=False)
         store.set("cores/2", json.dumps([socket.gethostname(), sorted(others)]))
-        cores = environment._cores_of_machine(place, store)
+        cores = core_shares.cores_of_machine(info, store)
         assert cores == own | others
         bound.clear()
-        environment._set_threads(place, None, cores)
+        core_shares.set_threads(info, None, cores)
         assert bound == ([] if expected is None else [expected])
 
 
 def test_only_a_launcher_is_missed_when_it_is_gone(monkeypatch):
-    by_hand = Place(world_size=2, local_world_size=2, launcher=TORCHRUN)  # RANK and the rest were set in a shell
-    assert environment.launcher_of(by_hand) is None
-    assert environment.launcher_of(Place()) is None
+    by_hand = RankInfo(world_size=2, local_world_size=2, launcher=TORCHRUN)  # RANK and the rest were set in a shell
+    assert launcher_pid(by_hand) is None
+    assert launcher_pid(RankInfo()) is None
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
-    assert environment.launcher_of(by_hand) == os.getppid()
+    assert launcher_pid(by_hand) == os.getppid()
 
 
 def test_cores_are_shared_unless_the_user_has_chosen(monkeypatch):
@@ -202,12 +197,12 @@ def test_deepspeed_is_told_where_to_run_and_to_build_unless_the_user_has_chosen(
         monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", "/usr/bin")
-    assert prepare_for_deepspeed("cpu") == tmp_path / "sharded_optim" / "torch_extensions" == Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    assert prepare("cpu") == tmp_path / "sharded_optim" / "torch_extensions" == Path(os.environ["TORCH_EXTENSIONS_DIR"])
     assert os.environ["DS_ACCELERATOR"] == "cpu"
     assert os.environ["PATH"] == f"/usr/bin:{sysconfig.get_path('scripts')}"  # ninja's
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/elsewhere")
-    assert prepare_for_deepspeed("cpu") == Path("/elsewhere")
+    assert prepare("cpu") == Path("/elsewhere")
     with pytest.raises(
         ConfigError, match=r"DS_ACCELERATOR='cpu' in the environment, but the job runs on 'cuda'; unset it, or use device=cpu"
     ):
-        prepare_for_deepspeed("cuda")
+        prepare("cuda")

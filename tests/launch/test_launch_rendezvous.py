@@ -14,9 +14,8 @@ from pathlib import Path
 import pytest
 from torch.distributed.distributed_c10d import Store
 
-from launch import environment
-from launch.environment import SRUN, Place
-from launch.meeting import MeetingError, alone, attempt, through_address
+from launch.launchers import SRUN, RankInfo
+from launch.rendezvous import RendezvousError, alone, join_attempt, open_store, through_address
 
 SOON = timedelta(seconds=0.3)
 LATER = timedelta(seconds=20)
@@ -24,7 +23,7 @@ LATER = timedelta(seconds=20)
 
 def meet(store: Store, world_size: int) -> list[Store]:
     with ThreadPoolExecutor(world_size) as ranks:
-        return list(ranks.map(lambda rank: attempt(store, rank, world_size, LATER), reversed(range(world_size))))
+        return list(ranks.map(lambda rank: join_attempt(store, rank, world_size, LATER), reversed(range(world_size))))
 
 
 def test_each_attempt_has_a_store_of_its_own_though_all_share_one():
@@ -44,10 +43,10 @@ def test_a_rank_that_finds_the_attempt_of_its_dead_predecessors_waits_for_its_ow
     meet(store, 2)
     first = store.get("attempt")
     with ThreadPoolExecutor(1) as rank:
-        early = rank.submit(attempt, store, 1, 2, LATER)
+        early = rank.submit(join_attempt, store, 1, 2, LATER)
         threading.Event().wait(0.3)
         assert not early.done()
-        own = attempt(store, 0, 2, LATER)
+        own = join_attempt(store, 0, 2, LATER)
         early.result(10).set("key", "value")
     assert own.get("key") == b"value"
     assert store.get("attempt") != first
@@ -56,30 +55,30 @@ def test_a_rank_that_finds_the_attempt_of_its_dead_predecessors_waits_for_its_ow
 def test_an_attempt_that_ended_halfway_is_left():
     """Rank 0 had invited, and was killed before all had come."""
     store = alone().store
-    with pytest.raises(MeetingError):
-        attempt(store, 0, 2, SOON)
+    with pytest.raises(RendezvousError):
+        join_attempt(store, 0, 2, SOON)
     assert len(meet(store, 2)) == 2
 
 
 def test_a_rank_whose_launcher_is_gone_answers_no_other_attempt():
     store = alone().store
-    with pytest.raises(MeetingError, match=r"what has started rank 1 \(pid 1\) is gone"):
-        attempt(store, 1, 2, LATER, launcher=1)
+    with pytest.raises(RendezvousError, match=r"what has started rank 1 \(pid 1\) is gone"):
+        join_attempt(store, 1, 2, LATER, launcher=1)
     assert len(meet(store, 2)) == 2
 
 
 def test_the_ranks_that_did_not_come_are_named():
     store = alone().store
     with ThreadPoolExecutor(2) as ranks:
-        waiting = ranks.submit(attempt, store, 2, 12, SOON * 2)
-        with pytest.raises(MeetingError, match=r"ranks 1, 3, 4, 5, 6, 7, 8, 9 and 2 more of 12 did not come within 0 s"):
-            attempt(store, 0, 12, SOON)
-        with pytest.raises(MeetingError, match="rank 0 and rank 2 have not met within"):
+        waiting = ranks.submit(join_attempt, store, 2, 12, SOON * 2)
+        with pytest.raises(RendezvousError, match=r"ranks 1, 3, 4, 5, 6, 7, 8, 9 and 2 more of 12 did not come within 0 s"):
+            join_attempt(store, 0, 12, SOON)
+        with pytest.raises(RendezvousError, match="rank 0 and rank 2 have not met within"):
             waiting.result()
 
 
 def test_a_store_that_cannot_be_reached_is_named():
-    with pytest.raises(MeetingError, match=r"rank 1 cannot reach the store at 127.0.0.1:1, where ranks meet"):
+    with pytest.raises(RendezvousError, match=r"rank 1 cannot reach the store at 127.0.0.1:1, where ranks meet"):
         through_address("127.0.0.1", 1, 1, 2, timedelta(seconds=1), is_there=True)
 
 
@@ -87,37 +86,37 @@ def test_tasks_of_slurm_meet_at_the_first_node_of_their_step(monkeypatch):
     """The port comes from the job's number."""
     monkeypatch.setenv("SLURM_STEP_NODELIST", "localhost,gpu[03-07]")
     monkeypatch.setenv("SLURM_JOB_ID", "20123")
-    places = [Place(rank=rank, world_size=2, local_rank=rank, local_world_size=2, launcher=SRUN) for rank in range(2)]
+    infos = [RankInfo(rank=rank, world_size=2, local_rank=rank, local_world_size=2, launcher=SRUN) for rank in range(2)]
     with ThreadPoolExecutor(2) as ranks:
-        venues = list(ranks.map(lambda place: environment._venue(place, LATER), places))
-    assert [(venue.store.host, venue.store.port) for venue in venues] == [("localhost", 10123)] * 2
-    venues[0].store.set("key", "value")
-    assert venues[1].store.get("key") == b"value"
-    for venue in venues:
-        venue.close()
-    assert venues[0].server.poll() is not None
+        stores = list(ranks.map(lambda info: open_store(info, LATER), infos))
+    assert [(opened.store.host, opened.store.port) for opened in stores] == [("localhost", 10123)] * 2
+    stores[0].store.set("key", "value")
+    assert stores[1].store.get("key") == b"value"
+    for opened in stores:
+        opened.close()
+    assert stores[0].server.poll() is not None
 
 
 def test_a_port_that_another_program_has_is_named():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(MeetingError, match=rf"rank 0 cannot open a store at port {port}, where ranks meet: .*[Aa]ddress"):
+        with pytest.raises(RendezvousError, match=rf"rank 0 cannot open a store at port {port}, where ranks meet: .*[Aa]ddress"):
             through_address("127.0.0.1", port, 0, 2, SOON)
 
 
 MEETS_THROUGH_MPI = """
 import json, os, sys
 from datetime import timedelta
-from launch import meeting
+from launch import rendezvous
 rank = int(os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK")))
-venue = meeting.through_mpi(rank, 2, None, timedelta(seconds=20))
-venue.store.set(str(rank), f"here is {rank}")
-told = [rank, venue.store.get(str(1 - rank)).decode(), str(meeting._library_of_launcher())]
+opened = rendezvous.through_mpi(rank, 2, None, timedelta(seconds=20))
+opened.store.set(str(rank), f"here is {rank}")
+told = [rank, opened.store.get(str(1 - rank)).decode(), str(rendezvous._library_of_launcher())]
 sys.stdout.write(json.dumps(told) + "\\n")  # at once: both ranks write into one pipe
 sys.stdout.flush()
-venue.store.add("done", 1)
-while rank == 0 and venue.store.add("done", 0) < 2: pass  # the store ends with rank 0
-venue.close()
+opened.store.add("done", 1)
+while rank == 0 and opened.store.add("done", 0) < 2: pass  # the store ends with rank 0
+opened.close()
 """
 
 

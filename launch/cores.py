@@ -1,0 +1,60 @@
+"""Cores and threads: each rank of a machine gets an equal share, whatever launcher has started it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from typing import TYPE_CHECKING
+
+from launch.launchers import TORCHRUN, RankInfo
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
+
+__all__ = ["cores_here", "cores_of_machine", "set_threads", "share_cores"]
+
+
+def cores_here() -> set[int]:
+    """Return the cores that this process may use."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+def share_cores(processes: int, threads: int | None = None, cores: set[int] | None = None) -> None:
+    """Give each of the processes of this machine an equal share of the cores, unless the user has chosen.
+
+    More threads than cores make a small model several times slower; torchrun's default of one thread leaves cores idle.
+
+    Args:
+        processes: of this machine.
+        threads: what the user has chosen in the config.
+        cores: that they may use together; None: each of them those of this process.
+    """
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(cores or cores_here()) // processes)))
+
+
+def cores_of_machine(info: RankInfo, store: Store) -> set[int]:
+    """Return the cores that the ranks of this machine may use together; a launcher may have bound each rank to a few of them."""
+    first = info.rank - info.local_rank  # launchers number the ranks of a machine one after the other
+    own = cores_here()
+    store.set(f"cores/{info.rank}", json.dumps([socket.gethostname(), sorted(own)]))
+    shared = [json.loads(store.get(f"cores/{rank}")) for rank in range(first, first + info.local_world_size) if rank < info.world_size]
+    return own.union(*(cores for host, cores in shared if host == socket.gethostname()))
+
+
+def set_threads(info: RankInfo, threads: int | None, cores: set[int]) -> None:
+    """Set the number of threads, the same under every launcher: sums depend on it.
+
+    Open MPI binds a rank to one core unless told otherwise: a rank that has fewer cores than threads may use all of its machine's ranks'.
+    """
+    import torch
+
+    if info.launcher is TORCHRUN and os.environ.get("OMP_NUM_THREADS") == "1":
+        del os.environ["OMP_NUM_THREADS"]  # torchrun's own default, which nobody has chosen; threads=1 says that somebody has
+    if threads is not None or "OMP_NUM_THREADS" not in os.environ:
+        share_cores(info.local_world_size, threads, cores)
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    if len(cores_here()) < min(torch.get_num_threads(), len(cores)):
+        os.sched_setaffinity(0, cores)

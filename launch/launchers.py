@@ -1,0 +1,151 @@
+"""The launchers that a rank may be started by, and what they say of it in environment variables.
+
+torchrun, the deepspeed launcher, mpirun (Open MPI's and MPICH's) and srun use variables of their own. What they have in common is a
+`RankInfo`; `rendezvous.py` connects the ranks.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from launch.config import Config, ConfigError
+
+__all__ = [
+    "ALONE",
+    "MPICH",
+    "OPEN_MPI",
+    "SRUN",
+    "TORCHRUN",
+    "TORCHRUN_OPTIONS",
+    "Launcher",
+    "RankInfo",
+    "first_host",
+    "is_restart",
+    "launcher_pid",
+    "read_rank_info",
+]
+
+# torchrun hands these signals on to its ranks, by default no SIGUSR1. They then have so many seconds to save, by default 30. As options,
+# the first would be refused by torch < 2.10, the second by torch < 2.12; such variables they ignore.
+TORCHRUN_OPTIONS = {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "PET_SHUTDOWN_TIMEOUT": "100"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launcher:
+    """A program that starts ranks.
+
+    Attributes:
+        name: in messages.
+        variables: the environment variable of each field of `RankInfo`.
+        mark: the variables by which it is recognised; any of them is enough.
+    """
+
+    name: str
+    variables: Mapping[str, str]
+    mark: tuple[str, ...] = ()
+
+
+def _variables(*names: str) -> dict[str, str]:
+    return dict(zip(("rank", "world_size", "local_rank", "local_world_size"), names, strict=True))
+
+
+ALONE = Launcher(name="python", variables={})
+TORCHRUN_VARIABLES = _variables("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+TORCHRUN = Launcher(name="torchrun", variables=TORCHRUN_VARIABLES, mark=tuple(TORCHRUN_VARIABLES.values()))
+DEEPSPEED = Launcher(name="deepspeed", variables=_variables("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
+OPEN_MPI = Launcher(
+    name="Open MPI's mpirun",
+    variables=_variables("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    mark=("OMPI_COMM_WORLD_RANK",),
+)
+MPICH = Launcher(
+    name="MPICH's mpirun",
+    variables=_variables("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    mark=("MPI_LOCALRANKID",),  # srun may set PMI_RANK
+)
+SRUN = Launcher(
+    name="srun",
+    variables=_variables("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+    mark=("SLURM_STEP_NUM_TASKS",),  # batch scripts and shells in an allocation have a SLURM_PROCID too
+)
+# In this order: torchrun may be started by srun or mpirun, and mpirun by srun.
+LAUNCHERS = (TORCHRUN, OPEN_MPI, MPICH, SRUN)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankInfo:
+    """Which rank this process is; `local` counts the ranks on this machine."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    launcher: Launcher = ALONE
+
+
+def read_rank_info(config: Config) -> RankInfo:
+    """Read the variables of the launcher; without any, this process is alone.
+
+    Raises:
+        ConfigError: the variables are incomplete, or there are not as many processes as the config says.
+    """
+    launcher = next((each for each in LAUNCHERS if any(name in os.environ for name in each.mark)), ALONE)
+    if launcher is TORCHRUN and "LOCAL_SIZE" in os.environ and "LOCAL_WORLD_SIZE" not in os.environ:
+        launcher = DEEPSPEED
+    found = {field: os.environ[name] for field, name in launcher.variables.items() if name in os.environ}
+    missing = [name for name in launcher.variables.values() if name not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"{', '.join(missing)} not in the environment, but the rest of {launcher.name}'s variables are; start with torchrun, mpirun or "
+            f"srun, or unset {', '.join(name for name in launcher.variables.values() if name in os.environ)}"
+        )
+    if launcher is SRUN:
+        found["local_world_size"] = _tasks_of_node(found["local_world_size"], os.environ.get("SLURM_NODEID", "0"))
+    try:
+        info = RankInfo(**{field: int(value) for field, value in found.items()}, launcher=launcher)
+    except ValueError:
+        raise ConfigError(f"{launcher.name}'s variables must be whole numbers, got {found}") from None
+    if config.processes not in ("auto", info.world_size):
+        raise ConfigError(
+            f"processes={config.processes}, but {info.world_size} started; use `python -m launch`, "
+            f"`torchrun --nproc-per-node {config.processes} -m launch.train`, or processes={info.world_size}"
+        )
+    return info
+
+
+def _tasks_of_node(counts: str, node: str) -> str:
+    """Return the number of tasks of a node, from Slurm's short list of counts.
+
+    >>> [_tasks_of_node("2(x3),1", node) for node in "0123"]
+    ['2', '2', '2', '1']
+    """
+    found: list[str] = []
+    for each in counts.split(","):
+        count, _, times = each.partition("(x")
+        found += [count] * int(times.rstrip(")") or 1)
+    return found[int(node)]
+
+
+def launcher_pid(info: RankInfo) -> int | None:
+    """Return the pid of the launcher, which lives as long as the job; None if the parent may be a shell that ends before."""
+    is_by_hand = info.launcher is ALONE or (info.launcher is TORCHRUN and "TORCHELASTIC_RUN_ID" not in os.environ)
+    return None if is_by_hand else os.getppid()
+
+
+def is_restart() -> bool:
+    """Return whether torchrun has restarted this process after a failure."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+def first_host(nodes: str) -> str:
+    """Return the first host of Slurm's short list of hosts.
+
+    >>> [first_host(nodes) for nodes in ("gpu7", "gpu[012-014,20],cpu1", "a-[3,5]-ib")]
+    ['gpu7', 'gpu012', 'a-3-ib']
+    """
+    found = re.match(r"([^\[,]*)(?:\[(\w+)[^\]]*\]([^,]*))?", nodes)
+    assert found is not None, "it matches an empty text"
+    return "".join(part or "" for part in found.groups())
