@@ -135,6 +135,8 @@ class ParamSet:
             if any(grad is None for each in grads for grad in each):
                 return
             values = optimizer.values_of(self._groups)
+            if not all(id(group) in values for group in self._groups):  # replaced, as by a state dict that was loaded
+                return
             if not all(call.renew(each, values, optimizer) for call, each in zip(calls, grads, strict=True)):
                 return
         except ValueError:  # the step says so, on all ranks
