@@ -71,6 +71,7 @@ flattened: setup  ## tabulate errors under DeepSpeed and FSDP1: make flattened A
 
 figures: setup  ## draw the figures of docs/ anew, but for the loss curve
 	$(BIN)/python docs/decay_figure.py
+	$(BIN)/python docs/errors_figure.py
 
 lint: setup  ## ruff check, ruff format --check, pyright
 	$(BIN)/ruff check .
