@@ -36,7 +36,9 @@ if __name__ == "__main__":
         for place, value in zip(places, values, strict=True):
             if value == 0:
                 axes.text(place, EXACT * 1.1, "0", ha="center", va="bottom", fontsize=8, color=COLORS[name])
-    axes.set(yscale="log", ylim=(EXACT * 0.95, 0.1), ylabel="largest relative error", title="Parameters after 10 steps, against one process")
+    axes.set(
+        yscale="log", ylim=(EXACT * 0.95, 0.1), ylabel="largest relative error", title="Parameters after 10 steps, against one process"
+    )
     axes.set_xticks(range(len(settings)), settings, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, ncols=4, loc="upper center")

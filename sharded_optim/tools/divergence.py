@@ -1,4 +1,4 @@
-"""Whether ranks still hold the same of what they hold together: replicated parameters and state, step counters, hyperparameters.
+"""Compare replicas: parameters and state, step counters and hyperparameters that several ranks hold must be equal, bit for bit.
 
     live model and optimizer -> facts: (what it is, its value) -> one int64 for each -> one all-reduce -> where largest and smallest differ
 
@@ -43,11 +43,11 @@ Fact = Row | tuple[str, str]
 
 
 class DivergenceError(RuntimeError):
-    """Ranks hold different values of what should be the same. Names what, and the ranks."""
+    """Replicas differ; the message names what differs, and the ranks."""
 
 
 class DivergenceCheck:
-    """Compares what several ranks hold, bit for bit. Call it every hundred steps or so, on every rank.
+    """Compares replicas bit for bit. Call it every hundred steps or so, on every rank.
 
     Compared are
     - elements of parameters and of optimizer state (moments, float32 masters, ...) that are on more than one rank: whole ones under DDP,
@@ -74,7 +74,7 @@ class DivergenceCheck:
 
     @torch.no_grad()
     def __call__(self) -> None:
-        """Compare. A collective.
+        """Compare the replicas. A collective.
 
         Raises:
             DivergenceError: ranks hold different values; on every rank, with the same message.
@@ -100,7 +100,7 @@ class DivergenceCheck:
             self._raise(found, differing, process_group)
 
     def _exchange(self, found: _Found | None, failure: Exception | None, process_group: dist.ProcessGroup) -> None:
-        """Find out what more than one rank holds. A collective."""
+        """Exchange names to find what more than one rank holds. A collective."""
         self._shared = None
         raise_together(failure, None, process_group)
         assert found is not None, "else it has failed"
@@ -148,7 +148,7 @@ class DivergenceCheck:
         return (largest != smallest)[:-1].nonzero().flatten().tolist()
 
     def _raise(self, found: _Found, differing: Sequence[int], process_group: dist.ProcessGroup) -> None:
-        """Raise what differs on which ranks. A collective."""
+        """Raise an error that names what differs on which ranks. A collective."""
         assert self._shared is not None
         asked = [self._shared[index] for index in differing[:MOST_LINES]]
         told: list[Any] = [None] * dist.get_world_size(process_group)
@@ -167,7 +167,7 @@ class DivergenceCheck:
 
 @dataclass(frozen=True, kw_only=True)
 class _Found:
-    """What this rank holds, with its values.
+    """The values that this rank holds.
 
     Attributes:
         values: an int64 for each, in an order that stays.
@@ -179,7 +179,7 @@ class _Found:
 
     @classmethod
     def of(cls, optimizer: Any, model: Any) -> _Found:
-        """As it is now. No communication, but that of steps that are still sending parameters."""
+        """Take the current values. No communication, except for steps that are still sending parameters."""
         if isinstance(optimizer, ShardedOptimizer):
             optimizer.wait()  # first: other ranks may wait for this one, also if it fails in what follows
         shown = live_model(model)
@@ -198,7 +198,7 @@ class _Found:
 
 
 def _told(state: LiveOptimizer) -> dict[Fact, Any]:
-    """What an optimizer has beside tensors."""
+    """Values of an optimizer that are not tensors: hyperparameters and step counters."""
     told: dict[Fact, Any] = {}
     for member in state.members:
         own = state.engine.state.get(member.param)
@@ -213,7 +213,7 @@ def _told(state: LiveOptimizer) -> dict[Fact, Any]:
 
 
 def _paths(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    """The values in nested dicts, with the keys that lead there."""
+    """Flatten nested dicts to (path of keys, value)."""
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from _paths(value, f"{before}{key}.")
@@ -222,7 +222,7 @@ def _paths(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, A
 
 
 def _texts(told: Mapping[Fact, Any]) -> dict[Fact, str]:
-    """Values as texts that are the same for equal ones. What has no such text is left out."""
+    """Convert values to texts that are equal if the values are. Values without such a text are left out."""
     scalars = {fact: value for fact, value in told.items() if isinstance(value, Tensor) and value.numel() == 1}
     numbers: dict[Fact, Any] = {}
     for device in dict.fromkeys(value.device for value in scalars.values()):  # one copy from each
@@ -251,7 +251,7 @@ def _digest(text: str) -> int:
 
 
 def _difference(fact: Fact, told: Sequence[tuple[int | None, str | None]], ranks: Sequence[int]) -> str:
-    """Who has which value of something, as a line of an error message.
+    """Say which ranks have which value.
 
     Args:
         told: value and text of each rank that has it.
@@ -270,7 +270,7 @@ def _difference(fact: Fact, told: Sequence[tuple[int | None, str | None]], ranks
 
 
 def _named(fact: Fact) -> str:
-    """What something is, for error messages."""
+    """Name a value in error messages."""
     if len(fact) == 2:
         return f"{fact[1]!r} ({fact[0]})" if fact[1] else fact[0]
     kind, name, shape, _, start, run, _, count, _ = fact

@@ -1,4 +1,4 @@
-"""What a way of sharding takes: memory of a rank by kind, bytes that it sends in a step, and the time of a step at given rates.
+"""Estimate memory, communication and time of every way of sharding: by kind of memory, bytes sent in a step, and given rates.
 
 Arithmetic on shapes, as fast for 65,536 ranks as for one. Memory is that of the rank that holds most. What is held at different times of a
 step is added up, so a total is at least the peak of what is counted. Used by the command `sharded-optim plan`.
@@ -61,7 +61,7 @@ def _one_of(what: str, value: str, allowed: Sequence[str]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What is trained with, whatever the sharding.
+    """The settings of a training run that do not depend on the sharding.
 
     Attributes:
         world_size: ranks that train one model together.
@@ -114,7 +114,7 @@ class Setup:
 
     @property
     def master_itemsize(self) -> int:
-        """Bytes that are kept beside each element of a parameter."""
+        """Bytes of the master copy of an element."""
         if self.has_masters:
             return FP32
         stored = param_format(FORMATS[self.dtype].dtype, kahan_sum=self.masters == "kahan", stochastic_rounding=False)
@@ -128,7 +128,7 @@ class Setup:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes, on the rank that holds most."""
+    """Memory in bytes, of the rank that holds most."""
 
     parameters: int  # as they are kept between steps
     gradients: int  # as they are when backward is over
@@ -143,7 +143,7 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class Collective:
-    """All collectives of a step that do one thing."""
+    """All collectives of a step that serve one purpose."""
 
     operation: str  # "all-gather", "reduce-scatter" or "all-reduce"
     what: str  # is communicated
@@ -154,7 +154,7 @@ class Collective:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What one way of sharding takes on each rank."""
+    """The requirements of one way of sharding, for each rank."""
 
     sharding: str
     ranks: int
@@ -176,7 +176,7 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """How fast things are, as far as it is known."""
+    """Rates of compute, memory and links; None where unknown."""
 
     link: float | None = None  # bytes that a rank sends per second
     shard_link: float | None = None  # the same inside of shard groups that are smaller than the world; None: as `link`
@@ -197,7 +197,7 @@ class Rates:
 
 @dataclass(frozen=True, kw_only=True)
 class Time:
-    """Seconds of a step; None where a rate was not given."""
+    """Seconds of the parts of a step; None where a rate was not given."""
 
     communication: float | None
     optimizer: float | None
@@ -205,20 +205,20 @@ class Time:
 
     @property
     def longest(self) -> float | None:
-        """Of what is known, when nothing overlaps."""
+        """Time if nothing overlaps, of the parts that are known."""
         known = [part for part in (self.communication, self.optimizer, self.compute) if part is not None]
         return sum(known) if known else None
 
     @property
     def shortest(self) -> float | None:
-        """When all communication hides behind forward and backward, or they behind it."""
+        """Time if communication and computation overlap completely."""
         if self.longest is None or self.compute is None or self.communication is None:
             return self.longest
         return max(self.compute, self.communication) + (self.optimizer or 0.0)
 
 
 def plan(model: Model, sharding: str, setup: Setup) -> Plan:
-    """What one of SHARDINGS takes.
+    """Plan one of SHARDINGS.
 
     Raises:
         ValueError: no such sharding, or one that does not go together with the shard size.
@@ -232,14 +232,14 @@ def plan(model: Model, sharding: str, setup: Setup) -> Plan:
 
 
 def compare(model: Model, setup: Setup) -> list[Plan]:
-    """Every sharding: over all ranks and, with a shard size, those that can, in groups of that size."""
+    """Plan every sharding: over all ranks and, with a shard size, in groups of that size where possible."""
     whole = replace(setup, shard_size=None)
     plans = [plan(model, sharding, whole) for sharding in SHARDINGS if sharding != "hsdp"]
     return plans + [plan(model, sharding, setup) for sharding in HYBRID if setup.shard_size is not None]
 
 
 def time_of(plan: Plan, rates: Rates) -> Time:
-    """How long a step takes at these rates, latencies left aside."""
+    """Estimate the time of a step at these rates, without latencies."""
     communication = None
     if rates.link is not None:
         inside = rates.shard_link or rates.link
@@ -255,7 +255,7 @@ def time_of(plan: Plan, rates: Rates) -> Time:
 
 @dataclass(frozen=True, kw_only=True)
 class _Case:
-    """A model, a sharding and a setup, and what all shardings compute from them."""
+    """A model, a sharding and a setup, and quantities that several shardings use."""
 
     sharding: str
     model: Model
@@ -271,7 +271,7 @@ class _Case:
 
     @property
     def grouped(self) -> bool:
-        """Whether ranks are sharded over in groups, of which links may be faster."""
+        """Return whether ranks shard in groups, whose links may be faster."""
         return self.setup.shard_size is not None
 
     @cached_property
@@ -340,7 +340,7 @@ class _Case:
 
 
 def _none(case: _Case) -> Plan:
-    """The whole model on every rank, and ranks that do not know of each other."""
+    """No sharding: every rank has the whole model and trains alone."""
     alone = replace(case, setup=replace(case.setup, world_size=1))
     size = case.numel * case.setup.itemsize
     result = alone.result(
@@ -376,7 +376,7 @@ def _flat_buckets(
     *,
     keeps_contents: bool,  # the full gradients of all buckets (ZeRO-1), or of those in flight (ZeRO-2)
 ) -> Plan:
-    """ShardedOptimizer: parameters lie in flat buckets, of each of which a rank steps a shard."""
+    """ShardedOptimizer: parameters lie in flat buckets, and each rank steps a shard of each bucket."""
     setup, shards = case.setup, case.shards
     sizes = [Size(numel=math.prod(shape), itemsize=setup.itemsize) for shape in case.model.shapes.values()]
     plans = plan_buckets(sizes, shards, setup.bucket_bytes or default_bucket_bytes(shards))
@@ -415,12 +415,12 @@ def _flat_buckets(
 
 
 def _is_lone(bucket: BucketPlan, sizes: Sequence[Size]) -> bool:
-    """Whether a tensor fills a bucket to its end."""
+    """Return whether a tensor has a bucket of its own."""
     return len(bucket.members) == 1 and sizes[bucket.members[0]].numel == bucket.numel
 
 
 def _zero3(case: _Case) -> Plan:
-    """Every tensor cut flat, and gathered with its unit for forward and again for backward."""
+    """ZeRO-3: every tensor is cut flat, and gathered with its unit for forward and again for backward."""
     setup, shards = case.setup, case.shards
     units: dict[str, int] = {}  # elements of a rank's shard
     for name, shape in case.model.shapes.items():
@@ -446,7 +446,7 @@ def _zero3(case: _Case) -> Plan:
 
 
 def _fsdp2(case: _Case) -> Plan:
-    """fully_shard on every block and on the whole: tensors are cut into rows, of which each rank holds as many as the first, or a pad.
+    """fully_shard on every block and on the whole model: tensors are cut into rows; each rank holds as many as the first, with padding.
 
     What lies in no block is the root, which stays gathered from forward to the end of backward. Parameters in 16 bits with fp32 masters are
     FSDP2's mixed precision: fp32 parameters, which are gathered and whose gradients are reduced in 16 bits.
@@ -478,13 +478,13 @@ def _fsdp2(case: _Case) -> Plan:
 
 
 def _rows_of_first(shape: Shape, shards: int) -> int:
-    """Elements of a tensor on the first rank, and with the pad on every other; a scalar counts as one row, which is how FSDP2 wants it."""
+    """Return the elements of a tensor on the first rank, and with padding on every other; a scalar counts as one row, as in FSDP2."""
     rows, *others = shape or (1,)
     return -(-rows // shards) * math.prod(others)
 
 
 def _unit(name: str) -> str:
-    """The block to which a parameter belongs; "" for those outside of numbered blocks."""
+    """Return the block of a parameter; "" outside of numbered blocks."""
     match = UNIT.match(name)
     return match[0] if match else ""
 

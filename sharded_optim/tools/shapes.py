@@ -1,4 +1,4 @@
-"""Names and shapes of a model's parameters, without its weights: from a JSON file, a Hugging Face `config.json`, or a module.
+"""Read names and shapes of a model's parameters, without its weights: from a JSON file, a Hugging Face `config.json` or a module.
 
 Used by `plan.py` and its command. A parameter that is used twice (tied embeddings) is counted once.
 """
@@ -21,7 +21,7 @@ Named = Iterator[tuple[str, Shape]]
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """Trainable parameters of a model."""
+    """The trainable parameters of a model."""
 
     shapes: Mapping[str, Shape]  # in the order of `named_parameters()`
     idle: int = 0  # elements that a token does not use: those of the experts to which it is not routed
@@ -41,7 +41,7 @@ class Model:
 
 
 def load(source: str) -> Model:
-    """The model that an argument of the command line names.
+    """Load the model that an argument of the command line names.
 
     Args:
         source: a JSON file {name: [sizes]}, a Hugging Face config.json or the folder with it, or `package.module:callable`, an nn.Module
@@ -64,7 +64,7 @@ def load(source: str) -> Model:
 
 
 def from_shapes(shapes: Mapping[str, Any]) -> Model:
-    """From {name: [sizes]}, in the order of `named_parameters()`."""
+    """Build a model from {name: [sizes]}, in the order of `named_parameters()`."""
     for name, shape in shapes.items():
         if not isinstance(shape, list | tuple):
             raise ValueError(f"a shape is a list of sizes >= 0, got {shape!r} for {name!r}; a Hugging Face config has a 'model_type'")
@@ -72,7 +72,7 @@ def from_shapes(shapes: Mapping[str, Any]) -> Model:
 
 
 def from_module(target: str) -> Model:
-    """From `package.module:callable`, built on torch's meta device, which allocates nothing."""
+    """Build a model from `package.module:callable`, on torch's meta device, which allocates nothing."""
     import torch
 
     module_name, _, attribute = target.partition(":")
@@ -103,7 +103,7 @@ def from_module(target: str) -> Model:
 
 
 def from_config(config: Mapping[str, Any]) -> Model:
-    """From the content of a Hugging Face config.json, with the names and shapes of transformers 5.
+    """Build a model from a Hugging Face config.json, with the names and shapes of transformers 5.
 
     Only model types whose every parameter follows from the config; others are refused.
     """
@@ -152,7 +152,7 @@ class _Config:
 
 @dataclass(frozen=True, kw_only=True)
 class _Traits:
-    """In what the descendants of Llama differ."""
+    """The differences between descendants of Llama."""
 
     head_dim: int | None = None  # where the config has none; None: hidden_size / num_attention_heads
     one_kv_head_each: bool = False  # where the config has no num_key_value_heads, there are as many as heads; others must tell
