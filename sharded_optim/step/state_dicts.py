@@ -108,7 +108,7 @@ def merged_groups(groups: list[dict[str, Any]], saved_groups: list[dict[str, Any
     merged = []
     for own, saved in zip(groups, saved_groups, strict=True):
         group = own | deepcopy({key: value for key, value in saved.items() if key != "params"})
-        if "betas" in group:
+        if isinstance(group.get("betas"), list):  # as JSON has them
             group["betas"] = tuple(group["betas"])
         merged.append(group)
     return merged

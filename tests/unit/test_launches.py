@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import sharded_optim as so
-from sharded_optim.step import agreement, kernel_calls, param_set
+from sharded_optim.step import agreement, kernel_call, param_set
 from sharded_optim.storage import devices
 
 triton = pytest.importorskip("triton", reason="the triton package is not installed")
@@ -77,10 +77,10 @@ class Event:
         assert device == META
 
     def record(self) -> None:
-        assert not kernel_calls.capturing(META), "a graph would record it"
+        assert not kernel_call.capturing(META), "a graph would record it"
 
     def synchronize(self) -> None:
-        assert not kernel_calls.capturing(META), "a capture would end with an error"
+        assert not kernel_call.capturing(META), "a capture would end with an error"
 
 
 @pytest.fixture
@@ -226,7 +226,7 @@ def test_a_graph_does_not_record_what_must_wait(gpu: Gpu, monkeypatch: pytest.Mo
 
 def begin_capture(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """From now on a CUDA graph records; gives what is kept for its replays."""
-    for module in (agreement, kernel_calls, param_set, devices, backend):
+    for module in (agreement, kernel_call, param_set, devices, backend):
         monkeypatch.setattr(module, "capturing", lambda device: True)
     kept: list[Any] = []
     monkeypatch.setattr(devices, "_replayed", kept)
