@@ -1,18 +1,18 @@
-"""Sharded checkpoints that cannot be torn, cannot lie, and open anywhere.
+"""Sharded checkpoints that are committed atomically, verified when they are loaded, and independent of the sharding.
 
-A checkpoint holds whole tensors under the names of the model's parameters, however they are sharded: it is saved under one wrapper on some
-ranks, and loads under any other on any other number. It is committed or it does not exist, every byte is verified when it is loaded, and a
-load changes everything or nothing.
+A checkpoint holds whole tensors under the names of the model's parameters: it is saved under one wrapper on some ranks, and loads under any
+other on any number of ranks. It is committed or does not exist, every byte is verified when it is loaded, and a load changes everything or
+nothing. The public API, `so.checkpoint`, is defined here; the work is done by:
 
-    live/       from a wrapper's model and optimizer to pieces of named tensors (`held.py`), one file per wrapper
-    plan.py     who writes which chunks
-    saving.py, shard_file.py, staging.py      the commit protocol, and what writes the bytes, now or in the background
-    loading.py, read.py                       what fits what, verification, and what reads the bytes
-    manifest.py, values.py, dtypes.py         what is written down, in JSON
-    store.py, local_store.py, url_store.py    where it is kept
-    steps.py    which checkpoints there are
-    whole.py, export.py, optional.py     one process reads all of it, and writes it for other programs
-    imports/    other libraries' checkpoints, one file for each format
+    live/            reads models and optimizers under every wrapper, as local_tensor.py describes tensors
+    saving.py        saves: content.py (what a rank saves), write_plan.py (who writes which chunks), shard_file.py, commit.py,
+                     replacing.py (a step that exists), background.py (async_save)
+    loading.py       loads: matching.py (which stored tensor a live one is loaded from), reader.py, chunk_reading.py
+    steps.py         lists and verifies checkpoints; integrity.py (what was verified), pruning.py
+    manifest.py      what a checkpoint holds; manifest_writer.py, manifest_parser.py, values.py, dtypes.py (its JSON)
+    store.py         storage: local_store.py, url_store.py
+    export.py        writes files for other programs; imports/ reads theirs, a file for each format; optional.py (packages they need)
+    collectives.py   how ranks communicate; errors.py
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 
-from sharded_optim.checkpoint import loading, saving, staging
+from sharded_optim.checkpoint import background, loading, saving
+from sharded_optim.checkpoint.background import Saving
+from sharded_optim.checkpoint.collectives import all_or_nothing, refuse_differences
+from sharded_optim.checkpoint.content import Content
 from sharded_optim.checkpoint.errors import CheckpointError, DamagedError, MismatchError, NoCheckpointError
-from sharded_optim.checkpoint.exchange import refuse_differences, together
 from sharded_optim.checkpoint.export import export_safetensors, export_torch
 from sharded_optim.checkpoint.imports import import_from
-from sharded_optim.checkpoint.staging import Saving
-from sharded_optim.checkpoint.steps import describe, latest, prune, steps, verify
+from sharded_optim.checkpoint.pruning import prune
+from sharded_optim.checkpoint.steps import describe, latest, steps, verify
 from sharded_optim.checkpoint.store import Store, open_store
 from sharded_optim.sharding.ranks import own_process_group
 
@@ -68,25 +70,25 @@ def save(
 ) -> None:
     """Save a checkpoint, `root/step-<step>`. A collective: all ranks call it, and return when it is committed.
 
-    Saved are the model's parameters and persistent buffers, and of the optimizer its state, masters, step counters and hyperparameters.
+    It holds the model's parameters and persistent buffers, and the optimizer's state, masters, step counters and hyperparameters.
 
     Args:
-        root: a folder, which need not exist, or a URL that fsspec knows, as s3://bucket/run. All ranks see the same.
-        step: how far training is: a number >= 0 that is not committed yet under `root`.
-        model: a module, under any wrapper or none, or a DeepSpeedEngine. Its parameters' names are those in the checkpoint.
-        optimizer: of this library. Without `model` its parameters have the names that it was given, or their positions.
+        root: a folder, which need not exist, or a URL that fsspec supports, such as s3://bucket/run. The same for all ranks.
+        step: the number of training steps so far, >= 0, which is not committed yet under `root`.
+        model: a module, under any wrapper or none, or a DeepSpeedEngine. The checkpoint uses the names of its parameters.
+        optimizer: one of this library. Without `model` its parameters have the names that it was given, or their positions.
         extra: anything else: None, bool, int, float, str, bytes, tensors and NumPy's scalars and arrays up to 1 MiB, and lists, tuples,
-            dicts, OrderedDicts, Counters and defaultdicts of these, such as the state_dict() of a scheduler. Types come back as they were;
+            dicts, OrderedDicts, Counters and defaultdicts of these, such as the state_dict() of a scheduler. Types are restored exactly;
             others are refused, and so are subclasses. The same on all ranks, or None on all but one.
-        keep: how many checkpoints remain: older ones are removed after the commit; see `prune`. Where none of those that remain was read
-            back, the ranks first read back the newest together, each its share; if that is damaged, a warning says so, and all stay.
+        keep: the number of checkpoints to keep: older ones are removed after the commit; see `prune`. If none of those that stay was read
+            back, the ranks first read back the newest together, each its share; if it is damaged, a warning says so, and all stay.
         process_group: the ranks that save together; None: all.
 
     Raises:
-        CheckpointError: on every rank: what went wrong on any. What was committed before is untouched.
+        CheckpointError: on every rank: the errors of any. Committed checkpoints are untouched.
     """
-    draft = _begin(root, step, model, optimizer, extra, keep, process_group)
-    saving.finish(draft, draft.content)
+    pending = _begin(root, step, model, optimizer, extra, keep, process_group)
+    saving.finish(pending, pending.content)
 
 
 def async_save(
@@ -99,21 +101,21 @@ def async_save(
     keep: int | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> Saving:
-    """As `save`, but return as soon as everything is copied, and write in the background. A collective.
+    """Save as `save` does, but return as soon as everything is copied, and write in the background. A collective.
 
-    One save is in flight at a time: this waits for the one before it, as `save` and `load` do. The copy is to a buffer that is kept for the
-    next save: on the CPU, pinned where tensors are on a GPU. Before the process group is destroyed, call `wait()`.
+    One save is in flight at a time: this waits for the one before it, as `save` and `load` do. The copy is in a buffer that the next save
+    reuses: on the CPU, pinned if tensors are on a GPU. Before the process group is destroyed, call `wait()`.
 
     Args:
-        root, step, model, optimizer, extra, keep, process_group: as of `save`.
+        root, step, model, optimizer, extra, keep, process_group: see `save`.
 
     Returns:
-        A handle: `wait()` returns when the checkpoint is committed, `done()` tells whether it has ended.
+        A handle: `wait()` returns when the checkpoint is committed, `done()` whether the save has ended.
 
     Raises:
-        CheckpointError: on every rank: of this save, as far as it has come; or of the one before it, if nobody has heard of that.
+        CheckpointError: on every rank: this save's errors until it returns, or those of the save before it that were not raised yet.
     """
-    return staging.start(_begin(root, step, model, optimizer, extra, keep, process_group))
+    return background.start(_begin(root, step, model, optimizer, extra, keep, process_group))
 
 
 def load(
@@ -129,15 +131,15 @@ def load(
 ) -> Any:
     """Load a checkpoint into a model and an optimizer, in place. A collective.
 
-    It may have been saved under another wrapper and on another number of ranks. Each rank reads what it holds. All bytes are verified, by
-    all ranks together, and everything that does not fit is found, before anything changes.
+    It may have been saved under another wrapper and on another number of ranks. Each rank reads what it holds. Before anything changes, all
+    bytes are verified, by all ranks together, and everything is compared with the model and the optimizer.
 
     Args:
-        root, model, optimizer, process_group: as of `save`. Only what is given is loaded.
-        step: None: the highest that verifies; those that are damaged are passed over with a warning.
-        strict: False: what is missing in the checkpoint, or left over, stays as it is, and dtypes may differ; with a warning.
-        lenient: the names, as one or several shell patterns, that `strict=False` is for: ("head.*",).
-        hyperparameters: whose count: the checkpoint's, or those that the optimizer has. Differences are logged.
+        root, model, optimizer, process_group: see `save`. Without model= or optimizer= that part is not loaded.
+        step: None: the highest that verifies; damaged ones are skipped with a warning.
+        strict: False: with a warning, what is missing on either side is left as it is, and dtypes may differ.
+        lenient: the names that `strict=False` applies to, as one or several shell patterns, such as ("head.*",).
+        hyperparameters: which ones the optimizer has afterwards: the checkpoint's, or its own. Differences are logged.
 
     Returns:
         The `extra` that was saved.
@@ -145,38 +147,38 @@ def load(
     Raises:
         NoCheckpointError: on every rank: there is no checkpoint under `root`.
         CheckpointError: on every rank: there is none of that step.
-        DamagedError: what is stored is not what was saved; names files and tensors. With `step=None` only if no checkpoint verifies.
-        MismatchError: everything that does not fit, in one message.
+        DamagedError: the stored bytes are not what was saved; names files and tensors. With `step=None` only if no checkpoint verifies.
+        MismatchError: the checkpoint does not fit; names everything that does not.
     """
     patterns = (lenient,) if isinstance(lenient, str) else tuple(lenient)
-    choices = loading.Choices(strict=strict, lenient=patterns, hyperparameters=hyperparameters)
+    options = loading.LoadOptions(strict=strict, lenient=patterns, hyperparameters=hyperparameters)
+    arguments = {"step": step, "model": model is not None, "optimizer": optimizer is not None, **asdict(options)}
     group = _group(process_group)
-    opened: list[Store] = []
 
-    def look() -> dict[str, Any]:
-        staging.settle()
-        choices.check()
-        opened.append(open_store(root))
-        return {"step": step, "model": model is not None, "optimizer": optimizer is not None, **asdict(choices)}
+    def open_root() -> Store:
+        background.wait_for_save_in_flight()
+        options.check()
+        return open_store(root)
 
-    refuse_differences(together(f"opening {root}", look, group))
+    store, all_arguments = all_or_nothing(f"opening {root}", open_root, group, share=lambda _: arguments)
+    refuse_differences(all_arguments)
 
     def load_one(number: int) -> Any:
-        return loading.load_step(opened[0], number, model, optimizer, choices, group)
+        return loading.load_step(store, number, model, optimizer, options, group)
 
-    return loading.load_newest(opened[0], load_one, group) if step is None else load_one(step)
+    return loading.load_newest(store, load_one, group) if step is None else load_one(step)
 
 
 def _begin(
     root: Root, step: int, model: Any, optimizer: Any, extra: Any, keep: int | None, process_group: dist.ProcessGroup | None
-) -> saving.Draft:
-    def collect() -> saving.Content:
-        staging.settle()
-        return saving.Content.of(model, optimizer, extra)
+) -> saving.PendingSave:
+    def collect() -> Content:
+        background.wait_for_save_in_flight()
+        return Content.of(model, optimizer, extra)
 
     return saving.begin(root, step, collect, keep=keep, process_group=_group(process_group))
 
 
 def _group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """On the CPU, and apart from all others, as it is used in the background."""
+    """A group of gloo's that nothing else uses: saves in the background communicate while steps do."""
     return own_process_group(process_group, "gloo")

@@ -1,4 +1,4 @@
-"""The names of dtypes in manifests and in safetensors files."""
+"""The names of dtypes in manifests and shard files: those of safetensors."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
 
 def name_of(dtype: torch.dtype, what: str) -> str:
-    """As safetensors calls it.
+    """Name a dtype as safetensors does.
 
     Raises:
-        ValueError: safetensors files have no such dtype.
+        ValueError: safetensors has no such dtype; the message names `what` has it.
     """
     if dtype not in NAMES:
         raise ValueError(f"{what} is of {dtype}, which checkpoints do not hold; they hold {', '.join(map(str, NAMES))}")
@@ -37,14 +37,14 @@ def name_of(dtype: torch.dtype, what: str) -> str:
 
 
 def dtype_named(name: str) -> torch.dtype:
-    """The dtype that safetensors calls so.
+    """Find a dtype by its name.
 
     Raises:
         MismatchError: this version of the library has no such dtype; a later one may have it.
-        ValueError: it is no name.
+        ValueError: it is not a name.
     """
     if not isinstance(name, str):
         raise ValueError(f"{name!r} is not the name of a dtype")
     if name not in DTYPES:
-        raise MismatchError(f"this version of the library knows no dtype {name!r}, but {', '.join(DTYPES)}; upgrade sharded-optim")
+        raise MismatchError(f"this version of the library has no dtype {name!r}, only {', '.join(DTYPES)}; upgrade sharded-optim")
     return DTYPES[name]

@@ -1,10 +1,10 @@
-"""What can go wrong with a checkpoint."""
+"""The errors that `so.checkpoint` raises, for users and for the commands of `cli/checkpoint/`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["CheckpointError", "DamagedError", "MismatchError", "NoCheckpointError", "UnreadableError"]
+__all__ = ["CheckpointError", "DamagedError", "MismatchError", "NoCheckpointError", "UnreadableError", "shorten"]
 
 
 class CheckpointError(RuntimeError):
@@ -12,11 +12,11 @@ class CheckpointError(RuntimeError):
 
 
 class MismatchError(CheckpointError, ValueError):
-    """The checkpoint is whole, but does not fit the model or optimizer; nothing was changed."""
+    """The checkpoint may be intact, but does not fit the model, the optimizer or this version of the library; nothing was changed."""
 
 
 class DamagedError(CheckpointError):
-    """What is stored is not what was saved. `problems` has a line for each file or tensor."""
+    """The stored bytes are not those that were saved. `problems` has a line for each file or tensor."""
 
     def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
         super().__init__(message)
@@ -24,8 +24,13 @@ class DamagedError(CheckpointError):
 
 
 class UnreadableError(DamagedError):
-    """What is stored cannot be read, now: it need not be damaged."""
+    """The storage cannot be read at the moment; the checkpoint may be intact."""
 
 
 class NoCheckpointError(CheckpointError):
-    """There is no checkpoint at all."""
+    """The root holds no checkpoint."""
+
+
+def shorten(problems: Sequence[str], limit: int) -> str:
+    """List problems in an error message, a line for each up to a limit."""
+    return "\n  ".join([*problems[:limit], *([f"and {len(problems) - limit} more"] if len(problems) > limit else [])])

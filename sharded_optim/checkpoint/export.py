@@ -1,6 +1,6 @@
-"""Checkpoints for other programs: a folder of safetensors files as Hugging Face libraries read it, or one file of torch's.
+"""Export checkpoints for other programs: a folder of safetensors files as Hugging Face libraries read it, or one file of torch's.
 
-Written beside the destination, and renamed when all of it is on the disk. What exists is not overwritten.
+Written beside the destination, and renamed when everything is on the disk. Existing files are not overwritten.
 """
 
 from __future__ import annotations
@@ -11,39 +11,45 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sharded_optim.checkpoint import optional
 from sharded_optim.checkpoint.errors import CheckpointError
-from sharded_optim.checkpoint.held import MASTER, MODEL
-from sharded_optim.checkpoint.manifest import Parameters, TensorEntry
-from sharded_optim.checkpoint.whole import WholeCheckpoint
+from sharded_optim.checkpoint.integrity import verify_all
+from sharded_optim.checkpoint.local_tensor import MASTER, MODEL, LocalTensor
+from sharded_optim.checkpoint.manifest import Manifest, Parameters, TensorEntry, key_of
+from sharded_optim.checkpoint.reader import CheckpointReader, LoadRequest
+from sharded_optim.checkpoint.steps import existing_step
+from sharded_optim.checkpoint.store import open_store
+from sharded_optim.sharding.segment import Segment
 from sharded_optim.step.state import STEP
 
 __all__ = ["export_safetensors", "export_torch"]
 
-Where = str | os.PathLike[str]
+AnyPath = str | os.PathLike[str]
+Model = Mapping[str, TensorEntry]
 
-FILE_BYTES = 5 * 10**9  # of tensors in a file, as Hugging Face libraries cut them
+FILE_BYTES = 5 * 10**9  # of tensors in a file, the limit of Hugging Face libraries
 
 
-def export_safetensors(root: Where, destination: Where, *, step: int | None = None, masters: bool = False) -> list[str]:
+def export_safetensors(root: AnyPath, destination: AnyPath, *, step: int | None = None, masters: bool = False) -> list[str]:
     """Write a checkpoint's model as Hugging Face libraries do: `model.safetensors`, or several files of 5 GB with an index.
 
-    Tensors have the names that they have in the model, a tied one all of its names, so that `model.load_state_dict(load_file(..))` takes
-    them. `safetensors.torch.load_model` takes one name of each: with strict=False. A tokenizer or config.json is not part of a checkpoint.
+    Tensors have their names in the model, a tied one all of its names, so that `model.load_state_dict(load_file(..))` accepts them.
+    `safetensors.torch.load_model` expects one name of each: pass strict=False. A tokenizer or config.json is not part of a checkpoint.
     Holds one file in memory.
 
     Args:
         root: of the checkpoints.
         destination: a folder that does not exist.
         step: None: the highest that is committed.
-        masters: the float32 values of parameters, where there are some, in the place of those that were rounded.
+        masters: write the float32 values of parameters, where there are some, in place of the rounded ones.
 
     Returns:
         The names of the files.
@@ -53,74 +59,112 @@ def export_safetensors(root: Where, destination: Where, *, step: int | None = No
         DamagedError: it is not what was saved.
         FileExistsError: the destination exists.
     """
-    safetensors = optional.safetensors()
+    safetensors = optional.import_safetensors()
     _refuse_existing(Path(destination))
-    checkpoint = WholeCheckpoint(root, step)
-    model = _model_of(checkpoint, masters)
-    files = _cut(model)
-    with _beside(Path(destination)) as draft:
+    reader = _open(root, step)
+    model = _model(reader.manifest, masters)
+    if not model:
+        raise CheckpointError(f"step {reader.step} was saved without a model; there is nothing to write for {MODEL!r}")
+    files = _split(model)
+    with _draft_of(Path(destination)) as draft:
         draft.mkdir()
         for file, names in files.items():
             (draft / file).touch()
             mode = stat.S_IMODE((draft / file).stat().st_mode)
             tied = {name: model[name].name for name in names if name != model[name].name}
-            safetensors.torch.save_file(
-                {name: checkpoint.tensor(model[name]) for name in names}, draft / file, metadata=tied | {"format": "pt"}
-            )
-            (draft / file).chmod(mode)  # safetensors lets nobody else read what it writes
+            tensors = {name: _tensor(reader, model[name]) for name in names}
+            safetensors.torch.save_file(tensors, draft / file, metadata=tied | {"format": "pt"})
+            (draft / file).chmod(mode)  # safetensors makes its files readable by their owner only
             _sync(draft / file)
         written = list(files)
         if len(files) > 1:
-            places = {name: file for file, names in files.items() for name in names}
-            index = {"metadata": {"total_size": sum(entry.size for entry in model.values())}, "weight_map": places}
             written.append("model.safetensors.index.json")
-            (draft / written[-1]).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+            (draft / written[-1]).write_text(_index(model, files))
             _sync(draft / written[-1])
         _sync(draft)
     return written
 
 
-def export_torch(root: Where, destination: Where, *, step: int | None = None, masters: bool = False) -> None:
+def export_torch(root: AnyPath, destination: AnyPath, *, step: int | None = None, masters: bool = False) -> None:
     """Write a checkpoint as one file for `torch.load(..., weights_only=True)`: {"model": .., "optimizer": .., "extra": .., "step": ..}.
 
     "model" is for `model.load_state_dict`, "optimizer" for `load_state_dict` of an optimizer of this library with the same param groups;
-    None, where the checkpoint has none. Parameters are numbered in the order of the groups, and named there as "param_names". Under FSDP1
-    with use_orig_params=False, where an optimizer has no order of its own, compare these names with those of the groups it is loaded into.
-    Holds all of it in memory.
+    either is None if the checkpoint has none. Parameters are numbered in the order of the groups, and named there as "param_names". Under
+    FSDP1 with use_orig_params=False, where an optimizer has no order of its own, compare these names with those of the groups it is loaded
+    into. Holds everything in memory.
 
     Args:
-        root, step, masters: as of `export_safetensors`.
+        root, step, masters: see `export_safetensors`.
         destination: a file that does not exist.
 
     Raises:
-        CheckpointError, DamagedError, FileExistsError: as of `export_safetensors`.
+        CheckpointError, DamagedError, FileExistsError: see `export_safetensors`.
     """
     _refuse_existing(Path(destination))
-    checkpoint = WholeCheckpoint(root, step)
-    entries = _model_of(checkpoint, masters, empty=True)
-    tensors = {entry.key: checkpoint.tensor(entry) for entry in {entry.key: entry for entry in entries.values()}.values()}
-    model = {name: tensors[entry.key] for name, entry in entries.items()}
-    parameters = checkpoint.manifest.parameters
+    reader = _open(root, step)
+    model = _model(reader.manifest, masters)
+    tensors = {key: _tensor(reader, entry) for key, entry in {entry.key: entry for entry in model.values()}.items()}
+    parameters = reader.manifest.parameters
     content = {
-        "model": model or None,
-        "optimizer": None if parameters is None else _optimizer_of(checkpoint, parameters),
-        "extra": checkpoint.manifest.extra,
-        "step": checkpoint.manifest.step,
+        "model": {name: tensors[entry.key] for name, entry in model.items()} or None,
+        "optimizer": None if parameters is None else _optimizer(reader, parameters),
+        "extra": reader.manifest.extra,
+        "step": reader.step,
     }
-    with _beside(Path(destination)) as draft:
+    with _draft_of(Path(destination)) as draft:
         torch.save(content, draft)
         _sync(draft)
 
 
-def _model_of(checkpoint: WholeCheckpoint, masters: bool, *, empty: bool = False) -> Mapping[str, TensorEntry]:
-    model = checkpoint.model(masters=masters)
-    if not model and not empty:
-        raise CheckpointError(f"step {checkpoint.manifest.step} was saved without a model; there is nothing to write for {MODEL!r}")
-    return model
+# ------------------------------------------------------------------------------------------------------------------------- tensors
 
 
-def _cut(model: Mapping[str, TensorEntry]) -> dict[str, list[str]]:
-    """Which tensors go into which file."""
+def _open(root: AnyPath, step: int | None) -> CheckpointReader:
+    """Open and verify a checkpoint; None: the highest that is committed."""
+    store = open_store(root)
+    reader = CheckpointReader(store, existing_step(store, step))
+    verify_all(reader)
+    return reader
+
+
+def _tensor(reader: CheckpointReader, entry: TensorEntry) -> Tensor:
+    """Read a whole tensor to memory of its own."""
+    result = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
+    target = LocalTensor(kind=entry.kind, segment=Segment.whole(entry.name, entry.shape), local=result)
+    reader.load([LoadRequest(entry=entry, target=target)])
+    return result
+
+
+def _model(manifest: Manifest, masters: bool) -> Model:
+    """The model's tensors by all of their names; with `masters`, the float32 values of those that were rounded."""
+    entries = {entry.name: entry for entry in manifest.tensors.values() if entry.kind == MODEL}
+    if masters:
+        entries = {name: manifest.tensors.get(key_of(MASTER, name), entry) for name, entry in entries.items()}
+    return entries | {alias: entries[name] for alias, name in manifest.aliases.items() if name in entries}
+
+
+def _optimizer(reader: CheckpointReader, parameters: Parameters) -> dict[str, Any]:
+    """A state dict like torch.optim's, which numbers parameters group by group."""
+    names_by_group = parameters.names_by_group()
+    numbers = {name: number for number, name in enumerate(name for names in names_by_group for name in names)}
+    groups = [
+        {**values, "param_names": names, "params": [numbers[name] for name in names]}
+        for values, names in zip(parameters.groups, names_by_group, strict=True)
+    ]
+    state: dict[int, dict[str, Any]] = {
+        numbers[name]: {STEP: torch.tensor(float(step), dtype=torch.float32, device="cpu")} for name, step in parameters.steps.items()
+    }
+    for entry in reader.manifest.tensors.values():
+        if entry.kind not in (MODEL, MASTER):
+            state[numbers[entry.name]][entry.kind] = _tensor(reader, entry)
+    return {"state": dict(sorted(state.items())), "param_groups": groups}
+
+
+# --------------------------------------------------------------------------------------------------------------------------- files
+
+
+def _split(model: Model) -> dict[str, list[str]]:
+    """The names of tensors by file."""
     files: list[list[str]] = [[]]
     size = 0
     for name, entry in model.items():
@@ -131,29 +175,13 @@ def _cut(model: Mapping[str, TensorEntry]) -> dict[str, list[str]]:
         size += entry.size
     if len(files) == 1:
         return {"model.safetensors": files[0]}
-    return {f"model-{number:05d}-of-{len(files):05d}.safetensors": entries for number, entries in enumerate(files, 1)}
+    return {f"model-{number:05d}-of-{len(files):05d}.safetensors": names for number, names in enumerate(files, 1)}
 
 
-def _optimizer_of(checkpoint: WholeCheckpoint, parameters: Parameters) -> dict[str, Any]:
-    """A state dict as torch.optim makes it: it numbers parameters group by group."""
-    members: list[list[str]] = [[] for _ in parameters.groups]
-    for name, group in parameters.group_of.items():
-        members[group].append(name)
-    numbers = {name: number for number, name in enumerate(name for names in members for name in names)}
-    groups = [
-        {**values, "param_names": names, "params": [numbers[name] for name in names]}
-        for values, names in zip(parameters.groups, members, strict=True)
-    ]
-    state: dict[int, dict[str, Any]] = {
-        numbers[name]: {STEP: torch.tensor(float(step), dtype=torch.float32, device="cpu")} for name, step in parameters.steps.items()
-    }
-    for entry in checkpoint.manifest.tensors.values():
-        if entry.kind not in (MODEL, MASTER):
-            state[numbers[entry.name]][entry.kind] = checkpoint.tensor(entry)
-    return {"state": dict(sorted(state.items())), "param_groups": groups}
-
-
-# ------------------------------------------------------------------------------------------------------------------------- files
+def _index(model: Model, files: Mapping[str, Sequence[str]]) -> str:
+    weight_map = {name: file for file, names in files.items() for name in names}
+    index = {"metadata": {"total_size": sum(entry.size for entry in model.values())}, "weight_map": weight_map}
+    return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
 
 def _refuse_existing(destination: Path) -> None:
@@ -162,8 +190,8 @@ def _refuse_existing(destination: Path) -> None:
 
 
 @contextmanager
-def _beside(destination: Path) -> Iterator[Path]:
-    """A name beside the destination, of what becomes the destination when the block is left; if that fails, nothing is left."""
+def _draft_of(destination: Path) -> Iterator[Path]:
+    """Yield a path beside the destination that is renamed to it after the block, or removed if the block fails."""
     destination.parent.mkdir(parents=True, exist_ok=True)
     draft = destination.parent / f".{destination.name}.{secrets.token_hex(4)}"
     try:

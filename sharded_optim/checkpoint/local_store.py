@@ -1,4 +1,4 @@
-"""Checkpoints in a local folder, or in one of a network file system: what is said to be there survives a power cut."""
+"""`LocalStore`: checkpoints in a folder of a local or network file system. What is published survives a power cut."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from collections.abc import Hashable
 
 __all__ = ["LocalStore"]
 
-BROKEN_LINK = (errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG)  # errors of a link that leads nowhere, now and later
-REMOVED = ".removed"  # ends the name of a folder that is being removed
+BROKEN_LINK = (errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG)  # permanent errors of a link
+REMOVED = ".removed"  # suffix of a folder that is being removed
 
 logger = logging.getLogger(__name__)
 
@@ -27,10 +27,10 @@ class LocalStore:
     renames = True
 
     def __init__(self, root: str) -> None:
-        self.root = os.path.abspath(root)  # also if somebody changes the current folder while a save is in the background
+        self.root = os.path.abspath(root)  # the working directory may change during a save in the background
 
     def folders(self) -> list[str]:
-        """Also a file or a broken link with the name of a step: it is in the place of a checkpoint, which may not be missed silently."""
+        """As `Store.folders`, with files and broken links that have the name of a step: a checkpoint may not go missing silently."""
         try:
             with os.scandir(self.root) as entries:
                 return [entry.name for entry in entries if entry.name.startswith("step-") or _is_folder(entry)]
@@ -38,17 +38,13 @@ class LocalStore:
             return []
 
     def files(self, folder: str) -> dict[str, tuple[int, Hashable]]:
-        found: dict[str, tuple[int, Hashable]] = {}
         try:
             with os.scandir(self._path(folder)) as entries:
-                for entry in entries:
-                    if _is_file(entry):
-                        status = entry.stat()
-                        # The time of change cannot be set back, the time of modification can.
-                        found[entry.name] = status.st_size, (status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
+                statuses = {entry.name: entry.stat() for entry in entries if _is_file(entry)}
         except FileNotFoundError:
             return {}
-        return found
+        # With the time of change, as programs can set the time of modification.
+        return {name: (file.st_size, (file.st_ino, file.st_mtime_ns, file.st_ctime_ns)) for name, file in statuses.items()}
 
     def read(self, folder: str, file: str, offset: int, into: memoryview) -> int:
         with open(self._path(folder, file), "rb", buffering=0) as stream:
@@ -72,7 +68,7 @@ class LocalStore:
 
     def publish(self, draft: str, folder: str) -> None:
         _sync_folder(self._path(draft))
-        if os.path.lexists(self._path(folder)):  # an empty one would be replaced
+        if os.path.lexists(self._path(folder)):  # a rename would replace an empty one
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), self._path(folder))
         os.rename(self._path(draft), self._path(folder))
         try:
@@ -88,35 +84,35 @@ class LocalStore:
         return name
 
     def remove(self, folder: str) -> None:
-        doomed = f".{folder.lstrip('.')}.{secrets.token_hex(4)}{REMOVED}"
+        renamed = f".{folder.lstrip('.')}.{secrets.token_hex(4)}{REMOVED}"
         try:
-            # Renamed first, a draft too: whoever is about to publish it must not find a part of it.
-            os.rename(self._path(folder), self._path(doomed))
-            if not self.is_draft(folder):  # after a crash it must not be there with a part of its files
+            # Renamed first, even a draft: another process that is about to publish it must not find a part of it.
+            os.rename(self._path(folder), self._path(renamed))
+            if not self.is_draft(folder):  # after a crash it must not reappear with a part of its files
                 _sync_folder(self.root)
-        except FileNotFoundError:  # somebody else has removed it
+        except FileNotFoundError:  # another process has removed it
             return
         except OSError:
             if not self.is_draft(folder):
                 raise
-            doomed = folder
-        path = self._path(doomed)
+            renamed = folder
+        path = self._path(renamed)
         try:
             if os.path.isdir(path) and not os.path.islink(path):
                 shutil.rmtree(path)
-            else:  # a link: what it leads to stays
+            else:  # a link, whose target stays
                 os.unlink(path)
         except FileNotFoundError:
             return
         except OSError as error:
-            logger.warning("%s could not be removed in all: %s", path, error)
+            logger.warning("%s could not be removed completely: %s", path, error)
 
     def _path(self, *parts: str) -> str:
         return os.path.join(self.root, *parts)
 
 
 class LocalFile:
-    """A `Writer` of a file that does not exist yet."""
+    """A `Writer` of a new file."""
 
     def __init__(self, path: str) -> None:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -152,7 +148,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _make_folders(path: str) -> None:
-    """As os.makedirs, and on the disk."""
+    """As os.makedirs, and return when the folders are on the disk."""
     path = os.path.abspath(path)
     if os.path.isdir(path):
         return
@@ -170,7 +166,7 @@ def _sync_folder(path: str) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot, as some in user space
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # not supported by some file systems in user space
             raise
     finally:
         os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Packages that only some formats need."""
+"""Import the packages that only some formats need. Used by `export.py` and `imports/safetensors_files.py`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import Any
 
 from sharded_optim.checkpoint.errors import CheckpointError
 
-__all__ = ["safetensors"]
+__all__ = ["import_safetensors"]
 
 
-def safetensors() -> Any:
-    """The package, with its `torch`.
+def import_safetensors() -> Any:
+    """Import the package, with its `torch`.
 
     Raises:
         CheckpointError: it is not installed.

@@ -1,7 +1,8 @@
-"""Writing a shard file: safetensors, so that any tool opens it. Chunks are hashed in memory while they are written.
+"""Write a shard file: safetensors, which other tools open. Chunks are hashed in memory while they are written.
 
-Each chunk is a tensor of the file, called by its key and a number: shaped like the whole tensor where it is all of it, else 1-D.
+Each chunk is a tensor of the file, named by its key and a number: shaped like the whole tensor if it is all of it, else 1-D.
 Format: https://huggingface.co/docs/safetensors, 8 bytes with the size of a JSON header, the header, the data without gaps.
+`saving.py` writes with `write_shard`, `CheckpointReader` compares headers with `header_entries`.
 """
 
 from __future__ import annotations
@@ -17,40 +18,42 @@ import torch
 from torch import Tensor
 
 from sharded_optim.checkpoint.dtypes import name_of
-from sharded_optim.checkpoint.held import bytes_of
-from sharded_optim.checkpoint.manifest import LARGEST_HEADER, sha256
-from sharded_optim.checkpoint.plan import Part
+from sharded_optim.checkpoint.local_tensor import bytes_of
+from sharded_optim.checkpoint.manifest import MAX_HEADER_BYTES, sha256
 from sharded_optim.checkpoint.store import Store
+from sharded_optim.checkpoint.write_plan import PlannedChunk
 from sharded_optim.sharding.segment import Segment
 
-__all__ = ["WrittenShard", "tensors_in", "tensors_of", "write_shard"]
+__all__ = ["WrittenShard", "header_entries", "parse_header", "write_shard"]
 
 METADATA = "__metadata__"  # of a safetensors file, beside its tensors
-AHEAD = 2  # chunks that may wait to be hashed
+MAX_QUEUED = 2  # chunks that wait to be hashed
 
 
 @dataclass(frozen=True, kw_only=True)
 class WrittenShard:
-    """What a rank has written: hashes of what it had in memory."""
+    """The hashes of what a rank wrote, computed from memory."""
 
     header_size: int
     header_sha256: str
     chunks_sha256: tuple[str, ...]
 
 
-def write_shard(store: Store, folder: str, file: str, parts: Sequence[Part], content: Callable[[Part], Tensor]) -> WrittenShard:
+def write_shard(
+    store: Store, folder: str, file: str, chunks: Sequence[PlannedChunk], content: Callable[[PlannedChunk], Tensor]
+) -> WrittenShard:
     """Write a file and return when it is on the disk.
 
     Args:
-        content: the elements of a part: 1-D, contiguous, on any device.
+        content: returns the elements of a chunk: 1-D, contiguous, on any device.
     """
-    header = _header(parts)
+    header = _header(chunks)
     writer = store.create(folder, file)
     try:
         with _Hasher() as hasher:
             writer.write(memoryview(header))
-            for part in parts:
-                flat = content(part).cpu()
+            for chunk in chunks:
+                flat = content(chunk).cpu()
                 hasher.add(flat)
                 writer.write(bytes_of(flat))
         digests = hasher.digests()
@@ -62,14 +65,13 @@ def write_shard(store: Store, folder: str, file: str, parts: Sequence[Part], con
 
 
 class _Hasher:
-    """Hashes one chunk after the other while they are written. A context: its thread ends with it.
+    """Hashes chunks in a thread while they are written. A context manager: the thread ends with the block.
 
-    In a thread of its own: those of a pool take no more work when the interpreter ends, and a save in the background may outlast the main
-    thread.
+    Not a thread pool: pools take no more work when the interpreter exits, and a save in the background may outlast the main thread.
     """
 
     def __init__(self) -> None:
-        self._waiting: Queue[Tensor | None] = Queue(AHEAD)
+        self._queue: Queue[Tensor | None] = Queue(MAX_QUEUED)
         self._digests: list[str] = []
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="sharded_optim hash", daemon=True)
@@ -79,43 +81,41 @@ class _Hasher:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._waiting.put(None)
+        self._queue.put(None)
         self._thread.join()
 
     def add(self, flat: Tensor) -> None:
-        """Wait while too many are waiting. Raises what hashing has raised: what is written after that is for nothing."""
+        """Queue a chunk, waiting while the queue is full. Raises the error of a chunk before it: writing on would be useless."""
         if self._failure is not None:
             raise self._failure
-        self._waiting.put(flat)
+        self._queue.put(flat)
 
     def digests(self) -> tuple[str, ...]:
-        """Of all chunks, when the thread has ended. Raises what hashing has raised."""
+        """The SHA-256 of all chunks, after the block. Raises the error of any."""
         if self._failure is not None:
             raise self._failure
         return tuple(self._digests)
 
     def _run(self) -> None:
-        while (flat := self._waiting.get()) is not None:
-            if self._failure is None:  # else go on taking chunks: who adds them waits for that
+        while (flat := self._queue.get()) is not None:
+            if self._failure is None:  # else keep emptying the queue, for which `add` may be waiting
                 try:
                     self._digests.append(sha256(bytes_of(flat)))
                 except BaseException as error:
                     self._failure = error
 
 
-def _header(parts: Sequence[Part]) -> bytes:
-    content = {METADATA: {"format": "pt"}} | tensors_of((part.key, part.dtype, part.segment) for part in parts)
+def _header(chunks: Sequence[PlannedChunk]) -> bytes:
+    content = {METADATA: {"format": "pt"}} | header_entries((chunk.key, chunk.dtype, chunk.segment) for chunk in chunks)
     text = json.dumps(content).encode()
     text += b" " * (-len(text) % 8)
-    if len(text) + 8 > LARGEST_HEADER:
-        raise ValueError(
-            f"the header of a shard would have {len(text) + 8} bytes, and the largest is {LARGEST_HEADER}; save from more ranks"
-        )
+    if len(text) + 8 > MAX_HEADER_BYTES:
+        raise ValueError(f"the header of a shard would have {len(text) + 8} bytes; the limit is {MAX_HEADER_BYTES}: save from more ranks")
     return len(text).to_bytes(8, "little") + text
 
 
-def tensors_of(chunks: Iterable[tuple[str, torch.dtype, Segment]]) -> dict[str, Any]:
-    """What a header tells of chunks, in their order: the key of each, its dtype and its elements."""
+def header_entries(chunks: Iterable[tuple[str, torch.dtype, Segment]]) -> dict[str, Any]:
+    """The entries of a header for chunks in their order, each given by its key, dtype and elements."""
     content: dict[str, Any] = {}
     begin = 0
     numbers: dict[str, int] = {}
@@ -128,8 +128,8 @@ def tensors_of(chunks: Iterable[tuple[str, torch.dtype, Segment]]) -> dict[str, 
     return content
 
 
-def tensors_in(header: bytes) -> dict[str, Any] | None:
-    """What a header that was read tells; None if it is none."""
+def parse_header(header: bytes) -> dict[str, Any] | None:
+    """Read the entries of a header; None if it is not a header."""
     try:
         content = json.loads(header[8:])
     except ValueError:

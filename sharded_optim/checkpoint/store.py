@@ -1,7 +1,7 @@
-"""Where checkpoints are kept: a local folder, or anything that fsspec has a URL for. What both are asked for is the `Store` below.
+"""The interface of storage for checkpoints, `Store`, and the names in a root. `LocalStore` and `UrlStore` implement it.
 
-A root holds a folder for each step. A checkpoint begins as a draft, a folder that nobody takes for a checkpoint, and becomes one when it is
-published: by a rename on a local file system, by its marker, which is written last, on an object store.
+A root holds a folder for each step. A checkpoint is first written to a draft, a folder that is not a checkpoint yet, and is then published:
+by a rename on a local file system, by its marker, which is written last, on an object store. Used by saving, reading and pruning.
 """
 
 from __future__ import annotations
@@ -22,88 +22,77 @@ STEP_FOLDER = re.compile(r"step-([0-9]{9,255})")
 
 
 class Writer(Protocol):
-    """A new file."""
+    """A new file that is being written."""
 
     def write(self, content: memoryview) -> None: ...
 
     def close(self) -> None:
         """Return when it is on the disk."""
-        ...
 
     def abandon(self) -> None:
-        """Close it, whatever it is then."""
-        ...
+        """Close an incomplete file, which the caller is going to remove."""
 
 
 class Store(Protocol):
     """Folders of files under a root.
 
     Attributes:
-        root: as the user gave it.
-        renames: whether a draft becomes the folder by a rename, so that a folder without a marker has lost it.
+        root: the path or URL.
+        renames: whether drafts are published by a rename, so that a published folder without a marker has lost it.
     """
 
     root: str
     renames: bool
 
     def folders(self) -> list[str]:
-        """Under the root, drafts too; none where there is no root."""
-        ...
+        """List the folders under the root, with drafts; none if there is no root."""
 
     def files(self, folder: str) -> dict[str, tuple[int, Hashable]]:
-        """A folder's files by name; none where there is no folder. Links that lead nowhere are no files.
+        """List the files of a folder; none if there is no folder. Broken links are not files.
 
         Returns:
-            Of each its size in bytes, and a value that changes when it is written to, as far as the file system notices; None where the
-            file system tells nothing of that.
+            By name: the size in bytes, and a value that changes when the file is written to, as far as the file system notices; None if
+            it has no times or tags of files.
 
         Raises:
             OSError: the folder cannot be listed.
         """
-        ...
 
     def read(self, folder: str, file: str, offset: int, into: memoryview) -> int:
-        """Read bytes until `into` is full or the file ends; from any thread.
+        """Read bytes until `into` is full or the file ends. Called from several threads.
 
         Returns:
-            How many.
+            The number of bytes.
 
         Raises:
             OSError: the file cannot be read.
         """
-        ...
 
     def begin(self, folder: str, nonce: str) -> str:
-        """Make a draft of `folder`, and the root if need be; returns the draft's name."""
-        ...
+        """Create a draft of `folder`, and the root if need be; return the draft's name."""
 
     def is_draft(self, folder: str) -> bool:
-        """Whether a folder is a draft, or what was being removed, of this process or of one that died."""
-        ...
+        """Whether a folder is a draft, or the rest of one that was being removed, of any process, running or not."""
 
     def create(self, folder: str, file: str) -> Writer:
-        """A new file in a draft."""
-        ...
+        """Create a file in a draft."""
 
     def publish(self, draft: str, folder: str) -> None:
-        """Make a complete draft the folder; return when that is on the disk. Does not replace a folder."""
-        ...
+        """Turn a complete draft into the folder; return when that is on the disk. An existing folder is not replaced."""
 
     def set_aside(self, folder: str) -> str:
-        """Give a folder another name, which is not that of a step, and return it.
+        """Rename a folder so that it is no step's, and return its new name.
 
         Raises:
             OSError: it cannot be renamed.
         """
-        ...
 
     def remove(self, folder: str) -> None:
-        """At once, for whoever looks, and also if it is gone by then."""
-        ...
+        """Remove a folder, if it exists: for readers all at once."""
 
 
 def open_store(root: str | os.PathLike[str]) -> Store:
-    """The store of a path, or of a URL such as s3://bucket/run or memory://run."""
+    """Open the store of a path, or of a URL such as s3://bucket/run or memory://run."""
     where = os.fspath(root)
     if "://" not in where:
         return LocalStore(where)
@@ -120,6 +109,6 @@ def shard_name(rank: int, world_size: int) -> str:
 
 
 def steps_in(folders: Iterable[str]) -> list[int]:
-    """Of the folders that have exactly the name of a step, ascending."""
+    """The steps whose folders are among these, ascending."""
     steps = ((int(match[1]), match[0]) for match in map(STEP_FOLDER.fullmatch, folders) if match)
     return sorted(step for step, folder in steps if folder == folder_of(step))

@@ -1,4 +1,7 @@
-"""Checkpoints behind a URL, through fsspec. An object store renames nothing: its draft has its final name, and lacks the marker."""
+"""`UrlStore`: checkpoints behind a URL, through fsspec.
+
+Object stores cannot rename, so a draft has its final name, and lacks the marker.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,8 @@ from typing import Any
 
 __all__ = ["UrlStore"]
 
-# Parts of the names under which file systems list what changes when a file is written to: LastModified, mtime, ETag, updated, ...
-CHANGING = ("modif", "mtime", "etag", "updated", "generation", "created", "write_time", "checksum", "md5")
+# Parts of the names of what file systems list that changes when a file is written to: LastModified, mtime, ETag, updated, ...
+VERSION_KEYS = ("modif", "mtime", "etag", "updated", "generation", "created", "write_time", "checksum", "md5")
 
 
 class UrlStore:
@@ -18,7 +21,7 @@ class UrlStore:
 
     Args:
         root: as fsspec takes it, s3://bucket/run or memory://run.
-        file_system: of fsspec; None: the URL's.
+        file_system: an fsspec file system; None: the URL's.
     """
 
     renames = False
@@ -42,14 +45,14 @@ class UrlStore:
 
     def read(self, folder: str, file: str, offset: int, into: memoryview) -> int:
         with _as_os_error():
-            found = self._files.cat_file(self._path(folder, file), start=offset, end=offset + len(into))
-        if len(found) > len(into):
-            raise OSError(f"{self._path(folder, file)}: {len(found)} bytes came where {len(into)} were asked for")
-        into[: len(found)] = found
-        return len(found)
+            content = self._files.cat_file(self._path(folder, file), start=offset, end=offset + len(into))
+        if len(content) > len(into):
+            raise OSError(f"{self._path(folder, file)}: the store returned {len(content)} bytes for a request of {len(into)}")
+        into[: len(content)] = content
+        return len(content)
 
     def begin(self, folder: str, nonce: str) -> str:
-        self.remove(folder)  # what an attempt that died has left; the caller has seen that it is not committed
+        self.remove(folder)  # left by a process that died; the caller has checked that it is not committed
         self._files.makedirs(self._path(folder), exist_ok=True)
         return folder
 
@@ -60,14 +63,14 @@ class UrlStore:
         return UrlFile(self._files.open(self._path(folder, file), "wb"))
 
     def publish(self, draft: str, folder: str) -> None:
-        """Its marker has."""
+        """Nothing: the marker, which is written last, has published it."""
 
     def set_aside(self, folder: str) -> str:
-        raise OSError(errno.ENOTSUP, "an object store renames nothing", self._path(folder))
+        raise OSError(errno.ENOTSUP, "an object store cannot rename", self._path(folder))
 
     def remove(self, folder: str) -> None:
         try:
-            marker = self._path(folder, "COMMITTED")  # first: without it the rest is no checkpoint
+            marker = self._path(folder, "COMMITTED")  # first: without it the rest is not a checkpoint
             if self._files.exists(marker):
                 self._files.rm_file(marker)
             self._files.rm(self._path(folder), recursive=True)
@@ -87,7 +90,7 @@ class UrlStore:
 
 
 class UrlFile:
-    """A `Writer`. An object is there when it is closed."""
+    """A `Writer` of an object, which exists when it is closed."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
@@ -103,12 +106,12 @@ class UrlFile:
 
         getattr(self._file, "discard", self._file.close)()
         if isinstance(self._file, AbstractBufferedFile):
-            self._file.closed = True  # else it would be uploaded, as far as it is, when it is collected
+            self._file.closed = True  # else the incomplete object would be uploaded when it is garbage-collected
 
 
 @contextmanager
 def _as_os_error() -> Iterator[None]:
-    """File systems behind fsspec raise errors of their own: of HTTP, of a cloud's client."""
+    """Turn the errors of HTTP and cloud clients behind fsspec into OSErrors."""
     try:
         yield
     except (OSError, MemoryError):
@@ -122,6 +125,6 @@ def _name(entry: dict[str, Any]) -> str:
 
 
 def _version(entry: dict[str, Any]) -> str | None:
-    """What a listing tells of a file's content; None where that is its size alone."""
-    found = {key: value for key, value in entry.items() if value is not None and any(part in key.lower() for part in CHANGING)}
-    return repr(sorted(found.items())) if found else None
+    """The listed values that change when a file is written to; None if there are none."""
+    values = {key: value for key, value in entry.items() if value is not None and any(part in key.lower() for part in VERSION_KEYS)}
+    return repr(sorted(values.items())) if values else None

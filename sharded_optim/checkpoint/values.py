@@ -1,14 +1,14 @@
-"""Values in a manifest: JSON, with what JSON has not told by a mark. Nothing that is read here can run code.
+"""Python values as JSON, with marks for what JSON does not distinguish. Reading them cannot run code.
 
-True, 3, 0.1, "text", None, [..], {"key": ..}     as they are; floats come back to the last bit
+True, 3, 0.1, "text", None, [..], {"key": ..}     as they are; floats keep every bit
 inf, nan, (1, 2), b"..", {3: ..}, a tensor        {"$float": "inf"}, {"$tuple": [1, 2]}, {"$bytes": ..}, {"$items": ..}, {"$tensor": ..}
 OrderedDict, Counter, defaultdict(list)           {"$OrderedDict": [[key, value], ..]}, {"$Counter": ..}, {"$defaultdict": ["list", ..]}
 what a module's state_dict() returns              {"$state_dict": [[[key, value], ..], its _metadata]}
 a Parameter                                       {"$parameter": {as a tensor's, "requires_grad": true}}
 NumPy's scalars and arrays                        {"$scalar": ["<f4", ".."]}, {"$array": ["<u4", [624], ".."]}
 
-A type comes back as it was, or is refused: a subclass of a list, a dict or a number is not saved as one. Of a tensor the values count, not
-whether it requires a gradient.
+Types are restored exactly or refused: a subclass of a list, a dict or a number is not saved as its base class. Of a tensor the values are
+saved, not whether it requires a gradient. Used for `extra`, hyperparameters, step counters and a wrapper's state in manifests.
 """
 
 from __future__ import annotations
@@ -26,39 +26,39 @@ from torch import Tensor
 from sharded_optim.checkpoint.dtypes import dtype_named, name_of
 from sharded_optim.checkpoint.errors import MismatchError
 
-__all__ = ["LATER", "decode", "encode", "marks_in"]
+__all__ = ["LATER_MARKS", "decode", "encode", "marks_in"]
 
 MARK = "$"
-LARGEST_TENSOR = 2**20  # bytes
-LARGEST_INT = 10_000  # bits, which Python still reads
+MAX_TENSOR_BYTES = 2**20
+MAX_INT_BITS = 10_000  # that Python still parses
+MAX_DEPTH = 100  # nested containers, so that reading a value does not exhaust the stack
 # Marks that the first readers of version 1.0 do not know.
-LATER = frozenset({"$OrderedDict", "$Counter", "$defaultdict", "$state_dict", "$parameter", "$array", "$scalar"})
-DEEPEST = 100  # containers inside of each other, so that reading a value does not exhaust the stack
+LATER_MARKS = frozenset({"$OrderedDict", "$Counter", "$defaultdict", "$state_dict", "$parameter", "$array", "$scalar"})
 FACTORIES: dict[str, Callable[[], Any] | None] = {
     "None": None,
     **{factory.__name__: factory for factory in (bool, int, float, str, bytes, list, tuple, dict)},
 }
-ARRAYS = {f"{order}{code}" for order in "<>|" for code in ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")}
+ARRAY_DTYPES = {f"{order}{code}" for order in "<>|" for code in ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")}
 
 
 def encode(value: Any, where: str) -> Any:
-    """A value as JSON has it.
+    """Convert a value to what JSON can hold.
 
     Args:
-        where: it stands, for error messages.
+        where: the value's place, for error messages.
 
     Raises:
-        ValueError: a value of another type; names it.
+        ValueError: a value of an unsupported type, with its place.
     """
     return _encode(value, where, 0)
 
 
 def _encode(value: Any, where: str, depth: int) -> Any:
     kind = type(value)
-    if value is None or kind in (bool, str) or (kind is int and value.bit_length() <= LARGEST_INT):
+    if value is None or kind in (bool, str) or (kind is int and value.bit_length() <= MAX_INT_BITS):
         return value
     if kind is int:
-        raise _refused(f"{where} is an int of {value.bit_length()} bits")
+        raise _unsupported(f"{where} is an int of {value.bit_length()} bits")
     if kind is float:
         return value if math.isfinite(value) else {"$float": repr(value)}
     if kind is bytes:
@@ -68,34 +68,38 @@ def _encode(value: Any, where: str, depth: int) -> Any:
         if kind is not torch.nn.Parameter:
             return {"$tensor": content}
         return {"$parameter": content | {"requires_grad": value.requires_grad}}
-    if depth > DEEPEST:
-        raise ValueError(f"{where[:100]}... is nested more than {DEEPEST} deep, which a checkpoint cannot hold, or contains itself")
+    if depth > MAX_DEPTH:
+        raise ValueError(f"{where[:100]}... is nested more than {MAX_DEPTH} deep, which a checkpoint cannot hold, or contains itself")
     if kind in (list, tuple):
-        found = [_encode(each, f"{where}[{index}]", depth + 1) for index, each in enumerate(value)]
-        return found if kind is list else {"$tuple": found}
+        items = [_encode(item, f"{where}[{index}]", depth + 1) for index, item in enumerate(value)]
+        return items if kind is list else {"$tuple": items}
     if kind is dict and all(type(key) is str and not key.startswith(MARK) for key in value):
-        return {key: _encode(each, f"{where}[{key!r}]", depth + 1) for key, each in value.items()}
+        return {key: _encode(item, f"{where}[{key!r}]", depth + 1) for key, item in value.items()}
     if kind in (dict, OrderedDict, Counter, defaultdict):
-        items = [
-            [_encode(key, f"a key of {where}", depth + 1), _encode(each, f"{where}[{key!r}]", depth + 1)] for key, each in value.items()
-        ]
-        attributes = getattr(value, "__dict__", {})
-        if kind is OrderedDict and attributes.keys() == {"_metadata"}:
-            return {"$state_dict": [items, _encode(attributes["_metadata"], f"{where}._metadata", depth + 1)]}
-        if attributes:
-            raise _refused(f"{where} is a {kind.__qualname__} with the attribute {next(iter(attributes))!r}")
-        if kind is defaultdict:
-            return {"$defaultdict": [_factory_name(value.default_factory, where), items]}
-        return {"$items" if kind is dict else f"{MARK}{kind.__name__}": items}
+        return _encode_mapping(value, where, depth)
     numpy = sys.modules.get("numpy")
     if numpy is not None and (kind is numpy.ndarray or issubclass(kind, numpy.generic)):
         return _encode_array(value, where)
-    raise _refused(f"{where} is a {kind.__module__}.{kind.__qualname__}")
+    raise _unsupported(f"{where} is a {kind.__module__}.{kind.__qualname__}")
 
 
-def _refused(what: str) -> ValueError:
+def _encode_mapping(value: Any, where: str, depth: int) -> Any:
+    """A dict with keys other than plain strings, or one of the classes of `collections`."""
+    kind = type(value)
+    items = [[_encode(key, f"a key of {where}", depth + 1), _encode(item, f"{where}[{key!r}]", depth + 1)] for key, item in value.items()]
+    attributes = getattr(value, "__dict__", {})
+    if kind is OrderedDict and attributes.keys() == {"_metadata"}:
+        return {"$state_dict": [items, _encode(attributes["_metadata"], f"{where}._metadata", depth + 1)]}
+    if attributes:
+        raise _unsupported(f"{where} is a {kind.__qualname__} with the attribute {next(iter(attributes))!r}")
+    if kind is defaultdict:
+        return {"$defaultdict": [_factory_name(value.default_factory, where), items]}
+    return {"$items" if kind is dict else f"{MARK}{kind.__name__}": items}
+
+
+def _unsupported(what: str) -> ValueError:
     return ValueError(
-        f"{what}, which a checkpoint cannot hold; it holds None, bool, int up to {LARGEST_INT} bits, float, str, bytes, tensors and "
+        f"{what}, which a checkpoint cannot hold; it holds None, bool, int up to {MAX_INT_BITS} bits, float, str, bytes, tensors and "
         f"arrays up to 1 MiB, and lists, tuples, dicts, OrderedDicts, Counters and defaultdicts of these (for objects, what "
         f"their state_dict() returns)"
     )
@@ -105,23 +109,23 @@ def _factory_name(factory: Any, where: str) -> str:
     for name, known in FACTORIES.items():
         if factory is known:
             return name
-    raise _refused(f"{where} is a defaultdict of {factory!r}")
+    raise _unsupported(f"{where} is a defaultdict of {factory!r}")
 
 
 def decode(value: Any) -> Any:
-    """The value that `encode` was given. Tensors are on the CPU.
+    """Restore the value that was given to `encode`. Tensors are on the CPU.
 
     Raises:
-        MismatchError: this version of the library, or this environment, cannot read it, though it may be right.
-        ValueError: a mark with what cannot be.
+        MismatchError: this version of the library, or this environment, cannot read it, though it may be valid.
+        ValueError: the content of a mark is invalid.
     """
     if isinstance(value, list):
-        return [decode(each) for each in value]
+        return [decode(item) for item in value]
     if not isinstance(value, dict):
         return value
     mark = next(iter(value), "")
     if len(value) != 1 or not mark.startswith(MARK):
-        return {key: decode(each) for key, each in value.items()}
+        return {key: decode(item) for key, item in value.items()}
     if mark not in DECODERS:
         raise _unknown(f"marked {mark!r}")
     return DECODERS[mark](value[mark])
@@ -132,25 +136,25 @@ def _unknown(how: str) -> MismatchError:
 
 
 def marks_in(encoded: Any) -> set[str]:
-    """The marks in a value that `encode` has returned."""
-    found: set[str] = set()
-    waiting = [encoded]
-    while waiting:
-        value = waiting.pop()
+    """Collect the marks in a value that `encode` returned."""
+    marks: set[str] = set()
+    pending = [encoded]
+    while pending:
+        value = pending.pop()
         if isinstance(value, dict):
-            found.update(key for key in value if key.startswith(MARK))
-            waiting += value.values()
+            marks.update(key for key in value if key.startswith(MARK))
+            pending += value.values()
         elif isinstance(value, list):
-            waiting += value
-    return found
+            pending += value
+    return marks
 
 
 def _decode_items(content: Iterable[Any]) -> dict[Any, Any]:
-    pairs = [(decode(key), decode(each)) for key, each in content]
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    pairs = [(decode(key), decode(item)) for key, item in content]
+    items = dict(pairs)
+    if len(items) < len(pairs):
         raise ValueError("a value is marked as a dict, and has a key twice")
-    return found
+    return items
 
 
 def _decode_defaultdict(content: Any) -> Any:
@@ -162,22 +166,22 @@ def _decode_defaultdict(content: Any) -> Any:
 
 def _decode_float(content: Any) -> float:
     if content not in ("inf", "-inf", "nan"):
-        raise ValueError(f"a value is marked as a float that JSON has not, and is {content!r}")
+        raise ValueError(f"a value is marked as a float that JSON lacks, and is {content!r}")
     return float(content)
 
 
 def _encode_array(value: Any, where: str) -> Any:
-    """NumPy's scalars and arrays."""
+    """A scalar or an array of NumPy."""
     dtype = value.dtype.str
-    if dtype not in ARRAYS or value.nbytes > LARGEST_TENSOR:
-        raise _refused(f"{where} is a {type(value).__module__}.{type(value).__qualname__} of {value.dtype} with {value.nbytes} bytes")
+    if dtype not in ARRAY_DTYPES or value.nbytes > MAX_TENSOR_BYTES:
+        raise _unsupported(f"{where} is a {type(value).__module__}.{type(value).__qualname__} of {value.dtype} with {value.nbytes} bytes")
     data = _base64(value.tobytes())
     return {"$array": [dtype, list(value.shape), data]} if type(value).__name__ == "ndarray" else {"$scalar": [dtype, data]}
 
 
 def _decode_array(content: Any) -> Any:
     dtype, shape, data = content
-    if dtype not in ARRAYS:
+    if dtype not in ARRAY_DTYPES:
         raise _unknown(f"marked as an array of {dtype!r}")
     try:
         import numpy
@@ -200,22 +204,18 @@ def _bytes(content: Any) -> bytes:
     return base64.b64decode(content, validate=True)
 
 
-def _encode_tensor(value: Tensor, where: str) -> Any:
+def _encode_tensor(value: Tensor, where: str) -> dict[str, Any]:
     dtype = name_of(value.dtype, where)
     if value.layout != torch.strided or value.is_meta or value.is_nested:
         what = "nested" if value.is_nested else "on the device meta" if value.is_meta else f"of {value.layout}"
-        raise _refused(f"{where} is a tensor {what}")
-    if type(value) not in (Tensor, torch.nn.Parameter) or value.numel() * value.element_size() > LARGEST_TENSOR:
+        raise _unsupported(f"{where} is a tensor {what}")
+    if type(value) not in (Tensor, torch.nn.Parameter) or value.nbytes > MAX_TENSOR_BYTES:
         raise ValueError(
-            f"{where} is a {type(value).__name__} of {value.numel() * value.element_size()} bytes; beside parameters, buffers and "
-            f"optimizer state a checkpoint holds ordinary tensors up to {LARGEST_TENSOR} bytes: make it a buffer of the model"
+            f"{where} is a {type(value).__name__} of {value.nbytes} bytes; besides parameters, buffers and optimizer state a checkpoint "
+            f"holds ordinary tensors up to {MAX_TENSOR_BYTES} bytes: make it a buffer of the model"
         )
     content = value.detach().cpu().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
-    return {
-        "dtype": dtype,
-        "shape": list(value.shape),
-        "data": _base64(bytes(content.tolist())),
-    }
+    return {"dtype": dtype, "shape": list(value.shape), "data": _base64(bytes(content.tolist()))}
 
 
 def _decode_tensor(content: Any) -> Tensor:
@@ -225,17 +225,17 @@ def _decode_tensor(content: Any) -> Tensor:
     return flat.clone().reshape(_shape(content["shape"]))
 
 
-def _decode_state_dict(content: Any) -> Any:
-    items, metadata = content
-    found: Any = OrderedDict(_decode_items(items))
-    found._metadata = decode(metadata)
-    return found
-
-
 def _decode_parameter(content: Any) -> Tensor:
     if type(content["requires_grad"]) is not bool:
-        raise ValueError(f"whether a parameter requires a gradient is {content['requires_grad']!r}")
+        raise ValueError(f"requires_grad of a parameter is {content['requires_grad']!r}")
     return torch.nn.Parameter(_decode_tensor(content), requires_grad=content["requires_grad"])
+
+
+def _decode_state_dict(content: Any) -> Any:
+    items, metadata = content
+    state_dict: Any = OrderedDict(_decode_items(items))
+    state_dict._metadata = decode(metadata)
+    return state_dict
 
 
 DECODERS: dict[str, Callable[[Any], Any]] = {

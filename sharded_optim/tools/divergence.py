@@ -19,12 +19,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sharded_optim.checkpoint.collectives import digest_of, gather_distinct
 from sharded_optim.checkpoint.dtypes import dtype_named
-from sharded_optim.checkpoint.exchange import digest_of, distinct
-from sharded_optim.checkpoint.held import MASTER, MODEL
 from sharded_optim.checkpoint.live import LiveOptimizer, live_model, live_optimizer
-from sharded_optim.checkpoint.live.optimizer import hyperparameters_of
-from sharded_optim.checkpoint.plan import Row, rows_of
+from sharded_optim.checkpoint.live.hyperparameters import hyperparameters_of
+from sharded_optim.checkpoint.local_tensor import MASTER, MODEL
+from sharded_optim.checkpoint.write_plan import TensorRow, rows_of
 from sharded_optim.sharding.ranks import named_ranks, own_process_group, raise_together
 from sharded_optim.step.state import STEP
 from sharded_optim.storage.position_hash import position_hashes
@@ -39,7 +39,7 @@ NAMED = {MODEL: "parameter", MASTER: "float32 master"}  # other kinds are called
 MOST_LINES = 8  # of an error message
 
 # What a rank has a value of: a tensor, of which others may have the same elements, or (of what, its name).
-Fact = Row | tuple[str, str]
+Fact = TensorRow | tuple[str, str]
 
 
 class DivergenceError(RuntimeError):
@@ -110,7 +110,7 @@ class DivergenceCheck:
         ranks = dist.get_process_group_ranks(process_group)
         holders: dict[Fact, int] = {}
         tensors: dict[tuple[str, str], tuple[int, str]] = {}
-        for rank, facts in zip(ranks, distinct(own, digests, process_group), strict=True):
+        for rank, facts in zip(ranks, gather_distinct(own, digests, process_group), strict=True):
             for fact in facts:
                 holders[fact] = holders.get(fact, 0) + 1
                 if len(fact) == 2:
@@ -184,11 +184,11 @@ class _Found:
             optimizer.wait()  # first: other ranks may wait for this one, also if it fails in what follows
         shown = live_model(model)
         state = None if optimizer is None else live_optimizer(optimizer, model, shown)
-        held = [each for each in shown.held if not each.is_buffer]
-        told: dict[Fact, Any] = {(path, ""): value for path, value in _paths(shown.wrapper)}
+        held = [each for each in shown.tensors if not each.is_buffer]
+        told: dict[Fact, Any] = {(path, ""): value for path, value in _paths(shown.wrapper_state)}
         if state is not None:
-            state.settle()
-            held += state.held()
+            state.synchronize()
+            held += state.tensors()
             told |= _told(state)
         texts = _texts(told)
         held = [each for each in held if each.segment.numel]
@@ -200,7 +200,7 @@ class _Found:
 def _told(state: LiveOptimizer) -> dict[Fact, Any]:
     """Values of an optimizer that are not tensors: hyperparameters and step counters."""
     told: dict[Fact, Any] = {}
-    for member in state.members:
+    for member in state.params:
         own = state.engine.state.get(member.param)
         for piece in member.local.pieces:
             if own is not None or piece.segment.numel:  # some wrappers do not step what is empty here

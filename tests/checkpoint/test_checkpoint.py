@@ -112,10 +112,10 @@ def test_async_save_holds_the_values_of_the_moment_and_uses_its_buffer_again(tmp
     reference, reference_optimizer = trained()
     first = so.checkpoint.async_save(tmp_path, 3, model=model, optimizer=optimizer)
     train(model, optimizer, 3)
-    buffer = so.checkpoint.staging._buffer.data_ptr()
+    buffer = so.checkpoint.background._buffer.data_ptr()
     second = so.checkpoint.async_save(tmp_path, 4, model=model, optimizer=optimizer)  # waits for the first
     assert first.done()
-    assert so.checkpoint.staging._buffer.data_ptr() == buffer
+    assert so.checkpoint.background._buffer.data_ptr() == buffer
     second.wait()
     so.checkpoint.load(tmp_path, step=3, model=model, optimizer=optimizer)
     assert_same(model, optimizer, reference, reference_optimizer)
@@ -247,7 +247,7 @@ def test_chosen_names_may_not_fit(tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match=r"'model/extra_head\.weight' is not in") as caught:
         so.checkpoint.load(tmp_path, model=other, optimizer=other_optimizer, strict=False, lenient=["unused"])
     assert "unused" not in str(caught.value)
-    with pytest.warns(UserWarning, match=r"(?s)does not fit in all, as strict=False allows:\n.*'model/unused' has shape \(4, 4\)"):
+    with pytest.warns(UserWarning, match=r"(?s)does not fit completely, as strict=False allows:\n.*'model/unused' has shape \(4, 4\)"):
         so.checkpoint.load(tmp_path, model=other, optimizer=other_optimizer, strict=False, lenient=["unused", "extra_*"])
     assert torch.equal(other.unused, kept)
     assert torch.equal(other.embedding.weight, model.embedding.weight)
@@ -261,7 +261,7 @@ def test_hyperparameters_are_the_checkpoints_unless_the_live_ones_are_chosen(tmp
     other, other_optimizer = trained(0, make=make)
     with caplog.at_level(logging.INFO):
         so.checkpoint.load(tmp_path, model=other, optimizer=other_optimizer, hyperparameters="live")
-    assert "param_groups[0]['weight_decay'] is 0.125, in the checkpoint 0.25; the live's counts" in caplog.text
+    assert "param_groups[0]['weight_decay'] is 0.125, in the checkpoint 0.25 (hyperparameters='live')" in caplog.text
     (group,) = other_optimizer.param_groups
     assert (float(group["lr"]), group["weight_decay"]) == (0.5, 0.125)
     lr = group["lr"]

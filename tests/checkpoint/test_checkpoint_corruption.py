@@ -30,7 +30,7 @@ from benchmarks.given_gradients import Model, Shapes, gradients
 from sharded_optim import checkpoint
 from sharded_optim.checkpoint import loading
 from sharded_optim.checkpoint.live import LiveModel, deepspeed, live_model
-from sharded_optim.checkpoint.manifest import Manifest
+from sharded_optim.checkpoint.manifest_parser import parse
 
 pytestmark = pytest.mark.filterwarnings("ignore:weight_decay")
 
@@ -593,8 +593,8 @@ IMPOSSIBLE: dict[str, tuple[Callable[[Content], None], str]] = {
     "a literal that is no JSON": (set_extra(math.nan), "NaN, which is not finite"),
     "another": (set_extra([-math.inf]), "-Infinity, which is not finite"),
     "nesting that no stack holds": (set_extra(nested(900)), "nested too deeply"),
-    "a header for which there is no memory": (grow_a_header, "header of 1000000000 bytes; none is larger than 100000000"),
-    "a chunk for which there is no memory": (grow_a_chunk, "has 4294967296 bytes; none is larger than 4194304"),
+    "a header for which there is no memory": (grow_a_header, "header of 1000000000 bytes; the limit is 100000000"),
+    "a chunk for which there is no memory": (grow_a_chunk, "has 4294967296 bytes; the limit is 4194304"),
     "a dimension that no tensor has": (lambda content: content["tensors"][0].update(shape=[2**63, 0], chunks=[]), "has shape"),
     "half a character in a name": (rename_a_tensor, "lone surrogate"),
     "a name that is none": (lambda content: content["tensors"][0].update(name=None), "None is not a name"),
@@ -602,11 +602,11 @@ IMPOSSIBLE: dict[str, tuple[Callable[[Content], None], str]] = {
     "a parameter in two groups": (put_into_two_groups, "is in two param groups"),
     "a dict with a key twice": (set_extra({"$items": [[1, 2], [1, 3]]}), "has a key twice"),
     "a parameter twice in a group": (put_twice_into_a_group, "or twice in one"),
-    "a format that there never was": (lambda content: content.update(version=[0, 0]), "which there never was"),
+    "a format that there never was": (lambda content: content.update(version=[0, 0]), "which never existed"),
     "a requirement that is no list": (lambda content: content.update(requires="abc"), "not a list"),
     "a shape that no tensor has": (add_a_tensor("model", "new", [2**62, 2**62, 0]), "has shape"),
     "state of no parameter": (add_a_tensor("exp_avg", "new", [0]), "'new' is in no param group"),
-    "steps of no parameter": (lambda content: content["parameters"]["steps"].update(new=1), "'new' has a step counter, and is in no"),
+    "steps of no parameter": (lambda content: content["parameters"]["steps"].update(new=1), "'new' has a step counter, but is in no"),
     **{f"{key} of {value}": (set_hyperparameter(key, value), key) for key, value in HYPERPARAMETERS},
     "a float that JSON has": (set_extra({"$float": "1.5"}), "marked as a float"),
     "a shape that is to be guessed": (set_extra({"$array": ["<f4", [-1], "AAAAAA=="]}), r"has shape \[-1\]"),
@@ -645,7 +645,7 @@ def test_a_key_that_stands_twice_among_many_is_found_at_once(specimen: Specimen)
     keys = ", ".join(f'"k{number}": 1' for number in range(200_000))
     text = specimen.files["manifest.json"].decode().replace('"wrapper": {}', f'"wrapper": {{{keys}, "k199999": 2}}')
     with pytest.raises(checkpoint.DamagedError, match="has the key 'k199999' twice"):
-        Manifest.from_json(text.encode(), "manifest.json")
+        parse(text.encode(), "manifest.json")
 
 
 def assert_passed_over(manifest: str, words: str, specimen: Specimen) -> None:
@@ -688,7 +688,12 @@ def test_what_deepspeed_cannot_have_counted_is_damage(
     resumed: list[Any] = []
 
     def under_deepspeed(model: Any) -> LiveModel:
-        return replace(live_model(model), wrapper={"deepspeed": {}}, check=deepspeed.check, resume=resumed.append)
+        return replace(
+            live_model(model),
+            wrapper_state={"deepspeed": {}},
+            check_wrapper_state=deepspeed.check_state,
+            restore_wrapper_state=resumed.append,
+        )
 
     monkeypatch.setattr(loading, "live_model", under_deepspeed)
     content = json.loads(specimen.files["manifest.json"]) | {"wrapper": {"deepspeed": COUNTERS}}

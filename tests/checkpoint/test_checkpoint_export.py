@@ -25,7 +25,8 @@ import sharded_optim as so
 from benchmarks.given_gradients import Model, Shapes, gradients, two_groups
 from sharded_optim import checkpoint
 from sharded_optim.checkpoint import export, saving
-from sharded_optim.checkpoint.held import Held
+from sharded_optim.checkpoint.content import Content
+from sharded_optim.checkpoint.local_tensor import LocalTensor
 from sharded_optim.sharding.segment import Segment
 
 pytestmark = pytest.mark.filterwarnings("ignore:weight_decay")
@@ -206,18 +207,18 @@ def test_tied_weights_keep_their_names_under_every_wrapper(tmp_path: Path) -> No
     ranks.run(check_tied_weights, 2, str(tmp_path))
 
 
-def save_pieces(root: Path, step: int, held: list[Held]) -> None:
-    content = saving.Content(held=held)
-    draft = saving.begin(root, step, lambda: content)
-    saving.finish(draft, draft.content)
+def save_pieces(root: Path, step: int, held: list[LocalTensor]) -> None:
+    saved = Content(tensors=held)
+    pending = saving.begin(root, step, lambda: saved)
+    saving.finish(pending, pending.content)
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "torch"])
 def test_masters_take_the_place_of_rounded_parameters_where_there_are_some(kind: str, tmp_path: Path) -> None:
     values = {"a": torch.randn(5, 3), "b": torch.randn(7)}
     rounded = {name: value.bfloat16() for name, value in values.items()}
-    held = [Held(kind="model", segment=Segment.whole(name, value.shape), local=value) for name, value in rounded.items()]
-    held.append(Held(kind="master", segment=Segment.whole("a", (5, 3)), local=values["a"]))
+    held = [LocalTensor(kind="model", segment=Segment.whole(name, value.shape), local=value) for name, value in rounded.items()]
+    held.append(LocalTensor(kind="master", segment=Segment.whole("a", (5, 3)), local=values["a"]))
     save_pieces(tmp_path / "run", 1, held)
     for masters, expected in ((False, rounded), (True, {"a": values["a"], "b": rounded["b"]})):
         path = tmp_path / f"out{masters}"

@@ -29,9 +29,10 @@ import torch.distributed as dist
 import sharded_optim as so
 from benchmarks.given_gradients import Model, Shapes, gradients
 from sharded_optim import checkpoint
-from sharded_optim.checkpoint import local_store, saving, shard_file, staging
+from sharded_optim.checkpoint import background, local_store, saving, shard_file
+from sharded_optim.checkpoint.content import Content
 from sharded_optim.checkpoint.local_store import LocalStore
-from sharded_optim.checkpoint.read import CheckpointReader
+from sharded_optim.checkpoint.reader import CheckpointReader
 
 pytestmark = pytest.mark.filterwarnings("ignore:weight_decay")
 
@@ -149,17 +150,17 @@ def test_a_save_that_cannot_hash_says_so(number: int, tmp_path: Path) -> None:
 def test_a_save_that_cannot_hash_writes_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it writes after that is for nothing, and may be hours of a large checkpoint."""
     parts: list[int] = []
-    draft = saving.begin(tmp_path, 1, lambda: saving.Content.of(torch.nn.Linear(2, 50), None, None))
-    (store, (part, *_)) = draft.store, draft.parts
+    draft = saving.begin(tmp_path, 1, lambda: Content.of(torch.nn.Linear(2, 50), None, None))
+    (store, (chunk, *_)) = draft.store, draft.chunks
     store.begin("step-000000001", "draft")
 
     def content(_: object) -> torch.Tensor:
         parts.append(1)
         time.sleep(0.001)
-        return draft.content(part)
+        return draft.content(chunk)
 
     with failing_hash(1), pytest.raises(MemoryError):
-        shard_file.write_shard(store, ".step-000000001.draft", SHARD_OF_ONE, [part] * 200, content)
+        shard_file.write_shard(store, ".step-000000001.draft", SHARD_OF_ONE, [chunk] * 200, content)
     assert len(parts) < 100
 
 
@@ -461,7 +462,7 @@ def check_async_saving(folder: str) -> None:
         assert any("in the background failed" in message and words[1] in message for message in heard), heard
         assert_all_raise(act, *words)
         assert_saved(root, 1)
-    with patched_on(1, staging, "_stage", MemoryError("no memory to copy to")):
+    with patched_on(1, background, "_stage", MemoryError("no memory to copy to")):
         assert_all_raise(lambda: checkpoint.async_save(root, 2, **live).wait(), "rank 1: MemoryError('no memory to copy to')")
     assert_saved(root, 1)
     handle = checkpoint.async_save(root, 2, **live)
@@ -488,7 +489,7 @@ def check_loading(folder: str) -> None:
     with patched_on(1, LocalStore, "files", PermissionError(errno.EACCES, "Permission denied")):
         assert_all_raise(lambda: load(step=2), "loading step 2 from", "rank 1: ", "Permission denied")
     with patched_on(0, LocalStore, "folders", PermissionError(errno.EACCES, "Permission denied")):
-        assert_all_raise(load, "looking into", "rank 0: ", "Permission denied")
+        assert_all_raise(load, "listing", "rank 0: ", "Permission denied")
     with patched_on(1, LocalStore, "read", ArithmeticError("in a thread")):
         assert_all_raise(lambda: load(step=2), "rank 1: ArithmeticError('in a thread')")
     other = Path(folder) / "elsewhere"
@@ -509,7 +510,7 @@ def check_loading(folder: str) -> None:
     )
     assert all(torch.equal(param, was) for param, was in zip(live["model"].parameters(), before, strict=True))
     with patched_on(1, CheckpointReader, "load", OSError(errno.EIO, "Input/output error")):
-        assert_all_raise(lambda: load(step=2), "after which model and optimizer are of no use", "rank 1: ")
+        assert_all_raise(lambda: load(step=2), "after which model and optimizer are unusable", "rank 1: ")
     load()
     assert all(torch.equal(param, was) for param, was in zip(live["model"].parameters(), trained(2)["model"].parameters(), strict=True))
 
@@ -561,17 +562,17 @@ def test_a_folder_without_its_marker_is_in_no_saves_way(tmp_path: Path) -> None:
 
 def test_an_object_store_keeps_what_is_committed_when_a_rank_is_lost_after_that(monkeypatch: pytest.MonkeyPatch) -> None:
     """The vote after the commit fails here; on another rank it may have gone well, and `save` has returned."""
-    together = saving.together
+    all_or_nothing = saving.all_or_nothing
 
-    def lost(what: str, *arguments: Any) -> Any:
-        result = together(what, *arguments)
+    def lost(what: str, *arguments: Any, **options: Any) -> Any:
+        result = all_or_nothing(what, *arguments, **options)
         if what.startswith("committing"):
             raise RuntimeError("connection closed by peer")
         return result
 
     root = f"memory://{time.monotonic_ns()}"
     live = trained()
-    monkeypatch.setattr(saving, "together", lost)
+    monkeypatch.setattr(saving, "all_or_nothing", lost)
     with pytest.raises(RuntimeError, match="connection closed"):
         checkpoint.save(root, 1, **live)
     assert checkpoint.steps(root) == [1]

@@ -297,7 +297,7 @@ def test_what_no_optimizer_of_ours_continues_is_refused(theirs: type, options: d
     if message is None:
         load(tmp_path / "file", tmp_path / "run", 0)
         assert checkpoint.describe(tmp_path / "run").parameters.optimizer == "DecoupledAdamW"
-        message = r"amsgrad=True, which AdamW has not; choose the optimizer that continues it"
+        message = r"amsgrad=True, which AdamW does not support; choose the optimizer that continues it"
         with pytest.raises(ValueError, match=message):
             load(tmp_path / "file", tmp_path / "run", 1, optimizer="AdamW")
         return

@@ -21,6 +21,7 @@ from torch import nn
 
 import sharded_optim as so
 from sharded_optim import checkpoint
+from sharded_optim.checkpoint import manifest_parser
 from sharded_optim.checkpoint.local_store import LocalFile, LocalStore
 from sharded_optim.checkpoint.manifest import Manifest
 
@@ -64,7 +65,7 @@ def unpatched() -> Iterator[None]:
 
 
 def a_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(import_module("sharded_optim.checkpoint.steps"), "_findings", {})
+    monkeypatch.setattr(import_module("sharded_optim.checkpoint.integrity"), "_known", {})
 
 
 @contextmanager
@@ -96,7 +97,7 @@ READ: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("known", READ)
 @pytest.mark.parametrize("keep", [1, 2])
-@pytest.mark.filterwarnings("ignore:.*It is passed over")
+@pytest.mark.filterwarnings("ignore:.*It is skipped")
 def test_the_last_that_verifies_is_not_pruned_whatever_was_read_before_it_rotted(known: str, keep: int, tmp_path: Path) -> None:
     save(tmp_path, 1, 2, 3)
     READ[known](tmp_path)
@@ -106,7 +107,7 @@ def test_the_last_that_verifies_is_not_pruned_whatever_was_read_before_it_rotted
 
 
 @pytest.mark.parametrize("find", ["latest", "verify", "load", "load one", "export"])
-@pytest.mark.filterwarnings("ignore:.*(It is passed over|Falling back)")
+@pytest.mark.filterwarnings("ignore:.*(It is skipped|Falling back)")
 def test_a_verification_that_fails_takes_the_step_out_of_what_is_trusted(find: str, tmp_path: Path) -> None:
     """Also where the file system has noticed no change."""
     save(tmp_path, 1, 2, 3)
@@ -192,20 +193,20 @@ def test_pruning_looks_at_each_manifest_once(tmp_path: Path) -> None:
 def counted_manifests() -> Iterator[Counter[str]]:
     """How often manifests are parsed, by step."""
     counts: Counter[str] = Counter()
-    parse = Manifest._from_text.__func__
+    parse = manifest_parser._parse
 
-    def counting(cls: type[Manifest], text: bytes) -> Manifest:
-        found = parse(cls, text)
+    def counting(text: bytes) -> Manifest:
+        found = parse(text)
         counts[f"step-{found.step:09d}"] += 1
         return found
 
-    with mock.patch.object(Manifest, "_from_text", classmethod(counting)):
+    with mock.patch.object(manifest_parser, "_parse", counting):
         yield counts
 
 
 def test_what_is_remembered_of_checkpoints_is_bounded(tmp_path: Path) -> None:
     """By the number of those that there are, whatever they consist of."""
-    findings = import_module("sharded_optim.checkpoint.steps")._findings
+    findings = import_module("sharded_optim.checkpoint.integrity")._known
     before = len(findings)
     for steps in (range(1, 20), range(20, 40)):
         save(tmp_path, *steps, keep=2)
@@ -245,7 +246,7 @@ def a_store_that_lists_sizes_alone() -> Iterator[str]:
         yield f"memory://{time.monotonic_ns()}"
 
 
-@pytest.mark.filterwarnings("ignore:.*It is passed over")
+@pytest.mark.filterwarnings("ignore:.*It is skipped")
 def test_a_store_that_tells_nothing_of_writes_is_trusted_in_nothing() -> None:
     """A file that was written to looks there as it did when it was read back."""
     from fsspec.implementations.memory import MemoryFileSystem
@@ -351,7 +352,7 @@ def check_ranks_read_back_together(folder: str) -> None:
 
 
 def assert_ranks_share_the_reading_of_what_is_in_the_way(root: Path, live: Any) -> None:
-    known = {step for where, step in import_module("sharded_optim.checkpoint.steps")._findings if where == str(root)}
+    known = {step for where, step in import_module("sharded_optim.checkpoint.integrity")._known if where == str(root)}
     assert known <= {6}, "no rank remembers what is gone"
     checkpoint.save(root, 8, **live)
     (shard, *_) = sorted((root / "step-000000008").glob("*.safetensors"))

@@ -159,7 +159,7 @@ def test_a_folder_that_cannot_be_listed_is_passed_over(unlistable: str, root: Pa
 def test_training_goes_on_past_a_step_that_cannot_be_read(unlistable: str, root: Path) -> None:
     """Each restart comes to it again. It may be whole, so it is renamed, and none of its bytes is lost."""
     before = {path.name: path.read_bytes() for path in root.joinpath(NAME).iterdir()}
-    with pytest.warns(UserWarning, match=rf"step {STEP} is there already, and cannot be read to see(.|\n)*{unlistable}"):
+    with pytest.warns(UserWarning, match=rf"step {STEP} exists already, and cannot be read to see(.|\n)*{unlistable}"):
         save(root, STEP)
     (aside,) = root.glob(f"{NAME}.unreadable-*")
     mock.patch.stopall()
@@ -217,7 +217,7 @@ UNKNOWN: dict[str, tuple[Any, Callable[[str, pytest.MonkeyPatch], str], str]] = 
     "a mark": ((1,), lambda content, _: content.replace("$tuple", "$deque"), r"marked '\$deque', .*upgrade sharded-optim"),
     "a factory": (defaultdict(list), lambda content, _: content.replace('["list",', '["set",'), "a defaultdict of 'set', .*upgrade"),
     "a dtype of an array": (np.uint32(3), lambda content, _: content.replace('"<u4"', '"<c8"'), "an array of '<c8', .*upgrade"),
-    "a dtype of a tensor": (None, lambda content, _: content.replace('"F32"', '"F4"'), "knows no dtype 'F4'.*upgrade"),
+    "a dtype of a tensor": (None, lambda content, _: content.replace('"F32"', '"F4"'), "has no dtype 'F4'.*upgrade"),
     "a feature": (None, lambda content, _: content.replace('"requires": []', '"requires": ["$new"]'), r"requires \$new.*upgrade"),
     "a package that is not installed": (np.uint32(3), without_numpy, "numpy, which is not installed; pip install numpy"),
 }
@@ -324,7 +324,7 @@ def test_a_server_that_ignores_which_bytes_were_asked_for_is_passed_over(monkeyp
         return original(files, path, **options) if NAME in path else original(files, path, start=start, end=end, **options)
 
     monkeypatch.setattr(MemoryFileSystem, "cat_file", everything)
-    assert_passed_over(root, "asked for")
+    assert_passed_over(root, "for a request of")
     assert UrlStore(root).files(NAME)
 
 

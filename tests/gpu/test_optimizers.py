@@ -17,7 +17,7 @@ import sharded_optim as so
 from gpu.device import BACKEND, DEVICE, REHEARSAL, synchronize
 from gpu.runs import CPU, OPTIMIZERS, STORAGES, Run, assert_alike, on_both
 from sharded_optim.backends import choose
-from sharded_optim.checkpoint import staging
+from sharded_optim.checkpoint import background
 from sharded_optim.tools.doctor import backends, bandwidth, devices
 
 STEPS = 5 if REHEARSAL else 12
@@ -278,7 +278,7 @@ def test_a_checkpoint_of_a_gpu_loads_on_a_cpu_and_back(asynchronous: bool, tmp_p
     expected = values(gpu, optimizers[0])
     if asynchronous:
         saving = so.checkpoint.async_save(tmp_path, 1, model=gpu, optimizer=optimizers[0])
-        assert staging._buffer.is_pinned() != REHEARSAL
+        assert background._buffer.is_pinned() != REHEARSAL
         step(gpu, optimizers[0], 2)  # while it is written
         saving.wait()
     else:

@@ -189,7 +189,7 @@ def check_faults() -> None:
     trained: Trained = WRAPPERS["ddp"](2, 0)
     check = so.DivergenceCheck(trained.optimizer, model=trained.model)
     trained.step(1)
-    params = {name: param for param, name in so.checkpoint.live.model.names_of(trained.model).items()}
+    params = {name: param for param, name in so.checkpoint.live.model.named_tensors(trained.model)[0].items()}
     name, weight = next((name, param) for name, param in params.items() if param.shape == (64, 41))
     state, groups = trained.optimizer.state[weight], trained.optimizer.param_groups
     scalar = next(name for name, param in params.items() if param.numel() == 1)
@@ -294,7 +294,7 @@ def check_sharded() -> None:
     check = so.DivergenceCheck(trained.optimizer, model=trained.model)
     trained.step(1)
     check()
-    params = {name: param for param, name in so.checkpoint.live.model.names_of(trained.model).items()}
+    params = {name: param for param, name in so.checkpoint.live.model.named_tensors(trained.model)[0].items()}
     name, weight = next((name, param) for name, param in params.items() if param.shape == (64, 41))
     if dist.get_rank() == 3:
         flip(weight.to_local(), 3)

@@ -1,10 +1,10 @@
-"""Checkpoints of other libraries, made into ours. One file for each format, all of which say what they find as `saving.Content`.
+"""Import the checkpoints of other libraries: a file for each format, each of which returns a `Content` to be saved.
 
-safely.py             what may be in a pickled file
-optimizer_state.py    optimizer state in our terms
-assembly.py           whole tensors of a model, and of an optimizer that numbers or names its parameters
-torch_file.py, dcp.py, deepspeed_rigid.py, deepspeed_universal.py, safetensors_files.py     the formats
-deepspeed_files.py    what both of DeepSpeed's have in common
+unpickling.py         which objects may be in a pickled file
+optimizer_state.py    translates the state of other optimizers
+assembly.py           matches an optimizer's state with the model's parameters; joins tensors that are stored in chunks
+state_dicts.py, dcp.py, deepspeed_zero.py, deepspeed_universal.py, safetensors_files.py    the formats: torch files, DCP, DeepSpeed, ...
+deepspeed_files.py    what both of DeepSpeed's formats have in common
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sharded_optim.checkpoint import saving
+from sharded_optim.checkpoint.content import Content
 from sharded_optim.checkpoint.errors import CheckpointError
-from sharded_optim.checkpoint.imports import dcp, deepspeed_rigid, deepspeed_universal, safetensors_files, torch_file
-from sharded_optim.checkpoint.imports.optimizer_state import Choices
+from sharded_optim.checkpoint.imports import dcp, deepspeed_universal, deepspeed_zero, safetensors_files, state_dicts
+from sharded_optim.checkpoint.imports.optimizer_state import ImportOptions
 
 __all__ = ["FORMATS", "import_from"]
 
-FORMATS: dict[str, Callable[[Path, Choices], saving.Content]] = {
-    "dcp": dcp.content,
-    "deepspeed": deepspeed_rigid.content,
-    "universal": deepspeed_universal.content,
-    "torch": torch_file.content,
-    "safetensors": safetensors_files.content,
+FORMATS: dict[str, Callable[[Path, ImportOptions], Content]] = {
+    "dcp": dcp.read,
+    "deepspeed": deepspeed_zero.read,
+    "universal": deepspeed_universal.read,
+    "torch": state_dicts.read,
+    "safetensors": safetensors_files.read,
 }
 PICKLED = FORMATS.keys() - {"safetensors"}
 
@@ -43,27 +44,27 @@ def import_from(
     optimizer_key: str | None = None,
     param_names: Sequence[str] | None = None,
 ) -> None:
-    """Make a checkpoint of what another library has saved. By one process.
+    """Save what another library has saved as a checkpoint. In one process.
 
     The state of this library's optimizers, of torch's Adam, AdamW and SGD, of optimi's and of Composer's is translated; see
     `foreign_state.py`.
 
     Args:
         source: a folder of torch.distributed.checkpoint or of DeepSpeed, or the folder above that with a file `latest`; a torch file; or
-            a model of safetensors files.
-        root, step: as of `checkpoint.save`.
-        source_format: "dcp", "deepspeed", "universal", "torch", "safetensors", or "auto": what the source looks like.
-        unpickle: whether pickled files are read, which all but safetensors are. Only classes that are known to be harmless are loaded, by
-            torch's weights-only unpickler or one like it, but that is code that reads what somebody else may have crafted.
+            safetensors files with a model.
+        root, step: see `checkpoint.save`.
+        source_format: "dcp", "deepspeed", "universal", "torch", "safetensors", or "auto": detect it.
+        unpickle: whether to read pickled files, as all but safetensors are. Only classes that are known to be harmless are loaded, by
+            torch's weights-only unpickler or one like it; but that code then reads what somebody else may have crafted.
         optimizer: the class of this library that is going to continue; None: the nearest.
-        decay_form: what `weight_decay` means where the source does not tell: "coupled" (the default), "l2", or "decoupled".
-        model_key, optimizer_key: where the state dicts are, as in "a.b"; None: under one of the usual names.
-        param_names: of the parameters in the order in which the optimizer's state numbers them; None: the names that it has itself, or
-            the model's, if that is certain.
+        decay_form: the meaning of `weight_decay` if the source does not specify it: "coupled" (the default), "l2", or "decoupled".
+        model_key, optimizer_key: the keys of the state dicts, such as "a.b"; None: one of the usual keys.
+        param_names: of the parameters in the order in which the optimizer's state numbers them; None: the names in the state, or the
+            model's if the order is certain.
 
     Raises:
         CheckpointError: it could not be saved.
-        ValueError: what is there is not what it should be, or not known; says what. Nothing was saved.
+        ValueError: the source is not as expected, or ambiguous. Nothing was saved.
     """
     path = Path(source)
     name = _format_of(path) if source_format == "auto" else source_format
@@ -72,38 +73,35 @@ def import_from(
     if name in PICKLED and not unpickle:
         raise CheckpointError(
             f"{path} is read as {name}, whose files are pickled, and a pickle can run code that somebody else has put there; if you trust "
-            f"where it comes from, say so with --unpickle (unpickle=True): only harmless classes are loaded even then"
+            f"its source, pass --unpickle (unpickle=True): even then only harmless classes are loaded"
         )
-    choices = Choices(
+    options = ImportOptions(
         optimizer=optimizer,
         decay_form=decay_form,
         model_key=model_key,
         optimizer_key=optimizer_key,
         param_names=None if param_names is None else tuple(param_names),
     )
-    content = FORMATS[name](path, choices)
-    draft = saving.begin(root, step, lambda: content)
-    saving.finish(draft, draft.content)
+    content = FORMATS[name](path, options)
+    pending = saving.begin(root, step, lambda: content)
+    saving.finish(pending, pending.content)
 
 
 def _format_of(path: Path) -> str:
     if path.is_file():
-        return "safetensors" if safetensors_files.looks_like(path) else "torch"
+        return "safetensors" if safetensors_files.matches(path) else "torch"
     if not path.is_dir():
-        raise FileNotFoundError(f"{path} does not exist; give a folder of DCP or DeepSpeed, or a file of torch's")
+        raise FileNotFoundError(f"{path} does not exist; give a folder of DCP or DeepSpeed, or a torch file")
     if (path / ".metadata").is_file():
         return "dcp"
-    if (path / deepspeed_universal.LATEST).is_file() and (path / deepspeed_rigid.LATEST).is_file():
+    if (path / deepspeed_universal.LATEST).is_file() and (path / deepspeed_zero.LATEST).is_file():
         raise ValueError(
-            f"{path} has a `{deepspeed_universal.LATEST}` and a `{deepspeed_rigid.LATEST}`, of which either may be the older; say which "
-            f"with --format universal or deepspeed (source_format=), or give the folder that one of them names"
+            f"{path} has a `{deepspeed_universal.LATEST}` and a `{deepspeed_zero.LATEST}`, of which either may be the older; choose one "
+            f"with --format universal or deepspeed (source_format=), or give the folder that it names"
         )
-    if deepspeed_universal.looks_like(path):
-        return "universal"
-    if deepspeed_rigid.looks_like(path):
-        return "deepspeed"
-    if safetensors_files.looks_like(path):
-        return "safetensors"
+    for name, module in (("universal", deepspeed_universal), ("deepspeed", deepspeed_zero), ("safetensors", safetensors_files)):
+        if module.matches(path):
+            return name
     raise ValueError(
         f"{path} has no .metadata as of DCP, no zero/ or *_model_states.pt as of DeepSpeed, no file `latest` that names a folder with "
         f"them, and no *.safetensors; give the folder that has"

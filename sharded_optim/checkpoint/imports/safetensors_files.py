@@ -1,4 +1,4 @@
-"""Safetensors: a model of Hugging Face libraries, a file or a folder, or one that DCP has saved with its Hugging Face storage, in parts."""
+"""Safetensors files with a model, of Hugging Face libraries or, in chunks, of DCP with its Hugging Face storage."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ import torch
 from torch import Tensor
 
 from sharded_optim.checkpoint import optional
-from sharded_optim.checkpoint.imports.assembly import assemble, tiled
-from sharded_optim.checkpoint.imports.optimizer_state import Choices
-from sharded_optim.checkpoint.saving import Content
+from sharded_optim.checkpoint.content import Content
+from sharded_optim.checkpoint.imports.assembly import assemble, join_chunks
+from sharded_optim.checkpoint.imports.optimizer_state import ImportOptions
 
-__all__ = ["content", "looks_like"]
+__all__ = ["matches", "read"]
 
 SUFFIX = ".safetensors"
 INDEX = "model.safetensors.index.json"
-SHARDING = "DCP_SHARDING_INFO"  # in a file's metadata: where in the whole tensors its tensors lie
+SHARDING = "DCP_SHARDING_INFO"  # in a file's metadata: the offsets of its tensors in the whole tensors
 
 
-def looks_like(path: Path) -> bool:
+def matches(path: Path) -> bool:
     return path.suffix == SUFFIX if path.is_file() else any(path.glob(f"*{SUFFIX}"))
 
 
-def content(path: Path, choices: Choices) -> Content:
-    """What a file or a folder holds: a model, all of whose tensors are in memory at once.
+def read(path: Path, options: ImportOptions) -> Content:
+    """Read a file or a folder with a model. All tensors are in memory at once.
 
-    With `model_key` only the tensors of which that is the beginning of the name.
+    With `model_key`, only tensors whose names begin with it.
     """
     chunks: dict[str, list[tuple[Any, Tensor]]] = defaultdict(list)
     metadata: dict[str, str] = {}
@@ -40,29 +40,29 @@ def content(path: Path, choices: Choices) -> Content:
         lost = sorted(set(_index(path)) - chunks.keys())
         if lost:
             raise ValueError(f"{path}/{INDEX} names {lost[0]!r}, which is in none of the files ({len(lost)} such)")
-    prefix = "" if choices.model_key is None else f"{choices.model_key}."
+    prefix = "" if options.model_key is None else f"{options.model_key}."
     model = {}
     for name, stored in chunks.items():
         if name.startswith(prefix):
             ends = [[offset + size for offset, size in zip(offsets, tensor.shape, strict=True)] for offsets, tensor in stored]
             shape = tuple(max(sizes) for sizes in zip(*ends, strict=True))
-            model[name.removeprefix(prefix)] = tiled(stored, shape, f"{path}: {name!r}")
+            model[name.removeprefix(prefix)] = join_chunks(stored, shape, f"{path}: {name!r}")
     if not model:
         raise ValueError(f"{path} has no tensors" + (f" whose names begin with {prefix!r}" if prefix else ""))
-    for name, first in metadata.items():  # of tied tensors, as safetensors.torch.save_model writes it
+    for name, first in metadata.items():  # tied tensors, as safetensors.torch.save_model writes them
         if first in model and (name not in model or torch.equal(model[name], model[first])):
             model.pop(name, None)
-            model[name] = model[first]  # the last: tensors are called by their first names
-    return assemble(model, None, choices, str(path))
+            model[name] = model[first]  # last, as tensors are saved under their first names
+    return assemble(model, None, options, str(path))
 
 
 def _files(folder: Path) -> list[Path]:
-    found = sorted(folder.glob(f"*{SUFFIX}"))
+    files = sorted(folder.glob(f"*{SUFFIX}"))
     if (folder / INDEX).is_file():
-        missing = sorted(set(_index(folder).values()) - {file.name for file in found})
+        missing = sorted(set(_index(folder).values()) - {file.name for file in files})
         if missing:
             raise FileNotFoundError(f"{folder}/{missing[0]} is missing, which {INDEX} names")
-    return found
+    return files
 
 
 def _index(folder: Path) -> dict[str, str]:
@@ -70,15 +70,15 @@ def _index(folder: Path) -> dict[str, str]:
 
 
 def _chunks(files: list[Path], metadata: dict[str, str]) -> Iterator[tuple[str, list[int], Tensor]]:
-    """What is in the files; adds what their metadata say."""
-    safetensors = optional.safetensors()
+    """The name, offsets and content of each tensor in the files. Adds their metadata to `metadata`."""
+    safetensors = optional.import_safetensors()
     for file in files:
         try:
             with safetensors.safe_open(file, "pt") as opened:
                 metadata |= opened.metadata() or {}
-                places = json.loads((opened.metadata() or {}).get(SHARDING, "{}"))
-                for name in opened.keys():  # noqa: SIM118, it is no dict
+                sharding = json.loads((opened.metadata() or {}).get(SHARDING, "{}"))
+                for name in opened.keys():  # noqa: SIM118, it is not a dict
                     tensor = opened.get_tensor(name)
-                    yield name, places.get(name, {}).get("saved_offsets") or [0] * tensor.ndim, tensor
+                    yield name, sharding.get(name, {}).get("saved_offsets") or [0] * tensor.ndim, tensor
         except safetensors.SafetensorError as error:
             raise ValueError(f"{file} is not a safetensors file, or is damaged: {error}") from error

@@ -1,4 +1,7 @@
-"""What a model holds: parameters and persistent buffers, under the names that they have without wrappers."""
+"""`LiveModel`: the parameters and persistent buffers that this process holds of a model, under their names without wrappers.
+
+Knows the wrappers that are registered in `sharding/wrappers.py`, and none by name; `deepspeed.py` makes the LiveModel of an engine.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sharded_optim.checkpoint.held import MODEL, Held
+from sharded_optim.checkpoint.local_tensor import MODEL, LocalTensor
 from sharded_optim.sharding import LocalParam, describe, used_wrappers
 from sharded_optim.sharding.names import TRANSPARENT
 from sharded_optim.sharding.segment import Segment
 from sharded_optim.sharding.wrappers import NO_WRAPPER, FlatModel, wrapper_of
 from sharded_optim.zero import finish_gathering
 
-__all__ = ["LiveModel", "aliases_of", "buffers_of", "held_of", "names_of"]
+__all__ = ["LiveModel", "local_tensors", "named_tensors", "plain_tensor"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,141 +27,114 @@ class LiveModel:
     """What this process holds of a model.
 
     Attributes:
-        held: of its tensors.
-        names: of its parameters, but of flat ones.
-        local_params: what this process holds of those that tell how they are sharded, under these names.
-        aliases: further names under which `state_dict()` has tensors, each with the one under which they are saved.
+        tensors: the elements of its parameters and buffers.
+        names: of its parameters, without flattened ones.
+        local_params: what this process holds of parameters that describe their own sharding, under these names.
+        aliases: further names under which `state_dict()` has tensors, each with the one that they are saved under.
         order: the names of parameters that a wrapper has flattened, on whatever rank they are, in the order of the model.
-        wrapper: what only the same wrapper takes up again, by the wrapper's name.
-        check: raises ValueError for what of that cannot be, before anything is loaded.
-        resume: takes that up, when all tensors are loaded.
-        masters: values of the parameters that an optimizer keeps apart, which are to be loaded too where the optimizer is not.
-        prepare: called before they are.
+        wrapper_state: state that only the same wrapper restores, by the wrapper's name.
+        check_wrapper_state: raises ValueError for saved state that is impossible, before anything is loaded.
+        restore_wrapper_state: is called with saved state when all tensors are loaded.
+        masters: values of the parameters that an optimizer keeps, to be loaded if the optimizer itself is not.
+        before_load: called before tensors are loaded.
     """
 
-    held: list[Held] = field(default_factory=list)
+    tensors: list[LocalTensor] = field(default_factory=list)
     names: Mapping[Tensor, str] = field(default_factory=dict)
     local_params: Mapping[Tensor, LocalParam] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     order: Sequence[str] = ()
-    wrapper: dict[str, Any] = field(default_factory=dict)
-    masters: Callable[[], list[Held]] = list
-    prepare: Callable[[], None] = lambda: None
-    check: Callable[[Any], None] = lambda _: None
-    resume: Callable[[Any], None] = lambda _: None
+    wrapper_state: dict[str, Any] = field(default_factory=dict)
+    check_wrapper_state: Callable[[Any], None] = lambda _: None
+    restore_wrapper_state: Callable[[Any], None] = lambda _: None
+    masters: Callable[[], list[LocalTensor]] = list
+    before_load: Callable[[], None] = lambda: None
 
     @classmethod
     def of(cls, model: nn.Module) -> LiveModel:
-        """Of a module, wrapped or not, but by DeepSpeed.
+        """Of a module under any wrapper but DeepSpeed's.
 
         Raises:
-            ValueError: it does not tell what it holds.
+            ValueError: what it holds cannot be determined.
         """
         finish_gathering(model)
         used = used_wrappers()
         for wrapper in used:
             wrapper.reshard(model)
-        named_buffers = buffers_of(model)
-        buffers = [_held_of_plain(buffer, name, is_buffer=True) for name, buffer in named_buffers.items()]
-        names = names_of(model)
-        aliases = aliases_of(model, names, named_buffers)
+        names, aliases, buffers = named_tensors(model)
         for wrapper in used:
             flat = wrapper.content(model, names)
             if flat is not None:
-                return cls._of_flat(flat, buffers, aliases)
+                return cls._of_flat(flat, aliases, buffers)
         local_params = {param: describe(param, name) for param, name in names.items() if param.is_floating_point()}
-        held = [
-            _held(MODEL, param, local_params[param]) if param in local_params else _held_of_plain(param, name)
-            for param, name in names.items()
-        ]
-        return cls(held=held + buffers, names=names, local_params=local_params, aliases=aliases)
+        tensors: list[LocalTensor] = []
+        for param, name in names.items():
+            own = local_params.get(param)
+            tensors += [plain_tensor(param, name)] if own is None else local_tensors(MODEL, param, own)
+        return cls(tensors=tensors + buffers, names=names, local_params=local_params, aliases=aliases)
 
     @classmethod
-    def _of_flat(cls, flat: FlatModel, buffers: list[Held], aliases: Mapping[str, str]) -> LiveModel:
+    def _of_flat(cls, flat: FlatModel, aliases: Mapping[str, str], buffers: list[LocalTensor]) -> LiveModel:
         layout = flat.layout
-        held: list[Held] = []
-        for param, tensor in layout.flat.items():
-            local = layout.describe(param, "a flat parameter").local(param, "values")
-            held += [Held(kind=MODEL, segment=piece.segment, local=piece.of(local)) for piece in tensor.pieces]
-        held += [_held_of_plain(param, name) for param, name in layout.whole.items()]
-        return cls(held=held + buffers, names=layout.whole, aliases={**flat.aliases, **aliases}, order=flat.order)
+        tensors: list[LocalTensor] = []
+        for param in layout.flat:
+            tensors += local_tensors(MODEL, param, layout.describe(param, "a flat parameter"))
+        tensors += [plain_tensor(param, name) for param, name in layout.whole.items()]
+        return cls(tensors=tensors + buffers, names=layout.whole, aliases={**flat.aliases, **aliases}, order=flat.order)
 
 
-def held_of(tensor: Tensor, name: str, *, is_buffer: bool = False) -> Held:
-    """What this process holds of a parameter or buffer that tells how it is sharded."""
-    if is_buffer or not tensor.is_floating_point():
-        return _held_of_plain(tensor, name, is_buffer=is_buffer)
-    return _held(MODEL, tensor, describe(tensor, name))
+def local_tensors(kind: str, tensor: Tensor, param: LocalParam) -> Iterator[LocalTensor]:
+    """What this process holds of a parameter, or of a tensor that is sharded like it: several if a wrapper has flattened it."""
+    local = param.local(tensor, "values" if kind == MODEL else kind)
+    for piece in param.pieces:
+        yield LocalTensor(kind=kind, segment=piece.segment, local=piece.of(local))
 
 
-def _held(kind: str, param: Tensor, local: LocalParam) -> Held:
-    (piece,) = local.pieces
-    return Held(kind=kind, segment=piece.segment, local=piece.of(local.local(param, "values")))
-
-
-def _held_of_plain(tensor: Tensor, name: str, *, is_buffer: bool = False) -> Held:
-    """Of an ordinary tensor of any dtype: all of it."""
+def plain_tensor(tensor: Tensor, name: str, *, is_buffer: bool = False) -> LocalTensor:
+    """What this process holds of a parameter or buffer of any dtype: all of it, unless a wrapper has sharded it."""
     if type(tensor) not in (Tensor, nn.Parameter) or wrapper_of(tensor) is not NO_WRAPPER:
-        return _held(MODEL, tensor, describe(tensor, name))
-    return Held(kind=MODEL, segment=Segment.whole(name, tensor.shape), local=tensor, is_buffer=is_buffer)
+        (local,) = local_tensors(MODEL, tensor, describe(tensor, name))
+        return local
+    return LocalTensor(kind=MODEL, segment=Segment.whole(name, tensor.shape), local=tensor, is_buffer=is_buffer)
 
 
-def names_of(model: nn.Module) -> dict[Tensor, str]:
-    """A model's parameters with their names, tied ones under the first."""
-    found: dict[Tensor, str] = {}
-    for prefix, module in _modules(model):
-        for name, param in module._parameters.items():
-            if param is not None:
-                found.setdefault(param, prefix + name)
-    return found
-
-
-def buffers_of(model: nn.Module) -> dict[str, Tensor]:
-    """A model's persistent buffers, shared ones under the first name."""
-    found: dict[Tensor, str] = {}
-    for prefix, module in _modules(model):
-        if type(module).get_extra_state is not nn.Module.get_extra_state:
-            warnings.warn(
-                f"{prefix.removesuffix('.') or 'the model'} ({type(module).__name__}) has extra state (get_extra_state), which checkpoints "
-                f"do not hold; save what it needs in extra=",
-                UserWarning,
-                stacklevel=2,
-            )
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                found.setdefault(buffer, prefix + name)
-    return {name: buffer for buffer, name in found.items()}
-
-
-def aliases_of(model: nn.Module, names: Mapping[Tensor, str], buffers: Mapping[str, Tensor]) -> dict[str, str]:
-    """Further names under which `state_dict()` has a model's tensors, each with the one under which they are saved.
+def named_tensors(
+    model: nn.Module, names: Mapping[Tensor, str] | None = None
+) -> tuple[dict[Tensor, str], dict[str, str], list[LocalTensor]]:
+    """Name a model's parameters and persistent buffers as `state_dict()` does without wrappers.
 
     Args:
-        names: of its parameters, as of `names_of`.
-        buffers: as of `buffers_of`.
+        names: of its parameters, if their wrapper has other names for them.
+
+    Returns:
+        The names of parameters; further names of tied tensors, each with the first, under which they are saved; the buffers.
     """
-    first = {**names, **{buffer: name for name, buffer in buffers.items()}}
-    found: dict[str, str] = {}
-    for prefix, module in _modules(model, again=True):
+    first = dict(names or {})
+    aliases: dict[str, str] = {}
+    buffers: dict[Tensor, str] = {}
+    for prefix, module in _modules(model, ""):
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None and name not in module._non_persistent_buffers_set and first.get(tensor, prefix + name) != prefix + name:
-                found[prefix + name] = first[tensor]
-    return found
+            if tensor is None or name in module._non_persistent_buffers_set:
+                continue
+            if first.setdefault(tensor, prefix + name) != prefix + name:
+                aliases[prefix + name] = first[tensor]
+            elif name in module._buffers:
+                buffers[tensor] = prefix + name
+    params = {tensor: name for tensor, name in first.items() if tensor not in buffers}
+    return params, aliases, [plain_tensor(buffer, name, is_buffer=True) for buffer, name in buffers.items()]
 
 
-def _modules(model: nn.Module, *, again: bool = False) -> Iterator[tuple[str, nn.Module]]:
-    """Each module of a model, with what precedes the names in it: once, or with `again` as often as it is there."""
-    seen: set[nn.Module] = set()
-    used = used_wrappers()
-
-    def walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-        if module in seen and not again:
-            return
-        seen.add(module)
-        yield prefix, module
-        inside = TRANSPARENT | {wrapper.inner(module) for wrapper in used}
-        for name, child in module._modules.items():
-            if child is not None:
-                yield from walk(child, prefix if name in inside else f"{prefix}{name}.")
-
-    yield from walk(model, "")
+def _modules(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    """Walk the modules of a model as often as they occur, with the prefix of the names in each. Warns of extra state."""
+    if type(module).get_extra_state is not nn.Module.get_extra_state:
+        warnings.warn(
+            f"{prefix.removesuffix('.') or 'the model'} ({type(module).__name__}) has extra state (get_extra_state), which checkpoints "
+            f"do not hold; save what it needs in extra=",
+            UserWarning,
+            stacklevel=2,
+        )
+    yield prefix, module
+    transparent = TRANSPARENT | {wrapper.inner(module) for wrapper in used_wrappers()}
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _modules(child, prefix if name in transparent else f"{prefix}{name}.")

@@ -1,4 +1,7 @@
-"""Pickled files without the danger: classes that they name are not imported, and what is not known to be harmless is refused."""
+"""Read pickled files safely: classes that they name are not imported, and classes that are not known to be harmless are refused.
+
+Used by the formats that are pickled.
+"""
 
 from __future__ import annotations
 
@@ -9,31 +12,31 @@ from typing import Any, BinaryIO
 
 import torch
 
-__all__ = ["Inert", "load", "load_stream"]
+__all__ = ["StandIn", "load", "load_stream"]
 
 
-class Inert:
-    """Stands for an object of a class that is not loaded: keeps what would have made it, and does nothing."""
+class StandIn:
+    """Replaces an object of a class that is not imported: keeps the arguments and the state that it would have been made of."""
 
     def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments
         self.state: Any = None
 
-    def __new__(cls, *_: Any) -> Inert:
-        found = super().__new__(cls)
-        found.arguments, found.state = (), None
-        return found
+    def __new__(cls, *_: Any) -> StandIn:
+        new = super().__new__(cls)
+        new.arguments, new.state = (), None
+        return new
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
 
     def field(self, name: str, default: Any = None) -> Any:
-        """What the object's attribute would have been."""
+        """An attribute of the object."""
         return self.state.get(name, default) if isinstance(self.state, dict) else default
 
 
-# What checkpoints hold beside tensors, and nothing that is imported needs. An `Inert` takes the place of each.
-STAND_INS = (
+# Classes that checkpoints name besides tensors, and no import needs.
+REPLACED = (
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.zero.config.ZeroStageEnum",
@@ -53,10 +56,10 @@ REFUSED = re.compile(r"GLOBAL (\S+) was not|GLOBAL (\S+) whose module|[Uu]nsuppo
 
 
 def load(path: Path) -> Any:
-    """A file of `torch.save`, with tensors on the CPU, where possible mapped, not read.
+    """Load a file of `torch.save`, with tensors on the CPU, mapped if possible.
 
     Raises:
-        ValueError: it holds an object that is not known to be harmless, or is no such file.
+        ValueError: it holds an object that is not known to be harmless, or is not such a file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
@@ -64,22 +67,22 @@ def load(path: Path) -> Any:
 
 
 def load_stream(stream: BinaryIO, where: str) -> Any:
-    """As `load`, from a part of a file."""
+    """Load a part of a file, as `load` does."""
     return _load(stream, where, mmap=None)
 
 
 def _load(source: Any, where: str, *, mmap: bool | None) -> Any:
     try:
-        with torch.serialization.safe_globals([(Inert, name) for name in STAND_INS]):
+        with torch.serialization.safe_globals([(StandIn, name) for name in REPLACED]):
             return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError:
         raise
-    except Exception as error:  # of any type, where the file is damaged
-        found = REFUSED.search(str(error))
-        if found is None:
+    except Exception as error:  # of any type, if the file is damaged
+        refused = REFUSED.search(str(error))
+        if refused is None:
             raise ValueError(f"{where} cannot be loaded as a file of torch.save: {(str(error) or repr(error)).splitlines()[0]}") from error
-        name = next(filter(None, found.groups()))
+        name = next(filter(None, refused.groups()))
         raise ValueError(
-            f"{where} holds a {name.rstrip('.')}, which might run code, and is not loaded; save it again without: tensors, numbers, texts, "
-            f"and lists, tuples and dicts of these"
+            f"{where} holds a {name.rstrip('.')}, which might run code, and is not loaded; save it again with tensors, numbers, strings, "
+            f"and lists, tuples and dicts of these alone"
         ) from error

@@ -1,0 +1,114 @@
+"""Saving in the background: what is to be written is copied once, to a buffer that is reused, and a thread writes it.
+
+Owns the save in flight, for which the next save or load waits, and the buffer. Used by `so.checkpoint.async_save`, `save` and `load`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+import torch
+from torch import Tensor
+
+from sharded_optim.checkpoint.saving import PendingSave, finish
+from sharded_optim.checkpoint.write_plan import PlannedChunk
+from sharded_optim.storage import memory
+
+__all__ = ["Saving", "start", "wait_for_save_in_flight"]
+
+logger = logging.getLogger(__name__)
+
+
+class Saving:
+    """A save in the background."""
+
+    def __init__(self, save: PendingSave) -> None:
+        self._where = f"{save.store.root}, step {save.step}"
+        self._failure: BaseException | None = None
+        self._staging_failure: Exception | None = None
+        self._staged: dict[int, Tensor] = {}
+        try:
+            self._staged |= {id(chunk): copy for chunk, copy in zip(save.chunks, _stage(save), strict=True)}
+        except Exception as error:  # out of memory, for example: raised in the background, with the other ranks
+            self._staging_failure = error
+        save.release()
+        self._thread = threading.Thread(target=self._run, args=(save,), name="sharded_optim save")  # no daemon: it ends before the process
+        try:
+            self._thread.start()
+        except RuntimeError:  # no thread can be started, and the other ranks wait for this one
+            self._run(save)
+
+    def done(self) -> bool:
+        """Whether it has ended, successfully or not."""
+        return not self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Return when the checkpoint is committed.
+
+        Raises:
+            CheckpointError: it failed, on every rank. Raised once, here or by the next save or load.
+        """
+        if self._thread.ident is not None:
+            self._thread.join()
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def _content(self, chunk: PlannedChunk) -> Tensor:
+        if self._staging_failure is not None:
+            raise self._staging_failure
+        return self._staged[id(chunk)]
+
+    def _run(self, save: PendingSave) -> None:
+        try:
+            finish(save, self._content)
+        except BaseException as error:
+            logger.error("saving %s in the background failed: %s", self._where, error)  # even if nobody calls wait()
+            self._failure = error
+        finally:
+            self._staged.clear()
+
+
+_in_flight: Saving | None = None
+_buffer = torch.empty(0, dtype=torch.uint8, device="cpu")
+
+
+def start(save: PendingSave) -> Saving:
+    """Copy what is to be written, and start writing. Call `wait_for_save_in_flight` before."""
+    global _in_flight
+    _in_flight = Saving(save)
+    return _in_flight
+
+
+def wait_for_save_in_flight() -> None:
+    """Wait for the save in flight, if there is one.
+
+    Raises:
+        CheckpointError: it failed, and this was not raised yet.
+    """
+    global _in_flight
+    saving, _in_flight = _in_flight, None
+    if saving is not None:
+        saving.wait()
+
+
+def _stage(save: PendingSave) -> list[Tensor]:
+    """Copy this rank's chunks to the buffer."""
+    on_gpu = any(tensor.local.is_cuda for tensor in save.tensors)
+    parts = _buffer_of(sum(chunk.size for chunk in save.chunks), pinned=on_gpu).split([chunk.size for chunk in save.chunks])
+    staged = [part.view(chunk.dtype) for part, chunk in zip(parts, save.chunks, strict=True)]
+    for target, chunk in zip(staged, save.chunks, strict=True):
+        target.copy_(save.content(chunk), non_blocking=on_gpu)
+    if on_gpu:
+        torch.cuda.synchronize()
+    return staged
+
+
+def _buffer_of(size: int, *, pinned: bool) -> Tensor:
+    """Exactly `size` bytes of the buffer, which grows if need be."""
+    global _buffer
+    if _buffer.numel() < size or _buffer.is_pinned() != pinned:
+        _buffer = torch.empty(0, dtype=torch.uint8, device="cpu")  # frees the old one before the new one is allocated
+        _buffer = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True) if pinned else memory.zeros(size, torch.uint8)
+    return _buffer[:size]

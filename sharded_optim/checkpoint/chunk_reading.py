@@ -1,0 +1,102 @@
+"""Read chunks in several threads, contiguous ones at once. Used by `CheckpointReader`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from sharded_optim.checkpoint.manifest import CHUNK_BYTES, Chunk, TensorEntry
+from sharded_optim.checkpoint.store import Store
+
+__all__ = ["ChunkAction", "Location", "Unreadable", "read_chunks"]
+
+Location = tuple[str, int]  # of a chunk: its file and offset
+ChunkAction = Callable[[TensorEntry, Chunk, memoryview], str | None]  # receives a chunk's content; returns a problem, or None
+_Range = list[tuple[TensorEntry, Chunk]]  # contiguous chunks of a file
+
+THREADS = 4  # that read and hash, each with memory for a range
+
+
+class Unreadable(str):
+    """A problem that may be temporary: a file could not be read."""
+
+
+def read_chunks(store: Store, folder: str, chunks: Sequence[tuple[TensorEntry, Chunk]], action: ChunkAction) -> list[str]:
+    """Read chunks and call an action with the content of each.
+
+    Args:
+        chunks: by file and offset.
+        action: is called in several threads.
+
+    Returns:
+        The problems that actions returned, and those of files that are too short or cannot be read; sorted.
+    """
+    problems: list[str] = []
+    ranges = _ranges(chunks)
+    lock = threading.Lock()
+    stopped = threading.Event()
+
+    def work() -> None:
+        buffer = memoryview(bytearray(CHUNK_BYTES))
+        while not stopped.is_set():
+            with lock:
+                group = next(ranges, None)
+            if group is None:
+                return
+            (first, chunk), (_, last) = group[0], group[-1]
+            content = buffer[: last.offset + last.size - chunk.offset]
+            try:
+                count = store.read(folder, chunk.file, chunk.offset, content)
+            except OSError as error:
+                problems.append(Unreadable(f"{chunk.file} cannot be read at {chunk.offset}, from {first.key!r} on: {error}"))
+            else:
+                problems.extend(_problems(group, content[:count], action))
+
+    try:
+        _run_in_threads(work, min(THREADS, len(chunks)))
+    finally:
+        stopped.set()
+    return sorted(problems)
+
+
+def _problems(chunks: _Range, content: memoryview, action: ChunkAction) -> Iterator[str]:
+    """Call the action for the chunks of a range, of which the file may have had only the first bytes."""
+    begin = chunks[0][1].offset
+    for entry, chunk in chunks:
+        own = content[chunk.offset - begin : chunk.offset - begin + chunk.size]
+        if len(own) < chunk.size:
+            yield f"{chunk.file} ends at {begin + len(content)}, inside of {entry.key!r}"
+        elif (problem := action(entry, chunk, own)) is not None:
+            yield problem
+
+
+def _ranges(chunks: Sequence[tuple[TensorEntry, Chunk]]) -> Iterator[_Range]:
+    """Group chunks that are contiguous in a file, up to `CHUNK_BYTES` together."""
+    group: _Range = []
+    for entry, chunk in chunks:
+        if group:
+            first, last = group[0][1], group[-1][1]
+            follows = (chunk.file, chunk.offset) == (last.file, last.offset + last.size)
+            if not follows or chunk.offset + chunk.size - first.offset > CHUNK_BYTES:
+                yield group
+                group = []
+        group.append((entry, chunk))
+    if group:
+        yield group
+
+
+def _run_in_threads(work: Callable[[], None], count: int) -> None:
+    """Run the same function in threads, as many as can be started; without any, in this one. Raises the error of any of them."""
+    if count == 0:
+        return
+    with ThreadPoolExecutor(count, thread_name_prefix="sharded_optim read") as pool:
+        started = []
+        try:
+            for _ in range(count):
+                started.append(pool.submit(work))
+        except RuntimeError:  # no more threads, or the interpreter exits while a save in the background reads back
+            if not started:
+                work()
+        for future in started:
+            future.result()

@@ -1,0 +1,118 @@
+"""Actions that succeed on all ranks or fail on all of them, since one rank that raises alone leaves the others waiting.
+
+The collectives of saving, loading and pruning; `tools/divergence.py` uses `gather_distinct` too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from sharded_optim.checkpoint.errors import CheckpointError, DamagedError, MismatchError, UnreadableError
+from sharded_optim.sharding.ranks import join_messages
+
+__all__ = ["all_or_nothing", "digest_of", "gather_distinct", "rank_and_world_size", "refuse_differences"]
+
+Result = TypeVar("Result")
+
+# By severity: the most severe error of any rank is raised on all of them.
+ERRORS: tuple[type[CheckpointError], ...] = (CheckpointError, MismatchError, UnreadableError, DamagedError)
+
+
+def rank_and_world_size(process_group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """This process in a group; None: a group of this process alone."""
+    return (0, 1) if process_group is None else (dist.get_rank(process_group), dist.get_world_size(process_group))
+
+
+def all_or_nothing(
+    what: str,
+    action: Callable[[], Result],
+    process_group: dist.ProcessGroup | None,
+    share: Callable[[Result], Any] = lambda result: result,
+) -> tuple[Result, list[Any]]:
+    """Run an action on every rank, and raise on all ranks if it failed on any. A collective.
+
+    Args:
+        what: the action, for error messages.
+        action: must not communicate.
+        process_group: None: this process alone.
+        share: the part of the result that other ranks receive; it is pickled between ranks.
+
+    Returns:
+        This rank's result, and what every rank shared, by rank.
+
+    Raises:
+        CheckpointError: on every rank: the errors of all ranks, in one message.
+    """
+    failure: Exception | None = None
+    result: Any = None
+    shared: Any = None
+    try:
+        result = action()
+        shared = share(result)
+    except Exception as error:
+        failure = error
+    if process_group is None:
+        if failure is None:
+            return result, [shared]
+        if isinstance(failure, CheckpointError):
+            raise failure
+        raise CheckpointError(f"{what} failed: {_message(failure)}") from failure
+    vote = None if failure is None else (_severity(failure), _message(failure), getattr(failure, "problems", ()))
+    votes: list[Any] = [None] * dist.get_world_size(process_group)
+    dist.all_gather_object(votes, (vote, shared), group=process_group)
+    failures = [failed for failed, _ in votes]
+    if any(failures):
+        raise _joined_error(what, failures) from failure
+    return result, [shared for _, shared in votes]
+
+
+def _joined_error(what: str, failures: Sequence[tuple[int, str, Sequence[str]] | None]) -> CheckpointError:
+    """One error for the failures of all ranks; None: the rank has not failed."""
+    failed = [failure for failure in failures if failure is not None]
+    kind = ERRORS[max(severity for severity, _, _ in failed)]
+    message = f"{what} failed: {join_messages([failure and failure[1] for failure in failures])}"
+    if not issubclass(kind, DamagedError):
+        return kind(message)
+    return kind(message, sorted({problem for _, _, problems in failed for problem in problems}))
+
+
+def _severity(failure: Exception) -> int:
+    return ERRORS.index(type(failure)) if type(failure) in ERRORS else 0
+
+
+def _message(failure: Exception) -> str:
+    return str(failure) if isinstance(failure, CheckpointError | ValueError | OSError) else repr(failure)
+
+
+def digest_of(value: Any) -> bytes:
+    """Compute 32 bytes that are the same for equal values that were built alike."""
+    return hashlib.sha256(pickle.dumps(value)).digest()
+
+
+def gather_distinct(value: Result, digests: Sequence[bytes], process_group: dist.ProcessGroup | None) -> list[Result]:
+    """Gather the values of all ranks, sending each distinct value once. A collective.
+
+    Args:
+        value: this rank's.
+        digests: of the values of all ranks, by rank.
+    """
+    if len(set(digests)) == 1:
+        return [value] * len(digests)
+    senders = {digest: rank for rank, digest in reversed(list(enumerate(digests)))}
+    rank = dist.get_rank(process_group)
+    gathered: list[Any] = [None] * len(digests)
+    dist.all_gather_object(gathered, value if senders[digests[rank]] == rank else None, group=process_group)
+    return [gathered[senders[digest]] for digest in digests]
+
+
+def refuse_differences(arguments: Sequence[Mapping[str, Any]]) -> None:
+    """Raise CheckpointError unless all ranks passed the same arguments, which are given by rank."""
+    for rank, own in enumerate(arguments):
+        for name, value in own.items():
+            if value != arguments[0][name]:
+                raise CheckpointError(f"{name} is {value!r} on rank {rank}, {arguments[0][name]!r} on rank 0; give the same on all ranks")

@@ -1,0 +1,106 @@
+"""The commit protocol on rank 0: create a draft, and turn it into a checkpoint when all ranks have written their shards.
+
+A published folder has a complete manifest and marker, or does not exist. Used by `saving.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Sequence
+from dataclasses import replace
+
+from sharded_optim.checkpoint.errors import CheckpointError
+from sharded_optim.checkpoint.manifest import MAX_MANIFEST_BYTES, Chunk, Manifest, ShardFile, TensorEntry
+from sharded_optim.checkpoint.manifest_writer import serialize
+from sharded_optim.checkpoint.reader import marker_of
+from sharded_optim.checkpoint.shard_file import WrittenShard
+from sharded_optim.checkpoint.store import COMMITTED, MANIFEST, Store, folder_of, shard_name
+from sharded_optim.checkpoint.write_plan import WritePlan
+
+__all__ = ["commit", "create_draft", "discard_draft"]
+
+logger = logging.getLogger(__name__)
+
+_cleaned: set[str] = set()  # roots from which this process has removed the drafts of processes that died
+
+
+def create_draft(store: Store, step: int) -> str:
+    """Create a draft for a step, and return its folder. The first time, remove the drafts of processes that died."""
+    if store.root not in _cleaned:
+        for folder in filter(store.is_draft, store.folders()):
+            logger.info("removing %s/%s, left by a process that died", store.root, folder)
+            store.remove(folder)
+        _cleaned.add(store.root)
+    return store.begin(folder_of(step), secrets.token_hex(4))
+
+
+def commit(store: Store, draft: str, manifest: Manifest, plan: WritePlan, shards: Sequence[WrittenShard | None]) -> None:
+    """Write the manifest and the marker, and publish a draft.
+
+    Args:
+        manifest: without files and tensors.
+        shards: what each rank wrote; None: nothing.
+
+    Raises:
+        CheckpointError: a rank's file is missing, or the manifest is too large.
+    """
+    complete = _complete(manifest, plan, shards)
+    _check_sizes(store, draft, complete)
+    text = serialize(complete)
+    if len(text) > MAX_MANIFEST_BYTES:
+        raise CheckpointError(f"the manifest would have {len(text)} bytes; the limit is {MAX_MANIFEST_BYTES}, and a larger one is not read")
+    _write(store, draft, MANIFEST, text)
+    _write(store, draft, COMMITTED, marker_of(text))
+    store.publish(draft, folder_of(manifest.step))
+
+
+def _complete(manifest: Manifest, plan: WritePlan, shards: Sequence[WrittenShard | None]) -> Manifest:
+    """Add the files and tensors of a plan, with the hashes that ranks computed while they wrote."""
+    files: dict[str, ShardFile] = {}
+    chunks: dict[tuple[str, str], list[Chunk]] = {key: [] for key in plan.tensors}
+    for rank, (shard, planned) in enumerate(zip(shards, plan.chunks, strict=True)):
+        if shard is None:
+            continue
+        name = shard_name(rank, len(shards))
+        offset = shard.header_size
+        for chunk, digest in zip(planned, shard.chunks_sha256, strict=True):
+            written = Chunk(segment=chunk.segment, file=name, offset=offset, size=chunk.size, sha256=digest)
+            chunks[chunk.kind, chunk.segment.name].append(written)
+            offset += chunk.size
+        files[name] = ShardFile(size=offset, header_size=shard.header_size, header_sha256=shard.header_sha256)
+    entries = [
+        TensorEntry(kind=kind, name=name, shape=shape, dtype=dtype, chunks=tuple(chunks[kind, name]))
+        for (kind, name), (shape, dtype) in plan.tensors.items()
+    ]
+    return replace(manifest, files=files, tensors={entry.key: entry for entry in entries})
+
+
+def _check_sizes(store: Store, draft: str, manifest: Manifest) -> None:
+    """Compare the files that rank 0 sees with what the ranks wrote."""
+    existing = store.files(draft)
+    for name, file in manifest.files.items():
+        size, _ = existing.get(name, ("none", None))
+        if size != file.size:
+            raise CheckpointError(
+                f"{name} was written with {file.size} bytes, and {store.root}/{draft} has {size}; root must be a folder that all ranks "
+                f"share, to which no other job saves"
+            )
+
+
+def _write(store: Store, folder: str, name: str, content: bytes) -> None:
+    writer = store.create(folder, name)
+    try:
+        writer.write(memoryview(content))
+    except BaseException:
+        writer.abandon()
+        raise
+    writer.close()
+
+
+def discard_draft(store: Store, draft: str) -> None:
+    """Remove the draft of a save that failed."""
+    try:
+        store.remove(draft)
+    except Exception as error:  # the save's own error is more important
+        logger.warning("%s/%s could not be removed: %s", store.root, draft, error)

@@ -1,0 +1,190 @@
+"""DeepSpeed's ordinary checkpoints, with files of each rank: ZeRO stages 0 to 3.
+
+Each rank's file has its partitions of flat float32 tensors: in stages 1 and 2 one for each param group, with the parameters one after the
+other; in stage 3 one for each sub-group, with an equal part of each parameter. Only the order and shapes of the parameters determine which
+elements are whose; so they are compared with the model's own parameters if the files have these too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharded_optim.checkpoint.content import Content
+from sharded_optim.checkpoint.imports import unpickling
+from sharded_optim.checkpoint.imports.assembly import assemble
+from sharded_optim.checkpoint.imports.deepspeed_files import ModelStates, equal_parts, group_names, tagged_folder
+from sharded_optim.checkpoint.imports.optimizer_state import ImportOptions, TranslatedState, translate
+from sharded_optim.checkpoint.imports.unpickling import StandIn
+from sharded_optim.checkpoint.local_tensor import LOW_PRECISION, MASTER, MODEL, LocalTensor
+from sharded_optim.checkpoint.manifest import Parameters
+from sharded_optim.sharding.segment import Segment
+
+__all__ = ["LATEST", "matches", "read"]
+
+OPTIMIZER_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
+LATEST = "latest"
+
+Piece = tuple[int, int, Segment]  # a rank, an offset in its partition, and the elements of a tensor that begin there
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def matches(path: Path) -> bool:
+    return (path / LATEST).is_file() or any(path.glob("*_model_states.pt"))
+
+
+def read(path: Path, options: ImportOptions) -> Content:
+    """Read a folder. Tensors stay in its files until they are written, except rounded parameters of stage 3."""
+    folder = tagged_folder(path, LATEST)
+    states = ModelStates.of(folder)
+    files = _optimizer_files(folder)
+    if not files:
+        return _stage_0(states, options)
+    ranks = [_of_rank(file) for file in files]
+    is_stage_3 = "fp32_flat_groups" in ranks[0]
+    base = [_base_optimizer(rank, is_stage_3, file) for rank, file in zip(ranks, files, strict=True)]
+    _check_count(folder, ranks)
+    translated = [translate(state_dict, options) for state_dict in base]
+    flat = [rank["fp32_flat_groups" if is_stage_3 else "single_partition_of_fp32_groups"] for rank in ranks]
+    if len(states.shapes) != len(flat[0]):
+        raise ValueError(f"{folder} has the shapes of {len(states.shapes)} flat tensors, and {len(flat[0])} flat tensors")
+    tensors = list(states.untrained())
+    steps: dict[str, float] = {}
+    for number, group in enumerate(states.shapes):
+        partitions = [partition[number] for partition in flat]
+        if is_stage_3:
+            pieces = list(_of_sub_group(group, partitions, f"{folder}: sub-group {number}"))
+        else:
+            pieces = list(_of_group(group, partitions, _paddings(ranks[0], number), f"{folder}: param group {number}"))
+        tensors += _values(pieces, partitions, states, f"{folder}: param group {number}")
+        tensors += _state(pieces, translated, number)
+        steps |= {name: translated[0].steps[number] for name in group if number in translated[0].steps}
+    names_by_group = group_names(base[0]["param_groups"], states.shapes, str(folder))
+    group_of = {name: index for index, names in enumerate(names_by_group) for name in names}
+    parameters = Parameters(optimizer=translated[0].optimizer, groups=translated[0].groups, group_of=group_of, steps=steps)
+    return Content(tensors=tensors, parameters=parameters, extra=states.extra())
+
+
+def _optimizer_files(folder: Path) -> list[Path]:
+    files = {int(match[1]): path for path in folder.iterdir() if (match := OPTIMIZER_FILE.fullmatch(path.name))}
+    missing = sorted(set(range(max(files, default=-1) + 1)) - files.keys())
+    if missing:
+        raise FileNotFoundError(f"{folder} has optimizer states of {len(files)} ranks, and not those of rank {missing[0]}; files are lost")
+    return [files[rank] for rank in sorted(files)]
+
+
+def _of_rank(file: Path) -> dict[str, Any]:
+    content = unpickling.load(file)
+    if not isinstance(content, dict) or not isinstance(content.get("optimizer_state_dict"), dict):
+        raise ValueError(f"{file} is not a file of DeepSpeed's optimizer states")
+    return content["optimizer_state_dict"]
+
+
+def _base_optimizer(rank: Mapping[str, Any], is_stage_3: bool, file: Path) -> Mapping[str, Any]:
+    """The state dict of the optimizer that DeepSpeed wraps."""
+    state_dict = rank.get("optimizer_state_dict" if is_stage_3 else "base_optimizer_state")
+    if not isinstance(state_dict, Mapping) or "param_groups" not in state_dict:
+        raise ValueError(f"{file} has the state of an elastic checkpoint, which is not supported; convert it to a Universal one")
+    return state_dict
+
+
+def _check_count(folder: Path, ranks: Sequence[Mapping[str, Any]]) -> None:
+    counts = ranks[0].get("partition_count", len(ranks))
+    for count in counts if isinstance(counts, list | tuple) else [counts]:
+        if count != len(ranks):
+            raise ValueError(f"{folder} was saved on {count} ranks and has the optimizer states of {len(ranks)}; files are lost")
+
+
+def _paddings(rank: Mapping[str, Any], number: int) -> Sequence[int] | None:
+    """The number of padding elements after each parameter of a group."""
+    paddings = rank.get("param_alignment_paddings")
+    return None if paddings is None else paddings[number]
+
+
+def _of_group(group: Shapes, partitions: Sequence[Tensor], paddings: Sequence[int] | None, where: str) -> Iterator[Piece]:
+    """The pieces of the parameters of a group, in stages 1 and 2."""
+    size = partitions[0].numel()
+    total = sum(partition.numel() for partition in partitions)
+    # The last is saved without its padding.
+    if any(partition.numel() != size for partition in partitions[:-1]) or partitions[-1].numel() > size:
+        raise ValueError(f"{where} has partitions of different sizes")
+    offset = 0
+    for number, (name, shape) in enumerate(group.items()):
+        numel = Segment.whole(name, shape).numel
+        if offset + numel > total:
+            raise ValueError(f"{where} has {total} elements, and {name!r} would end beyond")
+        yield from _cut(name, shape, offset, size, len(partitions))
+        offset += numel + (0 if paddings is None else paddings[number])
+
+
+def _cut(name: str, shape: tuple[int, ...], offset: int, size: int, ranks: int) -> Iterator[Piece]:
+    end = offset + Segment.whole(name, shape).numel
+    for rank in range(ranks):
+        first, last = max(offset, rank * size), min(end, (rank + 1) * size)
+        if first < last:
+            yield rank, first - rank * size, Segment.flat(name, shape, first - offset, last - first)
+
+
+def _of_sub_group(group: Shapes, partitions: Sequence[Tensor], where: str) -> Iterator[Piece]:
+    """The pieces of the parameters of a sub-group, in stage 3."""
+    offset = 0
+    for name, shape in group.items():
+        for rank, segment in equal_parts(name, shape, len(partitions)):
+            yield rank, offset, segment
+        offset += -(-Segment.whole(name, shape).numel // len(partitions))
+    if any(partition.numel() != offset for partition in partitions):
+        raise ValueError(f"{where} has {partitions[0].numel()} elements on a rank, its parameters {offset}")
+
+
+def _values(pieces: Sequence[Piece], partitions: Sequence[Tensor], states: ModelStates, where: str) -> Iterator[LocalTensor]:
+    """The masters and the model's own parameters.
+
+    Raises:
+        ValueError: the own parameters in the files are not the rounded masters.
+    """
+    for name in dict.fromkeys(segment.name for _, _, segment in pieces):
+        if name not in states.module:
+            raise ValueError(f"{where} has {name!r}, which is not in {states.files[0]}")
+    for rank, offset, segment in pieces:
+        own = states.module[segment.name]
+        master = partitions[rank][offset : offset + segment.numel]
+        value = master.to(own.dtype)
+        if own.shape == segment.shape:
+            part = own.flatten()[segment.start : segment.start + segment.numel]
+            if not torch.equal(part, value):
+                raise ValueError(
+                    f"{where}: what should be the float32 values of {segment.name!r} are not those of which the model has the rounded "
+                    f"ones; these files are not laid out as expected: convert them to a Universal checkpoint, and import that"
+                )
+            value = part
+        yield LocalTensor(kind=MODEL, segment=segment, local=value)
+        if own.dtype in LOW_PRECISION:
+            yield LocalTensor(kind=MASTER, segment=segment, local=master)
+
+
+def _state(pieces: Sequence[Piece], translated: Sequence[TranslatedState], number: int) -> Iterator[LocalTensor]:
+    for rank, offset, segment in pieces:
+        for kind, flat in translated[rank].state.get(number, {}).items():
+            if flat.numel() < offset + segment.numel:
+                raise ValueError(f"{kind} of {segment.name!r} is lost: rank {rank} has {flat.numel()} elements of its flat tensor")
+            yield LocalTensor(kind=kind, segment=segment, local=flat[offset : offset + segment.numel])
+
+
+def _stage_0(states: ModelStates, options: ImportOptions) -> Content:
+    """Read whole tensors from the file of model states."""
+    where = str(states.files[0])
+    optimizer = states.first.get("optimizer")
+    masters: list[Tensor] = []
+    if isinstance(optimizer, Mapping) and "optimizer_state_dict" in optimizer:  # for 16-bit parameters
+        if "fp32_groups" not in optimizer:
+            raise ValueError(f"{where} has the float32 values in flat tensors without the order of the parameters; train with ZeRO stage 1")
+        masters = [master for group in optimizer["fp32_groups"] for master in group]
+        optimizer = optimizer["optimizer_state_dict"]
+    if isinstance(optimizer, StandIn) or not isinstance(optimizer, Mapping | None):
+        raise ValueError(f"{where} has an optimizer state of an unknown kind")
+    return assemble(states.module, optimizer, options, where, masters=masters, extra=states.extra())

@@ -1,0 +1,118 @@
+"""What this process knows about the integrity of checkpoints, from having read them.
+
+Pruning relies on it: before old checkpoints are removed, one of those that stay must have been verified, every byte of it, and not written
+to since. Having written a checkpoint is not enough. Loading and verification record the integrity; `pruning.py` and `replacing.py` read it.
+"""
+
+from __future__ import annotations
+
+import enum
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+from sharded_optim.checkpoint.collectives import all_or_nothing, rank_and_world_size
+from sharded_optim.checkpoint.errors import CheckpointError, DamagedError, MismatchError, UnreadableError
+from sharded_optim.checkpoint.reader import CheckpointReader, list_files
+from sharded_optim.checkpoint.store import Store, folder_of
+
+__all__ = [
+    "Integrity",
+    "forget",
+    "known_integrity",
+    "record",
+    "recording_integrity",
+    "skipping_damaged",
+    "verify_all",
+    "verify_together",
+]
+
+
+class Integrity(enum.Enum):
+    """The result of reading a checkpoint."""
+
+    PLAUSIBLE = enum.auto()  # the manifest is intact, and the files have the right sizes
+    VERIFIED = enum.auto()  # every byte is as it was saved
+    DAMAGED = enum.auto()
+
+
+# By root and step, with the version of the files that were read; see `list_files`.
+_known: dict[tuple[str, int], tuple[bytes, Integrity]] = {}
+
+
+def known_integrity(store: Store, step: int) -> Integrity | None:
+    """The recorded integrity of a checkpoint; None if its files were written to since, as far as the store notices.
+
+    Raises:
+        DamagedError, UnreadableError: see `list_files`.
+    """
+    _, current = list_files(store, step)
+    version, integrity = _known.get((store.root, step), (None, None))
+    return integrity if version is not None and version == current else None
+
+
+def record(reader: CheckpointReader, integrity: Integrity) -> None:
+    if reader.version is not None:
+        _known[reader.root, reader.step] = reader.version, integrity
+
+
+def forget(store: Store, step: int) -> None:
+    """Drop the record of a checkpoint that is removed."""
+    _known.pop((store.root, step), None)
+
+
+@contextmanager
+def recording_integrity(reader: CheckpointReader) -> Iterator[None]:
+    """Record the integrity of a checkpoint by whether the block, which reads all of it, raises."""
+    try:
+        yield
+    except UnreadableError:  # it may or may not be damaged
+        _known.pop((reader.root, reader.step), None)
+        raise
+    except DamagedError:
+        record(reader, Integrity.DAMAGED)
+        raise
+    record(reader, Integrity.VERIFIED)
+
+
+def verify_all(reader: CheckpointReader) -> None:
+    """Read all of a checkpoint in this process. Raises DamagedError if it is not what was saved."""
+    reader.check_files()
+    with recording_integrity(reader):
+        reader.verify((), 0, 1)
+
+
+def verify_together(store: Store, step: int, process_group: dist.ProcessGroup | None) -> None:
+    """Read all of a checkpoint, each rank its share, unless rank 0 knows its integrity already. A collective.
+
+    Raises:
+        CheckpointError: see `CheckpointReader`.
+    """
+    rank, world_size = rank_and_world_size(process_group)
+    where = f"{store.root}/{folder_of(step)}"
+
+    def open_reader() -> tuple[CheckpointReader, Integrity | None]:
+        integrity = known_integrity(store, step) if rank == 0 else None
+        if integrity is Integrity.DAMAGED:
+            raise DamagedError(f"{where} was damaged when this process read it")
+        reader = CheckpointReader(store, step)
+        reader.check_files()
+        return reader, integrity
+
+    (reader, _), known = all_or_nothing(f"opening {where}", open_reader, process_group, share=lambda opened: opened[1])
+    if known[0] is not Integrity.VERIFIED:
+        with recording_integrity(reader):
+            all_or_nothing(f"reading back {where}", lambda: reader.verify((), rank, world_size), process_group)
+
+
+@contextmanager
+def skipping_damaged() -> Iterator[None]:
+    """Leave the block if a checkpoint is damaged or of a later version, with a warning, or was removed meanwhile."""
+    try:
+        yield
+    except (DamagedError, MismatchError) as error:
+        warnings.warn(f"{error}\n  It is skipped.", UserWarning, stacklevel=5)
+    except CheckpointError:
+        pass

@@ -1,0 +1,94 @@
+"""The registry of what checkpoints can read: an `Adapter` for each kind of model and optimizer, in a file of its own.
+
+Used by saving, loading and `tools/divergence.py`, which know no wrapper by name.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+from sharded_optim.checkpoint.live.model import LiveModel
+from sharded_optim.checkpoint.live.optimizer import LiveOptimizer
+
+__all__ = ["ADAPTERS", "Adapter", "live_model", "live_optimizer"]
+
+# Modules with an `ADAPTER`, in the order in which they are asked, each with the module that is imported wherever its wrapper is used.
+ADAPTERS = {
+    "sharded_optim.checkpoint.live.zero": "sharded_optim.zero",
+    "sharded_optim.checkpoint.live.deepspeed": "deepspeed.runtime.engine",
+    "sharded_optim.checkpoint.live.adapters": "sharded_optim",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """How checkpoints read a kind of model or optimizer. A function returns None for what is not of the kind.
+
+    Attributes:
+        model: (module) -> what this process holds of it. Raises ValueError if that cannot be determined.
+        optimizer: (optimizer, its model or None, what this process holds of the model) -> what it holds of the optimizer. Likewise.
+    """
+
+    model: Callable[[nn.Module], LiveModel | None] = lambda model: None
+    optimizer: Callable[[Any, Any, LiveModel], LiveOptimizer | None] = lambda optimizer, model, live: None
+
+
+ADAPTER = Adapter(model=LiveModel.of, optimizer=LiveOptimizer.of)
+
+
+def _adapters() -> Iterator[Adapter]:
+    return (_adapter_in(file) for file, used in ADAPTERS.items() if used in sys.modules)
+
+
+@cache
+def _adapter_in(file: str) -> Adapter:
+    return import_module(file).ADAPTER
+
+
+def live_model(model: Any) -> LiveModel:
+    """Find what this process holds of a model.
+
+    Args:
+        model: a module under any wrapper, or a DeepSpeedEngine; None: nothing.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: what it holds cannot be determined.
+    """
+    if model is None:
+        return LiveModel()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module or a DeepSpeedEngine, got {type(model).__name__}")
+    return next(live for adapter in _adapters() if (live := adapter.model(model)) is not None)
+
+
+def live_optimizer(optimizer: Any, model: Any, live: LiveModel) -> LiveOptimizer:
+    """Find what this process holds of an optimizer.
+
+    Args:
+        optimizer: one of this library, or an object of Accelerate or DeepSpeed that wraps one as `optimizer`.
+        model: whose parameters it steps, and whose names for them are used; None: the optimizer's own names.
+        live: what this process holds of the model.
+
+    Raises:
+        TypeError: it belongs to another library.
+        ValueError: what it holds cannot be determined.
+    """
+    candidate = optimizer
+    while candidate is not None:
+        for adapter in _adapters():
+            state = adapter.optimizer(candidate, model, live)
+            if state is not None:
+                return state
+        candidate = getattr(candidate, "optimizer", None)
+    raise TypeError(
+        f"optimizer must be one of this library (so.StableAdamW, so.ShardedOptimizer, ...), got {type(optimizer).__qualname__}; the "
+        f"state of others is imported with `sharded-optim checkpoint import`"
+    )

@@ -1,0 +1,70 @@
+"""`LocalTensor`, the one description of what a process holds of a tensor.
+
+The modules in `live/` and `imports/` produce them; saving reads their elements, and loading writes to them.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sharded_optim.checkpoint.manifest import MODEL, key_of
+from sharded_optim.sharding.segment import Segment
+
+__all__ = ["LOW_PRECISION", "MASTER", "MODEL", "LocalTensor", "bytes_of", "checksum", "tensor_of"]
+
+# The kinds of tensors beside MODEL; all others are entries of the optimizer's state.
+MASTER = "master"  # float32 values of which the parameter is the rounded copy
+LOW_PRECISION = (torch.bfloat16, torch.float16)  # dtypes of parameters that may have masters
+CHECKSUM_NUMEL = 2**20  # elements that are copied to the host at a time
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LocalTensor:
+    """The elements of a tensor that this process holds.
+
+    Attributes:
+        kind: MODEL, MASTER or an entry of the optimizer's state.
+        segment: which elements, and of which parameter or buffer.
+        local: these elements in order, in any shape. Loading writes here.
+        is_buffer: whether replicas may have different values, of which the first rank's is saved, as for running means.
+    """
+
+    kind: str
+    segment: Segment
+    local: Tensor
+    is_buffer: bool = False
+
+    @property
+    def key(self) -> str:
+        return key_of(self.kind, self.segment.name)
+
+    def flat(self) -> Tensor:
+        """The elements: 1-D, contiguous; a view where the memory layout allows it."""
+        return self.local.detach().reshape(-1).contiguous()
+
+    @property
+    def flat_is_view(self) -> bool:
+        return self.local.is_contiguous() and not self.local.is_conj() and not self.local.is_neg()
+
+
+def bytes_of(flat: Tensor) -> memoryview:
+    """The memory of a 1-D contiguous tensor on the CPU."""
+    return flat.view(torch.uint8).numpy().data
+
+
+def checksum(flat: Tensor) -> int:
+    """Compute the CRC-32 of the bytes of a 1-D tensor."""
+    result = 0
+    for part in flat.split(CHECKSUM_NUMEL):
+        result = zlib.crc32(bytes_of(part.cpu()), result)
+    return result
+
+
+def tensor_of(content: memoryview, dtype: torch.dtype) -> Tensor:
+    """Bytes as a 1-D tensor; a view of them where they are aligned."""
+    flat = torch.frombuffer(content, dtype=torch.uint8)
+    return (flat if flat.data_ptr() % dtype.itemsize == 0 else flat.clone()).view(dtype)

@@ -1,0 +1,133 @@
+"""Remove old checkpoints: `so.checkpoint.prune` in one process, `prune_together` after a save with keep=.
+
+One of the checkpoints that stay must be known to be intact (`integrity.py`); if none is, the newest is read back first.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Iterator
+from itertools import islice
+
+import torch.distributed as dist
+
+from sharded_optim.checkpoint.collectives import all_or_nothing, rank_and_world_size
+from sharded_optim.checkpoint.errors import CheckpointError, DamagedError
+from sharded_optim.checkpoint.integrity import (
+    Integrity,
+    forget,
+    known_integrity,
+    record,
+    skipping_damaged,
+    verify_all,
+    verify_together,
+)
+from sharded_optim.checkpoint.reader import CheckpointReader
+from sharded_optim.checkpoint.steps import candidates
+from sharded_optim.checkpoint.store import Store, folder_of, open_store
+
+__all__ = ["prune", "prune_together"]
+
+
+def prune(root: str | os.PathLike[str], keep: int) -> list[int]:
+    """Remove all checkpoints but the newest `keep`.
+
+    Damaged ones are not counted, as far as their manifests, the sizes of their files, and earlier reads of this process show; they stay if
+    they are newer than all that are counted. No shard is read if this process has read back one of the newest `keep`, in `load`, `verify`
+    or `latest`, and its files were not written to since, as far as the store notices. Otherwise the newest of them is read back, and if it
+    is damaged the one before it: a checkpoint that verifies stays. Bytes that decay without a write after they were read back are not
+    noticed; `verify` finds them. If a store lists no times or tags of files, a checkpoint is read back each time.
+
+    May be called by several processes at once.
+
+    Returns:
+        The steps that were removed.
+
+    Raises:
+        CheckpointError: some could not be removed; all others were.
+    """
+    if type(keep) is not int or keep < 1:
+        raise ValueError(f"keep must be a whole number >= 1, got {keep!r}")
+    store = open_store(root)
+    damaged: set[int] = set()
+    while True:
+        removable, unverified = _removable(store, keep, damaged=damaged)
+        if unverified is None:
+            break
+        with skipping_damaged():
+            verify_all(CheckpointReader(store, unverified))
+            break
+        damaged.add(unverified)
+    _remove(store, removable)
+    return removable
+
+
+def prune_together(store: Store, keep: int, new_step: int, process_group: dist.ProcessGroup | None) -> None:
+    """Remove all checkpoints but the newest `keep`, and never the one just saved. A collective.
+
+    The ranks read back one checkpoint together, each its share: rank 0 alone would take world size times as long, and the others would run
+    into a timeout.
+
+    Raises:
+        CheckpointError: the newest is damaged, or some could not be removed.
+    """
+    rank, _ = rank_and_world_size(process_group)
+
+    def choose() -> tuple[list[int], int | None]:
+        return _removable(store, keep, spare=new_step) if rank == 0 else ([], None)
+
+    _, choices = all_or_nothing(f"pruning {store.root}", choose, process_group)
+    removable, unverified = choices[0]
+    if unverified is not None:
+        verify_together(store, unverified, process_group)
+    for step in removable:
+        forget(store, step)
+    if removable:
+        all_or_nothing(f"pruning {store.root}", lambda: _remove(store, removable) if rank == 0 else None, process_group)
+
+
+def _removable(store: Store, keep: int, *, damaged: Collection[int] = (), spare: int | None = None) -> tuple[list[int], int | None]:
+    """The steps that are older than the newest `keep`, and the one of those that must be verified before any is removed. Reads no shard.
+
+    Args:
+        damaged: steps that are not counted.
+        spare: a step that stays.
+
+    Returns:
+        The steps, ascending, and the one to verify; None if one of the newest `keep` is verified, or there is nothing to remove.
+    """
+    counted = ((step, integrity) for step, integrity in _newest_first(store) if step not in damaged)
+    newest = dict(islice(counted, keep))
+    if len(newest) < keep:
+        return [], None
+    older = [step for step in candidates(store) if step < min(newest) and step != spare]
+    is_safe = not older or Integrity.VERIFIED in newest.values()
+    return older, None if is_safe else max(newest)
+
+
+def _newest_first(store: Store) -> Iterator[tuple[int, Integrity]]:
+    """The checkpoints that are not known to be damaged, without reading a shard. Each manifest is read once per process."""
+    for step in reversed(candidates(store)):
+        with skipping_damaged():
+            integrity = known_integrity(store, step)
+            if integrity is None:
+                reader = CheckpointReader(store, step)
+                reader.check_files()
+                integrity = Integrity.PLAUSIBLE
+                record(reader, integrity)
+            if integrity is Integrity.DAMAGED:
+                raise DamagedError(f"{store.root}/{folder_of(step)} was damaged when this process read it")
+            yield step, integrity
+
+
+def _remove(store: Store, steps: Iterable[int]) -> None:
+    """Remove checkpoints. Raises CheckpointError if some could not be removed; all others were."""
+    failures = []
+    for step in steps:
+        try:
+            store.remove(folder_of(step))
+        except Exception as error:  # clients of clouds raise errors of their own
+            failures.append(f"{store.root}/{folder_of(step)} could not be removed: {error}")
+        forget(store, step)
+    if failures:
+        raise CheckpointError("\n  ".join(failures))
