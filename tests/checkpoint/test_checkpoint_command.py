@@ -95,7 +95,7 @@ def test_show_tells_tensors_hyperparameters_steps_and_extra(root: Path) -> None:
     assert ["model", "1.num_batches_tracked", "()", "int64", "8 B", "1"] in rows
     assert ["exp_avg_sq", "2.bias", "2", "float32", "8 B", "1"] in rows
     assert ["kahan_comp", "2.weight", "2x5", "bfloat16", "20 B", "1"] in rows
-    assert "in all exp_avg 128 B, exp_avg_sq 128 B, kahan_comp 64 B, model 112 B" in output
+    assert "total: exp_avg 128 B, exp_avg_sq 128 B, kahan_comp 64 B, model 112 B" in output
     assert ["StableAdamW", "param group 0", "param group 1"] in rows
     assert ["weight_decay", "0.1", "0.01"] in rows
     assert ["betas", "(0.9, 0.99)", "(0.9, 0.99)"] in rows
@@ -149,11 +149,11 @@ def test_verify_names_what_is_damaged_and_exits_with_1(pattern: str, root: Path)
 
 
 def test_prune_keeps_the_newest_that_verify(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(import_module("sharded_optim.checkpoint.steps"), "_findings", {})  # as in a process of its own
+    monkeypatch.setattr(import_module("sharded_optim.checkpoint.integrity"), "_known", {})  # as in a process of its own
     damage(root, 12, "*.safetensors")
     result = run("prune", root, "--keep", "1")
     assert result.exit_code == 0, result.output
-    assert result.stdout == "removed 3; there remain 5, 12\n"
+    assert result.stdout == "removed 3; remaining 5, 12\n"
     assert "warning: " in result.stderr
     assert checkpoint.steps(root) == [5, 12]
 

@@ -1,4 +1,4 @@
-"""Arguments that several commands have."""
+"""Arguments of several commands."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ import typer
 
 __all__ = ["Root", "Step"]
 
-Root = Annotated[str, typer.Argument(metavar="ROOT", help="folder that holds the step-... folders, or a URL that fsspec knows")]
-Step = Annotated[int | None, typer.Option("--step", help="the highest, unless given")]
+Root = Annotated[str, typer.Argument(metavar="ROOT", help="folder that holds the step-... folders, or a URL that fsspec supports")]
+Step = Annotated[int | None, typer.Option("--step", help="default: the highest")]

@@ -1,4 +1,4 @@
-"""`checkpoint export` and `checkpoint import`."""
+"""The commands `checkpoint export` and `checkpoint import`."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def export(
     destination: Annotated[str, typer.Argument(metavar="DESTINATION", help="a new folder, or for torch a new file")],
     step: Step = None,
     format_: Annotated[
-        str, typer.Option("--format", help="safetensors: the model, as Hugging Face libraries read it; torch: all, in one file")
+        str, typer.Option("--format", help="safetensors: the model, as Hugging Face libraries read it; torch: everything, in one file")
     ] = "safetensors",
-    masters: Annotated[bool, typer.Option("--masters", help="float32 masters in the place of parameters that were rounded")] = False,
+    masters: Annotated[bool, typer.Option("--masters", help="write float32 masters in place of rounded parameters")] = False,
 ) -> None:
-    """Write a checkpoint for other programs."""
+    """Export a checkpoint for other programs."""
     with errors.for_users():
         if format_ == "safetensors":
             for name in checkpoint.export_safetensors(root, destination, step=step, masters=masters):
@@ -37,25 +37,25 @@ def export(
 
 
 def import_(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="a folder, or a file of torch's")],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="a folder or file of another library")],
     root: Root,
-    step: Annotated[int, typer.Option("--step", help="the number of the checkpoint that is made")],
+    step: Annotated[int, typer.Option("--step", help="the step of the new checkpoint")],
     format_: Annotated[str, typer.Option("--format", help=f"auto, or one of {', '.join(FORMATS)}")] = "auto",
     unpickle: Annotated[
         bool,
-        typer.Option("--unpickle", help="read pickled files, with torch's weights-only loading: all formats but safetensors are pickled"),
+        typer.Option(
+            "--unpickle", help="read pickled files, with torch's weights-only loading: all formats except safetensors are pickled"
+        ),
     ] = False,
-    optimizer: Annotated[
-        str | None, typer.Option(help="of this library, that is going to continue: AdamW, StableAdamW, ...; the nearest, unless given")
-    ] = None,
+    optimizer: Annotated[str | None, typer.Option(help="that is going to continue: AdamW, StableAdamW, ...; default: the nearest")] = None,
     decay_form: Annotated[
-        str | None, typer.Option(help="what weight_decay means, where the source does not tell: coupled, l2, decoupled")
+        str | None, typer.Option(help="meaning of weight_decay if the source does not specify it: coupled, l2, decoupled")
     ] = None,
-    model_key: Annotated[str | None, typer.Option(help="where the model's state dict is, as in a.b; found, unless given")] = None,
-    optimizer_key: Annotated[str | None, typer.Option(help="where the optimizer's is")] = None,
-    names: Annotated[str | None, typer.Option(help="text file with the parameters' names, in the order in which they are numbered")] = None,
+    model_key: Annotated[str | None, typer.Option(help="key of the model's state dict, such as a.b; default: detected")] = None,
+    optimizer_key: Annotated[str | None, typer.Option(help="key of the optimizer's state dict")] = None,
+    names: Annotated[str | None, typer.Option(help="text file with the names of parameters, in the order of their numbers")] = None,
 ) -> None:
-    """Make a checkpoint of another library's. Of pickled files only if told so: see --unpickle."""
+    """Import another library's checkpoint. Pickled files need --unpickle."""
     with errors.for_users():
         param_names = None
         if names is not None:

@@ -1,4 +1,4 @@
-"""`checkpoint ls` and `checkpoint show`: what is there, from manifests alone. No data is read."""
+"""The commands `checkpoint ls` and `checkpoint show`, which read manifests only."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ LONGEST_VALUE = 100  # characters
 
 
 def ls(root: Root) -> None:
-    """List checkpoints. Reads no data: see verify."""
+    """List checkpoints. Reads no data; see verify."""
     with errors.for_users():
         store = open_store(root)
-        found = steps_in(store.folders())
-        if not found:
+        existing = steps_in(store.folders())
+        if not existing:
             raise CheckpointError(f"there is no checkpoint in {root}; give the folder that holds the step-... folders")
         committed = set(checkpoint.steps(root))
-        rows = [_row(root, step) if step in committed else (str(step), *"----", "-", "not committed") for step in found]
+        rows = [_row(root, step) if step in committed else (str(step), *"----", "-", "not committed") for step in existing]
     grid = table(numbers=("step", "size", "tensors", "files", "ranks"), last=("optimizer", "state"))
     for row in rows:
         grid.add_row(*map(plain, row))
@@ -54,9 +54,9 @@ def _row(root: str, step: int) -> tuple[str, ...]:
 def show(
     root: Root,
     step: Step = None,
-    extents: Annotated[bool, typer.Option("--extents", help="also each chunk of each tensor: elements, file and bytes")] = False,
+    extents: Annotated[bool, typer.Option("--extents", help="list each chunk of each tensor too: elements, file and bytes")] = False,
 ) -> None:
-    """Tell what a checkpoint holds. Tensors, hyperparameters, step counters, extra."""
+    """Show the tensors, hyperparameters, step counters and extra of a checkpoint."""
     with errors.for_users():
         manifest = checkpoint.describe(root, step)
     libraries = ", ".join(f"{name} {version}" for name, version in manifest.libraries.items())
@@ -69,7 +69,7 @@ def show(
         _print_groups(manifest.parameters)
         _print_steps(manifest.parameters)
     for name, value in manifest.wrapper.items():
-        print(f"of {name}: {_short(value)}")
+        print(f"state of {name}: {_short(value)}")
     _print_extra(manifest.extra)
 
 
@@ -82,7 +82,7 @@ def _print_tensors(manifest: Manifest) -> None:
             *map(plain, (entry.kind, entry.name, _shape(entry.shape), _dtype(entry.dtype), size_of(entry.size), len(entry.chunks)))
         )
     print_table(grid)
-    print("in all " + ", ".join(f"{kind} {size_of(size)}" for kind, size in sizes.items()) + "\n")
+    print("total: " + ", ".join(f"{kind} {size_of(size)}" for kind, size in sizes.items()) + "\n")
 
 
 def _print_extents(manifest: Manifest) -> None:
@@ -95,7 +95,7 @@ def _print_extents(manifest: Manifest) -> None:
 
 
 def _elements(chunk: Chunk) -> str:
-    """Which of the flattened tensor."""
+    """The range of elements of the flattened tensor."""
     segment = chunk.segment
     first = f"[{segment.start}, {segment.start + segment.run})"
     return first if segment.count == 1 else f"{first} and {segment.count - 1} more, every {segment.stride}"
@@ -113,9 +113,9 @@ def _print_groups(parameters: Parameters) -> None:
 
 def _print_steps(parameters: Parameters) -> None:
     counts = Counter(parameters.steps.values())
-    told = ", ".join(f"{step:g} ({counted(count, 'parameter')})" for step, count in sorted(counts.items()))
+    texts = ", ".join(f"{step:g} ({counted(count, 'parameter')})" for step, count in sorted(counts.items()))
     missing = len(parameters.group_of.keys() - parameters.steps.keys())
-    print(f"steps taken: {told or 'none'}" + (f"; {missing:,} without state" if missing else ""))
+    print(f"steps taken: {texts or 'none'}" + (f"; {missing:,} without state" if missing else ""))
 
 
 def _print_extra(extra: Any) -> None:

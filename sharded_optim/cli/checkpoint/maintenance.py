@@ -1,4 +1,4 @@
-"""`checkpoint verify` and `checkpoint prune`."""
+"""The commands `checkpoint verify` and `checkpoint prune`."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def verify(
     step: Step = None,
     every: Annotated[bool, typer.Option("--all", help="verify all steps")] = False,
 ) -> None:
-    """Compare every byte with what was saved. By SHA-256; exit status 1: something is damaged."""
+    """Compare every byte with what was saved, by SHA-256. Exit status 1: something is damaged."""
     damaged = False
     with errors.for_users():
         if every and step is not None:
             raise ValueError("--all and --step contradict each other; give one of the two")
         store = open_store(root)
         chosen = existing_step(store, step)
-        for each in candidates(store) if every else [chosen]:  # one that has lost its marker is damaged
-            damaged |= not _verified(root, each)
+        for number in candidates(store) if every else [chosen]:  # one that has lost its marker is damaged
+            damaged |= not _verified(root, number)
     if damaged:
         raise typer.Exit(1)
 
@@ -49,13 +49,13 @@ def _verified(root: str, step: int) -> bool:
     return True
 
 
-def prune(root: Root, keep: Annotated[int, typer.Option("--keep", help="how many remain")]) -> None:
-    """Remove all but the newest. Of these one is read back before; what is damaged does not count, and stays if it is newer."""
+def prune(root: Root, keep: Annotated[int, typer.Option("--keep", help="number of checkpoints to keep")]) -> None:
+    """Remove all but the newest checkpoints, one of which is read back before. Damaged ones are not counted, and stay if they are newer."""
     with errors.for_users():
         removed = checkpoint.prune(root, keep)
         remaining = checkpoint.steps(root)
-    print(f"removed {_listed(removed)}; there remain {_listed(remaining)}")
+    print(f"removed {_joined(removed)}; remaining {_joined(remaining)}")
 
 
-def _listed(steps: list[int]) -> str:
+def _joined(steps: list[int]) -> str:
     return ", ".join(map(str, steps)) or "none"
