@@ -15,7 +15,7 @@ from sharded_optim.checkpoint.manifest import MAX_MANIFEST_BYTES, Chunk, Manifes
 from sharded_optim.checkpoint.manifest_writer import serialize
 from sharded_optim.checkpoint.reader import marker_of
 from sharded_optim.checkpoint.shard_file import WrittenShard
-from sharded_optim.checkpoint.store import COMMITTED, MANIFEST, Store, folder_of, shard_name
+from sharded_optim.checkpoint.store import COMMITTED, MANIFEST, Store, folder_of, new_file, shard_name
 from sharded_optim.checkpoint.write_plan import WritePlan
 
 __all__ = ["commit", "create_draft", "discard_draft"]
@@ -50,8 +50,9 @@ def commit(store: Store, draft: str, manifest: Manifest, plan: WritePlan, shards
     text = serialize(complete)
     if len(text) > MAX_MANIFEST_BYTES:
         raise CheckpointError(f"the manifest would have {len(text)} bytes; the limit is {MAX_MANIFEST_BYTES}, and a larger one is not read")
-    _write(store, draft, MANIFEST, text)
-    _write(store, draft, COMMITTED, marker_of(text))
+    for name, content in ((MANIFEST, text), (COMMITTED, marker_of(text))):
+        with new_file(store, draft, name) as file:
+            file.write(memoryview(content))
     store.publish(draft, folder_of(manifest.step))
 
 
@@ -86,16 +87,6 @@ def _check_sizes(store: Store, draft: str, manifest: Manifest) -> None:
                 f"{name} was written with {file.size} bytes, and {store.root}/{draft} has {size}; root must be a folder that all ranks "
                 f"share, to which no other job saves"
             )
-
-
-def _write(store: Store, folder: str, name: str, content: bytes) -> None:
-    writer = store.create(folder, name)
-    try:
-        writer.write(memoryview(content))
-    except BaseException:
-        writer.abandon()
-        raise
-    writer.close()
 
 
 def discard_draft(store: Store, draft: str) -> None:

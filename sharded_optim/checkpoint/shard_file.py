@@ -20,7 +20,7 @@ from torch import Tensor
 from sharded_optim.checkpoint.dtypes import name_of
 from sharded_optim.checkpoint.local_tensor import bytes_of
 from sharded_optim.checkpoint.manifest import MAX_HEADER_BYTES, sha256
-from sharded_optim.checkpoint.store import Store
+from sharded_optim.checkpoint.store import Store, new_file
 from sharded_optim.checkpoint.write_plan import PlannedChunk
 from sharded_optim.sharding.segment import Segment
 
@@ -40,7 +40,7 @@ class WrittenShard:
 
 
 def write_shard(
-    store: Store, folder: str, file: str, chunks: Sequence[PlannedChunk], content: Callable[[PlannedChunk], Tensor]
+    store: Store, folder: str, name: str, chunks: Sequence[PlannedChunk], content: Callable[[PlannedChunk], Tensor]
 ) -> WrittenShard:
     """Write a file and return when it is on the disk.
 
@@ -48,19 +48,14 @@ def write_shard(
         content: returns the elements of a chunk: 1-D, contiguous, on any device.
     """
     header = _header(chunks)
-    writer = store.create(folder, file)
-    try:
+    with new_file(store, folder, name) as file:
         with _Hasher() as hasher:
-            writer.write(memoryview(header))
+            file.write(memoryview(header))
             for chunk in chunks:
                 flat = content(chunk).cpu()
                 hasher.add(flat)
-                writer.write(bytes_of(flat))
+                file.write(bytes_of(flat))
         digests = hasher.digests()
-    except BaseException:
-        writer.abandon()
-        raise
-    writer.close()
     return WrittenShard(header_size=len(header), header_sha256=sha256(header), chunks_sha256=digests)
 
 

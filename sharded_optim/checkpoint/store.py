@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 from sharded_optim.checkpoint.local_store import LocalStore
 from sharded_optim.checkpoint.url_store import UrlStore
 
-__all__ = ["COMMITTED", "MANIFEST", "Store", "Writer", "folder_of", "open_store", "shard_name", "steps_in"]
+__all__ = ["COMMITTED", "MANIFEST", "Store", "Writer", "folder_of", "new_file", "open_store", "shard_name", "steps_in"]
 
 MANIFEST = "manifest.json"
 COMMITTED = "COMMITTED"  # holds the SHA-256 of the manifest
@@ -98,6 +99,18 @@ def open_store(root: str | os.PathLike[str]) -> Store:
         return LocalStore(where)
     protocol, _, path = where.partition("://")
     return LocalStore(path) if protocol in ("file", "local") else UrlStore(where)
+
+
+@contextmanager
+def new_file(store: Store, folder: str, name: str) -> Iterator[Writer]:
+    """Create a file in a draft, to be written in the block; it is on the disk afterwards."""
+    writer = store.create(folder, name)
+    try:
+        yield writer
+    except BaseException:
+        writer.abandon()
+        raise
+    writer.close()
 
 
 def folder_of(step: int) -> str:
