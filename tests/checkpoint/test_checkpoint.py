@@ -85,7 +85,7 @@ def assert_same(model: nn.Module, optimizer: Any, other: nn.Module, other_optimi
 
 
 @pytest.mark.parametrize("url", ["folder", "file://", "memory://"])
-def test_everything_comes_back_and_training_goes_on_with_the_same_bits(url: str, tmp_path: Path) -> None:
+def test_a_loaded_run_continues_with_the_same_bits(url: str, tmp_path: Path) -> None:
     """Into a model and an optimizer that have other values, and state where the checkpoint has none."""
     root = {"folder": str(tmp_path / "deep" / "er"), "file://": f"file://{tmp_path}/x", "memory://": f"memory://{tmp_path.name}/run"}[url]
     model, optimizer = trained()
@@ -107,7 +107,7 @@ def test_everything_comes_back_and_training_goes_on_with_the_same_bits(url: str,
     assert so.checkpoint.steps(root) == [5]
 
 
-def test_async_save_holds_the_values_of_the_moment_and_uses_its_buffer_again(tmp_path: Path) -> None:
+def test_async_save_copies_values_at_the_call_and_reuses_its_buffer(tmp_path: Path) -> None:
     model, optimizer = trained()
     reference, reference_optimizer = trained()
     first = so.checkpoint.async_save(tmp_path, 3, model=model, optimizer=optimizer)
@@ -130,7 +130,7 @@ EXTRA = {
 }
 
 
-def test_extra_comes_back_as_it_was_to_the_last_bit(tmp_path: Path) -> None:
+def test_extra_is_restored_to_the_last_bit(tmp_path: Path) -> None:
     model, _ = trained(0)
     state = torch.get_rng_state()
     extra = EXTRA | {"rng": state, "empty": torch.empty(0, 2), "half": torch.tensor(0.1, dtype=torch.bfloat16), "nan": math.nan}
@@ -147,7 +147,7 @@ def test_extra_comes_back_as_it_was_to_the_last_bit(tmp_path: Path) -> None:
     assert so.checkpoint.steps(tmp_path) == [0]
 
 
-def test_a_schedule_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_a_schedule_continues_from_extra(tmp_path: Path) -> None:
     def build(seed: int) -> tuple[Any, ...]:
         model, optimizer = trained(0, seed=seed)
         return model, optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-1, total_steps=9)
@@ -208,7 +208,7 @@ def everything(model: nn.Module, optimizer: Any) -> tuple[Any, ...]:
     return {name: value.clone() for name, value in model.state_dict().items()}, state, groups
 
 
-def test_all_that_does_not_fit_is_in_one_error_and_nothing_has_changed(tmp_path: Path) -> None:
+def test_all_mismatches_are_in_one_error_and_nothing_changes(tmp_path: Path) -> None:
     model, optimizer = trained()
     so.checkpoint.save(tmp_path, 3, model=model, optimizer=optimizer)
     torch.manual_seed(5)
@@ -235,7 +235,7 @@ def test_all_that_does_not_fit_is_in_one_error_and_nothing_has_changed(tmp_path:
     assert repr(everything(other, other_optimizer)) == repr(before)
 
 
-def test_chosen_names_may_not_fit(tmp_path: Path) -> None:
+def test_lenient_names_need_not_match(tmp_path: Path) -> None:
     """A new head is left as it is, with a warning that names it; what was not chosen is still an error."""
     model, optimizer = trained()
     so.checkpoint.save(tmp_path, 3, model=model, optimizer=optimizer)
@@ -339,7 +339,7 @@ def test_state_continues_in_another_class_of_the_family_and_maxima_and_compensat
 
 
 @pytest.mark.parametrize("options", [{}, {"kahan_sum": True}, {"stochastic_rounding": True}, {"state_dtype": torch.bfloat16}])
-def test_low_precision_comes_back_with_its_compensations(options: dict[str, Any], tmp_path: Path) -> None:
+def test_low_precision_parameters_are_restored_with_their_compensations(options: dict[str, Any], tmp_path: Path) -> None:
     def build(steps: int, seed: int) -> tuple[nn.Module, Any]:
         torch.manual_seed(seed)
         model = nn.Linear(13, 7, dtype=torch.bfloat16)
@@ -374,7 +374,7 @@ def test_a_single_pattern_is_one_and_choices_are_checked(tmp_path: Path) -> None
         so.checkpoint.load(tmp_path, model=model, optimizer=optimizer, hyperparameters="Live")
 
 
-def test_what_cannot_hold_values_is_told(tmp_path: Path) -> None:
+def test_tensors_without_memory_of_their_own_are_refused(tmp_path: Path) -> None:
     model, optimizer = trained()
     so.checkpoint.save(tmp_path, 3, model=model, optimizer=optimizer)
     with torch.device("meta"):
@@ -388,7 +388,7 @@ def test_what_cannot_hold_values_is_told(tmp_path: Path) -> None:
         so.checkpoint.load(tmp_path, model=model)
 
 
-def test_an_optimizer_of_another_model_and_one_that_lacks_parameters_are_told(tmp_path: Path) -> None:
+def test_an_optimizer_of_another_model_or_without_all_parameters_is_refused(tmp_path: Path) -> None:
     model, optimizer = trained(make=partial(so.DecoupledSGDW, lr=1e-2))
     so.checkpoint.save(tmp_path, 3, model=model, optimizer=optimizer)
     partly = so.DecoupledSGDW([model.scale], lr=1e-2)
@@ -419,7 +419,7 @@ def test_a_save_in_the_background_is_committed_when_the_process_ends_without_wai
     assert so.checkpoint.latest(tmp_path) == 7
 
 
-def test_wrong_use_says_the_way_out(tmp_path: Path) -> None:
+def test_errors_of_wrong_use_name_the_way_out(tmp_path: Path) -> None:
     model, optimizer = trained(1)
     cases: list[tuple[Any, str]] = [
         (lambda: so.checkpoint.save(tmp_path, 1), r"nothing to save; pass model=, optimizer= or both"),

@@ -60,7 +60,7 @@ def damage(root: Path, step: int, pattern: str) -> Path:
 # ------------------------------------------------------------------------------------------------------------------------ ls
 
 
-def test_ls_tells_of_each_checkpoint_what_its_manifest_says(root: Path) -> None:
+def test_ls_lists_checkpoints_from_their_manifests(root: Path) -> None:
     heading, *rows = rows_of(printed("ls", root))
     assert heading == ["step", "size", "tensors", "files", "ranks", "optimizer", "state"]
     manifest = checkpoint.describe(root, 3)
@@ -68,7 +68,7 @@ def test_ls_tells_of_each_checkpoint_what_its_manifest_says(root: Path) -> None:
     assert rows == [[step, size, str(len(manifest.tensors)), "1", "1", "StableAdamW", "committed"] for step in ("3", "5", "12")]
 
 
-def test_ls_tells_what_is_damaged_or_not_committed_or_newer(root: Path) -> None:
+def test_ls_marks_damaged_uncommitted_and_newer_checkpoints(root: Path) -> None:
     damage(root, 3, "manifest.json")
     (root / "step-000000005" / "COMMITTED").unlink()
     checkpoint.save(root, 20, model=nn.Linear(2, 2))
@@ -86,7 +86,7 @@ def test_ls_tells_what_is_damaged_or_not_committed_or_newer(root: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------------------ show
 
 
-def test_show_tells_tensors_hyperparameters_steps_and_extra(root: Path) -> None:
+def test_show_prints_tensors_hyperparameters_steps_and_extra(root: Path) -> None:
     output = printed("show", root)
     assert output.startswith(f"{root}/step-000000012: ")
     assert "in 1 file, saved on 1 rank by sharded_optim" in output.splitlines()[0]
@@ -106,7 +106,7 @@ def test_show_tells_tensors_hyperparameters_steps_and_extra(root: Path) -> None:
     assert "shard-" not in output
 
 
-def test_show_tells_where_each_chunk_lies(root: Path) -> None:
+def test_show_prints_the_location_of_each_chunk(root: Path) -> None:
     rows = rows_of(printed("show", root, "--step", "5", "--extents"))
     manifest = checkpoint.describe(root, 5)
     for entry in manifest.tensors.values():

@@ -422,7 +422,7 @@ EDITS = (
 # --------------------------------------------------------------------------------------------------------------------------- tests
 
 
-def test_what_is_not_damaged_loads(specimen: Specimen) -> None:
+def test_an_undamaged_checkpoint_loads(specimen: Specimen) -> None:
     assert checkpoint.verify(specimen.root) == STEP
     live = Live.new()
     assert checkpoint.load(specimen.root, model=live.model, optimizer=live.optimizer) == {"step": STEP}
@@ -454,7 +454,7 @@ def test_every_damage_is_found_by_name_and_changes_nothing(damage: Damage, speci
             assert specimen.live.is_unchanged(), where
 
 
-def test_load_falls_back_loudly_to_the_checkpoint_before(specimen: Specimen) -> None:
+def test_load_falls_back_to_the_checkpoint_before_with_a_warning(specimen: Specimen) -> None:
     for damage in (flip_many, truncate, lose, take_from_another_run, add_a_shard):
         files = dict(specimen.files)
         words = damage(files, specimen.foreign, random.Random(1))
@@ -499,7 +499,7 @@ def transpose(content: Content, chance: random.Random) -> None:
 
 
 @pytest.mark.parametrize("edit", [swap_names, swap_kinds, change_dtype, transpose])
-def test_a_manifest_that_contradicts_the_headers_of_shards_is_found(edit: Callable[..., None], specimen: Specimen) -> None:
+def test_a_manifest_that_contradicts_the_headers_of_shards_is_damaged(edit: Callable[..., None], specimen: Specimen) -> None:
     files = dict(specimen.files)
     content = json.loads(files["manifest.json"])
     edit(content, random.Random(0))
@@ -614,7 +614,7 @@ IMPOSSIBLE: dict[str, tuple[Callable[[Content], None], str]] = {
 
 
 @pytest.mark.parametrize("what", IMPOSSIBLE)
-def test_a_manifest_of_what_cannot_be_is_damaged(what: str, specimen: Specimen) -> None:
+def test_a_manifest_with_impossible_values_is_damaged(what: str, specimen: Specimen) -> None:
     """Before any memory is allocated for it; the checkpoint before it is loaded."""
     edit, words = IMPOSSIBLE[what]
     content = json.loads(specimen.files["manifest.json"])
@@ -631,7 +631,7 @@ TWICE = {
 
 
 @pytest.mark.parametrize("what", TWICE)
-def test_a_manifest_that_says_two_things_is_damaged(what: str, specimen: Specimen) -> None:
+def test_a_manifest_with_duplicate_keys_or_infinite_numbers_is_damaged(what: str, specimen: Specimen) -> None:
     """The last one does not win."""
     was, becomes, word = TWICE[what]
     text = specimen.files["manifest.json"].decode()
@@ -640,7 +640,7 @@ def test_a_manifest_that_says_two_things_is_damaged(what: str, specimen: Specime
 
 
 @pytest.mark.timeout(20)
-def test_a_key_that_stands_twice_among_many_is_found_at_once(specimen: Specimen) -> None:
+def test_a_duplicate_among_many_keys_is_found_in_linear_time(specimen: Specimen) -> None:
     """Not in a time that grows with the square of their number."""
     keys = ", ".join(f'"k{number}": 1' for number in range(200_000))
     text = specimen.files["manifest.json"].decode().replace('"wrapper": {}', f'"wrapper": {{{keys}, "k199999": 2}}')
@@ -681,7 +681,7 @@ COUNTERS = {"global_steps": 4, "global_samples": 8, "skipped_steps": 0, "micro_s
         ({"loss_scaler": []}, r"loss scaler is \[\]"),
     ],
 )
-def test_what_deepspeed_cannot_have_counted_is_damage(
+def test_impossible_counters_of_deepspeed_are_damage(
     change: Content, words: str, specimen: Specimen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And is found before anything has changed."""
@@ -720,7 +720,7 @@ def test_a_step_counter_that_cannot_be_loaded_is_not_saved(count: float, tmp_pat
     assert checkpoint.steps(tmp_path) == []
 
 
-def test_a_lost_marker_is_told(specimen: Specimen) -> None:
+def test_a_lost_marker_is_reported(specimen: Specimen) -> None:
     files = dict(specimen.files)
     del files["COMMITTED"]
     specimen.damage(files)
@@ -772,7 +772,7 @@ except RuntimeError:
 """
 
 
-def test_loading_runs_nothing_that_a_file_says(specimen: Specimen) -> None:
+def test_loading_runs_no_code_from_a_file(specimen: Specimen) -> None:
     """An audit hook hears of every class that is unpickled, and of all code that is compiled, imported or run."""
     path = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(so.__file__).parents[1])]
     code = LOAD.format(path=path, root=str(specimen.root))
@@ -807,5 +807,5 @@ def is_plain(value: Any) -> bool:
     return value is None or type(value) in (bool, int, float, str)
 
 
-def test_ranks_that_load_tell_each_other_plain_values_alone(specimen: Specimen) -> None:
+def test_ranks_that_load_exchange_plain_values_only(specimen: Specimen) -> None:
     ranks.run(check_what_ranks_tell_each_other, 2, str(specimen.root))

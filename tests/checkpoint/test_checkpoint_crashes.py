@@ -141,7 +141,7 @@ def save_in_the_place_of_a_damaged_one(root: Path) -> None:
         save_in_the_place_of_a_damaged_one,
     ],
 )
-def test_whenever_the_power_goes_there_is_the_old_checkpoint_or_the_new_one(act: Callable[[Path], None], tmp_path: Path) -> None:
+def test_after_a_power_cut_at_any_time_the_old_or_the_new_checkpoint_is_intact(act: Callable[[Path], None], tmp_path: Path) -> None:
     root = tmp_path / "disk" / "run"
     (tmp_path / "disk").mkdir()
     if act is not save_first:
@@ -179,7 +179,7 @@ def record_a_save_by_two_ranks(folder: str) -> None:
     Path(folder, f"log-{dist.get_rank()}").write_bytes(pickle.dumps(recorder.operations))
 
 
-def test_also_where_two_ranks_write(tmp_path: Path) -> None:
+def test_after_a_power_cut_while_two_ranks_write_a_checkpoint_is_intact(tmp_path: Path) -> None:
     save(tmp_path / "disk" / "run", OLD)
     disk = Disk(tmp_path / "disk")
     ranks.run(record_a_save_by_two_ranks, 2, str(tmp_path))

@@ -101,7 +101,7 @@ def test_a_larger_model_is_cut_into_numbered_files_with_an_index(tmp_path: Path,
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o002, 0o077, 0o027])
-def test_whoever_the_umask_lets_may_read_checkpoints_and_exports(umask: int, tmp_path: Path) -> None:
+def test_checkpoints_and_exports_have_the_permissions_of_the_umask(umask: int, tmp_path: Path) -> None:
     model = WithBuffers()
     before = os.umask(umask)
     try:
@@ -214,7 +214,7 @@ def save_pieces(root: Path, step: int, held: list[LocalTensor]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "torch"])
-def test_masters_take_the_place_of_rounded_parameters_where_there_are_some(kind: str, tmp_path: Path) -> None:
+def test_masters_are_exported_in_place_of_rounded_parameters(kind: str, tmp_path: Path) -> None:
     values = {"a": torch.randn(5, 3), "b": torch.randn(7)}
     rounded = {name: value.bfloat16() for name, value in values.items()}
     held = [LocalTensor(kind="model", segment=Segment.whole(name, value.shape), local=value) for name, value in rounded.items()]
@@ -360,7 +360,7 @@ def test_without_safetensors_an_export_says_what_to_install(tmp_path: Path, monk
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_the_step_that_is_meant_is_exported(tmp_path: Path) -> None:
+def test_the_chosen_step_is_exported(tmp_path: Path) -> None:
     for step in (1, 2):
         checkpoint.save(tmp_path / "run", step, model=WithBuffers(seed=step))
     checkpoint.export_torch(tmp_path / "run", tmp_path / "1.pt", step=1)

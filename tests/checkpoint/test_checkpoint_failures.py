@@ -110,7 +110,7 @@ ERRORS = [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EIO, errno.EDQUOT]
 
 
 @pytest.mark.parametrize("save", ["save", "async_save"])
-def test_wherever_a_save_fails_it_says_why_and_what_was_there_stays(save: str, tmp_path: Path) -> None:
+def test_a_save_that_fails_anywhere_names_the_cause_and_keeps_existing_checkpoints(save: str, tmp_path: Path) -> None:
     root = tmp_path / "run"
     live = trained()
 
@@ -135,7 +135,7 @@ def test_wherever_a_save_fails_it_says_why_and_what_was_there_stays(save: str, t
 
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("number", [1, 2, 5])
-def test_a_save_that_cannot_hash_says_so(number: int, tmp_path: Path) -> None:
+def test_a_save_that_cannot_hash_raises(number: int, tmp_path: Path) -> None:
     """It waited for a thread that had died."""
     live = trained()
     with failing_hash(number), pytest.raises(checkpoint.CheckpointError, match=r"writing .* failed: MemoryError\('to hash'\)"):
@@ -147,7 +147,7 @@ def test_a_save_that_cannot_hash_says_so(number: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(20)
-def test_a_save_that_cannot_hash_writes_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_save_that_cannot_hash_stops_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it writes after that is for nothing, and may be hours of a large checkpoint."""
     parts: list[int] = []
     draft = saving.begin(tmp_path, 1, lambda: Content.of(torch.nn.Linear(2, 50), None, None))
@@ -183,7 +183,7 @@ def failing_hash(number: int, *, on: int = 0) -> Iterator[None]:
 
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("limit", [0, 1, 2, 3])
-def test_where_there_can_be_no_more_threads_nobody_waits(limit: int, tmp_path: Path) -> None:
+def test_without_more_threads_nothing_hangs(limit: int, tmp_path: Path) -> None:
     """Loading reads in those that there are, a save in the background goes to the foreground, and one that cannot hash says so."""
     live = trained()
     checkpoint.save(tmp_path, 1, **live)
@@ -210,7 +210,7 @@ def test_where_there_can_be_no_more_threads_nobody_waits(limit: int, tmp_path: P
     assert checkpoint.latest(tmp_path) == (2 if limit > 1 else 1)
 
 
-def test_what_cannot_be_removed_is_no_error(tmp_path: Path) -> None:
+def test_a_checkpoint_that_cannot_be_pruned_is_a_warning(tmp_path: Path) -> None:
     """The checkpoint is there."""
     live = trained()
     checkpoint.save(tmp_path, 1, **live)
@@ -221,7 +221,7 @@ def test_what_cannot_be_removed_is_no_error(tmp_path: Path) -> None:
     assert checkpoint.steps(tmp_path) == [3]
 
 
-def test_of_a_linked_step_the_link_is_removed_and_what_it_leads_to_stays(tmp_path: Path) -> None:
+def test_pruning_a_linked_step_removes_the_link_and_not_its_target(tmp_path: Path) -> None:
     """A checkpoint that was moved to another disk; a file of one; a link to nothing."""
     root, other = tmp_path / "run", tmp_path / "other"
     live = trained()
@@ -241,7 +241,7 @@ def test_of_a_linked_step_the_link_is_removed_and_what_it_leads_to_stays(tmp_pat
     assert (other / "shard").stat().st_size
 
 
-def test_a_removal_that_was_cut_short_is_in_no_others_way(tmp_path: Path) -> None:
+def test_an_interrupted_removal_does_not_block_others(tmp_path: Path) -> None:
     """In a container every run may have the same process id."""
     live = trained()
     for step in (1, 2):
@@ -251,7 +251,7 @@ def test_a_removal_that_was_cut_short_is_in_no_others_way(tmp_path: Path) -> Non
     assert checkpoint.steps(tmp_path) == [2]
 
 
-def test_a_relative_root_stays_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relative_root_does_not_follow_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the current folder changes while a save is in the background."""
     live = trained()
     (tmp_path / "other").mkdir()
@@ -545,14 +545,14 @@ def check_two_ranks(folder: str) -> None:
         dist.barrier()
 
 
-def test_what_fails_on_one_rank_is_the_same_error_on_all(tmp_path: Path) -> None:
+def test_a_failure_on_one_rank_is_the_same_error_on_all(tmp_path: Path) -> None:
     ranks.run(check_two_ranks, 2, str(tmp_path))
 
 
 # ------------------------------------------------------------------------------------------------------------------------ known bugs
 
 
-def test_a_folder_without_its_marker_is_in_no_saves_way(tmp_path: Path) -> None:
+def test_a_folder_without_its_marker_is_replaced_by_a_save(tmp_path: Path) -> None:
     live = trained()
     checkpoint.save(tmp_path, 1, **live)
     (tmp_path / "step-000000001" / "COMMITTED").unlink()
@@ -578,7 +578,7 @@ def test_an_object_store_keeps_what_is_committed_when_a_rank_is_lost_after_that(
     assert checkpoint.steps(root) == [1]
 
 
-def test_bytes_that_are_others_when_they_are_read_again_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_bytes_that_change_between_two_reads_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A disk, cable or network that flips bits now and then."""
     checkpoint.save(tmp_path, 1, **trained())
     read = LocalStore.read
@@ -600,5 +600,5 @@ def check_different_steps(folder: str) -> None:
     assert_all_raise(lambda: checkpoint.save(folder, 1 + dist.get_rank(), **trained()), "step", "rank 1")
 
 
-def test_ranks_that_save_different_steps_are_told(tmp_path: Path) -> None:
+def test_ranks_that_save_different_steps_are_refused(tmp_path: Path) -> None:
     ranks.run(check_different_steps, 2, str(tmp_path))

@@ -142,7 +142,7 @@ def check_masters(folder: str) -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_masters_begin_with_parameter_and_compensation(world_size: int, tmp_path: Path) -> None:
+def test_masters_start_as_parameter_plus_compensation(world_size: int, tmp_path: Path) -> None:
     """By a checkpoint on other ranks, by the state dict of one process, and by that of shards with compensations; bitwise."""
     ranks.run(check_masters, world_size, str(tmp_path))
 
@@ -160,5 +160,5 @@ def check_plain(folder: str) -> None:
         assert torch.equal(masters[name], param.float()), name
 
 
-def test_masters_of_parameters_without_compensation_begin_with_these(tmp_path: Path) -> None:
+def test_masters_start_as_parameters_without_compensation(tmp_path: Path) -> None:
     ranks.run(check_plain, 1, str(tmp_path))

@@ -199,7 +199,7 @@ def test_the_usual_keys_are_found_and_the_rest_is_extra(tmp_path: Path) -> None:
         assert assert_like(tmp_path / "run", model, optimizer) == {"epoch": 3, "best": (0.5, None)}, name
 
 
-def test_other_keys_are_told(tmp_path: Path) -> None:
+def test_other_keys_can_be_named(tmp_path: Path) -> None:
     model, optimizer = trained()
     torch.save({"a": {"net": model.state_dict()}, "b": optimizer.state_dict()}, tmp_path / "file")
     with pytest.raises(ValueError, match=r"has the keys a, b, none of which is known .* --model-key"):
@@ -238,7 +238,7 @@ def test_a_bare_model_is_imported_and_a_tied_parameter_once(tmp_path: Path) -> N
 # --------------------------------------------------------------------------------------------------------------------- names
 
 
-def test_numbers_stand_for_the_models_names_only_where_that_is_certain(tmp_path: Path) -> None:
+def test_numbered_parameters_get_the_models_names_only_if_the_order_is_certain(tmp_path: Path) -> None:
     """Three layers of which two have the same shapes: in another order they would change places."""
     model, optimizer = trained()
     halves = trained(lambda params, lr: torch.optim.AdamW([{"params": part} for part in zip(*[iter(params)] * 3, strict=True)], lr=lr))[1]
@@ -266,7 +266,7 @@ def test_numbers_stand_for_the_models_names_only_where_that_is_certain(tmp_path:
     assert checkpoint.steps(tmp_path / "run") == [0]
 
 
-def test_names_in_the_param_groups_are_taken(tmp_path: Path) -> None:
+def test_names_in_the_param_groups_are_used(tmp_path: Path) -> None:
     """As torch writes them of an optimizer that was built with named_parameters()."""
     model, optimizer = trained()
     named = list(model.named_parameters())
@@ -291,7 +291,9 @@ def test_names_in_the_param_groups_are_taken(tmp_path: Path) -> None:
         (torch.optim.Rprop, {}, "of an optimizer of torch that is not continued here"),
     ],
 )
-def test_what_no_optimizer_of_ours_continues_is_refused(theirs: type, options: dict[str, Any], message: str | None, tmp_path: Path) -> None:
+def test_state_that_no_optimizer_of_ours_continues_is_refused(
+    theirs: type, options: dict[str, Any], message: str | None, tmp_path: Path
+) -> None:
     model, optimizer = trained(theirs, **options)
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "file")
     if message is None:
@@ -373,7 +375,7 @@ class Evaluated(Bomb):
 
 
 @pytest.mark.parametrize("bomb", [Bomb, Evaluated])
-def test_what_a_pickle_would_run_is_not_run(bomb: type, tmp_path: Path) -> None:
+def test_code_in_a_pickle_is_not_run(bomb: type, tmp_path: Path) -> None:
     """In every file of every format that is read."""
     model, optimizer = trained()
     trap = bomb(tmp_path / "boom")
@@ -400,7 +402,7 @@ def test_what_a_pickle_would_run_is_not_run(bomb: type, tmp_path: Path) -> None:
     assert (tmp_path / "boom").exists(), "the trap works"
 
 
-def test_pickled_formats_are_refused_unless_told(tmp_path: Path) -> None:
+def test_pickled_formats_are_refused_without_unpickle(tmp_path: Path) -> None:
     model, _ = trained()
     torch.save(model.state_dict(), tmp_path / "file.pt")
     dcp.save({"model": model.state_dict()}, checkpoint_id=tmp_path / "dcp", no_dist=True)
@@ -413,7 +415,7 @@ def test_pickled_formats_are_refused_unless_told(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
+def test_files_of_other_kinds_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("hello")
     torch.save([1, 2], tmp_path / "list")
     torch.save({"model": trained()[0].state_dict()}, tmp_path / "cut")
@@ -510,7 +512,7 @@ def save_hugging_face(folder: str) -> None:
     dcp.save(model.state_dict(), storage_writer=dcp.HuggingFaceStorageWriter(f"{folder}/parts", save_distributed=True))
 
 
-def test_safetensors_need_no_unpickling_and_parts_are_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_safetensors_need_no_unpickling_and_chunks_are_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is exported, one file and several, and DCP's Hugging Face storage."""
     ranks.run(save_hugging_face, 2, str(tmp_path))
     parts = tmp_path / "parts"
@@ -625,7 +627,7 @@ def check_torchs(source: Path, root: Path) -> None:
 @NEEDS_DEEPSPEED[0]
 @NEEDS_DEEPSPEED[1]
 @pytest.mark.filterwarnings("ignore")
-def test_deepspeeds_folders_are_imported_rigid_and_universal(tmp_path: Path) -> None:
+def test_deepspeeds_ordinary_and_universal_folders_are_imported(tmp_path: Path) -> None:
     """What the float32 masters are after 3 steps, and the step after that, is what one process without DeepSpeed has."""
     deepspeed_models.run(save_deepspeed, 2, str(tmp_path), timeout=200)
     for label in DEEPSPEED[:-1]:

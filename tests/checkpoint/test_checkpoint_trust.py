@@ -108,7 +108,7 @@ def test_the_last_that_verifies_is_not_pruned_whatever_was_read_before_it_rotted
 
 @pytest.mark.parametrize("find", ["latest", "verify", "load", "load one", "export"])
 @pytest.mark.filterwarnings("ignore:.*(It is skipped|Falling back)")
-def test_a_verification_that_fails_takes_the_step_out_of_what_is_trusted(find: str, tmp_path: Path) -> None:
+def test_a_failed_verification_ends_the_trust_in_a_step(find: str, tmp_path: Path) -> None:
     """Also where the file system has noticed no change."""
     save(tmp_path, 1, 2, 3)
     for step in (2, 3):
@@ -134,7 +134,7 @@ def test_a_verification_that_fails_takes_the_step_out_of_what_is_trusted(find: s
     assert checkpoint.steps(tmp_path) == [4, 5]
 
 
-def test_what_is_damaged_does_not_count(tmp_path: Path) -> None:
+def test_damaged_checkpoints_are_not_counted(tmp_path: Path) -> None:
     save(tmp_path, 1, 2, 3, 4)
     rot(tmp_path, 3)
     with pytest.raises(checkpoint.DamagedError):
@@ -169,7 +169,7 @@ def test_a_restarted_job_reads_no_shard_to_prune(keep: int, monkeypatch: pytest.
     assert not counts
 
 
-def test_nothing_is_read_where_nothing_is_to_be_removed(tmp_path: Path) -> None:
+def test_nothing_is_read_if_nothing_is_to_be_removed(tmp_path: Path) -> None:
     with counted_reads() as counts:
         save(tmp_path, 1, 2, 3, keep=3)
         assert checkpoint.prune(tmp_path, 3) == []
@@ -204,7 +204,7 @@ def counted_manifests() -> Iterator[Counter[str]]:
         yield counts
 
 
-def test_what_is_remembered_of_checkpoints_is_bounded(tmp_path: Path) -> None:
+def test_the_record_of_integrity_is_bounded(tmp_path: Path) -> None:
     """By the number of those that there are, whatever they consist of."""
     findings = import_module("sharded_optim.checkpoint.integrity")._known
     before = len(findings)
@@ -216,7 +216,7 @@ def test_what_is_remembered_of_checkpoints_is_bounded(tmp_path: Path) -> None:
     assert {len(version) for version, _ in findings.values()} == {32}
 
 
-def test_a_step_that_was_read_back_is_not_read_again_when_it_is_in_the_way(tmp_path: Path) -> None:
+def test_a_step_that_was_read_back_is_not_read_again_by_a_save_of_it(tmp_path: Path) -> None:
     save(tmp_path, 1, 2)
     checkpoint.verify(tmp_path, 1)
     rot(tmp_path, 2)
@@ -247,7 +247,7 @@ def a_store_that_lists_sizes_alone() -> Iterator[str]:
 
 
 @pytest.mark.filterwarnings("ignore:.*It is skipped")
-def test_a_store_that_tells_nothing_of_writes_is_trusted_in_nothing() -> None:
+def test_a_store_without_times_or_tags_is_read_back_each_time() -> None:
     """A file that was written to looks there as it did when it was read back."""
     from fsspec.implementations.memory import MemoryFileSystem
 
@@ -261,7 +261,7 @@ def test_a_store_that_tells_nothing_of_writes_is_trusted_in_nothing() -> None:
         assert checkpoint.latest(root) == 1
 
 
-def test_what_cannot_be_removed_does_not_stop_pruning(tmp_path: Path) -> None:
+def test_a_checkpoint_that_cannot_be_removed_does_not_stop_pruning(tmp_path: Path) -> None:
     save(tmp_path, 1, 2, 3)
     remove = LocalStore.remove
 
@@ -408,7 +408,7 @@ def check_a_load_is_a_reading(folder: str, steps: Sequence[int]) -> None:
     assert checkpoint.steps(folder) == [steps[-1], steps[-1] + 1]
 
 
-def test_what_ranks_have_loaded_together_is_trusted(tmp_path: Path) -> None:
+def test_a_checkpoint_that_ranks_loaded_together_is_trusted(tmp_path: Path) -> None:
     """Though no rank has read all of it."""
     save(tmp_path, 1, 2, 3)
     ranks.run(check_a_load_is_a_reading, 2, str(tmp_path), (1, 2, 3))

@@ -108,7 +108,7 @@ WAYS: dict[str, Callable[[Path], None]] = {
 
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("way", WAYS)
-def test_what_cannot_be_a_checkpoint_is_passed_over(way: str, root: Path) -> None:
+def test_a_path_that_is_not_a_checkpoint_is_skipped(way: str, root: Path) -> None:
     WAYS[way](root / NAME)
     assert_passed_over(root)
     assert checkpoint.prune(root, 1) == []
@@ -152,11 +152,11 @@ def unlistable(request: pytest.FixtureRequest) -> Iterator[str]:
     mock.patch.stopall()
 
 
-def test_a_folder_that_cannot_be_listed_is_passed_over(unlistable: str, root: Path) -> None:
+def test_a_folder_that_cannot_be_listed_is_skipped(unlistable: str, root: Path) -> None:
     assert_passed_over(root, unlistable)
 
 
-def test_training_goes_on_past_a_step_that_cannot_be_read(unlistable: str, root: Path) -> None:
+def test_training_continues_past_a_step_that_cannot_be_read(unlistable: str, root: Path) -> None:
     """Each restart comes to it again. It may be whole, so it is renamed, and none of its bytes is lost."""
     before = {path.name: path.read_bytes() for path in root.joinpath(NAME).iterdir()}
     with pytest.warns(UserWarning, match=rf"step {STEP} exists already, and cannot be read to see(.|\n)*{unlistable}"):
@@ -167,7 +167,7 @@ def test_training_goes_on_past_a_step_that_cannot_be_read(unlistable: str, root:
     assert checkpoint.steps(root) == [OLDER, STEP]
 
 
-def test_a_shard_that_cannot_be_read_is_told_as_such_and_not_taken_for_damaged(root: Path) -> None:
+def test_a_shard_that_cannot_be_read_is_not_reported_as_damaged(root: Path) -> None:
     """One error of a disk says nothing of the bytes, and is over with the next reading."""
     read = LocalStore.read
 
@@ -224,9 +224,7 @@ UNKNOWN: dict[str, tuple[Any, Callable[[str, pytest.MonkeyPatch], str], str]] = 
 
 
 @pytest.mark.parametrize("what", UNKNOWN)
-def test_a_checkpoint_that_this_environment_cannot_read_is_whole_and_stays(
-    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_that_this_environment_cannot_read_is_kept(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A later version of the library, or a package, reads it: a load does not fall back, and a save does not replace it."""
     extra, edit, words = UNKNOWN[what]
     model = nn.Linear(3, 5)
@@ -251,7 +249,7 @@ def test_a_checkpoint_that_this_environment_cannot_read_is_whole_and_stays(
     assert (folder / "manifest.json").read_bytes() == content
 
 
-def test_older_versions_of_the_library_are_told_what_they_do_not_know(tmp_path: Path) -> None:
+def test_manifests_list_the_features_that_older_versions_lack(tmp_path: Path) -> None:
     """They name what they refuse, and do not take the checkpoint for damaged."""
     model = nn.Linear(3, 5)
     for step, extra in enumerate(((1, b"a", {2: torch.ones(1)}), {"a": [Counter("a"), np.float32(1)]}, {"$Counter": "$array"})):
@@ -261,7 +259,7 @@ def test_older_versions_of_the_library_are_told_what_they_do_not_know(tmp_path: 
     assert checkpoint.verify(tmp_path, 1) == 1
 
 
-def test_a_checkpoint_is_read_from_deep_inside_of_a_program(tmp_path: Path) -> None:
+def test_a_checkpoint_is_read_from_deep_inside_a_program(tmp_path: Path) -> None:
     """How deep the caller is says nothing of the checkpoint."""
     value: Any = 1
     for _ in range(100):
@@ -277,7 +275,7 @@ def test_a_checkpoint_is_read_from_deep_inside_of_a_program(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", [f"step-{99:014d}", "step-٠٠٠٠٠٠٠٩٩", "step-000000099 (copy)", "step-99", "step-+00000099", "step-"])
-def test_a_folder_of_almost_the_name_of_a_step_is_none(name: str, root: Path) -> None:
+def test_a_folder_with_almost_the_name_of_a_step_is_ignored(name: str, root: Path) -> None:
     (root / name).mkdir()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -297,7 +295,7 @@ class ClientError(Exception):
 
 @pytest.mark.parametrize("call", ["ls", "cat_file"])
 @pytest.mark.parametrize("error", [ClientError("503 Slow Down"), PermissionError(errno.EACCES, "Forbidden"), TimeoutError("no answer")])
-def test_what_a_server_does_not_give_is_passed_over(call: str, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_that_a_server_does_not_return_is_skipped(call: str, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     from fsspec.implementations.memory import MemoryFileSystem
 
     root = f"memory://{time.monotonic_ns()}"
@@ -313,7 +311,7 @@ def test_what_a_server_does_not_give_is_passed_over(call: str, error: Exception,
     assert_passed_over(root, str(error.args[-1]))
 
 
-def test_a_server_that_ignores_which_bytes_were_asked_for_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_ignores_the_requested_range_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     from fsspec.implementations.memory import MemoryFileSystem
 
     root = f"memory://{time.monotonic_ns()}"
@@ -348,5 +346,5 @@ def check_ranks_fall_back_together(folder: str) -> None:
         assert checkpoint.load(folder, model=model, optimizer=optimizer) == {"step": OLDER}
 
 
-def test_ranks_fall_back_together_where_one_cannot_look(tmp_path: Path) -> None:
+def test_ranks_fall_back_together_if_one_cannot_read(tmp_path: Path) -> None:
     ranks.run(check_ranks_fall_back_together, 2, str(tmp_path))

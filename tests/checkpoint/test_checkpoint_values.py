@@ -78,14 +78,14 @@ def assert_same(found: Any, value: Any) -> None:
 
 @settings(deadline=None, max_examples=200)
 @given(values)
-def test_a_value_comes_back_through_json_as_it_was(value: Any) -> None:
+def test_a_value_is_restored_from_json(value: Any) -> None:
     text = json.dumps(encode(value, "extra"), allow_nan=False)
     assert_same(decode(json.loads(text)), value)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values())
 @pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 0, 5), (2, 3)])
-def test_a_tensor_comes_back_bit_for_bit(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_a_tensor_is_restored_bit_for_bit(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     size = math.prod(shape) * dtype.itemsize
     content = torch.randint(0, 2 if dtype == torch.bool else 256, (size,), dtype=torch.uint8)
     tensor = content.view(dtype).reshape(shape) if size else torch.empty(shape, dtype=dtype)
@@ -168,13 +168,13 @@ def with_attribute(value: Any, name: str, content: Any) -> Any:
 
 @pytest.mark.parametrize("kind", UNNAMED)
 @pytest.mark.filterwarnings("ignore:.*nested tensors")
-def test_what_a_manifest_cannot_hold_is_told_by_what_it_is(kind: str) -> None:
+def test_an_unsupported_value_is_refused_with_its_type(kind: str) -> None:
     make, words = UNNAMED[kind]
     with pytest.raises(ValueError, match=rf"^extra\[0\] is (a|an|of) ?.*{words.removeprefix('a ').removeprefix('an ')}"):
         encode([make()], "extra")
 
 
-def test_state_dicts_and_parameters_come_back_as_such() -> None:
+def test_state_dicts_and_parameters_keep_their_types() -> None:
     """A module's state dict has the versions of its modules as an attribute."""
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     state: Any = model.state_dict()
@@ -189,7 +189,7 @@ def test_state_dicts_and_parameters_come_back_as_such() -> None:
 
 
 @pytest.mark.parametrize("value", REFUSED, ids=lambda value: type(value).__name__)
-def test_what_a_manifest_cannot_hold_as_it_is_is_refused_by_its_place(value: Any) -> None:
+def test_an_unsupported_value_is_refused_with_its_place(value: Any) -> None:
     with pytest.raises(
         ValueError, match=r"^(a key of )?extra.*(which a checkpoint cannot hold|a checkpoint holds ordinary tensors up to 1048576 bytes)"
     ):
@@ -211,7 +211,7 @@ def test_a_hyperparameter_that_numpy_has_computed_is_saved() -> None:
     assert found == {"lr": 0.1}
 
 
-def test_hyperparameters_are_plain_numbers_whoever_has_computed_them(tmp_path: Path) -> None:
+def test_hyperparameters_are_saved_as_plain_numbers(tmp_path: Path) -> None:
     """Ranks may have computed them in different ways, and a checkpoint needs no NumPy."""
     optimizer = so.AdamW([nn.Parameter(torch.ones(2))], lr=np.float64(0.1), betas=(np.float64(0.9), 0.99), backend="eager")
     so.checkpoint.save(tmp_path, 1, optimizer=optimizer)
@@ -293,7 +293,7 @@ def advance(optimizer: so.AdamW, scheduler: Any, steps: int) -> list[float]:
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_the_state_of_a_scheduler_comes_back_as_it_was_and_goes_on(name: str, tmp_path: Path) -> None:
+def test_the_state_of_a_scheduler_is_restored_and_continues(name: str, tmp_path: Path) -> None:
     """Past its milestones."""
     optimizer, scheduler = scheduled(name)
     advance(optimizer, scheduler, 5)
@@ -306,7 +306,7 @@ def test_the_state_of_a_scheduler_comes_back_as_it_was_and_goes_on(name: str, tm
     assert advance(resumed, its_scheduler, 15) == advance(optimizer, scheduler, 15)
 
 
-def test_the_states_of_random_number_generators_come_back(tmp_path: Path) -> None:
+def test_the_states_of_random_number_generators_are_restored(tmp_path: Path) -> None:
     """Of Python, NumPy (both ways) and torch, and what a loader of data may keep of where it is."""
     model, generator = nn.Linear(1, 1), np.random.default_rng(0)
     extra = {

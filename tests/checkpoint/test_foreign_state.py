@@ -652,7 +652,7 @@ def test_our_own_state_dict_saved_under_onecyclelr_continues_bitwise(ours: Calla
     assert_same([p.detach() for p in resumed], [p.detach() for p in straight])
 
 
-def test_a_state_dict_of_nobody_we_know_is_left_alone() -> None:
+def test_an_unknown_state_dict_is_not_translated() -> None:
     """Its groups may hold anything; what our state needs is checked afterwards."""
     params = start()
     foreign = {"state": {0: {"step": 3, "exp_avg": torch.ones(2), "other": "x"}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
