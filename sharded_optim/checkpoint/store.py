@@ -47,6 +47,7 @@ class Store(Protocol):
 
     def folders(self) -> list[str]:
         """List the folders under the root, with drafts; none if there is no root."""
+        ...
 
     def files(self, folder: str) -> dict[str, tuple[int, Hashable]]:
         """List the files of a folder; none if there is no folder. Broken links are not files.
@@ -58,6 +59,7 @@ class Store(Protocol):
         Raises:
             OSError: the folder cannot be listed.
         """
+        ...
 
     def read(self, folder: str, file: str, offset: int, into: memoryview) -> int:
         """Read bytes until `into` is full or the file ends. Called from several threads.
@@ -68,15 +70,19 @@ class Store(Protocol):
         Raises:
             OSError: the file cannot be read.
         """
+        ...
 
     def begin(self, folder: str, nonce: str) -> str:
         """Create a draft of `folder`, and the root if need be; return the draft's name."""
+        ...
 
     def is_draft(self, folder: str) -> bool:
         """Whether a folder is a draft, or the rest of one that was being removed, of any process, running or not."""
+        ...
 
     def create(self, folder: str, file: str) -> Writer:
         """Create a file in a draft."""
+        ...
 
     def publish(self, draft: str, folder: str) -> None:
         """Turn a complete draft into the folder; return when that is on the disk. An existing folder is not replaced."""
@@ -87,6 +93,7 @@ class Store(Protocol):
         Raises:
             OSError: it cannot be renamed.
         """
+        ...
 
     def remove(self, folder: str) -> None:
         """Remove a folder, if it exists: for readers all at once."""
