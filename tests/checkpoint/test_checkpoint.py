@@ -1,4 +1,4 @@
-"""Checkpoints as a user meets them: what is saved, what loading demands, what it says and reads. Damage and crashes are elsewhere."""
+"""The public functions: save, async_save, load, prune, and their errors. Damage and crashes are in other files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`sharded-optim checkpoint`: what each command prints, and what it exits with."""
+"""`sharded-optim checkpoint`: the output and exit status of each command."""
 
 from __future__ import annotations
 

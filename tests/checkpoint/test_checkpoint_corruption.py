@@ -1,4 +1,4 @@
-"""Every damage to a checkpoint's files is found before anything live has changed, and told by file and tensor.
+"""Every damage to a checkpoint's files is found before anything changes, and reported by file and tensor.
 
 CORRUPTIONS=2000 in the environment makes so many, as `make chaos` does.
 """

@@ -1,4 +1,4 @@
-"""A save is replayed on a disk that loses its power after each call: what is left loads as the old or as the new checkpoint."""
+"""After a power cut at any disk operation of a save, the old or the new checkpoint loads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exports: what other programs read is what was saved, bit for bit; nothing is overwritten, and nothing half written is left."""
+"""Exports have the bits of the checkpoint for other programs; they overwrite nothing, and leave no incomplete files."""
 
 from __future__ import annotations
 

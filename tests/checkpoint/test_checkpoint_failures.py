@@ -1,4 +1,4 @@
-"""When the disk is full, read-only or gone, or a rank fails: one clear error on every rank, and what was committed is untouched."""
+"""A full, read-only or missing disk, or a rank that fails, is one error on every rank, and committed checkpoints are untouched."""
 
 from __future__ import annotations
 

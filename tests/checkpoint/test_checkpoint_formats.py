@@ -1,4 +1,4 @@
-"""bfloat16 parameters with Kahan compensations go on with float32 masters: these begin with parameter + compensation, exactly."""
+"""bfloat16 parameters with Kahan compensations continue with float32 masters, which start as parameter + compensation, exactly."""
 
 from __future__ import annotations
 

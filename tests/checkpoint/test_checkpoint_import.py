@@ -1,4 +1,4 @@
-"""Imports: what another library has saved in its ordinary way continues in ours; pickles run nothing; doubtful names are refused."""
+"""Other libraries' checkpoints continue in this one; code in pickles is not run; ambiguous names are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint that cannot be looked at is passed over like one that is damaged, with a warning, and takes no memory and no time."""
+"""A checkpoint that cannot be read is skipped like a damaged one, with a warning, without using memory or time."""
 
 from __future__ import annotations
 

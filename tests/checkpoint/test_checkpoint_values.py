@@ -1,4 +1,4 @@
-"""What a manifest says of values is JSON, and comes back as it was: types, bits, keys and order."""
+"""Values in manifests are JSON, and are restored exactly: types, bits, keys and order."""
 
 from __future__ import annotations
 

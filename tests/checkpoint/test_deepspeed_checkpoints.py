@@ -1,4 +1,4 @@
-"""DeepSpeed's own checkpoints keep the trajectory: rigid, Universal over other numbers of ranks, and zero_to_fp32."""
+"""DeepSpeed's own checkpoints keep the trajectory: ordinary ones, Universal ones on other numbers of ranks, and zero_to_fp32."""
 
 from __future__ import annotations
 
