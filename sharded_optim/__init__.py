@@ -5,6 +5,8 @@ from sharded_optim.optimizers import *  # noqa: F403
 from sharded_optim.optimizers.convert_weight_decay import convert_weight_decay
 from sharded_optim.sharding import fsdp1_layout
 from sharded_optim.tools.divergence import DivergenceCheck, DivergenceError
+from sharded_optim.training.clipping import clip_grad_norm_
+from sharded_optim.training.containers import metrics
 from sharded_optim.training.gradient_release import prepare_for_gradient_release, remove_gradient_release
 from sharded_optim.training.model_preparation import param_groups_weight_decay, to_low_precision
 from sharded_optim.version import __version__
@@ -16,9 +18,11 @@ __all__ = [
     "ShardedOptimizer",
     "__version__",
     "checkpoint",
+    "clip_grad_norm_",
     "convert_weight_decay",
     "deepspeed",
     "fsdp1_layout",
+    "metrics",
     "param_groups_weight_decay",
     "prepare_for_gradient_release",
     "remove_gradient_release",

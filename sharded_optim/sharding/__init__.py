@@ -7,6 +7,9 @@ all ranks together.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import Tensor, nn
 
 from sharded_optim.sharding.flat import FlatLayout, FlatTensor
@@ -28,6 +31,7 @@ __all__ = [
     "fsdp1_layout",
     "gradients_of",
     "is_partial",
+    "reduced_gradients",
     "used_wrappers",
 ]
 
@@ -59,19 +63,27 @@ def fsdp1_layout(model: nn.Module) -> FlatLayout:
 
 
 def gradients_of(layout: Layout) -> list[Tensor | None]:
-    """Return the gradients of the parameters, and reduce those that tensor parallelism has left Partial.
+    """Return the gradients of the parameters, and reduce those that tensor parallelism has left Partial."""
+    return reduced_gradients(layout.params, layout.partial)
+
+
+def reduced_gradients(params: Sequence[Tensor], partials: dict[int, Any]) -> list[Tensor | None]:
+    """Return the gradients of parameters, and reduce those that tensor parallelism has left Partial.
 
     That is a collective, so call it before anything that a rank may raise alone. A rank without such a gradient takes part.
+
+    Args:
+        partials: how a gradient is reduced, by the number of its parameter, as far as it is known; this adds to it.
     """
-    grads = [param.grad for param in layout.params]
-    rows = list(zip(grads, layout.params, strict=True))
+    grads = [param.grad for param in params]
+    rows = list(zip(grads, params, strict=True))
     if all(getattr(grad, "_spec", 0) is getattr(param, "_spec", 1) for grad, param in rows):  # so FSDP2 leaves them
         return grads
     used = used_wrappers()
     for row, (grad, param) in enumerate(rows):
-        partial = layout.partial.get(row) if grad is None else partial_of(grad, used)
+        partial = partials.get(row) if grad is None else partial_of(grad, used)
         if partial is not None:
-            layout.partial[row] = partial
+            partials[row] = partial
             grads[row] = wrapper_of(param).reduced(grad, param, partial)
     return grads
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from sharded_optim.sharding.segment import Segment
 from sharded_optim.storage.devices import send
 
-__all__ = ["GRADIENT", "PARAMETER", "Layout", "LocalParam", "Piece", "Slots", "segments_of"]
+__all__ = ["GRADIENT", "PARAMETER", "Layout", "LocalParam", "Piece", "Slots", "properties_of", "segments_of"]
 
 PARAMETER, GRADIENT = "parameter", "gradient"  # roles of tensors, besides state
 
@@ -67,10 +67,10 @@ class Layout:
     partial: dict[int, Any] = field(default_factory=dict)  # by local parameter: how its gradient is reduced, where that comes Partial
     has_dtensors: bool = field(init=False)  # whether any of the parameters is a tensor of a subclass, as a DTensor is
     device: torch.device = field(init=False)  # on which ranks agree: that of the first parameter when this was made
-    _described: tuple[list[Any], ...] = field(init=False)  # see `_properties`
+    _described: tuple[list[Any], ...] = field(init=False)  # see `properties_of`
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_described", _properties(self.params))
+        object.__setattr__(self, "_described", properties_of(self.params))
         object.__setattr__(self, "has_dtensors", bool(self._described[-1]))
         object.__setattr__(self, "device", self.params[0].device if self.params else torch.device("cpu"))
 
@@ -163,7 +163,7 @@ class Layout:
 
         Wrappers replace parameters, and `model.to()` may replace what is behind a parameter that stays the same object.
         """
-        if not self.is_of(params) or _properties(params) != self._described:
+        if not self.is_of(params) or properties_of(params) != self._described:
             return False
         return not params or params[0].device == self.device
 
@@ -172,7 +172,7 @@ _shape: Callable[[Tensor], torch.Size] = attrgetter("shape")
 _dtype: Callable[[Tensor], torch.dtype] = attrgetter("dtype")
 
 
-def _properties(params: Sequence[Tensor]) -> tuple[list[Any], ...]:
+def properties_of(params: Sequence[Tensor]) -> tuple[list[Any], ...]:
     """Return the properties of parameters that a layout depends on, column by column: that compares faster than a row for each.
 
     Their devices are not among them, but for the first one's, on which ranks agree: on another device parameters have another address, and

@@ -402,14 +402,26 @@ class ShardedOptimizer(torch.optim.Optimizer):
         norm = total if is_max else total.pow(1.0 / norm_type)
         if error_if_nonfinite and not bool(norm.isfinite()):
             raise RuntimeError(f"the norm of the gradients is {float(norm)}; it cannot be clipped")
-        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0).float()
-        assigned = [home.own_grad for home in used if home.own_grad is not None]
+        self.scale_gradients((max_norm / (norm + 1e-6)).clamp(max=1.0).float())
+        return norm.float()
+
+    @property
+    def inside(self) -> Engine:
+        """The optimizer that steps this rank's parts."""
+        return self._engine
+
+    def collect_gradients(self) -> None:
+        """Give this rank's parts, which the optimizer inside steps, their gradients, averaged. A collective, as far as backward was not."""
+        self._gradients()
+
+    def scale_gradients(self, factor: Tensor) -> None:
+        """Multiply all gradients of this rank, which are those in buckets and those that were assigned."""
         for bucket in self._housing.buckets:
             if bucket.has_gradient:
                 bucket.grads.mul_(factor)
-        for grad in assigned:
-            grad.mul_(factor)
-        return norm.float()
+        for home in self._housing.homes.values():
+            if home.own_grad is not None:
+                home.own_grad.mul_(factor)
 
     # ------------------------------------------------------------------------------------------------------------------------ step
 

@@ -1,0 +1,436 @@
+"""Clip the norm of all gradients of a model, however each of them is sharded: `so.clip_grad_norm_`.
+
+    squares of the pieces that this rank owns -> all-gather of one row per rank -> norm -> factor -> every local gradient times it
+
+torch's function adds DTensors of one mesh only, and one scalar at a time. Here the pieces of every tensor are known (`sharding/`), so that
+replicas count once and one collective of 32 bytes per rank has everything. Ranks exchange what they hold the first time, and when any of
+them has other parameters than the last time.
+
+Each row also says whether a rank has failed or has other parameters. On a CPU all ranks read that in the call. On an accelerator the host
+does not wait: the rank itself raises in the call, the others in their next one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+from weakref import WeakKeyDictionary, ref
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from sharded_optim.formulas.scalars import known_on_host
+from sharded_optim.sharding import GRADIENT, FlatLayout, Layout, LocalParam, Piece, describe, reduced_gradients
+from sharded_optim.sharding.exchange import exchange_layouts
+from sharded_optim.sharding.layout import properties_of
+from sharded_optim.sharding.ranks import gather_messages, naming_missing_ranks, own_process_group
+from sharded_optim.step.arguments import check_iterable
+from sharded_optim.step.engine import Engine
+from sharded_optim.step.param_groups import named_params
+from sharded_optim.step.state import local_of
+from sharded_optim.training.containers import contained_optimizers
+from sharded_optim.zero import ShardedOptimizer
+
+__all__ = ["clip_grad_norm_"]
+
+DEEPSPEED = (
+    "so.clip_grad_norm_ cannot clip under DeepSpeed, which averages and clips gradients inside of its own step; set 'gradient_clipping' in "
+    "the DeepSpeed config instead"
+)
+DEEPSPEED_MARKS = ("ds_id", "param_idx_in_group")  # attributes of parameters, by stage 3 and by stages 1 and 2
+# Elements whose squares are added up in float32 before float64 takes over. So few that even gradients that are all alike, whose rounding
+# errors do not cancel, are wrong by no more than 1e-7; a sum in float64 alone takes torch on a CPU five to twenty times as long.
+ROW = 32
+SMALLEST, LARGEST = 2.0**-50, 2.0**60  # root mean squares between which float32 squares neither vanish nor overflow
+CHUNK = 2**15  # elements that are float64 at a time, and below which tensors are joined
+MOST_CHUNKS = 256  # of joined tensors, which are copied
+EPSILON = 1e-6  # torch's, added to the norm
+POWER, FAILED, STALE, EXCHANGE = range(4)  # columns of a rank's row
+MOST_NAMES = 8  # in a message
+PLAIN = {Tensor, torch.nn.Parameter}
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    optimizer_or_params: Any,
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+    *,
+    layout: FlatLayout | None = None,
+    process_group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Scale all gradients so that the norm of all of them together is at most `max_norm`. One collective; every rank must call it.
+
+    As torch.nn.utils.clip_grad_norm_, for ordinary tensors, DTensors on any meshes, FullyShardedDataParallel and ShardedOptimizer, mixed in
+    any way. The norm is that of the whole tensors in float64, rounded to float32, to within 1.2e-7. It is not bitwise the same under every
+    sharding: the last bit may differ.
+
+    Args:
+        optimizer_or_params: an optimizer of this library, or what a framework has put around one or several; or parameters, named
+            parameters or param groups.
+        max_norm: the largest norm that is left as it is.
+        norm_type: 2, any other positive number, or inf for the largest element.
+        error_if_nonfinite: whether a norm that is not finite is an error; else all gradients become NaN or 0, as in torch.
+        foreach: has no effect, as all gradients are always taken together.
+        layout: as of an optimizer, where parameters are given.
+        process_group: the ranks that hold the model together, where parameters are given; None means all.
+
+    Returns:
+        The norm before: float32 (), the same on every rank.
+
+    Raises:
+        ValueError: on all ranks: an argument out of range, a gradient that is sparse or placed otherwise than its parameter; DeepSpeed.
+        RuntimeError: the norm is not finite and `error_if_nonfinite`; on all ranks, naming the tensors.
+    """
+    max_norm, norm_type = float(max_norm), float(norm_type)
+    if not max_norm >= 0.0 or not norm_type > 0.0:
+        raise ValueError(f"max_norm must not be negative and norm_type must be positive, got max_norm={max_norm}, norm_type={norm_type}")
+    given = _given(optimizer_or_params, layout, process_group)
+    group = own_process_group(given.process_group)
+    found = _agree(given, group, norm_type)
+    norm = found.norm(norm_type).float()
+    if error_if_nonfinite and not bool(norm.isfinite()):
+        _raise_nonfinite(given, found.local, norm, group)
+    factor = (max_norm / (norm + EPSILON)).clamp(max=1.0)
+    if found.is_read and float(factor) == 1.0:
+        return norm
+    given.scale(found.local, factor)
+    return norm
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Given:
+    """What a call is to clip."""
+
+    params: list[Tensor]  # first those whose gradients are theirs, then those of the sharded optimizers
+    describe: Callable[[], list[LocalParam]]  # all of them; raises ValueError
+    process_group: dist.ProcessGroup | None  # the user's
+    sharded: Sequence[ShardedOptimizer] = ()  # whose gradients lie in buckets
+
+    def scale(self, local: Sequence[_Local], factor: Tensor) -> None:
+        """Multiply all gradients of this rank."""
+        in_buckets = {id(param) for each in self.sharded for param in each.inside.all_params()}
+        plain = [each.memory for each in local if id(self.params[each.row]) not in in_buckets]
+        for grads in _by_kind(plain).values():
+            torch._foreach_mul_(grads, factor.to(grads[0].device))  # pyright: ignore[reportPrivateImportUsage]
+        for each in self.sharded:
+            each.scale_gradients(factor)
+
+
+def _given(source: Any, layout: FlatLayout | None, process_group: dist.ProcessGroup | None) -> _Given:
+    if _is_of_deepspeed(source):
+        raise ValueError(DEEPSPEED)
+    optimizers = [] if isinstance(source, Tensor | list | tuple) else contained_optimizers(source)
+    if not optimizers:
+        return _given_params(source, layout, process_group)
+    if layout is not None or process_group is not None:
+        raise ValueError("layout= and process_group= are for parameters; an optimizer has its own")
+    return _given_optimizers(optimizers)
+
+
+def _is_of_deepspeed(source: Any) -> bool:
+    """Whether it is DeepSpeed's, or has an optimizer that is."""
+    while source is not None and not isinstance(source, Engine):
+        if type(source).__module__.partition(".")[0] == "deepspeed":
+            return True
+        source = getattr(source, "optimizer", None)
+    return isinstance(source, Engine) and source.layout is not None and source.layout.steps_by_group
+
+
+def _given_params(source: Any, layout: FlatLayout | None, process_group: dist.ProcessGroup | None) -> _Given:
+    if isinstance(source, torch.optim.Optimizer):
+        groups: list[Any] = source.param_groups
+    else:
+        members = [source] if isinstance(source, Tensor) else source
+        check_iterable(members, "optimizer_or_params")
+        members = list(members)
+        groups = members if members and isinstance(members[0], dict) else [{"params": members}]
+    rows: dict[int, tuple[Tensor, str]] = {}
+    for index, group in enumerate(groups):
+        for param, name in named_params({**group, "params": list(group["params"])}, index):
+            if param.requires_grad or param.grad is not None:
+                rows.setdefault(id(param), (param, name))
+    if any(hasattr(param, mark) for param, _ in rows.values() for mark in DEEPSPEED_MARKS):
+        raise ValueError(DEEPSPEED)
+    return _Given(
+        params=[param for param, _ in rows.values()],
+        describe=lambda: [describe(param, name, layout) for param, name in rows.values()],
+        process_group=process_group,
+    )
+
+
+def _given_optimizers(optimizers: Sequence[Engine | ShardedOptimizer]) -> _Given:
+    sharded = [each for each in optimizers if isinstance(each, ShardedOptimizer)]
+    for each in sharded:
+        each.collect_gradients()
+    engines = [each.inside if isinstance(each, ShardedOptimizer) else each for each in optimizers]
+    if any(each.process_group is not engines[0].process_group for each in engines):
+        raise ValueError("the optimizers have different process groups, over which there is no one norm; clip each by itself")
+    return _Given(
+        params=[param for each in engines for param in each.all_params()],
+        describe=lambda: [entry for number, each in enumerate(engines) for entry in _described(each, number, len(engines))],
+        process_group=engines[0].process_group,
+        sharded=sharded,
+    )
+
+
+def _described(engine: Engine, number: int, count: int) -> Iterator[LocalParam]:
+    """What this rank holds of an optimizer's parameters, those without a name under one that no other optimizer has."""
+    for index, group in enumerate(engine.param_groups):
+        for param, name in named_params(group, index):
+            is_named = "param_names" in group or count == 1
+            yield engine.describe_param(param, name if is_named else f"optimizers[{number}].{name}", group)
+
+
+# --------------------------------------------------------------------------------------------------------------------- who owns what
+
+
+class _Ownership:
+    """Which pieces of its parameters this rank counts, so that replicas count once. It keeps no parameter alive.
+
+    Attributes:
+        number: of the exchange that it was found in, among those of the process group: the same on all ranks.
+        pending: rows of the last call, which the host has not read.
+    """
+
+    def __init__(self, layout: Layout, number: int) -> None:
+        self._params = [ref(param) for param in layout.params]
+        self._described = properties_of(layout.params)
+        self.owned = [
+            [_range(piece) for piece, owned in zip(entry.pieces, layout.owned[first:], strict=False) if owned and piece.segment.numel]
+            for entry, first in zip(layout.local_params, layout.first_piece, strict=True)
+        ]
+        self.partial = layout.partial
+        self.has_dtensors = layout.has_dtensors
+        self.number = number
+        self.pending: Tensor | None = None
+
+    def fits(self, params: Sequence[Tensor]) -> bool:
+        """Whether these are the parameters, as they were."""
+        if len(params) != len(self._params) or any(known() is not param for known, param in zip(self._params, params, strict=True)):
+            return False
+        return properties_of(params) == self._described
+
+
+def _range(piece: Piece) -> slice | None:
+    """Where a piece lies in the local tensor; None: it is all of it."""
+    return None if piece.offset is None else slice(piece.offset, piece.offset + piece.segment.numel)
+
+
+class _Exchanges:
+    """What was exchanged over a process group.
+
+    Attributes:
+        count: of the exchanges.
+        by_param: by the first parameter.
+        of_none: of a rank that has no parameters.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.by_param = WeakIdKeyDictionary()
+        self.of_none: _Ownership | None = None
+
+    def known(self, params: Sequence[Tensor]) -> _Ownership | None:
+        found = self.by_param.get(params[0]) if params else self.of_none
+        return found if found is not None and found.fits(params) else None
+
+    def make(self, given: _Given, group: dist.ProcessGroup | None) -> _Ownership:
+        """Exchange what ranks hold: a collective."""
+        made = _Ownership(exchange_layouts(given.describe, group, compares_values=lambda _: False), self.count + 1)
+        self.count += 1
+        if given.params:
+            self.by_param[given.params[0]] = made
+        else:
+            self.of_none = made
+        return made
+
+
+_alone = _Exchanges()
+_exchanges: WeakKeyDictionary[dist.ProcessGroup, _Exchanges] = WeakKeyDictionary()
+
+
+# --------------------------------------------------------------------------------------------------------------------------- the norm
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Local:
+    """A gradient of this rank."""
+
+    row: int  # of the parameter
+    memory: Tensor  # what is to be scaled
+    values: Tensor  # what counts: the same memory, unless tensor parallelism has left a sum that is yet to be reduced
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """What the ranks have found together."""
+
+    table: Tensor  # float64 (ranks, 4)
+    local: list[_Local]
+    is_read: bool = field(default=False)
+
+    def norm(self, norm_type: float) -> Tensor:
+        powers = self.table[:, POWER]
+        return powers.max() if math.isinf(norm_type) else powers.sum().pow(1.0 / norm_type)
+
+
+def _agree(given: _Given, group: dist.ProcessGroup | None, norm_type: float) -> _Found:
+    """Add up all ranks' powers. One all-gather where all ranks have the parameters of the last time.
+
+    Raises:
+        ValueError: on all ranks, or on an accelerator on the others in their next call.
+    """
+    exchanges = _alone if group is None else _exchanges.setdefault(group, _Exchanges())
+    ownership = exchanges.known(given.params)
+    if ownership is not None and ownership.pending is not None:
+        pending, ownership.pending = ownership.pending, None
+        _check_rows(pending.tolist(), None, group)
+    for is_last in (False, True):
+        local: list[_Local] = []
+        failure: Exception | None = None
+        row = torch.zeros(4, dtype=torch.float64, device=given.params[0].device if given.params else "cpu")
+        if ownership is None:
+            row[STALE] = 1.0
+        else:
+            row[EXCHANGE] = float(ownership.number)
+            try:
+                local = _local_gradients(given, ownership)
+                row[POWER] = _power(local, ownership, norm_type, row.device)
+            except Exception as error:  # the other ranks must hear of it before this one raises
+                failure, row[FAILED] = error, 1.0
+        table = _gathered(row, group)
+        if not known_on_host(table) and failure is None and ownership is not None:
+            ownership.pending = table
+            return _Found(table=table.masked_fill(_spoiled(table), math.nan), local=local)
+        rows = table.tolist()
+        if _check_rows(rows, failure, group):
+            return _Found(table=table, local=local, is_read=known_on_host(table))
+        if is_last or not (known_on_host(table) or all(each[STALE] for each in rows)):
+            raise ValueError(
+                "so.clip_grad_norm_: parameters have changed on some ranks only; change them on all ranks before the same call"
+            )
+        ownership = exchanges.make(given, group)
+    raise AssertionError("the last attempt has returned or raised")
+
+
+def _check_rows(rows: Sequence[Sequence[float]], failure: Exception | None, group: dist.ProcessGroup | None) -> bool:
+    """Whether all ranks have counted by the same exchange; raises on all ranks if one has failed."""
+    if any(row[FAILED] for row in rows):
+        message = None if failure is None else str(failure) if isinstance(failure, ValueError) else repr(failure)
+        raise ValueError(gather_messages(message, group)) from failure
+    return not any(row[STALE] for row in rows) and len({row[EXCHANGE] for row in rows}) == 1
+
+
+def _spoiled(table: Tensor) -> Tensor:
+    """Whether the norm is not to be trusted, where only the device knows it: bool (1, 1). Gradients then become NaN."""
+    exchange = table[:, EXCHANGE]
+    return ((table[:, FAILED] + table[:, STALE]).sum() + (exchange.max() - exchange.min()) > 0).reshape(1, 1)
+
+
+def _gathered(row: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    if group is None:
+        return row[None]
+    table = row.new_empty(dist.get_world_size(group), len(row))
+    with naming_missing_ranks(group, "the norm of the gradients in so.clip_grad_norm_"):
+        dist.all_gather(list(table.unbind()), row, group=group)
+    return table
+
+
+def _local_gradients(given: _Given, ownership: _Ownership) -> list[_Local]:
+    """This rank's gradients. A collective where tensor parallelism has left some to be reduced."""
+    entries: list[LocalParam] = []
+    found = []
+    grads = [param.grad for param in given.params]
+    reduced = reduced_gradients(given.params, ownership.partial) if ownership.has_dtensors else grads
+    for row, (param, grad, whole) in enumerate(zip(given.params, grads, reduced, strict=True)):
+        if grad is None or whole is None:
+            continue
+        values = _local_of(param, whole)
+        if values is None:
+            entries = entries or given.describe()
+            values = entries[row].local(whole, GRADIENT)
+        found.append(_Local(row=row, memory=values if whole is grad else local_of(grad), values=values))
+    return found
+
+
+def _local_of(param: Tensor, grad: Tensor) -> Tensor | None:
+    """This rank's part of a gradient that is laid out like its parameter; None where that is to be looked at."""
+    spec = getattr(grad, "_spec", None)
+    if type(grad) in PLAIN and type(param) in PLAIN:
+        local = grad if grad.shape == param.shape else None
+    else:
+        local = local_of(grad) if spec is not None and spec is getattr(param, "_spec", None) else None
+    return local if local is not None and type(local) in PLAIN and local.layout == torch.strided else None
+
+
+def _power(local: Iterable[_Local], ownership: _Ownership, norm_type: float, device: torch.device) -> Tensor:
+    """The sum of powers of what this rank counts, or its largest element: float64 ()."""
+    pieces = [each.values if place is None else each.values[place] for each in local for place in ownership.owned[each.row]]
+    powers = [part.to(device) for tensors in _by_kind(pieces).values() for part in _powers(tensors, norm_type)]
+    if not powers:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    stacked = torch.stack(powers)
+    return stacked.max() if math.isinf(norm_type) else stacked.sum()
+
+
+def _powers(tensors: Sequence[Tensor], norm_type: float) -> Iterator[Tensor]:
+    """Of all tensors together the sums of the powers of their elements, or the largest of each: float64 ()."""
+    foreach_norm = torch._foreach_norm  # pyright: ignore[reportPrivateImportUsage]
+    if math.isinf(norm_type):
+        yield from (norm.double() for norm in foreach_norm(list(tensors), norm_type))
+    elif not known_on_host(tensors[0]):
+        yield from (norm.pow(norm_type) for norm in foreach_norm(list(tensors), norm_type, dtype=torch.float64))
+    else:
+        for flat in _joined(tensors):
+            yield _square_sum(flat) if norm_type == 2.0 else _power_sum(flat, norm_type)
+
+
+def _joined(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+    """All elements in flat tensors, of which few are small: each costs several calls of torch."""
+    small = [tensor.reshape(-1) for tensor in tensors if tensor.numel() < CHUNK]
+    yield from (tensor.reshape(-1) for tensor in tensors if tensor.numel() >= CHUNK)
+    if small:
+        yield from torch.cat(small).split(MOST_CHUNKS * CHUNK)
+
+
+def _square_sum(flat: Tensor) -> Tensor:
+    numel = flat.numel() // ROW * ROW
+    norms = torch.linalg.vector_norm(flat[:numel].view(-1, ROW), dim=1, dtype=torch.float32).double()
+    rest = flat[numel:].double()
+    total = torch.dot(norms, norms) + torch.dot(rest, rest)
+    if SMALLEST < math.sqrt(float(total) / flat.numel()) < LARGEST:
+        return total
+    return _power_sum(flat, 2.0)
+
+
+def _power_sum(flat: Tensor, norm_type: float) -> Tensor:
+    return torch.stack([torch.linalg.vector_norm(chunk.double(), norm_type).pow(norm_type) for chunk in flat.split(CHUNK)]).sum()
+
+
+def _by_kind(tensors: Iterable[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:
+    """Those that have an element, as foreach takes them: of one device and dtype."""
+    found: defaultdict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+    for tensor in tensors:
+        if tensor.numel():
+            found[tensor.device, tensor.dtype].append(tensor)
+    return found
+
+
+def _raise_nonfinite(given: _Given, local: Sequence[_Local], norm: Tensor, group: dist.ProcessGroup | None) -> NoReturn:
+    """On all ranks: a collective."""
+    entries = given.describe()
+    names = [repr(entries[each.row].name) for each in local if not bool(each.values.isfinite().all())]
+    shown = ", ".join(names[:MOST_NAMES]) + (f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else "")
+    where = gather_messages(f"not finite: {shown}" if names else None, group)
+    raise RuntimeError(
+        f"the norm of the gradients is {float(norm)}, so that they cannot be clipped; leave out error_if_nonfinite to scale them all the "
+        f"same. {where}"
+    )

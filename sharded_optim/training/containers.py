@@ -1,0 +1,80 @@
+"""The optimizers of this library inside of what frameworks put around them, and their metrics. Used by clipping, metrics and callbacks.
+
+Containers are recognised by their attributes, so that no framework is imported: Accelerate's AcceleratedOptimizer and Accelerator, the
+Trainer of Hugging Face, Lightning's LightningOptimizer, Trainer and LightningModule, DeepSpeed's engine and optimizer wrappers,
+torchtitan's OptimizersContainer, torchft's OptimizerWrapper.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from sharded_optim.step.engine import Engine
+from sharded_optim.zero import ShardedOptimizer
+
+__all__ = ["contained_optimizers", "metrics"]
+
+# Attributes under which a container has an optimizer, several, or a container of them, in the order in which they are tried.
+ATTRIBUTES = ("optimizer", "optimizers", "_optimizer", "_optimizers", "basic_optimizer", "optim")
+MOST_LEVELS = 8  # containers in one another: Hugging Face's Trainer under DeepSpeed has four
+
+
+def contained_optimizers(container: Any) -> list[Engine | ShardedOptimizer]:
+    """The optimizers of this library in a container, in its order, each once; or the optimizer itself."""
+    return list({id(each): each for each in _search(container, MOST_LEVELS, set())}.values())
+
+
+def metrics(optimizer: Any) -> dict[str, float]:
+    """What the last step found, reduced over all ranks, of an optimizer inside of whatever a framework has put around it.
+
+    Args:
+        optimizer: of this library; or an optimizer, engine, trainer or container of Accelerate, Hugging Face, Lightning, DeepSpeed or
+            torchtitan that has one or several.
+
+    Returns:
+        As the optimizer's `metrics()`. Of several optimizers the metrics of all, and the largest `skipped_steps`.
+
+    Raises:
+        TypeError: there is no optimizer of this library inside.
+    """
+    found = contained_optimizers(optimizer)
+    if not found:
+        raise TypeError(
+            f"so.metrics found no optimizer of sharded_optim in a {type(optimizer).__name__}; pass the optimizer, or the trainer, engine "
+            f"or container that holds it, once it has been made"
+        )
+    reports = [each.metrics() for each in found]
+    merged = {key: value for report in reports for key, value in report.items()}
+    return merged | {"skipped_steps": max(report["skipped_steps"] for report in reports)}
+
+
+def _search(container: Any, levels: int, seen: set[int]) -> Iterator[Engine | ShardedOptimizer]:
+    if container is None or levels == 0 or id(container) in seen or isinstance(container, Tensor | str | bytes):
+        return
+    seen.add(id(container))
+    if isinstance(container, Engine | ShardedOptimizer):
+        yield container
+        return
+    for each in _contents(container):
+        yield from _search(each, levels - 1, seen)
+
+
+def _contents(container: Any) -> Iterable[Any]:
+    if isinstance(container, Mapping):
+        return container.values()
+    if isinstance(container, list | tuple):
+        return container
+    return [found for name in ATTRIBUTES if (found := _attribute(container, name)) is not None]
+
+
+def _attribute(container: Any, name: str) -> Any:
+    """An attribute, or what a method of that name returns (LightningModule.optimizers); None where there is none yet."""
+    try:
+        found = getattr(container, name, None)
+        return found() if inspect.ismethod(found) and name == "optimizers" else found
+    except (AttributeError, RuntimeError, TypeError):  # of a module that no trainer has taken up yet
+        return None
