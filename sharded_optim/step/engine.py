@@ -115,6 +115,7 @@ class Engine(ReportingOptimizer):
 
     # ------------------------------------------------------------------------------------------------------------------- step
 
+    @torch._disable_dynamo  # as torch does with its own: torch.compile(optimizer.step) would trace NumPy, and fail
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, param: Tensor | Sequence[Tensor] | None = None) -> Any:
         """Step once: on every rank, or on none.

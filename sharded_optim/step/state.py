@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
@@ -31,6 +31,7 @@ __all__ = [
     "fsdp1_that_offloads_whole_state",
     "local_of",
     "new_state",
+    "steps_to_allocate",
     "zeros",
 ]
 
@@ -129,6 +130,7 @@ ALLOCATORS = {
     ("torch.distributed.checkpoint.state_dict", "_init_optim_state"),
     ("deepspeed.runtime.fp16.unfused_optimizer", "initialize_optimizer_states"),
 }
+ALLOCATOR = "init_optim_state"  # torchtitan's, torchft's and other copies of torch's function, in whatever module, with lr 0
 
 
 def called_to_allocate() -> bool:
@@ -139,6 +141,16 @@ def called_to_allocate() -> bool:
     does.
     """
     return any((_module_of(frame), frame.f_code.co_name) in ALLOCATORS for frame in _callers())
+
+
+def steps_to_allocate(groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a step of these groups, which have no state yet, is only to make the optimizer allocate it. Waits for the device if so."""
+    if called_to_allocate():
+        return True
+    if not any(frame.f_code.co_name == ALLOCATOR for frame in _callers()):
+        return False
+    grads = [param.grad for group in groups for param in group["params"] if param.grad is not None]
+    return all(float(group["lr"]) == 0.0 for group in groups) and not any(bool(local_of(grad).count_nonzero()) for grad in grads)
 
 
 CHECKPOINT = "torch.distributed.checkpoint"

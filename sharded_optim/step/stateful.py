@@ -12,7 +12,7 @@ from sharded_optim.step import foreign_state, param_groups, state_dicts
 from sharded_optim.step.compensation import CompensationLog
 from sharded_optim.step.grouped import GroupedOptimizer, optimizer_classes
 from sharded_optim.step.options import Params
-from sharded_optim.step.state import STEP, Choice, State, called_to_allocate, fsdp1_that_offloads_whole_state, new_state, zeros
+from sharded_optim.step.state import STEP, Choice, State, fsdp1_that_offloads_whole_state, new_state, steps_to_allocate, zeros
 from sharded_optim.storage.formats import Format, chosen_format, extra_arrays, param_format
 
 __all__ = ["StatefulOptimizer"]
@@ -45,9 +45,9 @@ class StatefulOptimizer(GroupedOptimizer):
             param.grad = torch.zeros_like(param.grad)
 
     def is_allocation_step(self) -> bool:
-        """Return whether a wrapper steps only to have state allocated: see `called_to_allocate`."""
+        """Return whether a wrapper steps only to have state allocated: see `steps_to_allocate`."""
         has_state = any(group["params"][0] in self.state for group in self.param_groups if group["params"])
-        return not has_state and called_to_allocate()
+        return not has_state and steps_to_allocate(self.param_groups)
 
     def new_state(self, param: Tensor) -> dict[str, Any]:
         """Create the state of a parameter, for `self.state`."""

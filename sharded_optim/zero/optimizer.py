@@ -32,7 +32,7 @@ from sharded_optim.sharding.ranks import raise_together
 from sharded_optim.step.engine import Engine
 from sharded_optim.step.options import Params, ShardedOptions
 from sharded_optim.step.param_groups import follow_names
-from sharded_optim.step.state import asked_by_distributed_checkpoint, called_to_allocate
+from sharded_optim.step.state import asked_by_distributed_checkpoint, called_to_allocate, steps_to_allocate
 from sharded_optim.storage.position_hash import position_hashes
 from sharded_optim.zero import local_state, logical
 from sharded_optim.zero.arguments import check_defaults, check_options, groups_of, tensors_of, unwrapped
@@ -425,6 +425,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     # ------------------------------------------------------------------------------------------------------------------------ step
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step once: on every rank, or on none.
@@ -444,7 +445,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not len(self.state) and called_to_allocate():
+        if not len(self.state) and steps_to_allocate(self.param_groups):
             self.init_state()
             return loss
         self._refuse()

@@ -1,0 +1,103 @@
+"""Frameworks need no remedy: what they do with an optimizer, by stand-ins of a few lines that do it in the same order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sharded_optim as so
+
+MAKERS: dict[str, Callable[..., Any]] = {
+    "AdamW": lambda model: so.AdamW(model.named_parameters(), lr=1e-2),
+    "StableAdamW": lambda model: so.StableAdamW(model.named_parameters(), lr=1e-2),
+    "ShardedOptimizer": lambda model: so.ShardedOptimizer(model, so.StableAdamW, lr=1e-2),
+}
+every_maker = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+
+
+def model_of(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 1))
+
+
+def train(model: nn.Module, optimizer: Any, steps: int = 3) -> list[Tensor]:
+    for step in range(steps):
+        inputs = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+        model(inputs).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [param.detach().clone() for param in model.parameters()]
+
+
+# --------------------------------------------------------------------------------------------------- torchtitan, torchft: first state
+
+
+def init_optim_state(optimizer: Any, grad: float = 0.0) -> None:
+    """What torchtitan and torchft do before a checkpoint is taken or loaded."""
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            param.grad = torch.full_like(param, grad)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = torch.tensor(0.0) if isinstance(group["lr"], Tensor) else 0.0
+    optimizer.step(closure=None)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    optimizer.zero_grad(set_to_none=True)
+
+
+@every_maker
+def test_a_step_that_only_allocates_counts_as_none(make: Callable) -> None:
+    """The losses after it are those without it, bit for bit; and state is there."""
+    plain, prepared = model_of(), model_of()
+    expected = train(plain, make(plain))
+    optimizer = make(prepared)
+    init_optim_state(optimizer)
+    assert len(optimizer.state) == 4
+    assert {float(state["step"]) for state in optimizer.state.values()} == {0.0}
+    for value, other in zip(train(prepared, optimizer), expected, strict=True):
+        assert torch.equal(value, other)
+
+
+def test_a_real_step_of_that_name_counts() -> None:
+    """With gradients, or with state that is there already."""
+    model = model_of()
+    optimizer = so.AdamW(model.parameters(), lr=1e-2)
+    init_optim_state(optimizer, grad=1.0)
+    assert {float(state["step"]) for state in optimizer.state.values()} == {1.0}
+    init_optim_state(optimizer)
+    assert {float(state["step"]) for state in optimizer.state.values()} == {2.0}
+
+
+def test_a_first_step_of_a_warmup_counts() -> None:
+    """Its lr is 0 and so may be its gradients, but nobody calls that initialization."""
+    model = model_of()
+    optimizer = so.AdamW(model.parameters(), lr=0.0, max_lr=1e-2)
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    assert {float(state["step"]) for state in optimizer.state.values()} == {1.0}
+
+
+# ------------------------------------------------------------------------------------------------------------------- torch.compile
+
+
+@every_maker
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_step_has_the_bits_of_an_ordinary_one(make: Callable) -> None:
+    """torch.compile(optimizer.step), and a function that steps, compiled as a whole: neither traces into the step."""
+    plain, compiled = model_of(), model_of()
+    expected = train(plain, make(plain))
+    optimizer = make(compiled)
+    step = torch.compile(optimizer.step)
+    whole = torch.compile(lambda: optimizer.step())
+    for number in range(3):
+        compiled(torch.randn(4, 3, generator=torch.Generator().manual_seed(number))).square().sum().backward()
+        (whole if number == 2 else step)()
+        optimizer.zero_grad()
+    for param, other in zip(compiled.parameters(), expected, strict=True):
+        assert torch.equal(param, other)
