@@ -21,7 +21,7 @@ WAYS_OUT = {
     "capturable": "a CUDA graph may record any step on a GPU; leave it out",
     "parameters_as_bucket_view": "in a ShardedOptimizer parameters lie in buckets anyway; leave it out",
     "overlap_with_ddp": "ShardedOptimizer reduces gradients while backward goes on, without DistributedDataParallel; leave it out",
-    "consolidate_state_dict": "so.checkpoint and torch.distributed.checkpoint save every rank's part; leave it out",
+    "consolidate_state_dict": "it is a method of ShardedOptimizer, which every rank calls before one saves for all; leave it out here",
 }
 PASSES = {"fused": True}  # what an argument may be beside None and False, as it asks for what is done anyway
 INTERNAL = ("defaults", "algorithm")  # what public classes give their base

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from sharded_optim.backends import AUTO, candidates
 from sharded_optim.formulas import Choose
@@ -115,7 +116,7 @@ class Engine(ReportingOptimizer):
 
     # ------------------------------------------------------------------------------------------------------------------- step
 
-    @torch._disable_dynamo  # as torch does with its own: torch.compile(optimizer.step) would trace NumPy, and fail
+    @_disable_dynamo  # as torch does with its own: torch.compile(optimizer.step) would trace NumPy, and fail
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, param: Tensor | Sequence[Tensor] | None = None) -> Any:
         """Step once: on every rank, or on none.
@@ -256,5 +257,5 @@ def _warn_of_no_gradients(optimizer: Engine, params: ParamSet, agreement: Agreem
         f"FullyShardedDataParallel) after the optimizer was built, the optimizer has the parameters of before: build it from "
         f"model.parameters() after wrapping. Else call loss.backward() before step()",
         UserWarning,
-        stacklevel=5,
+        stacklevel=7,  # of these, two are of torch keeping dynamo out
     )

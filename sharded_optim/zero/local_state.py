@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +20,7 @@ from sharded_optim.zero.bucket import Home
 from sharded_optim.zero.housing import Group, without_params
 from sharded_optim.zero.logical import LogicalTensor
 
-__all__ = ["MASTER", "SHARDS", "LocalState", "LogicalState", "Values", "inside", "shards_of"]
+__all__ = ["MASTER", "SHARDS", "LocalState", "LogicalState", "ShardTable", "Values", "inside", "shards_of"]
 
 MASTER = "master"  # the float32 values of a low-precision parameter: (n,), as of moments this rank's part
 SHARDS = "shards"  # key of a state dict: what its tensors are
@@ -93,6 +96,34 @@ def _logical(home: Home, value: Tensor) -> Tensor:
     return LogicalTensor(value, home.shape, home.start) if home.shape else value.new_zeros(())
 
 
+class ShardTable(dict[int, dict[str, Any]]):
+    """What `shards_of` gives, in a state dict of one of several ranks. To pickle it warns, once: trainers save what rank 0 has for all.
+
+    Args:
+        content: of it.
+        warned: has an element once there was a warning; shared by the state dicts of an optimizer.
+    """
+
+    def __init__(self, content: Mapping[int, dict[str, Any]], warned: list[bool]) -> None:
+        super().__init__(content)
+        self._warned = warned
+
+    def __reduce_ex__(self, _: object) -> tuple[Any, ...]:
+        if not self._warned:
+            self._warned.append(True)
+            warnings.warn(
+                "one rank's part of the state of a ShardedOptimizer is being saved. That is complete where every rank saves its own. Where "
+                "one rank saves for all, the others' parts are lost: call optimizer.consolidate_state_dict() on every rank before, or save "
+                "with so.checkpoint or torch.distributed.checkpoint",
+                UserWarning,
+                stacklevel=3,
+            )
+        return OrderedDict, (list(self.items()),)  # which torch.load takes with weights_only=True, where it refuses dict
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ShardTable:
+        return ShardTable(deepcopy(dict(self), memo), self._warned)
+
+
 def shards_of(groups: Sequence[Group], homes: Mapping[Tensor, Home]) -> dict[int, dict[str, Any]]:
     """For each parameter of a state dict, by its number: the elements, [start, start + numel) of the flattened one, that this rank has."""
     params = [param for group in groups for param in group["params"]]
@@ -138,8 +169,8 @@ def inside(
                 if shards is not None and shards.get(key) != own_shards[number]:
                     raise ValueError(
                         f"the state dict was saved with another sharding: of {name!r} it has {shards.get(key)}, this rank steps "
-                        f"{own_shards[number]}; load the file of the same rank of as many ranks, or the state dict of an optimizer in one "
-                        f"process, of which each rank takes its part"
+                        f"{own_shards[number]}; load the file of the same rank of as many ranks, or a whole state dict, of which each rank "
+                        f"takes its part: of an optimizer in one process, or saved after optimizer.consolidate_state_dict()"
                     )
                 found = {name: _part(home, value, shards is None) for name, value in state_dict["state"][key].items()}
                 if home.kind.has_masters:

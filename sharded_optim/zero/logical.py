@@ -166,14 +166,15 @@ COPIES = {
 
 @torch.no_grad()
 def gathered(
-    state: Mapping[int, Mapping[str, Tensor]], process_group: dist.ProcessGroup | None, *, to_rank_0: bool
+    state: Mapping[int, Mapping[str, Tensor]], process_group: dist.ProcessGroup | None, *, keep: bool, to_cpu: bool
 ) -> dict[int, dict[str, Tensor]]:
     """Logical state as ordinary whole tensors. A collective.
 
     Args:
         state: by the numbers of the parameters.
         process_group: the ranks that the tensors are cut over; None: this process is alone.
-        to_rank_0: give it to rank 0 alone, in the memory of its CPU.
+        keep: whether this rank wants it; else it is given nothing.
+        to_cpu: give it in the memory of the CPU.
     """
     known = {
         number: {name: (value.dtype, tuple(value.shape), value.item() if value.ndim == 0 else None) for name, value in values.items()}
@@ -183,7 +184,6 @@ def gathered(
     if process_group is not None:
         told = told * dist.get_world_size(process_group)
         dist.all_gather_object(told, known, group=process_group)
-    is_kept = not to_rank_0 or not dist.is_initialized() or dist.get_rank() == 0
     devices = [value.device for values in state.values() for value in values.values()]
     device = devices[0] if devices else torch.device("cpu")
     found: dict[int, dict[str, Tensor]] = {}
@@ -196,9 +196,9 @@ def gathered(
                 value = _gathered(values.get(name), dtype, shape, device, process_group)
             else:
                 value = torch.tensor(number_itself, dtype=dtype, device=device)
-            if is_kept:
-                whole[name] = value.cpu() if to_rank_0 else value
-        if is_kept:
+            if keep:
+                whole[name] = value.cpu() if to_cpu else value
+        if keep:
             found[number] = whole
     return found
 

@@ -23,6 +23,7 @@ from weakref import WeakSet, finalize, ref
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import Unpack
 
@@ -116,6 +117,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.stage = stage
         self._topology = topology
         self._superseded = False
+        self._consolidated: dict[int, dict[str, Tensor]] | None = None  # whole state, until it changes
+        self._warned_of_saving: list[bool] = []
         # Whether gradients stay in the parameters, as others average them.
         self._slices = topology.all_ranks is None or isinstance(module, DistributedDataParallel)
         self._looked_for_ddp = self._slices
@@ -222,6 +225,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             follow_names(param_group, self.param_groups)
             super().add_param_group(param_group)
             return
+        self._consolidated = None
         self.finish_reduction()
         self.wait()
         index, buckets = len(self.param_groups), []
@@ -425,7 +429,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     # ------------------------------------------------------------------------------------------------------------------------ step
 
-    @torch._disable_dynamo
+    @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step once: on every rank, or on none.
@@ -449,6 +453,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self.init_state()
             return loss
         self._refuse()
+        self._consolidated = None
         self.wait()
         self._take_up_unfrozen()
         self._housing.bring_home()
@@ -529,7 +534,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.init_state()
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's part: local and cheap. Loads on the same rank of as many ranks.
+        """This rank's part: local and cheap. Loads on the same rank of as many ranks. Or all of it, after `consolidate_state_dict`.
 
         torch.distributed.checkpoint is given whole tensors, of which each rank saves and loads its part, on any number of ranks. That too
         is local, but with StateDictOptions(full_state_dict=True) a collective.
@@ -542,9 +547,43 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 for group in whole["param_groups"]:
                     group.pop("param_names", None)  # which an optimizer that was not given names does not save
             if asked.full:
-                whole["state"] = logical.gathered(whole["state"], self._topology.shard_group, to_rank_0=asked.cpu_offload)
+                whole["state"] = logical.gathered(
+                    whole["state"],
+                    self._topology.shard_group,
+                    keep=not asked.cpu_offload or not dist.is_initialized() or dist.get_rank() == 0,
+                    to_cpu=asked.cpu_offload,
+                )
             return whole
-        return super().state_dict() | {local_state.SHARDS: local_state.shards_of(self.param_groups, self._housing.homes)}
+        if self._consolidated is not None:
+            return super().state_dict() | {"state": self._consolidated}
+        shards = local_state.shards_of(self.param_groups, self._housing.homes)
+        if self._topology.shard_group is not None:
+            shards = local_state.ShardTable(shards, self._warned_of_saving)
+        return super().state_dict() | {local_state.SHARDS: shards}
+
+    def consolidate_state_dict(self, to: int = 0) -> None:
+        """Collect the state of all ranks, so that `state_dict` of one of them has whole tensors. A collective: every rank must call it.
+
+        As of torch's ZeroRedundancyOptimizer; Lightning calls it by itself. The next step, and loading, drop what was collected. What rank
+        `to` then saves loads on every rank of any number of ranks, and into an optimizer in one process.
+
+        Args:
+            to: the rank, of the process group, that is given the state, in the memory of its CPU. The others still have their parts.
+
+        Raises:
+            ValueError: there is no such rank.
+        """
+        group = self._topology.all_ranks
+        count = 1 if group is None else dist.get_world_size(group)
+        if not 0 <= to < count:
+            raise ValueError(f"to must be a rank of the optimizer's process group, 0 to {count - 1}, got {to}")
+        self._complete_state()
+        numbers = {param: number for number, param in enumerate(param for each in self.param_groups for param in each["params"])}
+        known = local_state.LogicalState(self._engine, self._housing.homes, self.param_groups, template=False)
+        is_wanted = group is None or dist.get_rank(group) == to
+        state = {numbers[param]: values for param, values in known.items()}
+        whole = logical.gathered(state, self._topology.shard_group, keep=is_wanted, to_cpu=True)
+        self._consolidated = whole if is_wanted else None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` of this rank has returned, or the state dict of an optimizer in one process, of which it takes its part.
@@ -574,6 +613,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 self._engine.load_state_dict(before)
             raise
         values.write()
+        self._consolidated = None
         for outside, inside in zip(self.param_groups, self._engine.param_groups, strict=True):
             outside |= without_params(inside)
         for hook in self._optimizer_load_state_dict_post_hooks.values():

@@ -64,7 +64,7 @@ def constructors(cls: type) -> dict[str, Callable]:
         ("differentiable", True, "use torch.optim"),
         ("parameters_as_bucket_view", True, "leave it out"),
         ("overlap_with_ddp", True, "leave it out"),
-        ("consolidate_state_dict", True, "so.checkpoint"),
+        ("consolidate_state_dict", True, "it is a method of ShardedOptimizer"),
         ("amsgrad", True, "leave it out|give it in the param groups"),
     ],
 )

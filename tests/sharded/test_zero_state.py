@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -120,6 +121,7 @@ def test_state_falls_with_the_number_of_ranks_and_traffic_is_twice_the_parameter
 def check_state(folder: str) -> None:
     check_resuming(Path(folder))
     check_files(Path(folder))
+    check_consolidated(Path(folder))
     check_whole_state_dicts()
     check_refused_state_dicts()
     check_early_observation()
@@ -148,6 +150,61 @@ def check_resuming(folder: Path) -> None:
             assert optimizers[0].state.get(a, {}).keys() == optimizers[1].state.get(b, {}).keys()
             for key, value in optimizers[0].state.get(a, {}).items():
                 assert torch.equal(value, optimizers[1].state[b][key]), key
+
+
+def check_consolidated(folder: Path) -> None:
+    """What one rank saves after `consolidate_state_dict`, as trainers do, is continued by all with the bits of a run that goes on; and it
+    is the state of an optimizer in one process. Saved without it there is a warning, once.
+    """
+    world_size = dist.get_world_size()
+    for number, (dtype, make) in enumerate([(torch.float32, STABLE), (torch.bfloat16, STABLE), (torch.bfloat16, KAHAN)]):
+        models = [Model(AWKWARD).to(dtype) for _ in range(2)]
+        optimizers = [sharded(make, two_groups(model), bucket_mb=SMALL) for model in models]
+        train(models[0], optimizers[0], 1, 3)
+        to = number % world_size
+        optimizers[0].consolidate_state_dict(to=to)
+        path = folder / f"consolidated-{number}.pt"
+        weights = models[0].state_dict()
+        if dist.get_rank() == to:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                torch.save({"model": weights, "optimizer": optimizers[0].state_dict()}, path)
+        dist.barrier()
+        saved = torch.load(path, weights_only=True)
+        assert "shards" not in saved["optimizer"]
+        for model, values in zip(models[0].parameters(), saved["optimizer"]["state"].values(), strict=False):
+            assert values["exp_avg"].shape in {param.shape for param in models[0].parameters()}, model.shape
+        models[1].load_state_dict(saved["model"])
+        optimizers[1].load_state_dict(saved["optimizer"])
+        for model, optimizer in zip(models, optimizers, strict=True):
+            train(model, optimizer, 4, 5)
+            optimizer.wait()
+        for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            assert torch.equal(a, b)
+            for key, value in optimizers[0].state.get(a, {}).items():
+                assert torch.equal(value, optimizers[1].state[b][key]), key
+        assert "shards" in optimizers[0].state_dict(), "a step has changed what was collected"
+        if dtype == torch.float32:
+            expected, _ = one_process(make, [gradients(step, AWKWARD) for step in range(1, 6)], two_groups)
+            ordinary = Model(AWKWARD)
+            ordinary.load_state_dict(saved["model"])
+            resumed = make(two_groups(ordinary), process_group=dist.new_subgroups(1)[0])
+            resumed.load_state_dict(saved["optimizer"])
+            for step in (4, 5):
+                for param, grad in zip(ordinary.parameters(), gradients(step, AWKWARD), strict=True):
+                    param.grad = grad
+                resumed.step()
+            for a, b in zip(ordinary.parameters(), expected.parameters(), strict=True):
+                assert torch.equal(a, b)
+    with pytest.raises(ValueError, match=rf"to must be a rank of the optimizer's process group, 0 to {world_size - 1}, got {world_size}"):
+        optimizers[0].consolidate_state_dict(to=world_size)
+    if world_size > 1:
+        with pytest.warns(UserWarning, match=r"one rank's part.*optimizer.consolidate_state_dict\(\) on every rank"):
+            torch.save(optimizers[0].state_dict(), folder / f"{dist.get_rank()}.pt")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            copy.deepcopy(optimizers[1].state_dict())
+            torch.save(optimizers[0].state_dict(), folder / f"{dist.get_rank()}.pt")
 
 
 def check_files(folder: Path) -> None:
