@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["TRANSPARENT", "without_wrappers"]
+from collections.abc import Collection
+
+__all__ = ["TRANSPARENT", "names_without_wrappers", "without_wrappers"]
 
 TRANSPARENT = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}  # wrappers' names for what they wrap
 DDP = "module."  # before all names, by DistributedDataParallel, DataParallel, AveragedModel and DeepSpeed's engine
@@ -20,3 +22,16 @@ def without_wrappers(name: str, *, is_in_ddp: bool = True) -> str:
     """
     name = ".".join(part for part in name.split(".") if part not in TRANSPARENT)
     return name.removeprefix(DDP) if is_in_ddp else name
+
+
+def names_without_wrappers(names: Collection[str]) -> dict[str, str]:
+    """The names of a model's parameters, each with what it is without the prefixes of wrappers; as they are where two would be the same.
+
+    >>> names_without_wrappers(["module._orig_mod.up.weight", "module.scale"])
+    {'module._orig_mod.up.weight': 'up.weight', 'module.scale': 'scale'}
+    >>> names_without_wrappers(["module.weight", "head.weight"])  # the module's own name
+    {'module.weight': 'module.weight', 'head.weight': 'head.weight'}
+    """
+    is_in_ddp = all(without_wrappers(name, is_in_ddp=False).startswith(DDP) for name in names)
+    found = {name: without_wrappers(name, is_in_ddp=is_in_ddp) for name in names}
+    return found if len(set(found.values())) == len(found) else {name: name for name in names}

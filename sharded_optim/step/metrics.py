@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sharded_optim.formulas import Algorithm
 from sharded_optim.sharding import Layout, LocalParam, Piece, is_partial
+from sharded_optim.sharding.names import names_without_wrappers
 from sharded_optim.storage.formats import Format, format_of
 
 __all__ = ["Update", "dist_reduce", "pre_reduce", "report"]
@@ -136,7 +137,7 @@ def dist_reduce(
 
     Returns:
         Norms and cosines of the whole tensors, float64 (), under the names this rank reported or, for tensors that only other ranks
-        hold, the layout's. Other keys as they were.
+        hold, the layout's without wrappers' prefixes. Other keys as they were.
     """
     device = layout.local_params[0].param.device if layout.local_params else torch.device("cpu")
     vector = torch.zeros(len(layout.names), 2 * len(KINDS), dtype=torch.float64, device=device)
@@ -159,6 +160,7 @@ def dist_reduce(
     if process_group is not None:
         dist.all_reduce(vector, group=process_group)
     sums, reported = vector.split(len(KINDS), dim=1)
+    plain = names_without_wrappers(layout.names)
     for slot, counts in enumerate(reported.tolist()):
         values = {kind: sums[slot, column] for column, kind in enumerate(KINDS) if counts[column]}
         for kind, value in values.items():
@@ -167,5 +169,5 @@ def dist_reduce(
             else:
                 a, b = COSINES[kind]
                 whole = _cosine(value, (values[f"l2_norm/{a}"] * values[f"l2_norm/{b}"]).sqrt())
-            result |= {f"{kind}/{name}": whole for name in called.get(slot, [layout.names[slot]])}
+            result |= {f"{kind}/{name}": whole for name in called.get(slot, [plain[layout.names[slot]]])}
     return result

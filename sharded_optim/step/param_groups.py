@@ -94,19 +94,20 @@ def named_params(group: dict[str, Any], group_index: int) -> list[tuple[Any, str
 
 
 def follow_names(group: dict[str, Any], groups: Sequence[dict[str, Any]]) -> None:
-    """Give empty groups an empty list of names if the others have names: torch wants names in all groups or in none.
+    """Name groups without names by position if others have names: torch wants names in all groups or in none.
 
     Args:
         group: about to be added.
         groups: that there are.
     """
-    filled = [each for each in (group, *groups) if each["params"]]
+    everything = [*groups, group]
+    filled = [each for each in everything if each["params"]]
     are_named = any("param_names" in each or isinstance(each["params"][0], tuple) for each in filled)
-    for each in (group, *groups):
+    for index, each in enumerate(everything):
         if not each["params"]:
             each.pop("param_names", None)
-            if are_named:
-                each["param_names"] = []
+        if are_named and not (each["params"] and isinstance(each["params"][0], tuple)):
+            each.setdefault("param_names", [name_of_param(each, index, row) for row in range(len(each["params"]))])
 
 
 def name_of_param(group: Mapping[str, Any], group_index: int, index: int) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sharded_optim.formulas import Statistic
 from sharded_optim.sharding import Layout, LocalParam
+from sharded_optim.sharding.names import names_without_wrappers
 from sharded_optim.step import metrics
 from sharded_optim.step.param_set import ParamSet, ParamSets
 from sharded_optim.step.stateful import StatefulOptimizer
@@ -35,7 +36,8 @@ class Reports:
         agreements = [each.agreement for each in sets if each.agreement is not None]
         report: dict[str, float] = {}
         for agreement in sorted(agreements, key=lambda agreement: agreement.number):
-            report |= {f"rms/{name}": mean**0.5 for name, mean in agreement.named_means().items()}
+            names = names_without_wrappers(agreement.layout.names)
+            report |= {f"rms/{names[name]}": mean**0.5 for name, mean in agreement.named_means().items()}
         return report
 
     def of_param(self, entry: LocalParam, name: str, state: dict[str, Any], sets: Iterable[ParamSet]) -> dict[str, Tensor]:

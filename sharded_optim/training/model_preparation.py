@@ -24,8 +24,8 @@ def param_groups_weight_decay(
         additional_layers: parts of names (or one of them); a parameter whose name contains one does not decay.
 
     Returns:
-        The group without decay (one dimension or none, named `*.bias`, or in `additional_layers`), then the one with it. A group that
-        would be empty is left out.
+        The group without decay (one dimension or none, named `*.bias`, or in `additional_layers`), then the one with it, each with the
+        names of its parameters as `param_names`. A group that would be empty is left out.
 
     Raises:
         ValueError: a wrapper (FSDP1) has flattened parameters together that would belong to different groups.
@@ -36,7 +36,8 @@ def param_groups_weight_decay(
         return dimensions > 1 and not name.endswith(".bias") and not any(part in name for part in exempt)
 
     flattened = {param: (each.name, tensors) for each in used_wrappers() for param, tensors in each.flattened(model).items()}
-    decaying, others = [], []
+    decaying: list[tuple[str, nn.Parameter]] = []
+    others: list[tuple[str, nn.Parameter]] = []
     for name, param in model.named_parameters():
         if not param.requires_grad:
             continue
@@ -48,9 +49,12 @@ def param_groups_weight_decay(
                 f"{yes!r} decays and {no!r} does not, but {wrapper} has flattened them into one parameter, {name!r}; "
                 f"wrap with use_orig_params=True, or wrap them in different units"
             )
-        (decaying if any(decay) else others).append(param)
-    groups = [{"params": others, "weight_decay": 0.0}, {"params": decaying, "weight_decay": weight_decay}]
-    return [group for group in groups if group["params"]]
+        (decaying if any(decay) else others).append((name, param))
+    return [
+        {"params": [param for _, param in rows], "param_names": [name for name, _ in rows], "weight_decay": decay}
+        for rows, decay in ((others, 0.0), (decaying, weight_decay))
+        if rows
+    ]
 
 
 ModuleTypes = type[nn.Module] | Iterable[type[nn.Module]] | None

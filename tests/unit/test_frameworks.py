@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -101,3 +102,83 @@ def test_a_compiled_step_has_the_bits_of_an_ordinary_one(make: Callable) -> None
         optimizer.zero_grad()
     for param, other in zip(compiled.parameters(), expected, strict=True):
         assert torch.equal(param, other)
+
+
+# ------------------------------------------------------------------------------------------------------------------------- metrics
+
+
+def stepped(names: list[str], cls: Callable[..., Any] = so.StableAdamW) -> Any:
+    params = [nn.Parameter(torch.ones(3)) for _ in names]
+    optimizer = cls(list(zip(names, params, strict=True)), lr=1e-2)
+    for param in params:
+        param.grad = torch.ones(3)
+    optimizer.step()
+    return optimizer
+
+
+class Around(torch.optim.Optimizer):
+    """As Accelerate's AcceleratedOptimizer and DeepSpeed's wrappers: an optimizer that has another, and not its parts."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+
+
+class Unattached:
+    """As a LightningModule: its attributes raise before there is a trainer."""
+
+    def __init__(self, optimizers: Any) -> None:
+        self._given = optimizers
+
+    def optimizers(self) -> Any:
+        return self._given
+
+    @property
+    def optimizer(self) -> Any:
+        raise RuntimeError("not attached to a Trainer")
+
+
+CONTAINERS: dict[str, Callable[[Any], Any]] = {
+    "itself": lambda ours: ours,
+    "Accelerate, three deep": lambda ours: Around(Around(Around(ours))),
+    "Accelerator": lambda ours: SimpleNamespace(_optimizers=[Around(ours)]),
+    "Trainer of Hugging Face": lambda ours: SimpleNamespace(optimizer=Around(ours), model=nn.Linear(2, 2)),
+    "LightningOptimizer": lambda ours: SimpleNamespace(_optimizer=ours),
+    "Trainer of Lightning": lambda ours: SimpleNamespace(optimizers=[SimpleNamespace(_optimizer=ours)], optimizer=None),
+    "LightningModule": lambda ours: Unattached(SimpleNamespace(_optimizer=ours)),
+    "DeepSpeedEngine": lambda ours: SimpleNamespace(optimizer=Around(ours), basic_optimizer=ours),
+    "OptimizersContainer of torchtitan": lambda ours: SimpleNamespace(optimizers=[ours]),
+    "OptimizerWrapper of torchft": lambda ours: SimpleNamespace(optim=ours),
+}
+
+
+@pytest.mark.parametrize("container", CONTAINERS.values(), ids=CONTAINERS)
+def test_metrics_are_found_in_every_container(container: Callable) -> None:
+    ours = stepped(["a", "b.c"])
+    assert so.metrics(container(ours)) == ours.metrics()
+    assert ours.metrics().keys() == {"skipped_steps", "rms/a", "rms/b.c"}
+
+
+def test_metrics_of_several_optimizers_are_together() -> None:
+    found = so.metrics(SimpleNamespace(optimizers={"first": stepped(["a"]), "second": stepped(["b"], so.AdamW), "third": stepped(["c"])}))
+    assert found.keys() == {"skipped_steps", "rms/a", "rms/c"}
+
+
+def test_metrics_without_an_optimizer_of_ours_name_what_was_given() -> None:
+    for given in (torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=1.0), SimpleNamespace(optimizer=None), None, nn.Linear(2, 2)):
+        with pytest.raises(TypeError, match=f"found no optimizer of sharded_optim in a {type(given).__name__}; pass the optimizer"):
+            so.metrics(given)
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        (["_orig_mod.0.weight", "_orig_mod.0.bias"], ["0.weight", "0.bias"]),
+        (["module._orig_mod.up.weight", "module._orig_mod.up.bias"], ["up.weight", "up.bias"]),
+        (["_fsdp_wrapped_module.0._fsdp_wrapped_module.weight", "_fsdp_wrapped_module.1.bias"], ["0.weight", "1.bias"]),
+        (["blocks.0._checkpoint_wrapped_module.weight", "head"], ["blocks.0.weight", "head"]),
+        (["module.weight", "head.weight"], ["module.weight", "head.weight"]),  # the module's own name
+        (["_orig_mod.w", "w"], ["_orig_mod.w", "w"]),  # which would be the same
+    ],
+)
+def test_prefixes_of_wrappers_are_in_no_name_of_a_metric(names: list[str], shown: list[str]) -> None:
+    assert list(stepped(names).metrics()) == ["skipped_steps", *[f"rms/{name}" for name in shown]]

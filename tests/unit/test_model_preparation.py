@@ -122,7 +122,7 @@ def test_param_groups_are_optimis_without_the_empty_ones(name: str, options: dic
     assert [(group["weight_decay"], list(map(id, group["params"]))) for group in ours] == [
         (group["weight_decay"], list(map(id, group["params"]))) for group in theirs
     ]
-    assert [set(group) for group in ours] == [{"params", "weight_decay"}] * len(ours)
+    assert [set(group) for group in ours] == [{"params", "param_names", "weight_decay"}] * len(ours)
 
 
 def test_biases_norms_scalars_and_named_layers_do_not_decay() -> None:
@@ -143,6 +143,28 @@ def test_biases_norms_scalars_and_named_layers_do_not_decay() -> None:
         "head.weight",
         "head.bias",
     ]
+
+
+def test_groups_keep_the_names_of_the_model() -> None:
+    """In ours, in ShardedOptimizer, in torch's; and beside a group without names, which torch would refuse."""
+    model = frozen()
+    names = {id(param): name for name, param in model.named_parameters()}
+    groups = so.param_groups_weight_decay(model, 1e-4)
+    for group in groups:
+        assert group["param_names"] == [names[id(param)] for param in group["params"]]
+    extra = nn.Parameter(torch.ones(2))
+    for given, expected in (([*groups, {"params": [extra]}], 2), ([{"params": [extra]}, *groups], 0)):
+        optimizer = so.StableAdamW(given, lr=1e-2)
+        assert optimizer.param_groups[expected]["param_names"] == [f"param_groups[{expected}].params[0]"]
+        for param in [extra, *model.parameters()]:
+            param.grad = torch.ones_like(param) if param.requires_grad else None
+        optimizer.step()
+        assert "rms/head.weight" in optimizer.metrics()
+        optimizer.load_state_dict(optimizer.state_dict())
+    torch.optim.AdamW(groups, lr=1e-2)
+    sharded = so.ShardedOptimizer(groups, so.StableAdamW, lr=1e-2)
+    sharded.step()
+    assert "rms/head.weight" in sharded.metrics()
 
 
 def test_groups_that_would_be_empty_are_left_out() -> None:
