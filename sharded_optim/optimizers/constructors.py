@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
-from typing import TypeVar
+from types import FunctionType
+from typing import Any, TypeVar
 
 from sharded_optim.step.engine import Engine
 from sharded_optim.step.options import CommonOptions, EngineOptions, SwitchOptions
@@ -21,9 +23,20 @@ OPTION_TEXTS: dict[str, str] = {  # by the option's name, as the docstrings of t
 }
 
 
+def _own_constructor(optimizer: type[Engine]) -> Any:
+    """The constructor of a class as a function of its own, which Python's errors call by the public name of the class."""
+    given: Any = optimizer.__init__
+    init = FunctionType(given.__code__, given.__globals__, given.__name__, given.__defaults__, given.__closure__)
+    functools.update_wrapper(init, given)
+    del init.__wrapped__  # pyright: ignore[reportFunctionMemberAccess]  # whose signature would be taken
+    init.__kwdefaults__, init.__qualname__ = given.__kwdefaults__, optimizer.__name__
+    optimizer.__init__ = init
+    return init
+
+
 def spelled_out(optimizer: Class) -> Class:
     """Put all options into the signature of a class, in place of `**options`, and their texts into its docstring."""
-    init = optimizer.__init__
+    init = _own_constructor(optimizer)
     of_engine = inspect.signature(Engine).parameters
     own = [each for each in inspect.signature(init).parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
     missing = OPTION_TEXTS.keys() - {each.name for each in own}

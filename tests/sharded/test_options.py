@@ -76,6 +76,20 @@ def test_an_unknown_argument_names_the_public_class_and_the_way_out(cls: type, n
             make([nn.Parameter(torch.ones(2))], lr=1e-3, **{name: value})
 
 
+@every_class
+def test_errors_of_the_call_itself_name_the_public_class(cls: type) -> None:
+    """A missing params, too many positional arguments, one given twice: what Python raises, and no class that is not exported."""
+    for arguments, options, said in (
+        ((), {}, "missing 1 required positional argument: 'params'"),
+        (range(30), {}, "30|31"),
+        ((1, 2), {"lr": 3}, "'lr'"),
+    ):
+        with pytest.raises(TypeError, match=rf"^{cls.__name__}\(\) .*({said})"):
+            cls(*arguments, **options)
+    with pytest.raises(TypeError, match=r"^ShardedOptimizer\b.* missing 2 required positional arguments: 'params' and 'optimizer_class'"):
+        so.ShardedOptimizer()
+
+
 def test_a_typing_error_in_an_own_argument_of_sharded_optimizer_is_corrected() -> None:
     with pytest.raises(TypeError, match=r"^ShardedOptimizer\(\) got .* 'bucket_size_mb', of value 25; did you mean 'bucket_mb'\?"):
         so.ShardedOptimizer(nn.Linear(2, 2), so.AdamW, bucket_size_mb=25)
