@@ -6,7 +6,7 @@ from sharded_optim.optimizers.convert_weight_decay import convert_weight_decay
 from sharded_optim.sharding import fsdp1_layout
 from sharded_optim.tools.divergence import DivergenceCheck, DivergenceError
 from sharded_optim.training.clipping import clip_grad_norm_
-from sharded_optim.training.containers import metrics
+from sharded_optim.training.containers import metrics, unwrap_optimizer
 from sharded_optim.training.gradient_release import prepare_for_gradient_release, remove_gradient_release
 from sharded_optim.training.model_preparation import param_groups_weight_decay, to_low_precision
 from sharded_optim.version import __version__
@@ -27,5 +27,6 @@ __all__ = [
     "prepare_for_gradient_release",
     "remove_gradient_release",
     "to_low_precision",
+    "unwrap_optimizer",
 ]
 __all__ += optimizers.__all__

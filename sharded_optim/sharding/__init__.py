@@ -7,7 +7,7 @@ all ranks together.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ __all__ = [
     "Wrapper",
     "check_memory",
     "describe",
+    "find_layout",
     "fsdp1_layout",
     "gradients_of",
     "is_partial",
@@ -46,6 +47,16 @@ def describe(param: Tensor, name: str, flat_layout: FlatLayout | None = None) ->
         ValueError: the parameter cannot be optimized, or its sharding cannot be expressed; names the tensor, the rule and the way out.
     """
     return wrapper_of(param).describe(param, name) if flat_layout is None else flat_layout.describe(param, name)
+
+
+def find_layout(param: Tensor, among: Iterable[Tensor]) -> FlatLayout | None:
+    """How the wrapper of a parameter has flattened it, where that can be found: FullyShardedDataParallel. None for other wrappers.
+
+    Args:
+        among: all parameters of the optimizer.
+    """
+    layout_holding = wrapper_of(param).layout_holding
+    return None if layout_holding is None else layout_holding(list(among))
 
 
 def fsdp1_layout(model: nn.Module) -> FlatLayout:

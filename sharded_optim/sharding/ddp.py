@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sharded_optim.sharding import ddp_buckets
 from sharded_optim.sharding.wrappers import Wrapper
 
-__all__ = ["JOIN_REFUSED", "WRAPPER", "JoinGuard", "averaged_params", "ddp_modules"]
+__all__ = ["JOIN_REFUSED", "WRAPPER", "JoinGuard", "averaged_params", "ddp_modules", "objects_of"]
 
 JOIN_REFUSED = (
     "torch.distributed.algorithms.join.Join lets ranks run out of inputs, but a step of this optimizer is a collective, which would wait "
@@ -67,7 +67,7 @@ class JoinGuard:
 
 def ddp_modules() -> list[DistributedDataParallel]:
     """All DistributedDataParallel modules of this process."""
-    return _objects_of(DistributedDataParallel)
+    return objects_of(DistributedDataParallel)
 
 
 def averaged_params(modules: Iterable[DistributedDataParallel]) -> dict[int, str]:
@@ -75,7 +75,8 @@ def averaged_params(modules: Iterable[DistributedDataParallel]) -> dict[int, str
     return {id(param): name for each in modules for name, param in each.module.named_parameters() if name not in each.parameters_to_ignore}
 
 
-def _objects_of(kind: type) -> list[Any]:
+def objects_of(kind: type) -> list[Any]:
+    """All objects of a type that there are. Takes tens of milliseconds."""
     objects = gc.get_objects()
     kinds = {each for each in set(map(type, objects)) if kind in each.__mro__}  # of half a million objects: types are few
     return [each for each in objects if type(each) in kinds] if kinds else []
@@ -85,7 +86,7 @@ def _is_in_context(module: DistributedDataParallel) -> bool:
     """Return whether a module is inside of a Join context; the attribute exists only there."""
     from torch.distributed.algorithms.join import Join  # whose module needs torch.distributed
 
-    return any(join._enable and any(each is module for each in join._joinables) for join in _objects_of(Join))
+    return any(join._enable and any(each is module for each in join._joinables) for join in objects_of(Join))
 
 
 def _inner(module: nn.Module) -> str | None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp._common_utils import clean_tensor_name
 
+from sharded_optim.sharding.ddp import objects_of
 from sharded_optim.sharding.flat import FlatLayout, FlatTensor
 from sharded_optim.sharding.layout import Piece
 from sharded_optim.sharding.segment import Segment
@@ -127,10 +128,30 @@ def _content(model: nn.Module, names: Mapping[Tensor, str]) -> FlatModel | None:
     return FlatModel(layout=layout_of(model), order=order, aliases=_aliases(model))
 
 
+def _layout_holding(params: Sequence[Tensor]) -> FlatLayout | None:
+    """The layout of the outermost FullyShardedDataParallel module that holds these parameters.
+
+    None where none holds all of them, as where only parts of a model are wrapped: names in a part are not those of the model.
+    """
+    modules = objects_of(FullyShardedDataParallel)
+    inner = {id(each) for module in modules for each in module.modules() if each is not module}
+    wanted = set(map(id, params))
+    for module in modules:
+        if id(module) not in inner and wanted <= set(map(id, module.parameters())):
+            return layout_of(module)
+    return None
+
+
+def _is_flattened(tensor: Tensor) -> bool:
+    return getattr(tensor, "_fsdp_flattened", False)  # torch's mark
+
+
 def _refuse(param: Tensor, name: str) -> NoReturn:
     raise ValueError(
-        f"parameter {name!r} is sharded by FullyShardedDataParallel, which does not tell how: pass layout=so.fsdp1_layout(model), or "
-        f"wrap with fully_shard (FSDP2)"
+        f"parameter {name!r} is sharded by FullyShardedDataParallel, and no one module of it holds all parameters of this optimizer: build "
+        f"the optimizer with layout=so.fsdp1_layout(model), where model is what contains all wrapped parts. Where a framework has wrapped "
+        f"the optimizer (Accelerate, Lightning), write so.unwrap_optimizer(optimizer).layout = so.fsdp1_layout(model) once the model is "
+        f"wrapped. Or wrap it with fully_shard (FSDP2)"
     )
 
 
@@ -145,8 +166,9 @@ def _refuse_units(model: nn.Module) -> tuple[()]:
 
 WRAPPER = Wrapper(
     name="FullyShardedDataParallel",
-    claims=lambda tensor: getattr(tensor, "_fsdp_flattened", False),  # torch's mark
+    claims=_is_flattened,
     describe=_refuse,
+    layout_holding=_layout_holding,
     flattened=_flattened,
     content=_content,
     units=_refuse_units,

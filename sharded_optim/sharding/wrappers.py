@@ -53,6 +53,8 @@ class Wrapper:
 
         claims: whether a tensor, a parameter of a model, is one of the wrapper's.
         describe: (parameter that it claims, name) -> what this rank holds of it. Raises ValueError where that cannot be told.
+        layout_holding: parameters, some of which it claims -> how the wrapper has flattened them, where it is found to hold all of them;
+            else None. None for a wrapper that flattens nothing, or cannot be found.
         partial: how a gradient is yet to be reduced over ranks, as an immutable value that can be pickled; None: not at all. Only asked
             for gradients of layouts that have a tensor of a subclass.
         reduced: (gradient, parameter that it claims, what `partial` said) -> the gradient, reduced. A collective: a rank without a
@@ -75,6 +77,7 @@ class Wrapper:
 
     claims: Callable[[Tensor], bool] = lambda tensor: False
     describe: Callable[[Any, str], LocalParam] = plain.describe
+    layout_holding: Callable[[Sequence[Tensor]], FlatLayout | None] | None = None
     partial: Callable[[Tensor], Any] | None = None
     reduced: Callable[[Tensor | None, Tensor, Any], Tensor | None] = lambda grad, param, partial: grad
 

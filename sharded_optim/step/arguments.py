@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 from sharded_optim.formulas.hyperparameters import COMMON, Hyperparameter, Unsupported, by_name
 from sharded_optim.formulas.weight_decay import DECOUPLED
 
-__all__ = ["argument_names", "check_iterable", "hands_on", "refuse_unknown", "warn_of_swapped_eps"]
+__all__ = ["argument_names", "check_iterable", "hands_on", "refuse_options_on_wrapper", "refuse_unknown", "warn_of_swapped_eps"]
 
 # Arguments of torch's optimizers that are not arguments here, and what their users do instead.
 WAYS_OUT = {
@@ -82,6 +83,22 @@ def check_iterable(params: Any, where: str) -> None:
     if isinstance(params, Mapping):
         way_out = "put a param group into a list" if "params" in params else "pass model.named_parameters()"
         raise TypeError(f"{where} must be an iterable of parameters or of dicts, got {type(params).__name__}; {way_out}")
+
+
+def refuse_options_on_wrapper(optimizer: Any) -> None:
+    """Raise ValueError where layout or process_group was set on a framework's wrapper that is calling `step`, and has not reached us."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        wrapper = frame.f_locals.get("self")
+        given = getattr(wrapper, "__dict__", {})
+        if wrapper is not optimizer and given.get("optimizer") is optimizer:
+            for name in ("layout", "process_group"):
+                if given.get(name) is not None and given[name] is not getattr(optimizer, name):
+                    raise ValueError(
+                        f"{name} was set on the {type(wrapper).__name__} around the optimizer, which does not hand it on; write "
+                        f"so.unwrap_optimizer(optimizer).{name} = ..."
+                    )
+        frame = frame.f_back
 
 
 def warn_of_swapped_eps(optimizer: type, defaults: Mapping[str, Any]) -> None:

@@ -22,7 +22,7 @@ from sharded_optim.formulas.verdict import PRESENT
 from sharded_optim.sharding import FlatLayout
 from sharded_optim.sharding.ddp import JoinGuard
 from sharded_optim.step.agreement import Agreement, Rules, Scaler
-from sharded_optim.step.arguments import argument_names, refuse_unknown, warn_of_swapped_eps
+from sharded_optim.step.arguments import argument_names, refuse_options_on_wrapper, refuse_unknown, warn_of_swapped_eps
 from sharded_optim.step.coefficients import host_value, known_on_host
 from sharded_optim.step.kernel_calls import BackendChoice
 from sharded_optim.step.options import MOST_SKIPPED, CheckedOption, NonFinite, Params, check_max_skipped_steps, check_nonfinite
@@ -143,6 +143,8 @@ class Engine(ReportingOptimizer):
         if self.is_allocation_step():
             self.init_state()
             return loss
+        if not self._has_stepped:
+            refuse_options_on_wrapper(self)
         rules = self._rules()
         if rules.agrees and self.layout is None and dist.is_initialized():  # DistributedDataParallel holds no flat parameters
             self._join_guard.check((param for group in self.param_groups for param in group["params"]), self._sets.made)

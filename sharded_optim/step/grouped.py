@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sharded_optim.formulas import Algorithm, Choose
 from sharded_optim.formulas.hyperparameters import COMMON, Hyperparameter, Unsupported, by_name
-from sharded_optim.sharding import FlatLayout, LocalParam, describe
+from sharded_optim.sharding import FlatLayout, LocalParam, describe, find_layout
 from sharded_optim.sharding.ranks import own_process_group
 from sharded_optim.step import param_groups
 from sharded_optim.step.arguments import check_iterable
@@ -73,7 +73,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
     ) -> None:
         self._choose = algorithm
         self._index = ParamIndex()
-        self._lost_layout = False
+        self._lost_layout = self._lost_process_group = False
         self.layout = layout
         self.process_group = process_group
         self._given: list[_Given] = []  # of groups that no step has stepped yet: wrappers replace parameters before the first
@@ -113,6 +113,8 @@ class GroupedOptimizer(torch.optim.Optimizer):
                 known[id(param)] = name
                 names.add(name)
                 if isinstance(param, Tensor):
+                    if self.layout is None:
+                        self.layout = find_layout(param, (each for each, _ in named if isinstance(each, Tensor)))
                     describe(param, name, self.layout)
             param_groups.follow_names(param_group, self.param_groups)
         super().add_param_group(param_group)
@@ -135,6 +137,8 @@ class GroupedOptimizer(torch.optim.Optimizer):
                 "this optimizer was copied or unpickled, which cannot take its layout along; set it again: optimizer.layout = "
                 "so.fsdp1_layout(model), or so.deepspeed.attach(engine)"
             )
+        if self.layout is None:  # a model may have been wrapped since
+            self.layout = find_layout(param, self.all_params())
         if self.layout is None and self._stands_for_others(param, group):
             raise ValueError(
                 f"parameter {name!r} of shape {tuple(param.shape)} was put in the place of those that the optimizer was given, as by "
@@ -163,8 +167,9 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
     @layout.setter
     def layout(self, layout: FlatLayout | None) -> None:
-        self._layout = layout
-        self._lost_layout = False
+        inner = self._behind_wrapper
+        inner._layout = layout
+        inner._lost_layout = False
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
@@ -173,8 +178,14 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
     @process_group.setter
     def process_group(self, process_group: dist.ProcessGroup | None) -> None:
-        self._process_group = process_group
-        self._lost_process_group = False
+        inner = self._behind_wrapper
+        inner._process_group = process_group
+        inner._lost_process_group = False
+
+    @property
+    def _behind_wrapper(self) -> GroupedOptimizer:
+        """The optimizer; or, of Lightning's wrapper, which makes itself a subclass of what it wraps, the one that is wrapped."""
+        return vars(self).get("_optimizer", self)
 
     def own_group(self) -> dist.ProcessGroup | None:
         """Return the optimizer's own process group of these ranks; None if this process is alone. A collective the first time.

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sharded_optim.formulas.scalars import known_on_host
-from sharded_optim.sharding import GRADIENT, FlatLayout, Layout, LocalParam, Piece, describe, reduced_gradients
+from sharded_optim.sharding import GRADIENT, FlatLayout, Layout, LocalParam, Piece, describe, find_layout, reduced_gradients
 from sharded_optim.sharding.exchange import exchange_layouts
 from sharded_optim.sharding.layout import properties_of
 from sharded_optim.sharding.ranks import gather_messages, naming_missing_ranks, own_process_group
@@ -161,9 +161,17 @@ def _given_params(source: Any, layout: FlatLayout | None, process_group: dist.Pr
         raise ValueError(DEEPSPEED)
     return _Given(
         params=[param for param, _ in rows.values()],
-        describe=lambda: [describe(param, name, layout) for param, name in rows.values()],
+        describe=lambda: _described_params(list(rows.values()), layout),
         process_group=process_group,
     )
+
+
+def _described_params(rows: Sequence[tuple[Tensor, str]], layout: FlatLayout | None) -> list[LocalParam]:
+    found = []
+    for param, name in rows:
+        layout = layout or find_layout(param, (each for each, _ in rows))
+        found.append(describe(param, name, layout))
+    return found
 
 
 def _given_optimizers(optimizers: Sequence[Engine | ShardedOptimizer]) -> _Given:

@@ -16,7 +16,7 @@ from torch import Tensor
 from sharded_optim.step.engine import Engine
 from sharded_optim.zero import ShardedOptimizer
 
-__all__ = ["contained_optimizers", "metrics"]
+__all__ = ["contained_optimizers", "metrics", "unwrap_optimizer"]
 
 # Attributes under which a container has an optimizer, several, or a container of them, in the order in which they are tried.
 ATTRIBUTES = ("optimizer", "optimizers", "_optimizer", "_optimizers", "basic_optimizer", "optim")
@@ -52,11 +52,28 @@ def metrics(optimizer: Any) -> dict[str, float]:
     return merged | {"skipped_steps": max(report["skipped_steps"] for report in reports)}
 
 
+def unwrap_optimizer(optimizer: Any) -> Engine | ShardedOptimizer:
+    """The one optimizer of this library inside of what a framework has put around it.
+
+    For what such a wrapper does not hand on: `so.unwrap_optimizer(optimizer).layout = so.fsdp1_layout(model)`, or `process_group`.
+
+    Args:
+        optimizer: as `metrics` takes it.
+
+    Raises:
+        TypeError: there is none inside, or several.
+    """
+    found = contained_optimizers(optimizer)
+    if len(found) != 1:
+        raise TypeError(f"there are {len(found) or 'no'} optimizers of sharded_optim in a {type(optimizer).__name__}; pass what holds one")
+    return found[0]
+
+
 def _search(container: Any, levels: int, seen: set[int]) -> Iterator[Engine | ShardedOptimizer]:
     if container is None or levels == 0 or id(container) in seen or isinstance(container, Tensor | str | bytes):
         return
     seen.add(id(container))
-    if isinstance(container, Engine | ShardedOptimizer):
+    if isinstance(container, Engine | ShardedOptimizer) and "_optimizer" not in vars(container):  # Lightning's wrapper is a subclass too
         yield container
         return
     for each in _contents(container):

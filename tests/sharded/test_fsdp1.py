@@ -100,6 +100,7 @@ def check_rest() -> None:
         check_metrics(model, optimizer, orig=orig)
         check_refusals(orig=orig)
         check_private_attributes(orig=orig)
+    check_layout_is_found()
     check_groups()
     check_padding_alone()
 
@@ -117,15 +118,35 @@ def check_metrics(model: nn.Module, optimizer: Any, *, orig: bool) -> None:
         torch.testing.assert_close(found[f"l2_norm/grad/{name}"].float(), torch.linalg.vector_norm(grad), msg=f"{orig=} {name}")
 
 
+def check_layout_is_found() -> None:
+    """Without layout=, of an optimizer that is built after wrapping and, as by Accelerate, of one that was built before: the bits of one
+    that was given it, whole names, and state for who asks before the first step.
+    """
+    for orig in (True, False):
+        for make in (STABLE, ADAMW):
+            models = [wrapped(units=True, use_orig_params=orig) for _ in range(2)]
+            optimizers = [make(models[0].parameters(), layout=so.fsdp1_layout(models[0])), make(models[1].parameters())]
+            if orig:
+                plain = Model(AWKWARD)
+                early = make(plain.parameters())
+                models.append(FullyShardedDataParallel(plain, use_orig_params=True, device_id=CPU))
+                optimizers.append(early)
+            for model, optimizer in zip(models, optimizers, strict=True):
+                train(model, optimizer, 1, 3)
+                for name, value in whole(model).items():
+                    assert torch.equal(value, whole(models[0])[name]), f"{orig=} {name}"
+            assert [each.metrics() for each in optimizers] == [optimizers[0].metrics()] * len(optimizers)
+
+
 def check_refusals(*, orig: bool) -> None:
     model = wrapped(use_orig_params=orig)
-    with pytest.raises(ValueError, match=r"sharded by FullyShardedDataParallel, .*: pass layout=so\.fsdp1_layout\(model\)"):
-        STABLE(model.parameters())
-    plain = Model(AWKWARD)
-    early = STABLE(plain.parameters())
-    FullyShardedDataParallel(plain, use_orig_params=True, device_id=CPU)
-    with pytest.raises(ValueError, match=r"sharded by FullyShardedDataParallel"):
-        early.step()
+    parts = nn.Sequential(wrapped(use_orig_params=orig), wrapped(use_orig_params=orig))
+    for params in (parts.parameters(), [*model.parameters(), nn.Parameter(torch.ones(3))]):
+        with pytest.raises(
+            ValueError, match=r"no one module of it holds all.*layout=so\.fsdp1_layout.*unwrap_optimizer\(optimizer\)\.layout"
+        ):
+            STABLE(params)
+    STABLE(parts.parameters(), layout=so.fsdp1_layout(parts))
     layout = so.fsdp1_layout(model)
     with pytest.raises(ValueError, match=r"parameter 'own' .*is not one of the FullyShardedDataParallel model.*use_orig_params=True"):
         STABLE([("own", nn.Parameter(torch.ones(3)))], layout=layout)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import sharded_optim as so
+from sharded_optim.sharding import FlatLayout
 
 MAKERS: dict[str, Callable[..., Any]] = {
     "AdamW": lambda model: so.AdamW(model.named_parameters(), lr=1e-2),
@@ -182,3 +183,64 @@ def test_metrics_without_an_optimizer_of_ours_name_what_was_given() -> None:
 )
 def test_prefixes_of_wrappers_are_in_no_name_of_a_metric(names: list[str], shown: list[str]) -> None:
     assert list(stepped(names).metrics()) == ["skipped_steps", *[f"rms/{name}" for name in shown]]
+
+
+# -------------------------------------------------------------------------------------------------- options that are set on a wrapper
+
+
+class Stepping(Around):
+    """As Accelerate's: it hands steps on, and knows nothing of our attributes."""
+
+    def step(self, closure: Any = None) -> Any:
+        return self.optimizer.step(closure)
+
+
+class Lightnings:
+    """As Lightning's and Fabric's: it makes itself a subclass of the optimizer's class, without its attributes."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.__class__ = type("Lightning" + type(optimizer).__name__, (Lightnings, type(optimizer)), {})
+        self._optimizer = optimizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._optimizer, name)
+
+    def step(self) -> None:
+        self._optimizer.step()
+
+
+def fresh() -> Any:
+    param = nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    return so.StableAdamW([("w", param)], lr=1e-2)
+
+
+@pytest.mark.parametrize("name", ["layout", "process_group"])
+def test_an_option_on_accelerates_wrapper_raises_and_names_what_reaches_the_optimizer(name: str) -> None:
+    ours, given = fresh(), FlatLayout(flat={}, whole={}, unknown_param_error="")
+    wrapper = Stepping(Stepping(ours))
+    setattr(wrapper.optimizer, name, given)
+    with pytest.raises(ValueError, match=rf"{name} was set on the Stepping around.*so.unwrap_optimizer\(optimizer\)\.{name} = "):
+        wrapper.step()
+    assert not ours.state
+    setattr(so.unwrap_optimizer(wrapper), name, given)
+    assert getattr(ours, name) is given
+
+
+def test_an_option_on_lightnings_wrapper_reaches_the_optimizer() -> None:
+    ours, given = fresh(), FlatLayout(flat={}, whole={}, unknown_param_error="")
+    wrapper: Any = Lightnings(ours)
+    wrapper.layout = wrapper.process_group = given
+    assert ours.layout is ours.process_group is given
+    assert wrapper.layout is given
+    wrapper.layout = wrapper.process_group = None
+    wrapper.step()
+    assert so.unwrap_optimizer(wrapper) is ours
+    assert so.metrics(wrapper) == wrapper.metrics() == ours.metrics()
+    assert float(so.clip_grad_norm_(wrapper, 1e9)) == pytest.approx(3**0.5)
+
+
+def test_unwrapping_needs_one_optimizer() -> None:
+    for given, count in ((SimpleNamespace(), "no"), (SimpleNamespace(optimizers=[fresh(), fresh()]), "2")):
+        with pytest.raises(TypeError, match=f"there are {count} optimizers of sharded_optim in a SimpleNamespace"):
+            so.unwrap_optimizer(given)
