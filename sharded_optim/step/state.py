@@ -27,6 +27,7 @@ __all__ = [
     "Choice",
     "State",
     "asked_by_distributed_checkpoint",
+    "asked_by_fsdp1",
     "called_to_allocate",
     "fsdp1_that_offloads_whole_state",
     "local_of",
@@ -185,6 +186,11 @@ def asked_by_distributed_checkpoint() -> Asked | None:
 
 
 FSDP1 = "torch.distributed.fsdp.fully_sharded_data_parallel"
+
+
+def asked_by_fsdp1() -> bool:
+    """Whether FullyShardedDataParallel.optim_state_dict asks for the state: whoever loads a checkpoint by it loads what is there then."""
+    return any((_module_of(frame), frame.f_code.co_name) == (FSDP1, "optim_state_dict") for frame in _callers())
 
 
 def fsdp1_that_offloads_whole_state() -> nn.Module | None:

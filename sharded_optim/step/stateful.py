@@ -12,7 +12,16 @@ from sharded_optim.step import foreign_state, param_groups, state_dicts
 from sharded_optim.step.compensation import CompensationLog
 from sharded_optim.step.grouped import GroupedOptimizer, optimizer_classes
 from sharded_optim.step.options import Params
-from sharded_optim.step.state import STEP, Choice, State, fsdp1_that_offloads_whole_state, new_state, steps_to_allocate, zeros
+from sharded_optim.step.state import (
+    STEP,
+    Choice,
+    State,
+    asked_by_fsdp1,
+    fsdp1_that_offloads_whole_state,
+    new_state,
+    steps_to_allocate,
+    zeros,
+)
 from sharded_optim.storage.formats import Format, chosen_format, extra_arrays, param_format
 
 __all__ = ["StatefulOptimizer"]
@@ -103,7 +112,9 @@ class StatefulOptimizer(GroupedOptimizer):
         Raises:
             ValueError: torch asks for it on behalf of FullyShardedDataParallel, and would give moments each other's values.
         """
-        model = None if self._layout is None else fsdp1_that_offloads_whole_state()
+        if not self.state and asked_by_fsdp1():
+            self.init_state()
+        model = fsdp1_that_offloads_whole_state()
         if model is not None:
             from sharded_optim.sharding import fsdp1
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -9,11 +12,13 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from collectives import collectives_of
 from deepspeed_models import AWKWARD
 from torch import Tensor, nn
+from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy, StateDictType
 
 import sharded_optim as so
 from benchmarks.given_gradients import Model, gradients, one_group, two_groups, unsharded
@@ -101,6 +106,7 @@ def check_rest() -> None:
         check_refusals(orig=orig)
         check_private_attributes(orig=orig)
     check_layout_is_found()
+    check_loading_before_a_step()
     check_groups()
     check_padding_alone()
 
@@ -136,6 +142,41 @@ def check_layout_is_found() -> None:
                 for name, value in whole(model).items():
                     assert torch.equal(value, whole(models[0])[name]), f"{orig=} {name}"
             assert [each.metrics() for each in optimizers] == [optimizers[0].metrics()] * len(optimizers)
+
+
+def check_loading_before_a_step() -> None:
+    """As Accelerate loads: FSDP is asked for the state of an optimizer that has not stepped, and what it names is loaded."""
+    with broadcast_folder() as folder:
+        for make in (STABLE, ADAMW):
+            models = [wrapped(units=True, use_orig_params=True) for _ in range(2)]
+            optimizers = [make(model.parameters()) for model in models]
+            train(models[0], optimizers[0], 1, 2)
+            for model, optimizer in zip(models, optimizers, strict=True):
+                with FullyShardedDataParallel.state_dict_type(model, StateDictType.SHARDED_STATE_DICT):
+                    content = {"model": model.state_dict(), "optimizer": FullyShardedDataParallel.optim_state_dict(model, optimizer)}
+                    if optimizer is optimizers[0]:
+                        dcp.save(content, checkpoint_id=f"{folder}/{make.func.__name__}")
+                        continue
+                    # With True, torch 2.13 takes a rank that has nothing of some tensor for one that reads a checkpoint of torch 2.3.
+                    planner = DefaultLoadPlanner(flatten_sharded_tensors=False)
+                    dcp.load(content, checkpoint_id=f"{folder}/{make.func.__name__}", planner=planner)
+                    model.load_state_dict(content["model"])
+                    optimizer.load_state_dict(FullyShardedDataParallel.optim_state_dict_to_load(model, optimizer, content["optimizer"]))
+            for model, optimizer in zip(models, optimizers, strict=True):
+                train(model, optimizer, 3, 4)
+            for name, value in whole(models[0]).items():
+                assert torch.equal(value, whole(models[1])[name]), f"{make.func.__name__} {name}"
+            assert {float(state["step"]) for state in optimizers[1].state.values()} == {4.0}
+
+
+@contextmanager
+def broadcast_folder() -> Iterator[str]:
+    """One that all ranks know."""
+    with tempfile.TemporaryDirectory() as own:
+        folders = [own]
+        dist.broadcast_object_list(folders)
+        yield folders[0]
+        dist.barrier()
 
 
 def check_refusals(*, orig: bool) -> None:
