@@ -13,6 +13,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from sharded_optim.sharding.waiting import waiting_for
+
 __all__ = [
     "COLLECTIVE_ERRORS",
     "gather_messages",
@@ -65,7 +67,8 @@ def own_process_group(
         if dist.get_rank(parent) < 0:
             raise ValueError(f"rank {dist.get_rank()} is not in the optimizer's process_group; give each rank a group that it is in")
         ranks = dist.get_process_group_ranks(parent)
-        created = dist.new_group(ranks, timeout_of(parent), backend, use_local_synchronization=parent is not world)
+        with waiting_for(parent, "making the optimizers' own process group, before the first step"):
+            created = dist.new_group(ranks, timeout_of(parent), backend, use_local_synchronization=parent is not world)
         assert isinstance(created, dist.ProcessGroup), "this rank is in the group"
         own = created
         groups[backend, purpose] = weakref.ref(own)
@@ -94,7 +97,8 @@ def naming_missing_ranks(process_group: dist.ProcessGroup, what: str) -> Iterato
         RuntimeError: in the place of an error of torch.distributed.
     """
     try:
-        yield
+        with waiting_for(process_group, what):
+            yield
     except RuntimeError as error:
         if type(error) not in COLLECTIVE_ERRORS or not LOST_RANK.search(str(error)):
             raise  # out of memory, for example

@@ -1,0 +1,128 @@
+"""A line in the log where this rank waits long for others in a collective, which names them if it can. Used by `ranks.py`.
+
+A rank that alone calls step waits until the process group's timeout, half an hour, before torch says anything. One thread per process,
+which starts with the first wait, looks every few seconds at what is being waited for: a wait costs two microseconds, and starts no clock.
+
+Ranks that wait for more than a moment say so in the store by which the job's processes met, and those that have not are missing.
+`_get_default_store`, a private name, is tried with torch 2.13.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.distributed as dist
+
+__all__ = ["waiting_for"]
+
+logger = logging.getLogger(__name__)
+LOOK_SECONDS = 5.0  # between two looks, and from when on a rank says that it waits
+HINT_SECONDS = 20.0  # from when on it looks who does not
+
+
+@dataclass(eq=False)
+class _Wait:
+    """For the ranks of a process group."""
+
+    what: str
+    process_group: Any
+    number: int  # of the waits for the group: the same on all ranks, as they wait in one order
+    since: float = field(default_factory=time.monotonic)
+    is_posted: bool = False
+    is_hinted: bool = False
+
+    def key(self, rank: int) -> str:
+        return f"sharded_optim/waiting/{self.process_group.group_name}/{self.number}/{rank}"
+
+
+_waits: dict[int, _Wait] = {}  # that go on
+_counts: defaultdict[str, int] = defaultdict(int)  # of the waits so far, by the group's name
+_thread: threading.Thread | None = None
+
+
+@contextmanager
+def waiting_for(process_group: dist.ProcessGroup, what: str) -> Iterator[None]:
+    """Around a collective: log once if it takes longer than `HINT_SECONDS`.
+
+    Args:
+        process_group: of the collective.
+        what: the ranks come together for.
+    """
+    if _thread is None or not _thread.is_alive():
+        _start()
+    name = process_group.group_name
+    _counts[name] += 1
+    wait = _Wait(what, process_group, _counts[name])
+    _waits[id(wait)] = wait
+    try:
+        yield
+    finally:
+        del _waits[id(wait)]
+
+
+def _start() -> None:
+    global _thread
+    _thread = threading.Thread(target=_look, name="sharded_optim: who is waited for", daemon=True)  # which the exit does not wait for
+    _thread.start()
+
+
+def _forget() -> None:
+    """In a forked child, which has no thread and waits for nobody."""
+    global _thread
+    _thread = None
+    _waits.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
+def _look() -> None:
+    while True:
+        time.sleep(LOOK_SECONDS)
+        for wait in list(_waits.values()):
+            waited = time.monotonic() - wait.since
+            with suppress(Exception):  # of a group or a store that is gone meanwhile, of which this thread must not end
+                if waited > LOOK_SECONDS and not wait.is_posted:
+                    wait.is_posted = True
+                    _store().set(wait.key(dist.get_rank()), "")
+                if waited > HINT_SECONDS and not wait.is_hinted:
+                    wait.is_hinted = True
+                    _hint(wait, waited)
+
+
+def _hint(wait: _Wait, waited: float) -> None:
+    missing = _missing(wait)
+    who = f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing[:8]))}{', ...' if len(missing) > 8 else ''}"
+    if id(wait) in _waits:
+        logger.warning(
+            "rank %d has waited %.0f s for %s in %s. Every rank of the process group must take part. If only some ranks train this model, "
+            "give the optimizer process_group= with those; else see what the others are doing",
+            dist.get_rank(),
+            waited,
+            who if missing else "other ranks",
+            wait.what,
+        )
+
+
+def _missing(wait: _Wait) -> Sequence[int]:
+    """The ranks that are not known to wait for the same; empty where nobody knows."""
+    try:
+        store = _store()
+        return [rank for rank in dist.get_process_group_ranks(wait.process_group) if not store.check([wait.key(rank)])]
+    except (AttributeError, RuntimeError, ValueError):
+        return []
+
+
+def _store() -> Any:
+    """The job's store, by a connection of its own: the main thread may be waiting at the other."""
+    store: Any = dist.distributed_c10d._get_default_store()
+    return store.clone()
