@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -244,3 +245,105 @@ def test_unwrapping_needs_one_optimizer() -> None:
     for given, count in ((SimpleNamespace(), "no"), (SimpleNamespace(optimizers=[fresh(), fresh()]), "2")):
         with pytest.raises(TypeError, match=f"there are {count} optimizers of sharded_optim in a SimpleNamespace"):
             so.unwrap_optimizer(given)
+
+
+# ------------------------------------------------------------------------------------------------------------------------ callbacks
+
+
+class HuggingFaceTrainer:
+    """What its Trainer is to callbacks, and the order in which it calls them."""
+
+    def __init__(self, optimizer: Any, reporter: Any) -> None:
+        self.optimizer = Around(optimizer)
+        self.accelerator = SimpleNamespace(deepspeed_engine_wrapped=None)
+        self.callback_handler = SimpleNamespace(callbacks=[reporter])
+        self.state = SimpleNamespace(log_history=[])
+        self.control = SimpleNamespace(should_save=False)
+        self.args = SimpleNamespace(save_strategy="steps")
+
+    def add_callback(self, callback: Any) -> None:
+        self.callback_handler.callbacks.append(callback)
+
+    def call(self, event: str, **options: Any) -> None:
+        for callback in self.callback_handler.callbacks:
+            getattr(callback, event, lambda *_, **__: None)(self.args, self.state, self.control, **options)
+
+    def log(self, logs: dict[str, float]) -> None:
+        self.state.log_history.append(dict(logs))
+        self.call("on_log", logs=logs)
+
+
+class Reporter:
+    """As those of report_to: it logs what it is given, and decides nothing."""
+
+    def __init__(self) -> None:
+        self.logged: list[dict[str, float]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any) -> None:
+        self.logged.append(dict(logs))
+
+    def on_step_end(self, args: Any, state: Any, control: Any) -> None:
+        control.should_save = True  # as DefaultFlowCallback, which comes before those that are added
+
+
+@pytest.fixture
+def transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(TrainerCallback=object))  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("transformers")
+def test_hugging_faces_trainer_logs_metrics_wherever_it_reports() -> None:
+    ours, reporter = stepped(["w"]), Reporter()
+    trainer = HuggingFaceTrainer(ours, reporter)
+    so.callbacks.hugging_face(trainer)
+    trainer.call("on_train_begin")
+    trainer.log({"loss": 1.0})
+    assert reporter.logged == trainer.state.log_history == [{"loss": 1.0} | ours.metrics()]
+    trainer.optimizer = None  # not made yet
+    trainer.log({"loss": 2.0})
+    assert reporter.logged[-1] == {"loss": 2.0}
+
+
+@pytest.mark.usefixtures("transformers")
+def test_hugging_faces_trainer_saves_whole_state_of_a_sharded_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the step in which it saves, by steps, by epochs or the best, and in no other."""
+    collected: list[int] = []
+    monkeypatch.setattr(so.ShardedOptimizer, "consolidate_state_dict", lambda self: collected.append(1))
+    trainer = HuggingFaceTrainer(so.ShardedOptimizer(model_of(), so.AdamW, lr=1e-2), Reporter())
+    so.callbacks.hugging_face(trainer)
+    trainer.call("on_evaluate")
+    trainer.call("on_epoch_end")
+    assert len(collected) == 0
+    trainer.call("on_step_end")
+    assert len(collected) == 1
+    trainer.args.save_strategy = "best"
+    trainer.call("on_evaluate")
+    assert len(collected) == 2
+    trainer.optimizer = Around(stepped(["w"]))
+    trainer.call("on_step_end")
+    assert len(collected) == 2
+
+
+@pytest.mark.usefixtures("transformers")
+def test_hugging_faces_trainer_attaches_deepspeed_when_training_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    attached: list[Any] = []
+    monkeypatch.setattr(so.deepspeed, "attach", attached.append)
+    engine, theirs = SimpleNamespace(optimizer=Around(fresh())), SimpleNamespace(optimizer=Around(None))
+    trainer = HuggingFaceTrainer(fresh(), Reporter())
+    so.callbacks.hugging_face(trainer)
+    for wrapped in (None, SimpleNamespace(engine=theirs), SimpleNamespace(engine=engine)):
+        trainer.accelerator.deepspeed_engine_wrapped = wrapped
+        trainer.call("on_train_begin")
+    assert attached == [engine]
+
+
+@pytest.mark.parametrize("name", ["lightning.pytorch", "pytorch_lightning"])
+def test_lightnings_trainer_logs_metrics_in_the_steps_in_which_it_logs(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(Callback=object))  # type: ignore[arg-type]
+    ours, logged = stepped(["w"]), []
+    callback = so.callbacks.lightning()
+    module = SimpleNamespace(log_dict=logged.append)
+    for step in range(1, 6):
+        trainer = SimpleNamespace(optimizers=[Around(ours)], global_step=step, log_every_n_steps=2)
+        callback.on_train_batch_end(trainer, module, None, None, step)
+    assert logged == [ours.metrics()] * 2
