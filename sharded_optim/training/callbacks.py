@@ -9,7 +9,10 @@ import sys
 from importlib import import_module
 from typing import Any
 
+from torch import nn
+
 from sharded_optim import deepspeed
+from sharded_optim.step.engine import Engine
 from sharded_optim.training.containers import contained_optimizers, metrics
 from sharded_optim.zero import ShardedOptimizer
 
@@ -19,9 +22,9 @@ __all__ = ["hugging_face", "lightning"]
 def hugging_face(trainer: Any) -> None:
     """Add to a Trainer of Hugging Face, before `train`: `so.callbacks.hugging_face(trainer)`. On every rank.
 
-    What it logs has the optimizer's metrics too, in `state.log_history` and wherever `report_to` says. Under DeepSpeed it calls
-    `so.deepspeed.attach` when training begins. Before it saves what rank 0 has of a ShardedOptimizer, all ranks call
-    `consolidate_state_dict`.
+    What it logs has the optimizer's metrics too, in `state.log_history` and wherever `report_to` says. When training begins, parameters
+    that the trainer gave the optimizer without names have those of the model, and under DeepSpeed `so.deepspeed.attach` is called. Before
+    it saves what rank 0 has of a ShardedOptimizer, all ranks call `consolidate_state_dict`.
 
     Args:
         trainer: that trains with an optimizer of this library, which it may yet have to make.
@@ -46,6 +49,8 @@ def hugging_face(trainer: Any) -> None:
             wrapped = getattr(trainer.accelerator, "deepspeed_engine_wrapped", None)
             if wrapped is not None and contained_optimizers(wrapped.engine):
                 deepspeed.attach(wrapped.engine)
+            else:
+                _name_params(trainer.optimizer, trainer.model)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if control.should_save:
@@ -61,6 +66,17 @@ def hugging_face(trainer: Any) -> None:
     trainer.add_callback(PrepareTraining())
 
 
+def _name_params(optimizer: Any, model: nn.Module) -> None:
+    """Give an optimizer's parameters the model's names, where it has no others, for metrics, errors and stochastic rounding."""
+    names = {param: name for name, param in model.named_parameters()}
+    for each in contained_optimizers(optimizer):
+        groups = each.param_groups
+        is_named = any(group.get("param_names") for group in groups)
+        if isinstance(each, Engine) and not is_named and all(param in names for group in groups for param in group["params"]):
+            for group in groups:
+                group["param_names"] = [names[param] for param in group["params"]]
+
+
 def _consolidate(optimizer: Any) -> None:
     for each in contained_optimizers(optimizer):
         if isinstance(each, ShardedOptimizer):
@@ -70,12 +86,16 @@ def _consolidate(optimizer: Any) -> None:
 def lightning() -> Any:
     """A callback for Lightning's Trainer, which logs the optimizers' metrics: `Trainer(callbacks=[so.callbacks.lightning()])`.
 
-    In every step in which the trainer logs; to read metrics waits for the device.
+    In every step in which the trainer logs; to read metrics waits for the device. Parameters that the optimizer was given without names
+    have those of the module.
     """
     is_old = "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules  # the same, by its other name
     base: Any = import_module("pytorch_lightning" if is_old else "lightning.pytorch").Callback
 
     class LogMetrics(base):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            _name_params(trainer, pl_module)
+
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
             if trainer.global_step % trainer.log_every_n_steps == 0 and contained_optimizers(trainer):
                 pl_module.log_dict(metrics(trainer))

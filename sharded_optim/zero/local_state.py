@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -101,12 +101,15 @@ class ShardTable(dict[int, dict[str, Any]]):
 
     Args:
         content: of it.
-        warned: has an element once there was a warning; shared by the state dicts of an optimizer.
+        warned: has an element once there was a warning; shared by the state dicts of an optimizer. Frameworks that move a state dict to a
+            device (Accelerate) make others of its parts with the content alone.
     """
 
-    def __init__(self, content: Mapping[int, dict[str, Any]], warned: list[bool]) -> None:
+    def __init__(
+        self, content: Mapping[int, dict[str, Any]] | Iterable[tuple[int, dict[str, Any]]], warned: list[bool] | None = None
+    ) -> None:
         super().__init__(content)
-        self._warned = warned
+        self._warned = [] if warned is None else warned
 
     def __reduce_ex__(self, _: object) -> tuple[Any, ...]:
         if not self._warned:

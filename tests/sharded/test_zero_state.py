@@ -204,6 +204,8 @@ def check_consolidated(folder: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             copy.deepcopy(optimizers[1].state_dict())
+            table = optimizers[1].state_dict()["shards"]
+            assert type(table)(table.items()) == table, "as Accelerate makes it again"
             torch.save(optimizers[0].state_dict(), folder / f"{dist.get_rank()}.pt")
 
 

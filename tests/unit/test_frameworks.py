@@ -260,6 +260,7 @@ class HuggingFaceTrainer:
         self.state = SimpleNamespace(log_history=[])
         self.control = SimpleNamespace(should_save=False)
         self.args = SimpleNamespace(save_strategy="steps")
+        self.model = nn.Linear(1, 1)
 
     def add_callback(self, callback: Any) -> None:
         self.callback_handler.callbacks.append(callback)
@@ -302,6 +303,33 @@ def test_hugging_faces_trainer_logs_metrics_wherever_it_reports() -> None:
     trainer.optimizer = None  # not made yet
     trainer.log({"loss": 2.0})
     assert reporter.logged[-1] == {"loss": 2.0}
+
+
+def test_trainers_that_give_parameters_without_names_report_those_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of two groups, one of them empty, before the first step; names that are there stay."""
+    monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(TrainerCallback=object))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "lightning.pytorch", SimpleNamespace(Callback=object))  # type: ignore[arg-type]
+
+    def begin(optimizer: Any, model: nn.Module) -> Any:
+        trainer: Any = HuggingFaceTrainer(optimizer, Reporter())
+        trainer.model = model
+        so.callbacks.hugging_face(trainer)
+        trainer.call("on_train_begin")
+        return optimizer
+
+    def begin_lightning(optimizer: Any, model: nn.Module) -> Any:
+        so.callbacks.lightning().on_train_start(SimpleNamespace(optimizers=[optimizer]), model)
+        return optimizer
+
+    for start in (begin, begin_lightning):
+        model = model_of()
+        optimizer = start(so.StableAdamW([{"params": list(model.parameters())}, {"params": []}], lr=1e-2), model)
+        train(model, optimizer, 1)
+        assert list(optimizer.metrics())[1:] == [f"rms/{name}" for name, _ in model.named_parameters()]
+        model = model_of()
+        optimizer = start(so.StableAdamW([(f"own.{name}", param) for name, param in model.named_parameters()], lr=1e-2), model)
+        train(model, optimizer, 1)
+        assert "rms/own.0.weight" in optimizer.metrics()
 
 
 @pytest.mark.usefixtures("transformers")
