@@ -86,10 +86,12 @@ def check_iterable(params: Any, where: str) -> None:
 
 
 def refuse_options_on_wrapper(optimizer: Any) -> None:
-    """Raise ValueError where layout or process_group was set on a framework's wrapper that is calling `step`, and has not reached us."""
-    frame = sys._getframe(1)
+    """Raise ValueError if layout or process_group was set on a framework's wrapper whose `step` is calling, and has not reached us."""
+    frame = sys._getframe(2)
     while frame is not None:
-        wrapper = frame.f_locals.get("self")
+        # Before Python 3.13 a frame keeps what f_locals has shown until it ends: only of methods that end with the step.
+        is_method = frame.f_code.co_name == "step" and frame.f_code.co_varnames[:1] == ("self",)
+        wrapper = frame.f_locals["self"] if is_method else None
         given = getattr(wrapper, "__dict__", {})
         if wrapper is not optimizer and given.get("optimizer") is optimizer:
             for name in ("layout", "process_group"):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -226,6 +228,16 @@ def test_an_option_on_accelerates_wrapper_raises_and_names_what_reaches_the_opti
     assert not ours.state
     setattr(so.unwrap_optimizer(wrapper), name, given)
     assert getattr(ours, name) is given
+
+
+def test_a_first_step_keeps_nothing_of_its_callers_alive() -> None:
+    """Before Python 3.13 a frame keeps what its f_locals has shown: what a training loop deletes must go."""
+    ours, big = fresh(), nn.Linear(3, 3)
+    known = ref(big)
+    Stepping(ours).step()
+    del big
+    gc.collect()
+    assert known() is None
 
 
 def test_an_option_on_lightnings_wrapper_reaches_the_optimizer() -> None:
