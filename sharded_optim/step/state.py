@@ -196,17 +196,16 @@ def asked_by_fsdp1() -> bool:
 def fsdp1_that_offloads_whole_state() -> nn.Module | None:
     """Return the FullyShardedDataParallel model whose whole state torch is gathering on the CPU; else None."""
     for frame in _callers():
-        known = frame.f_locals
         caller = _module_of(frame), frame.f_code.co_name
         if caller == (f"{CHECKPOINT}.state_dict", "_get_optim_state_dict"):
-            info = known["info"]
-            return known["model"] if info.fsdp_modules and info.full_state_dict and info.cpu_offload else None
+            info = frame.f_locals["info"]
+            return frame.f_locals["model"] if info.fsdp_modules and info.full_state_dict and info.cpu_offload else None
         if caller == (FSDP1, "optim_state_dict"):
-            settings = known["state_dict_settings"]
+            settings = frame.f_locals["state_dict_settings"]
             is_whole = settings.state_dict_type.name == "FULL_STATE_DICT"
-            return known["model"] if is_whole and settings.optim_state_dict_config.offload_to_cpu else None
+            return frame.f_locals["model"] if is_whole and settings.optim_state_dict_config.offload_to_cpu else None
         if caller == (FSDP1, "full_optim_state_dict"):
-            return known["model"]
+            return frame.f_locals["model"]
     return None
 
 
