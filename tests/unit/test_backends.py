@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-import numba
+
 import pytest
 import torch
 from hypothesis import Phase, given, settings

@@ -1,0 +1,181 @@
+"""LLVM, by llvmlite: what writes LLVM IR, and what makes machine code of it for the CPU that the process runs on.
+
+Arithmetic is strict IEEE 754: LLVM reorders, contracts or approximates only instructions with a fast-math flag, and none has one here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+
+from llvmlite import binding, ir
+
+__all__ = [
+    "BYTE",
+    "DOUBLE",
+    "FLOAT",
+    "INT16",
+    "INT32",
+    "INT64",
+    "POINTER",
+    "VOID",
+    "Loop",
+    "at",
+    "call",
+    "compiled",
+    "constant",
+    "counting",
+    "features",
+    "integer",
+    "load",
+    "reduced",
+    "register_bytes",
+    "splat",
+    "store",
+    "with_lanes",
+]
+
+VOID, FLOAT, DOUBLE, POINTER = ir.VoidType(), ir.FloatType(), ir.DoubleType(), ir.PointerType()
+BYTE, INT16, INT32, INT64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------- types
+
+
+def lanes_of(kind: ir.Type) -> int:
+    return kind.count if isinstance(kind, ir.VectorType) else 1
+
+
+def with_lanes(element: ir.Type, lanes: int) -> ir.Type:
+    """A vector, or for one lane a scalar."""
+    return element if lanes == 1 else ir.VectorType(element, lanes)
+
+
+def constant(kind: ir.Type, number: float) -> ir.Constant:
+    """A number, in every lane."""
+    return ir.Constant(kind, [number] * kind.count if isinstance(kind, ir.VectorType) else number)
+
+
+def integer(number: int) -> ir.Constant:
+    return ir.Constant(INT64, number)
+
+
+def splat(builder: ir.IRBuilder, scalar: ir.Value, lanes: int) -> ir.Value:
+    """A scalar in every lane."""
+    if lanes == 1:
+        return scalar
+    undefined = ir.Constant(ir.VectorType(scalar.type, lanes), ir.Undefined)
+    first = builder.insert_element(undefined, scalar, ir.Constant(INT32, 0))
+    return builder.shuffle_vector(first, undefined, constant(ir.VectorType(INT32, lanes), 0))
+
+
+# --------------------------------------------------------------------------------------------------------------------- instructions
+
+
+def at(builder: ir.IRBuilder, base: ir.Value, index: ir.Value | int, element: ir.Type = INT64) -> ir.Value:
+    """The address of an element of an array."""
+    return builder.gep(base, [integer(index) if isinstance(index, int) else index], source_etype=element)
+
+
+def load(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type = INT64) -> ir.Value:
+    """Of memory that need not be aligned."""
+    loaded = builder.load(address, typ=kind)
+    loaded.align = 1
+    return loaded
+
+
+def store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
+    """To memory that need not be aligned."""
+    builder.store(value, address).align = 1
+
+
+def call(builder: ir.IRBuilder, name: str, result: ir.Type, *arguments: ir.Value) -> ir.Value:
+    """Call an intrinsic function of LLVM, whose name ends as that of its overload."""
+    function = builder.module.globals.get(name)
+    if function is None:
+        function = ir.Function(builder.module, ir.FunctionType(result, [argument.type for argument in arguments]), name)
+    return builder.call(function, arguments)
+
+
+def suffix(kind: ir.Type) -> str:
+    """How the name of an overload ends: "v16f32", "i64"."""
+    return f"v{kind.count}{suffix(kind.element)}" if isinstance(kind, ir.VectorType) else kind.intrinsic_name
+
+
+def reduced(builder: ir.IRBuilder, operation: str, vector: ir.Value) -> ir.Value:
+    """The sum ("add") or the union ("or") of the integers in all lanes."""
+    if lanes_of(vector.type) == 1:
+        return vector
+    return call(builder, f"llvm.vector.reduce.{operation}.{suffix(vector.type)}", vector.type.element, vector)
+
+
+@dataclass
+class Loop:
+    """What changes from one pass of a loop to the next; its body replaces `values`."""
+
+    index: ir.Value
+    values: list[ir.Value]
+
+
+@contextmanager
+def counting(
+    builder: ir.IRBuilder,
+    begin: ir.Value,
+    end: ir.Value,
+    step: ir.Value,
+    values: Sequence[ir.Value] = (),  # before the first pass; after the loop, those after the last
+) -> Iterator[Loop]:
+    """Repeat the instructions that are written inside for index = begin, begin + step, ... < end."""
+    before = builder.block
+    head, body, after = (builder.append_basic_block(name) for name in ("head", "body", "after"))
+    builder.branch(head)
+    builder.position_at_end(head)
+    index = builder.phi(INT64)
+    index.add_incoming(begin, before)
+    carried = [builder.phi(value.type) for value in values]
+    builder.cbranch(builder.icmp_signed("<", index, end), body, after)
+    builder.position_at_end(body)
+    loop = Loop(index, list(carried))
+    yield loop
+    index.add_incoming(builder.add(index, step), builder.block)
+    for phi, first, last in zip(carried, values, loop.values, strict=True):
+        phi.add_incoming(first, before)
+        phi.add_incoming(last, builder.block)
+    loop.values = list(carried)
+    builder.branch(head)
+    builder.position_at_end(after)
+
+
+# --------------------------------------------------------------------------------------------------------------------- machine code
+
+_engines: list[binding.ExecutionEngine] = []  # own the machine code, which stays until the process ends
+
+
+def compiled(module: ir.Module) -> binding.ExecutionEngine:
+    """What knows the addresses of a module's functions."""
+    engine = binding.create_mcjit_compiler(binding.parse_assembly(str(module)), _machine())
+    engine.finalize_object()
+    _engines.append(engine)
+    return engine
+
+
+@cache
+def features() -> dict[str, bool]:
+    """What this CPU has, by LLVM's names."""
+    return dict(binding.get_host_cpu_features())
+
+
+@cache
+def register_bytes() -> int:
+    """The size of a vector register."""
+    return 64 if features().get("avx512bw") else 32 if features().get("avx2") else 16
+
+
+@cache
+def _machine() -> binding.TargetMachine:
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    target = binding.Target.from_default_triple()
+    return target.create_target_machine(cpu=binding.get_host_cpu_name(), features=binding.get_host_cpu_features().flatten(), opt=3, jit=True)

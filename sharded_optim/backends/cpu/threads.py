@@ -1,0 +1,113 @@
+"""Threads for kernels: those of the OpenMP runtime that torch uses, so that a step right behind a backward pass finds them awake.
+
+In a forked child, which has none of its parent's threads and would wait for them for ever, and where torch's runtime lacks GNU's entry
+point, threads of Python serve.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from array import array
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from llvmlite import binding, ir
+
+from sharded_optim.backends.cpu.llvm import INT32, INT64, POINTER, VOID, at, call, compiled, counting, load
+
+__all__ = ["SIGNATURE", "Kernel", "kernel_of", "run"]
+
+SIGNATURE = ir.FunctionType(VOID, [POINTER, INT64, INT64])  # of a kernel: its arguments, which share of its work to do, of how many
+
+
+class Kernel(NamedTuple):
+    """A function in machine code, of `SIGNATURE`."""
+
+    call: Callable[[int, int, int], None]  # other threads of Python run meanwhile
+    region: int  # address of the function that a thread of OpenMP calls; 0 without
+
+
+class _State:
+    """What a forked child must know of its parent."""
+
+    has_forked = False
+    has_used_openmp = False
+    pool: ThreadPoolExecutor | None = None
+
+
+def _after_fork() -> None:
+    _State.has_forked, _State.pool = True, None
+    if _State.has_used_openmp:
+        torch.set_num_threads(1)  # torch's operations would wait for threads of the parent, as do those of its data loaders
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def kernel_of(function: ir.Function) -> Kernel:
+    """Compile a function, of `SIGNATURE`, and what else is in its module."""
+    region = _write_region(function) if _openmp() else None
+    engine = compiled(function.module)
+    call = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)(engine.get_function_address(function.name))
+    return Kernel(call, engine.get_function_address(region.name) if region else 0)
+
+
+def run(kernel: Kernel, arguments: int, shares: int) -> None:
+    """Do all shares of a kernel's work, each on a thread of its own.
+
+    Args:
+        arguments: their address.
+        shares: at most `torch.get_num_threads()`.
+    """
+    openmp = None if _State.has_forked else _openmp()
+    if shares <= 1:
+        kernel.call(arguments, 0, 1)
+    elif openmp is None:
+        _run_in_pool(kernel, arguments, shares)
+    else:
+        _State.has_used_openmp = True
+        task = array("q", (arguments, shares))
+        # As many threads as in torch's own regions: with every change of the number libgomp ends threads, or starts some.
+        openmp(kernel.region, task.buffer_info()[0], torch.get_num_threads(), 0)
+
+
+def _run_in_pool(kernel: Kernel, arguments: int, shares: int) -> None:
+    if _State.pool is None:
+        _State.pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="sharded_optim")
+    others = [_State.pool.submit(kernel.call, arguments, share, shares) for share in range(1, shares)]
+    kernel.call(arguments, 0, shares)
+    wait(others)
+
+
+@cache
+def _openmp() -> Callable[[int, int, int, int], None] | None:
+    """GOMP_parallel(function, its argument, threads, flags) of the runtime that torch is linked with; LLVM's and Intel's have it too."""
+    library = ctypes.CDLL(torch._C.__file__)  # finds functions of the libraries that it is linked with
+    try:
+        for name in ("omp_get_thread_num", "omp_get_num_threads"):
+            binding.add_symbol(name, ctypes.cast(library[name], ctypes.c_void_p).value)
+        parallel = library["GOMP_parallel"]
+    except AttributeError:
+        return None
+    parallel.restype, parallel.argtypes = None, (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    return parallel
+
+
+def _write_region(kernel: ir.Function) -> ir.Function:
+    """What each thread of a parallel region does with a task, int64 (arguments, shares).
+
+    Shares go to threads by their numbers, so that a thread finds in its caches and in its part of the memory what it has written in the step
+    before. There may be fewer threads than shares.
+    """
+    region = ir.Function(kernel.module, ir.FunctionType(VOID, [POINTER]), "region")
+    builder = ir.IRBuilder(region.append_basic_block())
+    arguments, shares = (load(builder, at(builder, region.args[0], index)) for index in range(2))
+    number, threads = (builder.sext(call(builder, name, INT32), INT64) for name in ("omp_get_thread_num", "omp_get_num_threads"))
+    with counting(builder, number, shares, threads) as loop:
+        builder.call(kernel, [builder.inttoptr(arguments, POINTER), loop.index, shares])
+    builder.ret_void()
+    return region

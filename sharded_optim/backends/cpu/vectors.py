@@ -1,0 +1,200 @@
+"""The operations of an algorithm's math on vectors, which write down LLVM instructions.
+
+A function of an algorithm or of a storage format is called once, with a `Vector` for each of its arguments. Every operation becomes one
+instruction on as many elements as a vector has lanes, and rounds once, so the bits are those of the eager backend. `divide` to
+`stochastic_fp16` are `formulas/operations.py`, and `uniform` is `noise.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from llvmlite import ir
+
+from sharded_optim.backends.cpu.llvm import DOUBLE, FLOAT, INT16, INT32, INT64, call, constant, integer, lanes_of, splat, suffix, with_lanes
+from sharded_optim.storage.splitmix64 import GOLDEN, MULTIPLIER_1, MULTIPLIER_2
+
+__all__ = [
+    "FIXED_POINT_OF_ZERO",
+    "Vector",
+    "divide",
+    "fixed_point",
+    "from_bf16",
+    "from_fp16",
+    "maximum",
+    "sqrt",
+    "stochastic_bf16",
+    "stochastic_fp16",
+    "to_bf16",
+    "to_fp16",
+    "uniform",
+    "where",
+]
+
+# A vector, or a number that all elements have. A string, so that it is not evaluated before the class.
+Operand = Any
+
+
+class Vector:
+    """A value of each of some elements: fp32, the bits of 16-bit elements, integers, or what a comparison gives.
+
+    Attributes:
+        value: one lane for each element; a scalar for one.
+    """
+
+    def __init__(self, builder: ir.IRBuilder, value: ir.Value) -> None:
+        self.builder, self.value = builder, value
+
+    def like(self, operand: Operand) -> Vector:
+        """A number as a vector of this type; a vector as it is."""
+        return operand if isinstance(operand, Vector) else Vector(self.builder, constant(self.value.type, operand))
+
+    def instruction(self, name: str, *operands: Operand) -> Vector:
+        return Vector(self.builder, getattr(self.builder, name)(self.value, *(self.like(each).value for each in operands)))
+
+    def intrinsic(self, name: str, *operands: Operand) -> Vector:
+        kind = self.value.type
+        values = [self.like(each).value for each in operands]
+        return Vector(self.builder, call(self.builder, f"llvm.{name}.{suffix(kind)}", kind, self.value, *values))
+
+    def converted(self, name: str, element: ir.Type) -> Vector:
+        """By an instruction that makes other types of values, or that takes the same bits for them ("bitcast")."""
+        return Vector(self.builder, getattr(self.builder, name)(self.value, with_lanes(element, lanes_of(self.value.type))))
+
+    def compared(self, operator: str, other: Operand) -> Vector:
+        """False where one is NaN."""
+        return Vector(self.builder, self.builder.fcmp_ordered(operator, self.value, self.like(other).value))
+
+    @property
+    def is_nan(self) -> Vector:
+        return Vector(self.builder, self.builder.fcmp_unordered("uno", self.value, self.value))
+
+    def __add__(self, other: Operand) -> Vector:
+        return self.instruction("fadd", other)
+
+    def __sub__(self, other: Operand) -> Vector:
+        return self.instruction("fsub", other)
+
+    def __mul__(self, other: Operand) -> Vector:
+        return self.instruction("fmul", other)
+
+    def __radd__(self, other: float) -> Vector:
+        return self.like(other) + self
+
+    def __rsub__(self, other: float) -> Vector:
+        return self.like(other) - self
+
+    def __rmul__(self, other: float) -> Vector:
+        return self.like(other) * self
+
+    def __lt__(self, other: Operand) -> Vector:
+        return self.compared("<", other)
+
+    def __le__(self, other: Operand) -> Vector:
+        return self.compared("<=", other)
+
+    def __gt__(self, other: Operand) -> Vector:
+        return self.compared(">", other)
+
+    def __ge__(self, other: Operand) -> Vector:
+        return self.compared(">=", other)
+
+    def __bool__(self) -> NoReturn:
+        raise TypeError("a formula is one sequence of operations for all elements: take xp.where in the place of if, and, or, not, min, max")
+
+
+# ----------------------------------------------------------------------------------------------------------------------- operations
+
+
+def divide(a: Operand, b: Operand) -> Vector:
+    return (a if isinstance(a, Vector) else b.like(a)).instruction("fdiv", b)
+
+
+def maximum(a: Operand, b: Operand) -> Vector:
+    a = a if isinstance(a, Vector) else b.like(a)
+    is_first = (a > b).instruction("or_", a.is_nan)  # NaN wins, as in torch
+    return where(is_first, a, b)
+
+
+def sqrt(a: Vector) -> Vector:
+    return a.intrinsic("sqrt")
+
+
+def where(condition: Vector, a: Operand, b: Operand) -> Vector:
+    kind = with_lanes(FLOAT, lanes_of(condition.value.type))
+    a, b = (each.value if isinstance(each, Vector) else constant(kind, each) for each in (a, b))
+    return Vector(condition.builder, condition.builder.select(condition.value, a, b))
+
+
+# ------------------------------------------------------------------------------------------- storage: 16-bit elements are their bits
+
+
+def from_bf16(stored: Vector) -> Vector:
+    return stored.converted("zext", INT32).instruction("shl", 16).converted("bitcast", FLOAT)
+
+
+def to_bf16(value: Vector) -> Vector:
+    bits = value.converted("bitcast", INT32)
+    last = bits.instruction("lshr", 16).instruction("and_", 1)  # of the bits that are kept: ties go to the even one
+    rounded = bits.instruction("add", last).instruction("add", 0x7FFF).instruction("lshr", 16).converted("trunc", INT16)
+    return where(value.is_nan, rounded.like(0x7FC0), rounded)
+
+
+def from_fp16(stored: Vector) -> Vector:
+    return stored.converted("bitcast", ir.HalfType()).converted("fpext", FLOAT)
+
+
+def to_fp16(value: Vector) -> Vector:
+    return value.converted("fptrunc", ir.HalfType()).converted("bitcast", INT16)
+
+
+def stochastic_bf16(value: Vector, uniform: Operand) -> Vector:
+    """The 16 bits that are cut off are the distance from the number below, denormal ones too: both formats have the same exponents."""
+    bits = value.converted("bitcast", INT32)
+    distance = bits.instruction("and_", 0xFFFF).converted("sitofp", FLOAT) * 2.0**-16
+    below = bits.instruction("and_", 0xFFFF0000)
+    rounded = where(distance > uniform, below.instruction("add", 0x10000), below).converted("bitcast", FLOAT)
+    return where(value.is_nan, value, rounded)
+
+
+def stochastic_fp16(value: Vector, uniform: Operand) -> Vector:
+    """Powers of two are divided by as their inverses are multiplied with, both exactly."""
+    magnitude = value.intrinsic("fabs")
+    exponent = magnitude.converted("bitcast", INT32).instruction("and_", 0x7F800000)
+    spacing = exponent.instruction("sub", 10 << 23).intrinsic("smax", 0x33800000)  # 2**-10 of the power of two, at least 2**-24
+    inverse = spacing.like(0x7F000000).instruction("sub", spacing).converted("bitcast", FLOAT)
+    scaled = magnitude * inverse
+    below = scaled.intrinsic("floor")
+    rounded = (below + where(scaled - below > uniform, 1.0, 0.0 * below)) * spacing.converted("bitcast", FLOAT)
+    return where(magnitude < float("inf"), rounded.intrinsic("copysign", value), value)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------ sum
+
+MAGIC = 1.5 * 2.0**52  # in float64 an ulp is 1 from here on: added to a smaller number it rounds it, half to even, to an integer
+FIXED_POINT_OF_ZERO = 0x4338000000000000  # the bits of MAGIC
+
+
+def fixed_point(value: Vector, scale: Vector) -> Vector:
+    """round_half_even(value * scale) + FIXED_POINT_OF_ZERO for 0 <= value * scale < 2**51, with a power of two for scale: int64."""
+    value, scale = value.converted("fpext", DOUBLE), scale.converted("fpext", DOUBLE)
+    # Fused or not, as is faster: the product is exact.
+    return value.intrinsic("fmuladd", scale, MAGIC).converted("bitcast", INT64)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------- noise
+
+
+def uniform(
+    builder: ir.IRBuilder,
+    key: ir.Value,  # int64
+    index: ir.Value,  # int64, of the first of `lanes` elements that follow each other, in the whole tensor
+    lanes: int,
+) -> Vector:
+    first = builder.add(key, builder.mul(index, integer(GOLDEN)))
+    offsets = ir.Constant(with_lanes(INT64, lanes), [lane * GOLDEN % 2**64 for lane in range(lanes)] if lanes > 1 else 0)
+    bits = Vector(builder, builder.add(splat(builder, first, lanes), offsets))
+    for shift, multiplier in ((30, MULTIPLIER_1), (27, MULTIPLIER_2)):
+        bits = bits.instruction("xor", bits.instruction("lshr", shift)).instruction("mul", multiplier)
+    bits = bits.instruction("xor", bits.instruction("lshr", 31))
+    return bits.instruction("lshr", 40).converted("trunc", INT32).converted("sitofp", FLOAT) * 2.0**-24
