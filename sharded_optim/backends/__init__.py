@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 MODULES = ("cpu", "triton", "eager")  # in the order in which "auto" takes them; imported when asked for
-PACKAGES = {"cpu": "numba", "triton": "triton"}  # what a backend needs beside torch
+PACKAGES = {"cpu": "llvmlite", "triton": "triton"}  # what a backend needs beside torch
 AUTO = "auto"
 TRITON, EAGER = "triton", "eager"
 

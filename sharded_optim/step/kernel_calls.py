@@ -128,7 +128,7 @@ def _warn_if_slow(stepped: Sequence[tuple[LocalParam, Backend, Choice]]) -> None
     if slow > SLOW:
         warnings.warn(
             "more than a million elements are stepped by one torch operation after the other, which takes many times as long as the "
-            "compiled step: pip install numba. backend='eager' asks for it without a warning",
+            "compiled step: pip install llvmlite. backend='eager' asks for it without a warning",
             UserWarning,
             stacklevel=2,
         )

@@ -28,7 +28,7 @@ __all__ = ["BACKEND"]
 
 CHUNK = 16384  # elements: some microseconds
 WORTH_A_THREAD = 2 * CHUNK  # elements: some 10 us
-ONE = torch.ones(())
+ONE = torch.ones((), dtype=torch.float32, device="cpu")
 
 
 class Cpu:
@@ -39,7 +39,7 @@ class Cpu:
     judge = staticmethod(judge)
 
     def __init__(self) -> None:
-        self._tables: WeakKeyDictionary[Operands, OperandTables] = WeakKeyDictionary()
+        self._tables: WeakKeyDictionary[Operands, _Tables] = WeakKeyDictionary()
 
     def supports(self, device: torch.device, dtypes: frozenset[torch.dtype]) -> str | None:
         return None if device.type == "cpu" else f"it runs on the CPU, not on {device}"
@@ -60,10 +60,9 @@ class Cpu:
         formats = operands.state_formats if statistic else ()
         columns = [*(operands.state if statistic else ()), operands.grad]
         tables = self._tables_of(operands)
-        sums = torch.empty(len(tables.work), 2, dtype=torch.int64)
         kernel = observe_kernel(statistic, operands.grad_format, formats)
-        _run(kernel, tables, columns, coefficients, grad_scale, limits=limits, scales=scales, sums=sums)
-        of_items = sums.numpy()
+        _run(kernel, tables, columns, coefficients, grad_scale, limits=limits, scales=scales, sums=tables.sums)
+        of_items = tables.sums.numpy()
         result = np.zeros((2, len(operands)), np.int64)
         rows = tables.work.numpy()[:, 0]
         np.add.at(result[0], rows, of_items[:, 0])
@@ -90,15 +89,23 @@ class Cpu:
                 written[column].tensors[row].copy_(copy)
         increment_version(operands.param.wholes)  # as a torch operation would: autograd looks at it
 
-    def _tables_of(self, operands: Operands) -> OperandTables:
+    def _tables_of(self, operands: Operands) -> _Tables:
         if operands not in self._tables:
-            self._tables[operands] = OperandTables(operands, CHUNK)
+            self._tables[operands] = _Tables(operands, CHUNK)
         return self._tables[operands]
+
+
+class _Tables(OperandTables):
+    """What kernels need to know of operands, and where they write what is kept for no longer than a step."""
+
+    def __init__(self, operands: Operands, chunk: int) -> None:
+        super().__init__(operands, chunk)
+        self.sums = torch.empty(len(self.work), 2, dtype=torch.int64, device="cpu")  # of each item of work
 
 
 def _run(
     kernel: Kernel,
-    tables: OperandTables,
+    tables: _Tables,
     columns: list[Column],
     coefficients: Tensor,
     grad_scale: Tensor | None,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from itertools import islice
+from itertools import islice, starmap
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +31,8 @@ from sharded_optim.backends.cpu.llvm import (
     constant,
     counting,
     integer,
+    is_x86,
+    is_zen,
     load,
     reduced,
     register_bytes,
@@ -39,16 +41,26 @@ from sharded_optim.backends.cpu.llvm import (
     with_lanes,
 )
 from sharded_optim.backends.cpu.threads import SIGNATURE, Kernel, kernel_of
-from sharded_optim.backends.cpu.vectors import FIXED_POINT_OF_ZERO, Vector, fixed_point, uniform
+from sharded_optim.backends.cpu.vectors import FIXED_POINT_OF_ZERO, Deferred, Vector, fixed_point, uniform
 from sharded_optim.backends.rebinding import argument_count, rebound
 from sharded_optim.formulas import Algorithm, Statistic
 from sharded_optim.storage.formats import Format
 
-__all__ = ["Arguments", "observe_kernel", "update_kernel"]
+__all__ = ["Arguments", "observe_function", "observe_kernel", "update_function", "update_kernel"]
 
 LANES = 2 * register_bytes() // 4  # elements of a pass: two registers of fp32, whose latencies hide behind each other
-AHEAD = 2048  # bytes from what is read to what is prefetched: hardware's own prefetching ends with a page, of which each array reads another
 LINE = 64  # bytes of a cache line
+
+
+class Ahead(NamedTuple):
+    """Bytes from what a pass reads to what it prefetches; 0: nothing."""
+
+    update: int
+    observe: int
+
+
+# Prefetching by hardware ends with a page, of which an update reads four at a time. Measured: benchmarks/NOTES.md.
+AHEAD = Ahead(2048, 0) if is_zen() else Ahead(4096, 2048) if is_x86() else Ahead(0, 0)
 
 
 class Arguments(NamedTuple):
@@ -69,29 +81,38 @@ class Arguments(NamedTuple):
 
 @cache
 def update_kernel(algorithm: Algorithm, formats: tuple[Format, ...], grad_format: Format) -> Kernel:
-    """The kernel of an algorithm's update.
+    return kernel_of(update_function(algorithm, formats, grad_format))
+
+
+@cache
+def observe_kernel(statistic: Statistic | None, grad_format: Format, state_formats: tuple[Format, ...]) -> Kernel:
+    return kernel_of(observe_function(statistic, grad_format, state_formats))
+
+
+def update_function(algorithm: Algorithm, formats: tuple[Format, ...], grad_format: Format) -> ir.Function:
+    """An algorithm's update of all elements.
 
     Args:
         formats: of the parameters and of each of their moments.
     """
     update, stores = _traced(algorithm.update), [_traced(fmt.store) for fmt in formats]
     is_random = [fmt.is_random for fmt in formats]
-    writer = _Writer((*formats, grad_format), coefficients=argument_count(algorithm.update) - len(formats) - 1)
+    writer = _Writer((*formats, grad_format), argument_count(algorithm.update) - len(formats) - 1, ahead=AHEAD.update)
     with writer.items() as item, item.runs(ordered=any(is_random)) as run:
         for elements in item.passes(run):
             param, *state, grad = elements.loaded()
             values = update(param, grad, *state, *elements.numbers)
             draws = elements.draws(is_random)
             elements.store([array for store, value, draw in zip(stores, values, draws, strict=True) for array in store(value, draw)])
-    return writer.kernel()
+    return writer.function
 
 
-@cache
-def observe_kernel(statistic: Statistic | None, grad_format: Format, state_formats: tuple[Format, ...]) -> Kernel:
-    """The kernel that sums a statistic, or only looks for gradients without a finite square."""
+def observe_function(statistic: Statistic | None, grad_format: Format, state_formats: tuple[Format, ...]) -> ir.Function:
+    """The sums of a statistic, and which of its values are beyond the limit; or only which gradients have no finite square."""
     observe = _traced(statistic.observe) if statistic else None
     coefficients = argument_count(statistic.observe) - len(state_formats) - 1 if statistic else 0
-    writer = _Writer((*state_formats, grad_format), coefficients, numbers=("limits", "scales") if statistic else ())
+    numbers = ("limits", "scales") if statistic else ()
+    writer = _Writer((*state_formats, grad_format), coefficients, numbers, ahead=AHEAD.observe)
     with writer.items(totals=2) as item:
         with item.runs(ordered=False) as run:
             for elements in item.passes(run):
@@ -107,7 +128,7 @@ def observe_kernel(statistic: Statistic | None, grad_format: Format, state_forma
         if observe is not None:
             item.totals[0] = item.builder.sub(item.totals[0], item.builder.mul(item.count, integer(FIXED_POINT_OF_ZERO)))
         item.write_totals()
-    return writer.kernel()
+    return writer.function
 
 
 @cache
@@ -134,10 +155,11 @@ class _Writer:
         formats: of the values of an element, the last one its gradient's.
         coefficients: how many an operand has.
         numbers: arrays with a further number of each operand.
+        ahead: bytes from what is read to what is prefetched.
     """
 
-    def __init__(self, formats: Sequence[Format], coefficients: int, numbers: Sequence[str] = ()) -> None:
-        self.formats, self.coefficients, self.numbers = formats, coefficients, numbers
+    def __init__(self, formats: Sequence[Format], coefficients: int, numbers: Sequence[str] = (), *, ahead: int) -> None:
+        self.formats, self.coefficients, self.numbers, self.ahead = formats, coefficients, numbers, ahead
         self.function = ir.Function(ir.Module(), SIGNATURE, "kernel")
         self.builder = ir.IRBuilder(self.function.append_basic_block("entry"))
         arguments = [load(self.builder, at(self.builder, self.function.args[0], index)) for index in range(len(Arguments._fields))]
@@ -166,9 +188,6 @@ class _Writer:
         with counting(builder, begin, end, integer(1)) as loop:
             yield _Item(self, loop.index, totals)
         builder.ret_void()
-
-    def kernel(self) -> Kernel:
-        return kernel_of(self.function)
 
 
 class _Item:
@@ -241,12 +260,15 @@ class _Elements:
         self.grad_scale, *self.numbers = numbers
 
     def loaded(self) -> list[Vector]:
-        """Their values: parameters, moments, and gradients, which are scaled."""
-        if self.lanes > 1:
-            self._prefetch()
-        stored = (self._load(address, dtype) for address, dtype in self._arrays())
-        *values, grad = (_traced(fmt.load)(*islice(stored, len(fmt.arrays))) for fmt in self.item.writer.formats)
-        return [*values, grad * self.grad_scale]
+        """Their values: parameters, moments, and gradients, which are scaled. What no operation uses is not read."""
+        arrays = iter(self._arrays())
+
+        def value(fmt: Format) -> Vector:
+            own = list(islice(arrays, len(fmt.arrays)))
+            return Deferred(self.builder, lambda: _traced(fmt.load)(*starmap(self._load, own)))
+
+        *values, grad = map(value, self.item.writer.formats)
+        return [*values, Deferred(self.builder, lambda: grad * self.grad_scale)]
 
     def store(self, arrays: Sequence[Any]) -> None:
         """Write what the arrays of parameters and moments, the first ones, are to hold."""
@@ -276,15 +298,16 @@ class _Elements:
 
     def _load(self, address: ir.Value, dtype: torch.dtype) -> Vector:
         """Elements of an array: 16-bit numbers as their bits, others as fp32."""
+        if self.lanes > 1 and self.item.writer.ahead:
+            self._prefetch(address, self.lanes * dtype.itemsize)
         loaded = Vector(self.builder, load(self.builder, address, with_lanes(_stored_type(dtype), self.lanes)))
         return loaded if dtype in AS_THEY_ARE else loaded.converted("sitofp" if dtype.is_signed else "uitofp", FLOAT)
 
-    def _prefetch(self) -> None:
-        for address, dtype in self._arrays():
-            for offset in range(0, self.lanes * dtype.itemsize, LINE):
-                ahead = at(self.builder, address, AHEAD + offset, BYTE)
-                read, keep, data = (ir.Constant(INT32, number) for number in (0, 3, 1))
-                call(self.builder, "llvm.prefetch.p0", VOID, ahead, read, keep, data)
+    def _prefetch(self, address: ir.Value, size: int) -> None:
+        """What a later pass loads where this one loads `size` bytes from `address`."""
+        for offset in range(0, size, LINE):
+            read, keep, data = (ir.Constant(INT32, number) for number in (0, 3, 1))
+            call(self.builder, "llvm.prefetch.p0", VOID, at(self.builder, address, self.item.writer.ahead + offset, BYTE), read, keep, data)
 
 
 AS_THEY_ARE = {torch.float32: FLOAT, torch.bfloat16: INT16, torch.float16: INT16}

@@ -29,6 +29,8 @@ __all__ = [
     "counting",
     "features",
     "integer",
+    "is_x86",
+    "is_zen",
     "load",
     "reduced",
     "register_bytes",
@@ -171,6 +173,15 @@ def features() -> dict[str, bool]:
 def register_bytes() -> int:
     """The size of a vector register."""
     return 64 if features().get("avx512bw") else 32 if features().get("avx2") else 16
+
+
+def is_x86() -> bool:
+    return binding.get_process_triple().startswith("x86_64")
+
+
+def is_zen() -> bool:
+    """Whether this is a CPU by AMD, of 2017 or later."""
+    return binding.get_host_cpu_name().startswith("znver")
 
 
 @cache

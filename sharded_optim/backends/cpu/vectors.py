@@ -7,6 +7,8 @@ instruction on as many elements as a vector has lanes, and rounds once, so the b
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cached_property
 from typing import Any, NoReturn
 
 from llvmlite import ir
@@ -16,6 +18,7 @@ from sharded_optim.storage.splitmix64 import GOLDEN, MULTIPLIER_1, MULTIPLIER_2
 
 __all__ = [
     "FIXED_POINT_OF_ZERO",
+    "Deferred",
     "Vector",
     "divide",
     "fixed_point",
@@ -101,6 +104,17 @@ class Vector:
 
     def __bool__(self) -> NoReturn:
         raise TypeError("a formula is one sequence of operations for all elements: take xp.where in the place of if, and, or, not, min, max")
+
+
+class Deferred(Vector):
+    """A vector whose instructions are written where it is first used, or never."""
+
+    def __init__(self, builder: ir.IRBuilder, write: Callable[[], Vector]) -> None:
+        self.builder, self._write = builder, write
+
+    @cached_property
+    def value(self) -> ir.Value:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self._write().value
 
 
 # ----------------------------------------------------------------------------------------------------------------------- operations
