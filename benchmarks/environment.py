@@ -18,7 +18,7 @@ from sharded_optim.version import __version__
 
 __all__ = ["describe", "summary"]
 
-PACKAGES = ("torch", "torch-optimi", "deepspeed", "numba", "numpy", "triton")
+PACKAGES = ("torch", "torch-optimi", "deepspeed", "llvmlite", "numpy", "triton")
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -68,11 +68,14 @@ def _version(package: str) -> str | None:
 
 
 def _cpu_model() -> str:
+    """Its name, which in a virtual machine may be no more than its maker's, and the numbers of its family and model."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    found = {name.strip(): value.strip() for name, colon, value in (line.partition(":") for line in lines) if colon}
+    numbers = [f"{name} {found[key]}" for name, key in (("family", "cpu family"), ("model", "model")) if key in found]
+    return ", ".join([found.get("model name", platform.processor()), *numbers])
 
 
 def _commit() -> str | None:

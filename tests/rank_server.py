@@ -9,7 +9,7 @@ from importlib import import_module
 IMPORTED = (  # what is not installed is passed over
     "deepspeed",
     "hypothesis",
-    "numba",
+    "llvmlite",
     "optimi",
     "pytest",
     "sharded_optim",
@@ -22,11 +22,6 @@ IMPORTED = (  # what is not installed is passed over
 for name in IMPORTED:
     with suppress(ImportError):
         import_module(name)
-
-with suppress(ImportError):
-    from numba import njit
-
-    njit(lambda: None)()  # a first compilation, after which a rank loads compiled kernels in milliseconds instead of a quarter of a second
 
 # The garbage collector of a rank would look through all of this, and by that copy the memory that it shares with the server: a quarter of a
 # second each time.

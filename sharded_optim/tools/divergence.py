@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sharded_optim.backends.position_hash import position_hashes
 from sharded_optim.checkpoint.collectives import digest_of, gather_distinct
 from sharded_optim.checkpoint.dtypes import dtype_named
 from sharded_optim.checkpoint.live import LiveOptimizer, live_model, live_optimizer
@@ -27,7 +28,6 @@ from sharded_optim.checkpoint.local_tensor import MASTER, MODEL
 from sharded_optim.checkpoint.write_plan import TensorRow, rows_of
 from sharded_optim.sharding.ranks import named_ranks, own_process_group, raise_together
 from sharded_optim.step.state import STEP
-from sharded_optim.storage.position_hash import position_hashes
 from sharded_optim.zero import ShardedOptimizer
 
 __all__ = ["DivergenceCheck", "DivergenceError"]

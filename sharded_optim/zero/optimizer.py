@@ -27,6 +27,7 @@ from torch._compile import _disable_dynamo
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import Unpack
 
+from sharded_optim.backends.position_hash import position_hashes
 from sharded_optim.sharding.buckets import default_bucket_bytes
 from sharded_optim.sharding.ddp import JOIN_REFUSED, JoinGuard
 from sharded_optim.sharding.ranks import raise_together
@@ -34,7 +35,6 @@ from sharded_optim.step.engine import Engine
 from sharded_optim.step.options import Params, ShardedOptions
 from sharded_optim.step.param_groups import follow_names
 from sharded_optim.step.state import asked_by_distributed_checkpoint, called_to_allocate, steps_to_allocate
-from sharded_optim.storage.position_hash import position_hashes
 from sharded_optim.zero import local_state, logical
 from sharded_optim.zero.arguments import check_defaults, check_options, groups_of, tensors_of, unwrapped
 from sharded_optim.zero.bucket import Bucket, Home

@@ -244,7 +244,7 @@ def machine(*, rehearse: bool) -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
-        "numba": _version("numba"),
+        "llvmlite": _version("llvmlite"),
         "pytest-xdist": _version("pytest-xdist", "not installed: what hangs, or loses the CUDA context, ends its whole stage"),
         "C compiler": _compiler(),
         "cores": str(os.cpu_count()),

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import sharded_optim as so
-from sharded_optim.storage import position_hash
-from sharded_optim.storage.position_hash import position_hashes
+from sharded_optim.backends import position_hash
+from sharded_optim.backends.position_hash import position_hashes
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.uint8)

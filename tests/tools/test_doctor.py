@@ -189,13 +189,13 @@ def test_numpy_that_is_missing_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_versions_that_are_too_old_or_too_new_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     version = metadata.version
-    pretended = {"numba": "0.60.9", "deepspeed": "0.20.0"}
+    pretended = {"llvmlite": "0.44.9", "deepspeed": "0.20.0"}
     monkeypatch.setattr(metadata, "version", lambda name: pretended.get(name) or version(name))
     monkeypatch.setattr(torch, "__version__", "2.8.1+cpu")
     found = environment.examine(RankInfo())
     assert finding(found, "torch").status == "problem"
     assert finding(found, "torch").way_out == "pip install 'torch>=2.9'"
-    assert finding(found, "numba").status == "warning"
+    assert finding(found, "llvmlite").status == "warning"
     assert finding(found, "deepspeed").value == "0.20.0; so.deepspeed attaches to >=0.19,<0.20"
 
 
@@ -241,7 +241,7 @@ def test_a_backend_that_fails_is_a_problem_and_one_without_its_package_a_warning
         patch.setattr(cpu.BACKEND, "update", fail)
         assert "fails on cpu: no compiler" in finding(backends.examine(CPU), "cpu").value
     import_module = backends.import_module
-    missing = ModuleNotFoundError("No module named 'numba'")
+    missing = ModuleNotFoundError("No module named 'llvmlite'")
 
     def import_without(name: str) -> Any:
         if name.endswith(".cpu"):
@@ -250,8 +250,8 @@ def test_a_backend_that_fails_is_a_problem_and_one_without_its_package_a_warning
 
     monkeypatch.setattr(backends, "import_module", import_without)
     found = finding(backends.examine(CPU), "cpu")
-    assert (found.status, found.way_out) == ("warning", "pip install numba")
-    assert "No module named 'numba'" in found.value
+    assert (found.status, found.way_out) == ("warning", "pip install llvmlite")
+    assert "No module named 'llvmlite'" in found.value
     assert finding(backends.examine(CPU), "triton").status == "absent"
 
 

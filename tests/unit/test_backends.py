@@ -8,7 +8,6 @@ import sys
 import warnings
 from collections.abc import Callable
 
-
 import pytest
 import torch
 from hypothesis import Phase, given, settings

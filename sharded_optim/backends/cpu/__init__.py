@@ -1,7 +1,7 @@
 """The CPU backend: the algorithms' own source, compiled by LLVM into one pass over all tensors, as fast as memory.
 
-`kernels.py` writes a kernel for each combination of algorithm and formats that is met, of the functions that the eager backend runs, which
-`vectors.py` turns into vector instructions; `llvm.py` compiles it, `threads.py` runs it.
+`kernels.py` writes a kernel for each combination of algorithm and formats that is met, from the functions that the eager backend runs. With
+the values of `vectors.py` for arguments they write down vector instructions. `llvm.py` compiles these, and `threads.py` runs them.
 
 A kernel gets a table of addresses, one column per operand, and a table of work, runs of at most `CHUNK` elements, of which each thread has
 a share. Memory needs no alignment. Tensors of one operand must be equally strided and dense, as wrappers give them; others are copied.
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from sharded_optim.backends import Column, Operands
-from sharded_optim.backends.cpu.kernels import Arguments, observe_kernel, update_kernel
+from sharded_optim.backends.cpu.kernels import Arguments, observe_kernel, reason_against, update_kernel
 from sharded_optim.backends.cpu.threads import Kernel, run
 from sharded_optim.backends.operands import OperandTables
 from sharded_optim.formulas import Algorithm, Statistic
@@ -42,7 +42,9 @@ class Cpu:
         self._tables: WeakKeyDictionary[Operands, _Tables] = WeakKeyDictionary()
 
     def supports(self, device: torch.device, dtypes: frozenset[torch.dtype]) -> str | None:
-        return None if device.type == "cpu" else f"it runs on the CPU, not on {device}"
+        if device.type != "cpu":
+            return f"it runs on the CPU, not on {device}"
+        return next(filter(None, map(reason_against, sorted(dtypes, key=str))), None)
 
     def prepare(self, algorithm: Algorithm, operands: Operands) -> None:
         self._tables_of(operands)
@@ -111,7 +113,7 @@ def _run(
     grad_scale: Tensor | None,
     **others: Tensor | None,  # further arrays of `Arguments`
 ) -> dict[tuple[int, int], Tensor]:
-    """Run a kernel on all operands; gives the copies that it has read and written in the place of tensors, see `OperandTables.addresses`."""
+    """Run a kernel on all operands; gives the copies that it has written in the place of tensors, see `OperandTables.addresses`."""
     packed, copies = tables.addresses(columns)
     addresses = array("q", packed)
     arrays = {"work": tables.work, "coefficients": coefficients, "grad_scale": ONE if grad_scale is None else grad_scale, **others}

@@ -1,8 +1,8 @@
 """Kernels: loops over all elements of all operands, around the functions of an algorithm and of storage formats.
 
 A kernel is compiled for each combination of algorithm and formats that is met, in some 20 ms. The functions are the ones that the eager
-backend runs, with `xp` bound to `vectors.py` (see `rebinding.py`). They are called while a kernel is written, with vectors of `LANES` elements
-and once more with single ones, for the elements at the end.
+backend runs, with `xp` bound to `vectors.py` (see `rebinding.py`). They are called while a kernel is written: with vectors of `LANES`
+elements, and once more with single elements, for those at the end.
 """
 
 from __future__ import annotations
@@ -26,10 +26,13 @@ from sharded_optim.backends.cpu.llvm import (
     POINTER,
     VOID,
     Loop,
+    Type,
+    Value,
     at,
     call,
     constant,
     counting,
+    features,
     integer,
     is_x86,
     is_zen,
@@ -46,7 +49,7 @@ from sharded_optim.backends.rebinding import argument_count, rebound
 from sharded_optim.formulas import Algorithm, Statistic
 from sharded_optim.storage.formats import Format
 
-__all__ = ["Arguments", "observe_function", "observe_kernel", "update_function", "update_kernel"]
+__all__ = ["Arguments", "observe_function", "observe_kernel", "reason_against", "update_function", "update_kernel"]
 
 LANES = 2 * register_bytes() // 4  # elements of a pass: two registers of fp32, whose latencies hide behind each other
 LINE = 64  # bytes of a cache line
@@ -59,8 +62,8 @@ class Ahead(NamedTuple):
     observe: int
 
 
-# Prefetching by hardware ends with a page, of which an update reads four at a time. Measured: benchmarks/NOTES.md.
-AHEAD = Ahead(2048, 0) if is_zen() else Ahead(4096, 2048) if is_x86() else Ahead(0, 0)
+# Hardware stops prefetching at the end of a page; an update reads from four pages at a time. The distances are from benchmarks/NOTES.md.
+AHEAD = Ahead(2048, 0) if is_zen() else Ahead(4096, 2048) if is_x86() else Ahead(0, 0)  # nothing was measured on ARM
 
 
 class Arguments(NamedTuple):
@@ -143,9 +146,9 @@ def _traced(function: Callable[..., Any]) -> Callable[..., Any]:
 class _Run(NamedTuple):
     """Elements [begin, end) of an item of work, which follow each other in the whole tensor from `index` on, if order matters."""
 
-    begin: ir.Value
-    end: ir.Value
-    index: ir.Value
+    begin: Value
+    end: Value
+    index: Value
 
 
 class _Writer:
@@ -165,11 +168,11 @@ class _Writer:
         arguments = [load(self.builder, at(self.builder, self.function.args[0], index)) for index in range(len(Arguments._fields))]
         self.arguments = dict(zip(Arguments._fields, arguments, strict=True))
 
-    def element(self, array: str, index: ir.Value | int, kind: ir.Type = INT64) -> ir.Value:
+    def element(self, array: str, index: Value | int, kind: Type = INT64) -> Value:
         """Of an array among the arguments."""
         return load(self.builder, at(self.builder, self.builder.inttoptr(self.arguments[array], POINTER), index, kind), kind)
 
-    def rows(self, array: str, row: ir.Value, width: int, kind: ir.Type = INT64) -> list[ir.Value]:
+    def rows(self, array: str, row: Value, width: int, kind: Type = INT64) -> list[Value]:
         """The elements in a row of an array of so many columns."""
         first = self.builder.mul(row, integer(width))
         return [self.element(array, self.builder.add(first, integer(column)), kind) for column in range(width)]
@@ -182,9 +185,7 @@ class _Writer:
             totals: how many integers are summed over the elements of each.
         """
         builder, (_, share, shares) = self.builder, self.function.args
-        begin, end = (
-            builder.sdiv(builder.mul(self.arguments["items"], each), shares) for each in (share, builder.add(share, integer(1)))
-        )
+        begin, end = (builder.sdiv(builder.mul(self.arguments["items"], each), shares) for each in (share, builder.add(share, integer(1))))
         with counting(builder, begin, end, integer(1)) as loop:
             yield _Item(self, loop.index, totals)
         builder.ret_void()
@@ -193,11 +194,11 @@ class _Writer:
 class _Item:
     """An item of work: elements of one operand."""
 
-    def __init__(self, writer: _Writer, number: ir.Value, totals: int) -> None:
+    def __init__(self, writer: _Writer, number: Value, totals: int) -> None:
         self.writer, self.builder, self.number = writer, writer.builder, number
         builder = writer.builder
         self.row, self.first, self.count = writer.rows("work", number, 3)
-        self.arrays: list[tuple[ir.Value, torch.dtype]] = []  # with the address of the first element
+        self.arrays: list[tuple[Value, torch.dtype]] = []  # with the address of the first element
         for column, array in enumerate(array for fmt in writer.formats for array in fmt.arrays):
             place = builder.add(builder.mul(integer(column), writer.arguments["operands"]), self.row)
             offset = builder.mul(self.first, integer(array.dtype.itemsize))
@@ -208,7 +209,7 @@ class _Item:
             *writer.rows("coefficients", self.row, writer.coefficients, FLOAT),
             *(writer.element(name, self.row, FLOAT) for name in writer.numbers),
         ]
-        self.totals = [integer(0)] * totals
+        self.totals: list[Value] = [integer(0)] * totals
 
     @contextmanager
     def runs(self, *, ordered: bool) -> Iterator[_Run]:
@@ -292,18 +293,18 @@ class _Elements:
         """
         self.loop.values[number] = self.builder.add(self.loop.values[number], terms.value)
 
-    def _arrays(self) -> list[tuple[ir.Value, torch.dtype]]:
+    def _arrays(self) -> list[tuple[Value, torch.dtype]]:
         """With the address of the first of these elements."""
         return [(at(self.builder, base, self.loop.index, _stored_type(dtype)), dtype) for base, dtype in self.item.arrays]
 
-    def _load(self, address: ir.Value, dtype: torch.dtype) -> Vector:
+    def _load(self, address: Value, dtype: torch.dtype) -> Vector:
         """Elements of an array: 16-bit numbers as their bits, others as fp32."""
         if self.lanes > 1 and self.item.writer.ahead:
             self._prefetch(address, self.lanes * dtype.itemsize)
         loaded = Vector(self.builder, load(self.builder, address, with_lanes(_stored_type(dtype), self.lanes)))
         return loaded if dtype in AS_THEY_ARE else loaded.converted("sitofp" if dtype.is_signed else "uitofp", FLOAT)
 
-    def _prefetch(self, address: ir.Value, size: int) -> None:
+    def _prefetch(self, address: Value, size: int) -> None:
         """What a later pass loads where this one loads `size` bytes from `address`."""
         for offset in range(0, size, LINE):
             read, keep, data = (ir.Constant(INT32, number) for number in (0, 3, 1))
@@ -311,9 +312,17 @@ class _Elements:
 
 
 AS_THEY_ARE = {torch.float32: FLOAT, torch.bfloat16: INT16, torch.float16: INT16}
+INTEGERS = {torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64}
 
 
-def _stored_type(dtype: torch.dtype) -> ir.Type:
+def reason_against(dtype: torch.dtype) -> str | None:
+    """None, or why kernels cannot read and write arrays of a dtype on this CPU."""
+    if dtype == torch.float16 and is_x86() and not features().get("f16c"):
+        return "this CPU has no instruction that rounds to float16"
+    return None if dtype in AS_THEY_ARE or dtype in INTEGERS else f"it has no arrays of {dtype}"
+
+
+def _stored_type(dtype: torch.dtype) -> Type:
     return AS_THEY_ARE.get(dtype) or ir.IntType(8 * dtype.itemsize)
 
 

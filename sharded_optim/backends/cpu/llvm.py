@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from llvmlite import binding, ir
 
@@ -21,7 +22,10 @@ __all__ = [
     "INT64",
     "POINTER",
     "VOID",
+    "Builder",
     "Loop",
+    "Type",
+    "Value",
     "at",
     "call",
     "compiled",
@@ -39,6 +43,7 @@ __all__ = [
     "with_lanes",
 ]
 
+Value = Builder = Type = Any  # of `llvmlite.ir`, which declares no types
 VOID, FLOAT, DOUBLE, POINTER = ir.VoidType(), ir.FloatType(), ir.DoubleType(), ir.PointerType()
 BYTE, INT16, INT32, INT64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 
@@ -46,16 +51,16 @@ BYTE, INT16, INT32, INT64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 # ---------------------------------------------------------------------------------------------------------------------------- types
 
 
-def lanes_of(kind: ir.Type) -> int:
+def lanes_of(kind: Type) -> int:
     return kind.count if isinstance(kind, ir.VectorType) else 1
 
 
-def with_lanes(element: ir.Type, lanes: int) -> ir.Type:
+def with_lanes(element: Type, lanes: int) -> Type:
     """A vector, or for one lane a scalar."""
     return element if lanes == 1 else ir.VectorType(element, lanes)
 
 
-def constant(kind: ir.Type, number: float) -> ir.Constant:
+def constant(kind: Type, number: float) -> ir.Constant:
     """A number, in every lane."""
     return ir.Constant(kind, [number] * kind.count if isinstance(kind, ir.VectorType) else number)
 
@@ -64,7 +69,7 @@ def integer(number: int) -> ir.Constant:
     return ir.Constant(INT64, number)
 
 
-def splat(builder: ir.IRBuilder, scalar: ir.Value, lanes: int) -> ir.Value:
+def splat(builder: Builder, scalar: Value, lanes: int) -> Value:
     """A scalar in every lane."""
     if lanes == 1:
         return scalar
@@ -76,24 +81,24 @@ def splat(builder: ir.IRBuilder, scalar: ir.Value, lanes: int) -> ir.Value:
 # --------------------------------------------------------------------------------------------------------------------- instructions
 
 
-def at(builder: ir.IRBuilder, base: ir.Value, index: ir.Value | int, element: ir.Type = INT64) -> ir.Value:
+def at(builder: Builder, base: Value, index: Value | int, element: Type = INT64) -> Value:
     """The address of an element of an array."""
     return builder.gep(base, [integer(index) if isinstance(index, int) else index], source_etype=element)
 
 
-def load(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type = INT64) -> ir.Value:
+def load(builder: Builder, address: Value, kind: Type = INT64) -> Value:
     """Of memory that need not be aligned."""
     loaded = builder.load(address, typ=kind)
     loaded.align = 1
     return loaded
 
 
-def store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
+def store(builder: Builder, value: Value, address: Value) -> None:
     """To memory that need not be aligned."""
     builder.store(value, address).align = 1
 
 
-def call(builder: ir.IRBuilder, name: str, result: ir.Type, *arguments: ir.Value) -> ir.Value:
+def call(builder: Builder, name: str, result: Type, *arguments: Value) -> Value:
     """Call an intrinsic function of LLVM, whose name ends as that of its overload."""
     function = builder.module.globals.get(name)
     if function is None:
@@ -101,12 +106,12 @@ def call(builder: ir.IRBuilder, name: str, result: ir.Type, *arguments: ir.Value
     return builder.call(function, arguments)
 
 
-def suffix(kind: ir.Type) -> str:
+def suffix(kind: Type) -> str:
     """How the name of an overload ends: "v16f32", "i64"."""
     return f"v{kind.count}{suffix(kind.element)}" if isinstance(kind, ir.VectorType) else kind.intrinsic_name
 
 
-def reduced(builder: ir.IRBuilder, operation: str, vector: ir.Value) -> ir.Value:
+def reduced(builder: Builder, operation: str, vector: Value) -> Value:
     """The sum ("add") or the union ("or") of the integers in all lanes."""
     if lanes_of(vector.type) == 1:
         return vector
@@ -117,17 +122,17 @@ def reduced(builder: ir.IRBuilder, operation: str, vector: ir.Value) -> ir.Value
 class Loop:
     """What changes from one pass of a loop to the next; its body replaces `values`."""
 
-    index: ir.Value
-    values: list[ir.Value]
+    index: Value
+    values: list[Value]
 
 
 @contextmanager
 def counting(
-    builder: ir.IRBuilder,
-    begin: ir.Value,
-    end: ir.Value,
-    step: ir.Value,
-    values: Sequence[ir.Value] = (),  # before the first pass; after the loop, those after the last
+    builder: Builder,
+    begin: Value,
+    end: Value,
+    step: Value,
+    values: Sequence[Value] = (),  # before the first pass; after the loop, those after the last
 ) -> Iterator[Loop]:
     """Repeat the instructions that are written inside for index = begin, begin + step, ... < end."""
     before = builder.block
@@ -189,4 +194,6 @@ def _machine() -> binding.TargetMachine:
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
     target = binding.Target.from_default_triple()
-    return target.create_target_machine(cpu=binding.get_host_cpu_name(), features=binding.get_host_cpu_features().flatten(), opt=3, jit=True)
+    return target.create_target_machine(
+        cpu=binding.get_host_cpu_name(), features=binding.get_host_cpu_features().flatten(), opt=3, jit=True
+    )

@@ -100,8 +100,8 @@ def _openmp() -> Callable[[int, int, int, int], None] | None:
 def _write_region(kernel: ir.Function) -> ir.Function:
     """What each thread of a parallel region does with a task, int64 (arguments, shares).
 
-    Shares go to threads by their numbers, so that a thread finds in its caches and in its part of the memory what it has written in the step
-    before. There may be fewer threads than shares.
+    Shares go to threads by their numbers, so that a thread finds in its caches and in its part of the memory what it has written in the
+    step before. There may be fewer threads than shares.
     """
     region = ir.Function(kernel.module, ir.FunctionType(VOID, [POINTER]), "region")
     builder = ir.IRBuilder(region.append_basic_block())

@@ -9,11 +9,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any, NoReturn
+from typing import NoReturn, TypeAlias
 
 from llvmlite import ir
 
-from sharded_optim.backends.cpu.llvm import DOUBLE, FLOAT, INT16, INT32, INT64, call, constant, integer, lanes_of, splat, suffix, with_lanes
+from sharded_optim.backends.cpu.llvm import (
+    DOUBLE,
+    FLOAT,
+    INT16,
+    INT32,
+    INT64,
+    Builder,
+    Type,
+    Value,
+    call,
+    constant,
+    integer,
+    lanes_of,
+    splat,
+    suffix,
+    with_lanes,
+)
+from sharded_optim.backends.noise import RESOLUTION
 from sharded_optim.storage.splitmix64 import GOLDEN, MULTIPLIER_1, MULTIPLIER_2
 
 __all__ = [
@@ -34,8 +51,7 @@ __all__ = [
     "where",
 ]
 
-# A vector, or a number that all elements have. A string, so that it is not evaluated before the class.
-Operand = Any
+Operand: TypeAlias = "Vector | float"  # a number is that of all elements
 
 
 class Vector:
@@ -45,7 +61,7 @@ class Vector:
         value: one lane for each element; a scalar for one.
     """
 
-    def __init__(self, builder: ir.IRBuilder, value: ir.Value) -> None:
+    def __init__(self, builder: Builder, value: Value) -> None:
         self.builder, self.value = builder, value
 
     def like(self, operand: Operand) -> Vector:
@@ -60,7 +76,7 @@ class Vector:
         values = [self.like(each).value for each in operands]
         return Vector(self.builder, call(self.builder, f"llvm.{name}.{suffix(kind)}", kind, self.value, *values))
 
-    def converted(self, name: str, element: ir.Type) -> Vector:
+    def converted(self, name: str, element: Type) -> Vector:
         """By an instruction that makes other types of values, or that takes the same bits for them ("bitcast")."""
         return Vector(self.builder, getattr(self.builder, name)(self.value, with_lanes(element, lanes_of(self.value.type))))
 
@@ -103,17 +119,19 @@ class Vector:
         return self.compared(">=", other)
 
     def __bool__(self) -> NoReturn:
-        raise TypeError("a formula is one sequence of operations for all elements: take xp.where in the place of if, and, or, not, min, max")
+        raise TypeError(
+            "a formula is one sequence of operations for all elements: take xp.where in the place of if, and, or, not, min, max"
+        )
 
 
 class Deferred(Vector):
     """A vector whose instructions are written where it is first used, or never."""
 
-    def __init__(self, builder: ir.IRBuilder, write: Callable[[], Vector]) -> None:
+    def __init__(self, builder: Builder, write: Callable[[], Vector]) -> None:
         self.builder, self._write = builder, write
 
     @cached_property
-    def value(self) -> ir.Value:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def value(self) -> Value:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self._write().value
 
 
@@ -121,11 +139,12 @@ class Deferred(Vector):
 
 
 def divide(a: Operand, b: Operand) -> Vector:
-    return (a if isinstance(a, Vector) else b.like(a)).instruction("fdiv", b)
+    a, b = _vectors(a, b)
+    return a.instruction("fdiv", b)
 
 
 def maximum(a: Operand, b: Operand) -> Vector:
-    a = a if isinstance(a, Vector) else b.like(a)
+    a, b = _vectors(a, b)
     is_first = (a > b).instruction("or_", a.is_nan)  # NaN wins, as in torch
     return where(is_first, a, b)
 
@@ -136,8 +155,15 @@ def sqrt(a: Vector) -> Vector:
 
 def where(condition: Vector, a: Operand, b: Operand) -> Vector:
     kind = with_lanes(FLOAT, lanes_of(condition.value.type))
-    a, b = (each.value if isinstance(each, Vector) else constant(kind, each) for each in (a, b))
-    return Vector(condition.builder, condition.builder.select(condition.value, a, b))
+    values = [each.value if isinstance(each, Vector) else constant(kind, each) for each in (a, b)]
+    return Vector(condition.builder, condition.builder.select(condition.value, *values))
+
+
+def _vectors(a: Operand, b: Operand) -> tuple[Vector, Vector]:
+    """Two operands, one of which may be a number."""
+    vector = a if isinstance(a, Vector) else b
+    assert isinstance(vector, Vector), "a formula computes with its arguments"
+    return vector.like(a), vector.like(b)
 
 
 # ------------------------------------------------------------------------------------------- storage: 16-bit elements are their bits
@@ -200,9 +226,9 @@ def fixed_point(value: Vector, scale: Vector) -> Vector:
 
 
 def uniform(
-    builder: ir.IRBuilder,
-    key: ir.Value,  # int64
-    index: ir.Value,  # int64, of the first of `lanes` elements that follow each other, in the whole tensor
+    builder: Builder,
+    key: Value,  # int64
+    index: Value,  # int64, of the first of `lanes` elements that follow each other, in the whole tensor
     lanes: int,
 ) -> Vector:
     first = builder.add(key, builder.mul(index, integer(GOLDEN)))
@@ -211,4 +237,4 @@ def uniform(
     for shift, multiplier in ((30, MULTIPLIER_1), (27, MULTIPLIER_2)):
         bits = bits.instruction("xor", bits.instruction("lshr", shift)).instruction("mul", multiplier)
     bits = bits.instruction("xor", bits.instruction("lshr", 31))
-    return bits.instruction("lshr", 40).converted("trunc", INT32).converted("sitofp", FLOAT) * 2.0**-24
+    return bits.instruction("lshr", 64 - RESOLUTION).converted("trunc", INT32).converted("sitofp", FLOAT) * 2.0**-RESOLUTION

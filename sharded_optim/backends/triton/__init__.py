@@ -30,13 +30,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sharded_optim.backends import Column, Operands
-from sharded_optim.backends.kernel_text import StoredValue, arrays_of, functions_of, identifier, stored_values
 from sharded_optim.backends.noise import RESOLUTION
 from sharded_optim.backends.operands import OperandTables
 from sharded_optim.backends.rebinding import argument_count
 from sharded_optim.backends.triton import formulas as triton_formulas
 from sharded_optim.backends.triton import verdict as triton_verdict
 from sharded_optim.backends.triton.compiler import compiled, compiled_scalars, executed, interpreted
+from sharded_optim.backends.triton.kernel_text import StoredValue, arrays_of, functions_of, identifier, stored_values
 from sharded_optim.formulas import Algorithm, Statistic
 from sharded_optim.formulas.recording import Formula
 from sharded_optim.formulas.scalars import Sums

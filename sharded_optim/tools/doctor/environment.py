@@ -20,10 +20,10 @@ from sharded_optim.version import __version__
 
 __all__ = ["MINIMUM", "OPTIONAL", "device_of", "examine"]
 
-MINIMUM = {"torch": (2, 9), "numba": (0, 61), "triton": (3, 6), "safetensors": (0, 4, 3)}  # as in pyproject.toml
+MINIMUM = {"torch": (2, 9), "llvmlite": (0, 45), "triton": (3, 6), "safetensors": (0, 4, 3)}  # as in pyproject.toml
 # Packages that need not be there, and the argument of `pip install` for each.
 OPTIONAL = {
-    "numba": "numba",
+    "llvmlite": "llvmlite",
     "triton": "triton",
     "deepspeed": f"'deepspeed{VERSIONS}'",
     "mpi4py": "mpi4py",

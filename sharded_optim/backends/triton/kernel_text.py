@@ -1,4 +1,4 @@
-"""What the text of a compiled kernel says of values and the arrays that they are stored in. Used by the backends that compile."""
+"""What the text of a compiled kernel says of values and the arrays that they are stored in."""
 
 from __future__ import annotations
 
