@@ -57,6 +57,7 @@ docker-check:  ## install and run what docker/ does, in a scratch folder, withou
 
 bench: setup  ## time steps of all optimizers side by side: make bench ARGS="--quick"
 	$(BIN)/python -m benchmarks.step $(ARGS)
+	$(if $(ARGS),,$(BIN)/python -m benchmarks.behind_backward)
 	$(if $(ARGS),,$(BIN)/python -m benchmarks.first_step)
 	$(if $(ARGS),,$(BIN)/python -m benchmarks.fsdp2)
 	$(if $(ARGS),,$(BIN)/python -m benchmarks.distributed)

@@ -91,14 +91,19 @@ def _of_ours(algorithm: str) -> list[Contender]:
     cpu, triton, eager = (partial(_ours, algorithm=algorithm, backend=backend) for backend in ("cpu", "triton", "eager"))
     on_gpu: dict[str, Any] = {"devices": (CUDA,), **common}
     bf16: dict[str, Any] = {"dtypes": ("bf16",), **on_gpu}
+    on_cpu: dict[str, Any] = {"devices": (CPU,), "dtypes": ("bf16",), **common}
     name, small = f"ours {algorithm} triton", {"state_dtype": torch.bfloat16}
     return [
         Contender(name=f"ours {algorithm} cpu", make=cpu, devices=(CPU,), few=True, **common),
         Contender(name=f"ours {algorithm} cpu, huge pages", make=cpu, devices=(CPU,), storage=HUGE_PAGES, few=True, **common),
+        # In bf16 those two have fp32 moments and Kahan compensation.
+        Contender(name=f"ours {algorithm} cpu, no Kahan", make=partial(cpu, kahan_sum=False), **on_cpu),
+        Contender(name=f"ours {algorithm} cpu, stochastic rounding", make=partial(cpu, stochastic_rounding=True), **on_cpu),
         Contender(name=name, make=triton, few=True, **on_gpu),
         Contender(name=name + GRAPH, make=triton, **on_gpu),
         # In bf16 those two have fp32 moments and Kahan compensation.
         Contender(name=f"{name}, no Kahan", make=partial(triton, kahan_sum=False), **bf16),
+        Contender(name=f"{name}, stochastic rounding", make=partial(triton, stochastic_rounding=True), **bf16),
         Contender(name=f"{name}, bf16 moments", make=partial(triton, **small), **bf16),
         Contender(name=f"{name}, bf16 moments, no Kahan", make=partial(triton, kahan_sum=False, **small), **bf16),
         Contender(name=f"ours {algorithm} eager", make=eager, devices=(CPU,), most_elements=SLOWEST, **common),

@@ -1,16 +1,14 @@
 """How long the first step takes, in processes of its own: `python -m benchmarks.first_step`.
 
 From after the import of torch and this library to the end of the first step: the optimizer is made, the backend is imported, its kernels
-are compiled (cold) or read from the user's cache folder (warm), state is allocated. Torch's own AdamW is beside it.
+are compiled, state is allocated. Torch's own AdamW is beside it.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,24 +39,21 @@ first = time.perf_counter()
 optimizer.step()
 print(first - begin, time.perf_counter() - first)
 """
-# A new optimizer is one new entry. What has no cache is not measured cold.
-OPTIMIZERS: dict[str, tuple[str, bool]] = {
-    "torch AdamW fused": ("torch.optim.AdamW(params, fused=True)", False),
-    "ours AdamW": ("sharded_optim.AdamW(params, lr=1e-3, backend={backend!r})", True),
-    "ours StableAdamW": ("sharded_optim.StableAdamW(params, lr=1e-3, backend={backend!r})", True),
+# A new optimizer is one new entry.
+OPTIMIZERS: dict[str, str] = {
+    "torch AdamW fused": "torch.optim.AdamW(params, fused=True)",
+    "ours AdamW": "sharded_optim.AdamW(params, lr=1e-3, backend={backend!r})",
+    "ours StableAdamW": "sharded_optim.StableAdamW(params, lr=1e-3, backend={backend!r})",
 }
 
 
-def measure(code: str, home: Path) -> tuple[float, float]:
-    """Seconds of the first step and of the second, in a fresh process whose user's folder is `home`.
+def measure(code: str) -> tuple[float, float]:
+    """Seconds of the first step and of the second, in a fresh process.
 
     Raises:
         RuntimeError: it failed; says what it wrote.
     """
-    environment = {name: value for name, value in os.environ.items() if name not in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME")}
-    environment |= {"HOME": str(home), "USERPROFILE": str(home)}
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT, env=environment)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=TIMEOUT)
     if result.returncode:
         raise RuntimeError(f"the process failed:\n{result.stderr}")
     first, second = result.stdout.split()[-2:]
@@ -66,22 +61,17 @@ def measure(code: str, home: Path) -> tuple[float, float]:
 
 
 def run(backend: str, repetitions: int) -> list[dict[str, Any]]:
-    """Medians and quartiles for each optimizer, cold and warm, interleaved."""
-    samples: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for number in range(repetitions):
-            for index, (name, (make, cached)) in enumerate(OPTIMIZERS.items()):
-                home = Path(folder) / f"{index}-{number}"  # with an empty cache
-                home.mkdir()
-                code = CODE.format(make=make.format(backend=backend))
-                for cache in ("cold", "warm") if cached else ("none",):
-                    samples.setdefault((name, cache), []).append(measure(code, home))
-                    print(f"{name}, {cache}: {samples[name, cache][-1][0]:.3f} s", file=sys.stderr, flush=True)
+    """Medians and quartiles for each optimizer, interleaved."""
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in OPTIMIZERS}
+    for _ in range(repetitions):
+        for name, make in OPTIMIZERS.items():
+            samples[name].append(measure(CODE.format(make=make.format(backend=backend))))
+            print(f"{name}: {samples[name][-1][0]:.3f} s", file=sys.stderr, flush=True)
     rows = []
-    for (name, cache), pairs in samples.items():
+    for name, pairs in samples.items():
         low, median, high = quartiles([first for first, _ in pairs])
         second = quartiles([second for _, second in pairs])[1]
-        rows.append({"optimizer": name, "cache": cache, "seconds": median, "quartiles": (low, high), "second_step_seconds": second})
+        rows.append({"optimizer": name, "seconds": median, "quartiles": (low, high), "second_step_seconds": second})
     return rows
 
 
@@ -97,13 +87,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for row in rows:
         low, high = row["quartiles"]
         second = f"{1e3 * row['second_step_seconds']:.1f}"
-        lines.append([row["optimizer"], row["cache"], f"{row['seconds']:.3f}", f"{low:.3f} - {high:.3f}", second])
-    header = ["", "kernel cache", "first step, s", "quartiles", "second step, ms"]
+        lines.append([row["optimizer"], f"{row['seconds']:.3f}", f"{low:.3f} - {high:.3f}", second])
+    header = ["", "first step, s", "quartiles", "second step, ms"]
     text = "\n\n".join(
         [
             f"# First step of a process, backend {options.backend}",
             f"Medians of {options.repetitions} processes, from after the imports. {summary(environment)}",
-            report.table(header, lines, text=2),
+            report.table(header, lines),
         ]
     )
     report.write(options.output, "first_step", {"environment": environment, "backend": options.backend, "results": rows}, text + "\n")
