@@ -135,7 +135,7 @@ def of_parameters(dtype: torch.dtype, **options: Any) -> Format:
 def test_what_is_compiled_of_a_format_gives_the_bits_of_its_functions(name: str, compiling: str, request: pytest.FixtureRequest) -> None:
     """Of parameters, of moments and of both, on awkward shapes, strides and segments; also where a kernel only observes.
 
-    Numbers in a format are fp32, as those of tensors are: for numba's own arithmetic a tenth is that of float64.
+    Numbers in a format are fp32, as those of tensors are: a tenth of float64 would differ.
     """
     if compiling == "triton":
         request.getfixturevalue("interpreter")
