@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
+import torch
 from llvmlite import binding, ir
+from operand_cases import Case, assert_same_update
 
+from sharded_optim.backends import cpu as backend
 from sharded_optim.backends.cpu import kernels
 from sharded_optim.backends.cpu.kernels import Ahead, observe_function, update_function
+from sharded_optim.formulas import operations as xp
 from sharded_optim.optimizers.adam import ADAM
 from sharded_optim.optimizers.stable_adamw import STABLE_ADAMW
 from sharded_optim.storage.formats import FORMATS
@@ -74,3 +79,26 @@ def test_only_what_is_read_is_prefetched(cpu: str, monkeypatch: pytest.MonkeyPat
     observed = assembly(observe_function(STABLE_ADAMW.statistic, FP32, (FP32, FP32)), cpu)
     updated = assembly(update_function(ADAM, (FP32, FP32, FP32), FP32), cpu)
     assert (observed.count("prefetch"), updated.count("prefetch")) == (4, 8)
+
+
+def test_a_formula_that_branches_on_a_value_is_refused() -> None:
+    """In Python an object counts as true: one of the branches would be compiled for all elements."""
+
+    def update(param, grad, exp_avg, exp_avg_sq, *coefficients):
+        return (param if grad > 0.0 else grad), exp_avg, exp_avg_sq
+
+    with pytest.raises(TypeError, match=r"cannot branch on the value .* xp.where"):
+        update_function(replace(ADAM, update=update), (FP32, FP32, FP32), FP32)
+
+
+def test_comparisons_and_whole_numbers_give_the_bits_of_the_eager_backend() -> None:
+    """Those that no algorithm of this library uses."""
+
+    def update(param, grad, exp_avg, exp_avg_sq, l2, decay, from_grad, weight1, beta2, one_minus_beta2, step_size, eps):
+        same, other = xp.where(grad == grad, 1.0, 2.0), xp.where(exp_avg != exp_avg, 3.0, 4.0)
+        ordered = xp.where(grad <= exp_avg, 2 * grad, xp.where(grad >= 1, grad - 1, 1 - grad))
+        return same * param, other * exp_avg, xp.maximum(ordered, xp.where(grad < 0.0, 0, exp_avg_sq))
+
+    for spoiled in (None, torch.nan, torch.inf):
+        case = Case(algorithm=replace(ADAM, name="comparisons", update=update), spoiled=spoiled, spoiled_state=spoiled)
+        assert_same_update(backend.BACKEND, case)

@@ -98,7 +98,7 @@ class Cpu:
 
 
 class _Tables(OperandTables):
-    """What kernels need to know of operands, and where they write what is kept for no longer than a step."""
+    """Tables of operands, and memory for what a kernel sums, which is reused in every step."""
 
     def __init__(self, operands: Operands, chunk: int) -> None:
         super().__init__(operands, chunk)
@@ -113,7 +113,7 @@ def _run(
     grad_scale: Tensor | None,
     **others: Tensor | None,  # further arrays of `Arguments`
 ) -> dict[tuple[int, int], Tensor]:
-    """Run a kernel on all operands; gives the copies that it has written in the place of tensors, see `OperandTables.addresses`."""
+    """Run a kernel on all operands, and return the copies that it has read and written; see `OperandTables.addresses`."""
     packed, copies = tables.addresses(columns)
     addresses = array("q", packed)
     arrays = {"work": tables.work, "coefficients": coefficients, "grad_scale": ONE if grad_scale is None else grad_scale, **others}
@@ -130,7 +130,7 @@ def _run(
 
 
 def _shares(elements: int) -> int:
-    """How many threads are worth waking, of those that torch has in this process: torchrun and OMP_NUM_THREADS decide."""
+    """Return how many threads are worth waking, of those that torch has: torchrun and OMP_NUM_THREADS decide."""
     return max(1, min(torch.get_num_threads(), elements // WORTH_A_THREAD))
 
 

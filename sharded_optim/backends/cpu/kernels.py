@@ -93,7 +93,7 @@ def observe_kernel(statistic: Statistic | None, grad_format: Format, state_forma
 
 
 def update_function(algorithm: Algorithm, formats: tuple[Format, ...], grad_format: Format) -> ir.Function:
-    """An algorithm's update of all elements.
+    """Write an algorithm's update of all elements.
 
     Args:
         formats: of the parameters and of each of their moments.
@@ -111,7 +111,7 @@ def update_function(algorithm: Algorithm, formats: tuple[Format, ...], grad_form
 
 
 def observe_function(statistic: Statistic | None, grad_format: Format, state_formats: tuple[Format, ...]) -> ir.Function:
-    """The sums of a statistic, and which of its values are beyond the limit; or only which gradients have no finite square."""
+    """Write the sums of a statistic and the check of its limit; without a statistic, only the check for finite squares of gradients."""
     observe = _traced(statistic.observe) if statistic else None
     coefficients = argument_count(statistic.observe) - len(state_formats) - 1 if statistic else 0
     numbers = ("limits", "scales") if statistic else ()
@@ -136,7 +136,7 @@ def observe_function(statistic: Statistic | None, grad_format: Format, state_for
 
 @cache
 def _traced(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that writes down its operations."""
+    """Return a function that writes its operations as instructions of its arguments."""
     return rebound(function, {"xp": vectors}, lambda traced: traced, lambda number: number)
 
 
@@ -169,17 +169,17 @@ class _Writer:
         self.arguments = dict(zip(Arguments._fields, arguments, strict=True))
 
     def element(self, array: str, index: Value | int, kind: Type = INT64) -> Value:
-        """Of an array among the arguments."""
+        """Load an element of an array among the arguments."""
         return load(self.builder, at(self.builder, self.builder.inttoptr(self.arguments[array], POINTER), index, kind), kind)
 
     def rows(self, array: str, row: Value, width: int, kind: Type = INT64) -> list[Value]:
-        """The elements in a row of an array of so many columns."""
+        """Load a row of an array of so many columns."""
         first = self.builder.mul(row, integer(width))
         return [self.element(array, self.builder.add(first, integer(column)), kind) for column in range(width)]
 
     @contextmanager
     def items(self, totals: int = 0) -> Iterator[_Item]:
-        """The loop over the items of a share.
+        """Write the loop over the items of a share.
 
         Args:
             totals: how many integers are summed over the elements of each.
@@ -213,7 +213,7 @@ class _Item:
 
     @contextmanager
     def runs(self, *, ordered: bool) -> Iterator[_Run]:
-        """The loop over those runs of the operand's segment in which elements of the item are; one run, where order does not matter."""
+        """Write the loop over the runs of the segment that the item has a part in. Where order does not matter, the item is one run."""
         builder, one = self.builder, integer(1)
         if not ordered:
             yield _Run(integer(0), self.count, integer(0))
@@ -229,7 +229,7 @@ class _Item:
             yield _Run(builder.sub(begin, self.first), builder.sub(run_end, self.first), index)
 
     def passes(self, run: _Run) -> Iterator[_Elements]:
-        """The loop over the elements of a run, `LANES` at a time, and the loop over those that are left."""
+        """Write the loop over the elements of a run, `LANES` at a time, and then the loop over those that are left."""
         builder = self.builder
         whole = builder.add(run.begin, builder.and_(builder.sub(run.end, run.begin), integer(-LANES)))
         for lanes, begin, end in ((LANES, run.begin, whole), (1, whole, run.end)):
@@ -242,7 +242,7 @@ class _Item:
             ]
 
     def write_totals(self) -> None:
-        """To the item's row of `sums`."""
+        """Store the totals in the item's row of `sums`."""
         sums = self.builder.inttoptr(self.writer.arguments["sums"], POINTER)
         first = self.builder.mul(self.number, integer(len(self.totals)))
         for index, total in enumerate(self.totals):
@@ -261,7 +261,7 @@ class _Elements:
         self.grad_scale, *self.numbers = numbers
 
     def loaded(self) -> list[Vector]:
-        """Their values: parameters, moments, and gradients, which are scaled. What no operation uses is not read."""
+        """Return the values of parameters and moments, and scaled gradients. What no operation uses is not read."""
         arrays = iter(self._arrays())
 
         def value(fmt: Format) -> Vector:
@@ -272,13 +272,13 @@ class _Elements:
         return [*values, Deferred(self.builder, lambda: grad * self.grad_scale)]
 
     def store(self, arrays: Sequence[Any]) -> None:
-        """Write what the arrays of parameters and moments, the first ones, are to hold."""
+        """Store new elements of the arrays of parameters and moments."""
         for (address, dtype), new in zip(self._arrays(), arrays, strict=False):
             value = new if isinstance(new, Vector) else self.numbers[0].like(new)
             store(self.builder, _as_stored(value, dtype).value, address)
 
     def draws(self, is_random: Sequence[bool]) -> Iterator[Vector | float]:
-        """A random number in [0, 1) for each element and each value that is rounded at random; 0 for others."""
+        """Draw a random number in [0, 1) per element for each value that is rounded at random; 0 for others."""
         item, columns = self.item, sum(is_random)
         index = self.builder.add(self.run.index, self.builder.sub(self.loop.index, self.run.begin))
         keys = iter(item.writer.rows("keys", item.row, columns))
@@ -294,18 +294,18 @@ class _Elements:
         self.loop.values[number] = self.builder.add(self.loop.values[number], terms.value)
 
     def _arrays(self) -> list[tuple[Value, torch.dtype]]:
-        """With the address of the first of these elements."""
+        """Return each array's dtype and the address of the first of these elements."""
         return [(at(self.builder, base, self.loop.index, _stored_type(dtype)), dtype) for base, dtype in self.item.arrays]
 
     def _load(self, address: Value, dtype: torch.dtype) -> Vector:
-        """Elements of an array: 16-bit numbers as their bits, others as fp32."""
+        """Load elements of an array: 16-bit numbers as their bits, others as fp32."""
         if self.lanes > 1 and self.item.writer.ahead:
             self._prefetch(address, self.lanes * dtype.itemsize)
         loaded = Vector(self.builder, load(self.builder, address, with_lanes(_stored_type(dtype), self.lanes)))
         return loaded if dtype in AS_THEY_ARE else loaded.converted("sitofp" if dtype.is_signed else "uitofp", FLOAT)
 
     def _prefetch(self, address: Value, size: int) -> None:
-        """What a later pass loads where this one loads `size` bytes from `address`."""
+        """Prefetch for a later pass, which loads `size` bytes further on."""
         for offset in range(0, size, LINE):
             read, keep, data = (ir.Constant(INT32, number) for number in (0, 3, 1))
             call(self.builder, "llvm.prefetch.p0", VOID, at(self.builder, address, self.item.writer.ahead + offset, BYTE), read, keep, data)
@@ -316,7 +316,7 @@ INTEGERS = {torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64}
 
 
 def reason_against(dtype: torch.dtype) -> str | None:
-    """None, or why kernels cannot read and write arrays of a dtype on this CPU."""
+    """Return None, or why kernels cannot read and write arrays of a dtype on this CPU."""
     if dtype == torch.float16 and is_x86() and not features().get("f16c"):
         return "this CPU has no instruction that rounds to float16"
     return None if dtype in AS_THEY_ARE or dtype in INTEGERS else f"it has no arrays of {dtype}"
@@ -327,7 +327,7 @@ def _stored_type(dtype: torch.dtype) -> Type:
 
 
 def _as_stored(value: Vector, dtype: torch.dtype) -> Vector:
-    """What an array takes of a value that a format made; an array of integers gets whole numbers."""
+    """Convert what a format stores to the elements of an array; those of an array of integers are whole numbers."""
     if dtype in AS_THEY_ARE:
         return value
     return value.converted("fptosi" if dtype.is_signed else "fptoui", ir.IntType(8 * dtype.itemsize))

@@ -1,4 +1,4 @@
-"""LLVM, by llvmlite: what writes LLVM IR, and what makes machine code of it for the CPU that the process runs on.
+"""Helpers to write LLVM IR with llvmlite, and to compile it for the CPU that the process runs on.
 
 Arithmetic is strict IEEE 754: LLVM reorders, contracts or approximates only instructions with a fast-math flag, and none has one here.
 """
@@ -56,12 +56,12 @@ def lanes_of(kind: Type) -> int:
 
 
 def with_lanes(element: Type, lanes: int) -> Type:
-    """A vector, or for one lane a scalar."""
+    """Return the type of so many elements: a vector, or for one lane a scalar."""
     return element if lanes == 1 else ir.VectorType(element, lanes)
 
 
 def constant(kind: Type, number: float) -> ir.Constant:
-    """A number, in every lane."""
+    """Return a number in every lane."""
     return ir.Constant(kind, [number] * kind.count if isinstance(kind, ir.VectorType) else number)
 
 
@@ -70,7 +70,7 @@ def integer(number: int) -> ir.Constant:
 
 
 def splat(builder: Builder, scalar: Value, lanes: int) -> Value:
-    """A scalar in every lane."""
+    """Write a scalar in every lane."""
     if lanes == 1:
         return scalar
     undefined = ir.Constant(ir.VectorType(scalar.type, lanes), ir.Undefined)
@@ -82,24 +82,24 @@ def splat(builder: Builder, scalar: Value, lanes: int) -> Value:
 
 
 def at(builder: Builder, base: Value, index: Value | int, element: Type = INT64) -> Value:
-    """The address of an element of an array."""
+    """Compute the address of an element of an array."""
     return builder.gep(base, [integer(index) if isinstance(index, int) else index], source_etype=element)
 
 
 def load(builder: Builder, address: Value, kind: Type = INT64) -> Value:
-    """Of memory that need not be aligned."""
+    """Load from memory that need not be aligned."""
     loaded = builder.load(address, typ=kind)
     loaded.align = 1
     return loaded
 
 
 def store(builder: Builder, value: Value, address: Value) -> None:
-    """To memory that need not be aligned."""
+    """Store to memory that need not be aligned."""
     builder.store(value, address).align = 1
 
 
 def call(builder: Builder, name: str, result: Type, *arguments: Value) -> Value:
-    """Call an intrinsic function of LLVM, whose name ends as that of its overload."""
+    """Call a function from outside the module, such as an intrinsic function of LLVM."""
     function = builder.module.globals.get(name)
     if function is None:
         function = ir.Function(builder.module, ir.FunctionType(result, [argument.type for argument in arguments]), name)
@@ -107,12 +107,12 @@ def call(builder: Builder, name: str, result: Type, *arguments: Value) -> Value:
 
 
 def suffix(kind: Type) -> str:
-    """How the name of an overload ends: "v16f32", "i64"."""
+    """Return the end of an intrinsic function's name for a type: "v16f32", "i64"."""
     return f"v{kind.count}{suffix(kind.element)}" if isinstance(kind, ir.VectorType) else kind.intrinsic_name
 
 
 def reduced(builder: Builder, operation: str, vector: Value) -> Value:
-    """The sum ("add") or the union ("or") of the integers in all lanes."""
+    """Reduce the integers in all lanes to their sum ("add") or union ("or")."""
     if lanes_of(vector.type) == 1:
         return vector
     return call(builder, f"llvm.vector.reduce.{operation}.{suffix(vector.type)}", vector.type.element, vector)
@@ -120,7 +120,7 @@ def reduced(builder: Builder, operation: str, vector: Value) -> Value:
 
 @dataclass
 class Loop:
-    """What changes from one pass of a loop to the next; its body replaces `values`."""
+    """The variables of a loop. Its body replaces `values` by those of the next pass."""
 
     index: Value
     values: list[Value]
@@ -134,7 +134,7 @@ def counting(
     step: Value,
     values: Sequence[Value] = (),  # before the first pass; after the loop, those after the last
 ) -> Iterator[Loop]:
-    """Repeat the instructions that are written inside for index = begin, begin + step, ... < end."""
+    """Write a loop over index = begin, begin + step, ... < end around the instructions that are written inside."""
     before = builder.block
     head, body, after = (builder.append_basic_block(name) for name in ("head", "body", "after"))
     builder.branch(head)
@@ -161,7 +161,7 @@ _engines: list[binding.ExecutionEngine] = []  # own the machine code, which stay
 
 
 def compiled(module: ir.Module) -> binding.ExecutionEngine:
-    """What knows the addresses of a module's functions."""
+    """Compile a module; the result knows the addresses of its functions."""
     engine = binding.create_mcjit_compiler(binding.parse_assembly(str(module)), _machine())
     engine.finalize_object()
     _engines.append(engine)
@@ -170,13 +170,13 @@ def compiled(module: ir.Module) -> binding.ExecutionEngine:
 
 @cache
 def features() -> dict[str, bool]:
-    """What this CPU has, by LLVM's names."""
+    """Return the instruction set extensions of this CPU, by LLVM's names."""
     return dict(binding.get_host_cpu_features())
 
 
 @cache
 def register_bytes() -> int:
-    """The size of a vector register."""
+    """Return the size of a vector register."""
     return 64 if features().get("avx512bw") else 32 if features().get("avx2") else 16
 
 
@@ -185,7 +185,7 @@ def is_x86() -> bool:
 
 
 def is_zen() -> bool:
-    """Whether this is a CPU by AMD, of 2017 or later."""
+    """Return whether this is a CPU by AMD of 2017 or later."""
     return binding.get_host_cpu_name().startswith("znver")
 
 

@@ -32,7 +32,7 @@ class Kernel(NamedTuple):
 
 
 class _State:
-    """What a forked child must know of its parent."""
+    """State of the process. A forked child inherits it."""
 
     has_forked = False
     has_used_openmp = False
@@ -57,7 +57,7 @@ def kernel_of(function: ir.Function) -> Kernel:
 
 
 def run(kernel: Kernel, arguments: int, shares: int) -> None:
-    """Do all shares of a kernel's work, each on a thread of its own.
+    """Run a kernel, each share of its work on a thread of its own.
 
     Args:
         arguments: their address.
@@ -85,7 +85,7 @@ def _run_in_pool(kernel: Kernel, arguments: int, shares: int) -> None:
 
 @cache
 def _openmp() -> Callable[[int, int, int, int], None] | None:
-    """GOMP_parallel(function, its argument, threads, flags) of the runtime that torch is linked with; LLVM's and Intel's have it too."""
+    """Return GOMP_parallel(function, its argument, threads, flags) of torch's OpenMP runtime. LLVM's and Intel's have it too."""
     library = ctypes.CDLL(torch._C.__file__)  # finds functions of the libraries that it is linked with
     try:
         for name in ("omp_get_thread_num", "omp_get_num_threads"):
@@ -98,7 +98,7 @@ def _openmp() -> Callable[[int, int, int, int], None] | None:
 
 
 def _write_region(kernel: ir.Function) -> ir.Function:
-    """What each thread of a parallel region does with a task, int64 (arguments, shares).
+    """Write the function that each thread of a parallel region runs on a task, int64 (arguments, shares).
 
     Shares go to threads by their numbers, so that a thread finds in its caches and in its part of the memory what it has written in the
     step before. There may be fewer threads than shares.

@@ -1,4 +1,4 @@
-"""The operations of an algorithm's math on vectors, which write down LLVM instructions.
+"""Vectors whose operations write LLVM instructions, and the operations of an algorithm's math on them.
 
 A function of an algorithm or of a storage format is called once, with a `Vector` for each of its arguments. Every operation becomes one
 instruction on as many elements as a vector has lanes, and rounds once, so the bits are those of the eager backend. `divide` to
@@ -55,17 +55,17 @@ Operand: TypeAlias = "Vector | float"  # a number is that of all elements
 
 
 class Vector:
-    """A value of each of some elements: fp32, the bits of 16-bit elements, integers, or what a comparison gives.
+    """Values of consecutive elements: fp32, the bits of 16-bit elements, integers, or the booleans of a comparison.
 
     Attributes:
-        value: one lane for each element; a scalar for one.
+        value: an LLVM vector with a lane for each element; for one element a scalar.
     """
 
     def __init__(self, builder: Builder, value: Value) -> None:
         self.builder, self.value = builder, value
 
     def like(self, operand: Operand) -> Vector:
-        """A number as a vector of this type; a vector as it is."""
+        """Return a number as a vector of this type, and a vector as it is."""
         return operand if isinstance(operand, Vector) else Vector(self.builder, constant(self.value.type, operand))
 
     def instruction(self, name: str, *operands: Operand) -> Vector:
@@ -77,11 +77,11 @@ class Vector:
         return Vector(self.builder, call(self.builder, f"llvm.{name}.{suffix(kind)}", kind, self.value, *values))
 
     def converted(self, name: str, element: Type) -> Vector:
-        """By an instruction that makes other types of values, or that takes the same bits for them ("bitcast")."""
+        """Return values of another type, made by a conversion of LLVM; "bitcast" keeps the bits."""
         return Vector(self.builder, getattr(self.builder, name)(self.value, with_lanes(element, lanes_of(self.value.type))))
 
     def compared(self, operator: str, other: Operand) -> Vector:
-        """False where one is NaN."""
+        """Compare lane by lane; False where one value is NaN."""
         return Vector(self.builder, self.builder.fcmp_ordered(operator, self.value, self.like(other).value))
 
     @property
@@ -118,14 +118,22 @@ class Vector:
     def __ge__(self, other: Operand) -> Vector:
         return self.compared(">=", other)
 
+    def __eq__(self, other: Operand) -> Vector:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self.compared("==", other)
+
+    def __ne__(self, other: Operand) -> Vector:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return Vector(self.builder, self.builder.fcmp_unordered("!=", self.value, self.like(other).value))  # True where one is NaN
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
+
     def __bool__(self) -> NoReturn:
         raise TypeError(
-            "a formula is one sequence of operations for all elements: take xp.where in the place of if, and, or, not, min, max"
+            "a formula cannot branch on the value of an element; write xp.where(condition, a, b) for if, and, or, not, min, max"
         )
 
 
 class Deferred(Vector):
-    """A vector whose instructions are written where it is first used, or never."""
+    """A vector whose instructions are written at its first use. What is not used is not loaded."""
 
     def __init__(self, builder: Builder, write: Callable[[], Vector]) -> None:
         self.builder, self._write = builder, write
@@ -160,7 +168,7 @@ def where(condition: Vector, a: Operand, b: Operand) -> Vector:
 
 
 def _vectors(a: Operand, b: Operand) -> tuple[Vector, Vector]:
-    """Two operands, one of which may be a number."""
+    """Return two operands as vectors; one of them may be a number."""
     vector = a if isinstance(a, Vector) else b
     assert isinstance(vector, Vector), "a formula computes with its arguments"
     return vector.like(a), vector.like(b)
@@ -189,7 +197,7 @@ def to_fp16(value: Vector) -> Vector:
 
 
 def stochastic_bf16(value: Vector, uniform: Operand) -> Vector:
-    """The 16 bits that are cut off are the distance from the number below, denormal ones too: both formats have the same exponents."""
+    """Compare with the 16 bits that are cut off, the distance from the number below; bf16 and fp32 have the same exponents."""
     bits = value.converted("bitcast", INT32)
     distance = bits.instruction("and_", 0xFFFF).converted("sitofp", FLOAT) * 2.0**-16
     below = bits.instruction("and_", 0xFFFF0000)
@@ -198,14 +206,14 @@ def stochastic_bf16(value: Vector, uniform: Operand) -> Vector:
 
 
 def stochastic_fp16(value: Vector, uniform: Operand) -> Vector:
-    """Powers of two are divided by as their inverses are multiplied with, both exactly."""
+    """Compute as `operations.py` does, but multiply by the inverse of a power of two, which is as exact as its division."""
     magnitude = value.intrinsic("fabs")
     exponent = magnitude.converted("bitcast", INT32).instruction("and_", 0x7F800000)
     spacing = exponent.instruction("sub", 10 << 23).intrinsic("smax", 0x33800000)  # 2**-10 of the power of two, at least 2**-24
     inverse = spacing.like(0x7F000000).instruction("sub", spacing).converted("bitcast", FLOAT)
     scaled = magnitude * inverse
     below = scaled.intrinsic("floor")
-    rounded = (below + where(scaled - below > uniform, 1.0, 0.0 * below)) * spacing.converted("bitcast", FLOAT)
+    rounded = (below + where(scaled - below > uniform, 1.0, 0.0)) * spacing.converted("bitcast", FLOAT)
     return where(magnitude < float("inf"), rounded.intrinsic("copysign", value), value)
 
 
@@ -216,7 +224,7 @@ FIXED_POINT_OF_ZERO = 0x4338000000000000  # the bits of MAGIC
 
 
 def fixed_point(value: Vector, scale: Vector) -> Vector:
-    """round_half_even(value * scale) + FIXED_POINT_OF_ZERO for 0 <= value * scale < 2**51, with a power of two for scale: int64."""
+    """Compute round_half_even(value * scale) + FIXED_POINT_OF_ZERO for 0 <= value * scale < 2**51 and a power of two: int64."""
     value, scale = value.converted("fpext", DOUBLE), scale.converted("fpext", DOUBLE)
     # Fused or not, as is faster: the product is exact.
     return value.intrinsic("fmuladd", scale, MAGIC).converted("bitcast", INT64)
@@ -231,6 +239,7 @@ def uniform(
     index: Value,  # int64, of the first of `lanes` elements that follow each other, in the whole tensor
     lanes: int,
 ) -> Vector:
+    """Draw a number in [0, 1) for each of `lanes` elements; see `noise.uniform`."""
     first = builder.add(key, builder.mul(index, integer(GOLDEN)))
     offsets = ir.Constant(with_lanes(INT64, lanes), [lane * GOLDEN % 2**64 for lane in range(lanes)] if lanes > 1 else 0)
     bits = Vector(builder, builder.add(splat(builder, first, lanes), offsets))
