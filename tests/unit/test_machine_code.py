@@ -11,7 +11,7 @@ from llvmlite import binding, ir
 from operand_cases import Case, assert_same_update
 
 from sharded_optim.backends import cpu as backend
-from sharded_optim.backends.cpu import kernels
+from sharded_optim.backends.cpu import kernels, loops
 from sharded_optim.backends.cpu.kernels import Ahead, observe_function, update_function
 from sharded_optim.formulas import operations as xp
 from sharded_optim.optimizers.adam import ADAM
@@ -41,7 +41,7 @@ def assembly(function: ir.Function, cpu: str) -> str:
 
 @pytest.fixture
 def as_wide(monkeypatch: pytest.MonkeyPatch, cpu: str) -> None:
-    monkeypatch.setattr(kernels, "LANES", 2 * CPUS[cpu][2] // 4)
+    monkeypatch.setattr(loops, "LANES", 2 * CPUS[cpu][2] // 4)
 
 
 @every_cpu

@@ -1,7 +1,8 @@
 """The CPU backend: the algorithms' own source, compiled by LLVM into one pass over all tensors, as fast as memory.
 
-`kernels.py` writes a kernel for each combination of algorithm and formats that is met, from the functions that the eager backend runs. With
-the values of `vectors.py` for arguments they write down vector instructions. `llvm.py` compiles these, and `threads.py` runs them.
+`kernels.py` writes a kernel for each combination of algorithm and formats that is met: the loops of `loops.py` around the functions that
+the eager backend runs, which write instructions when they are called with the vectors of `vectors.py`. `llvm.py` compiles a kernel, and
+`threads.py` runs it.
 
 A kernel gets a table of addresses, one column per operand, and a table of work, runs of at most `CHUNK` elements, of which each thread has
 a share. Memory needs no alignment. Tensors of one operand must be equally strided and dense, as wrappers give them; others are copied.
@@ -18,7 +19,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from sharded_optim.backends import Column, Operands
-from sharded_optim.backends.cpu.kernels import Arguments, observe_kernel, reason_against, update_kernel
+from sharded_optim.backends.cpu.kernels import observe_kernel, update_kernel
+from sharded_optim.backends.cpu.loops import Arguments, reason_against
 from sharded_optim.backends.cpu.threads import Kernel, run
 from sharded_optim.backends.operands import OperandTables
 from sharded_optim.formulas import Algorithm, Statistic

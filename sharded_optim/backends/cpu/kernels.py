@@ -1,58 +1,25 @@
-"""Kernels: loops over all elements of all operands, around the functions of an algorithm and of storage formats.
+"""Kernels: an algorithm's update, and the sums of a statistic.
 
-A kernel is compiled for each combination of algorithm and formats that is met, in some 20 ms. The functions are the ones that the eager
-backend runs, with `xp` bound to `vectors.py` (see `rebinding.py`). They are called while a kernel is written: with vectors of `LANES`
-elements, and once more with single elements, for those at the end.
+A kernel is compiled for each combination of algorithm and formats that is met, in some 20 ms. The functions of algorithms and formats are
+the ones that the eager backend runs, with `xp` bound to `vectors.py` (see `rebinding.py`); they are called while a kernel is written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import cache
-from itertools import islice, starmap
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from llvmlite import ir
 
-from sharded_optim.backends.cpu import vectors
-from sharded_optim.backends.cpu.llvm import (
-    BYTE,
-    FLOAT,
-    INT16,
-    INT32,
-    INT64,
-    POINTER,
-    VOID,
-    Loop,
-    Type,
-    Value,
-    at,
-    call,
-    constant,
-    counting,
-    features,
-    integer,
-    is_x86,
-    is_zen,
-    load,
-    reduced,
-    register_bytes,
-    splat,
-    store,
-    with_lanes,
-)
-from sharded_optim.backends.cpu.threads import SIGNATURE, Kernel, kernel_of
-from sharded_optim.backends.cpu.vectors import FIXED_POINT_OF_ZERO, Deferred, Vector, fixed_point, uniform
-from sharded_optim.backends.rebinding import argument_count, rebound
+from sharded_optim.backends.cpu.llvm import INT64, integer, is_x86, is_zen
+from sharded_optim.backends.cpu.loops import Writer, traced
+from sharded_optim.backends.cpu.threads import Kernel, kernel_of
+from sharded_optim.backends.cpu.vectors import FIXED_POINT_OF_ZERO, fixed_point
+from sharded_optim.backends.rebinding import argument_count
 from sharded_optim.formulas import Algorithm, Statistic
 from sharded_optim.storage.formats import Format
 
-__all__ = ["Arguments", "observe_function", "observe_kernel", "reason_against", "update_function", "update_kernel"]
-
-LANES = 2 * register_bytes() // 4  # elements of a pass: two registers of fp32, whose latencies hide behind each other
-LINE = 64  # bytes of a cache line
+__all__ = ["observe_function", "observe_kernel", "update_function", "update_kernel"]
 
 
 class Ahead(NamedTuple):
@@ -64,22 +31,6 @@ class Ahead(NamedTuple):
 
 # Hardware stops prefetching at the end of a page; an update reads from four pages at a time. The distances are from benchmarks/NOTES.md.
 AHEAD = Ahead(2048, 0) if is_zen() else Ahead(4096, 2048) if is_x86() else Ahead(0, 0)  # nothing was measured on ARM
-
-
-class Arguments(NamedTuple):
-    """What a kernel reads and writes: numbers, and addresses of contiguous arrays. In memory each is an int64."""
-
-    work: int  # int64 (items, 3): operand, first element, number of elements
-    items: int
-    addresses: int  # int64 (columns, operands): of the first element in each array of each operand
-    operands: int
-    coefficients: int  # fp32 (operands, coefficients)
-    grad_scale: int  # fp32 ()
-    keys: int = 0  # int64 (operands, random numbers of an element)
-    runs: int = 0  # int64 (operands, 3): start, run and stride of each segment
-    limits: int = 0  # fp32 (operands,)
-    scales: int = 0  # fp32 (operands,)
-    sums: int = 0  # int64 (items, 2), written: the sum, and 0 if all values are within the limit
 
 
 @cache
@@ -98,9 +49,9 @@ def update_function(algorithm: Algorithm, formats: tuple[Format, ...], grad_form
     Args:
         formats: of the parameters and of each of their moments.
     """
-    update, stores = _traced(algorithm.update), [_traced(fmt.store) for fmt in formats]
+    update, stores = traced(algorithm.update), [traced(fmt.store) for fmt in formats]
     is_random = [fmt.is_random for fmt in formats]
-    writer = _Writer((*formats, grad_format), argument_count(algorithm.update) - len(formats) - 1, ahead=AHEAD.update)
+    writer = Writer((*formats, grad_format), argument_count(algorithm.update) - len(formats) - 1, ahead=AHEAD.update)
     with writer.items() as item, item.runs(ordered=any(is_random)) as run:
         for elements in item.passes(run):
             param, *state, grad = elements.loaded()
@@ -112,10 +63,10 @@ def update_function(algorithm: Algorithm, formats: tuple[Format, ...], grad_form
 
 def observe_function(statistic: Statistic | None, grad_format: Format, state_formats: tuple[Format, ...]) -> ir.Function:
     """Write the sums of a statistic and the check of its limit; without a statistic, only the check for finite squares of gradients."""
-    observe = _traced(statistic.observe) if statistic else None
+    observe = traced(statistic.observe) if statistic else None
     coefficients = argument_count(statistic.observe) - len(state_formats) - 1 if statistic else 0
     numbers = ("limits", "scales") if statistic else ()
-    writer = _Writer((*state_formats, grad_format), coefficients, numbers, ahead=AHEAD.observe)
+    writer = Writer((*state_formats, grad_format), coefficients, numbers, ahead=AHEAD.observe)
     with writer.items(totals=2) as item:
         with item.runs(ordered=False) as run:
             for elements in item.passes(run):
@@ -132,202 +83,3 @@ def observe_function(statistic: Statistic | None, grad_format: Format, state_for
             item.totals[0] = item.builder.sub(item.totals[0], item.builder.mul(item.count, integer(FIXED_POINT_OF_ZERO)))
         item.write_totals()
     return writer.function
-
-
-@cache
-def _traced(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that writes its operations as instructions of its arguments."""
-    return rebound(function, {"xp": vectors}, lambda traced: traced, lambda number: number)
-
-
-# ------------------------------------------------------------------------------------------------------------------------- writing
-
-
-class _Run(NamedTuple):
-    """Elements [begin, end) of an item of work, which follow each other in the whole tensor from `index` on, if order matters."""
-
-    begin: Value
-    end: Value
-    index: Value
-
-
-class _Writer:
-    """Writes a kernel.
-
-    Args:
-        formats: of the values of an element, the last one its gradient's.
-        coefficients: how many an operand has.
-        numbers: arrays with a further number of each operand.
-        ahead: bytes from what is read to what is prefetched.
-    """
-
-    def __init__(self, formats: Sequence[Format], coefficients: int, numbers: Sequence[str] = (), *, ahead: int) -> None:
-        self.formats, self.coefficients, self.numbers, self.ahead = formats, coefficients, numbers, ahead
-        self.function = ir.Function(ir.Module(), SIGNATURE, "kernel")
-        self.builder = ir.IRBuilder(self.function.append_basic_block("entry"))
-        arguments = [load(self.builder, at(self.builder, self.function.args[0], index)) for index in range(len(Arguments._fields))]
-        self.arguments = dict(zip(Arguments._fields, arguments, strict=True))
-
-    def element(self, array: str, index: Value | int, kind: Type = INT64) -> Value:
-        """Load an element of an array among the arguments."""
-        return load(self.builder, at(self.builder, self.builder.inttoptr(self.arguments[array], POINTER), index, kind), kind)
-
-    def rows(self, array: str, row: Value, width: int, kind: Type = INT64) -> list[Value]:
-        """Load a row of an array of so many columns."""
-        first = self.builder.mul(row, integer(width))
-        return [self.element(array, self.builder.add(first, integer(column)), kind) for column in range(width)]
-
-    @contextmanager
-    def items(self, totals: int = 0) -> Iterator[_Item]:
-        """Write the loop over the items of a share.
-
-        Args:
-            totals: how many integers are summed over the elements of each.
-        """
-        builder, (_, share, shares) = self.builder, self.function.args
-        begin, end = (builder.sdiv(builder.mul(self.arguments["items"], each), shares) for each in (share, builder.add(share, integer(1))))
-        with counting(builder, begin, end, integer(1)) as loop:
-            yield _Item(self, loop.index, totals)
-        builder.ret_void()
-
-
-class _Item:
-    """An item of work: elements of one operand."""
-
-    def __init__(self, writer: _Writer, number: Value, totals: int) -> None:
-        self.writer, self.builder, self.number = writer, writer.builder, number
-        builder = writer.builder
-        self.row, self.first, self.count = writer.rows("work", number, 3)
-        self.arrays: list[tuple[Value, torch.dtype]] = []  # with the address of the first element
-        for column, array in enumerate(array for fmt in writer.formats for array in fmt.arrays):
-            place = builder.add(builder.mul(integer(column), writer.arguments["operands"]), self.row)
-            offset = builder.mul(self.first, integer(array.dtype.itemsize))
-            address = builder.add(writer.element("addresses", place), offset)
-            self.arrays.append((builder.inttoptr(address, POINTER), array.dtype))
-        self.numbers = [
-            writer.element("grad_scale", 0, FLOAT),
-            *writer.rows("coefficients", self.row, writer.coefficients, FLOAT),
-            *(writer.element(name, self.row, FLOAT) for name in writer.numbers),
-        ]
-        self.totals: list[Value] = [integer(0)] * totals
-
-    @contextmanager
-    def runs(self, *, ordered: bool) -> Iterator[_Run]:
-        """Write the loop over the runs of the segment that the item has a part in. Where order does not matter, the item is one run."""
-        builder, one = self.builder, integer(1)
-        if not ordered:
-            yield _Run(integer(0), self.count, integer(0))
-            return
-        start, length, stride = self.writer.rows("runs", self.row, 3)
-        end = builder.add(self.first, self.count)
-        last = builder.sdiv(builder.sub(end, one), length)
-        with counting(builder, builder.sdiv(self.first, length), builder.add(last, one), one) as loop:
-            run_begin = builder.mul(loop.index, length)
-            begin = call(builder, "llvm.smax.i64", INT64, run_begin, self.first)
-            run_end = call(builder, "llvm.smin.i64", INT64, builder.add(run_begin, length), end)
-            index = builder.add(builder.add(start, builder.mul(loop.index, stride)), builder.sub(begin, run_begin))
-            yield _Run(builder.sub(begin, self.first), builder.sub(run_end, self.first), index)
-
-    def passes(self, run: _Run) -> Iterator[_Elements]:
-        """Write the loop over the elements of a run, `LANES` at a time, and then the loop over those that are left."""
-        builder = self.builder
-        whole = builder.add(run.begin, builder.and_(builder.sub(run.end, run.begin), integer(-LANES)))
-        for lanes, begin, end in ((LANES, run.begin, whole), (1, whole, run.end)):
-            numbers = [Vector(builder, splat(builder, number, lanes)) for number in self.numbers]
-            zeros = [constant(with_lanes(INT64, lanes), 0)] * len(self.totals)
-            with counting(builder, begin, end, integer(lanes), zeros) as loop:
-                yield _Elements(self, run, lanes, loop, numbers)
-            self.totals = [
-                builder.add(total, reduced(builder, "add", of_lanes)) for total, of_lanes in zip(self.totals, loop.values, strict=True)
-            ]
-
-    def write_totals(self) -> None:
-        """Store the totals in the item's row of `sums`."""
-        sums = self.builder.inttoptr(self.writer.arguments["sums"], POINTER)
-        first = self.builder.mul(self.number, integer(len(self.totals)))
-        for index, total in enumerate(self.totals):
-            store(self.builder, total, at(self.builder, sums, self.builder.add(first, integer(index))))
-
-
-class _Elements:
-    """As many elements of an item as there are lanes.
-
-    Attributes:
-        numbers: the operand's coefficients and further numbers, in all lanes.
-    """
-
-    def __init__(self, item: _Item, run: _Run, lanes: int, loop: Loop, numbers: Sequence[Vector]) -> None:
-        self.item, self.builder, self.run, self.lanes, self.loop = item, item.builder, run, lanes, loop
-        self.grad_scale, *self.numbers = numbers
-
-    def loaded(self) -> list[Vector]:
-        """Return the values of parameters and moments, and scaled gradients. What no operation uses is not read."""
-        arrays = iter(self._arrays())
-
-        def value(fmt: Format) -> Vector:
-            own = list(islice(arrays, len(fmt.arrays)))
-            return Deferred(self.builder, lambda: _traced(fmt.load)(*starmap(self._load, own)))
-
-        *values, grad = map(value, self.item.writer.formats)
-        return [*values, Deferred(self.builder, lambda: grad * self.grad_scale)]
-
-    def store(self, arrays: Sequence[Any]) -> None:
-        """Store new elements of the arrays of parameters and moments."""
-        for (address, dtype), new in zip(self._arrays(), arrays, strict=False):
-            value = new if isinstance(new, Vector) else self.numbers[0].like(new)
-            store(self.builder, _as_stored(value, dtype).value, address)
-
-    def draws(self, is_random: Sequence[bool]) -> Iterator[Vector | float]:
-        """Draw a random number in [0, 1) per element for each value that is rounded at random; 0 for others."""
-        item, columns = self.item, sum(is_random)
-        index = self.builder.add(self.run.index, self.builder.sub(self.loop.index, self.run.begin))
-        keys = iter(item.writer.rows("keys", item.row, columns))
-        for each in is_random:
-            yield uniform(self.builder, next(keys), index, self.lanes) if each else 0.0
-
-    def add(self, number: int, terms: Vector) -> None:
-        """Add to a total of the item.
-
-        Args:
-            terms: int64.
-        """
-        self.loop.values[number] = self.builder.add(self.loop.values[number], terms.value)
-
-    def _arrays(self) -> list[tuple[Value, torch.dtype]]:
-        """Return each array's dtype and the address of the first of these elements."""
-        return [(at(self.builder, base, self.loop.index, _stored_type(dtype)), dtype) for base, dtype in self.item.arrays]
-
-    def _load(self, address: Value, dtype: torch.dtype) -> Vector:
-        """Load elements of an array: 16-bit numbers as their bits, others as fp32."""
-        if self.lanes > 1 and self.item.writer.ahead:
-            self._prefetch(address, self.lanes * dtype.itemsize)
-        loaded = Vector(self.builder, load(self.builder, address, with_lanes(_stored_type(dtype), self.lanes)))
-        return loaded if dtype in AS_THEY_ARE else loaded.converted("sitofp" if dtype.is_signed else "uitofp", FLOAT)
-
-    def _prefetch(self, address: Value, size: int) -> None:
-        """Prefetch for a later pass, which loads `size` bytes further on."""
-        for offset in range(0, size, LINE):
-            read, keep, data = (ir.Constant(INT32, number) for number in (0, 3, 1))
-            call(self.builder, "llvm.prefetch.p0", VOID, at(self.builder, address, self.item.writer.ahead + offset, BYTE), read, keep, data)
-
-
-AS_THEY_ARE = {torch.float32: FLOAT, torch.bfloat16: INT16, torch.float16: INT16}
-INTEGERS = {torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64}
-
-
-def reason_against(dtype: torch.dtype) -> str | None:
-    """Return None, or why kernels cannot read and write arrays of a dtype on this CPU."""
-    if dtype == torch.float16 and is_x86() and not features().get("f16c"):
-        return "this CPU has no instruction that rounds to float16"
-    return None if dtype in AS_THEY_ARE or dtype in INTEGERS else f"it has no arrays of {dtype}"
-
-
-def _stored_type(dtype: torch.dtype) -> Type:
-    return AS_THEY_ARE.get(dtype) or ir.IntType(8 * dtype.itemsize)
-
-
-def _as_stored(value: Vector, dtype: torch.dtype) -> Vector:
-    """Convert what a format stores to the elements of an array; those of an array of integers are whole numbers."""
-    if dtype in AS_THEY_ARE:
-        return value
-    return value.converted("fptosi" if dtype.is_signed else "fptoui", ir.IntType(8 * dtype.itemsize))
