@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -249,6 +250,29 @@ def test_a_child_that_is_forked_after_a_step_steps_too(threads: str) -> None:
         "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), same(train(0), want))"
     )
     assert run_python(code, OMP_NUM_THREADS=threads) == ["0 True"]
+
+
+def test_a_child_that_is_forked_before_the_first_step_steps_on_threads_of_its_own(tmp_path: Path) -> None:
+    """The parent's torch has started OpenMP's threads, which the child does not have: a parallel region would wait for them for ever."""
+    code = f"""
+import os, pathlib, signal, torch, sharded_optim as so
+from sharded_optim.backends.cpu import threads
+torch.ones(4_000_000).exp()
+param = torch.nn.Parameter(torch.linspace(-1.0, 1.0, 300_000))
+param.grad = torch.linspace(1.0, 2.0, 300_000)
+optimizer = so.DecoupledSGDW([param], lr=1e-2, backend="cpu")
+path = pathlib.Path({str(tmp_path / "values")!r})
+child = os.fork()
+if not child:
+    signal.alarm(60)
+    optimizer.step()
+    path.write_bytes(param.detach().numpy().tobytes())
+    os._exit(0 if threads._State.pool is not None else 3)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+optimizer.step()
+print(path.read_bytes() == param.detach().numpy().tobytes())
+"""
+    assert run_python(code, OMP_NUM_THREADS="2") == ["0", "True"]
 
 
 @pytest.mark.parametrize("pool", ["OpenMP", "Python"])
