@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import distributed, divergence, figure, first_step, fsdp2, report, step, wrappers
+from benchmarks import behind_backward, distributed, divergence, figure, first_step, fsdp2, report, step, wrappers
 from benchmarks.cases import GPT2, LAYOUTS, Case, Layout, select
 from benchmarks.contenders import BASELINE, CONTENDERS, OURS, Contender, by_name
 from benchmarks.contest import takes_part
@@ -133,6 +133,17 @@ def test_cases_are_chosen_by_name_and_dtype() -> None:
     assert all(elements[layout.same_elements] == layout.elements for layout in LAYOUTS if layout.same_elements)
     assert len({contender.name for contender in CONTENDERS}) == len(CONTENDERS)
     assert any(contender.library == OURS and contender.devices == ("cuda",) for contender in CONTENDERS)
+
+
+def test_a_step_behind_a_backward_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = {"layers": 1, "width": 16, "vocabulary": 32, "positions": 8}
+    monkeypatch.setattr(behind_backward, "MODELS", {"tiny": (tiny, (2, 4))})
+    arguments = ["--models", "tiny", "--threads", "1", "2", "--rounds", "2", "--contenders", "ours AdamW cpu", "--output", str(tmp_path)]
+    behind_backward.main(arguments)
+    cases = json.loads((tmp_path / "behind_backward.json").read_text())["models"]["tiny"]
+    assert [case["threads"] for case in cases] == [1, 2]
+    assert all([row["contender"] for row in case["results"]] == ["torch AdamW fused", "ours AdamW cpu"] for case in cases)
+    assert "| ms | 1 threads | 2 threads |" in (tmp_path / "behind_backward.md").read_text()
 
 
 def test_first_step_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
