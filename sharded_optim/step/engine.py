@@ -28,6 +28,7 @@ from sharded_optim.step.kernel_calls import BackendChoice
 from sharded_optim.step.options import MOST_SKIPPED, CheckedOption, NonFinite, Params, check_max_skipped_steps, check_nonfinite
 from sharded_optim.step.param_set import ParamSet, ParamSets, StepListener
 from sharded_optim.step.reports import ReportingOptimizer, Reports
+from sharded_optim.step.state import steps_to_allocate
 from sharded_optim.storage.devices import refuse_to_capture
 
 __all__ = ["Engine"]
@@ -140,7 +141,7 @@ class Engine(ReportingOptimizer):
                 raise ValueError("step takes a closure or a param, not both: a closure is for the whole model")
             with torch.enable_grad():
                 loss = closure()
-        if self.is_allocation_step():
+        if self._is_allocation_step():
             self.init_state()
             return loss
         if not self._has_stepped:
@@ -183,6 +184,11 @@ class Engine(ReportingOptimizer):
             return
         if params.fits(self.all_params(), self.layout, self.own_group(), agrees=True):
             params.observe_unit(self, rules, unit)
+
+    def _is_allocation_step(self) -> bool:
+        """Return whether a wrapper steps only to have state allocated: see `steps_to_allocate`."""
+        has_state = any(group["params"][0] in self.state for group in self.param_groups if group["params"])
+        return not has_state and steps_to_allocate(self.param_groups)
 
     def _rules(self) -> Rules:
         """The rules that follow from the current options."""

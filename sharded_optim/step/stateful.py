@@ -19,7 +19,6 @@ from sharded_optim.step.state import (
     asked_by_fsdp1,
     fsdp1_that_offloads_whole_state,
     new_state,
-    steps_to_allocate,
     zeros,
 )
 from sharded_optim.storage.formats import Format, chosen_format, extra_arrays, param_format
@@ -52,11 +51,6 @@ class StatefulOptimizer(GroupedOptimizer):
             param.grad = None
         elif param.grad is not None:
             param.grad = torch.zeros_like(param.grad)
-
-    def is_allocation_step(self) -> bool:
-        """Return whether a wrapper steps only to have state allocated: see `steps_to_allocate`."""
-        has_state = any(group["params"][0] in self.state for group in self.param_groups if group["params"])
-        return not has_state and steps_to_allocate(self.param_groups)
 
     def new_state(self, param: Tensor) -> dict[str, Any]:
         """Create the state of a parameter, for `self.state`."""
