@@ -122,14 +122,14 @@ def _attach(engine: Any) -> None:
 
 
 def not_built(lock: Path, seconds: float) -> str:
-    """What to say of an extension that was not compiled in time."""
+    """The message about an extension that was not compiled in time."""
     remedy = f"if nothing else is compiling it, remove {lock}" if lock.exists() else "start again"
     return f"DeepSpeed's extension was not compiled within {seconds:g} s; {remedy}"
 
 
 @contextmanager
 def _limited_waiting() -> Iterator[None]:
-    """Have torch wait no longer than BUILD_SECONDS for another process that compiles the same extension.
+    """Limit the wait for another process that compiles the same extension to BUILD_SECONDS.
 
     torch waits as long as the other's lock is there, and a process that was killed has left it. Tried with torch 2.11 and 2.13.
     """
@@ -146,7 +146,7 @@ def _limited_waiting() -> Iterator[None]:
 
 
 def _join(deepspeed: Any) -> None:
-    """Have DeepSpeed join the process group that is there, for which it compiles an extension on a CPU. A collective.
+    """Let DeepSpeed join the existing process group, for which it compiles an extension on a CPU. A collective.
 
     Raises:
         ValueError: on every rank, when one of them has waited for the extension for too long.
@@ -170,7 +170,7 @@ def _join(deepspeed: Any) -> None:
 
 
 def _problems(engine: Any) -> Iterator[str]:
-    """Why what an engine does is not supported."""
+    """List the unsupported features that an engine uses."""
     import deepspeed
 
     version = tuple(int(part) for part in deepspeed.__version__.split(".")[:2])
@@ -218,7 +218,7 @@ def _problems(engine: Any) -> Iterator[str]:
 
 
 def _take_config(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The config among the arguments of deepspeed.initialize, which then has only `config` left of the ways to give one."""
+    """Take the config out of the arguments of deepspeed.initialize, in whichever way it was given."""
     import deepspeed
 
     config = arguments.pop("config", None)
@@ -232,14 +232,14 @@ def _take_config(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_own(name: Any) -> bool:
-    """Whether the type of an optimizer in a DeepSpeed config is a class of this library."""
+    """Return whether an optimizer type in a DeepSpeed config is a class of this library."""
     if not isinstance(name, str) or name.removeprefix(PREFIX) not in OPTIMIZERS:
         return False
     return name.startswith(PREFIX) or not (name.lower() in DEEPSPEEDS or hasattr(torch.optim, name))
 
 
 def _maker(name: str, hyperparameters: dict[str, Any]) -> Callable[[list[Any]], Engine]:
-    """What makes the optimizer that a DeepSpeed config names."""
+    """Return a function that builds the optimizer of a DeepSpeed config."""
     kind: Callable[..., Engine] = OPTIMIZERS[name.removeprefix(PREFIX)]
 
     def make(parameters: list[Any]) -> Engine:

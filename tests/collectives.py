@@ -10,7 +10,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
-from sharded_optim.zero import neighbours
+from sharded_optim.zero import shared_memory
 
 
 @contextmanager
@@ -40,8 +40,8 @@ def ranks_per_machine(count: int) -> Iterator[None]:
     with tempfile.TemporaryDirectory() as folder:
         boot_id = Path(folder) / "boot_id"
         boot_id.write_text(str(dist.get_rank() // count))
-        before, neighbours.BOOT_ID = neighbours.BOOT_ID, boot_id
+        before, shared_memory.BOOT_ID = shared_memory.BOOT_ID, boot_id
         try:
             yield
         finally:
-            neighbours.BOOT_ID = before
+            shared_memory.BOOT_ID = before

@@ -1,4 +1,4 @@
-"""What trainers do not do by themselves, as callbacks of theirs: metrics in their logs, DeepSpeed's layout, whole state in what they save.
+"""Callbacks for trainers: log metrics, attach to DeepSpeed, and make saved state whole.
 
 The trainers are imported when a callback is asked for.
 """

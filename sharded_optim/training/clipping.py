@@ -107,7 +107,7 @@ def clip_grad_norm_(
 
 @dataclass(frozen=True, kw_only=True)
 class _Given:
-    """What a call is to clip."""
+    """The parameters that a call clips."""
 
     params: list[Tensor]  # first those whose gradients are theirs, then those of the sharded optimizers
     describe: Callable[[], list[LocalParam]]  # all of them; raises ValueError
@@ -136,7 +136,7 @@ def _given(source: Any, layout: FlatLayout | None, process_group: dist.ProcessGr
 
 
 def _is_of_deepspeed(source: Any) -> bool:
-    """Whether it is DeepSpeed's, or has an optimizer that is."""
+    """Return whether an object is DeepSpeed's, or contains an optimizer of DeepSpeed."""
     while source is not None and not isinstance(source, Engine):
         if type(source).__module__.partition(".")[0] == "deepspeed":
             return True
@@ -190,7 +190,7 @@ def _given_optimizers(optimizers: Sequence[Engine | ShardedOptimizer]) -> _Given
 
 
 def _described(engine: Engine, number: int, count: int) -> Iterator[LocalParam]:
-    """What this rank holds of an optimizer's parameters, those without a name under one that no other optimizer has."""
+    """Describe an optimizer's parameters on this rank; nameless ones get names that no other optimizer uses."""
     for index, group in enumerate(engine.param_groups):
         for param, name in named_params(group, index):
             is_named = "param_names" in group or count == 1
@@ -221,19 +221,19 @@ class _Ownership:
         self.pending: Tensor | None = None
 
     def fits(self, params: Sequence[Tensor]) -> bool:
-        """Whether these are the parameters, as they were."""
+        """Return whether these are the parameters, with the same properties."""
         if len(params) != len(self._params) or any(known() is not param for known, param in zip(self._params, params, strict=True)):
             return False
         return properties_of(params) == self._described
 
 
 def _range(piece: Piece) -> slice | None:
-    """Where a piece lies in the local tensor; None: it is all of it."""
+    """Return the range of a piece in its local tensor; None if it is the whole tensor."""
     return None if piece.offset is None else slice(piece.offset, piece.offset + piece.segment.numel)
 
 
 class _Exchanges:
-    """What was exchanged over a process group.
+    """Caches the ownership that the ranks of a process group have exchanged.
 
     Attributes:
         count: of the exchanges.
@@ -279,7 +279,7 @@ class _Local:
 
 @dataclass(frozen=True, kw_only=True)
 class _Found:
-    """What the ranks have found together."""
+    """The result of the all-gather."""
 
     table: Tensor  # float64 (ranks, 4)
     local: list[_Local]
@@ -291,7 +291,7 @@ class _Found:
 
 
 def _agree(given: _Given, group: dist.ProcessGroup | None, norm_type: float) -> _Found:
-    """Add up all ranks' powers. One all-gather where all ranks have the parameters of the last time.
+    """Sum the powers of all ranks: one all-gather if all ranks have the parameters of the last call.
 
     Raises:
         ValueError: on all ranks, or on an accelerator on the others in their next call.
@@ -330,7 +330,7 @@ def _agree(given: _Given, group: dist.ProcessGroup | None, norm_type: float) -> 
 
 
 def _check_rows(rows: Sequence[Sequence[float]], failure: Exception | None, group: dist.ProcessGroup | None) -> bool:
-    """Whether all ranks have counted by the same exchange; raises on all ranks if one has failed."""
+    """Return whether all ranks have counted by the same exchange; raise on all ranks if one has failed."""
     if any(row[FAILED] for row in rows):
         message = None if failure is None else str(failure) if isinstance(failure, ValueError) else repr(failure)
         raise ValueError(gather_messages(message, group)) from failure
@@ -338,7 +338,7 @@ def _check_rows(rows: Sequence[Sequence[float]], failure: Exception | None, grou
 
 
 def _spoiled(table: Tensor) -> Tensor:
-    """Whether the norm is not to be trusted, where only the device knows it: bool (1, 1). Gradients then become NaN."""
+    """Return a device flag that the norm is invalid: bool (1, 1). Gradients then become NaN."""
     exchange = table[:, EXCHANGE]
     return ((table[:, FAILED] + table[:, STALE]).sum() + (exchange.max() - exchange.min()) > 0).reshape(1, 1)
 
@@ -353,7 +353,7 @@ def _gathered(row: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def _local_gradients(given: _Given, ownership: _Ownership) -> list[_Local]:
-    """This rank's gradients. A collective where tensor parallelism has left some to be reduced."""
+    """Return this rank's gradients. A collective if tensor parallelism has left some Partial."""
     entries: list[LocalParam] = []
     found = []
     grads = [param.grad for param in given.params]
@@ -370,7 +370,7 @@ def _local_gradients(given: _Given, ownership: _Ownership) -> list[_Local]:
 
 
 def _local_of(param: Tensor, grad: Tensor) -> Tensor | None:
-    """This rank's part of a gradient that is laid out like its parameter; None where that is to be looked at."""
+    """Return this rank's part of a gradient that is laid out like its parameter; None if a quick look cannot tell."""
     spec = getattr(grad, "_spec", None)
     if type(grad) in PLAIN and type(param) in PLAIN:
         local = grad if grad.shape == param.shape else None
@@ -380,7 +380,7 @@ def _local_of(param: Tensor, grad: Tensor) -> Tensor | None:
 
 
 def _power(local: Iterable[_Local], ownership: _Ownership, norm_type: float, device: torch.device) -> Tensor:
-    """The sum of powers of what this rank counts, or its largest element: float64 ()."""
+    """Sum the powers of the elements that this rank counts, or take the largest: float64 ()."""
     pieces = [each.values if place is None else each.values[place] for each in local for place in ownership.owned[each.row]]
     powers = [part.to(device) for tensors in _by_kind(pieces).values() for part in _powers(tensors, norm_type)]
     if not powers:
@@ -390,7 +390,7 @@ def _power(local: Iterable[_Local], ownership: _Ownership, norm_type: float, dev
 
 
 def _powers(tensors: Sequence[Tensor], norm_type: float) -> Iterator[Tensor]:
-    """Of all tensors together the sums of the powers of their elements, or the largest of each: float64 ()."""
+    """Sum the powers of all elements of tensors, or take the largest: float64 ()."""
     foreach_norm = torch._foreach_norm  # pyright: ignore[reportPrivateImportUsage]
     if math.isinf(norm_type):
         yield from (norm.double() for norm in foreach_norm(list(tensors), norm_type))
@@ -402,7 +402,7 @@ def _powers(tensors: Sequence[Tensor], norm_type: float) -> Iterator[Tensor]:
 
 
 def _joined(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
-    """All elements in flat tensors, of which few are small: each costs several calls of torch."""
+    """Concatenate small tensors: each tensor costs several calls of torch."""
     small = [tensor.reshape(-1) for tensor in tensors if tensor.numel() < CHUNK]
     yield from (tensor.reshape(-1) for tensor in tensors if tensor.numel() >= CHUNK)
     if small:
@@ -424,7 +424,7 @@ def _power_sum(flat: Tensor, norm_type: float) -> Tensor:
 
 
 def _by_kind(tensors: Iterable[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:
-    """Those that have an element, as foreach takes them: of one device and dtype."""
+    """Group non-empty tensors by device and dtype, for foreach."""
     found: defaultdict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
     for tensor in tensors:
         if tensor.numel():
@@ -433,7 +433,7 @@ def _by_kind(tensors: Iterable[Tensor]) -> dict[tuple[torch.device, torch.dtype]
 
 
 def _raise_nonfinite(given: _Given, local: Sequence[_Local], norm: Tensor, group: dist.ProcessGroup | None) -> NoReturn:
-    """On all ranks: a collective."""
+    """Raise an error for a non-finite norm on all ranks. A collective."""
     entries = given.describe()
     names = [repr(entries[each.row].name) for each in local if not bool(each.values.isfinite().all())]
     shown = ", ".join(names[:MOST_NAMES]) + (f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else "")

@@ -1,4 +1,4 @@
-"""The optimizers of this library inside of what frameworks put around them, and their metrics. Used by clipping, metrics and callbacks.
+"""Unwrap the optimizers of this library from the containers of frameworks. Used by clipping, metrics and callbacks.
 
 Containers are recognised by their attributes, so that no framework is imported: Accelerate's AcceleratedOptimizer and Accelerator, the
 Trainer of Hugging Face, Lightning's LightningOptimizer, Trainer and LightningModule, DeepSpeed's engine and optimizer wrappers,
@@ -29,7 +29,7 @@ def contained_optimizers(container: Any) -> list[Engine | ShardedOptimizer]:
 
 
 def metrics(optimizer: Any) -> dict[str, float]:
-    """What the last step found, reduced over all ranks, of an optimizer inside of whatever a framework has put around it.
+    """Return `metrics()` of an optimizer, also inside of a framework's container.
 
     Args:
         optimizer: of this library; or an optimizer, engine, trainer or container of Accelerate, Hugging Face, Lightning, DeepSpeed or
@@ -53,7 +53,7 @@ def metrics(optimizer: Any) -> dict[str, float]:
 
 
 def unwrap_optimizer(optimizer: Any) -> Engine | ShardedOptimizer:
-    """The one optimizer of this library inside of what a framework has put around it.
+    """Return the one optimizer of this library in a framework's container.
 
     For what such a wrapper does not hand on: `so.unwrap_optimizer(optimizer).layout = so.fsdp1_layout(model)`, or `process_group`.
 
@@ -89,7 +89,7 @@ def _contents(container: Any) -> Iterable[Any]:
 
 
 def _attribute(container: Any, name: str) -> Any:
-    """An attribute, or what a method of that name returns (LightningModule.optimizers); None where there is none yet."""
+    """Return an attribute, or the result of a method of that name (LightningModule.optimizers); None if there is none yet."""
     try:
         found = getattr(container, name, None)
         return found() if inspect.ismethod(found) and name == "optimizers" else found

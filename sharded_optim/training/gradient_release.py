@@ -160,7 +160,7 @@ def _step_and_free(optimizer: Engine, params: Sequence[Tensor]) -> None:
 
 
 def _units_of(params: Iterable[Tensor], reduced_together: Iterable[Sequence[Tensor]]) -> list[Unit]:
-    """Those of the parameters that wrappers reduce together; others are units of their own."""
+    """Group parameters that wrappers reduce together; each other parameter is a unit of its own."""
     number = {param: number for number, unit in enumerate(reduced_together) for param in unit}
     units: dict[int | Tensor, list[Tensor]] = {}
     for param in params:

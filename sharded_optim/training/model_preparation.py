@@ -1,4 +1,4 @@
-"""What is done to a model before its optimizer is built: who decays, and who computes in low precision (as in optimi)."""
+"""Prepare a model before its optimizer is built: param groups for weight decay, and low precision (as in optimi)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["param_groups_weight_decay", "to_low_precision"]
 def param_groups_weight_decay(
     model: nn.Module, weight_decay: float = 1e-2, additional_layers: Iterable[str] | None = None
 ) -> list[dict[str, Any]]:
-    """Param groups of a model's trainable parameters: without weight decay for biases, norms and what is named, with it for the rest.
+    """Group a model's trainable parameters: no weight decay for biases, norms and named layers, weight decay for the rest.
 
     Args:
         model: ordinary or sharded; dimensions are those of the whole tensors.

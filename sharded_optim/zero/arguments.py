@@ -1,4 +1,4 @@
-"""What a ShardedOptimizer is given: options, a model, parameters in any of the forms that torch's optimizers take."""
+"""Check and convert the arguments of a ShardedOptimizer: options, a model, parameters in any form that torch's optimizers take."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sharded_optim.step.arguments import argument_names, check_iterable, hands_on, refuse_unknown
 from sharded_optim.step.engine import Engine
 from sharded_optim.step.options import Params
-from sharded_optim.zero.housing import Group
+from sharded_optim.zero.bucket_layout import Group
 
 __all__ = ["check_defaults", "check_options", "groups_of", "tensors_of", "unwrapped"]
 
@@ -42,7 +42,7 @@ def check_defaults(caller: type, optimizer_class: type[Engine], defaults: Mappin
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Without DistributedDataParallel and torch.compile, which put prefixes before names."""
+    """Return the model inside of DistributedDataParallel and torch.compile, which put prefixes before names."""
     while True:
         if isinstance(model, DistributedDataParallel):
             model = model.module
@@ -53,7 +53,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def groups_of(params: Params) -> list[Group]:
-    """Param groups with lists of tensors or of (name, tensor)."""
+    """Convert parameters to param groups with lists of tensors or of (name, tensor)."""
     if isinstance(params, Tensor):
         raise ValueError(f"params must be a model, or an iterable of tensors or dicts, got one tensor of shape {tuple(params.shape)}")
     check_iterable(params, "params")

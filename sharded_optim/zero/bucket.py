@@ -14,12 +14,12 @@ from sharded_optim.storage import memory
 from sharded_optim.zero.placeholder import GradientInBucket
 from sharded_optim.zero.transfers import ShardGroup, Transfer
 
-__all__ = ["Bucket", "Home", "Kind"]
+__all__ = ["Bucket", "Kind", "ParamSlot"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """What the tensors of a bucket have in common."""
+    """The properties that all tensors of a bucket share."""
 
     dtype: torch.dtype
     device: torch.device
@@ -27,8 +27,8 @@ class Kind:
 
 
 @dataclass(kw_only=True, eq=False)
-class Home:
-    """Where a parameter lies, and what this rank's shard has of it.
+class ParamSlot:
+    """The position of a parameter in its bucket, and the part of it in this rank's shard.
 
     Attributes:
         param: the model's.
@@ -63,7 +63,7 @@ class Home:
 
     @property
     def in_shard(self) -> slice:
-        """Its place in the buffers of this rank's shard."""
+        """The position of the parameter's part in the buffers of this rank's shard."""
         first = self.offset + self.start - self.bucket.first
         return slice(first, first + self.numel)
 
@@ -78,12 +78,12 @@ class Home:
 
     @cached_property
     def placeholder(self) -> GradientInBucket:
-        """What the parameter has for a gradient while that is in the bucket."""
+        """The stand-in that is `param.grad` while the gradient is in the bucket."""
         return GradientInBucket(self.param, self.name)
 
     @property
     def own_grad(self) -> Tensor | None:
-        """The parameter's gradient, where it is not in the bucket."""
+        """The parameter's gradient, if it is not in the bucket."""
         grad = self.param.grad
         return None if type(grad) is GradientInBucket else grad
 
@@ -93,11 +93,11 @@ class Home:
 
 
 class Bucket:
-    """Parameters that lie end to end in one flat buffer, of which each rank steps a shard. Made without them: see `bring_home`.
+    """Parameters end to end in one flat buffer, of which each rank steps a shard. It is created empty: see `rebind`.
 
     Args:
         plan: where they lie.
-        homes: all that were planned; this takes its own.
+        slots: all that were planned; this takes its own.
         number: of the bucket, in the order in which gradients are reduced.
         shard_group: the ranks that it is cut over.
 
@@ -108,24 +108,24 @@ class Bucket:
         contents: the gradients of a backward pass as they come, until they are reduced: (numel,); None before the first.
     """
 
-    def __init__(self, plan: BucketPlan, homes: Sequence[Home], *, number: int, shard_group: ShardGroup) -> None:
+    def __init__(self, plan: BucketPlan, slots: Sequence[ParamSlot], *, number: int, shard_group: ShardGroup) -> None:
         self.number = number
-        self.homes = [homes[member] for member in plan.members]
+        self.slots = [slots[member] for member in plan.members]
         self.numel = plan.numel
-        self.kind = self.homes[0].kind
+        self.kind = self.slots[0].kind
         self.shard_numel = plan.numel // shard_group.size
         self.first = shard_group.rank * self.shard_numel
         self.values = shard_group.zeros(self.numel, self.kind.dtype, self.kind.device)
-        for home, offset in zip(self.homes, plan.offsets, strict=True):
+        for slot, offset in zip(self.slots, plan.offsets, strict=True):
             first = max(offset, self.first)
-            end = min(offset + home.param.numel(), self.first + self.shard_numel)
-            home.bucket, home.offset = self, offset
-            home.start, home.numel = (first - offset, end - first) if first < end else (0, 0)
+            end = min(offset + slot.param.numel(), self.first + self.shard_numel)
+            slot.bucket, slot.offset = self, offset
+            slot.start, slot.numel = (first - offset, end - first) if first < end else (0, 0)
         self.masters = memory.zeros_on(self.kind.device, self.shard_numel, torch.float32) if self.kind.has_masters else None
         self.gathering = Transfer()
         self.has_gradient = False
         self.contents: Tensor | None = None
-        self._filled_numel = sum(home.param.numel() for home in self.homes)
+        self._filled_numel = sum(slot.param.numel() for slot in self.slots)
 
     @property
     def shard(self) -> Tensor:
@@ -140,32 +140,32 @@ class Bucket:
 
     @property
     def named(self) -> str:
-        """For error messages."""
-        return f"the bucket that begins with {self.homes[0].name!r}"
+        """The parameters of the bucket, in words for error messages."""
+        return f"the bucket that begins with {self.slots[0].name!r}"
 
     @property
     def pad(self) -> slice:
-        """Elements of no parameter."""
+        """The elements that belong to no parameter."""
         return slice(self._filled_numel, self.numel)
 
-    def bring_home(self, home: Home) -> None:
-        """Put the values of a parameter where they belong, and the parameter there."""
-        place = self.values[home.whole_in_bucket].view(home.param.shape)
-        place.copy_(home.param.detach())
-        home.param.data = memory.with_own_storage(place)
+    def rebind(self, slot: ParamSlot) -> None:
+        """Copy the values of a parameter to its slot, and let the parameter be a view of the slot."""
+        place = self.values[slot.whole_in_bucket].view(slot.param.shape)
+        place.copy_(slot.param.detach())
+        slot.param.data = memory.with_own_storage(place)
 
-    def is_home(self, home: Home) -> bool:
-        """Whether nobody has given the parameter other memory."""
-        return home.param.data_ptr() == self.values.data_ptr() + home.offset * self.values.element_size() or not home.param.numel()
+    def is_bound(self, slot: ParamSlot) -> bool:
+        """Return whether the parameter still is a view of its slot."""
+        return slot.param.data_ptr() == self.values.data_ptr() + slot.offset * self.values.element_size() or not slot.param.numel()
 
-    def stepped_memory(self, home: Home) -> Tensor:
-        """What the optimizer steps of a parameter: (numel,)."""
-        return (self.shard if self.masters is None else self.masters)[home.in_shard]
+    def stepped_memory(self, slot: ParamSlot) -> Tensor:
+        """The part of a parameter that the optimizer steps: (numel,)."""
+        return (self.shard if self.masters is None else self.masters)[slot.in_shard]
 
-    def renew_masters(self, home: Home) -> None:
-        """Take the parameter's values, where somebody has written to it, as the masters'."""
+    def renew_masters(self, slot: ParamSlot) -> None:
+        """Copy a parameter's values to its masters, if somebody has written to it."""
         if self.masters is not None:
-            master, value = self.masters[home.in_shard], self.shard[home.in_shard]
+            master, value = self.masters[slot.in_shard], self.shard[slot.in_shard]
             master.copy_(torch.where(master.to(value.dtype) == value, master, value.float()))
 
     def round_masters(self) -> None:

@@ -1,4 +1,4 @@
-"""Which parameters a forward pass needs when: the all-gather of a step is waited for bucket by bucket, as modules run."""
+"""Wait for the all-gather of a step bucket by bucket, as the modules of the forward pass need the parameters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from weakref import WeakSet
 from torch import Tensor, nn
 
 from sharded_optim.sharding.hooks import InertHook
-from sharded_optim.zero.bucket import Home
+from sharded_optim.zero.bucket import ParamSlot
 from sharded_optim.zero.gathering import Gatherer
 
 __all__ = ["ForwardHooks", "finish_gathering"]
@@ -19,7 +19,7 @@ NOT_CALLED = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 class ForwardHooks:
-    """Have parameters waited for before the modules run that use them, and all before state dicts are taken or loaded.
+    """Hooks that wait for parameters before a module uses them, and for all before state dicts are saved or loaded.
 
     A module that contains no ModuleList, ModuleDict or Sequential waits for all parameters below it, as it may use them without calling
     the modules that hold them: nn.MultiheadAttention does so. Other modules wait for those that they hold themselves or in lists.
@@ -29,14 +29,14 @@ class ForwardHooks:
     Args:
         model: the whole model, not wrapped.
         gatherer: of the optimizer.
-        homes: of its parameters, also of those that come later.
+        slots: of its parameters, also of those that come later.
     """
 
     released: ClassVar[WeakSet[ForwardHooks]] = WeakSet()  # that are still there, as transfers go on
 
-    def __init__(self, model: nn.Module, gatherer: Gatherer, homes: Mapping[Tensor, Home]) -> None:
+    def __init__(self, model: nn.Module, gatherer: Gatherer, slots: Mapping[Tensor, ParamSlot]) -> None:
         self._gatherer = gatherer
-        self._homes = homes
+        self._slots = slots
         params = list(model.parameters())
         self._handles = [
             model.register_state_dict_pre_hook(_Wait(self, params)),
@@ -47,36 +47,36 @@ class ForwardHooks:
 
     def wait(self, params: Sequence[Tensor], *, settles: bool) -> None:
         if self._gatherer.is_pending:
-            buckets = {home.bucket: None for param in params if (home := self._homes.get(param)) is not None}  # in order
+            buckets = {slot.bucket: None for param in params if (slot := self._slots.get(param)) is not None}  # in order
             self._gatherer.wait(buckets, settles=settles)
 
     def release(self) -> None:
-        """Remove the hooks, as the optimizer is gone or has no say any more; where transfers go on, when these have ended.
+        """Remove the hooks when the optimizer is gone or superseded: now, or when its transfers have ended.
 
         Waits for no rank that has not got as far as this one.
         """
         self._is_released = True
-        if all(home.bucket.gathering.has_ended() for home in self._homes.values()):
+        if all(slot.bucket.gathering.has_ended() for slot in self._slots.values()):
             ForwardHooks.released.discard(self)
             while self._handles:
                 self._handles.pop().remove()
-            self._homes = {}
+            self._slots = {}
         else:
             ForwardHooks.released.add(self)
 
     def try_again(self) -> None:
-        """Remove the hooks, if they are to be removed and were not."""
+        """Remove the hooks if that is still to be done."""
         if self._is_released:
             self.release()
 
     def finish(self) -> None:
-        """Wait for all that was begun."""
-        self.wait(list(self._homes), settles=False)
+        """Wait for all transfers."""
+        self.wait(list(self._slots), settles=False)
         self.try_again()
 
 
 def finish_gathering(model: nn.Module) -> None:
-    """Wait for what an optimizer that may be gone has begun with a model's parameters."""
+    """Wait for transfers of a model's parameters, also of an optimizer that is gone."""
     for module in model.modules():
         for hook in list(module._forward_pre_hooks.values()):
             if isinstance(hook, _Wait):
@@ -107,7 +107,7 @@ class _WaitInForward(_Wait):
 
 
 def _needs(module: nn.Module) -> Iterator[tuple[nn.Module, Sequence[Tensor]]]:
-    """Each module, and what it waits for."""
+    """Return each module with the parameters that it waits for."""
     is_unit = not any(isinstance(each, CONTAINERS) for each in module.modules())
     params: Sequence[Tensor] = [*module.parameters()] if is_unit else list(_own(module))
     if params:
@@ -117,7 +117,7 @@ def _needs(module: nn.Module) -> Iterator[tuple[nn.Module, Sequence[Tensor]]]:
 
 
 def _own(module: nn.Module) -> Iterator[Tensor]:
-    """The parameters that a module holds itself, or in what nobody calls."""
+    """Return the parameters of a module itself, and of submodules that are never called."""
     yield from module.parameters(recurse=False)
     for child in module.children():
         if isinstance(child, NOT_CALLED):

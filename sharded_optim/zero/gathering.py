@@ -1,4 +1,4 @@
-"""After a step: the other ranks' shards of the parameters, bucket by bucket, while the update and the next forward pass go on."""
+"""All-gather the updated parameters after a step, bucket by bucket, while the update and the next forward pass run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 import torch
 
 from sharded_optim.zero.bucket import Bucket
-from sharded_optim.zero.housing import unit_of
+from sharded_optim.zero.bucket_layout import unit_of
 from sharded_optim.zero.transfers import ShardGroup
 
 __all__ = ["Gatherer"]
@@ -30,7 +30,7 @@ class Gatherer:
         self.is_pending = False
 
     def begin(self, buckets: Sequence[Bucket], changed: Collection[Bucket]) -> None:
-        """Before a step.
+        """Prepare for a step.
 
         Args:
             buckets: all, in the order in which gradients are reduced.
@@ -48,7 +48,7 @@ class Gatherer:
             self._gather(self._left.pop(0))
 
     def end(self) -> None:
-        """After a step."""
+        """End a step."""
         for bucket in self._left if self._happens else ():
             self._gather(bucket)
         self._left = []
@@ -61,7 +61,7 @@ class Gatherer:
         bucket.gathering = self._shard_group.all_gather(bucket.values, what=what, number=self._step, place=bucket.number)
 
     def wait(self, buckets: Iterable[Bucket], *, settles: bool = False) -> None:
-        """Return when the parameters of these are complete; or may be written to, as the other ranks have this one's too."""
+        """Wait until the parameters of these buckets are complete; or may be written to, as the other ranks have them too."""
         for bucket in buckets:
             if settles:
                 bucket.gathering.settle()
@@ -69,7 +69,7 @@ class Gatherer:
                 bucket.gathering.wait()
 
     def wait_for_all(self, buckets: Iterable[Bucket], *, settles: bool) -> list[Bucket]:
-        """As `wait`, for all buckets that there are; returns those that had not been waited for."""
+        """Wait for all buckets; return those that had not been waited for."""
         if not self.is_pending:
             return []
         buckets = list(buckets)

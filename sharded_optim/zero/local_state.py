@@ -16,8 +16,8 @@ from sharded_optim.step.engine import Engine
 from sharded_optim.step.param_groups import named_params
 from sharded_optim.step.state import new_state
 from sharded_optim.storage.formats import format_beside
-from sharded_optim.zero.bucket import Home
-from sharded_optim.zero.housing import Group, without_params
+from sharded_optim.zero.bucket import ParamSlot
+from sharded_optim.zero.bucket_layout import Group, without_params
 from sharded_optim.zero.logical import LogicalTensor
 
 __all__ = ["MASTER", "SHARDS", "LocalState", "LogicalState", "ShardTable", "Values", "inside", "shards_of"]
@@ -29,19 +29,19 @@ SHARDS = "shards"  # key of a state dict: what its tensors are
 class LocalState(Mapping[Tensor, dict[str, Any]]):
     """For each parameter of the model that this rank steps a part of, the state of that part: 1-D tensors, and the step counter."""
 
-    def __init__(self, engine: Engine, homes: Mapping[Tensor, Home]) -> None:
+    def __init__(self, engine: Engine, slots: Mapping[Tensor, ParamSlot]) -> None:
         self._engine = engine
-        self._homes = homes
+        self._slots = slots
 
     def __getitem__(self, param: Tensor) -> dict[str, Any]:
-        home = self._homes[param]
-        if home.local is None or home.local not in self._engine.state:
-            raise KeyError(f"this rank has no state of {home.name!r}")
-        state = self._engine.state[home.local]
-        return {**state, MASTER: home.local.detach()} if home.kind.has_masters else state
+        slot = self._slots[param]
+        if slot.local is None or slot.local not in self._engine.state:
+            raise KeyError(f"this rank has no state of {slot.name!r}")
+        state = self._engine.state[slot.local]
+        return {**state, MASTER: slot.local.detach()} if slot.kind.has_masters else state
 
     def __iter__(self) -> Iterator[Tensor]:
-        return (param for param, home in self._homes.items() if home.local is not None and home.local in self._engine.state)
+        return (param for param, slot in self._slots.items() if slot.local is not None and slot.local in self._engine.state)
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -56,48 +56,48 @@ class LogicalState(LocalState):
 
     Args:
         engine: the optimizer inside, with state of all that this rank steps.
-        homes: of the model's parameters.
+        slots: of the model's parameters.
         groups: their param groups.
         template: what the rank does not know is zero; else it is missing, so that only ranks that know it save it.
     """
 
-    def __init__(self, engine: Engine, homes: Mapping[Tensor, Home], groups: Sequence[Group], *, template: bool) -> None:
-        super().__init__(engine, homes)
+    def __init__(self, engine: Engine, slots: Mapping[Tensor, ParamSlot], groups: Sequence[Group], *, template: bool) -> None:
+        super().__init__(engine, slots)
         self._template = template
         self._groups = {param: index for index, group in enumerate(groups) for param in group["params"]}
 
     def __getitem__(self, param: Tensor) -> dict[str, Any]:
-        home = self._homes[param]
-        state = super().__getitem__(param) if home.local is not None else self._of_nothing(home)
-        return {name: _logical(home, value) for name, value in state.items() if self._template or _is_known(home, value)}
+        slot = self._slots[param]
+        state = super().__getitem__(param) if slot.local is not None else self._of_nothing(slot)
+        return {name: _logical(slot, value) for name, value in state.items() if self._template or _is_known(slot, value)}
 
-    def _of_nothing(self, home: Home) -> dict[str, Any]:
+    def _of_nothing(self, slot: ParamSlot) -> dict[str, Any]:
         """The state of no elements."""
-        dtype = torch.float32 if home.kind.has_masters else home.kind.dtype
-        nothing = torch.empty(0, dtype=dtype, device=home.kind.device)
-        state = new_state(nothing, self._engine.choice_of(nothing, self._engine.param_groups[self._groups[home.param]]).entries)
-        return state | {MASTER: nothing} if home.kind.has_masters else state
+        dtype = torch.float32 if slot.kind.has_masters else slot.kind.dtype
+        nothing = torch.empty(0, dtype=dtype, device=slot.kind.device)
+        state = new_state(nothing, self._engine.choice_of(nothing, self._engine.param_groups[self._groups[slot.param]]).entries)
+        return state | {MASTER: nothing} if slot.kind.has_masters else state
 
     def __iter__(self) -> Iterator[Tensor]:
         known = set(super().__iter__())
-        return (param for param in self._groups if param in self._homes and (param.requires_grad or param in known))
+        return (param for param in self._groups if param in self._slots and (param.requires_grad or param in known))
 
 
-def _is_known(home: Home, value: Tensor) -> bool:
-    return home.numel > 0 or home.param.numel() == 0 or (value.ndim > 0 and len(home.shape) > 0)
+def _is_known(slot: ParamSlot, value: Tensor) -> bool:
+    return slot.numel > 0 or slot.param.numel() == 0 or (value.ndim > 0 and len(slot.shape) > 0)
 
 
-def _logical(home: Home, value: Tensor) -> Tensor:
-    """A state tensor of this rank's part of a parameter as one of the whole parameter."""
+def _logical(slot: ParamSlot, value: Tensor) -> Tensor:
+    """Convert a state tensor of this rank's part of a parameter to one of the whole parameter."""
     if value.ndim == 0:
         return value
-    if home.numel == home.param.numel():
-        return value.view(home.shape)
-    return LogicalTensor(value, home.shape, home.start) if home.shape else value.new_zeros(())
+    if slot.numel == slot.param.numel():
+        return value.view(slot.shape)
+    return LogicalTensor(value, slot.shape, slot.start) if slot.shape else value.new_zeros(())
 
 
 class ShardTable(dict[int, dict[str, Any]]):
-    """What `shards_of` gives, in a state dict of one of several ranks. To pickle it warns, once: trainers save what rank 0 has for all.
+    """The result of `shards_of` in a state dict of one of several ranks. Pickling it warns once: trainers save rank 0's part for all.
 
     Args:
         content: of it.
@@ -127,25 +127,25 @@ class ShardTable(dict[int, dict[str, Any]]):
         return ShardTable(deepcopy(dict(self), memo), self._warned)
 
 
-def shards_of(groups: Sequence[Group], homes: Mapping[Tensor, Home]) -> dict[int, dict[str, Any]]:
-    """For each parameter of a state dict, by its number: the elements, [start, start + numel) of the flattened one, that this rank has."""
+def shards_of(groups: Sequence[Group], slots: Mapping[Tensor, ParamSlot]) -> dict[int, dict[str, Any]]:
+    """Return, for each parameter of a state dict, the range [start, start + numel) of the flattened parameter that this rank has."""
     params = [param for group in groups for param in group["params"]]
     return {
-        number: {"start": homes[param].start, "numel": homes[param].numel, "shape": tuple(param.shape)}
+        number: {"start": slots[param].start, "numel": slots[param].numel, "shape": tuple(param.shape)}
         for number, param in enumerate(params)
-        if param in homes
+        if param in slots
     }
 
 
 def inside(
-    state_dict: Mapping[str, Any], groups: Sequence[Group], homes: Mapping[Tensor, Home], engine: Engine, *, keeps_frozen: bool
+    state_dict: Mapping[str, Any], groups: Sequence[Group], slots: Mapping[Tensor, ParamSlot], engine: Engine, *, keeps_frozen: bool
 ) -> tuple[dict[str, Any], Values]:
-    """A state dict as the optimizer inside takes it, and the float32 values in it: masters, or parameters with their Kahan compensations.
+    """Convert a state dict for the optimizer inside, and take out its float32 values: masters, or parameters with Kahan compensations.
 
     Args:
         state_dict: of a ShardedOptimizer on this rank, or with whole tensors: of one process, or of torch.distributed.checkpoint.
         groups: the param groups that it is going to be loaded into.
-        homes: of their parameters.
+        slots: of their parameters.
         engine: the optimizer inside.
         keeps_frozen: whether frozen parameters that it has no state of keep theirs.
 
@@ -159,7 +159,7 @@ def inside(
             f"the state dict has param groups of {sizes} parameters, the optimizer of {own_sizes}; build the same groups before loading"
         )
     shards: Mapping[int, Any] | None = state_dict.get(SHARDS)
-    own_shards = shards_of(groups, homes)
+    own_shards = shards_of(groups, slots)
     numbers = {id(local): number for number, local in enumerate(local for group in engine.param_groups for local in group["params"])}
     state: dict[int, Any] = {}
     values = Values()
@@ -167,38 +167,38 @@ def inside(
     inner_groups = []
     for index, (group, saved, own) in enumerate(zip(groups, saved_groups, engine.param_groups, strict=True)):
         for (param, name), key in zip(named_params(group, index), saved["params"], strict=True):
-            home = homes.get(param)
-            if home is not None and key in state_dict["state"]:
+            slot = slots.get(param)
+            if slot is not None and key in state_dict["state"]:
                 if shards is not None and shards.get(key) != own_shards[number]:
                     raise ValueError(
                         f"the state dict was saved with another sharding: of {name!r} it has {shards.get(key)}, this rank steps "
                         f"{own_shards[number]}; load the file of the same rank of as many ranks, or a whole state dict, of which each rank "
                         f"takes its part: of an optimizer in one process, or saved after optimizer.consolidate_state_dict()"
                     )
-                found = {name: _part(home, value, shards is None) for name, value in state_dict["state"][key].items()}
-                if home.kind.has_masters:
-                    values.take(home, found, state_dict["state"][key])
-                if home.local is not None:
-                    state[numbers[id(home.local)]] = {key: value for key, value in found.items() if key != MASTER}
-            elif keeps_frozen and not param.requires_grad and home is not None and home.local is not None and home.local in engine.state:
-                state[numbers[id(home.local)]] = engine.state[home.local]
+                found = {name: _part(slot, value, shards is None) for name, value in state_dict["state"][key].items()}
+                if slot.kind.has_masters:
+                    values.take(slot, found, state_dict["state"][key])
+                if slot.local is not None:
+                    state[numbers[id(slot.local)]] = {key: value for key, value in found.items() if key != MASTER}
+            elif keeps_frozen and not param.requires_grad and slot is not None and slot.local is not None and slot.local in engine.state:
+                state[numbers[id(slot.local)]] = engine.state[slot.local]
             number += 1
         inner_groups.append(without_params(saved) | {"params": [numbers[id(local)] for local in own["params"]]})
     return {"state": state, "param_groups": inner_groups}, values
 
 
-def _part(home: Home, value: Any, is_whole: bool) -> Any:
-    """This rank's part of a state tensor that is shaped like the parameter."""
+def _part(slot: ParamSlot, value: Any, is_whole: bool) -> Any:
+    """Return this rank's part of a state tensor that is shaped like the parameter."""
     if isinstance(value, LogicalTensor):
-        if home.local is not None and (value.start, value.local.numel(), value.shape) != (home.start, home.numel, home.shape):
+        if slot.local is not None and (value.start, value.local.numel(), value.shape) != (slot.start, slot.numel, slot.shape):
             raise ValueError(
-                f"the state dict was made for another sharding: of {home.name!r} it has {value!r}, this rank steps {home.numel} elements "
-                f"from {home.start} on of shape {tuple(home.shape)}; ask get_optimizer_state_dict of the optimizer into which you load, "
+                f"the state dict was made for another sharding: of {slot.name!r} it has {value!r}, this rank steps {slot.numel} elements "
+                f"from {slot.start} on of shape {tuple(slot.shape)}; ask get_optimizer_state_dict of the optimizer into which you load, "
                 f"and have torch.distributed.checkpoint.load fill that"
             )
         return value.local
-    if is_whole and isinstance(value, Tensor) and value.shape == home.shape and not (value.ndim == 0 and home.numel == 0):
-        return home.of_shard(value)
+    if is_whole and isinstance(value, Tensor) and value.shape == slot.shape and not (value.ndim == 0 and slot.numel == 0):
+        return slot.of_shard(value)
     return value
 
 
@@ -211,33 +211,33 @@ class Values:
         params: whole parameters, rounded from them, where other ranks' parts are known too.
     """
 
-    masters: dict[Home, Tensor] = field(default_factory=dict)
-    params: dict[Home, Tensor] = field(default_factory=dict)
+    masters: dict[ParamSlot, Tensor] = field(default_factory=dict)
+    params: dict[ParamSlot, Tensor] = field(default_factory=dict)
 
-    def take(self, home: Home, found: Mapping[str, Any], whole: Mapping[str, Any]) -> None:
-        """What a saved state says of the values of a parameter.
+    def take(self, slot: ParamSlot, found: Mapping[str, Any], whole: Mapping[str, Any]) -> None:
+        """Take the values of a parameter from a saved state.
 
         Args:
             found: this rank's part of it.
             whole: all of it that there is.
         """
         if MASTER in found:
-            if home.local is not None:
-                self.masters[home] = found[MASTER]
+            if slot.local is not None:
+                self.masters[slot] = found[MASTER]
             return
         # optimi has placeholders
         beside = {key: value for key, value in whole.items() if isinstance(value, Tensor) and value.is_floating_point()}
-        fmt = format_beside(home.kind.dtype, beside)
+        fmt = format_beside(slot.kind.dtype, beside)
         arrays = [beside[array.name] for array in fmt.extra]
         if not arrays:
             return
-        if all(type(array) is Tensor and array.shape == home.shape for array in arrays):
-            value = fmt.load(home.param.detach(), *arrays)
-            self.params[home] = value.to(home.kind.dtype)
-            if home.local is not None:
-                self.masters[home] = home.of_shard(value)
-        elif home.local is not None:
-            self.masters[home] = fmt.load(home.of_shard(home.param), *(found[array.name] for array in fmt.extra))
+        if all(type(array) is Tensor and array.shape == slot.shape for array in arrays):
+            value = fmt.load(slot.param.detach(), *arrays)
+            self.params[slot] = value.to(slot.kind.dtype)
+            if slot.local is not None:
+                self.masters[slot] = slot.of_shard(value)
+        elif slot.local is not None:
+            self.masters[slot] = fmt.load(slot.of_shard(slot.param), *(found[array.name] for array in fmt.extra))
 
     @torch.no_grad()
     def write(self) -> None:
@@ -246,11 +246,11 @@ class Values:
         torch.distributed.checkpoint writes to the masters themselves. Then there is nothing to set, and the parameters' values count where
         they are no rounded masters: a checkpoint without masters, loaded with a planner that allows it, left these as they were.
         """
-        for home, values in self.masters.items():
-            assert home.local is not None, "loaded for what this rank steps"
-            if values.data_ptr() == home.local.data_ptr():
+        for slot, values in self.masters.items():
+            assert slot.local is not None, "loaded for what this rank steps"
+            if values.data_ptr() == slot.local.data_ptr():
                 continue
-            home.local.copy_(values)
-            home.bucket.shard[home.in_shard].copy_(values)
-        for home, values in self.params.items():
-            home.param.copy_(values)
+            slot.local.copy_(values)
+            slot.bucket.shard[slot.in_shard].copy_(values)
+        for slot, values in self.params.items():
+            slot.param.copy_(values)

@@ -44,7 +44,7 @@ class Box:
 
 
 def boxes(shape: Sequence[int], start: int, numel: int) -> list[Box]:
-    """The boxes that make up elements [start, start + numel) of a row-major tensor, in the order of their elements.
+    """Return the boxes that make up elements [start, start + numel) of a row-major tensor, in the order of their elements.
 
     >>> [(box.offsets, box.sizes) for box in boxes((4, 3), 2, 8)]
     [((0, 2), (1, 1)), ((1, 0), (2, 3)), ((3, 0), (1, 1))]
@@ -70,7 +70,7 @@ def _in_row(shape: Sequence[int], index: int, start: int, numel: int) -> list[Bo
 
 
 class LogicalTensor(Tensor):
-    """A whole tensor, as far as this rank has it. It can be copied, moved to another device, saved and loaded, and nothing else.
+    """A whole tensor of which this rank has a part. It can only be copied, moved to another device, saved and loaded.
 
     Attributes:
         local: what this rank has: (n,). Loading writes here.
@@ -168,7 +168,7 @@ COPIES = {
 def gathered(
     state: Mapping[int, Mapping[str, Tensor]], process_group: dist.ProcessGroup | None, *, keep: bool, to_cpu: bool
 ) -> dict[int, dict[str, Tensor]]:
-    """Logical state as ordinary whole tensors. A collective.
+    """Gather logical state to ordinary whole tensors. A collective.
 
     Args:
         state: by the numbers of the parameters.
@@ -206,7 +206,7 @@ def gathered(
 def _gathered(
     part: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device, process_group: dist.ProcessGroup | None
 ) -> Tensor:
-    """Bytes are added up, of which all but one rank have zeros, so that every bit arrives."""
+    """Sum bytes, of which all ranks but one have zeros, so that every bit arrives."""
     whole = torch.zeros(math.prod(shape), dtype=dtype, device=device)
     if isinstance(part, LogicalTensor):
         whole[part.start : part.start + part.local.numel()] = part.local

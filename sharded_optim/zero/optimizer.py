@@ -3,9 +3,9 @@
     backward -> buckets of gradients -> reduce-scatter -> observe      (reduction.py; while backward goes on)
     step     -> agree -> update this rank's shards -> all-gather       (engine.py, gathering.py; the last while the next forward goes on)
 
-Every rank keeps whole parameters, which lie end to end in flat buckets (buckets.py, housing.py), and a shard of everything else. What the
-optimizer inside steps is, for each parameter, the part of it in this rank's shard, as a tensor of its own: so a parameter may lack a
-gradient, has its own step counter and belongs to any param group, and segments tell what lies where as under every other wrapper.
+Every rank keeps whole parameters, which lie end to end in flat buckets (sharding/buckets.py, bucket_layout.py), and a shard of all else. The
+optimizer inside steps, for each parameter, the part in this rank's shard, as a tensor of its own: so a parameter may lack a gradient, has its
+own step counter and belongs to any param group. Segments describe these parts as under every other wrapper.
 
 ZeRO: Rajbhandari et al. 2020, arXiv 1910.02054.
 """
@@ -37,11 +37,11 @@ from sharded_optim.step.param_groups import follow_names
 from sharded_optim.step.state import asked_by_distributed_checkpoint, called_to_allocate, steps_to_allocate
 from sharded_optim.zero import local_state, logical
 from sharded_optim.zero.arguments import check_defaults, check_options, groups_of, tensors_of, unwrapped
-from sharded_optim.zero.bucket import Bucket, Home
+from sharded_optim.zero.bucket import Bucket, ParamSlot
+from sharded_optim.zero.bucket_layout import BucketLayout, Group, check_params, unit_of, without_params
 from sharded_optim.zero.ddp import are_under_ddp
 from sharded_optim.zero.forward import ForwardHooks
 from sharded_optim.zero.gathering import Gatherer
-from sharded_optim.zero.housing import Group, Housing, check_params, unit_of, without_params
 from sharded_optim.zero.placeholder import GRAD_SCALER
 from sharded_optim.zero.reduction import Reducer
 from sharded_optim.zero.topology import Topology
@@ -125,8 +125,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._join_guard = JoinGuard()
         self._late: set[Bucket] = set()  # that no module had waited for when the backward pass began
         self._number = next(_numbers)
-        self._used: set[Home] = set()  # the parameters that have had a gradient, on any rank, since the last step
-        self._stepped: set[Home] = set()  # and that the last step has stepped
+        self._used: set[ParamSlot] = set()  # the parameters that have had a gradient, on any rank, since the last step
+        self._stepped: set[ParamSlot] = set()  # and that the last step has stepped
         description, device = (), torch.device("cpu")
         try:
             check_options(stage, bucket_mb, reduce_dtype)
@@ -158,11 +158,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         )
         try:
             bucket_bytes = default_bucket_bytes(shard_group.size) if bucket_mb is None else int(bucket_mb * 2**20)
-            self._housing = Housing(shard_group=shard_group, bucket_bytes=bucket_bytes, defaults=options)
+            self._bucket_layout = BucketLayout(shard_group=shard_group, bucket_bytes=bucket_bytes, defaults=options)
             _finish_others(groups)
-            self._housing.move_in(groups)
-            inside = [self._housing.group_inside(group, index) for index, group in enumerate(groups)]
-            self._engine = optimizer_class(inside, process_group=topology.given, layout=self._housing.layout, **options)
+            self._bucket_layout.move_in(groups)
+            inside = [self._bucket_layout.group_inside(group, index) for index, group in enumerate(groups)]
+            self._engine = optimizer_class(inside, process_group=topology.given, layout=self._bucket_layout.layout, **options)
         except Exception as failure:
             raise_together(failure, None, topology.all_ranks)
             raise
@@ -176,23 +176,23 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._gradient_hooks: list[Callable[[], None]] = []  # what removes them, and what they leave
         self._hooks: list[Callable[[], None]] = [partial(_call_and_drop, self._gradient_hooks)]  # likewise, of all
         if self._overlaps and module is not None:
-            self._hooks.append(ForwardHooks(unwrapped(module), self._gatherer, self._housing.homes).release)
-        finalize(self, _let_go, self._hooks, self._housing).atexit = False  # then process groups may be gone, and nobody needs it
-        self._take_up(self._housing.buckets)
+            self._hooks.append(ForwardHooks(unwrapped(module), self._gatherer, self._bucket_layout.slots).release)
+        finalize(self, _let_go, self._hooks, self._bucket_layout).atexit = False  # then process groups may be gone, and nobody needs it
+        self._take_up(self._bucket_layout.buckets)
 
     # ------------------------------------------------------------------------------------------------------------------ parameters
 
     def _outside(self, groups: Sequence[Group], inside: Sequence[Group]) -> list[Group]:
-        """Param groups of the model's parameters, with the hyperparameters that the optimizer inside has made of what was given."""
+        """Return param groups of the model's parameters with the hyperparameters of the optimizer inside."""
         return [without_params(own) | {"params": group["params"]} for group, own in zip(groups, inside, strict=True)]
 
     def _description(self) -> list[tuple[object, ...]]:
-        """What must be the same on every rank."""
-        return [(home.name, tuple(home.shape), home.kind.dtype, home.offset) for home in self._housing.homes.values()]
+        """Describe everything that must be equal on every rank."""
+        return [(slot.name, tuple(slot.shape), slot.kind.dtype, slot.offset) for slot in self._bucket_layout.slots.values()]
 
     def _take_up(self, buckets: Sequence[Bucket]) -> None:
-        """Begin with these: give all ranks the first one's values, and take gradients from now on."""
-        for other in _owners([home.param for bucket in buckets for home in bucket.homes]):
+        """Start to manage these buckets: broadcast rank 0's values, and take gradients from now on."""
+        for other in _owners([slot.param for bucket in buckets for slot in bucket.slots]):
             if other is not self:
                 other._supersede()
         _living.add(self)
@@ -202,21 +202,21 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 dist.broadcast(bucket.values, group_src=0, group=self._topology.all_ranks)
             if bucket.masters is not None:
                 bucket.masters.copy_(bucket.shard)
-            for home in bucket.homes:
-                home.version = home.param._version
+            for slot in bucket.slots:
+                slot.version = slot.param._version
                 if not self._slices:
-                    hook = home.param.register_post_accumulate_grad_hook(partial(_ready, ref(self)))
-                    home.identity = home.param._cdata
-                    self._gradient_hooks += [hook.remove, home.remove_placeholder]
+                    hook = slot.param.register_post_accumulate_grad_hook(partial(_ready, ref(self)))
+                    slot.identity = slot.param._cdata
+                    self._gradient_hooks += [hook.remove, slot.remove_placeholder]
 
     def _supersede(self) -> None:
-        """Another optimizer has taken over parameters of this one."""
+        """Stop, as another optimizer has taken over parameters of this one."""
         self._superseded = True
         _living.discard(self)
         _call_and_drop(self._hooks)
 
     def add_param_group(self, param_group: Group) -> None:
-        """As in torch; on every rank. Its parameters get buckets of their own.
+        """Add a param group as torch does; on every rank. Its parameters get buckets of their own.
 
         Raises:
             ValueError: see the class; nothing was added.
@@ -231,19 +231,19 @@ class ShardedOptimizer(torch.optim.Optimizer):
         index, buckets = len(self.param_groups), []
         try:
             group, *_ = groups_of([param_group])
-            known = [home for param, home in self._housing.homes.items() if any(each is param for each in tensors_of(group))]
+            known = [slot for param, slot in self._bucket_layout.slots.items() if any(each is param for each in tensors_of(group))]
             if known:
                 raise ValueError(f"parameter {known[0].name!r} appears twice; give each parameter once")
-            buckets = self._housing.move_in([group], first=index)
-            self._engine.add_param_group(self._housing.group_inside(group, index))
+            buckets = self._bucket_layout.move_in([group], first=index)
+            self._engine.add_param_group(self._bucket_layout.group_inside(group, index))
         except Exception as failure:
-            self._housing.move_out(buckets)
+            self._bucket_layout.move_out(buckets)
             raise_together(failure, None, self._topology.all_ranks)
             raise
         try:
             raise_together(None, self._description(), self._topology.all_ranks)
         except ValueError:
-            self._housing.move_out(buckets)
+            self._bucket_layout.move_out(buckets)
             del self._engine.param_groups[index:]
             raise
         (outside,) = self._outside([group], self._engine.param_groups[index:])
@@ -257,35 +257,35 @@ class ShardedOptimizer(torch.optim.Optimizer):
         Those that are equal on all ranks are their own average, to the last bit.
         """
         # Another one, so that all ranks ask anew what the others hold, also those that have nothing of these parameters.
-        self._engine.layout = replace(self._housing.layout)
+        self._engine.layout = replace(self._bucket_layout.layout)
         self._take_up(buckets)
         if self._slices:
             return
-        homes = [home for bucket in buckets for home in bucket.homes]
+        slots = [slot for bucket in buckets for slot in bucket.slots]
         rows: list[Any] = [None] * dist.get_world_size(self._topology.all_ranks)
-        dist.all_gather_object(rows, [_hash(home.own_grad) for home in homes], group=self._topology.all_ranks)
-        differing = [home for home, *hashes in zip(homes, *rows, strict=True) if len(set(hashes)) > 1]
+        dist.all_gather_object(rows, [_hash(slot.own_grad) for slot in slots], group=self._topology.all_ranks)
+        differing = [slot for slot, *hashes in zip(slots, *rows, strict=True) if len(set(hashes)) > 1]
         if differing:
             self._reducer.run_round(differing)
 
     def _take_up_unfrozen(self) -> None:
-        """Give parameters that have become trainable buckets."""
-        groups = self._housing.unfrozen(self.param_groups)
+        """Create buckets for parameters that have become trainable."""
+        groups = self._bucket_layout.unfrozen(self.param_groups)
         if not any(group["params"] for group in groups):
             return
         buckets: list[Bucket] = []
         try:
-            buckets = self._housing.move_in(groups)
+            buckets = self._bucket_layout.move_in(groups)
         except Exception as failure:
             raise_together(failure, None, self._topology.all_ranks)
             raise
         try:
             raise_together(None, self._description(), self._topology.all_ranks)
         except ValueError:
-            self._housing.move_out(buckets)
+            self._bucket_layout.move_out(buckets)
             raise
         for index, (group, inside) in enumerate(zip(groups, self._engine.param_groups, strict=True)):
-            for name, local in self._housing.stepped(group, index):
+            for name, local in self._bucket_layout.stepped(group, index):
                 inside["params"].append(local)
                 inside["param_names"].append(name)
         self._take_up_late(buckets)
@@ -304,29 +304,29 @@ class ShardedOptimizer(torch.optim.Optimizer):
         finally:
             self._reducer.synchronizes = before
 
-    def _ready(self, home: Home) -> None:
-        """A parameter has its gradient; in backward."""
+    def _ready(self, slot: ParamSlot) -> None:
+        """Take a parameter's gradient, in backward."""
         if not self._looked_for_ddp:
             self._looked_for_ddp = True
-            self._slices = are_under_ddp(self._housing.homes.values())
+            self._slices = are_under_ddp(self._bucket_layout.slots.values())
         if self._slices:
             _call_and_drop(self._gradient_hooks)
             return
         if self._reducer.synchronizes and not self._reducer.is_open:
             # Other ranks may wait for the answer that this one has their parameters, before they bring gradients.
-            self._late = set(self._gatherer.wait_for_all(self._housing.buckets, settles=False))
-        if home.bucket in self._late:
+            self._late = set(self._gatherer.wait_for_all(self._bucket_layout.buckets, settles=False))
+        if slot.bucket in self._late:
             raise RuntimeError(
-                f"{home.name!r} was used before its new values had come from the other ranks, other than by the forward pass of the module "
+                f"{slot.name!r} was used before its new values had come from the other ranks, other than by the forward pass of the module "
                 f"that holds it, or of one that contains that; call optimizer.wait() before, or build with overlap=False"
             )
-        self._reducer.ready(home)
+        self._reducer.ready(slot)
 
     def _arrived(self, bucket: Bucket) -> None:
         """The averaged gradients of a bucket are there."""
-        for home in bucket.homes:
-            if home.local is not None and home in self._stepped:
-                home.local.grad = home.grad
+        for slot in bucket.slots:
+            if slot.local is not None and slot in self._stepped:
+                slot.local.grad = slot.grad
         self._engine.observe_unit(unit_of(bucket))
 
     def join_hook(self, **_: Any) -> Any:
@@ -334,49 +334,49 @@ class ShardedOptimizer(torch.optim.Optimizer):
         raise ValueError(JOIN_REFUSED)
 
     def finish_reduction(self) -> None:
-        """Return when the gradients of the backward passes so far are averaged."""
+        """Wait until the gradients of all backward passes so far are averaged."""
         self._reducer.finish()
 
-    def _gradients(self) -> set[Home]:
-        """Give what is stepped its gradients.
+    def _gradients(self) -> set[ParamSlot]:
+        """Give the stepped parts their gradients.
 
         Returns:
             Those of all parameters that have a gradient, on whatever rank.
         """
-        homes = self._housing.homes.values()
+        slots = self._bucket_layout.slots.values()
         if not self._slices:
             self._reducer.finish()
-            has_any = self._reducer.rounds or self._used or any(home.own_grad is not None for home in homes)
+            has_any = self._reducer.rounds or self._used or any(slot.own_grad is not None for slot in slots)
             if self._reducer.has_unreduced or not has_any:  # without any, other ranks may have some
                 self._reducer.run_round()
             self._used |= self._reducer.collect()
-        for home in homes:
-            if home.local is not None:
-                home.local.grad = home.grad if home in self._used else None
-        assigned = [home for home in homes if home.own_grad is not None]
-        for home in assigned:
-            if home in self._used:
+        for slot in slots:
+            if slot.local is not None:
+                slot.local.grad = slot.grad if slot in self._used else None
+        assigned = [slot for slot in slots if slot.own_grad is not None]
+        for slot in assigned:
+            if slot in self._used:
                 raise ValueError(
-                    f"{home.name!r} has a gradient of its own beside the one that was averaged in backward, assigned later or by another "
+                    f"{slot.name!r} has a gradient of its own beside the one that was averaged in backward, assigned later or by another "
                     f"wrapper; assign gradients without a backward pass, or give the wrapped model to ShardedOptimizer"
                 )
-            if home.local is not None and home.own_grad is not None:
-                home.local.grad = home.of_shard(home.own_grad).to(home.local.dtype)
+            if slot.local is not None and slot.own_grad is not None:
+                slot.local.grad = slot.of_shard(slot.own_grad).to(slot.local.dtype)
         return self._used.union(assigned)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget all gradients. `set_to_none` makes no difference: those in buckets are gone."""
+        """Drop all gradients. `set_to_none` makes no difference: gradients in buckets are gone."""
         super().zero_grad(set_to_none=True)
         self._reducer.forget()
         self._use_up()
         self._engine.zero_grad(set_to_none=True)
 
     def _use_up(self) -> None:
-        """Forget the gradients in the buckets: `model.zero_grad()` does not reach them."""
+        """Drop the gradients in the buckets, which `model.zero_grad()` does not reach."""
         self._used = set()
-        for home in self._housing.homes.values():
-            home.remove_placeholder()
-        for bucket in self._housing.buckets:
+        for slot in self._bucket_layout.slots.values():
+            slot.remove_placeholder()
+        for bucket in self._bucket_layout.buckets:
             bucket.has_gradient = False
 
     @torch.no_grad()
@@ -392,9 +392,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
             RuntimeError: it is not finite and `error_if_nonfinite`; on every rank.
         """
         used = self._gradients()
-        in_order = [home for home in self._housing.homes.values() if home in used]  # so that the norm has the same bits in every run
-        local = [home.local.grad for home in in_order if home.local is not None and home.local.grad is not None]
-        device = next(iter(self._housing.homes.values())).kind.device
+        in_order = [slot for slot in self._bucket_layout.slots.values() if slot in used]  # so that the norm has the same bits in every run
+        local = [slot.local.grad for slot in in_order if slot.local is not None and slot.local.grad is not None]
+        device = next(iter(self._bucket_layout.slots.values())).kind.device
         norms = [torch.linalg.vector_norm(grad, norm_type, dtype=torch.float64) for grad in local]
         is_max = norm_type == float("inf")
         if is_max:
@@ -420,12 +420,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def scale_gradients(self, factor: Tensor) -> None:
         """Multiply all gradients of this rank, which are those in buckets and those that were assigned."""
-        for bucket in self._housing.buckets:
+        for bucket in self._bucket_layout.buckets:
             if bucket.has_gradient:
                 bucket.grads.mul_(factor)
-        for home in self._housing.homes.values():
-            if home.own_grad is not None:
-                home.own_grad.mul_(factor)
+        for slot in self._bucket_layout.slots.values():
+            if slot.own_grad is not None:
+                slot.own_grad.mul_(factor)
 
     # ------------------------------------------------------------------------------------------------------------------------ step
 
@@ -456,11 +456,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._consolidated = None
         self.wait()
         self._take_up_unfrozen()
-        self._housing.bring_home()
+        self._bucket_layout.rebind()
         used = self._gradients()
         for outside, inside in zip(self.param_groups, self._engine.param_groups, strict=True):
             inside |= without_params(outside)
-        self._gatherer.begin(self._housing.buckets, {home.bucket for home in used})
+        self._gatherer.begin(self._bucket_layout.buckets, {slot.bucket for slot in used})
         try:
             with self._grad_scaler():
                 self._engine.step()
@@ -475,13 +475,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return loss
 
     def wait(self) -> None:
-        """Return when all parameters have their new values, and may be written to, as the other ranks have theirs too. On every rank."""
-        self._gatherer.wait_for_all(self._housing.buckets, settles=True)
+        """Wait until all parameters have their new values on all ranks, and may be written to. Call it on every rank."""
+        self._gatherer.wait_for_all(self._bucket_layout.buckets, settles=True)
 
     def _refuse(self) -> None:
         """Raise ValueError where a step would be silently wrong, or wait for ranks that do not take part."""
         if self._slices and self._topology.all_ranks is not None:
-            self._join_guard.check(self._housing.homes, len(self._housing.homes))
+            self._join_guard.check(self._bucket_layout.slots, len(self._bucket_layout.slots))
         if self._superseded:
             raise ValueError(
                 "another ShardedOptimizer has taken over parameters of this one; step the newer one, or build one for all of them"
@@ -491,7 +491,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     @contextmanager
     def _grad_scaler(self) -> Iterator[None]:
-        """Hand on what GradScaler says."""
+        """Pass GradScaler's values on to the optimizer inside."""
         told = {name: getattr(self, name) for name in ("grad_scale", "found_inf") if hasattr(self, name)}
         for name, value in told.items():
             setattr(self._engine, name, value)
@@ -505,26 +505,26 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     @property
     def state(self) -> local_state.LocalState:
-        """For each parameter that this rank steps a part of, the state of that part: 1-D tensors, and the step counter.
+        """The state of the parts that this rank steps, by parameter: 1-D tensors, and the step counter.
 
         For torch.distributed.checkpoint of every parameter that is trainable or has state, as whole tensors.
         """
         asked = asked_by_distributed_checkpoint()
         if asked is None:
-            return local_state.LocalState(self._engine, self._housing.homes)
+            return local_state.LocalState(self._engine, self._bucket_layout.slots)
         if called_to_allocate():
             self._complete_state()
-        return local_state.LogicalState(self._engine, self._housing.homes, self.param_groups, template=asked.template)
+        return local_state.LogicalState(self._engine, self._bucket_layout.slots, self.param_groups, template=asked.template)
 
     @state.setter
     def state(self, _: object) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Torch's constructor sets it."""
+        """Ignore the state that torch's constructor sets."""
 
     def init_state(self) -> None:
-        """Allocate the state of what this rank steps and is trainable: what the first step does for what has a gradient."""
-        for home in self._housing.homes.values():
-            if home.local is not None:
-                home.local.requires_grad_(home.param.requires_grad)
+        """Allocate the state of all trainable parts of this rank, as the first step does for those with a gradient."""
+        for slot in self._bucket_layout.slots.values():
+            if slot.local is not None:
+                slot.local.requires_grad_(slot.param.requires_grad)
         self._engine.init_state()
 
     def _complete_state(self) -> None:
@@ -556,7 +556,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             return whole
         if self._consolidated is not None:
             return super().state_dict() | {"state": self._consolidated}
-        shards = local_state.shards_of(self.param_groups, self._housing.homes)
+        shards = local_state.shards_of(self.param_groups, self._bucket_layout.slots)
         if self._topology.shard_group is not None:
             shards = local_state.ShardTable(shards, self._warned_of_saving)
         return super().state_dict() | {local_state.SHARDS: shards}
@@ -579,7 +579,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"to must be a rank of the optimizer's process group, 0 to {count - 1}, got {to}")
         self._complete_state()
         numbers = {param: number for number, param in enumerate(param for each in self.param_groups for param in each["params"])}
-        known = local_state.LogicalState(self._engine, self._housing.homes, self.param_groups, template=False)
+        known = local_state.LogicalState(self._engine, self._bucket_layout.slots, self.param_groups, template=False)
         is_wanted = group is None or dist.get_rank(group) == to
         state = {numbers[param]: values for param, values in known.items()}
         whole = logical.gathered(state, self._topology.shard_group, keep=is_wanted, to_cpu=True)
@@ -602,7 +602,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         values = local_state.Values()
         try:
             keeps_frozen = asked_by_distributed_checkpoint() is not None  # which leaves their state out, and has loaded it in place
-            inside, values = local_state.inside(state_dict, self.param_groups, self._housing.homes, self._engine, keeps_frozen=keeps_frozen)
+            inside, values = local_state.inside(
+                state_dict, self.param_groups, self._bucket_layout.slots, self._engine, keeps_frozen=keeps_frozen
+            )
             self._engine.load_state_dict(inside)
         except Exception as error:
             failure = error
@@ -630,15 +632,15 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return self._engine.skipped_steps
 
     def metrics(self) -> dict[str, float]:
-        """What the last step found, reduced over all ranks; see the optimizer inside."""
+        """Return metrics of the last step, reduced over all ranks; see the optimizer inside."""
         return self._engine.metrics()
 
     def report_per_parameter_metrics(self, param: Tensor, name: str, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
         """As of the optimizer inside, of the part of a parameter that this rank steps."""
-        home = self._housing.homes.get(param)
-        if home is None or home.local is None:
+        slot = self._bucket_layout.slots.get(param)
+        if slot is None or slot.local is None:
             return optimizer_metrics
-        return self._engine.report_per_parameter_metrics(home.local, name, optimizer_metrics)
+        return self._engine.report_per_parameter_metrics(slot.local, name, optimizer_metrics)
 
     def pre_reduce_metrics(self, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
         """As of the optimizer inside."""
@@ -649,7 +651,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return self._engine.dist_reduce_metrics(optimizer_metrics)
 
     def __repr__(self) -> str:
-        spread = f"stage {self.stage}, {self._housing.shards} shards, {self._topology.replicas} replicas"
+        spread = f"stage {self.stage}, {self._bucket_layout.shards} shards, {self._topology.replicas} replicas"
         return super().__repr__().removesuffix(")") + f"inside: {type(self._engine).__name__}, {spread}\n)"
 
 
@@ -657,7 +659,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
 
 def _arrived(optimizer: ref[ShardedOptimizer], bucket: Bucket) -> None:
-    """The averaged gradients of a bucket are there."""
+    """Observe a bucket whose averaged gradients have arrived."""
     found = optimizer()
     if found is not None:
         found._arrived(bucket)
@@ -667,25 +669,25 @@ def _ready(optimizer: ref[ShardedOptimizer], param: Tensor) -> None:
     """A post-accumulate-grad hook."""
     found = optimizer()
     if found is not None:
-        found._ready(found._housing.homes[param])
+        found._ready(found._bucket_layout.slots[param])
 
 
 def _hash(grad: Tensor | None) -> int | None:
-    """Of a gradient's bits; but 0 of a sparse one, which the reduction refuses."""
+    """Hash the bits of a gradient; 0 of a sparse one, which the reduction refuses."""
     if grad is None:
         return None
     return int(position_hashes([grad])) if grad.layout == torch.strided else 0
 
 
 def _owners(params: Iterable[Tensor]) -> list[ShardedOptimizer]:
-    """The optimizers that have any of these parameters in their buckets, in the order in which they were made."""
+    """Return the optimizers that have any of these parameters in their buckets, in the order of their creation."""
     params = list(params)
-    found = [each for each in _living if any(param in each._housing.homes for param in params)]
+    found = [each for each in _living if any(param in each._bucket_layout.slots for param in params)]
     return sorted(found, key=lambda owner: owner._number)
 
 
 def _finish_others(groups: Sequence[Group]) -> None:
-    """Wait for what other optimizers have begun with the parameters of these groups, or whatever it was, if they are gone."""
+    """Wait for transfers of these parameters that other optimizers have begun, also those that are gone."""
     for owner in _owners(param for group in groups for param in tensors_of(group)):
         owner.wait()
     for hooks in list(ForwardHooks.released):
@@ -697,9 +699,9 @@ def _call_and_drop(functions: list[Callable[[], None]]) -> None:
         functions.pop()()
 
 
-def _let_go(hooks: list[Callable[[], None]], housing: Housing) -> None:
-    """When an optimizer is gone: remove its hooks, and free its buckets at once, but for those of which transfers go on."""
+def _let_go(hooks: list[Callable[[], None]], bucket_layout: BucketLayout) -> None:
+    """Clean up after an optimizer: remove its hooks, and free its buckets, except those with running transfers."""
     _call_and_drop(hooks)
-    for bucket in housing.buckets:
+    for bucket in bucket_layout.buckets:
         if bucket.gathering.has_ended():
-            bucket.homes.clear()
+            bucket.slots.clear()

@@ -1,4 +1,4 @@
-"""Backward passes, one inside the other: which of them run, and how each has ended.
+"""Track nested backward passes: which of them run, and how each has ended.
 
 A reentrant checkpoint runs a backward pass inside that of the model. Autograd says which pass runs, but not which one that is inside of,
 nor that an exception has ended one. Used by `reduction.py`. Tried with torch 2.11 and 2.13.

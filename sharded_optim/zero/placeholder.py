@@ -1,4 +1,4 @@
-"""What `param.grad` is while the gradient lies in a bucket, cut over the ranks.
+"""The stand-in for `param.grad` while the gradient is in a bucket, sharded over the ranks.
 
 None would say that there is no gradient: torch.nn.utils.clip_grad_norm_, which frameworks call by themselves, would clip nothing and say
 nothing. The placeholder has a shape and no memory, and raises an error where anybody computes with it.
@@ -46,7 +46,7 @@ class GradientInBucket(Tensor):
         return made
 
     def take_added(self) -> Tensor | None:
-        """What has been added, no longer kept here."""
+        """Remove and return the gradient that was added."""
         added, self.added = self.added, None
         return added
 
@@ -85,7 +85,7 @@ for _name in MEMORY:
 
 
 def _is_called_by_autograd() -> bool:
-    """Whether a backward pass computes by itself, and not a hook that it has called."""
+    """Return whether autograd itself is computing, and not a hook that it has called."""
     if torch._C._current_graph_task_id() < 0:
         return False
     caller = sys._getframe(1).f_back
@@ -93,7 +93,7 @@ def _is_called_by_autograd() -> bool:
 
 
 def _placeholders(given: object) -> Iterator[GradientInBucket]:
-    """Those among arguments."""
+    """Return the placeholders among arguments."""
     if isinstance(given, GradientInBucket):
         yield given
     elif isinstance(given, list | tuple):

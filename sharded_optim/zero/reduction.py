@@ -1,4 +1,4 @@
-"""Gradients on their way from backward to the ranks that step them.
+"""Reduce gradients from backward to the ranks that step them.
 
     hook of a parameter -> its bucket's contents -> reduce-scatter (-> all-reduce over replicas) -> this rank's shard of the average
 
@@ -24,7 +24,7 @@ from torch import Tensor
 from sharded_optim.sharding.buckets import IN_FLIGHT
 from sharded_optim.step.coefficients import known_on_host
 from sharded_optim.zero import transfers
-from sharded_optim.zero.bucket import Bucket, Home
+from sharded_optim.zero.bucket import Bucket, ParamSlot
 from sharded_optim.zero.passes import Passes
 from sharded_optim.zero.transfers import ShardGroup, Transfer
 
@@ -32,14 +32,14 @@ __all__ = ["Pool", "Reducer"]
 
 
 class Pool:
-    """Flat buffers that are used again: memory that is new has to be mapped page by page."""
+    """A pool of flat buffers: new memory would have to be mapped page by page."""
 
     def __init__(self, make: Callable[[int, torch.dtype, torch.device], Tensor]) -> None:
         self._make = make
         self._free: list[tuple[Tensor, Transfer]] = []
 
     def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Anything in (numel,)."""
+        """Return an uninitialised buffer: (numel,)."""
         size = numel * dtype.itemsize
         fitting = [each for each in self._free if each[0].device == device and each[0].untyped_storage().nbytes() >= size]
         # One that is too small is let go, so that there are never more than were in use together.
@@ -51,7 +51,7 @@ class Pool:
         return torch.empty(0, dtype=dtype, device=device).set_(buffer.untyped_storage(), 0, (numel,), (1,))
 
     def give(self, buffer: Tensor, transfer: Transfer) -> None:
-        """Back; to be used again when the transfer has ended for other ranks too."""
+        """Give a buffer back, to be used again when the transfer has ended for other ranks too."""
         self._free.append((buffer, transfer))
 
 
@@ -100,23 +100,23 @@ class Reducer:
         self.is_open = False
         self._passes = Passes(WeakMethod(self._pass_ended))
         self._left: deque[Bucket] = deque()  # of the open round, not yet being reduced
-        self._used: set[Home] = set()  # whose gradients this rank brings to the open round
-        self._repeated: dict[Home, Tensor] = {}  # further gradients, for which a round is to be run
+        self._used: set[ParamSlot] = set()  # whose gradients this rank brings to the open round
+        self._repeated: dict[ParamSlot, Tensor] = {}  # further gradients, for which a round is to be run
         self._in_flight: deque[_Reduction] = deque()
         self._unsettled: list[Transfer] = []  # of contents that are not the pool's
         self._told: list[_Told] = []
-        self._found: set[Home] = set()  # that had a gradient on any rank, as far as it is known
+        self._found: set[ParamSlot] = set()  # that had a gradient on any rank, as far as it is known
 
     # ---------------------------------------------------------------------------------------------------------------- in backward
 
-    def ready(self, home: Home) -> None:
+    def ready(self, slot: ParamSlot) -> None:
         """Take the gradient of a parameter from it: a post-accumulate-grad hook.
 
         Raises:
             RuntimeError: the backward pass before this one did not end, or other ranks did not take part.
         """
-        if home.own_grad is None:
-            home.param.grad = home.placeholder.take_added()
+        if slot.own_grad is None:
+            slot.param.grad = slot.placeholder.take_added()
         if not self.synchronizes:
             self.has_unreduced = True
             return
@@ -125,16 +125,16 @@ class Reducer:
         self._passes.enter()
         if not self.is_open:
             for bucket in self.buckets:  # so that autograd need not add to it
-                for each in bucket.homes:
+                for each in bucket.slots:
                     each.remove_placeholder()
             self._open()
-        if home in self._used and home.bucket not in self._left:
-            grad = home.own_grad
+        if slot in self._used and slot.bucket not in self._left:
+            grad = slot.own_grad
             assert grad is not None, "a hook is called with one"
-            self._repeated[home] = self._repeated[home] + grad if home in self._repeated else grad
-            home.param.grad = home.placeholder
+            self._repeated[slot] = self._repeated[slot] + grad if slot in self._repeated else grad
+            slot.param.grad = slot.placeholder
             return
-        self._fill(home)
+        self._fill(slot)
         while self._left and self._is_full(self._left[0]):
             self._launch(self._left.popleft())
 
@@ -148,12 +148,12 @@ class Reducer:
             f"which the other ranks wait; let the exception end the job"
         )
 
-    def run_round(self, homes: Iterable[Home] = ()) -> None:
-        """A round outside of backward: with the gradients of these parameters, and those that passes without synchronization have left."""
+    def run_round(self, slots: Iterable[ParamSlot] = ()) -> None:
+        """Run a round outside of backward, with gradients that passes without synchronization have left."""
         self._open()
-        for home in homes:
-            if home.own_grad is not None or home in self._repeated:
-                self._fill(home)
+        for slot in slots:
+            if slot.own_grad is not None or slot in self._repeated:
+                self._fill(slot)
         self._close()
 
     def _open(self) -> None:
@@ -164,50 +164,50 @@ class Reducer:
         self.is_open = True
         self._round += 1
         self._used = set()
-        self._left = deque(bucket for bucket in self.buckets if any(home.param.requires_grad for home in bucket.homes))
+        self._left = deque(bucket for bucket in self.buckets if any(slot.param.requires_grad for slot in bucket.slots))
 
     def _close(self) -> None:
-        """Reduce what is left, and tell the other ranks what was used."""
-        homes = [home for bucket in self.buckets for home in bucket.homes]
-        for home in [home for bucket in self._left for home in bucket.homes] if self.has_unreduced else ():
-            if home not in self._used and home.own_grad is not None:
-                self._fill(home)
+        """Reduce the rest of the buckets, and exchange which parameters had gradients."""
+        slots = [slot for bucket in self.buckets for slot in bucket.slots]
+        for slot in [slot for bucket in self._left for slot in bucket.slots] if self.has_unreduced else ():
+            if slot not in self._used and slot.own_grad is not None:
+                self._fill(slot)
         while self._left:
             self._launch(self._left.popleft())
         last = [self._shard_group.serial, bool(self._repeated)]
-        used = torch.tensor([home in self._used for home in homes] + last, dtype=torch.int32)
-        told = used.to(homes[0].param.device, non_blocking=True)
+        used = torch.tensor([slot in self._used for slot in slots] + last, dtype=torch.int32)
+        told = used.to(slots[0].param.device, non_blocking=True)
         what = f"which gradients there are, of {self.buckets[0].named} and all others,"
         transfer = transfers.all_reduce(told, self._all_ranks, what)
-        is_known = len(self._used) == len(homes) and not self._repeated
-        self._told.append(_Told(transfer=transfer, counts=told, homes=homes, is_known=is_known))
+        is_known = len(self._used) == len(slots) and not self._repeated
+        self._told.append(_Told(transfer=transfer, counts=told, slots=slots, is_known=is_known))
         self.is_open = False
         self.has_unreduced = False
         self.rounds += 1
 
     def _is_full(self, bucket: Bucket) -> bool:
-        return all(home in self._used or not home.param.requires_grad for home in bucket.homes)
+        return all(slot in self._used or not slot.param.requires_grad for slot in bucket.slots)
 
     @torch.no_grad()
-    def _fill(self, home: Home) -> None:
+    def _fill(self, slot: ParamSlot) -> None:
         """Move a gradient into its bucket."""
-        grad, bucket = home.own_grad, home.bucket
-        further = self._repeated.pop(home, None)
+        grad, bucket = slot.own_grad, slot.bucket
+        further = self._repeated.pop(slot, None)
         if further is not None:
             grad = further if grad is None else grad + further
         assert grad is not None, "a hook is called with one"
         if grad.layout != torch.strided:
-            raise ValueError(f"the gradient of {home.name!r} is sparse ({grad.layout}); build the layer with sparse=False")
-        if self._sends_alone(bucket) and home in self._used and bucket.contents is not None:
+            raise ValueError(f"the gradient of {slot.name!r} is sparse ({grad.layout}); build the layer with sparse=False")
+        if self._sends_alone(bucket) and slot in self._used and bucket.contents is not None:
             bucket.contents = bucket.contents.clone()  # it may be autograd's own memory
-        if self._sends_alone(bucket) and home not in self._used and grad.is_contiguous() and grad.dtype == self._dtype(bucket):
+        if self._sends_alone(bucket) and slot not in self._used and grad.is_contiguous() and grad.dtype == self._dtype(bucket):
             bucket.contents = grad.detach().view(-1)
         else:
             if bucket.contents is None:
                 bucket.contents = self._take_contents(bucket)
                 bucket.contents[bucket.pad].zero_()
-            place = bucket.contents[home.whole_in_bucket].view(home.param.shape)
-            if home in self._used:
+            place = bucket.contents[slot.whole_in_bucket].view(slot.param.shape)
+            if slot in self._used:
                 place.add_(grad, alpha=1.0 if self._sends_alone(bucket) else self._scale)
             elif self._sends_alone(bucket):
                 place.copy_(grad)
@@ -215,20 +215,20 @@ class Reducer:
                 torch.mul(grad, self._scale, out=place)
             else:
                 place.copy_(grad).mul_(self._scale)
-        home.param.grad = home.placeholder
-        self._used.add(home)
+        slot.param.grad = slot.placeholder
+        self._used.add(slot)
 
     def _sends_alone(self, bucket: Bucket) -> bool:
-        """Whether a bucket holds one gradient and nothing else, which can be sent from where it is, and is divided when it is added up.
+        """Return whether a bucket holds a single gradient, which can be sent from its own memory and is divided when it is summed.
 
         The same on every rank. Not in float16, whose sums overflow.
         """
-        if self._keeps_contents or self._replica_group is not None or self._shard_group.neighbours.exist:
+        if self._keeps_contents or self._replica_group is not None or self._shard_group.shared_memory.exist:
             return False
-        return len(bucket.homes) == 1 and bucket.homes[0].param.numel() == bucket.numel and self._dtype(bucket) != torch.float16
+        return len(bucket.slots) == 1 and bucket.slots[0].param.numel() == bucket.numel and self._dtype(bucket) != torch.float16
 
     def _dtype(self, bucket: Bucket) -> torch.dtype:
-        """In which its gradients are sent."""
+        """Return the dtype in which the gradients of a bucket are sent."""
         return self._reduce_dtype or bucket.kind.dtype
 
     def _take_contents(self, bucket: Bucket) -> Tensor:
@@ -236,13 +236,13 @@ class Reducer:
 
     @torch.no_grad()
     def _launch(self, bucket: Bucket) -> None:
-        """Begin to reduce a bucket, and finish one before it, so that few are in memory at a time."""
+        """Start to reduce a bucket, and finish an earlier one, so that few are in memory at a time."""
         if bucket.contents is None:
             bucket.contents = self._take_contents(bucket).zero_()
         elif not self._is_filled(bucket):
-            for home in bucket.homes:
-                if home not in self._used:
-                    bucket.contents[home.whole_in_bucket].zero_()
+            for slot in bucket.slots:
+                if slot not in self._used:
+                    bucket.contents[slot.whole_in_bucket].zero_()
         self._in_flight.append(_Reduction(self._reduce(bucket)))
         if self._replica_group is not None:
             for reduction in list(self._in_flight)[:-1]:
@@ -251,10 +251,10 @@ class Reducer:
             self._in_flight.popleft().finish()
 
     def _is_filled(self, bucket: Bucket) -> bool:
-        return all(home in self._used for home in bucket.homes)
+        return all(slot in self._used for slot in bucket.slots)
 
     def _reduce(self, bucket: Bucket) -> Iterator[Transfer]:
-        """What happens to a bucket's contents, from one transfer to the next."""
+        """Reduce a bucket: a generator that yields each transfer to be waited for."""
         contents = bucket.contents
         assert contents is not None, "filled"
         device = bucket.kind.device
@@ -293,7 +293,7 @@ class Reducer:
             self.run_round(list(self._repeated))
 
     def _end_rounds(self) -> bool:
-        """Wait for all rounds so far, and for what the ranks have told each other.
+        """Wait for all rounds so far, and for the exchange of which parameters had gradients.
 
         Returns:
             Whether a rank has a further gradient of a parameter, for which all are to run a further round.
@@ -314,10 +314,10 @@ class Reducer:
             self._in_flight.popleft().finish()
 
     def _read(self, told: _Told) -> int:
-        """Take up which parameters had a gradient on any rank in a round; returns on how many ranks one has a further gradient."""
+        """Read which parameters had a gradient on any rank in a round; return the number of ranks with a further gradient."""
         told.transfer.wait()
         if told.is_known and not known_on_host(told.counts):  # this rank knows the answer without waiting for the device
-            self._found.update(told.homes)
+            self._found.update(told.slots)
             return 0
         *counts, serials, repeating = told.counts.tolist()
         if serials != self._shard_group.serial * self._ranks:
@@ -326,16 +326,16 @@ class Reducer:
                 "gradient for each optimizer on every rank"
             )
         if repeating not in (0, self._ranks) and not known_on_host(told.counts):  # a rank that has not looked runs no further round
-            here = "".join(f", here {home.name!r}" for home in self._repeated)
+            here = "".join(f", here {slot.name!r}" for slot in self._repeated)
             raise RuntimeError(
                 f"parameters got several gradients in one backward pass on {repeating} of {self._ranks} ranks{here}, from several "
                 f"reentrant checkpoints; let all ranks do so or none, or checkpoint with use_reentrant=False"
             )
-        self._found.update(compress(told.homes, counts))
+        self._found.update(compress(told.slots, counts))
         return repeating
 
-    def collect(self) -> set[Home]:
-        """Finish all rounds since the last time.
+    def collect(self) -> set[ParamSlot]:
+        """Finish all rounds since the last call.
 
         Returns:
             The parameters that had a gradient on any rank in any of them.
@@ -346,7 +346,7 @@ class Reducer:
         return found
 
     def forget(self) -> None:
-        """Finish all rounds, whose gradients are not wanted."""
+        """Finish all rounds and drop their gradients."""
         self._end_rounds()
         self._found = set()
         self._repeated = {}
@@ -359,17 +359,17 @@ def _empty(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class _Told:
-    """On how many ranks each parameter had a gradient in a round."""
+    """Counts the ranks on which each parameter had a gradient in a round."""
 
     transfer: Transfer
     counts: Tensor  # int32 (parameters + 2,), complete after the transfer; the last are the sum of what the ranks call their optimizer,
     # and on how many of them a parameter has a further gradient
-    homes: list[Home]
+    slots: list[ParamSlot]
     is_known: bool  # whether this rank had one of each, and none further
 
 
 class _Reduction:
-    """Of one bucket, while it is in flight."""
+    """The running reduction of one bucket."""
 
     def __init__(self, stages: Iterator[Transfer]) -> None:
         self._stages = stages

@@ -1,4 +1,4 @@
-"""Which ranks share the state of an optimizer, and which have copies of it."""
+"""The process groups of shards and of replicas."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Topology:
 
     @classmethod
     def of(cls, process_group: dist.ProcessGroup | DeviceMesh | None) -> Topology:
-        """From a group, or a mesh: of shards, or of replicas of shards, as `fully_shard` reads one. The first time, a collective.
+        """Build the groups from a process group, or from a mesh of shards or of (replicas, shards), as for `fully_shard`. A collective.
 
         Raises:
             ValueError: a mesh of another number of dimensions, or this rank is not in it.

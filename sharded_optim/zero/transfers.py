@@ -1,7 +1,7 @@
 """Reduce-scatter, all-gather and all-reduce of flat buffers that are cut into equal shards. All of them are asynchronous.
 
 Gloo has no reduce-scatter: torch gives it an all-reduce of everything, and its all-gather of 94 MiB on two ranks took 90 ms. With it
-ranks exchange shards directly instead, through memory on one machine (`neighbours.py`) and else by sends, in 24 ms: half of the bytes,
+ranks exchange shards directly instead, through memory on one machine (`shared_memory.py`) and else by sends, in 24 ms: half of the bytes,
 added up in float32 and in the order of the ranks.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sharded_optim.sharding.ranks import COLLECTIVE_ERRORS
 from sharded_optim.storage import memory
-from sharded_optim.zero.neighbours import Hearing, Neighbours
+from sharded_optim.zero.shared_memory import Receive, SharedMemoryTransport
 
 __all__ = ["ShardGroup", "Transfer", "all_reduce", "exchanges"]
 
@@ -31,7 +31,7 @@ _made: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()  # ShardG
 
 
 class Transfer:
-    """A transfer that has begun.
+    """A running transfer.
 
     Args:
         what: it is of, for error messages.
@@ -57,11 +57,11 @@ class Transfer:
 
     @property
     def is_arriving(self) -> bool:
-        """Whether this rank has not waited for what it gets."""
+        """Return whether this rank has not yet waited for its result."""
         return bool(self._arriving) or self._finish is not None
 
     def wait(self) -> None:
-        """Return when this rank has what it gets.
+        """Wait until this rank has its result.
 
         Raises:
             RuntimeError: a rank did not take part within the process group's timeout, or has gone.
@@ -75,7 +75,7 @@ class Transfer:
             self._arriving, self._finish = (), None
 
     def settle(self) -> None:
-        """Return when the other ranks have what they get too, so that the buffers may be written to.
+        """Wait until the other ranks have their results too, so that the buffers may be written to.
 
         Raises:
             RuntimeError: as `wait`.
@@ -87,15 +87,15 @@ class Transfer:
         self._leaving, self._held = (), ()
 
     def has_ended(self) -> bool:
-        """Whether the buffers may be let go: this rank has waited for what it gets, and the others have what they get.
+        """Return whether the buffers may be freed: all ranks have their results.
 
         Does not wait for a rank that has yet to read this one's memory. One that has got as far as this one takes what is sent to it.
         """
-        if self.is_arriving or not all(work.has_come() for work in self._leaving if isinstance(work, Hearing)):
+        if self.is_arriving or not all(work.has_come() for work in self._leaving if isinstance(work, Receive)):
             return False
         with naming(f"the answer that other ranks have {self._what}"):
             for work in self._leaving:
-                if not isinstance(work, Hearing):
+                if not isinstance(work, Receive):
                     work.wait()
         self._leaving, self._held = (), ()
         return True
@@ -103,7 +103,7 @@ class Transfer:
 
 @contextmanager
 def naming(what: str) -> Iterator[None]:
-    """Say what did not come, around what waits for other ranks and does nothing else.
+    """Context that names the missing ranks and data when waiting for other ranks fails.
 
     Raises:
         RuntimeError: in the place of one of torch.distributed, or of the operating system.
@@ -120,7 +120,7 @@ def naming(what: str) -> Iterator[None]:
 
 
 def exchanges(process_group: dist.ProcessGroup | None, device: torch.device) -> bool:
-    """Whether ranks send each other their shards directly, as gloo has nothing better."""
+    """Return whether ranks exchange shards directly, as gloo has no faster collective."""
     return process_group is not None and device.type == "cpu" and process_group._get_backend(device).name() == "gloo"
 
 
@@ -135,7 +135,7 @@ class ShardGroup:
         size, rank: how many shards there are, and which is this rank's.
         serial: which of those over the process group this is, on all ranks.
         exchanges: whether ranks send each other their shards directly.
-        neighbours: those that read each other's buffers instead.
+        shared_memory: those that read each other's buffers instead.
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None, device: torch.device) -> None:
@@ -146,23 +146,23 @@ class ShardGroup:
         self.size = 1 if process_group is None else dist.get_world_size(process_group)
         self.rank = 0 if process_group is None else dist.get_rank(process_group)
         self.exchanges = exchanges(process_group, device)
-        self.neighbours = Neighbours(process_group if self.exchanges else None)
-        self._strangers = [rank for rank in range(self.size) if rank != self.rank and rank not in self.neighbours.ranks]
+        self.shared_memory = SharedMemoryTransport(process_group if self.exchanges else None)
+        self._remote_ranks = [rank for rank in range(self.size) if rank != self.rank and rank not in self.shared_memory.ranks]
 
     @property
     def sends(self) -> bool:
-        """Whether transfers go on while this process computes; the same on every rank. What is read in memory is copied by who waits."""
-        return self.size > 1 and not self.neighbours.are_all
+        """Whether transfers run while this process computes; the same on every rank. Shared memory is copied by the rank that waits."""
+        return self.size > 1 and not self.shared_memory.are_all
 
     @property
     def scratch_shards(self) -> int:
-        """For how many shards a reduce-scatter needs room."""
-        return len(self._strangers) if self.exchanges else 0
+        """Number of shards for which a reduce-scatter needs scratch memory."""
+        return len(self._remote_ranks) if self.exchanges else 0
 
     def zeros(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Of a buffer that is going to be cut: (numel,)."""
-        if self.neighbours.ranks and numel and device.type == "cpu":
-            return self.neighbours.allocate(numel * dtype.itemsize).view(dtype)
+        """Allocate a buffer that is to be sharded: (numel,)."""
+        if self.shared_memory.ranks and numel and device.type == "cpu":
+            return self.shared_memory.allocate(numel * dtype.itemsize).view(dtype)
         return memory.zeros_on(device, numel, dtype)
 
     def reduce_scatter(
@@ -175,7 +175,7 @@ class ShardGroup:
         place: int,  # of the buffer among all that are reduced in a round
         scratch: Tensor | None = None,  # (scratch_shards * n,) in full's dtype, where there are such; written
     ) -> Transfer:
-        """Add up all ranks' buffers, of which each rank gets its shard."""
+        """Sum the buffers of all ranks; each rank gets its shard of the sum."""
         if self._process_group is None:
             shard.copy_(full)
             return Transfer()
@@ -184,7 +184,7 @@ class ShardGroup:
             work = _reduce_scatter_single(summed, full, group=self._process_group, async_op=True)
             return Transfer(what, [work], None if summed is shard else lambda: shard.copy_(summed), held=(full, summed))
         own = full.split(shard.numel())
-        received = dict(zip(self._strangers, scratch.split(shard.numel()) if scratch is not None else (), strict=True))
+        received = dict(zip(self._remote_ranks, scratch.split(shard.numel()) if scratch is not None else (), strict=True))
         known = {self.rank: own[self.rank], **received}
 
         def add_up(read: Callable[[int], Tensor]) -> None:
@@ -201,7 +201,7 @@ class ShardGroup:
         number: int,  # of the step
         place: int,  # of the buffer among all
     ) -> Transfer:
-        """Get all ranks' shards."""
+        """Gather the shards of all ranks."""
         if self._process_group is None:
             return Transfer()
         shards = full.split(full.numel() // self.size)
@@ -210,14 +210,14 @@ class ShardGroup:
             return Transfer(what, [_all_gather_single(full, own, group=self._process_group, async_op=True)], held=(full,))
 
         def copy(read: Callable[[int], Tensor]) -> None:
-            for rank in sorted(self.neighbours.ranks):
+            for rank in sorted(self.shared_memory.ranks):
                 shards[rank].copy_(read(rank)[rank * own.numel() : (rank + 1) * own.numel()])
 
-        received = {rank: shards[rank] for rank in self._strangers}
+        received = {rank: shards[rank] for rank in self._remote_ranks}
         return self._exchange(what, full, [own] * self.size, received, copy, self._tag(number, place, 2), None)
 
     def _tag(self, number: int, place: int, kind: int) -> int:
-        """Of a transfer; that of the answers to it is one more."""
+        """Return the tag of a transfer; its acknowledgements have the next one."""
         return ((self.serial % SERIALS * ROUNDS + number % ROUNDS) * BUCKETS + place % BUCKETS) * 4 + kind
 
     def _exchange(
@@ -230,28 +230,28 @@ class ShardGroup:
         tag: int,
         scratch: Tensor | None,
     ) -> Transfer:
-        """Send to all other ranks and receive from them; neighbours hear where to read instead, and answer."""
-        neighbours, group = self.neighbours, self._process_group
-        ready = {rank: Hearing(neighbours, rank, tag) for rank in neighbours.ranks}
-        answers = [Hearing(neighbours, rank, tag + 1) for rank in neighbours.ranks]
-        later = [rank for rank in self._strangers if rank > self.rank]  # who are sent to first, so that not all begin with one rank
-        targets = later + [rank for rank in self._strangers if rank < self.rank]
+        """Exchange buffers with all other ranks: by sends, or on this machine by reading shared memory and acknowledging."""
+        shared_memory, group = self.shared_memory, self._process_group
+        ready = {rank: Receive(shared_memory, rank, tag) for rank in shared_memory.ranks}
+        answers = [Receive(shared_memory, rank, tag + 1) for rank in shared_memory.ranks]
+        later = [rank for rank in self._remote_ranks if rank > self.rank]  # who are sent to first, so that not all begin with one rank
+        targets = later + [rank for rank in self._remote_ranks if rank < self.rank]
         with naming(what):
-            for rank in neighbours.ranks:
-                neighbours.tell(rank, tag, full)
+            for rank in shared_memory.ranks:
+                shared_memory.post(rank, tag, full)
             works = [dist.irecv(received[rank], group=group, group_src=rank, tag=tag) for rank in reversed(targets)]
             sends = [dist.isend(sent[rank], group=group, group_dst=rank, tag=tag) for rank in targets]
 
         def read(rank: int) -> Tensor:
             with naming(what):
-                buffer = neighbours.read(rank, ready[rank].which)
+                buffer = shared_memory.read(rank, ready[rank].which)
             return buffer[: full.nbytes].view(full.dtype)
 
         def finish_and_answer() -> None:
             finish(read)
             for rank in ready:
                 with suppress(RuntimeError):  # who has gone needs no answer
-                    neighbours.tell(rank, tag + 1)
+                    shared_memory.post(rank, tag + 1)
 
         held = [full] if scratch is None else [full, scratch]
         return Transfer(what, [*works, *ready.values()], finish_and_answer, [*sends, *answers], held)
@@ -262,7 +262,7 @@ def all_reduce(
     process_group: dist.ProcessGroup | None,
     what: str,
 ) -> Transfer:
-    """Add up over all ranks."""
+    """Sum a tensor over all ranks."""
     if process_group is None:
         return Transfer()
     with naming(what):
@@ -270,7 +270,7 @@ def all_reduce(
 
 
 def _sum(parts: Sequence[Tensor], out: Tensor) -> None:
-    """Add up tensors of one dtype in their order, in float32."""
+    """Sum tensors of one dtype in their order, in float32."""
     first, second, *rest = parts
     if out.dtype == first.dtype == torch.float32:
         torch.add(first, second, out=out)

@@ -90,8 +90,8 @@ def masters_of(model: nn.Module, optimizer: so.ShardedOptimizer) -> Values:
     mine = {}
     for name, param in model.named_parameters():
         if param in optimizer.state:
-            home = optimizer._housing.homes[param]
-            mine[name] = (home.start, optimizer.state[param]["master"].clone())
+            slot = optimizer._bucket_layout.slots[param]
+            mine[name] = (slot.start, optimizer.state[param]["master"].clone())
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     found = {}

@@ -308,7 +308,7 @@ def check_thawed_in_low_precision() -> None:
             optimizer.step()
             params[2].requires_grad_(True)
         assert all(("master" in state) == has_masters for state in optimizer.state.values())
-        assert optimizer._housing.homes[params[2]].kind.has_masters == has_masters
+        assert optimizer._bucket_layout.slots[params[2]].kind.has_masters == has_masters
 
 
 class Odd(nn.Module):
@@ -425,7 +425,7 @@ def check_ddp() -> None:
         optimizer = early or sharded(STABLE, wrapped if way == "model" else wrapped.parameters(), bucket_mb=SMALL, overlap=True)
         for step in steps:
             wrapped(contributions(step)).backward()
-            assert not any(bucket.gathering._arriving for bucket in optimizer._housing.buckets), "forward has not waited"
+            assert not any(bucket.gathering._arriving for bucket in optimizer._bucket_layout.buckets), "forward has not waited"
             assert all(param.grad is not None for param in model.parameters()), way
             optimizer.step()
             optimizer.zero_grad()
@@ -621,8 +621,8 @@ def check_overlap() -> None:
             model(x).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-        assert any(bucket.gathering._arriving for bucket in optimizers[0]._housing.buckets), "nothing is left to overlap"
-        assert not any(bucket.gathering._leaving for bucket in optimizers[1]._housing.buckets)
+        assert any(bucket.gathering._arriving for bucket in optimizers[0]._bucket_layout.buckets), "nothing is left to overlap"
+        assert not any(bucket.gathering._leaving for bucket in optimizers[1]._bucket_layout.buckets)
         if step == 1:
             for model in models:
                 model.eval()
@@ -637,7 +637,7 @@ def check_overlap() -> None:
     handle = optimizers[0].register_step_post_hook(lambda *_: None)  # as an average of weights would
     models[0](x).square().mean().backward()
     optimizers[0].step()
-    assert not any(bucket.gathering._leaving for bucket in optimizers[0]._housing.buckets)
+    assert not any(bucket.gathering._leaving for bucket in optimizers[0]._bucket_layout.buckets)
     handle.remove()
     optimizers[0].zero_grad()
     check_who_waits(models[0], optimizers[0], x)
@@ -651,7 +651,7 @@ def check_who_waits(model: nn.Module, optimizer: so.ShardedOptimizer, x: Tensor)
         model(x).square().mean().backward()
         optimizer.step()
         model.zero_grad()
-        assert any(bucket.gathering.is_arriving for bucket in optimizer._housing.buckets)
+        assert any(bucket.gathering.is_arriving for bucket in optimizer._bucket_layout.buckets)
 
     def whole() -> Tensor:
         return torch.cat([param.detach().flatten() for param in model.parameters()])
@@ -671,7 +671,7 @@ def check_who_waits(model: nn.Module, optimizer: so.ShardedOptimizer, x: Tensor)
     assert dist.get_rank() or torch.equal(saved, whole())
     step(optimizer)
     model.blocks[1](model.first(x))  # parts of it alone
-    assert not any(optimizer._housing.homes[param].bucket.gathering.is_arriving for param in model.blocks[1].parameters())
+    assert not any(optimizer._bucket_layout.slots[param].bucket.gathering.is_arriving for param in model.blocks[1].parameters())
     optimizer.wait()
     step(optimizer)
     model.load_state_dict({name: torch.full_like(value, 0.5) for name, value in model.state_dict().items()})
@@ -725,9 +725,9 @@ def check_hooks_go() -> None:
                 other.step()
                 if waits:
                     optimizer.wait()
-                gone += [ref(optimizer._engine), ref(optimizer._reducer), *map(ref, optimizer._housing.buckets)]
+                gone += [ref(optimizer._engine), ref(optimizer._reducer), *map(ref, optimizer._bucket_layout.buckets)]
                 other.wait()
-                gone_at_once = [ref(other), ref(other._engine), ref(other._reducer), *map(ref, other._housing.buckets)]
+                gone_at_once = [ref(other), ref(other._engine), ref(other._reducer), *map(ref, other._bucket_layout.buckets)]
                 gc.collect()
                 gc.disable()
                 del optimizer, other

@@ -26,7 +26,7 @@ import sharded_optim as so
 from benchmarks.given_gradients import Model
 from sharded_optim.step.param_set import ParamSet
 from sharded_optim.storage import memory
-from sharded_optim.zero import housing, transfers
+from sharded_optim.zero import bucket_layout, transfers
 
 pytestmark = pytest.mark.filterwarnings("ignore:weight_decay")
 
@@ -80,7 +80,7 @@ def check_alone(way: str, make: Any, together: int) -> None:
     model = Model(AWKWARD)
     with ranks_per_machine(together):
         optimizer = sharded(make, model, process_group, bucket_mb=SMALL)
-    names = [home.name for bucket in optimizer._housing.buckets for home in bucket.homes]
+    names = [slot.name for bucket in optimizer._bucket_layout.buckets for slot in bucket.slots]
     errors: list[Exception] = []
     started = time.monotonic()
     for step in (1, 2, 3, 4):
@@ -121,7 +121,7 @@ def check_blame() -> None:
                 patch.setattr(transfers, "_sum", fails)
             else:
                 patch.setattr(torch, "from_file", fails)
-                optimizer._gatherer._shard_group.neighbours._mapped.clear()
+                optimizer._gatherer._shard_group.shared_memory._mapped.clear()
             with pytest.raises((RuntimeError, MemoryError)) as raised:
                 train_on(model, optimizer)
         assert no_memory in str(raised.value), where
@@ -246,7 +246,7 @@ def check_allocations() -> None:
         return nn.ModuleList(nn.Linear(30, 30).to(dtype) for dtype in (torch.float32, torch.bfloat16))
 
     files = len(os.listdir("/proc/self/fd"))
-    made_of = [(os, "memfd_create"), (mmap, "mmap"), (os, "pipe2"), (memory, "zeros_on"), (housing, "Bucket")]
+    made_of = [(os, "memfd_create"), (mmap, "mmap"), (os, "pipe2"), (memory, "zeros_on"), (bucket_layout, "Bucket")]
     for action in (build, grow, thaw):
         for owner, name in [*made_of, (os, "open")] if action is build else made_of:
             call, raised = 0, 0

@@ -146,7 +146,7 @@ def test_the_norm_of_gradients_has_the_same_bits_in_every_run(monkeypatch: pytes
             """A set with an order of its own."""
 
             def __iter__(self, step: int = step) -> Any:
-                return iter(sorted(set.__iter__(self), key=lambda home: home.offset)[::step])
+                return iter(sorted(set.__iter__(self), key=lambda slot: slot.offset)[::step])
 
         monkeypatch.setattr(optimizer, "_gradients", lambda made=Ordered: made(gradients()))
         numels.clear()

@@ -77,8 +77,8 @@ def check_costs() -> None:
             in_backward = dict(sent)
             optimizer.step()
             optimizer.wait()
-        padded = sum(bucket.numel for bucket in optimizer._housing.buckets)
-        assert padded - numel < 16 * 4 * world_size * len(optimizer._housing.buckets), "one pad for each bucket"
+        padded = sum(bucket.numel for bucket in optimizer._bucket_layout.buckets)
+        assert padded - numel < 16 * 4 * world_size * len(optimizer._bucket_layout.buckets), "one pad for each bucket"
         itemsize = dtype.itemsize
         if world_size > 1:
             half = padded * itemsize * (world_size - 1) // world_size
@@ -91,7 +91,7 @@ def check_costs() -> None:
         held = sum(value.nbytes for value in state)
         share = per_element * numel / world_size
         pads = per_element * sum(
-            bucket.numel - sum(p.numel() for p in (h.param for h in bucket.homes)) for bucket in optimizer._housing.buckets
+            bucket.numel - sum(p.numel() for p in (h.param for h in bucket.slots)) for bucket in optimizer._bucket_layout.buckets
         )
         assert share - pads <= held <= share + pads / world_size, f"{held} of {share}"
     check_balance()
@@ -101,8 +101,8 @@ def check_balance() -> None:
     """Shards are equal, whatever the sizes of tensors, and with default buckets at most 0.1 % of them is padding."""
     model = nn.ParameterList(nn.Parameter(torch.zeros(numel)) for numel in (1_000_003, 7, 1, 0, 12_345, 999_983, 31))
     optimizer = sharded(STABLE, model)
-    (bucket,) = optimizer._housing.buckets
-    held = torch.tensor([sum(home.numel for home in bucket.homes)])
+    (bucket,) = optimizer._bucket_layout.buckets
+    held = torch.tensor([sum(slot.numel for slot in bucket.slots)])
     everything = [torch.zeros_like(held) for _ in range(dist.get_world_size())]
     dist.all_gather(everything, held)
     mean = sum(map(int, everything)) / len(everything)
@@ -231,7 +231,7 @@ def check_files(folder: Path) -> None:
                 param.zero_()
         load_model(model, str(path))
         assert all(torch.equal(param, before[name]) for name, param in model.named_parameters())
-        assert all(bucket.is_home(home) for bucket in optimizer._housing.buckets for home in bucket.homes)
+        assert all(bucket.is_bound(slot) for bucket in optimizer._bucket_layout.buckets for slot in bucket.slots)
         copy.deepcopy(model)
         model.share_memory()
         model(torch.randint(301, (2, 8))).square().mean().backward()
@@ -311,7 +311,7 @@ def check_early_observation() -> None:
         return sums(*arguments)
 
     KernelCall._sums = count  # type: ignore[method-assign]
-    buckets = sum(any(home.numel for home in bucket.homes) for bucket in optimizer._housing.buckets)
+    buckets = sum(any(slot.numel for slot in bucket.slots) for bucket in optimizer._bucket_layout.buckets)
     assert buckets > 2
     changes: list[Callable[[], object]] = [
         lambda: None,

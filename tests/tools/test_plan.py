@@ -253,7 +253,7 @@ def check_fully_shard_peak(setup: Setup) -> None:
 
 def held_sharded(optimizer: so.ShardedOptimizer) -> dict[str, int]:
     """As `held`, of the buckets in which everything lies."""
-    buckets = optimizer._housing.buckets
+    buckets = optimizer._bucket_layout.buckets
     local_states = optimizer._engine.state.values()
     return {
         "parameters": bytes_of(bucket.values for bucket in buckets),  # where each parameter has a storage of its own
@@ -297,7 +297,7 @@ def check_sharded_optimizer_peak(stage: int, setup: Setup) -> None:
     already = [*model.parameters(), *(value for state in optimizer._engine.state.values() for value in state.values())]
     already += [
         tensor
-        for bucket in optimizer._housing.buckets
+        for bucket in optimizer._bucket_layout.buckets
         for tensor in (bucket.values, bucket.grads, bucket.masters, bucket.contents)
         if tensor is not None
     ]

@@ -17,19 +17,19 @@ def live_optimizer(optimizer: Any, _: Any, live: LiveModel) -> LiveOptimizer | N
     """As `LiveOptimizer.of`, for a ShardedOptimizer."""
     if not isinstance(optimizer, ShardedOptimizer):
         return None
-    housing = optimizer._housing
+    bucket_layout = optimizer._bucket_layout
     params, group_of = [], {}
     for index, group in enumerate(optimizer.param_groups):
         for param, own_name in named_params(group, index):
             name = live.names.get(param, own_name)
             group_of[name] = index
-            home = housing.homes.get(param)
-            if home is not None and home.local is not None:
-                local = renamed(housing.layout.describe(home.local, home.name), name)
-                params.append(LiveParam(param=home.local, group=index, local=local, is_master=home.kind.has_masters))
+            slot = bucket_layout.slots.get(param)
+            if slot is not None and slot.local is not None:
+                local = renamed(bucket_layout.layout.describe(slot.local, slot.name), name)
+                params.append(LiveParam(param=slot.local, group=index, local=local, is_master=slot.kind.has_masters))
 
     def round_masters() -> None:
-        for bucket in housing.buckets:
+        for bucket in bucket_layout.buckets:
             bucket.round_masters()
 
     return LiveOptimizer(

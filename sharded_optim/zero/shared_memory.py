@@ -1,4 +1,4 @@
-"""Ranks of one machine read each other's buffers, instead of sending them to each other through the loopback device.
+"""Shared-memory transport: ranks of one machine read each other's buffers instead of sending them through the loopback device.
 
 On two ranks with 94 MiB to gather, 24 ms by gloo's sends, 6 ms through memory. A buffer is an anonymous file in memory (memfd), which lives
 as long as somebody has mapped it, and leaves nothing behind when a process dies. Others find it under /proc. That it is ready, and that it
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from sharded_optim.sharding.ranks import raise_together, timeout_of
 
-__all__ = ["Hearing", "Neighbours"]
+__all__ = ["Receive", "SharedMemoryTransport"]
 
 T = TypeVar("T")
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # tells machines apart
@@ -40,15 +40,15 @@ LONGEST = timedelta(minutes=30)  # to wait where the process group does not say
 _files: dict[int, tuple[int, int]] = {}  # (file descriptor, inode) of each of our buffers, by its address
 
 
-class Neighbours:
-    """The ranks of a process group that can read this one's buffers, and whose it can read.
+class SharedMemoryTransport:
+    """Shares buffers with the ranks of a process group that are on the same machine.
 
     Args:
         process_group: finding out is a collective over it; None: this process is alone.
 
     Attributes:
         ranks: of the group, without this one.
-        exist, are_all: whether any two ranks of the group are neighbours, and whether all are; the same on every rank.
+        exist, are_all: whether any two ranks of the group are shared_memory, and whether all are; the same on every rank.
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None) -> None:
@@ -67,7 +67,7 @@ class Neighbours:
     # ---------------------------------------------------------------------------------------------------------------- once
 
     def _find(self, process_group: dist.ProcessGroup) -> None:
-        """Read what all others have written into a buffer of theirs, if it can be read."""
+        """Find the ranks whose buffers can be read, by reading a probe of each."""
         rank = dist.get_rank(process_group)
         can_share = hasattr(os, "memfd_create") and BOOT_ID.exists()
         probes: list[Tensor] = []
@@ -102,7 +102,7 @@ class Neighbours:
         self._mapped.clear()
 
     def _connect(self, process_group: dist.ProcessGroup) -> None:
-        """Make a pipe from each neighbour."""
+        """Create a pipe from each rank of this machine."""
         own = dist.get_rank(process_group)
         outgoing_of: dict[int, int] = {}  # the end of each pipe that is the neighbour's
 
@@ -113,7 +113,7 @@ class Neighbours:
 
         def open_pipes() -> list[int]:
             for rank in self._incoming:
-                with suppress(OSError):  # then they are no neighbours
+                with suppress(OSError):  # then they are no shared_memory
                     path = f"/proc/{self._process_ids[rank]}/fd/{told[rank][own]}"
                     self._outgoing[rank] = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             return list(self._outgoing)
@@ -137,11 +137,11 @@ class Neighbours:
     # ------------------------------------------------------------------------------------------------------------- buffers
 
     def allocate(self, size: int) -> Tensor:
-        """Zeros that neighbours can read: uint8 (size,)."""
+        """Allocate zeros that the other ranks can read: uint8 (size,)."""
         return _shared(size)
 
     def read(self, rank: int, which: tuple[int, int]) -> Tensor:
-        """A neighbour's buffer: uint8, all of it, not to be written to.
+        """Map a buffer of another rank: uint8, read-only.
 
         Raises:
             OSError: it is gone, or out of reach.
@@ -170,8 +170,8 @@ class Neighbours:
 
     # ------------------------------------------------------------------------------------------------------------ messages
 
-    def tell(self, rank: int, tag: int, buffer: Tensor | None = None) -> None:
-        """Send a neighbour a message: that a buffer of ours, or what one begins with, is ready; or without one that theirs was read.
+    def post(self, rank: int, tag: int, buffer: Tensor | None = None) -> None:
+        """Post a message to another rank: a buffer of this rank is ready, or without a buffer, theirs was read.
 
         Raises:
             RuntimeError: it has gone, or has not read anything for long.
@@ -191,8 +191,8 @@ class Neighbours:
             else:
                 return
 
-    def hear(self, rank: int, tag: int) -> tuple[int, int]:
-        """Wait for a neighbour's message; returns which buffer it is about.
+    def receive(self, rank: int, tag: int) -> tuple[int, int]:
+        """Receive a message of another rank; return the buffer that it names.
 
         Raises:
             RuntimeError: it has gone, or the process group's timeout is over.
@@ -203,8 +203,8 @@ class Neighbours:
                 raise RuntimeError(f"timed out after {self._seconds:g} s of waiting for rank {rank} of the process group")
         return self._heard.pop((rank, tag))
 
-    def has_heard(self, rank: int, tag: int) -> bool:
-        """Whether a neighbour's message has come, or none can come any more. Does not wait."""
+    def has_received(self, rank: int, tag: int) -> bool:
+        """Return, without waiting, whether a message has come, or none can come any more."""
         try:
             while (rank, tag) not in self._heard and self._listen(rank, 0.0):
                 pass
@@ -213,7 +213,7 @@ class Neighbours:
         return self._heard.pop((rank, tag), None) is not None
 
     def _listen(self, rank: int, seconds: float) -> bool:
-        """Take up what a neighbour has said; whether it has said anything in this time."""
+        """Read pending messages of another rank; return whether there were any within this time."""
         waiting = select.poll()
         waiting.register(self._incoming[rank], select.POLLIN)
         if not waiting.poll(max(0.0, seconds) * 1e3):
@@ -226,15 +226,15 @@ class Neighbours:
         return True
 
 
-class Hearing:
-    """A message that is waited for, like the works of torch.distributed.
+class Receive:
+    """A pending receive of a message, with the interface of torch.distributed's works.
 
     Attributes:
         which: buffer it is about, after `wait`.
     """
 
-    def __init__(self, neighbours: Neighbours, rank: int, tag: int) -> None:
-        self._neighbours = neighbours
+    def __init__(self, shared_memory: SharedMemoryTransport, rank: int, tag: int) -> None:
+        self.shared_memory = shared_memory
         self._rank, self._tag = rank, tag
         self.which = (0, 0)
 
@@ -242,16 +242,16 @@ class Hearing:
 
     def wait(self) -> None:
         if not self._has_come:
-            self.which = self._neighbours.hear(self._rank, self._tag)
+            self.which = self.shared_memory.receive(self._rank, self._tag)
 
     def has_come(self) -> bool:
-        """Whether `wait` need not wait."""
-        self._has_come = self._has_come or self._neighbours.has_heard(self._rank, self._tag)
+        """Return whether `wait` returns at once."""
+        self._has_come = self._has_come or self.shared_memory.has_received(self._rank, self._tag)
         return self._has_come
 
 
 def _gather(make: Callable[[], T], process_group: dist.ProcessGroup) -> list[T]:
-    """What every rank makes.
+    """Gather the results of a function on every rank, or the failures.
 
     Raises:
         ValueError, or what `make` has raised here: on every rank, what it has raised on any.
