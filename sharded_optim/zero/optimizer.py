@@ -3,9 +3,9 @@
     backward -> buckets of gradients -> reduce-scatter -> observe      (reduction.py; while backward goes on)
     step     -> agree -> update this rank's shards -> all-gather       (engine.py, gathering.py; the last while the next forward goes on)
 
-Every rank keeps whole parameters, which lie end to end in flat buckets (sharding/buckets.py, bucket_layout.py), and a shard of all else. The
-optimizer inside steps, for each parameter, the part in this rank's shard, as a tensor of its own: so a parameter may lack a gradient, has its
-own step counter and belongs to any param group. Segments describe these parts as under every other wrapper.
+Every rank keeps whole parameters, end to end in flat buckets (sharding/buckets.py, bucket_layout.py), and a shard of everything else. The
+optimizer inside steps, for each parameter, the part in this rank's shard, as a tensor of its own: so a parameter may lack a gradient, has
+its own step counter and belongs to any param group. Segments describe these parts as under every other wrapper.
 
 ZeRO: Rajbhandari et al. 2020, arXiv 1910.02054.
 """
