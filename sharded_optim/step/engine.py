@@ -194,7 +194,6 @@ class Engine(ReportingOptimizer):
         """The rules that follow from the current options."""
         options = (self.nonfinite, self.max_skipped_steps, self.state_dtype)
         if options != self._options:
-            self._options = options
             self._known_rules = Rules(
                 statistic=self._statistic,
                 agrees=self._statistic is not None or self.nonfinite != "allow",
@@ -202,6 +201,7 @@ class Engine(ReportingOptimizer):
                 max_skipped_steps=self.max_skipped_steps,
                 state_format=self.state_format.name,
             )
+            self._options = options
         return self._known_rules
 
     def _update(self, params: ParamSet, agreement: Agreement | None, rules: Rules, scaler: Scaler, *, accumulate: bool) -> None:
@@ -220,6 +220,8 @@ class Engine(ReportingOptimizer):
             if not happens:
                 return
             proceed = None
+        if self.learn_reference_lrs():
+            params.take_values(self)
         if self._listener is not None:
             self._listener.updating()
         params.update(agreement, rules, proceed, scaler, self._listener, accumulate=accumulate)

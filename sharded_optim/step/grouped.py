@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
-from itertools import chain, repeat
+from itertools import chain
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -12,12 +12,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharded_optim.formulas import Algorithm, Choose
-from sharded_optim.formulas.hyperparameters import COMMON, Hyperparameter, Unsupported, by_name
+from sharded_optim.formulas.hyperparameters import COMMON, Hyperparameter, Unsupported, by_name, on_host
 from sharded_optim.sharding import FlatLayout, LocalParam, describe, find_layout
 from sharded_optim.sharding.ranks import own_process_group
 from sharded_optim.step import param_groups
 from sharded_optim.step.arguments import check_iterable
-from sharded_optim.step.group_values import ABSENT, GroupValues
+from sharded_optim.step.group_values import GroupValues
 from sharded_optim.step.options import Params
 from sharded_optim.step.param_index import ParamIndex
 
@@ -79,7 +79,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         self._given: list[_Given] = []  # of groups that no step has stepped yet: wrappers replace parameters before the first
         self.state_dtype = state_dtype
         self._declared = {name: Hyperparameter(name) for name in defaults} | by_name(self.hyperparameters)
-        self._values: dict[int, GroupValues] = {}  # of the groups in the last step, by their index
+        self._values: list[GroupValues | None] = []  # of the groups, when each was stepped last
         self._check_group({"max_lr": max_lr} | defaults, "the optimizer's arguments")
         self._max_lr = None if max_lr is None else float(max_lr)
         check_iterable(params, "params")
@@ -222,16 +222,33 @@ class GroupedOptimizer(torch.optim.Optimizer):
         """
         asked = set(map(id, groups))
         found: dict[int, GroupValues] = {}
+        del self._values[len(self.param_groups) :]  # of groups that were removed
         for index, group in enumerate(self.param_groups):
-            if id(group) in asked:
-                values = self._values.get(index)
-                now = {"state_dtype": self.state_dtype, **dict(zip(self._known, map(group.get, self._known, repeat(ABSENT)), strict=True))}
-                if values is None or not values.are_of(group, now):
-                    passed = () if values is None else values.unchanged(now)
-                    self._check_group(group, f"param_groups[{index}]", scheduled=True, passed=passed)
-                    values = self._values[index] = GroupValues(group, now, self.compared)
-                found[id(group)] = values
+            known = self._values[index] if index < len(self._values) else None
+            if id(group) in asked and (known is None or not known.are_of(group, self.state_dtype)):
+                where = f"param_groups[{index}]"
+                if lost := [name for name in self._required if name not in group]:
+                    raise ValueError(f"{where} has lost {', '.join(map(repr, lost))}; a step needs it: set it again")
+                self._check_group(group, where, scheduled=True, passed=() if known is None else known.unchanged(group))
+                known = GroupValues(group, self.state_dtype, self.compared)
+            self._values[index : index + 1] = [known]
+            if id(group) in asked and known is not None:
+                found[id(group)] = known
         return found
+
+    def learn_reference_lrs(self) -> bool:
+        """Keep the largest learning rate so far as the reference of groups that were given none; return whether one has changed."""
+        changed = False
+        for group in self.param_groups:
+            if group["learns_reference_lr"] and (lr := float(on_host(group["lr"]))) > group["reference_lr"]:
+                group["reference_lr"], changed = lr, True
+        return changed
+
+    @cached_property
+    def _required(self) -> list[str]:
+        """Hyperparameters that every param group has."""
+        names = (*self.defaults, "reference_lr", "learns_reference_lr")
+        return [name for name in names if not isinstance(self._declared.get(name), Unsupported | None)]
 
     def _group_with(self, param: Tensor) -> dict[str, Any] | None:
         place = self._index.place_of(self.param_groups, param)
@@ -280,7 +297,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         if "_choose" in state:  # unpickled or copied; torch also calls this with the loaded state and groups alone
             self._index = ParamIndex()
-            self._values = {}
+            self._values = []
             self._layout = self._process_group = None
             self._given = list(map(_Given.of, self.param_groups))
 

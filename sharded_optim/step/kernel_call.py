@@ -121,7 +121,7 @@ class KernelCall:
         Raises:
             ValueError: a gradient, or state, that cannot be used.
         """
-        if not self._take_values([values[id(each.group)] for each in self._values], optimizer):
+        if not self.take_values(values, optimizer):
             return False
         state: list[Any] = list(map(optimizer.state.get, self.params))
         try:
@@ -140,15 +140,16 @@ class KernelCall:
         keep(self.device, self._counters.steps, self._owners, self.places, self.members.rows, self.members.group_of)
         return True
 
-    def _take_values(self, values: list[GroupValues], optimizer: StatefulOptimizer) -> bool:
-        """Take each group's hyperparameters; False if they choose another algorithm or format."""
-        if values != self._values:
-            for each, param in zip(values, self._firsts, strict=True):
+    def take_values(self, values: Mapping[int, GroupValues], optimizer: StatefulOptimizer) -> bool:
+        """Take the hyperparameters of the groups, given by the groups' ids; return False if they choose another algorithm or format."""
+        own = [values[id(each.group)] for each in self._values]
+        if own != self._values:
+            for each, param in zip(own, self._firsts, strict=True):
                 algorithm, fmt, _ = optimizer.choice_of(param, each.group)
                 if algorithm.name != self.algorithm.name or fmt is not self.operands.format:
                     return False
-            self._values = values
-            self.members = replace(self.members, groups=[each.numbers for each in values])
+            self._values = own
+            self.members = replace(self.members, groups=[each.numbers for each in own])
         return True
 
     def observe(self, rules: Rules, scaler: Scaler) -> Contribution:

@@ -198,8 +198,6 @@ class ParamSet:
         accumulate: bool,  # leave the parameters alone, and write the state
     ) -> None:
         """Write parameters and state and count the step, if it happens."""
-        for values in self._values.values():
-            values.learn_reference_lr()
         updates: list[Update] = []
         if self.calls:
             self.updates = next(_numbers), updates
@@ -207,6 +205,12 @@ class ParamSet:
             updates.append(call.update(rules.statistic, agreement, proceed, scaler, accumulate=accumulate))
             if listener is not None and (number == len(self.calls) or self.calls[number].unit != call.unit):
                 listener.updated(call.unit)
+
+    def take_values(self, optimizer: StatefulOptimizer) -> None:
+        """Take hyperparameters that have changed since the gradients were observed: reference learning rates."""
+        values = optimizer.values_of(self._groups)
+        for call in self.calls:
+            call.take_values(values, optimizer)
 
     def skip(self) -> None:
         """Record that this step has written nothing."""

@@ -105,12 +105,12 @@ def _listed(arrays: Mapping[str, torch.dtype]) -> str:
 
 def merged_groups(groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Merge saved param groups into these, which keep their parameters, and the keys that the saved ones lack (torch drops them)."""
-    merged = []
-    for own, saved in zip(groups, saved_groups, strict=True):
-        group = own | deepcopy({key: value for key, value in saved.items() if key != "params"})
+    # Copied together, so that what groups share, as a tensor lr, stays shared.
+    copies = deepcopy([{key: value for key, value in saved.items() if key != "params"} for saved in saved_groups])
+    merged = [own | saved for own, saved in zip(groups, copies, strict=True)]
+    for group in merged:
         if isinstance(group.get("betas"), list):  # as JSON has them
             group["betas"] = tuple(group["betas"])
-        merged.append(group)
     return merged
 
 
@@ -121,7 +121,7 @@ def loaded_state(groups: list[dict[str, Any]], state_dict: dict[str, Any], choic
     What a saved state lacks begins as zeros; arrays beside a parameter that its format has not are dropped. State of no parameter stays.
     """
     keys = {key for saved in state_dict["param_groups"] for key in saved["params"]}
-    state: dict[Any, dict[str, Any]] = {key: value for key, value in state_dict["state"].items() if key not in keys}
+    state: dict[Any, dict[str, Any]] = {}
     for param, _, group, saved in _saved_states(groups, state_dict):
         choice = choice_of(param, group)
         own = choice.entries.keys() | extra_arrays() | {STEP}
@@ -139,9 +139,15 @@ def loaded_state(groups: list[dict[str, Any]], state_dict: dict[str, Any], choic
             state[param][key] = zeros(param, dtype)
             if key in arrays:
                 state[param][key].copy_(arrays[key].detach())
-    return state
+    return state | {key: value for key, value in state_dict["state"].items() if key not in keys}
 
 
 def _copied(value: Any, param: Tensor) -> Any:
-    """Copy an entry of a saved state that no step uses."""
-    return value.detach().to(param.device, copy=True) if isinstance(value, Tensor) else deepcopy(value)
+    """Copy an entry of a saved state that no step uses, to the parameter's device."""
+    if isinstance(value, Tensor):
+        return value.detach().to(param.device, copy=True)
+    if isinstance(value, dict):
+        return {key: _copied(each, param) for key, each in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_copied(each, param) for each in value)
+    return deepcopy(value)

@@ -126,7 +126,8 @@ class StatefulOptimizer(GroupedOptimizer):
         """
         saved = dict(state_dict)
         for convert in self._optimizer_load_state_dict_pre_hooks.values():
-            saved = convert(self, saved) or saved
+            converted = convert(self, saved)
+            saved = saved if converted is None else converted
         state_dicts.check_sizes(self.param_groups, saved)
         saved = foreign_state.translate(saved, self.param_groups, replaces_composer=self.replaces_composer)
         groups = state_dicts.merged_groups(self.param_groups, saved["param_groups"])
@@ -135,6 +136,7 @@ class StatefulOptimizer(GroupedOptimizer):
         moments = {name for optimizer in optimizer_classes() for algorithm in optimizer.algorithms.values() for name in algorithm.state}
         state_dicts.check_state(groups, saved, self.choice_of, moments)
         state_dicts.check_family(saved, self.foreign_hyperparameters())
+        self.state.clear()  # everything is checked: its memory is free for what is loaded
         state = state_dicts.loaded_state(groups, saved, self.choice_of)
         given = [(index, each) for each in self._given for index, group in enumerate(self.param_groups) if group is each.group]
         self.__setstate__({"state": state, "param_groups": groups})

@@ -436,7 +436,7 @@ def check_failure_of_another_kind_on_one_rank() -> None:
     optimizer = so.AdamW([("w", param)], lr=1e-3, nonfinite="skip")
     if dist.get_rank() == 1:
         del optimizer.param_groups[0]["reference_lr"]
-    refused(r"ranks use different hyperparameters", optimizer.step)
+    refused(r"rank 1: param_groups\[0\] has lost 'reference_lr'", optimizer.step)
 
 
 def check_bad_parameter_on_one_rank() -> None:

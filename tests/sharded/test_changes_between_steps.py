@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import pytest
 import ranks
@@ -19,6 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import sharded_optim as so
+from sharded_optim.optimizers.adam import ADAM
 from sharded_optim.sharding import Layout, ddp
 from sharded_optim.step import grouped
 
@@ -635,3 +638,80 @@ def check_two_ranks(folder: str) -> None:
 def test_ranks_go_on_or_raise_together_when_something_changes(tmp_path: Path) -> None:
     """Process groups, parameters, groups, options, contents; and a rank that leaves out a step is named."""
     ranks.run(check_two_ranks, 2, str(tmp_path))
+
+
+# ------------------------------------------------------------------------------------------------------------------ hyperparameters
+
+
+def test_empty_groups_learn_the_reference_learning_rate_too() -> None:
+    """On some ranks of a pipeline a group is empty; a parameter that is moved there decays by the peak, not by the present lr."""
+    param = nn.Parameter(torch.ones(3))
+    optimizer = so.AdamW([{"params": [param]}, {"params": []}], lr=0.0, decouple_lr=True, weight_decay=1e-4)
+    for lr in (0.0, 1e-2, 1e-3):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        param.grad = torch.ones(3)
+        optimizer.step()
+    assert [group["reference_lr"] for group in optimizer.param_groups] == [1e-2, 1e-2]
+
+
+def test_the_step_that_learns_the_reference_learning_rate_decays_by_it() -> None:
+    param = nn.Parameter(torch.ones(3))
+    optimizer = so.AdamW([param], lr=0.0, decouple_lr=True, weight_decay=0.5, betas=(0.0, 0.0))
+    optimizer.param_groups[0]["lr"] = 1e-2
+    param.grad = torch.zeros(3)
+    optimizer.step()
+    assert torch.equal(param.detach(), torch.full((3,), 0.5))
+
+
+def test_a_tensor_lr_that_groups_share_is_shared_after_loading() -> None:
+    params = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizer = so.AdamW([{"params": [param]} for param in params], lr=torch.tensor(1e-2))
+    optimizer.load_state_dict(optimizer.state_dict())
+    first, second = optimizer.param_groups
+    assert first["lr"] is second["lr"]
+
+
+def test_parameters_of_a_removed_group_are_freed() -> None:
+    kept, removed = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizer = so.AdamW([{"params": [kept]}, {"params": [removed]}])
+    kept.grad = removed.grad = torch.ones(2)
+    optimizer.step()
+    optimizer.param_groups.pop()
+    del optimizer.state[removed]
+    is_gone = ref(removed)
+    del removed
+    for _ in range(2):
+        optimizer.step()
+    gc.collect()
+    assert is_gone() is None
+
+
+def test_a_hyperparameter_that_a_group_has_lost_is_named() -> None:
+    param = nn.Parameter(torch.ones(2))
+    optimizer = so.StableAdamW([param])
+    param.grad = torch.ones(2)
+    del optimizer.param_groups[0]["betas"]
+    with pytest.raises(ValueError, match=r"param_groups\[0\] has lost 'betas'"):
+        optimizer.step()
+    assert torch.equal(param.detach(), torch.ones(2))
+
+
+def test_a_key_that_nobody_declares_is_read_as_it_is_in_each_step() -> None:
+    class Scaled(so.AdamW):
+        _choose_algorithm = staticmethod(
+            lambda group: replace(
+                ADAM, coefficients=lambda group, step, scale: ADAM.coefficients(group, step, scale * group["layer_scale"])
+            )
+        )
+
+    param = nn.Parameter(torch.ones(2))
+    optimizer = Scaled([{"params": [param], "layer_scale": 1.0}], lr=0.1, weight_decay=0.0, backend="eager")
+    moved = []
+    for scale in (1.0, 0.0, 1.0):
+        optimizer.param_groups[0]["layer_scale"] = scale
+        before = param.detach().clone()
+        param.grad = torch.ones(2)
+        optimizer.step()
+        moved.append(not torch.equal(before, param.detach()))
+    assert moved == [True, False, True]
