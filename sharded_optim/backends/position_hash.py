@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -102,12 +101,13 @@ def _sum(block: Tensor, scratch: Tensor, sums: Tensor) -> None:
     torch.sum(scratch.add_(block).mul_(weights), dim=1, out=sums)
 
 
+@cache
 def _compiled() -> Callable[[int, int, int, int], None] | None:
-    """What `_sum` does with a row in one pass, compiled by LLVM; None without llvmlite."""
-    if find_spec("llvmlite") is None:
+    """Return `_sum` of a row in one pass, compiled by LLVM; None without a llvmlite that can be used."""
+    try:
+        from sharded_optim.backends.cpu.weighted_sums import weighted_sum
+    except ImportError:
         return None
-    from sharded_optim.backends.cpu.weighted_sums import weighted_sum
-
     return weighted_sum()
 
 

@@ -54,10 +54,11 @@ def waiting_for(process_group: dist.ProcessGroup, what: str) -> Iterator[None]:
 
     Args:
         process_group: of the collective.
-        what: the ranks come together for.
+        what: its purpose, for the message.
     """
     if _thread is None or not _thread.is_alive():
-        _start()
+        with suppress(RuntimeError):  # no further thread can start: then there is no hint
+            _start()
     name = process_group.group_name
     _counts[name] += 1
     wait = _Wait(what, process_group, _counts[name])
@@ -75,7 +76,7 @@ def _start() -> None:
 
 
 def _forget() -> None:
-    """In a forked child, which has no thread and waits for nobody."""
+    """Forget the parent's thread and waits, in a forked child."""
     global _thread
     _thread = None
     _waits.clear()
@@ -114,7 +115,7 @@ def _hint(wait: _Wait, waited: float) -> None:
 
 
 def _missing(wait: _Wait) -> Sequence[int]:
-    """The ranks that are not known to wait for the same; empty where nobody knows."""
+    """Return the ranks that are not known to wait for the same; an empty list if that cannot be known."""
     try:
         store = _store()
         return [rank for rank in dist.get_process_group_ranks(wait.process_group) if not store.check([wait.key(rank)])]

@@ -28,7 +28,7 @@ from sharded_optim.formulas.scalars import known_on_host
 from sharded_optim.sharding import GRADIENT, FlatLayout, Layout, LocalParam, Piece, describe, find_layout, reduced_gradients
 from sharded_optim.sharding.exchange import exchange_layouts
 from sharded_optim.sharding.layout import properties_of
-from sharded_optim.sharding.ranks import gather_messages, naming_missing_ranks, own_process_group
+from sharded_optim.sharding.ranks import gather_messages, named_ranks, naming_missing_ranks, own_process_group
 from sharded_optim.step.arguments import check_iterable
 from sharded_optim.step.engine import Engine
 from sharded_optim.step.param_groups import named_params
@@ -49,6 +49,8 @@ ROW = 32
 SMALLEST, LARGEST = 2.0**-50, 2.0**60  # root mean squares between which float32 squares neither vanish nor overflow
 CHUNK = 2**15  # elements that are float64 at a time, and below which tensors are joined
 MOST_CHUNKS = 256  # of joined tensors, which are copied
+CHANGED = "so.clip_grad_norm_: parameters have changed on some ranks only; change them on all ranks before the same call"
+MOST_LEVELS = 8  # wrappers in one another
 EPSILON = 1e-6  # torch's, added to the norm
 POWER, FAILED, STALE, EXCHANGE = range(4)  # columns of a rank's row
 MOST_NAMES = 8  # in a message
@@ -113,6 +115,7 @@ class _Given:
     describe: Callable[[], list[LocalParam]]  # all of them; raises ValueError
     process_group: dist.ProcessGroup | None  # the user's
     sharded: Sequence[ShardedOptimizer] = ()  # whose gradients lie in buckets
+    failure: Exception | None = None  # why their gradients could not be collected
 
     def scale(self, local: Sequence[_Local], factor: Tensor) -> None:
         """Multiply all gradients of this rank."""
@@ -137,7 +140,9 @@ def _given(source: Any, layout: FlatLayout | None, process_group: dist.ProcessGr
 
 def _is_of_deepspeed(source: Any) -> bool:
     """Return whether an object is DeepSpeed's, or contains an optimizer of DeepSpeed."""
-    while source is not None and not isinstance(source, Engine):
+    for _ in range(MOST_LEVELS):
+        if source is None or isinstance(source, Engine):
+            break
         if type(source).__module__.partition(".")[0] == "deepspeed":
             return True
         source = getattr(source, "optimizer", None)
@@ -176,8 +181,12 @@ def _described_params(rows: Sequence[tuple[Tensor, str]], layout: FlatLayout | N
 
 def _given_optimizers(optimizers: Sequence[Engine | ShardedOptimizer]) -> _Given:
     sharded = [each for each in optimizers if isinstance(each, ShardedOptimizer)]
+    failure: Exception | None = None
     for each in sharded:
-        each.collect_gradients()
+        try:
+            each.collect_gradients()
+        except ValueError as error:  # of this rank alone, perhaps: the others hear of it in the all-gather
+            failure = error
     engines = [each.inside if isinstance(each, ShardedOptimizer) else each for each in optimizers]
     if any(each.process_group is not engines[0].process_group for each in engines):
         raise ValueError("the optimizers have different process groups, over which there is no one norm; clip each by itself")
@@ -186,6 +195,7 @@ def _given_optimizers(optimizers: Sequence[Engine | ShardedOptimizer]) -> _Given
         describe=lambda: [entry for number, each in enumerate(engines) for entry in _described(each, number, len(engines))],
         process_group=engines[0].process_group,
         sharded=sharded,
+        failure=failure,
     )
 
 
@@ -300,7 +310,7 @@ def _agree(given: _Given, group: dist.ProcessGroup | None, norm_type: float) -> 
     ownership = exchanges.known(given.params)
     if ownership is not None and ownership.pending is not None:
         pending, ownership.pending = ownership.pending, None
-        _check_rows(pending.tolist(), None, group)
+        _raise_pending(pending.tolist())
     for is_last in (False, True):
         local: list[_Local] = []
         failure: Exception | None = None
@@ -310,6 +320,8 @@ def _agree(given: _Given, group: dist.ProcessGroup | None, norm_type: float) -> 
         else:
             row[EXCHANGE] = float(ownership.number)
             try:
+                if given.failure is not None:
+                    raise given.failure
                 local = _local_gradients(given, ownership)
                 row[POWER] = _power(local, ownership, norm_type, row.device)
             except Exception as error:  # the other ranks must hear of it before this one raises
@@ -318,13 +330,13 @@ def _agree(given: _Given, group: dist.ProcessGroup | None, norm_type: float) -> 
         if not known_on_host(table) and failure is None and ownership is not None:
             ownership.pending = table
             return _Found(table=table.masked_fill(_spoiled(table), math.nan), local=local)
+        if not known_on_host(table) and failure is not None:
+            raise failure  # the others read of it in their next call
         rows = table.tolist()
         if _check_rows(rows, failure, group):
             return _Found(table=table, local=local, is_read=known_on_host(table))
         if is_last or not (known_on_host(table) or all(each[STALE] for each in rows)):
-            raise ValueError(
-                "so.clip_grad_norm_: parameters have changed on some ranks only; change them on all ranks before the same call"
-            )
+            raise ValueError(CHANGED)
         ownership = exchanges.make(given, group)
     raise AssertionError("the last attempt has returned or raised")
 
@@ -335,6 +347,15 @@ def _check_rows(rows: Sequence[Sequence[float]], failure: Exception | None, grou
         message = None if failure is None else str(failure) if isinstance(failure, ValueError) else repr(failure)
         raise ValueError(gather_messages(message, group)) from failure
     return not any(row[STALE] for row in rows) and len({row[EXCHANGE] for row in rows}) == 1
+
+
+def _raise_pending(rows: Sequence[Sequence[float]]) -> None:
+    """Raise an error of the last call that only a device knew then, on the ranks that have not raised it. No communication."""
+    failed = [rank for rank, row in enumerate(rows) if row[FAILED]]
+    if failed:
+        raise ValueError(f"so.clip_grad_norm_: {named_ranks(failed)} failed in the last call; their own errors say why")
+    if any(row[STALE] for row in rows) or len({row[EXCHANGE] for row in rows}) > 1:
+        raise ValueError(CHANGED)
 
 
 def _spoiled(table: Tensor) -> Tensor:

@@ -531,6 +531,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Allocate the state of all trainable parameters, so that a checkpoint has the same tensors whatever had a gradient so far."""
         self.wait()
         self._take_up_unfrozen()
+        self._bucket_layout.rebind()  # masters of parameters that were written to are renewed
         self.init_state()
 
     def state_dict(self) -> dict[str, Any]:
@@ -556,6 +557,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
             return whole
         if self._consolidated is not None:
             return super().state_dict() | {"state": self._consolidated}
+        self.wait()
+        self._bucket_layout.rebind()
         shards = local_state.shards_of(self.param_groups, self._bucket_layout.slots)
         if self._topology.shard_group is not None:
             shards = local_state.ShardTable(shards, self._warned_of_saving)

@@ -356,3 +356,20 @@ def check_close_to_ddp() -> None:
 
 def test_state_dicts_early_observation_and_real_gradients(tmp_path: Path) -> None:
     ranks.run(check_state, 2, str(tmp_path))
+
+
+def check_masters_that_are_saved() -> None:
+    model = nn.Linear(3, 5, bias=False).bfloat16()
+    optimizer = so.ShardedOptimizer(model, so.AdamW, lr=1e-2)
+    optimizer.init_state()
+    with torch.no_grad():
+        model.weight.fill_(7.0)
+    for state in optimizer.state_dict()["state"].values():  # none on a rank whose shard is padding
+        assert torch.equal(state["master"], torch.full_like(state["master"], 7.0))
+    optimizer.consolidate_state_dict()
+    if dist.get_rank() == 0:
+        assert torch.equal(optimizer.state_dict()["state"][0]["master"], torch.full((5, 3), 7.0))
+
+
+def test_masters_of_weights_that_were_loaded_are_saved_as_they_are_now() -> None:
+    ranks.run(check_masters_that_are_saved, 2)

@@ -11,7 +11,15 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from llvmlite import binding, ir
+try:
+    import llvmlite
+    from llvmlite import binding, ir
+except OSError as error:  # of its library
+    raise ImportError(f"llvmlite cannot be loaded: {error}") from error
+
+OLDEST = (0, 45)
+if tuple(map(int, llvmlite.__version__.split(".")[:2])) < OLDEST:
+    raise ImportError(f"llvmlite {llvmlite.__version__} is older than {'.'.join(map(str, OLDEST))}")
 
 __all__ = [
     "BYTE",
@@ -163,8 +171,8 @@ _engines: list[binding.ExecutionEngine] = []  # own the machine code, which stay
 def compiled(module: ir.Module) -> binding.ExecutionEngine:
     """Compile a module; the result knows the addresses of its functions."""
     engine = binding.create_mcjit_compiler(binding.parse_assembly(str(module)), _machine())
+    _engines.append(engine)  # also if the compilation is interrupted
     engine.finalize_object()
-    _engines.append(engine)
     return engine
 
 
@@ -190,9 +198,14 @@ def is_zen() -> bool:
 
 
 @cache
-def _machine() -> binding.TargetMachine:
+def _initialize() -> None:
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
+
+
+def _machine() -> binding.TargetMachine:
+    """Return a new target machine: an engine owns its own, and frees it."""
+    _initialize()
     target = binding.Target.from_default_triple()
     return target.create_target_machine(
         cpu=binding.get_host_cpu_name(), features=binding.get_host_cpu_features().flatten(), opt=3, jit=True

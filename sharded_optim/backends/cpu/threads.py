@@ -9,8 +9,8 @@ from __future__ import annotations
 import ctypes
 import os
 from array import array
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
 from typing import NamedTuple
 
@@ -45,7 +45,8 @@ def _after_fork() -> None:
         torch.set_num_threads(1)  # torch's operations would wait for threads of the parent, as do those of its data loaders
 
 
-os.register_at_fork(after_in_child=_after_fork)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def kernel_of(function: ir.Function) -> Kernel:
@@ -78,9 +79,28 @@ def run(kernel: Kernel, arguments: int, shares: int) -> None:
 def _run_in_pool(kernel: Kernel, arguments: int, shares: int) -> None:
     if _State.pool is None:
         _State.pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="sharded_optim")
-    others = [_State.pool.submit(kernel.call, arguments, share, shares) for share in range(1, shares)]
-    kernel.call(arguments, 0, shares)
-    wait(others)
+    others: list[Future[None]] = []
+    try:
+        for share in range(1, shares):
+            try:
+                others.append(_State.pool.submit(kernel.call, arguments, share, shares))
+            except RuntimeError:  # no further thread can start
+                kernel.call(arguments, share, shares)
+        kernel.call(arguments, 0, shares)
+    finally:
+        _wait_for_all(others)
+
+
+def _wait_for_all(shares: Sequence[Future[None]]) -> None:
+    """Wait for shares of work, also if this is interrupted: they write to memory that is freed afterwards."""
+    interrupt: BaseException | None = None
+    while not all(share.done() for share in shares):
+        try:
+            wait(shares)
+        except BaseException as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
 
 
 @cache
