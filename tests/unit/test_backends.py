@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ from variants import CPU_BACKENDS, examples
 import sharded_optim as so
 from sharded_optim import backends
 from sharded_optim.backends import cpu
+from sharded_optim.backends.cpu import threads
 from sharded_optim.formulas import Algorithm
 from sharded_optim.optimizers.adam import ADAM, AMSGRAD
 from sharded_optim.optimizers.sgd import MOMENTUM, SGD
@@ -323,3 +326,62 @@ def test_the_log_says_which_backend_runs_and_why_not_another(caplog: pytest.LogC
     assert "pip install llvmlite" in line
     assert "triton: it runs on GPUs, not on cpu" in line
     assert "backend: eager" in repr(optimizer)
+
+
+# ------------------------------------------------------------------------------------------------------------- what goes wrong there
+
+STEP = """
+import gc, torch, sharded_optim as so
+param = torch.nn.Parameter(torch.ones(5))
+param.grad = torch.ones(5)
+"""
+INTERRUPTED = """
+from llvmlite import binding
+finalize = binding.ExecutionEngine.finalize_object
+def interrupt(engine): raise KeyboardInterrupt
+binding.ExecutionEngine.finalize_object = interrupt
+optimizer = so.AdamW([param], backend="cpu")
+try:
+    optimizer.step()
+except KeyboardInterrupt:
+    pass
+binding.ExecutionEngine.finalize_object = finalize
+gc.collect()
+optimizer.step()
+print(bool((param < 1).all()))
+"""
+OLD = """
+import llvmlite
+llvmlite.__version__ = "0.44.0"
+optimizer = so.AdamW([param])
+optimizer.step()
+from sharded_optim.backends.position_hash import position_hashes
+print("backend: eager" in repr(optimizer), len(position_hashes([param])))
+"""
+
+
+@pytest.mark.parametrize(("code", "printed"), [(INTERRUPTED, "True"), (OLD, "True 1")], ids=["interrupted compilation", "old llvmlite"])
+def test_a_compiler_that_fails_leaves_steps_right(code: str, printed: str) -> None:
+    """In a process of its own, which such a step has ended."""
+    result = subprocess.run([sys.executable, "-c", STEP + code], capture_output=True, text=True, timeout=100, check=False)
+    assert result.stdout.strip() == printed, result.stderr
+
+
+def test_shares_of_work_are_waited_for_though_the_wait_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their memory is freed afterwards."""
+    ended = threading.Event()
+    waits = []
+
+    def interrupted(shares: list[Future[None]]) -> None:
+        waits.append(1)
+        if len(waits) == 1:
+            raise KeyboardInterrupt
+        ended.set()
+        wait(shares)
+
+    monkeypatch.setattr(threads, "wait", interrupted)
+    with ThreadPoolExecutor(1) as pool:
+        share = pool.submit(ended.wait, 10)
+        with pytest.raises(KeyboardInterrupt):
+            threads._wait_for_all([share])
+        assert share.done()
