@@ -11,13 +11,16 @@ Rule for `coefficients` and `lr_scale`: `+ - *` and the functions of `scalars` o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from sharded_optim.formulas.scalars import Number, Step
 
-__all__ = ["Algorithm", "Choose", "Coefficients", "Statistic"]
+__all__ = ["Algorithm", "Choose", "Coefficients", "Matrix", "Statistic"]
 
 Coefficients = tuple[Number, ...]
 
@@ -36,16 +39,36 @@ class Statistic:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Matrix:
+    """A function of whole matrices, between two elementwise passes over the pieces that a rank holds.
+
+    The algorithm's `update` is the first pass: in the place of the parameter it writes an element of a *direction*, and the state. One rank
+    gets the direction of a whole matrix and computes `function`. The result goes back to all ranks that hold a piece of the matrix, where
+    `apply` updates the parameter by it.
+    """
+
+    # (shape of a tensor, hyperparameters) -> (rows, columns) of the matrices that its elements are, in row-major order one after the other.
+    # Raises ValueError for a shape that cannot be stepped, and says why.
+    shapes: Callable[[tuple[int, ...], Mapping[str, Any]], Sequence[tuple[int, int]]]
+    function: Callable[[Tensor, Mapping[str, Any]], Tensor]  # (direction (rows, columns), hyperparameters) -> result, alike
+    flops: Callable[[int, int], int]  # (rows, columns) -> of `function`, up to a factor: ranks share the work by it
+    dtype: torch.dtype  # of directions and results, also between ranks
+    apply: Algorithm  # without state; its `grad` is the result
+
+
+@dataclass(frozen=True, kw_only=True)
 class Algorithm:
-    """The math of one optimizer: elementwise, except for its statistic."""
+    """The math of one optimizer: elementwise, except for its statistic or its function of whole matrices."""
 
     name: str
     state: tuple[str, ...]  # names of the per-element state, in the order the functions take and return it; the first moment first
     update: Callable[..., tuple[Any, ...]]  # (param, grad, *state, *coefficients) -> (param, *state)
     coefficients: Callable[[Mapping[str, Any], Step, Number], Coefficients]  # (hyperparameters, step, lr_scale)
-    # (param, grad, *state, *coefficients) -> the parameter before an update that led to this parameter and state; for reports
-    undo: Callable[..., Any]
+    # (param, grad, *state, *coefficients) -> the parameter before an update that led to this parameter and state; for reports. None: what
+    # an update has subtracted is not reported.
+    undo: Callable[..., Any] | None
     statistic: Statistic | None = None
+    matrix: Matrix | None = None
     optional_state: frozenset[str] = frozenset()  # state that may begin, as zeros, when other state has long begun
     ignored_state: frozenset[str] = frozenset()  # state that other hyperparameters would need, which may be left over
 

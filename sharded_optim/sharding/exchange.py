@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharded_optim.sharding.layout import GRADIENT, PARAMETER, Layout, LocalParam, segments_of
+from sharded_optim.sharding.matrices import Holding, Matrices, plan_matrices
 from sharded_optim.sharding.ranks import join_messages, naming_missing_ranks
 from sharded_optim.sharding.segment import Segment, find_tiling_error
 from sharded_optim.sharding.wrappers import partial_of
@@ -64,9 +65,14 @@ def exchange_layouts(
 
     largest_norm = max((row.grad_norm or 0.0 for table in tables for row in table), default=0.0)
     holders: dict[str, list[tuple[int, _Row]]] = defaultdict(list)
+    of_matrices: dict[str, list[Holding]] = defaultdict(list)
+    matrices_of: dict[str, Matrices] = {}
     for holder, table in enumerate(tables):
-        for row in table:
+        for index, row in enumerate(table):
             holders[row.segment.name].append((holder, row))
+            if row.matrices is not None:
+                matrices_of[row.segment.name] = row.matrices
+                of_matrices[row.segment.name].append(Holding(holder, index, row.segment))
     owner: dict[Segment, int] = {}
     for name, pieces in holders.items():
         _check_agreement(name, pieces, largest_norm)
@@ -82,6 +88,7 @@ def exchange_layouts(
         slots=tuple(index[segment.name] for segment in segments_of(local_params)),
         owned=tuple(owner[segment] == rank for segment in segments_of(local_params)),
         is_global=True,
+        matrices=plan_matrices(matrices_of, of_matrices, rank, len(tables)),
         partial={
             row: partial_of[piece.segment.name]
             for row, entry in enumerate(local_params)
@@ -101,6 +108,7 @@ class _Row:
     fingerprint: int | None = None  # of the values
     grad_norm: float | None = None  # None without a gradient, or a finite one
     partial: Any = None  # how the gradient is yet to be reduced
+    matrices: Matrices | None = None  # that the tensor is
 
     @classmethod
     def of(cls, entry: LocalParam, *, alone: bool, compare_values: bool) -> Iterator[_Row]:
@@ -116,7 +124,8 @@ class _Row:
                 norm = math.nan if grad is None else float(torch.linalg.vector_norm(piece.of(grad), dtype=torch.float32))
                 grad_norm = norm if math.isfinite(norm) else None
                 fingerprint = _fingerprint(piece.of(param)) if compare_values else None
-            yield cls(segment=piece.segment, dtype=dtype, fingerprint=fingerprint, grad_norm=grad_norm, partial=partial)
+            compared = {"fingerprint": fingerprint, "grad_norm": grad_norm}
+            yield cls(segment=piece.segment, dtype=dtype, partial=partial, matrices=piece.matrices, **compared)
 
 
 def _check_agreement(name: str, pieces: list[tuple[int, _Row]], largest_norm: float) -> None:
@@ -128,6 +137,11 @@ def _check_agreement(name: str, pieces: list[tuple[int, _Row]], largest_norm: fl
                 f"ranks disagree about {name!r}: shape {first.segment.shape} and {first.dtype} on rank {first_rank}, shape "
                 f"{row.segment.shape} and {row.dtype} on rank {rank}; build the same model on every rank, or give tensors that differ "
                 f"different names by passing named parameters"
+            )
+        if row.matrices != first.matrices:
+            raise ValueError(
+                f"ranks {first_rank} and {rank} disagree about the matrices that {name!r} (shape {first.segment.shape}) is, or whether it "
+                f"is stepped as matrices at all; give it the same param group on every rank"
             )
         known_rank, known = replicas.setdefault(row.segment, (rank, row))
         differ = _how_replicas_differ(known, row, largest_norm)

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sharded_optim.sharding.matrices import Matrices, MatrixPlan
 from sharded_optim.sharding.segment import Segment
 from sharded_optim.storage.devices import send
 
@@ -31,6 +32,7 @@ class Piece:
 
     segment: Segment
     offset: int | None = None  # of the first, in a contiguous 1-D local tensor; None: they are all of the local tensor, in any shape
+    matrices: Matrices | None = None  # that the tensor is, where its algorithm needs them whole
 
     def of(self, local: Tensor) -> Tensor:
         """The piece's elements of a local tensor, sharing memory."""
@@ -64,6 +66,7 @@ class Layout:
     is_global: bool = False  # whether it was made by all ranks of a process group together
     # Of these ranks; None: this process is alone. Held weakly: torch.distributed owns groups, and must be the one to end their threads.
     process_group_ref: weakref.ref[dist.ProcessGroup] | None = None
+    matrices: tuple[MatrixPlan, ...] = ()  # how whole matrices come together: a plan for each dtype
     partial: dict[int, Any] = field(default_factory=dict)  # by local parameter: how its gradient is reduced, where that comes Partial
     has_dtensors: bool = field(init=False)  # whether any of the parameters is a tensor of a subclass, as a DTensor is
     device: torch.device = field(init=False)  # on which ranks agree: that of the first parameter when this was made

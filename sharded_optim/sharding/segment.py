@@ -104,6 +104,18 @@ class Segment:
         """Offsets at which the runs begin: int64, shape (count,)."""
         return self.start + self.stride * torch.arange(self.count, dtype=torch.int64, device="cpu")
 
+    def elements_before(self, element: int) -> int:
+        """Number of elements of this segment that lie before an element of the tensor: where that stands in the segment's buffer.
+
+        >>> Segment(name="w", shape=(5, 3), start=2, run=1, stride=3, count=5).elements_before(6)
+        2
+        """
+        beyond = element - self.start
+        if beyond <= 0 or not self.numel:
+            return 0
+        runs = min(beyond // self.stride, self.count)
+        return runs * self.run + (min(beyond - runs * self.stride, self.run) if runs < self.count else 0)
+
     def cut(self, numel: int) -> Iterator[Segment]:
         """Cut a segment into segments of at most `numel` elements, in order.
 

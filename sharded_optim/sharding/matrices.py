@@ -1,0 +1,279 @@
+"""Plan how whole matrices come together: which rank computes with which, and what the ranks send each other for it.
+
+A matrix is a range of elements of a tensor: all of it, one of a stack, or a block of rows. Each has one *owner* among the ranks that hold
+a piece of it. In a *round* the owners gather the pieces that they lack of some matrices, each from one of its replicas, and send the
+results to all ranks that hold a piece. What a rank alone holds whole does not travel.
+
+`exchange.py` makes the plan from what all ranks hold; `step/matrix_exchange.py` carries it out.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from operator import attrgetter, itemgetter
+from typing import NamedTuple
+
+import torch
+
+from sharded_optim.sharding.segment import Overlap, Segment, overlaps
+
+__all__ = ["Holding", "Matrices", "MatrixPlan", "OwnedMatrix", "Part", "Round", "Transfer", "choose_owners", "plan_matrices"]
+
+ROUND_BYTES = 2**25  # of the matrices of one owner in a round: several of a layer, and little beside a model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matrices:
+    """The matrices that a tensor is: its row-major elements, one matrix after the other."""
+
+    dtype: torch.dtype  # in which they travel
+    shapes: tuple[tuple[int, int], ...]
+    flops: tuple[int, ...]  # what it takes to compute with each, up to a common factor
+
+
+class Holding(NamedTuple):
+    """A piece of a tensor that a rank holds."""
+
+    rank: int
+    number: int  # among the rank's pieces
+    segment: Segment
+
+
+class Part(NamedTuple):
+    """Elements of a matrix, in row-major order, that lie contiguously in a buffer."""
+
+    begin: int
+    end: int
+    overlaps: tuple[Overlap, ...]  # of buffer[begin:end], as the source, with the matrix
+
+    @property
+    def numel(self) -> int:
+        return self.end - self.begin
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfer:
+    """The sizes of an all-to-all for this rank: elements to, and from, each rank."""
+
+    sent: list[int]
+    received: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnedMatrix:
+    """A matrix that this rank computes with."""
+
+    rows: int
+    columns: int
+    piece: int  # one of this rank's pieces of it
+    own: list[Part] = field(default_factory=list)  # in the buffer of this rank's pieces
+    gathered: list[Part] = field(default_factory=list)  # in what is received
+    results: list[Part] = field(default_factory=list)  # in what is sent back
+
+    @property
+    def lies_whole(self) -> bool:
+        """Whether the elements lie in the buffer as in the matrix."""
+        return len(self.own) == 1 and self.own[0].numel == self.rows * self.columns
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """The part of this rank in one round. Slices are of the buffer of its pieces, in the order in which they are packed."""
+
+    gather: Transfer
+    gathered_from: list[slice]
+    matrices: list[OwnedMatrix]
+    scatter: Transfer
+    scattered_to: list[slice]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixPlan:
+    """The part of this rank in gathering the matrices of one dtype, and in sending back the results.
+
+    Attributes:
+        numel: of the buffer of this rank's pieces.
+        places: which elements of it each piece has, by its index among all of the rank's pieces.
+        rounds: on all ranks equally many.
+        travels: whether any rank sends anything.
+        loads: the flops of each rank.
+    """
+
+    dtype: torch.dtype
+    numel: int
+    places: dict[int, slice]
+    rounds: list[Round]
+    travels: bool
+    loads: list[int]
+
+
+@dataclass(kw_only=True, eq=False)
+class _Whole:
+    """A matrix, and all non-empty parts of it: (who holds the piece, where the part begins and ends in the piece)."""
+
+    range: Segment
+    rows: int
+    columns: int
+    flops: int
+    parts: list[tuple[Holding, int, int]]
+
+    @property
+    def holders(self) -> list[int]:
+        return sorted({holding.rank for holding, _, _ in self.parts})
+
+
+def plan_matrices(
+    matrices_of: Mapping[str, Matrices],  # by the name of the tensor
+    holders: Mapping[str, Sequence[Holding]],  # all pieces of these tensors on all ranks, in the same order on every rank
+    rank: int,
+    world_size: int,
+) -> tuple[MatrixPlan, ...]:
+    """Make the plans of this rank, one for each dtype. All ranks must make them of the same arguments."""
+    wholes: dict[torch.dtype, list[_Whole]] = defaultdict(list)
+    pieces: dict[torch.dtype, list[Holding]] = defaultdict(list)
+    for name, matrices in matrices_of.items():
+        wholes[matrices.dtype] += _wholes(matrices, holders[name])
+        pieces[matrices.dtype] += [holding for holding in holders[name] if holding.rank == rank]
+    loads, sent = [0] * world_size, [0] * world_size
+    return tuple(_plan(dtype, wholes[dtype], pieces[dtype], rank, loads, sent) for dtype in sorted(wholes, key=str))
+
+
+def _wholes(matrices: Matrices, holders: Sequence[Holding]) -> list[_Whole]:
+    tensor = holders[0].segment
+    starts = accumulate((rows * columns for rows, columns in matrices.shapes), initial=0)
+    found = []
+    for start, (rows, columns), flops in zip(starts, matrices.shapes, matrices.flops, strict=False):  # the last start is the end
+        end = start + rows * columns
+        parts = [(holding, *map(holding.segment.elements_before, (start, end))) for holding in holders]
+        parts = [(holding, begin, until) for holding, begin, until in parts if begin < until]
+        if start < end:
+            elements = Segment.flat(tensor.name, tensor.shape, start, end - start)
+            found.append(_Whole(range=elements, rows=rows, columns=columns, flops=flops, parts=parts))
+    return found
+
+
+def choose_owners(flops: Sequence[int], candidates: Sequence[Sequence[int]], loads: list[int]) -> list[int]:
+    """Choose an owner for each matrix, so that no rank has much more to compute than others. Adds to the loads.
+
+    Longest processing time first (Graham 1969), which is at most a third above the best where every rank may own every matrix. Those
+    with one candidate come before the others, which then fill what they leave.
+
+    >>> choose_owners([3, 2, 2, 1], [[0, 1], [0, 1], [0, 1], [1]], [0, 0])
+    [0, 1, 1, 1]
+    """
+    owners = [0] * len(flops)
+    for index in sorted(range(len(flops)), key=lambda index: (len(candidates[index]) > 1, -flops[index])):
+        owners[index] = min(candidates[index], key=loads.__getitem__)  # the first of several
+        loads[owners[index]] += flops[index]
+    return owners
+
+
+def _plan(
+    dtype: torch.dtype,
+    wholes: Sequence[_Whole],
+    pieces: Sequence[Holding],
+    rank: int,
+    loads: list[int],  # flops of each rank so far
+    sent: list[int],  # elements that each rank sends so far
+) -> MatrixPlan:
+    ends = list(accumulate(holding.segment.numel for holding in pieces))
+    places = {holding.number: slice(end - holding.segment.numel, end) for holding, end in zip(pieces, ends, strict=True)}
+    owners = choose_owners([whole.flops for whole in wholes], [whole.holders for whole in wholes], loads)
+    return MatrixPlan(
+        dtype=dtype,
+        numel=ends[-1] if ends else 0,
+        places=places,
+        rounds=[_round(members, places, rank, sent) for members in _rounds(wholes, owners, dtype.itemsize)],
+        travels=any(len(whole.holders) > 1 for whole in wholes),
+        loads=list(loads),
+    )
+
+
+def _rounds(wholes: Sequence[_Whole], owners: Sequence[int], itemsize: int) -> list[list[tuple[int, _Whole]]]:
+    """Split the matrices of each owner into rounds of bounded bytes, the most expensive first; at least one matrix in each."""
+    rounds: list[list[tuple[int, _Whole]]] = []
+    filled: dict[int, tuple[int, int]] = {}  # of each owner: its last round, and the bytes there
+    for owner, whole in sorted(zip(owners, wholes, strict=True), key=lambda each: -each[1].flops):
+        size = whole.range.numel * itemsize
+        number, bytes_there = filled.get(owner, (0, 0))
+        if bytes_there and bytes_there + size > ROUND_BYTES:
+            number, bytes_there = number + 1, 0
+        filled[owner] = number, bytes_there + size
+        if number == len(rounds):
+            rounds.append([])
+        rounds[number].append((owner, whole))
+    return rounds
+
+
+def _round(members: Sequence[tuple[int, _Whole]], places: Mapping[int, slice], rank: int, sent: list[int]) -> Round:
+    """Build this rank's part of a round. What two ranks send each other is in the order of `members` on both."""
+    world_size = len(sent)
+    outgoing: list[tuple[int, slice]] = []  # to whom
+    incoming: list[tuple[int, slice]] = []  # from whom
+    arriving: list[tuple[int, OwnedMatrix, Part]] = []  # from whom
+    returning: list[tuple[int, OwnedMatrix, Part]] = []  # to whom
+    owned: list[OwnedMatrix] = []
+
+    def local(holding: Holding, begin: int, end: int) -> slice:
+        start = places[holding.number].start
+        return slice(start + begin, start + end)
+
+    for owner, whole in members:
+        matrix = None
+        if owner == rank:
+            own = [(holding, begin, end) for holding, begin, end in whole.parts if holding.rank == rank]
+            matrix = OwnedMatrix(rows=whole.rows, columns=whole.columns, piece=own[0][0].number)
+            owned.append(matrix)
+            for holding, begin, end in own:
+                at = local(holding, begin, end)
+                matrix.own.append(_part(whole, holding.segment, begin, end, at.start))
+        replicas: dict[Segment, list[tuple[Holding, int, int]]] = defaultdict(list)
+        for part in whole.parts:
+            replicas[part[0].segment].append(part)
+        for segment, parts in replicas.items():
+            begin, end = parts[0][1:]
+            if all(holding.rank != owner for holding, _, _ in parts):
+                sender, _, _ = min(parts, key=lambda part: sent[part[0].rank])[0]
+                sent[sender] += end - begin
+                if sender == rank:
+                    holding = next(holding for holding, _, _ in parts if holding.rank == rank)
+                    outgoing.append((owner, local(holding, begin, end)))
+                if matrix is not None:
+                    arriving.append((sender, matrix, _part(whole, segment, begin, end, 0)))
+        for holding, begin, end in whole.parts:
+            if holding.rank != owner:
+                sent[owner] += end - begin
+                if holding.rank == rank:
+                    incoming.append((owner, local(holding, begin, end)))
+                if matrix is not None:
+                    returning.append((holding.rank, matrix, _part(whole, holding.segment, begin, end, 0)))
+    for parts_of, packed in ((attrgetter("gathered"), arriving), (attrgetter("results"), returning)):
+        offset = 0
+        for _, matrix, part in sorted(packed, key=itemgetter(0)):
+            parts_of(matrix).append(part._replace(begin=offset, end=offset + part.numel))
+            offset += part.numel
+    return Round(
+        gather=Transfer(sent=_sizes(outgoing, world_size), received=_sizes(arriving, world_size)),
+        gathered_from=[each for _, each in sorted(outgoing, key=itemgetter(0))],
+        matrices=owned,
+        scatter=Transfer(sent=_sizes(returning, world_size), received=_sizes(incoming, world_size)),
+        scattered_to=[each for _, each in sorted(incoming, key=itemgetter(0))],
+    )
+
+
+def _part(whole: _Whole, segment: Segment, begin: int, end: int, at: int) -> Part:
+    """The elements [begin, end) of a segment's buffer, which lie at `at` in another one."""
+    found = tuple(replace(each, source=each.source - begin) for each in overlaps(segment, whole.range))
+    assert sum(each.run * each.count for each in found) == end - begin, "a range cuts a contiguous part out of a segment"
+    return Part(at, at + end - begin, found)
+
+
+def _sizes(packed: Sequence[tuple[int, slice] | tuple[int, OwnedMatrix, Part]], world_size: int) -> list[int]:
+    """Number of elements to or from each rank."""
+    sizes = [0] * world_size
+    for peer, *_, elements in packed:
+        sizes[peer] += elements.numel if isinstance(elements, Part) else elements.stop - elements.start
+    return sizes
