@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from sharded_optim.optimizers.adam import Adam
 from sharded_optim.optimizers.adamw import AdamW
 from sharded_optim.optimizers.decoupled_adamw import DecoupledAdamW
+from sharded_optim.optimizers.muon import Muon
 from sharded_optim.optimizers.sgd import DecoupledSGDW
 from sharded_optim.optimizers.stable_adamw import StableAdamW
 from sharded_optim.step.engine import Engine
 
-__all__ = ["Adam", "AdamW", "DecoupledAdamW", "DecoupledSGDW", "StableAdamW"]
+__all__ = ["Adam", "AdamW", "DecoupledAdamW", "DecoupledSGDW", "Muon", "StableAdamW"]
 
 OPTIMIZERS: Mapping[str, type[Engine]] = {name: globals()[name] for name in __all__}

@@ -18,10 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharded_optim.backends import Judge
-from sharded_optim.formulas import Statistic
 from sharded_optim.formulas.scalars import Sums, mean
 from sharded_optim.formulas.verdict import (
     ABSENT,
+    BITS,
     FOUND_INF,
     INVALID,
     NON_FINITE,
@@ -50,7 +50,6 @@ class Rules:
     """The options of an optimizer that decide what ranks agree on in a step."""
 
     agrees: bool  # whether a step is a collective
-    statistic: Statistic | None
     nonfinite: NonFinite
     max_skipped_steps: int | None
     state_format: str  # the name of the moments' format
@@ -133,9 +132,9 @@ class Agreement:
         self._flags = _HostCopy(verdict.flags)
 
     def named_means(self) -> dict[str, float]:
-        """Mean of the statistic over every tensor of the model that had a gradient. Waits for the device."""
-        rows = zip(self.layout.names, self.means().tolist(), self.vector[PRESENT].tolist(), strict=True)
-        return {name: mean for name, mean, present in rows if present}
+        """Mean of the statistic over every tensor of the model that has one and had a gradient. Waits for the device."""
+        summed = self.vector[BITS] > 0  # in so many bits; without a gradient, or a statistic, in none
+        return {name: mean for name, mean, has in zip(self.layout.names, self.means().tolist(), summed.tolist(), strict=True) if has}
 
     def means(self) -> Tensor:
         """Mean of the statistic over every tensor of the model: float64 (number of tensors,); NaN where not finite."""

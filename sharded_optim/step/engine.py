@@ -2,6 +2,8 @@
 
     grad, state -> observe -> per-tensor sums -> agree (one all-reduce) -> per-tensor learning-rate scale -> update -> param, state
 
+Algorithms with a function of whole matrices exchange these before the update.
+
 The public classes in `optimizers/` give it an algorithm and defaults.
 """
 
@@ -101,9 +103,17 @@ class Engine(ReportingOptimizer):
         )
         warn_of_swapped_eps(type(self), defaults)
         self._begin()
-        self._statistic = algorithm(self.param_groups[0]).statistic
+        # All that any group may be stepped by: that a step is a collective must not depend on the groups that there are just now.
+        algorithms = (*self.algorithms.values(), *map(algorithm, self.param_groups))
+        self._has_matrices = any(each.matrix is not None for each in algorithms)
+        self._must_agree = self._has_matrices or any(each.statistic is not None for each in algorithms)
         # Where ranks agree on something anyway, skipping together costs nothing; elsewhere it would cost a collective.
-        self.nonfinite = nonfinite or ("skip" if self._statistic else "allow")
+        self.nonfinite = nonfinite or ("skip" if self._must_agree else "allow")
+        if gradient_release and self._has_matrices:
+            raise ValueError(
+                f"{type(self).__name__} has no gradient release: ranks share the work on the matrices of the whole model, in a step of all "
+                f"parameters; leave gradient_release out"
+            )
 
     def _begin(self) -> None:
         """Create what is neither copied nor pickled."""
@@ -146,6 +156,11 @@ class Engine(ReportingOptimizer):
             return loss
         if not self._has_stepped:
             refuse_options_on_wrapper(self)
+        if param is not None and self._has_matrices:
+            raise ValueError(
+                f"step(param=...) is not supported by {type(self).__name__}: ranks share the work on the matrices of the whole model; call "
+                f"step() when all gradients are there"
+            )
         rules = self._rules()
         if rules.agrees and self.layout is None and dist.is_initialized():  # DistributedDataParallel holds no flat parameters
             self._join_guard.check((param for group in self.param_groups for param in group["params"]), self._sets.made)
@@ -163,7 +178,7 @@ class Engine(ReportingOptimizer):
             if not self._has_stepped and only is None:
                 self._has_stepped = True
                 _warn_of_no_gradients(self, params, agreement)
-            self._update(params, agreement, rules, scaler, accumulate=only is not None and self.optimizer_accumulation)
+            self._update(params, agreement, scaler, accumulate=only is not None and self.optimizer_accumulation)
         finally:
             self._sets.release(params)
             observation = None  # else an error that it has, and this frame, would keep each other alive
@@ -195,8 +210,7 @@ class Engine(ReportingOptimizer):
         options = (self.nonfinite, self.max_skipped_steps, self.state_dtype)
         if options != self._options:
             self._known_rules = Rules(
-                statistic=self._statistic,
-                agrees=self._statistic is not None or self.nonfinite != "allow",
+                agrees=self._must_agree or self.nonfinite != "allow",
                 nonfinite=self.nonfinite,
                 max_skipped_steps=self.max_skipped_steps,
                 state_format=self.state_format.name,
@@ -204,7 +218,7 @@ class Engine(ReportingOptimizer):
             self._options = options
         return self._known_rules
 
-    def _update(self, params: ParamSet, agreement: Agreement | None, rules: Rules, scaler: Scaler, *, accumulate: bool) -> None:
+    def _update(self, params: ParamSet, agreement: Agreement | None, scaler: Scaler, *, accumulate: bool) -> None:
         """Write parameters (not with `accumulate`) and state and count the step, if it happens."""
         if agreement is not None:
             proceed = agreement.verdict.proceed
@@ -224,7 +238,7 @@ class Engine(ReportingOptimizer):
             params.take_values(self)
         if self._listener is not None:
             self._listener.updating()
-        params.update(agreement, rules, proceed, scaler, self._listener, accumulate=accumulate)
+        params.update(agreement, proceed, scaler, self._listener, accumulate=accumulate)
         if proceed is not None:
             self._count_skipped(~proceed)
 
@@ -237,13 +251,13 @@ class Engine(ReportingOptimizer):
     # ------------------------------------------------------------------------------------------------------- copying, printing
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_statistic", "_backend_names", "_foreach", "_skipped", "_has_stepped", "nonfinite", "max_skipped_steps")
+        own = ("_has_matrices", "_must_agree", "_backend_names", "_foreach", "_skipped", "_has_stepped", "nonfinite", "max_skipped_steps")
         own += ("gradient_release", "optimizer_accumulation")
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "_statistic" in state:
+        if "_must_agree" in state:
             self._begin()
 
     def __repr__(self) -> str:

@@ -1,6 +1,6 @@
 """Translate state dicts of other libraries' optimizers, recognised by their keys, so that training continues where it was.
 
-    torch.optim     Adam, AdamW, SGD: `weight_decay` means L2 or coupled decay; SGD has no step counter
+    torch.optim     Adam, AdamW, SGD, Muon: `weight_decay` means L2 or coupled decay; SGD and Muon have no step counter
     Composer        DecoupledAdamW, DecoupledSGDW: torch's keys and `initial_lr`, the reference; a momentum buffer may be None
     optimi          Adam, AdamW, StableAdamW: debiased moments in the parameter's dtype, one step counter per group, `max_lr`, `kahan_comp`
 
@@ -31,6 +31,7 @@ OPTIMIS_SWITCHES = {"beta1", "beta2", "decouple_wd", "decouple_lr", "max_lr", "f
 OPTIMIS_SCRATCH = {"eps_sq", "mean_square", "group"}
 TORCHS_ADAM = {"betas", "eps", "weight_decay", "amsgrad"}  # of RAdam and NAdam the last is missing
 TORCHS_SGD = {"momentum", "dampening", "nesterov", "weight_decay"}
+TORCHS_MUON = {"momentum", "nesterov", "ns_coefficients", "adjust_lr_fn"}
 
 logger = logging.getLogger(__name__)
 
@@ -84,11 +85,13 @@ def _source(group: Group, where: str) -> str | None:
         return None
     if group.keys() >= {"beta1", "beta2", "kahan_sum"}:
         return OPTIMI
+    if group.keys() >= TORCHS_MUON:
+        return TORCH
     if "maximize" in group or "foreach" in group:
         if not (group.keys() >= TORCHS_ADAM or group.keys() >= TORCHS_SGD):
             raise ValueError(
-                f"{where} is of an optimizer of torch that is not continued here; it has {', '.join(group)}; continued are Adam, AdamW and "
-                "SGD"
+                f"{where} is of an optimizer of torch that is not continued here; it has {', '.join(group)}; continued are Adam, AdamW, "
+                "SGD and Muon"
             )
         return TORCH
     return COMPOSER if "initial_lr" in group else None
@@ -108,6 +111,8 @@ def _warn_of_doubt(source: str, highest_decay: float) -> None:
 def _from_torch(group: Group, states: dict[Any, ParamState], own: Group) -> tuple[Group, dict[Any, ParamState]]:
     if not group["weight_decay"]:
         form = own["decay_form"]  # of nothing
+    elif group.keys() >= TORCHS_MUON:
+        form = COUPLED
     elif "momentum" in group:
         form = L2
     elif "decoupled_weight_decay" in group:
@@ -115,6 +120,8 @@ def _from_torch(group: Group, states: dict[Any, ParamState], own: Group) -> tupl
     else:  # before torch 2.7, Adam's and AdamW's look alike
         form = L2 if own["decay_form"] == L2 else COUPLED
     translated = {key: value for key, value in group.items() if key not in TORCHS_SWITCHES} | {"decay_form": form}
+    if group.get("adjust_lr_fn", "") is None:
+        translated["adjust_lr_fn"] = "original"  # what None means to torch
     return translated, {key: _with_step(_tensors(state)) for key, state in states.items()}
 
 
@@ -164,7 +171,7 @@ def _tensors(state: Mapping[str, Any]) -> ParamState:
 
 
 def _with_step(state: ParamState) -> ParamState:
-    """Add a step counter to state of SGD, which has none: it only matters whether a momentum buffer has begun."""
+    """Add a step counter to state of SGD or Muon, which has none: it only matters whether a momentum buffer has begun."""
     return state if STEP in state else {**state, STEP: _counter(1)}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import chain
 from typing import Any, ClassVar, NamedTuple
@@ -11,9 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sharded_optim.formulas import Algorithm, Choose
+from sharded_optim.formulas import Algorithm, Choose, Matrix
 from sharded_optim.formulas.hyperparameters import COMMON, Hyperparameter, Unsupported, by_name, on_host
 from sharded_optim.sharding import FlatLayout, LocalParam, describe, find_layout
+from sharded_optim.sharding.matrices import Matrices
 from sharded_optim.sharding.ranks import own_process_group
 from sharded_optim.step import param_groups
 from sharded_optim.step.arguments import check_iterable
@@ -21,7 +23,7 @@ from sharded_optim.step.group_values import GroupValues
 from sharded_optim.step.options import Params
 from sharded_optim.step.param_index import ParamIndex
 
-__all__ = ["GroupedOptimizer", "optimizer_classes"]
+__all__ = ["GroupedOptimizer", "matrices_of", "optimizer_classes"]
 
 
 class _Given(NamedTuple):
@@ -102,7 +104,8 @@ class GroupedOptimizer(torch.optim.Optimizer):
             named = param_groups.named_params(param_group, index)
             param_group = param_groups.translate_switches(param_group, self.defaults)
             param_groups.resolve_kahan(param_group, self.defaults)
-            self._check_group(self.defaults | param_group, f"param_groups[{index}]")
+            complete = self.defaults | param_group
+            self._check_group(complete, f"param_groups[{index}]")
             known = {id(p): n for g_index, g in enumerate(self.param_groups) for p, n in param_groups.named_params(g, g_index)}
             names = set(known.values())
             for param, name in named:
@@ -115,7 +118,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
                 if isinstance(param, Tensor):
                     if self.layout is None:
                         self.layout = find_layout(param, (each for each, _ in named if isinstance(each, Tensor)))
-                    describe(param, name, self.layout)
+                    self._with_matrices(describe(param, name, self.layout), complete)
             param_groups.follow_names(param_group, self.param_groups)
         super().add_param_group(param_group)
         group = self.param_groups[index]
@@ -146,7 +149,28 @@ class GroupedOptimizer(torch.optim.Optimizer):
                 f"so.deepspeed.attach(engine) after deepspeed.initialize, or so.deepspeed.initialize instead of it; parameters of your "
                 f"own go in with add_param_group"
             )
-        return describe(param, name, self.layout)
+        return self._with_matrices(describe(param, name, self.layout), group)
+
+    def _with_matrices(self, entry: LocalParam, group: Mapping[str, Any]) -> LocalParam:
+        """Add the matrices that the algorithm of a group needs whole.
+
+        Raises:
+            ValueError: the tensor is none, or it is sharded in a way of which it is not proven that they come together.
+        """
+        matrix = self._choose(group).matrix
+        if matrix is None:
+            return entry
+        if self.layout is not None:
+            raise ValueError(
+                f"{entry.name!r} was flattened by a wrapper (FSDP1, DeepSpeed, ShardedOptimizer), and {type(self).__name__} steps matrices "
+                f"of ordinary tensors and DTensors only; shard the model with fully_shard (FSDP2), HSDP or tensor parallelism, or wrap it "
+                f"in DistributedDataParallel"
+            )
+        try:
+            pieces = [replace(piece, matrices=matrices_of(matrix, piece.segment.shape, group)) for piece in entry.pieces]
+        except ValueError as error:
+            raise ValueError(f"parameter {entry.name!r} {error}") from None
+        return replace(entry, pieces=tuple(pieces))
 
     def _stands_for_others(self, param: Tensor, group: dict[str, Any]) -> bool:
         """Return whether a wrapper such as DeepSpeed has replaced the parameters of a group by one flat tensor before its first step.
@@ -300,6 +324,16 @@ class GroupedOptimizer(torch.optim.Optimizer):
             self._values = []
             self._layout = self._process_group = None
             self._given = list(map(_Given.of, self.param_groups))
+
+
+def matrices_of(matrix: Matrix, shape: tuple[int, ...], group: Mapping[str, Any]) -> Matrices:
+    """Return the matrices that a tensor is by the hyperparameters of its param group.
+
+    Raises:
+        ValueError: it is none.
+    """
+    shapes = tuple(matrix.shapes(shape, group))
+    return Matrices(dtype=matrix.dtype, shapes=shapes, flops=tuple(matrix.flops(*each) for each in shapes))
 
 
 def optimizer_classes() -> list[type[GroupedOptimizer]]:

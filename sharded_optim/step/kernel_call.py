@@ -94,14 +94,18 @@ class KernelCall:
         self._fixed_point: FixedPoint | None = None  # of what was observed last
         stored = zip((PARAMETER, *self.algorithm.state), self.operands.formats, strict=True)
         self._random = [name for name, stored_in in stored if stored_in.is_random]  # what is rounded at random
-        self._sources: DeviceCache[Tensor] = DeviceCache()  # of random numbers
-        backend.prepare(self.algorithm, self.operands)
+        self._sources: dict[tuple[str, ...], DeviceCache[Tensor]] = {}  # of random numbers
+        self._prepare()
         self._owners = None if cut is None else send(torch.tensor(owners, device="cpu"), self.device)
         self._counters = StepCounters(optimizer, self.params, self.device)
         self._log = optimizer.compensation_log
         self._compensations: Sequence[Sequence[Tensor]] = ()  # of each further array of the format, those of `params`
         self._drop_stale_compensation([[values[name] for values in state] for name in extra])
         self._early: tuple[Any, Contribution] | None = None
+
+    def _prepare(self) -> None:
+        """Do everything that may fail before the ranks agree."""
+        self.backend.prepare(self.algorithm, self.operands)
 
     @property
     def steps(self) -> Tensor:
@@ -167,7 +171,6 @@ class KernelCall:
 
     def update(
         self,
-        statistic: Statistic | None,
         agreement: Agreement | None,
         proceed: Tensor | None,  # bool (); None: the step happens
         scaler: Scaler,
@@ -175,7 +178,7 @@ class KernelCall:
         accumulate: bool,  # leave the parameters alone, and write the state
     ) -> Update:
         """Write parameters and state, and count the step, where it happens."""
-        scale = 1.0
+        scale, statistic = 1.0, self.algorithm.statistic
         if agreement is not None and statistic is not None:
             assert self._fixed_point is not None, "it was observed"
             scale = LrScale(of_mean=statistic.lr_scale, sums=agreement.sums(self.places, self._fixed_point))
@@ -185,7 +188,11 @@ class KernelCall:
         table = coefficient_table(self.algorithm.coefficients, members, self.steps, scale, backend=self.backend, operands=self.operands)
         grad_scale = scaler.inverse(self.device)
         happens = None if proceed is None else proceed.to(self.device)  # parameters may be on several devices
-        self.backend.update(self.algorithm, self.operands, table, happens, grad_scale, self._noise_keys() if self._random else None)
+        self.backend.update(self.algorithm, self.operands, table, happens, grad_scale, self._noise_keys(self._random))
+        return self._finish(table, happens, grad_scale)
+
+    def _finish(self, table: Tensor, happens: Tensor | None, grad_scale: Tensor | None) -> Update:
+        """Count the step after the parameters were written, and return a record of it."""
         self._counters.steps += 1.0 if happens is None else happens
         for compensations in self._compensations:
             self._log.record(self.params, compensations)
@@ -208,7 +215,7 @@ class KernelCall:
 
     def _sums(self, rules: Rules, scaler: Scaler) -> Contribution:
         """Sum the statistic of each operand, or only check whether its gradient is finite."""
-        statistic = rules.statistic
+        statistic = self.algorithm.statistic
         self._fixed_point = fixed_point = self._fixed_point_of(statistic)
         if statistic is None:
             table = torch.empty(len(self.pieces), 0, dtype=torch.float32, device=self.device)
@@ -225,7 +232,7 @@ class KernelCall:
         return found, tuple(self._keys(rules.options).tolist())
 
     def _fixed_point_of(self, statistic: Statistic | None) -> FixedPoint:
-        """Return the fixed-point format for the statistic of each operand; None stands for a statistic that is 0."""
+        """Return the fixed-point format for the statistic of each operand; None if there is none."""
         bounds = [0.0] * len(self._values) if statistic is None else list(map(statistic.bound, self.members.groups))
 
         def make() -> FixedPoint:
@@ -252,16 +259,23 @@ class KernelCall:
             result[slice(None) if rows is None else rows] = own
         return result
 
-    def _noise_keys(self) -> Tensor:
-        """Keys for the random numbers of this step: int64 (operands, parameters or moments that are rounded stochastically)."""
+    def _noise_keys(self, random: Sequence[str]) -> Tensor | None:
+        """Keys for the random numbers of this step, of what is rounded stochastically: int64 (operands, number of these); None of nothing.
+
+        Args:
+            random: the parameter, or moments, in the order in which a backend stores them.
+        """
+        if not random:
+            return None
         seeds = [self.members.groups[group]["rounding_seed"] for group in self._group_of]
 
         def make() -> Tensor:
             names = [segment.name for segment in self.operands.segments]
-            of_each = [noise.sources(seeds, [_source_name(name, what) for name in names]) for what in self._random]
+            of_each = [noise.sources(seeds, [_source_name(name, what) for name in names]) for what in random]
             return send(torch.stack(of_each, dim=1), self.device)
 
-        return noise.keys(self._sources.of(seeds, self.device, make), next_steps(self.steps).view(-1, 1))
+        sources = self._sources.setdefault(tuple(random), DeviceCache())
+        return noise.keys(sources.of(seeds, self.device, make), next_steps(self.steps).view(-1, 1))
 
     def _drop_stale_compensation(self, compensations: Sequence[Sequence[Tensor]]) -> None:
         """Take the further arrays of the format, and zero those whose parameter was written to since the last step."""

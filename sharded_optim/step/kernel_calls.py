@@ -15,6 +15,8 @@ from sharded_optim.backends import EAGER, Backend, choose
 from sharded_optim.sharding import Layout, LocalParam
 from sharded_optim.step.group_values import GroupValues
 from sharded_optim.step.kernel_call import KernelCall
+from sharded_optim.step.matrix_call import MatrixCall
+from sharded_optim.step.matrix_exchange import MatrixExchange
 from sharded_optim.step.state import Choice
 from sharded_optim.step.stateful import StatefulOptimizer
 from sharded_optim.storage.formats import Format, format_of
@@ -90,6 +92,7 @@ def kernel_calls(
     groups: Sequence[GroupValues],  # of each of the layout's local parameters
     grads: Sequence[Tensor | None],  # their gradients
     backends: BackendChoice,
+    exchanges: Mapping[torch.dtype, MatrixExchange],  # of the layout, by the dtypes in which matrices travel
     *,
     together: bool,  # whether a call takes all parameters that it can, or each its own
 ) -> list[KernelCall]:
@@ -114,7 +117,12 @@ def kernel_calls(
         rows.setdefault(key, []).append((index, entry, values, grad))
     if "cpu" in backends.names:
         _warn_if_slow([(entry, *choices[key]) for key, members in rows.items() for _, entry, _, _ in members])
-    return [KernelCall(optimizer, layout, *choices[key], rows[key], key[0]) for key in sorted(rows, key=itemgetter(0))]
+    calls = []
+    for key in sorted(rows, key=itemgetter(0)):
+        arguments = (optimizer, layout, *choices[key], rows[key], key[0])
+        of_matrices = choices[key][1].algorithm.matrix is not None
+        calls.append(MatrixCall(*arguments, exchanges=exchanges) if of_matrices else KernelCall(*arguments))
+    return calls
 
 
 def _warn_if_slow(stepped: Sequence[tuple[LocalParam, Backend, Choice]]) -> None:

@@ -55,8 +55,8 @@ def report(entry: LocalParam, piece: Piece, state: dict[str, Any], last: tuple[U
     moment: the first moment, not bias-corrected, or the momentum buffer.
     grad: without GradScaler's scale.
 
-    Left out are `moment` of an optimizer that has none, and what needs a gradient that is gone (`update` of SGD, not of Adam) or that is a
-    Partial DTensor.
+    Left out are `moment` of an optimizer that has none, `update` of one whose updates cannot be computed back (Muon), and what needs a
+    gradient that is gone (`update` of SGD, not of Adam) or that is a Partial DTensor.
 
     Args:
         entry, piece: the parameter, and which of its pieces.
@@ -87,7 +87,7 @@ def report(entry: LocalParam, piece: Piece, state: dict[str, Any], last: tuple[U
             vectors["grad"] = vectors["grad"] * update.grad_scale
     if update is None:
         vectors["update"] = torch.zeros_like(vectors["param"])
-    else:
+    elif update.algorithm.undo is not None:
         coefficients = update.coefficients[row].double().unbind()
         grad = vectors.get("grad", torch.full((), math.nan, dtype=torch.float64, device=local.device))  # makes NaN what needs it
         moved = update.algorithm.undo(vectors["param"], grad, *moments, *coefficients) - vectors["param"]

@@ -14,6 +14,7 @@ from itertools import count
 from operator import attrgetter, is_
 from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -25,6 +26,8 @@ from sharded_optim.step.group_values import GroupValues
 from sharded_optim.step.kernel_call import KernelCall
 from sharded_optim.step.kernel_calls import BackendChoice, kernel_calls
 from sharded_optim.step.layouts import LayoutMaker
+from sharded_optim.step.matrix_call import MatrixCall
+from sharded_optim.step.matrix_exchange import Compute, MatrixExchange
 from sharded_optim.step.metrics import Update
 from sharded_optim.step.param_index import ParamIndex
 from sharded_optim.step.stateful import StatefulOptimizer
@@ -74,6 +77,7 @@ class ParamSet:
         self._backends = backends
         self._together = together
         self.calls: list[KernelCall] = []
+        self._exchanges = {plan.dtype: MatrixExchange(layout, plan) for plan in layout.matrices}
         self._groups: Sequence[Any] = ()  # of each parameter, when the calls were made
         self._values: dict[int, GroupValues] = {}  # of each group, by its id
         self._without_grad: list[int] | None = None  # the parameters that had none then; None: there are no calls
@@ -107,13 +111,15 @@ class ParamSet:
         """
         try:
             grads = gradients_of(self.layout) if self.layout.has_dtensors else list(map(_grad, self.layout.params))
+            for exchange in self._exchanges.values():
+                exchange.allocate()
             groups = optimizer.groups_of(None if whole else self.layout.params)
             self._values = optimizer.values_of(groups)
             if not self._renew(optimizer, groups, grads):
                 for param in self.layout.params[:1]:
                     refuse_to_capture(param.device)
                 values = [self._values[id(group)] for group in groups]
-                self.calls = kernel_calls(optimizer, self.layout, values, grads, self._backends, together=self._together)
+                self.calls = kernel_calls(optimizer, self.layout, values, grads, self._backends, self._exchanges, together=self._together)
                 self._groups, self._without_grad = groups, _without_grad(grads)
                 self._judge = next((call.backend.judge for call in self.calls if call.device == self.layout.device), judge)
             if optimizer.gradient_release and not self.calls and scaler.found_inf is not None:
@@ -190,7 +196,6 @@ class ParamSet:
     def update(
         self,
         agreement: Agreement | None,
-        rules: Rules,
         proceed: Tensor | None,  # bool (); None: the step happens
         scaler: Scaler,
         listener: StepListener | None,
@@ -201,8 +206,9 @@ class ParamSet:
         updates: list[Update] = []
         if self.calls:
             self.updates = next(_numbers), updates
+        self._exchange_matrices(proceed, scaler)
         for number, call in enumerate(self.calls, start=1):
-            updates.append(call.update(rules.statistic, agreement, proceed, scaler, accumulate=accumulate))
+            updates.append(call.update(agreement, proceed, scaler, accumulate=accumulate))
             if listener is not None and (number == len(self.calls) or self.calls[number].unit != call.unit):
                 listener.updated(call.unit)
 
@@ -211,6 +217,17 @@ class ParamSet:
         values = optimizer.values_of(self._groups)
         for call in self.calls:
             call.take_values(values, optimizer)
+
+    def _exchange_matrices(self, proceed: Tensor | None, scaler: Scaler) -> None:
+        """Write directions, and replace them by the results of whole matrices. A collective where matrices travel."""
+        if not self._exchanges:
+            return
+        computes: dict[torch.dtype, dict[int, Compute]] = {dtype: {} for dtype in self._exchanges}
+        for call in self.calls:
+            if isinstance(call, MatrixCall):
+                computes[call.matrix.dtype] |= call.write_directions(proceed, scaler)
+        for dtype, exchange in self._exchanges.items():
+            exchange.run(computes[dtype])
 
     def skip(self) -> None:
         """Record that this step has written nothing."""
@@ -223,8 +240,8 @@ class ParamSet:
 
     def release(self) -> None:
         """Release gradients and state until the next step."""
-        for call in self.calls:
-            call.release()
+        for each in (*self.calls, *self._exchanges.values()):
+            each.release()
 
     def _renew(self, optimizer: StatefulOptimizer, groups: Sequence[Any], grads: Sequence[Tensor | None]) -> bool:
         """Take the tensors of this step; return False if the kernel calls must be built again."""

@@ -8,7 +8,6 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from sharded_optim.formulas import Statistic
 from sharded_optim.sharding import Layout, LocalParam
 from sharded_optim.sharding.names import names_without_wrappers
 from sharded_optim.step import metrics
@@ -76,7 +75,6 @@ class Reports:
 class ReportingOptimizer(StatefulOptimizer):
     """The public methods of an optimizer that report about its last step."""
 
-    _statistic: Statistic | None
     _sets: ParamSets
     _reports: Reports
     _skipped: int | Tensor
@@ -93,10 +91,11 @@ class ReportingOptimizer(StatefulOptimizer):
         """Return metrics of the last step, already reduced over all ranks. Waits for the device.
 
         Returns:
-            `skipped_steps`, and for algorithms with a per-tensor statistic `rms/NAME`: its root mean over the whole tensor, for every
-            tensor of the model that has elements and had a gradient, also those held by other ranks only. NaN where it was not finite.
+            `skipped_steps`, and `rms/NAME` for every tensor of the model whose algorithm has a statistic, and that has elements and had a
+            gradient: the root mean of the statistic over the whole tensor. Also of those held by other ranks only. NaN where it was not
+            finite.
         """
-        return {"skipped_steps": float(self.skipped_steps)} | (self._reports.rms(self._sets) if self._statistic is not None else {})
+        return {"skipped_steps": float(self.skipped_steps)} | self._reports.rms(self._sets)
 
     def report_per_parameter_metrics(self, param: Tensor, name: str, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
         """Report what the last step did to one parameter, as Composer's OptimizerMonitor asks for it. No communication.

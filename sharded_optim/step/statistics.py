@@ -39,7 +39,7 @@ def fraction_bits(bound: float, numel: int) -> int:
 class FixedPoint:
     """The fixed-point formats in which the statistics of several pieces are summed."""
 
-    bits: Tensor  # int64 (n,) on the CPU, k of each
+    bits: Tensor  # int64 (n,) on the CPU, k of each; 0 of what has no statistic
     limits: Tensor  # fp32 (n,) on the device, the largest value that is possible
     scales: Tensor  # fp32 (n,) on the device, 2**k
     units: Tensor  # float64 (n,) on the device, 2**-k
@@ -47,8 +47,8 @@ class FixedPoint:
 
     @classmethod
     def of(cls, bounds: Sequence[float], numels: Sequence[int], device: torch.device) -> FixedPoint:
-        """Build the formats for statistics in [0, bound] of tensors with these numbers of elements."""
-        bits = [fraction_bits(bound, numel) for bound, numel in zip(bounds, numels, strict=True)]
+        """Build the formats for statistics in [0, bound] of tensors with these numbers of elements; bound 0 means that there is none."""
+        bits = [fraction_bits(bound, numel) if bound else 0 for bound, numel in zip(bounds, numels, strict=True)]
         on_host = {"device": "cpu", "dtype": torch.float64}
         doubles = torch.tensor([[math.ldexp(1.0, -k) for k in bits], [max(numel, 1) for numel in numels]], **on_host)
         singles = torch.tensor([[HEADROOM * bound for bound in bounds], [math.ldexp(1.0, k) for k in bits]], **on_host).float()

@@ -1,0 +1,126 @@
+"""One call of an algorithm with a function of whole matrices: directions before the exchange of matrices, the update after it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharded_optim.backends.operands import Column, Operands, addresses_of
+from sharded_optim.formulas import Matrix
+from sharded_optim.sharding import PARAMETER
+from sharded_optim.step.agreement import Agreement, Scaler
+from sharded_optim.step.coefficients import coefficient_table
+from sharded_optim.step.group_values import GroupValues
+from sharded_optim.step.grouped import matrices_of
+from sharded_optim.step.kernel_call import KernelCall
+from sharded_optim.step.matrix_exchange import Compute, MatrixExchange
+from sharded_optim.step.metrics import Update
+from sharded_optim.step.stateful import StatefulOptimizer
+from sharded_optim.storage.formats import format_of
+
+__all__ = ["MatrixCall"]
+
+
+class MatrixCall(KernelCall):
+    """The local parameters whose matrices one algorithm steps. Two passes of a backend: `write_directions`, then `update`.
+
+    `operands` are all tensors of a step, as of any kernel call. The operands of each pass share their columns; in place of the parameters,
+    or of the gradients, they have the pieces of the exchange's buffer.
+    """
+
+    def __init__(self, *args: Any, exchanges: Mapping[torch.dtype, MatrixExchange]) -> None:
+        self._exchanges = exchanges
+        super().__init__(*args)
+
+    @property
+    def matrix(self) -> Matrix:
+        assert self.algorithm.matrix is not None, "a call of such an algorithm"
+        return self.algorithm.matrix
+
+    def _prepare(self) -> None:
+        self._check_matrices()
+        self._exchange = self._exchanges[self.matrix.dtype]
+        operands, self._buffer = self.operands, Column(self._pieces_of_buffer())
+        self._directing = Operands(
+            segments=operands.segments,
+            format=format_of(self._exchange.dtype),
+            param=self._buffer,
+            extra=(),
+            grad=operands.grad,
+            state_formats=operands.state_formats,
+            state=operands.state,
+        )
+        self._applying = Operands(
+            segments=operands.segments,
+            format=operands.format,
+            param=operands.param,
+            extra=operands.extra,
+            grad=self._buffer,
+            state_formats=(),
+            state=(),
+        )
+        self.backend.prepare(self.algorithm, self._directing)
+        self.backend.prepare(self.matrix.apply, self._applying)
+
+    def write_directions(self, proceed: Tensor | None, scaler: Scaler) -> dict[int, Compute]:
+        """Write directions to the exchange's buffer, and the state. Nothing where the step does not happen.
+
+        Returns:
+            What the owner of a matrix computes, by the index of each piece.
+        """
+        views = self._pieces_of_buffer()
+        self._buffer.renew(views, addresses_of(views))
+        algorithm, members = self.algorithm, self.members
+        table = coefficient_table(algorithm.coefficients, members, self.steps, 1.0, backend=self.backend, operands=self._directing)
+        happens = None if proceed is None else proceed.to(self.device)
+        keys = self._noise_keys([name for name in self._random if name != PARAMETER])
+        self._grad_scale = scaler.inverse(self.device)
+        self.backend.update(algorithm, self._directing, table, happens, self._grad_scale, keys)
+        computes = [partial(_computed, self.matrix, group) for group in members.groups]
+        return {index: computes[group] for index, group in zip(self.places.indices.tolist(), self._group_of, strict=True)}
+
+    def update(self, agreement: Agreement | None, proceed: Tensor | None, scaler: Scaler, *, accumulate: bool) -> Update:
+        """Update the parameters by the results, which are in the exchange's buffer now, and count the step."""
+        assert not accumulate, "only steps inside backward do, which are refused"
+        apply = self.matrix.apply
+        table = coefficient_table(apply.coefficients, self.members, self.steps, 1.0, backend=self.backend, operands=self._applying)
+        happens = None if proceed is None else proceed.to(self.device)
+        keys = self._noise_keys([name for name in self._random if name == PARAMETER])
+        self.backend.update(apply, self._applying, table, happens, None, keys)
+        return self._finish(table, happens, self._grad_scale)
+
+    def release(self) -> None:
+        super().release()
+        self._buffer.release()
+
+    def take_values(self, values: Mapping[int, GroupValues], optimizer: StatefulOptimizer) -> bool:
+        before = self._values
+        if not super().take_values(values, optimizer):
+            return False
+        if self._values is not before:
+            self._check_matrices()
+        return True
+
+    def _check_matrices(self) -> None:
+        """Raise ValueError if matrices are others than those that the ranks have planned to exchange."""
+        for (entry, piece), group in zip(self.pieces, self._group_of, strict=True):
+            if piece.matrices != matrices_of(self.matrix, piece.segment.shape, self.members.groups[group]):
+                raise ValueError(
+                    f"{entry.name!r} is stepped as other matrices than in its first step (algorithm, split, stacked or ns_dtype of its "
+                    f"param group have changed), but ranks have agreed who computes with which; build a new optimizer and load the state "
+                    f"dict"
+                )
+
+    def _pieces_of_buffer(self) -> list[Tensor]:
+        """The piece of the exchange's buffer of each operand, in the shape of its parameter."""
+        indices = self.places.indices.tolist()
+        shapes = [piece.of(entry.local(entry.param, PARAMETER)).shape for entry, piece in self.pieces]
+        return [self._exchange.piece(index).view(shape) for index, shape in zip(indices, shapes, strict=True)]
+
+
+def _computed(matrix: Matrix, group: Any, direction: Tensor) -> Tensor:
+    return matrix.function(direction, group)
