@@ -10,6 +10,7 @@ from sharded_optim.training.clipping import clip_grad_norm_
 from sharded_optim.training.containers import metrics, unwrap_optimizer
 from sharded_optim.training.gradient_release import prepare_for_gradient_release, remove_gradient_release
 from sharded_optim.training.model_preparation import param_groups_weight_decay, to_low_precision
+from sharded_optim.training.muon_groups import muon_param_groups
 from sharded_optim.version import __version__
 from sharded_optim.zero import ShardedOptimizer
 
@@ -25,6 +26,7 @@ __all__ = [
     "deepspeed",
     "fsdp1_layout",
     "metrics",
+    "muon_param_groups",
     "param_groups_weight_decay",
     "prepare_for_gradient_release",
     "remove_gradient_release",

@@ -1,0 +1,152 @@
+"""Sort the parameters of a model for Muon: hidden matrices, and the rest, which AdamW or StableAdamW steps.
+
+A shape does not tell an embedding or an output head from a hidden matrix, so modules and names are asked too. `show=print` says what went
+where, and why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from sharded_optim.sharding import used_wrappers
+from sharded_optim.sharding.names import without_wrappers
+
+__all__ = ["muon_param_groups"]
+
+Which = Iterable[str] | str | Callable[[str, Tensor], bool]
+HEADS = {"classifier", "embed_out", "head", "lm_head", "output", "score", "unembed"}  # of modules that are in no numbered layer
+ROUTERS = {"gate", "router"}  # of modules that choose experts; a gated feed-forward layer's is called gate_proj or w1
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+
+MUON = "muon"
+
+
+def muon_param_groups(
+    model: nn.Module,
+    *,
+    rest: str = "adamw",
+    to_muon: Which = (),
+    to_rest: Which = (),
+    split: Mapping[str, int | Sequence[int]] | None = None,
+    muon_options: Mapping[str, Any] | None = None,
+    rest_options: Mapping[str, Any] | None = None,
+    show: Callable[[str], object] | None = None,
+) -> list[dict[str, Any]]:
+    """Param groups for `so.Muon` of a model's trainable parameters.
+
+    To `rest` go tensors of less than two dimensions (biases, gains of norms), embeddings and what is tied to them, the output head (a
+    module called lm_head, output, ... outside of numbered layers, or a linear layer with as many outputs as an embedding has rows), norms,
+    and routers (a module called router or gate). All other tensors are matrices, stacks of matrices, or convolutions, for Muon.
+
+    Args:
+        model: ordinary, or sharded by FSDP2, HSDP or tensor parallelism.
+        rest: "adamw" or "stable_adamw".
+        to_muon, to_rest: override that: parts of names, or a function of (name, parameter).
+        split: row blocks of fused matrices (see `so.Muon`) by parts of names: {"qkv": d_model}. That of nn.MultiheadAttention is known.
+        muon_options: hyperparameters of the groups for Muon.
+        rest_options: of the others, as {"lr": 3e-4}; what has less than two dimensions has no weight decay unless it says so.
+        show: is called with a text that says what went where; `print`.
+
+    Returns:
+        Groups with named parameters; none is empty.
+
+    Raises:
+        ValueError: a wrapper has flattened parameters, nothing is left for Muon, an override fits no parameter, or both fit one.
+    """
+    for wrapper in used_wrappers():
+        if flattened := wrapper.flattened(model):
+            (name, _), *_ = next(iter(flattened.values()))
+            raise ValueError(
+                f"{wrapper.name} has flattened {name!r} and other parameters, so none of them is a matrix any more; shard the model with "
+                f"fully_shard (FSDP2), HSDP or tensor parallelism, or wrap it in DistributedDataParallel"
+            )
+    params = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    wanted, unwanted = _chosen(to_muon, params, "to_muon"), _chosen(to_rest, params, "to_rest")
+    if both := wanted & unwanted:
+        raise ValueError(f"to_muon and to_rest both fit {sorted(both)[0]!r}; give it to one of them")
+    reasons = _reasons(model)
+    known = _known_options(model)
+    splits = {name: blocks for part, blocks in (split or {}).items() for name in _chosen(part, params, "split")}
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    lines: dict[tuple[Any, ...], list[str]] = {}
+    for name, param in params.items():
+        reason = "to_rest" if name in unwanted else None if name in wanted else reasons.get(param)
+        if reason is None:
+            options = known.get(param, {}) | ({"split": splits[name]} if name in splits else {})
+            group = {"params": [], "algorithm": MUON, **options, **(muon_options or {})}
+        else:
+            options = {} if param.ndim >= 2 else {"weight_decay": 0.0}
+            group = {"params": [], "algorithm": rest, **options, **(rest_options or {})}
+        key = (group["algorithm"], *((option, str(value)) for option, value in options.items()))
+        groups.setdefault(key, group)["params"].append((name, param))
+        lines.setdefault(key, []).append(f"  {name} {tuple(param.shape)}" + (f": {reason}" if reason else ""))
+    if not any(algorithm == MUON for algorithm, *_ in groups):
+        raise ValueError(
+            "no parameter of the model is a hidden matrix: give names of some with to_muon, or build the groups before a wrapper "
+            "(DeepSpeed) replaces the parameters"
+        )
+    keys = sorted(groups, key=lambda key: key[0] != MUON)
+    if show is not None:
+        show("\n".join(line for key in keys for line in (_heading(groups[key]), *lines[key])))
+    return [groups[key] for key in keys]
+
+
+def _heading(group: Mapping[str, Any]) -> str:
+    options = ", ".join(f"{key}={value!r}" for key, value in group.items() if key not in ("params", "algorithm"))
+    elements = sum(param.numel() for _, param in group["params"])
+    return f"{group['algorithm']}{f' ({options})' if options else ''}: {len(group['params'])} tensors, {elements:,} elements"
+
+
+def _chosen(which: Which, params: Mapping[str, Tensor], argument: str) -> set[str]:
+    """Names of the parameters that are meant."""
+    if callable(which):
+        return {name for name, param in params.items() if which(name, param)}
+    found = set()
+    for part in (which,) if isinstance(which, str) else which:
+        fitting = {name for name in params if part in name}
+        if not fitting:
+            raise ValueError(f"{argument} has {part!r}, which is part of the name of no trainable parameter")
+        found |= fitting
+    return found
+
+
+def _known_options(model: nn.Module) -> dict[Tensor, dict[str, Any]]:
+    """Options of parameters of which torch's modules say what they are."""
+    known: dict[Tensor, dict[str, Any]] = {}
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
+            known[module.in_proj_weight] = {"split": module.embed_dim}
+        elif isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
+            known[module.weight] = {"stacked": False}
+    return known
+
+
+def _reasons(model: nn.Module) -> dict[Tensor, str]:
+    """Say of each parameter that is not for Muon why; a shared one has several modules, of which one is enough."""
+    modules = [(without_wrappers(name, is_in_ddp=False), module) for name, module in model.named_modules(remove_duplicate=False)]
+    vocabularies = {module.num_embeddings for _, module in modules if isinstance(module, EMBEDDINGS)}
+    reasons: dict[Tensor, str] = {}
+    for name, module in modules:
+        *path, last = name.split(".")
+        for param in module.parameters(recurse=False):
+            if isinstance(module, EMBEDDINGS):
+                reason = "embedding"
+            elif param.ndim < 2:
+                reason = "less than two dimensions"
+            elif isinstance(module, NORMS):
+                reason = "norm"
+            elif last in ROUTERS:
+                reason = "router"
+            elif last in HEADS and not any(part.isdigit() for part in path):
+                reason = "output head"
+            elif isinstance(module, nn.Linear) and module.out_features in vocabularies:
+                reason = "output head: as many outputs as an embedding has rows"
+            else:
+                continue
+            if reasons.get(param) != "embedding":
+                reasons[param] = reason
+    return reasons
