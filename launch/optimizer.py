@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
 from launch.config import OptimizerConfig
-from sharded_optim.optimizers import OPTIMIZERS
+from sharded_optim.optimizers import OPTIMIZERS, Muon
 
 __all__ = ["build_optimizer", "build_schedule"]
 
@@ -22,15 +22,19 @@ def build_optimizer(
     config: OptimizerConfig,
     dimensions: Mapping[str, int],  # of the whole tensors by name: wrappers flatten parameters
     constructor: Callable[..., torch.optim.Optimizer] | None = None,  # called as so.ShardedOptimizer; None: the optimizer's own
+    muon_groups: Sequence[Mapping[str, Any]] = (),  # of `so.muon_param_groups`, from before a wrapper: what Muon steps, and what AdamW does
     **options: Any,  # of the constructor that depend on the sharding
 ) -> torch.optim.Optimizer:
-    """The optimizer by its name, with two param groups. Gradients are not clipped: StableAdamW clips its own updates, per tensor."""
+    """The optimizer by its name, with two param groups or Muon's. Gradients are not clipped: StableAdamW clips updates, per tensor."""
     named = list(named_parameters)  # with names, which its errors and metrics then use
     matrices = [(name, param) for name, param in named if dimensions[name] >= 2]
     gains = [(name, param) for name, param in named if dimensions[name] < 2]  # of norms: decay would pull them from 1 to 0
     # What the config leaves open is the optimizer's own default.
     given: dict[str, Any] = {key: value for key, value in config.model_dump().items() if key != "name" and value is not None}
-    groups = [{"params": matrices}, {"params": gains, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": gains, "weight_decay": 0.0}]
+    if config.name == Muon.__name__:
+        params = dict(named)
+        groups = [{**group, "params": [(name, params[name]) for name, _ in group["params"]]} for group in muon_groups]
     optimizer_class: Callable[..., torch.optim.Optimizer] = OPTIMIZERS[config.name]
     if constructor is None:
         return optimizer_class(groups, **given, **options)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sharded_optim.backends.operands import Column, Operands, addresses_of
 from sharded_optim.formulas import Matrix
-from sharded_optim.sharding import PARAMETER
+from sharded_optim.sharding import PARAMETER, Layout
 from sharded_optim.step.agreement import Agreement, Scaler
 from sharded_optim.step.coefficients import coefficient_table
 from sharded_optim.step.group_values import GroupValues
@@ -32,9 +32,10 @@ class MatrixCall(KernelCall):
     or of the gradients, they have the pieces of the exchange's buffer.
     """
 
-    def __init__(self, *args: Any, exchanges: Mapping[torch.dtype, MatrixExchange]) -> None:
+    def __init__(self, optimizer: StatefulOptimizer, layout: Layout, *args: Any, exchanges: Mapping[torch.dtype, MatrixExchange]) -> None:
         self._exchanges = exchanges
-        super().__init__(*args)
+        self._layout_device = layout.device
+        super().__init__(optimizer, layout, *args)
 
     @property
     def matrix(self) -> Matrix:
@@ -108,6 +109,11 @@ class MatrixCall(KernelCall):
     def _check_matrices(self) -> None:
         """Raise ValueError if matrices are others than those that the ranks have planned to exchange."""
         for (entry, piece), group in zip(self.pieces, self._group_of, strict=True):
+            if self.device != self._layout_device:
+                raise ValueError(
+                    f"{entry.name!r} lies on {self.device}, other parameters on {self._layout_device}: matrices that ranks exchange must "
+                    f"lie on one device of each rank; move the model to one"
+                )
             if piece.matrices != matrices_of(self.matrix, piece.segment.shape, self.members.groups[group]):
                 raise ValueError(
                     f"{entry.name!r} is stepped as other matrices than in its first step (algorithm, split, stacked or ns_dtype of its "

@@ -48,6 +48,7 @@ OPTIMIZERS: Mapping[str, Algorithm] = {  # by class, and where an argument asks 
     f"{name}+{argument}".removesuffix("+"): algorithm
     for name, optimizer in optimizers.OPTIMIZERS.items()
     for argument, algorithm in optimizer.algorithms.items()
+    if all(each.matrix is None for each in optimizer.algorithms.values())  # Muon's groups differ, and shapes do not tell them
 }
 KINDS = ("parameters", "gradients", "moments", "masters", "buckets")
 UNIT = re.compile(r"^(?:.*?\.)?\d+\.")  # of a parameter's name: up to its first number, as `layers.3.`

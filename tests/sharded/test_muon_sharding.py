@@ -330,8 +330,8 @@ def test_a_failure_on_one_rank_leaves_all_ranks_as_they_were() -> None:
 # --------------------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def check_save_or_load(folder: str, wrapper: str, steps: tuple[int, int], expected: str | None) -> None:
-    """Go on from a checkpoint of torch.distributed.checkpoint, if the first step is not 0; and save one, or compare."""
+def check_save_or_load(folder: str, wrapper: str, steps: tuple[int, int], expected: str | None, own: bool = False) -> None:
+    """Go on from a checkpoint of torch.distributed.checkpoint or our own, if the first step is not 0; and save both, or compare."""
     dtype, label = torch.float32, "stable_adamw-polar-fp32"
     model = AwkwardModel()
     with torch.no_grad():
@@ -342,7 +342,9 @@ def check_save_or_load(folder: str, wrapper: str, steps: tuple[int, int], expect
         fully_shard(model, mesh=init_device_mesh("cpu", shape, mesh_dim_names=names), ignored_params={model.scalar})
     params = dict(model.named_parameters())
     optimizer = OPTIMIZERS[label](mixed_groups(params, label))
-    if steps[0]:
+    if steps[0] and own:
+        so.checkpoint.load(f"{folder}-own", model=model, optimizer=optimizer)
+    elif steps[0]:
         state = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
         dcp.load(state, checkpoint_id=folder)
         model.load_state_dict(state["model"])
@@ -357,6 +359,7 @@ def check_save_or_load(folder: str, wrapper: str, steps: tuple[int, int], expect
         optimizer.step()
     if expected is None:
         dcp.save({"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=folder)
+        so.checkpoint.save(f"{folder}-own", steps[1], model=model, optimizer=optimizer)
         return
     for name, values in torch.load(expected).items():
         for key, value in values.items():
@@ -366,9 +369,10 @@ def check_save_or_load(folder: str, wrapper: str, steps: tuple[int, int], expect
 
 
 def test_a_checkpoint_goes_on_under_another_sharding(tmp_path: Path) -> None:
-    """Saved by FSDP2 on 2 ranks; DDP on 3 and HSDP on 4 go on with the bits of one process that never stopped."""
+    """Saved by FSDP2 on 2 ranks; DDP and FSDP2 on 3, and HSDP on 4, go on with the bits of one process that never stopped."""
     expected = str(tmp_path / "expected")
     torch.save(unsharded("stable_adamw-polar-fp32", torch.float32, range(8)), expected)
     ranks.run(check_save_or_load, 2, str(tmp_path / "saved"), "fsdp2", (0, 5), None)
     ranks.run(check_save_or_load, 3, str(tmp_path / "saved"), "ddp", (5, 8), expected)
+    ranks.run(check_save_or_load, 3, str(tmp_path / "saved"), "fsdp2", (5, 8), expected, True)
     ranks.run(check_save_or_load, 4, str(tmp_path / "saved"), "hsdp", (5, 8), expected)

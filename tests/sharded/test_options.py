@@ -351,7 +351,7 @@ def test_state_of_torchs_other_optimizers_is_refused(cls: type, other: type) -> 
     theirs, ours = other(params, lr=0.1), cls(params, lr=1.0)
     run(theirs, params[0], range(2))
     with pytest.raises(
-        ValueError, match=r"param_groups\[0\] is of an optimizer of torch that is not continued here; .*Adam, AdamW and SGD"
+        ValueError, match=r"param_groups\[0\] is of an optimizer of torch that is not continued here; .*Adam, AdamW, SGD and Muon"
     ):
         ours.load_state_dict(theirs.state_dict())
     assert ours.param_groups[0]["lr"] == 1.0
