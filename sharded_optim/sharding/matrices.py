@@ -22,7 +22,7 @@ from sharded_optim.sharding.segment import Overlap, Segment, overlaps
 
 __all__ = ["Holding", "Matrices", "MatrixPlan", "OwnedMatrix", "Part", "Round", "Transfer", "choose_owners", "plan_matrices"]
 
-ROUND_BYTES = 2**25  # of the matrices of one owner in a round: several of a layer, and little beside a model
+ROUND_BYTES = 2**22  # of the matrices of one owner in a round: enough for a network, and few enough that most travel under a computation
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import behind_backward, distributed, divergence, figure, first_step, fsdp2, report, step, wrappers
+from benchmarks import behind_backward, distributed, divergence, figure, first_step, fsdp2, muon, report, step, wrappers
 from benchmarks.cases import GPT2, LAYOUTS, Case, Layout, select
 from benchmarks.contenders import BASELINE, CONTENDERS, OURS, Contender, by_name
 from benchmarks.contest import takes_part
@@ -214,3 +214,12 @@ def test_a_divergence_check_is_measured_beside_steps() -> None:
     text = divergence.markdown({"environment": describe(CPU.place, "benchmarks.divergence"), **record})
     assert set(record["seconds"]) == {"step", "check"}
     assert f"{record['share'][1]:.2%}" in text
+
+
+def test_muon_is_measured_beside_full_tensor_with_what_travels() -> None:
+    """Two shards: (S-1)/S + (S-1)/S of 2 bytes."""
+    record = muon.run(muon.SMALL, 1)
+    text = muon.markdown({"environment": describe(CPU.place, "benchmarks.muon"), **record})
+    assert record["bytes_per_element"] == 2.0
+    assert record["numel"] == 32 * 32 * (3 + 1 + 4 + 4)
+    assert f"takes {record['ratio'][1]:.2f} of the time of full_tensor" in text
