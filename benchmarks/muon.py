@@ -51,6 +51,7 @@ class FullTensor:
     def step(self) -> None:
         momentum, lr, decay = self._group["momentum"], self._group["lr"], self._group["weight_decay"]
         for param, buffer in zip(self._params, self._momentum, strict=True):
+            assert isinstance(param, DTensor)
             assert isinstance(param.grad, DTensor)
             buffer.lerp_(param.grad, 1 - momentum)
             direction: Any = param.grad.lerp(buffer, momentum).bfloat16()
@@ -85,6 +86,7 @@ def _time(sizes: dict[str, int], rounds: int) -> dict[str, Any]:
         return start_exchange(output, given, *args, **options)
 
     dist.all_to_all_single = counted
+    total = torch.zeros((), dtype=torch.int64)
     samples: dict[str, list[float]] = {"so.Muon": [], "full_tensor": []}
     with without_collector():
         for number in range(-WARM_UP, rounds):
@@ -94,7 +96,7 @@ def _time(sizes: dict[str, int], rounds: int) -> dict[str, Any]:
                 if number >= 0:
                     samples[name].append(seconds)
                 if name == "so.Muon":
-                    total = torch.tensor(sum(sent))
+                    total.fill_(sum(sent))
     dist.all_reduce(total)
     whole = optimizer._sets.whole
     assert whole is not None, "it has stepped"

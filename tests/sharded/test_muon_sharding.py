@@ -318,7 +318,7 @@ def check_failures() -> None:
     with pytest.raises(ValueError, match=re.compile("'w'.*flattened by a wrapper .*FSDP2", re.DOTALL)):
         so.ShardedOptimizer([("w", nn.Parameter(torch.ones(4, 3)))], so.Muon)
     flat = ShardedModel("fsdp1", start_values(torch.float32))
-    with pytest.raises(ValueError, match=r"was flattened by a wrapper"):
+    with pytest.raises(ValueError, match=r"was flattened by a wrapper .*; shard the model with fully_shard"):
         so.Muon(mixed_groups(flat.params, "adamw"), layout=flat.layout)
 
 
