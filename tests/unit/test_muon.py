@@ -31,7 +31,7 @@ def train(optimizer: torch.optim.Optimizer, steps: range = range(4)) -> list[Ten
     params = [param for group in optimizer.param_groups for param in group["params"]]
     for step in steps:
         for index, param in enumerate(params):
-            param.grad = randn(*param.shape, seed=100 * step + index)
+            param.grad = randn(*param.shape, seed=100 * step + index).to(param.dtype)
         optimizer.step()
     return [param.detach().clone() for param in params]
 
@@ -267,6 +267,18 @@ def test_gradscalers_scale_is_taken_from_gradients_and_what_it_found_stops_the_s
     plain.step()
     assert torch.equal(param, other)
     assert torch.equal(scaled.state[param]["momentum_buffer"], plain.state[other]["momentum_buffer"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_compiled_backend_gives_the_bits_of_the_eager_one(dtype: torch.dtype) -> None:
+    results = []
+    for backend in ("eager", "cpu"):
+        params = [nn.Parameter(randn(*shape).to(dtype)) for shape in SHAPES[:-1]]
+        for index, param in enumerate(params):  # in memory by columns, too
+            param.data = param.data.T.contiguous().T if index % 2 else param.data
+        for nesterov in (True, False):
+            results.append(train(so.Muon(params, lr=0.1, nesterov=nesterov, momentum=0.9 if nesterov else 0.3, backend=backend)))
+    assert all(map(torch.equal, results[0] + results[1], results[2] + results[3]))
 
 
 def test_a_copy_goes_on_as_its_original() -> None:
