@@ -322,6 +322,6 @@ def test_it_takes_one_new_file_and_its_export(tmp_path: Path) -> None:
         "eps must be a finite number >= 1e-12, got 1e-13",
         "eps must be a finite number >= 0, got 'x'",
         "threshold must be a finite number >= 0.001, got -1.0 in param_groups[0]",
-        "threshold=0.5, which AdamW has not; choose the optimizer that continues it",
+        "threshold=0.5, which AdamW does not support; choose the optimizer that continues it",
     ):
         assert words in result.stdout
