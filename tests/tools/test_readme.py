@@ -31,6 +31,18 @@ def test_the_examples_run_on_two_ranks(tmp_path: Path) -> None:
     assert so.checkpoint.steps(tmp_path / "checkpoints") == [9]
 
 
+def test_every_command_of_the_readme_is_tried() -> None:
+    """By `make wheel` (pip install), by the test above (torchrun), or here: make knows how to make its targets."""
+    commands = re.findall(r"^(pip|make) ([^#\n]*)", README.read_text(), re.MULTILINE)
+    targets = [rest.strip() for program, rest in commands if program == "make"]
+    assert {"train", "test", "help"} <= set(targets)
+    assert [rest.strip() for program, rest in commands if program == "pip"] == ["install .", "install '.[cpu]'"]
+    for target in targets:
+        subprocess.run(["make", "--dry-run", target], cwd=README.parent, capture_output=True, check=True, timeout=60)
+    shown = subprocess.run(["make", "help"], cwd=README.parent, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert all(re.search(rf"^{target} ", shown, re.MULTILINE) for target in ("train", "test", "wheel"))
+
+
 def test_every_extra_that_is_to_be_installed_exists() -> None:
     root = README.parent
     pages = [root / "README.md", *(root / "docs").glob("*.md")]
