@@ -104,7 +104,7 @@ def test_names_and_functions_override_and_the_text_says_why() -> None:
         ({"to_rest": ["conv"], "to_muon": ["conv1d.weight"]}, "to_muon and to_rest both fit 'layers.0.conv1d.weight'"),
         ({"to_rest": lambda name, param: True}, "no parameter of the model is a hidden matrix"),
     ],
-    ids=str,
+    ids=["to_muon of nobody", "to_rest of nobody", "split of nobody", "both", "none left"],
 )
 def test_overrides_that_fit_nothing_are_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
