@@ -22,6 +22,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -54,6 +55,7 @@ POLAR_EXPRESS_STEPS = (
 )
 POLAR_EXPRESS_SAFETY = 1.02
 ORIGINAL, MATCH_RMS_ADAMW = "original", "match_rms_adamw"
+MUONS_EPS = 1e-7  # the default
 ADAMS_EPS = 1e-8  # of groups that AdamW or StableAdamW steps: `eps` is Newton-Schulz's for the others
 
 
@@ -106,17 +108,18 @@ def orthogonalize(
     """
     rows, columns = direction.shape
     polynomials, safety = _polynomials(group)
-    with _one_thread(direction.device):  # the order of a sum depends on how many threads share it
-        norm = direction.norm()
-    x = direction.T if rows > columns else direction
-    x = x / (norm * safety if safety != 1.0 else norm).clamp(min=group["eps"])
-    with _one_thread(direction.device, wanted=direction.dtype == torch.float32):
-        for number, (a, b, c) in enumerate(polynomials, start=1):
-            scale = scale_of(rows, columns, group) if number == len(polynomials) else 1.0
-            gram = x @ x.T
-            gram = torch.addmm(gram, gram, gram, beta=b, alpha=c)
-            x = torch.addmm(x, gram, x, beta=a * scale, alpha=scale)
-    return x.T if rows > columns else x
+    with torch.autocast(direction.device.type, enabled=False):  # which would compute products in another dtype
+        with _one_thread(direction.device):  # the order of a sum depends on how many threads share it
+            norm = direction.norm()
+        x = direction.T if rows > columns else direction
+        x = x / (norm * safety if safety != 1.0 else norm).clamp(min=group["eps"])
+        with _one_thread(direction.device, wanted=direction.dtype == torch.float32):
+            for number, (a, b, c) in enumerate(polynomials, start=1):
+                scale = scale_of(rows, columns, group) if number == len(polynomials) else 1.0
+                gram = x @ x.T
+                gram = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+                x = torch.addmm(x, gram, x, beta=a * scale, alpha=scale)
+        return x.T if rows > columns else x
 
 
 def _polynomials(group: Mapping[str, Any]) -> tuple[list[Sequence[float]], float]:
@@ -201,7 +204,9 @@ class NewtonSchulz(Hyperparameter):
     def accepts(self, value: Any) -> bool:
         if isinstance(value, str):
             return value == POLAR_EXPRESS
-        return isinstance(value, list | tuple) and len(value) == 3 and super().accepts(value) and all(map(float, map(abs, value)))
+        return (
+            isinstance(value, list | tuple) and len(value) == 3 and super().accepts(value) and all(isinstance(each, Real) for each in value)
+        )
 
 
 @dataclass(frozen=True)
@@ -247,7 +252,8 @@ class Muon(Engine):
         momentum: decay of the momentum buffer, in [0, 1).
         nesterov: orthogonalize the momentum that is moved toward the gradient once more.
         ns_coefficients: a, b and c of a Newton-Schulz step; or "polar_express", which has others in each step (arXiv 2505.16932).
-        eps: a direction whose norm is smaller is divided by eps. In groups of AdamW and StableAdamW, theirs: 1e-8 unless the group has one.
+        eps: a direction whose norm is smaller is divided by eps. In groups of AdamW and StableAdamW, theirs: 1e-8, or the group's own,
+            or what is given here.
         ns_steps: Newton-Schulz steps, from 1 to 99.
         adjust_lr_fn: what the learning rate of a matrix is multiplied by: "original", the default, sqrt(max(1, rows / columns)); or
             "match_rms_adamw", 0.2 * sqrt(max(rows, columns)), with which lr and decay of AdamW fit.
@@ -294,7 +300,7 @@ class Muon(Engine):
         momentum: float = 0.95,
         nesterov: bool = True,
         ns_coefficients: tuple[float, float, float] | str = JORDAN,
-        eps: float = 1e-7,
+        eps: float = MUONS_EPS,
         ns_steps: int = 5,
         adjust_lr_fn: str | None = None,
         *,
@@ -322,6 +328,6 @@ class Muon(Engine):
             param_group = dict(param_group)
             if param_group.get("adjust_lr_fn", ORIGINAL) is None:
                 param_group["adjust_lr_fn"] = ORIGINAL  # torch's default; distributed checkpoints refuse None
-            if param_group.get("algorithm", self.defaults["algorithm"]) != "muon":
+            if param_group.get("algorithm", self.defaults["algorithm"]) != "muon" and self.defaults["eps"] == MUONS_EPS:
                 param_group.setdefault("eps", ADAMS_EPS)
         super().add_param_group(param_group)

@@ -114,11 +114,15 @@ class MatrixCall(KernelCall):
                     f"{entry.name!r} lies on {self.device}, other parameters on {self._layout_device}: matrices that ranks exchange must "
                     f"lie on one device of each rank; move the model to one"
                 )
-            if piece.matrices != matrices_of(self.matrix, piece.segment.shape, self.members.groups[group]):
+            try:
+                matrices = matrices_of(self.matrix, piece.segment.shape, self.members.groups[group])
+            except ValueError as error:
+                raise ValueError(f"parameter {entry.name!r} {error}") from None
+            if piece.matrices != matrices:
                 raise ValueError(
                     f"{entry.name!r} is stepped as other matrices than in its first step (algorithm, split, stacked or ns_dtype of its "
-                    f"param group have changed), but ranks have agreed who computes with which; build a new optimizer and load the state "
-                    f"dict"
+                    f"param group have changed), but ranks have agreed who computes with which; build a new optimizer, load the "
+                    f"state dict, and change its param groups before its first step"
                 )
 
     def _pieces_of_buffer(self) -> list[Tensor]:

@@ -66,6 +66,11 @@ class MatrixExchange:
             # Two of each: a round is gathered while the one before is computed, and scattered while the one after is.
             self._slots = [_Slot(*(torch.empty(size, dtype=self.dtype, device=device) for size in sizes)) for _ in rounds[:2]]
 
+    @property
+    def travels(self) -> bool:
+        """Whether any matrix is cut or has replicas, so that ranks send each other parts of it."""
+        return self._plan.travels
+
     def piece(self, index: int) -> Tensor:
         """The elements of one of this rank's pieces: (numel,), a view of the buffer."""
         return self.buffer[self._plan.places[index]]

@@ -68,8 +68,8 @@ class CommonOptions(TypedDict, total=False):
         "skip": no rank steps; parameters, state and step counters stay as they are, bit for bit.
         "raise": FloatingPointError on every rank, naming tensors and ranks. The host waits for the device in every step.
         "allow": it goes through, as in torch; StableAdamW makes the whole tensor NaN, as an unsharded one would.
-        None, the default, means "skip" for StableAdamW, whose ranks agree on something anyway, and "allow" for the others, which need no
-        collective without it.
+        None, the default, means "skip" for StableAdamW and Muon, whose ranks agree on something anyway, and "allow" for the others, which
+        need no collective without it.
     max_skipped_steps: where `nonfinite` is "skip", so many steps in a row that did not happen for their gradients are a FloatingPointError
         on every rank, which names what was not finite in the first of them; state stays untouched, and each further one raises too. 100,
         the default, is time enough for GradScaler, which at its start skips up to 17 to find its scale; a job that skips more learns

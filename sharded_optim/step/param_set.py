@@ -206,7 +206,7 @@ class ParamSet:
         updates: list[Update] = []
         if self.calls:
             self.updates = next(_numbers), updates
-        self._exchange_matrices(proceed, scaler)
+        self._exchange_matrices(agreement, proceed, scaler)
         for number, call in enumerate(self.calls, start=1):
             updates.append(call.update(agreement, proceed, scaler, accumulate=accumulate))
             if listener is not None and (number == len(self.calls) or self.calls[number].unit != call.unit):
@@ -218,14 +218,22 @@ class ParamSet:
         for call in self.calls:
             call.take_values(values, optimizer)
 
-    def _exchange_matrices(self, proceed: Tensor | None, scaler: Scaler) -> None:
-        """Write directions, and replace them by the results of whole matrices. A collective where matrices travel."""
+    def _exchange_matrices(self, agreement: Agreement | None, proceed: Tensor | None, scaler: Scaler) -> None:
+        """Write directions, and replace them by the results of whole matrices. A collective where matrices travel.
+
+        Raises:
+            ValueError, FloatingPointError: see `Agreement.raise_left_over`; on a device in this step already.
+        """
         if not self._exchanges:
             return
         computes: dict[torch.dtype, dict[int, Compute]] = {dtype: {} for dtype in self._exchanges}
         for call in self.calls:
             if isinstance(call, MatrixCall):
                 computes[call.matrix.dtype] |= call.write_directions(proceed, scaler)
+        if self.left_over is not None and agreement is not None and any(each.travels for each in self._exchanges.values()):
+            # A rank that has failed does not take part in the exchange. The device computes directions while the verdict is read.
+            self.left_over = None
+            agreement.raise_left_over(self._streak)
         for dtype, exchange in self._exchanges.items():
             exchange.run(computes[dtype])
 

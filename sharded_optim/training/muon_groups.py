@@ -39,7 +39,7 @@ def muon_param_groups(
     """Param groups for `so.Muon` of a model's trainable parameters.
 
     To `rest` go tensors of less than two dimensions (biases, gains of norms), embeddings and what is tied to them, the output head (a
-    module called lm_head, output, ... outside of numbered layers, or a linear layer with as many outputs as an embedding has rows), norms,
+    module called lm_head, output, ... outside of numbered layers, or a linear layer outside of them with the shape of an embedding), norms,
     and routers (a module called router or gate). All other tensors are matrices, stacks of matrices, or convolutions, for Muon.
 
     Args:
@@ -128,10 +128,11 @@ def _known_options(model: nn.Module) -> dict[Tensor, dict[str, Any]]:
 def _reasons(model: nn.Module) -> dict[Tensor, str]:
     """Say of each parameter that is not for Muon why; a shared one has several modules, of which one is enough."""
     modules = [(without_wrappers(name, is_in_ddp=False), module) for name, module in model.named_modules(remove_duplicate=False)]
-    vocabularies = {module.num_embeddings for _, module in modules if isinstance(module, EMBEDDINGS)}
+    vocabularies = {(module.num_embeddings, module.embedding_dim) for _, module in modules if isinstance(module, EMBEDDINGS)}
     reasons: dict[Tensor, str] = {}
     for name, module in modules:
         *path, last = name.split(".")
+        is_outside = not any(part.isdigit() for part in (*path, last))  # of numbered layers
         for param in module.parameters(recurse=False):
             if isinstance(module, EMBEDDINGS):
                 reason = "embedding"
@@ -141,10 +142,10 @@ def _reasons(model: nn.Module) -> dict[Tensor, str]:
                 reason = "norm"
             elif last in ROUTERS:
                 reason = "router"
-            elif last in HEADS and not any(part.isdigit() for part in path):
+            elif last in HEADS and is_outside:
                 reason = "output head"
-            elif isinstance(module, nn.Linear) and module.out_features in vocabularies:
-                reason = "output head: as many outputs as an embedding has rows"
+            elif isinstance(module, nn.Linear) and is_outside and (module.out_features, module.in_features) in vocabularies:
+                reason = "output head: the shape of an embedding"
             else:
                 continue
             if reasons.get(param) != "embedding":

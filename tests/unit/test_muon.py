@@ -389,3 +389,23 @@ def exchanged(given: list[Tensor], transfers: list[Any]) -> list[Tensor]:
 def test_muon_is_torchs_signature_and_more() -> None:
     theirs, ours = inspect.signature(torch.optim.Muon).parameters, inspect.signature(Muon).parameters
     assert [(name, each.default) for name, each in theirs.items()] == [(name, ours[name].default) for name in list(ours)[: len(theirs)]]
+
+
+@pytest.mark.parametrize("ns_dtype", ["bfloat16", "float32"])
+def test_autocast_around_a_step_changes_nothing(ns_dtype: str) -> None:
+    def stepped(*, autocast: bool) -> Tensor:
+        param = nn.Parameter(torch.linspace(-1, 1, 35).view(5, 7))
+        optimizer = so.Muon([param], lr=0.1, ns_dtype=ns_dtype)
+        param.grad = torch.linspace(1, -2, 35).view(5, 7)
+        with torch.autocast("cpu", dtype=torch.float16 if ns_dtype == "bfloat16" else torch.bfloat16, enabled=autocast):
+            optimizer.step()
+        return param.detach()
+
+    assert torch.equal(stepped(autocast=True), stepped(autocast=False))
+
+
+def test_coefficients_may_be_zero_and_eps_may_be_given_for_adamw() -> None:
+    param = nn.Parameter(torch.ones(3, 3))
+    so.Muon([param], ns_coefficients=(1.5, -0.5, 0.0))
+    assert so.Muon([param], algorithm="adamw", eps=1e-3).param_groups[0]["eps"] == 1e-3
+    assert so.Muon([param], algorithm="adamw").param_groups[0]["eps"] == 1e-8

@@ -141,3 +141,16 @@ def test_a_zero_dimensional_model_is_refused() -> None:
 
     with pytest.raises(ValueError, match="no parameter of the model is a hidden matrix"):
         so.muon_param_groups(Scalars())
+
+
+def test_hidden_layers_with_as_many_outputs_as_there_are_positions_go_to_muon() -> None:
+    class Positioned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens, self.positions = nn.Embedding(50, 8), nn.Embedding(16, 8)
+            self.layers = nn.ModuleList([nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 50)])
+            self.decoder = nn.Linear(8, 50, bias=False)
+
+    groups = so.muon_param_groups(Positioned())
+    to_muon = {name for group in groups if group["algorithm"] == "muon" for name, _ in group["params"]}
+    assert to_muon == {"layers.0.weight", "layers.1.weight", "layers.2.weight"}
