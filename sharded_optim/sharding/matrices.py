@@ -162,7 +162,7 @@ def choose_owners(flops: Sequence[int], candidates: Sequence[Sequence[int]], loa
     with one candidate come before the others, which then fill what they leave.
 
     >>> choose_owners([3, 2, 2, 1], [[0, 1], [0, 1], [0, 1], [1]], [0, 0])
-    [0, 1, 1, 1]
+    [0, 1, 0, 1]
     """
     owners = [0] * len(flops)
     for index in sorted(range(len(flops)), key=lambda index: (len(candidates[index]) > 1, -flops[index])):
