@@ -14,7 +14,15 @@ from torch import nn
 from sharded_optim.formulas.hyperparameters import COMMON, Hyperparameter, Unsupported, by_name
 from sharded_optim.formulas.weight_decay import DECOUPLED
 
-__all__ = ["argument_names", "check_iterable", "hands_on", "refuse_options_on_wrapper", "refuse_unknown", "warn_of_swapped_eps"]
+__all__ = [
+    "CONTAINER_ATTRIBUTES",
+    "argument_names",
+    "check_iterable",
+    "hands_on",
+    "refuse_options_on_wrapper",
+    "refuse_unknown",
+    "warn_of_swapped_eps",
+]
 
 # Arguments of torch's optimizers that are not arguments here, and what their users do instead.
 WAYS_OUT = {
@@ -85,6 +93,22 @@ def check_iterable(params: Any, where: str) -> None:
         raise TypeError(f"{where} must be an iterable of parameters or of dicts, got {type(params).__name__}; {way_out}")
 
 
+# Attributes under which a container has an optimizer, several, or a container of them, in the order in which they are tried.
+CONTAINER_ATTRIBUTES = ("optimizer", "optimizers", "_optimizer", "_optimizers", "basic_optimizer", "optim")
+
+
+def _holds(container: Any, optimizer: Any, levels: int = 4) -> bool:
+    """Return whether a container, or one in it, has this optimizer."""
+    if container is optimizer or levels == 0:
+        return container is optimizer
+    if isinstance(container, list | tuple):
+        members = list(container)
+    else:
+        values = container if isinstance(container, dict) else getattr(container, "__dict__", {})
+        members = [value for name, value in values.items() if values is container or name in CONTAINER_ATTRIBUTES]
+    return any(_holds(each, optimizer, levels - 1) for each in members)
+
+
 def refuse_options_on_wrapper(optimizer: Any) -> None:
     """Raise ValueError if layout or process_group was set on a framework's wrapper whose `step` is calling, and has not reached us."""
     frame = sys._getframe(2)
@@ -93,7 +117,7 @@ def refuse_options_on_wrapper(optimizer: Any) -> None:
         is_method = frame.f_code.co_name == "step" and frame.f_code.co_varnames[:1] == ("self",)
         wrapper = frame.f_locals["self"] if is_method else None
         given = getattr(wrapper, "__dict__", {})
-        if wrapper is not optimizer and given.get("optimizer") is optimizer:
+        if hasattr(wrapper, "zero_grad") and wrapper is not optimizer and _holds(wrapper, optimizer):
             for name in ("layout", "process_group"):
                 if given.get(name) is not None and given[name] is not getattr(optimizer, name):
                     raise ValueError(

@@ -13,13 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
+from sharded_optim.step.arguments import CONTAINER_ATTRIBUTES
 from sharded_optim.step.engine import Engine
 from sharded_optim.zero import ShardedOptimizer
 
 __all__ = ["contained_optimizers", "metrics", "unwrap_optimizer"]
 
-# Attributes under which a container has an optimizer, several, or a container of them, in the order in which they are tried.
-ATTRIBUTES = ("optimizer", "optimizers", "_optimizer", "_optimizers", "basic_optimizer", "optim")
 MOST_LEVELS = 8  # containers in one another: Hugging Face's Trainer under DeepSpeed has four
 
 
@@ -85,7 +84,7 @@ def _contents(container: Any) -> Iterable[Any]:
         return container.values()
     if isinstance(container, list | tuple):
         return container
-    return [found for name in ATTRIBUTES if (found := _attribute(container, name)) is not None]
+    return [found for name in CONTAINER_ATTRIBUTES if (found := _attribute(container, name)) is not None]
 
 
 def _attribute(container: Any, name: str) -> Any:

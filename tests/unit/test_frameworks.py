@@ -230,6 +230,39 @@ def test_an_option_on_accelerates_wrapper_raises_and_names_what_reaches_the_opti
     assert getattr(ours, name) is given
 
 
+class Optim(torch.optim.Optimizer):
+    """As torchft's wrapper, which calls the optimizer `optim`."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optim = optimizer
+
+    def step(self, closure: Any = None) -> Any:
+        return self.optim.step(closure)
+
+
+class Container(torch.optim.Optimizer):
+    """As torchtitan's, which has a list of them."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizers = [optimizer]
+
+    def step(self, closure: Any = None) -> Any:
+        return [each.step(closure) for each in self.optimizers]
+
+
+@pytest.mark.parametrize(
+    "wrapped", [lambda ours: Stepping(Stepping(ours)), Optim, Container], ids=["outermost of two", "optim", "optimizers"]
+)
+@pytest.mark.parametrize("name", ["layout", "process_group"])
+def test_an_option_on_what_a_user_holds_raises_whatever_is_between(name: str, wrapped: Any) -> None:
+    ours = fresh()
+    wrapper = wrapped(ours)
+    setattr(wrapper, name, FlatLayout(flat={}, whole={}, unknown_param_error=""))
+    with pytest.raises(ValueError, match=rf"{name} was set on the {type(wrapper).__name__} around"):
+        wrapper.step()
+    assert not ours.state
+
+
 def test_a_first_step_keeps_nothing_of_its_callers_alive() -> None:
     """Before Python 3.13 a frame keeps what its f_locals has shown: what a training loop deletes must go."""
     ours, big = fresh(), nn.Linear(3, 3)
