@@ -86,18 +86,23 @@ def _consolidate(optimizer: Any) -> None:
 def lightning() -> Any:
     """A callback for Lightning's Trainer, which logs the optimizers' metrics: `Trainer(callbacks=[so.callbacks.lightning()])`.
 
-    In every step in which the trainer logs; to read metrics waits for the device. Parameters that the optimizer was given without names
-    have those of the module.
+    Once in every step in which the trainer logs, however many batches it accumulates; to read metrics waits for the device. Parameters
+    that the optimizer was given without names have those of the module.
     """
     is_old = "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules  # the same, by its other name
     base: Any = import_module("pytorch_lightning" if is_old else "lightning.pytorch").Callback
 
     class LogMetrics(base):
+        seen_step = 0  # `global_step` after the last batch; it stays while gradients accumulate
+
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            self.seen_step = trainer.global_step
             _name_params(trainer, pl_module)
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-            if trainer.global_step % trainer.log_every_n_steps == 0 and contained_optimizers(trainer):
+            has_stepped = trainer.global_step != self.seen_step
+            self.seen_step = trainer.global_step
+            if has_stepped and trainer.global_step % trainer.log_every_n_steps == 0 and contained_optimizers(trainer):
                 pl_module.log_dict(metrics(trainer))
 
     return LogMetrics()

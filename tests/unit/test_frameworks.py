@@ -363,7 +363,7 @@ def test_trainers_that_give_parameters_without_names_report_those_of_the_model(m
         return optimizer
 
     def begin_lightning(optimizer: Any, model: nn.Module) -> Any:
-        so.callbacks.lightning().on_train_start(SimpleNamespace(optimizers=[optimizer]), model)
+        so.callbacks.lightning().on_train_start(SimpleNamespace(optimizers=[optimizer], global_step=0), model)
         return optimizer
 
     for start in (begin, begin_lightning):
@@ -420,3 +420,19 @@ def test_lightnings_trainer_logs_metrics_in_the_steps_in_which_it_logs(monkeypat
         trainer = SimpleNamespace(optimizers=[Around(ours)], global_step=step, log_every_n_steps=2)
         callback.on_train_batch_end(trainer, module, None, None, step)
     assert logged == [ours.metrics()] * 2
+
+
+def test_lightnings_trainer_logs_metrics_once_per_step_while_gradients_accumulate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor before the first step, nor again in the step after which it resumes: `global_step` is that of the batch before."""
+    monkeypatch.setitem(sys.modules, "lightning.pytorch", SimpleNamespace(Callback=object))  # type: ignore[arg-type]
+    trainer = SimpleNamespace(optimizers=[Around(stepped(["w"]))], global_step=0, log_every_n_steps=2)
+    for start, logged_in in ((0, [2, 4]), (2, [4])):
+        logged: list[int] = []
+        module = SimpleNamespace(log_dict=lambda found, logged=logged: logged.append(trainer.global_step), named_parameters=list)
+        callback = so.callbacks.lightning()
+        trainer.global_step = start
+        callback.on_train_start(trainer, module)
+        for batch in range(3 * start + 1, 16):  # three batches to a step
+            trainer.global_step = batch // 3
+            callback.on_train_batch_end(trainer, module, None, None, batch)
+        assert logged == logged_in
