@@ -101,7 +101,7 @@ def _attach(engine: Any) -> None:
         problem = next(_problems(engine), None)
         if problem is None:
             layout = sharding.layout_of(engine)
-    except Exception as error:  # the other ranks must hear of it before this one raises
+    except Exception as error:  # the other ranks must get the error before this one raises
         import deepspeed
 
         problem = f"{error if isinstance(error, ValueError) else repr(error)} (DeepSpeed {deepspeed.__version__}, supported are {VERSIONS})"

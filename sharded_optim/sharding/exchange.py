@@ -51,7 +51,7 @@ def exchange_layouts(
         local_params = describe()
         alone = process_group is None
         rows = [row for entry in local_params for row in _Row.of(entry, alone=alone, compare_values=compares_values(entry.param))]
-    except Exception as error:  # the other ranks must hear of it before this one raises
+    except Exception as error:  # the other ranks must get the error before this one raises
         rows = str(error) if isinstance(error, ValueError) else repr(error)
     rank, tables = 0, [rows]
     if process_group is not None:

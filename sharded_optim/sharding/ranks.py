@@ -159,19 +159,19 @@ def raise_together(failure: Exception | None, description: object, process_group
         ValueError: of what went wrong on which rank, or that the descriptions differ.
         Exception: `failure` itself, where it is no ValueError.
     """
-    told: list[tuple[str | None, str]] = [(None, "")]
+    of_ranks: list[tuple[str | None, str]] = [(None, "")]
     if process_group is not None:
         digest = hashlib.sha256(repr(description).encode()).hexdigest()
         message = None if failure is None else str(failure) if isinstance(failure, ValueError) else repr(failure)
-        told = told * dist.get_world_size(process_group)
-        dist.all_gather_object(told, (message, digest), group=process_group)
+        of_ranks = of_ranks * dist.get_world_size(process_group)
+        dist.all_gather_object(of_ranks, (message, digest), group=process_group)
     if failure is not None and (process_group is None or not isinstance(failure, ValueError)):
         raise failure
-    messages = [message for message, _ in told]
+    messages = [message for message, _ in of_ranks]
     if any(messages):
         raise ValueError(join_messages(messages)) from failure
-    if len({digest for _, digest in told}) > 1:
-        ranks = [rank for rank, (_, digest) in enumerate(told) if digest != told[0][1]]
+    if len({digest for _, digest in of_ranks}) > 1:
+        ranks = [rank for rank, (_, digest) in enumerate(of_ranks) if digest != of_ranks[0][1]]
         raise ValueError(
             f"rank {ranks[0]} has other parameters (names, shapes, dtypes, order) or options than rank 0; build the same model and "
             f"optimizer on every rank"

@@ -127,7 +127,7 @@ class ParamSet:
                     "GradScaler stepped an optimizer whose gradients were released in backward, still scaled; use one of the two"
                 )
             return Observation(contributions=[call.observe(rules, scaler) for call in self.calls] if rules.agrees else ())
-        except Exception as failure:  # the other ranks must hear of it before this one raises
+        except Exception as failure:  # the other ranks must get the error before this one raises
             self.calls, self._without_grad = [], None
             return Observation(failure=failure)
 

@@ -86,7 +86,7 @@ class DivergenceCheck:
         found, failure = None, None
         try:
             found = _Found.of(self._optimizer, self._model)
-        except Exception as error:  # the other ranks must hear of it before this one raises
+        except Exception as error:  # the other ranks must get the error before this one raises
             failure = error
         if self._shared is None:
             self._exchange(found, failure, process_group)
@@ -94,9 +94,9 @@ class DivergenceCheck:
         if differing is None:
             self._exchange(found, failure, process_group)
             differing = self._compare(found, process_group)
-            assert differing is not None, "every rank has what it has just told"
+            assert differing is not None, "every rank has what it has just sent"
         if differing:
-            assert found is not None, "a rank that has failed has told it"
+            assert found is not None, "a rank that has failed has said so"
             self._raise(found, differing, process_group)
 
     def _exchange(self, found: _Found | None, failure: Exception | None, process_group: dist.ProcessGroup) -> None:
@@ -129,7 +129,7 @@ class DivergenceCheck:
         """The one collective of a check.
 
         Returns:
-            Which of what is shared has different values; None: a rank holds other things than it has told, or has failed.
+            Which of what is shared has different values; None: a rank holds other things than it has sent, or has failed.
         """
         assert self._shared is not None
         on_host: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}
@@ -151,11 +151,11 @@ class DivergenceCheck:
         """Raise an error that names what differs on which ranks. A collective."""
         assert self._shared is not None
         asked = [self._shared[index] for index in differing[:MOST_LINES]]
-        told: list[Any] = [None] * dist.get_world_size(process_group)
+        of_ranks: list[Any] = [None] * dist.get_world_size(process_group)
         own = [(found.values.get(fact), found.texts.get(fact)) for fact in asked]
-        dist.all_gather_object(told, own, group=process_group)
+        dist.all_gather_object(of_ranks, own, group=process_group)
         ranks = dist.get_process_group_ranks(process_group)
-        lines = [_difference(fact, [each[index] for each in told], ranks) for index, fact in enumerate(asked)]
+        lines = [_difference(fact, [each[index] for each in of_ranks], ranks) for index, fact in enumerate(asked)]
         if len(differing) > len(lines):
             lines.append(f"and {len(differing) - len(lines)} more")
         raise DivergenceError(
@@ -185,31 +185,31 @@ class _Found:
         shown = live_model(model)
         state = None if optimizer is None else live_optimizer(optimizer, model, shown)
         held = [each for each in shown.tensors if not each.is_buffer]
-        told: dict[Fact, Any] = {(path, ""): value for path, value in _paths(shown.wrapper_state)}
+        facts: dict[Fact, Any] = {(path, ""): value for path, value in _paths(shown.wrapper_state)}
         if state is not None:
             state.synchronize()
             held += state.tensors()
-            told |= _told(state)
-        texts = _texts(told)
+            facts |= _facts_of(state)
+        texts = _texts(facts)
         held = [each for each in held if each.segment.numel]
         hashes = position_hashes([each.local for each in held])
         values: dict[Fact, int] = dict(zip(rows_of(held), hashes.tolist(), strict=True))
         return cls(values=values | {fact: _digest(text) for fact, text in texts.items()}, texts=texts)
 
 
-def _told(state: LiveOptimizer) -> dict[Fact, Any]:
+def _facts_of(state: LiveOptimizer) -> dict[Fact, Any]:
     """Values of an optimizer that are not tensors: hyperparameters and step counters."""
-    told: dict[Fact, Any] = {}
+    facts: dict[Fact, Any] = {}
     for member in state.params:
         own = state.engine.state.get(member.param)
         for piece in member.local.pieces:
             if own is not None or piece.segment.numel:  # some wrappers do not step what is empty here
-                told["step", piece.segment.name] = NO_STATE if own is None else own[STEP]
-    told["number of param groups", ""] = len(state.groups)
-    told |= {("param group", name): index for name, index in state.group_of.items()}
+                facts["step", piece.segment.name] = NO_STATE if own is None else own[STEP]
+    facts["number of param groups", ""] = len(state.groups)
+    facts |= {("param group", name): index for name, index in state.group_of.items()}
     for index, group in enumerate(state.groups):
-        told |= {(f"param_groups[{index}][{key!r}]", ""): value for key, value in hyperparameters_of(group).items()}
-    return told
+        facts |= {(f"param_groups[{index}][{key!r}]", ""): value for key, value in hyperparameters_of(group).items()}
+    return facts
 
 
 def _paths(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
@@ -221,14 +221,14 @@ def _paths(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, A
             yield f"{before}{key}", value
 
 
-def _texts(told: Mapping[Fact, Any]) -> dict[Fact, str]:
+def _texts(facts: Mapping[Fact, Any]) -> dict[Fact, str]:
     """Convert values to texts that are equal if the values are. Values without such a text are left out."""
-    scalars = {fact: value for fact, value in told.items() if isinstance(value, Tensor) and value.numel() == 1}
+    scalars = {fact: value for fact, value in facts.items() if isinstance(value, Tensor) and value.numel() == 1}
     numbers: dict[Fact, Any] = {}
     for device in dict.fromkeys(value.device for value in scalars.values()):  # one copy from each
         there = {fact: value.detach().reshape(()).double() for fact, value in scalars.items() if value.device == device}
         numbers |= dict(zip(there, torch.stack(list(there.values())).tolist(), strict=True))
-    texts = {fact: _text(numbers.get(fact, value)) for fact, value in told.items()}
+    texts = {fact: _text(numbers.get(fact, value)) for fact, value in facts.items()}
     return {fact: text for fact, text in texts.items() if text is not None}
 
 
@@ -250,15 +250,15 @@ def _digest(text: str) -> int:
 # ------------------------------------------------------------------------------------------------------------------------ messages
 
 
-def _difference(fact: Fact, told: Sequence[tuple[int | None, str | None]], ranks: Sequence[int]) -> str:
+def _difference(fact: Fact, of_ranks: Sequence[tuple[int | None, str | None]], ranks: Sequence[int]) -> str:
     """Say which ranks have which value.
 
     Args:
-        told: value and text of each rank that has it.
+        of_ranks: value and text of each rank that has it.
         ranks: in the same order.
     """
     sets: dict[tuple[int, str | None], list[int]] = {}
-    for rank, (value, text) in zip(ranks, told, strict=True):
+    for rank, (value, text) in zip(ranks, of_ranks, strict=True):
         if value is not None:
             sets.setdefault((value, text), []).append(rank)
     (most, majority), *others = sorted(sets.items(), key=lambda each: -len(each[1]))  # of equally many, that of the first rank

@@ -185,7 +185,7 @@ def _given_optimizers(optimizers: Sequence[Engine | ShardedOptimizer]) -> _Given
     for each in sharded:
         try:
             each.collect_gradients()
-        except ValueError as error:  # of this rank alone, perhaps: the others hear of it in the all-gather
+        except ValueError as error:  # of this rank alone, perhaps: the others get the error in the all-gather
             failure = error
     engines = [each.inside if isinstance(each, ShardedOptimizer) else each for each in optimizers]
     if any(each.process_group is not engines[0].process_group for each in engines):
@@ -324,7 +324,7 @@ def _agree(given: _Given, group: dist.ProcessGroup | None, norm_type: float) -> 
                     raise given.failure
                 local = _local_gradients(given, ownership)
                 row[POWER] = _power(local, ownership, norm_type, row.device)
-            except Exception as error:  # the other ranks must hear of it before this one raises
+            except Exception as error:  # the other ranks must get the error before this one raises
                 failure, row[FAILED] = error, 1.0
         table = _gathered(row, group)
         if not known_on_host(table) and failure is None and ownership is not None:

@@ -180,16 +180,16 @@ def gathered(
         number: {name: (value.dtype, tuple(value.shape), value.item() if value.ndim == 0 else None) for name, value in values.items()}
         for number, values in state.items()
     }
-    told: list[dict[int, dict[str, tuple[torch.dtype, tuple[int, ...], float | None]]]] = [known]
+    of_ranks: list[dict[int, dict[str, tuple[torch.dtype, tuple[int, ...], float | None]]]] = [known]
     if process_group is not None:
-        told = told * dist.get_world_size(process_group)
-        dist.all_gather_object(told, known, group=process_group)
+        of_ranks = of_ranks * dist.get_world_size(process_group)
+        dist.all_gather_object(of_ranks, known, group=process_group)
     devices = [value.device for values in state.values() for value in values.values()]
     device = devices[0] if devices else torch.device("cpu")
     found: dict[int, dict[str, Tensor]] = {}
-    for number in sorted({number for of_rank in told for number in of_rank}):  # ranks need not know of each other's
+    for number in sorted({number for of_rank in of_ranks for number in of_rank}):  # ranks need not know of each other's
         values = state.get(number, {})
-        names = {name: about for of_rank in told for name, about in of_rank.get(number, {}).items()}
+        names = {name: about for of_rank in of_ranks for name, about in of_rank.get(number, {}).items()}
         whole = {}
         for name, (dtype, shape, number_itself) in names.items():
             if number_itself is None:

@@ -138,13 +138,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 raise ValueError("params has no parameters, in any group; give the parameters of a model")
             device = tensors[0].device
             description = (stage, bucket_mb, reduce_dtype, device.type, exchanges(topology.shard_group, device))
-        except Exception as failure:  # the other ranks must hear of it before this one raises
+        except Exception as failure:  # the other ranks must get the error before this one raises
             raise_together(failure, None, topology.all_ranks)
             raise
         raise_together(None, description, topology.all_ranks)
         try:
             shard_group = ShardGroup(topology.shard_group, device)
-        except Exception as failure:  # on all ranks of this shard group; those of others must hear of it too
+        except Exception as failure:  # on all ranks of this shard group; those of others must get the error too
             raise_together(failure, None, topology.all_ranks)
             raise
         self._gatherer = Gatherer(shard_group)

@@ -64,7 +64,7 @@ class Reducer:
         all_ranks: both together; None: this one alone.
         keeps_contents: whether a bucket's full gradients stay allocated (ZeRO-1) or are returned once they are reduced (ZeRO-2).
         reduce_dtype: in which gradients are added up; None is the parameters'.
-        arrived: is told of each bucket whose gradients are averaged.
+        arrived: is called with each bucket whose gradients are averaged.
 
     Attributes:
         buckets: in the order in which they are reduced.
@@ -104,7 +104,7 @@ class Reducer:
         self._repeated: dict[ParamSlot, Tensor] = {}  # further gradients, for which a round is to be run
         self._in_flight: deque[_Reduction] = deque()
         self._unsettled: list[Transfer] = []  # of contents that are not the pool's
-        self._told: list[_Told] = []
+        self._pending: list[_GradientCounts] = []
         self._found: set[ParamSlot] = set()  # that had a gradient on any rank, as far as it is known
 
     # ---------------------------------------------------------------------------------------------------------------- in backward
@@ -176,11 +176,11 @@ class Reducer:
             self._launch(self._left.popleft())
         last = [self._shard_group.serial, bool(self._repeated)]
         used = torch.tensor([slot in self._used for slot in slots] + last, dtype=torch.int32)
-        told = used.to(slots[0].param.device, non_blocking=True)
+        counts = used.to(slots[0].param.device, non_blocking=True)
         what = f"which gradients there are, of {self.buckets[0].named} and all others,"
-        transfer = transfers.all_reduce(told, self._all_ranks, what)
+        transfer = transfers.all_reduce(counts, self._all_ranks, what)
         is_known = len(self._used) == len(slots) and not self._repeated
-        self._told.append(_Told(transfer=transfer, counts=told, slots=slots, is_known=is_known))
+        self._pending.append(_GradientCounts(transfer=transfer, counts=counts, slots=slots, is_known=is_known))
         self.is_open = False
         self.has_unreduced = False
         self.rounds += 1
@@ -304,34 +304,34 @@ class Reducer:
             self._close()
         self._finish_in_flight()
         repeating = 0
-        for told in self._told:
-            repeating = self._read(told)  # of the last: a round brings what was left of the one before
-        self._told.clear()
+        for counted in self._pending:
+            repeating = self._read(counted)  # of the last: a round brings what was left of the one before
+        self._pending.clear()
         return repeating > 0
 
     def _finish_in_flight(self) -> None:
         while self._in_flight:
             self._in_flight.popleft().finish()
 
-    def _read(self, told: _Told) -> int:
+    def _read(self, counted: _GradientCounts) -> int:
         """Read which parameters had a gradient on any rank in a round; return the number of ranks with a further gradient."""
-        told.transfer.wait()
-        if told.is_known and not known_on_host(told.counts):  # this rank knows the answer without waiting for the device
-            self._found.update(told.slots)
+        counted.transfer.wait()
+        if counted.is_known and not known_on_host(counted.counts):  # this rank knows the answer without waiting for the device
+            self._found.update(counted.slots)
             return 0
-        *counts, serials, repeating = told.counts.tolist()
+        *counts, serials, repeating = counted.counts.tolist()
         if serials != self._shard_group.serial * self._ranks:
             raise RuntimeError(
                 "ranks have run backward passes for several ShardedOptimizers in different orders; run them in one order, with a "
                 "gradient for each optimizer on every rank"
             )
-        if repeating not in (0, self._ranks) and not known_on_host(told.counts):  # a rank that has not looked runs no further round
+        if repeating not in (0, self._ranks) and not known_on_host(counted.counts):  # a rank that has not looked runs no further round
             here = "".join(f", here {slot.name!r}" for slot in self._repeated)
             raise RuntimeError(
                 f"parameters got several gradients in one backward pass on {repeating} of {self._ranks} ranks{here}, from several "
                 f"reentrant checkpoints; let all ranks do so or none, or checkpoint with use_reentrant=False"
             )
-        self._found.update(compress(told.slots, counts))
+        self._found.update(compress(counted.slots, counts))
         return repeating
 
     def collect(self) -> set[ParamSlot]:
@@ -358,7 +358,7 @@ def _empty(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Told:
+class _GradientCounts:
     """Counts the ranks on which each parameter had a gradient in a round."""
 
     transfer: Transfer

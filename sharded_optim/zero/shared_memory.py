@@ -80,13 +80,13 @@ class SharedMemoryTransport:
             probe.copy_(torch.tensor([rank], dtype=torch.int64).view(torch.uint8))
             return BOOT_ID.read_text(), os.getpid(), _files[probe.data_ptr()]
 
-        told = _gather(make_probe, process_group)
-        own = told[rank]
-        self._process_ids = [0 if each is None else each[1] for each in told]
+        of_ranks = _gather(make_probe, process_group)
+        own = of_ranks[rank]
+        self._process_ids = [0 if each is None else each[1] for each in of_ranks]
 
         def find_readable() -> list[int]:
             readable = []
-            for other, each in enumerate(told):
+            for other, each in enumerate(of_ranks):
                 if own is None or each is None or other == rank or each[0] != own[0]:
                     continue
                 try:
@@ -114,12 +114,12 @@ class SharedMemoryTransport:
         def open_pipes() -> list[int]:
             for rank in self._incoming:
                 with suppress(OSError):  # then they are no shared_memory
-                    path = f"/proc/{self._process_ids[rank]}/fd/{told[rank][own]}"
+                    path = f"/proc/{self._process_ids[rank]}/fd/{of_ranks[rank][own]}"
                     self._outgoing[rank] = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             return list(self._outgoing)
 
         try:
-            told = _gather(make_pipes, process_group)
+            of_ranks = _gather(make_pipes, process_group)
             lists = _gather(open_pipes, process_group)  # now all have opened what they can
         except BaseException:
             _close([*self._incoming.values(), *self._outgoing.values()])
@@ -259,7 +259,7 @@ def _gather(make: Callable[[], T], process_group: dist.ProcessGroup) -> list[T]:
     failure, made = None, None
     try:
         made = make()
-    except Exception as error:  # the other ranks must hear of it before this one raises
+    except Exception as error:  # the other ranks must get the error before this one raises
         failure = error
     rows: list[Any] = [None] * dist.get_world_size(process_group)
     dist.all_gather_object(rows, (failure is not None, made), group=process_group)
