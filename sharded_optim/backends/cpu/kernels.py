@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from llvmlite import ir
 
-from sharded_optim.backends.cpu.llvm import INT64, integer, is_x86, is_zen
-from sharded_optim.backends.cpu.loops import Writer, traced
+from sharded_optim.backends.cpu.llvm import DOUBLE, FLOAT, INT32, INT64, integer, is_x86, is_zen
+from sharded_optim.backends.cpu.loops import Total, Writer, traced
 from sharded_optim.backends.cpu.threads import Kernel, kernel_of
 from sharded_optim.backends.cpu.vectors import FIXED_POINT_OF_ZERO, fixed_point
 from sharded_optim.backends.rebinding import argument_count
@@ -30,7 +30,9 @@ class Ahead(NamedTuple):
 
 
 # Hardware stops prefetching at the end of a page; an update reads from four pages at a time. The distances are from benchmarks/NOTES.md.
-AHEAD = Ahead(2048, 0) if is_zen() else Ahead(4096, 2048) if is_x86() else Ahead(0, 0)  # nothing was measured on ARM
+AHEAD = Ahead(2048, 0) if is_zen() else Ahead(1280, 2048) if is_x86() else Ahead(0, 0)  # nothing was measured on ARM
+
+SUM, ANY_BEYOND = Total("add", INT64), Total("or", INT32)  # of the statistic's values, and whether one is beyond its limit
 
 
 @cache
@@ -65,9 +67,9 @@ def observe_function(statistic: Statistic | None, grad_format: Format, state_for
     """Write the sums of a statistic and the check of its limit; without a statistic, only the check for finite squares of gradients."""
     observe = traced(statistic.observe) if statistic else None
     coefficients = argument_count(statistic.observe) - len(state_formats) - 1 if statistic else 0
-    numbers = ("limits", "scales") if statistic else ()
+    numbers = {"limits": FLOAT, "scales": DOUBLE} if statistic else {}
     writer = Writer((*state_formats, grad_format), coefficients, numbers, ahead=AHEAD.observe)
-    with writer.items(totals=2) as item:
+    with writer.items([SUM, ANY_BEYOND]) as item:
         with item.runs(ordered=False) as run:
             for elements in item.passes(run):
                 *state, grad = elements.loaded()
@@ -78,7 +80,7 @@ def observe_function(statistic: Statistic | None, grad_format: Format, state_for
                     value = observe(grad, *state, *numbers)
                     is_within = value <= limit
                     elements.add(0, fixed_point(value, scale))
-                elements.add(1, is_within.instruction("not_").converted("zext", INT64))
+                elements.add(1, is_within.instruction("not_").converted("sext", INT32))
         if observe is not None:
             item.totals[0] = item.builder.sub(item.totals[0], item.builder.mul(item.count, integer(FIXED_POINT_OF_ZERO)))
         item.write_totals()

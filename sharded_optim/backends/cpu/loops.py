@@ -6,7 +6,7 @@ at the end of a run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from itertools import islice, starmap
@@ -24,6 +24,7 @@ from sharded_optim.backends.cpu.llvm import (
     INT64,
     POINTER,
     VOID,
+    Builder,
     Loop,
     Type,
     Value,
@@ -74,6 +75,21 @@ def traced(function: Callable[..., Any]) -> Callable[..., Any]:
     return rebound(function, {"xp": vectors}, lambda traced: traced, lambda number: number)
 
 
+class Total(NamedTuple):
+    """What is accumulated over the elements of an item.
+
+    Attributes:
+        operation: "add" or "or".
+        kind: a type of integers.
+    """
+
+    operation: str
+    kind: Type
+
+    def joined(self, builder: Builder, total: Value, terms: Value) -> Value:
+        return builder.or_(total, terms) if self.operation == "or" else builder.add(total, terms)
+
+
 class Run(NamedTuple):
     """Elements [begin, end) of an item of work, which follow each other in the whole tensor from `index` on, if order matters."""
 
@@ -88,12 +104,12 @@ class Writer:
     Args:
         formats: of the values of an element, the last one its gradient's.
         coefficients: how many an operand has.
-        numbers: arrays with a further number of each operand.
+        numbers: arrays with a further number of each operand, and the type in which it is used.
         ahead: bytes from what is read to what is prefetched.
     """
 
-    def __init__(self, formats: Sequence[Format], coefficients: int, numbers: Sequence[str] = (), *, ahead: int) -> None:
-        self.formats, self.coefficients, self.numbers, self.ahead = formats, coefficients, numbers, ahead
+    def __init__(self, formats: Sequence[Format], coefficients: int, numbers: Mapping[str, Type] | None = None, *, ahead: int) -> None:
+        self.formats, self.coefficients, self.numbers, self.ahead = formats, coefficients, numbers or {}, ahead
         self.function = ir.Function(ir.Module(), SIGNATURE, "kernel")
         self.builder = ir.IRBuilder(self.function.append_basic_block("entry"))
         arguments = [load(self.builder, at(self.builder, self.function.args[0], index)) for index in range(len(Arguments._fields))]
@@ -109,11 +125,11 @@ class Writer:
         return [self.element(array, self.builder.add(first, integer(column)), kind) for column in range(width)]
 
     @contextmanager
-    def items(self, totals: int = 0) -> Iterator[Item]:
+    def items(self, totals: Sequence[Total] = ()) -> Iterator[Item]:
         """Write the loop over the items of a share.
 
         Args:
-            totals: how many integers are summed over the elements of each.
+            totals: what is accumulated over the elements of each.
         """
         builder, (_, share, shares) = self.builder, self.function.args
         begin, end = (builder.sdiv(builder.mul(self.arguments["items"], each), shares) for each in (share, builder.add(share, integer(1))))
@@ -125,7 +141,7 @@ class Writer:
 class Item:
     """An item of work: elements of one operand."""
 
-    def __init__(self, writer: Writer, number: Value, totals: int) -> None:
+    def __init__(self, writer: Writer, number: Value, totals: Sequence[Total]) -> None:
         self.writer, self.builder, self.number = writer, writer.builder, number
         builder = writer.builder
         self.row, self.first, self.count = writer.rows("work", number, 3)
@@ -138,9 +154,10 @@ class Item:
         self.numbers = [
             writer.element("grad_scale", 0, FLOAT),
             *writer.rows("coefficients", self.row, writer.coefficients, FLOAT),
-            *(writer.element(name, self.row, FLOAT) for name in writer.numbers),
+            *(builder.fpext(writer.element(name, self.row, FLOAT), kind) for name, kind in writer.numbers.items()),
         ]
-        self.totals: list[Value] = [integer(0)] * totals
+        self.accumulated = totals
+        self.totals: list[Value] = [constant(total.kind, 0) for total in totals]
 
     @contextmanager
     def runs(self, *, ordered: bool) -> Iterator[Run]:
@@ -165,11 +182,12 @@ class Item:
         whole = builder.add(run.begin, builder.and_(builder.sub(run.end, run.begin), integer(-LANES)))
         for lanes, begin, end in ((LANES, run.begin, whole), (1, whole, run.end)):
             numbers = [Vector(builder, splat(builder, number, lanes)) for number in self.numbers]
-            zeros = [constant(with_lanes(INT64, lanes), 0)] * len(self.totals)
+            zeros = [constant(with_lanes(total.type, lanes), 0) for total in self.totals]
             with counting(builder, begin, end, integer(lanes), zeros) as loop:
                 yield Elements(self, run, lanes, loop, numbers)
             self.totals = [
-                builder.add(total, reduced(builder, "add", of_lanes)) for total, of_lanes in zip(self.totals, loop.values, strict=True)
+                how.joined(builder, total, reduced(builder, how.operation, of_lanes))
+                for how, total, of_lanes in zip(self.accumulated, self.totals, loop.values, strict=True)
             ]
 
     def write_totals(self) -> None:
@@ -177,6 +195,7 @@ class Item:
         sums = self.builder.inttoptr(self.writer.arguments["sums"], POINTER)
         first = self.builder.mul(self.number, integer(len(self.totals)))
         for index, total in enumerate(self.totals):
+            total = self.builder.zext(total, INT64)
             store(self.builder, total, at(self.builder, sums, self.builder.add(first, integer(index))))
 
 
@@ -220,9 +239,10 @@ class Elements:
         """Add to a total of the item.
 
         Args:
-            terms: int64.
+            terms: of its type.
         """
-        self.loop.values[number] = self.builder.add(self.loop.values[number], terms.value)
+        how = self.item.accumulated[number]
+        self.loop.values[number] = how.joined(self.builder, self.loop.values[number], terms.value)
 
     def _arrays(self) -> list[tuple[Value, torch.dtype]]:
         """Return each array's dtype and the address of the first of these elements."""

@@ -224,8 +224,13 @@ FIXED_POINT_OF_ZERO = 0x4338000000000000  # the bits of MAGIC
 
 
 def fixed_point(value: Vector, scale: Vector) -> Vector:
-    """Compute round_half_even(value * scale) + FIXED_POINT_OF_ZERO for 0 <= value * scale < 2**51 and a power of two: int64."""
-    value, scale = value.converted("fpext", DOUBLE), scale.converted("fpext", DOUBLE)
+    """Compute round_half_even(value * scale) + FIXED_POINT_OF_ZERO, in int64, for 0 <= value * scale < 2**51.
+
+    Args:
+        value: fp32.
+        scale: a power of two, in fp64.
+    """
+    value = value.converted("fpext", DOUBLE)
     # Fused or not, as is faster: the product is exact.
     return value.intrinsic("fmuladd", scale, MAGIC).converted("bitcast", INT64)
 
