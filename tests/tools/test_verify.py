@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -142,3 +146,35 @@ def test_names_in_a_page_are_escaped() -> None:
     )  # fmt: skip
     assert "<b>" not in page([report])
     assert "&lt;i&gt;" in page([report])
+
+
+DOCS = Path(__file__).parents[2] / "docs" / "verify.md"
+
+
+def test_the_documentation_shows_what_the_command_prints() -> None:
+    """But for the sizes of errors, which depend on the processor's last bits."""
+    from typer.testing import CliRunner
+
+    from sharded_optim.cli.commands import app
+
+    pytest.importorskip("optimi")
+    ((command, shown),) = re.findall(r"```\n\$ sharded-optim (verify .*)\n((?:.*\n)*?)```", DOCS.read_text())
+    result = CliRunner().invoke(app, command.split())
+    assert result.exit_code == 1
+    assert _without_sizes(result.output) == _without_sizes(shown)
+
+
+def _without_sizes(text: str) -> list[str]:
+    return re.sub(r"\d\.\de-\d\d", "SIZE", text).split()
+
+
+def test_the_example_of_the_documentation_runs_as_a_script(tmp_path: Path) -> None:
+    (script,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    (tmp_path / "mine.py").write_text("from verify_faults import Model as build_model, batch\n")
+    (tmp_path / "script.py").write_text(script)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (DOCS.parents[1], Path(__file__).parent)))}
+    result = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "sharded_optim.StableAdamW, fsdp2 on 2 ranks: bitwise\n"

@@ -20,7 +20,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import nn
+from torch import Tensor, nn
 
 from sharded_optim.tools.verify.making import MakeOptimizer, check_picklable, seeded
 from sharded_optim.tools.verify.rank import SEED, Job, failure_file, log_file, main, record_file
@@ -107,7 +107,7 @@ def verify(
     with _one_thread(), tempfile.TemporaryDirectory(prefix="sharded_optim_verify_") as folder:
         try:
             _compare(job, Path(folder), evidence, progress)
-        except _RanksFailedError as failed:
+        except _EndedError as failed:
             evidence.failure = str(failed)
     errors = {name: max(of_steps) for name, of_steps in evidence.errors.items()}
     reasons = reasons_of(evidence, TOLERANCE)
@@ -126,8 +126,8 @@ def verify(
     )
 
 
-class _RanksFailedError(Exception):
-    """Ranks have ended early, or do not go on."""
+class _EndedError(Exception):
+    """Ranks, or the reference, have failed or do not go on."""
 
 
 def _compare(job: Job, folder: Path, evidence: Evidence, progress: Callable[[str], object]) -> None:
@@ -140,18 +140,17 @@ def _compare(job: Job, folder: Path, evidence: Evidence, progress: Callable[[str
     grouping: Grouping | None = None
     for record in _records(job, folder):
         kind = record["kind"]
-        if kind == "initial":
-            evidence.apart = record["apart"]
-            progress("model built")
-        elif kind == "begin":
-            model = seeded(job.build_model, SEED)
-            reference = Reference(model, record["params"], job.make)
-            evidence.begin(record["params"], record["storage"], record["unknown"])
+        if kind == "begin":
+            progress("model sharded")
+            evidence.begin(record["params"], record["storage"], record["unknown"], record["apart"])
+            with _in_one_process():
+                reference = Reference(seeded(job.build_model, SEED), record["params"], job.make)
             if job.make.constructor is not None and len(record["params"]) > 1:
-                grouping = Grouping(seeded(job.build_model, SEED), record["params"], job.make)
+                grouping = _grouping(job, record["params"], evidence)
         elif kind == "step":
             assert reference is not None
-            reference.step(record["grads"])
+            with _in_one_process():
+                reference.step(record["grads"])
             evidence.step(record["params"], reference.errors(record["params"]), record["grads"])
             if grouping is not None:
                 grouping.step(record["grads"])
@@ -168,11 +167,28 @@ def _compare(job: Job, folder: Path, evidence: Evidence, progress: Callable[[str
         evidence.groups, evidence.late = grouping.errors(), grouping.late
 
 
+def _grouping(job: Job, params: Mapping[str, Tensor], evidence: Evidence) -> Grouping | None:
+    try:
+        return Grouping(seeded(job.build_model, SEED), params, job.make)
+    except Exception as error:  # whatever an optimizer refuses about single parameters
+        evidence.notes.append(f"whether the result depends on param groups was not tried: {type(error).__name__}: {error}")
+        return None
+
+
+@contextmanager
+def _in_one_process() -> Iterator[None]:
+    """Say where an error of the optimizer comes from."""
+    try:
+        yield
+    except Exception as error:
+        raise _EndedError(f"in one process, without sharding: {type(error).__name__}: {error}") from error
+
+
 def _records(job: Job, folder: Path) -> Iterator[dict[str, Any]]:
     """Start ranks, and yield what rank 0 writes down.
 
     Raises:
-        _RanksFailedError: names ranks and their errors.
+        _EndedError: names ranks and their errors.
     """
     context = _context(job)
     processes = [
@@ -195,9 +211,9 @@ def _records(job: Job, folder: Path) -> Iterator[dict[str, Any]]:
                 number, deadline = number + 1, time.monotonic() + job.timeout
             elif any(process.exitcode for process in processes):
                 time.sleep(GRACE)  # the first to fail may not be the first whose process has ended
-                raise _RanksFailedError(_failure(folder, processes))
+                raise _EndedError(_failure(folder, processes))
             elif time.monotonic() > deadline:
-                raise _RanksFailedError(f"ranks have not gone on for {job.timeout:g} s")
+                raise _EndedError(f"ranks have not gone on for {job.timeout:g} s")
             else:
                 time.sleep(0.005)
         for process in processes:
@@ -216,9 +232,13 @@ def _failure(folder: Path, processes: list[Any]) -> str:
         if path.exists():
             texts.setdefault(path.read_text(encoding="utf-8"), []).append(rank)
         elif process.exitcode:
-            lines = log_file(folder, rank).read_text(encoding="utf-8", errors="replace").strip().splitlines()
-            texts.setdefault(f"exit status {process.exitcode}; {lines[-1] if lines else 'it printed nothing'}", []).append(rank)
+            texts.setdefault(f"exit status {process.exitcode}; {_last_line(log_file(folder, rank))}", []).append(rank)
     return "; ".join(f"rank {', '.join(map(str, ranks))}: {text}" for text, ranks in texts.items())
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.exists() else []
+    return lines[-1] if lines else "see what it has printed; functions must be defined in a module that a new process can import"
 
 
 def _environment(world_size: int) -> dict[str, str]:

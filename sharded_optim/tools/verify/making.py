@@ -15,12 +15,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-__all__ = ["MakeOptimizer", "check_picklable", "loss_of", "trainable"]
+from sharded_optim.sharding.names import names_without_wrappers
+
+__all__ = ["MakeOptimizer", "check_picklable", "loss_of", "named", "seeded", "trainable"]
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that an optimizer is to step, each once."""
     return {name: param for name, param in model.named_parameters() if param.requires_grad}
+
+
+def named(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return `trainable` by the names without the prefixes of wrappers."""
+    params = trainable(model)
+    return {short: params[name] for name, short in names_without_wrappers(params).items()}
 
 
 @dataclass(frozen=True)

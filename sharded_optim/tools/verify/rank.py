@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sharded_optim.tools.verify.local_copy import LocalCopy
-from sharded_optim.tools.verify.making import MakeOptimizer, loss_of, seeded, trainable
+from sharded_optim.tools.verify.making import MakeOptimizer, loss_of, named, seeded
 from sharded_optim.tools.verify.shardings import SHARDINGS, GradientCapture, Shard, Sharded, read
 
 __all__ = ["SEED", "Job", "failure_file", "log_file", "main", "record_file"]
@@ -93,12 +93,15 @@ class _Run:
     def __init__(self, job: Job, folder: Path, rank: int) -> None:
         self.job, self.folder, self.rank = job, folder, rank
         self.records = 0
+        self._initial: dict[str, str] = {}  # digests of this rank's parameters, before they are sharded
 
     def run(self) -> None:
         job = self.job
         half = job.steps // 2
         sharded = self._sharded(SEED)
-        self._write("begin", params=sharded.params(), storage=sharded.storage(), unknown=sharded.unknown_to_model())
+        params = sharded.params()
+        apart = self._apart(params)
+        self._write("begin", params=params, storage=sharded.storage(), unknown=sharded.unknown_to_model(), apart=apart)
         copy = LocalCopy(sharded.base, job.make)
         for step in range(half):
             self._step(sharded, step)
@@ -123,12 +126,19 @@ class _Run:
     def _sharded(self, seed: int) -> Sharded:
         """Build model and optimizer, and shard them."""
         model = seeded(self.job.build_model, seed)
-        initial = _gathered({name: _digest(param) for name, param in trainable(model).items()})
-        apart = [name for name in initial[0] if len({each.get(name) for each in initial}) > 1]
-        if seed == SEED:
-            self._write("initial", apart=apart)
+        self._initial = {name: _digest(param) for name, param in named(model).items()}
         capture = GradientCapture(model)
         return read(*self.job.shard(model, self.job.make), capture)
+
+    def _apart(self, params: Mapping[str, Tensor]) -> list[str]:
+        """Return the parameters that ranks have initialized differently, and sharding has not made those of rank 0."""
+        of_ranks = _gathered((self._initial, {name: _digest(param) for name, param in params.items()}))
+        first, _ = of_ranks[0]
+        return [
+            name
+            for name in params
+            if len({initial.get(name) for initial, _ in of_ranks}) > 1 and any(whole[name] != first.get(name) for _, whole in of_ranks)
+        ]
 
     def _backward(self, sharded: Sharded, step: int) -> None:
         torch.manual_seed(SEED + step)  # dropout

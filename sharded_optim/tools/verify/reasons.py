@@ -24,7 +24,7 @@ class Evidence:
         errors: of each parameter after each step.
         unknown: parameters of the optimizer that are not the model's.
         unmoved: parameters that had gradients other than zero and were never changed.
-        apart: tensors that ranks had initialized differently.
+        apart: tensors that ranks have initialized differently, and that sharding has not made those of rank 0.
         copies_equal: whether on each rank a copy of the optimizer, which knew the rank's local tensors alone, did the same.
         lost: states of the optimizer that were not what they were after saving and loading.
         groups: how far one optimizer of all parameters is from one for each parameter.
@@ -55,10 +55,10 @@ class Evidence:
     def compared(self) -> int:
         return len(next(iter(self.errors.values()), []))
 
-    def begin(self, params: Mapping[str, Tensor], storage: dict[str, str], unknown: int) -> None:
+    def begin(self, params: Mapping[str, Tensor], storage: dict[str, str], unknown: int, apart: list[str]) -> None:
         self.shapes = {name: tuple(param.shape) for name, param in params.items()}
         self.errors = {name: [] for name in params}
-        self.storage, self.unknown, self._params = storage, unknown, dict(params)
+        self.storage, self.unknown, self.apart, self._params = storage, unknown, apart, dict(params)
         self.unmoved, self._idle = set(params), set(params)
 
     def step(self, params: Mapping[str, Tensor], errors: Mapping[str, float], grads: Mapping[str, Tensor]) -> None:

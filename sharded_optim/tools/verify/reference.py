@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sharded_optim.sharding.names import names_without_wrappers
-from sharded_optim.tools.verify.making import MakeOptimizer, trainable
+from sharded_optim.tools.verify.making import MakeOptimizer, named
 
 __all__ = ["Grouping", "Reference", "relative_error"]
 
@@ -24,8 +23,7 @@ class Reference:
     """
 
     def __init__(self, model: nn.Module, initial: Mapping[str, Tensor], build: Callable[[nn.Module], Any]) -> None:
-        params = trainable(model)
-        self.params = {short: params[name] for name, short in names_without_wrappers(params).items()}
+        self.params = named(model)
         self._assign(initial)
         self.optimizer = build(model)
 

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sharded_optim import deepspeed as own_deepspeed
-from sharded_optim.sharding.names import names_without_wrappers
 from sharded_optim.step.engine import Engine
-from sharded_optim.tools.verify.making import MakeOptimizer, trainable
+from sharded_optim.tools.verify.making import MakeOptimizer, named
 from sharded_optim.zero import ShardedOptimizer
 
 __all__ = ["SHARDINGS", "GradientCapture", "Shard", "Sharded", "installed", "read"]
@@ -40,9 +39,8 @@ class GradientCapture:
 
     def __init__(self, model: nn.Module) -> None:
         self.grads: Whole = {}
-        params = trainable(model)
-        for name, short in names_without_wrappers(params).items():
-            params[name].register_hook(partial(self._take, short))
+        for name, param in named(model).items():
+            param.register_hook(partial(self._take, name))
 
     def _take(self, name: str, grad: Tensor) -> None:
         self.grads[name] = grad.detach().clone()
@@ -69,8 +67,7 @@ class Sharded:
 
     def named(self) -> dict[str, Tensor]:
         """Trainable parameters by the names that they had before."""
-        params = trainable(self.model)
-        return {short: params[name] for name, short in names_without_wrappers(params).items()}
+        return dict(named(self.model))
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
