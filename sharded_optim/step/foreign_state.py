@@ -29,6 +29,7 @@ TORCH, COMPOSER, OPTIMI = "torch", "Composer", "optimi"
 TORCHS_SWITCHES = {"foreach", "fused", "capturable", "decoupled_weight_decay"}  # how it computes, which is not ours to follow
 OPTIMIS_SWITCHES = {"beta1", "beta2", "decouple_wd", "decouple_lr", "max_lr", "foreach", "triton", "gradient_release", "setup", "step"}
 OPTIMIS_SCRATCH = {"eps_sq", "mean_square", "group"}
+OPTIMIS_OTHERS = {"beta3", "k", "momentum"}  # in groups of Adan, Ranger and SGD; those of RAdam have the keys of Adam
 TORCHS_ADAM = {"betas", "eps", "weight_decay", "amsgrad"}  # of RAdam and NAdam the last is missing
 TORCHS_SGD = {"momentum", "dampening", "nesterov", "weight_decay"}
 TORCHS_MUON = {"momentum", "nesterov", "ns_coefficients", "adjust_lr_fn"}
@@ -48,7 +49,7 @@ def translate(state_dict: dict[str, Any], own_groups: list[Group], *, replaces_c
         replaces_composer: whether these are of a class that takes the place of one of Composer's.
 
     Raises:
-        ValueError: it is of one of torch's other optimizers.
+        ValueError: it is of one of torch's or optimi's other optimizers.
 
     Warns:
         UserWarning: its keys are those of two libraries; says how it is read, once.
@@ -83,6 +84,11 @@ def _source(group: Group, where: str) -> str | None:
     """Return the library whose keys a group has, or None."""
     if "reference_lr" in group:
         return None
+    if group.keys() >= {"kahan_sum", "decouple_lr"} and group.keys() & OPTIMIS_OTHERS:
+        raise ValueError(
+            f"{where} is of an optimizer of optimi that is not continued here; it has {', '.join(group)}; continued are Adam, AdamW and "
+            "StableAdamW"
+        )
     if group.keys() >= {"beta1", "beta2", "kahan_sum"}:
         return OPTIMI
     if group.keys() >= TORCHS_MUON:

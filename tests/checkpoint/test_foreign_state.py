@@ -589,6 +589,18 @@ def test_state_of_another_family_is_refused_and_changes_nothing(theirs: Callable
     assert_same(optimizer.state_dict(), before)
 
 
+@pytest.mark.parametrize("name", ["Adan", "Ranger", "SGD"])
+def test_state_of_optimis_other_optimizers_is_refused(name: str) -> None:
+    """Adan's and Ranger's has all of AdamW's entries, and would continue as another algorithm."""
+    params = start()
+    theirs = getattr(optimi, name)(params, lr=1e-3, **PLAIN)
+    set_grads(params, 0)
+    theirs.step()
+    for ours in (our_adamw, our_stable, our_sgdw):
+        with pytest.raises(ValueError, match="of an optimizer of optimi that is not continued here"):
+            ours(params).load_state_dict(theirs.state_dict())
+
+
 def test_l2_decay_is_refused_by_an_algorithm_that_has_none() -> None:
     params = start()
     optimizer = our_stable(params)
