@@ -49,7 +49,7 @@ def translate(state_dict: dict[str, Any], own_groups: list[Group], *, replaces_c
         replaces_composer: whether these are of a class that takes the place of one of Composer's.
 
     Raises:
-        ValueError: it is of one of torch's or optimi's other optimizers.
+        ValueError: it is of one of torch's or optimi's other optimizers, or of DeepSpeed's Adam without bias correction.
 
     Warns:
         UserWarning: its keys are those of two libraries; says how it is read, once.
@@ -82,6 +82,8 @@ def translate(state_dict: dict[str, Any], own_groups: list[Group], *, replaces_c
 
 def _source(group: Group, where: str) -> str | None:
     """Return the library whose keys a group has, or None."""
+    if group.get("bias_correction", True) is False:
+        raise ValueError(f"{where} has bias_correction=False, an option of DeepSpeed's Adam; every optimizer here corrects the bias")
     if "reference_lr" in group:
         return None
     if group.keys() >= {"kahan_sum", "decouple_lr"} and group.keys() & OPTIMIS_OTHERS:

@@ -601,6 +601,26 @@ def test_state_of_optimis_other_optimizers_is_refused(name: str) -> None:
             ours(params).load_state_dict(theirs.state_dict())
 
 
+@pytest.mark.parametrize("bias_correction", [True, False])
+def test_state_of_deepspeeds_adam_without_bias_correction_is_refused(bias_correction: bool) -> None:
+    """Its groups have the option; without it, training went on with other losses, by up to 24 % in 10 steps."""
+    params = start()
+    optimizer = our_adamw(params)
+    group = {"lr": 1e-3, "bias_correction": bias_correction, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "step": 0}
+    moments = ("exp_avg", "exp_avg_sq")
+    saved = {
+        "state": {index: {key: torch.ones_like(param) for key in moments} | {"step": 7} for index, param in enumerate(params)},
+        "param_groups": [group | {"params": list(range(len(params)))}],
+    }
+    if bias_correction:
+        optimizer.load_state_dict(saved)
+        assert all(state["step"] == 7 for state in optimizer.state.values())
+        return
+    with pytest.raises(ValueError, match="bias_correction=False, an option of DeepSpeed's Adam"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == OTHER["lr"]
+
+
 def test_l2_decay_is_refused_by_an_algorithm_that_has_none() -> None:
     params = start()
     optimizer = our_stable(params)
