@@ -22,6 +22,7 @@ import torch.distributed as dist
 from deepspeed_models import NEEDS_DEEPSPEED
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.tensor import DTensor
 
 import sharded_optim as so
 
@@ -47,6 +48,10 @@ def play(name: str, *replacements: tuple[str, str]) -> dict[str, Any]:
     return namespace
 
 
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 class Runs:
     """Runs of scripts, one after the other, of which each continues what the one before has saved."""
 
@@ -58,7 +63,7 @@ class Runs:
         self.losses = [loss for each in played if "losses" in each for loss in each["losses"]]
         model = last["engine"].module if "engine" in last else last.get("model")
         model = getattr(model, "module", model)
-        self.params = {} if model is None else {name: param.detach().clone() for name, param in model.named_parameters()}
+        self.params = {} if model is None else {name: whole(param.detach()).clone() for name, param in model.named_parameters()}
 
     def assert_close(self, other: Runs, what: str) -> None:
         assert len(self.losses) == len(other.losses) == 2 * STEPS
@@ -213,12 +218,12 @@ def test_a_compensation_does_not_come_back_from_torch(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------------- ranks
 
 
-def play_on_ranks(name: str) -> dict[str, Any]:
+def play_on_ranks(name: str, *replacements: tuple[str, str]) -> dict[str, Any]:
     """Run a script in a process group that exists already, and wait for all ranks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "init_process_group", lambda backend: None)
         patch.setattr(dist, "destroy_process_group", lambda: None)
-        namespace = play(name)
+        namespace = play(name, *replacements)
     dist.barrier()
     return namespace
 
@@ -230,6 +235,24 @@ def check_pair(library: str, folder: str) -> None:
 
 def test_from_zero_redundancy_optimizer_and_back(tmp_path: Path) -> None:
     ranks.run(check_pair, 2, "zero", str(tmp_path))
+
+
+def check_fsdp2(folder: str) -> None:
+    before, after = ((EXAMPLES / f"fsdp2_{which}.py").read_text() for which in ("before", "after"))
+    matching = after[after.index("    own_groups") : after.index("    set_state_dict")]
+
+    def play_matching(name: str) -> dict[str, Any]:
+        """The lines by which ours loads torch's param groups let torch load ours."""
+        assert matching not in before
+        return play_on_ranks(name, *[("    set_state_dict", matching + "    set_state_dict")] * (name == "fsdp2_before"))
+
+    there_and_back("fsdp2", Path(folder), play_matching)
+    with pytest.raises(KeyError, match="param_groups"):
+        Runs(Path(folder, "unmatched"), play_on_ranks, "fsdp2_after", "fsdp2_before")
+
+
+def test_from_fsdp2_with_whole_state_dicts_and_back(tmp_path: Path) -> None:
+    ranks.run(check_fsdp2, 2, str(tmp_path))
 
 
 @NEEDS_DEEPSPEED[0]
@@ -288,17 +311,20 @@ def test_lines_of_the_page_for_torchs_classes_have_its_trajectory_and_continue_b
         return [nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0))) for shape in ((7, 5), (5,))]
 
     def train(lines: list[str]) -> list[Tensor]:
-        """Ten steps by each line's optimizer; each loads the state of the one before."""
+        """Ten steps by each line's optimizer, under a scheduler; each loads the state of the one before."""
         params, saved = start(), None
         for index, line in enumerate(lines):
             optimizer = eval(line, {"torch": torch, "so": so, "params": params})
+            scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=50)
             if saved is not None:
-                optimizer.load_state_dict(saved)
+                optimizer.load_state_dict(saved[0])
+                scheduler.load_state_dict(saved[1])
             for step in range(10 * index, 10 * index + 10):
                 for number, param in enumerate(params):
                     param.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(100 * step + number))
                 optimizer.step()
-            saved = copy.deepcopy(optimizer.state_dict())
+                scheduler.step()
+            saved = copy.deepcopy((optimizer.state_dict(), scheduler.state_dict()))
         return [param.detach() for param in params]
 
     for there, here in rows:
