@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +28,6 @@ class Named:
 
     path: str
 
-    @property
-    def needed_modules(self) -> tuple[str, ...]:
-        return (self.path.partition(":")[0],)
-
     def __call__(self, *args: Any) -> Any:
         return imported(self.path)(*args)
 
@@ -41,7 +37,7 @@ class HuggingFaceModel:
     """A model with random weights in float32, from a config.json or the folder with it."""
 
     config: str
-    needed_modules = ("transformers",)
+    needed_modules = ("transformers",)  # of a process that runs this
 
     def __call__(self) -> nn.Module:
         return hugging_face_model(Path(self.config)).float()
@@ -52,9 +48,10 @@ class TokenBatches:
     """Batches of random tokens, with themselves as labels."""
 
     vocabulary: int
+    length: int
 
     def __call__(self, step: int) -> Mapping[str, Tensor]:
-        tokens = torch.randint(self.vocabulary, (BATCH, SEQUENCE), generator=torch.Generator().manual_seed(step))
+        tokens = torch.randint(self.vocabulary, (BATCH, self.length), generator=torch.Generator().manual_seed(step))
         return {"input_ids": tokens, "labels": tokens}
 
 
@@ -63,6 +60,8 @@ class Muon:
     """Muon with the param groups that `so.muon_param_groups` makes of a model."""
 
     options: Mapping[str, Any]
+    path = "sharded_optim.Muon"
+    shardings = ("ddp", "fsdp2")  # others flatten matrices
 
     def __call__(self, model: nn.Module) -> Any:
         return OPTIMIZERS["Muon"](muon_param_groups(model), **self.options)
@@ -80,9 +79,7 @@ def target_named(target: str, batch: str | None) -> tuple[Callable[[], nn.Module
     """
     path = Path(target)
     if path.exists():
-        with torch.device("meta"):
-            vocabulary = hugging_face_model(path).config.get_text_config().vocab_size
-        return HuggingFaceModel(target), Named(batch) if batch else TokenBatches(vocabulary)
+        return HuggingFaceModel(target), Named(batch) if batch else _token_batches(path)
     if ":" not in target:
         raise ValueError(f"{target!r} is neither a Hugging Face config.json nor package.module:callable")
     if batch is None:
@@ -92,6 +89,15 @@ def target_named(target: str, batch: str | None) -> tuple[Callable[[], nn.Module
     return Named(target), Named(batch)
 
 
+def _token_batches(path: Path) -> TokenBatches:
+    with torch.device("meta"):
+        config = hugging_face_model(path).config.get_text_config()
+    vocabulary = getattr(config, "vocab_size", None)
+    if vocabulary is None:
+        raise ValueError(f"{str(path)!r} is no language model; give --batch package.module:callable, called with the step's number")
+    return TokenBatches(vocabulary, min(SEQUENCE, getattr(config, "max_position_embeddings", SEQUENCE)))
+
+
 def optimizer_named(name: str, options: Mapping[str, Any]) -> Callable[..., Any]:
     """Return a class with its hyperparameters, or a function of the model.
 
@@ -99,12 +105,17 @@ def optimizer_named(name: str, options: Mapping[str, Any]) -> Callable[..., Any]
         name: a class of this library, or `package.module:name`, as torch.optim:AdamW.
         options: hyperparameters, for a class.
     """
-    if name == "Muon":
+    if name.rpartition(".")[2] == "Muon" and not name.startswith("torch"):
         return Muon(options)
     path = name if ":" in name else ":".join(name.rsplit(".", 1))
     named = OPTIMIZERS.get(name) or imported(path)
     if isinstance(named, type):
-        return partial(named, **options) if options else named
+        made = partial(named, **options) if options else named
+        try:
+            cast(Any, made)([nn.Parameter(torch.zeros(2, 2))])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name} with {dict(options)} cannot be built: {error}") from error
+        return made
     if options:
         raise ValueError(f"{name!r} is a function of the model, which has its hyperparameters; leave the options out")
     return Named(path)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +23,7 @@ def verify(
     batch: Annotated[str | None, typer.Option(help="package.module:callable of the step; needed but for a config.json")] = None,
     optimizer: Annotated[str, typer.Option(help="of this library, as StableAdamW, or any: torch.optim.AdamW")] = "StableAdamW",
     option: Annotated[list[str] | None, typer.Option("--option", "-o", help="hyperparameter, as lr=0.01; may be repeated")] = None,
-    sharding: Annotated[str, typer.Option(help="all, or some of them, separated by commas")] = "fsdp2",
+    sharding: Annotated[str, typer.Option(help="all, some of them, separated by commas, or package.module:function")] = "fsdp2",
     world_size: Annotated[int, typer.Option("--world-size", "-n", help="processes; a power of two")] = 2,
     steps: Annotated[int, typer.Option(help="half of them before a checkpoint is saved and loaded")] = 8,
     max_grad_norm: Annotated[float | None, typer.Option(help="also try torch's clipping")] = None,
@@ -30,20 +33,22 @@ def verify(
 ) -> None:
     """Train a model sharded on CPU processes, and compare every parameter with one process. Exit status 1: something differs."""
     from sharded_optim.cli.targets import optimizer_named, target_named
+    from sharded_optim.tools.imported import imported
     from sharded_optim.tools.verify import SHARDINGS, MakeOptimizer
     from sharded_optim.tools.verify import verify as verify_one
     from sharded_optim.tools.verify.page import page
     from sharded_optim.tools.verify.shardings import installed
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that processes and folders are cleaned up
     with errors.for_users():
         if os.getcwd() not in sys.path:  # where `python -m` looks for `package.module` too
             sys.path.insert(0, os.getcwd())
         build_model, build_batch = target_named(target, batch)
         given = optimizer_named(optimizer, dict(map(_parsed, option or [])))
-        names = installed(MakeOptimizer(given)) if sharding == "all" else sharding.split(",")
-        unknown = [name for name in names if name not in SHARDINGS]
+        names = installed(MakeOptimizer(given)) if sharding == "all" else [name.strip() for name in sharding.split(",")]
+        unknown = [name for name in names if name not in SHARDINGS and ":" not in name]
         if unknown:
-            raise ValueError(f"--sharding is all or some of {', '.join(SHARDINGS)}, got {', '.join(unknown)}")
+            raise ValueError(f"--sharding is all, some of {', '.join(SHARDINGS)}, or package.module:function, got {', '.join(unknown)}")
         reports = []
         for name in names:
             with _Progress(name) as progress:
@@ -51,7 +56,7 @@ def verify(
                     build_model,
                     build_batch,
                     given,
-                    sharding=name,
+                    sharding=name if name in SHARDINGS else imported(name),
                     world_size=world_size,
                     steps=steps,
                     max_grad_norm=max_grad_norm,
@@ -70,18 +75,18 @@ def verify(
 
 
 def _parsed(option: str) -> tuple[str, Any]:
-    """Split name=value; a value that is no JSON is text.
+    """Split name=value; a value that is neither JSON nor a literal of Python is text.
 
-    >>> _parsed("betas=[0.9, 0.95]"), _parsed("nonfinite=raise")
-    (('betas', [0.9, 0.95]), ('nonfinite', 'raise'))
+    >>> _parsed("betas=(0.9, 0.95)"), _parsed("foreach=false"), _parsed("nonfinite=raise")
+    (('betas', (0.9, 0.95)), ('foreach', False), ('nonfinite', 'raise'))
     """
     name, is_there, text = option.partition("=")
     if not is_there:
         raise ValueError(f"--option is name=value, got {option!r}")
-    try:
-        return name, json.loads(text)
-    except ValueError:
-        return name, text
+    for read in (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError):
+            return name, read(text)
+    return name, text
 
 
 class _Progress:

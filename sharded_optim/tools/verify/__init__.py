@@ -22,18 +22,20 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import Tensor, nn
+from torch import nn
 
+from sharded_optim.step.engine import Engine
 from sharded_optim.tools.verify.making import MakeOptimizer, check_picklable, seeded
-from sharded_optim.tools.verify.rank import SEED, Job, failure_file, log_file, main, record_file
+from sharded_optim.tools.verify.rank import SEED, Job, describe, failure_file, log_file, main, record_file
 from sharded_optim.tools.verify.reasons import Evidence, reasons_of
-from sharded_optim.tools.verify.reference import Grouping, Reference
+from sharded_optim.tools.verify.reference import Probes, Reference
 from sharded_optim.tools.verify.report import Difference, Reason, Report
 from sharded_optim.tools.verify.shardings import SHARDINGS, Shard
 
@@ -109,7 +111,7 @@ def verify(
             _compare(job, Path(folder), evidence, progress)
         except _EndedError as failed:
             evidence.failure = str(failed)
-    errors = {name: max(of_steps) for name, of_steps in evidence.errors.items()}
+    errors = [max(of_steps, default=0.0) for of_steps in evidence.errors.values()]
     reasons = reasons_of(evidence, TOLERANCE)
     return Report(
         sharding=sharding if isinstance(sharding, str) else getattr(sharding, "__name__", type(sharding).__name__),
@@ -119,7 +121,7 @@ def verify(
         tensors=len(evidence.shapes),
         differences=tuple(sorted(evidence.differences(TOLERANCE), key=lambda each: -each.error)),
         reasons=tuple(reasons),
-        rounding=max(errors.values(), default=0.0),
+        rounding=max(errors, default=0.0),
         failure=evidence.failure,
         notes=tuple(evidence.notes),
         seconds=time.monotonic() - begin,
@@ -137,7 +139,7 @@ def _compare(job: Job, folder: Path, evidence: Evidence, progress: Callable[[str
         evidence: is added to.
     """
     reference: Reference | None = None
-    grouping: Grouping | None = None
+    probes: Probes | None = None
     for record in _records(job, folder):
         kind = record["kind"]
         if kind == "begin":
@@ -145,15 +147,17 @@ def _compare(job: Job, folder: Path, evidence: Evidence, progress: Callable[[str
             evidence.begin(record["params"], record["storage"], record["unknown"], record["apart"])
             with _in_one_process():
                 reference = Reference(seeded(job.build_model, SEED), record["params"], job.make)
-            if job.make.constructor is not None and len(record["params"]) > 1:
-                grouping = _grouping(job, record["params"], evidence)
+            if isinstance(reference.optimizer, torch.optim.Optimizer) and not isinstance(reference.optimizer, Engine):
+                probes = _probed(lambda reference=reference: Probes(reference, job.make), evidence)
         elif kind == "step":
             assert reference is not None
             with _in_one_process():
-                reference.step(record["grads"])
-            evidence.step(record["params"], reference.errors(record["params"]), record["grads"])
-            if grouping is not None:
-                grouping.step(record["grads"])
+                reference.step(record["grads"], record["step"])
+            evidence.step(record["params"], reference.errors(record["params"]), record["grads"], reference.moved)
+            if probes is not None:
+                probes = _probed(partial(_stepped, probes, record), evidence)
+            if not all(param.isfinite().all() for param in reference.params.values()):
+                raise _EndedError("parameters are not finite, in one process either; lower the learning rate")
             progress(f"step {record['step'] + 1} of {job.steps}")
         elif kind == "copies":
             evidence.copies_equal = record["equal"]
@@ -163,16 +167,26 @@ def _compare(job: Job, folder: Path, evidence: Evidence, progress: Callable[[str
             progress("saved and loaded")
         elif kind == "clipped":
             evidence.clipped = record
-    if grouping is not None:
-        evidence.groups, evidence.late = grouping.errors(), grouping.late
+        if probes is not None:
+            evidence.is_elementwise = probes.of_cutting <= TOLERANCE
+            if probes.of_grouping <= TOLERANCE:
+                evidence.groups, evidence.late = probes.of_counting, probes.late
+    if probes is not None and probes.of_grouping > TOLERANCE:
+        evidence.notes.append(f"the result depends on how parameters are grouped, by {probes.of_grouping:.1e}: a statistic of all of them")
 
 
-def _grouping(job: Job, params: Mapping[str, Tensor], evidence: Evidence) -> Grouping | None:
+def _probed(probe: Callable[[], Probes], evidence: Evidence) -> Probes | None:
     try:
-        return Grouping(seeded(job.build_model, SEED), params, job.make)
-    except Exception as error:  # whatever an optimizer refuses about single parameters
-        evidence.notes.append(f"whether the result depends on param groups was not tried: {type(error).__name__}: {error}")
+        return probe()
+    except Exception as error:  # whatever an optimizer refuses about other groups, or a missing gradient
+        evidence.notes.append(f"other param groups were not tried: {describe(error)}")
+        evidence.groups, evidence.is_elementwise = {}, None
         return None
+
+
+def _stepped(probes: Probes, record: Mapping[str, Any]) -> Probes:
+    probes.step(record["grads"], record["step"])
+    return probes
 
 
 @contextmanager
@@ -181,7 +195,7 @@ def _in_one_process() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise _EndedError(f"in one process, without sharding: {type(error).__name__}: {error}") from error
+        raise _EndedError(f"in one process, without sharding: {describe(error)}") from error
 
 
 def _records(job: Job, folder: Path) -> Iterator[dict[str, Any]]:
@@ -213,7 +227,8 @@ def _records(job: Job, folder: Path) -> Iterator[dict[str, Any]]:
                 time.sleep(GRACE)  # the first to fail may not be the first whose process has ended
                 raise _EndedError(_failure(folder, processes))
             elif time.monotonic() > deadline:
-                raise _EndedError(f"ranks have not gone on for {job.timeout:g} s")
+                said = "; ".join(f"rank {rank}: {_last_line(log_file(folder, rank))}" for rank in range(job.world_size))
+                raise _EndedError(f"ranks have not gone on for {job.timeout:g} s; they printed last: {said}")
             else:
                 time.sleep(0.005)
         for process in processes:
@@ -261,14 +276,12 @@ def _environment(world_size: int) -> dict[str, str]:
 def _context(job: Job) -> Any:
     """Return a context whose processes are forked from a server that has imported what ranks need, which takes longer than training.
 
-    The server is the one of this process: what it imports is chosen by who starts it.
+    It imports none of the user's modules, which may change between two calls. It is this process's only one: who starts it decides.
     """
     if "forkserver" not in mp.get_all_start_methods():
         return mp.get_context("spawn")
     context = mp.get_context("forkserver")
-    given = (job.build_model, job.build_batch, job.make.constructor or job.make.given)
-    modules = [name for each in given for name in getattr(each, "needed_modules", (getattr(each, "__module__", None),))]
-    context.set_forkserver_preload([f"{__name__}.preloaded", *(name for name in modules if name not in (None, "__main__"))])
+    context.set_forkserver_preload([f"{__name__}.preloaded", *getattr(job.build_model, "needed_modules", ())])
     return context
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sharded_optim.step.engine import Engine
-from sharded_optim.tools.verify.making import MakeOptimizer
+from sharded_optim.tools.verify.making import MakeOptimizer, rebuilt, seed_all
 from sharded_optim.zero import ShardedOptimizer
 
 __all__ = ["LocalCopy"]
@@ -27,29 +28,30 @@ class LocalCopy:
     def __init__(self, optimizer: Any, make: MakeOptimizer) -> None:
         self.is_equal: bool | None = None  # None: not tried
         self._make, self._copy, self._params = make, None, []
-        if make.constructor is None or isinstance(optimizer, Engine | ShardedOptimizer) or not isinstance(optimizer, torch.optim.Optimizer):
+        self._steps = 0
+        if isinstance(optimizer, Engine | ShardedOptimizer) or not isinstance(optimizer, torch.optim.Optimizer):
             return
         optimizer.register_step_pre_hook(self._before)
         optimizer.register_step_post_hook(self._after)
 
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        params = [param for group in optimizer.param_groups for param in group["params"]]
-        if self._copy is None:
-            copies = {id(param): _local(param).detach().clone().requires_grad_() for param in params}
-            self._params = [(param, copies[id(param)]) for param in params]
-            groups = [group | {"params": [copies[id(param)] for param in group["params"]]} for group in optimizer.param_groups]
-            try:
-                self._copy = self._make.of_groups(groups)
-            except Exception:  # whatever a class refuses about local parts
-                self._params = []
+        if self._steps == 0:
+            copies = [[_local(param).detach().clone().requires_grad_() for param in group["params"]] for group in optimizer.param_groups]
+            pairs = zip(optimizer.param_groups, copies, strict=True)
+            self._params = [pair for group, of_group in pairs for pair in zip(group["params"], of_group, strict=True)]
+            with suppress(Exception):  # whatever a class refuses about local parts
+                self._copy = rebuilt(optimizer, self._make, copies)
         for param, copy in self._params:
             copy.grad = None if param.grad is None else _local(param.grad).detach().clone().to(copy.dtype)
 
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self._steps += 1
         if self._copy is None:
             return
         try:
-            self._copy.step()
+            with torch.random.fork_rng(devices=[]):
+                seed_all(self._steps - 1)
+                self._copy.step()
         except Exception:  # likewise
             self._copy, self._params, self.is_equal = None, [], False
             return

@@ -5,19 +5,25 @@ All of it must be picklable, as ranks are new processes.
 
 from __future__ import annotations
 
+import copy
 import functools
+import inspect
+import os
 import pickle
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sharded_optim.sharding.names import names_without_wrappers
+from sharded_optim.sharding.names import without_wrappers
 
-__all__ = ["MakeOptimizer", "check_picklable", "loss_of", "named", "seeded", "trainable"]
+__all__ = ["MakeOptimizer", "check_picklable", "loss_of", "named", "rebuilt", "seed_all", "seeded", "trainable"]
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -26,9 +32,42 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def named(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return `trainable` by the names without the prefixes of wrappers."""
-    params = trainable(model)
-    return {short: params[name] for name, short in names_without_wrappers(params).items()}
+    """Return `trainable` by the names without the prefixes of FSDP1, torch.compile and activation checkpointing."""
+    return {without_wrappers(name, is_in_ddp=False): param for name, param in trainable(model).items()}
+
+
+def seed_all(number: int) -> None:
+    """Seed the random numbers of torch, Python and NumPy."""
+    torch.manual_seed(number)
+    random.seed(number)
+    numpy.random.seed(number)
+
+
+def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """Build a model with random numbers from a seed, on the CPU."""
+    seed_all(seed)
+    return build().to("cpu")
+
+
+def rebuilt(optimizer: Optimizer, make: MakeOptimizer, params_of_groups: Sequence[Sequence[Tensor]]) -> Optimizer:
+    """Build an optimizer like one that has not stepped yet, with other parameters in its groups; groups without any are left out."""
+    groups: list[dict[str, Any]] = [
+        {**({} if make.constructor else _hyperparameters(group)), "params": [*params]}
+        for group, params in zip(optimizer.param_groups, params_of_groups, strict=True)
+        if params
+    ]
+    if make.constructor is not None:
+        return make.given(groups)
+    kind = type(optimizer)
+    try:
+        return kind(groups)  # pyright: ignore[reportCallIssue]
+    except TypeError:  # an argument without a default
+        accepted = inspect.signature(kind).parameters
+        return kind(groups, **{key: value for key, value in optimizer.defaults.items() if key in accepted})  # pyright: ignore[reportCallIssue]
+
+
+def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
+    return copy.deepcopy({key: value for key, value in group.items() if key != "params"})
 
 
 @dataclass(frozen=True)
@@ -43,7 +82,7 @@ class MakeOptimizer:
     given: Callable[..., Any]
 
     def __call__(self, model: nn.Module) -> Optimizer:
-        return self.of_groups([{"params": list(trainable(model).values())}]) if self.constructor is not None else self.given(model)
+        return self.given(model if self.constructor is None else list(trainable(model).values()))
 
     @property
     def constructor(self) -> type[Optimizer] | None:
@@ -58,14 +97,10 @@ class MakeOptimizer:
         """The hyperparameters that a partial binds."""
         return dict(self.given.keywords) if isinstance(self.given, functools.partial) else {}
 
-    def of_groups(self, groups: list[dict[str, Any]]) -> Optimizer:
-        """Build an optimizer of the class for these param groups."""
-        return self.given(groups)
-
     @property
     def name(self) -> str:
-        named = self.constructor or self.given
-        return f"{named.__module__.split('.')[0]}.{getattr(named, '__qualname__', type(named).__name__)}"
+        given: Any = self.constructor or self.given
+        return getattr(given, "path", None) or f"{given.__module__.split('.')[0]}.{getattr(given, '__qualname__', type(given).__name__)}"
 
 
 def check_picklable(**given: Any) -> None:
@@ -74,7 +109,10 @@ def check_picklable(**given: Any) -> None:
     Raises:
         ValueError: names the argument.
     """
+    main = sys.modules.get("__main__")
     for name, value in given.items():
+        if getattr(value, "__module__", None) == "__main__" and not os.path.exists(getattr(main, "__file__", "")):
+            raise ValueError(f"{name} is defined where other processes cannot find it, as in a notebook; put it into a module")
         try:
             pickle.dumps(value)
         except Exception as error:  # whatever a value's own pickling raises
@@ -91,7 +129,8 @@ def loss_of(model: nn.Module, batch: Any) -> Tensor:
         batch: keyword arguments as a mapping, positional ones as a list or tuple, or the only argument.
 
     Returns:
-        What the model returns under `loss`; the output itself if it is one number; else the mean of the squares of the first tensor in it.
+        What the model returns under `loss`; else the first tensor of one number in the output; else the mean of the squares of the first
+        tensor in it.
     """
     if isinstance(batch, Mapping):
         output = model(**batch)
@@ -104,25 +143,20 @@ def loss_of(model: nn.Module, batch: Any) -> Tensor:
     loss = getattr(output, "loss", None)
     if isinstance(loss, Tensor):
         return loss
-    found = next(_tensors(output), None)
-    if found is None:
+    found = list(_tensors(output))
+    if not found:
         raise ValueError(f"the model returned a {type(output).__name__} without a loss; return a tensor, or an output with `loss`")
-    return found.squeeze() if found.numel() == 1 else found.float().square().mean()
+    numbers = [tensor for tensor in found if tensor.numel() == 1]
+    return numbers[0].squeeze() if numbers else found[0].float().square().mean()
 
 
-def _tensors(output: Any) -> Any:
+def _tensors(output: Any) -> Iterator[Tensor]:
     if isinstance(output, Tensor):
         if output.is_floating_point() and output.requires_grad:
             yield output
-    elif isinstance(output, Mapping):
-        for each in output.values():
+    elif isinstance(output, Mapping) or is_dataclass(output):
+        for each in (output if isinstance(output, Mapping) else vars(output)).values():
             yield from _tensors(each)
     elif isinstance(output, Sequence) and not isinstance(output, str):
         for each in output:
             yield from _tensors(each)
-
-
-def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """Build a model with torch's random numbers from a seed."""
-    torch.manual_seed(seed)
-    return build()

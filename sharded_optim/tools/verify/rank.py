@@ -1,12 +1,13 @@
 """What one rank does: train, save, build everything anew, load, and go on; rank 0 writes down whole gradients and parameters of each step.
 
-Records are files in a folder, in order; the process that compares them deletes each (reading.py).
+Records are files in a folder, in order; the process that compares them deletes each.
 """
 
 from __future__ import annotations
 
 import gc
 import hashlib
+import multiprocessing
 import os
 import sys
 import time
@@ -23,10 +24,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sharded_optim.tools.verify.local_copy import LocalCopy
-from sharded_optim.tools.verify.making import MakeOptimizer, loss_of, named, seeded
+from sharded_optim.tools.verify.making import MakeOptimizer, loss_of, named, seed_all, seeded
 from sharded_optim.tools.verify.shardings import SHARDINGS, GradientCapture, Shard, Sharded, read
 
-__all__ = ["SEED", "Job", "failure_file", "log_file", "main", "record_file"]
+__all__ = ["SEED", "Job", "describe", "failure_file", "log_file", "main", "record_file"]
 
 SEED = 0
 FACTORS = (1.0, 30.0, 1.0, 300.0, 0.1, 1.0, 100.0, 0.01)  # of the losses: spikes, as of bad batches
@@ -80,11 +81,19 @@ def main(rank: int, job: Job, folder: Path, environment: dict[str, str], path: S
     except BaseException as error:
         traceback.print_exc()
         partial = failure_file(folder, rank).with_suffix(".partial")
-        partial.write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
+        partial.write_text(describe(error), encoding="utf-8")
         partial.rename(failure_file(folder, rank))
         sys.exit(1)
     gc.collect()  # wrapped models are cycles that hold process groups, which must not outlive the interpreter
     dist.destroy_process_group()
+
+
+def describe(error: BaseException) -> str:
+    """Return an error's first line, and the innermost line outside torch that was running."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if f"{os.sep}torch{os.sep}" not in frame.filename]
+    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {' ... '.join(dict.fromkeys((lines[0], lines[-1])))}{where}"
 
 
 class _Run:
@@ -141,13 +150,14 @@ class _Run:
         ]
 
     def _backward(self, sharded: Sharded, step: int) -> None:
-        torch.manual_seed(SEED + step)  # dropout
+        seed_all(step)  # dropout
         sharded.backward(loss_of(sharded.model, self.job.build_batch(step)) * FACTORS[step % len(FACTORS)])
 
     def _step(self, sharded: Sharded, step: int) -> None:
         sharded.capture.grads.clear()
         self._backward(sharded, step)
         grads = sharded.gradients()
+        seed_all(step)
         sharded.step()
         params = sharded.params()
         if sharded.zeroes_missing_gradients:
@@ -171,7 +181,11 @@ class _Run:
     def _write(self, kind: str, **content: Any) -> None:
         """Write the next record, on rank 0, once the ones before are read."""
         if self.rank == 0:
+            deadline = time.monotonic() + self.job.timeout
             while record_file(self.folder, self.records - MOST_UNREAD).exists():
+                parent = multiprocessing.parent_process()
+                if time.monotonic() > deadline or (parent is not None and not parent.is_alive()):
+                    raise TimeoutError("nobody reads the records of this rank")
                 time.sleep(0.005)
             path = record_file(self.folder, self.records)
             partial = path.with_suffix(".partial")

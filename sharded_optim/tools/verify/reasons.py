@@ -14,6 +14,7 @@ from sharded_optim.tools.verify.report import Difference, Reason
 __all__ = ["Evidence", "reasons_of"]
 
 CLIPPING_TOLERANCE = 1e-3  # relative, of a norm
+LATE = 0.1  # of an error: less than that was there before
 
 
 @dataclass
@@ -23,11 +24,14 @@ class Evidence:
     Attributes:
         errors: of each parameter after each step.
         unknown: parameters of the optimizer that are not the model's.
-        unmoved: parameters that had gradients other than zero and were never changed.
+        unmoved: parameters that were never changed.
+        idle: parameters that never had a gradient other than zero.
+        stuck: parameters that are not changed in one process either.
         apart: tensors that ranks have initialized differently, and that sharding has not made those of rank 0.
-        copies_equal: whether on each rank a copy of the optimizer, which knew the rank's local tensors alone, did the same.
+        copies_equal: whether on each rank a copy of the optimizer that knew local tensors alone did the same; None: not tried.
+        is_elementwise: whether tensors cut in halves are stepped in one process as whole ones; None: not tried.
         lost: states of the optimizer that were not what they were after saving and loading.
-        groups: how far one optimizer of all parameters is from one for each parameter.
+        groups: how far one optimizer of all parameters is from one for each parameter, where a gradient was missing once.
         late: the parameter without a gradient in the first step there.
         clipped: what clipping returned.
     """
@@ -38,8 +42,11 @@ class Evidence:
     storage: dict[str, str] = field(default_factory=dict)
     unknown: int = 0
     unmoved: set[str] = field(default_factory=set)
+    idle: set[str] = field(default_factory=set)
+    stuck: set[str] = field(default_factory=set)
     apart: list[str] = field(default_factory=list)
     copies_equal: bool | None = None
+    is_elementwise: bool | None = None
     resumed_at: int | None = None
     lost: list[str] = field(default_factory=list)
     lost_weights: list[str] = field(default_factory=list)
@@ -49,22 +56,28 @@ class Evidence:
     failure: str | None = None
     notes: list[str] = field(default_factory=list)
     _params: dict[str, Tensor] = field(default_factory=dict)  # after the last step
-    _idle: set[str] = field(default_factory=set)  # parameters that never had a gradient other than zero
 
     @property
     def compared(self) -> int:
         return len(next(iter(self.errors.values()), []))
 
+    def is_early(self, name: str) -> bool:
+        """Whether a good part of a tensor's error was there before the checkpoint, rounding aside."""
+        errors = self.errors[name]
+        before = errors if self.resumed_at is None else errors[: self.resumed_at]
+        return max(before, default=0.0) > LATE * max(errors)
+
     def begin(self, params: Mapping[str, Tensor], storage: dict[str, str], unknown: int, apart: list[str]) -> None:
         self.shapes = {name: tuple(param.shape) for name, param in params.items()}
         self.errors = {name: [] for name in params}
         self.storage, self.unknown, self.apart, self._params = storage, unknown, apart, dict(params)
-        self.unmoved, self._idle = set(params), set(params)
+        self.unmoved, self.idle, self.stuck = set(params), set(params), set(params)
 
-    def step(self, params: Mapping[str, Tensor], errors: Mapping[str, float], grads: Mapping[str, Tensor]) -> None:
+    def step(self, params: Mapping[str, Tensor], errors: Mapping[str, float], grads: Mapping[str, Tensor], moved: set[str]) -> None:
         for name, error in errors.items():
             self.errors[name].append(error)
-        self._idle -= {name for name, grad in grads.items() if grad.any()}
+        self.stuck -= moved
+        self.idle -= {name for name, grad in grads.items() if grad.any()}
         self.unmoved = {name for name in self.unmoved if torch.equal(params[name], self._params[name])}
         self._params = dict(params)
 
@@ -97,7 +110,7 @@ def _of_the_start(evidence: Evidence) -> Iterator[Reason]:
             text=f"ranks initialize {_some(evidence.apart)} differently, though torch's seed is the same on all",
             way_out="draw all weights from torch's random numbers, seeded alike on every rank, or broadcast them before sharding",
         )
-    unmoved = sorted(evidence.unmoved - evidence._idle)
+    unmoved = sorted(evidence.unmoved - evidence.idle - evidence.stuck)
     if evidence.unknown:
         yield Reason(
             kind="built before sharding",
@@ -114,11 +127,13 @@ def _of_the_start(evidence: Evidence) -> Iterator[Reason]:
 
 
 def _of_differences(evidence: Evidence, differences: list[Difference]) -> Iterator[Reason]:
+    if evidence.failure is not None and evidence.lost and not differences:
+        yield _lost(evidence)
     if not differences or evidence.unknown:
         return
-    early = [each for each in differences if evidence.resumed_at is None or each.step < evidence.resumed_at]
+    early = [each for each in differences if evidence.is_early(each.name)]
     cut = [each.name for each in early if each.name in evidence.storage]
-    if early and cut and evidence.copies_equal:
+    if cut and evidence.copies_equal and not evidence.is_elementwise:
         yield Reason(
             kind="slice",
             text=f"of {_some(cut)} each rank's optimizer uses the local part as though it were the whole tensor: a second optimizer that "
@@ -130,7 +145,7 @@ def _of_differences(evidence: Evidence, differences: list[Difference]) -> Iterat
     elif early:
         yield Reason(
             kind="unknown",
-            text=f"{_some([each.name for each in early])} differ before anything is saved, and not as by local parts alone",
+            text=f"{_some([each.name for each in early])} differ before anything is saved; {_not_sliced(evidence)}",
             way_out="compare the wrapper's options with the optimizer's needs; the first step that differs is named below",
         )
     elif evidence.lost_weights:
@@ -140,12 +155,24 @@ def _of_differences(evidence: Evidence, differences: list[Difference]) -> Iterat
             way_out="save and load the model's state dict together with the optimizer's",
         )
     else:
-        states = _some(evidence.lost) if evidence.lost else "none of the tensors in its state, but something that is not in its state dict"
-        yield Reason(
-            kind="state lost on load",
-            text=f"all steps before the checkpoint are right, those after it are not; different from what was saved: {states}",
-            way_out="see that the optimizer's state_dict has all of its state, and that load_state_dict takes it",
-        )
+        yield _lost(evidence)
+
+
+def _lost(evidence: Evidence) -> Reason:
+    states = _some(evidence.lost) if evidence.lost else "none of the tensors in its state, but something that is not in its state dict"
+    return Reason(
+        kind="state lost on load",
+        text=f"all steps before the checkpoint are right, those after it are not; different from what was saved: {states}",
+        way_out="see that the optimizer's state_dict has all of its state, and that load_state_dict takes it",
+    )
+
+
+def _not_sliced(evidence: Evidence) -> str:
+    if evidence.is_elementwise:
+        return "the optimizer treats every element alike, so what differs is how it is called: hyperparameters, gradients or scales"
+    if evidence.copies_equal is None:
+        return "whether it is by local parts alone could not be tried"
+    return "an optimizer that knows local parts alone does not do the same"
 
 
 def _of_groups(evidence: Evidence, tolerance: float) -> Iterator[Reason]:

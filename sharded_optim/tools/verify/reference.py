@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sharded_optim.tools.verify.making import MakeOptimizer, named
+from sharded_optim.tools.verify.making import MakeOptimizer, named, rebuilt, seed_all
 
-__all__ = ["Grouping", "Reference", "relative_error"]
+__all__ = ["Probes", "Reference", "relative_error"]
 
 
 class Reference:
@@ -20,60 +20,117 @@ class Reference:
         model: built as on the ranks.
         initial: what the ranks' parameters are before the first step.
         build: makes the optimizer.
+
+    Attributes:
+        moved: names of the parameters that a step has changed.
     """
 
     def __init__(self, model: nn.Module, initial: Mapping[str, Tensor], build: Callable[[nn.Module], Any]) -> None:
         self.params = named(model)
-        self._assign(initial)
+        self.initial = initial
+        self.moved: set[str] = set()
+        with torch.no_grad():
+            for name, param in self.params.items():
+                param.copy_(initial[name])
         self.optimizer = build(model)
 
-    @torch.no_grad()
-    def _assign(self, values: Mapping[str, Tensor]) -> None:
-        for name, param in self.params.items():
-            param.copy_(values[name])
-
-    def step(self, grads: Mapping[str, Tensor]) -> None:
+    def step(self, grads: Mapping[str, Tensor], number: int) -> None:
         for name, param in self.params.items():
             grad = grads.get(name)
             param.grad = None if grad is None else grad.clone()  # some optimizers write to it
+        seed_all(number)
         self.optimizer.step()
+        self.moved |= {name for name, param in self.params.items() if not torch.equal(param, self.initial[name])}
 
     def errors(self, params: Mapping[str, Tensor]) -> dict[str, float]:
-        """Return how far each of the ranks' parameters is from these; see `relative_error`."""
+        """Return how far parameters are from these; see `relative_error`."""
         return {name: relative_error(params[name].detach(), param.detach()) for name, param in self.params.items()}
 
 
-class Grouping:
-    """Whether an optimizer's result depends on how parameters are grouped.
+class Probes:
+    """The reference's optimizer on the same parameters, grouped and cut otherwise.
 
-    Steps all parameters by one optimizer, and each by one of its own. One of them lacks a gradient in the first step, as one of a frozen or
-    unused layer does, and is not stepped alone then: a step counter of a whole group has counted one step more than the parameter.
+    alone: an optimizer for each parameter.
+    halves: each parameter in two halves, along its first dimension.
+    late, late_alone: one parameter lacks a gradient in the first step, as one of a frozen or unused layer does, and is not stepped alone
+        then: a step counter of a whole group has counted one step more than the parameter.
+
+    Args:
+        reference: before its first step.
+        make: has made its optimizer.
+
+    Raises:
+        Exception: whatever the optimizer refuses about these.
     """
 
-    def __init__(self, model: nn.Module, initial: Mapping[str, Tensor], make: MakeOptimizer) -> None:
-        self.together = Reference(model, initial, make)
-        self.alone = {name: nn.Parameter(param.detach().clone()) for name, param in self.together.params.items()}
-        self._optimizers = {name: make.of_groups([{"params": [param]}]) for name, param in self.alone.items()}
-        self.late = max(self.alone, key=lambda name: self.alone[name].numel())
-        self._is_first = True
+    def __init__(self, reference: Reference, make: MakeOptimizer) -> None:
+        self._reference = reference
+        self.late = max(reference.params, key=lambda name: reference.params[name].numel())
+        self._alone, self._halves, self._late, self._late_alone = (
+            _Variant(reference, make, alone=alone, pieces=pieces) for alone, pieces in ((True, 1), (False, 2), (False, 1), (True, 1))
+        )
 
-    def step(self, grads: Mapping[str, Tensor]) -> None:
-        if self._is_first:
-            grads = {name: grad for name, grad in grads.items() if name != self.late}
-        self._is_first = False
-        self.together.step(grads)
-        for name, grad in grads.items():
-            self.alone[name].grad = grad.clone()
-            self._optimizers[name].step()
+    def step(self, grads: Mapping[str, Tensor], number: int) -> None:
+        for variant in (self._alone, self._halves, self._late, self._late_alone):
+            is_late = variant in (self._late, self._late_alone) and number == 0
+            variant.step({name: grad for name, grad in grads.items() if not (is_late and name == self.late)}, number)
 
-    def errors(self) -> dict[str, float]:
-        """Return how far the parameters of the two are apart."""
-        return self.together.errors(self.alone)
+    @property
+    def of_cutting(self) -> float:
+        """Return how far parameters in halves are from whole ones: 0 for an elementwise optimizer."""
+        return max(self._reference.errors(self._halves.whole()).values())
+
+    @property
+    def of_grouping(self) -> float:
+        """Return how far parameters that are stepped alone are from those of one optimizer."""
+        return max(self._reference.errors(self._alone.whole()).values())
+
+    @property
+    def of_counting(self) -> dict[str, float]:
+        """Return the same where a gradient was missing once."""
+        together, alone = self._late.whole(), self._late_alone.whole()
+        return {name: relative_error(alone[name], value) for name, value in together.items()}
+
+
+class _Variant:
+    """Copies of a reference's parameters in so many pieces, with one optimizer or one for each parameter."""
+
+    def __init__(self, reference: Reference, make: MakeOptimizer, *, alone: bool, pieces: int) -> None:
+        self.pieces = {
+            name: [nn.Parameter(piece.clone()) for piece in (param.detach().chunk(pieces) if param.ndim else (param.detach(),))]
+            for name, param in reference.params.items()
+        }
+        names = {id(param): name for name, param in reference.params.items()}
+        groups = [[names[id(param)] for param in group["params"]] for group in reference.optimizer.param_groups]
+        one_each = [[[name] if name in group else [] for group in groups] for group in groups for name in group]
+        self._optimizers = [
+            (
+                set().union(*each),
+                rebuilt(reference.optimizer, make, [[piece for name in group for piece in self.pieces[name]] for group in each]),
+            )
+            for each in (one_each if alone else [groups])
+        ]
+
+    def step(self, grads: Mapping[str, Tensor], number: int) -> None:
+        for name, pieces in self.pieces.items():
+            grad = grads.get(name)
+            of_pieces = [None] * len(pieces) if grad is None else grad.chunk(len(pieces)) if grad.ndim else [grad]
+            for piece, of_piece in zip(pieces, of_pieces, strict=True):
+                piece.grad = None if of_piece is None else of_piece.clone()
+        for names, optimizer in self._optimizers:
+            if names & grads.keys():
+                seed_all(number)
+                optimizer.step()
+
+    def whole(self) -> dict[str, Tensor]:
+        return {name: torch.cat([*pieces]).detach() if len(pieces) > 1 else pieces[0].detach() for name, pieces in self.pieces.items()}
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
-    """Return max |value - reference| / max |reference|; 0.0 for equal bits, inf where one of them is not finite."""
-    if torch.equal(value, reference) or value.numel() == 0:
+    """Return max |value - reference| / max |reference|; 0.0 for equal bits, inf where one of them is not finite and the other differs."""
+    if value.numel() == 0 or torch.equal(value, reference):
+        return 0.0
+    if torch.equal(value.isnan(), reference.isnan()) and torch.equal(value.nan_to_num(), reference.nan_to_num()):
         return 0.0
     difference, scale = (value.double() - reference.double()).abs().max().item(), reference.double().abs().max().item()
     if not (difference < float("inf") and scale < float("inf")):

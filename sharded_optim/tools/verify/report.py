@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -49,7 +50,7 @@ class Report:
         steps: that were compared; less than asked where a failure ended them.
         tensors: how many were compared.
         differences: of more than the tolerance, the largest first.
-        rounding: the largest relative error of all tensors; 0.0: all bits are equal.
+        rounding: the largest relative error of all tensors; 0.0: all bits are equal. In JSON null where it is not finite, as other errors.
         failure: why ranks have ended early, or could not begin.
         notes: what is worth knowing, and no fault.
     """
@@ -82,7 +83,10 @@ class Report:
         return "bitwise" if self.rounding == 0.0 else f"equal to {self.rounding:.0e}"
 
     def as_data(self) -> dict[str, Any]:
-        return {"ok": self.is_ok, "verdict": self.verdict, **asdict(self)}
+        data = {"ok": self.is_ok, "verdict": self.verdict, **asdict(self)}
+        data["rounding"] = _finite(self.rounding)
+        data["differences"] = [each | {"error": _finite(each["error"])} for each in data["differences"]]
+        return data
 
     def text(self) -> str:
         """Return lines: the verdict, reasons with ways out, and the largest differences."""
@@ -97,3 +101,7 @@ class Report:
             lines.append(f"  and {len(self.differences) - SHOWN} of {self.tensors} tensors more")
         lines += [f"  {note}" for note in self.notes]
         return "\n".join(lines)
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None

@@ -7,6 +7,7 @@ or the user's own. What it returns decides which subclass of `Sharded` reads it.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -43,7 +44,7 @@ class GradientCapture:
             param.register_hook(partial(self._take, name))
 
     def _take(self, name: str, grad: Tensor) -> None:
-        self.grads[name] = grad.detach().clone()
+        self.grads[name] = grad.detach() + self.grads[name] if name in self.grads else grad.detach().clone()
 
 
 class Sharded:
@@ -59,6 +60,9 @@ class Sharded:
 
     def __init__(self, model: Any, optimizer: Any, capture: GradientCapture) -> None:
         self.model, self.optimizer, self.capture = model, optimizer, capture
+        if isinstance(optimizer, torch.optim.Optimizer) and "closure" not in inspect.signature(optimizer.step).parameters:
+            step = optimizer.step  # torch.distributed.checkpoint passes a closure
+            optimizer.step = lambda closure=None: step()  # pyright: ignore[reportAttributeAccessIssue]
 
     @property
     def base(self) -> Any:
@@ -67,7 +71,9 @@ class Sharded:
 
     def named(self) -> dict[str, Tensor]:
         """Trainable parameters by the names that they had before."""
-        return dict(named(self.model))
+        from torch.nn.parallel import DistributedDataParallel
+
+        return dict(named(self.model.module if isinstance(self.model, DistributedDataParallel) else self.model))
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -108,12 +114,14 @@ class Sharded:
 
     def load(self, folder: str) -> None:
         """Load what `save` has saved. A collective."""
+        from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
         from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
         from torch.distributed.checkpoint.state_dict_loader import load
 
         model, optimizer = get_state_dict(self.model, self.optimizer)
         loaded = {"model": model, "optimizer": optimizer}
-        load(loaded, checkpoint_id=folder)
+        # A parameter without a gradient has no state in the checkpoint, but torch makes one here.
+        load(loaded, checkpoint_id=folder, planner=DefaultLoadPlanner(allow_partial_load=True))
         set_state_dict(self.model, self.optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
 
     def close(self) -> None:
@@ -177,6 +185,9 @@ class ShardedByDeepSpeed(Sharded):
     @property
     def base(self) -> Any:
         return self.model.basic_optimizer
+
+    def named(self) -> dict[str, Tensor]:
+        return dict(named(self.model.module))
 
     def backward(self, loss: Tensor) -> None:
         self.model.backward(loss)
@@ -253,22 +264,32 @@ def _fsdp2(model: nn.Module, make: MakeOptimizer) -> tuple[nn.Module, Optimizer]
 
 def _fsdp1(model: nn.Module, make: MakeOptimizer) -> tuple[nn.Module, Optimizer]:
     from torch.distributed.fsdp import FullyShardedDataParallel
-    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+    from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
 
-    policy = ModuleWrapPolicy({type(block) for block in _blocks(model)})
+    blocks = {id(block) for block in _blocks(model)}
+    policy = partial(lambda_auto_wrap_policy, lambda_fn=lambda module: id(module) in blocks)
     wrapped = FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu"))
     return wrapped, make(wrapped)
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the layers of the largest nn.ModuleList in a model; none without one."""
-    lists = [each for each in model.modules() if isinstance(each, nn.ModuleList)]
-    return list(max(lists, key=lambda each: sum(param.numel() for param in each.parameters()), default=[]))
+    """Return the layers of the largest nn.ModuleList of different modules that are called; none without one."""
+    lists = [
+        [*each]
+        for each in model.modules()
+        if isinstance(each, nn.ModuleList)
+        and len({*each}) == len(each)
+        and all(type(block).forward is not nn.Module.forward and next(block.parameters(), None) is not None for block in each)
+    ]
+    return max(lists, key=lambda blocks: sum(param.numel() for block in blocks for param in block.parameters()), default=[])
 
 
 def _zero(model: nn.Module, make: MakeOptimizer, *, stage: Any) -> tuple[nn.Module, Optimizer]:
     if make.constructor is None or not issubclass(make.constructor, Engine):
-        raise ValueError(f"zero{stage} is so.ShardedOptimizer, which takes a class of sharded_optim, got {make.name}; use deepspeed{stage}")
+        raise ValueError(
+            f"zero{stage} is so.ShardedOptimizer, which takes a class of sharded_optim or a functools.partial of one, got {make.name}; "
+            f"give that, or use deepspeed{stage}"
+        )
     return model, ShardedOptimizer(model, make.constructor, stage=stage, **make.keywords)
 
 
@@ -306,4 +327,5 @@ def installed(make: MakeOptimizer) -> list[str]:
     """Return the entries of `SHARDINGS` that can run an optimizer here: all but those whose package or class is missing."""
     has_deepspeed = importlib.util.find_spec("deepspeed") is not None
     is_own = make.constructor is not None and issubclass(make.constructor, Engine)
-    return [name for name in SHARDINGS if (has_deepspeed or "deepspeed" not in name) and (is_own or "zero" not in name)]
+    possible = getattr(make.given, "shardings", SHARDINGS)
+    return [name for name in possible if (has_deepspeed or "deepspeed" not in name) and (is_own or "zero" not in name)]
