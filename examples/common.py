@@ -1,0 +1,220 @@
+"""What all recipes share: the models, the batches, the plain loop, starting ranks, and the comparison.
+
+A recipe has a function `train(folder, stop)`: train up to step `stop`, from the checkpoint in `folder` if there is one, and save one when
+stopping before the last step. `main(train)` runs it on two CPU ranks:
+
+- "whole": all steps, without a stop;
+- "half": up to the middle, then save;
+- "resumed": in new processes, from that checkpoint to the end.
+
+Every rank gets the same batches, so that averaged gradients are exactly those of one process, and is compared with a plain loop in one
+process. In two steps the loss is multiplied by 30, so that StableAdamW clips updates.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+import sharded_optim as so
+
+RANKS = 2
+STEPS, STOP = 8, 4
+ROWS = 4  # in a batch
+SPIKES = {2: 30.0, 5: 30.0}  # one before the stop, one after it
+LR = 1e-2
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS))
+MPIRUN = (str(Path(sys.executable).with_name("mpirun")), "-n", str(RANKS), sys.executable)
+DRIVER = (sys.executable,)  # the framework starts the ranks itself
+
+Batch = dict[str, Any]
+
+
+@dataclass
+class Run:
+    """What a rank has after `train`."""
+
+    losses: list[float]  # of the steps that this run trained
+    params: dict[str, Tensor]  # of the whole model, by the model's names
+
+
+Train = Callable[[Path, int], Run]
+
+
+class Net(nn.Module):
+    """Return the loss. The odd width makes the shards uneven."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 47)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(47), nn.Linear(47, 47), nn.GELU()) for _ in range(3))
+        self.last = nn.Linear(47, 3)
+
+    def forward(self, inputs: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+        hidden = self.first(inputs)
+        for block in self.blocks:
+            hidden = hidden + block(hidden)
+        return (self.last(hidden) - targets).square().mean() * weight.mean()
+
+
+def make_net() -> nn.Module:
+    """Build the same model on every rank."""
+    torch.manual_seed(0)
+    return Net()
+
+
+def make_net_batches() -> list[Batch]:
+    """Return a batch for each step."""
+    random = torch.Generator().manual_seed(1)
+    return [
+        {
+            "inputs": torch.randn(ROWS, 8, generator=random),
+            "targets": torch.randn(ROWS, 3, generator=random),
+            "weight": torch.full((ROWS,), SPIKES.get(step, 1.0)),
+        }
+        for step in range(STEPS)
+    ]
+
+
+def make_llama() -> Any:
+    """Build a tiny Llama from a config, whose loss a batch can multiply."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    class WeightedLlama(LlamaForCausalLM):
+        def forward(self, input_ids: Tensor, labels: Tensor, weight: Tensor) -> Any:
+            output = super().forward(input_ids=input_ids, labels=labels)
+            output.loss = output.loss * weight.mean()
+            return output
+
+    torch.manual_seed(0)
+    return WeightedLlama(
+        LlamaConfig(
+            vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=16
+        )
+    )
+
+
+def make_text_batches() -> list[Batch]:
+    """Return token batches for `make_llama`, one for each step."""
+    random = torch.Generator().manual_seed(1)
+    tokens = torch.randint(61, (STEPS, ROWS, 12), generator=random)
+    return [
+        {"input_ids": tokens[step], "labels": tokens[step], "weight": torch.full((ROWS,), SPIKES.get(step, 1.0))} for step in range(STEPS)
+    ]
+
+
+def make_rows(batches: list[Batch]) -> list[Batch]:
+    """Return a data set of rows, with each batch once per rank: all ranks get it when whole batches are dealt out in turn."""
+    return [{name: values[row] for name, values in batch.items()} for batch in batches for _ in range(RANKS) for row in range(ROWS)]
+
+
+def loss_of(output: Any) -> Tensor:
+    """Return a model's loss, which Hugging Face's models have in an attribute."""
+    return output if isinstance(output, Tensor) else output.loss
+
+
+def whole_params(model: nn.Module) -> dict[str, Tensor]:
+    """Gather a model's parameters under DDP, FSDP1 or FSDP2, on every rank."""
+    return copy_of(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
+
+
+def copy_of(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies of tensors."""
+    return {name: value.detach().clone() for name, value in params.items()}
+
+
+def plain_loop(model: nn.Module, batches: list[Batch], **options: Any) -> Run:
+    """Train in one process, without any framework."""
+    optimizer = so.StableAdamW([item for item in model.named_parameters() if item[1].requires_grad], lr=LR, **options)
+    losses, largest = [], 0.0
+    for batch in batches:
+        loss = loss_of(model(**batch))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        largest = max(largest, *optimizer.metrics().values())
+    if largest <= 1.0:
+        raise RuntimeError(f"no update was clipped (largest rms {largest:.2f}), so this comparison would show little")
+    return Run(losses, copy_of(model.state_dict()))
+
+
+def describe_difference(mine: Any, other: Any, tolerance: float) -> tuple[bool, str]:
+    """Compare losses or parameters. Return whether they are within the tolerance, and the largest difference in words."""
+    if isinstance(mine, dict):
+        if mine.keys() != other.keys():
+            return False, f"differ: other names {sorted(mine.keys() ^ other.keys())}"
+        pairs = [(mine[name].double(), other[name].double()) for name in other]
+    else:
+        pairs = [(torch.tensor([a]).double(), torch.tensor([b]).double()) for a, b in zip(mine, other, strict=True)]
+    if all(torch.equal(a, b) for a, b in pairs):
+        return True, "bitwise"
+    error = torch.stack([(a - b).abs().max() / b.abs().max() for a, b in pairs]).max().item()  # NaN stays NaN
+    return error <= tolerance, f"{'within' if error <= tolerance else 'differ by'} {error:.1e}"
+
+
+def main(
+    train: Train,
+    model: Callable[[], nn.Module] = make_net,
+    batches: Callable[[], list[Batch]] = make_net_batches,
+    launcher: tuple[str, ...] = TORCHRUN,
+    tolerance: float = 0.0,
+    **options: Any,
+) -> None:
+    """Run a recipe, which is the script that calls this: start ranks, or be one; exit with 1 where a comparison fails.
+
+    Args:
+        train: of the recipe.
+        model: builds the model for the plain loop.
+        batches: of the steps.
+        launcher: starts ranks.
+        tolerance: relative, of losses and parameters against the plain loop. A resumed run is always compared bitwise.
+        options: of the optimizer in the plain loop.
+    """
+    if len(sys.argv) == 3:  # started by the launcher
+        return _run_rank(train, sys.argv[1], Path(sys.argv[2]))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for part in ("first", "second"):
+            subprocess.run([*launcher, sys.argv[0], part, name], check=True)
+        torch.set_num_threads(1)
+        plain = plain_loop(model(), batches(), **options)
+        found: dict[str, set[tuple[bool, str]]] = {"losses": set(), "parameters": set(), "resume": set()}
+        for rank in range(RANKS):
+            whole, half, resumed = (Run(**torch.load(folder / f"{run}-{rank}.pt")) for run in ("whole", "half", "resumed"))
+            if not (len(half.losses) == STOP and len(resumed.losses) == STEPS - STOP):
+                raise RuntimeError(f"steps before and after the stop: {len(half.losses)} and {len(resumed.losses)}")
+            found["losses"].add(describe_difference(whole.losses, plain.losses, tolerance))
+            found["parameters"].add(describe_difference(whole.params, plain.params, tolerance))
+            found["resume"].add(describe_difference(half.losses + resumed.losses, whole.losses, 0.0))
+            found["resume"].add(describe_difference(resumed.params, whole.params, 0.0))
+    print(
+        Path(sys.argv[0]).stem, *(f"{what}: {' and '.join(sorted({text for _, text in each}))}" for what, each in found.items()), sep="; "
+    )
+    sys.exit(0 if all(passed for each in found.values() for passed, _ in each) else 1)
+
+
+def _run_rank(train: Train, part: str, folder: Path) -> None:
+    torch.set_num_threads(1)
+    if part == "first":
+        save_run(train(folder / "not_used", STEPS), folder / "whole")
+        save_run(train(folder / "checkpoint", STOP), folder / "half")
+    else:
+        save_run(train(folder / "checkpoint", STEPS), folder / "resumed")
+
+
+def save_run(run: Run, path: Path) -> None:
+    """Save what this rank has."""
+    rank = os.environ.get("RANK", "0")
+    torch.save(vars(run), f"{path}-{rank}.pt")
