@@ -92,8 +92,10 @@ def make_llama() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     class WeightedLlama(LlamaForCausalLM):
-        def forward(self, input_ids: Tensor, labels: Tensor, weight: Tensor) -> Any:
-            output = super().forward(input_ids=input_ids, labels=labels)
+        accepts_loss_kwargs = False  # the loss is the batch's mean, as in the plain loop
+
+        def forward(self, weight: Tensor, **inputs: Any) -> Any:
+            output = super().forward(**inputs)
             output.loss = output.loss * weight.mean()
             return output
 
@@ -117,6 +119,30 @@ def make_text_batches() -> list[Batch]:
 def make_rows(batches: list[Batch]) -> list[Batch]:
     """Return a data set of rows, with each batch once per rank: all ranks get it when whole batches are dealt out in turn."""
     return [{name: values[row] for name, values in batch.items()} for batch in batches for _ in range(RANKS) for row in range(ROWS)]
+
+
+def trainer_arguments(folder: Path, stop: int) -> dict[str, Any]:
+    """Return what every Trainer of Hugging Face gets here, whatever the optimizer: save in the middle, log every loss."""
+    return {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "max_steps": stop,
+        "save_steps": STOP,
+        "per_device_train_batch_size": ROWS,
+        "train_sampling_strategy": "sequential",
+        "lr_scheduler_type": "constant",
+        "remove_unused_columns": False,
+        "logging_steps": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "ddp_find_unused_parameters": False,
+    }
+
+
+def logged_losses(trainer: Any, resumed: bool) -> list[float]:
+    """Return the losses that a Trainer of Hugging Face has logged since it started; its log goes on after a resume."""
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return losses[STOP if resumed else 0 :]
 
 
 def loss_of(output: Any) -> Tensor:
