@@ -4,12 +4,13 @@ from pathlib import Path
 
 import common
 from accelerate import Accelerator
+from torch.nn.parallel import DistributedDataParallel
 
 import sharded_optim as so
 
 
 def train(folder: Path, stop: int) -> common.Run:
-    accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator()
     model = common.make_net()
     optimizer = so.StableAdamW(model.named_parameters(), lr=common.LR)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -25,7 +26,7 @@ def train(folder: Path, stop: int) -> common.Run:
         losses.append(loss.item())
     if stop < common.STEPS:
         accelerator.save_state(str(folder))
-    return common.Run(losses, common.whole_params(model))
+    return common.Run(losses, common.whole_params(model, DistributedDataParallel))
 
 
 if __name__ == "__main__":

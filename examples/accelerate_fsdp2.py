@@ -4,6 +4,7 @@ from pathlib import Path
 
 import common
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import FSDPModule
 
 import sharded_optim as so
 
@@ -12,7 +13,7 @@ def train(folder: Path, stop: int) -> common.Run:
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["Sequential"]
     )
-    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    accelerator = Accelerator(fsdp_plugin=plugin)
     model = common.make_net()
     optimizer = so.StableAdamW(model.named_parameters(), lr=common.LR)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -28,7 +29,7 @@ def train(folder: Path, stop: int) -> common.Run:
         losses.append(loss.item())
     if stop < common.STEPS:
         accelerator.save_state(str(folder))
-    return common.Run(losses, common.whole_params(model))
+    return common.Run(losses, common.whole_params(model, FSDPModule))
 
 
 if __name__ == "__main__":

@@ -150,8 +150,15 @@ def loss_of(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output.loss
 
 
-def whole_params(model: nn.Module) -> dict[str, Tensor]:
+def check_wrapper(model: nn.Module, wrapper: type) -> None:
+    """Check that a model is wrapped at all: with the same batches on all ranks, one that is not would train as well."""
+    if not isinstance(model, wrapper):
+        raise TypeError(f"the model should be a {wrapper.__name__}, it is a {type(model).__name__}")
+
+
+def whole_params(model: nn.Module, wrapper: type) -> dict[str, Tensor]:
     """Gather a model's parameters under DDP, FSDP1 or FSDP2, on every rank."""
+    check_wrapper(model, wrapper)
     return copy_of(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
 
 
@@ -196,6 +203,7 @@ def main(
     batches: Callable[[], list[Batch]] = make_net_batches,
     launcher: tuple[str, ...] = TORCHRUN,
     tolerance: float = 0.0,
+    single_use: bool = False,
     **options: Any,
 ) -> None:
     """Run a recipe, which is the script that calls this: start ranks, or be one; exit with 1 where a comparison fails.
@@ -206,14 +214,16 @@ def main(
         batches: of the steps.
         launcher: starts ranks.
         tolerance: relative, of losses and parameters against the plain loop. A resumed run is always compared bitwise.
+        single_use: the framework trains once per process; else "whole" and "half" share processes, to save time.
         options: of the optimizer in the plain loop.
     """
     if len(sys.argv) == 3:  # started by the launcher
         return _run_rank(train, sys.argv[1], Path(sys.argv[2]))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for part in ("first", "second"):
-            subprocess.run([*launcher, sys.argv[0], part, name], check=True)
+        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
+        for runs in ("whole", "half", "resumed") if single_use else ("whole,half", "resumed"):
+            subprocess.run([*launcher, sys.argv[0], runs, name], check=True)
         torch.set_num_threads(1)
         plain = plain_loop(model(), batches(), **options)
         found: dict[str, set[tuple[bool, str]]] = {"losses": set(), "parameters": set(), "resume": set()}
@@ -231,13 +241,11 @@ def main(
     sys.exit(0 if all(passed for each in found.values() for passed, _ in each) else 1)
 
 
-def _run_rank(train: Train, part: str, folder: Path) -> None:
+def _run_rank(train: Train, runs: str, folder: Path) -> None:
     torch.set_num_threads(1)
-    if part == "first":
-        save_run(train(folder / "not_used", STEPS), folder / "whole")
-        save_run(train(folder / "checkpoint", STOP), folder / "half")
-    else:
-        save_run(train(folder / "checkpoint", STEPS), folder / "resumed")
+    for run in runs.split(","):
+        checkpoint = folder / ("not_used" if run == "whole" else "checkpoint")
+        save_run(train(checkpoint, STOP if run == "half" else STEPS), folder / run)
 
 
 def save_run(run: Run, path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import common
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
 import sharded_optim as so
@@ -25,7 +26,7 @@ def train(folder: Path, stop: int) -> common.Run:
     )
     so.callbacks.hugging_face(trainer)
     trainer.train(resume_from_checkpoint=resume)
-    return common.Run(common.logged_losses(trainer, resume), common.whole_params(trainer.model_wrapped))
+    return common.Run(common.logged_losses(trainer, resume), common.whole_params(trainer.model_wrapped, DistributedDataParallel))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def train(folder: Path, stop: int) -> common.Run:
     if stop < common.STEPS and dist.get_rank() == 0:
         folder.mkdir()
         torch.save({"model": model.module.state_dict(), "optimizer": optimizer.state_dict(), "step": stop}, path)
-    return common.Run(losses, common.whole_params(model))
+    return common.Run(losses, common.whole_params(model, DistributedDataParallel))
 
 
 if __name__ == "__main__":

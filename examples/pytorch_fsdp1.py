@@ -36,7 +36,7 @@ def train(folder: Path, stop: int) -> common.Run:
     if stop < common.STEPS:
         model_state, optimizer_state = get_state_dict(model, optimizer)
         dcp.save({"model": model_state, "optimizer": optimizer_state, "step": stop}, checkpoint_id=folder)
-    return common.Run(losses, common.whole_params(model))
+    return common.Run(losses, common.whole_params(model, FullyShardedDataParallel))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import common
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 import sharded_optim as so
 
@@ -35,7 +35,7 @@ def train(folder: Path, stop: int) -> common.Run:
     if stop < common.STEPS:
         model_state, optimizer_state = get_state_dict(model, optimizer)
         dcp.save({"model": model_state, "optimizer": optimizer_state, "step": stop}, checkpoint_id=folder)
-    return common.Run(losses, common.whole_params(model))
+    return common.Run(losses, common.whole_params(model, FSDPModule))
 
 
 if __name__ == "__main__":
