@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-import common
 from accelerate import Accelerator
 from torch.nn.parallel import DistributedDataParallel
 
+import common
 import sharded_optim as so
 
 

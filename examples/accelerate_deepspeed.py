@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-import common
 from accelerate import Accelerator, DeepSpeedPlugin
 
+import common
 import sharded_optim as so
 
 CONFIG = {

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-import common
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import FullyShardedDataParallel
 
+import common
 import sharded_optim as so
 
 

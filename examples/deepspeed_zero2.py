@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-import common
 import deepspeed
 
+import common
 import sharded_optim as so
 
 CONFIG = {

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-import common
 from transformers import Trainer, TrainingArguments
 
+import common
 import sharded_optim as so
 
 DEEPSPEED = {

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-import common
 from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainingArguments
 
+import common
 import sharded_optim as so
 
 FSDP = {"version": 2, "transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-import common
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
+import common
 import sharded_optim as so
 
 

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import common
 import lightning
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+import common
 import sharded_optim as so
 
 

@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-import common
 import lightning
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+import common
 import sharded_optim as so
 
 

@@ -3,9 +3,10 @@
 This is for one machine; launch/rendezvous.py and docs/launching.md have what several machines and failing ranks need.
 """
 
-import common
 import torch.distributed as dist
 from mpi4py import MPI
+
+import common
 from pytorch_fsdp2 import train
 
 

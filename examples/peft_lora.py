@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-import common
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
+import common
 import sharded_optim as so
 
 

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-import common
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+import common
 import sharded_optim as so
 
 

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import common
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -11,6 +10,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn import Sequential
 
+import common
 import sharded_optim as so
 
 

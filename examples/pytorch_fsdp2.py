@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-import common
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+import common
 import sharded_optim as so
 
 

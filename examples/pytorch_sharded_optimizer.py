@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-import common
 import torch.distributed as dist
 
+import common
 import sharded_optim as so
 
 

@@ -5,13 +5,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import common
 import ray
 import torch
 from ray import train as ray_train
 from ray.train.torch import TorchTrainer, prepare_model
 from torch.nn.parallel import DistributedDataParallel
 
+import common
 import sharded_optim as so
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from install import REASONS, ROOT
 
-TIMEOUT = 400  # seconds for a recipe; the slowest takes a third of it on a busy machine
+TIMEOUT = 600  # seconds for a recipe; most take 20 on two idle cores
 COLUMNS = ("recipe", "tested with", "losses", "parameters", "resume", "seconds")
 
 # What each needs beside torch, first the one whose recipe it is.

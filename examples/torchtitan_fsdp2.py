@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import common
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
@@ -11,6 +10,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
 from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig
 
+import common
 import sharded_optim as so
 
 
