@@ -10,7 +10,7 @@ import sharded_optim as so
 
 
 def train(folder: Path, stop: int) -> common.Run:
-    accelerator = Accelerator()
+    accelerator = Accelerator(cpu=True)
     model = common.make_net()
     optimizer = so.StableAdamW(model.named_parameters(), lr=common.LR)
     model, optimizer = accelerator.prepare(model, optimizer)

@@ -13,6 +13,7 @@ def train(folder: Path, stop: int) -> common.Run:
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=1, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["Sequential"]
     )
+    common.allow_fsdp_on_cpus()
     accelerator = Accelerator(fsdp_plugin=plugin)
     model = common.make_net()
     optimizer = so.StableAdamW(model.named_parameters(), lr=common.LR)
@@ -33,4 +34,4 @@ def train(folder: Path, stop: int) -> common.Run:
 
 
 if __name__ == "__main__":
-    common.main(train)
+    common.main(train, single_use=True)  # an Accelerator with FSDP can be made once

@@ -13,6 +13,7 @@ process. In two steps the loss is multiplied by 30, so that StableAdamW clips up
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -147,6 +148,16 @@ def logged_losses(trainer: Any, resumed: bool) -> list[float]:
     return losses[STOP if resumed else 0 :]
 
 
+def allow_fsdp_on_cpus() -> None:
+    """Let Accelerate use FSDP here: it does so with GPUs and the like only, and else leaves the model as it is. You do not need this."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    state = PartialState(cpu=True)
+    state.distributed_type = DistributedType.MULTI_GPU
+    state.device = torch.device("cpu")  # FSDP1 takes cpu:0 for another
+
+
 def loss_of(output: Any) -> Tensor:
     """Return a model's loss, which Hugging Face's models have in an attribute."""
     return output if isinstance(output, Tensor) else output.loss
@@ -251,3 +262,6 @@ def _run_rank(train: Train, runs: str, folder: Path) -> None:
         runs_by_rank = trained if isinstance(trained, dict) else {rank: trained}
         for number, each in runs_by_rank.items():
             torch.save(vars(each), folder / f"{run}-{number}.pt")
+    gc.collect()  # what still uses the process group
+    if dist.is_initialized():  # a rank that ends without this may abort while it exits
+        dist.destroy_process_group()

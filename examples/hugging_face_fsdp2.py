@@ -13,11 +13,12 @@ FSDP = {"version": 2, "transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}
 
 def train(folder: Path, stop: int) -> common.Run:
     resume = folder.exists()
+    arguments = common.trainer_arguments(folder, stop)
+    args = TrainingArguments(fsdp=True, fsdp_config=dict(FSDP), max_grad_norm=0.0, **arguments)  # StableAdamW clips updates
+    common.allow_fsdp_on_cpus()
     trainer = Trainer(
         model=common.make_llama(),
-        args=TrainingArguments(
-            fsdp=True, fsdp_config=dict(FSDP), max_grad_norm=0.0, **common.trainer_arguments(folder, stop)
-        ),  # StableAdamW clips updates
+        args=args,
         train_dataset=common.make_rows(common.make_text_batches()),
         optimizer_cls_and_kwargs=(so.StableAdamW, {"lr": common.LR}),
     )
@@ -27,4 +28,4 @@ def train(folder: Path, stop: int) -> common.Run:
 
 
 if __name__ == "__main__":
-    common.main(train, common.make_llama, common.make_text_batches, weight_decay=0.0)  # 0 is TrainingArguments' default
+    common.main(train, common.make_llama, common.make_text_batches, single_use=True, weight_decay=0.0)  # 0 is TrainingArguments' default

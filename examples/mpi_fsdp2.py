@@ -22,5 +22,3 @@ if __name__ == "__main__":
     if common.is_rank():
         join_ranks()
     common.main(train, launcher=common.MPIRUN)
-    if common.is_rank():
-        dist.destroy_process_group()
