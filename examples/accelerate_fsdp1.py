@@ -11,7 +11,11 @@ import sharded_optim as so
 
 def train(folder: Path, stop: int) -> common.Run:
     plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=1, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["Sequential"]
+        fsdp_version=1,
+        use_orig_params=True,  # else the optimizer has parameters that the model no longer has
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["Sequential"],
+        state_dict_type="SHARDED_STATE_DICT",  # torch 2.13 cannot gather a whole FSDP1 model to the CPU where it is on one
     )
     common.allow_fsdp_on_cpus()
     accelerator = Accelerator(fsdp_plugin=plugin)
