@@ -32,7 +32,7 @@ train: setup  ## run the training job: make train CONFIG=configs/ddp.yaml ARGS="
 	$(BIN)/python -m launch $(CONFIG) $(ARGS)
 
 test: setup  ## run the tests: make test ARGS="-k invariance"
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -rs --durations=15 $(ARGS)
 
 matrix: setup  ## run the tests with all cells of their matrices, and many more random examples
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --matrix $(ARGS)

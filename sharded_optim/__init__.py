@@ -5,6 +5,7 @@ from sharded_optim.optimizers import *  # noqa: F403
 from sharded_optim.optimizers.convert_weight_decay import convert_weight_decay
 from sharded_optim.sharding import fsdp1_layout
 from sharded_optim.tools.divergence import DivergenceCheck, DivergenceError
+from sharded_optim.tools.verify import verify
 from sharded_optim.training import callbacks
 from sharded_optim.training.clipping import clip_grad_norm_
 from sharded_optim.training.containers import metrics, unwrap_optimizer
@@ -32,5 +33,6 @@ __all__ = [
     "remove_gradient_release",
     "to_low_precision",
     "unwrap_optimizer",
+    "verify",
 ]
 __all__ += optimizers.__all__

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from sharded_optim.cli import checkpoint, doctor, plan
+from sharded_optim.cli import checkpoint, doctor, plan, verify
 
 __all__ = ["app"]
 
@@ -19,4 +19,5 @@ app = typer.Typer(
 
 app.command("doctor")(doctor.doctor)
 app.command("plan")(plan.plan)
+app.command("verify")(verify.verify)
 app.add_typer(checkpoint.app, name="checkpoint")

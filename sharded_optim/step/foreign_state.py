@@ -29,9 +29,11 @@ TORCH, COMPOSER, OPTIMI = "torch", "Composer", "optimi"
 TORCHS_SWITCHES = {"foreach", "fused", "capturable", "decoupled_weight_decay"}  # how it computes, which is not ours to follow
 OPTIMIS_SWITCHES = {"beta1", "beta2", "decouple_wd", "decouple_lr", "max_lr", "foreach", "triton", "gradient_release", "setup", "step"}
 OPTIMIS_SCRATCH = {"eps_sq", "mean_square", "group"}
+OPTIMIS_OTHERS = {"beta3", "k", "momentum"}  # in groups of Adan, Ranger and SGD; those of RAdam have the keys of Adam
 TORCHS_ADAM = {"betas", "eps", "weight_decay", "amsgrad"}  # of RAdam and NAdam the last is missing
 TORCHS_SGD = {"momentum", "dampening", "nesterov", "weight_decay"}
 TORCHS_MUON = {"momentum", "nesterov", "ns_coefficients", "adjust_lr_fn"}
+OURS = {"decay_form", "reference_lr", "learns_reference_lr", "kahan_sum", "stochastic_rounding", "rounding_seed"}
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +50,7 @@ def translate(state_dict: dict[str, Any], own_groups: list[Group], *, replaces_c
         replaces_composer: whether these are of a class that takes the place of one of Composer's.
 
     Raises:
-        ValueError: it is of one of torch's other optimizers.
+        ValueError: it is of one of torch's or optimi's other optimizers, or of DeepSpeed's Adam without bias correction.
 
     Warns:
         UserWarning: its keys are those of two libraries; says how it is read, once.
@@ -56,15 +58,21 @@ def translate(state_dict: dict[str, Any], own_groups: list[Group], *, replaces_c
     groups, state = [], dict(state_dict["state"])
     sources = set()
     highest_decay = max(float(group.get("weight_decay", 0.0)) for group in state_dict["param_groups"])
-    doubtful = False
+    doubtful, read_as = False, ""
     for index, (group, own) in enumerate(zip(state_dict["param_groups"], own_groups, strict=True)):
+        if "reference_lr" in group and group.keys() & TORCHS_SWITCHES:  # torch's, loaded from ours: it has kept keys, which are stale
+            group = {key: value for key, value in group.items() if key not in OURS}
+            state |= {
+                key: {name: value for name, value in state[key].items() if name != KAHAN_COMP} for key in group["params"] if key in state
+            }
         source = _source(group, f"the state dict's param_groups[{index}]")
         if source == TORCH and "initial_lr" in group and own["decay_form"] == DECOUPLED:
             # Composer's optimizers are subclasses of torch's, and have the same keys once a scheduler has written torch's initial_lr. So
             # it is Composer's where it goes into one of Composer's classes. Others that decay so have been told to, by users of any
             # library: it is then torch's where the decay is one that Composer warns of.
             source = TORCH if highest_decay >= HIGH_DECAY and not replaces_composer else COMPOSER
-            doubtful = highest_decay > 0 and not replaces_composer
+            doubtful = highest_decay > 0 and (not replaces_composer or highest_decay >= HIGH_DECAY)
+            read_as = source
         if source is None:
             groups.append(group)
             continue
@@ -75,14 +83,21 @@ def translate(state_dict: dict[str, Any], own_groups: list[Group], *, replaces_c
     if sources:
         logger.info("loading the state of an optimizer of %s", ", ".join(sorted(sources)))
     if doubtful:
-        _warn_of_doubt(TORCH if highest_decay >= HIGH_DECAY else COMPOSER, highest_decay)
+        _warn_of_doubt(read_as, highest_decay)
     return {**state_dict, "state": state, "param_groups": groups}
 
 
 def _source(group: Group, where: str) -> str | None:
     """Return the library whose keys a group has, or None."""
+    if group.get("bias_correction", True) is False:
+        raise ValueError(f"{where} has bias_correction=False, an option of DeepSpeed's Adam; every optimizer here corrects the bias")
     if "reference_lr" in group:
         return None
+    if group.keys() >= {"kahan_sum", "decouple_lr"} and group.keys() & OPTIMIS_OTHERS:
+        raise ValueError(
+            f"{where} is of an optimizer of optimi that is not continued here; it has {', '.join(group)}; continued are Adam, AdamW and "
+            "StableAdamW"
+        )
     if group.keys() >= {"beta1", "beta2", "kahan_sum"}:
         return OPTIMI
     if group.keys() >= TORCHS_MUON:

@@ -362,6 +362,40 @@ def test_another_class_that_decays_as_composers_is_told_how_the_state_is_read(de
     assert optimizer.param_groups[0]["decay_form"] == form
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs", "form"),
+    [
+        (so.DecoupledAdamW, torch.optim.AdamW, "coupled"),
+        (so.Adam, torch.optim.AdamW, "coupled"),
+        (so.AdamW, torch.optim.Adam, "l2"),
+        (so.DecoupledSGDW, torch.optim.SGD, "l2"),
+    ],
+)
+def test_what_torch_has_loaded_from_ours_is_torchs_when_it_comes_back(ours: type, theirs: type, form: str) -> None:
+    """torch keeps our keys in its groups, where they no longer hold. So it does with a Kahan compensation."""
+    param = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    param.grad = torch.ones_like(param)
+    first = ours([param], lr=1e-2, weight_decay=0.1)
+    first.step()
+    between = theirs([param], lr=1e-2, weight_decay=0.1)
+    between.load_state_dict(first.state_dict())
+    back = ours([param], lr=1e-2)
+    back.load_state_dict(between.state_dict())
+    assert back.param_groups[0]["decay_form"] == form
+    assert first.state[param]["kahan_comp"].any()
+    assert not back.state[param]["kahan_comp"].any()
+    assert not back.param_groups[0].keys() & {"fused", "capturable", "decoupled_weight_decay"}
+
+
+def test_a_high_decay_of_torch_under_a_scheduler_is_warned_of_in_a_class_of_composers_name() -> None:
+    """29 % of the parameters in 5 steps, if it is torch's."""
+    param = nn.Parameter(torch.ones(3))
+    theirs = torch.optim.SGD([param], lr=1e-2, momentum=0.9, weight_decay=0.1)
+    LambdaLR(theirs, schedule)
+    with pytest.warns(UserWarning, match=r"read as Composer's: weight_decay up to 0.1 is the fraction"):
+        so.DecoupledSGDW([param]).load_state_dict(theirs.state_dict())
+
+
 def test_maximize_of_torch_is_refused() -> None:
     """It turns the step around, which ours does not do."""
     params = start()
@@ -587,6 +621,38 @@ def test_state_of_another_family_is_refused_and_changes_nothing(theirs: Callable
     with pytest.raises(ValueError, match=f"lacks '{lacks}'"):
         optimizer.load_state_dict(copy.deepcopy(theirs().state_dict()))
     assert_same(optimizer.state_dict(), before)
+
+
+@pytest.mark.parametrize("name", ["Adan", "Ranger", "SGD"])
+def test_state_of_optimis_other_optimizers_is_refused(name: str) -> None:
+    """Adan's and Ranger's has all of AdamW's entries, and would continue as another algorithm."""
+    params = start()
+    theirs = getattr(optimi, name)(params, lr=1e-3, **PLAIN)
+    set_grads(params, 0)
+    theirs.step()
+    for ours in (our_adamw, our_stable, our_sgdw):
+        with pytest.raises(ValueError, match="of an optimizer of optimi that is not continued here"):
+            ours(params).load_state_dict(theirs.state_dict())
+
+
+@pytest.mark.parametrize("bias_correction", [True, False])
+def test_state_of_deepspeeds_adam_without_bias_correction_is_refused(bias_correction: bool) -> None:
+    """Its groups have the option; without it, training went on with other losses, by up to 24 % in 10 steps."""
+    params = start()
+    optimizer = our_adamw(params)
+    group = {"lr": 1e-3, "bias_correction": bias_correction, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "step": 0}
+    moments = ("exp_avg", "exp_avg_sq")
+    saved = {
+        "state": {index: {key: torch.ones_like(param) for key in moments} | {"step": 7} for index, param in enumerate(params)},
+        "param_groups": [group | {"params": list(range(len(params)))}],
+    }
+    if bias_correction:
+        optimizer.load_state_dict(saved)
+        assert all(state["step"] == 7 for state in optimizer.state.values())
+        return
+    with pytest.raises(ValueError, match="bias_correction=False, an option of DeepSpeed's Adam"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == OTHER["lr"]
 
 
 def test_l2_decay_is_refused_by_an_algorithm_that_has_none() -> None:

@@ -1,4 +1,4 @@
-"""Skips the tests of this folder without a GPU, for one reason, and writes down what became of each for `python -m tests.gpu`."""
+"""Skips the tests of this folder without a GPU, in one line, and writes down what became of each for `python -m tests.gpu`."""
 
 from __future__ import annotations
 
@@ -16,16 +16,20 @@ from gpu.device import REHEARSAL
 
 HERE = Path(__file__).parent
 RECORD = "GPU_CHECK_RECORD"  # a file, which then has a line for each test, also if the process is ended
-NO_GPU = "needs a GPU: make gpu-check (python -m tests.gpu --rehearse does without)"
+NO_GPU = "make gpu-check (python -m tests.gpu --rehearse does without)"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    is_there = REHEARSAL or torch.cuda.is_available()
-    for item in items:
-        if item.path.is_relative_to(HERE):
-            item.add_marker(pytest.mark.filterwarnings("ignore:weight_decay"))
-            if not is_there:
-                item.add_marker(pytest.mark.skip(reason=NO_GPU))
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without a GPU the first test stands for all: it is skipped, the others are deselected."""
+    of_gpu = [item for item in items if item.path.is_relative_to(HERE)]
+    for item in of_gpu:
+        item.add_marker(pytest.mark.filterwarnings("ignore:weight_decay"))
+    if REHEARSAL or torch.cuda.is_available() or not of_gpu:
+        return
+    first, *others = of_gpu
+    first.add_marker(pytest.mark.skip(reason=f"{len(of_gpu)} tests need a GPU: {NO_GPU}"))
+    items[:] = [item for item in items if item not in set(others)]
+    config.hook.pytest_deselected(items=others)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

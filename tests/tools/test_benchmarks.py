@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import behind_backward, distributed, divergence, figure, first_step, fsdp2, muon, report, step, wrappers
+from benchmarks import behind_backward, distributed, divergence, figure, first_step, fsdp2, learning_rates, muon, report, step, wrappers
 from benchmarks.cases import GPT2, LAYOUTS, Case, Layout, select
 from benchmarks.contenders import BASELINE, CONTENDERS, OURS, Contender, by_name
 from benchmarks.contest import takes_part
@@ -223,3 +223,21 @@ def test_muon_is_measured_beside_full_tensor_with_what_travels() -> None:
     assert record["bytes_per_element"] == 2.0
     assert record["numel"] == 32 * 32 * (3 + 1 + 4 + 4)
     assert f"takes {record['ratio'][1]:.2f} of the time of full_tensor" in text
+
+
+def test_learning_rates_are_searched_by_the_mean_and_trained_to_the_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each optimizer is best at its second rate here, in the mean of the seeds alone; one run of the job is real."""
+    runs = []
+
+    def run(optimizer: str, rate: float, seed: int, steps: int) -> float:
+        runs.append((optimizer, steps))
+        return abs(math.log(rate / learning_rates.RATES[optimizer][1])) + (3 - seed) * 10 - (steps == learning_rates.WHOLE)
+
+    assert 0 < learning_rates.run("Muon", 1e-2, 0, 2) < 10
+    monkeypatch.setattr(learning_rates, "run", run)
+    learning_rates.main(["--output", str(tmp_path)])
+    assert len(runs) == 2 * (4 + 1) * 3
+    rows = json.loads((tmp_path / "learning_rates.json").read_text())["rows"]
+    ends = {row["optimizer"]: row["lr"] for row in rows if row["steps"] == learning_rates.WHOLE}
+    assert ends == {name: rates[1] for name, rates in learning_rates.RATES.items()}
+    assert "| Muon | 0.016 | 650 |" in (tmp_path / "learning_rates.md").read_text()

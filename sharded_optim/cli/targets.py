@@ -1,0 +1,110 @@
+"""Models, batches and optimizers that a command line names. All can be sent to other processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sharded_optim.optimizers import OPTIMIZERS
+from sharded_optim.tools.imported import imported
+from sharded_optim.tools.shapes import hugging_face_model
+from sharded_optim.training.muon_groups import muon_param_groups
+
+__all__ = ["Named", "TokenBatches", "optimizer_named", "target_named"]
+
+SEQUENCE = 32  # tokens
+BATCH = 2  # sequences
+
+
+@dataclass(frozen=True)
+class Named:
+    """A function or class by its import path, `package.module:name`."""
+
+    path: str
+
+    @property
+    def needed_modules(self) -> tuple[str, ...]:
+        return (self.path.partition(":")[0],)
+
+    def __call__(self, *args: Any) -> Any:
+        return imported(self.path)(*args)
+
+
+@dataclass(frozen=True)
+class HuggingFaceModel:
+    """A model with random weights in float32, from a config.json or the folder with it."""
+
+    config: str
+    needed_modules = ("transformers",)
+
+    def __call__(self) -> nn.Module:
+        return hugging_face_model(Path(self.config)).float()
+
+
+@dataclass(frozen=True)
+class TokenBatches:
+    """Batches of random tokens, with themselves as labels."""
+
+    vocabulary: int
+
+    def __call__(self, step: int) -> Mapping[str, Tensor]:
+        tokens = torch.randint(self.vocabulary, (BATCH, SEQUENCE), generator=torch.Generator().manual_seed(step))
+        return {"input_ids": tokens, "labels": tokens}
+
+
+@dataclass(frozen=True)
+class Muon:
+    """Muon with the param groups that `so.muon_param_groups` makes of a model."""
+
+    options: Mapping[str, Any]
+
+    def __call__(self, model: nn.Module) -> Any:
+        return OPTIMIZERS["Muon"](muon_param_groups(model), **self.options)
+
+
+def target_named(target: str, batch: str | None) -> tuple[Callable[[], nn.Module], Callable[[int], Any]]:
+    """Return functions that build the model and its batches.
+
+    Args:
+        target: a Hugging Face config.json or the folder with it, or `package.module:callable`, called without arguments.
+        batch: `package.module:callable`, called with the number of the step; a config needs none.
+
+    Raises:
+        ValueError: there is no such thing, or a module is given without batches.
+    """
+    path = Path(target)
+    if path.exists():
+        with torch.device("meta"):
+            vocabulary = hugging_face_model(path).config.get_text_config().vocab_size
+        return HuggingFaceModel(target), Named(batch) if batch else TokenBatches(vocabulary)
+    if ":" not in target:
+        raise ValueError(f"{target!r} is neither a Hugging Face config.json nor package.module:callable")
+    if batch is None:
+        raise ValueError(f"{target!r} needs batches: --batch package.module:callable, which is called with the number of the step")
+    for name in (target, batch):
+        imported(name)
+    return Named(target), Named(batch)
+
+
+def optimizer_named(name: str, options: Mapping[str, Any]) -> Callable[..., Any]:
+    """Return a class with its hyperparameters, or a function of the model.
+
+    Args:
+        name: a class of this library, or `package.module:name`, as torch.optim:AdamW.
+        options: hyperparameters, for a class.
+    """
+    if name == "Muon":
+        return Muon(options)
+    path = name if ":" in name else ":".join(name.rsplit(".", 1))
+    named = OPTIMIZERS.get(name) or imported(path)
+    if isinstance(named, type):
+        return partial(named, **options) if options else named
+    if options:
+        raise ValueError(f"{name!r} is a function of the model, which has its hyperparameters; leave the options out")
+    return Named(path)

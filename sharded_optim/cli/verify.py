@@ -1,0 +1,104 @@
+"""`sharded-optim verify`: compare an optimizer on a sharded model with one process. The comparison is in `sharded_optim/tools/verify/`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sharded_optim.cli import errors
+
+__all__ = ["verify"]
+
+
+def verify(
+    target: Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face config.json, or package.module:callable")],
+    batch: Annotated[str | None, typer.Option(help="package.module:callable of the step; needed but for a config.json")] = None,
+    optimizer: Annotated[str, typer.Option(help="of this library, as StableAdamW, or any: torch.optim.AdamW")] = "StableAdamW",
+    option: Annotated[list[str] | None, typer.Option("--option", "-o", help="hyperparameter, as lr=0.01; may be repeated")] = None,
+    sharding: Annotated[str, typer.Option(help="all, or some of them, separated by commas")] = "fsdp2",
+    world_size: Annotated[int, typer.Option("--world-size", "-n", help="processes; a power of two")] = 2,
+    steps: Annotated[int, typer.Option(help="half of them before a checkpoint is saved and loaded")] = 8,
+    max_grad_norm: Annotated[float | None, typer.Option(help="also try torch's clipping")] = None,
+    timeout: Annotated[float, typer.Option(help="seconds for a step")] = 180.0,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    html: Annotated[Path | None, typer.Option(help="also write a page")] = None,
+) -> None:
+    """Train a model sharded on CPU processes, and compare every parameter with one process. Exit status 1: something differs."""
+    from sharded_optim.cli.targets import optimizer_named, target_named
+    from sharded_optim.tools.verify import SHARDINGS, MakeOptimizer
+    from sharded_optim.tools.verify import verify as verify_one
+    from sharded_optim.tools.verify.page import page
+    from sharded_optim.tools.verify.shardings import installed
+
+    with errors.for_users():
+        if os.getcwd() not in sys.path:  # where `python -m` looks for `package.module` too
+            sys.path.insert(0, os.getcwd())
+        build_model, build_batch = target_named(target, batch)
+        given = optimizer_named(optimizer, dict(map(_parsed, option or [])))
+        names = installed(MakeOptimizer(given)) if sharding == "all" else sharding.split(",")
+        unknown = [name for name in names if name not in SHARDINGS]
+        if unknown:
+            raise ValueError(f"--sharding is all or some of {', '.join(SHARDINGS)}, got {', '.join(unknown)}")
+        reports = []
+        for name in names:
+            with _Progress(name) as progress:
+                report = verify_one(
+                    build_model,
+                    build_batch,
+                    given,
+                    sharding=name,
+                    world_size=world_size,
+                    steps=steps,
+                    max_grad_norm=max_grad_norm,
+                    timeout=timeout,
+                    progress=progress,
+                )
+            reports.append(report)
+            if not as_json:
+                print(report.text(), flush=True)
+        if html is not None:
+            html.write_text(page(reports), encoding="utf-8")
+    if as_json:
+        print(json.dumps([report.as_data() for report in reports], indent=2))
+    if not all(report.is_ok for report in reports):
+        raise typer.Exit(1)
+
+
+def _parsed(option: str) -> tuple[str, Any]:
+    """Split name=value; a value that is no JSON is text.
+
+    >>> _parsed("betas=[0.9, 0.95]"), _parsed("nonfinite=raise")
+    (('betas', [0.9, 0.95]), ('nonfinite', 'raise'))
+    """
+    name, is_there, text = option.partition("=")
+    if not is_there:
+        raise ValueError(f"--option is name=value, got {option!r}")
+    try:
+        return name, json.loads(text)
+    except ValueError:
+        return name, text
+
+
+class _Progress:
+    """One line on a terminal's stderr, which is replaced; elsewhere nothing."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._shows = sys.stderr.isatty()
+
+    def __enter__(self) -> _Progress:
+        self("processes start")
+        return self
+
+    def __call__(self, line: str) -> None:
+        if self._shows:
+            print(f"\r\x1b[2K{self._name}: {line}", end="", file=sys.stderr, flush=True)
+
+    def __exit__(self, *_: Any) -> None:
+        if self._shows:
+            print("\r\x1b[2K", end="", file=sys.stderr, flush=True)

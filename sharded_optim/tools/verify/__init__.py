@@ -1,0 +1,300 @@
+"""Verify an optimizer on a user's own model: sharded on CPU ranks against one process that is given the same gradients.
+
+making.py       what the user gives: model, batches, optimizer
+shardings.py    ways to shard, and how whole gradients and parameters are read
+rank.py         what a rank does: train, save, load in a new model, go on; preloaded.py: what ranks import
+local_copy.py   whether an optimizer treats local parts as whole tensors
+reference.py    the same optimizer in one process
+reasons.py      the most likely cause of what differs
+report.py       what was found, as data and text
+page.py         reports as an HTML page
+
+Ranks are processes of their own with gloo. All are given the same batch, with losses that jump by factors up to 30,000; each step's whole
+gradients and parameters are written to files, which this process reads and deletes while the ranks go on.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+from sharded_optim.tools.verify.making import MakeOptimizer, check_picklable, seeded
+from sharded_optim.tools.verify.rank import SEED, Job, failure_file, log_file, main, record_file
+from sharded_optim.tools.verify.reasons import Evidence, reasons_of
+from sharded_optim.tools.verify.reference import Grouping, Reference
+from sharded_optim.tools.verify.report import Difference, Reason, Report
+from sharded_optim.tools.verify.shardings import SHARDINGS, Shard
+
+__all__ = ["SHARDINGS", "TOLERANCE", "Difference", "Reason", "Report", "verify"]
+
+TOLERANCE = 1e-6  # relative: some optimizers round differently where shards begin, as vector instructions do
+GRACE = 3.0  # seconds for the others, when a rank has failed
+
+
+def verify(
+    build_model: Callable[[], nn.Module],
+    build_batch: Callable[[int], Any],
+    optimizer: Callable[..., Any],
+    *,
+    sharding: str | Shard = "fsdp2",
+    world_size: int = 2,
+    steps: int = 8,
+    max_grad_norm: float | None = None,
+    timeout: float = 180.0,
+    progress: Callable[[str], object] = lambda line: None,
+) -> Report:
+    """Compare an optimizer on a sharded model with the same optimizer in one process, given the same gradients.
+
+    Starts `world_size` processes on this machine's CPU, which build the model, shard it, train, save, build everything anew with other
+    weights, load, and go on. All get the same batch, and losses that jump. The parameters after each step are compared, bit for bit.
+
+    Args:
+        build_model: returns the model, on the CPU. What is given here is sent to other processes, so functions must be defined in a
+            module; in a script, call `verify` below `if __name__ == "__main__"`.
+        build_batch: step -> the model's input: keyword arguments as a mapping, positional ones as a list or tuple, or the only one. The
+            loss is the output's `loss`, or the output if it is one number, or the mean of the squares of the first tensor in it.
+        optimizer: a class, as so.StableAdamW or torch.optim.AdamW, or a functools.partial of one, which is called with the trainable
+            parameters; or a function of the model, as `lambda model: so.Muon(so.muon_param_groups(model))`, defined in a module.
+        sharding: one of `SHARDINGS`: ddp, fsdp2, fsdp1, zero1 and zero2 (so.ShardedOptimizer), deepspeed1 to deepspeed3; or your own
+            function (model, make_optimizer) -> (model to be called, optimizer), run on every rank.
+        world_size: a power of two, so that the average of equal gradients is exact.
+        steps: at least 2; model and optimizer are saved and loaded in the middle.
+        max_grad_norm: also try whether torch.nn.utils.clip_grad_norm_ returns the norm of all gradients.
+        timeout: seconds that ranks may take for a step.
+        progress: is called with a line about each part.
+
+    Returns:
+        Which tensors differ, by how much and for what likely reason; `is_ok` and `text()`.
+
+    Raises:
+        ValueError: an argument is out of range, or cannot be sent to another process.
+        RuntimeError: a process group is there already: the processes that are started need one of their own.
+    """
+    make = MakeOptimizer(optimizer)
+    if isinstance(sharding, str) and sharding not in SHARDINGS:
+        raise ValueError(f"sharding is one of {', '.join(SHARDINGS)} or a function, got {sharding!r}")
+    if world_size < 1 or world_size & (world_size - 1):
+        raise ValueError(f"world_size is a power of two, so that the average of equal gradients is exact, got {world_size}")
+    if steps < 2:
+        raise ValueError(f"steps is at least 2, as a checkpoint is loaded in the middle, got {steps}")
+    if dist.is_available() and dist.is_initialized():
+        raise RuntimeError("so.verify starts processes of its own; call it where no process group is initialized, not under torchrun")
+    check_picklable(build_model=build_model, build_batch=build_batch, optimizer=optimizer, sharding=sharding)
+    job = Job(
+        build_model=build_model,
+        build_batch=build_batch,
+        make=make,
+        sharding=sharding,
+        world_size=world_size,
+        steps=steps,
+        max_grad_norm=max_grad_norm,
+        timeout=timeout,
+    )
+    begin = time.monotonic()
+    evidence = Evidence(steps=steps)
+    with _one_thread(), tempfile.TemporaryDirectory(prefix="sharded_optim_verify_") as folder:
+        try:
+            _compare(job, Path(folder), evidence, progress)
+        except _EndedError as failed:
+            evidence.failure = str(failed)
+    errors = {name: max(of_steps) for name, of_steps in evidence.errors.items()}
+    reasons = reasons_of(evidence, TOLERANCE)
+    return Report(
+        sharding=sharding if isinstance(sharding, str) else getattr(sharding, "__name__", type(sharding).__name__),
+        world_size=world_size,
+        optimizer=make.name,
+        steps=evidence.compared,
+        tensors=len(evidence.shapes),
+        differences=tuple(sorted(evidence.differences(TOLERANCE), key=lambda each: -each.error)),
+        reasons=tuple(reasons),
+        rounding=max(errors.values(), default=0.0),
+        failure=evidence.failure,
+        notes=tuple(evidence.notes),
+        seconds=time.monotonic() - begin,
+    )
+
+
+class _EndedError(Exception):
+    """Ranks, or the reference, have failed or do not go on."""
+
+
+def _compare(job: Job, folder: Path, evidence: Evidence, progress: Callable[[str], object]) -> None:
+    """Start ranks, and step the reference along with them.
+
+    Args:
+        evidence: is added to.
+    """
+    reference: Reference | None = None
+    grouping: Grouping | None = None
+    for record in _records(job, folder):
+        kind = record["kind"]
+        if kind == "begin":
+            progress("model sharded")
+            evidence.begin(record["params"], record["storage"], record["unknown"], record["apart"])
+            with _in_one_process():
+                reference = Reference(seeded(job.build_model, SEED), record["params"], job.make)
+            if job.make.constructor is not None and len(record["params"]) > 1:
+                grouping = _grouping(job, record["params"], evidence)
+        elif kind == "step":
+            assert reference is not None
+            with _in_one_process():
+                reference.step(record["grads"])
+            evidence.step(record["params"], reference.errors(record["params"]), record["grads"])
+            if grouping is not None:
+                grouping.step(record["grads"])
+            progress(f"step {record['step'] + 1} of {job.steps}")
+        elif kind == "copies":
+            evidence.copies_equal = record["equal"]
+        elif kind == "loaded":
+            assert reference is not None
+            evidence.loaded(record["lost"], record["params"])
+            progress("saved and loaded")
+        elif kind == "clipped":
+            evidence.clipped = record
+    if grouping is not None:
+        evidence.groups, evidence.late = grouping.errors(), grouping.late
+
+
+def _grouping(job: Job, params: Mapping[str, Tensor], evidence: Evidence) -> Grouping | None:
+    try:
+        return Grouping(seeded(job.build_model, SEED), params, job.make)
+    except Exception as error:  # whatever an optimizer refuses about single parameters
+        evidence.notes.append(f"whether the result depends on param groups was not tried: {type(error).__name__}: {error}")
+        return None
+
+
+@contextmanager
+def _in_one_process() -> Iterator[None]:
+    """Say where an error of the optimizer comes from."""
+    try:
+        yield
+    except Exception as error:
+        raise _EndedError(f"in one process, without sharding: {type(error).__name__}: {error}") from error
+
+
+def _records(job: Job, folder: Path) -> Iterator[dict[str, Any]]:
+    """Start ranks, and yield what rank 0 writes down.
+
+    Raises:
+        _EndedError: names ranks and their errors.
+    """
+    context = _context(job)
+    processes = [
+        context.Process(target=main, args=(rank, job, folder, _environment(job.world_size), list(sys.path)), daemon=True)
+        for rank in range(job.world_size)
+    ]
+    with _server_environment():
+        for process in processes:
+            process.start()
+    try:
+        number, deadline = 0, time.monotonic() + job.timeout
+        while True:
+            path = record_file(folder, number)
+            if path.exists():
+                record = torch.load(path, weights_only=True)
+                path.unlink()
+                yield record
+                if record["kind"] == "end":
+                    break
+                number, deadline = number + 1, time.monotonic() + job.timeout
+            elif any(process.exitcode for process in processes):
+                time.sleep(GRACE)  # the first to fail may not be the first whose process has ended
+                raise _EndedError(_failure(folder, processes))
+            elif time.monotonic() > deadline:
+                raise _EndedError(f"ranks have not gone on for {job.timeout:g} s")
+            else:
+                time.sleep(0.005)
+        for process in processes:
+            process.join(GRACE)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _failure(folder: Path, processes: list[Any]) -> str:
+    """Return the distinct errors of ranks; of a rank that was killed what it printed last."""
+    texts: dict[str, list[int]] = {}
+    for rank, process in enumerate(processes):
+        path = failure_file(folder, rank)
+        if path.exists():
+            texts.setdefault(path.read_text(encoding="utf-8"), []).append(rank)
+        elif process.exitcode:
+            texts.setdefault(f"exit status {process.exitcode}; {_last_line(log_file(folder, rank))}", []).append(rank)
+    return "; ".join(f"rank {', '.join(map(str, ranks))}: {text}" for text, ranks in texts.items())
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.exists() else []
+    return lines[-1] if lines else "see what it has printed; functions must be defined in a module that a new process can import"
+
+
+def _environment(world_size: int) -> dict[str, str]:
+    """For the ranks; DeepSpeed reads most of it, and compiles with ninja."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+    }
+
+
+def _context(job: Job) -> Any:
+    """Return a context whose processes are forked from a server that has imported what ranks need, which takes longer than training.
+
+    The server is the one of this process: what it imports is chosen by who starts it.
+    """
+    if "forkserver" not in mp.get_all_start_methods():
+        return mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    given = (job.build_model, job.build_batch, job.make.constructor or job.make.given)
+    modules = [name for each in given for name in getattr(each, "needed_modules", (getattr(each, "__module__", None),))]
+    context.set_forkserver_preload([f"{__name__}.preloaded", *(name for name in modules if name not in (None, "__main__"))])
+    return context
+
+
+@contextmanager
+def _server_environment() -> Iterator[None]:
+    """Start processes that see no GPU, whatever they import first."""
+    changed = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    before = {name: os.environ.get(name) for name in changed}
+    os.environ |= changed
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute the reference as the ranks compute: sums of a matrix product depend on the number of threads."""
+    threads, generator = torch.get_num_threads(), torch.get_rng_state()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_rng_state(generator)

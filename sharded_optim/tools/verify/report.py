@@ -1,0 +1,99 @@
+"""What a verification found, as data and as text."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+__all__ = ["Difference", "Reason", "Report"]
+
+SHOWN = 8  # differences in a text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """A tensor that is not what it is in one process.
+
+    Attributes:
+        storage: how ranks hold it.
+        step: the first that differs, counted from 0.
+        error: the largest over the steps of max |parameter - reference| / max |reference|.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    storage: str
+    step: int
+    error: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reason:
+    """A fault, or what most likely causes the differences.
+
+    Attributes:
+        kind: "replicas apart", "built before sharding", "no effect", "slice", "state lost on load", "weights lost on load", "groups",
+            "clipping" or "unknown".
+    """
+
+    kind: str
+    text: str
+    way_out: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What came out for an optimizer under a way to shard.
+
+    Attributes:
+        steps: that were compared; less than asked where a failure ended them.
+        tensors: how many were compared.
+        differences: of more than the tolerance, the largest first.
+        rounding: the largest relative error of all tensors; 0.0: all bits are equal.
+        failure: why ranks have ended early, or could not begin.
+        notes: what is worth knowing, and no fault.
+    """
+
+    sharding: str
+    world_size: int
+    optimizer: str
+    steps: int
+    tensors: int
+    differences: tuple[Difference, ...]
+    reasons: tuple[Reason, ...]
+    rounding: float
+    failure: str | None
+    notes: tuple[str, ...]
+    seconds: float
+
+    @property
+    def is_ok(self) -> bool:
+        return not (self.differences or self.reasons or self.failure)
+
+    @property
+    def verdict(self) -> str:
+        """In a few words."""
+        if self.failure and not self.differences and not self.reasons:
+            return "failed"
+        if self.differences:
+            return f"differs by {self.differences[0].error:.1e}"
+        if self.reasons:
+            return f"wrong: {self.reasons[0].kind}"
+        return "bitwise" if self.rounding == 0.0 else f"equal to {self.rounding:.0e}"
+
+    def as_data(self) -> dict[str, Any]:
+        return {"ok": self.is_ok, "verdict": self.verdict, **asdict(self)}
+
+    def text(self) -> str:
+        """Return lines: the verdict, reasons with ways out, and the largest differences."""
+        lines = [f"{self.optimizer}, {self.sharding} on {self.world_size} ranks: {self.verdict}"]
+        lines += [f"  after {self.steps} steps: {self.failure}"] if self.failure else []
+        for reason in self.reasons:
+            lines += [f"  {reason.kind}: {reason.text}", f"    -> {reason.way_out}"]
+        for each in self.differences[:SHOWN]:
+            shape = " x ".join(map(str, each.shape)) or "scalar"
+            lines.append(f"  {each.error:.1e} from step {each.step} on: {each.name} ({shape}, {each.storage})")
+        if len(self.differences) > SHOWN:
+            lines.append(f"  and {len(self.differences) - SHOWN} of {self.tensors} tensors more")
+        lines += [f"  {note}" for note in self.notes]
+        return "\n".join(lines)
