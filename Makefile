@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+RECIPES := .venv-recipes
 CONFIG ?= configs/fsdp2.yaml
 ARGS ?=
 # Has a CUDA build of torch, Triton, and for gpu-check pytest, pytest-timeout, pytest-xdist and hypothesis. What needs a GPU runs with it as
@@ -11,7 +12,7 @@ GPU_PYTHON ?= python3
 SIDE_BY_SIDE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test matrix reshard chaos survive gpu-check wheel docker-check bench gpu-bench flattened figures lint format clean
+.PHONY: help setup train test matrix reshard chaos survive gpu-check wheel recipes docker-check bench gpu-bench flattened figures lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -52,6 +53,14 @@ gpu-check:  ## prove on a GPU what only a GPU can prove, in 8 minutes: make gpu-
 wheel: setup  ## build wheel and sdist, and run the README's example with the wheel alone, in a new environment
 	$(BIN)/python -m tests.wheel
 
+recipes: $(RECIPES)/.installed  ## run examples/ under every framework, in .venv-recipes: make recipes ARGS="peft_lora lightning_ddp"
+	$(RECIPES)/bin/python examples/run.py $(ARGS)
+
+$(RECIPES)/.installed: pyproject.toml constraints.txt examples/requirements.txt examples/install.py
+	$(PYTHON) -m venv --clear $(RECIPES)
+	$(RECIPES)/bin/python examples/install.py
+	touch $@
+
 docker-check:  ## install and run what docker/ does, in a scratch folder, without an engine
 	PYTHON=$(PYTHON) docker/check.sh
 
@@ -84,5 +93,5 @@ format: setup  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:  ## remove .venv and caches, keep runs/
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis *.egg-info
+clean:  ## remove both environments and caches, keep runs/
+	rm -rf $(VENV) $(RECIPES) .pytest_cache .ruff_cache .hypothesis *.egg-info
