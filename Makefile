@@ -55,6 +55,7 @@ wheel: setup  ## build wheel and sdist, and run the README's example with the wh
 
 recipes: $(RECIPES)/.installed  ## run examples/ under every framework, in .venv-recipes: make recipes ARGS="peft_lora lightning_ddp"
 	$(RECIPES)/bin/python examples/run.py $(ARGS)
+	$(if $(ARGS),,$(RECIPES)/bin/python -m pytest --noconftest --override-ini addopts= -q tests/tools/test_hugging_face_configs.py)
 
 $(RECIPES)/.installed: pyproject.toml constraints.txt examples/requirements.txt examples/install.py
 	$(PYTHON) -m venv --clear $(RECIPES)

@@ -38,7 +38,7 @@ def main() -> None:
         options = ("--constraint", constraints.name, "--no-build-isolation")
         pip("--constraint", "constraints.txt", "pip", "setuptools").check_returncode()
         pip(*options, torch).check_returncode()  # before DeepSpeed, whose setup imports it
-        pip(*options, "--editable", ".[cpu,deepspeed,mpi]").check_returncode()
+        pip(*options, "--editable", ".[cli,cpu,deepspeed,mpi]").check_returncode()
         if pip(*options, *frameworks).returncode == 0:
             return
         print("not all of them together; one after the other:", flush=True)

@@ -112,7 +112,7 @@ def verify(
         except _EndedError as failed:
             evidence.failure = str(failed)
     errors = [max(of_steps, default=0.0) for of_steps in evidence.errors.values()]
-    reasons = reasons_of(evidence, TOLERANCE)
+    reasons = tuple(reasons_of(evidence, TOLERANCE))
     return Report(
         sharding=sharding if isinstance(sharding, str) else getattr(sharding, "__name__", type(sharding).__name__),
         world_size=world_size,
@@ -120,7 +120,7 @@ def verify(
         steps=evidence.compared,
         tensors=len(evidence.shapes),
         differences=tuple(sorted(evidence.differences(TOLERANCE), key=lambda each: -each.error)),
-        reasons=tuple(reasons),
+        reasons=reasons,
         rounding=max(errors, default=0.0),
         failure=evidence.failure,
         notes=tuple(evidence.notes),

@@ -61,11 +61,11 @@ class Evidence:
     def compared(self) -> int:
         return len(next(iter(self.errors.values()), []))
 
-    def is_early(self, name: str) -> bool:
-        """Whether a good part of a tensor's error was there before the checkpoint, rounding aside."""
+    def is_early(self, name: str, tolerance: float) -> bool:
+        """Whether a tensor's error was there before the checkpoint, rounding aside."""
         errors = self.errors[name]
         before = errors if self.resumed_at is None else errors[: self.resumed_at]
-        return max(before, default=0.0) > LATE * max(errors)
+        return max(before, default=0.0) > min(tolerance, LATE * max(errors))
 
     def begin(self, params: Mapping[str, Tensor], storage: dict[str, str], unknown: int, apart: list[str]) -> None:
         self.shapes = {name: tuple(param.shape) for name, param in params.items()}
@@ -97,8 +97,8 @@ class Evidence:
 def reasons_of(evidence: Evidence, tolerance: float) -> Iterator[Reason]:
     """Yield faults, and the likely cause of differences."""
     differences = list(evidence.differences(tolerance))
-    found = [*_of_the_start(evidence), *_of_differences(evidence, differences)]
-    yield from found
+    yield from _of_the_start(evidence)
+    yield from _of_differences(evidence, differences, tolerance)
     yield from _of_groups(evidence, tolerance)
     yield from _of_clipping(evidence)
 
@@ -126,12 +126,12 @@ def _of_the_start(evidence: Evidence) -> Iterator[Reason]:
         )
 
 
-def _of_differences(evidence: Evidence, differences: list[Difference]) -> Iterator[Reason]:
+def _of_differences(evidence: Evidence, differences: list[Difference], tolerance: float) -> Iterator[Reason]:
     if evidence.failure is not None and evidence.lost and not differences:
         yield _lost(evidence)
     if not differences or evidence.unknown:
         return
-    early = [each for each in differences if evidence.is_early(each.name)]
+    early = [each for each in differences if evidence.is_early(each.name, tolerance)]
     cut = [each.name for each in early if each.name in evidence.storage]
     if cut and evidence.copies_equal and not evidence.is_elementwise:
         yield Reason(
