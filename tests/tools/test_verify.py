@@ -105,6 +105,41 @@ def test_clipping_that_works_is_no_fault() -> None:
     assert report.is_ok, report.text()
 
 
+def test_faults_of_optimizers_that_a_function_builds_are_found() -> None:
+    counter = verified(verify_faults.a_counter_per_group, sharding="ddp")
+    assert [reason.kind for reason in counter.reasons] == ["groups"], counter.text()
+    muon = verified(verify_faults.muon_on_local_shards, sharding="fsdp2")
+    assert [reason.kind for reason in muon.reasons] == ["slice"], muon.text()
+
+
+def test_an_elementwise_optimizer_is_not_blamed_for_slices() -> None:
+    report = verified(torch.optim.AdamW, sharding=verify_faults.doubled_rate)
+    assert [reason.kind for reason in report.reasons] == ["unknown"], report.text()
+    assert "treats every element alike" in report.reasons[0].text
+
+
+def test_a_moment_that_is_not_saved_is_found() -> None:
+    report = verified(verify_faults.LosesStateDict, sharding="fsdp2")
+    assert [reason.kind for reason in report.reasons] == ["state lost on load"], report.text()
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp2", "fsdp1"])
+def test_unusual_models_are_right(sharding: str) -> None:
+    for optimizer in (so.StableAdamW, verify_faults.WithoutClosure):
+        report = verified(optimizer, sharding=sharding, build_model=verify_faults.Unusual)
+        assert report.is_ok, report.text()
+
+
+def test_parameters_that_no_step_of_their_dtype_changes_are_no_fault() -> None:
+    report = so.verify(verify_faults.low_precision, verify_faults.low_precision_batch, torch.optim.AdamW, steps=2)
+    assert report.verdict == "bitwise", report.text()
+
+
+def test_an_error_of_the_model_is_reported() -> None:
+    report = verified(so.AdamW, sharding="ddp", build_model=verify_faults.RaisesInForward)
+    assert "this model has no forward (verify_faults.py:" in str(report.failure)
+
+
 def test_a_failure_on_the_ranks_is_reported_with_its_message() -> None:
     report = verified(verify_faults.fails, sharding="ddp")
     assert not report.is_ok

@@ -113,3 +113,76 @@ def muon(model: nn.Module) -> torch.optim.Optimizer:
 
 def fails(model: nn.Module) -> torch.optim.Optimizer:
     raise ValueError("no optimizer for this model")
+
+
+def a_counter_per_group(model: nn.Module) -> torch.optim.Optimizer:
+    biases = [param for param in model.parameters() if param.ndim < 2]
+    return CounterPerGroup([{"params": [param for param in model.parameters() if param.ndim > 1]}, {"params": biases, "lr": 5e-3}])
+
+
+def muon_on_local_shards(model: nn.Module) -> torch.optim.Optimizer:
+    return MuonOnLocalShards(model.parameters())
+
+
+def doubled_rate(model: nn.Module, make: Any) -> tuple[nn.Module, Any]:
+    """An elementwise optimizer is called wrongly."""
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(model)
+    optimizer = make(model)
+    for group in optimizer.param_groups:
+        group["lr"] *= 2
+    return model, optimizer
+
+
+class RaisesInForward(Model):
+    def forward(self, inputs: Tensor) -> Tensor:
+        raise RuntimeError("this model has no forward")
+
+
+class LosesStateDict(torch.optim.AdamW):
+    """The first moment is not saved."""
+
+    def state_dict(self) -> Any:
+        content = super().state_dict()
+        for state in content["state"].values():
+            del state["exp_avg"]
+        return content
+
+
+# --------------------------------------------------------------------------------------------------------- what is right, and unusual
+
+
+class Unusual(nn.Module):
+    """A list of lists, a list of one module twice, a parameter without a gradient, a frozen one, the only child called `module`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = nn.Module()
+        self.module.pairs = nn.ModuleList(nn.ModuleList([nn.Linear(7, 7), nn.LayerNorm(7)]) for _ in range(2))
+        shared = nn.Linear(7, 7)
+        self.module.shared = nn.ModuleList([shared, shared])
+        self.module.unused, self.module.frozen = nn.Linear(7, 3), nn.Linear(7, 7)
+        self.module.frozen.requires_grad_(False)
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        for linear, norm in self.module.pairs:  # pyright: ignore[reportGeneralTypeIssues]
+            inputs = norm(linear(inputs))
+        for shared in self.module.shared:  # pyright: ignore[reportGeneralTypeIssues]
+            inputs = shared(inputs)
+        inputs = self.module.frozen(inputs)
+        return inputs, inputs.square().mean()
+
+
+class WithoutClosure(torch.optim.AdamW):
+    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        super().step()
+
+
+def low_precision() -> nn.Module:
+    """The gains of norms stay 1.0: a step of 1e-3 rounds to nothing."""
+    return Model().bfloat16()
+
+
+def low_precision_batch(step: int) -> Tensor:
+    return batch(step).bfloat16()

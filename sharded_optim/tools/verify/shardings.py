@@ -106,6 +106,11 @@ class Sharded:
 
     def save(self, folder: str) -> None:
         """Save model and optimizer. A collective."""
+        if not self._saves_shards:
+            if dist.get_rank() == 0:
+                torch.save([self.model.state_dict(), self.optimizer.state_dict()], folder)
+            dist.barrier()
+            return
         from torch.distributed.checkpoint.state_dict import get_state_dict
         from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -114,6 +119,10 @@ class Sharded:
 
     def load(self, folder: str) -> None:
         """Load what `save` has saved. A collective."""
+        if not self._saves_shards:
+            for each, state in zip((self.model, self.optimizer), torch.load(folder, weights_only=False), strict=True):
+                each.load_state_dict(state)
+            return
         from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
         from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
         from torch.distributed.checkpoint.state_dict_loader import load
@@ -123,6 +132,11 @@ class Sharded:
         # A parameter without a gradient has no state in the checkpoint, but torch makes one here.
         load(loaded, checkpoint_id=folder, planner=DefaultLoadPlanner(allow_partial_load=True))
         set_state_dict(self.model, self.optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+
+    @property
+    def _saves_shards(self) -> bool:
+        """Whether what a rank has is not all, so that torch.distributed.checkpoint saves it."""
+        return any(hasattr(param, "placements") for param in self.model.parameters())
 
     def close(self) -> None:
         """Release what outlives the objects."""
@@ -175,6 +189,10 @@ class ShardedByZero(Sharded):
 
     def storage(self) -> dict[str, str]:
         return dict.fromkeys(self.named(), FLATTENED)
+
+    @property
+    def _saves_shards(self) -> bool:
+        return True
 
 
 class ShardedByDeepSpeed(Sharded):
