@@ -26,13 +26,20 @@ from sharded_optim.storage.formats import KAHAN_COMP
 __all__ = ["translate"]
 
 TORCH, COMPOSER, OPTIMI = "torch", "Composer", "optimi"
-TORCHS_SWITCHES = {"foreach", "fused", "capturable", "decoupled_weight_decay"}  # how it computes, which is not ours to follow
+TORCHS_SWITCHES = {
+    "foreach",
+    "fused",
+    "capturable",
+    "decoupled_weight_decay",
+    "differentiable",
+}  # how it computes, which is not ours to follow
 OPTIMIS_SWITCHES = {"beta1", "beta2", "decouple_wd", "decouple_lr", "max_lr", "foreach", "triton", "gradient_release", "setup", "step"}
 OPTIMIS_SCRATCH = {"eps_sq", "mean_square", "group"}
 OPTIMIS_OTHERS = {"beta3", "k", "momentum"}  # in groups of Adan, Ranger and SGD; those of RAdam have the keys of Adam
 TORCHS_ADAM = {"betas", "eps", "weight_decay", "amsgrad"}  # of RAdam and NAdam the last is missing
 TORCHS_SGD = {"momentum", "dampening", "nesterov", "weight_decay"}
 TORCHS_MUON = {"momentum", "nesterov", "ns_coefficients", "adjust_lr_fn"}
+TORCHS_MARKS = ({"capturable"}, {"momentum", "fused", "differentiable"})  # of Adam and SGD: torchtitan writes `fused` into groups of ours
 OURS = {"decay_form", "reference_lr", "learns_reference_lr", "kahan_sum", "stochastic_rounding", "rounding_seed"}
 
 logger = logging.getLogger(__name__)
@@ -60,7 +67,7 @@ def translate(state_dict: dict[str, Any], own_groups: list[Group], *, replaces_c
     highest_decay = max(float(group.get("weight_decay", 0.0)) for group in state_dict["param_groups"])
     doubtful, read_as = False, ""
     for index, (group, own) in enumerate(zip(state_dict["param_groups"], own_groups, strict=True)):
-        if "reference_lr" in group and group.keys() & TORCHS_SWITCHES:  # torch's, loaded from ours: it has kept keys, which are stale
+        if "reference_lr" in group and any(group.keys() >= keys for keys in TORCHS_MARKS):  # torch has kept ours, which are stale
             group = {key: value for key, value in group.items() if key not in OURS}
             state |= {
                 key: {name: value for name, value in state[key].items() if name != KAHAN_COMP} for key in group["params"] if key in state

@@ -387,6 +387,26 @@ def test_what_torch_has_loaded_from_ours_is_torchs_when_it_comes_back(ours: type
     assert not back.param_groups[0].keys() & {"fused", "capturable", "decoupled_weight_decay"}
 
 
+@pytest.mark.parametrize("switches", [{"fused": False, "foreach": True}, {"fused": None}])
+def test_own_groups_with_switches_of_torch_stay_own(switches: dict[str, Any]) -> None:
+    """torchtitan writes them into groups; and a group that has loaded torch's state has other keys of torch's."""
+    param = nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    optimizer = so.DecoupledAdamW([{"params": [param], **switches}], lr=1e-2, weight_decay=0.1)
+    theirs = torch.optim.AdamW([nn.Parameter(torch.ones(3))])
+    for _ in range(2):
+        optimizer.step()
+        again = so.DecoupledAdamW([{"params": [param], **switches}], lr=1e-2)
+        again.load_state_dict(optimizer.state_dict())
+        form = optimizer.param_groups[0]["decay_form"]
+        assert (again.param_groups[0]["decay_form"], again.param_groups[0]["weight_decay"]) == (
+            form,
+            optimizer.param_groups[0]["weight_decay"],
+        )
+        optimizer.load_state_dict(theirs.state_dict())
+        optimizer.param_groups[0]["decay_form"] = "decoupled"
+
+
 def test_a_high_decay_of_torch_under_a_scheduler_is_warned_of_in_a_class_of_composers_name() -> None:
     """29 % of the parameters in 5 steps, if it is torch's."""
     param = nn.Parameter(torch.ones(3))
