@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -37,7 +38,14 @@ class HuggingFaceModel:
     """A model with random weights in float32, from a config.json or the folder with it."""
 
     config: str
-    needed_modules = ("transformers",)  # of a process that runs this
+
+    @property
+    def needed_modules(self) -> tuple[str, ...]:
+        """Modules that a process imports to run this, which takes seconds."""
+        path = Path(self.config)
+        kind = json.loads((path / "config.json" if path.is_dir() else path).read_text(encoding="utf-8")).get("model_type", "")
+        name = kind.replace("-", "_")
+        return ("transformers", f"transformers.models.{name}.modeling_{name}")
 
     def __call__(self) -> nn.Module:
         return hugging_face_model(Path(self.config)).float()
