@@ -24,6 +24,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # have been killed and have left its lock.
 EXTENSIONS = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix, "torch_extensions"))))
 SECONDS_OF_A_BUILD = 300.0  # at most
+# Likewise Triton's: machine code names the files that it was compiled from, which another copy of this repository has elsewhere.
+os.environ.setdefault("TRITON_CACHE_DIR", str(Path(sys.prefix, "triton_cache")))
 
 # The longest, so that no process is left alone with one of them at the end. The first has DeepSpeed's extension compiled, for which the
 # others that need it would wait.
