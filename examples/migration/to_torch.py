@@ -11,7 +11,7 @@ for group in saved["optimizer"]["param_groups"]:
             raise SystemExit(f"no optimizer of torch decays weights as decay_form={group['decay_form']!r} does here")
     elif group["decay_form"] == "decoupled":  # torch's AdamW multiplies its decay by lr
         group["weight_decay"] /= group["reference_lr"]
-    for key in OURS:  # with which this library would take what torch saves for its own
+    for key in OURS:  # which torch would keep, though they no longer hold
         group.pop(key, None)
     print(f"lr {group['lr']:g}  weight_decay {group['weight_decay']:g}")
 for state in saved["optimizer"]["state"].values():

@@ -66,7 +66,7 @@ def verify(
         build_model: returns the model, on the CPU. What is given here is sent to other processes, so functions must be defined in a
             module; in a script, call `verify` below `if __name__ == "__main__"`.
         build_batch: step -> the model's input: keyword arguments as a mapping, positional ones as a list or tuple, or the only one. The
-            loss is the output's `loss`, or the output if it is one number, or the mean of the squares of the first tensor in it.
+            loss is the output's `loss`, or the first tensor of one number in it, or the mean of the squares of its first tensor.
         optimizer: a class, as so.StableAdamW or torch.optim.AdamW, or a functools.partial of one, which is called with the trainable
             parameters; or a function of the model, as `lambda model: so.Muon(so.muon_param_groups(model))`, defined in a module.
         sharding: one of `SHARDINGS`: ddp, fsdp2, fsdp1, zero1 and zero2 (so.ShardedOptimizer), deepspeed1 to deepspeed3; or your own
@@ -105,7 +105,7 @@ def verify(
         timeout=timeout,
     )
     begin = time.monotonic()
-    evidence = Evidence(steps=steps)
+    evidence = Evidence()
     with _one_thread(), tempfile.TemporaryDirectory(prefix="sharded_optim_verify_") as folder:
         try:
             _compare(job, Path(folder), evidence, progress)
@@ -276,7 +276,7 @@ def _environment(world_size: int) -> dict[str, str]:
 def _context(job: Job) -> Any:
     """Return a context whose processes are forked from a server that has imported what ranks need, which takes longer than training.
 
-    It imports none of the user's modules, which may change between two calls. It is this process's only one: who starts it decides.
+    Python has one such server in a process: the first call decides what it imports. None of it is the user's, which may change.
     """
     if "forkserver" not in mp.get_all_start_methods():
         return mp.get_context("spawn")

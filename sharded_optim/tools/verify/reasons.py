@@ -36,7 +36,6 @@ class Evidence:
         clipped: what clipping returned.
     """
 
-    steps: int
     errors: dict[str, list[float]] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     storage: dict[str, str] = field(default_factory=dict)
