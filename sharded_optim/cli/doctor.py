@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -35,7 +34,7 @@ def doctor(
 
     Under torchrun also whether all ranks agree: torchrun --nproc-per-node 2 --no-python sharded-optim doctor
     """
-    with errors.for_users(), _ended_politely(), _Stdout() as stdout:
+    with errors.for_users(), errors.exit_on_sigterm(), _Stdout() as stdout:
 
         def report_to(report: Report) -> None:
             with stdout.restored():
@@ -76,17 +75,6 @@ class _Stdout(contextlib.AbstractContextManager["_Stdout"]):
             sys.stdout.flush()
         finally:
             self._divert()
-
-
-@contextlib.contextmanager
-def _ended_politely() -> Iterator[None]:
-    """Turn SIGTERM into an exit that removes what was written."""
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    try:
-        yield
-    finally:
-        if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:  # as ranks do that have agreed on their exit status
-            signal.signal(signal.SIGTERM, before)
 
 
 # --------------------------------------------------------------------------------------------------------------------------- print

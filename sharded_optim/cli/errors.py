@@ -1,7 +1,11 @@
-"""How a command fails: the sentence for the user on stderr, and exit status 2, as for a wrong option; 1 where a checkpoint is damaged."""
+"""How a command ends otherwise than by its result.
+
+Errors of the user: the sentence on stderr, and exit status 2, as for a wrong option; 1 where a checkpoint is damaged. SIGTERM: an exit.
+"""
 
 from __future__ import annotations
 
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -12,7 +16,7 @@ import typer
 
 from sharded_optim.checkpoint.errors import CheckpointError, DamagedError
 
-__all__ = ["for_users"]
+__all__ = ["exit_on_sigterm", "for_users"]
 
 
 @contextmanager
@@ -28,6 +32,17 @@ def for_users() -> Iterator[None]:
     except (ValueError, OSError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1 if isinstance(error, DamagedError) else 2) from None
+
+
+@contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """Turn SIGTERM into an exit that removes what was written, and ends processes that were started."""
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:  # as ranks do that have agreed on their exit status
+            signal.signal(signal.SIGTERM, before)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 import os
-import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -39,8 +38,7 @@ def verify(
     from sharded_optim.tools.verify.page import page
     from sharded_optim.tools.verify.shardings import installed
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that processes and folders are cleaned up
-    with errors.for_users():
+    with errors.for_users(), errors.exit_on_sigterm():
         if os.getcwd() not in sys.path:  # where `python -m` looks for `package.module` too
             sys.path.insert(0, os.getcwd())
         build_model, build_batch = target_named(target, batch)

@@ -20,9 +20,8 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,14 +147,14 @@ def _compare(job: Job, folder: Path, evidence: Evidence, progress: Callable[[str
             with _in_one_process():
                 reference = Reference(seeded(job.build_model, SEED), record["params"], job.make)
             if isinstance(reference.optimizer, torch.optim.Optimizer) and not isinstance(reference.optimizer, Engine):
-                probes = _probed(lambda reference=reference: Probes(reference, job.make), evidence)
+                probes = _tried(evidence, Probes, reference, job.make)
         elif kind == "step":
             assert reference is not None
             with _in_one_process():
                 reference.step(record["grads"], record["step"])
             evidence.step(record["params"], reference.errors(record["params"]), record["grads"], reference.moved)
             if probes is not None:
-                probes = _probed(partial(_stepped, probes, record), evidence)
+                probes = _tried(evidence, probes.step, record["grads"], record["step"])
             if not all(param.isfinite().all() for param in reference.params.values()):
                 raise _EndedError("parameters are not finite, in one process either; lower the learning rate")
             progress(f"step {record['step'] + 1} of {job.steps}")
@@ -175,18 +174,13 @@ def _compare(job: Job, folder: Path, evidence: Evidence, progress: Callable[[str
         evidence.notes.append(f"the result depends on how parameters are grouped, by {probes.of_grouping:.1e}: a statistic of all of them")
 
 
-def _probed(probe: Callable[[], Probes], evidence: Evidence) -> Probes | None:
+def _tried(evidence: Evidence, probe: Callable[..., Probes], *arguments: Any) -> Probes | None:
     try:
-        return probe()
+        return probe(*arguments)
     except Exception as error:  # whatever an optimizer refuses about other groups, or a missing gradient
         evidence.notes.append(f"other param groups were not tried: {describe(error)}")
         evidence.groups, evidence.is_elementwise = {}, None
         return None
-
-
-def _stepped(probes: Probes, record: Mapping[str, Any]) -> Probes:
-    probes.step(record["grads"], record["step"])
-    return probes
 
 
 @contextmanager

@@ -139,9 +139,9 @@ def _of_differences(evidence: Evidence, differences: list[Difference], tolerance
             "knows the local parts alone does the same, bit for bit",
             way_out="use an optimizer that computes statistics and matrices of whole tensors on shards",
         )
-    elif early and evidence.apart:
-        pass  # is reason enough
     elif early:
+        if evidence.apart:  # which is reason enough
+            return
         yield Reason(
             kind="unknown",
             text=f"{_some([each.name for each in early])} differ before anything is saved; {_not_sliced(evidence)}",

@@ -70,10 +70,12 @@ class Probes:
             _Variant(reference, make, alone=alone, pieces=pieces) for alone, pieces in ((True, 1), (False, 2), (False, 1), (True, 1))
         )
 
-    def step(self, grads: Mapping[str, Tensor], number: int) -> None:
+    def step(self, grads: Mapping[str, Tensor], number: int) -> Probes:
+        """Step all variants; return these probes."""
         for variant in (self._alone, self._halves, self._late, self._late_alone):
             is_late = variant in (self._late, self._late_alone) and number == 0
             variant.step({name: grad for name, grad in grads.items() if not (is_late and name == self.late)}, number)
+        return self
 
     @property
     def of_cutting(self) -> float:
