@@ -92,32 +92,34 @@ def gathered(engine: Any, part_of: Callable[[Tensor], Tensor | None]) -> dict[st
     return found
 
 
-def whole(engine: Any, key: str | None = None) -> dict[str, Tensor]:
-    """The master weights, or that entry of the state, of every parameter: in its shape. A collective."""
+def whole(engine: Any, key: str | None = None, having: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
+    """The master weights, or that entry of the state, of every parameter that should have it: in its shape. A collective."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     wrapper, state, names = engine.optimizer, engine.basic_optimizer.state, engine.param_names
     if hasattr(wrapper, "fp32_partitioned_groups_flat"):
         read = safe_get_full_fp32_param if key is None else partial(safe_get_full_optimizer_state, optim_state_key=key)
-        return {name: read(param).detach().view(param.ds_shape) for param, name in names.items() if param.requires_grad}
+        return {name: read(param).detach().view(param.ds_shape) for param, name in names.items() if param.requires_grad and having(name)}
     if hasattr(wrapper, "real_dp_process_group"):
-        return gathered(engine, lambda master: master.detach() if key is None else state[master][key])
+        return gathered(engine, lambda master: master.detach() if key is None else state[master].get(key))
     if hasattr(wrapper, "fp32_groups"):
         columns = map(chain.from_iterable, (wrapper.fp16_groups, wrapper.fp32_groups))
         masters = {names[param]: master for param, master in zip(*columns, strict=True)}
     else:
         masters = {name: param for param, name in names.items()}
-    return {name: (master.detach() if key is None else state[master][key]).clone() for name, master in masters.items()}
+    found = {name: master.detach() if key is None else state[master].get(key) for name, master in masters.items()}
+    return {name: value.clone() for name, value in found.items() if value is not None}
 
 
 def assert_equal(engine: Any, expected: Outcome, where: str) -> None:
     """Parameters, state and step counters are those of the unsharded optimizer, bit for bit. A collective."""
     for name, value in whole(engine).items():
         assert torch.equal(value, expected.params[name]), f"{where}: {name}, by {(value - expected.params[name]).abs().max()}"
-    for key in next(iter(expected.state.values())):
-        if key != "step":
-            for name, value in whole(engine, key).items():
-                assert torch.equal(value, expected.state[name][key]), f"{where}: {key} of {name}"
+    for key in sorted({key for state in expected.state.values() for key in state} - {"step"}):
+        found = whole(engine, key, lambda name: key in expected.state[name])  # noqa: B023
+        assert found.keys() == {name for name, state in expected.state.items() if key in state}, f"{where}: {key} of {sorted(found)}"
+        for name, value in found.items():
+            assert torch.equal(value, expected.state[name][key]), f"{where}: {key} of {name}"
     steps = {float(state["step"]) for state in engine.basic_optimizer.state.values()}
     assert steps == {float(next(iter(expected.state.values()))["step"])}, f"{where}: {steps}"
 

@@ -8,16 +8,18 @@ they are wrong with `round_robin_gradients`: `_hp_mapping` and `_param_slice_map
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sharded_optim.sharding import plain
 from sharded_optim.sharding.flat import FlatLayout, FlatTensor, piece_in_range
-from sharded_optim.sharding.layout import Piece
+from sharded_optim.sharding.layout import LocalParam, Piece
 from sharded_optim.sharding.segment import Segment
-from sharded_optim.sharding.wrappers import Wrapper
+from sharded_optim.sharding.wrappers import Tensors, Wrapper
 
 __all__ = ["EXPERTS", "OPTIMIZER_WRAPPERS", "WRAPPER", "layout_of", "parameter_names", "qualified_name"]
 
@@ -164,10 +166,32 @@ def _expert_name(experts: Any, owner: str, rest: str, param: Any) -> str:
 # ------------------------------------------------------------------------------------------------------------------------- module
 
 
+def _is_partitioned(tensor: Tensor) -> bool:
+    return hasattr(tensor, "ds_id")  # stage 3's mark, from deepspeed.zero.Init or from its engine
+
+
+def _describe_partitioned(param: Any, name: str) -> LocalParam:
+    """What an optimizer has of a parameter before the engine gives it masters: nothing, of a tensor of that shape."""
+    nothing = Piece(segment=Segment.flat(name, param.ds_shape, 0, 0))
+    return replace(plain.describe(param, name), pieces=(nothing,))
+
+
+def _partitioned(model: nn.Module) -> dict[Tensor, Tensors]:
+    """The shape of each parameter that stage 3 has cut, which has no elements itself between its uses."""
+    named: Iterator[tuple[str, Any]] = model.named_parameters()
+    return {param: [(name, tuple(param.ds_shape))] for name, param in named if _is_partitioned(param)}
+
+
 def _refuse_partitioned(module: nn.Module, names: Mapping[Tensor, str]) -> None:
     for param, name in names.items():
-        if hasattr(param, "ds_id"):
+        if _is_partitioned(param):
             raise ValueError(f"{name!r} is partitioned by DeepSpeed; pass the engine as model=, not its module")
 
 
-WRAPPER = Wrapper(name="DeepSpeedEngine", content=_refuse_partitioned)
+WRAPPER = Wrapper(
+    name="DeepSpeed's ZeRO stage 3",
+    claims=_is_partitioned,
+    describe=_describe_partitioned,
+    flattened=_partitioned,
+    content=_refuse_partitioned,
+)

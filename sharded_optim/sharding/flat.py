@@ -26,12 +26,19 @@ class FlatTensor:
 
     numel: int  # with padding
     pieces: tuple[Piece, ...]
+    shapes: Mapping[str, tuple[int, ...]]  # of all tensors in it, by name, on whatever ranks their elements are
 
     @classmethod
     def holding(cls, numel: int, pieces: Iterable[Piece]) -> FlatTensor:
-        """Make a flat tensor of the pieces that are not empty, or of one if all are: the rank then counts steps like the others."""
+        """Make a flat tensor of the pieces that are not empty, or of one if all are: the rank then counts steps like the others.
+
+        Args:
+            numel: with padding.
+            pieces: one of each tensor in it, also of those of which this rank holds nothing.
+        """
         pieces = tuple(pieces)
-        return cls(numel=numel, pieces=tuple(piece for piece in pieces if piece.segment.numel) or pieces[:1])
+        shapes = {piece.segment.name: piece.segment.shape for piece in pieces}
+        return cls(numel=numel, pieces=tuple(piece for piece in pieces if piece.segment.numel) or pieces[:1], shapes=shapes)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

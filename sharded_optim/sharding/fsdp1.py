@@ -41,7 +41,7 @@ def layout_of(model: nn.Module) -> FlatLayout:
             flat[flat_param] = FlatTensor.holding(flat_param._sharded_size.numel(), pieces)
         else:
             for param, segment in zip(flat_param._params, segments, strict=True):
-                flat[param] = FlatTensor(numel=segment.numel, pieces=(Piece(segment=segment),))
+                flat[param] = FlatTensor.holding(segment.numel, [Piece(segment=segment)])
     if not flat:
         raise ValueError(
             "the model has no parameters that FullyShardedDataParallel has flattened; wrap it first, and leave layout out under other "

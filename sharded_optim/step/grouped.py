@@ -155,21 +155,20 @@ class GroupedOptimizer(torch.optim.Optimizer):
         """Add the matrices that the algorithm of a group needs whole.
 
         Raises:
-            ValueError: the tensor is none, or it is sharded in a way of which it is not proven that they come together.
+            ValueError: a tensor is none. Where a wrapper has flattened several into this parameter, on every rank alike.
         """
         matrix = self._choose(group).matrix
         if matrix is None:
             return entry
-        if self.layout is not None:
-            raise ValueError(
-                f"{entry.name!r} was flattened by a wrapper (FSDP1, DeepSpeed, ShardedOptimizer), and {type(self).__name__} steps matrices "
-                f"of ordinary tensors and DTensors only; shard the model with fully_shard (FSDP2), HSDP or tensor parallelism, or wrap it "
-                f"in DistributedDataParallel"
-            )
-        try:
-            pieces = [replace(piece, matrices=matrices_of(matrix, piece.segment.shape, group)) for piece in entry.pieces]
-        except ValueError as error:
-            raise ValueError(f"parameter {entry.name!r} {error}") from None
+        held = None if self.layout is None else self.layout.flat.get(entry.param)
+        shapes = {piece.segment.name: piece.segment.shape for piece in entry.pieces} if held is None else held.shapes
+        found = {}
+        for name, shape in shapes.items():
+            try:
+                found[name] = matrices_of(matrix, shape, group)
+            except ValueError as error:
+                raise ValueError(f"parameter {name!r} {error}{_way_out_of_flattening(shapes)}") from None
+        pieces = [replace(piece, matrices=found[piece.segment.name]) for piece in entry.pieces]
         return replace(entry, pieces=tuple(pieces))
 
     def _stands_for_others(self, param: Tensor, group: dict[str, Any]) -> bool:
@@ -324,6 +323,16 @@ class GroupedOptimizer(torch.optim.Optimizer):
             self._values = []
             self._layout = self._process_group = None
             self._given = list(map(_Given.of, self.param_groups))
+
+
+def _way_out_of_flattening(shapes: Mapping[str, Any]) -> str:
+    """Say what else can be done about one of several tensors that a wrapper has flattened into one parameter."""
+    if len(shapes) < 2:
+        return ""
+    return (
+        f". A wrapper has flattened it with {len(shapes) - 1} others into one parameter, which is in one param group: have FSDP1 keep the "
+        f"original parameters (use_orig_params=True), or flatten those of a group together"
+    )
 
 
 def matrices_of(matrix: Matrix, shape: tuple[int, ...], group: Mapping[str, Any]) -> Matrices:

@@ -6,6 +6,7 @@ where, and why.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -43,7 +44,7 @@ def muon_param_groups(
     and routers (a module called router or gate). All other tensors are matrices, stacks of matrices, or convolutions, for Muon.
 
     Args:
-        model: ordinary, or sharded by FSDP2, HSDP or tensor parallelism.
+        model: ordinary, or wrapped. Under DeepSpeed, the one that is going to be given to `initialize`.
         rest: "adamw" or "stable_adamw".
         to_muon, to_rest: override that: parts of names, or a function of (name, parameter).
         split: row blocks of fused matrices (see `so.Muon`) by parts of names: {"qkv": d_model}. That of nn.MultiheadAttention is known.
@@ -55,20 +56,15 @@ def muon_param_groups(
         Groups with named parameters; none is empty.
 
     Raises:
-        ValueError: a wrapper has flattened parameters, nothing is left for Muon, an override fits no parameter, or both fit one.
+        ValueError: a wrapper (FSDP1) has flattened several parameters into one, nothing is left for Muon, an override fits no parameter,
+            or both fit one.
     """
-    for wrapper in used_wrappers():
-        if flattened := wrapper.flattened(model):
-            (name, _), *_ = next(iter(flattened.values()))
-            raise ValueError(
-                f"{wrapper.name} has flattened {name!r} and other parameters, so none of them is a matrix any more; shard the model with "
-                f"fully_shard (FSDP2), HSDP or tensor parallelism, or wrap it in DistributedDataParallel"
-            )
+    shapes = _shapes(model)
     params = {name: param for name, param in model.named_parameters() if param.requires_grad}
     wanted, unwanted = _chosen(to_muon, params, "to_muon"), _chosen(to_rest, params, "to_rest")
     if both := wanted & unwanted:
         raise ValueError(f"to_muon and to_rest both fit {sorted(both)[0]!r}; give it to one of them")
-    reasons = _reasons(model)
+    reasons = _reasons(model, shapes)
     known = _known_options(model)
     splits = {name: blocks for part, blocks in (split or {}).items() for name in _chosen(part, params, "split")}
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -79,25 +75,41 @@ def muon_param_groups(
             options = known.get(param, {}) | ({"split": splits[name]} if name in splits else {})
             group = {"params": [], "algorithm": MUON, **options, **(muon_options or {})}
         else:
-            options = {} if param.ndim >= 2 else {"weight_decay": 0.0}
+            options = {} if len(shapes[param]) >= 2 else {"weight_decay": 0.0}
             group = {"params": [], "algorithm": rest, **options, **(rest_options or {})}
         key = (group["algorithm"], *((option, str(value)) for option, value in options.items()))
         groups.setdefault(key, group)["params"].append((name, param))
-        lines.setdefault(key, []).append(f"  {name} {tuple(param.shape)}" + (f": {reason}" if reason else ""))
+        lines.setdefault(key, []).append(f"  {name} {tuple(shapes[param])}" + (f": {reason}" if reason else ""))
     if not any(algorithm == MUON for algorithm, *_ in groups):
-        raise ValueError(
-            "no parameter of the model is a hidden matrix: give names of some with to_muon, or build the groups before a wrapper "
-            "(DeepSpeed) replaces the parameters"
-        )
+        raise ValueError("no parameter of the model is a hidden matrix: give names of some with to_muon")
     keys = sorted(groups, key=lambda key: key[0] != MUON)
     if show is not None:
-        show("\n".join(line for key in keys for line in (_heading(groups[key]), *lines[key])))
+        show("\n".join(line for key in keys for line in (_heading(groups[key], shapes), *lines[key])))
     return [groups[key] for key in keys]
 
 
-def _heading(group: Mapping[str, Any]) -> str:
+def _shapes(model: nn.Module) -> dict[Tensor, Sequence[int]]:
+    """The shapes of the parameters, of those too that a wrapper has flattened.
+
+    Raises:
+        ValueError: one stands for several.
+    """
+    shapes: dict[Tensor, Sequence[int]] = {param: param.shape for param in model.parameters()}
+    for wrapper in used_wrappers():
+        for param, tensors in wrapper.flattened(model).items():
+            (name, shape), *others = tensors
+            if others:
+                raise ValueError(
+                    f"{wrapper.name} has flattened {name!r} with {len(others)} others into one parameter, which is in one param group; "
+                    f"wrap with use_orig_params=True, or shard the model with fully_shard (FSDP2)"
+                )
+            shapes[param] = shape
+    return shapes
+
+
+def _heading(group: Mapping[str, Any], shapes: Mapping[Tensor, Sequence[int]]) -> str:
     options = ", ".join(f"{key}={value!r}" for key, value in group.items() if key not in ("params", "algorithm"))
-    elements = sum(param.numel() for _, param in group["params"])
+    elements = sum(math.prod(shapes[param]) for _, param in group["params"])
     return f"{group['algorithm']}{f' ({options})' if options else ''}: {len(group['params'])} tensors, {elements:,} elements"
 
 
@@ -125,7 +137,7 @@ def _known_options(model: nn.Module) -> dict[Tensor, dict[str, Any]]:
     return known
 
 
-def _reasons(model: nn.Module) -> dict[Tensor, str]:
+def _reasons(model: nn.Module, shapes: Mapping[Tensor, Sequence[int]]) -> dict[Tensor, str]:
     """Say of each parameter that is not for Muon why; a shared one has several modules, of which one is enough."""
     modules = [(without_wrappers(name, is_in_ddp=False), module) for name, module in model.named_modules(remove_duplicate=False)]
     vocabularies = {(module.num_embeddings, module.embedding_dim) for _, module in modules if isinstance(module, EMBEDDINGS)}
@@ -136,7 +148,7 @@ def _reasons(model: nn.Module) -> dict[Tensor, str]:
         for param in module.parameters(recurse=False):
             if isinstance(module, EMBEDDINGS):
                 reason = "embedding"
-            elif param.ndim < 2:
+            elif len(shapes[param]) < 2:
                 reason = "less than two dimensions"
             elif isinstance(module, NORMS):
                 reason = "norm"

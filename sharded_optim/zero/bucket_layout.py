@@ -85,7 +85,7 @@ class BucketLayout:
             if slot.numel:
                 slot.local = nn.Parameter(memory.with_own_storage(slot.bucket.stepped_memory(slot)))
                 segment = Segment.flat(slot.name, slot.param.shape, slot.start, slot.numel)
-                self._flat[slot.local] = FlatTensor(numel=slot.numel, pieces=(Piece(segment=segment),))
+                self._flat[slot.local] = FlatTensor.holding(slot.numel, [Piece(segment=segment)])
                 self._units[slot.local] = unit_of(slot.bucket)
         for slot in new:  # when nothing can fail any more
             slot.bucket.rebind(slot)
@@ -120,7 +120,7 @@ class BucketLayout:
         if not params:
             name = named_params(group, index)[0][1] if group["params"] else f"param_groups[{index}]"
             nothing = nn.Parameter(torch.empty(0, device=next(iter(self.slots)).device))
-            self._flat[nothing] = FlatTensor(numel=0, pieces=())
+            self._flat[nothing] = FlatTensor.holding(0, [])
             params = [(f"{name}, of which and of its group this rank steps nothing", nothing)]
         return without_params(group) | {"params": params}
 

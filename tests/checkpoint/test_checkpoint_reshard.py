@@ -16,10 +16,9 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
-from checkpoint_wrappers import GROUPS, SHAPES, WRAPPERS, Trained, make_optimizer, worlds_of
+from every_wrapper import RECIPES, WRAPPERS, Trained, recipes_of, worlds_of
 
 import sharded_optim as so
-from benchmarks.given_gradients import unsharded
 
 pytestmark = pytest.mark.filterwarnings("ignore:weight_decay")
 
@@ -45,21 +44,16 @@ SOME: list[Case] = [
 ]
 
 
-def folder_of(root: Path, case: Case, groups: int) -> Path:
-    return root / f"{case[0]}-{case[1]}-{groups}"
+def folder_of(root: Path, case: Case, recipe: str) -> Path:
+    return root / f"{case[0]}-{case[1]}-{recipe}"
 
 
-def group_counts(wrapper: str) -> tuple[int, ...]:
-    """A flat parameter has weights and biases, which cannot be in different groups."""
-    return (1,) if wrapper == "fsdp1_flat" else (1, 2)
-
-
-def built(wrappers: Sequence[str], seed: int) -> Iterator[tuple[str, int, Trained]]:
-    """Every wrapper, with each number of param groups, one after the other."""
+def built(wrappers: Sequence[str], seed: int) -> Iterator[tuple[str, str, Trained]]:
+    """Every wrapper, with each recipe, one after the other."""
     for name in wrappers:
-        for groups in group_counts(name):
-            trained = WRAPPERS[name](groups, seed)
-            yield name, groups, trained
+        for recipe in recipes_of(name):
+            trained = WRAPPERS[name](RECIPES[recipe], seed)
+            yield name, recipe, trained
             if hasattr(trained.model, "destroy"):
                 trained.model.destroy()
             del trained
@@ -67,46 +61,42 @@ def built(wrappers: Sequence[str], seed: int) -> Iterator[tuple[str, int, Traine
 
 
 def check_saving(root: Path, wrappers: Sequence[str]) -> None:
-    for name, groups, trained in built(wrappers, seed=0):
+    for name, recipe, trained in built(wrappers, seed=0):
         for step in range(1, SAVED_AT + 1):
             trained.step(step)
-        folder = folder_of(root, (name, dist.get_world_size()), groups)
+        folder = folder_of(root, (name, dist.get_world_size()), recipe)
         so.checkpoint.save(folder, SAVED_AT, model=trained.model, optimizer=trained.optimizer, extra=EXTRA)
 
 
 def check_loading(root: Path, sources: Sequence[Case], wrappers: Sequence[str], everything: bool) -> None:
-    """Unless everything is asked for, a pair takes one number of param groups, and its neighbours in the table the other."""
+    """Unless everything is asked for, a pair takes one recipe, and its neighbours in the table the others."""
     outcomes = {
-        (groups, steps): unsharded(make_optimizer, steps, SHAPES, groups=GROUPS[groups]).params
-        for groups in (1, 2)
-        for steps in (SAVED_AT, SAVED_AT + MORE)
+        (recipe, steps): RECIPES[recipe].in_one_process(steps).params for recipe in RECIPES for steps in (SAVED_AT, SAVED_AT + MORE)
     }
-    for name, groups, trained in built(wrappers, seed=1):  # other values, that have to go
+    for name, recipe, trained in built(wrappers, seed=1):  # other values, that have to go
         trained.step(1)
         for place, source in enumerate(sources, start=list(WRAPPERS).index(name)):
-            if groups not in group_counts(source[0]):
+            possible = [each for each in recipes_of(name) if each in recipes_of(source[0])]
+            if recipe not in (possible if everything else [possible[place % len(possible)]]):
                 continue
-            both = everything or 1 in (len(group_counts(name)), len(group_counts(source[0])))
-            if not both and (place + groups) % 2:
-                continue
-            where = f"{source} -> {name} on {dist.get_world_size()}, {groups} groups"
-            folder = folder_of(root, source, groups)
+            where = f"{source} -> {name} on {dist.get_world_size()}, {recipe}"
+            folder = folder_of(root, source, recipe)
             extra = so.checkpoint.load(folder, model=trained.model, optimizer=trained.optimizer)
             assert extra == EXTRA, where
-            compare(trained, outcomes[groups, SAVED_AT], f"{where}, loaded")
+            compare(trained, outcomes[recipe, SAVED_AT], f"{where}, loaded")
             for step in range(SAVED_AT + 1, SAVED_AT + MORE + 1):
                 trained.step(step)
-            compare(trained, outcomes[groups, SAVED_AT + MORE], f"{where}, {MORE} steps later")
+            compare(trained, outcomes[recipe, SAVED_AT + MORE], f"{where}, {MORE} steps later")
 
 
 def check_model_alone(root: Path) -> None:
     """DeepSpeed steps masters of the parameters: they are loaded with them, or the next step would undo it."""
     for name in ("deepspeed2", "deepspeed3_bf16", "deepspeed1_bf16"):
-        source = WRAPPERS[name](2, 0)
+        source = WRAPPERS[name](RECIPES["two groups"], 0)
         expected = source.whole()
         so.checkpoint.save(root / name, 0, model=source.model)
         source.model.destroy()
-        trained = WRAPPERS[name](2, 1)
+        trained = WRAPPERS[name](RECIPES["two groups"], 1)
         so.checkpoint.load(root / name, model=trained.model)
         for group in trained.optimizer.param_groups:
             group["lr"] = 0.0

@@ -35,6 +35,7 @@ FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 STEPS = 10
 STABLE = partial(so.StableAdamW, lr=1e-2, weight_decay=0.1)
 ADAMW = partial(so.AdamW, lr=1e-2, weight_decay=0.1)
+MUON = partial(so.Muon, lr=2e-2)
 BF16_OPTIMIZER = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
 CELLS: list[tuple[int, torch.dtype, dict[str, Any]]] = [
     (0, FP32, {}),
@@ -113,6 +114,36 @@ def check_other_optimizers() -> None:
     names = {name.removeprefix("rms/") for name in engine.basic_optimizer.metrics() if name.startswith("rms/")}
     assert names == {name for name, _ in own.named_parameters()}
     engine.destroy()
+
+
+def check_muon() -> None:
+    """With the groups of `muon_param_groups`, which knows the shapes of partitioned parameters too."""
+    import deepspeed
+
+    groups = so.muon_param_groups
+    outcome = unsharded(MUON, STEPS, AWKWARD, groups=groups)
+    for stage, dtype, options in CELLS:
+        with engine_of(config_of(stage, dtype, **options), MUON, groups) as engine:
+            train(engine, 1, STEPS)
+            assert_equal(engine, outcome, f"Muon, stage {stage} {dtype} {options}")
+    outcome = unsharded(MUON, 5, AWKWARD, groups=groups)
+    for stage in (0, 1, 2, 3):
+        with engine_of(config_of(stage, top={"gradient_accumulation_steps": 2}), MUON, groups) as engine:
+            train(engine, 1, 5, micro_batches=2)
+            assert_equal(engine, outcome, f"Muon, gradient accumulation, stage {stage}")
+    config = config_of(3, BF16)
+    with deepspeed.zero.Init(config_dict_or_path=config):
+        own = model()
+    for made, ordinary in ((groups(own), groups(model())), *[map(so.param_groups_weight_decay, (own, model()))]):
+        assert list(map(names_in, made)) == list(map(names_in, ordinary))
+    engine, *_ = so.deepspeed.initialize(model=own, optimizer=MUON(groups(own)), config=config)
+    train(engine, 1, 5)
+    assert_equal(engine, outcome, "Muon, zero.Init")
+    engine.destroy()
+
+
+def names_in(group: dict[str, Any]) -> list[str]:
+    return group.get("param_names") or [name for name, _ in group["params"]]
 
 
 class Various(nn.Module):
@@ -474,11 +505,11 @@ def check_all(checks: list[Callable[[], None]]) -> None:
 
 @pytest.mark.parametrize(
     ("world_size", "checks"),
-    [(2, [check_other_optimizers, check_clipping_and_scaling, check_various, check_collectives]), (1, [check_various])],
+    [(2, [check_other_optimizers, check_muon, check_clipping_and_scaling, check_various, check_collectives]), (1, [check_various])],
 )
 def test_options_of_training(world_size: int, checks: list[Any]) -> None:
-    """Other optimizers, gradient accumulation, zero.Init, clipping, loss scaling, skipped steps, tied, frozen and unused parameters; and
-    a step is one all-reduce for each param group or sub-group.
+    """Other optimizers, Muon, gradient accumulation, zero.Init, clipping, loss scaling, skipped steps, tied, frozen and unused
+    parameters; and a step is one all-reduce for each param group or sub-group.
     """
     deepspeed_models.run(check_all, world_size, checks)
 

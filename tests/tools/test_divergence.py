@@ -13,8 +13,8 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
-from checkpoint_wrappers import WRAPPERS, Trained, worlds_of
 from collectives import collectives_of
+from every_wrapper import RECIPES, WRAPPERS, Trained, worlds_of
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -142,7 +142,7 @@ def told(check: so.DivergenceCheck) -> str:
 
 def check_no_false_alarm(wrappers: Sequence[str]) -> None:
     for wrapper in wrappers:
-        trained = WRAPPERS[wrapper](1 if wrapper == "fsdp1_flat" else 2, 1)  # a flat parameter is in one group
+        trained = WRAPPERS[wrapper](RECIPES["one group" if wrapper == "fsdp1_flat" else "two groups"], 1)
         check = so.DivergenceCheck(trained.optimizer, model=trained.model)
         check()
         for step in (1, 2, 3):
@@ -186,7 +186,7 @@ def swap(tensor: Tensor) -> None:
 
 def check_faults() -> None:
     """One on rank 1 of 3, and undone before the next."""
-    trained: Trained = WRAPPERS["ddp"](2, 0)
+    trained: Trained = WRAPPERS["ddp"](RECIPES["two groups"], 0)
     check = so.DivergenceCheck(trained.optimizer, model=trained.model)
     trained.step(1)
     params = {name: param for param, name in so.checkpoint.live.model.named_tensors(trained.model)[0].items()}
@@ -290,7 +290,7 @@ def check_groups_of_ranks() -> None:
 
 def check_sharded() -> None:
     """What is cut is compared where it is held twice; step counters everywhere."""
-    trained = WRAPPERS["hsdp"](2, 0)
+    trained = WRAPPERS["hsdp"](RECIPES["two groups"], 0)
     check = so.DivergenceCheck(trained.optimizer, model=trained.model)
     trained.step(1)
     check()

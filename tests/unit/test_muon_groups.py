@@ -119,17 +119,19 @@ def check_wrapped() -> None:
     assert names_by_algorithm(so.muon_param_groups(sharded)) == expected
     replicated = names_by_algorithm(so.muon_param_groups(DistributedDataParallel(Model())))
     assert replicated == {algorithm: {f"module.{name}" for name in names} for algorithm, names in expected.items()}
-    for use_orig_params in (True, False):
-        model = Model()
-        model.frozen.requires_grad_()
-        options = {"use_orig_params": use_orig_params, "device_id": torch.device("cpu")}
-        flat = FullyShardedDataParallel(model, ignored_states=[model.scalar], **options)
-        with pytest.raises(ValueError, match=r"has flattened .* none of them is a matrix any more; .*fully_shard"):
-            so.muon_param_groups(flat)
+    model = Model()
+    flat = FullyShardedDataParallel(model, ignored_states=[model.scalar], use_orig_params=True, device_id=torch.device("cpu"))
+    of_fsdp1 = names_by_algorithm(so.muon_param_groups(flat))
+    assert of_fsdp1 == {algorithm: {f"_fsdp_wrapped_module.{name}" for name in names} for algorithm, names in expected.items()}
+    model = Model()
+    model.frozen.requires_grad_()
+    flat = FullyShardedDataParallel(model, ignored_states=[model.scalar], device_id=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"has flattened .* with \d+ others into one parameter.*use_orig_params=True.*fully_shard"):
+        so.muon_param_groups(flat)
 
 
 def test_a_wrapped_model_is_sorted_as_a_plain_one() -> None:
-    """FSDP2 and DDP; of FSDP1, which makes vectors of matrices, it is refused."""
+    """FSDP2, DDP, and FSDP1 with the original parameters; where it makes one of several, it is refused."""
     ranks.run(check_wrapped, 2)
 
 

@@ -21,14 +21,63 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn.parallel import DistributedDataParallel
 
 import sharded_optim as so
-from benchmarks.given_gradients import Groups, Model, Shapes, gradients, one_group, two_groups
+from benchmarks.given_gradients import Groups, Model, Outcome, Shapes, gradients, one_group, two_groups, unsharded
 
-__all__ = ["SHAPES", "WRAPPERS", "Trained", "make_optimizer", "worlds_of"]
+__all__ = ["RECIPES", "WRAPPERS", "Recipe", "Trained", "recipes_of", "worlds_of"]
+
+UNITS = (0, 3, 5)  # layers that FSDP1 flattens alone; the others it flattens together
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What is trained.
+
+    Attributes:
+        shapes: of the model.
+        groups: makes the param groups of a model.
+        optimizer_class, options: of this library, and what it is given.
+    """
+
+    shapes: Shapes
+    groups: Callable[[nn.Module], Groups]
+    optimizer_class: type[Any]
+    options: Mapping[str, Any]
+
+    def model(self, seed: int) -> Model:
+        return Model(self.shapes, seed=seed)
+
+    def optimizer(self, model: nn.Module, **further: Any) -> Any:
+        return self.optimizer_class(self.groups(model), **self.options, **further)
+
+    def contributions(self, step: int) -> list[Tensor]:
+        """Of this rank."""
+        return gradients(step, self.shapes, rank=dist.get_rank(), world_size=dist.get_world_size())
+
+    def in_one_process(self, steps: int) -> Outcome:
+        return unsharded(partial(self.optimizer_class, **self.options), steps, self.shapes, groups=self.groups)
+
+
+def muon_groups(model: nn.Module) -> Groups:
+    """Matrices and stacks of them, which are the layers `UNITS`; and the rest."""
+    named = list(model.named_parameters())
+    matrices = [param for name, param in named if any(f"layers.{number}." in name for number in UNITS)]
+    rest = {"algorithm": "stable_adamw", "lr": 3e-3, "weight_decay": 0.0}
+    return [{"params": matrices}, {"params": [param for _, param in named if not any(param is each for each in matrices)], **rest}]
+
 
 SHAPES: Shapes = (((7, 3), (7,)), ((1,),), ((5,),), ((33, 17), (33,)), ((3, 5, 2),), ((64, 41), (64,)))
-GROUPS: Mapping[int, Callable[[nn.Module], Groups]] = {1: one_group, 2: two_groups}
+MATRICES: Shapes = (((7, 3), (1, 9)), ((1,),), ((5,),), ((33, 17), (5, 29)), ((6,),), ((64, 41), (3, 5, 2)))
+STABLE_ADAMW: Mapping[str, Any] = {"lr": 1e-2, "weight_decay": 0.1}
+RECIPES: Mapping[str, Recipe] = {
+    "one group": Recipe(shapes=SHAPES, groups=one_group, optimizer_class=so.StableAdamW, options=STABLE_ADAMW),
+    "two groups": Recipe(shapes=SHAPES, groups=two_groups, optimizer_class=so.StableAdamW, options=STABLE_ADAMW),
+    "muon": Recipe(shapes=MATRICES, groups=muon_groups, optimizer_class=so.Muon, options={"lr": 2e-2}),
+}
 
-make_optimizer = partial(so.StableAdamW, lr=1e-2, weight_decay=0.1)
+
+def recipes_of(wrapper: str) -> Sequence[str]:
+    """The recipes that a wrapper can train: a flat parameter has weights and biases, which cannot be in different groups."""
+    return [name for name in RECIPES if wrapper != "fsdp1_flat" or name != "two groups"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +96,8 @@ class Trained:
     whole: Callable[[], dict[str, Tensor]]
 
 
-def _contributions(step: int) -> list[Tensor]:
-    return gradients(step, SHAPES, rank=dist.get_rank(), world_size=dist.get_world_size())
-
-
-def _stepped(model: nn.Module, optimizer: Any, step: int) -> None:
-    model(_contributions(step)).backward()
+def _stepped(recipe: Recipe, model: nn.Module, optimizer: Any, step: int) -> None:
+    model(recipe.contributions(step)).backward()
     optimizer.step()
     optimizer.zero_grad()
 
@@ -61,39 +106,41 @@ def _own_values(model: nn.Module) -> dict[str, Tensor]:
     return {name: param.detach().float().clone() for name, param in model.named_parameters()}
 
 
-def _plain(groups: int, seed: int) -> Trained:
-    model = Model(SHAPES, seed=seed)
-    optimizer = make_optimizer(GROUPS[groups](model))
+def _plain(recipe: Recipe, seed: int) -> Trained:
+    model = recipe.model(seed)
+    optimizer = recipe.optimizer(model)
 
     def step(number: int) -> None:
-        for param, grad in zip(model.parameters(), gradients(number, SHAPES), strict=True):
+        for param, grad in zip(model.parameters(), gradients(number, recipe.shapes), strict=True):
             param.grad = grad
         optimizer.step()
 
     return Trained(model=model, optimizer=optimizer, step=step, whole=partial(_own_values, model))
 
 
-def _ddp(groups: int, seed: int) -> Trained:
-    model = Model(SHAPES, seed=seed)
+def _ddp(recipe: Recipe, seed: int) -> Trained:
+    model = recipe.model(seed)
     wrapped = DistributedDataParallel(model)
-    optimizer = make_optimizer(GROUPS[groups](model))
-    return Trained(model=wrapped, optimizer=optimizer, step=partial(_stepped, wrapped, optimizer), whole=partial(_own_values, model))
+    optimizer = recipe.optimizer(model)
+    return Trained(
+        model=wrapped, optimizer=optimizer, step=partial(_stepped, recipe, wrapped, optimizer), whole=partial(_own_values, model)
+    )
 
 
-def _dtensors(groups: int, seed: int, shard: Callable[[nn.Module], None]) -> Trained:
+def _dtensors(recipe: Recipe, seed: int, shard: Callable[[nn.Module], None]) -> Trained:
     """Gradients are given as each rank's part of them."""
-    indices = Model(SHAPES)
+    indices = recipe.model(0)
     with torch.no_grad():
         for param in indices.parameters():
             param.copy_(torch.arange(param.numel(), dtype=torch.float32).view(param.shape))
     shard(indices)  # so that each element tells where it comes from
     held = {name: param.to_local().detach().long() for name, param in indices.named_parameters()}
-    model = Model(SHAPES, seed=seed)
+    model = recipe.model(seed)
     shard(model)
-    optimizer = make_optimizer(GROUPS[groups](model))
+    optimizer = recipe.optimizer(model)
 
     def step(number: int) -> None:
-        for (name, param), grad in zip(model.named_parameters(), gradients(number, SHAPES), strict=True):
+        for (name, param), grad in zip(model.named_parameters(), gradients(number, recipe.shapes), strict=True):
             local = grad.flatten()[held[name]]
             options = {"run_check": False, "shape": param.shape, "stride": param.stride()}
             param.grad = DTensor.from_local(local, param.device_mesh, param.placements, **options)
@@ -130,25 +177,25 @@ def _tensor_parallel(model: nn.Module) -> None:
     fully_shard(model, mesh=mesh["data"])
 
 
-def _fsdp1(groups: int, seed: int, *, use_orig_params: bool) -> Trained:
+def _fsdp1(recipe: Recipe, seed: int, *, use_orig_params: bool) -> Trained:
     options: dict[str, Any] = {"use_orig_params": use_orig_params, "device_id": torch.device("cpu")}
-    model = Model(SHAPES, seed=seed)
-    for index in (0, 3, 5):
+    model = recipe.model(seed)
+    for index in UNITS:
         model.layers[index] = FullyShardedDataParallel(model.layers[index], **options)
     wrapped = FullyShardedDataParallel(model, **options)
-    optimizer = make_optimizer(GROUPS[groups](wrapped), layout=so.fsdp1_layout(wrapped))
+    optimizer = recipe.optimizer(wrapped, layout=so.fsdp1_layout(wrapped))
 
     def whole() -> dict[str, Tensor]:
         with FullyShardedDataParallel.summon_full_params(wrapped, writeback=False):
             return {name.replace("_fsdp_wrapped_module.", ""): value for name, value in _own_values(wrapped).items()}
 
-    return Trained(model=wrapped, optimizer=optimizer, step=partial(_stepped, wrapped, optimizer), whole=whole)
+    return Trained(model=wrapped, optimizer=optimizer, step=partial(_stepped, recipe, wrapped, optimizer), whole=whole)
 
 
-def _zero(groups: int, seed: int, *, stage: int, dtype: torch.dtype = torch.float32) -> Trained:
-    model = Model(SHAPES, seed=seed).to(dtype)
-    options: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "bucket_mb": 0.002, "stage": stage, "module": model}
-    optimizer = so.ShardedOptimizer(GROUPS[groups](model), so.StableAdamW, **options)
+def _zero(recipe: Recipe, seed: int, *, stage: int, dtype: torch.dtype = torch.float32) -> Trained:
+    model = recipe.model(seed).to(dtype)
+    options = {**recipe.options, "bucket_mb": 0.002, "stage": stage, "module": model}
+    optimizer = so.ShardedOptimizer(recipe.groups(model), recipe.optimizer_class, **options)
 
     def whole() -> dict[str, Tensor]:
         optimizer.wait()
@@ -172,7 +219,7 @@ def _zero(groups: int, seed: int, *, stage: int, dtype: torch.dtype = torch.floa
             assert torch.equal(param, masters[name].to(dtype)), f"{name} is not its rounded master"
         return masters
 
-    return Trained(model=model, optimizer=optimizer, step=partial(_stepped, model, optimizer), whole=whole)
+    return Trained(model=model, optimizer=optimizer, step=partial(_stepped, recipe, model, optimizer), whole=whole)
 
 
 def _numbered(model: nn.Module, optimizer: Any) -> Sequence[tuple[int, tuple[str, Tensor]]]:
@@ -182,14 +229,14 @@ def _numbered(model: nn.Module, optimizer: Any) -> Sequence[tuple[int, tuple[str
     return [(number, (names[param], param)) for number, param in enumerate(params)]
 
 
-def _deepspeed(groups: int, seed: int, *, stage: int, dtype: torch.dtype = torch.float32, **options: Any) -> Trained:
-    model = Model(SHAPES, seed=seed)
+def _deepspeed(recipe: Recipe, seed: int, *, stage: int, dtype: torch.dtype = torch.float32, **options: Any) -> Trained:
+    model = recipe.model(seed)
     names = dict(model.named_parameters())
     config = deepspeed_models.config_of(stage, dtype, **options)
-    engine, *_ = so.deepspeed.initialize(model=model, optimizer=make_optimizer(GROUPS[groups](model)), config=config)
+    engine, *_ = so.deepspeed.initialize(model=model, optimizer=recipe.optimizer(model), config=config)
 
     def step(number: int) -> None:
-        deepspeed_models.train(engine, number, number, SHAPES)
+        deepspeed_models.train(engine, number, number, recipe.shapes)
 
     def whole() -> dict[str, Tensor]:
         found = deepspeed_models.whole(engine)
@@ -200,7 +247,7 @@ def _deepspeed(groups: int, seed: int, *, stage: int, dtype: torch.dtype = torch
 
 BF16 = torch.bfloat16
 SUB_GROUPS = {"sub_group_size": 150}
-WRAPPERS: dict[str, Callable[[int, int], Trained]] = {
+WRAPPERS: dict[str, Callable[[Recipe, int], Trained]] = {
     "plain": _plain,
     "ddp": _ddp,
     "fsdp2": partial(_dtensors, shard=_fully_shard),
