@@ -159,7 +159,12 @@ def _print_details(plan: Plan, rates: Rates) -> None:
     time = time_of(plan, rates)
     if time.longest is not None:
         grid = table("time", numbers=["ms"])
-        parts = {"communication": time.communication, "optimizer": time.optimizer, "forward and backward": time.compute}
+        parts = {
+            "communication": time.communication,
+            "optimizer": time.optimizer,
+            "matrices": time.matrices,
+            "forward and backward": time.compute,
+        }
         if time.shortest != time.longest:
             parts["step, communication hidden"] = time.shortest
         parts["step, one after the other"] = time.longest

@@ -20,7 +20,18 @@ import torch
 
 from sharded_optim.sharding.segment import Overlap, Segment, overlaps
 
-__all__ = ["Holding", "Matrices", "MatrixPlan", "OwnedMatrix", "Part", "Round", "Transfer", "choose_owners", "plan_matrices"]
+__all__ = [
+    "Holding",
+    "Matrices",
+    "MatrixPlan",
+    "OwnedMatrix",
+    "Part",
+    "Round",
+    "Transfer",
+    "choose_owners",
+    "choose_rounds",
+    "plan_matrices",
+]
 
 ROUND_BYTES = 2**22  # of the matrices of one owner in a round: enough for a network, and few enough that most travel under a computation
 
@@ -181,30 +192,38 @@ def _plan(
 ) -> MatrixPlan:
     ends = list(accumulate(holding.segment.numel for holding in pieces))
     places = {holding.number: slice(end - holding.segment.numel, end) for holding, end in zip(pieces, ends, strict=True)}
-    owners = choose_owners([whole.flops for whole in wholes], [whole.holders for whole in wholes], loads)
+    flops = [whole.flops for whole in wholes]
+    owners = choose_owners(flops, [whole.holders for whole in wholes], loads)
+    rounds = choose_rounds([whole.range.numel * dtype.itemsize for whole in wholes], flops, owners)
     return MatrixPlan(
         dtype=dtype,
         numel=ends[-1] if ends else 0,
         places=places,
-        rounds=[_round(members, places, rank, sent) for members in _rounds(wholes, owners, dtype.itemsize)],
+        rounds=[_round([(owners[index], wholes[index]) for index in members], places, rank, sent) for members in rounds],
         travels=any(len(whole.holders) > 1 for whole in wholes),
         loads=list(loads),
     )
 
 
-def _rounds(wholes: Sequence[_Whole], owners: Sequence[int], itemsize: int) -> list[list[tuple[int, _Whole]]]:
-    """Split the matrices of each owner into rounds of bounded bytes, the most expensive first; at least one matrix in each."""
-    rounds: list[list[tuple[int, _Whole]]] = []
+def choose_rounds(sizes: Sequence[int], flops: Sequence[int], owners: Sequence[int]) -> list[list[int]]:
+    """Split the matrices of each owner into rounds of at most ROUND_BYTES, the most expensive first; at least one matrix in each.
+
+    Args:
+        sizes: bytes of each matrix.
+
+    Returns:
+        The indices of the matrices in each round.
+    """
+    rounds: list[list[int]] = []
     filled: dict[int, tuple[int, int]] = {}  # of each owner: its last round, and the bytes there
-    for owner, whole in sorted(zip(owners, wholes, strict=True), key=lambda each: -each[1].flops):
-        size = whole.range.numel * itemsize
-        number, bytes_there = filled.get(owner, (0, 0))
-        if bytes_there and bytes_there + size > ROUND_BYTES:
+    for index in sorted(range(len(sizes)), key=lambda index: -flops[index]):
+        number, bytes_there = filled.get(owners[index], (0, 0))
+        if bytes_there and bytes_there + sizes[index] > ROUND_BYTES:
             number, bytes_there = number + 1, 0
-        filled[owner] = number, bytes_there + size
+        filled[owners[index]] = number, bytes_there + sizes[index]
         if number == len(rounds):
             rounds.append([])
-        rounds[number].append((owner, whole))
+        rounds[number].append(index)
     return rounds
 
 

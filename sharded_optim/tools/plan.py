@@ -11,15 +11,17 @@ from __future__ import annotations
 import heapq
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 from sharded_optim import optimizers
 from sharded_optim.formulas import Algorithm
 from sharded_optim.formulas.verdict import SECTIONS, TAIL
 from sharded_optim.sharding.buckets import IN_FLIGHT, BucketPlan, Size, default_bucket_bytes, plan_buckets
 from sharded_optim.storage.formats import FORMATS, param_format
+from sharded_optim.tools.plan_matrices import MatrixWork, Span, heaviest, is_hidden_matrix, work_on
 from sharded_optim.tools.shapes import Model, Shape
 
 __all__ = [
@@ -44,12 +46,25 @@ DTYPES: Mapping[str, int] = {name: FORMATS[name].itemsize for name in ("fp32", "
 FP32 = DTYPES["fp32"]
 MASTERS = ("fp32", "kahan", "none")
 BACKENDS = ("nccl", "gloo")
-OPTIMIZERS: Mapping[str, Algorithm] = {  # by class, and where an argument asks for it by `class+argument`
-    f"{name}+{argument}".removesuffix("+"): algorithm
-    for name, optimizer in optimizers.OPTIMIZERS.items()
-    for argument, algorithm in optimizer.algorithms.items()
-    if all(each.matrix is None for each in optimizer.algorithms.values())  # Muon's groups differ, and shapes do not tell them
-}
+
+
+class Algorithms(NamedTuple):
+    """What steps hidden matrices, and what steps the rest: mostly the same."""
+
+    matrices: Algorithm
+    rest: Algorithm
+
+
+def _algorithms() -> Iterator[tuple[str, Algorithms]]:
+    """Of each class; where an argument asks for others, these are named `class+argument`."""
+    for name, optimizer in optimizers.OPTIMIZERS.items():
+        of_matrices = next((each for each in optimizer.algorithms.values() if each.matrix is not None), None)
+        of_rest = [(argument, each) for argument, each in optimizer.algorithms.items() if each.matrix is None]
+        for number, (argument, each) in enumerate(of_rest):
+            yield f"{name}+{argument}" if number else name, Algorithms(of_matrices or each, each)
+
+
+OPTIMIZERS: Mapping[str, Algorithms] = dict(_algorithms())
 KINDS = ("parameters", "gradients", "moments", "masters", "buckets")
 UNIT = re.compile(r"^(?:.*?\.)?\d+\.")  # of a parameter's name: up to its first number, as `layers.3.`
 GATHERED = 2  # units of FSDP2 and ZeRO-3 whose parameters are there at one time: one computes while the next arrives
@@ -101,8 +116,16 @@ class Setup:
         _one_of("backend", self.backend, BACKENDS)
 
     @property
-    def algorithm(self) -> Algorithm:
+    def algorithms(self) -> Algorithms:
         return OPTIMIZERS[self.optimizer]
+
+    def algorithm_of(self, name: str, shape: Shape) -> Algorithm:
+        return self.algorithms.matrices if is_hidden_matrix(name, shape) else self.algorithms.rest
+
+    @property
+    def agrees(self) -> bool:
+        """Whether ranks agree in each step."""
+        return any(each.statistic is not None or each.matrix is not None for each in self.algorithms)
 
     @property
     def itemsize(self) -> int:
@@ -121,10 +144,9 @@ class Setup:
         stored = param_format(FORMATS[self.dtype].dtype, kahan_sum=self.masters == "kahan", stochastic_rounding=False)
         return stored.itemsize - self.itemsize
 
-    @property
-    def moments_itemsize(self) -> int:
+    def moments_itemsize(self, algorithm: Algorithm) -> int:
         """Bytes of all moments of an element."""
-        return len(self.algorithm.state) * DTYPES[self.state_dtype]
+        return len(algorithm.state) * DTYPES[self.state_dtype]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,11 +168,11 @@ class Memory:
 class Collective:
     """All collectives of a step that serve one purpose."""
 
-    operation: str  # "all-gather", "reduce-scatter" or "all-reduce"
+    operation: str  # "all-gather", "reduce-scatter", "all-reduce" or "all-to-all"
     what: str  # is communicated
     ranks: int  # that take part in each
     in_shard_group: bool  # rather than across replicas, or over all ranks
-    sent: int  # bytes, by each rank in a step
+    sent: int  # bytes, by each rank in a step; in an all-to-all, in the mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +185,7 @@ class Plan:
     memory: Memory
     collectives: tuple[Collective, ...]
     stepped: int  # bytes that the optimizer's step reads and writes
+    matrix_flops: int  # of the rank that computes with most matrices in a step (Muon)
     flops_per_token: int  # 2 for each parameter in forward, 4 in backward
 
     @property
@@ -202,12 +225,13 @@ class Time:
 
     communication: float | None
     optimizer: float | None
+    matrices: float | None  # of the rank that computes with most of them
     compute: float | None
 
     @property
     def longest(self) -> float | None:
         """Time if nothing overlaps, of the parts that are known."""
-        known = [part for part in (self.communication, self.optimizer, self.compute) if part is not None]
+        known = [part for part in (self.communication, self.optimizer, self.matrices, self.compute) if part is not None]
         return sum(known) if known else None
 
     @property
@@ -215,7 +239,7 @@ class Time:
         """Time if communication and computation overlap completely."""
         if self.longest is None or self.compute is None or self.communication is None:
             return self.longest
-        return max(self.compute, self.communication) + (self.optimizer or 0.0)
+        return max(self.compute, self.communication) + (self.optimizer or 0.0) + (self.matrices or 0.0)
 
 
 def plan(model: Model, sharding: str, setup: Setup) -> Plan:
@@ -245,10 +269,12 @@ def time_of(plan: Plan, rates: Rates) -> Time:
     if rates.link is not None:
         inside = rates.shard_link or rates.link
         communication = sum(each.sent / (inside if each.in_shard_group else rates.link) for each in plan.collectives)
-    compute = None
+    compute = matrices = None
     if rates.tokens is not None and rates.flops is not None:
         compute = plan.flops_per_token * rates.tokens / rates.flops
-    return Time(communication=communication, optimizer=None if rates.memory is None else plan.stepped / rates.memory, compute=compute)
+        matrices = plan.matrix_flops / rates.flops if plan.matrix_flops else None
+    optimizer = None if rates.memory is None else plan.stepped / rates.memory
+    return Time(communication=communication, optimizer=optimizer, matrices=matrices, compute=compute)
 
 
 # ------------------------------------------------------------------------------------------------------------------- the shardings
@@ -279,6 +305,10 @@ class _Case:
     def numel(self) -> int:
         return self.model.numel
 
+    def spans(self, shard_of: Callable[[Shape], int]) -> list[Span]:
+        """The tensors, each cut into shards of so many elements."""
+        return [Span(name, shape, 0, shard_of(shape)) for name, shape in self.model.shapes.items()]
+
     def reduce_scatter(self, what: str, shard_bytes: int) -> Collective:
         sent = shard_bytes * (self.shards - 1)
         return Collective(operation="reduce-scatter", what=what, ranks=self.shards, in_shard_group=self.grouped, sent=sent)
@@ -286,6 +316,9 @@ class _Case:
     def all_gather(self, what: str, shard_bytes: int) -> Collective:
         sent = shard_bytes * (self.shards - 1)
         return Collective(operation="all-gather", what=what, ranks=self.shards, in_shard_group=self.grouped, sent=sent)
+
+    def all_to_all(self, what: str, sent: int) -> Collective:
+        return Collective(operation="all-to-all", what=what, ranks=self.ranks, in_shard_group=False, sent=sent)
 
     def all_reduce(self, what: str, size: int, ranks: int) -> Collective:
         sent = -(-2 * (ranks - 1) * size // ranks)
@@ -297,7 +330,7 @@ class _Case:
         shards: int,
         parameters: int,  # bytes, as the gradients and the buckets
         gradients: int,
-        stepped: int,  # elements that this rank's optimizer steps
+        spans: Sequence[Span],  # of what this rank's optimizer steps
         buckets: int,
         collectives: Sequence[Collective],
         steps_parameters: bool = False,  # that are fp32 themselves, so that there are no masters
@@ -305,39 +338,51 @@ class _Case:
         grad_itemsize: int,  # of the gradients that the optimizer reads
     ) -> Plan:
         setup = self.setup
+
+        def algorithm_of(span: Span) -> Algorithm:
+            return setup.algorithm_of(span.name, span.shape)
+
         master = 0 if steps_parameters and setup.has_masters else setup.master_itemsize
+        further = []
+        if setup.agrees:
+            further.append(self.all_reduce("statistics", 8 * (SECTIONS * len(self.model.shapes) + TAIL), self.ranks))
+        work = MatrixWork()
+        matrix = setup.algorithms.matrices.matrix
+        if matrix is not None:
+            of_matrices = [span for span in spans if algorithm_of(span) is setup.algorithms.matrices]
+            work = work_on(of_matrices, matrix, shards=shards, replicas=self.ranks // shards)
+            further += [self.all_to_all("directions of matrices", work.directions), self.all_to_all("matrices", work.results)]
         memory = Memory(
             parameters=parameters,
             gradients=gradients,
-            moments=stepped * setup.moments_itemsize,
-            masters=(stepped if masters is None else masters) * master,
-            buckets=buckets,
+            moments=heaviest(spans, lambda span: setup.moments_itemsize(algorithm_of(span))),
+            masters=(heaviest(spans, lambda span: 1) if masters is None else masters) * master,
+            buckets=buckets + work.buffers,
         )
-        agreed = [self.all_reduce("statistics", 8 * (SECTIONS * len(self.model.shapes) + TAIL), self.ranks)] if self._agrees else []
         return Plan(
             sharding=self.sharding,
             ranks=self.ranks,
             shards=shards,
             memory=memory,
-            collectives=tuple(each for each in (*collectives, *agreed) if each.sent),
-            stepped=stepped * self._stepped_itemsize(grad_itemsize, steps_parameters),
+            collectives=tuple(each for each in (*collectives, *further) if each.sent),
+            stepped=heaviest(spans, lambda span: self._stepped_itemsize(algorithm_of(span), grad_itemsize, steps_parameters)),
+            matrix_flops=work.flops,
             flops_per_token=6 * (self.numel - self.model.idle),
         )
 
-    @property
-    def _agrees(self) -> bool:
-        return self.setup.algorithm.statistic is not None
-
-    def _stepped_itemsize(self, grad: int, steps_parameters: bool) -> int:
+    def _stepped_itemsize(self, algorithm: Algorithm, grad: int, steps_parameters: bool) -> int:
         """Bytes that a step moves for each element: it reads the gradient, and reads and writes the value and the moments."""
         setup = self.setup
         if setup.has_masters:
             value = 2 * FP32 + (0 if steps_parameters else setup.itemsize)  # parameters are only written, from their masters
         else:
             value = 2 * (setup.itemsize + setup.master_itemsize)
-        moved = grad + value + 2 * setup.moments_itemsize
-        # The statistic is of the gradient and the second moment, which are read before.
-        return moved + (grad + DTYPES[setup.state_dtype] if self._agrees else 0)
+        moved = grad + value + 2 * setup.moments_itemsize(algorithm)
+        if algorithm.matrix is not None:
+            moved += 2 * algorithm.matrix.dtype.itemsize  # a direction is written, a result read
+        if setup.agrees:
+            moved += grad  # is it finite? And a statistic is of the second moment too.
+        return moved + (DTYPES[setup.state_dtype] if algorithm.statistic is not None else 0)
 
 
 def _none(case: _Case) -> Plan:
@@ -345,7 +390,13 @@ def _none(case: _Case) -> Plan:
     alone = replace(case, setup=replace(case.setup, world_size=1))
     size = case.numel * case.setup.itemsize
     result = alone.result(
-        shards=1, parameters=size, gradients=size, stepped=case.numel, buckets=0, collectives=(), grad_itemsize=case.setup.itemsize
+        shards=1,
+        parameters=size,
+        gradients=size,
+        spans=alone.spans(math.prod),
+        buckets=0,
+        collectives=(),
+        grad_itemsize=case.setup.itemsize,
     )
     return replace(result, ranks=case.ranks)
 
@@ -357,7 +408,7 @@ def _ddp(case: _Case) -> Plan:
         shards=1,
         parameters=size,
         gradients=size,
-        stepped=case.numel,
+        spans=case.spans(math.prod),
         buckets=size,
         collectives=(case.all_reduce("gradients", size, case.ranks),),
         grad_itemsize=case.setup.itemsize,
@@ -379,12 +430,17 @@ def _flat_buckets(
 ) -> Plan:
     """ShardedOptimizer: parameters lie in flat buckets, and each rank steps a shard of each bucket."""
     setup, shards = case.setup, case.shards
-    sizes = [Size(numel=math.prod(shape), itemsize=setup.itemsize) for shape in case.model.shapes.values()]
+    tensors = list(case.model.shapes.items())
+    if setup.algorithms.matrices is not setup.algorithms.rest:  # as the param groups of muon_param_groups
+        tensors.sort(key=lambda tensor: (not is_hidden_matrix(*tensor), len(tensor[1]) < 2))
+    sizes = [Size(numel=math.prod(shape), itemsize=setup.itemsize) for _, shape in tensors]
     plans = plan_buckets(sizes, shards, setup.bucket_bytes or default_bucket_bytes(shards))
     whole = sum(bucket.numel for bucket in plans)
-    filled = [sum(sizes[member].numel for member in bucket.members) for bucket in plans]
-    # The pad lies at the end, so that no rank has more elements of tensors than the first.
-    stepped = sum(min(bucket.numel // shards, numel) for bucket, numel in zip(plans, filled, strict=True))
+    spans = [
+        Span(*tensors[index], offset, bucket.numel // shards)
+        for bucket in plans
+        for index, offset in zip(bucket.members, bucket.offsets, strict=True)
+    ]
     contents = heapq.nlargest(IN_FLIGHT + 1, (bucket.numel for bucket in plans))  # those in flight, while the next is filled
     # What autograd has just computed, but for a gradient that is sent from where it is.
     arriving = max(
@@ -402,7 +458,7 @@ def _flat_buckets(
         shards=shards,
         parameters=whole * setup.itemsize,
         gradients=averaged + kept * setup.itemsize,
-        stepped=stepped,
+        spans=spans,
         masters=whole // shards if setup.has_masters else None,
         buckets=buckets * setup.itemsize,
         collectives=(
@@ -434,7 +490,7 @@ def _zero3(case: _Case) -> Plan:
         shards=shards,
         parameters=shard * setup.itemsize,
         gradients=shard * grad_itemsize,
-        stepped=shard,
+        spans=case.spans(lambda shape: -(-math.prod(shape) // shards)),
         # Gathered, and the gradients of the largest unit with the buffer that is reduce-scattered.
         buckets=(sum(largest) + 2 * largest[0]) * shards * setup.itemsize,
         collectives=(
@@ -464,7 +520,7 @@ def _fsdp2(case: _Case) -> Plan:
         shards=shards,
         parameters=shard * kept_itemsize,
         gradients=shard * kept_itemsize,
-        stepped=shard,
+        spans=case.spans(lambda shape: _rows_of_first(shape, shards)),
         # Gathered, the root's gradients, and of the largest block gradients and the buffer that is reduce-scattered.
         buckets=(2 * root + sum(blocks) + 2 * blocks[0]) * shards * setup.itemsize,
         collectives=(

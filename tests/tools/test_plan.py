@@ -188,7 +188,8 @@ def test_every_optimizer_holds_what_is_planned(name: str) -> None:
     options = {"+amsgrad": {"amsgrad": True}, "+momentum": {"momentum": 0.9}}
     cls, _, option = name.partition("+")
     model = Blocks()
-    optimizer = getattr(so, cls)(model.parameters(), lr=1e-3, **options.get(f"+{option}", {}))
+    params = so.muon_param_groups(model, rest=option or "adamw") if cls == "Muon" else model.parameters()
+    optimizer = getattr(so, cls)(params, lr=1e-3, **options.get(f"+{option}", {}))
     train(model, optimizer, torch.arange(5))
     assert_held(plan(shapes_of(model), "none", Setup(optimizer=name)), held(model.parameters(), optimizer))
 
@@ -306,8 +307,55 @@ def check_sharded_optimizer_peak(stage: int, setup: Setup) -> None:
     assert 0.95 * total < peak.bytes < total  # measured: 0.99 for both stages
 
 
+def step_of_muon(sharding: str, setup: Setup) -> tuple[Model, Any]:
+    """A model of these shapes, and the optimizer inside of what has stepped it once."""
+    model = Blocks()
+    shapes = shapes_of(model)
+    replicas = setup.world_size // (setup.shard_size or setup.world_size)
+    mesh = init_device_mesh("cpu", (replicas, setup.world_size // replicas), mesh_dim_names=("replicas", "shards"))
+    groups = so.muon_param_groups(model)
+    if sharding == "zero2":
+        outside = so.ShardedOptimizer(groups, so.Muon, mesh, lr=1e-3, bucket_mb=BUCKET_MB, module=model)
+        train(model, outside, torch.arange(5))
+        return shapes, outside.inside
+    if sharding == "ddp":
+        wrapped = DistributedDataParallel(model)
+    else:
+        for layer in model.layers:
+            fully_shard(layer, mesh=mesh if replicas > 1 else mesh["shards"])
+        wrapped = fully_shard(model, mesh=mesh if replicas > 1 else mesh["shards"])
+        groups = so.muon_param_groups(model)
+    optimizer = so.Muon(groups, lr=1e-3)
+    train(wrapped, optimizer, torch.arange(5))
+    return shapes, optimizer
+
+
+def check_matrices(sharding: str, setup: Setup) -> None:
+    """Bytes that all ranks send, flops of the busiest; and its memory is at most what is planned."""
+    shapes, optimizer = step_of_muon(sharding, setup)
+    (matrices,) = optimizer._sets.whole.layout.matrices
+    (exchange,) = optimizer._sets.whole._exchanges.values()
+    exchange.allocate()
+    slots = [buffer for slot in exchange._slots for buffer in vars(slot).values()]
+    sent = [sum(sum(getattr(each, way).sent) for each in matrices.rounds) for way in ("gather", "scatter")]
+    here = {"sent": sent, "buffers": 2 * (exchange.buffer.numel() + sum(map(Tensor.numel, slots)))}
+    everywhere: list[Any] = [None] * setup.world_size
+    dist.all_gather_object(everywhere, here)
+    setup = replace(setup, optimizer="Muon", bucket_bytes=int(BUCKET_MB * 2**20))
+    planned, others = plan(shapes, sharding, setup), plan(shapes, sharding, replace(setup, optimizer="AdamW"))
+    all_to_all = [each.sent for each in planned.collectives if each.operation == "all-to-all"]
+    totals = [2 * sum(each["sent"][way] for each in everywhere) for way in (0, 1)]
+    assert all_to_all == [total // setup.world_size for total in totals if total], sharding
+    assert planned.matrix_flops == 5 * max(matrices.loads), sharding
+    buffers = planned.memory.buckets - others.memory.buckets
+    most = max(each["buffers"] for each in everywhere)
+    assert most <= buffers <= 3 * most, (sharding, most, buffers)  # what a rank sends to itself is not left out: much on so few ranks
+
+
 def check_two_ranks() -> None:
     setup = Setup(world_size=2, optimizer="StableAdamW", backend="gloo")
+    for sharding in ("ddp", "fsdp2", "zero2"):
+        check_matrices(sharding, setup)
     low = replace(setup, dtype="bf16")
     check_ddp(setup)
     check_fully_shard("fsdp2", setup)
@@ -329,6 +377,8 @@ def check_four_ranks() -> None:
     setup = Setup(world_size=4, shard_size=2, optimizer="StableAdamW", backend="gloo")
     check_fully_shard("hsdp", setup)
     check_sharded_optimizer(2, setup)
+    check_matrices("hsdp", setup)
+    check_matrices("zero2", setup)
 
 
 def test_four_ranks_hold_and_send_what_is_planned_with_two_replicas() -> None:
@@ -412,7 +462,11 @@ def test_a_step_moves_the_bytes_that_benchmarks_count() -> None:
         "DecoupledAdamW+amsgrad": 36,
         "DecoupledSGDW": 12,
         "DecoupledSGDW+momentum": 20,
+        "Muon": 32,  # of AdamW, which checks gradients too
+        "Muon+stable_adamw": 36,
     }
+    matrix = from_shapes({"layers.0.w": [10, 100]})
+    assert plan(matrix, "none", Setup(optimizer="Muon")).stepped / 1000 == 28
     low = Setup(optimizer="StableAdamW", dtype="bf16", masters="none")
     assert plan(model, "none", low).stepped / 1000 == 28
     assert plan(model, "none", replace(low, masters="kahan")).stepped / 1000 == 32

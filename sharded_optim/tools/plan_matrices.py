@@ -1,0 +1,127 @@
+"""Plan a step of whole matrices (Muon) from shapes: what its ranks send, hold and compute. Used by `plan.py`.
+
+Which rank computes with which matrix is chosen as in a step (`sharding/matrices.py`); bytes are the mean over the ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from inspect import signature
+from itertools import accumulate, islice
+from typing import NamedTuple
+
+from sharded_optim.formulas import Matrix
+from sharded_optim.optimizers.muon import Muon
+from sharded_optim.sharding.matrices import choose_owners, choose_rounds
+
+__all__ = ["MatrixWork", "Span", "heaviest", "is_hidden_matrix", "work_on"]
+
+MUON_DEFAULTS = {name: param.default for name, param in signature(Muon).parameters.items()}
+ROUTERS = ("gate", "router")
+SLOTS = 2  # rounds whose buffers are there at a time
+
+
+class Span(NamedTuple):
+    """A tensor in memory that is cut into equal shards, one after the other."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int  # of its first element
+    shard: int  # elements of a shard
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def elements(self, shard: int) -> int:
+        """Of the tensor, in a shard."""
+        return max(0, min(self.start + self.numel, (shard + 1) * self.shard) - max(self.start, shard * self.shard))
+
+    @property
+    def holders(self) -> range:
+        """The shards in which it has elements."""
+        return range(self.start // self.shard, (self.start + self.numel - 1) // self.shard + 1) if self.numel else range(0)
+
+
+def heaviest(spans: Sequence[Span], weight: Callable[[Span], int]) -> int:
+    """Sum the elements of tensors by shard, each element with the weight of its tensor, and return the largest sum."""
+    changes: defaultdict[int, int] = defaultdict(int)  # of the sum, from one shard to the next
+
+    def add(first: int, end: int, each: int) -> None:
+        changes[first] += each
+        changes[end] -= each
+
+    for span in spans:
+        factor, holders = weight(span), span.holders
+        for shard in {*holders[:1], *holders[-1:]}:
+            add(shard, shard + 1, factor * span.elements(shard))
+        if len(holders) > 2:
+            add(holders[1], holders[-1], factor * span.shard)
+    return max(accumulate(changes[shard] for shard in sorted(changes)), default=0)
+
+
+def is_hidden_matrix(name: str, shape: Sequence[int]) -> bool:
+    """Whether `muon_param_groups` gives a tensor to Muon, by its name alone: matrices in numbered layers, but for routers."""
+    *modules, _ = name.split(".")
+    return len(shape) >= 2 and any(module.isdigit() for module in modules) and modules[-1] not in ROUTERS
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixWork:
+    """What a step of whole matrices takes of a rank: `directions` and `results` are bytes that it sends in the mean."""
+
+    directions: int = 0
+    results: int = 0
+    buffers: int = 0  # bytes, of the rank that holds most
+    flops: int = 0  # of the rank that computes most
+
+
+def work_on(spans: Sequence[Span], matrix: Matrix, *, shards: int, replicas: int) -> MatrixWork:
+    """Plan the exchange of the matrices of these tensors.
+
+    Args:
+        spans: tensors that are matrices; of each shard there are `replicas`, on the ranks shard, shard + shards, and so on.
+    """
+    wholes: list[Span] = []
+    flops: list[int] = []
+    for span in spans:
+        begin = span.start
+        for rows, columns in matrix.shapes(span.shape, MUON_DEFAULTS):
+            if rows * columns:
+                wholes.append(Span(span.name, (rows, columns), begin, span.shard))
+                flops.append(matrix.flops(rows, columns))
+            begin += rows * columns
+    loads = [0] * (shards * replicas)
+    # Of so many ranks one at least has nothing yet, and the first such one is taken.
+    owners = choose_owners(flops, [list(islice(_ranks(whole, shards, replicas), len(wholes))) for whole in wholes], loads)
+    itemsize = matrix.dtype.itemsize
+    sizes = [whole.numel * itemsize for whole in wholes]
+    own = [whole.elements(owner % shards) * itemsize for whole, owner in zip(wholes, owners, strict=True)]
+    gathered = [size - part for size, part in zip(sizes, own, strict=True)]
+    scattered = [replicas * size - part for size, part in zip(sizes, own, strict=True)]
+    world_size = shards * replicas
+    slot = 0
+    if any(scattered):
+        for members in choose_rounds(sizes, flops, owners):
+            of_owner: defaultdict[int, int] = defaultdict(int)  # received and sent
+            for index in members:
+                of_owner[owners[index]] += gathered[index] + scattered[index]
+            held = heaviest([wholes[index] for index in members if scattered[index]], lambda whole: itemsize)  # sent and received
+            slot = max(slot, max(of_owner.values()) + held + min(held, sum(gathered[index] for index in members) // world_size))
+    return MatrixWork(
+        directions=sum(gathered) // world_size,
+        results=sum(scattered) // world_size,
+        buffers=heaviest(spans, lambda span: itemsize) + SLOTS * slot,
+        flops=int(MUON_DEFAULTS["ns_steps"]) * max(loads, default=0),
+    )
+
+
+def _ranks(whole: Span, shards: int, replicas: int) -> Sequence[int]:
+    """The ranks that hold a piece of a matrix."""
+    holders = whole.holders
+    if replicas == 1 or len(holders) == shards:
+        return range(holders.start, holders.start + len(holders) * replicas)
+    return [shard + replica * shards for replica in range(replicas) for shard in holders]
