@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sharded_optim.optimizers import OPTIMIZERS
+from sharded_optim.optimizers import OPTIMIZERS, Muon
 from sharded_optim.tools.imported import imported
 from sharded_optim.tools.shapes import hugging_face_model
 from sharded_optim.training.muon_groups import muon_param_groups
@@ -64,15 +64,15 @@ class TokenBatches:
 
 
 @dataclass(frozen=True)
-class Muon:
+class MuonOfModel:
     """Muon with the param groups that `so.muon_param_groups` makes of a model."""
 
     options: Mapping[str, Any]
     path = "sharded_optim.Muon"
-    shardings = ("ddp", "fsdp2")  # others flatten matrices
+    optimizer_class = Muon
 
     def __call__(self, model: nn.Module) -> Any:
-        return OPTIMIZERS["Muon"](muon_param_groups(model), **self.options)
+        return Muon(muon_param_groups(model), **self.options)
 
 
 def target_named(target: str, batch: str | None) -> tuple[Callable[[], nn.Module], Callable[[int], Any]]:
@@ -114,7 +114,7 @@ def optimizer_named(name: str, options: Mapping[str, Any]) -> Callable[..., Any]
         options: hyperparameters, for a class.
     """
     if name.rpartition(".")[2] == "Muon" and not name.startswith("torch"):
-        return Muon(options)
+        return MuonOfModel(options)
     path = name if ":" in name else ":".join(name.rsplit(".", 1))
     named = OPTIMIZERS.get(name) or imported(path)
     if isinstance(named, type):

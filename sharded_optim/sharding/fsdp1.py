@@ -20,7 +20,7 @@ from sharded_optim.sharding.layout import Piece
 from sharded_optim.sharding.segment import Segment
 from sharded_optim.sharding.wrappers import FlatModel, Tensors, Wrapper
 
-__all__ = ["WRAPPER", "check_whole_state_on_cpu", "layout_of"]
+__all__ = ["WRAPPER", "check_state_is_alike", "check_whole_state_on_cpu", "layout_of"]
 
 UNKNOWN_PARAM = (
     "is not one of the FullyShardedDataParallel model that layout= was made from; build the optimizer from model.parameters() after "
@@ -82,15 +82,41 @@ def check_whole_state_on_cpu(model: nn.Module, keys: Sequence[str]) -> None:
     With `use_orig_params=True` torch 2.13 gathers one key after the other into the same memory, and takes what it has gathered from there
     with `.cpu()`, which copies nothing that is on a CPU already. On other devices, and with False, whole state is right.
     """
-    for prefix, handle in _handles(model):
-        shares_memory = handle.uses_sharded_strategy and handle.world_size > 1 and handle.device.type == "cpu"
-        if len(keys) > 1 and shares_memory and handle.flat_param._params is not None:
+    for prefix, handle in _gathered_handles(model):
+        if len(keys) > 1 and handle.device.type == "cpu":
             raise ValueError(
                 f"whole optimizer state of {prefix + handle.flat_param._fqns[0]!r} and others under FullyShardedDataParallel with "
                 f"use_orig_params=True would be wrong: torch gives {' and '.join(map(repr, keys[:-1]))} the values of {keys[-1]!r} when it "
                 f"offloads whole state that is on a CPU. It need not offload it: ask get_optimizer_state_dict with cpu_offload=False, or "
                 f"FullyShardedDataParallel.optim_state_dict with FullOptimStateDictConfig(offload_to_cpu=False); sharded state is right too"
             )
+
+
+def check_state_is_alike(model: nn.Module, keys: Mapping[Tensor, Sequence[str]]) -> None:
+    """Raise ValueError where torch cannot gather the state of a unit: it takes all parameters of a unit to have the same.
+
+    Args:
+        keys: of the state of each parameter.
+    """
+    for prefix, handle in _gathered_handles(model):
+        known = [
+            (name, keys[param]) for name, param in zip(handle.flat_param._fqns, handle.flat_param._params, strict=True) if param in keys
+        ]
+        others = [(name, of_param) for name, of_param in known if of_param != known[0][1]]
+        if others:
+            (first, of_first), (other, of_other) = known[0], others[0]
+            raise ValueError(
+                f"torch cannot gather the optimizer's state of a unit of FullyShardedDataParallel whose parameters have different state: "
+                f"{prefix + first!r} has {' and '.join(of_first)}, {prefix + other!r} {' and '.join(of_other)}. Save with so.checkpoint; "
+                f"or wrap so that what one algorithm steps is in units of its own; or shard the model with fully_shard (FSDP2)"
+            )
+
+
+def _gathered_handles(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """As `_handles`, of the units whose state torch gathers parameter by parameter: sharded ones with the original parameters."""
+    for prefix, handle in _handles(model):
+        if handle.uses_sharded_strategy and handle.world_size > 1 and handle.flat_param._params is not None:
+            yield prefix, handle
 
 
 def _handles(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -28,8 +28,8 @@ __all__ = [
     "State",
     "asked_by_distributed_checkpoint",
     "asked_by_fsdp1",
+    "asked_for_state_of_fsdp1",
     "called_to_allocate",
-    "fsdp1_that_offloads_whole_state",
     "local_of",
     "new_state",
     "steps_to_allocate",
@@ -193,19 +193,26 @@ def asked_by_fsdp1() -> bool:
     return any((_module_of(frame), frame.f_code.co_name) == (FSDP1, "optim_state_dict") for frame in _callers())
 
 
-def fsdp1_that_offloads_whole_state() -> nn.Module | None:
-    """Return the FullyShardedDataParallel model whose whole state torch is gathering on the CPU; else None."""
+class AskedByFsdp1(NamedTuple):
+    """A FullyShardedDataParallel model whose state torch is gathering."""
+
+    model: nn.Module
+    offloads_whole: bool  # to the CPU
+
+
+def asked_for_state_of_fsdp1() -> AskedByFsdp1 | None:
+    """Return whose state torch is gathering, if it is that of a FullyShardedDataParallel model."""
     for frame in _callers():
-        caller = _module_of(frame), frame.f_code.co_name
+        caller, names = (_module_of(frame), frame.f_code.co_name), frame.f_locals
         if caller == (f"{CHECKPOINT}.state_dict", "_get_optim_state_dict"):
-            info = frame.f_locals["info"]
-            return frame.f_locals["model"] if info.fsdp_modules and info.full_state_dict and info.cpu_offload else None
+            info = names["info"]
+            return AskedByFsdp1(names["model"], info.full_state_dict and info.cpu_offload) if info.fsdp_modules else None
         if caller == (FSDP1, "optim_state_dict"):
-            settings = frame.f_locals["state_dict_settings"]
+            settings = names["state_dict_settings"]
             is_whole = settings.state_dict_type.name == "FULL_STATE_DICT"
-            return frame.f_locals["model"] if is_whole and settings.optim_state_dict_config.offload_to_cpu else None
+            return AskedByFsdp1(names["model"], is_whole and settings.optim_state_dict_config.offload_to_cpu)
         if caller == (FSDP1, "full_optim_state_dict"):
-            return frame.f_locals["model"]
+            return AskedByFsdp1(names["model"], True)
     return None
 
 

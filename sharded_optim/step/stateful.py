@@ -17,7 +17,7 @@ from sharded_optim.step.state import (
     Choice,
     State,
     asked_by_fsdp1,
-    fsdp1_that_offloads_whole_state,
+    asked_for_state_of_fsdp1,
     new_state,
     zeros,
 )
@@ -104,15 +104,20 @@ class StatefulOptimizer(GroupedOptimizer):
         """Return the state dict, in torch's form.
 
         Raises:
-            ValueError: torch asks for it on behalf of FullyShardedDataParallel, and would give moments each other's values.
+            ValueError: torch asks for it on behalf of FullyShardedDataParallel, and would fail, or give moments each other's values.
         """
         if not self.state and asked_by_fsdp1():
             self.init_state()
-        model = fsdp1_that_offloads_whole_state()
-        if model is not None:
+        asked = asked_for_state_of_fsdp1()
+        if asked is not None:
             from sharded_optim.sharding import fsdp1
 
-            fsdp1.check_whole_state_on_cpu(model, sorted({key for state in self.state.values() for key in state} - {STEP}))
+            fsdp1.check_state_is_alike(
+                asked.model,
+                {param: sorted(self.choice_of(param, group).entries) for group in self.param_groups for param in group["params"]},
+            )
+            if asked.offloads_whole:
+                fsdp1.check_whole_state_on_cpu(asked.model, sorted({key for state in self.state.values() for key in state} - {STEP}))
         self.drop_stale_compensation()
         return super().state_dict()
 

@@ -317,10 +317,18 @@ def check_failures() -> None:
     flat = FullyShardedDataParallel(nn.Linear(3, 2), device_id=torch.device("cpu"))  # rank 0 has nothing of the bias
     with pytest.raises(ValueError, match=r"'bias' has shape \(2,\), which is no matrix.*flattened it with 1 others.*use_orig_params=True"):
         so.Muon(flat.parameters())
+    flat = FullyShardedDataParallel(nn.Linear(3, 2), use_orig_params=True, device_id=torch.device("cpu"))
+    optimizer = so.Muon(so.muon_param_groups(flat, to_muon="weight"))
+    optimizer.init_state()
+    for ask in (get_optimizer_state_dict, FullyShardedDataParallel.optim_state_dict):
+        with pytest.raises(ValueError, match=r"'weight' has momentum_buffer, 'bias' exp_avg and exp_avg_sq. Save with so.checkpoint"):
+            ask(flat, optimizer)
 
 
 def test_a_failure_on_one_rank_leaves_all_ranks_as_they_were() -> None:
-    """NaN, a missing gradient, other hyperparameters or another split on one rank; and matrices that were flattened with vectors."""
+    """NaN, a missing gradient, other hyperparameters or another split on one rank; matrices that were flattened with vectors; and state
+    that torch cannot gather under FSDP1.
+    """
     ranks.run(check_failures, 2)
 
 

@@ -43,8 +43,9 @@ def test_an_optimizer_of_this_library_has_the_bits_of_one_process(sharding: str)
     assert (report.verdict, report.steps, report.tensors) == ("bitwise", 4, len(list(Model().parameters())))
 
 
-def test_a_function_of_the_model_builds_the_optimizer() -> None:
-    report = verified(verify_faults.muon, sharding="fsdp2")
+@pytest.mark.parametrize("sharding", ["fsdp2", "fsdp1", "zero2", pytest.param("deepspeed3", marks=NEEDS_DEEPSPEED)])
+def test_muon_that_a_function_of_the_model_builds_has_the_bits_of_one_process(sharding: str) -> None:
+    report = verified(verify_faults.muon, sharding=sharding)
     assert report.verdict == "bitwise", report.text()
 
 

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sharded_optim import checkpoint
 from sharded_optim import deepspeed as own_deepspeed
 from sharded_optim.step.engine import Engine
 from sharded_optim.tools.verify.making import MakeOptimizer, named
@@ -157,6 +158,9 @@ class ShardedByFsdp1(Sharded):
         return dict.fromkeys(self.named(), FLATTENED)
 
     def save(self, folder: str) -> None:
+        if self._has_different_state:
+            checkpoint.save(folder, 0, model=self.model, optimizer=self.optimizer)
+            return
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
         state = get_state_dict(self.model, self.optimizer, options=StateDictOptions(full_state_dict=True))
@@ -165,11 +169,19 @@ class ShardedByFsdp1(Sharded):
         dist.barrier()
 
     def load(self, folder: str) -> None:
+        if self._has_different_state:
+            checkpoint.load(folder, model=self.model, optimizer=self.optimizer)
+            return
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
         model, optimizer = torch.load(folder, weights_only=True)
         options = StateDictOptions(full_state_dict=True)
         set_state_dict(self.model, self.optimizer, model_state_dict=model, optim_state_dict=optimizer, options=options)
+
+    @property
+    def _has_different_state(self) -> bool:
+        """Whether parameters of a unit may have different state, as under Muon: torch cannot gather it."""
+        return isinstance(self.base, Engine) and len({group.get("algorithm") for group in self.base.param_groups}) > 1
 
     @contextmanager
     def _whole(self, **options: bool) -> Iterator[None]:
@@ -303,12 +315,15 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def _zero(model: nn.Module, make: MakeOptimizer, *, stage: Any) -> tuple[nn.Module, Optimizer]:
-    if make.constructor is None or not issubclass(make.constructor, Engine):
+    if make.constructor is not None and issubclass(make.constructor, Engine):
+        return model, ShardedOptimizer(model, make.constructor, stage=stage, **make.keywords)
+    made = None if make.constructor is not None else make(model)
+    if not isinstance(made, Engine):
         raise ValueError(
-            f"zero{stage} is so.ShardedOptimizer, which takes a class of sharded_optim or a functools.partial of one, got {make.name}; "
-            f"give that, or use deepspeed{stage}"
+            f"zero{stage} is so.ShardedOptimizer, which takes an optimizer of sharded_optim, got {make.name}; give one, or use "
+            f"deepspeed{stage}"
         )
-    return model, ShardedOptimizer(model, make.constructor, stage=stage, **make.keywords)
+    return model, ShardedOptimizer(made.param_groups, type(made), stage=stage, module=model)
 
 
 def _deepspeed(model: nn.Module, make: MakeOptimizer, *, stage: int) -> tuple[Any, Any]:
@@ -344,6 +359,6 @@ SHARDINGS: dict[str, Shard] = {
 def installed(make: MakeOptimizer) -> list[str]:
     """Return the entries of `SHARDINGS` that can run an optimizer here: all but those whose package or class is missing."""
     has_deepspeed = importlib.util.find_spec("deepspeed") is not None
-    is_own = make.constructor is not None and issubclass(make.constructor, Engine)
-    possible = getattr(make.given, "shardings", SHARDINGS)
-    return [name for name in possible if (has_deepspeed or "deepspeed" not in name) and (is_own or "zero" not in name)]
+    kind = getattr(make.given, "optimizer_class", make.constructor)  # of a function of the model, where that says it
+    is_own = kind is not None and issubclass(kind, Engine)
+    return [name for name in SHARDINGS if (has_deepspeed or "deepspeed" not in name) and (is_own or "zero" not in name)]
