@@ -84,10 +84,6 @@ def apply(param, orthogonal, decay, lr):
     return (decay * param - lr * orthogonal,)
 
 
-def undo_apply(param, orthogonal, decay, lr):
-    return xp.divide(param + lr * orthogonal, decay)
-
-
 def apply_coefficients(group: Mapping[str, Any], step: Step, lr_scale: Number) -> Coefficients:
     """The last two arguments of `apply`."""
     _, decay = decay_coefficients(group, lr_scale)
@@ -179,7 +175,7 @@ def shapes(shape: tuple[int, ...], group: Mapping[str, Any]) -> list[tuple[int, 
     return [(block, math.prod(others)) for block in blocks] * count
 
 
-APPLY = Algorithm(name="muon_apply", state=(), update=apply, undo=undo_apply, coefficients=apply_coefficients)
+APPLY = Algorithm(name="muon_apply", state=(), update=apply, undo=None, coefficients=apply_coefficients)
 MATRIX = Matrix(shapes=shapes, function=orthogonalize, flops=flops, dtype=torch.bfloat16, apply=APPLY)
 MUON = Algorithm(name="muon", state=("momentum_buffer",), update=update, undo=None, coefficients=coefficients, matrix=MATRIX)
 MUON_FP32 = replace(MUON, name="muon_fp32", matrix=replace(MATRIX, dtype=torch.float32))

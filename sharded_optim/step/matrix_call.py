@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from sharded_optim.step.group_values import GroupValues
 from sharded_optim.step.grouped import matrices_of
 from sharded_optim.step.kernel_call import KernelCall
 from sharded_optim.step.matrix_exchange import Compute, MatrixExchange
-from sharded_optim.step.metrics import Update
+from sharded_optim.step.metrics import Measured, Update
 from sharded_optim.step.stateful import StatefulOptimizer
 from sharded_optim.storage.formats import format_of
 
@@ -30,7 +31,12 @@ class MatrixCall(KernelCall):
 
     `operands` are all tensors of a step, as of any kernel call. The operands of each pass share their columns; in place of the parameters,
     or of the gradients, they have the pieces of the exchange's buffer.
+
+    Attributes:
+        measures: whether updates are measured for reports, as nobody can compute them later.
     """
+
+    measures = False
 
     def __init__(self, optimizer: StatefulOptimizer, layout: Layout, *args: Any, exchanges: Mapping[torch.dtype, MatrixExchange]) -> None:
         self._exchanges = exchanges
@@ -91,8 +97,19 @@ class MatrixCall(KernelCall):
         table = coefficient_table(apply.coefficients, self.members, self.steps, 1.0, backend=self.backend, operands=self._applying)
         happens = None if proceed is None else proceed.to(self.device)
         keys = self._noise_keys([name for name in self._random if name == PARAMETER])
+        measured = self._measured(table) if self.measures else None
         self.backend.update(apply, self._applying, table, happens, None, keys)
-        return self._finish(table, happens, self._grad_scale)
+        return replace(self._finish(table, happens, self._grad_scale), measured=measured)
+
+    def _measured(self, table: Tensor) -> list[Measured]:
+        """Compute of each piece what the update is about to subtract, in float64."""
+        operands, found = self._applying, []
+        columns = [column.tensors for column in (operands.param, *operands.extra)]
+        for *stored, result, grad, row in zip(*columns, operands.grad.tensors, self.operands.grad.tensors, table, strict=True):
+            value = operands.format.load(*stored).double()
+            (updated,) = self.matrix.apply.update(value, result.double(), *row.double().unbind())
+            found.append(Measured.of(value - updated, grad))
+        return found
 
     def release(self) -> None:
         super().release()

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,18 @@ COSINES = {"cosine/update_grad": ("update", "grad"), "cosine/moment_grad": ("mom
 KINDS = (*(f"l2_norm/{vector}" for vector in NORMS), *COSINES)
 
 
+class Measured(NamedTuple):
+    """What a step subtracted from a piece: float64 ()."""
+
+    square: Tensor  # of its norm
+    product: Tensor  # with the gradient
+
+    @classmethod
+    def of(cls, moved: Tensor, grad: Tensor) -> Measured:
+        moved = moved.double().flatten()
+        return cls(moved.dot(moved), moved.dot(grad.double().flatten()))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Update:
     """The record of the last update of one kernel call."""
@@ -44,6 +56,7 @@ class Update:
     coefficients: Tensor  # fp32 (pieces, coefficients of algorithm.update)
     proceed: Tensor | None  # as the backend was given
     grad_scale: Tensor | None
+    measured: Sequence[Measured] | None = None  # of each piece, where it cannot be computed back and was measured in the step
 
 
 def report(entry: LocalParam, piece: Piece, state: dict[str, Any], last: tuple[Update, int] | None) -> dict[str, Tensor]:
@@ -55,8 +68,8 @@ def report(entry: LocalParam, piece: Piece, state: dict[str, Any], last: tuple[U
     moment: the first moment, not bias-corrected, or the momentum buffer.
     grad: without GradScaler's scale.
 
-    Left out are `moment` of an optimizer that has none, `update` of one whose updates cannot be computed back (Muon), and what needs a
-    gradient that is gone (`update` of SGD, not of Adam) or that is a Partial DTensor.
+    Left out are `moment` of an optimizer that has none, `update` of Muon's matrices until a step after the first report, which measures it,
+    and what needs a gradient that is gone (`update` of SGD, not of Adam) or that is a Partial DTensor.
 
     Args:
         entry, piece: the parameter, and which of its pieces.
@@ -92,12 +105,23 @@ def report(entry: LocalParam, piece: Piece, state: dict[str, Any], last: tuple[U
         grad = vectors.get("grad", torch.full((), math.nan, dtype=torch.float64, device=local.device))  # makes NaN what needs it
         moved = update.algorithm.undo(vectors["param"], grad, *moments, *coefficients) - vectors["param"]
         if "grad" in vectors or not moved.isnan().all():
-            vectors["update"] = moved if update.proceed is None else torch.where(update.proceed, moved, 0.0)
+            vectors["update"] = _where(update.proceed, moved)
     values = {f"l2_norm/{name}": torch.linalg.vector_norm(vectors[name]) for name in NORMS if name in vectors}
     for kind, (a, b) in COSINES.items():
         if a in vectors and b in vectors:
             values[kind] = _cosine((vectors[a] * vectors[b]).sum(), values[f"l2_norm/{a}"] * values[f"l2_norm/{b}"])
+    if update is not None and update.measured is not None:
+        square, product = (_where(update.proceed, value) for value in update.measured[row])
+        values["l2_norm/update"] = square.sqrt()
+        if "grad" in vectors:
+            scale = 1.0 if update.grad_scale is None else update.grad_scale
+            values["cosine/update_grad"] = _cosine(product * scale, values["l2_norm/update"] * values["l2_norm/grad"])
     return values
+
+
+def _where(proceed: Tensor | None, value: Tensor) -> Tensor:
+    """The value, or 0 if the step did not happen."""
+    return value if proceed is None else torch.where(proceed.to(value.device), value, 0.0)
 
 
 def _cosine(product: Tensor, norms: Tensor) -> Tensor:

@@ -69,6 +69,7 @@ class ParamSet:
         agreement: of the last step; None if ranks did not agree.
         left_over: an agreement whose errors are raised when the next step begins.
         updates: what the last step wrote, and their number: larger than that of any update before.
+        measures: whether steps measure updates of matrices for reports, as nobody can compute them later.
     """
 
     def __init__(self, layout: Layout, flat_layout: FlatLayout | None, backends: BackendChoice, *, together: bool) -> None:
@@ -85,6 +86,7 @@ class ParamSet:
         self.left_over: Agreement | None = None
         self._judge: Judge = judge  # of the backend where ranks agree
         self._streak = Streak()
+        self.measures = False
         self.updates: tuple[int, Sequence[Update]] = (-1, ())
 
     @property
@@ -229,6 +231,7 @@ class ParamSet:
         computes: dict[torch.dtype, dict[int, Compute]] = {dtype: {} for dtype in self._exchanges}
         for call in self.calls:
             if isinstance(call, MatrixCall):
+                call.measures = self.measures
                 computes[call.matrix.dtype] |= call.write_directions(proceed, scaler)
         if self.left_over is not None and agreement is not None and any(each.travels for each in self._exchanges.values()):
             # A rank that has failed does not take part in the exchange. The device computes directions while the verdict is read.

@@ -63,6 +63,9 @@ class Reports:
         """Return, for each piece of a parameter, the update of the last step that wrote it, and its row there."""
         if self.rows is None:
             self.rows = {}
+            sets = list(sets)
+            for each in sets:
+                each.measures = True
             for each in sorted((each for each in sets if each.updates[0] >= 0), key=lambda each: each.updates[0]):
                 rows: dict[int, Rows] = {id(param): [] for param in each.layout.params}
                 for update in each.updates[1]:

@@ -23,6 +23,7 @@ OPTIMIZERS: dict[str, Callable] = {
     "DecoupledSGDW": lambda groups: so.DecoupledSGDW(groups, lr=1e-2, momentum=0.9, nesterov=True, weight_decay=1e-2),
     "DecoupledSGDW-plain": lambda groups: so.DecoupledSGDW(groups, lr=1e-2, weight_decay=1e-2),
     "StableAdamW": lambda groups: so.StableAdamW(groups, lr=1e-2, weight_decay=0.5),
+    "Muon": lambda groups: so.Muon([groups[0], groups[1] | {"algorithm": "adamw"}], lr=1e-2),
 }
 STEPS = 3
 MOMENTS = {"exp_avg", "momentum_buffer"}
@@ -78,6 +79,12 @@ def monitored(optimizer: torch.optim.Optimizer, params: dict[str, nn.Parameter],
     return {key: value.item() for key, value in metrics.items()}
 
 
+def asked(optimizer: torch.optim.Optimizer, params: dict[str, nn.Parameter]) -> None:
+    """Ask for reports, as the monitor does after each step: updates of matrices are measured in the steps after the first report."""
+    for name, param in params.items():
+        optimizer.report_per_parameter_metrics(param, name, {})
+
+
 def assert_close(actual: dict[str, float], expected: dict[str, float], where: str) -> None:
     """To a rounding of the parameters, which are 100 times larger than what is subtracted from them."""
     assert actual.keys() == expected.keys(), where
@@ -95,6 +102,7 @@ def test_one_process_reports_the_step_it_took_per_group(name: str) -> None:
         for key, param in params.items():
             param.grad = grads.get(key)
         optimizer.step()
+        asked(optimizer, params)
     expected = expected_metrics(OPTIMIZERS[name])
     assert_close(monitored(optimizer, params, reduce=False), expected, name)
     assert_close(monitored(optimizer, params, reduce=True), expected, name)
@@ -108,6 +116,7 @@ def check_ranks(wrappers: list[str], expected: dict[str, dict[str, float]]) -> N
             for step in range(STEPS):
                 model.set_grads(spiky_grads(step, torch.float32))
                 optimizer.step()
+                asked(optimizer, model.params)
             with collectives() as found:
                 metrics = monitored(optimizer, model.params, reduce=True)
             assert found.count("gloo:all_reduce") == 1, found

@@ -246,13 +246,24 @@ def test_other_groups_are_stepped_as_by_their_own_class(algorithm: str, other: C
 
 
 def test_reports_say_what_is_known_of_a_matrix() -> None:
-    """Norms of parameter, gradient and momentum. What an update has subtracted is gone with the result."""
+    """Norms of parameter, gradient and momentum; and, once a report was asked for, of the update, which is measured in the step."""
     param = nn.Parameter(randn(4, 3))
     optimizer = so.Muon([("w", param)])
     train(optimizer)
     report = optimizer.report_per_parameter_metrics(param, "w", {})
     assert report.keys() == {f"l2_norm/{kind}/w" for kind in ("param", "grad", "moment")} | {"cosine/moment_grad/w"}
     torch.testing.assert_close(report["l2_norm/moment/w"], optimizer.state[param]["momentum_buffer"].double().norm())
+    before = param.detach().double()
+    param.grad = randn(4, 3)
+    optimizer.step()
+    moved = before - param.detach().double()
+    report = optimizer.report_per_parameter_metrics(param, "w", {})
+    torch.testing.assert_close(report["l2_norm/update/w"], moved.norm(), rtol=1e-4, atol=0.0)
+    cosine = torch.cosine_similarity(moved.flatten(), param.grad.double().flatten(), dim=0)
+    torch.testing.assert_close(report["cosine/update_grad/w"], cosine, rtol=1e-4, atol=0.0)
+    param.grad = torch.full((4, 3), torch.nan)
+    optimizer.step()
+    assert optimizer.report_per_parameter_metrics(param, "w", {})["l2_norm/update/w"] == 0.0
 
 
 def test_gradscalers_scale_is_taken_from_gradients_and_what_it_found_stops_the_step() -> None:
