@@ -189,6 +189,13 @@ def _problems(engine: Any) -> Iterator[str]:
         yield "the optimizer was built with gradient_release=True, and DeepSpeed steps after backward; leave it out"
     zero = engine._config.zero_config
     stage = int(zero.stage)
+    tagged = [name for param, name in engine.param_names.items() if getattr(param, "use_muon", False)]
+    if tagged and "muon" in type(optimizer).__name__.lower():
+        yield (
+            f"{tagged[0]!r} is tagged use_muon, by the type of the config's optimizer or by hand, and by the name of the optimizer's class "
+            f"DeepSpeed takes it for its own Muon and orthogonalizes gradients too; name 'sharded_optim.Muon' in the config or no "
+            f"optimizer, and leave the tags out"
+        )
     if zero.zenflow is not None:
         yield "ZenFlow steps parts of the model by an optimizer of its own; leave zero_optimization.zenflow out"
     if engine.super_offload():

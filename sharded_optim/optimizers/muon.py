@@ -7,7 +7,7 @@ scale as Moonlight has them (Liu et al. 2025, arXiv 2502.16982). For the hidden 
     X     <- a X + (b XX' + c (XX')^2) X                         ns_steps times
     theta <- decay * theta - lr * scale * X                      decay: see weight_decay.py
 
-    scale    original: sqrt(max(1, rows / columns))    match_rms_adamw: 0.2 sqrt(max(rows, columns))
+    scale    original: sqrt(max(1, rows / columns))    match_rms_adamw: 0.2 sqrt(max(rows, columns))    spectral_norm: sqrt(rows / columns)
 
 The reference is torch.optim.Muon of torch 2.13, in the order of operations too: a direction u gives the same bits of X, in bfloat16. The
 scale goes into the last polynomial, which rounds X once, where torch's learning rate takes it.
@@ -54,7 +54,7 @@ POLAR_EXPRESS_STEPS = (
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 POLAR_EXPRESS_SAFETY = 1.02
-ORIGINAL, MATCH_RMS_ADAMW = "original", "match_rms_adamw"
+ORIGINAL, MATCH_RMS_ADAMW, SPECTRAL_NORM = "original", "match_rms_adamw", "spectral_norm"
 MUONS_EPS = 1e-7  # the default
 ADAMS_EPS = 1e-8  # of groups that AdamW or StableAdamW steps: `eps` is Newton-Schulz's for the others
 
@@ -129,6 +129,8 @@ def _polynomials(group: Mapping[str, Any]) -> tuple[list[Sequence[float]], float
 def scale_of(rows: int, columns: int, group: Mapping[str, Any]) -> float:
     if group["adjust_lr_fn"] == MATCH_RMS_ADAMW:
         return 0.2 * math.sqrt(max(rows, columns))
+    if group["adjust_lr_fn"] == SPECTRAL_NORM:
+        return math.sqrt(rows / columns)
     return math.sqrt(max(1.0, rows / columns))
 
 
@@ -252,7 +254,8 @@ class Muon(Engine):
             or what is given here.
         ns_steps: Newton-Schulz steps, from 1 to 99.
         adjust_lr_fn: what the learning rate of a matrix is multiplied by: "original", the default, sqrt(max(1, rows / columns)); or
-            "match_rms_adamw", 0.2 * sqrt(max(rows, columns)), with which lr and decay of AdamW fit.
+            "match_rms_adamw", 0.2 * sqrt(max(rows, columns)), with which lr and decay of AdamW fit; or "spectral_norm", sqrt(rows /
+            columns), dion's default, with which one lr fits models of any width.
         algorithm: "muon", "adamw" or "stable_adamw", of groups that do not say it.
         split: row blocks of which each is a matrix of its own, as in a fused projection: their sizes, (q, k, v); or the one size of all, as
             of heads. (), the default: none. Usually of a param group.
@@ -279,7 +282,7 @@ class Muon(Engine):
         NewtonSchulz("ns_coefficients"),
         Float("eps"),
         Steps("ns_steps"),
-        Choice("adjust_lr_fn", (ORIGINAL, MATCH_RMS_ADAMW)),
+        Choice("adjust_lr_fn", (ORIGINAL, MATCH_RMS_ADAMW, SPECTRAL_NORM)),
         RowBlocks("split"),
         Switch("stacked"),
         Choice("ns_dtype", ("bfloat16", "float32")),

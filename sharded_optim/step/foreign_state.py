@@ -3,6 +3,7 @@
     torch.optim     Adam, AdamW, SGD, Muon: `weight_decay` means L2 or coupled decay; SGD and Muon have no step counter
     Composer        DecoupledAdamW, DecoupledSGDW: torch's keys and `initial_lr`, the reference; a momentum buffer may be None
     optimi          Adam, AdamW, StableAdamW: debiased moments in the parameter's dtype, one step counter per group, `max_lr`, `kahan_comp`
+    dion, DeepSpeed their Muon: see foreign_muon.py
 
 Used when a state dict is loaded. The keys are those of torch 1.12 to 2.13, Composer 0.31 and optimi 0.3.3.
 """
@@ -19,13 +20,14 @@ from torch import Tensor
 
 from sharded_optim.formulas.scalars import bias_correction
 from sharded_optim.formulas.weight_decay import COUPLED, DECOUPLED, L2, form_of
+from sharded_optim.step.foreign_muon import DEEPSPEEDS_MUON, DIONS_MUON, from_deepspeeds_muon, from_dion
 from sharded_optim.step.param_groups import HIGH_DECAY, reference
 from sharded_optim.step.state import STEP
 from sharded_optim.storage.formats import KAHAN_COMP
 
 __all__ = ["translate"]
 
-TORCH, COMPOSER, OPTIMI = "torch", "Composer", "optimi"
+TORCH, COMPOSER, OPTIMI, DION, DEEPSPEED = "torch", "Composer", "optimi", "dion", "DeepSpeed"
 TORCHS_SWITCHES = {
     "foreach",
     "fused",
@@ -96,6 +98,10 @@ def translate(state_dict: dict[str, Any], own_groups: list[Group], *, replaces_c
 
 def _source(group: Group, where: str) -> str | None:
     """Return the library whose keys a group has, or None."""
+    if group.keys() >= DIONS_MUON:
+        return DION
+    if group.keys() >= DEEPSPEEDS_MUON:
+        return DEEPSPEED
     if group.get("bias_correction", True) is False:
         raise ValueError(f"{where} has bias_correction=False, an option of DeepSpeed's Adam; every optimizer here corrects the bias")
     if "reference_lr" in group:
@@ -202,4 +208,6 @@ TRANSLATIONS: dict[str, Callable[[Group, dict[Any, ParamState], Group], tuple[Gr
     TORCH: _from_torch,
     COMPOSER: _from_composer,
     OPTIMI: _from_optimi,
+    DION: from_dion,
+    DEEPSPEED: from_deepspeeds_muon,
 }

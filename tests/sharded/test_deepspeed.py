@@ -416,6 +416,11 @@ def check_refusals() -> None:
     with pytest.raises(ValueError, match=r"gradient_release=True, and DeepSpeed steps after backward"):
         so.deepspeed.initialize(model=own, optimizer=partial(STABLE, gradient_release=True), config=config_of(1))
 
+    tagged = model()
+    next(tagged.parameters()).use_muon = True  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(ValueError, match=r"'layers\.0\.weight' is tagged use_muon.*orthogonalizes gradients too.*'sharded_optim\.Muon'"):
+        so.deepspeed.initialize(model=tagged, optimizer=MUON(so.muon_param_groups(tagged)), config=config_of(2))
+
     stranger = nn.Parameter(torch.ones(2))
     for stage in (0, 1):
         with pytest.raises(ValueError, match=r"a parameter of shape \(2,\) that is not the model's.*make it a parameter of the model"):

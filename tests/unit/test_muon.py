@@ -178,7 +178,7 @@ def test_a_tensor_is_stepped_as_the_matrices_that_it_is(
         ((6, 2), {"ns_coefficients": (1.0, 2.0)}, "ns_coefficients must be three finite numbers"),
         ((6, 2), {"ns_coefficients": "jordan"}, "ns_coefficients must be three finite numbers"),
         ((6, 2), {"ns_steps": 0}, "ns_steps must be a whole number from 1 to 99"),
-        ((6, 2), {"adjust_lr_fn": "other"}, "adjust_lr_fn must be one of original, match_rms_adamw"),
+        ((6, 2), {"adjust_lr_fn": "other"}, "adjust_lr_fn must be one of original, match_rms_adamw, spectral_norm"),
         ((6, 2), {"momentum": 1.0}, r"momentum must be a number in \[0, 1\)"),
         ((6, 2), {"decay_form": "l2"}, "decay_form='l2' is not supported by Muon"),
         ((6, 2), {"algorithm": "sgd"}, "algorithm must be one of muon, adamw, stable_adamw"),

@@ -29,6 +29,7 @@ __all__ = ["LATEST", "matches", "read"]
 
 OPTIMIZER_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
 LATEST = "latest"
+MOMENTUM = "momentum_buffer"
 
 Piece = tuple[int, int, Segment]  # a rank, an offset in its partition, and the elements of a tensor that begin there
 Shapes = Mapping[str, tuple[int, ...]]
@@ -57,12 +58,16 @@ def read(path: Path, options: ImportOptions) -> Content:
     steps: dict[str, float] = {}
     for number, group in enumerate(states.shapes):
         partitions = [partition[number] for partition in flat]
+        where = f"{folder}: {'sub-group' if is_stage_3 else 'param group'} {number}"
         if is_stage_3:
-            pieces = list(_of_sub_group(group, partitions, f"{folder}: sub-group {number}"))
+            pieces = list(_of_sub_group(group, partitions, where))
         else:
-            pieces = list(_of_group(group, partitions, _paddings(ranks[0], number), f"{folder}: param group {number}"))
-        tensors += _values(pieces, partitions, states, f"{folder}: param group {number}")
-        tensors += _state(pieces, translated, number)
+            pieces = list(_of_group(group, partitions, _paddings(ranks[0], number), where))
+        tensors += _values(pieces, partitions, states, where)
+        if base[0]["param_groups"][number].get("use_muon", False) and not is_stage_3:
+            tensors += _muons_state(pieces, partitions, translated, number, where)
+        else:
+            tensors += _state(pieces, translated, number)
         steps |= {name: translated[0].steps[number] for name in group if number in translated[0].steps}
     names_by_group = group_names(base[0]["param_groups"], states.shapes, str(folder))
     group_of = {name: index for index, names in enumerate(names_by_group) for name in names}
@@ -173,6 +178,39 @@ def _state(pieces: Sequence[Piece], translated: Sequence[TranslatedState], numbe
             if flat.numel() < offset + segment.numel:
                 raise ValueError(f"{kind} of {segment.name!r} is lost: rank {rank} has {flat.numel()} elements of its flat tensor")
             yield LocalTensor(kind=kind, segment=segment, local=flat[offset : offset + segment.numel])
+
+
+def _muons_state(
+    pieces: Sequence[Piece], partitions: Sequence[Tensor], translated: Sequence[TranslatedState], number: int, where: str
+) -> Iterator[LocalTensor]:
+    """The momentum of a group that DeepSpeed's own Muon steps in stages 1 and 2.
+
+    With offload and in BF16_Optimizer it lies as the partition. Else each rank has that of all tensors of which it has a piece, whole, one
+    after the other; its file has as many elements less as the partition has of padding.
+
+    Raises:
+        ValueError: the sizes do not tell which, or momentum is lost.
+    """
+    flat = {rank: state.state[number][MOMENTUM] for rank, state in enumerate(translated) if MOMENTUM in state.state.get(number, {})}
+    held = [[segment for owner, _, segment in pieces if owner == rank] for rank in range(len(partitions))]
+    cut = [rank for rank, segments in enumerate(held) if any(segment.numel < segment.tensor_numel for segment in segments)]
+    sizes = {rank: momentum.numel() for rank, momentum in flat.items()}
+    if all(sizes.get(rank) == partitions[rank].numel() for rank in cut):
+        if any(sizes[rank] == sum(segment.tensor_numel for segment in held[rank]) for rank in cut):
+            raise ValueError(f"{where}: the sizes of DeepSpeed's momentum do not tell how it is laid out")
+        yield from _state(pieces, translated, number)
+        return
+    found: dict[str, LocalTensor] = {}
+    for rank, segments in enumerate(held):
+        end = 0
+        for segment in segments:
+            start, end = end, end + segment.tensor_numel
+            if end <= sizes.get(rank, 0):
+                whole = Segment.whole(segment.name, segment.shape)
+                found.setdefault(segment.name, LocalTensor(kind=MOMENTUM, segment=whole, local=flat[rank][start:end]))
+    if sizes and (lost := [segment.name for _, _, segment in pieces if segment.name not in found]):
+        raise ValueError(f"{where}: DeepSpeed has not saved all of the momentum of {lost[0]!r}; convert the checkpoint where it was saved")
+    yield from found.values()
 
 
 def _stage_0(states: ModelStates, options: ImportOptions) -> Content:

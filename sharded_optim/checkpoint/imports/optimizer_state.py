@@ -127,6 +127,8 @@ def _is_deepspeeds(group: Group) -> bool:
 def _nearest(given: Sequence[Group], groups: Sequence[Group], is_composers: bool) -> str:
     """The class of this library that continues it."""
     first = given[0]
+    if any("algorithm" in group for group in groups) or "ns_coefficients" in first:
+        return "Muon"
     if "momentum" in first:
         return "DecoupledSGDW"
     is_optimis = "beta1" in first
@@ -142,7 +144,7 @@ def _nearest(given: Sequence[Group], groups: Sequence[Group], is_composers: bool
 
 def _one_element_optimizer(name: str, group: Group, where: str) -> Engine:
     """An optimizer with one parameter, to complete and check hyperparameters."""
-    params = [nn.Parameter(torch.zeros(1, dtype=torch.float32, device="cpu"))]
+    params = [nn.Parameter(torch.zeros(1, 1, dtype=torch.float32, device="cpu"))]  # which Muon too can step
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
