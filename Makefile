@@ -37,8 +37,8 @@ test: setup  ## run the tests: make test ARGS="-k invariance"
 matrix: setup  ## run the tests with all cells of their matrices, and many more random examples
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --matrix $(ARGS)
 
-reshard: setup  ## save checkpoints under every wrapper on 1 to 4 ranks, and load each under every other
-	$(BIN)/python -m pytest --matrix --timeout 7200 tests/checkpoint/test_checkpoint_reshard.py $(ARGS)
+reshard: setup  ## train under every wrapper on 1 to 4 ranks, save checkpoints, and load each under every other
+	$(BIN)/python -m pytest --matrix --timeout 7200 tests/sharded/test_every_wrapper.py tests/checkpoint/test_checkpoint_reshard.py $(ARGS)
 
 chaos: setup  ## kill a job that saves checkpoints 200 times, and damage 2,000 checkpoints: make chaos ARGS="20 --seed 1"
 	$(BIN)/python -m tests.chaos $(ARGS)
