@@ -3,7 +3,8 @@
 DeepSpeed and FSDP1 give an optimizer flat tensors in which parameters are fused, cut and padded. Each cell trains the model of
 `given_gradients.py` for 10 steps on gloo ranks and compares it with the same optimizer class in one process on ordinary tensors, given the
 same gradients. The error is the largest over tensors of max |parameter - reference| / max |reference|. torch's AdamW is the control: it
-treats every element alike, so that an error of its own is the wrapper's doing.
+treats every element alike, so that an error of its own is the wrapper's doing. Muon trains a model of matrices alone: torch's has nothing
+for others.
 
 With bfloat16, what is compared are DeepSpeed's float32 masters, as `safe_get_full_fp32_param` gathers them. Those of stages 1 and 2 are
 gathered here, because it is wrong there with `round_robin_gradients`. State is gathered the same way, in the masters' place.
@@ -28,6 +29,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -41,7 +43,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from benchmarks import report
 from benchmarks.environment import describe, summary
-from benchmarks.given_gradients import Groups, Layer, Model, gradients, one_group, relative_error, two_groups, unsharded
+from benchmarks.given_gradients import MLP, Groups, Layer, Model, Shapes, gradients, one_group, relative_error, two_groups, unsharded
 
 __all__ = ["CONTENDERS", "SETTINGS", "Cell", "Contender", "Setting", "main", "run"]
 
@@ -53,24 +55,48 @@ PATIENCE = 240.0  # seconds without a result after which ranks are ended; DeepSp
 GRACE = 5.0  # seconds for the others, when a rank has died
 DEEPSPEED, FSDP1 = "DeepSpeed", "FSDP1"
 OURS = "sharded_optim"
-MOMENTS = ("exp_avg", "exp_avg_sq")
-GROUPS: dict[int, Callable[[nn.Module], Groups]] = {1: one_group, 2: two_groups}
+DEEPSPEEDS_MUON = "deepspeed.runtime.zero.muon.muon_optimizer"
+WEIGHTS: Shapes = tuple(layer[:1] for layer in MLP)
+
+
+def _two_groups_of_weights(model: nn.Module) -> Groups:
+    """The first, and the others with another learning rate."""
+    first, *others = model.parameters()
+    return [{"params": [first]}, {"params": others, "lr": 5e-3}]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """An optimizer; all get `HYPERPARAMETERS`."""
+    """An optimizer; all get `HYPERPARAMETERS`.
+
+    Attributes:
+        library, name: of the class.
+        layers: shapes of the model that it trains.
+        groups: make param groups of that model, by their number.
+        moments: of its state, that are compared too.
+        wrappers: under which it can be.
+    """
 
     library: str
-    name: str  # of the class
+    name: str
     options: dict[str, Any] = field(default_factory=dict)
+    layers: Shapes = MLP
+    groups: tuple[Callable[[nn.Module], Groups], ...] = (one_group, two_groups)
+    moments: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
+    wrappers: tuple[str, ...] = (DEEPSPEED, FSDP1)
 
     @property
     def title(self) -> str:
-        return f"{'ours' if self.library == OURS else self.library} {self.name}"
+        return f"{'ours' if self.library == OURS else self.library.partition('.runtime')[0]} {self.name.removesuffix('WithAuxAdam')}"
 
     def make(self, groups: Groups, **options: Any) -> torch.optim.Optimizer:
-        return getattr(import_module(self.library), self.name)(groups, **HYPERPARAMETERS, **self.options, **options)
+        kind = getattr(import_module(self.library), self.name)
+        if self.library == DEEPSPEEDS_MUON:
+            return kind([{**HYPERPARAMETERS, **self.options, "use_muon": True, **group} for group in groups])
+        return kind(groups, **HYPERPARAMETERS, **self.options, **options)
+
+    def groups_of(self, model: nn.Module, setting: Setting) -> Groups:
+        return self.groups[setting.groups - 1](model)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,17 +120,28 @@ class Cell:
     ranks: int
     contender: str
     error: float | None = None  # of the parameters
-    state_error: float | None = None  # of both moments
+    state_error: float | None = None  # of the moments that are compared
     bitwise: bool | None = None  # parameters, moments and step counters
     failure: str | None = None
 
 
 # A new optimizer is one more entry. The first is the control. optimi's default is a Triton kernel, which does not run on a CPU.
+OF_WEIGHTS: dict[str, Any] = {"layers": WEIGHTS, "groups": (one_group, _two_groups_of_weights)}  # those of Muon
 CONTENDERS = (
     Contender(library="torch.optim", name="AdamW"),
     Contender(library="optimi", name="StableAdamW", options={"foreach": False, "triton": False}),
     Contender(library=OURS, name="AdamW"),
     Contender(library=OURS, name="StableAdamW"),
+    Contender(library="torch.optim", name="Muon", moments=(), **OF_WEIGHTS),
+    Contender(
+        library=DEEPSPEEDS_MUON,
+        name="MuonWithAuxAdam",
+        options={"ns_method": "standard"},
+        moments=(),
+        wrappers=(DEEPSPEED,),
+        **OF_WEIGHTS,
+    ),
+    Contender(library=OURS, name="Muon", moments=("momentum_buffer",), **OF_WEIGHTS),
 )
 
 
@@ -174,16 +211,24 @@ def _deepspeed(contender: Contender, setting: Setting) -> Wrapped:
     deepspeed = import_module("deepspeed")  # by name: it is not among the development packages
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     initialize = import_module(f"{OURS}.deepspeed").initialize if contender.library == OURS else deepspeed.initialize
-    model = Model()
+    model = Model(contender.layers)
     names = {param: name for name, param in model.named_parameters()}
-    optimizer = contender.make(GROUPS[setting.groups](model))
-    config = {
+    groups = contender.groups_of(model, setting)
+    config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_clipping": 0.0,  # the default clips
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    engine = initialize(model=model, optimizer=optimizer, config=config | setting.options)[0]
+    config |= setting.options
+    if contender.library == DEEPSPEEDS_MUON:  # which its engine makes itself, and which refuses its default, reduce-scatter, in stage 3
+        config["optimizer"] = {"type": "Muon", "params": {**HYPERPARAMETERS, **contender.options}}
+        config["zero_optimization"] = {**config["zero_optimization"], "reduce_scatter": False}
+        engine = initialize(model=model, model_parameters=groups, config=config)[0]
+        optimizer = engine.basic_optimizer
+    else:
+        optimizer = contender.make(groups)
+        engine = initialize(model=model, optimizer=optimizer, config=config)[0]
 
     def step(grads: Sequence[Tensor]) -> None:
         engine.backward(engine(grads))
@@ -220,10 +265,10 @@ def _deepspeed_masters(wrapper: Any, params: Sequence[Tensor]) -> Iterator[tuple
 def _fsdp1(contender: Contender, setting: Setting) -> Wrapped:
     policy = ModuleWrapPolicy({Layer}) if setting.options["unit_per_layer"] else None
     model = FullyShardedDataParallel(
-        Model(), auto_wrap_policy=policy, use_orig_params=setting.options["use_orig_params"], device_id=torch.device("cpu")
+        Model(contender.layers), auto_wrap_policy=policy, use_orig_params=setting.options["use_orig_params"], device_id=torch.device("cpu")
     )
     options = {"layout": import_module(OURS).fsdp1_layout(model)} if contender.library == OURS else {}
-    optimizer = contender.make(GROUPS[setting.groups](model), **options)
+    optimizer = contender.make(contender.groups_of(model, setting), **options)
 
     def step(grads: Sequence[Tensor]) -> None:
         model(grads).backward()
@@ -245,13 +290,13 @@ def _train(contender: Contender, setting: Setting) -> dict[str, Any]:
     wrapped = WRAPPERS[setting.wrapper](contender, setting)
     try:
         for step in range(1, STEPS + 1):
-            wrapped.step(gradients(step, rank=dist.get_rank(), world_size=dist.get_world_size()))
-        reference = unsharded(contender.make, STEPS, groups=GROUPS[setting.groups])
+            wrapped.step(gradients(step, contender.layers, rank=dist.get_rank(), world_size=dist.get_world_size()))
+        reference = unsharded(contender.make, STEPS, contender.layers, groups=partial(contender.groups_of, setting=setting))
         state = wrapped.optimizer.state
         counters: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(counters, {float(of_param["step"]) for of_param in state.values() if "step" in of_param})
         found = [(wrapped.whole(), reference.params)]
-        for key in MOMENTS:
+        for key in contender.moments:
             with torch.no_grad():
                 for param, of_param in state.items():
                     if key in of_param:  # an optimizer may have none for an empty shard
@@ -266,7 +311,7 @@ def _train(contender: Contender, setting: Setting) -> dict[str, Any]:
     equal = all(torch.equal(whole[name], value) for whole, expected in found for name, value in expected.items())
     expected_counters = {float(of_param["step"]) for of_param in reference.state.values() if "step" in of_param}
     bitwise = equal and set().union(*counters) == expected_counters
-    return {"error": errors[0], "state_error": max(errors[1:]), "bitwise": bitwise}
+    return {"error": errors[0], "state_error": max(errors[1:], default=None), "bitwise": bitwise}
 
 
 Job = tuple[Contender, Setting]
@@ -277,6 +322,7 @@ def _rank(rank: int, ranks: int, folder: str, environment: dict[str, str], jobs:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries print; standard output is for the report
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    torch.compiler.set_stance("force_eager")  # DeepSpeed's Muon is compiled, which takes minutes here
     os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     agreed = dist.FileStore(f"{folder}/agreed", ranks)  # pyright: ignore[reportPrivateImportUsage]
     agreed.set_timeout(TIMEOUT)
@@ -359,7 +405,13 @@ def run(settings: Sequence[Setting], contenders: Sequence[Contender], world_size
     """
     cells = []
     for ranks in sorted({ranks for setting in settings for ranks in setting.world_sizes if world_sizes is None or ranks in world_sizes}):
-        jobs = [(contender, setting) for setting in settings if ranks in setting.world_sizes for contender in contenders]
+        jobs = [
+            (contender, setting)
+            for setting in settings
+            if ranks in setting.world_sizes
+            for contender in contenders
+            if setting.wrapper in contender.wrappers
+        ]
         while jobs:
             found = _spawn(ranks, jobs)
             for (contender, setting), outcome in zip(jobs, found, strict=False):
@@ -388,6 +440,8 @@ def _kind(cell: Cell) -> str:
 
 
 def _worst(cells: Sequence[Cell]) -> str:
+    if not cells:
+        return "-"
     if any(cell.error is None for cell in cells):
         return "failed"
     worst = max(cells, key=lambda cell: cell.error or 0.0)
@@ -429,7 +483,7 @@ def markdown(record: dict[str, Any]) -> str:
         for setting in dict.fromkeys(cell.setting for cell in here):
             row = [cell for cell in here if cell.setting == setting]
             columns = ([cell for cell in row if cell.contender == contender] for contender in contenders)
-            rows.append([setting, *(" / ".join(dict.fromkeys(map(_entry, column))) for column in columns)])
+            rows.append([setting, *(" / ".join(dict.fromkeys(map(_entry, column))) or "-" for column in columns)])
             if has_ours:
                 rows[-1].append(_bitwise([cell for cell in row if cell.contender.startswith("ours ")]))
         title = f"## {wrapper}, {' / '.join(map(str, ranks))} ranks"

@@ -186,3 +186,7 @@ def low_precision() -> nn.Module:
 
 def low_precision_batch(step: int) -> Tensor:
     return batch(step).bfloat16()
+
+
+def torchs_muon(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.Muon([param for param in model.parameters() if param.ndim == 2], lr=1e-2)
