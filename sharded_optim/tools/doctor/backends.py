@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sharded_optim.backends import MODULES, PACKAGES, Backend
-from sharded_optim.optimizers import StableAdamW
+from sharded_optim.optimizers import Muon
 from sharded_optim.tools.doctor.findings import Finding, Status, one_line
 
 __all__ = ["examine"]
@@ -16,6 +16,7 @@ __all__ = ["examine"]
 EAGER = "eager"
 CPU = torch.device("cpu")
 SHAPES = ((), (13, 7), (1, 1), (1009,))
+MATRICES = ((13, 7), (1, 9))  # that Muon steps
 DTYPES = (torch.float32, torch.bfloat16)
 STEPS = 3
 
@@ -82,8 +83,9 @@ def _results(name: str, device: torch.device) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     found = []
     for dtype in DTYPES:
-        params = [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in SHAPES]
-        optimizer = StableAdamW(params, lr=1e-2, weight_decay=1e-2, backend=name)
+        params = [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in (*SHAPES, *MATRICES)]
+        rest = {"params": params[: len(SHAPES)], "algorithm": "stable_adamw"}
+        optimizer = Muon([rest, {"params": params[len(SHAPES) :]}], lr=1e-2, weight_decay=1e-2, backend=name)
         for step in range(STEPS):
             for param in params:
                 param.grad = (torch.randn(param.shape, generator=generator) * 100.0**step).to(device, dtype)
