@@ -369,6 +369,12 @@ def check_configs() -> None:
         train(engine, 1, 3)
         assert_equal(engine, outcome, name)
         engine.destroy()
+    own = model()
+    config = config_of(2, top={"optimizer": {"type": "sharded_optim.Muon", "params": {"lr": 2e-2}}})
+    engine, *_ = so.deepspeed.initialize(model=own, model_parameters=so.muon_param_groups(own), config=config)
+    train(engine, 1, 3)
+    assert_equal(engine, unsharded(MUON, 3, AWKWARD, groups=so.muon_param_groups), "Muon in the config")
+    engine.destroy()
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:  # as arguments have it, with a scheduler, and param groups beside it
         named = {"optimizer": {"type": "sharded_optim.AdamW", "params": {"lr": 1e-2}}}
         scheduler = {"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-2, "warmup_num_steps": 2}}}
