@@ -190,7 +190,8 @@ def _problems(engine: Any) -> Iterator[str]:
     zero = engine._config.zero_config
     stage = int(zero.stage)
     tagged = [name for param, name in engine.param_names.items() if getattr(param, "use_muon", False)]
-    if tagged and "muon" in type(optimizer).__name__.lower():
+    takes_by_name = type(wrapper).__name__ == "DeepSpeedZeroOptimizer"  # stages 1 and 2
+    if tagged and takes_by_name and "muon" in type(optimizer).__name__.lower():
         yield (
             f"{tagged[0]!r} is tagged use_muon, by the type of the config's optimizer or by hand, and by the name of the optimizer's class "
             f"DeepSpeed takes it for its own Muon and orthogonalizes gradients too; name 'sharded_optim.Muon' in the config or no "

@@ -40,7 +40,7 @@ from sharded_optim.optimizers.stable_adamw import STABLE_ADAMW
 from sharded_optim.step.engine import Engine
 from sharded_optim.step.options import Params, SwitchOptions
 
-__all__ = ["MUON", "MUON_FP32", "POLAR_EXPRESS", "Muon", "choose", "orthogonalize"]
+__all__ = ["MUON", "MUON_FP32", "POLAR_EXPRESS", "ROUTERS", "Muon", "choose", "orthogonalize"]
 
 JORDAN = (3.4445, -4.775, 2.0315)  # the steepest slope at 0: singular values end in [0.7, 1.2]
 POLAR_EXPRESS = "polar_express"
@@ -55,6 +55,7 @@ POLAR_EXPRESS_STEPS = (
 )
 POLAR_EXPRESS_SAFETY = 1.02
 ORIGINAL, MATCH_RMS_ADAMW, SPECTRAL_NORM = "original", "match_rms_adamw", "spectral_norm"
+ROUTERS = frozenset({"gate", "router", "wg"})  # of modules that choose experts; a gated feed-forward layer's is called gate_proj or w1
 MUONS_EPS = 1e-7  # the default
 ADAMS_EPS = 1e-8  # of groups that AdamW or StableAdamW steps: `eps` is Newton-Schulz's for the others
 

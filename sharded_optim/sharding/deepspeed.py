@@ -167,7 +167,7 @@ def _expert_name(experts: Any, owner: str, rest: str, param: Any) -> str:
 
 
 def _is_partitioned(tensor: Tensor) -> bool:
-    return hasattr(tensor, "ds_id")  # stage 3's mark, from deepspeed.zero.Init or from its engine
+    return hasattr(tensor, "ds_shape")  # stage 3's mark of parameters, from deepspeed.zero.Init or its engine; masters too have a ds_id
 
 
 def _describe_partitioned(param: Any, name: str) -> LocalParam:

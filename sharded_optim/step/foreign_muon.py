@@ -1,28 +1,39 @@
 """Translate groups and state of other libraries' Muon, which steps the rest of a model by AdamW, to this library's.
 
     dion        Muon of microsoft/dion: M <- mu M + g, of which ours is the (1 - mu)-th; its state does not tell the coefficients
-    DeepSpeed   MuonWithAuxAdam, as its engine makes it where a config says "Muon"
+    DeepSpeed   MuonWithAuxAdam, as its engine makes it where a config says "Muon", and Keller Jordan's, from which it comes
 
 Used by `foreign_state.py`. Tried with dion of August 2026 and DeepSpeed 0.19.8.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from sharded_optim.formulas.weight_decay import COUPLED
 from sharded_optim.step.state import STEP
 
-__all__ = ["DEEPSPEEDS_MUON", "DIONS_MUON", "from_deepspeeds_muon", "from_dion"]
+__all__ = ["from_deepspeeds_muon", "from_dion", "is_deepspeeds_muon", "is_dions"]
 
-DIONS_MUON = {"algorithm", "mu", "beta1", "epsilon"}  # keys of its groups
-DEEPSPEEDS_MUON = {"use_muon"}
+DIONS = {"algorithm", "mu", "beta1", "beta2", "epsilon", "weight_decay", "cautious_wd", "step", "nesterov", "flatten", "adjust_lr"}
+DIONS_OPTIONS = {"split_sizes", "num_heads"}  # that only some groups have
 ADJUST_LR_FNS = {"spectral_norm": "spectral_norm", "rms_norm": "match_rms_adamw"}  # by dion's names
-KEPT = {"params", "param_names", "lr", "weight_decay", "initial_lr"}
+# Keys of the two halves of MuonWithAuxAdam; others change what a group with them does, and are then not its.
+MUON_HALF = {"use_muon", "momentum", "weight_decay"}
+ADAM_HALF = {"use_muon", "betas", "eps", "weight_decay"}
+WITHOUT_EFFECT = {"params", "param_names", "lr", "initial_lr", "name", "moe", "ns_method", "bias_correction", STEP}
 
 Group = dict[str, Any]
 States = dict[Any, dict[str, Any]]
+
+
+def is_dions(group: Mapping[str, Any]) -> bool:
+    return group.keys() >= DIONS
+
+
+def is_deepspeeds_muon(group: Mapping[str, Any]) -> bool:
+    return group.keys() - WITHOUT_EFFECT == (MUON_HALF if group.get("use_muon") else ADAM_HALF)
 
 
 def from_dion(group: Group, states: States, own: Group) -> tuple[Group, States]:
@@ -32,18 +43,20 @@ def from_dion(group: Group, states: States, own: Group) -> tuple[Group, States]:
         ValueError: it does what no optimizer here does.
     """
     algorithm = group["algorithm"]
-    asked = {"cautious_wd": bool(group.get("cautious_wd")), "num_heads": bool(group.get("num_heads"))}
-    refused = [name for name, is_asked in asked.items() if is_asked]
+    refused = [name for name in ("cautious_wd", "num_heads") if group.get(name)]
     if algorithm not in ("muon", "adamw"):
         refused.append("algorithm")
     if algorithm == "muon" and group["adjust_lr"] not in ADJUST_LR_FNS:
         refused.append("adjust_lr")
+    if algorithm == "muon" and not group["flatten"] and _dimensions(states, "momentum") > 3:
+        refused.append("flatten")  # then it takes the last two dimensions as the matrix
     if refused:
         raise ValueError(
             f"the state dict is of dion, with {refused[0]}={group[refused[0]]!r} in a param group, which is not continued here; continued "
-            f"are algorithms muon and adamw with adjust_lr spectral_norm or rms_norm, without cautious_wd and num_heads"
+            f"are algorithms muon and adamw with adjust_lr spectral_norm or rms_norm, without cautious_wd and num_heads, and with flatten "
+            f"for tensors of more than three dimensions"
         )
-    translated = _kept(group, own) | {"algorithm": algorithm, "eps": float(group["epsilon"])}
+    translated = _kept(group, own, DIONS | DIONS_OPTIONS) | _algorithm(algorithm, own) | {"eps": float(group["epsilon"])}
     if algorithm == "adamw":
         translated["betas"] = (float(group["beta1"]), float(group["beta2"]))
         names = {"exp_avg": "momentum", "exp_avg_sq": "variance"}
@@ -53,22 +66,46 @@ def from_dion(group: Group, states: States, own: Group) -> tuple[Group, States]:
         translated |= {"momentum": momentum, "nesterov": bool(group["nesterov"]), "adjust_lr_fn": ADJUST_LR_FNS[group["adjust_lr"]]}
         translated |= {"stacked": not group["flatten"], "split": tuple(group.get("split_sizes") or ())}
         found = {key: {"momentum_buffer": state["momentum"].float() * (1.0 - momentum)} for key, state in states.items() if state}
-    steps = {key: states[key].get("step_dev", group["step"]) for key in found}
+    steps = {key: states[key].get("step_dev", group[STEP]) for key in found}
     return translated, {key: {STEP: steps[key], **values} for key, values in found.items()}
 
 
 def from_deepspeeds_muon(group: Group, states: States, own: Group) -> tuple[Group, States]:
-    """Translate one group, and the states of its parameters."""
-    translated = _kept(group, own)
+    """Translate one group, and the states of its parameters.
+
+    Raises:
+        ValueError: it has convolutions, whose scale is another one there.
+    """
+    translated = _kept(group, own, MUON_HALF | ADAM_HALF | WITHOUT_EFFECT)
     if group["use_muon"]:
-        translated |= {"algorithm": "muon", "momentum": float(group["momentum"]), "nesterov": True, "adjust_lr_fn": "original"}
+        if _dimensions(states, "momentum_buffer") > 3:
+            raise ValueError(
+                "the state dict is of DeepSpeed's Muon, with tensors of more than three dimensions in a param group, which it scales by "
+                "the last two of them; here a convolution is a matrix, so it is not continued: leave the state of these parameters out"
+            )
+        translated |= _algorithm("muon", own) | {"momentum": float(group["momentum"]), "nesterov": True, "adjust_lr_fn": "original"}
     else:
-        translated |= {"algorithm": "adamw", "betas": tuple(group["betas"]), "eps": float(group["eps"]), "amsgrad": False}
+        translated |= _algorithm("adamw", own) | {"betas": tuple(group["betas"]), "eps": float(group["eps"]), "amsgrad": False}
     step = group.get(STEP, 1)  # Muon counts none: it only matters that the momentum has begun
     return translated, {key: {STEP: step, **state} for key, state in states.items() if state}
 
 
-def _kept(group: Mapping[str, Any], own: Mapping[str, Any]) -> Group:
-    """What means the same to both, and the form of the decay."""
+def _kept(group: Mapping[str, Any], own: Mapping[str, Any], theirs: Collection[str]) -> Group:
+    """What means the same to both, and the form of the decay.
+
+    Args:
+        theirs: keys that they alone have, or that mean something else there.
+    """
+    kept = {"params", "param_names", "lr", "weight_decay", "initial_lr"}
     form = COUPLED if group["weight_decay"] else own["decay_form"]
-    return {key: value for key, value in group.items() if key in KEPT} | {"decay_form": form}
+    return {key: value for key, value in group.items() if key in kept or key not in theirs} | {"decay_form": form}
+
+
+def _algorithm(name: str, own: Mapping[str, Any]) -> Group:
+    """The algorithm, where our optimizer has several."""
+    return {"algorithm": name} if "algorithm" in own else {}
+
+
+def _dimensions(states: States, name: str) -> int:
+    """The most that a tensor of this name has."""
+    return max((state[name].ndim for state in states.values() if name in state), default=0)

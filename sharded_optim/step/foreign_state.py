@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sharded_optim.formulas.scalars import bias_correction
 from sharded_optim.formulas.weight_decay import COUPLED, DECOUPLED, L2, form_of
-from sharded_optim.step.foreign_muon import DEEPSPEEDS_MUON, DIONS_MUON, from_deepspeeds_muon, from_dion
+from sharded_optim.step.foreign_muon import from_deepspeeds_muon, from_dion, is_deepspeeds_muon, is_dions
 from sharded_optim.step.param_groups import HIGH_DECAY, reference
 from sharded_optim.step.state import STEP
 from sharded_optim.storage.formats import KAHAN_COMP
@@ -98,14 +98,14 @@ def translate(state_dict: dict[str, Any], own_groups: list[Group], *, replaces_c
 
 def _source(group: Group, where: str) -> str | None:
     """Return the library whose keys a group has, or None."""
-    if group.keys() >= DIONS_MUON:
-        return DION
-    if group.keys() >= DEEPSPEEDS_MUON:
-        return DEEPSPEED
     if group.get("bias_correction", True) is False:
         raise ValueError(f"{where} has bias_correction=False, an option of DeepSpeed's Adam; every optimizer here corrects the bias")
     if "reference_lr" in group:
         return None
+    if is_dions(group):
+        return DION
+    if is_deepspeeds_muon(group):
+        return DEEPSPEED
     if group.keys() >= {"kahan_sum", "decouple_lr"} and group.keys() & OPTIMIS_OTHERS:
         raise ValueError(
             f"{where} is of an optimizer of optimi that is not continued here; it has {', '.join(group)}; continued are Adam, AdamW and "

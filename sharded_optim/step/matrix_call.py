@@ -102,7 +102,7 @@ class MatrixCall(KernelCall):
         return replace(self._finish(table, happens, self._grad_scale), measured=measured)
 
     def _measured(self, table: Tensor) -> list[Measured]:
-        """Compute of each piece what the update is about to subtract, in float64."""
+        """Compute of each piece what the update is about to subtract, in float64: several times the memory of one piece."""
         operands, found = self._applying, []
         columns = [column.tensors for column in (operands.param, *operands.extra)]
         for *stored, result, grad, row in zip(*columns, operands.grad.tensors, self.operands.grad.tensors, table, strict=True):

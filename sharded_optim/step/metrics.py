@@ -30,6 +30,7 @@ __all__ = ["Update", "dist_reduce", "pre_reduce", "report"]
 
 NORMS = ("moment", "param", "update", "grad")
 COSINES = {"cosine/update_grad": ("update", "grad"), "cosine/moment_grad": ("moment", "grad")}
+UPDATE, UPDATE_GRAD = "l2_norm/update", "cosine/update_grad"
 KINDS = (*(f"l2_norm/{vector}" for vector in NORMS), *COSINES)
 
 
@@ -187,6 +188,8 @@ def dist_reduce(
     plain = names_without_wrappers(layout.names)
     for slot, counts in enumerate(reported.tolist()):
         values = {kind: sums[slot, column] for column, kind in enumerate(KINDS) if counts[column]}
+        if counts[KINDS.index(UPDATE)] != counts[KINDS.index("l2_norm/param")]:  # some ranks have not measured theirs
+            values = {kind: value for kind, value in values.items() if kind not in (UPDATE, UPDATE_GRAD)}
         for kind, value in values.items():
             if kind.startswith("l2_norm/"):
                 whole = value.sqrt()

@@ -14,13 +14,12 @@ from itertools import accumulate, islice
 from typing import NamedTuple
 
 from sharded_optim.formulas import Matrix
-from sharded_optim.optimizers.muon import Muon
+from sharded_optim.optimizers.muon import ROUTERS, Muon
 from sharded_optim.sharding.matrices import choose_owners, choose_rounds
 
 __all__ = ["MatrixWork", "Span", "heaviest", "is_hidden_matrix", "work_on"]
 
 MUON_DEFAULTS = {name: param.default for name, param in signature(Muon).parameters.items()}
-ROUTERS = ("gate", "router")
 SLOTS = 2  # rounds whose buffers are there at a time
 
 
@@ -96,7 +95,8 @@ def work_on(spans: Sequence[Span], matrix: Matrix, *, shards: int, replicas: int
             begin += rows * columns
     loads = [0] * (shards * replicas)
     # Of so many ranks one at least has nothing yet, and the first such one is taken.
-    owners = choose_owners(flops, [list(islice(_ranks(whole, shards, replicas), len(wholes))) for whole in wholes], loads)
+    ranks = {whole.holders: list(islice(_ranks(whole.holders, shards, replicas), len(wholes))) for whole in wholes}
+    owners = choose_owners(flops, [ranks[whole.holders] for whole in wholes], loads)
     itemsize = matrix.dtype.itemsize
     sizes = [whole.numel * itemsize for whole in wholes]
     own = [whole.elements(owner % shards) * itemsize for whole, owner in zip(wholes, owners, strict=True)]
@@ -119,9 +119,8 @@ def work_on(spans: Sequence[Span], matrix: Matrix, *, shards: int, replicas: int
     )
 
 
-def _ranks(whole: Span, shards: int, replicas: int) -> Sequence[int]:
-    """The ranks that hold a piece of a matrix."""
-    holders = whole.holders
+def _ranks(holders: range, shards: int, replicas: int) -> Sequence[int]:
+    """The ranks of these shards."""
     if replicas == 1 or len(holders) == shards:
         return range(holders.start, holders.start + len(holders) * replicas)
     return [shard + replica * shards for replica in range(replicas) for shard in holders]

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sharded_optim.optimizers.muon import ROUTERS
 from sharded_optim.sharding import used_wrappers
 from sharded_optim.sharding.names import without_wrappers
 
@@ -19,7 +20,6 @@ __all__ = ["muon_param_groups"]
 
 Which = Iterable[str] | str | Callable[[str, Tensor], bool]
 HEADS = {"classifier", "embed_out", "head", "lm_head", "output", "score", "unembed"}  # of modules that are in no numbered layer
-ROUTERS = {"gate", "router"}  # of modules that choose experts; a gated feed-forward layer's is called gate_proj or w1
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
@@ -41,12 +41,13 @@ def muon_param_groups(
 
     To `rest` go tensors of less than two dimensions (biases, gains of norms), embeddings and what is tied to them, the output head (a
     module called lm_head, output, ... outside of numbered layers, or a linear layer outside of them with the shape of an embedding), norms,
-    and routers (a module called router or gate). All other tensors are matrices, stacks of matrices, or convolutions, for Muon.
+    and routers (a module called router, gate or wg). All other tensors are matrices, stacks of matrices, or convolutions, for Muon.
 
     Args:
         model: ordinary, or wrapped. Under DeepSpeed, the one that is going to be given to `initialize`.
         rest: "adamw" or "stable_adamw".
-        to_muon, to_rest: override that: parts of names, or a function of (name, parameter).
+        to_muon, to_rest: override that: parts of names, or a function of (name, parameter). Where a wrapper has flattened parameters
+            (FSDP1, deepspeed.zero.Init) these have no shape to go by: go by names.
         split: row blocks of fused matrices (see `so.Muon`) by parts of names: {"qkv": d_model}. That of nn.MultiheadAttention is known.
         muon_options: hyperparameters of the groups for Muon.
         rest_options: of the others, as {"lr": 3e-4}; what has less than two dimensions has no weight decay unless it says so.

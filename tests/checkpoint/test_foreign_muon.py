@@ -77,6 +77,60 @@ def test_dions_state_continues() -> None:
         torch.testing.assert_close(taken.state[param]["momentum_buffer"], optimizer.state[other]["momentum_buffer"])
 
 
+def tagged(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """With the tag that users give param groups, as Keller Jordan's Muon wants them."""
+    groups = [{**group, "use_muon": number == 0} for number, group in enumerate(state_dict["param_groups"])]
+    return {**copy.deepcopy(state_dict), "param_groups": groups}
+
+
+def test_a_tag_of_the_users_does_not_make_our_state_anothers() -> None:
+    optimizer = ours(adjust_lr_fn="match_rms_adamw", nesterov=False, decay_form="decoupled", weight_decay=1e-4)
+    step(optimizer, 1)
+    taken = ours()
+    taken.load_state_dict(tagged(optimizer.state_dict()))
+    group = taken.param_groups[0]
+    assert (group["adjust_lr_fn"], group["nesterov"], group["decay_form"]) == ("match_rms_adamw", False, "decoupled")
+
+
+def test_a_tag_of_the_users_does_not_make_torchs_state_anothers() -> None:
+    params = [nn.Parameter(values(0)[0])]
+    optimizer = torch.optim.Muon(params, nesterov=False, adjust_lr_fn="match_rms_adamw")
+    params[0].grad = values(1)[0]
+    optimizer.step()
+    taken = so.Muon([nn.Parameter(values(0)[0])])
+    taken.load_state_dict(tagged(optimizer.state_dict()))
+    assert (taken.param_groups[0]["adjust_lr_fn"], taken.param_groups[0]["nesterov"]) == ("match_rms_adamw", False)
+    adam = torch.optim.AdamW([nn.Parameter(values(0)[0])], weight_decay=0.3)
+    loaded = so.AdamW([nn.Parameter(values(0)[0])])
+    loaded.load_state_dict(tagged(adam.state_dict()))
+    assert (loaded.param_groups[0]["weight_decay"], loaded.param_groups[0]["decay_form"]) == (0.3, "coupled")
+
+
+def test_groups_with_further_options_are_not_taken_for_deepspeeds() -> None:
+    """As other libraries' Muon with other defaults: nesterov, steps, scale."""
+    optimizer = ours()
+    step(optimizer, 1)
+    state_dict = optimizer.state_dict()
+    group = {"params": [0, 1], "use_muon": True, "lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "nesterov": False, "ns_steps": 7}
+    adam = {"params": [2], "use_muon": False, "lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+    without_steps = {number: {key: value for key, value in state.items() if key != "step"} for number, state in state_dict["state"].items()}
+    with pytest.raises(ValueError, match="'step'"):
+        ours().load_state_dict({"state": without_steps, "param_groups": [group, adam]})
+
+
+@pytest.mark.parametrize("whose", ["dion", "DeepSpeed"])
+def test_convolutions_that_are_other_matrices_there_are_refused(whose: str) -> None:
+    param = nn.Parameter(torch.ones(4, 3, 2, 2))
+    common = {"lr": 0.1, "weight_decay": 0.1, "params": [0]}
+    group = {**common, "use_muon": True, "momentum": MU}
+    if whose == "dion":
+        group = {**common, "algorithm": "muon", "mu": MU, "beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8, "cautious_wd": False, "step": 1}
+        group |= {"nesterov": True, "flatten": False, "adjust_lr": "rms_norm"}
+    name = "momentum" if whose == "dion" else "momentum_buffer"
+    with pytest.raises(ValueError, match=f"of {whose}.*more than three dimensions"):
+        so.Muon([param]).load_state_dict({"state": {0: {name: torch.zeros_like(param)}}, "param_groups": [group]})
+
+
 @pytest.mark.parametrize("options", [{"cautious_wd": True}, {"adjust_lr": None}, {"num_heads": 4}])
 def test_what_dion_does_that_we_do_not_is_refused(options: dict[str, Any]) -> None:
     optimizer = ours()

@@ -72,6 +72,19 @@ def test_a_matrix_on_a_slice_is_found() -> None:
     assert {each.name for each in report.differences} == cut
 
 
+def test_torchs_muon_fails_at_a_matrix_of_one_row() -> None:
+    """Which docs/muon.md says: fails when torch has mended it."""
+    report = verified(verify_faults.torchs_muon, sharding="fsdp2")
+    assert report.verdict == "failed"
+    assert "in-place operations that require placement changes" in report.text()
+
+
+@pytest.mark.parametrize("sharding", ["fsdp2", "zero2"])
+def test_options_of_an_optimizer_that_a_function_builds_are_kept(sharding: str) -> None:
+    report = verified(verify_faults.with_low_moments, sharding=sharding)
+    assert report.verdict == "bitwise", report.text()
+
+
 def test_a_counter_per_group_is_found() -> None:
     report = verified(verify_faults.CounterPerGroup, sharding="ddp")
     assert [reason.kind for reason in report.reasons] == ["groups"], report.text()

@@ -190,3 +190,7 @@ def low_precision_batch(step: int) -> Tensor:
 
 def torchs_muon(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.Muon([param for param in model.parameters() if param.ndim == 2], lr=1e-2)
+
+
+def with_low_moments(model: nn.Module) -> torch.optim.Optimizer:
+    return so.StableAdamW(model.parameters(), lr=1e-2, state_dtype="bf16")

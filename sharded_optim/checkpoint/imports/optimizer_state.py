@@ -81,7 +81,7 @@ def translate(state_dict: Mapping[str, Any], options: ImportOptions, *, is_compo
         for key in group["params"]:
             if group.get("step") is not None and state.get(key):
                 state[key].setdefault(STEP, group["step"])  # DeepSpeed's FusedAdam counts by group
-    own = [{"decay_form": options.decay_form or (DECOUPLED if is_composers else COUPLED)} for _ in given]
+    own = [{"decay_form": options.decay_form or (DECOUPLED if is_composers else COUPLED), "algorithm": None} for _ in given]
     foreign = foreign_state.translate({"state": state, "param_groups": given}, own, replaces_composer=is_composers)
     name = options.optimizer or _nearest(given, foreign["param_groups"], is_composers)
     is_ours = all("reference_lr" in group for group in given)
@@ -119,7 +119,7 @@ def _normalized(group: Mapping[str, Any], is_composers: bool) -> Group:
 
 def _is_deepspeeds(group: Group) -> bool:
     """Whether it is of one of DeepSpeed's own Adams, which have some of torch's keys."""
-    is_others = bool(group.keys() & {"reference_lr", "beta1", "maximize", "foreach"})
+    is_others = bool(group.keys() & {"reference_lr", "beta1", "maximize", "foreach", "use_muon"})
     is_adams = group.keys() >= {"betas", "eps", "weight_decay"}
     return not is_others and is_adams and ("bias_correction" in group or "initial_lr" not in group)
 

@@ -323,7 +323,8 @@ def _zero(model: nn.Module, make: MakeOptimizer, *, stage: Any) -> tuple[nn.Modu
             f"zero{stage} is so.ShardedOptimizer, which takes an optimizer of sharded_optim, got {make.name}; give one, or use "
             f"deepspeed{stage}"
         )
-    return model, ShardedOptimizer(made.param_groups, type(made), stage=stage, module=model)
+    options = {name: getattr(made, name) for name in ("state_dtype", "nonfinite", "max_skipped_steps")}  # others do not change the bits
+    return model, ShardedOptimizer(made.param_groups, type(made), stage=stage, module=model, **options)
 
 
 def _deepspeed(model: nn.Module, make: MakeOptimizer, *, stage: int) -> tuple[Any, Any]:
