@@ -17,12 +17,14 @@ EXACT = 1e-4  # where a bar of height 0 stands on the logarithmic axis
 
 
 def read_table() -> tuple[list[str], dict[str, list[float]]]:
-    """The settings, and the errors of each optimizer in them; 0 is bitwise."""
+    """The settings, and the errors of each optimizer that has a color in them; 0 is bitwise."""
     section = TABLE.read_text().partition("## The worst of all settings")[2].partition("\n## ")[0]
     header, _, *rows = [re.findall(r"(?<=\|)[^|]*(?=\|)", line) for line in section.splitlines() if line.startswith("|")]
     names = [name.strip() for name in header[1:]]
     cells = [[cell.strip() for cell in row] for row in rows]
-    errors = {name: [0.0 if row[1 + k] == "bitwise" else float(row[1 + k]) for row in cells] for k, name in enumerate(names)}
+    errors = {
+        name: [0.0 if row[1 + k] == "bitwise" else float(row[1 + k]) for row in cells] for k, name in enumerate(names) if name in COLORS
+    }
     return [row[0].replace(" use_orig_params=", "\norig_params=").replace("DeepSpeed ", "DeepSpeed\n") for row in cells], errors
 
 
