@@ -37,6 +37,8 @@ FIRST = (
     "test_zero.py",
     "test_checkpoint_reshard.py",
     "test_checkpoint_import.py",
+    "test_every_wrapper.py",
+    "test_muon_sharding.py",
     "test_distributed_checkpoint.py",
     "test_backends.py",
     "test_training.py",

@@ -265,12 +265,17 @@ class Experts(nn.Module):
 def check_experts() -> None:
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
-    for stage in (1, 2):
+    for stage, kind in ((1, "given"), (2, "in the config"), (2, "muon")):
         own = Experts()
         for number, (name, param) in enumerate(own.named_parameters()):  # other experts on the other rank of the expert group
             torch.manual_seed(number + (100 * (dist.get_rank() % 2) if "deepspeed_experts" in name else 0))
             nn.init.normal_(param, std=0.3)
-        if stage == 1:
+        if kind == "muon":
+            sorted_ = so.muon_param_groups(own, to_muon=lambda _, param: param.ndim > 1)
+            named_groups = [{**group, "params": [param for _, param in group["params"]], "name": group["algorithm"]} for group in sorted_]
+            groups = split_params_into_different_moe_groups_for_optimizer(named_groups)
+            engine, *_ = so.deepspeed.initialize(model=own, optimizer=MUON(groups), config=config_of(stage))
+        elif kind == "given":
             groups = split_params_into_different_moe_groups_for_optimizer({"params": list(own.parameters()), "name": "parameters"})
             engine, *_ = so.deepspeed.initialize(model=own, optimizer=STABLE(groups), config=config_of(stage))
         else:
@@ -278,9 +283,14 @@ def check_experts() -> None:
             engine, *_ = so.deepspeed.initialize(model=own, config=config_of(stage, top={"optimizer": named}))
         optimizer = engine.basic_optimizer
         twins = {name: nn.Parameter(value) for name, value in whole(engine).items()}
-        reference = so.StableAdamW(
-            list(twins.items()), lr=1e-2, weight_decay=0.1, process_group=dist.new_group([dist.get_rank()], use_local_synchronization=True)
-        )
+        alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+        if kind == "muon":
+            matrices = [(name, param) for name, param in twins.items() if param.ndim > 1]
+            rest = [(name, param) for name, param in twins.items() if param.ndim < 2]
+            rest_group = {"params": rest, "algorithm": "adamw", "weight_decay": 0.0}
+            reference = MUON([{"params": matrices}, rest_group], process_group=alone)
+        else:
+            reference = so.StableAdamW(list(twins.items()), lr=1e-2, weight_decay=0.1, process_group=alone)
         grads = record_gradients(engine)
         for step in range(6):
             torch.manual_seed(10 * step + dist.get_rank())
@@ -291,7 +301,10 @@ def check_experts() -> None:
                 param.grad = grads[name]
             reference.step()
             for name, value in whole(engine).items():
-                assert torch.equal(value, twins[name].detach()), f"stage {stage} step {step} {name}"
+                assert torch.equal(value, twins[name].detach()), f"stage {stage}, {kind}, step {step} {name}"
+        if kind == "muon":
+            engine.destroy()
+            continue
         tensors = {name for name in optimizer.metrics() if "deepspeed_experts" in name}
         assert len(tensors) == 4 * 4, f"four experts of four tensors, each with an RMS of its own: {sorted(tensors)}"
         engine.destroy()
@@ -310,7 +323,10 @@ def record_gradients(engine: Any) -> dict[str, Tensor]:
 
 
 def test_experts_have_statistics_of_their_own() -> None:
-    """MoE: ranks hold other experts under equal names, over which their data-parallel groups are cut; the dense layers are everybody's."""
+    """MoE: ranks hold other experts under equal names, over which their data-parallel groups are cut; the dense layers are everybody's.
+
+    And matrices of their own, under Muon.
+    """
     deepspeed_models.run(check_experts, 4)
 
 
