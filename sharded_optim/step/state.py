@@ -203,16 +203,16 @@ class AskedByFsdp1(NamedTuple):
 def asked_for_state_of_fsdp1() -> AskedByFsdp1 | None:
     """Return whose state torch is gathering, if it is that of a FullyShardedDataParallel model."""
     for frame in _callers():
-        caller, names = (_module_of(frame), frame.f_code.co_name), frame.f_locals
+        caller = _module_of(frame), frame.f_code.co_name  # not the locals of any frame: what reads them keeps all in them alive
         if caller == (f"{CHECKPOINT}.state_dict", "_get_optim_state_dict"):
-            info = names["info"]
-            return AskedByFsdp1(names["model"], info.full_state_dict and info.cpu_offload) if info.fsdp_modules else None
+            info, model = frame.f_locals["info"], frame.f_locals["model"]
+            return AskedByFsdp1(model, info.full_state_dict and info.cpu_offload) if info.fsdp_modules else None
         if caller == (FSDP1, "optim_state_dict"):
-            settings = names["state_dict_settings"]
+            settings = frame.f_locals["state_dict_settings"]
             is_whole = settings.state_dict_type.name == "FULL_STATE_DICT"
-            return AskedByFsdp1(names["model"], is_whole and settings.optim_state_dict_config.offload_to_cpu)
+            return AskedByFsdp1(frame.f_locals["model"], is_whole and settings.optim_state_dict_config.offload_to_cpu)
         if caller == (FSDP1, "full_optim_state_dict"):
-            return AskedByFsdp1(names["model"], True)
+            return AskedByFsdp1(frame.f_locals["model"], True)
     return None
 
 

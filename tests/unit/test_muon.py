@@ -18,7 +18,7 @@ from sharded_optim.optimizers.muon import JORDAN, Muon, orthogonalize
 from sharded_optim.sharding.matrices import Holding, Matrices, choose_owners, plan_matrices
 from sharded_optim.sharding.segment import Segment
 
-SHAPES = [(1, 7), (7, 1), (1, 1), (5, 3), (33, 17), (17, 33), (64, 64), (1536, 384)]
+SHAPES = [(1, 7), (7, 1), (1, 1), (5, 3), (33, 17), (17, 33), (64, 64), (640, 160)]
 GROUP = {"ns_coefficients": JORDAN, "ns_steps": 5, "eps": 1e-7, "adjust_lr_fn": "original"}
 
 

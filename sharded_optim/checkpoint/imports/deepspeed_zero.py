@@ -64,7 +64,7 @@ def read(path: Path, options: ImportOptions) -> Content:
         else:
             pieces = list(_of_group(group, partitions, _paddings(ranks[0], number), where))
         tensors += _values(pieces, partitions, states, where)
-        if base[0]["param_groups"][number].get("use_muon", False) and not is_stage_3:
+        if not is_stage_3 and base[0]["param_groups"][number].get("use_muon", False):
             tensors += _muons_state(pieces, partitions, translated, number, where)
         else:
             tensors += _state(pieces, translated, number)
