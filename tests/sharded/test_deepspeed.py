@@ -271,8 +271,8 @@ def check_experts() -> None:
             torch.manual_seed(number + (100 * (dist.get_rank() % 2) if "deepspeed_experts" in name else 0))
             nn.init.normal_(param, std=0.3)
         if kind == "muon":
-            sorted_ = so.muon_param_groups(own, to_muon=lambda _, param: param.ndim > 1)
-            named_groups = [{**group, "params": [param for _, param in group["params"]], "name": group["algorithm"]} for group in sorted_]
+            made = so.muon_param_groups(own, to_muon=lambda _, param: param.ndim > 1)
+            named_groups = [{**group, "params": [param for _, param in group["params"]], "name": group["algorithm"]} for group in made]
             groups = split_params_into_different_moe_groups_for_optimizer(named_groups)
             engine, *_ = so.deepspeed.initialize(model=own, optimizer=MUON(groups), config=config_of(stage))
         elif kind == "given":
