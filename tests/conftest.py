@@ -81,9 +81,10 @@ def interpreter() -> Iterator[None]:
 
 @pytest.fixture
 def cpu_is_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sharded_optim.step import agreement, coefficients, engine, kernel_call, param_groups
+    from sharded_optim.backends import eager
+    from sharded_optim.step import agreement, engine, kernel_call, param_groups
 
-    for module in (agreement, coefficients, engine, kernel_call, param_groups):
+    for module in (eager, agreement, engine, kernel_call, param_groups):
         monkeypatch.setattr(module, "known_on_host", lambda tensor: False)
     monkeypatch.setattr(torch, "Event", FakeEvent)
     monkeypatch.setattr(FakeEvent, "waits", 0)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sharded_optim.backends.operands import Column, Operands
 from sharded_optim.formulas import Algorithm, Statistic
-from sharded_optim.formulas.recording import Formula
+from sharded_optim.formulas.recording import Formulas
 from sharded_optim.formulas.scalars import Sums
 from sharded_optim.formulas.verdict import Verdict
 
@@ -26,7 +26,6 @@ __all__ = [
     "Column",
     "Judge",
     "Operands",
-    "Tabulate",
     "available",
     "candidates",
     "choose",
@@ -36,22 +35,6 @@ MODULES = ("cpu", "triton", "eager")  # in the order in which "auto" takes them;
 PACKAGES = {"cpu": "llvmlite", "triton": "triton"}  # what a backend needs beside torch
 AUTO = "auto"
 TRITON, EAGER = "triton", "eager"
-
-
-class Tabulate(Protocol):
-    """Computes coefficients of operands in one launch."""
-
-    def __call__(
-        self,
-        operands: Operands,
-        formulas: Sequence[Formula],  # of inputs `step`, the next; those of `Sums`; and `lr`; with as many results each
-        formula_of: Tensor | None,  # int64 (operands,), which of the formulas is each operand's; None if there is one
-        steps: Tensor,  # fp32 (operands,), taken so far
-        sums: Sums | None,
-        lr: Tensor | None,  # float64 (formulas,)
-    ) -> Tensor:
-        """Compute the results, rounded once: fp32 (operands, results)."""
-        ...
 
 
 class Judge(Protocol):
@@ -66,11 +49,6 @@ class Backend(Protocol):
     name: str
 
     @property
-    def tabulate(self) -> Tabulate | None:
-        """Computes coefficients on a device that the host must not wait for; None: they are computed there as tensors."""
-        ...
-
-    @property
     def judge(self) -> Judge:
         """`formulas.verdict.judge`, or the same in one launch."""
         ...
@@ -81,6 +59,18 @@ class Backend(Protocol):
 
     def prepare(self, algorithm: Algorithm, operands: Operands) -> None:
         """Do everything that may fail before the ranks agree: an update that fails on one rank alone would leave it behind the others."""
+        ...
+
+    def tabulate(
+        self,
+        operands: Operands,
+        formulas: Formulas,  # of inputs `step`, the next; those of `Sums`; and `lr`
+        formula_of: Tensor | None,  # int64 (operands,), which of the formulas is each operand's; None if there is one
+        steps: Tensor,  # fp32 (operands,), taken so far
+        sums: Sums | None,
+        lr: Tensor,  # float64 (formulas,)
+    ) -> Tensor:
+        """Compute the coefficients of each operand in float64, rounded once: fp32 (operands, results)."""
         ...
 
     def observe(

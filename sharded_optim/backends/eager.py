@@ -5,8 +5,9 @@ It defines the bits that every other backend must give. Each torch operation rou
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,10 @@ from torch import Tensor
 from sharded_optim.backends import Column, Operands
 from sharded_optim.backends.noise import uniform
 from sharded_optim.formulas import Algorithm, Statistic
+from sharded_optim.formulas.recording import Formula, Formulas
+from sharded_optim.formulas.scalars import FUNCTIONS, Sums
 from sharded_optim.formulas.verdict import judge
+from sharded_optim.storage.devices import known_on_host
 from sharded_optim.storage.formats import Format
 
 __all__ = ["BACKEND"]
@@ -24,7 +28,6 @@ class Eager:
     """Torch operations; see `sharded_optim.backends.Backend`."""
 
     name = "eager"
-    tabulate = None
     judge = staticmethod(judge)
 
     def supports(self, device: torch.device, dtypes: frozenset[torch.dtype]) -> str | None:
@@ -32,6 +35,24 @@ class Eager:
 
     def prepare(self, algorithm: Algorithm, operands: Operands) -> None:
         """Do nothing."""
+
+    def tabulate(
+        self,
+        operands: Operands,
+        formulas: Formulas,
+        formula_of: Tensor | None,
+        steps: Tensor,
+        sums: Sums | None,
+        lr: Tensor,
+    ) -> Tensor:
+        inputs = {"step": _next_step(steps)} | ({} if sums is None else sums.inputs())
+        rates = lr.tolist() if known_on_host(lr) else lr
+        tables = [_table(formula, inputs | {"lr": rate}, steps) for formula, rate in zip(formulas.formulas, rates, strict=True)]
+        table = tables[0]
+        for index, each in enumerate(tables[1:], start=1):
+            assert formula_of is not None, "several formulas"
+            table = torch.where((formula_of == index).unsqueeze(1), each, table)
+        return table
 
     def observe(
         self,
@@ -78,6 +99,27 @@ class Eager:
             ]
             for target, value in zip(stored, new, strict=True):
                 target.copy_(value if proceed is None else torch.where(proceed, value, target))
+
+
+def _next_step(steps: Tensor) -> int | Tensor:
+    """Return the number of the coming step, from 1: an int if the host knows it and all operands share it, else int64 (operands,)."""
+    known = set(steps.tolist()) if known_on_host(steps) else ()
+    return int(known.pop()) + 1 if len(known) == 1 else steps.to(torch.int64) + 1
+
+
+def _table(formula: Formula, inputs: Mapping[str, Any], steps: Tensor) -> Tensor:
+    """Evaluate a formula for each operand: fp32 (operands, results)."""
+    constants = {f"c{index}": constant for index, constant in enumerate(formula.constants)}
+    values = formula.operations.evaluate(FUNCTIONS, {**constants, **inputs})
+    results = [values[name] for name in formula.operations.results]
+    if known_on_host(steps) and not any(isinstance(value, Tensor) for value in results):
+        return torch.tensor([results], dtype=torch.float32, device="cpu").expand(len(steps), -1).contiguous()
+    # Not copied to a device but filled in there: a copy would have to wait, and a CUDA graph could not record it.
+    columns = [
+        value.expand(len(steps)) if isinstance(value, Tensor) else torch.full(steps.shape, value, dtype=torch.float64, device=steps.device)
+        for value in results
+    ]
+    return torch.stack(columns, dim=1).to(torch.float32)
 
 
 def _columns(*columns: Column) -> Iterator[Sequence[Tensor]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -123,7 +124,7 @@ class OperandTables:
             addresses: int64 (columns, operands).
             copies: (column, row) of the tensors that had to be copied for that, and the copies, which must live until they are used.
         """
-        found = [column.addresses for column in columns]
+        found = list(map(attrgetter("addresses"), columns))
         copies = {}
         if self._scattered:
             found = [array("q", each) for each in found]

@@ -14,7 +14,6 @@ from typing import Any
 
 from torch import Tensor
 
-from sharded_optim.formulas.scalars import host_value, known_on_host
 from sharded_optim.formulas.weight_decay import FORMS
 
 __all__ = [
@@ -65,7 +64,7 @@ class Hyperparameter:
             scheduled: it may come from a scheduler.
         """
         parts = value if isinstance(value, list | tuple) else (value,)
-        there = next((each.device for each in parts if isinstance(each, Tensor) and not known_on_host(each)), None)
+        there = next((each.device for each in parts if isinstance(each, Tensor) and not each.is_cpu), None)
         if there is not None:
             raise ValueError(f"{self.name} must be known on the host, got a tensor on {there}{_in(where)}: only lr may lie on a device")
         try:
@@ -110,7 +109,7 @@ class LearningRate(Float):
         if isinstance(value, Tensor):
             if value.numel() != 1:
                 raise ValueError(f"a tensor {self.name} must have one element, got shape {tuple(value.shape)}{_in(where)}")
-            if not known_on_host(value):
+            if not value.is_cpu:
                 return
         number = on_host(value)
         if scheduled and isinstance(number, Real) and -LR_ROUNDING < float(number) < 0:
@@ -214,7 +213,7 @@ def by_name(declared: Iterable[Hyperparameter]) -> dict[str, Hyperparameter]:
 
 def on_host(value: Any) -> Any:
     """Convert a one-element tensor that the host knows to a number; return anything else as it is."""
-    return host_value(value) if isinstance(value, Tensor) and value.numel() == 1 and known_on_host(value) else value
+    return value.detach().reshape(()).tolist() if isinstance(value, Tensor) and value.numel() == 1 and value.is_cpu else value
 
 
 def comparable(value: Any) -> Any:
@@ -223,7 +222,7 @@ def comparable(value: Any) -> Any:
     Raises:
         TypeError: it is something else.
     """
-    if isinstance(value, Tensor) and not known_on_host(value):
+    if isinstance(value, Tensor) and not value.is_cpu:
         return -1.0  # a device's is not waited for
     if isinstance(value, list | tuple):
         return list(map(comparable, value))

@@ -1,69 +1,64 @@
-"""Record scalar operations on numbers that only a device knows, so that one kernel launch computes all of them. Used by `scalars.py`."""
+"""Record scalar operations on numbers that are not known yet, so that a backend computes all of them in one call. Used by `scalars.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Formula", "Number", "Operations", "Recorded", "Recorder", "Step"]
+__all__ = ["Formula", "Formulas", "Number", "Operation", "Operations", "Recorded", "Recorder", "Step"]
 
 
-class Recorder:
-    """Records the operations on numbers that only a device knows.
+class Operation(NamedTuple):
+    """One operation: "+", "-", "*", or a function of `scalars.py` by its name.
 
     Attributes:
-        lines: assignments of one operation each, to `v0`, `v1`, ..., in a syntax that Python and Triton share. Operands are others of
-            these, constants `c0`, `c1`, ..., and inputs by name; float64 all, but for the step, an int64.
-        constants: floats, which differ from step to step where the lines do not.
+        operands: names of inputs, of constants `c0`, `c1`, ..., and of results of operations before this one `v0`, `v1`, ...
     """
 
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.constants: list[float] = []
-
-    def input(self, name: str) -> Recorded:
-        return Recorded(recorder=self, name=name)
-
-    @staticmethod
-    def of(*numbers: Number) -> Recorder:
-        return next(number.recorder for number in numbers if isinstance(number, Recorded))
-
-    def name(self, number: Number) -> str:
-        """The name of a number in the recorded lines."""
-        assert not isinstance(number, Tensor), "numbers of a step are recorded, or are tensors"
-        if isinstance(number, Recorded):
-            return number.name
-        self.constants.append(float(number))
-        return f"c{len(self.constants) - 1}"
-
-    def record(self, operation: str, *operands: Number) -> Recorded:
-        """Record an operation and return its result. Each {} stands for an operand."""
-        result = Recorded(recorder=self, name=f"v{len(self.lines)}")
-        self.lines.append(f"{result.name} = {operation.format(*map(self.name, operands))}")
-        return result
-
-    def formula(self, results: Sequence[Number]) -> Formula:
-        """The recorded operations that compute these results."""
-        names = tuple(map(self.name, results))
-        operations = Operations(lines=tuple(self.lines), results=names, constants=len(self.constants))
-        return Formula(operations=operations, constants=tuple(self.constants))
+    name: str
+    operands: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Operations:
-    """Recorded operations, as text.
+    """Recorded operations, without the values of the constants in them.
 
     Attributes:
-        lines: see `Recorder`.
-        results: names of what was assigned, of constants or of inputs.
+        steps: number i computes `v{i}`. All values are float64, but for the inputs `step` and `non_finite`, which are int64.
+        results: names of what was asked for: of operations, of constants or of inputs.
         constants: how many there are.
     """
 
-    lines: tuple[str, ...]
+    steps: tuple[Operation, ...]
     results: tuple[str, ...]
     constants: int
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """What the operations compute, in their order."""
+        return tuple(f"v{index}" for index in range(len(self.steps)))
+
+    def evaluate(
+        self, functions: Mapping[str, Callable[..., Any]], values: Mapping[str, Any], wanted: Collection[str] | None = None
+    ) -> dict[str, Any]:
+        """Compute the operations; return all values by their names.
+
+        Args:
+            functions: of each operation.
+            values: of inputs and constants, and of operations that are not wanted; any objects that the functions take.
+            wanted: names of operations; None means all.
+        """
+        known = dict(values)
+        for name, step in zip(self.names, self.steps, strict=True):
+            if wanted is None or name in wanted:
+                known[name] = functions[step.name](*(known[operand] for operand in step.operands))
+        return known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,26 +69,78 @@ class Formula:
     constants: tuple[float, ...]  # in the order of their names
 
 
+class Formulas:
+    """Formulas of the same coefficients, one for each param group.
+
+    Attributes:
+        results: the number of coefficients.
+        constants: for each sequence of operations among them a row per formula: 1 and its constants if it has these operations, else zeros;
+            float64, one row after the other.
+    """
+
+    def __init__(self, formulas: Sequence[Formula]) -> None:
+        self.formulas = formulas
+        self.results = len(formulas[0].operations.results)
+        self.constants: dict[Operations, array[float]] = {}
+        for operations in dict.fromkeys(formula.operations for formula in formulas):
+            others = (0.0,) * (1 + operations.constants)
+            rows = [(1.0, *formula.constants) if formula.operations == operations else others for formula in formulas]
+            self.constants[operations] = array("d", chain.from_iterable(rows))
+
+
+class Recorder:
+    """Records operations on numbers whose values are not known."""
+
+    def __init__(self) -> None:
+        self._steps: list[Operation] = []
+        self._constants: list[float] = []
+
+    def input(self, name: str) -> Recorded:
+        return Recorded(recorder=self, name=name)
+
+    @staticmethod
+    def of(*numbers: Number) -> Recorder:
+        return next(number.recorder for number in numbers if isinstance(number, Recorded))
+
+    def record(self, name: str, *operands: Number) -> Recorded:
+        """Record an operation, and return its result."""
+        self._steps.append(Operation(name, tuple(map(self._name_of, operands))))
+        return self.input(f"v{len(self._steps) - 1}")
+
+    def formula(self, results: Sequence[Number]) -> Formula:
+        """Return the recorded operations that compute these results."""
+        names = tuple(map(self._name_of, results))
+        operations = Operations(steps=tuple(self._steps), results=names, constants=len(self._constants))
+        return Formula(operations=operations, constants=tuple(self._constants))
+
+    def _name_of(self, number: Number) -> str:
+        assert not isinstance(number, Tensor), "numbers of a step are recorded, or are tensors"
+        if isinstance(number, Recorded):
+            return number.name
+        self._constants.append(float(number))
+        return f"c{len(self._constants) - 1}"
+
+
 def _recorded(
-    operation: str,
+    operator: str,
 ) -> tuple[Callable[[Recorded, Number], Recorded], Callable[[Recorded, Number], Recorded]]:
     """Make an infix operator, and the same with its operands exchanged."""
     return (
-        lambda self, other: self.recorder.record(operation, self, other),
-        lambda self, other: self.recorder.record(operation, other, self),
+        lambda self, other: self.recorder.record(operator, self, other),
+        lambda self, other: self.recorder.record(operator, other, self),
     )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Recorded:
-    """A number whose value is not computed yet, one for each operand."""
+    """A number whose value is not known yet."""
 
     recorder: Recorder
     name: str
 
-    __add__, __radd__ = _recorded("{} + {}")
-    __sub__, __rsub__ = _recorded("{} - {}")
-    __mul__, __rmul__ = _recorded("{} * {}")
+    __add__, __radd__ = _recorded("+")
+    __sub__, __rsub__ = _recorded("-")
+    __mul__, __rmul__ = _recorded("*")
 
 
 Number = float | Tensor | Recorded

@@ -1,13 +1,15 @@
 """Scalar arithmetic of a step, on learning rates, step counters and coefficients: in float64, each operation rounded once.
 
-A number is a Python float where the host knows it. What only a device knows is a float64 tensor, with a value for each operand, or a
-`Recorded`: then nothing is computed yet, but every operation is written down, for a kernel that does all of them in one launch. All three
-give the same bits. Besides these functions, `+ - *` are allowed. `/` is not: torch multiplies by a reciprocal for it, which rounds twice.
+A number is a Python float, a float64 tensor with a value for each operand, or a `Recorded`: then nothing is computed yet, but every
+operation is written down, for a backend that computes all of them in one call. All three give the same bits. Besides these functions,
+`+ - *` are allowed. `/` is not: torch multiplies by a reciprocal for it, which rounds twice.
 """
 
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import Tensor
 from sharded_optim.formulas.recording import Number, Recorded, Recorder, Step
 
 __all__ = [
+    "FUNCTIONS",
     "STEP_BITS",
     "Number",
     "Step",
@@ -24,8 +27,6 @@ __all__ = [
     "at_first_step",
     "bias_correction",
     "divide",
-    "host_value",
-    "known_on_host",
     "maximum",
     "mean",
     "nan_where",
@@ -36,19 +37,9 @@ __all__ = [
 STEP_BITS = 25  # steps are counted in float32, as torch does: exact up to 2**24
 
 
-def known_on_host(tensor: Tensor) -> bool:
-    """Return whether the host can read the values without waiting for a device."""
-    return tensor.device.type == "cpu"
-
-
-def host_value(tensor: Tensor) -> Any:
-    """The value of a one-element tensor on the host, as a Python number."""
-    return tensor.detach().reshape(()).tolist()
-
-
 def divide(a: Number, b: Number) -> Number:
     if isinstance(a, Recorded) or isinstance(b, Recorded):
-        return Recorder.of(a, b).record("divide({}, {})", a, b)
+        return Recorder.of(a, b).record("divide", a, b)
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return torch.divide(_like(a, b), _like(b, a))
     return a / b
@@ -56,7 +47,7 @@ def divide(a: Number, b: Number) -> Number:
 
 def sqrt(a: Number) -> Number:
     if isinstance(a, Recorded):
-        return Recorder.of(a).record("sqrt({})", a)
+        return Recorder.of(a).record("sqrt", a)
     if not isinstance(a, Tensor):
         return math.sqrt(a)
     if a.device.type != "cpu":
@@ -68,14 +59,14 @@ def sqrt(a: Number) -> Number:
 def maximum(a: Number, least: float) -> Number:
     """Elementwise maximum; NaN stays NaN."""
     if isinstance(a, Recorded):
-        return Recorder.of(a).record("maximum({}, {})", a, least)
+        return Recorder.of(a).record("maximum", a, least)
     return a.clamp(min=least) if isinstance(a, Tensor) else a if a != a else max(a, least)
 
 
 def power(base: float, exponent: Step) -> Number:
     """Integer power by repeated squaring: IEEE multiplication gives the same bits everywhere, a library's `pow` does not."""
     if isinstance(exponent, Recorded):
-        return Recorder.of(exponent).record("power({}, {})", base, exponent)
+        return Recorder.of(exponent).record("power", base, exponent)
     if isinstance(exponent, Tensor):
         result = torch.ones(exponent.shape, dtype=torch.float64, device=exponent.device)
         for bit in range(STEP_BITS):
@@ -103,7 +94,7 @@ def bias_correction(beta: float, step: Step) -> Number:
 
 def at_first_step(step: Step, value: float, otherwise: float) -> Number:
     if isinstance(step, Recorded):
-        return Recorder.of(step).record("where({} == 1, {}, {})", step, value, otherwise)
+        return Recorder.of(step).record("at_first_step", step, value, otherwise)
     if isinstance(step, Tensor):
         return torch.where(step == 1, _like(value, step), _like(otherwise, step))
     return value if step == 1 else otherwise
@@ -112,7 +103,7 @@ def at_first_step(step: Step, value: float, otherwise: float) -> Number:
 def nan_where(flag: Number, value: Number) -> Number:
     """NaN where the flag, an int64 if it is not recorded, is positive."""
     if isinstance(flag, Recorded):
-        return Recorder.of(flag).record("nan_where({}, {})", flag, value)
+        return Recorder.of(flag).record("nan_where", flag, value)
     assert isinstance(flag, Tensor)
     return torch.where(flag > 0, math.nan, _like(value, flag))
 
@@ -138,17 +129,15 @@ class Sums:
     units: Tensor  # float64 (operands,), of the fixed point
     numels: Tensor  # float64 (operands,), of the tensor, but at least 1
 
-    def mean(self) -> Tensor:
-        """Mean of the statistic over each operand's tensor: float64 (operands,); NaN where it was not finite."""
-        found = mean(self.totals[self.slots].to(torch.float64), self.units, self.numels, self.non_finite[self.slots])
-        assert isinstance(found, Tensor)
-        return found
-
     @staticmethod
-    def recorded_mean(recorder: Recorder) -> Recorded:
-        found = mean(*map(recorder.input, ("total", "unit", "numel", "non_finite")))
-        assert isinstance(found, Recorded)
-        return found
+    def recorded_mean(recorder: Recorder) -> Number:
+        """Mean of the statistic over each operand's tensor; NaN where it was not finite."""
+        return mean(*map(recorder.input, ("total", "unit", "numel", "non_finite")))
+
+    def inputs(self) -> dict[str, Tensor]:
+        """The values of these inputs: (operands,)."""
+        of_operands = {"total": self.totals[self.slots].to(torch.float64), "non_finite": self.non_finite[self.slots]}
+        return of_operands | {"unit": self.units, "numel": self.numels}
 
 
 def mean(total: Number, unit: Number, numel: Number, non_finite: Number) -> Number:
@@ -161,3 +150,17 @@ def mean(total: Number, unit: Number, numel: Number, non_finite: Number) -> Numb
         non_finite: not 0 where the statistic was not finite; int64.
     """
     return nan_where(non_finite, divide(total * unit, numel))
+
+
+# Of each operation that is recorded.
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "divide": divide,
+    "sqrt": sqrt,
+    "maximum": maximum,
+    "power": power,
+    "at_first_step": at_first_step,
+    "nan_where": nan_where,
+}

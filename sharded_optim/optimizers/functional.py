@@ -49,6 +49,6 @@ def update(
         backend, _ = choose(MODULES, param.device, frozenset(tensor.dtype for tensor in (param, grad, *state)))
         taken = step.to(param.device).reshape(1)
         table = coefficient_table(
-            algorithm.coefficients, GroupRows.one(host_numbers(group)), taken, 1.0, backend=backend, operands=operands
+            algorithm.coefficients, GroupRows(groups=[host_numbers(group)]), taken, 1.0, backend=backend, operands=operands
         )
         backend.update(algorithm, operands, table, None, None, None)

@@ -34,11 +34,10 @@ from sharded_optim.formulas.verdict import (
 )
 from sharded_optim.sharding.layout import Layout, Slots
 from sharded_optim.sharding.ranks import gather_messages, naming_missing_ranks
-from sharded_optim.step.coefficients import host_value, known_on_host
 from sharded_optim.step.disagreement import inconsistency, non_finite, skipped_in_a_row
 from sharded_optim.step.options import NonFinite
 from sharded_optim.step.statistics import Contribution, FixedPoint
-from sharded_optim.storage.devices import capturing, keep, on, send
+from sharded_optim.storage.devices import capturing, keep, known_on_host, on, send
 
 __all__ = ["Agreement", "Rules", "Scaler", "Streak", "agree", "confirm_replacement"]
 
@@ -159,7 +158,7 @@ class Agreement:
         if not self.is_on_host:
             if failure is not None:
                 raise failure
-        elif failure is not None or host_value(self.totals[INVALID]) or host_value(self.totals[REPLACES]):
+        elif failure is not None or self.totals[INVALID].tolist() or self.totals[REPLACES].tolist():
             message = None if failure is None else str(failure) if isinstance(failure, ValueError) else repr(failure)
             raise ValueError(gather_messages(message, self.layout.process_group)) from failure
         elif not self._flags.read()[0]:

@@ -1,13 +1,15 @@
 """Compute the table of coefficients that a backend reads, from hyperparameters, step counters and learning-rate scales.
 
-Nothing here waits for a device. What the host knows is computed in Python floats, what only the device knows there in float64: in one
-launch by a backend that compiles formulas, else as tensors. All give the same bits.
+Formulas are recorded once for each param group, and again when a hyperparameter other than the learning rate changes. Backends evaluate
+them, in float64. Nothing here waits for a device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from operator import is_
 from typing import Any
 
 import torch
@@ -15,29 +17,78 @@ from torch import Tensor
 
 from sharded_optim.backends import Backend, Operands
 from sharded_optim.formulas import Coefficients
-from sharded_optim.formulas.recording import Formula, Number, Recorded, Recorder
-from sharded_optim.formulas.scalars import Sums, host_value, known_on_host
+from sharded_optim.formulas.hyperparameters import comparable, on_host
+from sharded_optim.formulas.recording import Formula, Formulas, Number, Recorder
+from sharded_optim.formulas.scalars import Sums
+from sharded_optim.storage.devices import DeviceCache, send
 
-__all__ = ["GroupRows", "LrScale", "coefficient_table", "host_numbers", "host_value", "known_on_host", "next_steps"]
+__all__ = ["GroupRows", "GroupValues", "LrScale", "coefficient_table", "host_numbers"]
+
+MUTABLE = object()  # stands for a value that may change, though it stays the same object
+IMMUTABLE = (bool, int, float, str, type(None), torch.dtype)
+NOT_VALUES = ("params", "param_names")  # keys of a param group that are no hyperparameters
 
 
-@dataclass(frozen=True, kw_only=True)
-class GroupRows:
-    """The hyperparameters of param groups, and the rows of the operands of each.
+class GroupValues:
+    """The hyperparameters of one param group, checked and converted once, and again when one of them changes.
+
+    Schedulers and users write to param groups at any time. The values are compared by identity in every step, which is fast; only a group
+    that has changed, or has values that may change in place (tensors, lists), is checked, converted and hashed again.
 
     Attributes:
-        groups: hyperparameters of each, as `host_numbers` gives them.
-        rows: the operands of each: int64; or None for all, if there is one group.
-        group_of: which group is each operand's: int64 (operands,); None if there is one.
+        group: whose they are; held, so that its id stays its own.
+        numbers: the hyperparameters, as Python numbers where the host knows them; lr may be a tensor of a device.
     """
 
-    groups: Sequence[Mapping[str, Any]]
-    rows: Sequence[Tensor | None]
-    group_of: Tensor | None
+    def __init__(
+        self,
+        group: dict[str, Any],
+        state_dtype: torch.dtype | str,
+        compared: Collection[str],  # names of hyperparameters that must be the same on all ranks
+    ) -> None:
+        self.group = group
+        self.numbers = host_numbers(_values_in(group))
+        self._state_dtype = state_dtype
+        self._keys = set(group)
+        self._seen = {name: value if _is_immutable(value) else MUTABLE for name, value in _values_in(group).items()}
+        self._compared = [(name, comparable(group[name])) for name in sorted(compared & group.keys())]
+        self._options: Any = None
+        self._hash = 0  # of what is compared, and of these options
 
-    @classmethod
-    def one(cls, group: Mapping[str, Any]) -> GroupRows:
-        return cls(groups=[group], rows=[None], group_of=None)
+    def are_of(self, group: dict[str, Any], state_dtype: torch.dtype | str) -> bool:
+        """Return whether this is the group and these are certainly its values."""
+        return (
+            group is self.group
+            and state_dtype == self._state_dtype
+            and group.keys() == self._keys
+            and all(map(is_, map(group.get, self._seen), self._seen.values()))
+        )
+
+    def unchanged(self, group: dict[str, Any]) -> set[str]:
+        """Names of the values of a group that are certainly the same as these."""
+        return {name for name, value in _values_in(group).items() if value is self._seen.get(name, MUTABLE)}
+
+    def key(self, options: Any, step: float) -> int:
+        """Hash hyperparameters, options and step to 24 bits, which ranks compare."""
+        if options != self._options:
+            self._options, self._hash = options, zlib.crc32(repr((self._compared, options)).encode())
+        return zlib.crc32(repr(step).encode(), self._hash) & 0xFFFFFF
+
+
+def _values_in(group: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name not in NOT_VALUES}
+
+
+def _is_immutable(value: Any) -> bool:
+    return isinstance(value, IMMUTABLE) or (type(value) is tuple and all(map(_is_immutable, value)))
+
+
+def host_numbers(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert hyperparameters to floats, also host tensors. A learning rate on a device stays a tensor."""
+    found = {name: on_host(value) for name, value in group.items()}
+    if "betas" in group:
+        found["betas"] = tuple(map(float, group["betas"]))
+    return found if isinstance(found["lr"], Tensor) else found | {"lr": float(found["lr"])}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,64 +98,70 @@ class LrScale:
     of_mean: Callable[[Mapping[str, Any], Number], Number]  # see `Statistic.lr_scale`
     sums: Sums
 
-    def values(self, groups: Sequence[Mapping[str, Any]]) -> list[Number]:
-        """Compute the factors of all operands with each group's hyperparameters: float64 (operands,).
 
-        Or the one value of all, where the host knows it: that is computed with faster, and to the same bits.
-        """
-        means = self.sums.mean()
-        if len(groups) == 1:
-            return [_one_if_known(self.of_mean(groups[0], means))]
-        computed: list[tuple[Mapping[str, Any], Number]] = []  # with the hyperparameters that it was computed with
-        values = []
-        for group in groups:
-            value = next((value for used, value in computed if _has(group, used)), None)
-            if value is None:
-                noted = _Noted(group)
-                value = _one_if_known(self.of_mean(noted, means))
-                computed.append((noted.used, value))
-            values.append(value)
-        return values
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GroupRows:
+    """The hyperparameters of param groups, and which operands are of which group.
 
-    def recorded(self, group: Mapping[str, Any], recorder: Recorder) -> Number:
-        return self.of_mean(group, self.sums.recorded_mean(recorder))
+    Attributes:
+        groups: hyperparameters of each, as `host_numbers` gives them.
+        group_of: which group is each operand's: int64 (operands,) on the device; None if there is one.
+    """
 
+    groups: Sequence[Mapping[str, Any]]
+    group_of: Tensor | None = None
+    _formulas: dict[Any, Formulas] = field(default_factory=dict)
+    _sent_lr: DeviceCache[Tensor] = field(default_factory=DeviceCache)
+    _lr_on_host: list[float] | None = field(init=False)  # None: one is on a device
 
-class _Noted(Mapping[str, Any]):
-    """Hyperparameters that record which of them are read, so that groups which differ in others share a scale."""
+    def __post_init__(self) -> None:
+        rates = [group["lr"] for group in self.groups]
+        object.__setattr__(self, "_lr_on_host", None if any(isinstance(lr, Tensor) for lr in rates) else rates)
 
-    def __init__(self, group: Mapping[str, Any]) -> None:
-        self._group = group
-        self.used: dict[str, Any] = {}
+    def having(self, groups: Sequence[Mapping[str, Any]]) -> GroupRows:
+        """Return the same with other hyperparameters of the groups."""
+        alike = all(map(_alike_but_for_lr, groups, self.groups))
+        return replace(self, groups=groups, _formulas=self._formulas if alike else {})
 
-    def __getitem__(self, name: str) -> Any:
-        self.used[name] = self._group[name]
-        return self.used[name]
+    def formulas(self, coefficients: Callable[..., Coefficients], lr_scale: float | LrScale | None) -> Formulas:
+        """Return the formula of the coefficients of each group; see `coefficient_table`."""
+        key = coefficients, lr_scale.of_mean if isinstance(lr_scale, LrScale) else lr_scale
+        if key not in self._formulas:
+            self._formulas[key] = Formulas(tuple(_recorded(coefficients, group, lr_scale) for group in self.groups))
+        return self._formulas[key]
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._group)
-
-    def __len__(self) -> int:
-        return len(self._group)
-
-
-def _has(group: Mapping[str, Any], used: Mapping[str, Any]) -> bool:
-    """Return whether a group certainly has these values."""
-    pairs = [(group[name], value) for name, value in used.items()]
-    return all(own is value or (isinstance(own, int | float) and isinstance(value, int | float) and own == value) for own, value in pairs)
+    def lr(self, device: torch.device) -> Tensor:
+        """Return the learning rate of each group: float64 (groups,) on the device."""
+        rates = self._lr_on_host
+        if rates is not None:
+            return self._sent_lr.of(rates, device, lambda: send(torch.tensor(rates, dtype=torch.float64, device="cpu"), device))
+        return torch.stack([_double(group["lr"], device) for group in self.groups])
 
 
-def _one_if_known(values: Number) -> Number:
-    known = set(values.tolist()) if isinstance(values, Tensor) and known_on_host(values) else ()
-    return known.pop() if len(known) == 1 else values
+def _double(lr: float | Tensor, device: torch.device) -> Tensor:
+    """Return a learning rate on the device: float64 (). A number is filled in there: a copy would have to wait."""
+    if isinstance(lr, Tensor):
+        return lr.detach().to(device, torch.float64).reshape(())
+    return torch.full((), lr, dtype=torch.float64, device=device)
 
 
-def host_numbers(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert hyperparameters to floats, also host tensors. A learning rate on a device stays a tensor."""
-    found = {name: host_value(value) if isinstance(value, Tensor) and known_on_host(value) else value for name, value in group.items()}
-    if "betas" in group:
-        found["betas"] = tuple(map(float, group["betas"]))
-    return found if isinstance(found["lr"], Tensor) else found | {"lr": float(found["lr"])}
+def _alike_but_for_lr(group: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Return whether two groups certainly have the same hyperparameters but for their learning rates."""
+    return group.keys() == other.keys() and all(
+        value is other[name] or (not isinstance(value, Tensor) and not isinstance(other[name], Tensor) and value == other[name])
+        for name, value in group.items()
+        if name != "lr"
+    )
+
+
+def _recorded(coefficients: Callable[..., Coefficients], group: Mapping[str, Any], lr_scale: float | LrScale | None) -> Formula:
+    """Record the formula of the coefficients of one group."""
+    recorder = Recorder()
+    numbers = {**group, "lr": recorder.input("lr")}
+    arguments: list[Any] = [numbers, recorder.input("step")]
+    if lr_scale is not None:
+        arguments.append(lr_scale.of_mean(numbers, Sums.recorded_mean(recorder)) if isinstance(lr_scale, LrScale) else lr_scale)
+    return recorder.formula(coefficients(*arguments))
 
 
 def coefficient_table(
@@ -117,72 +174,6 @@ def coefficient_table(
     operands: Operands,
 ) -> Tensor:
     """Compute a row of coefficients for each operand: fp32 (operands, coefficients), computed in float64 and rounded once."""
-    if backend.tabulate is not None and not known_on_host(steps):
-        formulas = [_formula(coefficients, group, lr_scale) for group in members.groups]
-        sums = lr_scale.sums if isinstance(lr_scale, LrScale) else None
-        return backend.tabulate(operands, formulas, members.group_of, steps, sums, _lr_on_device(members.groups, steps.device))
-    groups = [{**group, "lr": _double(group["lr"], steps.device)} if isinstance(group["lr"], Tensor) else group for group in members.groups]
-    scales = lr_scale.values(groups) if isinstance(lr_scale, LrScale) else [lr_scale] * len(groups)
-    table = None
-    for group, scale, rows in zip(groups, scales, members.rows, strict=True):
-        own_steps = steps if rows is None else steps[rows]
-        arguments: list[Any] = [group, _next_step(own_steps)]
-        if scale is not None:
-            arguments.append(scale[rows] if isinstance(scale, Tensor) and rows is not None else scale)
-        part = _columns(coefficients(*arguments), len(own_steps), steps.device)
-        if rows is None:
-            return part
-        if table is None:
-            table = torch.empty(len(steps), part.shape[1], dtype=torch.float32, device=steps.device)
-        table[rows] = part
-    assert table is not None, "a batch has a group"
-    return table
-
-
-def _formula(coefficients: Callable[..., Coefficients], group: Mapping[str, Any], lr_scale: float | LrScale | None) -> Formula:
-    """Record the formula of the coefficients of one group."""
-    recorder = Recorder()
-    numbers = {**group, "lr": recorder.input("lr")} if isinstance(group["lr"], Tensor) else group
-    arguments: list[Any] = [numbers, recorder.input("step")]
-    if lr_scale is not None:
-        arguments.append(lr_scale.recorded(numbers, recorder) if isinstance(lr_scale, LrScale) else lr_scale)
-    return recorder.formula(coefficients(*arguments))
-
-
-def _lr_on_device(groups: Sequence[Mapping[str, Any]], device: torch.device) -> Tensor | None:
-    """Stack the learning rates that are tensors on a device: float64 (groups,), 0 for the others; None if there are none."""
-    rates = [group["lr"] for group in groups]
-    if not any(isinstance(lr, Tensor) for lr in rates):
-        return None
-    zero = torch.zeros((), dtype=torch.float64, device=device)
-    return torch.stack([_double(lr, device) if isinstance(lr, Tensor) else zero for lr in rates])
-
-
-def _double(lr: Tensor, device: torch.device) -> Tensor:
-    return lr.detach().to(device).double().reshape(())
-
-
-def _columns(values: Coefficients, rows: int, device: torch.device) -> Tensor:
-    if device.type == "cpu" and not any(isinstance(value, Tensor) for value in values):
-        return torch.tensor([values], dtype=torch.float32, device="cpu").expand(rows, -1).contiguous()
-    # Not copied to a device but filled in there: a copy would have to wait, and a CUDA graph could not record it.
-    columns = []
-    for value in values:
-        assert not isinstance(value, Recorded)
-        filled = isinstance(value, Tensor)
-        columns.append(value.expand(rows) if filled else torch.full((rows,), value, dtype=torch.float64, device=device))
-    return torch.stack(columns, dim=1).to(torch.float32)
-
-
-def _next_step(steps: Tensor) -> int | Tensor:
-    """Return the number of the coming step, from 1: an int if the host knows it and all operands share it, else int64 (operands,)."""
-    if known_on_host(steps):
-        known = set(steps.tolist())
-        if len(known) == 1:
-            return int(known.pop()) + 1
-    return next_steps(steps)
-
-
-def next_steps(steps: Tensor) -> Tensor:
-    """Return the number of the coming step of each operand, from 1: int64 (operands,)."""
-    return steps.to(torch.int64) + 1
+    sums = lr_scale.sums if isinstance(lr_scale, LrScale) else None
+    formulas = members.formulas(coefficients, lr_scale)
+    return backend.tabulate(operands, formulas, members.group_of, steps, sums, members.lr(steps.device))

@@ -25,13 +25,12 @@ from sharded_optim.sharding import FlatLayout
 from sharded_optim.sharding.ddp import JoinGuard
 from sharded_optim.step.agreement import Agreement, Rules, Scaler
 from sharded_optim.step.arguments import argument_names, refuse_options_on_wrapper, refuse_unknown, warn_of_swapped_eps
-from sharded_optim.step.coefficients import host_value, known_on_host
 from sharded_optim.step.kernel_calls import BackendChoice
 from sharded_optim.step.options import MOST_SKIPPED, CheckedOption, NonFinite, Params, check_max_skipped_steps, check_nonfinite
 from sharded_optim.step.param_set import ParamSet, ParamSets, StepListener
 from sharded_optim.step.reports import ReportingOptimizer, Reports
 from sharded_optim.step.state import steps_to_allocate
-from sharded_optim.storage.devices import refuse_to_capture
+from sharded_optim.storage.devices import known_on_host, refuse_to_capture
 
 __all__ = ["Engine"]
 
@@ -151,7 +150,7 @@ class Engine(ReportingOptimizer):
                 raise ValueError("step takes a closure or a param, not both: a closure is for the whole model")
             with torch.enable_grad():
                 loss = closure()
-        if self._is_allocation_step():
+        if not self._has_stepped and self._is_allocation_step():
             self.init_state()
             return loss
         if not self._has_stepped:
@@ -225,7 +224,7 @@ class Engine(ReportingOptimizer):
         else:
             proceed = None if scaler.found_inf is None else (scaler.found_inf == 0).all()
         if proceed is not None and known_on_host(proceed):  # branch here; a verdict that only the device knows selects there
-            happens = bool(host_value(proceed))
+            happens = bool(proceed.tolist())
             if not happens:
                 self._count_skipped(1)
                 params.skip()

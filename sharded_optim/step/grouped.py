@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import chain
+from operator import itemgetter
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from sharded_optim.sharding.matrices import Matrices
 from sharded_optim.sharding.ranks import own_process_group
 from sharded_optim.step import param_groups
 from sharded_optim.step.arguments import check_iterable
-from sharded_optim.step.group_values import GroupValues
+from sharded_optim.step.coefficients import GroupValues
 from sharded_optim.step.options import Params
 from sharded_optim.step.param_index import ParamIndex
 
@@ -222,7 +223,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
     def all_params(self) -> list[Tensor]:
         """The parameters of all groups, in their order."""
-        return list(chain.from_iterable(group["params"] for group in self.param_groups))
+        return list(chain.from_iterable(map(itemgetter("params"), self.param_groups)))
 
     def groups_of(self, params: Sequence[Tensor] | None) -> list[dict[str, Any]]:
         """Return the current param group of each parameter: users move parameters, and loading a state dict replaces the groups.
@@ -234,7 +235,10 @@ class GroupedOptimizer(torch.optim.Optimizer):
             ValueError: one is in none of the groups.
         """
         if params is None:
-            return [group for group in self.param_groups for _ in group["params"]]
+            groups: list[dict[str, Any]] = []
+            for group in self.param_groups:
+                groups += [group] * len(group["params"])
+            return groups
         return [place.group for place in self._index.places_of(self.param_groups, params)]
 
     def values_of(self, groups: Iterable[dict[str, Any]]) -> dict[int, GroupValues]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from operator import itemgetter
 from typing import Any
 
@@ -15,14 +14,13 @@ from sharded_optim.backends.operands import Operands
 from sharded_optim.formulas import Statistic
 from sharded_optim.sharding import GRADIENT, PARAMETER, Layout, LocalParam
 from sharded_optim.step.agreement import Agreement, Rules, Scaler
-from sharded_optim.step.coefficients import GroupRows, LrScale, coefficient_table, known_on_host, next_steps
-from sharded_optim.step.group_values import GroupValues
+from sharded_optim.step.coefficients import GroupRows, GroupValues, LrScale, coefficient_table
 from sharded_optim.step.metrics import Update
 from sharded_optim.step.sources import Cut, Source, StepCounters
 from sharded_optim.step.state import STEP, Choice
 from sharded_optim.step.stateful import StatefulOptimizer
 from sharded_optim.step.statistics import Contribution, FixedPoint
-from sharded_optim.storage.devices import DeviceCache, capturing, keep, send
+from sharded_optim.storage.devices import DeviceCache, capturing, keep, known_on_host, send
 
 __all__ = ["KernelCall"]
 
@@ -82,14 +80,15 @@ class KernelCall:
             rows_of.setdefault(rows[owner][2], []).append(operand)
         numbers = {values: number for number, values in enumerate(rows_of)}
         self._values = list(rows_of)
+        self._group_ids = [id(each.group) for each in self._values]
         self._group_of = [numbers[rows[owner][2]] for owner in owners]
         self._firsts = [self.pieces[each[0]][0].param for each in rows_of.values()]  # a parameter of each group
         self._rows_on_host = [None if len(rows_of) == 1 else torch.tensor(each, device="cpu") for each in rows_of.values()]
         self.members = GroupRows(
             groups=[values.numbers for values in self._values],
-            rows=[None if rows is None else send(rows, self.device) for rows in self._rows_on_host],
             group_of=None if len(rows_of) == 1 else send(torch.tensor(self._group_of, device="cpu"), self.device),
         )
+        self._bounds: list[float] | None = None  # of the statistic, by group
         self._sent_fixed_point: DeviceCache[FixedPoint] = DeviceCache()
         self._fixed_point: FixedPoint | None = None  # of what was observed last
         stored = zip((PARAMETER, *self.algorithm.state), self.operands.formats, strict=True)
@@ -129,31 +128,36 @@ class KernelCall:
             return False
         state: list[Any] = list(map(optimizer.state.get, self.params))
         try:
-            counters, *columns = [list(map(itemgetter(name), state)) for name in (STEP, *self._names)]
+            counters = list(map(itemgetter(STEP), state))
+            columns = []
+            for name in self._names:
+                columns.append(list(map(itemgetter(name), state)))
         except (KeyError, TypeError):  # state is missing
             return False
         sources = zip((self._param, self._grad, *self._state), (self.params, grads, *columns), strict=True)
-        if not all(source.renew(tensors) for source, tensors in sources):
-            return False
+        for source, tensors in sources:
+            if not source.renew(tensors):
+                return False
         if not self._counters.are(counters):
             if capturing(self.device):
                 return False
             self._counters = StepCounters(optimizer, self.params, self.device)
         if self.operands.extra:
             self._drop_stale_compensation(columns[: len(self.operands.extra)])
-        keep(self.device, self._counters.steps, self._owners, self.places, self.members.rows, self.members.group_of)
+        keep(self.device, self._counters.steps, self._owners, self.places, self.members.group_of)
         return True
 
     def take_values(self, values: Mapping[int, GroupValues], optimizer: StatefulOptimizer) -> bool:
         """Take the hyperparameters of the groups, given by the groups' ids; return False if they choose another algorithm or format."""
-        own = [values[id(each.group)] for each in self._values]
+        own = list(map(values.__getitem__, self._group_ids))
         if own != self._values:
             for each, param in zip(own, self._firsts, strict=True):
                 algorithm, fmt, _ = optimizer.choice_of(param, each.group)
                 if algorithm.name != self.algorithm.name or fmt is not self.operands.format:
                     return False
             self._values = own
-            self.members = replace(self.members, groups=[each.numbers for each in own])
+            self._bounds = None
+            self.members = self.members.having([each.numbers for each in own])
         return True
 
     def observe(self, rules: Rules, scaler: Scaler) -> Contribution:
@@ -184,7 +188,7 @@ class KernelCall:
             scale = LrScale(of_mean=statistic.lr_scale, sums=agreement.sums(self.places, self._fixed_point))
         members = self.members
         if accumulate:
-            members = replace(members, groups=[{**group, **LEAVE_PARAMS} for group in members.groups])
+            members = members.having([{**group, **LEAVE_PARAMS} for group in members.groups])
         table = coefficient_table(self.algorithm.coefficients, members, self.steps, scale, backend=self.backend, operands=self.operands)
         grad_scale = scaler.inverse(self.device)
         happens = None if proceed is None else proceed.to(self.device)  # parameters may be on several devices
@@ -233,7 +237,9 @@ class KernelCall:
 
     def _fixed_point_of(self, statistic: Statistic | None) -> FixedPoint:
         """Return the fixed-point format for the statistic of each operand; None if there is none."""
-        bounds = [0.0] * len(self._values) if statistic is None else list(map(statistic.bound, self.members.groups))
+        if self._bounds is None:
+            self._bounds = [0.0] * len(self._values) if statistic is None else list(map(statistic.bound, self.members.groups))
+        bounds = self._bounds
 
         def make() -> FixedPoint:
             bound = torch.empty(len(self.pieces), dtype=torch.float64, device="cpu")
@@ -254,7 +260,9 @@ class KernelCall:
         steps = self.steps
         for values, rows in zip(self._values, self._rows_on_host, strict=True):
             taken = (steps if rows is None else steps[rows]).tolist() if known_on_host(steps) else [-1.0]
-            keys = {step: values.key(options, step) for step in set(taken)}
+            keys = dict.fromkeys(taken)
+            for step in keys:
+                keys[step] = values.key(options, step)
             own = torch.tensor(list(map(keys.get, taken)) if len(keys) > 1 else list(keys.values()), device="cpu")
             result[slice(None) if rows is None else rows] = own
         return result
@@ -275,7 +283,7 @@ class KernelCall:
             return send(torch.stack(of_each, dim=1), self.device)
 
         sources = self._sources.setdefault(tuple(random), DeviceCache())
-        return noise.keys(sources.of(seeds, self.device, make), next_steps(self.steps).view(-1, 1))
+        return noise.keys(sources.of(seeds, self.device, make), self.steps.to(torch.int64).view(-1, 1) + 1)
 
     def _drop_stale_compensation(self, compensations: Sequence[Sequence[Tensor]]) -> None:
         """Take the further arrays of the format, and zero those whose parameter was written to since the last step."""

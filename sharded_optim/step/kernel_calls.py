@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sharded_optim.backends import EAGER, Backend, choose
 from sharded_optim.sharding import Layout, LocalParam
-from sharded_optim.step.group_values import GroupValues
+from sharded_optim.step.coefficients import GroupValues
 from sharded_optim.step.kernel_call import KernelCall
 from sharded_optim.step.matrix_call import MatrixCall
 from sharded_optim.step.matrix_exchange import MatrixExchange

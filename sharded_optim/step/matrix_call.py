@@ -14,8 +14,7 @@ from sharded_optim.backends.operands import Column, Operands, addresses_of
 from sharded_optim.formulas import Matrix
 from sharded_optim.sharding import PARAMETER, Layout
 from sharded_optim.step.agreement import Agreement, Scaler
-from sharded_optim.step.coefficients import coefficient_table
-from sharded_optim.step.group_values import GroupValues
+from sharded_optim.step.coefficients import GroupValues, coefficient_table
 from sharded_optim.step.grouped import matrices_of
 from sharded_optim.step.kernel_call import KernelCall
 from sharded_optim.step.matrix_exchange import Compute, MatrixExchange

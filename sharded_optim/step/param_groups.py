@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharded_optim.formulas.scalars import known_on_host
 from sharded_optim.formulas.weight_decay import DECOUPLED, L2, form_of
+from sharded_optim.storage.devices import known_on_host
 from sharded_optim.storage.formats import FORMATS, chosen_format
 
 __all__ = [

@@ -22,7 +22,7 @@ from sharded_optim.backends import Judge
 from sharded_optim.formulas.verdict import judge
 from sharded_optim.sharding import FlatLayout, Layout, gradients_of
 from sharded_optim.step.agreement import Agreement, Rules, Scaler, Streak, agree
-from sharded_optim.step.group_values import GroupValues
+from sharded_optim.step.coefficients import GroupValues
 from sharded_optim.step.kernel_call import KernelCall
 from sharded_optim.step.kernel_calls import BackendChoice, kernel_calls
 from sharded_optim.step.layouts import LayoutMaker
@@ -128,7 +128,10 @@ class ParamSet:
                 raise ValueError(
                     "GradScaler stepped an optimizer whose gradients were released in backward, still scaled; use one of the two"
                 )
-            return Observation(contributions=[call.observe(rules, scaler) for call in self.calls] if rules.agrees else ())
+            contributions = []
+            for call in self.calls if rules.agrees else ():
+                contributions.append(call.observe(rules, scaler))
+            return Observation(contributions=contributions)
         except Exception as failure:  # the other ranks must get the error before this one raises
             self.calls, self._without_grad = [], None
             return Observation(failure=failure)
@@ -256,13 +259,11 @@ class ParamSet:
 
     def _renew(self, optimizer: StatefulOptimizer, groups: Sequence[Any], grads: Sequence[Tensor | None]) -> bool:
         """Take the tensors of this step; return False if the kernel calls must be built again."""
-        return (
-            self._without_grad is not None
-            and len(groups) == len(self._groups)
-            and all(map(is_, groups, self._groups))
-            and _without_grad(grads) == self._without_grad
-            and all(call.renew([grads[row] for row in call.rows], self._values, optimizer) for call in self.calls)  # type: ignore[misc]
-        )
+        if self._without_grad is None or _without_grad(grads) != self._without_grad:
+            return False
+        if len(groups) != len(self._groups) or not all(map(is_, groups, self._groups)):
+            return False
+        return all(call.renew(list(map(grads.__getitem__, call.rows)), self._values, optimizer) for call in self.calls)  # type: ignore[misc]
 
 
 class ParamSets:
@@ -319,7 +320,8 @@ class ParamSets:
         # All parameters are one set, whichever they are: the other ranks may be stepping it while this one has replaced some.
         whole = only is None and not (optimizer.layout is not None and optimizer.layout.steps_by_group)
         before = self.whole if whole else self._known(params)
-        self._raise_left_over(params, before, all_sets=only is None)
+        if self._by_first or (before is not None and before.left_over is not None):
+            self._raise_left_over(params, before, all_sets=only is None)
         if before is not None and before.fits(params, optimizer.layout, process_group, agrees=rules.agrees):
             return before
         for param in params[:1]:

@@ -83,6 +83,7 @@ class Source:
         self.column = Column(local) if cut is None else CutColumn(local, cut)
         self._addresses = addresses_of(local)
         self._described = list(map(_description, local))
+        self._like_gradients = [(shape, dtype, device) for shape, _, dtype, device in self._described]
         self._contiguous = all(map(Tensor.is_contiguous, local))
         self._bytes = list(map(_bytes, local))
         self._dtypes = set(map(_dtype, local))
@@ -113,8 +114,7 @@ class Source:
             not self._wrapped
             and set(map(type, local)) <= {Tensor, torch.nn.Parameter}
             and 0 not in addresses
-            and [(shape, dtype, device) for shape, _, dtype, device in self._described]
-            == list(zip(map(_shape, local), map(_dtype, local), map(_device, local), strict=True))
+            and list(zip(map(_shape, local), map(_dtype, local), map(_device, local), strict=True)) == self._like_gradients
             and not any(map(Tensor.is_neg, local))
         )
 

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["DeviceCache", "capturing", "keep", "on", "refuse_to_capture", "send"]
+__all__ = ["DeviceCache", "capturing", "keep", "known_on_host", "on", "refuse_to_capture", "send"]
 
 _replayed: list[Any] = []
 T = TypeVar("T")
@@ -22,6 +22,11 @@ def send(values: Tensor, device: torch.device) -> Tensor:
     pinned = values.pin_memory()  # else the host would wait for the copy
     keep(device, pinned)
     return pinned.to(device, non_blocking=True)
+
+
+def known_on_host(tensor: Tensor) -> bool:
+    """Return whether the host can read the values without waiting for a device."""
+    return tensor.is_cpu
 
 
 def capturing(device: torch.device) -> bool:

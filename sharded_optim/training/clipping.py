@@ -24,7 +24,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from sharded_optim.formulas.scalars import known_on_host
 from sharded_optim.sharding import GRADIENT, FlatLayout, Layout, LocalParam, Piece, describe, find_layout, reduced_gradients
 from sharded_optim.sharding.exchange import exchange_layouts
 from sharded_optim.sharding.layout import properties_of
@@ -33,6 +32,7 @@ from sharded_optim.step.arguments import check_iterable
 from sharded_optim.step.engine import Engine
 from sharded_optim.step.param_groups import named_params
 from sharded_optim.step.state import local_of
+from sharded_optim.storage.devices import known_on_host
 from sharded_optim.training.containers import contained_optimizers
 from sharded_optim.zero import ShardedOptimizer
 

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharded_optim.sharding.buckets import IN_FLIGHT
-from sharded_optim.step.coefficients import known_on_host
+from sharded_optim.storage.devices import known_on_host
 from sharded_optim.zero import transfers
 from sharded_optim.zero.bucket import Bucket, ParamSlot
 from sharded_optim.zero.passes import Passes

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable
 from itertools import product
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -25,7 +24,6 @@ from sharded_optim.optimizers.adam import ADAM, AMSGRAD
 from sharded_optim.optimizers.sgd import MOMENTUM, SGD
 from sharded_optim.optimizers.stable_adamw import STABLE_ADAMW
 from sharded_optim.sharding.segment import Segment
-from sharded_optim.step import coefficients
 from sharded_optim.step.coefficients import GroupRows, LrScale, coefficient_table
 from sharded_optim.storage.formats import FORMATS, format_of
 
@@ -65,9 +63,7 @@ def main() -> int:
                 for statistic in (algorithm.statistic, None):
                     _, flags = backend.observe(statistic, operands, observed, limits, scales, None)
                     assert not flags.cpu().any()
-    # On a CPU coefficients would be computed by the host.
-    with mock.patch.object(coefficients, "known_on_host", lambda tensor: tensor.device.type == "cpu" and not REHEARSAL):
-        tabulate(backend)
+    tabulate(backend)
     judge(backend)
     synchronize()
     print(f"{len(CASES)} kinds of parameters were stepped")
@@ -89,12 +85,11 @@ def tabulate(backend: Backend) -> None:
     )
     groups = [GROUP, GROUP | {"weight_decay": 0.2}, GROUP | {"lr": torch.tensor(1e-2).to(DEVICE)}]
     group_of = torch.arange(MANY) % len(groups)
-    rows = [(group_of == index).nonzero().flatten().to(DEVICE) for index in range(len(groups))]
-    several = GroupRows(groups=groups, rows=rows, group_of=group_of.to(DEVICE))
+    several = GroupRows(groups=groups, group_of=group_of.to(DEVICE))
     observed = LrScale(of_mean=STABLE_ADAMW.statistic.lr_scale, sums=sums)
     kinds: list[tuple[Callable[..., Any], tuple[float | LrScale | None, ...]]] = [(STABLE_ADAMW.statistic.coefficients, (None,))]
     kinds += [(algorithm.coefficients, (1.0, observed)) for algorithm in (STABLE_ADAMW, ADAM, AMSGRAD, MOMENTUM, SGD)]
-    for members in (GroupRows.one(GROUP), several):
+    for members in (GroupRows(groups=[GROUP]), several):
         for function, lr_scales in kinds:
             for lr_scale in lr_scales:
                 table = coefficient_table(function, members, steps, lr_scale, backend=backend, operands=operands)

@@ -14,9 +14,9 @@ from torch import Tensor
 from toy_optimizer import THRESHOLD_ADAMW
 from variants import examples
 
-from sharded_optim.backends import Backend, Operands, eager
+from sharded_optim.backends import Backend, Operands, cpu, eager
 from sharded_optim.formulas.recording import Recorder
-from sharded_optim.formulas.scalars import Sums
+from sharded_optim.formulas.scalars import Sums, mean
 from sharded_optim.formulas.weight_decay import FORMS
 from sharded_optim.optimizers import adam, sgd, stable_adamw
 from sharded_optim.step import coefficients
@@ -53,27 +53,19 @@ STATISTIC = THRESHOLD_ADAMW.statistic  # whose scale depends on a hyperparameter
 assert STATISTIC is not None
 
 
-@pytest.fixture
-def device(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU is a device that the host must not wait for, where kernels run in Triton's interpreter."""
-    monkeypatch.setattr(coefficients, "known_on_host", lambda tensor: False)
-
-
 def members(groups: list[Mapping[str, Any]], operands: int) -> GroupRows:
-    group_of = torch.arange(operands) % len(groups)
-    if len(groups) == 1:
-        return GroupRows.one(host_numbers(groups[0]))
-    return GroupRows(
-        groups=list(map(host_numbers, groups)),
-        rows=[(group_of == index).nonzero().flatten() for index in range(len(groups))],
-        group_of=group_of,
-    )
+    group_of = None if len(groups) == 1 else torch.arange(operands) % len(groups)
+    return GroupRows(groups=list(map(host_numbers, groups)), group_of=group_of)
 
 
 def table(with_: Backend, name: str, groups: list[Mapping[str, Any]], steps: Tensor, lr_scale: float | LrScale | None) -> Tensor:
     params = [torch.zeros(1, dtype=torch.float32) for _ in steps]
     operands = Operands.whole(params, params, [])
     return coefficient_table(FUNCTIONS[name], members(groups, len(steps)), steps, lr_scale, backend=with_, operands=operands)
+
+
+def backends() -> list[Backend]:
+    return [eager.BACKEND, cpu.BACKEND, backend.Triton()]
 
 
 def of_floats(name: str, groups: list[Mapping[str, Any]], steps: Tensor, lr_scales: list[float] | None) -> Tensor:
@@ -90,9 +82,9 @@ def assert_all_alike(name: str, groups: list[Mapping[str, Any]], steps: Tensor, 
     floats = None if name == "observe" else [1.0] * len(steps)
     if sums is not None and name != "observe":
         lr_scale = LrScale(of_mean=STATISTIC.lr_scale, sums=sums)
-        floats = [STATISTIC.lr_scale(groups[row % len(groups)], mean) for row, mean in enumerate(sums.mean().tolist())]
+        floats = [STATISTIC.lr_scale(groups[row % len(groups)], mean) for row, mean in enumerate(mean(**sums.inputs()).tolist())]
     expected = of_floats(name, groups, steps, floats)
-    for each in (eager.BACKEND, backend.Triton()):
+    for each in backends():
         found = table(each, name, groups, steps, lr_scale)
         assert torch.equal(found.nan_to_num(7.0).view(torch.int32), expected.nan_to_num(7.0).view(torch.int32)), each.name
         assert torch.equal(found.isnan(), expected.isnan())
@@ -121,7 +113,7 @@ GROUPS = {
 }
 
 
-@pytest.mark.usefixtures("device")
+@pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("groups", GROUPS)
 def test_a_kernel_gives_the_bits_of_floats_and_of_tensors(name: str, groups: str) -> None:
@@ -149,14 +141,14 @@ def test_a_kernel_gives_the_bits_of_floats_and_of_tensors(name: str, groups: str
     phases=(Phase.explicit, Phase.reuse, Phase.generate),
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-@pytest.mark.usefixtures("device")
+@pytest.mark.usefixtures("interpreter")
 def test_any_hyperparameters_give_the_same_bits(name, betas, lr, reference_lr, eps, weight_decay, form, steps, seed) -> None:
     group = GROUP | {"betas": betas, "lr": lr, "reference_lr": reference_lr, "eps": eps, "weight_decay": weight_decay, "decay_form": form}
     groups = [group, GROUP, group | {"lr": torch.tensor(lr)}]
     assert_all_alike(name, groups, torch.tensor(steps).float(), sums_of(len(steps), torch.Generator().manual_seed(seed)))
 
 
-@pytest.mark.usefixtures("device")
+@pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_the_default_dtype_changes_nothing(dtype: torch.dtype) -> None:
     steps = STEPS.clone()
@@ -164,7 +156,7 @@ def test_the_default_dtype_changes_nothing(dtype: torch.dtype) -> None:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        for each in (eager.BACKEND, backend.Triton()):
+        for each in backends():
             scale = LrScale(of_mean=STATISTIC.lr_scale, sums=sums)
             assert table(each, "adam", GROUPS["three"], steps, scale).dtype == torch.float32
         assert_all_alike("adam", GROUPS["three"], steps, sums)
@@ -172,57 +164,62 @@ def test_the_default_dtype_changes_nothing(dtype: torch.dtype) -> None:
         torch.set_default_dtype(before)
 
 
-@pytest.mark.usefixtures("device")
+@pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_hyperparameters_may_be_tensors_and_are_not_written(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coefficients, "known_on_host", lambda tensor: tensor.numel() == 1)
+def test_hyperparameters_may_be_tensors_and_are_not_written(name: str) -> None:
     betas = (torch.tensor(0.9, dtype=torch.float64), torch.tensor(0.99, dtype=torch.float64))
     tensors = GROUP | {"betas": betas, "weight_decay": torch.tensor(0.25), "eps": torch.tensor(2.0**-20)}
     floats = GROUP | {"weight_decay": 0.25, "eps": 2.0**-20}
     scale = None if name == "observe" else 1.0
-    for each in (eager.BACKEND, backend.Triton()):
+    for each in backends():
         assert torch.equal(table(each, name, [tensors], STEPS, scale), table(each, name, [floats], STEPS, scale))
     assert [float(beta) for beta in betas] == [0.9, 0.99]
 
 
-def test_scales_are_computed_once_for_groups_that_have_all_in_common_that_they_depend_on() -> None:
-    """Each takes a dozen operations of torch, however few operands a group has."""
+@pytest.mark.parametrize("lr_scale", [None, 1.0])
+def test_a_formula_is_recorded_once_though_the_learning_rate_changes(lr_scale: float | None) -> None:
+    """A schedule must not cost what Python takes for every operation of a formula."""
     calls = []
 
-    def of_mean(group: Mapping[str, Any], mean: Any) -> Any:
-        calls.append(group["threshold"])
-        return STATISTIC.lr_scale(group, mean)
+    def coefficients(group: Mapping[str, Any], *_: Any) -> tuple[Any, ...]:
+        calls.append(group["momentum"])
+        return (group["lr"] * group["momentum"],)
 
-    groups = [GROUP | {"lr": 0.1 * (row + 1), "threshold": threshold} for row, threshold in enumerate((0.7, 3e-3, 0.7, 3e-3, 0.7))]
-    steps = STEPS.repeat(3)
-    sums = sums_of(len(steps), torch.Generator().manual_seed(0))
-    found = table(eager.BACKEND, "adam", groups, steps, LrScale(of_mean=of_mean, sums=sums))
-    assert calls == [0.7, 3e-3]
-    scales = [STATISTIC.lr_scale(groups[row % len(groups)], mean) for row, mean in enumerate(sums.mean().tolist())]
-    assert torch.equal(found.nan_to_num(7.0), of_floats("adam", groups, steps, scales).nan_to_num(7.0))
+    members = GroupRows(groups=[GROUP, GROUP | {"momentum": 0.5}], group_of=torch.tensor([0, 1, 0]))
+    params = [torch.zeros(1) for _ in range(3)]
+    operands, steps = Operands.whole(params, params, []), torch.zeros(3)
+    for lr in (0.1, 0.2, torch.tensor(0.4)):
+        members = members.having([{**group, "lr": lr} for group in members.groups])
+        for each in (eager.BACKEND, cpu.BACKEND):
+            found = coefficient_table(coefficients, members, steps, lr_scale, backend=each, operands=operands)
+            assert found.flatten().tolist() == (torch.tensor([0.9, 0.5, 0.9], dtype=torch.float64) * lr).float().tolist()
+    assert calls == [0.9, 0.5]
+    coefficient_table(coefficients, members.having([GROUP, GROUP]), steps, lr_scale, backend=cpu.BACKEND, operands=operands)
+    assert calls == [0.9, 0.5, 0.9, 0.9]
 
 
-@pytest.mark.usefixtures("device")
+@pytest.mark.usefixtures("interpreter")
 def test_constants_are_sent_when_they_have_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     sent = []
-    monkeypatch.setattr(triton_formulas, "send", lambda values, device: sent.append(values) or values)
+    for module in (triton_formulas, coefficients):
+        monkeypatch.setattr(module, "send", lambda values, device: sent.append(values) or values)
     own, params = backend.Triton(), [torch.zeros(1) for _ in STEPS]
     operands = Operands.whole(params, params, [])
-    found = [
-        coefficient_table(adam.coefficients, GroupRows.one(GROUP | {"lr": lr}), STEPS, 1.0, backend=own, operands=operands)
-        for lr in (1e-2, 1e-2, 5e-3, 1e-2)
-    ]
-    assert len(sent) == 3
+    members = GroupRows(groups=[GROUP])
+    found = []
+    for changes in ({}, {}, {"lr": 5e-3}, {"weight_decay": 0.2}):
+        members = members.having([{**members.groups[0], **changes}])
+        found.append(coefficient_table(adam.coefficients, members, STEPS, 1.0, backend=own, operands=operands))
+    assert len(sent) == 4, "constants and a learning rate, another learning rate, other constants"
     assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[3])
     assert not torch.equal(found[0], found[2])
+    assert not torch.equal(found[2], found[3])
 
 
 def test_what_is_launched_is_what_was_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where an int is 1, or a tensor is aligned by chance."""
     groups = [GROUP | {"lr": torch.tensor(1e-2)}, GROUP | {"lr": torch.tensor(1e-3)}]
     sums = LrScale(of_mean=STATISTIC.lr_scale, sums=sums_of(2, torch.Generator()))
-    monkeypatch.setattr(coefficients, "known_on_host", lambda tensor: False)
     with launched(monkeypatch) as found:
         table(backend.Triton(), "adam", groups, torch.zeros(2), sums)
     recorder = Recorder()

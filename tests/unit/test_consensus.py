@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from variants import examples
 
+from sharded_optim.backends import cpu
 from sharded_optim.formulas.verdict import ABSENT, KEY, NON_FINITE, PRESENT, SECTIONS, SQUARED_KEY, TAIL, judge
 
 triton = pytest.importorskip("triton", reason="the triton package is not installed")
@@ -49,7 +50,7 @@ def test_a_step_happens_where_all_ranks_agree_and_all_is_finite(tensors, padding
     sums = torch.cat([vector.flatten(), torch.tensor([replaces, invalid, found_inf])])
     consistent = not replaces and not invalid and all(len({key for key, _ in ranks}) <= 1 for ranks in tensors)
     finite = all(finite for ranks in tensors for _, finite in ranks)
-    for judge_one in (judge, triton_verdict.judge):
+    for judge_one in (judge, triton_verdict.judge, cpu.BACKEND.judge):
         verdict = judge_one(sums, skips=skips)
         assert verdict.flags.tolist() == [consistent, finite, not found_inf]
         assert bool(verdict.proceed) == (consistent and not found_inf and (finite or not skips))

@@ -11,15 +11,14 @@ from functools import partial
 
 import pytest
 import torch
-import toy_optimizer
 from fake_device import FakeEvent
 from torch import Tensor, nn
 from toy_optimizer import ThresholdAdamW
 from variants import CPU_BACKENDS
 
 import sharded_optim as so
+from sharded_optim.formulas import scalars
 from sharded_optim.formulas.verdict import INVALID
-from sharded_optim.optimizers import adam, stable_adamw
 from sharded_optim.step import agreement, param_set
 
 
@@ -93,8 +92,7 @@ def assert_same(
 def test_a_step_reads_nothing_from_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """But the verdict on the step before, which is copied as soon as it is there."""
     monkeypatch.setattr(agreement.Agreement, "raise_left_over", lambda *_: None)
-    for module in (adam, stable_adamw, toy_optimizer):
-        monkeypatch.setattr(module, "sqrt", torch.sqrt)  # what it is on a device
+    monkeypatch.setitem(scalars.FUNCTIONS, "sqrt", torch.sqrt)  # what it is on a device
     params = [nn.Parameter(torch.ones(n)) for n in (3, 5)]
     groups = [{"params": params[:1]}, {"params": params[1:], "lr": 3e-2}]
     optimizer = OPTIMIZERS[name](groups, lr=1e-2, nonfinite="skip", backend="eager")

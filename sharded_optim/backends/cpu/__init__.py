@@ -1,8 +1,8 @@
 """The CPU backend: the algorithms' own source, compiled by LLVM into one pass over all tensors, as fast as memory.
 
 `kernels.py` writes a kernel for each combination of algorithm and formats that is met: the loops of `loops.py` around the functions that
-the eager backend runs, which write instructions when they are called with the vectors of `vectors.py`. `llvm.py` compiles a kernel, and
-`threads.py` runs it.
+the eager backend runs, which write instructions when they are called with the vectors of `vectors.py`. `formulas.py` and `verdict.py` write
+those of coefficients and of the verdict on a step. `llvm.py` compiles a kernel, and `threads.py` runs it.
 
 A kernel gets a table of addresses, one column per operand, and a table of work, runs of at most `CHUNK` elements, of which each thread has
 a share. Memory needs no alignment. Tensors of one operand must be equally strided and dense, as wrappers give them; others are copied.
@@ -11,6 +11,7 @@ a share. Memory needs no alignment. Tensors of one operand must be equally strid
 from __future__ import annotations
 
 from array import array
+from collections.abc import Mapping
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -19,12 +20,16 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from sharded_optim.backends import Column, Operands
+from sharded_optim.backends.cpu.formulas import FormulaArguments, formula_kernel
 from sharded_optim.backends.cpu.kernels import observe_kernel, update_kernel
 from sharded_optim.backends.cpu.loops import Arguments, reason_against
 from sharded_optim.backends.cpu.threads import Kernel, run
+from sharded_optim.backends.cpu.verdict import VerdictArguments, verdict_kernel
 from sharded_optim.backends.operands import OperandTables
 from sharded_optim.formulas import Algorithm, Statistic
-from sharded_optim.formulas.verdict import judge
+from sharded_optim.formulas.recording import Formulas
+from sharded_optim.formulas.scalars import Sums
+from sharded_optim.formulas.verdict import SECTIONS, TAIL, Verdict
 
 __all__ = ["BACKEND"]
 
@@ -37,8 +42,6 @@ class Cpu:
     """Kernels compiled by LLVM; see `sharded_optim.backends.Backend`."""
 
     name = "cpu"
-    tabulate = None
-    judge = staticmethod(judge)
 
     def __init__(self) -> None:
         self._tables: WeakKeyDictionary[Operands, _Tables] = WeakKeyDictionary()
@@ -51,6 +54,39 @@ class Cpu:
     def prepare(self, algorithm: Algorithm, operands: Operands) -> None:
         self._tables_of(operands)
         update_kernel(algorithm, operands.formats, operands.grad_format)
+
+    def tabulate(
+        self,
+        operands: Operands,
+        formulas: Formulas,
+        formula_of: Tensor | None,
+        steps: Tensor,
+        sums: Sums | None,
+        lr: Tensor,
+    ) -> Tensor:
+        table = torch.empty(len(steps), formulas.results, dtype=torch.float32, device="cpu")
+        tensors = {"table": table, "steps": steps, "lr": lr} | ({} if sums is None else vars(sums))
+        if formula_of is not None:
+            tensors["formula_of"] = formula_of
+        addresses, kept = _addresses(tensors)
+        for operations, constants in formulas.constants.items():
+            arguments = array("q", FormulaArguments(operands=len(steps), constants=constants.buffer_info()[0], **addresses))
+            formula_kernel(operations, several=formula_of is not None).call(arguments.buffer_info()[0], 0, 1)
+        del kept
+        return table
+
+    def judge(self, sums: Tensor, *, skips: bool) -> Verdict:
+        flags, proceed = torch.empty(3, dtype=torch.int64, device="cpu"), torch.empty((), dtype=torch.bool, device="cpu")
+        arguments = VerdictArguments(
+            sums=sums.data_ptr(),
+            tensors=(len(sums) - TAIL) // SECTIONS,
+            skips=skips,
+            flags=flags.data_ptr(),
+            proceed=proceed.data_ptr(),
+        )
+        packed = array("q", arguments)
+        verdict_kernel().call(packed.buffer_info()[0], 0, 1)
+        return Verdict(flags=flags, proceed=proceed)
 
     def observe(
         self,
@@ -65,7 +101,9 @@ class Cpu:
         columns = [*(operands.state if statistic else ()), operands.grad]
         tables = self._tables_of(operands)
         kernel = observe_kernel(statistic, operands.grad_format, formats)
-        _run(kernel, tables, columns, coefficients, grad_scale, limits=limits, scales=scales, sums=tables.sums)
+        _run(
+            kernel, tables, columns, coefficients, ONE if grad_scale is None else grad_scale, limits=limits, scales=scales, sums=tables.sums
+        )
         of_items = tables.sums.numpy()
         result = np.zeros((2, len(operands)), np.int64)
         rows = tables.work.numpy()[:, 0]
@@ -87,7 +125,9 @@ class Cpu:
         written = operands.written
         tables = self._tables_of(operands)
         kernel = update_kernel(algorithm, operands.formats, operands.grad_format)
-        copies = _run(kernel, tables, [*written, operands.grad], coefficients, grad_scale, keys=noise_keys, runs=tables.runs)
+        scale = ONE if grad_scale is None else grad_scale
+        keys = {} if noise_keys is None else {"keys": noise_keys}
+        copies = _run(kernel, tables, [*written, operands.grad], coefficients, scale, runs=tables.runs, **keys)
         for (column, row), copy in copies.items():
             if column < len(written):
                 written[column].tensors[row].copy_(copy)
@@ -112,23 +152,24 @@ def _run(
     tables: _Tables,
     columns: list[Column],
     coefficients: Tensor,
-    grad_scale: Tensor | None,
-    **others: Tensor | None,  # further arrays of `Arguments`
+    grad_scale: Tensor,
+    **others: Tensor,  # further arrays of `Arguments`
 ) -> dict[tuple[int, int], Tensor]:
     """Run a kernel on all operands, and return the copies that it has read and written; see `OperandTables.addresses`."""
     packed, copies = tables.addresses(columns)
     addresses = array("q", packed)
-    arrays = {"work": tables.work, "coefficients": coefficients, "grad_scale": ONE if grad_scale is None else grad_scale, **others}
-    arrays = {name: tensor.contiguous() for name, tensor in arrays.items() if tensor is not None}
-    arguments = Arguments(
-        items=len(tables.work),
-        operands=len(tables.runs),
-        addresses=addresses.buffer_info()[0],
-        **{name: tensor.data_ptr() for name, tensor in arrays.items()},
-    )
+    arrays, kept = _addresses({"work": tables.work, "coefficients": coefficients, "grad_scale": grad_scale, **others})
+    arguments = Arguments(items=len(tables.work), operands=len(tables.runs), addresses=addresses.buffer_info()[0], **arrays)
     table = array("q", arguments)
     run(kernel, table.buffer_info()[0], _shares(tables.elements))
+    del kept
     return copies
+
+
+def _addresses(tensors: Mapping[str, Tensor]) -> tuple[dict[str, int], list[Tensor]]:
+    """Return the address of contiguous elements of each tensor, and what must live until they have been read."""
+    contiguous = list(map(Tensor.contiguous, tensors.values()))
+    return dict(zip(tensors, map(Tensor.data_ptr, contiguous), strict=True)), contiguous
 
 
 def _shares(elements: int) -> int:

@@ -22,6 +22,7 @@ if tuple(map(int, llvmlite.__version__.split(".")[:2])) < OLDEST:
     raise ImportError(f"llvmlite {llvmlite.__version__} is older than {'.'.join(map(str, OLDEST))}")
 
 __all__ = [
+    "BIT",
     "BYTE",
     "DOUBLE",
     "FLOAT",
@@ -53,7 +54,7 @@ __all__ = [
 
 Value = Builder = Type = Any  # of `llvmlite.ir`, which declares no types
 VOID, FLOAT, DOUBLE, POINTER = ir.VoidType(), ir.FloatType(), ir.DoubleType(), ir.PointerType()
-BYTE, INT16, INT32, INT64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+BIT, BYTE, INT16, INT32, INT64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------- types

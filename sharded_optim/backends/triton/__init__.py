@@ -38,7 +38,7 @@ from sharded_optim.backends.triton import verdict as triton_verdict
 from sharded_optim.backends.triton.compiler import compiled, compiled_scalars, executed, interpreted
 from sharded_optim.backends.triton.kernel_text import StoredValue, arrays_of, functions_of, identifier, stored_values
 from sharded_optim.formulas import Algorithm, Statistic
-from sharded_optim.formulas.recording import Formula
+from sharded_optim.formulas.recording import Formulas
 from sharded_optim.formulas.scalars import Sums
 from sharded_optim.formulas.verdict import Verdict
 from sharded_optim.storage.devices import DeviceCache, capturing, keep, on, send
@@ -95,11 +95,11 @@ class Triton:
     def tabulate(
         self,
         operands: Operands,
-        formulas: Sequence[Formula],
+        formulas: Formulas,
         formula_of: Tensor | None,
         steps: Tensor,
         sums: Sums | None,
-        lr: Tensor | None,
+        lr: Tensor,
     ) -> Tensor:
         with on(steps.device):
             return triton_formulas.launch(formulas, formula_of, steps, sums, lr, self._tables_of(operands).constants)

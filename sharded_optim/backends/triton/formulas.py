@@ -1,7 +1,7 @@
 """Compute coefficients in one launch: Triton compiles the formulas that `coefficients.py` records.
 
 As torch operations they would be a hundred launches of a few microseconds each, more than a step of a small model takes. A kernel is made
-for each sequence of operations that is met; the constants, which a schedule of the learning rate changes, are in device memory.
+for each sequence of operations that is met; learning rates and constants are in device memory.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
@@ -10,8 +10,9 @@ for each sequence of operations that is met; the constants, which a schedule of 
 from __future__ import annotations
 
 import zlib
+from array import array
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from types import FunctionType
 from typing import Any
@@ -22,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sharded_optim.backends.triton.compiler import compiled, executed, interpreted
-from sharded_optim.formulas.recording import Formula, Operations
+from sharded_optim.formulas.recording import Formulas, Operation, Operations
 from sharded_optim.formulas.scalars import STEP_BITS, Sums
 from sharded_optim.storage.devices import DeviceCache, send
 
@@ -48,25 +49,23 @@ class Constants:
     def __init__(self) -> None:
         self._sent: defaultdict[Operations, DeviceCache[Tensor]] = defaultdict(DeviceCache)
 
-    def of(self, formulas: Sequence[Formula], operations: Operations, device: torch.device) -> Tensor:
-        """Return a row for each formula: 1 and its constants if it has these operations, else zeros: float64 (formulas, 1 + constants)."""
-        rows = [(1.0, *each.constants) if each.operations == operations else (0.0,) * (1 + operations.constants) for each in formulas]
-        return self._sent[operations].of(rows, device, lambda: send(torch.tensor(rows, dtype=torch.float64, device="cpu"), device))
+    def of(self, operations: Operations, constants: array[float], device: torch.device) -> Tensor:
+        """Return the rows of `Formulas.constants`, one after the other: float64."""
+        sent = self._sent[operations]
+        return sent.of(constants, device, lambda: send(torch.tensor(constants, dtype=torch.float64, device="cpu"), device))
 
 
-def launch(
-    formulas: Sequence[Formula], formula_of: Tensor | None, steps: Tensor, sums: Sums | None, lr: Tensor | None, constants: Constants
-) -> Tensor:
-    """See `sharded_optim.backends.Tabulate`."""
-    table = torch.empty(len(steps), len(formulas[0].operations.results), dtype=torch.float32, device=steps.device)
+def launch(formulas: Formulas, formula_of: Tensor | None, steps: Tensor, sums: Sums | None, lr: Tensor, constants: Constants) -> Tensor:
+    """See `sharded_optim.backends.Backend.tabulate`."""
+    table = torch.empty(len(steps), formulas.results, dtype=torch.float32, device=steps.device)
     steps = steps.contiguous()
-    for operations in dict.fromkeys(formula.operations for formula in formulas):
-        values = constants.of(formulas, operations, steps.device)
+    for operations, rows in formulas.constants.items():
+        values = constants.of(operations, rows, steps.device)
         optional = {"formula_of": formula_of, "lr": lr, **({} if sums is None else vars(sums))}
         tensors = {name: tensor.contiguous() for name in FOUND if (tensor := optional.get(name)) is not None}
         kernel = formula_kernel(operations, tuple(tensors))
         kernel[triton.cdiv(len(steps), BLOCK),](
-            table, len(steps), values, values.shape[1], steps, *tensors.values(), BLOCK=BLOCK, **OPTIONS
+            table, len(steps), values, 1 + operations.constants, steps, *tensors.values(), BLOCK=BLOCK, **OPTIONS
         )
     return table
 
@@ -89,7 +88,7 @@ def _formula_kernel(operations: Operations, inputs: tuple[str, ...], *, interpre
         "inside = inside & (tl.load(own) > 0.0)",
         *(f"c{index} = tl.load(own + {index + 1})" for index in range(operations.constants)),
         "step = tl.load(steps + row, mask=inside, other=0.0).to(tl.int64) + 1",
-        *operations.lines,
+        *(f"{name} = {_text_of(each)}" for name, each in zip(operations.names, operations.steps, strict=True)),
         *(f"tl.store(table + {len(results)} * row + {index}, rounded({name}), mask=inside)" for index, name in enumerate(results)),
     ]
     text = "\n    ".join(body)
@@ -102,6 +101,11 @@ def {name}({", ".join(arguments)}, BLOCK: tl.constexpr):
 '''
     functions = {each.__name__: compiled(each, interpreted=interpreted) for each in OPERATIONS}
     return executed(name, source, {"triton": triton, "tl": tl, "ARGUMENTS": arguments, **functions})
+
+
+def _text_of(operation: Operation) -> str:
+    name, operands = operation
+    return f" {name} ".join(operands) if name in ("+", "-", "*") else f"{name}({', '.join(operands)})"
 
 
 # ------------------------------------------------------------------------------------------------------------------- operations
@@ -120,8 +124,8 @@ def maximum(a, least):
     return tl.where((a > least) | (a != a), a, least)
 
 
-def where(condition, a, b):
-    return tl.where(condition, a, b)
+def at_first_step(step, value, otherwise):
+    return tl.where(step == 1, value, otherwise)
 
 
 def nan_where(flag, value):
@@ -143,5 +147,5 @@ def rounded(value):
     return value.to(tl.float32)
 
 
-OPERATIONS: tuple[Callable[..., Any], ...] = (divide, sqrt, maximum, where, nan_where, power, rounded)
+OPERATIONS: tuple[Callable[..., Any], ...] = (divide, sqrt, maximum, at_first_step, nan_where, power, rounded)
 assert all(isinstance(operation, FunctionType) for operation in OPERATIONS)
