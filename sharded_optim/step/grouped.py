@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from itertools import chain
 from operator import itemgetter
 from typing import Any, ClassVar, NamedTuple
@@ -14,13 +13,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharded_optim.formulas import Algorithm, Choose, Matrix
-from sharded_optim.formulas.hyperparameters import COMMON, Hyperparameter, Unsupported, by_name, on_host
+from sharded_optim.formulas.hyperparameters import COMMON, Hyperparameter, Unsupported, on_host
 from sharded_optim.sharding import FlatLayout, LocalParam, describe, find_layout
 from sharded_optim.sharding.matrices import Matrices
 from sharded_optim.sharding.ranks import own_process_group
 from sharded_optim.step import param_groups
 from sharded_optim.step.arguments import check_iterable
 from sharded_optim.step.coefficients import GroupValues
+from sharded_optim.step.group_checks import GroupChecks
 from sharded_optim.step.options import Params
 from sharded_optim.step.param_index import ParamIndex
 
@@ -39,6 +39,17 @@ class _Given(NamedTuple):
         params = group["params"]
         return cls(group, [param.shape for param in params], [param for param in params if param.ndim == 1])
 
+    def is_replaced_by(self, param: Tensor) -> bool:
+        """Return whether one flat tensor has been put in the place of these parameters by a wrapper.
+
+        Users who edit a group before its first step may replace its one 1-D parameter by a longer or a shorter one. It is a Parameter.
+        """
+        if len(self.group["params"]) != 1 or param.ndim != 1 or type(param) not in (Tensor, torch.nn.Parameter):
+            return False
+        if type(param) is torch.nn.Parameter and len(self.shapes) == 1 and len(self.shapes[0]) == 1:
+            return False
+        return not any(other is param for other in self.flat) and self.shapes not in ([], [param.shape])
+
 
 class GroupedOptimizer(torch.optim.Optimizer):
     """A torch optimizer without state and without a step.
@@ -53,6 +64,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         process_group: the ranks that train this model together; None means all.
 
     Attributes:
+        checks: of its param groups.
         hyperparameters: that a class declares: each is checked, compared between ranks, saved. A default that is not declared is checked
             and compared as any value.
         algorithms: that a class runs, by the argument of its constructor that asks for each; "" asks for nothing.
@@ -81,9 +93,9 @@ class GroupedOptimizer(torch.optim.Optimizer):
         self.process_group = process_group
         self._given: list[_Given] = []  # of groups that no step has stepped yet: wrappers replace parameters before the first
         self.state_dtype = state_dtype
-        self._declared = {name: Hyperparameter(name) for name in defaults} | by_name(self.hyperparameters)
+        self.checks = GroupChecks(self.hyperparameters, defaults, _supported_hyperparameters, algorithm)
         self._values: list[GroupValues | None] = []  # of the groups, when each was stepped last
-        self._check_group({"max_lr": max_lr} | defaults, "the optimizer's arguments")
+        self.checks.check({"max_lr": max_lr} | defaults, "the optimizer's arguments", state_dtype)
         self._max_lr = None if max_lr is None else float(max_lr)
         check_iterable(params, "params")
         super().__init__(params, defaults)
@@ -106,7 +118,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
             param_group = param_groups.translate_switches(param_group, self.defaults)
             param_groups.resolve_kahan(param_group, self.defaults)
             complete = self.defaults | param_group
-            self._check_group(complete, f"param_groups[{index}]")
+            self.checks.check(complete, f"param_groups[{index}]", self.state_dtype)
             known = {id(p): n for g_index, g in enumerate(self.param_groups) for p, n in param_groups.named_params(g, g_index)}
             names = set(known.values())
             for param, name in named:
@@ -173,16 +185,9 @@ class GroupedOptimizer(torch.optim.Optimizer):
         return replace(entry, pieces=tuple(pieces))
 
     def _stands_for_others(self, param: Tensor, group: dict[str, Any]) -> bool:
-        """Return whether a wrapper such as DeepSpeed has replaced the parameters of a group by one flat tensor before its first step.
-
-        Users who edit a group before its first step may replace its one 1-D parameter by a longer or a shorter one. It is a Parameter.
-        """
+        """Return whether a wrapper such as DeepSpeed has replaced the parameters of a group by one flat tensor before its first step."""
         given = next((given for given in self._given if given.group is group), None)
-        if given is None or len(group["params"]) != 1 or param.ndim != 1 or type(param) not in (Tensor, torch.nn.Parameter):
-            return False
-        if type(param) is torch.nn.Parameter and len(given.shapes) == 1 and len(given.shapes[0]) == 1:
-            return False
-        return not any(other is param for other in given.flat) and given.shapes not in ([], [param.shape])
+        return given is not None and given.is_replaced_by(param)
 
     @property
     def layout(self) -> FlatLayout | None:
@@ -254,10 +259,10 @@ class GroupedOptimizer(torch.optim.Optimizer):
             known = self._values[index] if index < len(self._values) else None
             if id(group) in asked and (known is None or not known.are_of(group, self.state_dtype)):
                 where = f"param_groups[{index}]"
-                if lost := [name for name in self._required if name not in group]:
-                    raise ValueError(f"{where} has lost {', '.join(map(repr, lost))}; a step needs it: set it again")
-                self._check_group(group, where, scheduled=True, passed=() if known is None else known.unchanged(group))
-                known = GroupValues(group, self.state_dtype, self.compared)
+                self.checks.check_complete(group, where)
+                passed = () if known is None else known.unchanged(group)
+                self.checks.check(group, where, self.state_dtype, scheduled=True, passed=passed)
+                known = GroupValues(group, self.state_dtype, self.checks.compared)
             self._values[index : index + 1] = [known]
             if id(group) in asked and known is not None:
                 found[id(group)] = known
@@ -271,49 +276,12 @@ class GroupedOptimizer(torch.optim.Optimizer):
                 group["reference_lr"], changed = lr, True
         return changed
 
-    @cached_property
-    def _required(self) -> list[str]:
-        """Hyperparameters that every param group has."""
-        names = (*self.defaults, "reference_lr", "learns_reference_lr")
-        return [name for name in names if not isinstance(self._declared.get(name), Unsupported | None)]
-
     def _group_with(self, param: Tensor) -> dict[str, Any] | None:
         place = self._index.place_of(self.param_groups, param)
         return None if place is None else place.group
 
-    @cached_property
-    def compared(self) -> frozenset[str]:
-        """Names of the hyperparameters that must be the same on all ranks that agree on a step."""
-        return frozenset(name for name, each in self._declared.items() if each.compared)
-
-    def foreign_hyperparameters(self) -> dict[str, Hyperparameter]:
-        """Hyperparameters that other optimizers support, and this one does not declare."""
-        supported = [each for optimizer in optimizer_classes() for each in optimizer.hyperparameters if not isinstance(each, Unsupported)]
-        return {name: each for name, each in by_name(supported).items() if name not in self._declared}
-
-    @cached_property
-    def _known(self) -> dict[str, Hyperparameter]:
-        """All hyperparameters that are checked; a wrong value of a foreign one is a mistake too."""
-        return self.foreign_hyperparameters() | self._declared
-
-    def _check_group(self, group: dict[str, Any], where: str, *, scheduled: bool = False, passed: Collection[str] = ()) -> None:
-        """Raise ValueError for hyperparameters that no step could use.
-
-        Args:
-            scheduled: a scheduler may have written the group.
-            passed: names of hyperparameters whose values have passed such a check.
-        """
-        for name, each in self._known.items():
-            if name in group and name not in passed:
-                each.check(group[name], where, scheduled=scheduled)
-        try:
-            self._choose(group)
-        except ValueError as error:
-            raise ValueError(f"{error} (in {where})") from None
-        param_groups.check_state_dtype(self.state_dtype, group, where)
-
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_choose", "state_dtype", "_max_lr", "_declared")
+        own = ("_choose", "state_dtype", "_max_lr")
         lost = {
             "_lost_layout": self._layout is not None or self._lost_layout,
             "_lost_process_group": self._process_group is not None or self._lost_process_group,
@@ -324,6 +292,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         if "_choose" in state:  # unpickled or copied; torch also calls this with the loaded state and groups alone
             self._index = ParamIndex()
+            self.checks = GroupChecks(self.hyperparameters, self.defaults, _supported_hyperparameters, self._choose)
             self._values = []
             self._layout = self._process_group = None
             self._given = list(map(_Given.of, self.param_groups))
@@ -347,6 +316,11 @@ def matrices_of(matrix: Matrix, shape: tuple[int, ...], group: Mapping[str, Any]
     """
     shapes = tuple(matrix.shapes(shape, group))
     return Matrices(dtype=matrix.dtype, shapes=shapes, flops=tuple(matrix.flops(*each) for each in shapes))
+
+
+def _supported_hyperparameters() -> list[Hyperparameter]:
+    """All hyperparameters that an optimizer of this process supports."""
+    return [each for optimizer in optimizer_classes() for each in optimizer.hyperparameters if not isinstance(each, Unsupported)]
 
 
 def optimizer_classes() -> list[type[GroupedOptimizer]]:

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharded_optim.backends import Backend, noise
+from sharded_optim.backends import Backend
 from sharded_optim.backends.operands import Operands
 from sharded_optim.formulas import Statistic
 from sharded_optim.sharding import GRADIENT, PARAMETER, Layout, LocalParam
 from sharded_optim.step.agreement import Agreement, Rules, Scaler
 from sharded_optim.step.coefficients import GroupRows, GroupValues, LrScale, coefficient_table
 from sharded_optim.step.metrics import Update
+from sharded_optim.step.rounding_keys import RoundingKeys
 from sharded_optim.step.sources import Cut, Source, StepCounters
 from sharded_optim.step.state import STEP, Choice
 from sharded_optim.step.stateful import StatefulOptimizer
@@ -92,8 +93,8 @@ class KernelCall:
         self._sent_fixed_point: DeviceCache[FixedPoint] = DeviceCache()
         self._fixed_point: FixedPoint | None = None  # of what was observed last
         stored = zip((PARAMETER, *self.algorithm.state), self.operands.formats, strict=True)
-        self._random = [name for name, stored_in in stored if stored_in.is_random]  # what is rounded at random
-        self._sources: dict[tuple[str, ...], DeviceCache[Tensor]] = {}  # of random numbers
+        random = [name for name, stored_in in stored if stored_in.is_random]
+        self._rounding = RoundingKeys([segment.name for segment in self.operands.segments], self._group_of, random) if random else None
         self._prepare()
         self._owners = None if cut is None else send(torch.tensor(owners, device="cpu"), self.device)
         self._counters = StepCounters(optimizer, self.params, self.device)
@@ -192,8 +193,13 @@ class KernelCall:
         table = coefficient_table(self.algorithm.coefficients, members, self.steps, scale, backend=self.backend, operands=self.operands)
         grad_scale = scaler.inverse(self.device)
         happens = None if proceed is None else proceed.to(self.device)  # parameters may be on several devices
-        self.backend.update(self.algorithm, self.operands, table, happens, grad_scale, self._noise_keys(self._random))
+        keys = self._rounding_keys(PARAMETER, *self.algorithm.state)
+        self.backend.update(self.algorithm, self.operands, table, happens, grad_scale, keys)
         return self._finish(table, happens, grad_scale)
+
+    def _rounding_keys(self, *values: str) -> Tensor | None:
+        """Return the keys for those of the values that are rounded at random; None if none is."""
+        return None if self._rounding is None else self._rounding.of(values, self.members.groups, self.steps)
 
     def _finish(self, table: Tensor, happens: Tensor | None, grad_scale: Tensor | None) -> Update:
         """Count the step after the parameters were written, and return a record of it."""
@@ -267,31 +273,8 @@ class KernelCall:
             result[slice(None) if rows is None else rows] = own
         return result
 
-    def _noise_keys(self, random: Sequence[str]) -> Tensor | None:
-        """Keys for the random numbers of this step, of what is rounded stochastically: int64 (operands, number of these); None of nothing.
-
-        Args:
-            random: the parameter, or moments, in the order in which a backend stores them.
-        """
-        if not random:
-            return None
-        seeds = [self.members.groups[group]["rounding_seed"] for group in self._group_of]
-
-        def make() -> Tensor:
-            names = [segment.name for segment in self.operands.segments]
-            of_each = [noise.sources(seeds, [_source_name(name, what) for name in names]) for what in random]
-            return send(torch.stack(of_each, dim=1), self.device)
-
-        sources = self._sources.setdefault(tuple(random), DeviceCache())
-        return noise.keys(sources.of(seeds, self.device, make), self.steps.to(torch.int64).view(-1, 1) + 1)
-
     def _drop_stale_compensation(self, compensations: Sequence[Sequence[Tensor]]) -> None:
         """Take the further arrays of the format, and zero those whose parameter was written to since the last step."""
         self._compensations = compensations
         for each in compensations:
             self._log.drop_stale(self.params, each)
-
-
-def _source_name(tensor: str, what: str) -> str:
-    """Return a name for a source of random numbers: of a parameter the tensor's name, of its moments another."""
-    return tensor if what == PARAMETER else f"{tensor}\n{what}"

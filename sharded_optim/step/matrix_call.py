@@ -83,7 +83,7 @@ class MatrixCall(KernelCall):
         algorithm, members = self.algorithm, self.members
         table = coefficient_table(algorithm.coefficients, members, self.steps, 1.0, backend=self.backend, operands=self._directing)
         happens = None if proceed is None else proceed.to(self.device)
-        keys = self._noise_keys([name for name in self._random if name != PARAMETER])
+        keys = self._rounding_keys(*self.algorithm.state)
         self._grad_scale = scaler.inverse(self.device)
         self.backend.update(algorithm, self._directing, table, happens, self._grad_scale, keys)
         computes = [partial(_computed, self.matrix, group) for group in members.groups]
@@ -95,7 +95,7 @@ class MatrixCall(KernelCall):
         apply = self.matrix.apply
         table = coefficient_table(apply.coefficients, self.members, self.steps, 1.0, backend=self.backend, operands=self._applying)
         happens = None if proceed is None else proceed.to(self.device)
-        keys = self._noise_keys([name for name in self._random if name == PARAMETER])
+        keys = self._rounding_keys(PARAMETER)
         measured = self._measured(table) if self.measures else None
         self.backend.update(apply, self._applying, table, happens, None, keys)
         return replace(self._finish(table, happens, self._grad_scale), measured=measured)

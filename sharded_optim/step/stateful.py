@@ -137,10 +137,10 @@ class StatefulOptimizer(GroupedOptimizer):
         saved = foreign_state.translate(saved, self.param_groups, replaces_composer=self.replaces_composer)
         groups = state_dicts.merged_groups(self.param_groups, saved["param_groups"])
         for index, group in enumerate(groups):
-            self._check_group(group, f"the state dict's param_groups[{index}]", scheduled=True)
+            self.checks.check(group, f"the state dict's param_groups[{index}]", self.state_dtype, scheduled=True)
         moments = {name for optimizer in optimizer_classes() for algorithm in optimizer.algorithms.values() for name in algorithm.state}
         state_dicts.check_state(groups, saved, self.choice_of, moments)
-        state_dicts.check_family(saved, self.foreign_hyperparameters())
+        state_dicts.check_family(saved, self.checks.foreign)
         self.state.clear()  # everything is checked: its memory is free for what is loaded
         state = state_dicts.loaded_state(groups, saved, self.choice_of)
         given = [(index, each) for each in self._given for index, group in enumerate(self.param_groups) if group is each.group]

@@ -158,7 +158,7 @@ def _complete(engine: Engine, group: Group, where: str) -> Group:
     own = {key: value for key, value in engine.param_groups[0].items() if key not in ("params", "param_names")}
     given = {key: value for key, value in group.items() if key not in FOREIGN_KEYS and key not in ("params", "param_names")}
     merged = own | reference(float(group["lr"])) | given
-    unknown = (engine.foreign_hyperparameters().keys() | engine.compared) & merged.keys() - own.keys()
+    unknown = (engine.checks.foreign.keys() | engine.checks.compared) & merged.keys() - own.keys()
     unsupported = sorted(key for key in unknown if merged[key])
     if unsupported:
         raise ValueError(
@@ -168,7 +168,7 @@ def _complete(engine: Engine, group: Group, where: str) -> Group:
     merged = {key: value for key, value in merged.items() if key not in unknown}
     if "betas" in merged:
         merged["betas"] = tuple(merged["betas"])
-    engine._check_group(merged, where, scheduled=True)
+    engine.checks.check(merged, where, engine.state_dtype, scheduled=True)
     return merged
 
 

@@ -70,13 +70,13 @@ def _plan_group(engine: Engine, where: str, group: Group, saved: Sequence[Mappin
         return own, []
     problems = list(_group_conflicts(where, saved))
     # A hyperparameter that is off is equivalent to a missing one.
-    lacking = {key for key in engine.compared & own.keys() - saved[0].keys() if own[key]}
-    unexpected = {key for key in engine.foreign_hyperparameters().keys() & saved[0].keys() - own.keys() if saved[0][key]}
+    lacking = {key for key in engine.checks.compared & own.keys() - saved[0].keys() if own[key]}
+    unexpected = {key for key in engine.checks.foreign.keys() & saved[0].keys() - own.keys() if saved[0][key]}
     problems += [f"{where} has the hyperparameter {key!r}, the checkpoint has not" for key in sorted(lacking)]
     problems += [f"{where} has no hyperparameter {key!r}, the checkpoint has {saved[0][key]!r}" for key in sorted(unexpected)]
     merged = own | {key: value for key, value in saved[0].items() if key not in unexpected}
     try:
-        engine._check_group(dict(merged), f"{where} of the checkpoint", scheduled=True)
+        engine.checks.check(dict(merged), f"{where} of the checkpoint", engine.state_dtype, scheduled=True)
     except ValueError as error:
         return own, [*problems, str(error)]
     return merged, problems
