@@ -18,7 +18,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any, Literal
-from weakref import WeakSet, finalize, ref
+from weakref import WeakMethod, WeakSet, finalize, ref
 
 import torch
 import torch.distributed as dist
@@ -148,14 +148,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
             raise_together(failure, None, topology.all_ranks)
             raise
         self._gatherer = Gatherer(shard_group)
-        self._reducer = Reducer(
-            shard_group=shard_group,
-            replica_group=topology.replica_group,
-            all_ranks=topology.all_ranks,
-            keeps_contents=stage == 1,
-            reduce_dtype=reduce_dtype,
-            arrived=partial(_arrived, ref(self)),
-        )
+        self._reducer = Reducer(topology, shard_group, keeps_contents=stage == 1, reduce_dtype=reduce_dtype)
+        self._reducer.listen(WeakMethod(self._arrived))
         try:
             bucket_bytes = default_bucket_bytes(shard_group.size) if bucket_mb is None else int(bucket_mb * 2**20)
             self._bucket_layout = BucketLayout(shard_group=shard_group, bucket_bytes=bucket_bytes, defaults=options)
@@ -659,13 +653,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
 
 # Hooks and parts hold the optimizer weakly: Python cannot collect a cycle through autograd, and any other only now and then.
-
-
-def _arrived(optimizer: ref[ShardedOptimizer], bucket: Bucket) -> None:
-    """Observe a bucket whose averaged gradients have arrived."""
-    found = optimizer()
-    if found is not None:
-        found._arrived(bucket)
 
 
 def _ready(optimizer: ref[ShardedOptimizer], param: Tensor) -> None:

@@ -1,0 +1,194 @@
+"""Fill buckets with gradients and reduce each to this rank's shard of the average.
+
+    gradients -> contents of a bucket -> reduce-scatter (-> all-reduce over replicas) -> this rank's shard
+
+Used by `reduction.py`, which says when.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
+from weakref import WeakMethod
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sharded_optim.sharding.buckets import IN_FLIGHT
+from sharded_optim.zero import transfers
+from sharded_optim.zero.bucket import Bucket, ParamSlot
+from sharded_optim.zero.pool import Pool
+from sharded_optim.zero.topology import Topology
+from sharded_optim.zero.transfers import ShardGroup, Transfer
+
+__all__ = ["BucketReducer"]
+
+
+class BucketReducer:
+    """Reduces filled buckets, a few at a time.
+
+    Owns the buffers that this takes beside the buckets, and the transfers that use them.
+
+    Args:
+        topology: the ranks whose gradients are averaged.
+        shard_group: those that hold the shards of a bucket.
+        keeps_contents: whether a bucket's full gradients stay allocated (ZeRO-1) or are returned once they are reduced (ZeRO-2).
+        reduce_dtype: in which gradients are added up; None is the parameters'.
+
+    Attributes:
+        reduced: is called with each bucket whose gradients are averaged, if its object is still there.
+    """
+
+    def __init__(self, topology: Topology, shard_group: ShardGroup, *, keeps_contents: bool, reduce_dtype: torch.dtype | None) -> None:
+        self.reduced: WeakMethod[Callable[[Bucket], None]] | None = None
+        self._shard_group, self._replica_group = shard_group, topology.replica_group
+        self._scale = 1.0 if topology.all_ranks is None else 1.0 / dist.get_world_size(topology.all_ranks)
+        self._keeps_contents = keeps_contents
+        self._reduce_dtype = reduce_dtype
+        self._contents = Pool(shard_group.zeros)
+        self._scratch = Pool(_empty)
+        self._in_flight: deque[_Reduction] = deque()
+        self._unsettled: list[Transfer] = []  # of contents that are not the pool's
+
+    @torch.no_grad()
+    def fill(
+        self,
+        slot: ParamSlot,
+        grad: Tensor,  # like the parameter
+        *,
+        adds: bool,  # to a gradient of the parameter that is there already
+    ) -> None:
+        """Put a gradient into its bucket.
+
+        Raises:
+            ValueError: it is sparse.
+        """
+        bucket = slot.bucket
+        sends_alone = self._sends_alone(bucket)
+        if grad.layout != torch.strided:
+            raise ValueError(f"the gradient of {slot.name!r} is sparse ({grad.layout}); build the layer with sparse=False")
+        if sends_alone and not adds and grad.is_contiguous() and grad.dtype == self._dtype(bucket):
+            bucket.contents = grad.detach().view(-1)
+            return
+        if bucket.contents is None:
+            bucket.contents = self._take_contents(bucket)
+            bucket.contents[bucket.pad].zero_()
+        elif sends_alone and adds:
+            bucket.contents = bucket.contents.clone()  # it may be autograd's own memory
+        place = bucket.contents[slot.whole_in_bucket].view(slot.param.shape)
+        if adds:
+            place.add_(grad, alpha=1.0 if sends_alone else self._scale)
+        elif sends_alone:
+            place.copy_(grad)
+        elif place.element_size() <= grad.element_size():
+            torch.mul(grad, self._scale, out=place)
+        else:
+            place.copy_(grad).mul_(self._scale)
+
+    @torch.no_grad()
+    def launch(
+        self,
+        bucket: Bucket,
+        filled: Collection[ParamSlot],  # that have a gradient on this rank; the others bring zeros
+        number: int,  # of the round
+    ) -> None:
+        """Start to reduce a bucket, and finish an earlier one, so that few are in memory at a time."""
+        if bucket.contents is None:
+            bucket.contents = self._take_contents(bucket).zero_()
+        else:
+            for slot in bucket.slots:
+                if slot not in filled:
+                    bucket.contents[slot.whole_in_bucket].zero_()
+        self._in_flight.append(_Reduction(self._reduce(bucket, bucket.contents, number)))
+        if self._replica_group is not None:
+            for reduction in list(self._in_flight)[:-1]:
+                reduction.leave_first_stage()
+        while len(self._in_flight) > IN_FLIGHT:
+            self._in_flight.popleft().finish()
+
+    def finish(self) -> None:
+        """Wait until all buckets are reduced."""
+        while self._in_flight:
+            self._in_flight.popleft().finish()
+
+    def settle(self) -> None:
+        """Wait until all buckets are reduced, and the other ranks have read the contents, so that these may be filled again."""
+        self.finish()
+        for transfer in self._unsettled:
+            transfer.settle()
+        self._unsettled = []
+
+    def _sends_alone(self, bucket: Bucket) -> bool:
+        """Return whether a bucket holds a single gradient, which can be sent from its own memory and is divided when it is summed.
+
+        The same on every rank. Not in float16, whose sums overflow.
+        """
+        if self._keeps_contents or self._replica_group is not None or self._shard_group.shared_memory.exist:
+            return False
+        return len(bucket.slots) == 1 and bucket.slots[0].param.numel() == bucket.numel and self._dtype(bucket) != torch.float16
+
+    def _dtype(self, bucket: Bucket) -> torch.dtype:
+        """Return the dtype in which the gradients of a bucket are sent."""
+        return self._reduce_dtype or bucket.kind.dtype
+
+    def _take_contents(self, bucket: Bucket) -> Tensor:
+        return self._contents.take(bucket.numel, self._dtype(bucket), bucket.kind.device)
+
+    def _reduce(self, bucket: Bucket, contents: Tensor, number: int) -> Iterator[Transfer]:
+        """Reduce a bucket: a generator that yields each transfer to be waited for."""
+        device = bucket.kind.device
+        shard = bucket.grads if not bucket.has_gradient else self._scratch.take(bucket.shard_numel, bucket.grads.dtype, device)
+        room = self._shard_group.scratch_shards * bucket.shard_numel
+        scratch = self._scratch.take(room, contents.dtype, device) if room else None
+        what = f"the gradients of {bucket.named}"
+        transfer = self._shard_group.reduce_scatter(contents, shard, what=what, number=number, place=bucket.number, scratch=scratch)
+        yield transfer
+        if scratch is not None:
+            self._scratch.give(scratch, Transfer())
+        if self._keeps_contents:
+            self._unsettled.append(transfer)
+        else:
+            if self._sends_alone(bucket):  # autograd's own memory
+                self._unsettled.append(transfer)
+            else:
+                self._contents.give(contents, transfer)
+            bucket.contents = None
+        if self._replica_group is not None:
+            yield transfers.all_reduce(shard, self._replica_group, what)
+        if self._sends_alone(bucket):
+            shard.mul_(self._scale)
+        if shard is not bucket.grads:
+            bucket.grads.add_(shard)
+            self._scratch.give(shard, Transfer())
+        bucket.has_gradient = True
+        reduced = None if self.reduced is None else self.reduced()
+        if reduced is not None:
+            reduced(bucket)
+
+
+class _Reduction:
+    """The running reduction of one bucket."""
+
+    def __init__(self, stages: Iterator[Transfer]) -> None:
+        self._stages = stages
+        self._transfer: Transfer | None = next(stages)
+        self._is_first = True
+
+    def leave_first_stage(self) -> None:
+        if self._is_first:
+            self._advance()
+
+    def finish(self) -> None:
+        while self._transfer is not None:
+            self._advance()
+
+    def _advance(self) -> None:
+        assert self._transfer is not None, "not finished"
+        self._transfer.wait()
+        self._is_first = False
+        self._transfer = next(self._stages, None)
+
+
+def _empty(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(numel, dtype=dtype, device=device)

@@ -1,0 +1,106 @@
+"""Exchange which parameters had a gradient in a backward pass: a parameter is stepped where it had one on any rank."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from itertools import compress
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sharded_optim.storage.devices import known_on_host
+from sharded_optim.zero import transfers
+from sharded_optim.zero.bucket import ParamSlot
+from sharded_optim.zero.transfers import Transfer
+
+__all__ = ["GradientCounts"]
+
+
+class GradientCounts:
+    """Counts, round by round, the ranks on which each parameter had a gradient.
+
+    Owns the exchanges that run, and the parameters that those before them have found.
+
+    Args:
+        all_ranks: that take part; None: this one alone.
+        serial: a number of the optimizer, the same on all ranks: they notice by it that they have run backward for different ones.
+    """
+
+    def __init__(self, all_ranks: dist.ProcessGroup | None, serial: int) -> None:
+        self._all_ranks = all_ranks
+        self._ranks = 1 if all_ranks is None else dist.get_world_size(all_ranks)
+        self._serial = serial
+        self._running: list[_Exchange] = []
+        self._found: set[ParamSlot] = set()  # that had a gradient on any rank, as far as it is known
+
+    def exchange(self, slots: Sequence[ParamSlot], used: Collection[ParamSlot], *, repeats: bool, what: str) -> None:
+        """Start the exchange of a round.
+
+        Args:
+            slots: of all parameters, in the same order on every rank.
+            used: those that had a gradient on this rank.
+            repeats: whether one of them has a further gradient, for which another round is to be run.
+            what: is exchanged, for error messages.
+        """
+        row = torch.tensor([slot in used for slot in slots] + [self._serial, repeats], dtype=torch.int32)
+        counts = row.to(slots[0].param.device, non_blocking=True)
+        transfer = transfers.all_reduce(counts, self._all_ranks, what)
+        is_known = len(used) == len(slots) and not repeats
+        self._running.append(_Exchange(transfer=transfer, counts=counts, slots=slots, is_known=is_known))
+
+    def finish(self, repeated: Collection[ParamSlot]) -> bool:
+        """Wait for all exchanges.
+
+        Args:
+            repeated: parameters that have a further gradient on this rank.
+
+        Returns:
+            Whether any rank has a further gradient: then all are to run another round.
+
+        Raises:
+            RuntimeError: ranks have run backward for different optimizers, or only some have further gradients and the host does not wait.
+        """
+        repeating = 0
+        for exchange in self._running:
+            repeating = self._read(exchange, repeated)  # of the last: a round brings what was left of the one before
+        self._running.clear()
+        return repeating > 0
+
+    def take(self) -> set[ParamSlot]:
+        """Return the parameters found since the last call, and forget them."""
+        found, self._found = self._found, set()
+        return found
+
+    def _read(self, exchange: _Exchange, repeated: Collection[ParamSlot]) -> int:
+        """Read one exchange; return the number of ranks with a further gradient."""
+        exchange.transfer.wait()
+        if exchange.is_known and not known_on_host(exchange.counts):  # this rank knows the answer without waiting for the device
+            self._found.update(exchange.slots)
+            return 0
+        *counts, serials, repeating = exchange.counts.tolist()
+        if serials != self._serial * self._ranks:
+            raise RuntimeError(
+                "ranks have run backward passes for several ShardedOptimizers in different orders; run them in one order, with a "
+                "gradient for each optimizer on every rank"
+            )
+        if repeating not in (0, self._ranks) and not known_on_host(exchange.counts):  # a rank that has not looked runs no further round
+            here = "".join(f", here {slot.name!r}" for slot in repeated)
+            raise RuntimeError(
+                f"parameters got several gradients in one backward pass on {repeating} of {self._ranks} ranks{here}, from several "
+                f"reentrant checkpoints; let all ranks do so or none, or checkpoint with use_reentrant=False"
+            )
+        self._found.update(compress(exchange.slots, counts))
+        return repeating
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Exchange:
+    """The running exchange of one round."""
+
+    transfer: Transfer
+    counts: Tensor  # int32 (parameters + 2,), complete after the transfer; the last are the sum of what the ranks call their optimizer,
+    # and on how many of them a parameter has a further gradient
+    slots: Sequence[ParamSlot]
+    is_known: bool  # whether this rank had one of each, and none further
