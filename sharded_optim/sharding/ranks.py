@@ -6,7 +6,7 @@ import hashlib
 import re
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -23,6 +23,7 @@ __all__ = [
     "naming_missing_ranks",
     "own_process_group",
     "raise_together",
+    "raising_together",
     "ranks_where",
     "timeout_of",
 ]
@@ -176,6 +177,23 @@ def raise_together(failure: Exception | None, description: object, process_group
             f"rank {ranks[0]} has other parameters (names, shapes, dtypes, order) or options than rank 0; build the same model and "
             f"optimizer on every rank"
         )
+
+
+@contextmanager
+def raising_together(process_group: dist.ProcessGroup | None, describe: Callable[[], object]) -> Iterator[None]:
+    """Context that raises an error of one rank on every rank: see `raise_together`. A collective at its end.
+
+    Args:
+        process_group: of the ranks that all enter it.
+        describe: returns, at its end, what must be the same on all ranks.
+    """
+    try:
+        yield
+        description = describe()
+    except Exception as failure:  # the other ranks must get the error before this one raises
+        raise_together(failure, None, process_group)
+        raise
+    raise_together(None, description, process_group)
 
 
 def join_messages(messages: Sequence[str | None]) -> str:

@@ -14,9 +14,18 @@ from sharded_optim.step.engine import Engine
 from sharded_optim.step.options import Params
 from sharded_optim.zero.bucket_layout import Group
 
-__all__ = ["check_defaults", "check_options", "groups_of", "tensors_of", "unwrapped"]
+__all__ = ["check_class", "check_defaults", "check_options", "groups_of", "tensors_of", "unwrapped"]
 
 OURS = ("gradient_release", "layout", "process_group")  # options of the optimizer inside that are not the caller's to give
+
+
+def check_class(optimizer_class: Any) -> None:
+    """Raise TypeError for anything but a class of optimizers of this library."""
+    if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, Engine)):
+        raise TypeError(
+            f"optimizer_class must be a class of sharded_optim (so.AdamW, so.StableAdamW, ...), whose statistics stay right on shards, "
+            f"got {optimizer_class!r}"
+        )
 
 
 def check_options(stage: int, bucket_mb: float | None, reduce_dtype: torch.dtype | None) -> None:

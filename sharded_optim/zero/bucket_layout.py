@@ -124,6 +124,10 @@ class BucketLayout:
             params = [(f"{name}, of which and of its group this rank steps nothing", nothing)]
         return without_params(group) | {"params": params}
 
+    def description(self) -> list[tuple[object, ...]]:
+        """Describe everything that must be equal on every rank."""
+        return [(slot.name, tuple(slot.shape), slot.kind.dtype, slot.offset) for slot in self.slots.values()]
+
     def rebind(self) -> None:
         """Restore slots after users have replaced the memory of parameters; the parameters' values are kept.
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
-from weakref import WeakMethod
 
 import torch
 import torch.distributed as dist
@@ -37,11 +36,11 @@ class BucketReducer:
         reduce_dtype: in which gradients are added up; None is the parameters'.
 
     Attributes:
-        reduced: is called with each bucket whose gradients are averaged, if its object is still there.
+        reduced: a weak method, which is called with each bucket whose gradients are averaged.
     """
 
     def __init__(self, topology: Topology, shard_group: ShardGroup, *, keeps_contents: bool, reduce_dtype: torch.dtype | None) -> None:
-        self.reduced: WeakMethod[Callable[[Bucket], None]] | None = None
+        self.reduced: Callable[[], Callable[[Bucket], None] | None] = lambda: None
         self._shard_group, self._replica_group = shard_group, topology.replica_group
         self._scale = 1.0 if topology.all_ranks is None else 1.0 / dist.get_world_size(topology.all_ranks)
         self._keeps_contents = keeps_contents
@@ -52,14 +51,13 @@ class BucketReducer:
         self._unsettled: list[Transfer] = []  # of contents that are not the pool's
 
     @torch.no_grad()
-    def fill(
-        self,
-        slot: ParamSlot,
-        grad: Tensor,  # like the parameter
-        *,
-        adds: bool,  # to a gradient of the parameter that is there already
-    ) -> None:
+    def fill(self, slot: ParamSlot, grad: Tensor, *, adds: bool) -> None:
         """Put a gradient into its bucket.
+
+        Args:
+            slot: of the parameter.
+            grad: shaped like the parameter; read-only.
+            adds: whether to add it to one of the same parameter that is there already.
 
         Raises:
             ValueError: it is sparse.
@@ -87,13 +85,14 @@ class BucketReducer:
             place.copy_(grad).mul_(self._scale)
 
     @torch.no_grad()
-    def launch(
-        self,
-        bucket: Bucket,
-        filled: Collection[ParamSlot],  # that have a gradient on this rank; the others bring zeros
-        number: int,  # of the round
-    ) -> None:
-        """Start to reduce a bucket, and finish an earlier one, so that few are in memory at a time."""
+    def launch(self, bucket: Bucket, filled: Collection[ParamSlot], number: int) -> None:
+        """Start to reduce a bucket, and finish an earlier one, so that few are in memory at a time.
+
+        Args:
+            bucket: to be reduced.
+            filled: the parameters with a gradient on this rank; for the others it brings zeros.
+            number: of the round.
+        """
         if bucket.contents is None:
             bucket.contents = self._take_contents(bucket).zero_()
         else:
@@ -162,8 +161,7 @@ class BucketReducer:
             bucket.grads.add_(shard)
             self._scratch.give(shard, Transfer())
         bucket.has_gradient = True
-        reduced = None if self.reduced is None else self.reduced()
-        if reduced is not None:
+        if (reduced := self.reduced()) is not None:
             reduced(bucket)
 
 

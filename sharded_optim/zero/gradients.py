@@ -1,0 +1,210 @@
+"""The gradients of a ShardedOptimizer between backward and the step: who averages them, where they are, which parameters have one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
+from typing import Any
+from weakref import WeakMethod, ref
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sharded_optim.backends.position_hash import position_hashes
+from sharded_optim.step.engine import Engine
+from sharded_optim.zero.bucket import Bucket, ParamSlot
+from sharded_optim.zero.bucket_layout import BucketLayout, unit_of
+from sharded_optim.zero.ddp import are_under_ddp
+from sharded_optim.zero.gathering import Gatherer
+from sharded_optim.zero.reduction import Reducer
+from sharded_optim.zero.topology import Topology
+
+__all__ = ["ShardedGradients", "call_and_drop"]
+
+
+class ShardedGradients:
+    """Brings averaged gradients to the parts of the parameters that the optimizer inside steps.
+
+    A gradient is in its bucket, averaged by the reducer, or it is in the parameter, where others average it or the user has assigned it.
+
+    Owns the hooks that take gradients out of parameters, and which parameters have had one since the last step.
+
+    Args:
+        topology: the ranks.
+        bucket_layout: the parameters, and the buckets of their gradients.
+        engine: the optimizer inside.
+        gatherer: of the parameters; backward waits for it.
+        reducer: of the gradients.
+        stay_in_params: see the attribute.
+
+    Attributes:
+        stay_in_params: whether gradients stay in the parameters, as others average them. The first backward pass may find that
+            DistributedDataParallel does.
+    """
+
+    def __init__(
+        self, topology: Topology, bucket_layout: BucketLayout, engine: Engine, gatherer: Gatherer, reducer: Reducer, *, stay_in_params: bool
+    ) -> None:
+        self.stay_in_params = stay_in_params
+        self._looked_for_ddp = stay_in_params
+        self._topology, self._bucket_layout = topology, bucket_layout
+        self._engine, self._gatherer, self._reducer = engine, gatherer, reducer
+        # What removes them, and what they leave. They hold this object weakly: Python cannot collect a cycle through autograd.
+        self._hooks: list[Callable[[], None]] = []
+        self._unwaited: set[Bucket] = set()  # that no module had waited for when the backward pass began
+        self._used: set[ParamSlot] = set()  # the parameters that have had a gradient, on any rank, since the last step
+        self._stepped: set[ParamSlot] = set()  # and that the last step has stepped
+        reducer.listen(WeakMethod(self._reduced))
+
+    # ---------------------------------------------------------------------------------------------------------------- in backward
+
+    def watch(self, buckets: Sequence[Bucket]) -> None:
+        """Take the gradients of the parameters in these buckets from now on."""
+        self._reducer.buckets += buckets
+        if self.stay_in_params:
+            return
+        for slot in _slots_of(buckets):
+            hook = slot.param.register_post_accumulate_grad_hook(partial(_ready, ref(self)))
+            slot.identity = slot.param._cdata
+            self._hooks += [hook.remove, slot.remove_placeholder]
+
+    def watch_late(self, buckets: Sequence[Bucket]) -> None:
+        """Watch parameters that may have gradients already, of backward passes that nobody has averaged, or assigned. A collective.
+
+        Those that are equal on all ranks are their own average, to the last bit.
+        """
+        self.watch(buckets)
+        if self.stay_in_params:
+            return
+        slots = _slots_of(buckets)
+        rows: list[Any] = [None] * dist.get_world_size(self._topology.all_ranks)
+        dist.all_gather_object(rows, [_hash(slot.own_grad) for slot in slots], group=self._topology.all_ranks)
+        differing = [slot for slot, *hashes in zip(slots, *rows, strict=True) if len(set(hashes)) > 1]
+        if differing:
+            self._reducer.run_round(differing)
+
+    @property
+    def remove_hooks(self) -> Callable[[], None]:
+        """A function that removes the hooks, so that gradients stay in the parameters. It does not hold this object."""
+        return partial(call_and_drop, self._hooks)
+
+    def _ready(self, slot: ParamSlot) -> None:
+        """Take a parameter's gradient."""
+        if not self._looked_for_ddp:
+            self._looked_for_ddp = True
+            self.stay_in_params = are_under_ddp(self._bucket_layout.slots.values())
+        if self.stay_in_params:
+            call_and_drop(self._hooks)
+            return
+        if self._reducer.synchronizes and not self._reducer.is_open:
+            # Other ranks may wait for the answer that this one has their parameters, before they bring gradients.
+            self._unwaited = set(self._gatherer.wait_for_all(self._bucket_layout.buckets, settles=False))
+        if slot.bucket in self._unwaited:
+            raise RuntimeError(
+                f"{slot.name!r} was used before its new values had come from the other ranks, other than by the forward pass of the module "
+                f"that holds it, or of one that contains that; call optimizer.wait() before, or build with overlap=False"
+            )
+        self._reducer.ready(slot)
+
+    def _reduced(self, bucket: Bucket) -> None:
+        """Observe a bucket whose gradients are averaged."""
+        for slot in bucket.slots:
+            if slot.local is not None and slot in self._stepped:
+                slot.local.grad = slot.grad
+        self._engine.observe_unit(unit_of(bucket))
+
+    # ------------------------------------------------------------------------------------------------------------- after backward
+
+    def collect(self) -> set[ParamSlot]:
+        """Give the parts that the optimizer inside steps their gradients. A collective, as far as backward was not.
+
+        Returns:
+            All parameters that have a gradient, on whatever rank.
+
+        Raises:
+            ValueError: a parameter has a gradient in its bucket and one of its own.
+        """
+        slots = self._bucket_layout.slots.values()
+        if not self.stay_in_params:
+            self._reducer.finish()
+            has_any = self._reducer.rounds or self._used or any(slot.own_grad is not None for slot in slots)
+            if self._reducer.has_unreduced or not has_any:  # without any, other ranks may have some
+                self._reducer.run_round()
+            self._used |= self._reducer.collect()
+        for slot in slots:
+            if slot.local is not None:
+                slot.local.grad = slot.grad if slot in self._used else None
+        assigned = [slot for slot in slots if slot.own_grad is not None]
+        for slot in assigned:
+            if slot in self._used:
+                raise ValueError(
+                    f"{slot.name!r} has a gradient of its own beside the one that was averaged in backward, assigned later or by another "
+                    f"wrapper; assign gradients without a backward pass, or give the wrapped model to ShardedOptimizer"
+                )
+            if slot.local is not None and slot.own_grad is not None:
+                slot.local.grad = slot.of_shard(slot.own_grad).to(slot.local.dtype)
+        return self._used.union(assigned)
+
+    def norm(self, used: Collection[ParamSlot], norm_type: float) -> Tensor:
+        """Return the norm of the gradients of these parameters, which were collected: float64 (), the same on every rank. A collective."""
+        in_order = [slot for slot in self._bucket_layout.slots.values() if slot in used]  # so that the norm has the same bits in every run
+        local = [slot.local.grad for slot in in_order if slot.local is not None and slot.local.grad is not None]
+        empty = torch.zeros(0, dtype=torch.float64, device=next(iter(self._bucket_layout.slots.values())).kind.device)
+        norms = torch.stack([torch.linalg.vector_norm(grad, norm_type, dtype=torch.float64) for grad in local]) if local else empty
+        is_max = norm_type == float("inf")
+        total = torch.cat([norms, norms.new_zeros(1)]).max() if is_max else norms.pow(norm_type).sum()
+        if self._topology.shard_group is not None:
+            dist.all_reduce(total, op=dist.ReduceOp.MAX if is_max else dist.ReduceOp.SUM, group=self._topology.shard_group)
+        return total if is_max else total.pow(1.0 / norm_type)
+
+    def scale(self, factor: Tensor) -> None:
+        """Multiply all gradients of this rank: those in buckets and those that were assigned."""
+        for bucket in self._bucket_layout.buckets:
+            if bucket.has_gradient:
+                bucket.grads.mul_(factor)
+        for slot in self._bucket_layout.slots.values():
+            if slot.own_grad is not None:
+                slot.own_grad.mul_(factor)
+
+    def end_step(self, stepped: set[ParamSlot]) -> None:
+        """Drop the gradients of a step that has stepped these parameters."""
+        self._stepped = stepped
+        self._empty_buckets()
+
+    def drop(self) -> None:
+        """Drop all gradients, but those that are in the parameters."""
+        self._reducer.forget()
+        self._empty_buckets()
+
+    def _empty_buckets(self) -> None:
+        """Drop the gradients in the buckets, which `model.zero_grad()` does not reach."""
+        self._used = set()
+        for slot in self._bucket_layout.slots.values():
+            slot.remove_placeholder()
+        for bucket in self._bucket_layout.buckets:
+            bucket.has_gradient = False
+
+
+def _ready(gradients: ref[ShardedGradients], param: Tensor) -> None:
+    """A post-accumulate-grad hook."""
+    found = gradients()
+    if found is not None:
+        found._ready(found._bucket_layout.slots[param])
+
+
+def call_and_drop(functions: list[Callable[[], None]]) -> None:
+    """Call functions, the last first, and drop each."""
+    while functions:
+        functions.pop()()
+
+
+def _slots_of(buckets: Iterable[Bucket]) -> list[ParamSlot]:
+    return [slot for bucket in buckets for slot in bucket.slots]
+
+
+def _hash(grad: Tensor | None) -> int | None:
+    """Hash the bits of a gradient; 0 of a sparse one, which the reduction refuses."""
+    if grad is None:
+        return None
+    return int(position_hashes([grad])) if grad.layout == torch.strided else 0

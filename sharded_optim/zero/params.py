@@ -1,0 +1,181 @@
+"""Take up the parameters of a ShardedOptimizer: when it is built, in a late param group, or when a frozen one has become trainable.
+
+A parameter is stepped by the optimizer that has taken it up last. The one before is superseded, and refuses to step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from itertools import count
+from weakref import WeakSet, finalize
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sharded_optim.sharding.ranks import raising_together
+from sharded_optim.step.engine import Engine
+from sharded_optim.zero.arguments import groups_of, tensors_of
+from sharded_optim.zero.bucket import Bucket
+from sharded_optim.zero.bucket_layout import BucketLayout, Group
+from sharded_optim.zero.forward import ForwardHooks
+from sharded_optim.zero.gathering import Gatherer
+from sharded_optim.zero.gradients import ShardedGradients, call_and_drop
+
+__all__ = ["ShardedParams", "wait_for_others"]
+
+_numbers = count()  # of ShardedParams, as they are made: on all ranks in one order
+_living: WeakSet[ShardedParams] = WeakSet()
+
+
+class ShardedParams:
+    """The parameters of an optimizer: the same on every rank, taken up on all ranks or on none.
+
+    Owns whether the optimizer is superseded, and the forward hooks; it removes them and those of gradients when it is superseded or freed.
+
+    Args:
+        all_ranks: that hold the parameters; None: this one alone.
+        bucket_layout: their buckets, which grow.
+        engine: the optimizer inside, whose param groups grow with them.
+        gatherer: of their new values.
+        gradients: what takes their gradients.
+        model: whose modules wait for the gatherer; None: `wait` does.
+
+    Attributes:
+        is_superseded: whether another optimizer has taken up some of them.
+    """
+
+    def __init__(
+        self,
+        all_ranks: dist.ProcessGroup | None,
+        bucket_layout: BucketLayout,
+        engine: Engine,
+        gatherer: Gatherer,
+        gradients: ShardedGradients,
+        model: nn.Module | None,
+    ) -> None:
+        self.is_superseded = False
+        self._all_ranks, self._bucket_layout = all_ranks, bucket_layout
+        self._engine, self._gatherer, self._gradients = engine, gatherer, gradients
+        self._number = next(_numbers)
+        self._removals = [gradients.remove_hooks]
+        if model is not None:
+            self._removals.append(ForwardHooks(model, gatherer, bucket_layout.slots).release)
+        finalize(self, _let_go, self._removals, bucket_layout).atexit = False  # then process groups may be gone, and nobody needs it
+
+    def take_up(self, buckets: Sequence[Bucket]) -> None:
+        """Start to manage these buckets: broadcast rank 0's values, and take gradients from now on."""
+        self._take_over(buckets)
+        self._gradients.watch(buckets)
+
+    def add_group(self, param_group: Group, index: int) -> Group:
+        """Take up the parameters of a late param group, in buckets of their own. A collective.
+
+        Args:
+            param_group: in any form that torch's optimizers take.
+            index: of the group.
+
+        Returns:
+            The group, with a list of parameters.
+
+        Raises:
+            ValueError: on all ranks; nothing was added.
+        """
+        buckets: list[Bucket] = []
+        try:
+            with raising_together(self._all_ranks, self._bucket_layout.description):
+                group, *_ = groups_of([param_group])
+                known = [slot for param, slot in self._bucket_layout.slots.items() if any(each is param for each in tensors_of(group))]
+                if known:
+                    raise ValueError(f"parameter {known[0].name!r} appears twice; give each parameter once")
+                buckets = self._bucket_layout.move_in([group], first=index)
+                self._engine.add_param_group(self._bucket_layout.group_inside(group, index))
+        except Exception:
+            self._bucket_layout.move_out(buckets)
+            del self._engine.param_groups[index:]
+            raise
+        self._take_up_late(buckets)
+        return group
+
+    def refresh(self, groups: Sequence[Group]) -> None:
+        """Wait for running transfers, and follow what users have done: parameters that are unfrozen, or whose memory was replaced.
+
+        A collective.
+
+        Args:
+            groups: the current param groups of whole parameters.
+
+        Raises:
+            ValueError: on all ranks, an unfrozen parameter cannot be optimized; or on this one, a parameter was moved, cast or swapped.
+        """
+        self.wait()
+        self._take_up_unfrozen(groups)
+        self._bucket_layout.rebind()
+
+    def wait(self) -> None:
+        """Wait until all parameters have their new values on all ranks."""
+        self._gatherer.wait_for_all(self._bucket_layout.buckets, settles=True)
+
+    def _take_up_unfrozen(self, param_groups: Sequence[Group]) -> None:
+        """Create buckets for parameters that have become trainable."""
+        groups = self._bucket_layout.unfrozen(param_groups)
+        if not any(group["params"] for group in groups):
+            return
+        buckets: list[Bucket] = []
+        try:
+            with raising_together(self._all_ranks, self._bucket_layout.description):
+                buckets = self._bucket_layout.move_in(groups)
+        except Exception:
+            self._bucket_layout.move_out(buckets)
+            raise
+        for index, (group, inside) in enumerate(zip(groups, self._engine.param_groups, strict=True)):
+            for name, local in self._bucket_layout.stepped(group, index):
+                inside["params"].append(local)
+                inside["param_names"].append(name)
+        self._take_up_late(buckets)
+
+    def _take_up_late(self, buckets: Sequence[Bucket]) -> None:
+        """Take up parameters that may have gradients already."""
+        # Another one, so that all ranks ask anew what the others hold, also those that have nothing of these parameters.
+        self._engine.layout = replace(self._bucket_layout.layout)
+        self._take_over(buckets)
+        self._gradients.watch_late(buckets)
+
+    def _take_over(self, buckets: Sequence[Bucket]) -> None:
+        """Supersede other optimizers of the parameters in these buckets, and broadcast rank 0's values."""
+        for other in _living_with([slot.param for bucket in buckets for slot in bucket.slots]):
+            if other is not self:
+                other.is_superseded = True
+                _living.discard(other)
+                call_and_drop(other._removals)
+        _living.add(self)
+        for bucket in buckets:
+            if self._all_ranks is not None:
+                dist.broadcast(bucket.values, group_src=0, group=self._all_ranks)
+            if bucket.masters is not None:
+                bucket.masters.copy_(bucket.shard)
+            for slot in bucket.slots:
+                slot.version = slot.param._version
+
+
+def wait_for_others(params: Iterable[Tensor]) -> None:
+    """Wait for transfers of these parameters that other optimizers have begun, also those that are gone."""
+    for each in _living_with(params):
+        each.wait()
+    for hooks in list(ForwardHooks.released):
+        hooks.finish()
+
+
+def _living_with(params: Iterable[Tensor]) -> list[ShardedParams]:
+    """Return what optimizers have any of these parameters, in the order of their creation."""
+    params = list(params)
+    found = [each for each in _living if any(param in each._bucket_layout.slots for param in params)]
+    return sorted(found, key=lambda each: each._number)
+
+
+def _let_go(removals: list[Callable[[], None]], bucket_layout: BucketLayout) -> None:
+    """Clean up after an optimizer: remove its hooks, and free its buckets, except those with running transfers."""
+    call_and_drop(removals)
+    for bucket in bucket_layout.buckets:
+        if bucket.gathering.has_ended():
+            bucket.slots.clear()

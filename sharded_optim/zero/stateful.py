@@ -1,0 +1,162 @@
+"""The state of a ShardedOptimizer and its state dicts, of one rank or of all: the layer below the step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from sharded_optim.sharding.ranks import raise_together
+from sharded_optim.step.engine import Engine
+from sharded_optim.step.state import asked_by_distributed_checkpoint, called_to_allocate
+from sharded_optim.zero import local_state, logical
+from sharded_optim.zero.bucket_layout import BucketLayout, Group
+from sharded_optim.zero.outer import OuterOptimizer
+from sharded_optim.zero.params import ShardedParams
+from sharded_optim.zero.topology import Topology
+
+__all__ = ["StatefulOuterOptimizer"]
+
+
+class StatefulOuterOptimizer(OuterOptimizer):
+    """An optimizer around one of this rank's parts, without a step.
+
+    Owns the whole state that `consolidate_state_dict` has collected; a step, a layer above, drops it. The state itself is that of the
+    optimizer inside.
+
+    Args:
+        params, engine, bucket_layout: see `OuterOptimizer`.
+        sharded_params: the parameters in buckets, which are refreshed before state is complete.
+        topology: the ranks.
+    """
+
+    def __init__(
+        self, params: list[Group], engine: Engine, bucket_layout: BucketLayout, sharded_params: ShardedParams, topology: Topology
+    ) -> None:
+        self._consolidated: dict[int, dict[str, Tensor]] | None = None  # whole state, until it changes
+        self._warned_of_saving: list[bool] = []
+        self._topology = topology
+        super().__init__(params, engine, bucket_layout)
+        self._sharded_params = sharded_params
+
+    @property
+    def state(self) -> local_state.LocalState:
+        """The state of the parts that this rank steps, by parameter: 1-D tensors, and the step counter.
+
+        For torch.distributed.checkpoint of every parameter that is trainable or has state, as whole tensors.
+        """
+        asked = asked_by_distributed_checkpoint()
+        if asked is None:
+            return local_state.LocalState(self._engine, self._bucket_layout.slots)
+        if called_to_allocate():
+            self._complete_state()
+        return local_state.LogicalState(self._engine, self._bucket_layout.slots, self.param_groups, template=asked.template)
+
+    @state.setter
+    def state(self, _: object) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Ignore the state that torch's constructor sets."""
+
+    def init_state(self) -> None:
+        """Allocate the state of all trainable parts of this rank, as the first step does for those with a gradient."""
+        for slot in self._bucket_layout.slots.values():
+            if slot.local is not None:
+                slot.local.requires_grad_(slot.param.requires_grad)
+        self._engine.init_state()
+
+    def _complete_state(self) -> None:
+        """Allocate the state of all trainable parameters, so that a checkpoint has the same tensors whatever had a gradient so far."""
+        self._sharded_params.refresh(self.param_groups)
+        self.init_state()
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's part: local and cheap. Loads on the same rank of as many ranks. Or all of it, after `consolidate_state_dict`.
+
+        torch.distributed.checkpoint is given whole tensors, of which each rank saves and loads its part, on any number of ranks. That too
+        is local, but with StateDictOptions(full_state_dict=True) a collective.
+        """
+        asked = asked_by_distributed_checkpoint()
+        if asked is not None:
+            self._complete_state()
+            whole = super().state_dict()
+            if not asked.flat:  # else torch asks for it again when it loads
+                for group in whole["param_groups"]:
+                    group.pop("param_names", None)  # which an optimizer that was not given names does not save
+            if asked.full:
+                whole["state"] = logical.gathered(
+                    whole["state"],
+                    self._topology.shard_group,
+                    keep=not asked.cpu_offload or not dist.is_initialized() or dist.get_rank() == 0,
+                    to_cpu=asked.cpu_offload,
+                )
+            return whole
+        if self._consolidated is not None:
+            return super().state_dict() | {"state": self._consolidated}
+        self._sharded_params.wait()
+        self._bucket_layout.rebind()
+        shards = local_state.shards_of(self.param_groups, self._bucket_layout.slots)
+        if self._topology.shard_group is not None:
+            shards = local_state.ShardTable(shards, self._warned_of_saving)
+        return super().state_dict() | {local_state.SHARDS: shards}
+
+    def consolidate_state_dict(self, to: int = 0) -> None:
+        """Collect the state of all ranks, so that `state_dict` of one of them has whole tensors. A collective: every rank must call it.
+
+        As of torch's ZeroRedundancyOptimizer; Lightning calls it by itself. The next step, and loading, drop what was collected. What rank
+        `to` then saves loads on every rank of any number of ranks, and into an optimizer in one process.
+
+        Args:
+            to: the rank, of the process group, that is given the state, in the memory of its CPU. The others still have their parts.
+
+        Raises:
+            ValueError: there is no such rank.
+        """
+        group = self._topology.all_ranks
+        count = 1 if group is None else dist.get_world_size(group)
+        if not 0 <= to < count:
+            raise ValueError(f"to must be a rank of the optimizer's process group, 0 to {count - 1}, got {to}")
+        self._complete_state()
+        numbers = {param: number for number, param in enumerate(param for each in self.param_groups for param in each["params"])}
+        known = local_state.LogicalState(self._engine, self._bucket_layout.slots, self.param_groups, template=False)
+        is_wanted = group is None or dist.get_rank(group) == to
+        state = {numbers[param]: values for param, values in known.items()}
+        whole = logical.gathered(state, self._topology.shard_group, keep=is_wanted, to_cpu=True)
+        self._consolidated = whole if is_wanted else None
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` of this rank has returned, or the state dict of an optimizer in one process, of which it takes its part.
+
+        The latter may be of one of the libraries that the optimizer inside knows, or be what torch.distributed.checkpoint has loaded. All
+        or nothing, on all ranks together.
+
+        Raises:
+            ValueError: it does not fit, on this rank or on another; nothing was changed.
+        """
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
+        self._sharded_params.wait()
+        before = self._engine.state_dict()
+        failure: Exception | None = None
+        values = local_state.Values()
+        try:
+            keeps_frozen = asked_by_distributed_checkpoint() is not None  # which leaves their state out, and has loaded it in place
+            inside, values = local_state.inside(
+                state_dict, self.param_groups, self._bucket_layout.slots, self._engine, keeps_frozen=keeps_frozen
+            )
+            self._engine.load_state_dict(inside)
+        except Exception as error:
+            failure = error
+        try:
+            raise_together(failure, None, self._topology.all_ranks)
+        except Exception:
+            if failure is None:
+                self._engine.load_state_dict(before)
+            raise
+        values.write()
+        self._consolidated = None
+        self._follow_inside()
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise ValueError("a ShardedOptimizer cannot be copied or pickled, as it holds process groups; save its state_dict()")
