@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ class Engine(ReportingOptimizer):
         nonfinite, max_skipped_steps: see `EngineOptions`. May be set between two steps, on all ranks.
         optimizer_accumulation: while True, what is stepped inside backward (gradient release) updates its state alone, not the parameter:
             set it during all but the last micro-batch. As in optimi, each of them counts as a step of the moments.
+        grad_norm: norm of all gradients, which `so.clip_grad_norm_` leaves here for the metrics of the next step.
     """
 
     _step_supports_amp_scaling = True  # GradScaler then sets grad_scale and found_inf and leaves the gradients alone
@@ -120,6 +122,7 @@ class Engine(ReportingOptimizer):
         self._sets = ParamSets(self._index, self._backends, together=self._foreach)
         self._join_guard = JoinGuard()
         self._reports = Reports()
+        self.grad_norm: Tensor | None = None
         self._listener: StepListener | None = None
         self._options: Any = None  # of which these are the rules
         self._known_rules: Rules
@@ -150,7 +153,7 @@ class Engine(ReportingOptimizer):
                 raise ValueError("step takes a closure or a param, not both: a closure is for the whole model")
             with torch.enable_grad():
                 loss = closure()
-        if not self._has_stepped and self._is_allocation_step():
+        if self._is_allocation_step():
             self.init_state()
             return loss
         if not self._has_stepped:
@@ -160,24 +163,29 @@ class Engine(ReportingOptimizer):
                 f"step(param=...) is not supported by {type(self).__name__}: ranks share the work on the matrices of the whole model; call "
                 f"step() when all gradients are there"
             )
+        began = perf_counter()
         rules = self._rules()
         if rules.agrees and self.layout is None and dist.is_initialized():  # DistributedDataParallel holds no flat parameters
             self._join_guard.check((param for group in self.param_groups for param in group["params"]), self._sets.made)
         process_group = self.own_group() if rules.agrees else None
         only = None if param is None else (param,) if isinstance(param, Tensor) else tuple(param)
         params = self._sets.of(self, only, rules, process_group)  # a collective when it is made; raises what the step before has left
-        self._reports.rows = None
+        reports = self._reports
+        reports.rows, reports.times, reports.grad_norm, self.grad_norm = None, None, self.grad_norm, None
         self._given.clear()  # whoever replaces parameters from now on is a user
         scaler = Scaler.of(self)
         try:
             observation = params.observe(self, rules, scaler, whole=only is None)
+            observed = perf_counter()
             if only is None and params.calls:  # without a gradient, after gradient release, the reports of its steps stay
                 self._sets.forget_reports(params)
             agreement = params.agree(observation, rules, scaler) if rules.agrees else params.proceed_alone(observation)
+            agreed = perf_counter()
             if not self._has_stepped and only is None:
                 self._has_stepped = True
                 _warn_of_no_gradients(self, params, agreement)
-            self._update(params, agreement, scaler, accumulate=only is not None and self.optimizer_accumulation)
+            exchanged = self._update(params, agreement, scaler, accumulate=only is not None and self.optimizer_accumulation)
+            reports.times = (began, observed, agreed, exchanged, perf_counter())
         finally:
             self._sets.release(params)
             observation = None  # else an error that it has, and this frame, would keep each other alive
@@ -201,8 +209,10 @@ class Engine(ReportingOptimizer):
 
     def _is_allocation_step(self) -> bool:
         """Return whether a wrapper steps only to have state allocated: see `steps_to_allocate`."""
-        has_state = any(group["params"][0] in self.state for group in self.param_groups if group["params"])
-        return not has_state and steps_to_allocate(self.param_groups)
+        for group in self.param_groups:
+            if group["params"] and group["params"][0] in self.state:
+                return False
+        return steps_to_allocate(self.param_groups)
 
     def _rules(self) -> Rules:
         """The rules that follow from the current options."""
@@ -217,8 +227,8 @@ class Engine(ReportingOptimizer):
             self._options = options
         return self._known_rules
 
-    def _update(self, params: ParamSet, agreement: Agreement | None, scaler: Scaler, *, accumulate: bool) -> None:
-        """Write parameters (not with `accumulate`) and state and count the step, if it happens."""
+    def _update(self, params: ParamSet, agreement: Agreement | None, scaler: Scaler, *, accumulate: bool) -> float:
+        """Write parameters (not with `accumulate`) and state and count the step, if it happens. Return when the update began."""
         if agreement is not None:
             proceed = agreement.verdict.proceed
         else:
@@ -231,15 +241,18 @@ class Engine(ReportingOptimizer):
             if agreement is not None:
                 params.conclude(agreement)
             if not happens:
-                return
+                return perf_counter()
             proceed = None
         if self.learn_reference_lrs():
             params.take_values(self)
         if self._listener is not None:
             self._listener.updating()
+        params.exchange_matrices(agreement, proceed, scaler)
+        exchanged = perf_counter()
         params.update(agreement, proceed, scaler, self._listener, accumulate=accumulate)
         if proceed is not None:
             self._count_skipped(~proceed)
+        return exchanged
 
     def _count_skipped(self, skipped: int | Tensor) -> None:
         if isinstance(skipped, Tensor) and not isinstance(self._skipped, Tensor):

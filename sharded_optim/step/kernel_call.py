@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sharded_optim.backends import Backend
-from sharded_optim.backends.operands import Operands
+from sharded_optim.backends.operands import Column, Operands
 from sharded_optim.formulas import Statistic
 from sharded_optim.sharding import GRADIENT, PARAMETER, Layout, LocalParam
 from sharded_optim.step.agreement import Agreement, Rules, Scaler
@@ -35,10 +35,14 @@ class KernelCall:
         backend, algorithm, operands: what is called, with what.
         pieces: what each operand is, and of which local parameter.
         places: where they stand in the layout.
-        members: the param groups, and which operands are whose.
+        values, members: the param groups, and which operands are whose.
+        group_of: the index of each operand's group among them.
         params: of which the operands are.
         unit: of all of them; see `FlatLayout`.
+        buffers: columns that one pass of an update writes and the next one reads.
     """
+
+    buffers: Sequence[Column] = ()
 
     def __init__(
         self,
@@ -80,21 +84,21 @@ class KernelCall:
         for operand, owner in enumerate(owners):
             rows_of.setdefault(rows[owner][2], []).append(operand)
         numbers = {values: number for number, values in enumerate(rows_of)}
-        self._values = list(rows_of)
-        self._group_ids = [id(each.group) for each in self._values]
-        self._group_of = [numbers[rows[owner][2]] for owner in owners]
+        self.values = list(rows_of)
+        self._group_ids = [id(each.group) for each in self.values]
+        self.group_of = [numbers[rows[owner][2]] for owner in owners]
         self._firsts = [self.pieces[each[0]][0].param for each in rows_of.values()]  # a parameter of each group
         self._rows_on_host = [None if len(rows_of) == 1 else torch.tensor(each, device="cpu") for each in rows_of.values()]
         self.members = GroupRows(
-            groups=[values.numbers for values in self._values],
-            group_of=None if len(rows_of) == 1 else send(torch.tensor(self._group_of, device="cpu"), self.device),
+            groups=[values.numbers for values in self.values],
+            group_of=None if len(rows_of) == 1 else send(torch.tensor(self.group_of, device="cpu"), self.device),
         )
         self._bounds: list[float] | None = None  # of the statistic, by group
         self._sent_fixed_point: DeviceCache[FixedPoint] = DeviceCache()
         self._fixed_point: FixedPoint | None = None  # of what was observed last
         stored = zip((PARAMETER, *self.algorithm.state), self.operands.formats, strict=True)
         random = [name for name, stored_in in stored if stored_in.is_random]
-        self._rounding = RoundingKeys([segment.name for segment in self.operands.segments], self._group_of, random) if random else None
+        self._rounding = RoundingKeys([segment.name for segment in self.operands.segments], self.group_of, random) if random else None
         self._prepare()
         self._owners = None if cut is None else send(torch.tensor(owners, device="cpu"), self.device)
         self._counters = StepCounters(optimizer, self.params, self.device)
@@ -151,12 +155,12 @@ class KernelCall:
     def take_values(self, values: Mapping[int, GroupValues], optimizer: StatefulOptimizer) -> bool:
         """Take the hyperparameters of the groups, given by the groups' ids; return False if they choose another algorithm or format."""
         own = list(map(values.__getitem__, self._group_ids))
-        if own != self._values:
+        if own != self.values:
             for each, param in zip(own, self._firsts, strict=True):
                 algorithm, fmt, _ = optimizer.choice_of(param, each.group)
                 if algorithm.name != self.algorithm.name or fmt is not self.operands.format:
                     return False
-            self._values = own
+            self.values = own
             self._bounds = None
             self.members = self.members.having([each.numbers for each in own])
         return True
@@ -244,27 +248,20 @@ class KernelCall:
     def _fixed_point_of(self, statistic: Statistic | None) -> FixedPoint:
         """Return the fixed-point format for the statistic of each operand; None if there is none."""
         if self._bounds is None:
-            self._bounds = [0.0] * len(self._values) if statistic is None else list(map(statistic.bound, self.members.groups))
+            self._bounds = [0.0] * len(self.values) if statistic is None else list(map(statistic.bound, self.members.groups))
         bounds = self._bounds
 
         def make() -> FixedPoint:
-            bound = torch.empty(len(self.pieces), dtype=torch.float64, device="cpu")
-            for value, rows in zip(bounds, self._rows_on_host, strict=True):
-                bound[slice(None) if rows is None else rows] = value
             numels = [segment.tensor_numel for segment in self.operands.segments]
-            return FixedPoint.of(bound.tolist(), numels, self.device)
+            return FixedPoint.of([bounds[group] for group in self.group_of], numels, self.device)
 
         return self._sent_fixed_point.of(bounds, self.device, make)
 
     def _keys(self, options: tuple[Any, ...]) -> Tensor:
-        """Hash hyperparameters and step of each operand, to be compared between ranks: int64 (operands,).
-
-        Args:
-            options: of the optimizer, which must be the same too.
-        """
+        """Hash hyperparameters, options of the optimizer and step of each operand, which ranks compare: int64 (operands,)."""
         result = torch.empty(len(self.pieces), dtype=torch.int64, device="cpu")
         steps = self.steps
-        for values, rows in zip(self._values, self._rows_on_host, strict=True):
+        for values, rows in zip(self.values, self._rows_on_host, strict=True):
             taken = (steps if rows is None else steps[rows]).tolist() if known_on_host(steps) else [-1.0]
             keys = dict.fromkeys(taken)
             for step in keys:

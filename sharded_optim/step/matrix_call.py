@@ -51,6 +51,7 @@ class MatrixCall(KernelCall):
         self._check_matrices()
         self._exchange = self._exchanges[self.matrix.dtype]
         operands, self._buffer = self.operands, Column(self._pieces_of_buffer())
+        self.buffers = (self._buffer,)
         self._directing = Operands(
             segments=operands.segments,
             format=format_of(self._exchange.dtype),
@@ -87,7 +88,7 @@ class MatrixCall(KernelCall):
         self._grad_scale = scaler.inverse(self.device)
         self.backend.update(algorithm, self._directing, table, happens, self._grad_scale, keys)
         computes = [partial(_computed, self.matrix, group) for group in members.groups]
-        return {index: computes[group] for index, group in zip(self.places.indices.tolist(), self._group_of, strict=True)}
+        return {index: computes[group] for index, group in zip(self.places.indices.tolist(), self.group_of, strict=True)}
 
     def update(self, agreement: Agreement | None, proceed: Tensor | None, scaler: Scaler, *, accumulate: bool) -> Update:
         """Update the parameters by the results, which are in the exchange's buffer now, and count the step."""
@@ -115,16 +116,16 @@ class MatrixCall(KernelCall):
         self._buffer.release()
 
     def take_values(self, values: Mapping[int, GroupValues], optimizer: StatefulOptimizer) -> bool:
-        before = self._values
+        before = self.values
         if not super().take_values(values, optimizer):
             return False
-        if self._values is not before:
+        if self.values is not before:
             self._check_matrices()
         return True
 
     def _check_matrices(self) -> None:
         """Raise ValueError if matrices are others than those that the ranks have planned to exchange."""
-        for (entry, piece), group in zip(self.pieces, self._group_of, strict=True):
+        for (entry, piece), group in zip(self.pieces, self.group_of, strict=True):
             if self.device != self._layout_device:
                 raise ValueError(
                     f"{entry.name!r} lies on {self.device}, other parameters on {self._layout_device}: matrices that ranks exchange must "

@@ -198,32 +198,7 @@ class ParamSet:
         if agreement.is_on_host and not capturing(agreement.totals.device):
             agreement.raise_left_over(self._streak)
 
-    def update(
-        self,
-        agreement: Agreement | None,
-        proceed: Tensor | None,  # bool (); None: the step happens
-        scaler: Scaler,
-        listener: StepListener | None,
-        *,
-        accumulate: bool,  # leave the parameters alone, and write the state
-    ) -> None:
-        """Write parameters and state and count the step, if it happens."""
-        updates: list[Update] = []
-        if self.calls:
-            self.updates = next(_numbers), updates
-        self._exchange_matrices(agreement, proceed, scaler)
-        for number, call in enumerate(self.calls, start=1):
-            updates.append(call.update(agreement, proceed, scaler, accumulate=accumulate))
-            if listener is not None and (number == len(self.calls) or self.calls[number].unit != call.unit):
-                listener.updated(call.unit)
-
-    def take_values(self, optimizer: StatefulOptimizer) -> None:
-        """Take hyperparameters that have changed since the gradients were observed: reference learning rates."""
-        values = optimizer.values_of(self._groups)
-        for call in self.calls:
-            call.take_values(values, optimizer)
-
-    def _exchange_matrices(self, agreement: Agreement | None, proceed: Tensor | None, scaler: Scaler) -> None:
+    def exchange_matrices(self, agreement: Agreement | None, proceed: Tensor | None, scaler: Scaler) -> None:
         """Write directions, and replace them by the results of whole matrices. A collective where matrices travel.
 
         Raises:
@@ -242,6 +217,30 @@ class ParamSet:
             agreement.raise_left_over(self._streak)
         for dtype, exchange in self._exchanges.items():
             exchange.run(computes[dtype])
+
+    def update(
+        self,
+        agreement: Agreement | None,
+        proceed: Tensor | None,  # bool (); None: the step happens
+        scaler: Scaler,
+        listener: StepListener | None,
+        *,
+        accumulate: bool,  # leave the parameters alone, and write the state
+    ) -> None:
+        """Write parameters and state and count the step, if it happens."""
+        updates: list[Update] = []
+        if self.calls:
+            self.updates = next(_numbers), updates
+        for number, call in enumerate(self.calls, start=1):
+            updates.append(call.update(agreement, proceed, scaler, accumulate=accumulate))
+            if listener is not None and (number == len(self.calls) or self.calls[number].unit != call.unit):
+                listener.updated(call.unit)
+
+    def take_values(self, optimizer: StatefulOptimizer) -> None:
+        """Take hyperparameters that have changed since the gradients were observed: reference learning rates."""
+        values = optimizer.values_of(self._groups)
+        for call in self.calls:
+            call.take_values(values, optimizer)
 
     def skip(self) -> None:
         """Record that this step has written nothing."""

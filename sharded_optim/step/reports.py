@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
 from sharded_optim.sharding import Layout, LocalParam
-from sharded_optim.sharding.names import names_without_wrappers
-from sharded_optim.step import metrics
+from sharded_optim.step import metrics, step_metrics
 from sharded_optim.step.param_set import ParamSet, ParamSets
 from sharded_optim.step.stateful import StatefulOptimizer
 
@@ -24,20 +23,20 @@ class Reports:
 
     Attributes:
         rows: of the last step, by a parameter's id; made when asked for. To be None when a step begins.
+        times: of the last step; see `step_metrics.of_work`.
+        grad_norm: of the last step, before clipping; None if it was not computed.
     """
 
     def __init__(self) -> None:
         self._reported: dict[str, tuple[Tensor, int]] = {}  # (parameter, which of its pieces) by the name of its metrics
         self.rows: dict[int, Rows] | None = None
+        self.times: tuple[float, ...] | None = None
+        self.grad_norm: Tensor | None = None
 
-    def rms(self, sets: Iterable[ParamSet]) -> dict[str, float]:
-        """Return the root mean of the statistic of each tensor, over all ranks. Waits for the device."""
-        agreements = [each.agreement for each in sets if each.agreement is not None]
-        report: dict[str, float] = {}
-        for agreement in sorted(agreements, key=lambda agreement: agreement.number):
-            names = names_without_wrappers(agreement.layout.names)
-            report |= {f"rms/{names[name]}": mean**0.5 for name, mean in agreement.named_means().items()}
-        return report
+    def of_step(self, sets: Sequence[ParamSet], param_groups: Sequence[dict[str, Any]]) -> dict[str, float]:
+        """Return the metrics of the last step; see `ReportingOptimizer.metrics`. Waits for the device."""
+        norm = {} if self.grad_norm is None else {"grad_norm": float(self.grad_norm)}
+        return step_metrics.of_tensors(sets) | step_metrics.of_groups(sets, param_groups) | norm
 
     def of_param(self, entry: LocalParam, name: str, state: dict[str, Any], sets: Iterable[ParamSet]) -> dict[str, Tensor]:
         """Return `metrics.report` of each piece of a parameter."""
@@ -93,12 +92,30 @@ class ReportingOptimizer(StatefulOptimizer):
     def metrics(self) -> dict[str, float]:
         """Return metrics of the last step, already reduced over all ranks. Waits for the device.
 
+        NAME is a tensor of the model, also of those that other ranks hold, without wrappers' prefixes. GROUP is a param group's `name`, or
+        its index.
+
         Returns:
-            `skipped_steps`, and `rms/NAME` for every tensor of the model whose algorithm has a statistic, and that has elements and had a
-            gradient: the root mean of the statistic over the whole tensor. Also of those held by other ranks only. NaN where it was not
-            finite.
+            `skipped_steps`: since the beginning.
+            `rms/NAME`: the root mean of the statistic over the whole tensor, of what has elements and had a gradient and whose algorithm
+                has a statistic. NaN where it was not finite.
+            `clip_factor/NAME`: the factor in (0, 1] by which update clipping has multiplied its learning rate.
+            `clipped_share`: share of these tensors whose factor was below 1.
+            `non_finite/NAME`: number of ranks on which its gradient was not finite, where there was one.
+            `lr/GROUP`, `weight_decay/GROUP`: learning rate, and the share of a parameter that the step has taken away, before clipping.
+            `grad_norm`: norm of all gradients before clipping, where `so.clip_grad_norm_` was given the optimizer before the step.
         """
-        return {"skipped_steps": float(self.skipped_steps)} | self._reports.rms(self._sets)
+        return {"skipped_steps": float(self.skipped_steps)} | self._reports.of_step(list(self._sets), self.param_groups)
+
+    def performance(self) -> dict[str, float]:
+        """Return what the last step took of this rank: nothing on a GPU, where the host does not know.
+
+        Returns:
+            `ms/{observe,agree,matrices,update}`: milliseconds of each part of the step; of `agree`, the wait for other ranks included.
+            `bytes`: that observing and updating have read and written.
+            `gb_per_s`: these bytes over the time of the two.
+        """
+        return step_metrics.of_work(list(self._sets), self._reports.times)
 
     def report_per_parameter_metrics(self, param: Tensor, name: str, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
         """Report what the last step did to one parameter, as Composer's OptimizerMonitor asks for it. No communication.

@@ -98,6 +98,8 @@ def clip_grad_norm_(
     group = own_process_group(given.process_group)
     found = _agree(given, group, norm_type)
     norm = found.norm(norm_type).float()
+    for engine in given.engines:
+        engine.grad_norm = norm
     if error_if_nonfinite and not bool(norm.isfinite()):
         _raise_nonfinite(given, found.local, norm, group)
     factor = (max_norm / (norm + EPSILON)).clamp(max=1.0)
@@ -114,6 +116,7 @@ class _Given:
     params: list[Tensor]  # first those whose gradients are theirs, then those of the sharded optimizers
     describe: Callable[[], list[LocalParam]]  # all of them; raises ValueError
     process_group: dist.ProcessGroup | None  # the user's
+    engines: Sequence[Engine] = ()  # that step them
     sharded: Sequence[ShardedOptimizer] = ()  # whose gradients lie in buckets
     failure: Exception | None = None  # why their gradients could not be collected
 
@@ -194,6 +197,7 @@ def _given_optimizers(optimizers: Sequence[Engine | ShardedOptimizer]) -> _Given
         params=[param for each in engines for param in each.all_params()],
         describe=lambda: [entry for number, each in enumerate(engines) for entry in _described(each, number, len(engines))],
         process_group=engines[0].process_group,
+        engines=engines,
         sharded=sharded,
         failure=failure,
     )

@@ -19,6 +19,7 @@ from sharded_optim.zero import ShardedOptimizer
 
 __all__ = ["contained_optimizers", "metrics", "unwrap_optimizer"]
 
+OF_OPTIMIZERS = ("lr", "weight_decay", "grad_norm")  # kinds of metrics that are not of tensors
 MOST_LEVELS = 8  # containers in one another: Hugging Face's Trainer under DeepSpeed has four
 
 
@@ -35,7 +36,8 @@ def metrics(optimizer: Any) -> dict[str, float]:
             torchtitan that has one or several.
 
     Returns:
-        As the optimizer's `metrics()`. Of several optimizers the metrics of all, and the largest `skipped_steps`.
+        As the optimizer's `metrics()`. Of several optimizers the metrics of all tensors, the largest `skipped_steps`, and what concerns
+        param groups or all gradients with the optimizer's number: `lr/0.GROUP`, `grad_norm/0`.
 
     Raises:
         TypeError: there is no optimizer of this library inside.
@@ -47,8 +49,20 @@ def metrics(optimizer: Any) -> dict[str, float]:
             f"or container that holds it, once it has been made"
         )
     reports = [each.metrics() for each in found]
-    merged = {key: value for report in reports for key, value in report.items()}
-    return merged | {"skipped_steps": max(report["skipped_steps"] for report in reports)}
+    if len(reports) == 1:
+        return reports[0]
+    merged = {_numbered(key, number): value for number, report in enumerate(reports) for key, value in report.items()}
+    factors = [value for key, value in merged.items() if key.startswith("clip_factor/")]
+    share = {"clipped_share": sum(factor < 1.0 for factor in factors) / len(factors)} if factors else {}
+    return merged | share | {"skipped_steps": max(report["skipped_steps"] for report in reports)}
+
+
+def _numbered(key: str, number: int) -> str:
+    """Return a metric's key with the number of its optimizer, if it is not of a tensor."""
+    kind, _, name = key.partition("/")
+    if kind not in OF_OPTIMIZERS:
+        return key
+    return f"{kind}/{number}.{name}" if name else f"{kind}/{number}"
 
 
 def unwrap_optimizer(optimizer: Any) -> Engine | ShardedOptimizer:

@@ -71,6 +71,10 @@ class OuterOptimizer(torch.optim.Optimizer):
         """Return metrics of the last step, reduced over all ranks; see the optimizer inside."""
         return self._engine.metrics()
 
+    def performance(self) -> dict[str, float]:
+        """Return what the last step took of this rank; see the optimizer inside. Gradients and parameters on their way are not in it."""
+        return self._engine.performance()
+
     def report_per_parameter_metrics(self, param: Tensor, name: str, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
         """As of the optimizer inside, of the part of a parameter that this rank steps."""
         slot = self._bucket_layout.slots.get(param)

@@ -1,4 +1,4 @@
-"""Under every wrapper and on every number of ranks, an optimizer has the bits of one process that is given the same gradients."""
+"""Under every wrapper and on every number of ranks, an optimizer has the bits, and the metrics, of one process with the same gradients."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import deepspeed_models
 import pytest
 import ranks
 import torch
-from every_wrapper import RECIPES, WRAPPERS, recipes_of, worlds_of
+from every_wrapper import RECIPES, WRAPPERS, Trained, recipes_of, worlds_of
+
+import sharded_optim as so
 
 pytestmark = pytest.mark.filterwarnings("ignore:weight_decay")
 
@@ -18,8 +20,21 @@ STEPS = 20
 HAS_DEEPSPEED = find_spec("deepspeed") is not None
 
 
+def trained_alone(recipe: str) -> Trained:
+    trained = WRAPPERS["plain"](RECIPES[recipe], 0)
+    for step in range(1, STEPS + 1):
+        trained.step(step)
+    return trained
+
+
+def metrics_of(trained: Trained) -> list[tuple[str, float]]:
+    """Kinds and values of what the last step did to all tensors; without their names, which some wrappers know and others do not."""
+    return sorted((name.partition("/")[0], value) for name, value in so.metrics(trained.optimizer).items())
+
+
 def check(cases: Sequence[tuple[str, str]]) -> None:
     outcomes = {recipe: RECIPES[recipe].in_one_process(STEPS).params for recipe in {recipe for _, recipe in cases}}
+    metrics = {recipe: metrics_of(trained_alone(recipe)) for recipe in outcomes}
     for wrapper, recipe in cases:
         trained = WRAPPERS[wrapper](RECIPES[recipe], 0)
         for step in range(1, STEPS + 1):
@@ -27,6 +42,7 @@ def check(cases: Sequence[tuple[str, str]]) -> None:
         for name, value in trained.whole().items():
             expected = outcomes[recipe][name]
             assert torch.equal(value, expected), f"{wrapper}, {recipe}: {name}, by {(value - expected).abs().max()}"
+        assert metrics_of(trained) == metrics[recipe], f"{wrapper}, {recipe}"
         if hasattr(trained.model, "destroy"):
             trained.model.destroy()
         del trained

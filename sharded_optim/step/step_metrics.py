@@ -1,0 +1,116 @@
+"""Metrics of the last step, from what it has summed, computed and timed anyway. See `metrics` and `performance` of `ReportingOptimizer`.
+
+Nothing is computed before it is asked for, and no rank communicates for it: what concerns all ranks was in the step's one all-reduce.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from sharded_optim.formulas import Statistic
+from sharded_optim.formulas.verdict import NON_FINITE
+from sharded_optim.formulas.weight_decay import decay_coefficients
+from sharded_optim.sharding.names import names_without_wrappers
+from sharded_optim.step.kernel_call import KernelCall
+from sharded_optim.step.param_set import ParamSet
+
+__all__ = ["of_groups", "of_tensors", "of_work"]
+
+PARTS = ("observe", "agree", "matrices", "update")
+
+
+def of_tensors(sets: Iterable[ParamSet]) -> dict[str, float]:
+    """Return `rms/NAME`, `clip_factor/NAME`, `non_finite/NAME` and `clipped_share` of the whole model. Waits for the device."""
+    rms: dict[str, float] = {}
+    factors: dict[str, float] = {}
+    non_finite: dict[str, float] = {}
+    agreed = [(each.agreement, each.calls if each.updates[1] else ()) for each in sets if each.agreement is not None]
+    for agreement, calls in sorted(agreed, key=lambda pair: pair[0].number):
+        names = names_without_wrappers(agreement.layout.names)
+        means = agreement.named_means()
+        rms |= {f"rms/{names[name]}": mean**0.5 for name, mean in means.items()}
+        factors |= {f"clip_factor/{names[name]}": factor for name, factor in _clip_factors(means, calls).items()}
+        counts = agreement.vector[NON_FINITE].tolist()
+        pairs = zip(agreement.layout.names, counts, strict=True)
+        non_finite |= {f"non_finite/{names[name]}": float(count) for name, count in pairs if count}
+    share = {"clipped_share": sum(factor < 1.0 for factor in factors.values()) / len(factors)} if factors else {}
+    return rms | factors | share | non_finite
+
+
+def _clip_factors(means: Mapping[str, float], calls: Sequence[KernelCall]) -> dict[str, float]:
+    """Return the factor for the learning rate of each tensor, by its name.
+
+    Of tensors that other ranks alone hold, the hyperparameters are not known here: theirs is left out where it depends on these.
+    """
+    statistics = {call.algorithm.statistic: None for call in calls}
+    found: dict[str, float] = {}
+    for statistic in statistics:
+        if statistic is not None:
+            found |= {name: factor for name, mean in means.items() if (factor := _factor(statistic, {}, mean)) is not None}
+    for call in calls:
+        if call.algorithm.statistic is not None:
+            for (_, piece), group in zip(call.pieces, call.group_of, strict=True):
+                name = piece.segment.name
+                factor = _factor(call.algorithm.statistic, call.members.groups[group], means[name]) if name in means else None
+                if factor is not None:
+                    found[name] = factor
+    return found
+
+
+def _factor(statistic: Statistic, group: Mapping[str, Any], mean: float) -> float | None:
+    try:
+        return float(statistic.lr_scale(group, mean))  # pyright: ignore[reportArgumentType]  # of a float a float
+    except KeyError:
+        return None
+
+
+def of_groups(sets: Iterable[ParamSet], param_groups: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return `lr/GROUP` and `weight_decay/GROUP` of the param groups that were stepped.
+
+    GROUP is the group's `name`, or its index. The decay is the share of a parameter that the step has taken away, before update clipping.
+    """
+    indices = {id(group): index for index, group in enumerate(param_groups)}
+    found: dict[str, float] = {}
+    for call in (call for each in sets if each.updates[1] for call in each.calls):
+        for values, numbers in zip(call.values, call.members.groups, strict=True):
+            index = indices.get(id(values.group))
+            if index is not None:
+                lr = float(numbers["lr"])
+                _, decay = decay_coefficients({**numbers, "lr": lr}, 1.0)
+                name = numbers.get("name", index)
+                found |= {f"lr/{name}": lr, f"weight_decay/{name}": 1.0 - float(decay)}  # type: ignore[arg-type]  # of floats a float
+    return found
+
+
+def of_work(sets: Sequence[ParamSet], times: Sequence[float] | None) -> dict[str, float]:
+    """Return `ms/PART`, `bytes` and `gb_per_s` of this rank: milliseconds, and what the step has read and written. Of steps on CPUs alone.
+
+    Args:
+        times: in seconds, when the step began, had observed, agreed, exchanged matrices and updated; None if there was none.
+    """
+    stepped = [each for each in sets if each.updates[0] >= 0]
+    if times is None or any(call.device.type != "cpu" for each in stepped for call in each.calls):
+        return {}
+    found = {f"ms/{part}": 1e3 * (end - begin) for part, (begin, end) in zip(PARTS, pairwise(times), strict=True)}
+    moved = float(
+        sum(
+            _bytes_moved(call, observes=each.agreement is not None, updates=bool(each.updates[1]))
+            for each in stepped
+            for call in each.calls
+        )
+    )
+    seconds = (found["ms/observe"] + found["ms/update"]) / 1e3
+    return found | {"bytes": moved, "gb_per_s": moved / seconds / 1e9 if seconds else 0.0}
+
+
+def _bytes_moved(call: KernelCall, *, observes: bool, updates: bool) -> int:
+    """Return the bytes that a kernel call reads and writes: what it observes, and every pass of its update."""
+    elements = sum(piece.segment.numel for _, piece in call.pieces)
+    operands, columns = call.operands, []
+    if observes:
+        columns += [operands.grad, *(operands.state if call.algorithm.statistic is not None else ())]
+    if updates:
+        columns += [operands.grad, *2 * (*operands.written, *call.buffers)]
+    return elements * sum(column.dtype.itemsize for column in columns)
