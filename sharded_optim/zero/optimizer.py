@@ -152,9 +152,8 @@ class ShardedOptimizer(StatefulOuterOptimizer):
             self._consolidated = None
             self.finish_reduction()
             self.wait()
-            index = len(self.param_groups)
-            group = self._sharded_params.add_group(param_group, index)
-            (param_group,) = groups_outside([group], self._engine.param_groups[index:])
+            group = self._sharded_params.add_group(param_group, self.param_groups)
+            (param_group,) = groups_outside([group], self._engine.param_groups[len(self.param_groups) :])
         super().add_param_group(param_group)
 
     # ------------------------------------------------------------------------------------------------------------------- gradients
@@ -203,7 +202,8 @@ class ShardedOptimizer(StatefulOuterOptimizer):
         if error_if_nonfinite and not bool(norm.isfinite()):
             raise RuntimeError(f"the norm of the gradients is {float(norm)}; it cannot be clipped")
         self._sharded_gradients.scale((max_norm / (norm + 1e-6)).clamp(max=1.0).float())
-        return norm.float()
+        self._engine.grad_norm = norm.float()
+        return self._engine.grad_norm
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients. `set_to_none` makes no difference: gradients in buckets are gone."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sharded_optim.sharding.ranks import raising_together
 from sharded_optim.step.engine import Engine
+from sharded_optim.step.param_groups import named_params
 from sharded_optim.zero.arguments import groups_of, tensors_of
 from sharded_optim.zero.bucket import Bucket
 from sharded_optim.zero.bucket_layout import BucketLayout, Group
@@ -68,12 +69,12 @@ class ShardedParams:
         self._take_over(buckets)
         self._gradients.watch(buckets)
 
-    def add_group(self, param_group: Group, index: int) -> Group:
+    def add_group(self, param_group: Group, param_groups: Sequence[Group]) -> Group:
         """Take up the parameters of a late param group, in buckets of their own. A collective.
 
         Args:
             param_group: in any form that torch's optimizers take.
-            index: of the group.
+            param_groups: of whole parameters, those before it.
 
         Returns:
             The group, with a list of parameters.
@@ -82,12 +83,15 @@ class ShardedParams:
             ValueError: on all ranks; nothing was added.
         """
         buckets: list[Bucket] = []
+        index = len(param_groups)
         try:
             with raising_together(self._all_ranks, self._bucket_layout.description):
                 group, *_ = groups_of([param_group])
-                known = [slot for param, slot in self._bucket_layout.slots.items() if any(each is param for each in tensors_of(group))]
-                if known:
-                    raise ValueError(f"parameter {known[0].name!r} appears twice; give each parameter once")
+                known = {id(param): name for number, each in enumerate(param_groups) for param, name in named_params(each, number)}
+                known |= {id(param): slot.name for param, slot in self._bucket_layout.slots.items()}  # frozen ones are in no bucket
+                for param in tensors_of(group):
+                    if id(param) in known:
+                        raise ValueError(f"parameter {known[id(param)]!r} appears twice; give each parameter once")
                 buckets = self._bucket_layout.move_in([group], first=index)
                 self._engine.add_param_group(self._bucket_layout.group_inside(group, index))
         except Exception:

@@ -3,9 +3,9 @@
     hook of a parameter -> its bucket's contents -> reduce-scatter (-> all-reduce over replicas) -> this rank's shard of the average
 
 A *round* is what one backward pass does, with the passes inside it: every bucket is reduced once, in the same order on every rank, also
-where a rank has no gradient for it: then it brings zeros. At its end the ranks tell each other which parameters had a gradient anywhere;
+where a rank has no gradient for it: then it brings zeros. At its end the ranks exchange which parameters had a gradient anywhere;
 the others are not stepped. A parameter that gets a further gradient in a round, when its bucket is on its way, keeps it: reentrant
-checkpoints do that to parameters that are used in several of them. The ranks tell each other that too, and run a further round for it.
+checkpoints do that to parameters that are used in several of them. The ranks exchange that too, and run a further round for it.
 """
 
 from __future__ import annotations

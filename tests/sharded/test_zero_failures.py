@@ -188,6 +188,13 @@ def check_refusals() -> None:
     optimizer = sharded(STABLE, model)
     with pytest.raises(ValueError, match=r"parameter 'layers.0.weight' appears twice"):
         optimizer.add_param_group({"params": model.layers[0].weight})
+    added, part_frozen = nn.Parameter(torch.ones(3)), nn.Linear(2, 2)
+    part_frozen.bias.requires_grad_(False)
+    optimizer = sharded(STABLE, part_frozen)
+    with pytest.raises(ValueError, match=r"parameter '.*' appears twice"):  # a frozen one is in no bucket
+        optimizer.add_param_group({"params": [part_frozen.bias, added]})
+    part_frozen(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
     check_allocations()
     check_sparse()
     check_order()
