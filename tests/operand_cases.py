@@ -14,7 +14,8 @@ from sharded_optim.formulas import Algorithm
 from sharded_optim.formulas.weight_decay import COUPLED
 from sharded_optim.optimizers.stable_adamw import STABLE_ADAMW
 from sharded_optim.sharding.segment import Segment
-from sharded_optim.storage.formats import FORMATS, Format
+from sharded_optim.storage.format import Format
+from sharded_optim.storage.formats import FORMATS
 
 STATISTIC = STABLE_ADAMW.statistic
 GROUP: dict[str, Any] = {

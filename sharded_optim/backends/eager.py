@@ -19,7 +19,7 @@ from sharded_optim.formulas.recording import Formula, Formulas
 from sharded_optim.formulas.scalars import FUNCTIONS, Sums
 from sharded_optim.formulas.verdict import judge
 from sharded_optim.storage.devices import known_on_host
-from sharded_optim.storage.formats import Format
+from sharded_optim.storage.format import Format
 
 __all__ = ["BACKEND"]
 

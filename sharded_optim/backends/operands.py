@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from sharded_optim.sharding.segment import Segment
-from sharded_optim.storage.formats import Format, format_of
+from sharded_optim.storage.format import Format
+from sharded_optim.storage.formats import format_of
 
 __all__ = ["Column", "OperandTables", "Operands", "addresses_of"]
 

@@ -13,6 +13,7 @@ import typer
 
 from sharded_optim.cli import errors
 from sharded_optim.cli.tables import print_table, table
+from sharded_optim.storage.formats import state_formats
 from sharded_optim.tools.plan import DTYPES, KINDS, MASTERS, OPTIMIZERS, SHARDINGS, Plan, Rates, Setup, compare, time_of
 from sharded_optim.tools.plan import plan as plan_of
 from sharded_optim.tools.shapes import Model, load
@@ -39,7 +40,7 @@ def plan(
     optimizer: Annotated[str, typer.Option(help=f"one of {', '.join(OPTIMIZERS)}")] = "AdamW",
     dtype: Annotated[str, typer.Option(help=f"of parameters: {', '.join(DTYPES)}")] = "fp32",
     masters: Annotated[str, typer.Option(help=f"beside 16-bit parameters: {', '.join(MASTERS)}")] = "fp32",
-    state_dtype: Annotated[str, typer.Option(help="of moments: fp32, bf16")] = "fp32",
+    state_dtype: Annotated[str, typer.Option(help=f"of moments: {', '.join(state_formats())}")] = "fp32",
     bucket_mb: Annotated[float | None, typer.Option(help="MiB in a bucket of zero1 and zero2")] = None,
     backend: Annotated[str, typer.Option(help="nccl, or gloo, which needs buffers to receive")] = "nccl",
     link: Annotated[float | None, typer.Option(help="GB/s that a rank sends")] = None,

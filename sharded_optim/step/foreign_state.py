@@ -23,7 +23,7 @@ from sharded_optim.formulas.weight_decay import COUPLED, DECOUPLED, L2, form_of
 from sharded_optim.step.foreign_muon import from_deepspeeds_muon, from_dion, is_deepspeeds_muon, is_dions
 from sharded_optim.step.param_groups import HIGH_DECAY, reference
 from sharded_optim.step.state import STEP
-from sharded_optim.storage.formats import KAHAN_COMP
+from sharded_optim.storage.float_formats import KAHAN_COMP
 
 __all__ = ["translate"]
 

@@ -19,7 +19,8 @@ from sharded_optim.step.matrix_call import MatrixCall
 from sharded_optim.step.matrix_exchange import MatrixExchange
 from sharded_optim.step.state import Choice
 from sharded_optim.step.stateful import StatefulOptimizer
-from sharded_optim.storage.formats import Format, format_of
+from sharded_optim.storage.format import Format
+from sharded_optim.storage.formats import format_of
 
 __all__ = ["BackendChoice", "kernel_calls"]
 

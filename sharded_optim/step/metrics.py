@@ -24,7 +24,8 @@ from torch import Tensor
 from sharded_optim.formulas import Algorithm
 from sharded_optim.sharding import Layout, LocalParam, Piece, is_partial
 from sharded_optim.sharding.names import names_without_wrappers
-from sharded_optim.storage.formats import Format, format_of
+from sharded_optim.storage.format import Format
+from sharded_optim.storage.formats import format_of
 
 __all__ = ["Update", "dist_reduce", "pre_reduce", "report"]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sharded_optim.formulas.weight_decay import DECOUPLED, L2, form_of
 from sharded_optim.storage.devices import known_on_host
-from sharded_optim.storage.formats import FORMATS, chosen_format
+from sharded_optim.storage.formats import FORMATS, chosen_format, state_formats
 
 __all__ = [
     "check_state_dtype",
@@ -34,9 +34,9 @@ BF16_HALF_ULP = 2.0**-8  # relative, at worst
 
 def check_state_dtype(choice: torch.dtype | str, values: dict[str, Any], where: str) -> None:
     """Raise ValueError for a storage of the moments that would be silently wrong."""
-    known = choice in FORMATS if isinstance(choice, str) else choice in (torch.float32, torch.bfloat16)
-    if not known or chosen_format(choice).dtype == torch.float16:
-        names = ", ".join(repr(name) for name, fmt in FORMATS.items() if fmt.dtype != torch.float16)
+    known = choice in state_formats() if isinstance(choice, str) else choice in (torch.float32, torch.bfloat16)
+    if not known:
+        names = ", ".join(map(repr, state_formats()))
         raise ValueError(
             f"state_dtype must be torch.float32 or torch.bfloat16, got {choice}: a second moment overflows or vanishes in float16. Or it "
             f"is the name of a storage format: {names}"

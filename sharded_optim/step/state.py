@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sharded_optim.formulas import Algorithm
 from sharded_optim.storage import memory
-from sharded_optim.storage.formats import Format
+from sharded_optim.storage.format import Format
 
 __all__ = [
     "STEP",

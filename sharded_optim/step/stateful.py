@@ -21,7 +21,8 @@ from sharded_optim.step.state import (
     new_state,
     zeros,
 )
-from sharded_optim.storage.formats import Format, chosen_format, extra_arrays, param_format
+from sharded_optim.storage.format import Format
+from sharded_optim.storage.formats import chosen_format, extra_arrays, param_format
 
 __all__ = ["StatefulOptimizer"]
 

@@ -20,7 +20,7 @@ from sharded_optim import optimizers
 from sharded_optim.formulas import Algorithm
 from sharded_optim.formulas.verdict import SECTIONS, TAIL
 from sharded_optim.sharding.buckets import IN_FLIGHT, BucketPlan, Size, default_bucket_bytes, plan_buckets
-from sharded_optim.storage.formats import FORMATS, param_format
+from sharded_optim.storage.formats import FORMATS, param_format, state_formats
 from sharded_optim.tools.plan_matrices import MatrixWork, Span, heaviest, is_hidden_matrix, work_on
 from sharded_optim.tools.shapes import Model, Shape
 
@@ -85,7 +85,7 @@ class Setup:
         optimizer: one of OPTIMIZERS.
         dtype: of the parameters in forward and backward.
         masters: beside parameters in 16 bits: "fp32" copies, "kahan" compensations in the parameters' dtype, or "none".
-        state_dtype: of the moments: "fp32" or "bf16".
+        state_dtype: of the moments: one of `state_formats()`.
         bucket_bytes: of ZeRO-1 and ZeRO-2; None is ShardedOptimizer's default.
         backend: "nccl", or "gloo", whose reduce-scatter needs buffers for what is received.
     """
@@ -112,7 +112,7 @@ class Setup:
         _one_of("optimizer", self.optimizer, tuple(OPTIMIZERS))
         _one_of("dtype", self.dtype, tuple(DTYPES))
         _one_of("masters", self.masters, MASTERS)
-        _one_of("state dtype", self.state_dtype, ("fp32", "bf16"))
+        _one_of("state dtype", self.state_dtype, state_formats())
         _one_of("backend", self.backend, BACKENDS)
 
     @property
@@ -146,7 +146,7 @@ class Setup:
 
     def moments_itemsize(self, algorithm: Algorithm) -> int:
         """Bytes of all moments of an element."""
-        return len(algorithm.state) * DTYPES[self.state_dtype]
+        return len(algorithm.state) * FORMATS[self.state_dtype].itemsize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -382,7 +382,7 @@ class _Case:
             moved += 2 * algorithm.matrix.dtype.itemsize  # a direction is written, a result read
         if setup.agrees:
             moved += grad  # is it finite? And a statistic is of the second moment too.
-        return moved + (DTYPES[setup.state_dtype] if algorithm.statistic is not None else 0)
+        return moved + (FORMATS[setup.state_dtype].itemsize if algorithm.statistic is not None else 0)
 
 
 def _none(case: _Case) -> Plan:

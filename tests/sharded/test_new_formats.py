@@ -1,12 +1,16 @@
 """A storage format is two functions and an entry of FORMATS: all backends, state dicts, checkpoints and reports follow from these.
 
-The formats in this file are nowhere else.
+The formats here and in `toy_format.py` are nowhere else.
 """
 
 from __future__ import annotations
 
 import copy
+import os
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +21,7 @@ import ranks
 import torch
 from operand_cases import Case, assert_same, assert_same_observation, assert_same_update
 from torch import Tensor, nn
+from toy_format import PARTS, load_parts
 
 import sharded_optim as so
 from sharded_optim import checkpoint
@@ -25,31 +30,12 @@ from sharded_optim.formulas import operations as xp
 from sharded_optim.optimizers.adam import ADAM
 from sharded_optim.optimizers.stable_adamw import STABLE_ADAMW
 from sharded_optim.step import stateful
-from sharded_optim.storage.formats import FORMATS, Array, Format, format_beside, param_format
+from sharded_optim.storage.format import Array, Format
+from sharded_optim.storage.formats import FORMATS, format_beside, param_format
 
+ROOT = Path(__file__).parents[2]
 SHAPES = [(), (5,), (7, 3), (150,), (0,)]
 
-
-# -------------------------------------------------------------------------------------- three arrays of 8 bits: all 24 of float32
-
-
-def load_parts(high, middle, low):
-    return (xp.from_bf16(high) + xp.from_bf16(middle)) + xp.from_bf16(low)
-
-
-def store_parts(value, uniform):
-    high = xp.to_bf16(value)
-    rest = value - xp.from_bf16(high)
-    middle = xp.to_bf16(rest)
-    return high, middle, xp.to_bf16(rest - xp.from_bf16(middle))
-
-
-PARTS = Format(
-    name="bf16 in 3 parts",
-    arrays=(Array("", torch.bfloat16), Array("middle", torch.bfloat16), Array("low", torch.bfloat16)),
-    load=load_parts,
-    store=store_parts,
-)
 
 # -------------------------------------------------------------------------------------- others
 
@@ -407,3 +393,64 @@ def test_a_plain_format_may_be_named_or_given_by_its_dtype(choice: torch.dtype |
     run = Run("cpu", torch.float32, state_dtype=choice).step(range(2))
     assert run.optimizer.state[run.params[1]]["exp_avg"].dtype == torch.bfloat16
     assert copy.deepcopy(run.optimizer).state_dtype == choice
+
+
+# ------------------------------------------------------------------------------------------------------------------- one new file
+
+LISTED = """
+import sys
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import distribute_tensor
+import sharded_optim as so
+from sharded_optim.tools.plan import Setup, plan
+from sharded_optim.tools.shapes import from_shapes
+
+def trained(backend, shard=False):
+    torch.manual_seed(0)
+    model = nn.Linear(5, 7)
+    if shard:
+        fully_shard(model)
+    optimizer = so.StableAdamW(model.named_parameters(), lr=1e-2, state_dtype="bf16 in 3 parts", backend=backend)
+    for step in range(3):
+        for number, param in enumerate(model.parameters()):
+            grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(10 * step + number)) * 8.0
+            param.grad = distribute_tensor(grad, param.device_mesh, param.placements) if shard else grad
+        optimizer.step()
+    return [param.full_tensor() if shard else param.detach() for param in model.parameters()]
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{folder}/rendezvous")
+whole = trained("eager")
+assert all(map(torch.equal, trained("cpu"), whole))
+assert all(map(torch.equal, trained("cpu", shard=True), whole))
+dist.destroy_process_group()
+planned = [plan(from_shapes({"w": [7, 5]}), "none", Setup(state_dtype=name)).memory.moments for name in ("fp32", "bf16 in 3 parts")]
+assert planned == [2 * 4 * 35, 2 * 6 * 35], planned
+"""
+
+
+def test_it_takes_one_new_file_and_a_line(tmp_path: Path) -> None:
+    """Then backends, shardings and plans have it."""
+    shutil.copytree(ROOT / "sharded_optim", tmp_path / "sharded_optim", ignore=shutil.ignore_patterns("__pycache__"))
+    storage = tmp_path / "sharded_optim" / "storage"
+    shutil.copy(ROOT / "tests" / "toy_format.py", storage / "toy.py")
+    listed = (storage / "formats.py").read_text().replace("in (*FLOAT_FORMATS,)", "in (*FLOAT_FORMATS, PARTS)")
+    imported = "from sharded_optim.storage.format import Format\n"
+    (storage / "formats.py").write_text(listed.replace(imported, imported + "from sharded_optim.storage.toy import PARTS\n"))
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", LISTED, str(rank), str(tmp_path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(2)
+    ]
+    for each in started:
+        output, _ = each.communicate(timeout=100)
+        assert each.returncode == 0, output

@@ -17,7 +17,7 @@ from sharded_optim.backends.cpu.threads import Kernel, kernel_of
 from sharded_optim.backends.cpu.vectors import FIXED_POINT_OF_ZERO, fixed_point
 from sharded_optim.backends.rebinding import argument_count
 from sharded_optim.formulas import Algorithm, Statistic
-from sharded_optim.storage.formats import Format
+from sharded_optim.storage.format import Format
 
 __all__ = ["observe_function", "observe_kernel", "update_function", "update_kernel"]
 

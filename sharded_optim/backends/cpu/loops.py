@@ -45,7 +45,7 @@ from sharded_optim.backends.cpu.llvm import (
 from sharded_optim.backends.cpu.threads import SIGNATURE
 from sharded_optim.backends.cpu.vectors import Deferred, Vector, uniform
 from sharded_optim.backends.rebinding import rebound
-from sharded_optim.storage.formats import Format
+from sharded_optim.storage.format import Format
 
 __all__ = ["Arguments", "Writer", "reason_against", "traced"]
 

@@ -42,7 +42,7 @@ from sharded_optim.formulas.recording import Formulas
 from sharded_optim.formulas.scalars import Sums
 from sharded_optim.formulas.verdict import Verdict
 from sharded_optim.storage.devices import DeviceCache, capturing, keep, on, send
-from sharded_optim.storage.formats import Format
+from sharded_optim.storage.format import Format
 
 __all__ = ["BACKEND", "compile_for", "observe_kernel", "update_kernel"]
 

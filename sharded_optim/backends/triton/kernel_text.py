@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sharded_optim.storage.formats import Format
+from sharded_optim.storage.format import Format
 
 __all__ = ["StoredValue", "arrays_of", "functions_of", "identifier", "stored_values"]
 
