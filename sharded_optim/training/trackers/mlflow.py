@@ -1,6 +1,6 @@
 """MLflow: a run on a tracking server, or in the SQLite database `<folder>/mlflow.db`. Needs the package mlflow, or mlflow-skinny.
 
-The SQLite database also needs sqlalchemy and alembic, which mlflow brings and mlflow-skinny does not. Tried with version 3.17.
+The SQLite database also needs sqlalchemy and alembic, which mlflow brings and mlflow-skinny does not. Tried with versions 3.0 and 3.17.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Weights & Biases: a run of a project, or offline in `<folder>/<run>/wandb`. Needs the package wandb. Tried with version 0.31."""
+"""Weights & Biases: a run of a project, or offline in `<folder>/<run>/wandb`.
+
+Needs the package wandb. Tried offline with versions 0.20 and 0.31.
+"""
 
 from __future__ import annotations
 
