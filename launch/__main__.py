@@ -13,6 +13,7 @@ from launch import corpus, deepspeed_extension, process_group, run_folder
 from launch.config import ConfigError, from_arguments
 from launch.cores import share_cores
 from launch.launchers import TORCHRUN_OPTIONS, RankInfo
+from launch.tracking import check_installed
 
 
 def main(arguments: list[str]) -> None:
@@ -25,6 +26,7 @@ def main(arguments: list[str]) -> None:
         info = RankInfo(local_world_size=processes)
         if config.device == "cuda":
             process_group.pick_device(info, config.device)  # refuses too few GPUs, which each rank would
+        check_installed(config)
         corpus.load(config)  # writes the cache, which the ranks then find
         if config.sharding == "deepspeed":
             device = process_group.pick_device(info, config.device)

@@ -32,9 +32,11 @@ from launch.errors import ConfigError, nearest
 from sharded_optim.formulas.hyperparameters import Choice, Float, Floats, Hyperparameter, Int, Switch, Unsupported, by_name
 from sharded_optim.optimizers import OPTIMIZERS
 from sharded_optim.step.engine import Engine
+from sharded_optim.training.trackers import MODULES, check_options
 
 __all__ = ["CheckpointConfig", "Config", "ConfigError", "DataConfig", "ModelConfig", "OptimizerConfig", "from_arguments", "load"]
 
+TRACKERS = tuple(name for name in MODULES if name != "jsonl")  # the run folder has its records as JSON lines anyway
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]  # part of a folder's name
 
 
@@ -163,6 +165,8 @@ class Config(_Section):
         likes, as under a debugger.
     divergence_every: after so many steps, and before each checkpoint, values that ranks have in common are compared; None: never.
     max_skipped_steps: how many steps in a row may be skipped because gradients are not finite.
+    trackers: where metrics go beside the run folder, by names of `sharded_optim/training/trackers/registry.py`.
+    tracker_options: of these trackers by their names, as {prometheus: {port: 9500}}.
     deepspeed: what DeepSpeed is told, but for the optimizer and the batch. In a file or an override also the path of a DeepSpeed config
         in JSON, which may give these too (`launch/deepspeed_config.py`).
     """
@@ -191,12 +195,31 @@ class Config(_Section):
     heartbeat: Annotated[float, Field(ge=5.0)] | None = 20.0
     divergence_every: PositiveInt | None = 100
     max_skipped_steps: PositiveInt = 20
+    trackers: list[Literal[TRACKERS]] = []  # pyright: ignore[reportInvalidTypeForm]
+    tracker_options: dict[str, dict[str, Any]] = {}
     deepspeed: dict[str, Any] | None = None
 
     @field_validator("deepspeed")
     @classmethod
     def _has_no_keys_of_the_job(cls, content: dict[str, Any] | None) -> dict[str, Any] | None:
         return None if content is None else deepspeed_config.check(content)
+
+    @field_validator("trackers")
+    @classmethod
+    def _names_each_once(cls, names: list[str]) -> list[str]:
+        if len(set(names)) != len(names):
+            raise ValueError(f"trackers={names!r} names one twice; leave the second out")
+        return names
+
+    @model_validator(mode="after")
+    def _has_options_of_its_trackers(self) -> Config:
+        for name, options in self.tracker_options.items():
+            if name not in self.trackers:
+                raise ValueError(
+                    f"tracker_options.{name}={options!r}, but trackers={self.trackers!r}; add {name!r} there, or leave this out"
+                )
+            check_options(name, options)
+        return self
 
     @model_validator(mode="after")
     def _check(self) -> Config:

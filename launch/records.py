@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 __all__ = ["FINISHED", "RUNNING", "Listener", "Resumption", "Summary", "Training", "Validation"]
@@ -28,6 +29,7 @@ class Training:
     largest_rms: float | None  # the last step's largest per-tensor RMS; None if the optimizer has none
     largest_rms_name: str | None  # and its tensor
     skipped_steps: int  # since the beginning
+    optimizer: Mapping[str, float] = field(default_factory=dict)  # `metrics()` of the last step; {} in what older versions have written
 
 
 @dataclass(frozen=True, kw_only=True)

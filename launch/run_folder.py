@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
@@ -15,6 +15,8 @@ import yaml
 
 from launch.config import Config, ConfigError
 from launch.records import Resumption, Summary, Training, Validation
+from sharded_optim.training.trackers.destination import replace_file
+from sharded_optim.training.trackers.json_lines import append_line, read_records, to_json
 
 __all__ = ["RunFolder", "find"]
 
@@ -62,7 +64,7 @@ class RunFolder:
         try:
             self.path = found or _new_folder(Path(config.runs_folder), config)
             text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-            _write(self.path / "config.yaml", text)
+            replace_file(self.path / "config.yaml", text)
             _point_latest(self.path)
         except OSError as error:
             raise ConfigError(f"runs_folder={config.runs_folder!r}: {error}") from None
@@ -71,20 +73,19 @@ class RunFolder:
         """Take up what is written down of the steps before, and leave out what is going to be done once more."""
         path = self.path / "metrics.jsonl"
         before = 0 if resumption is None else resumption.step
-        records = [record for record in map(_from_json, path.read_text(encoding="utf-8").splitlines()) if record] if path.exists() else []
-        records = [record for record in records if record["step"] <= before]
+        records = [_with_nan(record) for record in read_records(path) if record["step"] <= before]
         self._training = [Training(**record) for record in records if "train_loss_bits" in record]
         self._validation = [Validation(**record) for record in records if "val_bits_per_byte" in record]
         if path.exists():
-            _write(path, "".join(_to_json(record) + "\n" for record in records))
+            replace_file(path, "".join(to_json(record) + "\n" for record in records))
 
     def training(self, record: Training) -> None:
         self._training.append(record)
-        self._append(asdict(record))
+        append_line(self.path / "metrics.jsonl", asdict(record))
 
     def validation(self, record: Validation) -> None:
         self._validation.append(record)
-        self._append(asdict(record))
+        append_line(self.path / "metrics.jsonl", asdict(record))
 
     def progress(self, summary: Summary) -> None:
         self._summary = summary
@@ -101,7 +102,7 @@ class RunFolder:
 
     def _write_summary(self, *, draw: bool) -> None:
         assert self._summary is not None, "there is something to write"
-        _write(self.path / "summary.json", _to_json(asdict(self._summary), indent=2) + "\n")
+        replace_file(self.path / "summary.json", to_json(asdict(self._summary), indent=2) + "\n")
         if draw:
             from launch.loss_curve import draw as draw_curve  # imports matplotlib, for which the first step need not wait
 
@@ -109,17 +110,6 @@ class RunFolder:
             draw_curve(self.path / "loss.png", self._training, self._validation, self._summary)
             now = time.monotonic()
             self._draw_from = now + (now - began) / SHARE_OF_DRAWING
-
-    def _append(self, record: dict[str, Any]) -> None:
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as stream:  # complete lines on disk, whatever happens next
-            stream.write(_to_json(record) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    """In one step, so that there is always a whole file."""
-    draft = path.with_name(f".{path.name}.draft")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
 
 
 def _name_in(path: Path) -> str | None:
@@ -131,19 +121,10 @@ def _name_in(path: Path) -> str | None:
     return content.get("name") if isinstance(content, dict) else None
 
 
-def _from_json(line: str) -> dict[str, Any] | None:
-    """A record; None for a line that a killed process has left half written. Null is what was not finite."""
-    try:
-        record: dict[str, Any] = json.loads(line)
-    except ValueError:
-        return None
-    return {key: math.nan if value is None and not key.startswith("largest_rms") else value for key, value in record.items()}
-
-
-def _to_json(record: dict[str, Any], indent: int | None = None) -> str:
-    """JSON has no NaN: what is not finite is null."""
-    finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
-    return json.dumps(finite, allow_nan=False, indent=indent)
+def _with_nan(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record of JSON with NaN again where null stands for what was not finite. Without a largest RMS, null says that there is none."""
+    nan = {key: math.nan for key, value in record.items() if value is None and not key.startswith("largest_rms")}
+    return {**record, **nan, **{key: _with_nan(value) for key, value in record.items() if isinstance(value, dict)}}
 
 
 def _new_folder(runs: Path, config: Config) -> Path:

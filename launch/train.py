@@ -35,6 +35,7 @@ from launch.records import FINISHED, RUNNING, Listener, Summary, Training, Valid
 from launch.rendezvous import RendezvousError
 from launch.run_folder import RunFolder
 from launch.sharding import shard
+from launch.tracking import Tracking, check_installed
 from launch.watch import Watch
 from sharded_optim.checkpoint import CheckpointError
 from sharded_optim.sharding.ranks import named_ranks, ranks_where
@@ -58,6 +59,7 @@ def main(arguments: list[str]) -> int:
         if config.sharding == "deepspeed":
             deepspeed_extension.build(device.type)
         if info.rank == 0:
+            check_installed(config)
             path, done = go_on(config, is_restart=is_restart())
             folder = None if done else RunFolder(config, path)
         rendezvous = process_group.start(info, device, config.threads)
@@ -109,6 +111,7 @@ def run(
     listeners: list[Listener] = []  # rank 0's only; but every rank takes part in computing what they hear
     if folder is not None:
         listeners = [folder, Display(steps=config.steps, unigram=unigram, zlib=zlib, folder=folder.path)]
+        listeners += [Tracking(config, folder.path, watch.silences)] if config.trackers else []
 
     torch.manual_seed(config.seed)  # the same weights on every rank
     model = GPT(**config.model.model_dump(), sequence_length=config.sequence_length).to(device)
@@ -120,8 +123,8 @@ def run(
     preemption = Preemption()
     with watch.patience():
         resumption = checkpoints.resume()
-    for listener in listeners:
-        listener.start(resumption)
+        for listener in listeners:
+            listener.start(resumption)
     meter = Meter(config.batch_size * config.sequence_length, device)
 
     def summarize(status: str, training: Training, validation: Validation | None) -> Summary:
@@ -178,15 +181,17 @@ def run(
         saved = None if stopped is None else checkpoints.before_stopping(watch.step)
         checkpoints.finish()
     if stopped is not None:
-        for listener in listeners:
-            listener.stop(watch.step, f"asked to stop by {stopped}: saved in {saved}; resume=auto run={path.name} goes on from here")
+        with watch.patience():  # with trackers that send what they have not sent
+            for listener in listeners:
+                listener.stop(watch.step, f"asked to stop by {stopped}: saved in {saved}; resume=auto run={path.name} goes on from here")
         is_elsewhere = info.launcher is TORCHRUN and info.world_size > info.local_world_size and not preemption.asked_here
         return STOPPED_ELSEWHERE if is_elsewhere else 0
 
     assert training is not None, "there is at least one step"
     assert validation is not None, "the last step is validated"
-    for listener in listeners:
-        listener.finish(summarize(FINISHED, training, validation))
+    with watch.patience():
+        for listener in listeners:
+            listener.finish(summarize(FINISHED, training, validation))
     return 0
 
 
@@ -247,6 +252,7 @@ def describe_training(step: int, meter: Meter, optimizer: torch.optim.Optimizer)
         largest_rms=largest,
         largest_rms_name=name,
         skipped_steps=int(metrics["skipped_steps"]),
+        optimizer=metrics,
     )
 
 

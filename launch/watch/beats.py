@@ -73,6 +73,10 @@ class Beats:
         self._leaving = True
         self._over.wait(timeout)
 
+    def silences(self) -> dict[int, float]:
+        """See `Judge.silences`: on rank 0 of all ranks, elsewhere of rank 0."""
+        return self._judge.silences(time.monotonic())
+
     def _run(self) -> None:
         try:
             verdict = self._watch()

@@ -97,6 +97,10 @@ class Judge:
         if beat.has_left:
             del self._ranks[rank]
 
+    def silences(self, now: float) -> dict[int, float]:
+        """Seconds since a new beat of each rank was read, but for ranks that have left. Any thread may call it."""
+        return {rank: now - known.seen for rank, known in self._ranks.copy().items()}  # a copy: another thread removes ranks that leave
+
     def slept(self, seconds: float) -> None:
         """Nothing was read for so long, as when the machine was suspended: ranks may have beaten and moved meanwhile."""
         for known in self._ranks.values():

@@ -86,6 +86,16 @@ def test_a_beat_that_does_not_change_is_none():
     assert verdict.rank == 1
 
 
+def test_the_seconds_since_each_rank_was_heard_of_are_known_but_for_those_that_have_left():
+    made = judge()
+    made.read(0, at().of(0, 1), 5.0)
+    made.read(1, at().of(1, 1, has_left=True), 5.0)
+    assert made.silences(8.0) == {0: 3.0, 2: 8.0}
+    made.slept(2.0)
+    assert made.silences(8.0) == {0: 1.0, 2: 6.0}
+    assert Watch().silences() == {0: 0.0}
+
+
 def test_a_rank_that_never_comes_is_named():
     verdict, second = watched(Judge(HEARTBEAT, range(2), 0.0), {0: at()})
     assert verdict is not None
@@ -317,6 +327,20 @@ def test_an_error_of_the_network_alone_is_the_cause_after_a_while(ends):
     fail(ranks, 2, "RuntimeError: Connection closed by peer", follows=True)
     (text,) = set(ranks.wait())
     assert text == f"rank 2 (pid {os.getpid()} on node1) failed first, at step 3: RuntimeError: Connection closed by peer"
+
+
+def test_rank_0_knows_when_it_last_heard_of_each_rank(ends):
+    ranks = Ranks(ends)
+    ranks.all[2]._leaving = True
+    until = time.monotonic() + SOON
+    while set(ranks.all[0].silences()) != {0, 1} and time.monotonic() < until:
+        time.sleep(0.02)
+    assert all(seconds < SOON for seconds in ranks.all[0].silences().values())
+    assert set(ranks.all[0].silences()) == {0, 1}
+    assert set(ranks.all[1].silences()) == {0}
+    with ThreadPoolExecutor(3) as leaving:
+        list(leaving.map(lambda rank: ranks.all[rank].leave(SOON), (0, 2, 1)))
+    assert not ranks.ends
 
 
 def test_a_job_that_ends_well_ends_without_a_word(ends, capfd):

@@ -90,6 +90,7 @@ def test_numpy_is_required() -> None:
 
 def test_importing_the_package_imports_nothing_heavy() -> None:
     heavy = ["deepspeed", "triton", "llvmlite", "mpi4py", "matplotlib", "pydantic", "rich", "safetensors", "typer"]
+    heavy += ["tensorboard", "wandb", "mlflow", "prometheus_client"]
     heavy += ["torch.distributed.tensor", "torch.distributed.fsdp", "torch._dynamo"]
     code = (
         f"import torch, sys; before = set(sys.modules); import sharded_optim; print([m for m in {heavy} if m in set(sys.modules) - before])"

@@ -1,0 +1,87 @@
+"""The job's trackers: a listener of rank 0 that hands records to `so.trackers`, and the check that their packages are installed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import sharded_optim as so
+from launch.config import Config
+from launch.errors import ConfigError
+from launch.records import Resumption, Summary, Training, Validation
+
+__all__ = ["Tracking", "check_installed"]
+
+SECONDS_HEALTHY = 3.0  # a rank beats once a second; three missed beats are more than a busy machine explains
+
+
+def check_installed(config: Config) -> None:
+    """Check the packages that the config's trackers need. They are needed where rank 0 runs.
+
+    Raises:
+        ConfigError: one is not installed.
+    """
+    try:
+        so.trackers.check_installed(config.trackers)
+    except ImportError as error:
+        raise ConfigError(f"trackers={config.trackers!r}: {error}, or leave it out") from None
+
+
+class Tracking:
+    """A listener that logs each record to the trackers that the config names.
+
+    Args:
+        config: of the job.
+        path: the run's folder.
+        silences: returns the seconds since each rank was last heard of.
+    """
+
+    def __init__(self, config: Config, path: Path, silences: Callable[[], Mapping[int, float]]) -> None:
+        self._config = config
+        self._path = path
+        self._silences = silences
+        self._trackers: so.trackers.Trackers | None = None
+
+    def start(self, resumption: Resumption | None) -> None:
+        options: dict[str, Mapping[str, Any]] = dict(self._config.tracker_options)
+        if "prometheus" in self._config.trackers:
+            options["prometheus"] = {**options.get("prometheus", {}), "live": self._health}
+        self._trackers = so.trackers.open(
+            self._config.trackers,
+            self._path.parent,
+            run=self._path.name,
+            config=self._config.model_dump(mode="json"),
+            resume_after=None if resumption is None else resumption.step,
+            options=options,
+        )
+
+    def training(self, record: Training) -> None:
+        values = {"loss": record.train_loss_bits, "tokens_per_second": record.tokens_per_second, "lr": record.lr}
+        self._log(record.step, {**values, **record.optimizer})
+
+    def validation(self, record: Validation) -> None:
+        self._log(record.step, {"validation_loss": record.val_bits_per_byte})
+
+    def progress(self, summary: Summary) -> None:
+        """Nothing to log: its parts have been."""
+
+    def stop(self, step: int, why: str) -> None:
+        self._finish("interrupted")
+
+    def finish(self, summary: Summary) -> None:
+        self._finish("finished")
+
+    def _log(self, step: int, values: Mapping[str, float]) -> None:
+        assert self._trackers is not None, "it has started"
+        self._trackers.log(step, values)
+
+    def _finish(self, status: so.trackers.Status) -> None:
+        assert self._trackers is not None, "it has started"
+        self._trackers.finish(status)
+
+    def _health(self) -> dict[str, float]:
+        """What Prometheus shows at any time, also while a step hangs."""
+        silences = self._silences()
+        healthy = sum(seconds < SECONDS_HEALTHY for seconds in silences.values())
+        return {"healthy_ranks": float(healthy)} | {f"heartbeat_age_seconds/{rank}": seconds for rank, seconds in silences.items()}

@@ -1,0 +1,78 @@
+"""Run a tracker on a thread of its own, so that training does not wait for a server. Used for destinations with `may_block`."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+
+from sharded_optim.training.trackers.destination import Status, Tracker
+
+__all__ = ["Background"]
+
+MOST_RECORDS = 1000  # that wait for a slow tracker; further ones are dropped
+
+
+class Background:
+    """A tracker that hands records to another, which is opened, called and finished on one thread.
+
+    Errors of that thread are raised by the next call of `log` or `finish`, on the caller's.
+
+    Args:
+        name: of the thread.
+        opens: the other tracker.
+        seconds: that `finish` waits at most.
+    """
+
+    def __init__(self, name: str, opens: Callable[[], Tracker], *, seconds: float) -> None:
+        self._opens = opens
+        self._seconds = seconds
+        self._records: queue.Queue[tuple[int, Mapping[str, float]] | Status] = queue.Queue(MOST_RECORDS)
+        self._error: Exception | None = None
+        # A daemon, as a client may wait for a server for minutes, for which the end of the process must not wait.
+        self._thread = threading.Thread(target=self._work, name=f"tracker {name}", daemon=True)
+        self._thread.start()
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        try:
+            self._records.put_nowait((step, values))
+        except queue.Full:
+            self._error = self._error or TimeoutError(f"{MOST_RECORDS} records wait to be written; step {step} is dropped")
+        self._raise_error()
+
+    def finish(self, status: Status) -> None:
+        until = time.monotonic() + self._seconds
+        try:
+            self._records.put(status, timeout=self._seconds)
+            self._thread.join(until - time.monotonic())
+        except queue.Full:
+            pass
+        if self._error is None and self._thread.is_alive():
+            raise TimeoutError(f"it has not written everything within {self._seconds:.0f} s")
+        self._raise_error()
+
+    def _raise_error(self) -> None:
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _work(self) -> None:
+        try:
+            tracker = self._opens()
+        except Exception as error:
+            self._error = error
+            tracker = None  # records are then dropped
+        while True:
+            record = self._records.get()
+            try:
+                if isinstance(record, str):
+                    if tracker is not None:
+                        tracker.finish(record)
+                    return
+                if tracker is not None:
+                    tracker.log(*record)
+            except Exception as error:  # a server may come back
+                self._error = error
+                if isinstance(record, str):
+                    return

@@ -1,0 +1,101 @@
+"""The types that trackers are made of: a run, the interface of a tracker, and the entry of a destination in the registry.
+
+Used by every file of this folder. Trackers import their client when they are opened, so that importing the library does not.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+__all__ = ["Destination", "Run", "Status", "Tracker", "kind_of", "replace_file"]
+
+Status = Literal["finished", "interrupted", "failed"]  # interrupted: stopped before its last step, and may be resumed
+
+
+class Tracker(Protocol):
+    """Write the metrics of one run to one destination. All calls come from one thread."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Record values of a step. Several calls may have the same step, with other keys."""
+
+    def finish(self, status: Status) -> None:
+        """Write what is not written yet, and release what is open. Nothing is logged afterwards."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A training run, as trackers know it.
+
+    Attributes:
+        folder: of all runs.
+        name: of this one, and of its folder in `folder`.
+        config: what the run was configured with; values that JSON can write.
+        resume_after: the step that training resumes after; None for a new run. A tracker then must not record steps twice.
+    """
+
+    folder: Path
+    name: str
+    config: Mapping[str, Any]
+    resume_after: int | None = None
+
+    @property
+    def path(self) -> Path:
+        """The folder of this run, made if need be."""
+        path = self.folder / self.name
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def load_id(self, tracker: str) -> str | None:
+        """Return the id under which a client knows the run that is resumed; None for a new run, or where none was saved."""
+        return self._ids().get(tracker) if self.resume_after is not None else None
+
+    def save_id(self, tracker: str, client_id: str) -> None:
+        """Save the id under which a client knows this run, for `load_id` after a restart."""
+        replace_file(self.path / "tracker_ids.json", json.dumps(self._ids() | {tracker: client_id}) + "\n")
+
+    def _ids(self) -> dict[str, str]:
+        path = self.path / "tracker_ids.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Destination:
+    """How a tracker is opened. Each module in the registry has one, named DESTINATION.
+
+    Attributes:
+        opens: (run, **options) -> the tracker. Its keyword-only parameters are the options that users may give.
+        client: the module that it imports; None for Python alone.
+        install: the argument of `pip install` that provides the client.
+        may_block: whether it waits for other machines. It then runs on a thread of its own, so that training does not wait with it.
+    """
+
+    opens: Callable[..., Tracker]
+    client: str | None = None
+    install: str = ""
+    may_block: bool = False
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether the client can be imported. Imports nothing."""
+        if self.client is None:
+            return True
+        spec = find_spec(self.client)
+        # A folder of that name in the current folder, such as the `wandb` that W&B makes there, is a namespace package without a file.
+        return spec is not None and spec.origin is not None
+
+
+def kind_of(values: Mapping[str, float]) -> str:
+    """Return which kind of record values are, as training or validation: their first key. Other keys may come and go between steps."""
+    return next(iter(values), "")
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file in one step: a reader, also after a crash, sees all of the old content or all of the new."""
+    draft = path.with_name(f".{path.name}.draft")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)

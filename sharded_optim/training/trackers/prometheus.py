@@ -1,0 +1,93 @@
+"""Prometheus: an HTTP endpoint in this process with the values of the last step, for a Prometheus server to scrape.
+
+Needs the package prometheus-client. A key `rms/NAME` is the gauge `sharded_optim_rms{tensor="NAME"}`, a key `loss` is `sharded_optim_loss`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
+from typing import Any
+
+from sharded_optim.training.trackers.destination import Destination, Run, Status, kind_of
+
+__all__ = ["DESTINATION", "Prometheus"]
+
+PREFIX = "sharded_optim_"
+# What the part of a key behind its first `/` is the name of; "name" for all others.
+LABELS = {
+    "rms": "tensor",
+    "clip_factor": "tensor",
+    "non_finite": "tensor",
+    "lr": "group",
+    "weight_decay": "group",
+    "ms": "part",
+    "heartbeat_age_seconds": "rank",
+}
+
+
+class Prometheus:
+    """Serve `http://<host>:<port>/metrics` from a thread, until the run is finished.
+
+    Args:
+        run: to track.
+        host: the address to listen on. The endpoint has no password and no TLS: 127.0.0.1 is reached from this machine only,
+            and "0.0.0.0" from every machine that reaches this one.
+        port: to listen on; 0 takes a free one.
+        live: returns more values at each scrape, keyed as `log` has them; it is called on another thread.
+
+    Attributes:
+        address: (host, port) that is listened on.
+    """
+
+    def __init__(
+        self, run: Run, *, host: str = "127.0.0.1", port: int = 9464, live: Callable[[], Mapping[str, float]] | None = None
+    ) -> None:
+        client: Any = import_module("prometheus_client")
+        self._metric: Any = import_module("prometheus_client.core").Metric
+        self._live = live
+        self._records: dict[str, Mapping[str, float]] = {}  # the last of each kind
+        self._step: int | None = run.resume_after
+        # Not the client's global registry: metrics of the user's own code stay out, and two runs in a process do not collide.
+        registry = client.CollectorRegistry()
+        registry.register(self)
+        try:
+            self._server, self._thread = client.start_http_server(port, addr=host, registry=registry)
+        except OSError as error:
+            raise OSError(f"cannot listen on host={host!r}, port={port} ({error}); give another port or host") from error
+        self.address: tuple[str, int] = self._server.server_address[:2]
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        # Values of an earlier step go: a tensor that is no longer reported has no value. The dict is replaced, as another thread reads it.
+        self._records = {**self._records, kind_of(values): dict(values)}
+        self._step = step
+
+    def finish(self, status: Status) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def describe(self) -> list[Any]:
+        """Tell the registry that names are not known before the first step."""
+        return []
+
+    def collect(self) -> Iterator[Any]:
+        """Yield the gauges, as the registry asks at each scrape."""
+        records, step = self._records, self._step
+        values = {} if step is None else {"step": float(step)}
+        for record in [*records.values(), {} if self._live is None else self._live()]:
+            values |= record
+        gauges: dict[str, Any] = {}
+        seen = set()
+        for key, value in values.items():
+            first, _, rest = key.partition("/")
+            name = PREFIX + re.sub(r"[^a-zA-Z0-9_]", "_", first)
+            if (name, rest) not in seen:  # the format allows each once, and two keys may differ in a character that it does not have
+                seen.add((name, rest))
+                gauge = gauges.setdefault(name, self._metric(name, f"Last value of {first}.", "gauge"))
+                gauge.add_sample(name, {LABELS.get(first, "name"): rest} if rest else {}, value)
+        yield from gauges.values()
+
+
+DESTINATION = Destination(opens=Prometheus, client="prometheus_client", install="prometheus-client")
