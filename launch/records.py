@@ -29,7 +29,9 @@ class Training:
     largest_rms: float | None  # the last step's largest per-tensor RMS; None if the optimizer has none
     largest_rms_name: str | None  # and its tensor
     skipped_steps: int  # since the beginning
-    optimizer: Mapping[str, float] = field(default_factory=dict)  # `metrics()` of the last step; {} in what older versions have written
+    optimizer: Mapping[str, float] = field(
+        default_factory=dict
+    )  # `metrics()` of the last step, and rank 0's `performance()`; {} in what older versions have written
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -252,7 +252,7 @@ def describe_training(step: int, meter: Meter, optimizer: torch.optim.Optimizer)
         largest_rms=largest,
         largest_rms_name=name,
         skipped_steps=int(metrics["skipped_steps"]),
-        optimizer=metrics,
+        optimizer=metrics | optimizer.performance(),  # type: ignore[attr-defined]
     )
 
 

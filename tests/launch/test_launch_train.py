@@ -58,7 +58,11 @@ class Run:
     def metrics(self) -> list[dict[str, Any]]:
         """What depends on the config and not on the clock."""
         records = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-        return [{key: value for key, value in record.items() if key != "tokens_per_second"} for record in records]
+        for record in records:
+            record.pop("tokens_per_second", None)
+            for key in [key for key in record.get("optimizer", ()) if key.partition("/")[0] in ("ms", "bytes", "gb_per_s")]:
+                del record["optimizer"][key]
+        return records
 
     def losses(self) -> list[float]:
         """Of training and validation, in the order they came."""
