@@ -27,6 +27,7 @@ __all__ = [
     "ValidationRecord",
     "find_run",
     "labels_of",
+    "printable",
     "read_run",
 ]
 
@@ -151,7 +152,7 @@ def find_run(path: str | Path) -> Path:
     if not beside:
         way_out = "no run folder is beside it; `make train` writes one below runs/"
     else:
-        shown = ", ".join(str(each) for each in beside[:NAMED_FOLDERS])
+        shown = ", ".join(printable(str(each)) for each in beside[:NAMED_FOLDERS])
         more = f" and {len(beside) - NAMED_FOLDERS} more" if len(beside) > NAMED_FOLDERS else ""
         way_out = f"run folders {'in' if inside else 'beside'} it, newest first: {shown}{more}"
     raise RunFolderError(f"{str(path)!r} is no run folder: {what}; {way_out}")
@@ -240,6 +241,15 @@ def labels_of(paths: Sequence[Path]) -> list[str]:
         if len(set(labels)) == len(labels):
             return labels
     return [str(path) for path in paths]
+
+
+def printable(text: str) -> str:
+    r"""Replace what no page and no terminal should be given: names and values in a run folder may be any string.
+
+    >>> printable("a\x1b[31m\n\ud800")
+    'a\ufffd[31m \ufffd'
+    """
+    return "".join(" " if each.isspace() else each if each.isprintable() else "\ufffd" for each in text)
 
 
 def _is_run(path: Path) -> bool:
