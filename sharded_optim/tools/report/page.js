@@ -72,7 +72,7 @@ for (const figure of document.querySelectorAll("figure")) {
   function show() {
     const index = Number(slider.value), step = data.steps[index];
     const shown = chooser ? [data.series[chooser.selectedIndex]] : data.series;
-    const text = `step ${step}  \u00b7  ${shown.map((each) => described(each, index)).join("  \u00b7  ")}`;
+    const text = `step ${step} \u00b7 ${shown.map((each) => described(each, index)).join(" \u00b7 ")}`;
     output.textContent = text;
     slider.setAttribute("aria-valuetext", text);
     for (const { box, cursor, line } of plots) {
