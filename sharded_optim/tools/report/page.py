@@ -16,11 +16,11 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-import sharded_optim
 from sharded_optim.tools.report.charts import Chart, HeatMap, LineChart, Note, Section, StackChart, Table
 from sharded_optim.tools.report.drawing import NARROW, WIDE, Drawing, draw_svg
 from sharded_optim.tools.report.palette import DARK, LIGHT
 from sharded_optim.tools.runs import printable
+from sharded_optim.version import __version__
 
 __all__ = ["page_of"]
 
@@ -78,7 +78,7 @@ def page_of(sections: Sequence[Section], labels: Sequence[str], *, refresh: int 
         sections=shown,
         refresh=refresh,
         written=f"{datetime.now():%Y-%m-%d %H:%M:%S}",
-        version=sharded_optim.__version__,
+        version=__version__,
         variables={"light": _variables(LIGHT), "dark": _variables(DARK)},
         style=Markup((FILES / "page.css").read_text(encoding="utf-8")),
         script=Markup((FILES / "page.js").read_text(encoding="utf-8")),

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from sharded_optim.tools.report.charts import HeatMap, Item, LineChart, Note, Section, Series, StackChart, Table
+from sharded_optim.tools.report.palette import SERIES
 from sharded_optim.tools.runs import Run, TrainingRecord
 
 __all__ = ["LOSS_SPIKE", "RMS_SPIKE", "loss_spikes", "rms_spikes", "sections_of"]
@@ -132,12 +133,16 @@ def _loss(runs: Sequence[Run], labels: Sequence[str]) -> list[Item]:
     series: list[Series] = []
     for index, (run, label) in enumerate(zip(runs, labels, strict=True)):
         steps, losses = zip(*((record.step, record.loss) for record in run.records.training), strict=True)
-        series.append(Series(name=_of("training", label, several), steps=steps, values=losses, color=index, faint=True))
+        series.append(
+            Series(name=_of("training", label, several), steps=steps, values=losses, color=index, dash=index // SERIES, faint=True)
+        )
     for index, (run, label) in enumerate(zip(runs, labels, strict=True)):
         if run.records.validation:
             steps, losses = zip(*((record.step, record.bits_per_byte) for record in run.records.validation), strict=True)
             color = index if several else 1
-            series.append(Series(name=_of("validation", label, several), steps=steps, values=losses, color=color, markers=True))
+            series.append(
+                Series(name=_of("validation", label, several), steps=steps, values=losses, color=color, dash=index // SERIES, markers=True)
+            )
     levels = {}
     for name, key in (("unigram", "unigram_bits_per_byte"), ("zlib", "zlib_bits_per_byte")):
         values = {run.summary.get(key) for run in runs}
@@ -169,7 +174,7 @@ def _rms(runs: Sequence[Run], labels: Sequence[str]) -> list[Item]:
         points = [(record.step, largest_rms(record)[1]) for record in run.records.training if _has_rms(record)]
         if points:
             steps, values = zip(*points, strict=True)
-            series.append(Series(name=label, steps=steps, values=values, color=index))
+            series.append(Series(name=label, steps=steps, values=values, color=index, dash=index // SERIES))
         else:
             without.append(label)
     if series:
@@ -330,7 +335,7 @@ def _most_clipped(factors: Mapping[str, tuple[list[int], list[float]]], label: s
         ),
         Table(
             caption=_of("Clipped tensors, most clipped first", label, several) + more,
-            headings=["tensor", "mean factor", "smallest", "at step", "records in which it is clipped"],
+            headings=["tensor", "mean factor", "smallest", "at step", "clipped in"],
             rows=rows,
         ),
     ]
@@ -508,7 +513,7 @@ def _lines(
         for place, (name, (steps, values)) in enumerate(found.items()):
             full = ", ".join(part for part in (label if len(runs) > 1 or not name else "", name) if part)
             color = index if len(runs) > 1 else place
-            series.append(Series(name=full, steps=steps, values=values, color=color, dash=place))
+            series.append(Series(name=full, steps=steps, values=values, color=color, dash=place + index // SERIES))
     items: list[Item] = [LineChart(series=series, **chart)] if series else []
     return items + _left_out(absent, without)
 
