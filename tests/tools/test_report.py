@@ -231,6 +231,7 @@ def test_every_figure_has_a_heading_a_text_and_a_table(usual: Page) -> None:
     assert len(texts) == figures
     assert "training: " in texts[0]
     assert "at step 100" in texts[0]
+    assert '<th scope="col"></th>' not in usual.text, "a screen reader names the column of each cell"
     headings = [int(tag[1]) for tag in tags if re.fullmatch(r"h[1-6]", tag)]
     assert headings[0] == 1
     assert all(later - earlier <= 1 for earlier, later in pairwise(headings)), "no level is left out"

@@ -109,7 +109,7 @@ def _overview(runs: Sequence[Run], labels: Sequence[str]) -> list[Item]:
         "parameters": [_count(run.summary.get("parameters")) for run in runs],
     }
     items: list[Item] = [
-        Table(caption="Each run at its last record", headings=["", *labels], rows=[[key, *row] for key, row in rows.items()])
+        Table(caption="Each run at its last record", headings=["value", *labels], rows=[[key, *row] for key, row in rows.items()])
     ]
     for run, label in zip(runs, labels, strict=True):
         if run.records.restarts:
@@ -483,7 +483,7 @@ def _environment(runs: Sequence[Run], labels: Sequence[str]) -> list[Item]:
     rows = [["folder", *(str(run.path) for run in runs)]]
     rows += [[name, *(_cell(run.summary[name]) if name in run.summary else "-" for run in runs)] for name in names]
     marked = [index for index, row in enumerate(rows) if index and len(set(row[1:])) > 1]
-    return [*items, Table(caption="Where the runs ran", headings=["", *labels], rows=rows, marked=marked)]
+    return [*items, Table(caption="Where the runs ran", headings=["value", *labels], rows=rows, marked=marked)]
 
 
 # -------------------------------------------------------------------------------------------------------------------------- helpers
