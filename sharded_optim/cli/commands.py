@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from sharded_optim.cli import checkpoint, doctor, plan, verify
+from sharded_optim.cli import checkpoint, doctor, plan, report, verify, watch
 
 __all__ = ["app"]
 
@@ -19,5 +19,7 @@ app = typer.Typer(
 
 app.command("doctor")(doctor.doctor)
 app.command("plan")(plan.plan)
+app.command("report")(report.report)
 app.command("verify")(verify.verify)
+app.command("watch")(watch.watch)
 app.add_typer(checkpoint.app, name="checkpoint")

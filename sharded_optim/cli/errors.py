@@ -15,6 +15,7 @@ from typing import Any
 import typer
 
 from sharded_optim.checkpoint.errors import CheckpointError, DamagedError
+from sharded_optim.tools.imported import MissingPackageError
 
 __all__ = ["exit_on_sigterm", "for_users"]
 
@@ -29,7 +30,7 @@ def for_users() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             yield
-    except (ValueError, OSError, CheckpointError) as error:
+    except (ValueError, OSError, CheckpointError, MissingPackageError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1 if isinstance(error, DamagedError) else 2) from None
 

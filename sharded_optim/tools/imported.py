@@ -1,11 +1,15 @@
-"""Import what a command line names as `package.module:name`."""
+"""Import what a command line names as `package.module:name`, and name a package that is missing."""
 
 from __future__ import annotations
 
 import importlib
 from typing import Any
 
-__all__ = ["imported"]
+__all__ = ["MissingPackageError", "imported"]
+
+
+class MissingPackageError(ImportError):
+    """A package that only some commands need is not installed. The message says which to install."""
 
 
 def imported(target: str) -> Any:

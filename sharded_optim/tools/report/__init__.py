@@ -1,0 +1,81 @@
+"""Reports of training runs: one HTML page that needs nothing else, and PNGs of its charts. Used by `sharded-optim report`.
+
+Importing this package needs neither matplotlib nor Jinja2; `write_report` does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from sharded_optim.tools.imported import MissingPackageError
+from sharded_optim.tools.runs import RunFolderError, find_run, labels_of, read_run
+
+__all__ = ["write_report"]
+
+PACKAGES = {"matplotlib": "matplotlib", "jinja2": "jinja2", "yaml": "pyyaml"}
+
+
+def write_report(
+    paths: Sequence[str | Path], *, output: str | Path | None = None, png: str | Path | None = None, refresh: int | None = None
+) -> tuple[Path, list[Path]]:
+    """Write a page about one run, or about several side by side.
+
+    Args:
+        paths: of run folders, which may be written to meanwhile.
+        output: the page; None is `report.html` in the first run folder.
+        png: a folder for a PNG of each chart; it is made where it is missing. None writes no PNG.
+        refresh: seconds after which a browser loads the page again; None is never.
+
+    Returns:
+        The page and the PNGs.
+
+    Raises:
+        RunFolderError: a path is no run folder, is given twice, or has no record of training yet.
+        MissingPackageError: a package is not installed.
+        ValueError: refresh is below 1.
+    """
+    if refresh is not None and refresh < 1:
+        raise ValueError(f"refresh is the number of seconds after which the page is loaded again, at least 1, not {refresh}")
+    found = [find_run(path) for path in paths]
+    for index, path in enumerate(found):
+        if path in found[:index]:
+            raise RunFolderError(f"{str(path)!r} is given twice; give each run once")
+    try:
+        from sharded_optim.tools.report import drawing, page
+        from sharded_optim.tools.report.charts import HeatMap, LineChart, StackChart
+        from sharded_optim.tools.report.sections import sections_of
+    except ImportError as error:
+        package = (error.name or "").split(".")[0]
+        if package not in PACKAGES:
+            raise
+        others = " ".join(PACKAGES.values())
+        raise MissingPackageError(f"a report needs {PACKAGES[package]}, which is not installed; pip install {others}") from error
+    runs = [read_run(path) for path in found]
+    for run in runs:
+        if not run.records.training:
+            raise RunFolderError(f"{str(run.path)!r} has no record of training yet; the first comes after log_every steps")
+    labels = labels_of(found)
+    sections = sections_of(runs, labels)
+    target = found[0] / "report.html" if output is None else Path(output)
+    pngs: list[Path] = []
+    if png is not None:
+        Path(png).mkdir(parents=True, exist_ok=True)
+        for chart in (item for section in sections for item in section.items if isinstance(item, LineChart | HeatMap | StackChart)):
+            path = _unused(Path(png), chart.key, pngs)
+            drawing.draw_png(chart, path)
+            pngs.append(path)
+    draft = target.with_name(f".{target.name}.draft")  # so that a browser that loads the page again finds a whole one
+    draft.write_text(page.page_of(sections, labels, refresh=refresh), encoding="utf-8")
+    draft.replace(target)
+    return target, pngs
+
+
+def _unused(folder: Path, key: str, used: Sequence[Path]) -> Path:
+    """Return a path for a chart: its key may hold characters that a file name may not."""
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "_", key)
+    count = 1
+    while (path := folder / (f"{stem}.png" if count == 1 else f"{stem}-{count}.png")) in used:
+        count += 1
+    return path

@@ -1,0 +1,102 @@
+"""Charts, tables and notes, of which the sections of a report consist.
+
+`sections.py` makes them from runs, `drawing.py` draws the charts, and `page.py` puts all in a page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Chart", "HeatMap", "Item", "LineChart", "Note", "Section", "Series", "StackChart", "Table"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """Values over steps."""
+
+    name: str
+    steps: Sequence[int]
+    values: Sequence[float]  # NaN: not finite
+    color: int  # of the palette, modulo its size
+    dash: int = 0  # line pattern, modulo their number
+    markers: bool = False  # few values, each to be seen
+    faint: bool = False  # many values, behind others
+
+
+@dataclass(frozen=True, kw_only=True)
+class LineChart:
+    """Series in one pair of axes."""
+
+    key: str  # unique in the page; the stem of the PNG
+    title: str
+    explanation: str  # a sentence below the title
+    unit: str  # label of the y axis
+    series: Sequence[Series]
+    levels: Sequence[tuple[str, float]] = ()  # horizontal lines, by name
+    marked: Sequence[tuple[str, Sequence[int]]] = ()  # steps marked at the upper edge, by name
+    log: bool = False
+    from_zero: bool = False  # the y axis begins at 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeatMap:
+    """A value of each tensor over steps, below the loss of these steps."""
+
+    key: str
+    title: str
+    explanation: str
+    unit: str  # of the color scale
+    steps: Sequence[int]  # (columns,), equally far apart
+    rows: Sequence[str]
+    values: NDArray[np.float64]  # (rows, columns); NaN: no finite value
+    loss: Series
+    spikes: Sequence[int]  # steps
+    spikes_name: str
+    summary: Table  # behind the figure, in place of all values
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackChart:
+    """Parts of a whole over steps, on top of each other."""
+
+    key: str
+    title: str
+    explanation: str
+    unit: str
+    steps: Sequence[int]
+    parts: Sequence[tuple[str, Sequence[float]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Cells of text. The first column names the row."""
+
+    caption: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    marked: Sequence[int] = ()  # indices of rows that differ between runs
+
+
+@dataclass(frozen=True)
+class Note:
+    """Why a figure is left out, or what else a reader should know."""
+
+    text: str
+
+
+Chart: TypeAlias = LineChart | HeatMap | StackChart
+Item: TypeAlias = Chart | Table | Note
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A heading and what is below it."""
+
+    key: str  # the anchor
+    title: str
+    items: list[Item] = field(default_factory=list)

@@ -1,0 +1,326 @@
+"""Draw charts with matplotlib: as SVG for a page, in the colors of the reader's scheme, and as PNG. Used by `sharded_optim.tools.report`.
+
+Every chart is drawn twice for a page, for wide and for narrow windows: one drawing scaled down to a phone would have letters of 4 pixels.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, and no global state as in pyplot
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+
+from sharded_optim.tools.report.charts import Chart, HeatMap, LineChart, Series, StackChart
+from sharded_optim.tools.report.palette import LIGHT, PLACEHOLDERS, series_name
+from sharded_optim.tools.runs import printable
+
+__all__ = ["NARROW", "WIDE", "Drawing", "draw_png", "draw_svg"]
+
+DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)), (0, (9, 3)), (0, (3, 1.5, 1, 1.5, 1, 1.5)))
+MOST_POINTS = 3000  # of a drawn line; of more, the smallest and the largest of neighbours
+PNG_DPI = 110
+SVG_DPI = 72  # so that a unit of the SVG is a point
+LEAST_RMS, MOST_RMS = 0.1, 3.0  # that the color scale of a heat map covers at least
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """Of drawings for one width of window."""
+
+    name: str
+    width: float  # inches
+    font: float  # points
+    legend_columns: int
+    name_length: int  # characters of a tensor's name; 0: its number, which the table below has too
+
+
+WIDE = Size(name="wide", width=8.8, font=8.5, legend_columns=4, name_length=30)
+NARROW = Size(name="narrow", width=3.7, font=8.5, legend_columns=1, name_length=0)
+
+
+class Box(NamedTuple):
+    """Where the data is in a drawing, in shares of its width and height from the left and the top."""
+
+    left: float
+    right: float
+    top: float
+    bottom: float
+    first: float  # step at the left edge
+    last: float  # at the right edge
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """An SVG as HTML has it, without namespaces and with ids that no other has."""
+
+    svg: str
+    box: Box  # of the lowest axes
+
+
+def draw_svg(chart: Chart, size: Size, prefix: str) -> Drawing:
+    """Draw a chart for a page.
+
+    Args:
+        prefix: of all ids in the drawing, since a page has several.
+    """
+    with rc_context(_settings(size)):
+        figure, axes = _drawn(chart, size, PLACEHOLDERS)
+        buffer = io.BytesIO()
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        place = axes.get_position()
+        first, last = axes.get_xlim()
+    box = Box(place.x0, place.x1, 1.0 - place.y1, 1.0 - place.y0, first, last)
+    return Drawing(svg=_as_html(buffer.getvalue(), prefix), box=box)
+
+
+def draw_png(chart: Chart, path: Path) -> None:
+    """Draw a chart in light colors. There is always a whole file at the path."""
+    with rc_context(_settings(WIDE)):
+        figure, _ = _drawn(chart, WIDE, LIGHT, title=True)
+        FigureCanvasAgg(figure)
+        draft = path.with_name(f".{path.name}.draft")
+        figure.savefig(draft, dpi=PNG_DPI, format="png")
+    draft.replace(path)
+
+
+def _settings(size: Size) -> Any:  # matplotlib types the keys of its settings one by one
+    return {
+        "font.size": size.font,
+        "font.family": "DejaVu Sans",
+        "text.parse_math": False,  # names may have dollar signs
+        "svg.fonttype": "none",  # text stays text
+        "svg.hashsalt": "sharded_optim",  # the same drawing has the same ids, so that pages can be compared
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "path.simplify": True,
+        "path.simplify_threshold": 0.2,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------------------- drawing
+
+
+def _drawn(chart: Chart, size: Size, colors: Mapping[str, str], *, title: bool = False) -> tuple[Figure, Axes]:
+    """Return the figure and the axes whose place a page needs."""
+    height = _height(chart, size)
+    figure = Figure(figsize=(size.width, height), dpi=SVG_DPI, layout="constrained", facecolor=colors["surface"])
+    if title:
+        figure.suptitle(printable(chart.title), color=colors["ink"], fontsize=size.font + 2)
+    match chart:
+        case LineChart():
+            axes = figure.add_subplot()
+            _draw_lines(axes, chart, colors)
+        case StackChart():
+            axes = figure.add_subplot()
+            _draw_stack(axes, chart, colors)
+        case HeatMap():
+            axes = _draw_heat_map(figure, chart, size, colors)
+    _draw_legend(figure, size, colors)
+    return figure, axes
+
+
+def _height(chart: Chart, size: Size) -> float:
+    wide = size.name == "wide"
+    match chart:
+        case LineChart():
+            entries = len(chart.series) + len(chart.levels)
+            return (3.2 if wide else 2.6) + 0.17 * -(-entries // size.legend_columns)
+        case StackChart():
+            return (3.0 if wide else 2.6) + 0.17 * -(-len(chart.parts) // size.legend_columns)
+        case HeatMap():
+            rows = len(chart.rows) * (0.115 if wide else 0.06)
+            return 1.9 + min(14.0, max(1.2, rows))
+
+
+def _draw_lines(axes: Axes, chart: LineChart, colors: Mapping[str, str]) -> None:
+    for each in chart.series:
+        _draw_series(axes, each, colors)
+    for index, (name, value) in enumerate(chart.levels):
+        axes.axhline(value, color=colors["muted"], linewidth=1.0, linestyle=DASHES[1 + index % 2], label=f"{printable(name)} {value:.4g}")
+    for name, steps in chart.marked:
+        if steps:
+            transform = axes.get_xaxis_transform()
+            axes.plot(steps, [0.98] * len(steps), "v", color=colors["alarm"], markersize=5, transform=transform, label=printable(name))
+    values = [value for each in chart.series for value in each.values]
+    if chart.log and all(value > 0.0 for value in values if np.isfinite(value)) and np.isfinite(values).any():
+        axes.set_yscale("log")
+    elif chart.from_zero:
+        axes.set_ylim(bottom=0.0)
+        if not any(np.isfinite(value) and value for value in values):
+            axes.set_ylim(top=1.0)
+    _finish(axes, chart.unit, colors)
+
+
+def _draw_series(axes: Axes, series: Series, colors: Mapping[str, str]) -> None:
+    steps, values = _extremes(np.asarray(series.steps, dtype=float), np.asarray(series.values, dtype=float))
+    alone = len(steps) == 1  # a line of one point is not seen
+    axes.plot(
+        steps,
+        values,
+        color=colors[series_name(series.color)],
+        linestyle=DASHES[series.dash % len(DASHES)],
+        linewidth=1.1 if series.faint else 1.5,
+        alpha=0.7 if series.faint else 1.0,
+        marker="o" if series.markers or alone else None,
+        markersize=4,
+        label=_label(series.name),
+    )
+
+
+def _extremes(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Thin a line to MOST_POINTS, without losing a peak."""
+    if len(steps) <= MOST_POINTS:
+        return steps, values
+    kept: set[int] = {0, len(steps) - 1}
+    for part in np.array_split(np.arange(len(steps)), MOST_POINTS // 2):
+        finite = part[np.isfinite(values[part])]
+        kept |= {int(finite[np.argmin(values[finite])]), int(finite[np.argmax(values[finite])])} if len(finite) else {int(part[0])}
+    index = np.array(sorted(kept))
+    return steps[index], values[index]
+
+
+def _draw_stack(axes: Axes, chart: StackChart, colors: Mapping[str, str]) -> None:
+    values = np.nan_to_num(np.array([values for _, values in chart.parts], dtype=float))
+    axes.stackplot(
+        chart.steps,
+        values,
+        labels=[_label(name) for name, _ in chart.parts],
+        colors=[colors[series_name(index)] for index in range(len(chart.parts))],
+        linewidth=0.0,
+    )
+    axes.set_ylim(bottom=0.0)
+    _finish(axes, chart.unit, colors)
+
+
+def _draw_heat_map(figure: Figure, chart: HeatMap, size: Size, colors: Mapping[str, str]) -> Axes:
+    rows = len(chart.rows)
+    height = figure.get_figheight()
+    grid = figure.add_gridspec(2, 2, width_ratios=[40, 1], height_ratios=[1.15, height - 1.9])
+    axes, scale = figure.add_subplot(grid[1, 0]), figure.add_subplot(grid[1, 1])
+    above = figure.add_subplot(grid[0, 0], sharex=axes)
+    apart = chart.steps[1] - chart.steps[0] if len(chart.steps) > 1 else 1
+    extent = (chart.steps[0] - apart / 2, chart.steps[-1] + apart / 2, rows - 0.5, -0.5)
+    finite = chart.values[np.isfinite(chart.values) & (chart.values > 0.0)]
+    # A few values near zero must not take most of the scale: below its first percentile it ends.
+    least = min(LEAST_RMS, float(np.percentile(finite, 1))) if len(finite) else LEAST_RMS
+    most = max([MOST_RMS, *finite.tolist()])
+    # Zero has no logarithm; NaN stays without a color.
+    shown = np.where(chart.values <= least, least, chart.values)
+    image = axes.imshow(shown, norm=LogNorm(least, most), cmap="viridis", aspect="auto", extent=extent, interpolation="none")
+    bar = figure.colorbar(image, cax=scale)
+    ticks = [tick for tick in (0.01, 0.1, 0.3, 1.0, 2.3, 10.0, 100.0, 1e3, 1e4) if least <= tick <= most]
+    bar.ax.yaxis.set_major_locator(FixedLocator(ticks))
+    bar.ax.yaxis.set_minor_locator(NullLocator())
+    bar.ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    bar.set_label(chart.unit, color=colors["ink"])
+    bar.outline.set_visible(False)  # type: ignore[operator]  # a Spine, whatever the stub says
+    bar.ax.tick_params(colors=colors["muted"], labelcolor=colors["ink"])
+    if size.name_length:
+        axes.set_yticks(range(rows), [_short(name, size.name_length) for name in chart.rows], fontsize=6.5)
+    else:
+        places = list(range(0, rows, max(1, rows // 8)))
+        axes.set_yticks(places, [str(place + 1) for place in places])
+    _finish(axes, "" if size.name_length else "row of the table", colors, grid=False)
+    _draw_series(above, chart.loss, colors)
+    if chart.spikes:
+        for step in chart.spikes:
+            above.axvline(step, color=colors["alarm"], linewidth=0.6, alpha=0.6)
+        transform = above.get_xaxis_transform()
+        label = f"{chart.spikes_name}, {len(chart.spikes)}"
+        above.plot(chart.spikes, [0.94] * len(chart.spikes), "v", color=colors["alarm"], markersize=5, transform=transform, label=label)
+    _finish(above, "loss", colors)
+    axes.set_xlim(extent[:2])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8 if size.name == "wide" else 4))
+    above.set_xlabel("")
+    above.tick_params(labelbottom=False)
+    return axes
+
+
+def _finish(axes: Axes, unit: str, colors: Mapping[str, str], *, grid: bool = True) -> None:
+    axes.set_facecolor("none")
+    axes.set_xlabel("step", color=colors["ink"])
+    axes.set_ylabel(unit, color=colors["ink"])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins="auto"))
+    axes.tick_params(colors=colors["muted"], labelcolor=colors["ink"])
+    for spine in axes.spines.values():
+        spine.set_color(colors["muted"])
+    if grid:
+        axes.grid(color=colors["grid"], linewidth=0.6)
+        axes.set_axisbelow(True)
+
+
+def _draw_legend(figure: Figure, size: Size, colors: Mapping[str, str]) -> None:
+    found = [pair for axes in figure.axes for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
+    if found:
+        handles, labels = zip(*found, strict=True)
+        longest = max(map(len, labels))
+        # In shares of what a line of text holds, so that long names do not run out of the figure.
+        columns = max(1, min(size.legend_columns, int(size.width * 15) // (longest + 6)))
+        figure.legend(handles, labels, loc="outside lower left", ncols=columns, frameon=False, labelcolor=colors["ink"])
+
+
+def _label(name: str) -> str:
+    """A name in a legend. matplotlib leaves out names that begin with an underscore."""
+    short = _short(name, 44)
+    return f"\u200b{short}" if short.startswith("_") else short
+
+
+def _short(name: str, length: int) -> str:
+    """Leave out the middle of a long name."""
+    name = printable(name)
+    return name if len(name) <= length else f"{name[: length // 2 - 1]}\u2026{name[len(name) - length // 2 :]}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------------- SVG
+
+
+def _as_html(svg: bytes, prefix: str) -> str:
+    """Make an SVG part of an HTML page: no namespaces, ids with a prefix, colors from the page's style."""
+    root = ElementTree.fromstring(svg)
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if _local(child.tag) in ("metadata", "style"):  # matplotlib's style is for `*`, and would be for the whole page
+                parent.remove(child)
+    variables = {value: f"var(--{name})" for name, value in PLACEHOLDERS.items()}
+    pattern = re.compile("|".join(variables))
+    for element in root.iter():
+        element.tag = _local(element.tag)
+        attributes = {_local(name): value for name, value in element.attrib.items()}
+        element.attrib.clear()
+        for name, value in attributes.items():
+            if name == "id":
+                value = f"{prefix}{value}"
+            elif name == "href" and value.startswith("#"):
+                value = f"#{prefix}{value[1:]}"
+            else:
+                value = value.replace("url(#", f"url(#{prefix}")
+                found = pattern.search(value)
+                if found and name in ("fill", "stroke", "color"):  # a CSS variable is understood in a style only
+                    element.set("style", f"{name}: {variables[found.group()]};{attributes.get('style', '')}")
+                    continue
+                if name == "style" and element.get("style"):
+                    value = element.get("style", "")
+                value = pattern.sub(lambda match: variables[match.group()], value)
+            element.set(name, value)
+    for name in ("width", "height", "version"):  # the page's style sets the size
+        root.attrib.pop(name, None)
+    root.set("aria-hidden", "true")  # the figure has a text of its own
+    root.set("focusable", "false")
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _local(name: str) -> str:
+    """Return a name without its namespace."""
+    return name.rpartition("}")[2]

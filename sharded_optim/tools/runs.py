@@ -1,0 +1,327 @@
+"""Read the folder of a training run while the run goes on: records, config and summary. Used by `sharded-optim report` and `watch`.
+
+A run folder has `metrics.jsonl`, one JSON object per line: records of training, with a `train_loss_bits`, and of validation, with a
+`val_bits_per_byte`. Null is a value that was not finite. `config.yaml` and `summary.json` may be missing in a run that has just begun.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sharded_optim.tools.imported import MissingPackageError
+
+__all__ = [
+    "FINISHED",
+    "Follower",
+    "Records",
+    "Run",
+    "RunFolderError",
+    "TrainingRecord",
+    "ValidationRecord",
+    "find_run",
+    "labels_of",
+    "printable",
+    "read_run",
+]
+
+CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
+FINISHED = "finished"  # the `status` of a run whose steps are done
+NAMED_FOLDERS = 8  # in an error
+COMPARED_BYTES = 256  # before the place where reading goes on
+
+
+class RunFolderError(ValueError):
+    """A path that is no run folder, or a run folder without what is asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRecord:
+    """The last of some training steps. A value that the record does not have is None, one that was not finite is NaN."""
+
+    step: int
+    loss: float  # bits per byte, mean over the steps since the record before
+    lr: float | None
+    tokens_per_second: float | None  # of all ranks
+    largest_rms: float | None
+    largest_rms_name: str | None  # the tensor of that RMS
+    skipped_steps: int | None  # since the run began
+    optimizer: dict[str, float]  # `optimizer.metrics()` of the step; empty where the record has none
+
+    def by_name(self, kind: str) -> dict[str, float]:
+        """Return the optimizer's values of one kind: those of `rms/NAME` by NAME for `rms`."""
+        prefix = f"{kind}/"
+        return {key.removeprefix(prefix): value for key, value in self.optimizer.items() if key.startswith(prefix)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationRecord:
+    """The validation set after a step."""
+
+    step: int
+    bits_per_byte: float
+
+
+@dataclass
+class Records:
+    """Records in the order of steps. Where a run was resumed, those of steps that it has taken again replace the ones before."""
+
+    training: list[TrainingRecord] = field(default_factory=list)
+    validation: list[ValidationRecord] = field(default_factory=list)
+    restarts: list[int] = field(default_factory=list)  # first recorded steps after a restart that metrics.jsonl shows
+    unreadable: int = 0  # whole lines that are no record
+
+    def add(self, line: bytes) -> None:
+        """Add one line of metrics.jsonl, without its end."""
+        if not line.strip():
+            return
+        record = _parsed(line)
+        if isinstance(record, TrainingRecord):
+            if self.training and record.step <= self.training[-1].step:
+                self._drop_from(record.step)
+                self.restarts.append(record.step)
+            self.training.append(record)
+        elif isinstance(record, ValidationRecord):
+            # A validation comes after the training record of its step, so training records of that step stay.
+            if self.validation and record.step <= self.validation[-1].step:
+                self.validation = [each for each in self.validation if each.step < record.step]
+            self.validation.append(record)
+        else:
+            self.unreadable += 1
+
+    def _drop_from(self, step: int) -> None:
+        self.training = [each for each in self.training if each.step < step]
+        self.validation = [each for each in self.validation if each.step < step]
+        self.restarts = [each for each in self.restarts if each < step]
+
+    @property
+    def last_step(self) -> int:
+        """The largest step of any record; 0 without records."""
+        return max([0, *(each.step for each in (*self.training[-1:], *self.validation[-1:]))])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a run folder holds."""
+
+    path: Path
+    records: Records
+    config: dict[str, Any]  # of config.yaml; empty where it is missing or cannot be read
+    summary: dict[str, Any]  # of summary.json, likewise
+    seconds_since_record: float | None  # since metrics.jsonl was written; None where it is missing
+
+    @property
+    def status(self) -> str:
+        return str(self.summary.get("status", "no summary yet"))
+
+    @property
+    def steps(self) -> int | None:
+        """Steps that the run is to take; None where config.yaml does not say."""
+        steps = self.config.get("steps")
+        return steps if isinstance(steps, int) and not isinstance(steps, bool) else None
+
+    @property
+    def ranks(self) -> int | None:
+        ranks = self.summary.get("world_size", self.config.get("processes"))
+        return ranks if isinstance(ranks, int) and not isinstance(ranks, bool) else None
+
+
+def find_run(path: str | Path) -> Path:
+    """Return the run folder that a path names, links followed: `runs/latest` is the newest run.
+
+    Raises:
+        RunFolderError: it is no run folder. The error names what is missing, and the run folders beside it or in it.
+    """
+    given = Path(path)
+    if _is_run(given):
+        return given.resolve()
+    if not given.exists():
+        what = "there is no such folder"
+    elif not given.is_dir():
+        what = f"it is a file; give the folder that holds {METRICS}"
+    else:
+        what = f"it has neither {CONFIG} nor {METRICS}"
+    inside = _runs_in(given)
+    beside = inside or _runs_in(given.parent)
+    if not beside:
+        way_out = "no run folder is beside it; `make train` writes one below runs/"
+    else:
+        shown = ", ".join(printable(str(each)) for each in beside[:NAMED_FOLDERS])
+        more = f" and {len(beside) - NAMED_FOLDERS} more" if len(beside) > NAMED_FOLDERS else ""
+        way_out = f"run folders {'in' if inside else 'beside'} it, newest first: {shown}{more}"
+    raise RunFolderError(f"{str(path)!r} is no run folder: {what}; {way_out}")
+
+
+def read_run(path: Path) -> Run:
+    """Read a whole run folder, as `find_run` returns it."""
+    return Follower(path).read()
+
+
+class Follower:
+    """Reads a run folder again and again; of metrics.jsonl only what was appended.
+
+    A job that resumes a run replaces metrics.jsonl by a shorter one. The file is then read from its beginning.
+
+    Args:
+        path: of a run folder, as `find_run` returns it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._begin()
+
+    def _begin(self) -> None:
+        self._records = Records()
+        self._offset = 0  # of the first line that was not read yet
+        self._before = b""  # the bytes before it, by which a replaced file is recognized
+        self._config: tuple[tuple[int, int] | None, dict[str, Any]] = (None, {})
+
+    def read(self) -> Run:
+        """Return the run as it is now."""
+        age = self._read_records()
+        return Run(
+            path=self._path,
+            records=self._records,
+            config=self._read_config(),
+            summary=_read_summary(self._path / SUMMARY),
+            seconds_since_record=age,
+        )
+
+    def _read_records(self) -> float | None:
+        try:
+            stream = (self._path / METRICS).open("rb")
+        except FileNotFoundError:
+            self._begin()
+            return None
+        with stream:
+            # The bytes are compared, as a replaced file may have the same inode and a larger size.
+            stream.seek(max(0, self._offset - COMPARED_BYTES))
+            if stream.read(len(self._before)) != self._before:
+                self._begin()
+            stream.seek(self._offset)
+            appended = stream.read()
+            modified = os.fstat(stream.fileno()).st_mtime
+        lines = appended.split(b"\n")
+        # The end of the file may be half a record, which the next reading sees whole. One that is whole but for its newline counts as soon
+        # as the newline is there, so that no record is added twice.
+        del lines[-1]
+        for line in lines:
+            self._records.add(line)
+        length = sum(len(line) + 1 for line in lines)
+        self._offset += length
+        self._before = (self._before + appended[:length])[-COMPARED_BYTES:]
+        return max(0.0, time.time() - modified)
+
+    def _read_config(self) -> dict[str, Any]:
+        path = self._path / CONFIG
+        try:
+            status = path.stat()
+            stamp = (status.st_mtime_ns, status.st_size)
+            if stamp != self._config[0]:
+                self._config = (stamp, _parse_config(path))
+        except OSError:
+            return {}
+        return self._config[1]
+
+
+def labels_of(paths: Sequence[Path]) -> list[str]:
+    """Return short names of run folders: as many of the last parts of each path as tell them apart.
+
+    >>> labels_of([Path("/a/x"), Path("/a/y")]), labels_of([Path("/a/x"), Path("/b/x")])
+    (['x', 'y'], ['a/x', 'b/x'])
+    """
+    for count in range(1, max((len(path.parts) for path in paths), default=1) + 1):
+        labels = ["/".join(path.parts[-count:]) for path in paths]
+        if len(set(labels)) == len(labels):
+            return labels
+    return [str(path) for path in paths]
+
+
+def printable(text: str) -> str:
+    r"""Replace what no page and no terminal should be given: names and values in a run folder may be any string.
+
+    >>> printable("a\x1b[31m\n\ud800")
+    'a\ufffd[31m \ufffd'
+    """
+    return "".join(" " if each.isspace() else each if each.isprintable() else "\ufffd" for each in text)
+
+
+def _is_run(path: Path) -> bool:
+    return any((path / name).is_file() for name in (CONFIG, METRICS))
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    """Run folders in a folder, newest first, without links to them."""
+    try:
+        found = [each for each in folder.iterdir() if not each.is_symlink() and each.is_dir() and _is_run(each)]
+        return sorted(found, key=lambda each: (each.stat().st_mtime, each), reverse=True)
+    except OSError:
+        return []
+
+
+def _parse_config(path: Path) -> dict[str, Any]:
+    try:
+        import yaml
+    except ImportError as error:
+        raise MissingPackageError(f"reading {CONFIG} needs pyyaml, which is not installed; pip install pyyaml") from error
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _parsed(line: bytes) -> TrainingRecord | ValidationRecord | None:
+    """Return the record of a line; None where it is none, as after a process that was killed while it wrote."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not _is_count(record.get("step")):
+        return None
+    if "train_loss_bits" in record:
+        optimizer = record.get("optimizer")
+        name = record.get("largest_rms_name")
+        skipped = record.get("skipped_steps")
+        has_rms = "largest_rms" in record and isinstance(name, str)
+        return TrainingRecord(
+            step=record["step"],
+            loss=_number(record["train_loss_bits"]),
+            lr=_number(record["lr"]) if "lr" in record else None,
+            tokens_per_second=_number(record["tokens_per_second"]) if "tokens_per_second" in record else None,
+            largest_rms=_number(record["largest_rms"]) if has_rms else None,  # null without a name: the optimizer has no RMS
+            largest_rms_name=name if has_rms else None,
+            skipped_steps=skipped if _is_count(skipped) else None,
+            optimizer={key: _number(value) for key, value in optimizer.items()} if isinstance(optimizer, dict) else {},
+        )
+    if "val_bits_per_byte" in record:
+        return ValidationRecord(step=record["step"], bits_per_byte=_number(record["val_bits_per_byte"]))
+    return None
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _number(value: Any) -> float:
+    """Return a value as a float; NaN for null, and for what is no number."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return math.nan
