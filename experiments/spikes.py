@@ -6,8 +6,8 @@ steps a spike in the RMS of the patch embedding's update,
     RMS = sqrt(mean over the tensor of g^2 / max(v / (1 - beta2^t), eps^2)),
 
 and StableAdamW, which divides a tensor's learning rate by max(1, RMS), prevents them, better than clipping gradients does. Here a small
-vision transformer is trained on data that change (`shifting_task.py`). Two further arms run optimi's StableAdamW on flat shards, as an optimizer
-that does not know where tensors lie runs under ZeRO or FSDP1: the RMS is then that of a range of the flat buffer.
+vision transformer is trained on data that change (`shifting_task.py`). Two further arms run optimi's StableAdamW on flat shards, as an
+optimizer that does not know where tensors lie runs under ZeRO or FSDP1: the RMS is then that of a range of the flat buffer.
 
 All arms have the same data, initial weights and hyperparameters for a seed. The task was tuned on seed 0 until AdamW's loss spiked; the
 seeds that are measured begin at 1.
@@ -249,7 +249,7 @@ def _compared(difference: Interval, more: str, less: str) -> str:
     """Word a difference: `more` or `less` by how much, or that the interval has 0 in it."""
     if difference.holds(0.0):
         return f"neither {more} nor {less} ({difference.text()})"
-    return f"{more if difference.mean > 0 else less} by {abs(difference.mean):.2f} ± {difference.half_width:.2f}"
+    return f"{abs(difference.mean):.2f} ± {difference.half_width:.2f} {more if difference.mean > 0 else less}"
 
 
 def sentences(outcomes: Sequence[Outcome]) -> list[str]:
