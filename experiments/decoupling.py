@@ -165,9 +165,9 @@ class Fit:
     """The valley of a map: best weight decay over learning rate.
 
     Attributes:
-        rates: learning rates that were fitted, those with which the mean error over seeds gets near the least.
+        rates: learning rates that were fitted: the mean error over seeds gets near the least, with a decay inside the grid.
         best: for each of them, log10 of the best weight decay of the mean error.
-        slopes: of each seed's own best weight decays, by least squares in log-log coordinates.
+        slopes: of each seed's own best weight decays inside the grid, by least squares in log-log coordinates.
         least: mean over seeds of the least error.
     """
 
@@ -183,21 +183,22 @@ class Fit:
         return interval(self.slopes)
 
 
-def _best_decay(errors: Tensor, decays: Sequence[float]) -> float:
+def _best_decay(errors: Tensor, decays: Sequence[float]) -> float | None:
     """Return log10 of the weight decay with the least error, between grid points by a parabola through the least and those beside it.
 
     Args:
         errors: (weight decays,).
+
+    Returns:
+        None where the least error is at the grid's edge: the best decay is outside, or none at all.
     """
     least = int(errors.argmin())
-    step = math.log10(decays[1] / decays[0])
-    shift = 0.0
-    if 0 < least < len(decays) - 1:
-        before, here, after = (float(errors[least + k]) for k in (-1, 0, 1))
-        curvature = before - 2 * here + after
-        if math.isfinite(curvature) and curvature > 0:
-            shift = 0.5 * (before - after) / curvature
-    return math.log10(decays[least]) + shift * step
+    if least in (0, len(decays) - 1):
+        return None
+    before, here, after = (float(errors[least + k]) for k in (-1, 0, 1))
+    curvature = before - 2 * here + after
+    shift = 0.5 * (before - after) / curvature if math.isfinite(curvature) and curvature > 0 else 0.0
+    return math.log10(decays[least]) + shift * math.log10(decays[1] / decays[0])
 
 
 def _slope(x: Sequence[float], y: Sequence[float]) -> float:
@@ -214,20 +215,16 @@ def fit(task: str, form: str, errors: Tensor, grid: Grid) -> Fit:
     """
     rates, decays = grid.learning_rates(), grid.weight_decays(form)
     mean_errors = errors.mean(-1)
-    least = mean_errors.min()
-    near = [k for k in range(len(rates)) if float(mean_errors[k].min()) <= NEAR_BEST * float(least)]
-    if len(near) < LEAST_RATES:  # a slope needs some; only coarse grids have fewer
-        near = sorted(mean_errors.min(1).values.argsort()[:LEAST_RATES].tolist())
-    logs = [math.log10(rates[k]) for k in near]
-    slopes = [_slope(logs, [_best_decay(errors[k, :, seed], decays) for k in near]) for seed in range(errors.shape[-1])]
-    return Fit(
-        task=task,
-        form=form,
-        rates=[rates[k] for k in near],
-        best=[_best_decay(mean_errors[k], decays) for k in near],
-        slopes=slopes,
-        least=float(least),
-    )
+    least = float(mean_errors.min())
+    valley = {k: best for k in range(len(rates)) if (best := _best_decay(mean_errors[k], decays)) is not None}
+    near = [k for k in valley if float(mean_errors[k].min()) <= NEAR_BEST * least]
+    if len(near) < LEAST_RATES:  # only on coarse grids
+        near = sorted(sorted(valley, key=lambda k: float(mean_errors[k].min()))[:LEAST_RATES])
+    slopes = []
+    for seed in range(errors.shape[-1]):
+        of_seed = {math.log10(rates[k]): best for k in near if (best := _best_decay(errors[k, :, seed], decays)) is not None}
+        slopes.append(_slope(list(of_seed), list(of_seed.values())))
+    return Fit(task=task, form=form, rates=[rates[k] for k in near], best=[valley[k] for k in near], slopes=slopes, least=least)
 
 
 def sentences(fits: Sequence[Fit]) -> list[str]:
@@ -264,7 +261,7 @@ def markdown(record: dict[str, Any]) -> str:
         *sentences(fits),
         f"Slopes are in log-log coordinates, means over {len(fits[0].slopes)} seeds with 95 % intervals.",
         f"A slope within {TOLERANCE} of the claimed one counts as it.",
-        f"Fitted are learning rates with which some decay gets the mean error below {NEAR_BEST} times the least of the map.",
+        f"Fitted are learning rates whose best decay is inside the grid and gets the mean error below {NEAR_BEST} times the map's least.",
         report.table(header, rows, text=2),
         summary(record["environment"]),
         f"`{record['environment']['command']}`, commit {record['environment']['commit']}.",

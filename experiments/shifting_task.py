@@ -26,6 +26,7 @@ class Task:
     steps: int = 700
     batch: int = 64
     classes: int = 16
+    outputs: int = 16  # of the classifier; those beyond `classes` are never right, and make the model larger
     patches: int = 8
     signal_channels: int = 64
     groups: int = 4
@@ -98,7 +99,7 @@ class Transformer(nn.Module):
         self.patch_embedding = nn.Linear(task.channels, task.width)
         self.position_embedding = nn.Parameter(0.02 * torch.randn(task.patches, task.width))
         self.blocks = nn.Sequential(*(Block(task.width, task.heads) for _ in range(task.blocks)))
-        self.norm, self.head = nn.LayerNorm(task.width), nn.Linear(task.width, task.classes)
+        self.norm, self.head = nn.LayerNorm(task.width), nn.Linear(task.width, task.outputs)
 
     def forward(self, inputs: Tensor) -> Tensor:
         hidden = self.blocks(self.patch_embedding(inputs) + self.position_embedding)

@@ -10,7 +10,8 @@ The rules are modelled on those of Wortsman et al. 2023 (arXiv 2304.13013, its a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import mean, pstdev
+
+import numpy as np
 
 __all__ = ["FOLLOWS", "WINDOW", "events", "lags", "loss_spikes", "rises", "rms_spikes"]
 
@@ -43,14 +44,14 @@ def loss_spikes(losses: Sequence[float], start: int) -> list[int]:
     high = []
     for step in range(start, len(losses)):
         before = losses[step - WINDOW : step]
-        if not losses[step] <= mean(before) + DEVIATIONS * pstdev(before):  # also where it is NaN
+        if not losses[step] <= np.mean(before) + DEVIATIONS * np.std(before):  # also where it is NaN
             high.append(step)
     return events(high, LEAST_STEPS)
 
 
 def rises(losses: Sequence[float], start: int) -> list[float]:
     """Return how far each loss from `start` >= `WINDOW` on is above the mean of the `WINDOW` before it."""
-    return [losses[step] - mean(losses[step - WINDOW : step]) for step in range(start, len(losses))]
+    return [losses[step] - float(np.mean(losses[step - WINDOW : step])) for step in range(start, len(losses))]
 
 
 def lags(loss_events: Sequence[int], rms_events: Sequence[int]) -> list[int | None]:

@@ -9,6 +9,9 @@ and StableAdamW, which divides a tensor's learning rate by max(1, RMS), prevents
 vision transformer is trained on data that change (`shifting_task.py`). Two further arms run optimi's StableAdamW on flat shards, as an
 optimizer that does not know where tensors lie runs under ZeRO or FSDP1: the RMS is then that of a range of the flat buffer.
 
+The share of a tensor in a range of the buffer decides how much of its RMS shows there. So all is run twice, the second time with a
+classifier of so many outputs that the patch embedding is a small part of the model.
+
 All arms have the same data, initial weights and hyperparameters for a seed. The task was tuned on seed 0 until AdamW's loss spiked; the
 seeds that are measured begin at 1.
 """
@@ -39,12 +42,13 @@ from experiments.spike_events import FOLLOWS, WINDOW, lags, loss_spikes, rises, 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["ARMS", "Arm", "Outcome", "Trace", "flat_shards", "main", "markdown", "measure", "outcome", "sentences", "train"]
+__all__ = ["ARMS", "Arm", "Outcome", "Trace", "flat_shards", "main", "markdown", "measure", "outcome", "sentences", "table", "train"]
 
 RESULTS = Path(__file__).parent / "results"
 FIGURE = Path(__file__).parents[1] / "docs" / "spikes.png"
 LR, BETA2, EPS, WEIGHT_DECAY, WARM_UP = 1e-2, 0.999, 1e-6, 1e-2, 50
 SEEDS, QUICK_SEEDS = 8, 2
+TASKS = (Task(), Task(outputs=4096))
 QUICK = Task(steps=110, batch=16, groups=2, first_shift=80, period=15, measured_from=WINDOW)
 MOST_UNEXPLAINED = 2 / 30  # of loss spikes: 28 of the paper's 30 followed an RMS spike
 LAST = 50  # steps whose mean loss is the final one
@@ -290,38 +294,45 @@ def _lag_text(found: Sequence[int | None]) -> str:
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """Return the table of a record, with the sentences first."""
-    outcomes = [Outcome(**each) for each in record["outcomes"]]
-    arms = list(dict.fromkeys(each.arm for each in outcomes))
-    rows = []
-    for arm in arms:
-        runs = _of(outcomes, arm)
-        values: list[tuple[Callable[[Outcome], float], int]] = [
-            (lambda each: each.rms_spikes, 1),
-            (lambda each: each.largest_rms, 1),
-            (lambda each: each.largest_other_rms, 1),
-            (_spikes, 1),
-        ]
-        cells = [interval([value(run) for run in runs]).text(digits) for value, digits in values]
-        cells.append(_lag_text([lag for run in runs for lag in run.lags]))
-        cells += [interval([value(run) for run in runs]).text() for value in (_rise, lambda each: each.final_loss)]
-        rows.append([arm, *cells])
-    header = ["", "RMS spikes", "largest RMS, patch embedding", "largest RMS, others", "loss spikes", "1 to 8 steps after an RMS spike"]
-    header += ["largest rise of the loss", "final loss"]
-    shift = interval([each.shift_rise for each in _of(outcomes, STABLE)])
-    seeds = len({each.seed for each in outcomes})
-    parts = [
-        "# Spikes of the loss after spikes of the update's RMS",
-        *sentences(outcomes),
-        f"Mean over {seeds} seeds with 95 % intervals, per run. A loss rises above the mean of the {WINDOW} before it.",
-        f"The first batch of new data alone, before any update, raises StableAdamW's loss by {shift.text()}.",
-        report.table(header, rows),
-        summary(record["environment"]),
-        f"`{record['environment']['command']}`, commit {record['environment']['commit']}, hyperparameters and task: "
-        + ", ".join(f"{name} {value}" for name, value in (record["hyperparameters"] | record["task"]).items())
-        + ".",
+    """Return the tables of a record, each after its sentences."""
+    parts = ["# Spikes of the loss after spikes of the update's RMS"]
+    for run in record["runs"]:
+        outcomes = [Outcome(**each) for each in run["outcomes"]]
+        parts += [f"## The patch embedding is {100 * run['share']:.0f} % of the model", *sentences(outcomes), table(outcomes)]
+    task, *others = (run["task"] for run in record["runs"])
+    settings = record["hyperparameters"] | task
+    differences = [f"{name} {value}" for other in others for name, value in other.items() if value != task[name]]
+    parts += [
+        "## Settings",
+        ", ".join(f"{name} {value}" for name, value in settings.items()) + (f"; then {', '.join(differences)}" if others else "") + ".",
+        f"`{record['environment']['command']}`, commit {record['environment']['commit']}. {summary(record['environment'])}",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """Return a Markdown table of all arms, means over seeds with their intervals, after a line on what they are."""
+    header = ["", "RMS spikes", "largest RMS, patch embedding", "largest RMS, others", "loss spikes", "1 to 8 steps after an RMS spike"]
+    header += ["largest rise of the loss", "final loss"]
+    rows = []
+    for arm in dict.fromkeys(each.arm for each in outcomes):
+        runs = _of(outcomes, arm)
+        cells = [
+            interval([each.rms_spikes for each in runs]).text(1),
+            interval([each.largest_rms for each in runs]).text(1),
+            interval([each.largest_other_rms for each in runs]).text(1),
+            interval([each.loss_spikes for each in runs]).text(1),
+            _lag_text([lag for each in runs for lag in each.lags]),
+            interval([each.largest_rise for each in runs]).text(),
+            interval([each.final_loss for each in runs]).text(),
+        ]
+        rows.append([arm, *cells])
+    shift = interval([each.shift_rise for each in _of(outcomes, STABLE)])
+    caption = (
+        f"Per run, means over {len({each.seed for each in outcomes})} seeds with 95 % intervals; rises are above the mean of the {WINDOW} "
+        f"losses before. New data alone, before any update on them, raise StableAdamW's loss by {shift.text()}."
+    )
+    return f"{caption}\n\n{report.table(header, rows)}"
 
 
 def _mean_curve(traces: Sequence[Trace], arm: str, values: Callable[[Trace], list[float]]) -> Tensor:
@@ -362,6 +373,7 @@ def draw(path: Path, traces: Sequence[Trace], outcomes: Sequence[Outcome], task:
     bars.invert_yaxis()
     bars.set(xlabel="largest rise of the loss, 95 % interval", title="")
     bars.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
 
 
@@ -375,19 +387,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.quick and options.output is None:
         parser.error("a --quick run is no result: say with --output where to write it")
     torch.set_num_threads(1)  # matrices are too small for more
-    task = QUICK if options.quick else Task()
     environment = describe(torch.device("cpu"), "experiments.spikes")
-    traces = measure(task, options.seeds or (QUICK_SEEDS if options.quick else SEEDS))
-    outcomes = [outcome(trace, task) for trace in traces]
+    runs = []
+    for task in (QUICK,) if options.quick else TASKS:
+        traces = measure(task, options.seeds or (QUICK_SEEDS if options.quick else SEEDS))
+        outcomes = [outcome(trace, task) for trace in traces]
+        sizes = {name: param.numel() for name, param in Transformer(task).named_parameters()}
+        runs.append(
+            {"share": sizes[PATCH_EMBEDDING] / sum(sizes.values()), "task": asdict(task), "outcomes": [asdict(each) for each in outcomes]}
+        )
+        if len(runs) == 1:
+            draw(FIGURE if options.output is None else options.output / FIGURE.name, traces, outcomes, task)
     record = {
         "environment": environment,
         "hyperparameters": {"lr": LR, "beta1": 0.9, "beta2": BETA2, "eps": EPS, "weight_decay": WEIGHT_DECAY, "warm-up": WARM_UP},
-        "task": asdict(task),
-        "outcomes": [asdict(each) for each in outcomes],
+        "runs": runs,
     }
     text = markdown(record)
     report.write(options.output or RESULTS, "spikes", record, text)
-    draw(FIGURE if options.output is None else options.output / FIGURE.name, traces, outcomes, task)
     print(text)
 
 
