@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-__all__ = ["FOLLOWS", "WINDOW", "events", "lags", "loss_spikes", "rises", "rms_spikes"]
+__all__ = ["FOLLOWS", "RMS_THRESHOLD", "WINDOW", "events", "lags", "loss_spikes", "rises", "rms_spikes"]
 
 RMS_THRESHOLD = 2.3
 DEVIATIONS = 3.2

@@ -19,30 +19,43 @@ seeds that are measured begin at 1.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812, torch's own name for it
 from optimi import StableAdamW as OptimiStableAdamW
-from torch import Tensor, nn
+from torch import nn
 
 import sharded_optim as so
 from benchmarks import report
 from benchmarks.environment import describe, summary
 from experiments.intervals import Interval, interval
 from experiments.shifting_task import PATCH_EMBEDDING, Batches, Task, Transformer
-from experiments.spike_events import FOLLOWS, WINDOW, lags, loss_spikes, rises, rms_spikes
+from experiments.spike_events import FOLLOWS, RMS_THRESHOLD, WINDOW, lags, loss_spikes, rises, rms_spikes
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-__all__ = ["ARMS", "Arm", "Outcome", "Trace", "flat_shards", "main", "markdown", "measure", "outcome", "sentences", "table", "train"]
+__all__ = [
+    "ARMS",
+    "Arm",
+    "Outcome",
+    "Trace",
+    "draw",
+    "flat_shards",
+    "main",
+    "markdown",
+    "mean_curves",
+    "measure",
+    "outcome",
+    "sentences",
+    "table",
+    "train",
+]
 
 RESULTS = Path(__file__).parent / "results"
 FIGURE = Path(__file__).parents[1] / "docs" / "spikes.png"
@@ -335,45 +348,50 @@ def table(outcomes: Sequence[Outcome]) -> str:
     return f"{caption}\n\n{report.table(header, rows)}"
 
 
-def _mean_curve(traces: Sequence[Trace], arm: str, values: Callable[[Trace], list[float]]) -> Tensor:
-    return torch.tensor([values(trace) for trace in traces if trace.arm == arm]).mean(0)
+def mean_curves(traces: Sequence[Trace], task: Task) -> dict[str, Any]:
+    """Return means over seeds of RMS and loss around the first two shifts, for the figure."""
+    first, last = task.first_shift - 15, min(task.steps, task.first_shift + task.period + 60)
+    curves = {}
+    for arm in dict.fromkeys(trace.arm for trace in traces):
+        of_arm = [trace for trace in traces if trace.arm == arm]
+        both = {"rms": [trace.rms[PATCH_EMBEDDING] for trace in of_arm], "loss": [trace.losses for trace in of_arm]}
+        curves[arm] = {name: [round(mean(values), 4) for values in zip(*rows, strict=True)][first:last] for name, rows in both.items()}
+    return {"first": first, "arms": curves}
 
 
-def draw(path: Path, traces: Sequence[Trace], outcomes: Sequence[Outcome], task: Task) -> None:
-    """Write a PNG: RMS and loss around the first two shifts, and the largest rise of each arm."""
+def draw(path: Path, record: dict[str, Any]) -> None:
+    """Write a PNG: RMS and loss of the first model around the first two shifts, and the largest rise of each arm for every model."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, and no global state as in pyplot
     from matplotlib.figure import Figure
 
+    runs = record["runs"]
     figure = Figure(figsize=(10, 5.6), layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(2, 2, width_ratios=(2.2, 1))
-    first, last = task.first_shift - 15, min(task.steps, task.first_shift + task.period + 60)
-    panels: tuple[tuple[Axes, str, Callable[[Trace], list[float]]], ...] = (
-        (figure.add_subplot(grid[0, 0]), "RMS of the patch embedding's update", lambda trace: trace.rms[PATCH_EMBEDDING]),
-        (figure.add_subplot(grid[1, 0]), "loss", lambda trace: trace.losses),
-    )
-    for axes, label, values in panels:
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(1.7, 1))[0]
+    panels = left.subplots(2, 1, sharex=True)
+    curves, task = runs[0]["curves"], Task(**runs[0]["task"])
+    for axes, name, label in zip(panels, ("rms", "loss"), ("RMS of the update", "loss"), strict=True):
         for arm in ARMS:
-            curve = _mean_curve(traces, arm.name, values)[first:last]
-            axes.plot(range(first, first + len(curve)), curve, color=arm.color, label=arm.name, linewidth=1.3)
+            curve = curves["arms"][arm.name][name]
+            axes.plot(range(curves["first"], curves["first"] + len(curve)), curve, color=arm.color, label=arm.name, linewidth=1.3)
         for shift in task.shifts:
-            if shift < last:
+            if shift < curves["first"] + len(curves["arms"][ADAMW][name]):
                 axes.axvline(shift, color="black", linewidth=0.7, linestyle=":")
-        axes.set(ylabel=label, xlim=(first, last))
+        axes.set_ylabel(label)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0][0].axhline(2.3, color="black", linewidth=0.7, linestyle="--")
-    panels[0][0].set_title("Mean over seeds; the data change at dotted lines", fontsize=10)
-    panels[0][0].legend(frameon=False, fontsize=8)
-    panels[1][0].set_xlabel("step")
-    bars = figure.add_subplot(grid[:, 1])
-    for place, arm in enumerate(ARMS):
-        rise = interval([each.largest_rise for each in _of(outcomes, arm.name)])
-        bars.barh(place, rise.mean, xerr=rise.half_width, color=arm.color, capsize=3)
-    bars.set_yticks(range(len(ARMS)), [arm.name.replace(", ", ",\n") for arm in ARMS], fontsize=8)
-    bars.invert_yaxis()
-    bars.set(xlabel="largest rise of the loss, 95 % interval", title="")
-    bars.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    panels[0].axhline(RMS_THRESHOLD, color="black", linewidth=0.7, linestyle="--")
+    panels[0].set_title("Patch embedding and loss, mean over seeds; data change at dotted lines", fontsize=9)
+    panels[1].legend(frameon=False, fontsize=8, loc="upper right")
+    panels[1].set_xlabel("step")
+    for axes, run in zip(right.subplots(len(runs), 1, squeeze=False)[:, 0], runs, strict=True):
+        for place, arm in enumerate(ARMS):
+            rise = interval([each["largest_rise"] for each in run["outcomes"] if each["arm"] == arm.name])
+            axes.barh(place, rise.mean, xerr=rise.half_width if math.isfinite(rise.half_width) else None, color=arm.color, capsize=3)
+        axes.set_yticks(range(len(ARMS)), [arm.name.replace(", ", ",\n") for arm in ARMS], fontsize=7)
+        axes.invert_yaxis()
+        axes.set_title(f"Patch embedding: {100 * run['share']:.0f} % of the model", fontsize=9)
+        axes.set_xlabel("largest rise of the loss", fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=100)
 
 
@@ -391,13 +409,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runs = []
     for task in (QUICK,) if options.quick else TASKS:
         traces = measure(task, options.seeds or (QUICK_SEEDS if options.quick else SEEDS))
-        outcomes = [outcome(trace, task) for trace in traces]
         sizes = {name: param.numel() for name, param in Transformer(task).named_parameters()}
-        runs.append(
-            {"share": sizes[PATCH_EMBEDDING] / sum(sizes.values()), "task": asdict(task), "outcomes": [asdict(each) for each in outcomes]}
-        )
-        if len(runs) == 1:
-            draw(FIGURE if options.output is None else options.output / FIGURE.name, traces, outcomes, task)
+        run = {"share": sizes[PATCH_EMBEDDING] / sum(sizes.values()), "task": asdict(task)}
+        runs.append(run | {"outcomes": [asdict(outcome(trace, task)) for trace in traces], "curves": mean_curves(traces, task)})
     record = {
         "environment": environment,
         "hyperparameters": {"lr": LR, "beta1": 0.9, "beta2": BETA2, "eps": EPS, "weight_decay": WEIGHT_DECAY, "warm-up": WARM_UP},
@@ -405,6 +419,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     text = markdown(record)
     report.write(options.output or RESULTS, "spikes", record, text)
+    draw(FIGURE if options.output is None else options.output / FIGURE.name, record)
     print(text)
 
 
