@@ -143,21 +143,20 @@ class UpdateRms:
     """The statistic of StableAdamW's algorithm, per tensor, beside any optimizer: from gradients alone, with moments of its own."""
 
     def __init__(self, named: Sequence[tuple[str, nn.Parameter]]) -> None:
-        self._named = named
-        self._exp_avg_sq = [torch.zeros_like(param) for _, param in named]
+        self._names, self._params = [name for name, _ in named], [param for _, param in named]
+        self._exp_avg_sq = [torch.zeros_like(param) for param in self._params]
         self._step = 0
 
     @torch.no_grad()
     def observe(self) -> dict[str, float]:
         """Return the RMS of each tensor's update in the step that is about to come."""
         self._step += 1
-        found = {}
-        for (name, param), exp_avg_sq in zip(self._named, self._exp_avg_sq, strict=True):
-            assert param.grad is not None
-            exp_avg_sq.lerp_(param.grad.square(), 1 - BETA2)
-            debiased = (exp_avg_sq / (1 - BETA2**self._step)).clamp(min=EPS**2)
-            found[name] = float((param.grad.square() / debiased).mean().sqrt())
-        return found
+        squares = [param.grad.square() for param in self._params if param.grad is not None]
+        torch._foreach_lerp_(self._exp_avg_sq, squares, 1 - BETA2)
+        debiased = torch._foreach_div(self._exp_avg_sq, 1 - BETA2**self._step)
+        torch._foreach_clamp_min_(debiased, EPS**2)
+        means = [ratio.mean() for ratio in torch._foreach_div(squares, debiased)]
+        return dict(zip(self._names, torch.stack(means).sqrt().tolist(), strict=True))
 
 
 def flat_shards(model: nn.Module, shards: int) -> list[nn.Parameter]:
@@ -234,13 +233,11 @@ def outcome(trace: Trace, task: Task) -> Outcome:
     )
 
 
-def measure(task: Task, seeds: int, arms: Sequence[Arm] = ARMS) -> list[Trace]:
-    """Train all arms on all seeds."""
-    traces = []
-    for seed in range(1, 1 + seeds):  # the task was tuned on seed 0
-        for arm in arms:
-            traces.append(train(arm, task, seed))
-            print(f"seed {seed}: {arm.name}: loss {mean(traces[-1].losses[-LAST:]):.3f}", file=sys.stderr, flush=True)
+def measure(task: Task, seed: int) -> list[Trace]:
+    """Train all arms on a seed."""
+    traces = [train(arm, task, seed) for arm in ARMS]
+    finals = ", ".join(f"{trace.arm} {mean(trace.losses[-LAST:]):.3f}" for trace in traces)
+    print(f"{task.outputs} outputs, seed {seed}: final losses: {finals}", file=sys.stderr, flush=True)
     return traces
 
 
@@ -406,21 +403,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("a --quick run is no result: say with --output where to write it")
     torch.set_num_threads(1)  # matrices are too small for more
     environment = describe(torch.device("cpu"), "experiments.spikes")
-    runs = []
-    for task in (QUICK,) if options.quick else TASKS:
-        traces = measure(task, options.seeds or (QUICK_SEEDS if options.quick else SEEDS))
-        sizes = {name: param.numel() for name, param in Transformer(task).named_parameters()}
-        run = {"share": sizes[PATCH_EMBEDDING] / sum(sizes.values()), "task": asdict(task)}
-        runs.append(run | {"outcomes": [asdict(outcome(trace, task)) for trace in traces], "curves": mean_curves(traces, task)})
-    record = {
-        "environment": environment,
-        "hyperparameters": {"lr": LR, "beta1": 0.9, "beta2": BETA2, "eps": EPS, "weight_decay": WEIGHT_DECAY, "warm-up": WARM_UP},
-        "runs": runs,
-    }
-    text = markdown(record)
-    report.write(options.output or RESULTS, "spikes", record, text)
-    draw(FIGURE if options.output is None else options.output / FIGURE.name, record)
+    tasks = (QUICK,) if options.quick else TASKS
+    traces: list[list[Trace]] = [[] for _ in tasks]
+    text = ""
+    for seed in range(1, 1 + (options.seeds or (QUICK_SEEDS if options.quick else SEEDS))):  # the task was tuned on seed 0
+        for task, of_task in zip(tasks, traces, strict=True):
+            of_task += measure(task, seed)
+        # After every seed: a run that is interrupted leaves the result of those that it has.
+        record = {
+            "environment": environment,
+            "hyperparameters": {"lr": LR, "beta1": 0.9, "beta2": BETA2, "eps": EPS, "weight_decay": WEIGHT_DECAY, "warm-up": WARM_UP},
+            "runs": [run_record(task, of_task) for task, of_task in zip(tasks, traces, strict=True)],
+        }
+        text = markdown(record)
+        report.write(options.output or RESULTS, "spikes", record, text)
+        draw(FIGURE if options.output is None else options.output / FIGURE.name, record)
     print(text)
+
+
+def run_record(task: Task, traces: Sequence[Trace]) -> dict[str, Any]:
+    """Return what a record has of the runs of a task."""
+    sizes = {name: param.numel() for name, param in Transformer(task).named_parameters()}
+    return {
+        "share": sizes[PATCH_EMBEDDING] / sum(sizes.values()),
+        "task": asdict(task),
+        "outcomes": [asdict(outcome(trace, task)) for trace in traces],
+        "curves": mean_curves(traces, task),
+    }
 
 
 if __name__ == "__main__":
