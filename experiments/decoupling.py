@@ -1,7 +1,7 @@
 """Best weight decay as a function of the learning rate, coupled and decoupled: `python -m experiments.decoupling`.
 
-Puts to the test what is said of decoupled weight decay, as in F. Schaipp's note "How to jointly tune learning rate and weight decay for
-AdamW" (2024-02-19): where a step multiplies weights by 1 - lr * lambda (`decay_form="coupled"`, torch's AdamW), the best lambda is
+Tests the common claim on decoupled weight decay, as in F. Schaipp's note "How to jointly tune learning rate and weight decay for AdamW"
+(2024-02-19): where a step multiplies weights by 1 - lr * lambda (`decay_form="coupled"`, torch's AdamW), the best lambda is
 proportional to 1 / lr; where it multiplies them by 1 - s_t * lambda with s_t = lr_t / lr (`"decoupled"`), it does not depend on lr. In
 log-log coordinates of lambda over lr these are slopes of -1 and 0.
 
@@ -302,7 +302,7 @@ def draw(path: Path, maps: dict[tuple[str, str], Tensor], fits: Sequence[Fit], g
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run what the command line says, and write table, record and figure."""
+    """Run the experiment; write table, record and figure."""
     parser = argparse.ArgumentParser(prog="python -m experiments.decoupling", description="Fits best weight decays.")
     parser.add_argument("--quick", action="store_true", help=f"a smoke run of seconds: a coarse grid, {QUICK_SEEDS} seeds")
     parser.add_argument("--seeds", type=int, help=f"default: {SEEDS}, with --quick {QUICK_SEEDS}")

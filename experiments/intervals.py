@@ -33,7 +33,7 @@ class Interval:
 
     def text(self, digits: int = 2) -> str:
         """Return it as '1.23 ± 0.04'."""
-        return f"{self.mean:.{digits}f} ± {self.half_width:.{digits}f}"
+        return f"{round(self.mean, digits) + 0.0:.{digits}f} ± {self.half_width:.{digits}f}"  # + 0.0: not -0.00
 
 
 def interval(values: Sequence[float]) -> Interval:

@@ -1,6 +1,6 @@
 """Loss spikes of AdamW after its second moments have gone stale, and StableAdamW against them: `python -m experiments.spikes`.
 
-Puts to the test what Wortsman et al. 2023 (arXiv 2304.13013) report of CLIP: with beta2 close to 1, loss spikes of AdamW follow by 1 to 8
+Tests the report of Wortsman et al. 2023 (arXiv 2304.13013) on CLIP: with beta2 close to 1, loss spikes of AdamW follow by 1 to 8
 steps a spike in the RMS of the patch embedding's update,
 
     RMS = sqrt(mean over the tensor of g^2 / max(v / (1 - beta2^t), eps^2)),
@@ -71,7 +71,7 @@ HALVES, WHOLE = "StableAdamW, halves of a flat buffer", "StableAdamW, one flat b
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """An optimizer and what it is given.
+    """An optimizer, and how gradients and parameters are passed to it.
 
     Attributes:
         make: build the optimizer of named parameters.
@@ -106,7 +106,7 @@ ARMS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """What a run was like at each step."""
+    """Losses and RMS of a run, by step."""
 
     arm: str
     seed: int
@@ -116,7 +116,7 @@ class Trace:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What came out of a run.
+    """Spikes and other measurements of a run.
 
     Attributes:
         lags: of each loss spike, steps since the last RMS spike of the patch embedding began; None if there was none before.
@@ -267,7 +267,7 @@ def _compared(difference: Interval, more: str, less: str) -> str:
 
 
 def sentences(outcomes: Sequence[Outcome]) -> list[str]:
-    """Return what came out of the paper's claim, of clipping, and of flat shards, from the numbers alone."""
+    """Return the verdicts on the paper's claim, on clipping, and on flat shards, from the numbers alone."""
     found = [lag for each in _of(outcomes, ADAMW) for lag in each.lags]
     followed = sum(lag in FOLLOWS for lag in found)
     chance = mean(each.chance for each in _of(outcomes, ADAMW))
@@ -321,7 +321,7 @@ def markdown(record: dict[str, Any]) -> str:
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """Return a Markdown table of all arms, means over seeds with their intervals, after a line on what they are."""
+    """Return a Markdown table of all arms, means over seeds with their intervals, under a caption."""
     header = ["", "RMS spikes", "largest RMS, patch embedding", "largest RMS, others", "loss spikes", "1 to 8 steps after an RMS spike"]
     header += ["largest rise of the loss", "final loss"]
     rows = []
@@ -377,8 +377,8 @@ def draw(path: Path, record: dict[str, Any]) -> None:
         axes.set_ylabel(label)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].axhline(RMS_THRESHOLD, color="black", linewidth=0.7, linestyle="--")
-    panels[0].set_title("Patch embedding and loss, mean over seeds; data change at dotted lines", fontsize=9)
-    panels[1].legend(frameon=False, fontsize=8, loc="upper right")
+    panels[0].set_title("RMS of the patch embedding and loss, mean over seeds; data change at dotted lines", fontsize=9)
+    panels[0].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0.15, 1.0))  # between the first two shifts
     panels[1].set_xlabel("step")
     for axes, run in zip(right.subplots(len(runs), 1, squeeze=False)[:, 0], runs, strict=True):
         for place, arm in enumerate(ARMS):
@@ -386,14 +386,14 @@ def draw(path: Path, record: dict[str, Any]) -> None:
             axes.barh(place, rise.mean, xerr=rise.half_width if math.isfinite(rise.half_width) else None, color=arm.color, capsize=3)
         axes.set_yticks(range(len(ARMS)), [arm.name.replace(", ", ",\n") for arm in ARMS], fontsize=7)
         axes.invert_yaxis()
-        axes.set_title(f"Patch embedding: {100 * run['share']:.0f} % of the model", fontsize=9)
-        axes.set_xlabel("largest rise of the loss", fontsize=9)
+        axes.set_title(f"Patch embedding: {100 * run['share']:.0f} % of the model", fontsize=8, loc="right")
+        axes.set_xlabel("largest rise of the loss", fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=100)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run what the command line says, and write table, record and figure."""
+    """Run the experiment; write table, record and figure."""
     parser = argparse.ArgumentParser(prog="python -m experiments.spikes", description="Compares loss spikes of AdamW and StableAdamW.")
     parser.add_argument("--quick", action="store_true", help=f"a smoke run of seconds: {QUICK.steps} steps, {QUICK_SEEDS} seeds")
     parser.add_argument("--seeds", type=int, help=f"default: {SEEDS}, with --quick {QUICK_SEEDS}")
@@ -422,7 +422,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run_record(task: Task, traces: Sequence[Trace]) -> dict[str, Any]:
-    """Return what a record has of the runs of a task."""
+    """Return the part of a record that is about one task."""
     sizes = {name: param.numel() for name, param in Transformer(task).named_parameters()}
     return {
         "share": sizes[PATCH_EMBEDDING] / sum(sizes.values()),
