@@ -151,11 +151,12 @@ class UpdateRms:
     def observe(self) -> dict[str, float]:
         """Return the RMS of each tensor's update in the step that is about to come."""
         self._step += 1
-        squares = [param.grad.square() for param in self._params if param.grad is not None]
-        torch._foreach_lerp_(self._exp_avg_sq, squares, 1 - BETA2)
-        debiased = torch._foreach_div(self._exp_avg_sq, 1 - BETA2**self._step)
-        torch._foreach_clamp_min_(debiased, EPS**2)
-        means = [ratio.mean() for ratio in torch._foreach_div(squares, debiased)]
+        means = []
+        for param, exp_avg_sq in zip(self._params, self._exp_avg_sq, strict=True):
+            assert param.grad is not None
+            square = param.grad.square()
+            exp_avg_sq.lerp_(square, 1 - BETA2)
+            means.append((square / (exp_avg_sq / (1 - BETA2**self._step)).clamp(min=EPS**2)).mean())
         return dict(zip(self._names, torch.stack(means).sqrt().tolist(), strict=True))
 
 
