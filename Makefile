@@ -12,7 +12,8 @@ GPU_PYTHON ?= python3
 SIDE_BY_SIDE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test matrix reshard chaos survive gpu-check wheel recipes docker-check bench gpu-bench flattened experiments figures lint format clean
+.PHONY: help setup train test matrix reshard chaos survive gpu-check wheel recipes docker-check bench gpu-bench flattened
+.PHONY: experiments figures lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
