@@ -12,7 +12,8 @@ GPU_PYTHON ?= python3
 SIDE_BY_SIDE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test matrix reshard chaos survive gpu-check wheel recipes docker-check bench gpu-bench flattened figures lint format clean
+.PHONY: help setup train test matrix reshard chaos survive gpu-check wheel recipes docker-check bench gpu-bench flattened
+.PHONY: experiments figures lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -81,7 +82,11 @@ gpu-bench:  ## time steps on a GPU, with GPU_PYTHON's torch, in less than 9 minu
 flattened: setup  ## tabulate errors under DeepSpeed and FSDP1: make flattened ARGS="--quick"
 	$(BIN)/python -m benchmarks.flattened $(ARGS)
 
-figures: setup  ## draw the figures of docs/ anew, but for the loss curve
+experiments: setup  ## test claims of papers on small models, in a quarter of an hour; draws their figures in docs/
+	$(BIN)/python -m experiments.spikes $(ARGS)
+	$(BIN)/python -m experiments.decoupling $(ARGS)
+
+figures: setup  ## draw the figures of docs/ anew, but for the loss curve and those of experiments
 	$(BIN)/python docs/decay_figure.py
 	$(BIN)/python docs/errors_figure.py
 
