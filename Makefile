@@ -83,8 +83,8 @@ flattened: setup  ## tabulate errors under DeepSpeed and FSDP1: make flattened A
 	$(BIN)/python -m benchmarks.flattened $(ARGS)
 
 experiments: setup  ## test claims of papers on small models, in a quarter of an hour; draws their figures in docs/
-	$(BIN)/python -m experiments.spikes $(ARGS)
-	$(BIN)/python -m experiments.decoupling $(ARGS)
+	$(BIN)/python -m examples.experiments.spikes $(ARGS)
+	$(BIN)/python -m examples.experiments.decoupling $(ARGS)
 
 figures: setup  ## draw the figures of docs/ anew, but for the loss curve and those of experiments
 	$(BIN)/python docs/decay_figure.py

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812, torch's own name for it
 from torch import nn
 
-from experiments import decoupling, spikes
-from experiments.intervals import interval
-from experiments.shifting_task import Batches, Transformer
-from experiments.spike_events import events, lags, loss_spikes, rises, rms_spikes
+from examples.experiments import decoupling, spikes
+from examples.experiments.intervals import interval
+from examples.experiments.shifting_task import Batches, Transformer
+from examples.experiments.spike_events import events, lags, loss_spikes, rises, rms_spikes
 
 ROOT = Path(__file__).parents[2]
 SHORT = replace(spikes.QUICK, steps=12, first_shift=6, period=3)

@@ -62,7 +62,7 @@ def test_nothing_in_the_package_imports_the_launcher_or_tests() -> None:
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None) or ""]
-            assert not any(name.split(".")[0] in ("launch", "tests", "benchmarks", "experiments", "examples") for name in names), path
+            assert not any(name.split(".")[0] in ("launch", "tests", "benchmarks", "examples") for name in names), path
 
 
 def test_the_range_of_deepspeed_is_the_one_that_attach_checks() -> None:
@@ -73,7 +73,7 @@ def test_the_range_of_deepspeed_is_the_one_that_attach_checks() -> None:
 def test_no_text_tells_to_install_a_distribution_that_is_in_no_index() -> None:
     """Whoever registered its name could put anything there."""
     root = PACKAGE.parent
-    folders = ("sharded_optim", "launch", "benchmarks", "experiments", "docs", "examples", "tests", "docker", "configs")
+    folders = ("sharded_optim", "launch", "benchmarks", "docs", "examples", "tests", "docker", "configs")
     files = [path for name in folders for path in (root / name).rglob("*") if path.suffix in (".py", ".md", ".sh", ".yaml", ".yml", "")]
     files = [path for path in [*files, *root.glob("*.md"), *root.glob("*.txt"), root / "Makefile"] if path.is_file()]
     found = [path for path in files if re.search(r"pip install[^\n]* '?sharded[-_]optim", path.read_text())]

@@ -1,4 +1,4 @@
-"""Loss spikes of AdamW after its second moments have gone stale, and StableAdamW against them: `python -m experiments.spikes`.
+"""Loss spikes of AdamW after its second moments have gone stale, and StableAdamW against them: `python -m examples.experiments.spikes`.
 
 Tests the report of Wortsman et al. 2023 (arXiv 2304.13013) on CLIP: with beta2 close to 1, loss spikes of AdamW follow by 1 to 8
 steps a spike in the RMS of the patch embedding's update,
@@ -36,9 +36,9 @@ from torch import nn
 import sharded_optim as so
 from benchmarks import report
 from benchmarks.environment import describe, summary
-from experiments.intervals import Interval, interval
-from experiments.shifting_task import PATCH_EMBEDDING, Batches, Task, Transformer
-from experiments.spike_events import FOLLOWS, RMS_THRESHOLD, WINDOW, lags, loss_spikes, rises, rms_spikes
+from examples.experiments.intervals import Interval, interval
+from examples.experiments.shifting_task import PATCH_EMBEDDING, Batches, Task, Transformer
+from examples.experiments.spike_events import FOLLOWS, RMS_THRESHOLD, WINDOW, lags, loss_spikes, rises, rms_spikes
 
 __all__ = [
     "ARMS",
@@ -58,7 +58,7 @@ __all__ = [
 ]
 
 RESULTS = Path(__file__).parent / "results"
-FIGURE = Path(__file__).parents[1] / "docs" / "spikes.png"
+FIGURE = Path(__file__).parents[2] / "docs" / "spikes.png"
 LR, BETA2, EPS, WEIGHT_DECAY, WARM_UP = 1e-2, 0.999, 1e-6, 1e-2, 50
 SEEDS, QUICK_SEEDS = 8, 2
 TASKS = (Task(), Task(outputs=4096))
@@ -395,15 +395,17 @@ def draw(path: Path, record: dict[str, Any]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the experiment; write table, record and figure."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.spikes", description="Compares loss spikes of AdamW and StableAdamW.")
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.experiments.spikes", description="Compares loss spikes of AdamW and StableAdamW."
+    )
     parser.add_argument("--quick", action="store_true", help=f"a smoke run of seconds: {QUICK.steps} steps, {QUICK_SEEDS} seeds")
     parser.add_argument("--seeds", type=int, help=f"default: {SEEDS}, with --quick {QUICK_SEEDS}")
-    parser.add_argument("--output", type=Path, help="folder of all files; default: experiments/results/, and docs/ for the figure")
+    parser.add_argument("--output", type=Path, help="folder of all files; default: examples/experiments/results/, and docs/ for the figure")
     options = parser.parse_args(arguments)
     if options.quick and options.output is None:
         parser.error("a --quick run is no result: say with --output where to write it")
     torch.set_num_threads(1)  # matrices are too small for more
-    environment = describe(torch.device("cpu"), "experiments.spikes")
+    environment = describe(torch.device("cpu"), "examples.experiments.spikes")
     tasks = (QUICK,) if options.quick else TASKS
     traces: list[list[Trace]] = [[] for _ in tasks]
     text = ""

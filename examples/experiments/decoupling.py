@@ -1,4 +1,4 @@
-"""Best weight decay as a function of the learning rate, coupled and decoupled: `python -m experiments.decoupling`.
+"""Best weight decay as a function of the learning rate, coupled and decoupled: `python -m examples.experiments.decoupling`.
 
 Tests the common claim on decoupled weight decay, as in F. Schaipp's note "How to jointly tune learning rate and weight decay for AdamW"
 (2024-02-19): where a step multiplies weights by 1 - lr * lambda (`decay_form="coupled"`, torch's AdamW), the best lambda is
@@ -33,12 +33,12 @@ from torch import Tensor, nn
 import sharded_optim as so
 from benchmarks import report
 from benchmarks.environment import describe, summary
-from experiments.intervals import Interval, interval
+from examples.experiments.intervals import Interval, interval
 
 __all__ = ["FORMS", "TASKS", "Fit", "Grid", "Task", "final_errors", "fit", "main", "markdown", "sentences"]
 
 RESULTS = Path(__file__).parent / "results"
-FIGURE = Path(__file__).parents[1] / "docs" / "decoupling.png"
+FIGURE = Path(__file__).parents[2] / "docs" / "decoupling.png"
 BETAS, EPS = (0.9, 0.999), 1e-8
 FORMS = {"coupled": -1.0, "decoupled": 0.0}  # and the slope that is claimed of each
 TOLERANCE = 0.2  # a slope is the claimed one if it is this close to it
@@ -303,10 +303,10 @@ def draw(path: Path, maps: dict[tuple[str, str], Tensor], fits: Sequence[Fit], g
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the experiment; write table, record and figure."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.decoupling", description="Fits best weight decays.")
+    parser = argparse.ArgumentParser(prog="python -m examples.experiments.decoupling", description="Fits best weight decays.")
     parser.add_argument("--quick", action="store_true", help=f"a smoke run of seconds: a coarse grid, {QUICK_SEEDS} seeds")
     parser.add_argument("--seeds", type=int, help=f"default: {SEEDS}, with --quick {QUICK_SEEDS}")
-    parser.add_argument("--output", type=Path, help="folder of all files; default: experiments/results/, and docs/ for the figure")
+    parser.add_argument("--output", type=Path, help="folder of all files; default: examples/experiments/results/, and docs/ for the figure")
     options = parser.parse_args(arguments)
     if options.quick and options.output is None:
         parser.error("a --quick run is no result: say with --output where to write it")
@@ -314,7 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     grid, seeds = (QUICK, QUICK_SEEDS) if options.quick else (Grid(), SEEDS)
     seeds = options.seeds or seeds
     tasks = [replace(task, steps=50) for task in TASKS] if options.quick else list(TASKS)
-    environment = describe(torch.device("cpu"), "experiments.decoupling")
+    environment = describe(torch.device("cpu"), "examples.experiments.decoupling")
     maps, fits = {}, []
     for task in tasks:
         for form in FORMS:
