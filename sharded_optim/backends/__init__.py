@@ -57,8 +57,12 @@ class Backend(Protocol):
         """Return None, or the reason why this backend does not run on this device with these dtypes of parameters, gradients and state."""
         ...
 
-    def prepare(self, algorithm: Algorithm, operands: Operands) -> None:
-        """Do everything that may fail before the ranks agree: an update that fails on one rank alone would leave it behind the others."""
+    def prepare(self, algorithm: Algorithm, operands: Operands, formulas: Sequence[Formulas] = ()) -> None:
+        """Do everything that may fail before the ranks agree: an update that fails on one rank alone would leave it behind the others.
+
+        Args:
+            formulas: of the coefficients that are going to be computed.
+        """
         ...
 
     def tabulate(

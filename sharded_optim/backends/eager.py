@@ -33,7 +33,7 @@ class Eager:
     def supports(self, device: torch.device, dtypes: frozenset[torch.dtype]) -> str | None:
         return None
 
-    def prepare(self, algorithm: Algorithm, operands: Operands) -> None:
+    def prepare(self, algorithm: Algorithm, operands: Operands, formulas: Sequence[Formulas] = ()) -> None:
         """Do nothing."""
 
     def tabulate(

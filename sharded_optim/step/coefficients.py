@@ -91,11 +91,14 @@ def host_numbers(group: Mapping[str, Any]) -> dict[str, Any]:
     return found if isinstance(found["lr"], Tensor) else found | {"lr": float(found["lr"])}
 
 
+OfMean = Callable[[Mapping[str, Any], Number], Number]  # see `Statistic.lr_scale`
+
+
 @dataclass(frozen=True, kw_only=True)
 class LrScale:
     """The factor for the learning rate of each operand, computed from the sums over ranks."""
 
-    of_mean: Callable[[Mapping[str, Any], Number], Number]  # see `Statistic.lr_scale`
+    of_mean: OfMean
     sums: Sums
 
 
@@ -123,9 +126,9 @@ class GroupRows:
         alike = all(map(_alike_but_for_lr, groups, self.groups))
         return replace(self, groups=groups, _formulas=self._formulas if alike else {})
 
-    def formulas(self, coefficients: Callable[..., Coefficients], lr_scale: float | LrScale | None) -> Formulas:
+    def formulas(self, coefficients: Callable[..., Coefficients], lr_scale: float | OfMean | None) -> Formulas:
         """Return the formula of the coefficients of each group; see `coefficient_table`."""
-        key = coefficients, lr_scale.of_mean if isinstance(lr_scale, LrScale) else lr_scale
+        key = coefficients, lr_scale
         if key not in self._formulas:
             self._formulas[key] = Formulas(tuple(_recorded(coefficients, group, lr_scale) for group in self.groups))
         return self._formulas[key]
@@ -154,13 +157,13 @@ def _alike_but_for_lr(group: Mapping[str, Any], other: Mapping[str, Any]) -> boo
     )
 
 
-def _recorded(coefficients: Callable[..., Coefficients], group: Mapping[str, Any], lr_scale: float | LrScale | None) -> Formula:
+def _recorded(coefficients: Callable[..., Coefficients], group: Mapping[str, Any], lr_scale: float | OfMean | None) -> Formula:
     """Record the formula of the coefficients of one group."""
     recorder = Recorder()
     numbers = {**group, "lr": recorder.input("lr")}
     arguments: list[Any] = [numbers, recorder.input("step")]
     if lr_scale is not None:
-        arguments.append(lr_scale.of_mean(numbers, Sums.recorded_mean(recorder)) if isinstance(lr_scale, LrScale) else lr_scale)
+        arguments.append(lr_scale(numbers, Sums.recorded_mean(recorder)) if callable(lr_scale) else lr_scale)
     return recorder.formula(coefficients(*arguments))
 
 
@@ -174,6 +177,6 @@ def coefficient_table(
     operands: Operands,
 ) -> Tensor:
     """Compute a row of coefficients for each operand: fp32 (operands, coefficients), computed in float64 and rounded once."""
-    sums = lr_scale.sums if isinstance(lr_scale, LrScale) else None
-    formulas = members.formulas(coefficients, lr_scale)
+    scale, sums = (lr_scale.of_mean, lr_scale.sums) if isinstance(lr_scale, LrScale) else (lr_scale, None)
+    formulas = members.formulas(coefficients, scale)
     return backend.tabulate(operands, formulas, members.group_of, steps, sums, members.lr(steps.device))

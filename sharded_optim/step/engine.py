@@ -172,6 +172,8 @@ class Engine(ReportingOptimizer):
         params = self._sets.of(self, only, rules, process_group)  # a collective when it is made; raises what the step before has left
         reports = self._reports
         reports.rows, reports.times, reports.grad_norm, self.grad_norm = None, None, self.grad_norm, None
+        is_whole = only is None and not (self.layout is not None and self.layout.steps_by_group)
+        reports.values = {} if is_whole else reports.values
         self._given.clear()  # whoever replaces parameters from now on is a user
         scaler = Scaler.of(self)
         try:
@@ -185,7 +187,10 @@ class Engine(ReportingOptimizer):
                 self._has_stepped = True
                 _warn_of_no_gradients(self, params, agreement)
             exchanged = self._update(params, agreement, scaler, accumulate=only is not None and self.optimizer_accumulation)
-            reports.times = (began, observed, agreed, exchanged, perf_counter())
+            ended = perf_counter()
+            reports.times = (began, observed, agreed, ended if exchanged is None else exchanged, ended)
+            if exchanged is not None:
+                reports.values = reports.values | params.values
         finally:
             self._sets.release(params)
             observation = None  # else an error that it has, and this frame, would keep each other alive
@@ -227,8 +232,12 @@ class Engine(ReportingOptimizer):
             self._options = options
         return self._known_rules
 
-    def _update(self, params: ParamSet, agreement: Agreement | None, scaler: Scaler, *, accumulate: bool) -> float:
-        """Write parameters (not with `accumulate`) and state and count the step, if it happens. Return when the update began."""
+    def _update(self, params: ParamSet, agreement: Agreement | None, scaler: Scaler, *, accumulate: bool) -> float | None:
+        """Write parameters (not with `accumulate`) and state and count the step, if it happens.
+
+        Returns:
+            When matrices had been exchanged, in seconds; None if the host knows that the step does not happen.
+        """
         if agreement is not None:
             proceed = agreement.verdict.proceed
         else:
@@ -241,7 +250,7 @@ class Engine(ReportingOptimizer):
             if agreement is not None:
                 params.conclude(agreement)
             if not happens:
-                return perf_counter()
+                return None
             proceed = None
         if self.learn_reference_lrs():
             params.take_values(self)

@@ -247,12 +247,12 @@ class GroupedOptimizer(torch.optim.Optimizer):
         return [place.group for place in self._index.places_of(self.param_groups, params)]
 
     def values_of(self, groups: Iterable[dict[str, Any]]) -> dict[int, GroupValues]:
-        """Return the values of these groups in this step, by the groups' ids.
+        """Return the values of these groups, and of those without a parameter, in this step, by the groups' ids.
 
         Raises:
             ValueError: no step could use one of them.
         """
-        asked = set(map(id, groups))
+        asked = {*map(id, groups), *(id(group) for group in self.param_groups if not group["params"])}
         found: dict[int, GroupValues] = {}
         del self._values[len(self.param_groups) :]  # of groups that were removed
         for index, group in enumerate(self.param_groups):

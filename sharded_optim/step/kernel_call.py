@@ -109,7 +109,10 @@ class KernelCall:
 
     def _prepare(self) -> None:
         """Do everything that may fail before the ranks agree."""
-        self.backend.prepare(self.algorithm, self.operands)
+        statistic, members = self.algorithm.statistic, self.members
+        observed = [] if statistic is None else [members.formulas(statistic.coefficients, None)]
+        updated = members.formulas(self.algorithm.coefficients, 1.0 if statistic is None else statistic.lr_scale)
+        self.backend.prepare(self.algorithm, self.operands, [*observed, updated])
 
     @property
     def steps(self) -> Tensor:

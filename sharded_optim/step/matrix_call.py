@@ -70,8 +70,8 @@ class MatrixCall(KernelCall):
             state_formats=(),
             state=(),
         )
-        self.backend.prepare(self.algorithm, self._directing)
-        self.backend.prepare(self.matrix.apply, self._applying)
+        self.backend.prepare(self.algorithm, self._directing, [self.members.formulas(self.algorithm.coefficients, 1.0)])
+        self.backend.prepare(self.matrix.apply, self._applying, [self.members.formulas(self.matrix.apply.coefficients, 1.0)])
 
     def write_directions(self, proceed: Tensor | None, scaler: Scaler) -> dict[int, Compute]:
         """Write directions to the exchange's buffer, and the state. Nothing where the step does not happen.

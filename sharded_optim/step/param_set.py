@@ -66,6 +66,7 @@ class ParamSet:
     Attributes:
         layout: what ranks hold of them.
         calls: the kernel calls of the last step, one for all parameters that are stored alike and have a gradient.
+        values: of each param group in the last step, by the group's id.
         agreement: of the last step; None if ranks did not agree.
         left_over: an agreement whose errors are raised when the next step begins.
         updates: what the last step wrote, and their number: larger than that of any update before.
@@ -80,7 +81,7 @@ class ParamSet:
         self.calls: list[KernelCall] = []
         self._exchanges = {plan.dtype: MatrixExchange(layout, plan) for plan in layout.matrices}
         self._groups: Sequence[Any] = ()  # of each parameter, when the calls were made
-        self._values: dict[int, GroupValues] = {}  # of each group, by its id
+        self.values: dict[int, GroupValues] = {}
         self._without_grad: list[int] | None = None  # the parameters that had none then; None: there are no calls
         self.agreement: Agreement | None = None
         self.left_over: Agreement | None = None
@@ -116,11 +117,11 @@ class ParamSet:
             for exchange in self._exchanges.values():
                 exchange.allocate()
             groups = optimizer.groups_of(None if whole else self.layout.params)
-            self._values = optimizer.values_of(groups)
+            self.values = optimizer.values_of(groups)
             if not self._renew(optimizer, groups, grads):
                 for param in self.layout.params[:1]:
                     refuse_to_capture(param.device)
-                values = [self._values[id(group)] for group in groups]
+                values = [self.values[id(group)] for group in groups]
                 self.calls = kernel_calls(optimizer, self.layout, values, grads, self._backends, self._exchanges, together=self._together)
                 self._groups, self._without_grad = groups, _without_grad(grads)
                 self._judge = next((call.backend.judge for call in self.calls if call.device == self.layout.device), judge)
@@ -262,7 +263,7 @@ class ParamSet:
             return False
         if len(groups) != len(self._groups) or not all(map(is_, groups, self._groups)):
             return False
-        return all(call.renew(list(map(grads.__getitem__, call.rows)), self._values, optimizer) for call in self.calls)  # type: ignore[misc]
+        return all(call.renew(list(map(grads.__getitem__, call.rows)), self.values, optimizer) for call in self.calls)  # type: ignore[misc]
 
 
 class ParamSets:

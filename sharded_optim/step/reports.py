@@ -8,8 +8,10 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from sharded_optim.formulas import Algorithm
 from sharded_optim.sharding import Layout, LocalParam
 from sharded_optim.step import metrics, step_metrics
+from sharded_optim.step.coefficients import GroupValues
 from sharded_optim.step.param_set import ParamSet, ParamSets
 from sharded_optim.step.stateful import StatefulOptimizer
 
@@ -24,6 +26,7 @@ class Reports:
     Attributes:
         rows: of the last step, by a parameter's id; made when asked for. To be None when a step begins.
         times: of the last step; see `step_metrics.of_work`.
+        values: of the param groups in the last step, by their ids.
         grad_norm: of the last step, before clipping; None if it was not computed.
     """
 
@@ -32,11 +35,14 @@ class Reports:
         self.rows: dict[int, Rows] | None = None
         self.times: tuple[float, ...] | None = None
         self.grad_norm: Tensor | None = None
+        self.values: dict[int, GroupValues] = {}
 
-    def of_step(self, sets: Sequence[ParamSet], param_groups: Sequence[dict[str, Any]]) -> dict[str, float]:
+    def of_step(
+        self, sets: Sequence[ParamSet], param_groups: Sequence[dict[str, Any]], algorithms: Iterable[Algorithm]
+    ) -> dict[str, float]:
         """Return the metrics of the last step; see `ReportingOptimizer.metrics`. Waits for the device."""
         norm = {} if self.grad_norm is None else {"grad_norm": float(self.grad_norm)}
-        return step_metrics.of_tensors(sets) | step_metrics.of_groups(sets, param_groups) | norm
+        return step_metrics.of_tensors(sets, algorithms) | step_metrics.of_groups(self.values, param_groups) | norm
 
     def of_param(self, entry: LocalParam, name: str, state: dict[str, Any], sets: Iterable[ParamSet]) -> dict[str, Tensor]:
         """Return `metrics.report` of each piece of a parameter."""
@@ -105,7 +111,9 @@ class ReportingOptimizer(StatefulOptimizer):
             `lr/GROUP`, `weight_decay/GROUP`: learning rate, and the share of a parameter that the step has taken away, before clipping.
             `grad_norm`: norm of all gradients before clipping, where `so.clip_grad_norm_` was given the optimizer before the step.
         """
-        return {"skipped_steps": float(self.skipped_steps)} | self._reports.of_step(list(self._sets), self.param_groups)
+        return {"skipped_steps": float(self.skipped_steps)} | self._reports.of_step(
+            list(self._sets), self.param_groups, self.algorithms.values()
+        )
 
     def performance(self) -> dict[str, float]:
         """Return what the last step took of this rank: nothing on a GPU, where the host does not know.

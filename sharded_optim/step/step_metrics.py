@@ -5,14 +5,15 @@ Nothing is computed before it is asked for, and no rank communicates for it: wha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from sharded_optim.formulas import Statistic
+from sharded_optim.formulas import Algorithm, Statistic
 from sharded_optim.formulas.verdict import NON_FINITE
 from sharded_optim.formulas.weight_decay import decay_coefficients
 from sharded_optim.sharding.names import names_without_wrappers
+from sharded_optim.step.coefficients import GroupValues
 from sharded_optim.step.kernel_call import KernelCall
 from sharded_optim.step.param_set import ParamSet
 
@@ -21,17 +22,23 @@ __all__ = ["of_groups", "of_tensors", "of_work"]
 PARTS = ("observe", "agree", "matrices", "update")
 
 
-def of_tensors(sets: Iterable[ParamSet]) -> dict[str, float]:
-    """Return `rms/NAME`, `clip_factor/NAME`, `non_finite/NAME` and `clipped_share` of the whole model. Waits for the device."""
+def of_tensors(sets: Iterable[ParamSet], algorithms: Iterable[Algorithm]) -> dict[str, float]:
+    """Return `rms/NAME`, `clip_factor/NAME`, `non_finite/NAME` and `clipped_share` of the whole model. Waits for the device.
+
+    Args:
+        algorithms: that the optimizer may run, on whatever rank.
+    """
     rms: dict[str, float] = {}
     factors: dict[str, float] = {}
     non_finite: dict[str, float] = {}
-    agreed = [(each.agreement, each.calls if each.updates[1] else ()) for each in sets if each.agreement is not None]
+    statistics = {each.statistic for each in algorithms if each.statistic is not None}
+    agreed = [(each.agreement, each.calls) for each in sets if each.agreement is not None]
     for agreement, calls in sorted(agreed, key=lambda pair: pair[0].number):
         names = names_without_wrappers(agreement.layout.names)
         means = agreement.named_means()
         rms |= {f"rms/{names[name]}": mean**0.5 for name, mean in means.items()}
-        factors |= {f"clip_factor/{names[name]}": factor for name, factor in _clip_factors(means, calls).items()}
+        if bool(agreement.verdict.proceed):
+            factors |= {f"clip_factor/{names[name]}": factor for name, factor in _clip_factors(means, calls, statistics).items()}
         counts = agreement.vector[NON_FINITE].tolist()
         pairs = zip(agreement.layout.names, counts, strict=True)
         non_finite |= {f"non_finite/{names[name]}": float(count) for name, count in pairs if count}
@@ -39,16 +46,15 @@ def of_tensors(sets: Iterable[ParamSet]) -> dict[str, float]:
     return rms | factors | share | non_finite
 
 
-def _clip_factors(means: Mapping[str, float], calls: Sequence[KernelCall]) -> dict[str, float]:
+def _clip_factors(means: Mapping[str, float], calls: Sequence[KernelCall], statistics: Collection[Statistic]) -> dict[str, float]:
     """Return the factor for the learning rate of each tensor, by its name.
 
-    Of tensors that other ranks alone hold, the hyperparameters are not known here: theirs is left out where it depends on these.
+    Of tensors that other ranks alone hold, algorithm and hyperparameters are not known here: theirs is left out where it depends on them.
     """
-    statistics = {call.algorithm.statistic: None for call in calls}
     found: dict[str, float] = {}
-    for statistic in statistics:
-        if statistic is not None:
-            found |= {name: factor for name, mean in means.items() if (factor := _factor(statistic, {}, mean)) is not None}
+    if len(statistics) == 1:
+        (statistic,) = statistics
+        found = {name: factor for name, mean in means.items() if (factor := _factor(statistic, {}, mean)) is not None}
     for call in calls:
         if call.algorithm.statistic is not None:
             for (_, piece), group in zip(call.pieces, call.group_of, strict=True):
@@ -66,21 +72,23 @@ def _factor(statistic: Statistic, group: Mapping[str, Any], mean: float) -> floa
         return None
 
 
-def of_groups(sets: Iterable[ParamSet], param_groups: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return `lr/GROUP` and `weight_decay/GROUP` of the param groups that were stepped.
+def of_groups(stepped: Mapping[int, GroupValues], param_groups: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return `lr/GROUP` and `weight_decay/GROUP` of the param groups of the last step.
 
     GROUP is the group's `name`, or its index. The decay is the share of a parameter that the step has taken away, before update clipping.
+
+    Args:
+        stepped: the groups' values in that step, by their ids.
+        param_groups: of the optimizer.
     """
-    indices = {id(group): index for index, group in enumerate(param_groups)}
     found: dict[str, float] = {}
-    for call in (call for each in sets if each.updates[1] for call in each.calls):
-        for values, numbers in zip(call.values, call.members.groups, strict=True):
-            index = indices.get(id(values.group))
-            if index is not None:
-                lr = float(numbers["lr"])
-                _, decay = decay_coefficients({**numbers, "lr": lr}, 1.0)
-                name = numbers.get("name", index)
-                found |= {f"lr/{name}": lr, f"weight_decay/{name}": 1.0 - float(decay)}  # type: ignore[arg-type]  # of floats a float
+    for index, group in enumerate(param_groups):
+        if id(group) in stepped:
+            numbers = stepped[id(group)].numbers
+            lr = float(numbers["lr"])
+            _, decay = decay_coefficients({**numbers, "lr": lr}, 1.0)
+            name = numbers.get("name", index)
+            found |= {f"lr/{name}": lr, f"weight_decay/{name}": 1.0 - float(decay)}  # type: ignore[arg-type]  # of floats a float
     return found
 
 

@@ -42,7 +42,8 @@ def check(cases: Sequence[tuple[str, str]]) -> None:
         for name, value in trained.whole().items():
             expected = outcomes[recipe][name]
             assert torch.equal(value, expected), f"{wrapper}, {recipe}: {name}, by {(value - expected).abs().max()}"
-        assert metrics_of(trained) == metrics[recipe], f"{wrapper}, {recipe}"
+        found, expected = metrics_of(trained), metrics[recipe]
+        assert found == expected, f"{wrapper}, {recipe}: {[each for each in (*found, *expected) if (each in found) != (each in expected)]}"
         if hasattr(trained.model, "destroy"):
             trained.model.destroy()
         del trained

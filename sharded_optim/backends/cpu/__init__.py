@@ -11,7 +11,7 @@ a share. Memory needs no alignment. Tensors of one operand must be equally strid
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -45,15 +45,19 @@ class Cpu:
 
     def __init__(self) -> None:
         self._tables: WeakKeyDictionary[Operands, _Tables] = WeakKeyDictionary()
+        self._kernels: WeakKeyDictionary[Formulas, list[tuple[Kernel, array[float]]]] = WeakKeyDictionary()  # and their constants
 
     def supports(self, device: torch.device, dtypes: frozenset[torch.dtype]) -> str | None:
         if device.type != "cpu":
             return f"it runs on the CPU, not on {device}"
         return next(filter(None, map(reason_against, sorted(dtypes, key=str))), None)
 
-    def prepare(self, algorithm: Algorithm, operands: Operands) -> None:
+    def prepare(self, algorithm: Algorithm, operands: Operands, formulas: Sequence[Formulas] = ()) -> None:
         self._tables_of(operands)
         update_kernel(algorithm, operands.formats, operands.grad_format)
+        verdict_kernel()
+        for each in formulas:
+            self._kernels_of(each)
 
     def tabulate(
         self,
@@ -69,9 +73,9 @@ class Cpu:
         if formula_of is not None:
             tensors["formula_of"] = formula_of
         addresses, kept = _addresses(tensors)
-        for operations, constants in formulas.constants.items():
+        for kernel, constants in self._kernels_of(formulas):
             arguments = array("q", FormulaArguments(operands=len(steps), constants=constants.buffer_info()[0], **addresses))
-            formula_kernel(operations, several=formula_of is not None).call(arguments.buffer_info()[0], 0, 1)
+            kernel.call(arguments.buffer_info()[0], 0, 1)
         del kept
         return table
 
@@ -137,6 +141,12 @@ class Cpu:
         if operands not in self._tables:
             self._tables[operands] = _Tables(operands, CHUNK)
         return self._tables[operands]
+
+    def _kernels_of(self, formulas: Formulas) -> list[tuple[Kernel, array[float]]]:
+        if formulas not in self._kernels:
+            several = len(formulas.formulas) > 1
+            self._kernels[formulas] = [(formula_kernel(each, several=several), row) for each, row in formulas.constants.items()]
+        return self._kernels[formulas]
 
 
 class _Tables(OperandTables):

@@ -108,7 +108,7 @@ class Triton:
         with on(sums.device):
             return triton_verdict.judge(sums, skips=skips)
 
-    def prepare(self, algorithm: Algorithm, operands: Operands) -> None:
+    def prepare(self, algorithm: Algorithm, operands: Operands, formulas: Sequence[Formulas] = ()) -> None:
         self._tables_of(operands)
         _update_kernel_of(algorithm, operands)
 
