@@ -200,7 +200,10 @@ def _draw_stack(axes: Axes, chart: StackChart, colors: Mapping[str, str]) -> Non
         colors=[colors[series_name(index)] for index in range(len(chart.parts))],
         linewidth=0.0,
     )
-    axes.set_ylim(bottom=0.0)
+    totals = values.sum(axis=0)
+    usual = 1.5 * float(np.percentile(totals, 95)) if totals.size else 0.0
+    # The first step, which compiles kernels, and a few late ones must not take most of the scale.
+    axes.set_ylim(0.0, usual if 0.0 < usual < totals.max() else None)
     _finish(axes, chart.unit, colors)
 
 

@@ -411,7 +411,8 @@ def _speed(runs: Sequence[Run], labels: Sequence[str]) -> list[Item]:
             StackChart(
                 key=f"step_time_{label}",
                 title=_of("Time of the optimizer's step by part", label, len(runs) > 1),
-                explanation="Milliseconds of this rank in the step of each record, without forward and backward.",
+                explanation="Milliseconds of this rank in the step of each record, without forward and backward. Rare long steps, as the "
+                "first, are cut off: the table has them.",
                 unit="ms",
                 steps=steps,
                 parts=[(name, [values[name].get(step, math.nan) for step in steps]) for name in ordered],
