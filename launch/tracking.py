@@ -57,7 +57,8 @@ class Tracking:
         )
 
     def training(self, record: Training) -> None:
-        values = {"loss": record.train_loss_bits, "tokens_per_second": record.tokens_per_second, "lr": record.lr}
+        # Without the record's own lr: the optimizer's `lr/0` and so on say more, and MLflow's files cannot hold `lr` beside them.
+        values = {"loss": record.train_loss_bits, "tokens_per_second": record.tokens_per_second}
         self._log(record.step, {**values, **record.optimizer})
 
     def validation(self, record: Validation) -> None:

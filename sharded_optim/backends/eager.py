@@ -45,13 +45,17 @@ class Eager:
         sums: Sums | None,
         lr: Tensor,
     ) -> Tensor:
-        inputs = {"step": _next_step(steps)} | ({} if sums is None else sums.inputs())
-        rates = lr.tolist() if known_on_host(lr) else lr
-        tables = [_table(formula, inputs | {"lr": rate}, steps) for formula, rate in zip(formulas.formulas, rates, strict=True)]
-        table = tables[0]
-        for index, each in enumerate(tables[1:], start=1):
-            assert formula_of is not None, "several formulas"
-            table = torch.where((formula_of == index).unsqueeze(1), each, table)
+        inputs = {} if sums is None else sums.inputs()
+        if formula_of is None:
+            return _table(formulas.formulas[0], inputs, lr[0], steps)
+        table = torch.empty(len(steps), formulas.results, dtype=torch.float32, device=steps.device)
+        for index, formula in enumerate(formulas.formulas):
+            own = formula_of == index
+            if known_on_host(formula_of):
+                own_inputs = {name: value[own] for name, value in inputs.items()}
+                table[own] = _table(formula, own_inputs, lr[index], steps[own])
+            else:  # how many rows there are is known to the device alone
+                table = torch.where(own.unsqueeze(1), _table(formula, inputs, lr[index], steps), table)
         return table
 
     def observe(
@@ -107,10 +111,11 @@ def _next_step(steps: Tensor) -> int | Tensor:
     return int(known.pop()) + 1 if len(known) == 1 else steps.to(torch.int64) + 1
 
 
-def _table(formula: Formula, inputs: Mapping[str, Any], steps: Tensor) -> Tensor:
+def _table(formula: Formula, inputs: Mapping[str, Tensor], lr: Tensor, steps: Tensor) -> Tensor:
     """Evaluate a formula for each operand: fp32 (operands, results)."""
-    constants = {f"c{index}": constant for index, constant in enumerate(formula.constants)}
-    values = formula.operations.evaluate(FUNCTIONS, {**constants, **inputs})
+    values: dict[str, Any] = {f"c{index}": constant for index, constant in enumerate(formula.constants)}
+    values |= {**inputs, "step": _next_step(steps), "lr": lr.tolist() if known_on_host(lr) else lr}
+    values = formula.operations.evaluate(FUNCTIONS, values)
     results = [values[name] for name in formula.operations.results]
     if known_on_host(steps) and not any(isinstance(value, Tensor) for value in results):
         return torch.tensor([results], dtype=torch.float32, device="cpu").expand(len(steps), -1).contiguous()

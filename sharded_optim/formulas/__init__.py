@@ -35,7 +35,7 @@ class Statistic:
     observe: Callable[..., Any]  # (grad, *state, *coefficients) -> the value, in [0, bound], of zeros zero; writes nothing
     coefficients: Callable[[Mapping[str, Any], Step], Coefficients]  # (hyperparameters, step)
     bound: Callable[[Mapping[str, Any]], float]  # the largest value that `observe` can give with these hyperparameters, at any step
-    lr_scale: Callable[[Mapping[str, Any], Number], Number]  # (hyperparameters, mean) -> multiplier of the learning rate
+    lr_scale: Callable[[Mapping[str, Any], Number], Number]  # (hyperparameters, which it reads by [], mean) -> multiplier of lr
 
 
 @dataclass(frozen=True, kw_only=True)

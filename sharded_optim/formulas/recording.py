@@ -1,4 +1,7 @@
-"""Record scalar operations on numbers that are not known yet, so that a backend computes all of them in one call. Used by `scalars.py`."""
+"""Record scalar operations on numbers that are not known yet, so that a backend computes all of them in one call.
+
+`coefficients.py` records the formulas of an algorithm, whose operations are those of `scalars.py`; every backend evaluates the record.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,19 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from torch import Tensor
 
 __all__ = ["Formula", "Formulas", "Number", "Operation", "Operations", "Recorded", "Recorder", "Step"]
 
 
+INTEGERS = ("step", "non_finite")  # inputs that are int64
+TAKE_INTEGERS = ("double", "power", "at_first_step", "nan_where")  # operations; all others take float64 alone
+
+
 class Operation(NamedTuple):
-    """One operation: "+", "-", "*", or a function of `scalars.py` by its name.
+    """One operation: "+", "-", "*", "double" of an integer, or a function of `scalars.py` by its name.
 
     Attributes:
         operands: names of inputs, of constants `c0`, `c1`, ..., and of results of operations before this one `v0`, `v1`, ...
@@ -30,19 +37,19 @@ class Operations:
     """Recorded operations, without the values of the constants in them.
 
     Attributes:
-        steps: number i computes `v{i}`. All values are float64, but for the inputs `step` and `non_finite`, which are int64.
+        instructions: number i computes `v{i}`. All values are float64, but for the inputs `INTEGERS`.
         results: names of what was asked for: of operations, of constants or of inputs.
         constants: how many there are.
     """
 
-    steps: tuple[Operation, ...]
+    instructions: tuple[Operation, ...]
     results: tuple[str, ...]
     constants: int
 
     @cached_property
     def names(self) -> tuple[str, ...]:
         """What the operations compute, in their order."""
-        return tuple(f"v{index}" for index in range(len(self.steps)))
+        return tuple(f"v{index}" for index in range(len(self.instructions)))
 
     def evaluate(
         self, functions: Mapping[str, Callable[..., Any]], values: Mapping[str, Any], wanted: Collection[str] | None = None
@@ -55,9 +62,9 @@ class Operations:
             wanted: names of operations; None means all.
         """
         known = dict(values)
-        for name, step in zip(self.names, self.steps, strict=True):
+        for name, each in zip(self.names, self.instructions, strict=True):
             if wanted is None or name in wanted:
-                known[name] = functions[step.name](*(known[operand] for operand in step.operands))
+                known[name] = functions[each.name](*(known[operand] for operand in each.operands))
         return known
 
 
@@ -92,7 +99,7 @@ class Recorder:
     """Records operations on numbers whose values are not known."""
 
     def __init__(self) -> None:
-        self._steps: list[Operation] = []
+        self._instructions: list[Operation] = []
         self._constants: list[float] = []
 
     def input(self, name: str) -> Recorded:
@@ -104,14 +111,20 @@ class Recorder:
 
     def record(self, name: str, *operands: Number) -> Recorded:
         """Record an operation, and return its result."""
-        self._steps.append(Operation(name, tuple(map(self._name_of, operands))))
-        return self.input(f"v{len(self._steps) - 1}")
+        if name not in TAKE_INTEGERS:
+            operands = tuple(map(self._double, operands))
+        self._instructions.append(Operation(name, tuple(map(self._name_of, operands))))
+        return self.input(f"v{len(self._instructions) - 1}")
 
     def formula(self, results: Sequence[Number]) -> Formula:
         """Return the recorded operations that compute these results."""
-        names = tuple(map(self._name_of, results))
-        operations = Operations(steps=tuple(self._steps), results=names, constants=len(self._constants))
+        names = tuple(self._name_of(self._double(result)) for result in results)
+        operations = Operations(instructions=tuple(self._instructions), results=names, constants=len(self._constants))
         return Formula(operations=operations, constants=tuple(self._constants))
+
+    def _double(self, number: Number) -> Number:
+        is_integer = isinstance(number, Recorded) and number.name in INTEGERS
+        return self.record("double", number) if is_integer else number
 
     def _name_of(self, number: Number) -> str:
         assert not isinstance(number, Tensor), "numbers of a step are recorded, or are tensors"
@@ -141,6 +154,17 @@ class Recorded:
     __add__, __radd__ = _recorded("+")
     __sub__, __rsub__ = _recorded("-")
     __mul__, __rmul__ = _recorded("*")
+
+    def __bool__(self) -> NoReturn:
+        raise TypeError(
+            f"coefficients cannot branch on {self.name}: their formula is recorded once, for every learning rate, step and mean; compute "
+            f"with the functions of scalars.py"
+        )
+
+    def __eq__(self, other: object) -> NoReturn:
+        self.__bool__()
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
 
 
 Number = float | Tensor | Recorded

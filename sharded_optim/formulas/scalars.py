@@ -157,6 +157,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "+": operator.add,
     "-": operator.sub,
     "*": operator.mul,
+    "double": lambda number: number.to(torch.float64) if isinstance(number, Tensor) else float(number),
     "divide": divide,
     "sqrt": sqrt,
     "maximum": maximum,

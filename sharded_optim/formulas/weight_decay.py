@@ -21,7 +21,7 @@ from typing import Any
 
 from sharded_optim.formulas.scalars import Number, divide
 
-__all__ = ["CORRECTED", "COUPLED", "DECOUPLED", "FORMS", "L2", "decay_coefficients", "form_of"]
+__all__ = ["CORRECTED", "COUPLED", "DECOUPLED", "FORMS", "L2", "decay_amount", "decay_coefficients", "form_of"]
 
 L2, COUPLED, DECOUPLED, CORRECTED = "l2", "coupled", "decoupled", "corrected"
 
@@ -60,9 +60,17 @@ def decay_coefficients(group: Mapping[str, Any], lr_scale: Number) -> tuple[Numb
 
     `lr_scale` multiplies the learning rate. A reference of 0 means that no positive learning rate has been seen yet: nothing decays.
     """
-    form, reference_lr, weight_decay = group["decay_form"], group["reference_lr"], group["weight_decay"]
-    if form == L2:
-        return weight_decay, 1.0
+    if group["decay_form"] == L2:
+        return group["weight_decay"], 1.0
+    amount = decay_amount(group)
+    return 0.0, 1.0 if amount is None else 1.0 - lr_scale * amount
+
+
+def decay_amount(group: Mapping[str, Any]) -> Number | None:
+    """Return the share of a parameter that a step takes away; None where there is no reference yet. Not for L2, which goes through the
+    gradient.
+    """
+    form, reference_lr = group["decay_form"], group["reference_lr"]
     if form != COUPLED and reference_lr == 0:
-        return 0.0, 1.0
-    return 0.0, 1.0 - lr_scale * _AMOUNTS[form](group["lr"], reference_lr, weight_decay)
+        return None
+    return _AMOUNTS[form](group["lr"], reference_lr, group["weight_decay"])

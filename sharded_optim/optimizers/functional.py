@@ -44,11 +44,10 @@ def update(
         local = describe(param, f"params[{index}]").local
         named = zip(("parameter", "gradient", *algorithm.state), (param, grad, *state), strict=True)
         rows.append([check_memory(local(tensor, name), f"{name} of 'params[{index}]'", param.device) for name, tensor in named])
+    members = GroupRows(groups=[host_numbers(group)])
     for (param, grad, *state), step in zip(rows, steps, strict=True):  # nothing is written before all was looked at
         operands = Operands.whole([param], [grad], [[each] for each in state])
         backend, _ = choose(MODULES, param.device, frozenset(tensor.dtype for tensor in (param, grad, *state)))
-        taken = step.to(param.device).reshape(1)
-        table = coefficient_table(
-            algorithm.coefficients, GroupRows(groups=[host_numbers(group)]), taken, 1.0, backend=backend, operands=operands
-        )
+        taken = step.to(param.device, torch.float32).reshape(1)
+        table = coefficient_table(algorithm.coefficients, members, taken, 1.0, backend=backend, operands=operands)
         backend.update(algorithm, operands, table, None, None, None)

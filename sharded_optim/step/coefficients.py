@@ -151,9 +151,7 @@ def _double(lr: float | Tensor, device: torch.device) -> Tensor:
 def _alike_but_for_lr(group: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Return whether two groups certainly have the same hyperparameters but for their learning rates."""
     return group.keys() == other.keys() and all(
-        value is other[name] or (not isinstance(value, Tensor) and not isinstance(other[name], Tensor) and value == other[name])
-        for name, value in group.items()
-        if name != "lr"
+        _is_immutable(value) and _is_immutable(other[name]) and value == other[name] for name, value in group.items() if name != "lr"
     )
 
 

@@ -186,11 +186,15 @@ class Engine(ReportingOptimizer):
             if not self._has_stepped and only is None:
                 self._has_stepped = True
                 _warn_of_no_gradients(self, params, agreement)
-            exchanged = self._update(params, agreement, scaler, accumulate=only is not None and self.optimizer_accumulation)
+            accumulates = only is not None and self.optimizer_accumulation
+            exchanged = self._update(params, agreement, scaler, accumulate=accumulates)
             ended = perf_counter()
-            reports.times = (began, observed, agreed, ended if exchanged is None else exchanged, ended)
-            if exchanged is not None:
+            if is_whole:  # else this is one of several calls that make a step
+                reports.times = (began, observed, agreed, ended if exchanged is None else exchanged, ended)
+            if exchanged is not None and not accumulates:
                 reports.values = reports.values | params.values
+            if len(reports.values) > len(self.param_groups):  # some were replaced
+                reports.values = params.values
         finally:
             self._sets.release(params)
             observation = None  # else an error that it has, and this frame, would keep each other alive

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from operator import itemgetter
 from typing import Any
 
@@ -177,7 +178,7 @@ class KernelCall:
 
     def observe_early(self, rules: Rules) -> None:
         """Observe gradients before the step, which uses the result unless gradients, state or hyperparameters have changed by then."""
-        observed = self._stamp(rules), self._sums(rules, Scaler())
+        observed = self._stamp(rules), replace(self._sums(rules, Scaler()), is_early=True)
         self.release()
         self._early = observed
 

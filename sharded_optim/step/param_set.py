@@ -239,9 +239,9 @@ class ParamSet:
 
     def take_values(self, optimizer: StatefulOptimizer) -> None:
         """Take hyperparameters that have changed since the gradients were observed: reference learning rates."""
-        values = optimizer.values_of(self._groups)
+        self.values = optimizer.values_of(self._groups)
         for call in self.calls:
-            call.take_values(values, optimizer)
+            call.take_values(self.values, optimizer)
 
     def skip(self) -> None:
         """Record that this step has written nothing."""

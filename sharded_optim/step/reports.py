@@ -42,7 +42,9 @@ class Reports:
     ) -> dict[str, float]:
         """Return the metrics of the last step; see `ReportingOptimizer.metrics`. Waits for the device."""
         norm = {} if self.grad_norm is None else {"grad_norm": float(self.grad_norm)}
-        return step_metrics.of_tensors(sets, algorithms) | step_metrics.of_groups(self.values, param_groups) | norm
+        verdicts = [bool(each.agreement.verdict.proceed) for each in sets if each.agreement is not None]
+        values = self.values if any(verdicts) or not verdicts else {}  # on a device the host has not known of a skipped step before
+        return step_metrics.of_tensors(sets, algorithms) | step_metrics.of_groups(values, param_groups) | norm
 
     def of_param(self, entry: LocalParam, name: str, state: dict[str, Any], sets: Iterable[ParamSet]) -> dict[str, Tensor]:
         """Return `metrics.report` of each piece of a parameter."""
@@ -107,8 +109,10 @@ class ReportingOptimizer(StatefulOptimizer):
                 has a statistic. NaN where it was not finite.
             `clip_factor/NAME`: the factor in (0, 1] by which update clipping has multiplied its learning rate.
             `clipped_share`: share of these tensors whose factor was below 1.
-            `non_finite/NAME`: number of ranks on which its gradient was not finite, where there was one.
-            `lr/GROUP`, `weight_decay/GROUP`: learning rate, and the share of a parameter that the step has taken away, before clipping.
+            `non_finite/NAME`: number of its pieces, over all ranks, whose gradient or statistic was not finite, where there was one;
+                `non_finite_tensors`: number of such tensors. Neither is known where ranks do not agree (`nonfinite="allow"`).
+            `lr/GROUP`, `weight_decay/GROUP`: learning rate, and the share that the step has taken away of each parameter with a gradient,
+                before clipping; L2 decay has none. A learning rate that is a tensor on a device is read now.
             `grad_norm`: norm of all gradients before clipping, where `so.clip_grad_norm_` was given the optimizer before the step.
         """
         return {"skipped_steps": float(self.skipped_steps)} | self._reports.of_step(
@@ -116,12 +120,12 @@ class ReportingOptimizer(StatefulOptimizer):
         )
 
     def performance(self) -> dict[str, float]:
-        """Return what the last step took of this rank: nothing on a GPU, where the host does not know.
+        """Return what the last step took of this rank: nothing on a GPU, where the host does not know, nor where parts are stepped alone.
 
         Returns:
             `ms/{observe,agree,matrices,update}`: milliseconds of each part of the step; of `agree`, the wait for other ranks included.
             `bytes`: that observing and updating have read and written.
-            `gb_per_s`: these bytes over the time of the two.
+            `gb_per_s`: these bytes over the time of the two; not of Muon, whose first pass is timed with `matrices`.
         """
         return step_metrics.of_work(list(self._sets), self._reports.times)
 

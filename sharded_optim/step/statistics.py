@@ -64,3 +64,4 @@ class Contribution:
     bits: Tensor  # int64 (n,), k of each
     keys: Tensor  # int64 (n,), of the hyperparameters of each, 24 bits
     observed: Tensor  # int64 (2, n) on the device: each one's sum of q, and 1 where an element was not finite
+    is_early: bool = False  # whether the gradients were observed before the step

@@ -11,7 +11,7 @@ from typing import Any
 
 from sharded_optim.formulas import Algorithm, Statistic
 from sharded_optim.formulas.verdict import NON_FINITE
-from sharded_optim.formulas.weight_decay import decay_coefficients
+from sharded_optim.formulas.weight_decay import L2, decay_amount
 from sharded_optim.sharding.names import names_without_wrappers
 from sharded_optim.step.coefficients import GroupValues
 from sharded_optim.step.kernel_call import KernelCall
@@ -23,7 +23,9 @@ PARTS = ("observe", "agree", "matrices", "update")
 
 
 def of_tensors(sets: Iterable[ParamSet], algorithms: Iterable[Algorithm]) -> dict[str, float]:
-    """Return `rms/NAME`, `clip_factor/NAME`, `non_finite/NAME` and `clipped_share` of the whole model. Waits for the device.
+    """Return `rms/NAME`, `clip_factor/NAME`, `non_finite/NAME`, and `clipped_share` and `non_finite_tensors` of the whole model.
+
+    Waits for the device. Without an agreement nothing is known of them.
 
     Args:
         algorithms: that the optimizer may run, on whatever rank.
@@ -33,6 +35,8 @@ def of_tensors(sets: Iterable[ParamSet], algorithms: Iterable[Algorithm]) -> dic
     non_finite: dict[str, float] = {}
     statistics = {each.statistic for each in algorithms if each.statistic is not None}
     agreed = [(each.agreement, each.calls) for each in sets if each.agreement is not None]
+    if not agreed:
+        return {}
     for agreement, calls in sorted(agreed, key=lambda pair: pair[0].number):
         names = names_without_wrappers(agreement.layout.names)
         means = agreement.named_means()
@@ -43,7 +47,7 @@ def of_tensors(sets: Iterable[ParamSet], algorithms: Iterable[Algorithm]) -> dic
         pairs = zip(agreement.layout.names, counts, strict=True)
         non_finite |= {f"non_finite/{names[name]}": float(count) for name, count in pairs if count}
     share = {"clipped_share": sum(factor < 1.0 for factor in factors.values()) / len(factors)} if factors else {}
-    return rms | factors | share | non_finite
+    return rms | factors | share | non_finite | {"non_finite_tensors": float(len(non_finite))}
 
 
 def _clip_factors(means: Mapping[str, float], calls: Sequence[KernelCall], statistics: Collection[Statistic]) -> dict[str, float]:
@@ -75,20 +79,24 @@ def _factor(statistic: Statistic, group: Mapping[str, Any], mean: float) -> floa
 def of_groups(stepped: Mapping[int, GroupValues], param_groups: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return `lr/GROUP` and `weight_decay/GROUP` of the param groups of the last step.
 
-    GROUP is the group's `name`, or its index. The decay is the share of a parameter that the step has taken away, before update clipping.
+    GROUP is the group's `name`, or without one of its own its index. The decay is the share that the step has taken away of each parameter
+    with a gradient, before update clipping; L2 has none, as it goes through the gradient.
 
     Args:
         stepped: the groups' values in that step, by their ids.
         param_groups: of the optimizer.
     """
     found: dict[str, float] = {}
+    names = [group.get("name") for group in param_groups]
     for index, group in enumerate(param_groups):
         if id(group) in stepped:
             numbers = stepped[id(group)].numbers
             lr = float(numbers["lr"])
-            _, decay = decay_coefficients({**numbers, "lr": lr}, 1.0)
-            name = numbers.get("name", index)
-            found |= {f"lr/{name}": lr, f"weight_decay/{name}": 1.0 - float(decay)}  # type: ignore[arg-type]  # of floats a float
+            name = group.get("name")
+            name = index if name is None or names.count(name) > 1 else name
+            found[f"lr/{name}"] = lr
+            if numbers["decay_form"] != L2:
+                found[f"weight_decay/{name}"] = float(decay_amount({**numbers, "lr": lr}) or 0.0)  # type: ignore[arg-type]  # of floats
     return found
 
 
@@ -102,15 +110,17 @@ def of_work(sets: Sequence[ParamSet], times: Sequence[float] | None) -> dict[str
     if times is None or any(call.device.type != "cpu" for each in stepped for call in each.calls):
         return {}
     found = {f"ms/{part}": 1e3 * (end - begin) for part, (begin, end) in zip(PARTS, pairwise(times), strict=True)}
-    moved = float(
-        sum(
-            _bytes_moved(call, observes=each.agreement is not None, updates=bool(each.updates[1]))
-            for each in stepped
-            for call in each.calls
-        )
-    )
+    moved = 0.0
+    for each in stepped:
+        contributions = [] if each.agreement is None else each.agreement.contributions
+        early = [contribution.is_early for contribution in contributions] or [True] * len(each.calls)  # or not observed at all
+        for call, is_early in zip(each.calls, early, strict=True):
+            moved += _bytes_moved(call, observes=not is_early, updates=bool(each.updates[1]))
+    found["bytes"] = moved
     seconds = (found["ms/observe"] + found["ms/update"]) / 1e3
-    return found | {"bytes": moved, "gb_per_s": moved / seconds / 1e9 if seconds else 0.0}
+    if seconds and not any(call.buffers for each in stepped for call in each.calls):  # their directions are written with the exchange
+        found["gb_per_s"] = moved / seconds / 1e9
+    return found
 
 
 def _bytes_moved(call: KernelCall, *, observes: bool, updates: bool) -> int:

@@ -8,6 +8,7 @@ torchtitan's OptimizersContainer, torchft's OptimizerWrapper.
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -36,8 +37,8 @@ def metrics(optimizer: Any) -> dict[str, float]:
             torchtitan that has one or several.
 
     Returns:
-        As the optimizer's `metrics()`. Of several optimizers the metrics of all tensors, the largest `skipped_steps`, and what concerns
-        param groups or all gradients with the optimizer's number: `lr/0.GROUP`, `grad_norm/0`.
+        As the optimizer's `metrics()`. Of several optimizers the metrics of all tensors, the largest `skipped_steps`, and with the
+        optimizer's number what concerns param groups or all gradients, `lr/0.GROUP`, `grad_norm/0`, and tensors whose names several have.
 
     Raises:
         TypeError: there is no optimizer of this library inside.
@@ -51,18 +52,20 @@ def metrics(optimizer: Any) -> dict[str, float]:
     reports = [each.metrics() for each in found]
     if len(reports) == 1:
         return reports[0]
-    merged = {_numbered(key, number): value for number, report in enumerate(reports) for key, value in report.items()}
+    uses = Counter(key for report in reports for key in report)
+    merged: dict[str, float] = {}
+    for number, report in enumerate(reports):
+        for key, value in report.items():
+            kind, _, name = key.partition("/")
+            is_numbered = kind in OF_OPTIMIZERS or (name and uses[key] > 1)
+            merged[f"{kind}/{number}{name and f'.{name}'}" if is_numbered else key] = value
     factors = [value for key, value in merged.items() if key.startswith("clip_factor/")]
-    share = {"clipped_share": sum(factor < 1.0 for factor in factors) / len(factors)} if factors else {}
-    return merged | share | {"skipped_steps": max(report["skipped_steps"] for report in reports)}
-
-
-def _numbered(key: str, number: int) -> str:
-    """Return a metric's key with the number of its optimizer, if it is not of a tensor."""
-    kind, _, name = key.partition("/")
-    if kind not in OF_OPTIMIZERS:
-        return key
-    return f"{kind}/{number}.{name}" if name else f"{kind}/{number}"
+    if factors:
+        merged["clipped_share"] = sum(factor < 1.0 for factor in factors) / len(factors)
+    found_non_finite = [report["non_finite_tensors"] for report in reports if "non_finite_tensors" in report]
+    if found_non_finite:
+        merged["non_finite_tensors"] = sum(found_non_finite)
+    return merged | {"skipped_steps": max(report["skipped_steps"] for report in reports)}
 
 
 def unwrap_optimizer(optimizer: Any) -> Engine | ShardedOptimizer:

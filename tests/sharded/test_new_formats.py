@@ -451,6 +451,10 @@ def test_it_takes_one_new_file_and_a_line(tmp_path: Path) -> None:
         )
         for rank in range(2)
     ]
-    for each in started:
-        output, _ = each.communicate(timeout=100)
-        assert each.returncode == 0, output
+    try:
+        for each in started:
+            output, _ = each.communicate(timeout=100)
+            assert each.returncode == 0, output
+    finally:
+        for each in started:
+            each.kill()

@@ -15,8 +15,9 @@ from toy_optimizer import THRESHOLD_ADAMW
 from variants import examples
 
 from sharded_optim.backends import Backend, Operands, cpu, eager
+from sharded_optim.formulas import Coefficients
 from sharded_optim.formulas.recording import Recorder
-from sharded_optim.formulas.scalars import Sums, mean
+from sharded_optim.formulas.scalars import Number, Step, Sums, divide, maximum, mean, sqrt
 from sharded_optim.formulas.weight_decay import FORMS
 from sharded_optim.optimizers import adam, sgd, stable_adamw
 from sharded_optim.step import coefficients
@@ -31,7 +32,14 @@ from triton.compiler import ASTSource  # noqa: E402
 from sharded_optim.backends import triton as backend  # noqa: E402
 from sharded_optim.backends.triton import formulas as triton_formulas  # noqa: E402
 
+
+def of_the_step(group: Mapping[str, Any], step: Step, lr_scale: Number) -> Coefficients:
+    """A learning rate that falls as 1 / step, and the step itself."""
+    return divide(lr_scale * group["lr"], step), step * group["weight_decay"], 0.5 - step, sqrt(step), maximum(step, 3.0), step
+
+
 FUNCTIONS: dict[str, Callable] = {
+    "of the step": of_the_step,
     "adam": adam.coefficients,
     "sgd": sgd.coefficients,
     "momentum": sgd.coefficients_momentum,
@@ -196,6 +204,25 @@ def test_a_formula_is_recorded_once_though_the_learning_rate_changes(lr_scale: f
     assert calls == [0.9, 0.5]
     coefficient_table(coefficients, members.having([GROUP, GROUP]), steps, lr_scale, backend=cpu.BACKEND, operands=operands)
     assert calls == [0.9, 0.5, 0.9, 0.9]
+
+
+def test_a_list_that_is_changed_in_place_changes_the_coefficients() -> None:
+    """As a hyperparameter of `Floats` may be one."""
+    params = [torch.zeros(1)]
+    operands, nus = Operands.whole(params, params, []), [0.5]
+    members = GroupRows(groups=[GROUP | {"nus": nus}])
+    for nu in (0.5, 0.9):
+        nus[0] = nu
+        members = members.having([GROUP | {"nus": nus}])
+        found = coefficient_table(lambda group, step: (group["nus"][0],), members, torch.zeros(1), backend=cpu.BACKEND, operands=operands)
+        assert found.item() == torch.tensor(nu).item()
+
+
+@pytest.mark.parametrize("branch", [lambda lr: lr == 0.0, bool, lambda lr: lr < 1.0])
+def test_a_branch_on_the_learning_rate_is_refused(branch: Callable[[Any], Any]) -> None:
+    """It would be taken once, for all learning rates to come."""
+    with pytest.raises(TypeError, match=r"cannot branch on lr|not supported between"):
+        branch(Recorder().input("lr"))
 
 
 @pytest.mark.usefixtures("interpreter")

@@ -166,7 +166,7 @@ def test_metrics_of_several_optimizers_are_together() -> None:
     found = so.metrics(SimpleNamespace(optimizers={"first": stepped(["a"]), "second": stepped(["b"], so.AdamW), "third": stepped(["c"])}))
     of_tensors = {"rms/a", "rms/c", "clip_factor/a", "clip_factor/c"}
     of_groups = {f"{kind}/{number}.0" for kind in ("lr", "weight_decay") for number in range(3)}
-    assert found.keys() == {"skipped_steps", "clipped_share"} | of_tensors | of_groups
+    assert found.keys() == {"skipped_steps", "clipped_share", "non_finite_tensors"} | of_tensors | of_groups
 
 
 def test_metrics_without_an_optimizer_of_ours_name_what_was_given() -> None:

@@ -99,6 +99,16 @@ def test_adamw_without_amsgrad_does_not_touch_the_largest_second_moments() -> No
     assert all((each == 7.0).all() for each in largest)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64])
+def test_step_counters_may_have_any_dtype(dtype: torch.dtype) -> None:
+    stepped = []
+    for counter in (torch.tensor(100.0), torch.tensor(100, dtype=dtype)):
+        params, moments = [torch.ones(3)], [torch.ones(3) for _ in range(2)]
+        so.DecoupledAdamW.adamw(params, [torch.ones(3)], moments[:1], moments[1:], [], [counter], amsgrad=False, lr=1e-2, **ADAMW)
+        stepped += params
+    assert_bitwise_equal(stepped[:1], stepped[1:])
+
+
 def test_adamw_corrects_the_bias_of_each_parameter_by_its_own_step() -> None:
     """After its first step a parameter has moved by lr, whatever the others' steps. Steps may be plain numbers."""
     params, grads = [torch.zeros(3), torch.zeros(3)], [torch.tensor([1.0, -2.0, 4.0])] * 2

@@ -1,7 +1,6 @@
-"""Kernels of coefficients, compiled from the formulas that `coefficients.py` records, one for each sequence of operations that is met.
+"""Kernels of coefficients, compiled from the formulas that `coefficients.py` records: one for each sequence of operations.
 
-What does not depend on the sums over ranks is computed once for operands
-that follow each other with the same formula and the same step: usually once.
+Values that do not depend on sums over ranks are computed once for a run of operands with the same formula and the same step.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ def formula_kernel(operations: Operations, *, several: bool) -> Kernel:
     Args:
         several: whether there are other formulas too.
     """
-    return kernel_of(_formula_function(operations, several=several))
+    return kernel_of(_formula_function(operations, several=several), parallel=False)
 
 
 def _formula_function(operations: Operations, *, several: bool) -> ir.Function:
@@ -76,8 +75,13 @@ def _formula_function(operations: Operations, *, several: bool) -> ir.Function:
 
     of_sums = _names_of_sums(operations)
     others = set(operations.names) - of_sums
-    used = [operand for name, step in zip(operations.names, operations.steps, strict=True) if name in of_sums for operand in step.operands]
-    kept = {name: builder.alloca(DOUBLE) for name in dict.fromkeys([*used, *operations.results]) if name not in of_sums}
+    used = [
+        operand
+        for name, each in zip(operations.names, operations.instructions, strict=True)
+        if name in of_sums
+        for operand in each.operands
+    ]
+    kept = {name: builder.alloca(DOUBLE) for name in dict.fromkeys([*used, *operations.results]) if name not in (*of_sums, "step")}
     functions = _functions(builder)
     with counting(builder, integer(0), arguments["operands"], integer(1), [integer(-1), integer(-1)]) as loop:
         formula = element("formula_of", loop.index) if several else integer(0)
@@ -94,7 +98,7 @@ def _formula_function(operations: Operations, *, several: bool) -> ir.Function:
                 values = operations.evaluate(functions, values, others)
                 for name, address in kept.items():
                     builder.store(values[name], address)
-            values = {name: builder.load(address, typ=DOUBLE) for name, address in kept.items()}
+            values = {"step": step} | {name: builder.load(address, typ=DOUBLE) for name, address in kept.items()}
             if of_sums:
                 slot = element("slots", loop.index)
                 values["total"] = builder.sitofp(element("totals", slot), DOUBLE)
@@ -113,8 +117,8 @@ def _formula_function(operations: Operations, *, several: bool) -> ir.Function:
 def _names_of_sums(operations: Operations) -> set[str]:
     """Return the names of the inputs that are sums over ranks, and of what is computed from them."""
     found: set[str] = set(OF_SUMS)
-    for name, step in zip(operations.names, operations.steps, strict=True):
-        if not found.isdisjoint(step.operands):
+    for name, each in zip(operations.names, operations.instructions, strict=True):
+        if not found.isdisjoint(each.operands):
             found.add(name)
     return found if len(found) > len(OF_SUMS) else set()
 
@@ -143,6 +147,7 @@ def _functions(builder: Builder) -> dict[str, Callable[..., Value]]:
         "+": builder.fadd,
         "-": builder.fsub,
         "*": builder.fmul,
+        "double": lambda integer: builder.sitofp(integer, DOUBLE),
         "divide": builder.fdiv,
         "sqrt": partial(call, builder, "llvm.sqrt.f64", DOUBLE),
         "maximum": maximum,

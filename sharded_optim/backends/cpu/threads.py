@@ -49,9 +49,13 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def kernel_of(function: ir.Function) -> Kernel:
-    """Compile a function, of `SIGNATURE`, and what else is in its module."""
-    region = _write_region(function) if _openmp() else None
+def kernel_of(function: ir.Function, *, parallel: bool = True) -> Kernel:
+    """Compile a function, of `SIGNATURE`, and what else is in its module.
+
+    Args:
+        parallel: whether `run` is going to run it, else it is called on one thread.
+    """
+    region = _write_region(function) if parallel and _openmp() else None
     engine = compiled(function.module)
     call = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)(engine.get_function_address(function.name))
     return Kernel(call, engine.get_function_address(region.name) if region else 0)

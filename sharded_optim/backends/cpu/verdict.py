@@ -54,7 +54,7 @@ class Integer(Vector):
 
 @cache
 def verdict_kernel() -> Kernel:
-    return kernel_of(_verdict_function())
+    return kernel_of(_verdict_function(), parallel=False)
 
 
 def _verdict_function() -> ir.Function:

@@ -88,7 +88,7 @@ def _formula_kernel(operations: Operations, inputs: tuple[str, ...], *, interpre
         "inside = inside & (tl.load(own) > 0.0)",
         *(f"c{index} = tl.load(own + {index + 1})" for index in range(operations.constants)),
         "step = tl.load(steps + row, mask=inside, other=0.0).to(tl.int64) + 1",
-        *(f"{name} = {_text_of(each)}" for name, each in zip(operations.names, operations.steps, strict=True)),
+        *(f"{name} = {_text_of(each)}" for name, each in zip(operations.names, operations.instructions, strict=True)),
         *(f"tl.store(table + {len(results)} * row + {index}, rounded({name}), mask=inside)" for index, name in enumerate(results)),
     ]
     text = "\n    ".join(body)
@@ -110,6 +110,10 @@ def _text_of(operation: Operation) -> str:
 
 # ------------------------------------------------------------------------------------------------------------------- operations
 # `formulas/scalars.py` in float64, where Triton has one division and one root: those of IEEE 754.
+
+
+def double(integer):
+    return integer.to(tl.float64)
 
 
 def divide(a, b):
@@ -147,5 +151,5 @@ def rounded(value):
     return value.to(tl.float32)
 
 
-OPERATIONS: tuple[Callable[..., Any], ...] = (divide, sqrt, maximum, at_first_step, nan_where, power, rounded)
+OPERATIONS: tuple[Callable[..., Any], ...] = (double, divide, sqrt, maximum, at_first_step, nan_where, power, rounded)
 assert all(isinstance(operation, FunctionType) for operation in OPERATIONS)

@@ -455,13 +455,13 @@ def _skipped(runs: Sequence[Run], labels: Sequence[str]) -> list[Item]:
         if events:
             more = f", the first {MOST_LISTED} of {len(events):,}" if len(events) > MOST_LISTED else ""
             caption = f"Tensors of {label} whose gradient was not finite in a step that is recorded{more}"
-            items.append(Table(caption=caption, headings=["step", "tensor", "ranks"], rows=events[:MOST_LISTED]))
-        elif any(record.optimizer for record in run.records.training):
+            items.append(Table(caption=caption, headings=["step", "tensor", "pieces"], rows=events[:MOST_LISTED]))
+        elif any("non_finite_tensors" in record.optimizer for record in run.records.training):
             finite.append(label)
         else:
             without.append(label)
     items += _left_out("Tensors of {label} with a non-finite gradient: none in the steps that are recorded.", finite)
-    return items + _left_out("Tensors of {label} with a non-finite gradient: left out, as no record has the optimizer's metrics.", without)
+    return items + _left_out("Tensors of {label} with a non-finite gradient: left out, as no record has non_finite_tensors.", without)
 
 
 def _config(runs: Sequence[Run], labels: Sequence[str]) -> list[Item]:

@@ -6,6 +6,7 @@ Used by every file of this folder. Trackers import their client when they are op
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -14,6 +15,7 @@ from typing import Any, Literal, Protocol
 
 __all__ = ["Destination", "Run", "Status", "Tracker", "kind_of", "replace_file"]
 
+_ids_lock = threading.Lock()
 Status = Literal["finished", "interrupted", "failed"]  # interrupted: stopped before its last step, and may be resumed
 
 
@@ -56,7 +58,8 @@ class Run:
 
     def save_id(self, tracker: str, client_id: str) -> None:
         """Save the id under which a client knows this run, for `load_id` after a restart."""
-        replace_file(self.path / "tracker_ids.json", json.dumps(self._ids() | {tracker: client_id}) + "\n")
+        with _ids_lock:  # trackers may run on threads of their own
+            replace_file(self.path / "tracker_ids.json", json.dumps(self._ids() | {tracker: client_id}) + "\n")
 
     def _ids(self) -> dict[str, str]:
         path = self.path / "tracker_ids.json"
