@@ -225,7 +225,7 @@ def test_a_step_that_fails_lets_go_of_gradients(monkeypatch: pytest.MonkeyPatch)
 def test_what_cannot_be_compiled_fails_before_anything_is_written(cls: type, monkeypatch: pytest.MonkeyPatch) -> None:
     """And before ranks agree on the step, so that none goes on alone."""
 
-    def fail(self, algorithm, operands) -> None:
+    def fail(self, algorithm, operands, formulas) -> None:
         if operands.format.dtype == torch.bfloat16:
             raise OSError("no space left on device")
 
