@@ -55,7 +55,6 @@ class Cpu:
     def prepare(self, algorithm: Algorithm, operands: Operands, formulas: Sequence[Formulas] = ()) -> None:
         self._tables_of(operands)
         update_kernel(algorithm, operands.formats, operands.grad_format)
-        verdict_kernel()
         for each in formulas:
             self._kernels_of(each)
 
@@ -101,6 +100,7 @@ class Cpu:
         scales: Tensor,
         grad_scale: Tensor | None,
     ) -> Tensor:
+        verdict_kernel()  # compiled before the ranks agree, where they do
         formats = operands.state_formats if statistic else ()
         columns = [*(operands.state if statistic else ()), operands.grad]
         tables = self._tables_of(operands)
