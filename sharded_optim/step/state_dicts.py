@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from sharded_optim.formulas.hyperparameters import Hyperparameter, Switch
+from sharded_optim.formulas.scalars import STEP_BITS
 from sharded_optim.step.param_groups import named_params
 from sharded_optim.step.state import STEP, Choice, zeros
 from sharded_optim.storage.formats import extra_arrays
 
 __all__ = ["ChoiceOf", "check_family", "check_sizes", "check_state", "loaded_state", "merged_groups"]
 
+MOST_STEPS = 2 ** (STEP_BITS - 1)  # up to which float32 counts
 WAY_OUT = "load it into the class that saved it, or one of its family, which has the same hyperparameters and state"
 
 ChoiceOf = Callable[[Tensor, Mapping[str, Any]], Choice]  # (parameter, its param group)
@@ -82,8 +84,11 @@ def check_state(groups: list[dict[str, Any]], state_dict: dict[str, Any], choice
             raise ValueError(
                 f"the saved state of {name!r} has {', '.join(sorted(strange))}, of which this optimizer knows nothing; {WAY_OUT}"
             )
-        if torch.as_tensor(state[STEP]).numel() != 1:
+        counter = torch.as_tensor(state[STEP])
+        if counter.numel() != 1:
             raise ValueError(f"saved {STEP!r} of {name!r} has shape {tuple(state[STEP].shape)}; it must be one number")
+        if counter.is_cpu and not 0 <= float(counter) <= MOST_STEPS:
+            raise ValueError(f"saved {STEP!r} of {name!r} is {float(counter)}; it must be a number of steps, at most {MOST_STEPS:,}")
         for key in (key for key in expected if key in state):
             if getattr(state[key], "placements", None) != getattr(param, "placements", None):
                 raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -532,3 +533,15 @@ def test_defaults_of_torch_change_neither_checkpoints_nor_reports(tmp_path: Path
         torch.set_default_dtype(before)
     assert all(map(torch.equal, values, expected[0]))
     assert report == expected[1]
+
+
+@pytest.mark.parametrize("count", [math.nan, -1.0, 2.0**25])
+def test_a_saved_step_counter_that_counts_nothing_is_refused(count: float) -> None:
+    param = nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    optimizer = so.AdamW([("w", param)], lr=1e-2)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    saved["state"][0]["step"] = torch.tensor(count)
+    with pytest.raises(ValueError, match=r"saved 'step' of 'w' is .*; it must be a number of steps, at most 16,777,216"):
+        optimizer.load_state_dict(saved)
