@@ -193,8 +193,6 @@ class Engine(ReportingOptimizer):
                 reports.times = (began, observed, agreed, ended if exchanged is None else exchanged, ended)
             if exchanged is not None and not accumulates:
                 reports.values = reports.values | params.values
-            if len(reports.values) > len(self.param_groups):  # some were replaced
-                reports.values = params.values
         finally:
             self._sets.release(params)
             observation = None  # else an error that it has, and this frame, would keep each other alive
@@ -284,6 +282,8 @@ class Engine(ReportingOptimizer):
         super().__setstate__(state)
         if "_must_agree" in state:
             self._begin()
+        else:  # a state dict is loaded, which replaces the groups
+            self._reports.values = {}
 
     def __repr__(self) -> str:
         return super().__repr__().removesuffix(")") + f"backend: {self._backends}\nnonfinite: {self.nonfinite}\n)"
