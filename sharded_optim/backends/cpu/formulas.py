@@ -29,7 +29,7 @@ from sharded_optim.backends.cpu.llvm import (
     load,
     store,
 )
-from sharded_optim.backends.cpu.threads import SIGNATURE, Kernel, kernel_of
+from sharded_optim.backends.cpu.threads import SIGNATURE, Kernel, arguments_of, kernel_of
 from sharded_optim.formulas.recording import Operations
 from sharded_optim.formulas.scalars import STEP_BITS
 
@@ -67,8 +67,7 @@ def formula_kernel(operations: Operations, *, several: bool) -> Kernel:
 def _formula_function(operations: Operations, *, several: bool) -> ir.Function:
     function = ir.Function(ir.Module(), SIGNATURE, "coefficients")
     builder: Builder = ir.IRBuilder(function.append_basic_block("entry"))
-    read = (load(builder, at(builder, function.args[0], index)) for index in range(len(FormulaArguments._fields)))
-    arguments = dict(zip(FormulaArguments._fields, read, strict=True))
+    arguments = arguments_of(function, builder, FormulaArguments._fields)
 
     def element(name: str, index: Value, kind: Type = INT64) -> Value:
         return load(builder, at(builder, builder.inttoptr(arguments[name], POINTER), index, kind), kind)

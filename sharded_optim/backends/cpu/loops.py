@@ -42,7 +42,7 @@ from sharded_optim.backends.cpu.llvm import (
     store,
     with_lanes,
 )
-from sharded_optim.backends.cpu.threads import SIGNATURE
+from sharded_optim.backends.cpu.threads import SIGNATURE, arguments_of
 from sharded_optim.backends.cpu.vectors import Deferred, Vector, uniform
 from sharded_optim.backends.rebinding import rebound
 from sharded_optim.storage.format import Format
@@ -112,8 +112,7 @@ class Writer:
         self.formats, self.coefficients, self.numbers, self.ahead = formats, coefficients, numbers or {}, ahead
         self.function = ir.Function(ir.Module(), SIGNATURE, "kernel")
         self.builder = ir.IRBuilder(self.function.append_basic_block("entry"))
-        arguments = [load(self.builder, at(self.builder, self.function.args[0], index)) for index in range(len(Arguments._fields))]
-        self.arguments = dict(zip(Arguments._fields, arguments, strict=True))
+        self.arguments = arguments_of(self.function, self.builder, Arguments._fields)
 
     def element(self, array: str, index: Value | int, kind: Type = INT64) -> Value:
         """Load an element of an array among the arguments."""

@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from llvmlite import binding, ir
 
-from sharded_optim.backends.cpu.llvm import INT32, INT64, POINTER, VOID, at, call, compiled, counting, load
+from sharded_optim.backends.cpu.llvm import INT32, INT64, POINTER, VOID, Builder, Value, at, call, compiled, counting, load
 
-__all__ = ["SIGNATURE", "Kernel", "kernel_of", "run"]
+__all__ = ["SIGNATURE", "Kernel", "arguments_of", "kernel_of", "run"]
 
 SIGNATURE = ir.FunctionType(VOID, [POINTER, INT64, INT64])  # of a kernel: its arguments, which share of its work to do, of how many
 
@@ -29,6 +29,11 @@ class Kernel(NamedTuple):
 
     call: Callable[[int, int, int], None]  # other threads of Python run meanwhile
     region: int  # address of the function that a thread of OpenMP calls; 0 without
+
+
+def arguments_of(function: ir.Function, builder: Builder, names: Sequence[str]) -> dict[str, Value]:
+    """Load the arguments of a kernel by their names: int64 each, in this order in memory."""
+    return {name: load(builder, at(builder, function.args[0], index)) for index, name in enumerate(names)}
 
 
 class _State:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from llvmlite import ir
 
 from sharded_optim.backends.cpu.llvm import BIT, BYTE, INT64, POINTER, Builder, Value, at, counting, integer, load, store
-from sharded_optim.backends.cpu.threads import SIGNATURE, Kernel, kernel_of
+from sharded_optim.backends.cpu.threads import SIGNATURE, Kernel, arguments_of, kernel_of
 from sharded_optim.backends.cpu.vectors import Vector
 from sharded_optim.formulas.verdict import (
     ABSENT,
@@ -60,8 +60,7 @@ def verdict_kernel() -> Kernel:
 def _verdict_function() -> ir.Function:
     function = ir.Function(ir.Module(), SIGNATURE, "verdict")
     builder: Builder = ir.IRBuilder(function.append_basic_block("entry"))
-    read = (load(builder, at(builder, function.args[0], index)) for index in range(len(VerdictArguments._fields)))
-    sums, tensors, skips, flags, proceed = read
+    sums, tensors, skips, flags, proceed = arguments_of(function, builder, VerdictArguments._fields).values()
     sums, flags, proceed = (builder.inttoptr(address, POINTER) for address in (sums, flags, proceed))
     yes = ir.Constant(BIT, 1)
 
