@@ -11,7 +11,7 @@ from torch import Tensor
 from sharded_optim.backends import MODULES, Operands, choose
 from sharded_optim.formulas import Algorithm
 from sharded_optim.sharding import check_memory, describe
-from sharded_optim.step.coefficients import GroupRows, coefficient_table, host_numbers
+from sharded_optim.step.coefficients import OperandGroups, coefficient_table, host_numbers
 
 __all__ = ["counter", "update"]
 
@@ -44,7 +44,7 @@ def update(
         local = describe(param, f"params[{index}]").local
         named = zip(("parameter", "gradient", *algorithm.state), (param, grad, *state), strict=True)
         rows.append([check_memory(local(tensor, name), f"{name} of 'params[{index}]'", param.device) for name, tensor in named])
-    members = GroupRows(groups=[host_numbers(group)])
+    members = OperandGroups(groups=[host_numbers(group)])
     for (param, grad, *state), step in zip(rows, steps, strict=True):  # nothing is written before all was looked at
         operands = Operands.whole([param], [grad], [[each] for each in state])
         backend, _ = choose(MODULES, param.device, frozenset(tensor.dtype for tensor in (param, grad, *state)))

@@ -22,7 +22,7 @@ from sharded_optim.formulas.recording import Formula, Formulas, Number, Recorder
 from sharded_optim.formulas.scalars import Sums
 from sharded_optim.storage.devices import DeviceCache, send
 
-__all__ = ["GroupRows", "GroupValues", "LrScale", "coefficient_table", "host_numbers"]
+__all__ = ["GroupValues", "LrScale", "OperandGroups", "coefficient_table", "host_numbers"]
 
 MUTABLE = object()  # stands for a value that may change, though it stays the same object
 IMMUTABLE = (bool, int, float, str, type(None), torch.dtype)
@@ -103,7 +103,7 @@ class LrScale:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class GroupRows:
+class OperandGroups:
     """The hyperparameters of param groups, and which operands are of which group.
 
     Attributes:
@@ -121,7 +121,7 @@ class GroupRows:
         rates = [group["lr"] for group in self.groups]
         object.__setattr__(self, "_lr_on_host", None if any(isinstance(lr, Tensor) for lr in rates) else rates)
 
-    def having(self, groups: Sequence[Mapping[str, Any]]) -> GroupRows:
+    def having(self, groups: Sequence[Mapping[str, Any]]) -> OperandGroups:
         """Return the same with other hyperparameters of the groups."""
         alike = all(map(_alike_but_for_lr, groups, self.groups))
         return replace(self, groups=groups, _formulas=self._formulas if alike else {})
@@ -167,7 +167,7 @@ def _recorded(coefficients: Callable[..., Coefficients], group: Mapping[str, Any
 
 def coefficient_table(
     coefficients: Callable[..., Coefficients],  # (hyperparameters, step) or (hyperparameters, step, lr_scale)
-    members: GroupRows,
+    members: OperandGroups,
     steps: Tensor,  # fp32 (operands,), taken so far by each
     lr_scale: float | LrScale | None = None,  # passed on where given
     *,

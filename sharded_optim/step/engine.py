@@ -172,7 +172,7 @@ class Engine(ReportingOptimizer):
         params = self._sets.of(self, only, rules, process_group)  # a collective when it is made; raises what the step before has left
         reports = self._reports
         reports.rows, reports.times, reports.grad_norm, self.grad_norm = None, None, self.grad_norm, None
-        is_whole = only is None and not (self.layout is not None and self.layout.steps_by_group)
+        is_whole = params is self._sets.whole
         reports.values = {} if is_whole else reports.values
         self._given.clear()  # whoever replaces parameters from now on is a user
         scaler = Scaler.of(self)

@@ -15,7 +15,7 @@ from sharded_optim.backends.operands import Column, Operands
 from sharded_optim.formulas import Statistic
 from sharded_optim.sharding import GRADIENT, PARAMETER, Layout, LocalParam
 from sharded_optim.step.agreement import Agreement, Rules, Scaler
-from sharded_optim.step.coefficients import GroupRows, GroupValues, LrScale, coefficient_table
+from sharded_optim.step.coefficients import GroupValues, LrScale, OperandGroups, coefficient_table
 from sharded_optim.step.metrics import Update
 from sharded_optim.step.rounding_keys import RoundingKeys
 from sharded_optim.step.sources import Cut, Source, StepCounters
@@ -90,7 +90,7 @@ class KernelCall:
         self.group_of = [numbers[rows[owner][2]] for owner in owners]
         self._firsts = [self.pieces[each[0]][0].param for each in rows_of.values()]  # a parameter of each group
         self._rows_on_host = [None if len(rows_of) == 1 else torch.tensor(each, device="cpu") for each in rows_of.values()]
-        self.members = GroupRows(
+        self.members = OperandGroups(
             groups=[values.numbers for values in self.values],
             group_of=None if len(rows_of) == 1 else send(torch.tensor(self.group_of, device="cpu"), self.device),
         )

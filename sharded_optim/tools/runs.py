@@ -52,7 +52,7 @@ class TrainingRecord:
     largest_rms: float | None
     largest_rms_name: str | None  # the tensor of that RMS
     skipped_steps: int | None  # since the run began
-    optimizer: dict[str, float]  # `optimizer.metrics()` of the step; empty where the record has none
+    optimizer: dict[str, float]  # `metrics()` and `performance()` of the step; empty where the record has none
 
     def by_name(self, kind: str) -> dict[str, float]:
         """Return the optimizer's values of one kind: those of `rms/NAME` by NAME for `rms`."""

@@ -24,7 +24,7 @@ from sharded_optim.optimizers.adam import ADAM, AMSGRAD
 from sharded_optim.optimizers.sgd import MOMENTUM, SGD
 from sharded_optim.optimizers.stable_adamw import STABLE_ADAMW
 from sharded_optim.sharding.segment import Segment
-from sharded_optim.step.coefficients import GroupRows, LrScale, coefficient_table
+from sharded_optim.step.coefficients import LrScale, OperandGroups, coefficient_table
 from sharded_optim.storage.formats import FORMATS, format_of
 
 GROUP = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1, "decay_form": COUPLED, "reference_lr": 1e-2}
@@ -85,11 +85,11 @@ def tabulate(backend: Backend) -> None:
     )
     groups = [GROUP, GROUP | {"weight_decay": 0.2}, GROUP | {"lr": torch.tensor(1e-2).to(DEVICE)}]
     group_of = torch.arange(MANY) % len(groups)
-    several = GroupRows(groups=groups, group_of=group_of.to(DEVICE))
+    several = OperandGroups(groups=groups, group_of=group_of.to(DEVICE))
     observed = LrScale(of_mean=STABLE_ADAMW.statistic.lr_scale, sums=sums)
     kinds: list[tuple[Callable[..., Any], tuple[float | LrScale | None, ...]]] = [(STABLE_ADAMW.statistic.coefficients, (None,))]
     kinds += [(algorithm.coefficients, (1.0, observed)) for algorithm in (STABLE_ADAMW, ADAM, AMSGRAD, MOMENTUM, SGD)]
-    for members in (GroupRows(groups=[GROUP]), several):
+    for members in (OperandGroups(groups=[GROUP]), several):
         for function, lr_scales in kinds:
             for lr_scale in lr_scales:
                 table = coefficient_table(function, members, steps, lr_scale, backend=backend, operands=operands)

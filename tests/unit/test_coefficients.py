@@ -21,7 +21,7 @@ from sharded_optim.formulas.scalars import Number, Step, Sums, divide, maximum, 
 from sharded_optim.formulas.weight_decay import FORMS
 from sharded_optim.optimizers import adam, sgd, stable_adamw
 from sharded_optim.step import coefficients
-from sharded_optim.step.coefficients import GroupRows, LrScale, coefficient_table, host_numbers
+from sharded_optim.step.coefficients import LrScale, OperandGroups, coefficient_table, host_numbers
 
 triton = pytest.importorskip("triton", reason="the triton package is not installed")
 
@@ -61,9 +61,9 @@ STATISTIC = THRESHOLD_ADAMW.statistic  # whose scale depends on a hyperparameter
 assert STATISTIC is not None
 
 
-def members(groups: list[Mapping[str, Any]], operands: int) -> GroupRows:
+def members(groups: list[Mapping[str, Any]], operands: int) -> OperandGroups:
     group_of = None if len(groups) == 1 else torch.arange(operands) % len(groups)
-    return GroupRows(groups=list(map(host_numbers, groups)), group_of=group_of)
+    return OperandGroups(groups=list(map(host_numbers, groups)), group_of=group_of)
 
 
 def table(with_: Backend, name: str, groups: list[Mapping[str, Any]], steps: Tensor, lr_scale: float | LrScale | None) -> Tensor:
@@ -193,7 +193,7 @@ def test_a_formula_is_recorded_once_though_the_learning_rate_changes(lr_scale: f
         calls.append(group["momentum"])
         return (group["lr"] * group["momentum"],)
 
-    members = GroupRows(groups=[GROUP, GROUP | {"momentum": 0.5}], group_of=torch.tensor([0, 1, 0]))
+    members = OperandGroups(groups=[GROUP, GROUP | {"momentum": 0.5}], group_of=torch.tensor([0, 1, 0]))
     params = [torch.zeros(1) for _ in range(3)]
     operands, steps = Operands.whole(params, params, []), torch.zeros(3)
     for lr in (0.1, 0.2, torch.tensor(0.4)):
@@ -210,7 +210,7 @@ def test_a_list_that_is_changed_in_place_changes_the_coefficients() -> None:
     """As a hyperparameter of `Floats` may be one."""
     params = [torch.zeros(1)]
     operands, nus = Operands.whole(params, params, []), [0.5]
-    members = GroupRows(groups=[GROUP | {"nus": nus}])
+    members = OperandGroups(groups=[GROUP | {"nus": nus}])
     for nu in (0.5, 0.9):
         nus[0] = nu
         members = members.having([GROUP | {"nus": nus}])
@@ -232,7 +232,7 @@ def test_constants_are_sent_when_they_have_changed(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(module, "send", lambda values, device: sent.append(values) or values)
     own, params = backend.Triton(), [torch.zeros(1) for _ in STEPS]
     operands = Operands.whole(params, params, [])
-    members = GroupRows(groups=[GROUP])
+    members = OperandGroups(groups=[GROUP])
     found = []
     for changes in ({}, {}, {"lr": 5e-3}, {"weight_decay": 0.2}):
         members = members.having([{**members.groups[0], **changes}])
