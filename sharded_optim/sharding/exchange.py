@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sharded_optim.sharding.layout import GRADIENT, PARAMETER, Layout, LocalParam, segments_of
-from sharded_optim.sharding.matrices import Holding, Matrices, plan_matrices
-from sharded_optim.sharding.ranks import join_messages, naming_missing_ranks
-from sharded_optim.sharding.segment import Segment, find_tiling_error
+from sharded_optim.sharding.layout import GRADIENT, PARAMETER, Layout, LocalParam
+from sharded_optim.sharding.matrices import Holding, Matrices, MatrixPlan, plan_matrices
+from sharded_optim.sharding.piece_exchange import HeldPiece, PieceExchange, RowText
+from sharded_optim.sharding.ranks import gather_messages, naming_missing_ranks
+from sharded_optim.sharding.row_exchange import Array, hash_words
+from sharded_optim.sharding.segment import Segment
 from sharded_optim.sharding.wrappers import partial_of
 
 __all__ = ["exchange_layouts"]
@@ -27,6 +29,20 @@ __all__ = ["exchange_layouts"]
 GRADIENTS_DIFFER = 1e-2  # relative difference of norms at which gradients are not the same up to rounding
 HASHED_AT_ONCE = 2**20  # elements, each of which takes 24 bytes for a moment
 NOISE = 1e-4  # of the largest gradient norm: a gradient below may be rounding noise alone
+SHOWN = 8  # pieces in a message
+
+# What each rank tells all others first.
+FAILED, LARGEST_NORM, HAS_OBJECTS = range(3)
+FACTS = 3
+# Columns of what is compared of each piece.
+FINGERPRINT, IS_COMPARED, IS_PARTIAL, GRAD_NORM, MATRICES = range(5)
+FURTHER = 5
+# Bits of a reply.
+OWNED, FIRST, NEEDS_TEXT, TELLS_PARTIAL = 1, 2, 4, 8
+# How pieces of one tensor differ.
+SHAPE, WHICH_MATRICES, VALUES, GRADIENTS = 1, 2, 3, 4
+
+T = TypeVar("T")
 
 
 def exchange_layouts(
@@ -45,139 +61,263 @@ def exchange_layouts(
         ValueError: on every rank alike, when ranks disagree about a tensor, their pieces do not tile it, or pieces that should be
             replicas differ.
     """
-    local_params: Sequence[LocalParam] = ()
-    rows: list[_Row] | str
+    own, failure = _Own(), None
     try:
-        local_params = describe()
-        alone = process_group is None
-        rows = [row for entry in local_params for row in _Row.of(entry, alone=alone, compare_values=compares_values(entry.param))]
+        own = _Own.of(describe(), alone=process_group is None, compares_values=compares_values)
     except Exception as error:  # the other ranks must get the error before this one raises
-        rows = str(error) if isinstance(error, ValueError) else repr(error)
-    rank, tables = 0, [rows]
-    if process_group is not None:
-        rank = dist.get_rank(process_group)
-        tables: list[Any] = [None] * dist.get_world_size(process_group)
-        with naming_missing_ranks(process_group, "what each rank holds, which is exchanged before the first step of these parameters"):
-            dist.all_gather_object(tables, rows, group=process_group)
-    failures = [table if isinstance(table, str) else None for table in tables]
-    if any(failures):
-        raise ValueError(join_messages(failures) if process_group else failures[0])
+        failure = str(error) if isinstance(error, ValueError) else repr(error)
+    what = "what each rank holds, which is exchanged before the first step of these parameters"
+    with nullcontext() if process_group is None else naming_missing_ranks(process_group, what):
+        return _exchange(own, failure, process_group)
 
-    largest_norm = max((row.grad_norm or 0.0 for table in tables for row in table), default=0.0)
-    holders: dict[str, list[tuple[int, _Row]]] = defaultdict(list)
-    of_matrices: dict[str, list[Holding]] = defaultdict(list)
-    matrices_of: dict[str, Matrices] = {}
-    for holder, table in enumerate(tables):
-        for index, row in enumerate(table):
-            holders[row.segment.name].append((holder, row))
-            if row.matrices is not None:
-                matrices_of[row.segment.name] = row.matrices
-                of_matrices[row.segment.name].append(Holding(holder, index, row.segment))
-    owner: dict[Segment, int] = {}
-    for name, pieces in holders.items():
-        _check_agreement(name, pieces, largest_norm)
-        for holder, row in pieces:
-            owner.setdefault(row.segment, holder)
-    partial_of = {row.segment.name: row.partial for table in tables for row in table if row.partial is not None}
-    names = tuple(holders)
-    index = {name: slot for slot, name in enumerate(names)}
+
+def _exchange(own: _Own, failure: str | None, process_group: dist.ProcessGroup | None) -> Layout:
+    """Exchange what ranks hold.
+
+    Each tensor is checked by one rank, which gets its pieces from all ranks and replies who owns them. Names of tensors, and errors, then
+    go to all.
+    """
+    norms = own.further[:, GRAD_NORM].view(np.float64)
+    facts = {
+        FAILED: failure is not None,
+        LARGEST_NORM: np.fmax.reduce(norms, initial=0.0).view(np.int64),
+        HAS_OBJECTS: any(value is not None for value in (*own.partial, *own.matrices)),
+    }
+    exchange = PieceExchange(own.pieces, own.further, [int(facts[fact]) for fact in range(FACTS)], process_group)
+    if exchange.facts[:, FAILED].any():
+        raise ValueError(gather_messages(failure, process_group))
+    checks = _Checks(exchange, float(exchange.facts[:, LARGEST_NORM].copy().view(np.float64).max()))
+    replies = exchange.reply(checks.replies)[:, 0]
+    texts = exchange.texts(checks.replies[:, 0] & NEEDS_TEXT != 0, replies & NEEDS_TEXT != 0)
+    first = exchange.first_of_tensor
+    tensors = [
+        (*place, numel, texts[row].key)
+        for *place, numel, row in zip(
+            exchange.ranks[first].tolist(), exchange.index[first].tolist(), exchange.numels.tolist(), first.tolist(), strict=True
+        )
+    ]
+    of_ranks = _gather((checks.failure(texts), tensors), process_group)
+    failures = [failed for failed, _ in of_ranks if failed is not None]
+    if failures:
+        raise ValueError(min(failures)[-1])
+    tensors = sorted(tensor for _, checked in of_ranks for tensor in checked)
+    names = tuple(name for *_, name in tensors)
+    slots = {name: slot for slot, name in enumerate(names)}
+
+    objects = _Objects([], {}, {})
+    of_others = [objects]
+    if exchange.facts[:, HAS_OBJECTS].any():
+        objects = own.objects(replies, slots)
+        of_others = _gather(objects, process_group)
+    partial = {name: value for each in of_others for name, value in each.partial.items()}
     return Layout(
-        local_params=tuple(local_params),
+        local_params=own.local_params,
         names=names,
-        numels=tuple(pieces[0][1].segment.tensor_numel for pieces in holders.values()),
-        slots=tuple(index[segment.name] for segment in segments_of(local_params)),
-        owned=tuple(owner[segment] == rank for segment in segments_of(local_params)),
+        numels=tuple(numel for _, _, numel, _ in tensors),
+        slots=tuple(slots[piece.key] for piece in own.pieces),
+        owned=tuple((replies & OWNED != 0).tolist()),
         is_global=True,
-        matrices=plan_matrices(matrices_of, of_matrices, rank, len(tables)),
+        matrices=_matrix_plans(of_others, names, process_group),
         partial={
-            row: partial_of[piece.segment.name]
-            for row, entry in enumerate(local_params)
+            row: partial[piece.segment.name]
+            for row, entry in enumerate(own.local_params)
             for piece in entry.pieces
-            if piece.segment.name in partial_of
+            if piece.segment.name in partial
         },
         process_group_ref=None if process_group is None else weakref.ref(process_group),
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Row:
-    """The description of one piece that a rank sends to the others."""
+def _gather(value: T, process_group: dist.ProcessGroup | None) -> list[T]:
+    """Gather a value of each rank. A collective."""
+    if process_group is None:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size(process_group)
+    dist.all_gather_object(values, value, group=process_group)
+    return values
 
-    segment: Segment
-    dtype: str
-    fingerprint: int | None = None  # of the values
-    grad_norm: float | None = None  # None without a gradient, or a finite one
-    partial: Any = None  # how the gradient is yet to be reduced
-    matrices: Matrices | None = None  # that the tensor is
+
+class _Objects(NamedTuple):
+    """What a rank tells all others that is no number."""
+
+    matrix_pieces: list[tuple[int, int, Segment]]  # slot of the tensor, number of the piece, segment
+    matrices: dict[int, Matrices]  # by slot, of the tensors whose first holder it is
+    partial: dict[str, Any]  # how gradients are yet to be reduced
+
+
+def _matrix_plans(of_ranks: Sequence[_Objects], names: Sequence[str], process_group: dist.ProcessGroup | None) -> tuple[MatrixPlan, ...]:
+    """Plan how matrices come together. All ranks need all holders of matrices for that, and of nothing else."""
+    matrices = {slot: value for each in of_ranks for slot, value in each.matrices.items()}
+    holders: dict[str, list[Holding]] = {names[slot]: [] for slot in sorted(matrices)}
+    for rank, each in enumerate(of_ranks):
+        for slot, number, segment in each.matrix_pieces:
+            holders[names[slot]].append(Holding(rank, number, segment))
+    rank = 0 if process_group is None else dist.get_rank(process_group)
+    return plan_matrices({names[slot]: matrices[slot] for slot in sorted(matrices)}, holders, rank, len(of_ranks))
+
+
+class _Own:
+    """What this rank holds.
+
+    Attributes:
+        pieces: of all local parameters, one after the other.
+        further: int64 (pieces, FURTHER), what is compared between ranks.
+        partial, matrices: of each piece.
+    """
+
+    def __init__(self) -> None:
+        self.local_params: tuple[LocalParam, ...] = ()
+        self.pieces: list[HeldPiece] = []
+        self.further = np.zeros((0, FURTHER), dtype=np.int64)
+        self.partial: list[Any] = []
+        self.matrices: list[Matrices | None] = []
 
     @classmethod
-    def of(cls, entry: LocalParam, *, alone: bool, compare_values: bool) -> Iterator[_Row]:
-        """Make a row for each piece."""
-        dtype = str(entry.param.dtype)
-        param = entry.local(entry.param, PARAMETER).detach()
-        grad = None if alone else entry.param.grad
-        partial = partial_of(grad)
-        grad = None if grad is None or partial is not None else entry.local(grad, GRADIENT)
-        for piece in entry.pieces:
-            fingerprint = grad_norm = None
-            if piece.segment.numel and not alone:
-                norm = math.nan if grad is None else float(torch.linalg.vector_norm(piece.of(grad), dtype=torch.float32))
-                grad_norm = norm if math.isfinite(norm) else None
-                fingerprint = _fingerprint(piece.of(param)) if compare_values else None
-            compared = {"fingerprint": fingerprint, "grad_norm": grad_norm}
-            yield cls(segment=piece.segment, dtype=dtype, partial=partial, matrices=piece.matrices, **compared)
+    def of(cls, local_params: Sequence[LocalParam], *, alone: bool, compares_values: Callable[[Tensor], bool]) -> _Own:
+        """Describe local parameters."""
+        own = cls()
+        own.local_params = tuple(local_params)
+        further: list[tuple[int, bool, int]] = []
+        norms: list[float] = []
+        for entry in local_params:
+            param = entry.local(entry.param, PARAMETER).detach()
+            grad = None if alone else entry.param.grad
+            partial = partial_of(grad)
+            grad = None if grad is None or partial is not None else entry.local(grad, GRADIENT)
+            compares = not alone and compares_values(entry.param)
+            for piece in entry.pieces:
+                is_compared = compares and piece.segment.numel > 0
+                fingerprint = _fingerprint(piece.of(param)) if is_compared else 0
+                has_none = grad is None or piece.segment.numel == 0
+                norms.append(math.nan if has_none else float(torch.linalg.vector_norm(piece.of(grad), dtype=torch.float32)))
+                further.append((fingerprint, is_compared, partial is not None))
+                own.pieces.append(HeldPiece(piece.segment.name, piece.segment, str(entry.param.dtype)))
+                own.partial.append(partial)
+                own.matrices.append(piece.matrices)
+        own.further = np.empty((len(own.pieces), FURTHER), dtype=np.int64)
+        own.further[:, :GRAD_NORM] = np.array(further, dtype=np.int64).reshape(len(further), GRAD_NORM)
+        own.further[:, GRAD_NORM] = np.array([norm if math.isfinite(norm) else math.nan for norm in norms]).view(np.int64)
+        of_matrices = {matrices: int(hash_words([repr(matrices).encode()])[0, 0]) for matrices in set(own.matrices) - {None}}
+        own.further[:, MATRICES] = [of_matrices.get(matrices, 0) for matrices in own.matrices]
+        return own
+
+    def objects(
+        self,
+        replies: Array,  # int64 (pieces,)
+        slots: Mapping[str, int],  # of tensors, by name
+    ) -> _Objects:
+        found = _Objects([], {}, {})
+        for number, (reply, piece) in enumerate(zip(replies.tolist(), self.pieces, strict=True)):
+            matrices = self.matrices[number]
+            if matrices is not None:
+                found.matrix_pieces.append((slots[piece.key], number, piece.segment))
+                if reply & FIRST:
+                    found.matrices[slots[piece.key]] = matrices
+            if reply & TELLS_PARTIAL:
+                found.partial[piece.key] = self.partial[number]
+        return found
 
 
-def _check_agreement(name: str, pieces: list[tuple[int, _Row]], largest_norm: float) -> None:
-    first_rank, first = pieces[0]
-    replicas: dict[Segment, tuple[int, _Row]] = {}
-    for rank, row in pieces:
-        if row.segment.shape != first.segment.shape or row.dtype != first.dtype:
-            raise ValueError(
-                f"ranks disagree about {name!r}: shape {first.segment.shape} and {first.dtype} on rank {first_rank}, shape "
-                f"{row.segment.shape} and {row.dtype} on rank {rank}; build the same model on every rank, or give tensors that differ "
+class _Checks:
+    """Compare the pieces that this rank checks.
+
+    Attributes:
+        replies: int64 (rows, 1), for the holders.
+    """
+
+    def __init__(self, exchange: PieceExchange, largest_norm: float) -> None:
+        self._exchange = exchange
+        first = exchange.first_of_tensor[exchange.tensor]
+        self._known = exchange.first_of_segment[exchange.segment]  # of each row the first one that holds the same
+        self._differences = np.select(
+            [
+                exchange.contradicts,
+                _differ(exchange.further[:, MATRICES], first),
+                _differ(exchange.further[:, FINGERPRINT], self._known) | _differ(exchange.further[:, IS_COMPARED], self._known),
+                _gradients_differ(np.ascontiguousarray(exchange.further[:, GRAD_NORM]).view(np.float64), self._known, largest_norm),
+            ],
+            [SHAPE, WHICH_MATRICES, VALUES, GRADIENTS],
+            0,
+        )
+        self._errors = exchange.tiling_errors()
+        different = np.flatnonzero(self._differences)
+        first_difference = np.full(len(exchange.first_of_tensor), len(exchange.tensor))
+        np.minimum.at(first_difference, exchange.tensor[different], different)
+        self._failing: tuple[int, int | None] | None = None  # the first tensor that is wrong, and the row that differs
+        for tensor, row in enumerate(first_difference.tolist()):
+            if row < len(exchange.tensor) or tensor in self._errors:
+                self._failing = tensor, row if row < len(exchange.tensor) else None
+                break
+        replies = np.zeros(len(exchange.tensor), dtype=np.int64)
+        replies[exchange.ranks == exchange.ranks[self._known]] |= OWNED
+        replies[exchange.first_of_tensor] |= FIRST | NEEDS_TEXT
+        if self._failing is not None and self._failing[1] is not None:
+            replies[self._failing[1]] |= NEEDS_TEXT
+        has_partial = np.flatnonzero(exchange.further[:, IS_PARTIAL])
+        last_partial = np.full(len(exchange.first_of_tensor), -1)
+        np.maximum.at(last_partial, exchange.tensor[has_partial], has_partial)
+        replies[last_partial[last_partial >= 0]] |= TELLS_PARTIAL
+        self.replies = replies[:, None]
+
+    def failure(self, texts: Mapping[int, RowText]) -> tuple[int, int, str] | None:
+        """Say what is wrong with the first tensor that is, with the place of its first piece; None if nothing is."""
+        if self._failing is None:
+            return None
+        tensor, row = self._failing
+        first = int(self._exchange.first_of_tensor[tensor])
+        message = self._tiling_message(tensor, texts[first]) if row is None else self._difference_message(first, row, texts)
+        return int(self._exchange.ranks[first]), int(self._exchange.index[first]), message
+
+    def _difference_message(self, first: int, row: int, texts: Mapping[int, RowText]) -> str:
+        ranks, (name, shape, dtype), here = self._exchange.ranks, texts[first], texts[row]
+        kind = int(self._differences[row])
+        if kind == SHAPE:
+            return (
+                f"ranks disagree about {name!r}: shape {shape} and {dtype} on rank {ranks[first]}, shape "
+                f"{here.shape} and {here.dtype} on rank {ranks[row]}; build the same model on every rank, or give tensors that differ "
                 f"different names by passing named parameters"
             )
-        if row.matrices != first.matrices:
-            raise ValueError(
-                f"ranks {first_rank} and {rank} disagree about the matrices that {name!r} (shape {first.segment.shape}) is, or whether it "
+        if kind == WHICH_MATRICES:
+            return (
+                f"ranks {ranks[first]} and {ranks[row]} disagree about the matrices that {name!r} (shape {shape}) is, or whether it "
                 f"is stepped as matrices at all; give it the same param group on every rank"
             )
-        known_rank, known = replicas.setdefault(row.segment, (rank, row))
-        differ = _how_replicas_differ(known, row, largest_norm)
-        if differ:
-            raise ValueError(
-                f"ranks {known_rank} and {rank} both hold {name!r} (shape {row.segment.shape}), but with different {differ}: they are not "
-                f"replicas of one tensor. If they should be, start from equal values (broadcast them from one rank, or seed all ranks "
-                f"alike) and average the gradients, as DDP does; if they are different tensors (stages of a pipeline, experts), pass named "
-                f"parameters with names that are unique over all ranks; if the ranks train apart, pass process_group= with those that "
-                f"train together; if a wrapper flattened the parameters, say how they lie in its tensors with layout="
-            )
-    problem = find_tiling_error(list(replicas))
-    if problem:
+        differ = "values" if kind == VALUES else "gradients"
+        return (
+            f"ranks {ranks[self._known[row]]} and {ranks[row]} both hold {name!r} (shape {shape}), but with different {differ}: they are "
+            f"not replicas of one tensor. If they should be, start from equal values (broadcast them from one rank, or seed all ranks "
+            f"alike) and average the gradients, as DDP does; if they are different tensors (stages of a pipeline, experts), pass named "
+            f"parameters with names that are unique over all ranks; if the ranks train apart, pass process_group= with those that "
+            f"train together; if a wrapper flattened the parameters, say how they lie in its tensors with layout="
+        )
+
+    def _tiling_message(self, tensor: int, text: RowText) -> str:
+        rows = np.flatnonzero(self._exchange.tensor == tensor)[:SHOWN]
         held = "; ".join(
-            f"rank {rank}: {row.segment.count} x {row.segment.run} elements from {row.segment.start}, {row.segment.stride} apart"
-            for rank, row in pieces[:8]
+            f"rank {self._exchange.ranks[row]}: {count} x {run} elements from {start}, {stride} apart"
+            for row, (start, run, stride, count) in zip(rows.tolist(), self._exchange.extents[rows].tolist(), strict=True)
         )
-        raise ValueError(
-            f"the pieces of {name!r} (shape {first.segment.shape}) do not tile it: {problem} ({held}); every rank that holds a piece must "
-            f"be in the optimizer's process group and hold runs of elements that a Segment can express"
+        return (
+            f"the pieces of {text.key!r} (shape {text.shape}) do not tile it: {self._errors[tensor]} ({held}); every rank that holds a "
+            f"piece must be in the optimizer's process group and hold runs of elements that a Segment can express"
         )
 
 
-def _how_replicas_differ(a: _Row, b: _Row, largest_norm: float) -> str | None:
-    """Say how two pieces differ; None for replicas.
+def _differ(
+    values: Array,  # int64 (rows,)
+    others: Array,  # int64 (rows,), the row that each is compared with
+) -> Array:  # bool (rows,)
+    return values != values[others]
 
-    Gradients of replicas may differ in their last bits, where kernels are not deterministic.
-    """
-    if a.fingerprint != b.fingerprint:
-        return "values"
-    if a.grad_norm is None or b.grad_norm is None:
-        return None
-    larger = max(a.grad_norm, b.grad_norm)
-    if larger > NOISE * largest_norm and abs(a.grad_norm - b.grad_norm) > GRADIENTS_DIFFER * larger:
-        return "gradients"
-    return None
+
+def _gradients_differ(
+    norms: Array,  # float64 (rows,), NaN without a gradient, or with one that is not finite
+    others: Array,  # int64 (rows,)
+    largest_norm: float,
+) -> Array:  # bool (rows,)
+    """Compare gradients of replicas: they may differ in their last bits, where kernels are not deterministic."""
+    larger = np.maximum(norms, norms[others])
+    return (larger > NOISE * largest_norm) & (np.abs(norms - norms[others]) > GRADIENTS_DIFFER * larger)
 
 
 def _fingerprint(values: Tensor) -> int:

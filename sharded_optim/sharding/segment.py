@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Overlap", "Segment", "find_tiling_error", "overlaps"]
+__all__ = ["Overlap", "Segment", "find_tiling_error", "find_tiling_error_of", "overlaps"]
 
 EXPANDED_AT_ONCE = 2**20  # runs, so that many short ones do not exhaust memory
 
@@ -248,7 +248,15 @@ def find_tiling_error(segments: Sequence[Segment]) -> str | None:
     if sum(segment.numel for segment in filled) == numel and len(filled) <= 1:
         return None
     fields = [[segment.start, segment.run, segment.stride, segment.count] for segment in filled]
-    start, run, stride, count = torch.tensor(fields, dtype=torch.int64, device="cpu").reshape(len(filled), 4).unbind(1)
+    return find_tiling_error_of(torch.tensor(fields, dtype=torch.int64, device="cpu").reshape(len(filled), 4), numel)
+
+
+def find_tiling_error_of(
+    fields: Tensor,  # int64 (segments, 4) on the CPU: start, run, stride and count of each, none of which is empty
+    numel: int,  # of the tensor
+) -> str | None:
+    """`find_tiling_error`, of segments that are given by their fields."""
+    start, run, stride, count = fields.unbind(1)
     begin, end = 0, 0  # runs that start before `begin` are checked, and tile all elements before `end`
     while True:
         first = _runs_before(begin, start, stride, count)  # of each segment, to be checked
@@ -263,7 +271,7 @@ def find_tiling_error(segments: Sequence[Segment]) -> str | None:
         window = numel - end  # elements; as many of them as there is memory for the runs that start there
         while int((last := _runs_before(end + window, start, stride, count)).sub(first).sum()) > EXPANDED_AT_ONCE and window > 1:
             window //= 2
-        which = torch.arange(len(filled), device="cpu").repeat_interleave(last - first)
+        which = torch.arange(len(fields), device="cpu").repeat_interleave(last - first)
         number = torch.arange(len(which), device="cpu") - (last - first).cumsum(0).sub(last - first)[which] + first[which]
         starts, order = (start[which] + number * stride[which]).sort()
         ends = torch.cat([torch.tensor([end], device="cpu"), starts + run[which[order]]])

@@ -1,0 +1,163 @@
+"""Exchange which pieces of which tensors the ranks hold: each rank gets those of its share of the tensors, from all ranks, and groups them.
+
+A piece travels as a row of numbers: a hash of the tensor's key, one of its shape and dtype, and the extents of its segment. The text of a
+row (key, shape, dtype) is sent where it is needed: once for each tensor, and for pieces that contradict each other.
+
+`exchange.py` finds the owners of pieces by it, `checkpoint/write_plan.py` who writes what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from sharded_optim.sharding.row_exchange import Array, RowExchange, hash_words
+from sharded_optim.sharding.segment import Segment, find_tiling_error_of
+
+__all__ = ["HeldPiece", "PieceExchange", "RowText", "group_rows"]
+
+# Columns of a row; further ones follow.
+KEY = slice(0, 2)
+TRAITS = 2
+EXTENTS = slice(3, 7)  # start, run, stride, count
+NUMEL, TEXT_SIZE, INDEX = 7, 8, 9
+COLUMNS = 10
+
+
+class HeldPiece(NamedTuple):
+    """A piece that this rank holds."""
+
+    key: str  # of the tensor, the same on all ranks
+    segment: Segment
+    dtype: str
+
+
+class RowText(NamedTuple):
+    """What a row says, in words."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class PieceExchange:
+    """The pieces of this rank's share of the tensors, on all ranks, in the order of the ranks and of each rank's pieces.
+
+    Constructing it is a collective, and so are `send`, `reply` and `texts`. Tensors and segments are numbered in the order in which they
+    first appear.
+
+    Args:
+        pieces: of this rank.
+        further: int64 (pieces, k), what else is sent of each.
+        facts: what this rank tells all others.
+        process_group: None: this process alone.
+
+    Attributes:
+        facts: int64 (ranks, facts).
+        ranks, index: int64 (rows,), who holds a piece, and its number among the pieces of that rank.
+        extents: int64 (rows, 4), its segment's start, run, stride and count.
+        further: int64 (rows, k).
+        tensor, segment: int64 (rows,), the number of the piece's tensor, and of its segment among all distinct ones.
+        first_of_tensor, first_of_segment: the first row of each.
+    """
+
+    def __init__(self, pieces: Sequence[HeldPiece], further: Array, facts: Sequence[int], process_group: dist.ProcessGroup | None) -> None:
+        keys = [piece.key.encode("utf-8", "surrogatepass") for piece in pieces]
+        traits: dict[tuple[tuple[int, ...], str], bytes] = {}
+        for _, segment, dtype in pieces:
+            if (segment.shape, dtype) not in traits:
+                traits[segment.shape, dtype] = f"{','.join(map(str, segment.shape))} {dtype} ".encode()
+        of_traits = dict(zip(traits, hash_words(list(traits.values()))[:, 0].tolist(), strict=True))
+        self._texts = [traits[piece.segment.shape, piece.dtype] + key for piece, key in zip(pieces, keys, strict=True)]
+        rows = np.empty((len(pieces), COLUMNS + further.shape[1]), dtype=np.int64)
+        rows[:, KEY] = hash_words(keys)
+        rows[:, TRAITS:INDEX] = np.array(
+            [
+                (of_traits[each.shape, dtype], each.start, each.run, each.stride, each.count, each.tensor_numel, len(text))
+                for (_, each, dtype), text in zip(pieces, self._texts, strict=True)
+            ],
+            dtype=np.int64,
+        ).reshape(len(pieces), INDEX - TRAITS)
+        rows[:, INDEX] = np.arange(len(pieces))
+        rows[:, COLUMNS:] = further
+        world_size = 1 if process_group is None else dist.get_world_size(process_group)
+        to = (rows[:, 0].view(np.uint64) % np.uint64(world_size)).astype(np.int64)
+        self._exchange = RowExchange(rows, to, facts, process_group)
+        self.send, self.reply = self._exchange.send, self._exchange.reply
+        self.facts, self.ranks, rows = self._exchange.facts, self._exchange.ranks, self._exchange.rows
+        self.index, self.extents, self.further = rows[:, INDEX], rows[:, EXTENTS], rows[:, COLUMNS:]
+        self.tensor, self.first_of_tensor = group_rows(rows[:, KEY])
+        self.segment, self.first_of_segment = group_rows(np.column_stack([self.tensor, self.extents]))
+        self._rows = rows
+
+    @property
+    def numels(self) -> Array:
+        """Elements of each tensor: int64 (tensors,)."""
+        return self._rows[self.first_of_tensor, NUMEL]
+
+    @cached_property
+    def contradicts(self) -> Array:
+        """Whether the shape or the dtype is another than in the first row of the tensor: bool (rows,)."""
+        traits = self._rows[:, TRAITS]
+        return traits != traits[self.first_of_tensor[self.tensor]]
+
+    def texts(
+        self,
+        of_rows: Array,  # bool (rows,), of which a text is needed here
+        of_pieces: Array,  # bool (pieces,), of which of this rank's pieces it is needed elsewhere, as a reply has told
+    ) -> dict[int, RowText]:  # by row
+        sent = [text if needed else b"" for text, needed in zip(self._texts, of_pieces.tolist(), strict=True)]
+        received = self._exchange.send_texts(sent, np.where(of_rows, self._rows[:, TEXT_SIZE], 0))
+        return {row: _parse(received[row]) for row in np.flatnonzero(of_rows).tolist()}
+
+    def tiling_errors(self) -> dict[int, str]:
+        """Say what is wrong with the tensors whose distinct segments do not cover each element exactly once, by their numbers."""
+        filled = self.first_of_segment[self.extents[self.first_of_segment, 1] > 0]  # empty segments are all zeros
+        tensor, (start, run, _, count) = self.tensor[filled], self.extents[filled].T
+        order = np.lexsort((start, tensor))
+        tensor, start, end, count = tensor[order], start[order], (start + run)[order], count[order]
+        is_last = np.append(tensor[1:] != tensor[:-1], True)[: len(tensor)]
+        is_first = np.append(True, is_last[:-1])[: len(tensor)]
+        numels = self.numels
+        follows = start == np.where(is_first, 0, np.append(0, end[:-1])[: len(tensor)])
+        tiles = numels == 0
+        tiles[tensor] = True
+        # Runs of elements that follow each other tile; whatever else there is, `find_tiling_error_of` looks at.
+        np.logical_and.at(tiles, tensor, follows & (count == 1) & (~is_last | (end == numels[tensor])))
+        errors: dict[int, str] = {}
+        for number in np.flatnonzero(~tiles).tolist():
+            fields = self.extents[filled[order[tensor == number]]]
+            problem = find_tiling_error_of(torch.from_numpy(np.ascontiguousarray(fields)), int(numels[number]))
+            if problem:
+                errors[number] = problem
+        return errors
+
+
+def group_rows(
+    columns: Array,  # int64 (rows, k)
+) -> tuple[Array, Array]:  # int64 (rows,), (groups,)
+    """Number equal rows in the order in which they first appear.
+
+    Returns:
+        The number of each row, and the first row of each number.
+    """
+    order = np.lexsort(columns.T[::-1])  # stable
+    in_order = columns[order]
+    begins = np.append(True, (in_order[1:] != in_order[:-1]).any(axis=1))[: len(order)]
+    first = order[begins]
+    number = np.empty_like(order)
+    by_appearance = np.argsort(first)
+    position = np.empty_like(by_appearance)
+    position[by_appearance] = np.arange(len(first))
+    number[order] = position[np.cumsum(begins) - 1]
+    return number, first[by_appearance]
+
+
+def _parse(text: bytes) -> RowText:
+    shape, dtype, key = text.decode("utf-8", "surrogatepass").split(" ", 2)
+    return RowText(key, tuple(int(size) for size in shape.split(",") if size), dtype)
