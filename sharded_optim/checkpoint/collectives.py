@@ -15,7 +15,7 @@ import torch.distributed as dist
 from sharded_optim.checkpoint.errors import CheckpointError, DamagedError, MismatchError, UnreadableError
 from sharded_optim.sharding.ranks import join_messages
 
-__all__ = ["all_or_nothing", "digest_of", "gather_distinct", "rank_and_world_size", "refuse_differences"]
+__all__ = ["all_or_nothing", "digest_of", "gather_distinct", "gather_on_first", "rank_and_world_size", "refuse_differences"]
 
 Result = TypeVar("Result")
 
@@ -108,6 +108,16 @@ def gather_distinct(value: Result, digests: Sequence[bytes], process_group: dist
     gathered: list[Any] = [None] * len(digests)
     dist.all_gather_object(gathered, value if senders[digests[rank]] == rank else None, group=process_group)
     return [gathered[senders[digest]] for digest in digests]
+
+
+def gather_on_first(value: Result, process_group: dist.ProcessGroup | None) -> list[Result]:
+    """Gather the values of all ranks on the first one; the others get an empty list. A collective."""
+    if process_group is None:
+        return [value]
+    rank, world_size = rank_and_world_size(process_group)
+    gathered: list[Any] = [None] * world_size if rank == 0 else []
+    dist.gather_object(value, gathered if rank == 0 else None, group=process_group, group_dst=0)
+    return gathered
 
 
 def refuse_differences(arguments: Sequence[Mapping[str, Any]]) -> None:

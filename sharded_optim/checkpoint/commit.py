@@ -16,11 +16,14 @@ from sharded_optim.checkpoint.manifest_writer import serialize
 from sharded_optim.checkpoint.reader import marker_of
 from sharded_optim.checkpoint.shard_file import WrittenShard
 from sharded_optim.checkpoint.store import COMMITTED, MANIFEST, Store, folder_of, new_file, shard_name
-from sharded_optim.checkpoint.write_plan import WritePlan
+from sharded_optim.checkpoint.write_plan import Extents, Tensors
+from sharded_optim.sharding.segment import Segment
 
 __all__ = ["commit", "create_draft", "discard_draft"]
 
 logger = logging.getLogger(__name__)
+
+Written = tuple[WrittenShard, Sequence[Extents]]
 
 _cleaned: set[str] = set()  # roots from which this process has removed the drafts of processes that died
 
@@ -35,17 +38,18 @@ def create_draft(store: Store, step: int) -> str:
     return store.begin(folder_of(step), secrets.token_hex(4))
 
 
-def commit(store: Store, draft: str, manifest: Manifest, plan: WritePlan, shards: Sequence[WrittenShard | None]) -> None:
+def commit(store: Store, draft: str, manifest: Manifest, tensors: Tensors, shards: Sequence[Written | None]) -> None:
     """Write the manifest and the marker, and publish a draft.
 
     Args:
         manifest: without files and tensors.
-        shards: what each rank wrote; None: nothing.
+        tensors: of the checkpoint.
+        shards: what each rank wrote, and which chunks these are; None: nothing.
 
     Raises:
         CheckpointError: a rank's file is missing, or the manifest is too large.
     """
-    complete = _complete(manifest, plan, shards)
+    complete = _complete(manifest, tensors, shards)
     _check_sizes(store, draft, complete)
     text = serialize(complete)
     if len(text) > MAX_MANIFEST_BYTES:
@@ -56,24 +60,30 @@ def commit(store: Store, draft: str, manifest: Manifest, plan: WritePlan, shards
     store.publish(draft, folder_of(manifest.step))
 
 
-def _complete(manifest: Manifest, plan: WritePlan, shards: Sequence[WrittenShard | None]) -> Manifest:
-    """Add the files and tensors of a plan, with the hashes that ranks computed while they wrote."""
+def _complete(manifest: Manifest, tensors: Tensors, shards: Sequence[Written | None]) -> Manifest:
+    """Add the files and tensors, with the hashes that ranks computed while they wrote."""
     files: dict[str, ShardFile] = {}
-    chunks: dict[tuple[str, str], list[Chunk]] = {key: [] for key in plan.tensors}
-    for rank, (shard, planned) in enumerate(zip(shards, plan.chunks, strict=True)):
-        if shard is None:
+    of_slots = list(tensors.items())
+    chunks: list[list[Chunk]] = [[] for _ in tensors]
+    for rank, written in enumerate(shards):
+        if written is None:
             continue
-        name = shard_name(rank, len(shards))
+        shard, extents = written
+        file = shard_name(rank, len(shards))
         offset = shard.header_size
-        for chunk, digest in zip(planned, shard.chunks_sha256, strict=True):
-            written = Chunk(segment=chunk.segment, file=name, offset=offset, size=chunk.size, sha256=digest)
-            chunks[chunk.kind, chunk.segment.name].append(written)
-            offset += chunk.size
-        files[name] = ShardFile(size=offset, header_size=shard.header_size, header_sha256=shard.header_sha256)
+        for (slot, start, run, stride, count), digest in zip(extents, shard.chunks_sha256, strict=True):
+            (_, name), (shape, dtype) = of_slots[slot]
+            segment = Segment(name=name, shape=shape, start=start, run=run, stride=stride, count=count)
+            size = segment.numel * dtype.itemsize
+            chunks[slot].append(Chunk(segment=segment, file=file, offset=offset, size=size, sha256=digest))
+            offset += size
+        files[file] = ShardFile(size=offset, header_size=shard.header_size, header_sha256=shard.header_sha256)
     entries = [
-        TensorEntry(kind=kind, name=name, shape=shape, dtype=dtype, chunks=tuple(chunks[kind, name]))
-        for (kind, name), (shape, dtype) in plan.tensors.items()
+        TensorEntry(kind=kind, name=name, shape=shape, dtype=dtype, chunks=tuple(own))
+        for ((kind, name), (shape, dtype)), own in zip(of_slots, chunks, strict=True)
     ]
+    for entry in entries:
+        assert sum(chunk.size for chunk in entry.chunks) == entry.size, f"{entry.key!r} is written once"
     return replace(manifest, files=files, tensors={entry.key: entry for entry in entries})
 
 

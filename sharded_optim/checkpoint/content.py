@@ -75,7 +75,9 @@ def manifest_of(step: int, contents: Sequence[Content]) -> Manifest:
     Raises:
         CheckpointError: ranks contradict each other.
     """
-    aliases = {alias: name for content in reversed(contents) for alias, name in content.aliases.items()}
+    aliases: dict[str, str] = {}
+    for each in {id(content): content for content in reversed(contents)}.values():
+        aliases |= each.aliases
     return Manifest(
         step=step,
         world_size=len(contents),
@@ -102,7 +104,9 @@ def _join_parameters(parameters: Sequence[Parameters | None], order: Sequence[st
         raise CheckpointError("optimizer= was given on some ranks only; give it on all")
     group_of: dict[str, int] = {}
     steps: dict[str, float] = {}
-    for rank, own in enumerate(known):
+    first_rank = {id(own): rank for rank, own in reversed(list(enumerate(known)))}  # ranks with equal values share one object
+    for rank in sorted(first_rank.values()):
+        own = known[rank]
         _check_same_groups(known[0], own, rank)
         _join(group_of, own.group_of, "the param group", rank)
         _join(steps, own.steps, "the step counter", rank)

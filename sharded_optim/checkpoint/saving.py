@@ -17,7 +17,14 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from sharded_optim.checkpoint.collectives import all_or_nothing, digest_of, gather_distinct, rank_and_world_size, refuse_differences
+from sharded_optim.checkpoint.collectives import (
+    all_or_nothing,
+    digest_of,
+    gather_distinct,
+    gather_on_first,
+    rank_and_world_size,
+    refuse_differences,
+)
 from sharded_optim.checkpoint.commit import commit, create_draft, discard_draft
 from sharded_optim.checkpoint.content import Content, manifest_of
 from sharded_optim.checkpoint.local_tensor import LocalTensor
@@ -49,7 +56,7 @@ class PendingSave:
     @property
     def chunks(self) -> Sequence[PlannedChunk]:
         """What this rank writes."""
-        return self.plan.chunks[self.rank]
+        return self.plan.chunks
 
     def content(self, chunk: PlannedChunk) -> Tensor:
         """The elements of a chunk, as they are now: 1-D."""
@@ -148,20 +155,24 @@ def finish(save: PendingSave, content: Callable[[PlannedChunk], Tensor]) -> None
     """
     store, group, is_first = save.store, save.process_group, save.rank == 0
     where = f"{store.root}/{folder_of(save.step)}"
-    shard = shard_name(save.rank, len(save.plan.chunks))
+    shard = shard_name(save.rank, save.plan.world_size)
     _, (draft, *_) = all_or_nothing(f"creating {where}", lambda: create_draft(store, save.step) if is_first else "", group)
     is_committed = False
 
     def commit_on_first() -> None:
         nonlocal is_committed
         if is_first:
-            commit(store, draft, save.manifest, save.plan, shards)
+            commit(store, draft, save.manifest, save.plan.tensors, shards)
             is_committed = True
 
     try:
-        _, shards = all_or_nothing(
-            f"writing {where}", lambda: write_shard(store, draft, shard, save.chunks, content) if save.chunks else None, group
+        written, _ = all_or_nothing(
+            f"writing {where}",
+            lambda: (write_shard(store, draft, shard, save.chunks, content), save.plan.extents) if save.chunks else None,
+            group,
+            share=lambda _: None,
         )
+        shards = gather_on_first(written, group)
         all_or_nothing(f"committing {where}", commit_on_first, group)
     except BaseException:
         if is_first and not is_committed:  # after the commit, other ranks may have returned

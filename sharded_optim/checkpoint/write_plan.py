@@ -1,31 +1,44 @@
-"""Which rank writes which chunks. Every rank computes the same plan from the descriptions of what all ranks hold.
+"""Which rank writes which chunks.
 
 Each distinct element is written once. Replicas are spread over the ranks that hold them, so that all write about as much. Segments are cut
-into chunks, which are hashed and read one by one. Used by `saving.py`.
+into chunks, which are hashed and read one by one. No rank knows what all others write: for each tensor one rank, chosen by a hash of its
+key, compares what all hold of it, and tells each holder how many others hold the same. Used by `saving.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import heapq
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from sharded_optim.checkpoint.collectives import all_or_nothing, gather_distinct, rank_and_world_size
+from sharded_optim.checkpoint.collectives import all_or_nothing, rank_and_world_size
 from sharded_optim.checkpoint.dtypes import dtype_named, name_of
 from sharded_optim.checkpoint.errors import CheckpointError
 from sharded_optim.checkpoint.local_tensor import LocalTensor, checksum
 from sharded_optim.checkpoint.manifest import CHUNK_BYTES, check_name, key_of
-from sharded_optim.sharding.segment import Segment, find_tiling_error
+from sharded_optim.sharding.piece_exchange import HeldPiece, PieceExchange, RowText
+from sharded_optim.sharding.ranks import gather_objects
+from sharded_optim.sharding.row_exchange import Array
+from sharded_optim.sharding.segment import Segment
+from sharded_optim.storage.splitmix64 import GOLDEN, mix
 
-__all__ = ["PlannedChunk", "TensorRow", "WritePlan", "plan_for", "rows_of"]
+__all__ = ["Extents", "PlannedChunk", "TensorRow", "Tensors", "WritePlan", "plan_for", "rows_of"]
+
+SEPARATOR = "\0"  # of kind and name in a key that ranks exchange; no kind has it
+NEEDS_TEXT = 1  # the one flag of a reply
+# In the order in which they are reported.
+CONTRADICTS, DOES_NOT_TILE, VALUES_DIFFER = range(3)
 
 # A `LocalTensor` as other ranks see it: kind, name, shape, dtype, the segment's start, run, stride and count, whether it is a buffer.
 TensorRow = tuple[str, str, tuple[int, ...], str, int, int, int, int, bool]
-Holder = tuple[int, int]  # a rank, and the number of the row there
+Extents = tuple[int, int, int, int, int]  # of a chunk: the tensor's number in the plan; start, run, stride and count
+Tensors = dict[tuple[str, str], tuple[tuple[int, ...], torch.dtype]]  # shape and dtype, by kind and name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,81 +63,24 @@ class PlannedChunk:
 
 @dataclass(frozen=True, kw_only=True)
 class WritePlan:
-    """What every rank writes.
+    """What this rank writes.
 
     Attributes:
-        tensors: shape and dtype of every tensor, by kind and name.
-        chunks: of each rank, in the order of its file.
-        replicas: the key of each segment that several ranks hold, without buffers, and its holders.
+        tensors: every tensor of the checkpoint, on all ranks in the same order.
+        chunks: of this rank, in the order of its file.
+        world_size: ranks that have planned together.
     """
 
-    tensors: dict[tuple[str, str], tuple[tuple[int, ...], torch.dtype]]
-    chunks: tuple[tuple[PlannedChunk, ...], ...]
-    replicas: tuple[tuple[str, tuple[Holder, ...]], ...]
+    tensors: Tensors
+    chunks: tuple[PlannedChunk, ...]
+    world_size: int
 
-    @classmethod
-    def of(cls, tables: Sequence[Sequence[TensorRow]]) -> WritePlan:
-        """Plan for the rows of all ranks.
-
-        Raises:
-            CheckpointError: ranks disagree about a tensor, or what they hold does not tile it.
-        """
-        tensors: dict[tuple[str, str], tuple[tuple[int, ...], torch.dtype]] = {}
-        holders: dict[tuple[str, Segment], list[Holder]] = {}
-        for rank, rows in enumerate(tables):
-            for number, (kind, name, shape, dtype_name, start, run, stride, count, is_buffer) in enumerate(rows):
-                dtype = dtype_named(dtype_name)
-                known = tensors.setdefault((kind, name), (shape, dtype))
-                if known != (shape, dtype):
-                    raise CheckpointError(
-                        f"{key_of(kind, name)!r} has shape {known[0]} and {known[1]} on one rank, and shape {shape} and {dtype} on rank "
-                        f"{rank}; different tensors need different names"
-                    )
-                segment = Segment(name=name, shape=shape, start=start, run=run, stride=stride, count=count)
-                of_segment = holders.setdefault((kind, segment), [])
-                if not (of_segment and is_buffer):
-                    of_segment.append((rank, number))
-        _check_tiling(holders)
-        replicas = tuple(
-            (key_of(kind, segment.name), tuple(of_segment))
-            for (kind, segment), of_segment in holders.items()
-            if len(of_segment) > 1 and segment.numel
-        )
-        return cls(tensors=tensors, chunks=_assign(holders, tensors, len(tables)), replicas=replicas)
-
-
-def _check_tiling(holders: Iterable[tuple[str, Segment]]) -> None:
-    segments: dict[tuple[str, str], list[Segment]] = {}
-    for kind, segment in holders:
-        segments.setdefault((kind, segment.name), []).append(segment)
-    for (kind, name), distinct in segments.items():
-        problem = find_tiling_error(distinct)
-        if problem:
-            raise CheckpointError(
-                f"what the ranks hold of {key_of(kind, name)!r} (shape {distinct[0].shape}) does not tile it: {problem}; save from "
-                f"all ranks that hold a part, with the wrapped model and its optimizer"
-            )
-
-
-def _assign(
-    holders: dict[tuple[str, Segment], list[Holder]],
-    tensors: dict[tuple[str, str], tuple[tuple[int, ...], torch.dtype]],
-    world_size: int,
-) -> tuple[tuple[PlannedChunk, ...], ...]:
-    """Assign chunks to ranks: those with one holder first; of the others, the holder with the least to write takes the next."""
-    chunks: list[list[PlannedChunk]] = [[] for _ in range(world_size)]
-    load = [0] * world_size
-    for (kind, segment), of_segment in sorted(holders.items(), key=lambda item: len(item[1])):
-        dtype = tensors[kind, segment.name][1]
-        offset = 0
-        for part in segment.cut(CHUNK_BYTES // dtype.itemsize):
-            rank, row = min(of_segment, key=lambda holder: load[holder[0]])
-            chunk = PlannedChunk(kind=kind, segment=part, dtype=dtype, row=row, offset=offset)
-            chunks[rank].append(chunk)
-            load[rank] += chunk.size
-            offset += part.numel
-    # Wide elements first: each chunk is then aligned to its own.
-    return tuple(tuple(sorted(own, key=lambda chunk: -chunk.dtype.itemsize)) for own in chunks)
+    @property
+    def extents(self) -> list[Extents]:
+        """The chunks, as the rank that commits gets them from all ranks."""
+        numbers = {key: number for number, key in enumerate(self.tensors)}
+        segments = [(numbers[chunk.kind, chunk.segment.name], chunk.segment) for chunk in self.chunks]
+        return [(number, each.start, each.run, each.stride, each.count) for number, each in segments]
 
 
 def rows_of(tensors: Iterable[LocalTensor]) -> list[TensorRow]:
@@ -163,31 +119,161 @@ def plan_for(
         digests: of the rows of all ranks.
 
     Raises:
-        CheckpointError: see `WritePlan.of`; or replicas have different values, which is checked when a plan is made.
+        CheckpointError: ranks disagree about a tensor, or what they hold does not tile it; or replicas have different values, which is
+            checked when a plan is made.
     """
     group = process_group or _SINGLE_PROCESS
     if group not in _plans or _plans[group][0] != digests:
-        plan = WritePlan.of(gather_distinct(rows, digests, process_group))
-        if plan.replicas:
-            _compare_replicas(plan, tensors, process_group)
-        _plans[group] = digests, plan
+        _plans[group] = digests, _plan(tensors, rows, process_group)
     return _plans[group][1]
 
 
-def _compare_replicas(plan: WritePlan, tensors: Sequence[LocalTensor], process_group: dist.ProcessGroup | None) -> None:
-    """Refuse different tensors with one name on several ranks: only one of them would be saved. A collective."""
-    rank, _ = rank_and_world_size(process_group)
+def _plan(tensors: Sequence[LocalTensor], rows: Sequence[TensorRow], process_group: dist.ProcessGroup | None) -> WritePlan:
+    pieces, is_buffer = [], np.zeros((len(rows), 1), dtype=np.int64)
+    for number, (kind, name, shape, dtype, start, run, stride, count, buffer) in enumerate(rows):
+        segment = Segment(name=name, shape=shape, start=start, run=run, stride=stride, count=count)
+        pieces.append(HeldPiece(f"{kind}{SEPARATOR}{name}", segment, dtype))
+        is_buffer[number] = buffer
+    exchange = PieceExchange(pieces, is_buffer, (), process_group)
+    checks = _Checks(exchange)
+    replies = exchange.reply(checks.replies)
 
-    def compute() -> dict[int, int]:
-        own = [row for _, holders in plan.replicas for holder, row in holders if holder == rank]
-        return {row: checksum(tensors[row].flat()) for row in own}
+    def compute() -> Array:
+        checksums = np.zeros((len(rows), 1), dtype=np.int64)
+        for row in np.flatnonzero(replies[:, 1] > 1).tolist():
+            if pieces[row].segment.numel:
+                checksums[row] = checksum(tensors[row].flat())
+        return checksums
 
-    _, checksums = all_or_nothing("comparing replicas", compute, process_group)
-    for key, ((first, row), *others) in plan.replicas:
-        for other, its_row in others:
-            if checksums[other][its_row] != checksums[first][row]:
-                raise CheckpointError(
-                    f"ranks {first} and {other} both hold {key!r}, with different values: they are not replicas of one tensor. If they "
-                    f"should be, broadcast them from one rank; if they are different tensors (stages of a pipeline, experts), give them "
-                    f"different names; if the ranks train apart, save with process_group= of those that train together"
-                )
+    checksums, _ = all_or_nothing("comparing replicas", compute, process_group, share=lambda _: None)
+    checks.compare_values(exchange.send(checksums)[:, 0])
+    texts = exchange.texts(checks.replies[:, 0] & NEEDS_TEXT != 0, replies[:, 0] & NEEDS_TEXT != 0)
+    of_ranks = gather_objects((checks.failure(texts), checks.tensors(texts)), process_group)
+    failures = [failed for failed, _ in of_ranks if failed is not None]
+    if failures:
+        raise CheckpointError(min(failures)[-1])
+    found: Tensors = {}
+    for _, _, (key, shape, dtype) in sorted(tensor for _, checked in of_ranks for tensor in checked):
+        kind, _, name = key.partition(SEPARATOR)
+        found[kind, name] = shape, dtype_named(dtype)
+    _, world_size = rank_and_world_size(process_group)
+    return WritePlan(tensors=found, chunks=_own_chunks(pieces, replies), world_size=world_size)
+
+
+class _Checks:
+    """Compare what all ranks hold of the tensors that this rank checks.
+
+    Attributes:
+        replies: int64 (rows, 4), for the holders: flags; how many ranks may write the same, 0 for a buffer that another one writes; the
+            number of this one among them; a hash of who they are.
+    """
+
+    def __init__(self, exchange: PieceExchange) -> None:
+        self._exchange = exchange
+        self._errors = exchange.tiling_errors()
+        self._known = exchange.first_of_segment[exchange.segment]
+        number = np.arange(len(exchange.tensor))
+        writes = (exchange.further[:, 0] == 0) | (self._known == number)  # of buffers only the first, whose values are saved
+        self.replies = np.zeros((len(exchange.tensor), 4), dtype=np.int64)
+        order = np.flatnonzero(writes)
+        order = order[np.argsort(exchange.segment[order], kind="stable")]
+        segment = exchange.segment[order]
+        count = np.bincount(segment, minlength=len(exchange.first_of_segment))
+        begin = np.cumsum(count) - count
+        position = np.arange(len(order)) - begin[segment]
+        mixed = mix(torch.from_numpy(exchange.ranks[order] * GOLDEN) + mix(torch.from_numpy(position + 1))).numpy()
+        holders = np.zeros(len(count), dtype=np.int64)
+        np.add.at(holders, segment, mixed)
+        self.replies[order, 1:] = np.column_stack([count[segment], position, holders[segment]])
+        self.replies[exchange.first_of_tensor, 0] = NEEDS_TEXT
+        self._contradicting = np.flatnonzero(exchange.contradicts)[:1].tolist()
+        self.replies[self._contradicting, 0] = NEEDS_TEXT
+        self._differing: list[int] = []
+
+    def compare_values(
+        self,
+        checksums: Array,  # int64 (rows,)
+    ) -> None:
+        compared = (self.replies[:, 1] > 1) & (checksums != checksums[self._known])
+        self._differing = np.flatnonzero(compared).tolist()
+
+    def tensors(self, texts: Mapping[int, RowText]) -> list[tuple[int, int, RowText]]:
+        """The tensors, with the place of the first piece: its rank and number there."""
+        return [(*self._place(row), texts[row]) for row in self._exchange.first_of_tensor.tolist()]
+
+    def failure(self, texts: Mapping[int, RowText]) -> tuple[int, int, int, str] | None:
+        """Say what is wrong, after its kind and place, so that the first error of any rank is the least; None if nothing is."""
+        ranks, first = self._exchange.ranks, self._exchange.first_of_tensor
+        for row in self._contradicting:
+            known, here = texts[int(first[self._exchange.tensor[row]])], texts[row]
+            message = (
+                f"{_shown(known)!r} has shape {known.shape} and {dtype_named(known.dtype)} on one rank, and shape {here.shape} and "
+                f"{dtype_named(here.dtype)} on rank {ranks[row]}; different tensors need different names"
+            )
+            return CONTRADICTS, *self._place(row), message
+        for tensor, problem in self._errors.items():
+            row = int(first[tensor])
+            message = (
+                f"what the ranks hold of {_shown(texts[row])!r} (shape {texts[row].shape}) does not tile it: {problem}; save from "
+                f"all ranks that hold a part, with the wrapped model and its optimizer"
+            )
+            return DOES_NOT_TILE, *self._place(row), message
+        for row in self._differing:
+            key = _shown(texts[int(first[self._exchange.tensor[row]])])
+            message = (
+                f"ranks {ranks[self._known[row]]} and {ranks[row]} both hold {key!r}, with different values: they are not replicas of one "
+                f"tensor. If they should be, broadcast them from one rank; if they are different tensors (stages of a pipeline, experts), "
+                f"give them different names; if the ranks train apart, save with process_group= of those that train together"
+            )
+            return VALUES_DIFFER, *self._place(row), message
+        return None
+
+    def _place(self, row: int) -> tuple[int, int]:
+        return int(self._exchange.ranks[row]), int(self._exchange.index[row])
+
+
+def _shown(text: RowText) -> str:
+    kind, _, name = text.key.partition(SEPARATOR)
+    return key_of(kind, name)
+
+
+def _own_chunks(
+    pieces: Sequence[HeldPiece],
+    replies: Array,  # int64 (pieces, 4), see `_Checks`
+) -> tuple[PlannedChunk, ...]:
+    """Choose what this rank writes: what it alone holds, and a part of what it holds together with others.
+
+    The ranks that hold the same segments as this one assign these by the same rule: the rank with the least takes the next chunk, the
+    largest segments first.
+    """
+    chunks: list[PlannedChunk] = []
+    shared: dict[tuple[int, int], dict[HeldPiece, dict[int, int]]] = {}  # by the ranks that hold it; of each own number the row
+    for row, (piece, (_, count, number, holders)) in enumerate(zip(pieces, replies.tolist(), strict=True)):
+        if count == 1:
+            chunks += _cut(piece, row)
+        elif count:
+            shared.setdefault((holders, count), {}).setdefault(piece, {})[number] = row
+    for (holders, count), of_piece in shared.items():
+        # Where several chunks are assigned to different sets of ranks, the first chunk of each is not always its first rank's.
+        loads = [(0, (number + holders) % count, number) for number in range(count)]
+        heapq.heapify(loads)
+        for piece in sorted(of_piece, key=_largest_first):
+            for chunk in _cut(piece, 0):
+                load, turn, number = loads[0]
+                heapq.heapreplace(loads, (load + chunk.size, turn, number))
+                if number in of_piece[piece]:
+                    chunks.append(replace(chunk, row=of_piece[piece][number]))
+    # Wide elements first: each chunk is then aligned to its own.
+    return tuple(sorted(chunks, key=lambda chunk: (-chunk.dtype.itemsize, chunk.row, chunk.offset)))
+
+
+def _largest_first(piece: HeldPiece) -> tuple[int, str, int, int]:
+    segment = piece.segment
+    return -segment.numel * dtype_named(piece.dtype).itemsize, piece.key, segment.start, segment.run
+
+
+def _cut(piece: HeldPiece, row: int) -> Iterator[PlannedChunk]:
+    kind, dtype, offset = piece.key.partition(SEPARATOR)[0], dtype_named(piece.dtype), 0
+    for part in piece.segment.cut(CHUNK_BYTES // dtype.itemsize):
+        yield PlannedChunk(kind=kind, segment=part, dtype=dtype, row=row, offset=offset)
+        offset += part.numel

@@ -9,7 +9,7 @@ import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from sharded_optim.sharding.layout import GRADIENT, PARAMETER, Layout, LocalParam
 from sharded_optim.sharding.matrices import Holding, Matrices, MatrixPlan, plan_matrices
 from sharded_optim.sharding.piece_exchange import HeldPiece, PieceExchange, RowText
-from sharded_optim.sharding.ranks import gather_messages, naming_missing_ranks
+from sharded_optim.sharding.ranks import gather_messages, gather_objects, naming_missing_ranks
 from sharded_optim.sharding.row_exchange import Array, hash_words
 from sharded_optim.sharding.segment import Segment
 from sharded_optim.sharding.wrappers import partial_of
@@ -41,8 +41,6 @@ FURTHER = 5
 OWNED, FIRST, NEEDS_TEXT, TELLS_PARTIAL = 1, 2, 4, 8
 # How pieces of one tensor differ.
 SHAPE, WHICH_MATRICES, VALUES, GRADIENTS = 1, 2, 3, 4
-
-T = TypeVar("T")
 
 
 def exchange_layouts(
@@ -96,7 +94,7 @@ def _exchange(own: _Own, failure: str | None, process_group: dist.ProcessGroup |
             exchange.ranks[first].tolist(), exchange.index[first].tolist(), exchange.numels.tolist(), first.tolist(), strict=True
         )
     ]
-    of_ranks = _gather((checks.failure(texts), tensors), process_group)
+    of_ranks = gather_objects((checks.failure(texts), tensors), process_group)
     failures = [failed for failed, _ in of_ranks if failed is not None]
     if failures:
         raise ValueError(min(failures)[-1])
@@ -108,7 +106,7 @@ def _exchange(own: _Own, failure: str | None, process_group: dist.ProcessGroup |
     of_others = [objects]
     if exchange.facts[:, HAS_OBJECTS].any():
         objects = own.objects(replies, slots)
-        of_others = _gather(objects, process_group)
+        of_others = gather_objects(objects, process_group)
     partial = {name: value for each in of_others for name, value in each.partial.items()}
     return Layout(
         local_params=own.local_params,
@@ -126,15 +124,6 @@ def _exchange(own: _Own, failure: str | None, process_group: dist.ProcessGroup |
         },
         process_group_ref=None if process_group is None else weakref.ref(process_group),
     )
-
-
-def _gather(value: T, process_group: dist.ProcessGroup | None) -> list[T]:
-    """Gather a value of each rank. A collective."""
-    if process_group is None:
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size(process_group)
-    dist.all_gather_object(values, value, group=process_group)
-    return values
 
 
 class _Objects(NamedTuple):
@@ -188,8 +177,8 @@ class _Own:
             for piece in entry.pieces:
                 is_compared = compares and piece.segment.numel > 0
                 fingerprint = _fingerprint(piece.of(param)) if is_compared else 0
-                has_none = grad is None or piece.segment.numel == 0
-                norms.append(math.nan if has_none else float(torch.linalg.vector_norm(piece.of(grad), dtype=torch.float32)))
+                values = grad if piece.segment.numel else None
+                norms.append(float(torch.linalg.vector_norm(piece.of(values), dtype=torch.float32)) if values is not None else math.nan)
                 further.append((fingerprint, is_compared, partial is not None))
                 own.pieces.append(HeldPiece(piece.segment.name, piece.segment, str(entry.param.dtype)))
                 own.partial.append(partial)
