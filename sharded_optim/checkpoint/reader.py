@@ -9,6 +9,7 @@ import errno
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -132,7 +133,11 @@ class CheckpointReader:
         """
         names = list(self.manifest.files)[share::shares]
         problems = [problem for name in names if (problem := self._header_problem(name)) is not None]
-        chunks = {(chunk.file, chunk.offset): (entry, chunk) for entry, chunk in self.manifest.chunks[share::shares]}
+        # Contiguous chunks, so that shares have about as many bytes, whatever the sizes of chunks.
+        begins = accumulate((chunk.size for _, chunk in self.manifest.chunks), initial=0)
+        total = sum(chunk.size for _, chunk in self.manifest.chunks)
+        own = [pair for pair, begin in zip(self.manifest.chunks, begins, strict=False) if begin * shares // total == share]
+        chunks = {(chunk.file, chunk.offset): (entry, chunk) for entry, chunk in own}
         for request in requests:
             for entry in request.entries:
                 for chunk in entry.chunks:
