@@ -251,7 +251,7 @@ def _own_chunks(
     for row, (piece, (_, count, number, holders)) in enumerate(zip(pieces, replies.tolist(), strict=True)):
         if count == 1:
             chunks += _cut(piece, row)
-        elif count:
+        elif count and piece.segment.numel:
             shared.setdefault((holders, count), {}).setdefault(piece, {})[number] = row
     for (holders, count), of_piece in shared.items():
         # Where several chunks are assigned to different sets of ranks, the first chunk of each is not always its first rank's.
