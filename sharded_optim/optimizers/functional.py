@@ -43,7 +43,7 @@ def update(
     for index, (param, grad, *state) in enumerate(zip(params, grads, *states, strict=True)):
         local = describe(param, f"params[{index}]").local
         named = zip(("parameter", "gradient", *algorithm.state), (param, grad, *state), strict=True)
-        rows.append([check_memory(local(tensor, name), f"{name} of 'params[{index}]'", param.device) for name, tensor in named])
+        rows.append([check_memory(local(tensor, name), name, f"params[{index}]", param.device) for name, tensor in named])
     members = OperandGroups(groups=[host_numbers(group)])
     for (param, grad, *state), step in zip(rows, steps, strict=True):  # nothing is written before all was looked at
         operands = Operands.whole([param], [grad], [[each] for each in state])

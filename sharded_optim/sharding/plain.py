@@ -15,14 +15,16 @@ __all__ = ["check_dtype_and_layout", "check_memory", "describe", "waited_for"]
 
 
 def describe(param: Tensor, name: str) -> LocalParam:
-    check_dtype_and_layout(param, f"parameter {name!r}")
+    if not _is_usable(param):
+        check_dtype_and_layout(param, f"parameter {name!r}")
 
     def local(tensor: Tensor, role: str) -> Tensor:
         if tensor is not param:
             tensor = waited_for(tensor)
             if type(tensor) not in (Tensor, torch.nn.Parameter):
                 raise ValueError(f"{role} of {name!r} is a {type(tensor).__name__}, the parameter an ordinary tensor; make both alike")
-            check_dtype_and_layout(tensor, f"{role} of {name!r}")
+            if not _is_usable(tensor):
+                check_dtype_and_layout(tensor, f"{role} of {name!r}")
             if tensor.shape != param.shape:
                 raise ValueError(f"{role} of {name!r} has shape {tuple(tensor.shape)}, the parameter {tuple(param.shape)}")
         return tensor
@@ -36,6 +38,11 @@ def waited_for(tensor: Tensor) -> Tensor:
     if collectives is not None and isinstance(tensor, collectives.AsyncCollectiveTensor):
         return tensor.wait()  # pyright: ignore[reportAttributeAccessIssue]
     return tensor
+
+
+def _is_usable(tensor: Tensor) -> bool:
+    """Return whether `check_dtype_and_layout` has nothing to say: for most tensors no text has to be made."""
+    return tensor.layout is torch.strided and is_stored(tensor.dtype) and not tensor.is_neg()
 
 
 def check_dtype_and_layout(tensor: Tensor, what: str) -> None:
@@ -56,14 +63,18 @@ def check_dtype_and_layout(tensor: Tensor, what: str) -> None:
         raise ValueError(f"{what}: {error}") from None
 
 
-def check_memory(local: Tensor, what: str, device: torch.device) -> Tensor:
+def check_memory(local: Tensor, role: str, name: str, device: torch.device) -> Tensor:
     """Return the tensor if a kernel on the parameter's device may be given its address.
+
+    Args:
+        role, name: of the tensor, and of its parameter, in error messages.
 
     Raises:
         ValueError: it is on another device, or has elements but no memory.
     """
+    if local.device == device and (local.data_ptr() or not local.numel() or local.device.type == "meta"):
+        return local
+    what = f"{role} of {name!r}"
     if local.device != device:
         raise ValueError(f"{what} is on {local.device}, the parameter on {device}; move it there with .to({str(device)!r})")
-    if local.numel() and not local.data_ptr() and local.device.type != "meta":
-        raise ValueError(f"{what} has no memory: its storage was freed, or it is zeros that are not stored")
-    return local
+    raise ValueError(f"{what} has no memory: its storage was freed, or it is zeros that are not stored")

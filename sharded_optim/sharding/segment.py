@@ -45,8 +45,9 @@ class Segment:
             start, run, stride, count = start, run * count, run * count, 1
         elif stride < run:
             raise ValueError(f"segment of {self.name!r} has runs that overlap (stride {stride} < run {run}): {self!r}")
-        for field, value in (("start", start), ("run", run), ("stride", stride), ("count", count)):
-            object.__setattr__(self, field, value)
+        if (start, run, stride, count) != (self.start, self.run, self.stride, self.count):
+            for field, value in (("start", start), ("run", run), ("stride", stride), ("count", count)):
+                object.__setattr__(self, field, value)
         if self.numel and start + (count - 1) * stride + run > self.tensor_numel:
             raise ValueError(f"segment of {self.name!r} reaches beyond its tensor of shape {self.shape}: {self!r}")
 

@@ -108,7 +108,10 @@ def _wrapper_in(file: str) -> Wrapper:
 
 def wrapper_of(tensor: Tensor) -> Wrapper:
     """Return the first wrapper that claims a tensor."""
-    return next((each for each in used_wrappers() if each.claims(tensor)), NO_WRAPPER)
+    for file, used in WRAPPERS.items():
+        if used in sys.modules and (wrapper := _wrapper_in(file)).claims(tensor):
+            return wrapper
+    return NO_WRAPPER
 
 
 def partial_of(grad: Tensor | None, among: Iterable[Wrapper] | None = None) -> Any:

@@ -154,7 +154,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
                 "so.fsdp1_layout(model), or so.deepspeed.attach(engine)"
             )
         if self.layout is None:  # a model may have been wrapped since
-            self.layout = find_layout(param, self.all_params())
+            self.layout = find_layout(param, chain.from_iterable(map(itemgetter("params"), self.param_groups)))
         if self.layout is None and self._stands_for_others(param, group):
             raise ValueError(
                 f"parameter {name!r} of shape {tuple(param.shape)} was put in the place of those that the optimizer was given, as by "

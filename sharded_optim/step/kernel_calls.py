@@ -39,6 +39,7 @@ class BackendChoice:
     def __init__(self, names: Sequence[str]) -> None:
         self.names = names
         self._chosen: dict[tuple[torch.device, frozenset[torch.dtype]], Backend] = {}
+        self._by_dtypes: dict[tuple[Any, ...], Backend] = {}  # the same, by device, dtype of the parameter and the others in their order
 
     def __str__(self) -> str:
         running = {backend.name for backend in self._chosen.values()}
@@ -54,12 +55,16 @@ class BackendChoice:
         Raises:
             ValueError: all decline.
         """
+        exact = (param.device, param.dtype, *dtypes)
+        if (known := self._by_dtypes.get(exact)) is not None:
+            return known
         key = (param.device, frozenset((param.dtype, *dtypes)))
         if key not in self._chosen:
             self._chosen[key], declined = choose(self.names, *key)
             what = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in key[1]))
             why = f" ({'; '.join(declined)})" if declined else ""
             logger.info("%s steps %s on %s with the %s backend%s", optimizer, what, key[0], self._chosen[key].name, why)
+        self._by_dtypes[exact] = self._chosen[key]
         return self._chosen[key]
 
 
@@ -69,6 +74,8 @@ def _as_found(choice: Choice, state: Mapping[str, Any], entry: LocalParam) -> Ch
     Raises:
         ValueError: an array is of another dtype than its format's.
     """
+    if all(state[key].dtype == dtype for key, dtype in choice.entries.items()):
+        return choice
     for name, dtype in choice.format.extra:
         if state[name].dtype != dtype:
             raise ValueError(

@@ -120,7 +120,7 @@ class Source:
 
     def _local(self, row: int, tensor: Any) -> Tensor:
         entry = self._entries[row]
-        return check_memory(entry.local(tensor, self._role), f"{self._role} of {entry.name!r}", entry.param.device)
+        return check_memory(entry.local(tensor, self._role), self._role, entry.name, entry.param.device)
 
     def _where_alike(self, local: Sequence[Tensor]) -> array[int] | None:
         """Return the addresses of tensors with the sizes, dtypes and strides of the last step; None if a quick look cannot tell."""
@@ -164,9 +164,14 @@ class StepCounters:
         for counter, param in zip(counters, params, strict=True):
             if counter.is_meta and not param.is_meta:
                 raise ValueError(f"the step counter of a parameter on {param.device} is on {counter.device}, where it has no value")
-        self.steps = torch.stack([counter.to(device, torch.float32).reshape(()) for counter in counters])
-        for values, counter, view in zip(state, counters, self.steps.unbind(), strict=True):
-            alike = counter.device == view.device and counter.dtype == view.dtype and counter.ndim == 0
+        are_alike = [counter.device == device and counter.dtype == torch.float32 and counter.ndim == 0 for counter in counters]
+        self.steps = torch.stack(
+            [
+                counter if alike else counter.to(device, torch.float32).reshape(())
+                for counter, alike in zip(counters, are_alike, strict=True)
+            ]
+        )
+        for values, counter, view, alike in zip(state, counters, self.steps.unbind(), are_alike, strict=True):
             if counter is values[STEP] and alike and users[id(counter)] <= 1:
                 counter.data = view  # who holds the counter sees it move on
             else:

@@ -10,6 +10,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
 from weakref import ref
@@ -39,19 +40,21 @@ __all__ = [
 STEP = "step"
 
 
-class Choice(NamedTuple):
-    """The algorithm of a parameter, and the storage formats of it and of its moments."""
-
+class _Choice(NamedTuple):
     algorithm: Algorithm
     format: Format  # of the parameter
     state_formats: tuple[Format, ...]  # of each of algorithm.state
 
-    @property
+
+class Choice(_Choice):
+    """The algorithm of a parameter, and the storage formats of it and of its moments."""
+
+    @cached_property
     def entries(self) -> dict[str, torch.dtype]:
         """Arrays in the parameter's state, by name, with their dtypes; the step counter not among them."""
         return {key: dtype for _, _, entries in self.moments for key, dtype in entries.items()} | dict(self.format.extra)
 
-    @property
+    @cached_property
     def moments(self) -> list[tuple[str, Format, dict[str, torch.dtype]]]:
         """Each of algorithm.state, its format, and its entries."""
         return [(name, fmt, fmt.entries(name)) for name, fmt in zip(self.algorithm.state, self.state_formats, strict=True)]
@@ -113,6 +116,9 @@ def new_state(param: Tensor, dtypes: Mapping[str, torch.dtype]) -> dict[str, Any
 
 def zeros(param: Tensor, dtype: torch.dtype) -> Tensor:
     """Create zeros that are shaped, strided and sharded like the parameter; on a CPU on large pages, see `memory.py`."""
+    is_plain = type(param) in (Tensor, nn.Parameter) and param.device.type == "cpu"
+    if is_plain and param.numel() * dtype.itemsize < memory.LARGE_PAGE:
+        return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
     result = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
     local = local_of(result)
     if local.device.type != "cpu" or type(local) is not Tensor:

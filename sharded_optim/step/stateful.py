@@ -34,6 +34,7 @@ class StatefulOptimizer(GroupedOptimizer):
 
     def __init__(self, params: Params, defaults: dict[str, Any], **options: Any) -> None:
         self.compensation_log = CompensationLog()
+        self._choices: dict[tuple[int, Format, Format], Choice] = {}  # by algorithm and formats
         super().__init__(params, defaults, **options)
         self.state = State(self, self.state)
 
@@ -65,7 +66,8 @@ class StatefulOptimizer(GroupedOptimizer):
         """
         choice = self.choice_of(param, group)
         if not self.state.get(param):  # torch's optimizers too take empty state as none
-            self.state[param] = new_state(param, choice.entries)
+            self.state[param] = state = new_state(param, choice.entries)
+            return state
         state = self.state[param]
         if STEP not in state:
             raise ValueError(f"the state of {name!r} lacks {STEP!r} (it has {', '.join(map(str, state))}); delete it, or load a full state")
@@ -91,7 +93,11 @@ class StatefulOptimizer(GroupedOptimizer):
         """Choose algorithm and formats of a parameter by the options of its param group."""
         algorithm = self._choose(group)
         fmt = param_format(param.dtype, kahan_sum=group["kahan_sum"], stochastic_rounding=group["stochastic_rounding"])
-        return Choice(algorithm, fmt, (self.state_format,) * len(algorithm.state))
+        state_format = self.state_format
+        key = id(algorithm), fmt, state_format
+        if key not in self._choices:  # many parameters share a choice, and what is derived from it
+            self._choices[key] = Choice(algorithm, fmt, (state_format,) * len(algorithm.state))
+        return self._choices[key]
 
     # ------------------------------------------------------------------------------------------------------------- state dicts
 
@@ -155,3 +161,4 @@ class StatefulOptimizer(GroupedOptimizer):
         self.state = State(self, self.state)  # torch makes it a plain dict when it loads
         if "_choose" in state:  # unpickled or copied; torch also calls this with the loaded state and groups alone
             self.compensation_log = CompensationLog()
+            self._choices = {}
