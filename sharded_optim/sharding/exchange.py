@@ -78,6 +78,7 @@ def exchange_layouts(
         _check_agreement(name, pieces, largest_norm)
         for holder, row in pieces:
             owner.setdefault(row.segment, holder)
+    with_elements = {name: [row for _, row in pieces if row.segment.numel] for name, pieces in holders.items()}
     partial_of = {row.segment.name: row.partial for table in tables for row in table if row.partial is not None}
     names = tuple(holders)
     index = {name: slot for slot, name in enumerate(names)}
@@ -87,6 +88,7 @@ def exchange_layouts(
         numels=tuple(pieces[0][1].segment.tensor_numel for pieces in holders.values()),
         slots=tuple(index[segment.name] for segment in segments_of(local_params)),
         owned=tuple(owner[segment] == rank for segment in segments_of(local_params)),
+        balance=tuple(_balance(row, with_elements[row.segment.name]) for row in tables[rank]),
         is_global=True,
         matrices=plan_matrices(matrices_of, of_matrices, rank, len(tables)),
         partial={
@@ -163,6 +165,13 @@ def _check_agreement(name: str, pieces: list[tuple[int, _Row]], largest_norm: fl
             f"the pieces of {name!r} (shape {first.segment.shape}) do not tile it: {problem} ({held}); every rank that holds a piece must "
             f"be in the optimizer's process group and hold runs of elements that a Segment can express"
         )
+
+
+def _balance(row: _Row, pieces: list[_Row]) -> int:
+    """Return the balance of a piece among those of its tensor that have an element; see `Layout`."""
+    if not row.segment.numel:
+        return 0
+    return len(pieces) - 1 if row is pieces[0] else -1
 
 
 def _how_replicas_differ(a: _Row, b: _Row, largest_norm: float) -> str | None:
