@@ -150,7 +150,8 @@ def check_gradients_that_share_memory() -> None:
     """Autograd may give two parameters gradients that are views of one memory; a further gradient of one does not change the other's."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     first, second, last = params = nn.ParameterList(nn.Parameter(torch.zeros(world_size * 16)) for _ in range(3))
-    optimizer = sharded(partial(so.DecoupledSGDW, lr=1.0), params, bucket_mb=2**-20, transport="sends")  # sends a gradient that fills its bucket from where it is
+    # Sends take a gradient that fills its bucket from where it is.
+    optimizer = sharded(partial(so.DecoupledSGDW, lr=1.0), params, bucket_mb=2**-20, transport="sends")
     weights = torch.randn(3, 2, world_size * 16, generator=torch.Generator().manual_seed(0))[:world_size]
     x = torch.zeros(world_size * 16) + last  # whose bucket is reduced first, and is full last
     x = checkpoint(lambda x: x + first * weights[rank, 1], x, use_reentrant=True)
