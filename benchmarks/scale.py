@@ -91,8 +91,9 @@ class Shards:
         ]
 
     def layout_replies(self, tensors: Array, ranks: Array) -> Array:
-        is_owner = (self.extents(tensors, ranks)[..., 1] > 0) | (ranks == self.first_empty(tensors))
-        return (is_owner * OWNED | (ranks == 0) * (FIRST | NEEDS_TEXT))[..., None]
+        is_filled, empty = self.extents(tensors, ranks)[..., 1] > 0, self.first_empty(tensors)
+        flags = (is_filled | (ranks == empty)) * OWNED | (ranks == 0) * (FIRST | NEEDS_TEXT)
+        return np.stack([flags, np.where(is_filled, np.where(ranks == 0, empty - 1, -1), 0)], axis=-1)
 
     def plan_replies(self, tensors: Array, ranks: Array) -> Array:
         is_filled = self.extents(tensors, ranks)[..., 1] > 0

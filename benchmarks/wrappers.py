@@ -141,10 +141,10 @@ def _ours(model: nn.Module, process_group: dist.ProcessGroup, *, algorithm: str,
     )
 
 
-def _of_ours(stage: int, algorithm: str, *, overlap: bool = True) -> Contender:
+def _of_ours(stage: int, algorithm: str, *, sends: bool = False) -> Contender:
     return Contender(
-        name=f"ours ZeRO-{stage} {algorithm}{'' if overlap else ', no overlap'}",
-        wrap=partial(_ours, algorithm=algorithm, stage=stage, overlap=overlap),
+        name=f"ours ZeRO-{stage} {algorithm}{', by sends' if sends else ''}",
+        wrap=partial(_ours, algorithm=algorithm, stage=stage, transport="sends" if sends else "auto"),
         library=OURS,
         algorithm=algorithm,
         sharded=_sharded(stage),
@@ -161,7 +161,7 @@ CONTENDERS = (
     Contender(name="FSDP2 + torch fused", wrap=_fsdp2, sharded=_sharded(3)),
     _of_ours(1, "AdamW"),
     _of_ours(2, "AdamW"),
-    _of_ours(2, "AdamW", overlap=False),
+    _of_ours(2, "AdamW", sends=True),
     _of_ours(2, "StableAdamW"),
 )
 

@@ -5,7 +5,7 @@ All give the same bits as `eager`, the reference. To add one, write a module wit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Protocol
@@ -22,9 +22,9 @@ from sharded_optim.formulas.verdict import Verdict
 __all__ = [
     "AUTO",
     "EAGER",
+    "Agrees",
     "Backend",
     "Column",
-    "Judge",
     "Operands",
     "available",
     "candidates",
@@ -37,21 +37,26 @@ AUTO = "auto"
 TRITON, EAGER = "triton", "eager"
 
 
+class Agrees(Protocol):
+    """The functions of `formulas/verdict.py`, or the same in one launch each."""
+
+    @property
+    def contribute(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], None]: ...
+
+    @property
+    def judge(self) -> Judge: ...
+
+
 class Judge(Protocol):
     """See `formulas.verdict.judge`."""
 
     def __call__(self, sums: Tensor, *, skips: bool) -> Verdict: ...
 
 
-class Backend(Protocol):
+class Backend(Agrees, Protocol):
     """The interface of a backend. Its methods neither communicate nor wait for the device."""
 
     name: str
-
-    @property
-    def judge(self) -> Judge:
-        """`formulas.verdict.judge`, or the same in one launch."""
-        ...
 
     def supports(self, device: torch.device, dtypes: frozenset[torch.dtype]) -> str | None:
         """Return None, or the reason why this backend does not run on this device with these dtypes of parameters, gradients and state."""

@@ -1,6 +1,6 @@
-"""Decide whether a step happens, from one vector of integers that all ranks have summed: a few values for each tensor of the model.
+"""Decide whether a step happens, from one vector of integers that all ranks have summed: two for each tensor of the model.
 
-`judge` is the definition, in torch operations. A backend may compile its function `agrees` into a kernel that does the same in one launch.
+`contribute` and `judge` are the definitions, in torch operations. A backend may have kernels that do the same in one launch.
 """
 
 from __future__ import annotations
@@ -11,33 +11,29 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "ABSENT",
-    "BITS",
+    "DIFFERENCE",
     "FOUND_INF",
     "INVALID",
-    "KEY",
     "NON_FINITE",
-    "PRESENT",
+    "NON_FINITE_PIECE",
     "REPLACES",
     "SECTIONS",
-    "SQUARED_KEY",
     "TAIL",
     "TOTAL",
     "Verdict",
-    "agrees",
+    "contribute",
     "judge",
 ]
 
 # Rows of the vector, one column per tensor.
-SECTIONS = 7
+SECTIONS = 2
 TOTAL = 0  # sum of q over the owned pieces
-NON_FINITE = 1  # ranks on which the gradient, or the statistic, was not finite; who holds several pieces counts for each
-ABSENT = 2  # ranks that hold a piece without a gradient
-PRESENT = 3  # ranks that hold a piece with a gradient
-BITS = 4  # sum of k over the ranks in PRESENT
-KEY = 5  # sum of the hyperparameters' keys over the ranks in PRESENT
-SQUARED_KEY = 6  # and of their squares: all ranks have the same key if and only if PRESENT * SQUARED_KEY == KEY**2
-TAIL = 3  # after the rows:
+# NON_FINITE_PIECE for each piece whose gradient, or statistic, was not finite; minus k + 1 where the tensor has a gradient, in k fraction
+# bits. So it is positive if and only if something was not finite.
+NON_FINITE = 1
+NON_FINITE_PIECE = 2**32
+TAIL = 4  # after the rows:
+DIFFERENCE = -4  # a sum of hashes, modulo 2**64, that is 0 where ranks have equal hyperparameters, options, steps and gradients missing
 REPLACES = -3  # ranks whose parameters are not those of this vector any more, so that all must make a new layout
 INVALID = -2  # ranks that met bad input
 FOUND_INF = -1  # ranks on which GradScaler found an infinite gradient
@@ -51,9 +47,14 @@ class Verdict:
     proceed: Tensor  # bool (), whether the step happens
 
 
-def agrees(absent, present, key, squared_key):
-    """Return, for each tensor, whether all ranks that hold it have a gradient or none has, with equal hyperparameters and step counters."""
-    return present * (absent + squared_key) == key * key  # who is not in PRESENT adds no key, and no term is negative
+def contribute(
+    vector: Tensor,  # int64 (SECTIONS * tensors + TAIL,), of this rank; added to
+    observed: Tensor,  # int64 (2, n): of some pieces, each one's sum of q, and 1 where an element was not finite
+    counted: Tensor,  # int64 (2, n), factors of these; see `Slots`
+    slots: Tensor,  # int64 (n,), of the pieces' tensors
+) -> None:
+    """Add what was observed of some pieces."""
+    vector[:-TAIL].view(SECTIONS, -1).index_add_(1, slots, observed * counted)
 
 
 def judge(sums: Tensor, *, skips: bool) -> Verdict:
@@ -64,9 +65,9 @@ def judge(sums: Tensor, *, skips: bool) -> Verdict:
         skips: whether a step that is not finite does not happen.
     """
     vector = sums[:-TAIL].view(SECTIONS, (len(sums) - TAIL) // SECTIONS)
-    no_new_params, valid, no_inf = (sums[-TAIL:] == 0).unbind()
-    finite = (vector[NON_FINITE] == 0).all()
-    consistent = agrees(vector[ABSENT], vector[PRESENT], vector[KEY], vector[SQUARED_KEY]).all() & valid & no_new_params
+    no_difference, no_new_params, valid, no_inf = (sums[-TAIL:] == 0).unbind()
+    finite = (vector[NON_FINITE] <= 0).all()
+    consistent = no_difference & no_new_params & valid
     proceed = consistent & no_inf
     return Verdict(
         flags=torch.stack([consistent, finite, no_inf]).to(torch.int64),

@@ -85,7 +85,7 @@ def _exchange(own: _Own, failure: str | None, process_group: dist.ProcessGroup |
     if exchange.facts[:, FAILED].any():
         raise ValueError(gather_messages(failure, process_group))
     checks = _Checks(exchange, float(exchange.facts[:, LARGEST_NORM].copy().view(np.float64).max()))
-    replies = exchange.reply(checks.replies)[:, 0]
+    replies, balance = exchange.reply(checks.replies).T
     texts = exchange.texts(checks.replies[:, 0] & NEEDS_TEXT != 0, replies & NEEDS_TEXT != 0)
     first = exchange.first_of_tensor
     tensors = [
@@ -114,6 +114,7 @@ def _exchange(own: _Own, failure: str | None, process_group: dist.ProcessGroup |
         numels=tuple(numel for _, _, numel, _ in tensors),
         slots=tuple(slots[piece.key] for piece in own.pieces),
         owned=tuple((replies & OWNED != 0).tolist()),
+        balance=tuple(balance.tolist()),
         is_global=True,
         matrices=_matrix_plans(of_others, names, process_group),
         partial={
@@ -211,7 +212,7 @@ class _Checks:
     """Compare the pieces that this rank checks.
 
     Attributes:
-        replies: int64 (rows, 1), for the holders.
+        replies: int64 (rows, 2), for the holders: flags; the balance of the piece, see `Layout`.
     """
 
     def __init__(self, exchange: PieceExchange, largest_norm: float) -> None:
@@ -246,7 +247,16 @@ class _Checks:
         last_partial = np.full(len(exchange.first_of_tensor), -1)
         np.maximum.at(last_partial, exchange.tensor[has_partial], has_partial)
         replies[last_partial[last_partial >= 0]] |= TELLS_PARTIAL
-        self.replies = replies[:, None]
+        self.replies = np.column_stack([replies, self._balance()])
+
+    def _balance(self) -> Array:
+        held = np.flatnonzero(self._exchange.extents[:, 1])  # empty segments are all zeros
+        tensor, tensors = self._exchange.tensor[held], len(self._exchange.first_of_tensor)
+        first = np.full(tensors, len(self._exchange.tensor))
+        np.minimum.at(first, tensor, held)
+        balance = np.zeros(len(self._exchange.tensor), dtype=np.int64)
+        balance[held] = np.where(first[tensor] == held, np.bincount(tensor, minlength=tensors)[tensor] - 1, -1)
+        return balance
 
     def failure(self, texts: Mapping[int, RowText]) -> tuple[int, int, str] | None:
         """Say what is wrong with the first tensor that is, with the place of its first piece; None if nothing is."""

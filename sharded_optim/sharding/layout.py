@@ -17,9 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sharded_optim.formulas.verdict import NON_FINITE_PIECE
 from sharded_optim.sharding.matrices import Matrices, MatrixPlan
 from sharded_optim.sharding.segment import Segment
-from sharded_optim.storage.devices import send
+from sharded_optim.storage.devices import DeviceCache, send
+from sharded_optim.storage.splitmix64 import GOLDEN, mix
 
 __all__ = ["GRADIENT", "PARAMETER", "Layout", "LocalParam", "Piece", "Slots", "properties_of", "segments_of"]
 
@@ -63,6 +65,9 @@ class Layout:
     numels: tuple[int, ...]  # of these tensors
     slots: tuple[int, ...]  # index into `names` of each piece of the local parameters, one parameter after the other
     owned: tuple[bool, ...]  # whether this rank is the one that speaks for the piece; replicas have exactly one owner
+    # Of each piece: n - 1 for the first of all n pieces, of all ranks, of a tensor, -1 for the others, and 0 for those without an element.
+    # So a value that is the same for all pieces of a tensor adds up to 0 over ranks.
+    balance: tuple[int, ...]
     is_global: bool = False  # whether it was made by all ranks of a process group together
     # Of these ranks; None: this process is alone. Held weakly: torch.distributed owns groups, and must be the one to end their threads.
     process_group_ref: weakref.ref[dist.ProcessGroup] | None = None
@@ -111,32 +116,33 @@ class Layout:
         return {}
 
     @cached_property
-    def sent(self) -> list[tuple[Tensor, Tensor]]:
-        """Cache of the last vector of a step and of its copy on the device, before the all-reduce."""
-        return []
+    def sent(self) -> DeviceCache[Tensor]:
+        """Cache of what does not change from step to step in this rank's vector."""
+        return DeviceCache()
 
     @cached_property
-    def slot_indices(self) -> Tensor:
-        """`slots` as a tensor: int64 (pieces,)."""
+    def _slots(self) -> Tensor:
         return torch.tensor(self.slots, dtype=torch.int64, device="cpu")
 
     @cached_property
-    def held(self) -> Tensor:
-        """Whether each piece has an element: bool (pieces,)."""
+    def _balance(self) -> Tensor:
+        return torch.tensor(self.balance, dtype=torch.int64, device="cpu")
+
+    @cached_property
+    def _held(self) -> Tensor:
         return torch.tensor([segment.numel > 0 for segment in segments_of(self.local_params)], dtype=torch.bool, device="cpu")
 
     def places(self, indices: Sequence[int], device: torch.device) -> Slots:
         """Return the positions of some of the pieces."""
         at = torch.tensor(indices, dtype=torch.int64, device="cpu")
-        slots, held = self.slot_indices[at], self.held[at]
+        slots, balance = self._slots[at], self._balance[at]
+        counted = [[self.owned[index] for index in indices], [NON_FINITE_PIECE] * len(indices)]
         return Slots(
             indices=at,
             slots=send(slots, device),
-            counted=send(
-                torch.tensor([[self.owned[index] for index in indices], [True] * len(indices)], dtype=torch.int64, device="cpu"), device
-            ),
-            held=None if held.all() else held,
-            held_slots=slots[held],
+            counted=send(torch.tensor(counted, dtype=torch.int64, device="cpu"), device),
+            first_slots=slots.where(self._held[at] & (balance >= 0), -1),
+            weights=balance * (mix((slots + 1) * GOLDEN) | 1),  # odd: no difference of one tensor is lost modulo 2**64
         )
 
     @classmethod
@@ -149,6 +155,7 @@ class Layout:
             numels=tuple(segment.tensor_numel for segment in segments),
             slots=tuple(range(len(segments))),
             owned=(True,) * len(segments),
+            balance=(0,) * len(segments),
         )
 
     def is_global_over(self, process_group: dist.ProcessGroup | None) -> bool:
@@ -192,12 +199,12 @@ def segments_of(local_params: Sequence[LocalParam]) -> list[Segment]:
     return [piece.segment for entry in local_params for piece in entry.pieces]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Slots:
     """Positions of some pieces in a layout."""
 
     indices: Tensor  # int64 (n,), among all pieces
     slots: Tensor  # int64 (n,) on the device, into `names`
-    counted: Tensor  # int64 (2, n) on the device: 1 where this rank speaks for the piece, as replicas are not counted twice; and 1
-    held: Tensor | None  # bool (n,), whether each has an element; None: all have
-    held_slots: Tensor  # int64, into `names`, of those that have
+    counted: Tensor  # int64 (2, n) on the device: 1 where this rank speaks for the piece, as replicas count once; and NON_FINITE_PIECE
+    first_slots: Tensor  # int64 (n,), into `names` where a piece is the first of those of its tensor that have an element; else -1
+    weights: Tensor  # int64 (n,), random for each tensor, times `Layout.balance`: of the hashes whose sum is 0 where ranks agree

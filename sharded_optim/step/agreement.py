@@ -1,8 +1,8 @@
 """The only collective of a step: its contents, the meaning of its result, and the errors that follow from it.
 
-Every rank contributes one int64 vector, `verdict.SECTIONS` values for each tensor of the model, and one all-reduce adds them up: sums of
-the statistic, where a gradient was not finite, where one was missing, and whether a rank met bad input. An error is raised on every rank:
-in the same step where the host knows the sums, one step later where only a device does.
+Every rank contributes one int64 vector, two values for each tensor of the model, and one all-reduce adds them up: sums of the statistic,
+where a gradient was not finite, and whether ranks differ or one met bad input. An error is raised on every rank: in the same step where the
+host knows the sums, one step later where only a device does.
 """
 
 from __future__ import annotations
@@ -17,27 +17,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sharded_optim.backends import Judge
+from sharded_optim.backends import Agrees
+from sharded_optim.formulas import verdict
 from sharded_optim.formulas.scalars import Sums, mean
 from sharded_optim.formulas.verdict import (
-    ABSENT,
-    BITS,
+    DIFFERENCE,
     FOUND_INF,
     INVALID,
     NON_FINITE,
-    PRESENT,
+    NON_FINITE_PIECE,
     REPLACES,
     SECTIONS,
     TAIL,
+    TOTAL,
     Verdict,
-    judge,
 )
 from sharded_optim.sharding.layout import Layout, Slots
 from sharded_optim.sharding.ranks import gather_messages, naming_missing_ranks
 from sharded_optim.step.disagreement import inconsistency, non_finite, skipped_in_a_row
 from sharded_optim.step.options import NonFinite
 from sharded_optim.step.statistics import Contribution, FixedPoint
-from sharded_optim.storage.devices import capturing, keep, known_on_host, on, send
+from sharded_optim.storage.devices import capturing, known_on_host, on, send
+from sharded_optim.storage.splitmix64 import signed
 
 __all__ = ["Agreement", "Rules", "Scaler", "Streak", "agree", "confirm_replacement"]
 
@@ -54,9 +55,9 @@ class Rules:
     state_format: str  # the name of the moments' format
 
     @cached_property
-    def options(self) -> tuple[NonFinite, int | None, str]:
-        """The options that must be the same on all ranks."""
-        return self.nonfinite, self.max_skipped_steps, self.state_format
+    def options(self) -> tuple[tuple[str, NonFinite | int | str | None], ...]:
+        """Names and values of the options that must be the same on all ranks."""
+        return ("nonfinite", self.nonfinite), ("max_skipped_steps", self.max_skipped_steps), ("state_dtype", self.state_format)
 
     @cached_property
     def longest_streak(self) -> int | None:
@@ -92,12 +93,12 @@ class Streak:
     """
 
     length: int = 0
-    first: Tensor | None = None  # int64 (tensors,), NON_FINITE of the first of them
+    first: Tensor | None = None  # int64 (tensors,), pieces of each that were not finite in the first of them
 
     def count(self, agreement: Agreement, *, finite: bool, no_inf: bool) -> None:
         """Count a step."""
         if not finite:
-            self.first = self.first if self.length else agreement.vector[NON_FINITE]
+            self.first = self.first if self.length else agreement.non_finite_pieces()
             self.length += 1
         elif no_inf:
             self.end()
@@ -132,22 +133,35 @@ class Agreement:
 
     def named_means(self) -> dict[str, float]:
         """Mean of the statistic over every tensor of the model that has one and had a gradient. Waits for the device."""
-        summed = self.vector[BITS] > 0  # in so many bits; without a gradient, or a statistic, in none
-        return {name: mean for name, mean, has in zip(self.layout.names, self.means().tolist(), summed.tolist(), strict=True) if has}
+        summed = (self._bits() > 1).tolist()
+        return {name: mean for name, mean, has in zip(self.layout.names, self.means().tolist(), summed, strict=True) if has}
 
     def means(self) -> Tensor:
         """Mean of the statistic over every tensor of the model: float64 (number of tensors,); NaN where not finite."""
-        total, non_finite, _, present, bits, _, _ = self.vector.unbind()
-        k = bits // present.clamp(min=1)
+        total, non_finite = self.vector.unbind()
+        k = (self._bits() - 1).clamp(min=0)
         unit = ((1023 - k) << 52).view(torch.float64)  # 2.0**-k by its bit pattern: exp2 and pow need not be exact
         means = mean(total.to(torch.float64), unit, self.layout.tensor_numels(total.device), non_finite)
         assert isinstance(means, Tensor)
         return means
 
+    def non_finite_pieces(self) -> Tensor:
+        """Number of pieces of every tensor, over all ranks, that were not finite: int64 (number of tensors,)."""
+        return (self.vector[NON_FINITE] + self._bits()) // NON_FINITE_PIECE
+
+    def has_gradients(self) -> bool:
+        """Return whether any tensor had a gradient. Waits for the device."""
+        return bool((self._bits() > 0).any())
+
+    def _bits(self) -> Tensor:
+        """Number of fraction bits of every tensor's statistic plus 1, which is 1 without a statistic; 0 without a gradient."""
+        return -self.vector[NON_FINITE] % NON_FINITE_PIECE
+
     def sums(self, places: Slots, fixed_point: FixedPoint) -> Sums:
         """Return the sums over all ranks for the tensors that these pieces of this rank belong to."""
-        totals, non_finite = self.vector[: NON_FINITE + 1].to(fixed_point.units.device)
-        return Sums(totals=totals, non_finite=non_finite, slots=places.slots, units=fixed_point.units, numels=fixed_point.numels)
+        vector = self.vector.to(fixed_point.units.device)
+        units, numels = fixed_point.units, fixed_point.numels
+        return Sums(totals=vector[TOTAL], non_finite=vector[NON_FINITE], slots=places.slots, units=units, numels=numels)
 
     def raise_inconsistency(self, failure: Exception | None) -> None:
         """Raise ValueError on every rank if the ranks are inconsistent; where only the device knows that, on the ranks that have failed.
@@ -162,7 +176,7 @@ class Agreement:
             message = None if failure is None else str(failure) if isinstance(failure, ValueError) else repr(failure)
             raise ValueError(gather_messages(message, self.layout.process_group)) from failure
         elif not self._flags.read()[0]:
-            raise ValueError(inconsistency(self.layout.names, self.totals))
+            raise ValueError(inconsistency(self.layout, self.totals, self.contributions))
 
     def raise_non_finite(self) -> None:
         """Raise FloatingPointError on every rank if a gradient was not finite. Waits for the device: the price of raising in the step."""
@@ -183,7 +197,7 @@ class Agreement:
         """
         consistent, finite, no_inf = self._flags.read()
         if not consistent:
-            raise ValueError(inconsistency(self.layout.names, self.totals))
+            raise ValueError(inconsistency(self.layout, self.totals, self.contributions))
         longest = self._rules.longest_streak
         if longest is None:
             streak.end()
@@ -221,40 +235,41 @@ def agree(
     replaces: bool = False,  # its parameters are not those of the layout any more
     found_inf: Tensor | None = None,  # GradScaler's, any shape with one element
     device: torch.device | None = None,  # on which ranks agree; None: the layout's
-    judge: Judge = judge,  # on this device
+    backend: Agrees = verdict,  # on this device
 ) -> Agreement:
     """Add up all ranks' contributions. The one collective of a step; every rank of the group must call it, also with nothing to give."""
-    vector = _contributed(layout, contributions, layout.device if device is None else device, invalid=invalid, replaces=replaces)
+    device = layout.device if device is None else device
+    vector = _contributed(layout, contributions, device, backend, invalid=invalid, replaces=replaces)
     if found_inf is not None:
         vector[FOUND_INF] = (found_inf.to(vector.device) != 0).reshape(())
     process_group = layout.process_group
     if process_group is not None:
         with naming_missing_ranks(process_group, f"a step of {layout.described_by_name}"):
             dist.all_reduce(vector, group=process_group)
-    return Agreement(layout, vector, contributions, judge(vector, skips=rules.nonfinite == "skip"), rules)
+    return Agreement(layout, vector, contributions, backend.judge(vector, skips=rules.nonfinite == "skip"), rules)
 
 
-def _contributed(layout: Layout, contributions: Sequence[Contribution], device: torch.device, *, invalid: bool, replaces: bool) -> Tensor:
-    """Build this rank's vector. Values known on the host are copied to the device together; those computed there are added to it."""
+def _contributed(
+    layout: Layout, contributions: Sequence[Contribution], device: torch.device, backend: Agrees, *, invalid: bool, replaces: bool
+) -> Tensor:
+    """Build this rank's vector."""
     tensors = len(layout.names)
-    host = torch.zeros(SECTIONS * tensors + TAIL, dtype=torch.int64, device="cpu")
-    table = host[:-TAIL].view(SECTIONS, tensors)
-    missing = len(layout.slots)
-    for each in contributions:
-        missing -= len(each.bits)
-        rows = torch.stack([torch.ones_like(each.bits), each.bits, each.keys, each.keys * each.keys])
-        table[PRESENT:, each.places.held_slots] = rows if each.places.held is None else rows[:, each.places.held]
-    if missing:
-        absent = layout.held.clone()
+
+    def make() -> Tensor:
+        host = torch.zeros(SECTIONS * tensors + TAIL, dtype=torch.int64, device="cpu")
         for each in contributions:
-            absent[each.places.indices] = False
-        table[ABSENT, layout.slot_indices[absent]] = 1
-    host[INVALID], host[REPLACES] = int(invalid), int(replaces)
-    vector = host if device.type == "cpu" else _sent(layout, host, device)
-    observed_rows = vector[: (NON_FINITE + 1) * tensors].view(NON_FINITE + 1, tensors)
+            firsts = each.places.first_slots
+            host[NON_FINITE * tensors + firsts[firsts >= 0]] = -1 - each.fixed_point.bits[firsts >= 0].clamp(min=0)
+        return send(host, device)
+
+    vector = layout.sent.of([(each.places, each.fixed_point) for each in contributions], device, make).clone()
     for each in contributions:
-        observed = each.observed * each.places.counted
-        observed_rows.index_add_(1, each.places.slots.to(device), observed.to(device))  # parameters may be on several devices
+        given = (each.observed, each.places.counted, each.places.slots)
+        backend.contribute(vector, *(tensor.to(device) for tensor in given))  # parameters may be on several devices
+    difference = signed(sum(each.difference for each in contributions))
+    for index, value in ((DIFFERENCE, difference), (INVALID, int(invalid)), (REPLACES, int(replaces))):
+        if value:
+            vector[index] = value
     return vector
 
 
@@ -280,15 +295,3 @@ def confirm_replacement(layout: Layout, change: str, rules: Rules, device: torch
         f"replace parameters on every rank, before the same step"
     )
     raise ValueError(gather_messages(message, layout.process_group) if agreement.is_on_host else message)
-
-
-def _sent(layout: Layout, host: Tensor, device: torch.device) -> Tensor:
-    """Copy `host` to the device, to be written to. It seldom changes from step to step: then the copy of the last step is copied there."""
-    before = layout.sent[0] if layout.sent else None
-    if before is None or before[1].device != device or not torch.equal(before[0], host):
-        if capturing(device):  # then nothing is there yet
-            return send(host, device)
-        before = host, send(host, device)
-        layout.sent[:] = [before]
-    keep(device, before)
-    return before[1].clone()

@@ -6,9 +6,9 @@ them, in float64. Nothing here waits for a device.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 from operator import is_
 from typing import Any
 
@@ -38,6 +38,7 @@ class GroupValues:
     Attributes:
         group: whose they are; held, so that its id stays its own.
         numbers: the hyperparameters, as Python numbers where the host knows them; lr may be a tensor of a device.
+        compared: names and values of those that must be the same on all ranks.
     """
 
     def __init__(
@@ -51,9 +52,9 @@ class GroupValues:
         self._state_dtype = state_dtype
         self._keys = set(group)
         self._seen = {name: value if _is_immutable(value) else MUTABLE for name, value in _values_in(group).items()}
-        self._compared = [(name, comparable(group[name])) for name in sorted(compared & group.keys())]
+        self.compared = [(name, comparable(group[name])) for name in sorted(compared & group.keys())]
         self._options: Any = None
-        self._hash = 0  # of what is compared, and of these options
+        self._text = b""  # of what is compared, and of these options
 
     def are_of(self, group: dict[str, Any], state_dtype: torch.dtype | str) -> bool:
         """Return whether this is the group and these are certainly its values."""
@@ -68,11 +69,11 @@ class GroupValues:
         """Names of the values of a group that are certainly the same as these."""
         return {name for name, value in _values_in(group).items() if value is self._seen.get(name, MUTABLE)}
 
-    def key(self, options: Any, step: float) -> int:
-        """Hash hyperparameters, options and step to 24 bits, which ranks compare."""
+    def key(self, options: Any, step: float | None) -> int:
+        """Hash hyperparameters, options and step to 64 bits, which ranks compare."""
         if options != self._options:
-            self._options, self._hash = options, zlib.crc32(repr((self._compared, options)).encode())
-        return zlib.crc32(repr(step).encode(), self._hash) & 0xFFFFFF
+            self._options, self._text = options, repr((self.compared, options)).encode()
+        return int.from_bytes(blake2b(b"%b %r" % (self._text, step), digest_size=8).digest(), "little")
 
 
 def _values_in(group: dict[str, Any]) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
-from sharded_optim.formulas.verdict import ABSENT, INVALID, KEY, PRESENT, REPLACES, SECTIONS, SQUARED_KEY, TAIL
-from sharded_optim.sharding.layout import Layout
+from sharded_optim.formulas.verdict import INVALID, REPLACES
+from sharded_optim.sharding.layout import Layout, segments_of
 from sharded_optim.sharding.ranks import gather_messages, named_ranks, ranks_where
 from sharded_optim.step.statistics import Contribution
 
@@ -16,28 +18,69 @@ __all__ = ["inconsistency", "non_finite", "skipped_in_a_row"]
 MOST_NAMES = 8  # of tensors, in an error message
 
 
-def inconsistency(
-    names: Sequence[str],  # of all tensors of the model
-    totals: Tensor,  # see `Agreement`
-) -> str:
-    """Say why the ranks are inconsistent."""
+def inconsistency(layout: Layout, totals: Tensor, contributions: Sequence[Contribution]) -> str:
+    """Say why the ranks are inconsistent. A collective, where they differ in a tensor.
+
+    Args:
+        totals: see `Agreement`.
+        contributions: of this rank.
+    """
     if replacing := int(totals[REPLACES]):
         return f"the parameters to step have changed on {replacing} of the ranks alone; their own errors say how"
     if invalid := int(totals[INVALID]):
         return f"{invalid} other ranks met bad input; their own errors say which"
-    rows = totals[:-TAIL].view(SECTIONS, len(names))[[PRESENT, ABSENT, KEY, SQUARED_KEY]].tolist()
-    for name, present, absent, key, squared_key in zip(names, *rows, strict=True):
-        if present and absent:
+    tables: list[Any] = [_compared(layout, contributions)]
+    if layout.process_group is not None:
+        tables *= dist.get_world_size(layout.process_group)
+        dist.all_gather_object(tables, tables[0], group=layout.process_group)
+    found: list[list[tuple[int, Kind]]] = [[] for _ in layout.names]
+    for rank, (compared, kinds) in enumerate(tables):
+        for slot, kind in compared:
+            found[slot].append((rank, kinds[kind]))
+    problems = (_difference(name, pieces) for name, pieces in zip(layout.names, found, strict=True))
+    return next(filter(None, problems))
+
+
+Kind = Mapping[str, str] | None  # what is compared of a piece; None without a gradient
+
+
+def _compared(layout: Layout, contributions: Sequence[Contribution]) -> tuple[list[tuple[int, int]], list[Kind]]:
+    """Return the slot of each piece of this rank that has an element, with the index of its kind; and the kinds."""
+    of_pieces: dict[int, Kind] = {}
+    for each in contributions:
+        of_pieces |= zip(each.places.indices.tolist(), each.compared.texts(), strict=True)
+    kinds: list[Kind] = []
+    compared = []
+    for index, (slot, segment) in enumerate(zip(layout.slots, segments_of(layout.local_params), strict=True)):
+        if segment.numel:
+            kind = of_pieces.get(index)
+            if kind not in kinds:
+                kinds.append(kind)
+            compared.append((slot, kinds.index(kind)))
+    return compared, kinds
+
+
+def _difference(name: str, pieces: Sequence[tuple[int, Kind]]) -> str | None:
+    """Say in what the pieces of a tensor differ, each with its rank; None if they do not."""
+    absent = [rank for rank, kind in pieces if kind is None]
+    present = [(rank, kind) for rank, kind in pieces if kind is not None]
+    if absent and present:
+        return (
+            f"{name!r} has a gradient on {named_ranks([rank for rank, _ in present])} and none on {named_ranks(absent)}; a step needs it "
+            f"on all ranks that hold the tensor or on none: make every rank run the same part of the model, or set the missing gradients "
+            f"to zero"
+        )
+    for key in {key: None for _, kind in present for key in kind}:
+        ranks: dict[str | None, list[int]] = {}
+        for rank, kind in present:
+            ranks.setdefault(kind.get(key), []).append(rank)
+        if len(ranks) > 1:
+            values = ", ".join(f"{value} on {named_ranks(where)}" for value, where in ranks.items())
             return (
-                f"{name!r} has a gradient on {present} of the ranks that hold it and none on {absent}; a step needs it on all or on "
-                f"none: make every rank run the same part of the model, or set the missing gradients to zero"
+                f"ranks disagree about {name!r}: {key} is {values}; make hyperparameters, the options nonfinite, max_skipped_steps and "
+                f"state_dtype, and the number of steps taken the same on all ranks"
             )
-        if present * squared_key != key * key:
-            return (
-                f"ranks use different hyperparameters (lr, betas, ...) or options (nonfinite, max_skipped_steps, state_dtype) for "
-                f"{name!r}, or are at different steps; make them the same"
-            )
-    raise AssertionError("the ranks are consistent")
+    return None
 
 
 def non_finite(layout: Layout, contributions: Sequence[Contribution]) -> str:

@@ -21,7 +21,6 @@ from torch._compile import _disable_dynamo
 
 from sharded_optim.backends import AUTO, candidates
 from sharded_optim.formulas import Choose
-from sharded_optim.formulas.verdict import PRESENT
 from sharded_optim.sharding import FlatLayout
 from sharded_optim.sharding.ddp import JoinGuard
 from sharded_optim.step.agreement import Agreement, Rules, Scaler
@@ -296,7 +295,7 @@ def _warn_of_no_gradients(optimizer: Engine, params: ParamSet, agreement: Agreem
     if params.calls or of_some or not any(param.requires_grad for param in params.layout.params):
         return
     if agreement is not None:
-        if agreement.vector[PRESENT].any():
+        if agreement.has_gradients():
             return  # other ranks have some
     elif layout is not None:
         return  # this rank may hold none of the elements that have one

@@ -16,6 +16,7 @@ from sharded_optim.formulas import Statistic
 from sharded_optim.sharding import GRADIENT, PARAMETER, Layout, LocalParam
 from sharded_optim.step.agreement import Agreement, Rules, Scaler
 from sharded_optim.step.coefficients import GroupValues, LrScale, OperandGroups, coefficient_table
+from sharded_optim.step.compared import ComparedPieces, PieceWeights
 from sharded_optim.step.metrics import Update
 from sharded_optim.step.rounding_keys import RoundingKeys
 from sharded_optim.step.sources import Cut, Source, StepCounters
@@ -89,7 +90,7 @@ class KernelCall:
         self._group_ids = [id(each.group) for each in self.values]
         self.group_of = [numbers[rows[owner][2]] for owner in owners]
         self._firsts = [self.pieces[each[0]][0].param for each in rows_of.values()]  # a parameter of each group
-        self._rows_on_host = [None if len(rows_of) == 1 else torch.tensor(each, device="cpu") for each in rows_of.values()]
+        self._weights = PieceWeights(self.places.weights, self.group_of, len(rows_of))
         self.members = OperandGroups(
             groups=[values.numbers for values in self.values],
             group_of=None if len(rows_of) == 1 else send(torch.tensor(self.group_of, device="cpu"), self.device),
@@ -211,7 +212,7 @@ class KernelCall:
 
     def _finish(self, table: Tensor, happens: Tensor | None, grad_scale: Tensor | None) -> Update:
         """Count the step after the parameters were written, and return a record of it."""
-        self._counters.steps += 1.0 if happens is None else happens
+        self._counters.advance(happens)
         for compensations in self._compensations:
             self._log.record(self.params, compensations)
         return Update(
@@ -241,13 +242,16 @@ class KernelCall:
             table = coefficient_table(statistic.coefficients, self.members, self.steps, backend=self.backend, operands=self.operands)
         grad_scale = scaler.inverse(self.device)
         observed = self.backend.observe(statistic, self.operands, table, fixed_point.limits, fixed_point.scales, grad_scale)
-        return Contribution(places=self.places, bits=fixed_point.bits, keys=self._keys(rules.options), observed=observed)
+        compared = self._compared(rules)
+        difference = compared.difference(self._weights)
+        return Contribution(places=self.places, fixed_point=fixed_point, compared=compared, difference=difference, observed=observed)
 
     def _stamp(self, rules: Rules) -> tuple[Any, ...]:
         """Return a value that changes with gradients, state, hyperparameters and options, as far as torch counts writes."""
         sources = (self._grad, *self._state)
         found = tuple((tensor.data_ptr(), tensor._version) for source in sources for tensor in source.column.wholes)
-        return found, tuple(self._keys(rules.options).tolist())
+        compared = self._compared(rules)
+        return found, compared.steps, [each.key(compared.options, None) for each in compared.values]
 
     def _fixed_point_of(self, statistic: Statistic | None) -> FixedPoint:
         """Return the fixed-point format for the statistic of each operand; None if there is none."""
@@ -261,18 +265,10 @@ class KernelCall:
 
         return self._sent_fixed_point.of(bounds, self.device, make)
 
-    def _keys(self, options: tuple[Any, ...]) -> Tensor:
-        """Hash hyperparameters, options of the optimizer and step of each operand, which ranks compare: int64 (operands,)."""
-        result = torch.empty(len(self.pieces), dtype=torch.int64, device="cpu")
-        steps = self.steps
-        for values, rows in zip(self.values, self._rows_on_host, strict=True):
-            taken = (steps if rows is None else steps[rows]).tolist() if known_on_host(steps) else [-1.0]
-            keys = dict.fromkeys(taken)
-            for step in keys:
-                keys[step] = values.key(options, step)
-            own = torch.tensor(list(map(keys.get, taken)) if len(keys) > 1 else list(keys.values()), device="cpu")
-            result[slice(None) if rows is None else rows] = own
-        return result
+    def _compared(self, rules: Rules) -> ComparedPieces:
+        """Return what ranks compare of the pieces."""
+        steps = self.steps.tolist() if known_on_host(self._counters.steps) else None
+        return ComparedPieces(values=self.values, group_of=self.group_of, options=rules.options, steps=steps)
 
     def _drop_stale_compensation(self, compensations: Sequence[Sequence[Tensor]]) -> None:
         """Take the further arrays of the format, and zero those whose parameter was written to since the last step."""

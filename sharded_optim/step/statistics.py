@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sharded_optim.sharding.layout import Slots
+from sharded_optim.step.compared import ComparedPieces
 from sharded_optim.storage.devices import send
 
 __all__ = ["Contribution", "FixedPoint", "fraction_bits"]
@@ -35,7 +36,7 @@ def fraction_bits(bound: float, numel: int) -> int:
     return min(TERM_BITS, SUM_BITS - max(numel - 1, 0).bit_length()) - integer_bits
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class FixedPoint:
     """The fixed-point formats in which the statistics of several pieces are summed."""
 
@@ -61,7 +62,8 @@ class Contribution:
     """The contribution of some pieces of this rank to an agreement."""
 
     places: Slots  # which they are
-    bits: Tensor  # int64 (n,), k of each
-    keys: Tensor  # int64 (n,), of the hyperparameters of each, 24 bits
+    fixed_point: FixedPoint  # of the sum of each
+    compared: ComparedPieces  # what must be the same on all ranks that hold pieces of a tensor
+    difference: int  # see `ComparedPieces.difference`
     observed: Tensor  # int64 (2, n) on the device: each one's sum of q, and 1 where an element was not finite
     is_early: bool = False  # whether the gradients were observed before the step

@@ -10,7 +10,6 @@ from itertools import pairwise
 from typing import Any
 
 from sharded_optim.formulas import Algorithm, Statistic
-from sharded_optim.formulas.verdict import NON_FINITE
 from sharded_optim.formulas.weight_decay import L2, decay_amount
 from sharded_optim.sharding.names import names_without_wrappers
 from sharded_optim.step.coefficients import GroupValues
@@ -43,7 +42,7 @@ def of_tensors(sets: Iterable[ParamSet], algorithms: Iterable[Algorithm]) -> dic
         rms |= {f"rms/{names[name]}": mean**0.5 for name, mean in means.items()}
         if bool(agreement.verdict.proceed):
             factors |= {f"clip_factor/{names[name]}": factor for name, factor in _clip_factors(means, calls, statistics).items()}
-        counts = agreement.vector[NON_FINITE].tolist()
+        counts = agreement.non_finite_pieces().tolist()
         pairs = zip(agreement.layout.names, counts, strict=True)
         non_finite |= {f"non_finite/{names[name]}": float(count) for name, count in pairs if count}
     share = {"clipped_share": sum(factor < 1.0 for factor in factors.values()) / len(factors)} if factors else {}

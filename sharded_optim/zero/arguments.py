@@ -28,13 +28,15 @@ def check_class(optimizer_class: Any) -> None:
         )
 
 
-def check_options(stage: int, bucket_mb: float | None, reduce_dtype: torch.dtype | None) -> None:
+def check_options(stage: int, bucket_mb: float | None, reduce_dtype: torch.dtype | None, transport: str) -> None:
     if stage not in (1, 2):
         raise ValueError(f"stage must be 1 or 2, got {stage!r}; what shards parameters too (stage 3) is fully_shard")
     if bucket_mb is not None and not bucket_mb > 0:
         raise ValueError(f"bucket_mb must be positive, got {bucket_mb!r}")
     if reduce_dtype is not None and not reduce_dtype.is_floating_point:
         raise ValueError(f"reduce_dtype must be a floating dtype, got {reduce_dtype}")
+    if transport not in ("auto", "sends"):
+        raise ValueError(f"transport must be 'auto' or 'sends', got {transport!r}")
 
 
 def check_defaults(caller: type, optimizer_class: type[Engine], defaults: Mapping[str, Any]) -> None:

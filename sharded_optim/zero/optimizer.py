@@ -70,6 +70,8 @@ class ShardedOptimizer(StatefulOuterOptimizer):
         stage: 1 keeps the buckets of full gradients allocated; 2 has a few of them at a time.
         bucket_mb: how large a bucket may become, in MiB; a larger parameter has one of its own. None: 25, and more on more than 400 ranks.
         reduce_dtype: in which gradients are sent; None: the parameters'.
+        transport: how gloo ranks exchange shards: "auto" by shared memory where they are on one machine and can read each other's memory,
+            else by sends; "sends" by these alone. Other backends have collectives for it.
         overlap: whether `step` returns before all parameters have come from the other ranks, and the forward pass waits for them, module
             by module. It needs the model, as `params` or as `module`; without it `step` waits, and also where all ranks are on one machine
             and read each other's memory (gloo), as nothing goes on meanwhile. Whoever uses parameters in between, other than by the
@@ -94,6 +96,7 @@ class ShardedOptimizer(StatefulOuterOptimizer):
         stage: Literal[1, 2] = 2,
         bucket_mb: float | None = None,
         reduce_dtype: torch.dtype | None = None,
+        transport: Literal["auto", "sends"] = "auto",
         overlap: bool = True,
         module: nn.Module | None = None,
         **defaults: Unpack[ShardedOptions],
@@ -106,8 +109,9 @@ class ShardedOptimizer(StatefulOuterOptimizer):
         options: dict[str, Any] = {**defaults}
         topology = Topology.of(process_group)
         all_ranks = topology.all_ranks
-        with raising_together(all_ranks, lambda: (stage, bucket_mb, reduce_dtype, device.type, exchanges(topology.shard_group, device))):
-            check_options(stage, bucket_mb, reduce_dtype)
+        described = (stage, bucket_mb, reduce_dtype, transport)
+        with raising_together(all_ranks, lambda: (*described, device.type, exchanges(topology.shard_group, device))):
+            check_options(*described)
             check_defaults(type(self), optimizer_class, options)
             groups = groups_of(params)
             check_params(groups)
@@ -116,7 +120,7 @@ class ShardedOptimizer(StatefulOuterOptimizer):
                 raise ValueError("params has no parameters, in any group; give the parameters of a model")
             device = tensors[0].device
         with raising_together(all_ranks, lambda: bucket_layout.description()):
-            shard_group = ShardGroup(topology.shard_group, device)
+            shard_group = ShardGroup(topology.shard_group, device, shares_memory=transport == "auto")
             bucket_bytes = default_bucket_bytes(shard_group.size) if bucket_mb is None else int(bucket_mb * 2**20)
             bucket_layout = BucketLayout(shard_group=shard_group, bucket_bytes=bucket_bytes, defaults=options)
             wait_for_others(tensors)

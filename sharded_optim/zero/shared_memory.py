@@ -48,7 +48,7 @@ class SharedMemoryTransport:
 
     Attributes:
         ranks: of the group, without this one.
-        exist, are_all: whether any two ranks of the group are shared_memory, and whether all are; the same on every rank.
+        exist, are_all: whether any two ranks of the group share memory, and whether all do; the same on every rank.
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None) -> None:
@@ -104,7 +104,7 @@ class SharedMemoryTransport:
     def _connect(self, process_group: dist.ProcessGroup) -> None:
         """Create a pipe from each rank of this machine."""
         own = dist.get_rank(process_group)
-        outgoing_of: dict[int, int] = {}  # the end of each pipe that is the neighbour's
+        outgoing_of: dict[int, int] = {}  # the end of each pipe that is the other rank's
 
         def make_pipes() -> dict[int, int]:
             for rank in sorted(self.ranks):
@@ -113,7 +113,7 @@ class SharedMemoryTransport:
 
         def open_pipes() -> list[int]:
             for rank in self._incoming:
-                with suppress(OSError):  # then they are no shared_memory
+                with suppress(OSError):  # then they do not share memory
                     path = f"/proc/{self._process_ids[rank]}/fd/{of_ranks[rank][own]}"
                     self._outgoing[rank] = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             return list(self._outgoing)

@@ -130,6 +130,7 @@ class ShardGroup:
     Args:
         process_group: of them; making this is a collective over it. None: this process is alone.
         device: of the buffers.
+        shares_memory: whether ranks of one machine read each other's buffers, where they can.
 
     Attributes:
         size, rank: how many shards there are, and which is this rank's.
@@ -138,7 +139,7 @@ class ShardGroup:
         shared_memory: those that read each other's buffers instead.
     """
 
-    def __init__(self, process_group: dist.ProcessGroup | None, device: torch.device) -> None:
+    def __init__(self, process_group: dist.ProcessGroup | None, device: torch.device, *, shares_memory: bool = True) -> None:
         self._process_group = process_group
         self.serial = 0
         if process_group is not None:
@@ -146,7 +147,7 @@ class ShardGroup:
         self.size = 1 if process_group is None else dist.get_world_size(process_group)
         self.rank = 0 if process_group is None else dist.get_rank(process_group)
         self.exchanges = exchanges(process_group, device)
-        self.shared_memory = SharedMemoryTransport(process_group if self.exchanges else None)
+        self.shared_memory = SharedMemoryTransport(process_group if self.exchanges and shares_memory else None)
         self._remote_ranks = [rank for rank in range(self.size) if rank != self.rank and rank not in self.shared_memory.ranks]
 
     @property

@@ -18,7 +18,7 @@ from torch import Tensor
 from gpu.device import DEVICE, REHEARSAL, synchronize
 from sharded_optim.backends import Backend, Column, Operands, choose
 from sharded_optim.formulas.scalars import Sums
-from sharded_optim.formulas.verdict import PRESENT, SECTIONS, TAIL
+from sharded_optim.formulas.verdict import NON_FINITE, NON_FINITE_PIECE, SECTIONS, TAIL
 from sharded_optim.formulas.weight_decay import COUPLED
 from sharded_optim.optimizers.adam import ADAM, AMSGRAD
 from sharded_optim.optimizers.sgd import MOMENTUM, SGD
@@ -99,9 +99,9 @@ def tabulate(backend: Backend) -> None:
 def judge(backend: Backend) -> None:
     """Whether a step happens."""
     sums = torch.zeros(SECTIONS * TENSORS + TAIL, dtype=torch.int64)
-    sums[PRESENT * TENSORS : (PRESENT + 1) * TENSORS] = 1
+    sums[NON_FINITE * TENSORS : (NON_FINITE + 1) * TENSORS] = -36  # finite, in so many fraction bits plus 1
     spoiled = sums.clone()
-    spoiled[TENSORS] = 1  # a gradient that is not finite
+    spoiled[NON_FINITE * TENSORS] += NON_FINITE_PIECE  # a gradient that is not finite
     for skips in (False, True):
         assert bool(backend.judge(spoiled.to(DEVICE), skips=skips).proceed.cpu()) != skips
         assert bool(backend.judge(sums.to(DEVICE), skips=skips).proceed.cpu())

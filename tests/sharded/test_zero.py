@@ -612,8 +612,7 @@ def check_overlap() -> None:
     for overlap in (True, False):
         model = Slow()
         models.append(model)
-        with ranks_per_machine(1):
-            optimizers.append(sharded(STABLE, model, bucket_mb=SMALL, overlap=overlap))
+        optimizers.append(sharded(STABLE, model, bucket_mb=SMALL, overlap=overlap, transport="sends"))
     x = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(rank))
     for step in range(4):
         for model, optimizer in zip(models, optimizers, strict=True):
@@ -684,16 +683,14 @@ def check_who_waits(model: nn.Module, optimizer: so.ShardedOptimizer, x: Tensor)
             param.normal_()
     step(optimizer)
     copied(x)
-    with ranks_per_machine(1):
-        newer = sharded(STABLE, model, bucket_mb=SMALL, overlap=True)  # waits for what the other has begun
+    newer = sharded(STABLE, model, bucket_mb=SMALL, overlap=True, transport="sends")  # waits for what the other has begun
     same_everywhere()
     step(newer)
     del optimizer, newer  # what they have begun ends
     gc.collect()
     model(x)
     same_everywhere()
-    with ranks_per_machine(1):
-        last = sharded(STABLE, model, bucket_mb=SMALL, overlap=True)
+    last = sharded(STABLE, model, bucket_mb=SMALL, overlap=True, transport="sends")
     step(last)
     with pytest.raises(RuntimeError, match=r"'first.weight' was used before its new values had come from the other ranks.*overlap=False"):
         model.first.weight.sum().backward()
@@ -748,8 +745,7 @@ def check_hooks_and_parameters_alone() -> None:
     model, reference = Slow(), Slow()
     x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(dist.get_rank()))
     for each, overlap in ((model, True), (reference, False)):
-        with ranks_per_machine(1):
-            optimizer = sharded(STABLE, each, bucket_mb=SMALL, overlap=overlap)
+        optimizer = sharded(STABLE, each, bucket_mb=SMALL, overlap=overlap, transport="sends")
         each(x).square().mean().backward()
         optimizer.step()
         del optimizer

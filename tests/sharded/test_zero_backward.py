@@ -149,9 +149,9 @@ def test_reentrant_checkpoints_train_as_without_checkpoints(world_size: int) -> 
 def check_gradients_that_share_memory() -> None:
     """Autograd may give two parameters gradients that are views of one memory; a further gradient of one does not change the other's."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    with ranks_per_machine(1):  # then a gradient that fills its bucket is sent from where it is
-        first, second, last = params = nn.ParameterList(nn.Parameter(torch.zeros(world_size * 16)) for _ in range(3))
-        optimizer = sharded(partial(so.DecoupledSGDW, lr=1.0), params, bucket_mb=2**-20)
+    first, second, last = params = nn.ParameterList(nn.Parameter(torch.zeros(world_size * 16)) for _ in range(3))
+    # Sends take a gradient that fills its bucket from where it is.
+    optimizer = sharded(partial(so.DecoupledSGDW, lr=1.0), params, bucket_mb=2**-20, transport="sends")
     weights = torch.randn(3, 2, world_size * 16, generator=torch.Generator().manual_seed(0))[:world_size]
     x = torch.zeros(world_size * 16) + last  # whose bucket is reduced first, and is full last
     x = checkpoint(lambda x: x + first * weights[rank, 1], x, use_reentrant=True)
@@ -288,8 +288,7 @@ def check_the_next_optimizer() -> None:
     for attempt in (1, 2):
         torch.manual_seed(0)
         first, second = model = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
-        with ranks_per_machine(1):
-            optimizer = sharded(SGD, model, bucket_mb=MANY)
+        optimizer = sharded(SGD, model, bucket_mb=MANY, transport="sends")
         x = first(batch(attempt, rank))
         if attempt == 1:
             x = second(Raising.apply(x)) if rank == 0 else Raising.apply(second(x))

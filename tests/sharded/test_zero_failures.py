@@ -157,6 +157,7 @@ def check_refusals() -> None:
         ({"stage": 3}, r"all ranks: stage must be 1 or 2, got 3; .*fully_shard"),
         ({"bucket_mb": 0}, r"bucket_mb must be positive, got 0"),
         ({"reduce_dtype": torch.int32}, r"reduce_dtype must be a floating dtype"),
+        ({"transport": "nccl"}, r"transport must be 'auto' or 'sends', got 'nccl'"),
         ({"gradient_release": True}, r"gradient_release=True cannot be given"),
         ({"lr": -1.0}, r"all ranks: lr must be a finite number >= 0, got -1.0"),
         ({"lr": -1.0 if rank else 1.0}, r"^rank 1: lr must be"),

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from variants import examples
 
 from sharded_optim.backends import cpu
-from sharded_optim.formulas.verdict import ABSENT, KEY, NON_FINITE, PRESENT, SECTIONS, SQUARED_KEY, TAIL, judge
+from sharded_optim.formulas.verdict import NON_FINITE, NON_FINITE_PIECE, SECTIONS, TAIL, judge
+from sharded_optim.storage.splitmix64 import GOLDEN, mix, signed
 
 triton = pytest.importorskip("triton", reason="the triton package is not installed")
 
@@ -23,7 +24,7 @@ from sharded_optim.backends.triton import verdict as triton_verdict  # noqa: E40
 
 RANKS = (
     st.lists(  # of each rank that holds the tensor: the key of its hyperparameters, or None without a gradient; and whether it is finite
-        st.tuples(st.sampled_from([3, 2**24 - 1, 2**24 - 1, None]), st.sampled_from([True, True, True, False])), max_size=3
+        st.tuples(st.sampled_from([2**63 + 3, 2**64 - 1, 2**64 - 1, None]), st.sampled_from([True, True, True, False])), max_size=3
     )
 )
 
@@ -42,12 +43,13 @@ def test_a_step_happens_where_all_ranks_agree_and_all_is_finite(tensors, padding
     """With more tensors than the kernel looks at together, or none."""
     tensors = [*tensors, *([[(5, True)]] * padding)]
     vector = torch.zeros(SECTIONS, len(tensors), dtype=torch.int64)
+    difference = 0
     for column, ranks in enumerate(tensors):
-        keys = [key for key, _ in ranks if key is not None]
-        vector[NON_FINITE, column] = sum(not finite for _, finite in ranks)
-        vector[ABSENT, column], vector[PRESENT, column] = len(ranks) - len(keys), len(keys)
-        vector[KEY, column], vector[SQUARED_KEY, column] = sum(keys), sum(key * key for key in keys)
-    sums = torch.cat([vector.flatten(), torch.tensor([replaces, invalid, found_inf])])
+        bits = 36 if ranks and ranks[0][0] is not None else 0  # the first piece's rank sends it
+        vector[NON_FINITE, column] = NON_FINITE_PIECE * sum(not finite for _, finite in ranks) - bits
+        weights = (torch.tensor([len(ranks) - 1] + [-1] * (len(ranks) - 1)) * (mix(torch.tensor(column + 1) * GOLDEN) | 1)).tolist()
+        difference += sum(weight * key for weight, (key, _) in zip(weights, ranks, strict=False) if key is not None)
+    sums = torch.cat([vector.flatten(), torch.tensor([signed(difference), replaces, invalid, found_inf])])
     consistent = not replaces and not invalid and all(len({key for key, _ in ranks}) <= 1 for ranks in tensors)
     finite = all(finite for ranks in tensors for _, finite in ranks)
     for judge_one in (judge, triton_verdict.judge, cpu.BACKEND.judge):

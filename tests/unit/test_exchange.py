@@ -149,11 +149,18 @@ def test_owners_and_errors_are_those_of_one_process_that_sees_all_pieces(job: Jo
         assert messages.pop().startswith(expected)
         return
     names, owned = expected
+    held = [[each for own in job for each in own if each.segment.name == name and each.segment.numel] for name in names]
+    first = [id(pieces[0]) for pieces in held if pieces]
     for result, own, pieces in zip(results, owned, job, strict=True):
         assert isinstance(result, Layout), result
         assert list(result.names) == names
         assert list(result.owned) == own
         assert [result.names[slot] for slot in result.slots] == [held.segment.name for held in pieces]
+        balances = [0 if not held.segment.numel else -1 for held in pieces]
+        for number, piece in enumerate(pieces):
+            if id(piece) in first:
+                balances[number] = sum(piece.segment.name == held.segment.name and held.segment.numel > 0 for own in job for held in own) - 1
+        assert list(result.balance) == balances
         of_names = {held.segment.name: held.segment.tensor_numel for others in job for held in others}
         assert list(result.numels) == [of_names[name] for name in names]
 

@@ -1,8 +1,8 @@
 """The CPU backend: the algorithms' own source, compiled by LLVM into one pass over all tensors, as fast as memory.
 
 `kernels.py` writes a kernel for each combination of algorithm and formats that is met: the loops of `loops.py` around the functions that
-the eager backend runs, which write instructions when they are called with the vectors of `vectors.py`. `formulas.py` and `verdict.py` write
-those of coefficients and of the verdict on a step. `llvm.py` compiles a kernel, and `threads.py` runs it.
+the eager backend runs, which write instructions when they are called with the vectors of `vectors.py`. `formulas.py` writes those of
+coefficients, and `agreement.py` those of what ranks agree on. `llvm.py` compiles a kernel, and `threads.py` runs it.
 
 A kernel gets a table of addresses, one column per operand, and a table of work, runs of at most `CHUNK` elements, of which each thread has
 a share. Memory needs no alignment. Tensors of one operand must be equally strided and dense, as wrappers give them; others are copied.
@@ -14,17 +14,16 @@ from array import array
 from collections.abc import Mapping, Sequence
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from sharded_optim.backends import Column, Operands
+from sharded_optim.backends.cpu.agreement import AdditionArguments, ItemArguments, VerdictArguments, agreement_kernels
 from sharded_optim.backends.cpu.formulas import FormulaArguments, formula_kernel
 from sharded_optim.backends.cpu.kernels import observe_kernel, update_kernel
 from sharded_optim.backends.cpu.loops import Arguments, reason_against
-from sharded_optim.backends.cpu.threads import Kernel, run
-from sharded_optim.backends.cpu.verdict import VerdictArguments, verdict_kernel
+from sharded_optim.backends.cpu.threads import Call, Kernel, run
 from sharded_optim.backends.operands import OperandTables
 from sharded_optim.formulas import Algorithm, Statistic
 from sharded_optim.formulas.recording import Formulas
@@ -68,27 +67,22 @@ class Cpu:
         lr: Tensor,
     ) -> Tensor:
         table = torch.empty(len(steps), formulas.results, dtype=torch.float32, device="cpu")
-        tensors = {"table": table, "steps": steps, "lr": lr} | ({} if sums is None else vars(sums))
-        if formula_of is not None:
-            tensors["formula_of"] = formula_of
-        addresses, kept = _addresses(tensors)
+        of_sums = () if sums is None else (sums.totals, sums.non_finite, sums.slots, sums.units, sums.numels)
+        addresses = map(Tensor.data_ptr, (table, steps, lr, *of_sums))
+        of_formulas = 0 if formula_of is None else formula_of.data_ptr()
+        arguments = FormulaArguments(len(steps), 0, of_formulas, *addresses)
         for kernel, constants in self._kernels_of(formulas):
-            arguments = array("q", FormulaArguments(operands=len(steps), constants=constants.buffer_info()[0], **addresses))
-            kernel.call(arguments.buffer_info()[0], 0, 1)
-        del kept
+            _call(kernel.call, arguments._replace(constants=constants.buffer_info()[0]))
         return table
+
+    def contribute(self, vector: Tensor, observed: Tensor, counted: Tensor, slots: Tensor) -> None:
+        numbers = (len(slots), (len(vector) - TAIL) // SECTIONS)
+        _call(agreement_kernels().add, AdditionArguments(*numbers, *map(Tensor.data_ptr, (observed, counted, slots, vector))))
 
     def judge(self, sums: Tensor, *, skips: bool) -> Verdict:
         flags, proceed = torch.empty(3, dtype=torch.int64, device="cpu"), torch.empty((), dtype=torch.bool, device="cpu")
-        arguments = VerdictArguments(
-            sums=sums.data_ptr(),
-            tensors=(len(sums) - TAIL) // SECTIONS,
-            skips=skips,
-            flags=flags.data_ptr(),
-            proceed=proceed.data_ptr(),
-        )
-        packed = array("q", arguments)
-        verdict_kernel().call(packed.buffer_info()[0], 0, 1)
+        tensors = (len(sums) - TAIL) // SECTIONS
+        _call(agreement_kernels().judge, VerdictArguments(sums.data_ptr(), tensors, skips, flags.data_ptr(), proceed.data_ptr()))
         return Verdict(flags=flags, proceed=proceed)
 
     def observe(
@@ -100,7 +94,6 @@ class Cpu:
         scales: Tensor,
         grad_scale: Tensor | None,
     ) -> Tensor:
-        verdict_kernel()  # compiled before the ranks agree, where they do
         formats = operands.state_formats if statistic else ()
         columns = [*(operands.state if statistic else ()), operands.grad]
         tables = self._tables_of(operands)
@@ -108,12 +101,10 @@ class Cpu:
         _run(
             kernel, tables, columns, coefficients, ONE if grad_scale is None else grad_scale, limits=limits, scales=scales, sums=tables.sums
         )
-        of_items = tables.sums.numpy()
-        result = np.zeros((2, len(operands)), np.int64)
-        rows = tables.work.numpy()[:, 0]
-        np.add.at(result[0], rows, of_items[:, 0])
-        np.maximum.at(result[1], rows, of_items[:, 1] != 0)
-        return torch.from_numpy(result)
+        result = torch.empty(2, len(operands), dtype=torch.int64, device="cpu")
+        addresses = map(Tensor.data_ptr, (tables.work, tables.sums, result))
+        _call(agreement_kernels().sum_items, ItemArguments(len(tables.work), len(operands), *addresses))
+        return result
 
     def update(
         self,
@@ -138,15 +129,17 @@ class Cpu:
         increment_version(operands.param.wholes)  # as a torch operation would: autograd looks at it
 
     def _tables_of(self, operands: Operands) -> _Tables:
-        if operands not in self._tables:
-            self._tables[operands] = _Tables(operands, CHUNK)
-        return self._tables[operands]
+        tables = self._tables.get(operands)
+        if tables is None:
+            tables = self._tables[operands] = _Tables(operands, CHUNK)
+        return tables
 
     def _kernels_of(self, formulas: Formulas) -> list[tuple[Kernel, array[float]]]:
-        if formulas not in self._kernels:
+        kernels = self._kernels.get(formulas)
+        if kernels is None:
             several = len(formulas.formulas) > 1
-            self._kernels[formulas] = [(formula_kernel(each, several=several), row) for each, row in formulas.constants.items()]
-        return self._kernels[formulas]
+            kernels = self._kernels[formulas] = [(formula_kernel(each, several=several), row) for each, row in formulas.constants.items()]
+        return kernels
 
 
 class _Tables(OperandTables):
@@ -174,6 +167,11 @@ def _run(
     run(kernel, table.buffer_info()[0], _shares(tables.elements))
     del kept
     return copies
+
+
+def _call(function: Call, arguments: tuple[int, ...]) -> None:
+    packed = array("q", arguments)
+    function(packed.buffer_info()[0], 0, 1)
 
 
 def _addresses(tensors: Mapping[str, Tensor]) -> tuple[dict[str, int], list[Tensor]]:

@@ -42,11 +42,11 @@ class FormulaArguments(NamedTuple):
     """What a kernel reads and writes: numbers, and addresses of contiguous arrays. In memory each is an int64."""
 
     operands: int
+    constants: int  # float64 (formulas, 1 + constants): 1 and those of a formula with the kernel's operations, else zeros
+    formula_of: int  # int64 (operands,)
     table: int  # fp32 (operands, results), written
     steps: int  # fp32 (operands,)
-    constants: int  # float64 (formulas, 1 + constants): 1 and those of a formula with the kernel's operations, else zeros
     lr: int  # float64 (formulas,)
-    formula_of: int = 0  # int64 (operands,)
     totals: int = 0  # these are of `Sums`
     non_finite: int = 0
     slots: int = 0

@@ -19,15 +19,18 @@ from llvmlite import binding, ir
 
 from sharded_optim.backends.cpu.llvm import INT32, INT64, POINTER, VOID, Builder, Value, at, call, compiled, counting, load
 
-__all__ = ["SIGNATURE", "Kernel", "arguments_of", "kernel_of", "run"]
+__all__ = ["SIGNATURE", "Call", "Kernel", "arguments_of", "callable_of", "kernel_of", "run"]
 
 SIGNATURE = ir.FunctionType(VOID, [POINTER, INT64, INT64])  # of a kernel: its arguments, which share of its work to do, of how many
+
+
+Call = Callable[[int, int, int], None]  # of such a function; other threads of Python run meanwhile
 
 
 class Kernel(NamedTuple):
     """A function in machine code, of `SIGNATURE`."""
 
-    call: Callable[[int, int, int], None]  # other threads of Python run meanwhile
+    call: Call
     region: int  # address of the function that a thread of OpenMP calls; 0 without
 
 
@@ -62,8 +65,12 @@ def kernel_of(function: ir.Function, *, parallel: bool = True) -> Kernel:
     """
     region = _write_region(function) if parallel and _openmp() else None
     engine = compiled(function.module)
-    call = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)(engine.get_function_address(function.name))
-    return Kernel(call, engine.get_function_address(region.name) if region else 0)
+    return Kernel(callable_of(engine, function), engine.get_function_address(region.name) if region else 0)
+
+
+def callable_of(engine: binding.ExecutionEngine, function: ir.Function) -> Call:
+    """Return a compiled function, of `SIGNATURE`."""
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)(engine.get_function_address(function.name))
 
 
 def run(kernel: Kernel, arguments: int, shares: int) -> None:

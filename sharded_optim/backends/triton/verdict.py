@@ -12,44 +12,27 @@ from torch import Tensor
 
 from sharded_optim.backends.triton.compiler import compiled, executed, interpreted
 from sharded_optim.backends.triton.scalars import add
-from sharded_optim.formulas.verdict import (
-    ABSENT,
-    FOUND_INF,
-    INVALID,
-    KEY,
-    NON_FINITE,
-    PRESENT,
-    REPLACES,
-    SECTIONS,
-    SQUARED_KEY,
-    TAIL,
-    Verdict,
-    agrees,
-)
+from sharded_optim.formulas.verdict import DIFFERENCE, FOUND_INF, INVALID, NON_FINITE, REPLACES, SECTIONS, TAIL, Verdict
 
 __all__ = ["ARGUMENTS", "BLOCK", "OPTIONS", "judge", "verdict_kernel"]
 
 BLOCK = 1024  # tensors that its one program looks at together
 OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
 ARGUMENTS = ("sums", "tensors", "flags", "proceed")
-COLUMNS = {"absent": ABSENT, "present": PRESENT, "key": KEY, "squared_key": SQUARED_KEY}
 SOURCE = f'''"""Made by sharded_optim/backends/triton/verdict.py."""
 
 @triton.jit(do_not_specialize=ARGUMENTS)
 def verdict({", ".join(ARGUMENTS)}, SKIPS: tl.constexpr, BLOCK: tl.constexpr):
-    disagree = tl.full((BLOCK,), 0, tl.int32)
     not_finite = tl.full((BLOCK,), 0, tl.int32)
     for start in range(0, tensors, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < tensors
         non_finite = tl.load(sums + {NON_FINITE} * tensors + at, mask=inside, other=0)
-        {"; ".join(f"{name} = tl.load(sums + {row} * tensors + at, mask=inside, other=0)" for name, row in COLUMNS.items())}
-        disagree += tl.where(agrees({", ".join(COLUMNS)}), 0, 1)
-        not_finite += tl.where(non_finite == 0, 0, 1)
+        not_finite += tl.where(non_finite > 0, 1, 0)
     end = sums + {SECTIONS} * tensors + {TAIL}
     invalid = tl.load(end + {INVALID}) + tl.load(end + {REPLACES})  # neither is negative
     finite = tl.reduce(not_finite, 0, add) == 0
-    consistent = (tl.reduce(disagree, 0, add) == 0) & (invalid == 0)
+    consistent = (tl.load(end + {DIFFERENCE}) == 0) & (invalid == 0)
     no_inf = tl.load(end + {FOUND_INF}) == 0
     goes_on = consistent & no_inf
     tl.store(proceed, goes_on & finite if SKIPS else goes_on)
@@ -75,5 +58,5 @@ def verdict_kernel() -> Any:
 
 @cache
 def _verdict_kernel(*, interpreted: bool) -> Any:
-    functions = {each.__name__: compiled(each, interpreted=interpreted) for each in (agrees, add)}
-    return executed("verdict", SOURCE, {"triton": triton, "tl": tl, "ARGUMENTS": list(ARGUMENTS), **functions})
+    scope = {"triton": triton, "tl": tl, "ARGUMENTS": list(ARGUMENTS), "add": compiled(add, interpreted=interpreted)}
+    return executed("verdict", SOURCE, scope)

@@ -1,0 +1,59 @@
+"""What ranks must have in common to step a tensor: hyperparameters, options of the optimizer, and the number of steps taken.
+
+Each rank sends one number for all of it. Every piece has a weight, and the weights of a tensor's pieces add up to 0 over all ranks, so the
+sum of hashes times weights is 0 where all hashes are the same, and a random number elsewhere. Which tensor it is, and in what ranks differ,
+they exchange only then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from sharded_optim.step.coefficients import GroupValues
+from sharded_optim.storage.splitmix64 import signed
+
+__all__ = ["ComparedPieces", "PieceWeights"]
+
+
+class PieceWeights:
+    """The weights of the pieces of a kernel call; see `Slots.weights`."""
+
+    def __init__(self, weights: Tensor, group_of: Sequence[int], groups: int) -> None:
+        self.of_pieces: list[int] = weights.tolist()
+        self.of_groups = [0] * groups
+        for group, weight in zip(group_of, self.of_pieces, strict=True):
+            self.of_groups[group] += weight
+        self.are_zero = not any(self.of_pieces)  # as where this rank is alone
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparedPieces:
+    """What is compared of the pieces of a kernel call in one step. `values` and `options` never change."""
+
+    values: Sequence[GroupValues]
+    group_of: Sequence[int]  # which of them is each piece's
+    options: tuple[tuple[str, Any], ...]  # of the optimizer
+    steps: Sequence[float] | None  # taken so far by each piece; None where only a device knows
+
+    def difference(self, weights: PieceWeights) -> int:
+        """Return the sum of hashes times weights, modulo 2**64, as an int64."""
+        if weights.are_zero:
+            return 0
+        steps, values, options = self.steps, self.values, self.options
+        if steps is None or steps.count(steps[0]) == len(steps):
+            step = None if steps is None else steps[0]
+            return signed(sum(each.key(options, step) * weight for each, weight in zip(values, weights.of_groups, strict=True)))
+        kinds = list(zip(self.group_of, steps, strict=True))
+        keys = {kind: values[kind[0]].key(options, kind[1]) for kind in set(kinds)}
+        return signed(sum(keys[kind] * weight for kind, weight in zip(kinds, weights.of_pieces, strict=True)))
+
+    def texts(self) -> Iterator[Mapping[str, str]]:
+        """Yield for each piece what is compared, by names."""
+        for index, group in enumerate(self.group_of):
+            named = dict([*self.values[group].compared, *self.options])
+            steps = {} if self.steps is None else {"number of steps taken": int(self.steps[index])}
+            yield {name: f"{value}" for name, value in (named | steps).items()}
