@@ -159,7 +159,9 @@ def test_owners_and_errors_are_those_of_one_process_that_sees_all_pieces(job: Jo
         balances = [0 if not held.segment.numel else -1 for held in pieces]
         for number, piece in enumerate(pieces):
             if id(piece) in first:
-                balances[number] = sum(piece.segment.name == held.segment.name and held.segment.numel > 0 for own in job for held in own) - 1
+                balances[number] = (
+                    sum(piece.segment.name == held.segment.name and held.segment.numel > 0 for own in job for held in own) - 1
+                )
         assert list(result.balance) == balances
         of_names = {held.segment.name: held.segment.tensor_numel for others in job for held in others}
         assert list(result.numels) == [of_names[name] for name in names]
