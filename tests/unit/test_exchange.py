@@ -93,6 +93,10 @@ def local_params(pieces: Sequence[Held]) -> list[LocalParam]:
     return described
 
 
+def elements(segment: Segment) -> Tensor:
+    return (segment.run_starts()[:, None] + torch.arange(segment.run)).reshape(-1)
+
+
 def brute_force(job: Job) -> tuple[list[str], list[list[bool]]] | str:
     """Names in order, and who owns what, or the beginning of an error, by looking at all pieces of all ranks."""
     norms = [0.0 if held.grad is None else float(torch.linalg.vector_norm(held.grad)) for pieces in job for held in pieces]
@@ -117,8 +121,7 @@ def brute_force(job: Job) -> tuple[list[str], list[list[bool]]] | str:
             owner.setdefault(held.segment, rank)
         covered = torch.zeros(first.segment.tensor_numel, dtype=torch.int64)
         for segment in {held.segment for _, held in pieces}:
-            for start in segment.run_starts().tolist():
-                covered[start : start + segment.run] += 1
+            covered[elements(segment)] += 1
         if not (covered == 1).all():
             return f"the pieces of {name!r} (shape {first.segment.shape}) do not tile it: element"
     return list(pieces_of), [[owner[held.segment] == rank for held in pieces] for rank, pieces in enumerate(job)]
@@ -213,8 +216,7 @@ def brute_force_error(job: Job) -> str | None:
     for name, known in first.items():
         covered = torch.zeros(known.segment.tensor_numel, dtype=torch.int64)
         for segment in {held.segment for _, held in pieces if held.segment.name == name}:
-            for start in segment.run_starts().tolist():
-                covered[start : start + segment.run] += 1
+            covered[elements(segment)] += 1
         if not (covered == 1).all():
             return f"what the ranks hold of {f'model/{name}'!r} (shape {known.segment.shape}) does not tile it: element"
     for rank, held in pieces:
@@ -242,14 +244,14 @@ def test_a_checkpoint_has_each_element_once_or_all_ranks_say_why_not(job: Job) -
     names = dict.fromkeys(held.segment.name for pieces in job for held in pieces)
     assert [name for _, name in plans[0].tensors] == list(names)
     written = {name: torch.zeros(math.prod(shape)) for (_, name), (shape, _) in plans[0].tensors.items()}
+    saved = {name: torch.zeros_like(values) for name, values in written.items()}
+    for held in (held for pieces in job for held in pieces):
+        saved[held.segment.name][elements(held.segment)] = held.values.float()
     for each, pieces in zip(plans, job, strict=True):
         for chunk in each.chunks:
             values = pieces[chunk.row].values[chunk.offset : chunk.offset + chunk.segment.numel]
-            starts = chunk.segment.run_starts()
-            at = (starts[:, None] + torch.arange(chunk.segment.run)).reshape(-1)
-            written[chunk.segment.name][at] += values
-    for name, values in written.items():
-        assert torch.equal(values, torch.arange(1.0, 1 + len(values))), name
+            written[chunk.segment.name][elements(chunk.segment)] += values
+    assert all(torch.equal(written[name], saved[name]) for name in names), "each element once"
 
 
 def test_replicas_are_spread_over_the_ranks_that_hold_them() -> None:
