@@ -103,9 +103,8 @@ class OperandTables:
 
     def __init__(self, operands: Operands, chunk: int) -> None:
         columns = [column.tensors for column in (*operands.written, operands.grad)]
-        rows_of_tensors = list(zip(*columns, strict=True))
-        for tensors in rows_of_tensors:
-            assert len({tensor.shape for tensor in tensors}) == 1, "kernels would read and write beyond the smallest"
+        shapes = [[tensor.shape for tensor in column] for column in columns]
+        assert all(each == shapes[0] for each in shapes), "kernels would read and write beyond the smallest"
         counts = torch.tensor([tensor.numel() for tensor in operands.param.tensors], dtype=torch.int64, device="cpu")
         items = (counts + chunk - 1) // chunk
         rows = torch.arange(len(counts), device="cpu").repeat_interleave(items)
@@ -116,7 +115,9 @@ class OperandTables:
             [(each.start, max(each.run, 1), each.stride) for each in operands.segments], dtype=torch.int64, device="cpu"
         )
         ordered = any(fmt.is_random for fmt in operands.formats)
-        self._scattered = [row for row, tensors in enumerate(rows_of_tensors) if not _lie_alike(tensors, ordered=ordered)]
+        all_contiguous = all(all(map(Tensor.is_contiguous, column)) for column in columns)
+        rows_of_tensors = [] if all_contiguous else enumerate(zip(*columns, strict=True))
+        self._scattered = [row for row, tensors in rows_of_tensors if not _lie_alike(tensors, ordered=ordered)]
 
     def addresses(self, columns: Sequence[Column]) -> tuple[bytes, dict[tuple[int, int], Tensor]]:
         """Return the addresses of contiguous elements of each column, those of a row in the same order.

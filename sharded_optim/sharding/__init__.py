@@ -37,25 +37,27 @@ __all__ = [
 ]
 
 
-def describe(param: Tensor, name: str, flat_layout: FlatLayout | None = None) -> LocalParam:
+def describe(param: Tensor, name: str, flat_layout: FlatLayout | None = None, wrappers: Sequence[Wrapper] | None = None) -> LocalParam:
     """Describe what this rank holds of parameter `name`.
 
     Args:
         flat_layout: of the wrapped model whose parameter it is; None for parameters that tell how they are sharded.
+        wrappers: that may claim it; None: all.
 
     Raises:
         ValueError: the parameter cannot be optimized, or its sharding cannot be expressed; names the tensor, the rule and the way out.
     """
-    return wrapper_of(param).describe(param, name) if flat_layout is None else flat_layout.describe(param, name)
+    return wrapper_of(param, wrappers).describe(param, name) if flat_layout is None else flat_layout.describe(param, name)
 
 
-def find_layout(param: Tensor, among: Iterable[Tensor]) -> FlatLayout | None:
+def find_layout(param: Tensor, among: Iterable[Tensor], wrappers: Sequence[Wrapper] | None = None) -> FlatLayout | None:
     """How the wrapper of a parameter has flattened it, where that can be found: FullyShardedDataParallel. None for other wrappers.
 
     Args:
         among: all parameters of the optimizer.
+        wrappers: that may claim it; None: all.
     """
-    layout_holding = wrapper_of(param).layout_holding
+    layout_holding = wrapper_of(param, wrappers).layout_holding
     return None if layout_holding is None else layout_holding(list(among))
 
 

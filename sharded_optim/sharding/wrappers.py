@@ -106,10 +106,14 @@ def _wrapper_in(file: str) -> Wrapper:
     return import_module(file).WRAPPER
 
 
-def wrapper_of(tensor: Tensor) -> Wrapper:
-    """Return the first wrapper that claims a tensor."""
-    for file, used in WRAPPERS.items():
-        if used in sys.modules and (wrapper := _wrapper_in(file)).claims(tensor):
+def wrapper_of(tensor: Tensor, among: Iterable[Wrapper] | None = None) -> Wrapper:
+    """Return the first wrapper that claims a tensor.
+
+    Args:
+        among: the wrappers to ask; None: all. For many tensors, for which they are looked for once.
+    """
+    for wrapper in used_wrappers() if among is None else among:
+        if wrapper.claims(tensor):
             return wrapper
     return NO_WRAPPER
 

@@ -112,11 +112,15 @@ def kernel_calls(
     units = {} if optimizer.layout is None else optimizer.layout.units
     rows: dict[tuple[Any, ...], list[tuple[int, LocalParam, GroupValues, Tensor]]] = {}
     choices: dict[tuple[Any, ...], tuple[Backend, Choice]] = {}
+    chosen: dict[tuple[int, torch.dtype], Choice] = {}  # by the group's id and the dtype of the parameter
     for index, (entry, values, grad) in enumerate(zip(layout.local_params, groups, grads, strict=True)):
         if grad is None or not entry.pieces:
             continue
-        state = optimizer.complete_state(entry.param, values.group, entry.name)
-        choice = _as_found(optimizer.choice_of(entry.param, values.group), state, entry)
+        group = id(values.group), entry.param.dtype
+        if group not in chosen:
+            chosen[group] = optimizer.choice_of(entry.param, values.group)
+        state = optimizer.complete_state(entry.param, chosen[group], entry.name)
+        choice = _as_found(chosen[group], state, entry)
         dtypes = (grad.dtype, *(state[name].dtype for name in choice.algorithm.state))
         backend = backends.of(entry.param, dtypes, type(optimizer).__name__)
         alone = None if together else id(entry.param)

@@ -83,8 +83,7 @@ class Source:
         local = [self._local(row, tensor) for row, tensor in enumerate(tensors)]
         self.column = Column(local) if cut is None else CutColumn(local, cut)
         self._addresses = addresses_of(local)
-        self._described = list(map(_description, local))
-        self._like_gradients = [(shape, dtype, device) for shape, _, dtype, device in self._described]
+        self._described = _descriptions(local)
         self._contiguous = all(map(Tensor.is_contiguous, local))
         self._bytes = list(map(_bytes, local))
         self._dtypes = set(map(_dtype, local))
@@ -102,7 +101,7 @@ class Source:
             for row, tensor in enumerate(tensors):
                 if addresses is None or addresses[row] != self._addresses[row]:
                     local[row] = self._local(row, tensor)
-                    if _description(local[row]) != self._described[row]:
+                    if any(now != known[row] for (now,), known in zip(_descriptions([local[row]]), self._described, strict=True)):
                         return False
             addresses = addresses_of(local)
         self._addresses = addresses
@@ -115,7 +114,7 @@ class Source:
             not self._wrapped
             and set(map(type, local)) <= {Tensor, torch.nn.Parameter}
             and 0 not in addresses
-            and list(zip(map(_shape, local), map(_dtype, local), map(_device, local), strict=True)) == self._like_gradients
+            and all(list(map(look, local)) == known for look, known in zip(LOOKS, self._described, strict=False))
             and not any(map(Tensor.is_neg, local))
         )
 
@@ -141,8 +140,12 @@ class Source:
         return addresses_of(local)
 
 
-def _description(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+# What a description has, column by column; strides, which new gradients may have otherwise, come last.
+LOOKS: Sequence[Callable[[Tensor], Any]] = (_shape, _dtype, _device)
+
+
+def _descriptions(tensors: Sequence[Tensor]) -> list[list[Any]]:
+    return [list(map(look, tensors)) for look in (*LOOKS, Tensor.stride)]
 
 
 class StepCounters:

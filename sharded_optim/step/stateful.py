@@ -43,7 +43,7 @@ class StatefulOptimizer(GroupedOptimizer):
         for index, group in enumerate(self.param_groups):
             for param, name in param_groups.named_params(group, index):
                 if param.requires_grad:
-                    self.complete_state(param, group, name)
+                    self.complete_state(param, self.choice_of(param, group), name)
 
     def zero_grad(self, set_to_none: bool = True, param: Tensor | None = None) -> None:
         """Reset gradients as torch does, of all parameters or of one."""
@@ -58,13 +58,12 @@ class StatefulOptimizer(GroupedOptimizer):
         """Create the state of a parameter, for `self.state`."""
         return new_state(param, self.choice_of(param, self._group_with(param) or self.param_groups[0]).entries)
 
-    def complete_state(self, param: Tensor, group: dict[str, Any], name: str) -> dict[str, Any]:
+    def complete_state(self, param: Tensor, choice: Choice, name: str) -> dict[str, Any]:
         """Return the parameter's state, completed by whatever the algorithm and the format need.
 
         Raises:
             ValueError: something is missing that cannot begin now.
         """
-        choice = self.choice_of(param, group)
         if not self.state.get(param):  # torch's optimizers too take empty state as none
             self.state[param] = state = new_state(param, choice.entries)
             return state
