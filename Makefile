@@ -71,6 +71,7 @@ bench: setup  ## time steps of all optimizers side by side: make bench ARGS="--q
 	$(if $(ARGS),,$(BIN)/python -m benchmarks.behind_backward)
 	$(if $(ARGS),,$(BIN)/python -m benchmarks.first_step)
 	$(if $(ARGS),,$(BIN)/python -m benchmarks.fsdp2)
+	$(if $(ARGS),,$(BIN)/python -m benchmarks.scale)
 	$(if $(ARGS),,$(BIN)/python -m benchmarks.distributed)
 	$(if $(ARGS),,$(BIN)/python -m benchmarks.checkpoint)
 	$(if $(ARGS),,$(BIN)/python -m benchmarks.divergence)

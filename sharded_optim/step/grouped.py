@@ -20,6 +20,7 @@ from sharded_optim.sharding.ranks import own_process_group
 from sharded_optim.step import param_groups
 from sharded_optim.step.arguments import check_iterable
 from sharded_optim.step.coefficients import GroupValues
+from sharded_optim.step.collection import collector_paused
 from sharded_optim.step.group_checks import GroupChecks
 from sharded_optim.step.options import Params
 from sharded_optim.step.param_index import ParamIndex
@@ -103,6 +104,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
             raise ValueError("params has no parameters, in any group; give the parameters of a model")
         param_groups.warn_of_high_decay(self.param_groups)
 
+    @collector_paused()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group as torch does, with further checks.
 

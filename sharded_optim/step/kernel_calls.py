@@ -14,6 +14,7 @@ from torch import Tensor
 from sharded_optim.backends import EAGER, Backend, choose
 from sharded_optim.sharding import Layout, LocalParam
 from sharded_optim.step.coefficients import GroupValues
+from sharded_optim.step.collection import collector_paused
 from sharded_optim.step.kernel_call import KernelCall
 from sharded_optim.step.matrix_call import MatrixCall
 from sharded_optim.step.matrix_exchange import MatrixExchange
@@ -94,6 +95,7 @@ def _as_found(choice: Choice, state: Mapping[str, Any], entry: LocalParam) -> Ch
     return choice._replace(state_formats=tuple(found))
 
 
+@collector_paused()
 def kernel_calls(
     optimizer: StatefulOptimizer,
     layout: Layout,

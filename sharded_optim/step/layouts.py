@@ -12,6 +12,7 @@ from torch import Tensor
 from sharded_optim.sharding import Layout, LocalParam, used_wrappers
 from sharded_optim.sharding.exchange import exchange_layouts
 from sharded_optim.step.agreement import Rules, confirm_replacement
+from sharded_optim.step.collection import collector_paused
 from sharded_optim.step.param_index import ParamIndex
 from sharded_optim.step.stateful import StatefulOptimizer
 
@@ -34,6 +35,7 @@ class LayoutMaker:
         self._compared: dict[int, Tensor] = {}  # parameters whose values were compared, by their ids
         self._compared_over: weakref.ref[dist.ProcessGroup] | None = None  # by these ranks
 
+    @collector_paused()
     def make(
         self,
         optimizer: StatefulOptimizer,

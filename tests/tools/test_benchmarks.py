@@ -5,13 +5,28 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import behind_backward, distributed, divergence, figure, first_step, fsdp2, learning_rates, muon, report, step, wrappers
+from benchmarks import (
+    behind_backward,
+    distributed,
+    divergence,
+    figure,
+    first_step,
+    fsdp2,
+    learning_rates,
+    muon,
+    report,
+    scale,
+    step,
+    wrappers,
+)
 from benchmarks.cases import GPT2, LAYOUTS, Case, Layout, select
 from benchmarks.contenders import BASELINE, CONTENDERS, OURS, Contender, by_name
 from benchmarks.contest import takes_part
@@ -21,6 +36,7 @@ from benchmarks.gpt2 import GPT2Model
 from benchmarks.records import Run
 from benchmarks.storage import HUGE_PAGES, ORDINARY, make_params
 from benchmarks.timing import Entrant, interleave
+from sharded_optim.sharding import Layout as ShardedLayout
 
 CPU = Cpu()
 TINY = Layout(name="tiny", shapes=((1000,), (7, 3)))
@@ -148,10 +164,35 @@ def test_a_step_behind_a_backward_pass(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_first_step_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(first_step, "OPTIMIZERS", {"ours AdamW": first_step.OPTIMIZERS["ours AdamW"]})
-    first_step.main(["--backend", "eager", "--repetitions", "1", "--output", str(tmp_path)])
-    (result,) = json.loads((tmp_path / "first_step.json").read_text())["results"]
+    first_step.main(["--backend", "eager", "--repetitions", "1", "--tensors", "3", "--output", str(tmp_path)])
+    result, many = json.loads((tmp_path / "first_step.json").read_text())["results"]
     assert result["seconds"] > 0
+    assert (many["optimizer"], many["cpu_seconds"] > 0) == ("ours AdamW, 3 tensors", True)
     assert "| ours AdamW | " in (tmp_path / "first_step.md").read_text()
+
+
+@pytest.mark.parametrize("prepare", scale.WORKS.values(), ids=scale.WORKS)
+@pytest.mark.parametrize("rank", [0, 3, 6])
+def test_a_simulated_rank_finds_what_it_holds(prepare: Callable[..., Any], rank: int) -> None:
+    """Of seven ranks: norms of four rows are empty on three, whose replies the simulation must know too."""
+    shards = scale.Shards(world_size=7, shapes=[(4,), (14, 3), (5, 2), (7,)])
+    simulation, work = prepare(shards, rank)
+    with simulation.running():
+        found = work()
+    if isinstance(found, ShardedLayout):
+        filled = [segment.numel > 0 for segment in shards.segments(rank)]
+        first_empty = [rank == empty for empty in (4, 7, 5, 7)]
+        assert list(found.names) == shards.names
+        assert list(found.owned) == [a or b for a, b in zip(filled, first_empty, strict=True)]
+    else:
+        written = [(chunk.segment, chunk.row) for chunk in found.chunks]
+        assert written == [(segment, row) for row, segment in enumerate(shards.segments(rank)) if segment.numel]
+
+
+def test_scale_of_a_simulated_job(tmp_path: Path) -> None:
+    scale.main(["--world-sizes", "3", "50", "--tensors", "5", "--output", str(tmp_path)])
+    assert [row["ranks"] for row in json.loads((tmp_path / "scale.json").read_text())["results"]] == [3, 50, 3, 50]
+    assert "| plan of a checkpoint | 50 | " in (tmp_path / "scale.md").read_text()
 
 
 def test_two_fsdp2_ranks(tmp_path: Path) -> None:
