@@ -1,4 +1,4 @@
-"""`sharded-optim plan`: what ways of sharding a model take. The arithmetic is in `sharded_optim/tools/plan.py`; this reads and prints."""
+"""`sharded-optim plan`: what ways of sharding a model take. The arithmetic is in `sharded_optim/tools/plan/`; this reads and prints."""
 
 from __future__ import annotations
 

@@ -1,12 +1,13 @@
 """Read names and shapes of a model's parameters, without its weights: from a JSON file, a Hugging Face `config.json` or a module.
 
-Used by `plan.py` and its command. A parameter that is used twice (tied embeddings) is counted once.
+Used by `plan/` and its command. A parameter that is used twice (tied embeddings) is counted once.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -15,9 +16,20 @@ from typing import Any
 
 from sharded_optim.tools.imported import imported
 
-__all__ = ["Model", "from_config", "from_module", "from_shapes", "hugging_face_model", "load"]
+__all__ = ["Model", "Shape", "block_of", "from_config", "from_module", "from_shapes", "hugging_face_model", "load"]
 
 Shape = tuple[int, ...]
+BLOCK = re.compile(r"^(?:.*?\.)?\d+\.")  # of a parameter's name: up to its first number, as `layers.3.`
+
+
+def block_of(name: str) -> str:
+    """Return the numbered block of a parameter, "" outside of numbered blocks.
+
+    >>> block_of("model.layers.3.attention.0.weight"), block_of("embedding.weight")
+    ('model.layers.3.', '')
+    """
+    match = BLOCK.match(name)
+    return match[0] if match else ""
 
 
 @dataclass(frozen=True, kw_only=True)
