@@ -9,12 +9,15 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sharded_optim.tools.imported import imported
+
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = ["Model", "Shape", "block_of", "from_config", "from_module", "from_shapes", "hugging_face_model", "load"]
 
@@ -38,6 +41,7 @@ class Model:
 
     shapes: Mapping[str, Shape]  # in the order of `named_parameters()`
     idle: int = 0  # elements that a token does not use: those of the experts to which it is not routed
+    module: nn.Module | None = field(default=None, compare=False, repr=False)  # on the meta device, where shapes are those of one
 
     def __post_init__(self) -> None:
         if not self.shapes:
@@ -101,7 +105,7 @@ def from_module(target: str) -> Model:
     for name, param in module.named_parameters():
         if not param.requires_grad:
             raise ValueError(f"a plan is of parameters that are all trained, {name!r} is frozen; give the shapes of the others as JSON")
-    return Model(shapes={name: tuple(param.shape) for name, param in module.named_parameters()})
+    return Model(shapes={name: tuple(param.shape) for name, param in module.named_parameters()}, module=module)
 
 
 # ------------------------------------------------------------------------------------------------------------ Hugging Face configs
@@ -114,7 +118,9 @@ def from_config(path: Path) -> Model:
     with torch.device("meta"):
         module = hugging_face_model(path)
     shapes = {name: tuple(param.shape) for name, param in module.named_parameters()}
-    return Model(shapes=shapes, idle=_idle(shapes, module.config.get_text_config()))
+    config = module.config.get_text_config()
+    config.use_cache = False  # a forward of training keeps no keys and values for later tokens
+    return Model(shapes=shapes, idle=_idle(shapes, config), module=module)
 
 
 def hugging_face_model(path: Path) -> Any:

@@ -12,6 +12,7 @@ from sharded_optim.tools.plan.communication import Collective, Communication
 from sharded_optim.tools.plan.matrices import MatrixWork, Span, heaviest, work_on
 from sharded_optim.tools.plan.memory import Memory, stepped_itemsize
 from sharded_optim.tools.plan.setup import Setup
+from sharded_optim.tools.plan.workload import Workload
 from sharded_optim.tools.shapes import Model, Shape
 
 __all__ = ["Case", "Plan"]
@@ -28,11 +29,16 @@ class Plan:
     collectives: tuple[Collective, ...]
     stepped: int  # bytes that the optimizer's step reads and writes
     matrix_flops: int  # of the rank that computes with most matrices in a step (Muon)
-    flops_per_token: int  # 2 for each parameter in forward, 4 in backward
+    workload: Workload  # forward and backward
 
     @property
     def name(self) -> str:
         return self.sharding if self.shards in (1, self.ranks) else f"{self.sharding} over {self.shards}"
+
+    @property
+    def flops_per_token(self) -> int:
+        """All that is known of forward and backward, with what is recomputed."""
+        return self.workload.known_flops
 
     @property
     def sent(self) -> int:
@@ -47,6 +53,7 @@ class Case:
     sharding: str
     model: Model
     setup: Setup
+    workload: Workload
 
     @property
     def ranks(self) -> int:
@@ -105,6 +112,7 @@ class Case:
             moments=heaviest(spans, lambda span: setup.moments_itemsize(algorithm_of(span))),
             masters=(heaviest(spans, lambda span: 1) if masters is None else masters) * master,
             buckets=buckets + work.buffers,
+            activations=self.workload.activations,
         )
         return Plan(
             sharding=self.sharding,
@@ -116,5 +124,5 @@ class Case:
                 spans, lambda span: stepped_itemsize(setup, algorithm_of(span), grad_itemsize, steps_parameters=steps_parameters)
             ),
             matrix_flops=work.flops,
-            flops_per_token=6 * (self.numel - self.model.idle),
+            workload=self.workload,
         )

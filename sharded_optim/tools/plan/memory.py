@@ -22,10 +22,12 @@ class Memory:
     moments: int  # without the step counters, 4 bytes for each tensor
     masters: int  # or Kahan compensations
     buckets: int  # every other buffer: DDP's copies, what is gathered or reduced, the most at one time
+    activations: int | None  # and other tensors of forward and backward, the most at one time; None: unknown
 
     @property
     def total(self) -> int:
-        return sum(getattr(self, kind) for kind in KINDS)
+        """Bytes of all that is known."""
+        return sum(getattr(self, kind) for kind in KINDS) + (self.activations or 0)
 
 
 def stepped_itemsize(

@@ -56,6 +56,7 @@ class Setup:
         dtype: of the parameters in forward and backward.
         masters: beside parameters in 16 bits: "fp32" copies, "kahan" compensations in the parameters' dtype, or "none".
         state_dtype: of the moments: one of `state_formats()`.
+        reduce_dtype: in which ZeRO-3, FSDP2 and HSDP reduce gradients; None: that of the parameters in backward.
         bucket_bytes: of ZeRO-1 and ZeRO-2; None is ShardedOptimizer's default.
         backend: "nccl", or "gloo", whose reduce-scatter needs buffers for what is received.
     """
@@ -66,6 +67,7 @@ class Setup:
     dtype: str = "fp32"
     masters: str = "fp32"
     state_dtype: str = "fp32"
+    reduce_dtype: str | None = None
     bucket_bytes: int | None = None
     backend: str = "nccl"
 
@@ -83,6 +85,8 @@ class Setup:
         one_of("dtype", self.dtype, tuple(DTYPES))
         one_of("masters", self.masters, MASTERS)
         one_of("state dtype", self.state_dtype, state_formats())
+        if self.reduce_dtype is not None:
+            one_of("dtype of the reduction", self.reduce_dtype, tuple(DTYPES))
         one_of("backend", self.backend, BACKENDS)
 
     @property
@@ -101,6 +105,11 @@ class Setup:
     def itemsize(self) -> int:
         """Bytes of an element of a parameter in forward and backward."""
         return DTYPES[self.dtype]
+
+    @property
+    def reduce_itemsize(self) -> int:
+        """Bytes of an element of a gradient that is reduced."""
+        return DTYPES[self.reduce_dtype or self.dtype]
 
     @property
     def has_masters(self) -> bool:

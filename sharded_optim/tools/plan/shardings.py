@@ -11,6 +11,7 @@ from sharded_optim.sharding.buckets import IN_FLIGHT, BucketPlan, Size, default_
 from sharded_optim.tools.plan.case import Case, Plan
 from sharded_optim.tools.plan.matrices import Span, is_hidden_matrix
 from sharded_optim.tools.plan.setup import FP32, Setup, one_of
+from sharded_optim.tools.plan.workload import Workload, measure
 from sharded_optim.tools.shapes import Model, Shape, block_of
 
 __all__ = ["SHARDINGS", "compare", "plan"]
@@ -18,8 +19,11 @@ __all__ = ["SHARDINGS", "compare", "plan"]
 GATHERED = 2  # units of FSDP2 and ZeRO-3 whose parameters are there at one time: one computes while the next arrives
 
 
-def plan(model: Model, sharding: str, setup: Setup) -> Plan:
+def plan(model: Model, sharding: str, setup: Setup, workload: Workload | None = None) -> Plan:
     """Plan one of SHARDINGS.
+
+    Args:
+        workload: forward and backward, by `measure`; None: of parameters alone.
 
     Raises:
         ValueError: no such sharding, or one that does not go together with the shard size.
@@ -29,14 +33,27 @@ def plan(model: Model, sharding: str, setup: Setup) -> Plan:
         raise ValueError("hsdp needs a shard size, the ranks over which one copy of the model is sharded; with all ranks it is fsdp2")
     if sharding not in HYBRID and setup.shard_size is not None:
         raise ValueError(f"a shard size is for {', '.join(HYBRID)}, got {setup.shard_size} with {sharding}; leave it out")
-    return SHARDINGS[sharding](Case(sharding=sharding, model=model, setup=setup))
+    if sharding not in REDUCES_IN_ANY_DTYPE and setup.reduce_dtype is not None:
+        raise ValueError(
+            f"a dtype of the reduction is for {', '.join(REDUCES_IN_ANY_DTYPE)}, got {setup.reduce_dtype} with {sharding}, which reduces "
+            "gradients in the dtype of the parameters; leave it out"
+        )
+    workload = measure(model, setup) if workload is None else workload
+    return SHARDINGS[sharding](Case(sharding=sharding, model=model, setup=setup, workload=workload))
 
 
-def compare(model: Model, setup: Setup) -> list[Plan]:
-    """Plan every sharding: over all ranks and, with a shard size, in groups of that size where possible."""
+def compare(model: Model, setup: Setup, workload: Workload | None = None) -> list[Plan]:
+    """Plan every sharding: over all ranks and, with a shard size, in groups of that size where possible.
+
+    What reduces in the dtype of the parameters alone does so whatever the setup's `reduce_dtype`.
+    """
     whole = replace(setup, shard_size=None)
-    plans = [plan(model, sharding, whole) for sharding in SHARDINGS if sharding != "hsdp"]
-    return plans + [plan(model, sharding, setup) for sharding in HYBRID if setup.shard_size is not None]
+    cases = [(sharding, whole) for sharding in SHARDINGS if sharding != "hsdp"]
+    cases += [(sharding, setup) for sharding in HYBRID if setup.shard_size is not None]
+    return [
+        plan(model, sharding, each if sharding in REDUCES_IN_ANY_DTYPE else replace(each, reduce_dtype=None), workload)
+        for sharding, each in cases
+    ]
 
 
 def _none(case: Case) -> Plan:
@@ -146,11 +163,11 @@ def _zero3(case: Case) -> Plan:
         gradients=shard * grad_itemsize,
         spans=case.spans(lambda shape: -(-math.prod(shape) // shards)),
         # Gathered, and the gradients of the largest unit with the buffer that is reduce-scattered.
-        buckets=(sum(largest) + 2 * largest[0]) * shards * setup.itemsize,
+        buckets=((sum(largest) + largest[0]) * setup.itemsize + largest[0] * setup.reduce_itemsize) * shards,
         collectives=(
             case.communication.all_gather("parameters, for forward", shard * setup.itemsize),
             case.communication.all_gather("parameters, for backward", shard * setup.itemsize),
-            case.communication.reduce_scatter("gradients", shard * setup.itemsize),
+            case.communication.reduce_scatter("gradients", shard * setup.reduce_itemsize),
         ),
         grad_itemsize=grad_itemsize,
     )
@@ -170,18 +187,21 @@ def _fsdp2(case: Case) -> Plan:
     shard, root = sum(units.values()), units.pop("")
     blocks = heapq.nlargest(GATHERED, units.values()) or [0]
     kept_itemsize = FP32 if setup.has_masters else setup.itemsize
+    # The gathered root and blocks, gradients of the largest block, and the buffer in which they are reduce-scattered. The root's own buffer
+    # is filled when blocks and the gathered root have been freed.
+    in_blocks = (root + sum(blocks) + blocks[0]) * setup.itemsize + blocks[0] * setup.reduce_itemsize
+    buckets = root * setup.itemsize + max(in_blocks, root * setup.reduce_itemsize)  # with the root's gradients
     return case.result(
         shards=shards,
         parameters=shard * kept_itemsize,
         gradients=shard * kept_itemsize,
         spans=case.spans(lambda shape: _rows_of_first(shape, shards)),
-        # Gathered, the root's gradients, and of the largest block gradients and the buffer that is reduce-scattered.
-        buckets=(2 * root + sum(blocks) + 2 * blocks[0]) * shards * setup.itemsize,
+        buckets=buckets * shards,
         collectives=(
             case.communication.all_gather("parameters, for forward", shard * setup.itemsize),
             case.communication.all_gather("parameters of blocks, for backward", (shard - root) * setup.itemsize),
-            case.communication.reduce_scatter("gradients", shard * setup.itemsize),
-            case.communication.all_reduce("shards of gradients", shard * setup.itemsize, case.ranks // shards),
+            case.communication.reduce_scatter("gradients", shard * setup.reduce_itemsize),
+            case.communication.all_reduce("shards of gradients", shard * setup.reduce_itemsize, case.ranks // shards),
         ),
         steps_parameters=True,
         grad_itemsize=kept_itemsize,
@@ -203,4 +223,5 @@ SHARDINGS: Mapping[str, Callable[[Case], Plan]] = {
     "fsdp2": _fsdp2,
     "hsdp": _fsdp2,
 }
+REDUCES_IN_ANY_DTYPE = ("zero3", "fsdp2", "hsdp")  # the others in the dtype of the parameters
 HYBRID = ("zero1", "zero2", "hsdp")  # that can be sharded in groups, with replicas across them
