@@ -8,18 +8,21 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 from sharded_optim.tools.imported import imported
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Model", "Shape", "block_of", "from_config", "from_module", "from_shapes", "hugging_face_model", "load"]
+__all__ = ["Model", "Shape", "block_of", "from_config", "from_module", "from_shapes", "hugging_face_model", "load", "of_plain_sequences"]
 
 Shape = tuple[int, ...]
 BLOCK = re.compile(r"^(?:.*?\.)?\d+\.")  # of a parameter's name: up to its first number, as `layers.3.`
@@ -145,6 +148,18 @@ def hugging_face_model(path: Path) -> Any:
         return transformers.AutoModelForCausalLM.from_config(config) if named is None else named._from_config(config)
     except Exception as error:  # whatever a model's constructor may raise
         raise ValueError(f"transformers cannot build the model of {str(path)!r} ({type(error).__name__}: {error})") from error
+
+
+def of_plain_sequences() -> AbstractContextManager[Any]:
+    """Let models of transformers take sequences as they are, without a look at positions for several that are packed into one.
+
+    The look reads values, which the meta device does not have. It is private to transformers: 5.14 and 5.24 have it; for versions without
+    it nothing is done.
+    """
+    masks = sys.modules.get("transformers.masking_utils")
+    if not hasattr(masks, "find_packed_sequence_indices"):
+        return nullcontext()
+    return mock.patch.object(masks, "find_packed_sequence_indices", return_value=None)
 
 
 def _idle(shapes: Mapping[str, Shape], config: Any) -> int:

@@ -96,6 +96,15 @@ def test_more_checkpointing_keeps_less_of_a_config(tmp_path: Path) -> None:
     assert len(profiles) == 3
 
 
+def test_what_experts_recompute_is_unknown(tmp_path: Path) -> None:
+    """torch has no formula for their grouped products."""
+    config = llama_like("mixtral", 64, 128, 2, 4, 2, 97, num_local_experts=4, num_experts_per_tok=2)
+    workload = measure(of_config(config, tmp_path), Setup(dtype="bf16"), sequence_length=64, checkpointing="full")
+    assert workload.recomputed is None
+    assert "_grouped_mm" in workload.unknown["recomputed"]
+    assert workload.attention == Attention(layers=2, heads=4, head_dim=16).flops(64)
+
+
 def test_a_model_that_transformers_does_not_know_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"transformers cannot build the model of .*no_such_model"):
         of_config({"model_type": "no_such_model"}, tmp_path)

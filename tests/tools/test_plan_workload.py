@@ -152,7 +152,7 @@ class Allocated(TorchDispatchMode):
         return result
 
 
-def allocated_on_cpu(module: nn.Module, checkpointed: bool) -> int:
+def allocated_on_cpu(module: Llama, checkpointed: bool) -> int:
     for param in module.parameters():
         param.register_post_accumulate_grad_hook(lambda param: setattr(param, "grad", None))
     for layer in module.layers if checkpointed else ():

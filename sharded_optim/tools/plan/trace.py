@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import flop_registry
 
-from sharded_optim.tools.shapes import block_of
+from sharded_optim.tools.shapes import block_of, of_plain_sequences
 
 __all__ = ["CHECKPOINTING", "Trace", "trace"]
 
@@ -33,6 +33,8 @@ aten: Any = torch.ops.aten
 CHECKPOINTING = ("none", "selective", "full")
 ATTENTION = (aten._scaled_dot_product_flash_attention, aten._scaled_dot_product_efficient_attention)
 PRODUCTS = (aten.mm, aten.addmm)  # with a weight, of which selective checkpointing keeps every second
+
+GROUPED = ("_grouped_mm", "_scaled_grouped_mm")  # of experts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,7 @@ class Trace:
     flops: int  # of products and attention, in forward and backward, with what is recomputed
     activations: int  # bytes, the most at one time
     looked_up: int  # elements of embeddings that are in no product
+    uncounted: frozenset[str]  # operations that multiply matrices, for which torch has no formula
 
 
 def trace(
@@ -67,7 +70,8 @@ def trace(
         _checkpoint_blocks(module, selective=checkpointing == "selective")
     watch = _Watch([*module.parameters(), *module.buffers()])
     try:
-        with torch.device("meta"), mock.patch.object(functional, "scaled_dot_product_attention", _fused_attention):
+        fused = mock.patch.object(functional, "scaled_dot_product_attention", _fused_attention)
+        with torch.device("meta"), fused, of_plain_sequences():
             tokens = torch.zeros(batch, sequence_length, dtype=torch.int64)
             with watch:
                 logits = module(tokens)
@@ -85,7 +89,14 @@ def trace(
         ) from error
     embeddings = {id(each.weight): each.weight for each in module.modules() if isinstance(each, nn.Embedding)}
     looked_up = sum(weight.numel() for weight in embeddings.values() if weight.untyped_storage()._cdata not in watch.multiplied)
-    return Trace(tokens=batch * sequence_length, attention=in_forward, flops=watch.flops, activations=watch.peak, looked_up=looked_up)
+    return Trace(
+        tokens=batch * sequence_length,
+        attention=in_forward,
+        flops=watch.flops,
+        activations=watch.peak,
+        looked_up=looked_up,
+        uncounted=frozenset(watch.uncounted),
+    )
 
 
 def _described(value: Any) -> str:
@@ -107,6 +118,7 @@ class _Watch(TorchDispatchMode):
         self.peak = 0
         self.flops = 0
         self.attention = 0
+        self.uncounted: set[str] = set()
         self.multiplied: set[int] = set()  # storages that are in products
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -117,6 +129,8 @@ class _Watch(TorchDispatchMode):
             self.flops += flops
             self.attention += flops if func.overloadpacket in ATTENTION else 0
             self.multiplied.update(tensor.untyped_storage()._cdata for tensor in args if isinstance(tensor, Tensor))
+        elif func.overloadpacket.__name__ in GROUPED:
+            self.uncounted.add(func.overloadpacket.__name__)
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._add(tensor.untyped_storage())

@@ -17,7 +17,7 @@ from typing import Literal
 
 from sharded_optim.storage.formats import FORMATS
 from sharded_optim.tools.plan.setup import Setup, one_of
-from sharded_optim.tools.plan.trace import CHECKPOINTING, trace
+from sharded_optim.tools.plan.trace import CHECKPOINTING, Trace, trace
 from sharded_optim.tools.shapes import Model
 
 __all__ = ["Attention", "Workload", "measure"]
@@ -82,18 +82,7 @@ def measure(
     """
     one_of("checkpointing", checkpointing, CHECKPOINTING)
     _check(tokens, sequence_length, attention, activations)
-    plain = chosen = None
-    reason = "the sequence length is not given"
-    if sequence_length is not None and model.module is None:
-        reason = "a list of shapes does not say how the model computes"
-    elif sequence_length is not None:
-        batch = (tokens or sequence_length) // sequence_length
-        run = partial(trace, model.module, batch=batch, sequence_length=sequence_length, dtype=FORMATS[setup.dtype].dtype)
-        try:
-            plain = run(checkpointing="none")
-            chosen = plain if checkpointing == "none" else run(checkpointing=checkpointing)
-        except ValueError as error:
-            reason = str(error)
+    plain, chosen, reason = _traces(model, setup, tokens, sequence_length, checkpointing)
     unknown: dict[str, str] = {}
     attention_flops = recomputed = None
     if attention is not None and sequence_length is not None:
@@ -107,6 +96,8 @@ def measure(
         unknown["embeddings"] = f"{reason}; all parameters are counted as multiplied with"
     if checkpointing == "none":
         recomputed = 0
+    elif plain is not None and chosen is not None and chosen.uncounted:
+        unknown["recomputed"] = f"operations of {', '.join(sorted(chosen.uncounted))} are not counted"
     elif plain is not None and chosen is not None:
         recomputed = (chosen.flops - plain.flops) // plain.tokens
     else:
@@ -124,6 +115,24 @@ def measure(
         activations=activations,
         unknown=unknown,
     )
+
+
+def _traces(
+    model: Model, setup: Setup, tokens: int | None, sequence_length: int | None, checkpointing: str
+) -> tuple[Trace | None, Trace | None, str]:
+    """Run a step without activation checkpointing and one with; None where it cannot run, and the reason."""
+    if sequence_length is None:
+        return None, None, "the sequence length is not given"
+    if model.module is None:
+        return None, None, "a list of shapes does not say how the model computes"
+    batch = (tokens or sequence_length) // sequence_length
+    run = partial(trace, model.module, batch=batch, sequence_length=sequence_length, dtype=FORMATS[setup.dtype].dtype)
+    plain = None
+    try:
+        plain = run(checkpointing="none")
+        return plain, plain if checkpointing == "none" else run(checkpointing=checkpointing), ""
+    except ValueError as error:
+        return plain, None, str(error)
 
 
 def _check(tokens: int | None, sequence_length: int | None, attention: Attention | None, activations: int | str | None) -> None:
