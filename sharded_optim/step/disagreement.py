@@ -11,7 +11,7 @@ from sharded_optim.sharding.layout import Layout
 from sharded_optim.sharding.ranks import gather_messages, named_ranks, ranks_where
 from sharded_optim.step.statistics import Contribution
 
-__all__ = ["inconsistency", "non_finite", "skipped_in_a_row"]
+__all__ = ["inconsistency", "non_finite", "non_finite_here", "skipped_in_a_row"]
 
 MOST_NAMES = 8  # of tensors, in an error message
 
@@ -42,7 +42,7 @@ def inconsistency(
 
 def non_finite(layout: Layout, contributions: Sequence[Contribution]) -> str:
     """Say which gradients were not finite on which ranks. A collective."""
-    names = _not_finite_here(layout, contributions)
+    names = non_finite_here(layout, contributions)
     message = f"gradient not finite, or too large to square in fp32: {', '.join(map(repr, names))}" if names else None
     return gather_messages(message, layout.process_group)
 
@@ -57,7 +57,7 @@ def skipped_in_a_row(
     rows = zip(layout.names, first.tolist(), strict=True)
     found = [f"{name!r} on {ranks} rank{'s' if ranks > 1 else ''}" for name, ranks in rows if ranks]
     more = f" and {len(found) - MOST_NAMES} more" if len(found) > MOST_NAMES else ""
-    holders = ranks_where(bool(_not_finite_here(layout, contributions)), layout.process_group)
+    holders = ranks_where(bool(non_finite_here(layout, contributions)), layout.process_group)
     last = f" In the last of them, gradients held by {named_ranks(holders)} were not finite." if holders else ""
     return (
         f"{steps} steps in a row were skipped, as gradients were not finite, or too large to square in fp32. In the first of them: "
@@ -66,8 +66,8 @@ def skipped_in_a_row(
     )
 
 
-def _not_finite_here(layout: Layout, contributions: Sequence[Contribution]) -> list[str]:
-    """Names of the tensors whose gradient was not finite on this rank."""
+def non_finite_here(layout: Layout, contributions: Sequence[Contribution]) -> list[str]:
+    """Return the names of the tensors of which a gradient or a statistic was not finite on this rank."""
     slots = {
         slot
         for each in contributions
