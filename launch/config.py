@@ -32,7 +32,7 @@ from launch.errors import ConfigError, nearest
 from sharded_optim.formulas.hyperparameters import Choice, Float, Floats, Hyperparameter, Int, Switch, Unsupported, by_name
 from sharded_optim.optimizers import OPTIMIZERS
 from sharded_optim.step.engine import Engine
-from sharded_optim.training.trackers import MODULES, check_options
+from sharded_optim.trackers import MODULES, check_options
 
 __all__ = ["CheckpointConfig", "Config", "ConfigError", "DataConfig", "ModelConfig", "OptimizerConfig", "from_arguments", "load"]
 
@@ -165,7 +165,7 @@ class Config(_Section):
         likes, as under a debugger.
     divergence_every: after so many steps, and before each checkpoint, values that ranks have in common are compared; None: never.
     max_skipped_steps: how many steps in a row may be skipped because gradients are not finite.
-    trackers: where metrics go beside the run folder, by names of `sharded_optim/training/trackers/registry.py`.
+    trackers: where metrics go beside the run folder, by names of `sharded_optim/trackers/registry.py`.
     tracker_options: of these trackers by their names, as {prometheus: {port: 9500}}.
     deepspeed: what DeepSpeed is told, but for the optimizer and the batch. In a file or an override also the path of a DeepSpeed config
         in JSON, which may give these too (`launch/deepspeed_config.py`).

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-__all__ = ["FINISHED", "RUNNING", "Listener", "Resumption", "Summary", "Training", "Validation"]
+__all__ = ["Listener", "Resumption", "Summary", "Training", "Validation"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class Validation:
 class Summary:
     """A run, as far as it is done."""
 
-    status: str  # RUNNING, FINISHED, or that it was interrupted
+    status: str  # of `trackers/run_files.py`, or that it was interrupted
     val_bits_per_byte: float | None  # the last; None before the first validation
     unigram_bits_per_byte: float
     zlib_bits_per_byte: float
@@ -62,10 +62,6 @@ class Summary:
     device: str
     torch: str
     text: str
-
-
-RUNNING = "running or interrupted"  # a run that is killed cannot write down that it is
-FINISHED = "finished"
 
 
 class Listener(Protocol):

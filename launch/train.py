@@ -31,7 +31,7 @@ from launch.model import GPT
 from launch.optimizer import build_schedule
 from launch.preemption import Preemption
 from launch.progress import Display
-from launch.records import FINISHED, RUNNING, Listener, Summary, Training, Validation
+from launch.records import Listener, Summary, Training, Validation
 from launch.rendezvous import RendezvousError
 from launch.run_folder import RunFolder
 from launch.sharding import shard
@@ -39,6 +39,7 @@ from launch.tracking import Tracking, check_installed
 from launch.watch import Watch
 from sharded_optim.checkpoint import CheckpointError
 from sharded_optim.sharding.ranks import named_ranks, ranks_where
+from sharded_optim.trackers.run_files import FINISHED, RUNNING
 
 # The exit status of ranks that have saved and stopped because another machine is taken away: torchrun is to start them again, when there is
 # another one. With 0 it would take the job for done.

@@ -24,9 +24,9 @@ from launch.config import Config, ConfigError, load
 from launch.records import Resumption, Training, Validation
 from launch.run_folder import RunFolder
 from launch.tracking import Tracking, check_installed
-from sharded_optim.training import trackers
-from sharded_optim.training.trackers.destination import Destination, Run, Status
-from sharded_optim.training.trackers.registry import MODULES
+from sharded_optim import trackers
+from sharded_optim.trackers.destination import Destination, Run, Status
+from sharded_optim.trackers.registry import MODULES
 
 ROOT = Path(__file__).parents[2]
 FSDP2 = ROOT / "configs" / "fsdp2.yaml"

@@ -22,11 +22,11 @@ import pytest
 import torch
 
 import sharded_optim as so
-from sharded_optim.training.trackers import several
-from sharded_optim.training.trackers.background import Background
-from sharded_optim.training.trackers.destination import Destination, Run, Status
-from sharded_optim.training.trackers.json_lines import read_records
-from sharded_optim.training.trackers.registry import MODULES, check_installed, destination
+from sharded_optim.trackers import several
+from sharded_optim.trackers.background import Background
+from sharded_optim.trackers.destination import Destination, Run, Status
+from sharded_optim.trackers.registry import MODULES, check_installed, destination
+from sharded_optim.trackers.run_files import read_records
 
 PAGE = Path(__file__).parents[2] / "docs" / "trackers.md"
 CONFIG = {"lr": 1e-3, "model": {"layers": 2, "name": "tiny"}}

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
-from sharded_optim.training.trackers.destination import Status, Tracker
+from sharded_optim.trackers.destination import Status, Tracker
 
 __all__ = ["Background"]
 

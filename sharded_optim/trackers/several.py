@@ -13,9 +13,9 @@ from typing import Any, SupportsFloat
 import torch.distributed as dist
 from torch import Tensor
 
-from sharded_optim.training.trackers.background import Background
-from sharded_optim.training.trackers.destination import Run, Status, Tracker
-from sharded_optim.training.trackers.registry import check_installed, check_options, destination
+from sharded_optim.trackers.background import Background
+from sharded_optim.trackers.destination import Run, Status, Tracker
+from sharded_optim.trackers.registry import check_installed, check_options, destination
 
 __all__ = ["Trackers", "open_trackers"]
 
