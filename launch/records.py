@@ -26,12 +26,12 @@ class Training:
     train_loss_bits: float  # bits per byte, mean over them
     lr: float  # of the last
     tokens_per_second: float  # of all ranks together, without validation
-    largest_rms: float | None  # the last step's largest per-tensor RMS; None if the optimizer has none
+    largest_rms: float | None  # the last step's largest per-tensor RMS; None if the optimizer has none, or without its metrics
     largest_rms_name: str | None  # and its tensor
     skipped_steps: int  # since the beginning
-    optimizer: Mapping[str, float] = field(
-        default_factory=dict
-    )  # `metrics()` of the last step, and rank 0's `performance()`; {} in what older versions have written
+    # `metrics()` of the last step, and rank 0's `performance()`; {} between two records that have them, and in what older versions wrote
+    optimizer: Mapping[str, float] = field(default_factory=dict)
+    non_finite_ranks: Mapping[str, list[int]] = field(default_factory=dict)  # of the last step, by tensor
 
 
 @dataclass(frozen=True, kw_only=True)

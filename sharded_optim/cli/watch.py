@@ -123,14 +123,12 @@ def _frame(run: Run, console: Console, *, keys: bool = False) -> Table:
     else:
         add("validation", "none yet")
     if last is not None:
-        if last.largest_rms is None:
-            add("largest RMS", "none: this optimizer reports no RMS")
-        else:
-            values = [math.nan if record.largest_rms is None else record.largest_rms for record in records.training]
-            add("largest RMS", f"{_shown(last.largest_rms)} of {last.largest_rms_name}", values)
-        share = last.optimizer.get("clipped_share")
-        shares = [record.optimizer.get("clipped_share", math.nan) for record in records.training]
-        add("clipped", "not recorded" if share is None else f"{share:.1%} of tensors", () if share is None else shares)
+        # Between two records with the optimizer's metrics there may be some without.
+        rms = [(record.largest_rms, record.largest_rms_name) for record in records.training if record.largest_rms is not None]
+        text = f"{_shown(rms[-1][0])} of {rms[-1][1]}" if rms else "none: this optimizer reports no RMS"
+        add("largest RMS", text, [value for value, _ in rms])
+        shares = [record.optimizer["clipped_share"] for record in records.training if "clipped_share" in record.optimizer]
+        add("clipped", f"{shares[-1]:.1%} of tensors" if shares else "not recorded", shares)
         speeds = [math.nan if record.tokens_per_second is None else record.tokens_per_second for record in records.training]
         add("tokens/s", "not recorded" if last.tokens_per_second is None else f"{last.tokens_per_second:,.0f}", speeds)
         add("skipped steps", "not recorded" if last.skipped_steps is None else f"{last.skipped_steps:,}")

@@ -95,6 +95,16 @@ def test_a_run_of_a_tracker_is_shown(tmp_path: Path) -> None:
     assert row(text, "skipped steps") == "2"
 
 
+def test_metrics_of_the_last_record_that_has_any_are_shown(tmp_path: Path) -> None:
+    write_run(tmp_path, steps=20, tensors=["a"])
+    record = training_record(30, largest_rms=None, largest_rms_name=None, optimizer=False)
+    with (tmp_path / "metrics.jsonl").open("a") as stream:
+        stream.write(json.dumps(record) + "\n")
+    text = once(tmp_path)
+    assert " of a" in row(text, "largest RMS")
+    assert row(text, "clipped").startswith("0.0% of tensors")
+
+
 def test_names_and_values_are_no_markup(tmp_path: Path) -> None:
     write_run(tmp_path, steps=20, tensors=["[red]a[/red]"], summary={"status": "[bold]x\x1b[31m"})
     text = once(tmp_path)
