@@ -74,6 +74,7 @@ bench: setup  ## time steps of all optimizers side by side: make bench ARGS="--q
 	$(if $(ARGS),,$(BIN)/python -m benchmarks.distributed)
 	$(if $(ARGS),,$(BIN)/python -m benchmarks.checkpoint)
 	$(if $(ARGS),,$(BIN)/python -m benchmarks.divergence)
+	$(if $(ARGS),,$(BIN)/python -m benchmarks.metrics)
 	$(if $(ARGS),,$(BIN)/python -m benchmarks.muon)
 
 gpu-bench:  ## time steps on a GPU, with GPU_PYTHON's torch, in less than 9 minutes: make gpu-bench ARGS="--cases 256M GPT-2"
