@@ -170,6 +170,7 @@ def test_the_page_of_a_tracker_has_its_values_and_names_no_unit_that_it_does_not
     assert page.series("validation") == {20: 1.75}
     assert page.has("finished")
     assert page.has("model.layers")
+    assert not page.has("world_size"), "no run has that value"
     assert "per byte" not in page.text
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sharded_optim.tools.report.charts import Item, Note, Table
-from sharded_optim.tools.report.sections.series import count, losses, number, pairs, with_unit
+from sharded_optim.tools.report.sections.series import count, losses, number, pairs, with_unit, with_values
 from sharded_optim.tools.report.sections.spikes import largest_rms
 from sharded_optim.tools.runs import Run
 
@@ -26,9 +26,8 @@ def build(runs: Sequence[Run], labels: Sequence[str]) -> list[Item]:
         "seconds since the last start": [count(run.summary.get("seconds")) for run in runs],
         "parameters": [count(run.summary.get("parameters")) for run in runs],
     }
-    items: list[Item] = [
-        Table(caption="Each run at its last record", headings=["value", *labels], rows=[[key, *row] for key, row in rows.items()])
-    ]
+    shown = with_values([[key, *row] for key, row in rows.items()])
+    items: list[Item] = [Table(caption="Each run at its last record", headings=["value", *labels], rows=shown)]
     for run, label in pairs(runs, labels):
         if run.records.restarts:
             steps = ", ".join(map(count, run.records.restarts))

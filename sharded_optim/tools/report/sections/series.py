@@ -10,7 +10,20 @@ from sharded_optim.tools.report.charts import Item, LineChart, Note, Series
 from sharded_optim.tools.report.palette import SERIES
 from sharded_optim.tools.runs import Run, TrainingRecord
 
-__all__ = ["MOST_LISTED", "cell", "count", "left_out", "line_chart", "losses", "number", "over_steps", "pairs", "titled", "with_unit"]
+__all__ = [
+    "MOST_LISTED",
+    "cell",
+    "count",
+    "left_out",
+    "line_chart",
+    "losses",
+    "number",
+    "over_steps",
+    "pairs",
+    "titled",
+    "with_unit",
+    "with_values",
+]
 
 MOST_LISTED = 20  # rows of tables of tensors or events
 
@@ -90,6 +103,11 @@ def with_unit(value: float | None, unit: str) -> str:
     ('2 bits per byte', '2', '-')
     """
     return f"{number(value)} {unit}" if unit and value is not None else number(value)
+
+
+def with_values(rows: Sequence[list[str]]) -> list[list[str]]:
+    """Leave out the rows for which no run has a value."""
+    return [row for row in rows if any(cell != "-" for cell in row[1:])]
 
 
 def count(value: Any) -> str:
