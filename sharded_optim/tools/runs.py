@@ -335,7 +335,7 @@ def _training_record(content: dict[str, Any]) -> TrainingRecord | None:
         largest_rms_name=name,
         skipped_steps=int(skipped) if math.isfinite(skipped) and skipped >= 0 else None,
         optimizer=values,
-        non_finite_ranks=ranks if _is_ranks_by_name(ranks) else {},
+        non_finite_ranks=_ranks_by_name(ranks),
     )
 
 
@@ -356,8 +356,10 @@ def _largest_rms(content: dict[str, Any], values: dict[str, float]) -> tuple[str
     return name, None if name is None else rms[name]
 
 
-def _is_ranks_by_name(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(ranks, list) and all(map(_is_count, ranks)) for ranks in value.values())
+def _ranks_by_name(value: Any) -> dict[str, list[int]]:
+    """Return what is a list of ranks."""
+    rows = value.items() if isinstance(value, dict) else ()
+    return {name: ranks for name, ranks in rows if isinstance(ranks, list) and all(map(_is_count, ranks))}
 
 
 def _is_count(value: Any) -> bool:
