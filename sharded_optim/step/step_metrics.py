@@ -61,7 +61,7 @@ def non_finite_ranks(sets: Iterable[ParamSet]) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {}
     for agreement, _ in _agreed(sets):
         layout = agreement.layout
-        if agreement.vector[NON_FINITE].any():  # the same on all ranks
+        if agreement.non_finite_pieces().any():  # the same on all ranks
             names = names_without_wrappers(layout.names)
             here = non_finite_here(layout, agreement.contributions)
             for rank, on_rank in enumerate(gather_objects(here, layout.process_group)):
