@@ -74,5 +74,5 @@ def test_step_counters_that_only_a_device_knows_are_not_compared() -> None:
     assert signed(difference(first) + difference(second)) != 0
 
 
-def test_a_rank_that_is_alone_compares_nothing() -> None:
-    assert difference([Piece(0, 0.1, 3.0, *weights(0, 1))]) == 0
+def test_the_weights_of_a_rank_that_is_alone_are_zero() -> None:
+    assert PieceWeights(torch.tensor(weights(0, 1)), [0], 1).are_zero
