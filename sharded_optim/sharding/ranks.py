@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -135,27 +135,23 @@ def _missing_ranks(process_group: dist.ProcessGroup) -> list[int]:
     return missing
 
 
+def gather_messages(message: str | None, process_group: dist.ProcessGroup | None) -> str:
+    """Gather the messages of all ranks in one text, which every rank then raises. A collective."""
+    return message or "" if process_group is None else join_messages(gather_objects(message, process_group))
+
+
 def gather_objects(value: T, process_group: dist.ProcessGroup | None) -> list[T]:
-    """Gather a value of each rank, by rank; of this process alone without a group. A collective."""
+    """Return the values of all ranks, by rank; this one alone if this process is alone. A collective."""
     if process_group is None:
         return [value]
-    values: list[Any] = [None] * dist.get_world_size(process_group)
+    values = [value] * dist.get_world_size(process_group)
     dist.all_gather_object(values, value, group=process_group)
     return values
 
 
-def gather_messages(message: str | None, process_group: dist.ProcessGroup | None) -> str:
-    """Gather the messages of all ranks in one text, which every rank then raises. A collective."""
-    if process_group is None:
-        return message or ""
-    return join_messages(gather_objects(message, process_group))
-
-
 def ranks_where(condition: bool, process_group: dist.ProcessGroup | None) -> list[int]:
     """Return the ranks on which a condition holds; an empty list if this process is alone. A collective."""
-    if process_group is None:
-        return []
-    return [rank for rank, holds in enumerate(gather_objects(condition, process_group)) if holds]
+    return [] if process_group is None else [rank for rank, holds in enumerate(gather_objects(condition, process_group)) if holds]
 
 
 def raise_together(failure: Exception | None, description: object, process_group: dist.ProcessGroup | None) -> None:

@@ -38,7 +38,6 @@ from sharded_optim.step.disagreement import inconsistency, non_finite, skipped_i
 from sharded_optim.step.options import NonFinite
 from sharded_optim.step.statistics import Contribution, FixedPoint
 from sharded_optim.storage.devices import capturing, known_on_host, on, send
-from sharded_optim.storage.splitmix64 import signed
 
 __all__ = ["Agreement", "Rules", "Scaler", "Streak", "agree", "confirm_replacement"]
 
@@ -266,10 +265,11 @@ def _contributed(
     for each in contributions:
         given = (each.observed, each.places.counted, each.places.slots)
         backend.contribute(vector, *(tensor.to(device) for tensor in given))  # parameters may be on several devices
-    difference = signed(sum(each.difference for each in contributions))
-    for index, value in ((DIFFERENCE, difference), (INVALID, int(invalid)), (REPLACES, int(replaces))):
-        if value:
-            vector[index] = value
+        if each.difference:
+            vector[DIFFERENCE] += each.difference
+    for index, is_so in ((INVALID, invalid), (REPLACES, replaces)):
+        if is_so:
+            vector[index] = 1
     return vector
 
 

@@ -41,8 +41,6 @@ class ComparedPieces:
 
     def difference(self, weights: PieceWeights) -> int:
         """Return the sum of hashes times weights, modulo 2**64, as an int64."""
-        if weights.are_zero:
-            return 0
         steps, values, options = self.steps, self.values, self.options
         if steps is None or steps.count(steps[0]) == len(steps):
             step = None if steps is None else steps[0]

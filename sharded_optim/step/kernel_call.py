@@ -243,7 +243,7 @@ class KernelCall:
         grad_scale = scaler.inverse(self.device)
         observed = self.backend.observe(statistic, self.operands, table, fixed_point.limits, fixed_point.scales, grad_scale)
         compared = self._compared(rules)
-        difference = compared.difference(self._weights)
+        difference = 0 if self._weights.are_zero else compared.difference(self._weights)
         return Contribution(places=self.places, fixed_point=fixed_point, compared=compared, difference=difference, observed=observed)
 
     def _stamp(self, rules: Rules) -> tuple[Any, ...]:

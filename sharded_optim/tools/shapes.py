@@ -1,23 +1,41 @@
 """Read names and shapes of a model's parameters, without its weights: from a JSON file, a Hugging Face `config.json` or a module.
 
-Used by `plan.py` and its command. A parameter that is used twice (tied embeddings) is counted once.
+Used by `plan/` and its command. A parameter that is used twice (tied embeddings) is counted once.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 from sharded_optim.tools.imported import imported
 
-__all__ = ["Model", "from_config", "from_module", "from_shapes", "hugging_face_model", "load"]
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["Model", "Shape", "block_of", "from_config", "from_module", "from_shapes", "hugging_face_model", "load", "of_plain_sequences"]
 
 Shape = tuple[int, ...]
+BLOCK = re.compile(r"^(?:.*?\.)?\d+\.")  # of a parameter's name: up to its first number, as `layers.3.`
+
+
+def block_of(name: str) -> str:
+    """Return the numbered block of a parameter, "" outside of numbered blocks.
+
+    >>> block_of("model.layers.3.attention.0.weight"), block_of("embedding.weight")
+    ('model.layers.3.', '')
+    """
+    match = BLOCK.match(name)
+    return match[0] if match else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +44,7 @@ class Model:
 
     shapes: Mapping[str, Shape]  # in the order of `named_parameters()`
     idle: int = 0  # elements that a token does not use: those of the experts to which it is not routed
+    module: nn.Module | None = field(default=None, compare=False, repr=False)  # on the meta device, where shapes are those of one
 
     def __post_init__(self) -> None:
         if not self.shapes:
@@ -89,7 +108,7 @@ def from_module(target: str) -> Model:
     for name, param in module.named_parameters():
         if not param.requires_grad:
             raise ValueError(f"a plan is of parameters that are all trained, {name!r} is frozen; give the shapes of the others as JSON")
-    return Model(shapes={name: tuple(param.shape) for name, param in module.named_parameters()})
+    return Model(shapes={name: tuple(param.shape) for name, param in module.named_parameters()}, module=module)
 
 
 # ------------------------------------------------------------------------------------------------------------ Hugging Face configs
@@ -102,7 +121,9 @@ def from_config(path: Path) -> Model:
     with torch.device("meta"):
         module = hugging_face_model(path)
     shapes = {name: tuple(param.shape) for name, param in module.named_parameters()}
-    return Model(shapes=shapes, idle=_idle(shapes, module.config.get_text_config()))
+    config = module.config.get_text_config()
+    config.use_cache = False  # a forward of training keeps no keys and values for later tokens
+    return Model(shapes=shapes, idle=_idle(shapes, config), module=module)
 
 
 def hugging_face_model(path: Path) -> Any:
@@ -127,6 +148,18 @@ def hugging_face_model(path: Path) -> Any:
         return transformers.AutoModelForCausalLM.from_config(config) if named is None else named._from_config(config)
     except Exception as error:  # whatever a model's constructor may raise
         raise ValueError(f"transformers cannot build the model of {str(path)!r} ({type(error).__name__}: {error})") from error
+
+
+def of_plain_sequences() -> AbstractContextManager[Any]:
+    """Let models of transformers take sequences as they are, without a look at positions for several that are packed into one.
+
+    The look reads values, which the meta device does not have. It is private to transformers: 5.14 and 5.24 have it; for versions without
+    it nothing is done.
+    """
+    masks = sys.modules.get("transformers.masking_utils")
+    if not hasattr(masks, "find_packed_sequence_indices"):
+        return nullcontext()
+    return mock.patch.object(masks, "find_packed_sequence_indices", return_value=None)
 
 
 def _idle(shapes: Mapping[str, Shape], config: Any) -> int:

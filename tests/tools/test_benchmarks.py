@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import sharded_optim as so
 from benchmarks import (
     behind_backward,
     distributed,
@@ -21,6 +22,7 @@ from benchmarks import (
     first_step,
     fsdp2,
     learning_rates,
+    metrics,
     muon,
     report,
     scale,
@@ -255,6 +257,18 @@ def test_a_divergence_check_is_measured_beside_steps() -> None:
     text = divergence.markdown({"environment": describe(CPU.place, "benchmarks.divergence"), **record})
     assert set(record["seconds"]) == {"step", "check"}
     assert f"{record['share'][1]:.2%}" in text
+
+
+def test_metrics_are_measured_beside_a_step_that_records_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    metrics.main(["--quick"])
+    assert "| 3 tensors |" in capsys.readouterr().out
+    param = torch.nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    optimizer = so.StableAdamW([("w", param)], lr=1e-2)
+    optimizer.step()
+    with metrics.without_recording():
+        optimizer.step()
+    assert optimizer.performance()["ms/update"] == 0.0, "no clock was read"
 
 
 def test_muon_is_measured_beside_full_tensor_with_what_travels() -> None:

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from sharded_optim.cli.commands import app
-from sharded_optim.tools.plan import Setup, plan
+from sharded_optim.tools.plan import Attention, Setup, measure, plan
 from sharded_optim.tools.shapes import Model, load
 
 pytest.importorskip("transformers", reason="transformers is not installed; make recipes runs this file")
@@ -68,6 +68,43 @@ def test_experts_that_a_token_does_not_use_do_not_compute_for_it(tmp_path: Path)
     assert plan(model, "none", Setup()).flops_per_token == 6 * 12_879_925_248
 
 
+@pytest.mark.parametrize(
+    ("name", "layers", "heads", "head_dim"),
+    [("gpt2", 12, 12, 64), ("Llama-3-8B", 32, 32, 128), ("Mixtral-8x7B", 32, 32, 128), ("Qwen3-8B", 36, 32, 128), ("pythia-70m", 6, 8, 64)],
+)
+def test_operations_of_attention_are_those_of_the_config(name: str, layers: int, heads: int, head_dim: int, tmp_path: Path) -> None:
+    workload = measure(of_config(PUBLISHED[name][0], tmp_path), Setup(dtype="bf16"), sequence_length=256)
+    assert workload.attention == Attention(layers=layers, heads=heads, head_dim=head_dim).flops(256)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "Qwen2.5-0.5B", "pythia-70m"])
+def test_embeddings_that_are_the_head_too_are_multiplied_with(name: str, tmp_path: Path) -> None:
+    """GPT-2's of positions, and pythia's, are not."""
+    model = of_config(PUBLISHED[name][0], tmp_path)
+    looked_up = {"gpt2": 1024 * 768, "Qwen2.5-0.5B": 0, "pythia-70m": 50304 * 512}[name]
+    assert measure(model, Setup(), sequence_length=256).parameters == 6 * (model.numel - looked_up)
+
+
+def test_more_checkpointing_keeps_less_of_a_config(tmp_path: Path) -> None:
+    """A block that keeps keys and values for later tokens could not be recomputed."""
+    model = of_config(PUBLISHED["Qwen2.5-0.5B"][0] | {"vocab_size": 1000}, tmp_path)
+    profiles = [
+        measure(model, Setup(dtype="bf16"), tokens=512, sequence_length=256, checkpointing=each, activations="profile").activations
+        for each in ("none", "selective", "full")
+    ]
+    assert profiles == sorted(set(profiles), reverse=True)
+    assert len(profiles) == 3
+
+
+def test_what_experts_recompute_is_unknown(tmp_path: Path) -> None:
+    """torch has no formula for their grouped products."""
+    config = llama_like("mixtral", 64, 128, 2, 4, 2, 97, num_local_experts=4, num_experts_per_tok=2)
+    workload = measure(of_config(config, tmp_path), Setup(dtype="bf16"), sequence_length=64, checkpointing="full")
+    assert workload.recomputed is None
+    assert "_grouped_mm" in workload.unknown["recomputed"]
+    assert workload.attention == Attention(layers=2, heads=4, head_dim=16).flops(64)
+
+
 def test_a_model_that_transformers_does_not_know_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"transformers cannot build the model of .*no_such_model"):
         of_config({"model_type": "no_such_model"}, tmp_path)
@@ -85,7 +122,7 @@ def test_the_documentation_shows_what_the_command_prints(tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     examples = re.findall(r"```\n\$ sharded-optim (plan .*?[^\\])\n(.*?)```", text, re.DOTALL)
-    assert len(examples) == 2
+    assert len(examples) == 3
     for command, shown in examples:
         result = CliRunner().invoke(app, command.replace("\\\n", " ").split())
         assert result.exit_code == 0, result.output

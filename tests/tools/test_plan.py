@@ -1,15 +1,12 @@
-"""`sharded-optim plan`: memory against what is allocated, communication against what is sent, shapes against published sizes."""
+"""Plans: memory against what is allocated, communication against what is sent, and arithmetic."""
 
 from __future__ import annotations
 
-import json
 import math
-import sys
 import time
 import weakref
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,13 +20,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
-from typer.testing import CliRunner
 
 import sharded_optim as so
-from sharded_optim import cli
-from sharded_optim.cli.commands import app
 from sharded_optim.tools.plan import KINDS, OPTIMIZERS, SHARDINGS, Plan, Rates, Setup, compare, plan, time_of
-from sharded_optim.tools.shapes import Model, from_module, from_shapes, load
+from sharded_optim.tools.shapes import Model, from_module, from_shapes
 
 # ------------------------------------------------------------------------------------------------- what is allocated and what is sent
 
@@ -216,6 +210,9 @@ def check_ddp(setup: Setup) -> None:
     assert_sent(expected, sent)
 
 
+MIXED = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+
 def check_fully_shard(sharding: str, setup: Setup, dtype: torch.dtype = torch.float32, policy: MixedPrecisionPolicy | None = None) -> None:
     model = Blocks().to(dtype)
     shapes = shapes_of(model)
@@ -235,13 +232,14 @@ def check_fully_shard(sharding: str, setup: Setup, dtype: torch.dtype = torch.fl
     assert_sent(expected, sent)
 
 
-def check_fully_shard_peak(setup: Setup) -> None:
+def check_fully_shard_peak(setup: Setup, policy: MixedPrecisionPolicy | None = None) -> None:
     """The total is an upper bound of what is there at one time, and not a loose one."""
     model = WideBlocks()
     shapes = shapes_of(model)
+    options = {"mp_policy": policy or MixedPrecisionPolicy()}
     for layer in model.layers:
-        fully_shard(layer)
-    fully_shard(model)
+        fully_shard(layer, **options)
+    fully_shard(model, **options)
     optimizer = so.StableAdamW(model.parameters(), lr=1e-3)
     train(model, optimizer, torch.ones(1, 257))
     optimizer.zero_grad()
@@ -361,7 +359,9 @@ def check_two_ranks() -> None:
     check_fully_shard("fsdp2", setup)
     check_fully_shard("fsdp2", replace(low, masters="kahan"), torch.bfloat16)
     check_fully_shard("fsdp2", low, policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    check_fully_shard("fsdp2", replace(low, reduce_dtype="fp32"), policy=MIXED)
     check_fully_shard_peak(setup)
+    check_fully_shard_peak(replace(low, reduce_dtype="fp32"), MIXED)
     check_sharded_optimizer(1, setup)
     check_sharded_optimizer(2, low, torch.bfloat16)
     check_sharded_optimizer(2, replace(low, masters="kahan"), torch.bfloat16, kahan_sum=True)
@@ -376,6 +376,7 @@ def test_two_ranks_hold_and_send_what_is_planned() -> None:
 def check_four_ranks() -> None:
     setup = Setup(world_size=4, shard_size=2, optimizer="StableAdamW", backend="gloo")
     check_fully_shard("hsdp", setup)
+    check_fully_shard("hsdp", replace(setup, dtype="bf16", reduce_dtype="fp32"), policy=MIXED)
     check_sharded_optimizer(2, setup)
     check_matrices("hsdp", setup)
     check_matrices("zero2", setup)
@@ -522,6 +523,7 @@ def test_links_inside_of_shard_groups_are_used_inside_of_shard_groups() -> None:
         ({"world_size": 0}, "at least 1 rank, got 0"),
         ({"world_size": 8, "shard_size": 3}, "shard size divides the world size.*got 3 and 8"),
         ({"optimizer": "Lion"}, "optimizer is one of Adam, .*got 'Lion'"),
+        ({"reduce_dtype": "fp8"}, "dtype of the reduction is one of fp32, bf16, fp16, got 'fp8'"),
         ({"dtype": "fp8"}, "dtype is one of fp32, bf16, fp16, got 'fp8'"),
         ({"bucket_bytes": 0}, "at least 1 byte, got 0"),
     ],
@@ -538,158 +540,14 @@ def test_a_shard_size_where_it_means_nothing_is_refused() -> None:
         plan(AWKWARD, "hsdp", Setup(world_size=4))
 
 
-# ------------------------------------------------------------------------------------------------------------------------------ shapes
+def test_a_dtype_of_the_reduction_where_there_is_no_choice_is_refused() -> None:
+    with pytest.raises(ValueError, match="a dtype of the reduction is for zero3, fsdp2, hsdp, got fp32 with ddp"):
+        plan(AWKWARD, "ddp", Setup(world_size=4, dtype="bf16", reduce_dtype="fp32"))
 
 
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(11, 3)
-        self.head = nn.Linear(3, 11, bias=False)
-        self.head.weight = self.embedding.weight
-
-
-class Frozen(nn.Linear):
-    def __init__(self) -> None:
-        super().__init__(3, 4)
-        self.bias.requires_grad_(False)
-
-
-class OnlyOnRealDevices(nn.Linear):
-    def __init__(self) -> None:
-        super().__init__(3, 4)
-        self.weight.sum().item()
-
-
-def test_a_module_counts_shared_parameters_once_and_allocates_nothing() -> None:
-    assert from_module("test_plan:Tied").shapes == {"embedding.weight": (11, 3)}
-    assert from_module("test_plan:huge").numel == 2**40
-
-
-def huge() -> nn.Module:
-    return nn.Linear(2**20, 2**20, bias=False)
-
-
-@pytest.mark.parametrize(
-    ("target", "message"),
-    [
-        ("test_plan:Frozen", "all trained, 'bias' is frozen"),
-        ("test_plan:OnlyOnRealDevices", "failed on the meta device"),
-        ("test_plan:shapes_of", r"test_plan:shapes_of\(\) failed on the meta device \(TypeError"),
-        ("test_plan:Nowhere", "'test_plan:Nowhere' cannot be imported"),
-        ("no.such.package:Model", "cannot be imported"),
-        ("test_plan:dict", "cannot be imported"),
-        ("test_plan:CliRunner", "returned a CliRunner; give a callable that returns an nn.Module"),
-    ],
-)
-def test_a_module_that_cannot_be_built_is_refused(target: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        from_module(target)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("{", "is not JSON"),
-        ("[1, 2]", "holds a list; give"),
-        ("{}", "a model needs parameters, got none"),
-        ('{"w": 3}', "a shape is a list of sizes >= 0, got 3 for 'w'"),
-        ('{"w": [3, -1]}', r"got \[3, -1\] for 'w'"),
-        ('{"w": [2.5]}', r"got \[2.5\] for 'w'"),
-        ('{"w": [true]}', r"got \[True\] for 'w'"),
-    ],
-)
-def test_a_file_without_shapes_is_refused(content: str, message: str, tmp_path: Path) -> None:
-    path = tmp_path / "shapes.json"
-    path.write_text(content)
-    with pytest.raises(ValueError, match=message):
-        load(str(path))
-
-
-# ------------------------------------------------------------------------------------------------------------------------- the command
-
-
-def run_plan(*arguments: str) -> Any:
-    return CliRunner().invoke(app, ["plan", *arguments])
-
-
-@pytest.fixture
-def gpt2(tmp_path: Path) -> str:
-    path = tmp_path / "shapes.json"
-    path.write_text(json.dumps(GPT2.shapes))
-    return str(path)
-
-
-def test_the_command_compares_all_shardings(gpt2: str) -> None:
-    result = run_plan(gpt2, "--world-size", "64", "--shard-size", "8")
-    assert result.exit_code == 0, result.output
-    assert "124,439,808 parameters in 148 tensors" in result.output
-    rows = {line[:15].strip(): line[15:].split() for line in result.output.splitlines()[5:-2]}
-    assert list(rows) == [each.name for each in compare(load(gpt2), Setup(world_size=64, shard_size=8))]
-    assert rows["ddp"] == ["0.464", "0.464", "0.927", "0.000", "0.464", "2.318", "0.913"]
-    assert "ms" not in result.output
-
-
-def test_the_command_tells_one_sharding_in_detail(gpt2: str) -> None:
-    result = run_plan(gpt2, "-n", "64", "--sharding", "zero2", "--optimizer", "stableadamw", "--link", "50", "--memory-bandwidth", "3000")
-    assert result.exit_code == 0, result.output
-    for expected in ("StableAdamW", "reduce-scatter", "which tensors have a gradient", "statistics", "step, one after the other"):
-        assert expected in result.output
-
-
-def test_the_command_prints_json(gpt2: str) -> None:
-    result = run_plan(gpt2, "-n", "64", "--sharding", "fsdp2", "--json", "--link", "50", "--tokens", "1024", "--tflops", "100")
-    assert result.exit_code == 0, result.output
-    data = json.loads(result.stdout)
-    (printed,) = data["plans"]
-    expected = plan(load(gpt2), "fsdp2", Setup(world_size=64))
-    assert data["parameters"] == 124_439_808
-    assert printed["memory"]["total"] == expected.memory.total
-    assert printed["sent"] == expected.sent == sum(each["sent"] for each in printed["collectives"])
-    assert printed["seconds"]["communication"] == pytest.approx(expected.sent / 50e9)
-    assert printed["seconds"]["compute"] == pytest.approx(6 * 124_439_808 * 1024 / 100e12)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["nowhere.json", "-n", "2"], "error: 'nowhere.json' is not a file; give"),
-        (["{gpt2}", "-n", "8", "--sharding", "zero9"], "error: sharding is one of none, ddp"),
-        (["{gpt2}", "-n", "8", "--shard-size", "3"], "error: a shard size divides the world size"),
-        (["{gpt2}", "-n", "8", "--link", "0"], "error: a rate is a finite number > 0, got 0.0 for link"),
-        (["{gpt2}", "-n", "8", "--tokens", "10"], "needs tokens and FLOP/s"),
-        (["{gpt2}"], "--world-size"),
-    ],
-)
-def test_a_wrong_command_says_why_and_exits_with_2(arguments: list[str], message: str, gpt2: str) -> None:
-    result = run_plan(*(argument.format(gpt2=gpt2) for argument in arguments))
-    assert result.exit_code == 2
-    assert message in result.stderr
-    assert "Traceback" not in result.output
-
-
-def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:
-    """What the process exits with."""
-    monkeypatch.setattr(sys, "argv", ["sharded-optim", *arguments])
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
-    return exit_.value.code
-
-
-def test_modules_in_the_current_folder_are_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "model_of_test_plan.py").write_text("import torch\ndef build():\n    return torch.nn.Linear(3, 5)\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    assert run_main(monkeypatch, "plan", "model_of_test_plan:build", "-n", "2", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["parameters"] == 20
-
-
-@pytest.mark.parametrize("missing", ["typer", "rich"])
-def test_without_typer_or_rich_the_command_says_what_to_install(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.startswith("sharded_optim.cli") or name.split(".")[0] == missing]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, missing, None)
-    message = f"the command line needs {missing}, which is not installed; pip install rich typer"
-    assert run_main(monkeypatch, "plan") == message
+def test_gradients_that_are_reduced_in_fp32_are_twice_as_many_bytes_as_in_bf16() -> None:
+    setup = Setup(world_size=8, shard_size=4, dtype="bf16")
+    for low, full in zip(compare(GPT2, setup), compare(GPT2, replace(setup, reduce_dtype="fp32")), strict=True):
+        reduced = [sum(each.sent for each in plan.collectives if "gradients" in each.what) for plan in (low, full)]
+        assert reduced[1] == (2 if low.sharding in ("zero3", "fsdp2", "hsdp") else 1) * reduced[0]
+        assert full.sent - low.sent == reduced[1] - reduced[0]

@@ -1,4 +1,4 @@
-"""Plan a step of whole matrices (Muon) from shapes: what its ranks send, hold and compute. Used by `plan.py`.
+"""Plan a step of whole matrices (Muon) from shapes: what its ranks send, hold and compute. Used by `case.py`.
 
 Which rank computes with which matrix is chosen as in a step (`sharding/matrices.py`); bytes are the mean over the ranks.
 """

@@ -1,0 +1,88 @@
+"""Seconds of a step, from a plan and rates: those of each part, or the utilization of a whole step (MFU)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from sharded_optim.tools.plan.case import Plan
+
+__all__ = ["Rates", "Time", "time_of"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """Rates of compute, memory and links; None where unknown."""
+
+    link: float | None = None  # bytes that a rank sends per second
+    shard_link: float | None = None  # the same inside of shard groups that are smaller than the world; None: as `link`
+    memory: float | None = None  # bytes that a rank reads and writes per second
+    flops: float | None = None  # that a rank does per second in forward and backward, with what is recomputed
+    mfu: float | None = None  # model FLOPs in a whole step, as a part of those that a rank could do at its peak; in place of `flops`
+    peak_flops: float | None = None  # that a rank does per second at most
+    tokens: int | None = None  # of a rank in a step
+
+    def __post_init__(self) -> None:
+        for name in ("link", "shard_link", "memory", "flops", "mfu", "peak_flops", "tokens"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"a rate is a finite number > 0, got {value} for {name}; leave it out if it is not known")
+        if self.mfu is not None and self.mfu > 1:
+            raise ValueError(f"model FLOPs utilization is a part of the peak, at most 1 (100 %), got {self.mfu}")
+        if (self.mfu is None) != (self.peak_flops is None):
+            raise ValueError(f"a utilization is of a peak, got {self.mfu} of {self.peak_flops} FLOP/s; give both")
+        if self.mfu is not None and self.flops is not None:
+            raise ValueError(
+                f"utilization is of a whole step, FLOP/s of forward and backward, got {self.mfu} and {self.flops}; give one of them"
+            )
+        if (self.flops or self.mfu) is not None and self.tokens is None:
+            raise ValueError("the time of forward and backward needs tokens and FLOP/s, got no tokens; give the tokens of a rank in a step")
+        if self.shard_link is not None and self.link is None:
+            raise ValueError("the link inside of shard groups is given beside the link of all ranks; give that too")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Time:
+    """Seconds of the parts of a step; None where a rate was not given."""
+
+    communication: float | None
+    optimizer: float | None
+    matrices: float | None  # of the rank that computes with most of them
+    compute: float | None
+    whole: float | None = None  # of a step, where the utilization is given
+
+    @property
+    def longest(self) -> float | None:
+        """Time if nothing overlaps, of the parts that are known."""
+        if self.whole is not None:
+            return self.whole
+        known = [part for part in (self.communication, self.optimizer, self.matrices, self.compute) if part is not None]
+        return sum(known) if known else None
+
+    @property
+    def shortest(self) -> float | None:
+        """Time if communication and computation overlap completely."""
+        if self.longest is None or self.whole is not None or self.compute is None or self.communication is None:
+            return self.longest
+        return max(self.compute, self.communication) + (self.optimizer or 0.0) + (self.matrices or 0.0)
+
+
+def time_of(plan: Plan, rates: Rates) -> Time:
+    """Estimate the time of a step at these rates, without latencies.
+
+    Raises:
+        ValueError: a utilization is given, and the model FLOPs of the plan are not known.
+    """
+    communication = compute = matrices = whole = None
+    if rates.link is not None:
+        inside = rates.shard_link or rates.link
+        communication = sum(each.sent / (inside if each.in_shard_group else rates.link) for each in plan.collectives)
+    if rates.tokens is not None and rates.flops is not None:
+        compute = plan.flops_per_token * rates.tokens / rates.flops
+        matrices = plan.matrix_flops / rates.flops if plan.matrix_flops else None
+    if rates.tokens is not None and rates.mfu is not None and rates.peak_flops is not None:
+        if plan.workload.model_flops is None:
+            raise ValueError(f"MFU counts the operations of attention, which are unknown: {plan.workload.unknown['attention']}")
+        whole = plan.workload.model_flops * rates.tokens / (rates.mfu * rates.peak_flops)
+    optimizer = None if rates.memory is None else plan.stepped / rates.memory
+    return Time(communication=communication, optimizer=optimizer, matrices=matrices, compute=compute, whole=whole)
