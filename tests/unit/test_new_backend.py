@@ -7,8 +7,8 @@ from collections.abc import Callable
 from functools import partial
 
 import pytest
-import toy_backend
 import torch
+import toy_backend
 from torch import nn
 
 import sharded_optim as so
