@@ -37,7 +37,7 @@ suppress_warnings = [
     "toc.not_included",  # tables of results are reached by links; tests check that every page of docs/ is in the index
 ]
 nitpicky = False
-autodoc_default_options = {"members": True, "show-inheritance": False, "member-order": "bysource"}
+autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_typehints = "signature"
 autodoc_class_signature = "mixed"
 napoleon_google_docstring = True
@@ -48,6 +48,7 @@ python_maximum_signature_line_length = 100
 copybutton_exclude = ".linenos, .gp, .go"
 copybutton_prompt_text = "$ "
 highlight_language = "text"
+pygments_dark_style = "github-dark"
 
 html_theme = "furo"
 html_title = f"sharded_optim {release}"
