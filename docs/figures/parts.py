@@ -34,20 +34,21 @@ def block() -> nn.Module:
 def measure(rank: int, store: str, results: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    optimizers = {}
     for name, build in OPTIMIZERS.items():
         torch.manual_seed(0)
-        model = nn.ModuleDict({"layers": nn.ModuleList(block() for _ in range(LAYERS))})
-        optimizer = build(model)
-        found: dict[str, list[float]] = {part: [] for part in PARTS}
-        for _ in range(STEPS):
-            for param in model.parameters():
+        optimizers[name] = build(nn.ModuleDict({"layers": nn.ModuleList(block() for _ in range(LAYERS))}))
+    found = {name: {part: [] for part in PARTS} for name in optimizers}
+    for _ in range(STEPS):
+        for name, optimizer in optimizers.items():
+            for param in (param for group in optimizer.param_groups for param in group["params"]):
                 param.grad = torch.randn_like(param)
             dist.barrier()
             optimizer.step()
-            for part in PARTS:
-                found[part].append(optimizer.performance().get(f"ms/{part}", 0.0))
-        if rank == 0:
-            results[name] = {part: min(values[STEPS // 3 :]) for part, values in found.items()}
+            for part, times in found[name].items():
+                times.append(optimizer.performance().get(f"ms/{part}", 0.0))
+    if rank == 0:
+        results.update({name: {part: min(times[STEPS // 3 :]) for part, times in parts.items()} for name, parts in found.items()})
     dist.destroy_process_group()
 
 
