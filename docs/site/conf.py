@@ -37,7 +37,7 @@ suppress_warnings = [
     "toc.not_included",  # tables of results are reached by links; tests check that every page of docs/ is in the index
 ]
 nitpicky = False
-autodoc_default_options = {"members": True, "member-order": "bysource"}
+autodoc_default_options = {"member-order": "bysource"}
 autodoc_typehints = "signature"
 autodoc_class_signature = "mixed"
 napoleon_google_docstring = True
