@@ -108,6 +108,7 @@ docs: setup $(DOCS)/.installed  ## build the documentation site in build/site, a
 $(DOCS)/.installed: $(VENV)/.installed
 	$(BIN)/python -m venv --clear $(DOCS)
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$(echo $(DOCS)/lib/python3*/site-packages)/development.pth
+	$(DOCS)/bin/python -m pip install --quiet --constraint constraints.txt pip setuptools
 	$(DOCS)/bin/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[docs]'
 	touch $@
 
