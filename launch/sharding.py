@@ -59,7 +59,7 @@ def shard(model: GPT, config: Config, device: torch.device) -> Sharded:
         nonfinite="skip",  # also optimizers that have nothing else to agree on: a rank that alone went on would be lost
         max_skipped_steps=config.max_skipped_steps,
         dimensions={name: param.ndim for name, param in model.named_parameters()},
-        muon_groups=so.muon_param_groups(model, split={"attention.qkv": config.model.d_model}),
+        muon_groups=so.muon_param_groups(model, rest=config.muon_rest, split={"attention.qkv": config.model.d_model}),
     )
     return SHARDINGS[config.sharding](model, build, config, device)
 

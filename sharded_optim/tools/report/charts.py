@@ -1,6 +1,6 @@
 """Charts, tables and notes, of which the sections of a report consist.
 
-`sections.py` makes them from runs, `drawing.py` draws the charts, and `page.py` puts all in a page.
+`sections/` makes them from runs, `drawing.py` draws the charts, and `page.py` puts all in a page.
 """
 
 from __future__ import annotations
