@@ -111,7 +111,7 @@ def run(
     listeners: list[Listener] = []  # rank 0's only; but every rank takes part in computing what they hear
     if folder is not None:
         listeners = [folder, Display(steps=config.steps, unigram=unigram, zlib=zlib, folder=folder.path)]
-        listeners += [Tracking(config, folder.path, watch.silences)] if config.trackers else []
+        listeners += [Tracking(config, folder.path, watch.seconds_since_heartbeat)] if config.trackers else []
 
     torch.manual_seed(config.seed)  # the same weights on every rank
     model = GPT(**config.model.model_dump(), sequence_length=config.sequence_length).to(device)
@@ -121,7 +121,7 @@ def run(
     checkpoints = Checkpoints(config, path, sharded, schedule)
     divergence = so.DivergenceCheck(sharded.optimizer, model=sharded.model)
     preemption = Preemption()
-    with watch.patience():
+    with watch.no_time_limit():
         resumption = checkpoints.resume()
         for listener in listeners:
             listener.start(resumption)
@@ -170,18 +170,18 @@ def run(
             for listener in listeners:
                 listener.validation(validation)
             meter.resume()
-        with watch.patience():  # with who writes more slowly than others
+        with watch.no_time_limit():  # a rank may write more slowly than others
             checkpoints.after(step)
         stopped = preemption.after_step()
         if stopped is not None and step < config.steps:
             break
         stopped = None  # too late
     preemption.finish()
-    with watch.patience():
+    with watch.no_time_limit():
         saved = None if stopped is None else checkpoints.before_stopping(watch.step)
         checkpoints.finish()
     if stopped is not None:
-        with watch.patience():  # with trackers that send what they have not sent
+        with watch.no_time_limit():  # trackers send what they have queued
             for listener in listeners:
                 listener.stop(watch.step, f"asked to stop by {stopped}: saved in {saved}; resume=auto run={path.name} goes on from here")
         is_elsewhere = info.launcher is TORCHRUN and info.world_size > info.local_world_size and not preemption.asked_here
@@ -189,7 +189,7 @@ def run(
 
     assert training is not None, "there is at least one step"
     assert validation is not None, "the last step is validated"
-    with watch.patience():
+    with watch.no_time_limit():
         for listener in listeners:
             listener.finish(summarize(FINISHED, training, validation))
     return 0
