@@ -132,16 +132,16 @@ def test_a_signal_to_one_rank_saves_and_ends_all_and_the_job_goes_on_from_there(
     run = (tmp_path / "latest").resolve()
     (saved,) = so.checkpoint.steps(run / "checkpoints")
     assert 2 <= saved < 12
-    told = f"asked to stop by {number.name}: saved in {run / 'checkpoints'}; resume=auto run={run.name} goes on from here"
+    told = f"asked to stop by {number.name}: saved in {run / 'checkpoints'}; resume=auto run={run.name} resumes from it"
     assert f"step {saved}/12  {told}" in output
     assert json.loads((run / "summary.json").read_text())["status"] == f"interrupted after step {saved}"
     world_size = 1 if number == signal.SIGTERM else 2
     rest = finished([sys.executable, "-m", "launch", *job, f"processes={world_size}"])
-    assert f"step {saved}/12  going on from the checkpoint" in rest
+    assert f"step {saved}/12  resuming from the checkpoint" in rest
     if world_size == 2:
         assert losses(tmp_path) == undisturbed
     else:
-        assert "the checkpoint is of 2 ranks, and now there are 1: the same state and the same batches" in rest
+        assert "2 ranks saved the checkpoint, and 1 resume from it: with the same state and the same batches" in rest
         assert losses(tmp_path) == pytest.approx(undisturbed, rel=1e-4)
 
 
@@ -178,7 +178,7 @@ def test_a_node_that_is_taken_away_comes_back_and_the_others_wait_for_it(everyth
     output, _ = back.communicate(timeout=90)
     rest, _ = stays.communicate(timeout=90)
     assert (stays.returncode, back.returncode) == (0, 0), rest + output
-    assert f"step {saved}/12  going on from the checkpoint" in rest + output
+    assert f"step {saved}/12  resuming from the checkpoint" in rest + output
     assert losses(tmp_path) == undisturbed
 
 
@@ -229,7 +229,7 @@ def test_a_job_of_which_a_rank_is_killed_starts_anew_and_ends_as_if_nothing_had_
     launcher = [*LAUNCHERS["torchrun"], "--max-restarts", "1"]
     output = finished([*launcher, "-m", "tests.survival.job", "SIGKILL", "1", str(tmp_path / "time"), *job])
     assert re.search(r"rank 1 \(pid \d+ on .+\) ended first, without an error", output)
-    assert "going on from the checkpoint" in output
+    assert "resuming from the checkpoint" in output
     assert losses(tmp_path) == undisturbed
     (metrics,) = tmp_path.glob("2*/metrics.jsonl")  # one curve, and each step once
     steps = [record["step"] for record in map(json.loads, metrics.read_text().splitlines()) if "train_loss_bits" in record]

@@ -187,7 +187,7 @@ def test_a_job_that_goes_on_has_each_step_once_in_its_trackers(tmp_path: Path) -
     shutil.rmtree(run / "checkpoints" / "step-000000004")
     second = run_job(*job.split(), "steps=6", "resume=auto")
     assert second.returncode == 0, second.stderr
-    assert "going on from the checkpoint" in second.stdout
+    assert "resuming from the checkpoint" in second.stdout
     assert "failed" not in first.stderr + second.stderr
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     training = [record for record in records if "train_loss_bits" in record]
