@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Does without an engine what Dockerfile.cpu and compose.yaml do with one: installs in a scratch folder and a new virtual environment, by the
+# Checks Dockerfile.cpu and compose.yaml without a container engine: installs in a scratch folder and a new virtual environment, by the
 # script of the images, then runs the image's command, and the services of compose.yaml side by side. `make docker-check`.
 set -euo pipefail
 root="$(cd "$(dirname "$0")/.." && pwd)"

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Installs the training job into the Python on PATH, from the folder above. What changes seldom is a step of its own, so that an image keeps it:
+# Installs the training job into the Python on PATH, from the folder above. Steps that change seldom are separate layers of an image:
 #
-#   docker/install.sh torch                    # torch and what builds wheels; needs constraints.txt alone
-#   docker/install.sh package train,deepspeed  # the package, editable, with these extras; needs pyproject.toml and what it names
-#   docker/install.sh compile                  # bytecode of the code
+#   docker/install.sh torch                    # torch and the tools that build wheels; needs constraints.txt alone
+#   docker/install.sh package train,deepspeed  # the package, editable, with these extras; needs pyproject.toml and the files it names
+#   docker/install.sh compile                  # compile the code to bytecode
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

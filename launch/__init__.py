@@ -1,1 +1,1 @@
-"""How a training job starts and what it does: `python -m launch configs/fsdp2.yaml`. Not part of the installed package."""
+"""The training job and the ways to start it: `python -m launch configs/fsdp2.yaml`. Not part of the installed package."""

@@ -1,6 +1,6 @@
-"""Starts the training job: `python -m launch configs/fsdp2.yaml steps=50 optimizer.lr=1e-3`.
+"""Start the training job: `python -m launch configs/fsdp2.yaml steps=50 optimizer.lr=1e-3`.
 
-Reads the config once and looks at the text, so that a mistake is reported once and before any process starts. Then this process becomes
+The config and the text are read here first, so that a mistake is reported once and before any process starts. Then this process becomes
 torchrun, or for a single process the job itself.
 """
 
@@ -25,16 +25,16 @@ def main(arguments: list[str]) -> None:
         assert processes != "auto"
         info = RankInfo(local_world_size=processes)
         if config.device == "cuda":
-            process_group.pick_device(info, config.device)  # refuses too few GPUs, which each rank would
+            process_group.pick_device(info, config.device)  # too few GPUs are reported once, not by each rank
         check_installed(config)
-        corpus.load(config)  # writes the cache, which the ranks then find
+        corpus.load(config)  # writes the cache that the ranks then read
         if config.sharding == "deepspeed":
             device = process_group.pick_device(info, config.device)
             deepspeed_extension.build(device.type)
         if run_folder.find(config) is not None:
-            from launch.checkpoints import go_on  # imports torch
+            from launch.checkpoints import find_run  # imports torch
 
-            if done := go_on(config, is_restart=False)[1]:
+            if done := find_run(config, is_restart=False)[1]:
                 print(done)
                 sys.exit(0)
     except ConfigError as error:

@@ -1,6 +1,6 @@
-"""Batches of byte sequences, the same for every way of running.
+"""Batches of byte sequences, the same under every launcher and sharding.
 
-A batch is drawn as a whole, from its seed and step alone, and each rank takes its block of rows. So what rank r trains on is fixed by
+A batch is drawn as a whole, from its seed and step alone, and each rank takes its block of rows. So the sequences of a rank are fixed by
 (seed, step, rank), and the whole batch does not depend on the number of ranks.
 """
 
@@ -23,7 +23,7 @@ def training_batch(
     rank: int,
     world_size: int,
 ) -> Tensor:
-    """This rank's sequences at random places of the text.
+    """Draw this rank's sequences, which begin at random positions of the text.
 
     Returns:
         int64 (batch_size / world_size, sequence_length + 1): the last byte of each is a target only.
@@ -44,7 +44,7 @@ def validation_batch(
     rank: int,
     world_size: int,
 ) -> Tensor:
-    """This rank's sequences of one of the `batches` that are the validation set: at even distances over the whole text.
+    """Return this rank's sequences of one batch of the validation set, which is `batches` batches at even distances over the whole text.
 
     Returns:
         int64 (batch_size / world_size, sequence_length + 1).

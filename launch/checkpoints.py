@@ -1,4 +1,4 @@
-"""The job's checkpoints: when they are saved, what is in them beside model and optimizer, and how a job goes on from one."""
+"""Checkpoints of the job: when they are saved, their content beside model and optimizer, and resuming from one."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from launch.config import Config
 from launch.records import Resumption
 from launch.sharding import Sharded
 
-__all__ = ["Checkpoints", "go_on"]
+__all__ = ["Checkpoints", "find_run"]
 
 
 class Checkpoints:
-    """Saves a job every so many steps, in the background, and takes it up again. What every rank does.
+    """Save a job every so many steps, in the background, and resume it. Every rank calls every method.
 
     Args:
         config: of the job.
         run: the run's folder.
-        sharded: its model and optimizer.
+        sharded: the job's model and optimizer.
         schedule: of the optimizer's learning rate.
     """
 
@@ -39,10 +39,10 @@ class Checkpoints:
         self._saved: int | None = None  # the step of the last save; the same on all ranks, which folders need not be
 
     def resume(self) -> Resumption | None:
-        """Go on from the newest checkpoint that verifies, if the config says so.
+        """Load the newest checkpoint that verifies, if the config asks for that.
 
         Returns:
-            What was found; None where training begins.
+            The checkpoint that was loaded; None if there is none, and training begins.
 
         Raises:
             CheckpointError: there are checkpoints, and none is whole or fits the job.
@@ -58,18 +58,18 @@ class Checkpoints:
         return Resumption(step=extra["step"], saved_by=extra.get("world_size", self._world_size), world_size=self._world_size)
 
     def is_due(self, step: int) -> bool:
-        """Whether it is time to save: also after the last step."""
+        """Return whether a checkpoint is due after a step: every so many steps, and after the last."""
         every = self._config.every
         return every is not None and (step % every == 0 or step == self._steps)
 
     def after(self, step: int) -> None:
-        """Save in the background, if it is time."""
+        """Save in the background, if a checkpoint is due after this step."""
         if self.is_due(step):
             self._saved = step
             self._saving = so.checkpoint.async_save(self._root, step, **self._content(step), keep=self._config.keep)
 
     def before_stopping(self, step: int) -> Path:
-        """Save what a job has reached that is stopped after a step, unless it has been saved; also where the job saves nothing else.
+        """Save a job that is stopped after a step, unless that step is saved; also if the config asks for no checkpoints.
 
         Returns:
             The folder of checkpoints.
@@ -84,19 +84,19 @@ class Checkpoints:
         return {"model": self._sharded.model, "optimizer": self._sharded.optimizer, "extra": extra}
 
     def finish(self) -> None:
-        """Return when all that was saved is committed."""
+        """Wait until the last save is committed."""
         if self._saving is not None:
             self._saving.wait()
 
 
-def go_on(config: Config, *, is_restart: bool) -> tuple[Path | None, str | None]:
-    """Which run to go on with.
+def find_run(config: Config, *, is_restart: bool) -> tuple[Path | None, str | None]:
+    """Find the run that a job continues.
 
     Args:
         is_restart: whether a launcher has started this process again.
 
     Returns:
-        The run's folder, or None for a new one; and a sentence if nothing is left to do in it, as when it failed after its last step.
+        The run's folder, or None for a new run; and a message if all its steps are done, as when it failed after its last step, else None.
 
     Raises:
         ConfigError: see `run_folder.find`.
@@ -105,18 +105,13 @@ def go_on(config: Config, *, is_restart: bool) -> tuple[Path | None, str | None]
     if run is None:
         return None, None
     folder = _folder_of(config, run)
-    found = so.checkpoint.steps(folder)
-    is_done = bool(found) and found[-1] >= config.steps and so.checkpoint.latest(folder) == found[-1]
-    if config.run is None and (
-        not found or (is_done and not is_restart)
-    ):  # nobody has asked for this one, and there is nothing to go on from
+    steps = so.checkpoint.steps(folder)
+    is_done = bool(steps) and steps[-1] >= config.steps and so.checkpoint.latest(folder) == steps[-1]
+    # A run that the config does not name is continued only if it has something to continue from, and something to do.
+    if config.run is None and (not steps or (is_done and not is_restart)):
         return None, None
-    told = (
-        f"steps={config.steps} are done: {folder} has a checkpoint of step {found[-1]}; raise steps to train for longer"
-        if is_done
-        else None
-    )
-    return run, told
+    done = f"steps={config.steps} are done: {folder} has a checkpoint of step {steps[-1]}; raise steps to train for longer"
+    return run, done if is_done else None
 
 
 def _folder_of(config: Config, run: Path) -> Path:

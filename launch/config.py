@@ -1,4 +1,4 @@
-"""What a training job can be told: one YAML file, read into the models below, and `key=value` overrides.
+"""The config of a training job: one YAML file, read into the models below, and `key=value` overrides.
 
 Everything that can be refused before a process starts is refused here. To add an option, add a field; it is then a key of the YAML files
 too. Hyperparameters are those that the optimizers of `sharded_optim` declare.
@@ -41,14 +41,14 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]  # part of a folder's
 
 
 class _Section(BaseModel):
-    # strict: "50" is not a number and true is not 1. A config that means something else than it says is worse than an error.
+    # strict: "50" is not a number and true is not 1. A value that is silently converted is worse than an error.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class DataConfig(_Section):
     """The text.
 
-    path: a file, or a folder of files; None is the source of the running Python's standard library.
+    path: a file, or a folder of files; None is the source code of the running Python's standard library.
     suffix: which files of a folder and its subfolders, by how their names end; None is `.py` for the standard library, else every file.
     """
 
@@ -73,21 +73,21 @@ class ModelConfig(_Section):
 
 
 def _arguments(optimizer: type[Engine]) -> dict[str, Hyperparameter]:
-    """The hyperparameters that an optimizer's constructor takes, but for lr: of its own, and those of every optimizer."""
+    """Return the hyperparameters that an optimizer's constructor takes, except lr: its own, and those of every optimizer."""
     names = {*inspect.signature(optimizer).parameters, *inspect.signature(Engine).parameters} - {"lr"}
     declared = by_name(optimizer.hyperparameters)
-    return {name: each for name, each in declared.items() if name in names and not isinstance(each, Unsupported)}
+    return {name: declared[name] for name in declared if name in names and not isinstance(declared[name], Unsupported)}
 
 
 def _field_type(hyperparameter: Hyperparameter) -> Any:
-    """What pydantic checks of a hyperparameter. What else it must be, it checks itself."""
+    """Return the type by which pydantic checks a hyperparameter. Further rules are checked by the hyperparameter itself."""
     match hyperparameter:
         case Float(least=least, below=below):
             return Annotated[float, Field(ge=least, lt=below)]
         case Floats(least=least, below=below, count=count):
-            each = Annotated[float, Field(ge=least, lt=below)]
-            several = tuple[each, ...] if count is None else tuple[(each,) * count]
-            return Annotated[several, Field(strict=False)]  # a YAML sequence is a list
+            element = Annotated[float, Field(ge=least, lt=below)]
+            elements = tuple[element, ...] if count is None else tuple[(element,) * count]
+            return Annotated[elements, Field(strict=False)]  # a YAML sequence is a list
         case Switch():
             return bool
         case Choice(options=options):
@@ -104,23 +104,23 @@ class _NamedOptimizer(_Section):
 
 
 def _with_hyperparameters(section: type[_NamedOptimizer]) -> type[_NamedOptimizer]:
-    """The section with a field for every hyperparameter that the constructor of any optimizer takes; None is the optimizer's default."""
+    """Add a field for every hyperparameter that the constructor of any optimizer takes; None is the optimizer's default."""
     declared: dict[str, set[Hyperparameter]] = {}
     for optimizer in OPTIMIZERS.values():
         for name, hyperparameter in _arguments(optimizer).items():
             declared.setdefault(name, set()).add(hyperparameter)
-    # Two optimizers may mean different things by one name: then the field takes anything, and the one that is named checks it.
-    types = {name: _field_type(next(iter(found))) if len(found) == 1 else Any for name, found in declared.items()}
-    fields: dict[str, Any] = {name: (found | None, None) for name, found in types.items()}
+    # Two optimizers may mean different things by one name: then the field takes anything, and the optimizer of the config checks it.
+    types = {name: _field_type(next(iter(variants))) if len(variants) == 1 else Any for name, variants in declared.items()}
+    fields: dict[str, Any] = {name: (field_type | None, None) for name, field_type in types.items()}
     return create_model(section.__name__, __base__=section, **fields)
 
 
 class OptimizerConfig(_with_hyperparameters(_NamedOptimizer)):
-    """A class of sharded_optim by its name, and the hyperparameters that its constructor takes; None is the optimizer's own default.
+    """Name of an optimizer class of sharded_optim, and the hyperparameters of its constructor; None is the optimizer's own default.
 
     lr: the peak of the schedule.
-    weight_decay: as the optimizer means it: DecoupledAdamW's and DecoupledSGDW's is the fraction lost in a step at the peak, Adam's goes
-        through the gradient, the others' is multiplied by lr.
+    weight_decay: in the optimizer's convention: DecoupledAdamW's and DecoupledSGDW's is the fraction lost in a step at the peak, Adam's is
+        added to the gradient, the others' is multiplied by lr.
     """
 
     @model_validator(mode="after")
@@ -139,7 +139,7 @@ class CheckpointConfig(_Section):
 
     every: after so many steps, and after the last; None is never.
     keep: how many remain.
-    folder: each run has a folder of its name in it; None is `checkpoints` in the run's own folder.
+    folder: in which each run has a folder of its name; None is `checkpoints` in the run's own folder.
     """
 
     every: PositiveInt | None = None
@@ -150,28 +150,28 @@ class CheckpointConfig(_Section):
 class Config(_Section):
     """A training job.
 
-    name: what runs are called that go on with each other; the config file's own unless given.
+    name: the name of the job, by which resume=auto finds its newest run; by default that of the config file.
     run: the name of the run's folder in `runs_folder`; None is `<time>-<name>`.
-    processes: over how many processes the job is spread; "auto": as many as were started, or with `python -m launch` one for each GPU.
+    processes: the number of processes; "auto": as many as were started, or with `python -m launch` one for each GPU.
     threads: of each process on the CPU; None is an equal share of the machine's cores.
     device: "auto" takes a GPU for each process where there are as many, else the CPU.
     batch_size: sequences in a step, over all processes together, so that the loss curve does not depend on their number.
     validation_batches: how many batches of that size are the validation set.
-    resume: "never" begins a new run. "auto" goes on with `run` if that exists, from its newest checkpoint; where `run` is None, with the
-        newest run of this name, unless all its steps are done.
+    resume: "never" begins a new run. "auto" resumes `run` if that exists, from its newest checkpoint; if `run` is None, the newest run of
+        this name, unless all its steps are done.
     warmup_steps: of the learning rate. An override of steps alone changes it in proportion.
     muon_rest: what steps the parameters that Muon does not, where the optimizer is Muon: "adamw", or "stable_adamw", which clips updates.
-    max_restarts: how often `python -m launch` starts all processes again when one has failed; they go on from checkpoints with resume=auto.
-    heartbeat: seconds, 5 or more, for which a rank may be silent, or keep others waiting, before the job ends; None: for as long as it
-        likes, as under a debugger.
+    max_restarts: how often `python -m launch` restarts all processes when one has failed; they resume from checkpoints with resume=auto.
+    heartbeat: seconds, 5 or more, for which a rank may send no heartbeat, or keep others waiting, before the job ends; None: any number, as
+        under a debugger.
     metrics_every: steps from one record with the optimizer's metrics to the next, a multiple of log_every; None: every record has them. To
         read them waits for the device and makes a record long.
-    divergence_every: after so many steps, and before each checkpoint, values that ranks have in common are compared; None: never.
+    divergence_every: after so many steps, and before each checkpoint, replicas are compared between ranks; None: never.
     max_skipped_steps: how many steps in a row may be skipped because gradients are not finite.
     trackers: where metrics go beside the run folder, by names of `sharded_optim/trackers/registry.py`.
-    tracker_options: of these trackers by their names, as {prometheus: {port: 9500}}.
-    deepspeed: what DeepSpeed is told, but for the optimizer and the batch. In a file or an override also the path of a DeepSpeed config
-        in JSON, which may give these too (`launch/deepspeed_config.py`).
+    tracker_options: options of these trackers by their names, as {prometheus: {port: 9500}}.
+    deepspeed: the DeepSpeed config, without the optimizer and the batch. In a file or an override also the path of a DeepSpeed config in
+        JSON, which may have these too (`launch/deepspeed_config.py`).
     """
 
     name: Name
@@ -248,7 +248,7 @@ class Config(_Section):
         return self
 
     def with_processes(self, processes: int) -> Config:
-        """The same job on as many processes as there are, where the config leaves that open.
+        """Return the config of the same job on so many processes, if the config leaves their number open.
 
         Raises:
             ConfigError: it cannot be spread over so many.
@@ -263,10 +263,10 @@ class Config(_Section):
 
 
 def from_arguments(arguments: list[str], program: str) -> Config:
-    """The config that command-line arguments ask for: a YAML file and overrides.
+    """Read the config that command-line arguments give: a YAML file and overrides.
 
     Raises:
-        ConfigError: the file or an override cannot be used; says which key and value, and the nearest valid name.
+        ConfigError: the file or an override cannot be used. The message has the key, the value and the nearest valid name.
         SystemExit: the arguments are no such list, or ask for help.
     """
     parser = argparse.ArgumentParser(prog=program, description="Train a small byte-level language model.")
@@ -286,7 +286,7 @@ def load(path: Path, overrides: list[str]) -> Config:
         ConfigError: see `from_arguments`.
     """
     values = {"name": path.stem} | _read(path)
-    sources = [override for override in overrides if override.startswith("deepspeed=")]  # the others may change what such a file says
+    sources = [override for override in overrides if override.startswith("deepspeed=")]  # first: others may override keys of such a file
     for override in sources:
         _apply(values, override)
     deepspeed_config.include(values, path)
@@ -341,7 +341,7 @@ def _parse(text: str) -> Any:
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
-    """Set what `optimizer.lr=1e-3` says, in `values`. Whether the key exists is for the models to say."""
+    """Set one override, as `optimizer.lr=1e-3`, in `values`. The models check whether the key exists."""
     key, equals, text = override.partition("=")
     if not (key and equals):
         raise ConfigError(f"an override is key=value, as steps=50, got {override!r}")
@@ -361,7 +361,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 
 def _keys(section: type[BaseModel], prefix: str = "") -> list[str]:
-    """Dotted names of all keys, sections too."""
+    """List the dotted names of all keys, those of sections too."""
     names = []
     for name, field in section.model_fields.items():
         names.append(prefix + name)
@@ -375,21 +375,21 @@ def _nearest_key(key: str) -> str:
     elsewhere = [name for name in _keys(Config) if name.rpartition(".")[2] == leaf]
     if elsewhere:  # lr is optimizer.lr
         return f"; did you mean {elsewhere[0]}?"
-    # The last parts are compared: `optimizer.` in front would make everything near.
+    # Only the last parts are compared: with `optimizer.` in front of all, every name would be near.
     siblings = {name.rpartition(".")[2]: name for name in _keys(Config) if name.rpartition(".")[0] == section}
     near = difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.5)
     return f"; did you mean {siblings[near[0]]}?" if near else f"; the keys here are {', '.join(siblings)}"
 
 
 def _explain(problem: dict[str, Any]) -> str:
-    """One line for a problem that pydantic found: key, value, rule, and the nearest valid name where there is one."""
+    """Describe a problem that pydantic found in one line: key, value, rule, and the nearest valid name if there is one."""
     key = ".".join(map(str, problem["loc"]))
     kind, value = problem["type"], problem["input"]
     if kind == "extra_forbidden":
         return f"{key}={value!r}: there is no such key{_nearest_key(key)}"
     if kind == "missing":
         return f"{key} is missing; add it to the file, or {key}=... to the command"
-    if kind == "value_error":  # our own, which name keys and values
+    if kind == "value_error":  # raised above, with keys and values in the message
         return f"{key + ': ' if key else ''}{problem['ctx']['error']}"
     rule = re.sub(r"^\w+ should ", "", problem["msg"])  # Input should be ...
     choices = re.findall(r"'([^']+)'", problem.get("ctx", {}).get("expected", ""))

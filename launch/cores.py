@@ -1,4 +1,4 @@
-"""Cores and threads: each rank of a machine gets an equal share, whatever launcher has started it."""
+"""Cores and threads: each rank of a machine gets an equal share, under every launcher."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def share_cores(processes: int, threads: int | None = None, cores: set[int] | No
 
     Args:
         processes: of this machine.
-        threads: what the user has chosen in the config.
-        cores: that they may use together; None: each of them those of this process.
+        threads: the number of threads that the user has chosen in the config; None: the share.
+        cores: the cores that the processes may use together; None: those of this process.
     """
     if threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -47,12 +47,17 @@ def cores_of_machine(info: RankInfo, store: Store) -> set[int]:
 def set_threads(info: RankInfo, threads: int | None, cores: set[int]) -> None:
     """Set the number of threads, the same under every launcher: sums depend on it.
 
-    Open MPI binds a rank to one core unless told otherwise: a rank that has fewer cores than threads may use all of its machine's ranks'.
+    Open MPI binds a rank to one core by default: a rank with fewer cores than threads is bound to the cores of all its machine's ranks.
+
+    Args:
+        info: of this process.
+        threads: see `share_cores`.
+        cores: of this machine's ranks together.
     """
     import torch
 
     if info.launcher is TORCHRUN and os.environ.get("OMP_NUM_THREADS") == "1":
-        del os.environ["OMP_NUM_THREADS"]  # torchrun's own default, which nobody has chosen; threads=1 says that somebody has
+        del os.environ["OMP_NUM_THREADS"]  # torchrun's default, not the user's choice, which is threads=1
     if threads is not None or "OMP_NUM_THREADS" not in os.environ:
         share_cores(info.local_world_size, threads, cores)
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

@@ -1,6 +1,6 @@
-"""The text that is trained on: which files, where they are cached, the train/validation split, and what simpler models make of it.
+"""The text that is trained on: its files, their cache, the train/validation split, and baselines by simpler models.
 
-Knows nothing of torch, so that the parent process can look at the text without waiting for its import. Used by both it and the ranks.
+Used by the ranks and by the process that starts them. Does not import torch, for which the latter need not wait.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ VALIDATION_FRACTION = 0.05
 NEAR = 0.02  # of the text: how far the split may move to fall between two files
 
 NO_TEXT = {"__pycache__"}
-# Of the standard library: what is installed into it, tests (their size and presence depend on the distributor), and tables written by
-# programs (character maps, the help topics as one literal).
+# Folders of the standard library that are left out: installed packages, tests (their size and presence depend on the distributor), and
+# generated tables (character maps, the help topics as one literal).
 NOT_LIBRARY = NO_TEXT | {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 
 
@@ -39,10 +39,10 @@ class Corpus:
 
 
 def load(config: Config) -> Corpus:
-    """The text that a config asks for, from the cache if its files have not changed.
+    """Load the text that a config names, from the cache if its files have not changed.
 
-    Any number of processes may call this at the same time: a cache file appears under its name only when it is complete, and its name says
-    what is in it.
+    Any number of processes may call this at the same time: a cache file appears under its name only when it is complete, and its name is
+    made of the names, sizes and times of the files in it.
 
     Raises:
         ConfigError: there is no such text, or it is too short.
@@ -70,7 +70,7 @@ def load(config: Config) -> Corpus:
 
 
 def _find(data: DataConfig) -> tuple[Path, list[tuple[str, int, int]]]:
-    """Where the text is, and its files in order: (path relative to it, bytes, time of change in ns)."""
+    """Return the file or folder of the text, and its files in order: (path relative to it, bytes, time of change in ns)."""
     source = Path(sysconfig.get_paths()["stdlib"] if data.path is None else data.path).absolute()
     if source.is_file():
         paths = [source]
@@ -95,7 +95,7 @@ def _walk(folder: Path, suffix: str, excluded: set[str]) -> Iterator[Path]:
 
 
 def _fingerprint(source: Path, files: list[tuple[str, int, int]]) -> str:
-    """Changes when a file is added, removed, renamed or written."""
+    """Hash the list of files: the result changes when one is added, removed, renamed or written."""
     return hashlib.sha256(repr((str(source), files)).encode()).hexdigest()[:24]
 
 
@@ -115,10 +115,10 @@ def _write(cache: Path, source: Path, files: list[tuple[str, int, int]]) -> None
 
 
 def _split(sizes: list[int]) -> int:
-    """Where the validation text begins: the last 5 % of the files, in order of their paths.
+    """Return the byte at which the validation text begins: the last 5 % of the files, in order of their paths.
 
-    Whole files at the end, because neighbours in this order (the modules of a package) resemble each other: dealt out at random, the
-    validation text would repeat the training text. Without a boundary between files nearby, as in a single file, the cut is within one.
+    Whole files at the end, because files that are close in this order (the modules of a package) resemble each other: with a random choice
+    of files the validation text would repeat the training text. If no boundary between files is near, as in a single file, a file is cut.
     """
     total = sum(sizes)
     wanted = round(total * (1.0 - VALIDATION_FRACTION))
@@ -128,10 +128,10 @@ def _split(sizes: list[int]) -> int:
 
 
 def unigram_bits_per_byte(train: np.ndarray, validation: np.ndarray) -> float:
-    """Bits per byte of the validation text if each byte is coded by its frequency in the training text.
+    """Return the bits per byte of the validation text if each byte is coded by its frequency in the training text.
 
-    A model that knows nothing of a byte's neighbours cannot do better. One count is added to each of the 256 (Laplace), because a byte that
-    was never seen in training would otherwise cost infinitely many bits.
+    No model without context does better. One count is added to each of the 256 (Laplace), because a byte that was never seen in training
+    would otherwise cost infinitely many bits.
     """
     counts = np.bincount(train, minlength=256) + 1.0
     bits = -np.log2(counts / counts.sum())
@@ -139,5 +139,5 @@ def unigram_bits_per_byte(train: np.ndarray, validation: np.ndarray) -> float:
 
 
 def zlib_bits_per_byte(text: np.ndarray) -> float:
-    """Bits per byte that zlib needs for a text at its highest level (9)."""
+    """Return the bits per byte that zlib needs for a text at its highest level (9)."""
     return 8.0 * len(zlib.compress(text.tobytes(), 9)) / len(text)

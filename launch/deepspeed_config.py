@@ -1,7 +1,7 @@
-"""The DeepSpeed config of a job: a JSON file of which the optimizer and the batch become keys of the job's own config.
+"""The DeepSpeed config of a job: a JSON file, whose optimizer and batch become keys of the job's own config.
 
-So each hyperparameter stands in one place once a config is loaded, and an override reaches it as it reaches any other. What is left is for
-DeepSpeed. DeepSpeed itself need not be installed to read a config.
+So each hyperparameter has one key once a config is loaded, which overrides change as any other. The rest is passed to DeepSpeed, which need
+not be installed to read a config.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sharded_optim.deepspeed import PREFIX, is_own
 
 __all__ = ["check", "include"]
 
-ELSEWHERE = {  # what DeepSpeed would take from its config, and the job has its own keys for
+KEYS_OF_THE_JOB = {  # keys of DeepSpeed's config for which the job has its own
     "optimizer": "use optimizer.name, optimizer.lr and so on",
     "scheduler": "the job has a schedule of its own; leave it out, and use warmup_steps and steps",
     "train_batch_size": "use batch_size",
@@ -26,23 +26,23 @@ ELSEWHERE = {  # what DeepSpeed would take from its config, and the job has its 
 
 
 def include(values: dict[str, Any], path: Path) -> None:
-    """Read what `deepspeed` of a job's config names, in `values`: a JSON file, or its content.
+    """Merge the DeepSpeed config that the key `deepspeed` names, as a JSON file or its content, into `values`.
 
-    `optimizer` and `train_batch_size` move to the job's keys, of which the job's file may leave out what is given here.
+    Its `optimizer` and `train_batch_size` become keys of the job, which the job's file may then leave out.
 
     Args:
-        values: of the job's file, before overrides.
+        values: of the job's file, before overrides; changed in place.
         path: of the job's file.
 
     Raises:
-        ConfigError: there is no such JSON file, or both files give a value and disagree. Names both.
+        ConfigError: there is no such JSON file, or both files give a value and disagree. The message names both.
     """
     given = values.get("deepspeed")
     if isinstance(given, str):
         name, content = given, _read(Path(given))
     elif isinstance(given, dict):
         name, content = f"deepspeed of {path}", dict(given)
-    else:  # None, or for the model of the config to refuse
+    else:  # None, or a type that the model of the config refuses
         return
     for key, their_key, value in _take(content, name):
         *parents, leaf = key.split(".")
@@ -59,14 +59,14 @@ def include(values: dict[str, Any], path: Path) -> None:
 
 
 def check(content: dict[str, Any]) -> dict[str, Any]:
-    """What `include` has left, unless it says what the job says elsewhere.
+    """Return a DeepSpeed config from which `include` has taken the job's keys, if no other of them is left.
 
     Raises:
-        ValueError: it does. Names the key to use.
+        ValueError: one is. The message names the key to use.
     """
-    for key, remedy in ELSEWHERE.items():
+    for key, remedy in KEYS_OF_THE_JOB.items():
         if key in content:
-            raise ValueError(f"{key}={content[key]!r} is not used in here: {remedy}")
+            raise ValueError(f"{key}={content[key]!r} is not used here: {remedy}")
     accumulation = content.get("gradient_accumulation_steps", 1)
     if accumulation != 1:
         raise ValueError(f"gradient_accumulation_steps={accumulation!r}: the job has one batch in a step; leave it out")
@@ -74,7 +74,7 @@ def check(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _take(content: dict[str, Any], name: str) -> Iterator[tuple[str, str, Any]]:
-    """(The job's dotted key, DeepSpeed's, the value), which are removed from `content`."""
+    """Remove optimizer and batch from `content`; yield (the job's dotted key, DeepSpeed's, the value) of each."""
     if "train_batch_size" in content:
         yield "batch_size", "train_batch_size", content.pop("train_batch_size")
     optimizer = content.pop("optimizer", None)

@@ -1,6 +1,6 @@
-"""Builds what DeepSpeed compiles when it starts on a CPU, before ranks are started that would wait for it.
+"""Build the extension that DeepSpeed compiles when it starts on a CPU, before any rank is started that would wait for it.
 
-A build that is given up is interrupted, so that it removes its lock.
+A build that takes too long is interrupted, so that it removes its lock.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from launch.errors import ConfigError
 __all__ = ["build", "prepare"]
 
 NAME = "deepspeed_shm_comm"
-PATIENCE_SECONDS = 10.0  # with an interrupted build
-# A shell's background jobs ignore what a keyboard sends, and so would the build.
+SECONDS_TO_END = 10.0  # for an interrupted build
+# A shell's background jobs ignore SIGINT, and their children inherit that.
 INTERRUPTIBLE = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-# What a rank does when it starts, by itself. The first argument is a file that does not exist.
+# A rank's start, which builds the extension, in a world of one. The first argument is a file that does not exist.
 START = """
 import sys, deepspeed
 deepspeed.init_distributed("gloo", auto_mpi_discovery=False, init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
@@ -33,11 +33,11 @@ def build(device: str = "cpu", timeout: float | None = None) -> None:
     """Build the extension unless it is there, and set the variables by which DeepSpeed in this process and its children finds it.
 
     Args:
-        device: what DeepSpeed will run on, "cpu" or "cuda", for which nothing is built.
-        timeout: in seconds; None: as `sharded_optim.deepspeed` has it.
+        device: the device that DeepSpeed will use, "cpu", or "cuda", for which nothing is built.
+        timeout: in seconds; None: `BUILD_SECONDS` of `sharded_optim.deepspeed`.
 
     Raises:
-        ConfigError: DeepSpeed is not installed, cannot compile, or has not finished in time; then names the lock file, if there is one.
+        ConfigError: DeepSpeed is not installed, cannot compile, or has not finished in time. The message names the lock file, if any.
     """
     if find_spec("deepspeed") is None:
         raise ConfigError("sharding='deepspeed' needs DeepSpeed, which is not installed; run pip install 'deepspeed>=0.19,<0.20'")
@@ -50,7 +50,7 @@ def build(device: str = "cpu", timeout: float | None = None) -> None:
     timeout = BUILD_SECONDS if timeout is None else timeout
     print("waiting for an extension that DeepSpeed compiles once, in about a minute", file=sys.stderr)
     with tempfile.TemporaryDirectory() as store:
-        # In a session of its own, so that the whole build can be interrupted, and Ctrl-C reaches it by way of this process only.
+        # In a session of its own, so that the whole build can be interrupted, and Ctrl-C reaches it through this process only.
         command = [sys.executable, "-c", INTERRUPTIBLE + START, f"{store}/store"]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
         try:
@@ -66,10 +66,10 @@ def build(device: str = "cpu", timeout: float | None = None) -> None:
 
 
 def _interrupt(process: subprocess.Popen[str]) -> None:
-    for each in (signal.SIGINT, signal.SIGKILL):  # as from the keyboard first: torch then removes a lock of its own
+    for number in (signal.SIGINT, signal.SIGKILL):  # SIGINT first: torch then removes its lock
         try:
-            os.killpg(process.pid, each)
-            process.communicate(timeout=PATIENCE_SECONDS)
+            os.killpg(process.pid, number)
+            process.communicate(timeout=SECONDS_TO_END)
         except subprocess.TimeoutExpired:
             continue
         except ProcessLookupError:
@@ -78,7 +78,7 @@ def _interrupt(process: subprocess.Popen[str]) -> None:
 
 
 def prepare(device: str) -> Path:
-    """Set the variables that tell DeepSpeed, in this process and its children, its device and the folder of its extensions.
+    """Set the environment variables by which DeepSpeed, in this process and its children, chooses its device and its folder of extensions.
 
     Args:
         device: "cpu" or "cuda".
@@ -87,7 +87,7 @@ def prepare(device: str) -> Path:
         The folder of its extensions.
 
     Raises:
-        ConfigError: the user has told it to run on something else.
+        ConfigError: the environment names another device.
     """
     chosen = os.environ.setdefault("DS_ACCELERATOR", device)
     if chosen != device:

@@ -1,4 +1,4 @@
-"""The error of whatever the user can put right, and what helps to. Below everything else, so that all of `launch` can raise it."""
+"""The error for mistakes that the user can correct, and suggestions for its messages. Imports nothing of `launch`, which all raises it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ __all__ = ["ConfigError", "nearest"]
 
 
 class ConfigError(ValueError):
-    """What the user can put right; shown without a traceback."""
+    """A mistake that the user can correct; shown without a traceback."""
 
 
 def nearest(name: str, names: list[str]) -> str:
-    """`; did you mean ...?`, or nothing if no name is near."""
+    """Return `; did you mean ...?` with the most similar name, or "" if none is similar."""
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else ""

@@ -1,7 +1,7 @@
-"""The launchers that a rank may be started by, and what they say of it in environment variables.
+"""Launchers of ranks, and the environment variables by which they number them.
 
-torchrun, the deepspeed launcher, mpirun (Open MPI's and MPICH's) and srun use variables of their own. What they have in common is a
-`RankInfo`; `rendezvous.py` connects the ranks.
+torchrun, the deepspeed launcher, mpirun (Open MPI's and MPICH's) and srun use variables of their own. `RankInfo` has their common content;
+`rendezvous.py` connects the ranks.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ __all__ = [
     "read_rank_info",
 ]
 
-# torchrun hands these signals on to its ranks, by default no SIGUSR1. They then have so many seconds to save, by default 30. As options,
-# the first would be refused by torch < 2.10, the second by torch < 2.12; such variables they ignore.
+# torchrun forwards these signals to its ranks, by default without SIGUSR1. The ranks then have so many seconds to save, by default 30. As
+# command-line options, torch < 2.10 would refuse the first and torch < 2.12 the second; variables that they do not know they ignore.
 TORCHRUN_OPTIONS = {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "PET_SHUTDOWN_TIMEOUT": "100"}
 
 
@@ -40,7 +40,7 @@ class Launcher:
     Attributes:
         name: in messages.
         variables: the environment variable of each field of `RankInfo`.
-        mark: the variables by which it is recognised; any of them is enough.
+        mark: variables that only this launcher sets; any of them is enough.
     """
 
     name: str
@@ -77,7 +77,7 @@ LAUNCHERS = (TORCHRUN, OPEN_MPI, MPICH, SRUN)
 
 @dataclass(frozen=True, kw_only=True)
 class RankInfo:
-    """Which rank this process is; `local` counts the ranks on this machine."""
+    """Rank and world size of this process, and the same among the ranks of its machine (`local`)."""
 
     rank: int = 0
     world_size: int = 1
@@ -92,10 +92,10 @@ def read_rank_info(config: Config) -> RankInfo:
     Raises:
         ConfigError: the variables are incomplete, or there are not as many processes as the config says.
     """
-    launcher = next((each for each in LAUNCHERS if any(name in os.environ for name in each.mark)), ALONE)
+    launcher = next((launcher for launcher in LAUNCHERS if any(name in os.environ for name in launcher.mark)), ALONE)
     if launcher is TORCHRUN and "LOCAL_SIZE" in os.environ and "LOCAL_WORLD_SIZE" not in os.environ:
         launcher = DEEPSPEED
-    found = {field: os.environ[name] for field, name in launcher.variables.items() if name in os.environ}
+    values = {field: os.environ[name] for field, name in launcher.variables.items() if name in os.environ}
     missing = [name for name in launcher.variables.values() if name not in os.environ]
     if missing:
         raise ConfigError(
@@ -103,11 +103,11 @@ def read_rank_info(config: Config) -> RankInfo:
             f"srun, or unset {', '.join(name for name in launcher.variables.values() if name in os.environ)}"
         )
     if launcher is SRUN:
-        found["local_world_size"] = _tasks_of_node(found["local_world_size"], os.environ.get("SLURM_NODEID", "0"))
+        values["local_world_size"] = _tasks_of_node(values["local_world_size"], os.environ.get("SLURM_NODEID", "0"))
     try:
-        info = RankInfo(**{field: int(value) for field, value in found.items()}, launcher=launcher)
+        info = RankInfo(**{field: int(value) for field, value in values.items()}, launcher=launcher)
     except ValueError:
-        raise ConfigError(f"{launcher.name}'s variables must be whole numbers, got {found}") from None
+        raise ConfigError(f"{launcher.name}'s variables must be whole numbers, got {values}") from None
     if config.processes not in ("auto", info.world_size):
         raise ConfigError(
             f"processes={config.processes}, but {info.world_size} started; use `python -m launch`, "
@@ -122,15 +122,15 @@ def _tasks_of_node(counts: str, node: str) -> str:
     >>> [_tasks_of_node("2(x3),1", node) for node in "0123"]
     ['2', '2', '2', '1']
     """
-    found: list[str] = []
-    for each in counts.split(","):
-        count, _, times = each.partition("(x")
-        found += [count] * int(times.rstrip(")") or 1)
-    return found[int(node)]
+    tasks: list[str] = []
+    for entry in counts.split(","):
+        count, _, nodes = entry.partition("(x")
+        tasks += [count] * int(nodes.rstrip(")") or 1)
+    return tasks[int(node)]
 
 
 def launcher_pid(info: RankInfo) -> int | None:
-    """Return the pid of the launcher, which lives as long as the job; None if the parent may be a shell that ends before."""
+    """Return the pid of the launcher, which runs as long as the job; None if the parent may be a shell that ends before."""
     is_by_hand = info.launcher is ALONE or (info.launcher is TORCHRUN and "TORCHELASTIC_RUN_ID" not in os.environ)
     return None if is_by_hand else os.getppid()
 
@@ -146,6 +146,6 @@ def first_host(nodes: str) -> str:
     >>> [first_host(nodes) for nodes in ("gpu7", "gpu[012-014,20],cpu1", "a-[3,5]-ib")]
     ['gpu7', 'gpu012', 'a-3-ib']
     """
-    found = re.match(r"([^\[,]*)(?:\[(\w+)[^\]]*\]([^,]*))?", nodes)
-    assert found is not None, "it matches an empty text"
-    return "".join(part or "" for part in found.groups())
+    match = re.match(r"([^\[,]*)(?:\[(\w+)[^\]]*\]([^,]*))?", nodes)
+    assert match is not None, "it matches an empty text"
+    return "".join(part or "" for part in match.groups())

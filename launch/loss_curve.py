@@ -1,4 +1,4 @@
-"""Draws a run's loss over its steps. Imports matplotlib only when asked to draw."""
+"""A picture of a run's loss over its steps. matplotlib is imported when one is drawn."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["draw"]
 
 
 def draw(path: Path, training: list[Training], validation: list[Validation], summary: Summary) -> None:
-    """Write a PNG: training and validation loss, between what a unigram model and zlib make of the validation text.
+    """Write a PNG of training and validation loss, with those of a unigram model and zlib on the validation text.
 
     Args:
-        path: of the PNG; there is always a whole one.
+        path: of the PNG, which is replaced in one step, so that a reader never sees part of one.
         training, validation: since the run began.
         summary: so far.
     """

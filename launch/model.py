@@ -49,7 +49,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then a feed-forward layer, each added to the residual stream. What FSDP2 gathers at a time."""
+    """Attention, then a feed-forward layer, each added to the residual stream. FSDP gathers the parameters of one block at a time."""
 
     def __init__(self, d_model: int, heads: int) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Bytes in, logits of the next byte out."""
+    """A language model: logits of the next byte from the bytes before."""
 
     def __init__(self, *, layers: int, heads: int, d_model: int, sequence_length: int) -> None:
         super().__init__()
@@ -88,9 +88,9 @@ class GPT(nn.Module):
             elif isinstance(module, nn.Embedding):
                 module.weight.normal_()
         for block in self.blocks:
-            assert isinstance(block, Block), "made above"
+            assert isinstance(block, Block), "built above"
             for residual in (block.attention.output, block.feed_forward[-1]):
-                assert isinstance(residual, nn.Linear), "made above"
+                assert isinstance(residual, nn.Linear), "built above"
                 residual.weight.div_((2 * len(self.blocks)) ** 0.5)
 
     def forward(

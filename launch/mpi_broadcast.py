@@ -1,7 +1,7 @@
-"""Tells all ranks of an mpirun where rank 0's store is: `python -m launch.mpi_broadcast PORT [ADDRESS]`, PORT of rank 0 only, else 0.
+"""Broadcast of the address of rank 0's store to all ranks of an mpirun: `python -m launch.mpi_broadcast PORT [ADDRESS]`.
 
-A process of its own, so that MPI has nothing to do with the rank itself: MPI may hang or abort, and MPICH's mpirun forgets that a rank has
-failed when another one that had called MPI left with exit status 0 before.
+PORT is that of the store on rank 0, and 0 on other ranks. A process of its own, so that the rank itself never calls MPI: MPI may hang or
+abort, and MPICH's mpirun loses the failure of a rank if another one, which had called MPI, ended with exit status 0 before.
 """
 
 from __future__ import annotations

@@ -25,11 +25,14 @@ def build_optimizer(
     muon_groups: Sequence[Mapping[str, Any]] = (),  # of `so.muon_param_groups`, from before a wrapper: what Muon steps, and what AdamW does
     **options: Any,  # of the constructor that depend on the sharding
 ) -> torch.optim.Optimizer:
-    """The optimizer by its name, with two param groups or Muon's. Gradients are not clipped: StableAdamW clips updates, per tensor."""
+    """Build the optimizer that the config names, with two param groups or Muon's.
+
+    Gradients are not clipped: StableAdamW clips updates, per tensor.
+    """
     named = list(named_parameters)  # with names, which its errors and metrics then use
     matrices = [(name, param) for name, param in named if dimensions[name] >= 2]
     gains = [(name, param) for name, param in named if dimensions[name] < 2]  # of norms: decay would pull them from 1 to 0
-    # What the config leaves open is the optimizer's own default.
+    # Without the keys that are None: their values are the optimizer's own defaults.
     given: dict[str, Any] = {key: value for key, value in config.model_dump().items() if key != "name" and value is not None}
     groups: list[dict[str, Any]] = [{"params": matrices}, {"params": gains, "weight_decay": 0.0}]
     if config.name == Muon.__name__:
@@ -42,7 +45,7 @@ def build_optimizer(
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, warmup_steps: int, steps: int) -> LRScheduler:
-    """Linear warm-up to the optimizer's lr, then half a cosine down to 0 after the last step."""
+    """Build the schedule of the learning rate: linear warm-up to the optimizer's lr, then half a cosine down to 0 after the last step."""
     decay = CosineAnnealingLR(optimizer, T_max=steps - warmup_steps)
     if warmup_steps == 0:
         return decay

@@ -38,7 +38,7 @@ def pick_device(info: RankInfo, wanted: str) -> torch.device:
 
     gpus = gpus_here()
     enough = gpus >= info.local_world_size  # NCCL does not let two ranks share one
-    # Slurm, told so, shows each task its own GPU alone.
+    # Slurm may be configured to show each task its own GPU only.
     index = info.local_rank if enough else 0
     enough = enough or (gpus == 1 and info.launcher is SRUN and "SLURM_STEP_GPUS" in os.environ)
     if wanted == "cuda" and not enough:
@@ -47,7 +47,7 @@ def pick_device(info: RankInfo, wanted: str) -> torch.device:
 
 
 def start(info: RankInfo, device: torch.device, threads: int | None = None) -> RendezvousStore:
-    """Start the process group, also for a process that is alone: then nothing else has to know the difference.
+    """Start the process group, also for a single process, so that no other code has to treat that case.
 
     Args:
         info: of this process.
@@ -58,7 +58,7 @@ def start(info: RankInfo, device: torch.device, threads: int | None = None) -> R
         The store of this attempt, which no other attempt uses.
 
     Raises:
-        RendezvousError: not all ranks came.
+        RendezvousError: not all ranks joined.
     """
     import torch
     import torch.distributed as dist
@@ -68,12 +68,12 @@ def start(info: RankInfo, device: torch.device, threads: int | None = None) -> R
 
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # The same config twice gives the same metrics. On the CPU this holds as it is.
+        # So that the same config gives the same metrics twice. On the CPU it does without this.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]  # costs a write of each
     for name, value in (("RANK", info.rank), ("WORLD_SIZE", info.world_size), ("LOCAL_RANK", info.local_rank)):
-        os.environ.setdefault(name, str(value))  # DeepSpeed reads them, also in a process that is alone
+        os.environ.setdefault(name, str(value))  # DeepSpeed reads them, also in a single process
     timeout = timedelta(seconds=TIMEOUT_SECONDS)
     opened = rendezvous.open_store(info, timeout)
     store = rendezvous.join_attempt(opened.store, info.rank, info.world_size, timeout, launcher_pid(info))
@@ -93,7 +93,7 @@ def stop() -> None:
     """End the process group. Not after an error: it would wait for ranks that are stuck in a collective."""
     import torch.distributed as dist
 
-    # Wrapped models are reference cycles that hold process groups. A gloo group that lives until the interpreter ends can abort it: seen
+    # Wrapped models are reference cycles that hold process groups. A gloo group that exists until the interpreter ends can abort it: seen
     # with torch 2.13, FSDP2 and torch's own AdamW in 3 of 22 runs, and with this line in none of 26.
     gc.collect()
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a bar on a terminal, plain lines elsewhere, and a table at the end. Rank 0 shows it."""
+"""Progress display of rank 0: a bar on a terminal, plain lines elsewhere, and a table at the end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Display"]
 
 
 class Display:
-    """A listener that prints."""
+    """A listener that prints records."""
 
     def __init__(self, *, steps: int, unigram: float, zlib: float, folder: Path) -> None:
         self._steps, self._unigram, self._zlib, self._folder = steps, unigram, zlib, folder
@@ -30,11 +30,11 @@ class Display:
     def start(self, resumption: Resumption | None) -> None:
         if resumption is None:
             return
-        self._console.print(f"step {resumption.step}/{self._steps}  going on from the checkpoint")
+        self._console.print(f"step {resumption.step}/{self._steps}  resuming from the checkpoint")
         if resumption.saved_by != resumption.world_size:
             self._console.print(
-                f"the checkpoint is of {resumption.saved_by} ranks, and now there are {resumption.world_size}: the same state and the same "
-                f"batches in the same order, but each rank has other rows of them, so sums over a batch are rounded otherwise"
+                f"{resumption.saved_by} ranks saved the checkpoint, and {resumption.world_size} resume from it: with the same state and "
+                f"the same batches in the same order, but each rank has other rows of them, so sums over a batch are rounded differently"
             )
 
     def training(self, record: Training) -> None:
@@ -54,7 +54,7 @@ class Display:
         self._console.print(f"step {record.step}/{self._steps}  {text}")  # above the bar, where there is one
 
     def progress(self, summary: Summary) -> None:
-        """Nothing to show: its parts have been."""
+        """Show nothing: the records in it have been shown."""
 
     def stop(self, step: int, why: str) -> None:
         if self._bar is not None:

@@ -1,11 +1,11 @@
 """Rendezvous: the ranks of one attempt find each other through a store, under a prefix that no other attempt uses.
 
-torchrun keeps one store for all attempts of a job, where a restarted rank would read what its dead predecessor has left; and an attempt's
-number does not tell attempts apart, as every node counts its own. So rank 0 draws a name for the attempt, and an attempt begins when rank
-0 has read an answer from each rank that this very process has written:
+torchrun keeps one store for all attempts of a job, where a restarted rank would read keys of an earlier attempt; and attempts cannot be
+distinguished by their number, as every node counts its own. So rank 0 draws a random name for the attempt, and a rank has joined it once
+rank 0 has published the token that this very process has written:
 
-    rank 0:  attempt = NAME                        ... waits for all NAME/came/RANK ...  NAME/all = the answers
-    others:  read attempt, NAME/came/RANK = ANSWER ... wait until NAME/all has ANSWER, or for another attempt ...
+    rank 0:  attempt = NAME                       ... waits for all NAME/came/RANK ...  NAME/all = the tokens
+    others:  read attempt, NAME/came/RANK = TOKEN ... wait until NAME/all has TOKEN, or for another attempt ...
 """
 
 from __future__ import annotations
@@ -29,31 +29,31 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from launch.errors import ConfigError
 from launch.launchers import MPICH, OPEN_MPI, SRUN, RankInfo, first_host
 
-__all__ = ["RendezvousError", "RendezvousStore", "alone", "join_attempt", "open_store", "through_address", "through_mpi"]
+__all__ = ["RendezvousError", "RendezvousStore", "join_attempt", "local_store", "open_store", "store_at_address", "store_through_mpi"]
 
-# srun gives no port. One for each job, so that jobs that share a node hardly meet, and outside of what systems give out by themselves.
+# srun gives no port. One by the job's number, so that jobs that share a node rarely have the same, and none that systems assign themselves.
 SLURM_PORTS = range(10000, 30000)
-LONGEST_PAUSE = 0.5  # seconds between two looks into the store
+LONGEST_PAUSE = 0.5  # seconds between two reads of the store
 
 
 class RendezvousError(RuntimeError):
-    """Not all ranks came; the message says which."""
+    """Not all ranks joined; the message names those that did not."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RendezvousStore:
-    """A store that all ranks reach.
+    """A store that all ranks can reach.
 
     Attributes:
         store: torch's client of it.
-        server: the process that serves it, if this one has started it.
+        server: the process that serves it, if this process has started that; else None.
     """
 
     store: Store
     server: subprocess.Popen[str] | None = None
 
     def close(self) -> None:
-        """End the store, when all ranks are done with it."""
+        """Stop the server, once no rank uses the store any more."""
         if self.server is not None:
             self.server.terminate()
             self.server.wait()
@@ -62,31 +62,36 @@ class RendezvousStore:
 # ------------------------------------------------------------------------------------------------------------------------ stores
 
 
-def alone() -> RendezvousStore:
-    """Return a store for a process that is alone."""
+def local_store() -> RendezvousStore:
+    """Return a store in memory, for a single process."""
     return RendezvousStore(store=HashStore())
 
 
-def through_address(address: str, port: int, rank: int, world_size: int, timeout: timedelta, *, is_there: bool = False) -> RendezvousStore:
+def store_at_address(
+    address: str, port: int, rank: int, world_size: int, timeout: timedelta, *, is_served: bool = False
+) -> RendezvousStore:
     """Connect to a store at an address that all ranks know.
 
     Args:
-        port: 0, for rank 0 alone: any that is free.
-        is_there: whether somebody else serves it; else rank 0 has it served, whose machine the address must be.
+        address: of the machine that serves the store.
+        port: on that machine; 0, on rank 0 only: any that is free.
+        rank, world_size: of this process.
+        timeout: of a connection.
+        is_served: whether the launcher serves it; else rank 0 starts a server, and `address` must be of its machine.
     """
     server = None
-    if rank == 0 and not is_there:
+    if rank == 0 and not is_served:
         server, port = _serve(port)
     try:
         return RendezvousStore(store=TCPStore(address, port, world_size, False, timeout, wait_for_workers=False), server=server)
     except (dist.DistError, RuntimeError) as error:
-        raise RendezvousError(f"rank {rank} cannot reach the store at {address}:{port}, where ranks meet: {error}") from error
+        raise RendezvousError(f"rank {rank} cannot reach the rendezvous store at {address}:{port}: {error}") from error
 
 
 def _serve(port: int) -> tuple[subprocess.Popen[str], int]:
-    """Start a process that serves a store as long as this one is there."""
+    """Start a process that serves a store as long as this one runs. Returns the process and its port."""
     command = [sys.executable, "-m", "launch.store_server", str(port), str(os.getpid())]
-    # In a session of its own, so that what is typed or sent to end the ranks does not reach it, and without what mpirun waits for.
+    # In a session of its own, so that signals to the ranks do not reach it, and without the pipes that mpirun waits for.
     server = subprocess.Popen(
         command,
         cwd=Path(__file__).parents[1],
@@ -97,39 +102,41 @@ def _serve(port: int) -> tuple[subprocess.Popen[str], int]:
         start_new_session=True,
     )
     assert server.stdout is not None
-    with server.stdout as answer:
-        told = answer.readline().strip()
-    if not told.isdigit():
-        raise RendezvousError(f"rank 0 cannot open a store at port {port}, where ranks meet: {told or f'exit status {server.wait()}'}")
-    return server, int(told)
+    with server.stdout as output:
+        line = output.readline().strip()
+    if not line.isdigit():
+        raise RendezvousError(f"rank 0 cannot open a rendezvous store at port {port}: {line or f'exit status {server.wait()}'}")
+    return server, int(line)
 
 
-def through_mpi(rank: int, world_size: int, address: str | None, timeout: timedelta) -> RendezvousStore:
-    """Connect to a store that rank 0 serves, and whose address it broadcasts through MPI, which does nothing else (`mpi_broadcast.py`).
+def store_through_mpi(rank: int, world_size: int, address: str | None, timeout: timedelta) -> RendezvousStore:
+    """Connect to a store that rank 0 serves and whose address it broadcasts through MPI, the only use of MPI (`mpi_broadcast.py`).
 
     Args:
+        rank, world_size: of this process.
         address: of rank 0's machine; None: its name, or the loopback if all ranks are on it.
+        timeout: of the broadcast, and of a connection.
 
     Raises:
         ConfigError: mpi4py is not installed, or has loaded the library of another MPI.
-        RendezvousError: MPI has failed, or not all ranks came.
+        RendezvousError: MPI has failed, or not all ranks joined.
     """
     if find_spec("mpi4py") is None:
         raise ConfigError("mpirun needs mpi4py, which is not installed; run pip install mpi4py, or start with torchrun")
-    opened = through_address(address or "127.0.0.1", 0, rank, world_size, timeout) if rank == 0 else None
-    told = _broadcast(0 if opened is None else opened.store.port, address, timeout)  # pyright: ignore[reportAttributeAccessIssue]
-    if told["world_size"] != world_size:
+    opened = store_at_address(address or "127.0.0.1", 0, rank, world_size, timeout) if rank == 0 else None
+    server = _broadcast(0 if opened is None else opened.store.port, address, timeout)  # pyright: ignore[reportAttributeAccessIssue]
+    if server["world_size"] != world_size:
         raise ConfigError(
-            f"mpirun has started {world_size} processes, but the MPI library that mpi4py has loaded ({told['library']}) knows of "
-            f"{told['world_size']}; set MPI4PY_LIBMPI to the libmpi of this mpirun"
+            f"mpirun has started {world_size} processes, but the MPI library that mpi4py has loaded ({server['library']}) counts "
+            f"{server['world_size']}; set MPI4PY_LIBMPI to the libmpi of this mpirun"
         )
     if opened is not None:
         return opened
-    return through_address(told["address"], told["port"], rank, world_size, timeout, is_there=True)
+    return store_at_address(server["address"], server["port"], rank, world_size, timeout, is_served=True)
 
 
 def _broadcast(port: int, address: str | None, timeout: timedelta) -> dict[str, Any]:
-    """Broadcast the port of rank 0's store through MPI."""
+    """Broadcast the address and port of rank 0's store through MPI; see `mpi_broadcast.py` for the keys of the result."""
     library = _library_of_launcher()
     environment = os.environ | ({} if library is None else {"MPI4PY_LIBMPI": os.environ.get("MPI4PY_LIBMPI", str(library))})
     command = [sys.executable, "-m", "launch.mpi_broadcast", str(port), *([] if address is None else [address])]
@@ -147,16 +154,16 @@ def _broadcast(port: int, address: str | None, timeout: timedelta) -> dict[str, 
         )
     except subprocess.TimeoutExpired:
         raise RendezvousError(
-            f"the ranks have not met through MPI within {timeout.total_seconds():.0f} s; look into the logs of the others"
+            f"the rendezvous through MPI was not complete within {timeout.total_seconds():.0f} s; see the logs of the other ranks"
         ) from None
     try:
         return json.loads(done.stdout.splitlines()[-1])
     except (ValueError, IndexError):
-        raise RendezvousError(f"the ranks cannot meet through MPI (exit status {done.returncode}):\n{done.stderr[-2000:]}") from None
+        raise RendezvousError(f"the rendezvous through MPI failed (exit status {done.returncode}):\n{done.stderr[-2000:]}") from None
 
 
 def _library_of_launcher() -> Path | None:
-    """Find the MPI library of the mpirun that has started this process, as another one may be installed too."""
+    """Find the MPI library of the mpirun that has started this process; another one may be installed too."""
     process = os.getppid()
     for _ in range(4):  # mpirun, its daemon, a shell in between
         try:
@@ -175,48 +182,51 @@ def _library_of_launcher() -> Path | None:
 
 def open_store(info: RankInfo, timeout: timedelta) -> RendezvousStore:
     """Open the store of the launcher, or one that rank 0 serves."""
-    if info.world_size == 1:  # there may be no address, and there are no others
-        return alone()
+    if info.world_size == 1:  # the environment may have no address
+        return local_store()
     if info.launcher in (OPEN_MPI, MPICH):
-        return through_mpi(info.rank, info.world_size, os.environ.get("MASTER_ADDR"), timeout)
+        return store_through_mpi(info.rank, info.world_size, os.environ.get("MASTER_ADDR"), timeout)
     if info.launcher is SRUN:
         nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_NODELIST", "localhost")
         address = os.environ.get("MASTER_ADDR") or first_host(nodes)
         job = int(os.environ.get("SLURM_JOB_ID", "0"))
         port = int(os.environ.get("MASTER_PORT") or SLURM_PORTS[job % len(SLURM_PORTS)])
-        return through_address(address, port, info.rank, info.world_size, timeout)
+        return store_at_address(address, port, info.rank, info.world_size, timeout)
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise ConfigError(f"{', '.join(missing)} not in the environment; start with torchrun, mpirun or srun")
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    is_there = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return through_address(address, port, info.rank, info.world_size, timeout, is_there=is_there)
+    is_served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return store_at_address(address, port, info.rank, info.world_size, timeout, is_served=is_served)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- attempts
 
 
 def join_attempt(store: Store, rank: int, world_size: int, timeout: timedelta, launcher: int | None = None) -> Store:
-    """Wait for all ranks of this attempt.
+    """Wait until all ranks have joined this attempt.
 
     Args:
-        launcher: pid of what has started this process; None: of nothing that must be there. Without it, this rank is of an attempt that is
-            over, and must not answer in the next one.
+        store: of the job.
+        rank, world_size: of this process.
+        timeout: for all ranks to join.
+        launcher: pid of this process's parent; None: the parent may end. If it ends, so has the attempt of this rank, which must not join
+            the next one.
 
     Returns:
         A store of this attempt alone.
 
     Raises:
-        RendezvousError: not all came in time.
+        RendezvousError: not all joined in time.
     """
     until = time.monotonic() + timeout.total_seconds()
     if rank == 0:
-        return _invite(store, world_size, until)
+        return _begin_attempt(store, world_size, until)
     own = uuid.uuid4().hex
     pause, joined = 0.005, ""
     while time.monotonic() < until:
         if launcher not in (None, os.getppid()):
-            raise RendezvousError(f"what has started rank {rank} (pid {launcher}) is gone, before all ranks had come")
+            raise RendezvousError(f"the launcher of rank {rank} (pid {launcher}) has ended before all ranks joined")
         if store.check(["attempt"]):
             name = store.get("attempt").decode()
             prefixed = PrefixStore(name, store)
@@ -227,10 +237,11 @@ def join_attempt(store: Store, rank: int, world_size: int, timeout: timedelta, l
                 return prefixed
         time.sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE)
-    raise RendezvousError(f"rank 0 and rank {rank} have not met within {timeout.total_seconds():.0f} s; see the log of rank 0")
+    raise RendezvousError(f"rank {rank} could not join rank 0 within {timeout.total_seconds():.0f} s; see the log of rank 0")
 
 
-def _invite(store: Store, world_size: int, until: float) -> Store:
+def _begin_attempt(store: Store, world_size: int, until: float) -> Store:
+    """Publish the name of a new attempt on rank 0, and wait for the tokens of all other ranks."""
     name = f"attempt-{uuid.uuid4().hex}"
     prefixed = PrefixStore(name, store)
     store.set("attempt", name)
@@ -244,11 +255,11 @@ def _invite(store: Store, world_size: int, until: float) -> Store:
         if time.monotonic() > until:
             shown = ", ".join(map(str, awaited[:8])) + (f" and {len(awaited) - 8} more" if len(awaited) > 8 else "")
             raise RendezvousError(
-                f"rank{'s' if len(awaited) > 1 else ''} {shown} of {world_size} did not come within {time.monotonic() - started:.0f} s; "
-                f"look into their logs, and whether they reach this machine"
+                f"rank{'s' if len(awaited) > 1 else ''} {shown} of {world_size} did not join within {time.monotonic() - started:.0f} s; "
+                f"see their logs, and check that they can reach this machine"
             )
         time.sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE)
-    answers = [prefixed.get(f"came/{rank}").decode() for rank in range(1, world_size)]
-    prefixed.set("all", json.dumps(answers))
+    tokens = [prefixed.get(f"came/{rank}").decode() for rank in range(1, world_size)]
+    prefixed.set("all", json.dumps(tokens))
     return prefixed

@@ -1,4 +1,4 @@
-"""What a run leaves behind: a folder with config.yaml, metrics.jsonl, loss.png and summary.json. Rank 0 writes it while the run goes on."""
+"""The folder of a run, with config.yaml, metrics.jsonl, loss.png and summary.json, which rank 0 writes during the run."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from sharded_optim.trackers.run_files import METRICS, SUMMARY, append_record, ke
 
 __all__ = ["RunFolder", "find"]
 
-# Other ranks wait while rank 0 draws, so it does only for so much of the time.
+# Fraction of the time that rank 0 may draw: the other ranks wait meanwhile.
 SHARE_OF_DRAWING = 0.02
 
 
 def find(config: Config) -> Path | None:
-    """The folder of the run that a config goes on with; None: it begins a new one.
+    """Find the folder of the run that a config continues; None: it begins a new one.
 
     Raises:
-        ConfigError: it is to begin one that is there already.
+        ConfigError: the config begins a new run in a folder that exists.
     """
     runs = Path(config.runs_folder)
     if config.run is not None:
@@ -36,7 +36,7 @@ def find(config: Config) -> Path | None:
         if not path.exists():
             return None
         if config.resume == "never":
-            raise ConfigError(f"run={config.run!r}: {path} is there already; use resume=auto to go on with it, or another name")
+            raise ConfigError(f"run={config.run!r}: {path} exists already; use resume=auto to resume it, or another name")
         return path
     if config.resume == "never":
         return None
@@ -46,23 +46,23 @@ def find(config: Config) -> Path | None:
 
 
 class RunFolder:
-    """A listener that writes everything down. `latest` beside its folder points to it.
+    """A listener that writes all records to files. The link `latest` beside its folder points to it.
 
     Args:
         config: of the job.
-        found: the folder to go on with; None: a new one.
+        existing: the folder of a run that is continued; None: a new one.
 
     Raises:
         ConfigError: the folder cannot be made.
     """
 
-    def __init__(self, config: Config, found: Path | None = None) -> None:
+    def __init__(self, config: Config, existing: Path | None = None) -> None:
         self._training: list[Training] = []
         self._validation: list[Validation] = []
         self._summary: Summary | None = None
         self._draw_from = 0.0
         try:
-            self.path = found or _new_folder(Path(config.runs_folder), config)
+            self.path = existing or _new_folder(Path(config.runs_folder), config)
             text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
             write_text(self.path / "config.yaml", text)
             _point_latest(self.path)
@@ -70,7 +70,7 @@ class RunFolder:
             raise ConfigError(f"runs_folder={config.runs_folder!r}: {error}") from None
 
     def start(self, resumption: Resumption | None) -> None:
-        """Take up what is written down of the steps before, and leave out what is going to be done once more."""
+        """Read the records of the steps up to the checkpoint, and remove those of later steps, which are trained once more."""
         kept = keep_records(self.path / METRICS, 0 if resumption is None else resumption.step)
         records = list(map(_with_nan, kept))
         self._training = [Training(**record) for record in records if "train_loss_bits" in record]
@@ -110,7 +110,7 @@ class RunFolder:
 
 
 def _name_in(path: Path) -> str | None:
-    """Of a config that a run has written down."""
+    """Read the name in a config.yaml that a run has written; None if it cannot be read."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
@@ -119,7 +119,7 @@ def _name_in(path: Path) -> str | None:
 
 
 def _with_nan(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record of JSON with NaN again where null stands for what was not finite. Without a largest RMS, null says that there is none."""
+    """Replace null, which JSON lines have for values that are not finite, by NaN. A null of the largest RMS means that there is none."""
     nan = {key: math.nan for key, value in record.items() if value is None and not key.startswith("largest_rms")}
     return {**record, **nan, **{key: _with_nan(value) for key, value in record.items() if isinstance(value, dict)}}
 
@@ -140,7 +140,7 @@ def _new_folder(runs: Path, config: Config) -> Path:
 
 
 def _point_latest(path: Path) -> None:
-    """In one step, so that `latest` always points to a run."""
+    """Replace the link `latest` in one step, so that it always points to a run."""
     link = path.parent / f".latest-{path.name}"
     link.symlink_to(path.name)
     os.replace(link, path.parent / "latest")

@@ -1,7 +1,6 @@
-"""How the model is spread over the ranks, and what a step is then. To add a wrapper, write its function, and its name here and in
-`Config.sharding`.
+"""Sharding of the model over the ranks, and the step that goes with it.
 
-Every rank comes with the same weights.
+To add a wrapper, write its function, and its name in `SHARDINGS` and in `Config.sharding`. Every rank calls it with the same weights.
 """
 
 from __future__ import annotations
@@ -38,8 +37,8 @@ class Sharded:
 
     Attributes:
         model: to be called.
-        optimizer: of this library; its param groups are what a schedule changes.
-        step: goes one step down a loss, which leaves no gradients.
+        optimizer: of this library; a schedule changes its param groups.
+        step: runs backward from a loss and steps; no gradients are left.
     """
 
     model: nn.Module
@@ -52,11 +51,11 @@ Wrapper = Callable[[GPT, BuildOptimizer, Config, torch.device], Sharded]
 
 
 def shard(model: GPT, config: Config, device: torch.device) -> Sharded:
-    """Spread a model over the ranks as the config says."""
+    """Shard a model over the ranks by the config's `sharding`."""
     build = partial(
         build_optimizer,
         config=config.optimizer,
-        nonfinite="skip",  # also optimizers that have nothing else to agree on: a rank that alone went on would be lost
+        nonfinite="skip",  # also in optimizers without another collective: one rank alone must neither skip a step nor fail
         max_skipped_steps=config.max_skipped_steps,
         dimensions={name: param.ndim for name, param in model.named_parameters()},
         muon_groups=so.muon_param_groups(model, rest=config.muon_rest, split={"attention.qkv": config.model.d_model}),
@@ -81,7 +80,7 @@ def _fsdp1(model: GPT, build: BuildOptimizer, config: Config, device: torch.devi
 
 
 def _zero(model: GPT, build: BuildOptimizer, config: Config, device: torch.device, stage: Literal[1, 2]) -> Sharded:
-    """Each rank keeps the whole model, and a range of what the stage says. The optimizer averages the gradients; nothing is wrapped."""
+    """Each rank keeps the whole model, and a range of state, or of state and gradients in stage 2. The optimizer averages the gradients."""
     return _stepped_by_optimizer(model, build(model.named_parameters(), constructor=so.ShardedOptimizer, stage=stage, module=model))
 
 
@@ -96,16 +95,16 @@ def _single(model: GPT, build: BuildOptimizer, config: Config, device: torch.dev
 
 
 def _deepspeed(model: GPT, build: BuildOptimizer, config: Config, device: torch.device) -> Sharded:
-    """DeepSpeed's ZeRO: what each rank keeps a range of depends on the stage. The engine does what a step consists of."""
+    """DeepSpeed's ZeRO: each rank keeps a range of state, gradients or parameters, by the stage. The engine runs backward and steps."""
     import deepspeed
 
     assert config.deepspeed is not None, "Config demands it"
     deepspeed.utils.logger.setLevel("ERROR")
     warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)  # DeepSpeed calls it
     optimizer = build(model.named_parameters())
-    told = config.deepspeed | {"train_batch_size": config.batch_size}
-    with redirect_stdout(StringIO()):  # each rank says that it has loaded an extension
-        engine, *_ = so.deepspeed.initialize(model=model, optimizer=optimizer, config=told)
+    deepspeed_config = config.deepspeed | {"train_batch_size": config.batch_size}
+    with redirect_stdout(StringIO()):  # each rank prints that it has loaded an extension
+        engine, *_ = so.deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config)
 
     def step(loss: Tensor) -> None:
         engine.backward(loss)

@@ -1,7 +1,7 @@
-"""Serves the store by which ranks meet, where no launcher does: `python -m launch.store_server PORT PARENT`. Prints the port.
+"""Server of the rendezvous store, where no launcher has one: `python -m launch.store_server PORT PARENT`. Prints the port.
 
-A process of its own: a rank 0 that is stopped must not stop the store, by which the others learn of it. It ends with its parent, rank 0,
-however that ends, and a little later, so that the others learn of that too.
+A process of its own: if rank 0 is stopped, the store must not stop, as the others detect that through it. The server ends when its parent,
+rank 0, has ended in any way, and a little later, so that the others can detect that too.
 """
 
 from __future__ import annotations

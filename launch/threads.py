@@ -1,4 +1,4 @@
-"""Threads that a job leaves behind when its work is done: they would keep its process for ever, or lose what they do."""
+"""Check for threads that still run when a job's work is done: they would keep its process running, or their work would be lost."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import time
 
 __all__ = ["check_none_left"]
 
-SECONDS_FOR_THREADS = 2.0  # that the job has started, to end when it has
+SECONDS_FOR_THREADS = 2.0  # for the job's threads to end after it
 
 
 def check_none_left() -> None:
-    """Wait a little for the threads that keep this process alive.
+    """Wait two seconds for the threads that keep this process running.
 
     Raises:
-        RuntimeError: they do not end. Names them.
+        RuntimeError: they do not end. The message names them.
     """
     until = time.monotonic() + SECONDS_FOR_THREADS
     while left := _threads_left():
@@ -25,6 +25,6 @@ def check_none_left() -> None:
 
 
 def _threads_left() -> list[str]:
-    pools = set(getattr(concurrent.futures.thread, "_threads_queues", ()))  # idle ones of which the interpreter ends by itself
-    alive = [thread for thread in threading.enumerate() if not thread.daemon and thread not in pools]
-    return [thread.name for thread in alive if thread is not threading.main_thread() and thread is not threading.current_thread()]
+    pools = set(getattr(concurrent.futures.thread, "_threads_queues", ()))  # the interpreter ends idle threads of pools
+    running = [thread for thread in threading.enumerate() if not thread.daemon and thread not in pools]
+    return [thread.name for thread in running if thread is not threading.main_thread() and thread is not threading.current_thread()]

@@ -34,13 +34,13 @@ class Tracking:
     Args:
         config: of the job.
         path: the run's folder.
-        silences: returns the seconds since each rank was last heard of.
+        seconds_since_heartbeat: returns them for each rank.
     """
 
-    def __init__(self, config: Config, path: Path, silences: Callable[[], Mapping[int, float]]) -> None:
+    def __init__(self, config: Config, path: Path, seconds_since_heartbeat: Callable[[], Mapping[int, float]]) -> None:
         self._config = config
         self._path = path
-        self._silences = silences
+        self._seconds_since_heartbeat = seconds_since_heartbeat
         self._trackers: so.trackers.Trackers | None = None
 
     def start(self, resumption: Resumption | None) -> None:
@@ -88,6 +88,6 @@ class Tracking:
 
     def _health(self) -> dict[str, float]:
         """What Prometheus shows at any time, also while a step hangs."""
-        silences = self._silences()
-        healthy = sum(seconds < SECONDS_HEALTHY for seconds in silences.values())
-        return {"healthy_ranks": float(healthy)} | {f"heartbeat_age_seconds/{rank}": seconds for rank, seconds in silences.items()}
+        ages = self._seconds_since_heartbeat()
+        healthy = sum(seconds < SECONDS_HEALTHY for seconds in ages.values())
+        return {"healthy_ranks": float(healthy)} | {f"heartbeat_age_seconds/{rank}": seconds for rank, seconds in ages.items()}

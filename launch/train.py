@@ -1,4 +1,4 @@
-"""The training job: what every process runs.
+"""The training job, as every process runs it.
 
 Ways to start it, from the repository:
 `python -m launch configs/fsdp2.yaml` starts as many processes as the config says;
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import sharded_optim as so
 from launch import corpus, deepspeed_extension, process_group, threads
 from launch.batches import training_batch, validation_batch
-from launch.checkpoints import Checkpoints, go_on
+from launch.checkpoints import Checkpoints, find_run
 from launch.config import Config, ConfigError, from_arguments
 from launch.corpus import Corpus
 from launch.launchers import TORCHRUN, RankInfo, is_restart, launcher_pid, read_rank_info
@@ -38,21 +38,21 @@ from launch.run_folder import RunFolder
 from launch.sharding import shard
 from launch.tracking import Tracking, check_installed
 from launch.watch import Watch
-from launch.watch.beats import before_end
+from launch.watch.heartbeats import before_end
 from sharded_optim.checkpoint import CheckpointError
 from sharded_optim.sharding.ranks import named_ranks, ranks_where
 from sharded_optim.trackers.run_files import FINISHED, RUNNING
 
-# The exit status of ranks that have saved and stopped because another machine is taken away: torchrun is to start them again, when there is
-# another one. With 0 it would take the job for done.
+# The exit status of ranks that have saved and stopped because another machine is taken away: torchrun is to restart them when there is
+# another one. With 0 it would take the job for finished.
 STOPPED_ELSEWHERE = 75
-EXPECTED = (CheckpointError, so.DivergenceError, FloatingPointError)  # say themselves what to do, without a traceback
+EXPECTED = (CheckpointError, so.DivergenceError, FloatingPointError)  # their messages name the way out, and need no traceback
 
 
 def main(arguments: list[str]) -> int:
     started = time.perf_counter()
     done = folder = path = None
-    try:  # whatever can be refused, before the ranks depend on each other
+    try:  # everything that can be refused is, before the ranks wait for each other
         config = from_arguments(arguments, "python -m launch.train")
         info = read_rank_info(config)
         config = config.with_processes(info.world_size)
@@ -63,16 +63,16 @@ def main(arguments: list[str]) -> int:
             deepspeed_extension.build(device.type)
         if info.rank == 0:
             check_installed(config)
-            path, done = go_on(config, is_restart=is_restart())
+            path, done = find_run(config, is_restart=is_restart())
             folder = None if done else RunFolder(config, path)
         rendezvous = process_group.start(info, device, config.threads)
     except (ConfigError, RendezvousError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    told = {"rank": info.rank, "world_size": info.world_size, "heartbeat": config.heartbeat, "launcher": launcher}
-    with Watch(rendezvous, expected=EXPECTED, variable=info.launcher.variables.get("rank", "RANK"), **told) as watch:
+    options = {"rank": info.rank, "world_size": info.world_size, "heartbeat": config.heartbeat, "launcher": launcher}
+    with Watch(rendezvous, expected=EXPECTED, variable=info.launcher.variables.get("rank", "RANK"), **options) as watch:
         status = 0
-        path = agreed(folder)
+        path = broadcast_path(folder)
         if path is None:
             print(done or "", end="\n" if done else "")
         else:
@@ -83,11 +83,11 @@ def main(arguments: list[str]) -> int:
     return status
 
 
-def agreed(folder: RunFolder | None) -> Path | None:
-    """The folder of rank 0's run on every rank; None: nothing is left to do."""
-    told = [None if folder is None else folder.path]
-    dist.broadcast_object_list(told)
-    return told[0]
+def broadcast_path(folder: RunFolder | None) -> Path | None:
+    """Return the path of rank 0's run folder on every rank; None if all steps are done."""
+    paths = [None if folder is None else folder.path]
+    dist.broadcast_object_list(paths)
+    return paths[0]
 
 
 def run(
@@ -104,18 +104,20 @@ def run(
 
     Args:
         path: of the run's folder.
-        folder: what writes it; on rank 0.
-        started: when the job was, by `time.perf_counter`.
+        folder: the listener that writes it, on rank 0; None on others.
+        started: when the job started, by `time.perf_counter`.
+        watch: failure detection.
 
     Returns:
-        The exit status: 0 where all is done, or saved since this process was asked to stop; STOPPED_ELSEWHERE.
+        The exit status: 0 if all steps are done, or the job has been saved and is to stop; STOPPED_ELSEWHERE if only another machine is
+        taken away, and torchrun is to restart this one.
     """
     unigram, zlib = corpus.unigram_bits_per_byte(text.train, text.validation), corpus.zlib_bits_per_byte(text.validation)
-    listeners: list[Listener] = []  # rank 0's only; but every rank takes part in computing what they hear
+    listeners: list[Listener] = []  # on rank 0 only; but every rank takes part in computing the records
     if folder is not None:
         listeners = [folder, Display(steps=config.steps, unigram=unigram, zlib=zlib, folder=folder.path)]
         if config.trackers:
-            tracking = Tracking(config, folder.path, watch.silences)
+            tracking = Tracking(config, folder.path, watch.seconds_since_heartbeat)
             before_end(tracking.fail)
             listeners.append(tracking)
 
@@ -127,7 +129,7 @@ def run(
     checkpoints = Checkpoints(config, path, sharded, schedule)
     divergence = so.DivergenceCheck(sharded.optimizer, model=sharded.model)
     preemption = Preemption()
-    with watch.patience():
+    with watch.no_time_limit():
         resumption = checkpoints.resume()
         for listener in listeners:
             listener.start(resumption)
@@ -177,33 +179,33 @@ def run(
             for listener in listeners:
                 listener.validation(validation)
             meter.resume()
-        with watch.patience():  # with who writes more slowly than others
+        with watch.no_time_limit():  # a rank may write more slowly than others
             checkpoints.after(step)
         stopped = preemption.after_step()
         if stopped is not None and step < config.steps:
             break
-        stopped = None  # too late
+        stopped = None  # all steps are done
     preemption.finish()
-    with watch.patience():
+    with watch.no_time_limit():
         saved = None if stopped is None else checkpoints.before_stopping(watch.step)
         checkpoints.finish()
     if stopped is not None:
-        with watch.patience():  # with trackers that send what they have not sent
+        with watch.no_time_limit():  # trackers send what they have queued
             for listener in listeners:
-                listener.stop(watch.step, f"asked to stop by {stopped}: saved in {saved}; resume=auto run={path.name} goes on from here")
-        is_elsewhere = info.launcher is TORCHRUN and info.world_size > info.local_world_size and not preemption.asked_here
+                listener.stop(watch.step, f"asked to stop by {stopped}: saved in {saved}; resume=auto run={path.name} resumes from it")
+        is_elsewhere = info.launcher is TORCHRUN and info.world_size > info.local_world_size and not preemption.received_here
         return STOPPED_ELSEWHERE if is_elsewhere else 0
 
     assert training is not None, "there is at least one step"
     assert validation is not None, "the last step is validated"
-    with watch.patience():
+    with watch.no_time_limit():
         for listener in listeners:
             listener.finish(summarize(FINISHED, training, validation))
     return 0
 
 
 def next_batch(config: Config, info: RankInfo, text: Corpus, step: int) -> Tensor:
-    """This rank's part of a step's batch."""
+    """Return this rank's rows of a step's batch."""
     return training_batch(
         text.train,
         seed=config.seed,
@@ -216,20 +218,20 @@ def next_batch(config: Config, info: RankInfo, text: Corpus, step: int) -> Tenso
 
 
 def mean_loss(model: nn.Module, sequences: Tensor) -> Tensor:
-    """Cross-entropy in nats per byte of int64 (batch, length + 1) sequences. A token is a byte, so in bits it is bits per byte."""
+    """Compute the cross-entropy, in nats per byte, of int64 (batch, length + 1) sequences. A token is a byte."""
     logits = model(sequences[:, :-1])
     return F.cross_entropy(logits.flatten(0, 1).float(), sequences[:, 1:].flatten())
 
 
 def describe_losses(loss: Tensor) -> str:
-    """On which ranks the loss of their own rows is not finite: a wrapper may have spread their gradients to all. A collective."""
+    """Name the ranks whose own rows have a loss that is not finite: a wrapper may have spread their gradients to all. A collective."""
     ranks = ranks_where(not math.isfinite(loss.item()), dist.group.WORLD)
     return f"The loss of its own rows is not finite on {named_ranks(ranks)}" if ranks else "The loss is finite on all ranks"
 
 
 @torch.no_grad()
 def validate(model: nn.Module, config: Config, info: RankInfo, text: Corpus, device: torch.device) -> float:
-    """Bits per byte of the whole validation set, the same on every rank. Each rank takes its rows of every batch."""
+    """Compute the bits per byte of the whole validation set, the same on every rank. Each rank takes its rows of every batch."""
     total = torch.zeros((), dtype=torch.float64, device=device)
     for index in range(config.validation_batches):
         sequences = validation_batch(
@@ -247,7 +249,7 @@ def validate(model: nn.Module, config: Config, info: RankInfo, text: Corpus, dev
 
 
 def describe_training(step: int, meter: Meter, optimizer: Any, *, has_metrics: bool) -> Training:
-    """What to say about the steps since the last time. Waits for the device, so not in every step. A collective.
+    """Make the record of the steps since the last one. Waits for the device, so it is not called in every step. A collective.
 
     Args:
         optimizer: of sharded_optim.
@@ -270,16 +272,16 @@ def describe_training(step: int, meter: Meter, optimizer: Any, *, has_metrics: b
 
 
 def largest_rms(metrics: dict[str, float]) -> tuple[str | None, float | None]:
-    """The tensor with the largest RMS, and that; NaN is larger than any. (None, None) where the optimizer has no RMS."""
-    found = {key.removeprefix("rms/"): value for key, value in metrics.items() if key.startswith("rms/")}
-    if not found:
+    """Return the name of the tensor with the largest RMS, and that RMS; NaN is the largest. (None, None) if the optimizer has no RMS."""
+    rms = {key.removeprefix("rms/"): value for key, value in metrics.items() if key.startswith("rms/")}
+    if not rms:
         return None, None
-    name = max(found, key=lambda key: math.inf if math.isnan(found[key]) else found[key])
-    return name, found[name]
+    name = max(rms, key=lambda key: math.inf if math.isnan(rms[key]) else rms[key])
+    return name, rms[name]
 
 
 class Meter:
-    """Mean loss and speed. The loss is added up where it is, so that no step waits for the device."""
+    """Mean loss and speed of training. The loss is added up on its device, so that no step waits for it."""
 
     def __init__(self, tokens_per_step: int, device: torch.device) -> None:
         self._tokens_per_step = tokens_per_step
@@ -293,7 +295,7 @@ class Meter:
         self._steps += 1
 
     def read(self) -> tuple[float, float]:
-        """(Bits per byte, mean over steps and ranks; tokens per second) since the last reading. A collective."""
+        """Return (bits per byte, mean over steps and ranks; tokens per second) since the last reading. A collective."""
         loss = self._loss.double()
         dist.all_reduce(loss)
         nats = loss.item() / (self._steps * dist.get_world_size())
@@ -313,7 +315,7 @@ class Meter:
         self._since = time.perf_counter()
 
     def overall_tokens_per_second(self) -> float:
-        """Of all that was read."""
+        """Return the tokens per second over all readings."""
         return self._all_steps * self._tokens_per_step / self._all_seconds
 
 

@@ -4,11 +4,11 @@
 #   PROCESSES=2 launch/jobs/deepspeed.sh                                     # configs/deepspeed.yaml
 #   HOSTFILE=hostfile HEAD_NODE=10.0.0.1 launch/jobs/deepspeed.sh runs_folder=/shared/runs
 #
-# What to change: HOSTFILE, with a line for each node, as `node1 slots=8`; HEAD_NODE, the first of them as the others reach it, and PORT,
-# open on it; without a hostfile PROCESSES, for which -1 is all devices; runs_folder, which must be on a file system that all nodes share,
-# as the repository and its environment; RUN, a folder in it to go on with, else a new run begins; CONFIG. Variables for other nodes stand
-# in the file .deepspeed_env, as NAME=value. This launcher does not start ranks again, and kills them when it is told to end. torchrun does
-# better with the same config:
+# What to change: HOSTFILE, with a line for each node, as `node1 slots=8`; HEAD_NODE, the first of them by a name or an address that the
+# others can reach, and PORT, open on it; without a hostfile PROCESSES, where -1 is all devices; runs_folder, which must be on a file system
+# that all nodes share, as the repository and its environment; RUN, a folder in it to resume, else a new run begins; CONFIG. Environment
+# variables for other nodes go into the file .deepspeed_env, as NAME=value. This launcher does not restart ranks, and kills them at SIGTERM.
+# torchrun does better with the same config:
 #   CONFIG=configs/deepspeed.yaml launch/jobs/single_node.sh, or multi_node.sh
 set -euo pipefail
 cd "$(dirname "$0")/../.."

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# mpirun of Open MPI or MPICH starts the ranks over ssh, which must need no password. The extra `mpi` brings mpi4py.
+# mpirun of Open MPI or MPICH starts the ranks over ssh, which must need no password. The extra `mpi` installs mpi4py.
 #
 #   launch/jobs/mpirun.sh                                                    # two processes here
 #   HOSTS=node1:8,node2:8 launch/jobs/mpirun.sh runs_folder=/shared/runs
 #
 # What to change: HOSTS, a name and a number of processes for each node, one for each device; runs_folder, which must be on a file system
-# that all nodes share, as the repository and its environment; RUN, a folder in it to go on with, else a new run begins; CONFIG. Open MPI
+# that all nodes share, as the repository and its environment; RUN, a folder in it to resume, else a new run begins; CONFIG. Open MPI
 # passes only the variables named with -x to other nodes, MPICH all. SIGUSR1 saves a checkpoint and ends the job; at SIGTERM Open MPI kills
 # ranks before they have saved.
 set -euo pipefail
@@ -18,8 +18,8 @@ for host in ${hosts//,/ }; do
     processes=$((processes + ${host##*:}))
 done
 
-# Nodes are filled in the order of HOSTS, so that the processes of a node have its devices 0, 1, 2 and so on. Nothing is bound to cores, for
-# Open MPI would put all threads of a process on one.
+# Nodes are filled in the order of HOSTS, so that the processes of a node have its devices 0, 1, 2 and so on. Processes are not bound to
+# cores: Open MPI would bind all threads of a process to one.
 if [[ "$(mpirun --version)" == *"Open MPI"* ]]; then
     options=(--host "$hosts" --map-by slot --bind-to none -x PATH)
 else

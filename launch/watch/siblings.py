@@ -1,6 +1,6 @@
-"""The other ranks that the same launcher has started on this machine, found in /proc and nowhere else.
+"""Processes of the other ranks that the same launcher has started on this machine, found in /proc and nowhere else.
 
-Only a process found here is ever signalled: what stands in the store can be written by anybody who reaches it.
+Only processes found here are ever signalled: any process that can reach the store can write to it.
 """
 
 from __future__ import annotations
@@ -12,32 +12,32 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["Sibling", "gone", "siblings"]
+__all__ = ["Sibling", "siblings", "wait_for_exit"]
 
 
 class Sibling(NamedTuple):
-    """A child of this process's launcher. `process` is a file descriptor of it, whatever becomes of its pid."""
+    """Another child of this process's launcher."""
 
     rank: int
     pid: int
-    process: int
+    process: int  # a file descriptor, which stands for this process even after its pid is used again
 
 
 def siblings(launcher: int | None, variable: str) -> list[Sibling]:
-    """The other processes of a launcher that have a rank in a variable of their environment. None are seen before Linux 5.3."""
+    """List the other processes of a launcher that have a rank in a variable of their environment. Finds none before Linux 5.3."""
     found = []
     for path in Path("/proc").glob("[0-9]*") if launcher is not None else []:
         with suppress(OSError, LookupError, ValueError, AttributeError):  # it has ended, or is another user's, or has no rank
             parent, rank = _parent_and_rank(path, variable)
             if parent == launcher and path.name != str(os.getpid()):
                 process = os.pidfd_open(int(path.name))
-                if _parent_and_rank(path, variable) == (parent, rank):  # also now, when no other can take its place
+                if _parent_and_rank(path, variable) == (parent, rank):  # again, now that the pid cannot be that of another process
                     found.append(Sibling(rank, int(path.name), process))
     return found
 
 
-def gone(others: Iterable[Sibling], seconds: float) -> list[Sibling]:
-    """Wait for the first of them to end, which a launcher may not have noticed."""
+def wait_for_exit(others: Iterable[Sibling], seconds: float) -> list[Sibling]:
+    """Wait up to so many seconds for a process to end, and return all that have. Their launcher may not have noticed yet."""
     by_process = {sibling.process: sibling for sibling in others}
     poll = select.poll()
     for process in by_process:

@@ -1,4 +1,4 @@
-"""Saving in the background: what is to be written is copied once, to a buffer that is reused, and a thread writes it.
+"""Saving in the background: the tensors are copied once, to a buffer that is reused, and a thread writes them.
 
 Owns the save in flight, for which the next save or load waits, and the buffer. Used by `so.checkpoint.async_save`, `save` and `load`.
 """
@@ -40,7 +40,7 @@ class Saving:
             self._run(save)
 
     def done(self) -> bool:
-        """Whether it has ended, successfully or not."""
+        """Return whether the save has ended, successfully or not."""
         return not self._thread.is_alive()
 
     def wait(self) -> None:
@@ -75,7 +75,7 @@ _buffer = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 def start(save: PendingSave) -> Saving:
-    """Copy what is to be written, and start writing. Call `wait_for_save_in_flight` before."""
+    """Copy the tensors of a save, and start writing them. To be called after `wait_for_save_in_flight`."""
     global _in_flight
     _in_flight = Saving(save)
     return _in_flight
@@ -106,7 +106,7 @@ def _stage(save: PendingSave) -> list[Tensor]:
 
 
 def _buffer_of(size: int, *, pinned: bool) -> Tensor:
-    """Exactly `size` bytes of the buffer, which grows if need be."""
+    """Return exactly `size` bytes of the buffer, which grows if it is smaller."""
     global _buffer
     if _buffer.numel() < size or _buffer.is_pinned() != pinned:
         _buffer = torch.empty(0, dtype=torch.uint8, device="cpu")  # frees the old one before the new one is allocated

@@ -24,7 +24,7 @@ ERRORS: tuple[type[CheckpointError], ...] = (CheckpointError, MismatchError, Unr
 
 
 def rank_and_world_size(process_group: dist.ProcessGroup | None) -> tuple[int, int]:
-    """This process in a group; None: a group of this process alone."""
+    """Return this process's rank in a group, and the group's size; None: a group of this process alone."""
     return (0, 1) if process_group is None else (dist.get_rank(process_group), dist.get_world_size(process_group))
 
 
@@ -72,7 +72,7 @@ def all_or_nothing(
 
 
 def _joined_error(what: str, failures: Sequence[tuple[int, str, Sequence[str]] | None]) -> CheckpointError:
-    """One error for the failures of all ranks; None: the rank has not failed."""
+    """Make one error of the failures of all ranks, by rank; None: the rank has not failed."""
     failed = [failure for failure in failures if failure is not None]
     kind = ERRORS[max(severity for severity, _, _ in failed)]
     message = f"{what} failed: {join_messages([failure and failure[1] for failure in failures])}"

@@ -1,4 +1,4 @@
-"""The commit protocol on rank 0: create a draft, and turn it into a checkpoint when all ranks have written their shards.
+"""The commit protocol on rank 0: create a draft, and publish it as a checkpoint when all ranks have written their shards.
 
 A published folder has a complete manifest and marker, or does not exist. Used by `saving.py`.
 """
@@ -25,14 +25,14 @@ logger = logging.getLogger(__name__)
 
 Written = tuple[WrittenShard, Sequence[Extents]]
 
-_cleaned: set[str] = set()  # roots from which this process has removed the drafts of processes that died
+_cleaned: set[str] = set()  # roots from which this process has removed the drafts of processes that ended
 
 
 def create_draft(store: Store, step: int) -> str:
-    """Create a draft for a step, and return its folder. The first time, remove the drafts of processes that died."""
+    """Create a draft for a step, and return its folder. The first time, remove drafts that earlier processes have left."""
     if store.root not in _cleaned:
         for folder in filter(store.is_draft, store.folders()):
-            logger.info("removing %s/%s, left by a process that died", store.root, folder)
+            logger.info("removing %s/%s, the draft of a save that was not completed", store.root, folder)
             store.remove(folder)
         _cleaned.add(store.root)
     return store.begin(folder_of(step), secrets.token_hex(4))

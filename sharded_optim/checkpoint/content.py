@@ -1,4 +1,4 @@
-"""`Content`, what one rank saves, and how the ranks' contents become one manifest.
+"""`Content`, one rank's part of a checkpoint, and the manifest that the ranks' contents are joined to.
 
 `Content.of` collects it from live objects, `imports/` from the files of other libraries; `saving.py` saves it.
 """
@@ -23,14 +23,14 @@ __all__ = ["Content", "manifest_of"]
 
 @dataclass(frozen=True, kw_only=True)
 class Content:
-    """What a rank saves.
+    """One rank's part of a checkpoint.
 
     Attributes:
-        tensors: the elements that it holds.
-        parameters: the rest of an optimizer's state; None: there is no optimizer.
+        tensors: the elements that the rank holds.
+        parameters: an optimizer's step counters, param groups and hyperparameters; None: there is no optimizer.
         wrapper_state: state that only the same wrapper restores, by the wrapper's name.
-        extra: the user's; None if the rank passes none.
-        aliases: further names of the model's tensors, each with the one that they are saved under.
+        extra: the user's values; None if the rank passes none.
+        aliases: further names of the model's tensors, each with the name that they are saved under.
         order: names of parameters in an order that the ranks have in common; others follow them.
     """
 
@@ -43,7 +43,7 @@ class Content:
 
     @classmethod
     def of(cls, model: Any, optimizer: Any, extra: Any) -> Content:
-        """Collect it from a model and an optimizer.
+        """Collect the content of a model and an optimizer.
 
         Raises:
             ValueError, TypeError: they cannot be saved.
@@ -61,7 +61,7 @@ class Content:
 
 
 def _state_tensors(state: LiveOptimizer, model: Sequence[LocalTensor]) -> list[LocalTensor]:
-    """An optimizer's tensors, without masters that have the dtype of the model's own parameters and so the same values."""
+    """Return an optimizer's tensors, without masters that have the dtype of the model's own parameters and so the same values."""
     dtypes = {tensor.segment.name: tensor.local.dtype for tensor in model}
     return [tensor for tensor in state.tensors() if tensor.kind != MASTER or dtypes.get(tensor.segment.name) != tensor.local.dtype]
 
@@ -92,9 +92,10 @@ def manifest_of(step: int, contents: Sequence[Content]) -> Manifest:
 
 
 def _join_parameters(parameters: Sequence[Parameters | None], order: Sequence[str]) -> Parameters | None:
-    """Join what ranks know, each about its own parameters.
+    """Join the step counters and groups of all ranks, each of its own parameters.
 
     Args:
+        parameters: by rank.
         order: of the names in the result.
     """
     known = [own for own in parameters if own is not None]
@@ -136,12 +137,12 @@ def _join(table: dict[str, Any], own: Mapping[str, Any], what: str, rank: int) -
 
 
 def _same(values: Sequence[Any], what: str) -> Any:
-    """The value of all ranks that have one, which must not differ."""
+    """Return the value of the ranks that have one; raise CheckpointError if they differ."""
     given = [(rank, value) for rank, value in enumerate(values) if value is not None]
     for rank, value in given[1:]:
         if repr(value) != repr(given[0][1]):
             raise CheckpointError(
-                f"{what} is not the same on ranks {given[0][0]} and {rank}; a checkpoint holds one for all ranks: gather what belongs to "
-                f"single ranks, for example {{rank: value}}, or give it on one rank alone"
+                f"{what} is not the same on ranks {given[0][0]} and {rank}; a checkpoint holds one for all ranks: gather values of single "
+                f"ranks, for example as {{rank: value}}, or give them on one rank alone"
             )
     return given[0][1] if given else None

@@ -29,7 +29,7 @@ def name_of(dtype: torch.dtype, what: str) -> str:
     """Name a dtype as safetensors does.
 
     Raises:
-        ValueError: safetensors has no such dtype; the message names `what` has it.
+        ValueError: safetensors has no such dtype; the message names `what`, the tensor.
     """
     if dtype not in NAMES:
         raise ValueError(f"{what} is of {dtype}, which checkpoints do not hold; they hold {', '.join(map(str, NAMES))}")

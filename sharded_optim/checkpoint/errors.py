@@ -32,5 +32,5 @@ class NoCheckpointError(CheckpointError):
 
 
 def shorten(problems: Sequence[str], limit: int) -> str:
-    """List problems in an error message, a line for each up to a limit."""
+    """Format problems for an error message, a line for each up to a limit."""
     return "\n  ".join([*problems[:limit], *([f"and {len(problems) - limit} more"] if len(problems) > limit else [])])

@@ -120,7 +120,7 @@ def export_torch(root: AnyPath, destination: AnyPath, *, step: int | None = None
 
 
 def _open(root: AnyPath, step: int | None) -> CheckpointReader:
-    """Open and verify a checkpoint; None: the highest that is committed."""
+    """Open and verify the checkpoint of a step; None: the highest that is committed."""
     store = open_store(root)
     reader = CheckpointReader(store, existing_step(store, step))
     verify_all(reader)
@@ -136,7 +136,7 @@ def _tensor(reader: CheckpointReader, entry: TensorEntry) -> Tensor:
 
 
 def _model(manifest: Manifest, masters: bool) -> Model:
-    """The model's tensors by all of their names; with `masters`, the float32 values of those that were rounded."""
+    """Return the model's tensors by all of their names; with `masters`, the float32 values of those that were rounded."""
     entries = {entry.name: entry for entry in manifest.tensors.values() if entry.kind == MODEL}
     if masters:
         entries = {name: manifest.tensors.get(key_of(MASTER, name), entry) for name, entry in entries.items()}
@@ -144,7 +144,7 @@ def _model(manifest: Manifest, masters: bool) -> Model:
 
 
 def _optimizer(reader: CheckpointReader, parameters: Parameters) -> dict[str, Any]:
-    """A state dict like torch.optim's, which numbers parameters group by group."""
+    """Build a state dict like torch.optim's, with parameters numbered group by group."""
     names_by_group = parameters.names_by_group()
     numbers = {name: number for number, name in enumerate(name for names in names_by_group for name in names)}
     groups = [
@@ -164,7 +164,7 @@ def _optimizer(reader: CheckpointReader, parameters: Parameters) -> dict[str, An
 
 
 def _split(model: Model) -> dict[str, list[str]]:
-    """The names of tensors by file."""
+    """Distribute a model's tensors over files of at most FILE_BYTES: the names of tensors by file."""
     files: list[list[str]] = [[]]
     size = 0
     for name, entry in model.items():
@@ -208,7 +208,7 @@ def _draft_of(destination: Path) -> Iterator[Path]:
 
 
 def _sync(path: Path) -> None:
-    """Return when a file or a folder is on the disk."""
+    """Wait until a file or a folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""What this process knows about the integrity of checkpoints, from having read them.
+"""A record of the integrity of checkpoints that this process has read.
 
 Pruning relies on it: before old checkpoints are removed, one of those that stay must have been verified, every byte of it, and not written
 to since. Having written a checkpoint is not enough. Loading and verification record the integrity; `pruning.py` and `replacing.py` read it.
@@ -43,7 +43,7 @@ _known: dict[tuple[str, int], tuple[bytes, Integrity]] = {}
 
 
 def known_integrity(store: Store, step: int) -> Integrity | None:
-    """The recorded integrity of a checkpoint; None if its files were written to since, as far as the store notices.
+    """Return the recorded integrity of a checkpoint; None if none is recorded, or its files were written to since, as the store notices.
 
     Raises:
         DamagedError, UnreadableError: see `list_files`.
@@ -54,6 +54,7 @@ def known_integrity(store: Store, step: int) -> Integrity | None:
 
 
 def record(reader: CheckpointReader, integrity: Integrity) -> None:
+    """Record the integrity of a checkpoint, unless the store cannot notice when its files are written to."""
     if reader.version is not None:
         _known[reader.root, reader.step] = reader.version, integrity
 
@@ -78,7 +79,7 @@ def recording_integrity(reader: CheckpointReader) -> Iterator[None]:
 
 
 def verify_all(reader: CheckpointReader) -> None:
-    """Read all of a checkpoint in this process. Raises DamagedError if it is not what was saved."""
+    """Read all of a checkpoint in this process. Raises DamagedError if it differs from the saved bytes."""
     reader.check_files()
     with recording_integrity(reader):
         reader.verify((), 0, 1)
@@ -109,7 +110,7 @@ def verify_together(store: Store, step: int, process_group: dist.ProcessGroup | 
 
 @contextmanager
 def skipping_damaged() -> Iterator[None]:
-    """Leave the block if a checkpoint is damaged or of a later version, with a warning, or was removed meanwhile."""
+    """Suppress the error of a checkpoint that is damaged or of a later version, with a warning, or that was removed meanwhile."""
     try:
         yield
     except (DamagedError, MismatchError) as error:

@@ -36,7 +36,7 @@ MAX_SHOWN = 50  # problems in an error message
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """How strict loading is; see `checkpoint.load`.
+    """Options of loading; see `checkpoint.load`.
 
     Attributes:
         strict: whether everything must match.
@@ -53,12 +53,12 @@ class LoadOptions:
             raise ValueError(f"hyperparameters must be 'checkpoint' or 'live', got {self.hyperparameters!r}")
 
     def allow(self, name: str) -> bool:
-        """Whether a problem with a name is not an error."""
+        """Return whether a mismatch of the tensor with this name is a warning instead of an error."""
         return not self.strict and any(fnmatch.fnmatchcase(name, pattern) for pattern in self.lenient)
 
 
 class _Summary(TypedDict):
-    """What a rank shares when it has opened a checkpoint."""
+    """The values that a rank shares with the others when it has opened a checkpoint."""
 
     digest: str  # of the manifest
     saved_groups: list[set[int]]  # see `LiveOptimizer.saved_groups`
@@ -68,7 +68,7 @@ class _Summary(TypedDict):
 
 @dataclass(frozen=True, kw_only=True)
 class _Opened:
-    """A checkpoint, and what this rank loads it into."""
+    """An open checkpoint, with this rank's model and optimizer, into which it is loaded."""
 
     reader: CheckpointReader
     model: LiveModel
@@ -150,7 +150,7 @@ def load_step(store: Store, step: int, model: Any, optimizer: Any, options: Load
         share=lambda result: (mask_of(reader.manifest.tensors, result[0].used), result[0].problems),
     )
     used = keys_in(reader.manifest.tensors, [mask for mask, _ in results])
-    problems = dict.fromkeys(problem for _, found in results for problem in found)
+    problems = dict.fromkeys(problem for _, of_rank in results for problem in of_rank)
     problems |= dict.fromkeys(_unused(opened, summaries, used, with_model=model is not None))
     _report(reader.where, list(problems), options)
 
@@ -190,7 +190,7 @@ def _match(opened: _Opened, summaries: Sequence[_Summary]) -> tuple[Match, State
 
 
 def _unused(opened: _Opened, summaries: Sequence[_Summary], used: set[str], *, with_model: bool) -> list[Problem]:
-    """What the checkpoint has and no rank loads."""
+    """List tensors and parameters of the checkpoint that no rank loads."""
     manifest, optimizer = opened.reader.manifest, opened.optimizer
     ignored = frozenset() if optimizer is None else optimizer.ignored_kinds()
     problems = list(unused_tensors(manifest, used, with_model=with_model, with_optimizer=optimizer is not None, ignored=ignored))
@@ -201,7 +201,7 @@ def _unused(opened: _Opened, summaries: Sequence[_Summary], used: set[str], *, w
 
 
 def _report(where: str, problems: Sequence[Problem], options: LoadOptions) -> None:
-    """Raise MismatchError for what does not match, or warn if the options allow it."""
+    """Raise MismatchError for mismatches, or warn if the options allow them."""
     errors = [text for name, text in problems if not options.allow(name)]
     if errors:
         raise MismatchError(f"{where} does not fit, and nothing was changed:\n  {shorten(errors, MAX_SHOWN)}")

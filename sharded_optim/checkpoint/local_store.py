@@ -1,4 +1,4 @@
-"""`LocalStore`: checkpoints in a folder of a local or network file system. What is published survives a power cut."""
+"""`LocalStore`: checkpoints in a folder of a local or network file system. Published checkpoints survive a power cut."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class LocalStore:
         self.root = os.path.abspath(root)  # the working directory may change during a save in the background
 
     def folders(self) -> list[str]:
-        """As `Store.folders`, with files and broken links that have the name of a step: a checkpoint may not go missing silently."""
+        """As `Store.folders`, with files and broken links that have the name of a step, so that they are reported as damaged."""
         try:
             with os.scandir(self.root) as entries:
                 return [entry.name for entry in entries if entry.name.startswith("step-") or _is_folder(entry)]
@@ -148,7 +148,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _make_folders(path: str) -> None:
-    """As os.makedirs, and return when the folders are on the disk."""
+    """Create folders as os.makedirs does, and wait until they are on the disk."""
     path = os.path.abspath(path)
     if os.path.isdir(path):
         return

@@ -1,4 +1,4 @@
-"""`LocalTensor`, the one description of what a process holds of a tensor.
+"""`LocalTensor`, the description of the elements of a tensor that a process holds.
 
 The modules in `live/` and `imports/` produce them; saving reads their elements, and loading writes to them.
 """
@@ -28,9 +28,9 @@ class LocalTensor:
 
     Attributes:
         kind: MODEL, MASTER or an entry of the optimizer's state.
-        segment: which elements, and of which parameter or buffer.
+        segment: the name of the parameter or buffer, and the positions of the elements in it.
         local: these elements in order, in any shape. Loading writes here.
-        is_buffer: whether replicas may have different values, of which the first rank's is saved, as for running means.
+        is_buffer: whether replicas may have different values, as running means do; the first rank's are saved.
     """
 
     kind: str
@@ -43,7 +43,7 @@ class LocalTensor:
         return key_of(self.kind, self.segment.name)
 
     def flat(self) -> Tensor:
-        """The elements: 1-D, contiguous; a view where the memory layout allows it."""
+        """Return the elements: 1-D, contiguous; a view if the memory layout allows it."""
         return self.local.detach().reshape(-1).contiguous()
 
     @property
@@ -52,7 +52,7 @@ class LocalTensor:
 
 
 def bytes_of(flat: Tensor) -> memoryview:
-    """The memory of a 1-D contiguous tensor on the CPU."""
+    """Return the memory of a 1-D contiguous tensor on the CPU."""
     return flat.view(torch.uint8).numpy().data
 
 
@@ -65,6 +65,6 @@ def checksum(flat: Tensor) -> int:
 
 
 def tensor_of(content: memoryview, dtype: torch.dtype) -> Tensor:
-    """Bytes as a 1-D tensor; a view of them where they are aligned."""
+    """Return bytes as a 1-D tensor; a view of them if they are aligned."""
     flat = torch.frombuffer(content, dtype=torch.uint8)
     return (flat if flat.data_ptr() % dtype.itemsize == 0 else flat.clone()).view(dtype)

@@ -52,7 +52,7 @@ def sha256(content: bytes | memoryview) -> str:
 
 
 def key_of(kind: str, name: str) -> str:
-    """The key of a tensor in a checkpoint: its kind (MODEL, or an entry of the optimizer's state) and its parameter or buffer."""
+    """Return the key of a tensor in a checkpoint: its kind (MODEL, or an entry of the optimizer's state) and its parameter or buffer."""
     return f"{kind}/{name}"
 
 
@@ -103,13 +103,13 @@ class TensorEntry:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Size in bytes."""
         return Segment.whole(self.name, self.shape).numel * self.dtype.itemsize
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """What a checkpoint holds about the parameters of an optimizer besides tensors.
+    """Hyperparameters, param groups and step counters of an optimizer: everything in a checkpoint about it besides tensors.
 
     Attributes:
         optimizer: the class's name.
@@ -138,7 +138,7 @@ class Parameters:
                 declared[name].check(group[name], f"param_groups[{index}]", scheduled=True)
 
     def names_by_group(self) -> list[list[str]]:
-        """The names of the parameters of each param group."""
+        """List the names of the parameters of each param group."""
         names: list[list[str]] = [[] for _ in self.groups]
         for name, index in self.group_of.items():
             names[index].append(name)
@@ -147,7 +147,7 @@ class Parameters:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """A checkpoint."""
+    """The content of a checkpoint, without the bytes of its tensors."""
 
     step: int
     world_size: int

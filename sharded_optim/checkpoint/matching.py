@@ -1,4 +1,4 @@
-"""Compare a checkpoint with live local tensors: which stored tensor each is loaded from, and what does not match.
+"""Match live local tensors with the stored tensors that they are loaded from, and report mismatches.
 
 Reads manifests only. Used by `loading.py`.
 """
@@ -18,17 +18,17 @@ from sharded_optim.storage.formats import extra_arrays, format_beside
 
 __all__ = ["Match", "Problem", "keys_in", "mask_of", "match", "missing_parameters", "unused_tensors"]
 
-Problem = tuple[str, str]  # the name of the tensor, or "", and what is wrong
+Problem = tuple[str, str]  # the name of the tensor, or "", and the message
 
 
 @dataclass
 class Match:
-    """What this rank loads from a checkpoint.
+    """The result of matching a checkpoint with this rank's tensors.
 
     Attributes:
-        requests: what to load.
+        requests: the tensors to load.
         used: keys of the stored tensors that belong to live ones.
-        problems: what does not match.
+        problems: mismatches.
     """
 
     requests: list[LoadRequest] = field(default_factory=list)
@@ -43,7 +43,7 @@ def match(
 
     Args:
         tensors: of the model.
-        masters: of the model where it is loaded without its optimizer: they take its values, whatever the dtype.
+        masters: of a model that is loaded without its optimizer: they get the model's values, of any dtype.
         state: the optimizer's tensors.
         rounded: names of the live parameters that are rounded copies of masters, on any rank.
     """
@@ -70,7 +70,7 @@ def match(
 
 
 def _source(manifest: Manifest, tensor: LocalTensor) -> TensorEntry | None:
-    """The stored tensor to load from: masters for float32 parameters that were rounded, and parameters for masters that were not saved."""
+    """Return the stored tensor to load from: a master for a float32 parameter that was rounded, a parameter for an unsaved master."""
     name = tensor.segment.name
     own = manifest.tensors.get(tensor.key)
     if tensor.kind == MASTER:
@@ -81,7 +81,7 @@ def _source(manifest: Manifest, tensor: LocalTensor) -> TensorEntry | None:
 
 
 def _shape_problem(tensor: LocalTensor, entry: TensorEntry) -> str | None:
-    """Why elements of a stored tensor cannot be copied to a local one."""
+    """Return the reason why elements of a stored tensor cannot be copied to a local one; None if they can."""
     if entry.shape != tensor.segment.shape:
         return f"{tensor.key!r} has shape {tensor.segment.shape}, in the checkpoint {entry.shape}"
     local = tensor.local
@@ -93,16 +93,16 @@ def _shape_problem(tensor: LocalTensor, entry: TensorEntry) -> str | None:
 
 
 def _dtypes_match(tensor: LocalTensor, entry: TensorEntry, rounded: set[str]) -> bool:
-    """Equal dtypes, a float32 tensor for a parameter that is rounded from masters, or a low-precision tensor for masters."""
+    """Return whether dtypes match: equal, a float32 tensor for a parameter that is rounded from masters, or low precision for masters."""
     live, saved = tensor.local.dtype, entry.dtype
     rounds = tensor.kind == MODEL and tensor.segment.name in rounded and live in LOW_PRECISION and saved == torch.float32
     return live == saved or rounds or (tensor.kind == MASTER and saved in LOW_PRECISION)
 
 
 def _beside(manifest: Manifest, tensor: LocalTensor, entry: TensorEntry, rounded: set[str]) -> list[TensorEntry]:
-    """The arrays, such as Kahan compensations, that hold a saved parameter's value together with it.
+    """List the arrays, such as Kahan compensations, that hold a saved parameter's value together with it.
 
-    Masters and their rounded copies are loaded from all of them, to begin with the value that the step computed.
+    Masters and their rounded copies are loaded from all of them, so that they have the value that the step computed.
     """
     name = tensor.segment.name
     has_masters = tensor.kind == MASTER or (tensor.kind == MODEL and name in rounded)
@@ -113,16 +113,16 @@ def _beside(manifest: Manifest, tensor: LocalTensor, entry: TensorEntry, rounded
     return [arrays[array.name] for array in format_beside(entry.dtype, arrays).extra]
 
 
-# ------------------------------------------------------------------------------------------------------- what no rank has a use for
+# -------------------------------------------------------------------------------------------------------------- unused by any rank
 
 
 def mask_of(keys: Iterable[str], some: Collection[str]) -> int:
-    """Some of the keys of a manifest as a number with a bit for each, which is small to send from many ranks."""
+    """Encode some of the keys of a manifest as a number with a bit for each, which is small to send from many ranks."""
     return sum(1 << number for number, key in enumerate(keys) if key in some)
 
 
 def keys_in(keys: Iterable[str], masks: Iterable[int]) -> set[str]:
-    """The keys that are in any of several masks."""
+    """Return the keys that are in any of several masks; see `mask_of`."""
     union = 0
     for mask in masks:
         union |= mask
@@ -130,7 +130,7 @@ def keys_in(keys: Iterable[str], masks: Iterable[int]) -> set[str]:
 
 
 def missing_parameters(manifest: Manifest, parameters: Parameters, known: set[str]) -> Iterator[Problem]:
-    """Parameters of a checkpoint's optimizer that no rank's optimizer has."""
+    """Report parameters of a checkpoint's optimizer that no rank's optimizer has."""
     empty = {entry.name for entry in manifest.tensors.values() if entry.kind == MODEL and not entry.size}
     for name in sorted(parameters.group_of.keys() - known - empty):
         yield name, f"parameter {name!r} of the checkpoint's optimizer is in no param group"
@@ -139,7 +139,7 @@ def missing_parameters(manifest: Manifest, parameters: Parameters, known: set[st
 def unused_tensors(
     manifest: Manifest, used: set[str], *, with_model: bool, with_optimizer: bool, ignored: AbstractSet[str]
 ) -> Iterator[Problem]:
-    """Stored tensors that no rank loads, of the model and the optimizer if these are loaded.
+    """Report stored tensors that no rank loads, of the model and the optimizer if these are loaded.
 
     Args:
         ignored: kinds of state that the live optimizer does not need.

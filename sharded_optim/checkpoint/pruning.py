@@ -87,7 +87,7 @@ def prune_together(store: Store, keep: int, new_step: int, process_group: dist.P
 
 
 def _removable(store: Store, keep: int, *, damaged: Collection[int] = (), spare: int | None = None) -> tuple[list[int], int | None]:
-    """The steps that are older than the newest `keep`, and the one of those that must be verified before any is removed. Reads no shard.
+    """Choose the checkpoints to remove, and one of those that stay that must be verified before. Reads no shard.
 
     Args:
         damaged: steps that are not counted.
@@ -106,7 +106,7 @@ def _removable(store: Store, keep: int, *, damaged: Collection[int] = (), spare:
 
 
 def _newest_first(store: Store) -> Iterator[tuple[int, Integrity]]:
-    """The checkpoints that are not known to be damaged, without reading a shard. Each manifest is read once per process."""
+    """List the checkpoints that are not known to be damaged, without reading a shard. Each manifest is read once per process."""
     for step in reversed(candidates(store)):
         with skipping_damaged():
             integrity = known_integrity(store, step)

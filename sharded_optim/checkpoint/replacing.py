@@ -1,6 +1,6 @@
 """A save of a step that exists already: refused if the checkpoint is intact, otherwise the step's folder is cleared.
 
-Training that fell back to an older checkpoint comes to the damaged step again, and must be able to go on. Used by `saving.py`.
+Training that fell back to an older checkpoint reaches the damaged step again, and must be able to save it. Used by `saving.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["clear_step", "step_exists"]
 
 
 def step_exists(store: Store, step: int) -> bool:
-    """Whether a step has a folder; on an object store, where drafts have the same name, whether it has the marker."""
+    """Return whether a step has a folder; on an object store, where drafts have the same name, whether it has the marker."""
     folder = folder_of(step)
     return folder in store.folders() and (store.renames or COMMITTED in store.files(folder))
 

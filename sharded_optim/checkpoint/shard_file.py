@@ -1,4 +1,4 @@
-"""Write a shard file: safetensors, which other tools open. Chunks are hashed in memory while they are written.
+"""Write a shard file in the safetensors format, which other tools open. Chunks are hashed in memory while they are written.
 
 Each chunk is a tensor of the file, named by its key and a number: shaped like the whole tensor if it is all of it, else 1-D.
 Format: https://huggingface.co/docs/safetensors, 8 bytes with the size of a JSON header, the header, the data without gaps.
@@ -32,7 +32,7 @@ MAX_QUEUED = 2  # chunks that wait to be hashed
 
 @dataclass(frozen=True, kw_only=True)
 class WrittenShard:
-    """The hashes of what a rank wrote, computed from memory."""
+    """The hashes of a written shard file, computed from memory."""
 
     header_size: int
     header_sha256: str
@@ -42,7 +42,7 @@ class WrittenShard:
 def write_shard(
     store: Store, folder: str, name: str, chunks: Sequence[PlannedChunk], content: Callable[[PlannedChunk], Tensor]
 ) -> WrittenShard:
-    """Write a file and return when it is on the disk.
+    """Write a shard file and wait until it is on the disk.
 
     Args:
         content: returns the elements of a chunk: 1-D, contiguous, on any device.
@@ -86,7 +86,7 @@ class _Hasher:
         self._queue.put(flat)
 
     def digests(self) -> tuple[str, ...]:
-        """The SHA-256 of all chunks, after the block. Raises the error of any."""
+        """Return the SHA-256 of all chunks, after the block. Raises the error of any."""
         if self._failure is not None:
             raise self._failure
         return tuple(self._digests)
@@ -110,7 +110,7 @@ def _header(chunks: Sequence[PlannedChunk]) -> bytes:
 
 
 def header_entries(chunks: Iterable[tuple[str, torch.dtype, Segment]]) -> dict[str, Any]:
-    """The entries of a header for chunks in their order, each given by its key, dtype and elements."""
+    """Build the entries of a header for chunks in their order, each given by its key, dtype and segment."""
     content: dict[str, Any] = {}
     begin = 0
     numbers: dict[str, int] = {}

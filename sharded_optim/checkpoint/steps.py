@@ -21,7 +21,7 @@ def steps(root: Root) -> list[int]:
 
 
 def _committed(store: Store) -> list[int]:
-    """The committed steps, ascending, and those whose folders cannot be listed."""
+    """List the committed steps, ascending, and those whose folders cannot be listed."""
     return [step for step in steps_in(store.folders()) if _is_committed(store, step)]
 
 
@@ -33,7 +33,7 @@ def _is_committed(store: Store, step: int) -> bool:
 
 
 def candidates(store: Store) -> list[int]:
-    """The committed steps, ascending, and those that have lost their marker, as far as that can be known."""
+    """List the committed steps, ascending, and those that have lost their marker, as far as that can be known."""
     return steps_in(store.folders()) if store.renames else _committed(store)
 
 
@@ -59,14 +59,14 @@ def describe(root: Root, step: int | None = None) -> Manifest:
 
     Raises:
         CheckpointError: there is none.
-        DamagedError: its manifest is not the one that was saved.
+        DamagedError: its manifest differs from the saved one.
     """
     store = open_store(root)
     return CheckpointReader(store, existing_step(store, step)).manifest
 
 
 def verify(root: Root, step: int | None = None) -> int:
-    """Read all of a checkpoint and compare it with what was saved, byte for byte, by SHA-256.
+    """Read all of a checkpoint and compare every byte with the saved one, by SHA-256.
 
     Args:
         step: None: the highest that is committed.
@@ -76,7 +76,7 @@ def verify(root: Root, step: int | None = None) -> int:
 
     Raises:
         CheckpointError: there is none.
-        DamagedError: it is not what was saved; `problems` names each file and tensor.
+        DamagedError: it differs from the saved bytes; `problems` names each file and tensor.
     """
     store = open_store(root)
     step = existing_step(store, step)

@@ -28,10 +28,10 @@ class Writer(Protocol):
     def write(self, content: memoryview) -> None: ...
 
     def close(self) -> None:
-        """Return when it is on the disk."""
+        """Wait until the file is on the disk, and close it."""
 
     def abandon(self) -> None:
-        """Close an incomplete file, which the caller is going to remove."""
+        """Close an incomplete file, which the caller then removes."""
 
 
 class Store(Protocol):
@@ -77,7 +77,7 @@ class Store(Protocol):
         ...
 
     def is_draft(self, folder: str) -> bool:
-        """Whether a folder is a draft, or the rest of one that was being removed, of any process, running or not."""
+        """Return whether a folder is a draft, or the rest of one that was being removed, of any process, running or not."""
         ...
 
     def create(self, folder: str, file: str) -> Writer:
@@ -85,7 +85,7 @@ class Store(Protocol):
         ...
 
     def publish(self, draft: str, folder: str) -> None:
-        """Turn a complete draft into the folder; return when that is on the disk. An existing folder is not replaced."""
+        """Publish a complete draft as the folder, and wait until that is on the disk. An existing folder is not replaced."""
 
     def set_aside(self, folder: str) -> str:
         """Rename a folder so that it is no step's, and return its new name.
@@ -129,6 +129,6 @@ def shard_name(rank: int, world_size: int) -> str:
 
 
 def steps_in(folders: Iterable[str]) -> list[int]:
-    """The steps whose folders are among these, ascending."""
+    """List the steps whose folders are among these, ascending."""
     steps = ((int(match[1]), match[0]) for match in map(STEP_FOLDER.fullmatch, folders) if match)
     return sorted(step for step, folder in steps if folder == folder_of(step))

@@ -52,7 +52,7 @@ class UrlStore:
         return len(content)
 
     def begin(self, folder: str, nonce: str) -> str:
-        self.remove(folder)  # left by a process that died; the caller has checked that it is not committed
+        self.remove(folder)  # the rest of an earlier save; the caller has checked that it is not committed
         self._files.makedirs(self._path(folder), exist_ok=True)
         return folder
 

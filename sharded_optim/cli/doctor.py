@@ -20,12 +20,12 @@ __all__ = ["doctor"]
 
 COLUMNS = 100
 LINES = 45  # of a screen
-WIDEST_VALUE = 57  # characters; what is cut off stands in full below the table, and in the JSON
+WIDEST_VALUE = 57  # characters; longer values are in full below the table, and in the JSON
 SECTIONS = ("environment", "backends", "storage", "ranks")
 
 
 def doctor(
-    folder: Annotated[str, typer.Option(help="of checkpoints; what is written there is removed")] = ".",
+    folder: Annotated[str, typer.Option(help="of checkpoints; test files there are removed afterwards")] = ".",
     quick: Annotated[bool, typer.Option("--quick", help="neither measure the write speed nor collect torch's report")] = False,
     timeout: Annotated[float, typer.Option(help="seconds to wait for another rank")] = TIMEOUT,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON, in bytes and seconds")] = False,
@@ -89,13 +89,14 @@ def _print(report: Report) -> None:
     world_size = report.world_size or len(report.ranks)
     of_ranks = "" if world_size == 1 else f", rank 0 of {world_size}"
     print(f"{first.host}{of_ranks}\n")
-    grid = table("part", "what", "status", "found")
+    grid = table("part", "check", "status", "result")
     section = ""
     shown = (*first.findings, *report.together)
-    for each in sorted(shown, key=lambda finding: SECTIONS.index(finding.section)):
-        heading, section = each.section if each.section != section else "", each.section
-        style = None if each.status in ("ok", "absent") else "bold"
-        grid.add_row(heading, plain(each.name), "-" if each.status == "absent" else each.status, plain(_short(_value(each))), style=style)
+    for finding in sorted(shown, key=lambda finding: SECTIONS.index(finding.section)):
+        heading, section = finding.section if finding.section != section else "", finding.section
+        style = None if finding.status in ("ok", "absent") else "bold"
+        status = "-" if finding.status == "absent" else finding.status
+        grid.add_row(heading, plain(finding.name), status, plain(_short(_value(finding))), style=style)
     print_table(grid)
     notes = _notes(report)
     room = LINES - len(shown) - 7  # for the host, headings, blank lines and the verdict
@@ -116,10 +117,10 @@ def _notes(report: Report) -> list[str]:
     """Return a line for each distinct problem and warning, with its ranks and the way out; problems first."""
     ranks_of: dict[tuple[str, str], list[int]] = {}
     for rank in report.ranks:
-        for each in rank.findings:
-            ranks_of.setdefault(_note(each), []).append(rank.rank)
-    for each in report.together:
-        ranks_of.setdefault(_note(each), [])
+        for finding in rank.findings:
+            ranks_of.setdefault(_note(finding), []).append(rank.rank)
+    for finding in report.together:
+        ranks_of.setdefault(_note(finding), [])
     lines = []
     for kind in ("problem", "warning"):
         for (status, text), ranks in ranks_of.items():
@@ -142,5 +143,5 @@ def _on(ranks: list[int], world_size: int) -> str:
 def _verdict(report: Report) -> str:
     statuses = [status for status, _ in {_note(each) for each in report.findings}]
     problems, warnings = statuses.count("problem"), statuses.count("warning")
-    found = f"{counted(problems, 'problem')}, {counted(warnings, 'warning')}"
-    return f"{found}: {'a job would fail or be wrong here' if problems else 'ready to train'}"
+    counts = f"{counted(problems, 'problem')}, {counted(warnings, 'warning')}"
+    return f"{counts}: {'a job would fail or be wrong here' if problems else 'ready to train'}"

@@ -1,6 +1,6 @@
-"""How a command ends otherwise than by its result.
+"""Exit status and messages of commands that do not end with a result.
 
-Errors of the user: the sentence on stderr, and exit status 2, as for a wrong option; 1 where a checkpoint is damaged. SIGTERM: an exit.
+Errors of the user: the message on stderr, and exit status 2, as for a wrong option; 1 if a checkpoint is damaged. SIGTERM: an exit.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ __all__ = ["exit_on_sigterm", "for_users"]
 
 @contextmanager
 def for_users() -> Iterator[None]:
-    """End the command where what it was given is refused; other exceptions are ours, and keep their traceback.
+    """End the command at an error of the user, with the message; other exceptions are faults of this library, and keep their traceback.
 
-    Warnings are sentences for the user too.
+    Warnings are printed as messages too.
     """
     try:
         with warnings.catch_warnings():
@@ -37,12 +37,12 @@ def for_users() -> Iterator[None]:
 
 @contextmanager
 def exit_on_sigterm() -> Iterator[None]:
-    """Turn SIGTERM into an exit that removes what was written, and ends processes that were started."""
+    """Exit on SIGTERM by SystemExit, so that temporary files are removed and child processes are ended."""
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         yield
     finally:
-        if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:  # as ranks do that have agreed on their exit status
+        if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:  # ranks that have agreed on their exit status ignore it
             signal.signal(signal.SIGTERM, before)
 
 

@@ -1,4 +1,4 @@
-"""`sharded-optim plan`: what ways of sharding a model take. The arithmetic is in `sharded_optim/tools/plan/`; this reads and prints."""
+"""`sharded-optim plan`: the costs of ways of sharding a model. The arithmetic is in `sharded_optim/tools/plan/`; this reads and prints."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ EXPLANATIONS = {
     "buckets": "other buffers, at most",
     "activations": "of forward and backward, at most",
 }
-OF_MEMORY = ("activations",)  # what may be unknown of memory; the rest is of time
+OF_MEMORY = ("activations",)  # unknown values that belong to memory; all others belong to time
 
 
 def plan(
@@ -76,9 +76,9 @@ def plan(
     peak_tflops: Annotated[float | None, typer.Option(help="TFLOP/s of which --mfu is")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON, in bytes and seconds")] = False,
 ) -> None:
-    """Memory of a rank, bytes that it sends in a step, and the time of a step, for ways of sharding a model.
+    """Compute the memory of a rank, the bytes that it sends in a step, and the time of a step, for ways of sharding a model.
 
-    What cannot be known is told as unknown, with the reason.
+    Values that cannot be computed are listed as unknown, with the reason.
     """
     with errors.for_users():
         rates = Rates(
@@ -152,7 +152,7 @@ def _activations(given: str | None) -> int | Literal["profile"] | None:
 
 
 def _spelled(optimizer: str) -> str:
-    """As the class is, whatever the case of what was given."""
+    """Return the name of the class, for a name in any case."""
     return {name.lower(): name for name in OPTIMIZERS}.get(optimizer.lower(), optimizer)
 
 

@@ -1,4 +1,4 @@
-"""Tables as commands print them."""
+"""Tables in the output of commands."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 def table(*headings: str, numbers: Sequence[str] = (), last: Sequence[str] = (), caption: str | None = None) -> Table:
-    """An empty table.
+    """Make an empty table.
 
     Args:
         headings: of columns of text.
-        numbers: of columns of numbers, behind those.
-        last: of columns of text behind the numbers.
-        caption: below it.
+        numbers: headings of columns of numbers, after those.
+        last: headings of columns of text, after the numbers.
+        caption: below the table.
     """
-    found = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=caption, caption_justify="left", caption_style="")
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=caption, caption_justify="left", caption_style="")
     for heading in headings:
-        found.add_column(heading, no_wrap=True)
+        made.add_column(heading, no_wrap=True)
     for heading in numbers:
-        found.add_column(heading, no_wrap=True, justify="right")
+        made.add_column(heading, no_wrap=True, justify="right")
     for heading in last:
-        found.add_column(heading, no_wrap=True)
-    return found
+        made.add_column(heading, no_wrap=True)
+    return made
 
 
 def print_table(table: Table) -> None:
-    """As wide as it is: a terminal that is narrower wraps lines, where rich would cut numbers off."""
+    """Print a table in its full width: a narrower terminal wraps lines, where rich would cut numbers off."""
     console = Console()
     console = Console(width=max(console.width, console.measure(table, options=console.options.update_width(WIDEST)).maximum))
     console.print(table)
 
 
 def plain(value: object) -> Text:
-    """Text in which rich sees no markup: names and shapes have brackets."""
+    """Return text in which rich reads no markup: names and shapes have brackets."""
     return Text(str(value))
 
 
 def counted(count: int, what: str) -> str:
-    """A number of things.
+    """Format a number of things.
 
     >>> counted(1, "file"), counted(1234, "file")
     ('1 file', '1,234 files')
@@ -56,7 +56,7 @@ def counted(count: int, what: str) -> str:
 
 
 def size_of(count: int) -> str:
-    """Bytes, as people read them.
+    """Format a number of bytes with a decimal unit.
 
     >>> size_of(999), size_of(1_234_567)
     ('999 B', '1.23 MB')

@@ -1,4 +1,4 @@
-"""Models, batches and optimizers that a command line names. All can be sent to other processes."""
+"""Models, batches and optimizers that a command line names, as objects that can be pickled for other processes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BATCH = 2  # sequences
 
 @dataclass(frozen=True)
 class Named:
-    """A function or class by its import path, `package.module:name`."""
+    """A reference to a function or class by its import path, `package.module:name`."""
 
     path: str
 
@@ -41,7 +41,7 @@ class HuggingFaceModel:
 
     @property
     def needed_modules(self) -> tuple[str, ...]:
-        """Modules that a process imports to run this, which takes seconds."""
+        """The modules that a process must import to call this, which takes seconds."""
         path = Path(self.config)
         kind = json.loads((path / "config.json" if path.is_dir() else path).read_text(encoding="utf-8")).get("model_type", "")
         name = kind.replace("-", "_")

@@ -30,7 +30,7 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     html: Annotated[Path | None, typer.Option(help="also write a page")] = None,
 ) -> None:
-    """Train a model sharded on CPU processes, and compare every parameter with one process. Exit status 1: something differs."""
+    """Train a model sharded on CPU processes, and compare every parameter with one process. Exit status 1: a parameter or value differs."""
     from sharded_optim.cli.targets import optimizer_named, target_named
     from sharded_optim.tools.imported import imported
     from sharded_optim.tools.verify import SHARDINGS, MakeOptimizer
@@ -88,7 +88,7 @@ def _parsed(option: str) -> tuple[str, Any]:
 
 
 class _Progress:
-    """One line on a terminal's stderr, which is replaced; elsewhere nothing."""
+    """Progress in one line of stderr, which is replaced, if that is a terminal; else no output."""
 
     def __init__(self, name: str) -> None:
         self._name = name

@@ -1,4 +1,4 @@
-"""`sharded-optim watch`: show a training run in the terminal while it goes on.
+"""`sharded-optim watch`: show a running training job in the terminal.
 
 `sharded_optim/tools/runs.py` reads the run folder; this file shows it and reads keys.
 """
@@ -29,24 +29,24 @@ __all__ = ["sparkline", "watch"]
 BLOCKS = "▁▂▃▄▅▆▇█"
 ASCII_BLOCKS = "_.-=+*#@"
 SPARKLINE = 32  # characters
-# A run is late when it is this many times the expected interval, and as many seconds, without a record: validation and checkpoints take
-# their time between two records.
-LATE_INTERVALS, LATE_SECONDS = 5.0, 60.0
+# A run is probably interrupted after this many expected intervals and these seconds without a record: validation and checkpoints take time
+# between two records.
+OVERDUE_INTERVALS, OVERDUE_SECONDS = 5.0, 60.0
 
 
 def watch(
     run: Annotated[str, typer.Argument(metavar="RUN", help="folder of a run of the training job or the tracker jsonl, as runs/latest")],
-    once: Annotated[bool, typer.Option("--once", help="print what is known now, and exit; so too where stdout is no terminal")] = False,
+    once: Annotated[bool, typer.Option("--once", help="print the current state, and exit; the default if stdout is no terminal")] = False,
     interval: Annotated[float, typer.Option(metavar="SECONDS", help="between two readings of the folder", min=0.05)] = 1.0,
 ) -> None:
-    """Show a training run while it goes on: steps, loss, validation, largest RMS, clipped tensors, speed. q or Ctrl-C leaves."""
+    """Show a running training job: steps, loss, validation, largest RMS, clipped tensors, speed. q or Ctrl-C ends the display."""
     with errors.for_users(), errors.exit_on_sigterm():
         follower = Follower(find_run(run))
         console = Console(highlight=False)
         if once or not console.is_terminal:
             console.print(_frame(follower.read(), console))
             return
-        # Ctrl-C is an ordinary way to leave.
+        # Ctrl-C is an ordinary way to end the display.
         with contextlib.suppress(KeyboardInterrupt), _keys() as pressed, Live(console=console, screen=True, auto_refresh=False) as live:
             while True:
                 live.update(_frame(follower.read(), console, keys=True), refresh=True)
@@ -56,7 +56,7 @@ def watch(
 
 @contextlib.contextmanager
 def _keys() -> Iterator[Callable[[float], str]]:
-    """Give a function that waits for a key, so many seconds at most, and returns it, or an empty text.
+    """Yield a function that waits for a key, at most so many seconds, and returns it, or an empty text.
 
     The terminal is restored at the end.
     """
@@ -93,7 +93,7 @@ def _keys() -> Iterator[Callable[[float], str]]:
 
 
 def _frame(run: Run, console: Console, *, keys: bool = False) -> Table:
-    """Return what is known of a run, a line for each thing."""
+    """Build the display of a run: a line for each value."""
     blocks = ASCII_BLOCKS if console.options.ascii_only else BLOCKS
     records = run.records
     last = records.training[-1] if records.training else None
@@ -152,13 +152,13 @@ def _status(run: Run) -> str:
     if run.status == FINISHED or run.seconds_since_record is None or run.status.startswith("interrupted"):
         return run.status
     expected = _expected_interval(run)
-    if expected is not None and run.seconds_since_record > LATE_SECONDS + LATE_INTERVALS * expected:
+    if expected is not None and run.seconds_since_record > OVERDUE_SECONDS + OVERDUE_INTERVALS * expected:
         return f"{run.status}; no record for {_age(run.seconds_since_record)}, expected every {_age(expected)}: probably interrupted"
     return run.status
 
 
 def _expected_interval(run: Run) -> float | None:
-    """Return the seconds between two training records, by the last speed; None where it is not known."""
+    """Return the expected seconds between two training records, by the last speed; None if that is not known."""
     if len(run.records.training) < 2:
         return None
     before, last = run.records.training[-2:]
@@ -179,7 +179,7 @@ def _steps(run: Run) -> Table | Text:
 
 
 def sparkline(values: Sequence[float], blocks: str = BLOCKS, width: int = SPARKLINE) -> str:
-    """Draw values in one line of text, the largest of neighbours where there are more than characters; a blank where none is finite.
+    """Draw values in one line of text. Where several share a character, it shows the largest; a blank: none is finite.
 
     >>> sparkline([0.0, 1.0, 7.0])
     '▁▂█'

@@ -16,7 +16,7 @@ from sharded_optim.zero.bucket_layout import Group
 
 __all__ = ["check_class", "check_defaults", "check_options", "groups_of", "tensors_of", "unwrapped"]
 
-OURS = ("gradient_release", "layout", "process_group")  # options of the optimizer inside that are not the caller's to give
+OURS = ("gradient_release", "layout", "process_group")  # options of the optimizer inside that ShardedOptimizer sets
 
 
 def check_class(optimizer_class: Any) -> None:
@@ -29,8 +29,9 @@ def check_class(optimizer_class: Any) -> None:
 
 
 def check_options(stage: int, bucket_mb: float | None, reduce_dtype: torch.dtype | None, transport: str) -> None:
+    """Raise ValueError for an option out of range."""
     if stage not in (1, 2):
-        raise ValueError(f"stage must be 1 or 2, got {stage!r}; what shards parameters too (stage 3) is fully_shard")
+        raise ValueError(f"stage must be 1 or 2, got {stage!r}; fully_shard shards parameters too (stage 3)")
     if bucket_mb is not None and not bucket_mb > 0:
         raise ValueError(f"bucket_mb must be positive, got {bucket_mb!r}")
     if reduce_dtype is not None and not reduce_dtype.is_floating_point:
@@ -40,12 +41,12 @@ def check_options(stage: int, bucket_mb: float | None, reduce_dtype: torch.dtype
 
 
 def check_defaults(caller: type, optimizer_class: type[Engine], defaults: Mapping[str, Any]) -> None:
-    """Raise TypeError or ValueError for a keyword argument that `optimizer_class` does not take, or that is not the caller's to give."""
+    """Raise TypeError or ValueError for a keyword argument that `optimizer_class` does not take, or that ShardedOptimizer sets itself."""
     for name in OURS:
         if name in defaults:
             raise ValueError(f"{name}={defaults[name]!r} cannot be given in the options: ShardedOptimizer sets it for the optimizer inside")
     if hands_on(optimizer_class):
-        return  # it knows what
+        return  # it passes keyword arguments on, so that their names are not known here
     taken = [name for name in argument_names(optimizer_class) if name not in OURS]
     unknown = {name: value for name, value in defaults.items() if name not in taken}
     names = list(dict.fromkeys([*argument_names(caller), *taken]))
@@ -53,7 +54,7 @@ def check_defaults(caller: type, optimizer_class: type[Engine], defaults: Mappin
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside of DistributedDataParallel and torch.compile, which put prefixes before names."""
+    """Return the model inside DistributedDataParallel and torch.compile, which add prefixes to names."""
     while True:
         if isinstance(model, DistributedDataParallel):
             model = model.module
@@ -85,4 +86,5 @@ def groups_of(params: Params) -> list[Group]:
 
 
 def tensors_of(group: Group) -> list[Tensor]:
-    return [each[1] if isinstance(each, tuple) else each for each in group["params"]]
+    """Return the tensors of a group of tensors or of (name, tensor)."""
+    return [param[1] if isinstance(param, tuple) else param for param in group["params"]]

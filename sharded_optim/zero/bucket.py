@@ -1,4 +1,4 @@
-"""The memory of a bucket: the parameters that lie in it, and this rank's shard of their masters and gradients."""
+"""The memory of a bucket: its parameters, and this rank's shard of their masters and gradients."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ class ParamSlot:
     """The position of a parameter in its bucket, and the part of it in this rank's shard.
 
     Attributes:
-        param: the model's.
-        name: in errors and metrics.
+        param: the model's parameter.
+        name: of the parameter, in errors and metrics.
         kind: of its bucket.
-        bucket, offset: the bucket, and of its elements the parameter's first.
+        bucket, offset: the bucket, and the position of the parameter's first element in it.
         shape: of the parameter.
-        start, numel: which of the parameter's own elements are in this rank's shard: [start, start + numel).
-        local: what the optimizer steps of it: (numel,); None where this rank has nothing to step.
-        identity: of what is behind the parameter, and has the hook of its gradients; 0: there is no hook.
-        version: of the parameter's values, as torch counts their changes, when its master was last equal.
+        start, numel: the range of the parameter's elements in this rank's shard: [start, start + numel).
+        local: the part that the optimizer of this rank steps: (numel,); None if there is none.
+        identity: `_cdata` of the parameter, whose C++ object has the hook of its gradients; 0: there is no hook.
+        version: torch's counter of changes to the parameter, when its master was last equal to it.
     """
 
     param: Tensor
@@ -59,6 +59,7 @@ class ParamSlot:
 
     @property
     def whole_in_bucket(self) -> slice:
+        """The position of the whole parameter in the bucket."""
         return slice(self.offset, self.offset + self.param.numel())
 
     @property
@@ -68,12 +69,12 @@ class ParamSlot:
         return slice(first, first + self.numel)
 
     def of_shard(self, whole: Tensor) -> Tensor:
-        """This rank's part of a tensor that is shaped like the parameter, flat; a view where that is contiguous."""
+        """Return this rank's part of a tensor that is shaped like the parameter: (numel,), a view if the tensor is contiguous."""
         return whole.detach().reshape(-1)[self.start : self.start + self.numel]
 
     @cached_property
     def grad(self) -> Tensor:
-        """This rank's part of the averaged gradient, (numel,): a view of the bucket's, in the dtype of what is stepped."""
+        """This rank's part of the averaged gradient, (numel,): a view of the bucket's gradients, in the dtype of `local`."""
         return self.bucket.grads[self.in_shard]
 
     @cached_property
@@ -96,16 +97,16 @@ class Bucket:
     """Parameters end to end in one flat buffer, of which each rank steps a shard. It is created empty: see `rebind`.
 
     Args:
-        plan: where they lie.
-        slots: all that were planned; this takes its own.
+        plan: the bucket's parameters and their offsets.
+        slots: of all parameters in the plans; the bucket takes those that its own plan names.
         number: of the bucket, in the order in which gradients are reduced.
-        shard_group: the ranks that it is cut over.
+        shard_group: the ranks over which it is sharded.
 
     Attributes:
         values: of the parameters: (numel,) in their dtype.
         has_gradient: whether `grads` has the average of a backward pass.
-        gathering: the last transfer that brings the other ranks' shards of `values`.
-        contents: the gradients of a backward pass as they come, until they are reduced: (numel,); None before the first.
+        gathering: the last all-gather of `values`.
+        contents: the gradients of a backward pass until they are reduced: (numel,); None before the first.
     """
 
     def __init__(self, plan: BucketPlan, slots: Sequence[ParamSlot], *, number: int, shard_group: ShardGroup) -> None:
@@ -140,7 +141,7 @@ class Bucket:
 
     @property
     def named(self) -> str:
-        """The parameters of the bucket, in words for error messages."""
+        """The bucket in error messages, by the name of its first parameter."""
         return f"the bucket that begins with {self.slots[0].name!r}"
 
     @property
@@ -150,25 +151,25 @@ class Bucket:
 
     def rebind(self, slot: ParamSlot) -> None:
         """Copy the values of a parameter to its slot, and let the parameter be a view of the slot."""
-        place = self.values[slot.whole_in_bucket].view(slot.param.shape)
-        place.copy_(slot.param.detach())
-        slot.param.data = memory.with_own_storage(place)
+        view = self.values[slot.whole_in_bucket].view(slot.param.shape)
+        view.copy_(slot.param.detach())
+        slot.param.data = memory.with_own_storage(view)
 
     def is_bound(self, slot: ParamSlot) -> bool:
         """Return whether the parameter still is a view of its slot."""
         return slot.param.data_ptr() == self.values.data_ptr() + slot.offset * self.values.element_size() or not slot.param.numel()
 
     def stepped_memory(self, slot: ParamSlot) -> Tensor:
-        """The part of a parameter that the optimizer steps: (numel,)."""
+        """Return the memory of a parameter that this rank's optimizer steps: (numel,) of the masters if there are, else of `values`."""
         return (self.shard if self.masters is None else self.masters)[slot.in_shard]
 
     def renew_masters(self, slot: ParamSlot) -> None:
-        """Copy a parameter's values to its masters, if somebody has written to it."""
+        """Copy a parameter's values to its masters where they differ, as after a user has written to the parameter."""
         if self.masters is not None:
             master, value = self.masters[slot.in_shard], self.shard[slot.in_shard]
             master.copy_(torch.where(master.to(value.dtype) == value, master, value.float()))
 
     def round_masters(self) -> None:
-        """Write this rank's shard of the parameters from its masters."""
+        """Round this rank's masters into its shard of the parameters."""
         if self.masters is not None:
             self.shard.copy_(self.masters)

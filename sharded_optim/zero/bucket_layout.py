@@ -29,24 +29,23 @@ class BucketLayout:
     """The buckets and slots of the trainable parameters of an optimizer.
 
     Args:
-        shard_group: the ranks that buckets are cut over.
-        bucket_bytes: how large a bucket may become.
-        defaults: options of groups that have none of their own.
+        shard_group: the ranks over which buckets are sharded.
+        bucket_bytes: the largest size of a bucket.
+        defaults: options for param groups that do not have them.
 
     Attributes:
         slots: by parameter.
         buckets: in the order in which gradients are reduced.
-        shards: how many there are of each.
-        layout: of what this rank steps.
+        shards: the number of shards of each bucket.
+        layout: the layout of the parts that this rank steps.
     """
 
     def __init__(self, *, shard_group: ShardGroup, bucket_bytes: int, defaults: Mapping[str, Any]) -> None:
         self.slots: dict[Tensor, ParamSlot] = {}
         self.buckets: list[Bucket] = []
         self._names: dict[Tensor, str] = {}  # of all parameters that were given, frozen ones too
-        self._in_masters: dict[
-            Tensor, bool
-        ] = {}  # likewise, whether in low precision they have masters, by the options they were given with
+        # Likewise, whether they have masters if they are in low precision, by the options of their group.
+        self._in_masters: dict[Tensor, bool] = {}
         self._flat: dict[Tensor, FlatTensor] = {}
         self._units: dict[Tensor, int] = {}
         self.layout = FlatLayout(flat=self._flat, whole={}, unknown_param_error=UNKNOWN_PARAM, units=self._units)
@@ -56,7 +55,11 @@ class BucketLayout:
         self._defaults = defaults
 
     def move_in(self, groups: Sequence[Group], *, first: int = 0) -> list[Bucket]:
-        """Create buckets for trainable parameters that are in none yet. The first of these param groups has the index `first`.
+        """Create buckets for trainable parameters that are in none yet, and move them in.
+
+        Args:
+            groups: param groups.
+            first: the index of the first of them in the optimizer.
 
         Raises:
             ValueError: a parameter that cannot be optimized, or that shares memory with another; nothing was moved.
@@ -68,15 +71,15 @@ class BucketLayout:
         devices |= {str(slot.kind.device) for slot in self.slots.values()}
         if len(devices) > 1:
             raise ValueError(f"parameters are on several devices, {', '.join(sorted(devices))}; build an optimizer for those of each")
-        found: dict[Tensor, ParamSlot] = {}
+        new_slots: dict[Tensor, ParamSlot] = {}
         for index, group in enumerate(groups, start=first):
             for param, name in named_params(group, index):
                 self._names[param] = name
                 has_masters = self._in_masters.setdefault(param, self._wants_masters(group)) and param.dtype in LOW_PRECISION
-                if param.requires_grad and param not in self.slots and param not in found:
+                if param.requires_grad and param not in self.slots and param not in new_slots:
                     kind = Kind(dtype=param.dtype, device=param.device, has_masters=has_masters)
-                    found[param] = ParamSlot(param=param, name=name, kind=kind)
-        new = list(found.values())
+                    new_slots[param] = ParamSlot(param=param, name=name, kind=kind)
+        new = list(new_slots.values())
         _refuse_shared_memory(new)
         plans = plan_buckets([_size(slot) for slot in new], self.shards, self._bucket_bytes)
         numbered = enumerate(plans, start=len(self.buckets))
@@ -87,14 +90,14 @@ class BucketLayout:
                 segment = Segment.flat(slot.name, slot.param.shape, slot.start, slot.numel)
                 self._flat[slot.local] = FlatTensor.holding(slot.numel, [Piece(segment=segment)])
                 self._units[slot.local] = unit_of(slot.bucket)
-        for slot in new:  # when nothing can fail any more
+        for slot in new:  # last, when nothing can fail any more
             slot.bucket.rebind(slot)
-        self.slots |= found
+        self.slots |= new_slots
         self.buckets += buckets
         return buckets
 
     def move_out(self, buckets: Sequence[Bucket]) -> None:
-        """Drop buckets that are not needed after all."""
+        """Remove buckets that `move_in` has created, when other ranks could not."""
         self.buckets = [bucket for bucket in self.buckets if bucket not in buckets]
         for slot in [slot for bucket in buckets for slot in bucket.slots]:
             del self.slots[slot.param], self._in_masters[slot.param]
@@ -103,10 +106,10 @@ class BucketLayout:
 
     def unfrozen(self, groups: Sequence[Group]) -> list[Group]:
         """Return the groups with only those parameters that are trainable and in no bucket yet."""
-        late = [[param for param in group["params"] if param.requires_grad and param not in self.slots] for group in groups]
+        unfrozen = [[param for param in group["params"] if param.requires_grad and param not in self.slots] for group in groups]
         return [
             without_params(group) | {"params": [(self._names[param], param) for param in params]}
-            for group, params in zip(groups, late, strict=True)
+            for group, params in zip(groups, unfrozen, strict=True)
         ]
 
     def stepped(self, group: Group, index: int) -> list[tuple[str, Tensor]]:
@@ -115,13 +118,13 @@ class BucketLayout:
         return [(slot.name, slot.local) for slot in slots if slot is not None and slot.local is not None]
 
     def group_inside(self, group: Group, index: int) -> Group:
-        """Return a param group with the parts that this rank steps; with an empty tensor if there are none."""
+        """Return a param group of the parts that this rank steps; of one empty tensor if there are none."""
         params = self.stepped(group, index)
         if not params:
             name = named_params(group, index)[0][1] if group["params"] else f"param_groups[{index}]"
-            nothing = nn.Parameter(torch.empty(0, device=next(iter(self.slots)).device))
-            self._flat[nothing] = FlatTensor.holding(0, [])
-            params = [(f"{name}, of which and of its group this rank steps nothing", nothing)]
+            empty = nn.Parameter(torch.empty(0, device=next(iter(self.slots)).device))
+            self._flat[empty] = FlatTensor.holding(0, [])
+            params = [(f"{name}, of whose group this rank steps no elements", empty)]
         return without_params(group) | {"params": params}
 
     def description(self) -> list[tuple[object, ...]]:
@@ -136,10 +139,10 @@ class BucketLayout:
         """
         for slot in self.slots.values():
             param, bucket = slot.param, slot.bucket
-            if slot.identity and param._cdata != slot.identity:  # its gradients came to no bucket
+            if slot.identity and param._cdata != slot.identity:  # its gradients did not reach the bucket
                 raise ValueError(
                     f"parameter {slot.name!r} was swapped with another tensor, as converting a model does under "
-                    f"torch.__future__.set_swap_module_params_on_conversion(True), and has lost the hook that brings its gradients; "
+                    f"torch.__future__.set_swap_module_params_on_conversion(True), and has lost the hook that takes its gradients; "
                     f"convert the model before it is given to ShardedOptimizer"
                 )
             if param._version == slot.version and bucket.is_bound(slot):
@@ -152,7 +155,7 @@ class BucketLayout:
             if not bucket.is_bound(slot):
                 bucket.rebind(slot)
             bucket.renew_masters(slot)
-            if slot.local is not None and not slot.kind.has_masters:  # whose memory is the parameter's
+            if slot.local is not None and not slot.kind.has_masters:  # then `local` is a view of the parameter's memory
                 increment_version(slot.local)
             slot.version = param._version
 
@@ -161,7 +164,7 @@ class BucketLayout:
 
 
 def unit_of(bucket: Bucket) -> int:
-    """Return the unit (see `FlatLayout`) of a bucket: buckets that the forward pass needs first are stepped first."""
+    """Return the number of a bucket's unit (see `FlatLayout`): buckets that the forward pass needs first are stepped first."""
     return -bucket.number
 
 
@@ -176,7 +179,7 @@ def _size(slot: ParamSlot) -> Size:
 
 
 def check_params(groups: Sequence[Group], *, first: int = 0) -> None:
-    """Raise ValueError for a trainable parameter that cannot lie in a bucket."""
+    """Raise ValueError for a trainable parameter that cannot be in a bucket."""
     for index, group in enumerate(groups, start=first):
         for param, name in named_params(group, index):
             if param.requires_grad:
@@ -187,8 +190,8 @@ def _check(param: Tensor, name: str) -> None:
     describe(param, name)
     if type(param) not in (Tensor, nn.Parameter):
         raise ValueError(
-            f"parameter {name!r} is a {type(param).__name__}, not an ordinary tensor; what FSDP2 or tensor parallelism has sharded goes "
-            f"into the optimizer itself, without ShardedOptimizer"
+            f"parameter {name!r} is a {type(param).__name__}, not an ordinary tensor; give parameters that FSDP2 or tensor parallelism has "
+            f"sharded to the optimizer itself, without ShardedOptimizer"
         )
     if param.device.type == "meta":
         raise ValueError(f"parameter {name!r} has no memory (device meta); materialize the model before: model.to_empty(device=...)")

@@ -2,7 +2,7 @@
 
     gradients -> contents of a bucket -> reduce-scatter (-> all-reduce over replicas) -> this rank's shard
 
-Used by `reduction.py`, which says when.
+Used by `reduction.py`, which decides when.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ __all__ = ["BucketReducer"]
 class BucketReducer:
     """Reduces filled buckets, a few at a time.
 
-    Owns the buffers that this takes beside the buckets, and the transfers that use them.
+    Owns the buffers that this needs beside the buckets, and the transfers that use them.
 
     Args:
         topology: the ranks whose gradients are averaged.
-        shard_group: those that hold the shards of a bucket.
-        keeps_contents: whether a bucket's full gradients stay allocated (ZeRO-1) or are returned once they are reduced (ZeRO-2).
-        reduce_dtype: in which gradients are added up; None is the parameters'.
+        shard_group: the ranks that hold the shards of a bucket.
+        keeps_contents: whether a bucket's full gradients stay allocated (ZeRO-1) or are freed once they are reduced (ZeRO-2).
+        reduce_dtype: in which gradients are summed; None is the parameters'.
 
     Attributes:
-        reduced: a weak method, which is called with each bucket whose gradients are averaged.
+        reduced: a weak method, which is called with each bucket once its gradients are averaged.
     """
 
     def __init__(self, topology: Topology, shard_group: ShardGroup, *, keeps_contents: bool, reduce_dtype: torch.dtype | None) -> None:
@@ -52,12 +52,12 @@ class BucketReducer:
 
     @torch.no_grad()
     def fill(self, slot: ParamSlot, grad: Tensor, *, adds: bool) -> None:
-        """Put a gradient into its bucket.
+        """Copy a gradient into its bucket, scaled for the average.
 
         Args:
             slot: of the parameter.
             grad: shaped like the parameter; read-only.
-            adds: whether to add it to one of the same parameter that is there already.
+            adds: whether to add it to a gradient of the same parameter that the bucket has already.
 
         Raises:
             ValueError: it is sparse.
@@ -74,15 +74,15 @@ class BucketReducer:
             bucket.contents[bucket.pad].zero_()
         elif sends_alone and adds:
             bucket.contents = bucket.contents.clone()  # it may be autograd's own memory
-        place = bucket.contents[slot.whole_in_bucket].view(slot.param.shape)
+        target = bucket.contents[slot.whole_in_bucket].view(slot.param.shape)
         if adds:
-            place.add_(grad, alpha=1.0 if sends_alone else self._scale)
+            target.add_(grad, alpha=1.0 if sends_alone else self._scale)
         elif sends_alone:
-            place.copy_(grad)
-        elif place.element_size() <= grad.element_size():
-            torch.mul(grad, self._scale, out=place)
+            target.copy_(grad)
+        elif target.element_size() <= grad.element_size():
+            torch.mul(grad, self._scale, out=target)
         else:
-            place.copy_(grad).mul_(self._scale)
+            target.copy_(grad).mul_(self._scale)
 
     @torch.no_grad()
     def launch(self, bucket: Bucket, filled: Collection[ParamSlot], number: int) -> None:
@@ -90,7 +90,7 @@ class BucketReducer:
 
         Args:
             bucket: to be reduced.
-            filled: the parameters with a gradient on this rank; for the others it brings zeros.
+            filled: the parameters with a gradient on this rank; for the others it contributes zeros.
             number: of the round.
         """
         if bucket.contents is None:

@@ -22,7 +22,7 @@ def are_under_ddp(slots: Iterable[ParamSlot]) -> bool:
     if any(inside) and not all(inside):
         without = next(slot.name for slot, is_inside in zip(slots, inside, strict=True) if not is_inside)
         raise ValueError(
-            f"DistributedDataParallel averages the gradients of some parameters, but not that of {without!r}; give what it does not "
-            f"average to an optimizer of its own"
+            f"DistributedDataParallel averages the gradients of some parameters, but not that of {without!r}; give the parameters that it "
+            f"does not average to an optimizer of their own"
         )
     return any(inside)

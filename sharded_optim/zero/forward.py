@@ -24,15 +24,15 @@ class ForwardHooks:
     A module that contains no ModuleList, ModuleDict or Sequential waits for all parameters below it, as it may use them without calling
     the modules that hold them: nn.MultiheadAttention does so. Other modules wait for those that they hold themselves or in lists.
 
-    The hooks hold what they need, not the optimizer: what it has begun ends also when it is gone.
+    The hooks hold no reference to the optimizer: its running transfers end also after it is freed.
 
     Args:
         model: the whole model, not wrapped.
         gatherer: of the optimizer.
-        slots: of its parameters, also of those that come later.
+        slots: of its parameters; may grow.
     """
 
-    released: ClassVar[WeakSet[ForwardHooks]] = WeakSet()  # that are still there, as transfers go on
+    released: ClassVar[WeakSet[ForwardHooks]] = WeakSet()  # released hooks that still wait for running transfers
 
     def __init__(self, model: nn.Module, gatherer: Gatherer, slots: Mapping[Tensor, ParamSlot]) -> None:
         self._gatherer = gatherer
@@ -51,9 +51,9 @@ class ForwardHooks:
             self._gatherer.wait(buckets, settles=settles)
 
     def release(self) -> None:
-        """Remove the hooks when the optimizer is gone or superseded: now, or when its transfers have ended.
+        """Remove the hooks of an optimizer that is freed or superseded: now, or when its transfers have ended.
 
-        Waits for no rank that has not got as far as this one.
+        Does not wait for ranks that are behind this one.
         """
         self._is_released = True
         if all(slot.bucket.gathering.has_ended() for slot in self._slots.values()):
@@ -65,7 +65,7 @@ class ForwardHooks:
             ForwardHooks.released.add(self)
 
     def try_again(self) -> None:
-        """Remove the hooks if that is still to be done."""
+        """Remove the hooks if they are released and the transfers have ended."""
         if self._is_released:
             self.release()
 
@@ -76,7 +76,7 @@ class ForwardHooks:
 
 
 def finish_gathering(model: nn.Module) -> None:
-    """Wait for transfers of a model's parameters, also of an optimizer that is gone."""
+    """Wait for transfers of a model's parameters, also of an optimizer that has been freed."""
     for module in model.modules():
         for hook in list(module._forward_pre_hooks.values()):
             if isinstance(hook, _Wait):
@@ -84,7 +84,7 @@ def finish_gathering(model: nn.Module) -> None:
 
 
 class _Wait:
-    """A state-dict pre-hook. A copy of it, in a copy of the model, has nothing to wait for."""
+    """A state-dict pre-hook. A copy of it, in a copy of the model, does nothing."""
 
     def __init__(self, hooks: ForwardHooks, params: Sequence[Tensor], *, settles: bool = False) -> None:
         self._hooks = hooks
@@ -108,8 +108,8 @@ class _WaitInForward(_Wait):
 
 def _needs(module: nn.Module) -> Iterator[tuple[nn.Module, Sequence[Tensor]]]:
     """Return each module with the parameters that it waits for."""
-    is_unit = not any(isinstance(each, CONTAINERS) for each in module.modules())
-    params: Sequence[Tensor] = [*module.parameters()] if is_unit else list(_own(module))
+    has_containers = any(isinstance(submodule, CONTAINERS) for submodule in module.modules())
+    params: Sequence[Tensor] = list(_own(module)) if has_containers else [*module.parameters()]
     if params:
         yield module, params
     for child in module.children():

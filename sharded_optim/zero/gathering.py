@@ -14,17 +14,17 @@ __all__ = ["Gatherer"]
 
 
 class Gatherer:
-    """Begins the all-gather of each bucket when it is updated; a listener of steps.
+    """Starts the all-gather of each bucket when it is updated; a listener of steps.
 
-    All ranks begin them in one order, that of the next forward pass, also where one of them steps nothing of a bucket.
+    All ranks start them in one order, that of the next forward pass, also if one of them steps no elements of a bucket.
 
     Attributes:
-        is_pending: whether anything may still be waited for.
+        is_pending: whether a transfer may still have to be waited for.
     """
 
     def __init__(self, shard_group: ShardGroup) -> None:
         self._shard_group = shard_group
-        self._left: list[Bucket] = []  # of this step, in the order in which they are gathered
+        self._left: list[Bucket] = []  # not yet gathered in this step, in the order in which they are to be
         self._happens = False
         self._step = 0
         self.is_pending = False
@@ -34,7 +34,7 @@ class Gatherer:
 
         Args:
             buckets: all, in the order in which gradients are reduced.
-            changed: those of which a parameter is stepped, on whatever rank.
+            changed: those of which any rank steps a parameter.
         """
         self._left = [bucket for bucket in reversed(buckets) if bucket in changed]
         self._happens = False
@@ -61,7 +61,7 @@ class Gatherer:
         bucket.gathering = self._shard_group.all_gather(bucket.values, what=what, number=self._step, place=bucket.number)
 
     def wait(self, buckets: Iterable[Bucket], *, settles: bool = False) -> None:
-        """Wait until the parameters of these buckets are complete; or may be written to, as the other ranks have them too."""
+        """Wait until this rank has the parameters of these buckets; with `settles`, until all ranks have, so that they may be changed."""
         for bucket in buckets:
             if settles:
                 bucket.gathering.settle()

@@ -21,11 +21,11 @@ __all__ = ["GradientCounts"]
 class GradientCounts:
     """Counts, round by round, the ranks on which each parameter had a gradient.
 
-    Owns the exchanges that run, and the parameters that those before them have found.
+    Owns the running exchanges, and the results of those before them.
 
     Args:
         all_ranks: that take part; None: this one alone.
-        serial: a number of the optimizer, the same on all ranks: they notice by it that they have run backward for different ones.
+        serial: a number of the optimizer, the same on all ranks, by which they detect backward passes for different optimizers.
     """
 
     def __init__(self, all_ranks: dist.ProcessGroup | None, serial: int) -> None:
@@ -33,7 +33,7 @@ class GradientCounts:
         self._ranks = 1 if all_ranks is None else dist.get_world_size(all_ranks)
         self._serial = serial
         self._running: list[_Exchange] = []
-        self._found: set[ParamSlot] = set()  # that had a gradient on any rank, as far as it is known
+        self._with_gradient: set[ParamSlot] = set()  # on any rank, by the exchanges that have been read
 
     def exchange(self, slots: Sequence[ParamSlot], used: Collection[ParamSlot], *, repeats: bool, what: str) -> None:
         """Start the exchange of a round.
@@ -42,7 +42,7 @@ class GradientCounts:
             slots: of all parameters, in the same order on every rank.
             used: those that had a gradient on this rank.
             repeats: whether one of them has a further gradient, for which another round is to be run.
-            what: is exchanged, for error messages.
+            what: a description of the exchange, for error messages.
         """
         row = torch.tensor([slot in used for slot in slots] + [self._serial, repeats], dtype=torch.int32)
         counts = row.to(slots[0].param.device, non_blocking=True)
@@ -64,20 +64,20 @@ class GradientCounts:
         """
         repeating = 0
         for exchange in self._running:
-            repeating = self._read(exchange, repeated)  # of the last: a round brings what was left of the one before
+            repeating = self._read(exchange, repeated)  # the last one counts: a round reduces further gradients of the one before
         self._running.clear()
         return repeating > 0
 
     def take(self) -> set[ParamSlot]:
-        """Return the parameters found since the last call, and forget them."""
-        found, self._found = self._found, set()
-        return found
+        """Return the parameters that had a gradient since the last call, and start anew."""
+        with_gradient, self._with_gradient = self._with_gradient, set()
+        return with_gradient
 
     def _read(self, exchange: _Exchange, repeated: Collection[ParamSlot]) -> int:
         """Read one exchange; return the number of ranks with a further gradient."""
         exchange.transfer.wait()
-        if exchange.is_known and not known_on_host(exchange.counts):  # this rank knows the answer without waiting for the device
-            self._found.update(exchange.slots)
+        if exchange.is_known and not known_on_host(exchange.counts):  # this rank knows the result without waiting for the device
+            self._with_gradient.update(exchange.slots)
             return 0
         *counts, serials, repeating = exchange.counts.tolist()
         if serials != self._serial * self._ranks:
@@ -85,13 +85,15 @@ class GradientCounts:
                 "ranks have run backward passes for several ShardedOptimizers in different orders; run them in one order, with a "
                 "gradient for each optimizer on every rank"
             )
-        if repeating not in (0, self._ranks) and not known_on_host(exchange.counts):  # a rank that has not looked runs no further round
+        if repeating not in (0, self._ranks) and not known_on_host(
+            exchange.counts
+        ):  # a rank that has not read the counts runs no further round
             here = "".join(f", here {slot.name!r}" for slot in repeated)
             raise RuntimeError(
                 f"parameters got several gradients in one backward pass on {repeating} of {self._ranks} ranks{here}, from several "
                 f"reentrant checkpoints; let all ranks do so or none, or checkpoint with use_reentrant=False"
             )
-        self._found.update(compress(exchange.slots, counts))
+        self._with_gradient.update(compress(exchange.slots, counts))
         return repeating
 
 
@@ -100,7 +102,8 @@ class _Exchange:
     """The running exchange of one round."""
 
     transfer: Transfer
-    counts: Tensor  # int32 (parameters + 2,), complete after the transfer; the last are the sum of what the ranks call their optimizer,
-    # and on how many of them a parameter has a further gradient
+    # int32 (parameters + 2,), complete after the transfer; the last two are the sum of the ranks' serials, and the number of ranks on which
+    # a parameter has a further gradient.
+    counts: Tensor
     slots: Sequence[ParamSlot]
-    is_known: bool  # whether this rank had one of each, and none further
+    is_known: bool  # whether this rank had one gradient of each parameter, and none further

@@ -1,4 +1,4 @@
-"""The gradients of a ShardedOptimizer between backward and the step: who averages them, where they are, which parameters have one."""
+"""The gradients of a ShardedOptimizer between backward and the step: how they are averaged, where they are, which parameters have one."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ __all__ = ["ShardedGradients", "call_and_drop"]
 
 
 class ShardedGradients:
-    """Brings averaged gradients to the parts of the parameters that the optimizer inside steps.
+    """Averaged gradients of the parts of the parameters that the optimizer inside steps.
 
-    A gradient is in its bucket, averaged by the reducer, or it is in the parameter, where others average it or the user has assigned it.
+    A gradient is in its bucket, averaged by the reducer, or in the parameter, if DistributedDataParallel averages it or the user has
+    assigned it.
 
-    Owns the hooks that take gradients out of parameters, and which parameters have had one since the last step.
+    Owns the hooks that take gradients out of parameters, and the set of parameters that have had one since the last step.
 
     Args:
         topology: the ranks.
@@ -39,8 +40,8 @@ class ShardedGradients:
         stay_in_params: see the attribute.
 
     Attributes:
-        stay_in_params: whether gradients stay in the parameters, as others average them. The first backward pass may find that
-            DistributedDataParallel does.
+        stay_in_params: whether gradients stay in the parameters, as they need no averaging here: this process is alone, or
+            DistributedDataParallel averages them, which may be detected in the first backward pass.
     """
 
     def __init__(
@@ -50,11 +51,12 @@ class ShardedGradients:
         self._looked_for_ddp = stay_in_params
         self._topology, self._bucket_layout = topology, bucket_layout
         self._engine, self._gatherer, self._reducer = engine, gatherer, reducer
-        # What removes them, and what they leave. They hold this object weakly: Python cannot collect a cycle through autograd.
+        # Functions that remove the hooks and the placeholders. The hooks hold this object weakly: Python cannot collect a cycle through
+        # autograd.
         self._hooks: list[Callable[[], None]] = []
-        self._unwaited: set[Bucket] = set()  # that no module had waited for when the backward pass began
-        self._used: set[ParamSlot] = set()  # the parameters that have had a gradient, on any rank, since the last step
-        self._stepped: set[ParamSlot] = set()  # and that the last step has stepped
+        self._unwaited: set[Bucket] = set()  # for which no module had waited when the backward pass began
+        self._used: set[ParamSlot] = set()  # parameters with a gradient, on any rank, since the last step
+        self._stepped: set[ParamSlot] = set()  # parameters that the last step has stepped
         reducer.listen(WeakMethod(self._reduced))
 
     # ---------------------------------------------------------------------------------------------------------------- in backward
@@ -70,9 +72,9 @@ class ShardedGradients:
             self._hooks += [hook.remove, slot.remove_placeholder]
 
     def watch_late(self, buckets: Sequence[Bucket]) -> None:
-        """Watch parameters that may have gradients already, of backward passes that nobody has averaged, or assigned. A collective.
+        """As `watch`, of parameters that may have gradients: of backward passes, not averaged, or assigned. Averages them. A collective.
 
-        Those that are equal on all ranks are their own average, to the last bit.
+        Those that are equal on all ranks are left: they are their own average, to the last bit.
         """
         self.watch(buckets)
         if self.stay_in_params:
@@ -98,12 +100,12 @@ class ShardedGradients:
             call_and_drop(self._hooks)
             return
         if self._reducer.synchronizes and not self._reducer.is_open:
-            # Other ranks may wait for the answer that this one has their parameters, before they bring gradients.
+            # Other ranks may wait until this one has acknowledged their parameters, before they reduce gradients.
             self._unwaited = set(self._gatherer.wait_for_all(self._bucket_layout.buckets, settles=False))
         if slot.bucket in self._unwaited:
             raise RuntimeError(
-                f"{slot.name!r} was used before its new values had come from the other ranks, other than by the forward pass of the module "
-                f"that holds it, or of one that contains that; call optimizer.wait() before, or build with overlap=False"
+                f"{slot.name!r} was used before its new values had arrived from the other ranks, other than by the forward pass of the "
+                f"module that holds it, or of one that contains that; call optimizer.wait() before, or build with overlap=False"
             )
         self._reducer.ready(slot)
 
@@ -117,10 +119,10 @@ class ShardedGradients:
     # ------------------------------------------------------------------------------------------------------------- after backward
 
     def collect(self) -> set[ParamSlot]:
-        """Give the parts that the optimizer inside steps their gradients. A collective, as far as backward was not.
+        """Set the gradients of the parts that the optimizer inside steps. A collective, as far as backward was not.
 
         Returns:
-            All parameters that have a gradient, on whatever rank.
+            All parameters that have a gradient, on any rank.
 
         Raises:
             ValueError: a parameter has a gradient in its bucket and one of its own.
@@ -129,7 +131,7 @@ class ShardedGradients:
         if not self.stay_in_params:
             self._reducer.finish()
             has_any = self._reducer.rounds or self._used or any(slot.own_grad is not None for slot in slots)
-            if self._reducer.has_unreduced or not has_any:  # without any, other ranks may have some
+            if self._reducer.has_unreduced or not has_any:  # if this rank has none, others may have some
                 self._reducer.run_round()
             self._used |= self._reducer.collect()
         for slot in slots:
@@ -173,7 +175,7 @@ class ShardedGradients:
         self._empty_buckets()
 
     def drop(self) -> None:
-        """Drop all gradients, but those that are in the parameters."""
+        """Drop all gradients except those that are in the parameters."""
         self._reducer.forget()
         self._empty_buckets()
 
@@ -188,13 +190,13 @@ class ShardedGradients:
 
 def _ready(gradients: ref[ShardedGradients], param: Tensor) -> None:
     """A post-accumulate-grad hook."""
-    found = gradients()
-    if found is not None:
-        found._ready(found._bucket_layout.slots[param])
+    sharded_gradients = gradients()
+    if sharded_gradients is not None:
+        sharded_gradients._ready(sharded_gradients._bucket_layout.slots[param])
 
 
 def call_and_drop(functions: list[Callable[[], None]]) -> None:
-    """Call functions, the last first, and drop each."""
+    """Call functions, the last first, and remove each from the list."""
     while functions:
         functions.pop()()
 

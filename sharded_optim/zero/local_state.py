@@ -22,12 +22,12 @@ from sharded_optim.zero.logical import LogicalTensor
 
 __all__ = ["MASTER", "SHARDS", "LocalState", "LogicalState", "ShardTable", "Values", "inside", "shards_of"]
 
-MASTER = "master"  # the float32 values of a low-precision parameter: (n,), as of moments this rank's part
-SHARDS = "shards"  # key of a state dict: what its tensors are
+MASTER = "master"  # the float32 values of a low-precision parameter: (n,), this rank's part, as of moments
+SHARDS = "shards"  # key of a state dict: the ranges of elements that its tensors are
 
 
 class LocalState(Mapping[Tensor, dict[str, Any]]):
-    """For each parameter of the model that this rank steps a part of, the state of that part: 1-D tensors, and the step counter."""
+    """The state of the parts that this rank steps, by parameter of the model: 1-D tensors, and the step counter."""
 
     def __init__(self, engine: Engine, slots: Mapping[Tensor, ParamSlot]) -> None:
         self._engine = engine
@@ -48,17 +48,16 @@ class LocalState(Mapping[Tensor, dict[str, Any]]):
 
 
 class LogicalState(LocalState):
-    """For each trainable parameter its state as whole tensors, on every rank: ordinary ones where this rank has all of them.
+    """The state of every trainable parameter as whole tensors, on every rank: ordinary ones if this rank has all elements.
 
-    Of a parameter that was frozen later the ranks that step a part of it know whether it has state, and they alone have it here.
-
-    Where a rank has nothing of a parameter it does not know the step counter, nor what has no dimensions.
+    A parameter that was frozen later is here only on ranks that step a part of it, as the others do not know whether it has state. A rank
+    without elements of a parameter does not know its step counter, nor other state without dimensions.
 
     Args:
-        engine: the optimizer inside, with state of all that this rank steps.
+        engine: the optimizer inside, with state of all parts that this rank steps.
         slots: of the model's parameters.
         groups: their param groups.
-        template: what the rank does not know is zero; else it is missing, so that only ranks that know it save it.
+        template: whether state that this rank does not know is zero; else it is missing, so that only ranks that know it save it.
     """
 
     def __init__(self, engine: Engine, slots: Mapping[Tensor, ParamSlot], groups: Sequence[Group], *, template: bool) -> None:
@@ -72,11 +71,11 @@ class LogicalState(LocalState):
         return {name: _logical(slot, value) for name, value in state.items() if self._template or _is_known(slot, value)}
 
     def _of_nothing(self, slot: ParamSlot) -> dict[str, Any]:
-        """The state of no elements."""
+        """Return the state of a parameter of which this rank has no elements."""
         dtype = torch.float32 if slot.kind.has_masters else slot.kind.dtype
-        nothing = torch.empty(0, dtype=dtype, device=slot.kind.device)
-        state = new_state(nothing, self._engine.choice_of(nothing, self._engine.param_groups[self._groups[slot.param]]).entries)
-        return state | {MASTER: nothing} if slot.kind.has_masters else state
+        empty = torch.empty(0, dtype=dtype, device=slot.kind.device)
+        state = new_state(empty, self._engine.choice_of(empty, self._engine.param_groups[self._groups[slot.param]]).entries)
+        return state | {MASTER: empty} if slot.kind.has_masters else state
 
     def __iter__(self) -> Iterator[Tensor]:
         known = set(super().__iter__())
@@ -100,9 +99,9 @@ class ShardTable(dict[int, dict[str, Any]]):
     """The result of `shards_of` in a state dict of one of several ranks. Pickling it warns once: trainers save rank 0's part for all.
 
     Args:
-        content: of it.
-        warned: has an element once there was a warning; shared by the state dicts of an optimizer. Frameworks that move a state dict to a
-            device (Accelerate) make others of its parts with the content alone.
+        content: the result.
+        warned: a list shared by the state dicts of an optimizer, with an element once there was a warning. Frameworks that move a state
+            dict to a device (Accelerate) construct this class from the content alone.
     """
 
     def __init__(
@@ -115,13 +114,13 @@ class ShardTable(dict[int, dict[str, Any]]):
         if not self._warned:
             self._warned.append(True)
             warnings.warn(
-                "one rank's part of the state of a ShardedOptimizer is being saved. That is complete where every rank saves its own. Where "
-                "one rank saves for all, the others' parts are lost: call optimizer.consolidate_state_dict() on every rank before, or save "
+                "one rank's part of the state of a ShardedOptimizer is being saved. That is complete if every rank saves its own. If one "
+                "rank saves for all, the others' parts are lost: call optimizer.consolidate_state_dict() on every rank before, or save "
                 "with so.checkpoint or torch.distributed.checkpoint",
                 UserWarning,
                 stacklevel=3,
             )
-        return OrderedDict, (list(self.items()),)  # which torch.load takes with weights_only=True, where it refuses dict
+        return OrderedDict, (list(self.items()),)  # torch.load(weights_only=True) accepts OrderedDict here, but not dict
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardTable:
         return ShardTable(deepcopy(dict(self), memo), self._warned)
@@ -208,7 +207,7 @@ class Values:
 
     Attributes:
         masters: this rank's parts.
-        params: whole parameters, rounded from them, where other ranks' parts are known too.
+        params: whole parameters, rounded from the values, if the other ranks' parts are known too.
     """
 
     masters: dict[ParamSlot, Tensor] = field(default_factory=dict)
@@ -243,11 +242,11 @@ class Values:
     def write(self) -> None:
         """Set masters, and round parameters from them.
 
-        torch.distributed.checkpoint writes to the masters themselves. Then there is nothing to set, and the parameters' values count where
-        they are no rounded masters: a checkpoint without masters, loaded with a planner that allows it, left these as they were.
+        torch.distributed.checkpoint writes to the masters themselves, which then need not be set. If a parameter is not its rounded master,
+        the parameter's value counts: a checkpoint without masters, loaded with a planner that allows it, left these as they were.
         """
         for slot, values in self.masters.items():
-            assert slot.local is not None, "loaded for what this rank steps"
+            assert slot.local is not None, "loaded only for parts that this rank steps"
             if values.data_ptr() == slot.local.data_ptr():
                 continue
             slot.local.copy_(values)

@@ -1,8 +1,8 @@
-"""The optimizer state of this rank's shards as parts of whole tensors, which is how torch.distributed.checkpoint saves and loads it.
+"""The optimizer state of this rank's shards as parts of whole tensors, as torch.distributed.checkpoint saves and loads it.
 
-What a rank has of a tensor is a range of its elements in row-major order, which is at most 2 ndim - 1 boxes. `LogicalTensor` tells
-torch.distributed.checkpoint which, so a checkpoint has tensors that are shaped like the parameters, as under every other wrapper, and
-loads on any number of ranks and under any wrapper. Used by `ShardedOptimizer` where torch.distributed.checkpoint is what asks for state.
+A rank has a range of a tensor's elements in row-major order, which is at most 2 ndim - 1 boxes. `LogicalTensor` describes these boxes to
+torch.distributed.checkpoint, so a checkpoint has tensors that are shaped like the parameters, as under every other wrapper, and loads on
+any number of ranks and under any wrapper. `ShardedOptimizer` uses it when torch.distributed.checkpoint reads its state.
 
 The private names of torch that are relied on here, `Tensor._make_wrapper_subclass` and the three methods of `_Checkpointable`, are tried
 with torch 2.11 and 2.13 and guarded by tests.
@@ -44,7 +44,7 @@ class Box:
 
 
 def boxes(shape: Sequence[int], start: int, numel: int) -> list[Box]:
-    """Return the boxes that make up elements [start, start + numel) of a row-major tensor, in the order of their elements.
+    """Cut the elements [start, start + numel) of a row-major tensor into boxes, in the order of their elements.
 
     >>> [(box.offsets, box.sizes) for box in boxes((4, 3), 2, 8)]
     [((0, 2), (1, 1)), ((1, 0), (2, 3)), ((3, 0), (1, 1))]
@@ -58,11 +58,11 @@ def boxes(shape: Sequence[int], start: int, numel: int) -> list[Box]:
     first_whole, end_whole = -(-start // row), end // row
     if first_whole > end_whole:  # inside one row
         return _in_row(shape, end_whole, start - end_whole * row, numel)
-    found = _in_row(shape, first_whole - 1, start - (first_whole - 1) * row, first_whole * row - start)
+    cut = _in_row(shape, first_whole - 1, start - (first_whole - 1) * row, first_whole * row - start)
     if first_whole < end_whole:
         inner = tuple(shape[1:])
-        found.append(Box(offsets=(first_whole, *(0 for _ in inner)), sizes=(end_whole - first_whole, *inner)))
-    return found + _in_row(shape, end_whole, 0, end - end_whole * row)
+        cut.append(Box(offsets=(first_whole, *(0 for _ in inner)), sizes=(end_whole - first_whole, *inner)))
+    return cut + _in_row(shape, end_whole, 0, end - end_whole * row)
 
 
 def _in_row(shape: Sequence[int], index: int, start: int, numel: int) -> list[Box]:
@@ -73,8 +73,8 @@ class LogicalTensor(Tensor):
     """A whole tensor of which this rank has a part. It can only be copied, moved to another device, saved and loaded.
 
     Attributes:
-        local: what this rank has: (n,). Loading writes here.
-        start: elements [start, start + n) of the flattened tensor.
+        local: this rank's elements: (n,). Loading writes here.
+        start: position of the first of them in the flattened tensor.
     """
 
     local: Tensor
@@ -87,10 +87,10 @@ class LogicalTensor(Tensor):
         return made
 
     def boxes(self) -> list[tuple[Box, Tensor]]:
-        """Each box that this rank has, with its elements: a view of `local`."""
-        found = boxes(self.shape, self.start, self.local.numel())
-        parts = self.local.split([box.numel for box in found]) if found else ()
-        return [(box, part.view(box.sizes)) for box, part in zip(found, parts, strict=True)]
+        """Return each box of this rank with its elements: a view of `local`."""
+        own = boxes(self.shape, self.start, self.local.numel())
+        parts = self.local.split([box.numel for box in own]) if own else ()
+        return [(box, part.view(box.sizes)) for box, part in zip(own, parts, strict=True)]
 
     # ------------------------------------------------------------------------------------------------ torch.distributed.checkpoint
 
@@ -140,7 +140,7 @@ class LogicalTensor(Tensor):
         raise ValueError(f"{function} cannot be computed of one rank's part of a tensor; {WAY_OUT}")
 
     def is_like(self, other: object) -> bool:
-        """Whether the other is the same part of a tensor of the same shape."""
+        """Return whether the other is the same part of a tensor of the same shape."""
         return isinstance(other, LogicalTensor) and (self.shape, self.start, self.local.shape) == (
             other.shape,
             other.start,
@@ -172,9 +172,9 @@ def gathered(
 
     Args:
         state: by the numbers of the parameters.
-        process_group: the ranks that the tensors are cut over; None: this process is alone.
-        keep: whether this rank wants it; else it is given nothing.
-        to_cpu: give it in the memory of the CPU.
+        process_group: the ranks over which the tensors are sharded; None: this process is alone.
+        keep: whether to return the state on this rank; else the result is empty.
+        to_cpu: whether to return it in the memory of the CPU.
     """
     known = {
         number: {name: (value.dtype, tuple(value.shape), value.item() if value.ndim == 0 else None) for name, value in values.items()}
@@ -186,8 +186,8 @@ def gathered(
         dist.all_gather_object(of_ranks, known, group=process_group)
     devices = [value.device for values in state.values() for value in values.values()]
     device = devices[0] if devices else torch.device("cpu")
-    found: dict[int, dict[str, Tensor]] = {}
-    for number in sorted({number for of_rank in of_ranks for number in of_rank}):  # ranks need not know of each other's
+    gathered_state: dict[int, dict[str, Tensor]] = {}
+    for number in sorted({number for of_rank in of_ranks for number in of_rank}):  # a rank may not have all of them
         values = state.get(number, {})
         names = {name: about for of_rank in of_ranks for name, about in of_rank.get(number, {}).items()}
         whole = {}
@@ -199,14 +199,14 @@ def gathered(
             if keep:
                 whole[name] = value.cpu() if to_cpu else value
         if keep:
-            found[number] = whole
-    return found
+            gathered_state[number] = whole
+    return gathered_state
 
 
 def _gathered(
     part: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device, process_group: dist.ProcessGroup | None
 ) -> Tensor:
-    """Sum bytes, of which all ranks but one have zeros, so that every bit arrives."""
+    """Gather a tensor by a sum of bytes, where all ranks but one have zeros, so that every bit is kept."""
     whole = torch.zeros(math.prod(shape), dtype=dtype, device=device)
     if isinstance(part, LogicalTensor):
         whole[part.start : part.start + part.local.numel()] = part.local

@@ -8,7 +8,7 @@ optimizer inside steps, for each parameter, the part in this rank's shard, as a 
 its own step counter and belongs to any param group. Segments describe these parts as under every other wrapper.
 
 The class here adds gradients and the step to two layers: an optimizer around another (outer.py), and its state (stateful.py). params.py
-takes up parameters, gradients.py brings gradients to what is stepped.
+adds parameters to buckets, gradients.py sets the gradients of the parts that are stepped.
 
 ZeRO: Rajbhandari et al. 2020, arXiv 1910.02054.
 """
@@ -52,32 +52,32 @@ __all__ = ["ShardedOptimizer"]
 
 
 class ShardedOptimizer(StatefulOuterOptimizer):
-    """Spreads gradients, moments and float32 masters of a replicated model evenly over the ranks (ZeRO-1, ZeRO-2).
+    """Shards gradients, moments and float32 masters of a replicated model evenly over the ranks (ZeRO-1, ZeRO-2).
 
     Called like torch's ZeroRedundancyOptimizer, but it averages gradients itself, in backward, by one reduce-scatter per bucket, so the
     model need not be wrapped; under DistributedDataParallel, which has averaged them, it only takes its shards. A step ends in one
     all-gather per bucket. Given the same gradients, every number of ranks, both stages and every mesh give the bits of one process.
 
-    After backward a gradient is in its bucket, and `param.grad` is a placeholder that raises an error where it is computed with: clip with
-    this class's `clip_grad_norm_`. A `param.grad` that you assign yourself is taken as it is: as the average, equal on all ranks.
+    After backward a gradient is in its bucket, and `param.grad` is a placeholder, which raises an error in any computation: clip with this
+    class's `clip_grad_norm_`. A `param.grad` that you assign yourself counts as the average and must be equal on all ranks.
 
     Args:
-        params: the model; or parameters, named parameters or param groups of it, the same on every rank. Ordinary tensors. They are given
-            rank 0's values and move into flat buckets, contiguous; they stay the same objects.
+        params: the model; or parameters, named parameters or param groups of it, the same on every rank. Ordinary tensors. They get rank
+            0's values and are moved into flat, contiguous buckets; they stay the same objects.
         optimizer_class: of this library: so.StableAdamW and so on.
         process_group: the ranks that train the model together; None: all. Or a DeviceMesh: of shards, or 2-D of (replicas, shards), as
             for fully_shard: shards inside a node, replicas across.
         stage: 1 keeps the buckets of full gradients allocated; 2 has a few of them at a time.
-        bucket_mb: how large a bucket may become, in MiB; a larger parameter has one of its own. None: 25, and more on more than 400 ranks.
+        bucket_mb: the largest size of a bucket, in MiB; a larger parameter has one of its own. None: 25, and more on more than 400 ranks.
         reduce_dtype: in which gradients are sent; None: the parameters'.
-        transport: how gloo ranks exchange shards: "auto" by shared memory where they are on one machine and can read each other's memory,
+        transport: how gloo ranks exchange shards: "auto" by shared memory between ranks of one machine that can read each other's memory,
             else by sends; "sends" by these alone. Other backends have collectives for it.
-        overlap: whether `step` returns before all parameters have come from the other ranks, and the forward pass waits for them, module
-            by module. It needs the model, as `params` or as `module`; without it `step` waits, and also where all ranks are on one machine
-            and read each other's memory (gloo), as nothing goes on meanwhile. Whoever uses parameters in between, other than by the
-            model's forward and its state dicts, calls `wait()` first.
-        module: the model, where `params` is something else.
-        defaults: hyperparameters and options of `optimizer_class`. bfloat16 and float16 parameters have float32 masters, but with
+        overlap: whether `step` returns before all parameters have arrived from the other ranks, and the forward pass waits for them, module
+            by module. It needs the model, as `params` or as `module`; without it `step` waits. It also waits if all ranks are on one
+            machine and read each other's memory (gloo), as no transfer then runs by itself. Code that uses parameters in between, other
+            than by the model's forward and its state dicts, must call `wait()` before.
+        module: the model, if `params` is something else.
+        defaults: hyperparameters and options of `optimizer_class`. bfloat16 and float16 parameters have float32 masters, unless
             kahan_sum=True or stochastic_rounding=True.
 
     Raises:
@@ -85,7 +85,7 @@ class ShardedOptimizer(StatefulOuterOptimizer):
         ValueError: on all ranks: an option out of range, a parameter that cannot be optimized, ranks that differ.
     """
 
-    _step_supports_amp_scaling = True  # GradScaler leaves gradients alone; where it finds none of them, `step` refuses it
+    _step_supports_amp_scaling = True  # so GradScaler does not change gradients; if they are in buckets, `step` refuses it
 
     def __init__(
         self,
@@ -128,12 +128,12 @@ class ShardedOptimizer(StatefulOuterOptimizer):
             inside = [bucket_layout.group_inside(group, index) for index, group in enumerate(groups)]
             engine = optimizer_class(inside, process_group=topology.given, layout=bucket_layout.layout, **options)
         outside = groups_outside(groups, engine.param_groups)
-        if is_model:  # whose names are in errors and metrics, but not in state dicts, so that these fit optimizers of model.parameters()
+        if is_model:  # names in errors and metrics, but not in state dicts, so that these fit optimizers of model.parameters()
             outside[0]["params"] = tensors_of(groups[0])
         self.stage = stage
         self._overlaps = overlap and module is not None and shard_group.sends
         self._join_guard = JoinGuard()
-        # Nothing here holds the optimizer, so that it is freed as soon as nobody uses it.
+        # None of these objects refers to the optimizer, so that it is freed with its last reference.
         self._gatherer = Gatherer(shard_group)
         self._reducer = Reducer(topology, shard_group, keeps_contents=stage == 1, reduce_dtype=reduce_dtype)
         stay_in_params = all_ranks is None or isinstance(module, DistributedDataParallel)
@@ -152,7 +152,7 @@ class ShardedOptimizer(StatefulOuterOptimizer):
         Raises:
             ValueError: see the class; nothing was added.
         """
-        if hasattr(self, "_sharded_params"):  # else torch's constructor calls it, with groups that are in buckets
+        if hasattr(self, "_sharded_params"):  # else torch's constructor calls this, with groups that are in buckets
             self._consolidated = None
             self.finish_reduction()
             self.wait()
@@ -164,7 +164,7 @@ class ShardedOptimizer(StatefulOuterOptimizer):
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Backward passes in here leave their gradients, unreduced, in the parameters; the next one outside averages them with its own.
+        """Leave gradients of backward passes in the `with` block, unreduced, in the parameters; the next pass outside averages them too.
 
         For gradient accumulation with less communication. On all ranks or on none.
         """
@@ -179,22 +179,22 @@ class ShardedOptimizer(StatefulOuterOptimizer):
         self._reducer.finish()
 
     def collect_gradients(self) -> None:
-        """Give this rank's parts, which the optimizer inside steps, their gradients, averaged. A collective, as far as backward was not."""
+        """Set the averaged gradients of the parts that the optimizer inside steps. A collective, as far as backward was not."""
         self._gradients()
 
     def _gradients(self) -> set[ParamSlot]:
-        """Collect gradients, and return all parameters that have one, on whatever rank."""
+        """Collect gradients, and return all parameters that have one, on any rank."""
         return self._sharded_gradients.collect()
 
     def scale_gradients(self, factor: Tensor) -> None:
-        """Multiply all gradients of this rank, which are those in buckets and those that were assigned."""
+        """Multiply all gradients of this rank: those in buckets and those that were assigned."""
         self._sharded_gradients.scale(factor)
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
         """Scale all gradients so that the norm of all of them together is at most `max_norm`. A collective.
 
-        As torch.nn.utils.clip_grad_norm_, which finds no gradients. The norm is computed in float64.
+        In the place of torch.nn.utils.clip_grad_norm_, which cannot see gradients in buckets. The norm is computed in float64.
 
         Returns:
             The norm before: float32 (), the same on every rank.
@@ -210,7 +210,7 @@ class ShardedOptimizer(StatefulOuterOptimizer):
         return self._engine.grad_norm
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop all gradients. `set_to_none` makes no difference: gradients in buckets are gone."""
+        """Drop all gradients. `set_to_none` makes no difference: gradients in buckets are dropped."""
         super().zero_grad(set_to_none=True)
         self._sharded_gradients.drop()
         self._engine.zero_grad(set_to_none=True)
@@ -226,11 +226,11 @@ class ShardedOptimizer(StatefulOuterOptimizer):
             closure: re-evaluates the model and returns the loss.
 
         Returns:
-            What the closure returned, or None.
+            The result of the closure, or None.
 
         Raises:
             ValueError, FloatingPointError: as the optimizer inside.
-            RuntimeError: other ranks did not take part in what the gradients or parameters of a bucket need, within the process group's
+            RuntimeError: other ranks did not take part in a transfer of a bucket's gradients or parameters within the process group's
                 timeout.
         """
         loss = None
@@ -250,12 +250,12 @@ class ShardedOptimizer(StatefulOuterOptimizer):
         finally:
             self._gatherer.end()
         self._sharded_gradients.end_step(used)
-        if not self._overlaps or self._optimizer_step_post_hooks:  # which may look at parameters
+        if not self._overlaps or self._optimizer_step_post_hooks:  # hooks may read parameters
             self.wait()
         return loss
 
     def wait(self) -> None:
-        """Wait until all parameters have their new values on all ranks, and may be written to. Call it on every rank."""
+        """Wait until all parameters have their new values on all ranks, and may be written to. To be called on every rank."""
         self._sharded_params.wait()
 
     def _refuse(self) -> None:

@@ -16,14 +16,15 @@ __all__ = ["OuterOptimizer", "groups_outside"]
 
 
 class OuterOptimizer(torch.optim.Optimizer):
-    """A torch optimizer of whole parameters whose steps another one does, inside, on this rank's parts of them.
+    """A torch optimizer of whole parameters around one that steps this rank's parts of them, the optimizer inside.
 
-    Owns the optimizer inside. Both have the same param groups. The hyperparameters are those of this one, but for what a step changes.
+    Owns the optimizer inside. Both have the same param groups. Before a step the optimizer inside gets the hyperparameters of this one, and
+    afterwards this one gets those that the step has changed.
 
     Args:
         params: the param groups of the optimizer inside, but with whole parameters: see `groups_outside`.
         engine: the optimizer inside.
-        bucket_layout: says which part of each parameter it steps.
+        bucket_layout: of the parameters; it has the part of each that this rank steps.
     """
 
     def __init__(self, params: list[Group], engine: Engine, bucket_layout: BucketLayout) -> None:
@@ -56,7 +57,7 @@ class OuterOptimizer(torch.optim.Optimizer):
         self._follow_inside()
 
     def _follow_inside(self) -> None:
-        """Take over the hyperparameters of the optimizer inside, which it learns in a step, or has loaded."""
+        """Copy the hyperparameters of the optimizer inside, after it has set some in a step or has loaded them."""
         for outside, inside in zip(self.param_groups, self._engine.param_groups, strict=True):
             outside |= without_params(inside)
 
@@ -64,7 +65,7 @@ class OuterOptimizer(torch.optim.Optimizer):
 
     @property
     def skipped_steps(self) -> int:
-        """As of the optimizer inside."""
+        """See the optimizer inside."""
         return self._engine.skipped_steps
 
     def metrics(self) -> dict[str, float]:
@@ -76,22 +77,22 @@ class OuterOptimizer(torch.optim.Optimizer):
         return self._engine.non_finite_ranks()
 
     def performance(self) -> dict[str, float]:
-        """Return what the last step took of this rank; see the optimizer inside. Gradients and parameters on their way are not in it."""
+        """Return time and memory of the last step on this rank; see the optimizer inside. Without transfers of gradients and parameters."""
         return self._engine.performance()
 
     def report_per_parameter_metrics(self, param: Tensor, name: str, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
-        """As of the optimizer inside, of the part of a parameter that this rank steps."""
+        """See the optimizer inside; of the part of a parameter that this rank steps."""
         slot = self._bucket_layout.slots.get(param)
         if slot is None or slot.local is None:
             return optimizer_metrics
         return self._engine.report_per_parameter_metrics(slot.local, name, optimizer_metrics)
 
     def pre_reduce_metrics(self, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
-        """As of the optimizer inside."""
+        """See the optimizer inside."""
         return self._engine.pre_reduce_metrics(optimizer_metrics)
 
     def dist_reduce_metrics(self, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
-        """As of the optimizer inside: a collective."""
+        """See the optimizer inside. A collective."""
         return self._engine.dist_reduce_metrics(optimizer_metrics)
 
 

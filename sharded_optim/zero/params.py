@@ -1,6 +1,6 @@
-"""Take up the parameters of a ShardedOptimizer: when it is built, in a late param group, or when a frozen one has become trainable.
+"""Add parameters to a ShardedOptimizer: when it is built, in a later param group, or when a frozen parameter becomes trainable.
 
-A parameter is stepped by the optimizer that has taken it up last. The one before is superseded, and refuses to step.
+A parameter is stepped by the optimizer to which it was added last. An earlier one is superseded, and refuses to step.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from sharded_optim.zero.gradients import ShardedGradients, call_and_drop
 
 __all__ = ["ShardedParams", "wait_for_others"]
 
-_numbers = count()  # of ShardedParams, as they are made: on all ranks in one order
-_living: WeakSet[ShardedParams] = WeakSet()
+_numbers = count()  # of ShardedParams, in the order of their creation, which is the same on all ranks
+_in_use: WeakSet[ShardedParams] = WeakSet()  # of optimizers that are neither freed nor superseded
 
 
 class ShardedParams:
-    """The parameters of an optimizer: the same on every rank, taken up on all ranks or on none.
+    """The parameters of an optimizer: the same on every rank, added on all ranks or on none.
 
     Owns whether the optimizer is superseded, and the forward hooks; it removes them and those of gradients when it is superseded or freed.
 
     Args:
         all_ranks: that hold the parameters; None: this one alone.
-        bucket_layout: their buckets, which grow.
-        engine: the optimizer inside, whose param groups grow with them.
+        bucket_layout: their buckets, to which new ones are added.
+        engine: the optimizer inside, to whose param groups new parameters are added.
         gatherer: of their new values.
-        gradients: what takes their gradients.
+        gradients: of the parameters.
         model: whose modules wait for the gatherer; None: `wait` does.
 
     Attributes:
-        is_superseded: whether another optimizer has taken up some of them.
+        is_superseded: whether some of them were added to another optimizer later.
     """
 
     def __init__(
@@ -62,15 +62,16 @@ class ShardedParams:
         self._removals = [gradients.remove_hooks]
         if model is not None:
             self._removals.append(ForwardHooks(model, gatherer, bucket_layout.slots).release)
-        finalize(self, _let_go, self._removals, bucket_layout).atexit = False  # then process groups may be gone, and nobody needs it
+        # Not at exit: process groups may have ended then, and the memory is freed anyway.
+        finalize(self, _clean_up, self._removals, bucket_layout).atexit = False
 
     def take_up(self, buckets: Sequence[Bucket]) -> None:
-        """Start to manage these buckets: broadcast rank 0's values, and take gradients from now on."""
+        """Broadcast rank 0's values of these buckets, and take their gradients from now on."""
         self._take_over(buckets)
         self._gradients.watch(buckets)
 
     def add_group(self, param_group: Group, param_groups: Sequence[Group]) -> Group:
-        """Take up the parameters of a late param group, in buckets of their own. A collective.
+        """Add the parameters of a later param group, in buckets of their own. A collective.
 
         Args:
             param_group: in any form that torch's optimizers take.
@@ -87,7 +88,7 @@ class ShardedParams:
         try:
             with raising_together(self._all_ranks, self._bucket_layout.description):
                 group, *_ = groups_of([param_group])
-                known = {id(param): name for number, each in enumerate(param_groups) for param, name in named_params(each, number)}
+                known = {id(param): name for number, before in enumerate(param_groups) for param, name in named_params(before, number)}
                 known |= {id(param): slot.name for param, slot in self._bucket_layout.slots.items()}  # frozen ones are in no bucket
                 for param in tensors_of(group):
                     if id(param) in known:
@@ -102,9 +103,7 @@ class ShardedParams:
         return group
 
     def refresh(self, groups: Sequence[Group]) -> None:
-        """Wait for running transfers, and follow what users have done: parameters that are unfrozen, or whose memory was replaced.
-
-        A collective.
+        """Wait for running transfers, add parameters that were unfrozen, and restore those whose memory was replaced. A collective.
 
         Args:
             groups: the current param groups of whole parameters.
@@ -139,20 +138,20 @@ class ShardedParams:
         self._take_up_late(buckets)
 
     def _take_up_late(self, buckets: Sequence[Bucket]) -> None:
-        """Take up parameters that may have gradients already."""
-        # Another one, so that all ranks ask anew what the others hold, also those that have nothing of these parameters.
+        """Add parameters that may have gradients already."""
+        # A new layout object, so that all ranks exchange segments again, also those without elements of these parameters.
         self._engine.layout = replace(self._bucket_layout.layout)
         self._take_over(buckets)
         self._gradients.watch_late(buckets)
 
     def _take_over(self, buckets: Sequence[Bucket]) -> None:
         """Supersede other optimizers of the parameters in these buckets, and broadcast rank 0's values."""
-        for other in _living_with([slot.param for bucket in buckets for slot in bucket.slots]):
+        for other in _in_use_with([slot.param for bucket in buckets for slot in bucket.slots]):
             if other is not self:
                 other.is_superseded = True
-                _living.discard(other)
+                _in_use.discard(other)
                 call_and_drop(other._removals)
-        _living.add(self)
+        _in_use.add(self)
         for bucket in buckets:
             if self._all_ranks is not None:
                 dist.broadcast(bucket.values, group_src=0, group=self._all_ranks)
@@ -163,21 +162,21 @@ class ShardedParams:
 
 
 def wait_for_others(params: Iterable[Tensor]) -> None:
-    """Wait for transfers of these parameters that other optimizers have begun, also those that are gone."""
-    for each in _living_with(params):
-        each.wait()
+    """Wait for transfers of these parameters that other optimizers have begun, also optimizers that have been freed."""
+    for other in _in_use_with(params):
+        other.wait()
     for hooks in list(ForwardHooks.released):
         hooks.finish()
 
 
-def _living_with(params: Iterable[Tensor]) -> list[ShardedParams]:
-    """Return what optimizers have any of these parameters, in the order of their creation."""
+def _in_use_with(params: Iterable[Tensor]) -> list[ShardedParams]:
+    """Return the ShardedParams of optimizers that have any of these parameters, in the order of their creation."""
     params = list(params)
-    found = [each for each in _living if any(param in each._bucket_layout.slots for param in params)]
-    return sorted(found, key=lambda each: each._number)
+    with_params = [sharded for sharded in _in_use if any(param in sharded._bucket_layout.slots for param in params)]
+    return sorted(with_params, key=lambda sharded: sharded._number)
 
 
-def _let_go(removals: list[Callable[[], None]], bucket_layout: BucketLayout) -> None:
+def _clean_up(removals: list[Callable[[], None]], bucket_layout: BucketLayout) -> None:
     """Clean up after an optimizer: remove its hooks, and free its buckets, except those with running transfers."""
     call_and_drop(removals)
     for bucket in bucket_layout.buckets:

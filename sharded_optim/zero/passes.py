@@ -1,7 +1,7 @@
 """Track nested backward passes: which of them run, and how each has ended.
 
-A reentrant checkpoint runs a backward pass inside that of the model. Autograd says which pass runs, but not which one that is inside of,
-nor that an exception has ended one. Used by `reduction.py`. Tried with torch 2.11 and 2.13.
+A reentrant checkpoint runs a backward pass inside that of the model. Autograd has the number of the running pass, but not that of the pass
+around it, nor whether an exception has ended one. Used by `reduction.py`. Tried with torch 2.11 and 2.13.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ __all__ = ["Passes"]
 
 
 class Passes:
-    """Watches the passes that `enter` is called in, and those around them.
+    """Tracks the passes in which `enter` is called, and those around them.
 
     Args:
-        ended: called at the end of an outermost pass, in that pass, if its object is still there: what it raises is raised by `backward`.
+        ended: called at the end of an outermost pass, in that pass, if its object still exists: `backward` raises its exceptions.
 
     Attributes:
         was_left: whether an exception has ended one of them.
@@ -38,7 +38,7 @@ class Passes:
         return bool(self._running)
 
     def enter(self) -> None:
-        """Watch the pass that runs; from a hook in it."""
+        """Track the running pass. To be called from a hook in it."""
         number = torch._C._current_graph_task_id()
         if number == self._current:
             return
@@ -48,18 +48,20 @@ class Passes:
             Variable._execution_engine.queue_callback(_Pass(self, number))
 
     def end(self, number: int) -> None:
+        """Note that a pass has ended by itself."""
         self._running.discard(number)
         ended = self._ended()
         if ended is not None and not self._running and not _is_inside_another():
             ended()
 
     def leave(self, number: int) -> None:
+        """Note that an exception has ended a pass."""
         self._running.discard(number)
         self.was_left = True
 
 
 class _Pass:
-    """A callback of one pass. Autograd alone holds it, so that it goes with the pass, also where an exception ends that."""
+    """A callback of one pass. Only autograd refers to it, so that it is freed with the pass, also if an exception ends that."""
 
     def __init__(self, passes: Passes, number: int) -> None:
         self._passes = passes
@@ -73,12 +75,12 @@ class _Pass:
     def __del__(self) -> None:
         if not self._has_ended:
             self._passes.leave(self._number)
-        if torch._C._current_graph_task_id() >= 0:  # now the pass runs that this one was inside of
+        if torch._C._current_graph_task_id() >= 0:  # the pass around this one runs again
             self._passes.enter()
 
 
 def _is_inside_another() -> bool:
-    """Whether the pass that runs was called by a function's backward."""
+    """Return whether the running pass was started by the backward of a function."""
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code is BackwardCFunction.apply.__code__:

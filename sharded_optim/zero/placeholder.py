@@ -1,9 +1,9 @@
 """The stand-in for `param.grad` while the gradient is in a bucket, sharded over the ranks.
 
-None would say that there is no gradient: torch.nn.utils.clip_grad_norm_, which frameworks call by themselves, would clip nothing and say
-nothing. The placeholder has a shape and no memory, and raises an error where anybody computes with it.
+None would mean that there is no gradient: torch.nn.utils.clip_grad_norm_, which frameworks call by themselves, would clip nothing without
+an error. The placeholder has a shape and no memory, and raises an error in any computation.
 
-Autograd adds to a gradient that is there. What the next backward pass adds to a placeholder is kept for the hook that follows.
+Autograd adds to an existing gradient. The gradient that the next backward pass adds to a placeholder is kept for the hook that follows.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ GRAD_SCALER = (
     "model with DistributedDataParallel, which leaves them there"
 )
 aten = torch.ops.aten
-# What gives others the memory of a tensor, of which there is none here: some of these would end the process.
+# Methods that give access to the memory of a tensor, of which there is none here: some of them would end the process.
 MEMORY = ("__dlpack__", "data_ptr", "numpy", "share_memory_", "tolist")  # torch.compile asks for storage, and takes an error
 
 
 class GradientInBucket(Tensor):
-    """Shaped like a gradient, for which it stands.
+    """A tensor without memory, shaped like the gradient for which it stands.
 
     Attributes:
-        param_name: in errors.
-        added: what has been added to it within backward; None: nothing.
+        param_name: the parameter's name in errors.
+        added: the gradient that autograd has added to it; None: there is none.
     """
 
     param_name: str
@@ -68,7 +68,7 @@ class GradientInBucket(Tensor):
     def __repr__(self, **_: object) -> str:
         return (
             f"the gradient of {self.param_name!r} is in a bucket of ShardedOptimizer, cut over the ranks, and not in param.grad; clip with "
-            f"optimizer.clip_grad_norm_(max_norm) instead of torch.nn.utils, forget it with optimizer.zero_grad(), or wrap the model with "
+            f"optimizer.clip_grad_norm_(max_norm) instead of torch.nn.utils, drop it with optimizer.zero_grad(), or wrap the model with "
             f"DistributedDataParallel, which leaves gradients in the parameters"
         )
 
@@ -97,7 +97,7 @@ def _placeholders(given: object) -> Iterator[GradientInBucket]:
     if isinstance(given, GradientInBucket):
         yield given
     elif isinstance(given, list | tuple):
-        for each in given:
-            yield from _placeholders(each)
+        for element in given:
+            yield from _placeholders(element)
     elif isinstance(given, dict):
         yield from _placeholders(list(given.values()))

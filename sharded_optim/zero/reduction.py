@@ -2,10 +2,10 @@
 
     hook of a parameter -> its bucket's contents -> reduce-scatter (-> all-reduce over replicas) -> this rank's shard of the average
 
-A *round* is what one backward pass does, with the passes inside it: every bucket is reduced once, in the same order on every rank, also
-where a rank has no gradient for it: then it brings zeros. At its end the ranks exchange which parameters had a gradient anywhere;
-the others are not stepped. A parameter that gets a further gradient in a round, when its bucket is on its way, keeps it: reentrant
-checkpoints do that to parameters that are used in several of them. The ranks exchange that too, and run a further round for it.
+A *round* is the reduction of one backward pass, with the passes inside it: every bucket is reduced once, in the same order on every rank.
+A rank without a gradient for a bucket contributes zeros. At the end of a round the ranks exchange which parameters had a gradient on any
+rank; the others are not stepped. A parameter may get a further gradient in a round after its bucket was reduced: reentrant checkpoints do
+that to parameters that are used in several of them. The parameter keeps it, the ranks exchange that too, and run a further round for it.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ __all__ = ["Reducer"]
 class Reducer:
     """Averages gradients over ranks, round by round.
 
-    Owns the round that is open: which buckets are left to reduce, and which parameters this rank brings gradients of. What reduces a
-    bucket, and what exchanges which gradients there are, are objects of their own.
+    Owns the open round: the buckets that are left to reduce, and the parameters of which this rank has a gradient. A `BucketReducer`
+    reduces buckets, `GradientCounts` exchanges which parameters had gradients.
 
     Args:
         topology: the ranks whose gradients are averaged.
-        shard_group: those that hold the shards of a bucket.
+        shard_group: the ranks that hold the shards of a bucket.
         keeps_contents, reduce_dtype: see `BucketReducer`.
 
     Attributes:
         buckets: in the order in which they are reduced.
         synchronizes: whether a backward pass is a round, or leaves its gradients in the parameters.
         is_open: whether a round has begun and not ended.
-        rounds: how many were run since `collect`.
+        rounds: number of rounds since `collect`.
         has_unreduced: whether parameters have gradients of passes that did not synchronize.
     """
 
@@ -57,18 +57,18 @@ class Reducer:
         self._counts = GradientCounts(topology.all_ranks, shard_group.serial)
         self._passes = Passes(WeakMethod(self._pass_ended))
         self._round = 0
-        self._left: deque[Bucket] = deque()  # of the open round, not yet being reduced
-        self._used: set[ParamSlot] = set()  # whose gradients this rank brings to the open round
+        self._left: deque[Bucket] = deque()  # buckets of the open round that are not yet being reduced
+        self._used: set[ParamSlot] = set()  # parameters with a gradient of this rank in the open round
         self._repeated: dict[ParamSlot, Tensor] = {}  # further gradients, for which a round is to be run
 
     def listen(self, reduced: WeakMethod[Callable[[Bucket], None]]) -> None:
-        """Call a method with each bucket whose gradients are averaged from now on, if its object is still there."""
+        """Call a method with each bucket whose gradients are averaged from now on, if its object still exists."""
         self._bucket_reducer.reduced = reduced
 
     # ---------------------------------------------------------------------------------------------------------------- in backward
 
     def ready(self, slot: ParamSlot) -> None:
-        """Take the gradient of a parameter from it: a post-accumulate-grad hook.
+        """Take a gradient out of its parameter: a post-accumulate-grad hook.
 
         Raises:
             RuntimeError: the backward pass before this one did not end, or other ranks did not take part.
@@ -82,13 +82,13 @@ class Reducer:
             self._refuse_unended()
         self._passes.enter()
         if not self.is_open:
-            for bucket in self.buckets:  # so that autograd need not add to it
-                for each in bucket.slots:
-                    each.remove_placeholder()
+            for bucket in self.buckets:  # so that autograd sets gradients instead of adding to placeholders
+                for other in bucket.slots:
+                    other.remove_placeholder()
             self._open()
         if slot in self._used and slot.bucket not in self._left:
             grad = slot.own_grad
-            assert grad is not None, "a hook is called with one"
+            assert grad is not None, "a hook is called after a gradient"
             self._repeated[slot] = self._repeated[slot] + grad if slot in self._repeated else grad
             slot.param.grad = slot.placeholder
             return
@@ -102,12 +102,12 @@ class Reducer:
 
     def _refuse_unended(self) -> NoReturn:
         raise RuntimeError(
-            f"the last backward pass did not end: an exception left {self._left[0].named if self._left else 'its end'} to be reduced, for "
-            f"which the other ranks wait; let the exception end the job"
+            f"the last backward pass did not end: after an exception {self._left[0].named if self._left else 'its end'} is still to be "
+            f"reduced, and the other ranks wait for it; let the exception end the job"
         )
 
     def run_round(self, slots: Iterable[ParamSlot] = ()) -> None:
-        """Run a round outside of backward, with gradients that passes without synchronization have left."""
+        """Run a round outside of backward, with gradients that passes without synchronization have left in these parameters."""
         self._open()
         for slot in slots:
             if slot.own_grad is not None or slot in self._repeated:
@@ -129,7 +129,7 @@ class Reducer:
         while self._left:
             self._launch_next()
         slots = [slot for bucket in self.buckets for slot in bucket.slots]
-        what = f"which gradients there are, of {self.buckets[0].named} and all others,"
+        what = f"the exchange of which parameters have gradients, from {self.buckets[0].named} on,"
         self._counts.exchange(slots, self._used, repeats=bool(self._repeated), what=what)
         self.is_open = False
         self.has_unreduced = False
@@ -144,7 +144,7 @@ class Reducer:
         grad, further = slot.own_grad, self._repeated.pop(slot, None)
         if further is not None:
             grad = further if grad is None else grad + further
-        assert grad is not None, "a hook is called with one"
+        assert grad is not None, "a hook is called after a gradient"
         self._bucket_reducer.fill(slot, grad, adds=slot in self._used)
         slot.param.grad = slot.placeholder
         self._used.add(slot)

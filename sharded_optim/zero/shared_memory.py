@@ -1,9 +1,9 @@
 """Shared-memory transport: ranks of one machine read each other's buffers instead of sending them through the loopback device.
 
-On two ranks with 94 MiB to gather, 24 ms by gloo's sends, 6 ms through memory. A buffer is an anonymous file in memory (memfd), which lives
-as long as somebody has mapped it, and leaves nothing behind when a process dies. Others find it under /proc. That it is ready, and that it
-was read, is told through pipes: gloo's thread, which shares a core with the one that computes, takes 0.5 ms for such a message. Linux, CPU
-tensors.
+On two ranks with 94 MiB to gather, 24 ms by gloo's sends, 6 ms through memory. A buffer is an anonymous file in memory (memfd), which
+exists as long as a process has it mapped, so that a killed process leaves nothing behind. Other ranks open it under /proc. Messages that a
+buffer is ready, or was read, go through pipes: gloo's thread, which shares a core with the one that computes, takes 0.5 ms for such a
+message. Linux, CPU tensors.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from sharded_optim.sharding.ranks import raise_together, timeout_of
 __all__ = ["Receive", "SharedMemoryTransport"]
 
 T = TypeVar("T")
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # tells machines apart
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # differs between machines
 KEPT = 4096  # mappings of other ranks' buffers
-MESSAGE = struct.Struct("<qqq")  # a tag, and what says which buffer: a file descriptor and an inode
-PIPE_BYTES = 2**18  # of messages that nobody has read yet: 10,000
-LONGEST = timedelta(minutes=30)  # to wait where the process group does not say
+MESSAGE = struct.Struct("<qqq")  # a tag, and the buffer by its file descriptor and inode
+PIPE_BYTES = 2**18  # for 10,000 unread messages
+LONGEST = timedelta(minutes=30)  # to wait if the process group has no timeout
 
 _files: dict[int, tuple[int, int]] = {}  # (file descriptor, inode) of each of our buffers, by its address
 
@@ -44,10 +44,10 @@ class SharedMemoryTransport:
     """Shares buffers with the ranks of a process group that are on the same machine.
 
     Args:
-        process_group: finding out is a collective over it; None: this process is alone.
+        process_group: the ranks; construction is a collective over them. None: this process is alone.
 
     Attributes:
-        ranks: of the group, without this one.
+        ranks: of the group that share memory with this one.
         exist, are_all: whether any two ranks of the group share memory, and whether all do; the same on every rank.
     """
 
@@ -56,9 +56,9 @@ class SharedMemoryTransport:
         self.exist = self.are_all = False
         self._process_ids: list[int] = []
         self._mapped: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
-        self._incoming: dict[int, int] = {}  # a pipe's end, by rank
+        self._incoming: dict[int, int] = {}  # the end of a pipe, by rank
         self._outgoing: dict[int, int] = {}
-        self._heard: dict[tuple[int, int], tuple[int, int]] = {}  # by rank and tag: messages that came before they were asked for
+        self._received: dict[tuple[int, int], tuple[int, int]] = {}  # by rank and tag: messages that were read before they were awaited
         if process_group is not None:
             self._seconds = (timeout_of(process_group) or LONGEST).total_seconds()
             self._find(process_group)
@@ -82,22 +82,22 @@ class SharedMemoryTransport:
 
         of_ranks = _gather(make_probe, process_group)
         own = of_ranks[rank]
-        self._process_ids = [0 if each is None else each[1] for each in of_ranks]
+        self._process_ids = [0 if probe is None else probe[1] for probe in of_ranks]
 
         def find_readable() -> list[int]:
             readable = []
-            for other, each in enumerate(of_ranks):
-                if own is None or each is None or other == rank or each[0] != own[0]:
+            for other, probe in enumerate(of_ranks):
+                if own is None or probe is None or other == rank or probe[0] != own[0]:
                     continue
                 try:
-                    found = self.read(other, each[2]).view(torch.int64)
-                except (OSError, ValueError):  # another container, or not allowed
+                    value = self.read(other, probe[2]).view(torch.int64)
+                except (OSError, ValueError):  # in another container, or not allowed
                     continue
-                if found.tolist() == [other]:
+                if value.tolist() == [other]:
                     readable.append(other)
             return readable
 
-        lists = _gather(find_readable, process_group)  # after it nobody reads the probe
+        lists = _gather(find_readable, process_group)  # the probes are not read after it
         self.ranks = frozenset(other for other in lists[rank] if rank in lists[other])
         self._mapped.clear()
 
@@ -120,18 +120,18 @@ class SharedMemoryTransport:
 
         try:
             of_ranks = _gather(make_pipes, process_group)
-            lists = _gather(open_pipes, process_group)  # now all have opened what they can
+            lists = _gather(open_pipes, process_group)  # after it all ranks have opened the pipes that they can
         except BaseException:
             _close([*self._incoming.values(), *self._outgoing.values()])
             raise
         finally:
-            _close(list(outgoing_of.values()))  # so that a pipe ends when the neighbour does
+            _close(list(outgoing_of.values()))  # so that a pipe ends with the process of the other rank
         weakref.finalize(self, _close, [*self._incoming.values(), *self._outgoing.values()])
         for descriptor in self._outgoing.values():
-            with suppress(OSError):  # a user may have only so much
+            with suppress(OSError):  # the memory that a user may have for pipes is limited
                 fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         self.ranks = frozenset(rank for rank in self._outgoing if own in lists[rank])
-        mutual = [each in lists[other] for each in range(len(lists)) for other in lists[each]]
+        mutual = [rank in lists[other] for rank in range(len(lists)) for other in lists[rank]]
         self.exist, self.are_all = any(mutual), sum(mutual) == len(lists) * (len(lists) - 1)
 
     # ------------------------------------------------------------------------------------------------------------- buffers
@@ -144,7 +144,7 @@ class SharedMemoryTransport:
         """Map a buffer of another rank: uint8, read-only.
 
         Raises:
-            OSError: it is gone, or out of reach.
+            OSError: it does not exist any more, or cannot be opened.
             MemoryError: this process cannot map it.
         """
         descriptor, inode = which
@@ -155,8 +155,8 @@ class SharedMemoryTransport:
             try:
                 status = os.fstat(opened)
                 if status.st_ino != inode:
-                    raise OSError(f"{path} is another file than its process has said")
-                # Keeps no file open, which there may be many of. Nobody here writes to it, but torch has no tensors that are read-only.
+                    raise OSError(f"{path} is another file than the one in its process's message")
+                # A mapping, which keeps no file open: there may be many. It is not written to, but torch has no read-only tensors.
                 own_path = f"/proc/self/fd/{opened}"
                 self._mapped[key] = torch.from_file(own_path, shared=True, size=status.st_size, dtype=torch.uint8)
             except RuntimeError as error:
@@ -171,23 +171,23 @@ class SharedMemoryTransport:
     # ------------------------------------------------------------------------------------------------------------ messages
 
     def post(self, rank: int, tag: int, buffer: Tensor | None = None) -> None:
-        """Post a message to another rank: a buffer of this rank is ready, or without a buffer, theirs was read.
+        """Send a message to another rank: a buffer of this rank is ready, or without a buffer, that rank's buffer was read.
 
         Raises:
-            RuntimeError: it has gone, or has not read anything for long.
+            RuntimeError: its process has ended, or has read no message within the process group's timeout.
         """
         which = (0, 0) if buffer is None else _files[buffer.untyped_storage().data_ptr()]
         deadline = time.monotonic() + self._seconds
         while True:
             try:
                 os.write(self._outgoing[rank], MESSAGE.pack(tag, *which))
-            except BlockingIOError:  # it may be in here too, and its pipe to us as full
+            except BlockingIOError:  # the pipe is full; so may be the other rank's pipe to this one, as it may wait here too
                 if time.monotonic() > deadline:
-                    raise RuntimeError(f"rank {rank} of the process group has not listened for {self._seconds:g} s") from None
+                    raise RuntimeError(f"rank {rank} of the process group has read no message for {self._seconds:g} s") from None
                 for other in self._incoming:
-                    self._listen(other, 0.001)
+                    self._read_pipe(other, 0.001)
             except OSError as error:
-                raise RuntimeError(f"rank {rank} of the process group has gone: {error}") from error
+                raise RuntimeError(f"the process of rank {rank} of the process group has ended: {error}") from error
             else:
                 return
 
@@ -195,49 +195,48 @@ class SharedMemoryTransport:
         """Receive a message of another rank; return the buffer that it names.
 
         Raises:
-            RuntimeError: it has gone, or the process group's timeout is over.
+            RuntimeError: its process has ended, or the process group's timeout is over.
         """
         deadline = time.monotonic() + self._seconds
-        while (rank, tag) not in self._heard:
-            if not self._listen(rank, deadline - time.monotonic()):
+        while (rank, tag) not in self._received:
+            if not self._read_pipe(rank, deadline - time.monotonic()):
                 raise RuntimeError(f"timed out after {self._seconds:g} s of waiting for rank {rank} of the process group")
-        return self._heard.pop((rank, tag))
+        return self._received.pop((rank, tag))
 
     def has_received(self, rank: int, tag: int) -> bool:
-        """Return, without waiting, whether a message has come, or none can come any more."""
+        """Return, without waiting, whether a message has arrived, or none can any more. Removes the message."""
         try:
-            while (rank, tag) not in self._heard and self._listen(rank, 0.0):
+            while (rank, tag) not in self._received and self._read_pipe(rank, 0.0):
                 pass
-        except RuntimeError:  # it has gone
+        except RuntimeError:  # its process has ended
             return True
-        return self._heard.pop((rank, tag), None) is not None
+        return self._received.pop((rank, tag), None) is not None
 
-    def _listen(self, rank: int, seconds: float) -> bool:
+    def _read_pipe(self, rank: int, seconds: float) -> bool:
         """Read pending messages of another rank; return whether there were any within this time."""
         waiting = select.poll()
         waiting.register(self._incoming[rank], select.POLLIN)
         if not waiting.poll(max(0.0, seconds) * 1e3):
             return False
-        content = os.read(self._incoming[rank], 1000 * MESSAGE.size)  # whole messages: they are written at once
+        content = os.read(self._incoming[rank], 1000 * MESSAGE.size)  # whole messages: each is written at once
         if not content:
-            raise RuntimeError(f"rank {rank} of the process group has gone")
+            raise RuntimeError(f"the process of rank {rank} of the process group has ended")
         for tag, *which in MESSAGE.iter_unpack(content):
-            self._heard[rank, tag] = (which[0], which[1])
+            self._received[rank, tag] = (which[0], which[1])
         return True
 
 
 class Receive:
-    """A pending receive of a message, with the interface of torch.distributed's works.
+    """A pending receive of a message, with the interface of torch.distributed's `Work`.
 
     Attributes:
-        which: buffer it is about, after `wait`.
+        which: the buffer that the message names, after `wait`.
     """
 
     def __init__(self, shared_memory: SharedMemoryTransport, rank: int, tag: int) -> None:
         self.shared_memory = shared_memory
         self._rank, self._tag = rank, tag
         self.which = (0, 0)
-
         self._has_come = False
 
     def wait(self) -> None:
@@ -251,10 +250,10 @@ class Receive:
 
 
 def _gather(make: Callable[[], T], process_group: dist.ProcessGroup) -> list[T]:
-    """Gather the results of a function on every rank, or the failures.
+    """Call a function on every rank, and gather the results on all, or raise on all.
 
     Raises:
-        ValueError, or what `make` has raised here: on every rank, what it has raised on any.
+        ValueError, or the exception of `make` on this rank: on every rank, if `make` has failed on any.
     """
     failure, made = None, None
     try:

@@ -22,12 +22,12 @@ __all__ = ["StatefulOuterOptimizer"]
 class StatefulOuterOptimizer(OuterOptimizer):
     """An optimizer around one of this rank's parts, without a step.
 
-    Owns the whole state that `consolidate_state_dict` has collected; a step, a layer above, drops it. The state itself is that of the
-    optimizer inside.
+    Owns the whole state that `consolidate_state_dict` has collected, which a step drops (optimizer.py). The optimizer inside owns the state
+    itself.
 
     Args:
         params, engine, bucket_layout: see `OuterOptimizer`.
-        sharded_params: the parameters in buckets, which are refreshed before state is complete.
+        sharded_params: the parameters in buckets, which are refreshed before state is completed.
         topology: the ranks.
     """
 
@@ -44,7 +44,7 @@ class StatefulOuterOptimizer(OuterOptimizer):
     def state(self) -> local_state.LocalState:
         """The state of the parts that this rank steps, by parameter: 1-D tensors, and the step counter.
 
-        For torch.distributed.checkpoint of every parameter that is trainable or has state, as whole tensors.
+        When torch.distributed.checkpoint reads it: of every parameter that is trainable or has state, as whole tensors.
         """
         asked = asked_by_distributed_checkpoint()
         if asked is None:
@@ -65,23 +65,24 @@ class StatefulOuterOptimizer(OuterOptimizer):
         self._engine.init_state()
 
     def _complete_state(self) -> None:
-        """Allocate the state of all trainable parameters, so that a checkpoint has the same tensors whatever had a gradient so far."""
+        """Allocate the state of all trainable parameters, so that a checkpoint has the same tensors whichever had a gradient so far."""
         self._sharded_params.refresh(self.param_groups)
         self.init_state()
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's part: local and cheap. Loads on the same rank of as many ranks. Or all of it, after `consolidate_state_dict`.
+        """Return this rank's part of the state, without communication; it loads on the same rank of as many ranks.
 
-        torch.distributed.checkpoint is given whole tensors, of which each rank saves and loads its part, on any number of ranks. That too
-        is local, but with StateDictOptions(full_state_dict=True) a collective.
+        After `consolidate_state_dict` on its rank `to`: the whole state. torch.distributed.checkpoint gets whole tensors, of which each
+        rank saves and loads its part, on any number of ranks. That needs no communication either, except with
+        StateDictOptions(full_state_dict=True): a collective.
         """
         asked = asked_by_distributed_checkpoint()
         if asked is not None:
             self._complete_state()
             whole = super().state_dict()
-            if not asked.flat:  # else torch asks for it again when it loads
+            if not asked.flat:  # a flattened state dict must have the same keys when it is loaded
                 for group in whole["param_groups"]:
-                    group.pop("param_names", None)  # which an optimizer that was not given names does not save
+                    group.pop("param_names", None)  # as an optimizer without names saves none
             if asked.full:
                 whole["state"] = logical.gathered(
                     whole["state"],
@@ -102,11 +103,11 @@ class StatefulOuterOptimizer(OuterOptimizer):
     def consolidate_state_dict(self, to: int = 0) -> None:
         """Collect the state of all ranks, so that `state_dict` of one of them has whole tensors. A collective: every rank must call it.
 
-        As of torch's ZeroRedundancyOptimizer; Lightning calls it by itself. The next step, and loading, drop what was collected. What rank
-        `to` then saves loads on every rank of any number of ranks, and into an optimizer in one process.
+        As in torch's ZeroRedundancyOptimizer; Lightning calls it by itself. The next step, and loading, drop the collected state. The state
+        dict of rank `to` loads on every rank of any number of ranks, and into an optimizer in one process.
 
         Args:
-            to: the rank, of the process group, that is given the state, in the memory of its CPU. The others still have their parts.
+            to: the rank, of the process group, that gets the state, in CPU memory. `state_dict` of the others still returns their parts.
 
         Raises:
             ValueError: there is no such rank.
@@ -116,7 +117,7 @@ class StatefulOuterOptimizer(OuterOptimizer):
         if not 0 <= to < count:
             raise ValueError(f"to must be a rank of the optimizer's process group, 0 to {count - 1}, got {to}")
         self._complete_state()
-        numbers = {param: number for number, param in enumerate(param for each in self.param_groups for param in each["params"])}
+        numbers = {param: number for number, param in enumerate(param for group in self.param_groups for param in group["params"])}
         known = local_state.LogicalState(self._engine, self._bucket_layout.slots, self.param_groups, template=False)
         is_wanted = group is None or dist.get_rank(group) == to
         state = {numbers[param]: values for param, values in known.items()}
@@ -124,10 +125,10 @@ class StatefulOuterOptimizer(OuterOptimizer):
         self._consolidated = whole if is_wanted else None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` of this rank has returned, or the state dict of an optimizer in one process, of which it takes its part.
+        """Load a state dict of this rank, or its part of the state dict of an optimizer in one process.
 
-        The latter may be of one of the libraries that the optimizer inside knows, or be what torch.distributed.checkpoint has loaded. All
-        or nothing, on all ranks together.
+        The latter may be of one of the libraries whose state the optimizer inside can load, or one that torch.distributed.checkpoint has
+        loaded. All or nothing, on all ranks together.
 
         Raises:
             ValueError: it does not fit, on this rank or on another; nothing was changed.
@@ -139,7 +140,8 @@ class StatefulOuterOptimizer(OuterOptimizer):
         failure: Exception | None = None
         values = local_state.Values()
         try:
-            keeps_frozen = asked_by_distributed_checkpoint() is not None  # which leaves their state out, and has loaded it in place
+            # torch.distributed.checkpoint leaves out the state of frozen parameters, as it has loaded it in place.
+            keeps_frozen = asked_by_distributed_checkpoint() is not None
             inside, values = local_state.inside(
                 state_dict, self.param_groups, self._bucket_layout.slots, self._engine, keeps_frozen=keeps_frozen
             )

@@ -15,14 +15,14 @@ __all__ = ["Topology"]
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
-    """Groups of ranks, of which all but `given` are the library's own, and None where this process is alone in one.
+    """Groups of ranks. All but `given` are the library's own, and None if this process is alone in the group.
 
     Attributes:
-        given: the group that all ranks form, as users know it; None: the world.
-        all_ranks: the same.
-        shard_group: the ranks that a bucket is cut over.
+        given: the user's process group of all ranks; None: the world.
+        all_ranks: the same ranks.
+        shard_group: the ranks over which a bucket is sharded.
         replica_group: the ranks that hold the same shards.
-        replicas: how many of them.
+        replicas: the number of ranks in the replica group.
     """
 
     given: dist.ProcessGroup | None

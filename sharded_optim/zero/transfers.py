@@ -1,8 +1,8 @@
-"""Reduce-scatter, all-gather and all-reduce of flat buffers that are cut into equal shards. All of them are asynchronous.
+"""Asynchronous reduce-scatter, all-gather and all-reduce of flat buffers that are cut into equal shards.
 
-Gloo has no reduce-scatter: torch gives it an all-reduce of everything, and its all-gather of 94 MiB on two ranks took 90 ms. With it
-ranks exchange shards directly instead, through memory on one machine (`shared_memory.py`) and else by sends, in 24 ms: half of the bytes,
-added up in float32 and in the order of the ranks.
+Gloo has no reduce-scatter: torch runs an all-reduce of everything instead, and gloo's all-gather of 94 MiB on two ranks took 90 ms. Under
+gloo ranks therefore exchange shards directly, through memory on one machine (`shared_memory.py`) and else by sends, in 24 ms: half of the
+bytes, summed in float32 and in the order of the ranks.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from sharded_optim.zero.shared_memory import Receive, SharedMemoryTransport
 
 __all__ = ["ShardGroup", "Transfer", "all_reduce", "exchanges"]
 
-# A tag, an int of 31 bits, has from the highest: which ShardGroup, the number of the round or step, the bucket, and two bits for what is
-# sent. What one of them has left unreceived must not be taken for another's.
-SERIALS = ROUNDS = 2**7  # so many are told apart
+# A tag, an int of 31 bits, has from the highest: the serial of the ShardGroup, the number of the round or step, the bucket, and two bits
+# for the kind of message. A message that was not received must not be taken for a later one.
+SERIALS = ROUNDS = 2**7  # distinct values in a tag
 BUCKETS = 2**15
 
 _made: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()  # ShardGroups, over each process group
@@ -34,11 +34,12 @@ class Transfer:
     """A running transfer.
 
     Args:
-        what: it is of, for error messages.
-        arriving: what brings what this rank gets. On a GPU waiting makes the current stream wait, not the host.
-        finish: what then remains to be done.
-        leaving: what takes away what other ranks get.
-        held: buffers that must live until then.
+        what: a description of the data, for error messages.
+        arriving: torch's `Work`s, or the like, of the data that this rank receives. On a GPU waiting makes the current stream wait, not the
+            host.
+        finish: called once, after these.
+        leaving: the works of the data that other ranks receive from this one.
+        held: buffers that must not be freed until all of these have ended.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Transfer:
         """Wait until this rank has its result.
 
         Raises:
-            RuntimeError: a rank did not take part within the process group's timeout, or has gone.
+            RuntimeError: a rank did not take part within the process group's timeout, or has ended.
         """
         if self.is_arriving:
             with naming(self._what):
@@ -81,7 +82,7 @@ class Transfer:
             RuntimeError: as `wait`.
         """
         self.wait()
-        with naming(f"the answer that other ranks have {self._what}"):
+        with naming(f"the acknowledgement of {self._what}"):
             for work in self._leaving:
                 work.wait()
         self._leaving, self._held = (), ()
@@ -89,11 +90,11 @@ class Transfer:
     def has_ended(self) -> bool:
         """Return whether the buffers may be freed: all ranks have their results.
 
-        Does not wait for a rank that has yet to read this one's memory. One that has got as far as this one takes what is sent to it.
+        Does not wait for a rank that has yet to read this one's memory. Waits for sends: a rank that is not behind this one receives them.
         """
         if self.is_arriving or not all(work.has_come() for work in self._leaving if isinstance(work, Receive)):
             return False
-        with naming(f"the answer that other ranks have {self._what}"):
+        with naming(f"the acknowledgement of {self._what}"):
             for work in self._leaving:
                 if not isinstance(work, Receive):
                     work.wait()
@@ -103,10 +104,10 @@ class Transfer:
 
 @contextmanager
 def naming(what: str) -> Iterator[None]:
-    """Context that names the missing ranks and data when waiting for other ranks fails.
+    """Context that describes the missing data in errors of waiting for other ranks.
 
     Raises:
-        RuntimeError: in the place of one of torch.distributed, or of the operating system.
+        RuntimeError: in the place of an error of torch.distributed or of the operating system.
     """
     try:
         yield
@@ -114,29 +115,29 @@ def naming(what: str) -> Iterator[None]:
         if type(error) not in COLLECTIVE_ERRORS and not isinstance(error, OSError):
             raise  # out of memory, for example
         raise RuntimeError(
-            f"{what} did not come from the other ranks: one of them has raised an error, has died or did not get there in the process "
-            f"group's timeout. Its own error says why; if there is none, make every rank call backward and step equally often ({error})"
+            f"{what} did not arrive from the other ranks: one of them has raised an error, has ended or did not take part within the "
+            f"process group's timeout. See its own error; if there is none, make every rank call backward and step equally often ({error})"
         ) from error
 
 
 def exchanges(process_group: dist.ProcessGroup | None, device: torch.device) -> bool:
-    """Return whether ranks exchange shards directly, as gloo has no faster collective."""
+    """Return whether ranks exchange shards directly: under gloo, which has no faster collective."""
     return process_group is not None and device.type == "cpu" and process_group._get_backend(device).name() == "gloo"
 
 
 class ShardGroup:
-    """The ranks that flat buffers are cut over.
+    """The ranks over which flat buffers are sharded.
 
     Args:
-        process_group: of them; making this is a collective over it. None: this process is alone.
+        process_group: of these ranks; construction is a collective over it. None: this process is alone.
         device: of the buffers.
-        shares_memory: whether ranks of one machine read each other's buffers, where they can.
+        shares_memory: whether ranks of one machine read each other's buffers, if they can.
 
     Attributes:
-        size, rank: how many shards there are, and which is this rank's.
-        serial: which of those over the process group this is, on all ranks.
-        exchanges: whether ranks send each other their shards directly.
-        shared_memory: those that read each other's buffers instead.
+        size, rank: the number of shards, and the index of this rank's.
+        serial: the number of this ShardGroup among those over the process group, the same on all ranks.
+        exchanges: whether ranks exchange their shards directly.
+        shared_memory: between the ranks that read each other's buffers.
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None, device: torch.device, *, shares_memory: bool = True) -> None:
@@ -152,7 +153,7 @@ class ShardGroup:
 
     @property
     def sends(self) -> bool:
-        """Whether transfers run while this process computes; the same on every rank. Shared memory is copied by the rank that waits."""
+        """Whether transfers run while this process computes; the same on every rank. From shared memory, a rank copies when it waits."""
         return self.size > 1 and not self.shared_memory.are_all
 
     @property
@@ -171,10 +172,10 @@ class ShardGroup:
         full: Tensor,  # (size * n,), from `zeros`; read-only
         shard: Tensor,  # (n,), any dtype; written: this rank's shard of the sum over ranks
         *,
-        what: str,  # they are of
+        what: str,  # a description of the buffers
         number: int,  # of the round of reductions
-        place: int,  # of the buffer among all that are reduced in a round
-        scratch: Tensor | None = None,  # (scratch_shards * n,) in full's dtype, where there are such; written
+        place: int,  # index of the buffer among all that are reduced in a round
+        scratch: Tensor | None = None,  # (scratch_shards * n,) in full's dtype, if scratch_shards is not 0; written
     ) -> Transfer:
         """Sum the buffers of all ranks; each rank gets its shard of the sum."""
         if self._process_group is None:
@@ -189,18 +190,18 @@ class ShardGroup:
         known = {self.rank: own[self.rank], **received}
 
         def add_up(read: Callable[[int], Tensor]) -> None:
-            own_place = slice(self.rank * shard.numel(), (self.rank + 1) * shard.numel())
-            _sum([known[rank] if rank in known else read(rank)[own_place] for rank in range(self.size)], shard)
+            own_shard = slice(self.rank * shard.numel(), (self.rank + 1) * shard.numel())
+            _sum([known[rank] if rank in known else read(rank)[own_shard] for rank in range(self.size)], shard)
 
         return self._exchange(what, full, own, received, add_up, self._tag(number, place, 0), scratch)
 
     def all_gather(
         self,
-        full: Tensor,  # (size * n,), from `zeros`, in which this rank's shard is in its place; written: the others
+        full: Tensor,  # (size * n,), from `zeros`, with this rank's shard; written: the others
         *,
-        what: str,  # they are of
+        what: str,  # a description of the buffers
         number: int,  # of the step
-        place: int,  # of the buffer among all
+        place: int,  # index of the buffer among all
     ) -> Transfer:
         """Gather the shards of all ranks."""
         if self._process_group is None:
@@ -218,7 +219,7 @@ class ShardGroup:
         return self._exchange(what, full, [own] * self.size, received, copy, self._tag(number, place, 2), None)
 
     def _tag(self, number: int, place: int, kind: int) -> int:
-        """Return the tag of a transfer; its acknowledgements have the next one."""
+        """Return the tag of a transfer; its acknowledgements have the tag after it."""
         return ((self.serial % SERIALS * ROUNDS + number % ROUNDS) * BUCKETS + place % BUCKETS) * 4 + kind
 
     def _exchange(
@@ -226,16 +227,16 @@ class ShardGroup:
         what: str,
         full: Tensor,
         sent: Sequence[Tensor],  # to each rank
-        received: Mapping[int, Tensor],  # from each whose buffer is not read
-        finish: Callable[[Callable[[int], Tensor]], None],  # is given what reads the buffer of a rank, like `full`
+        received: Mapping[int, Tensor],  # by rank, for those whose buffer is not read
+        finish: Callable[[Callable[[int], Tensor]], None],  # its argument reads the buffer of a rank, which is like `full`
         tag: int,
         scratch: Tensor | None,
     ) -> Transfer:
         """Exchange buffers with all other ranks: by sends, or on this machine by reading shared memory and acknowledging."""
         shared_memory, group = self.shared_memory, self._process_group
         ready = {rank: Receive(shared_memory, rank, tag) for rank in shared_memory.ranks}
-        answers = [Receive(shared_memory, rank, tag + 1) for rank in shared_memory.ranks]
-        later = [rank for rank in self._remote_ranks if rank > self.rank]  # who are sent to first, so that not all begin with one rank
+        acknowledgements = [Receive(shared_memory, rank, tag + 1) for rank in shared_memory.ranks]
+        later = [rank for rank in self._remote_ranks if rank > self.rank]  # first, so that not all ranks send to the same one first
         targets = later + [rank for rank in self._remote_ranks if rank < self.rank]
         with naming(what):
             for rank in shared_memory.ranks:
@@ -248,14 +249,14 @@ class ShardGroup:
                 buffer = shared_memory.read(rank, ready[rank].which)
             return buffer[: full.nbytes].view(full.dtype)
 
-        def finish_and_answer() -> None:
+        def finish_and_acknowledge() -> None:
             finish(read)
             for rank in ready:
-                with suppress(RuntimeError):  # who has gone needs no answer
+                with suppress(RuntimeError):  # a rank that has ended needs no acknowledgement
                     shared_memory.post(rank, tag + 1)
 
         held = [full] if scratch is None else [full, scratch]
-        return Transfer(what, [*works, *ready.values()], finish_and_answer, [*sends, *answers], held)
+        return Transfer(what, [*works, *ready.values()], finish_and_acknowledge, [*sends, *acknowledgements], held)
 
 
 def all_reduce(

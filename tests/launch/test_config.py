@@ -219,7 +219,7 @@ def test_two_files_that_contradict_each_other_are_refused_by_both_names(tmp_path
         ({"optimizer": {"type": "StableAdamW", "params": {"lr": 0.1, "foreach": True}}}, "optimizer.foreach=True: there is no such key"),
         ({"zero_optimization": {"stage": 2}}, "optimizer is missing"),
         ({"scheduler": {"type": "WarmupLR"}}, "the job has a schedule of its own; leave it out"),
-        ({"train_micro_batch_size_per_gpu": 8}, "train_micro_batch_size_per_gpu=8 is not used in here: use train_batch_size"),
+        ({"train_micro_batch_size_per_gpu": 8}, "train_micro_batch_size_per_gpu=8 is not used here: use train_batch_size"),
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps=2: the job has one batch in a step; leave it out"),
         ([1], "must hold keys and values, got [1]"),
     ],

@@ -18,7 +18,7 @@ from launch import corpus, deepspeed_extension
 from launch.config import Config, load
 from launch.launchers import RankInfo
 from launch.run_folder import RunFolder
-from launch.train import agreed, run
+from launch.train import broadcast_path, run
 from launch.watch import Watch
 
 ROOT = Path(__file__).parents[2]
@@ -49,7 +49,7 @@ def check_runs(configs: list[Config]) -> None:
     os.environ |= {"RANK": str(info.rank), "LOCAL_RANK": str(info.rank), "WORLD_SIZE": "2"}  # DeepSpeed reads them
     for config in configs:
         folder = RunFolder(config) if info.rank == 0 else None
-        path = agreed(folder)
+        path = broadcast_path(folder)
         assert path is not None
         run(config, info, torch.device("cpu"), corpus.load(config), path, folder, time.perf_counter(), Watch())
 

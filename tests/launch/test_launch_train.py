@@ -20,7 +20,7 @@ import yaml
 
 import sharded_optim as so
 from launch import deepspeed_extension
-from launch.checkpoints import go_on
+from launch.checkpoints import find_run
 from launch.config import Config, ConfigError, OptimizerConfig, load
 from launch.model import GPT
 from launch.optimizer import build_optimizer, build_schedule
@@ -127,13 +127,13 @@ def test_a_job_goes_on_from_its_newest_checkpoint_as_if_it_had_not_ended(runs, t
     first = (runs_folder / "latest").resolve()
     folder = first / "checkpoints"
     assert so.checkpoint.steps(folder) == [4, 8, STEPS]
-    with pytest.raises(ConfigError, match=f"run='{first.name}': .* is there already; use resume=auto to go on with it, or another name"):
+    with pytest.raises(ConfigError, match=f"run='{first.name}': .* exists already; use resume=auto to resume it, or another name"):
         find(load(ROOT / "configs/zero2.yaml", [*arguments, f"run={first.name}"]))
     shutil.rmtree(folder / "step-000000010")
     (first / "metrics.jsonl").write_text((first / "metrics.jsonl").read_text() + '{"step": 11, "train_lo')  # as when it was killed
     resumed = launch("configs/fsdp2.yaml", *arguments, "checkpoint.every=4", "resume=auto", "checkpoint.keep=1")
     assert resumed.returncode == 0, resumed.stderr
-    assert "going on from the checkpoint" in resumed.stdout
+    assert "resuming from the checkpoint" in resumed.stdout
     assert (runs_folder / "latest").resolve() == first
     assert Run(folder=first, output="").losses() == whole  # one curve
     assert so.checkpoint.steps(folder) == [STEPS]
@@ -279,21 +279,21 @@ def test_what_goes_on_is_the_newest_run_of_a_name_that_has_saved_and_is_not_done
     def config(*overrides: str) -> Config:
         return load(ROOT / "configs" / "fsdp2.yaml", [f"runs_folder={tmp_path}", *overrides])
 
-    assert go_on(config("resume=auto"), is_restart=False) == (None, None)
+    assert find_run(config("resume=auto"), is_restart=False) == (None, None)
     paths = [RunFolder(config("name=other")).path, *(RunFolder(config()).path for _ in range(3))]
     for age, path in enumerate(reversed(paths)):
         os.utime(path / "config.yaml", (1e9 - age, 1e9 - age))
     saved |= {paths[0]: 5, paths[1]: 3, paths[2]: 7}  # the newest has not come so far
-    assert go_on(config(), is_restart=False) == (None, None)
-    assert go_on(config("resume=auto"), is_restart=False) == (None, None)  # the newest of its name has saved nothing
+    assert find_run(config(), is_restart=False) == (None, None)
+    assert find_run(config("resume=auto"), is_restart=False) == (None, None)  # the newest of its name has saved nothing
     saved[paths[3]] = 9
-    assert go_on(config("resume=auto"), is_restart=False) == (paths[3], None)
-    assert go_on(config("resume=auto", "name=other"), is_restart=False) == (paths[0], None)
-    assert go_on(config("resume=auto", f"run={paths[1].name}"), is_restart=False) == (paths[1], None)
-    assert go_on(config("resume=auto", "steps=9"), is_restart=False) == (None, None)
+    assert find_run(config("resume=auto"), is_restart=False) == (paths[3], None)
+    assert find_run(config("resume=auto", "name=other"), is_restart=False) == (paths[0], None)
+    assert find_run(config("resume=auto", f"run={paths[1].name}"), is_restart=False) == (paths[1], None)
+    assert find_run(config("resume=auto", "steps=9"), is_restart=False) == (None, None)
     for path, told in (
-        go_on(config("resume=auto", "steps=9"), is_restart=True),
-        go_on(config("resume=auto", "steps=9", f"run={paths[3].name}"), is_restart=False),
+        find_run(config("resume=auto", "steps=9"), is_restart=True),
+        find_run(config("resume=auto", "steps=9", f"run={paths[3].name}"), is_restart=False),
     ):
         assert path == paths[3]
         assert told is not None

@@ -1,4 +1,4 @@
-"""Which rank failed first: what the judge decides, and that a forged entry in the store can do no more than end the job."""
+"""Which rank failed first: the hang detector's verdicts, and that a forged entry in the store can do no more than end the job."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from launch import rendezvous, threads
 from launch.rendezvous import RendezvousStore
-from launch.watch import CONSEQUENCE, Watch, beats
-from launch.watch.beats import Beats
-from launch.watch.judge import Beat, Judge, Verdict
-from launch.watch.siblings import Sibling, gone, siblings
+from launch.watch import CONSEQUENCE, Watch, heartbeats
+from launch.watch.hang_detector import HangDetector, Heartbeat, Verdict
+from launch.watch.heartbeats import HeartbeatExchange
+from launch.watch.siblings import Sibling, siblings, wait_for_exit
 
 HEARTBEAT = 20.0
 SOON = 5.0  # seconds in which a failure or a death ends a job
 ROOT = Path(__file__).parents[2]
 
 
-def judge(ranks: int = 3, heartbeat: float | None = HEARTBEAT) -> Judge:
-    made = Judge(heartbeat, range(ranks), 0.0)
+def detector(ranks: int = 3, heartbeat: float | None = HEARTBEAT) -> HangDetector:
+    made = HangDetector(heartbeat, range(ranks), 0.0)
     for rank in range(ranks):
         made.read(rank, at(0).of(rank, 0), 0.0)
     return made
@@ -44,15 +44,16 @@ def judge(ranks: int = 3, heartbeat: float | None = HEARTBEAT) -> Judge:
 class at:  # noqa: N801
     """Where a rank is."""
 
-    def __init__(self, step: int = 5, /, before: dict[str, int] | None = None, *, patient: bool = False, **begun: int) -> None:
-        self._told: dict[str, Any] = {"step": step, "begun": begun, "before": before or {}, "place": f"step {step}", "patient": patient}
+    def __init__(self, step: int = 5, /, before: dict[str, int] | None = None, *, has_no_limit: bool = False, **begun: int) -> None:
+        self._fields: dict[str, Any] = {"step": step, "begun": begun, "before": before or {}}
+        self._fields |= {"location": f"step {step}", "has_no_limit": has_no_limit}
 
-    def of(self, rank: int, number: int, **more: Any) -> Beat:
-        return Beat(**({"rank": rank, "pid": 100 + rank, "host": f"node{rank // 2}", "number": number} | self._told | more))
+    def of(self, rank: int, number: int, **more: Any) -> Heartbeat:
+        return Heartbeat(**({"rank": rank, "pid": 100 + rank, "host": f"node{rank // 2}", "number": number} | self._fields | more))
 
 
-def watched(made: Judge, places: dict[int, at], seconds: int = 40) -> tuple[Verdict | None, int]:
-    """What the judge says when ranks stay where they are, and after how many seconds."""
+def watched(made: HangDetector, places: dict[int, at], seconds: int = 40) -> tuple[Verdict | None, int]:
+    """The verdict on ranks that stay where they are, and after how many seconds."""
     for second in range(1, seconds):
         for rank, place in places.items():
             made.read(rank, place.of(rank, second), float(second))
@@ -62,21 +63,21 @@ def watched(made: Judge, places: dict[int, at], seconds: int = 40) -> tuple[Verd
     return None, seconds
 
 
-# ------------------------------------------------------------------------------------------------------------------------- judge
+# --------------------------------------------------------------------------------------------------------------- hang detection
 
 
-def test_a_silent_rank_is_named_with_the_place_where_it_was_last_heard_of():
-    verdict, second = watched(judge(), {0: at(), 2: at()})
+def test_a_rank_without_heartbeats_is_named_with_the_location_of_its_last():
+    verdict, second = watched(detector(), {0: at(), 2: at()})
     assert verdict is not None
     assert (verdict.rank, verdict.hangs, second) == (1, True, 20)
-    assert verdict.text(1).startswith("rank 1 (pid 101 on node0) has not answered for 20 s: it is stopped or holds Python's lock")
-    assert verdict.text(1).endswith("Last heard of at step 0")
-    assert watched(judge(heartbeat=None), {0: at()}) == (None, 40)
+    assert verdict.text(1).startswith("rank 1 (pid 101 on node0) has sent no heartbeat for 20 s: it is stopped or holds Python's lock")
+    assert verdict.text(1).endswith("Last heartbeat at step 0")
+    assert watched(detector(heartbeat=None), {0: at()}) == (None, 40)
 
 
-def test_a_beat_that_does_not_change_is_none():
+def test_a_heartbeat_that_does_not_change_is_none():
     """The store keeps the last one for ever."""
-    made = judge()
+    made = detector()
     for second in range(1, 25):
         made.read(0, at().of(0, second), float(second))
         made.read(1, at().of(1, 1), float(second))
@@ -86,40 +87,40 @@ def test_a_beat_that_does_not_change_is_none():
     assert verdict.rank == 1
 
 
-def test_the_seconds_since_each_rank_was_heard_of_are_known_but_for_those_that_have_left():
-    made = judge()
+def test_the_seconds_since_each_ranks_heartbeat_are_known_but_for_ranks_that_have_left():
+    made = detector()
     made.read(0, at().of(0, 1), 5.0)
     made.read(1, at().of(1, 1, has_left=True), 5.0)
-    assert made.silences(8.0) == {0: 3.0, 2: 8.0}
+    assert made.seconds_since_heartbeat(8.0) == {0: 3.0, 2: 8.0}
     made.slept(2.0)
-    assert made.silences(8.0) == {0: 1.0, 2: 6.0}
-    assert Watch().silences() == {0: 0.0}
+    assert made.seconds_since_heartbeat(8.0) == {0: 1.0, 2: 6.0}
+    assert Watch().seconds_since_heartbeat() == {0: 0.0}
 
 
 def test_a_rank_that_never_comes_is_named():
-    verdict, second = watched(Judge(HEARTBEAT, range(2), 0.0), {0: at()})
+    verdict, second = watched(HangDetector(HEARTBEAT, range(2), 0.0), {0: at()})
     assert verdict is not None
     assert (verdict.rank, verdict.hangs, second) == (1, False, 20)
-    assert verdict.text(1) == "rank 1 met the others, and has not been heard of for 20 s"
+    assert verdict.text(1) == "rank 1 joined the rendezvous, but has sent no heartbeat for 20 s"
 
 
-def test_a_late_rank_is_the_one_that_others_wait_for():
-    """Ranks 0 and 2 have begun a collective that rank 1 has not. Before the heartbeat has passed, nobody is late."""
-    verdict, second = watched(judge(), {0: at(a=6), 1: at(a=5), 2: at(a=6)})
+def test_a_rank_hangs_that_others_wait_for():
+    """Ranks 0 and 2 have begun a collective that rank 1 has not."""
+    verdict, second = watched(detector(), {0: at(a=6), 1: at(a=5), 2: at(a=6)})
     assert verdict is not None
     assert (verdict.rank, second) == (1, 21)
-    assert verdict.text(1) == "rank 1 (pid 101 on node0) is late: others have waited for it for 20 s, at step 5"
+    assert verdict.text(1) == "rank 1 (pid 101 on node0) has made no progress for 20 s while others wait for it, at step 5"
 
 
-def test_a_rank_that_others_have_left_in_a_step_is_late_whatever_it_has_begun():
-    verdict, _ = watched(judge(), {0: at(6), 1: at(6), 2: at(5, a=9)})
+def test_a_rank_that_is_a_step_behind_others_hangs_whatever_it_has_begun():
+    verdict, _ = watched(detector(), {0: at(6), 1: at(6), 2: at(5, a=9)})
     assert verdict is not None
     assert verdict.rank == 2
 
 
-def test_a_rank_that_waits_for_a_late_one_is_not_blamed():
+def test_a_rank_that_waits_for_one_that_hangs_is_not_blamed():
     """Rank 0 waits for rank 1 in one group, and so keeps rank 2 waiting in another."""
-    verdict, _ = watched(judge(), {0: at(a=6, b=3), 1: at(a=5), 2: at(b=4)})
+    verdict, _ = watched(detector(), {0: at(a=6, b=3), 1: at(a=5), 2: at(b=4)})
     assert verdict is not None
     assert verdict.rank == 1
 
@@ -129,16 +130,16 @@ def test_a_rank_that_waits_for_a_late_one_is_not_blamed():
     [
         {0: at(a=5, first=90), 1: at(a=5, second=10), 2: at(a=5)},  # as when all compile; each has groups of its own
         {0: at(5, {"a": 7}, a=5), 1: at(5, {"a": 9}, a=7), 2: at(5, {"a": 7}, a=5)},  # sends and receives of some ranks count too
-        {0: at(a=6), 1: at(a=5, patient=True), 2: at(a=6)},  # rank 1 writes a checkpoint for which the others wait
+        {0: at(a=6), 1: at(a=5, has_no_limit=True), 2: at(a=6)},  # rank 1 writes a checkpoint for which the others wait
     ],
 )
-def test_ranks_that_are_slow_together_or_may_take_their_time_are_not_late(places):
-    assert watched(judge(), places, 100) == (None, 100)
+def test_ranks_that_are_slow_together_or_have_no_time_limit_do_not_hang(places):
+    assert watched(detector(), places, 100) == (None, 100)
 
 
-def test_who_waits_for_a_stopped_rank_is_not_late():
-    """Rank 0 stopped moving before rank 2 fell silent, and rank 1 waits for it."""
-    made = judge()
+def test_a_rank_that_waits_for_a_stopped_rank_does_not_hang():
+    """Rank 0 made no progress before rank 2's heartbeats ended, and rank 1 waits for it."""
+    made = detector()
     for second in range(1, 30):
         for rank, place in {0: at(a=5, b=1), 1: at(b=2), 2: at(a=4)}.items():
             if rank < 2 or second < 5:
@@ -152,7 +153,7 @@ def test_who_waits_for_a_stopped_rank_is_not_late():
 
 def test_a_job_that_was_suspended_as_a_whole_goes_on():
     """As by a scheduler, or with its virtual machine."""
-    made = judge()
+    made = detector()
     for rank in range(3):
         made.read(rank, at(a=5).of(rank, 1), 1.0)
     made.slept(600.0)
@@ -162,8 +163,8 @@ def test_a_job_that_was_suspended_as_a_whole_goes_on():
     assert second == 621
 
 
-def test_who_has_left_is_not_silent():
-    made = judge()
+def test_a_rank_that_has_left_need_send_no_heartbeats():
+    made = detector()
     made.read(1, at().of(1, 1, has_left=True), 1.0)
     assert watched(made, {0: at(a=1), 2: at(a=1)}) == (None, 40)
     assert not made.is_over
@@ -193,10 +194,10 @@ def test_nobody_is_blamed_for_an_error_that_several_ranks_have():
         json.dumps(asdict(at().of(1, 1, step="last"))).encode(),
     ],
 )
-def test_what_is_no_beat_is_not_read(nonsense):
-    assert Beat.from_json(1, nonsense) is None
-    beat = at(a=3).of(1, 1)
-    assert Beat.from_json(1, json.dumps(asdict(beat)).encode()) == beat
+def test_text_that_is_no_heartbeat_is_not_read(nonsense):
+    assert Heartbeat.from_json(1, nonsense) is None
+    heartbeat = at(a=3).of(1, 1)
+    assert Heartbeat.from_json(1, json.dumps(asdict(heartbeat)).encode()) == heartbeat
 
 
 @pytest.mark.parametrize(
@@ -222,7 +223,7 @@ def test_errors_that_follow_from_another_ranks_end_are_known(error, follows):
 def ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """What would have ended this process, by the name of the thread. Waits until no watch is left."""
     names: list[str] = []
-    monkeypatch.setattr(beats, "end", lambda: names.append(threading.current_thread().name))
+    monkeypatch.setattr(heartbeats, "end", lambda: names.append(threading.current_thread().name))
     yield names
     until = time.monotonic() + 10.0
     while left := [thread.name for thread in threading.enumerate() if thread.name.startswith("watch")]:
@@ -250,21 +251,21 @@ class Ranks:
     ) -> None:
         self.store = store or HashStore()
         self.ends = ends
-        self.silent: set[int] = set()
+        self.stopped: set[int] = set()
         self.pids = dict.fromkeys(range(3), os.getpid())
         self.all = {
-            rank: Beats(self.store, rank, 3, heartbeat, None, (others or {}).get(rank, []), self._maker(rank))
+            rank: HeartbeatExchange(self.store, rank, 3, heartbeat, None, (others or {}).get(rank, []), self._maker(rank))
             for rank in range(3)
             if rank not in absent
         }
 
     def _maker(self, rank: int) -> Any:
-        def beat(number: int, has_left: bool) -> Beat:
-            if rank in self.silent:
+        def make(number: int, has_left: bool) -> Heartbeat:
+            if rank in self.stopped:
                 number = 1
             return at(6, a=number).of(rank, number, pid=self.pids[rank], has_left=has_left)
 
-        return beat
+        return make
 
     def wait(self, seconds: float = SOON) -> list[str]:
         """The verdicts of all ranks that are there, once all have ended."""
@@ -310,16 +311,16 @@ def test_an_error_that_follows_waits_for_its_cause(ends):
 
 
 def test_the_rank_that_was_lost_is_named_by_those_who_lost_it(ends):
-    """It is alone on its machine, where nobody sees that its process is gone."""
+    """It is alone on its machine, where no rank sees its process end."""
     ranks = Ranks(ends)
     time.sleep(0.5)
-    ranks.silent.add(2)
-    time.sleep(1.2)  # its last beat
+    ranks.stopped.add(2)
+    time.sleep(1.2)  # its last heartbeat
     fail(ranks, 1, "RuntimeError: Connection closed by peer", follows=True)
     fail(ranks, 0, "RuntimeError: Connection reset", follows=True)
     (text,) = set(ranks.wait())
-    assert text.startswith(f"rank 2 (pid {os.getpid()} on node1) is gone, or its machine is; last heard of at step 6. rank ")
-    assert "has lost it, at step 3: RuntimeError: Connection" in text
+    assert text.startswith(f"rank 2 (pid {os.getpid()} on node1) has ended, or its machine is lost; last heartbeat at step 6. rank ")
+    assert "lost its connection at step 3: RuntimeError: Connection" in text
 
 
 def test_an_error_of_the_network_alone_is_the_cause_after_a_while(ends):
@@ -329,15 +330,15 @@ def test_an_error_of_the_network_alone_is_the_cause_after_a_while(ends):
     assert text == f"rank 2 (pid {os.getpid()} on node1) failed first, at step 3: RuntimeError: Connection closed by peer"
 
 
-def test_rank_0_knows_when_it_last_heard_of_each_rank(ends):
+def test_rank_0_knows_the_seconds_since_each_ranks_heartbeat(ends):
     ranks = Ranks(ends)
     ranks.all[2]._leaving = True
     until = time.monotonic() + SOON
-    while set(ranks.all[0].silences()) != {0, 1} and time.monotonic() < until:
+    while set(ranks.all[0].seconds_since_heartbeat()) != {0, 1} and time.monotonic() < until:
         time.sleep(0.02)
-    assert all(seconds < SOON for seconds in ranks.all[0].silences().values())
-    assert set(ranks.all[0].silences()) == {0, 1}
-    assert set(ranks.all[1].silences()) == {0}
+    assert all(seconds < SOON for seconds in ranks.all[0].seconds_since_heartbeat().values())
+    assert set(ranks.all[0].seconds_since_heartbeat()) == {0, 1}
+    assert set(ranks.all[1].seconds_since_heartbeat()) == {0}
     with ThreadPoolExecutor(3) as leaving:
         list(leaving.map(lambda rank: ranks.all[rank].leave(SOON), (0, 2, 1)))
     assert not ranks.ends
@@ -353,20 +354,20 @@ def test_a_job_that_ends_well_ends_without_a_word(ends, capfd):
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("watch")]
 
 
-def test_a_rank_that_leaves_while_its_beat_is_made_says_so_before_it_is_gone(ends):
-    """Else its end would be taken for a death."""
-    store, made = HashStore(), list[Beats]()
+def test_a_rank_that_leaves_while_its_heartbeat_is_made_reports_that_before_it_ends(ends):
+    """Else its end would be taken for a failure."""
+    store, made = HashStore(), list[HeartbeatExchange]()
 
-    def beat(number: int, has_left: bool) -> Beat:
+    def make(number: int, has_left: bool) -> Heartbeat:
         made[0]._leaving = True  # as the main thread may at any time
         return at().of(1, number, has_left=has_left)
 
     store.set("beat/0", "")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(threading.Thread, "start", lambda thread: None)
-        made.append(Beats(store, 1, 2, HEARTBEAT, None, [], beat))
-    assert made[0]._watch() is None
-    left = Beat.from_json(1, store.get("beat/1"))
+        made.append(HeartbeatExchange(store, 1, 2, HEARTBEAT, None, [], make))
+    assert made[0]._wait_for_verdict() is None
+    left = Heartbeat.from_json(1, store.get("beat/1"))
     assert left is not None
     assert left.has_left
 
@@ -385,8 +386,8 @@ def test_rank_0_waits_for_those_who_are_not_done_and_ends_by_their_failure(ends)
 
 def test_a_stopped_rank_0_is_named_by_the_others(ends):
     ranks = Ranks(ends, heartbeat=3.0)
-    ranks.silent.add(0)
-    assert all(text.startswith(f"rank 0 (pid {os.getpid()} on node0) has not answered for ") for text in ranks.wait(10.0))
+    ranks.stopped.add(0)
+    assert all(text.startswith(f"rank 0 (pid {os.getpid()} on node0) has sent no heartbeat for ") for text in ranks.wait(10.0))
 
 
 @contextmanager
@@ -477,22 +478,22 @@ def test_siblings_are_the_ranks_of_the_same_launcher_and_no_other_process():
         assert below not in {sibling.pid for sibling in siblings(os.getpid(), "SO_RANK")}
         assert siblings(None, "SO_RANK") == []
         assert siblings(os.getppid(), "SO_RANK") == []
-        assert gone(found.values(), 0.0) == []
+        assert wait_for_exit(found.values(), 0.0) == []
         one.kill()
-        assert gone(found.values(), SOON) == [found[1]]  # its parent has not waited for it
+        assert wait_for_exit(found.values(), SOON) == [found[1]]  # its parent has not waited for it
     for sibling in found.values():
         os.close(sibling.process)
 
 
-def test_a_rank_that_dies_is_seen_at_once_and_named_with_the_place_where_it_was_last_heard_of(ends, capfd):
+def test_a_rank_that_is_killed_is_named_at_once_with_the_location_of_its_last_heartbeat(ends, capfd):
     with process(SO_RANK="1") as dies:
         ranks = Ranks(ends, heartbeat=None, others={0: siblings(os.getpid(), "SO_RANK")})
         ranks.pids[1] = dies.pid
         time.sleep(1.5)
         dies.kill()
         (text,) = set(ranks.wait())
-        assert text.startswith(f"rank 1 (pid {dies.pid} on node0) ended first, without a word: it was killed, crashed, or left by os._exit")
-        assert text.endswith(" Last heard of at step 6")
+        assert text.startswith(f"rank 1 (pid {dies.pid} on node0) ended first, without an error: it was killed, crashed, or called ")
+        assert text.endswith(" Last heartbeat at step 6")
     assert "error: rank 1" in capfd.readouterr().err
 
 
@@ -517,7 +518,7 @@ def test_who_writes_to_the_store_can_have_no_process_killed(ends, forged):
             ranks.store.set("beat/1", json.dumps(asdict(at().of(1, pid, pid=pid))))
             time.sleep(0.5)
         if forged == "verdict":
-            ranks.store.set("verdict", json.dumps(asdict(Verdict(rank=1, who=f"rank 1 (pid {bystander.pid})", what="is late", hangs=True))))
+            ranks.store.set("verdict", json.dumps(asdict(Verdict(rank=1, who=f"rank 1 (pid {bystander.pid})", what="hangs", hangs=True))))
         assert all(text.startswith("rank 1 (pid ") for text in ranks.wait(10.0))
         assert bystander.poll() is None
         assert Path(f"/proc/{below}").exists()
@@ -527,7 +528,7 @@ def test_who_writes_to_the_store_can_have_no_process_killed(ends, forged):
 def test_nonsense_in_the_store_ends_the_job_and_does_no_more(ends):
     ranks = Ranks(ends)
     ranks.store.set("verdict", "nonsense")
-    assert all("cannot use the store by which ranks are watched" in text for text in ranks.wait())
+    assert all("cannot use the store that carries heartbeats" in text for text in ranks.wait())
 
 
 def listening() -> set[str]:
@@ -597,12 +598,12 @@ def test_a_process_that_is_alone_is_not_watched():
         assert threading.active_count() == before
 
 
-def test_the_place_of_a_rank_is_a_line_of_the_job():
-    def work(watch: Watch) -> Beat:
-        return watch._beat(7, has_left=False)
+def test_the_location_of_a_rank_is_a_line_of_the_job():
+    def work(watch: Watch) -> Heartbeat:
+        return watch._heartbeat(7, has_left=False)
 
     watch = Watch(rank=3)
     watch.step = 5
-    beat = work(watch)
-    assert beat.place.startswith("step 5, in work (tests/launch/test_launch_watch.py:")
-    assert replace(beat, number=8) != beat
+    heartbeat = work(watch)
+    assert heartbeat.location.startswith("step 5, in work (tests/launch/test_launch_watch.py:")
+    assert replace(heartbeat, number=8) != heartbeat

@@ -157,11 +157,11 @@ def test_trackers_are_told_of_a_failure_before_the_process_ends(config: Config, 
 
 
 def test_prometheus_has_the_ranks_that_were_heard_of_at_any_time(config: Config, tmp_path: Path) -> None:
-    silences = {0: 0.25, 1: 0.5, 2: 12.0}
-    Tracking(config, tmp_path / "first", lambda: silences).start(None)
+    ages = {0: 0.25, 1: 0.5, 2: 12.0}
+    Tracking(config, tmp_path / "first", lambda: ages).start(None)
     expected = {"healthy_ranks": 2.0, "heartbeat_age_seconds/0": 0.25, "heartbeat_age_seconds/1": 0.5, "heartbeat_age_seconds/2": 12.0}
     assert Recorded.last.live() == expected
-    silences[1] = 3.5
+    ages[1] = 3.5
     assert Recorded.last.live()["healthy_ranks"] == 1.0
 
 
@@ -215,7 +215,7 @@ def test_a_job_that_goes_on_has_each_step_once_in_its_trackers(tmp_path: Path) -
     shutil.rmtree(run / "checkpoints" / "step-000000004")
     second = run_job(*job.split(), "steps=6", "resume=auto")
     assert second.returncode == 0, second.stderr
-    assert "going on from the checkpoint" in second.stdout
+    assert "resuming from the checkpoint" in second.stdout
     assert "failed" not in first.stderr + second.stderr
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     training = [record for record in records if "train_loss_bits" in record]

@@ -692,7 +692,9 @@ def check_who_waits(model: nn.Module, optimizer: so.ShardedOptimizer, x: Tensor)
     same_everywhere()
     last = sharded(STABLE, model, bucket_mb=SMALL, overlap=True, transport="sends")
     step(last)
-    with pytest.raises(RuntimeError, match=r"'first.weight' was used before its new values had come from the other ranks.*overlap=False"):
+    with pytest.raises(
+        RuntimeError, match=r"'first.weight' was used before its new values had arrived from the other ranks.*overlap=False"
+    ):
         model.first.weight.sum().backward()
     together = sharded(STABLE, Model(AWKWARD), overlap=True)
     together.zero_grad()

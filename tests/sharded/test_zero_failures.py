@@ -125,7 +125,7 @@ def check_blame() -> None:
             with pytest.raises((RuntimeError, MemoryError)) as raised:
                 train_on(model, optimizer)
         assert no_memory in str(raised.value), where
-        assert "did not come from the other ranks" not in str(raised.value), where
+        assert "did not arrive from the other ranks" not in str(raised.value), where
         dist.barrier()
 
 

@@ -70,7 +70,7 @@ def _signal(number: signal.Signals) -> Callable[[], None]:
     return lambda: os.kill(os.getpid(), number)
 
 
-# Goes on with a stopped process when the rank that has started this one is gone.
+# Continues a stopped process when the rank that has started this one has ended.
 LET_GO_ON = """
 import os, signal, sys, time
 rank, stopped = map(int, sys.argv[1:])
@@ -192,8 +192,8 @@ def _local(tensor: Any) -> Tensor:
 
 
 NAMED = r"error: rank {rank} \(pid \d+ on .+\)"
-SILENT = NAMED + r" has not answered for \d+ s.* Last heard of at (its start|step \d+), in "
-LOST = r"error: rank \d \(pid \d+ on .+\) .*the store by which ranks are watched"
+NO_HEARTBEAT = NAMED + r" has sent no heartbeat for \d+ s.* Last heartbeat at (its start|step \d+), in "
+LOST = r"error: rank \d \(pid \d+ on .+\) .*the store that carries heartbeats"
 REPLICAS = ("divergence_every=1",)
 WEIGHT = r"embedding\.weight"
 FAULTS = (
@@ -226,14 +226,14 @@ FAULTS = (
         name="SIGSTOP",
         happen=_signal(signal.SIGSTOP),
         seconds=HEARTBEAT + AT_ONCE,
-        says=SILENT,
+        says=NO_HEARTBEAT,
         on_each_rank=True,
     ),
     Fault(
         name="a call that holds Python's lock",
         happen=lambda: ctypes.PyDLL(None).sleep(int(FOREVER)),
         seconds=HEARTBEAT + AT_ONCE,
-        says=SILENT,
+        says=NO_HEARTBEAT,
         on_each_rank=True,
     ),
     Fault(
@@ -246,13 +246,13 @@ FAULTS = (
         name="a store that is gone",
         happen=lambda: os.kill(_server_of_store(), signal.SIGKILL),
         seconds=AT_ONCE,
-        says=f"{LOST}|what has started it",  # torchrun serves it itself
+        says=f"{LOST}|its launcher \\(pid \\d+\\) has ended",  # torchrun serves it itself
     ),
     Fault(
         name="a late rank",
         happen=lambda: time.sleep(FOREVER),
         seconds=HEARTBEAT + AT_ONCE,
-        says=NAMED + r" is late: others have waited for it for \d+ s, at step 6, in .*faults\.py",
+        says=NAMED + r" has made no progress for \d+ s while others wait for it, at step 6, in .*faults\.py",
         on_each_rank=True,
     ),
     Fault(

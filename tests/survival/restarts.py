@@ -27,7 +27,7 @@ KILLS = 20
 STEPS_PER_KILL = 150  # more than are taken between two kills
 AT_MOST = 10.0  # seconds from a kill to the first step after it
 TIMEOUT = 60.0
-GOES_ON = b"going on from the checkpoint"
+GOES_ON = b"resuming from the checkpoint"
 STEP_TAKEN = re.compile(rb"step \d+/\d+  loss ")
 
 

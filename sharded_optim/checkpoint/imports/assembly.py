@@ -27,7 +27,7 @@ STATE, GROUPS = "state.", "param_groups."  # prefixes of keys in a flattened sta
 
 
 def whole(kind: str, name: str, tensor: Tensor) -> LocalTensor:
-    """All of a tensor; copied if it is not contiguous, as it would be copied again for each chunk."""
+    """Describe a whole tensor; copied if it is not contiguous, as it would be copied again for each chunk."""
     return LocalTensor(kind=kind, segment=Segment.whole(name, tensor.shape), local=tensor.contiguous())
 
 

@@ -1,4 +1,4 @@
-"""What DeepSpeed's two formats have in common: the folder of a checkpoint, and the files of model states. As of DeepSpeed 0.19.
+"""The common parts of DeepSpeed's two formats: the folder of a checkpoint, and the files of model states. As of DeepSpeed 0.19.
 
 Used by `deepspeed_zero.py` and `deepspeed_universal.py`.
 """
@@ -23,7 +23,7 @@ __all__ = ["ModelStates", "equal_parts", "group_names", "tagged_folder"]
 
 FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 UNSUPPORTED = re.compile(r"layer_.*|.*expert.*")
-DEEPSPEED_KEYS = {  # what DeepSpeed itself saves; the rest is the user's client_state
+DEEPSPEED_KEYS = {  # keys of DeepSpeed itself; the rest is the user's client_state
     *("module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "shared_params", "frozen_param_fragments"),
     *("lr_scheduler", "data_sampler", "random_ltd", "sparse_tensor_module_names", "dp_world_size", "mp_world_size", "num_experts"),
     *("checkpoint_parallel_dimensions", "ds_config", "ds_version", "autoep_layers"),

@@ -118,14 +118,14 @@ def _normalized(group: Mapping[str, Any], is_composers: bool) -> Group:
 
 
 def _is_deepspeeds(group: Group) -> bool:
-    """Whether it is of one of DeepSpeed's own Adams, which have some of torch's keys."""
+    """Return whether a param group is of one of DeepSpeed's own Adams, which have some of torch's keys."""
     is_others = bool(group.keys() & {"reference_lr", "beta1", "maximize", "foreach", "use_muon"})
     is_adams = group.keys() >= {"betas", "eps", "weight_decay"}
     return not is_others and is_adams and ("bias_correction" in group or "initial_lr" not in group)
 
 
 def _nearest(given: Sequence[Group], groups: Sequence[Group], is_composers: bool) -> str:
-    """The class of this library that continues it."""
+    """Return the class of this library that continues a saved optimizer."""
     first = given[0]
     if any("algorithm" in group for group in groups) or "ns_coefficients" in first:
         return "Muon"

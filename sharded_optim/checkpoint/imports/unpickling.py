@@ -16,7 +16,7 @@ __all__ = ["StandIn", "load", "load_stream"]
 
 
 class StandIn:
-    """Replaces an object of a class that is not imported: keeps the arguments and the state that it would have been made of."""
+    """A stand-in for an object of a class that is not imported, with the arguments and the state that the object would have."""
 
     def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments

@@ -19,7 +19,7 @@ from sharded_optim.checkpoint.live.optimizer import LiveOptimizer
 
 __all__ = ["ADAPTERS", "Adapter", "live_model", "live_optimizer"]
 
-# Modules with an `ADAPTER`, in the order in which they are asked, each with the module that is imported wherever its wrapper is used.
+# Modules with an `ADAPTER`, in the order in which they are tried, each with the module that is imported wherever its wrapper is used.
 ADAPTERS = {
     "sharded_optim.checkpoint.live.zero": "sharded_optim.zero",
     "sharded_optim.checkpoint.live.deepspeed": "deepspeed.runtime.engine",
@@ -29,7 +29,7 @@ ADAPTERS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """How checkpoints read a kind of model or optimizer. A function returns None for what is not of the kind.
+    """Functions by which checkpoints read a kind of model or optimizer. They return None for other kinds.
 
     Attributes:
         model: (module) -> what this process holds of it. Raises ValueError if that cannot be determined.
@@ -53,7 +53,7 @@ def _adapter_in(file: str) -> Adapter:
 
 
 def live_model(model: Any) -> LiveModel:
-    """Find what this process holds of a model.
+    """Describe the elements of a model that this process holds.
 
     Args:
         model: a module under any wrapper, or a DeepSpeedEngine; None: nothing.
@@ -70,7 +70,7 @@ def live_model(model: Any) -> LiveModel:
 
 
 def live_optimizer(optimizer: Any, model: Any, live: LiveModel) -> LiveOptimizer:
-    """Find what this process holds of an optimizer.
+    """Describe the state of an optimizer that this process holds.
 
     Args:
         optimizer: one of this library, or an object of Accelerate or DeepSpeed that wraps one as `optimizer`.

@@ -1,4 +1,4 @@
-"""Reads a DeepSpeedEngine: the model's parameters, partitioned in stage 3 and replicated otherwise, and its base optimizer.
+"""Adapter of a DeepSpeedEngine: the model's parameters, partitioned in stage 3 and replicated otherwise, and its base optimizer.
 
 DeepSpeed's attributes that are not a public interface, tried with 0.19.0 to 0.19.8: a parameter's `ds_tensor`, `ds_shape`, `ds_numel`,
 `ds_status`, `partition_numel` and `ds_process_group`, the engine's counters, the fields of its loss scaler, and of stage 3's wrapper
@@ -30,13 +30,13 @@ SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of
 
 
 def _is_engine(model: Any) -> bool:
-    """Without importing DeepSpeed."""
+    """Return whether a model is a DeepSpeedEngine, without importing DeepSpeed."""
     module = sys.modules.get("deepspeed.runtime.engine")
     return module is not None and isinstance(model, module.DeepSpeedEngine)
 
 
 def live_model(engine: Any) -> LiveModel | None:
-    """As `LiveModel.of`, for a DeepSpeedEngine."""
+    """Describe a DeepSpeedEngine's model, as `LiveModel.of` does other models."""
     if not _is_engine(engine):
         return None
     names = sharding.parameter_names(engine)
@@ -63,7 +63,7 @@ def live_model(engine: Any) -> LiveModel | None:
 
 
 def _partition(param: Any, name: str) -> LocalTensor:
-    """What this rank holds of a parameter that stage 3 has partitioned into equal parts, with padding."""
+    """Describe this rank's part of a parameter that stage 3 has partitioned into equal parts, with padding."""
     size, numel = param.partition_numel(), param.ds_numel
     start = min(dist.get_rank(param.ds_process_group) * size, numel)
     length = min(size, numel - start)
@@ -71,7 +71,7 @@ def _partition(param: Any, name: str) -> LocalTensor:
 
 
 def _masters(engine: Any, names: dict[Any, str]) -> list[LocalTensor]:
-    """The masters that DeepSpeed steps in the place of the parameters."""
+    """List the masters that DeepSpeed steps in the place of the parameters."""
     optimizer = engine.basic_optimizer
     if optimizer is None or engine.optimizer is optimizer:
         return []
@@ -116,7 +116,7 @@ def _restore(engine: Any, saved: dict[str, Any]) -> None:
 
 
 def live_optimizer(optimizer: Any, engine: Any, live: LiveModel) -> LiveOptimizer | None:
-    """As `LiveOptimizer.of`, for the base optimizer of a DeepSpeedEngine.
+    """Describe the base optimizer of a DeepSpeedEngine, as `LiveOptimizer.of` does other optimizers.
 
     Raises:
         ValueError: the optimizer is not the engine's, or was not attached to it.

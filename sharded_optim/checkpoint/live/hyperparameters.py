@@ -17,12 +17,12 @@ __all__ = ["hyperparameters_of", "plain_hyperparameters"]
 
 
 def hyperparameters_of(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A param group without its parameters and their names."""
+    """Return a param group without its parameters and their names."""
     return {key: value for key, value in group.items() if key not in ("params", "param_names") and not key.startswith("_ds_")}
 
 
 def plain_hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The hyperparameters of a group with Python's own types, whatever they were computed or configured with."""
+    """Convert the hyperparameters of a group to Python's own types, from those of NumPy, torch and config libraries."""
     return {key: _plain(value) for key, value in hyperparameters_of(group).items()}
 
 

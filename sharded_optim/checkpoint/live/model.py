@@ -1,6 +1,6 @@
 """`LiveModel`: the parameters and persistent buffers that this process holds of a model, under their names without wrappers.
 
-Knows the wrappers that are registered in `sharding/wrappers.py`, and none by name; `deepspeed.py` makes the LiveModel of an engine.
+Wrappers are those that are registered in `sharding/wrappers.py`, none by name; `deepspeed.py` makes the LiveModel of an engine.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ __all__ = ["LiveModel", "local_tensors", "named_tensors", "plain_tensor"]
 
 @dataclass(frozen=True, kw_only=True)
 class LiveModel:
-    """What this process holds of a model.
+    """The part of a model that this process holds.
 
     Attributes:
         tensors: the elements of its parameters and buffers.
         names: of its parameters, without flattened ones.
-        local_params: what this process holds of parameters that describe their own sharding, under these names.
-        aliases: further names under which `state_dict()` has tensors, each with the one that they are saved under.
-        order: the names of parameters that a wrapper has flattened, on whatever rank they are, in the order of the model.
+        local_params: this process's parts of parameters that describe their own sharding, under these names.
+        aliases: further names under which `state_dict()` has tensors, each with the name that they are saved under.
+        order: the names of parameters that a wrapper has flattened, of all ranks, in the order of the model.
         wrapper_state: state that only the same wrapper restores, by the wrapper's name.
         check_wrapper_state: raises ValueError for saved state that is impossible, before anything is loaded.
-        restore_wrapper_state: is called with saved state when all tensors are loaded.
+        restore_wrapper_state: called with saved state when all tensors are loaded.
         masters: values of the parameters that an optimizer keeps, to be loaded if the optimizer itself is not.
         before_load: called before tensors are loaded.
     """
@@ -52,10 +52,10 @@ class LiveModel:
 
     @classmethod
     def of(cls, model: nn.Module) -> LiveModel:
-        """Of a module under any wrapper but DeepSpeed's.
+        """Describe a module under any wrapper but DeepSpeed's.
 
         Raises:
-            ValueError: what it holds cannot be determined.
+            ValueError: its sharding cannot be determined.
         """
         finish_gathering(model)
         used = used_wrappers()
@@ -84,14 +84,14 @@ class LiveModel:
 
 
 def local_tensors(kind: str, tensor: Tensor, param: LocalParam) -> Iterator[LocalTensor]:
-    """What this process holds of a parameter, or of a tensor that is sharded like it: several if a wrapper has flattened it."""
+    """Describe this process's part of a parameter, or of a tensor that is sharded like it: several if a wrapper has flattened it."""
     local = param.local(tensor, "values" if kind == MODEL else kind)
     for piece in param.pieces:
         yield LocalTensor(kind=kind, segment=piece.segment, local=piece.of(local))
 
 
 def plain_tensor(tensor: Tensor, name: str, *, is_buffer: bool = False) -> LocalTensor:
-    """What this process holds of a parameter or buffer of any dtype: all of it, unless a wrapper has sharded it."""
+    """Describe this process's part of a parameter or buffer of any dtype: all of it, unless a wrapper has sharded it."""
     if type(tensor) not in (Tensor, nn.Parameter) or wrapper_of(tensor) is not NO_WRAPPER:
         (local,) = local_tensors(MODEL, tensor, describe(tensor, name))
         return local

@@ -33,8 +33,8 @@ class LiveParam:
     Attributes:
         param: the key of its state.
         group: index of its param group.
-        local: what this rank holds of it, under the names that checkpoints use.
-        is_master: whether it is not the model's own, but the float32 values of which that is the rounded copy.
+        local: this rank's part of it, under the names that checkpoints use.
+        is_master: whether it is a float32 master, of which the model's own parameter is the rounded copy.
     """
 
     param: Tensor
@@ -43,7 +43,7 @@ class LiveParam:
     is_master: bool = False
 
     def tensors(self, kind: str, tensor: Tensor) -> Iterator[LocalTensor]:
-        """What this rank holds of the parameter, or of a state tensor that is sharded like it."""
+        """Describe this rank's part of the parameter, or of a state tensor that is sharded like it."""
         return local_tensors(kind, tensor, self.local)
 
     @property
@@ -54,13 +54,13 @@ class LiveParam:
 
 @dataclass(frozen=True, kw_only=True)
 class LiveOptimizer:
-    """What this process holds of an optimizer.
+    """The part of an optimizer that this process holds.
 
     Attributes:
         engine: the optimizer that steps.
         params: its parameters.
         groups: the param groups that users see.
-        group_of: index of each parameter's group, by name; of the parameters that this rank knows.
+        group_of: index of each parameter's group, by name; of the parameters in this rank's optimizer.
         order: names in the order of the model, if a wrapper has flattened parameters and the optimizer's order is lost.
         synchronize: called before anything is read or written.
         after_load: called when everything is loaded.
@@ -76,7 +76,7 @@ class LiveOptimizer:
 
     @classmethod
     def of(cls, optimizer: Any, _: Any, live: LiveModel) -> LiveOptimizer | None:
-        """Of an optimizer that has the model's own parameters; None if it is not of this library.
+        """Describe an optimizer that has the model's own parameters; None if it is not of this library.
 
         Args:
             live: names the parameters; others have the optimizer's own names, or their positions.
@@ -101,7 +101,7 @@ class LiveOptimizer:
     # ---------------------------------------------------------------------------------------------------------------------- saving
 
     def tensors(self) -> list[LocalTensor]:
-        """Its state and masters."""
+        """List the optimizer's state tensors and masters."""
         self.engine.drop_stale_compensation()
         tensors: list[LocalTensor] = []
         for param in self.params:
@@ -113,7 +113,7 @@ class LiveOptimizer:
         return tensors
 
     def parameters(self) -> Parameters:
-        """What it holds besides tensors."""
+        """Return the optimizer's step counters, param groups and hyperparameters."""
         steps = {
             name: float(state[STEP])
             for param in self.params
@@ -127,11 +127,11 @@ class LiveOptimizer:
     # --------------------------------------------------------------------------------------------------------------------- loading
 
     def rounded(self) -> set[str]:
-        """Names of the parameters of which the model has rounded copies and this rank the masters."""
+        """Return the names of the parameters of which the model has rounded copies and this rank the masters."""
         return {name for param in self.params if param.is_master for name in param.names}
 
     def saved_groups(self, saved: Parameters) -> list[set[int]]:
-        """For each param group, the indices of the saved groups of its parameters; of the parameters that this rank knows."""
+        """Return, for each param group, the indices of the saved groups of its parameters, as far as this rank's optimizer has these."""
         indices: list[set[int]] = [set() for _ in self.groups]
         for name, index in self.group_of.items():
             if name in saved.group_of:
@@ -139,20 +139,20 @@ class LiveOptimizer:
         return indices
 
     def is_empty(self, name: str) -> bool:
-        """Whether a parameter that this rank knows has no elements."""
+        """Return whether a parameter of this rank's optimizer has no elements."""
         return any(piece.segment.name == name and not piece.segment.tensor_numel for param in self.params for piece in param.local.pieces)
 
     def ignored_kinds(self) -> frozenset[str]:
-        """Kinds of state that another optimizer may have saved and this one does not need."""
+        """Return the kinds of state that another optimizer may have saved and this one does not need."""
         return frozenset(kind for group in self.groups for kind in self.engine._choose(group).ignored_state)
 
 
 def group_of(params: Sequence[LiveParam]) -> dict[str, int]:
-    """The index of each parameter's group, by name."""
+    """Return the index of each parameter's group, by name."""
     return {name: param.group for param in params for name in param.names}
 
 
 def renamed(local: LocalParam, name: str) -> LocalParam:
-    """What a rank holds of a parameter, under another name."""
+    """Return the description of a rank's part of a parameter under another name."""
     pieces = tuple(replace(piece, segment=replace(piece.segment, name=name)) for piece in local.pieces)
     return replace(local, pieces=pieces)

@@ -1,4 +1,4 @@
-"""Load into an optimizer in two steps: `plan_state` works out what is going to change, and `install_state` changes it.
+"""Load into an optimizer in two steps: `plan_state` computes all changes, and `install_state` makes them.
 
 In between, `loading.py` reads the plan's problems on all ranks, and loads its targets.
 """
@@ -25,11 +25,11 @@ __all__ = ["StatePlan", "install_state", "plan_state"]
 
 @dataclass
 class StatePlan:
-    """What loading is going to do to an optimizer.
+    """The changes that loading makes to an optimizer.
 
     Attributes:
         targets: tensors to be loaded. New ones do not belong to the optimizer yet.
-        problems: what does not match: the name of a parameter, or "", and a text.
+        problems: mismatches: the name of a parameter, or "", and a message.
         states: the new state of parameters; None: none. Parameters that are not listed keep theirs.
         groups: the new hyperparameters of each param group.
     """
@@ -60,7 +60,7 @@ def plan_state(live: LiveOptimizer, manifest: Manifest, saved: Parameters, saved
 
 
 def _plan_group(engine: Engine, where: str, group: Group, saved: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], list[str]]:
-    """The new hyperparameters of a param group, and what does not match.
+    """Compute the new hyperparameters of a param group, and the mismatches.
 
     Args:
         saved: hyperparameters of the groups that its parameters were in.
@@ -83,7 +83,7 @@ def _plan_group(engine: Engine, where: str, group: Group, saved: Sequence[Mappin
 
 
 def _group_conflicts(where: str, saved: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """How saved groups that are one live group differ."""
+    """Describe how saved groups differ that are one group of the live optimizer."""
     first, *others = (encode(dict(group), where) for group in saved)  # encoded, as tensors have no truth value
     for other in others:
         differ = sorted(key for key in first.keys() | other.keys() if first.get(key) != other.get(key))
@@ -122,7 +122,7 @@ def _plan_param(live: LiveOptimizer, param: LiveParam, plan: StatePlan, manifest
 
 
 def _new_state(engine: Engine, param: LiveParam, group: Group, step: float, manifest: Manifest) -> tuple[dict[str, Any], list[LocalTensor]]:
-    """The state of a parameter after loading, and its tensors that are to be loaded.
+    """Build the state of a parameter after loading, with the tensors that are to be loaded.
 
     Live tensors of the right dtype are kept. Those that an optimizer may start with, and the checkpoint lacks, are zeros.
     """

@@ -1,4 +1,4 @@
-"""Reads a `ShardedOptimizer`: its shards, under the names of the model's parameters."""
+"""Adapter of a `ShardedOptimizer`: its shards, under the names of the model's parameters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["ADAPTER"]
 
 
 def live_optimizer(optimizer: Any, _: Any, live: LiveModel) -> LiveOptimizer | None:
-    """As `LiveOptimizer.of`, for a ShardedOptimizer."""
+    """Describe a ShardedOptimizer, as `LiveOptimizer.of` does other optimizers."""
     if not isinstance(optimizer, ShardedOptimizer):
         return None
     bucket_layout = optimizer._bucket_layout

@@ -1,4 +1,4 @@
-"""Arguments of several commands."""
+"""Arguments that several `checkpoint` commands have."""
 
 from __future__ import annotations
 

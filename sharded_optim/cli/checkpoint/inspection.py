@@ -95,7 +95,7 @@ def _print_extents(manifest: Manifest) -> None:
 
 
 def _elements(chunk: Chunk) -> str:
-    """The range of elements of the flattened tensor."""
+    """Format the range of a chunk's elements in the flattened tensor."""
     segment = chunk.segment
     first = f"[{segment.start}, {segment.start + segment.run})"
     return first if segment.count == 1 else f"{first} and {segment.count - 1} more, every {segment.stride}"

@@ -22,7 +22,7 @@ def verify(
     step: Step = None,
     every: Annotated[bool, typer.Option("--all", help="verify all steps")] = False,
 ) -> None:
-    """Compare every byte with what was saved, by SHA-256. Exit status 1: something is damaged."""
+    """Compare every byte with the saved one, by SHA-256. Exit status 1: a checkpoint is damaged."""
     damaged = False
     with errors.for_users():
         if every and step is not None:
