@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RECIPES := .venv-recipes
+TRACKERS := .venv-trackers
 CONFIG ?= configs/fsdp2.yaml
 ARGS ?=
 # Has a CUDA build of torch, Triton, and for gpu-check pytest, pytest-timeout, pytest-xdist and hypothesis. What needs a GPU runs with it as
@@ -12,7 +13,7 @@ GPU_PYTHON ?= python3
 SIDE_BY_SIDE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test matrix reshard chaos survive gpu-check wheel recipes docker-check bench gpu-bench flattened
+.PHONY: help setup train test matrix reshard chaos survive gpu-check wheel recipes trackers docker-check bench gpu-bench flattened
 .PHONY: experiments figures lint format clean
 
 help:  ## list the targets
@@ -63,6 +64,18 @@ $(RECIPES)/.installed: pyproject.toml constraints.txt examples/requirements.txt 
 	$(RECIPES)/bin/python examples/install.py
 	touch $@
 
+trackers: $(TRACKERS)/.installed  ## run the tests of W&B, MLflow and the report in a Chromium, in .venv-trackers: make trackers ARGS="-k wandb"
+	$(TRACKERS)/bin/python -m pytest -rs tests/unit/test_trackers.py tests/launch/test_tracking.py tests/tools/test_report_browser.py $(ARGS)
+
+# On top of .venv, whose packages it finds by a path file: it has those alone that development does without.
+$(TRACKERS)/.installed: $(VENV)/.installed
+	$(PYTHON) -m venv --clear $(TRACKERS)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$($(TRACKERS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth"
+	$(TRACKERS)/bin/python -m pip install --quiet --constraint constraints.txt pip setuptools
+	$(TRACKERS)/bin/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[trackers,browser]'
+	touch $@
+
 docker-check:  ## install and run what docker/ does, in a scratch folder, without an engine
 	PYTHON=$(PYTHON) docker/check.sh
 
@@ -74,6 +87,7 @@ bench: setup  ## time steps of all optimizers side by side: make bench ARGS="--q
 	$(if $(ARGS),,$(BIN)/python -m benchmarks.distributed)
 	$(if $(ARGS),,$(BIN)/python -m benchmarks.checkpoint)
 	$(if $(ARGS),,$(BIN)/python -m benchmarks.divergence)
+	$(if $(ARGS),,$(BIN)/python -m benchmarks.metrics)
 	$(if $(ARGS),,$(BIN)/python -m benchmarks.muon)
 
 gpu-bench:  ## time steps on a GPU, with GPU_PYTHON's torch, in less than 9 minutes: make gpu-bench ARGS="--cases 256M GPT-2"
@@ -99,5 +113,5 @@ format: setup  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:  ## remove both environments and caches, keep runs/
-	rm -rf $(VENV) $(RECIPES) .pytest_cache .ruff_cache .hypothesis *.egg-info
+clean:  ## remove all environments and caches, keep runs/
+	rm -rf $(VENV) $(RECIPES) $(TRACKERS) .pytest_cache .ruff_cache .hypothesis *.egg-info

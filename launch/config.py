@@ -32,7 +32,7 @@ from launch.errors import ConfigError, nearest
 from sharded_optim.formulas.hyperparameters import Choice, Float, Floats, Hyperparameter, Int, Switch, Unsupported, by_name
 from sharded_optim.optimizers import OPTIMIZERS
 from sharded_optim.step.engine import Engine
-from sharded_optim.training.trackers import MODULES, check_options
+from sharded_optim.trackers import MODULES, check_options
 
 __all__ = ["CheckpointConfig", "Config", "ConfigError", "DataConfig", "ModelConfig", "OptimizerConfig", "from_arguments", "load"]
 
@@ -163,9 +163,11 @@ class Config(_Section):
     max_restarts: how often `python -m launch` starts all processes again when one has failed; they go on from checkpoints with resume=auto.
     heartbeat: seconds, 5 or more, for which a rank may be silent, or keep others waiting, before the job ends; None: for as long as it
         likes, as under a debugger.
+    metrics_every: steps from one record with the optimizer's metrics to the next, a multiple of log_every; None: every record has them. To
+        read them waits for the device and makes a record long.
     divergence_every: after so many steps, and before each checkpoint, values that ranks have in common are compared; None: never.
     max_skipped_steps: how many steps in a row may be skipped because gradients are not finite.
-    trackers: where metrics go beside the run folder, by names of `sharded_optim/training/trackers/registry.py`.
+    trackers: where metrics go beside the run folder, by names of `sharded_optim/trackers/registry.py`.
     tracker_options: of these trackers by their names, as {prometheus: {port: 9500}}.
     deepspeed: what DeepSpeed is told, but for the optimizer and the batch. In a file or an override also the path of a DeepSpeed config
         in JSON, which may give these too (`launch/deepspeed_config.py`).
@@ -184,6 +186,7 @@ class Config(_Section):
     batch_size: PositiveInt
     sequence_length: PositiveInt
     log_every: PositiveInt
+    metrics_every: PositiveInt | None = None
     validation_every: PositiveInt
     validation_batches: PositiveInt
     model: ModelConfig
@@ -231,6 +234,11 @@ class Config(_Section):
             raise ValueError(f"sharding={self.sharding!r} does not use the key deepspeed; use sharding=deepspeed, or deepspeed=null")
         if self.processes != "auto" and self.batch_size % self.processes:
             raise ValueError(f"batch_size={self.batch_size} does not divide over processes={self.processes}; make it a multiple")
+        if self.metrics_every is not None and self.metrics_every % self.log_every:
+            raise ValueError(
+                f"metrics_every={self.metrics_every} is no multiple of log_every={self.log_every}, and only records have metrics; use "
+                f"metrics_every={self.metrics_every + -self.metrics_every % self.log_every}, or log more often"
+            )
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps={self.warmup_steps} must be less than steps={self.steps}; lower it, or train for longer")
         if self.max_restarts and not (self.resume == "auto" and self.checkpoint.every):

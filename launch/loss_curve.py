@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from launch.records import Summary, Training, Validation
+from sharded_optim.trackers.atomic_write import atomic_write
 
 __all__ = ["draw"]
 
@@ -38,6 +39,5 @@ def draw(path: Path, training: list[Training], validation: list[Validation], sum
     axes.set_title(f"{summary.optimizer}, {summary.sharding}, {summary.world_size} processes: {summary.status}")
     axes.grid(alpha=0.3)
     axes.legend()
-    draft = path.with_name(f".{path.name}.draft")
-    figure.savefig(draft, dpi=120, format="png")
-    draft.replace(path)
+    with atomic_write(path) as draft:
+        figure.savefig(draft, dpi=120, format="png")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-__all__ = ["FINISHED", "RUNNING", "Listener", "Resumption", "Summary", "Training", "Validation"]
+__all__ = ["Listener", "Resumption", "Summary", "Training", "Validation"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +26,12 @@ class Training:
     train_loss_bits: float  # bits per byte, mean over them
     lr: float  # of the last
     tokens_per_second: float  # of all ranks together, without validation
-    largest_rms: float | None  # the last step's largest per-tensor RMS; None if the optimizer has none
+    largest_rms: float | None  # the last step's largest per-tensor RMS; None if the optimizer has none, or without its metrics
     largest_rms_name: str | None  # and its tensor
     skipped_steps: int  # since the beginning
-    optimizer: Mapping[str, float] = field(
-        default_factory=dict
-    )  # `metrics()` of the last step, and rank 0's `performance()`; {} in what older versions have written
+    # `metrics()` of the last step, and rank 0's `performance()`; {} between two records that have them, and in what older versions wrote
+    optimizer: Mapping[str, float] = field(default_factory=dict)
+    non_finite_ranks: Mapping[str, list[int]] = field(default_factory=dict)  # of the last step, by tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class Validation:
 class Summary:
     """A run, as far as it is done."""
 
-    status: str  # RUNNING, FINISHED, or that it was interrupted
+    status: str  # of `trackers/run_files.py`, or that it was interrupted
     val_bits_per_byte: float | None  # the last; None before the first validation
     unigram_bits_per_byte: float
     zlib_bits_per_byte: float
@@ -62,10 +62,6 @@ class Summary:
     device: str
     torch: str
     text: str
-
-
-RUNNING = "running or interrupted"  # a run that is killed cannot write down that it is
-FINISHED = "finished"
 
 
 class Listener(Protocol):

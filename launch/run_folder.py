@@ -15,8 +15,8 @@ import yaml
 
 from launch.config import Config, ConfigError
 from launch.records import Resumption, Summary, Training, Validation
-from sharded_optim.training.trackers.destination import replace_file
-from sharded_optim.training.trackers.json_lines import append_line, read_records, to_json
+from sharded_optim.trackers.atomic_write import write_text
+from sharded_optim.trackers.run_files import METRICS, SUMMARY, append_record, keep_records, to_json
 
 __all__ = ["RunFolder", "find"]
 
@@ -64,28 +64,25 @@ class RunFolder:
         try:
             self.path = found or _new_folder(Path(config.runs_folder), config)
             text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-            replace_file(self.path / "config.yaml", text)
+            write_text(self.path / "config.yaml", text)
             _point_latest(self.path)
         except OSError as error:
             raise ConfigError(f"runs_folder={config.runs_folder!r}: {error}") from None
 
     def start(self, resumption: Resumption | None) -> None:
         """Take up what is written down of the steps before, and leave out what is going to be done once more."""
-        path = self.path / "metrics.jsonl"
-        before = 0 if resumption is None else resumption.step
-        records = [_with_nan(record) for record in read_records(path) if record["step"] <= before]
+        kept = keep_records(self.path / METRICS, 0 if resumption is None else resumption.step)
+        records = list(map(_with_nan, kept))
         self._training = [Training(**record) for record in records if "train_loss_bits" in record]
         self._validation = [Validation(**record) for record in records if "val_bits_per_byte" in record]
-        if path.exists():
-            replace_file(path, "".join(to_json(record) + "\n" for record in records))
 
     def training(self, record: Training) -> None:
         self._training.append(record)
-        append_line(self.path / "metrics.jsonl", asdict(record))
+        append_record(self.path / METRICS, asdict(record))
 
     def validation(self, record: Validation) -> None:
         self._validation.append(record)
-        append_line(self.path / "metrics.jsonl", asdict(record))
+        append_record(self.path / METRICS, asdict(record))
 
     def progress(self, summary: Summary) -> None:
         self._summary = summary
@@ -102,7 +99,7 @@ class RunFolder:
 
     def _write_summary(self, *, draw: bool) -> None:
         assert self._summary is not None, "there is something to write"
-        replace_file(self.path / "summary.json", to_json(asdict(self._summary), indent=2) + "\n")
+        write_text(self.path / SUMMARY, to_json(asdict(self._summary), indent=2) + "\n")
         if draw:
             from launch.loss_curve import draw as draw_curve  # imports matplotlib, for which the first step need not wait
 

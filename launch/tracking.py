@@ -73,6 +73,11 @@ class Tracking:
     def finish(self, summary: Summary) -> None:
         self._finish("finished")
 
+    def fail(self) -> None:
+        """Have trackers write what waits, for 10 s each, and say that the run has failed. Nothing follows."""
+        if self._trackers is not None:
+            self._trackers.finish("failed")
+
     def _log(self, step: int, values: Mapping[str, float]) -> None:
         assert self._trackers is not None, "it has started"
         self._trackers.log(step, values)

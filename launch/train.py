@@ -14,6 +14,7 @@ import math
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,14 +32,16 @@ from launch.model import GPT
 from launch.optimizer import build_schedule
 from launch.preemption import Preemption
 from launch.progress import Display
-from launch.records import FINISHED, RUNNING, Listener, Summary, Training, Validation
+from launch.records import Listener, Summary, Training, Validation
 from launch.rendezvous import RendezvousError
 from launch.run_folder import RunFolder
 from launch.sharding import shard
 from launch.tracking import Tracking, check_installed
 from launch.watch import Watch
+from launch.watch.beats import before_end
 from sharded_optim.checkpoint import CheckpointError
 from sharded_optim.sharding.ranks import named_ranks, ranks_where
+from sharded_optim.trackers.run_files import FINISHED, RUNNING
 
 # The exit status of ranks that have saved and stopped because another machine is taken away: torchrun is to start them again, when there is
 # another one. With 0 it would take the job for done.
@@ -111,7 +114,10 @@ def run(
     listeners: list[Listener] = []  # rank 0's only; but every rank takes part in computing what they hear
     if folder is not None:
         listeners = [folder, Display(steps=config.steps, unigram=unigram, zlib=zlib, folder=folder.path)]
-        listeners += [Tracking(config, folder.path, watch.silences)] if config.trackers else []
+        if config.trackers:
+            tracking = Tracking(config, folder.path, watch.silences)
+            before_end(tracking.fail)
+            listeners.append(tracking)
 
     torch.manual_seed(config.seed)  # the same weights on every rank
     model = GPT(**config.model.model_dump(), sequence_length=config.sequence_length).to(device)
@@ -159,7 +165,8 @@ def run(
             divergence()
         meter.count(loss)
         if step % config.log_every == 0 or step == config.steps:
-            training = describe_training(step, meter, sharded.optimizer)
+            has_metrics = step % (config.metrics_every or config.log_every) == 0 or step == config.steps
+            training = describe_training(step, meter, sharded.optimizer, has_metrics=has_metrics)
             for listener in listeners:
                 listener.training(training)
                 listener.progress(summarize(RUNNING, training, validation))
@@ -239,10 +246,15 @@ def validate(model: nn.Module, config: Config, info: RankInfo, text: Corpus, dev
     return total.item() / (config.validation_batches * info.world_size) / math.log(2.0)
 
 
-def describe_training(step: int, meter: Meter, optimizer: torch.optim.Optimizer) -> Training:
-    """What to say about the steps since the last time. Waits for the device, so not in every step."""
+def describe_training(step: int, meter: Meter, optimizer: Any, *, has_metrics: bool) -> Training:
+    """What to say about the steps since the last time. Waits for the device, so not in every step. A collective.
+
+    Args:
+        optimizer: of sharded_optim.
+        has_metrics: whether its metrics are read too.
+    """
     loss_bits, tokens_per_second = meter.read()
-    metrics: dict[str, float] = optimizer.metrics()  # type: ignore[attr-defined]  # of sharded_optim; already reduced over ranks
+    metrics: dict[str, float] = optimizer.metrics() if has_metrics else {}  # already reduced over ranks
     name, largest = largest_rms(metrics)
     return Training(
         step=step,
@@ -251,8 +263,9 @@ def describe_training(step: int, meter: Meter, optimizer: torch.optim.Optimizer)
         tokens_per_second=tokens_per_second,
         largest_rms=largest,
         largest_rms_name=name,
-        skipped_steps=int(metrics["skipped_steps"]),
-        optimizer=metrics | optimizer.performance(),  # type: ignore[attr-defined]
+        skipped_steps=optimizer.skipped_steps,
+        optimizer=metrics | optimizer.performance() if has_metrics else {},
+        non_finite_ranks=optimizer.non_finite_ranks() if has_metrics else {},
     )
 
 

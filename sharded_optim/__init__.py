@@ -1,12 +1,12 @@
 """Optimizers that give the same answer however you shard them."""
 
-from sharded_optim import checkpoint, deepspeed, optimizers
+from sharded_optim import checkpoint, deepspeed, optimizers, trackers
 from sharded_optim.optimizers import *  # noqa: F403
 from sharded_optim.optimizers.convert_weight_decay import convert_weight_decay
 from sharded_optim.sharding import fsdp1_layout
 from sharded_optim.tools.divergence import DivergenceCheck, DivergenceError
 from sharded_optim.tools.verify import verify
-from sharded_optim.training import callbacks, trackers
+from sharded_optim.training import callbacks
 from sharded_optim.training.clipping import clip_grad_norm_
 from sharded_optim.training.containers import metrics, unwrap_optimizer
 from sharded_optim.training.gradient_release import prepare_for_gradient_release, remove_gradient_release

@@ -28,7 +28,7 @@ from torch.distributed.distributed_c10d import Store
 from launch.watch.judge import Beat, Judge, Verdict
 from launch.watch.siblings import Sibling, gone
 
-__all__ = ["ENDING", "Beats", "end"]
+__all__ = ["ENDING", "Beats", "before_end", "end"]
 
 MakeBeat = Callable[[int, bool], Beat]  # of this rank; given its number, and whether the rank has left
 ENDING = threading.Lock()  # while it is held, nothing here ends this process
@@ -39,6 +39,10 @@ SECONDS_FOR_CAUSES = 2.5  # in which the cause of an error that only follows fro
 ROUNDS_TO_SHARE = 3  # for ranks that fail with the same error to say so, once there is a verdict
 SECONDS_TO_PRINT = 2.0  # for rank 0, before other ranks end: some launchers end all when one has ended
 SECONDS_TO_END = 5.0  # for all of this, if the store does not answer any more
+SECONDS_TO_FLUSH = 12.0  # for what is to be done before this process ends; trackers take 10 s at most
+
+_flushing = threading.Lock()
+_actions: list[Callable[[], None]] = []  # before this process ends
 
 
 class Beats:
@@ -200,8 +204,18 @@ class Beats:
             self._store.add(self._failure.shared, 1)
 
 
+def before_end(action: Callable[[], None]) -> None:
+    """Have `end` call a function, on another thread, for `SECONDS_TO_FLUSH` at most. The other ranks do not wait for it."""
+    _actions.append(action)
+
+
 def end() -> NoReturn:
     """End this process, without waiting for threads, or for libraries that wait for ranks."""
+    with _flushing:  # who comes second waits too
+        while _actions:
+            thread = threading.Thread(target=_actions.pop(), name="watch-flush", daemon=True)
+            thread.start()
+            thread.join(SECONDS_TO_FLUSH)
     with ENDING:
         sys.stdout.flush()
         sys.stderr.flush()

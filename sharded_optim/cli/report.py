@@ -14,7 +14,7 @@ __all__ = ["report"]
 
 
 def report(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="run folders of the training job, as runs/latest")],
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="folders of the training job's runs, or the tracker jsonl's")],
     output: Annotated[str | None, typer.Option("--output", "-o", metavar="FILE.html", help="default: report.html in the first RUN")] = None,
     png: Annotated[str | None, typer.Option(metavar="FOLDER", help="write each chart as a PNG into this folder too")] = None,
     refresh: Annotated[int | None, typer.Option(metavar="SECONDS", help="let a browser load the page again so often")] = None,

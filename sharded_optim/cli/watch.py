@@ -35,7 +35,7 @@ LATE_INTERVALS, LATE_SECONDS = 5.0, 60.0
 
 
 def watch(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="run folder of the training job, as runs/latest")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="folder of a run of the training job or the tracker jsonl, as runs/latest")],
     once: Annotated[bool, typer.Option("--once", help="print what is known now, and exit; so too where stdout is no terminal")] = False,
     interval: Annotated[float, typer.Option(metavar="SECONDS", help="between two readings of the folder", min=0.05)] = 1.0,
 ) -> None:
@@ -97,6 +97,7 @@ def _frame(run: Run, console: Console, *, keys: bool = False) -> Table:
     blocks = ASCII_BLOCKS if console.options.ascii_only else BLOCKS
     records = run.records
     last = records.training[-1] if records.training else None
+    unit = f" {records.loss_unit}" if records.loss_unit else ""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(no_wrap=True, style="bold")
     grid.add_column(overflow="fold")
@@ -111,24 +112,23 @@ def _frame(run: Run, console: Console, *, keys: bool = False) -> Table:
     if last is None:
         add("loss", "no record of training yet")
     else:
-        add("loss", f"{_shown(last.loss)} bits per byte", [record.loss for record in records.training])
+        losses = [record.loss for record in records.training if record.loss is not None]
+        add("loss", f"{_shown(losses[-1])}{unit}" if losses else "not recorded", losses)
     if records.validation:
         validation = records.validation[-1]
-        text = f"{_shown(validation.bits_per_byte)} bits per byte at step {validation.step:,}"
+        text = f"{_shown(validation.loss)}{unit} at step {validation.step:,}"
         marks = [f"{name} {_shown(run.summary[key])}" for name, key in MARKS if isinstance(run.summary.get(key), float)]
-        values = [record.bits_per_byte for record in records.validation]
+        values = [record.loss for record in records.validation]
         add("validation", text + (f" ({', '.join(marks)})" if marks else ""), values if len(values) > 1 else ())
     else:
         add("validation", "none yet")
     if last is not None:
-        if last.largest_rms is None:
-            add("largest RMS", "none: this optimizer reports no RMS")
-        else:
-            values = [math.nan if record.largest_rms is None else record.largest_rms for record in records.training]
-            add("largest RMS", f"{_shown(last.largest_rms)} of {last.largest_rms_name}", values)
-        share = last.optimizer.get("clipped_share")
-        shares = [record.optimizer.get("clipped_share", math.nan) for record in records.training]
-        add("clipped", "not recorded" if share is None else f"{share:.1%} of tensors", () if share is None else shares)
+        # Between two records with the optimizer's metrics there may be some without.
+        rms = [(record.largest_rms, record.largest_rms_name) for record in records.training if record.largest_rms is not None]
+        text = f"{_shown(rms[-1][0])} of {rms[-1][1]}" if rms else "none: this optimizer reports no RMS"
+        add("largest RMS", text, [value for value, _ in rms])
+        shares = [record.optimizer["clipped_share"] for record in records.training if "clipped_share" in record.optimizer]
+        add("clipped", f"{shares[-1]:.1%} of tensors" if shares else "not recorded", shares)
         speeds = [math.nan if record.tokens_per_second is None else record.tokens_per_second for record in records.training]
         add("tokens/s", "not recorded" if last.tokens_per_second is None else f"{last.tokens_per_second:,.0f}", speeds)
         add("skipped steps", "not recorded" if last.skipped_steps is None else f"{last.skipped_steps:,}")

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from sharded_optim.sharding.waiting import waiting_for
 __all__ = [
     "COLLECTIVE_ERRORS",
     "gather_messages",
+    "gather_objects",
     "join_messages",
     "named_ranks",
     "naming_missing_ranks",
@@ -27,6 +29,8 @@ __all__ = [
     "ranks_where",
     "timeout_of",
 ]
+
+T = TypeVar("T")
 
 # What torch.distributed raises where a rank is missing; gloo's errors are plain ones.
 COLLECTIVE_ERRORS = (RuntimeError, dist.DistError, dist.DistBackendError, dist.DistNetworkError)
@@ -133,20 +137,21 @@ def _missing_ranks(process_group: dist.ProcessGroup) -> list[int]:
 
 def gather_messages(message: str | None, process_group: dist.ProcessGroup | None) -> str:
     """Gather the messages of all ranks in one text, which every rank then raises. A collective."""
+    return message or "" if process_group is None else join_messages(gather_objects(message, process_group))
+
+
+def gather_objects(value: T, process_group: dist.ProcessGroup | None) -> list[T]:
+    """Return the values of all ranks, by rank; this one alone if this process is alone. A collective."""
     if process_group is None:
-        return message or ""
-    messages: list[str | None] = [None] * dist.get_world_size(process_group)
-    dist.all_gather_object(messages, message, group=process_group)
-    return join_messages(messages)
+        return [value]
+    values = [value] * dist.get_world_size(process_group)
+    dist.all_gather_object(values, value, group=process_group)
+    return values
 
 
 def ranks_where(condition: bool, process_group: dist.ProcessGroup | None) -> list[int]:
     """Return the ranks on which a condition holds; an empty list if this process is alone. A collective."""
-    if process_group is None:
-        return []
-    found = [False] * dist.get_world_size(process_group)
-    dist.all_gather_object(found, condition, group=process_group)
-    return [rank for rank, holds in enumerate(found) if holds]
+    return [] if process_group is None else [rank for rank, holds in enumerate(gather_objects(condition, process_group)) if holds]
 
 
 def raise_together(failure: Exception | None, description: object, process_group: dist.ProcessGroup | None) -> None:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
 from sharded_optim.formulas.verdict import INVALID, REPLACES
 from sharded_optim.sharding.layout import Layout, segments_of
-from sharded_optim.sharding.ranks import gather_messages, named_ranks, ranks_where
+from sharded_optim.sharding.ranks import gather_messages, gather_objects, named_ranks, ranks_where
 from sharded_optim.step.statistics import Contribution
 
-__all__ = ["inconsistency", "non_finite", "skipped_in_a_row"]
+__all__ = ["inconsistency", "non_finite", "non_finite_here", "skipped_in_a_row"]
 
 MOST_NAMES = 8  # of tensors, in an error message
 
@@ -29,10 +27,7 @@ def inconsistency(layout: Layout, totals: Tensor, contributions: Sequence[Contri
         return f"the parameters to step have changed on {replacing} of the ranks alone; their own errors say how"
     if invalid := int(totals[INVALID]):
         return f"{invalid} other ranks met bad input; their own errors say which"
-    tables: list[Any] = [_compared(layout, contributions)]
-    if layout.process_group is not None:
-        tables *= dist.get_world_size(layout.process_group)
-        dist.all_gather_object(tables, tables[0], group=layout.process_group)
+    tables = gather_objects(_compared(layout, contributions), layout.process_group)
     found: list[list[tuple[int, Kind]]] = [[] for _ in layout.names]
     for rank, (compared, kinds) in enumerate(tables):
         for slot, kind in compared:
@@ -85,7 +80,7 @@ def _difference(name: str, pieces: Sequence[tuple[int, Kind]]) -> str | None:
 
 def non_finite(layout: Layout, contributions: Sequence[Contribution]) -> str:
     """Say which gradients were not finite on which ranks. A collective."""
-    names = _not_finite_here(layout, contributions)
+    names = non_finite_here(layout, contributions)
     message = f"gradient not finite, or too large to square in fp32: {', '.join(map(repr, names))}" if names else None
     return gather_messages(message, layout.process_group)
 
@@ -100,7 +95,7 @@ def skipped_in_a_row(
     rows = zip(layout.names, first.tolist(), strict=True)
     found = [f"{name!r} on {ranks} rank{'s' if ranks > 1 else ''}" for name, ranks in rows if ranks]
     more = f" and {len(found) - MOST_NAMES} more" if len(found) > MOST_NAMES else ""
-    holders = ranks_where(bool(_not_finite_here(layout, contributions)), layout.process_group)
+    holders = ranks_where(bool(non_finite_here(layout, contributions)), layout.process_group)
     last = f" In the last of them, gradients held by {named_ranks(holders)} were not finite." if holders else ""
     return (
         f"{steps} steps in a row were skipped, as gradients were not finite, or too large to square in fp32. In the first of them: "
@@ -109,8 +104,8 @@ def skipped_in_a_row(
     )
 
 
-def _not_finite_here(layout: Layout, contributions: Sequence[Contribution]) -> list[str]:
-    """Names of the tensors whose gradient was not finite on this rank."""
+def non_finite_here(layout: Layout, contributions: Sequence[Contribution]) -> list[str]:
+    """Return the names of the tensors of which a gradient or a statistic was not finite on this rank."""
     slots = {
         slot
         for each in contributions

@@ -282,7 +282,7 @@ class Engine(ReportingOptimizer):
         if "_must_agree" in state:
             self._begin()
         else:  # a state dict is loaded, which replaces the groups
-            self._reports.values = {}
+            self._reports.forget(self._sets)
 
     def __repr__(self) -> str:
         return super().__repr__().removesuffix(")") + f"backend: {self._backends}\nnonfinite: {self.nonfinite}\n)"

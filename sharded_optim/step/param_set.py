@@ -396,12 +396,13 @@ class ParamSets:
             self._index.look_up(optimizer.param_groups)
             flat = {} if optimizer.layout is None else optimizer.layout.flat
             self._layouts.keep(lambda param: param in self._index or param in flat)
-            # With a set of all parameters, those of some of them go too: they were made when there were others.
+            # With another set of all parameters, those of some of them go too: they were made when there were others. The first one comes
+            # after a backward pass that has released gradients, whose reports stay.
             dropped += [
                 each
                 for sets in self._by_first.values()
                 for each in sets
-                if whole or not all(param in self._index or param in flat for param in each.layout.params)
+                if (whole and replaced is not None) or not all(param in self._index or param in flat for param in each.layout.params)
             ]
         for each in dropped:
             self._forget(each)

@@ -25,7 +25,7 @@ class Reports:
 
     Attributes:
         rows: of the last step, by a parameter's id; made when asked for. To be None when a step begins.
-        times: of the last step; see `step_metrics.of_work`.
+        times: of the last step; see `step_metrics.step_performance`.
         values: of the param groups in the last step, by their ids.
         grad_norm: of the last step, before clipping; None if it was not computed.
     """
@@ -37,16 +37,22 @@ class Reports:
         self.grad_norm: Tensor | None = None
         self.values: dict[int, GroupValues] = {}
 
-    def of_step(
+    def metrics(
         self, sets: Sequence[ParamSet], param_groups: Sequence[dict[str, Any]], algorithms: Iterable[Algorithm]
     ) -> dict[str, float]:
         """Return the metrics of the last step; see `ReportingOptimizer.metrics`. Waits for the device."""
         norm = {} if self.grad_norm is None else {"grad_norm": float(self.grad_norm)}
         verdicts = [bool(each.agreement.verdict.proceed) for each in sets if each.agreement is not None]
         values = self.values if any(verdicts) or not verdicts else {}  # on a device the host has not known of a skipped step before
-        return step_metrics.of_tensors(sets, algorithms) | step_metrics.of_groups(values, param_groups) | norm
+        return step_metrics.tensor_metrics(sets, algorithms) | step_metrics.group_metrics(values, param_groups) | norm
 
-    def of_param(self, entry: LocalParam, name: str, state: dict[str, Any], sets: Iterable[ParamSet]) -> dict[str, Tensor]:
+    def forget(self, sets: Iterable[ParamSet]) -> None:
+        """Drop all that is known of the last step, as where a state dict is loaded."""
+        self.rows, self.times, self.grad_norm, self.values = None, None, None, {}
+        for each in sets:
+            each.forget_reports()
+
+    def param_report(self, entry: LocalParam, name: str, state: dict[str, Any], sets: Iterable[ParamSet]) -> dict[str, Tensor]:
         """Return `metrics.report` of each piece of a parameter."""
         result = {}
         last = self._updates_of(entry.param, sets) or [None] * len(entry.pieces)
@@ -111,13 +117,26 @@ class ReportingOptimizer(StatefulOptimizer):
             `clipped_share`: share of these tensors whose factor was below 1.
             `non_finite/NAME`: number of its pieces, over all ranks, whose gradient or statistic was not finite, where there was one;
                 `non_finite_tensors`: number of such tensors. Neither is known where ranks do not agree (`nonfinite="allow"`).
+                `non_finite_ranks` has the ranks.
             `lr/GROUP`, `weight_decay/GROUP`: learning rate, and the share that the step has taken away of each parameter with a gradient,
                 before clipping; L2 decay has none. A learning rate that is a tensor on a device is read now.
             `grad_norm`: norm of all gradients before clipping, where `so.clip_grad_norm_` was given the optimizer before the step.
         """
-        return {"skipped_steps": float(self.skipped_steps)} | self._reports.of_step(
+        return {"skipped_steps": float(self.skipped_steps)} | self._reports.metrics(
             list(self._sets), self.param_groups, self.algorithms.values()
         )
+
+    def non_finite_ranks(self) -> dict[str, list[int]]:
+        """Return on which ranks a tensor was not finite in the last step: the ranks of the process group that hold such a piece of it.
+
+        A collective, in which every rank must take part, but only where `metrics()` names a tensor as `non_finite/NAME`, which it does on
+        all ranks or on none. Where a wrapper reduces gradients over ranks, a piece is not finite on its holder, whichever rank's data was
+        the cause.
+
+        Returns:
+            ranks, ascending, by NAME; empty where all was finite, or ranks do not agree.
+        """
+        return step_metrics.non_finite_ranks(self._sets)
 
     def performance(self) -> dict[str, float]:
         """Return what the last step took of this rank: nothing on a GPU, where the host does not know, nor where parts are stepped alone.
@@ -127,7 +146,7 @@ class ReportingOptimizer(StatefulOptimizer):
             `bytes`: that observing and updating have read and written.
             `gb_per_s`: these bytes over the time of the two; not of Muon, whose first pass is timed with `matrices`.
         """
-        return step_metrics.of_work(list(self._sets), self._reports.times)
+        return step_metrics.step_performance(list(self._sets), self._reports.times)
 
     def report_per_parameter_metrics(self, param: Tensor, name: str, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
         """Report what the last step did to one parameter, as Composer's OptimizerMonitor asks for it. No communication.
@@ -143,7 +162,7 @@ class ReportingOptimizer(StatefulOptimizer):
         group = self._group_with(param)
         if group is not None:
             entry = self.describe_param(param, name, group)
-            optimizer_metrics |= self._reports.of_param(entry, name, self.state.get(param, {}), self._sets)
+            optimizer_metrics |= self._reports.param_report(entry, name, self.state.get(param, {}), self._sets)
         return optimizer_metrics
 
     def pre_reduce_metrics(self, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:

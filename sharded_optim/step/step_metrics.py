@@ -12,16 +12,19 @@ from typing import Any
 from sharded_optim.formulas import Algorithm, Statistic
 from sharded_optim.formulas.weight_decay import L2, decay_amount
 from sharded_optim.sharding.names import names_without_wrappers
+from sharded_optim.sharding.ranks import gather_objects
+from sharded_optim.step.agreement import Agreement
 from sharded_optim.step.coefficients import GroupValues
+from sharded_optim.step.disagreement import non_finite_here
 from sharded_optim.step.kernel_call import KernelCall
 from sharded_optim.step.param_set import ParamSet
 
-__all__ = ["of_groups", "of_tensors", "of_work"]
+__all__ = ["group_metrics", "non_finite_ranks", "step_performance", "tensor_metrics"]
 
 PARTS = ("observe", "agree", "matrices", "update")
 
 
-def of_tensors(sets: Iterable[ParamSet], algorithms: Iterable[Algorithm]) -> dict[str, float]:
+def tensor_metrics(sets: Iterable[ParamSet], algorithms: Iterable[Algorithm]) -> dict[str, float]:
     """Return `rms/NAME`, `clip_factor/NAME`, `non_finite/NAME`, and `clipped_share` and `non_finite_tensors` of the whole model.
 
     Waits for the device. Without an agreement nothing is known of them.
@@ -33,10 +36,10 @@ def of_tensors(sets: Iterable[ParamSet], algorithms: Iterable[Algorithm]) -> dic
     factors: dict[str, float] = {}
     non_finite: dict[str, float] = {}
     statistics = {each.statistic for each in algorithms if each.statistic is not None}
-    agreed = [(each.agreement, each.calls) for each in sets if each.agreement is not None]
+    agreed = _agreed(sets)
     if not agreed:
         return {}
-    for agreement, calls in sorted(agreed, key=lambda pair: pair[0].number):
+    for agreement, calls in agreed:
         names = names_without_wrappers(agreement.layout.names)
         means = agreement.named_means()
         rms |= {f"rms/{names[name]}": mean**0.5 for name, mean in means.items()}
@@ -47,6 +50,30 @@ def of_tensors(sets: Iterable[ParamSet], algorithms: Iterable[Algorithm]) -> dic
         non_finite |= {f"non_finite/{names[name]}": float(count) for name, count in pairs if count}
     share = {"clipped_share": sum(factor < 1.0 for factor in factors.values()) / len(factors)} if factors else {}
     return rms | factors | share | non_finite | {"non_finite_tensors": float(len(non_finite))}
+
+
+def non_finite_ranks(sets: Iterable[ParamSet]) -> dict[str, list[int]]:
+    """Return the ranks whose piece of a tensor was not finite, by the names of `non_finite/NAME`. See `ReportingOptimizer`.
+
+    The vector that ranks agree on has the number of such pieces and not their ranks, which would make it longer with every rank. Ranks
+    therefore communicate here, where a tensor was not finite, and not in steps.
+    """
+    found: dict[str, list[int]] = {}
+    for agreement, _ in _agreed(sets):
+        layout = agreement.layout
+        if agreement.non_finite_pieces().any():  # the same on all ranks
+            names = names_without_wrappers(layout.names)
+            here = non_finite_here(layout, agreement.contributions)
+            for rank, on_rank in enumerate(gather_objects(here, layout.process_group)):
+                for name in on_rank:
+                    found.setdefault(names[name], []).append(rank)
+    return found
+
+
+def _agreed(sets: Iterable[ParamSet]) -> list[tuple[Agreement, Sequence[KernelCall]]]:
+    """Return the agreements of the last step in their order, which is the same on all ranks, with the kernel calls of each."""
+    found = [(each.agreement, each.calls) for each in sets if each.agreement is not None]
+    return sorted(found, key=lambda pair: pair[0].number)
 
 
 def _clip_factors(means: Mapping[str, float], calls: Sequence[KernelCall], statistics: Collection[Statistic]) -> dict[str, float]:
@@ -75,7 +102,7 @@ def _factor(statistic: Statistic, group: Mapping[str, Any], mean: float) -> floa
         return None
 
 
-def of_groups(stepped: Mapping[int, GroupValues], param_groups: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def group_metrics(stepped: Mapping[int, GroupValues], param_groups: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return `lr/GROUP` and `weight_decay/GROUP` of the param groups of the last step.
 
     GROUP is the group's `name`, or without one of its own its index. The decay is the share that the step has taken away of each parameter
@@ -99,7 +126,7 @@ def of_groups(stepped: Mapping[int, GroupValues], param_groups: Sequence[Mapping
     return found
 
 
-def of_work(sets: Sequence[ParamSet], times: Sequence[float] | None) -> dict[str, float]:
+def step_performance(sets: Sequence[ParamSet], times: Sequence[float] | None) -> dict[str, float]:
     """Return `ms/PART`, `bytes` and `gb_per_s` of this rank: milliseconds, and what the step has read and written. Of steps on CPUs alone.
 
     Args:

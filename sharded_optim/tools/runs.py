@@ -1,7 +1,13 @@
 """Read the folder of a training run while the run goes on: records, config and summary. Used by `sharded-optim report` and `watch`.
 
-A run folder has `metrics.jsonl`, one JSON object per line: records of training, with a `train_loss_bits`, and of validation, with a
-`val_bits_per_byte`. Null is a value that was not finite. `config.yaml` and `summary.json` may be missing in a run that has just begun.
+`metrics.jsonl` has one JSON object per line, in which null is a value that was not finite. Two programs write it:
+
+    the training job     records of training, with a `train_loss_bits` and the optimizer's metrics as `optimizer`, and of validation, with
+                         a `val_bits_per_byte`; `config.yaml`
+    the tracker `jsonl`  whatever is logged, as `loss`, `validation_loss` and the optimizer's metrics, in one or several lines for a step;
+                         `config.json`
+
+Config and `summary.json` may be missing in a run that has just begun.
 """
 
 from __future__ import annotations
@@ -16,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from sharded_optim.tools.imported import MissingPackageError
+from sharded_optim.trackers.run_files import FINISHED, METRICS, SUMMARY, parse_record
 
 __all__ = [
     "FINISHED",
@@ -31,8 +38,7 @@ __all__ = [
     "read_run",
 ]
 
-CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
-FINISHED = "finished"  # the `status` of a run whose steps are done
+CONFIG, TRACKER_CONFIG = "config.yaml", "config.json"  # of the training job, of the tracker
 NAMED_FOLDERS = 8  # in an error
 COMPARED_BYTES = 256  # before the place where reading goes on
 
@@ -46,13 +52,14 @@ class TrainingRecord:
     """The last of some training steps. A value that the record does not have is None, one that was not finite is NaN."""
 
     step: int
-    loss: float  # bits per byte, mean over the steps since the record before
+    loss: float | None  # in `Records.loss_unit`; of the training job the mean over the steps since the record before
     lr: float | None
     tokens_per_second: float | None  # of all ranks
     largest_rms: float | None
     largest_rms_name: str | None  # the tensor of that RMS
     skipped_steps: int | None  # since the run began
-    optimizer: dict[str, float]  # `metrics()` and `performance()` of the step; empty where the record has none
+    optimizer: dict[str, float]  # `metrics()` and `performance()` of the step, or what else was logged; empty where the record has none
+    non_finite_ranks: dict[str, list[int]]  # of the optimizer, by tensor; empty where the record has none
 
     def by_name(self, kind: str) -> dict[str, float]:
         """Return the optimizer's values of one kind: those of `rms/NAME` by NAME for `rms`."""
@@ -65,7 +72,7 @@ class ValidationRecord:
     """The validation set after a step."""
 
     step: int
-    bits_per_byte: float
+    loss: float  # in `Records.loss_unit`
 
 
 @dataclass
@@ -76,24 +83,42 @@ class Records:
     validation: list[ValidationRecord] = field(default_factory=list)
     restarts: list[int] = field(default_factory=list)  # first recorded steps after a restart that metrics.jsonl shows
     unreadable: int = 0  # whole lines that are no record
+    loss_unit: str = ""  # "bits per byte" of the training job; what a tracker logs has an unknown one
+    _last: dict[str, Any] = field(default_factory=dict)  # the lines of the last training record, as JSON
 
     def add(self, line: bytes) -> None:
         """Add one line of metrics.jsonl, without its end."""
         if not line.strip():
             return
-        record = _parsed(line)
-        if isinstance(record, TrainingRecord):
-            if self.training and record.step <= self.training[-1].step:
-                self._drop_from(record.step)
-                self.restarts.append(record.step)
-            self.training.append(record)
-        elif isinstance(record, ValidationRecord):
-            # A validation comes after the training record of its step, so training records of that step stay.
-            if self.validation and record.step <= self.validation[-1].step:
-                self.validation = [each for each in self.validation if each.step < record.step]
-            self.validation.append(record)
-        else:
-            self.unreadable += 1
+        content = parse_record(line) or {}
+        training, validation = _training_record(content), _validation_record(content)
+        if training is not None:
+            self._add_training(training, content)
+        if validation is not None:
+            self._add_validation(validation)
+        self.unreadable += training is None and validation is None
+        if {"train_loss_bits", "val_bits_per_byte"} & content.keys():
+            self.loss_unit = "bits per byte"
+
+    def _add_training(self, record: TrainingRecord, content: dict[str, Any]) -> None:
+        if self.training and record.step == self.training[-1].step and self._last.keys() & content.keys() == {"step"}:
+            # Other values of the same step, in a line of their own. With one of the same values, the step was taken again.
+            self._last |= content
+            merged = _training_record(self._last)
+            assert merged is not None, "each of its lines is a record"
+            self.training[-1] = merged
+            return
+        if self.training and record.step <= self.training[-1].step:
+            self._drop_from(record.step)
+            self.restarts.append(record.step)
+        self.training.append(record)
+        self._last = content
+
+    def _add_validation(self, record: ValidationRecord) -> None:
+        # A validation comes after the training record of its step, so training records of that step stay.
+        if self.validation and record.step <= self.validation[-1].step:
+            self.validation = [each for each in self.validation if each.step < record.step]
+        self.validation.append(record)
 
     def _drop_from(self, step: int) -> None:
         self.training = [each for each in self.training if each.step < step]
@@ -112,7 +137,7 @@ class Run:
 
     path: Path
     records: Records
-    config: dict[str, Any]  # of config.yaml; empty where it is missing or cannot be read
+    config: dict[str, Any]  # of config.yaml or config.json; empty where it is missing or cannot be read
     summary: dict[str, Any]  # of summary.json, likewise
     seconds_since_record: float | None  # since metrics.jsonl was written; None where it is missing
 
@@ -189,7 +214,7 @@ class Follower:
             path=self._path,
             records=self._records,
             config=self._read_config(),
-            summary=_read_summary(self._path / SUMMARY),
+            summary=_parse_json(self._path / SUMMARY),
             seconds_since_record=age,
         )
 
@@ -219,12 +244,14 @@ class Follower:
         return max(0.0, time.time() - modified)
 
     def _read_config(self) -> dict[str, Any]:
-        path = self._path / CONFIG
+        path = next((path for name in (CONFIG, TRACKER_CONFIG) if (path := self._path / name).exists()), None)
         try:
+            if path is None:
+                return {}
             status = path.stat()
             stamp = (status.st_mtime_ns, status.st_size)
             if stamp != self._config[0]:
-                self._config = (stamp, _parse_config(path))
+                self._config = (stamp, _parse_yaml(path) if path.name == CONFIG else _parse_json(path))
         except OSError:
             return {}
         return self._config[1]
@@ -265,7 +292,7 @@ def _runs_in(folder: Path) -> list[Path]:
         return []
 
 
-def _parse_config(path: Path) -> dict[str, Any]:
+def _parse_yaml(path: Path) -> dict[str, Any]:
     try:
         import yaml
     except ImportError as error:
@@ -277,7 +304,7 @@ def _parse_config(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _read_summary(path: Path) -> dict[str, Any]:
+def _parse_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -285,32 +312,54 @@ def _read_summary(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _parsed(line: bytes) -> TrainingRecord | ValidationRecord | None:
-    """Return the record of a line; None where it is none, as after a process that was killed while it wrote."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
+def _training_record(content: dict[str, Any]) -> TrainingRecord | None:
+    """Return the training record of lines of one step; None where they have none."""
+    if "train_loss_bits" in content:
+        loss, optimizer, ranks = content["train_loss_bits"], content.get("optimizer"), content.get("non_finite_ranks")
+    elif "val_bits_per_byte" in content:
         return None
-    if not isinstance(record, dict) or not _is_count(record.get("step")):
-        return None
-    if "train_loss_bits" in record:
-        optimizer = record.get("optimizer")
-        name = record.get("largest_rms_name")
-        skipped = record.get("skipped_steps")
-        has_rms = "largest_rms" in record and isinstance(name, str)
-        return TrainingRecord(
-            step=record["step"],
-            loss=_number(record["train_loss_bits"]),
-            lr=_number(record["lr"]) if "lr" in record else None,
-            tokens_per_second=_number(record["tokens_per_second"]) if "tokens_per_second" in record else None,
-            largest_rms=_number(record["largest_rms"]) if has_rms else None,  # null without a name: the optimizer has no RMS
-            largest_rms_name=name if has_rms else None,
-            skipped_steps=skipped if _is_count(skipped) else None,
-            optimizer={key: _number(value) for key, value in optimizer.items()} if isinstance(optimizer, dict) else {},
-        )
-    if "val_bits_per_byte" in record:
-        return ValidationRecord(step=record["step"], bits_per_byte=_number(record["val_bits_per_byte"]))
+    else:
+        loss = content.get("loss", ...)
+        optimizer, ranks = {key: value for key, value in content.items() if key not in ("step", "loss", "validation_loss")}, None
+        if loss is ... and not optimizer:
+            return None
+    values = {key: _number(value) for key, value in optimizer.items()} if isinstance(optimizer, dict) else {}
+    name, largest = _largest_rms(content, values)
+    skipped = _number(content["skipped_steps"]) if "skipped_steps" in content else math.nan
+    return TrainingRecord(
+        step=content["step"],
+        loss=None if loss is ... else _number(loss),
+        lr=_number(content["lr"]) if "lr" in content else None,
+        tokens_per_second=_number(content["tokens_per_second"]) if "tokens_per_second" in content else None,
+        largest_rms=largest,
+        largest_rms_name=name,
+        skipped_steps=int(skipped) if math.isfinite(skipped) and skipped >= 0 else None,
+        optimizer=values,
+        non_finite_ranks=_ranks_by_name(ranks),
+    )
+
+
+def _validation_record(content: dict[str, Any]) -> ValidationRecord | None:
+    for key in ("val_bits_per_byte", "validation_loss"):
+        if key in content:
+            return ValidationRecord(step=content["step"], loss=_number(content[key]))
     return None
+
+
+def _largest_rms(content: dict[str, Any], values: dict[str, float]) -> tuple[str | None, float | None]:
+    """Return the tensor with the largest RMS and that RMS, of which NaN is the largest; (None, None) where the optimizer has no RMS."""
+    if "train_loss_bits" in content:
+        name = content.get("largest_rms_name")  # null without a name: the optimizer has none
+        return (name, _number(content["largest_rms"])) if "largest_rms" in content and isinstance(name, str) else (None, None)
+    rms = {key.removeprefix("rms/"): value for key, value in values.items() if key.startswith("rms/")}
+    name = max(rms, key=lambda key: math.inf if math.isnan(rms[key]) else rms[key], default=None)
+    return name, None if name is None else rms[name]
+
+
+def _ranks_by_name(value: Any) -> dict[str, list[int]]:
+    """Return what is a list of ranks."""
+    rows = value.items() if isinstance(value, dict) else ()
+    return {name: ranks for name, ranks in rows if isinstance(ranks, list) and all(map(_is_count, ranks))}
 
 
 def _is_count(value: Any) -> bool:

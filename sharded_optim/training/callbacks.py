@@ -13,13 +13,14 @@ from torch import nn
 
 from sharded_optim import deepspeed
 from sharded_optim.step.engine import Engine
+from sharded_optim.trackers.several import check_every
 from sharded_optim.training.containers import contained_optimizers, metrics
 from sharded_optim.zero import ShardedOptimizer
 
 __all__ = ["hugging_face", "lightning"]
 
 
-def hugging_face(trainer: Any) -> None:
+def hugging_face(trainer: Any, *, metrics_every: int = 1) -> None:
     """Add to a Trainer of Hugging Face, before `train`: `so.callbacks.hugging_face(trainer)`. On every rank.
 
     What it logs has the optimizer's metrics too, in `state.log_history` and wherever `report_to` says. When training begins, parameters
@@ -28,14 +29,19 @@ def hugging_face(trainer: Any) -> None:
 
     Args:
         trainer: that trains with an optimizer of this library, which it may yet have to make.
+        metrics_every: of the steps in which the trainer logs, metrics are read in those that this divides.
+
+    Raises:
+        ValueError: metrics_every is no positive int.
     """
+    check_every("metrics_every", metrics_every)
     base: Any = import_module("transformers").TrainerCallback
 
     class LogMetrics(base):
         """First, so that the callbacks of `report_to` log what this adds."""
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-            if logs is None or not contained_optimizers(trainer.optimizer):
+            if logs is None or state.global_step % metrics_every or not contained_optimizers(trainer.optimizer):
                 return
             found = metrics(trainer.optimizer)
             logs |= found
@@ -83,12 +89,19 @@ def _consolidate(optimizer: Any) -> None:
             each.consolidate_state_dict()
 
 
-def lightning() -> Any:
+def lightning(*, metrics_every: int = 1) -> Any:
     """A callback for Lightning's Trainer, which logs the optimizers' metrics: `Trainer(callbacks=[so.callbacks.lightning()])`.
 
     Once in every step in which the trainer logs, however many batches it accumulates; to read metrics waits for the device. Parameters
     that the optimizer was given without names have those of the module.
+
+    Args:
+        metrics_every: of the steps in which the trainer logs, metrics are read in those that this divides.
+
+    Raises:
+        ValueError: metrics_every is no positive int.
     """
+    check_every("metrics_every", metrics_every)
     is_old = "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules  # the same, by its other name
     base: Any = import_module("pytorch_lightning" if is_old else "lightning.pytorch").Callback
 
@@ -102,7 +115,8 @@ def lightning() -> Any:
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
             has_stepped = trainer.global_step != self.seen_step
             self.seen_step = trainer.global_step
-            if has_stepped and trainer.global_step % trainer.log_every_n_steps == 0 and contained_optimizers(trainer):
+            is_due = trainer.global_step % trainer.log_every_n_steps == 0 and trainer.global_step % metrics_every == 0
+            if has_stepped and is_due and contained_optimizers(trainer):
                 pl_module.log_dict(metrics(trainer))
 
     return LogMetrics()

@@ -71,6 +71,10 @@ class OuterOptimizer(torch.optim.Optimizer):
         """Return metrics of the last step, reduced over all ranks; see the optimizer inside."""
         return self._engine.metrics()
 
+    def non_finite_ranks(self) -> dict[str, list[int]]:
+        """Return on which ranks a tensor was not finite in the last step; see the optimizer inside. A collective where one was."""
+        return self._engine.non_finite_ranks()
+
     def performance(self) -> dict[str, float]:
         """Return what the last step took of this rank; see the optimizer inside. Gradients and parameters on their way are not in it."""
         return self._engine.performance()

@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
@@ -24,9 +25,10 @@ from launch.config import Config, ConfigError, load
 from launch.records import Resumption, Training, Validation
 from launch.run_folder import RunFolder
 from launch.tracking import Tracking, check_installed
-from sharded_optim.training import trackers
-from sharded_optim.training.trackers.destination import Destination, Run, Status
-from sharded_optim.training.trackers.registry import MODULES
+from launch.watch import beats
+from sharded_optim import trackers
+from sharded_optim.trackers.destination import Destination, Run, Status
+from sharded_optim.trackers.registry import MODULES
 
 ROOT = Path(__file__).parents[2]
 FSDP2 = ROOT / "configs" / "fsdp2.yaml"
@@ -112,6 +114,13 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     return load(FSDP2, ["trackers=[prometheus]", f"runs_folder={tmp_path}"])
 
 
+def test_metrics_every_is_a_multiple_of_log_every() -> None:
+    assert load(FSDP2, ["log_every=10", "metrics_every=30"]).metrics_every == 30
+    expected = "metrics_every=15 is no multiple of log_every=10, and only records have metrics; use metrics_every=20, or log more often"
+    with pytest.raises(ConfigError, match=re.escape(expected)):
+        load(FSDP2, ["log_every=10", "metrics_every=15"])
+
+
 def test_trackers_have_what_the_job_says_and_all_metrics_of_the_optimizer(config: Config, tmp_path: Path) -> None:
     tracking = Tracking(config, tmp_path / "first", dict)
     tracking.start(Resumption(step=1, saved_by=2, world_size=2))
@@ -126,6 +135,25 @@ def test_trackers_have_what_the_job_says_and_all_metrics_of_the_optimizer(config
     assert {*values} == {"loss", "tokens_per_second", *RECORD.optimizer}
     assert validation == (2, {"validation_loss": 8.0})
     assert tracker.status == "interrupted"
+
+
+def test_trackers_are_told_of_a_failure_before_the_process_ends(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what hangs meanwhile keeps the process for a bounded time."""
+    exits: list[int] = []
+    monkeypatch.setattr(beats.os, "_exit", exits.append)
+    monkeypatch.setattr(beats, "SECONDS_TO_FLUSH", 5.0)
+    tracking = Tracking(config, tmp_path / "first", dict)
+    beats.before_end(tracking.fail)
+    tracking.start(None)
+    tracking.training(RECORD)
+    beats.end()
+    assert (Recorded.last.status, exits) == ("failed", [1])
+    released = threading.Event()
+    monkeypatch.setattr(beats, "SECONDS_TO_FLUSH", 0.1)
+    beats.before_end(lambda: released.wait(60.0))
+    beats.end()
+    released.set()
+    assert exits == [1, 1]
 
 
 def test_prometheus_has_the_ranks_that_were_heard_of_at_any_time(config: Config, tmp_path: Path) -> None:
@@ -180,7 +208,7 @@ def test_a_job_that_goes_on_has_each_step_once_in_its_trackers(tmp_path: Path) -
     (tmp_path / "text").write_text("".join(random.Random(0).choices("abcdefghij ", k=20_000)))
     job = "warmup_steps=1 batch_size=4 sequence_length=32 log_every=1 validation_every=4 validation_batches=2 device=cpu checkpoint.every=3"
     job += f" model.layers=1 model.heads=2 model.d_model=16 data.path={tmp_path / 'text'} runs_folder={tmp_path / 'runs'}"
-    job += " trackers=[tensorboard]"
+    job += " trackers=[tensorboard] metrics_every=2"
     first = run_job(*job.split(), "steps=4")
     assert first.returncode == 0, first.stderr
     run = (tmp_path / "runs" / "latest").resolve()
@@ -192,14 +220,17 @@ def test_a_job_that_goes_on_has_each_step_once_in_its_trackers(tmp_path: Path) -
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     training = [record for record in records if "train_loss_bits" in record]
     assert [record["step"] for record in training] == list(range(1, 7))
-    for record in training:
+    with_metrics = [record for record in training if record["optimizer"]]
+    assert [record["step"] for record in with_metrics] == [2, 4, 6]
+    for record in with_metrics:
         assert record["optimizer"][f"rms/{record['largest_rms_name']}"] == record["largest_rms"]
-        assert record["optimizer"]["skipped_steps"] == 0.0
+        assert record["optimizer"]["skipped_steps"] == record["skipped_steps"] == 0
+        assert record["non_finite_ranks"] == {}
     found = accumulators.EventAccumulator(str(run / "tensorboard")).Reload()
-    for tag, values in (
-        ("loss", [record["train_loss_bits"] for record in training]),
-        ("rms/embedding.weight", [record["optimizer"]["rms/embedding.weight"] for record in training]),
+    for tag, records, values in (
+        ("loss", training, [record["train_loss_bits"] for record in training]),
+        ("rms/embedding.weight", with_metrics, [record["optimizer"]["rms/embedding.weight"] for record in with_metrics]),
     ):
-        assert [event.step for event in found.Scalars(tag)] == list(range(1, 7))
+        assert [event.step for event in found.Scalars(tag)] == [record["step"] for record in records]
         assert [event.value for event in found.Scalars(tag)] == pytest.approx(values, rel=1e-6)  # which TensorBoard stores in float32
     assert [event.step for event in found.Scalars("validation_loss")] == [4, 6]

@@ -557,7 +557,7 @@ def test_options_that_differ_between_ranks_are_refused() -> None:
     param = nn.Parameter(torch.ones(3))
     optimizer = so.StableAdamW([("w", param)], lr=1e-2, state_dtype=(torch.float32, torch.bfloat16)[dist.get_rank()])
     param.grad = torch.ones(3)
-    with pytest.raises(ValueError, match=r"ranks disagree about 'w': state_dtype is float32 on rank 0, bfloat16 on rank 1"):
+    with pytest.raises(ValueError, match=r"ranks disagree about 'w': state_dtype is fp32 on rank 0, bf16 on rank 1"):
         optimizer.step()
 
 

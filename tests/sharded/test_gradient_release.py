@@ -71,13 +71,15 @@ def test_removed_hooks_leave_gradients_for_ordinary_steps() -> None:
         so.remove_gradient_release(model)
 
 
-def test_metrics_cover_all_parameters_stepped_in_a_backward() -> None:
+@pytest.mark.parametrize("steps", [1, 4])
+def test_metrics_cover_all_parameters_stepped_in_a_backward(steps: int) -> None:
+    """From the first step on, after which `step` of all parameters finds nothing to do."""
     model, ordinary = Model(), Model()
     named = so.StableAdamW(ordinary.named_parameters(), lr=1e-2)
-    train(ordinary, named, range(4), 0, 1)
+    train(ordinary, named, range(steps), 0, 1)
     optimizer = so.StableAdamW(model.named_parameters(), lr=1e-2, gradient_release=True)
     so.prepare_for_gradient_release(model, optimizer)
-    train(model, optimizer, range(4), 0, 1)
+    train(model, optimizer, range(steps), 0, 1)
     assert optimizer.metrics() == named.metrics()
     assert {f"rms/{name}" for name, _ in model.named_parameters()} <= optimizer.metrics().keys()
 

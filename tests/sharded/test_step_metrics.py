@@ -198,3 +198,46 @@ def test_l2_decay_has_no_share_that_a_step_takes_away() -> None:
     optimizer = so.Adam([param], lr=1e-2, weight_decay=0.5)
     optimizer.step()
     assert optimizer.metrics().keys() == {"skipped_steps", "lr/0"}
+
+
+def check_non_finite_ranks() -> None:
+    """Row shards of a tensor, of which the last element is not finite: a piece of the last rank that holds any."""
+    last = dist.get_world_size() - 1
+    model = ShardedModel("fsdp2", start_values(torch.float32))
+    optimizer = so.StableAdamW(list(model.params.items()), lr=1e-2)
+    grads = {key: torch.ones_like(value) for key, value in start_values(torch.float32).items()}
+    name = max((key for key, value in grads.items() if value.ndim), key=lambda key: len(grads[key]))
+    model.set_grads(grads)
+    optimizer.step()
+    with collectives() as communicated:
+        assert optimizer.non_finite_ranks() == {}
+    assert not communicated, "all was finite"
+    grads[name].view(-1)[-1] = math.inf
+    model.set_grads(grads)
+    optimizer.step()
+    assert optimizer.non_finite_ranks() == {name: [last]}, "on every rank"
+    assert optimizer.metrics()[f"non_finite/{name}"] == 1.0
+
+
+def test_ranks_on_which_a_tensor_is_not_finite_are_known_to_all() -> None:
+    ranks.run(check_non_finite_ranks, 3)
+
+
+def test_one_process_is_the_rank_on_which_a_tensor_is_not_finite() -> None:
+    optimizer, params = stepped()
+    params[1].grad = torch.full((4,), math.nan)
+    optimizer.step()
+    assert optimizer.non_finite_ranks() == {"b": [0]}
+
+
+def test_a_state_dict_that_is_loaded_ends_all_reports_of_the_step_before() -> None:
+    optimizer, params = stepped()
+    so.clip_grad_norm_(optimizer, 0.1)
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.metrics() == {"skipped_steps": 0.0}
+    assert optimizer.performance() == {}
+    reported = optimizer.report_per_parameter_metrics(params[0], "a", {})
+    assert "l2_norm/update/a" not in reported or float(reported["l2_norm/update/a"]) == 0.0
+    optimizer.step()
+    assert {"rms/a", "lr/matrices"} <= optimizer.metrics().keys()

@@ -11,7 +11,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import behind_backward, distributed, divergence, figure, first_step, fsdp2, learning_rates, muon, report, step, wrappers
+import sharded_optim as so
+from benchmarks import (
+    behind_backward,
+    distributed,
+    divergence,
+    figure,
+    first_step,
+    fsdp2,
+    learning_rates,
+    metrics,
+    muon,
+    report,
+    step,
+    wrappers,
+)
 from benchmarks.cases import GPT2, LAYOUTS, Case, Layout, select
 from benchmarks.contenders import BASELINE, CONTENDERS, OURS, Contender, by_name
 from benchmarks.contest import takes_part
@@ -214,6 +228,18 @@ def test_a_divergence_check_is_measured_beside_steps() -> None:
     text = divergence.markdown({"environment": describe(CPU.place, "benchmarks.divergence"), **record})
     assert set(record["seconds"]) == {"step", "check"}
     assert f"{record['share'][1]:.2%}" in text
+
+
+def test_metrics_are_measured_beside_a_step_that_records_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    metrics.main(["--quick"])
+    assert "| 3 tensors |" in capsys.readouterr().out
+    param = torch.nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    optimizer = so.StableAdamW([("w", param)], lr=1e-2)
+    optimizer.step()
+    with metrics.without_recording():
+        optimizer.step()
+    assert optimizer.performance()["ms/update"] == 0.0, "no clock was read"
 
 
 def test_muon_is_measured_beside_full_tensor_with_what_travels() -> None:

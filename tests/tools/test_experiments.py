@@ -117,7 +117,7 @@ def test_optimis_formula_per_tensor_is_ours_and_on_flat_shards_is_not() -> None:
 
 def test_steps_close_together_are_one_event() -> None:
     assert events([3, 5, 14, 30, 39, 60]) == [3, 30, 60]
-    assert events([3, 5, 14, 30, 39, 60], least_steps=2) == [3, 30]
+    assert events([3, 5, 14, 30, 39, 60], least=2) == [3, 30]
     assert events([]) == []
 
 

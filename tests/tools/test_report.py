@@ -17,10 +17,12 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+import sharded_optim as so
 from sharded_optim.cli.commands import app
 from sharded_optim.tools import report
-from sharded_optim.tools.report import sections, write_report
+from sharded_optim.tools.report import write_report
 from sharded_optim.tools.report.palette import DARK, LIGHT, PLACEHOLDERS
+from sharded_optim.tools.report.sections import rms, spikes
 from sharded_optim.tools.runs import RunFolderError, read_run
 from tests.run_folders import CONFIG, tensor_names, training_record, validation_record, write_run
 
@@ -155,7 +157,41 @@ def test_a_record_of_a_loss_alone_is_enough(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train_loss_bits": null}\n')
     page = page_of(tmp_path)
     assert page.series("training") == {1: "not finite"}
-    assert page.has("has no config.yaml that can be read")
+    assert page.has("has no config that can be read")
+
+
+def test_the_page_of_a_tracker_has_its_values_and_names_no_unit_that_it_does_not_know(tmp_path: Path) -> None:
+    with so.trackers.open(["jsonl"], tmp_path, run="own", config={"model": {"layers": 2}}) as trackers:
+        for step in (10, 20):
+            trackers.log(step, {"loss": 30.0 / step, "rms/a": 0.5, "clip_factor/a": 1.0, "clipped_share": 0.0, "lr/0": 0.1})
+        trackers.log(20, {"validation_loss": 1.75})
+    page = page_of(tmp_path / "own")
+    assert page.series("training") == {10: 3.0, 20: 1.5}
+    assert page.series("validation") == {20: 1.75}
+    assert page.has("finished")
+    assert page.has("model.layers")
+    assert not page.has("world_size"), "no run has that value"
+    assert "per byte" not in page.text
+
+
+def test_a_page_without_a_loss_says_so_and_has_the_other_figures(tmp_path: Path) -> None:
+    with so.trackers.open(["jsonl"], tmp_path, run="own") as trackers:
+        for step in (10, 20):
+            trackers.log(step, {"rms/a": 0.5})
+    page = page_of(tmp_path / "own", png=tmp_path / "png")
+    assert page.has("Training loss of own: left out, as no record has one")
+    (heat_map,) = (figure for figure in page.data if figure.get("rows"))
+    assert heat_map["series"] == [{"name": "a", "values": [0.5, 0.5]}]
+
+
+def test_ranks_of_what_was_not_finite_are_beside_the_tensor(tmp_path: Path) -> None:
+    record = training_record(10, tensors=["a"], non_finite_ranks={"a": [1, 3]})
+    record["optimizer"] |= {"non_finite/a": 2.0, "non_finite/b": 1.0, "non_finite_tensors": 2.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    rows = re.findall(r"<tr[^>]*>\s*(.*?)\s*</tr>", page_of(tmp_path).text, re.DOTALL)
+    cells = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL) for row in rows]
+    assert ["10", "a", "2", "1, 3"] in cells
+    assert ["10", "b", "1", "-"] in cells
 
 
 def test_non_finite_values_are_named_and_break_no_figure(tmp_path: Path) -> None:
@@ -277,8 +313,8 @@ def test_a_long_run_of_many_tensors_keeps_its_peaks_and_its_size(tmp_path: Path)
     path, _ = write_report([tmp_path])
     page = Page(path.read_text())
     (heat_map,) = (figure for figure in page.data if figure.get("rows"))
-    assert len(heat_map["steps"]) <= sections.MOST_COLUMNS
-    assert len(heat_map["series"]) == sections.MOST_ROWS
+    assert len(heat_map["steps"]) <= rms.MOST_COLUMNS
+    assert len(heat_map["series"]) == rms.MOST_ROWS
     (spiking,) = (each for each in heat_map["series"] if each["name"] == names[125])
     assert max(spiking["values"]) == 5.0
     assert path.stat().st_size < 6e6
@@ -305,14 +341,14 @@ def test_the_page_is_loaded_again_only_where_that_is_asked_for(tmp_path: Path) -
 
 
 def test_spikes_are_those_of_the_definition(tmp_path: Path) -> None:
-    """RMS of 2.3 or more; a loss more than 3.2 deviations above the running mean; those within 10 records of an earlier one are one."""
+    """RMS of 2.3 or more; a loss more than 3.2 deviations above the running mean; those less than 10 records apart are one."""
     names = tensor_names(3)
     write_run(tmp_path, steps=1000, tensors=names, spikes={500: names[0], 530: names[1], 900: names[2]})
     records = read_run(tmp_path).records.training
-    assert [(step, name) for step, name, _ in sections.rms_spikes(records)] == [(500, names[0]), (900, names[2])]
-    losses = [record.loss for record in records]
-    step, _ = sections.loss_spikes(records)[-1]
-    before = losses[: step // 10 - 1][-sections.RUNNING_LOSSES :]
+    assert [(step, name) for step, name, _ in spikes.rms_spikes(records)] == [(500, names[0]), (900, names[2])]
+    losses = [record.loss for record in records if record.loss is not None]
+    step, _ = spikes.loss_spikes(records)[-1]
+    before = losses[: step // 10 - 1][-spikes.RUNNING_LOSSES :]
     mean = math.fsum(before) / len(before)
     deviation = math.sqrt(math.fsum((loss - mean) ** 2 for loss in before) / len(before))
     assert step == 900
@@ -360,7 +396,7 @@ def test_without_a_package_the_command_says_what_to_install(
     write_run(tmp_path, steps=20)
     for name in [name for name in sys.modules if name.startswith("sharded_optim.tools.report.") or name.split(".")[0] == missing]:
         monkeypatch.delitem(sys.modules, name)
-        if name.startswith("sharded_optim.tools.report."):  # else `from package import module` finds it there
+        if name.startswith("sharded_optim.tools.report.") and name.count(".") == 3:  # else `from package import module` finds it there
             monkeypatch.delattr(report, name.rpartition(".")[2])
     monkeypatch.setitem(sys.modules, missing, None)
     result = run(tmp_path)

@@ -12,8 +12,10 @@ from typer.testing import CliRunner
 
 from launch.config import from_arguments
 from sharded_optim.cli.commands import app
-from sharded_optim.tools.report.sections import LOSS_SPIKE, RMS_SPIKE, RUNNING_LOSSES, sections_of
+from sharded_optim.tools.report.sections import sections_of
+from sharded_optim.tools.report.sections.spikes import RUNNING_LOSSES
 from sharded_optim.tools.runs import read_run
+from sharded_optim.tools.spikes import LOSS_DEVIATIONS, RMS_THRESHOLD
 from tests.run_folders import write_run
 
 ROOT = Path(__file__).parents[2]
@@ -71,5 +73,5 @@ def test_the_page_names_every_section_and_the_definition_of_spikes(runs: Path) -
     run = read_run(runs / "runs" / "a")
     for section in sections_of([run], ["a"]):
         assert section.title in PAGE, section.title
-    assert f"an RMS of {RMS_SPIKE}\nor more; a loss more than {LOSS_SPIKE} running deviations" in PAGE
+    assert f"an RMS of {RMS_THRESHOLD}\nor more; a loss more than {LOSS_DEVIATIONS} running deviations" in PAGE
     assert f"over {RUNNING_LOSSES} records" in PAGE

@@ -7,13 +7,16 @@ import math
 import os
 import sys
 import time
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import sharded_optim as so
 from launch.config import load
-from launch.records import FINISHED, Resumption, Summary, Training, Validation
+from launch.records import Resumption, Summary, Training, Validation
 from launch.run_folder import RunFolder
 from sharded_optim.tools import runs
 from sharded_optim.tools.imported import MissingPackageError
@@ -21,6 +24,7 @@ from sharded_optim.tools.runs import Follower, Records, RunFolderError, find_run
 from tests.run_folders import training_record, validation_record, write_run
 
 ROOT = Path(__file__).parents[2]
+NESTED = {"steps": 20, "model": {"layers": 2}}
 
 
 def append(folder: Path, *records: dict[str, Any]) -> None:
@@ -58,8 +62,53 @@ def test_what_the_training_job_writes_is_read(tmp_path: Path) -> None:
     assert math.isnan(first.largest_rms)
     assert (second.largest_rms, second.largest_rms_name, second.lr, second.skipped_steps) == (0.5, "w", 1e-3, 1)
     assert (run.steps, run.config["optimizer"]["name"], run.path) == (40, "StableAdamW", folder.path)
-    assert runs.FINISHED == FINISHED
     assert {"world_size", "status", "unigram_bits_per_byte", "zlib_bits_per_byte"} <= Summary.__dataclass_fields__.keys()
+
+
+def logged(folder: Path, records: list[tuple[int, dict[str, float]]], **options: Any) -> runs.Run:
+    """The run of a user's own loop, with the tracker `jsonl`."""
+    with so.trackers.open(["jsonl"], folder, run="own", **options) as trackers:
+        for step, values in records:
+            trackers.log(step, values)
+    return read_run(find_run(folder / "own"))
+
+
+def test_what_the_tracker_writes_is_read(tmp_path: Path) -> None:
+    """Its keys are the user's `loss` and `validation_loss`, and the optimizer's own, in one line or several of a step."""
+    metrics = {"skipped_steps": 1.0, "rms/a": 0.5, "rms/b": 2.5, "lr/0": 1e-3, "clipped_share": 0.5}
+    run = logged(
+        tmp_path, [(10, {"loss": 3.0, **metrics}), (20, {"loss": 2.0}), (20, {"validation_loss": 2.5}), (20, metrics)], config=NESTED
+    )
+    first, second = run.records.training
+    assert first == replace(second, step=10, loss=3.0)
+    assert (second.step, second.loss, second.skipped_steps, second.optimizer) == (20, 2.0, 1, metrics)
+    assert (second.largest_rms, second.largest_rms_name) == (2.5, "b")
+    assert [(record.step, record.loss) for record in run.records.validation] == [(20, 2.5)]
+    assert (run.records.restarts, run.records.unreadable, run.records.loss_unit) == ([], 0, "")
+    assert (run.status, run.config, run.steps) == ("finished", NESTED, 20)
+
+
+def test_a_step_that_the_tracker_logs_again_replaces_the_one_before(tmp_path: Path) -> None:
+    records = logged(tmp_path, [(1, {"loss": 3.0}), (2, {"loss": 2.0}), (2, {"loss": 1.0})]).records
+    assert [(record.step, record.loss) for record in records.training] == [(1, 3.0), (2, 1.0)]
+    assert records.restarts == [2]
+
+
+def test_a_tracker_without_a_loss_has_records_without_one(tmp_path: Path) -> None:
+    (record,) = logged(tmp_path, [(1, {"rms/a": math.nan})]).records.training
+    assert record.loss is None
+    assert record.largest_rms_name == "a"
+    assert math.isnan(record.largest_rms)
+
+
+@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
+def test_the_tracker_writes_down_how_a_run_ended(tmp_path: Path, error: type[BaseException] | None) -> None:
+    with pytest.raises(error) if error else nullcontext(), so.trackers.open(["jsonl"], tmp_path, run="own") as trackers:
+        trackers.log(1, {"loss": 1.0})
+        assert read_run(tmp_path / "own").status == "running or interrupted"
+        if error:
+            raise error
+    assert read_run(tmp_path / "own").status == {None: "finished", ValueError: "failed", KeyboardInterrupt: "interrupted"}[error]
 
 
 def test_metrics_of_the_optimizer_are_read_by_kind(tmp_path: Path) -> None:

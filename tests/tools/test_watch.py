@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+import sharded_optim as so
 from sharded_optim.cli import watch as command
 from sharded_optim.cli.commands import app
 from sharded_optim.cli.watch import ASCII_BLOCKS, BLOCKS, sparkline
@@ -80,6 +81,28 @@ def test_an_old_run_shows_what_is_not_recorded(tmp_path: Path) -> None:
     text = once(tmp_path)
     assert row(text, "clipped") == "not recorded"
     assert row(text, "largest RMS") == "none: this optimizer reports no RMS"
+
+
+def test_a_run_of_a_tracker_is_shown(tmp_path: Path) -> None:
+    with so.trackers.open(["jsonl"], tmp_path, run="own", config={"steps": 20}) as trackers:
+        trackers.log(10, {"loss": 3.0, "rms/a": 1.5, "clipped_share": 1.0, "skipped_steps": 2.0, "validation_loss": 2.0})
+    text = once(tmp_path / "own")
+    assert row(text, "status") == "finished"
+    assert row(text, "steps").startswith("10 of 20")
+    assert row(text, "loss").split() == ["3.000", BLOCKS[0]]
+    assert row(text, "validation") == "2.000 at step 10"
+    assert row(text, "largest RMS").startswith("1.500 of a")
+    assert row(text, "skipped steps") == "2"
+
+
+def test_metrics_of_the_last_record_that_has_any_are_shown(tmp_path: Path) -> None:
+    write_run(tmp_path, steps=20, tensors=["a"])
+    record = training_record(30, largest_rms=None, largest_rms_name=None, optimizer=False)
+    with (tmp_path / "metrics.jsonl").open("a") as stream:
+        stream.write(json.dumps(record) + "\n")
+    text = once(tmp_path)
+    assert " of a" in row(text, "largest RMS")
+    assert row(text, "clipped").startswith("0.0% of tensors")
 
 
 def test_names_and_values_are_no_markup(tmp_path: Path) -> None:

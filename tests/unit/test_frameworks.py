@@ -306,7 +306,7 @@ class HuggingFaceTrainer:
         self.optimizer = Around(optimizer)
         self.accelerator = SimpleNamespace(deepspeed_engine_wrapped=None)
         self.callback_handler = SimpleNamespace(callbacks=[reporter])
-        self.state = SimpleNamespace(log_history=[])
+        self.state = SimpleNamespace(log_history=[], global_step=0)
         self.control = SimpleNamespace(should_save=False)
         self.args = SimpleNamespace(save_strategy="steps")
         self.model = nn.Linear(1, 1)
@@ -352,6 +352,22 @@ def test_hugging_faces_trainer_logs_metrics_wherever_it_reports() -> None:
     trainer.optimizer = None  # not made yet
     trainer.log({"loss": 2.0})
     assert reporter.logged[-1] == {"loss": 2.0}
+
+
+@pytest.mark.usefixtures("transformers")
+def test_hugging_faces_trainer_logs_metrics_every_so_many_steps() -> None:
+    trainer = HuggingFaceTrainer(stepped(["w"]), reporter := Reporter())
+    so.callbacks.hugging_face(trainer, metrics_every=20)
+    for step in (10, 20, 30, 40):
+        trainer.state.global_step = step
+        trainer.log({"loss": 1.0})
+    assert ["rms/w" in logs for logs in reporter.logged] == [False, True, False, True]
+
+
+def test_a_number_of_steps_that_is_none_is_refused_by_callbacks() -> None:
+    for refused in (lambda: so.callbacks.hugging_face(object(), metrics_every=0), lambda: so.callbacks.lightning(metrics_every=True)):
+        with pytest.raises(ValueError, match="metrics_every is a number of steps, a positive int, got"):
+            refused()
 
 
 def test_trainers_that_give_parameters_without_names_report_those_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -424,6 +440,11 @@ def test_lightnings_trainer_logs_metrics_in_the_steps_in_which_it_logs(monkeypat
         trainer = SimpleNamespace(optimizers=[Around(ours)], global_step=step, log_every_n_steps=2)
         callback.on_train_batch_end(trainer, module, None, None, step)
     assert logged == [ours.metrics()] * 2
+    callback, logged[:] = so.callbacks.lightning(metrics_every=4), []
+    for step in range(1, 9):
+        trainer = SimpleNamespace(optimizers=[Around(ours)], global_step=step, log_every_n_steps=2)
+        callback.on_train_batch_end(trainer, module, None, None, step)
+    assert logged == [ours.metrics()] * 2, "at steps 4 and 8"
 
 
 def test_lightnings_trainer_logs_metrics_once_per_step_while_gradients_accumulate(monkeypatch: pytest.MonkeyPatch) -> None:

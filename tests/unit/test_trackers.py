@@ -22,11 +22,11 @@ import pytest
 import torch
 
 import sharded_optim as so
-from sharded_optim.training.trackers import several
-from sharded_optim.training.trackers.background import Background
-from sharded_optim.training.trackers.destination import Destination, Run, Status
-from sharded_optim.training.trackers.json_lines import read_records
-from sharded_optim.training.trackers.registry import MODULES, check_installed, destination
+from sharded_optim.trackers import background, several
+from sharded_optim.trackers.background import Background
+from sharded_optim.trackers.destination import Destination, Run, Status
+from sharded_optim.trackers.registry import MODULES, check_installed, destination
+from sharded_optim.trackers.run_files import read_records
 
 PAGE = Path(__file__).parents[2] / "docs" / "trackers.md"
 CONFIG = {"lr": 1e-3, "model": {"layers": 2, "name": "tiny"}}
@@ -364,6 +364,47 @@ def test_a_tracker_that_waits_for_ever_does_not_hold_training_up() -> None:
     released.set()
 
 
+AT_EXIT = """
+import sys, time
+from sharded_optim.trackers.background import Background
+
+class Slow:
+    def __init__(self):
+        time.sleep(0.2)  # the program fails before it is open
+
+    def log(self, step, values):
+        time.sleep(0.2)
+        print(step, flush=True)
+
+    def finish(self, status):
+        print(status, flush=True)
+
+tracker = Background("slow", Slow, seconds=60.0)
+for step in (1, 2, 3):
+    tracker.log(step, {})
+if sys.argv[1] == "finish":
+    tracker.finish("finished")
+raise ZeroDivisionError
+"""
+
+
+@pytest.mark.parametrize(("how", "status"), [("error", "failed"), ("finish", "finished")])
+def test_what_waits_is_written_where_a_program_ends_by_an_error(how: str, status: str) -> None:
+    command, environment = [sys.executable, "-c", AT_EXIT, how], os.environ | {"PYTHONPATH": str(PAGE.parents[1])}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    assert "ZeroDivisionError" in result.stderr
+    assert result.stdout.split() == ["1", "2", "3", status]
+
+
+def test_a_run_that_has_failed_does_not_wait_long_for_its_trackers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background, "SECONDS_AFTER_FAILURE", 0.1)
+    released = threading.Event()
+    tracker = Background("waits", lambda: SimpleNamespace(finish=lambda status: released.wait(60.0)), seconds=60.0)
+    with pytest.raises(TimeoutError, match="has not written everything within 0 s"):
+        tracker.finish("failed")
+    released.set()
+
+
 def test_a_missing_client_is_an_error_that_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a folder of the client's name lies in the current folder, as W&B makes one."""
     (tmp_path / "no_such_client").mkdir()
@@ -387,6 +428,7 @@ def test_a_missing_client_is_an_error_that_says_what_to_install(tmp_path: Path, 
         (["jsonl"], {"options": {"wandb": {}}}, "options are given for 'wandb', which is not among names=['jsonl']"),
         (["jsonl"], {"run": "../x"}, "run is the name of a folder and may have letters, digits, '.', '_' and '-', got '../x'"),
         (["jsonl"], {"run": ".."}, "run is the name of a folder"),
+        (["jsonl"], {"metrics_every": 0}, "metrics_every is a number of steps, a positive int, got 0; leave it out for 1"),
     ],
 )
 def test_what_cannot_be_opened_is_refused_by_name(tmp_path: Path, names: list[str], more: dict[str, Any], expected: str) -> None:
@@ -421,6 +463,22 @@ def test_ranks_other_than_0_open_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     assert not list(tmp_path.iterdir())
 
 
+def test_metrics_are_read_in_every_kth_step_and_in_no_other(tmp_path: Path) -> None:
+    asked: list[int] = []
+    with so.trackers.open(["jsonl"], tmp_path, run="first", metrics_every=3) as trackers:
+        for step in range(1, 8):
+            trackers.log(step, {"loss": 1.0}, metrics=lambda step=step: asked.append(step) or {"rms/a": torch.tensor(0.5)})
+    assert asked == [3, 6]
+    records = read_records(tmp_path / "first" / "metrics.jsonl")
+    assert [record.get("rms/a") for record in records] == [None, None, 0.5, None, None, 0.5, None]
+
+
+def test_ranks_that_write_nothing_read_no_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(several.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(several.dist, "get_rank", lambda: 1)
+    so.trackers.open(["jsonl"], tmp_path, run="first").log(1, VALUES, metrics=lambda: pytest.fail("metrics were read"))
+
+
 # ----------------------------------------------------------------------------------------------------------------------- the page
 
 
@@ -439,8 +497,9 @@ def test_the_examples_of_the_page_run(tmp_path: Path, monkeypatch: pytest.Monkey
     loop, served = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     exec(compile(loop, "docs/trackers.md", "exec"), {})
     records = read_records(tmp_path / "runs" / "first" / "metrics.jsonl")
-    assert [record["step"] for record in records] == list(range(10, 101, 10))
-    assert {"loss", "skipped_steps", "rms/weight"} <= records[0].keys()
+    assert [record["step"] for record in records] == list(range(5, 101, 5))
+    assert records[0].keys() == {"step", "loss"}
+    assert {"loss", "skipped_steps", "rms/weight"} <= records[1].keys()
     assert list((tmp_path / "runs" / "first" / "tensorboard").glob("events*"))
     port = free_port()
     names: dict[str, Any] = {}

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from sharded_optim.tools.imported import MissingPackageError
 from sharded_optim.tools.runs import RunFolderError, find_run, labels_of, read_run
+from sharded_optim.trackers.atomic_write import write_text
 
 __all__ = ["write_report"]
 
@@ -55,7 +56,7 @@ def write_report(
     runs = [read_run(path) for path in found]
     for run in runs:
         if not run.records.training:
-            raise RunFolderError(f"{str(run.path)!r} has no record of training yet; the first comes after log_every steps")
+            raise RunFolderError(f"{str(run.path)!r} has no record of training yet")
     labels = labels_of(found)
     sections = sections_of(runs, labels)
     target = found[0] / "report.html" if output is None else Path(output)
@@ -66,9 +67,7 @@ def write_report(
             path = _unused(Path(png), chart.key, pngs)
             drawing.draw_png(chart, path)
             pngs.append(path)
-    draft = target.with_name(f".{target.name}.draft")  # so that a browser that loads the page again finds a whole one
-    draft.write_text(page.page_of(sections, labels, refresh=refresh), encoding="utf-8")
-    draft.replace(target)
+    write_text(target, page.page_of(sections, labels, refresh=refresh))  # a browser that loads the page again finds a whole one
     return target, pngs
 
 

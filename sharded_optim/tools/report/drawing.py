@@ -25,6 +25,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 from sharded_optim.tools.report.charts import Chart, HeatMap, LineChart, Series, StackChart
 from sharded_optim.tools.report.palette import LIGHT, PLACEHOLDERS, series_name
 from sharded_optim.tools.runs import printable
+from sharded_optim.trackers.atomic_write import atomic_write
 
 __all__ = ["NARROW", "WIDE", "Drawing", "draw_png", "draw_svg"]
 
@@ -90,9 +91,8 @@ def draw_png(chart: Chart, path: Path) -> None:
     with rc_context(_settings(WIDE)):
         figure, _ = _drawn(chart, WIDE, LIGHT, title=True)
         FigureCanvasAgg(figure)
-        draft = path.with_name(f".{path.name}.draft")
-        figure.savefig(draft, dpi=PNG_DPI, format="png")
-    draft.replace(path)
+        with atomic_write(path) as draft:
+            figure.savefig(draft, dpi=PNG_DPI, format="png")
 
 
 def _settings(size: Size) -> Any:  # matplotlib types the keys of its settings one by one

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
-from sharded_optim.training.trackers.destination import Destination, Run, Status, kind_of
+from sharded_optim.trackers.destination import Destination, Run, Status, kind_of
+from sharded_optim.trackers.dotted_keys import dotted_keys
 
 __all__ = ["DESTINATION", "metric_name"]
 
@@ -49,7 +50,7 @@ class MLflow:
         experiment_id = self._client.create_experiment(experiment) if found is None else found.experiment_id
         self._id = self._client.create_run(experiment_id, run_name=run.name).info.run_id
         run.save_id("mlflow", self._id)
-        params = [self._entities.Param(metric_name(key), str(value)[:LONGEST_VALUE]) for key, value in _flattened(run.config)]
+        params = [self._entities.Param(metric_name(key), str(value)[:LONGEST_VALUE]) for key, value in dotted_keys(run.config).items()]
         for batch in _batches(params, PARAMS_PER_BATCH):
             self._client.log_batch(self._id, params=batch)
 
@@ -80,15 +81,6 @@ def metric_name(key: str) -> str:
     """
     parts = [part for part in re.sub(r"[^\w\-. /]", "_", key).split("/") if part not in ("", ".", "..")]
     return "/".join(parts)[:LONGEST_NAME]
-
-
-def _flattened(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the values of a nested config with dotted keys."""
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flattened(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

@@ -8,16 +8,16 @@ from collections.abc import Iterable, Mapping
 from importlib import import_module
 from typing import Any
 
-from sharded_optim.training.trackers.destination import Destination
+from sharded_optim.trackers.destination import Destination
 
 __all__ = ["MODULES", "check_installed", "check_options", "destination"]
 
 MODULES = {
-    "jsonl": "sharded_optim.training.trackers.json_lines",
-    "tensorboard": "sharded_optim.training.trackers.tensorboard",
-    "wandb": "sharded_optim.training.trackers.wandb",
-    "mlflow": "sharded_optim.training.trackers.mlflow",
-    "prometheus": "sharded_optim.training.trackers.prometheus",
+    "jsonl": "sharded_optim.trackers.json_lines",
+    "tensorboard": "sharded_optim.trackers.tensorboard",
+    "wandb": "sharded_optim.trackers.wandb",
+    "mlflow": "sharded_optim.trackers.mlflow",
+    "prometheus": "sharded_optim.trackers.prometheus",
 }
 
 

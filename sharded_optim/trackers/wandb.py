@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any, Literal
 
-from sharded_optim.training.trackers.destination import Destination, Run, Status
+from sharded_optim.trackers.destination import Destination, Run, Status
 
 __all__ = ["DESTINATION"]
 

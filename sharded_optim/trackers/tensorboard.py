@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
-from sharded_optim.training.trackers.destination import Destination, Run, Status
+from sharded_optim.trackers.destination import Destination, Run, Status
 
 __all__ = ["DESTINATION"]
 

@@ -13,7 +13,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-__all__ = ["Destination", "Run", "Status", "Tracker", "kind_of", "replace_file"]
+from sharded_optim.trackers.atomic_write import write_text
+
+__all__ = ["Destination", "Run", "Status", "Tracker", "kind_of"]
 
 _ids_lock = threading.Lock()
 Status = Literal["finished", "interrupted", "failed"]  # interrupted: stopped before its last step, and may be resumed
@@ -59,7 +61,7 @@ class Run:
     def save_id(self, tracker: str, client_id: str) -> None:
         """Save the id under which a client knows this run, for `load_id` after a restart."""
         with _ids_lock:  # trackers may run on threads of their own
-            replace_file(self.path / "tracker_ids.json", json.dumps(self._ids() | {tracker: client_id}) + "\n")
+            write_text(self.path / "tracker_ids.json", json.dumps(self._ids() | {tracker: client_id}) + "\n")
 
     def _ids(self) -> dict[str, str]:
         path = self.path / "tracker_ids.json"
@@ -95,10 +97,3 @@ class Destination:
 def kind_of(values: Mapping[str, float]) -> str:
     """Return which kind of record values are, as training or validation: their first key. Other keys may come and go between steps."""
     return next(iter(values), "")
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a file in one step: a reader, also after a crash, sees all of the old content or all of the new."""
-    draft = path.with_name(f".{path.name}.draft")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)

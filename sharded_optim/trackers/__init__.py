@@ -5,9 +5,9 @@ Each of them is listed in `registry.py`, and imports its client when it is opene
 
 from __future__ import annotations
 
-from sharded_optim.training.trackers.destination import Destination, Run, Status, Tracker
-from sharded_optim.training.trackers.registry import MODULES, check_installed, check_options
-from sharded_optim.training.trackers.several import Trackers
-from sharded_optim.training.trackers.several import open_trackers as open  # noqa: A004
+from sharded_optim.trackers.destination import Destination, Run, Status, Tracker
+from sharded_optim.trackers.registry import MODULES, check_installed, check_options
+from sharded_optim.trackers.several import Trackers
+from sharded_optim.trackers.several import open_trackers as open  # noqa: A004
 
 __all__ = ["MODULES", "Destination", "Run", "Status", "Tracker", "Trackers", "check_installed", "check_options", "open"]

@@ -13,11 +13,11 @@ from typing import Any, SupportsFloat
 import torch.distributed as dist
 from torch import Tensor
 
-from sharded_optim.training.trackers.background import Background
-from sharded_optim.training.trackers.destination import Run, Status, Tracker
-from sharded_optim.training.trackers.registry import check_installed, check_options, destination
+from sharded_optim.trackers.background import Background
+from sharded_optim.trackers.destination import Run, Status, Tracker
+from sharded_optim.trackers.registry import check_installed, check_options, destination
 
-__all__ = ["Trackers", "open_trackers"]
+__all__ = ["Trackers", "check_every", "open_trackers"]
 
 SECONDS_TO_FINISH = 60.0  # for what a tracker has not written when a run ends; to make MLflow's database alone takes 7 on an idle core
 
@@ -28,19 +28,24 @@ class Trackers:
     Where one fails, a warning names it and its error, once, and training goes on without its records.
     """
 
-    def __init__(self, opens: Mapping[str, Callable[[], Tracker]]) -> None:
+    def __init__(self, opens: Mapping[str, Callable[[], Tracker]], *, metrics_every: int = 1) -> None:
+        self._metrics_every = metrics_every
         self._warned: set[str] = set()
         self._is_finished = False
         self._trackers: dict[str, Tracker] = {}
         for name, open_one in opens.items():
             self._call(name, lambda name=name, open_one=open_one: self._trackers.update({name: open_one()}))
 
-    def log(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
+    def log(
+        self, step: int, values: Mapping[str, SupportsFloat], *, metrics: Callable[[], Mapping[str, SupportsFloat]] | None = None
+    ) -> None:
         """Record values of a step, on every rank or on rank 0; only rank 0 writes.
 
         Args:
             step: from 0 or 1 on, not smaller than in earlier calls.
             values: finite or not; a `/` in a key separates levels. Tensors of one element are read, which waits for their device.
+            metrics: returns more of them, as `optimizer.metrics` or `lambda: so.metrics(trainer)`. It is called on rank 0 alone, in steps
+                that `metrics_every` divides: in others nothing is computed, and no device is waited for.
 
         Raises:
             TypeError: a value is no number.
@@ -50,12 +55,16 @@ class Trackers:
             raise ValueError(f"step {step} cannot be logged: the trackers are finished; call finish() after the last step")
         if "step" in values:
             raise ValueError("the key 'step' is the step itself, which is log's first argument; give the value another name")
+        if metrics is not None and self._trackers and step % self._metrics_every == 0:
+            values = {**values, **metrics()}
         floats = {key: _float(key, value) for key, value in values.items()}
         for name, tracker in self._trackers.items():
             self._call(name, partial(tracker.log, step, floats))
 
     def finish(self, status: Status = "finished") -> None:
-        """Write what is not written yet, for at most 60 s per tracker, and close all. A second call does nothing.
+        """Write what is not written yet, for at most 60 s per tracker, 10 s if the run has failed, and close all.
+
+        A second call does nothing.
 
         Args:
             status: how the run ended; "interrupted" for one that is to be resumed.
@@ -89,6 +98,7 @@ def open_trackers(
     config: Mapping[str, Any] | None = None,
     resume_after: int | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
+    metrics_every: int = 1,
 ) -> Trackers:
     """Open trackers of a run, to which metrics then go: `so.trackers.open`.
 
@@ -102,11 +112,13 @@ def open_trackers(
         resume_after: the step of the checkpoint from which the run of this name is resumed: what was logged of later steps is
             dropped, or not logged again. None begins a new run.
         options: of destinations by their names: `{"wandb": {"mode": "offline"}, "prometheus": {"port": 9500}}`.
+        metrics_every: steps from one call of what `log` is given as `metrics` to the next. A step has its metrics whether they are read
+            or not, so this is no option of the optimizer: to read and to store hundreds of values takes time, and waits for the device.
 
     Raises:
         ImportError: on rank 0, a client is not installed; says what to install.
-        ValueError: an unknown name or option, a name that is given twice, options of a tracker that is not among `names`, or `run` is
-            no name of a folder. On all ranks.
+        ValueError: an unknown name or option, a name that is given twice, options of a tracker that is not among `names`, `run` is
+            no name of a folder, or `metrics_every` no positive int. On all ranks.
     """
     chosen = [names] if isinstance(names, str) else list(names)
     given = {} if options is None else options
@@ -117,13 +129,24 @@ def open_trackers(
             raise ValueError(f"options are given for {name!r}, which is not among names={chosen!r}; add it there, or leave them out")
     if len(set(chosen)) != len(chosen):
         raise ValueError(f"a tracker is opened once, got names={chosen!r}; leave out what is named twice")
+    check_every("metrics_every", metrics_every)
     if re.fullmatch(r"[A-Za-z0-9._-]+", run) is None or run in (".", ".."):
         raise ValueError(f"run is the name of a folder and may have letters, digits, '.', '_' and '-', got {run!r}")
     if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
-        return Trackers({})
+        return Trackers({}, metrics_every=metrics_every)
     check_installed(chosen)
     described = Run(folder=Path(folder), name=run, config=dict(config or {}), resume_after=resume_after)
-    return Trackers({name: partial(_open, name, described, given.get(name, {})) for name in chosen})
+    return Trackers({name: partial(_open, name, described, given.get(name, {})) for name in chosen}, metrics_every=metrics_every)
+
+
+def check_every(name: str, steps: Any) -> None:
+    """Check an argument that is a number of steps.
+
+    Raises:
+        ValueError: it is none; says its name and value.
+    """
+    if type(steps) is not int or steps < 1:
+        raise ValueError(f"{name} is a number of steps, a positive int, got {steps!r}; leave it out for 1")
 
 
 def _open(name: str, run: Run, options: Mapping[str, Any]) -> Tracker:

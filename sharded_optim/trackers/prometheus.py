@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from typing import Any
 
-from sharded_optim.training.trackers.destination import Destination, Run, Status, kind_of
+from sharded_optim.trackers.destination import Destination, Run, Status, kind_of
 
 __all__ = ["DESTINATION", "Prometheus"]
 

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 
-from sharded_optim.training.trackers.destination import Status, Tracker
+from sharded_optim.trackers.destination import Status, Tracker
 
 __all__ = ["Background"]
 
 MOST_RECORDS = 1000  # that wait for a slow tracker; further ones are dropped
+SECONDS_AFTER_FAILURE = 10.0  # for what waits where a run has failed: its process is to end soon
 
 
 class Background:
     """A tracker that hands records to another, which is opened, called and finished on one thread.
 
-    Errors of that thread are raised by the next call of `log` or `finish`, on the caller's.
+    Errors of that thread are raised by the next call of `log` or `finish`, on the caller's. Where Python ends without `finish`, as by an
+    error that nobody catches, it is called then: the run has failed.
 
     Args:
         name: of the thread.
         opens: the other tracker.
-        seconds: that `finish` waits at most.
+        seconds: that `finish` waits at most; for a run that has failed `SECONDS_AFTER_FAILURE`, if that is less.
     """
 
     def __init__(self, name: str, opens: Callable[[], Tracker], *, seconds: float) -> None:
@@ -30,6 +34,8 @@ class Background:
         self._seconds = seconds
         self._records: queue.Queue[tuple[int, Mapping[str, float]] | Status] = queue.Queue(MOST_RECORDS)
         self._error: Exception | None = None
+        self._is_finished = False
+        atexit.register(self._finish_at_exit)
         # A daemon, as a client may wait for a server for minutes, for which the end of the process must not wait.
         self._thread = threading.Thread(target=self._work, name=f"tracker {name}", daemon=True)
         self._thread.start()
@@ -42,15 +48,23 @@ class Background:
         self._raise_error()
 
     def finish(self, status: Status) -> None:
-        until = time.monotonic() + self._seconds
+        self._is_finished = True
+        atexit.unregister(self._finish_at_exit)
+        seconds = min(self._seconds, SECONDS_AFTER_FAILURE) if status == "failed" else self._seconds
+        until = time.monotonic() + seconds
         try:
-            self._records.put(status, timeout=self._seconds)
+            self._records.put(status, timeout=seconds)
             self._thread.join(until - time.monotonic())
         except queue.Full:
             pass
         if self._error is None and self._thread.is_alive():
-            raise TimeoutError(f"it has not written everything within {self._seconds:.0f} s")
+            raise TimeoutError(f"it has not written everything within {seconds:.0f} s")
         self._raise_error()
+
+    def _finish_at_exit(self) -> None:
+        if not self._is_finished:
+            with suppress(Exception):  # nobody is left to be told
+                self.finish("failed")
 
     def _raise_error(self) -> None:
         error, self._error = self._error, None
@@ -60,6 +74,8 @@ class Background:
     def _work(self) -> None:
         try:
             tracker = self._opens()
+            atexit.unregister(self._finish_at_exit)
+            atexit.register(self._finish_at_exit)  # again: what was registered last, as the client's own, is called first
         except Exception as error:
             self._error = error
             tracker = None  # records are then dropped

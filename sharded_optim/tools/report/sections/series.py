@@ -1,0 +1,121 @@
+"""Series, numbers and names that several sections show."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from sharded_optim.tools.report.charts import Item, LineChart, Note, Series
+from sharded_optim.tools.report.palette import SERIES
+from sharded_optim.tools.runs import Run, TrainingRecord
+
+__all__ = [
+    "MOST_LISTED",
+    "cell",
+    "count",
+    "left_out",
+    "line_chart",
+    "losses",
+    "number",
+    "over_steps",
+    "pairs",
+    "titled",
+    "with_unit",
+    "with_values",
+]
+
+MOST_LISTED = 20  # rows of tables of tensors or events
+
+
+def line_chart(
+    runs: Sequence[Run],
+    labels: Sequence[str],
+    values_of: Callable[[TrainingRecord], Mapping[str, float]],
+    *,
+    absent: str,
+    **chart: Any,
+) -> list[Item]:
+    """Return a chart of values of records, and a note that names the runs that have none.
+
+    Args:
+        values_of: the values of a record by name; the empty name is the run itself.
+        absent: the note, with {label}.
+        chart: fields of the LineChart.
+    """
+    series: list[Series] = []
+    without: list[str] = []
+    for index, (run, label) in enumerate(pairs(runs, labels)):
+        found = over_steps(run, values_of)
+        if not found:
+            without.append(label)
+        for place, (name, (steps, values)) in enumerate(found.items()):
+            full = ", ".join(part for part in (label if len(runs) > 1 or not name else "", name) if part)
+            color = index if len(runs) > 1 else place
+            series.append(Series(name=full, steps=steps, values=values, color=color, dash=place + index // SERIES))
+    items: list[Item] = [LineChart(series=series, **chart)] if series else []
+    return items + left_out(absent, without)
+
+
+def left_out(reason: str, labels: Sequence[str]) -> list[Item]:
+    """Return one note for all runs that a chart leaves out; the reason has {label} in the place of their names."""
+    return [Note(reason.replace("{label}", ", ".join(labels)))] if labels else []
+
+
+def over_steps(run: Run, values_of: Callable[[TrainingRecord], Mapping[str, float]]) -> dict[str, tuple[list[int], list[float]]]:
+    """Return steps and values of everything that records name."""
+    found: dict[str, tuple[list[int], list[float]]] = {}
+    for record in run.records.training:
+        for name, value in values_of(record).items():
+            steps, values = found.setdefault(name, ([], []))
+            steps.append(record.step)
+            values.append(value)
+    return found
+
+
+def losses(run: Run) -> tuple[list[int], list[float]]:
+    """Return steps and training losses of the records that have a loss."""
+    return over_steps(run, lambda record: {} if record.loss is None else {"": record.loss}).get("", ([], []))
+
+
+def pairs(runs: Sequence[Run], labels: Sequence[str]) -> Iterable[tuple[Run, str]]:
+    return zip(runs, labels, strict=True)
+
+
+def titled(title: str, label: str, several: bool) -> str:
+    """Name the run in a title where there are several."""
+    return f"{title}, {label}" if several else title
+
+
+def number(value: float | None) -> str:
+    """Return four significant digits; a dash for None.
+
+    >>> number(2.0456), number(0.0004), number(float("nan")), number(None)
+    ('2.046', '0.0004', 'not finite', '-')
+    """
+    return "-" if value is None else f"{value:.4g}" if math.isfinite(value) else "not finite"
+
+
+def with_unit(value: float | None, unit: str) -> str:
+    """Return a value with the unit that it has, if any.
+
+    >>> with_unit(2.0, "bits per byte"), with_unit(2.0, ""), with_unit(None, "GB")
+    ('2 bits per byte', '2', '-')
+    """
+    return f"{number(value)} {unit}" if unit and value is not None else number(value)
+
+
+def with_values(rows: Sequence[list[str]]) -> list[list[str]]:
+    """Leave out the rows for which no run has a value."""
+    return [row for row in rows if any(cell != "-" for cell in row[1:])]
+
+
+def count(value: Any) -> str:
+    """Return a number as an integer with separators; a dash for what is none."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return f"{value:,.0f}" if is_number else "-"
+
+
+def cell(value: Any) -> str:
+    """Return a value of a config; null is the default of a key that was not given."""
+    return "default" if value is None else str(value)
