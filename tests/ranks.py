@@ -11,10 +11,12 @@ from __future__ import annotations
 import datetime
 import faulthandler
 import gc
+import inspect
 import os
 import pickle
 import random
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -24,6 +26,7 @@ from functools import cache
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import pytest
@@ -185,13 +188,14 @@ def _call(function: Callable[..., None], args: tuple[Any, ...], kwargs: dict[str
     os.environ.update(environment)  # the test's: the server has the one in which it was started
     torch.manual_seed(0)
     random.seed(0)
-    before = _settings()
+    before = _settings() | _definitions()
     with warnings.catch_warnings():
         function(*args, **kwargs)
     # The objects of this function end with it. The collector need not look through what it imported in each later function.
     gc.collect()
     gc.freeze()
-    changed = {name: value for name, value in _settings().items() if value != before[name]}
+    after = _settings() | _definitions()
+    changed = {name: after[name] for name in before.keys() & after.keys() if after[name] != before[name]}
     assert not changed, f"{function} has not restored {', '.join(changed)}: {changed}"
 
 
@@ -209,3 +213,17 @@ def _settings() -> dict[str, Any]:
         "hooks of all modules": [len(modules._global_forward_pre_hooks), len(modules._global_forward_hooks)],
         "hooks of all optimizers": [len(_global_optimizer_pre_hooks), len(_global_optimizer_post_hooks)],
     }
+
+
+def _definitions() -> dict[str, Any]:
+    """Functions, classes and constants of the package, by identity: what tests replace."""
+    found = {}
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "sharded_optim":
+            for key, value in vars(module).items():
+                if isinstance(value, FunctionType | type) or key.isupper():
+                    found[f"{name}.{key}"] = id(value)
+                if isinstance(value, type) and value.__module__ == name:
+                    methods = {own: each for own, each in vars(value).items() if isinstance(each, FunctionType)}
+                    found |= {f"{name}.{key}.{own}": id(inspect.unwrap(each)) for own, each in methods.items()}  # torch wraps `step`
+    return found
