@@ -11,7 +11,6 @@ from __future__ import annotations
 import datetime
 import faulthandler
 import gc
-import inspect
 import os
 import pickle
 import random
@@ -182,7 +181,7 @@ def _call(function: Callable[..., None], args: tuple[Any, ...], kwargs: dict[str
     """Call a function as if no other had been called before.
 
     Raises:
-        AssertionError: it has changed what the next one would meet.
+        AssertionError: it has changed what the next function would meet.
     """
     os.environ.clear()
     os.environ.update(environment)  # the test's: the server has the one in which it was started
@@ -216,7 +215,7 @@ def _settings() -> dict[str, Any]:
 
 
 def _definitions() -> dict[str, Any]:
-    """Functions, classes and constants of the package, by identity: what tests replace."""
+    """Functions, classes, methods and constants of the package, by identity: what tests replace."""
     found = {}
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == "sharded_optim":
@@ -224,6 +223,7 @@ def _definitions() -> dict[str, Any]:
                 if isinstance(value, FunctionType | type) or key.isupper():
                     found[f"{name}.{key}"] = id(value)
                 if isinstance(value, type) and value.__module__ == name:
-                    methods = {own: each for own, each in vars(value).items() if isinstance(each, FunctionType)}
-                    found |= {f"{name}.{key}.{own}": id(inspect.unwrap(each)) for own, each in methods.items()}  # torch wraps `step`
+                    for method, each in vars(value).items():
+                        if isinstance(each, FunctionType):  # torch wraps `step` of an optimizer
+                            found[f"{name}.{key}.{method}"] = id(getattr(each, "__wrapped__", each))
     return found
