@@ -11,6 +11,7 @@ from __future__ import annotations
 import datetime
 import faulthandler
 import gc
+import inspect
 import os
 import pickle
 import random
@@ -225,5 +226,5 @@ def _definitions() -> dict[str, Any]:
                 if isinstance(value, type) and value.__module__ == name:
                     for method, each in vars(value).items():
                         if isinstance(each, FunctionType):  # torch wraps `step` of an optimizer
-                            found[f"{name}.{key}.{method}"] = id(getattr(each, "__wrapped__", each))
+                            found[f"{name}.{key}.{method}"] = id(inspect.unwrap(each) if hasattr(each, "__wrapped__") else each)
     return found
