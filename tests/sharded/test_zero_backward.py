@@ -262,6 +262,7 @@ def test_an_exception_in_backward_is_an_error_at_the_next_use(way: str, use: str
     fail(model, way)
     with pytest.raises(RuntimeError, match=r"the last backward pass did not end: an exception left the bucket.* to be reduced"):
         USES[use](model, optimizer)
+    dist.barrier()  # the other rank may still be in backward, for which it needs this rank's optimizer
 
 
 def test_a_process_alone_goes_on_after_an_exception_in_backward() -> None:
