@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
 from fake_device import FakeEvent
 from hypothesis import settings
@@ -88,6 +89,31 @@ def cpu_is_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "known_on_host", lambda tensor: False)
     monkeypatch.setattr(torch, "Event", FakeEvent)
     monkeypatch.setattr(FakeEvent, "waits", 0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a test that is marked `ranks(2)` on two ranks; one that is marked `ranks`, on as many as its argument `world_size` says."""
+    mark = pyfuncitem.get_closest_marker("ranks")
+    if mark is None:
+        return None
+    arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
+    world_size = mark.args[0] if mark.args else arguments["world_size"]
+    failure = None
+    try:
+        ranks.run(pyfuncitem.obj, world_size, **mark.kwargs, **arguments)
+    except AssertionError as error:
+        failure = str(error)
+    if failure is not None:
+        pytest.fail(failure, pytrace=False)  # the ranks' tracebacks say where
+    return True
+
+
+@pytest.fixture(scope="module", autouse=True)
+def end_ranks() -> Iterator[None]:
+    """The tests of a module share ranks, but no two modules."""
+    yield
+    ranks.close()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

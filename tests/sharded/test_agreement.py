@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 from datetime import timedelta
 
 import pytest
-import ranks
 import torch
 import torch.distributed as dist
 from collectives import collectives_of
@@ -18,23 +18,27 @@ from torch.distributed.tensor import DTensor
 import sharded_optim as so
 from sharded_optim.sharding.ranks import own_process_group
 
+WRAPPERS = [("ddp", 2), ("fsdp2", 2), ("hsdp", 4), ("fsdp2_tp", 4)]
+every_wrapper = pytest.mark.parametrize(("wrapper", "world_size"), WRAPPERS, ids=[wrapper for wrapper, _ in WRAPPERS])
 
-def check_collectives(wrappers: list[str]) -> None:
-    for wrapper in wrappers:
-        for make, expected in (
-            (lambda g: so.StableAdamW(g, lr=1e-2), ["gloo:all_reduce"]),
-            (lambda g: so.AdamW(g, lr=1e-2, nonfinite="skip"), ["gloo:all_reduce"]),
-            (lambda g: so.AdamW(g, lr=1e-2), []),
-            (lambda g: so.DecoupledAdamW(g, lr=1e-2), []),
-        ):
-            model = ShardedModel(wrapper, start_values(torch.float32))
-            optimizer = make(param_groups(model.params))
-            model.set_grads(spiky_grads(0, torch.float32))
-            if expected:
-                optimizer.step()  # the first step also exchanges the layout
-            assert collectives_of(optimizer.step) == expected, wrapper
-            model.set_grads({})  # a rank without any gradient takes part all the same
-            assert collectives_of(optimizer.step) == expected, wrapper
+
+@pytest.mark.ranks
+@every_wrapper
+def test_a_step_is_one_all_reduce_where_ranks_agree_and_no_collective_where_they_do_not(wrapper: str, world_size: int) -> None:
+    for make, expected in (
+        (lambda g: so.StableAdamW(g, lr=1e-2), ["gloo:all_reduce"]),
+        (lambda g: so.AdamW(g, lr=1e-2, nonfinite="skip"), ["gloo:all_reduce"]),
+        (lambda g: so.AdamW(g, lr=1e-2), []),
+        (lambda g: so.DecoupledAdamW(g, lr=1e-2), []),
+    ):
+        model = ShardedModel(wrapper, start_values(torch.float32))
+        optimizer = make(param_groups(model.params))
+        model.set_grads(spiky_grads(0, torch.float32))
+        if expected:
+            optimizer.step()  # the first step also exchanges the layout
+        assert collectives_of(optimizer.step) == expected
+        model.set_grads({})  # a rank without any gradient takes part all the same
+        assert collectives_of(optimizer.step) == expected
 
 
 def snapshot(model: ShardedModel, optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -51,60 +55,59 @@ def spoil_one_element(model: ShardedModel, value: float, on_rank: int) -> None:
         local.view(-1)[3] = value
 
 
-def check_nonfinite(wrappers: list[str]) -> None:
-    last = dist.get_world_size() - 1
-    for wrapper in wrappers:
-        for make in (lambda g, policy: so.StableAdamW(g, lr=1e-2, nonfinite=policy), lambda g, policy: so.AdamW(g, 1e-2, nonfinite=policy)):
-            for value in (float("nan"), float("inf"), -float("inf")):
-                model = ShardedModel(wrapper, start_values(torch.float32))
-                optimizer = make(param_groups(model.params), "skip")
-                model.set_grads(spiky_grads(0, torch.float32))
-                optimizer.step()
-                before = snapshot(model, optimizer)
-                spoil_one_element(model, value, last)
-                optimizer.step()
-                assert optimizer.skipped_steps == 1
-                for old, new in zip(before, snapshot(model, optimizer), strict=True):
-                    assert torch.equal(old, new)
-                model.set_grads(spiky_grads(1, torch.float32))
-                optimizer.step()
-                assert optimizer.skipped_steps == 1
-                assert {float(optimizer.state[p]["step"]) for n, p in model.params.items() if n != "down.bias"} == {2.0}
+@pytest.mark.ranks
+@every_wrapper
+@pytest.mark.parametrize("cls", [so.StableAdamW, so.AdamW])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_non_finite_gradient_on_one_rank_skips_the_step_on_all(wrapper: str, world_size: int, cls: type, value: float) -> None:
+    """State and step counters are untouched, bit for bit, and the next step is as any other."""
+    model = ShardedModel(wrapper, start_values(torch.float32))
+    optimizer = cls(param_groups(model.params), lr=1e-2, nonfinite="skip")
+    model.set_grads(spiky_grads(0, torch.float32))
+    optimizer.step()
+    before = snapshot(model, optimizer)
+    spoil_one_element(model, value, world_size - 1)
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    for old, new in zip(before, snapshot(model, optimizer), strict=True):
+        assert torch.equal(old, new)
+    model.set_grads(spiky_grads(1, torch.float32))
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    assert {float(optimizer.state[p]["step"]) for n, p in model.params.items() if n != "down.bias"} == {2.0}
 
-            model = ShardedModel(wrapper, start_values(torch.float32))
-            optimizer = make(param_groups(model.params), "raise")
-            model.set_grads(spiky_grads(0, torch.float32))
-            optimizer.step()
-            before = snapshot(model, optimizer)
-            spoil_one_element(model, float("nan"), last)
-            with pytest.raises(FloatingPointError, match=rf"rank {last}: gradient not finite.*'up.weight'"):
-                optimizer.step()
-            for old, new in zip(before, snapshot(model, optimizer), strict=True):
-                assert torch.equal(old, new)
 
-        model = ShardedModel(wrapper, start_values(torch.float32))
-        optimizer = so.StableAdamW(param_groups(model.params), lr=1e-2, nonfinite="allow")
-        model.set_grads(spiky_grads(0, torch.float32))
-        spoil_one_element(model, float("nan"), last)
+@pytest.mark.ranks
+@every_wrapper
+@pytest.mark.parametrize("cls", [so.StableAdamW, so.AdamW])
+def test_a_non_finite_gradient_on_one_rank_raises_on_all_and_names_rank_and_tensor(wrapper: str, world_size: int, cls: type) -> None:
+    model = ShardedModel(wrapper, start_values(torch.float32))
+    optimizer = cls(param_groups(model.params), lr=1e-2, nonfinite="raise")
+    model.set_grads(spiky_grads(0, torch.float32))
+    optimizer.step()
+    before = snapshot(model, optimizer)
+    spoil_one_element(model, math.nan, world_size - 1)
+    with pytest.raises(FloatingPointError, match=rf"rank {world_size - 1}: gradient not finite.*'up.weight'"):
         optimizer.step()
-        assert optimizer.skipped_steps == 0
-        assert optimizer.metrics()["rms/up.weight"] != optimizer.metrics()["rms/up.weight"], "NaN"
-        holds_the_piece = wrapper != "ddp" or dist.get_rank() == last
-        assert model.local(model.params["up.weight"]).isnan().all() or not holds_the_piece
-        assert model.local(model.params["vector"]).isfinite().all()
+    for old, new in zip(before, snapshot(model, optimizer), strict=True):
+        assert torch.equal(old, new)
 
 
-def check_agreement(wrappers: list[str]) -> None:
-    check_collectives(wrappers)
-    check_nonfinite(wrappers)
-
-
-@pytest.mark.parametrize(("world_size", "wrappers"), [(2, ["ddp", "fsdp2"]), (4, ["hsdp", "fsdp2_tp"])])
-def test_a_step_is_one_all_reduce_and_happens_on_every_rank_or_on_none(world_size: int, wrappers: list[str]) -> None:
-    """One for StableAdamW, none for AdamW. After a non-finite gradient on one rank: bitwise untouched state and step counters, an error
-    that names rank and tensor, or the whole tensor NaN as if unsharded.
-    """
-    ranks.run(check_agreement, world_size, wrappers)
+@pytest.mark.ranks
+@every_wrapper
+def test_a_non_finite_gradient_that_is_allowed_makes_the_whole_tensor_nan(wrapper: str, world_size: int) -> None:
+    """As if it was not sharded."""
+    last = world_size - 1
+    model = ShardedModel(wrapper, start_values(torch.float32))
+    optimizer = so.StableAdamW(param_groups(model.params), lr=1e-2, nonfinite="allow")
+    model.set_grads(spiky_grads(0, torch.float32))
+    spoil_one_element(model, math.nan, last)
+    optimizer.step()
+    assert optimizer.skipped_steps == 0
+    assert math.isnan(optimizer.metrics()["rms/up.weight"])
+    holds_the_piece = wrapper != "ddp" or dist.get_rank() == last
+    assert model.local(model.params["up.weight"]).isnan().all() or not holds_the_piece
+    assert model.local(model.params["vector"]).isfinite().all()
 
 
 @pytest.mark.parametrize("cls", [so.AdamW, so.StableAdamW])
@@ -127,8 +130,9 @@ def test_adamw_lets_non_finite_gradients_through_by_default_as_torch_does() -> N
     assert param[1].isnan()
 
 
-def check_different_tensors_per_rank() -> None:
-    """Pipeline stages: each rank owns other tensors; metrics cover the whole model."""
+@pytest.mark.ranks(2)
+def test_ranks_with_different_tensors_step_as_if_alone_and_report_the_whole_model() -> None:
+    """As stages of a pipeline do."""
     rank = dist.get_rank()
     shapes = {"stage0.weight": (4, 3), "stage0.bias": (5,)} if rank == 0 else {"stage1.weight": (2, 7)}
     params = {name: nn.Parameter(torch.ones(shape)) for name, shape in shapes.items()}
@@ -155,7 +159,8 @@ def check_different_tensors_per_rank() -> None:
         assert optimizer.metrics()[f"rms/{name}"] == reference.metrics()[f"rms/{name}"]
 
 
-def check_copies_forget_their_process_group() -> None:
+@pytest.mark.ranks(2)
+def test_copies_ask_for_their_process_group() -> None:
     param = nn.Parameter(torch.ones(3))
     param.grad = torch.ones(3)
     group = dist.new_group([0, 1])
@@ -167,8 +172,9 @@ def check_copies_forget_their_process_group() -> None:
     copied.step()
 
 
-def check_grad_scaler_found_inf_is_shared() -> None:
-    """GradScaler finds an infinite gradient on its own rank only; with an agreement no rank steps."""
+@pytest.mark.ranks(2)
+def test_an_infinite_gradient_that_grad_scaler_finds_on_one_rank_stops_all() -> None:
+    """It looks for them on its own rank only."""
     param = nn.Parameter(torch.ones(3))
     optimizer = so.StableAdamW([param], lr=1e-2, nonfinite="allow")
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
@@ -178,7 +184,8 @@ def check_grad_scaler_found_inf_is_shared() -> None:
     assert torch.equal(param.detach(), torch.ones(3))
 
 
-def check_own_process_group() -> None:
+@pytest.mark.ranks(2)
+def test_an_optimizer_has_a_process_group_of_its_own_with_the_timeout_of_its_parent() -> None:
     """Collectives of the optimizer and of a wrapper on the same ranks do not interleave, and both notice a missing rank in time."""
     parent = dist.new_group([0, 1], timeout=timedelta(seconds=17))
     own = own_process_group(parent)
@@ -189,7 +196,8 @@ def check_own_process_group() -> None:
     assert own._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=17)
 
 
-def check_setting_the_process_group_rebuilds_the_layout() -> None:
+@pytest.mark.ranks(2)
+def test_setting_the_process_group_rebuilds_the_layout() -> None:
     """From alone to together: what was no replica becomes one."""
     param = nn.Parameter(torch.ones(3))
     alone = dist.new_subgroups(1)[0]
@@ -199,16 +207,3 @@ def check_setting_the_process_group_rebuilds_the_layout() -> None:
     optimizer.process_group = None
     with pytest.raises(ValueError, match="both hold 'w'"):
         optimizer.step()
-
-
-def check_all_of_the_above() -> None:
-    check_different_tensors_per_rank()
-    check_copies_forget_their_process_group()
-    check_grad_scaler_found_inf_is_shared()
-    check_own_process_group()
-    check_setting_the_process_group_rebuilds_the_layout()
-
-
-def test_ranks_with_different_tensors_copies_and_grad_scaler() -> None:
-    """Stages of a pipeline step as if alone and report the whole model; copies ask for their group; found_inf is shared."""
-    ranks.run(check_all_of_the_above, 2)

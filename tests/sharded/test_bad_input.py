@@ -6,7 +6,6 @@ import inspect
 import math
 
 import pytest
-import ranks
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -265,13 +264,15 @@ def mesh_1d():
     return init_device_mesh("cpu", (dist.get_world_size(),))
 
 
-def check_partial_dtensor() -> None:
+@pytest.mark.ranks(2)
+def test_partial_parameters_are_refused() -> None:
     partial = nn.Parameter(DTensor.from_local(torch.ones(4), mesh_1d(), [Partial()], run_check=False))
     for cls in CLASSES:
         refused(r"parameter 'w' is Partial .*redistribute", lambda cls=cls: cls([("w", partial)], lr=1e-3))
 
 
-def check_gradients_that_are_not_reduced_yet() -> None:
+@pytest.mark.ranks(2)
+def test_gradients_that_are_not_reduced_yet_are_reduced_for_the_step() -> None:
     """Partial DTensors are reduced over their mesh, results of functional collectives waited for. Gradients are not written."""
     rank = dist.get_rank()
     values = torch.arange(8.0).view(4, 2)
@@ -294,7 +295,8 @@ def check_gradients_that_are_not_reduced_yet() -> None:
         assert torch.equal(plain, whole)
 
 
-def check_gradients_that_are_partial_on_one_rank_alone() -> None:
+@pytest.mark.ranks(2)
+def test_a_gradient_that_is_partial_on_one_rank_alone_is_refused_on_all() -> None:
     """The others take part in the reduction, in the first step and later; reports of one rank communicate nothing."""
     rank = dist.get_rank()
     for cls in (so.StableAdamW, so.AdamW):
@@ -320,7 +322,8 @@ def check_gradients_that_are_partial_on_one_rank_alone() -> None:
             optimizer.step()
 
 
-def check_gradient_placed_otherwise() -> None:
+@pytest.mark.ranks(2)
+def test_a_gradient_placed_otherwise_than_its_parameter_is_refused() -> None:
     for cls in CLASSES:
         param = nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh_1d(), [Shard(0)]))
         optimizer = cls([("w", param)], lr=1e-3)
@@ -328,66 +331,104 @@ def check_gradient_placed_otherwise() -> None:
         refused(r"gradient of 'w' is placed as .*Replicate.*redistribute it", optimizer.step)
 
 
-def check_pieces_that_do_not_tile() -> None:
+@pytest.mark.ranks(2)
+def test_pieces_that_overlap_are_refused() -> None:
     # Each rank claims to hold rows that another holds too: a _StridedShard alone interleaves rows, which no Segment of one box can express.
     param = nn.Parameter(
         DTensor.from_local(torch.ones(4, 2), mesh_1d(), [_StridedShard(0, split_factor=2)], run_check=False, shape=(8, 2), stride=(2, 1))
     )
     refused(r"pieces of 'w' \(shape \(8, 2\)\) do not tile it: element", so.StableAdamW([("w", param)], lr=1e-3).step)
-    # A shard whose other half is on a rank outside the optimizer's group.
+
+
+@pytest.mark.ranks(2)
+def test_a_shard_whose_other_half_is_outside_the_process_group_is_refused() -> None:
     sharded = nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh_1d(), [Shard(0)]))
     optimizer = so.StableAdamW([("w", sharded)], lr=1e-3, process_group=dist.new_subgroups(1)[0])
     refused(r"pieces of 'w' .* do not tile it: elements \[\d+, \d+\) of 8 are held by no rank.*process group", optimizer.step)
 
 
-def check_ranks_that_disagree() -> None:
-    rank = dist.get_rank()
-    shaped = nn.Parameter(torch.ones(3 + rank))
+@pytest.mark.ranks(2)
+def test_ranks_that_disagree_about_a_shape_are_refused() -> None:
+    param = nn.Parameter(torch.ones(3 + dist.get_rank()))
     refused(
         r"ranks disagree about 'w': shape \(3,\).*on rank 0, shape \(4,\).*on rank 1.*same model",
-        so.StableAdamW([("w", shaped)], 1e-3).step,
+        so.StableAdamW([("w", param)], 1e-3).step,
     )
-    typed = nn.Parameter(torch.ones(3, dtype=torch.float32 if rank == 0 else torch.bfloat16))
-    refused(r"ranks disagree about 'w': .*torch.float32 on rank 0.*torch.bfloat16 on rank 1", so.StableAdamW([("w", typed)], 1e-3).step)
-    for name in (None, "w"):
-        different = nn.Parameter(torch.full((3,), float(rank)))
-        params = [different] if name is None else [(name, different)]
-        refused(r"ranks 0 and 1 both hold .* but with different values.*names that are unique", so.StableAdamW(params, 1e-3).step)
-    apart = nn.Parameter(torch.ones(3))  # two stages of a pipeline that begin alike, or ranks that train apart
-    apart.grad = torch.ones(3) * (1 + rank)
-    refused(r"ranks 0 and 1 both hold 'w' .* but with different gradients", so.StableAdamW([("w", apart)], 1e-3).step)
-    for options in (
-        {"betas": (0.9, 0.99 if rank == 0 else 0.985)},
-        {"betas": (0.9 if rank == 0 else 0.5, 0.99)},
-        {"lr": 1e-3 * (1 + rank)},
-        {"weight_decay": 0.1 * rank},
-        {"eps": 1e-6 if rank == 0 else 1e-8},
-    ):
-        same = nn.Parameter(torch.ones(3))
-        optimizer = so.StableAdamW([("w", same)], **({"lr": 1e-3} | options))
-        same.grad = torch.ones(3)
-        refused(r"ranks disagree about 'w': .* is .* on rank 0, .* on rank 1; make hyperparameters", optimizer.step)
-    behind = nn.Parameter(torch.ones(3))
-    optimizer = so.StableAdamW([("w", behind)], 1e-3)
+
+
+@pytest.mark.ranks(2)
+def test_ranks_that_disagree_about_a_dtype_are_refused() -> None:
+    param = nn.Parameter(torch.ones(3, dtype=torch.float32 if dist.get_rank() == 0 else torch.bfloat16))
+    refused(r"ranks disagree about 'w': .*torch.float32 on rank 0.*torch.bfloat16 on rank 1", so.StableAdamW([("w", param)], 1e-3).step)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("name", [None, "w"])
+def test_replicas_with_different_values_are_refused(name: str | None) -> None:
+    different = nn.Parameter(torch.full((3,), float(dist.get_rank())))
+    params = [different] if name is None else [(name, different)]
+    refused(r"ranks 0 and 1 both hold .* but with different values.*names that are unique", so.StableAdamW(params, 1e-3).step)
+
+
+@pytest.mark.ranks(2)
+def test_replicas_with_different_gradients_are_refused() -> None:
+    """Two stages of a pipeline that begin alike, or ranks that train apart."""
+    param = nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3) * (1 + dist.get_rank())
+    refused(r"ranks 0 and 1 both hold 'w' .* but with different gradients", so.StableAdamW([("w", param)], 1e-3).step)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize(
+    "of_ranks",
+    [
+        ({"betas": (0.9, 0.99)}, {"betas": (0.9, 0.985)}),
+        ({"betas": (0.9, 0.99)}, {"betas": (0.5, 0.99)}),
+        ({"lr": 1e-3}, {"lr": 2e-3}),
+        ({"weight_decay": 0.0}, {"weight_decay": 0.1}),
+        ({"eps": 1e-6}, {"eps": 1e-8}),
+    ],
+    ids=["beta2", "beta1", "lr", "weight_decay", "eps"],
+)
+def test_ranks_that_disagree_about_a_hyperparameter_are_refused(of_ranks: tuple[dict, dict]) -> None:
+    param = nn.Parameter(torch.ones(3))
+    optimizer = so.StableAdamW([("w", param)], **({"lr": 1e-3} | of_ranks[dist.get_rank()]))
+    param.grad = torch.ones(3)
+    refused(r"ranks disagree about 'w': .* is .* on rank 0, .* on rank 1; make hyperparameters", optimizer.step)
+
+
+@pytest.mark.ranks(2)
+def test_ranks_that_disagree_about_the_number_of_steps_are_refused() -> None:
+    param = nn.Parameter(torch.ones(3))
+    optimizer = so.StableAdamW([("w", param)], 1e-3)
     optimizer.init_state()
-    optimizer.state[behind]["step"] += rank
-    behind.grad = torch.ones(3)
+    optimizer.state[param]["step"] += dist.get_rank()
+    param.grad = torch.ones(3)
     refused("number of steps taken is 0 on rank 0, 1 on rank 1", optimizer.step)
 
 
-def check_gradients_of_replicas() -> None:
-    """Ranks that train apart are refused where norms differ by 3 %, also of tensors with small gradients; rounding noise is not."""
-    for of_ranks, differ in (((1.0, 1.03), True), ((1.0, 1.003), False), ((1e-3, 1.1e-3), True), ((1e-5, 3e-5), False)):
-        largest, other = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
-        largest.grad, other.grad = torch.ones(1), torch.full((1,), of_ranks[dist.get_rank()])
-        step = so.StableAdamW([("largest", largest), ("other", other)], 1e-3).step
-        if differ:
-            refused(r"ranks 0 and 1 both hold 'other' .* but with different gradients", step)
-        else:
-            step()
+def give_gradients_to_replicas(of_ranks: tuple[float, float]) -> so.StableAdamW:
+    """Two tensors, of which one has another gradient on each rank."""
+    largest, other = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+    largest.grad, other.grad = torch.ones(1), torch.full((1,), of_ranks[dist.get_rank()])
+    return so.StableAdamW([("largest", largest), ("other", other)], 1e-3)
 
 
-def check_replicas_that_drifted_in_their_last_bits() -> None:
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("of_ranks", [(1.0, 1.03), (1e-3, 1.1e-3)])
+def test_replicas_whose_gradient_norms_differ_by_3_percent_are_refused(of_ranks: tuple[float, float]) -> None:
+    """They train apart; also where a tensor has small gradients."""
+    refused(r"ranks 0 and 1 both hold 'other' .* but with different gradients", give_gradients_to_replicas(of_ranks).step)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("of_ranks", [(1.0, 1.003), (1e-5, 3e-5)])
+def test_gradients_of_replicas_may_differ_by_rounding(of_ranks: tuple[float, float]) -> None:
+    give_gradients_to_replicas(of_ranks).step()
+
+
+@pytest.mark.ranks(2)
+def test_replicas_may_have_drifted_in_their_last_bits() -> None:
     """Harmless once training goes on: unfreezing layers must not end a run."""
     param, late = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
     optimizer = so.StableAdamW([("w", param)], 1e-3)
@@ -401,7 +442,8 @@ def check_replicas_that_drifted_in_their_last_bits() -> None:
     dist.barrier()
 
 
-def check_stages_that_share_names_on_sub_meshes() -> None:
+@pytest.mark.ranks(2)
+def test_tensors_of_one_name_on_different_meshes_are_different_tensors() -> None:
     """A DTensor on another mesh is another tensor, whatever its name."""
     meshes = [DeviceMesh("cpu", [rank]) for rank in range(dist.get_world_size())]
     values = torch.randn(4, 2, generator=torch.Generator().manual_seed(dist.get_rank()))
@@ -409,37 +451,56 @@ def check_stages_that_share_names_on_sub_meshes() -> None:
     refused("both hold 'weight' .* different values", so.StableAdamW([("weight", param)], 1e-3).step)
 
 
-def check_bad_gradient_on_one_rank() -> None:
+def stepped_once() -> tuple[nn.Parameter, so.StableAdamW]:
     param = nn.Parameter(torch.ones(4, 2))
     optimizer = so.StableAdamW([("w", param)], lr=1e-3)
     param.grad = torch.ones(4, 2)
     optimizer.step()
+    return param, optimizer
+
+
+@pytest.mark.ranks(2)
+def test_a_sparse_gradient_on_one_rank_alone_is_refused_on_all() -> None:
+    param, optimizer = stepped_once()
     before = param.detach().clone()
     if dist.get_rank() == 1:
         param.grad = torch.ones(4, 2).to_sparse()
     refused("rank 1: gradient of 'w' is sparse", optimizer.step)
+    assert torch.equal(param, before)
+    assert optimizer.state[param]["step"] == 1
+
+
+@pytest.mark.ranks(2)
+def test_a_gradient_that_one_rank_lacks_is_refused_on_all() -> None:
+    param, optimizer = stepped_once()
+    before = param.detach().clone()
     param.grad = torch.ones(4, 2) if dist.get_rank() == 0 else None
     refused("'w' has a gradient on rank . and none on rank .; .*set the missing gradients to zero", optimizer.step)
     assert torch.equal(param, before)
     assert optimizer.state[param]["step"] == 1
 
 
-def check_failure_of_another_kind_on_one_rank() -> None:
+@pytest.mark.ranks(2)
+def test_state_that_one_rank_has_lost_is_refused_on_all() -> None:
     """Whatever goes wrong on a rank before the agreement, the others hear of it instead of waiting."""
-    param = nn.Parameter(torch.ones(4))
-    optimizer = so.StableAdamW([("w", param)], lr=1e-3)
-    param.grad = torch.ones(4)
-    optimizer.step()
+    param, optimizer = stepped_once()
     if dist.get_rank() == 1:
         del optimizer.state[param]["exp_avg_sq"]
     refused(r"rank 1: the state of 'w' lacks 'exp_avg_sq' after 1 steps", optimizer.step)
+
+
+@pytest.mark.ranks(2)
+def test_a_hyperparameter_that_one_rank_has_lost_is_refused_on_all() -> None:
+    param = nn.Parameter(torch.ones(4))
+    param.grad = torch.ones(4)
     optimizer = so.AdamW([("w", param)], lr=1e-3, nonfinite="skip")
     if dist.get_rank() == 1:
         del optimizer.param_groups[0]["reference_lr"]
     refused(r"rank 1: param_groups\[0\] has lost 'reference_lr'", optimizer.step)
 
 
-def check_bad_parameter_on_one_rank() -> None:
+@pytest.mark.ranks(2)
+def test_a_parameter_that_one_rank_has_replaced_by_a_bad_one_is_refused_on_all() -> None:
     """Found when the layout is built: parameters may have been replaced since construction."""
     param = nn.Parameter(torch.ones(4))
     optimizer = so.StableAdamW([("w", param)], lr=1e-3)
@@ -448,34 +509,11 @@ def check_bad_parameter_on_one_rank() -> None:
     refused("rank 1: parameter 'w': dtype torch.float64 is not supported", optimizer.step)
 
 
-def check_two_ranks() -> None:
-    check_partial_dtensor()
-    check_gradients_that_are_not_reduced_yet()
-    check_gradients_that_are_partial_on_one_rank_alone()
-    check_gradient_placed_otherwise()
-    check_pieces_that_do_not_tile()
-    check_ranks_that_disagree()
-    check_stages_that_share_names_on_sub_meshes()
-    check_gradients_of_replicas()
-    check_replicas_that_drifted_in_their_last_bits()
-    check_bad_gradient_on_one_rank()
-    check_failure_of_another_kind_on_one_rank()
-    check_bad_parameter_on_one_rank()
-
-
-def test_sharded_bad_input_is_refused_on_every_rank() -> None:
-    """Partial and misplaced DTensors, pieces that do not tile, ranks that disagree, and bad input on one rank only."""
-    ranks.run(check_two_ranks, 2)
-
-
-def check_inexpressible_box() -> None:
+@pytest.mark.ranks(4)
+def test_a_dtensor_cut_along_two_inner_dimensions_is_refused() -> None:
     mesh = init_device_mesh("cpu", (2, 2))
     param = nn.Parameter(distribute_tensor(torch.ones(4, 4, 4), mesh, [Shard(1), Shard(2)]))
     for cls in CLASSES:
         refused(
             r"'w' of shape \(4, 4, 4\) is cut along dimensions \[1, 2\].*shard it along fewer", lambda cls=cls: cls([("w", param)], 1e-3)
         )
-
-
-def test_a_dtensor_cut_along_two_inner_dimensions_is_refused() -> None:
-    ranks.run(check_inexpressible_box, 4)

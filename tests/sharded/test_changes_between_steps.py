@@ -12,7 +12,6 @@ from typing import Any
 from weakref import ref
 
 import pytest
-import ranks
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -298,7 +297,8 @@ def test_options_are_checked_when_they_are_set() -> None:
 # ---------------------------------------------------------------------------------------------------------------------- two ranks
 
 
-def check_process_groups_come_and_go(folder: str) -> None:
+@pytest.mark.ranks(2)
+def test_process_groups_may_come_and_go_between_steps(tmp_path: Path) -> None:
     """A step alone, two with the other rank, one alone: each as by an optimizer that knew no other process group.
 
     Ranks that were alone before compare their parameters.
@@ -306,7 +306,7 @@ def check_process_groups_come_and_go(folder: str) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
 
     def meet(number: int) -> None:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store{number}", rank=rank, world_size=world_size)
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store{number}", rank=rank, world_size=world_size)
 
     params, twins = parameters(), parameters()
     optimizer = so.StableAdamW(named(params), lr=1e-2)
@@ -343,7 +343,8 @@ def check_process_groups_come_and_go(folder: str) -> None:
     check(6)
 
 
-def check_equal_jobs_go_on_whatever_ids_python_gives() -> None:
+@pytest.mark.ranks(2)
+def test_ranks_step_together_whatever_ids_python_gives_to_replaced_parameters() -> None:
     """A parameter is replaced again and again; each rank reuses other ids of those before."""
     param = parameters()[0]
     optimizer = so.StableAdamW([("w", param)], lr=1e-2)
@@ -358,7 +359,8 @@ def check_equal_jobs_go_on_whatever_ids_python_gives() -> None:
         optimizer.param_groups[0]["params"] = [param]
 
 
-def check_replicas_of_a_later_group_are_compared() -> None:
+@pytest.mark.ranks(2)
+def test_replicas_of_a_param_group_that_is_added_later_are_compared() -> None:
     """Those known before are not: they may have drifted in their last bits."""
     first = nn.Parameter(torch.ones(16))
     optimizer = so.StableAdamW([("w", first)], lr=1e-2)
@@ -376,7 +378,8 @@ def check_replicas_of_a_later_group_are_compared() -> None:
     optimizer.step()
 
 
-def check_options_that_change_who_agrees() -> None:
+@pytest.mark.ranks(2)
+def test_nonfinite_may_change_between_steps_on_ranks_with_different_numbers_of_tensors() -> None:
     """Each rank holds another number of tensors, as stages of a pipeline do."""
     rank = dist.get_rank()
     params = [nn.Parameter(torch.ones(4)) for _ in range(1 + rank)]
@@ -401,34 +404,38 @@ def check_options_that_change_who_agrees() -> None:
     assert all(bool((a > b).all()) for a, b in zip(before, params, strict=True))
 
 
-def check_parameters_that_change_on_one_rank_alone() -> None:
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize(
+    ("cls", "change"), [(so.StableAdamW, "add"), (so.AdamW, "add"), (so.StableAdamW, "replace"), (so.StableAdamW, "remove")]
+)
+def test_parameters_that_change_on_one_rank_alone_are_refused_on_all(cls: type, change: str) -> None:
     """All ranks raise, and go on when the change was undone, or made on all."""
-    for cls, change in ((so.StableAdamW, "add"), (so.AdamW, "add"), (so.StableAdamW, "replace"), (so.StableAdamW, "remove")):
-        first, second, late = (nn.Parameter(torch.ones(5)) for _ in range(3))
-        optimizer = cls([("first", first), ("second", second)], lr=1e-2, nonfinite="skip")
-        for param in (first, second, late):
-            param.grad = torch.ones(5)
-        optimizer.step()
-        group = optimizer.param_groups[0]
-        for rank in (1, 0):
-            if dist.get_rank() == rank:
-                if change == "add":
-                    optimizer.add_param_group({"params": [("late", late)]})
-                elif change == "replace":
-                    group["params"][1] = late
-                else:
-                    del group["params"][1], group["param_names"][1]
-            if rank == 1:
-                what = {"add": "1 new ones, 'late'", "replace": "1 new ones, 'second'", "remove": "without 1, 'second'"}[change]
-                before = first.detach().clone()
-                with pytest.raises(ValueError, match=rf"rank 1: the parameters .* not on all ranks: here they are {what}; .* every rank"):
-                    optimizer.step()
-                assert torch.equal(first.detach(), before)
-        optimizer.step()
-        assert bool((first.detach() < before).all())
+    first, second, late = (nn.Parameter(torch.ones(5)) for _ in range(3))
+    optimizer = cls([("first", first), ("second", second)], lr=1e-2, nonfinite="skip")
+    for param in (first, second, late):
+        param.grad = torch.ones(5)
+    optimizer.step()
+    group = optimizer.param_groups[0]
+    for rank in (1, 0):
+        if dist.get_rank() == rank:
+            if change == "add":
+                optimizer.add_param_group({"params": [("late", late)]})
+            elif change == "replace":
+                group["params"][1] = late
+            else:
+                del group["params"][1], group["param_names"][1]
+        if rank == 1:
+            what = {"add": "1 new ones, 'late'", "replace": "1 new ones, 'second'", "remove": "without 1, 'second'"}[change]
+            before = first.detach().clone()
+            with pytest.raises(ValueError, match=rf"rank 1: the parameters .* not on all ranks: here they are {what}; .* every rank"):
+                optimizer.step()
+            assert torch.equal(first.detach(), before)
+    optimizer.step()
+    assert bool((first.detach() < before).all())
 
 
-def check_a_set_that_changes_on_one_rank_alone() -> None:
+@pytest.mark.ranks(2)
+def test_a_parameter_stepped_alone_that_one_rank_has_replaced_is_refused_on_all() -> None:
     """All ranks raise where one has replaced a parameter that is stepped alone, and go on when all have."""
     params = [nn.Parameter(torch.ones(5)) for _ in range(2)]
     optimizer = so.StableAdamW([("first", params[0]), ("second", params[1])], lr=1e-2)
@@ -448,7 +455,8 @@ def check_a_set_that_changes_on_one_rank_alone() -> None:
     step()
 
 
-def check_all_parameters_that_have_become_a_set_stepped_alone() -> None:
+@pytest.mark.ranks(2)
+def test_parameters_that_one_rank_has_removed_are_refused_where_the_rest_is_a_set_that_was_stepped_alone() -> None:
     """All ranks raise where one has removed so many that the others are a set it knows."""
     a, b = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(300))
     optimizer = so.StableAdamW([{"params": [("a", a)]}, {"params": [("b", b)]}], lr=1e-2)
@@ -466,7 +474,8 @@ def check_all_parameters_that_have_become_a_set_stepped_alone() -> None:
     optimizer.step()
 
 
-def check_a_failed_step_that_one_rank_remembers() -> None:
+@pytest.mark.ranks(2)
+def test_a_failed_step_whose_exception_one_rank_keeps_changes_nothing() -> None:
     """What is known of a set does not depend on who keeps an exception alive, as a notebook does."""
     a, b, c = (nn.Parameter(torch.ones(count)) for count in (4, 5, 5))
     optimizer = so.StableAdamW([{"params": [("a", a)]}, {"params": [("b", b)]}], lr=1e-2, nonfinite="raise")
@@ -487,7 +496,8 @@ def check_a_failed_step_that_one_rank_remembers() -> None:
     assert float(optimizer.state[a]["step"]) == 4.0
 
 
-def check_metrics_of_a_parameter_that_only_one_rank_gets() -> None:
+@pytest.mark.ranks(2)
+def test_metrics_of_a_parameter_of_which_only_one_rank_holds_state_are_on_all() -> None:
     """ShardedOptimizer, whose other rank holds nothing of a parameter that is trained from now on."""
     model, late = nn.Linear(6, 4), nn.Parameter(torch.ones(1), requires_grad=False)
     with torch.no_grad():
@@ -509,7 +519,8 @@ def check_metrics_of_a_parameter_that_only_one_rank_gets() -> None:
         assert ("l2_norm/grad/late" in report) == trained
 
 
-def check_what_is_kept_of_a_process_group() -> None:
+@pytest.mark.ranks(2)
+def test_an_optimizer_does_not_keep_a_destroyed_process_group_alive() -> None:
     """torch.distributed owns it, and ends its threads."""
     param = nn.Parameter(torch.ones(3))
     group = dist.new_group([0, 1])
@@ -528,7 +539,8 @@ def give_ones(*params: nn.Parameter) -> None:
         param.grad = torch.ones_like(param)
 
 
-def check_options_that_differ_between_ranks() -> None:
+@pytest.mark.ranks(2)
+def test_options_that_differ_between_ranks_are_refused() -> None:
     """An option that decides what a step does is compared like a hyperparameter, also when it is set later."""
     for name, values in (("nonfinite", ("skip", "allow")), ("nonfinite", ("skip", "raise")), ("max_skipped_steps", (2, 3))):
         param = nn.Parameter(torch.ones(3))
@@ -549,7 +561,8 @@ def check_options_that_differ_between_ranks() -> None:
         optimizer.step()
 
 
-def check_a_step_that_a_rank_leaves_out() -> None:
+@pytest.mark.ranks(2)
+def test_a_rank_that_leaves_out_a_step_is_named() -> None:
     """The others learn which rank is missing, and in a step of what, when the process group's time is over."""
     group = dist.new_group([0, 1], timeout=timedelta(seconds=2))
     param = nn.Parameter(torch.ones(3))
@@ -562,7 +575,9 @@ def check_a_step_that_a_rank_leaves_out() -> None:
             optimizer.step()
 
 
-def check_fsdp2_models_that_are_moved_and_cast() -> None:
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("cls", CLASSES)
+def test_fsdp2_models_may_be_moved_and_cast_between_steps(cls: type) -> None:
     """Before the first step and after steps; training goes on with the same bits where nothing changed."""
     conversions = {
         "to": lambda model: model.to("cpu"),
@@ -571,34 +586,34 @@ def check_fsdp2_models_that_are_moved_and_cast() -> None:
         "to_empty": lambda model: model.to_empty(device="cpu"),
         "to_bfloat16": lambda model: model.to(torch.bfloat16),
     }
-    for cls in CLASSES:
-        expected = None
-        for name, convert in conversions.items():
-            torch.manual_seed(0)
-            model = nn.Sequential(nn.Linear(8, 17), nn.Linear(17, 4))
-            fully_shard(model[0])
-            fully_shard(model)
-            optimizer = cls(model.parameters(), lr=1e-2)
-            for step in range(3):
-                if name != "to_empty" or step != 0:
-                    convert(model)
-                if name == "to_empty":
-                    with torch.no_grad():
-                        for seed, param in enumerate(model.parameters()):
-                            generator = torch.Generator().manual_seed(seed)
-                            param.to_local().copy_(torch.randn(param.to_local().shape, generator=generator))
-                inputs = torch.randn(3, 8, generator=torch.Generator().manual_seed(step)).to(next(model.parameters()).dtype)
-                model(inputs).square().mean().backward()
-                optimizer.step()
-                optimizer.zero_grad()
-            values = [param.full_tensor().detach().clone() for param in model.parameters()]
-            assert all(value.isfinite().all() for value in values), (cls, name)
-            if name in ("to", "cpu", "float"):
-                expected = values if expected is None else expected
-                assert all(map(torch.equal, values, expected)), (cls, name)
+    expected = None
+    for name, convert in conversions.items():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 17), nn.Linear(17, 4))
+        fully_shard(model[0])
+        fully_shard(model)
+        optimizer = cls(model.parameters(), lr=1e-2)
+        for step in range(3):
+            if name != "to_empty" or step != 0:
+                convert(model)
+            if name == "to_empty":
+                with torch.no_grad():
+                    for seed, param in enumerate(model.parameters()):
+                        generator = torch.Generator().manual_seed(seed)
+                        param.to_local().copy_(torch.randn(param.to_local().shape, generator=generator))
+            inputs = torch.randn(3, 8, generator=torch.Generator().manual_seed(step)).to(next(model.parameters()).dtype)
+            model(inputs).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        values = [param.full_tensor().detach().clone() for param in model.parameters()]
+        assert all(value.isfinite().all() for value in values), name
+        if name in ("to", "cpu", "float"):
+            expected = values if expected is None else expected
+            assert all(map(torch.equal, values, expected)), name
 
 
-def check_a_dtensor_that_is_sharded_otherwise() -> None:
+@pytest.mark.ranks(2)
+def test_a_parameter_may_be_sharded_otherwise_between_steps() -> None:
     """Under the same object, with its state: the next step makes the layout anew."""
     mesh = init_device_mesh("cpu", (2,))
     start, grad = torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(0)).unbind()
@@ -616,28 +631,6 @@ def check_a_dtensor_that_is_sharded_otherwise() -> None:
         reference.step()
         assert torch.equal(param.full_tensor(), whole), placement
         assert optimizer.metrics() == reference.metrics(), placement
-
-
-def check_two_ranks(folder: str) -> None:
-    check_equal_jobs_go_on_whatever_ids_python_gives()
-    check_replicas_of_a_later_group_are_compared()
-    check_options_that_change_who_agrees()
-    check_parameters_that_change_on_one_rank_alone()
-    check_a_set_that_changes_on_one_rank_alone()
-    check_options_that_differ_between_ranks()
-    check_all_parameters_that_have_become_a_set_stepped_alone()
-    check_a_failed_step_that_one_rank_remembers()
-    check_metrics_of_a_parameter_that_only_one_rank_gets()
-    check_what_is_kept_of_a_process_group()
-    check_fsdp2_models_that_are_moved_and_cast()
-    check_a_dtensor_that_is_sharded_otherwise()
-    check_process_groups_come_and_go(folder)
-    check_a_step_that_a_rank_leaves_out()
-
-
-def test_ranks_go_on_or_raise_together_when_something_changes(tmp_path: Path) -> None:
-    """Process groups, parameters, groups, options, contents; and a rank that leaves out a step is named."""
-    ranks.run(check_two_ranks, 2, str(tmp_path))
 
 
 # ------------------------------------------------------------------------------------------------------------------ hyperparameters

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import ranks
 import torch
 import torch.distributed as dist
 from collectives import collectives_of
@@ -138,34 +137,32 @@ def test_parameters_are_not_kept_alive() -> None:
 # ------------------------------------------------------------------------------------------------------------------------------ ranks
 
 
-def check_wrappers(wrappers: list[str]) -> None:
-    for wrapper in wrappers:
-        for dtype in (torch.float32, torch.bfloat16):
-            model = ShardedModel(wrapper, start_values(dtype))
-            optimizer = so.AdamW(param_groups(model.params), lr=1e-3, layout=model.layout)
-            by_params = partial(so.clip_grad_norm_, list(model.params.items()), layout=model.layout)
-            for step, clip in enumerate([partial(so.clip_grad_norm_, optimizer), by_params] * 2):
-                for norm_type in (2.0, math.inf):
-                    grads = spiky_grads(step, dtype)
-                    model.set_grads({name: grad.clone() for name, grad in grads.items()})
-                    found: list[Tensor] = []
-                    collectives = collectives_of(lambda clip=clip, kind=norm_type, found=found: found.append(clip(0.5, kind)))
-                    where = f"{wrapper} {dtype} {step} {norm_type}"
-                    assert step < 2 or collectives == GATHER, where
-                    assert float(found[0]) == pytest.approx(norm_of(list(grads.values()), norm_type), rel=CLOSE), where
-                    for name, grad in grads.items():
-                        clipped = grad.clone()
-                        torch._foreach_mul_([clipped], factor_of(found[0], 0.5))
-                        assert torch.equal(model.local(model.params[name].grad), model.slice_of(name, clipped)), f"{where} {name}"
-    if dist.get_world_size() == 2:
-        check_mixed()
-        check_partial()
-        check_failures()
-        check_changes()
+@pytest.mark.ranks
+@pytest.mark.parametrize(("world_size", "wrapper"), [(size, wrapper) for size, wrappers in LAYOUTS.items() for wrapper in wrappers])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_sharding_has_the_norm_of_whole_tensors_in_one_collective(world_size: int, wrapper: str, dtype: torch.dtype) -> None:
+    """Of an optimizer and of parameters, under DDP, FSDP1, FSDP2, HSDP and FSDP2 + TP."""
+    model = ShardedModel(wrapper, start_values(dtype))
+    optimizer = so.AdamW(param_groups(model.params), lr=1e-3, layout=model.layout)
+    by_params = partial(so.clip_grad_norm_, list(model.params.items()), layout=model.layout)
+    for step, clip in enumerate([partial(so.clip_grad_norm_, optimizer), by_params] * 2):
+        for norm_type in (2.0, math.inf):
+            grads = spiky_grads(step, dtype)
+            model.set_grads({name: grad.clone() for name, grad in grads.items()})
+            found: list[Tensor] = []
+            collectives = collectives_of(lambda clip=clip, kind=norm_type, found=found: found.append(clip(0.5, kind)))
+            where = f"{step} {norm_type}"
+            assert step < 2 or collectives == GATHER, where
+            assert float(found[0]) == pytest.approx(norm_of(list(grads.values()), norm_type), rel=CLOSE), where
+            for name, grad in grads.items():
+                clipped = grad.clone()
+                torch._foreach_mul_([clipped], factor_of(found[0], 0.5))
+                assert torch.equal(model.local(model.params[name].grad), model.slice_of(name, clipped)), f"{where} {name}"
 
 
-def check_mixed() -> None:
-    """Ordinary tensors, DTensors on two meshes, one of which has this rank alone, and a ShardedOptimizer, all in one call."""
+@pytest.mark.ranks(2)
+def test_one_call_takes_ordinary_tensors_dtensors_on_two_meshes_and_a_sharded_optimizer() -> None:
+    """One of the meshes has this rank alone."""
     rank = dist.get_rank()
     world = init_device_mesh("cpu", (2,))
     alone = init_device_mesh("cpu", (2, 1), mesh_dim_names=("each", "one"))["one"]
@@ -217,8 +214,8 @@ class Both:
         self.optimizers = list(optimizers)
 
 
-def check_partial() -> None:
-    """A gradient that tensor parallelism has left as a sum over the ranks counts as the sum."""
+@pytest.mark.ranks(2)
+def test_a_gradient_that_tensor_parallelism_has_left_as_a_sum_over_the_ranks_counts_as_the_sum() -> None:
     mesh = init_device_mesh("cpu", (2,))
     param = nn.Parameter(distribute_tensor(torch.zeros(6), mesh, [Replicate()]))
     part = torch.arange(6.0) * (1 + dist.get_rank())
@@ -229,8 +226,9 @@ def check_partial() -> None:
         torch.testing.assert_close(param.grad.full_tensor(), torch.arange(6.0) * 3 / norm)
 
 
-def check_failures() -> None:
-    """What one rank alone has wrong is raised on both, by name, and the next call is right."""
+@pytest.mark.ranks(2)
+def test_what_one_rank_alone_has_wrong_is_raised_on_all_by_name() -> None:
+    """And the next call is right."""
     rank = dist.get_rank()
     params = {name: nn.Parameter(torch.zeros(5)) for name in ("w", "b")}
 
@@ -256,8 +254,9 @@ def check_failures() -> None:
         so.clip_grad_norm_([("w", nn.Parameter(torch.zeros(5, dtype=torch.float64 if rank == 0 else torch.float32)))], 1.0)
 
 
-def check_changes() -> None:
-    """Parameters that one rank alone replaces, or that both do, are described anew on both; and several models take turns."""
+@pytest.mark.ranks(2)
+def test_parameters_that_are_replaced_on_one_rank_or_on_all_are_described_anew() -> None:
+    """Several models take turns."""
     params = [nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(2))]
     other = nn.Parameter(torch.zeros(9))
     for turn in range(6):
@@ -271,10 +270,3 @@ def check_changes() -> None:
         assert float(so.clip_grad_norm_([other], 9.0)) == 3.0, turn
         stage = {0: params, 1: []}[dist.get_rank()]  # a rank that holds nothing
         assert float(so.clip_grad_norm_(stage, 9.0)) == pytest.approx(math.sqrt(6), rel=CLOSE), turn
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("world_size", LAYOUTS)
-def test_every_sharding_has_the_norm_of_whole_tensors_in_one_collective(world_size: int) -> None:
-    """Optimizers and parameters, float32 and bfloat16, under DDP, FSDP1, FSDP2, HSDP and FSDP2 + TP; mixtures; errors; changes."""
-    ranks.run(check_wrappers, world_size, LAYOUTS[world_size])

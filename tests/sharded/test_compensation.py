@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import ranks
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -155,77 +154,70 @@ def test_steps_of_sets_and_of_all_do_not_take_each_other_for_others() -> None:
         assert torch.equal(optimizer.state[param]["kahan_comp"], twins.state[expected]["kahan_comp"])
 
 
-def check_wrappers_do_not_count_as_others() -> None:
-    """Forward and backward passes under DDP and FSDP2 leave compensations alone; a mask on a DTensor or its local tensor drops them."""
-    for wrap in ("ddp", "fsdp2"):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(17, 9), nn.GELU(), nn.Linear(9, 5)).bfloat16()
-        if wrap == "ddp":
-            model = DistributedDataParallel(model)
-        else:
-            fully_shard(model)
-        optimizer = so.StableAdamW(model.parameters(), lr=1e-3)
-        for step in range(3):
-            optimizer.zero_grad()
-            inputs = torch.randn(6, 17, generator=torch.Generator().manual_seed(step)).bfloat16()
-            model(inputs).float().square().mean().backward()
-            before = [local(optimizer.state[param]["kahan_comp"]).clone() for param in model.parameters() if param in optimizer.state]
-            optimizer.drop_stale_compensation()
-            after = [local(optimizer.state[param]["kahan_comp"]) for param in model.parameters() if param in optimizer.state]
-            assert all(map(torch.equal, before, after))
-            optimizer.step()
-        assert any(bool(local(state["kahan_comp"]).any()) for state in optimizer.state.values())
-        weight = next(model.parameters())
-        writes: list[Callable[[], object]] = [lambda weight=weight: local(weight).mul_(0.0)]
-        if wrap == "fsdp2":
-            mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-            zeros = distribute_tensor(torch.zeros(weight.shape, dtype=weight.dtype), mesh, weight.placements)
-            writes.append(lambda weight=weight, zeros=zeros: weight.mul_(zeros))
-        for write in writes:
-            optimizer.step()
-            assert local(optimizer.state[weight]["kahan_comp"]).any()
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp2"])
+def test_wrappers_do_not_count_as_others(wrap: str) -> None:
+    """Forward and backward passes leave compensations alone; a mask on a DTensor or its local tensor drops them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(17, 9), nn.GELU(), nn.Linear(9, 5)).bfloat16()
+    if wrap == "ddp":
+        model = DistributedDataParallel(model)
+    else:
+        fully_shard(model)
+    optimizer = so.StableAdamW(model.parameters(), lr=1e-3)
+    for step in range(3):
+        optimizer.zero_grad()
+        inputs = torch.randn(6, 17, generator=torch.Generator().manual_seed(step)).bfloat16()
+        model(inputs).float().square().mean().backward()
+        before = [local(optimizer.state[param]["kahan_comp"]).clone() for param in model.parameters() if param in optimizer.state]
+        optimizer.drop_stale_compensation()
+        after = [local(optimizer.state[param]["kahan_comp"]) for param in model.parameters() if param in optimizer.state]
+        assert all(map(torch.equal, before, after))
+        optimizer.step()
+    assert any(bool(local(state["kahan_comp"]).any()) for state in optimizer.state.values())
+    weight = next(model.parameters())
+    writes: list[Callable[[], object]] = [lambda weight=weight: local(weight).mul_(0.0)]
+    if wrap == "fsdp2":
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        zeros = distribute_tensor(torch.zeros(weight.shape, dtype=weight.dtype), mesh, weight.placements)
+        writes.append(lambda weight=weight, zeros=zeros: weight.mul_(zeros))
+    for write in writes:
+        optimizer.step()
+        assert local(optimizer.state[weight]["kahan_comp"]).any()
+        with torch.no_grad():
+            write()
+        optimizer.drop_stale_compensation()
+        assert not local(optimizer.state[weight]["kahan_comp"]).any()
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_mask_drops_the_compensations_of_all_shards_and_a_step_none(stage: int) -> None:
+    """With the bits of one process."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(17, 9), nn.GELU(), nn.Linear(9, 5)).bfloat16()
+    alone = copy.deepcopy(model)
+    sharded = so.ShardedOptimizer(model, so.AdamW, stage=stage, lr=1e-3, weight_decay=0.0, kahan_sum=True, bucket_mb=1e-4)
+    optimizer = so.AdamW(alone.named_parameters(), lr=1e-3, weight_decay=0.0)
+    for masked in (False, True, False):
+        if masked:
             with torch.no_grad():
-                write()
-            optimizer.drop_stale_compensation()
-            assert not local(optimizer.state[weight]["kahan_comp"]).any()
-
-
-def check_sharded_optimizer() -> None:
-    """A mask on the parameters drops the compensations of all shards; steps alone keep them, with the bits of one process."""
-    for stage in (1, 2):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(17, 9), nn.GELU(), nn.Linear(9, 5)).bfloat16()
-        alone = copy.deepcopy(model)
-        sharded = so.ShardedOptimizer(model, so.AdamW, stage=stage, lr=1e-3, weight_decay=0.0, kahan_sum=True, bucket_mb=1e-4)
-        optimizer = so.AdamW(alone.named_parameters(), lr=1e-3, weight_decay=0.0)
-        for masked in (False, True, False):
-            if masked:
-                with torch.no_grad():
-                    for param in (*model.parameters(), *alone.parameters()):
-                        param.mul_(torch.rand(param.shape, generator=torch.Generator().manual_seed(1)) < 0.5)
-            for step in range(3):
-                for param, twin in zip(model.parameters(), alone.parameters(), strict=True):
-                    twin.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(step)).bfloat16()
-                    param.grad = twin.grad.clone()
-                sharded.step()
-                optimizer.step()
-                sharded.wait()
-                sharded.zero_grad()
-            assert all(map(torch.equal, model.parameters(), alone.parameters())), (stage, masked)
-            assert any(bool(state["kahan_comp"].any()) for state in sharded.state.values())
-
-
-def check_two_ranks() -> None:
-    check_wrappers_do_not_count_as_others()
-    check_sharded_optimizer()
+                for param in (*model.parameters(), *alone.parameters()):
+                    param.mul_(torch.rand(param.shape, generator=torch.Generator().manual_seed(1)) < 0.5)
+        for step in range(3):
+            for param, twin in zip(model.parameters(), alone.parameters(), strict=True):
+                twin.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(step)).bfloat16()
+                param.grad = twin.grad.clone()
+            sharded.step()
+            optimizer.step()
+            sharded.wait()
+            sharded.zero_grad()
+        assert all(map(torch.equal, model.parameters(), alone.parameters())), masked
+        assert any(bool(state["kahan_comp"].any()) for state in sharded.state.values())
 
 
 def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def test_wrappers_do_not_count_as_others() -> None:
-    ranks.run(check_two_ranks, 2)
 
 
 def test_masters_keep_what_a_write_to_other_elements_leaves_alone() -> None:

@@ -6,12 +6,12 @@ import copy
 import gc
 import io
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import gradient_memory
 import optimi
 import pytest
-import ranks
 import torch
 import torch.distributed as dist
 from collectives import collectives_of
@@ -279,31 +279,37 @@ def grads_alive_elsewhere(model: nn.Module, optimizer: torch.optim.Optimizer) ->
     return alive
 
 
-def check_bits_of_ordinary_steps(
-    wrap: Callable[[Model], nn.Module], model_parallel: int = 1, names: Iterable[str] = tuple(OPTIMIZERS)
-) -> None:
+def assert_bits_of_ordinary_steps(name: str, wrap: Callable[[Model], nn.Module], model_parallel: int = 1) -> None:
     rank, world_size = dist.get_rank() // model_parallel, dist.get_world_size() // model_parallel
-    for name in names:
-        make = OPTIMIZERS[name]
-        ordinary, model = wrap(Model()), wrap(Model())
-        train(ordinary, make(ordinary.parameters()), STEPS, rank, world_size)
-        released(model, make, STEPS, rank, world_size)
-        assert_equal(model, ordinary, f"{name} {wrap}")
+    make = OPTIMIZERS[name]
+    ordinary, model = wrap(Model()), wrap(Model())
+    train(ordinary, make(ordinary.parameters()), STEPS, rank, world_size)
+    released(model, make, STEPS, rank, world_size)
+    assert_equal(model, ordinary, f"{name} {wrap}")
 
 
-def check_ddp_misuse() -> None:
-    """What would let each rank step by its own gradients, or do nothing, is refused."""
+@pytest.mark.ranks(2)
+def test_a_model_that_was_prepared_inside_of_ddp_is_refused() -> None:
+    """Each rank would step by its own gradients."""
     model = ddp(Model())
     optimizer = so.AdamW(model.parameters(), lr=1e-2, gradient_release=True)
     so.prepare_for_gradient_release(model.module, optimizer)
     with pytest.raises(ValueError, match=r"inside or before DistributedDataParallel.*wrap it first"):
         model(torch.ones(2, 17))
+
+
+@pytest.mark.ranks(2)
+def test_a_ddp_model_with_a_communication_hook_is_refused() -> None:
     hooked = ddp(Model())
     hooked.register_comm_hook(None, allreduce_hook)
     optimizer = so.AdamW(hooked.parameters(), lr=1e-2, gradient_release=True)
     for _ in range(2):
         with pytest.raises(ValueError, match="has a communication hook already"):
             so.prepare_for_gradient_release(hooked, optimizer)
+
+
+@pytest.mark.ranks(2)
+def test_a_model_that_fsdp2_shards_after_it_was_prepared_is_refused() -> None:
     late = Model()
     so.prepare_for_gradient_release(late, so.AdamW(late.parameters(), lr=1e-2, gradient_release=True))
     fsdp2(late)
@@ -311,66 +317,89 @@ def check_ddp_misuse() -> None:
         late(torch.ones(2, 17))
 
 
-def check_ddp() -> None:
+bucket_views = pytest.mark.parametrize("is_view", [False, True], ids=["copies", "bucket views"])
+
+
+@pytest.mark.ranks(2)
+@bucket_views
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_ddp_ends_with_the_bits_of_ordinary_steps(name: str, is_view: bool) -> None:
+    assert_bits_of_ordinary_steps(name, partial(ddp, gradient_as_bucket_view=is_view))
+
+
+@pytest.mark.ranks(2)
+@bucket_views
+def test_ddp_with_accumulation_ends_with_the_bits_of_ordinary_steps(is_view: bool) -> None:
+    """Over two backward passes with no_sync, back to ordinary steps, and released once more: DDP keeps the hook that it was given."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    check_bits_of_ordinary_steps(ddp)
-    check_bits_of_ordinary_steps(lambda model: ddp(model, gradient_as_bucket_view=True))
-    # Accumulation over two backward passes with no_sync, and a return to ordinary steps.
-    for options in ({}, {"gradient_as_bucket_view": True}):
-        models = [ddp(Model(), **options) for _ in range(2)]
-        optimizers = [so.StableAdamW(model.parameters(), lr=1e-2, gradient_release=True) for model in models]
-        so.prepare_for_gradient_release(models[1], optimizers[1])
-        for step in range(6):
-            for index, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
-                if index == 1 and step == 4:
-                    so.remove_gradient_release(model)
-                x = torch.randn(4, 17, generator=torch.Generator().manual_seed(10 * step + rank))
-                with model.no_sync():
-                    model(x).square().mean().backward()
-                model(x + 1).square().mean().backward()
-                optimizer.step()
-                assert all((param.grad is None) == (index == 1 and step < 4) for param in model.parameters())
-                optimizer.zero_grad()
-        assert_equal(models[1], models[0])
-        # And once more released: DDP keeps the hook it was given.
-        so.prepare_for_gradient_release(models[1], optimizers[1])
-        for model, optimizer in zip(models, optimizers, strict=True):
-            train(model, optimizer, range(3), rank, world_size)
-        assert_equal(models[1], models[0])
+    models = [ddp(Model(), gradient_as_bucket_view=is_view) for _ in range(2)]
+    optimizers = [so.StableAdamW(model.parameters(), lr=1e-2, gradient_release=True) for model in models]
+    so.prepare_for_gradient_release(models[1], optimizers[1])
+    for step in range(6):
+        for index, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
+            if index == 1 and step == 4:
+                so.remove_gradient_release(model)
+            x = torch.randn(4, 17, generator=torch.Generator().manual_seed(10 * step + rank))
+            with model.no_sync():
+                model(x).square().mean().backward()
+            model(x + 1).square().mean().backward()
+            optimizer.step()
+            assert all((param.grad is None) == (index == 1 and step < 4) for param in model.parameters())
+            optimizer.zero_grad()
+    assert_equal(models[1], models[0])
+    so.prepare_for_gradient_release(models[1], optimizers[1])
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train(model, optimizer, range(3), rank, world_size)
+    assert_equal(models[1], models[0])
+
+
+@pytest.mark.ranks(2)
+def test_gradients_are_freed_as_soon_as_ddp_has_reduced_their_bucket() -> None:
     model = ddp(Model())
-    optimizer = released(model, OPTIMIZERS["AdamW"], range(2), rank, world_size)
+    optimizer = released(model, OPTIMIZERS["AdamW"], range(2), dist.get_rank(), dist.get_world_size())
     alive = grads_alive_elsewhere(model, optimizer)
     assert len(alive) > 2, "there are several buckets"
     assert max(alive) <= 2, "those that DDP has reduced are gone; the next bucket fills"
-    check_ddp_misuse()
-    # Parameters that another optimizer steps keep their averaged gradients.
-    for options in ({}, {"gradient_as_bucket_view": True}):
-        models = [ddp(Model(), **options) for _ in range(2)]
-        optimizers = [so.AdamW(list(model.parameters())[3:], lr=1e-2, gradient_release=True) for model in models]
-        so.prepare_for_gradient_release(models[1], optimizers[1])
-        for model, optimizer in zip(models, optimizers, strict=True):
-            model(torch.randn(4, 17, generator=torch.Generator().manual_seed(rank))).square().mean().backward()
-            optimizer.step()
-        assert_equal(models[1], models[0])
-        for index, (a, e) in enumerate(zip(models[1].parameters(), models[0].parameters(), strict=True)):
-            assert (a.grad is None) == (index >= 3)
-            assert index >= 3 or torch.equal(a.grad, e.grad)
-        # Those that somebody holds are not written by later backward passes, but where they are views of buckets.
-        if not options:
-            for _ in range(2):  # DDP makes its buckets anew after the first
-                held = [(param.grad, param.grad.clone()) for param in list(models[1].parameters())[:3]]
-                models[1].zero_grad()
-                models[1](torch.ones(4, 17)).square().mean().backward()
-                assert all(torch.equal(grad, before) for grad, before in held)
+
+
+def released_in_part(is_view: bool) -> list[nn.Module]:
+    """Two models after a step of all but three parameters, of which the second model's are released."""
+    models = [ddp(Model(), gradient_as_bucket_view=is_view) for _ in range(2)]
+    optimizers = [so.AdamW(list(model.parameters())[3:], lr=1e-2, gradient_release=True) for model in models]
+    so.prepare_for_gradient_release(models[1], optimizers[1])
+    for model, optimizer in zip(models, optimizers, strict=True):
+        model(torch.randn(4, 17, generator=torch.Generator().manual_seed(dist.get_rank()))).square().mean().backward()
+        optimizer.step()
+    return models
+
+
+@pytest.mark.ranks(2)
+@bucket_views
+def test_parameters_that_another_optimizer_steps_keep_their_averaged_gradients(is_view: bool) -> None:
+    ordinary, model = released_in_part(is_view)
+    assert_equal(model, ordinary)
+    for index, (a, e) in enumerate(zip(model.parameters(), ordinary.parameters(), strict=True)):
+        assert (a.grad is None) == (index >= 3)
+        assert index >= 3 or torch.equal(a.grad, e.grad)
+
+
+@pytest.mark.ranks(2)
+def test_a_gradient_that_somebody_holds_is_not_written_by_later_backward_passes() -> None:
+    """But where it is a view of a bucket."""
+    _, model = released_in_part(is_view=False)
+    for _ in range(2):  # DDP makes its buckets anew after the first
+        held = [(param.grad, param.grad.clone()) for param in list(model.parameters())[:3]]
+        model.zero_grad()
+        model(torch.ones(4, 17)).square().mean().backward()
+        assert all(torch.equal(grad, before) for grad, before in held)
+
+
+@pytest.mark.ranks(2)
+def test_ddp_with_find_unused_parameters_is_refused() -> None:
     unused = DistributedDataParallel(Model(), find_unused_parameters=True)
     optimizer = so.AdamW(unused.parameters(), lr=1e-2, gradient_release=True)
     with pytest.raises(ValueError, match="find_unused_parameters=True"):
         so.prepare_for_gradient_release(unused, optimizer)
-
-
-def test_ddp_ends_with_the_bits_of_ordinary_steps() -> None:
-    """Several buckets; gradients as bucket views or not; no_sync; ending and beginning again."""
-    ranks.run(check_ddp, 2)
 
 
 class Partly(nn.Module):
@@ -400,19 +429,28 @@ def partly_sharded() -> Partly:
     return model
 
 
-def check_fsdp2() -> None:
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    check_bits_of_ordinary_steps(fsdp2)
-    # One all-reduce more than AdamW's (gloo reduces and scatters by all-reduces) per FSDP group: three layers, and the root with the norm.
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_fsdp2_ends_with_the_bits_of_ordinary_steps(name: str) -> None:
+    assert_bits_of_ordinary_steps(name, fsdp2)
+
+
+@pytest.mark.ranks(2)
+def test_fsdp2_agrees_once_for_each_group_and_keeps_no_gradient_of_another() -> None:
+    """Gloo reduces and scatters by all-reduces: one more than AdamW's for three layers, and for the root with the norm."""
     counts = {}
     for name in ("AdamW", "StableAdamW"):
         model = fsdp2(Model())
-        optimizer = released(model, OPTIMIZERS[name], range(2), rank, world_size)
+        optimizer = released(model, OPTIMIZERS[name], range(2), dist.get_rank(), dist.get_world_size())
         loss = model(torch.ones(2, 17)).square().mean()
         counts[name] = collectives_of(loss.backward).count("gloo:all_reduce")
     assert counts["StableAdamW"] - counts["AdamW"] == 4, counts
     assert grads_alive_elsewhere(model, optimizer) == [0] * 4
-    # Units that are complete in part, with a plain parameter among them.
+
+
+@pytest.mark.ranks(2)
+def test_fsdp2_units_that_are_complete_in_part_end_with_the_bits_of_ordinary_steps() -> None:
+    """With a plain parameter among them."""
     models = [partly_sharded() for _ in range(2)]
     optimizers = [so.StableAdamW(model.parameters(), lr=1e-2, gradient_release=index == 1) for index, model in enumerate(models)]
     so.prepare_for_gradient_release(models[1], optimizers[1])
@@ -424,7 +462,11 @@ def check_fsdp2() -> None:
             optimizer.step()
             optimizer.zero_grad()
     assert_equal(models[1], models[0])
-    # Accumulation without reduction keeps gradients until the last micro-batch.
+
+
+@pytest.mark.ranks(2)
+def test_fsdp2_with_accumulation_keeps_gradients_until_the_last_micro_batch() -> None:
+    rank = dist.get_rank()
     models = [fsdp2(Model()) for _ in range(2)]
     optimizers = [so.StableAdamW(model.parameters(), lr=1e-2, gradient_release=index == 1) for index, model in enumerate(models)]
     so.prepare_for_gradient_release(models[1], optimizers[1])
@@ -440,19 +482,17 @@ def check_fsdp2() -> None:
     assert {float(state["step"]) for state in optimizers[1].state.values()} == {4.0}
 
 
-def test_fsdp2_ends_with_the_bits_of_ordinary_steps_and_agrees_once_per_group() -> None:
-    """Also where a part of a group gets no gradient, and with accumulation before the reduction."""
-    ranks.run(check_fsdp2, 2)
-
-
-def check_two_dimensions(everything: bool) -> None:
-    """Each optimizer under one of both, and StableAdamW, which agrees, under both."""
-    check_bits_of_ordinary_steps(hsdp, 1, OPTIMIZERS if everything else ("Adam", "DecoupledAdamW", "StableAdamW"))
-    check_bits_of_ordinary_steps(fsdp2_tp, 2, OPTIMIZERS if everything else ("AdamW", "DecoupledSGDW", "StableAdamW"))
-
-
-def test_hsdp_and_tensor_parallelism_end_with_the_bits_of_ordinary_steps(everything: bool) -> None:
-    ranks.run(check_two_dimensions, 4, everything)
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize(
+    ("wrap", "model_parallel", "names"),
+    [(hsdp, 1, ("Adam", "DecoupledAdamW", "StableAdamW")), (fsdp2_tp, 2, ("AdamW", "DecoupledSGDW", "StableAdamW"))],
+)
+def test_hsdp_and_tensor_parallelism_end_with_the_bits_of_ordinary_steps(
+    wrap: Callable[[Model], nn.Module], model_parallel: int, names: Sequence[str], everything: bool
+) -> None:
+    """Each optimizer under one of both, and StableAdamW, which agrees, under both, unless everything is asked for."""
+    for name in OPTIMIZERS if everything else names:
+        assert_bits_of_ordinary_steps(name, wrap, model_parallel)
 
 
 def test_a_copy_of_a_prepared_model_is_an_ordinary_model() -> None:
@@ -484,7 +524,8 @@ def test_a_copy_of_a_prepared_model_is_an_ordinary_model() -> None:
             assert own.state[next(twin.parameters())]["step"] == 1
 
 
-def check_a_copy_of_a_prepared_ddp_model() -> None:
+@pytest.mark.ranks(2)
+def test_a_copy_of_a_prepared_ddp_model_is_an_ordinary_one() -> None:
     """It averages gradients as any other, and nobody steps it."""
     model = DistributedDataParallel(nn.Linear(8, 3))
     optimizer = so.AdamW(model.parameters(), lr=1e-2, gradient_release=True)
@@ -494,10 +535,6 @@ def check_a_copy_of_a_prepared_ddp_model() -> None:
     twin(torch.full((2, 8), float(1 + dist.get_rank()))).sum().backward()
     assert all(map(torch.equal, before, twin.parameters()))
     assert torch.equal(next(twin.parameters()).grad, torch.full((3, 8), 3.0))
-
-
-def test_a_copy_of_a_prepared_ddp_model_is_an_ordinary_one() -> None:
-    ranks.run(check_a_copy_of_a_prepared_ddp_model, 2)
 
 
 def test_parameters_that_are_replaced_before_the_first_forward_pass_are_still_refused() -> None:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any
 
 import pytest
-import ranks
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -60,43 +58,48 @@ def assert_refused(model: nn.Module, optimizer: Any, context: AbstractContextMan
     assert time.monotonic() - started < 10.0
 
 
-def check() -> None:
-    contexts: dict[str, Callable[[DistributedDataParallel], Any]] = {
-        "Join": lambda model: Join([model]),
-        "join": lambda model: model.join(),
-        "Join of two": lambda model: Join([DistributedDataParallel(nn.Linear(1, 1)), model]),
-    }
-    for name, make in COLLECTIVE.items():
-        for before, way in ((0, "Join"), (1, "Join"), (3, "join"), (0, "Join of two")):  # steps before the context
-            if way == "Join" or name == "StableAdamW":
-                torch.manual_seed(0)
-                model = DistributedDataParallel(nn.Linear(4, 3))
-                optimizer = make(model)
-                train(model, optimizer, before)
-                assert_refused(model, optimizer, contexts[way](model), uneven())
-                assert_replicas_are_equal(model)
-    for name, make in (COLLECTIVE | LOCAL).items():
-        torch.manual_seed(0)
-        model, other = DistributedDataParallel(nn.Linear(4, 3)), DistributedDataParallel(nn.Linear(4, 3))
-        optimizer, local = make(model), LOCAL["AdamW"](other)
-        with Join([other]):  # of another model
-            train(other, local, uneven())
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize(
+    ("name", "before", "way"),  # an optimizer, its steps before the context, and which context
+    [(name, before, "Join") for name in COLLECTIVE for before in (0, 1)] + [("StableAdamW", 3, "join"), ("StableAdamW", 0, "Join of two")],
+)
+def test_join_is_refused_by_name_where_a_step_is_a_collective(name: str, before: int, way: str) -> None:
+    torch.manual_seed(0)
+    model = DistributedDataParallel(nn.Linear(4, 3))
+    optimizer = COLLECTIVE[name](model)
+    train(model, optimizer, before)
+    joined = {"join": [], "Join": [model], "Join of two": [DistributedDataParallel(nn.Linear(1, 1)), model]}[way]
+    context = Join(joined) if joined else model.join()
+    assert_refused(model, optimizer, context, uneven())
+    assert_replicas_are_equal(model)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("name", COLLECTIVE | LOCAL)
+def test_join_is_refused_nowhere_else(name: str) -> None:
+    """Not for AdamW, for another model, in a context that is off, has been left, or stops all ranks together."""
+    torch.manual_seed(0)
+    model, other = DistributedDataParallel(nn.Linear(4, 3)), DistributedDataParallel(nn.Linear(4, 3))
+    optimizer, local = (COLLECTIVE | LOCAL)[name](model), LOCAL["AdamW"](other)
+    with Join([other]):  # of another model
+        train(other, local, uneven())
+    train(model, optimizer, 2)
+    with Join([model], enable=False):
         train(model, optimizer, 2)
-        with Join([model], enable=False):
-            train(model, optimizer, 2)
-        with Join([model]):
-            train(model, optimizer, uneven() if name in LOCAL else 0)
-        if name not in LOCAL:  # whose moments Join has not made equal
-            train(model, optimizer, 2)  # after a context
-        assert_replicas_are_equal(model)
-        with (
-            pytest.raises(RuntimeError, match=r"exhausted all inputs|Detected at least one rank that exhausted inputs"),
-            Join([model], throw_on_early_termination=True),
-        ):
-            train(model, optimizer, uneven())
+    with Join([model]):
+        train(model, optimizer, uneven() if name in LOCAL else 0)
+    if name not in LOCAL:  # whose moments Join has not made equal
+        train(model, optimizer, 2)  # after a context
+    assert_replicas_are_equal(model)
+    with (
+        pytest.raises(RuntimeError, match=r"exhausted all inputs|Detected at least one rank that exhausted inputs"),
+        Join([model], throw_on_early_termination=True),
+    ):
+        train(model, optimizer, uneven())
 
 
-def check_join_of_the_optimizer() -> None:
+@pytest.mark.ranks(2)
+def test_join_of_the_optimizer_itself_is_refused() -> None:
     """As it is passed beside the model where ZeroRedundancyOptimizer is used."""
     model = DistributedDataParallel(nn.Linear(4, 3))
     optimizer = so.ShardedOptimizer(model, so.AdamW, lr=1e-2)
@@ -104,7 +107,8 @@ def check_join_of_the_optimizer() -> None:
         Join([model, optimizer])
 
 
-def check_a_rank_without_inputs() -> None:
+@pytest.mark.ranks(2)
+def test_a_rank_that_has_no_inputs_is_not_waited_for() -> None:
     """The one that has some says so at once, in its first step: no collective of this library comes before."""
     torch.manual_seed(0)
     model = DistributedDataParallel(nn.Linear(4, 3))
@@ -116,17 +120,3 @@ def check_a_rank_without_inputs() -> None:
         Join([model])._get_num_nonjoined_procs()
         hooks[0].main_hook()  # what Join does in the place of a rank without inputs, for one batch of the other
     dist.barrier()
-
-
-def check_both() -> None:
-    check()
-    check_join_of_the_optimizer()
-
-
-def test_join_is_refused_by_name_where_a_step_is_a_collective() -> None:
-    """And nowhere else: not for AdamW, another model, a context that is off, has been left or stops all ranks together."""
-    ranks.run(check_both, 2)
-
-
-def test_a_rank_that_has_no_inputs_is_not_waited_for() -> None:
-    ranks.run(partial(check_a_rank_without_inputs), 2)

@@ -271,8 +271,8 @@ def test_what_travels_is_what_must(world_size: int) -> None:
 # ------------------------------------------------------------------------------------------------------------------ all or nothing
 
 
-def check_failures() -> None:
-    rank = dist.get_rank()
+def stepped_once() -> tuple[ShardedModel, so.Muon, Callable[[], bool]]:
+    """A model with new gradients, its optimizer, and whether both are as they are now."""
     model = ShardedModel("fsdp2", start_values(torch.float32))
     optimizer = OPTIMIZERS["adamw"](mixed_groups(model.params, "adamw"))
     model.set_grads(spiky_grads(0, torch.float32))
@@ -282,12 +282,15 @@ def check_failures() -> None:
         return [model.local(each).clone() for param in model.params.values() for each in (param, *optimizer.state[param].values())]
 
     before = values()
-
-    def unchanged() -> bool:
-        return all(map(torch.equal, before, values()))
-
     model.set_grads(spiky_grads(2, torch.float32))
-    if rank == 1:
+    return model, optimizer, lambda: all(map(torch.equal, before, values()))
+
+
+@pytest.mark.ranks(2)
+def test_nan_on_one_rank_leaves_all_ranks_as_they_were() -> None:
+    """A step is skipped, or raises."""
+    model, optimizer, unchanged = stepped_once()
+    if dist.get_rank() == 1:
         model.local(model.params["up.weight"].grad)[0, 0] = torch.nan  # pyright: ignore[reportArgumentType]
     optimizer.step()
     assert optimizer.skipped_steps == 1
@@ -296,40 +299,54 @@ def check_failures() -> None:
     with pytest.raises(FloatingPointError, match=r"'up.weight'.*rank 1|rank 1.*'up.weight'"):
         optimizer.step()
     assert unchanged()
-    model.set_grads(spiky_grads(2, torch.float32))
-    if rank == 0:
+
+
+@pytest.mark.ranks(2)
+def test_a_gradient_that_one_rank_lacks_leaves_all_ranks_as_they_were() -> None:
+    model, optimizer, unchanged = stepped_once()
+    if dist.get_rank() == 0:
         model.params["up.weight"].grad = None
     with pytest.raises(ValueError, match=r"'up.weight'"):
         optimizer.step()
     assert unchanged()
-    model.set_grads(spiky_grads(2, torch.float32))
-    optimizer.param_groups[0]["momentum"] = 0.9 + 0.01 * rank
+
+
+@pytest.mark.ranks(2)
+def test_a_hyperparameter_that_differs_on_one_rank_leaves_all_ranks_as_they_were() -> None:
+    """And they go on when it is the same again."""
+    _, optimizer, unchanged = stepped_once()
+    optimizer.param_groups[0]["momentum"] = 0.9 + 0.01 * dist.get_rank()
     with pytest.raises(ValueError, match=r"ranks disagree about '.*': (momentum|threshold) is .* on rank 0, .* on rank 1"):
         optimizer.step()
     assert unchanged()
     optimizer.param_groups[0]["momentum"] = 0.95
     optimizer.step()
     assert not unchanged()
+
+
+@pytest.mark.ranks(2)
+def test_ranks_that_disagree_about_the_matrices_of_a_tensor_are_refused() -> None:
     whole = nn.Parameter(torch.ones(4, 3))
     whole.grad = torch.ones(4, 3)
     with pytest.raises(ValueError, match=r"ranks 0 and 1 disagree about the matrices that 'w' \(shape \(4, 3\)\) is"):
-        so.Muon([("w", whole)], split=1 + rank).step()
+        so.Muon([("w", whole)], split=1 + dist.get_rank()).step()
+
+
+@pytest.mark.ranks(2)
+def test_matrices_that_fsdp1_has_flattened_with_vectors_are_refused() -> None:
     flat = FullyShardedDataParallel(nn.Linear(3, 2), device_id=torch.device("cpu"))  # rank 0 has nothing of the bias
     with pytest.raises(ValueError, match=r"'bias' has shape \(2,\), which is no matrix.*flattened it with 1 others.*use_orig_params=True"):
         so.Muon(flat.parameters())
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("ask", [get_optimizer_state_dict, FullyShardedDataParallel.optim_state_dict])
+def test_state_that_torch_cannot_gather_under_fsdp1_is_refused(ask: Callable[..., Any]) -> None:
     flat = FullyShardedDataParallel(nn.Linear(3, 2), use_orig_params=True, device_id=torch.device("cpu"))
     optimizer = so.Muon(so.muon_param_groups(flat, to_muon="weight"))
     optimizer.init_state()
-    for ask in (get_optimizer_state_dict, FullyShardedDataParallel.optim_state_dict):
-        with pytest.raises(ValueError, match=r"'weight' has momentum_buffer, 'bias' exp_avg and exp_avg_sq. Save with so.checkpoint"):
-            ask(flat, optimizer)
-
-
-def test_a_failure_on_one_rank_leaves_all_ranks_as_they_were() -> None:
-    """NaN, a missing gradient, other hyperparameters or another split on one rank; matrices that were flattened with vectors; and state
-    that torch cannot gather under FSDP1.
-    """
-    ranks.run(check_failures, 2)
+    with pytest.raises(ValueError, match=r"'weight' has momentum_buffer, 'bias' exp_avg and exp_avg_sq. Save with so.checkpoint"):
+        ask(flat, optimizer)
 
 
 # --------------------------------------------------------------------------------------------------------------------- checkpoints

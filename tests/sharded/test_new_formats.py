@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ranks
 import torch
 from operand_cases import Case, assert_same, assert_same_observation, assert_same_update
 from torch import Tensor, nn
@@ -325,10 +324,16 @@ def test_a_parameter_that_others_have_written_loses_all_further_arrays() -> None
     assert saved[2]["middle"].any()
 
 
-def check_masters(folder: str) -> None:
-    for fmt in NEW.values():
-        FORMATS[fmt.name] = fmt
-    stateful.param_format = of_parameters  # of this process, which ends with the check
+@pytest.mark.ranks(1)
+def test_masters_begin_with_the_value_of_all_arrays(tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        for fmt in NEW.values():
+            patch.setitem(FORMATS, fmt.name, fmt)
+        patch.setattr(stateful, "param_format", of_parameters)
+        check_masters(tmp_path)
+
+
+def check_masters(folder: Path) -> None:
     parts = Run("eager").step(range(3))
     checkpoint.save(folder, 3, model=nn.ParameterList(parts.params), optimizer=parts.optimizer)
     expected = parts.values()
@@ -344,10 +349,6 @@ def check_masters(folder: str) -> None:
             if value.numel():
                 assert torch.equal(optimizer.state[param]["master"].view(value.shape), value), way
             assert torch.equal(param, value.bfloat16()), way
-
-
-def test_masters_begin_with_the_value_of_all_arrays(tmp_path: Path) -> None:
-    ranks.run(check_masters, 1, str(tmp_path))
 
 
 # ------------------------------------------------------------------------------------------------------------- rounded at random

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import pytest
-import ranks
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -160,50 +159,47 @@ def test_on_a_device_the_next_step_raises(make: Callable[..., Any]) -> None:
     assert optimizer.skipped_steps == 5
 
 
-def check_ranks() -> None:
-    """What is not finite on rank 1 alone stops both, with the same message, in the same step."""
-    for kind in ("fsdp2", "zero1", "zero2"):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
-        if kind == "fsdp2":
-            fully_shard(model)
-            optimizer: Any = so.StableAdamW(model.named_parameters(), lr=1e-2, max_skipped_steps=2)
-        else:
-            optimizer = so.ShardedOptimizer(model, so.StableAdamW, lr=1e-2, max_skipped_steps=2, stage=1 if kind == "zero1" else 2)
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("kind", ["fsdp2", "zero1", "zero2"])
+def test_a_rank_alone_with_nan_stops_all(kind: str) -> None:
+    """With the same message, in the same step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+    if kind == "fsdp2":
+        fully_shard(model)
+        optimizer: Any = so.StableAdamW(model.named_parameters(), lr=1e-2, max_skipped_steps=2)
+    else:
+        optimizer = so.ShardedOptimizer(model, so.StableAdamW, lr=1e-2, max_skipped_steps=2, stage=1 if kind == "zero1" else 2)
 
-        def step(*, bad: bool, model: nn.Module = model, optimizer: Any = optimizer, kind: str = kind) -> None:
-            for name, param in model.named_parameters():
-                grad = torch.ones_like(param)
-                if bad and name == "1.weight":
-                    local = grad.to_local() if isinstance(grad, DTensor) else grad
-                    if kind != "fsdp2" or dist.get_rank() == 1:
-                        local.view(-1)[-1] = NAN  # of the last element, which is on rank 1
-                param.grad = grad
-            optimizer.step()
-            optimizer.zero_grad()
-
-        def values(optimizer: Any = optimizer, model: nn.Module = model) -> list[Tensor]:
-            tensors = [*model.parameters(), *(value for state in optimizer.state.values() for value in state.values())]
-            return [(each.to_local() if isinstance(each, DTensor) else each).detach().clone() for each in tensors]
-
-        step(bad=False)
-        step(bad=True)
-        step(bad=False)
-        before = values()
-        step(bad=True)
-        holder = 1 if kind == "fsdp2" else 0  # there the last element is on rank 1; ZeRO's buckets are cut elsewhere
-        with pytest.raises(
-            FloatingPointError, match=rf"2 steps in a row .*'1.weight' on 1 rank\. .*held by rank {holder} were not finite\."
-        ) as raised:
-            step(bad=True)
-        messages: list[Any] = [None, None]
-        dist.all_gather_object(messages, str(raised.value))
-        assert len(set(messages)) == 1
+    def step(*, bad: bool) -> None:
+        for name, param in model.named_parameters():
+            grad = torch.ones_like(param)
+            if bad and name == "1.weight":
+                local = grad.to_local() if isinstance(grad, DTensor) else grad
+                if kind != "fsdp2" or dist.get_rank() == 1:
+                    local.view(-1)[-1] = NAN  # of the last element, which is on rank 1
+            param.grad = grad
+        optimizer.step()
         optimizer.zero_grad()
-        assert_equal(before, values())
-        step(bad=False)
-        assert any(not torch.equal(a, b) for a, b in zip(before, values(), strict=True)), kind
 
+    def values() -> list[Tensor]:
+        tensors = [*model.parameters(), *(value for state in optimizer.state.values() for value in state.values())]
+        return [(each.to_local() if isinstance(each, DTensor) else each).detach().clone() for each in tensors]
 
-def test_a_rank_alone_with_nan_stops_all() -> None:
-    ranks.run(check_ranks, 2)
+    step(bad=False)
+    step(bad=True)
+    step(bad=False)
+    before = values()
+    step(bad=True)
+    holder = 1 if kind == "fsdp2" else 0  # there the last element is on rank 1; ZeRO's buckets are cut elsewhere
+    with pytest.raises(
+        FloatingPointError, match=rf"2 steps in a row .*'1.weight' on 1 rank\. .*held by rank {holder} were not finite\."
+    ) as raised:
+        step(bad=True)
+    messages: list[Any] = [None, None]
+    dist.all_gather_object(messages, str(raised.value))
+    assert len(set(messages)) == 1
+    optimizer.zero_grad()
+    assert_equal(before, values())
+    step(bad=False)
+    assert any(not torch.equal(a, b) for a, b in zip(before, values(), strict=True)), kind

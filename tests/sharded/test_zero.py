@@ -10,7 +10,6 @@ from typing import Any
 from weakref import ref
 
 import pytest
-import ranks
 import torch
 import torch.distributed as dist
 from collectives import ranks_per_machine
@@ -65,6 +64,11 @@ def loss_of(model: nn.Module, grads: Grads) -> Tensor:
     return torch.stack(terms).sum()
 
 
+def sharded(make: partial, params: Any, process_group: Any = None, *, overlap: bool = False, **options: Any) -> so.ShardedOptimizer:
+    """Without overlap, as most tests use parameters without the forward of their model."""
+    return so.ShardedOptimizer(params, make.func, process_group, overlap=overlap, **options, **make.keywords)
+
+
 def assert_like(model: nn.Module, optimizer: so.ShardedOptimizer, expected: nn.Module, reference: Any, where: str) -> None:
     """Every parameter, and this rank's part of every state, bit for bit; and that all ranks together have all of it."""
     optimizer.wait()
@@ -93,80 +97,60 @@ BITS = ("Adam-l2", "AdamW", "AdamW-skip-loop", "DecoupledAdamW-amsgrad", "Decoup
 LOW = ("AdamW", "StableAdamW-corrected", "AdamW-kahan-stochastic", "StableAdamW-stochastic")  # with bfloat16 parameters
 
 
-def check_bits() -> None:
-    world_size, rank = dist.get_world_size(), dist.get_rank()
+@pytest.mark.ranks
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("label", BITS)
+def test_every_optimizer_has_the_bits_of_one_process_at_any_number_of_ranks(world_size: int, label: str) -> None:
+    """Stages 1 and 2, one and two param groups, one bucket and several, one to all ranks on a machine; on 4 ranks shards in replicas."""
     meshes: list[Any] = [None, init_device_mesh("cpu", (2, 2))] if world_size == 4 else [None]
     steps = range(1, STEPS + 1)
-    for label in BITS:
-        make = OPTIMIZERS[label]
-        expected = {groups: one_process(make, [gradients(step, AWKWARD) for step in steps], groups) for groups in (one_group, two_groups)}
-        for mesh in meshes:
-            cases = [(1, two_groups, SMALL, 2), (2, two_groups, SMALL, 1 if mesh is None else world_size)]
-            cases += [(2, one_group, None, world_size)] if world_size < 4 else []
-            for stage, groups, bucket_mb, together in cases:
-                model = Model(AWKWARD)
-                if rank:  # whose values are given to all
-                    nn.init.zeros_(model.layers[0].weight)
-                given = model if groups is one_group else groups(model)
-                with ranks_per_machine(together):
-                    optimizer = sharded(make, given, mesh, stage=stage, bucket_mb=bucket_mb, module=model, overlap=True)
-                for step in steps:
-                    model(contributions(step)).backward()
-                    optimizer.step()
-                    optimizer.zero_grad()
-                assert_like(model, optimizer, *expected[groups], f"{label} {stage=} {mesh} {bucket_mb} {together=}")
-    check_low_precision(meshes[-1], steps)
-
-
-def check_low_precision(mesh: Any, steps: Sequence[int]) -> None:
-    """Float32 masters have the bits of a float32 model; with Kahan sums or stochastic rounding there are none."""
-    for label in LOW:
-        make = OPTIMIZERS[label]
-        has_masters = not {"kahan_sum", "stochastic_rounding"} & make.keywords.keys()
-        dtype = torch.float32 if has_masters else torch.bfloat16
-        expected = one_process(make, [gradients(step, AWKWARD) for step in steps], two_groups, dtype)
-        for reduce_dtype in (None, torch.float32):
-            model = Model(AWKWARD).bfloat16()
-            optimizer = sharded(make, two_groups(model), mesh, bucket_mb=SMALL, reduce_dtype=reduce_dtype)
+    make = OPTIMIZERS[label]
+    expected = {groups: one_process(make, [gradients(step, AWKWARD) for step in steps], groups) for groups in (one_group, two_groups)}
+    for mesh in meshes:
+        cases = [(1, two_groups, SMALL, 2), (2, two_groups, SMALL, 1 if mesh is None else world_size)]
+        cases += [(2, one_group, None, world_size)] if world_size < 4 else []
+        for stage, groups, bucket_mb, together in cases:
+            model = Model(AWKWARD)
+            if dist.get_rank():  # whose values are given to all
+                nn.init.zeros_(model.layers[0].weight)
+            given = model if groups is one_group else groups(model)
+            with ranks_per_machine(together):
+                optimizer = sharded(make, given, mesh, stage=stage, bucket_mb=bucket_mb, module=model, overlap=True)
             for step in steps:
-                loss_of(model, contributions(step)).backward()
+                model(contributions(step)).backward()
                 optimizer.step()
                 optimizer.zero_grad()
-            assert all(("master" in state) == has_masters for state in optimizer.state.values())
-            assert_like(model, optimizer, *expected, f"{label} bf16 {reduce_dtype}")
+            assert_like(model, optimizer, *expected[groups], f"{label} {stage=} {mesh} {bucket_mb} {together=}")
 
 
-def sharded(make: partial, params: Any, process_group: Any = None, *, overlap: bool = False, **options: Any) -> so.ShardedOptimizer:
-    """Without overlap, as most tests use parameters without the forward of their model."""
-    return so.ShardedOptimizer(params, make.func, process_group, overlap=overlap, **options, **make.keywords)
-
-
+@pytest.mark.ranks
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_every_optimizer_has_the_bits_of_one_process_at_any_number_of_ranks(world_size: int) -> None:
-    """Stages 1 and 2, one and two param groups, one bucket and several, one to all ranks on a machine, bfloat16 with masters and without,
-    and on 4 ranks also shards in replicas.
-    """
-    ranks.run(check_bits, world_size)
+@pytest.mark.parametrize("label", LOW)
+def test_bfloat16_models_have_the_bits_of_one_process_at_any_number_of_ranks(world_size: int, label: str) -> None:
+    """Float32 masters have the bits of a float32 model; with Kahan sums or stochastic rounding there are none."""
+    mesh = init_device_mesh("cpu", (2, 2)) if world_size == 4 else None
+    steps = range(1, STEPS + 1)
+    make = OPTIMIZERS[label]
+    has_masters = not {"kahan_sum", "stochastic_rounding"} & make.keywords.keys()
+    dtype = torch.float32 if has_masters else torch.bfloat16
+    expected = one_process(make, [gradients(step, AWKWARD) for step in steps], two_groups, dtype)
+    for reduce_dtype in (None, torch.float32):
+        model = Model(AWKWARD).bfloat16()
+        optimizer = sharded(make, two_groups(model), mesh, bucket_mb=SMALL, reduce_dtype=reduce_dtype)
+        for step in steps:
+            loss_of(model, contributions(step)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert all(("master" in state) == has_masters for state in optimizer.state.values())
+        assert_like(model, optimizer, *expected, f"{label} bf16 {reduce_dtype}")
 
 
 # -------------------------------------------------------------------------------------------------------- what gradients there are
 
 
-def check_gradients() -> None:
-    check_unused()
-    check_accumulation()
-    check_assigned()
-    check_added_and_frozen()
-    check_empty_groups()
-    check_thawed_in_low_precision()
-    check_odd_parameters()
-    check_non_finite()
-    check_checkpointing()
-
-
-def check_unused() -> None:
+@pytest.mark.ranks(2)
+def test_a_gradient_that_only_some_ranks_have_is_averaged_with_zeros() -> None:
     """A parameter that has a gradient on some ranks is averaged with zeros, one that has it on none is not stepped."""
-    check_model_zero_grad()
     patterns: list[Callable[[int, int], bool]] = [
         lambda rank, index: True,
         lambda rank, index: index % 3 != rank,
@@ -189,7 +173,8 @@ def check_unused() -> None:
         assert_like(model, optimizer, *expected, f"unused {make.func.__name__}")
 
 
-def check_model_zero_grad() -> None:
+@pytest.mark.ranks(2)
+def test_model_zero_grad_does_not_reach_the_buckets() -> None:
     """A step uses gradients up: `model.zero_grad()` does not reach the buckets."""
     expected = one_process(STABLE, [gradients(step, AWKWARD) for step in (1, 2, 3)])
     model = Model(AWKWARD)
@@ -201,7 +186,8 @@ def check_model_zero_grad() -> None:
     assert_like(model, optimizer, *expected, "model.zero_grad")
 
 
-def check_accumulation() -> None:
+@pytest.mark.ranks(2)
+def test_gradients_of_micro_batches_add_up() -> None:
     """Micro-batches add up: reduced each, or under no_sync together with the last, also where that lacks a gradient."""
     expected = one_process(STABLE, [[a + b for a, b in zip(gradients(1, AWKWARD), gradients(2, AWKWARD), strict=True)]] * 2)
     for stage in (1, 2):
@@ -226,7 +212,8 @@ def check_accumulation() -> None:
             assert_like(model, optimizer, *expected, f"accumulation {stage=} {way}")
 
 
-def check_assigned() -> None:
+@pytest.mark.ranks(2)
+def test_an_assigned_gradient_is_not_averaged_again() -> None:
     """A gradient that was assigned is the average; it is not averaged again."""
     expected = one_process(STABLE, [gradients(step, AWKWARD) for step in (1, 2)])
     model = Model(AWKWARD)
@@ -240,7 +227,8 @@ def check_assigned() -> None:
     assert_like(model, optimizer, *expected, "assigned")
 
 
-def check_added_and_frozen() -> None:
+@pytest.mark.ranks(2)
+def test_groups_may_be_added_and_parameters_frozen_and_thawed() -> None:
     """Param groups that come later, parameters that are frozen and thawed, for a while or from the start."""
     for make in (STABLE, partial(so.AdamW, lr=1e-2)):
         reference = Model(AWKWARD)
@@ -271,7 +259,8 @@ def check_added_and_frozen() -> None:
         assert_like(model, optimizer, reference, expected, f"added and frozen {make.func.__name__}")
 
 
-def check_empty_groups() -> None:
+@pytest.mark.ranks(2)
+def test_empty_groups_are_kept() -> None:
     """They are kept wherever they stand, with and without names, and a checkpoint has them."""
     for is_named in (False, True):
         reference, model = Model(AWKWARD), Model(AWKWARD)
@@ -295,7 +284,8 @@ def check_empty_groups() -> None:
         assert_like(model, optimizer, reference, expected, f"empty groups {is_named=}")
 
 
-def check_thawed_in_low_precision() -> None:
+@pytest.mark.ranks(2)
+def test_thawed_parameters_have_masters_by_the_options_of_their_group() -> None:
     """Parameters that are thawed have masters, or none, by the options that their group was given, as those that were never frozen."""
     for options, has_masters in (({}, True), ({"kahan_sum": True}, False)):
         model = Model(AWKWARD).bfloat16()
@@ -327,7 +317,8 @@ class Odd(nn.Module):
         nn.init.normal_(self.embedding.weight, generator=generator)
 
 
-def check_odd_parameters() -> None:
+@pytest.mark.ranks(2)
+def test_tied_transposed_empty_and_scalar_parameters_have_the_bits_of_one_process() -> None:
     reference, model = Odd(), Odd()
     expected = STABLE(reference.named_parameters())
     count = torch.arange(3.0) + dist.get_rank()
@@ -349,7 +340,8 @@ def check_odd_parameters() -> None:
     assert torch.equal(model.count, count), "buffers are left alone"
 
 
-def check_non_finite() -> None:
+@pytest.mark.ranks(2)
+def test_a_non_finite_gradient_on_one_rank_skips_the_step_on_all() -> None:
     """One element that is not finite on one rank, and no rank steps; the next step is as if nothing had been."""
     for bad_rank in (0, 1):
         expected = one_process(STABLE, [gradients(step, AWKWARD) for step in (1, 3)])
@@ -366,7 +358,8 @@ def check_non_finite() -> None:
         assert_like(model, optimizer, *expected, "non-finite")
 
 
-def check_checkpointing() -> None:
+@pytest.mark.ranks(2)
+def test_activation_checkpointing_makes_one_round_of_reductions() -> None:
     """Backward passes inside of backward passes are one round of reductions, also where a parameter is used in several."""
     outcomes = []
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(dist.get_rank()))
@@ -393,28 +386,11 @@ def check_checkpointing() -> None:
         assert torch.equal(values[2], values[0])
 
 
-def test_missing_accumulated_assigned_added_frozen_and_non_finite_gradients() -> None:
-    ranks.run(check_gradients, 2)
-
-
 # ------------------------------------------------------------------------------------------------------------- around other things
 
 
-def check_surroundings() -> None:
-    check_ddp()
-    check_clipping()
-    check_placeholders()
-    check_compiled()
-    check_edits_of_parameters()
-    check_metrics()
-    check_overlap()
-    check_hooks_go()
-    check_hooks_and_parameters_alone()
-    check_swapped_tensors()
-    check_what_outlives_what()
-
-
-def check_ddp() -> None:
+@pytest.mark.ranks(2)
+def test_gradients_that_ddp_has_averaged_are_stepped_as_they_are() -> None:
     """DistributedDataParallel, before or after, given or found: its averages are what is stepped, with one reduction."""
     steps = range(1, 4)
     expected = one_process(STABLE, [gradients(step, AWKWARD) for step in steps])
@@ -430,33 +406,44 @@ def check_ddp() -> None:
             optimizer.step()
             optimizer.zero_grad()
         assert_like(model, optimizer, *expected, f"DDP {way}")
-    check_grad_scaler(wrapped, model)
-    del wrapped, early, optimizer
-    gc.collect()
+
+
+@pytest.mark.ranks(2)
+def test_ddp_around_a_part_of_the_parameters_is_refused() -> None:
+    model = Model(AWKWARD)
     kept = DistributedDataParallel(model.layers[0]), sharded(STABLE, model)
     with pytest.raises(ValueError, match=r"averages the gradients of some parameters, but not that of 'layers.1.weight'"):
         loss_of(model, contributions(1)).backward()
+    dist.barrier()
     del kept
 
 
-def check_grad_scaler(wrapped: nn.Module, model: nn.Module) -> None:
-    """Under DDP it scales the gradients that it finds; where there are none, it is refused."""
+@pytest.mark.ranks(2)
+def test_grad_scaler_scales_the_gradients_that_ddp_leaves() -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    model = Model(AWKWARD)
+    wrapped = DistributedDataParallel(model)
     optimizer = sharded(partial(so.AdamW, lr=1e-2), wrapped)
     before = [param.detach().clone() for param in model.parameters()]
     scaler.scale(wrapped(contributions(1))).backward()
     scaler.step(optimizer)
     optimizer.wait()
     assert not all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    plain = Model(AWKWARD)
-    optimizer = sharded(STABLE, plain)
-    scaler.scale(plain(contributions(1))).backward()
+
+
+@pytest.mark.ranks(2)
+def test_grad_scaler_is_refused_where_gradients_are_in_buckets() -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    model = Model(AWKWARD)
+    optimizer = sharded(STABLE, model)
+    scaler.scale(model(contributions(1))).backward()
     with pytest.raises(ValueError, match=r"GradScaler finds no gradients in the parameters.*DistributedDataParallel"):
         scaler.step(optimizer)
     dist.barrier()  # the other rank may still be in backward, for which it needs this rank's optimizer
 
 
-def check_clipping() -> None:
+@pytest.mark.ranks(2)
+def test_clip_grad_norm_gives_the_norm_of_whole_gradients() -> None:
     """clip_grad_norm_ gives the norm of whole gradients, and the step of gradients that are scaled by it."""
     for norm_type in (2.0, 1.0, float("inf")):
         reference = Model(AWKWARD)
@@ -478,7 +465,8 @@ def check_clipping() -> None:
                 torch.testing.assert_close(param, other, rtol=1e-5, atol=1e-7)
 
 
-def check_placeholders() -> None:
+@pytest.mark.ranks(2)
+def test_operations_on_a_gradient_that_is_in_a_bucket_are_refused() -> None:
     """While gradients are in buckets, whoever computes with param.grad gets an error by name; steps have the bits of who does not."""
     expected = one_process(STABLE, [[a + b for a, b in zip(gradients(1, AWKWARD), gradients(2, AWKWARD), strict=True)]] * 2)
     model = Model(AWKWARD)
@@ -511,17 +499,27 @@ def check_placeholders() -> None:
         optimizer.step()
         assert all(param.grad is None for param in params), "a step uses gradients up"
     assert_like(model, optimizer, *expected, "placeholders")
+
+
+@pytest.mark.ranks(2)
+def test_placeholders_of_gradients_end_with_the_optimizer() -> None:
+    """Also one that a hook of the user has met in vain."""
+    model = Model(AWKWARD)
+    params = list(model.parameters())
+    optimizer = sharded(STABLE, model, bucket_mb=SMALL)
     model(contributions(1)).backward()
     hook = params[0].register_post_accumulate_grad_hook(lambda param: param.grad.add_(1.0))
     with pytest.raises(ValueError, match=r"the gradient of 'layers.0.weight' is in a bucket"):
         params[0].sum().backward()
     hook.remove()
+    dist.barrier()  # the other rank may still be in backward, for which it needs this rank's optimizer
     del optimizer
     gc.collect()
     assert all(param.grad is None for param in params), "they go with the optimizer"
 
 
-def check_compiled() -> None:
+@pytest.mark.ranks(2)
+def test_compiled_models_accumulate_gradients_in_buckets() -> None:
     """Models that torch.compile has traced, again while gradients are in buckets."""
     expected = one_process(STABLE, [[a + b for a, b in zip(gradients(1, AWKWARD), gradients(2, AWKWARD), strict=True)]])
     model = Model(AWKWARD)
@@ -533,7 +531,8 @@ def check_compiled() -> None:
     assert_like(model, optimizer, *expected, "compiled")
 
 
-def check_edits_of_parameters() -> None:
+@pytest.mark.ranks(2)
+def test_parameters_written_between_steps_count() -> None:
     """What users write to parameters between steps counts, also against masters; what they cannot do is refused."""
     for dtype in (torch.float32, torch.bfloat16):
         reference = Model(AWKWARD)
@@ -557,9 +556,23 @@ def check_edits_of_parameters() -> None:
             with torch.no_grad():
                 for param in reference.parameters():
                     param.fill_(step)
+
+
+@pytest.mark.ranks(2)
+def test_a_model_that_has_become_float64_is_refused() -> None:
+    model = Model(AWKWARD).bfloat16()
+    optimizer = sharded(STABLE, model)
+    loss_of(model, contributions(1)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.wait()
     model.double()
     with pytest.raises(ValueError, match=r"parameter 'layers.0.weight' has become torch.float64.*convert the model before"):
         optimizer.step()
+
+
+@pytest.mark.ranks(2)
+def test_an_optimizer_whose_parameters_another_has_taken_over_is_refused() -> None:
     newer = sharded(STABLE, Model(AWKWARD).parameters())
     params = [param for group in newer.param_groups for param in group["params"]]
     newest = sharded(STABLE, params)
@@ -568,7 +581,8 @@ def check_edits_of_parameters() -> None:
     del newest
 
 
-def check_metrics() -> None:
+@pytest.mark.ranks(2)
+def test_metrics_are_those_of_one_process() -> None:
     """As those of one process: under the names of whole tensors, on every rank."""
     reference, expected = one_process(STABLE, [gradients(1, AWKWARD)], lambda model: list(model.named_parameters()))
     model = Model(AWKWARD)
@@ -605,7 +619,8 @@ class Slow(nn.Module):
         return x
 
 
-def check_overlap() -> None:
+@pytest.mark.ranks(2)
+def test_forward_and_state_dict_see_whole_parameters_while_they_are_gathered() -> None:
     """A forward pass, in training and in evaluation, and a state dict see whole new parameters, though step returns before they are."""
     rank = dist.get_rank()
     models, optimizers = [], []
@@ -633,75 +648,115 @@ def check_overlap() -> None:
     optimizers[0].wait()
     for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert torch.equal(a, b)
-    handle = optimizers[0].register_step_post_hook(lambda *_: None)  # as an average of weights would
-    models[0](x).square().mean().backward()
-    optimizers[0].step()
-    assert not any(bucket.gathering._leaving for bucket in optimizers[0]._bucket_layout.buckets)
-    handle.remove()
-    optimizers[0].zero_grad()
-    check_who_waits(models[0], optimizers[0], x)
 
 
-def check_who_waits(model: nn.Module, optimizer: so.ShardedOptimizer, x: Tensor) -> None:
-    """One rank's state dict, a part of the model that is called alone, a copy, another optimizer; what nobody waits for is an error."""
+def overlapping() -> tuple[nn.Module, so.ShardedOptimizer, Tensor]:
+    """A model, its optimizer, of which steps return before parameters are gathered, and this rank's input."""
+    model = Slow()
+    optimizer = sharded(STABLE, model, bucket_mb=SMALL, overlap=True, transport="sends")
+    return model, optimizer, torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(dist.get_rank()))
 
-    def step(optimizer: so.ShardedOptimizer) -> None:
-        """One that is not waited for."""
-        model(x).square().mean().backward()
-        optimizer.step()
-        model.zero_grad()
-        assert any(bucket.gathering.is_arriving for bucket in optimizer._bucket_layout.buckets)
 
-    def whole() -> Tensor:
-        return torch.cat([param.detach().flatten() for param in model.parameters()])
+def begin_step(model: nn.Module, optimizer: so.ShardedOptimizer, x: Tensor) -> None:
+    """A step that is not waited for."""
+    model(x).square().mean().backward()
+    optimizer.step()
+    model.zero_grad()
+    assert any(bucket.gathering.is_arriving for bucket in optimizer._bucket_layout.buckets)
 
-    def same_everywhere() -> None:
-        mine = whole()
-        others = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-        dist.all_gather(others, mine)
-        assert all(torch.equal(each, mine) for each in others)
 
-    step(optimizer)
-    if dist.get_rank() == 0:  # alone
-        model.state_dict()
-        saved = whole()
+def whole(model: nn.Module) -> Tensor:
+    return torch.cat([param.detach().flatten() for param in model.parameters()])
+
+
+def assert_same_everywhere(model: nn.Module) -> None:
+    mine = whole(model)
+    others = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(others, mine)
+    assert all(torch.equal(each, mine) for each in others)
+
+
+@pytest.mark.ranks(2)
+def test_a_step_waits_for_whole_parameters_where_a_hook_would_read_them() -> None:
+    """As an average of weights does."""
+    model, optimizer, x = overlapping()
+    optimizer.register_step_post_hook(lambda *_: None)
+    model(x).square().mean().backward()
+    optimizer.step()
+    assert not any(bucket.gathering._leaving for bucket in optimizer._bucket_layout.buckets)
+
+
+@pytest.mark.ranks(2)
+def test_the_state_dict_of_one_rank_alone_has_whole_parameters() -> None:
+    model, optimizer, x = overlapping()
+    begin_step(model, optimizer, x)
+    saved = torch.cat([value.flatten() for value in model.state_dict().values()]) if dist.get_rank() == 0 else None
     dist.barrier()
     optimizer.wait()
-    assert dist.get_rank() or torch.equal(saved, whole())
-    step(optimizer)
-    model.blocks[1](model.first(x))  # parts of it alone
+    assert saved is None or torch.equal(saved, whole(model))
+
+
+@pytest.mark.ranks(2)
+def test_a_part_of_the_model_that_is_called_alone_waits_for_its_parameters() -> None:
+    model, optimizer, x = overlapping()
+    begin_step(model, optimizer, x)
+    model.blocks[1](model.first(x))
     assert not any(optimizer._bucket_layout.slots[param].bucket.gathering.is_arriving for param in model.blocks[1].parameters())
     optimizer.wait()
-    step(optimizer)
+
+
+@pytest.mark.ranks(2)
+def test_values_that_are_loaded_after_a_step_are_not_overwritten_by_it() -> None:
+    model, optimizer, x = overlapping()
+    begin_step(model, optimizer, x)
     model.load_state_dict({name: torch.full_like(value, 0.5) for name, value in model.state_dict().items()})
-    same_everywhere()
-    assert torch.equal(whole(), torch.full_like(whole(), 0.5))
+    assert_same_everywhere(model)
+    assert torch.equal(whole(model), torch.full_like(whole(model), 0.5))
+
+
+@pytest.mark.ranks(2)
+def test_a_copy_of_the_model_runs_while_parameters_are_gathered() -> None:
+    model, optimizer, x = overlapping()
     copied = copy.deepcopy(model)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for param in model.parameters():
-            param.normal_()
-    step(optimizer)
+    begin_step(model, optimizer, x)
     copied(x)
-    newer = sharded(STABLE, model, bucket_mb=SMALL, overlap=True, transport="sends")  # waits for what the other has begun
-    same_everywhere()
-    step(newer)
+    optimizer.wait()
+    assert_same_everywhere(model)
+
+
+@pytest.mark.ranks(2)
+def test_a_newer_optimizer_waits_for_what_the_other_has_begun() -> None:
+    model, optimizer, x = overlapping()
+    begin_step(model, optimizer, x)
+    newer = sharded(STABLE, model, bucket_mb=SMALL, overlap=True, transport="sends")
+    assert_same_everywhere(model)
+    begin_step(model, newer, x)
     del optimizer, newer  # what they have begun ends
     gc.collect()
     model(x)
-    same_everywhere()
-    last = sharded(STABLE, model, bucket_mb=SMALL, overlap=True, transport="sends")
-    step(last)
+    assert_same_everywhere(model)
+
+
+@pytest.mark.ranks(2)
+def test_a_parameter_that_is_used_before_it_is_gathered_is_an_error() -> None:
+    model, optimizer, x = overlapping()
+    begin_step(model, optimizer, x)
     with pytest.raises(
         RuntimeError, match=r"'first.weight' was used before its new values had arrived from the other ranks.*overlap=False"
     ):
         model.first.weight.sum().backward()
-    together = sharded(STABLE, Model(AWKWARD), overlap=True)
-    together.zero_grad()
-    assert not together._overlaps, "what is read in memory is there when a step returns"
+    dist.barrier()  # the other rank may still receive what this rank's optimizer sends
 
 
-def check_hooks_go() -> None:
+@pytest.mark.ranks(2)
+def test_parameters_that_ranks_read_in_shared_memory_are_whole_when_a_step_returns() -> None:
+    optimizer = sharded(STABLE, Model(AWKWARD), overlap=True)
+    optimizer.zero_grad()
+    assert not optimizer._overlaps
+
+
+@pytest.mark.ranks(2)
+def test_hooks_end_with_their_optimizer() -> None:
     """Hooks go with their optimizer, at once or when what it has begun has ended, and with them all but the parameters' own memory."""
 
     def hooks(model: nn.Module) -> int:
@@ -742,7 +797,8 @@ def check_hooks_go() -> None:
             model.blocks[0](x)
 
 
-def check_hooks_and_parameters_alone() -> None:
+@pytest.mark.ranks(2)
+def test_an_optimizer_given_parameters_alone_waits_for_its_predecessor() -> None:
     """A new optimizer that is not given the model waits for what one that is gone has begun."""
     model, reference = Slow(), Slow()
     x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(dist.get_rank()))
@@ -758,7 +814,8 @@ def check_hooks_and_parameters_alone() -> None:
         assert torch.equal(a, b)
 
 
-def check_swapped_tensors() -> None:
+@pytest.mark.ranks(2)
+def test_parameters_that_a_conversion_swapped_are_refused() -> None:
     """No weak reference keeps torch from swapping tensors; gradients that then come to no bucket are not taken for averages."""
     before = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)
@@ -776,7 +833,8 @@ def check_swapped_tensors() -> None:
         torch.__future__.set_swap_module_params_on_conversion(before)
 
 
-def check_what_outlives_what() -> None:
+@pytest.mark.ranks(2)
+def test_hooks_keep_neither_the_optimizer_nor_the_model_alive() -> None:
     """Hooks do not keep an optimizer alive, and a model without its optimizer trains as any other."""
     model = Model(AWKWARD)
     optimizer = sharded(STABLE, model, overlap=True)
@@ -793,7 +851,3 @@ def check_what_outlives_what() -> None:
     del model
     gc.collect()
     assert values() is None, "the model is kept alive"
-
-
-def test_ddp_clipping_edits_metrics_and_overlap() -> None:
-    ranks.run(check_surroundings, 2)

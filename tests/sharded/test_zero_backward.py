@@ -8,7 +8,6 @@ from itertools import product
 from typing import Any
 
 import pytest
-import ranks
 import torch
 import torch.distributed as dist
 from test_zero import STABLE, ranks_per_machine, sharded
@@ -110,43 +109,46 @@ def reference(way: str, make: Any, world_size: int, steps: int) -> nn.Module:
     return model
 
 
-def check_checkpoints() -> None:
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    for way, make in [*product(WAYS, (SGD,)), ("each", STABLE), ("twice on one rank", STABLE)]:
-        expected = dict(reference(way, make, world_size, 2).named_parameters())
-        for stage, bucket_mb, together, accumulates in (
-            (2, MANY, world_size, False),
-            (2, MANY, 1, True),
-            (1, ONE, world_size, False),
-            (1, MANY, 1, False),
-        ):
-            model = Net(way, reentrant=True)
-            with ranks_per_machine(together):
-                optimizer = sharded(make, model, stage=stage, bucket_mb=bucket_mb)
-            for step in range(2):
-                first, second = losses(model, step, rank)
-                if accumulates:
-                    with optimizer.no_sync():
-                        first.backward()
-                else:
-                    first.backward()
-                    dist.barrier()  # a collective between backward and step finds every rank at the end of its backward pass
-                second.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-            optimizer.wait()
-            for name, param in model.named_parameters():
-                error = (param - expected[name]).abs().max()
-                assert error < (1e-6 if make is SGD else 1e-5), f"{way} {stage=} {bucket_mb=} {together=} {accumulates=} {name}: {error}"
+def tolerance(make: partial) -> float:
+    """Gradients are summed in another order than in one process."""
+    return 1e-6 if make.func is so.DecoupledSGDW else 1e-5
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_reentrant_checkpoints_train_as_without_checkpoints(world_size: int) -> None:
+@pytest.mark.parametrize(("way", "make"), [*product(WAYS, (SGD,)), ("each", STABLE), ("twice on one rank", STABLE)])
+def test_reentrant_checkpoints_train_as_without_checkpoints(world_size: int, way: str, make: partial) -> None:
     """Wherever parameters lie, however often they are used, on all ranks or on one; both stages, one bucket and many, with accumulation."""
-    ranks.run(check_checkpoints, world_size)
+    rank = dist.get_rank()
+    expected = dict(reference(way, make, world_size, 2).named_parameters())
+    for stage, bucket_mb, together, accumulates in (
+        (2, MANY, world_size, False),
+        (2, MANY, 1, True),
+        (1, ONE, world_size, False),
+        (1, MANY, 1, False),
+    ):
+        model = Net(way, reentrant=True)
+        with ranks_per_machine(together):
+            optimizer = sharded(make, model, stage=stage, bucket_mb=bucket_mb)
+        for step in range(2):
+            first, second = losses(model, step, rank)
+            if accumulates:
+                with optimizer.no_sync():
+                    first.backward()
+            else:
+                first.backward()
+                dist.barrier()  # a collective between backward and step finds every rank at the end of its backward pass
+            second.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        optimizer.wait()
+        for name, param in model.named_parameters():
+            error = (param - expected[name]).abs().max()
+            assert error < tolerance(make), f"{stage=} {bucket_mb=} {together=} {accumulates=} {name}: {error}"
 
 
-def check_gradients_that_share_memory() -> None:
+@pytest.mark.ranks(2)
+def test_a_further_gradient_of_a_parameter_leaves_those_alone_that_share_its_memory() -> None:
     """Autograd may give two parameters gradients that are views of one memory; a further gradient of one does not change the other's."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     first, second, last = params = nn.ParameterList(nn.Parameter(torch.zeros(world_size * 16)) for _ in range(3))
@@ -164,40 +166,34 @@ def check_gradients_that_share_memory() -> None:
         torch.testing.assert_close(param.detach(), -expected, rtol=0, atol=1e-6)
 
 
-def test_a_further_gradient_of_a_parameter_leaves_those_alone_that_share_its_memory() -> None:
-    ranks.run(check_gradients_that_share_memory, 2)
-
-
-def check_further_rounds() -> None:
-    """Buckets are on their way when their parameters get further gradients, on all ranks or on one; a round of its own brings these."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    for way, make in product(("twice", "twice on one rank", "tied blocks"), (SGD, STABLE)):
-        expected = dict(reference(way, make, world_size, 2).named_parameters())
-        for stage, together in ((2, world_size), (2, 1), (1, world_size)):
-            model = Net(way, reentrant=True)
-            del model.unused  # whose bucket, never full, would hold back all after it
-            with ranks_per_machine(together):
-                optimizer = sharded(make, model, stage=stage, bucket_mb=MANY)
-            for step in range(2):
-                for loss in losses(model, step, rank):
-                    loss.backward()
-                before = optimizer._reducer._round
-                optimizer.step()
-                assert optimizer._reducer._round > before, f"{way} {stage=} {together=}: no gradient came late, so this tests nothing"
-                optimizer.zero_grad()
-            optimizer.wait()
-            for name, param in model.named_parameters():
-                error = (param - expected[name]).abs().max()
-                assert error < (1e-6 if make is SGD else 1e-5), f"{way} {stage=} {together=} {name}: {error}"
-
-
+@pytest.mark.ranks
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_gradients_that_come_after_their_bucket_has_left_are_reduced_in_a_further_round(world_size: int) -> None:
-    ranks.run(check_further_rounds, world_size)
+@pytest.mark.parametrize("way", ["twice", "twice on one rank", "tied blocks"])
+@pytest.mark.parametrize("make", [SGD, STABLE], ids=["SGD", "StableAdamW"])
+def test_gradients_that_come_after_their_bucket_has_left_are_reduced_in_a_further_round(world_size: int, way: str, make: partial) -> None:
+    rank = dist.get_rank()
+    expected = dict(reference(way, make, world_size, 2).named_parameters())
+    for stage, together in ((2, world_size), (2, 1), (1, world_size)):
+        model = Net(way, reentrant=True)
+        del model.unused  # whose bucket, never full, would hold back all after it
+        with ranks_per_machine(together):
+            optimizer = sharded(make, model, stage=stage, bucket_mb=MANY)
+        for step in range(2):
+            for loss in losses(model, step, rank):
+                loss.backward()
+            before = optimizer._reducer._round
+            optimizer.step()
+            assert optimizer._reducer._round > before, f"{stage=} {together=}: no gradient came late, so this tests nothing"
+            optimizer.zero_grad()
+        optimizer.wait()
+        for name, param in model.named_parameters():
+            error = (param - expected[name]).abs().max()
+            assert error < tolerance(make), f"{stage=} {together=} {name}: {error}"
 
 
-def check_further_gradients_are_no_gradients_of_parameters() -> None:
-    """A part of a gradient that waits for a further round is not in param.grad, where others would take it for all of it or drop it."""
+@pytest.mark.ranks(2)
+def test_a_further_gradient_is_not_left_in_the_parameter() -> None:
+    """Others would take it there for all of the gradient, or drop it."""
     blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
     optimizer = sharded(SGD, blocks, bucket_mb=MANY)
 
@@ -223,10 +219,6 @@ def check_further_gradients_are_no_gradients_of_parameters() -> None:
     assert torch.equal(optimizer.clip_grad_norm_(1e9), norm)
 
 
-def test_a_further_gradient_is_not_left_in_the_parameter() -> None:
-    ranks.run(check_further_gradients_are_no_gradients_of_parameters, 2)
-
-
 class Raising(torch.autograd.Function):
     """The identity, whose backward fails."""
 
@@ -249,27 +241,28 @@ def fail(model: Net, way: str) -> None:
         (x if way == "checkpoints alone" else model.head(x)).sum().backward()
 
 
-def check_failures() -> None:
-    for way in ("in a checkpoint", "between", "checkpoints alone"):
-        for use in (
-            lambda model, optimizer: optimizer.step(),
-            lambda model, optimizer: optimizer.zero_grad(),
-            lambda model, optimizer: optimizer.clip_grad_norm_(1.0),
-            lambda model, optimizer: model(batch(0, 0), 0).sum().backward(),
-            lambda model, optimizer: model.run(model.blocks[0], torch.ones(2, WIDTH, requires_grad=True)).sum().backward(),
-        ):
-            model = Net("each", reentrant=True)
-            optimizer = sharded(SGD, model, bucket_mb=MANY)
-            fail(model, way)
-            with pytest.raises(
-                RuntimeError, match=r"the last backward pass did not end: after an exception the bucket.* is still to be red"
-            ):
-                use(model, optimizer)
+USES: dict[str, Callable[[Net, so.ShardedOptimizer], object]] = {
+    "step": lambda model, optimizer: optimizer.step(),
+    "zero_grad": lambda model, optimizer: optimizer.zero_grad(),
+    "clip_grad_norm_": lambda model, optimizer: optimizer.clip_grad_norm_(1.0),
+    "backward": lambda model, optimizer: model(batch(0, 0), 0).sum().backward(),
+    "backward of a checkpoint": lambda model, optimizer: (
+        model.run(model.blocks[0], torch.ones(2, WIDTH, requires_grad=True)).sum().backward()
+    ),
+}
 
 
-def test_an_exception_in_backward_is_an_error_at_the_next_use() -> None:
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("way", ["in a checkpoint", "between", "checkpoints alone"])
+@pytest.mark.parametrize("use", USES)
+def test_an_exception_in_backward_is_an_error_at_the_next_use(way: str, use: str) -> None:
     """Also where it came after the last gradient of an inner pass, so that no hook of the outer pass had run, and none comes again."""
-    ranks.run(check_failures, 2)
+    model = Net("each", reentrant=True)
+    optimizer = sharded(SGD, model, bucket_mb=MANY)
+    fail(model, way)
+    with pytest.raises(RuntimeError, match=r"the last backward pass did not end: after an exception the bucket.* is still to be"):
+        USES[use](model, optimizer)
+    dist.barrier()  # the other rank may still be in backward, for which it needs this rank's optimizer
 
 
 def test_a_process_alone_goes_on_after_an_exception_in_backward() -> None:
@@ -284,7 +277,9 @@ def test_a_process_alone_goes_on_after_an_exception_in_backward() -> None:
         assert torch.equal(param, same)
 
 
-def check_the_next_optimizer() -> None:
+@pytest.mark.ranks(2)
+def test_what_a_failed_optimizer_has_sent_is_not_taken_for_a_gradient_of_the_next() -> None:
+    """Rank 0 has sent the first bucket of a backward pass that failed on both; a new optimizer over the same ranks receives its own."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     kept = []
     for attempt in (1, 2):
@@ -308,11 +303,6 @@ def check_the_next_optimizer() -> None:
         SGD(expected.parameters()).step()
         for param, same in zip(model.parameters(), expected.parameters(), strict=True):
             torch.testing.assert_close(param, same, rtol=0, atol=1e-5)
-
-
-def test_what_a_failed_optimizer_has_sent_is_not_taken_for_a_gradient_of_the_next() -> None:
-    """Rank 0 has sent the first bucket of a backward pass that failed on both; a new optimizer over the same ranks receives its own."""
-    ranks.run(check_the_next_optimizer, 2)
 
 
 @pytest.mark.parametrize("use", ["share_memory_", "data_ptr", "__dlpack__", "numpy", "tolist"])

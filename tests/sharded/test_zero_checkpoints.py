@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import gc
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -118,9 +117,15 @@ def forward(model: nn.Module, optimizer: Any, first: int, last: int, shapes: Any
         optimizer.zero_grad()
 
 
+def reference(make: partial, groups: Callable[..., Any] = one_group, shapes: Any = ODD, last: int = LAST) -> Any:
+    """A model that one process has trained, and its optimizer."""
+    return trained(make.func, tuple(make.keywords.items()), groups, shapes, last)
+
+
 @cache
-def reference(make: Callable[..., Any], groups: Callable[..., Any] = one_group, shapes: Any = ODD, last: int = LAST) -> Any:
-    model = Model(shapes).to(torch.bfloat16 if make is KAHAN else torch.float32)
+def trained(cls: type, options: tuple[tuple[str, Any], ...], groups: Callable[..., Any], shapes: Any, last: int) -> Any:
+    make = partial(cls, **dict(options))
+    model = Model(shapes).to(torch.bfloat16 if make.keywords.get("kahan_sum") else torch.float32)
     optimizer = make(groups(model))
     assign(model, optimizer, 1, last, shapes)
     return model, optimizer
@@ -153,7 +158,6 @@ def fsdp2(model: Model) -> Model:
 
 
 def check_saving(folder: str) -> None:
-    gc.freeze()  # so that every new optimizer has fewer objects among which to look for DistributedDataParallel
     root = Path(folder)
     for name, make, groups in (("stable", STABLE, one_group), ("amsgrad", AMSGRAD, two_groups)):
         model = Model(ODD)
@@ -177,14 +181,7 @@ def check_saving(folder: str) -> None:
         optimizer = sharded(make, model, bucket_mb=SMALL)
         train(model, optimizer, 1, SAVED)
         save(root / name, model, optimizer)
-    check_fsdp2_and_ddp(root)
-    check_asynchronous_saving(root)
-    check_the_optimizer_itself(root)
-    check_missing_gradients(root)
-    check_frozen(root)
-    check_missing_masters(root)
-    check_copies()
-    check_refused()
+    save_fsdp2_and_ddp(root)
 
 
 def check_keys(plain: nn.Module, ordinary: Any, model: nn.Module, optimizer: Any) -> None:
@@ -232,7 +229,7 @@ def check_full(path: Path, make: Callable[..., Any], groups: Callable[..., Any],
         assert_like(resumed, fresh, *reference(make, groups), f"full {options}")
 
 
-def check_fsdp2_and_ddp(root: Path) -> None:
+def save_fsdp2_and_ddp(root: Path) -> None:
     """Their checkpoints, of ordinary optimizers."""
     for name, make, dtype in (("fsdp2", STABLE, torch.float32), ("kahan-fsdp2", KAHAN, torch.bfloat16)):
         model: nn.Module = fsdp2(Model(AWKWARD).to(dtype))
@@ -249,36 +246,38 @@ def check_fsdp2_and_ddp(root: Path) -> None:
     save(root / "zero", model, optimizer)
 
 
-def check_asynchronous_saving(root: Path) -> None:
-    """What comes after the call is not saved, whoever copies the tensors."""
-    for name, writer in (("async", None), ("async-writer", dcp.FileSystemWriter(str(root / "async-writer")))):
-        model = Model(ODD)
-        optimizer = sharded(STABLE, model, bucket_mb=SMALL)
-        train(model, optimizer, 1, SAVED)
-        model_state, optimizer_state = get_state_dict(model, optimizer)
-        saving: Any = dcp.async_save(
-            {"model": model_state, "optimizer": optimizer_state}, checkpoint_id=str(root / name), storage_writer=writer
-        )
-        train(model, optimizer, SAVED + 1, SAVED + 1)
-        saving.result()
-        dist.barrier()
-        resume(root / name, STABLE, one_group)
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("has_writer", [False, True])
+def test_an_asynchronous_save_has_nothing_of_what_comes_after_the_call(tmp_path: Path, has_writer: bool) -> None:
+    """Whoever copies the tensors."""
+    writer = dcp.FileSystemWriter(str(tmp_path)) if has_writer else None
+    model = Model(ODD)
+    optimizer = sharded(STABLE, model, bucket_mb=SMALL)
+    train(model, optimizer, 1, SAVED)
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    saving: Any = dcp.async_save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=str(tmp_path), storage_writer=writer)
+    train(model, optimizer, SAVED + 1, SAVED + 1)
+    saving.result()
+    dist.barrier()
+    resume(tmp_path, STABLE, one_group)
 
 
-def check_the_optimizer_itself(root: Path) -> None:
-    """Given to dcp.save and dcp.load as an object that has state."""
+@pytest.mark.ranks(2)
+def test_the_optimizer_itself_is_saved_and_loaded_as_an_object_that_has_state(tmp_path: Path) -> None:
+    """By dcp.save and dcp.load."""
     model, resumed = Model(ODD), another()
     optimizer, fresh = (sharded(STABLE, each, bucket_mb=SMALL) for each in (model, resumed))
     train(model, optimizer, 1, SAVED)
-    dcp.save({"optimizer": optimizer}, checkpoint_id=str(root / "itself"))
+    dcp.save({"optimizer": optimizer}, checkpoint_id=str(tmp_path))
     resumed.load_state_dict(model.state_dict())
-    dcp.load({"optimizer": fresh}, checkpoint_id=str(root / "itself"))
+    dcp.load({"optimizer": fresh}, checkpoint_id=str(tmp_path))
     train(resumed, fresh, SAVED + 1, LAST)
     assert_like(resumed, fresh, *reference(STABLE), "itself")
 
 
-def check_missing_gradients(root: Path) -> None:
-    """What is frozen is not in a checkpoint; what never had a gradient is, as zeros, and is continued from its first step."""
+@pytest.mark.ranks(2)
+def test_what_is_frozen_is_not_saved_and_what_had_no_gradient_continues_from_its_first_step(tmp_path: Path) -> None:
+    """What never had a gradient is saved as zeros."""
     models = [Model(AWKWARD) for _ in range(2)]
     optimizers = []
     for model in models:
@@ -293,8 +292,8 @@ def check_missing_gradients(root: Path) -> None:
     optimizers[0].wait()
     saved = get_optimizer_state_dict(models[0], optimizers[0])
     assert saved["state"].keys() == {name for name, _ in models[0].named_parameters() if not name.startswith("layers.3.")}
-    save(root / "missing", models[0], optimizers[0])
-    load(root / "missing", models[1], optimizers[1])
+    save(tmp_path / "missing", models[0], optimizers[0])
+    load(tmp_path / "missing", models[1], optimizers[1])
     for model, optimizer in zip(models, optimizers, strict=True):
         for step in (3, 4):
             some = [*gradients(step, AWKWARD, rank=dist.get_rank(), world_size=2)]
@@ -309,34 +308,35 @@ def check_missing_gradients(root: Path) -> None:
     assert len(get_optimizer_state_dict(models[0], optimizers[0])["state"]) == len(list(models[0].parameters()))
 
 
-def check_frozen(root: Path) -> None:
-    """What is frozen later has state, which is saved, whole too, and continued; it is loaded also where it is frozen by then."""
-    for dtype in (torch.float32, torch.bfloat16):
-        models = [Model(AWKWARD).to(dtype) for _ in range(3)]
-        optimizers = [sharded(STABLE, model, bucket_mb=SMALL) for model in models]
-        train(models[0], optimizers[0], 1, 2, AWKWARD)
-        train(models[2], optimizers[2], 4, 4, AWKWARD)  # so that it has other state
-        models[0].layers[3].requires_grad_(False)
-        models[2].layers[3].requires_grad_(False)
-        train_trainable(models[0], optimizers[0], 3)
-        names = {name for name, _ in models[0].named_parameters()}
-        whole = get_optimizer_state_dict(models[0], optimizers[0], options=FULL)
-        assert whole["state"].keys() == names
-        of_ranks: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(of_ranks, set(get_optimizer_state_dict(models[0], optimizers[0])["state"]))
-        assert set.union(*of_ranks) == names
-        folder = root / f"frozen-{dtype}"
-        save(folder, models[0], optimizers[0])
-        for model, optimizer in zip(models[1:], optimizers[1:], strict=True):
-            load(folder, model, optimizer)
-        models[1].layers[3].requires_grad_(False)
-        for model, optimizer in zip(models, optimizers, strict=True):
-            train_trainable(model, optimizer, 4)
-            model.layers[3].requires_grad_(True)
-            train(model, optimizer, 5, 6, AWKWARD)
-        for model in models[1:]:
-            for a, b in zip(models[0].parameters(), model.parameters(), strict=True):
-                assert torch.equal(a, b)
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_frozen_later_has_state_that_is_saved_and_continued(tmp_path: Path, dtype: torch.dtype) -> None:
+    """In whole state dicts too; it is loaded also where it is frozen by then."""
+    models = [Model(AWKWARD).to(dtype) for _ in range(3)]
+    optimizers = [sharded(STABLE, model, bucket_mb=SMALL) for model in models]
+    train(models[0], optimizers[0], 1, 2, AWKWARD)
+    train(models[2], optimizers[2], 4, 4, AWKWARD)  # so that it has other state
+    models[0].layers[3].requires_grad_(False)
+    models[2].layers[3].requires_grad_(False)
+    train_trainable(models[0], optimizers[0], 3)
+    names = {name for name, _ in models[0].named_parameters()}
+    whole = get_optimizer_state_dict(models[0], optimizers[0], options=FULL)
+    assert whole["state"].keys() == names
+    of_ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, set(get_optimizer_state_dict(models[0], optimizers[0])["state"]))
+    assert set.union(*of_ranks) == names
+    folder = tmp_path / "frozen"
+    save(folder, models[0], optimizers[0])
+    for model, optimizer in zip(models[1:], optimizers[1:], strict=True):
+        load(folder, model, optimizer)
+    models[1].layers[3].requires_grad_(False)
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train_trainable(model, optimizer, 4)
+        model.layers[3].requires_grad_(True)
+        train(model, optimizer, 5, 6, AWKWARD)
+    for model in models[1:]:
+        for a, b in zip(models[0].parameters(), model.parameters(), strict=True):
+            assert torch.equal(a, b)
 
 
 def train_trainable(model: nn.Module, optimizer: so.ShardedOptimizer, step: int) -> None:
@@ -347,18 +347,19 @@ def train_trainable(model: nn.Module, optimizer: so.ShardedOptimizer, step: int)
     optimizer.wait()
 
 
-def check_missing_masters(root: Path) -> None:
-    """A checkpoint without masters says which it lacks; a planner that allows that makes them the parameters' values."""
+@pytest.mark.ranks(2)
+def test_a_checkpoint_without_masters_says_so_and_a_partial_load_takes_the_parameters(tmp_path: Path) -> None:
+    """By a planner that allows it."""
     options: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "kahan_sum": False}
     model = Model(AWKWARD).bfloat16()
     optimizer = so.StableAdamW(model.parameters(), **options)
     assign(model, optimizer, 1, SAVED, AWKWARD)
-    save(root / "no-masters", model, optimizer)
+    save(tmp_path / "no-masters", model, optimizer)
     resumed = another(AWKWARD).bfloat16()
     fresh = so.ShardedOptimizer(resumed, so.StableAdamW, **options)
     with pytest.raises(dcp.api.CheckpointException, match=r"Missing key in checkpoint state_dict: optimizer\.state\..*\.master"):
-        load(root / "no-masters", resumed, fresh)
-    load(root / "no-masters", resumed, fresh, planner=DefaultLoadPlanner(allow_partial_load=True))
+        load(tmp_path / "no-masters", resumed, fresh)
+    load(tmp_path / "no-masters", resumed, fresh, planner=DefaultLoadPlanner(allow_partial_load=True))
     train(resumed, fresh, 4, 4, AWKWARD)
     other = Model(AWKWARD)
     other.load_state_dict({name: value.float() for name, value in model.state_dict().items()})
@@ -368,22 +369,23 @@ def check_missing_masters(root: Path) -> None:
     assert_like(resumed, fresh, other, expected, "no masters")
 
 
-def check_copies() -> None:
-    """From optimizer to optimizer, with masters, without a checkpoint."""
-    for options in (None, FLAT, StateDictOptions(cpu_offload=True)):
-        model, resumed = Model(ODD).bfloat16(), another().bfloat16()
-        optimizer, fresh = (sharded(STABLE, each, bucket_mb=SMALL) for each in (model, resumed))
-        train(model, optimizer, 1, SAVED)
-        saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
-        resumed.load_state_dict(model.state_dict())
-        train(model, optimizer, SAVED + 1, SAVED + 1)
-        set_optimizer_state_dict(resumed, fresh, saved, options=options)
-        train(resumed, fresh, SAVED + 1, LAST)
-        assert_like(resumed, fresh, *reference(STABLE), f"copied {options}")
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("options", [None, FLAT, StateDictOptions(cpu_offload=True)], ids=["nested", "flat", "offloaded"])
+def test_state_is_copied_from_optimizer_to_optimizer(options: StateDictOptions | None) -> None:
+    """With masters, without a checkpoint."""
+    model, resumed = Model(ODD).bfloat16(), another().bfloat16()
+    optimizer, fresh = (sharded(STABLE, each, bucket_mb=SMALL) for each in (model, resumed))
+    train(model, optimizer, 1, SAVED)
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
+    resumed.load_state_dict(model.state_dict())
+    train(model, optimizer, SAVED + 1, SAVED + 1)
+    set_optimizer_state_dict(resumed, fresh, saved, options=options)
+    train(resumed, fresh, SAVED + 1, LAST)
+    assert_like(resumed, fresh, *reference(STABLE), f"copied {options}")
 
 
-def check_refused() -> None:
-    """Parts of another sharding change nothing, on any rank."""
+@pytest.mark.ranks(2)
+def test_parts_of_another_sharding_are_refused() -> None:
     model = Model(AWKWARD)
     optimizer = sharded(STABLE, model, bucket_mb=SMALL)
     train(model, optimizer, 1, 1, AWKWARD)
@@ -421,35 +423,6 @@ def resume(
     assert_like(model, optimizer, *reference(make, groups, shapes), f"{path.name} {mesh}")
 
 
-def check_loading(folder: str) -> None:
-    gc.freeze()
-    root, world_size = Path(folder), dist.get_world_size()
-    meshes: Sequence[Any] = [init_device_mesh("cpu", (2, 2))] if world_size == 4 else [None]
-    for mesh in meshes:
-        for name, make, groups in (("stable", STABLE, one_group), ("amsgrad", AMSGRAD, two_groups)):
-            resume(root / name, make, groups, mesh, again=root / f"{name}-by-{world_size}")
-            resume(root / f"{name}-flat", make, groups, mesh, FLAT)
-            check_full_file(root / f"{name}.pt", make, groups, mesh)
-        resume(root / "tiny", STABLE, one_group, mesh, shapes=TINY)
-        resume(root / "masters", STABLE, one_group, mesh, dtype=torch.bfloat16)
-        resume(root / "kahan", KAHAN, one_group, mesh, dtype=torch.bfloat16)
-        resume(root / "kahan-fsdp2", KAHAN, one_group, mesh, shapes=AWKWARD, dtype=torch.bfloat16)
-        resume(root / "fsdp2", STABLE, one_group, mesh, shapes=AWKWARD)
-        resume(root / "ddp", STABLE, one_group, mesh, shapes=AWKWARD)
-    for wrap in (DistributedDataParallel, fsdp2):
-        model = wrap(another(AWKWARD))
-        optimizer = STABLE(model.parameters())
-        load(root / "zero", model, optimizer)
-        forward(model, optimizer, SAVED + 1, LAST, AWKWARD)
-        other, expected = reference(STABLE, shapes=AWKWARD)
-        values = get_model_state_dict(model, options=FULL)
-        states = get_optimizer_state_dict(model, optimizer, options=FULL)["state"]
-        for name, param in other.named_parameters():
-            assert torch.equal(values[name], param), f"{wrap} {name}"
-            for key, value in expected.state[param].items():
-                assert torch.equal(states[name][key], value), f"{wrap} {name} {key}"
-
-
 def check_full_file(path: Path, make: partial, groups: Callable[..., Any], mesh: Any) -> None:
     """A full state dict's file, without torch.distributed.checkpoint."""
     saved = torch.load(path)
@@ -469,10 +442,78 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
     return folder
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_checkpoints_of_2_ranks_continue_bitwise_on_any_number_and_under_any_wrapper(saved: str, world_size: int) -> None:
-    """ShardedOptimizer's, on 4 ranks in replicas of shards; ordinary optimizers' under DDP and FSDP2; and each other's."""
-    ranks.run(check_loading, world_size, saved)
+on_any_number = pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+whole_models = pytest.mark.parametrize(("name", "make", "groups"), [("stable", STABLE, one_group), ("amsgrad", AMSGRAD, two_groups)])
+
+
+def replicas() -> Any:
+    """On 4 ranks, replicas of shards."""
+    return init_device_mesh("cpu", (2, 2)) if dist.get_world_size() == 4 else None
+
+
+@pytest.mark.ranks
+@on_any_number
+@whole_models
+def test_nested_checkpoints_of_2_ranks_continue_bitwise_on_any_number(
+    saved: str, world_size: int, name: str, make: partial, groups: Callable[..., Any]
+) -> None:
+    """And what these ranks save in turn."""
+    resume(Path(saved) / name, make, groups, replicas(), again=Path(saved) / f"{name}-by-{world_size}")
+
+
+@pytest.mark.ranks
+@on_any_number
+@whole_models
+def test_flattened_checkpoints_of_2_ranks_continue_bitwise_on_any_number(
+    saved: str, world_size: int, name: str, make: partial, groups: Callable[..., Any]
+) -> None:
+    resume(Path(saved) / f"{name}-flat", make, groups, replicas(), FLAT)
+
+
+@pytest.mark.ranks
+@on_any_number
+@whole_models
+def test_full_state_dicts_of_2_ranks_continue_bitwise_on_any_number(
+    saved: str, world_size: int, name: str, make: partial, groups: Callable[..., Any]
+) -> None:
+    check_full_file(Path(saved) / f"{name}.pt", make, groups, replicas())
+
+
+@pytest.mark.ranks
+@on_any_number
+@pytest.mark.parametrize(
+    ("name", "make", "shapes", "dtype"),
+    [
+        ("tiny", STABLE, TINY, torch.float32),
+        ("masters", STABLE, ODD, torch.bfloat16),
+        ("kahan", KAHAN, ODD, torch.bfloat16),
+        ("kahan-fsdp2", KAHAN, AWKWARD, torch.bfloat16),
+        ("fsdp2", STABLE, AWKWARD, torch.float32),
+        ("ddp", STABLE, AWKWARD, torch.float32),
+    ],
+)
+def test_checkpoints_of_tiny_and_low_precision_models_and_of_wrappers_continue_bitwise_on_any_number(
+    saved: str, world_size: int, name: str, make: partial, shapes: Any, dtype: torch.dtype
+) -> None:
+    """Of ShardedOptimizer, and of ordinary optimizers under FSDP2 and DDP."""
+    resume(Path(saved) / name, make, one_group, replicas(), shapes=shapes, dtype=dtype)
+
+
+@pytest.mark.ranks
+@on_any_number
+@pytest.mark.parametrize("wrap", [DistributedDataParallel, fsdp2])
+def test_checkpoints_of_2_ranks_continue_bitwise_under_ddp_and_fsdp2(saved: str, world_size: int, wrap: Callable[..., Any]) -> None:
+    model = wrap(another(AWKWARD))
+    optimizer = STABLE(model.parameters())
+    load(Path(saved) / "zero", model, optimizer)
+    forward(model, optimizer, SAVED + 1, LAST, AWKWARD)
+    other, expected = reference(STABLE, shapes=AWKWARD)
+    values = get_model_state_dict(model, options=FULL)
+    states = get_optimizer_state_dict(model, optimizer, options=FULL)["state"]
+    for name, param in other.named_parameters():
+        assert torch.equal(values[name], param), name
+        for key, value in expected.state[param].items():
+            assert torch.equal(states[name][key], value), f"{name} {key}"
 
 
 def test_tools_for_checkpoints_read_whole_tensors(saved: str) -> None:

@@ -6,14 +6,13 @@ import gc
 import mmap
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import Any
 
 import pytest
-import ranks
 import torch
 import torch.distributed as dist
 from deepspeed_models import AWKWARD
@@ -74,8 +73,20 @@ def act(way: str, model: nn.Module, optimizer: so.ShardedOptimizer, step: int) -
     optimizer.zero_grad()
 
 
-def check_alone(way: str, make: Any, together: int) -> None:
-    """Both ranks end with an error soon after the timeout; that of the one that waits names a parameter."""
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize(
+    ("way", "make", "together"),
+    [
+        ("raises", STABLE, 2),
+        ("raises", ADAMW, 1),
+        ("raises, and goes on", STABLE, 2),
+        ("leaves out a step", ADAMW, 2),
+        ("leaves out a step", STABLE, 1),
+        ("is late", ADAMW, 2),
+    ],
+)
+def test_a_rank_that_goes_its_own_way_ends_the_job_on_all_ranks(way: str, make: partial, together: int) -> None:
+    """Soon after the timeout, with an error that names a parameter on the rank that waits. Ranks share memory, or send."""
     process_group = dist.new_group(timeout=timedelta(seconds=TIMEOUT))
     model = Model(AWKWARD)
     with ranks_per_machine(together):
@@ -101,54 +112,36 @@ def train_on(model: nn.Module, optimizer: so.ShardedOptimizer) -> None:
     optimizer.finish_reduction()
 
 
-def check_blame() -> None:
-    """What this process cannot do is not said to be missing from others: in the step, in the update, in what is read of another rank."""
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("where", ["updating", "summing", "mapping"])
+def test_what_this_process_cannot_do_is_not_said_to_be_missing_from_others(where: str) -> None:
     no_memory = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"
 
     def fails(*args: Any, **options: Any) -> Any:
         raise RuntimeError(no_memory)
 
-    for where in ("updating", "summing", "mapping"):
-        process_group = dist.new_group(timeout=timedelta(seconds=TIMEOUT))
-        model = Model(AWKWARD)
-        optimizer = sharded(STABLE, model, process_group, bucket_mb=SMALL)
-        model(contributions(1)).backward()
-        optimizer.finish_reduction()
-        with pytest.MonkeyPatch.context() as patch:
-            if where == "updating":
-                patch.setattr(optimizer._engine, "_update", fails)
-            elif where == "summing":
-                patch.setattr(transfers, "_sum", fails)
-            else:
-                patch.setattr(torch, "from_file", fails)
-                optimizer._gatherer._shard_group.shared_memory._mapped.clear()
-            with pytest.raises((RuntimeError, MemoryError)) as raised:
-                train_on(model, optimizer)
-        assert no_memory in str(raised.value), where
-        assert "did not arrive from the other ranks" not in str(raised.value), where
-        dist.barrier()
+    process_group = dist.new_group(timeout=timedelta(seconds=TIMEOUT))
+    model = Model(AWKWARD)
+    optimizer = sharded(STABLE, model, process_group, bucket_mb=SMALL)
+    model(contributions(1)).backward()
+    optimizer.finish_reduction()
+    with pytest.MonkeyPatch.context() as patch:
+        if where == "updating":
+            patch.setattr(optimizer._engine, "_update", fails)
+        elif where == "summing":
+            patch.setattr(transfers, "_sum", fails)
+        else:
+            patch.setattr(torch, "from_file", fails)
+            optimizer._gatherer._shard_group.shared_memory._mapped.clear()
+        with pytest.raises((RuntimeError, MemoryError)) as raised:
+            train_on(model, optimizer)
+    assert no_memory in str(raised.value), where
+    assert "did not arrive from the other ranks" not in str(raised.value), where
+    dist.barrier()
 
 
-def check_ways() -> None:
-    check_blame()
-    for way, make, together in (
-        ("raises", STABLE, 2),
-        ("raises", ADAMW, 1),
-        ("raises, and goes on", STABLE, 2),
-        ("leaves out a step", ADAMW, 2),
-        ("leaves out a step", STABLE, 1),
-        ("is late", ADAMW, 2),
-    ):
-        check_alone(way, make, together)
-        dist.barrier()  # the default group's: the other one is of no more use
-
-
-def test_a_rank_that_goes_its_own_way_ends_the_job_on_all_ranks() -> None:
-    """It raises in backward, or leaves others waiting for a bucket; where ranks read each other's memory, and where they send."""
-    ranks.run(check_ways, 2)
-
-
-def check_refusals() -> None:
+@pytest.mark.ranks(2)
+def test_options_that_cannot_work_are_refused_by_name_on_all_ranks() -> None:
     rank = dist.get_rank()
     model = Model(AWKWARD)
     with pytest.raises(TypeError, match=r"optimizer_class must be a class of sharded_optim"):
@@ -165,6 +158,12 @@ def check_refusals() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             so.ShardedOptimizer(model, so.AdamW, **{"lr": 1e-2, **options})
+
+
+@pytest.mark.ranks(2)
+def test_parameters_that_cannot_be_sharded_are_refused_by_name_on_all_ranks() -> None:
+    rank = dist.get_rank()
+    model = Model(AWKWARD)
     twin = nn.Parameter(model.layers[0].weight.data)
     mesh = init_device_mesh("cpu", (2,))
     dtensors = nn.Linear(4, 4)
@@ -184,25 +183,33 @@ def check_refusals() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             so.ShardedOptimizer(params, so.AdamW, lr=1e-2)
+
+
+@pytest.mark.ranks(2)
+def test_a_mesh_of_three_dimensions_is_refused() -> None:
+    model = Model(AWKWARD)
     with pytest.raises(ValueError, match=r"must be a mesh .* of 1 dimension \(shards\) or 2 \(replicas, shards\)"):
         so.ShardedOptimizer(model, so.AdamW, init_device_mesh("cpu", (1, 2, 1)), lr=1e-2)
+
+
+@pytest.mark.ranks(2)
+def test_a_group_with_a_parameter_that_the_optimizer_has_is_refused() -> None:
+    """Also a frozen one, which is in no bucket; the optimizer goes on."""
+    model = Model(AWKWARD)
     optimizer = sharded(STABLE, model)
     with pytest.raises(ValueError, match=r"parameter 'layers.0.weight' appears twice"):
         optimizer.add_param_group({"params": model.layers[0].weight})
     added, part_frozen = nn.Parameter(torch.ones(3)), nn.Linear(2, 2)
     part_frozen.bias.requires_grad_(False)
     optimizer = sharded(STABLE, part_frozen)
-    with pytest.raises(ValueError, match=r"parameter '.*' appears twice"):  # a frozen one is in no bucket
+    with pytest.raises(ValueError, match=r"parameter '.*' appears twice"):
         optimizer.add_param_group({"params": [part_frozen.bias, added]})
     part_frozen(torch.ones(1, 2)).sum().backward()
     optimizer.step()
-    check_allocations()
-    check_sparse()
-    check_order()
 
 
-def check_order() -> None:
-    """Two optimizers whose backward passes come in another order on one rank are not taken for each other."""
+@pytest.mark.ranks(2)
+def test_optimizers_whose_backward_passes_come_in_different_orders_are_not_taken_for_each_other() -> None:
     models = [nn.Linear(3, 3) for _ in range(2)]
     optimizers = [sharded(ADAMW, model) for model in models]
     for index in (0, 1) if dist.get_rank() else (1, 0):
@@ -228,60 +235,69 @@ def failing(owner: Any, name: str, call: int) -> Iterator[list[int]]:
         yield calls
 
 
-def check_allocations() -> None:
-    """Whatever a rank cannot make when an optimizer is built or grows, all ranks raise at once, and a next attempt is as the first."""
+def layers() -> nn.ModuleList:
+    torch.manual_seed(0)
+    return nn.ModuleList(nn.Linear(30, 30).to(dtype) for dtype in (torch.float32, torch.bfloat16))
 
-    def build() -> so.ShardedOptimizer:
-        return sharded(STABLE, made(), bucket_mb=SMALL)
 
-    def grow() -> so.ShardedOptimizer:
-        optimizer = sharded(STABLE, made().parameters())
-        optimizer.add_param_group({"params": list(made()[0].parameters())})
-        return optimizer
+def build() -> so.ShardedOptimizer:
+    return sharded(STABLE, layers(), bucket_mb=SMALL)
 
-    def thaw() -> so.ShardedOptimizer:
-        layers = made()
-        layers[1].requires_grad_(False)
-        optimizer = sharded(STABLE, [param for layer in layers for param in layer.parameters()])
-        layers[1].requires_grad_(True)
-        for param in layers.parameters():
-            param.grad = torch.ones_like(param)
-        optimizer.step()
-        return optimizer
 
-    def made() -> nn.ModuleList:
-        torch.manual_seed(0)
-        return nn.ModuleList(nn.Linear(30, 30).to(dtype) for dtype in (torch.float32, torch.bfloat16))
+def grow() -> so.ShardedOptimizer:
+    optimizer = sharded(STABLE, layers().parameters())
+    optimizer.add_param_group({"params": list(layers()[0].parameters())})
+    return optimizer
 
+
+def thaw() -> so.ShardedOptimizer:
+    model = layers()
+    model[1].requires_grad_(False)
+    optimizer = sharded(STABLE, [param for layer in model for param in layer.parameters()])
+    model[1].requires_grad_(True)
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    return optimizer
+
+
+ALLOCATIONS = [(os, "memfd_create"), (mmap, "mmap"), (os, "pipe2"), (memory, "zeros_on"), (bucket_layout, "Bucket")]
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("action", [build, grow, thaw])
+def test_whatever_a_rank_cannot_allocate_all_ranks_raise_at_once(action: Callable[[], so.ShardedOptimizer]) -> None:
+    """When an optimizer is built or grows; the next attempt is as the first, and no file stays open."""
+    action()  # makes what the process keeps, as the optimizers' process group
+    gc.collect()
     files = len(os.listdir("/proc/self/fd"))
-    made_of = [(os, "memfd_create"), (mmap, "mmap"), (os, "pipe2"), (memory, "zeros_on"), (bucket_layout, "Bucket")]
-    for action in (build, grow, thaw):
-        for owner, name in [*made_of, (os, "open")] if action is build else made_of:
-            call, raised = 0, 0
-            while True:
-                call += 1
-                started = time.monotonic()
-                with failing(owner, name, call) as calls:
-                    try:
-                        optimizer = action()
-                    except (OSError, ValueError) as error:
-                        raised += "Too many open files" in str(error)
-                    else:
-                        del optimizer
-                assert time.monotonic() - started < 10.0, "the other rank did not hear of it"
-                gc.collect()
-                most = torch.tensor(calls)
-                dist.all_reduce(most, op=dist.ReduceOp.MAX)
-                if int(most) < call:
-                    break
-            outcomes: list[Any] = [None, None]
-            dist.all_gather_object(outcomes, (call, raised))
-            assert outcomes[0] == outcomes[1], f"{action.__name__} {name}: {outcomes}"
-            assert raised or name == "open", f"{action.__name__} {name}"
+    for owner, name in [*ALLOCATIONS, (os, "open")] if action is build else ALLOCATIONS:
+        call, raised = 0, 0
+        while True:
+            call += 1
+            started = time.monotonic()
+            with failing(owner, name, call) as calls:
+                try:
+                    optimizer = action()
+                except (OSError, ValueError) as error:
+                    raised += "Too many open files" in str(error)
+                else:
+                    del optimizer
+            assert time.monotonic() - started < 10.0, "the other rank did not hear of it"
+            gc.collect()
+            most = torch.tensor(calls)
+            dist.all_reduce(most, op=dist.ReduceOp.MAX)
+            if int(most) < call:
+                break
+        outcomes: list[Any] = [None, None]
+        dist.all_gather_object(outcomes, (call, raised))
+        assert outcomes[0] == outcomes[1], f"{name}: {outcomes}"
+        assert raised or name == "open", name
     assert len(os.listdir("/proc/self/fd")) <= files + 2, "files stay open"
 
 
-def check_sparse() -> None:
+@pytest.mark.ranks(2)
+def test_a_sparse_gradient_is_refused_in_backward() -> None:
     model = nn.Embedding(5, 3, sparse=True)
     optimizer = sharded(STABLE, model)
     with pytest.raises(ValueError, match=r"the gradient of 'weight' is sparse .*sparse=False"):
@@ -300,7 +316,3 @@ def test_a_process_alone_blames_no_other_ranks(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(ParamSet, "observe", fails)
     with pytest.raises(RuntimeError, match=r"^can't allocate memory$"):
         optimizer.step()
-
-
-def test_what_cannot_work_is_refused_by_name_on_all_ranks() -> None:
-    ranks.run(check_refusals, 2)

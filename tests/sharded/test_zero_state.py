@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ranks
 import torch
 import torch.distributed as dist
 from deepspeed_models import AWKWARD
@@ -58,189 +57,202 @@ def train(model: nn.Module, optimizer: Any, first: int, last: int) -> None:
         optimizer.zero_grad()
 
 
-def check_costs() -> None:
+@pytest.mark.ranks
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("dtype", "make", "per_element"),
+    [(torch.float32, STABLE, 8), (torch.bfloat16, STABLE, 12), (torch.bfloat16, KAHAN, 10)],
+    ids=["fp32", "bf16 with masters", "bf16 with Kahan sums"],
+)
+def test_state_falls_with_the_number_of_ranks_and_traffic_is_twice_the_parameters(
+    world_size: int, dtype: torch.dtype, make: partial, per_element: int
+) -> None:
     """Of a transformer: state in equal shards, 2 (N - 1) / N of the parameters' bytes sent, one small all-reduce in a step."""
-    world_size = dist.get_world_size()
-    for dtype, make, per_element in ((torch.float32, STABLE, 8), (torch.bfloat16, STABLE, 12), (torch.bfloat16, KAHAN, 10)):
-        model = Transformer(layers=2, width=32, vocabulary=301, positions=64).to(dtype)
-        optimizer = sharded(make, model, bucket_mb=0.05, transport="sends")
-        numel = sum(param.numel() for param in model.parameters())
-        tokens = torch.randint(301, (2, 8), generator=torch.Generator().manual_seed(dist.get_rank()))
-        for _ in range(2):
-            model(tokens).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        with counted() as sent:
-            model(tokens).square().mean().backward()
-            optimizer.finish_reduction()
-            in_backward = dict(sent)
-            optimizer.step()
-            optimizer.wait()
-        padded = sum(bucket.numel for bucket in optimizer._bucket_layout.buckets)
-        assert padded - numel < 16 * 4 * world_size * len(optimizer._bucket_layout.buckets), "one pad for each bucket"
-        itemsize = dtype.itemsize
-        if world_size > 1:
-            half = padded * itemsize * (world_size - 1) // world_size
-            tensors = len(list(model.parameters()))
-            assert in_backward == {"isend": half, "all_reduce": 4 * (tensors + 2)}
-            small = sent["all_reduce"] - in_backward["all_reduce"]
-            assert sent["isend"] == 2 * half
-            assert small == (8 * (7 * tensors + 3) if make is STABLE else 0)
-        state = [value for values in optimizer.state.values() for key, value in values.items() if key != "step"]
-        held = sum(value.nbytes for value in state)
-        share = per_element * numel / world_size
-        pads = per_element * sum(
-            bucket.numel - sum(p.numel() for p in (h.param for h in bucket.slots)) for bucket in optimizer._bucket_layout.buckets
-        )
-        assert share - pads <= held <= share + pads / world_size, f"{held} of {share}"
-    check_balance()
+    model = Transformer(layers=2, width=32, vocabulary=301, positions=64).to(dtype)
+    optimizer = sharded(make, model, bucket_mb=0.05, transport="sends")
+    numel = sum(param.numel() for param in model.parameters())
+    tokens = torch.randint(301, (2, 8), generator=torch.Generator().manual_seed(dist.get_rank()))
+    for _ in range(2):
+        model(tokens).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with counted() as sent:
+        model(tokens).square().mean().backward()
+        optimizer.finish_reduction()
+        in_backward = dict(sent)
+        optimizer.step()
+        optimizer.wait()
+    padded = sum(bucket.numel for bucket in optimizer._bucket_layout.buckets)
+    assert padded - numel < 16 * 4 * world_size * len(optimizer._bucket_layout.buckets), "one pad for each bucket"
+    itemsize = dtype.itemsize
+    if world_size > 1:
+        half = padded * itemsize * (world_size - 1) // world_size
+        tensors = len(list(model.parameters()))
+        assert in_backward == {"isend": half, "all_reduce": 4 * (tensors + 2)}
+        small = sent["all_reduce"] - in_backward["all_reduce"]
+        assert sent["isend"] == 2 * half
+        assert small == (8 * (2 * tensors + 4) if make.func is so.StableAdamW else 0)
+    state = [value for values in optimizer.state.values() for key, value in values.items() if key != "step"]
+    held = sum(value.nbytes for value in state)
+    share = per_element * numel / world_size
+    pads = per_element * sum(
+        bucket.numel - sum(p.numel() for p in (h.param for h in bucket.slots)) for bucket in optimizer._bucket_layout.buckets
+    )
+    assert share - pads <= held <= share + pads / world_size, f"{held} of {share}"
 
 
-def check_balance() -> None:
-    """Shards are equal, whatever the sizes of tensors, and with default buckets at most 0.1 % of them is padding."""
+@pytest.mark.ranks
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_shards_are_equal_whatever_the_sizes_of_tensors(world_size: int) -> None:
+    """With default buckets at most 0.1 % of them is padding."""
     model = nn.ParameterList(nn.Parameter(torch.zeros(numel)) for numel in (1_000_003, 7, 1, 0, 12_345, 999_983, 31))
     optimizer = sharded(STABLE, model)
     (bucket,) = optimizer._bucket_layout.buckets
     held = torch.tensor([sum(slot.numel for slot in bucket.slots)])
-    everything = [torch.zeros_like(held) for _ in range(dist.get_world_size())]
+    everything = [torch.zeros_like(held) for _ in range(world_size)]
     dist.all_gather(everything, held)
     mean = sum(map(int, everything)) / len(everything)
     assert max(map(int, everything)) / mean - 1 < 1e-3
     assert min(map(int, everything)) / mean > 1 - 1e-3
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_state_falls_with_the_number_of_ranks_and_traffic_is_twice_the_parameters(world_size: int) -> None:
-    ranks.run(check_costs, world_size)
-
-
 # ------------------------------------------------------------------------------------------------------------------- state dicts
 
-
-def check_state(folder: str) -> None:
-    check_resuming(Path(folder))
-    check_files(Path(folder))
-    check_consolidated(Path(folder))
-    check_whole_state_dicts()
-    check_refused_state_dicts()
-    check_early_observation()
-    check_close_to_ddp()
+every_dtype = pytest.mark.parametrize(
+    ("dtype", "make"),
+    [(torch.float32, STABLE), (torch.bfloat16, STABLE), (torch.bfloat16, KAHAN)],
+    ids=["fp32", "bf16 with masters", "bf16 with Kahan sums"],
+)
 
 
-def check_resuming(folder: Path) -> None:
-    """A run that is saved and loaded goes on with the bits of one that is not, with masters and without, after steps or before any."""
-    for dtype, make in ((torch.float32, STABLE), (torch.bfloat16, STABLE), (torch.bfloat16, KAHAN)):
-        models = [Model(AWKWARD).to(dtype) for _ in range(2)]
-        optimizers = [sharded(make, two_groups(model), bucket_mb=SMALL) for model in models]
-        train(models[0], optimizers[0], 1, 3)
-        optimizers[0].param_groups[1]["lr"] = 2e-3
-        optimizers[0].wait()
-        path = folder / f"{dist.get_rank()}.pt"
-        torch.save({"model": models[0].state_dict(), "optimizer": optimizers[0].state_dict()}, path)
-        saved = torch.load(path, weights_only=True)
-        models[1].load_state_dict(saved["model"])
-        optimizers[1].load_state_dict(saved["optimizer"])
-        for model, optimizer in zip(models, optimizers, strict=True):
-            train(model, optimizer, 4, 5)
-            optimizer.wait()
-        assert optimizers[1].param_groups[1]["lr"] == 2e-3
-        for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
-            assert torch.equal(a, b)
-            assert optimizers[0].state.get(a, {}).keys() == optimizers[1].state.get(b, {}).keys()
-            for key, value in optimizers[0].state.get(a, {}).items():
-                assert torch.equal(value, optimizers[1].state[b][key]), key
+@pytest.mark.ranks(2)
+@every_dtype
+def test_a_run_that_is_saved_and_loaded_goes_on_with_the_bits_of_one_that_is_not(tmp_path: Path, dtype: torch.dtype, make: partial) -> None:
+    models = [Model(AWKWARD).to(dtype) for _ in range(2)]
+    optimizers = [sharded(make, two_groups(model), bucket_mb=SMALL) for model in models]
+    train(models[0], optimizers[0], 1, 3)
+    optimizers[0].param_groups[1]["lr"] = 2e-3
+    optimizers[0].wait()
+    path = tmp_path / f"{dist.get_rank()}.pt"
+    torch.save({"model": models[0].state_dict(), "optimizer": optimizers[0].state_dict()}, path)
+    saved = torch.load(path, weights_only=True)
+    models[1].load_state_dict(saved["model"])
+    optimizers[1].load_state_dict(saved["optimizer"])
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train(model, optimizer, 4, 5)
+        optimizer.wait()
+    assert optimizers[1].param_groups[1]["lr"] == 2e-3
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert optimizers[0].state.get(a, {}).keys() == optimizers[1].state.get(b, {}).keys()
+        for key, value in optimizers[0].state.get(a, {}).items():
+            assert torch.equal(value, optimizers[1].state[b][key]), key
 
 
-def check_consolidated(folder: Path) -> None:
-    """What one rank saves after `consolidate_state_dict`, as trainers do, is continued by all with the bits of a run that goes on; and it
-    is the state of an optimizer in one process. Saved without it there is a warning, once.
-    """
-    world_size = dist.get_world_size()
-    for number, (dtype, make) in enumerate([(torch.float32, STABLE), (torch.bfloat16, STABLE), (torch.bfloat16, KAHAN)]):
-        models = [Model(AWKWARD).to(dtype) for _ in range(2)]
-        optimizers = [sharded(make, two_groups(model), bucket_mb=SMALL) for model in models]
-        train(models[0], optimizers[0], 1, 3)
-        to = number % world_size
-        optimizers[0].consolidate_state_dict(to=to)
-        path = folder / f"consolidated-{number}.pt"
-        weights = models[0].state_dict()
-        if dist.get_rank() == to:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")
-                torch.save({"model": weights, "optimizer": optimizers[0].state_dict()}, path)
-        dist.barrier()
-        saved = torch.load(path, weights_only=True)
-        assert "shards" not in saved["optimizer"]
-        for model, values in zip(models[0].parameters(), saved["optimizer"]["state"].values(), strict=False):
-            assert values["exp_avg"].shape in {param.shape for param in models[0].parameters()}, model.shape
-        models[1].load_state_dict(saved["model"])
-        optimizers[1].load_state_dict(saved["optimizer"])
-        for model, optimizer in zip(models, optimizers, strict=True):
-            train(model, optimizer, 4, 5)
-            optimizer.wait()
-        for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
-            assert torch.equal(a, b)
-            for key, value in optimizers[0].state.get(a, {}).items():
-                assert torch.equal(value, optimizers[1].state[b][key]), key
-        assert "shards" in optimizers[0].state_dict(), "a step has changed what was collected"
-        if dtype == torch.float32:
-            expected, _ = one_process(make, [gradients(step, AWKWARD) for step in range(1, 6)], two_groups)
-            ordinary = Model(AWKWARD)
-            ordinary.load_state_dict(saved["model"])
-            resumed = make(two_groups(ordinary), process_group=dist.new_subgroups(1)[0])
-            resumed.load_state_dict(saved["optimizer"])
-            for step in (4, 5):
-                for param, grad in zip(ordinary.parameters(), gradients(step, AWKWARD), strict=True):
-                    param.grad = grad
-                resumed.step()
-            for a, b in zip(ordinary.parameters(), expected.parameters(), strict=True):
-                assert torch.equal(a, b)
-    with pytest.raises(ValueError, match=rf"to must be a rank of the optimizer's process group, 0 to {world_size - 1}, got {world_size}"):
-        optimizers[0].consolidate_state_dict(to=world_size)
-    if world_size > 1:
-        with pytest.warns(UserWarning, match=r"one rank's part.*optimizer.consolidate_state_dict\(\) on every rank"):
-            torch.save(optimizers[0].state_dict(), folder / f"{dist.get_rank()}.pt")
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("to", [0, 1])
+@every_dtype
+def test_what_one_rank_saves_after_consolidation_is_continued_by_all(tmp_path: Path, dtype: torch.dtype, make: partial, to: int) -> None:
+    """As trainers save, with the bits of a run that goes on; and it is the state of an optimizer in one process."""
+    models = [Model(AWKWARD).to(dtype) for _ in range(2)]
+    optimizers = [sharded(make, two_groups(model), bucket_mb=SMALL) for model in models]
+    train(models[0], optimizers[0], 1, 3)
+    optimizers[0].consolidate_state_dict(to=to)
+    path = tmp_path / "consolidated.pt"
+    weights = models[0].state_dict()
+    if dist.get_rank() == to:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            copy.deepcopy(optimizers[1].state_dict())
-            table = optimizers[1].state_dict()["shards"]
-            assert type(table)(table.items()) == table, "as Accelerate makes it again"
-            torch.save(optimizers[0].state_dict(), folder / f"{dist.get_rank()}.pt")
-
-
-def check_files(folder: Path) -> None:
-    """A parameter is saved alone, not with the bucket that it lies in; also its master and this rank's part of its state."""
-    for dtype in (torch.float32, torch.bfloat16):
-        model = Transformer(layers=2, width=64, vocabulary=301, positions=64).to(dtype)
-        optimizer = sharded(STABLE, model)
-        model(torch.randint(301, (2, 8))).square().mean().backward()
-        optimizer.step()
+            torch.save({"model": weights, "optimizer": optimizers[0].state_dict()}, path)
+    dist.barrier()
+    saved = torch.load(path, weights_only=True)
+    assert "shards" not in saved["optimizer"]
+    for values in saved["optimizer"]["state"].values():
+        assert values["exp_avg"].shape in {param.shape for param in models[0].parameters()}
+    models[1].load_state_dict(saved["model"])
+    optimizers[1].load_state_dict(saved["optimizer"])
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train(model, optimizer, 4, 5)
         optimizer.wait()
-        path = folder / f"{dist.get_rank()}.pt"
-        for name, param in model.named_parameters():
-            own = [value for key, value in optimizer.state.get(param, {}).items() if key != "step"]
-            for value in (param, param.detach(), *own):
-                torch.save(value, path)
-                assert path.stat().st_size < value.nbytes + 2500, f"{name}: {path.stat().st_size} bytes of {value.nbytes}"
-            assert param.untyped_storage().nbytes() == param.nbytes
-        before = {name: param.detach().clone() for name, param in model.named_parameters()}
-        save_model(model, str(path))
-        with torch.no_grad():
-            for param in model.parameters():
-                param.zero_()
-        load_model(model, str(path))
-        assert all(torch.equal(param, before[name]) for name, param in model.named_parameters())
-        assert all(bucket.is_bound(slot) for bucket in optimizer._bucket_layout.buckets for slot in bucket.slots)
-        copy.deepcopy(model)
-        model.share_memory()
-        model(torch.randint(301, (2, 8))).square().mean().backward()
-        optimizer.step()
-        optimizer.wait()
-        assert all(torch.isfinite(param).all() and not torch.equal(param, before[name]) for name, param in model.named_parameters())
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+        for key, value in optimizers[0].state.get(a, {}).items():
+            assert torch.equal(value, optimizers[1].state[b][key]), key
+    assert "shards" in optimizers[0].state_dict(), "a step has changed what was collected"
+    if dtype == torch.float32:
+        expected, _ = one_process(make, [gradients(step, AWKWARD) for step in range(1, 6)], two_groups)
+        ordinary = Model(AWKWARD)
+        ordinary.load_state_dict(saved["model"])
+        resumed = make(two_groups(ordinary), process_group=dist.new_subgroups(1)[0])
+        resumed.load_state_dict(saved["optimizer"])
+        for step in (4, 5):
+            for param, grad in zip(ordinary.parameters(), gradients(step, AWKWARD), strict=True):
+                param.grad = grad
+            resumed.step()
+        for a, b in zip(ordinary.parameters(), expected.parameters(), strict=True):
+            assert torch.equal(a, b)
 
 
-def check_whole_state_dicts() -> None:
-    """The state dict of an optimizer in one process, ours or torch's, is continued: each rank takes its part."""
+@pytest.mark.ranks(2)
+def test_consolidation_to_a_rank_that_there_is_not_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"to must be a rank of the optimizer's process group, 0 to 1, got 2"):
+        sharded(STABLE, Model(AWKWARD)).consolidate_state_dict(to=2)
+
+
+@pytest.mark.ranks(2)
+def test_who_saves_one_ranks_part_is_warned_once(tmp_path: Path) -> None:
+    """And who only copies it is not."""
+    model = Model(AWKWARD)
+    optimizer = sharded(STABLE, model, bucket_mb=SMALL)
+    train(model, optimizer, 1, 1)
+    path = tmp_path / f"{dist.get_rank()}.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        copy.deepcopy(optimizer.state_dict())
+        table = optimizer.state_dict()["shards"]
+        assert type(table)(table.items()) == table, "as Accelerate makes it again"
+    with pytest.warns(UserWarning, match=r"one rank's part.*optimizer.consolidate_state_dict\(\) on every rank"):
+        torch.save(optimizer.state_dict(), path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.save(optimizer.state_dict(), path)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tensor_is_saved_alone_and_not_with_its_bucket(tmp_path: Path, dtype: torch.dtype) -> None:
+    """A parameter, its master and this rank's part of its state."""
+    model = Transformer(layers=2, width=64, vocabulary=301, positions=64).to(dtype)
+    optimizer = sharded(STABLE, model)
+    model(torch.randint(301, (2, 8))).square().mean().backward()
+    optimizer.step()
+    optimizer.wait()
+    path = tmp_path / f"{dist.get_rank()}.pt"
+    for name, param in model.named_parameters():
+        own = [value for key, value in optimizer.state.get(param, {}).items() if key != "step"]
+        for value in (param, param.detach(), *own):
+            torch.save(value, path)
+            assert path.stat().st_size < value.nbytes + 2500, f"{name}: {path.stat().st_size} bytes of {value.nbytes}"
+        assert param.untyped_storage().nbytes() == param.nbytes
+    before = {name: param.detach().clone() for name, param in model.named_parameters()}
+    save_model(model, str(path))
+    with torch.no_grad():
+        for param in model.parameters():
+            param.zero_()
+    load_model(model, str(path))
+    assert all(torch.equal(param, before[name]) for name, param in model.named_parameters())
+    assert all(bucket.is_bound(slot) for bucket in optimizer._bucket_layout.buckets for slot in bucket.slots)
+    copy.deepcopy(model)
+    model.share_memory()
+    model(torch.randint(301, (2, 8))).square().mean().backward()
+    optimizer.step()
+    optimizer.wait()
+    assert all(torch.isfinite(param).all() and not torch.equal(param, before[name]) for name, param in model.named_parameters())
+
+
+@pytest.mark.ranks(2)
+def test_the_state_dict_of_an_optimizer_in_one_process_is_continued() -> None:
+    """Each rank takes its part."""
     steps = [gradients(step, AWKWARD) for step in (1, 2, 3)]
     expected = one_process(STABLE, steps, two_groups)
     half, saved = one_process(STABLE, steps[:2], two_groups)
@@ -250,6 +262,11 @@ def check_whole_state_dicts() -> None:
     optimizer.load_state_dict(saved.state_dict())
     train(model, optimizer, 3, 3)
     assert_like(model, optimizer, *expected, "from one process")
+
+
+@pytest.mark.ranks(2)
+def test_the_state_dict_of_torchs_adamw_is_continued() -> None:
+    steps = [gradients(step, AWKWARD) for step in (1, 2, 3)]
 
     def torchs(groups: Any) -> torch.optim.Optimizer:
         return torch.optim.AdamW(groups, lr=1e-2)
@@ -269,8 +286,8 @@ def check_whole_state_dicts() -> None:
     assert_like(model, optimizer, half, reference, "from torch")
 
 
-def check_refused_state_dicts() -> None:
-    """What fits on one rank and not on the other changes nothing on either."""
+@pytest.mark.ranks(2)
+def test_a_state_dict_that_does_not_fit_on_one_rank_changes_nothing_on_any() -> None:
     model = Model(AWKWARD)
     optimizer = sharded(STABLE, model, bucket_mb=SMALL)
     train(model, optimizer, 1, 1)
@@ -293,13 +310,18 @@ def check_refused_state_dicts() -> None:
     for number, state in before["state"].items():
         for key, value in state.items():
             assert torch.equal(value, after["state"][number][key])
-    for way in (copy.deepcopy, pickle.dumps):
-        with pytest.raises(ValueError, match=r"cannot be copied or pickled.*save its state_dict"):
-            way(optimizer)
 
 
-def check_early_observation() -> None:
-    """Sums are taken of each bucket as it arrives, and again in the step where anything has changed since."""
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("way", [copy.deepcopy, pickle.dumps])
+def test_an_optimizer_that_holds_buckets_cannot_be_copied(way: Callable[..., Any]) -> None:
+    optimizer = sharded(STABLE, Model(AWKWARD))
+    with pytest.raises(ValueError, match=r"cannot be copied or pickled.*save its state_dict"):
+        way(optimizer)
+
+
+@pytest.mark.ranks(2)
+def test_sums_are_taken_as_buckets_arrive_and_again_where_anything_has_changed() -> None:
     model = Model(AWKWARD)
     optimizer = sharded(STABLE, model, bucket_mb=SMALL)
     seen = 0
@@ -309,7 +331,6 @@ def check_early_observation() -> None:
         seen += 1
         return sums(*arguments)
 
-    KernelCall._sums = count  # type: ignore[method-assign]
     buckets = sum(any(slot.numel for slot in bucket.slots) for bucket in optimizer._bucket_layout.buckets)
     assert buckets > 2
     changes: list[Callable[[], object]] = [
@@ -319,19 +340,22 @@ def check_early_observation() -> None:
         lambda: optimizer.load_state_dict(optimizer.state_dict()),
     ]
     train(model, optimizer, 1, 1)
-    for step, change in enumerate(changes, start=2):
-        model(contributions(step)).backward()
-        optimizer.finish_reduction()
-        seen = 0
-        optimizer.finish_reduction()
-        change()
-        optimizer.step()
-        optimizer.zero_grad()
-        assert seen == (0 if step == 2 else buckets), step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KernelCall, "_sums", count)
+        for step, change in enumerate(changes, start=2):
+            model(contributions(step)).backward()
+            optimizer.finish_reduction()
+            seen = 0
+            optimizer.finish_reduction()
+            change()
+            optimizer.step()
+            optimizer.zero_grad()
+            assert seen == (0 if step == 2 else buckets), step
 
 
-def check_close_to_ddp() -> None:
-    """On real gradients, what DDP and an unsharded optimizer do, but for the order in which float32 numbers are added."""
+@pytest.mark.ranks(2)
+def test_real_gradients_train_as_under_ddp() -> None:
+    """But for the order in which float32 numbers are added."""
     sizes = {"layers": 2, "width": 32, "vocabulary": 301, "positions": 64}
     torch.manual_seed(0)
     wrapped = DistributedDataParallel(Transformer(**sizes))
@@ -353,11 +377,8 @@ def check_close_to_ddp() -> None:
     assert math.isfinite(float(error))
 
 
-def test_state_dicts_early_observation_and_real_gradients(tmp_path: Path) -> None:
-    ranks.run(check_state, 2, str(tmp_path))
-
-
-def check_masters_that_are_saved() -> None:
+@pytest.mark.ranks(2)
+def test_masters_of_weights_that_were_loaded_are_saved_as_they_are_now() -> None:
     model = nn.Linear(3, 5, bias=False).bfloat16()
     optimizer = so.ShardedOptimizer(model, so.AdamW, lr=1e-2)
     optimizer.init_state()
@@ -368,7 +389,3 @@ def check_masters_that_are_saved() -> None:
     optimizer.consolidate_state_dict()
     if dist.get_rank() == 0:
         assert torch.equal(optimizer.state_dict()["state"][0]["master"], torch.full((5, 3), 7.0))
-
-
-def test_masters_of_weights_that_were_loaded_are_saved_as_they_are_now() -> None:
-    ranks.run(check_masters_that_are_saved, 2)
