@@ -188,9 +188,11 @@ def _call(function: Callable[..., None], args: tuple[Any, ...], kwargs: dict[str
     os.environ.update(environment)  # the test's: the server has the one in which it was started
     torch.manual_seed(0)
     random.seed(0)
+    folder = os.getcwd()
     before = _settings() | _definitions()
     with warnings.catch_warnings():
         function(*args, **kwargs)
+    os.chdir(folder)
     # The objects of this function end with it. The collector need not look through what it imported in each later function.
     gc.collect()
     gc.freeze()
@@ -209,7 +211,6 @@ def _settings() -> dict[str, Any]:
         "the number of threads": torch.get_num_threads(),
         "whether conversion swaps parameters": torch.__future__.get_swap_module_params_on_conversion(),
         "whether the garbage collector runs": gc.isenabled(),
-        "the working directory": os.getcwd(),
         "hooks of all modules": [len(modules._global_forward_pre_hooks), len(modules._global_forward_hooks)],
         "hooks of all optimizers": [len(_global_optimizer_pre_hooks), len(_global_optimizer_post_hooks)],
     }
