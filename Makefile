@@ -5,8 +5,8 @@ TORCH ?=
 VENV := .venv$(addprefix -,$(TORCH))
 BIN := $(VENV)/bin
 RECIPES := .venv-recipes
-TRACKERS := .venv-trackers
-DOCS := .venv-docs
+TRACKERS := .venv-trackers$(addprefix -,$(TORCH))
+DOCS := .venv-docs$(addprefix -,$(TORCH))
 SITE := build/site
 CONFIG ?= configs/fsdp2.yaml
 ARGS ?=
@@ -77,8 +77,8 @@ $(TRACKERS)/.installed: $(VENV)/.installed
 	$(PYTHON) -m venv --clear $(TRACKERS)
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 		> "$$($(TRACKERS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth"
-	$(TRACKERS)/bin/python -m pip install --quiet --constraint constraints.txt pip setuptools
-	$(TRACKERS)/bin/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[trackers,browser]'
+	$(TRACKERS)/bin/python -m pip install --quiet --constraint $(VENV)/constraints.txt pip setuptools
+	$(TRACKERS)/bin/python -m pip install --quiet --constraint $(VENV)/constraints.txt --no-build-isolation --editable '.[trackers,browser]'
 	touch $@
 
 docker-check:  ## install and run what docker/ does, in a scratch folder, without an engine
@@ -109,7 +109,7 @@ experiments: setup  ## test claims of papers on small models, in a quarter of an
 figures: setup  ## draw the figures of docs/ anew, or some: make figures ARGS="errors memory"
 	$(BIN)/python docs/figures $(ARGS)
 
-showcase: setup  ## train the run of docs/loss.png, in 4 minutes on 2 cores, and draw it
+showcase: setup  ## train the run of docs/loss.png, and draw it
 	rm -rf runs/showcase
 	$(BIN)/python -m launch configs/showcase.yaml run=showcase
 	$(BIN)/python docs/figures loss
@@ -117,14 +117,14 @@ showcase: setup  ## train the run of docs/loss.png, in 4 minutes on 2 cores, and
 docs: setup $(DOCS)/.installed  ## build the documentation site in build/site, and look at it in a browser if there is one
 	$(BIN)/python docs/site/mermaid.py build/mermaid
 	$(DOCS)/bin/python -m sphinx --fail-on-warning --keep-going --quiet -c docs/site -b html . $(SITE)
-	$(BIN)/python -m pytest -rs tests/tools/test_site.py
+	$(DOCS)/bin/python -m pytest -rs tests/tools/test_site.py
 
 # Beside what is installed in .venv, which the API reference imports.
 $(DOCS)/.installed: $(VENV)/.installed
 	$(BIN)/python -m venv --clear $(DOCS)
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$(echo $(DOCS)/lib/python3*/site-packages)/development.pth
-	$(DOCS)/bin/python -m pip install --quiet --constraint constraints.txt pip setuptools
-	$(DOCS)/bin/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[docs]'
+	$(DOCS)/bin/python -m pip install --quiet --constraint $(VENV)/constraints.txt pip setuptools
+	$(DOCS)/bin/python -m pip install --quiet --constraint $(VENV)/constraints.txt --no-build-isolation --editable '.[docs,browser]'
 	touch $@
 
 lint: setup  ## ruff check, ruff format --check, pyright

@@ -39,7 +39,8 @@ def draw() -> None:
     loss.plot(steps, values, color=OURS, marker="o", markersize=4, label=f"validation, last {values[-1]:.2f}")
     loss.axhline(run["zlib_bits_per_byte"], color=RED, linestyle="--", label=f"zlib, level 9: {run['zlib_bits_per_byte']:.2f}")
     loss.set(ylabel="bits per byte", ylim=(1.6, 3.4))
-    loss.set_title(f"{run['optimizer']}, {run['sharding']}, {run['world_size']} processes: the last loss is below what zlib needs")
+    below = "below" if values[-1] < run["zlib_bits_per_byte"] else "above"
+    loss.set_title(f"{run['optimizer']}, {run['sharding']}, {run['world_size']} processes: the last loss is {below} what zlib needs")
     legend(loss, loc="upper right")
     known = [(step, value) for step, value in zip(run["steps"], run["rms"], strict=True) if value is not None]
     rms.plot(*zip(*known, strict=True), color=GREEN, linewidth=1.2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,9 @@ def llama() -> dict[str, list[int]]:
             "post_attention_layernorm": [WIDTH],
         }
         shapes |= {f"model.layers.{layer}.{name}.weight": sizes for name, sizes in block.items()}
-    return shapes | {"model.norm.weight": [WIDTH], "lm_head.weight": [VOCABULARY, WIDTH]}
+    shapes |= {"model.norm.weight": [WIDTH], "lm_head.weight": [VOCABULARY, WIDTH]}
+    assert sum(map(math.prod, shapes.values())) == PARAMETERS
+    return shapes
 
 
 def plan() -> dict[str, Any]:

@@ -6,6 +6,7 @@ The least of many steps, so that other work on the machine shows little.
 from __future__ import annotations
 
 import os
+import tempfile
 from functools import partial
 from typing import Any
 
@@ -54,12 +55,10 @@ def measure(rank: int, store: str, results: Any) -> None:
 
 def draw() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
-    with mp.Manager() as manager:
+    with mp.Manager() as manager, tempfile.TemporaryDirectory() as folder:
         results = manager.dict()
-        store = f"/tmp/sharded_optim_parts_{os.getpid()}"
-        mp.spawn(partial(measure, store=store, results=results), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
+        mp.spawn(partial(measure, store=f"{folder}/store", results=results), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
         times = {name: dict(results[name]) for name in OPTIMIZERS}
-        os.unlink(store)
     count = LAYERS * (12 * WIDTH**2 + 9 * WIDTH)
     figure, axes = new(height=2.6)
     places = list(range(len(times)))[::-1]

@@ -22,7 +22,7 @@ from sharded_optim.checkpoint.dtypes import dtype_named, name_of
 from sharded_optim.checkpoint.errors import CheckpointError
 from sharded_optim.checkpoint.local_tensor import LocalTensor, checksum
 from sharded_optim.checkpoint.manifest import CHUNK_BYTES, check_name, key_of
-from sharded_optim.sharding.piece_exchange import HeldPiece, PieceExchange, RowText
+from sharded_optim.sharding.piece_exchange import HeldPiece, PieceExchange, RowText, attempt
 from sharded_optim.sharding.ranks import gather_objects
 from sharded_optim.sharding.row_exchange import Array
 from sharded_optim.sharding.segment import Segment
@@ -135,8 +135,9 @@ def _plan(tensors: Sequence[LocalTensor], rows: Sequence[TensorRow], process_gro
         pieces.append(HeldPiece(f"{kind}{SEPARATOR}{name}", segment, dtype))
         is_buffer[number] = buffer
     exchange = PieceExchange(pieces, is_buffer, (), process_group)
-    checks = _Checks(exchange)
-    replies = exchange.reply(checks.replies)
+    checks, problem = attempt(lambda: WriteChecks(exchange))
+    sent = np.zeros((len(exchange.tensor), 4), dtype=np.int64) if checks is None else checks.replies
+    replies = exchange.reply(sent)
 
     def compute() -> Array:
         checksums = np.zeros((len(rows), 1), dtype=np.int64)
@@ -146,9 +147,10 @@ def _plan(tensors: Sequence[LocalTensor], rows: Sequence[TensorRow], process_gro
         return checksums
 
     checksums, _ = all_or_nothing("comparing replicas", compute, process_group, share=lambda _: None)
-    checks.compare_values(exchange.send(checksums)[:, 0])
-    texts = exchange.texts(checks.replies[:, 0] & NEEDS_TEXT != 0, replies[:, 0] & NEEDS_TEXT != 0)
-    of_ranks = gather_objects((checks.failure(texts), checks.tensors(texts)), process_group)
+    received = exchange.send(checksums)[:, 0]
+    texts = exchange.texts(sent[:, 0] & NEEDS_TEXT != 0, replies[:, 0] & NEEDS_TEXT != 0)
+    checked, problem = attempt(lambda: (checks.failure(received, texts), checks.tensors(texts))) if checks is not None else (None, problem)
+    of_ranks = gather_objects(((-1, -1, -1, problem), []) if checked is None else checked, process_group)
     failures = [failed for failed, _ in of_ranks if failed is not None]
     if failures:
         raise CheckpointError(min(failures)[-1])
@@ -160,7 +162,7 @@ def _plan(tensors: Sequence[LocalTensor], rows: Sequence[TensorRow], process_gro
     return WritePlan(tensors=found, chunks=_own_chunks(pieces, replies), world_size=world_size)
 
 
-class _Checks:
+class WriteChecks:
     """Compare what all ranks hold of the tensors that this rank checks.
 
     Attributes:
@@ -188,20 +190,16 @@ class _Checks:
         self.replies[exchange.first_of_tensor, 0] = NEEDS_TEXT
         self._contradicting = np.flatnonzero(exchange.contradicts)[:1].tolist()
         self.replies[self._contradicting, 0] = NEEDS_TEXT
-        self._differing: list[int] = []
-
-    def compare_values(
-        self,
-        checksums: Array,  # int64 (rows,)
-    ) -> None:
-        compared = (self.replies[:, 1] > 1) & (checksums != checksums[self._known])
-        self._differing = np.flatnonzero(compared).tolist()
 
     def tensors(self, texts: Mapping[int, RowText]) -> list[tuple[int, int, RowText]]:
         """The tensors, with the place of the first piece: its rank and number there."""
         return [(*self._place(row), texts[row]) for row in self._exchange.first_of_tensor.tolist()]
 
-    def failure(self, texts: Mapping[int, RowText]) -> tuple[int, int, int, str] | None:
+    def failure(
+        self,
+        checksums: Array,  # int64 (rows,), of the values
+        texts: Mapping[int, RowText],
+    ) -> tuple[int, int, int, str] | None:
         """Say what is wrong, after its kind and place, so that the first error of any rank is the least; None if nothing is."""
         ranks, first = self._exchange.ranks, self._exchange.first_of_tensor
         for row in self._contradicting:
@@ -218,7 +216,7 @@ class _Checks:
                 f"all ranks that hold a part, with the wrapped model and its optimizer"
             )
             return DOES_NOT_TILE, *self._place(row), message
-        for row in self._differing:
+        for row in np.flatnonzero((self.replies[:, 1] > 1) & (checksums != checksums[self._known])).tolist():
             key = _shown(texts[int(first[self._exchange.tensor[row]])])
             message = (
                 f"ranks {ranks[self._known[row]]} and {ranks[row]} both hold {key!r}, with different values: they are not replicas of one "
@@ -239,7 +237,7 @@ def _shown(text: RowText) -> str:
 
 def _own_chunks(
     pieces: Sequence[HeldPiece],
-    replies: Array,  # int64 (pieces, 4), see `_Checks`
+    replies: Array,  # int64 (pieces, 4), see `WriteChecks`
 ) -> tuple[PlannedChunk, ...]:
     """Choose what this rank writes: what it alone holds, and a part of what it holds together with others.
 

@@ -124,7 +124,7 @@ class Sums:
     """
 
     totals: Tensor  # int64 (tensors,), sums in fixed point
-    non_finite: Tensor  # int64 (tensors,), not 0 where the sum is none
+    non_finite: Tensor  # int64 (tensors,), positive where the sum is none, as something was not finite
     slots: Tensor  # int64 (operands,), which tensor is each operand's
     units: Tensor  # float64 (operands,), of the fixed point
     numels: Tensor  # float64 (operands,), of the tensor, but at least 1
@@ -147,7 +147,7 @@ def mean(total: Number, unit: Number, numel: Number, non_finite: Number) -> Numb
         total: sum of integers.
         unit: 2**-k.
         numel: of the tensor.
-        non_finite: not 0 where the statistic was not finite; int64.
+        non_finite: positive where the statistic was not finite; int64.
     """
     return nan_where(non_finite, divide(total * unit, numel))
 

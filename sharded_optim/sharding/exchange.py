@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sharded_optim.sharding.layout import GRADIENT, PARAMETER, Layout, LocalParam
 from sharded_optim.sharding.matrices import Holding, Matrices, MatrixPlan, plan_matrices
-from sharded_optim.sharding.piece_exchange import HeldPiece, PieceExchange, RowText
+from sharded_optim.sharding.piece_exchange import HeldPiece, PieceExchange, RowText, attempt
 from sharded_optim.sharding.ranks import gather_messages, gather_objects, naming_missing_ranks
 from sharded_optim.sharding.row_exchange import Array, hash_words
 from sharded_optim.sharding.segment import Segment
@@ -84,17 +84,13 @@ def _exchange(own: _Own, failure: str | None, process_group: dist.ProcessGroup |
     exchange = PieceExchange(own.pieces, own.further, [int(facts[fact]) for fact in range(FACTS)], process_group)
     if exchange.facts[:, FAILED].any():
         raise ValueError(gather_messages(failure, process_group))
-    checks = _Checks(exchange, float(exchange.facts[:, LARGEST_NORM].copy().view(np.float64).max()))
-    replies, balance = exchange.reply(checks.replies).T
-    texts = exchange.texts(checks.replies[:, 0] & NEEDS_TEXT != 0, replies & NEEDS_TEXT != 0)
-    first = exchange.first_of_tensor
-    tensors = [
-        (*place, numel, texts[row].key)
-        for *place, numel, row in zip(
-            exchange.ranks[first].tolist(), exchange.index[first].tolist(), exchange.numels.tolist(), first.tolist(), strict=True
-        )
-    ]
-    of_ranks = gather_objects((checks.failure(texts), tensors), process_group)
+    largest_norm = float(exchange.facts[:, LARGEST_NORM].copy().view(np.float64).max())
+    checks, problem = attempt(lambda: PieceChecks(exchange, largest_norm))
+    sent = np.zeros((len(exchange.tensor), 2), dtype=np.int64) if checks is None else checks.replies
+    replies, balance = exchange.reply(sent).T
+    texts = exchange.texts(sent[:, 0] & NEEDS_TEXT != 0, replies & NEEDS_TEXT != 0)
+    checked, problem = attempt(lambda: (checks.failure(texts), checks.tensors(texts))) if checks is not None else (None, problem)
+    of_ranks = gather_objects(((-1, -1, problem), []) if checked is None else checked, process_group)
     failures = [failed for failed, _ in of_ranks if failed is not None]
     if failures:
         raise ValueError(min(failures)[-1])
@@ -208,7 +204,7 @@ class _Own:
         return found
 
 
-class _Checks:
+class PieceChecks:
     """Compare the pieces that this rank checks.
 
     Attributes:
@@ -257,6 +253,13 @@ class _Checks:
         balance = np.zeros(len(self._exchange.tensor), dtype=np.int64)
         balance[held] = np.where(first[tensor] == held, np.bincount(tensor, minlength=tensors)[tensor] - 1, -1)
         return balance
+
+    def tensors(self, texts: Mapping[int, RowText]) -> list[tuple[int, int, int, str]]:
+        """The tensors: the place of the first piece, which is its rank and number there; number of elements, name."""
+        exchange, first = self._exchange, self._exchange.first_of_tensor
+        ranks, numbers = exchange.ranks[first].tolist(), exchange.index[first].tolist()
+        keys = [texts[row].key for row in first.tolist()]
+        return list(zip(ranks, numbers, exchange.numels.tolist(), keys, strict=True))
 
     def failure(self, texts: Mapping[int, RowText]) -> tuple[int, int, str] | None:
         """Say what is wrong with the first tensor that is, with the place of its first piece; None if nothing is."""

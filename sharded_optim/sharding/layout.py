@@ -142,7 +142,7 @@ class Layout:
             slots=send(slots, device),
             counted=send(torch.tensor(counted, dtype=torch.int64, device="cpu"), device),
             first_slots=slots.where(self._held[at] & (balance >= 0), -1),
-            weights=balance * (mix((slots + 1) * GOLDEN) | 1),  # odd: no difference of one tensor is lost modulo 2**64
+            weights=balance * (mix((slots + 1) * GOLDEN) | 1),  # odd, so that multiplying loses no bit
         )
 
     @classmethod

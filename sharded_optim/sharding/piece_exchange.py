@@ -8,9 +8,9 @@ row (key, shape, dtype) is sent where it is needed: once for each tensor, and fo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +19,9 @@ import torch.distributed as dist
 from sharded_optim.sharding.row_exchange import Array, RowExchange, hash_words
 from sharded_optim.sharding.segment import Segment, find_tiling_error_of
 
-__all__ = ["HeldPiece", "PieceExchange", "RowText", "group_rows"]
+__all__ = ["HeldPiece", "PieceExchange", "RowText", "attempt", "group_rows"]
+
+T = TypeVar("T")
 
 # Columns of a row; further ones follow.
 KEY = slice(0, 2)
@@ -115,7 +117,10 @@ class PieceExchange:
         return {row: _parse(received[row]) for row in np.flatnonzero(of_rows).tolist()}
 
     def tiling_errors(self) -> dict[int, str]:
-        """Say what is wrong with the tensors whose distinct segments do not cover each element exactly once, by their numbers."""
+        """Say what is wrong with the tensors whose distinct segments do not cover each element exactly once, by their numbers.
+
+        Of tensors about whose shape ranks disagree nothing is said.
+        """
         filled = self.first_of_segment[self.extents[self.first_of_segment, 1] > 0]  # empty segments are all zeros
         tensor, (start, run, _, count) = self.tensor[filled], self.extents[filled].T
         order = np.lexsort((start, tensor))
@@ -128,6 +133,7 @@ class PieceExchange:
         tiles[tensor] = True
         # Runs of elements that follow each other tile; whatever else there is, `find_tiling_error_of` looks at.
         np.logical_and.at(tiles, tensor, follows & (count == 1) & (~is_last | (end == numels[tensor])))
+        tiles[self.tensor[self.contradicts]] = True
         errors: dict[int, str] = {}
         for number in np.flatnonzero(~tiles).tolist():
             fields = self.extents[filled[order[tensor == number]]]
@@ -135,6 +141,14 @@ class PieceExchange:
             if problem:
                 errors[number] = problem
         return errors
+
+
+def attempt(action: Callable[[], T]) -> tuple[T | None, str | None]:
+    """Run what one rank does between collectives of all: return its result, or what it has raised, for all ranks to raise later."""
+    try:
+        return action(), None
+    except Exception as error:
+        return None, str(error) if isinstance(error, ValueError) else repr(error)
 
 
 def group_rows(

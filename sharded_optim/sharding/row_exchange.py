@@ -1,7 +1,7 @@
 """Exchange rows of numbers: each rank sends every row to the rank that checks it, and gets replies.
 
 What all ranks hold of a tensor must be compared somewhere. If every rank did it for all tensors, time and memory would grow with ranks x
-tensors; here each rank compares the rows of its share of the tensors. Used by `pieces.py`.
+tensors; here each rank compares the rows of its share of the tensors. Used by `piece_exchange.py`.
 """
 
 from __future__ import annotations

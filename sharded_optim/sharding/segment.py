@@ -269,6 +269,8 @@ def find_tiling_error_of(
             return f"element {next_start} of {numel} is held by two different pieces"
         if end == numel and not left.any():
             return None
+        if end >= numel:
+            return f"element {end} is held, but the tensor has {numel}"
         window = numel - end  # elements; as many of them as there is memory for the runs that start there
         while int((last := _runs_before(end + window, start, stride, count)).sub(first).sum()) > EXPANDED_AT_ONCE and window > 1:
             window //= 2

@@ -33,7 +33,10 @@ def inconsistency(layout: Layout, totals: Tensor, contributions: Sequence[Contri
         for slot, kind in compared:
             found[slot].append((rank, kinds[kind]))
     problems = (_difference(name, pieces) for name, pieces in zip(layout.names, found, strict=True))
-    return next(filter(None, problems))
+    # The process group may be gone by the time that a step on a device is looked at.
+    return next(
+        filter(None, problems), "ranks differed in an earlier step, and it is no longer known in what; see the errors of the others"
+    )
 
 
 Kind = Mapping[str, str] | None  # what is compared of a piece; None without a gradient

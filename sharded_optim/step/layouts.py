@@ -35,7 +35,6 @@ class LayoutMaker:
         self._compared: dict[int, Tensor] = {}  # parameters whose values were compared, by their ids
         self._compared_over: weakref.ref[dist.ProcessGroup] | None = None  # by these ranks
 
-    @collector_paused()
     def make(
         self,
         optimizer: StatefulOptimizer,
@@ -57,7 +56,8 @@ class LayoutMaker:
             confirm_replacement(before, self._change(optimizer, params, before), rules, device)
         if rules.agrees:
             return self.of_all_ranks(optimizer, params, process_group)
-        return Layout.of_rank(self._described(optimizer, params))
+        with collector_paused():
+            return Layout.of_rank(self._described(optimizer, params))
 
     def of_all_ranks(self, optimizer: StatefulOptimizer, params: Sequence[Tensor], process_group: dist.ProcessGroup | None) -> Layout:
         """Build a layout of all ranks. A collective."""
@@ -77,6 +77,7 @@ class LayoutMaker:
         """Release the parameters that are no longer used."""
         self._compared = {key: param for key, param in self._compared.items() if is_used(param)}
 
+    @collector_paused()
     def _described(self, optimizer: StatefulOptimizer, params: Sequence[Tensor]) -> list[LocalParam]:
         if not params:
             raise ValueError(

@@ -182,7 +182,6 @@ class StepCounters:
                 users[id(counter)] -= 1
                 values[STEP] = view.detach()
         self._views = [values[STEP] for values in state]
-        self._on_host = self.steps.numpy() if known_on_host(self.steps) else None  # the same memory
 
     def advance(self, happens: Tensor | None) -> None:
         """Count a step.
@@ -190,8 +189,9 @@ class StepCounters:
         Args:
             happens: bool (); None: it does.
         """
-        if happens is None and self._on_host is not None:
-            self._on_host += 1.0  # a fraction of what a torch operation costs
+        if happens is None and known_on_host(self.steps):
+            array = self.steps.numpy()  # of this step alone: users may move the tensor's memory, as share_memory_() does
+            array += 1.0  # a fraction of what a torch operation costs
         else:
             self.steps += 1.0 if happens is None else happens
 

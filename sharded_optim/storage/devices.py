@@ -51,11 +51,11 @@ class DeviceCache(Generic[T]):
 
     def of(self, values: Any, device: torch.device, make: Callable[[], T]) -> T:
         """Return the cached result for these values, or call `make` and cache its result."""
-        if self._known is None or self._known[0] != values:
+        if self._known is None or self._known[0] != (values, device):
             made = make()
             if capturing(device):  # then nothing is there yet
                 return made
-            self._known = values, made
+            self._known = (values, device), made
         keep(device, self._known[1])
         return self._known[1]
 

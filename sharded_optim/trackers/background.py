@@ -34,7 +34,8 @@ class Background:
         self._seconds = seconds
         self._records: queue.Queue[tuple[int, Mapping[str, float]] | Status] = queue.Queue(MOST_RECORDS)
         self._error: Exception | None = None
-        self._is_finished = False
+        self._until: float | None = None  # when `finish` stops waiting
+        self._is_told = False  # whether the thread will find how the run ended
         atexit.register(self._finish_at_exit)
         # A daemon, as a client may wait for a server for minutes, for which the end of the process must not wait.
         self._thread = threading.Thread(target=self._work, name=f"tracker {name}", daemon=True)
@@ -47,22 +48,29 @@ class Background:
             self._error = self._error or TimeoutError(f"{MOST_RECORDS} records wait to be written; step {step} is dropped")
         self._raise_error()
 
-    def finish(self, status: Status) -> None:
-        self._is_finished = True
+    def begin_finish(self, status: Status) -> None:
+        """Have the thread finish, and do not wait for it: several of these then share the time that `finish` waits."""
         atexit.unregister(self._finish_at_exit)
-        seconds = min(self._seconds, SECONDS_AFTER_FAILURE) if status == "failed" else self._seconds
-        until = time.monotonic() + seconds
-        try:
-            self._records.put(status, timeout=seconds)
-            self._thread.join(until - time.monotonic())
-        except queue.Full:
-            pass
+        self._seconds = min(self._seconds, SECONDS_AFTER_FAILURE) if status == "failed" else self._seconds
+        self._until = time.monotonic() + self._seconds
+        with suppress(queue.Full):  # `finish` waits for a place
+            self._records.put_nowait(status)
+            self._is_told = True
+
+    def finish(self, status: Status) -> None:
+        if self._until is None:
+            self.begin_finish(status)
+        assert self._until is not None
+        with suppress(queue.Full):
+            if not self._is_told:
+                self._records.put(status, timeout=max(self._until - time.monotonic(), 0.0))
+            self._thread.join(max(self._until - time.monotonic(), 0.0))
         if self._error is None and self._thread.is_alive():
-            raise TimeoutError(f"it has not written everything within {seconds:.0f} s")
+            raise TimeoutError(f"it has not written everything within {self._seconds:.0f} s")
         self._raise_error()
 
     def _finish_at_exit(self) -> None:
-        if not self._is_finished:
+        if self._until is None:
             with suppress(Exception):  # nobody is left to be told
                 self.finish("failed")
 

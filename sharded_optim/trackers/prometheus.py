@@ -14,6 +14,7 @@ from sharded_optim.trackers.destination import Destination, Run, Status, kind_of
 
 __all__ = ["DESTINATION", "Prometheus"]
 
+SKIPPED_STEPS = "skipped_steps"  # what `optimizer.metrics()` always has
 PREFIX = "sharded_optim_"
 # What the part of a key behind its first `/` is the name of; "name" for all others.
 LABELS = {
@@ -47,7 +48,7 @@ class Prometheus:
         client: Any = import_module("prometheus_client")
         self._metric: Any = import_module("prometheus_client.core").Metric
         self._live = live
-        self._records: dict[str, Mapping[str, float]] = {}  # the last of each kind
+        self._records: dict[tuple[str, bool], Mapping[str, float]] = {}  # the last of each kind, with the optimizer's metrics and without
         self._step: int | None = run.resume_after
         # Not the client's global registry: metrics of the user's own code stay out, and two runs in a process do not collide.
         registry = client.CollectorRegistry()
@@ -59,8 +60,10 @@ class Prometheus:
         self.address: tuple[str, int] = self._server.server_address[:2]
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        # Values of an earlier step go: a tensor that is no longer reported has no value. The dict is replaced, as another thread reads it.
-        self._records = {**self._records, kind_of(values): dict(values)}
+        # Values of an earlier step go: a tensor that is no longer reported has no value. Those of the optimizer stay until the next record
+        # that has some: with metrics_every=10 nine of ten have none. The dict is replaced, as another thread reads it; the newest is last.
+        kind = kind_of(values), SKIPPED_STEPS in values
+        self._records = {key: record for key, record in self._records.items() if key != kind} | {kind: dict(values)}
         self._step = step
 
     def finish(self, status: Status) -> None:

@@ -44,8 +44,9 @@ class Trackers:
         Args:
             step: from 0 or 1 on, not smaller than in earlier calls.
             values: finite or not; a `/` in a key separates levels. Tensors of one element are read, which waits for their device.
-            metrics: returns more of them, as `optimizer.metrics` or `lambda: so.metrics(trainer)`. It is called on rank 0 alone, in steps
-                that `metrics_every` divides: in others nothing is computed, and no device is waited for.
+            metrics: returns more of them, as `optimizer.metrics` or `lambda: so.metrics(trainer)`. It is called in steps that
+                `metrics_every` divides: in others nothing is computed, and no device is waited for. And on rank 0 alone: a function in
+                which all ranks communicate, such as `optimizer.non_finite_ranks`, would wait there for ever.
 
         Raises:
             TypeError: a value is no number.
@@ -62,7 +63,7 @@ class Trackers:
             self._call(name, partial(tracker.log, step, floats))
 
     def finish(self, status: Status = "finished") -> None:
-        """Write what is not written yet, for at most 60 s per tracker, 10 s if the run has failed, and close all.
+        """Write what is not written yet, for at most 60 s, 10 s if the run has failed, and close all.
 
         A second call does nothing.
 
@@ -71,6 +72,9 @@ class Trackers:
         """
         if not self._is_finished:
             self._is_finished = True
+            for tracker in self._trackers.values():
+                if isinstance(tracker, Background):
+                    tracker.begin_finish(status)
             for name, tracker in self._trackers.items():
                 self._call(name, partial(tracker.finish, status))
 

@@ -25,7 +25,7 @@ from launch.config import Config, ConfigError, load
 from launch.records import Resumption, Training, Validation
 from launch.run_folder import RunFolder
 from launch.tracking import Tracking, check_installed
-from launch.watch import beats
+from launch.watch import heartbeats
 from sharded_optim import trackers
 from sharded_optim.trackers.destination import Destination, Run, Status
 from sharded_optim.trackers.registry import MODULES
@@ -140,18 +140,18 @@ def test_trackers_have_what_the_job_says_and_all_metrics_of_the_optimizer(config
 def test_trackers_are_told_of_a_failure_before_the_process_ends(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And what hangs meanwhile keeps the process for a bounded time."""
     exits: list[int] = []
-    monkeypatch.setattr(beats.os, "_exit", exits.append)
-    monkeypatch.setattr(beats, "SECONDS_TO_FLUSH", 5.0)
+    monkeypatch.setattr(heartbeats.os, "_exit", exits.append)
+    monkeypatch.setattr(heartbeats, "SECONDS_TO_FLUSH", 5.0)
     tracking = Tracking(config, tmp_path / "first", dict)
-    beats.before_end(tracking.fail)
+    heartbeats.before_end(tracking.fail)
     tracking.start(None)
     tracking.training(RECORD)
-    beats.end()
+    heartbeats.end()
     assert (Recorded.last.status, exits) == ("failed", [1])
     released = threading.Event()
-    monkeypatch.setattr(beats, "SECONDS_TO_FLUSH", 0.1)
-    beats.before_end(lambda: released.wait(60.0))
-    beats.end()
+    monkeypatch.setattr(heartbeats, "SECONDS_TO_FLUSH", 0.1)
+    heartbeats.before_end(lambda: released.wait(60.0))
+    heartbeats.end()
     released.set()
     assert exits == [1, 1]
 

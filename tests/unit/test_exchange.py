@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,10 +17,11 @@ from hypothesis import strategies as st
 from simulated_ranks import SimulatedGroup
 from torch import Tensor
 
+from sharded_optim.checkpoint import write_plan
 from sharded_optim.checkpoint.errors import CheckpointError
 from sharded_optim.checkpoint.local_tensor import LocalTensor
 from sharded_optim.checkpoint.write_plan import WritePlan, plan_for, rows_of
-from sharded_optim.sharding import Layout, LocalParam, Piece
+from sharded_optim.sharding import Layout, LocalParam, Piece, exchange
 from sharded_optim.sharding.exchange import exchange_layouts
 from sharded_optim.sharding.matrices import Matrices
 from sharded_optim.sharding.piece_exchange import group_rows
@@ -188,6 +190,50 @@ def test_what_one_rank_raises_is_raised_on_all() -> None:
         lambda rank, process_group: exchange_layouts(lambda: describe(rank), process_group, compares_values=lambda _: True)
     )
     assert [str(result) for result in results] == ["rank 1: this rank has no memory"] * 3
+
+
+SHAPES_DIFFER = {
+    "beyond the first": [[(4, 0, 4)], [(8, 0, 4)], [(8, 4, 4)]],  # size of the tensor, begin and length of the piece, by rank
+    "short of the first": [[(8, 0, 4)], [(4, 0, 4)], [(4, 0, 4)]],
+    "first is empty": [[(4, 0, 0)], [(16, 0, 8)], [(16, 8, 8)]],
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("case", SHAPES_DIFFER)
+def test_pieces_of_tensors_of_different_sizes_are_refused_by_their_shapes(case: str) -> None:
+    """In layouts and in checkpoints: whether they tile a tensor cannot be asked."""
+    job = [
+        [Held(Segment.flat("w", (size,), begin, length), torch.ones(length), None) for size, begin, length in pieces]
+        for pieces in SHAPES_DIFFER[case]
+    ]
+    layouts = SimulatedGroup(3).run(
+        lambda rank, process_group: exchange_layouts(lambda: local_params(job[rank]), process_group, compares_values=lambda _: True)
+    )
+    assert {type(each) for each in layouts} == {ValueError}
+    assert all(str(each).startswith("ranks disagree about 'w': shape (") for each in layouts)
+    plans = SimulatedGroup(3).run(lambda rank, process_group: plan(rank, process_group, job))
+    assert {type(each) for each in plans} == {CheckpointError}
+    assert all("has shape (" in str(each) for each in plans)
+
+
+@pytest.mark.timeout(60)
+def test_what_a_rank_raises_while_it_checks_pieces_is_raised_on_all() -> None:
+    """As where it has no memory: the others wait for its replies."""
+
+    def fails(*args: Any) -> Any:
+        raise MemoryError("no memory to compare pieces")
+
+    job = [[Held(Segment.whole("w", (2,)), torch.ones(2), None)]] * 3
+    with mock.patch.object(exchange, "PieceChecks", fails):
+        layouts = SimulatedGroup(3).run(
+            lambda rank, process_group: exchange_layouts(lambda: local_params(job[rank]), process_group, compares_values=lambda _: True)
+        )
+    with mock.patch.object(write_plan, "WriteChecks", fails):
+        plans = SimulatedGroup(3).run(lambda rank, process_group: plan(rank, process_group, job))
+    for results, error in ((layouts, ValueError), (plans, CheckpointError)):
+        assert {type(each) for each in results} == {error}
+        assert all("no memory to compare pieces" in str(each) for each in results)
 
 
 # -------------------------------------------------------------------------------------------------------- who writes a checkpoint

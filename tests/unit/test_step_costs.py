@@ -199,6 +199,22 @@ def test_step_counters_are_seen_to_move_by_whoever_holds_them() -> None:
     assert float(optimizer.state[param]["step"]) == 101.0
 
 
+def test_state_whose_memory_moves_between_steps_is_stepped_where_it_is() -> None:
+    """As when a state dict is sent to another process, which moves its tensors into shared memory: under them, as they stay the same."""
+    moved, kept = [[parameter(5), parameter(3)] for _ in range(2)]
+    optimizers = [so.AdamW(params, lr=1e-2) for params in (moved, kept)]
+    for step in range(4):
+        for optimizer in optimizers:
+            optimizer.step()
+        if step == 1:
+            for state in optimizers[0].state.values():
+                for value in state.values():
+                    value.share_memory_()
+    assert [float(state["step"]) for state in optimizers[0].state.values()] == [4.0, 4.0]
+    for a, e in zip(moved, kept, strict=True):
+        assert torch.equal(a, e)
+
+
 def test_counters_of_parameters_with_and_without_gradients_stay_apart() -> None:
     params = [parameter(5), parameter(7)]
     optimizer = so.StableAdamW(params, lr=1e-2)

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 import warnings
 from collections.abc import Iterator, Mapping
@@ -27,6 +28,7 @@ from sharded_optim.trackers.background import Background
 from sharded_optim.trackers.destination import Destination, Run, Status
 from sharded_optim.trackers.registry import MODULES, check_installed, destination
 from sharded_optim.trackers.run_files import read_records
+from sharded_optim.trackers.several import Trackers
 
 PAGE = Path(__file__).parents[2] / "docs" / "trackers.md"
 CONFIG = {"lr": 1e-3, "model": {"layers": 2, "name": "tiny"}}
@@ -241,6 +243,18 @@ def test_prometheus_serves_the_last_values_with_labels(prometheus: Any) -> None:
     assert not [line for line in lines if line.startswith(("python_", "process_"))], "its own registry"
 
 
+def test_prometheus_keeps_metrics_while_records_have_none(prometheus: Any) -> None:
+    """As with metrics_every=10, where they are of the step before; and only until the next that has some."""
+    prometheus.log(10, {"loss": 3.0, "skipped_steps": 0.0, "rms/a": 1.5, "rms/b": 2.5})
+    prometheus.log(11, {"loss": 2.0})
+    lines = scrape(prometheus.address).splitlines()
+    assert {"sharded_optim_loss 2.0", 'sharded_optim_rms{tensor="a"} 1.5', 'sharded_optim_rms{tensor="b"} 2.5'} <= set(lines)
+    prometheus.log(20, {"loss": 1.0, "skipped_steps": 0.0, "rms/a": 0.5})
+    lines = scrape(prometheus.address).splitlines()
+    assert {"sharded_optim_loss 1.0", 'sharded_optim_rms{tensor="a"} 0.5'} <= set(lines)
+    assert not any('"b"' in line for line in lines)
+
+
 def test_prometheus_output_is_what_the_clients_own_parser_reads(prometheus: Any) -> None:
     parser: Any = import_module("prometheus_client.parser")
     prometheus.log(1, VALUES)
@@ -402,6 +416,26 @@ def test_a_run_that_has_failed_does_not_wait_long_for_its_trackers(monkeypatch: 
     tracker = Background("waits", lambda: SimpleNamespace(finish=lambda status: released.wait(60.0)), seconds=60.0)
     with pytest.raises(TimeoutError, match="has not written everything within 0 s"):
         tracker.finish("failed")
+    released.set()
+
+
+def test_several_trackers_that_wait_share_the_time_of_a_failed_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second has written, though the first has used all the time up."""
+    monkeypatch.setattr(background, "SECONDS_AFTER_FAILURE", 0.3)
+    released = threading.Event()
+    finished: list[Status] = []
+    waits = SimpleNamespace(finish=lambda status: released.wait(60.0))
+    writes = SimpleNamespace(finish=finished.append)
+    opened = {
+        name: lambda name=name: Background(name, lambda: {"waits": waits, "writes": writes}[name], seconds=60.0)
+        for name in ("waits", "writes")
+    }
+    trackers = Trackers(opened)
+    began = time.monotonic()
+    with pytest.warns(UserWarning, match="the tracker 'waits' failed: TimeoutError"):
+        trackers.finish("failed")
+    assert time.monotonic() - began < 5.0
+    assert finished == ["failed"]
     released.set()
 
 
