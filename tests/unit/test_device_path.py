@@ -20,6 +20,7 @@ import sharded_optim as so
 from sharded_optim.formulas import scalars
 from sharded_optim.formulas.verdict import INVALID
 from sharded_optim.step import agreement, param_set
+from sharded_optim.storage.devices import DeviceCache
 
 
 def as_if_another_rank_met_bad_input(contributed: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -206,3 +207,9 @@ def test_a_tensor_lr_is_read_where_it_is() -> None:
             param.grad = torch.full((3,), step - 1.5)
             optimizer.step()
     assert torch.equal(a, b)
+
+
+def test_values_that_were_sent_to_one_device_are_sent_to_another() -> None:
+    cache: DeviceCache[torch.Tensor] = DeviceCache()
+    for device in (torch.device("cpu"), torch.device("meta"), torch.device("cpu")):
+        assert cache.of([], device, lambda device=device: torch.zeros(1, device=device)).device == device
