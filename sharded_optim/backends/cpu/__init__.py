@@ -11,7 +11,7 @@ a share. Memory needs no alignment. Tensors of one operand must be equally strid
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
 import torch
@@ -103,7 +103,7 @@ class Cpu:
         )
         result = torch.empty(2, len(operands), dtype=torch.int64, device="cpu")
         addresses = map(Tensor.data_ptr, (tables.work, tables.sums, result))
-        _call(agreement_kernels().sum_items, ItemArguments(len(tables.work), len(operands), *addresses))
+        _call(agreement_kernels().sum_items, ItemArguments(tables.items, tables.operands, *addresses))
         return result
 
     def update(
@@ -121,7 +121,7 @@ class Cpu:
         tables = self._tables_of(operands)
         kernel = update_kernel(algorithm, operands.formats, operands.grad_format)
         scale = ONE if grad_scale is None else grad_scale
-        keys = {} if noise_keys is None else {"keys": noise_keys}
+        keys = {} if noise_keys is None else {"keys": noise_keys.contiguous()}
         copies = _run(kernel, tables, [*written, operands.grad], coefficients, scale, runs=tables.runs, **keys)
         for (column, row), copy in copies.items():
             if column < len(written):
@@ -147,6 +147,8 @@ class _Tables(OperandTables):
 
     def __init__(self, operands: Operands, chunk: int) -> None:
         super().__init__(operands, chunk)
+        self.operands, self.items = len(self.runs), len(self.work)
+        self.work_address = self.work.data_ptr()
         self.sums = torch.empty(len(self.work), 2, dtype=torch.int64, device="cpu")  # of each item of work
 
 
@@ -156,28 +158,29 @@ def _run(
     columns: list[Column],
     coefficients: Tensor,
     grad_scale: Tensor,
-    **others: Tensor,  # further arrays of `Arguments`
+    **others: Tensor,  # further arrays of `Arguments`, contiguous
 ) -> dict[tuple[int, int], Tensor]:
     """Run a kernel on all operands, and return the copies that it has read and written; see `OperandTables.addresses`."""
     packed, copies = tables.addresses(columns)
     addresses = array("q", packed)
-    arrays, kept = _addresses({"work": tables.work, "coefficients": coefficients, "grad_scale": grad_scale, **others})
-    arguments = Arguments(items=len(tables.work), operands=len(tables.runs), addresses=addresses.buffer_info()[0], **arrays)
+    coefficients = coefficients.contiguous()
+    arguments = Arguments(
+        work=tables.work_address,
+        items=tables.items,
+        addresses=addresses.buffer_info()[0],
+        operands=tables.operands,
+        coefficients=coefficients.data_ptr(),
+        grad_scale=grad_scale.data_ptr(),
+        **{name: tensor.data_ptr() for name, tensor in others.items()},
+    )
     table = array("q", arguments)
     run(kernel, table.buffer_info()[0], _shares(tables.elements))
-    del kept
     return copies
 
 
 def _call(function: Call, arguments: tuple[int, ...]) -> None:
     packed = array("q", arguments)
     function(packed.buffer_info()[0], 0, 1)
-
-
-def _addresses(tensors: Mapping[str, Tensor]) -> tuple[dict[str, int], list[Tensor]]:
-    """Return the address of contiguous elements of each tensor, and what must live until they have been read."""
-    contiguous = list(map(Tensor.contiguous, tensors.values()))
-    return dict(zip(tensors, map(Tensor.data_ptr, contiguous), strict=True)), contiguous
 
 
 def _shares(elements: int) -> int:
