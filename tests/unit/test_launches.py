@@ -110,9 +110,9 @@ OPTIMIZERS: dict[str, tuple[Callable, int]] = {  # how many launches a step may 
     "Adam": (partial(so.Adam, weight_decay=0.1), 4),
     "DecoupledAdamW-amsgrad": (partial(so.DecoupledAdamW, amsgrad=True), 4),
     "DecoupledSGDW": (partial(so.DecoupledSGDW, momentum=0.9, dampening=0.1, weight_decay=1e-5), 4),
-    "AdamW-skip": (partial(so.AdamW, nonfinite="skip"), 14),
+    "AdamW-skip": (partial(so.AdamW, nonfinite="skip"), 13),
     "AdamW-stochastic": (partial(so.AdamW, stochastic_rounding=True), 19),
-    "StableAdamW": (so.StableAdamW, 15),
+    "StableAdamW": (so.StableAdamW, 14),
 }
 
 
