@@ -22,7 +22,7 @@ from sharded_optim.formulas.verdict import Verdict
 __all__ = [
     "AUTO",
     "EAGER",
-    "Agrees",
+    "AgreementFunctions",
     "Backend",
     "Column",
     "Operands",
@@ -37,7 +37,7 @@ AUTO = "auto"
 TRITON, EAGER = "triton", "eager"
 
 
-class Agrees(Protocol):
+class AgreementFunctions(Protocol):
     """The functions of `formulas/verdict.py`, or the same in one launch each."""
 
     @property
@@ -53,7 +53,7 @@ class Judge(Protocol):
     def __call__(self, sums: Tensor, *, skips: bool) -> Verdict: ...
 
 
-class Backend(Agrees, Protocol):
+class Backend(AgreementFunctions, Protocol):
     """The interface of a backend. Its methods neither communicate nor wait for the device."""
 
     name: str

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sharded_optim.backends import Agrees
+from sharded_optim.backends import AgreementFunctions
 from sharded_optim.formulas import verdict
 from sharded_optim.formulas.scalars import Sums, mean
 from sharded_optim.formulas.verdict import (
@@ -132,13 +132,13 @@ class Agreement:
 
     def named_means(self) -> dict[str, float]:
         """Mean of the statistic over every tensor of the model that has one and had a gradient. Waits for the device."""
-        summed = (self._bits() > 1).tolist()
+        summed = (self._bits_plus_1() > 1).tolist()
         return {name: mean for name, mean, has in zip(self.layout.names, self.means().tolist(), summed, strict=True) if has}
 
     def means(self) -> Tensor:
         """Mean of the statistic over every tensor of the model: float64 (number of tensors,); NaN where not finite."""
         total, non_finite = self.vector.unbind()
-        k = (self._bits() - 1).clamp(min=0)
+        k = (self._bits_plus_1() - 1).clamp(min=0)
         unit = ((1023 - k) << 52).view(torch.float64)  # 2.0**-k by its bit pattern: exp2 and pow need not be exact
         means = mean(total.to(torch.float64), unit, self.layout.tensor_numels(total.device), non_finite)
         assert isinstance(means, Tensor)
@@ -146,13 +146,13 @@ class Agreement:
 
     def non_finite_pieces(self) -> Tensor:
         """Number of pieces of every tensor, over all ranks, that were not finite: int64 (number of tensors,)."""
-        return (self.vector[NON_FINITE] + self._bits()) // NON_FINITE_PIECE
+        return (self.vector[NON_FINITE] + self._bits_plus_1()) // NON_FINITE_PIECE
 
     def has_gradients(self) -> bool:
         """Return whether any tensor had a gradient. Waits for the device."""
-        return bool((self._bits() > 0).any())
+        return bool((self._bits_plus_1() > 0).any())
 
-    def _bits(self) -> Tensor:
+    def _bits_plus_1(self) -> Tensor:
         """Number of fraction bits of every tensor's statistic plus 1, which is 1 without a statistic; 0 without a gradient."""
         return -self.vector[NON_FINITE] % NON_FINITE_PIECE
 
@@ -234,7 +234,7 @@ def agree(
     replaces: bool = False,  # its parameters are not those of the layout any more
     found_inf: Tensor | None = None,  # GradScaler's, any shape with one element
     device: torch.device | None = None,  # on which ranks agree; None: the layout's
-    backend: Agrees = verdict,  # on this device
+    backend: AgreementFunctions = verdict,  # on this device
 ) -> Agreement:
     """Add up all ranks' contributions. The one collective of a step; every rank of the group must call it, also with nothing to give."""
     device = layout.device if device is None else device
@@ -249,7 +249,13 @@ def agree(
 
 
 def _contributed(
-    layout: Layout, contributions: Sequence[Contribution], device: torch.device, backend: Agrees, *, invalid: bool, replaces: bool
+    layout: Layout,
+    contributions: Sequence[Contribution],
+    device: torch.device,
+    backend: AgreementFunctions,
+    *,
+    invalid: bool,
+    replaces: bool,
 ) -> Tensor:
     """Build this rank's vector."""
     tensors = len(layout.names)

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sharded_optim.backends import Agrees
+from sharded_optim.backends import AgreementFunctions
 from sharded_optim.formulas import verdict
 from sharded_optim.sharding import FlatLayout, Layout, gradients_of
 from sharded_optim.step.agreement import Agreement, Rules, Scaler, Streak, agree
@@ -85,7 +85,7 @@ class ParamSet:
         self._without_grad: list[int] | None = None  # the parameters that had none then; None: there are no calls
         self.agreement: Agreement | None = None
         self.left_over: Agreement | None = None
-        self._agrees: Agrees = verdict  # the backend where ranks agree
+        self._agreement_functions: AgreementFunctions = verdict  # the backend where ranks agree
         self._streak = Streak()
         self.measures = False
         self.updates: tuple[int, Sequence[Update]] = (-1, ())
@@ -124,7 +124,7 @@ class ParamSet:
                 values = [self.values[id(group)] for group in groups]
                 self.calls = kernel_calls(optimizer, self.layout, values, grads, self._backends, self._exchanges, together=self._together)
                 self._groups, self._without_grad = groups, _without_grad(grads)
-                self._agrees = next((call.backend for call in self.calls if call.device == self.layout.device), verdict)
+                self._agreement_functions = next((call.backend for call in self.calls if call.device == self.layout.device), verdict)
             if optimizer.gradient_release and not self.calls and scaler.found_inf is not None:
                 raise ValueError(
                     "GradScaler stepped an optimizer whose gradients were released in backward, still scaled; use one of the two"
@@ -165,7 +165,12 @@ class ParamSet:
         """
         failure, self.agreement = observation.failure, None
         found = agree(
-            self.layout, observation.contributions, rules, invalid=failure is not None, found_inf=scaler.found_inf, backend=self._agrees
+            self.layout,
+            observation.contributions,
+            rules,
+            invalid=failure is not None,
+            found_inf=scaler.found_inf,
+            backend=self._agreement_functions,
         )
         found.raise_inconsistency(failure)
         self.agreement = found

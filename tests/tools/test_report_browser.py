@@ -6,8 +6,6 @@ Needs playwright and a Chromium: `pip install playwright`, and the system's chro
 from __future__ import annotations
 
 import io
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -18,27 +16,19 @@ from PIL import Image
 
 from sharded_optim.tools.report import write_report
 from sharded_optim.tools.report.palette import DARK, LIGHT
+from tests.chromium import started_chromium
 from tests.run_folders import tensor_names, write_run
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; pip install playwright, and a chromium")
+pytest.importorskip("playwright.sync_api", reason="playwright is not installed; pip install playwright, and a chromium")
 
 HOSTILE = "</script><script>document.title='broken'</script>\"' onload=x $a$"
 WINDOWS = {"desktop": (1200, 800), "phone": (390, 844)}
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    options = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium's sandbox does not work for root
-    with sync_api.sync_playwright() as playwright:
-        try:
-            opened = playwright.chromium.launch(executable_path=path, args=options)
-        except sync_api.Error as error:
-            reason = str(error).splitlines()[0]
-            pytest.skip(f"no chromium can be started; apt-get install chromium, or playwright install chromium: {reason}")
+    with started_chromium() as opened:
         yield opened
-        opened.close()
 
 
 @pytest.fixture(scope="module")

@@ -8,36 +8,28 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.chromium import started_chromium
+
 SITE = Path(__file__).parents[2] / "build" / "site"
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; pip install playwright, and a chromium")
+pytest.importorskip("playwright.sync_api", reason="playwright is not installed; pip install playwright, and a chromium")
 if not (SITE / "docs" / "index.html").exists():
     pytest.skip("the site is not built; make docs", allow_module_level=True)
 
 MOST_LOOKED_AT = ("docs/index", "docs/choosing", "docs/code", "docs/api", "docs/optimizers", "docs/training-job")
 EVERY = tuple(str(path.relative_to(SITE).with_suffix("")) for path in sorted(SITE.glob("docs/*.html")))
 WINDOWS = {"desktop": (1280, 900), "phone": (390, 844)}
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    options = ["--disable-background-networking", *["--no-sandbox"] * (os.geteuid() == 0)]  # Chromium's sandbox does not work for root
-    with sync_api.sync_playwright() as playwright:
-        try:
-            opened = playwright.chromium.launch(executable_path=path, args=options)
-        except sync_api.Error as error:
-            reason = str(error).splitlines()[0]
-            pytest.skip(f"no chromium can be started; apt-get install chromium, or playwright install chromium: {reason}")
+    with started_chromium() as opened:
         yield opened
-        opened.close()
 
 
 @pytest.mark.timeout(400)
