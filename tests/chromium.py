@@ -16,7 +16,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 @contextmanager
 def started_chromium() -> Iterator[Any]:
     """Start the system's Chromium, or playwright's own; skip the test with the reason where neither starts."""
-    from playwright import sync_api  # an extra
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; pip install playwright, and a chromium")
 
     path = next(filter(None, map(shutil.which, NAMES)), None)
     options = ["--disable-background-networking", *["--no-sandbox"] * (os.geteuid() == 0)]  # Chromium's sandbox does not work for root
