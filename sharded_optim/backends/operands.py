@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +54,8 @@ def addresses_of(tensors: Iterable[Tensor]) -> array[int]:
 class Operands:
     """The tensors of one call of a backend, column by column: pieces of parameters, all in the same formats.
 
-    A backend may keep, as long as the object lives, what it derives from shapes, strides, dtypes and segments.
+    Attributes:
+        derived: what backends derive from shapes, strides, dtypes and segments, by backend.
     """
 
     segments: Sequence[Segment]  # which elements of which tensor each parameter's are, in row-major order
@@ -69,6 +71,7 @@ class Operands:
         self.grad_format = format_of(self.grad.dtype)
         self.formats = (self.format, *self.state_formats)  # of the parameters and of each of their moments: what an update stores
         self.written = (self.param, *self.extra, *self.state)  # the arrays of each of these formats
+        self.derived: dict[Any, Any] = {}
 
     @classmethod
     def whole(cls, params: Sequence[Tensor], grads: Sequence[Tensor], state: Sequence[Sequence[Tensor]]) -> Operands:

@@ -25,7 +25,7 @@ __all__ = ["Algorithm", "Choose", "Coefficients", "Matrix", "Statistic"]
 Coefficients = tuple[Number, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Statistic:
     """The mean of an elementwise value over a whole tensor, which an algorithm needs before it can update any element.
 
@@ -38,7 +38,7 @@ class Statistic:
     lr_scale: Callable[[Mapping[str, Any], Number], Number]  # (hyperparameters, which it reads by [], mean) -> multiplier of lr
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Matrix:
     """A function of whole matrices, between two elementwise passes over the pieces that a rank holds.
 
@@ -56,7 +56,7 @@ class Matrix:
     apply: Algorithm  # without state; its `grad` is the result
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Algorithm:
     """The math of one optimizer: elementwise, except for its statistic or its function of whole matrices."""
 

@@ -83,12 +83,14 @@ class Formulas:
         results: the number of coefficients.
         constants: for each sequence of operations among them a row per formula: 1 and its constants if it has these operations, else zeros;
             float64, one row after the other.
+        derived: what backends derive from them, by backend.
     """
 
     def __init__(self, formulas: Sequence[Formula]) -> None:
         self.formulas = formulas
         self.results = len(formulas[0].operations.results)
         self.constants: dict[Operations, array[float]] = {}
+        self.derived: dict[Any, Any] = {}
         for operations in dict.fromkeys(formula.operations for formula in formulas):
             others = (0.0,) * (1 + operations.constants)
             rows = [(1.0, *formula.constants) if formula.operations == operations else others for formula in formulas]

@@ -29,7 +29,6 @@ from sharded_optim.formulas.verdict import (
     REPLACES,
     SECTIONS,
     TAIL,
-    TOTAL,
     Verdict,
 )
 from sharded_optim.sharding.layout import Layout, Slots
@@ -76,11 +75,15 @@ class Scaler:
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and not isinstance(found_inf, Tensor):  # of a rank without a gradient
             found_inf = torch.tensor(float(found_inf), device="cpu")
-        return cls(getattr(optimizer, "grad_scale", None), found_inf)
+        scale = getattr(optimizer, "grad_scale", None)
+        return NO_SCALER if scale is None and found_inf is None else cls(scale, found_inf)
 
     def inverse(self, device: torch.device) -> Tensor | None:
         """The factor for the gradients: fp32 () on the device; None if they are not scaled."""
         return None if self.scale is None else self.scale.to(device).double().reciprocal().float().reshape(())
+
+
+NO_SCALER = Scaler()
 
 
 @dataclass
@@ -112,7 +115,7 @@ class Agreement:
 
     Attributes:
         totals: int64 (SECTIONS * number of tensors + TAIL,), summed over ranks.
-        vector: int64 (SECTIONS, number of tensors), a view of it.
+        total, non_finite: int64 (number of tensors,), the rows of it, see `formulas/verdict.py`; views.
         contributions: this rank's.
         verdict: whether the step happens.
         is_on_host: whether reading it waits for nothing.
@@ -122,7 +125,8 @@ class Agreement:
     def __init__(self, layout: Layout, totals: Tensor, contributions: Sequence[Contribution], verdict: Verdict, rules: Rules) -> None:
         self.layout = layout
         self.totals = totals
-        self.vector = totals[:-TAIL].view(SECTIONS, len(layout.names))
+        tensors = len(layout.names)
+        self.total, self.non_finite, _ = totals.split((tensors, tensors, TAIL))
         self.contributions = contributions
         self.verdict = verdict
         self.is_on_host = known_on_host(totals)
@@ -137,16 +141,15 @@ class Agreement:
 
     def means(self) -> Tensor:
         """Mean of the statistic over every tensor of the model: float64 (number of tensors,); NaN where not finite."""
-        total, non_finite = self.vector.unbind()
         k = (self._bits_plus_1() - 1).clamp(min=0)
         unit = ((1023 - k) << 52).view(torch.float64)  # 2.0**-k by its bit pattern: exp2 and pow need not be exact
-        means = mean(total.to(torch.float64), unit, self.layout.tensor_numels(total.device), non_finite)
+        means = mean(self.total.to(torch.float64), unit, self.layout.tensor_numels(self.total.device), self.non_finite)
         assert isinstance(means, Tensor)
         return means
 
     def non_finite_pieces(self) -> Tensor:
         """Number of pieces of every tensor, over all ranks, that were not finite: int64 (number of tensors,)."""
-        return (self.vector[NON_FINITE] + self._bits_plus_1()) // NON_FINITE_PIECE
+        return (self.non_finite + self._bits_plus_1()) // NON_FINITE_PIECE
 
     def has_gradients(self) -> bool:
         """Return whether any tensor had a gradient. Waits for the device."""
@@ -154,13 +157,14 @@ class Agreement:
 
     def _bits_plus_1(self) -> Tensor:
         """Number of fraction bits of every tensor's statistic plus 1, which is 1 without a statistic; 0 without a gradient."""
-        return -self.vector[NON_FINITE] % NON_FINITE_PIECE
+        return -self.non_finite % NON_FINITE_PIECE
 
     def sums(self, places: Slots, fixed_point: FixedPoint) -> Sums:
         """Return the sums over all ranks for the tensors that these pieces of this rank belong to."""
-        vector = self.vector.to(fixed_point.units.device)
-        units, numels = fixed_point.units, fixed_point.numels
-        return Sums(totals=vector[TOTAL], non_finite=vector[NON_FINITE], slots=places.slots, units=units, numels=numels)
+        total, non_finite = self.total, self.non_finite
+        if places.slots.device != total.device:  # parameters may be on several
+            total, non_finite = (row.to(places.slots.device) for row in (total, non_finite))
+        return Sums(totals=total, non_finite=non_finite, slots=places.slots, units=fixed_point.units, numels=fixed_point.numels)
 
     def raise_inconsistency(self, failure: Exception | None) -> None:
         """Raise ValueError on every rank if the ranks are inconsistent; where only the device knows that, on the ranks that have failed.
@@ -171,11 +175,13 @@ class Agreement:
         if not self.is_on_host:
             if failure is not None:
                 raise failure
-        elif failure is not None or self.totals[INVALID].tolist() or self.totals[REPLACES].tolist():
+            return
+        if failure is None and self._flags.read()[0]:
+            return
+        if failure is not None or self.totals[INVALID].tolist() or self.totals[REPLACES].tolist():
             message = None if failure is None else str(failure) if isinstance(failure, ValueError) else repr(failure)
             raise ValueError(gather_messages(message, self.layout.process_group)) from failure
-        elif not self._flags.read()[0]:
-            raise ValueError(inconsistency(self.layout, self.totals, self.contributions))
+        raise ValueError(inconsistency(self.layout, self.totals, self.contributions))
 
     def raise_non_finite(self) -> None:
         """Raise FloatingPointError on every rank if a gradient was not finite. Waits for the device: the price of raising in the step."""
@@ -213,6 +219,7 @@ class _HostCopy:
 
     def __init__(self, values: Tensor) -> None:
         self._values, self._copied = values, None
+        self._read: list[int] | None = None
         if not known_on_host(values) and not capturing(values.device):
             self._values = values.to("cpu", non_blocking=True)
             self._copied = torch.Event(values.device)
@@ -220,9 +227,11 @@ class _HostCopy:
                 self._copied.record()
 
     def read(self) -> list[int]:
-        if self._copied is not None:
-            self._copied.synchronize()
-        return self._values.tolist()
+        if self._read is None:
+            if self._copied is not None:
+                self._copied.synchronize()
+            self._read = self._values.tolist()
+        return self._read
 
 
 def agree(
@@ -270,7 +279,9 @@ def _contributed(
     vector = layout.sent.of([(each.places, each.fixed_point) for each in contributions], device, make).clone()
     for each in contributions:
         given = (each.observed, each.places.counted, each.places.slots)
-        backend.contribute(vector, *(tensor.to(device) for tensor in given))  # parameters may be on several devices
+        if each.observed.device != device:  # parameters may be on several
+            given = tuple(tensor.to(device) for tensor in given)
+        backend.contribute(vector, *given)
         if each.difference:
             vector[DIFFERENCE] += each.difference
     for index, is_so in ((INVALID, invalid), (REPLACES, replaces)):

@@ -14,7 +14,7 @@ from sharded_optim.backends import Backend
 from sharded_optim.backends.operands import Column, Operands
 from sharded_optim.formulas import Statistic
 from sharded_optim.sharding import GRADIENT, PARAMETER, Layout, LocalParam
-from sharded_optim.step.agreement import Agreement, Rules, Scaler
+from sharded_optim.step.agreement import NO_SCALER, Agreement, Rules, Scaler
 from sharded_optim.step.coefficients import GroupValues, LrScale, OperandGroups, coefficient_table
 from sharded_optim.step.compared import ComparedPieces, PieceWeights
 from sharded_optim.step.metrics import Update
@@ -179,7 +179,7 @@ class KernelCall:
 
     def observe_early(self, rules: Rules) -> None:
         """Observe gradients before the step, which uses the result unless gradients, state or hyperparameters have changed by then."""
-        observed = self._stamp(rules), replace(self._sums(rules, Scaler()), is_early=True)
+        observed = self._stamp(rules), replace(self._sums(rules, NO_SCALER), is_early=True)
         self.release()
         self._early = observed
 

@@ -114,7 +114,7 @@ class Source:
             not self._wrapped
             and set(map(type, local)) <= {Tensor, torch.nn.Parameter}
             and 0 not in addresses
-            and all(list(map(look, local)) == known for look, known in zip(LOOKS, self._described, strict=False))
+            and _shapes_dtypes_devices(local) == self._described[:3]
             and not any(map(Tensor.is_neg, local))
         )
 
@@ -140,12 +140,12 @@ class Source:
         return addresses_of(local)
 
 
-# What a description has, column by column; strides, which new gradients may have otherwise, come last.
-LOOKS: Sequence[Callable[[Tensor], Any]] = (_shape, _dtype, _device)
+def _shapes_dtypes_devices(tensors: Sequence[Tensor]) -> list[list[Any]]:
+    return [list(map(_shape, tensors)), list(map(_dtype, tensors)), list(map(_device, tensors))]
 
 
 def _descriptions(tensors: Sequence[Tensor]) -> list[list[Any]]:
-    return [list(map(look, tensors)) for look in (*LOOKS, Tensor.stride)]
+    return [*_shapes_dtypes_devices(tensors), list(map(Tensor.stride, tensors))]
 
 
 class StepCounters:

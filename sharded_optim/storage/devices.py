@@ -51,13 +51,15 @@ class DeviceCache(Generic[T]):
 
     def of(self, values: Any, device: torch.device, make: Callable[[], T]) -> T:
         """Return the cached result for these values, or call `make` and cache its result."""
-        if self._known is None or self._known[0] != (values, device):
+        known = self._known
+        if known is None or known[0] != (values, device):
             made = make()
             if capturing(device):  # then nothing is there yet
                 return made
-            self._known = (values, device), made
-        keep(device, self._known[1])
-        return self._known[1]
+            self._known = known = (values, device), made
+        if device.type == "cuda":
+            keep(device, known[1])
+        return known[1]
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:

@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from typing import Any
+from weakref import ref
 
 import numpy as np
 import pytest
@@ -210,9 +211,12 @@ def test_autograd_notices_that_a_parameter_was_written() -> None:
 
 @pytest.mark.usefixtures("interpreter")
 def test_the_tables_of_operands_end_with_them() -> None:
-    own = small()
-    assert_same_update(own, Case(algorithm=SGD, shapes=[(4,)]))
-    assert not len(own._tables)
+    own, case = small(), Case(algorithm=SGD, shapes=[(4,)])
+    operands = case.operands()
+    own.update(SGD, operands, case.coefficients(operands, GROUP), None, None, None)
+    tables = ref(operands.derived[own])
+    del operands
+    assert tables() is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------- compiled

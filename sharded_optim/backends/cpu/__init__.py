@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -42,10 +41,6 @@ class Cpu:
 
     name = "cpu"
 
-    def __init__(self) -> None:
-        self._tables: WeakKeyDictionary[Operands, _Tables] = WeakKeyDictionary()
-        self._kernels: WeakKeyDictionary[Formulas, list[tuple[Kernel, array[float]]]] = WeakKeyDictionary()  # and their constants
-
     def supports(self, device: torch.device, dtypes: frozenset[torch.dtype]) -> str | None:
         if device.type != "cpu":
             return f"it runs on the CPU, not on {device}"
@@ -66,22 +61,22 @@ class Cpu:
         sums: Sums | None,
         lr: Tensor,
     ) -> Tensor:
-        table = torch.empty(len(steps), formulas.results, dtype=torch.float32, device="cpu")
+        operands_of_steps = steps.numel()
+        table = torch.empty(operands_of_steps, formulas.results, dtype=torch.float32, device="cpu")
         of_sums = () if sums is None else (sums.totals, sums.non_finite, sums.slots, sums.units, sums.numels)
-        addresses = map(Tensor.data_ptr, (table, steps, lr, *of_sums))
+        addresses = list(map(Tensor.data_ptr, (table, steps, lr, *of_sums)))
         of_formulas = 0 if formula_of is None else formula_of.data_ptr()
-        arguments = FormulaArguments(len(steps), 0, of_formulas, *addresses)
-        for kernel, constants in self._kernels_of(formulas):
-            _call(kernel.call, arguments._replace(constants=constants.buffer_info()[0]))
+        for call, constants in self._kernels_of(formulas):
+            _call(call, FormulaArguments(operands_of_steps, constants.buffer_info()[0], of_formulas, *addresses))
         return table
 
     def contribute(self, vector: Tensor, observed: Tensor, counted: Tensor, slots: Tensor) -> None:
-        numbers = (len(slots), (len(vector) - TAIL) // SECTIONS)
+        numbers = (slots.numel(), (vector.numel() - TAIL) // SECTIONS)
         _call(agreement_kernels().add, AdditionArguments(*numbers, *map(Tensor.data_ptr, (observed, counted, slots, vector))))
 
     def judge(self, sums: Tensor, *, skips: bool) -> Verdict:
         flags, proceed = torch.empty(3, dtype=torch.int64, device="cpu"), torch.empty((), dtype=torch.bool, device="cpu")
-        tensors = (len(sums) - TAIL) // SECTIONS
+        tensors = (sums.numel() - TAIL) // SECTIONS
         _call(agreement_kernels().judge, VerdictArguments(sums.data_ptr(), tensors, skips, flags.data_ptr(), proceed.data_ptr()))
         return Verdict(flags=flags, proceed=proceed)
 
@@ -129,16 +124,18 @@ class Cpu:
         increment_version(operands.param.wholes)  # as a torch operation would: autograd looks at it
 
     def _tables_of(self, operands: Operands) -> _Tables:
-        tables = self._tables.get(operands)
+        tables: _Tables | None = operands.derived.get(self)
         if tables is None:
-            tables = self._tables[operands] = _Tables(operands, CHUNK)
+            tables = operands.derived[self] = _Tables(operands, CHUNK)
         return tables
 
-    def _kernels_of(self, formulas: Formulas) -> list[tuple[Kernel, array[float]]]:
-        kernels = self._kernels.get(formulas)
+    def _kernels_of(self, formulas: Formulas) -> list[tuple[Call, array[float]]]:
+        """The kernel of each sequence of operations, and its constants."""
+        kernels: list[tuple[Call, array[float]]] | None = formulas.derived.get(self)
         if kernels is None:
             several = len(formulas.formulas) > 1
-            kernels = self._kernels[formulas] = [(formula_kernel(each, several=several), row) for each, row in formulas.constants.items()]
+            kernels = [(formula_kernel(each, several=several).call, constants) for each, constants in formulas.constants.items()]
+            formulas.derived[self] = kernels
         return kernels
 
 

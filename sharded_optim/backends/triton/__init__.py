@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import triton
@@ -79,7 +78,6 @@ class Triton:
         self._chunk = chunk
         self._options = _options(threads, elements)
         self._of_update = {"BACKWARD": backward, "EVICTION": eviction}
-        self._tables: WeakKeyDictionary[Operands, _Tables] = WeakKeyDictionary()
 
     def supports(self, device: torch.device, dtypes: frozenset[torch.dtype]) -> str | None:
         if interpreted():
@@ -158,9 +156,9 @@ class Triton:
         increment_version(operands.param.wholes)  # as a torch operation would: autograd looks at it
 
     def _tables_of(self, operands: Operands) -> _Tables:
-        tables = self._tables.get(operands) or _Tables(operands, self._chunk)
+        tables: _Tables = operands.derived.get(self) or _Tables(operands, self._chunk)
         if not capturing(operands.device):
-            self._tables[operands] = tables
+            operands.derived[self] = tables
         return tables
 
     def _launch(self, kernel: Kernel, tables: _Tables, addresses: _Addresses, *arguments: Tensor, **constants: Any) -> None:
