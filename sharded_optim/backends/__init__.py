@@ -112,6 +112,11 @@ class Backend(AgreementFunctions, Protocol):
         """Write the new parameters and state. Called with `prepare`d operands, or with others, which it prepares."""
         ...
 
+    @property
+    def advance(self) -> Callable[[Tensor, Tensor | None], None]:
+        """See `formulas.verdict.advance`; on contiguous counters."""
+        ...
+
 
 def available() -> tuple[str, ...]:
     """Names that `backend=` accepts."""

@@ -17,7 +17,7 @@ from sharded_optim.backends.noise import uniform
 from sharded_optim.formulas import Algorithm, Statistic
 from sharded_optim.formulas.recording import Formula, Formulas
 from sharded_optim.formulas.scalars import FUNCTIONS, Sums
-from sharded_optim.formulas.verdict import contribute, judge
+from sharded_optim.formulas.verdict import advance, contribute, judge
 from sharded_optim.storage.devices import known_on_host
 from sharded_optim.storage.format import Format
 
@@ -28,6 +28,7 @@ class Eager:
     """Torch operations; see `sharded_optim.backends.Backend`."""
 
     name = "eager"
+    advance = staticmethod(advance)
     contribute = staticmethod(contribute)
     judge = staticmethod(judge)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sharded_optim.formulas.recording import Number, Recorded, Recorder, Step
+from sharded_optim.formulas.verdict import NON_FINITE, TOTAL
 
 __all__ = [
     "FUNCTIONS",
@@ -123,11 +124,21 @@ class Sums:
     The mean of each operand's tensor is a number of these inputs: `total`, `unit`, `numel` and `non_finite`.
     """
 
-    totals: Tensor  # int64 (tensors,), sums in fixed point
-    non_finite: Tensor  # int64 (tensors,), positive where the sum is none, as something was not finite
+    vector: Tensor  # int64: sums over ranks, the rows of `verdict.py` first, one after the other
+    tensors: int  # columns of a row
     slots: Tensor  # int64 (operands,), which tensor is each operand's
     units: Tensor  # float64 (operands,), of the fixed point
     numels: Tensor  # float64 (operands,), of the tensor, but at least 1
+
+    @property
+    def totals(self) -> Tensor:
+        """Sums in fixed point: int64 (tensors,), a view."""
+        return self.vector[TOTAL * self.tensors :][: self.tensors]
+
+    @property
+    def non_finite(self) -> Tensor:
+        """Positive where the sum is none, as something was not finite: int64 (tensors,), a view."""
+        return self.vector[NON_FINITE * self.tensors :][: self.tensors]
 
     @staticmethod
     def recorded_mean(recorder: Recorder) -> Number:

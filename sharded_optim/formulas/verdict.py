@@ -1,6 +1,6 @@
 """Decide whether a step happens, from one vector of integers that all ranks have summed: two for each tensor of the model.
 
-`contribute` and `judge` are the definitions, in torch operations. A backend may have kernels that do the same in one launch.
+`contribute`, `judge` and `advance` are the definitions, in torch operations. A backend may have kernels that do the same in one launch.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ __all__ = [
     "TAIL",
     "TOTAL",
     "Verdict",
+    "advance",
     "contribute",
     "judge",
 ]
@@ -73,3 +74,13 @@ def judge(sums: Tensor, *, skips: bool) -> Verdict:
         flags=torch.stack([consistent, finite, no_inf]).to(torch.int64),
         proceed=proceed & finite if skips else proceed,
     )
+
+
+def advance(steps: Tensor, happens: Tensor | None) -> None:
+    """Count a step.
+
+    Args:
+        steps: fp32, any shape, written.
+        happens: bool (), whether the step happens; None: it does.
+    """
+    steps += 1.0 if happens is None else happens

@@ -29,6 +29,7 @@ from sharded_optim.formulas.verdict import (
     REPLACES,
     SECTIONS,
     TAIL,
+    TOTAL,
     Verdict,
 )
 from sharded_optim.sharding.layout import Layout, Slots
@@ -115,7 +116,6 @@ class Agreement:
 
     Attributes:
         totals: int64 (SECTIONS * number of tensors + TAIL,), summed over ranks.
-        total, non_finite: int64 (number of tensors,), the rows of it, see `formulas/verdict.py`; views.
         contributions: this rank's.
         verdict: whether the step happens.
         is_on_host: whether reading it waits for nothing.
@@ -125,8 +125,6 @@ class Agreement:
     def __init__(self, layout: Layout, totals: Tensor, contributions: Sequence[Contribution], verdict: Verdict, rules: Rules) -> None:
         self.layout = layout
         self.totals = totals
-        tensors = len(layout.names)
-        self.total, self.non_finite, _ = totals.split((tensors, tensors, TAIL))
         self.contributions = contributions
         self.verdict = verdict
         self.is_on_host = known_on_host(totals)
@@ -143,13 +141,14 @@ class Agreement:
         """Mean of the statistic over every tensor of the model: float64 (number of tensors,); NaN where not finite."""
         k = (self._bits_plus_1() - 1).clamp(min=0)
         unit = ((1023 - k) << 52).view(torch.float64)  # 2.0**-k by its bit pattern: exp2 and pow need not be exact
-        means = mean(self.total.to(torch.float64), unit, self.layout.tensor_numels(self.total.device), self.non_finite)
+        numels = self.layout.tensor_numels(self.totals.device)
+        means = mean(self._row(TOTAL).to(torch.float64), unit, numels, self._row(NON_FINITE))
         assert isinstance(means, Tensor)
         return means
 
     def non_finite_pieces(self) -> Tensor:
         """Number of pieces of every tensor, over all ranks, that were not finite: int64 (number of tensors,)."""
-        return (self.non_finite + self._bits_plus_1()) // NON_FINITE_PIECE
+        return (self._row(NON_FINITE) + self._bits_plus_1()) // NON_FINITE_PIECE
 
     def has_gradients(self) -> bool:
         """Return whether any tensor had a gradient. Waits for the device."""
@@ -157,14 +156,19 @@ class Agreement:
 
     def _bits_plus_1(self) -> Tensor:
         """Number of fraction bits of every tensor's statistic plus 1, which is 1 without a statistic; 0 without a gradient."""
-        return -self.non_finite % NON_FINITE_PIECE
+        return -self._row(NON_FINITE) % NON_FINITE_PIECE
 
     def sums(self, places: Slots, fixed_point: FixedPoint) -> Sums:
         """Return the sums over all ranks for the tensors that these pieces of this rank belong to."""
-        total, non_finite = self.total, self.non_finite
-        if places.slots.device != total.device:  # parameters may be on several
-            total, non_finite = (row.to(places.slots.device) for row in (total, non_finite))
-        return Sums(totals=total, non_finite=non_finite, slots=places.slots, units=fixed_point.units, numels=fixed_point.numels)
+        vector = self.totals
+        if vector.device != places.slots.device:  # parameters may be on several
+            vector = vector.to(places.slots.device)
+        units, numels = fixed_point.units, fixed_point.numels
+        return Sums(vector=vector, tensors=len(self.layout.names), slots=places.slots, units=units, numels=numels)
+
+    def _row(self, number: int) -> Tensor:
+        """One of the rows of `formulas/verdict.py`: int64 (number of tensors,), a view."""
+        return self.totals[:-TAIL].view(SECTIONS, -1)[number]
 
     def raise_inconsistency(self, failure: Exception | None) -> None:
         """Raise ValueError on every rank if the ranks are inconsistent; where only the device knows that, on the ranks that have failed.

@@ -212,7 +212,7 @@ class KernelCall:
 
     def _finish(self, table: Tensor, happens: Tensor | None, grad_scale: Tensor | None) -> Update:
         """Count the step after the parameters were written, and return a record of it."""
-        self._counters.advance(happens)
+        self.backend.advance(self._counters.steps, happens)
         for compensations in self._compensations:
             self._log.record(self.params, compensations)
         return Update(

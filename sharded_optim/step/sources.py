@@ -19,7 +19,6 @@ from sharded_optim.backends.operands import Column, addresses_of
 from sharded_optim.sharding import GRADIENT, PARAMETER, LocalParam, Piece, check_memory
 from sharded_optim.step.state import STEP, local_of
 from sharded_optim.step.stateful import StatefulOptimizer
-from sharded_optim.storage.devices import known_on_host
 
 __all__ = ["Cut", "Source", "StepCounters"]
 
@@ -182,18 +181,6 @@ class StepCounters:
                 users[id(counter)] -= 1
                 values[STEP] = view.detach()
         self._views = [values[STEP] for values in state]
-
-    def advance(self, happens: Tensor | None) -> None:
-        """Count a step.
-
-        Args:
-            happens: bool (); None: it does.
-        """
-        if happens is None and known_on_host(self.steps):
-            array = self.steps.numpy()  # of this step alone: users may move the tensor's memory, as share_memory_() does
-            array += 1.0  # a fraction of what a torch operation costs
-        else:
-            self.steps += 1.0 if happens is None else happens
 
     def are(self, counters: Sequence[Any]) -> bool:
         """Return whether these are the views, and still lie in the one tensor: users and wrappers replace both."""

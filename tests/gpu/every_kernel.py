@@ -77,8 +77,8 @@ def tabulate(backend: Backend) -> None:
     operands = Operands.whole(params, params, [])
     steps = torch.arange(MANY).float().to(DEVICE)
     sums = Sums(
-        totals=torch.arange(TENSORS).to(DEVICE),
-        non_finite=torch.zeros(TENSORS, dtype=torch.int64).to(DEVICE),
+        vector=torch.cat([torch.arange(TENSORS), torch.zeros(TENSORS, dtype=torch.int64)]).to(DEVICE),
+        tensors=TENSORS,
         slots=torch.arange(TENSORS - MANY, TENSORS).to(DEVICE),
         units=torch.full((MANY,), 2.0**-20, dtype=torch.float64).to(DEVICE),
         numels=torch.ones(MANY, dtype=torch.float64).to(DEVICE),

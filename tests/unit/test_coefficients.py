@@ -102,8 +102,8 @@ def sums_of(operands: int, generator: torch.Generator) -> Sums:
     """Of more tensors than operands; means from far below 1 to far above, and one that is not finite."""
     tensors = operands + 2
     return Sums(
-        totals=torch.randint(0, 2**50, (tensors,), generator=generator),
-        non_finite=(torch.arange(tensors) == 1).long(),
+        vector=torch.cat([torch.randint(0, 2**50, (tensors,), generator=generator), (torch.arange(tensors) == 1).long()]),
+        tensors=tensors,
         slots=torch.randperm(tensors, generator=generator)[:operands],
         units=2.0 ** -torch.randint(20, 50, (operands,), generator=generator).double(),
         numels=torch.randint(1, 2**20, (operands,), generator=generator).double(),

@@ -2,7 +2,7 @@
 
 `kernels.py` writes a kernel for each combination of algorithm and formats that is met: the loops of `loops.py` around the functions that
 the eager backend runs, which write instructions when they are called with the vectors of `vectors.py`. `formulas.py` writes those of
-coefficients, and `agreement.py` those of what ranks agree on. `llvm.py` compiles a kernel, and `threads.py` runs it.
+coefficients, and `per_tensor.py` those of what ranks agree on. `llvm.py` compiles a kernel, and `threads.py` runs it.
 
 A kernel gets a table of addresses, one column per operand, and a table of work, runs of at most `CHUNK` elements, of which each thread has
 a share. Memory needs no alignment. Tensors of one operand must be equally strided and dense, as wrappers give them; others are copied.
@@ -18,16 +18,17 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from sharded_optim.backends import Column, Operands
-from sharded_optim.backends.cpu.agreement import AdditionArguments, ItemArguments, VerdictArguments, agreement_kernels
 from sharded_optim.backends.cpu.formulas import FormulaArguments, formula_kernel
 from sharded_optim.backends.cpu.kernels import observe_kernel, update_kernel
 from sharded_optim.backends.cpu.loops import Arguments, reason_against
+from sharded_optim.backends.cpu.per_tensor import AdditionArguments, CounterArguments, ItemArguments, VerdictArguments
+from sharded_optim.backends.cpu.per_tensor import kernels as per_tensor_kernels
 from sharded_optim.backends.cpu.threads import Call, Kernel, run
 from sharded_optim.backends.operands import OperandTables
 from sharded_optim.formulas import Algorithm, Statistic
 from sharded_optim.formulas.recording import Formulas
 from sharded_optim.formulas.scalars import Sums
-from sharded_optim.formulas.verdict import SECTIONS, TAIL, Verdict
+from sharded_optim.formulas.verdict import NON_FINITE, SECTIONS, TAIL, Verdict, advance
 
 __all__ = ["BACKEND"]
 
@@ -63,8 +64,11 @@ class Cpu:
     ) -> Tensor:
         operands_of_steps = steps.numel()
         table = torch.empty(operands_of_steps, formulas.results, dtype=torch.float32, device="cpu")
-        of_sums = () if sums is None else (sums.totals, sums.non_finite, sums.slots, sums.units, sums.numels)
-        addresses = list(map(Tensor.data_ptr, (table, steps, lr, *of_sums)))
+        addresses = list(map(Tensor.data_ptr, (table, steps, lr)))
+        if sums is not None:
+            totals = sums.vector.data_ptr()
+            non_finite = totals + NON_FINITE * sums.tensors * sums.vector.element_size()
+            addresses += (totals, non_finite, *map(Tensor.data_ptr, (sums.slots, sums.units, sums.numels)))
         of_formulas = 0 if formula_of is None else formula_of.data_ptr()
         for call, constants in self._kernels_of(formulas):
             _call(call, FormulaArguments(operands_of_steps, constants.buffer_info()[0], of_formulas, *addresses))
@@ -72,12 +76,12 @@ class Cpu:
 
     def contribute(self, vector: Tensor, observed: Tensor, counted: Tensor, slots: Tensor) -> None:
         numbers = (slots.numel(), (vector.numel() - TAIL) // SECTIONS)
-        _call(agreement_kernels().add, AdditionArguments(*numbers, *map(Tensor.data_ptr, (observed, counted, slots, vector))))
+        _call(per_tensor_kernels().add, AdditionArguments(*numbers, *map(Tensor.data_ptr, (observed, counted, slots, vector))))
 
     def judge(self, sums: Tensor, *, skips: bool) -> Verdict:
         flags, proceed = torch.empty(3, dtype=torch.int64, device="cpu"), torch.empty((), dtype=torch.bool, device="cpu")
         tensors = (sums.numel() - TAIL) // SECTIONS
-        _call(agreement_kernels().judge, VerdictArguments(sums.data_ptr(), tensors, skips, flags.data_ptr(), proceed.data_ptr()))
+        _call(per_tensor_kernels().judge, VerdictArguments(sums.data_ptr(), tensors, skips, flags.data_ptr(), proceed.data_ptr()))
         return Verdict(flags=flags, proceed=proceed)
 
     def observe(
@@ -98,7 +102,7 @@ class Cpu:
         )
         result = torch.empty(2, len(operands), dtype=torch.int64, device="cpu")
         addresses = map(Tensor.data_ptr, (tables.work, tables.sums, result))
-        _call(agreement_kernels().sum_items, ItemArguments(tables.items, tables.operands, *addresses))
+        _call(per_tensor_kernels().sum_items, ItemArguments(tables.items, tables.operands, *addresses))
         return result
 
     def update(
@@ -122,6 +126,12 @@ class Cpu:
             if column < len(written):
                 written[column].tensors[row].copy_(copy)
         increment_version(operands.param.wholes)  # as a torch operation would: autograd looks at it
+
+    def advance(self, steps: Tensor, happens: Tensor | None) -> None:
+        if happens is None:
+            _call(per_tensor_kernels().advance, CounterArguments(steps.data_ptr(), steps.numel()))
+        else:
+            advance(steps, happens)
 
     def _tables_of(self, operands: Operands) -> _Tables:
         tables: _Tables | None = operands.derived.get(self)

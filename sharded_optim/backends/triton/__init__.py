@@ -39,7 +39,7 @@ from sharded_optim.backends.triton.kernel_text import StoredValue, arrays_of, fu
 from sharded_optim.formulas import Algorithm, Statistic
 from sharded_optim.formulas.recording import Formulas
 from sharded_optim.formulas.scalars import Sums
-from sharded_optim.formulas.verdict import Verdict, contribute
+from sharded_optim.formulas.verdict import Verdict, advance, contribute
 from sharded_optim.storage.devices import DeviceCache, capturing, keep, on, send
 from sharded_optim.storage.format import Format
 
@@ -102,6 +102,7 @@ class Triton:
         with on(steps.device):
             return triton_formulas.launch(formulas, formula_of, steps, sums, lr, self._tables_of(operands).constants)
 
+    advance = staticmethod(advance)
     contribute = staticmethod(contribute)
 
     def judge(self, sums: Tensor, *, skips: bool) -> Verdict:

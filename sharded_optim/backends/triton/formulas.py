@@ -59,10 +59,10 @@ def launch(formulas: Formulas, formula_of: Tensor | None, steps: Tensor, sums: S
     """See `sharded_optim.backends.Backend.tabulate`."""
     table = torch.empty(len(steps), formulas.results, dtype=torch.float32, device=steps.device)
     steps = steps.contiguous()
+    found = {name: getattr(sums, name, None) for name in FOUND} | {"formula_of": formula_of, "lr": lr}
+    tensors = {name: tensor.contiguous() for name, tensor in found.items() if tensor is not None}
     for operations, rows in formulas.constants.items():
         values = constants.of(operations, rows, steps.device)
-        optional = {"formula_of": formula_of, "lr": lr, **({} if sums is None else vars(sums))}
-        tensors = {name: tensor.contiguous() for name in FOUND if (tensor := optional.get(name)) is not None}
         kernel = formula_kernel(operations, tuple(tensors))
         kernel[triton.cdiv(len(steps), BLOCK),](
             table, len(steps), values, 1 + operations.constants, steps, *tensors.values(), BLOCK=BLOCK, **OPTIONS

@@ -1,6 +1,6 @@
-"""Kernels of an agreement between ranks: sums of what was observed, this rank's vector, and the verdict. See `formulas/verdict.py`.
+"""Kernels over a few numbers of each tensor: sums of what was observed, this rank's vector, the verdict, and step counters.
 
-They are loops over a few integers of each tensor, in one module, which is compiled once.
+They are loops in one module, which is compiled once. A torch operation would take several times as long. See `formulas/verdict.py`.
 """
 
 from __future__ import annotations
@@ -10,11 +10,26 @@ from typing import NamedTuple
 
 from llvmlite import ir
 
-from sharded_optim.backends.cpu.llvm import BIT, BYTE, INT64, POINTER, Builder, Value, at, compiled, counting, integer, load, store
+from sharded_optim.backends.cpu.llvm import (
+    BIT,
+    BYTE,
+    FLOAT,
+    INT64,
+    POINTER,
+    Builder,
+    Value,
+    at,
+    compiled,
+    constant,
+    counting,
+    integer,
+    load,
+    store,
+)
 from sharded_optim.backends.cpu.threads import SIGNATURE, Call, arguments_of, callable_of
 from sharded_optim.formulas.verdict import DIFFERENCE, FOUND_INF, INVALID, NON_FINITE, REPLACES, SECTIONS, TAIL
 
-__all__ = ["AdditionArguments", "AgreementKernels", "ItemArguments", "VerdictArguments", "agreement_kernels"]
+__all__ = ["AdditionArguments", "CounterArguments", "ItemArguments", "Kernels", "VerdictArguments", "kernels"]
 
 
 class ItemArguments(NamedTuple):
@@ -44,20 +59,26 @@ class VerdictArguments(NamedTuple):
     proceed: int  # bool (), written
 
 
-class AgreementKernels(NamedTuple):
+class CounterArguments(NamedTuple):
+    counters: int  # fp32 (operands,), each of which becomes 1 larger
+    operands: int
+
+
+class Kernels(NamedTuple):
     """Functions of `SIGNATURE`."""
 
     sum_items: Call  # of ItemArguments
     add: Call  # of AdditionArguments
     judge: Call  # of VerdictArguments
+    advance: Call  # of CounterArguments
 
 
 @cache
-def agreement_kernels() -> AgreementKernels:
+def kernels() -> Kernels:
     module = ir.Module()
-    functions = (_sum_items(module), _add(module), _judge(module))
+    functions = (_sum_items(module), _add(module), _judge(module), _advance(module))
     engine = compiled(module)
-    return AgreementKernels(*(callable_of(engine, function) for function in functions))
+    return Kernels(*(callable_of(engine, function) for function in functions))
 
 
 def _function(module: ir.Module, name: str, arguments: type[tuple[int, ...]]) -> tuple[ir.Function, Builder, list[Value]]:
@@ -117,5 +138,15 @@ def _judge(module: ir.Module) -> ir.Function:
     store(builder, builder.zext(happens, BYTE), proceed)
     for index, flag in enumerate((consistent, finite, no_inf)):
         store(builder, builder.zext(flag, INT64), at(builder, flags, index))
+    builder.ret_void()
+    return function
+
+
+def _advance(module: ir.Module) -> ir.Function:
+    function, builder, (counters, operands) = _function(module, "advance", CounterArguments)
+    counters = builder.inttoptr(counters, POINTER)
+    with counting(builder, integer(0), operands, integer(1)) as loop:
+        counter = at(builder, counters, loop.index, FLOAT)
+        store(builder, builder.fadd(load(builder, counter, FLOAT), constant(FLOAT, 1.0)), counter)
     builder.ret_void()
     return function
