@@ -127,12 +127,17 @@ $(DOCS)/.installed: $(VENV)/.installed
 	$(DOCS)/bin/python -m pip install --quiet --constraint $(VENV)/constraints.txt --no-build-isolation --editable '.[docs,browser]'
 	touch $@
 
-lint: setup  ## ruff check, ruff format --check, pyright
+lint: $(VENV)/.linters  ## ruff check, ruff format --check, pyright, and linters and schemas of job files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/python -m pytest -q tests/launch/test_job_files.py
 
-format: setup  ## let ruff rewrite what it can
+$(VENV)/.linters: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --no-build-isolation --editable '.[lint]'
+	touch $@
+
+format: $(VENV)/.linters  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

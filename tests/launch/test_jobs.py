@@ -1,5 +1,5 @@
-"""Job files and Docker files are right as far as this can be seen without a cluster and a Docker engine: linters and schemas accept them,
-the launchers and the job know every word of their commands, and those that need only this machine run.
+"""Job files and Docker files are right as far as this can be seen without a cluster and a Docker engine: the launchers and the job know
+every word of their commands, and those that need only this machine run. Linters and schemas: test_job_files.py.
 """
 
 from __future__ import annotations
@@ -45,14 +45,6 @@ OPEN_MPI, MPICH = "mpirun (Open MPI) 5.0.11", "HYDRA build details:\n    Version
 # Of sbatch and srun, which have no parser to ask; from their manual pages, version 25.05.
 SBATCH = {"job-name", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "time", "output", "open-mode", "requeue", "signal"}
 SRUN = {"--kill-on-bad-exit", "--cpus-per-task"}
-
-
-def tool(name: str) -> str:
-    """Where a linter is."""
-    found = shutil.which(name, path=os.pathsep.join([SCRIPTS, os.environ["PATH"]]))
-    if found is None:
-        pytest.fail(f"{name} is not installed; run make setup")
-    return found
 
 
 def environment(**variables: str) -> dict[str, str]:
@@ -240,22 +232,6 @@ def wait_for(path: Path) -> None:
         time.sleep(0.05)
 
 
-# ------------------------------------------------------------------------------------------------------------------------- linters
-
-
-def test_shellcheck_finds_nothing():
-    files = [*sorted(JOBS.glob("*.sh")), *sorted(JOBS.glob("*.sbatch")), *sorted(DOCKER.glob("*.sh")), ROOT / ".ci" / "run"]
-    run = subprocess.run([tool("shellcheck"), "--enable", "quote-safe-variables", *files], capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout + run.stderr
-
-
-@pytest.mark.parametrize("name", ["Dockerfile.cpu", "Dockerfile.cuda"])
-def test_hadolint_finds_nothing(name):
-    command = [tool("hadolint"), "--no-color", "--config", ROOT / ".hadolint.yaml", DOCKER / name]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout + run.stderr
-
-
 def test_scripts_stop_at_errors_and_leave_signals_to_the_launcher():
     for name in VARIABLES:
         path = JOBS / name
@@ -270,70 +246,7 @@ def test_scripts_stop_at_errors_and_leave_signals_to_the_launcher():
 # ---------------------------------------------------------------------------------------------------------------------- Kubernetes
 
 
-def models() -> dict[str, Any]:
-    """By kind, what the Kubeflow Trainer's interface makes of a document."""
-    if find_spec("kubeflow_trainer_api") is None:
-        pytest.fail("kubeflow-trainer-api is not installed; run make setup")
-    from kubeflow_trainer_api import models
-
-    return {
-        "TrainJob": models.TrainerV1alpha1TrainJob,
-        "TrainingRuntime": models.TrainerV1alpha1TrainingRuntime,
-        "ClusterTrainingRuntime": models.TrainerV1alpha1ClusterTrainingRuntime,
-        "JobSet": models.JobsetV1alpha2JobSet,
-    }
-
-
-def check_kubernetes(document: dict[str, Any]) -> None:
-    """Refuse what a strict API server would.
-
-    Raises:
-        ValueError: it would, for a reason that the message has.
-    """
-    try:
-        import kubernetes_validate
-    except ImportError:
-        pytest.fail("kubernetes-validate is not installed; run make setup")
-    kind = document["kind"]
-    if kind in models():
-        read = models()[kind].from_dict(copy.deepcopy(document)).to_dict()  # drops keys that it does not know
-        if read != document:
-            raise ValueError(f"{kind}: unknown keys, read as {read}")
-        return
-    try:
-        kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
-    except kubernetes_validate.ValidationError as error:
-        raise ValueError(f"{kind}: {error.message}") from None
-
-
 MANIFESTS = sorted(path.name for path in JOBS.glob("*.yaml"))
-
-
-@pytest.mark.parametrize("name", MANIFESTS)
-def test_kubernetes_accepts_a_manifest_and_refuses_it_with_an_unknown_key_anywhere(name):
-    for document in documents(JOBS / name):
-        check_kubernetes(document)
-        sections = list(walk(document["spec"]))
-        for path in sections:
-            broken = copy.deepcopy(document)
-            section = broken["spec"]
-            for key in path:
-                section = section[key]
-            section["replicsa"] = 1
-            with pytest.raises(ValueError, match=r"unknown keys|replicsa"):
-                check_kubernetes(broken)
-
-
-def walk(section: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Paths of all mappings with fixed keys: not of labels or amounts, whose keys are anyone's."""
-    if isinstance(section, dict):
-        yield path
-        for key, value in section.items():
-            if key not in ("limits", "requests", "selector", "matchLabels"):
-                yield from walk(value, (*path, key))
-    elif isinstance(section, list):
-        for index, value in enumerate(section):
-            yield from walk(value, (*path, index))
 
 
 @pytest.mark.parametrize("name", MANIFESTS)
