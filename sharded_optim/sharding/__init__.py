@@ -1,8 +1,8 @@
 """Describe which elements of which tensor each rank holds, under every wrapper: one file per wrapper, registered in `wrappers.py`.
 
-Tensors that tell how they are sharded are described by the wrapper that claims them (`dtensor.py`), ordinary ones by `plain.py`. For
-wrappers whose tensors do not tell, `fsdp1.py` and `deepspeed.py` make a `FlatLayout` (`flat.py`). `layout.py` puts the local parameters of
-all ranks together.
+Tensors that describe their own sharding are handled by the wrapper that claims them (`dtensor.py`), ordinary ones by `plain.py`. For
+wrappers whose tensors do not, `fsdp1.py` and `deepspeed.py` make a `FlatLayout` (`flat.py`). `layout.py` combines the local parameters of
+all ranks.
 """
 
 from __future__ import annotations
@@ -37,32 +37,30 @@ __all__ = [
 ]
 
 
-def describe(param: Tensor, name: str, flat_layout: FlatLayout | None = None, wrappers: Sequence[Wrapper] | None = None) -> LocalParam:
+def describe(param: Tensor, name: str, flat_layout: FlatLayout | None = None) -> LocalParam:
     """Describe what this rank holds of parameter `name`.
 
     Args:
-        flat_layout: of the wrapped model whose parameter it is; None for parameters that tell how they are sharded.
-        wrappers: that may claim it; None: all.
+        flat_layout: of the wrapped model whose parameter it is; None for parameters that describe their own sharding.
 
     Raises:
         ValueError: the parameter cannot be optimized, or its sharding cannot be expressed; names the tensor, the rule and the way out.
     """
-    return wrapper_of(param, wrappers).describe(param, name) if flat_layout is None else flat_layout.describe(param, name)
+    return wrapper_of(param).describe(param, name) if flat_layout is None else flat_layout.describe(param, name)
 
 
-def find_layout(param: Tensor, among: Iterable[Tensor], wrappers: Sequence[Wrapper] | None = None) -> FlatLayout | None:
-    """How the wrapper of a parameter has flattened it, where that can be found: FullyShardedDataParallel. None for other wrappers.
+def find_layout(param: Tensor, among: Iterable[Tensor]) -> FlatLayout | None:
+    """Find the layout of a parameter that its wrapper has flattened, if it is FullyShardedDataParallel. None for other wrappers.
 
     Args:
         among: all parameters of the optimizer.
-        wrappers: that may claim it; None: all.
     """
-    layout_holding = wrapper_of(param, wrappers).layout_holding
+    layout_holding = wrapper_of(param).layout_holding
     return None if layout_holding is None else layout_holding(list(among))
 
 
 def fsdp1_layout(model: nn.Module) -> FlatLayout:
-    """How FullyShardedDataParallel (FSDP1) has sharded a model: what an optimizer of its parameters needs as `layout=`. No communication.
+    """Return how FullyShardedDataParallel (FSDP1) has sharded a model, for the `layout=` of an optimizer. No communication.
 
     Args:
         model: wrapped, or with wrapped modules inside; use_orig_params True or False, every sharding strategy, mixed precision.

@@ -1,9 +1,9 @@
-"""Exchange which pieces of which tensors the ranks hold: each rank gets those of its share of the tensors, from all ranks, and groups them.
+"""Exchange the pieces of tensors that ranks hold: each rank receives, from all ranks, the pieces of its share of the tensors.
 
 A piece travels as a row of numbers: a hash of the tensor's key, one of its shape and dtype, and the extents of its segment. The text of a
 row (key, shape, dtype) is sent where it is needed: once for each tensor, and for pieces that contradict each other.
 
-`exchange.py` finds the owners of pieces by it, `checkpoint/write_plan.py` who writes what.
+`exchange.py` chooses the owners of pieces by it, and `checkpoint/write_plan.py` the writers.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from sharded_optim.sharding.ranks import message_of
 from sharded_optim.sharding.row_exchange import Array, RowExchange, hash_words
 from sharded_optim.sharding.segment import Segment, find_tiling_error_of
 
@@ -40,7 +41,7 @@ class HeldPiece(NamedTuple):
 
 
 class RowText(NamedTuple):
-    """What a row says, in words."""
+    """The text of a row."""
 
     key: str
     shape: tuple[int, ...]
@@ -55,13 +56,13 @@ class PieceExchange:
 
     Args:
         pieces: of this rank.
-        further: int64 (pieces, k), what else is sent of each.
-        facts: what this rank tells all others.
+        further: int64 (pieces, k), further numbers of each.
+        facts: numbers of this rank for all others.
         process_group: None: this process alone.
 
     Attributes:
         facts: int64 (ranks, facts).
-        ranks, index: int64 (rows,), who holds a piece, and its number among the pieces of that rank.
+        ranks, index: int64 (rows,), the rank that holds a piece, and its number among the pieces of that rank.
         extents: int64 (rows, 4), its segment's start, run, stride and count.
         further: int64 (rows, k).
         tensor, segment: int64 (rows,), the number of the piece's tensor, and of its segment among all distinct ones.
@@ -110,16 +111,16 @@ class PieceExchange:
     def texts(
         self,
         of_rows: Array,  # bool (rows,), of which a text is needed here
-        of_pieces: Array,  # bool (pieces,), of which of this rank's pieces it is needed elsewhere, as a reply has told
+        of_pieces: Array,  # bool (pieces,), of which of this rank's pieces another rank needs it, by the replies
     ) -> dict[int, RowText]:  # by row
         sent = [text if needed else b"" for text, needed in zip(self._texts, of_pieces.tolist(), strict=True)]
         received = self._exchange.send_texts(sent, np.where(of_rows, self._rows[:, TEXT_SIZE], 0))
         return {row: _parse(received[row]) for row in np.flatnonzero(of_rows).tolist()}
 
     def tiling_errors(self) -> dict[int, str]:
-        """Say what is wrong with the tensors whose distinct segments do not cover each element exactly once, by their numbers.
+        """Describe the errors of tensors whose distinct segments do not cover each element exactly once, by number of the tensor.
 
-        Of tensors about whose shape ranks disagree nothing is said.
+        Tensors about whose shape ranks disagree are left out.
         """
         filled = self.first_of_segment[self.extents[self.first_of_segment, 1] > 0]  # empty segments are all zeros
         tensor, (start, run, _, count) = self.tensor[filled], self.extents[filled].T
@@ -131,7 +132,7 @@ class PieceExchange:
         follows = start == np.where(is_first, 0, np.append(0, end[:-1])[: len(tensor)])
         tiles = numels == 0
         tiles[tensor] = True
-        # Runs of elements that follow each other tile; whatever else there is, `find_tiling_error_of` looks at.
+        # Runs of elements that follow each other tile; all other segments are checked by `find_tiling_error_of`.
         np.logical_and.at(tiles, tensor, follows & (count == 1) & (~is_last | (end == numels[tensor])))
         tiles[self.tensor[self.contradicts]] = True
         errors: dict[int, str] = {}
@@ -144,11 +145,11 @@ class PieceExchange:
 
 
 def attempt(action: Callable[[], T]) -> tuple[T | None, str | None]:
-    """Run what one rank does between collectives of all: return its result, or what it has raised, for all ranks to raise later."""
+    """Run an action of one rank between collectives. Return its result, or the text of its error for all ranks to raise later."""
     try:
         return action(), None
-    except Exception as error:
-        return None, str(error) if isinstance(error, ValueError) else repr(error)
+    except Exception as error:  # the other ranks must get the error before this one raises
+        return None, message_of(error)
 
 
 def group_rows(
@@ -165,9 +166,7 @@ def group_rows(
     first = order[begins]
     number = np.empty_like(order)
     by_appearance = np.argsort(first)
-    position = np.empty_like(by_appearance)
-    position[by_appearance] = np.arange(len(first))
-    number[order] = position[np.cumsum(begins) - 1]
+    number[order] = np.argsort(by_appearance)[np.cumsum(begins) - 1]
     return number, first[by_appearance]
 
 

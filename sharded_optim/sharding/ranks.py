@@ -21,6 +21,8 @@ __all__ = [
     "gather_messages",
     "gather_objects",
     "join_messages",
+    "listed",
+    "message_of",
     "named_ranks",
     "naming_missing_ranks",
     "own_process_group",
@@ -35,7 +37,7 @@ T = TypeVar("T")
 # What torch.distributed raises where a rank is missing; gloo's errors are plain ones.
 COLLECTIVE_ERRORS = (RuntimeError, dist.DistError, dist.DistBackendError, dist.DistNetworkError)
 LOST_RANK = re.compile(r"timed out|timeout|closed|reset|refused|broken pipe|abort|exited", re.IGNORECASE)  # in gloo's and NCCL's words
-REPORTING_TIME = 3.0  # seconds in which ranks whose collective has failed report that they took part
+REPORTING_TIME = 3.0  # seconds in which ranks report that the collective has failed on them too
 
 # By the group they mirror. Held weakly: torch.distributed owns groups, and must be the one to end their threads.
 _own_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[str | None, str], weakref.ref[dist.ProcessGroup]]] = (
@@ -135,8 +137,14 @@ def _missing_ranks(process_group: dist.ProcessGroup) -> list[int]:
     return missing
 
 
-def gather_messages(message: str | None, process_group: dist.ProcessGroup | None) -> str:
-    """Gather the messages of all ranks in one text, which every rank then raises. A collective."""
+def message_of(failure: Exception) -> str:
+    """Return the text of an error of one rank, for all ranks to raise as a ValueError."""
+    return str(failure) if isinstance(failure, ValueError) else repr(failure)
+
+
+def gather_messages(failure: Exception | str | None, process_group: dist.ProcessGroup | None) -> str:
+    """Gather the errors of all ranks in one text, which every rank then raises; None: this rank has no error. A collective."""
+    message = message_of(failure) if isinstance(failure, Exception) else failure
     return message or "" if process_group is None else join_messages(gather_objects(message, process_group))
 
 
@@ -165,12 +173,8 @@ def raise_together(failure: Exception | None, description: object, process_group
         ValueError: of what went wrong on which rank, or that the descriptions differ.
         Exception: `failure` itself, where it is no ValueError.
     """
-    of_ranks: list[tuple[str | None, str]] = [(None, "")]
-    if process_group is not None:
-        digest = hashlib.sha256(repr(description).encode()).hexdigest()
-        message = None if failure is None else str(failure) if isinstance(failure, ValueError) else repr(failure)
-        of_ranks = of_ranks * dist.get_world_size(process_group)
-        dist.all_gather_object(of_ranks, (message, digest), group=process_group)
+    digest = hashlib.sha256(repr(description).encode()).hexdigest()
+    of_ranks = gather_objects((None if failure is None else message_of(failure), digest), process_group)
     if failure is not None and (process_group is None or not isinstance(failure, ValueError)):
         raise failure
     messages = [message for message, _ in of_ranks]
@@ -224,5 +228,9 @@ def named_ranks(ranks: Sequence[int]) -> str:
     >>> named_ranks([3]), named_ranks([0, 2])
     ('rank 3', 'ranks 0, 2')
     """
-    shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
-    return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
+    return f"rank{'s' if len(ranks) > 1 else ''} {listed(ranks)}"
+
+
+def listed(items: Sequence[object]) -> str:
+    """List the first eight items for error messages, and how many more there are."""
+    return ", ".join(map(str, items[:8])) + (f" and {len(items) - 8} more" if len(items) > 8 else "")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -148,20 +148,17 @@ class Overlap:
 
     def copy(self, source: Tensor, target: Tensor) -> None:
         """Copy the common elements from one buffer to the other, both 1-D and contiguous; casts."""
-        source, target = self._views(source, target)
-        target.copy_(source)
-
-    def _views(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         if self.count == 1:
-            return source[self.source : self.source + self.run], target[self.target : self.target + self.run]
+            target[self.target : self.target + self.run].copy_(source[self.source : self.source + self.run])
+            return
         shape = (self.count, self.run)
         rows = source.as_strided(shape, (self.source_stride, 1), source.storage_offset() + self.source)
-        return rows, target.as_strided(shape, (self.target_stride, 1), target.storage_offset() + self.target)
+        target.as_strided(shape, (self.target_stride, 1), target.storage_offset() + self.target).copy_(rows)
 
     def reversed(self) -> Overlap:
         """The overlap with source and target exchanged."""
         ends = {"source": self.target, "source_stride": self.target_stride, "target": self.source, "target_stride": self.source_stride}
-        return Overlap(run=self.run, count=self.count, **ends)
+        return replace(self, **ends)
 
 
 def overlaps(source: Segment, target: Segment) -> list[Overlap]:
@@ -184,17 +181,8 @@ def overlaps(source: Segment, target: Segment) -> list[Overlap]:
         return [overlap.reversed() for overlap in overlaps(target, source)]
     found = []
     for row, start in enumerate(source.run_starts().tolist()):
-        found += [
-            Overlap(
-                run=each.run,
-                count=each.count,
-                source=each.source + row * source.run,
-                source_stride=each.source_stride,
-                target=each.target,
-                target_stride=each.target_stride,
-            )
-            for each in _with_range(start, start + source.run, target)
-        ]
+        in_row = _with_range(start, start + source.run, target)
+        found += [replace(overlap, source=overlap.source + row * source.run) for overlap in in_row]
     return found
 
 

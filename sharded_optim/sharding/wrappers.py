@@ -1,6 +1,6 @@
 """The registry of wrappers: each is a `Wrapper`, defined in a file of its own and listed in `WRAPPERS`.
 
-Used by all that describes tensors, prepares models or saves them: they ask every registered wrapper, and know none by name.
+Used by all code that describes tensors, prepares models or saves them: it asks every registered wrapper, and names none.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from sharded_optim.sharding.layout import LocalParam
 
 __all__ = ["NO_WRAPPER", "WRAPPERS", "FlatModel", "StepUnit", "Tensors", "Wrapper", "partial_of", "used_wrappers", "wrapper_of"]
 
-# Modules with a `WRAPPER`, in the order in which they are asked, and the module that whoever uses the wrapper has imported. Without that,
-# ours is not imported either, as some of what they import takes seconds.
+# Modules with a `WRAPPER`, in the order in which they are asked, each with a module that every user of the wrapper has imported. Unless it
+# is imported, ours is not imported either, as that may take seconds.
 WRAPPERS = {
     "sharded_optim.sharding.fsdp1": "torch.distributed.fsdp",
     "sharded_optim.sharding.fsdp2": "torch.distributed.fsdp",
@@ -106,23 +106,16 @@ def _wrapper_in(file: str) -> Wrapper:
     return import_module(file).WRAPPER
 
 
-def wrapper_of(tensor: Tensor, among: Iterable[Wrapper] | None = None) -> Wrapper:
-    """Return the first wrapper that claims a tensor.
-
-    Args:
-        among: the wrappers to ask; None: all. For many tensors, for which they are looked for once.
-    """
-    for wrapper in used_wrappers() if among is None else among:
-        if wrapper.claims(tensor):
-            return wrapper
-    return NO_WRAPPER
+def wrapper_of(tensor: Tensor) -> Wrapper:
+    """Return the first wrapper that claims a tensor."""
+    return next((wrapper for wrapper in used_wrappers() if wrapper.claims(tensor)), NO_WRAPPER)
 
 
 def partial_of(grad: Tensor | None, among: Iterable[Wrapper] | None = None) -> Any:
     """Return how a gradient still has to be reduced; None if it has not.
 
     Args:
-        among: the wrappers to ask; None: all. For many gradients of a step, which look for them once.
+        among: the wrappers to ask; None: all. Given for many gradients of a step, so that wrappers are looked up once.
     """
     for wrapper in used_wrappers() if among is None else among:
         partial = None if grad is None or wrapper.partial is None else wrapper.partial(grad)
