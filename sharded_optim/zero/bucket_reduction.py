@@ -46,8 +46,8 @@ class BucketReducer:
         self._keeps_contents = keeps_contents
         self._reduce_dtype = reduce_dtype
         self._contents = Pool(shard_group.zeros)
-        self._scratch = Pool(_empty)
-        self._in_flight: deque[_Reduction] = deque()
+        self._scratch = Pool(lambda numel, dtype, device: torch.empty(numel, dtype=dtype, device=device))
+        self._in_flight: deque[Iterator[None]] = deque()  # see `_reduce`
         self._unsettled: list[Transfer] = []  # of contents that are not the pool's
 
     @torch.no_grad()
@@ -99,17 +99,18 @@ class BucketReducer:
             for slot in bucket.slots:
                 if slot not in filled:
                     bucket.contents[slot.whole_in_bucket].zero_()
-        self._in_flight.append(_Reduction(self._reduce(bucket, bucket.contents, number)))
-        if self._replica_group is not None:
-            for reduction in list(self._in_flight)[:-1]:
-                reduction.leave_first_stage()
-        while len(self._in_flight) > IN_FLIGHT:
-            self._in_flight.popleft().finish()
+        reduction = self._reduce(bucket, bucket.contents, number)
+        next(reduction)  # begins the reduce-scatter
+        if self._replica_group is not None and self._in_flight:
+            next(self._in_flight[-1])  # the bucket before begins the all-reduce over replicas
+        self._in_flight.append(reduction)
+        self.finish(leaves=IN_FLIGHT)
 
-    def finish(self) -> None:
-        """Wait until all buckets are reduced."""
-        while self._in_flight:
-            self._in_flight.popleft().finish()
+    def finish(self, *, leaves: int = 0) -> None:
+        """Wait until all buckets but the last `leaves` are reduced."""
+        while len(self._in_flight) > leaves:
+            for _ in self._in_flight.popleft():  # to the end of the reduction
+                pass
 
     def settle(self) -> None:
         """Wait until all buckets are reduced, and the other ranks have read the contents, so that these may be filled again."""
@@ -134,27 +135,28 @@ class BucketReducer:
     def _take_contents(self, bucket: Bucket) -> Tensor:
         return self._contents.take(bucket.numel, self._dtype(bucket), bucket.kind.device)
 
-    def _reduce(self, bucket: Bucket, contents: Tensor, number: int) -> Iterator[Transfer]:
-        """Reduce a bucket: a generator that yields each transfer to be waited for."""
+    def _reduce(self, bucket: Bucket, contents: Tensor, number: int) -> Iterator[None]:
+        """Reduce a bucket: a generator that pauses when it has begun a transfer, and then waits for it."""
         device = bucket.kind.device
         shard = bucket.grads if not bucket.has_gradient else self._scratch.take(bucket.shard_numel, bucket.grads.dtype, device)
         room = self._shard_group.scratch_shards * bucket.shard_numel
         scratch = self._scratch.take(room, contents.dtype, device) if room else None
         what = f"the gradients of {bucket.named}"
         transfer = self._shard_group.reduce_scatter(contents, shard, what=what, number=number, place=bucket.number, scratch=scratch)
-        yield transfer
+        yield
+        transfer.wait()
         if scratch is not None:
             self._scratch.give(scratch, Transfer())
-        if self._keeps_contents:
+        if self._keeps_contents or self._sends_alone(bucket):  # the latter is autograd's own memory
             self._unsettled.append(transfer)
         else:
-            if self._sends_alone(bucket):  # autograd's own memory
-                self._unsettled.append(transfer)
-            else:
-                self._contents.give(contents, transfer)
+            self._contents.give(contents, transfer)
+        if not self._keeps_contents:
             bucket.contents = None
         if self._replica_group is not None:
-            yield transfers.all_reduce(shard, self._replica_group, what)
+            sum_of_replicas = transfers.all_reduce(shard, self._replica_group, what)
+            yield
+            sum_of_replicas.wait()
         if self._sends_alone(bucket):
             shard.mul_(self._scale)
         if shard is not bucket.grads:
@@ -163,30 +165,3 @@ class BucketReducer:
         bucket.has_gradient = True
         if (reduced := self.reduced()) is not None:
             reduced(bucket)
-
-
-class _Reduction:
-    """The running reduction of one bucket."""
-
-    def __init__(self, stages: Iterator[Transfer]) -> None:
-        self._stages = stages
-        self._transfer: Transfer | None = next(stages)
-        self._is_first = True
-
-    def leave_first_stage(self) -> None:
-        if self._is_first:
-            self._advance()
-
-    def finish(self) -> None:
-        while self._transfer is not None:
-            self._advance()
-
-    def _advance(self) -> None:
-        assert self._transfer is not None, "not finished"
-        self._transfer.wait()
-        self._is_first = False
-        self._transfer = next(self._stages, None)
-
-
-def _empty(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.empty(numel, dtype=dtype, device=device)

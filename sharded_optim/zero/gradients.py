@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
-from typing import Any
 from weakref import WeakMethod, ref
 
 import torch
@@ -12,10 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharded_optim.backends.position_hash import position_hashes
+from sharded_optim.sharding.ddp import averaged_params, ddp_modules
+from sharded_optim.sharding.ranks import gather_objects
 from sharded_optim.step.engine import Engine
 from sharded_optim.zero.bucket import Bucket, ParamSlot
 from sharded_optim.zero.bucket_layout import BucketLayout, unit_of
-from sharded_optim.zero.ddp import are_under_ddp
 from sharded_optim.zero.gathering import Gatherer
 from sharded_optim.zero.reduction import Reducer
 from sharded_optim.zero.topology import Topology
@@ -80,8 +80,7 @@ class ShardedGradients:
         if self.stay_in_params:
             return
         slots = _slots_of(buckets)
-        rows: list[Any] = [None] * dist.get_world_size(self._topology.all_ranks)
-        dist.all_gather_object(rows, [_hash(slot.own_grad) for slot in slots], group=self._topology.all_ranks)
+        rows = gather_objects([_hash(slot.own_grad) for slot in slots], self._topology.all_ranks)
         differing = [slot for slot, *hashes in zip(slots, *rows, strict=True) if len(set(hashes)) > 1]
         if differing:
             self._reducer.run_round(differing)
@@ -95,7 +94,7 @@ class ShardedGradients:
         """Take a parameter's gradient."""
         if not self._looked_for_ddp:
             self._looked_for_ddp = True
-            self.stay_in_params = are_under_ddp(self._bucket_layout.slots.values())
+            self.stay_in_params = _are_under_ddp(self._bucket_layout.slots.values())
         if self.stay_in_params:
             call_and_drop(self._hooks)
             return
@@ -193,6 +192,22 @@ def _ready(gradients: ref[ShardedGradients], param: Tensor) -> None:
     sharded_gradients = gradients()
     if sharded_gradients is not None:
         sharded_gradients._ready(sharded_gradients._bucket_layout.slots[param])
+
+
+def _are_under_ddp(slots: Collection[ParamSlot]) -> bool:
+    """Return whether DistributedDataParallel averages the gradients of these parameters.
+
+    Raises:
+        ValueError: it averages those of some of the parameters.
+    """
+    averaged = averaged_params(ddp_modules())
+    outside = [slot.name for slot in slots if id(slot.param) not in averaged]
+    if outside and len(outside) < len(slots):
+        raise ValueError(
+            f"DistributedDataParallel averages the gradients of some parameters, but not that of {outside[0]!r}; give the parameters that "
+            f"it does not average to an optimizer of their own"
+        )
+    return not outside
 
 
 def call_and_drop(functions: list[Callable[[], None]]) -> None:

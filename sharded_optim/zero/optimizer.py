@@ -33,7 +33,6 @@ from sharded_optim.step.engine import Engine
 from sharded_optim.step.options import Params, ShardedOptions
 from sharded_optim.step.state import steps_to_allocate
 from sharded_optim.zero.arguments import check_class, check_defaults, check_options, groups_of, tensors_of, unwrapped
-from sharded_optim.zero.bucket import ParamSlot
 from sharded_optim.zero.bucket_layout import BucketLayout, Group, check_params
 from sharded_optim.zero.gathering import Gatherer
 from sharded_optim.zero.gradients import ShardedGradients
@@ -180,11 +179,7 @@ class ShardedOptimizer(StatefulOuterOptimizer):
 
     def collect_gradients(self) -> None:
         """Set the averaged gradients of the parts that the optimizer inside steps. A collective, as far as backward was not."""
-        self._gradients()
-
-    def _gradients(self) -> set[ParamSlot]:
-        """Collect gradients, and return all parameters that have one, on any rank."""
-        return self._sharded_gradients.collect()
+        self._sharded_gradients.collect()
 
     def scale_gradients(self, factor: Tensor) -> None:
         """Multiply all gradients of this rank: those in buckets and those that were assigned."""
@@ -202,10 +197,10 @@ class ShardedOptimizer(StatefulOuterOptimizer):
         Raises:
             RuntimeError: it is not finite and `error_if_nonfinite`; on every rank.
         """
-        norm = self._sharded_gradients.norm(self._gradients(), norm_type)
+        norm = self._sharded_gradients.norm(self._sharded_gradients.collect(), norm_type)
         if error_if_nonfinite and not bool(norm.isfinite()):
             raise RuntimeError(f"the norm of the gradients is {float(norm)}; it cannot be clipped")
-        self._sharded_gradients.scale((max_norm / (norm + 1e-6)).clamp(max=1.0).float())
+        self.scale_gradients((max_norm / (norm + 1e-6)).clamp(max=1.0).float())
         self._engine.grad_norm = norm.float()
         return self._engine.grad_norm
 
@@ -243,7 +238,7 @@ class ShardedOptimizer(StatefulOuterOptimizer):
         self._refuse()
         self._consolidated = None
         self._sharded_params.refresh(self.param_groups)
-        used = self._gradients()
+        used = self._sharded_gradients.collect()
         self._gatherer.begin(self._bucket_layout.buckets, {slot.bucket for slot in used})
         try:
             self._step_inside()

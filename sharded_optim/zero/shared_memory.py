@@ -18,6 +18,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,9 +27,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sharded_optim.sharding.ranks import raise_together, timeout_of
+from sharded_optim.sharding.ranks import gather_objects, raise_together, timeout_of
 
-__all__ = ["Receive", "SharedMemoryTransport"]
+__all__ = ["Receive", "SharedMemoryTransport", "shared_zeros"]
 
 T = TypeVar("T")
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # differs between machines
@@ -75,7 +76,7 @@ class SharedMemoryTransport:
         def make_probe() -> tuple[str, int, tuple[int, int]] | None:
             if not can_share:
                 return None
-            probe = _shared(8)
+            probe = shared_zeros(8)
             probes.append(probe)
             probe.copy_(torch.tensor([rank], dtype=torch.int64).view(torch.uint8))
             return BOOT_ID.read_text(), os.getpid(), _files[probe.data_ptr()]
@@ -135,10 +136,6 @@ class SharedMemoryTransport:
         self.exist, self.are_all = any(mutual), sum(mutual) == len(lists) * (len(lists) - 1)
 
     # ------------------------------------------------------------------------------------------------------------- buffers
-
-    def allocate(self, size: int) -> Tensor:
-        """Allocate zeros that the other ranks can read: uint8 (size,)."""
-        return _shared(size)
 
     def read(self, rank: int, which: tuple[int, int]) -> Tensor:
         """Map a buffer of another rank: uint8, read-only.
@@ -226,27 +223,24 @@ class SharedMemoryTransport:
         return True
 
 
+@dataclass(eq=False)
 class Receive:
-    """A pending receive of a message, with the interface of torch.distributed's `Work`.
+    """A pending receive of a message, with the interface of torch.distributed's `Work`."""
 
-    Attributes:
-        which: the buffer that the message names, after `wait`.
-    """
-
-    def __init__(self, shared_memory: SharedMemoryTransport, rank: int, tag: int) -> None:
-        self.shared_memory = shared_memory
-        self._rank, self._tag = rank, tag
-        self.which = (0, 0)
-        self._has_come = False
+    shared_memory: SharedMemoryTransport
+    rank: int  # that sends it
+    tag: int
+    which: tuple[int, int] = (0, 0)  # the buffer that the message names, after `wait`
+    has_arrived: bool = False
 
     def wait(self) -> None:
-        if not self._has_come:
-            self.which = self.shared_memory.receive(self._rank, self._tag)
+        if not self.has_arrived:
+            self.which = self.shared_memory.receive(self.rank, self.tag)
 
     def has_come(self) -> bool:
         """Return whether `wait` returns at once."""
-        self._has_come = self._has_come or self.shared_memory.has_received(self._rank, self._tag)
-        return self._has_come
+        self.has_arrived = self.has_arrived or self.shared_memory.has_received(self.rank, self.tag)
+        return self.has_arrived
 
 
 def _gather(make: Callable[[], T], process_group: dist.ProcessGroup) -> list[T]:
@@ -260,14 +254,14 @@ def _gather(make: Callable[[], T], process_group: dist.ProcessGroup) -> list[T]:
         made = make()
     except Exception as error:  # the other ranks must get the error before this one raises
         failure = error
-    rows: list[Any] = [None] * dist.get_world_size(process_group)
-    dist.all_gather_object(rows, (failure is not None, made), group=process_group)
+    rows: list[Any] = gather_objects((failure is not None, made), process_group)
     if any(has_failed for has_failed, _ in rows):
         raise_together(failure, None, process_group)
     return [value for _, value in rows]
 
 
-def _shared(size: int) -> Tensor:
+def shared_zeros(size: int) -> Tensor:
+    """Allocate zeros that other ranks can read: uint8 (size,)."""
     descriptor = os.memfd_create("sharded_optim", os.MFD_CLOEXEC)
     try:
         os.ftruncate(descriptor, max(size, 1))

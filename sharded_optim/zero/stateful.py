@@ -7,7 +7,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from sharded_optim.sharding.ranks import raise_together
+from sharded_optim.sharding.ranks import raising_together
 from sharded_optim.step.engine import Engine
 from sharded_optim.step.state import asked_by_distributed_checkpoint, called_to_allocate
 from sharded_optim.zero import local_state, logical
@@ -137,21 +137,18 @@ class StatefulOuterOptimizer(OuterOptimizer):
             state_dict = hook(self, state_dict) or state_dict
         self._sharded_params.wait()
         before = self._engine.state_dict()
-        failure: Exception | None = None
-        values = local_state.Values()
+        # torch.distributed.checkpoint leaves out the state of frozen parameters, as it has loaded it in place.
+        keeps_frozen = asked_by_distributed_checkpoint() is not None
+        is_loaded = False
         try:
-            # torch.distributed.checkpoint leaves out the state of frozen parameters, as it has loaded it in place.
-            keeps_frozen = asked_by_distributed_checkpoint() is not None
-            inside, values = local_state.inside(
-                state_dict, self.param_groups, self._bucket_layout.slots, self._engine, keeps_frozen=keeps_frozen
-            )
-            self._engine.load_state_dict(inside)
-        except Exception as error:
-            failure = error
-        try:
-            raise_together(failure, None, self._topology.all_ranks)
+            with raising_together(self._topology.all_ranks, lambda: None):
+                inside, values = local_state.inside(
+                    state_dict, self.param_groups, self._bucket_layout.slots, self._engine, keeps_frozen=keeps_frozen
+                )
+                self._engine.load_state_dict(inside)
+                is_loaded = True
         except Exception:
-            if failure is None:
+            if is_loaded:
                 self._engine.load_state_dict(before)
             raise
         values.write()
