@@ -1,7 +1,7 @@
 """Optimizers of this library under DeepSpeed: `initialize` instead of `deepspeed.initialize`, or `attach` after it.
 
-Under ZeRO an optimizer is given flat partitions that do not tell which tensors they hold. `attach` reads that from DeepSpeed and tells the
-optimizer (`sharding/deepspeed.py`), and refuses by name what would be silently wrong, on all ranks together.
+Under ZeRO an optimizer is given flat partitions of unknown content. `attach` reads the layout of the partitions from DeepSpeed and sets it
+in the optimizer (`sharding/deepspeed.py`). It raises an error for features that would be silently wrong, on all ranks together.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.utils.file_baton import FileBaton
 
 from sharded_optim.optimizers import OPTIMIZERS
 from sharded_optim.sharding import deepspeed as sharding
-from sharded_optim.sharding.ranks import gather_messages, own_process_group
+from sharded_optim.sharding.ranks import gather_messages, message_of, own_process_group
 from sharded_optim.step.engine import Engine
 
 __all__ = ["BUILD_SECONDS", "PREFIX", "attach", "initialize", "is_own", "not_built"]
@@ -64,7 +64,7 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     config = dict(_take_config(given))
     named = config.get("optimizer")
     if isinstance(named, dict) and is_own(named.get("type")):
-        del config["optimizer"]  # of which DeepSpeed knows nothing
+        del config["optimizer"]  # unknown to DeepSpeed
         if given.get("optimizer") is None:
             given["optimizer"] = _maker(named["type"], named.get("params") or {})
     _check_parameters(given.get("optimizer"), given.get("model"))
@@ -79,8 +79,9 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
 
 
 def attach(engine: Any) -> None:
-    """Tell the base optimizer of a DeepSpeedEngine which tensors DeepSpeed's flat partitions hold. A collective; call it again after
-    parameters were added or replaced.
+    """Set the layout of DeepSpeed's flat partitions in the base optimizer of an engine. A collective.
+
+    Call it again after parameters were added or replaced.
 
     Args:
         engine: of ZeRO stage 0, 1, 2 or 3, whose base optimizer is one of this library.
@@ -104,9 +105,8 @@ def _attach(engine: Any) -> None:
     except Exception as error:  # the other ranks must get the error before this one raises
         import deepspeed
 
-        problem = f"{error if isinstance(error, ValueError) else repr(error)} (DeepSpeed {deepspeed.__version__}, supported are {VERSIONS})"
-    messages = gather_messages(problem, own_process_group(None))
-    if messages:
+        problem = f"{message_of(error)} (DeepSpeed {deepspeed.__version__}, supported are {VERSIONS})"
+    if messages := gather_messages(problem, own_process_group(None)):
         raise ValueError(f"so.deepspeed.attach: {messages}")
     engine.basic_optimizer.layout = layout
     if "gradient_clipping" not in engine.config and engine.gradient_clipping():
@@ -157,7 +157,7 @@ def _join(deepspeed: Any) -> None:
     except ValueError as error:
         failure = error
     try:
-        messages = gather_messages(None if failure is None else str(failure), own_process_group(None))
+        messages = gather_messages(failure, own_process_group(None))
     except RuntimeError:
         if failure is None:
             raise
@@ -265,9 +265,9 @@ def _check_parameters(optimizer: Any, model: Any) -> None:
     """Raise ValueError for parameters that are not the model's, on every rank: of DeepSpeed's, only rank 0 would."""
     if isinstance(optimizer, Engine) and isinstance(model, nn.Module):
         known = set(model.parameters())
-        strangers = [param for group in optimizer.param_groups for param in group["params"] if param not in known]
-        if strangers:
+        unknown = [param for group in optimizer.param_groups for param in group["params"] if param not in known]
+        if unknown:
             raise ValueError(
-                f"the optimizer has a parameter of shape {tuple(strangers[0].shape)} that is not the model's, and DeepSpeed steps those of "
+                f"the optimizer has a parameter of shape {tuple(unknown[0].shape)} that is not the model's, and DeepSpeed steps those of "
                 f"its model alone; make it a parameter of the model"
             )

@@ -12,8 +12,8 @@ scale as Moonlight has them (Liu et al. 2025, arXiv 2502.16982). For the hidden 
 The reference is torch.optim.Muon of torch 2.13, in the order of operations too: a direction u gives the same bits of X, in bfloat16. The
 scale goes into the last polynomial, which rounds X once, where torch's learning rate takes it.
 
-The first line and the last are elementwise, and computed where a piece of the matrix lies. X is not: on a slice it is another one, which is
-what is silently wrong elsewhere. So it is computed on one rank, that gets all pieces of u (`sharding/matrices.py`).
+The first line and the last are elementwise, and computed by the ranks that hold the pieces of the matrix. X is not: of a slice it would be
+another matrix, a silent error of other sharded implementations. So one rank gathers all pieces of u and computes X (`sharding/matrices.py`).
 """
 
 from __future__ import annotations

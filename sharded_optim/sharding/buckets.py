@@ -1,7 +1,7 @@
-"""Flat buckets: where tensors lie in memory when they are laid end to end and cut into equal shards, one for each rank.
+"""Plan flat buckets: the offsets of tensors that are laid end to end and cut into equal shards, one for each rank.
 
-Arithmetic on sizes alone. Used by `zero/`, which allocates and communicates bucket by bucket, and by `plan.py`, which tells beforehand
-what that takes.
+Arithmetic on sizes alone. Used by `zero/`, which allocates and communicates bucket by bucket, and by `tools/plan/`, which estimates memory
+and time.
 """
 
 from __future__ import annotations
@@ -56,16 +56,16 @@ def plan_buckets(sizes: Sequence[Size], shards: int, bucket_bytes: int) -> list[
         The buckets, in the order in which their last tensors come.
     """
     open_buckets: dict[Hashable, list[int]] = {}
-    held: dict[Hashable, int] = {}  # bytes in them
+    filled: dict[Hashable, int] = {}  # bytes in them
     closed: list[list[int]] = []
     for index in reversed(range(len(sizes))):
         size = sizes[index]
         bucket = open_buckets.setdefault(size.kind, [])
         added = size.numel * size.itemsize
-        if bucket and held[size.kind] + added > bucket_bytes:
+        if bucket and filled[size.kind] + added > bucket_bytes:
             closed.append(bucket)
             bucket = open_buckets[size.kind] = []
-        held[size.kind] = added + (held[size.kind] if bucket else 0)
+        filled[size.kind] = added + (filled[size.kind] if bucket else 0)
         bucket.append(index)
     closed += open_buckets.values()
     closed.sort(key=lambda bucket: -bucket[-1])  # the last tensor to come has the lowest index

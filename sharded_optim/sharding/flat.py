@@ -1,4 +1,4 @@
-"""Flat tensors: a wrapper flattens several parameters into one, cuts it into ranges, and gives the optimizer this rank's range.
+"""Flat tensors: a wrapper concatenates parameters to one flat tensor, cuts it into ranges, and gives the optimizer this rank's range.
 
 A flat tensor has no record of the elements that it holds, so a `FlatLayout` describes them: `fsdp1.py` and `deepspeed.py` make it, and the
 optimizers take it as `layout=`.

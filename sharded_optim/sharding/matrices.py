@@ -1,10 +1,10 @@
-"""Plan how whole matrices come together: which rank computes with which, and what the ranks send each other for it.
+"""Plan the exchange of whole matrices: which rank computes with which matrix, and which elements the ranks send each other for it.
 
 A matrix is a range of elements of a tensor: all of it, one of a stack, or a block of rows. Each has one *owner* among the ranks that hold
 a piece of it. In a *round* the owners gather the pieces that they lack of some matrices, each from one of its replicas, and send the
-results to all ranks that hold a piece. What a rank alone holds whole does not travel.
+results to all ranks that hold a piece. A matrix that one rank holds whole is not sent.
 
-`exchange.py` makes the plan from what all ranks hold; `step/matrix_exchange.py` carries it out.
+`exchange.py` makes the plan from the pieces of all ranks; `step/matrix_exchange.py` carries it out.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ ROUND_BYTES = 2**22  # of the matrices of one owner in a round: enough for a net
 class Matrices:
     """The matrices that a tensor is: its row-major elements, one matrix after the other."""
 
-    dtype: torch.dtype  # in which they travel
+    dtype: torch.dtype  # in which they are sent
     shapes: tuple[tuple[int, int], ...]
-    flops: tuple[int, ...]  # what it takes to compute with each, up to a common factor
+    flops: tuple[int, ...]  # of the computation with each, up to a common factor
 
 
 class Holding(NamedTuple):
@@ -81,8 +81,8 @@ class OwnedMatrix:
     columns: int
     piece: int  # one of this rank's pieces of it
     own: list[Part] = field(default_factory=list)  # in the buffer of this rank's pieces
-    gathered: list[Part] = field(default_factory=list)  # in what is received
-    results: list[Part] = field(default_factory=list)  # in what is sent back
+    gathered: list[Part] = field(default_factory=list)  # in the received buffer
+    results: list[Part] = field(default_factory=list)  # in the buffer that is sent back
 
     @property
     def lies_whole(self) -> bool:
@@ -123,7 +123,7 @@ class MatrixPlan:
 
 @dataclass(kw_only=True, eq=False)
 class _Whole:
-    """A matrix, and all non-empty parts of it: (who holds the piece, where the part begins and ends in the piece)."""
+    """A matrix, and all non-empty parts of it: (the piece, where the part begins and ends in the piece)."""
 
     range: Segment
     rows: int
@@ -228,7 +228,7 @@ def choose_rounds(sizes: Sequence[int], flops: Sequence[int], owners: Sequence[i
 
 
 def _round(members: Sequence[tuple[int, _Whole]], places: Mapping[int, slice], rank: int, sent: list[int]) -> Round:
-    """Build this rank's part of a round. What two ranks send each other is in the order of `members` on both."""
+    """Build this rank's part of a round. Two ranks send and receive elements for each other in the order of `members`."""
     world_size = len(sent)
     outgoing: list[tuple[int, slice]] = []  # to whom
     incoming: list[tuple[int, slice]] = []  # from whom
@@ -284,7 +284,7 @@ def _round(members: Sequence[tuple[int, _Whole]], places: Mapping[int, slice], r
 
 
 def _part(whole: _Whole, segment: Segment, begin: int, end: int, at: int) -> Part:
-    """The elements [begin, end) of a segment's buffer, which lie at `at` in another one."""
+    """Describe the elements [begin, end) of a segment's buffer, which are at `at` in another buffer."""
     found = tuple(replace(each, source=each.source - begin) for each in overlaps(segment, whole.range))
     assert sum(each.run * each.count for each in found) == end - begin, "a range cuts a contiguous part out of a segment"
     return Part(at, at + end - begin, found)

@@ -44,7 +44,7 @@ def ordinary(tensor: Tensor, role: str, name: str) -> Tensor:
 
 def waited_for(tensor: Tensor) -> Tensor:
     """Wait for the result of a functional collective; return any other tensor as it is."""
-    collectives = sys.modules.get("torch.distributed._functional_collectives")  # imported by whoever has such a tensor
+    collectives = sys.modules.get("torch.distributed._functional_collectives")  # imported by every user of such a tensor
     if collectives is not None and isinstance(tensor, collectives.AsyncCollectiveTensor):
         return tensor.wait()  # pyright: ignore[reportAttributeAccessIssue]
     return tensor

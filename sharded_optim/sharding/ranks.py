@@ -1,4 +1,4 @@
-"""The optimizers' own process group, and errors that all ranks raise together: a rank that raises alone leaves the others waiting."""
+"""The optimizers' own process group, and errors that all ranks raise together: if one rank raises alone, the others wait for it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = [
 
 T = TypeVar("T")
 
-# What torch.distributed raises where a rank is missing; gloo's errors are plain ones.
+# The errors of torch.distributed when a rank is missing; gloo's are plain RuntimeErrors.
 COLLECTIVE_ERRORS = (RuntimeError, dist.DistError, dist.DistBackendError, dist.DistNetworkError)
 LOST_RANK = re.compile(r"timed out|timeout|closed|reset|refused|broken pipe|abort|exited", re.IGNORECASE)  # in gloo's and NCCL's words
 REPORTING_TIME = 3.0  # seconds in which ranks report that the collective has failed on them too
@@ -45,7 +45,7 @@ _own_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[str | None,
 )
 
 
-_failures: dict[str, int] = {}  # collectives that have failed, by the group's name, which a later group may have again
+_failures: dict[str, int] = {}  # number of failed collectives by the group's name, which a later group may have again
 
 
 def own_process_group(
@@ -55,8 +55,8 @@ def own_process_group(
 
     Args:
         process_group: None means the world. The first call for a group is a collective over it.
-        backend: None: the group's own, for steps. Each backend that is named has a group of its own.
-        purpose: likewise each of these, so that what is done for one may go on in the background.
+        backend: None: the group's own, for steps. Each named backend has a group of its own.
+        purpose: each purpose has a group of its own too, so that its collectives may run in the background.
 
     Returns:
         None when this process is alone.
@@ -170,7 +170,7 @@ def raise_together(failure: Exception | None, description: object, process_group
         description: what must be the same on all ranks that have not failed; anything with a `repr`.
 
     Raises:
-        ValueError: of what went wrong on which rank, or that the descriptions differ.
+        ValueError: the errors of all ranks with their ranks, or the descriptions differ.
         Exception: `failure` itself, where it is no ValueError.
     """
     digest = hashlib.sha256(repr(description).encode()).hexdigest()

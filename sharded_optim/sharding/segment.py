@@ -106,7 +106,7 @@ class Segment:
         return self.start + self.stride * torch.arange(self.count, dtype=torch.int64, device="cpu")
 
     def elements_before(self, element: int) -> int:
-        """Number of elements of this segment that lie before an element of the tensor: where that stands in the segment's buffer.
+        """Count the elements of this segment before an element of the tensor, which is the position of that in the segment's buffer.
 
         >>> Segment(name="w", shape=(5, 3), start=2, run=1, stride=3, count=5).elements_before(6)
         2
@@ -230,7 +230,7 @@ def find_tiling_error(segments: Sequence[Segment]) -> str | None:
     """Check that distinct segments of one tensor cover each element exactly once.
 
     Returns:
-        None when they do, else what is wrong at which element.
+        None when they do, else the error and its element.
     """
     numel = segments[0].tensor_numel
     filled = [segment for segment in segments if segment.numel]

@@ -52,25 +52,25 @@ class Wrapper:
         name: the wrapper's, for error messages.
 
         claims: whether a tensor, a parameter of a model, is one of the wrapper's.
-        describe: (parameter that it claims, name) -> what this rank holds of it. Raises ValueError where that cannot be told.
-        layout_holding: parameters, some of which it claims -> how the wrapper has flattened them, where it is found to hold all of them;
-            else None. None for a wrapper that flattens nothing, or cannot be found.
-        partial: how a gradient is yet to be reduced over ranks, as an immutable value that can be pickled; None: not at all. Only asked
+        describe: (parameter that it claims, name) -> this rank's part of it. Raises ValueError if that cannot be determined.
+        layout_holding: parameters, some of which it claims -> the layout of one wrapped model that holds all of them; None if there is no
+            such model. The attribute is None for a wrapper that does not flatten, or that cannot be found from its parameters.
+        partial: how a gradient is yet to be reduced over ranks, as an immutable value that can be pickled; None: not at all. Only called
             for gradients of layouts that have a tensor of a subclass.
-        reduced: (gradient, parameter that it claims, what `partial` said) -> the gradient, reduced. A collective: a rank without a
+        reduced: (gradient, parameter that it claims, the result of `partial`) -> the gradient, reduced. A collective: a rank without a
             gradient calls it with None, which it returns.
 
-        inner: the name of the child that a module wraps, where it is one of the wrapper's modules. Names of tensors are without it.
-        reshard: puts the parameters that optimizers have back into a model, where forward passes have left others in their places.
-        flattened: for each parameter of a model that stands for tensors which the wrapper has flattened, these.
-        content: (model, names of its parameters) -> what this rank holds of it, where the wrapper has flattened parameters; else None.
-            Raises ValueError where a checkpoint of the model cannot be made.
+        inner: the name of the child that a module wraps, if it is one of the wrapper's modules. Names of tensors are without it.
+        reshard: puts the parameters that optimizers have back into a model, if forward passes have left others in their places.
+        flattened: the tensors that the wrapper has flattened into a parameter, for each such parameter of a model.
+        content: (model, names of its parameters) -> this rank's part of it, if the wrapper has flattened parameters; else None. Raises
+            ValueError if a checkpoint of the model cannot be made.
 
-        units: parameters of a model whose gradients are reduced together, before autograd's post-accumulate hooks of them run. Those of
-            no unit are each reduced alone. Raises ValueError where the hooks run too early.
+        units: parameters of a model whose gradients are reduced together, before autograd's post-accumulate hooks of them run. Parameters
+            in no unit are each reduced alone. Raises ValueError if the hooks run too early.
         release: (model, optimized parameters, step) -> parameters that the wrapper steps by calls of `step` within backward, in its own
-            hooks, and what removes these. `step` takes parameters with complete gradients and frees the gradients.
-        is_in_forward: whether a forward pass of a model that it wraps runs now. Only for wrappers that must be there before hooks are.
+            hooks, and a function that removes these. `step` takes parameters with complete gradients and frees the gradients.
+        is_in_forward: whether a forward pass of a model that it wraps runs now. Only for wrappers that must be applied before hooks are.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Callbacks for trainers: log metrics, attach to DeepSpeed, and make saved state whole.
+"""Callbacks for trainers: log metrics, attach to DeepSpeed, and consolidate state before it is saved.
 
 The trainers are imported when a callback is asked for.
 """
@@ -23,12 +23,12 @@ __all__ = ["hugging_face", "lightning"]
 def hugging_face(trainer: Any, *, metrics_every: int = 1) -> None:
     """Add to a Trainer of Hugging Face, before `train`: `so.callbacks.hugging_face(trainer)`. On every rank.
 
-    What it logs has the optimizer's metrics too, in `state.log_history` and wherever `report_to` says. When training begins, parameters
-    that the trainer gave the optimizer without names have those of the model, and under DeepSpeed `so.deepspeed.attach` is called. Before
-    it saves what rank 0 has of a ShardedOptimizer, all ranks call `consolidate_state_dict`.
+    The trainer then logs the optimizer's metrics too, to `state.log_history` and to every tracker of `report_to`. When training begins,
+    parameters that the trainer gave the optimizer without names get those of the model; under DeepSpeed `so.deepspeed.attach` is called.
+    Before the trainer saves rank 0's state of a ShardedOptimizer, all ranks call `consolidate_state_dict`.
 
     Args:
-        trainer: that trains with an optimizer of this library, which it may yet have to make.
+        trainer: of a model that is trained with an optimizer of this library; the optimizer may not exist yet.
         metrics_every: of the steps in which the trainer logs, metrics are read in those that this divides.
 
     Raises:
@@ -38,7 +38,7 @@ def hugging_face(trainer: Any, *, metrics_every: int = 1) -> None:
     base: Any = import_module("transformers").TrainerCallback
 
     class LogMetrics(base):
-        """First, so that the callbacks of `report_to` log what this adds."""
+        """First, so that the callbacks of `report_to` log the metrics that this adds."""
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
             if logs is None or state.global_step % metrics_every or not contained_optimizers(trainer.optimizer):

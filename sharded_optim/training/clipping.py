@@ -208,14 +208,14 @@ def _described(engine: Engine, number: int, count: int) -> Iterator[LocalParam]:
             yield engine.describe_param(param, name if is_named else f"optimizers[{number}].{name}", group)
 
 
-# --------------------------------------------------------------------------------------------------------------------- who owns what
+# ---------------------------------------------------------------------------------------------------------------------- ownership
 
 
 class _Ownership:
     """Which pieces of its parameters this rank counts, so that replicas count once. It keeps no parameter alive.
 
     Attributes:
-        number: of the exchange that it was found in, among those of the process group: the same on all ranks.
+        number: of its exchange, among those of the process group: the same on all ranks.
         pending: rows of the last call, which the host has not read.
     """
 
@@ -274,8 +274,8 @@ class _Local:
     """A gradient of this rank."""
 
     row: int  # of the parameter
-    memory: Tensor  # what is to be scaled
-    values: Tensor  # what counts: the same memory, unless tensor parallelism has left a sum that is yet to be reduced
+    memory: Tensor  # to be scaled
+    values: Tensor  # for the norm: the same memory, unless tensor parallelism has left a sum that is yet to be reduced
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -382,7 +382,7 @@ def _local_gradients(given: _Given, ownership: _Ownership) -> list[_Local]:
 
 
 def _local_of(param: Tensor, grad: Tensor) -> Tensor | None:
-    """Return this rank's part of a gradient that is laid out like its parameter; None if a quick look cannot tell."""
+    """Return this rank's part of a gradient that is laid out like its parameter; None if a quick check is not enough."""
     spec = getattr(grad, "_spec", None)
     if type(grad) in PLAIN and type(param) in PLAIN:
         local = grad if grad.shape == param.shape else None
