@@ -13,7 +13,7 @@ The reference is torch.optim.Muon of torch 2.13, in the order of operations too:
 scale goes into the last polynomial, which rounds X once, where torch's learning rate takes it.
 
 The first line and the last are elementwise, and computed by the ranks that hold the pieces of the matrix. X is not: of a slice it would be
-another matrix, a silent error of other sharded implementations. So one rank gathers all pieces of u and computes X (`sharding/matrices.py`).
+another matrix, a silent error of other sharded implementations. So one rank gathers all pieces of u to compute X (`sharding/matrices.py`).
 """
 
 from __future__ import annotations

@@ -30,8 +30,7 @@ __all__ = [
     "describe",
     "find_layout",
     "fsdp1_layout",
-    "gradients_of",
-    "is_partial",
+    "partial_of",
     "reduced_gradients",
     "used_wrappers",
 ]
@@ -73,18 +72,13 @@ def fsdp1_layout(model: nn.Module) -> FlatLayout:
     return fsdp1.layout_of(model)
 
 
-def gradients_of(layout: Layout) -> list[Tensor | None]:
-    """Return the gradients of the parameters, and reduce those that tensor parallelism has left Partial."""
-    return reduced_gradients(layout.params, layout.partial)
-
-
 def reduced_gradients(params: Sequence[Tensor], partials: dict[int, Any]) -> list[Tensor | None]:
     """Return the gradients of parameters, and reduce those that tensor parallelism has left Partial.
 
     That is a collective, so call it before anything that a rank may raise alone. A rank without such a gradient takes part.
 
     Args:
-        partials: how a gradient is reduced, by the number of its parameter, as far as it is known; this adds to it.
+        partials: the placements of Partial gradients so far, by the number of the parameter; those of these gradients are added.
     """
     grads = [param.grad for param in params]
     rows = list(zip(grads, params, strict=True))
@@ -97,8 +91,3 @@ def reduced_gradients(params: Sequence[Tensor], partials: dict[int, Any]) -> lis
             partials[row] = partial
             grads[row] = wrapper_of(param).reduced(grad, param, partial)
     return grads
-
-
-def is_partial(grad: Tensor) -> bool:
-    """Return whether a gradient still has to be reduced."""
-    return partial_of(grad) is not None
