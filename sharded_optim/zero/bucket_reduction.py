@@ -17,7 +17,6 @@ from torch import Tensor
 from sharded_optim.sharding.buckets import IN_FLIGHT
 from sharded_optim.zero import transfers
 from sharded_optim.zero.bucket import Bucket, ParamSlot
-from sharded_optim.zero.pool import Pool
 from sharded_optim.zero.topology import Topology
 from sharded_optim.zero.transfers import ShardGroup, Transfer
 
@@ -45,8 +44,8 @@ class BucketReducer:
         self._scale = 1.0 if topology.all_ranks is None else 1.0 / dist.get_world_size(topology.all_ranks)
         self._keeps_contents = keeps_contents
         self._reduce_dtype = reduce_dtype
-        self._contents = Pool(shard_group.zeros)
-        self._scratch = Pool(lambda numel, dtype, device: torch.empty(numel, dtype=dtype, device=device))
+        self._contents = _Pool(shard_group.zeros)
+        self._scratch = _Pool(lambda numel, dtype, device: torch.empty(numel, dtype=dtype, device=device))
         self._in_flight: deque[Iterator[None]] = deque()  # see `_reduce`
         self._unsettled: list[Transfer] = []  # of contents that are not the pool's
 
@@ -165,3 +164,32 @@ class BucketReducer:
         bucket.has_gradient = True
         if (reduced := self.reduced()) is not None:
             reduced(bucket)
+
+
+class _Pool:
+    """Flat buffers for reuse, each in use or free: new memory would have to be mapped page by page.
+
+    Args:
+        make: allocates a buffer if no free one is large enough.
+    """
+
+    def __init__(self, make: Callable[[int, torch.dtype, torch.device], Tensor]) -> None:
+        self._make = make
+        self._free: list[tuple[Tensor, Transfer]] = []
+
+    def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return an uninitialised buffer: (numel,)."""
+        size = numel * dtype.itemsize
+        fitting = [entry for entry in self._free if entry[0].device == device and entry[0].untyped_storage().nbytes() >= size]
+        # If none fits, one is freed, so that there are never more than were in use together.
+        candidates = fitting or self._free[-1:]
+        buffer, transfer = min(candidates, key=lambda entry: entry[0].untyped_storage().nbytes(), default=(None, Transfer()))
+        self._free = [entry for entry in self._free if entry[0] is not buffer]
+        transfer.settle()
+        if buffer is None or not fitting:
+            return self._make(numel, dtype, device)
+        return torch.empty(0, dtype=dtype, device=device).set_(buffer.untyped_storage(), 0, (numel,), (1,))
+
+    def give(self, buffer: Tensor, transfer: Transfer) -> None:
+        """Return a buffer to the pool, for reuse once the transfer has ended on all ranks."""
+        self._free.append((buffer, transfer))
