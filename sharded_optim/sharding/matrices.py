@@ -21,13 +21,13 @@ import torch
 from sharded_optim.sharding.segment import Overlap, Segment, overlaps
 
 __all__ = [
+    "AllToAll",
     "Holding",
     "Matrices",
     "MatrixPlan",
     "OwnedMatrix",
     "Part",
     "Round",
-    "Transfer",
     "choose_owners",
     "choose_rounds",
     "plan_matrices",
@@ -66,7 +66,7 @@ class Part(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Transfer:
+class AllToAll:
     """The sizes of an all-to-all for this rank: elements to, and from, each rank."""
 
     sent: list[int]
@@ -94,10 +94,10 @@ class OwnedMatrix:
 class Round:
     """The part of this rank in one round. Slices are of the buffer of its pieces, in the order in which they are packed."""
 
-    gather: Transfer
+    gather: AllToAll
     gathered_from: list[slice]
     matrices: list[OwnedMatrix]
-    scatter: Transfer
+    scatter: AllToAll
     scattered_to: list[slice]
 
 
@@ -229,7 +229,7 @@ def choose_rounds(sizes: Sequence[int], flops: Sequence[int], owners: Sequence[i
 
 def _round(members: Sequence[tuple[int, _Whole]], places: Mapping[int, slice], rank: int, sent: list[int]) -> Round:
     """Build this rank's part of a round. Two ranks send and receive elements for each other in the order of `members`."""
-    world_size = len(sent)
+    gather, scatter = (AllToAll(sent=[0] * len(sent), received=[0] * len(sent)) for _ in range(2))
     outgoing: list[tuple[int, slice]] = []  # to whom
     incoming: list[tuple[int, slice]] = []  # from whom
     arriving: list[tuple[int, OwnedMatrix, Part]] = []  # from whom
@@ -258,16 +258,20 @@ def _round(members: Sequence[tuple[int, _Whole]], places: Mapping[int, slice], r
                 sender, _, _ = min(parts, key=lambda part: sent[part[0].rank])[0]
                 sent[sender] += end - begin
                 if sender == rank:
+                    gather.sent[owner] += end - begin
                     holding = next(holding for holding, _, _ in parts if holding.rank == rank)
                     outgoing.append((owner, local(holding, begin, end)))
                 if matrix is not None:
+                    gather.received[sender] += end - begin
                     arriving.append((sender, matrix, _part(whole, segment, begin, end, 0)))
         for holding, begin, end in whole.parts:
             if holding.rank != owner:
                 sent[owner] += end - begin
                 if holding.rank == rank:
+                    scatter.received[owner] += end - begin
                     incoming.append((owner, local(holding, begin, end)))
                 if matrix is not None:
+                    scatter.sent[holding.rank] += end - begin
                     returning.append((holding.rank, matrix, _part(whole, holding.segment, begin, end, 0)))
     for parts_of, packed in ((attrgetter("gathered"), arriving), (attrgetter("results"), returning)):
         offset = 0
@@ -275,10 +279,10 @@ def _round(members: Sequence[tuple[int, _Whole]], places: Mapping[int, slice], r
             parts_of(matrix).append(part._replace(begin=offset, end=offset + part.numel))
             offset += part.numel
     return Round(
-        gather=Transfer(sent=_sizes(outgoing, world_size), received=_sizes(arriving, world_size)),
+        gather=gather,
         gathered_from=[each for _, each in sorted(outgoing, key=itemgetter(0))],
         matrices=owned,
-        scatter=Transfer(sent=_sizes(returning, world_size), received=_sizes(incoming, world_size)),
+        scatter=scatter,
         scattered_to=[each for _, each in sorted(incoming, key=itemgetter(0))],
     )
 
@@ -288,11 +292,3 @@ def _part(whole: _Whole, segment: Segment, begin: int, end: int, at: int) -> Par
     found = tuple(replace(each, source=each.source - begin) for each in overlaps(segment, whole.range))
     assert sum(each.run * each.count for each in found) == end - begin, "a range cuts a contiguous part out of a segment"
     return Part(at, at + end - begin, found)
-
-
-def _sizes(packed: Sequence[tuple[int, slice] | tuple[int, OwnedMatrix, Part]], world_size: int) -> list[int]:
-    """Number of elements to or from each rank."""
-    sizes = [0] * world_size
-    for peer, *_, elements in packed:
-        sizes[peer] += elements.numel if isinstance(elements, Part) else elements.stop - elements.start
-    return sizes

@@ -48,11 +48,11 @@ class RowText(NamedTuple):
     dtype: str
 
 
-class PieceExchange:
+class PieceExchange(RowExchange):
     """The pieces of this rank's share of the tensors, on all ranks, in the order of the ranks and of each rank's pieces.
 
-    Constructing it is a collective, and so are `send`, `reply` and `texts`. Tensors and segments are numbered in the order in which they
-    first appear.
+    Constructing it is a collective, and so are `send`, `reply` and `texts`; see `RowExchange`. Tensors and segments are numbered in the
+    order in which they first appear.
 
     Args:
         pieces: of this rank.
@@ -61,8 +61,7 @@ class PieceExchange:
         process_group: None: this process alone.
 
     Attributes:
-        facts: int64 (ranks, facts).
-        ranks, index: int64 (rows,), the rank that holds a piece, and its number among the pieces of that rank.
+        index: int64 (rows,), the number of a piece among those of the rank that holds it.
         extents: int64 (rows, 4), its segment's start, run, stride and count.
         further: int64 (rows, k).
         tensor, segment: int64 (rows,), the number of the piece's tensor, and of its segment among all distinct ones.
@@ -89,23 +88,20 @@ class PieceExchange:
         rows[:, COLUMNS:] = further
         world_size = 1 if process_group is None else dist.get_world_size(process_group)
         to = (rows[:, 0].view(np.uint64) % np.uint64(world_size)).astype(np.int64)
-        self._exchange = RowExchange(rows, to, facts, process_group)
-        self.send, self.reply = self._exchange.send, self._exchange.reply
-        self.facts, self.ranks, rows = self._exchange.facts, self._exchange.ranks, self._exchange.rows
-        self.index, self.extents, self.further = rows[:, INDEX], rows[:, EXTENTS], rows[:, COLUMNS:]
-        self.tensor, self.first_of_tensor = group_rows(rows[:, KEY])
+        super().__init__(rows, to, facts, process_group)
+        self.index, self.extents, self.further = self.rows[:, INDEX], self.rows[:, EXTENTS], self.rows[:, COLUMNS:]
+        self.tensor, self.first_of_tensor = group_rows(self.rows[:, KEY])
         self.segment, self.first_of_segment = group_rows(np.column_stack([self.tensor, self.extents]))
-        self._rows = rows
 
     @property
     def numels(self) -> Array:
         """Elements of each tensor: int64 (tensors,)."""
-        return self._rows[self.first_of_tensor, NUMEL]
+        return self.rows[self.first_of_tensor, NUMEL]
 
     @cached_property
     def contradicts(self) -> Array:
         """Whether the shape or the dtype is another than in the first row of the tensor: bool (rows,)."""
-        traits = self._rows[:, TRAITS]
+        traits = self.rows[:, TRAITS]
         return traits != traits[self.first_of_tensor[self.tensor]]
 
     def texts(
@@ -114,7 +110,7 @@ class PieceExchange:
         of_pieces: Array,  # bool (pieces,), of which of this rank's pieces another rank needs it, by the replies
     ) -> dict[int, RowText]:  # by row
         sent = [text if needed else b"" for text, needed in zip(self._texts, of_pieces.tolist(), strict=True)]
-        received = self._exchange.send_texts(sent, np.where(of_rows, self._rows[:, TEXT_SIZE], 0))
+        received = self.send_texts(sent, np.where(of_rows, self.rows[:, TEXT_SIZE], 0))
         return {row: _parse(received[row]) for row in np.flatnonzero(of_rows).tolist()}
 
     def tiling_errors(self) -> dict[int, str]:

@@ -7,8 +7,8 @@ Every rank keeps whole parameters, end to end in flat buckets (sharding/buckets.
 optimizer inside steps, for each parameter, the part in this rank's shard, as a tensor of its own: so a parameter may lack a gradient, has
 its own step counter and belongs to any param group. Segments describe these parts as under every other wrapper.
 
-The class here adds gradients and the step to two layers: an optimizer around another (outer.py), and its state (stateful.py). params.py
-adds parameters to buckets, gradients.py sets the gradients of the parts that are stepped.
+The class here adds gradients and the step to an optimizer around another, with its state (outer.py). params.py adds parameters to buckets,
+gradients.py sets the gradients of the parts that are stepped.
 
 ZeRO: Rajbhandari et al. 2020, arXiv 1910.02054.
 """
@@ -36,11 +36,10 @@ from sharded_optim.zero.arguments import check_class, check_defaults, check_opti
 from sharded_optim.zero.bucket_layout import BucketLayout, Group, check_params
 from sharded_optim.zero.gathering import Gatherer
 from sharded_optim.zero.gradients import ShardedGradients
-from sharded_optim.zero.outer import groups_outside
+from sharded_optim.zero.outer import OuterOptimizer, groups_outside
 from sharded_optim.zero.params import ShardedParams, wait_for_others
 from sharded_optim.zero.placeholder import GRAD_SCALER
 from sharded_optim.zero.reduction import Reducer
-from sharded_optim.zero.stateful import StatefulOuterOptimizer
 from sharded_optim.zero.topology import Topology
 from sharded_optim.zero.transfers import ShardGroup, exchanges
 
@@ -50,7 +49,7 @@ if TYPE_CHECKING:
 __all__ = ["ShardedOptimizer"]
 
 
-class ShardedOptimizer(StatefulOuterOptimizer):
+class ShardedOptimizer(OuterOptimizer):
     """Shards gradients, moments and float32 masters of a replicated model evenly over the ranks (ZeRO-1, ZeRO-2).
 
     Called like torch's ZeroRedundancyOptimizer, but it averages gradients itself, in backward, by one reduce-scatter per bucket, so the
