@@ -210,7 +210,7 @@ def _problems(engine: Any) -> Iterator[str]:
     if engine.torch_autocast_enabled() and engine.torch_autocast_dtype() == torch.float16:
         yield "torch_autocast in float16 lets each rank decide alone whether to step; use bfloat16, or DeepSpeed's fp16"
     if engine.autotp_size() > 1 or engine.mp_world_size > 1:
-        yield "tensors are sharded by tensor parallelism, in a way that DeepSpeed's partitions do not tell; use FSDP2 for it"
+        yield "tensors are sharded by tensor parallelism, which DeepSpeed's partitions do not record; use FSDP2 for it"
     if engine.pipeline_parallelism:
         yield "PipelineEngine is not supported; use DeepSpeedEngine"
     for param, name in engine.param_names.items():

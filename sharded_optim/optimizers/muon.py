@@ -254,14 +254,14 @@ class Muon(Engine):
         eps: a direction whose norm is smaller is divided by eps. In groups of AdamW and StableAdamW, theirs: 1e-8, or the group's own,
             or what is given here.
         ns_steps: Newton-Schulz steps, from 1 to 99.
-        adjust_lr_fn: what the learning rate of a matrix is multiplied by: "original", the default, sqrt(max(1, rows / columns)); or
-            "match_rms_adamw", 0.2 * sqrt(max(rows, columns)), with which lr and decay of AdamW fit; or "spectral_norm", sqrt(rows /
-            columns), dion's default, with which one lr fits models of any width.
-        algorithm: "muon", "adamw" or "stable_adamw", of groups that do not say it.
+        adjust_lr_fn: the factor of a matrix's learning rate: "original", the default, sqrt(max(1, rows / columns)); or "match_rms_adamw",
+            0.2 * sqrt(max(rows, columns)), for the lr and decay of AdamW; or "spectral_norm", sqrt(rows / columns), dion's default, for one
+            lr at any width of the model.
+        algorithm: "muon", "adamw" or "stable_adamw", of groups without one.
         split: row blocks of which each is a matrix of its own, as in a fused projection: their sizes, (q, k, v); or the one size of all, as
             of heads. (), the default: none. Usually of a param group.
         stacked: whether a tensor of three dimensions is a stack of matrices. False: the weight of a one-dimensional convolution.
-        ns_dtype: of Newton-Schulz, and of what ranks send each other: "bfloat16", as in torch, or "float32", on a CPU on one thread.
+        ns_dtype: dtype of Newton-Schulz and of the matrices that ranks send: "bfloat16", as in torch, or "float32", on a CPU on one thread.
         betas: of groups of AdamW and StableAdamW.
         max_lr: peak of the schedule, to which the decoupled and corrected forms refer; None means each group's lr at construction, or the
             largest lr so far if that is 0.

@@ -72,21 +72,21 @@ def ddp_modules() -> list[DistributedDataParallel]:
 
 def averaged_params(modules: Iterable[DistributedDataParallel]) -> dict[int, str]:
     """Return the names of the parameters whose gradients DistributedDataParallel averages, by id of the parameter."""
-    return {id(param): name for each in modules for name, param in each.module.named_parameters() if name not in each.parameters_to_ignore}
+    return {id(param): name for ddp in modules for name, param in ddp.module.named_parameters() if name not in ddp.parameters_to_ignore}
 
 
 def objects_of(kind: type) -> list[Any]:
     """Return all objects of a type in this process. Takes tens of milliseconds."""
     objects = gc.get_objects()
-    kinds = {each for each in set(map(type, objects)) if kind in each.__mro__}  # of half a million objects: types are few
-    return [each for each in objects if type(each) in kinds] if kinds else []
+    kinds = {found for found in set(map(type, objects)) if kind in found.__mro__}  # half a million objects have few types
+    return [candidate for candidate in objects if type(candidate) in kinds] if kinds else []
 
 
 def _is_in_context(module: DistributedDataParallel) -> bool:
     """Return whether a module is inside of a Join context; the attribute exists only there."""
     from torch.distributed.algorithms.join import Join  # whose module needs torch.distributed
 
-    return any(join._enable and any(each is module for each in join._joinables) for join in objects_of(Join))
+    return any(join._enable and any(joinable is module for joinable in join._joinables) for join in objects_of(Join))
 
 
 def _inner(module: nn.Module) -> str | None:

@@ -30,8 +30,8 @@ def release(model: nn.Module, optimized: AbstractSet[Tensor], step: StepUnit) ->
 def _release_buckets(model: DistributedDataParallel, optimized: AbstractSet[Tensor], step: StepUnit) -> Callable[[], None]:
     if model.find_unused_parameters:
         raise ValueError(
-            "gradient release does not go together with find_unused_parameters=True: a bucket does not tell unused parameters from zero "
-            "gradients; freeze the unused ones, or build DistributedDataParallel without it"
+            "gradient release does not work with find_unused_parameters=True: in a bucket, unused parameters have gradients of zero like "
+            "others; freeze the unused ones, or build DistributedDataParallel without it"
         )
     if model not in _bucket_releases:
         hook = _BucketRelease(model)

@@ -59,13 +59,13 @@ def exchange_layouts(
         ValueError: on every rank alike, when ranks disagree about a tensor, their pieces do not tile it, or pieces that should be
             replicas differ.
     """
-    own, failure = attempt(lambda: _Own.of(describe(), alone=process_group is None, compares_values=compares_values))
+    own, failure = attempt(lambda: _LocalPieces.of(describe(), alone=process_group is None, compares_values=compares_values))
     what = "what each rank holds, which is exchanged before the first step of these parameters"
     with nullcontext() if process_group is None else naming_missing_ranks(process_group, what):
-        return _exchange(own or _Own(), failure, process_group)
+        return _exchange(own or _LocalPieces(), failure, process_group)
 
 
-def _exchange(own: _Own, failure: str | None, process_group: dist.ProcessGroup | None) -> Layout:
+def _exchange(own: _LocalPieces, failure: str | None, process_group: dist.ProcessGroup | None) -> Layout:
     """Exchange what ranks hold.
 
     Each tensor is checked by one rank, which receives its pieces from all ranks and replies who owns them. Names of tensors, and errors,
@@ -136,7 +136,7 @@ def _matrix_plans(of_ranks: Sequence[_Objects], names: Sequence[str], process_gr
 
 
 @dataclass(kw_only=True)
-class _Own:
+class _LocalPieces:
     """The local parameters of this rank, and their pieces."""
 
     local_params: tuple[LocalParam, ...] = ()
@@ -146,7 +146,7 @@ class _Own:
     matrices: list[Matrices | None] = field(default_factory=list)  # of each piece
 
     @classmethod
-    def of(cls, local_params: Sequence[LocalParam], *, alone: bool, compares_values: Callable[[Tensor], bool]) -> _Own:
+    def of(cls, local_params: Sequence[LocalParam], *, alone: bool, compares_values: Callable[[Tensor], bool]) -> _LocalPieces:
         """Describe local parameters."""
         own = cls(local_params=tuple(local_params))
         further: list[tuple[int, bool, int]] = []

@@ -70,9 +70,8 @@ class PieceExchange(RowExchange):
 
     def __init__(self, pieces: Sequence[HeldPiece], further: Array, facts: Sequence[int], process_group: dist.ProcessGroup | None) -> None:
         keys = [piece.key.encode("utf-8", "surrogatepass") for piece in pieces]
-        traits = {(segment.shape, dtype): b"" for _, segment, dtype in pieces}
-        for shape, dtype in traits:
-            traits[shape, dtype] = f"{','.join(map(str, shape))} {dtype} ".encode()  # `_parse` reads it
+        kinds = {(segment.shape, dtype) for _, segment, dtype in pieces}
+        traits = {(shape, dtype): f"{','.join(map(str, shape))} {dtype} ".encode() for shape, dtype in kinds}  # `_parse` reads it
         of_traits = dict(zip(traits, hash_words(list(traits.values()))[:, 0].tolist(), strict=True))
         self._texts = [traits[piece.segment.shape, piece.dtype] + key for piece, key in zip(pieces, keys, strict=True)]
         rows = np.empty((len(pieces), COLUMNS + further.shape[1]), dtype=np.int64)

@@ -96,16 +96,15 @@ def clip_grad_norm_(
         raise ValueError(f"max_norm must not be negative and norm_type must be positive, got max_norm={max_norm}, norm_type={norm_type}")
     given = _given(optimizer_or_params, layout, process_group)
     group = own_process_group(given.process_group)
-    found = _agree(given, group, norm_type)
-    norm = found.norm(norm_type).float()
+    gathered = _agree(given, group, norm_type)
+    norm = gathered.norm(norm_type).float()
     for engine in given.engines:
         engine.grad_norm = norm
     if error_if_nonfinite and not bool(norm.isfinite()):
-        _raise_nonfinite(given, found.local, norm, group)
+        _raise_nonfinite(given, gathered.local, norm, group)
     factor = (max_norm / (norm + EPSILON)).clamp(max=1.0)
-    if found.is_read and float(factor) == 1.0:
-        return norm
-    given.scale(found.local, factor)
+    if not (gathered.is_read and float(factor) == 1.0):
+        given.scale(gathered.local, factor)
     return norm
 
 
@@ -279,7 +278,7 @@ class _Local:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Found:
+class _Gathered:
     """The result of the all-gather."""
 
     table: Tensor  # float64 (ranks, 4)
@@ -291,7 +290,7 @@ class _Found:
         return powers.max() if math.isinf(norm_type) else powers.sum().pow(1.0 / norm_type)
 
 
-def _agree(given: _Given, group: dist.ProcessGroup | None, norm_type: float) -> _Found:
+def _agree(given: _Given, group: dist.ProcessGroup | None, norm_type: float) -> _Gathered:
     """Sum the powers of all ranks: one all-gather if all ranks have the parameters of the last call.
 
     Raises:
@@ -323,12 +322,12 @@ def _agree(given: _Given, group: dist.ProcessGroup | None, norm_type: float) -> 
             raise failure  # the other ranks raise in their next call
         if not is_on_host and ownership is not None:
             ownership.pending = table
-            return _Found(table=table.masked_fill(_spoiled(table), math.nan), local=local)
+            return _Gathered(table=table.masked_fill(_spoiled(table), math.nan), local=local)
         rows = table.tolist()
         if any(each[FAILED] for each in rows):
             raise ValueError(gather_messages(failure, group)) from failure
         if _are_of_one_exchange(rows):
-            return _Found(table=table, local=local, is_read=is_on_host)
+            return _Gathered(table=table, local=local, is_read=is_on_host)
         if is_last or not (is_on_host or all(each[STALE] for each in rows)):
             raise ValueError(CHANGED)
         ownership = exchanges.make(given, group)

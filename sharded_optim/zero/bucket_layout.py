@@ -44,8 +44,7 @@ class BucketLayout:
         self.slots: dict[Tensor, ParamSlot] = {}
         self.buckets: list[Bucket] = []
         self._names: dict[Tensor, str] = {}  # of all parameters that were given, frozen ones too
-        # Likewise, whether they have masters if they are in low precision, by the options of their group.
-        self._in_masters: dict[Tensor, bool] = {}
+        self._in_masters: dict[Tensor, bool] = {}  # whether these have masters if they are in low precision, by the options of their group
         self._flat: dict[Tensor, FlatTensor] = {}
         self._units: dict[Tensor, int] = {}
         self.layout = FlatLayout(flat=self._flat, whole={}, unknown_param_error=UNKNOWN_PARAM, units=self._units)

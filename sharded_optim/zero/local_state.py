@@ -20,7 +20,7 @@ from sharded_optim.zero.bucket import ParamSlot
 from sharded_optim.zero.bucket_layout import Group, without_params
 from sharded_optim.zero.logical import LogicalTensor
 
-__all__ = ["MASTER", "SHARDS", "LocalState", "LogicalState", "ShardTable", "Values", "inside", "shards_of"]
+__all__ = ["MASTER", "SHARDS", "LocalState", "LogicalState", "ShardTable", "Values", "convert_for_inside", "shards_of"]
 
 MASTER = "master"  # the float32 values of a low-precision parameter: (n,), this rank's part, as of moments
 SHARDS = "shards"  # key of a state dict: the ranges of elements that its tensors are
@@ -67,10 +67,10 @@ class LogicalState(LocalState):
 
     def __getitem__(self, param: Tensor) -> dict[str, Any]:
         slot = self._slots[param]
-        state = super().__getitem__(param) if slot.local is not None else self._of_nothing(slot)
+        state = super().__getitem__(param) if slot.local is not None else self._empty_state(slot)
         return {name: _logical(slot, value) for name, value in state.items() if self._template or _is_known(slot, value)}
 
-    def _of_nothing(self, slot: ParamSlot) -> dict[str, Any]:
+    def _empty_state(self, slot: ParamSlot) -> dict[str, Any]:
         """Return the state of a parameter of which this rank has no elements."""
         dtype = torch.float32 if slot.kind.has_masters else slot.kind.dtype
         empty = torch.empty(0, dtype=dtype, device=slot.kind.device)
@@ -136,7 +136,7 @@ def shards_of(groups: Sequence[Group], slots: Mapping[Tensor, ParamSlot]) -> dic
     }
 
 
-def inside(
+def convert_for_inside(
     state_dict: Mapping[str, Any], groups: Sequence[Group], slots: Mapping[Tensor, ParamSlot], engine: Engine, *, keeps_frozen: bool
 ) -> tuple[dict[str, Any], Values]:
     """Convert a state dict for the optimizer inside, and take out its float32 values: masters, or parameters with Kahan compensations.

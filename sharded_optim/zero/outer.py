@@ -178,7 +178,7 @@ class OuterOptimizer(torch.optim.Optimizer):
         is_loaded = False
         try:
             with raising_together(self._topology.all_ranks, lambda: None):
-                inside, values = local_state.inside(
+                inside, values = local_state.convert_for_inside(
                     state_dict, self.param_groups, self._bucket_layout.slots, self._engine, keeps_frozen=keeps_frozen
                 )
                 self._engine.load_state_dict(inside)

@@ -62,7 +62,7 @@ class Transfer:
             RuntimeError: a rank did not take part within the process group's timeout, or has ended.
         """
         if self.is_arriving:
-            with naming(self.what):
+            with naming_missing_data(self.what):
                 for work in self.arriving:
                     work.wait()
             if self.finish is not None:
@@ -90,14 +90,14 @@ class Transfer:
 
     def _end(self, leaving: Sequence[Any]) -> None:
         """Wait for works of the data that leaves this rank, and free the buffers."""
-        with naming(f"the acknowledgement of {self.what}"):
+        with naming_missing_data(f"the acknowledgement of {self.what}"):
             for work in leaving:
                 work.wait()
         self.leaving, self.held = (), ()
 
 
 @contextmanager
-def naming(what: str) -> Iterator[None]:
+def naming_missing_data(what: str) -> Iterator[None]:
     """Context that describes the missing data in errors of waiting for other ranks.
 
     Raises:
@@ -232,14 +232,14 @@ class ShardGroup:
         acknowledgements = [Receive(shared_memory, rank, tag + 1) for rank in shared_memory.ranks]
         later = [rank for rank in self._remote_ranks if rank > self.rank]  # first, so that not all ranks send to the same one first
         targets = later + [rank for rank in self._remote_ranks if rank < self.rank]
-        with naming(what):
+        with naming_missing_data(what):
             for rank in shared_memory.ranks:
                 shared_memory.post(rank, tag, full)
             works = [dist.irecv(received[rank], group=group, group_src=rank, tag=tag) for rank in reversed(targets)]
             sends = [dist.isend(sent[rank], group=group, group_dst=rank, tag=tag) for rank in targets]
 
         def read(rank: int) -> Tensor:
-            with naming(what):
+            with naming_missing_data(what):
                 buffer = shared_memory.read(rank, ready[rank].which)
             return buffer[: full.nbytes].view(full.dtype)
 
@@ -261,7 +261,7 @@ def all_reduce(
     """Sum a tensor over all ranks."""
     if process_group is None:
         return Transfer()
-    with naming(what):
+    with naming_missing_data(what):
         return Transfer(what, [dist.all_reduce(tensor, group=process_group, async_op=True)], held=(tensor,))
 
 
