@@ -21,13 +21,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sharded_optim.sharding.ranks import gather_objects, raise_together, timeout_of
+from sharded_optim.sharding.ranks import gather_objects, raising_together, timeout_of
 
 __all__ = ["Receive", "SharedMemoryTransport", "shared_zeros"]
 
@@ -78,7 +78,7 @@ class SharedMemoryTransport:
                 return None
             probe = shared_zeros(8)
             probes.append(probe)
-            probe.copy_(torch.tensor([rank], dtype=torch.int64).view(torch.uint8))
+            probe.view(torch.int64).fill_(rank)
             return BOOT_ID.read_text(), os.getpid(), _files[probe.data_ptr()]
 
         of_ranks = _gather(make_probe, process_group)
@@ -249,15 +249,9 @@ def _gather(make: Callable[[], T], process_group: dist.ProcessGroup) -> list[T]:
     Raises:
         ValueError, or the exception of `make` on this rank: on every rank, if `make` has failed on any.
     """
-    failure, made = None, None
-    try:
+    with raising_together(process_group, lambda: None):
         made = make()
-    except Exception as error:  # the other ranks must get the error before this one raises
-        failure = error
-    rows: list[Any] = gather_objects((failure is not None, made), process_group)
-    if any(has_failed for has_failed, _ in rows):
-        raise_together(failure, None, process_group)
-    return [value for _, value in rows]
+    return gather_objects(made, process_group)
 
 
 def shared_zeros(size: int) -> Tensor:
