@@ -189,7 +189,7 @@ def raise_together(failure: Exception | None, description: object, process_group
 
 
 @contextmanager
-def raising_together(process_group: dist.ProcessGroup | None, describe: Callable[[], object]) -> Iterator[None]:
+def raising_together(process_group: dist.ProcessGroup | None, describe: Callable[[], object] = lambda: None) -> Iterator[None]:
     """Context that raises an error of one rank on every rank: see `raise_together`. A collective at its end.
 
     Args:

@@ -177,7 +177,7 @@ class OuterOptimizer(torch.optim.Optimizer):
         keeps_frozen = asked_by_distributed_checkpoint() is not None
         is_loaded = False
         try:
-            with raising_together(self._topology.all_ranks, lambda: None):
+            with raising_together(self._topology.all_ranks):
                 inside, values = local_state.convert_for_inside(
                     state_dict, self.param_groups, self._bucket_layout.slots, self._engine, keeps_frozen=keeps_frozen
                 )

@@ -16,12 +16,10 @@ import struct
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,7 +29,6 @@ from sharded_optim.sharding.ranks import gather_objects, raising_together, timeo
 
 __all__ = ["Receive", "SharedMemoryTransport", "shared_zeros"]
 
-T = TypeVar("T")
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # differs between machines
 KEPT = 4096  # mappings of other ranks' buffers
 MESSAGE = struct.Struct("<qqq")  # a tag, and the buffer by its file descriptor and inode
@@ -70,35 +67,23 @@ class SharedMemoryTransport:
     def _find(self, process_group: dist.ProcessGroup) -> None:
         """Find the ranks whose buffers can be read, by reading a probe of each."""
         rank = dist.get_rank(process_group)
-        can_share = hasattr(os, "memfd_create") and BOOT_ID.exists()
-        probes: list[Tensor] = []
-
-        def make_probe() -> tuple[str, int, tuple[int, int]] | None:
-            if not can_share:
-                return None
-            probe = shared_zeros(8)
-            probes.append(probe)
-            probe.view(torch.int64).fill_(rank)
-            return BOOT_ID.read_text(), os.getpid(), _files[probe.data_ptr()]
-
-        of_ranks = _gather(make_probe, process_group)
-        own = of_ranks[rank]
-        self._process_ids = [0 if probe is None else probe[1] for probe in of_ranks]
-
-        def find_readable() -> list[int]:
-            readable = []
-            for other, probe in enumerate(of_ranks):
-                if own is None or probe is None or other == rank or probe[0] != own[0]:
+        own: tuple[str, int, tuple[int, int]] | None = None  # the machine, the process, and the buffer of the probe
+        with raising_together(process_group):
+            if hasattr(os, "memfd_create") and BOOT_ID.exists():
+                probe = shared_zeros(8)
+                probe.view(torch.int64).fill_(rank)
+                own = BOOT_ID.read_text(), os.getpid(), _files[probe.data_ptr()]
+        of_ranks = gather_objects(own, process_group)
+        self._process_ids = [0 if about is None else about[1] for about in of_ranks]
+        readable: list[int] = []
+        with raising_together(process_group):
+            for other, about in enumerate(of_ranks):
+                if own is None or about is None or other == rank or about[0] != own[0]:
                     continue
-                try:
-                    value = self.read(other, probe[2]).view(torch.int64)
-                except (OSError, ValueError):  # in another container, or not allowed
-                    continue
-                if value.tolist() == [other]:
-                    readable.append(other)
-            return readable
-
-        lists = _gather(find_readable, process_group)  # the probes are not read after it
+                with suppress(OSError, ValueError):  # in another container, or not allowed
+                    if self.read(other, about[2]).view(torch.int64).tolist() == [other]:
+                        readable.append(other)
+        lists = gather_objects(readable, process_group)  # the probes are not read after it
         self.ranks = frozenset(other for other in lists[rank] if rank in lists[other])
         self._mapped.clear()
 
@@ -106,22 +91,16 @@ class SharedMemoryTransport:
         """Create a pipe from each rank of this machine."""
         own = dist.get_rank(process_group)
         outgoing_of: dict[int, int] = {}  # the end of each pipe that is the other rank's
-
-        def make_pipes() -> dict[int, int]:
-            for rank in sorted(self.ranks):
-                self._incoming[rank], outgoing_of[rank] = os.pipe2(os.O_CLOEXEC)
-            return outgoing_of
-
-        def open_pipes() -> list[int]:
+        try:
+            with raising_together(process_group):
+                for rank in sorted(self.ranks):
+                    self._incoming[rank], outgoing_of[rank] = os.pipe2(os.O_CLOEXEC)
+            of_ranks = gather_objects(outgoing_of, process_group)
             for rank in self._incoming:
                 with suppress(OSError):  # then they do not share memory
                     path = f"/proc/{self._process_ids[rank]}/fd/{of_ranks[rank][own]}"
                     self._outgoing[rank] = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            return list(self._outgoing)
-
-        try:
-            of_ranks = _gather(make_pipes, process_group)
-            lists = _gather(open_pipes, process_group)  # after it all ranks have opened the pipes that they can
+            lists = gather_objects(list(self._outgoing), process_group)  # after it all ranks have opened the pipes that they can
         except BaseException:
             _close([*self._incoming.values(), *self._outgoing.values()])
             raise
@@ -241,17 +220,6 @@ class Receive:
         """Return whether `wait` returns at once."""
         self.has_arrived = self.has_arrived or self.shared_memory.has_received(self.rank, self.tag)
         return self.has_arrived
-
-
-def _gather(make: Callable[[], T], process_group: dist.ProcessGroup) -> list[T]:
-    """Call a function on every rank, and gather the results on all, or raise on all.
-
-    Raises:
-        ValueError, or the exception of `make` on this rank: on every rank, if `make` has failed on any.
-    """
-    with raising_together(process_group, lambda: None):
-        made = make()
-    return gather_objects(made, process_group)
 
 
 def shared_zeros(size: int) -> Tensor:
