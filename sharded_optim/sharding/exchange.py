@@ -90,13 +90,8 @@ def _exchange(own: _LocalPieces, failure: str | None, process_group: dist.Proces
     tensors = sorted(tensor for _, checked in of_ranks for tensor in checked)
     names = tuple(name for *_, name in tensors)
     slots = {name: slot for slot, name in enumerate(names)}
-
-    objects = _Objects([], {}, {})
-    of_others = [objects]
-    if exchange.facts[:, HAS_OBJECTS].any():
-        objects = own.objects(replies, slots)
-        of_others = gather_objects(objects, process_group)
-    partial = {name: value for each in of_others for name, value in each.partial.items()}
+    objects = gather_objects(own.objects(replies, slots), process_group) if exchange.facts[:, HAS_OBJECTS].any() else []
+    partial = {name: value for of_rank in objects for name, value in of_rank.partial.items()}
     return Layout(
         local_params=own.local_params,
         names=names,
@@ -105,7 +100,7 @@ def _exchange(own: _LocalPieces, failure: str | None, process_group: dist.Proces
         owned=tuple((replies & OWNED != 0).tolist()),
         balance=tuple(balance.tolist()),
         is_global=True,
-        matrices=_matrix_plans(of_others, names, process_group),
+        matrices=_matrix_plans(objects, names, process_group),
         partial={
             row: partial[piece.segment.name]
             for row, entry in enumerate(own.local_params)
@@ -124,15 +119,15 @@ class _Objects(NamedTuple):
     partial: dict[str, Any]  # how gradients are yet to be reduced
 
 
-def _matrix_plans(of_ranks: Sequence[_Objects], names: Sequence[str], process_group: dist.ProcessGroup | None) -> tuple[MatrixPlan, ...]:
+def _matrix_plans(objects: Sequence[_Objects], names: Sequence[str], process_group: dist.ProcessGroup | None) -> tuple[MatrixPlan, ...]:
     """Plan the exchange of whole matrices. For that all ranks need all holders of matrices."""
-    matrices = {slot: value for each in of_ranks for slot, value in each.matrices.items()}
+    matrices = {slot: value for of_rank in objects for slot, value in of_rank.matrices.items()}
     holders: dict[str, list[Holding]] = {names[slot]: [] for slot in sorted(matrices)}
-    for rank, each in enumerate(of_ranks):
-        for slot, number, segment in each.matrix_pieces:
+    for rank, of_rank in enumerate(objects):
+        for slot, number, segment in of_rank.matrix_pieces:
             holders[names[slot]].append(Holding(rank, number, segment))
     rank = 0 if process_group is None else dist.get_rank(process_group)
-    return plan_matrices({names[slot]: matrices[slot] for slot in sorted(matrices)}, holders, rank, len(of_ranks))
+    return plan_matrices({names[slot]: matrices[slot] for slot in sorted(matrices)}, holders, rank, len(objects))
 
 
 @dataclass(kw_only=True)
@@ -178,16 +173,16 @@ class _LocalPieces:
         replies: Array,  # int64 (pieces,)
         slots: Mapping[str, int],  # of tensors, by name
     ) -> _Objects:
-        found = _Objects([], {}, {})
+        objects = _Objects([], {}, {})
         for number, (reply, piece) in enumerate(zip(replies.tolist(), self.pieces, strict=True)):
             matrices = self.matrices[number]
             if matrices is not None:
-                found.matrix_pieces.append((slots[piece.key], number, piece.segment))
+                objects.matrix_pieces.append((slots[piece.key], number, piece.segment))
                 if reply & FIRST:
-                    found.matrices[slots[piece.key]] = matrices
+                    objects.matrices[slots[piece.key]] = matrices
             if reply & SENDS_PARTIAL:
-                found.partial[piece.key] = self.partial[number]
-        return found
+                objects.partial[piece.key] = self.partial[number]
+        return objects
 
 
 class PieceChecks:

@@ -78,7 +78,7 @@ class Wrapper:
     claims: Callable[[Tensor], bool] = lambda tensor: False
     describe: Callable[[Any, str], LocalParam] = plain.describe
     layout_holding: Callable[[Sequence[Tensor]], FlatLayout | None] | None = None
-    partial: Callable[[Tensor], Any] | None = None
+    partial: Callable[[Tensor], Any] = lambda grad: None
     reduced: Callable[[Tensor | None, Tensor, Any], Tensor | None] = lambda grad, param, partial: grad
 
     inner: Callable[[nn.Module], str | None] = lambda module: None
@@ -117,8 +117,7 @@ def partial_of(grad: Tensor | None, among: Iterable[Wrapper] | None = None) -> A
     Args:
         among: the wrappers to ask; None: all. Given for many gradients of a step, so that wrappers are looked up once.
     """
-    for wrapper in used_wrappers() if among is None else among:
-        partial = None if grad is None or wrapper.partial is None else wrapper.partial(grad)
-        if partial is not None:
-            return partial
-    return None
+    if grad is None:
+        return None
+    partials = (wrapper.partial(grad) for wrapper in (used_wrappers() if among is None else among))
+    return next((partial for partial in partials if partial is not None), None)
