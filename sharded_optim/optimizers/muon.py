@@ -150,13 +150,13 @@ def _one_thread(device: torch.device, *, wanted: bool = True) -> Iterator[None]:
 
 
 def flops(rows: int, columns: int) -> int:
-    """Of a Newton-Schulz step."""
+    """Count the floating-point operations of a Newton-Schulz step."""
     short, long = min(rows, columns), max(rows, columns)
     return 4 * short * short * long + 2 * short**3
 
 
 def shapes(shape: tuple[int, ...], group: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """The matrices that a tensor is: itself; each of a stack; a convolution's (out, in * height * width); and row blocks of these."""
+    """List the shapes of a tensor's matrices: itself; each of a stack; (out, in * height * width) of a convolution; row blocks of these."""
     if len(shape) < 2:
         raise ValueError(
             f'has shape {shape}, which is no matrix; step it by AdamW: give its param group algorithm="adamw" or "stable_adamw", or take '

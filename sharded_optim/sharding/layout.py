@@ -43,7 +43,7 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class LocalParam:
-    """What this rank holds of one parameter of the optimizer: a piece of a tensor, or, where a wrapper flattens, pieces of several."""
+    """This rank's part of one parameter of the optimizer: a piece of a tensor, or pieces of several if a wrapper flattens."""
 
     param: Tensor  # as the param group holds it; the key of its optimizer state
     name: str  # for error messages

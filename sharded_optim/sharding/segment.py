@@ -187,7 +187,7 @@ def overlaps(source: Segment, target: Segment) -> list[Overlap]:
 
 
 def _with_range(begin: int, end: int, rows: Segment) -> Iterator[Overlap]:
-    """Of the elements [begin, end), as the source, with a segment: its first and last row may be cut."""
+    """Yield the overlaps of the elements [begin, end), the source, with a segment, whose first and last row may be cut."""
     start, run, stride = rows.start, rows.run, rows.stride
     first = max(0, (begin - start - run) // stride + 1)
     last = min(rows.count, -((start - end) // stride)) - 1
@@ -209,7 +209,7 @@ def _with_range(begin: int, end: int, rows: Segment) -> Iterator[Overlap]:
 
 
 def _with_same_stride(source: Segment, target: Segment) -> Iterator[Overlap]:
-    """Each run of the source meets at most two of the target."""
+    """Yield the overlaps of segments of one stride: each run of the source has elements of at most two runs of the target."""
     apart, stride = target.start - source.start, source.stride
     for shift in range((-target.run - apart) // stride + 1, -((apart - source.run) // stride)):  # of the target's rows to the source's
         offset = apart + shift * stride

@@ -124,6 +124,6 @@ def _missing(wait: _Wait) -> Sequence[int]:
 
 
 def _store() -> Any:
-    """The job's store, by a connection of its own: the main thread may be waiting at the other."""
+    """Return the job's store, with a connection of its own: the main thread may be waiting at the other."""
     store: Any = dist.distributed_c10d._get_default_store()
     return store.clone()

@@ -46,7 +46,7 @@ class FlatModel:
 
 @dataclass(frozen=True, kw_only=True)
 class Wrapper:
-    """How a wrapper treats parameters and gradients. The defaults are right for a wrapper that leaves them as they are.
+    """The functions by which a wrapper describes its parameters and gradients. The defaults fit a wrapper that does not change them.
 
     Attributes:
         name: the wrapper's, for error messages.

@@ -1,4 +1,4 @@
-"""The gradients of a ShardedOptimizer between backward and the step: how they are averaged, where they are, which parameters have one."""
+"""The gradients of a ShardedOptimizer between backward and the step: taken out of parameters, averaged, and set on this rank's parts."""
 
 from __future__ import annotations
 
@@ -72,9 +72,9 @@ class ShardedGradients:
             self._hooks += [hook.remove, slot.remove_placeholder]
 
     def watch_late(self, buckets: Sequence[Bucket]) -> None:
-        """As `watch`, of parameters that may have gradients: of backward passes, not averaged, or assigned. Averages them. A collective.
+        """Watch parameters that may have gradients already, of backward passes or assigned, and average these. A collective.
 
-        Those that are equal on all ranks are left: they are their own average, to the last bit.
+        Gradients that are equal on all ranks are left: they are their own average, to the last bit.
         """
         self.watch(buckets)
         if self.stay_in_params:
