@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 __all__ = ["ALIGNMENT", "IN_FLIGHT", "BucketPlan", "Size", "default_bucket_bytes", "plan_buckets"]
 
@@ -75,10 +76,7 @@ def plan_buckets(sizes: Sequence[Size], shards: int, bucket_bytes: int) -> list[
 def _laid_out(bucket: list[int], sizes: Sequence[Size], shards: int) -> BucketPlan:
     itemsize = sizes[bucket[0]].itemsize
     members = sorted(bucket, key=lambda index: sizes[index].numel * itemsize % ALIGNMENT != 0)
-    offsets, end = [], 0
-    for index in members:
-        offsets.append(end)
-        end += sizes[index].numel
+    *offsets, end = accumulate((sizes[index].numel for index in members), initial=0)
     unit = shards * (ALIGNMENT // itemsize)
     numel = -(-max(end, 1) // unit) * unit  # empty tensors alone have a pad too: no buffer is empty
     return BucketPlan(members=tuple(members), offsets=tuple(offsets), numel=numel, itemsize=itemsize)

@@ -75,9 +75,9 @@ def clip_grad_norm_(
     sharding: the last bit may differ.
 
     Args:
-        optimizer_or_params: an optimizer of this library, or what a framework has put around one or several; or parameters, named
-            parameters or param groups.
-        max_norm: the largest norm that is left as it is.
+        optimizer_or_params: an optimizer of this library, or a framework's container of one or several; or parameters, named parameters or
+            param groups.
+        max_norm: the largest norm that is not scaled.
         norm_type: 2, any other positive number, or inf for the largest element.
         error_if_nonfinite: whether a norm that is not finite is an error; else all gradients become NaN or 0, as in torch.
         foreach: has no effect, as all gradients are always taken together.
@@ -211,7 +211,7 @@ def _described(engine: Engine, number: int, count: int) -> Iterator[LocalParam]:
 
 
 class _Ownership:
-    """Which pieces of its parameters this rank counts, so that replicas count once. It keeps no parameter alive.
+    """The pieces of its parameters that this rank counts, so that replicas count once. It keeps no parameter alive.
 
     Attributes:
         number: of its exchange, among those of the process group: the same on all ranks.
