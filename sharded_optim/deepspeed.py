@@ -31,18 +31,18 @@ __all__ = ["BUILD_SECONDS", "PREFIX", "attach", "initialize", "is_own", "not_bui
 OLDEST, NEXT = (0, 19), (0, 20)  # of DeepSpeed: tried with 0.19.0 and 0.19.8
 VERSIONS = f">={OLDEST[0]}.{OLDEST[1]},<{NEXT[0]}.{NEXT[1]}"
 PREFIX = "sharded_optim."  # of a class of this library in a DeepSpeed config
-# Names that mean DeepSpeed's own optimizers there, in lower case. Those of torch.optim mean torch's.
-DEEPSPEEDS = frozenset({"adagrad", "adam", "adamw", "lamb", "lion", "muadam", "muadamw", "muon", "musgd"})
+# Names of DeepSpeed's own optimizers in its config, in lower case. Names of torch.optim mean torch's.
+DEEPSPEED_OPTIMIZERS = frozenset({"adagrad", "adam", "adamw", "lamb", "lion", "muadam", "muadamw", "muon", "musgd"})
 BUILD_SECONDS = 300.0  # in which an extension is compiled, which takes about a minute on 2 cores
 NEEDED = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
 
 
 def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
-    """`deepspeed.initialize`, and `attach` to the engine that it makes.
+    """Call `deepspeed.initialize`, and `attach` to the engine.
 
-    The optimizer is one of this library, or a callable that makes one of parameters, or stands in the config, with its arguments as
-    `params`: as "sharded_optim.AdamW" and so on for all classes, or as "StableAdamW", where DeepSpeed has none of the class's name.
-    `zero_allow_untested_optimizer` and `zero_force_ds_cpu_optimizer` need not be set.
+    Give an optimizer of this library, or a callable that builds one from parameters, or name one in the config, with its arguments as
+    `params`: "sharded_optim.AdamW" and so on for every class, or "StableAdamW" without the prefix if DeepSpeed and torch have no class of
+    that name. `zero_allow_untested_optimizer` and `zero_force_ds_cpu_optimizer` need not be set.
 
     Args:
         args, kwargs: as deepspeed.initialize takes them.
@@ -52,8 +52,8 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
 
     Raises:
         ImportError: DeepSpeed is not installed.
-        ValueError: see `attach`; or another process has had the lock of an extension that DeepSpeed compiles for more than BUILD_SECONDS.
-            Names the lock.
+        ValueError: see `attach`; or another process has held the lock of an extension that DeepSpeed compiles for more than BUILD_SECONDS;
+            names the lock.
     """
     try:
         import deepspeed
@@ -87,8 +87,8 @@ def attach(engine: Any) -> None:
         engine: of ZeRO stage 0, 1, 2 or 3, whose base optimizer is one of this library.
 
     Raises:
-        ValueError: on every rank, when on one of them the version of DeepSpeed or something it does is not supported. Names what, and the
-            way out.
+        ValueError: on every rank, if on one of them the version of DeepSpeed or one of its features is not supported; names the feature and
+            the way out.
 
     Warns:
         UserWarning: `gradient_clipping` is not in the config, which means 1.0 to DeepSpeed.
@@ -122,7 +122,7 @@ def _attach(engine: Any) -> None:
 
 
 def not_built(lock: Path, seconds: float) -> str:
-    """The message about an extension that was not compiled in time."""
+    """Return the message about an extension that was not compiled in time."""
     remedy = f"if nothing else is compiling it, remove {lock}" if lock.exists() else "start again"
     return f"DeepSpeed's extension was not compiled within {seconds:g} s; {remedy}"
 
@@ -131,7 +131,7 @@ def not_built(lock: Path, seconds: float) -> str:
 def _limited_waiting() -> Iterator[None]:
     """Limit the wait for another process that compiles the same extension to BUILD_SECONDS.
 
-    torch waits as long as the other's lock is there, and a process that was killed has left it. Tried with torch 2.11 and 2.13.
+    torch waits as long as the lock file exists, and a killed process leaves it behind. Tried with torch 2.11 and 2.13.
     """
 
     def wait(baton: Any) -> None:
@@ -161,7 +161,7 @@ def _join(deepspeed: Any) -> None:
     except RuntimeError:
         if failure is None:
             raise
-        raise failure from None  # the others have not waited for so long
+        raise failure from None  # the other ranks have not waited so long
     if messages:
         raise ValueError(f"so.deepspeed.initialize: {messages}")
 
@@ -243,7 +243,7 @@ def is_own(name: Any) -> bool:
     """Return whether an optimizer type in a DeepSpeed config is a class of this library."""
     if not isinstance(name, str) or name.removeprefix(PREFIX) not in OPTIMIZERS:
         return False
-    return name.startswith(PREFIX) or not (name.lower() in DEEPSPEEDS or hasattr(torch.optim, name))
+    return name.startswith(PREFIX) or not (name.lower() in DEEPSPEED_OPTIMIZERS or hasattr(torch.optim, name))
 
 
 def _maker(name: str, hyperparameters: dict[str, Any]) -> Callable[[list[Any]], Engine]:

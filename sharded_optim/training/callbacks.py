@@ -21,7 +21,7 @@ __all__ = ["hugging_face", "lightning"]
 
 
 def hugging_face(trainer: Any, *, metrics_every: int = 1) -> None:
-    """Add to a Trainer of Hugging Face, before `train`: `so.callbacks.hugging_face(trainer)`. On every rank.
+    """Add callbacks to a Trainer of Hugging Face, before `train` and on every rank: `so.callbacks.hugging_face(trainer)`.
 
     The trainer then logs the optimizer's metrics too, to `state.log_history` and to every tracker of `report_to`. When training begins,
     parameters that the trainer gave the optimizer without names get those of the model; under DeepSpeed `so.deepspeed.attach` is called.
@@ -90,10 +90,10 @@ def _consolidate(optimizer: Any) -> None:
 
 
 def lightning(*, metrics_every: int = 1) -> Any:
-    """A callback for Lightning's Trainer, which logs the optimizers' metrics: `Trainer(callbacks=[so.callbacks.lightning()])`.
+    """Return a callback for Lightning's Trainer that logs the optimizers' metrics: `Trainer(callbacks=[so.callbacks.lightning()])`.
 
-    Once in every step in which the trainer logs, however many batches it accumulates; to read metrics waits for the device. Parameters
-    that the optimizer was given without names have those of the module.
+    It logs once in every step in which the trainer logs, however many batches it accumulates; reading metrics waits for the device.
+    Parameters that the optimizer was given without names get those of the module.
 
     Args:
         metrics_every: of the steps in which the trainer logs, metrics are read in those that this divides.

@@ -253,7 +253,7 @@ class ShardedOptimizer(OuterOptimizer):
         self._sharded_params.wait()
 
     def _refuse(self) -> None:
-        """Raise ValueError where a step would be silently wrong, or wait for ranks that do not take part."""
+        """Raise ValueError if a step would be silently wrong, or would wait for ranks that do not take part."""
         if self._sharded_gradients.stay_in_params and self._topology.all_ranks is not None:
             self._join_guard.check(self._bucket_layout.slots, len(self._bucket_layout.slots))
         if self._sharded_params.is_superseded:
