@@ -113,11 +113,8 @@ class ParamSet:
             whole: whether these are all parameters of the optimizer, in their order.
         """
         try:
-            grads = (
-                reduced_gradients(self.layout.params, self.layout.partial)
-                if self.layout.has_dtensors
-                else list(map(_grad, self.layout.params))
-            )
+            layout = self.layout
+            grads = reduced_gradients(layout.params, layout.partial) if layout.has_dtensors else list(map(_grad, layout.params))
             for exchange in self._exchanges.values():
                 exchange.allocate()
             groups = optimizer.groups_of(None if whole else self.layout.params)

@@ -100,9 +100,9 @@ class BucketReducer:
                     bucket.contents[slot.whole_in_bucket].zero_()
         reduction = self._reduce(bucket, bucket.contents, number)
         next(reduction)  # begins the reduce-scatter
-        if self._replica_group is not None and self._in_flight:
-            next(self._in_flight[-1])  # the bucket before begins the all-reduce over replicas
         self._in_flight.append(reduction)
+        if self._replica_group is not None and len(self._in_flight) > 1:
+            next(self._in_flight[-2])  # the bucket before begins the all-reduce over replicas
         self.finish(leaves=IN_FLIGHT)
 
     def finish(self, *, leaves: int = 0) -> None:
