@@ -1,7 +1,7 @@
 """Optimizers of this library under DeepSpeed: `initialize` instead of `deepspeed.initialize`, or `attach` after it.
 
-Under ZeRO an optimizer is given flat partitions that do not tell which tensors they hold. `attach` reads that from DeepSpeed and tells the
-optimizer (`sharding/deepspeed.py`), and refuses by name what would be silently wrong, on all ranks together.
+Under ZeRO an optimizer is given flat partitions of unknown content. `attach` reads the layout of the partitions from DeepSpeed and sets it
+in the optimizer (`sharding/deepspeed.py`). It raises an error for features that would be silently wrong, on all ranks together.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.utils.file_baton import FileBaton
 
 from sharded_optim.optimizers import OPTIMIZERS
 from sharded_optim.sharding import deepspeed as sharding
-from sharded_optim.sharding.ranks import gather_messages, own_process_group
+from sharded_optim.sharding.ranks import gather_messages, message_of, own_process_group
 from sharded_optim.step.engine import Engine
 
 __all__ = ["BUILD_SECONDS", "PREFIX", "attach", "initialize", "is_own", "not_built"]
@@ -31,18 +31,18 @@ __all__ = ["BUILD_SECONDS", "PREFIX", "attach", "initialize", "is_own", "not_bui
 OLDEST, NEXT = (0, 19), (0, 20)  # of DeepSpeed: tried with 0.19.0 and 0.19.8
 VERSIONS = f">={OLDEST[0]}.{OLDEST[1]},<{NEXT[0]}.{NEXT[1]}"
 PREFIX = "sharded_optim."  # of a class of this library in a DeepSpeed config
-# Names that mean DeepSpeed's own optimizers there, in lower case. Those of torch.optim mean torch's.
-DEEPSPEEDS = frozenset({"adagrad", "adam", "adamw", "lamb", "lion", "muadam", "muadamw", "muon", "musgd"})
+# Names of DeepSpeed's own optimizers in its config, in lower case. Names of torch.optim mean torch's.
+DEEPSPEED_OPTIMIZERS = frozenset({"adagrad", "adam", "adamw", "lamb", "lion", "muadam", "muadamw", "muon", "musgd"})
 BUILD_SECONDS = 300.0  # in which an extension is compiled, which takes about a minute on 2 cores
 NEEDED = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
 
 
 def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
-    """`deepspeed.initialize`, and `attach` to the engine that it makes.
+    """Call `deepspeed.initialize`, and `attach` to the engine.
 
-    The optimizer is one of this library, or a callable that makes one of parameters, or stands in the config, with its arguments as
-    `params`: as "sharded_optim.AdamW" and so on for all classes, or as "StableAdamW", where DeepSpeed has none of the class's name.
-    `zero_allow_untested_optimizer` and `zero_force_ds_cpu_optimizer` need not be set.
+    Give an optimizer of this library, or a callable that builds one from parameters, or name one in the config, with its arguments as
+    `params`: "sharded_optim.AdamW" and so on for every class, or "StableAdamW" without the prefix if DeepSpeed and torch have no class of
+    that name. `zero_allow_untested_optimizer` and `zero_force_ds_cpu_optimizer` need not be set.
 
     Args:
         args, kwargs: as deepspeed.initialize takes them.
@@ -52,8 +52,8 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
 
     Raises:
         ImportError: DeepSpeed is not installed.
-        ValueError: see `attach`; or another process has had the lock of an extension that DeepSpeed compiles for more than BUILD_SECONDS.
-            Names the lock.
+        ValueError: see `attach`; or another process has held the lock of an extension that DeepSpeed compiles for more than BUILD_SECONDS;
+            names the lock.
     """
     try:
         import deepspeed
@@ -64,7 +64,7 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     config = dict(_take_config(given))
     named = config.get("optimizer")
     if isinstance(named, dict) and is_own(named.get("type")):
-        del config["optimizer"]  # of which DeepSpeed knows nothing
+        del config["optimizer"]  # unknown to DeepSpeed
         if given.get("optimizer") is None:
             given["optimizer"] = _maker(named["type"], named.get("params") or {})
     _check_parameters(given.get("optimizer"), given.get("model"))
@@ -79,15 +79,16 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
 
 
 def attach(engine: Any) -> None:
-    """Tell the base optimizer of a DeepSpeedEngine which tensors DeepSpeed's flat partitions hold. A collective; call it again after
-    parameters were added or replaced.
+    """Set the layout of DeepSpeed's flat partitions in the base optimizer of an engine. A collective.
+
+    Call it again after parameters were added or replaced.
 
     Args:
         engine: of ZeRO stage 0, 1, 2 or 3, whose base optimizer is one of this library.
 
     Raises:
-        ValueError: on every rank, when on one of them the version of DeepSpeed or something it does is not supported. Names what, and the
-            way out.
+        ValueError: on every rank, if on one of them the version of DeepSpeed or one of its features is not supported; names the feature and
+            the way out.
 
     Warns:
         UserWarning: `gradient_clipping` is not in the config, which means 1.0 to DeepSpeed.
@@ -104,9 +105,8 @@ def _attach(engine: Any) -> None:
     except Exception as error:  # the other ranks must get the error before this one raises
         import deepspeed
 
-        problem = f"{error if isinstance(error, ValueError) else repr(error)} (DeepSpeed {deepspeed.__version__}, supported are {VERSIONS})"
-    messages = gather_messages(problem, own_process_group(None))
-    if messages:
+        problem = f"{message_of(error)} (DeepSpeed {deepspeed.__version__}, supported are {VERSIONS})"
+    if messages := gather_messages(problem, own_process_group(None)):
         raise ValueError(f"so.deepspeed.attach: {messages}")
     engine.basic_optimizer.layout = layout
     if "gradient_clipping" not in engine.config and engine.gradient_clipping():
@@ -122,7 +122,7 @@ def _attach(engine: Any) -> None:
 
 
 def not_built(lock: Path, seconds: float) -> str:
-    """The message about an extension that was not compiled in time."""
+    """Return the message about an extension that was not compiled in time."""
     remedy = f"if nothing else is compiling it, remove {lock}" if lock.exists() else "start again"
     return f"DeepSpeed's extension was not compiled within {seconds:g} s; {remedy}"
 
@@ -131,7 +131,7 @@ def not_built(lock: Path, seconds: float) -> str:
 def _limited_waiting() -> Iterator[None]:
     """Limit the wait for another process that compiles the same extension to BUILD_SECONDS.
 
-    torch waits as long as the other's lock is there, and a process that was killed has left it. Tried with torch 2.11 and 2.13.
+    torch waits as long as the lock file exists, and a killed process leaves it behind. Tried with torch 2.11 and 2.13.
     """
 
     def wait(baton: Any) -> None:
@@ -157,11 +157,11 @@ def _join(deepspeed: Any) -> None:
     except ValueError as error:
         failure = error
     try:
-        messages = gather_messages(None if failure is None else str(failure), own_process_group(None))
+        messages = gather_messages(failure, own_process_group(None))
     except RuntimeError:
         if failure is None:
             raise
-        raise failure from None  # the others have not waited for so long
+        raise failure from None  # the other ranks have not waited so long
     if messages:
         raise ValueError(f"so.deepspeed.initialize: {messages}")
 
@@ -210,7 +210,7 @@ def _problems(engine: Any) -> Iterator[str]:
     if engine.torch_autocast_enabled() and engine.torch_autocast_dtype() == torch.float16:
         yield "torch_autocast in float16 lets each rank decide alone whether to step; use bfloat16, or DeepSpeed's fp16"
     if engine.autotp_size() > 1 or engine.mp_world_size > 1:
-        yield "tensors are sharded by tensor parallelism, in a way that DeepSpeed's partitions do not tell; use FSDP2 for it"
+        yield "tensors are sharded by tensor parallelism, which DeepSpeed's partitions do not record; use FSDP2 for it"
     if engine.pipeline_parallelism:
         yield "PipelineEngine is not supported; use DeepSpeedEngine"
     for param, name in engine.param_names.items():
@@ -243,7 +243,7 @@ def is_own(name: Any) -> bool:
     """Return whether an optimizer type in a DeepSpeed config is a class of this library."""
     if not isinstance(name, str) or name.removeprefix(PREFIX) not in OPTIMIZERS:
         return False
-    return name.startswith(PREFIX) or not (name.lower() in DEEPSPEEDS or hasattr(torch.optim, name))
+    return name.startswith(PREFIX) or not (name.lower() in DEEPSPEED_OPTIMIZERS or hasattr(torch.optim, name))
 
 
 def _maker(name: str, hyperparameters: dict[str, Any]) -> Callable[[list[Any]], Engine]:
@@ -265,9 +265,9 @@ def _check_parameters(optimizer: Any, model: Any) -> None:
     """Raise ValueError for parameters that are not the model's, on every rank: of DeepSpeed's, only rank 0 would."""
     if isinstance(optimizer, Engine) and isinstance(model, nn.Module):
         known = set(model.parameters())
-        strangers = [param for group in optimizer.param_groups for param in group["params"] if param not in known]
-        if strangers:
+        unknown = [param for group in optimizer.param_groups for param in group["params"] if param not in known]
+        if unknown:
             raise ValueError(
-                f"the optimizer has a parameter of shape {tuple(strangers[0].shape)} that is not the model's, and DeepSpeed steps those of "
+                f"the optimizer has a parameter of shape {tuple(unknown[0].shape)} that is not the model's, and DeepSpeed steps those of "
                 f"its model alone; make it a parameter of the model"
             )

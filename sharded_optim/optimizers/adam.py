@@ -42,41 +42,14 @@ def descent(exp_avg, exp_avg_sq, step_size, eps):
     return xp.divide(step_size * exp_avg, xp.sqrt(exp_avg_sq) + eps)
 
 
-def update(
-    param,
-    grad,
-    exp_avg,
-    exp_avg_sq,
-    l2,
-    decay,
-    from_grad,
-    weight1,
-    beta2,
-    one_minus_beta2,
-    step_size,
-    eps,
-):
+def update(param, grad, exp_avg, exp_avg_sq, l2, decay, from_grad, weight1, beta2, one_minus_beta2, step_size, eps):
     grad = grad + l2 * param
     exp_avg, exp_avg_sq = moments(grad, exp_avg, exp_avg_sq, from_grad, weight1, beta2, one_minus_beta2)
     param = decay * param - descent(exp_avg, exp_avg_sq, step_size, eps)
     return param, exp_avg, exp_avg_sq
 
 
-def update_amsgrad(
-    param,
-    grad,
-    exp_avg,
-    exp_avg_sq,
-    max_exp_avg_sq,
-    l2,
-    decay,
-    from_grad,
-    weight1,
-    beta2,
-    one_minus_beta2,
-    step_size,
-    eps,
-):
+def update_amsgrad(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, l2, decay, from_grad, weight1, beta2, one_minus_beta2, step_size, eps):
     grad = grad + l2 * param
     exp_avg, exp_avg_sq = moments(grad, exp_avg, exp_avg_sq, from_grad, weight1, beta2, one_minus_beta2)
     max_exp_avg_sq = xp.maximum(max_exp_avg_sq, exp_avg_sq)
@@ -187,14 +160,5 @@ class Adam(Engine):
             raise ValueError(f"decouple_wd=True means decay_form={COUPLED!r}, got decay_form={decay_form!r}; give one of the two")
         form = form_of(decouple_wd=decouple_wd, decouple_lr=decouple_lr, decay_form=decay_form)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "decay_form": form}
-        super().__init__(
-            params,
-            defaults,
-            algorithm=choose,
-            max_lr=max_lr,
-            kahan_sum=kahan_sum,
-            foreach=foreach,
-            triton=triton,
-            gradient_release=gradient_release,
-            **options,
-        )
+        switches: dict[str, Any] = {"kahan_sum": kahan_sum, "foreach": foreach, "triton": triton, "gradient_release": gradient_release}
+        super().__init__(params, defaults, algorithm=choose, max_lr=max_lr, **switches, **options)

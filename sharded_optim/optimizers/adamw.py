@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 from typing_extensions import Unpack
@@ -42,17 +42,8 @@ class OptimiAdamW(Engine):
     ) -> None:
         form = form_of(decouple_wd=True, decouple_lr=decouple_lr, decay_form=decay_form)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "decay_form": form}
-        super().__init__(
-            params,
-            defaults,
-            algorithm=type(self)._choose_algorithm,
-            max_lr=max_lr,
-            kahan_sum=kahan_sum,
-            foreach=foreach,
-            triton=triton,
-            gradient_release=gradient_release,
-            **options,
-        )
+        switches: dict[str, Any] = {"kahan_sum": kahan_sum, "foreach": foreach, "triton": triton, "gradient_release": gradient_release}
+        super().__init__(params, defaults, algorithm=type(self)._choose_algorithm, max_lr=max_lr, **switches, **options)
 
 
 @spelled_out

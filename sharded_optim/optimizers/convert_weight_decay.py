@@ -53,7 +53,7 @@ def convert_weight_decay(
     steps_per_epoch: float | None = None,
     width_multiplier: float = 1.0,
 ) -> float:
-    """What `value` of one convention is in another, so that a step at the peak learning rate shrinks a parameter by the same fraction d.
+    """Convert `value` from one convention to another, so that a step at the peak learning rate shrinks a parameter by the same fraction d.
 
     | convention | aliases | d |
     |---|---|---|

@@ -12,8 +12,8 @@ scale as Moonlight has them (Liu et al. 2025, arXiv 2502.16982). For the hidden 
 The reference is torch.optim.Muon of torch 2.13, in the order of operations too: a direction u gives the same bits of X, in bfloat16. The
 scale goes into the last polynomial, which rounds X once, where torch's learning rate takes it.
 
-The first line and the last are elementwise, and computed where a piece of the matrix lies. X is not: on a slice it is another one, which is
-what is silently wrong elsewhere. So it is computed on one rank, that gets all pieces of u (`sharding/matrices.py`).
+The first line and the last are elementwise, and computed by the ranks that hold the pieces of the matrix. X is not: of a slice it would be
+another matrix, a silent error of other sharded implementations. So one rank gathers all pieces of u to compute X (`sharding/matrices.py`).
 """
 
 from __future__ import annotations
@@ -150,13 +150,13 @@ def _one_thread(device: torch.device, *, wanted: bool = True) -> Iterator[None]:
 
 
 def flops(rows: int, columns: int) -> int:
-    """Of a Newton-Schulz step."""
+    """Count the floating-point operations of a Newton-Schulz step."""
     short, long = min(rows, columns), max(rows, columns)
     return 4 * short * short * long + 2 * short**3
 
 
 def shapes(shape: tuple[int, ...], group: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """The matrices that a tensor is: itself; each of a stack; a convolution's (out, in * height * width); and row blocks of these."""
+    """List the shapes of a tensor's matrices: itself; each of a stack; (out, in * height * width) of a convolution; row blocks of these."""
     if len(shape) < 2:
         raise ValueError(
             f'has shape {shape}, which is no matrix; step it by AdamW: give its param group algorithm="adamw" or "stable_adamw", or take '
@@ -254,14 +254,14 @@ class Muon(Engine):
         eps: a direction whose norm is smaller is divided by eps. In groups of AdamW and StableAdamW, theirs: 1e-8, or the group's own,
             or what is given here.
         ns_steps: Newton-Schulz steps, from 1 to 99.
-        adjust_lr_fn: what the learning rate of a matrix is multiplied by: "original", the default, sqrt(max(1, rows / columns)); or
-            "match_rms_adamw", 0.2 * sqrt(max(rows, columns)), with which lr and decay of AdamW fit; or "spectral_norm", sqrt(rows /
-            columns), dion's default, with which one lr fits models of any width.
-        algorithm: "muon", "adamw" or "stable_adamw", of groups that do not say it.
+        adjust_lr_fn: the factor of a matrix's learning rate: "original", the default, sqrt(max(1, rows / columns)); or "match_rms_adamw",
+            0.2 * sqrt(max(rows, columns)), for the lr and decay of AdamW; or "spectral_norm", sqrt(rows / columns), dion's default, for one
+            lr at any width of the model.
+        algorithm: "muon", "adamw" or "stable_adamw", of groups without one.
         split: row blocks of which each is a matrix of its own, as in a fused projection: their sizes, (q, k, v); or the one size of all, as
             of heads. (), the default: none. Usually of a param group.
         stacked: whether a tensor of three dimensions is a stack of matrices. False: the weight of a one-dimensional convolution.
-        ns_dtype: of Newton-Schulz, and of what ranks send each other: "bfloat16", as in torch, or "float32", on a CPU on one thread.
+        ns_dtype: dtype of Newton-Schulz and of the matrices that ranks send: "bfloat16", as in torch, or "float32", on a CPU on one thread.
         betas: of groups of AdamW and StableAdamW.
         max_lr: peak of the schedule, to which the decoupled and corrected forms refer; None means each group's lr at construction, or the
             largest lr so far if that is 0.

@@ -102,9 +102,6 @@ class StableAdamW(OptimiAdamW):
         UserWarning: a fully decoupled weight decay of 1e-3 or more, usual for a coupled one.
     """
 
-    hyperparameters = (
-        *adam.HYPERPARAMETERS,
-        Unsupported("amsgrad", by="StableAdamW", way_out="leave it out, or use DecoupledAdamW"),
-    )
+    hyperparameters = (*adam.HYPERPARAMETERS, Unsupported("amsgrad", by="StableAdamW", way_out="leave it out, or use DecoupledAdamW"))
     algorithms: ClassVar = {"": STABLE_ADAMW}
     _choose_algorithm = staticmethod(choose)

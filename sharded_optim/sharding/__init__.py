@@ -1,8 +1,8 @@
 """Describe which elements of which tensor each rank holds, under every wrapper: one file per wrapper, registered in `wrappers.py`.
 
-Tensors that tell how they are sharded are described by the wrapper that claims them (`dtensor.py`), ordinary ones by `plain.py`. For
-wrappers whose tensors do not tell, `fsdp1.py` and `deepspeed.py` make a `FlatLayout` (`flat.py`). `layout.py` puts the local parameters of
-all ranks together.
+Tensors that describe their own sharding are handled by the wrapper that claims them (`dtensor.py`), ordinary ones by `plain.py`. For
+wrappers whose tensors do not, `fsdp1.py` and `deepspeed.py` make a `FlatLayout` (`flat.py`). `layout.py` combines the local parameters of
+all ranks.
 """
 
 from __future__ import annotations
@@ -30,39 +30,36 @@ __all__ = [
     "describe",
     "find_layout",
     "fsdp1_layout",
-    "gradients_of",
-    "is_partial",
+    "partial_of",
     "reduced_gradients",
     "used_wrappers",
 ]
 
 
-def describe(param: Tensor, name: str, flat_layout: FlatLayout | None = None, wrappers: Sequence[Wrapper] | None = None) -> LocalParam:
+def describe(param: Tensor, name: str, flat_layout: FlatLayout | None = None) -> LocalParam:
     """Describe what this rank holds of parameter `name`.
 
     Args:
-        flat_layout: of the wrapped model whose parameter it is; None for parameters that tell how they are sharded.
-        wrappers: that may claim it; None: all.
+        flat_layout: of the wrapped model whose parameter it is; None for parameters that describe their own sharding.
 
     Raises:
         ValueError: the parameter cannot be optimized, or its sharding cannot be expressed; names the tensor, the rule and the way out.
     """
-    return wrapper_of(param, wrappers).describe(param, name) if flat_layout is None else flat_layout.describe(param, name)
+    return wrapper_of(param).describe(param, name) if flat_layout is None else flat_layout.describe(param, name)
 
 
-def find_layout(param: Tensor, among: Iterable[Tensor], wrappers: Sequence[Wrapper] | None = None) -> FlatLayout | None:
-    """How the wrapper of a parameter has flattened it, where that can be found: FullyShardedDataParallel. None for other wrappers.
+def find_layout(param: Tensor, among: Iterable[Tensor]) -> FlatLayout | None:
+    """Find the layout of a parameter that its wrapper has flattened, if it is FullyShardedDataParallel. None for other wrappers.
 
     Args:
         among: all parameters of the optimizer.
-        wrappers: that may claim it; None: all.
     """
-    layout_holding = wrapper_of(param, wrappers).layout_holding
+    layout_holding = wrapper_of(param).layout_holding
     return None if layout_holding is None else layout_holding(list(among))
 
 
 def fsdp1_layout(model: nn.Module) -> FlatLayout:
-    """How FullyShardedDataParallel (FSDP1) has sharded a model: what an optimizer of its parameters needs as `layout=`. No communication.
+    """Return how FullyShardedDataParallel (FSDP1) has sharded a model, for the `layout=` of an optimizer. No communication.
 
     Args:
         model: wrapped, or with wrapped modules inside; use_orig_params True or False, every sharding strategy, mixed precision.
@@ -75,18 +72,13 @@ def fsdp1_layout(model: nn.Module) -> FlatLayout:
     return fsdp1.layout_of(model)
 
 
-def gradients_of(layout: Layout) -> list[Tensor | None]:
-    """Return the gradients of the parameters, and reduce those that tensor parallelism has left Partial."""
-    return reduced_gradients(layout.params, layout.partial)
-
-
 def reduced_gradients(params: Sequence[Tensor], partials: dict[int, Any]) -> list[Tensor | None]:
     """Return the gradients of parameters, and reduce those that tensor parallelism has left Partial.
 
     That is a collective, so call it before anything that a rank may raise alone. A rank without such a gradient takes part.
 
     Args:
-        partials: how a gradient is reduced, by the number of its parameter, as far as it is known; this adds to it.
+        partials: the placements of Partial gradients so far, by the number of the parameter; those of these gradients are added.
     """
     grads = [param.grad for param in params]
     rows = list(zip(grads, params, strict=True))
@@ -99,8 +91,3 @@ def reduced_gradients(params: Sequence[Tensor], partials: dict[int, Any]) -> lis
             partials[row] = partial
             grads[row] = wrapper_of(param).reduced(grad, param, partial)
     return grads
-
-
-def is_partial(grad: Tensor) -> bool:
-    """Return whether a gradient still has to be reduced."""
-    return partial_of(grad) is not None

@@ -1,13 +1,14 @@
-"""Flat buckets: where tensors lie in memory when they are laid end to end and cut into equal shards, one for each rank.
+"""Plan flat buckets: the offsets of tensors that are laid end to end and cut into equal shards, one for each rank.
 
-Arithmetic on sizes alone. Used by `zero/`, which allocates and communicates bucket by bucket, and by `plan.py`, which tells beforehand
-what that takes.
+Arithmetic on sizes alone. Used by `zero/`, which allocates and communicates bucket by bucket, and by `tools/plan/`, which estimates memory
+and time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 __all__ = ["ALIGNMENT", "IN_FLIGHT", "BucketPlan", "Size", "default_bucket_bytes", "plan_buckets"]
 
@@ -56,16 +57,16 @@ def plan_buckets(sizes: Sequence[Size], shards: int, bucket_bytes: int) -> list[
         The buckets, in the order in which their last tensors come.
     """
     open_buckets: dict[Hashable, list[int]] = {}
-    held: dict[Hashable, int] = {}  # bytes in them
+    filled: dict[Hashable, int] = {}  # bytes in them
     closed: list[list[int]] = []
     for index in reversed(range(len(sizes))):
         size = sizes[index]
         bucket = open_buckets.setdefault(size.kind, [])
         added = size.numel * size.itemsize
-        if bucket and held[size.kind] + added > bucket_bytes:
+        if bucket and filled[size.kind] + added > bucket_bytes:
             closed.append(bucket)
             bucket = open_buckets[size.kind] = []
-        held[size.kind] = added + (held[size.kind] if bucket else 0)
+        filled[size.kind] = added + (filled[size.kind] if bucket else 0)
         bucket.append(index)
     closed += open_buckets.values()
     closed.sort(key=lambda bucket: -bucket[-1])  # the last tensor to come has the lowest index
@@ -75,10 +76,7 @@ def plan_buckets(sizes: Sequence[Size], shards: int, bucket_bytes: int) -> list[
 def _laid_out(bucket: list[int], sizes: Sequence[Size], shards: int) -> BucketPlan:
     itemsize = sizes[bucket[0]].itemsize
     members = sorted(bucket, key=lambda index: sizes[index].numel * itemsize % ALIGNMENT != 0)
-    offsets, end = [], 0
-    for index in members:
-        offsets.append(end)
-        end += sizes[index].numel
+    *offsets, end = accumulate((sizes[index].numel for index in members), initial=0)
     unit = shards * (ALIGNMENT // itemsize)
     numel = -(-max(end, 1) // unit) * unit  # empty tensors alone have a pad too: no buffer is empty
     return BucketPlan(members=tuple(members), offsets=tuple(offsets), numel=numel, itemsize=itemsize)

@@ -1,8 +1,8 @@
-"""DistributedDataParallel: the modules of a process, and whether torch's Join lets ranks end early that they train on.
+"""DistributedDataParallel: its modules in this process, and a guard against torch's Join, which lets ranks end early.
 
-DistributedDataParallel leaves no mark on parameters, and Join none but in the modules that it was given: so these are looked for among all
-objects, once for each set of parameters, and then only asked. Used by the engine and by ShardedOptimizer. Private names of torch that are
-relied on, `_join_config` and `Join._joinables`, are tried with torch 2.11 and 2.13.
+DistributedDataParallel leaves no mark on parameters, and Join only on the modules that it was given. So the modules are searched among all
+Python objects, once for each set of parameters, and later only read. Used by the engine and by ShardedOptimizer. The private names of torch
+that are relied on, `_join_config` and `Join._joinables`, are tried with torch 2.11 and 2.13.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ JOIN_REFUSED = (
 class JoinGuard:
     """Refuses steps inside of a Join context, for an optimizer whose step is a collective.
 
-    A rank that has run out of inputs would not take part in it, and Join can stand in for it only in what DistributedDataParallel does.
+    A rank that has run out of inputs would not take part in it, and Join replaces only the collectives of DistributedDataParallel.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class JoinGuard:
 
         Args:
             params: that are stepped.
-            key: modules are looked for when it is another than the last time.
+            key: modules are searched again when it changes.
         """
         if not (dist.is_available() and dist.is_initialized()):
             return
@@ -58,7 +58,7 @@ class JoinGuard:
                 continue
             config = module._join_config
             if not config.enable or config.throw_on_early_termination or id(config) in self._left:
-                continue  # who throws does so in the forward pass, on all ranks
+                continue  # a Join that throws does so in the forward pass, on all ranks
             if not _is_in_context(module):
                 self._left[id(config)] = config
             elif not averaged_params([module]).keys().isdisjoint(map(id, params)):
@@ -66,27 +66,27 @@ class JoinGuard:
 
 
 def ddp_modules() -> list[DistributedDataParallel]:
-    """All DistributedDataParallel modules of this process."""
+    """Return all DistributedDataParallel modules of this process."""
     return objects_of(DistributedDataParallel)
 
 
 def averaged_params(modules: Iterable[DistributedDataParallel]) -> dict[int, str]:
-    """Names of the parameters whose gradients DistributedDataParallel averages, by the parameters' ids."""
-    return {id(param): name for each in modules for name, param in each.module.named_parameters() if name not in each.parameters_to_ignore}
+    """Return the names of the parameters whose gradients DistributedDataParallel averages, by id of the parameter."""
+    return {id(param): name for ddp in modules for name, param in ddp.module.named_parameters() if name not in ddp.parameters_to_ignore}
 
 
 def objects_of(kind: type) -> list[Any]:
-    """All objects of a type that there are. Takes tens of milliseconds."""
+    """Return all objects of a type in this process. Takes tens of milliseconds."""
     objects = gc.get_objects()
-    kinds = {each for each in set(map(type, objects)) if kind in each.__mro__}  # of half a million objects: types are few
-    return [each for each in objects if type(each) in kinds] if kinds else []
+    kinds = {found for found in set(map(type, objects)) if kind in found.__mro__}  # half a million objects have few types
+    return [candidate for candidate in objects if type(candidate) in kinds] if kinds else []
 
 
 def _is_in_context(module: DistributedDataParallel) -> bool:
     """Return whether a module is inside of a Join context; the attribute exists only there."""
     from torch.distributed.algorithms.join import Join  # whose module needs torch.distributed
 
-    return any(join._enable and any(each is module for each in join._joinables) for join in objects_of(Join))
+    return any(join._enable and any(joinable is module for joinable in join._joinables) for join in objects_of(Join))
 
 
 def _inner(module: nn.Module) -> str | None:

@@ -30,8 +30,8 @@ def release(model: nn.Module, optimized: AbstractSet[Tensor], step: StepUnit) ->
 def _release_buckets(model: DistributedDataParallel, optimized: AbstractSet[Tensor], step: StepUnit) -> Callable[[], None]:
     if model.find_unused_parameters:
         raise ValueError(
-            "gradient release does not go together with find_unused_parameters=True: a bucket does not tell unused parameters from zero "
-            "gradients; freeze the unused ones, or build DistributedDataParallel without it"
+            "gradient release does not work with find_unused_parameters=True: in a bucket, unused parameters have gradients of zero like "
+            "others; freeze the unused ones, or build DistributedDataParallel without it"
         )
     if model not in _bucket_releases:
         hook = _BucketRelease(model)
@@ -56,7 +56,7 @@ class _BucketRelease:
 
     def __init__(self, model: DistributedDataParallel) -> None:
         self.step: StepUnit | None = None  # None: only average
-        self.optimized: AbstractSet[Tensor] = frozenset()  # what the optimizer steps; the gradients of others stay
+        self.optimized: AbstractSet[Tensor] = frozenset()  # parameters of the optimizer; the gradients of others stay
         self._process_group = model.process_group
         self._grads_are_views = model.gradient_as_bucket_view
         self._in_flight: tuple[Any, list[Tensor], list[Tensor]] | None = None
@@ -90,7 +90,7 @@ class _BucketRelease:
 
 
 class _NoBucketRelease:
-    """Stands in for the hook in a copied DistributedDataParallel, which keeps the hook object but does not call it."""
+    """Replaces the hook in a copied DistributedDataParallel, which keeps the hook object but does not call it."""
 
     def hook(self, *_: object) -> None:
         raise RuntimeError("a copy of a DistributedDataParallel called the communication hook of gradient release; build it anew")

@@ -1,8 +1,8 @@
 """DeepSpeed: the optimizer is given flat partitions of fp32 master weights, one for each param group, or in stage 3 for each sub-group.
 
-Which elements of which tensors they hold stands in attributes of DeepSpeed's optimizer wrapper, a function here for each. They are no
-public interface, so what was read is compared with the model's own parameters, whose values the partitions must have. Not used, because
-they are wrong with `round_robin_gradients`: `_hp_mapping` and `_param_slice_mappings`.
+Attributes of DeepSpeed's optimizer wrappers record which elements of which tensors a partition holds; each wrapper has a function here that
+reads them. They are not a public interface, so the values of the partitions are compared with the model's parameters. `_hp_mapping` and
+`_param_slice_mappings` are not used, because they are wrong with `round_robin_gradients`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def layout_of(engine: Any) -> FlatLayout:
     """Return the layout of a DeepSpeedEngine's model on this rank.
 
     Raises:
-        ValueError: the partitions do not have the values of the parameters that they are said to hold.
+        ValueError: the partitions do not have the values of their parameters.
         KeyError, AttributeError: DeepSpeed keeps its layout elsewhere.
     """
     names = parameter_names(engine)
@@ -77,11 +77,9 @@ def _stage_1_bf16(wrapper: Any, names: Names) -> tuple[Names, Iterator[Flat]]:
 
 
 def _partition(names: Names, params: list[Tensor], flat: Tensor, master: Tensor, group: dist.ProcessGroup) -> Flat:
-    """Return the partition of a group whose parameters are views of `flat`, in any order and with any padding, which the options
-    `round_robin_gradients` and `parameter_alignment` change.
+    """Return this rank's partition, `master`, of a group whose parameters are views of `flat`, which is cut into equal partitions.
 
-
-    It is cut into equal partitions, of which `master` is this rank's.
+    Order and padding in `flat` depend on DeepSpeed's options `round_robin_gradients` and `parameter_alignment`.
     """
     size = master.numel()
     if size * dist.get_world_size(group) != flat.numel():
@@ -147,7 +145,7 @@ class _Names(dict[Tensor, str]):
 
 
 def parameter_names(engine: Any) -> Names:
-    """The names of the model's parameters, with experts numbered over all ranks: on each they are numbered from 0."""
+    """Return the names of the model's parameters, with experts numbered over all ranks: DeepSpeed numbers them from 0 on each rank."""
     names = _Names()
     for param, name in engine.param_names.items():
         owner, mark, rest = name.partition(EXPERTS)
@@ -171,13 +169,13 @@ def _is_partitioned(tensor: Tensor) -> bool:
 
 
 def _describe_partitioned(param: Any, name: str) -> LocalParam:
-    """What an optimizer has of a parameter before the engine gives it masters: nothing, of a tensor of that shape."""
+    """Describe a parameter before the engine replaces it by masters: an empty piece of a tensor of its shape."""
     nothing = Piece(segment=Segment.flat(name, param.ds_shape, 0, 0))
     return replace(plain.describe(param, name), pieces=(nothing,))
 
 
 def _partitioned(model: nn.Module) -> dict[Tensor, Tensors]:
-    """The shape of each parameter that stage 3 has cut, which has no elements itself between its uses."""
+    """Return the shape of each parameter that stage 3 has partitioned, which is an empty tensor between its uses."""
     named: Iterator[tuple[str, Any]] = model.named_parameters()
     return {param: [(name, tuple(param.ds_shape))] for name, param in named if _is_partitioned(param)}
 

@@ -1,6 +1,6 @@
-"""Build the layout of all ranks, by one exchange.
+"""Build the layout of all ranks by one exchange.
 
-All ranks refuse together what does not fit together, and choose for each distinct piece of a tensor the one rank that owns it.
+All ranks raise errors together, and choose one owner for each distinct piece of a tensor.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,14 +32,13 @@ HASHED_AT_ONCE = 2**20  # elements, each of which takes 24 bytes for a moment
 NOISE = 1e-4  # of the largest gradient norm: a gradient below may be rounding noise alone
 SHOWN = 8  # pieces in a message
 
-# What each rank tells all others first.
+# Columns of the facts of each rank.
 FAILED, LARGEST_NORM, HAS_OBJECTS = range(3)
-FACTS = 3
-# Columns of what is compared of each piece.
+# Columns of the further numbers of each piece, which are compared.
 FINGERPRINT, IS_COMPARED, IS_PARTIAL, GRAD_NORM, MATRICES = range(5)
 FURTHER = 5
 # Bits of a reply.
-OWNED, FIRST, NEEDS_TEXT, TELLS_PARTIAL = 1, 2, 4, 8
+OWNED, FIRST, NEEDS_TEXT, SENDS_PARTIAL = 1, 2, 4, 8
 # How pieces of one tensor differ.
 SHAPE, WHICH_MATRICES, VALUES, GRADIENTS = 1, 2, 3, 4
 
@@ -59,29 +59,22 @@ def exchange_layouts(
         ValueError: on every rank alike, when ranks disagree about a tensor, their pieces do not tile it, or pieces that should be
             replicas differ.
     """
-    own, failure = _Own(), None
-    try:
-        own = _Own.of(describe(), alone=process_group is None, compares_values=compares_values)
-    except Exception as error:  # the other ranks must get the error before this one raises
-        failure = str(error) if isinstance(error, ValueError) else repr(error)
+    own, failure = attempt(lambda: _LocalPieces.of(describe(), alone=process_group is None, compares_values=compares_values))
     what = "what each rank holds, which is exchanged before the first step of these parameters"
     with nullcontext() if process_group is None else naming_missing_ranks(process_group, what):
-        return _exchange(own, failure, process_group)
+        return _exchange(own or _LocalPieces(), failure, process_group)
 
 
-def _exchange(own: _Own, failure: str | None, process_group: dist.ProcessGroup | None) -> Layout:
+def _exchange(own: _LocalPieces, failure: str | None, process_group: dist.ProcessGroup | None) -> Layout:
     """Exchange what ranks hold.
 
-    Each tensor is checked by one rank, which gets its pieces from all ranks and replies who owns them. Names of tensors, and errors, then
-    go to all.
+    Each tensor is checked by one rank, which receives its pieces from all ranks and replies who owns them. Names of tensors, and errors,
+    then go to all ranks.
     """
     norms = own.further[:, GRAD_NORM].view(np.float64)
-    facts = {
-        FAILED: failure is not None,
-        LARGEST_NORM: np.fmax.reduce(norms, initial=0.0).view(np.int64),
-        HAS_OBJECTS: any(value is not None for value in (*own.partial, *own.matrices)),
-    }
-    exchange = PieceExchange(own.pieces, own.further, [int(facts[fact]) for fact in range(FACTS)], process_group)
+    has_objects = any(value is not None for value in (*own.partial, *own.matrices))
+    facts = [failure is not None, np.fmax.reduce(norms, initial=0.0).view(np.int64), has_objects]
+    exchange = PieceExchange(own.pieces, own.further, list(map(int, facts)), process_group)
     if exchange.facts[:, FAILED].any():
         raise ValueError(gather_messages(failure, process_group))
     largest_norm = float(exchange.facts[:, LARGEST_NORM].copy().view(np.float64).max())
@@ -97,13 +90,8 @@ def _exchange(own: _Own, failure: str | None, process_group: dist.ProcessGroup |
     tensors = sorted(tensor for _, checked in of_ranks for tensor in checked)
     names = tuple(name for *_, name in tensors)
     slots = {name: slot for slot, name in enumerate(names)}
-
-    objects = _Objects([], {}, {})
-    of_others = [objects]
-    if exchange.facts[:, HAS_OBJECTS].any():
-        objects = own.objects(replies, slots)
-        of_others = gather_objects(objects, process_group)
-    partial = {name: value for each in of_others for name, value in each.partial.items()}
+    objects = gather_objects(own.objects(replies, slots), process_group) if exchange.facts[:, HAS_OBJECTS].any() else []
+    partial = {name: value for of_rank in objects for name, value in of_rank.partial.items()}
     return Layout(
         local_params=own.local_params,
         names=names,
@@ -112,7 +100,7 @@ def _exchange(own: _Own, failure: str | None, process_group: dist.ProcessGroup |
         owned=tuple((replies & OWNED != 0).tolist()),
         balance=tuple(balance.tolist()),
         is_global=True,
-        matrices=_matrix_plans(of_others, names, process_group),
+        matrices=_matrix_plans(objects, names, process_group),
         partial={
             row: partial[piece.segment.name]
             for row, entry in enumerate(own.local_params)
@@ -124,45 +112,38 @@ def _exchange(own: _Own, failure: str | None, process_group: dist.ProcessGroup |
 
 
 class _Objects(NamedTuple):
-    """What a rank tells all others that is no number."""
+    """The facts of a rank that are not numbers."""
 
     matrix_pieces: list[tuple[int, int, Segment]]  # slot of the tensor, number of the piece, segment
     matrices: dict[int, Matrices]  # by slot, of the tensors whose first holder it is
     partial: dict[str, Any]  # how gradients are yet to be reduced
 
 
-def _matrix_plans(of_ranks: Sequence[_Objects], names: Sequence[str], process_group: dist.ProcessGroup | None) -> tuple[MatrixPlan, ...]:
-    """Plan how matrices come together. All ranks need all holders of matrices for that, and of nothing else."""
-    matrices = {slot: value for each in of_ranks for slot, value in each.matrices.items()}
+def _matrix_plans(objects: Sequence[_Objects], names: Sequence[str], process_group: dist.ProcessGroup | None) -> tuple[MatrixPlan, ...]:
+    """Plan the exchange of whole matrices. For that all ranks need all holders of matrices."""
+    matrices = {slot: value for of_rank in objects for slot, value in of_rank.matrices.items()}
     holders: dict[str, list[Holding]] = {names[slot]: [] for slot in sorted(matrices)}
-    for rank, each in enumerate(of_ranks):
-        for slot, number, segment in each.matrix_pieces:
+    for rank, of_rank in enumerate(objects):
+        for slot, number, segment in of_rank.matrix_pieces:
             holders[names[slot]].append(Holding(rank, number, segment))
     rank = 0 if process_group is None else dist.get_rank(process_group)
-    return plan_matrices({names[slot]: matrices[slot] for slot in sorted(matrices)}, holders, rank, len(of_ranks))
+    return plan_matrices({names[slot]: matrices[slot] for slot in sorted(matrices)}, holders, rank, len(objects))
 
 
-class _Own:
-    """What this rank holds.
+@dataclass(kw_only=True)
+class _LocalPieces:
+    """The local parameters of this rank, and their pieces."""
 
-    Attributes:
-        pieces: of all local parameters, one after the other.
-        further: int64 (pieces, FURTHER), what is compared between ranks.
-        partial, matrices: of each piece.
-    """
-
-    def __init__(self) -> None:
-        self.local_params: tuple[LocalParam, ...] = ()
-        self.pieces: list[HeldPiece] = []
-        self.further = np.zeros((0, FURTHER), dtype=np.int64)
-        self.partial: list[Any] = []
-        self.matrices: list[Matrices | None] = []
+    local_params: tuple[LocalParam, ...] = ()
+    pieces: list[HeldPiece] = field(default_factory=list)  # of all local parameters, one after the other
+    further: Array = field(default_factory=lambda: np.zeros((0, FURTHER), dtype=np.int64))  # (pieces, FURTHER)
+    partial: list[Any] = field(default_factory=list)  # of each piece
+    matrices: list[Matrices | None] = field(default_factory=list)  # of each piece
 
     @classmethod
-    def of(cls, local_params: Sequence[LocalParam], *, alone: bool, compares_values: Callable[[Tensor], bool]) -> _Own:
+    def of(cls, local_params: Sequence[LocalParam], *, alone: bool, compares_values: Callable[[Tensor], bool]) -> _LocalPieces:
         """Describe local parameters."""
-        own = cls()
-        own.local_params = tuple(local_params)
+        own = cls(local_params=tuple(local_params))
         further: list[tuple[int, bool, int]] = []
         norms: list[float] = []
         for entry in local_params:
@@ -192,16 +173,16 @@ class _Own:
         replies: Array,  # int64 (pieces,)
         slots: Mapping[str, int],  # of tensors, by name
     ) -> _Objects:
-        found = _Objects([], {}, {})
+        objects = _Objects([], {}, {})
         for number, (reply, piece) in enumerate(zip(replies.tolist(), self.pieces, strict=True)):
             matrices = self.matrices[number]
             if matrices is not None:
-                found.matrix_pieces.append((slots[piece.key], number, piece.segment))
+                objects.matrix_pieces.append((slots[piece.key], number, piece.segment))
                 if reply & FIRST:
-                    found.matrices[slots[piece.key]] = matrices
-            if reply & TELLS_PARTIAL:
-                found.partial[piece.key] = self.partial[number]
-        return found
+                    objects.matrices[slots[piece.key]] = matrices
+            if reply & SENDS_PARTIAL:
+                objects.partial[piece.key] = self.partial[number]
+        return objects
 
 
 class PieceChecks:
@@ -213,36 +194,35 @@ class PieceChecks:
 
     def __init__(self, exchange: PieceExchange, largest_norm: float) -> None:
         self._exchange = exchange
-        first = exchange.first_of_tensor[exchange.tensor]
-        self._known = exchange.first_of_segment[exchange.segment]  # of each row the first one that holds the same
+
+        def differs(column: int, others: Array) -> Array:  # from the rows with these numbers: bool (rows,)
+            return exchange.further[:, column] != exchange.further[others, column]
+
+        self._known = exchange.first_of_segment[exchange.segment]  # of each row the first one with the same segment
         self._differences = np.select(
             [
                 exchange.contradicts,
-                _differ(exchange.further[:, MATRICES], first),
-                _differ(exchange.further[:, FINGERPRINT], self._known) | _differ(exchange.further[:, IS_COMPARED], self._known),
+                differs(MATRICES, exchange.first_of_tensor[exchange.tensor]),
+                differs(FINGERPRINT, self._known) | differs(IS_COMPARED, self._known),
                 _gradients_differ(np.ascontiguousarray(exchange.further[:, GRAD_NORM]).view(np.float64), self._known, largest_norm),
             ],
             [SHAPE, WHICH_MATRICES, VALUES, GRADIENTS],
             0,
         )
         self._errors = exchange.tiling_errors()
-        different = np.flatnonzero(self._differences)
-        first_difference = np.full(len(exchange.first_of_tensor), len(exchange.tensor))
-        np.minimum.at(first_difference, exchange.tensor[different], different)
-        self._failing: tuple[int, int | None] | None = None  # the first tensor that is wrong, and the row that differs
-        for tensor, row in enumerate(first_difference.tolist()):
-            if row < len(exchange.tensor) or tensor in self._errors:
-                self._failing = tensor, row if row < len(exchange.tensor) else None
-                break
+        differing: dict[int, int] = {}  # by tensor: the first row that differs
+        for row in np.flatnonzero(self._differences).tolist():
+            differing.setdefault(int(exchange.tensor[row]), row)
+        failing = min([*differing, *self._errors], default=None)
+        self._failing = None if failing is None else (failing, differing.get(failing))  # the first wrong tensor, and the row that differs
         replies = np.zeros(len(exchange.tensor), dtype=np.int64)
         replies[exchange.ranks == exchange.ranks[self._known]] |= OWNED
         replies[exchange.first_of_tensor] |= FIRST | NEEDS_TEXT
         if self._failing is not None and self._failing[1] is not None:
             replies[self._failing[1]] |= NEEDS_TEXT
         has_partial = np.flatnonzero(exchange.further[:, IS_PARTIAL])
-        last_partial = np.full(len(exchange.first_of_tensor), -1)
-        np.maximum.at(last_partial, exchange.tensor[has_partial], has_partial)
-        replies[last_partial[last_partial >= 0]] |= TELLS_PARTIAL
+        last_partial = dict(zip(exchange.tensor[has_partial].tolist(), has_partial.tolist(), strict=True))  # of each tensor
+        replies[list(last_partial.values())] |= SENDS_PARTIAL
         self.replies = np.column_stack([replies, self._balance()])
 
     def _balance(self) -> Array:
@@ -255,14 +235,14 @@ class PieceChecks:
         return balance
 
     def tensors(self, texts: Mapping[int, RowText]) -> list[tuple[int, int, int, str]]:
-        """The tensors: the place of the first piece, which is its rank and number there; number of elements, name."""
+        """List the tensors: the place of the first piece (its rank, and its number there), number of elements, name."""
         exchange, first = self._exchange, self._exchange.first_of_tensor
         ranks, numbers = exchange.ranks[first].tolist(), exchange.index[first].tolist()
         keys = [texts[row].key for row in first.tolist()]
         return list(zip(ranks, numbers, exchange.numels.tolist(), keys, strict=True))
 
     def failure(self, texts: Mapping[int, RowText]) -> tuple[int, int, str] | None:
-        """Say what is wrong with the first tensor that is, with the place of its first piece; None if nothing is."""
+        """Return the error of the first wrong tensor, after the place of its first piece; None if there is no error."""
         if self._failing is None:
             return None
         tensor, row = self._failing
@@ -305,16 +285,9 @@ class PieceChecks:
         )
 
 
-def _differ(
-    values: Array,  # int64 (rows,)
-    others: Array,  # int64 (rows,), the row that each is compared with
-) -> Array:  # bool (rows,)
-    return values != values[others]
-
-
 def _gradients_differ(
     norms: Array,  # float64 (rows,), NaN without a gradient, or with one that is not finite
-    others: Array,  # int64 (rows,)
+    others: Array,  # int64 (rows,), the row that each is compared with
     largest_norm: float,
 ) -> Array:  # bool (rows,)
     """Compare gradients of replicas: they may differ in their last bits, where kernels are not deterministic."""
@@ -323,7 +296,7 @@ def _gradients_differ(
 
 
 def _fingerprint(values: Tensor) -> int:
-    """A position-sensitive hash of their bits."""
+    """Hash the bits of values together with their positions."""
     bits = values.contiguous().flatten().view(torch.int16 if values.element_size() == 2 else torch.int32)
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
     for start in range(0, bits.numel(), HASHED_AT_ONCE):

@@ -1,7 +1,7 @@
-"""Flat tensors: a wrapper flattens several parameters into one, cuts it into ranges, and gives the optimizer this rank's range.
+"""Flat tensors: a wrapper concatenates parameters to one flat tensor, cuts it into ranges, and gives the optimizer this rank's range.
 
-A flat tensor does not tell which elements of which tensor it holds, so whoever knows the wrapper says so with a `FlatLayout`: `fsdp1.py`
-and `deepspeed.py`. It is what the optimizers' `layout=` takes.
+A flat tensor has no record of the elements that it holds, so a `FlatLayout` describes them: `fsdp1.py` and `deepspeed.py` make it, and the
+optimizers take it as `layout=`.
 """
 
 from __future__ import annotations
@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from sharded_optim.sharding import plain
 from sharded_optim.sharding.layout import LocalParam, Piece
-from sharded_optim.sharding.plain import check_dtype_and_layout, waited_for
+from sharded_optim.sharding.plain import check_dtype_and_layout, ordinary
 from sharded_optim.sharding.segment import Segment
 
 __all__ = ["FlatLayout", "FlatTensor", "piece_in_range"]
@@ -50,8 +49,8 @@ class FlatLayout:
         whole: the names of the parameters that it leaves as they are.
         unknown_param_error: why a tensor that is neither cannot be stepped, and the way out.
         steps_by_group: whether the wrapper splits a step into several calls of the optimizer, each with some of its tensors in the groups.
-        units: numbers of the tensors whose gradients come together. Those of a unit are stepped by calls of their own, the units in the
-            order of their numbers. What has none is of unit 0.
+        units: numbers of units: tensors whose gradients are complete together. Each unit is stepped by calls of its own, in the order of
+            the numbers. Tensors without a number are in unit 0.
     """
 
     flat: Mapping[Tensor, FlatTensor]
@@ -73,11 +72,7 @@ def _describe(param: Tensor, name: str, held: FlatTensor) -> LocalParam:
     check_dtype_and_layout(param, f"parameter {name!r}")
 
     def local(tensor: Tensor, role: str) -> Tensor:
-        tensor = waited_for(tensor)
-        if type(tensor) not in (Tensor, torch.nn.Parameter):
-            raise ValueError(f"{role} of {name!r} is a {type(tensor).__name__}, the parameter an ordinary tensor; make both alike")
-        if tensor is not param:
-            check_dtype_and_layout(tensor, f"{role} of {name!r}")
+        tensor = ordinary(tensor, role, name)
         if tensor.numel() != held.numel or not tensor.is_contiguous():
             raise ValueError(
                 f"{role} of {name!r} has shape {tuple(tensor.shape)} and strides {tensor.stride()}, but this rank's shard of it has "

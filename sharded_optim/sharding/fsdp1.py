@@ -1,8 +1,8 @@
 """FullyShardedDataParallel (FSDP1): units of parameters that are flattened together and cut into equal ranges.
 
 With `use_orig_params=True` an optimizer is given, for each parameter, a 1-D view of what this rank's range has of it, which is empty on
-most ranks; with False, the flat parameter of each unit. Neither tells which elements those are: FSDP1 keeps that in private attributes,
-tried with torch 2.11 and 2.13 and guarded by a test.
+most ranks; with False, the flat parameter of each unit. FSDP1 records which elements those are in private attributes, tried with torch
+2.11 and 2.13 and guarded by a test.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def layout_of(model: nn.Module) -> FlatLayout:
 
 
 def _flattened(model: nn.Module) -> dict[Tensor, Tensors]:
-    """For each parameter that a model's optimizer is given, the names and shapes of the tensors in it, on whatever ranks their elements
-    are. Empty where FSDP1 has flattened nothing.
+    """Return names and shapes of the tensors in each parameter that a model's optimizer is given, also of tensors without elements on this
+    rank. Empty if FSDP1 has flattened nothing.
     """
     found: dict[Tensor, Tensors] = {}
     for prefix, handle in _handles(model):
@@ -77,7 +77,7 @@ def _aliases(model: nn.Module) -> dict[str, str]:
 
 
 def check_whole_state_on_cpu(model: nn.Module, keys: Sequence[str]) -> None:
-    """Raise ValueError where torch would give the model's whole state under each key the values of the last one.
+    """Raise ValueError if torch would give the model's whole state under each key the values of the last one.
 
     With `use_orig_params=True` torch 2.13 gathers one key after the other into the same memory, and takes what it has gathered from there
     with `.cpu()`, which copies nothing that is on a CPU already. On other devices, and with False, whole state is right.
@@ -93,7 +93,7 @@ def check_whole_state_on_cpu(model: nn.Module, keys: Sequence[str]) -> None:
 
 
 def check_state_is_alike(model: nn.Module, keys: Mapping[Tensor, Sequence[str]]) -> None:
-    """Raise ValueError where torch cannot gather the state of a unit: it takes all parameters of a unit to have the same.
+    """Raise ValueError if torch cannot gather the state of a unit: it assumes that all parameters of a unit have the same keys.
 
     Args:
         keys: of the state of each parameter.
@@ -155,9 +155,9 @@ def _content(model: nn.Module, names: Mapping[Tensor, str]) -> FlatModel | None:
 
 
 def _layout_holding(params: Sequence[Tensor]) -> FlatLayout | None:
-    """The layout of the outermost FullyShardedDataParallel module that holds these parameters.
+    """Return the layout of the outermost FullyShardedDataParallel module that holds these parameters.
 
-    None where none holds all of them, as where only parts of a model are wrapped: names in a part are not those of the model.
+    None if no module holds all of them, as when only parts of a model are wrapped: names in a part are not those of the model.
     """
     modules = objects_of(FullyShardedDataParallel)
     inner = {id(each) for module in modules for each in module.modules() if each is not module}

@@ -14,7 +14,7 @@ __all__ = ["WRAPPER"]
 
 
 def _units(model: nn.Module) -> Iterable[list[Tensor]]:
-    """The parameters of each `fully_shard` call, which FSDP2 reduces together, and then calls the hook of each."""
+    """Return the parameters of each `fully_shard` call: FSDP2 reduces their gradients together, and then calls the hook of each."""
     units: list[list[Tensor]] = []
     known: set[Tensor] = set()
 
@@ -34,7 +34,7 @@ def _units(model: nn.Module) -> Iterable[list[Tensor]]:
 
 
 def _reshard(model: nn.Module) -> None:
-    """A forward pass without a backward pass leaves gathered copies in the places of the sharded parameters."""
+    """Put the sharded parameters back: a forward pass without a backward pass leaves gathered copies in their places."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             FSDPModule.reshard(module)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 from operator import attrgetter, is_
 from typing import Any
@@ -43,7 +43,7 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class LocalParam:
-    """What this rank holds of one parameter of the optimizer: a piece of a tensor, or, where a wrapper flattens, pieces of several."""
+    """This rank's part of one parameter of the optimizer: a piece of a tensor, or pieces of several if a wrapper flattens."""
 
     param: Tensor  # as the param group holds it; the key of its optimizer state
     name: str  # for error messages
@@ -64,14 +64,14 @@ class Layout:
     names: tuple[str, ...]  # every tensor of the whole model, on all ranks in the same order
     numels: tuple[int, ...]  # of these tensors
     slots: tuple[int, ...]  # index into `names` of each piece of the local parameters, one parameter after the other
-    owned: tuple[bool, ...]  # whether this rank is the one that speaks for the piece; replicas have exactly one owner
+    owned: tuple[bool, ...]  # whether this rank owns the piece; replicas have exactly one owner
     # Of each piece: n - 1 for the first of all n pieces, of all ranks, of a tensor, -1 for the others, and 0 for those without an element.
     # So a value that is the same for all pieces of a tensor adds up to 0 over ranks.
     balance: tuple[int, ...]
     is_global: bool = False  # whether it was made by all ranks of a process group together
     # Of these ranks; None: this process is alone. Held weakly: torch.distributed owns groups, and must be the one to end their threads.
     process_group_ref: weakref.ref[dist.ProcessGroup] | None = None
-    matrices: tuple[MatrixPlan, ...] = ()  # how whole matrices come together: a plan for each dtype
+    matrices: tuple[MatrixPlan, ...] = ()  # how whole matrices are gathered: a plan for each dtype
     partial: dict[int, Any] = field(default_factory=dict)  # by local parameter: how its gradient is reduced, where that comes Partial
     has_dtensors: bool = field(init=False)  # whether any of the parameters is a tensor of a subclass, as a DTensor is
     device: torch.device = field(init=False)  # on which ranks agree: that of the first parameter when this was made
@@ -121,27 +121,20 @@ class Layout:
         return DeviceCache()
 
     @cached_property
-    def _slots(self) -> Tensor:
-        return torch.tensor(self.slots, dtype=torch.int64, device="cpu")
-
-    @cached_property
-    def _balance(self) -> Tensor:
-        return torch.tensor(self.balance, dtype=torch.int64, device="cpu")
-
-    @cached_property
-    def _held(self) -> Tensor:
-        return torch.tensor([segment.numel > 0 for segment in segments_of(self.local_params)], dtype=torch.bool, device="cpu")
+    def _segments(self) -> list[Segment]:
+        return segments_of(self.local_params)
 
     def places(self, indices: Sequence[int], device: torch.device) -> Slots:
         """Return the positions of some of the pieces."""
-        at = torch.tensor(indices, dtype=torch.int64, device="cpu")
-        slots, balance = self._slots[at], self._balance[at]
+        tensor = partial(torch.tensor, dtype=torch.int64, device="cpu")
+        slots, balance = tensor([self.slots[index] for index in indices]), tensor([self.balance[index] for index in indices])
+        is_first = tensor([self._segments[index].numel > 0 and self.balance[index] >= 0 for index in indices])
         counted = [[self.owned[index] for index in indices], [NON_FINITE_PIECE] * len(indices)]
         return Slots(
-            indices=at,
+            indices=tensor(indices),
             slots=send(slots, device),
-            counted=send(torch.tensor(counted, dtype=torch.int64, device="cpu"), device),
-            first_slots=slots.where(self._held[at] & (balance >= 0), -1),
+            counted=send(tensor(counted), device),
+            first_slots=slots.where(is_first > 0, -1),
             weights=balance * (mix((slots + 1) * GOLDEN) | 1),  # odd, so that multiplying loses no bit
         )
 
@@ -205,6 +198,6 @@ class Slots:
 
     indices: Tensor  # int64 (n,), among all pieces
     slots: Tensor  # int64 (n,) on the device, into `names`
-    counted: Tensor  # int64 (2, n) on the device: 1 where this rank speaks for the piece, as replicas count once; and NON_FINITE_PIECE
+    counted: Tensor  # int64 (2, n) on the device: 1 where this rank owns the piece, as replicas count once; and NON_FINITE_PIECE
     first_slots: Tensor  # int64 (n,), into `names` where a piece is the first of those of its tensor that have an element; else -1
     weights: Tensor  # int64 (n,), random for each tensor, times `Layout.balance`: of the hashes whose sum is 0 where ranks agree

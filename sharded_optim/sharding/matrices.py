@@ -1,10 +1,10 @@
-"""Plan how whole matrices come together: which rank computes with which, and what the ranks send each other for it.
+"""Plan the exchange of whole matrices: which rank computes with which matrix, and which elements the ranks send each other for it.
 
 A matrix is a range of elements of a tensor: all of it, one of a stack, or a block of rows. Each has one *owner* among the ranks that hold
 a piece of it. In a *round* the owners gather the pieces that they lack of some matrices, each from one of its replicas, and send the
-results to all ranks that hold a piece. What a rank alone holds whole does not travel.
+results to all ranks that hold a piece. A matrix that one rank holds whole is not sent.
 
-`exchange.py` makes the plan from what all ranks hold; `step/matrix_exchange.py` carries it out.
+`exchange.py` makes the plan from the pieces of all ranks; `step/matrix_exchange.py` carries it out.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import torch
 from sharded_optim.sharding.segment import Overlap, Segment, overlaps
 
 __all__ = [
+    "AllToAll",
     "Holding",
     "Matrices",
     "MatrixPlan",
     "OwnedMatrix",
     "Part",
     "Round",
-    "Transfer",
     "choose_owners",
     "choose_rounds",
     "plan_matrices",
@@ -40,9 +40,9 @@ ROUND_BYTES = 2**22  # of the matrices of one owner in a round: enough for a net
 class Matrices:
     """The matrices that a tensor is: its row-major elements, one matrix after the other."""
 
-    dtype: torch.dtype  # in which they travel
+    dtype: torch.dtype  # in which they are sent
     shapes: tuple[tuple[int, int], ...]
-    flops: tuple[int, ...]  # what it takes to compute with each, up to a common factor
+    flops: tuple[int, ...]  # of the computation with each, up to a common factor
 
 
 class Holding(NamedTuple):
@@ -66,7 +66,7 @@ class Part(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Transfer:
+class AllToAll:
     """The sizes of an all-to-all for this rank: elements to, and from, each rank."""
 
     sent: list[int]
@@ -81,8 +81,8 @@ class OwnedMatrix:
     columns: int
     piece: int  # one of this rank's pieces of it
     own: list[Part] = field(default_factory=list)  # in the buffer of this rank's pieces
-    gathered: list[Part] = field(default_factory=list)  # in what is received
-    results: list[Part] = field(default_factory=list)  # in what is sent back
+    gathered: list[Part] = field(default_factory=list)  # in the received buffer
+    results: list[Part] = field(default_factory=list)  # in the buffer that is sent back
 
     @property
     def lies_whole(self) -> bool:
@@ -94,10 +94,10 @@ class OwnedMatrix:
 class Round:
     """The part of this rank in one round. Slices are of the buffer of its pieces, in the order in which they are packed."""
 
-    gather: Transfer
+    gather: AllToAll
     gathered_from: list[slice]
     matrices: list[OwnedMatrix]
-    scatter: Transfer
+    scatter: AllToAll
     scattered_to: list[slice]
 
 
@@ -123,7 +123,7 @@ class MatrixPlan:
 
 @dataclass(kw_only=True, eq=False)
 class _Whole:
-    """A matrix, and all non-empty parts of it: (who holds the piece, where the part begins and ends in the piece)."""
+    """A matrix, and all non-empty parts of it: (the piece, where the part begins and ends in the piece)."""
 
     range: Segment
     rows: int
@@ -228,8 +228,8 @@ def choose_rounds(sizes: Sequence[int], flops: Sequence[int], owners: Sequence[i
 
 
 def _round(members: Sequence[tuple[int, _Whole]], places: Mapping[int, slice], rank: int, sent: list[int]) -> Round:
-    """Build this rank's part of a round. What two ranks send each other is in the order of `members` on both."""
-    world_size = len(sent)
+    """Build this rank's part of a round. Two ranks send and receive elements for each other in the order of `members`."""
+    gather, scatter = (AllToAll(sent=[0] * len(sent), received=[0] * len(sent)) for _ in range(2))
     outgoing: list[tuple[int, slice]] = []  # to whom
     incoming: list[tuple[int, slice]] = []  # from whom
     arriving: list[tuple[int, OwnedMatrix, Part]] = []  # from whom
@@ -258,16 +258,20 @@ def _round(members: Sequence[tuple[int, _Whole]], places: Mapping[int, slice], r
                 sender, _, _ = min(parts, key=lambda part: sent[part[0].rank])[0]
                 sent[sender] += end - begin
                 if sender == rank:
+                    gather.sent[owner] += end - begin
                     holding = next(holding for holding, _, _ in parts if holding.rank == rank)
                     outgoing.append((owner, local(holding, begin, end)))
                 if matrix is not None:
+                    gather.received[sender] += end - begin
                     arriving.append((sender, matrix, _part(whole, segment, begin, end, 0)))
         for holding, begin, end in whole.parts:
             if holding.rank != owner:
                 sent[owner] += end - begin
                 if holding.rank == rank:
+                    scatter.received[owner] += end - begin
                     incoming.append((owner, local(holding, begin, end)))
                 if matrix is not None:
+                    scatter.sent[holding.rank] += end - begin
                     returning.append((holding.rank, matrix, _part(whole, holding.segment, begin, end, 0)))
     for parts_of, packed in ((attrgetter("gathered"), arriving), (attrgetter("results"), returning)):
         offset = 0
@@ -275,24 +279,16 @@ def _round(members: Sequence[tuple[int, _Whole]], places: Mapping[int, slice], r
             parts_of(matrix).append(part._replace(begin=offset, end=offset + part.numel))
             offset += part.numel
     return Round(
-        gather=Transfer(sent=_sizes(outgoing, world_size), received=_sizes(arriving, world_size)),
+        gather=gather,
         gathered_from=[each for _, each in sorted(outgoing, key=itemgetter(0))],
         matrices=owned,
-        scatter=Transfer(sent=_sizes(returning, world_size), received=_sizes(incoming, world_size)),
+        scatter=scatter,
         scattered_to=[each for _, each in sorted(incoming, key=itemgetter(0))],
     )
 
 
 def _part(whole: _Whole, segment: Segment, begin: int, end: int, at: int) -> Part:
-    """The elements [begin, end) of a segment's buffer, which lie at `at` in another one."""
+    """Describe the elements [begin, end) of a segment's buffer, which are at `at` in another buffer."""
     found = tuple(replace(each, source=each.source - begin) for each in overlaps(segment, whole.range))
     assert sum(each.run * each.count for each in found) == end - begin, "a range cuts a contiguous part out of a segment"
     return Part(at, at + end - begin, found)
-
-
-def _sizes(packed: Sequence[tuple[int, slice] | tuple[int, OwnedMatrix, Part]], world_size: int) -> list[int]:
-    """Number of elements to or from each rank."""
-    sizes = [0] * world_size
-    for peer, *_, elements in packed:
-        sizes[peer] += elements.numel if isinstance(elements, Part) else elements.stop - elements.start
-    return sizes

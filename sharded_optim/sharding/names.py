@@ -25,7 +25,7 @@ def without_wrappers(name: str, *, is_in_ddp: bool = True) -> str:
 
 
 def names_without_wrappers(names: Collection[str]) -> dict[str, str]:
-    """The names of a model's parameters, each with what it is without the prefixes of wrappers; as they are where two would be the same.
+    """Map the names of a model's parameters to names without the prefixes of wrappers; to themselves if two would become the same.
 
     >>> names_without_wrappers(["module._orig_mod.up.weight", "module.scale"])
     {'module._orig_mod.up.weight': 'up.weight', 'module.scale': 'scale'}

@@ -1,9 +1,9 @@
-"""Exchange which pieces of which tensors the ranks hold: each rank gets those of its share of the tensors, from all ranks, and groups them.
+"""Exchange the pieces of tensors that ranks hold: each rank receives, from all ranks, the pieces of its share of the tensors.
 
 A piece travels as a row of numbers: a hash of the tensor's key, one of its shape and dtype, and the extents of its segment. The text of a
 row (key, shape, dtype) is sent where it is needed: once for each tensor, and for pieces that contradict each other.
 
-`exchange.py` finds the owners of pieces by it, `checkpoint/write_plan.py` who writes what.
+`exchange.py` chooses the owners of pieces by it, and `checkpoint/write_plan.py` the writers.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from sharded_optim.sharding.ranks import message_of
 from sharded_optim.sharding.row_exchange import Array, RowExchange, hash_words
 from sharded_optim.sharding.segment import Segment, find_tiling_error_of
 
@@ -40,28 +41,27 @@ class HeldPiece(NamedTuple):
 
 
 class RowText(NamedTuple):
-    """What a row says, in words."""
+    """The text of a row."""
 
     key: str
     shape: tuple[int, ...]
     dtype: str
 
 
-class PieceExchange:
+class PieceExchange(RowExchange):
     """The pieces of this rank's share of the tensors, on all ranks, in the order of the ranks and of each rank's pieces.
 
-    Constructing it is a collective, and so are `send`, `reply` and `texts`. Tensors and segments are numbered in the order in which they
-    first appear.
+    Constructing it is a collective, and so are `send`, `reply` and `texts`; see `RowExchange`. Tensors and segments are numbered in the
+    order in which they first appear.
 
     Args:
         pieces: of this rank.
-        further: int64 (pieces, k), what else is sent of each.
-        facts: what this rank tells all others.
+        further: int64 (pieces, k), further numbers of each.
+        facts: numbers of this rank for all others.
         process_group: None: this process alone.
 
     Attributes:
-        facts: int64 (ranks, facts).
-        ranks, index: int64 (rows,), who holds a piece, and its number among the pieces of that rank.
+        index: int64 (rows,), the number of a piece among those of the rank that holds it.
         extents: int64 (rows, 4), its segment's start, run, stride and count.
         further: int64 (rows, k).
         tensor, segment: int64 (rows,), the number of the piece's tensor, and of its segment among all distinct ones.
@@ -70,9 +70,8 @@ class PieceExchange:
 
     def __init__(self, pieces: Sequence[HeldPiece], further: Array, facts: Sequence[int], process_group: dist.ProcessGroup | None) -> None:
         keys = [piece.key.encode("utf-8", "surrogatepass") for piece in pieces]
-        traits = {(segment.shape, dtype): b"" for _, segment, dtype in pieces}
-        for shape, dtype in traits:
-            traits[shape, dtype] = f"{','.join(map(str, shape))} {dtype} ".encode()  # `_parse` reads it
+        kinds = {(segment.shape, dtype) for _, segment, dtype in pieces}
+        traits = {(shape, dtype): f"{','.join(map(str, shape))} {dtype} ".encode() for shape, dtype in kinds}  # `_parse` reads it
         of_traits = dict(zip(traits, hash_words(list(traits.values()))[:, 0].tolist(), strict=True))
         self._texts = [traits[piece.segment.shape, piece.dtype] + key for piece, key in zip(pieces, keys, strict=True)]
         rows = np.empty((len(pieces), COLUMNS + further.shape[1]), dtype=np.int64)
@@ -88,38 +87,35 @@ class PieceExchange:
         rows[:, COLUMNS:] = further
         world_size = 1 if process_group is None else dist.get_world_size(process_group)
         to = (rows[:, 0].view(np.uint64) % np.uint64(world_size)).astype(np.int64)
-        self._exchange = RowExchange(rows, to, facts, process_group)
-        self.send, self.reply = self._exchange.send, self._exchange.reply
-        self.facts, self.ranks, rows = self._exchange.facts, self._exchange.ranks, self._exchange.rows
-        self.index, self.extents, self.further = rows[:, INDEX], rows[:, EXTENTS], rows[:, COLUMNS:]
-        self.tensor, self.first_of_tensor = group_rows(rows[:, KEY])
+        super().__init__(rows, to, facts, process_group)
+        self.index, self.extents, self.further = self.rows[:, INDEX], self.rows[:, EXTENTS], self.rows[:, COLUMNS:]
+        self.tensor, self.first_of_tensor = group_rows(self.rows[:, KEY])
         self.segment, self.first_of_segment = group_rows(np.column_stack([self.tensor, self.extents]))
-        self._rows = rows
 
     @property
     def numels(self) -> Array:
         """Elements of each tensor: int64 (tensors,)."""
-        return self._rows[self.first_of_tensor, NUMEL]
+        return self.rows[self.first_of_tensor, NUMEL]
 
     @cached_property
     def contradicts(self) -> Array:
         """Whether the shape or the dtype is another than in the first row of the tensor: bool (rows,)."""
-        traits = self._rows[:, TRAITS]
+        traits = self.rows[:, TRAITS]
         return traits != traits[self.first_of_tensor[self.tensor]]
 
     def texts(
         self,
         of_rows: Array,  # bool (rows,), of which a text is needed here
-        of_pieces: Array,  # bool (pieces,), of which of this rank's pieces it is needed elsewhere, as a reply has told
+        of_pieces: Array,  # bool (pieces,), of which of this rank's pieces another rank needs it, by the replies
     ) -> dict[int, RowText]:  # by row
         sent = [text if needed else b"" for text, needed in zip(self._texts, of_pieces.tolist(), strict=True)]
-        received = self._exchange.send_texts(sent, np.where(of_rows, self._rows[:, TEXT_SIZE], 0))
+        received = self.send_texts(sent, np.where(of_rows, self.rows[:, TEXT_SIZE], 0))
         return {row: _parse(received[row]) for row in np.flatnonzero(of_rows).tolist()}
 
     def tiling_errors(self) -> dict[int, str]:
-        """Say what is wrong with the tensors whose distinct segments do not cover each element exactly once, by their numbers.
+        """Describe the errors of tensors whose distinct segments do not cover each element exactly once, by number of the tensor.
 
-        Of tensors about whose shape ranks disagree nothing is said.
+        Tensors about whose shape ranks disagree are left out.
         """
         filled = self.first_of_segment[self.extents[self.first_of_segment, 1] > 0]  # empty segments are all zeros
         tensor, (start, run, _, count) = self.tensor[filled], self.extents[filled].T
@@ -131,7 +127,7 @@ class PieceExchange:
         follows = start == np.where(is_first, 0, np.append(0, end[:-1])[: len(tensor)])
         tiles = numels == 0
         tiles[tensor] = True
-        # Runs of elements that follow each other tile; whatever else there is, `find_tiling_error_of` looks at.
+        # Runs of elements that follow each other tile; all other segments are checked by `find_tiling_error_of`.
         np.logical_and.at(tiles, tensor, follows & (count == 1) & (~is_last | (end == numels[tensor])))
         tiles[self.tensor[self.contradicts]] = True
         errors: dict[int, str] = {}
@@ -144,11 +140,11 @@ class PieceExchange:
 
 
 def attempt(action: Callable[[], T]) -> tuple[T | None, str | None]:
-    """Run what one rank does between collectives of all: return its result, or what it has raised, for all ranks to raise later."""
+    """Run an action of one rank between collectives. Return its result, or the text of its error for all ranks to raise later."""
     try:
         return action(), None
-    except Exception as error:
-        return None, str(error) if isinstance(error, ValueError) else repr(error)
+    except Exception as error:  # the other ranks must get the error before this one raises
+        return None, message_of(error)
 
 
 def group_rows(
@@ -165,9 +161,7 @@ def group_rows(
     first = order[begins]
     number = np.empty_like(order)
     by_appearance = np.argsort(first)
-    position = np.empty_like(by_appearance)
-    position[by_appearance] = np.arange(len(first))
-    number[order] = position[np.cumsum(begins) - 1]
+    number[order] = np.argsort(by_appearance)[np.cumsum(begins) - 1]
     return number, first[by_appearance]
 
 

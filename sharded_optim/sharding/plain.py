@@ -11,7 +11,7 @@ from sharded_optim.sharding.layout import LocalParam, Piece
 from sharded_optim.sharding.segment import Segment
 from sharded_optim.storage.formats import format_of, is_stored
 
-__all__ = ["check_dtype_and_layout", "check_memory", "describe", "waited_for"]
+__all__ = ["check_dtype_and_layout", "check_memory", "describe", "ordinary", "waited_for"]
 
 
 def describe(param: Tensor, name: str) -> LocalParam:
@@ -20,11 +20,7 @@ def describe(param: Tensor, name: str) -> LocalParam:
 
     def local(tensor: Tensor, role: str) -> Tensor:
         if tensor is not param:
-            tensor = waited_for(tensor)
-            if type(tensor) not in (Tensor, torch.nn.Parameter):
-                raise ValueError(f"{role} of {name!r} is a {type(tensor).__name__}, the parameter an ordinary tensor; make both alike")
-            if not _is_usable(tensor):
-                check_dtype_and_layout(tensor, f"{role} of {name!r}")
+            tensor = ordinary(tensor, role, name)
             if tensor.shape != param.shape:
                 raise ValueError(f"{role} of {name!r} has shape {tuple(tensor.shape)}, the parameter {tuple(param.shape)}")
         return tensor
@@ -32,16 +28,30 @@ def describe(param: Tensor, name: str) -> LocalParam:
     return LocalParam(param=param, name=name, pieces=(Piece(segment=Segment.whole(name, param.shape)),), local=local)
 
 
+def ordinary(tensor: Tensor, role: str, name: str) -> Tensor:
+    """Wait for a tensor, and check that it is an ordinary one that a step can use.
+
+    Args:
+        role, name: of the tensor, and of its parameter, in error messages.
+    """
+    tensor = waited_for(tensor)
+    if type(tensor) not in (Tensor, torch.nn.Parameter):
+        raise ValueError(f"{role} of {name!r} is a {type(tensor).__name__}, the parameter an ordinary tensor; make both alike")
+    if not _is_usable(tensor):
+        check_dtype_and_layout(tensor, f"{role} of {name!r}")
+    return tensor
+
+
 def waited_for(tensor: Tensor) -> Tensor:
-    """Wait for a tensor that a functional collective is bringing; return any other as it is."""
-    collectives = sys.modules.get("torch.distributed._functional_collectives")  # imported by whoever has such a tensor
+    """Wait for the result of a functional collective; return any other tensor as it is."""
+    collectives = sys.modules.get("torch.distributed._functional_collectives")  # imported by every user of such a tensor
     if collectives is not None and isinstance(tensor, collectives.AsyncCollectiveTensor):
         return tensor.wait()  # pyright: ignore[reportAttributeAccessIssue]
     return tensor
 
 
 def _is_usable(tensor: Tensor) -> bool:
-    """Return whether `check_dtype_and_layout` has nothing to say: for most tensors no text has to be made."""
+    """Return whether `check_dtype_and_layout` would pass, without making the text of an error."""
     return tensor.layout is torch.strided and is_stored(tensor.dtype) and not tensor.is_neg()
 
 

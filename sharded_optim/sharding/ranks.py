@@ -1,4 +1,4 @@
-"""The optimizers' own process group, and errors that all ranks raise together: a rank that raises alone leaves the others waiting."""
+"""The optimizers' own process group, and errors that all ranks raise together: if one rank raises alone, the others wait for it."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ __all__ = [
     "gather_messages",
     "gather_objects",
     "join_messages",
+    "listed",
+    "message_of",
     "named_ranks",
     "naming_missing_ranks",
     "own_process_group",
@@ -32,10 +34,10 @@ __all__ = [
 
 T = TypeVar("T")
 
-# What torch.distributed raises where a rank is missing; gloo's errors are plain ones.
+# The errors of torch.distributed when a rank is missing; gloo's are plain RuntimeErrors.
 COLLECTIVE_ERRORS = (RuntimeError, dist.DistError, dist.DistBackendError, dist.DistNetworkError)
 LOST_RANK = re.compile(r"timed out|timeout|closed|reset|refused|broken pipe|abort|exited", re.IGNORECASE)  # in gloo's and NCCL's words
-REPORTING_TIME = 3.0  # seconds in which ranks whose collective has failed report that they took part
+REPORTING_TIME = 3.0  # seconds in which ranks report that the collective has failed on them too
 
 # By the group they mirror. Held weakly: torch.distributed owns groups, and must be the one to end their threads.
 _own_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[str | None, str], weakref.ref[dist.ProcessGroup]]] = (
@@ -43,7 +45,7 @@ _own_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[str | None,
 )
 
 
-_failures: dict[str, int] = {}  # collectives that have failed, by the group's name, which a later group may have again
+_failures: dict[str, int] = {}  # number of failed collectives by the group's name, which a later group may have again
 
 
 def own_process_group(
@@ -53,8 +55,8 @@ def own_process_group(
 
     Args:
         process_group: None means the world. The first call for a group is a collective over it.
-        backend: None: the group's own, for steps. Each backend that is named has a group of its own.
-        purpose: likewise each of these, so that what is done for one may go on in the background.
+        backend: None: the group's own, for steps. Each named backend has a group of its own.
+        purpose: each purpose has a group of its own too, so that its collectives may run in the background.
 
     Returns:
         None when this process is alone.
@@ -135,8 +137,14 @@ def _missing_ranks(process_group: dist.ProcessGroup) -> list[int]:
     return missing
 
 
-def gather_messages(message: str | None, process_group: dist.ProcessGroup | None) -> str:
-    """Gather the messages of all ranks in one text, which every rank then raises. A collective."""
+def message_of(failure: Exception) -> str:
+    """Return the text of an error of one rank, for all ranks to raise as a ValueError."""
+    return str(failure) if isinstance(failure, ValueError) else repr(failure)
+
+
+def gather_messages(failure: Exception | str | None, process_group: dist.ProcessGroup | None) -> str:
+    """Gather the errors of all ranks in one text, which every rank then raises; None: this rank has no error. A collective."""
+    message = message_of(failure) if isinstance(failure, Exception) else failure
     return message or "" if process_group is None else join_messages(gather_objects(message, process_group))
 
 
@@ -162,15 +170,11 @@ def raise_together(failure: Exception | None, description: object, process_group
         description: what must be the same on all ranks that have not failed; anything with a `repr`.
 
     Raises:
-        ValueError: of what went wrong on which rank, or that the descriptions differ.
+        ValueError: the errors of all ranks with their ranks, or the descriptions differ.
         Exception: `failure` itself, where it is no ValueError.
     """
-    of_ranks: list[tuple[str | None, str]] = [(None, "")]
-    if process_group is not None:
-        digest = hashlib.sha256(repr(description).encode()).hexdigest()
-        message = None if failure is None else str(failure) if isinstance(failure, ValueError) else repr(failure)
-        of_ranks = of_ranks * dist.get_world_size(process_group)
-        dist.all_gather_object(of_ranks, (message, digest), group=process_group)
+    digest = hashlib.sha256(repr(description).encode()).hexdigest()
+    of_ranks = gather_objects((None if failure is None else message_of(failure), digest), process_group)
     if failure is not None and (process_group is None or not isinstance(failure, ValueError)):
         raise failure
     messages = [message for message, _ in of_ranks]
@@ -185,7 +189,7 @@ def raise_together(failure: Exception | None, description: object, process_group
 
 
 @contextmanager
-def raising_together(process_group: dist.ProcessGroup | None, describe: Callable[[], object]) -> Iterator[None]:
+def raising_together(process_group: dist.ProcessGroup | None, describe: Callable[[], object] = lambda: None) -> Iterator[None]:
     """Context that raises an error of one rank on every rank: see `raise_together`. A collective at its end.
 
     Args:
@@ -224,5 +228,9 @@ def named_ranks(ranks: Sequence[int]) -> str:
     >>> named_ranks([3]), named_ranks([0, 2])
     ('rank 3', 'ranks 0, 2')
     """
-    shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
-    return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
+    return f"rank{'s' if len(ranks) > 1 else ''} {listed(ranks)}"
+
+
+def listed(items: Sequence[object]) -> str:
+    """List the first eight items for error messages, and how many more there are."""
+    return ", ".join(map(str, items[:8])) + (f" and {len(items) - 8} more" if len(items) > 8 else "")

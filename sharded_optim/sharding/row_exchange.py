@@ -1,7 +1,7 @@
-"""Exchange rows of numbers: each rank sends every row to the rank that checks it, and gets replies.
+"""Exchange rows of numbers: each rank sends every row to the rank that checks it, and receives a reply.
 
-What all ranks hold of a tensor must be compared somewhere. If every rank did it for all tensors, time and memory would grow with ranks x
-tensors; here each rank compares the rows of its share of the tensors. Used by `piece_exchange.py`.
+The pieces of a tensor on all ranks must be compared on some rank. If every rank compared those of all tensors, time and memory would grow
+with ranks x tensors; here each rank compares the rows of its share of the tensors. Used by `piece_exchange.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def hash_words(texts: Sequence[bytes]) -> Array:
-    """128 bits of a cryptographic hash of each text: int64 (texts, 2). Different texts have different hashes for all purposes."""
+    """Return 128 bits of a cryptographic hash of each text: int64 (texts, 2), so that equal hashes mean equal texts."""
     digests = b"".join(hashlib.blake2b(text, digest_size=16).digest() for text in texts)
     return np.frombuffer(digests, dtype=np.int64).reshape(len(texts), 2)
 
@@ -31,13 +31,13 @@ class RowExchange:
     Args:
         rows: int64 (n, columns), this rank's.
         to: int64 (n,), the rank that checks each.
-        facts: int64 (k,), what this rank tells all others.
+        facts: int64 (k,), numbers of this rank for all others.
         process_group: None: this process alone.
 
     Attributes:
         facts: int64 (ranks, k), of all ranks.
         rows: int64 (m, columns), that this rank checks: in the order of ranks, and of the rows on each.
-        ranks: int64 (m,), whose they are.
+        ranks: int64 (m,), the rank that has sent each of them.
     """
 
     def __init__(self, rows: Array, to: Array, facts: Sequence[int], process_group: dist.ProcessGroup | None) -> None:
@@ -96,7 +96,7 @@ class RowExchange:
 
 
 def _device_of(process_group: dist.ProcessGroup) -> torch.device:
-    """The device of a group's collectives: the CPU where it has a backend for it, as gloo's have."""
+    """Return the device of a group's collectives: the CPU if the group has a backend for it, as gloo's have."""
     if "cpu:" in dist.get_backend_config(process_group):
         return torch.device("cpu")
     accelerator = torch.accelerator.current_accelerator()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -106,7 +106,7 @@ class Segment:
         return self.start + self.stride * torch.arange(self.count, dtype=torch.int64, device="cpu")
 
     def elements_before(self, element: int) -> int:
-        """Number of elements of this segment that lie before an element of the tensor: where that stands in the segment's buffer.
+        """Count the elements of this segment before an element of the tensor, which is the position of that in the segment's buffer.
 
         >>> Segment(name="w", shape=(5, 3), start=2, run=1, stride=3, count=5).elements_before(6)
         2
@@ -148,20 +148,17 @@ class Overlap:
 
     def copy(self, source: Tensor, target: Tensor) -> None:
         """Copy the common elements from one buffer to the other, both 1-D and contiguous; casts."""
-        source, target = self._views(source, target)
-        target.copy_(source)
-
-    def _views(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         if self.count == 1:
-            return source[self.source : self.source + self.run], target[self.target : self.target + self.run]
+            target[self.target : self.target + self.run].copy_(source[self.source : self.source + self.run])
+            return
         shape = (self.count, self.run)
         rows = source.as_strided(shape, (self.source_stride, 1), source.storage_offset() + self.source)
-        return rows, target.as_strided(shape, (self.target_stride, 1), target.storage_offset() + self.target)
+        target.as_strided(shape, (self.target_stride, 1), target.storage_offset() + self.target).copy_(rows)
 
     def reversed(self) -> Overlap:
         """The overlap with source and target exchanged."""
         ends = {"source": self.target, "source_stride": self.target_stride, "target": self.source, "target_stride": self.source_stride}
-        return Overlap(run=self.run, count=self.count, **ends)
+        return replace(self, **ends)
 
 
 def overlaps(source: Segment, target: Segment) -> list[Overlap]:
@@ -184,22 +181,13 @@ def overlaps(source: Segment, target: Segment) -> list[Overlap]:
         return [overlap.reversed() for overlap in overlaps(target, source)]
     found = []
     for row, start in enumerate(source.run_starts().tolist()):
-        found += [
-            Overlap(
-                run=each.run,
-                count=each.count,
-                source=each.source + row * source.run,
-                source_stride=each.source_stride,
-                target=each.target,
-                target_stride=each.target_stride,
-            )
-            for each in _with_range(start, start + source.run, target)
-        ]
+        in_row = _with_range(start, start + source.run, target)
+        found += [replace(overlap, source=overlap.source + row * source.run) for overlap in in_row]
     return found
 
 
 def _with_range(begin: int, end: int, rows: Segment) -> Iterator[Overlap]:
-    """Of the elements [begin, end), as the source, with a segment: its first and last row may be cut."""
+    """Yield the overlaps of the elements [begin, end), the source, with a segment, whose first and last row may be cut."""
     start, run, stride = rows.start, rows.run, rows.stride
     first = max(0, (begin - start - run) // stride + 1)
     last = min(rows.count, -((start - end) // stride)) - 1
@@ -221,7 +209,7 @@ def _with_range(begin: int, end: int, rows: Segment) -> Iterator[Overlap]:
 
 
 def _with_same_stride(source: Segment, target: Segment) -> Iterator[Overlap]:
-    """Each run of the source meets at most two of the target."""
+    """Yield the overlaps of segments of one stride: each run of the source has elements of at most two runs of the target."""
     apart, stride = target.start - source.start, source.stride
     for shift in range((-target.run - apart) // stride + 1, -((apart - source.run) // stride)):  # of the target's rows to the source's
         offset = apart + shift * stride
@@ -242,7 +230,7 @@ def find_tiling_error(segments: Sequence[Segment]) -> str | None:
     """Check that distinct segments of one tensor cover each element exactly once.
 
     Returns:
-        None when they do, else what is wrong at which element.
+        None when they do, else the error and its element.
     """
     numel = segments[0].tensor_numel
     filled = [segment for segment in segments if segment.numel]

@@ -1,10 +1,10 @@
-"""A line in the log where this rank waits long for others in a collective, which names them if it can. Used by `ranks.py`.
+"""Log when this rank waits long for others in a collective, with their ranks if they can be determined. Used by `ranks.py`.
 
-A rank that alone calls step waits until the process group's timeout, half an hour, before torch says anything. One thread per process,
-which starts with the first wait, looks every few seconds at what is being waited for: a wait costs two microseconds, and starts no clock.
+A rank that alone calls step waits until the process group's timeout, half an hour, before torch raises an error. One thread per process,
+which starts with the first wait, checks the running waits every few seconds: a wait costs two microseconds, and starts no timer.
 
-Ranks that wait for more than a moment say so in the store by which the job's processes met, and those that have not are missing.
-`_get_default_store`, a private name, is tried with torch 2.13.
+Ranks that wait for some seconds post that in the job's rendezvous store; those that have not posted are missing. `_get_default_store`, a
+private name, is tried with torch 2.13.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ import torch.distributed as dist
 __all__ = ["waiting_for"]
 
 logger = logging.getLogger(__name__)
-LOOK_SECONDS = 5.0  # between two looks, and from when on a rank says that it waits
-HINT_SECONDS = 20.0  # from when on it looks who does not
+LOOK_SECONDS = 5.0  # between two checks, and the length of a wait from which on a rank posts it
+HINT_SECONDS = 20.0  # the length of a wait from which on it is logged
 
 
 @dataclass(eq=False)
 class _Wait:
-    """For the ranks of a process group."""
+    """A running wait for the ranks of a process group."""
 
     what: str
     process_group: Any
@@ -43,7 +43,7 @@ class _Wait:
         return f"sharded_optim/waiting/{self.process_group.group_name}/{self.number}/{rank}"
 
 
-_waits: dict[int, _Wait] = {}  # that go on
+_waits: dict[int, _Wait] = {}  # that are running
 _counts: defaultdict[str, int] = defaultdict(int)  # of the waits so far, by the group's name
 _thread: threading.Thread | None = None
 
@@ -124,6 +124,6 @@ def _missing(wait: _Wait) -> Sequence[int]:
 
 
 def _store() -> Any:
-    """The job's store, by a connection of its own: the main thread may be waiting at the other."""
+    """Return the job's store, with a connection of its own: the main thread may be waiting at the other."""
     store: Any = dist.distributed_c10d._get_default_store()
     return store.clone()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sharded_optim.formulas import Algorithm, Choose, Matrix
 from sharded_optim.formulas.hyperparameters import COMMON, Hyperparameter, Unsupported, on_host
-from sharded_optim.sharding import FlatLayout, LocalParam, Wrapper, describe, find_layout, used_wrappers
+from sharded_optim.sharding import FlatLayout, LocalParam, describe, find_layout
 from sharded_optim.sharding.matrices import Matrices
 from sharded_optim.sharding.ranks import own_process_group
 from sharded_optim.step import param_groups
@@ -123,7 +123,6 @@ class GroupedOptimizer(torch.optim.Optimizer):
             self.checks.check(complete, f"param_groups[{index}]", self.state_dtype)
             known = {id(p): n for g_index, g in enumerate(self.param_groups) for p, n in param_groups.named_params(g, g_index)}
             names = set(known.values())
-            wrappers = used_wrappers()
             for param, name in named:
                 if id(param) in known:
                     raise ValueError(f"parameter {name!r} appears twice, also as {known[id(param)]!r}; give each parameter once")
@@ -133,21 +132,20 @@ class GroupedOptimizer(torch.optim.Optimizer):
                 names.add(name)
                 if isinstance(param, Tensor):
                     if self.layout is None:
-                        self.layout = find_layout(param, (each for each, _ in named if isinstance(each, Tensor)), wrappers)
-                    self._with_matrices(describe(param, name, self.layout, wrappers), complete)
+                        self.layout = find_layout(param, (each for each, _ in named if isinstance(each, Tensor)))
+                    self._with_matrices(describe(param, name, self.layout), complete)
             param_groups.follow_names(param_group, self.param_groups)
         super().add_param_group(param_group)
         group = self.param_groups[index]
         self._given.append(_Given.of(group))
         param_groups.set_reference_lr(group, self._max_lr)
 
-    def describe_param(self, param: Tensor, name: str, group: dict[str, Any], wrappers: Sequence[Wrapper] | None = None) -> LocalParam:
+    def describe_param(self, param: Tensor, name: str, group: dict[str, Any]) -> LocalParam:
         """Describe what this rank holds of a parameter.
 
         Args:
             name: for error messages.
             group: its param group.
-            wrappers: that may claim it; None: all.
 
         Raises:
             ValueError: it cannot be optimized, or the optimizer was not told how it is sharded.
@@ -158,7 +156,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
                 "so.fsdp1_layout(model), or so.deepspeed.attach(engine)"
             )
         if self.layout is None:  # a model may have been wrapped since
-            self.layout = find_layout(param, chain.from_iterable(map(itemgetter("params"), self.param_groups)), wrappers)
+            self.layout = find_layout(param, chain.from_iterable(map(itemgetter("params"), self.param_groups)))
         if self.layout is None and self._stands_for_others(param, group):
             raise ValueError(
                 f"parameter {name!r} of shape {tuple(param.shape)} was put in the place of those that the optimizer was given, as by "
@@ -166,7 +164,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
                 f"so.deepspeed.attach(engine) after deepspeed.initialize, or so.deepspeed.initialize instead of it; parameters of your "
                 f"own go in with add_param_group"
             )
-        return self._with_matrices(describe(param, name, self.layout, wrappers), group)
+        return self._with_matrices(describe(param, name, self.layout), group)
 
     def _with_matrices(self, entry: LocalParam, group: Mapping[str, Any]) -> LocalParam:
         """Add the matrices that the algorithm of a group needs whole.

@@ -9,7 +9,7 @@ from functools import partial
 import torch.distributed as dist
 from torch import Tensor
 
-from sharded_optim.sharding import Layout, LocalParam, used_wrappers
+from sharded_optim.sharding import Layout, LocalParam
 from sharded_optim.sharding.exchange import exchange_layouts
 from sharded_optim.step.agreement import Rules, confirm_replacement
 from sharded_optim.step.collection import collector_paused
@@ -84,8 +84,7 @@ class LayoutMaker:
                 "the optimizer's param groups are empty, as DeepSpeed's ZeRO stage 3 leaves them between steps; step through the wrapper"
             )
         found = zip(params, self._index.places_of(optimizer.param_groups, params), strict=True)
-        wrappers = used_wrappers()
-        return [optimizer.describe_param(param, place.name, place.group, wrappers) for param, place in found]
+        return [optimizer.describe_param(param, place.name, place.group) for param, place in found]
 
     def _change(self, optimizer: StatefulOptimizer, params: Sequence[Tensor], layout: Layout) -> str:
         """Say how parameters differ from those of a layout."""

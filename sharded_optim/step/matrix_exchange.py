@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharded_optim.sharding import Layout
-from sharded_optim.sharding.matrices import MatrixPlan, OwnedMatrix, Transfer
+from sharded_optim.sharding.matrices import AllToAll, MatrixPlan, OwnedMatrix
 from sharded_optim.sharding.ranks import naming_missing_ranks
 from sharded_optim.storage.devices import capturing
 
@@ -160,7 +160,7 @@ class _Slot:
         self.directions, self.gathered, self.results, self.scattered = directions, gathered, results, scattered
 
 
-def _start(transfer: Transfer, sent: Tensor, received: Tensor, process_group: dist.ProcessGroup) -> dist.Work | None:
+def _start(transfer: AllToAll, sent: Tensor, received: Tensor, process_group: dist.ProcessGroup) -> dist.Work | None:
     """Start an all-to-all of the first elements of these buffers."""
     output, given = received[: sum(transfer.received)], sent[: sum(transfer.sent)]
     return dist.all_to_all_single(output, given, transfer.received, transfer.sent, process_group, async_op=True)

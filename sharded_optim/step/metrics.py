@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharded_optim.formulas import Algorithm
-from sharded_optim.sharding import Layout, LocalParam, Piece, is_partial
+from sharded_optim.sharding import Layout, LocalParam, Piece, partial_of
 from sharded_optim.sharding.names import names_without_wrappers
 from sharded_optim.storage.format import Format
 from sharded_optim.storage.formats import format_of
@@ -96,7 +96,7 @@ def report(entry: LocalParam, piece: Piece, state: dict[str, Any], last: tuple[U
     moments = [each.load(*arrays_of(each.entries(name))).double() for name, each in stored]
     if moments:
         vectors["moment"] = moments[0]
-    if entry.param.grad is not None and not is_partial(entry.param.grad):  # to reduce it is a collective
+    if entry.param.grad is not None and partial_of(entry.param.grad) is None:  # to reduce it is a collective
         vectors["grad"] = values_of(entry.param.grad, "gradient").double()
         if update is not None and update.grad_scale is not None:
             vectors["grad"] = vectors["grad"] * update.grad_scale

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sharded_optim.backends import AgreementFunctions
 from sharded_optim.formulas import verdict
-from sharded_optim.sharding import FlatLayout, Layout, gradients_of
+from sharded_optim.sharding import FlatLayout, Layout, reduced_gradients
 from sharded_optim.step.agreement import Agreement, Rules, Scaler, Streak, agree
 from sharded_optim.step.coefficients import GroupValues
 from sharded_optim.step.kernel_call import KernelCall
@@ -113,7 +113,8 @@ class ParamSet:
             whole: whether these are all parameters of the optimizer, in their order.
         """
         try:
-            grads = gradients_of(self.layout) if self.layout.has_dtensors else list(map(_grad, self.layout.params))
+            layout = self.layout
+            grads = reduced_gradients(layout.params, layout.partial) if layout.has_dtensors else list(map(_grad, layout.params))
             for exchange in self._exchanges.values():
                 exchange.allocate()
             groups = optimizer.groups_of(None if whole else self.layout.params)

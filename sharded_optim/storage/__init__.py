@@ -1,1 +1,1 @@
-"""How a value is stored: formats, memory, devices, and hashes of what is stored."""
+"""Storage of values: formats, memory, devices, and the mix function of hashes."""

@@ -1,4 +1,4 @@
-"""What a storage format is: arrays, and how a value is loaded from their elements and stored to them.
+"""The definition of a storage format: its arrays, and two functions that load a value from their elements and store it to them.
 
 Algorithms compute on fp32 values and never see a storage: a backend loads through the format, calls the algorithm, and stores the whole
 new value through the format. So every algorithm has every storage, with weight decay inside it. Every backend compiles `load` and `store`

@@ -1,7 +1,7 @@
 """Allocate CPU memory on large pages: a step streams through all of its memory, and large pages save most address translations.
 
-Linux gives 2 MiB pages to those who ask before they first touch the memory (transparent huge pages, where they are set to `always` or to
-`madvise`). The optimizers' state lies on them; parameters and gradients may, if whoever makes them takes their memory from `zeros`.
+Linux gives 2 MiB pages to a process that asks before it first touches the memory (transparent huge pages, if they are set to `always` or
+to `madvise`). The optimizers' state is on them; parameters and gradients are, if their memory was allocated by `zeros`.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ LARGE_PAGE = 2 * 2**20  # bytes
 
 
 def zeros(numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Zeros on the CPU, (numel,), on large pages as far as they fill them and where the system has them. The storage cannot be resized."""
+    """Allocate zeros on the CPU, (numel,), on large pages if the system has them. The storage cannot be resized."""
     size = numel * dtype.itemsize
     if size < LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(numel, dtype=dtype, device="cpu")
     try:
         memory = mmap.mmap(-1, size + LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         offset = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % LARGE_PAGE
-        memory.madvise(mmap.MADV_HUGEPAGE, offset, size // LARGE_PAGE * LARGE_PAGE)  # what does not fill a page takes small ones
+        memory.madvise(mmap.MADV_HUGEPAGE, offset, size // LARGE_PAGE * LARGE_PAGE)  # the rest is on small pages
     except OSError:  # a kernel without them
         return torch.zeros(numel, dtype=dtype, device="cpu")
     return torch.frombuffer(memory, dtype=dtype, count=numel, offset=offset)
 
 
 def zeros_on(device: torch.device, numel: int, dtype: torch.dtype) -> Tensor:
-    """Zeros, (numel,); on a CPU as `zeros`."""
+    """Allocate zeros, (numel,); on a CPU as `zeros`."""
     return zeros(numel, dtype) if device.type == "cpu" else torch.zeros(numel, dtype=dtype, device=device)
 
 

@@ -1,1 +1,1 @@
-"""The optimizers in a training loop: gradient release and model preparation."""
+"""The optimizers in a training loop: clipping, gradient release, model preparation, and callbacks of trainers."""

@@ -1,4 +1,4 @@
-"""Callbacks for trainers: log metrics, attach to DeepSpeed, and make saved state whole.
+"""Callbacks for trainers: log metrics, attach to DeepSpeed, and consolidate state before it is saved.
 
 The trainers are imported when a callback is asked for.
 """
@@ -21,14 +21,14 @@ __all__ = ["hugging_face", "lightning"]
 
 
 def hugging_face(trainer: Any, *, metrics_every: int = 1) -> None:
-    """Add to a Trainer of Hugging Face, before `train`: `so.callbacks.hugging_face(trainer)`. On every rank.
+    """Add callbacks to a Trainer of Hugging Face, before `train` and on every rank: `so.callbacks.hugging_face(trainer)`.
 
-    What it logs has the optimizer's metrics too, in `state.log_history` and wherever `report_to` says. When training begins, parameters
-    that the trainer gave the optimizer without names have those of the model, and under DeepSpeed `so.deepspeed.attach` is called. Before
-    it saves what rank 0 has of a ShardedOptimizer, all ranks call `consolidate_state_dict`.
+    The trainer then logs the optimizer's metrics too, to `state.log_history` and to every tracker of `report_to`. When training begins,
+    parameters that the trainer gave the optimizer without names get those of the model; under DeepSpeed `so.deepspeed.attach` is called.
+    Before the trainer saves rank 0's state of a ShardedOptimizer, all ranks call `consolidate_state_dict`.
 
     Args:
-        trainer: that trains with an optimizer of this library, which it may yet have to make.
+        trainer: of a model that is trained with an optimizer of this library; the optimizer may not exist yet.
         metrics_every: of the steps in which the trainer logs, metrics are read in those that this divides.
 
     Raises:
@@ -38,7 +38,7 @@ def hugging_face(trainer: Any, *, metrics_every: int = 1) -> None:
     base: Any = import_module("transformers").TrainerCallback
 
     class LogMetrics(base):
-        """First, so that the callbacks of `report_to` log what this adds."""
+        """First, so that the callbacks of `report_to` log the metrics that this adds."""
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
             if logs is None or state.global_step % metrics_every or not contained_optimizers(trainer.optimizer):
@@ -90,10 +90,10 @@ def _consolidate(optimizer: Any) -> None:
 
 
 def lightning(*, metrics_every: int = 1) -> Any:
-    """A callback for Lightning's Trainer, which logs the optimizers' metrics: `Trainer(callbacks=[so.callbacks.lightning()])`.
+    """Return a callback for Lightning's Trainer that logs the optimizers' metrics: `Trainer(callbacks=[so.callbacks.lightning()])`.
 
-    Once in every step in which the trainer logs, however many batches it accumulates; to read metrics waits for the device. Parameters
-    that the optimizer was given without names have those of the module.
+    It logs once in every step in which the trainer logs, however many batches it accumulates; reading metrics waits for the device.
+    Parameters that the optimizer was given without names get those of the module.
 
     Args:
         metrics_every: of the steps in which the trainer logs, metrics are read in those that this divides.

@@ -3,11 +3,11 @@
     squares of the pieces that this rank owns -> all-gather of one row per rank -> norm -> factor -> every local gradient times it
 
 torch's function adds DTensors of one mesh only, and one scalar at a time. Here the pieces of every tensor are known (`sharding/`), so that
-replicas count once and one collective of 32 bytes per rank has everything. Ranks exchange what they hold the first time, and when any of
-them has other parameters than the last time.
+replicas count once and one collective of 32 bytes per rank is enough. Ranks exchange which pieces they hold in the first call, and when any
+of them has other parameters than in the last one.
 
-Each row also says whether a rank has failed or has other parameters. On a CPU all ranks read that in the call. On an accelerator the host
-does not wait: the rank itself raises in the call, the others in their next one.
+Each row also has a flag of failure and one of changed parameters. On a CPU all ranks read them in the call. On an accelerator the host does
+not wait: the rank itself raises in the call, the others in their next one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary, ref
 
@@ -24,10 +24,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from sharded_optim.sharding import GRADIENT, FlatLayout, Layout, LocalParam, Piece, describe, find_layout, reduced_gradients
+from sharded_optim.sharding import GRADIENT, FlatLayout, Layout, LocalParam, describe, find_layout, reduced_gradients
 from sharded_optim.sharding.exchange import exchange_layouts
 from sharded_optim.sharding.layout import properties_of
-from sharded_optim.sharding.ranks import gather_messages, named_ranks, naming_missing_ranks, own_process_group
+from sharded_optim.sharding.ranks import gather_messages, listed, named_ranks, naming_missing_ranks, own_process_group
 from sharded_optim.step.arguments import check_iterable
 from sharded_optim.step.engine import Engine
 from sharded_optim.step.param_groups import named_params
@@ -53,8 +53,8 @@ CHANGED = "so.clip_grad_norm_: parameters have changed on some ranks only; chang
 MOST_LEVELS = 8  # wrappers in one another
 EPSILON = 1e-6  # torch's, added to the norm
 POWER, FAILED, STALE, EXCHANGE = range(4)  # columns of a rank's row
-MOST_NAMES = 8  # in a message
 PLAIN = {Tensor, torch.nn.Parameter}
+NO_PARAM = torch.empty(0, device="cpu")  # stands for the first parameter of a rank that has none
 
 
 @torch.no_grad()
@@ -75,9 +75,9 @@ def clip_grad_norm_(
     sharding: the last bit may differ.
 
     Args:
-        optimizer_or_params: an optimizer of this library, or what a framework has put around one or several; or parameters, named
-            parameters or param groups.
-        max_norm: the largest norm that is left as it is.
+        optimizer_or_params: an optimizer of this library, or a framework's container of one or several; or parameters, named parameters or
+            param groups.
+        max_norm: the largest norm that is not scaled.
         norm_type: 2, any other positive number, or inf for the largest element.
         error_if_nonfinite: whether a norm that is not finite is an error; else all gradients become NaN or 0, as in torch.
         foreach: has no effect, as all gradients are always taken together.
@@ -96,16 +96,15 @@ def clip_grad_norm_(
         raise ValueError(f"max_norm must not be negative and norm_type must be positive, got max_norm={max_norm}, norm_type={norm_type}")
     given = _given(optimizer_or_params, layout, process_group)
     group = own_process_group(given.process_group)
-    found = _agree(given, group, norm_type)
-    norm = found.norm(norm_type).float()
+    gathered = _agree(given, group, norm_type)
+    norm = gathered.norm(norm_type).float()
     for engine in given.engines:
         engine.grad_norm = norm
     if error_if_nonfinite and not bool(norm.isfinite()):
-        _raise_nonfinite(given, found.local, norm, group)
+        _raise_nonfinite(given, gathered.local, norm, group)
     factor = (max_norm / (norm + EPSILON)).clamp(max=1.0)
-    if found.is_read and float(factor) == 1.0:
-        return norm
-    given.scale(found.local, factor)
+    if not (gathered.is_read and float(factor) == 1.0):
+        given.scale(gathered.local, factor)
     return norm
 
 
@@ -160,26 +159,23 @@ def _given_params(source: Any, layout: FlatLayout | None, process_group: dist.Pr
         check_iterable(members, "optimizer_or_params")
         members = list(members)
         groups = members if members and isinstance(members[0], dict) else [{"params": members}]
-    rows: dict[int, tuple[Tensor, str]] = {}
+    names: dict[Tensor, str] = {}
     for index, group in enumerate(groups):
         for param, name in named_params({**group, "params": list(group["params"])}, index):
             if param.requires_grad or param.grad is not None:
-                rows.setdefault(id(param), (param, name))
-    if any(hasattr(param, mark) for param, _ in rows.values() for mark in DEEPSPEED_MARKS):
+                names.setdefault(param, name)
+    if any(hasattr(param, mark) for param in names for mark in DEEPSPEED_MARKS):
         raise ValueError(DEEPSPEED)
-    return _Given(
-        params=[param for param, _ in rows.values()],
-        describe=lambda: _described_params(list(rows.values()), layout),
-        process_group=process_group,
-    )
 
+    def described() -> list[LocalParam]:
+        known = layout
+        rows = []
+        for param, name in names.items():
+            known = known or find_layout(param, names)
+            rows.append(describe(param, name, known))
+        return rows
 
-def _described_params(rows: Sequence[tuple[Tensor, str]], layout: FlatLayout | None) -> list[LocalParam]:
-    found = []
-    for param, name in rows:
-        layout = layout or find_layout(param, (each for each, _ in rows))
-        found.append(describe(param, name, layout))
-    return found
+    return _Given(params=list(names), describe=described, process_group=process_group)
 
 
 def _given_optimizers(optimizers: Sequence[Engine | ShardedOptimizer]) -> _Given:
@@ -211,14 +207,14 @@ def _described(engine: Engine, number: int, count: int) -> Iterator[LocalParam]:
             yield engine.describe_param(param, name if is_named else f"optimizers[{number}].{name}", group)
 
 
-# --------------------------------------------------------------------------------------------------------------------- who owns what
+# ---------------------------------------------------------------------------------------------------------------------- ownership
 
 
 class _Ownership:
-    """Which pieces of its parameters this rank counts, so that replicas count once. It keeps no parameter alive.
+    """The pieces of its parameters that this rank counts, so that replicas count once. It keeps no parameter alive.
 
     Attributes:
-        number: of the exchange that it was found in, among those of the process group: the same on all ranks.
+        number: of its exchange, among those of the process group: the same on all ranks.
         pending: rows of the last call, which the host has not read.
     """
 
@@ -226,7 +222,7 @@ class _Ownership:
         self._params = [ref(param) for param in layout.params]
         self._described = properties_of(layout.params)
         self.owned = [
-            [_range(piece) for piece, owned in zip(entry.pieces, layout.owned[first:], strict=False) if owned and piece.segment.numel]
+            [piece for piece, owned in zip(entry.pieces, layout.owned[first:], strict=False) if owned and piece.segment.numel]
             for entry, first in zip(layout.local_params, layout.first_piece, strict=True)
         ]
         self.partial = layout.partial
@@ -241,37 +237,27 @@ class _Ownership:
         return properties_of(params) == self._described
 
 
-def _range(piece: Piece) -> slice | None:
-    """Return the range of a piece in its local tensor; None if it is the whole tensor."""
-    return None if piece.offset is None else slice(piece.offset, piece.offset + piece.segment.numel)
-
-
 class _Exchanges:
     """Caches the ownership that the ranks of a process group have exchanged.
 
     Attributes:
         count: of the exchanges.
-        by_param: by the first parameter.
-        of_none: of a rank that has no parameters.
+        by_param: by the first parameter, or `NO_PARAM`.
     """
 
     def __init__(self) -> None:
         self.count = 0
         self.by_param = WeakIdKeyDictionary()
-        self.of_none: _Ownership | None = None
 
     def known(self, params: Sequence[Tensor]) -> _Ownership | None:
-        found = self.by_param.get(params[0]) if params else self.of_none
+        found = self.by_param.get(next(iter(params), NO_PARAM))
         return found if found is not None and found.fits(params) else None
 
     def make(self, given: _Given, group: dist.ProcessGroup | None) -> _Ownership:
         """Exchange what ranks hold: a collective."""
         made = _Ownership(exchange_layouts(given.describe, group, compares_values=lambda _: False), self.count + 1)
         self.count += 1
-        if given.params:
-            self.by_param[given.params[0]] = made
-        else:
-            self.of_none = made
+        self.by_param[next(iter(given.params), NO_PARAM)] = made
         return made
 
 
@@ -287,24 +273,24 @@ class _Local:
     """A gradient of this rank."""
 
     row: int  # of the parameter
-    memory: Tensor  # what is to be scaled
-    values: Tensor  # what counts: the same memory, unless tensor parallelism has left a sum that is yet to be reduced
+    memory: Tensor  # to be scaled
+    values: Tensor  # for the norm: the same memory, unless tensor parallelism has left a sum that is yet to be reduced
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Found:
+class _Gathered:
     """The result of the all-gather."""
 
     table: Tensor  # float64 (ranks, 4)
     local: list[_Local]
-    is_read: bool = field(default=False)
+    is_read: bool = False  # whether the host has read the table
 
     def norm(self, norm_type: float) -> Tensor:
         powers = self.table[:, POWER]
         return powers.max() if math.isinf(norm_type) else powers.sum().pow(1.0 / norm_type)
 
 
-def _agree(given: _Given, group: dist.ProcessGroup | None, norm_type: float) -> _Found:
+def _agree(given: _Given, group: dist.ProcessGroup | None, norm_type: float) -> _Gathered:
     """Sum the powers of all ranks: one all-gather if all ranks have the parameters of the last call.
 
     Raises:
@@ -331,25 +317,25 @@ def _agree(given: _Given, group: dist.ProcessGroup | None, norm_type: float) -> 
             except Exception as error:  # the other ranks must get the error before this one raises
                 failure, row[FAILED] = error, 1.0
         table = _gathered(row, group)
-        if not known_on_host(table) and failure is None and ownership is not None:
+        is_on_host = known_on_host(table)
+        if not is_on_host and failure is not None:
+            raise failure  # the other ranks raise in their next call
+        if not is_on_host and ownership is not None:
             ownership.pending = table
-            return _Found(table=table.masked_fill(_spoiled(table), math.nan), local=local)
-        if not known_on_host(table) and failure is not None:
-            raise failure  # the others read of it in their next call
+            return _Gathered(table=table.masked_fill(_spoiled(table), math.nan), local=local)
         rows = table.tolist()
-        if _check_rows(rows, failure, group):
-            return _Found(table=table, local=local, is_read=known_on_host(table))
-        if is_last or not (known_on_host(table) or all(each[STALE] for each in rows)):
+        if any(each[FAILED] for each in rows):
+            raise ValueError(gather_messages(failure, group)) from failure
+        if _are_of_one_exchange(rows):
+            return _Gathered(table=table, local=local, is_read=is_on_host)
+        if is_last or not (is_on_host or all(each[STALE] for each in rows)):
             raise ValueError(CHANGED)
         ownership = exchanges.make(given, group)
     raise AssertionError("the last attempt has returned or raised")
 
 
-def _check_rows(rows: Sequence[Sequence[float]], failure: Exception | None, group: dist.ProcessGroup | None) -> bool:
-    """Return whether all ranks have counted by the same exchange; raise on all ranks if one has failed."""
-    if any(row[FAILED] for row in rows):
-        message = None if failure is None else str(failure) if isinstance(failure, ValueError) else repr(failure)
-        raise ValueError(gather_messages(message, group)) from failure
+def _are_of_one_exchange(rows: Sequence[Sequence[float]]) -> bool:
+    """Return whether all ranks have counted by the same exchange."""
     return not any(row[STALE] for row in rows) and len({row[EXCHANGE] for row in rows}) == 1
 
 
@@ -358,7 +344,7 @@ def _raise_pending(rows: Sequence[Sequence[float]]) -> None:
     failed = [rank for rank, row in enumerate(rows) if row[FAILED]]
     if failed:
         raise ValueError(f"so.clip_grad_norm_: {named_ranks(failed)} failed in the last call; their own errors say why")
-    if any(row[STALE] for row in rows) or len({row[EXCHANGE] for row in rows}) > 1:
+    if not _are_of_one_exchange(rows):
         raise ValueError(CHANGED)
 
 
@@ -395,7 +381,7 @@ def _local_gradients(given: _Given, ownership: _Ownership) -> list[_Local]:
 
 
 def _local_of(param: Tensor, grad: Tensor) -> Tensor | None:
-    """Return this rank's part of a gradient that is laid out like its parameter; None if a quick look cannot tell."""
+    """Return this rank's part of a gradient that is laid out like its parameter; None if a quick check is not enough."""
     spec = getattr(grad, "_spec", None)
     if type(grad) in PLAIN and type(param) in PLAIN:
         local = grad if grad.shape == param.shape else None
@@ -406,7 +392,7 @@ def _local_of(param: Tensor, grad: Tensor) -> Tensor | None:
 
 def _power(local: Iterable[_Local], ownership: _Ownership, norm_type: float, device: torch.device) -> Tensor:
     """Sum the powers of the elements that this rank counts, or take the largest: float64 ()."""
-    pieces = [each.values if place is None else each.values[place] for each in local for place in ownership.owned[each.row]]
+    pieces = [piece.of(gradient.values) for gradient in local for piece in ownership.owned[gradient.row]]
     powers = [part.to(device) for tensors in _by_kind(pieces).values() for part in _powers(tensors, norm_type)]
     if not powers:
         return torch.zeros((), dtype=torch.float64, device=device)
@@ -461,8 +447,7 @@ def _raise_nonfinite(given: _Given, local: Sequence[_Local], norm: Tensor, group
     """Raise an error for a non-finite norm on all ranks. A collective."""
     entries = given.describe()
     names = [repr(entries[each.row].name) for each in local if not bool(each.values.isfinite().all())]
-    shown = ", ".join(names[:MOST_NAMES]) + (f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else "")
-    where = gather_messages(f"not finite: {shown}" if names else None, group)
+    where = gather_messages(f"not finite: {listed(names)}" if names else None, group)
     raise RuntimeError(
         f"the norm of the gradients is {float(norm)}, so that they cannot be clipped; leave out error_if_nonfinite to scale them all the "
         f"same. {where}"

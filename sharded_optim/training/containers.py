@@ -20,7 +20,7 @@ from sharded_optim.zero import ShardedOptimizer
 
 __all__ = ["contained_optimizers", "metrics", "unwrap_optimizer"]
 
-OF_OPTIMIZERS = ("lr", "weight_decay", "grad_norm")  # kinds of metrics that are not of tensors
+OF_OPTIMIZERS = ("lr", "weight_decay", "grad_norm")  # kinds of metrics of param groups or of all gradients
 MOST_LEVELS = 8  # containers in one another: Hugging Face's Trainer under DeepSpeed has four
 
 
@@ -71,7 +71,7 @@ def metrics(optimizer: Any) -> dict[str, float]:
 def unwrap_optimizer(optimizer: Any) -> Engine | ShardedOptimizer:
     """Return the one optimizer of this library in a framework's container.
 
-    For what such a wrapper does not hand on: `so.unwrap_optimizer(optimizer).layout = so.fsdp1_layout(model)`, or `process_group`.
+    For attributes that it does not forward: `so.unwrap_optimizer(optimizer).layout = so.fsdp1_layout(model)`, or `process_group`.
 
     Args:
         optimizer: as `metrics` takes it.

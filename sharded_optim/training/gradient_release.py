@@ -1,6 +1,6 @@
 """The step inside backward: a parameter is stepped, and its gradient freed, as soon as the gradient is complete.
 
-What is stepped together, a unit, depends on who completes gradients, which each wrapper's file in `sharding/` says:
+Parameters that are stepped together are a unit. Each wrapper's file in `sharding/` defines its units:
 
     plain model     one parameter, in autograd's post-accumulate hook
     FSDP2           the parameters of one `fully_shard` call: FSDP reduces them together and then calls the hook of each
@@ -39,8 +39,8 @@ _prepared: WeakKeyDictionary[nn.Module, tuple[Engine, list[Callable[[], None]]]]
 def prepare_for_gradient_release(model: nn.Module, optimizer: torch.optim.Optimizer, ignore_existing_hooks: bool = False) -> None:
     """Step the parameters of `model` inside backward from now on, and free their gradients.
 
-    `optimizer.step()` and `optimizer.zero_grad()` then find nothing to do and may stay in the loop. What needs all gradients at once does
-    not go together with it: clipping their norm, GradScaler, several backward passes before a step (but see
+    `optimizer.step()` and `optimizer.zero_grad()` then do nothing and may stay in the loop. Nothing that needs all gradients at once works
+    with it: clipping their norm, GradScaler, several backward passes before a step (but see
     `optimizer.optimizer_accumulation`, and `no_sync` or `set_requires_gradient_sync` of the wrappers). `nonfinite="skip"` leaves out the
     units that are not finite, not the whole step.
 
@@ -115,7 +115,7 @@ class _Units:
         _, size = unit
         if len(self._ready) == size:
             self._step()
-        elif len(self._ready) == 1:  # nobody else might come after this unit
+        elif len(self._ready) == 1:  # this unit may be the last, and incomplete
             Variable._execution_engine.queue_callback(self._step)
 
     def _step(self) -> None:

@@ -68,11 +68,11 @@ def to_low_precision(
     fp32_modules: ModuleTypes = nn.Embedding,
     fp32_buffers: NamesOrTypes = ("rope", "rotary"),
 ) -> nn.Module:
-    """Cast a model's floating-point parameters and buffers to `dtype`, but for those that need float32. In place, before any wrapper.
+    """Cast a model's floating-point parameters and buffers to `dtype`, except those that need float32. In place, before any wrapper.
 
     Args:
         model: its parameters keep their identity, so that an optimizer or a tie that holds them stays right.
-        dtype: torch.bfloat16 or torch.float16; see `kahan_sum` for how an optimizer keeps what such parameters round away.
+        dtype: torch.bfloat16 or torch.float16; see `kahan_sum` for how an optimizer keeps the rounding errors of such parameters.
         device: where to move everything; None leaves it where it is.
         fp32_modules: modules of these types keep parameters and buffers in float32. A parameter that several modules share keeps float32
             if one of them is of these types.
@@ -116,11 +116,11 @@ def to_low_precision(
 
 
 def _module_types(given: ModuleTypes) -> tuple[type[nn.Module], ...]:
-    found = () if given is None else (given,) if isinstance(given, type) else tuple(given)
-    for each in found:
-        if not (isinstance(each, type) and issubclass(each, nn.Module)):
-            raise TypeError(f"fp32_modules must hold subclasses of torch.nn.Module, got {each!r}")
-    return found
+    types = () if given is None else (given,) if isinstance(given, type) else tuple(given)
+    for module_type in types:
+        if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
+            raise TypeError(f"fp32_modules must hold subclasses of torch.nn.Module, got {module_type!r}")
+    return types
 
 
 def _names_and_types(given: NamesOrTypes) -> tuple[tuple[str, ...], tuple[type[nn.Module], ...]]:

@@ -1,7 +1,7 @@
 """Sort the parameters of a model for Muon: hidden matrices, and the rest, which AdamW or StableAdamW steps.
 
-A shape does not tell an embedding or an output head from a hidden matrix, so modules and names are asked too. `show=print` says what went
-where, and why.
+The shape of an embedding or of an output head is that of a matrix, so modules and names decide too. `show=print` lists the groups and the
+reasons.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def muon_param_groups(
             (FSDP1, deepspeed.zero.Init) these have no shape to go by: go by names.
         split: row blocks of fused matrices (see `so.Muon`) by parts of names: {"qkv": d_model}. That of nn.MultiheadAttention is known.
         muon_options: hyperparameters of the groups for Muon.
-        rest_options: of the others, as {"lr": 3e-4}; what has less than two dimensions has no weight decay unless it says so.
-        show: is called with a text that says what went where; `print`.
+        rest_options: of the others, as {"lr": 3e-4}; tensors of less than two dimensions have no weight decay unless it is given here.
+        show: is called with a text that lists the groups and the reasons: `print`.
 
     Returns:
         Groups with named parameters; none is empty.
@@ -93,7 +93,7 @@ def _shapes(model: nn.Module) -> dict[Tensor, Sequence[int]]:
     """The shapes of the parameters, of those too that a wrapper has flattened.
 
     Raises:
-        ValueError: one stands for several.
+        ValueError: a parameter is several tensors.
     """
     shapes: dict[Tensor, Sequence[int]] = {param: param.shape for param in model.parameters()}
     for wrapper in used_wrappers():
@@ -115,7 +115,7 @@ def _heading(group: Mapping[str, Any], shapes: Mapping[Tensor, Sequence[int]]) -
 
 
 def _chosen(which: Which, params: Mapping[str, Tensor], argument: str) -> set[str]:
-    """Names of the parameters that are meant."""
+    """Return the names of the parameters that an override selects."""
     if callable(which):
         return {name for name, param in params.items() if which(name, param)}
     found = set()
@@ -128,7 +128,7 @@ def _chosen(which: Which, params: Mapping[str, Tensor], argument: str) -> set[st
 
 
 def _known_options(model: nn.Module) -> dict[Tensor, dict[str, Any]]:
-    """Options of parameters of which torch's modules say what they are."""
+    """Return the options of parameters whose kind follows from torch's modules."""
     known: dict[Tensor, dict[str, Any]] = {}
     for module in model.modules():
         if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
@@ -139,7 +139,7 @@ def _known_options(model: nn.Module) -> dict[Tensor, dict[str, Any]]:
 
 
 def _reasons(model: nn.Module, shapes: Mapping[Tensor, Sequence[int]]) -> dict[Tensor, str]:
-    """Say of each parameter that is not for Muon why; a shared one has several modules, of which one is enough."""
+    """Return the reason of each parameter that is not for Muon; of a shared parameter one module is enough."""
     modules = [(without_wrappers(name, is_in_ddp=False), module) for name, module in model.named_modules(remove_duplicate=False)]
     vocabularies = {(module.num_embeddings, module.embedding_dim) for _, module in modules if isinstance(module, EMBEDDINGS)}
     reasons: dict[Tensor, str] = {}

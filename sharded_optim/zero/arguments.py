@@ -16,7 +16,7 @@ from sharded_optim.zero.bucket_layout import Group
 
 __all__ = ["check_class", "check_defaults", "check_options", "groups_of", "tensors_of", "unwrapped"]
 
-OURS = ("gradient_release", "layout", "process_group")  # options of the optimizer inside that ShardedOptimizer sets
+RESERVED_OPTIONS = ("gradient_release", "layout", "process_group")  # that ShardedOptimizer sets for the optimizer inside
 
 
 def check_class(optimizer_class: Any) -> None:
@@ -42,12 +42,12 @@ def check_options(stage: int, bucket_mb: float | None, reduce_dtype: torch.dtype
 
 def check_defaults(caller: type, optimizer_class: type[Engine], defaults: Mapping[str, Any]) -> None:
     """Raise TypeError or ValueError for a keyword argument that `optimizer_class` does not take, or that ShardedOptimizer sets itself."""
-    for name in OURS:
+    for name in RESERVED_OPTIONS:
         if name in defaults:
             raise ValueError(f"{name}={defaults[name]!r} cannot be given in the options: ShardedOptimizer sets it for the optimizer inside")
     if hands_on(optimizer_class):
         return  # it passes keyword arguments on, so that their names are not known here
-    taken = [name for name in argument_names(optimizer_class) if name not in OURS]
+    taken = [name for name in argument_names(optimizer_class) if name not in RESERVED_OPTIONS]
     unknown = {name: value for name, value in defaults.items() if name not in taken}
     names = list(dict.fromkeys([*argument_names(caller), *taken]))
     refuse_unknown(caller.__name__, unknown, names, optimizer_class.hyperparameters)

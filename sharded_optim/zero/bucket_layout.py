@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -44,8 +44,7 @@ class BucketLayout:
         self.slots: dict[Tensor, ParamSlot] = {}
         self.buckets: list[Bucket] = []
         self._names: dict[Tensor, str] = {}  # of all parameters that were given, frozen ones too
-        # Likewise, whether they have masters if they are in low precision, by the options of their group.
-        self._in_masters: dict[Tensor, bool] = {}
+        self._in_masters: dict[Tensor, bool] = {}  # whether these have masters if they are in low precision, by the options of their group
         self._flat: dict[Tensor, FlatTensor] = {}
         self._units: dict[Tensor, int] = {}
         self.layout = FlatLayout(flat=self._flat, whole={}, unknown_param_error=UNKNOWN_PARAM, units=self._units)
@@ -81,7 +80,8 @@ class BucketLayout:
                     new_slots[param] = ParamSlot(param=param, name=name, kind=kind)
         new = list(new_slots.values())
         _refuse_shared_memory(new)
-        plans = plan_buckets([_size(slot) for slot in new], self.shards, self._bucket_bytes)
+        sizes = [Size(numel=slot.param.numel(), itemsize=slot.param.element_size(), kind=slot.kind) for slot in new]
+        plans = plan_buckets(sizes, self.shards, self._bucket_bytes)
         numbered = enumerate(plans, start=len(self.buckets))
         buckets = [Bucket(plan, new, number=number, shard_group=self._shard_group) for number, plan in numbered]
         for slot in new:
@@ -173,28 +173,22 @@ def without_params(group: Group) -> Group:
     return {key: value for key, value in group.items() if key not in ("params", "param_names")}
 
 
-def _size(slot: ParamSlot) -> Size:
-    kind: Hashable = slot.kind
-    return Size(numel=slot.param.numel(), itemsize=slot.param.element_size(), kind=kind)
-
-
 def check_params(groups: Sequence[Group], *, first: int = 0) -> None:
     """Raise ValueError for a trainable parameter that cannot be in a bucket."""
     for index, group in enumerate(groups, start=first):
         for param, name in named_params(group, index):
-            if param.requires_grad:
-                _check(param, name)
-
-
-def _check(param: Tensor, name: str) -> None:
-    describe(param, name)
-    if type(param) not in (Tensor, nn.Parameter):
-        raise ValueError(
-            f"parameter {name!r} is a {type(param).__name__}, not an ordinary tensor; give parameters that FSDP2 or tensor parallelism has "
-            f"sharded to the optimizer itself, without ShardedOptimizer"
-        )
-    if param.device.type == "meta":
-        raise ValueError(f"parameter {name!r} has no memory (device meta); materialize the model before: model.to_empty(device=...)")
+            if not param.requires_grad:
+                continue
+            describe(param, name)
+            if type(param) not in (Tensor, nn.Parameter):
+                raise ValueError(
+                    f"parameter {name!r} is a {type(param).__name__}, not an ordinary tensor; give parameters that FSDP2 or tensor "
+                    f"parallelism has sharded to the optimizer itself, without ShardedOptimizer"
+                )
+            if param.device.type == "meta":
+                raise ValueError(
+                    f"parameter {name!r} has no memory (device meta); materialize the model before: model.to_empty(device=...)"
+                )
 
 
 def _refuse_shared_memory(slots: Sequence[ParamSlot]) -> None:

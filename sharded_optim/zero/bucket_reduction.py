@@ -17,7 +17,6 @@ from torch import Tensor
 from sharded_optim.sharding.buckets import IN_FLIGHT
 from sharded_optim.zero import transfers
 from sharded_optim.zero.bucket import Bucket, ParamSlot
-from sharded_optim.zero.pool import Pool
 from sharded_optim.zero.topology import Topology
 from sharded_optim.zero.transfers import ShardGroup, Transfer
 
@@ -45,9 +44,9 @@ class BucketReducer:
         self._scale = 1.0 if topology.all_ranks is None else 1.0 / dist.get_world_size(topology.all_ranks)
         self._keeps_contents = keeps_contents
         self._reduce_dtype = reduce_dtype
-        self._contents = Pool(shard_group.zeros)
-        self._scratch = Pool(_empty)
-        self._in_flight: deque[_Reduction] = deque()
+        self._contents = _Pool(shard_group.zeros)
+        self._scratch = _Pool(lambda numel, dtype, device: torch.empty(numel, dtype=dtype, device=device))
+        self._in_flight: deque[Iterator[None]] = deque()  # see `_reduce`
         self._unsettled: list[Transfer] = []  # of contents that are not the pool's
 
     @torch.no_grad()
@@ -99,17 +98,18 @@ class BucketReducer:
             for slot in bucket.slots:
                 if slot not in filled:
                     bucket.contents[slot.whole_in_bucket].zero_()
-        self._in_flight.append(_Reduction(self._reduce(bucket, bucket.contents, number)))
-        if self._replica_group is not None:
-            for reduction in list(self._in_flight)[:-1]:
-                reduction.leave_first_stage()
-        while len(self._in_flight) > IN_FLIGHT:
-            self._in_flight.popleft().finish()
+        reduction = self._reduce(bucket, bucket.contents, number)
+        next(reduction)  # begins the reduce-scatter
+        self._in_flight.append(reduction)
+        if self._replica_group is not None and len(self._in_flight) > 1:
+            next(self._in_flight[-2])  # the bucket before begins the all-reduce over replicas
+        self.finish(leaves=IN_FLIGHT)
 
-    def finish(self) -> None:
-        """Wait until all buckets are reduced."""
-        while self._in_flight:
-            self._in_flight.popleft().finish()
+    def finish(self, *, leaves: int = 0) -> None:
+        """Wait until all buckets but the last `leaves` are reduced."""
+        while len(self._in_flight) > leaves:
+            for _ in self._in_flight.popleft():  # to the end of the reduction
+                pass
 
     def settle(self) -> None:
         """Wait until all buckets are reduced, and the other ranks have read the contents, so that these may be filled again."""
@@ -134,27 +134,28 @@ class BucketReducer:
     def _take_contents(self, bucket: Bucket) -> Tensor:
         return self._contents.take(bucket.numel, self._dtype(bucket), bucket.kind.device)
 
-    def _reduce(self, bucket: Bucket, contents: Tensor, number: int) -> Iterator[Transfer]:
-        """Reduce a bucket: a generator that yields each transfer to be waited for."""
+    def _reduce(self, bucket: Bucket, contents: Tensor, number: int) -> Iterator[None]:
+        """Reduce a bucket: a generator that pauses when it has begun a transfer, and then waits for it."""
         device = bucket.kind.device
         shard = bucket.grads if not bucket.has_gradient else self._scratch.take(bucket.shard_numel, bucket.grads.dtype, device)
         room = self._shard_group.scratch_shards * bucket.shard_numel
         scratch = self._scratch.take(room, contents.dtype, device) if room else None
         what = f"the gradients of {bucket.named}"
         transfer = self._shard_group.reduce_scatter(contents, shard, what=what, number=number, place=bucket.number, scratch=scratch)
-        yield transfer
+        yield
+        transfer.wait()
         if scratch is not None:
             self._scratch.give(scratch, Transfer())
-        if self._keeps_contents:
+        if self._keeps_contents or self._sends_alone(bucket):  # the latter is autograd's own memory
             self._unsettled.append(transfer)
         else:
-            if self._sends_alone(bucket):  # autograd's own memory
-                self._unsettled.append(transfer)
-            else:
-                self._contents.give(contents, transfer)
+            self._contents.give(contents, transfer)
+        if not self._keeps_contents:
             bucket.contents = None
         if self._replica_group is not None:
-            yield transfers.all_reduce(shard, self._replica_group, what)
+            sum_of_replicas = transfers.all_reduce(shard, self._replica_group, what)
+            yield
+            sum_of_replicas.wait()
         if self._sends_alone(bucket):
             shard.mul_(self._scale)
         if shard is not bucket.grads:
@@ -165,28 +166,30 @@ class BucketReducer:
             reduced(bucket)
 
 
-class _Reduction:
-    """The running reduction of one bucket."""
+class _Pool:
+    """Flat buffers for reuse, each in use or free: new memory would have to be mapped page by page.
 
-    def __init__(self, stages: Iterator[Transfer]) -> None:
-        self._stages = stages
-        self._transfer: Transfer | None = next(stages)
-        self._is_first = True
+    Args:
+        make: allocates a buffer if no free one is large enough.
+    """
 
-    def leave_first_stage(self) -> None:
-        if self._is_first:
-            self._advance()
+    def __init__(self, make: Callable[[int, torch.dtype, torch.device], Tensor]) -> None:
+        self._make = make
+        self._free: list[tuple[Tensor, Transfer]] = []
 
-    def finish(self) -> None:
-        while self._transfer is not None:
-            self._advance()
+    def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return an uninitialised buffer: (numel,)."""
+        size = numel * dtype.itemsize
+        fitting = [entry for entry in self._free if entry[0].device == device and entry[0].untyped_storage().nbytes() >= size]
+        # If none fits, one is freed, so that there are never more than were in use together.
+        candidates = fitting or self._free[-1:]
+        buffer, transfer = min(candidates, key=lambda entry: entry[0].untyped_storage().nbytes(), default=(None, Transfer()))
+        self._free = [entry for entry in self._free if entry[0] is not buffer]
+        transfer.settle()
+        if buffer is None or not fitting:
+            return self._make(numel, dtype, device)
+        return torch.empty(0, dtype=dtype, device=device).set_(buffer.untyped_storage(), 0, (numel,), (1,))
 
-    def _advance(self) -> None:
-        assert self._transfer is not None, "not finished"
-        self._transfer.wait()
-        self._is_first = False
-        self._transfer = next(self._stages, None)
-
-
-def _empty(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.empty(numel, dtype=dtype, device=device)
+    def give(self, buffer: Tensor, transfer: Transfer) -> None:
+        """Return a buffer to the pool, for reuse once the transfer has ended on all ranks."""
+        self._free.append((buffer, transfer))

@@ -85,9 +85,8 @@ class GradientCounts:
                 "ranks have run backward passes for several ShardedOptimizers in different orders; run them in one order, with a "
                 "gradient for each optimizer on every rank"
             )
-        if repeating not in (0, self._ranks) and not known_on_host(
-            exchange.counts
-        ):  # a rank that has not read the counts runs no further round
+        # A rank that has not read the counts runs no further round.
+        if repeating not in (0, self._ranks) and not known_on_host(exchange.counts):
             here = "".join(f", here {slot.name!r}" for slot in repeated)
             raise RuntimeError(
                 f"parameters got several gradients in one backward pass on {repeating} of {self._ranks} ranks{here}, from several "

@@ -1,10 +1,9 @@
-"""The gradients of a ShardedOptimizer between backward and the step: how they are averaged, where they are, which parameters have one."""
+"""The gradients of a ShardedOptimizer between backward and the step: taken out of parameters, averaged, and set on this rank's parts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
-from typing import Any
 from weakref import WeakMethod, ref
 
 import torch
@@ -12,10 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharded_optim.backends.position_hash import position_hashes
+from sharded_optim.sharding.ddp import averaged_params, ddp_modules
+from sharded_optim.sharding.ranks import gather_objects
 from sharded_optim.step.engine import Engine
 from sharded_optim.zero.bucket import Bucket, ParamSlot
 from sharded_optim.zero.bucket_layout import BucketLayout, unit_of
-from sharded_optim.zero.ddp import are_under_ddp
 from sharded_optim.zero.gathering import Gatherer
 from sharded_optim.zero.reduction import Reducer
 from sharded_optim.zero.topology import Topology
@@ -72,16 +72,15 @@ class ShardedGradients:
             self._hooks += [hook.remove, slot.remove_placeholder]
 
     def watch_late(self, buckets: Sequence[Bucket]) -> None:
-        """As `watch`, of parameters that may have gradients: of backward passes, not averaged, or assigned. Averages them. A collective.
+        """Watch parameters that may have gradients already, of backward passes or assigned, and average these. A collective.
 
-        Those that are equal on all ranks are left: they are their own average, to the last bit.
+        Gradients that are equal on all ranks are left: they are their own average, to the last bit.
         """
         self.watch(buckets)
         if self.stay_in_params:
             return
         slots = _slots_of(buckets)
-        rows: list[Any] = [None] * dist.get_world_size(self._topology.all_ranks)
-        dist.all_gather_object(rows, [_hash(slot.own_grad) for slot in slots], group=self._topology.all_ranks)
+        rows = gather_objects([_hash(slot.own_grad) for slot in slots], self._topology.all_ranks)
         differing = [slot for slot, *hashes in zip(slots, *rows, strict=True) if len(set(hashes)) > 1]
         if differing:
             self._reducer.run_round(differing)
@@ -95,7 +94,7 @@ class ShardedGradients:
         """Take a parameter's gradient."""
         if not self._looked_for_ddp:
             self._looked_for_ddp = True
-            self.stay_in_params = are_under_ddp(self._bucket_layout.slots.values())
+            self.stay_in_params = _are_under_ddp(self._bucket_layout.slots.values())
         if self.stay_in_params:
             call_and_drop(self._hooks)
             return
@@ -152,10 +151,10 @@ class ShardedGradients:
         """Return the norm of the gradients of these parameters, which were collected: float64 (), the same on every rank. A collective."""
         in_order = [slot for slot in self._bucket_layout.slots.values() if slot in used]  # so that the norm has the same bits in every run
         local = [slot.local.grad for slot in in_order if slot.local is not None and slot.local.grad is not None]
-        empty = torch.zeros(0, dtype=torch.float64, device=next(iter(self._bucket_layout.slots.values())).kind.device)
-        norms = torch.stack([torch.linalg.vector_norm(grad, norm_type, dtype=torch.float64) for grad in local]) if local else empty
+        zero = torch.zeros((), dtype=torch.float64, device=next(iter(self._bucket_layout.slots.values())).kind.device)
+        norms = torch.stack([torch.linalg.vector_norm(grad, norm_type, dtype=torch.float64) for grad in local] or [zero])
         is_max = norm_type == float("inf")
-        total = torch.cat([norms, norms.new_zeros(1)]).max() if is_max else norms.pow(norm_type).sum()
+        total = norms.max() if is_max else norms.pow(norm_type).sum()
         if self._topology.shard_group is not None:
             dist.all_reduce(total, op=dist.ReduceOp.MAX if is_max else dist.ReduceOp.SUM, group=self._topology.shard_group)
         return total if is_max else total.pow(1.0 / norm_type)
@@ -193,6 +192,22 @@ def _ready(gradients: ref[ShardedGradients], param: Tensor) -> None:
     sharded_gradients = gradients()
     if sharded_gradients is not None:
         sharded_gradients._ready(sharded_gradients._bucket_layout.slots[param])
+
+
+def _are_under_ddp(slots: Collection[ParamSlot]) -> bool:
+    """Return whether DistributedDataParallel averages the gradients of these parameters.
+
+    Raises:
+        ValueError: it averages those of some of the parameters.
+    """
+    averaged = averaged_params(ddp_modules())
+    outside = [slot.name for slot in slots if id(slot.param) not in averaged]
+    if outside and len(outside) < len(slots):
+        raise ValueError(
+            f"DistributedDataParallel averages the gradients of some parameters, but not that of {outside[0]!r}; give the parameters that "
+            f"it does not average to an optimizer of their own"
+        )
+    return not outside
 
 
 def call_and_drop(functions: list[Callable[[], None]]) -> None:

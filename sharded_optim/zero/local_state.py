@@ -20,7 +20,7 @@ from sharded_optim.zero.bucket import ParamSlot
 from sharded_optim.zero.bucket_layout import Group, without_params
 from sharded_optim.zero.logical import LogicalTensor
 
-__all__ = ["MASTER", "SHARDS", "LocalState", "LogicalState", "ShardTable", "Values", "inside", "shards_of"]
+__all__ = ["MASTER", "SHARDS", "LocalState", "LogicalState", "ShardTable", "Values", "convert_for_inside", "shards_of"]
 
 MASTER = "master"  # the float32 values of a low-precision parameter: (n,), this rank's part, as of moments
 SHARDS = "shards"  # key of a state dict: the ranges of elements that its tensors are
@@ -67,10 +67,10 @@ class LogicalState(LocalState):
 
     def __getitem__(self, param: Tensor) -> dict[str, Any]:
         slot = self._slots[param]
-        state = super().__getitem__(param) if slot.local is not None else self._of_nothing(slot)
+        state = super().__getitem__(param) if slot.local is not None else self._empty_state(slot)
         return {name: _logical(slot, value) for name, value in state.items() if self._template or _is_known(slot, value)}
 
-    def _of_nothing(self, slot: ParamSlot) -> dict[str, Any]:
+    def _empty_state(self, slot: ParamSlot) -> dict[str, Any]:
         """Return the state of a parameter of which this rank has no elements."""
         dtype = torch.float32 if slot.kind.has_masters else slot.kind.dtype
         empty = torch.empty(0, dtype=dtype, device=slot.kind.device)
@@ -136,7 +136,7 @@ def shards_of(groups: Sequence[Group], slots: Mapping[Tensor, ParamSlot]) -> dic
     }
 
 
-def inside(
+def convert_for_inside(
     state_dict: Mapping[str, Any], groups: Sequence[Group], slots: Mapping[Tensor, ParamSlot], engine: Engine, *, keeps_frozen: bool
 ) -> tuple[dict[str, Any], Values]:
     """Convert a state dict for the optimizer inside, and take out its float32 values: masters, or parameters with Kahan compensations.
@@ -162,27 +162,29 @@ def inside(
     numbers = {id(local): number for number, local in enumerate(local for group in engine.param_groups for local in group["params"])}
     state: dict[int, Any] = {}
     values = Values()
-    number = 0
-    inner_groups = []
-    for index, (group, saved, own) in enumerate(zip(groups, saved_groups, engine.param_groups, strict=True)):
-        for (param, name), key in zip(named_params(group, index), saved["params"], strict=True):
-            slot = slots.get(param)
-            if slot is not None and key in state_dict["state"]:
-                if shards is not None and shards.get(key) != own_shards[number]:
-                    raise ValueError(
-                        f"the state dict was saved with another sharding: of {name!r} it has {shards.get(key)}, this rank steps "
-                        f"{own_shards[number]}; load the file of the same rank of as many ranks, or a whole state dict, of which each rank "
-                        f"takes its part: of an optimizer in one process, or saved after optimizer.consolidate_state_dict()"
-                    )
-                found = {name: _part(slot, value, shards is None) for name, value in state_dict["state"][key].items()}
-                if slot.kind.has_masters:
-                    values.take(slot, found, state_dict["state"][key])
-                if slot.local is not None:
-                    state[numbers[id(slot.local)]] = {key: value for key, value in found.items() if key != MASTER}
-            elif keeps_frozen and not param.requires_grad and slot is not None and slot.local is not None and slot.local in engine.state:
-                state[numbers[id(slot.local)]] = engine.state[slot.local]
-            number += 1
-        inner_groups.append(without_params(saved) | {"params": [numbers[id(local)] for local in own["params"]]})
+    named = [row for index, group in enumerate(groups) for row in named_params(group, index)]
+    keys = [key for saved in saved_groups for key in saved["params"]]
+    for number, ((param, name), key) in enumerate(zip(named, keys, strict=True)):
+        slot = slots.get(param)
+        if slot is not None and key in state_dict["state"]:
+            if shards is not None and shards.get(key) != own_shards[number]:
+                raise ValueError(
+                    f"the state dict was saved with another sharding: of {name!r} it has {shards.get(key)}, this rank steps "
+                    f"{own_shards[number]}; load the file of the same rank of as many ranks, or a whole state dict, of which each rank "
+                    f"takes its part: of an optimizer in one process, or saved after optimizer.consolidate_state_dict()"
+                )
+            whole = state_dict["state"][key]
+            part = {entry: _part(slot, value, shards is None) for entry, value in whole.items()}
+            if slot.kind.has_masters:
+                values.take(slot, part, whole)
+            if slot.local is not None:
+                state[numbers[id(slot.local)]] = {entry: value for entry, value in part.items() if entry != MASTER}
+        elif keeps_frozen and not param.requires_grad and slot is not None and slot.local is not None and slot.local in engine.state:
+            state[numbers[id(slot.local)]] = engine.state[slot.local]
+    inner_groups = [
+        without_params(saved) | {"params": [numbers[id(local)] for local in own["params"]]}
+        for saved, own in zip(saved_groups, engine.param_groups, strict=True)
+    ]
     return {"state": state, "param_groups": inner_groups}, values
 
 
@@ -213,18 +215,18 @@ class Values:
     masters: dict[ParamSlot, Tensor] = field(default_factory=dict)
     params: dict[ParamSlot, Tensor] = field(default_factory=dict)
 
-    def take(self, slot: ParamSlot, found: Mapping[str, Any], whole: Mapping[str, Any]) -> None:
+    def take(self, slot: ParamSlot, part: Mapping[str, Any], whole: Mapping[str, Any]) -> None:
         """Take the values of a parameter from a saved state.
 
         Args:
-            found: this rank's part of it.
-            whole: all of it that there is.
+            part: this rank's part of it.
+            whole: the saved state itself.
         """
-        if MASTER in found:
+        if MASTER in part:
             if slot.local is not None:
-                self.masters[slot] = found[MASTER]
+                self.masters[slot] = part[MASTER]
             return
-        # optimi has placeholders
+        # optimi saves placeholders, which are not floating-point tensors
         beside = {key: value for key, value in whole.items() if isinstance(value, Tensor) and value.is_floating_point()}
         fmt = format_beside(slot.kind.dtype, beside)
         arrays = [beside[array.name] for array in fmt.extra]
@@ -236,7 +238,7 @@ class Values:
             if slot.local is not None:
                 self.masters[slot] = slot.of_shard(value)
         elif slot.local is not None:
-            self.masters[slot] = fmt.load(slot.of_shard(slot.param), *(found[array.name] for array in fmt.extra))
+            self.masters[slot] = fmt.load(slot.of_shard(slot.param), *(part[array.name] for array in fmt.extra))
 
     @torch.no_grad()
     def write(self) -> None:

@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sharded_optim.sharding.ranks import gather_objects
+
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
     from torch.distributed.checkpoint.planner import WriteItem
@@ -141,11 +143,9 @@ class LogicalTensor(Tensor):
 
     def is_like(self, other: object) -> bool:
         """Return whether the other is the same part of a tensor of the same shape."""
-        return isinstance(other, LogicalTensor) and (self.shape, self.start, self.local.shape) == (
-            other.shape,
-            other.start,
-            other.local.shape,
-        )
+        if not isinstance(other, LogicalTensor):
+            return False
+        return (self.shape, self.start, self.local.shape) == (other.shape, other.start, other.local.shape)
 
     def __reduce_ex__(self, _: object) -> NoReturn:
         raise ValueError(f"{self!r} cannot be pickled, as it is one rank's part of a tensor; {WAY_OUT}")
@@ -180,12 +180,8 @@ def gathered(
         number: {name: (value.dtype, tuple(value.shape), value.item() if value.ndim == 0 else None) for name, value in values.items()}
         for number, values in state.items()
     }
-    of_ranks: list[dict[int, dict[str, tuple[torch.dtype, tuple[int, ...], float | None]]]] = [known]
-    if process_group is not None:
-        of_ranks = of_ranks * dist.get_world_size(process_group)
-        dist.all_gather_object(of_ranks, known, group=process_group)
-    devices = [value.device for values in state.values() for value in values.values()]
-    device = devices[0] if devices else torch.device("cpu")
+    of_ranks = gather_objects(known, process_group)
+    device = next((value.device for values in state.values() for value in values.values()), torch.device("cpu"))
     gathered_state: dict[int, dict[str, Tensor]] = {}
     for number in sorted({number for of_rank in of_ranks for number in of_rank}):  # a rank may not have all of them
         values = state.get(number, {})

@@ -7,8 +7,8 @@ Every rank keeps whole parameters, end to end in flat buckets (sharding/buckets.
 optimizer inside steps, for each parameter, the part in this rank's shard, as a tensor of its own: so a parameter may lack a gradient, has
 its own step counter and belongs to any param group. Segments describe these parts as under every other wrapper.
 
-The class here adds gradients and the step to two layers: an optimizer around another (outer.py), and its state (stateful.py). params.py
-adds parameters to buckets, gradients.py sets the gradients of the parts that are stepped.
+The class here adds gradients and the step to an optimizer around another, with its state (outer.py). params.py adds parameters to buckets,
+gradients.py sets the gradients of the parts that are stepped.
 
 ZeRO: Rajbhandari et al. 2020, arXiv 1910.02054.
 """
@@ -33,15 +33,13 @@ from sharded_optim.step.engine import Engine
 from sharded_optim.step.options import Params, ShardedOptions
 from sharded_optim.step.state import steps_to_allocate
 from sharded_optim.zero.arguments import check_class, check_defaults, check_options, groups_of, tensors_of, unwrapped
-from sharded_optim.zero.bucket import ParamSlot
 from sharded_optim.zero.bucket_layout import BucketLayout, Group, check_params
 from sharded_optim.zero.gathering import Gatherer
 from sharded_optim.zero.gradients import ShardedGradients
-from sharded_optim.zero.outer import groups_outside
+from sharded_optim.zero.outer import OuterOptimizer, groups_outside
 from sharded_optim.zero.params import ShardedParams, wait_for_others
 from sharded_optim.zero.placeholder import GRAD_SCALER
 from sharded_optim.zero.reduction import Reducer
-from sharded_optim.zero.stateful import StatefulOuterOptimizer
 from sharded_optim.zero.topology import Topology
 from sharded_optim.zero.transfers import ShardGroup, exchanges
 
@@ -51,7 +49,7 @@ if TYPE_CHECKING:
 __all__ = ["ShardedOptimizer"]
 
 
-class ShardedOptimizer(StatefulOuterOptimizer):
+class ShardedOptimizer(OuterOptimizer):
     """Shards gradients, moments and float32 masters of a replicated model evenly over the ranks (ZeRO-1, ZeRO-2).
 
     Called like torch's ZeroRedundancyOptimizer, but it averages gradients itself, in backward, by one reduce-scatter per bucket, so the
@@ -180,11 +178,7 @@ class ShardedOptimizer(StatefulOuterOptimizer):
 
     def collect_gradients(self) -> None:
         """Set the averaged gradients of the parts that the optimizer inside steps. A collective, as far as backward was not."""
-        self._gradients()
-
-    def _gradients(self) -> set[ParamSlot]:
-        """Collect gradients, and return all parameters that have one, on any rank."""
-        return self._sharded_gradients.collect()
+        self._sharded_gradients.collect()
 
     def scale_gradients(self, factor: Tensor) -> None:
         """Multiply all gradients of this rank: those in buckets and those that were assigned."""
@@ -202,10 +196,10 @@ class ShardedOptimizer(StatefulOuterOptimizer):
         Raises:
             RuntimeError: it is not finite and `error_if_nonfinite`; on every rank.
         """
-        norm = self._sharded_gradients.norm(self._gradients(), norm_type)
+        norm = self._sharded_gradients.norm(self._sharded_gradients.collect(), norm_type)
         if error_if_nonfinite and not bool(norm.isfinite()):
             raise RuntimeError(f"the norm of the gradients is {float(norm)}; it cannot be clipped")
-        self._sharded_gradients.scale((max_norm / (norm + 1e-6)).clamp(max=1.0).float())
+        self.scale_gradients((max_norm / (norm + 1e-6)).clamp(max=1.0).float())
         self._engine.grad_norm = norm.float()
         return self._engine.grad_norm
 
@@ -243,7 +237,7 @@ class ShardedOptimizer(StatefulOuterOptimizer):
         self._refuse()
         self._consolidated = None
         self._sharded_params.refresh(self.param_groups)
-        used = self._gradients()
+        used = self._sharded_gradients.collect()
         self._gatherer.begin(self._bucket_layout.buckets, {slot.bucket for slot in used})
         try:
             self._step_inside()
@@ -259,7 +253,7 @@ class ShardedOptimizer(StatefulOuterOptimizer):
         self._sharded_params.wait()
 
     def _refuse(self) -> None:
-        """Raise ValueError where a step would be silently wrong, or wait for ranks that do not take part."""
+        """Raise ValueError if a step would be silently wrong, or would wait for ranks that do not take part."""
         if self._sharded_gradients.stay_in_params and self._topology.all_ranks is not None:
             self._join_guard.check(self._bucket_layout.slots, len(self._bucket_layout.slots))
         if self._sharded_params.is_superseded:

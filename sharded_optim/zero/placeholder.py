@@ -9,11 +9,12 @@ Autograd adds to an existing gradient. The gradient that the next backward pass 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 __all__ = ["GRAD_SCALER", "GradientInBucket"]
 
@@ -63,7 +64,8 @@ class GradientInBucket(Tensor):
             return args[0]
         if "unscale" in function.__name__:
             raise ValueError(GRAD_SCALER)
-        raise ValueError(f"{function} cannot be computed: {next(_placeholders([args, kwargs]))!r}")
+        placeholder = next(each for each in tree_leaves([args, kwargs]) if isinstance(each, GradientInBucket))
+        raise ValueError(f"{function} cannot be computed: {placeholder!r}")
 
     def __repr__(self, **_: object) -> str:
         return (
@@ -90,14 +92,3 @@ def _is_called_by_autograd() -> bool:
         return False
     caller = sys._getframe(1).f_back
     return caller is None or caller.f_globals.get("__name__") == "torch.autograd.graph"  # None: in a thread of a device
-
-
-def _placeholders(given: object) -> Iterator[GradientInBucket]:
-    """Return the placeholders among arguments."""
-    if isinstance(given, GradientInBucket):
-        yield given
-    elif isinstance(given, list | tuple):
-        for element in given:
-            yield from _placeholders(element)
-    elif isinstance(given, dict):
-        yield from _placeholders(list(given.values()))

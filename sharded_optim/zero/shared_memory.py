@@ -16,21 +16,19 @@ import struct
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sharded_optim.sharding.ranks import raise_together, timeout_of
+from sharded_optim.sharding.ranks import gather_objects, raising_together, timeout_of
 
-__all__ = ["Receive", "SharedMemoryTransport"]
+__all__ = ["Receive", "SharedMemoryTransport", "shared_zeros"]
 
-T = TypeVar("T")
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # differs between machines
 KEPT = 4096  # mappings of other ranks' buffers
 MESSAGE = struct.Struct("<qqq")  # a tag, and the buffer by its file descriptor and inode
@@ -69,35 +67,23 @@ class SharedMemoryTransport:
     def _find(self, process_group: dist.ProcessGroup) -> None:
         """Find the ranks whose buffers can be read, by reading a probe of each."""
         rank = dist.get_rank(process_group)
-        can_share = hasattr(os, "memfd_create") and BOOT_ID.exists()
-        probes: list[Tensor] = []
-
-        def make_probe() -> tuple[str, int, tuple[int, int]] | None:
-            if not can_share:
-                return None
-            probe = _shared(8)
-            probes.append(probe)
-            probe.copy_(torch.tensor([rank], dtype=torch.int64).view(torch.uint8))
-            return BOOT_ID.read_text(), os.getpid(), _files[probe.data_ptr()]
-
-        of_ranks = _gather(make_probe, process_group)
-        own = of_ranks[rank]
-        self._process_ids = [0 if probe is None else probe[1] for probe in of_ranks]
-
-        def find_readable() -> list[int]:
-            readable = []
-            for other, probe in enumerate(of_ranks):
-                if own is None or probe is None or other == rank or probe[0] != own[0]:
+        own: tuple[str, int, tuple[int, int]] | None = None  # the machine, the process, and the buffer of the probe
+        with raising_together(process_group):
+            if hasattr(os, "memfd_create") and BOOT_ID.exists():
+                probe = shared_zeros(8)
+                probe.view(torch.int64).fill_(rank)
+                own = BOOT_ID.read_text(), os.getpid(), _files[probe.data_ptr()]
+        of_ranks = gather_objects(own, process_group)
+        self._process_ids = [0 if about is None else about[1] for about in of_ranks]
+        readable: list[int] = []
+        with raising_together(process_group):
+            for other, about in enumerate(of_ranks):
+                if own is None or about is None or other == rank or about[0] != own[0]:
                     continue
-                try:
-                    value = self.read(other, probe[2]).view(torch.int64)
-                except (OSError, ValueError):  # in another container, or not allowed
-                    continue
-                if value.tolist() == [other]:
-                    readable.append(other)
-            return readable
-
-        lists = _gather(find_readable, process_group)  # the probes are not read after it
+                with suppress(OSError, ValueError):  # in another container, or not allowed
+                    if self.read(other, about[2]).view(torch.int64).tolist() == [other]:
+                        readable.append(other)
+        lists = gather_objects(readable, process_group)  # the probes are not read after it
         self.ranks = frozenset(other for other in lists[rank] if rank in lists[other])
         self._mapped.clear()
 
@@ -105,22 +91,16 @@ class SharedMemoryTransport:
         """Create a pipe from each rank of this machine."""
         own = dist.get_rank(process_group)
         outgoing_of: dict[int, int] = {}  # the end of each pipe that is the other rank's
-
-        def make_pipes() -> dict[int, int]:
-            for rank in sorted(self.ranks):
-                self._incoming[rank], outgoing_of[rank] = os.pipe2(os.O_CLOEXEC)
-            return outgoing_of
-
-        def open_pipes() -> list[int]:
+        try:
+            with raising_together(process_group):
+                for rank in sorted(self.ranks):
+                    self._incoming[rank], outgoing_of[rank] = os.pipe2(os.O_CLOEXEC)
+            of_ranks = gather_objects(outgoing_of, process_group)
             for rank in self._incoming:
                 with suppress(OSError):  # then they do not share memory
                     path = f"/proc/{self._process_ids[rank]}/fd/{of_ranks[rank][own]}"
                     self._outgoing[rank] = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            return list(self._outgoing)
-
-        try:
-            of_ranks = _gather(make_pipes, process_group)
-            lists = _gather(open_pipes, process_group)  # after it all ranks have opened the pipes that they can
+            lists = gather_objects(list(self._outgoing), process_group)  # after it all ranks have opened the pipes that they can
         except BaseException:
             _close([*self._incoming.values(), *self._outgoing.values()])
             raise
@@ -135,10 +115,6 @@ class SharedMemoryTransport:
         self.exist, self.are_all = any(mutual), sum(mutual) == len(lists) * (len(lists) - 1)
 
     # ------------------------------------------------------------------------------------------------------------- buffers
-
-    def allocate(self, size: int) -> Tensor:
-        """Allocate zeros that the other ranks can read: uint8 (size,)."""
-        return _shared(size)
 
     def read(self, rank: int, which: tuple[int, int]) -> Tensor:
         """Map a buffer of another rank: uint8, read-only.
@@ -226,48 +202,28 @@ class SharedMemoryTransport:
         return True
 
 
+@dataclass(eq=False)
 class Receive:
-    """A pending receive of a message, with the interface of torch.distributed's `Work`.
+    """A pending receive of a message, with the interface of torch.distributed's `Work`."""
 
-    Attributes:
-        which: the buffer that the message names, after `wait`.
-    """
-
-    def __init__(self, shared_memory: SharedMemoryTransport, rank: int, tag: int) -> None:
-        self.shared_memory = shared_memory
-        self._rank, self._tag = rank, tag
-        self.which = (0, 0)
-        self._has_come = False
+    shared_memory: SharedMemoryTransport
+    rank: int  # that sends it
+    tag: int
+    which: tuple[int, int] = (0, 0)  # the buffer that the message names, after `wait`
+    has_arrived: bool = False
 
     def wait(self) -> None:
-        if not self._has_come:
-            self.which = self.shared_memory.receive(self._rank, self._tag)
+        if not self.has_arrived:
+            self.which = self.shared_memory.receive(self.rank, self.tag)
 
     def has_come(self) -> bool:
         """Return whether `wait` returns at once."""
-        self._has_come = self._has_come or self.shared_memory.has_received(self._rank, self._tag)
-        return self._has_come
+        self.has_arrived = self.has_arrived or self.shared_memory.has_received(self.rank, self.tag)
+        return self.has_arrived
 
 
-def _gather(make: Callable[[], T], process_group: dist.ProcessGroup) -> list[T]:
-    """Call a function on every rank, and gather the results on all, or raise on all.
-
-    Raises:
-        ValueError, or the exception of `make` on this rank: on every rank, if `make` has failed on any.
-    """
-    failure, made = None, None
-    try:
-        made = make()
-    except Exception as error:  # the other ranks must get the error before this one raises
-        failure = error
-    rows: list[Any] = [None] * dist.get_world_size(process_group)
-    dist.all_gather_object(rows, (failure is not None, made), group=process_group)
-    if any(has_failed for has_failed, _ in rows):
-        raise_together(failure, None, process_group)
-    return [value for _, value in rows]
-
-
-def _shared(size: int) -> Tensor:
+def shared_zeros(size: int) -> Tensor:
+    """Allocate zeros that other ranks can read: uint8 (size,)."""
     descriptor = os.memfd_create("sharded_optim", os.MFD_CLOEXEC)
     try:
         os.ftruncate(descriptor, max(size, 1))

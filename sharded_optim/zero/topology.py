@@ -38,9 +38,8 @@ class Topology:
         Raises:
             ValueError: a mesh of another number of dimensions, or this rank is not in it.
         """
-        replica_group = None
-        given: Any = None if isinstance(process_group, DeviceMesh) else process_group
-        shard_group = given
+        given: Any = process_group
+        shard_group, replica_group = given, None
         if isinstance(process_group, DeviceMesh):
             mesh = process_group
             if mesh.ndim not in (1, 2) or mesh.get_coordinate() is None:
@@ -48,8 +47,7 @@ class Topology:
                     f"process_group={mesh} must be a mesh that this rank is in, of 1 dimension (shards) or 2 (replicas, shards); make one "
                     f"with init_device_mesh(device, (replicas, shards))"
                 )
-            shard_group = mesh.get_group(mesh.ndim - 1)
-            given = shard_group
+            shard_group = given = mesh.get_group(mesh.ndim - 1)
             if mesh.ndim == 2:
                 replica_group = own_process_group(mesh.get_group(0))
                 ranks = sorted(mesh.mesh.flatten().tolist())

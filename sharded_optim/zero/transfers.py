@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from sharded_optim.sharding.ranks import COLLECTIVE_ERRORS
 from sharded_optim.storage import memory
-from sharded_optim.zero.shared_memory import Receive, SharedMemoryTransport
+from sharded_optim.zero.shared_memory import Receive, SharedMemoryTransport, shared_zeros
 
 __all__ = ["ShardGroup", "Transfer", "all_reduce", "exchanges"]
 
@@ -30,10 +31,11 @@ BUCKETS = 2**15
 _made: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()  # ShardGroups, over each process group
 
 
+@dataclass(eq=False)
 class Transfer:
     """A running transfer.
 
-    Args:
+    Attributes:
         what: a description of the data, for error messages.
         arriving: torch's `Work`s, or the like, of the data that this rank receives. On a GPU waiting makes the current stream wait, not the
             host.
@@ -42,24 +44,16 @@ class Transfer:
         held: buffers that must not be freed until all of these have ended.
     """
 
-    def __init__(
-        self,
-        what: str = "nothing",
-        arriving: Sequence[Any] = (),
-        finish: Callable[[], object] | None = None,
-        leaving: Sequence[Any] = (),
-        held: Sequence[Tensor] = (),
-    ) -> None:
-        self._what = what
-        self._arriving = arriving
-        self._finish = finish
-        self._leaving = leaving
-        self._held = held
+    what: str = "nothing"
+    arriving: Sequence[Any] = ()
+    finish: Callable[[], object] | None = None
+    leaving: Sequence[Any] = ()
+    held: Sequence[Tensor] = ()
 
     @property
     def is_arriving(self) -> bool:
         """Return whether this rank has not yet waited for its result."""
-        return bool(self._arriving) or self._finish is not None
+        return bool(self.arriving) or self.finish is not None
 
     def wait(self) -> None:
         """Wait until this rank has its result.
@@ -68,12 +62,12 @@ class Transfer:
             RuntimeError: a rank did not take part within the process group's timeout, or has ended.
         """
         if self.is_arriving:
-            with naming(self._what):
-                for work in self._arriving:
+            with naming_missing_data(self.what):
+                for work in self.arriving:
                     work.wait()
-            if self._finish is not None:
-                self._finish()
-            self._arriving, self._finish = (), None
+            if self.finish is not None:
+                self.finish()
+            self.arriving, self.finish = (), None
 
     def settle(self) -> None:
         """Wait until the other ranks have their results too, so that the buffers may be written to.
@@ -82,28 +76,28 @@ class Transfer:
             RuntimeError: as `wait`.
         """
         self.wait()
-        with naming(f"the acknowledgement of {self._what}"):
-            for work in self._leaving:
-                work.wait()
-        self._leaving, self._held = (), ()
+        self._end(self.leaving)
 
     def has_ended(self) -> bool:
         """Return whether the buffers may be freed: all ranks have their results.
 
         Does not wait for a rank that has yet to read this one's memory. Waits for sends: a rank that is not behind this one receives them.
         """
-        if self.is_arriving or not all(work.has_come() for work in self._leaving if isinstance(work, Receive)):
+        if self.is_arriving or not all(work.has_come() for work in self.leaving if isinstance(work, Receive)):
             return False
-        with naming(f"the acknowledgement of {self._what}"):
-            for work in self._leaving:
-                if not isinstance(work, Receive):
-                    work.wait()
-        self._leaving, self._held = (), ()
+        self._end([work for work in self.leaving if not isinstance(work, Receive)])
         return True
+
+    def _end(self, leaving: Sequence[Any]) -> None:
+        """Wait for works of the data that leaves this rank, and free the buffers."""
+        with naming_missing_data(f"the acknowledgement of {self.what}"):
+            for work in leaving:
+                work.wait()
+        self.leaving, self.held = (), ()
 
 
 @contextmanager
-def naming(what: str) -> Iterator[None]:
+def naming_missing_data(what: str) -> Iterator[None]:
     """Context that describes the missing data in errors of waiting for other ranks.
 
     Raises:
@@ -164,7 +158,7 @@ class ShardGroup:
     def zeros(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Allocate a buffer that is to be sharded: (numel,)."""
         if self.shared_memory.ranks and numel and device.type == "cpu":
-            return self.shared_memory.allocate(numel * dtype.itemsize).view(dtype)
+            return shared_zeros(numel * dtype.itemsize).view(dtype)
         return memory.zeros_on(device, numel, dtype)
 
     def reduce_scatter(
@@ -238,14 +232,14 @@ class ShardGroup:
         acknowledgements = [Receive(shared_memory, rank, tag + 1) for rank in shared_memory.ranks]
         later = [rank for rank in self._remote_ranks if rank > self.rank]  # first, so that not all ranks send to the same one first
         targets = later + [rank for rank in self._remote_ranks if rank < self.rank]
-        with naming(what):
+        with naming_missing_data(what):
             for rank in shared_memory.ranks:
                 shared_memory.post(rank, tag, full)
             works = [dist.irecv(received[rank], group=group, group_src=rank, tag=tag) for rank in reversed(targets)]
             sends = [dist.isend(sent[rank], group=group, group_dst=rank, tag=tag) for rank in targets]
 
         def read(rank: int) -> Tensor:
-            with naming(what):
+            with naming_missing_data(what):
                 buffer = shared_memory.read(rank, ready[rank].which)
             return buffer[: full.nbytes].view(full.dtype)
 
@@ -267,7 +261,7 @@ def all_reduce(
     """Sum a tensor over all ranks."""
     if process_group is None:
         return Transfer()
-    with naming(what):
+    with naming_missing_data(what):
         return Transfer(what, [dist.all_reduce(tensor, group=process_group, async_op=True)], held=(tensor,))
 
 

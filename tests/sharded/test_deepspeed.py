@@ -365,7 +365,7 @@ def check_names() -> None:
     """A name without a prefix is DeepSpeed's or torch's where they have an optimizer of that name."""
     from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 
-    assert set(DEEPSPEED_OPTIMIZERS) == so.deepspeed.DEEPSPEEDS
+    assert set(DEEPSPEED_OPTIMIZERS) == so.deepspeed.DEEPSPEED_OPTIMIZERS
     own = {name: so.deepspeed.is_own(name) for name in OPTIMIZERS}
     assert {name for name, is_own in own.items() if is_own} == {"DecoupledAdamW", "DecoupledSGDW", "StableAdamW"}
     assert all(so.deepspeed.is_own(f"sharded_optim.{name}") for name in OPTIMIZERS)

@@ -401,7 +401,7 @@ def test_gradients_that_ddp_has_averaged_are_stepped_as_they_are() -> None:
         optimizer = early or sharded(STABLE, wrapped if way == "model" else wrapped.parameters(), bucket_mb=SMALL, overlap=True)
         for step in steps:
             wrapped(contributions(step)).backward()
-            assert not any(bucket.gathering._arriving for bucket in optimizer._bucket_layout.buckets), "forward has not waited"
+            assert not any(bucket.gathering.arriving for bucket in optimizer._bucket_layout.buckets), "forward has not waited"
             assert all(param.grad is not None for param in model.parameters()), way
             optimizer.step()
             optimizer.zero_grad()
@@ -635,8 +635,8 @@ def test_forward_and_state_dict_see_whole_parameters_while_they_are_gathered() -
             model(x).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-        assert any(bucket.gathering._arriving for bucket in optimizers[0]._bucket_layout.buckets), "nothing is left to overlap"
-        assert not any(bucket.gathering._leaving for bucket in optimizers[1]._bucket_layout.buckets)
+        assert any(bucket.gathering.arriving for bucket in optimizers[0]._bucket_layout.buckets), "nothing is left to overlap"
+        assert not any(bucket.gathering.leaving for bucket in optimizers[1]._bucket_layout.buckets)
         if step == 1:
             for model in models:
                 model.eval()
@@ -683,7 +683,7 @@ def test_a_step_waits_for_whole_parameters_where_a_hook_would_read_them() -> Non
     optimizer.register_step_post_hook(lambda *_: None)
     model(x).square().mean().backward()
     optimizer.step()
-    assert not any(bucket.gathering._leaving for bucket in optimizer._bucket_layout.buckets)
+    assert not any(bucket.gathering.leaving for bucket in optimizer._bucket_layout.buckets)
 
 
 @pytest.mark.ranks(2)
