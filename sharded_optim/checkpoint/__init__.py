@@ -87,7 +87,7 @@ def save(
     Raises:
         CheckpointError: on every rank: the errors of any. Committed checkpoints are untouched.
     """
-    pending = _begin(root, step, model, optimizer, extra, keep, process_group)
+    pending = saving.begin(root, step, lambda: _collect(model, optimizer, extra), keep=keep, process_group=_gloo_group(process_group))
     saving.finish(pending, pending.content)
 
 
@@ -115,7 +115,8 @@ def async_save(
     Raises:
         CheckpointError: on every rank: this save's errors until it returns, or those of the save before it that were not raised yet.
     """
-    return background.start(_begin(root, step, model, optimizer, extra, keep, process_group))
+    pending = saving.begin(root, step, lambda: _collect(model, optimizer, extra), keep=keep, process_group=_gloo_group(process_group))
+    return background.start(pending)
 
 
 def load(
@@ -153,7 +154,7 @@ def load(
     patterns = (lenient,) if isinstance(lenient, str) else tuple(lenient)
     options = loading.LoadOptions(strict=strict, lenient=patterns, hyperparameters=hyperparameters)
     arguments = {"step": step, "model": model is not None, "optimizer": optimizer is not None, **asdict(options)}
-    group = _group(process_group)
+    group = _gloo_group(process_group)
 
     def open_root() -> Store:
         background.wait_for_save_in_flight()
@@ -169,16 +170,11 @@ def load(
     return loading.load_newest(store, load_one, group) if step is None else load_one(step)
 
 
-def _begin(
-    root: Root, step: int, model: Any, optimizer: Any, extra: Any, keep: int | None, process_group: dist.ProcessGroup | None
-) -> saving.PendingSave:
-    def collect() -> Content:
-        background.wait_for_save_in_flight()
-        return Content.of(model, optimizer, extra)
-
-    return saving.begin(root, step, collect, keep=keep, process_group=_group(process_group))
+def _collect(model: Any, optimizer: Any, extra: Any) -> Content:
+    background.wait_for_save_in_flight()
+    return Content.of(model, optimizer, extra)
 
 
-def _group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """A group of gloo's that nothing else uses: saves in the background communicate while steps do."""
+def _gloo_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """Return a process group that only checkpoints use: saves in the background communicate while steps do."""
     return own_process_group(process_group, "gloo")

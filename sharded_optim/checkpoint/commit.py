@@ -15,7 +15,7 @@ from sharded_optim.checkpoint.manifest import MAX_MANIFEST_BYTES, Chunk, Manifes
 from sharded_optim.checkpoint.manifest_writer import serialize
 from sharded_optim.checkpoint.reader import marker_of
 from sharded_optim.checkpoint.shard_file import WrittenShard
-from sharded_optim.checkpoint.store import COMMITTED, MANIFEST, Store, folder_of, new_file, shard_name
+from sharded_optim.checkpoint.store import COMMITTED, MANIFEST, Store, folder_of, shard_name
 from sharded_optim.checkpoint.write_plan import Extents, Tensors
 from sharded_optim.sharding.segment import Segment
 
@@ -55,7 +55,7 @@ def commit(store: Store, draft: str, manifest: Manifest, tensors: Tensors, shard
     if len(text) > MAX_MANIFEST_BYTES:
         raise CheckpointError(f"the manifest would have {len(text)} bytes; the limit is {MAX_MANIFEST_BYTES}, and a larger one is not read")
     for name, content in ((MANIFEST, text), (COMMITTED, marker_of(text))):
-        with new_file(store, draft, name) as file:
+        with store.create(draft, name) as file:
             file.write(memoryview(content))
     store.publish(draft, folder_of(manifest.step))
 

@@ -18,16 +18,7 @@ from sharded_optim.checkpoint.errors import CheckpointError, DamagedError, Misma
 from sharded_optim.checkpoint.reader import CheckpointReader, list_files
 from sharded_optim.checkpoint.store import Store, folder_of
 
-__all__ = [
-    "Integrity",
-    "forget",
-    "known_integrity",
-    "record",
-    "recording_integrity",
-    "skipping_damaged",
-    "verify_all",
-    "verify_together",
-]
+__all__ = ["Integrity", "forget", "known_integrity", "record", "recording_integrity", "skipping_damaged", "verify_all", "verify_together"]
 
 
 class Integrity(enum.Enum):

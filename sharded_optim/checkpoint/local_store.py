@@ -112,7 +112,7 @@ class LocalStore:
 
 
 class LocalFile:
-    """A `Writer` of a new file."""
+    """A new file: a context manager with the `write` of a `Writer`."""
 
     def __init__(self, path: str) -> None:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -121,14 +121,15 @@ class LocalFile:
         while content:
             content = content[os.write(self._descriptor, content) :]
 
-    def close(self) -> None:
+    def __enter__(self) -> LocalFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            os.fsync(self._descriptor)
+            if kind is None:
+                os.fsync(self._descriptor)
         finally:
             os.close(self._descriptor)
-
-    def abandon(self) -> None:
-        os.close(self._descriptor)
 
 
 def _is_file(entry: os.DirEntry[str]) -> bool:

@@ -13,15 +13,7 @@ import torch.distributed as dist
 
 from sharded_optim.checkpoint.collectives import all_or_nothing, rank_and_world_size
 from sharded_optim.checkpoint.errors import CheckpointError, DamagedError
-from sharded_optim.checkpoint.integrity import (
-    Integrity,
-    forget,
-    known_integrity,
-    record,
-    skipping_damaged,
-    verify_all,
-    verify_together,
-)
+from sharded_optim.checkpoint.integrity import Integrity, forget, known_integrity, record, skipping_damaged, verify_all, verify_together
 from sharded_optim.checkpoint.reader import CheckpointReader
 from sharded_optim.checkpoint.steps import candidates
 from sharded_optim.checkpoint.store import Store, folder_of, open_store

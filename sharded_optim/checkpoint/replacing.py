@@ -29,9 +29,9 @@ def clear_step(store: Store, step: int, process_group: dist.ProcessGroup | None)
     Raises:
         CheckpointError: it is intact, or cannot be renamed.
     """
-    rank, _ = rank_and_world_size(process_group)
     folder = folder_of(step)
     where = f"{store.root}/{folder}"
+    is_first = rank_and_world_size(process_group)[0] == 0
     try:
         verify_together(store, step, process_group)
     except DamagedError as error:
@@ -44,21 +44,16 @@ def clear_step(store: Store, step: int, process_group: dist.ProcessGroup | None)
         )
 
     def clear() -> None:  # warns on all ranks: where warnings are errors, one rank would raise alone
-        if isinstance(damage, UnreadableError):
-            _rename(store, step, damage, rank)
+        if not isinstance(damage, UnreadableError):
+            warnings.warn(f"replacing a checkpoint that is damaged: {damage}", UserWarning, stacklevel=2)
+            if is_first:
+                store.remove(folder)
             return
-        warnings.warn(f"replacing a checkpoint that is damaged: {damage}", UserWarning, stacklevel=2)
-        if rank == 0:
-            store.remove(folder)
+        what = f"step {step} exists already, and cannot be read to see whether it is intact"
+        try:
+            name = store.set_aside(folder) if is_first else f"{folder}.unreadable-*"
+        except OSError as error:
+            raise CheckpointError(f"{what}; nor can it be renamed ({error}); save to another root: {damage}") from error
+        warnings.warn(f"{what}; it is now called {name}, and nothing removes it: {damage}", UserWarning, stacklevel=2)
 
     all_or_nothing(f"clearing {where}", clear, process_group)
-
-
-def _rename(store: Store, step: int, damage: UnreadableError, rank: int) -> None:
-    folder = folder_of(step)
-    what = f"step {step} exists already, and cannot be read to see whether it is intact"
-    try:
-        name = store.set_aside(folder) if rank == 0 else f"{folder}.unreadable-*"
-    except OSError as error:
-        raise CheckpointError(f"{what}; nor can it be renamed ({error}); save to another root: {damage}") from error
-    warnings.warn(f"{what}; it is now called {name}, and nothing removes it: {damage}", UserWarning, stacklevel=3)

@@ -1,4 +1,4 @@
-"""Save: all ranks write what the plan says and vote, and rank 0 commits.
+"""Save: all ranks write the chunks that the plan assigns to them and vote, and rank 0 commits.
 
     collect -> plan -> draft -> shards, written and hashed -> vote -> manifest, marker -> publish -> prune
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -34,7 +34,7 @@ from sharded_optim.checkpoint.replacing import clear_step, step_exists
 from sharded_optim.checkpoint.shard_file import write_shard
 from sharded_optim.checkpoint.store import Store, folder_of, open_store, shard_name
 from sharded_optim.checkpoint.values import encode
-from sharded_optim.checkpoint.write_plan import PlannedChunk, TensorRow, WritePlan, plan_for, rows_of
+from sharded_optim.checkpoint.write_plan import PlannedChunk, WritePlan, plan_for, rows_of
 
 __all__ = ["PendingSave", "begin", "finish"]
 
@@ -51,37 +51,23 @@ class PendingSave:
     manifest: Manifest  # without files and tensors
     process_group: dist.ProcessGroup | None
     keep: int | None
-    _flat: list[Any] = field(default_factory=list)  # the row of the last chunk, and its elements
+    _flat: dict[int, Tensor] = field(default_factory=dict)  # the elements of the last chunk's tensor, by its row
 
     @property
     def chunks(self) -> Sequence[PlannedChunk]:
-        """What this rank writes."""
+        """The chunks that this rank writes."""
         return self.plan.chunks
 
     def content(self, chunk: PlannedChunk) -> Tensor:
-        """The elements of a chunk, as they are now: 1-D."""
-        if not self._flat or self._flat[0] != chunk.row:  # a tensor that is not contiguous is copied once for all of its chunks
-            self._flat[:] = chunk.row, self.tensors[chunk.row].flat()
-        return self._flat[1][chunk.offset : chunk.offset + chunk.segment.numel]
+        """Return the elements of a chunk, as they are now: 1-D."""
+        if chunk.row not in self._flat:  # a tensor that is not contiguous is copied once for all of its chunks
+            self._flat.clear()
+            self._flat[chunk.row] = self.tensors[chunk.row].flat()
+        return self._flat[chunk.row][chunk.offset : chunk.offset + chunk.segment.numel]
 
     def release(self) -> None:
         """Free what `content` may have copied."""
         self._flat.clear()
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Collected:
-    """What a rank is going to save, before the ranks have compared it."""
-
-    store: Store
-    tensors: Sequence[LocalTensor]
-    rows: Sequence[TensorRow]
-    rest: tuple[Content, Mapping[str, Any]]  # the content without its tensors, with `extra` encoded; the arguments
-    step_exists: bool
-
-    @property
-    def shared(self) -> tuple[bytes, bytes, bool]:
-        return digest_of(self.rows), digest_of(self.rest), self.step_exists
 
 
 def begin(
@@ -92,7 +78,7 @@ def begin(
     keep: int | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> PendingSave:
-    """Collect what all ranks save, and plan which rank writes what. A collective.
+    """Collect the contents of all ranks, and plan which rank writes which chunks. A collective.
 
     Args:
         root, step, keep, process_group: see `checkpoint.save`.
@@ -103,34 +89,33 @@ def begin(
     """
     rank, _ = rank_and_world_size(process_group)
 
-    def prepare() -> _Collected:
+    def prepare() -> tuple[Any, tuple[bytes, bytes, bool]]:
         content = collect()
         _check_arguments(step, keep)
         store = open_store(root)
         extra = None if content.extra is None else encode(content.extra, "extra")
-        return _Collected(
-            store=store,
-            tensors=content.tensors,
-            rows=rows_of(content.tensors),
-            rest=(replace(content, tensors=(), extra=extra), {"step": step, "keep": keep}),
-            step_exists=rank == 0 and step_exists(store, step),
-        )
+        rows = rows_of(content.tensors)
+        # Everything but the tensors is compared as a whole: equal on most ranks, it is sent once.
+        rest = replace(content, tensors=(), extra=extra), {"step": step, "keep": keep}
+        exists = rank == 0 and step_exists(store, step)
+        return (store, content.tensors, rows, rest), (digest_of(rows), digest_of(rest), exists)
 
-    own, shared = all_or_nothing("collecting what to save", prepare, process_group, share=lambda collected: collected.shared)
+    (own, _), shared = all_or_nothing("collecting what to save", prepare, process_group, share=lambda result: result[1])
+    store, tensors, rows, rest = own
     row_digests, rest_digests, exists = zip(*shared, strict=True)
-    contents, arguments = zip(*gather_distinct(own.rest, rest_digests, process_group), strict=True)
+    contents, arguments = zip(*gather_distinct(rest, rest_digests, process_group), strict=True)
     refuse_differences(arguments)
     if any(exists):
-        clear_step(own.store, step, process_group)
+        clear_step(store, step, process_group)
     manifest = manifest_of(step, contents)
-    plan = plan_for(own.tensors, own.rows, row_digests, process_group)
+    plan = plan_for(tensors, rows, row_digests, process_group)
     names = {name for _, name in plan.tensors}
     return PendingSave(
-        store=own.store,
+        store=store,
         step=step,
         plan=plan,
         rank=rank,
-        tensors=own.tensors,
+        tensors=tensors,
         manifest=replace(manifest, aliases={alias: name for alias, name in manifest.aliases.items() if alias not in names}),
         process_group=process_group,
         keep=keep,

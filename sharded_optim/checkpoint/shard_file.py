@@ -20,7 +20,7 @@ from torch import Tensor
 from sharded_optim.checkpoint.dtypes import name_of
 from sharded_optim.checkpoint.local_tensor import bytes_of
 from sharded_optim.checkpoint.manifest import MAX_HEADER_BYTES, sha256
-from sharded_optim.checkpoint.store import Store, new_file
+from sharded_optim.checkpoint.store import Store
 from sharded_optim.checkpoint.write_plan import PlannedChunk
 from sharded_optim.sharding.segment import Segment
 
@@ -48,7 +48,7 @@ def write_shard(
         content: returns the elements of a chunk: 1-D, contiguous, on any device.
     """
     header = _header(chunks)
-    with new_file(store, folder, name) as file:
+    with store.create(folder, name) as file:
         with _Hasher() as hasher:
             file.write(memoryview(header))
             for chunk in chunks:
