@@ -9,7 +9,7 @@ nothing. The public API, `so.checkpoint`, is defined here; the work is done by:
                      replacing.py (a step that exists), background.py (async_save)
     loading.py       loads: matching.py (which stored tensor a live one is loaded from), reader.py, chunk_reading.py
     steps.py         lists and verifies checkpoints; integrity.py (what was verified), pruning.py
-    manifest.py      what a checkpoint holds; manifest_writer.py, manifest_parser.py, values.py, dtypes.py (its JSON)
+    manifest.py      the content of a checkpoint; manifest_json.py, values.py, dtypes.py (its JSON)
     store.py         storage: local_store.py, url_store.py
     export.py        writes files for other programs; imports/ reads theirs, a file for each format; optional.py (packages they need)
     collectives.py   how ranks communicate; errors.py

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from sharded_optim.checkpoint.errors import CheckpointError
 from sharded_optim.checkpoint.manifest import MAX_MANIFEST_BYTES, Chunk, Manifest, ShardFile, TensorEntry
-from sharded_optim.checkpoint.manifest_writer import serialize
+from sharded_optim.checkpoint.manifest_json import serialize
 from sharded_optim.checkpoint.reader import marker_of
 from sharded_optim.checkpoint.shard_file import WrittenShard
 from sharded_optim.checkpoint.store import COMMITTED, MANIFEST, Store, folder_of, shard_name

@@ -1,8 +1,8 @@
 """The manifest of a checkpoint as Python objects: which tensors it holds, and the file, offset and SHA-256 of each chunk of them.
 
 `COMMITTED` holds the SHA-256 of the manifest. The manifest covers everything else: for each shard file its size and the SHA-256 of its
-header, for each chunk of data the SHA-256. Saving builds manifests, and everything that reads checkpoints uses them; `manifest_writer.py`
-and `manifest_parser.py` convert them to JSON and back.
+header, for each chunk of data the SHA-256. Saving builds manifests, and everything that reads checkpoints uses them; `manifest_json.py`
+converts them to JSON and back.
 """
 
 from __future__ import annotations

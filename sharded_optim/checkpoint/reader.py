@@ -18,7 +18,7 @@ from sharded_optim.checkpoint.chunk_reading import ChunkAction, Location, Unread
 from sharded_optim.checkpoint.errors import CheckpointError, DamagedError, UnreadableError, shorten
 from sharded_optim.checkpoint.local_tensor import LocalTensor, tensor_of
 from sharded_optim.checkpoint.manifest import MAX_MANIFEST_BYTES, Chunk, TensorEntry, sha256
-from sharded_optim.checkpoint.manifest_parser import parse
+from sharded_optim.checkpoint.manifest_json import parse
 from sharded_optim.checkpoint.shard_file import header_entries, parse_header
 from sharded_optim.checkpoint.store import COMMITTED, MANIFEST, Store, folder_of
 from sharded_optim.sharding.segment import Segment, overlaps

@@ -46,7 +46,6 @@ class PendingSave:
     store: Store
     step: int
     plan: WritePlan
-    rank: int
     tensors: Sequence[LocalTensor]  # that this rank's chunks are cut from
     manifest: Manifest  # without files and tensors
     process_group: dist.ProcessGroup | None
@@ -98,23 +97,22 @@ def begin(
         # Everything but the tensors is compared as a whole: equal on most ranks, it is sent once.
         rest = replace(content, tensors=(), extra=extra), {"step": step, "keep": keep}
         exists = rank == 0 and step_exists(store, step)
-        return (store, content.tensors, rows, rest), (digest_of(rows), digest_of(rest), exists)
+        return (store, content.tensors, rest), (digest_of(rows), digest_of(rest), exists)
 
     (own, _), shared = all_or_nothing("collecting what to save", prepare, process_group, share=lambda result: result[1])
-    store, tensors, rows, rest = own
+    store, tensors, rest = own
     row_digests, rest_digests, exists = zip(*shared, strict=True)
     contents, arguments = zip(*gather_distinct(rest, rest_digests, process_group), strict=True)
     refuse_differences(arguments)
     if any(exists):
         clear_step(store, step, process_group)
     manifest = manifest_of(step, contents)
-    plan = plan_for(tensors, rows, row_digests, process_group)
+    plan = plan_for(tensors, row_digests, process_group)
     names = {name for _, name in plan.tensors}
     return PendingSave(
         store=store,
         step=step,
         plan=plan,
-        rank=rank,
         tensors=tensors,
         manifest=replace(manifest, aliases={alias: name for alias, name in manifest.aliases.items() if alias not in names}),
         process_group=process_group,
@@ -138,9 +136,11 @@ def finish(save: PendingSave, content: Callable[[PlannedChunk], Tensor]) -> None
     Raises:
         CheckpointError: on every rank; the draft is removed, and nothing else was touched.
     """
-    store, group, is_first = save.store, save.process_group, save.rank == 0
+    store, group = save.store, save.process_group
+    rank, world_size = rank_and_world_size(group)
+    is_first = rank == 0
     where = f"{store.root}/{folder_of(save.step)}"
-    shard = shard_name(save.rank, save.plan.world_size)
+    shard = shard_name(rank, world_size)
     _, (draft, *_) = all_or_nothing(f"creating {where}", lambda: create_draft(store, save.step) if is_first else "", group)
     is_committed = False
 

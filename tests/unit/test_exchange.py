@@ -20,7 +20,7 @@ from torch import Tensor
 from sharded_optim.checkpoint import write_plan
 from sharded_optim.checkpoint.errors import CheckpointError
 from sharded_optim.checkpoint.local_tensor import LocalTensor
-from sharded_optim.checkpoint.write_plan import WritePlan, plan_for, rows_of
+from sharded_optim.checkpoint.write_plan import WritePlan, plan_for
 from sharded_optim.sharding import Layout, LocalParam, Piece, exchange
 from sharded_optim.sharding.exchange import exchange_layouts
 from sharded_optim.sharding.matrices import Matrices
@@ -245,7 +245,7 @@ def local_tensors(pieces: Sequence[Held]) -> list[LocalTensor]:
 
 def plan(rank: int, group: Any, job: Job) -> WritePlan:
     tensors = local_tensors(job[rank])
-    return plan_for(tensors, rows_of(tensors), [b""] * len(job), group)
+    return plan_for(tensors, [b""] * len(job), group)
 
 
 def brute_force_error(job: Job) -> str | None:

@@ -5,12 +5,12 @@ Used by `LiveOptimizer`, by the plan of a load, and by `tools/divergence.py`.
 
 from __future__ import annotations
 
-import sys
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Mapping
 from numbers import Integral, Rational, Real
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 __all__ = ["hyperparameters_of", "plain_hyperparameters"]
@@ -28,8 +28,7 @@ def plain_hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     """Convert a tensor of one element, a scalar of NumPy, or an instance of a subclass of Python's types."""
-    numpy = sys.modules.get("numpy")
-    if (isinstance(value, Tensor) and value.numel() == 1) or (numpy is not None and isinstance(value, numpy.generic)):
+    if (isinstance(value, Tensor) and value.numel() == 1) or isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, list | tuple):
         return (list if isinstance(value, list) else tuple)(map(_plain, value))
