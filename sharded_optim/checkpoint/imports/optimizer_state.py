@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sharded_optim.checkpoint.manifest import Parameters
 from sharded_optim.formulas.weight_decay import COUPLED, DECOUPLED, FORMS, L2
 from sharded_optim.optimizers import OPTIMIZERS
 from sharded_optim.step import foreign_state
@@ -62,6 +63,16 @@ class TranslatedState:
     state: dict[Hashable, dict[str, Tensor]]
     steps: dict[Hashable, float]
 
+    def parameters(self, names_by_group: Sequence[Sequence[str]], steps: Mapping[Any, float]) -> Parameters:
+        """Return the part of a manifest about the optimizer.
+
+        Args:
+            names_by_group: the names of the parameters of each param group.
+            steps: step counters by these names.
+        """
+        group_of = {name: index for index, names in enumerate(names_by_group) for name in names}
+        return Parameters(optimizer=self.optimizer, groups=self.groups, group_of=group_of, steps=steps)
+
 
 def translate(state_dict: Mapping[str, Any], options: ImportOptions, *, is_composers: bool = False) -> TranslatedState:
     """Translate a state dict in the form of torch.optim.
@@ -98,7 +109,7 @@ def translate(state_dict: Mapping[str, Any], options: ImportOptions, *, is_compo
 
 
 def _normalized(group: Mapping[str, Any], is_composers: bool) -> Group:
-    """A param group with numbers in place of tensors, and with the keys by which `foreign_state` recognizes it."""
+    """Return a param group with numbers in place of tensors, and with the keys by which `foreign_state` recognizes it."""
     values = {key: value.item() if isinstance(value, Tensor) and value.numel() == 1 else value for key, value in group.items()}
     if "lr" not in values or "params" not in values:
         raise ValueError(f"a param group of the optimizer's state has no lr or no params; it has {', '.join(map(str, values))}")
@@ -143,7 +154,7 @@ def _nearest(given: Sequence[Group], groups: Sequence[Group], is_composers: bool
 
 
 def _one_element_optimizer(name: str, group: Group, where: str) -> Engine:
-    """An optimizer with one parameter, to complete and check hyperparameters."""
+    """Make an optimizer with one parameter, to complete and check hyperparameters."""
     params = [nn.Parameter(torch.zeros(1, 1, dtype=torch.float32, device="cpu"))]  # which Muon too can step
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -154,7 +165,7 @@ def _one_element_optimizer(name: str, group: Group, where: str) -> Engine:
 
 
 def _complete(engine: Engine, group: Group, where: str) -> Group:
-    """A group with all hyperparameters of the engine's class, and entries of others, such as a scheduler's initial_lr."""
+    """Return a group with all hyperparameters of the engine's class, and entries of others, such as a scheduler's initial_lr."""
     own = {key: value for key, value in engine.param_groups[0].items() if key not in ("params", "param_names")}
     given = {key: value for key, value in group.items() if key not in FOREIGN_KEYS and key not in ("params", "param_names")}
     merged = own | reference(float(group["lr"])) | given
@@ -173,7 +184,7 @@ def _complete(engine: Engine, group: Group, where: str) -> Group:
 
 
 def _tensors(engine: Engine, values: Mapping[str, Any], group: Group, where: str, steps: float, *, is_ours: bool) -> dict[str, Tensor]:
-    """The state tensors of a parameter that the engine's class has; warns of others."""
+    """Return the state tensors of a parameter that the engine's class has; warn of others."""
     algorithm = engine._choose(group)
     missing = [key for key in algorithm.state if key not in values and key not in algorithm.optional_state]
     if missing and steps > 0:

@@ -16,23 +16,19 @@ __all__ = ["StandIn", "load", "load_stream"]
 
 
 class StandIn:
-    """A stand-in for an object of a class that is not imported, with the arguments and the state that the object would have."""
+    """A stand-in for an object of a class that is not imported, with the state that the object would have."""
 
-    def __init__(self, *arguments: Any) -> None:
-        self.arguments = arguments
-        self.state: Any = None
+    state: Any = None
 
-    def __new__(cls, *_: Any) -> StandIn:
-        new = super().__new__(cls)
-        new.arguments, new.state = (), None
-        return new
+    def __init__(self, *_: Any) -> None:
+        """Accept any arguments."""
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
 
-    def field(self, name: str, default: Any = None) -> Any:
-        """An attribute of the object."""
-        return self.state.get(name, default) if isinstance(self.state, dict) else default
+    def field(self, name: str) -> Any:
+        """Return an attribute of the object; None if it has no such attribute."""
+        return self.state.get(name) if isinstance(self.state, dict) else None
 
 
 # Classes that checkpoints name besides tensors, and no import needs.
