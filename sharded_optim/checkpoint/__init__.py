@@ -5,13 +5,13 @@ other on any number of ranks. It is committed or does not exist, every byte is v
 nothing. The public API, `so.checkpoint`, is defined here; the work is done by:
 
     live/            reads models and optimizers under every wrapper, as local_tensor.py describes tensors
-    saving.py        saves: content.py (what a rank saves), write_plan.py (who writes which chunks), shard_file.py, commit.py,
-                     replacing.py (a step that exists), background.py (async_save)
+    saving.py        saves: content.py (a rank's part), write_plan.py (which rank writes which chunks), shard_file.py, commit.py,
+                     background.py (async_save)
     loading.py       loads: matching.py (which stored tensor a live one is loaded from), reader.py, chunk_reading.py
-    steps.py         lists and verifies checkpoints; integrity.py (what was verified), pruning.py
+    steps.py         lists and verifies checkpoints; integrity.py (which were verified), removal.py (of old and damaged ones)
     manifest.py      the content of a checkpoint; manifest_json.py, values.py, dtypes.py (its JSON)
     store.py         storage: local_store.py, url_store.py
-    export.py        writes files for other programs; imports/ reads theirs, a file for each format; optional.py (packages they need)
+    export.py        writes files for other programs; imports/ reads theirs, a file for each format
     collectives.py   how ranks communicate; errors.py
 """
 
@@ -31,7 +31,7 @@ from sharded_optim.checkpoint.content import Content
 from sharded_optim.checkpoint.errors import CheckpointError, DamagedError, MismatchError, NoCheckpointError
 from sharded_optim.checkpoint.export import export_safetensors, export_torch
 from sharded_optim.checkpoint.imports import import_from
-from sharded_optim.checkpoint.pruning import prune
+from sharded_optim.checkpoint.removal import prune
 from sharded_optim.checkpoint.steps import describe, latest, steps, verify
 from sharded_optim.checkpoint.store import Store, open_store
 from sharded_optim.sharding.ranks import own_process_group

@@ -1,7 +1,7 @@
 """A record of the integrity of checkpoints that this process has read.
 
 Pruning relies on it: before old checkpoints are removed, one of those that stay must have been verified, every byte of it, and not written
-to since. Having written a checkpoint is not enough. Loading and verification record the integrity; `pruning.py` and `replacing.py` read it.
+to since. Having written a checkpoint is not enough. Loading and verification record the integrity; `removal.py` reads it.
 """
 
 from __future__ import annotations

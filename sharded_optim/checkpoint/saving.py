@@ -29,8 +29,7 @@ from sharded_optim.checkpoint.commit import commit, create_draft, discard_draft
 from sharded_optim.checkpoint.content import Content, manifest_of
 from sharded_optim.checkpoint.local_tensor import LocalTensor
 from sharded_optim.checkpoint.manifest import Manifest
-from sharded_optim.checkpoint.pruning import prune_together
-from sharded_optim.checkpoint.replacing import clear_step, step_exists
+from sharded_optim.checkpoint.removal import clear_step, prune_together, step_exists
 from sharded_optim.checkpoint.shard_file import write_shard
 from sharded_optim.checkpoint.store import Store, folder_of, open_store, shard_name
 from sharded_optim.checkpoint.values import encode

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharded_optim.checkpoint import optional
 from sharded_optim.checkpoint.content import Content
+from sharded_optim.checkpoint.export import import_safetensors
 from sharded_optim.checkpoint.imports.assembly import assemble, join_chunks
 from sharded_optim.checkpoint.imports.optimizer_state import ImportOptions
 
@@ -70,8 +70,8 @@ def _index(folder: Path) -> dict[str, str]:
 
 
 def _chunks(files: list[Path], metadata: dict[str, str]) -> Iterator[tuple[str, list[int], Tensor]]:
-    """The name, offsets and content of each tensor in the files. Adds their metadata to `metadata`."""
-    safetensors = optional.import_safetensors()
+    """List the name, offsets and content of each tensor in the files. Adds their metadata to `metadata`."""
+    safetensors = import_safetensors()
     for file in files:
         try:
             with safetensors.safe_open(file, "pt") as opened:
