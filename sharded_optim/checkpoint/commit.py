@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from sharded_optim.checkpoint.errors import CheckpointError
-from sharded_optim.checkpoint.manifest import MAX_MANIFEST_BYTES, Chunk, Manifest, ShardFile, TensorEntry
+from sharded_optim.checkpoint.manifest import MAX_MANIFEST_BYTES, Chunk, Manifest, ShardFile, TensorEntry, key_of
 from sharded_optim.checkpoint.manifest_json import serialize
 from sharded_optim.checkpoint.reader import marker_of
 from sharded_optim.checkpoint.shard_file import WrittenShard
@@ -44,7 +44,7 @@ def commit(store: Store, draft: str, manifest: Manifest, tensors: Tensors, shard
     Args:
         manifest: without files and tensors.
         tensors: of the checkpoint.
-        shards: what each rank wrote, and which chunks these are; None: nothing.
+        shards: by rank the hashes of its file, and the extents of the chunks in it; None: it wrote no file.
 
     Raises:
         CheckpointError: a rank's file is missing, or the manifest is too large.
@@ -63,7 +63,7 @@ def commit(store: Store, draft: str, manifest: Manifest, tensors: Tensors, shard
 def _complete(manifest: Manifest, tensors: Tensors, shards: Sequence[Written | None]) -> Manifest:
     """Add the files and tensors, with the hashes that ranks computed while they wrote."""
     files: dict[str, ShardFile] = {}
-    of_slots = list(tensors.items())
+    numbered = list(tensors.items())  # `WritePlan.extents` has these numbers
     chunks: list[list[Chunk]] = [[] for _ in tensors]
     for rank, written in enumerate(shards):
         if written is None:
@@ -71,16 +71,17 @@ def _complete(manifest: Manifest, tensors: Tensors, shards: Sequence[Written | N
         shard, extents = written
         file = shard_name(rank, len(shards))
         offset = shard.header_size
-        for (slot, start, run, stride, count), digest in zip(extents, shard.chunks_sha256, strict=True):
-            (_, name), (shape, dtype) = of_slots[slot]
+        for (number, start, run, stride, count), digest in zip(extents, shard.chunks_sha256, strict=True):
+            (kind, name), (shape, dtype) = numbered[number]
             segment = Segment(name=name, shape=shape, start=start, run=run, stride=stride, count=count)
             size = segment.numel * dtype.itemsize
-            chunks[slot].append(Chunk(segment=segment, file=file, offset=offset, size=size, sha256=digest))
+            key = key_of(kind, name)
+            chunks[number].append(Chunk(key=key, dtype=dtype, segment=segment, file=file, offset=offset, size=size, sha256=digest))
             offset += size
         files[file] = ShardFile(size=offset, header_size=shard.header_size, header_sha256=shard.header_sha256)
     entries = [
         TensorEntry(kind=kind, name=name, shape=shape, dtype=dtype, chunks=tuple(own))
-        for ((kind, name), (shape, dtype)), own in zip(of_slots, chunks, strict=True)
+        for ((kind, name), (shape, dtype)), own in zip(numbered, chunks, strict=True)
     ]
     for entry in entries:
         assert sum(chunk.size for chunk in entry.chunks) == entry.size, f"{entry.key!r} is written once"

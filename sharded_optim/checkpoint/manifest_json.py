@@ -233,7 +233,8 @@ def _tensor_from_json(row: dict[str, Any], files: list[str]) -> TensorEntry:
             raise ValueError(f"a chunk of {key!r} has {segment.numel} elements of {dtype} in {size} bytes")
         if size > CHUNK_BYTES:
             raise ValueError(f"a chunk of {key!r} has {size} bytes; the limit is {CHUNK_BYTES}")
-        chunks.append(Chunk(segment=segment, file=files[_count(file)], offset=_count(offset), size=size, sha256=_digest(digest)))
+        file, offset, digest = files[_count(file)], _count(offset), _digest(digest)
+        chunks.append(Chunk(key=key, dtype=dtype, segment=segment, file=file, offset=offset, size=size, sha256=digest))
     return TensorEntry(kind=kind, name=name, shape=shape, dtype=dtype, chunks=tuple(chunks))
 
 
@@ -278,9 +279,9 @@ def _check_parameter_names(manifest: Manifest) -> None:
 def _check_extents(manifest: Manifest) -> None:
     """Chunks fill their files without gaps: no hash would cover the bytes in a gap."""
     ends = {name: file.header_size for name, file in manifest.files.items()}
-    for entry, chunk in manifest.chunks:
+    for chunk in manifest.chunks:
         if chunk.offset != ends[chunk.file]:
-            raise ValueError(f"{chunk.file} has no chunk at {ends[chunk.file]}, the next is of {entry.key!r} at {chunk.offset}")
+            raise ValueError(f"{chunk.file} has no chunk at {ends[chunk.file]}, the next is of {chunk.key!r} at {chunk.offset}")
         ends[chunk.file] += chunk.size
     for name, file in manifest.files.items():
         if ends[name] != file.size:

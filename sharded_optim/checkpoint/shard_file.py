@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from queue import Queue
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sharded_optim.checkpoint.dtypes import name_of
 from sharded_optim.checkpoint.local_tensor import bytes_of
-from sharded_optim.checkpoint.manifest import MAX_HEADER_BYTES, sha256
+from sharded_optim.checkpoint.manifest import MAX_HEADER_BYTES, Chunk, sha256
 from sharded_optim.checkpoint.store import Store
 from sharded_optim.checkpoint.write_plan import PlannedChunk
-from sharded_optim.sharding.segment import Segment
 
 __all__ = ["WrittenShard", "header_entries", "parse_header", "write_shard"]
 
@@ -101,7 +99,7 @@ class _Hasher:
 
 
 def _header(chunks: Sequence[PlannedChunk]) -> bytes:
-    content = {METADATA: {"format": "pt"}} | header_entries((chunk.key, chunk.dtype, chunk.segment) for chunk in chunks)
+    content = {METADATA: {"format": "pt"}} | header_entries(chunks)
     text = json.dumps(content).encode()
     text += b" " * (-len(text) % 8)
     if len(text) + 8 > MAX_HEADER_BYTES:
@@ -109,16 +107,16 @@ def _header(chunks: Sequence[PlannedChunk]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def header_entries(chunks: Iterable[tuple[str, torch.dtype, Segment]]) -> dict[str, Any]:
-    """Build the entries of a header for chunks in their order, each given by its key, dtype and segment."""
+def header_entries(chunks: Sequence[PlannedChunk | Chunk]) -> dict[str, Any]:
+    """Build the entries of a header for chunks in their order."""
     content: dict[str, Any] = {}
     begin = 0
     numbers: dict[str, int] = {}
-    for key, dtype, segment in chunks:
-        number = numbers[key] = numbers.get(key, -1) + 1
-        shape = list(segment.shape) if segment.numel == segment.tensor_numel else [segment.numel]
-        end = begin + segment.numel * dtype.itemsize
-        content[f"{key}#{number}"] = {"dtype": name_of(dtype, key), "shape": shape, "data_offsets": [begin, end]}
+    for chunk in chunks:
+        number = numbers[chunk.key] = numbers.get(chunk.key, -1) + 1
+        shape = list(chunk.segment.shape) if chunk.segment.numel == chunk.segment.tensor_numel else [chunk.segment.numel]
+        end = begin + chunk.size
+        content[f"{chunk.key}#{number}"] = {"dtype": name_of(chunk.dtype, chunk.key), "shape": shape, "data_offsets": [begin, end]}
         begin = end
     return content
 
