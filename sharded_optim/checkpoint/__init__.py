@@ -164,10 +164,9 @@ def load(
     store, all_arguments = all_or_nothing(f"opening {root}", open_root, group, share=lambda _: arguments)
     refuse_differences(all_arguments)
 
-    def load_one(number: int) -> Any:
-        return loading.load_step(store, number, model, optimizer, options, group)
-
-    return loading.load_newest(store, load_one, group) if step is None else load_one(step)
+    if step is None:
+        return loading.load_newest(store, model, optimizer, options, group)
+    return loading.load_step(store, step, model, optimizer, options, group)
 
 
 def _collect(model: Any, optimizer: Any, extra: Any) -> Content:

@@ -14,7 +14,6 @@ from sharded_optim.checkpoint.errors import CheckpointError
 from sharded_optim.checkpoint.manifest import MAX_MANIFEST_BYTES, Chunk, Manifest, ShardFile, TensorEntry, key_of
 from sharded_optim.checkpoint.manifest_json import serialize
 from sharded_optim.checkpoint.reader import marker_of
-from sharded_optim.checkpoint.shard_file import WrittenShard
 from sharded_optim.checkpoint.store import COMMITTED, MANIFEST, Store, folder_of, shard_name
 from sharded_optim.checkpoint.write_plan import Extents, Tensors
 from sharded_optim.sharding.segment import Segment
@@ -23,7 +22,7 @@ __all__ = ["commit", "create_draft", "discard_draft"]
 
 logger = logging.getLogger(__name__)
 
-Written = tuple[WrittenShard, Sequence[Extents]]
+Written = tuple[tuple[ShardFile, Sequence[str]], Sequence[Extents]]  # a shard file, the SHA-256 of each chunk, and its extents
 
 _cleaned: set[str] = set()  # roots from which this process has removed the drafts of processes that ended
 
@@ -68,24 +67,23 @@ def _complete(manifest: Manifest, tensors: Tensors, shards: Sequence[Written | N
     for rank, written in enumerate(shards):
         if written is None:
             continue
-        shard, extents = written
+        (shard, digests), extents = written
         file = shard_name(rank, len(shards))
+        files[file] = shard
         offset = shard.header_size
-        for (number, start, run, stride, count), digest in zip(extents, shard.chunks_sha256, strict=True):
+        for (number, start, run, stride, count), digest in zip(extents, digests, strict=True):
             (kind, name), (shape, dtype) = numbered[number]
             segment = Segment(name=name, shape=shape, start=start, run=run, stride=stride, count=count)
             size = segment.numel * dtype.itemsize
             key = key_of(kind, name)
             chunks[number].append(Chunk(key=key, dtype=dtype, segment=segment, file=file, offset=offset, size=size, sha256=digest))
             offset += size
-        files[file] = ShardFile(size=offset, header_size=shard.header_size, header_sha256=shard.header_sha256)
-    entries = [
-        TensorEntry(kind=kind, name=name, shape=shape, dtype=dtype, chunks=tuple(own))
-        for ((kind, name), (shape, dtype)), own in zip(numbered, chunks, strict=True)
-    ]
-    for entry in entries:
-        assert sum(chunk.size for chunk in entry.chunks) == entry.size, f"{entry.key!r} is written once"
-    return replace(manifest, files=files, tensors={entry.key: entry for entry in entries})
+    entries: dict[str, TensorEntry] = {}
+    for ((kind, name), (shape, dtype)), own in zip(numbered, chunks, strict=True):
+        entry = TensorEntry(kind=kind, name=name, shape=shape, dtype=dtype, chunks=tuple(own))
+        assert sum(chunk.size for chunk in own) == entry.size, f"{entry.key!r} is written once"
+        entries[entry.key] = entry
+    return replace(manifest, files=files, tensors=entries)
 
 
 def _check_sizes(store: Store, draft: str, manifest: Manifest) -> None:

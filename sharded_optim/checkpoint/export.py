@@ -131,7 +131,7 @@ def _tensor(reader: CheckpointReader, entry: TensorEntry) -> Tensor:
     """Read a whole tensor to memory of its own."""
     result = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
     target = LocalTensor(kind=entry.kind, segment=Segment.whole(entry.name, entry.shape), local=result)
-    reader.load([LoadRequest(entry=entry, target=target)])
+    reader.load([LoadRequest(target=target, entries=[entry])])
     return result
 
 

@@ -36,16 +36,11 @@ class LoadRequest:
     """A local tensor to be loaded, and the stored tensor that has its elements.
 
     Attributes:
-        beside: arrays of the same shape that hold its values together with `entry`; see `Format.extra`.
+        entries: the stored tensor, and arrays of the same shape that hold its values together with it; see `Format.extra`.
     """
 
-    entry: TensorEntry
     target: LocalTensor
-    beside: Sequence[TensorEntry] = ()
-
-    @property
-    def entries(self) -> list[TensorEntry]:
-        return [self.entry, *self.beside]
+    entries: Sequence[TensorEntry]
 
 
 class CheckpointReader:
@@ -162,14 +157,14 @@ class CheckpointReader:
         Raises:
             DamagedError: bytes have changed since `verify` read them. The local tensors are then partly loaded.
         """
-        direct = [(request, request.target.flat()) for request in requests if not request.beside]
+        direct = [(request.target, request.target.flat(), request.entries[0]) for request in requests if len(request.entries) == 1]
         with torch.no_grad():
-            self._copy([(request.entry, request.target.segment, flat) for request, flat in direct])
-            for request, flat in direct:
-                if not request.target.flat_is_view:
-                    request.target.local.detach().copy_(flat.view(request.target.local.shape))
+            self._copy([(entry, target.segment, flat) for target, flat, entry in direct])
+            for target, flat, _ in direct:
+                if not target.flat_is_view:
+                    target.local.detach().copy_(flat.view(target.local.shape))
             for request in requests:  # one at a time, as each needs memory for its arrays
-                if request.beside:
+                if len(request.entries) > 1:
                     self._load_format(request)
 
     def _load_format(self, request: LoadRequest) -> None:
@@ -177,7 +172,7 @@ class CheckpointReader:
         local, segment = request.target.local.detach(), request.target.segment
         arrays = [torch.empty(segment.numel, dtype=entry.dtype, device=local.device) for entry in request.entries]
         self._copy([(entry, segment, array) for entry, array in zip(request.entries, arrays, strict=True)])
-        fmt = format_beside(request.entry.dtype, {entry.kind for entry in request.beside})
+        fmt = format_beside(request.entries[0].dtype, {entry.kind for entry in request.entries[1:]})
         local.copy_(fmt.load(*arrays).view(local.shape))
 
     def _copy(self, copies: Sequence[tuple[TensorEntry, Segment, Tensor]]) -> None:

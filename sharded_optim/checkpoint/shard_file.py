@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from queue import Queue
 from typing import Any
 
@@ -18,32 +17,26 @@ from torch import Tensor
 
 from sharded_optim.checkpoint.dtypes import name_of
 from sharded_optim.checkpoint.local_tensor import bytes_of
-from sharded_optim.checkpoint.manifest import MAX_HEADER_BYTES, Chunk, sha256
+from sharded_optim.checkpoint.manifest import MAX_HEADER_BYTES, Chunk, ShardFile, sha256
 from sharded_optim.checkpoint.store import Store
 from sharded_optim.checkpoint.write_plan import PlannedChunk
 
-__all__ = ["WrittenShard", "header_entries", "parse_header", "write_shard"]
+__all__ = ["header_entries", "parse_header", "write_shard"]
 
 METADATA = "__metadata__"  # of a safetensors file, beside its tensors
 MAX_QUEUED = 2  # chunks that wait to be hashed
 
 
-@dataclass(frozen=True, kw_only=True)
-class WrittenShard:
-    """The hashes of a written shard file, computed from memory."""
-
-    header_size: int
-    header_sha256: str
-    chunks_sha256: tuple[str, ...]
-
-
 def write_shard(
     store: Store, folder: str, name: str, chunks: Sequence[PlannedChunk], content: Callable[[PlannedChunk], Tensor]
-) -> WrittenShard:
+) -> tuple[ShardFile, list[str]]:
     """Write a shard file and wait until it is on the disk.
 
     Args:
         content: returns the elements of a chunk: 1-D, contiguous, on any device.
+
+    Returns:
+        The file, and the SHA-256 of each chunk. All hashes are of the bytes in memory.
     """
     header = _header(chunks)
     with store.create(folder, name) as file:
@@ -54,7 +47,8 @@ def write_shard(
                 hasher.add(flat)
                 file.write(bytes_of(flat))
         digests = hasher.digests()
-    return WrittenShard(header_size=len(header), header_sha256=sha256(header), chunks_sha256=digests)
+    size = len(header) + sum(chunk.size for chunk in chunks)
+    return ShardFile(size=size, header_size=len(header), header_sha256=sha256(header)), digests
 
 
 class _Hasher:
@@ -83,11 +77,11 @@ class _Hasher:
             raise self._failure
         self._queue.put(flat)
 
-    def digests(self) -> tuple[str, ...]:
+    def digests(self) -> list[str]:
         """Return the SHA-256 of all chunks, after the block. Raises the error of any."""
         if self._failure is not None:
             raise self._failure
-        return tuple(self._digests)
+        return self._digests
 
     def _run(self) -> None:
         while (flat := self._queue.get()) is not None:

@@ -123,8 +123,8 @@ class LiveOptimizer:
             if (state := self.engine.state.get(param.param)) is not None
             for name in param.names
         }
-        groups = [plain_hyperparameters(group) for group in self.groups]
-        copies = tuple(decode(encode(group, f"param_groups[{index}]")) for index, group in enumerate(groups))
+        encoded = [encode(plain_hyperparameters(group), f"param_groups[{index}]") for index, group in enumerate(self.groups)]
+        copies = tuple(map(decode, encoded))  # training goes on during a save in the background
         return Parameters(optimizer=type(self.engine).__name__, groups=copies, group_of=dict(self.group_of), steps=steps)
 
     # --------------------------------------------------------------------------------------------------------------------- loading
