@@ -65,19 +65,17 @@ def prune_together(store: Store, keep: int, new_step: int, process_group: dist.P
     Raises:
         CheckpointError: the newest is damaged, or some could not be removed.
     """
-    rank, _ = rank_and_world_size(process_group)
-
-    def choose() -> tuple[list[int], int | None]:
-        return _removable(store, keep, spare=new_step) if rank == 0 else ([], None)
-
-    _, choices = all_or_nothing(f"pruning {store.root}", choose, process_group)
-    removable, unverified = choices[0]
+    is_first = rank_and_world_size(process_group)[0] == 0
+    _, (choice, *_) = all_or_nothing(
+        f"pruning {store.root}", lambda: _removable(store, keep, spare=new_step) if is_first else None, process_group
+    )
+    removable, unverified = choice
     if unverified is not None:
         verify_together(store, unverified, process_group)
     for step in removable:
         forget(store, step)
     if removable:
-        all_or_nothing(f"pruning {store.root}", lambda: _remove(store, removable) if rank == 0 else None, process_group)
+        all_or_nothing(f"pruning {store.root}", lambda: _remove(store, removable) if is_first else None, process_group)
 
 
 def _removable(store: Store, keep: int, *, damaged: Collection[int] = (), spare: int | None = None) -> tuple[list[int], int | None]:
@@ -109,8 +107,6 @@ def _newest_first(store: Store) -> Iterator[tuple[int, Integrity]]:
                 reader.check_files()
                 integrity = Integrity.PLAUSIBLE
                 record(reader, integrity)
-            if integrity is Integrity.DAMAGED:
-                raise DamagedError(f"{store.root}/{folder_of(step)} was damaged when this process read it")
             yield step, integrity
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import zipfile
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
@@ -59,15 +59,11 @@ def load(path: Path) -> Any:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
-    return _load(path, str(path), mmap=zipfile.is_zipfile(path))
+    return load_stream(path, str(path), mmap=zipfile.is_zipfile(path))
 
 
-def load_stream(stream: BinaryIO, where: str) -> Any:
+def load_stream(source: Any, where: str, *, mmap: bool | None = None) -> Any:
     """Load a part of a file, as `load` does."""
-    return _load(stream, where, mmap=None)
-
-
-def _load(source: Any, where: str, *, mmap: bool | None) -> Any:
     try:
         with torch.serialization.safe_globals([(StandIn, name) for name in REPLACED]):
             return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
