@@ -13,7 +13,7 @@ __all__ = ["ChunkAction", "Unreadable", "read_chunks"]
 
 ChunkAction = Callable[[Chunk, memoryview], str | None]  # receives a chunk and its content; returns a problem, or None
 
-THREADS = 4  # that read and hash, each with memory for a range
+THREADS = 4  # read and hash at once, each with a buffer of CHUNK_BYTES
 
 
 class Unreadable(str):

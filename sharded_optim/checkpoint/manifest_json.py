@@ -268,7 +268,7 @@ def _check_tiling(entry: TensorEntry) -> None:
 
 
 def _check_parameter_names(manifest: Manifest) -> None:
-    """Every tensor of an optimizer belongs to a parameter of a param group."""
+    """Raise ValueError unless every tensor of an optimizer belongs to a parameter of a param group."""
     if manifest.parameters is None:
         return
     for entry in manifest.tensors.values():
@@ -277,7 +277,7 @@ def _check_parameter_names(manifest: Manifest) -> None:
 
 
 def _check_extents(manifest: Manifest) -> None:
-    """Chunks fill their files without gaps: no hash would cover the bytes in a gap."""
+    """Raise ValueError unless chunks fill their files without gaps: no hash would cover the bytes in a gap."""
     ends = {name: file.header_size for name, file in manifest.files.items()}
     for chunk in manifest.chunks:
         if chunk.offset != ends[chunk.file]:

@@ -97,7 +97,7 @@ class CheckpointReader:
             raise UnreadableError(f"{self.where}/{file} cannot be read: {error}") from error
 
     def _read(self, file: str, size: int) -> bytes:
-        """The first `size` bytes of a file, or all of a shorter one."""
+        """Return the first `size` bytes of a file, or all of a shorter one."""
         content = bytearray(size)
         count = self._store.read(self.folder, file, 0, memoryview(content))
         return bytes(content[:count])
@@ -234,5 +234,5 @@ def list_files(store: Store, step: int) -> tuple[dict[str, int], bytes | None]:
 
 
 def marker_of(manifest: bytes) -> bytes:
-    """The content of the file `COMMITTED` beside a manifest."""
+    """Return the content of the file `COMMITTED` beside a manifest."""
     return f"{sha256(manifest)}\n".encode()

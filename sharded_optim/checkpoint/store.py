@@ -82,7 +82,7 @@ class Store(Protocol):
         """Publish a complete draft as the folder, and wait until that is on the disk. An existing folder is not replaced."""
 
     def set_aside(self, folder: str) -> str:
-        """Rename a folder so that it is no step's, and return its new name.
+        """Rename a folder so that it is no checkpoint, and return its new name.
 
         Raises:
             OSError: it cannot be renamed.

@@ -70,7 +70,7 @@ class UrlStore:
         opened.close()
 
     def publish(self, draft: str, folder: str) -> None:
-        """Nothing: the marker, which is written last, has published it."""
+        """Do nothing: the marker, which is written last, has published it."""
 
     def set_aside(self, folder: str) -> str:
         raise OSError(errno.ENOTSUP, "an object store cannot rename", self._path(folder))
@@ -112,6 +112,6 @@ def _name(entry: dict[str, Any]) -> str:
 
 
 def _version(entry: dict[str, Any]) -> str | None:
-    """The listed values that change when a file is written to; None if there are none."""
+    """Return the listed values that change when a file is written to; None if there are none."""
     values = {key: value for key, value in entry.items() if value is not None and any(part in key.lower() for part in VERSION_KEYS)}
     return repr(sorted(values.items())) if values else None

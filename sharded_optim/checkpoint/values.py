@@ -1,4 +1,4 @@
-"""Python values as JSON, with marks for what JSON does not distinguish. Reading them cannot run code.
+"""Python values as JSON, with marks for types that JSON lacks. Reading them cannot run code.
 
 True, 3, 0.1, "text", None, [..], {"key": ..}     as they are; floats keep every bit
 inf, nan, (1, 2), b"..", {3: ..}, a tensor        {"$float": "inf"}, {"$tuple": [1, 2]}, {"$bytes": ..}, {"$items": ..}, {"$tensor": ..}

@@ -75,7 +75,7 @@ class WritePlan:
 
     @property
     def extents(self) -> list[Extents]:
-        """The chunks, as the rank that commits gets them from all ranks."""
+        """The extents of the chunks, which every rank sends to the one that commits."""
         numbers = {key: number for number, key in enumerate(self.tensors)}
         chunks = [(numbers[chunk.kind, chunk.segment.name], chunk.segment) for chunk in self.chunks]
         return [(number, segment.start, segment.run, segment.stride, segment.count) for number, segment in chunks]
@@ -165,7 +165,7 @@ class WriteChecks:
 
     Attributes:
         replies: int64 (rows, 4), for the holders: flags; how many ranks may write the same, 0 for a buffer that another one writes; the
-            number of this one among them; a hash of who they are.
+            number of this one among them; a hash of these ranks.
     """
 
     def __init__(self, exchange: PieceExchange) -> None:

@@ -44,7 +44,7 @@ def import_from(
     optimizer_key: str | None = None,
     param_names: Sequence[str] | None = None,
 ) -> None:
-    """Save what another library has saved as a checkpoint. In one process.
+    """Convert a checkpoint of another library to one of this library. In one process.
 
     The state of this library's optimizers, of torch's Adam, AdamW and SGD, of optimi's and of Composer's is translated; see
     `foreign_state.py`.
@@ -76,11 +76,7 @@ def import_from(
             f"its source, pass --unpickle (unpickle=True): even then only harmless classes are loaded"
         )
     options = ImportOptions(
-        optimizer=optimizer,
-        decay_form=decay_form,
-        model_key=model_key,
-        optimizer_key=optimizer_key,
-        param_names=None if param_names is None else tuple(param_names),
+        optimizer=optimizer, decay_form=decay_form, model_key=model_key, optimizer_key=optimizer_key, param_names=param_names
     )
     content = FORMATS[name](path, options)
     pending = saving.begin(root, step, lambda: content)

@@ -66,7 +66,7 @@ def assemble(
     *,
     masters: Iterable[Tensor] = (),
     extra: Any = None,
-    is_composers: bool = False,
+    from_composer: bool = False,
 ) -> Content:
     """Build the content of a model and its optimizer.
 
@@ -75,14 +75,14 @@ def assemble(
         optimizer: its state dict, flattened or not.
         where: the source, for error messages.
         masters: float32 values of the parameters, in the order in which the optimizer numbers them.
-        is_composers: see `translate`.
+        from_composer: see `translate`.
     """
     tensors, names, aliases = _model(model, where)
     local = [whole(MODEL, name, tensor) for name, tensor in tensors.items()]
     if optimizer is None:
         return Content(tensors=local, extra=extra, aliases=aliases)
     state_dict = unflatten(optimizer, where)
-    translated = translate(state_dict, options, is_composers=is_composers)
+    translated = translate(state_dict, options, from_composer=from_composer)
     name_of = _param_names(state_dict, tensors, names, options, where)
     local += [whole(MASTER, name, master) for name, master in zip(name_of.values(), masters, strict=False)]
     for key, state in translated.state.items():

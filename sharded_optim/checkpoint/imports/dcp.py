@@ -36,12 +36,12 @@ STAND_INS = {
     ("pathlib", "PosixPath"): StandIn,
     ("torch", "Size"): torch.Size,
 }
-TENSOR = STAND_INS[METADATA, "TensorStorageMetadata"]
-ALL = STAND_INS[METADATA, "Metadata"]
+TENSOR_CLASS = STAND_INS[METADATA, "TensorStorageMetadata"]
+METADATA_CLASS = STAND_INS[METADATA, "Metadata"]
 
 
 class _Unpickler(pickle.Unpickler):
-    """For `.metadata`, whose pickle protocol torch's weights-only unpickler does not support. Imports nothing."""
+    """An unpickler of `.metadata`, whose pickle protocol torch's weights-only unpickler does not support. Imports nothing."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in STAND_INS:
@@ -82,7 +82,7 @@ def _metadata(path: Path) -> StandIn:
             metadata = _Unpickler(stream).load()
         except Exception as error:  # of any type, if it is damaged or crafted
             raise ValueError(f"{path} is not loaded: {error}") from error
-    if not isinstance(metadata, ALL):
+    if not isinstance(metadata, METADATA_CLASS):
         raise ValueError(f"{path} is not the metadata of torch.distributed.checkpoint")
     return metadata
 
@@ -100,8 +100,8 @@ def _stored(folder: Path, location: StandIn) -> Any:
 
 
 def _join(stored: list[tuple[Any, Any]], entry: Any, where: str) -> Any:
-    """Return a value of which the parts are stored with their offsets: several only if it is a tensor."""
-    if not isinstance(entry, TENSOR):
+    """Join the stored parts of a value, given with their offsets; only tensors have several."""
+    if not isinstance(entry, TENSOR_CLASS):
         if len(stored) != 1:
             raise ValueError(f"{where} is stored {len(stored)} times")
         return stored[0][1]

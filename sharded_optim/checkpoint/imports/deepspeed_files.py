@@ -50,7 +50,7 @@ class ModelStates:
 
     @classmethod
     def of(cls, folder: Path) -> ModelStates:
-        """Find them. Raises ValueError for kinds of parallelism that are not supported."""
+        """Find the files. Raises ValueError for kinds of parallelism that are not supported."""
         files = {}
         for path in folder.iterdir():
             if UNSUPPORTED.fullmatch(path.name):

@@ -45,7 +45,7 @@ def read(path: Path, options: ImportOptions) -> Content:
     files = _optimizer_files(folder)
     if not files:
         return _stage_0(states, options)
-    ranks = [_of_rank(file) for file in files]
+    ranks = [_load_rank(file) for file in files]
     is_stage_3 = "fp32_flat_groups" in ranks[0]
     base = [_base_optimizer(rank, is_stage_3, file) for rank, file in zip(ranks, files, strict=True)]
     _check_count(folder, ranks)
@@ -59,13 +59,13 @@ def read(path: Path, options: ImportOptions) -> Content:
         partitions = [partition[number] for partition in flat]
         where = f"{folder}: {'sub-group' if is_stage_3 else 'param group'} {number}"
         if is_stage_3:
-            pieces = list(_of_sub_group(group, partitions, where))
+            pieces = list(_pieces_of_sub_group(group, partitions, where))
         else:
             paddings = ranks[0].get("param_alignment_paddings")  # the number of padding elements after each parameter, by group
-            pieces = list(_of_group(group, partitions, paddings[number] if paddings is not None else [0] * len(group), where))
+            pieces = list(_pieces_of_group(group, partitions, paddings[number] if paddings is not None else [0] * len(group), where))
         tensors += _values(pieces, partitions, states, where)
         if not is_stage_3 and base[0]["param_groups"][number].get("use_muon", False):
-            tensors += _muons_state(pieces, partitions, translated, number, where)
+            tensors += _muon_state(pieces, partitions, translated, number, where)
         else:
             tensors += _state(pieces, translated, number)
         steps |= {name: translated[0].steps[number] for name in group if number in translated[0].steps}
@@ -81,7 +81,7 @@ def _optimizer_files(folder: Path) -> list[Path]:
     return [files[rank] for rank in sorted(files)]
 
 
-def _of_rank(file: Path) -> dict[str, Any]:
+def _load_rank(file: Path) -> dict[str, Any]:
     content = unpickling.load(file)
     if not isinstance(content, dict) or not isinstance(content.get("optimizer_state_dict"), dict):
         raise ValueError(f"{file} is not a file of DeepSpeed's optimizer states")
@@ -103,7 +103,7 @@ def _check_count(folder: Path, ranks: Sequence[Mapping[str, Any]]) -> None:
             raise ValueError(f"{folder} was saved on {count} ranks and has the optimizer states of {len(ranks)}; files are lost")
 
 
-def _of_group(group: Shapes, partitions: Sequence[Tensor], paddings: Sequence[int], where: str) -> Iterator[Piece]:
+def _pieces_of_group(group: Shapes, partitions: Sequence[Tensor], paddings: Sequence[int], where: str) -> Iterator[Piece]:
     """List the pieces of the parameters of a group, in stages 1 and 2."""
     size = partitions[0].numel()
     total = sum(partition.numel() for partition in partitions)
@@ -122,7 +122,7 @@ def _of_group(group: Shapes, partitions: Sequence[Tensor], paddings: Sequence[in
         offset = end + paddings[number]
 
 
-def _of_sub_group(group: Shapes, partitions: Sequence[Tensor], where: str) -> Iterator[Piece]:
+def _pieces_of_sub_group(group: Shapes, partitions: Sequence[Tensor], where: str) -> Iterator[Piece]:
     """List the pieces of the parameters of a sub-group, in stage 3."""
     offset = 0
     for name, shape in group.items():
@@ -166,7 +166,7 @@ def _state(pieces: Sequence[Piece], translated: Sequence[TranslatedState], numbe
             yield LocalTensor(kind=kind, segment=segment, local=flat[offset : offset + segment.numel])
 
 
-def _muons_state(
+def _muon_state(
     pieces: Sequence[Piece], partitions: Sequence[Tensor], translated: Sequence[TranslatedState], number: int, where: str
 ) -> Iterator[LocalTensor]:
     """List the momentum of a group that DeepSpeed's own Muon steps in stages 1 and 2.
