@@ -17,7 +17,6 @@ nothing. The public API, `so.checkpoint`, is defined here; the work is done by:
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Literal
@@ -33,7 +32,7 @@ from sharded_optim.checkpoint.export import export_safetensors, export_torch
 from sharded_optim.checkpoint.imports import import_from
 from sharded_optim.checkpoint.removal import prune
 from sharded_optim.checkpoint.steps import describe, latest, steps, verify
-from sharded_optim.checkpoint.store import Store, open_store
+from sharded_optim.checkpoint.store import AnyPath, Store, open_store
 from sharded_optim.sharding.ranks import own_process_group
 
 __all__ = [
@@ -55,11 +54,9 @@ __all__ = [
     "verify",
 ]
 
-Root = str | os.PathLike[str]
-
 
 def save(
-    root: Root,
+    root: AnyPath,
     step: int,
     *,
     model: Any = None,
@@ -92,7 +89,7 @@ def save(
 
 
 def async_save(
-    root: Root,
+    root: AnyPath,
     step: int,
     *,
     model: Any = None,
@@ -120,7 +117,7 @@ def async_save(
 
 
 def load(
-    root: Root,
+    root: AnyPath,
     *,
     model: Any = None,
     optimizer: Any = None,

@@ -51,10 +51,7 @@ def read_chunks(store: Store, folder: str, chunks: Sequence[Chunk], action: Chun
             else:
                 problems.extend(_problems(contiguous, content[:count], action))
 
-    try:
-        _run_in_threads(work, min(THREADS, len(chunks)))
-    finally:
-        stopped.set()
+    _run_in_threads(work, min(THREADS, len(chunks)), stopped)
     return sorted(problems)
 
 
@@ -84,8 +81,12 @@ def _ranges(chunks: Sequence[Chunk]) -> Iterator[list[Chunk]]:
         yield contiguous
 
 
-def _run_in_threads(work: Callable[[], None], count: int) -> None:
-    """Run the same function in threads, as many as can be started; without any, in this one. Raises the error of any of them."""
+def _run_in_threads(work: Callable[[], None], count: int, stopped: threading.Event) -> None:
+    """Run the same function in threads, as many as can be started; without any, in this one. Raises the error of any of them.
+
+    Args:
+        stopped: is set when one has failed or this thread is interrupted, for the others to end.
+    """
     if count == 0:
         return
     with ThreadPoolExecutor(count, thread_name_prefix="sharded_optim read") as pool:
@@ -96,5 +97,8 @@ def _run_in_threads(work: Callable[[], None], count: int) -> None:
         except RuntimeError:  # no more threads, or the interpreter exits while a save in the background reads back
             if not started:
                 work()
-        for future in started:
-            future.result()
+        try:
+            for future in started:
+                future.result()
+        finally:
+            stopped.set()  # here, as the pool then waits for its threads

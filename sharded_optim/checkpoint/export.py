@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sharded_optim.checkpoint.errors import CheckpointError
 from sharded_optim.checkpoint.integrity import verify_all
-from sharded_optim.checkpoint.local_store import sync
+from sharded_optim.checkpoint.local_store import AnyPath, sync
 from sharded_optim.checkpoint.local_tensor import MASTER, MODEL, LocalTensor
 from sharded_optim.checkpoint.manifest import Manifest, Parameters, TensorEntry, key_of
 from sharded_optim.checkpoint.reader import CheckpointReader, LoadRequest
@@ -32,7 +32,6 @@ from sharded_optim.step.state import STEP
 
 __all__ = ["export_safetensors", "export_torch", "import_safetensors"]
 
-AnyPath = str | os.PathLike[str]
 Model = Mapping[str, TensorEntry]
 
 FILE_BYTES = 5 * 10**9  # of tensors in a file, the limit of Hugging Face libraries

@@ -9,7 +9,9 @@ import secrets
 import shutil
 from collections.abc import Hashable
 
-__all__ = ["LocalStore", "sync"]
+__all__ = ["AnyPath", "LocalStore", "sync"]
+
+AnyPath = str | os.PathLike[str]
 
 BROKEN_LINK = (errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG)  # permanent errors of a link
 REMOVED = ".removed"  # suffix of a folder that is being removed
@@ -162,7 +164,7 @@ def _make_folders(path: str) -> None:
     sync(os.path.dirname(path))
 
 
-def sync(path: str | os.PathLike[str]) -> None:
+def sync(path: AnyPath) -> None:
     """Wait until a file or a folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

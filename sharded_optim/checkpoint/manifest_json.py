@@ -34,7 +34,6 @@ from sharded_optim.sharding.segment import Segment, find_tiling_error
 
 __all__ = ["parse", "serialize"]
 
-FEATURES = LATER_MARKS  # marks of values that a manifest may require of its reader, and that this one supports
 MAX_TENSOR_BYTES = 2**62  # of a tensor without its empty dimensions, so that no product overflows
 SHARD_NAME = re.compile(r"shard-[0-9]{5}-of-[0-9]{5}\.safetensors")
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -206,7 +205,7 @@ def _check_version(content: dict[str, Any]) -> None:
         raise MismatchError(f"it has version {major}.{minor} of the format, and this library reads {VERSION[0]}.x; upgrade sharded-optim")
     if not isinstance(content["requires"], list):
         raise ValueError(f"the features it requires are {content['requires']!r}, not a list")
-    unknown = sorted(set(map(check_name, content["requires"])) - FEATURES)
+    unknown = sorted(set(map(check_name, content["requires"])) - LATER_MARKS)  # the only features that manifests require so far
     if unknown:
         raise MismatchError(f"it requires {', '.join(unknown)}, which this version of the library does not support; upgrade sharded-optim")
 

@@ -6,7 +6,6 @@ Training that fell back to an older checkpoint reaches the damaged step again, a
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Collection, Iterable, Iterator
 from itertools import islice
@@ -18,12 +17,12 @@ from sharded_optim.checkpoint.errors import CheckpointError, DamagedError, Misma
 from sharded_optim.checkpoint.integrity import Integrity, forget, known_integrity, record, skipping_damaged, verify_all, verify_together
 from sharded_optim.checkpoint.reader import CheckpointReader
 from sharded_optim.checkpoint.steps import candidates
-from sharded_optim.checkpoint.store import COMMITTED, Store, folder_of, open_store
+from sharded_optim.checkpoint.store import COMMITTED, AnyPath, Store, folder_of, open_store
 
 __all__ = ["clear_step", "prune", "prune_together", "step_exists"]
 
 
-def prune(root: str | os.PathLike[str], keep: int) -> list[int]:
+def prune(root: AnyPath, keep: int) -> list[int]:
     """Remove all checkpoints but the newest `keep`.
 
     Damaged ones are not counted, as far as their manifests, the sizes of their files, and earlier reads of this process show; they stay if

@@ -8,7 +8,6 @@ A committed checkpoint is never written to. A process that dies leaves a draft, 
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,7 +30,7 @@ from sharded_optim.checkpoint.local_tensor import LocalTensor
 from sharded_optim.checkpoint.manifest import Manifest
 from sharded_optim.checkpoint.removal import clear_step, prune_together, step_exists
 from sharded_optim.checkpoint.shard_file import write_shard
-from sharded_optim.checkpoint.store import Store, folder_of, open_store, shard_name
+from sharded_optim.checkpoint.store import AnyPath, Store, folder_of, open_store, shard_name
 from sharded_optim.checkpoint.values import encode
 from sharded_optim.checkpoint.write_plan import PlannedChunk, WritePlan, plan_for, rows_of
 
@@ -69,7 +68,7 @@ class PendingSave:
 
 
 def begin(
-    root: str | os.PathLike[str],
+    root: AnyPath,
     step: int,
     collect: Callable[[], Content],
     *,

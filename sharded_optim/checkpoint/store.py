@@ -12,10 +12,10 @@ from collections.abc import Hashable, Iterable
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-from sharded_optim.checkpoint.local_store import LocalStore
+from sharded_optim.checkpoint.local_store import AnyPath, LocalStore
 from sharded_optim.checkpoint.url_store import UrlStore
 
-__all__ = ["COMMITTED", "MANIFEST", "Store", "folder_of", "open_store", "shard_name", "steps_in"]
+__all__ = ["COMMITTED", "MANIFEST", "AnyPath", "Store", "folder_of", "open_store", "shard_name", "steps_in"]
 
 MANIFEST = "manifest.json"
 COMMITTED = "COMMITTED"  # holds the SHA-256 of the manifest
@@ -93,7 +93,7 @@ class Store(Protocol):
         """Remove a folder, if it exists: for readers all at once."""
 
 
-def open_store(root: str | os.PathLike[str]) -> Store:
+def open_store(root: AnyPath) -> Store:
     """Open the store of a path, or of a URL such as s3://bucket/run or memory://run."""
     where = os.fspath(root)
     if "://" not in where:

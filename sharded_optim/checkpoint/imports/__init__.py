@@ -9,7 +9,6 @@ deepspeed_files.py    what both of DeepSpeed's formats have in common
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from sharded_optim.checkpoint.content import Content
 from sharded_optim.checkpoint.errors import CheckpointError
 from sharded_optim.checkpoint.imports import dcp, deepspeed_universal, deepspeed_zero, safetensors_files, state_dicts
 from sharded_optim.checkpoint.imports.optimizer_state import ImportOptions
+from sharded_optim.checkpoint.store import AnyPath
 
 __all__ = ["FORMATS", "import_from"]
 
@@ -32,8 +32,8 @@ PICKLED = FORMATS.keys() - {"safetensors"}
 
 
 def import_from(
-    source: str | os.PathLike[str],
-    root: str | os.PathLike[str],
+    source: AnyPath,
+    root: AnyPath,
     step: int,
     *,
     source_format: str = "auto",
