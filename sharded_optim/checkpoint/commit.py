@@ -11,18 +11,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from sharded_optim.checkpoint.errors import CheckpointError
-from sharded_optim.checkpoint.manifest import MAX_MANIFEST_BYTES, Chunk, Manifest, ShardFile, TensorEntry, key_of
+from sharded_optim.checkpoint.manifest import MAX_MANIFEST_BYTES, Chunk, Manifest, TensorEntry, key_of
 from sharded_optim.checkpoint.manifest_json import serialize
 from sharded_optim.checkpoint.reader import marker_of
+from sharded_optim.checkpoint.shard_file import WrittenShard
 from sharded_optim.checkpoint.store import COMMITTED, MANIFEST, Store, folder_of, shard_name
-from sharded_optim.checkpoint.write_plan import Extents, Tensors
-from sharded_optim.sharding.segment import Segment
+from sharded_optim.checkpoint.write_plan import Tensors
 
 __all__ = ["commit", "create_draft", "discard_draft"]
 
 logger = logging.getLogger(__name__)
 
-Written = tuple[tuple[ShardFile, Sequence[str]], Sequence[Extents]]  # a shard file, the SHA-256 of each chunk, and its extents
 
 _cleaned: set[str] = set()  # roots from which this process has removed the drafts of processes that ended
 
@@ -37,13 +36,13 @@ def create_draft(store: Store, step: int) -> str:
     return store.begin(folder_of(step), secrets.token_hex(4))
 
 
-def commit(store: Store, draft: str, manifest: Manifest, tensors: Tensors, shards: Sequence[Written | None]) -> None:
+def commit(store: Store, draft: str, manifest: Manifest, tensors: Tensors, shards: Sequence[WrittenShard | None]) -> None:
     """Write the manifest and the marker, and publish a draft.
 
     Args:
         manifest: without files and tensors.
         tensors: of the checkpoint.
-        shards: by rank the hashes of its file, and the extents of the chunks in it; None: it wrote no file.
+        shards: by rank; None: it wrote no file.
 
     Raises:
         CheckpointError: a rank's file is missing, or the manifest is too large.
@@ -59,31 +58,19 @@ def commit(store: Store, draft: str, manifest: Manifest, tensors: Tensors, shard
     store.publish(draft, folder_of(manifest.step))
 
 
-def _complete(manifest: Manifest, tensors: Tensors, shards: Sequence[Written | None]) -> Manifest:
+def _complete(manifest: Manifest, tensors: Tensors, shards: Sequence[WrittenShard | None]) -> Manifest:
     """Add the files and tensors, with the hashes that ranks computed while they wrote."""
-    files: dict[str, ShardFile] = {}
-    numbered = list(tensors.items())  # `WritePlan.extents` has these numbers
-    chunks: list[list[Chunk]] = [[] for _ in tensors]
-    for rank, written in enumerate(shards):
-        if written is None:
-            continue
-        (shard, digests), extents = written
-        file = shard_name(rank, len(shards))
-        files[file] = shard
-        offset = shard.header_size
-        for (number, start, run, stride, count), digest in zip(extents, digests, strict=True):
-            (kind, name), (shape, dtype) = numbered[number]
-            segment = Segment(name=name, shape=shape, start=start, run=run, stride=stride, count=count)
-            size = segment.numel * dtype.itemsize
-            key = key_of(kind, name)
-            chunks[number].append(Chunk(key=key, dtype=dtype, segment=segment, file=file, offset=offset, size=size, sha256=digest))
-            offset += size
+    written = {shard_name(rank, len(shards)): shard for rank, shard in enumerate(shards) if shard is not None}
+    chunks_of: dict[str, list[Chunk]] = {key_of(kind, name): [] for kind, name in tensors}
+    for _, chunks in written.values():
+        for chunk in chunks:
+            chunks_of[chunk.key].append(chunk)
     entries: dict[str, TensorEntry] = {}
-    for ((kind, name), (shape, dtype)), own in zip(numbered, chunks, strict=True):
-        entry = TensorEntry(kind=kind, name=name, shape=shape, dtype=dtype, chunks=tuple(own))
-        assert sum(chunk.size for chunk in own) == entry.size, f"{entry.key!r} is written once"
-        entries[entry.key] = entry
-    return replace(manifest, files=files, tensors=entries)
+    for (kind, name), (shape, dtype) in tensors.items():
+        key = key_of(kind, name)
+        entries[key] = TensorEntry(kind=kind, name=name, shape=shape, dtype=dtype, chunks=tuple(chunks_of[key]))
+        assert sum(chunk.size for chunk in chunks_of[key]) == entries[key].size, f"{key!r} is written once"
+    return replace(manifest, files={name: file for name, (file, _) in written.items()}, tensors=entries)
 
 
 def _check_sizes(store: Store, draft: str, manifest: Manifest) -> None:

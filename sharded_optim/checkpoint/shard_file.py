@@ -21,7 +21,9 @@ from sharded_optim.checkpoint.manifest import MAX_HEADER_BYTES, Chunk, ShardFile
 from sharded_optim.checkpoint.store import Store
 from sharded_optim.checkpoint.write_plan import PlannedChunk
 
-__all__ = ["header_entries", "parse_header", "write_shard"]
+__all__ = ["WrittenShard", "header_entries", "parse_header", "write_shard"]
+
+WrittenShard = tuple[ShardFile, list[Chunk]]
 
 METADATA = "__metadata__"  # of a safetensors file, beside its tensors
 MAX_QUEUED = 2  # chunks that wait to be hashed
@@ -29,14 +31,14 @@ MAX_QUEUED = 2  # chunks that wait to be hashed
 
 def write_shard(
     store: Store, folder: str, name: str, chunks: Sequence[PlannedChunk], content: Callable[[PlannedChunk], Tensor]
-) -> tuple[ShardFile, list[str]]:
+) -> WrittenShard:
     """Write a shard file and wait until it is on the disk.
 
     Args:
         content: returns the elements of a chunk: 1-D, contiguous, on any device.
 
     Returns:
-        The file, and the SHA-256 of each chunk. All hashes are of the bytes in memory.
+        The file and its chunks. All hashes are of the bytes in memory.
     """
     header = _header(chunks)
     with store.create(folder, name) as file:
@@ -47,8 +49,14 @@ def write_shard(
                 hasher.add(flat)
                 file.write(bytes_of(flat))
         digests = hasher.digests()
-    size = len(header) + sum(chunk.size for chunk in chunks)
-    return ShardFile(size=size, header_size=len(header), header_sha256=sha256(header)), digests
+    offset = len(header)
+    written: list[Chunk] = []
+    for chunk, digest in zip(chunks, digests, strict=True):
+        written.append(
+            Chunk(key=chunk.key, dtype=chunk.dtype, segment=chunk.segment, file=name, offset=offset, size=chunk.size, sha256=digest)
+        )
+        offset += chunk.size
+    return ShardFile(size=offset, header_size=len(header), header_sha256=sha256(header)), written
 
 
 class _Hasher:

@@ -28,7 +28,7 @@ from sharded_optim.sharding.row_exchange import Array
 from sharded_optim.sharding.segment import Segment
 from sharded_optim.storage.splitmix64 import GOLDEN, mix
 
-__all__ = ["Extents", "PlannedChunk", "TensorRow", "Tensors", "WritePlan", "plan_for", "rows_of"]
+__all__ = ["PlannedChunk", "TensorRow", "Tensors", "WritePlan", "plan_for", "rows_of"]
 
 SEPARATOR = "\0"  # of kind and name in a key that ranks exchange; no kind has it
 NEEDS_TEXT = 1  # the one flag of a reply
@@ -37,7 +37,6 @@ CONTRADICTS, DOES_NOT_TILE, VALUES_DIFFER = range(3)
 
 # A `LocalTensor` as other ranks see it: kind, name, shape, dtype, the segment's start, run, stride and count, whether it is a buffer.
 TensorRow = tuple[str, str, tuple[int, ...], str, int, int, int, int, bool]
-Extents = tuple[int, int, int, int, int]  # of a chunk: the tensor's number in the plan; start, run, stride and count
 Tensors = dict[tuple[str, str], tuple[tuple[int, ...], torch.dtype]]  # shape and dtype, by kind and name
 
 
@@ -45,7 +44,7 @@ Tensors = dict[tuple[str, str], tuple[tuple[int, ...], torch.dtype]]  # shape an
 class PlannedChunk:
     """A chunk to be written."""
 
-    kind: str
+    key: str  # of the tensor
     segment: Segment
     dtype: torch.dtype
     row: int  # number of the writer's local tensor that it is cut from
@@ -55,10 +54,6 @@ class PlannedChunk:
     def size(self) -> int:
         """Bytes."""
         return self.segment.numel * self.dtype.itemsize
-
-    @property
-    def key(self) -> str:
-        return key_of(self.kind, self.segment.name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,13 +67,6 @@ class WritePlan:
 
     tensors: Tensors
     chunks: tuple[PlannedChunk, ...]
-
-    @property
-    def extents(self) -> list[Extents]:
-        """The extents of the chunks, which every rank sends to the one that commits."""
-        numbers = {key: number for number, key in enumerate(self.tensors)}
-        chunks = [(numbers[chunk.kind, chunk.segment.name], chunk.segment) for chunk in self.chunks]
-        return [(number, segment.start, segment.run, segment.stride, segment.count) for number, segment in chunks]
 
 
 def rows_of(tensors: Iterable[LocalTensor]) -> list[TensorRow]:
@@ -228,8 +216,9 @@ class WriteChecks:
         return int(self._exchange.ranks[row]), int(self._exchange.index[row])
 
 
-def _key(text: RowText) -> str:
-    kind, _, name = text.key.partition(SEPARATOR)
+def _key(tensor: RowText | HeldPiece) -> str:
+    """Return the key that a tensor has in the checkpoint."""
+    kind, _, name = tensor.key.partition(SEPARATOR)
     return key_of(kind, name)
 
 
@@ -269,7 +258,7 @@ def _largest_first(piece: HeldPiece) -> tuple[int, str, int, int]:
 
 
 def _cut(piece: HeldPiece, row: int) -> Iterator[PlannedChunk]:
-    kind, dtype, offset = piece.key.partition(SEPARATOR)[0], dtype_named(piece.dtype), 0
+    key, dtype, offset = _key(piece), dtype_named(piece.dtype), 0
     for part in piece.segment.cut(CHUNK_BYTES // dtype.itemsize):
-        yield PlannedChunk(kind=kind, segment=part, dtype=dtype, row=row, offset=offset)
+        yield PlannedChunk(key=key, segment=part, dtype=dtype, row=row, offset=offset)
         offset += part.numel
