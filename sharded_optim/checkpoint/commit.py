@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from sharded_optim.checkpoint.errors import CheckpointError
-from sharded_optim.checkpoint.manifest import MAX_MANIFEST_BYTES, Chunk, Manifest, TensorEntry, key_of
+from sharded_optim.checkpoint.manifest import MAX_MANIFEST_BYTES, Chunk, Manifest
 from sharded_optim.checkpoint.manifest_json import serialize
 from sharded_optim.checkpoint.reader import marker_of
 from sharded_optim.checkpoint.shard_file import WrittenShard
 from sharded_optim.checkpoint.store import COMMITTED, MANIFEST, Store, folder_of, shard_name
-from sharded_optim.checkpoint.write_plan import Tensors
 
 __all__ = ["commit", "create_draft", "discard_draft"]
 
@@ -36,18 +35,17 @@ def create_draft(store: Store, step: int) -> str:
     return store.begin(folder_of(step), secrets.token_hex(4))
 
 
-def commit(store: Store, draft: str, manifest: Manifest, tensors: Tensors, shards: Sequence[WrittenShard | None]) -> None:
+def commit(store: Store, draft: str, manifest: Manifest, shards: Sequence[WrittenShard | None]) -> None:
     """Write the manifest and the marker, and publish a draft.
 
     Args:
-        manifest: without files and tensors.
-        tensors: of the checkpoint.
+        manifest: without files and chunks.
         shards: by rank; None: it wrote no file.
 
     Raises:
         CheckpointError: a rank's file is missing, or the manifest is too large.
     """
-    complete = _complete(manifest, tensors, shards)
+    complete = _complete(manifest, shards)
     _check_sizes(store, draft, complete)
     text = serialize(complete)
     if len(text) > MAX_MANIFEST_BYTES:
@@ -58,18 +56,16 @@ def commit(store: Store, draft: str, manifest: Manifest, tensors: Tensors, shard
     store.publish(draft, folder_of(manifest.step))
 
 
-def _complete(manifest: Manifest, tensors: Tensors, shards: Sequence[WrittenShard | None]) -> Manifest:
-    """Add the files and tensors, with the hashes that ranks computed while they wrote."""
+def _complete(manifest: Manifest, shards: Sequence[WrittenShard | None]) -> Manifest:
+    """Add the files and chunks, with the hashes that ranks computed while they wrote."""
     written = {shard_name(rank, len(shards)): shard for rank, shard in enumerate(shards) if shard is not None}
-    chunks_of: dict[str, list[Chunk]] = {key_of(kind, name): [] for kind, name in tensors}
+    chunks_of: dict[str, list[Chunk]] = {key: [] for key in manifest.tensors}
     for _, chunks in written.values():
         for chunk in chunks:
             chunks_of[chunk.key].append(chunk)
-    entries: dict[str, TensorEntry] = {}
-    for (kind, name), (shape, dtype) in tensors.items():
-        key = key_of(kind, name)
-        entries[key] = TensorEntry(kind=kind, name=name, shape=shape, dtype=dtype, chunks=tuple(chunks_of[key]))
-        assert sum(chunk.size for chunk in chunks_of[key]) == entries[key].size, f"{key!r} is written once"
+    for key, entry in manifest.tensors.items():
+        assert sum(chunk.size for chunk in chunks_of[key]) == entry.size, f"{key!r} is written once"
+    entries = {key: replace(entry, chunks=tuple(chunks_of[key])) for key, entry in manifest.tensors.items()}
     return replace(manifest, files={name: file for name, (file, _) in written.items()}, tensors=entries)
 
 

@@ -45,7 +45,7 @@ class PendingSave:
     step: int
     plan: WritePlan
     tensors: Sequence[LocalTensor]  # that this rank's chunks are cut from
-    manifest: Manifest  # without files and tensors
+    manifest: Manifest  # without files and chunks
     process_group: dist.ProcessGroup | None
     keep: int | None
     _flat: dict[int, Tensor] = field(default_factory=dict)  # the elements of the last chunk's tensor, by its row
@@ -106,13 +106,14 @@ def begin(
         clear_step(store, step, process_group)
     manifest = manifest_of(step, contents)
     plan = plan_for(tensors, row_digests, process_group)
-    names = {name for _, name in plan.tensors}
+    names = {entry.name for entry in plan.tensors.values()}
+    aliases = {alias: name for alias, name in manifest.aliases.items() if alias not in names}
     return PendingSave(
         store=store,
         step=step,
         plan=plan,
         tensors=tensors,
-        manifest=replace(manifest, aliases={alias: name for alias, name in manifest.aliases.items() if alias not in names}),
+        manifest=replace(manifest, tensors=plan.tensors, aliases=aliases),
         process_group=process_group,
         keep=keep,
     )
@@ -145,7 +146,7 @@ def finish(save: PendingSave, content: Callable[[PlannedChunk], Tensor]) -> None
     def commit_on_first() -> None:
         nonlocal is_committed
         if is_first:
-            commit(store, draft, save.manifest, save.plan.tensors, shards)
+            commit(store, draft, save.manifest, shards)
             is_committed = True
 
     try:

@@ -21,14 +21,14 @@ from sharded_optim.checkpoint.collectives import all_or_nothing
 from sharded_optim.checkpoint.dtypes import dtype_named, name_of
 from sharded_optim.checkpoint.errors import CheckpointError
 from sharded_optim.checkpoint.local_tensor import LocalTensor, checksum
-from sharded_optim.checkpoint.manifest import CHUNK_BYTES, check_name, key_of
+from sharded_optim.checkpoint.manifest import CHUNK_BYTES, TensorEntry, check_name, key_of
 from sharded_optim.sharding.piece_exchange import HeldPiece, PieceExchange, RowText, attempt
 from sharded_optim.sharding.ranks import gather_objects
 from sharded_optim.sharding.row_exchange import Array
 from sharded_optim.sharding.segment import Segment
 from sharded_optim.storage.splitmix64 import GOLDEN, mix
 
-__all__ = ["PlannedChunk", "TensorRow", "Tensors", "WritePlan", "plan_for", "rows_of"]
+__all__ = ["PlannedChunk", "TensorRow", "WritePlan", "plan_for", "rows_of"]
 
 SEPARATOR = "\0"  # of kind and name in a key that ranks exchange; no kind has it
 NEEDS_TEXT = 1  # the one flag of a reply
@@ -37,7 +37,6 @@ CONTRADICTS, DOES_NOT_TILE, VALUES_DIFFER = range(3)
 
 # A `LocalTensor` as other ranks see it: kind, name, shape, dtype, the segment's start, run, stride and count, whether it is a buffer.
 TensorRow = tuple[str, str, tuple[int, ...], str, int, int, int, int, bool]
-Tensors = dict[tuple[str, str], tuple[tuple[int, ...], torch.dtype]]  # shape and dtype, by kind and name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +60,11 @@ class WritePlan:
     """The tensors of a checkpoint, and the chunks that this rank writes.
 
     Attributes:
-        tensors: every tensor of the checkpoint, on all ranks in the same order.
+        tensors: every tensor of the checkpoint, by key, without its chunks; on all ranks in the same order.
         chunks: of this rank, in the order of its file.
     """
 
-    tensors: Tensors
+    tensors: Mapping[str, TensorEntry]
     chunks: tuple[PlannedChunk, ...]
 
 
@@ -141,10 +140,10 @@ def _plan(tensors: Sequence[LocalTensor], process_group: dist.ProcessGroup | Non
     failures = [failed for failed, _ in of_ranks if failed is not None]
     if failures:
         raise CheckpointError(min(failures)[-1])
-    planned: Tensors = {}
-    for _, _, (key, shape, dtype) in sorted(tensor for _, checked in of_ranks for tensor in checked):
-        kind, _, name = key.partition(SEPARATOR)
-        planned[kind, name] = shape, dtype_named(dtype)
+    planned: dict[str, TensorEntry] = {}
+    for _, _, text in sorted(tensor for _, checked in of_ranks for tensor in checked):
+        kind, _, name = text.key.partition(SEPARATOR)
+        planned[_key(text)] = TensorEntry(kind=kind, name=name, shape=text.shape, dtype=dtype_named(text.dtype), chunks=())
     return WritePlan(tensors=planned, chunks=_own_chunks(pieces, replies))
 
 

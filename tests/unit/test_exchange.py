@@ -288,8 +288,8 @@ def test_a_checkpoint_has_each_element_once_or_all_ranks_say_why_not(job: Job) -
     assert len(plans) == len(job), results
     assert all(list(each.tensors.items()) == list(plans[0].tensors.items()) for each in plans), "in the same order on all ranks"
     names = dict.fromkeys(held.segment.name for pieces in job for held in pieces)
-    assert [name for _, name in plans[0].tensors] == list(names)
-    written = {name: torch.zeros(math.prod(shape)) for (_, name), (shape, _) in plans[0].tensors.items()}
+    assert [entry.name for entry in plans[0].tensors.values()] == list(names)
+    written = {entry.name: torch.zeros(math.prod(entry.shape)) for entry in plans[0].tensors.values()}
     saved = {name: torch.zeros_like(values) for name, values in written.items()}
     for held in (held for pieces in job for held in pieces):
         saved[held.segment.name][elements(held.segment)] = held.values.float()
