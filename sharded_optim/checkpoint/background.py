@@ -24,7 +24,7 @@ class Saving:
     """A save in the background."""
 
     def __init__(self, save: PendingSave) -> None:
-        self._where = f"{save.store.root}, step {save.step}"
+        self._where = f"{save.store.root}, step {save.manifest.step}"
         self._failure: BaseException | None = None
         self._staged: dict[int, Tensor] | Exception
         try:

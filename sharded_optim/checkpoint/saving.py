@@ -32,7 +32,7 @@ from sharded_optim.checkpoint.removal import clear_step, prune_together, step_ex
 from sharded_optim.checkpoint.shard_file import write_shard
 from sharded_optim.checkpoint.store import AnyPath, Store, folder_of, open_store, shard_name
 from sharded_optim.checkpoint.values import encode
-from sharded_optim.checkpoint.write_plan import PlannedChunk, WritePlan, plan_for, rows_of
+from sharded_optim.checkpoint.write_plan import PlannedChunk, plan_for, rows_of
 
 __all__ = ["PendingSave", "begin", "finish"]
 
@@ -42,18 +42,12 @@ class PendingSave:
     """A save that is planned and not yet written."""
 
     store: Store
-    step: int
-    plan: WritePlan
-    tensors: Sequence[LocalTensor]  # that this rank's chunks are cut from
+    chunks: Sequence[PlannedChunk]  # that this rank writes
+    tensors: Sequence[LocalTensor]  # that the chunks are cut from
     manifest: Manifest  # without files and chunks
     process_group: dist.ProcessGroup | None
     keep: int | None
     _flat: dict[int, Tensor] = field(default_factory=dict)  # the elements of the last chunk's tensor, by its row
-
-    @property
-    def chunks(self) -> Sequence[PlannedChunk]:
-        """The chunks that this rank writes."""
-        return self.plan.chunks
 
     def content(self, chunk: PlannedChunk) -> Tensor:
         """Return the elements of a chunk, as they are now: 1-D."""
@@ -110,8 +104,7 @@ def begin(
     aliases = {alias: name for alias, name in manifest.aliases.items() if alias not in names}
     return PendingSave(
         store=store,
-        step=step,
-        plan=plan,
+        chunks=plan.chunks,
         tensors=tensors,
         manifest=replace(manifest, tensors=plan.tensors, aliases=aliases),
         process_group=process_group,
@@ -138,9 +131,9 @@ def finish(save: PendingSave, content: Callable[[PlannedChunk], Tensor]) -> None
     store, group = save.store, save.process_group
     rank, world_size = rank_and_world_size(group)
     is_first = rank == 0
-    where = f"{store.root}/{folder_of(save.step)}"
+    where = f"{store.root}/{folder_of(save.manifest.step)}"
     shard = shard_name(rank, world_size)
-    _, (draft, *_) = all_or_nothing(f"creating {where}", lambda: create_draft(store, save.step) if is_first else "", group)
+    _, (draft, *_) = all_or_nothing(f"creating {where}", lambda: create_draft(store, save.manifest.step) if is_first else "", group)
     is_committed = False
 
     def commit_on_first() -> None:
@@ -168,7 +161,7 @@ def finish(save: PendingSave, content: Callable[[PlannedChunk], Tensor]) -> None
 
 def _prune(save: PendingSave, keep: int) -> None:
     try:
-        prune_together(save.store, keep, save.step, save.process_group)
+        prune_together(save.store, keep, save.manifest.step, save.process_group)
     except Exception as error:  # the checkpoint is committed
         # Warns on all ranks: where warnings are errors, one rank would raise alone.
         warnings.warn(f"{save.store.root} could not be pruned: {error}", UserWarning, stacklevel=4)
