@@ -229,7 +229,7 @@ def plan_of_rank(shards: Shards, rank: int) -> tuple[_Simulation, Callable[[], w
     def plan() -> write_plan.WritePlan:
         simulation.group = _Group()  # plans are kept for a group
         rows = write_plan.rows_of(tensors)
-        return write_plan.plan_for(tensors, rows, [digest_of(rows)] * shards.world_size, simulation.group)
+        return write_plan.plan_for(tensors, [digest_of(rows)] * shards.world_size, simulation.group)
 
     return simulation, plan
 

@@ -5,19 +5,18 @@ other on any number of ranks. It is committed or does not exist, every byte is v
 nothing. The public API, `so.checkpoint`, is defined here; the work is done by:
 
     live/            reads models and optimizers under every wrapper, as local_tensor.py describes tensors
-    saving.py        saves: content.py (what a rank saves), write_plan.py (who writes which chunks), shard_file.py, commit.py,
-                     replacing.py (a step that exists), background.py (async_save)
+    saving.py        saves: content.py (a rank's part), write_plan.py (which rank writes which chunks), shard_file.py, commit.py,
+                     background.py (async_save)
     loading.py       loads: matching.py (which stored tensor a live one is loaded from), reader.py, chunk_reading.py
-    steps.py         lists and verifies checkpoints; integrity.py (what was verified), pruning.py
-    manifest.py      what a checkpoint holds; manifest_writer.py, manifest_parser.py, values.py, dtypes.py (its JSON)
+    steps.py         lists and verifies checkpoints; integrity.py (which were verified), removal.py (of old and damaged ones)
+    manifest.py      the content of a checkpoint; manifest_json.py, values.py, dtypes.py (its JSON)
     store.py         storage: local_store.py, url_store.py
-    export.py        writes files for other programs; imports/ reads theirs, a file for each format; optional.py (packages they need)
+    export.py        writes files for other programs; imports/ reads theirs, a file for each format
     collectives.py   how ranks communicate; errors.py
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Literal
@@ -31,9 +30,9 @@ from sharded_optim.checkpoint.content import Content
 from sharded_optim.checkpoint.errors import CheckpointError, DamagedError, MismatchError, NoCheckpointError
 from sharded_optim.checkpoint.export import export_safetensors, export_torch
 from sharded_optim.checkpoint.imports import import_from
-from sharded_optim.checkpoint.pruning import prune
+from sharded_optim.checkpoint.removal import prune
 from sharded_optim.checkpoint.steps import describe, latest, steps, verify
-from sharded_optim.checkpoint.store import Store, open_store
+from sharded_optim.checkpoint.store import AnyPath, Store, open_store
 from sharded_optim.sharding.ranks import own_process_group
 
 __all__ = [
@@ -55,11 +54,9 @@ __all__ = [
     "verify",
 ]
 
-Root = str | os.PathLike[str]
-
 
 def save(
-    root: Root,
+    root: AnyPath,
     step: int,
     *,
     model: Any = None,
@@ -87,12 +84,12 @@ def save(
     Raises:
         CheckpointError: on every rank: the errors of any. Committed checkpoints are untouched.
     """
-    pending = _begin(root, step, model, optimizer, extra, keep, process_group)
+    pending = saving.begin(root, step, lambda: _collect(model, optimizer, extra), keep=keep, process_group=_gloo_group(process_group))
     saving.finish(pending, pending.content)
 
 
 def async_save(
-    root: Root,
+    root: AnyPath,
     step: int,
     *,
     model: Any = None,
@@ -115,11 +112,12 @@ def async_save(
     Raises:
         CheckpointError: on every rank: this save's errors until it returns, or those of the save before it that were not raised yet.
     """
-    return background.start(_begin(root, step, model, optimizer, extra, keep, process_group))
+    pending = saving.begin(root, step, lambda: _collect(model, optimizer, extra), keep=keep, process_group=_gloo_group(process_group))
+    return background.start(pending)
 
 
 def load(
-    root: Root,
+    root: AnyPath,
     *,
     model: Any = None,
     optimizer: Any = None,
@@ -153,7 +151,7 @@ def load(
     patterns = (lenient,) if isinstance(lenient, str) else tuple(lenient)
     options = loading.LoadOptions(strict=strict, lenient=patterns, hyperparameters=hyperparameters)
     arguments = {"step": step, "model": model is not None, "optimizer": optimizer is not None, **asdict(options)}
-    group = _group(process_group)
+    group = _gloo_group(process_group)
 
     def open_root() -> Store:
         background.wait_for_save_in_flight()
@@ -163,22 +161,16 @@ def load(
     store, all_arguments = all_or_nothing(f"opening {root}", open_root, group, share=lambda _: arguments)
     refuse_differences(all_arguments)
 
-    def load_one(number: int) -> Any:
-        return loading.load_step(store, number, model, optimizer, options, group)
-
-    return loading.load_newest(store, load_one, group) if step is None else load_one(step)
-
-
-def _begin(
-    root: Root, step: int, model: Any, optimizer: Any, extra: Any, keep: int | None, process_group: dist.ProcessGroup | None
-) -> saving.PendingSave:
-    def collect() -> Content:
-        background.wait_for_save_in_flight()
-        return Content.of(model, optimizer, extra)
-
-    return saving.begin(root, step, collect, keep=keep, process_group=_group(process_group))
+    if step is None:
+        return loading.load_newest(store, model, optimizer, options, group)
+    return loading.load_step(store, step, model, optimizer, options, group)
 
 
-def _group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """A group of gloo's that nothing else uses: saves in the background communicate while steps do."""
+def _collect(model: Any, optimizer: Any, extra: Any) -> Content:
+    background.wait_for_save_in_flight()
+    return Content.of(model, optimizer, extra)
+
+
+def _gloo_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """Return a process group that only checkpoints use: saves in the background communicate while steps do."""
     return own_process_group(process_group, "gloo")

@@ -24,14 +24,13 @@ class Saving:
     """A save in the background."""
 
     def __init__(self, save: PendingSave) -> None:
-        self._where = f"{save.store.root}, step {save.step}"
+        self._where = f"{save.store.root}, step {save.manifest.step}"
         self._failure: BaseException | None = None
-        self._staging_failure: Exception | None = None
-        self._staged: dict[int, Tensor] = {}
+        self._staged: dict[int, Tensor] | Exception
         try:
-            self._staged |= {id(chunk): copy for chunk, copy in zip(save.chunks, _stage(save), strict=True)}
+            self._staged = {id(chunk): copy for chunk, copy in zip(save.chunks, _stage(save), strict=True)}
         except Exception as error:  # out of memory, for example: raised in the background, with the other ranks
-            self._staging_failure = error
+            self._staged = error
         save.release()
         self._thread = threading.Thread(target=self._run, args=(save,), name="sharded_optim save")  # no daemon: it ends before the process
         try:
@@ -56,8 +55,8 @@ class Saving:
             raise failure
 
     def _content(self, chunk: PlannedChunk) -> Tensor:
-        if self._staging_failure is not None:
-            raise self._staging_failure
+        if isinstance(self._staged, Exception):
+            raise self._staged
         return self._staged[id(chunk)]
 
     def _run(self, save: PendingSave) -> None:
@@ -67,7 +66,7 @@ class Saving:
             logger.error("saving %s in the background failed: %s", self._where, error)  # even if nobody calls wait()
             self._failure = error
         finally:
-            self._staged.clear()
+            self._staged = {}
 
 
 _in_flight: Saving | None = None

@@ -6,23 +6,21 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from sharded_optim.checkpoint.manifest import CHUNK_BYTES, Chunk, TensorEntry
+from sharded_optim.checkpoint.manifest import CHUNK_BYTES, Chunk
 from sharded_optim.checkpoint.store import Store
 
-__all__ = ["ChunkAction", "Location", "Unreadable", "read_chunks"]
+__all__ = ["ChunkAction", "Unreadable", "read_chunks"]
 
-Location = tuple[str, int]  # of a chunk: its file and offset
-ChunkAction = Callable[[TensorEntry, Chunk, memoryview], str | None]  # receives a chunk's content; returns a problem, or None
-_Range = list[tuple[TensorEntry, Chunk]]  # contiguous chunks of a file
+ChunkAction = Callable[[Chunk, memoryview], str | None]  # receives a chunk and its content; returns a problem, or None
 
-THREADS = 4  # that read and hash, each with memory for a range
+THREADS = 4  # read and hash at once, each with a buffer of CHUNK_BYTES
 
 
 class Unreadable(str):
     """A problem that may be temporary: a file could not be read."""
 
 
-def read_chunks(store: Store, folder: str, chunks: Sequence[tuple[TensorEntry, Chunk]], action: ChunkAction) -> list[str]:
+def read_chunks(store: Store, folder: str, chunks: Sequence[Chunk], action: ChunkAction) -> list[str]:
     """Read chunks and call an action with the content of each.
 
     Args:
@@ -41,53 +39,54 @@ def read_chunks(store: Store, folder: str, chunks: Sequence[tuple[TensorEntry, C
         buffer = memoryview(bytearray(CHUNK_BYTES))
         while not stopped.is_set():
             with lock:
-                group = next(ranges, None)
-            if group is None:
+                contiguous = next(ranges, None)
+            if contiguous is None:
                 return
-            (first, chunk), (_, last) = group[0], group[-1]
-            content = buffer[: last.offset + last.size - chunk.offset]
+            first, last = contiguous[0], contiguous[-1]
+            content = buffer[: last.offset + last.size - first.offset]
             try:
-                count = store.read(folder, chunk.file, chunk.offset, content)
+                count = store.read(folder, first.file, first.offset, content)
             except OSError as error:
-                problems.append(Unreadable(f"{chunk.file} cannot be read at {chunk.offset}, from {first.key!r} on: {error}"))
+                problems.append(Unreadable(f"{first.file} cannot be read at {first.offset}, from {first.key!r} on: {error}"))
             else:
-                problems.extend(_problems(group, content[:count], action))
+                problems.extend(_problems(contiguous, content[:count], action))
 
-    try:
-        _run_in_threads(work, min(THREADS, len(chunks)))
-    finally:
-        stopped.set()
+    _run_in_threads(work, min(THREADS, len(chunks)), stopped)
     return sorted(problems)
 
 
-def _problems(chunks: _Range, content: memoryview, action: ChunkAction) -> Iterator[str]:
-    """Call the action for the chunks of a range, of which the file may have had only the first bytes."""
-    begin = chunks[0][1].offset
-    for entry, chunk in chunks:
+def _problems(chunks: Sequence[Chunk], content: memoryview, action: ChunkAction) -> Iterator[str]:
+    """Call the action for contiguous chunks, of which the file may have had only the first bytes."""
+    begin = chunks[0].offset
+    for chunk in chunks:
         own = content[chunk.offset - begin : chunk.offset - begin + chunk.size]
         if len(own) < chunk.size:
-            yield f"{chunk.file} ends at {begin + len(content)}, inside of {entry.key!r}"
-        elif (problem := action(entry, chunk, own)) is not None:
+            yield f"{chunk.file} ends at {begin + len(content)}, inside of {chunk.key!r}"
+        elif (problem := action(chunk, own)) is not None:
             yield problem
 
 
-def _ranges(chunks: Sequence[tuple[TensorEntry, Chunk]]) -> Iterator[_Range]:
+def _ranges(chunks: Sequence[Chunk]) -> Iterator[list[Chunk]]:
     """Group chunks that are contiguous in a file, up to `CHUNK_BYTES` together."""
-    group: _Range = []
-    for entry, chunk in chunks:
-        if group:
-            first, last = group[0][1], group[-1][1]
+    contiguous: list[Chunk] = []
+    for chunk in chunks:
+        if contiguous:
+            first, last = contiguous[0], contiguous[-1]
             follows = (chunk.file, chunk.offset) == (last.file, last.offset + last.size)
             if not follows or chunk.offset + chunk.size - first.offset > CHUNK_BYTES:
-                yield group
-                group = []
-        group.append((entry, chunk))
-    if group:
-        yield group
+                yield contiguous
+                contiguous = []
+        contiguous.append(chunk)
+    if contiguous:
+        yield contiguous
 
 
-def _run_in_threads(work: Callable[[], None], count: int) -> None:
-    """Run the same function in threads, as many as can be started; without any, in this one. Raises the error of any of them."""
+def _run_in_threads(work: Callable[[], None], count: int, stopped: threading.Event) -> None:
+    """Run the same function in threads, as many as can be started; without any, in this one. Raises the error of any of them.
+
+    Args:
+        stopped: is set when one has failed or this thread is interrupted, for the others to end.
+    """
     if count == 0:
         return
     with ThreadPoolExecutor(count, thread_name_prefix="sharded_optim read") as pool:
@@ -98,5 +97,8 @@ def _run_in_threads(work: Callable[[], None], count: int) -> None:
         except RuntimeError:  # no more threads, or the interpreter exits while a save in the background reads back
             if not started:
                 work()
-        for future in started:
-            future.result()
+        try:
+            for future in started:
+                future.result()
+        finally:
+            stopped.set()  # here, as the pool then waits for its threads

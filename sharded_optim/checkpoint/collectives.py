@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from sharded_optim.checkpoint.errors import CheckpointError, DamagedError, MismatchError, UnreadableError
-from sharded_optim.sharding.ranks import join_messages
+from sharded_optim.sharding.ranks import gather_objects, join_messages
 
 __all__ = ["all_or_nothing", "digest_of", "gather_distinct", "gather_on_first", "rank_and_world_size", "refuse_differences"]
 
@@ -56,15 +56,12 @@ def all_or_nothing(
         shared = share(result)
     except Exception as error:
         failure = error
-    if process_group is None:
-        if failure is None:
-            return result, [shared]
-        if isinstance(failure, CheckpointError):
-            raise failure
+    if process_group is None and isinstance(failure, CheckpointError):
+        raise failure
+    if process_group is None and failure is not None:
         raise CheckpointError(f"{what} failed: {_message(failure)}") from failure
     vote = None if failure is None else (_severity(failure), _message(failure), getattr(failure, "problems", ()))
-    votes: list[Any] = [None] * dist.get_world_size(process_group)
-    dist.all_gather_object(votes, (vote, shared), group=process_group)
+    votes = gather_objects((vote, shared), process_group)
     failures = [failed for failed, _ in votes]
     if any(failures):
         raise _joined_error(what, failures) from failure
@@ -72,7 +69,7 @@ def all_or_nothing(
 
 
 def _joined_error(what: str, failures: Sequence[tuple[int, str, Sequence[str]] | None]) -> CheckpointError:
-    """Make one error of the failures of all ranks, by rank; None: the rank has not failed."""
+    """Join the failures of all ranks, given by rank, to one error; None: the rank has not failed."""
     failed = [failure for failure in failures if failure is not None]
     kind = ERRORS[max(severity for severity, _, _ in failed)]
     message = f"{what} failed: {join_messages([failure and failure[1] for failure in failures])}"
@@ -105,8 +102,7 @@ def gather_distinct(value: Result, digests: Sequence[bytes], process_group: dist
         return [value] * len(digests)
     senders = {digest: rank for rank, digest in reversed(list(enumerate(digests)))}
     rank = dist.get_rank(process_group)
-    gathered: list[Any] = [None] * len(digests)
-    dist.all_gather_object(gathered, value if senders[digests[rank]] == rank else None, group=process_group)
+    gathered: list[Any] = gather_objects(value if senders[digests[rank]] == rank else None, process_group)
     return [gathered[senders[digest]] for digest in digests]
 
 
@@ -114,10 +110,9 @@ def gather_on_first(value: Result, process_group: dist.ProcessGroup | None) -> l
     """Gather the values of all ranks on the first one; the others get an empty list. A collective."""
     if process_group is None:
         return [value]
-    rank, world_size = rank_and_world_size(process_group)
-    gathered: list[Any] = [None] * world_size if rank == 0 else []
-    dist.gather_object(value, gathered if rank == 0 else None, group=process_group, group_dst=0)
-    return gathered
+    gathered: Any = [None] * dist.get_world_size(process_group) if dist.get_rank(process_group) == 0 else None
+    dist.gather_object(value, gathered, group=process_group, group_dst=0)
+    return gathered or []
 
 
 def refuse_differences(arguments: Sequence[Mapping[str, Any]]) -> None:

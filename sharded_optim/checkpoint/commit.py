@@ -11,19 +11,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from sharded_optim.checkpoint.errors import CheckpointError
-from sharded_optim.checkpoint.manifest import MAX_MANIFEST_BYTES, Chunk, Manifest, ShardFile, TensorEntry
-from sharded_optim.checkpoint.manifest_writer import serialize
+from sharded_optim.checkpoint.manifest import MAX_MANIFEST_BYTES, Chunk, Manifest
+from sharded_optim.checkpoint.manifest_json import serialize
 from sharded_optim.checkpoint.reader import marker_of
 from sharded_optim.checkpoint.shard_file import WrittenShard
-from sharded_optim.checkpoint.store import COMMITTED, MANIFEST, Store, folder_of, new_file, shard_name
-from sharded_optim.checkpoint.write_plan import Extents, Tensors
-from sharded_optim.sharding.segment import Segment
+from sharded_optim.checkpoint.store import COMMITTED, MANIFEST, Store, folder_of, shard_name
 
 __all__ = ["commit", "create_draft", "discard_draft"]
 
 logger = logging.getLogger(__name__)
 
-Written = tuple[WrittenShard, Sequence[Extents]]
 
 _cleaned: set[str] = set()  # roots from which this process has removed the drafts of processes that ended
 
@@ -38,53 +35,38 @@ def create_draft(store: Store, step: int) -> str:
     return store.begin(folder_of(step), secrets.token_hex(4))
 
 
-def commit(store: Store, draft: str, manifest: Manifest, tensors: Tensors, shards: Sequence[Written | None]) -> None:
+def commit(store: Store, draft: str, manifest: Manifest, shards: Sequence[WrittenShard | None]) -> None:
     """Write the manifest and the marker, and publish a draft.
 
     Args:
-        manifest: without files and tensors.
-        tensors: of the checkpoint.
-        shards: what each rank wrote, and which chunks these are; None: nothing.
+        manifest: without files and chunks.
+        shards: by rank; None: it wrote no file.
 
     Raises:
         CheckpointError: a rank's file is missing, or the manifest is too large.
     """
-    complete = _complete(manifest, tensors, shards)
+    complete = _complete(manifest, shards)
     _check_sizes(store, draft, complete)
     text = serialize(complete)
     if len(text) > MAX_MANIFEST_BYTES:
         raise CheckpointError(f"the manifest would have {len(text)} bytes; the limit is {MAX_MANIFEST_BYTES}, and a larger one is not read")
     for name, content in ((MANIFEST, text), (COMMITTED, marker_of(text))):
-        with new_file(store, draft, name) as file:
+        with store.create(draft, name) as file:
             file.write(memoryview(content))
     store.publish(draft, folder_of(manifest.step))
 
 
-def _complete(manifest: Manifest, tensors: Tensors, shards: Sequence[Written | None]) -> Manifest:
-    """Add the files and tensors, with the hashes that ranks computed while they wrote."""
-    files: dict[str, ShardFile] = {}
-    of_slots = list(tensors.items())
-    chunks: list[list[Chunk]] = [[] for _ in tensors]
-    for rank, written in enumerate(shards):
-        if written is None:
-            continue
-        shard, extents = written
-        file = shard_name(rank, len(shards))
-        offset = shard.header_size
-        for (slot, start, run, stride, count), digest in zip(extents, shard.chunks_sha256, strict=True):
-            (_, name), (shape, dtype) = of_slots[slot]
-            segment = Segment(name=name, shape=shape, start=start, run=run, stride=stride, count=count)
-            size = segment.numel * dtype.itemsize
-            chunks[slot].append(Chunk(segment=segment, file=file, offset=offset, size=size, sha256=digest))
-            offset += size
-        files[file] = ShardFile(size=offset, header_size=shard.header_size, header_sha256=shard.header_sha256)
-    entries = [
-        TensorEntry(kind=kind, name=name, shape=shape, dtype=dtype, chunks=tuple(own))
-        for ((kind, name), (shape, dtype)), own in zip(of_slots, chunks, strict=True)
-    ]
-    for entry in entries:
-        assert sum(chunk.size for chunk in entry.chunks) == entry.size, f"{entry.key!r} is written once"
-    return replace(manifest, files=files, tensors={entry.key: entry for entry in entries})
+def _complete(manifest: Manifest, shards: Sequence[WrittenShard | None]) -> Manifest:
+    """Add the files and chunks, with the hashes that ranks computed while they wrote."""
+    written = {shard_name(rank, len(shards)): shard for rank, shard in enumerate(shards) if shard is not None}
+    chunks_of: dict[str, list[Chunk]] = {key: [] for key in manifest.tensors}
+    for _, chunks in written.values():
+        for chunk in chunks:
+            chunks_of[chunk.key].append(chunk)
+    for key, entry in manifest.tensors.items():
+        assert sum(chunk.size for chunk in chunks_of[key]) == entry.size, f"{key!r} is written once"
+    entries = {key: replace(entry, chunks=tuple(chunks_of[key])) for key, entry in manifest.tensors.items()}
+    return replace(manifest, files={name: file for name, (file, _) in written.items()}, tensors=entries)
 
 
 def _check_sizes(store: Store, draft: str, manifest: Manifest) -> None:

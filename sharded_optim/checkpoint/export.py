@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharded_optim.checkpoint import optional
 from sharded_optim.checkpoint.errors import CheckpointError
 from sharded_optim.checkpoint.integrity import verify_all
+from sharded_optim.checkpoint.local_store import AnyPath, sync
 from sharded_optim.checkpoint.local_tensor import MASTER, MODEL, LocalTensor
 from sharded_optim.checkpoint.manifest import Manifest, Parameters, TensorEntry, key_of
 from sharded_optim.checkpoint.reader import CheckpointReader, LoadRequest
@@ -30,9 +30,8 @@ from sharded_optim.checkpoint.store import open_store
 from sharded_optim.sharding.segment import Segment
 from sharded_optim.step.state import STEP
 
-__all__ = ["export_safetensors", "export_torch"]
+__all__ = ["export_safetensors", "export_torch", "import_safetensors"]
 
-AnyPath = str | os.PathLike[str]
 Model = Mapping[str, TensorEntry]
 
 FILE_BYTES = 5 * 10**9  # of tensors in a file, the limit of Hugging Face libraries
@@ -59,7 +58,7 @@ def export_safetensors(root: AnyPath, destination: AnyPath, *, step: int | None 
         DamagedError: it is not what was saved.
         FileExistsError: the destination exists.
     """
-    safetensors = optional.import_safetensors()
+    safetensors = import_safetensors()
     _refuse_existing(Path(destination))
     reader = _open(root, step)
     model = _model(reader.manifest, masters)
@@ -75,13 +74,13 @@ def export_safetensors(root: AnyPath, destination: AnyPath, *, step: int | None 
             tensors = {name: _tensor(reader, model[name]) for name in names}
             safetensors.torch.save_file(tensors, draft / file, metadata=tied | {"format": "pt"})
             (draft / file).chmod(mode)  # safetensors makes its files readable by their owner only
-            _sync(draft / file)
+            sync(draft / file)
         written = list(files)
         if len(files) > 1:
             written.append("model.safetensors.index.json")
             (draft / written[-1]).write_text(_index(model, files))
-            _sync(draft / written[-1])
-        _sync(draft)
+            sync(draft / written[-1])
+        sync(draft)
     return written
 
 
@@ -113,7 +112,7 @@ def export_torch(root: AnyPath, destination: AnyPath, *, step: int | None = None
     }
     with _draft_of(Path(destination)) as draft:
         torch.save(content, draft)
-        _sync(draft)
+        sync(draft)
 
 
 # ------------------------------------------------------------------------------------------------------------------------- tensors
@@ -131,7 +130,7 @@ def _tensor(reader: CheckpointReader, entry: TensorEntry) -> Tensor:
     """Read a whole tensor to memory of its own."""
     result = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
     target = LocalTensor(kind=entry.kind, segment=Segment.whole(entry.name, entry.shape), local=result)
-    reader.load([LoadRequest(entry=entry, target=target)])
+    reader.load([LoadRequest(target=target, entries=[entry])])
     return result
 
 
@@ -204,13 +203,17 @@ def _draft_of(destination: Path) -> Iterator[Path]:
         else:
             draft.unlink(missing_ok=True)
         raise
-    _sync(destination.parent)
+    sync(destination.parent)
 
 
-def _sync(path: Path) -> None:
-    """Wait until a file or a folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+def import_safetensors() -> Any:
+    """Import the package, with its `torch`.
+
+    Raises:
+        CheckpointError: it is not installed.
+    """
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        import safetensors.torch
+    except ModuleNotFoundError as error:
+        raise CheckpointError("safetensors files need the package safetensors, which is not installed; pip install safetensors") from error
+    return safetensors

@@ -1,7 +1,7 @@
 """A record of the integrity of checkpoints that this process has read.
 
 Pruning relies on it: before old checkpoints are removed, one of those that stay must have been verified, every byte of it, and not written
-to since. Having written a checkpoint is not enough. Loading and verification record the integrity; `pruning.py` and `replacing.py` read it.
+to since. Having written a checkpoint is not enough. Loading and verification record the integrity; `removal.py` reads it.
 """
 
 from __future__ import annotations
@@ -18,16 +18,7 @@ from sharded_optim.checkpoint.errors import CheckpointError, DamagedError, Misma
 from sharded_optim.checkpoint.reader import CheckpointReader, list_files
 from sharded_optim.checkpoint.store import Store, folder_of
 
-__all__ = [
-    "Integrity",
-    "forget",
-    "known_integrity",
-    "record",
-    "recording_integrity",
-    "skipping_damaged",
-    "verify_all",
-    "verify_together",
-]
+__all__ = ["Integrity", "forget", "known_integrity", "record", "recording_integrity", "skipping_damaged", "verify_all", "verify_together"]
 
 
 class Integrity(enum.Enum):
@@ -46,11 +37,16 @@ def known_integrity(store: Store, step: int) -> Integrity | None:
     """Return the recorded integrity of a checkpoint; None if none is recorded, or its files were written to since, as the store notices.
 
     Raises:
-        DamagedError, UnreadableError: see `list_files`.
+        DamagedError: it is recorded as damaged; see also `list_files`.
+        UnreadableError: see `list_files`.
     """
     _, current = list_files(store, step)
     version, integrity = _known.get((store.root, step), (None, None))
-    return integrity if version is not None and version == current else None
+    if version is None or version != current:
+        return None
+    if integrity is Integrity.DAMAGED:
+        raise DamagedError(f"{store.root}/{folder_of(step)} was damaged when this process read it")
+    return integrity
 
 
 def record(reader: CheckpointReader, integrity: Integrity) -> None:
@@ -96,8 +92,6 @@ def verify_together(store: Store, step: int, process_group: dist.ProcessGroup | 
 
     def open_reader() -> tuple[CheckpointReader, Integrity | None]:
         integrity = known_integrity(store, step) if rank == 0 else None
-        if integrity is Integrity.DAMAGED:
-            raise DamagedError(f"{where} was damaged when this process read it")
         reader = CheckpointReader(store, step)
         reader.check_files()
         return reader, integrity

@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
@@ -101,23 +101,20 @@ class _Opened:
         )
 
 
-def load_newest(store: Store, load: Callable[[int], Any], process_group: dist.ProcessGroup | None) -> Any:
+def load_newest(store: Store, model: Any, optimizer: Any, options: LoadOptions, process_group: dist.ProcessGroup | None) -> Any:
     """Load the highest step that is not damaged. A collective.
 
-    Args:
-        load: loads a step.
-
     Raises:
-        CheckpointError: there is none, or `load` raises it for a reason other than damage.
+        CheckpointError: there is none, or `load_step` raises it for a reason other than damage.
     """
     _, (steps, *_) = all_or_nothing(f"listing {store.root}", lambda: candidates(store), process_group)
     damaged: list[str] = []
     for step in reversed(steps):
         try:
-            return load(step)
+            return load_step(store, step, model, optimizer, options, process_group)
         except DamagedError as error:
             damaged += error.problems
-            warnings.warn(f"{error}\n  Falling back to the checkpoint before it.", UserWarning, stacklevel=4)
+            warnings.warn(f"{error}\n  Falling back to the checkpoint before it.", UserWarning, stacklevel=3)
     if damaged:
         shown = "\n  ".join(damaged[:MAX_SHOWN])
         raise DamagedError(f"there is no checkpoint in {store.root} that verifies; all {len(steps)} are damaged:\n  {shown}", damaged)
@@ -207,7 +204,7 @@ def _report(where: str, problems: Sequence[Problem], options: LoadOptions) -> No
         raise MismatchError(f"{where} does not fit, and nothing was changed:\n  {shorten(errors, MAX_SHOWN)}")
     if problems:
         listed = "\n  ".join(text for _, text in problems)
-        warnings.warn(f"{where} does not fit completely, as strict=False allows:\n  {listed}", stacklevel=5)
+        warnings.warn(f"{where} does not fit completely, as strict=False allows:\n  {listed}", stacklevel=4)
 
 
 def _install(opened: _Opened, matched: Match, plan: StatePlan, options: LoadOptions) -> None:

@@ -9,7 +9,9 @@ import secrets
 import shutil
 from collections.abc import Hashable
 
-__all__ = ["LocalStore"]
+__all__ = ["AnyPath", "LocalStore", "sync"]
+
+AnyPath = str | os.PathLike[str]
 
 BROKEN_LINK = (errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG)  # permanent errors of a link
 REMOVED = ".removed"  # suffix of a folder that is being removed
@@ -67,12 +69,12 @@ class LocalStore:
         return LocalFile(self._path(folder, file))
 
     def publish(self, draft: str, folder: str) -> None:
-        _sync_folder(self._path(draft))
+        sync(self._path(draft))
         if os.path.lexists(self._path(folder)):  # a rename would replace an empty one
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), self._path(folder))
         os.rename(self._path(draft), self._path(folder))
         try:
-            _sync_folder(self.root)
+            sync(self.root)
         except BaseException:  # a save that fails leaves no checkpoint
             os.rename(self._path(folder), self._path(draft))
             raise
@@ -80,7 +82,7 @@ class LocalStore:
     def set_aside(self, folder: str) -> str:
         name = f"{folder}.unreadable-{secrets.token_hex(4)}"
         os.rename(self._path(folder), self._path(name))
-        _sync_folder(self.root)
+        sync(self.root)
         return name
 
     def remove(self, folder: str) -> None:
@@ -89,7 +91,7 @@ class LocalStore:
             # Renamed first, even a draft: another process that is about to publish it must not find a part of it.
             os.rename(self._path(folder), self._path(renamed))
             if not self.is_draft(folder):  # after a crash it must not reappear with a part of its files
-                _sync_folder(self.root)
+                sync(self.root)
         except FileNotFoundError:  # another process has removed it
             return
         except OSError:
@@ -112,7 +114,7 @@ class LocalStore:
 
 
 class LocalFile:
-    """A `Writer` of a new file."""
+    """A new file: a context manager with the `write` of a `Writer`."""
 
     def __init__(self, path: str) -> None:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -121,14 +123,15 @@ class LocalFile:
         while content:
             content = content[os.write(self._descriptor, content) :]
 
-    def close(self) -> None:
+    def __enter__(self) -> LocalFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            os.fsync(self._descriptor)
+            if kind is None:
+                os.fsync(self._descriptor)
         finally:
             os.close(self._descriptor)
-
-    def abandon(self) -> None:
-        os.close(self._descriptor)
 
 
 def _is_file(entry: os.DirEntry[str]) -> bool:
@@ -158,10 +161,11 @@ def _make_folders(path: str) -> None:
     except FileExistsError:
         if not os.path.isdir(path):
             raise
-    _sync_folder(os.path.dirname(path))
+    sync(os.path.dirname(path))
 
 
-def _sync_folder(path: str) -> None:
+def sync(path: AnyPath) -> None:
+    """Wait until a file or a folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,8 +1,8 @@
 """The manifest of a checkpoint as Python objects: which tensors it holds, and the file, offset and SHA-256 of each chunk of them.
 
 `COMMITTED` holds the SHA-256 of the manifest. The manifest covers everything else: for each shard file its size and the SHA-256 of its
-header, for each chunk of data the SHA-256. Saving builds manifests, and everything that reads checkpoints uses them; `manifest_writer.py`
-and `manifest_parser.py` convert them to JSON and back.
+header, for each chunk of data the SHA-256. Saving builds manifests, and everything that reads checkpoints uses them; `manifest_json.py`
+converts them to JSON and back.
 """
 
 from __future__ import annotations
@@ -76,10 +76,12 @@ class ShardFile:
     header_sha256: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)  # hashed by identity, which is fast: checkpoints have many
 class Chunk:
     """Elements of a tensor that are contiguous in a file, and are read and hashed together."""
 
+    key: str  # of the tensor
+    dtype: torch.dtype
     segment: Segment
     file: str
     offset: int  # bytes, from the beginning of the file
@@ -169,15 +171,15 @@ class Manifest:
         return sum(file.size for file in self.files.values())
 
     @cached_property
-    def chunks(self) -> Sequence[tuple[TensorEntry, Chunk]]:
+    def chunks(self) -> Sequence[Chunk]:
         """The chunks of all tensors, by file and offset."""
-        chunks = [(entry, chunk) for entry in self.tensors.values() for chunk in entry.chunks]
-        return sorted(chunks, key=lambda pair: (pair[1].file, pair[1].offset))
+        chunks = [chunk for entry in self.tensors.values() for chunk in entry.chunks]
+        return sorted(chunks, key=lambda chunk: (chunk.file, chunk.offset))
 
     @cached_property
-    def chunks_of(self) -> Mapping[str, list[tuple[TensorEntry, Chunk]]]:
+    def chunks_of(self) -> Mapping[str, list[Chunk]]:
         """The chunks of each file, by offset."""
-        chunks_of: dict[str, list[tuple[TensorEntry, Chunk]]] = {name: [] for name in self.files}
-        for entry, chunk in self.chunks:
-            chunks_of[chunk.file].append((entry, chunk))
+        chunks_of: dict[str, list[Chunk]] = {name: [] for name in self.files}
+        for chunk in self.chunks:
+            chunks_of[chunk.file].append(chunk)
         return chunks_of

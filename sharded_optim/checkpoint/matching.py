@@ -61,11 +61,11 @@ def match(
         if problem is not None:
             result.problems.append((name, problem))
             continue
-        beside = _beside(manifest, tensor, entry, rounded)
-        result.used |= {other.key for other in beside}
+        entries = [entry, *_beside(manifest, tensor, entry, rounded)]
+        result.used.update(stored.key for stored in entries)
         if id(tensor) not in any_dtype and not _dtypes_match(tensor, entry, rounded):
             result.problems.append((name, f"{tensor.key!r} is of {tensor.local.dtype}, in the checkpoint of {entry.dtype}"))
-        result.requests.append(LoadRequest(entry=entry, target=tensor, beside=beside))
+        result.requests.append(LoadRequest(target=tensor, entries=entries))
     return result
 
 

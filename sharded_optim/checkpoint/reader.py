@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import errno
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from sharded_optim.checkpoint.chunk_reading import ChunkAction, Location, Unreadable, read_chunks
+from sharded_optim.checkpoint.chunk_reading import ChunkAction, Unreadable, read_chunks
 from sharded_optim.checkpoint.errors import CheckpointError, DamagedError, UnreadableError, shorten
 from sharded_optim.checkpoint.local_tensor import LocalTensor, tensor_of
 from sharded_optim.checkpoint.manifest import MAX_MANIFEST_BYTES, Chunk, TensorEntry, sha256
-from sharded_optim.checkpoint.manifest_parser import parse
+from sharded_optim.checkpoint.manifest_json import parse
 from sharded_optim.checkpoint.shard_file import header_entries, parse_header
 from sharded_optim.checkpoint.store import COMMITTED, MANIFEST, Store, folder_of
 from sharded_optim.sharding.segment import Segment, overlaps
@@ -36,16 +36,11 @@ class LoadRequest:
     """A local tensor to be loaded, and the stored tensor that has its elements.
 
     Attributes:
-        beside: arrays of the same shape that hold its values together with `entry`; see `Format.extra`.
+        entries: the stored tensor, and arrays of the same shape that hold its values together with it; see `Format.extra`.
     """
 
-    entry: TensorEntry
     target: LocalTensor
-    beside: Sequence[TensorEntry] = ()
-
-    @property
-    def entries(self) -> list[TensorEntry]:
-        return [self.entry, *self.beside]
+    entries: Sequence[TensorEntry]
 
 
 class CheckpointReader:
@@ -102,7 +97,7 @@ class CheckpointReader:
             raise UnreadableError(f"{self.where}/{file} cannot be read: {error}") from error
 
     def _read(self, file: str, size: int) -> bytes:
-        """The first `size` bytes of a file, or all of a shorter one."""
+        """Return the first `size` bytes of a file, or all of a shorter one."""
         content = bytearray(size)
         count = self._store.read(self.folder, file, 0, memoryview(content))
         return bytes(content[:count])
@@ -134,17 +129,13 @@ class CheckpointReader:
         names = list(self.manifest.files)[share::shares]
         problems = [problem for name in names if (problem := self._header_problem(name)) is not None]
         # Contiguous chunks, so that shares have about as many bytes, whatever the sizes of chunks.
-        begins = accumulate((chunk.size for _, chunk in self.manifest.chunks), initial=0)
-        total = sum(chunk.size for _, chunk in self.manifest.chunks)
-        own = [pair for pair, begin in zip(self.manifest.chunks, begins, strict=False) if begin * shares // total == share]
-        chunks = {(chunk.file, chunk.offset): (entry, chunk) for entry, chunk in own}
+        begins = accumulate((chunk.size for chunk in self.manifest.chunks), initial=0)
+        total = sum(chunk.size for chunk in self.manifest.chunks)
+        chunks = {chunk for chunk, begin in zip(self.manifest.chunks, begins, strict=False) if begin * shares // total == share}
         for request in requests:
             for entry in request.entries:
-                for chunk in entry.chunks:
-                    if overlaps(chunk.segment, request.target.segment):
-                        chunks[chunk.file, chunk.offset] = entry, chunk
-        problems += self._read_chunks(chunks, _chunk_problem)
-        self._raise_for(problems)
+                chunks.update(chunk for chunk in entry.chunks if overlaps(chunk.segment, request.target.segment))
+        self._raise_for(problems + self._read_chunks(chunks, _chunk_problem))
 
     def _header_problem(self, name: str) -> str | None:
         file = self.manifest.files[name]
@@ -154,8 +145,7 @@ class CheckpointReader:
             return Unreadable(f"{name} cannot be read: {error}")
         if len(header) != file.header_size or sha256(header) != file.header_sha256:
             return f"{name}: its header is not the one that was saved"
-        chunks = [(entry.key, entry.dtype, chunk.segment) for entry, chunk in self.manifest.chunks_of[name]]
-        if parse_header(header) != header_entries(chunks):
+        if parse_header(header) != header_entries(self.manifest.chunks_of[name]):
             return f"{name}: its header lists other tensors than {MANIFEST}"
         return None
 
@@ -167,14 +157,14 @@ class CheckpointReader:
         Raises:
             DamagedError: bytes have changed since `verify` read them. The local tensors are then partly loaded.
         """
-        direct = [(request, request.target.flat()) for request in requests if not request.beside]
+        direct = [(request.target, request.target.flat(), request.entries[0]) for request in requests if len(request.entries) == 1]
         with torch.no_grad():
-            self._copy([(request.entry, request.target.segment, flat) for request, flat in direct])
-            for request, flat in direct:
-                if not request.target.flat_is_view:
-                    request.target.local.detach().copy_(flat.view(request.target.local.shape))
+            self._copy([(entry, target.segment, flat) for target, flat, entry in direct])
+            for target, flat, _ in direct:
+                if not target.flat_is_view:
+                    target.local.detach().copy_(flat.view(target.local.shape))
             for request in requests:  # one at a time, as each needs memory for its arrays
-                if request.beside:
+                if len(request.entries) > 1:
                     self._load_format(request)
 
     def _load_format(self, request: LoadRequest) -> None:
@@ -182,33 +172,31 @@ class CheckpointReader:
         local, segment = request.target.local.detach(), request.target.segment
         arrays = [torch.empty(segment.numel, dtype=entry.dtype, device=local.device) for entry in request.entries]
         self._copy([(entry, segment, array) for entry, array in zip(request.entries, arrays, strict=True)])
-        fmt = format_beside(request.entry.dtype, {entry.kind for entry in request.beside})
+        fmt = format_beside(request.entries[0].dtype, {entry.kind for entry in request.entries[1:]})
         local.copy_(fmt.load(*arrays).view(local.shape))
 
     def _copy(self, copies: Sequence[tuple[TensorEntry, Segment, Tensor]]) -> None:
         """Copy the elements of a segment of each stored tensor to a 1-D contiguous tensor."""
-        chunks: dict[Location, tuple[TensorEntry, Chunk]] = {}
-        targets: dict[Location, list[tuple[Segment, Tensor]]] = {}
+        targets: dict[Chunk, list[tuple[Segment, Tensor]]] = {}
         for entry, segment, target in copies:
             for chunk in entry.chunks:
                 if overlaps(chunk.segment, segment):
-                    chunks[chunk.file, chunk.offset] = entry, chunk
-                    targets.setdefault((chunk.file, chunk.offset), []).append((segment, target))
+                    targets.setdefault(chunk, []).append((segment, target))
 
-        def copy(entry: TensorEntry, chunk: Chunk, content: memoryview) -> str | None:
-            problem = _chunk_problem(entry, chunk, content)
+        def copy(chunk: Chunk, content: memoryview) -> str | None:
+            problem = _chunk_problem(chunk, content)
             if problem is not None:
                 return problem
-            source = tensor_of(content, entry.dtype)
-            for segment, target in targets[chunk.file, chunk.offset]:
+            source = tensor_of(content, chunk.dtype)
+            for segment, target in targets[chunk]:
                 for overlap in overlaps(chunk.segment, segment):
                     overlap.copy(source, target)
             return None
 
-        self._raise_for(self._read_chunks(chunks, copy))
+        self._raise_for(self._read_chunks(targets, copy))
 
-    def _read_chunks(self, chunks: Mapping[Location, tuple[TensorEntry, Chunk]], action: ChunkAction) -> list[str]:
-        return read_chunks(self._store, self.folder, [chunks[location] for location in sorted(chunks)], action)
+    def _read_chunks(self, chunks: Iterable[Chunk], action: ChunkAction) -> list[str]:
+        return read_chunks(self._store, self.folder, sorted(chunks, key=lambda chunk: (chunk.file, chunk.offset)), action)
 
     def _raise_for(self, problems: Sequence[str]) -> None:
         if not problems:
@@ -219,10 +207,10 @@ class CheckpointReader:
         raise DamagedError(f"{self.where} is damaged:\n  {shown}", problems)
 
 
-def _chunk_problem(entry: TensorEntry, chunk: Chunk, content: memoryview) -> str | None:
+def _chunk_problem(chunk: Chunk, content: memoryview) -> str | None:
     if sha256(content) == chunk.sha256:
         return None
-    return f"{chunk.file}: bytes {chunk.offset} to {chunk.offset + chunk.size}, of {entry.key!r}, are not those that were saved"
+    return f"{chunk.file}: bytes {chunk.offset} to {chunk.offset + chunk.size}, of {chunk.key!r}, are not those that were saved"
 
 
 def list_files(store: Store, step: int) -> tuple[dict[str, int], bytes | None]:
@@ -246,5 +234,5 @@ def list_files(store: Store, step: int) -> tuple[dict[str, int], bytes | None]:
 
 
 def marker_of(manifest: bytes) -> bytes:
-    """The content of the file `COMMITTED` beside a manifest."""
+    """Return the content of the file `COMMITTED` beside a manifest."""
     return f"{sha256(manifest)}\n".encode()

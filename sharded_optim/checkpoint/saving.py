@@ -1,4 +1,4 @@
-"""Save: all ranks write what the plan says and vote, and rank 0 commits.
+"""Save: all ranks write the chunks that the plan assigns to them and vote, and rank 0 commits.
 
     collect -> plan -> draft -> shards, written and hashed -> vote -> manifest, marker -> publish -> prune
 
@@ -8,9 +8,8 @@ A committed checkpoint is never written to. A process that dies leaves a draft, 
 
 from __future__ import annotations
 
-import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,12 +28,11 @@ from sharded_optim.checkpoint.commit import commit, create_draft, discard_draft
 from sharded_optim.checkpoint.content import Content, manifest_of
 from sharded_optim.checkpoint.local_tensor import LocalTensor
 from sharded_optim.checkpoint.manifest import Manifest
-from sharded_optim.checkpoint.pruning import prune_together
-from sharded_optim.checkpoint.replacing import clear_step, step_exists
+from sharded_optim.checkpoint.removal import clear_step, prune_together, step_exists
 from sharded_optim.checkpoint.shard_file import write_shard
-from sharded_optim.checkpoint.store import Store, folder_of, open_store, shard_name
+from sharded_optim.checkpoint.store import AnyPath, Store, folder_of, open_store, shard_name
 from sharded_optim.checkpoint.values import encode
-from sharded_optim.checkpoint.write_plan import PlannedChunk, TensorRow, WritePlan, plan_for, rows_of
+from sharded_optim.checkpoint.write_plan import PlannedChunk, plan_for, rows_of
 
 __all__ = ["PendingSave", "begin", "finish"]
 
@@ -44,55 +42,34 @@ class PendingSave:
     """A save that is planned and not yet written."""
 
     store: Store
-    step: int
-    plan: WritePlan
-    rank: int
-    tensors: Sequence[LocalTensor]  # that this rank's chunks are cut from
-    manifest: Manifest  # without files and tensors
+    chunks: Sequence[PlannedChunk]  # that this rank writes
+    tensors: Sequence[LocalTensor]  # that the chunks are cut from
+    manifest: Manifest  # without files and chunks
     process_group: dist.ProcessGroup | None
     keep: int | None
-    _flat: list[Any] = field(default_factory=list)  # the row of the last chunk, and its elements
-
-    @property
-    def chunks(self) -> Sequence[PlannedChunk]:
-        """What this rank writes."""
-        return self.plan.chunks
+    _flat: dict[int, Tensor] = field(default_factory=dict)  # the elements of the last chunk's tensor, by its row
 
     def content(self, chunk: PlannedChunk) -> Tensor:
-        """The elements of a chunk, as they are now: 1-D."""
-        if not self._flat or self._flat[0] != chunk.row:  # a tensor that is not contiguous is copied once for all of its chunks
-            self._flat[:] = chunk.row, self.tensors[chunk.row].flat()
-        return self._flat[1][chunk.offset : chunk.offset + chunk.segment.numel]
+        """Return the elements of a chunk, as they are now: 1-D."""
+        if chunk.row not in self._flat:  # a tensor that is not contiguous is copied once for all of its chunks
+            self._flat.clear()
+            self._flat[chunk.row] = self.tensors[chunk.row].flat()
+        return self._flat[chunk.row][chunk.offset : chunk.offset + chunk.segment.numel]
 
     def release(self) -> None:
         """Free what `content` may have copied."""
         self._flat.clear()
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Collected:
-    """What a rank is going to save, before the ranks have compared it."""
-
-    store: Store
-    tensors: Sequence[LocalTensor]
-    rows: Sequence[TensorRow]
-    rest: tuple[Content, Mapping[str, Any]]  # the content without its tensors, with `extra` encoded; the arguments
-    step_exists: bool
-
-    @property
-    def shared(self) -> tuple[bytes, bytes, bool]:
-        return digest_of(self.rows), digest_of(self.rest), self.step_exists
-
-
 def begin(
-    root: str | os.PathLike[str],
+    root: AnyPath,
     step: int,
     collect: Callable[[], Content],
     *,
     keep: int | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> PendingSave:
-    """Collect what all ranks save, and plan which rank writes what. A collective.
+    """Collect the contents of all ranks, and plan which rank writes which chunks. A collective.
 
     Args:
         root, step, keep, process_group: see `checkpoint.save`.
@@ -103,35 +80,33 @@ def begin(
     """
     rank, _ = rank_and_world_size(process_group)
 
-    def prepare() -> _Collected:
+    def prepare() -> tuple[Any, tuple[bytes, bytes, bool]]:
         content = collect()
         _check_arguments(step, keep)
         store = open_store(root)
         extra = None if content.extra is None else encode(content.extra, "extra")
-        return _Collected(
-            store=store,
-            tensors=content.tensors,
-            rows=rows_of(content.tensors),
-            rest=(replace(content, tensors=(), extra=extra), {"step": step, "keep": keep}),
-            step_exists=rank == 0 and step_exists(store, step),
-        )
+        rows = rows_of(content.tensors)
+        # Everything but the tensors is compared as a whole: equal on most ranks, it is sent once.
+        rest = replace(content, tensors=(), extra=extra), {"step": step, "keep": keep}
+        exists = rank == 0 and step_exists(store, step)
+        return (store, content.tensors, rest), (digest_of(rows), digest_of(rest), exists)
 
-    own, shared = all_or_nothing("collecting what to save", prepare, process_group, share=lambda collected: collected.shared)
+    (own, _), shared = all_or_nothing("collecting what to save", prepare, process_group, share=lambda result: result[1])
+    store, tensors, rest = own
     row_digests, rest_digests, exists = zip(*shared, strict=True)
-    contents, arguments = zip(*gather_distinct(own.rest, rest_digests, process_group), strict=True)
+    contents, arguments = zip(*gather_distinct(rest, rest_digests, process_group), strict=True)
     refuse_differences(arguments)
     if any(exists):
-        clear_step(own.store, step, process_group)
+        clear_step(store, step, process_group)
     manifest = manifest_of(step, contents)
-    plan = plan_for(own.tensors, own.rows, row_digests, process_group)
-    names = {name for _, name in plan.tensors}
+    plan = plan_for(tensors, row_digests, process_group)
+    names = {entry.name for entry in plan.tensors.values()}
+    aliases = {alias: name for alias, name in manifest.aliases.items() if alias not in names}
     return PendingSave(
-        store=own.store,
-        step=step,
-        plan=plan,
-        rank=rank,
-        tensors=own.tensors,
-        manifest=replace(manifest, aliases={alias: name for alias, name in manifest.aliases.items() if alias not in names}),
+        store=store,
+        chunks=plan.chunks,
+        tensors=tensors,
+        manifest=replace(manifest, tensors=plan.tensors, aliases=aliases),
         process_group=process_group,
         keep=keep,
     )
@@ -153,22 +128,24 @@ def finish(save: PendingSave, content: Callable[[PlannedChunk], Tensor]) -> None
     Raises:
         CheckpointError: on every rank; the draft is removed, and nothing else was touched.
     """
-    store, group, is_first = save.store, save.process_group, save.rank == 0
-    where = f"{store.root}/{folder_of(save.step)}"
-    shard = shard_name(save.rank, save.plan.world_size)
-    _, (draft, *_) = all_or_nothing(f"creating {where}", lambda: create_draft(store, save.step) if is_first else "", group)
+    store, group = save.store, save.process_group
+    rank, world_size = rank_and_world_size(group)
+    is_first = rank == 0
+    where = f"{store.root}/{folder_of(save.manifest.step)}"
+    shard = shard_name(rank, world_size)
+    _, (draft, *_) = all_or_nothing(f"creating {where}", lambda: create_draft(store, save.manifest.step) if is_first else "", group)
     is_committed = False
 
     def commit_on_first() -> None:
         nonlocal is_committed
         if is_first:
-            commit(store, draft, save.manifest, save.plan.tensors, shards)
+            commit(store, draft, save.manifest, shards)
             is_committed = True
 
     try:
         written, _ = all_or_nothing(
             f"writing {where}",
-            lambda: (write_shard(store, draft, shard, save.chunks, content), save.plan.extents) if save.chunks else None,
+            lambda: write_shard(store, draft, shard, save.chunks, content) if save.chunks else None,
             group,
             share=lambda _: None,
         )
@@ -184,7 +161,7 @@ def finish(save: PendingSave, content: Callable[[PlannedChunk], Tensor]) -> None
 
 def _prune(save: PendingSave, keep: int) -> None:
     try:
-        prune_together(save.store, keep, save.step, save.process_group)
+        prune_together(save.store, keep, save.manifest.step, save.process_group)
     except Exception as error:  # the checkpoint is committed
         # Warns on all ranks: where warnings are errors, one rank would raise alone.
         warnings.warn(f"{save.store.root} could not be pruned: {error}", UserWarning, stacklevel=4)

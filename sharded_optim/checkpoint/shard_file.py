@@ -9,34 +9,24 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from queue import Queue
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sharded_optim.checkpoint.dtypes import name_of
 from sharded_optim.checkpoint.local_tensor import bytes_of
-from sharded_optim.checkpoint.manifest import MAX_HEADER_BYTES, sha256
-from sharded_optim.checkpoint.store import Store, new_file
+from sharded_optim.checkpoint.manifest import MAX_HEADER_BYTES, Chunk, ShardFile, sha256
+from sharded_optim.checkpoint.store import Store
 from sharded_optim.checkpoint.write_plan import PlannedChunk
-from sharded_optim.sharding.segment import Segment
 
 __all__ = ["WrittenShard", "header_entries", "parse_header", "write_shard"]
 
+WrittenShard = tuple[ShardFile, list[Chunk]]
+
 METADATA = "__metadata__"  # of a safetensors file, beside its tensors
 MAX_QUEUED = 2  # chunks that wait to be hashed
-
-
-@dataclass(frozen=True, kw_only=True)
-class WrittenShard:
-    """The hashes of a written shard file, computed from memory."""
-
-    header_size: int
-    header_sha256: str
-    chunks_sha256: tuple[str, ...]
 
 
 def write_shard(
@@ -46,9 +36,12 @@ def write_shard(
 
     Args:
         content: returns the elements of a chunk: 1-D, contiguous, on any device.
+
+    Returns:
+        The file and its chunks. All hashes are of the bytes in memory.
     """
     header = _header(chunks)
-    with new_file(store, folder, name) as file:
+    with store.create(folder, name) as file:
         with _Hasher() as hasher:
             file.write(memoryview(header))
             for chunk in chunks:
@@ -56,7 +49,14 @@ def write_shard(
                 hasher.add(flat)
                 file.write(bytes_of(flat))
         digests = hasher.digests()
-    return WrittenShard(header_size=len(header), header_sha256=sha256(header), chunks_sha256=digests)
+    offset = len(header)
+    written: list[Chunk] = []
+    for chunk, digest in zip(chunks, digests, strict=True):
+        written.append(
+            Chunk(key=chunk.key, dtype=chunk.dtype, segment=chunk.segment, file=name, offset=offset, size=chunk.size, sha256=digest)
+        )
+        offset += chunk.size
+    return ShardFile(size=offset, header_size=len(header), header_sha256=sha256(header)), written
 
 
 class _Hasher:
@@ -85,11 +85,11 @@ class _Hasher:
             raise self._failure
         self._queue.put(flat)
 
-    def digests(self) -> tuple[str, ...]:
+    def digests(self) -> list[str]:
         """Return the SHA-256 of all chunks, after the block. Raises the error of any."""
         if self._failure is not None:
             raise self._failure
-        return tuple(self._digests)
+        return self._digests
 
     def _run(self) -> None:
         while (flat := self._queue.get()) is not None:
@@ -101,7 +101,7 @@ class _Hasher:
 
 
 def _header(chunks: Sequence[PlannedChunk]) -> bytes:
-    content = {METADATA: {"format": "pt"}} | header_entries((chunk.key, chunk.dtype, chunk.segment) for chunk in chunks)
+    content = {METADATA: {"format": "pt"}} | header_entries(chunks)
     text = json.dumps(content).encode()
     text += b" " * (-len(text) % 8)
     if len(text) + 8 > MAX_HEADER_BYTES:
@@ -109,16 +109,16 @@ def _header(chunks: Sequence[PlannedChunk]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def header_entries(chunks: Iterable[tuple[str, torch.dtype, Segment]]) -> dict[str, Any]:
-    """Build the entries of a header for chunks in their order, each given by its key, dtype and segment."""
+def header_entries(chunks: Sequence[PlannedChunk | Chunk]) -> dict[str, Any]:
+    """Build the entries of a header for chunks in their order."""
     content: dict[str, Any] = {}
     begin = 0
     numbers: dict[str, int] = {}
-    for key, dtype, segment in chunks:
-        number = numbers[key] = numbers.get(key, -1) + 1
-        shape = list(segment.shape) if segment.numel == segment.tensor_numel else [segment.numel]
-        end = begin + segment.numel * dtype.itemsize
-        content[f"{key}#{number}"] = {"dtype": name_of(dtype, key), "shape": shape, "data_offsets": [begin, end]}
+    for chunk in chunks:
+        number = numbers[chunk.key] = numbers.get(chunk.key, -1) + 1
+        shape = list(chunk.segment.shape) if chunk.segment.numel == chunk.segment.tensor_numel else [chunk.segment.numel]
+        end = begin + chunk.size
+        content[f"{chunk.key}#{number}"] = {"dtype": name_of(chunk.dtype, chunk.key), "shape": shape, "data_offsets": [begin, end]}
         begin = end
     return content
 

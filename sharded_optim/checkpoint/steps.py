@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
-
 from sharded_optim.checkpoint.errors import CheckpointError, NoCheckpointError
 from sharded_optim.checkpoint.integrity import skipping_damaged, verify_all
 from sharded_optim.checkpoint.manifest import Manifest
 from sharded_optim.checkpoint.reader import CheckpointReader
-from sharded_optim.checkpoint.store import COMMITTED, Store, folder_of, open_store, steps_in
+from sharded_optim.checkpoint.store import COMMITTED, AnyPath, Store, folder_of, open_store, steps_in
 
 __all__ = ["candidates", "describe", "existing_step", "latest", "steps", "verify"]
 
-Root = str | os.PathLike[str]
 
-
-def steps(root: Root) -> list[int]:
+def steps(root: AnyPath) -> list[int]:
     """List the committed steps under a root, ascending. Reads no data."""
     return _committed(open_store(root))
 
@@ -51,7 +47,7 @@ def existing_step(store: Store, step: int | None) -> int:
     return existing[-1] if step is None else step
 
 
-def describe(root: Root, step: int | None = None) -> Manifest:
+def describe(root: AnyPath, step: int | None = None) -> Manifest:
     """Read the manifest of a checkpoint.
 
     Args:
@@ -65,7 +61,7 @@ def describe(root: Root, step: int | None = None) -> Manifest:
     return CheckpointReader(store, existing_step(store, step)).manifest
 
 
-def verify(root: Root, step: int | None = None) -> int:
+def verify(root: AnyPath, step: int | None = None) -> int:
     """Read all of a checkpoint and compare every byte with the saved one, by SHA-256.
 
     Args:
@@ -84,7 +80,7 @@ def verify(root: Root, step: int | None = None) -> int:
     return step
 
 
-def latest(root: Root) -> int | None:
+def latest(root: AnyPath) -> int | None:
     """Find the highest step that verifies; None if there is none.
 
     Warns:

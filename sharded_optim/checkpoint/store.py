@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Hashable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterable
+from contextlib import AbstractContextManager
 from typing import Protocol
 
-from sharded_optim.checkpoint.local_store import LocalStore
+from sharded_optim.checkpoint.local_store import AnyPath, LocalStore
 from sharded_optim.checkpoint.url_store import UrlStore
 
-__all__ = ["COMMITTED", "MANIFEST", "Store", "Writer", "folder_of", "new_file", "open_store", "shard_name", "steps_in"]
+__all__ = ["COMMITTED", "MANIFEST", "AnyPath", "Store", "folder_of", "open_store", "shard_name", "steps_in"]
 
 MANIFEST = "manifest.json"
 COMMITTED = "COMMITTED"  # holds the SHA-256 of the manifest
@@ -25,13 +25,7 @@ STEP_FOLDER = re.compile(r"step-([0-9]{9,255})")
 class Writer(Protocol):
     """A new file that is being written."""
 
-    def write(self, content: memoryview) -> None: ...
-
-    def close(self) -> None:
-        """Wait until the file is on the disk, and close it."""
-
-    def abandon(self) -> None:
-        """Close an incomplete file, which the caller then removes."""
+    def write(self, content: memoryview) -> object: ...
 
 
 class Store(Protocol):
@@ -80,15 +74,15 @@ class Store(Protocol):
         """Return whether a folder is a draft, or the rest of one that was being removed, of any process, running or not."""
         ...
 
-    def create(self, folder: str, file: str) -> Writer:
-        """Create a file in a draft."""
+    def create(self, folder: str, file: str) -> AbstractContextManager[Writer]:
+        """Create a file in a draft, to be written in a `with` block. It is on the disk afterwards, or incomplete if the block raised."""
         ...
 
     def publish(self, draft: str, folder: str) -> None:
         """Publish a complete draft as the folder, and wait until that is on the disk. An existing folder is not replaced."""
 
     def set_aside(self, folder: str) -> str:
-        """Rename a folder so that it is no step's, and return its new name.
+        """Rename a folder so that it is no checkpoint, and return its new name.
 
         Raises:
             OSError: it cannot be renamed.
@@ -99,25 +93,13 @@ class Store(Protocol):
         """Remove a folder, if it exists: for readers all at once."""
 
 
-def open_store(root: str | os.PathLike[str]) -> Store:
+def open_store(root: AnyPath) -> Store:
     """Open the store of a path, or of a URL such as s3://bucket/run or memory://run."""
     where = os.fspath(root)
     if "://" not in where:
         return LocalStore(where)
     protocol, _, path = where.partition("://")
     return LocalStore(path) if protocol in ("file", "local") else UrlStore(where)
-
-
-@contextmanager
-def new_file(store: Store, folder: str, name: str) -> Iterator[Writer]:
-    """Create a file in a draft, to be written in the block; it is on the disk afterwards."""
-    writer = store.create(folder, name)
-    try:
-        yield writer
-    except BaseException:
-        writer.abandon()
-        raise
-    writer.close()
 
 
 def folder_of(step: int) -> str:

@@ -21,20 +21,15 @@ class UrlStore:
 
     Args:
         root: as fsspec takes it, s3://bucket/run or memory://run.
-        file_system: an fsspec file system; None: the URL's.
     """
 
     renames = False
 
-    def __init__(self, root: str, file_system: Any = None) -> None:
-        self.root = root
-        if file_system is None:
-            from fsspec.core import url_to_fs
+    def __init__(self, root: str) -> None:
+        from fsspec.core import url_to_fs
 
-            file_system, path = url_to_fs(root)
-        else:
-            path = file_system._strip_protocol(root)
-        self._files = file_system
+        self.root = root
+        self._files, path = url_to_fs(root)
         self._root = str(path).rstrip("/")
 
     def folders(self) -> list[str]:
@@ -59,11 +54,23 @@ class UrlStore:
     def is_draft(self, folder: str) -> bool:
         return False
 
-    def create(self, folder: str, file: str) -> UrlFile:
-        return UrlFile(self._files.open(self._path(folder, file), "wb"))
+    @contextmanager
+    def create(self, folder: str, file: str) -> Iterator[Any]:
+        """As `Store.create`; the object exists from the end of the block on."""
+        from fsspec.spec import AbstractBufferedFile
+
+        opened = self._files.open(self._path(folder, file), "wb")
+        try:
+            yield opened
+        except BaseException:
+            getattr(opened, "discard", opened.close)()
+            if isinstance(opened, AbstractBufferedFile):
+                opened.closed = True  # else the incomplete object would be uploaded when it is garbage-collected
+            raise
+        opened.close()
 
     def publish(self, draft: str, folder: str) -> None:
-        """Nothing: the marker, which is written last, has published it."""
+        """Do nothing: the marker, which is written last, has published it."""
 
     def set_aside(self, folder: str) -> str:
         raise OSError(errno.ENOTSUP, "an object store cannot rename", self._path(folder))
@@ -89,26 +96,6 @@ class UrlStore:
         return "/".join((self._root, *parts))
 
 
-class UrlFile:
-    """A `Writer` of an object, which exists when it is closed."""
-
-    def __init__(self, file: Any) -> None:
-        self._file = file
-
-    def write(self, content: memoryview) -> None:
-        self._file.write(content)
-
-    def close(self) -> None:
-        self._file.close()
-
-    def abandon(self) -> None:
-        from fsspec.spec import AbstractBufferedFile
-
-        getattr(self._file, "discard", self._file.close)()
-        if isinstance(self._file, AbstractBufferedFile):
-            self._file.closed = True  # else the incomplete object would be uploaded when it is garbage-collected
-
-
 @contextmanager
 def _as_os_error() -> Iterator[None]:
     """Turn the errors of HTTP and cloud clients behind fsspec into OSErrors."""
@@ -125,6 +112,6 @@ def _name(entry: dict[str, Any]) -> str:
 
 
 def _version(entry: dict[str, Any]) -> str | None:
-    """The listed values that change when a file is written to; None if there are none."""
+    """Return the listed values that change when a file is written to; None if there are none."""
     values = {key: value for key, value in entry.items() if value is not None and any(part in key.lower() for part in VERSION_KEYS)}
     return repr(sorted(values.items())) if values else None

@@ -1,4 +1,4 @@
-"""Python values as JSON, with marks for what JSON does not distinguish. Reading them cannot run code.
+"""Python values as JSON, with marks for types that JSON lacks. Reading them cannot run code.
 
 True, 3, 0.1, "text", None, [..], {"key": ..}     as they are; floats keep every bit
 inf, nan, (1, 2), b"..", {3: ..}, a tensor        {"$float": "inf"}, {"$tuple": [1, 2]}, {"$bytes": ..}, {"$items": ..}, {"$tensor": ..}
@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import base64
 import math
-import sys
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,19 +41,16 @@ FACTORIES: dict[str, Callable[[], Any] | None] = {
 ARRAY_DTYPES = {f"{order}{code}" for order in "<>|" for code in ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")}
 
 
-def encode(value: Any, where: str) -> Any:
-    """Convert a value to what JSON can hold.
+def encode(value: Any, where: str, depth: int = 0) -> Any:
+    """Convert a value to JSON's types.
 
     Args:
         where: the value's place, for error messages.
+        depth: the number of containers around it.
 
     Raises:
-        ValueError: a value of an unsupported type, with its place.
+        ValueError: it has a value of an unsupported type; the message names its place.
     """
-    return _encode(value, where, 0)
-
-
-def _encode(value: Any, where: str, depth: int) -> Any:
     kind = type(value)
     if value is None or kind in (bool, str) or (kind is int and value.bit_length() <= MAX_INT_BITS):
         return value
@@ -71,25 +68,24 @@ def _encode(value: Any, where: str, depth: int) -> Any:
     if depth > MAX_DEPTH:
         raise ValueError(f"{where[:100]}... is nested more than {MAX_DEPTH} deep, which a checkpoint cannot hold, or contains itself")
     if kind in (list, tuple):
-        items = [_encode(item, f"{where}[{index}]", depth + 1) for index, item in enumerate(value)]
+        items = [encode(item, f"{where}[{index}]", depth + 1) for index, item in enumerate(value)]
         return items if kind is list else {"$tuple": items}
     if kind is dict and all(type(key) is str and not key.startswith(MARK) for key in value):
-        return {key: _encode(item, f"{where}[{key!r}]", depth + 1) for key, item in value.items()}
+        return {key: encode(item, f"{where}[{key!r}]", depth + 1) for key, item in value.items()}
     if kind in (dict, OrderedDict, Counter, defaultdict):
         return _encode_mapping(value, where, depth)
-    numpy = sys.modules.get("numpy")
-    if numpy is not None and (kind is numpy.ndarray or issubclass(kind, numpy.generic)):
+    if kind is np.ndarray or issubclass(kind, np.generic):
         return _encode_array(value, where)
     raise _unsupported(f"{where} is a {kind.__module__}.{kind.__qualname__}")
 
 
 def _encode_mapping(value: Any, where: str, depth: int) -> Any:
-    """A dict with keys other than plain strings, or one of the classes of `collections`."""
+    """Encode a dict with keys other than plain strings, or an instance of one of the classes of `collections`."""
     kind = type(value)
-    items = [[_encode(key, f"a key of {where}", depth + 1), _encode(item, f"{where}[{key!r}]", depth + 1)] for key, item in value.items()]
+    items = [[encode(key, f"a key of {where}", depth + 1), encode(item, f"{where}[{key!r}]", depth + 1)] for key, item in value.items()]
     attributes = getattr(value, "__dict__", {})
     if kind is OrderedDict and attributes.keys() == {"_metadata"}:
-        return {"$state_dict": [items, _encode(attributes["_metadata"], f"{where}._metadata", depth + 1)]}
+        return {"$state_dict": [items, encode(attributes["_metadata"], f"{where}._metadata", depth + 1)]}
     if attributes:
         raise _unsupported(f"{where} is a {kind.__qualname__} with the attribute {next(iter(attributes))!r}")
     if kind is defaultdict:
@@ -116,7 +112,7 @@ def decode(value: Any) -> Any:
     """Restore the value that was given to `encode`. Tensors are on the CPU.
 
     Raises:
-        MismatchError: this version of the library, or this environment, cannot read it, though it may be valid.
+        MismatchError: this version of the library cannot read it, though it may be valid.
         ValueError: the content of a mark is invalid.
     """
     if isinstance(value, list):
@@ -171,23 +167,19 @@ def _decode_float(content: Any) -> float:
 
 
 def _encode_array(value: Any, where: str) -> Any:
-    """A scalar or an array of NumPy."""
+    """Encode a scalar or an array of NumPy."""
     dtype = value.dtype.str
     if dtype not in ARRAY_DTYPES or value.nbytes > MAX_TENSOR_BYTES:
         raise _unsupported(f"{where} is a {type(value).__module__}.{type(value).__qualname__} of {value.dtype} with {value.nbytes} bytes")
     data = _base64(value.tobytes())
-    return {"$array": [dtype, list(value.shape), data]} if type(value).__name__ == "ndarray" else {"$scalar": [dtype, data]}
+    return {"$array": [dtype, list(value.shape), data]} if type(value) is np.ndarray else {"$scalar": [dtype, data]}
 
 
 def _decode_array(content: Any) -> Any:
     dtype, shape, data = content
     if dtype not in ARRAY_DTYPES:
         raise _unknown(f"marked as an array of {dtype!r}")
-    try:
-        import numpy
-    except ModuleNotFoundError as error:
-        raise MismatchError("a value is an array of the package numpy, which is not installed; pip install numpy") from error
-    return numpy.frombuffer(bytearray(_bytes(data)), dtype=dtype).reshape(_shape(shape))
+    return np.frombuffer(bytearray(_bytes(data)), dtype=dtype).reshape(_shape(shape))
 
 
 def _shape(value: Any) -> list[int]:

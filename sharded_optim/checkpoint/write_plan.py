@@ -1,8 +1,8 @@
-"""Which rank writes which chunks.
+"""Plan which rank writes which chunks.
 
 Each distinct element is written once. Replicas are spread over the ranks that hold them, so that all write about as much. Segments are cut
-into chunks, which are hashed and read one by one. No rank knows what all others write: for each tensor one rank, chosen by a hash of its
-key, compares what all hold of it, and tells each holder how many others hold the same. Used by `saving.py`.
+into chunks, which are hashed and read one by one. No rank knows the whole plan: for each tensor one rank, chosen by a hash of its key,
+compares the segments of all ranks, and replies to each holder how many others hold the same segment. Used by `saving.py`.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from sharded_optim.checkpoint.collectives import all_or_nothing, rank_and_world_size
+from sharded_optim.checkpoint.collectives import all_or_nothing
 from sharded_optim.checkpoint.dtypes import dtype_named, name_of
 from sharded_optim.checkpoint.errors import CheckpointError
 from sharded_optim.checkpoint.local_tensor import LocalTensor, checksum
-from sharded_optim.checkpoint.manifest import CHUNK_BYTES, check_name, key_of
+from sharded_optim.checkpoint.manifest import CHUNK_BYTES, TensorEntry, check_name, key_of
 from sharded_optim.sharding.piece_exchange import HeldPiece, PieceExchange, RowText, attempt
 from sharded_optim.sharding.ranks import gather_objects
 from sharded_optim.sharding.row_exchange import Array
 from sharded_optim.sharding.segment import Segment
 from sharded_optim.storage.splitmix64 import GOLDEN, mix
 
-__all__ = ["Extents", "PlannedChunk", "TensorRow", "Tensors", "WritePlan", "plan_for", "rows_of"]
+__all__ = ["PlannedChunk", "TensorRow", "WritePlan", "plan_for", "rows_of"]
 
 SEPARATOR = "\0"  # of kind and name in a key that ranks exchange; no kind has it
 NEEDS_TEXT = 1  # the one flag of a reply
@@ -37,15 +37,13 @@ CONTRADICTS, DOES_NOT_TILE, VALUES_DIFFER = range(3)
 
 # A `LocalTensor` as other ranks see it: kind, name, shape, dtype, the segment's start, run, stride and count, whether it is a buffer.
 TensorRow = tuple[str, str, tuple[int, ...], str, int, int, int, int, bool]
-Extents = tuple[int, int, int, int, int]  # of a chunk: the tensor's number in the plan; start, run, stride and count
-Tensors = dict[tuple[str, str], tuple[tuple[int, ...], torch.dtype]]  # shape and dtype, by kind and name
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedChunk:
     """A chunk to be written."""
 
-    kind: str
+    key: str  # of the tensor
     segment: Segment
     dtype: torch.dtype
     row: int  # number of the writer's local tensor that it is cut from
@@ -56,35 +54,26 @@ class PlannedChunk:
         """Bytes."""
         return self.segment.numel * self.dtype.itemsize
 
-    @property
-    def key(self) -> str:
-        return key_of(self.kind, self.segment.name)
-
 
 @dataclass(frozen=True, kw_only=True)
 class WritePlan:
-    """What this rank writes.
+    """The tensors of a checkpoint, and the chunks that this rank writes.
 
     Attributes:
-        tensors: every tensor of the checkpoint, on all ranks in the same order.
+        tensors: every tensor of the checkpoint, by key, without its chunks; on all ranks in the same order.
         chunks: of this rank, in the order of its file.
-        world_size: ranks that have planned together.
     """
 
-    tensors: Tensors
+    tensors: Mapping[str, TensorEntry]
     chunks: tuple[PlannedChunk, ...]
-    world_size: int
-
-    @property
-    def extents(self) -> list[Extents]:
-        """The chunks, as the rank that commits gets them from all ranks."""
-        numbers = {key: number for number, key in enumerate(self.tensors)}
-        segments = [(numbers[chunk.kind, chunk.segment.name], chunk.segment) for chunk in self.chunks]
-        return [(number, each.start, each.run, each.stride, each.count) for number, each in segments]
 
 
 def rows_of(tensors: Iterable[LocalTensor]) -> list[TensorRow]:
-    """Describe what this rank holds, for the other ranks."""
+    """Describe this rank's local tensors for the other ranks.
+
+    Raises:
+        ValueError: a tensor that checkpoints cannot hold.
+    """
     rows = []
     for tensor in tensors:
         segment = tensor.segment
@@ -101,46 +90,43 @@ def rows_of(tensors: Iterable[LocalTensor]) -> list[TensorRow]:
 
 
 class _SingleProcess:
-    """The key of plans for a process without a group."""
+    """The key of plans for a process without a group: None cannot be referred to weakly."""
 
 
-_SINGLE_PROCESS = _SingleProcess()
 # The last plan of each group, with the digests of all ranks' rows: whether it still holds is the same on all ranks.
 _plans: WeakKeyDictionary[Any, tuple[Sequence[bytes], WritePlan]] = WeakKeyDictionary()
 
 
-def plan_for(
-    tensors: Sequence[LocalTensor], rows: Sequence[TensorRow], digests: Sequence[bytes], process_group: dist.ProcessGroup | None
-) -> WritePlan:
-    """Plan the write of what all ranks hold, or return the last plan if that has not changed. A collective.
+def plan_for(tensors: Sequence[LocalTensor], digests: Sequence[bytes], process_group: dist.ProcessGroup | None) -> WritePlan:
+    """Plan the write of all ranks' tensors, or return the last plan if these have not changed. A collective.
 
     Args:
-        tensors, rows: this rank's.
-        digests: of the rows of all ranks.
+        tensors: this rank's.
+        digests: of the rows of all ranks' tensors; see `rows_of`.
 
     Raises:
-        CheckpointError: ranks disagree about a tensor, or what they hold does not tile it; or replicas have different values, which is
+        CheckpointError: ranks disagree about a tensor, or their segments do not tile it; or replicas have different values, which is
             checked when a plan is made.
     """
-    group = process_group or _SINGLE_PROCESS
+    group = process_group or _SingleProcess
     if group not in _plans or _plans[group][0] != digests:
-        _plans[group] = digests, _plan(tensors, rows, process_group)
+        _plans[group] = digests, _plan(tensors, process_group)
     return _plans[group][1]
 
 
-def _plan(tensors: Sequence[LocalTensor], rows: Sequence[TensorRow], process_group: dist.ProcessGroup | None) -> WritePlan:
-    pieces, is_buffer = [], np.zeros((len(rows), 1), dtype=np.int64)
-    for number, (kind, name, shape, dtype, start, run, stride, count, buffer) in enumerate(rows):
-        segment = Segment(name=name, shape=shape, start=start, run=run, stride=stride, count=count)
-        pieces.append(HeldPiece(f"{kind}{SEPARATOR}{name}", segment, dtype))
-        is_buffer[number] = buffer
+def _plan(tensors: Sequence[LocalTensor], process_group: dist.ProcessGroup | None) -> WritePlan:
+    pieces = [
+        HeldPiece(f"{tensor.kind}{SEPARATOR}{tensor.segment.name}", tensor.segment, name_of(tensor.local.dtype, tensor.key))
+        for tensor in tensors
+    ]
+    is_buffer = np.array([tensor.is_buffer for tensor in tensors], dtype=np.int64).reshape(-1, 1)
     exchange = PieceExchange(pieces, is_buffer, (), process_group)
     checks, problem = attempt(lambda: WriteChecks(exchange))
     sent = np.zeros((len(exchange.tensor), 4), dtype=np.int64) if checks is None else checks.replies
     replies = exchange.reply(sent)
 
     def compute() -> Array:
-        checksums = np.zeros((len(rows), 1), dtype=np.int64)
+        checksums = np.zeros((len(tensors), 1), dtype=np.int64)
         for row in np.flatnonzero(replies[:, 1] > 1).tolist():
             if pieces[row].segment.numel:
                 checksums[row] = checksum(tensors[row].flat())
@@ -154,20 +140,19 @@ def _plan(tensors: Sequence[LocalTensor], rows: Sequence[TensorRow], process_gro
     failures = [failed for failed, _ in of_ranks if failed is not None]
     if failures:
         raise CheckpointError(min(failures)[-1])
-    found: Tensors = {}
-    for _, _, (key, shape, dtype) in sorted(tensor for _, checked in of_ranks for tensor in checked):
-        kind, _, name = key.partition(SEPARATOR)
-        found[kind, name] = shape, dtype_named(dtype)
-    _, world_size = rank_and_world_size(process_group)
-    return WritePlan(tensors=found, chunks=_own_chunks(pieces, replies), world_size=world_size)
+    planned: dict[str, TensorEntry] = {}
+    for _, _, text in sorted(tensor for _, checked in of_ranks for tensor in checked):
+        kind, _, name = text.key.partition(SEPARATOR)
+        planned[_key(text)] = TensorEntry(kind=kind, name=name, shape=text.shape, dtype=dtype_named(text.dtype), chunks=())
+    return WritePlan(tensors=planned, chunks=_own_chunks(pieces, replies))
 
 
 class WriteChecks:
-    """Compare what all ranks hold of the tensors that this rank checks.
+    """Compare the pieces of all ranks of the tensors that this rank checks.
 
     Attributes:
         replies: int64 (rows, 4), for the holders: flags; how many ranks may write the same, 0 for a buffer that another one writes; the
-            number of this one among them; a hash of who they are.
+            number of this one among them; a hash of these ranks.
     """
 
     def __init__(self, exchange: PieceExchange) -> None:
@@ -192,7 +177,7 @@ class WriteChecks:
         self.replies[self._contradicting, 0] = NEEDS_TEXT
 
     def tensors(self, texts: Mapping[int, RowText]) -> list[tuple[int, int, RowText]]:
-        """The tensors, with the place of the first piece: its rank and number there."""
+        """Return the tensors, with the place of the first piece: its rank and number there."""
         return [(*self._place(row), texts[row]) for row in self._exchange.first_of_tensor.tolist()]
 
     def failure(
@@ -200,24 +185,24 @@ class WriteChecks:
         checksums: Array,  # int64 (rows,), of the values
         texts: Mapping[int, RowText],
     ) -> tuple[int, int, int, str] | None:
-        """Say what is wrong, after its kind and place, so that the first error of any rank is the least; None if nothing is."""
+        """Return the first error: its kind and place, by which the errors of all ranks are ordered, and its message; None: no error."""
         ranks, first = self._exchange.ranks, self._exchange.first_of_tensor
         for row in self._contradicting:
-            known, here = texts[int(first[self._exchange.tensor[row]])], texts[row]
+            one, other = texts[int(first[self._exchange.tensor[row]])], texts[row]
             message = (
-                f"{_shown(known)!r} has shape {known.shape} and {dtype_named(known.dtype)} on one rank, and shape {here.shape} and "
-                f"{dtype_named(here.dtype)} on rank {ranks[row]}; different tensors need different names"
+                f"{_key(one)!r} has shape {one.shape} and {dtype_named(one.dtype)} on one rank, and shape {other.shape} and "
+                f"{dtype_named(other.dtype)} on rank {ranks[row]}; different tensors need different names"
             )
             return CONTRADICTS, *self._place(row), message
         for tensor, problem in self._errors.items():
             row = int(first[tensor])
             message = (
-                f"what the ranks hold of {_shown(texts[row])!r} (shape {texts[row].shape}) does not tile it: {problem}; save from "
+                f"what the ranks hold of {_key(texts[row])!r} (shape {texts[row].shape}) does not tile it: {problem}; save from "
                 f"all ranks that hold a part, with the wrapped model and its optimizer"
             )
             return DOES_NOT_TILE, *self._place(row), message
         for row in np.flatnonzero((self.replies[:, 1] > 1) & (checksums != checksums[self._known])).tolist():
-            key = _shown(texts[int(first[self._exchange.tensor[row]])])
+            key = _key(texts[int(first[self._exchange.tensor[row]])])
             message = (
                 f"ranks {ranks[self._known[row]]} and {ranks[row]} both hold {key!r}, with different values: they are not replicas of one "
                 f"tensor. If they should be, broadcast them from one rank; if they are different tensors (stages of a pipeline, experts), "
@@ -230,8 +215,9 @@ class WriteChecks:
         return int(self._exchange.ranks[row]), int(self._exchange.index[row])
 
 
-def _shown(text: RowText) -> str:
-    kind, _, name = text.key.partition(SEPARATOR)
+def _key(tensor: RowText | HeldPiece) -> str:
+    """Return the key that a tensor has in the checkpoint."""
+    kind, _, name = tensor.key.partition(SEPARATOR)
     return key_of(kind, name)
 
 
@@ -239,7 +225,7 @@ def _own_chunks(
     pieces: Sequence[HeldPiece],
     replies: Array,  # int64 (pieces, 4), see `WriteChecks`
 ) -> tuple[PlannedChunk, ...]:
-    """Choose what this rank writes: what it alone holds, and a part of what it holds together with others.
+    """Choose the chunks that this rank writes: of segments that it alone holds all, and a part of those that others hold too.
 
     The ranks that hold the same segments as this one assign these by the same rule: the rank with the least takes the next chunk, the
     largest segments first.
@@ -257,8 +243,8 @@ def _own_chunks(
         heapq.heapify(loads)
         for piece in sorted(of_piece, key=_largest_first):
             for chunk in _cut(piece, 0):
-                load, turn, number = loads[0]
-                heapq.heapreplace(loads, (load + chunk.size, turn, number))
+                load, order, number = loads[0]
+                heapq.heapreplace(loads, (load + chunk.size, order, number))
                 if number in of_piece[piece]:
                     chunks.append(replace(chunk, row=of_piece[piece][number]))
     # Wide elements first: each chunk is then aligned to its own.
@@ -271,7 +257,7 @@ def _largest_first(piece: HeldPiece) -> tuple[int, str, int, int]:
 
 
 def _cut(piece: HeldPiece, row: int) -> Iterator[PlannedChunk]:
-    kind, dtype, offset = piece.key.partition(SEPARATOR)[0], dtype_named(piece.dtype), 0
+    key, dtype, offset = _key(piece), dtype_named(piece.dtype), 0
     for part in piece.segment.cut(CHUNK_BYTES // dtype.itemsize):
-        yield PlannedChunk(kind=kind, segment=part, dtype=dtype, row=row, offset=offset)
+        yield PlannedChunk(key=key, segment=part, dtype=dtype, row=row, offset=offset)
         offset += part.numel

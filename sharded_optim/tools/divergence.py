@@ -23,7 +23,7 @@ from sharded_optim.backends.position_hash import position_hashes
 from sharded_optim.checkpoint.collectives import digest_of, gather_distinct
 from sharded_optim.checkpoint.dtypes import dtype_named
 from sharded_optim.checkpoint.live import LiveOptimizer, live_model, live_optimizer
-from sharded_optim.checkpoint.live.hyperparameters import hyperparameters_of
+from sharded_optim.checkpoint.live.optimizer import hyperparameters_of
 from sharded_optim.checkpoint.local_tensor import MASTER, MODEL
 from sharded_optim.checkpoint.write_plan import TensorRow, rows_of
 from sharded_optim.sharding.ranks import named_ranks, own_process_group, raise_together

@@ -460,10 +460,8 @@ def test_prune_keeps_the_newest(tmp_path: Path) -> None:
 
 def test_a_store_without_renames_commits_by_its_marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """fsspec's local file system, used as an object store: without COMMITTED there is no checkpoint, and what is left is replaced."""
-    from fsspec.implementations.local import LocalFileSystem
-
     for module in (so.checkpoint, so.checkpoint.saving):
-        monkeypatch.setattr(module, "open_store", lambda root: UrlStore(str(root), LocalFileSystem(auto_mkdir=True)))
+        monkeypatch.setattr(module, "open_store", lambda root: UrlStore(f"file://{root}"))
     model, optimizer = trained()
     so.checkpoint.save(tmp_path / "run", 3, model=model, optimizer=optimizer)
     folder = tmp_path / "run" / "step-000000003"

@@ -30,7 +30,7 @@ from benchmarks.given_gradients import Model, Shapes, gradients
 from sharded_optim import checkpoint
 from sharded_optim.checkpoint import loading
 from sharded_optim.checkpoint.live import LiveModel, deepspeed, live_model
-from sharded_optim.checkpoint.manifest_parser import parse
+from sharded_optim.checkpoint.manifest_json import parse
 
 pytestmark = pytest.mark.filterwarnings("ignore:weight_decay")
 

@@ -333,7 +333,7 @@ def test_an_export_that_fails_leaves_nothing(run: Callable[..., Any], tmp_path: 
     def full(path: Path) -> None:
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(export, "_sync", full)
+    monkeypatch.setattr(export, "sync", full)
     with pytest.raises(OSError, match="No space"):
         run(tmp_path / "run", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -21,7 +21,7 @@ from torch import nn
 
 import sharded_optim as so
 from sharded_optim import checkpoint
-from sharded_optim.checkpoint import manifest_parser
+from sharded_optim.checkpoint import manifest_json
 from sharded_optim.checkpoint.local_store import LocalFile, LocalStore
 from sharded_optim.checkpoint.manifest import Manifest
 
@@ -193,14 +193,14 @@ def test_pruning_looks_at_each_manifest_once(tmp_path: Path) -> None:
 def counted_manifests() -> Iterator[Counter[str]]:
     """How often manifests are parsed, by step."""
     counts: Counter[str] = Counter()
-    parse = manifest_parser._parse
+    parse = manifest_json._parse
 
     def counting(text: bytes) -> Manifest:
         found = parse(text)
         counts[f"step-{found.step:09d}"] += 1
         return found
 
-    with mock.patch.object(manifest_parser, "_parse", counting):
+    with mock.patch.object(manifest_json, "_parse", counting):
         yield counts
 
 

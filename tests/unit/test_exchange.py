@@ -20,7 +20,7 @@ from torch import Tensor
 from sharded_optim.checkpoint import write_plan
 from sharded_optim.checkpoint.errors import CheckpointError
 from sharded_optim.checkpoint.local_tensor import LocalTensor
-from sharded_optim.checkpoint.write_plan import WritePlan, plan_for, rows_of
+from sharded_optim.checkpoint.write_plan import WritePlan, plan_for
 from sharded_optim.sharding import Layout, LocalParam, Piece, exchange
 from sharded_optim.sharding.exchange import exchange_layouts
 from sharded_optim.sharding.matrices import Matrices
@@ -245,7 +245,7 @@ def local_tensors(pieces: Sequence[Held]) -> list[LocalTensor]:
 
 def plan(rank: int, group: Any, job: Job) -> WritePlan:
     tensors = local_tensors(job[rank])
-    return plan_for(tensors, rows_of(tensors), [b""] * len(job), group)
+    return plan_for(tensors, [b""] * len(job), group)
 
 
 def brute_force_error(job: Job) -> str | None:
@@ -288,8 +288,8 @@ def test_a_checkpoint_has_each_element_once_or_all_ranks_say_why_not(job: Job) -
     assert len(plans) == len(job), results
     assert all(list(each.tensors.items()) == list(plans[0].tensors.items()) for each in plans), "in the same order on all ranks"
     names = dict.fromkeys(held.segment.name for pieces in job for held in pieces)
-    assert [name for _, name in plans[0].tensors] == list(names)
-    written = {name: torch.zeros(math.prod(shape)) for (_, name), (shape, _) in plans[0].tensors.items()}
+    assert [entry.name for entry in plans[0].tensors.values()] == list(names)
+    written = {entry.name: torch.zeros(math.prod(entry.shape)) for entry in plans[0].tensors.values()}
     saved = {name: torch.zeros_like(values) for name, values in written.items()}
     for held in (held for pieces in job for held in pieces):
         saved[held.segment.name][elements(held.segment)] = held.values.float()

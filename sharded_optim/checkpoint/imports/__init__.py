@@ -9,7 +9,6 @@ deepspeed_files.py    what both of DeepSpeed's formats have in common
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from sharded_optim.checkpoint.content import Content
 from sharded_optim.checkpoint.errors import CheckpointError
 from sharded_optim.checkpoint.imports import dcp, deepspeed_universal, deepspeed_zero, safetensors_files, state_dicts
 from sharded_optim.checkpoint.imports.optimizer_state import ImportOptions
+from sharded_optim.checkpoint.store import AnyPath
 
 __all__ = ["FORMATS", "import_from"]
 
@@ -32,8 +32,8 @@ PICKLED = FORMATS.keys() - {"safetensors"}
 
 
 def import_from(
-    source: str | os.PathLike[str],
-    root: str | os.PathLike[str],
+    source: AnyPath,
+    root: AnyPath,
     step: int,
     *,
     source_format: str = "auto",
@@ -44,7 +44,7 @@ def import_from(
     optimizer_key: str | None = None,
     param_names: Sequence[str] | None = None,
 ) -> None:
-    """Save what another library has saved as a checkpoint. In one process.
+    """Convert a checkpoint of another library to one of this library. In one process.
 
     The state of this library's optimizers, of torch's Adam, AdamW and SGD, of optimi's and of Composer's is translated; see
     `foreign_state.py`.
@@ -76,11 +76,7 @@ def import_from(
             f"its source, pass --unpickle (unpickle=True): even then only harmless classes are loaded"
         )
     options = ImportOptions(
-        optimizer=optimizer,
-        decay_form=decay_form,
-        model_key=model_key,
-        optimizer_key=optimizer_key,
-        param_names=None if param_names is None else tuple(param_names),
+        optimizer=optimizer, decay_form=decay_form, model_key=model_key, optimizer_key=optimizer_key, param_names=param_names
     )
     content = FORMATS[name](path, options)
     pending = saving.begin(root, step, lambda: content)

@@ -15,7 +15,6 @@ from torch import Tensor
 from sharded_optim.checkpoint.content import Content
 from sharded_optim.checkpoint.imports.optimizer_state import ImportOptions, translate
 from sharded_optim.checkpoint.local_tensor import MASTER, MODEL, LocalTensor
-from sharded_optim.checkpoint.manifest import Parameters
 from sharded_optim.sharding.names import without_wrappers
 from sharded_optim.sharding.segment import Segment
 
@@ -67,7 +66,7 @@ def assemble(
     *,
     masters: Iterable[Tensor] = (),
     extra: Any = None,
-    is_composers: bool = False,
+    from_composer: bool = False,
 ) -> Content:
     """Build the content of a model and its optimizer.
 
@@ -76,14 +75,14 @@ def assemble(
         optimizer: its state dict, flattened or not.
         where: the source, for error messages.
         masters: float32 values of the parameters, in the order in which the optimizer numbers them.
-        is_composers: see `translate`.
+        from_composer: see `translate`.
     """
     tensors, names, aliases = _model(model, where)
     local = [whole(MODEL, name, tensor) for name, tensor in tensors.items()]
     if optimizer is None:
         return Content(tensors=local, extra=extra, aliases=aliases)
     state_dict = unflatten(optimizer, where)
-    translated = translate(state_dict, options, is_composers=is_composers)
+    translated = translate(state_dict, options, from_composer=from_composer)
     name_of = _param_names(state_dict, tensors, names, options, where)
     local += [whole(MASTER, name, master) for name, master in zip(name_of.values(), masters, strict=False)]
     for key, state in translated.state.items():
@@ -92,17 +91,13 @@ def assemble(
             if name in tensors and tensor.shape != tensors[name].shape:
                 raise ValueError(f"{where}: {kind} of {name!r} has shape {tuple(tensor.shape)}, the parameter {tuple(tensors[name].shape)}")
             local.append(whole(kind, name, tensor))
-    parameters = Parameters(
-        optimizer=translated.optimizer,
-        groups=translated.groups,
-        group_of={name_of[key]: index for index, group in enumerate(state_dict["param_groups"]) for key in group["params"]},
-        steps={name_of[key]: step for key, step in translated.steps.items()},
-    )
+    names_by_group = [[name_of[key] for key in group["params"]] for group in state_dict["param_groups"]]
+    parameters = translated.parameters(names_by_group, {name_of[key]: step for key, step in translated.steps.items()})
     return Content(tensors=local, parameters=parameters, extra=extra, aliases=aliases)
 
 
 def _model(model: Mapping[str, Any], where: str) -> tuple[dict[str, Tensor], dict[str, str], dict[str, str]]:
-    """A model's tensors by their names without wrappers, tied ones once.
+    """List a model's tensors by their names without wrappers, tied ones once.
 
     Returns:
         The tensors; for each of the source's names the tensor's; and further names of tied tensors, each with the tensor's.
@@ -158,7 +153,7 @@ def unflatten(optimizer: StateDict, where: str) -> StateDict:
 def _param_names(
     optimizer: StateDict, tensors: Mapping[str, Tensor], names: Mapping[str, str], options: ImportOptions, where: str
 ) -> dict[Hashable, str]:
-    """The names of the parameters, by the optimizer's keys for them.
+    """Return the names of the parameters, by the optimizer's keys for them.
 
     Raises:
         ValueError: they are ambiguous, or the model has no such parameter.
@@ -186,22 +181,22 @@ def _param_names(
 
 
 def _names_in_order(optimizer: StateDict, keys: list[Any], tensors: Mapping[str, Tensor], where: str) -> list[str]:
-    """The model's names, if one param group has all its tensors in order: otherwise two tensors of one shape might be swapped."""
-    way_out = (
+    """Return the model's names, if one param group has all its tensors in order: otherwise two tensors of one shape might be swapped."""
+    remedy = (
         "give the names, in the order of the optimizer's parameters, with --names (param_names=), or save the state of an optimizer that "
         "was built with named_parameters()"
     )
     if len(optimizer["param_groups"]) > 1:
-        raise ValueError(f"{where} numbers the parameters of {len(optimizer['param_groups'])} param groups without names; {way_out}")
+        raise ValueError(f"{where} numbers the parameters of {len(optimizer['param_groups'])} param groups without names; {remedy}")
     if len(keys) != len(tensors):
         raise ValueError(
-            f"{where} numbers {len(keys)} parameters of the optimizer without names, and its model has {len(tensors)} tensors; {way_out}"
+            f"{where} numbers {len(keys)} parameters of the optimizer without names, and its model has {len(tensors)} tensors; {remedy}"
         )
     for key, (name, tensor) in zip(keys, tensors.items(), strict=True):
         for kind, value in optimizer["state"].get(key, {}).items():
             if isinstance(value, Tensor) and value.numel() > 1 and value.shape != tensor.shape:
                 raise ValueError(
                     f"{where} numbers parameters without names, and not in the model's order: {kind} of number {key} has shape "
-                    f"{tuple(value.shape)}, {name!r} {tuple(tensor.shape)}; {way_out}"
+                    f"{tuple(value.shape)}, {name!r} {tuple(tensor.shape)}; {remedy}"
                 )
     return list(tensors)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sharded_optim.checkpoint.content import Content
 from sharded_optim.checkpoint.imports import unpickling
@@ -37,12 +36,12 @@ STAND_INS = {
     ("pathlib", "PosixPath"): StandIn,
     ("torch", "Size"): torch.Size,
 }
-TENSOR = STAND_INS[METADATA, "TensorStorageMetadata"]
-ALL = STAND_INS[METADATA, "Metadata"]
+TENSOR_CLASS = STAND_INS[METADATA, "TensorStorageMetadata"]
+METADATA_CLASS = STAND_INS[METADATA, "Metadata"]
 
 
 class _Unpickler(pickle.Unpickler):
-    """For `.metadata`, whose pickle protocol torch's weights-only unpickler does not support. Imports nothing."""
+    """An unpickler of `.metadata`, whose pickle protocol torch's weights-only unpickler does not support. Imports nothing."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in STAND_INS:
@@ -67,8 +66,11 @@ def read(path: Path, options: ImportOptions) -> Content:
     tree: dict[Hashable, Any] = {}
     for name, entry in entries.items():
         stored = [(index.field("offset"), _stored(path, location)) for index, location in parts[name]]
-        value = _tensor(stored, entry, f"{path}: {name!r}") if isinstance(entry, TENSOR) else _single(stored, f"{path}: {name!r}")
-        _put(tree, paths.get(name, (name,)), value)
+        *outer, last = paths.get(name, (name,))
+        table = tree
+        for key in outer:
+            table = table.setdefault(key, {})
+        table[last] = _join(stored, entry, f"{path}: {name!r}")
     return content_of(_with_lists(tree), options, str(path))
 
 
@@ -80,7 +82,7 @@ def _metadata(path: Path) -> StandIn:
             metadata = _Unpickler(stream).load()
         except Exception as error:  # of any type, if it is damaged or crafted
             raise ValueError(f"{path} is not loaded: {error}") from error
-    if not isinstance(metadata, ALL):
+    if not isinstance(metadata, METADATA_CLASS):
         raise ValueError(f"{path} is not the metadata of torch.distributed.checkpoint")
     return metadata
 
@@ -97,23 +99,16 @@ def _stored(folder: Path, location: StandIn) -> Any:
         return unpickling.load_stream(io.BytesIO(stream.read(location.field("length"))), f"{folder}/{name}")
 
 
-def _single(stored: list[tuple[Any, Any]], where: str) -> Any:
-    if len(stored) != 1:
-        raise ValueError(f"{where} is stored {len(stored)} times")
-    return stored[0][1]
-
-
-def _tensor(stored: list[tuple[Any, Any]], entry: StandIn, where: str) -> Tensor:
+def _join(stored: list[tuple[Any, Any]], entry: Any, where: str) -> Any:
+    """Join the stored parts of a value, given with their offsets; only tensors have several."""
+    if not isinstance(entry, TENSOR_CLASS):
+        if len(stored) != 1:
+            raise ValueError(f"{where} is stored {len(stored)} times")
+        return stored[0][1]
     shape = tuple(entry.field("size"))
     if not stored and math.prod(shape) == 0:  # empty tensors are stored on no rank
         return torch.empty(shape, dtype=entry.field("properties").state[0], device="cpu")
     return join_chunks(stored, shape, where)
-
-
-def _put(tree: dict[Hashable, Any], path: tuple[Hashable, ...], value: Any) -> None:
-    for part in path[:-1]:
-        tree = tree.setdefault(part, {})
-    tree[path[-1]] = value
 
 
 def _with_lists(value: Any) -> Any:

@@ -31,7 +31,7 @@ DEEPSPEED_KEYS = {  # keys of DeepSpeed itself; the rest is the user's client_st
 
 
 def tagged_folder(path: Path, latest: str) -> Path:
-    """The folder of a checkpoint: the given one, or the one that a file in it with the name `latest` names."""
+    """Return the folder of a checkpoint: the given one, or the one that a file in it with the name `latest` names."""
     pointer = path / latest
     if not pointer.is_file():
         return path
@@ -50,7 +50,7 @@ class ModelStates:
 
     @classmethod
     def of(cls, folder: Path) -> ModelStates:
-        """Find them. Raises ValueError for kinds of parallelism that are not supported."""
+        """Find the files. Raises ValueError for kinds of parallelism that are not supported."""
         files = {}
         for path in folder.iterdir():
             if UNSUPPORTED.fullmatch(path.name):
@@ -88,7 +88,7 @@ class ModelStates:
         return [{name: tuple(shape) for name, shape in group.items()} for group in shapes]
 
     def untrained(self) -> Iterator[LocalTensor]:
-        """Buffers and frozen parameters."""
+        """List the buffers and frozen parameters."""
         frozen = {name: tuple(shape) for name, shape in (self.first.get("frozen_param_shapes") or {}).items()}
         trained = {name for group in self.shapes for name in group}
         for name, tensor in self.module.items():
@@ -103,7 +103,7 @@ class ModelStates:
                     yield LocalTensor(kind=MODEL, segment=segment, local=parts[rank][: segment.numel])
 
     def extra(self) -> dict[str, Any] | None:
-        """The user's client_state, DeepSpeed's counters, and the state of the learning rate scheduler."""
+        """Return the user's client_state, DeepSpeed's counters, and the state of the learning rate scheduler."""
         extra = {key: value for key, value in self.first.items() if key not in DEEPSPEED_KEYS and value is not None}
         if self.first.get("lr_scheduler"):
             extra["lr_scheduler"] = self.first["lr_scheduler"]
@@ -111,7 +111,7 @@ class ModelStates:
 
 
 def equal_parts(name: str, shape: tuple[int, ...], ranks: int) -> Iterator[tuple[int, Segment]]:
-    """The part of a tensor that each rank has in stage 3: equal ones, the last padded."""
+    """Cut a tensor into the parts of the ranks in stage 3: equal ones, the last padded."""
     numel = Segment.whole(name, shape).numel
     size = -(-numel // ranks)
     for rank in range(ranks):
@@ -120,7 +120,7 @@ def equal_parts(name: str, shape: tuple[int, ...], ranks: int) -> Iterator[tuple
 
 
 def group_names(groups: Sequence[Mapping[str, Any]], shapes: Sequence[Mapping[str, Any]], where: str) -> list[list[str]]:
-    """The names of the parameters of each param group, whose "params" number flat tensors."""
+    """List the names of the parameters of each param group, whose "params" number flat tensors."""
     numbers = [number for group in groups for number in group["params"]]
     if sorted(numbers) != list(range(len(shapes))):
         raise ValueError(f"{where} has {len(shapes)} flat tensors, and its param groups those with the numbers {numbers}")

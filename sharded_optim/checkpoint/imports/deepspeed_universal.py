@@ -14,7 +14,6 @@ from sharded_optim.checkpoint.imports.assembly import whole
 from sharded_optim.checkpoint.imports.deepspeed_files import ModelStates, group_names, tagged_folder
 from sharded_optim.checkpoint.imports.optimizer_state import ImportOptions, translate
 from sharded_optim.checkpoint.local_tensor import LOW_PRECISION, MASTER, MODEL, LocalTensor
-from sharded_optim.checkpoint.manifest import Parameters
 from sharded_optim.sharding.segment import Segment
 from sharded_optim.step.state import STEP
 
@@ -37,31 +36,22 @@ def read(path: Path, options: ImportOptions) -> Content:
     if not groups:
         raise ValueError(f"{folder}/zero/optimizer_state.pt has no param_groups")
     names = group_names(groups, states.shapes, str(folder))
-    shapes = {name: shape for group in states.shapes for name, shape in group.items()}
     tensors = list(states.untrained())
     state: dict[str, dict[str, Any]] = {}
     for number, group in enumerate(states.shapes):
         flat = (optimizer.get("optimizer_state_dict") or {}).get("state", {}).get(number, {})
-        for name in group:
+        for name, shape in group.items():
+            files = {file.stem: file for file in (folder / "zero" / name).glob("*.pt")}
+            if VALUES not in files:
+                raise FileNotFoundError(f"{folder}/zero/{name}/{VALUES}.pt is missing")
+            tensors += _values(name, _tensor(files.pop(VALUES), name, shape), states)
             state[name] = {STEP: flat[STEP]} if STEP in flat else {}  # stage 3 has it here only
-    for name, shape in shapes.items():
-        files = {file.stem: file for file in (folder / "zero" / name).glob("*.pt")}
-        if VALUES not in files:
-            raise FileNotFoundError(f"{folder}/zero/{name}/{VALUES}.pt is missing")
-        tensors += _values(name, _tensor(files.pop(VALUES), name, shape), states)
-        for kind, file in files.items():
-            state[name][kind] = _step(file) if kind == STEP else _tensor(file, name, shape)
+            state[name] |= {kind: _content(file) if kind == STEP else _tensor(file, name, shape) for kind, file in files.items()}
     named = [{**group, "params": own} for group, own in zip(groups, names, strict=True)]
     trained = {name: values for name, values in state.items() if len(values) > (STEP in values)}
     translated = translate({"state": trained, "param_groups": named}, options)
     tensors += [whole(kind, str(name), tensor) for name, values in translated.state.items() for kind, tensor in values.items()]
-    parameters = Parameters(
-        optimizer=translated.optimizer,
-        groups=translated.groups,
-        group_of={name: index for index, own in enumerate(names) for name in own},
-        steps={str(name): step for name, step in translated.steps.items()},
-    )
-    return Content(tensors=tensors, parameters=parameters, extra=states.extra())
+    return Content(tensors=tensors, parameters=translated.parameters(names, translated.steps), extra=states.extra())
 
 
 def _values(name: str, master: Tensor, states: ModelStates) -> list[LocalTensor]:
@@ -74,15 +64,13 @@ def _values(name: str, master: Tensor, states: ModelStates) -> list[LocalTensor]
 
 
 def _tensor(file: Path, name: str, shape: tuple[int, ...]) -> Tensor:
-    tensor = unpickling.load(file)
-    if isinstance(tensor, Mapping):
-        tensor = tensor.get("param")
+    tensor = _content(file)
     numel = Segment.whole(name, shape).numel
     if not isinstance(tensor, Tensor) or tensor.numel() < numel or (tensor.numel() > numel and tensor.ndim > 1):
         raise ValueError(f"{file} has no tensor of the shape {shape}")
     return tensor.flatten()[:numel].view(shape)  # flat and padded in stage 3
 
 
-def _step(file: Path) -> Any:
-    step = unpickling.load(file)
-    return step.get("param", step) if isinstance(step, Mapping) else step
+def _content(file: Path) -> Any:
+    content = unpickling.load(file)
+    return content.get("param", content) if isinstance(content, Mapping) else content

@@ -22,7 +22,6 @@ from sharded_optim.checkpoint.imports.deepspeed_files import ModelStates, equal_
 from sharded_optim.checkpoint.imports.optimizer_state import ImportOptions, TranslatedState, translate
 from sharded_optim.checkpoint.imports.unpickling import StandIn
 from sharded_optim.checkpoint.local_tensor import LOW_PRECISION, MASTER, MODEL, LocalTensor
-from sharded_optim.checkpoint.manifest import Parameters
 from sharded_optim.sharding.segment import Segment
 
 __all__ = ["LATEST", "matches", "read"]
@@ -46,7 +45,7 @@ def read(path: Path, options: ImportOptions) -> Content:
     files = _optimizer_files(folder)
     if not files:
         return _stage_0(states, options)
-    ranks = [_of_rank(file) for file in files]
+    ranks = [_load_rank(file) for file in files]
     is_stage_3 = "fp32_flat_groups" in ranks[0]
     base = [_base_optimizer(rank, is_stage_3, file) for rank, file in zip(ranks, files, strict=True)]
     _check_count(folder, ranks)
@@ -60,18 +59,17 @@ def read(path: Path, options: ImportOptions) -> Content:
         partitions = [partition[number] for partition in flat]
         where = f"{folder}: {'sub-group' if is_stage_3 else 'param group'} {number}"
         if is_stage_3:
-            pieces = list(_of_sub_group(group, partitions, where))
+            pieces = list(_pieces_of_sub_group(group, partitions, where))
         else:
-            pieces = list(_of_group(group, partitions, _paddings(ranks[0], number), where))
+            paddings = ranks[0].get("param_alignment_paddings")  # the number of padding elements after each parameter, by group
+            pieces = list(_pieces_of_group(group, partitions, paddings[number] if paddings is not None else [0] * len(group), where))
         tensors += _values(pieces, partitions, states, where)
         if not is_stage_3 and base[0]["param_groups"][number].get("use_muon", False):
-            tensors += _muons_state(pieces, partitions, translated, number, where)
+            tensors += _muon_state(pieces, partitions, translated, number, where)
         else:
             tensors += _state(pieces, translated, number)
         steps |= {name: translated[0].steps[number] for name in group if number in translated[0].steps}
-    names_by_group = group_names(base[0]["param_groups"], states.shapes, str(folder))
-    group_of = {name: index for index, names in enumerate(names_by_group) for name in names}
-    parameters = Parameters(optimizer=translated[0].optimizer, groups=translated[0].groups, group_of=group_of, steps=steps)
+    parameters = translated[0].parameters(group_names(base[0]["param_groups"], states.shapes, str(folder)), steps)
     return Content(tensors=tensors, parameters=parameters, extra=states.extra())
 
 
@@ -83,7 +81,7 @@ def _optimizer_files(folder: Path) -> list[Path]:
     return [files[rank] for rank in sorted(files)]
 
 
-def _of_rank(file: Path) -> dict[str, Any]:
+def _load_rank(file: Path) -> dict[str, Any]:
     content = unpickling.load(file)
     if not isinstance(content, dict) or not isinstance(content.get("optimizer_state_dict"), dict):
         raise ValueError(f"{file} is not a file of DeepSpeed's optimizer states")
@@ -91,7 +89,7 @@ def _of_rank(file: Path) -> dict[str, Any]:
 
 
 def _base_optimizer(rank: Mapping[str, Any], is_stage_3: bool, file: Path) -> Mapping[str, Any]:
-    """The state dict of the optimizer that DeepSpeed wraps."""
+    """Return the state dict of the optimizer that DeepSpeed wraps."""
     state_dict = rank.get("optimizer_state_dict" if is_stage_3 else "base_optimizer_state")
     if not isinstance(state_dict, Mapping) or "param_groups" not in state_dict:
         raise ValueError(f"{file} has the state of an elastic checkpoint, which is not supported; convert it to a Universal one")
@@ -105,14 +103,8 @@ def _check_count(folder: Path, ranks: Sequence[Mapping[str, Any]]) -> None:
             raise ValueError(f"{folder} was saved on {count} ranks and has the optimizer states of {len(ranks)}; files are lost")
 
 
-def _paddings(rank: Mapping[str, Any], number: int) -> Sequence[int] | None:
-    """The number of padding elements after each parameter of a group."""
-    paddings = rank.get("param_alignment_paddings")
-    return None if paddings is None else paddings[number]
-
-
-def _of_group(group: Shapes, partitions: Sequence[Tensor], paddings: Sequence[int] | None, where: str) -> Iterator[Piece]:
-    """The pieces of the parameters of a group, in stages 1 and 2."""
+def _pieces_of_group(group: Shapes, partitions: Sequence[Tensor], paddings: Sequence[int], where: str) -> Iterator[Piece]:
+    """List the pieces of the parameters of a group, in stages 1 and 2."""
     size = partitions[0].numel()
     total = sum(partition.numel() for partition in partitions)
     # The last is saved without its padding.
@@ -120,23 +112,18 @@ def _of_group(group: Shapes, partitions: Sequence[Tensor], paddings: Sequence[in
         raise ValueError(f"{where} has partitions of different sizes")
     offset = 0
     for number, (name, shape) in enumerate(group.items()):
-        numel = Segment.whole(name, shape).numel
-        if offset + numel > total:
+        end = offset + Segment.whole(name, shape).numel
+        if end > total:
             raise ValueError(f"{where} has {total} elements, and {name!r} would end beyond")
-        yield from _cut(name, shape, offset, size, len(partitions))
-        offset += numel + (0 if paddings is None else paddings[number])
+        for rank in range(len(partitions)):
+            first, last = max(offset, rank * size), min(end, (rank + 1) * size)
+            if first < last:
+                yield rank, first - rank * size, Segment.flat(name, shape, first - offset, last - first)
+        offset = end + paddings[number]
 
 
-def _cut(name: str, shape: tuple[int, ...], offset: int, size: int, ranks: int) -> Iterator[Piece]:
-    end = offset + Segment.whole(name, shape).numel
-    for rank in range(ranks):
-        first, last = max(offset, rank * size), min(end, (rank + 1) * size)
-        if first < last:
-            yield rank, first - rank * size, Segment.flat(name, shape, first - offset, last - first)
-
-
-def _of_sub_group(group: Shapes, partitions: Sequence[Tensor], where: str) -> Iterator[Piece]:
-    """The pieces of the parameters of a sub-group, in stage 3."""
+def _pieces_of_sub_group(group: Shapes, partitions: Sequence[Tensor], where: str) -> Iterator[Piece]:
+    """List the pieces of the parameters of a sub-group, in stage 3."""
     offset = 0
     for name, shape in group.items():
         for rank, segment in equal_parts(name, shape, len(partitions)):
@@ -147,16 +134,15 @@ def _of_sub_group(group: Shapes, partitions: Sequence[Tensor], where: str) -> It
 
 
 def _values(pieces: Sequence[Piece], partitions: Sequence[Tensor], states: ModelStates, where: str) -> Iterator[LocalTensor]:
-    """The masters and the model's own parameters.
+    """List the masters and the model's own parameters.
 
     Raises:
         ValueError: the own parameters in the files are not the rounded masters.
     """
-    for name in dict.fromkeys(segment.name for _, _, segment in pieces):
-        if name not in states.module:
-            raise ValueError(f"{where} has {name!r}, which is not in {states.files[0]}")
     for rank, offset, segment in pieces:
-        own = states.module[segment.name]
+        own = states.module.get(segment.name)
+        if own is None:
+            raise ValueError(f"{where} has {segment.name!r}, which is not in {states.files[0]}")
         master = partitions[rank][offset : offset + segment.numel]
         value = master.to(own.dtype)
         if own.shape == segment.shape:
@@ -180,13 +166,13 @@ def _state(pieces: Sequence[Piece], translated: Sequence[TranslatedState], numbe
             yield LocalTensor(kind=kind, segment=segment, local=flat[offset : offset + segment.numel])
 
 
-def _muons_state(
+def _muon_state(
     pieces: Sequence[Piece], partitions: Sequence[Tensor], translated: Sequence[TranslatedState], number: int, where: str
 ) -> Iterator[LocalTensor]:
-    """The momentum of a group that DeepSpeed's own Muon steps in stages 1 and 2.
+    """List the momentum of a group that DeepSpeed's own Muon steps in stages 1 and 2.
 
-    With offload and in BF16_Optimizer it lies as the partition. Else each rank has that of all tensors of which it has a piece, whole, one
-    after the other; its file has as many elements less as the partition has of padding.
+    With offload and in BF16_Optimizer it has the layout of the partition. Else each rank has that of all tensors of which it has a piece,
+    whole, one after the other; its file has as many elements less as the partition has of padding.
 
     Raises:
         ValueError: the sizes do not tell which, or momentum is lost.
@@ -200,17 +186,17 @@ def _muons_state(
             raise ValueError(f"{where}: the sizes of DeepSpeed's momentum do not tell how it is laid out")
         yield from _state(pieces, translated, number)
         return
-    found: dict[str, LocalTensor] = {}
+    momenta: dict[str, LocalTensor] = {}
     for rank, segments in enumerate(held):
         end = 0
         for segment in segments:
             start, end = end, end + segment.tensor_numel
             if end <= sizes.get(rank, 0):
                 whole = Segment.whole(segment.name, segment.shape)
-                found.setdefault(segment.name, LocalTensor(kind=MOMENTUM, segment=whole, local=flat[rank][start:end]))
-    if sizes and (lost := [segment.name for _, _, segment in pieces if segment.name not in found]):
+                momenta.setdefault(segment.name, LocalTensor(kind=MOMENTUM, segment=whole, local=flat[rank][start:end]))
+    if sizes and (lost := [segment.name for _, _, segment in pieces if segment.name not in momenta]):
         raise ValueError(f"{where}: DeepSpeed has not saved all of the momentum of {lost[0]!r}; convert the checkpoint where it was saved")
-    yield from found.values()
+    yield from momenta.values()
 
 
 def _stage_0(states: ModelStates, options: ImportOptions) -> Content:

@@ -1,4 +1,4 @@
-"""Translate the optimizer state of other libraries, or this one, to what checkpoints hold.
+"""Translate the optimizer state of other libraries, or this one, to the state that checkpoints hold.
 
 `foreign_state.py` does the translation; it needs a live optimizer, so one with a single element is made. Used by the formats.
 """
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sharded_optim.checkpoint.manifest import Parameters
 from sharded_optim.formulas.weight_decay import COUPLED, DECOUPLED, FORMS, L2
 from sharded_optim.optimizers import OPTIMIZERS
 from sharded_optim.step import foreign_state
@@ -62,18 +63,28 @@ class TranslatedState:
     state: dict[Hashable, dict[str, Tensor]]
     steps: dict[Hashable, float]
 
+    def parameters(self, names_by_group: Sequence[Sequence[str]], steps: Mapping[Any, float]) -> Parameters:
+        """Return the part of a manifest about the optimizer.
 
-def translate(state_dict: Mapping[str, Any], options: ImportOptions, *, is_composers: bool = False) -> TranslatedState:
+        Args:
+            names_by_group: the names of the parameters of each param group.
+            steps: step counters by these names.
+        """
+        group_of = {name: index for index, names in enumerate(names_by_group) for name in names}
+        return Parameters(optimizer=self.optimizer, groups=self.groups, group_of=group_of, steps=steps)
+
+
+def translate(state_dict: Mapping[str, Any], options: ImportOptions, *, from_composer: bool = False) -> TranslatedState:
     """Translate a state dict in the form of torch.optim.
 
     Args:
         state_dict: with any keys for parameters.
-        is_composers: whether it is known to be of one of Composer's own optimizers.
+        from_composer: whether it is known to be of one of Composer's own optimizers.
 
     Raises:
         ValueError: it is of an unsupported optimizer.
     """
-    given = [_normalized(group, is_composers) for group in state_dict["param_groups"]]
+    given = [_normalized(group, from_composer) for group in state_dict["param_groups"]]
     if not given:
         raise ValueError("the optimizer's state has no param groups")
     state = {key: dict(values) for key, values in state_dict["state"].items()}
@@ -81,10 +92,10 @@ def translate(state_dict: Mapping[str, Any], options: ImportOptions, *, is_compo
         for key in group["params"]:
             if group.get("step") is not None and state.get(key):
                 state[key].setdefault(STEP, group["step"])  # DeepSpeed's FusedAdam counts by group
-    own = [{"decay_form": options.decay_form or (DECOUPLED if is_composers else COUPLED), "algorithm": None} for _ in given]
-    foreign = foreign_state.translate({"state": state, "param_groups": given}, own, replaces_composer=is_composers)
-    name = options.optimizer or _nearest(given, foreign["param_groups"], is_composers)
-    is_ours = all("reference_lr" in group for group in given)
+    own = [{"decay_form": options.decay_form or (DECOUPLED if from_composer else COUPLED), "algorithm": None} for _ in given]
+    foreign = foreign_state.translate({"state": state, "param_groups": given}, own, replaces_composer=from_composer)
+    name = options.optimizer or _continuing_class(given, foreign["param_groups"], from_composer)
+    is_own = all("reference_lr" in group for group in given)
     groups, states, steps = [], {}, {}
     for index, group in enumerate(foreign["param_groups"]):
         engine = _one_element_optimizer(name, group, f"param_groups[{index}]")
@@ -93,12 +104,12 @@ def translate(state_dict: Mapping[str, Any], options: ImportOptions, *, is_compo
             if foreign["state"].get(key):
                 values = dict(foreign["state"][key])
                 steps[key] = float(values.pop(STEP, 1.0))
-                states[key] = _tensors(engine, values, groups[-1], f"the state of {key!r}", steps[key], is_ours=is_ours)
+                states[key] = _tensors(engine, values, groups[-1], f"the state of {key!r}", steps[key], is_own=is_own)
     return TranslatedState(optimizer=name, groups=tuple(groups), state=states, steps=steps)
 
 
-def _normalized(group: Mapping[str, Any], is_composers: bool) -> Group:
-    """A param group with numbers in place of tensors, and with the keys by which `foreign_state` recognizes it."""
+def _normalized(group: Mapping[str, Any], from_composer: bool) -> Group:
+    """Return a param group with numbers in place of tensors, and with the keys by which `foreign_state` recognizes it."""
     values = {key: value.item() if isinstance(value, Tensor) and value.numel() == 1 else value for key, value in group.items()}
     if "lr" not in values or "params" not in values:
         raise ValueError(f"a param group of the optimizer's state has no lr or no params; it has {', '.join(map(str, values))}")
@@ -107,43 +118,43 @@ def _normalized(group: Mapping[str, Any], is_composers: bool) -> Group:
             raise ValueError(f"the optimizer's state has {key}={values[key]!r}, which is not continued here")
     if values.get("bias_correction") is False:
         raise ValueError("the optimizer's state has bias_correction=False, which is not continued here")
-    if is_composers:  # without torch's keys, which it has too
+    if from_composer:  # without the keys of torch, which the group has too
         values = {
             key: value for key, value in values.items() if key not in ("maximize", "foreach", "differentiable", "capturable", "fused")
         }
         values.setdefault("initial_lr", values["lr"])
-    elif _is_deepspeeds(values):
+    elif _is_from_deepspeed(values):
         values |= {"amsgrad": bool(values.get("amsgrad", False)), "maximize": False}
     return values
 
 
-def _is_deepspeeds(group: Group) -> bool:
+def _is_from_deepspeed(group: Group) -> bool:
     """Return whether a param group is of one of DeepSpeed's own Adams, which have some of torch's keys."""
-    is_others = bool(group.keys() & {"reference_lr", "beta1", "maximize", "foreach", "use_muon"})
-    is_adams = group.keys() >= {"betas", "eps", "weight_decay"}
-    return not is_others and is_adams and ("bias_correction" in group or "initial_lr" not in group)
+    is_other = bool(group.keys() & {"reference_lr", "beta1", "maximize", "foreach", "use_muon"})
+    is_adam = group.keys() >= {"betas", "eps", "weight_decay"}
+    return not is_other and is_adam and ("bias_correction" in group or "initial_lr" not in group)
 
 
-def _nearest(given: Sequence[Group], groups: Sequence[Group], is_composers: bool) -> str:
+def _continuing_class(given: Sequence[Group], groups: Sequence[Group], from_composer: bool) -> str:
     """Return the class of this library that continues a saved optimizer."""
     first = given[0]
     if any("algorithm" in group for group in groups) or "ns_coefficients" in first:
         return "Muon"
     if "momentum" in first:
         return "DecoupledSGDW"
-    is_optimis = "beta1" in first
-    decoupled = is_composers or (
-        "reference_lr" not in first and not is_optimis and any(group.get("decay_form") == DECOUPLED for group in groups)
+    is_optimi = "beta1" in first
+    decoupled = from_composer or (
+        "reference_lr" not in first and not is_optimi and any(group.get("decay_form") == DECOUPLED for group in groups)
     )
     if decoupled or any(group.get("amsgrad") for group in groups) or {"reference_lr", "amsgrad"} <= first.keys():
         return "DecoupledAdamW"
-    if is_optimis and "decouple_wd" not in first:
+    if is_optimi and "decouple_wd" not in first:
         return "StableAdamW"
     return "Adam" if any(group.get("decay_form") == L2 for group in groups) else "AdamW"
 
 
 def _one_element_optimizer(name: str, group: Group, where: str) -> Engine:
-    """An optimizer with one parameter, to complete and check hyperparameters."""
+    """Make an optimizer with one parameter, to complete and check hyperparameters."""
     params = [nn.Parameter(torch.zeros(1, 1, dtype=torch.float32, device="cpu"))]  # which Muon too can step
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -154,7 +165,7 @@ def _one_element_optimizer(name: str, group: Group, where: str) -> Engine:
 
 
 def _complete(engine: Engine, group: Group, where: str) -> Group:
-    """A group with all hyperparameters of the engine's class, and entries of others, such as a scheduler's initial_lr."""
+    """Return a group with all hyperparameters of the engine's class, and entries of others, such as a scheduler's initial_lr."""
     own = {key: value for key, value in engine.param_groups[0].items() if key not in ("params", "param_names")}
     given = {key: value for key, value in group.items() if key not in FOREIGN_KEYS and key not in ("params", "param_names")}
     merged = own | reference(float(group["lr"])) | given
@@ -172,8 +183,8 @@ def _complete(engine: Engine, group: Group, where: str) -> Group:
     return merged
 
 
-def _tensors(engine: Engine, values: Mapping[str, Any], group: Group, where: str, steps: float, *, is_ours: bool) -> dict[str, Tensor]:
-    """The state tensors of a parameter that the engine's class has; warns of others."""
+def _tensors(engine: Engine, values: Mapping[str, Any], group: Group, where: str, steps: float, *, is_own: bool) -> dict[str, Tensor]:
+    """Return the state tensors of a parameter that the engine's class has; warn of others."""
     algorithm = engine._choose(group)
     missing = [key for key in algorithm.state if key not in values and key not in algorithm.optional_state]
     if missing and steps > 0:
@@ -182,7 +193,7 @@ def _tensors(engine: Engine, values: Mapping[str, Any], group: Group, where: str
             f"the optimizer that continues it with --optimizer (optimizer=)"
         )
     beside = extra_arrays()
-    if is_ours:
+    if is_own:
         beside |= {key for key in values if str(key).partition(".")[0] in algorithm.state}  # the additional arrays of moments
     known = {*algorithm.state, *algorithm.ignored_state, *beside}
     dropped = sorted(str(key) for key in values.keys() - known)
@@ -194,5 +205,5 @@ def _tensors(engine: Engine, values: Mapping[str, Any], group: Group, where: str
         if not isinstance(value, Tensor):
             raise ValueError(f"{where} has {key!r} as a {type(value).__name__}, not a tensor")
         # This library's state keeps its dtype. Others' has the parameter's dtype, and is continued in float32.
-        tensors[key] = value if is_ours or key in beside else value.to(torch.float32)
+        tensors[key] = value if is_own or key in beside else value.to(torch.float32)
     return tensors

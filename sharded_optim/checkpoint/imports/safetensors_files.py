@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharded_optim.checkpoint import optional
 from sharded_optim.checkpoint.content import Content
+from sharded_optim.checkpoint.export import import_safetensors
 from sharded_optim.checkpoint.imports.assembly import assemble, join_chunks
 from sharded_optim.checkpoint.imports.optimizer_state import ImportOptions
 
@@ -32,14 +32,18 @@ def read(path: Path, options: ImportOptions) -> Content:
 
     With `model_key`, only tensors whose names begin with it.
     """
+    files = [path] if path.is_file() else sorted(path.glob(f"*{SUFFIX}"))
+    index = json.loads((path / INDEX).read_text())["weight_map"] if (path / INDEX).is_file() else {}
+    missing = sorted(set(index.values()) - {file.name for file in files})
+    if missing:
+        raise FileNotFoundError(f"{path}/{missing[0]} is missing, which {INDEX} names")
     chunks: dict[str, list[tuple[Any, Tensor]]] = defaultdict(list)
     metadata: dict[str, str] = {}
-    for name, offsets, tensor in _chunks([path] if path.is_file() else _files(path), metadata):
+    for name, offsets, tensor in _chunks(files, metadata):
         chunks[name].append((offsets, tensor))
-    if path.is_dir() and (path / INDEX).is_file():
-        lost = sorted(set(_index(path)) - chunks.keys())
-        if lost:
-            raise ValueError(f"{path}/{INDEX} names {lost[0]!r}, which is in none of the files ({len(lost)} such)")
+    lost = sorted(index.keys() - chunks.keys())
+    if lost:
+        raise ValueError(f"{path}/{INDEX} names {lost[0]!r}, which is in none of the files ({len(lost)} such)")
     prefix = "" if options.model_key is None else f"{options.model_key}."
     model = {}
     for name, stored in chunks.items():
@@ -56,22 +60,9 @@ def read(path: Path, options: ImportOptions) -> Content:
     return assemble(model, None, options, str(path))
 
 
-def _files(folder: Path) -> list[Path]:
-    files = sorted(folder.glob(f"*{SUFFIX}"))
-    if (folder / INDEX).is_file():
-        missing = sorted(set(_index(folder).values()) - {file.name for file in files})
-        if missing:
-            raise FileNotFoundError(f"{folder}/{missing[0]} is missing, which {INDEX} names")
-    return files
-
-
-def _index(folder: Path) -> dict[str, str]:
-    return json.loads((folder / INDEX).read_text())["weight_map"]
-
-
 def _chunks(files: list[Path], metadata: dict[str, str]) -> Iterator[tuple[str, list[int], Tensor]]:
-    """The name, offsets and content of each tensor in the files. Adds their metadata to `metadata`."""
-    safetensors = optional.import_safetensors()
+    """List the name, offsets and content of each tensor in the files. Adds their metadata to `metadata`."""
+    safetensors = import_safetensors()
     for file in files:
         try:
             with safetensors.safe_open(file, "pt") as opened:

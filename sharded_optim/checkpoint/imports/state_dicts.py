@@ -41,20 +41,20 @@ def content_of(tree: Any, options: ImportOptions, where: str) -> Content:
     if isinstance(inner, Mapping) and "model" in inner and "optimizers" in inner:  # Composer
         rest = {key: value for key, value in tree.items() if key != "state"} | dict(inner)
         model, optimizer = rest.pop("model"), _single(rest.pop("optimizers"), f"optimizers of {where}")
-        is_composers = str(next(iter(inner["optimizers"]), "")).startswith("Decoupled")
+        from_composer = str(next(iter(inner["optimizers"]), "")).startswith("Decoupled")
     else:
         model, optimizer, rest = _by_key(tree, options, where)
-        is_composers = False
+        from_composer = False
     if model is None and optimizer is None:
         raise ValueError(
             f"{where} has the keys {', '.join(map(str, tree))}, none of which is known to be the model's ({', '.join(MODEL_KEYS)}) or the "
             f"optimizer's ({', '.join(OPTIMIZER_KEYS)}); name them with --model-key and --optimizer-key (model_key=, optimizer_key=)"
         )
-    return assemble(model or {}, optimizer, options, where, extra=encodable(rest, where), is_composers=is_composers)
+    return assemble(model or {}, optimizer, options, where, extra=encodable(rest, where), from_composer=from_composer)
 
 
 def _by_key(tree: StateDict, options: ImportOptions, where: str) -> tuple[Any, Any, dict[Any, Any]]:
-    """The state dicts of the model and the optimizer, or None, and everything else."""
+    """Find the state dicts of the model and the optimizer, or None; return them and the other entries."""
     optimizer, optimizer_key = _get(tree, options.optimizer_key, OPTIMIZER_KEYS, where)
     model, model_key = _get(tree, options.model_key, MODEL_KEYS, where)
     rest = {key: value for key, value in tree.items() if key not in (optimizer_key, model_key)}
@@ -74,7 +74,7 @@ def _by_key(tree: StateDict, options: ImportOptions, where: str) -> tuple[Any, A
 
 
 def _get(tree: StateDict, path: str | None, usual: Iterable[str], where: str) -> tuple[Any, str | None]:
-    """A state dict in the tree, and the first key of its path; None for both if there is none."""
+    """Find a state dict in the tree; return it and the first key of its path, or None for both."""
     if path is None:
         key = next((key for key in usual if isinstance(tree.get(key), Mapping | list)), None)
         return (None, None) if key is None else (tree[key], key)
@@ -93,7 +93,7 @@ def _single(values: Mapping[Any, Any], what: str) -> Any:
 
 
 def encodable(values: Mapping[Any, Any], where: str) -> dict[Any, Any] | None:
-    """The entries that a checkpoint can hold as extra, or None if there are none; warns of the others."""
+    """Return the entries that a checkpoint can hold as extra, or None if there are none; warn of the others."""
     kept, dropped = {}, []
     for key, value in values.items():
         try:

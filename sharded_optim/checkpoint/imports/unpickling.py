@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import zipfile
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
@@ -16,23 +16,19 @@ __all__ = ["StandIn", "load", "load_stream"]
 
 
 class StandIn:
-    """A stand-in for an object of a class that is not imported, with the arguments and the state that the object would have."""
+    """A stand-in for an object of a class that is not imported, with the state that the object would have."""
 
-    def __init__(self, *arguments: Any) -> None:
-        self.arguments = arguments
-        self.state: Any = None
+    state: Any = None
 
-    def __new__(cls, *_: Any) -> StandIn:
-        new = super().__new__(cls)
-        new.arguments, new.state = (), None
-        return new
+    def __init__(self, *_: Any) -> None:
+        """Accept any arguments."""
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
 
-    def field(self, name: str, default: Any = None) -> Any:
-        """An attribute of the object."""
-        return self.state.get(name, default) if isinstance(self.state, dict) else default
+    def field(self, name: str) -> Any:
+        """Return an attribute of the object; None if it has no such attribute."""
+        return self.state.get(name) if isinstance(self.state, dict) else None
 
 
 # Classes that checkpoints name besides tensors, and no import needs.
@@ -63,15 +59,11 @@ def load(path: Path) -> Any:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
-    return _load(path, str(path), mmap=zipfile.is_zipfile(path))
+    return load_stream(path, str(path), mmap=zipfile.is_zipfile(path))
 
 
-def load_stream(stream: BinaryIO, where: str) -> Any:
+def load_stream(source: Any, where: str, *, mmap: bool | None = None) -> Any:
     """Load a part of a file, as `load` does."""
-    return _load(stream, where, mmap=None)
-
-
-def _load(source: Any, where: str, *, mmap: bool | None) -> Any:
     try:
         with torch.serialization.safe_globals([(StandIn, name) for name in REPLACED]):
             return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)

@@ -1,7 +1,6 @@
 """Live models and optimizers as checkpoints see them, under every wrapper, in terms of `LocalTensor`.
 
 model.py, optimizer.py      `LiveModel` and `LiveOptimizer`, of ordinary modules and of this library's optimizers
-hyperparameters.py          param groups with Python's own types
 state_plan.py               loading into an optimizer: a plan, and its execution
 zero.py, deepspeed.py       of `ShardedOptimizer`, and of DeepSpeed's engines
 adapters.py                 registers them, and picks one

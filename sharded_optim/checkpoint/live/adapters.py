@@ -1,4 +1,4 @@
-"""The registry of what checkpoints can read: an `Adapter` for each kind of model and optimizer, in a file of its own.
+"""The registry of adapters: an `Adapter` for each kind of model and optimizer that checkpoints can read, in a file of its own.
 
 Used by saving, loading and `tools/divergence.py`, which know no wrapper by name.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -32,8 +31,8 @@ class Adapter:
     """Functions by which checkpoints read a kind of model or optimizer. They return None for other kinds.
 
     Attributes:
-        model: (module) -> what this process holds of it. Raises ValueError if that cannot be determined.
-        optimizer: (optimizer, its model or None, what this process holds of the model) -> what it holds of the optimizer. Likewise.
+        model: (module) -> the part of it that this process holds. Raises ValueError if that cannot be determined.
+        optimizer: (optimizer, its model or None, the part of the model that this process holds) -> the same for the optimizer.
     """
 
     model: Callable[[nn.Module], LiveModel | None] = lambda model: None
@@ -44,12 +43,7 @@ ADAPTER = Adapter(model=LiveModel.of, optimizer=LiveOptimizer.of)
 
 
 def _adapters() -> Iterator[Adapter]:
-    return (_adapter_in(file) for file, used in ADAPTERS.items() if used in sys.modules)
-
-
-@cache
-def _adapter_in(file: str) -> Adapter:
-    return import_module(file).ADAPTER
+    return (import_module(file).ADAPTER for file, wrapper in ADAPTERS.items() if wrapper in sys.modules)
 
 
 def live_model(model: Any) -> LiveModel:
@@ -60,7 +54,7 @@ def live_model(model: Any) -> LiveModel:
 
     Raises:
         TypeError: it is neither.
-        ValueError: what it holds cannot be determined.
+        ValueError: the elements that this process holds cannot be determined.
     """
     if model is None:
         return LiveModel()
@@ -74,12 +68,12 @@ def live_optimizer(optimizer: Any, model: Any, live: LiveModel) -> LiveOptimizer
 
     Args:
         optimizer: one of this library, or an object of Accelerate or DeepSpeed that wraps one as `optimizer`.
-        model: whose parameters it steps, and whose names for them are used; None: the optimizer's own names.
-        live: what this process holds of the model.
+        model: the one whose parameters it steps, and whose names for them are used; None: the optimizer's own names.
+        live: the part of the model that this process holds.
 
     Raises:
         TypeError: it belongs to another library.
-        ValueError: what it holds cannot be determined.
+        ValueError: the part that this process holds cannot be determined.
     """
     candidate = optimizer
     while candidate is not None:

@@ -1,17 +1,20 @@
 """`LiveOptimizer`: the state, masters, step counters and hyperparameters that this process holds of an optimizer of this library.
 
 `adapters.py`, `zero.py` and `deepspeed.py` make them; saving and `tools/divergence.py` read them, `state_plan.py` loads into them.
+Hyperparameters are converted to Python's own numbers, strings and containers.
 """
 
 from __future__ import annotations
 
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Rational, Real
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
-from sharded_optim.checkpoint.live.hyperparameters import plain_hyperparameters
 from sharded_optim.checkpoint.live.model import LiveModel, local_tensors
 from sharded_optim.checkpoint.local_tensor import MASTER, LocalTensor
 from sharded_optim.checkpoint.manifest import Parameters
@@ -21,7 +24,7 @@ from sharded_optim.step.engine import Engine
 from sharded_optim.step.param_groups import named_params
 from sharded_optim.step.state import STEP
 
-__all__ = ["LiveOptimizer", "LiveParam", "group_of", "renamed"]
+__all__ = ["LiveOptimizer", "LiveParam", "group_of", "hyperparameters_of", "plain_hyperparameters", "renamed"]
 
 Group = dict[str, Any]
 
@@ -120,8 +123,8 @@ class LiveOptimizer:
             if (state := self.engine.state.get(param.param)) is not None
             for name in param.names
         }
-        groups = [plain_hyperparameters(group) for group in self.groups]
-        copies = tuple(decode(encode(group, f"param_groups[{index}]")) for index, group in enumerate(groups))
+        encoded = [encode(plain_hyperparameters(group), f"param_groups[{index}]") for index, group in enumerate(self.groups)]
+        copies = tuple(map(decode, encoded))  # training goes on during a save in the background
         return Parameters(optimizer=type(self.engine).__name__, groups=copies, group_of=dict(self.group_of), steps=steps)
 
     # --------------------------------------------------------------------------------------------------------------------- loading
@@ -156,3 +159,31 @@ def renamed(local: LocalParam, name: str) -> LocalParam:
     """Return the description of a rank's part of a parameter under another name."""
     pieces = tuple(replace(piece, segment=replace(piece.segment, name=name)) for piece in local.pieces)
     return replace(local, pieces=pieces)
+
+
+# ---------------------------------------------------------------------------------------------------------------- hyperparameters
+
+
+def hyperparameters_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a param group without its parameters and their names."""
+    return {key: value for key, value in group.items() if key not in ("params", "param_names") and not key.startswith("_ds_")}
+
+
+def plain_hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert the hyperparameters of a group to Python's own types, from those of NumPy, torch and config libraries."""
+    return {key: _plain(value) for key, value in hyperparameters_of(group).items()}
+
+
+def _plain(value: Any) -> Any:
+    """Convert a tensor of one element, a scalar of NumPy, or an instance of a subclass of Python's types."""
+    if (isinstance(value, Tensor) and value.numel() == 1) or isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, list | tuple):
+        return (list if isinstance(value, list) else tuple)(map(_plain, value))
+    if isinstance(value, dict) and type(value) not in (OrderedDict, Counter, defaultdict):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, Integral):
+        return value if isinstance(value, bool) else int(value)
+    if isinstance(value, Real) and not isinstance(value, Rational):
+        return float(value)
+    return str.__str__(value) if isinstance(value, str) else value  # not str(value): an enum overrides it

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharded_optim.checkpoint.live.hyperparameters import plain_hyperparameters
-from sharded_optim.checkpoint.live.optimizer import Group, LiveOptimizer, LiveParam
+from sharded_optim.checkpoint.live.optimizer import Group, LiveOptimizer, LiveParam, plain_hyperparameters
 from sharded_optim.checkpoint.local_tensor import MASTER, LocalTensor
 from sharded_optim.checkpoint.manifest import Manifest, Parameters, key_of
 from sharded_optim.checkpoint.values import encode

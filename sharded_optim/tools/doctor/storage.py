@@ -100,12 +100,7 @@ def _write_seconds(own: str) -> float:
     content = memoryview(os.urandom(SIZE))  # which no file system compresses
     begin = time.perf_counter()
     draft = store.begin("written", secrets.token_hex(4))
-    file = store.create(draft, "content")
-    try:
+    with store.create(draft, "content") as file:
         file.write(content)
-    except BaseException:
-        file.abandon()
-        raise
-    file.close()
     store.publish(draft, "written")
     return time.perf_counter() - begin

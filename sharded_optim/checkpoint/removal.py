@@ -1,35 +1,28 @@
-"""Remove old checkpoints: `so.checkpoint.prune` in one process, `prune_together` after a save with keep=.
+"""Remove checkpoints: old ones, in `so.checkpoint.prune` and after a save with keep=, and a damaged one whose step is saved again.
 
-One of the checkpoints that stay must be known to be intact (`integrity.py`); if none is, the newest is read back first.
+Before old ones are removed, one of those that stay must be known to be intact (`integrity.py`); if none is, the newest is read back.
+Training that fell back to an older checkpoint reaches the damaged step again, and must be able to save it. Used by `saving.py`.
 """
 
 from __future__ import annotations
 
-import os
+import warnings
 from collections.abc import Collection, Iterable, Iterator
 from itertools import islice
 
 import torch.distributed as dist
 
 from sharded_optim.checkpoint.collectives import all_or_nothing, rank_and_world_size
-from sharded_optim.checkpoint.errors import CheckpointError, DamagedError
-from sharded_optim.checkpoint.integrity import (
-    Integrity,
-    forget,
-    known_integrity,
-    record,
-    skipping_damaged,
-    verify_all,
-    verify_together,
-)
+from sharded_optim.checkpoint.errors import CheckpointError, DamagedError, MismatchError, UnreadableError
+from sharded_optim.checkpoint.integrity import Integrity, forget, known_integrity, record, skipping_damaged, verify_all, verify_together
 from sharded_optim.checkpoint.reader import CheckpointReader
 from sharded_optim.checkpoint.steps import candidates
-from sharded_optim.checkpoint.store import Store, folder_of, open_store
+from sharded_optim.checkpoint.store import COMMITTED, AnyPath, Store, folder_of, open_store
 
-__all__ = ["prune", "prune_together"]
+__all__ = ["clear_step", "prune", "prune_together", "step_exists"]
 
 
-def prune(root: str | os.PathLike[str], keep: int) -> list[int]:
+def prune(root: AnyPath, keep: int) -> list[int]:
     """Remove all checkpoints but the newest `keep`.
 
     Damaged ones are not counted, as far as their manifests, the sizes of their files, and earlier reads of this process show; they stay if
@@ -71,19 +64,17 @@ def prune_together(store: Store, keep: int, new_step: int, process_group: dist.P
     Raises:
         CheckpointError: the newest is damaged, or some could not be removed.
     """
-    rank, _ = rank_and_world_size(process_group)
-
-    def choose() -> tuple[list[int], int | None]:
-        return _removable(store, keep, spare=new_step) if rank == 0 else ([], None)
-
-    _, choices = all_or_nothing(f"pruning {store.root}", choose, process_group)
-    removable, unverified = choices[0]
+    is_first = rank_and_world_size(process_group)[0] == 0
+    _, (choice, *_) = all_or_nothing(
+        f"pruning {store.root}", lambda: _removable(store, keep, spare=new_step) if is_first else None, process_group
+    )
+    removable, unverified = choice
     if unverified is not None:
         verify_together(store, unverified, process_group)
     for step in removable:
         forget(store, step)
     if removable:
-        all_or_nothing(f"pruning {store.root}", lambda: _remove(store, removable) if rank == 0 else None, process_group)
+        all_or_nothing(f"pruning {store.root}", lambda: _remove(store, removable) if is_first else None, process_group)
 
 
 def _removable(store: Store, keep: int, *, damaged: Collection[int] = (), spare: int | None = None) -> tuple[list[int], int | None]:
@@ -115,8 +106,6 @@ def _newest_first(store: Store) -> Iterator[tuple[int, Integrity]]:
                 reader.check_files()
                 integrity = Integrity.PLAUSIBLE
                 record(reader, integrity)
-            if integrity is Integrity.DAMAGED:
-                raise DamagedError(f"{store.root}/{folder_of(step)} was damaged when this process read it")
             yield step, integrity
 
 
@@ -131,3 +120,48 @@ def _remove(store: Store, steps: Iterable[int]) -> None:
         forget(store, step)
     if failures:
         raise CheckpointError("\n  ".join(failures))
+
+
+# ------------------------------------------------------------------------------------------- before a save of a step that exists
+
+
+def step_exists(store: Store, step: int) -> bool:
+    """Return whether a step has a folder; on an object store, where drafts have the same name, whether it has the marker."""
+    folder = folder_of(step)
+    return folder in store.folders() and (store.renames or COMMITTED in store.files(folder))
+
+
+def clear_step(store: Store, step: int, process_group: dist.ProcessGroup | None) -> None:
+    """Remove a damaged checkpoint, and rename one that cannot be read, which may be intact. A collective.
+
+    Raises:
+        CheckpointError: it is intact, or cannot be renamed.
+    """
+    folder = folder_of(step)
+    where = f"{store.root}/{folder}"
+    is_first = rank_and_world_size(process_group)[0] == 0
+    try:
+        verify_together(store, step, process_group)
+    except DamagedError as error:
+        damage = error
+    except MismatchError as error:
+        raise MismatchError(f"step {step} exists already, and only damaged checkpoints are replaced: {error}") from error
+    else:
+        raise CheckpointError(
+            f"step {step} is committed already, and a committed checkpoint is never overwritten; save to another root, or remove {where}"
+        )
+
+    def clear() -> None:  # warns on all ranks: where warnings are errors, one rank would raise alone
+        if not isinstance(damage, UnreadableError):
+            warnings.warn(f"replacing a checkpoint that is damaged: {damage}", UserWarning, stacklevel=2)
+            if is_first:
+                store.remove(folder)
+            return
+        what = f"step {step} exists already, and cannot be read to see whether it is intact"
+        try:
+            name = store.set_aside(folder) if is_first else f"{folder}.unreadable-*"
+        except OSError as error:
+            raise CheckpointError(f"{what}; nor can it be renamed ({error}); save to another root: {damage}") from error
+        warnings.warn(f"{what}; it is now called {name}, and nothing removes it: {damage}", UserWarning, stacklevel=2)
+
+    all_or_nothing(f"clearing {where}", clear, process_group)

@@ -1,6 +1,7 @@
-"""Read a manifest from JSON, and check it completely: versions, names, numbers, and that the chunks tile the tensors and fill the files.
+"""Manifests as JSON: `serialize` writes one, and `parse` reads it and checks it completely.
 
-Used by `CheckpointReader`.
+Checked are versions, names, numbers, and that the chunks tile the tensors and fill the files. The rank that commits a checkpoint writes
+the manifest, `CheckpointReader` reads it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from sharded_optim.checkpoint.dtypes import dtype_named
+from sharded_optim.checkpoint.dtypes import dtype_named, name_of
 from sharded_optim.checkpoint.errors import DamagedError, MismatchError
 from sharded_optim.checkpoint.manifest import (
     CHUNK_BYTES,
@@ -28,15 +29,75 @@ from sharded_optim.checkpoint.manifest import (
     check_name,
     key_of,
 )
-from sharded_optim.checkpoint.values import LATER_MARKS, decode
+from sharded_optim.checkpoint.values import LATER_MARKS, decode, encode, marks_in
 from sharded_optim.sharding.segment import Segment, find_tiling_error
 
-__all__ = ["parse"]
+__all__ = ["parse", "serialize"]
 
-FEATURES = LATER_MARKS  # marks of values that a manifest may require of its reader, and that this one supports
 MAX_TENSOR_BYTES = 2**62  # of a tensor without its empty dimensions, so that no product overflows
 SHARD_NAME = re.compile(r"shard-[0-9]{5}-of-[0-9]{5}\.safetensors")
 SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+# ------------------------------------------------------------------------------------------------------------------------ writing
+
+
+def serialize(manifest: Manifest) -> bytes:
+    """Write a manifest as JSON, with a line for each tensor and file so that people and line-based tools can read it."""
+    file_numbers = {name: number for number, name in enumerate(manifest.files)}
+    values = {
+        "parameters": None if manifest.parameters is None else _parameters_to_json(manifest.parameters),
+        "wrapper": encode(dict(manifest.wrapper), "wrapper"),
+        "extra": encode(manifest.extra, "extra"),
+    }
+    fields = {
+        "format": FORMAT,
+        "version": list(VERSION),
+        "requires": sorted(marks_in(values) & LATER_MARKS),
+        "step": manifest.step,
+        "world_size": manifest.world_size,
+        "libraries": dict(manifest.libraries),
+        **({"aliases": dict(manifest.aliases)} if manifest.aliases else {}),
+        **values,
+    }
+    tables = {
+        "files": [
+            {"name": name, "size": file.size, "header_size": file.header_size, "header_sha256": file.header_sha256}
+            for name, file in manifest.files.items()
+        ],
+        "tensors": [_tensor_to_json(entry, file_numbers) for entry in manifest.tensors.values()],
+    }
+    lines = [f"{json.dumps(key)}: {_dumps(value)}" for key, value in fields.items()]
+    lines += [f"{json.dumps(key)}: [\n" + ",\n".join(map(_dumps, rows)) + "\n]" for key, rows in tables.items()]
+    return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+
+
+def _tensor_to_json(entry: TensorEntry, file_numbers: dict[str, int]) -> dict[str, Any]:
+    chunks = []
+    for chunk in entry.chunks:
+        segment = chunk.segment
+        extent = (segment.start, segment.run, segment.stride, segment.count)
+        chunks.append([file_numbers[chunk.file], chunk.offset, chunk.size, *extent, chunk.sha256])
+    dtype = name_of(entry.dtype, entry.key)
+    return {"kind": entry.kind, "name": entry.name, "shape": list(entry.shape), "dtype": dtype, "chunks": chunks}
+
+
+def _parameters_to_json(parameters: Parameters) -> dict[str, Any]:
+    return {
+        "optimizer": parameters.optimizer,
+        "groups": [
+            {"hyperparameters": encode(dict(group), f"param_groups[{index}]"), "params": names}
+            for index, (group, names) in enumerate(zip(parameters.groups, parameters.names_by_group(), strict=True))
+        ],
+        "steps": encode(dict(parameters.steps), "steps"),
+    }
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value, allow_nan=False)
+
+
+# ------------------------------------------------------------------------------------------------------------------------ reading
 
 
 def parse(text: bytes, where: str) -> Manifest:
@@ -144,7 +205,7 @@ def _check_version(content: dict[str, Any]) -> None:
         raise MismatchError(f"it has version {major}.{minor} of the format, and this library reads {VERSION[0]}.x; upgrade sharded-optim")
     if not isinstance(content["requires"], list):
         raise ValueError(f"the features it requires are {content['requires']!r}, not a list")
-    unknown = sorted(set(map(check_name, content["requires"])) - FEATURES)
+    unknown = sorted(set(map(check_name, content["requires"])) - LATER_MARKS)  # the only features that manifests require so far
     if unknown:
         raise MismatchError(f"it requires {', '.join(unknown)}, which this version of the library does not support; upgrade sharded-optim")
 
@@ -171,7 +232,8 @@ def _tensor_from_json(row: dict[str, Any], files: list[str]) -> TensorEntry:
             raise ValueError(f"a chunk of {key!r} has {segment.numel} elements of {dtype} in {size} bytes")
         if size > CHUNK_BYTES:
             raise ValueError(f"a chunk of {key!r} has {size} bytes; the limit is {CHUNK_BYTES}")
-        chunks.append(Chunk(segment=segment, file=files[_count(file)], offset=_count(offset), size=size, sha256=_digest(digest)))
+        file, offset, digest = files[_count(file)], _count(offset), _digest(digest)
+        chunks.append(Chunk(key=key, dtype=dtype, segment=segment, file=file, offset=offset, size=size, sha256=digest))
     return TensorEntry(kind=kind, name=name, shape=shape, dtype=dtype, chunks=tuple(chunks))
 
 
@@ -205,7 +267,7 @@ def _check_tiling(entry: TensorEntry) -> None:
 
 
 def _check_parameter_names(manifest: Manifest) -> None:
-    """Every tensor of an optimizer belongs to a parameter of a param group."""
+    """Raise ValueError unless every tensor of an optimizer belongs to a parameter of a param group."""
     if manifest.parameters is None:
         return
     for entry in manifest.tensors.values():
@@ -214,11 +276,11 @@ def _check_parameter_names(manifest: Manifest) -> None:
 
 
 def _check_extents(manifest: Manifest) -> None:
-    """Chunks fill their files without gaps: no hash would cover the bytes in a gap."""
+    """Raise ValueError unless chunks fill their files without gaps: no hash would cover the bytes in a gap."""
     ends = {name: file.header_size for name, file in manifest.files.items()}
-    for entry, chunk in manifest.chunks:
+    for chunk in manifest.chunks:
         if chunk.offset != ends[chunk.file]:
-            raise ValueError(f"{chunk.file} has no chunk at {ends[chunk.file]}, the next is of {entry.key!r} at {chunk.offset}")
+            raise ValueError(f"{chunk.file} has no chunk at {ends[chunk.file]}, the next is of {chunk.key!r} at {chunk.offset}")
         ends[chunk.file] += chunk.size
     for name, file in manifest.files.items():
         if ends[name] != file.size:
