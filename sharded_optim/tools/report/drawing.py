@@ -20,7 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, and n
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, LogFormatter, MaxNLocator, NullLocator
 
 from sharded_optim.tools.report.charts import Chart, HeatMap, LineChart, Series
 from sharded_optim.tools.report.palette import LIGHT, PLACEHOLDERS, series_name
@@ -160,6 +160,9 @@ def _draw_lines(axes: Axes, chart: LineChart, colors: Mapping[str, str]) -> None
     values = [value for each in chart.series for value in each.values]
     if chart.log and all(value > 0.0 for value in values if np.isfinite(value)) and np.isfinite(values).any():
         axes.set_yscale("log")
+        # The default formatters write mathematical markup, which is not parsed here.
+        axes.yaxis.set_major_formatter(LogFormatter())
+        axes.yaxis.set_minor_formatter(LogFormatter())
     elif chart.from_zero:
         axes.set_ylim(bottom=0.0)
         if not any(np.isfinite(value) and value for value in values):
