@@ -1,4 +1,4 @@
-"""Packages, device and threads of this process: what ranks must have alike, and versions that are too old. No package is imported here.
+"""Check packages, device and threads of this process: versions that are too old, and what ranks must have in common. Imports no package.
 
 Hardware, drivers, limits and libraries are in torch's own report: `python -m torch.utils.collect_env`.
 """
@@ -33,13 +33,13 @@ OPTIONAL = {
 
 
 def device_of(info: RankInfo) -> torch.device:
-    """The device on which this rank would train."""
+    """Return the device on which this rank would train."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return torch.device("cuda", info.local_rank % count) if count else torch.device("cpu")
 
 
 def examine(info: RankInfo) -> list[Finding]:
-    """Look at versions, the device and the number of threads."""
+    """Check versions, the device and the number of threads."""
     python = platform.python_version()
     return [
         _finding("python", "ok", python, alike=python),
@@ -57,7 +57,7 @@ def _finding(name: str, status: Status, value: str, way_out: str | None = None, 
 
 
 def _version_of(name: str) -> str | None:
-    """The version of a package; None if it is not installed."""
+    """Return the version of a package; None if it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -65,7 +65,7 @@ def _version_of(name: str) -> str | None:
 
 
 def numbers_of(version: str) -> tuple[int, ...]:
-    """The numbers that a version begins with.
+    """Return the numbers that a version begins with.
 
     >>> numbers_of("2.13.0rc1+cpu")
     (2, 13, 0)
@@ -115,7 +115,7 @@ def _device(device: torch.device) -> Finding:
 
 
 def _threads(info: RankInfo) -> Finding:
-    """Ranks with different numbers of threads take different times; more threads than cores make all of them slow."""
+    """Check that torch does not use more threads than cores, which makes all ranks slow."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads, chosen = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
     setting = f"OMP_NUM_THREADS={chosen}" if chosen is not None else "OMP_NUM_THREADS is not set"
