@@ -26,7 +26,7 @@ from sharded_optim.checkpoint.live import LiveOptimizer, live_model, live_optimi
 from sharded_optim.checkpoint.live.hyperparameters import hyperparameters_of
 from sharded_optim.checkpoint.local_tensor import MASTER, MODEL
 from sharded_optim.checkpoint.write_plan import TensorRow, rows_of
-from sharded_optim.sharding.ranks import named_ranks, own_process_group, raise_together
+from sharded_optim.sharding.ranks import gather_objects, named_ranks, own_process_group, raise_together
 from sharded_optim.step.state import STEP
 from sharded_optim.zero import ShardedOptimizer
 
@@ -105,8 +105,7 @@ class DivergenceCheck:
         raise_together(failure, None, process_group)
         assert found is not None, "else it has failed"
         own = tuple(found.values)
-        digests: list[Any] = [None] * dist.get_world_size(process_group)
-        dist.all_gather_object(digests, digest_of(own), group=process_group)
+        digests = gather_objects(digest_of(own), process_group)
         ranks = dist.get_process_group_ranks(process_group)
         holders: dict[Fact, int] = {}
         tensors: dict[tuple[str, str], tuple[int, str]] = {}
@@ -151,9 +150,7 @@ class DivergenceCheck:
         """Raise an error that names what differs on which ranks. A collective."""
         assert self._shared is not None
         asked = [self._shared[index] for index in differing[:MOST_LINES]]
-        of_ranks: list[Any] = [None] * dist.get_world_size(process_group)
-        own = [(found.values.get(fact), found.texts.get(fact)) for fact in asked]
-        dist.all_gather_object(of_ranks, own, group=process_group)
+        of_ranks = gather_objects([(found.values.get(fact), found.texts.get(fact)) for fact in asked], process_group)
         ranks = dist.get_process_group_ranks(process_group)
         lines = [_difference(fact, [each[index] for each in of_ranks], ranks) for index, fact in enumerate(asked)]
         if len(differing) > len(lines):

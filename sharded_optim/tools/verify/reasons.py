@@ -1,4 +1,4 @@
-"""The most likely cause of what differs, from what was seen while ranks trained."""
+"""Find the most likely cause of differences, by the evidence that was collected while ranks trained."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LATE = 0.1  # of an error: less than that was there before
 
 @dataclass
 class Evidence:
-    """What was seen.
+    """Observations of a verification.
 
     Attributes:
         errors: of each parameter after each step.
