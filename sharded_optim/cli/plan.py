@@ -1,4 +1,4 @@
-"""`sharded-optim plan`: the costs of ways of sharding a model. The arithmetic is in `sharded_optim/tools/plan/`; this reads and prints."""
+"""`sharded-optim plan`: the costs of ways of sharding a model. Reads and prints; the arithmetic is in `sharded_optim/tools/plan/`."""
 
 from __future__ import annotations
 
@@ -206,16 +206,17 @@ def _print_comparison(plans: Sequence[Plan], times: Sequence[Time]) -> None:
     caption += "; ms of a step, at least: communication hidden" if ranged else "; ms of a step" if timed else ""
     milliseconds = ["least ms", "most ms"] if ranged else ["ms"] if timed else []
     grid = table("sharding", numbers=[*KINDS, *profiled, "total", "sent", *milliseconds], caption=caption)
+    rows = []
     for each, time in zip(plans, times, strict=True):
-        row = [each.name, *(_gib(getattr(each.memory, kind)) for kind in (*KINDS, *profiled)), _gib(each.memory.total), _gib(each.sent)]
-        grid.add_row(*row, *[_ms(time.shortest), _ms(time.longest)][: len(milliseconds)])
-    print_table(grid)
+        sizes = [*(getattr(each.memory, kind) for kind in (*KINDS, *profiled)), each.memory.total, each.sent]
+        rows.append((each.name, *map(_gib, sizes), *[_ms(time.shortest), _ms(time.longest)][: len(milliseconds)]))
+    print_table(grid, rows)
 
 
 def _print_details(plan: Plan, time: Time, rates: Rates) -> None:
     grid = table(plan.name, "", numbers=["GiB"])
-    for kind in EXPLANATIONS:
-        grid.add_row(kind, EXPLANATIONS[kind], _gib(getattr(plan.memory, kind)))
+    for kind, explanation in EXPLANATIONS.items():
+        grid.add_row(kind, explanation, _gib(getattr(plan.memory, kind)))
     grid.add_row("total", "" if plan.memory.activations is not None else "of what is known", _gib(plan.memory.total), style="bold")
     print_table(grid)
     if plan.collectives:
@@ -227,31 +228,27 @@ def _print_details(plan: Plan, time: Time, rates: Rates) -> None:
     if rates.tokens is not None:
         _print_operations(plan.workload)
     if time.longest is not None:
-        grid = table("time", numbers=["ms"])
+        steps = {
+            "step, communication hidden": time.shortest if time.shortest != time.longest else None,
+            "step, one after the other": time.longest,
+        }
+        if time.whole is not None:
+            steps = {f"step, at {rates.mfu:.1%} MFU": time.whole}
         parts = {
             "communication": time.communication,
             "optimizer": time.optimizer,
             "matrices": time.matrices,
             "forward and backward": time.compute,
+            **steps,
         }
-        if time.whole is not None:
-            parts[f"step, at {rates.mfu:.1%} MFU"] = time.whole
-        else:
-            if time.shortest != time.longest:
-                parts["step, communication hidden"] = time.shortest
-            parts["step, one after the other"] = time.longest
-        for name, seconds in parts.items():
-            if seconds is not None:
-                grid.add_row(name, _ms(seconds))
-        print_table(grid)
+        print_table(table("time", numbers=["ms"]), [(name, _ms(seconds)) for name, seconds in parts.items() if seconds is not None])
 
 
 def _print_operations(workload: Workload) -> None:
-    grid = table("forward and backward", "", numbers=["GFLOP a token"])
-    for name, explanation, flops in (
+    rows = (
         ("with parameters", "", workload.parameters),
         ("attention", "between tokens", workload.attention),
         ("recomputed", "not counted in MFU", workload.recomputed),
-    ):
-        grid.add_row(name, explanation, "unknown" if flops is None else f"{flops / GIGA:,.3f}")
-    print_table(grid)
+    )
+    grid = table("forward and backward", "", numbers=["GFLOP a token"])
+    print_table(grid, [(*names, "unknown" if flops is None else f"{flops / GIGA:,.3f}") for *names, flops in rows])
