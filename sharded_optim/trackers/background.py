@@ -35,7 +35,7 @@ class Background:
         self._records: queue.Queue[tuple[int, Mapping[str, float]] | Status] = queue.Queue(MOST_RECORDS)
         self._error: Exception | None = None
         self._until: float | None = None  # when `finish` stops waiting
-        self._is_told = False  # whether the thread will find how the run ended
+        self._has_status = False  # whether the status with which the run ended is in the queue
         atexit.register(self._finish_at_exit)
         # A daemon, as a client may wait for a server for minutes, for which the end of the process must not wait.
         self._thread = threading.Thread(target=self._work, name=f"tracker {name}", daemon=True)
@@ -55,14 +55,14 @@ class Background:
         self._until = time.monotonic() + self._seconds
         with suppress(queue.Full):  # `finish` waits for a place
             self._records.put_nowait(status)
-            self._is_told = True
+            self._has_status = True
 
     def finish(self, status: Status) -> None:
         if self._until is None:
             self.begin_finish(status)
         assert self._until is not None
         with suppress(queue.Full):
-            if not self._is_told:
+            if not self._has_status:
                 self._records.put(status, timeout=max(self._until - time.monotonic(), 0.0))
             self._thread.join(max(self._until - time.monotonic(), 0.0))
         if self._error is None and self._thread.is_alive():
@@ -71,7 +71,7 @@ class Background:
 
     def _finish_at_exit(self) -> None:
         if self._until is None:
-            with suppress(Exception):  # nobody is left to be told
+            with suppress(Exception):  # there is no caller left to raise it for
                 self.finish("failed")
 
     def _raise_error(self) -> None:

@@ -70,7 +70,7 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Destination:
-    """How a tracker is opened. Each module in the registry has one, named DESTINATION.
+    """The entry of a destination: how its tracker is opened. Each module in the registry has one, named DESTINATION.
 
     Attributes:
         opens: (run, **options) -> the tracker. Its keyword-only parameters are the options that users may give.

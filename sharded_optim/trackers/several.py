@@ -1,4 +1,4 @@
-"""Hand each record to several trackers, none of which can end training. What `so.trackers.open` returns."""
+"""Pass each record to several trackers, none of which can end training: the result of `so.trackers.open`."""
 
 from __future__ import annotations
 

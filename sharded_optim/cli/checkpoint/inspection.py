@@ -1,4 +1,4 @@
-"""The commands `checkpoint ls` and `checkpoint show`, which read manifests only."""
+"""List and show checkpoints: the commands `checkpoint ls` and `checkpoint show`. They read manifests only."""
 
 from __future__ import annotations
 

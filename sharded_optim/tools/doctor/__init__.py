@@ -54,7 +54,7 @@ def examine(
     findings = (*environment.examine(info), *backends.examine(environment.device_of(info)), *storage.examine(path))
     here = RankReport(rank=info.rank, host=socket.gethostname(), findings=findings)
     if info.world_size > 1:
-        return ranks.meet(info, here, timeout, lambda everyone: _examine_together(info.rank, everyone, path, quick), report_to)
+        return ranks.exchange_reports(info, here, timeout, lambda everyone: _examine_together(info.rank, everyone, path, quick), report_to)
     report = _report([here], (), path, quick)
     report_to(report)
     return report.status != "problem"

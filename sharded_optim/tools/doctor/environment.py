@@ -43,10 +43,10 @@ def examine(info: RankInfo) -> list[Finding]:
     python = platform.python_version()
     return [
         _finding("python", "ok", python, alike=python),
-        _torch(),
-        _numpy(),
+        _package("torch"),
+        _package("numpy"),
         _finding("sharded-optim", "ok", __version__, alike=__version__),
-        *map(_optional, OPTIONAL),
+        *map(_package, OPTIONAL),
         _device(device_of(info)),
         _threads(info),
     ]
@@ -74,31 +74,20 @@ def numbers_of(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in found[0].split(".")) if found else ()
 
 
-def _torch() -> Finding:
-    version, oldest = str(torch.__version__), ".".join(map(str, MINIMUM["torch"]))
-    if numbers_of(version) < MINIMUM["torch"]:
-        return _finding("torch", "problem", f"{version}, and >= {oldest} is needed", f"pip install 'torch>={oldest}'", alike=version)
-    return _finding("torch", "ok", f"{version}, >= {oldest}", alike=version)
-
-
-def _numpy() -> Finding:
-    version = _version_of("numpy")
+def _package(name: str) -> Finding:
+    version = str(torch.__version__) if name == "torch" else _version_of(name)
+    if version is None and name == "numpy":
+        return _finding(name, "problem", "not installed; torch.distributed needs it", "pip install numpy", alike="none")
     if version is None:
-        return _finding("numpy", "problem", "not installed; torch.distributed needs it", "pip install numpy", alike="none")
-    return _finding("numpy", "ok", version, alike=version)
-
-
-def _optional(name: str) -> Finding:
-    version, install = _version_of(name), f"pip install {OPTIONAL[name]}"
-    if version is None:
-        return _finding(name, "absent", "not installed", install, alike="none")
-    oldest = MINIMUM.get(name)
-    if oldest is not None and version != "unknown" and numbers_of(version) < oldest:
-        needed = ".".join(map(str, oldest))
-        return _finding(name, "warning", f"{version}, and >= {needed} is needed", f"pip install '{name}>={needed}'", alike=version)
+        return _finding(name, "absent", "not installed", f"pip install {OPTIONAL[name]}", alike="none")
+    oldest = ".".join(map(str, MINIMUM.get(name, ())))
+    if oldest and version != "unknown" and numbers_of(version) < MINIMUM[name]:
+        status = "problem" if name == "torch" else "warning"
+        return _finding(name, status, f"{version}, and >= {oldest} is needed", f"pip install '{name}>={oldest}'", alike=version)
     if name == "deepspeed" and not OLDEST <= numbers_of(version)[:2] < NEXT:
+        install = f"pip install {OPTIONAL[name]}"
         return _finding(name, "warning", f"{version}; so.deepspeed attaches to {VERSIONS}", install, alike=version)
-    return _finding(name, "ok", version, alike=version)
+    return _finding(name, "ok", f"{version}, >= {oldest}" if name == "torch" else version, alike=version)
 
 
 def _device(device: torch.device) -> Finding:

@@ -18,7 +18,7 @@ from sharded_optim.tools.doctor.findings import Finding, RankReport, Report, one
 from sharded_optim.tools.doctor.rank_info import RankInfo
 from sharded_optim.tools.doctor.storage import PREFIX
 
-__all__ = ["compare", "compare_clocks", "compare_folders", "meet"]
+__all__ = ["compare", "compare_clocks", "compare_folders", "exchange_reports"]
 
 MOST_SKEW = 1.0  # seconds between two clocks
 ROUNDS = 3
@@ -29,7 +29,7 @@ WAYS_OUT = {  # of differences, by section
 }
 
 
-def meet(
+def exchange_reports(
     info: RankInfo,
     here: RankReport,
     timeout: float,

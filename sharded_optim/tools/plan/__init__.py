@@ -11,16 +11,15 @@ Muon, `matrices.py`. `workload.py` has operations and activations of forward and
 
 from __future__ import annotations
 
-from sharded_optim.tools.plan.case import Collective, Plan
-from sharded_optim.tools.plan.memory import KINDS, Memory
-from sharded_optim.tools.plan.setup import BACKENDS, DTYPES, MASTERS, OPTIMIZERS, Setup
+from sharded_optim.tools.plan.case import Plan
+from sharded_optim.tools.plan.memory import KINDS
+from sharded_optim.tools.plan.setup import DTYPES, MASTERS, OPTIMIZERS, Setup
 from sharded_optim.tools.plan.shardings import SHARDINGS, compare, plan
 from sharded_optim.tools.plan.time import Rates, Time, time_of
 from sharded_optim.tools.plan.trace import CHECKPOINTING
 from sharded_optim.tools.plan.workload import Attention, Workload, measure
 
 __all__ = [
-    "BACKENDS",
     "CHECKPOINTING",
     "DTYPES",
     "KINDS",
@@ -28,8 +27,6 @@ __all__ = [
     "OPTIMIZERS",
     "SHARDINGS",
     "Attention",
-    "Collective",
-    "Memory",
     "Plan",
     "Rates",
     "Setup",

@@ -50,7 +50,7 @@ class Plan:
 
     @property
     def flops_per_token(self) -> int:
-        """All that is known of forward and backward, with what is recomputed."""
+        """The known operations of forward and backward, with those that are recomputed."""
         return self.workload.known_flops
 
     @property

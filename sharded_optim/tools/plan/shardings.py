@@ -27,7 +27,7 @@ def plan(model: Model, sharding: str, setup: Setup, workload: Workload | None = 
         workload: forward and backward, by `measure`; None: of parameters alone.
 
     Raises:
-        ValueError: no such sharding, or one that does not go together with the shard size.
+        ValueError: no such sharding, or one that the shard size does not fit.
     """
     one_of("sharding", sharding, tuple(SHARDINGS))
     if sharding == "hsdp" and setup.shard_size is None:

@@ -17,7 +17,7 @@ __all__ = ["Chart", "HeatMap", "Item", "LineChart", "Note", "Section", "Series",
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """Values over steps."""
+    """A curve: values over steps."""
 
     name: str
     steps: Sequence[int]
@@ -73,7 +73,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Note:
-    """Why a figure is left out, or what else a reader should know."""
+    """A sentence: the reason why a figure is left out, or a remark on a run."""
 
     text: str
 

@@ -309,12 +309,7 @@ def _as_html(svg: bytes, prefix: str) -> str:
                 value = f"#{prefix}{value[1:]}"
             else:
                 value = value.replace("url(#", f"url(#{prefix}")
-                found = pattern.search(value)
-                if found and name in ("fill", "stroke", "color"):  # a CSS variable is understood in a style only
-                    element.set("style", f"{name}: {variables[found.group()]};{attributes.get('style', '')}")
-                    continue
-                if name == "style" and element.get("style"):
-                    value = element.get("style", "")
+                # All colors are in `style`, the one attribute that CSS variables are understood in.
                 value = pattern.sub(lambda match: variables[match.group()], value)
             element.set(name, value)
     for name in ("width", "height", "version"):  # the page's style sets the size

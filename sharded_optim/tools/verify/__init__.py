@@ -171,7 +171,7 @@ def _compare(job: Job, folder: Path, evidence: Evidence, progress: Callable[[str
         if probes is not None:
             evidence.is_elementwise = probes.of_cutting <= TOLERANCE
             if probes.of_grouping <= TOLERANCE:
-                evidence.groups, evidence.late = probes.of_counting, probes.late
+                evidence.groups, evidence.without_first_gradient = probes.of_counting, probes.without_first_gradient
     if probes is not None and probes.of_grouping > TOLERANCE:
         evidence.notes.append(f"the result depends on how parameters are grouped, by {probes.of_grouping:.1e}: a statistic of all of them")
 
@@ -224,8 +224,8 @@ def _records(job: Job, folder: Path) -> Iterator[dict[str, Any]]:
                 time.sleep(GRACE)  # the first to fail may not be the first whose process has ended
                 raise _EndedError(_failure(folder, processes))
             elif time.monotonic() > deadline:
-                said = "; ".join(f"rank {rank}: {_last_line(log_file(folder, rank))}" for rank in range(job.world_size))
-                raise _EndedError(f"ranks have not gone on for {job.timeout:g} s; they printed last: {said}")
+                printed = "; ".join(f"rank {rank}: {_last_line(log_file(folder, rank))}" for rank in range(job.world_size))
+                raise _EndedError(f"ranks have not gone on for {job.timeout:g} s; they printed last: {printed}")
             else:
                 time.sleep(0.005)
         for process in processes:

@@ -8,13 +8,11 @@ from sharded_optim.tools.report.charts import Item, LineChart, Series
 from sharded_optim.tools.report.palette import SERIES
 from sharded_optim.tools.report.sections.series import left_out, losses, titled
 from sharded_optim.tools.report.sections.spikes import loss_spikes
-from sharded_optim.tools.runs import Run
+from sharded_optim.tools.runs import REFERENCE_LOSSES, Run
 
 __all__ = ["build"]
 
 JOBS_UNIT = "bits per byte"  # of the training job, whose records are means
-# Horizontal lines, by keys of the summary.
-LEVELS = (("unigram", "unigram_bits_per_byte"), ("zlib", "zlib_bits_per_byte"))
 
 
 def build(runs: Mapping[str, Run]) -> list[Item]:
@@ -39,7 +37,7 @@ def build(runs: Mapping[str, Run]) -> list[Item]:
 
 def _chart(runs: Mapping[str, Run], series: Sequence[Series]) -> LineChart:
     levels = {}
-    for name, key in LEVELS:
+    for name, key in REFERENCE_LOSSES:
         values = {run.summary.get(key) for run in runs.values()}
         if len(values) == 1 and isinstance(value := values.pop(), float):  # runs on different texts have no common level
             levels[name] = value

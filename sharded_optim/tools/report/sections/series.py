@@ -63,7 +63,7 @@ def left_out(reason: str, labels: Sequence[str]) -> list[Item]:
 
 
 def over_steps(run: Run, values_of: Callable[[TrainingRecord], Mapping[str, float]]) -> dict[str, tuple[list[int], list[float]]]:
-    """Return steps and values of everything that records name."""
+    """Return steps and values of the records, by the names of the values."""
     found: dict[str, tuple[list[int], list[float]]] = {}
     for record in run.records.training:
         for name, value in values_of(record).items():
