@@ -80,23 +80,22 @@ class Background:
             raise error
 
     def _work(self) -> None:
+        tracker = None  # records are dropped where it cannot be opened
         try:
             tracker = self._opens()
             atexit.unregister(self._finish_at_exit)
             atexit.register(self._finish_at_exit)  # again: what was registered last, as the client's own, is called first
         except Exception as error:
             self._error = error
-            tracker = None  # records are then dropped
-        while True:
+        record: tuple[int, Mapping[str, float]] | Status | None = None
+        while not isinstance(record, str):  # a status is the last one
             record = self._records.get()
             try:
+                if tracker is None:
+                    continue
                 if isinstance(record, str):
-                    if tracker is not None:
-                        tracker.finish(record)
-                    return
-                if tracker is not None:
+                    tracker.finish(record)
+                else:
                     tracker.log(*record)
             except Exception as error:  # a server may come back
                 self._error = error
-                if isinstance(record, str):
-                    return

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -50,23 +50,22 @@ WIDE = Size(width=8.8, font=8.5, legend_columns=4, name_length=30)
 NARROW = Size(width=3.7, font=8.5, legend_columns=1, name_length=0)
 
 
-class Box(NamedTuple):
-    """The place of the data in a drawing, in shares of its width and height from the left and the top."""
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """An SVG as HTML has it, without namespaces and with ids that no other has.
 
+    Attributes:
+        left, right, top, bottom: edges of the data of the lowest axes, in shares of the width and height from the left and the top.
+        first, last: steps at the left and the right edge.
+    """
+
+    svg: str
     left: float
     right: float
     top: float
     bottom: float
-    first: float  # step at the left edge
-    last: float  # at the right edge
-
-
-@dataclass(frozen=True, kw_only=True)
-class Drawing:
-    """An SVG as HTML has it, without namespaces and with ids that no other has."""
-
-    svg: str
-    box: Box  # of the lowest axes
+    first: float
+    last: float
 
 
 def draw_svg(chart: Chart, size: Size, prefix: str) -> Drawing:
@@ -81,8 +80,8 @@ def draw_svg(chart: Chart, size: Size, prefix: str) -> Drawing:
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
         place = axes.get_position()
         first, last = axes.get_xlim()
-    box = Box(place.x0, place.x1, 1.0 - place.y1, 1.0 - place.y0, first, last)
-    return Drawing(svg=_as_html(buffer.getvalue(), prefix), box=box)
+    svg = _as_html(buffer.getvalue(), prefix)
+    return Drawing(svg=svg, left=place.x0, right=place.x1, top=1.0 - place.y1, bottom=1.0 - place.y0, first=first, last=last)
 
 
 def draw_png(chart: Chart, path: Path) -> None:
