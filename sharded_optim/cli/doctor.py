@@ -26,8 +26,8 @@ SECTIONS = ("environment", "backends", "storage", "ranks")
 
 
 def doctor(
-    folder: Annotated[str, typer.Option(help="of checkpoints; test files there are removed afterwards")] = ".",
-    quick: Annotated[bool, typer.Option("--quick", help="neither measure the write speed nor collect torch's report")] = False,
+    folder: Annotated[str, typer.Option(help="folder of checkpoints; test files there are removed afterwards")] = ".",
+    quick: Annotated[bool, typer.Option("--quick", help="do not measure the write speed, nor collect torch's report")] = False,
     timeout: Annotated[float, typer.Option(help="seconds to wait for another rank")] = TIMEOUT,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON, in bytes and seconds")] = False,
 ) -> None:

@@ -20,10 +20,10 @@ __all__ = ["verify"]
 
 def verify(
     target: Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face config.json, or package.module:callable")],
-    batch: Annotated[str | None, typer.Option(help="package.module:callable of the step; needed but for a config.json")] = None,
-    optimizer: Annotated[str, typer.Option(help="of this library, as StableAdamW, or any: torch.optim.AdamW")] = "StableAdamW",
+    batch: Annotated[str | None, typer.Option(help="package.module:callable of the step; required unless MODEL is a config.json")] = None,
+    optimizer: Annotated[str, typer.Option(help="one of this library, as StableAdamW, or any other, as torch.optim.AdamW")] = "StableAdamW",
     option: Annotated[list[str] | None, typer.Option("--option", "-o", help="hyperparameter, as lr=0.01; may be repeated")] = None,
-    sharding: Annotated[str, typer.Option(help="all, some of them, separated by commas, or package.module:function")] = "fsdp2",
+    sharding: Annotated[str, typer.Option(help="all, names separated by commas, or package.module:function")] = "fsdp2",
     world_size: Annotated[int, typer.Option("--world-size", "-n", help="processes; a power of two")] = 2,
     steps: Annotated[int, typer.Option(help="half of them before a checkpoint is saved and loaded")] = 8,
     max_grad_norm: Annotated[float | None, typer.Option(help="also try torch's clipping")] = None,

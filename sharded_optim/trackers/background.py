@@ -14,7 +14,7 @@ from sharded_optim.trackers.destination import Status, Tracker
 __all__ = ["Background"]
 
 MOST_RECORDS = 1000  # that wait for a slow tracker; further ones are dropped
-SECONDS_AFTER_FAILURE = 10.0  # for what waits where a run has failed: its process is to end soon
+SECONDS_AFTER_FAILURE = 10.0  # for the remaining records of a run that has failed: its process is to end soon
 
 
 class Background:
