@@ -8,12 +8,13 @@ import os
 import sys
 import textwrap
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, TextIO
 
 import typer
 
 from sharded_optim.cli import errors
 from sharded_optim.cli.tables import counted, plain, print_table, table
+from sharded_optim.sharding.ranks import named_ranks
 from sharded_optim.tools.doctor import TIMEOUT, Finding, Report, examine
 
 __all__ = ["doctor"]
@@ -25,8 +26,8 @@ SECTIONS = ("environment", "backends", "storage", "ranks")
 
 
 def doctor(
-    folder: Annotated[str, typer.Option(help="of checkpoints; test files there are removed afterwards")] = ".",
-    quick: Annotated[bool, typer.Option("--quick", help="neither measure the write speed nor collect torch's report")] = False,
+    folder: Annotated[str, typer.Option(help="folder of checkpoints; test files there are removed afterwards")] = ".",
+    quick: Annotated[bool, typer.Option("--quick", help="do not measure the write speed, nor collect torch's report")] = False,
     timeout: Annotated[float, typer.Option(help="seconds to wait for another rank")] = TIMEOUT,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON, in bytes and seconds")] = False,
 ) -> None:
@@ -34,54 +35,34 @@ def doctor(
 
     Under torchrun also whether all ranks agree: torchrun --nproc-per-node 2 --no-python sharded-optim doctor
     """
-    with errors.for_users(), errors.exit_on_sigterm(), _Stdout() as stdout:
+    stdout = sys.stdout
+    with errors.for_users(), errors.exit_on_sigterm(), _redirected(2, sys.stderr) as descriptor:  # libraries print while they are imported
 
         def report_to(report: Report) -> None:
-            with stdout.restored():
-                _print_json(report) if as_json else _print(report)
+            with _redirected(descriptor, stdout):
+                print(json.dumps(report.as_data(), indent=2, allow_nan=False)) if as_json else _print(report)
 
         healthy = examine(folder, quick=quick, timeout=timeout, report_to=report_to)
     if not healthy:
         raise typer.Exit(1)
 
 
-class _Stdout(contextlib.AbstractContextManager["_Stdout"]):
-    """Redirects stdout to stderr, also of C++ libraries, so that stdout has nothing but the report."""
-
-    def __enter__(self) -> _Stdout:
-        self._python = sys.stdout
-        self._python.flush()
-        self._own = os.dup(1)
-        self._divert()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._put_back()
-        os.close(self._own)
-
-    def _divert(self) -> None:
-        os.dup2(2, 1)
-        sys.stdout = sys.stderr
-
-    def _put_back(self) -> None:
-        os.dup2(self._own, 1)
-        sys.stdout = self._python
-
-    @contextlib.contextmanager
-    def restored(self) -> Iterator[None]:
-        self._put_back()
-        try:
-            yield
-            sys.stdout.flush()
-        finally:
-            self._divert()
+@contextlib.contextmanager
+def _redirected(descriptor: int, stream: TextIO) -> Iterator[int]:
+    """Redirect stdout to a file descriptor and a stream, that of C++ libraries too. Yields a descriptor of the former stdout."""
+    sys.stdout.flush()
+    former = os.dup(1)
+    os.dup2(descriptor, 1)
+    try:
+        with contextlib.redirect_stdout(stream):
+            yield former
+            stream.flush()
+    finally:
+        os.dup2(former, 1)
+        os.close(former)
 
 
 # --------------------------------------------------------------------------------------------------------------------------- print
-
-
-def _print_json(report: Report) -> None:
-    print(json.dumps(report.as_data(), indent=2, allow_nan=False))
 
 
 def _print(report: Report) -> None:
@@ -134,10 +115,7 @@ def _note(finding: Finding) -> tuple[str, str]:
 
 
 def _on(ranks: list[int], world_size: int) -> str:
-    if not ranks or len(ranks) == world_size:
-        return ""
-    shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
-    return f" on rank{'s' if len(ranks) > 1 else ''} {shown}"
+    return "" if not ranks or len(ranks) == world_size else f" on {named_ranks(ranks)}"
 
 
 def _verdict(report: Report) -> str:

@@ -1,6 +1,6 @@
-"""Exit status and messages of commands that do not end with a result.
+"""Convert errors of the user and SIGTERM to an exit of the command.
 
-Errors of the user: the message on stderr, and exit status 2, as for a wrong option; 1 if a checkpoint is damaged. SIGTERM: an exit.
+An error of the user prints its message on stderr; the exit status is 2, as for a wrong option, or 1 if a checkpoint is damaged.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`sharded-optim plan`: the costs of ways of sharding a model. The arithmetic is in `sharded_optim/tools/plan/`; this reads and prints."""
+"""`sharded-optim plan`: the costs of ways of sharding a model. Reads and prints; the arithmetic is in `sharded_optim/tools/plan/`."""
 
 from __future__ import annotations
 
@@ -57,23 +57,23 @@ def plan(
     sharding: Annotated[str, typer.Option(help=f"all, or one of {', '.join(SHARDINGS)}")] = "all",
     shard_size: Annotated[int | None, typer.Option(help="ranks that hold one copy of the model: zero1, zero2, hsdp")] = None,
     optimizer: Annotated[str, typer.Option(help=f"one of {', '.join(OPTIMIZERS)}")] = "AdamW",
-    dtype: Annotated[str, typer.Option(help=f"of parameters: {', '.join(DTYPES)}")] = "fp32",
-    masters: Annotated[str, typer.Option(help=f"beside 16-bit parameters: {', '.join(MASTERS)}")] = "fp32",
-    state_dtype: Annotated[str, typer.Option(help=f"of moments: {', '.join(state_formats())}")] = "fp32",
-    reduce_dtype: Annotated[str | None, typer.Option(help="in which zero3, fsdp2, hsdp reduce gradients; as --dtype by default")] = None,
+    dtype: Annotated[str, typer.Option(help=f"dtype of parameters: {', '.join(DTYPES)}")] = "fp32",
+    masters: Annotated[str, typer.Option(help=f"copies beside 16-bit parameters: {', '.join(MASTERS)}")] = "fp32",
+    state_dtype: Annotated[str, typer.Option(help=f"format of moments: {', '.join(state_formats())}")] = "fp32",
+    reduce_dtype: Annotated[str | None, typer.Option(help="dtype in which zero3, fsdp2, hsdp reduce gradients; --dtype by default")] = None,
     bucket_mb: Annotated[float | None, typer.Option(help="MiB in a bucket of zero1 and zero2")] = None,
     backend: Annotated[str, typer.Option(help="nccl, or gloo, which needs buffers to receive")] = "nccl",
     link: Annotated[float | None, typer.Option(help="GB/s that a rank sends")] = None,
-    shard_link: Annotated[float | None, typer.Option(help="GB/s that a rank sends inside of a shard group")] = None,
+    shard_link: Annotated[float | None, typer.Option(help="GB/s that a rank sends inside a shard group")] = None,
     memory_bandwidth: Annotated[float | None, typer.Option(help="GB/s that the optimizer reads and writes")] = None,
-    tokens: Annotated[int | None, typer.Option(help="of a rank in a step")] = None,
-    sequence_length: Annotated[int | None, typer.Option(help="tokens of a sequence, on which attention's operations depend")] = None,
+    tokens: Annotated[int | None, typer.Option(help="tokens of a rank in a step")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="tokens of a sequence, for the operations of attention")] = None,
     attention: Annotated[str | None, typer.Option(metavar="LxHxD", help="layers, heads, head_dim; else as the model computes")] = None,
-    checkpointing: Annotated[str, typer.Option(help=f"of activations: {', '.join(CHECKPOINTING)}")] = "none",
-    activations: Annotated[str | None, typer.Option(help="GiB, or profile: of a step on the meta device")] = None,
+    checkpointing: Annotated[str, typer.Option(help=f"activation checkpointing: {', '.join(CHECKPOINTING)}")] = "none",
+    activations: Annotated[str | None, typer.Option(help="GiB, or profile: counted in a step on the meta device")] = None,
     tflops: Annotated[float | None, typer.Option(help="TFLOP/s that a rank does in forward and backward")] = None,
     mfu: Annotated[float | None, typer.Option(help="model FLOPs utilization of a step, %; in place of --tflops")] = None,
-    peak_tflops: Annotated[float | None, typer.Option(help="TFLOP/s of which --mfu is")] = None,
+    peak_tflops: Annotated[float | None, typer.Option(help="TFLOP/s of a rank at its peak, for --mfu")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON, in bytes and seconds")] = False,
 ) -> None:
     """Compute the memory of a rank, the bytes that it sends in a step, and the time of a step, for ways of sharding a model.
@@ -206,16 +206,17 @@ def _print_comparison(plans: Sequence[Plan], times: Sequence[Time]) -> None:
     caption += "; ms of a step, at least: communication hidden" if ranged else "; ms of a step" if timed else ""
     milliseconds = ["least ms", "most ms"] if ranged else ["ms"] if timed else []
     grid = table("sharding", numbers=[*KINDS, *profiled, "total", "sent", *milliseconds], caption=caption)
+    rows = []
     for each, time in zip(plans, times, strict=True):
-        row = [each.name, *(_gib(getattr(each.memory, kind)) for kind in (*KINDS, *profiled)), _gib(each.memory.total), _gib(each.sent)]
-        grid.add_row(*row, *[_ms(time.shortest), _ms(time.longest)][: len(milliseconds)])
-    print_table(grid)
+        sizes = [*(getattr(each.memory, kind) for kind in (*KINDS, *profiled)), each.memory.total, each.sent]
+        rows.append((each.name, *map(_gib, sizes), *[_ms(time.shortest), _ms(time.longest)][: len(milliseconds)]))
+    print_table(grid, rows)
 
 
 def _print_details(plan: Plan, time: Time, rates: Rates) -> None:
     grid = table(plan.name, "", numbers=["GiB"])
-    for kind in EXPLANATIONS:
-        grid.add_row(kind, EXPLANATIONS[kind], _gib(getattr(plan.memory, kind)))
+    for kind, explanation in EXPLANATIONS.items():
+        grid.add_row(kind, explanation, _gib(getattr(plan.memory, kind)))
     grid.add_row("total", "" if plan.memory.activations is not None else "of what is known", _gib(plan.memory.total), style="bold")
     print_table(grid)
     if plan.collectives:
@@ -227,31 +228,27 @@ def _print_details(plan: Plan, time: Time, rates: Rates) -> None:
     if rates.tokens is not None:
         _print_operations(plan.workload)
     if time.longest is not None:
-        grid = table("time", numbers=["ms"])
+        steps = {
+            "step, communication hidden": time.shortest if time.shortest != time.longest else None,
+            "step, one after the other": time.longest,
+        }
+        if time.whole is not None:
+            steps = {f"step, at {rates.mfu:.1%} MFU": time.whole}
         parts = {
             "communication": time.communication,
             "optimizer": time.optimizer,
             "matrices": time.matrices,
             "forward and backward": time.compute,
+            **steps,
         }
-        if time.whole is not None:
-            parts[f"step, at {rates.mfu:.1%} MFU"] = time.whole
-        else:
-            if time.shortest != time.longest:
-                parts["step, communication hidden"] = time.shortest
-            parts["step, one after the other"] = time.longest
-        for name, seconds in parts.items():
-            if seconds is not None:
-                grid.add_row(name, _ms(seconds))
-        print_table(grid)
+        print_table(table("time", numbers=["ms"]), [(name, _ms(seconds)) for name, seconds in parts.items() if seconds is not None])
 
 
 def _print_operations(workload: Workload) -> None:
-    grid = table("forward and backward", "", numbers=["GFLOP a token"])
-    for name, explanation, flops in (
+    rows = (
         ("with parameters", "", workload.parameters),
         ("attention", "between tokens", workload.attention),
         ("recomputed", "not counted in MFU", workload.recomputed),
-    ):
-        grid.add_row(name, explanation, "unknown" if flops is None else f"{flops / GIGA:,.3f}")
-    print_table(grid)
+    )
+    grid = table("forward and backward", "", numbers=["GFLOP a token"])
+    print_table(grid, [(*names, "unknown" if flops is None else f"{flops / GIGA:,.3f}") for *names, flops in rows])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rich import box
 from rich.console import Console
@@ -34,8 +34,10 @@ def table(*headings: str, numbers: Sequence[str] = (), last: Sequence[str] = (),
     return made
 
 
-def print_table(table: Table) -> None:
-    """Print a table in its full width: a narrower terminal wraps lines, where rich would cut numbers off."""
+def print_table(table: Table, rows: Iterable[Sequence[object]] = ()) -> None:
+    """Add rows, and print a table in its full width: a narrower terminal wraps lines, where rich would cut numbers off."""
+    for row in rows:
+        table.add_row(*map(plain, row))
     console = Console()
     console = Console(width=max(console.width, console.measure(table, options=console.options.update_width(WIDEST)).maximum))
     console.print(table)
@@ -46,13 +48,13 @@ def plain(value: object) -> Text:
     return Text(str(value))
 
 
-def counted(count: int, what: str) -> str:
+def counted(count: int, noun: str) -> str:
     """Format a number of things.
 
     >>> counted(1, "file"), counted(1234, "file")
     ('1 file', '1,234 files')
     """
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def size_of(count: int) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from sharded_optim.cli import errors
 
@@ -19,10 +20,10 @@ __all__ = ["verify"]
 
 def verify(
     target: Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face config.json, or package.module:callable")],
-    batch: Annotated[str | None, typer.Option(help="package.module:callable of the step; needed but for a config.json")] = None,
-    optimizer: Annotated[str, typer.Option(help="of this library, as StableAdamW, or any: torch.optim.AdamW")] = "StableAdamW",
+    batch: Annotated[str | None, typer.Option(help="package.module:callable of the step; required unless MODEL is a config.json")] = None,
+    optimizer: Annotated[str, typer.Option(help="one of this library, as StableAdamW, or any other, as torch.optim.AdamW")] = "StableAdamW",
     option: Annotated[list[str] | None, typer.Option("--option", "-o", help="hyperparameter, as lr=0.01; may be repeated")] = None,
-    sharding: Annotated[str, typer.Option(help="all, some of them, separated by commas, or package.module:function")] = "fsdp2",
+    sharding: Annotated[str, typer.Option(help="all, names separated by commas, or package.module:function")] = "fsdp2",
     world_size: Annotated[int, typer.Option("--world-size", "-n", help="processes; a power of two")] = 2,
     steps: Annotated[int, typer.Option(help="half of them before a checkpoint is saved and loaded")] = 8,
     max_grad_norm: Annotated[float | None, typer.Option(help="also try torch's clipping")] = None,
@@ -48,8 +49,9 @@ def verify(
         if unknown:
             raise ValueError(f"--sharding is all, some of {', '.join(SHARDINGS)}, or package.module:function, got {', '.join(unknown)}")
         reports = []
+        progress = Console(stderr=True)  # shows a line where stderr is a terminal, and nothing elsewhere
         for name in names:
-            with _Progress(name) as progress:
+            with progress.status(f"{name}: processes start") as status:
                 report = verify_one(
                     build_model,
                     build_batch,
@@ -59,7 +61,7 @@ def verify(
                     steps=steps,
                     max_grad_norm=max_grad_norm,
                     timeout=timeout,
-                    progress=progress,
+                    progress=lambda line, status=status, name=name: status.update(f"{name}: {line}"),
                 )
             reports.append(report)
             if not as_json:
@@ -85,23 +87,3 @@ def _parsed(option: str) -> tuple[str, Any]:
         with suppress(ValueError, SyntaxError):
             return name, read(text)
     return name, text
-
-
-class _Progress:
-    """Progress in one line of stderr, which is replaced, if that is a terminal; else no output."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._shows = sys.stderr.isatty()
-
-    def __enter__(self) -> _Progress:
-        self("processes start")
-        return self
-
-    def __call__(self, line: str) -> None:
-        if self._shows:
-            print(f"\r\x1b[2K{self._name}: {line}", end="", file=sys.stderr, flush=True)
-
-    def __exit__(self, *_: Any) -> None:
-        if self._shows:
-            print("\r\x1b[2K", end="", file=sys.stderr, flush=True)

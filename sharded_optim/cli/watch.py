@@ -22,7 +22,7 @@ from rich.text import Text
 
 from sharded_optim.cli import errors
 from sharded_optim.cli.tables import plain
-from sharded_optim.tools.runs import FINISHED, Follower, Run, find_run, printable
+from sharded_optim.tools.runs import FINISHED, REFERENCE_LOSSES, Follower, Run, find_run, printable
 
 __all__ = ["sparkline", "watch"]
 
@@ -56,7 +56,7 @@ def watch(
 
 @contextlib.contextmanager
 def _keys() -> Iterator[Callable[[float], str]]:
-    """Yield a function that waits for a key, at most so many seconds, and returns it, or an empty text.
+    """Yield a function that waits for a key, at most the given seconds, and returns the key or an empty text.
 
     The terminal is restored at the end.
     """
@@ -117,9 +117,9 @@ def _frame(run: Run, console: Console, *, keys: bool = False) -> Table:
     if records.validation:
         validation = records.validation[-1]
         text = f"{_shown(validation.loss)}{unit} at step {validation.step:,}"
-        marks = [f"{name} {_shown(run.summary[key])}" for name, key in MARKS if isinstance(run.summary.get(key), float)]
+        references = [f"{name} {_shown(run.summary[key])}" for name, key in REFERENCE_LOSSES if isinstance(run.summary.get(key), float)]
         values = [record.loss for record in records.validation]
-        add("validation", text + (f" ({', '.join(marks)})" if marks else ""), values if len(values) > 1 else ())
+        add("validation", text + (f" ({', '.join(references)})" if references else ""), values if len(values) > 1 else ())
     else:
         add("validation", "none yet")
     if last is not None:
@@ -144,7 +144,6 @@ def _frame(run: Run, console: Console, *, keys: bool = False) -> Table:
     return grid
 
 
-MARKS = (("unigram", "unigram_bits_per_byte"), ("zlib", "zlib_bits_per_byte"))
 ABOUT = ("sharding", "optimizer", "device")
 
 

@@ -3,8 +3,8 @@
     live model and optimizer -> facts: (what it is, its value) -> one int64 for each -> one all-reduce -> where largest and smallest differ
 
 A tensor's value is a hash of its bits (`position_hash.py`), any other's is a digest of its text. What each rank holds is exchanged in the
-first check, and again on all ranks when it has changed on any. A second exchange, of what was found, happens only to name the ranks that
-differ.
+first check, and again on all ranks when it has changed on any. A second exchange, of the differing values, happens only to name the ranks
+that differ.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sharded_optim.checkpoint.live import LiveOptimizer, live_model, live_optimi
 from sharded_optim.checkpoint.live.optimizer import hyperparameters_of
 from sharded_optim.checkpoint.local_tensor import MASTER, MODEL
 from sharded_optim.checkpoint.write_plan import TensorRow, rows_of
-from sharded_optim.sharding.ranks import named_ranks, own_process_group, raise_together
+from sharded_optim.sharding.ranks import gather_objects, named_ranks, own_process_group, raise_together
 from sharded_optim.step.state import STEP
 from sharded_optim.zero import ShardedOptimizer
 
@@ -83,30 +83,29 @@ class DivergenceCheck:
         process_group = own_process_group(self._process_group, "gloo", purpose="divergence")  # on the CPU, where texts are too
         if process_group is None:
             return
-        found, failure = None, None
+        local, failure = None, None
         try:
-            found = _Found.of(self._optimizer, self._model)
+            local = _LocalFacts.of(self._optimizer, self._model)
         except Exception as error:  # the other ranks must get the error before this one raises
             failure = error
         if self._shared is None:
-            self._exchange(found, failure, process_group)
-        differing = self._compare(found, process_group)
+            self._exchange(local, failure, process_group)
+        differing = self._compare(local, process_group)
         if differing is None:
-            self._exchange(found, failure, process_group)
-            differing = self._compare(found, process_group)
+            self._exchange(local, failure, process_group)
+            differing = self._compare(local, process_group)
             assert differing is not None, "every rank has what it has just sent"
         if differing:
-            assert found is not None, "a rank that has failed has said so"
-            self._raise(found, differing, process_group)
+            assert local is not None, "a rank that has failed has reported it"
+            self._raise(local, differing, process_group)
 
-    def _exchange(self, found: _Found | None, failure: Exception | None, process_group: dist.ProcessGroup) -> None:
+    def _exchange(self, local: _LocalFacts | None, failure: Exception | None, process_group: dist.ProcessGroup) -> None:
         """Exchange names to find what more than one rank holds. A collective."""
         self._shared = None
         raise_together(failure, None, process_group)
-        assert found is not None, "else it has failed"
-        own = tuple(found.values)
-        digests: list[Any] = [None] * dist.get_world_size(process_group)
-        dist.all_gather_object(digests, digest_of(own), group=process_group)
+        assert local is not None, "else it has failed"
+        own = tuple(local.values)
+        digests = gather_objects(digest_of(own), process_group)
         ranks = dist.get_process_group_ranks(process_group)
         holders: dict[Fact, int] = {}
         tensors: dict[tuple[str, str], tuple[int, str]] = {}
@@ -125,7 +124,7 @@ class DivergenceCheck:
                     )
         self._own, self._shared = own, [fact for fact, count in holders.items() if count > 1]
 
-    def _compare(self, found: _Found | None, process_group: dist.ProcessGroup) -> list[int] | None:
+    def _compare(self, local: _LocalFacts | None, process_group: dist.ProcessGroup) -> list[int] | None:
         """The one collective of a check.
 
         Returns:
@@ -134,10 +133,10 @@ class DivergenceCheck:
         assert self._shared is not None
         on_host: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}
         sent = torch.full((2, len(self._shared) + 1), NOBODY, **on_host)
-        if found is None or tuple(found.values) != self._own:
+        if local is None or tuple(local.values) != self._own:
             sent[0, -1] = CHANGED
         else:
-            values = [found.values.get(fact) for fact in self._shared]
+            values = [local.values.get(fact) for fact in self._shared]
             sent[0, :-1] = torch.tensor([NOBODY if value is None else value for value in values], **on_host)
             # The largest ~value is that of the smallest value; -value may overflow.
             sent[1, :-1] = torch.tensor([NOBODY if value is None else ~value for value in values], **on_host)
@@ -147,13 +146,11 @@ class DivergenceCheck:
             return None
         return (largest != smallest)[:-1].nonzero().flatten().tolist()
 
-    def _raise(self, found: _Found, differing: Sequence[int], process_group: dist.ProcessGroup) -> None:
+    def _raise(self, local: _LocalFacts, differing: Sequence[int], process_group: dist.ProcessGroup) -> None:
         """Raise an error that names what differs on which ranks. A collective."""
         assert self._shared is not None
         asked = [self._shared[index] for index in differing[:MOST_LINES]]
-        of_ranks: list[Any] = [None] * dist.get_world_size(process_group)
-        own = [(found.values.get(fact), found.texts.get(fact)) for fact in asked]
-        dist.all_gather_object(of_ranks, own, group=process_group)
+        of_ranks = gather_objects([(local.values.get(fact), local.texts.get(fact)) for fact in asked], process_group)
         ranks = dist.get_process_group_ranks(process_group)
         lines = [_difference(fact, [each[index] for each in of_ranks], ranks) for index, fact in enumerate(asked)]
         if len(differing) > len(lines):
@@ -166,7 +163,7 @@ class DivergenceCheck:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Found:
+class _LocalFacts:
     """The values that this rank holds.
 
     Attributes:
@@ -178,7 +175,7 @@ class _Found:
     texts: Mapping[Fact, str]
 
     @classmethod
-    def of(cls, optimizer: Any, model: Any) -> _Found:
+    def of(cls, optimizer: Any, model: Any) -> _LocalFacts:
         """Take the current values. No communication, except for steps that are still sending parameters."""
         if isinstance(optimizer, ShardedOptimizer):
             optimizer.wait()  # first: other ranks may wait for this one, also if it fails in what follows

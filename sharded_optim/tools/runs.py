@@ -26,6 +26,7 @@ from sharded_optim.trackers.run_files import FINISHED, METRICS, SUMMARY, parse_r
 
 __all__ = [
     "FINISHED",
+    "REFERENCE_LOSSES",
     "Follower",
     "Records",
     "Run",
@@ -39,12 +40,13 @@ __all__ = [
 ]
 
 CONFIG, TRACKER_CONFIG = "config.yaml", "config.json"  # of the training job, of the tracker
+REFERENCE_LOSSES = (("unigram", "unigram_bits_per_byte"), ("zlib", "zlib_bits_per_byte"))  # names, and keys of the training job's summary
 NAMED_FOLDERS = 8  # in an error
-COMPARED_BYTES = 256  # before the place where reading goes on
+COMPARED_BYTES = 256  # before the offset at which reading continues
 
 
 class RunFolderError(ValueError):
-    """A path that is no run folder, or a run folder without what is asked for."""
+    """A path that is no run folder, or a run folder without records."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +135,7 @@ class Records:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a run folder holds."""
+    """The content of a run folder."""
 
     path: Path
     records: Records
@@ -148,13 +150,11 @@ class Run:
     @property
     def steps(self) -> int | None:
         """Steps that the run is to take; None where config.yaml does not say."""
-        steps = self.config.get("steps")
-        return steps if isinstance(steps, int) and not isinstance(steps, bool) else None
+        return _integer(self.config.get("steps"))
 
     @property
     def ranks(self) -> int | None:
-        ranks = self.summary.get("world_size", self.config.get("processes"))
-        return ranks if isinstance(ranks, int) and not isinstance(ranks, bool) else None
+        return _integer(self.summary.get("world_size", self.config.get("processes")))
 
 
 def find_run(path: str | Path) -> Path:
@@ -205,7 +205,6 @@ class Follower:
         self._records = Records()
         self._offset = 0  # of the first line that was not read yet
         self._before = b""  # the bytes before it, by which a replaced file is recognized
-        self._config: tuple[tuple[int, int] | None, dict[str, Any]] = (None, {})
 
     def read(self) -> Run:
         """Return the run as it is now."""
@@ -244,17 +243,8 @@ class Follower:
         return max(0.0, time.time() - modified)
 
     def _read_config(self) -> dict[str, Any]:
-        path = next((path for name in (CONFIG, TRACKER_CONFIG) if (path := self._path / name).exists()), None)
-        try:
-            if path is None:
-                return {}
-            status = path.stat()
-            stamp = (status.st_mtime_ns, status.st_size)
-            if stamp != self._config[0]:
-                self._config = (stamp, _parse_yaml(path) if path.name == CONFIG else _parse_json(path))
-        except OSError:
-            return {}
-        return self._config[1]
+        path = self._path / CONFIG
+        return _parse_yaml(path) if path.exists() else _parse_json(self._path / TRACKER_CONFIG)
 
 
 def labels_of(paths: Sequence[Path]) -> list[str]:
@@ -271,7 +261,7 @@ def labels_of(paths: Sequence[Path]) -> list[str]:
 
 
 def printable(text: str) -> str:
-    r"""Replace what no page and no terminal should be given: names and values in a run folder may be any string.
+    r"""Replace characters that are not to be shown in a page or a terminal: names and values in a run folder may be any string.
 
     >>> printable("a\x1b[31m\n\ud800")
     'a\ufffd[31m \ufffd'
@@ -299,7 +289,7 @@ def _parse_yaml(path: Path) -> dict[str, Any]:
         raise MissingPackageError(f"reading {CONFIG} needs pyyaml, which is not installed; pip install pyyaml") from error
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError):
+    except (OSError, ValueError, yaml.YAMLError):
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -313,24 +303,25 @@ def _parse_json(path: Path) -> dict[str, Any]:
 
 
 def _training_record(content: dict[str, Any]) -> TrainingRecord | None:
-    """Return the training record of lines of one step; None where they have none."""
+    """Return the training record in the lines of one step; None where they have none."""
+    ranks = None
     if "train_loss_bits" in content:
-        loss, optimizer, ranks = content["train_loss_bits"], content.get("optimizer"), content.get("non_finite_ranks")
+        loss, optimizer, ranks = "train_loss_bits", content.get("optimizer"), content.get("non_finite_ranks")
     elif "val_bits_per_byte" in content:
         return None
     else:
-        loss = content.get("loss", ...)
-        optimizer, ranks = {key: value for key, value in content.items() if key not in ("step", "loss", "validation_loss")}, None
-        if loss is ... and not optimizer:
+        loss, optimizer = "loss", {key: value for key, value in content.items() if key not in ("step", "loss", "validation_loss")}
+        if loss not in content and not optimizer:
             return None
+    own = {key: _number(content[key]) for key in (loss, "lr", "tokens_per_second") if key in content}
     values = {key: _number(value) for key, value in optimizer.items()} if isinstance(optimizer, dict) else {}
     name, largest = _largest_rms(content, values)
-    skipped = _number(content["skipped_steps"]) if "skipped_steps" in content else math.nan
+    skipped = _number(content.get("skipped_steps"))
     return TrainingRecord(
         step=content["step"],
-        loss=None if loss is ... else _number(loss),
-        lr=_number(content["lr"]) if "lr" in content else None,
-        tokens_per_second=_number(content["tokens_per_second"]) if "tokens_per_second" in content else None,
+        loss=own.get(loss),
+        lr=own.get("lr"),
+        tokens_per_second=own.get("tokens_per_second"),
         largest_rms=largest,
         largest_rms_name=name,
         skipped_steps=int(skipped) if math.isfinite(skipped) and skipped >= 0 else None,
@@ -357,13 +348,18 @@ def _largest_rms(content: dict[str, Any], values: dict[str, float]) -> tuple[str
 
 
 def _ranks_by_name(value: Any) -> dict[str, list[int]]:
-    """Return what is a list of ranks."""
+    """Return the entries that are lists of ranks."""
     rows = value.items() if isinstance(value, dict) else ()
     return {name: ranks for name, ranks in rows if isinstance(ranks, list) and all(map(_is_count, ranks))}
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    count = _integer(value)
+    return count is not None and count >= 0
+
+
+def _integer(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _number(value: Any) -> float:

@@ -1,6 +1,7 @@
 """Write files in one step: a reader, also after a crash, finds all of the old content or all of the new.
 
-Used by trackers, by reports and by the training job. What must be on the disk before training goes on, as checkpoints, is not written here.
+Used by trackers, by reports and by the training job. Files that must be on the disk before training
+continues, as checkpoints, are not written here.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from sharded_optim.trackers.destination import Status, Tracker
 __all__ = ["Background"]
 
 MOST_RECORDS = 1000  # that wait for a slow tracker; further ones are dropped
-SECONDS_AFTER_FAILURE = 10.0  # for what waits where a run has failed: its process is to end soon
+SECONDS_AFTER_FAILURE = 10.0  # for the remaining records of a run that has failed: its process is to end soon
 
 
 class Background:
@@ -35,7 +35,7 @@ class Background:
         self._records: queue.Queue[tuple[int, Mapping[str, float]] | Status] = queue.Queue(MOST_RECORDS)
         self._error: Exception | None = None
         self._until: float | None = None  # when `finish` stops waiting
-        self._is_told = False  # whether the thread will find how the run ended
+        self._has_status = False  # whether the status with which the run ended is in the queue
         atexit.register(self._finish_at_exit)
         # A daemon, as a client may wait for a server for minutes, for which the end of the process must not wait.
         self._thread = threading.Thread(target=self._work, name=f"tracker {name}", daemon=True)
@@ -55,14 +55,14 @@ class Background:
         self._until = time.monotonic() + self._seconds
         with suppress(queue.Full):  # `finish` waits for a place
             self._records.put_nowait(status)
-            self._is_told = True
+            self._has_status = True
 
     def finish(self, status: Status) -> None:
         if self._until is None:
             self.begin_finish(status)
         assert self._until is not None
         with suppress(queue.Full):
-            if not self._is_told:
+            if not self._has_status:
                 self._records.put(status, timeout=max(self._until - time.monotonic(), 0.0))
             self._thread.join(max(self._until - time.monotonic(), 0.0))
         if self._error is None and self._thread.is_alive():
@@ -71,7 +71,7 @@ class Background:
 
     def _finish_at_exit(self) -> None:
         if self._until is None:
-            with suppress(Exception):  # nobody is left to be told
+            with suppress(Exception):  # there is no caller left to raise it for
                 self.finish("failed")
 
     def _raise_error(self) -> None:
@@ -80,23 +80,22 @@ class Background:
             raise error
 
     def _work(self) -> None:
+        tracker = None  # records are dropped where it cannot be opened
         try:
             tracker = self._opens()
             atexit.unregister(self._finish_at_exit)
             atexit.register(self._finish_at_exit)  # again: what was registered last, as the client's own, is called first
         except Exception as error:
             self._error = error
-            tracker = None  # records are then dropped
-        while True:
+        record: tuple[int, Mapping[str, float]] | Status | None = None
+        while not isinstance(record, str):  # a status is the last one
             record = self._records.get()
             try:
+                if tracker is None:
+                    continue
                 if isinstance(record, str):
-                    if tracker is not None:
-                        tracker.finish(record)
-                    return
-                if tracker is not None:
+                    tracker.finish(record)
+                else:
                     tracker.log(*record)
             except Exception as error:  # a server may come back
                 self._error = error
-                if isinstance(record, str):
-                    return

@@ -28,7 +28,7 @@ class Tracker(Protocol):
         """Record values of a step. Several calls may have the same step, with other keys."""
 
     def finish(self, status: Status) -> None:
-        """Write what is not written yet, and release what is open. Nothing is logged afterwards."""
+        """Write the remaining records, and release all resources. Nothing is logged afterwards."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Destination:
-    """How a tracker is opened. Each module in the registry has one, named DESTINATION.
+    """The entry of a destination: how its tracker is opened. Each module in the registry has one, named DESTINATION.
 
     Attributes:
         opens: (run, **options) -> the tracker. Its keyword-only parameters are the options that users may give.

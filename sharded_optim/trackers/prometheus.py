@@ -14,9 +14,9 @@ from sharded_optim.trackers.destination import Destination, Run, Status, kind_of
 
 __all__ = ["DESTINATION", "Prometheus"]
 
-SKIPPED_STEPS = "skipped_steps"  # what `optimizer.metrics()` always has
+SKIPPED_STEPS = "skipped_steps"  # a key that `optimizer.metrics()` always has
 PREFIX = "sharded_optim_"
-# What the part of a key behind its first `/` is the name of; "name" for all others.
+# Labels for the part of a key behind its first `/`, by the part before it; "name" for all others.
 LABELS = {
     "rms": "tensor",
     "clip_factor": "tensor",

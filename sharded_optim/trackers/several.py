@@ -1,4 +1,4 @@
-"""Hand each record to several trackers, none of which can end training. What `so.trackers.open` returns."""
+"""Pass each record to several trackers, none of which can end training: the result of `so.trackers.open`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sharded_optim.trackers.registry import check_installed, check_options, dest
 
 __all__ = ["Trackers", "check_every", "open_trackers"]
 
-SECONDS_TO_FINISH = 60.0  # for what a tracker has not written when a run ends; to make MLflow's database alone takes 7 on an idle core
+SECONDS_TO_FINISH = 60.0  # for the remaining records when a run ends; to make MLflow's database alone takes 7 on an idle core
 
 
 class Trackers:
@@ -63,7 +63,7 @@ class Trackers:
             self._call(name, partial(tracker.log, step, floats))
 
     def finish(self, status: Status = "finished") -> None:
-        """Write what is not written yet, for at most 60 s, 10 s if the run has failed, and close all.
+        """Write the remaining records, for at most 60 s, 10 s if the run has failed, and close all trackers.
 
         A second call does nothing.
 

@@ -71,7 +71,7 @@ def test_the_frame_of_the_page_has_the_lines_of_a_frame(runs: Path) -> None:
 
 def test_the_page_names_every_section_and_the_definition_of_spikes(runs: Path) -> None:
     run = read_run(runs / "runs" / "a")
-    for section in sections_of([run], ["a"]):
+    for section in sections_of({"a": run}):
         assert section.title in PAGE, section.title
     assert f"an RMS of {RMS_THRESHOLD}\nor more; a loss more than {LOSS_DEVIATIONS} running deviations" in PAGE
     assert f"over {RUNNING_LOSSES} records" in PAGE

@@ -1,4 +1,4 @@
-"""The commands `checkpoint ls` and `checkpoint show`, which read manifests only."""
+"""List and show checkpoints: the commands `checkpoint ls` and `checkpoint show`. They read manifests only."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from sharded_optim import checkpoint
@@ -15,7 +14,7 @@ from sharded_optim.checkpoint.manifest import Chunk, Manifest, Parameters
 from sharded_optim.checkpoint.store import folder_of, open_store, steps_in
 from sharded_optim.cli import errors
 from sharded_optim.cli.checkpoint.arguments import Root, Step
-from sharded_optim.cli.tables import counted, plain, print_table, size_of, table
+from sharded_optim.cli.tables import counted, print_table, size_of, table
 
 __all__ = ["ls", "show"]
 
@@ -32,9 +31,7 @@ def ls(root: Root) -> None:
         committed = set(checkpoint.steps(root))
         rows = [_row(root, step) if step in committed else (str(step), *"----", "-", "not committed") for step in existing]
     grid = table(numbers=("step", "size", "tensors", "files", "ranks"), last=("optimizer", "state"))
-    for row in rows:
-        grid.add_row(*map(plain, row))
-    print_table(grid)
+    print_table(grid, rows)
 
 
 def _row(root: str, step: int) -> tuple[str, ...]:
@@ -76,22 +73,23 @@ def show(
 def _print_tensors(manifest: Manifest) -> None:
     sizes = Counter(dict.fromkeys(sorted(manifest.kinds), 0))
     grid = table("kind", "name", "shape", "dtype", numbers=("size", "chunks"))
+    rows = []
     for entry in manifest.tensors.values():
         sizes[entry.kind] += entry.size
-        grid.add_row(
-            *map(plain, (entry.kind, entry.name, _shape(entry.shape), _dtype(entry.dtype), size_of(entry.size), len(entry.chunks)))
-        )
-    print_table(grid)
+        shape, dtype = "x".join(map(str, entry.shape)) or "()", str(entry.dtype).removeprefix("torch.")
+        rows.append((entry.kind, entry.name, shape, dtype, size_of(entry.size), len(entry.chunks)))
+    print_table(grid, rows)
     print("total: " + ", ".join(f"{kind} {size_of(size)}" for kind, size in sizes.items()) + "\n")
 
 
 def _print_extents(manifest: Manifest) -> None:
     grid = table("tensor", "elements", numbers=("size",), last=("file", "bytes"))
-    for entry in manifest.tensors.values():
-        for chunk in entry.chunks:
-            last = chunk.offset + chunk.size
-            grid.add_row(*map(plain, (entry.key, _elements(chunk), size_of(chunk.size), chunk.file, f"[{chunk.offset}, {last})")))
-    print_table(grid)
+    chunks = [(entry, chunk) for entry in manifest.tensors.values() for chunk in entry.chunks]
+    rows = [
+        (entry.key, _elements(chunk), size_of(chunk.size), chunk.file, f"[{chunk.offset}, {chunk.offset + chunk.size})")
+        for entry, chunk in chunks
+    ]
+    print_table(grid, rows)
 
 
 def _elements(chunk: Chunk) -> str:
@@ -106,9 +104,7 @@ def _print_groups(parameters: Parameters) -> None:
     keys = dict.fromkeys(key for group in parameters.groups for key in group)
     grid = table(parameters.optimizer, numbers=[f"param group {index}" for index in range(len(parameters.groups))])
     grid.add_row("parameters", *(f"{sizes[index]:,}" for index in range(len(parameters.groups))))
-    for key in keys:
-        grid.add_row(plain(key), *(plain(group.get(key, "-")) for group in parameters.groups))
-    print_table(grid)
+    print_table(grid, [(key, *(group.get(key, "-") for group in parameters.groups)) for key in keys])
 
 
 def _print_steps(parameters: Parameters) -> None:
@@ -129,11 +125,3 @@ def _print_extra(extra: Any) -> None:
 def _short(value: Any) -> str:
     text = repr(value).replace("\n", " ")
     return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}... ({len(text):,} characters)"
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape)) or "()"
-
-
-def _dtype(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

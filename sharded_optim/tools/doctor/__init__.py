@@ -1,13 +1,13 @@
 """Check whether a machine, or the ranks that torchrun has started, can run a training job. `cli/doctor.py` prints the report.
 
-findings.py     what is found, as data: a Finding, a RankReport, a Report
-rank_info.py    which of torchrun's ranks this process is
+findings.py     the results as data: a Finding, a RankReport, a Report
+rank_info.py    torchrun's environment variables
 environment.py  packages, device and threads
-backends.py     which backends run, each stepped and compared with eager
+backends.py     each backend, stepped and compared with eager
 storage.py      the folder of checkpoints
 ranks.py        whether ranks agree, see the same folder, and have the same time
 
-Every rank first looks at itself. Then the ranks exchange what they found, and check together what concerns them all.
+Every rank first checks itself. Then the ranks exchange their reports, and check together what concerns them all.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.utils.collect_env import get_pretty_env_info
 
 from sharded_optim.tools.doctor import backends, environment, ranks, storage
 from sharded_optim.tools.doctor.findings import Finding, RankReport, Report, Status
-from sharded_optim.tools.doctor.rank_info import RankInfo, read_rank_info
+from sharded_optim.tools.doctor.rank_info import read_rank_info
 
 __all__ = ["TIMEOUT", "Finding", "RankReport", "Report", "Status", "examine"]
 
@@ -51,30 +51,25 @@ def examine(
     """
     info = read_rank_info()
     path = storage.local_path(folder)
-    here = _examine_rank(info, path)
+    findings = (*environment.examine(info), *backends.examine(environment.device_of(info)), *storage.examine(path))
+    here = RankReport(rank=info.rank, host=socket.gethostname(), findings=findings)
     if info.world_size > 1:
-        return ranks.meet(info, here, timeout, lambda meeting, everyone: _examine_together(meeting, everyone, path, quick), report_to)
-    report = Report(ranks=(here if quick else _measured(here, path),), together=(), environment=None if quick else get_pretty_env_info())
+        return ranks.exchange_reports(info, here, timeout, lambda everyone: _examine_together(info.rank, everyone, path, quick), report_to)
+    report = _report([here], (), path, quick)
     report_to(report)
     return report.status != "problem"
 
 
-def _examine_rank(info: RankInfo, folder: str) -> RankReport:
-    """Look at this rank, without communication."""
-    device = environment.device_of(info)
-    findings = (*environment.examine(info), *backends.examine(device), *storage.examine(folder))
-    return RankReport(rank=info.rank, host=socket.gethostname(), findings=findings)
+def _examine_together(rank: int, everyone: list[RankReport], folder: str, quick: bool) -> Report:
+    together = (*ranks.compare(everyone), ranks.compare_clocks(), ranks.compare_folders(rank, folder))
+    return _report(everyone, together, folder, quick or rank != 0)
 
 
-def _measured(here: RankReport, folder: str) -> RankReport:
-    if any(each.section == "storage" and each.status == "problem" for each in here.findings):
-        return here
-    return replace(here, findings=(*here.findings, *storage.measure(folder)))
-
-
-def _examine_together(meeting: ranks.Meeting, everyone: list[RankReport], folder: str, quick: bool) -> Report:
-    together = (*ranks.compare(everyone), ranks.compare_clocks(meeting), ranks.compare_folders(meeting, folder))
-    is_first = meeting.info.rank == 0
-    if not quick and is_first:
-        everyone[0] = _measured(everyone[0], folder)
-    return Report(ranks=tuple(everyone), together=together, environment=get_pretty_env_info() if is_first and not quick else None)
+def _report(reports: list[RankReport], together: tuple[Finding, ...], folder: str, quick: bool) -> Report:
+    """Make the report, with the measurements that take long unless it is to be quick."""
+    first, *others = reports
+    if quick:
+        return Report(ranks=tuple(reports), together=together)
+    if not any(each.section == "storage" and each.status == "problem" for each in first.findings):
+        first = replace(first, findings=(*first.findings, *storage.measure(folder)))
+    return Report(ranks=(first, *others), together=together, environment=get_pretty_env_info())

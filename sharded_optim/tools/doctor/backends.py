@@ -1,4 +1,4 @@
-"""Which backends run here. Each is asked, and then steps a small optimizer, whose bits must be those of the eager backend."""
+"""Check which backends run here: each steps a small optimizer, and must give the bits of the eager backend."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ STEPS = 3
 
 
 def examine(device: torch.device) -> list[Finding]:
-    """All backends, on this device, or on the CPU if they do not run on that: state may be offloaded."""
+    """Check all backends on this device, or on the CPU if they do not run on that: state may be offloaded."""
     findings = [_examine(name, device) for name in MODULES]
     faster = any(each.status == "ok" for each in findings if each.name != EAGER)
     return [each if faster or each.status != "absent" else _missed(each, device) for each in findings]
 
 
 def _missed(finding: Finding, device: torch.device) -> Finding:
-    """The absence of the compiled backend that this device would have: eager runs instead."""
+    """Turn the absence of the compiled backend of this device into a warning: eager runs instead."""
     if finding.name != ("cpu" if device.type == "cpu" else "triton") or finding.way_out is None:
         return finding
     return _finding(finding.name, "warning", f"{finding.value}: steps run eagerly, many times slower", finding.way_out)
@@ -79,7 +79,7 @@ def _stepped(name: str, device: torch.device) -> Finding:
 
 
 def _results(name: str, device: torch.device) -> list[Tensor]:
-    """Parameters and state after steps with gradients that jump."""
+    """Return parameters and state after steps with gradients that jump."""
     generator = torch.Generator().manual_seed(0)
     found = []
     for dtype in DTYPES:

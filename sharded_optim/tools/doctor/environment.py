@@ -1,4 +1,4 @@
-"""Packages, device and threads of this process: what ranks must have alike, and versions that are too old. No package is imported here.
+"""Check packages, device and threads of this process: versions that are too old, and what ranks must have in common. Imports no package.
 
 Hardware, drivers, limits and libraries are in torch's own report: `python -m torch.utils.collect_env`.
 """
@@ -33,20 +33,20 @@ OPTIONAL = {
 
 
 def device_of(info: RankInfo) -> torch.device:
-    """The device on which this rank would train."""
+    """Return the device on which this rank would train."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return torch.device("cuda", info.local_rank % count) if count else torch.device("cpu")
 
 
 def examine(info: RankInfo) -> list[Finding]:
-    """Look at versions, the device and the number of threads."""
+    """Check versions, the device and the number of threads."""
     python = platform.python_version()
     return [
         _finding("python", "ok", python, alike=python),
-        _torch(),
-        _numpy(),
+        _package("torch"),
+        _package("numpy"),
         _finding("sharded-optim", "ok", __version__, alike=__version__),
-        *map(_optional, OPTIONAL),
+        *map(_package, OPTIONAL),
         _device(device_of(info)),
         _threads(info),
     ]
@@ -57,7 +57,7 @@ def _finding(name: str, status: Status, value: str, way_out: str | None = None, 
 
 
 def _version_of(name: str) -> str | None:
-    """The version of a package; None if it is not installed."""
+    """Return the version of a package; None if it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -65,7 +65,7 @@ def _version_of(name: str) -> str | None:
 
 
 def numbers_of(version: str) -> tuple[int, ...]:
-    """The numbers that a version begins with.
+    """Return the numbers that a version begins with.
 
     >>> numbers_of("2.13.0rc1+cpu")
     (2, 13, 0)
@@ -74,31 +74,20 @@ def numbers_of(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in found[0].split(".")) if found else ()
 
 
-def _torch() -> Finding:
-    version, oldest = str(torch.__version__), ".".join(map(str, MINIMUM["torch"]))
-    if numbers_of(version) < MINIMUM["torch"]:
-        return _finding("torch", "problem", f"{version}, and >= {oldest} is needed", f"pip install 'torch>={oldest}'", alike=version)
-    return _finding("torch", "ok", f"{version}, >= {oldest}", alike=version)
-
-
-def _numpy() -> Finding:
-    version = _version_of("numpy")
+def _package(name: str) -> Finding:
+    version = str(torch.__version__) if name == "torch" else _version_of(name)
+    if version is None and name == "numpy":
+        return _finding(name, "problem", "not installed; torch.distributed needs it", "pip install numpy", alike="none")
     if version is None:
-        return _finding("numpy", "problem", "not installed; torch.distributed needs it", "pip install numpy", alike="none")
-    return _finding("numpy", "ok", version, alike=version)
-
-
-def _optional(name: str) -> Finding:
-    version, install = _version_of(name), f"pip install {OPTIONAL[name]}"
-    if version is None:
-        return _finding(name, "absent", "not installed", install, alike="none")
-    oldest = MINIMUM.get(name)
-    if oldest is not None and version != "unknown" and numbers_of(version) < oldest:
-        needed = ".".join(map(str, oldest))
-        return _finding(name, "warning", f"{version}, and >= {needed} is needed", f"pip install '{name}>={needed}'", alike=version)
+        return _finding(name, "absent", "not installed", f"pip install {OPTIONAL[name]}", alike="none")
+    oldest = ".".join(map(str, MINIMUM.get(name, ())))
+    if oldest and version != "unknown" and numbers_of(version) < MINIMUM[name]:
+        status = "problem" if name == "torch" else "warning"
+        return _finding(name, status, f"{version}, and >= {oldest} is needed", f"pip install '{name}>={oldest}'", alike=version)
     if name == "deepspeed" and not OLDEST <= numbers_of(version)[:2] < NEXT:
+        install = f"pip install {OPTIONAL[name]}"
         return _finding(name, "warning", f"{version}; so.deepspeed attaches to {VERSIONS}", install, alike=version)
-    return _finding(name, "ok", version, alike=version)
+    return _finding(name, "ok", f"{version}, >= {oldest}" if name == "torch" else version, alike=version)
 
 
 def _device(device: torch.device) -> Finding:
@@ -115,7 +104,7 @@ def _device(device: torch.device) -> Finding:
 
 
 def _threads(info: RankInfo) -> Finding:
-    """Ranks with different numbers of threads take different times; more threads than cores make all of them slow."""
+    """Check that torch does not use more threads than cores, which makes all ranks slow."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads, chosen = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
     setting = f"OMP_NUM_THREADS={chosen}" if chosen is not None else "OMP_NUM_THREADS is not set"

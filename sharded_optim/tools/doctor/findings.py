@@ -1,29 +1,29 @@
-"""Findings about a machine: data that can be sent between ranks, printed, and written as JSON."""
+"""Findings about a machine, as data that can be sent between ranks, printed and written as JSON."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 __all__ = ["Datum", "Finding", "RankReport", "Report", "Status", "one_line"]
 
-Status = Literal["ok", "absent", "warning", "problem"]  # absent: not there, and nothing that is there needs it
+Status = Literal["ok", "absent", "warning", "problem"]  # absent: not installed, and nothing that is installed needs it
 Datum = str | int | float | bool | None
 STATUSES: tuple[Status, ...] = get_args(Status)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
         section: of the report.
         name: unique within a section.
-        value: what was found, for people.
-        way_out: what to do; warnings and problems have one.
-        data: the same for programs; in bytes, seconds, bytes per second.
+        value: the result, for people.
+        way_out: the remedy; warnings and problems have one.
+        data: the result, for programs; in bytes, seconds, bytes per second.
         alike: a value that must be equal on all ranks; None: it may differ.
     """
 
@@ -41,16 +41,6 @@ class Finding:
         infinite = [key for key, value in self.data.items() if isinstance(value, float) and not math.isfinite(value)]
         assert not infinite, f"{self.name}: JSON has no number for {infinite}"
 
-    def as_data(self) -> dict[str, Any]:
-        return {
-            "section": self.section,
-            "name": self.name,
-            "status": self.status,
-            "value": self.value,
-            "way_out": self.way_out,
-            "data": dict(self.data),
-        }
-
 
 @dataclass(frozen=True, kw_only=True)
 class RankReport:
@@ -60,17 +50,14 @@ class RankReport:
     host: str
     findings: tuple[Finding, ...]
 
-    def as_data(self) -> dict[str, Any]:
-        return {"rank": self.rank, "host": self.host, "findings": [each.as_data() for each in self.findings]}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """The findings of all ranks: each about itself, and all about each other."""
+    """The findings of every rank about itself, and those about all ranks together."""
 
+    world_size: int | None = None  # None: as many as there are reports; more where ranks are missing
     ranks: tuple[RankReport, ...]
     together: tuple[Finding, ...]
-    world_size: int | None = None  # None: as many as there are reports; more where ranks are missing
     environment: str | None = None  # torch's report: hardware, drivers, libraries; of rank 0
 
     @property
@@ -84,13 +71,9 @@ class Report:
         return "problem" if "problem" in there else "warning" if "warning" in there else "ok"
 
     def as_data(self) -> dict[str, Any]:
-        return {
-            "status": self.status,
-            "world_size": self.world_size or len(self.ranks),
-            "ranks": [each.as_data() for each in self.ranks],
-            "together": [each.as_data() for each in self.together],
-            "environment": self.environment,
-        }
+        """Return the report as JSON has it, without `alike`, which only ranks compare."""
+        data = asdict(self, dict_factory=lambda fields: {name: value for name, value in fields if name != "alike"})
+        return {"status": self.status, **data, "world_size": self.world_size or len(self.ranks)}
 
 
 def one_line(error: object) -> str:

@@ -1,4 +1,4 @@
-"""Which of torchrun's ranks this process is: the one file of the doctor that reads torchrun's variables."""
+"""Read torchrun's environment variables: which of its ranks this process is."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 @dataclass(frozen=True, kw_only=True)
 class RankInfo:
-    """`local` counts the processes on this machine."""
+    """The rank of this process; `local` ones are among the processes on this machine."""
 
     rank: int = 0
     world_size: int = 1

@@ -8,18 +8,17 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
-from sharded_optim.sharding.ranks import join_messages
+from sharded_optim.sharding.ranks import gather_objects, join_messages, named_ranks
 from sharded_optim.tools.doctor.findings import Finding, RankReport, Report, one_line
 from sharded_optim.tools.doctor.rank_info import RankInfo
 from sharded_optim.tools.doctor.storage import PREFIX
 
-__all__ = ["Meeting", "compare", "compare_clocks", "compare_folders", "meet"]
+__all__ = ["compare", "compare_clocks", "compare_folders", "exchange_reports"]
 
 MOST_SKEW = 1.0  # seconds between two clocks
 ROUNDS = 3
@@ -30,31 +29,11 @@ WAYS_OUT = {  # of differences, by section
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Meeting:
-    """All ranks, in a process group of gloo."""
-
-    info: RankInfo
-    timeout: float
-
-    def gather(self, value: Any) -> list[Any]:
-        """Gather a value of every rank on every rank. A collective."""
-        values: list[Any] = [None] * self.info.world_size
-        dist.all_gather_object(values, value)
-        return values
-
-    def from_first(self, value: Any) -> Any:
-        """Return rank 0's value on every rank. A collective."""
-        values = [value]
-        dist.broadcast_object_list(values)
-        return values[0]
-
-
-def meet(
+def exchange_reports(
     info: RankInfo,
     here: RankReport,
     timeout: float,
-    examine: Callable[[Meeting, list[RankReport]], Report],
+    examine: Callable[[list[RankReport]], Report],
     report_to: Callable[[Report], None],
 ) -> bool:
     """Gather the reports of all ranks, examine them together, and report on rank 0. Afterwards this process ignores SIGTERM.
@@ -74,12 +53,11 @@ def meet(
         store.set_timeout(limit)
         store.set(_key(info.rank), here.host)
         dist.init_process_group("gloo", store=store, rank=info.rank, world_size=info.world_size, timeout=limit)
-        meeting = Meeting(info=info, timeout=timeout)
-        report = examine(meeting, meeting.gather(here))
+        report = examine(_gathered(here))
         if info.rank == 0:
             report_to(report)
             reported = True
-        return meeting.from_first(report.status != "problem")
+        return _gathered(report.status != "problem")[0]
     except RuntimeError as error:  # of a store or of gloo
         if info.rank == 0 and not reported:
             report_to(Report(ranks=(here,), together=(_lost(info, timeout, store, error),), world_size=info.world_size))
@@ -89,6 +67,10 @@ def meet(
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _gathered(value: Any) -> list[Any]:
+    return gather_objects(value, dist.group.WORLD)
 
 
 def _key(rank: int) -> str:
@@ -102,8 +84,7 @@ def _lost(info: RankInfo, timeout: float, store: Any, error: Exception) -> Findi
     except RuntimeError:  # the store is lost too
         missing = []
     if missing:
-        shown = ", ".join(map(str, missing[:8])) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
-        value = f"rank{'s' if len(missing) > 1 else ''} {shown} of {info.world_size} did not come within {timeout:g} s"
+        value = f"{named_ranks(missing)} of {info.world_size} did not come within {timeout:g} s"
     else:
         value = f"the {info.world_size} ranks lost each other: {one_line(error)}"
     return _finding("problem", "ranks", value, way_out)
@@ -129,12 +110,12 @@ def compare(everyone: Sequence[RankReport]) -> list[Finding]:
     return [_finding("ok", "agreement", value, ranks=len(everyone), hosts=hosts)]
 
 
-def compare_clocks(meeting: Meeting) -> Finding:
+def compare_clocks() -> Finding:
     """Measure how far apart the clocks are. A collective. The best of a few rounds counts, as ranks leave a barrier at different times."""
     rounds = []
     for _ in range(ROUNDS):
         dist.barrier()
-        rounds.append(meeting.gather(time.time()))
+        rounds.append(_gathered(time.time()))
     first = min(rounds, key=lambda clocks: max(clocks) - min(clocks))
     return clocks_finding([clock - first[0] for clock in first])
 
@@ -149,14 +130,14 @@ def clocks_finding(ahead: Sequence[float]) -> Finding:
     return _finding("problem", "clocks", value, "synchronise the clocks of the machines (NTP)", seconds=skew)
 
 
-def compare_folders(meeting: Meeting, folder: str) -> Finding:
+def compare_folders(rank: int, folder: str) -> Finding:
     """Check whether all ranks see the same folder: rank 0 writes a file, the others look for it. A collective."""
     token = None
     try:
-        if meeting.info.rank == 0:
+        if rank == 0:
             token = _write_token(folder)
-        name = meeting.from_first(None if token is None else os.path.basename(token))
-        seen = meeting.gather(name is not None and _appears(os.path.join(folder, name)))
+        name = _gathered(None if token is None else os.path.basename(token))[0]
+        seen = _gathered(name is not None and _appears(os.path.join(folder, name)))
     finally:
         if token is not None:
             with suppress(OSError):

@@ -1,4 +1,4 @@
-"""The folder of checkpoints: whether a rank can write there, and how fast, in the way in which checkpoints are written."""
+"""Check whether a rank can write into the folder of checkpoints, and how fast, in the way in which checkpoints are written."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from statistics import median
 
 from sharded_optim.checkpoint.local_store import LocalStore
 from sharded_optim.tools.doctor.findings import Finding, Status
 
-__all__ = ["PREFIX", "examine", "local_path", "measure", "refused"]
+__all__ = ["PREFIX", "examine", "local_path", "measure"]
 
 PREFIX = ".sharded-optim-doctor-"  # begins the names of everything that is written, and removed again
 SIZE = 64 * 2**20  # bytes of the file whose writing is timed
@@ -24,7 +22,7 @@ LEAST_FREE = 2**30
 
 
 def local_path(folder: str | os.PathLike[str]) -> str:
-    """Absolute.
+    """Return the absolute path of a folder.
 
     Raises:
         ValueError: it is a URL.
@@ -36,13 +34,13 @@ def local_path(folder: str | os.PathLike[str]) -> str:
 
 
 def examine(folder: str) -> list[Finding]:
-    """Whether it can be written, free space, and the latency of a small fsync."""
+    """Check that the folder can be written; measure its free space and the latency of a small fsync."""
     try:
-        with _own_folder(folder) as own:
+        with _temporary_folder(folder) as own:
             latency = _fsync_seconds(os.path.join(own, "small"))
         free = shutil.disk_usage(folder).free
     except OSError as error:
-        return [refused(folder, error)]
+        return [_refused(folder, error)]
     data = {"path": folder, "free": free, "fsync_seconds": latency}
     value = f"{free / 1e9:,.1f} GB free, {latency * 1e3:,.2f} ms for a small fsync, {folder}"
     if free < LEAST_FREE:
@@ -51,37 +49,31 @@ def examine(folder: str) -> list[Finding]:
 
 
 def measure(folder: str) -> list[Finding]:
-    """Speed of a write as of a checkpoint: file, fsync, rename, fsync of the folder."""
+    """Measure the speed of a write as of a checkpoint: file, fsync, rename, fsync of the folder."""
     try:
         if shutil.disk_usage(folder).free < 2 * SIZE:
             return []  # `examine` has warned
-        with _own_folder(folder) as own:
+        with _temporary_folder(folder) as own:
             seconds = _write_seconds(own)
     except OSError as error:
-        return [refused(folder, error, "write speed")]
+        return [_refused(folder, error, "write speed")]
     value = f"{SIZE / seconds / 1e6:,.0f} MB/s, {SIZE // 2**20} MiB with fsync and rename"
     return [_finding("write speed", "ok", value, bytes_per_second=SIZE / seconds, size=SIZE)]
 
 
-def refused(folder: str, error: OSError, name: str = "folder") -> Finding:
-    """It cannot be written."""
-    told = error.strerror or str(error)
+def _refused(folder: str, error: OSError, name: str = "folder") -> Finding:
+    """Return the finding that a folder cannot be written."""
+    reason = error.strerror or str(error)
     way_out = "give a --folder that this user can write" if os.path.exists(folder) else f"mkdir -p {folder}, or give another --folder"
-    return _finding(name, "problem", f"cannot write in {folder}: {told}", way_out, path=folder, errno=error.errno)
+    return _finding(name, "problem", f"cannot write in {folder}: {reason}", way_out, path=folder, errno=error.errno)
 
 
 def _finding(name: str, status: Status, value: str, way_out: str | None = None, **data: str | int | float | None) -> Finding:
     return Finding(section="storage", name=name, status=status, value=value, way_out=way_out, data=data)
 
 
-@contextmanager
-def _own_folder(folder: str) -> Iterator[str]:
-    """A folder inside, which is removed with all that is in it."""
-    own = tempfile.mkdtemp(prefix=PREFIX, dir=folder)
-    try:
-        yield own
-    finally:
-        shutil.rmtree(own, ignore_errors=True)
+def _temporary_folder(folder: str) -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix=PREFIX, dir=folder, ignore_cleanup_errors=True)
 
 
 def _fsync_seconds(path: str) -> float:

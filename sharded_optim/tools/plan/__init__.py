@@ -1,27 +1,25 @@
 """Estimate memory, communication and time of every way of sharding: by kind of memory, bytes sent in a step, and given rates.
 
-Arithmetic on shapes, as fast for 65,536 ranks as for one. Memory is that of the rank that holds most. What is held at different times of a
-step is added up, so a total is at least the peak of what is counted. What cannot be known is None, and named with a reason; it is never
+Arithmetic on shapes, as fast for 65,536 ranks as for one. Memory is that of the rank that holds most. Tensors that are held at different
+times of a step are added up, so a total is at least the peak. Values that cannot be known are None, and named with a reason; they are never
 guessed. Used by the command `sharded-optim plan`.
 
-`setup.py` has the settings of a run, `shardings.py` every way of sharding; `case.py` makes a `Plan` of what these say, with `memory.py`,
-`communication.py` and, for Muon, `matrices.py`. `workload.py` has operations and activations of forward and backward, which `trace.py`
-counts on the meta device; `time.py` makes seconds of all of it at given rates.
+`setup.py` has the settings of a run, `shardings.py` every way of sharding; `case.py` makes a `Plan` of these, with `memory.py` and, for
+Muon, `matrices.py`. `workload.py` has operations and activations of forward and backward, which `trace.py` counts on the meta device;
+`time.py` converts all of it to seconds at given rates.
 """
 
 from __future__ import annotations
 
 from sharded_optim.tools.plan.case import Plan
-from sharded_optim.tools.plan.communication import Collective
-from sharded_optim.tools.plan.memory import KINDS, Memory
-from sharded_optim.tools.plan.setup import BACKENDS, DTYPES, MASTERS, OPTIMIZERS, Setup
+from sharded_optim.tools.plan.memory import KINDS
+from sharded_optim.tools.plan.setup import DTYPES, MASTERS, OPTIMIZERS, Setup
 from sharded_optim.tools.plan.shardings import SHARDINGS, compare, plan
 from sharded_optim.tools.plan.time import Rates, Time, time_of
 from sharded_optim.tools.plan.trace import CHECKPOINTING
 from sharded_optim.tools.plan.workload import Attention, Workload, measure
 
 __all__ = [
-    "BACKENDS",
     "CHECKPOINTING",
     "DTYPES",
     "KINDS",
@@ -29,8 +27,6 @@ __all__ = [
     "OPTIMIZERS",
     "SHARDINGS",
     "Attention",
-    "Collective",
-    "Memory",
     "Plan",
     "Rates",
     "Setup",

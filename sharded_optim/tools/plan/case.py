@@ -1,4 +1,7 @@
-"""What a way of sharding takes of a rank: `Plan`, and `Case`, which makes it from what `shardings.py` says of each way."""
+"""The requirements of a way of sharding: `Plan`, and `Case`, by which `shardings.py` makes it.
+
+Of B bytes, by a ring of n ranks or directly, reduce-scatter and all-gather send (n - 1) / n * B, all-reduce twice that.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,24 @@ from functools import cached_property
 
 from sharded_optim.formulas import Algorithm
 from sharded_optim.formulas.verdict import SECTIONS, TAIL
-from sharded_optim.tools.plan.communication import Collective, Communication
 from sharded_optim.tools.plan.matrices import MatrixWork, Span, heaviest, work_on
 from sharded_optim.tools.plan.memory import Memory, stepped_itemsize
 from sharded_optim.tools.plan.setup import Setup
 from sharded_optim.tools.plan.workload import Workload
 from sharded_optim.tools.shapes import Model, Shape
 
-__all__ = ["Case", "Plan"]
+__all__ = ["Case", "Collective", "Plan"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collective:
+    """All collectives of a step that serve one purpose."""
+
+    operation: str  # "all-gather", "reduce-scatter", "all-reduce" or "all-to-all"
+    what: str  # the data
+    ranks: int  # that take part in each
+    in_shard_group: bool  # rather than across replicas, or over all ranks
+    sent: int  # bytes, by each rank in a step; in an all-to-all, in the mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +50,7 @@ class Plan:
 
     @property
     def flops_per_token(self) -> int:
-        """All that is known of forward and backward, with what is recomputed."""
+        """The known operations of forward and backward, with those that are recomputed."""
         return self.workload.known_flops
 
     @property
@@ -71,9 +84,22 @@ class Case:
         """The tensors, each cut into shards of so many elements."""
         return [Span(name, shape, 0, shard_of(shape)) for name, shape in self.model.shapes.items()]
 
-    @property
-    def communication(self) -> Communication:
-        return Communication(world_size=self.ranks, shards=self.shards, in_shard_group=self.setup.shard_size is not None)
+    def reduce_scatter(self, what: str, shard_bytes: int) -> Collective:
+        return self._of_shards("reduce-scatter", what, shard_bytes)
+
+    def all_gather(self, what: str, shard_bytes: int) -> Collective:
+        return self._of_shards("all-gather", what, shard_bytes)
+
+    def _of_shards(self, operation: str, what: str, shard_bytes: int) -> Collective:
+        sent, in_shard_group = shard_bytes * (self.shards - 1), self.setup.shard_size is not None
+        return Collective(operation=operation, what=what, ranks=self.shards, in_shard_group=in_shard_group, sent=sent)
+
+    def all_to_all(self, what: str, sent: int) -> Collective:
+        return Collective(operation="all-to-all", what=what, ranks=self.ranks, in_shard_group=False, sent=sent)
+
+    def all_reduce(self, what: str, size: int, ranks: int) -> Collective:
+        sent = -(-2 * (ranks - 1) * size // ranks)
+        return Collective(operation="all-reduce", what=what, ranks=ranks, in_shard_group=False, sent=sent)
 
     def result(
         self,
@@ -88,7 +114,7 @@ class Case:
         masters: int | None = None,  # elements of masters, where they are not those that are stepped
         grad_itemsize: int,  # of the gradients that the optimizer reads
     ) -> Plan:
-        setup, communication = self.setup, self.communication
+        setup = self.setup
 
         def algorithm_of(span: Span) -> Algorithm:
             return setup.algorithm_of(span.name, span.shape)
@@ -96,15 +122,15 @@ class Case:
         master = 0 if steps_parameters and setup.has_masters else setup.master_itemsize
         further = []
         if setup.agrees:
-            further.append(communication.all_reduce("statistics", 8 * (SECTIONS * len(self.model.shapes) + TAIL), self.ranks))
+            further.append(self.all_reduce("statistics", 8 * (SECTIONS * len(self.model.shapes) + TAIL), self.ranks))
         work = MatrixWork()
         matrix = setup.algorithms.matrices.matrix
         if matrix is not None:
             of_matrices = [span for span in spans if algorithm_of(span) is setup.algorithms.matrices]
             work = work_on(of_matrices, matrix, shards=shards, replicas=self.ranks // shards)
             further += [
-                communication.all_to_all("directions of matrices", work.directions),
-                communication.all_to_all("matrices", work.results),
+                self.all_to_all("directions of matrices", work.directions),
+                self.all_to_all("matrices", work.results),
             ]
         memory = Memory(
             parameters=parameters,

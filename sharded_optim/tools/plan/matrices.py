@@ -1,4 +1,4 @@
-"""Plan a step of whole matrices (Muon) from shapes: what its ranks send, hold and compute. Used by `case.py`.
+"""Plan a step of whole matrices (Muon) from shapes: communication, memory and computation of its ranks. Used by `case.py`.
 
 Which rank computes with which matrix is chosen as in a step (`sharding/matrices.py`); bytes are the mean over the ranks.
 """
@@ -36,7 +36,7 @@ class Span(NamedTuple):
         return math.prod(self.shape)
 
     def elements(self, shard: int) -> int:
-        """Of the tensor, in a shard."""
+        """Return the number of the tensor's elements in a shard."""
         return max(0, min(self.start + self.numel, (shard + 1) * self.shard) - max(self.start, shard * self.shard))
 
     @property
@@ -70,7 +70,7 @@ def is_hidden_matrix(name: str, shape: Sequence[int]) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixWork:
-    """What a step of whole matrices takes of a rank: `directions` and `results` are bytes that it sends in the mean."""
+    """The requirements of a step of whole matrices. `directions` and `results` are bytes that a rank sends, in the mean."""
 
     directions: int = 0
     results: int = 0

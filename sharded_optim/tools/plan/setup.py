@@ -21,14 +21,14 @@ BACKENDS = ("nccl", "gloo")
 
 
 class Algorithms(NamedTuple):
-    """What steps hidden matrices, and what steps the rest: mostly the same."""
+    """The algorithm of hidden matrices, and that of all other tensors: mostly the same."""
 
     matrices: Algorithm
     rest: Algorithm
 
 
 def _algorithms() -> Iterator[tuple[str, Algorithms]]:
-    """Of each class; where an argument asks for others, these are named `class+argument`."""
+    """Yield the algorithms of each class; those that an argument asks for are named `class+argument`."""
     for name, optimizer in optimizers.OPTIMIZERS.items():
         of_matrices = next((each for each in optimizer.algorithms.values() if each.matrix is not None), None)
         of_rest = [(argument, each) for argument, each in optimizer.algorithms.items() if each.matrix is None]

@@ -1,4 +1,4 @@
-"""Plan every way of sharding: what a rank holds, and its collectives."""
+"""Plan every way of sharding: the memory of a rank, and its collectives."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import heapq
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from sharded_optim.sharding.buckets import IN_FLIGHT, BucketPlan, Size, default_bucket_bytes, plan_buckets
 from sharded_optim.tools.plan.case import Case, Plan
@@ -26,7 +27,7 @@ def plan(model: Model, sharding: str, setup: Setup, workload: Workload | None = 
         workload: forward and backward, by `measure`; None: of parameters alone.
 
     Raises:
-        ValueError: no such sharding, or one that does not go together with the shard size.
+        ValueError: no such sharding, or one that the shard size does not fit.
     """
     one_of("sharding", sharding, tuple(SHARDINGS))
     if sharding == "hsdp" and setup.shard_size is None:
@@ -59,39 +60,25 @@ def compare(model: Model, setup: Setup, workload: Workload | None = None) -> lis
 def _none(case: Case) -> Plan:
     """No sharding: every rank has the whole model and trains alone."""
     alone = replace(case, setup=replace(case.setup, world_size=1))
-    size = case.numel * case.setup.itemsize
-    result = alone.result(
-        shards=1,
-        parameters=size,
-        gradients=size,
-        spans=alone.spans(math.prod),
-        buckets=0,
-        collectives=(),
-        grad_itemsize=case.setup.itemsize,
-    )
-    return replace(result, ranks=case.ranks)
+    return replace(_replicated(alone, buckets=0), ranks=case.ranks)
 
 
 def _ddp(case: Case) -> Plan:
     """DistributedDataParallel: its buckets are a second copy of the gradients, unless gradient_as_bucket_view=True."""
+    return _replicated(case, buckets=case.numel * case.setup.itemsize)
+
+
+def _replicated(case: Case, *, buckets: int) -> Plan:
     size = case.numel * case.setup.itemsize
     return case.result(
         shards=1,
         parameters=size,
         gradients=size,
         spans=case.spans(math.prod),
-        buckets=size,
-        collectives=(case.communication.all_reduce("gradients", size, case.ranks),),
+        buckets=buckets,
+        collectives=(case.all_reduce("gradients", size, case.ranks),),
         grad_itemsize=case.setup.itemsize,
     )
-
-
-def _zero1(case: Case) -> Plan:
-    return _flat_buckets(case, keeps_contents=True)
-
-
-def _zero2(case: Case) -> Plan:
-    return _flat_buckets(case, keeps_contents=False)
 
 
 def _flat_buckets(
@@ -133,10 +120,10 @@ def _flat_buckets(
         masters=whole // shards if setup.has_masters else None,
         buckets=buckets * setup.itemsize,
         collectives=(
-            case.communication.reduce_scatter("gradients", shard),
-            case.communication.all_reduce("shards of gradients", whole // shards * grad_itemsize, case.ranks // shards),
-            case.communication.all_reduce("which tensors have a gradient", 4 * (len(sizes) + 2), case.ranks),
-            case.communication.all_gather("parameters", shard),
+            case.reduce_scatter("gradients", shard),
+            case.all_reduce("shards of gradients", whole // shards * grad_itemsize, case.ranks // shards),
+            case.all_reduce("which tensors have a gradient", 4 * (len(sizes) + 2), case.ranks),
+            case.all_gather("parameters", shard),
         ),
         grad_itemsize=grad_itemsize,
     )
@@ -165,9 +152,9 @@ def _zero3(case: Case) -> Plan:
         # Gathered, and the gradients of the largest unit with the buffer that is reduce-scattered.
         buckets=((sum(largest) + largest[0]) * setup.itemsize + largest[0] * setup.reduce_itemsize) * shards,
         collectives=(
-            case.communication.all_gather("parameters, for forward", shard * setup.itemsize),
-            case.communication.all_gather("parameters, for backward", shard * setup.itemsize),
-            case.communication.reduce_scatter("gradients", shard * setup.reduce_itemsize),
+            case.all_gather("parameters, for forward", shard * setup.itemsize),
+            case.all_gather("parameters, for backward", shard * setup.itemsize),
+            case.reduce_scatter("gradients", shard * setup.reduce_itemsize),
         ),
         grad_itemsize=grad_itemsize,
     )
@@ -198,10 +185,10 @@ def _fsdp2(case: Case) -> Plan:
         spans=case.spans(lambda shape: _rows_of_first(shape, shards)),
         buckets=buckets * shards,
         collectives=(
-            case.communication.all_gather("parameters, for forward", shard * setup.itemsize),
-            case.communication.all_gather("parameters of blocks, for backward", (shard - root) * setup.itemsize),
-            case.communication.reduce_scatter("gradients", shard * setup.reduce_itemsize),
-            case.communication.all_reduce("shards of gradients", shard * setup.reduce_itemsize, case.ranks // shards),
+            case.all_gather("parameters, for forward", shard * setup.itemsize),
+            case.all_gather("parameters of blocks, for backward", (shard - root) * setup.itemsize),
+            case.reduce_scatter("gradients", shard * setup.reduce_itemsize),
+            case.all_reduce("shards of gradients", shard * setup.reduce_itemsize, case.ranks // shards),
         ),
         steps_parameters=True,
         grad_itemsize=kept_itemsize,
@@ -217,8 +204,8 @@ def _rows_of_first(shape: Shape, shards: int) -> int:
 SHARDINGS: Mapping[str, Callable[[Case], Plan]] = {
     "none": _none,
     "ddp": _ddp,
-    "zero1": _zero1,
-    "zero2": _zero2,
+    "zero1": partial(_flat_buckets, keeps_contents=True),
+    "zero2": partial(_flat_buckets, keeps_contents=False),
     "zero3": _zero3,
     "fsdp2": _fsdp2,
     "hsdp": _fsdp2,

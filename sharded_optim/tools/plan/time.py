@@ -23,8 +23,7 @@ class Rates:
     tokens: int | None = None  # of a rank in a step
 
     def __post_init__(self) -> None:
-        for name in ("link", "shard_link", "memory", "flops", "mfu", "peak_flops", "tokens"):
-            value = getattr(self, name)
+        for name, value in vars(self).items():
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"a rate is a finite number > 0, got {value} for {name}; leave it out if it is not known")
         if self.mfu is not None and self.mfu > 1:

@@ -10,7 +10,7 @@ value, result, and one fp32 number for each row.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -192,10 +192,6 @@ def _checkpoint_blocks(module: nn.Module, *, selective: bool) -> None:
 
 def _selective_contexts() -> Any:
     """Keep attention's result and every second product, from the first on: torchtitan's selective checkpointing by operation."""
-    return create_selective_checkpoint_contexts(_policy())
-
-
-def _policy() -> Callable[..., CheckpointPolicy]:
     products = 0
 
     def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -206,4 +202,4 @@ def _policy() -> Callable[..., CheckpointPolicy]:
             kept = products % 2 == 1
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
-    return policy
+    return create_selective_checkpoint_contexts(policy)

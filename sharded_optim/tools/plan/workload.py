@@ -40,13 +40,13 @@ class Attention:
             )
 
     def flops(self, sequence_length: int) -> int:
-        """For each token, in forward and backward."""
+        """Return the operations for each token, in forward and backward."""
         return 12 * self.layers * self.heads * self.head_dim * sequence_length
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What forward and backward take of a rank; None where unknown, for a reason in `unknown`."""
+    """Operations and activations of forward and backward on a rank; None where unknown, for a reason in `unknown`."""
 
     parameters: int  # FLOPs for each token with parameters
     attention: int | None = None  # FLOPs for each token between tokens
@@ -56,12 +56,12 @@ class Workload:
 
     @property
     def model_flops(self) -> int | None:
-        """For each token, as MFU counts them."""
+        """Operations for each token, as MFU counts them."""
         return None if self.attention is None else self.parameters + self.attention
 
     @property
     def known_flops(self) -> int:
-        """For each token, with what is recomputed: all that is known, so at least."""
+        """Known operations for each token, with those that are recomputed: a lower bound."""
         return self.parameters + (self.attention or 0) + (self.recomputed or 0)
 
 
@@ -75,7 +75,7 @@ def measure(
     checkpointing: str = "none",
     activations: int | Literal["profile"] | None = None,  # bytes, or as counted on the meta device
 ) -> Workload:
-    """Count what is known of forward and backward.
+    """Count the known operations and activations of forward and backward.
 
     Raises:
         ValueError: arguments that contradict each other, or a profile of a model that cannot be profiled.
@@ -136,7 +136,7 @@ def _traces(
 
 
 def _check(tokens: int | None, sequence_length: int | None, attention: Attention | None, activations: int | str | None) -> None:
-    """Refuse what cannot be, or contradicts."""
+    """Refuse values that are out of range or contradict each other."""
     for name, value in (("sequence", sequence_length), ("step", tokens)):
         if value is not None and value < 1:
             raise ValueError(f"a {name} has at least 1 token, got {value}")

@@ -45,7 +45,7 @@ def write_report(
             raise RunFolderError(f"{str(path)!r} is given twice; give each run once")
     try:
         from sharded_optim.tools.report import drawing, page
-        from sharded_optim.tools.report.charts import HeatMap, LineChart, StackChart
+        from sharded_optim.tools.report.charts import HeatMap, LineChart
         from sharded_optim.tools.report.sections import sections_of
     except ImportError as error:
         package = (error.name or "").split(".")[0]
@@ -58,12 +58,12 @@ def write_report(
         if not run.records.training:
             raise RunFolderError(f"{str(run.path)!r} has no record of training yet")
     labels = labels_of(found)
-    sections = sections_of(runs, labels)
+    sections = sections_of(dict(zip(labels, runs, strict=True)))
     target = found[0] / "report.html" if output is None else Path(output)
     pngs: list[Path] = []
     if png is not None:
         Path(png).mkdir(parents=True, exist_ok=True)
-        for chart in (item for section in sections for item in section.items if isinstance(item, LineChart | HeatMap | StackChart)):
+        for chart in (item for section in sections for item in section.items if isinstance(item, LineChart | HeatMap)):
             path = _unused(Path(png), chart.key, pngs)
             drawing.draw_png(chart, path)
             pngs.append(path)

@@ -1,4 +1,4 @@
-"""Charts, tables and notes, of which the sections of a report consist.
+"""Charts, tables and notes: the content of the sections of a report.
 
 `sections/` makes them from runs, `drawing.py` draws the charts, and `page.py` puts all in a page.
 """
@@ -12,18 +12,18 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Chart", "HeatMap", "Item", "LineChart", "Note", "Section", "Series", "StackChart", "Table"]
+__all__ = ["Chart", "HeatMap", "Item", "LineChart", "Note", "Section", "Series", "Table"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """Values over steps."""
+    """A curve: values over steps."""
 
     name: str
     steps: Sequence[int]
     values: Sequence[float]  # NaN: not finite
     color: int  # of the palette, modulo its size
-    dash: int = 0  # line pattern, modulo their number
+    dash: int = 0  # line pattern, modulo the number of patterns
     markers: bool = False  # few values, each to be seen
     faint: bool = False  # many values, behind others
 
@@ -41,6 +41,7 @@ class LineChart:
     marked: Sequence[tuple[str, Sequence[int]]] = ()  # steps marked at the upper edge, by name
     log: bool = False
     from_zero: bool = False  # the y axis begins at 0
+    stacked: bool = False  # the series, which have the same steps, are drawn on top of each other as parts of a whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,18 +62,6 @@ class HeatMap:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StackChart:
-    """Parts of a whole over steps, on top of each other."""
-
-    key: str
-    title: str
-    explanation: str
-    unit: str
-    steps: Sequence[int]
-    parts: Sequence[tuple[str, Sequence[float]]]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Table:
     """Cells of text. The first column names the row."""
 
@@ -84,12 +73,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Note:
-    """Why a figure is left out, or what else a reader should know."""
+    """A sentence: the reason why a figure is left out, or a remark on a run."""
 
     text: str
 
 
-Chart: TypeAlias = LineChart | HeatMap | StackChart
+Chart: TypeAlias = LineChart | HeatMap
 Item: TypeAlias = Chart | Table | Note
 
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -20,9 +20,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, and n
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, LogFormatter, MaxNLocator, NullLocator
 
-from sharded_optim.tools.report.charts import Chart, HeatMap, LineChart, Series, StackChart
+from sharded_optim.tools.report.charts import Chart, HeatMap, LineChart, Series
 from sharded_optim.tools.report.palette import LIGHT, PLACEHOLDERS, series_name
 from sharded_optim.tools.runs import printable
 from sharded_optim.trackers.atomic_write import atomic_write
@@ -38,36 +38,34 @@ LEAST_RMS, MOST_RMS = 0.1, 3.0  # that the color scale of a heat map covers at l
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """Of drawings for one width of window."""
+    """Sizes of drawings for one width of window."""
 
-    name: str
     width: float  # inches
     font: float  # points
     legend_columns: int
     name_length: int  # characters of a tensor's name; 0: its number, which the table below has too
 
 
-WIDE = Size(name="wide", width=8.8, font=8.5, legend_columns=4, name_length=30)
-NARROW = Size(name="narrow", width=3.7, font=8.5, legend_columns=1, name_length=0)
-
-
-class Box(NamedTuple):
-    """Where the data is in a drawing, in shares of its width and height from the left and the top."""
-
-    left: float
-    right: float
-    top: float
-    bottom: float
-    first: float  # step at the left edge
-    last: float  # at the right edge
+WIDE = Size(width=8.8, font=8.5, legend_columns=4, name_length=30)
+NARROW = Size(width=3.7, font=8.5, legend_columns=1, name_length=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """An SVG as HTML has it, without namespaces and with ids that no other has."""
+    """An SVG as HTML has it, without namespaces and with ids that no other has.
+
+    Attributes:
+        left, right, top, bottom: edges of the data of the lowest axes, in shares of the width and height from the left and the top.
+        first, last: steps at the left and the right edge.
+    """
 
     svg: str
-    box: Box  # of the lowest axes
+    left: float
+    right: float
+    top: float
+    bottom: float
+    first: float
+    last: float
 
 
 def draw_svg(chart: Chart, size: Size, prefix: str) -> Drawing:
@@ -76,27 +74,41 @@ def draw_svg(chart: Chart, size: Size, prefix: str) -> Drawing:
     Args:
         prefix: of all ids in the drawing, since a page has several.
     """
-    with rc_context(_settings(size)):
+    with rc_context(_settings(size, PLACEHOLDERS)):
         figure, axes = _drawn(chart, size, PLACEHOLDERS)
         buffer = io.BytesIO()
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
         place = axes.get_position()
         first, last = axes.get_xlim()
-    box = Box(place.x0, place.x1, 1.0 - place.y1, 1.0 - place.y0, first, last)
-    return Drawing(svg=_as_html(buffer.getvalue(), prefix), box=box)
+    svg = _as_html(buffer.getvalue(), prefix)
+    return Drawing(svg=svg, left=place.x0, right=place.x1, top=1.0 - place.y1, bottom=1.0 - place.y0, first=first, last=last)
 
 
 def draw_png(chart: Chart, path: Path) -> None:
     """Draw a chart in light colors. There is always a whole file at the path."""
-    with rc_context(_settings(WIDE)):
+    with rc_context(_settings(WIDE, LIGHT)):
         figure, _ = _drawn(chart, WIDE, LIGHT, title=True)
         FigureCanvasAgg(figure)
         with atomic_write(path) as draft:
             figure.savefig(draft, dpi=PNG_DPI, format="png")
 
 
-def _settings(size: Size) -> Any:  # matplotlib types the keys of its settings one by one
+def _settings(size: Size, colors: Mapping[str, str]) -> Any:  # matplotlib types the keys of its settings one by one
     return {
+        "figure.dpi": SVG_DPI,
+        "figure.facecolor": colors["surface"],
+        "text.color": colors["ink"],
+        "axes.facecolor": "none",
+        "axes.edgecolor": colors["muted"],
+        "axes.labelcolor": colors["ink"],
+        "axes.axisbelow": True,
+        "xtick.color": colors["muted"],
+        "xtick.labelcolor": colors["ink"],
+        "ytick.color": colors["muted"],
+        "ytick.labelcolor": colors["ink"],
+        "grid.color": colors["grid"],
+        "grid.linewidth": 0.6,
+        "legend.frameon": False,
         "font.size": size.font,
         "font.family": "DejaVu Sans",
         "text.parse_math": False,  # names may have dollar signs
@@ -114,34 +126,25 @@ def _settings(size: Size) -> Any:  # matplotlib types the keys of its settings o
 
 def _drawn(chart: Chart, size: Size, colors: Mapping[str, str], *, title: bool = False) -> tuple[Figure, Axes]:
     """Return the figure and the axes whose place a page needs."""
-    height = _height(chart, size)
-    figure = Figure(figsize=(size.width, height), dpi=SVG_DPI, layout="constrained", facecolor=colors["surface"])
+    figure = Figure(figsize=(size.width, _height(chart, size)), layout="constrained")
     if title:
-        figure.suptitle(printable(chart.title), color=colors["ink"], fontsize=size.font + 2)
-    match chart:
-        case LineChart():
-            axes = figure.add_subplot()
-            _draw_lines(axes, chart, colors)
-        case StackChart():
-            axes = figure.add_subplot()
-            _draw_stack(axes, chart, colors)
-        case HeatMap():
-            axes = _draw_heat_map(figure, chart, size, colors)
-    _draw_legend(figure, size, colors)
+        figure.suptitle(printable(chart.title), fontsize=size.font + 2)
+    if isinstance(chart, HeatMap):
+        axes = _draw_heat_map(figure, chart, size, colors)
+    else:
+        axes = figure.add_subplot()
+        draw = _draw_stack if chart.stacked else _draw_lines
+        draw(axes, chart, colors)
+    _draw_legend(figure, size)
     return figure, axes
 
 
 def _height(chart: Chart, size: Size) -> float:
-    wide = size.name == "wide"
-    match chart:
-        case LineChart():
-            entries = len(chart.series) + len(chart.levels)
-            return (3.2 if wide else 2.6) + 0.17 * -(-entries // size.legend_columns)
-        case StackChart():
-            return (3.0 if wide else 2.6) + 0.17 * -(-len(chart.parts) // size.legend_columns)
-        case HeatMap():
-            rows = len(chart.rows) * (0.115 if wide else 0.06)
-            return 1.9 + min(14.0, max(1.2, rows))
+    wide = size is WIDE
+    if isinstance(chart, HeatMap):
+        return 1.9 + min(14.0, max(1.2, len(chart.rows) * (0.115 if wide else 0.06)))
+    entries = len(chart.series) + len(chart.levels)
+    return (2.6 if not wide else 3.0 if chart.stacked else 3.2) + 0.17 * -(-entries // size.legend_columns)
 
 
 def _draw_lines(axes: Axes, chart: LineChart, colors: Mapping[str, str]) -> None:
@@ -156,11 +159,14 @@ def _draw_lines(axes: Axes, chart: LineChart, colors: Mapping[str, str]) -> None
     values = [value for each in chart.series for value in each.values]
     if chart.log and all(value > 0.0 for value in values if np.isfinite(value)) and np.isfinite(values).any():
         axes.set_yscale("log")
+        # The default formatters write mathematical markup, which is not parsed here.
+        axes.yaxis.set_major_formatter(LogFormatter())
+        axes.yaxis.set_minor_formatter(LogFormatter())
     elif chart.from_zero:
         axes.set_ylim(bottom=0.0)
         if not any(np.isfinite(value) and value for value in values):
             axes.set_ylim(top=1.0)
-    _finish(axes, chart.unit, colors)
+    _finish(axes, chart.unit)
 
 
 def _draw_series(axes: Axes, series: Series, colors: Mapping[str, str]) -> None:
@@ -191,20 +197,20 @@ def _extremes(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.nda
     return steps[index], values[index]
 
 
-def _draw_stack(axes: Axes, chart: StackChart, colors: Mapping[str, str]) -> None:
-    values = np.nan_to_num(np.array([values for _, values in chart.parts], dtype=float))
+def _draw_stack(axes: Axes, chart: LineChart, colors: Mapping[str, str]) -> None:
+    values = np.nan_to_num(np.array([each.values for each in chart.series], dtype=float))
     axes.stackplot(
-        chart.steps,
+        chart.series[0].steps,
         values,
-        labels=[_label(name) for name, _ in chart.parts],
-        colors=[colors[series_name(index)] for index in range(len(chart.parts))],
+        labels=[_label(each.name) for each in chart.series],
+        colors=[colors[series_name(each.color)] for each in chart.series],
         linewidth=0.0,
     )
     totals = values.sum(axis=0)
     usual = 1.5 * float(np.percentile(totals, 95)) if totals.size else 0.0
     # The first step, which compiles kernels, and a few late ones must not take most of the scale.
     axes.set_ylim(0.0, usual if 0.0 < usual < totals.max() else None)
-    _finish(axes, chart.unit, colors)
+    _finish(axes, chart.unit)
 
 
 def _draw_heat_map(figure: Figure, chart: HeatMap, size: Size, colors: Mapping[str, str]) -> Axes:
@@ -227,15 +233,14 @@ def _draw_heat_map(figure: Figure, chart: HeatMap, size: Size, colors: Mapping[s
     bar.ax.yaxis.set_major_locator(FixedLocator(ticks))
     bar.ax.yaxis.set_minor_locator(NullLocator())
     bar.ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    bar.set_label(chart.unit, color=colors["ink"])
+    bar.set_label(chart.unit)
     bar.outline.set_visible(False)  # type: ignore[operator]  # a Spine, whatever the stub says
-    bar.ax.tick_params(colors=colors["muted"], labelcolor=colors["ink"])
     if size.name_length:
         axes.set_yticks(range(rows), [_short(name, size.name_length) for name in chart.rows], fontsize=6.5)
     else:
         places = list(range(0, rows, max(1, rows // 8)))
         axes.set_yticks(places, [str(place + 1) for place in places])
-    _finish(axes, "" if size.name_length else "row of the table", colors, grid=False)
+    _finish(axes, "" if size.name_length else "row of the table", grid=False)
     _draw_series(above, chart.loss, colors)
     if chart.spikes:
         for step in chart.spikes:
@@ -243,35 +248,29 @@ def _draw_heat_map(figure: Figure, chart: HeatMap, size: Size, colors: Mapping[s
         transform = above.get_xaxis_transform()
         label = f"{chart.spikes_name}, {len(chart.spikes)}"
         above.plot(chart.spikes, [0.94] * len(chart.spikes), "v", color=colors["alarm"], markersize=5, transform=transform, label=label)
-    _finish(above, "loss", colors)
+    _finish(above, "loss")
     axes.set_xlim(extent[:2])
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8 if size.name == "wide" else 4))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8 if size is WIDE else 4))
     above.set_xlabel("")
     above.tick_params(labelbottom=False)
     return axes
 
 
-def _finish(axes: Axes, unit: str, colors: Mapping[str, str], *, grid: bool = True) -> None:
-    axes.set_facecolor("none")
-    axes.set_xlabel("step", color=colors["ink"])
-    axes.set_ylabel(unit, color=colors["ink"])
+def _finish(axes: Axes, unit: str, *, grid: bool = True) -> None:
+    axes.set_xlabel("step")
+    axes.set_ylabel(unit)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins="auto"))
-    axes.tick_params(colors=colors["muted"], labelcolor=colors["ink"])
-    for spine in axes.spines.values():
-        spine.set_color(colors["muted"])
-    if grid:
-        axes.grid(color=colors["grid"], linewidth=0.6)
-        axes.set_axisbelow(True)
+    axes.grid(grid)
 
 
-def _draw_legend(figure: Figure, size: Size, colors: Mapping[str, str]) -> None:
+def _draw_legend(figure: Figure, size: Size) -> None:
     found = [pair for axes in figure.axes for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
     if found:
         handles, labels = zip(*found, strict=True)
         longest = max(map(len, labels))
         # In shares of what a line of text holds, so that long names do not run out of the figure.
         columns = max(1, min(size.legend_columns, int(size.width * 15) // (longest + 6)))
-        figure.legend(handles, labels, loc="outside lower left", ncols=columns, frameon=False, labelcolor=colors["ink"])
+        figure.legend(handles, labels, loc="outside lower left", ncols=columns)
 
 
 def _label(name: str) -> str:
@@ -309,12 +308,7 @@ def _as_html(svg: bytes, prefix: str) -> str:
                 value = f"#{prefix}{value[1:]}"
             else:
                 value = value.replace("url(#", f"url(#{prefix}")
-                found = pattern.search(value)
-                if found and name in ("fill", "stroke", "color"):  # a CSS variable is understood in a style only
-                    element.set("style", f"{name}: {variables[found.group()]};{attributes.get('style', '')}")
-                    continue
-                if name == "style" and element.get("style"):
-                    value = element.get("style", "")
+                # All colors are in `style`, the one attribute that CSS variables are understood in.
                 value = pattern.sub(lambda match: variables[match.group()], value)
             element.set(name, value)
     for name in ("width", "height", "version"):  # the page's style sets the size

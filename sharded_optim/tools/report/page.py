@@ -7,17 +7,18 @@ the script the page has all but that.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 from markupsafe import Markup
 
-from sharded_optim.tools.report.charts import Chart, HeatMap, LineChart, Note, Section, StackChart, Table
-from sharded_optim.tools.report.drawing import NARROW, WIDE, Drawing, draw_svg
+from sharded_optim.tools.report.charts import Chart, HeatMap, Item, LineChart, Note, Section, Table
+from sharded_optim.tools.report.drawing import NARROW, WIDE, draw_svg
 from sharded_optim.tools.report.palette import DARK, LIGHT
 from sharded_optim.tools.runs import printable
 from sharded_optim.version import __version__
@@ -28,21 +29,6 @@ MOST_STEPS = 2000  # whose values are in the page
 MOST_TABLE_ROWS = 100  # of the table behind a chart
 
 FILES = Path(__file__).parent
-
-
-@dataclass(frozen=True, kw_only=True)
-class Figure:
-    """A chart as the template shows it."""
-
-    key: str
-    title: str
-    explanation: str
-    text: str  # what a reader hears in place of the drawing
-    wide: Drawing
-    narrow: Drawing
-    data: dict[str, Any]  # what page.js reads
-    table: Table
-    kind = "figure"
 
 
 def page_of(sections: Sequence[Section], labels: Sequence[str], *, refresh: int | None) -> str:
@@ -60,19 +46,8 @@ def page_of(sections: Sequence[Section], labels: Sequence[str], *, refresh: int 
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    count = 0
-    shown = []
-    for section in sections:
-        items = []
-        for item in section.items:
-            if isinstance(item, Table):
-                items.append({"kind": "table", "table": item})
-            elif isinstance(item, Note):
-                items.append({"kind": "note", "text": item.text})
-            else:
-                count += 1
-                items.append(_figure(item, f"f{count}"))
-        shown.append({"key": section.key, "title": section.title, "items": items})
+    keys = (f"f{number}" for number in count(1))
+    shown = [{"key": section.key, "title": section.title, "items": [_shown(item, keys) for item in section.items]} for section in sections]
     return environment.get_template("page.html.jinja").render(
         title=f"Training report: {', '.join(labels)}",
         sections=shown,
@@ -94,27 +69,34 @@ def _variables(colors: dict[str, str]) -> Markup:
     return Markup(" ".join(f"--{name}: {value};" for name, value in colors.items()))
 
 
-def _figure(chart: Chart, key: str) -> Figure:
-    data, table = (_heat_map_data(chart), chart.summary) if isinstance(chart, HeatMap) else _line_data(chart)
-    return Figure(
-        key=key,
-        title=chart.title,
-        explanation=chart.explanation,
-        text=_described(chart),
-        wide=draw_svg(chart, WIDE, f"{key}w-"),
-        narrow=draw_svg(chart, NARROW, f"{key}n-"),
-        data=data,
-        table=table,
-    )
+def _shown(item: Item, keys: Iterator[str]) -> dict[str, Any]:
+    """Return what the template shows of an item.
+
+    Args:
+        keys: for figures.
+    """
+    if isinstance(item, Note):
+        return {"kind": "note", "text": item.text}
+    if isinstance(item, Table):
+        return {"kind": "table", "table": item}
+    key = next(keys)
+    data, table = (_heat_map_data(item), item.summary) if isinstance(item, HeatMap) else _line_data(item)
+    return {
+        "kind": "figure",
+        "key": key,
+        "title": item.title,
+        "explanation": item.explanation,
+        "text": _described(item),  # what a screen reader says in place of the drawing
+        "wide": draw_svg(item, WIDE, f"{key}w-"),
+        "narrow": draw_svg(item, NARROW, f"{key}n-"),
+        "data": data,  # what page.js reads
+        "table": table,
+    }
 
 
-def _line_data(chart: LineChart | StackChart) -> tuple[dict[str, Any], Table]:
+def _line_data(chart: LineChart) -> tuple[dict[str, Any], Table]:
     """Return what page.js reads, and the table of the same values: of all steps, or of as many as fit, evenly chosen and with the last."""
-    if isinstance(chart, StackChart):
-        named = [(name, chart.steps, values) for name, values in chart.parts]
-    else:
-        named = [(each.name, each.steps, each.values) for each in chart.series]
-    columns = [(name, dict(zip(steps, values, strict=True))) for name, steps, values in named]
+    columns = [(each.name, dict(zip(each.steps, each.values, strict=True))) for each in chart.series]
     all_steps = sorted({step for _, column in columns for step in column})
     steps = _chosen(all_steps, MOST_STEPS)
     series = [{"name": name, "values": [_json_value(column, step) for step in steps]} for name, column in columns]
@@ -153,29 +135,22 @@ def _cell(column: dict[int, float], step: int) -> str:
 
 def _described(chart: Chart) -> str:
     """Return a text in place of the drawing: what it shows, and where each curve begins and ends."""
-    match chart:
-        case HeatMap():
-            finite = [value for value in chart.values.ravel().tolist() if math.isfinite(value)]
-            span = f"between {min(finite):.4g} and {max(finite):.4g}" if finite else "nowhere finite"
-            count = len(chart.spikes)
-            return (
-                f"Heat map of {len(chart.rows)} tensors over steps {chart.steps[0]:,} to {chart.steps[-1]:,}; values are {span}; "
-                f"{count} {'step is' if count == 1 else 'steps are'} marked as spikes."
-            )
-        case StackChart():
-            ends = _ends((name, chart.steps, values) for name, values in chart.parts)
-            return f"Stacked areas over steps {chart.steps[0]:,} to {chart.steps[-1]:,}, in {chart.unit}. {ends}"
-        case LineChart():
-            return f"Lines over steps, in {chart.unit}. {_ends((each.name, each.steps, each.values) for each in chart.series)}"
-
-
-def _ends(series: Iterable[tuple[str, Sequence[int], Sequence[float]]]) -> str:
-    parts = []
-    for name, steps, values in series:
-        finite = [(step, value) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
+    if isinstance(chart, HeatMap):
+        finite = chart.values[np.isfinite(chart.values)]
+        span = f"between {finite.min():.4g} and {finite.max():.4g}" if finite.size else "nowhere finite"
+        spikes = len(chart.spikes)
+        return (
+            f"Heat map of {len(chart.rows)} tensors over steps {chart.steps[0]:,} to {chart.steps[-1]:,}; values are {span}; "
+            f"{spikes} {'step is' if spikes == 1 else 'steps are'} marked as spikes."
+        )
+    steps = chart.series[0].steps
+    parts = [f"Stacked areas over steps {steps[0]:,} to {steps[-1]:,}" if chart.stacked else "Lines over steps"]
+    parts[0] += f", in {chart.unit}."
+    for each in chart.series:
+        finite = [(step, value) for step, value in zip(each.steps, each.values, strict=True) if math.isfinite(value)]
         if finite:
             (first, begin), (last, end) = finite[0], finite[-1]
-            parts.append(f"{name}: {begin:.4g} at step {first:,}, {end:.4g} at step {last:,}.")
+            parts.append(f"{each.name}: {begin:.4g} at step {first:,}, {end:.4g} at step {last:,}.")
         else:
-            parts.append(f"{name}: no finite value.")
+            parts.append(f"{each.name}: no finite value.")
     return " ".join(parts)

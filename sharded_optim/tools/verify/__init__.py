@@ -1,12 +1,12 @@
 """Verify an optimizer on a user's own model: sharded on CPU ranks against one process that is given the same gradients.
 
-making.py       what the user gives: model, batches, optimizer
-shardings.py    ways to shard, and how whole gradients and parameters are read
-rank.py         what a rank does: train, save, load in a new model, go on; preloaded.py: what ranks import
-local_copy.py   whether an optimizer treats local parts as whole tensors
+making.py       the user's model, batches and optimizer
+shardings.py    ways to shard, and readers of whole gradients and parameters
+rank.py         one rank: train, save, load in a new model, go on; preloaded.py: the modules that ranks import
+local_copy.py   a test whether an optimizer treats local parts as whole tensors
 reference.py    the same optimizer in one process
-reasons.py      the most likely cause of what differs
-report.py       what was found, as data and text
+reasons.py      the most likely cause of differences
+report.py       the result, as data and text
 page.py         reports as an HTML page
 
 Ranks are processes of their own with gloo. All are given the same batch, with losses that jump by factors up to 30,000; each step's whole
@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -41,6 +42,7 @@ from sharded_optim.tools.verify.shardings import SHARDINGS, Shard
 __all__ = ["SHARDINGS", "TOLERANCE", "Difference", "Reason", "Report", "verify"]
 
 TOLERANCE = 1e-6  # relative: some optimizers round differently where shards begin, as vector instructions do
+WITHOUT_GPUS = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 GRACE = 3.0  # seconds for the others, when a rank has failed
 
 
@@ -110,8 +112,8 @@ def verify(
             _compare(job, Path(folder), evidence, progress)
         except _EndedError as failed:
             evidence.failure = str(failed)
-    errors = [max(of_steps, default=0.0) for of_steps in evidence.errors.values()]
-    reasons = tuple(reasons_of(evidence, TOLERANCE))
+    errors = [error for of_steps in evidence.errors.values() for error in of_steps]
+    reasons = tuple(reasons_of(evidence, TOLERANCE))  # adds notes
     return Report(
         sharding=sharding if isinstance(sharding, str) else getattr(sharding, "__name__", type(sharding).__name__),
         world_size=world_size,
@@ -128,7 +130,7 @@ def verify(
 
 
 class _EndedError(Exception):
-    """Ranks, or the reference, have failed or do not go on."""
+    """Ranks, or the reference, have failed or have stopped."""
 
 
 def _compare(job: Job, folder: Path, evidence: Evidence, progress: Callable[[str], object]) -> None:
@@ -169,7 +171,7 @@ def _compare(job: Job, folder: Path, evidence: Evidence, progress: Callable[[str
         if probes is not None:
             evidence.is_elementwise = probes.of_cutting <= TOLERANCE
             if probes.of_grouping <= TOLERANCE:
-                evidence.groups, evidence.late = probes.of_counting, probes.late
+                evidence.groups, evidence.without_first_gradient = probes.of_counting, probes.without_first_gradient
     if probes is not None and probes.of_grouping > TOLERANCE:
         evidence.notes.append(f"the result depends on how parameters are grouped, by {probes.of_grouping:.1e}: a statistic of all of them")
 
@@ -185,7 +187,7 @@ def _tried(evidence: Evidence, probe: Callable[..., Probes], *arguments: Any) ->
 
 @contextmanager
 def _in_one_process() -> Iterator[None]:
-    """Say where an error of the optimizer comes from."""
+    """Name the reference as the origin of an error of the optimizer."""
     try:
         yield
     except Exception as error:
@@ -193,7 +195,7 @@ def _in_one_process() -> Iterator[None]:
 
 
 def _records(job: Job, folder: Path) -> Iterator[dict[str, Any]]:
-    """Start ranks, and yield what rank 0 writes down.
+    """Start ranks, and yield the records that rank 0 writes.
 
     Raises:
         _EndedError: names ranks and their errors.
@@ -203,7 +205,8 @@ def _records(job: Job, folder: Path) -> Iterator[dict[str, Any]]:
         context.Process(target=main, args=(rank, job, folder, _environment(job.world_size), list(sys.path)), daemon=True)
         for rank in range(job.world_size)
     ]
-    with _server_environment():
+    # The server from which ranks are forked must see no GPU either, whatever it imports first.
+    with mock.patch.dict(os.environ, WITHOUT_GPUS):
         for process in processes:
             process.start()
     try:
@@ -221,8 +224,8 @@ def _records(job: Job, folder: Path) -> Iterator[dict[str, Any]]:
                 time.sleep(GRACE)  # the first to fail may not be the first whose process has ended
                 raise _EndedError(_failure(folder, processes))
             elif time.monotonic() > deadline:
-                said = "; ".join(f"rank {rank}: {_last_line(log_file(folder, rank))}" for rank in range(job.world_size))
-                raise _EndedError(f"ranks have not gone on for {job.timeout:g} s; they printed last: {said}")
+                printed = "; ".join(f"rank {rank}: {_last_line(log_file(folder, rank))}" for rank in range(job.world_size))
+                raise _EndedError(f"ranks have not gone on for {job.timeout:g} s; they printed last: {printed}")
             else:
                 time.sleep(0.005)
         for process in processes:
@@ -251,7 +254,7 @@ def _last_line(log: Path) -> str:
 
 
 def _environment(world_size: int) -> dict[str, str]:
-    """For the ranks; DeepSpeed reads most of it, and compiles with ninja."""
+    """Return the environment of the ranks; DeepSpeed reads most of it, and compiles with ninja."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -260,9 +263,8 @@ def _environment(world_size: int) -> dict[str, str]:
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
-        "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
+        **WITHOUT_GPUS,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
     }
 
@@ -277,22 +279,6 @@ def _context(job: Job) -> Any:
     context = mp.get_context("forkserver")
     context.set_forkserver_preload([f"{__name__}.preloaded", *getattr(job.build_model, "needed_modules", ())])
     return context
-
-
-@contextmanager
-def _server_environment() -> Iterator[None]:
-    """Start processes that see no GPU, whatever they import first."""
-    changed = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    before = {name: os.environ.get(name) for name in changed}
-    os.environ |= changed
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Whether an optimizer treats the local part of a parameter as the whole: tried with a second one, which knows nothing of other ranks."""
+"""Test whether an optimizer treats the local part of a parameter as the whole, by a second one that knows nothing of other ranks."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class LocalCopy:
     Where all ranks' copies end with the bits of the optimizer itself, it has computed from local parts alone.
 
     Args:
-        optimizer: what steps the local tensors; of this library it is not copied, as it computes with other ranks.
-        make: has made it.
+        optimizer: steps the local tensors; one of this library is not copied, as it computes with other ranks.
+        make: the maker of it.
     """
 
     def __init__(self, optimizer: Any, make: MakeOptimizer) -> None:

@@ -1,6 +1,6 @@
-"""What a user gives to build a training run: a model, batches, an optimizer; and the loss of what a model returns.
+"""Build a user's training run: the model, batches, the optimizer, and the loss of a model's output.
 
-All of it must be picklable, as ranks are new processes.
+All that the user gives must be picklable, as ranks are new processes.
 """
 
 from __future__ import annotations
@@ -104,10 +104,10 @@ class MakeOptimizer:
 
 
 def check_picklable(**given: Any) -> None:
-    """Raise an error for what cannot be sent to another process.
+    """Check that values can be sent to another process.
 
     Raises:
-        ValueError: names the argument.
+        ValueError: one cannot; names the argument.
     """
     main = sys.modules.get("__main__")
     for name, value in given.items():
@@ -138,9 +138,7 @@ def loss_of(model: nn.Module, batch: Any) -> Tensor:
         output = model(*batch)
     else:
         output = model(batch)
-    if isinstance(output, Mapping) and isinstance(output.get("loss"), Tensor):
-        return output["loss"]
-    loss = getattr(output, "loss", None)
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if isinstance(loss, Tensor):
         return loss
     found = list(_tensors(output))

@@ -1,4 +1,4 @@
-"""Imported by the server from which ranks are forked: what they need, and takes longer to import than they train. Starts no thread."""
+"""Import the modules that ranks need, in the server from which they are forked: this takes longer than the training. Starts no thread."""
 
 from __future__ import annotations
 

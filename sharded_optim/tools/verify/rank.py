@@ -1,4 +1,4 @@
-"""What one rank does: train, save, build everything anew, load, and go on; rank 0 writes down whole gradients and parameters of each step.
+"""Run one rank: train, save, build everything anew, load, and go on; rank 0 writes whole gradients and parameters of each step to files.
 
 Records are files in a folder, in order; the process that compares them deletes each.
 """
@@ -17,17 +17,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sharded_optim.sharding.ranks import gather_objects
 from sharded_optim.tools.verify.local_copy import LocalCopy
 from sharded_optim.tools.verify.making import MakeOptimizer, loss_of, named, seed_all, seeded
 from sharded_optim.tools.verify.shardings import SHARDINGS, GradientCapture, Shard, Sharded, read
+from sharded_optim.trackers.atomic_write import atomic_write, write_text
 
 __all__ = ["SEED", "Job", "describe", "failure_file", "log_file", "main", "record_file"]
+
+T = TypeVar("T")
 
 SEED = 0
 FACTORS = (1.0, 30.0, 1.0, 300.0, 0.1, 1.0, 100.0, 0.01)  # of the losses: spikes, as of bad batches
@@ -36,7 +40,7 @@ MOST_UNREAD = 2  # records, which are as large as the model and its gradients
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What all ranks do."""
+    """The task that all ranks have."""
 
     build_model: Callable[[], nn.Module]
     build_batch: Callable[[int], Any]
@@ -65,7 +69,7 @@ def log_file(folder: Path, rank: int) -> Path:
 
 
 def main(rank: int, job: Job, folder: Path, environment: dict[str, str], path: Sequence[str]) -> None:
-    """Be a rank: the target of a process."""
+    """Run a rank: the target of a process."""
     with log_file(folder, rank).open("wb") as log:  # what libraries print is of interest only where a rank dies
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
@@ -80,9 +84,7 @@ def main(rank: int, job: Job, folder: Path, environment: dict[str, str], path: S
         _Run(job, folder, rank).run()
     except BaseException as error:
         traceback.print_exc()
-        partial = failure_file(folder, rank).with_suffix(".partial")
-        partial.write_text(describe(error), encoding="utf-8")
-        partial.rename(failure_file(folder, rank))
+        write_text(failure_file(folder, rank), describe(error))
         sys.exit(1)
     gc.collect()  # wrapped models are cycles that hold process groups, which must not outlive the interpreter
     dist.destroy_process_group()
@@ -123,7 +125,8 @@ class _Run:
         gc.collect()
         sharded = self._sharded(SEED + 1)  # other weights: all that counts is in the checkpoint
         sharded.load(str(self.folder / "checkpoint"))
-        lost = _gathered(_lost(before, _state_digests(sharded.base)))
+        after = _state_digests(sharded.base)
+        lost = _gathered({key for key, digests in before.items() if after.get(key) != digests})
         self._write("loaded", lost=sorted(set().union(*lost)), params=sharded.params())
         for step in range(half, job.steps):
             self._step(sharded, step)
@@ -187,17 +190,13 @@ class _Run:
                 if time.monotonic() > deadline or (parent is not None and not parent.is_alive()):
                     raise TimeoutError("nobody reads the records of this rank")
                 time.sleep(0.005)
-            path = record_file(self.folder, self.records)
-            partial = path.with_suffix(".partial")
-            torch.save({"kind": kind, **content}, partial)
-            partial.rename(path)
+            with atomic_write(record_file(self.folder, self.records)) as draft:
+                torch.save({"kind": kind, **content}, draft)
         self.records += 1
 
 
-def _gathered(value: Any) -> list[Any]:
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+def _gathered(value: T) -> list[T]:
+    return gather_objects(value, dist.group.WORLD)
 
 
 def _digest(tensor: Tensor) -> str:
@@ -214,8 +213,3 @@ def _state_digests(optimizer: Any) -> dict[str, list[str]]:
                 local = value.to_local() if hasattr(value, "to_local") else value
                 found.setdefault(key, []).append(_digest(local) if isinstance(local, Tensor) else repr(local))
     return found
-
-
-def _lost(before: dict[str, list[str]], after: dict[str, list[str]]) -> set[str]:
-    """Return names of states that differ."""
-    return {key for key, digests in before.items() if after.get(key) != digests}

@@ -1,4 +1,4 @@
-"""The most likely cause of what differs, from what was seen while ranks trained."""
+"""Find the most likely cause of differences, by the evidence that was collected while ranks trained."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from sharded_optim.tools.verify.report import Difference, Reason
 __all__ = ["Evidence", "reasons_of"]
 
 CLIPPING_TOLERANCE = 1e-3  # relative, of a norm
-LATE = 0.1  # of an error: less than that was there before
+EARLY_SHARE = 0.1  # of a tensor's largest error: a smaller one before the checkpoint is taken for rounding
 
 
 @dataclass
 class Evidence:
-    """What was seen.
+    """Observations of a verification.
 
     Attributes:
         errors: of each parameter after each step.
@@ -32,7 +32,7 @@ class Evidence:
         is_elementwise: whether tensors cut in halves are stepped in one process as whole ones; None: not tried.
         lost: states of the optimizer that were not what they were after saving and loading.
         groups: how far one optimizer of all parameters is from one for each parameter, where a gradient was missing once.
-        late: the parameter without a gradient in the first step there.
+        without_first_gradient: the parameter without a gradient in the first step there.
         clipped: what clipping returned.
     """
 
@@ -50,7 +50,7 @@ class Evidence:
     lost: list[str] = field(default_factory=list)
     lost_weights: list[str] = field(default_factory=list)
     groups: dict[str, float] = field(default_factory=dict)
-    late: str = ""
+    without_first_gradient: str = ""
     clipped: Mapping[str, Any] | None = None
     failure: str | None = None
     notes: list[str] = field(default_factory=list)
@@ -64,7 +64,7 @@ class Evidence:
         """Whether a tensor's error was there before the checkpoint, rounding aside."""
         errors = self.errors[name]
         before = errors if self.resumed_at is None else errors[: self.resumed_at]
-        return max(before, default=0.0) > min(tolerance, LATE * max(errors))
+        return max(before, default=0.0) > min(tolerance, EARLY_SHARE * max(errors))
 
     def begin(self, params: Mapping[str, Tensor], storage: dict[str, str], unknown: int, apart: list[str]) -> None:
         self.shapes = {name: tuple(param.shape) for name, param in params.items()}
@@ -180,8 +180,8 @@ def _of_groups(evidence: Evidence, tolerance: float) -> Iterator[Reason]:
         worst = max(evidence.groups.values())
         yield Reason(
             kind="groups",
-            text=f"the result depends on how parameters are grouped, by {worst:.1e}: where {evidence.late!r} has no gradient "
-            f"in the first step, one optimizer, and one for each parameter, give other values of {_some(differing)}: as "
+            text=f"the result depends on how parameters are grouped, by {worst:.1e}: where {evidence.without_first_gradient!r} has no "
+            f"gradient in the first step, one optimizer, and one for each parameter, give other values of {_some(differing)}: as "
             "with a step counter per group",
             way_out="use an optimizer with a step counter per parameter; wrappers that flatten or split groups change the result otherwise",
         )

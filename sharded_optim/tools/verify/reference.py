@@ -1,4 +1,4 @@
-"""The same optimizer in one process, on ordinary tensors, given the gradients that the ranks had."""
+"""Step the same optimizer in one process, on ordinary tensors, with the gradients of the ranks."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class Probes:
 
     alone: an optimizer for each parameter.
     halves: each parameter in two halves, along its first dimension.
-    late, late_alone: one parameter lacks a gradient in the first step, as one of a frozen or unused layer does, and is not stepped alone
-        then: a step counter of a whole group has counted one step more than the parameter.
+    incomplete, incomplete_alone: one parameter lacks a gradient in the first step, as one of a frozen or unused layer does, and is not
+        stepped alone then: a step counter of a whole group has counted one step more than the parameter.
 
     Args:
         reference: before its first step.
@@ -65,16 +65,18 @@ class Probes:
 
     def __init__(self, reference: Reference, make: MakeOptimizer) -> None:
         self._reference = reference
-        self.late = max(reference.params, key=lambda name: reference.params[name].numel())
-        self._alone, self._halves, self._late, self._late_alone = (
+        self.without_first_gradient = max(reference.params, key=lambda name: reference.params[name].numel())
+        self._alone, self._halves, self._incomplete, self._incomplete_alone = (
             _Variant(reference, make, alone=alone, pieces=pieces) for alone, pieces in ((True, 1), (False, 2), (False, 1), (True, 1))
         )
 
     def step(self, grads: Mapping[str, Tensor], number: int) -> Probes:
         """Step all variants; return these probes."""
-        for variant in (self._alone, self._halves, self._late, self._late_alone):
-            is_late = variant in (self._late, self._late_alone) and number == 0
-            variant.step({name: grad for name, grad in grads.items() if not (is_late and name == self.late)}, number)
+        for variant in (self._alone, self._halves, self._incomplete, self._incomplete_alone):
+            is_incomplete = variant in (self._incomplete, self._incomplete_alone) and number == 0
+            variant.step(
+                {name: grad for name, grad in grads.items() if not (is_incomplete and name == self.without_first_gradient)}, number
+            )
         return self
 
     @property
@@ -90,7 +92,7 @@ class Probes:
     @property
     def of_counting(self) -> dict[str, float]:
         """Return the same where a gradient was missing once."""
-        together, alone = self._late.whole(), self._late_alone.whole()
+        together, alone = self._incomplete.whole(), self._incomplete_alone.whole()
         return {name: relative_error(alone[name], value) for name, value in together.items()}
 
 

@@ -1,4 +1,4 @@
-"""What a verification found, as data and as text."""
+"""The result of a verification, as data and as text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SHOWN = 8  # differences in a text
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """A tensor that is not what it is in one process.
+    """A tensor that differs from its value in one process.
 
     Attributes:
         storage: how ranks hold it.
@@ -44,15 +44,15 @@ class Reason:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What came out for an optimizer under a way to shard.
+    """The result for an optimizer under a way to shard.
 
     Attributes:
         steps: that were compared; less than asked where a failure ended them.
         tensors: how many were compared.
         differences: of more than the tolerance, the largest first.
         rounding: the largest relative error of all tensors; 0.0: all bits are equal. In JSON null where it is not finite, as other errors.
-        failure: why ranks have ended early, or could not begin.
-        notes: what is worth knowing, and no fault.
+        failure: the reason why ranks have ended early, or could not begin.
+        notes: observations that are no faults.
     """
 
     sharding: str
@@ -73,7 +73,7 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """In a few words."""
+        """The result in a few words."""
         if self.failure and not self.differences and not self.reasons:
             return "failed"
         if self.differences:

@@ -1,4 +1,4 @@
-"""How a model is sharded over ranks, and how its whole gradients and parameters are read.
+"""Shard a model over ranks, and read its whole gradients and parameters.
 
 A way to shard is a function (model, make_optimizer) -> (model to be called, optimizer), as training scripts do it: an entry of `SHARDINGS`,
 or the user's own. What it returns decides which subclass of `Sharded` reads it.
@@ -49,7 +49,7 @@ class GradientCapture:
 
 
 class Sharded:
-    """A sharded model with its optimizer. This class reads what leaves a gradient in `param.grad`: ordinary tensors and DTensors.
+    """A sharded model with its optimizer. This class reads ordinary tensors and DTensors, whose gradients are in `param.grad`.
 
     Args:
         model: to be called.
@@ -84,15 +84,15 @@ class Sharded:
         self.optimizer.zero_grad()
 
     def gradients(self) -> Whole:
-        """Copies of the whole gradients; of a parameter without one nothing. A collective."""
+        """Copy the whole gradients of the parameters that have one. A collective."""
         return {name: _whole(param.grad) for name, param in self.named().items() if param.grad is not None}
 
     def params(self) -> Whole:
-        """Copies of the whole parameters. A collective."""
+        """Copy the whole parameters. A collective."""
         return {name: _whole(param) for name, param in self.named().items()}
 
     def storage(self) -> dict[str, str]:
-        """How each parameter that is not whole on every rank is cut."""
+        """Describe how each parameter is cut that is not whole on every rank."""
         cut = {}
         for name, param in self.named().items():
             shards = [f"dim {each.dim}" for each in getattr(param, "placements", ()) if each.is_shard()]
@@ -119,7 +119,7 @@ class Sharded:
         save({"model": model, "optimizer": optimizer}, checkpoint_id=folder)
 
     def load(self, folder: str) -> None:
-        """Load what `save` has saved. A collective."""
+        """Load the state that `save` has saved. A collective."""
         if not self._saves_shards:
             for each, state in zip((self.model, self.optimizer), torch.load(folder, weights_only=False), strict=True):
                 each.load_state_dict(state)
@@ -136,11 +136,11 @@ class Sharded:
 
     @property
     def _saves_shards(self) -> bool:
-        """Whether what a rank has is not all, so that torch.distributed.checkpoint saves it."""
+        """Whether a rank has a part of the state only, so that torch.distributed.checkpoint saves it."""
         return any(hasattr(param, "placements") for param in self.model.parameters())
 
     def close(self) -> None:
-        """Release what outlives the objects."""
+        """Release resources that outlive the objects."""
 
 
 class ShardedByFsdp1(Sharded):
@@ -256,7 +256,7 @@ class ShardedByDeepSpeed(Sharded):
 
 
 def read(model: Any, optimizer: Any, capture: GradientCapture) -> Sharded:
-    """Choose by what a way to shard has returned."""
+    """Choose the reader, by the types that a way to shard has returned."""
     if isinstance(optimizer, ShardedOptimizer):
         return ShardedByZero(model, optimizer, capture)
     if "deepspeed" in sys.modules and isinstance(model, sys.modules["deepspeed"].DeepSpeedEngine):

@@ -1,51 +1,33 @@
-"""The sections of a report, a file for each: `build(runs, labels)` returns what stands below the heading.
+"""The sections of a report: a function `build` for each returns the content below its heading.
 
-What a run has not recorded becomes a note that says so. A new section is a new file and a line in `SECTIONS`.
+A value that a run has not recorded becomes a note that says so. A new section is a function here in `SECTIONS`, and a file if it is long.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol, cast
+from collections.abc import Callable, Mapping
 
 from sharded_optim.tools.report.charts import Item, Section
-from sharded_optim.tools.report.sections import (
-    clipping,
-    config,
-    environment,
-    grad_norm,
-    loss,
-    overview,
-    rms,
-    schedule,
-    skipped,
-    speed,
-)
+from sharded_optim.tools.report.sections import clipping, curves, loss, rms, skipped, tables
 from sharded_optim.tools.runs import Run
 
 __all__ = ["SECTIONS", "sections_of"]
 
-
-class SectionModule(Protocol):
-    """A file of this folder."""
-
-    KEY: str  # the anchor
-    TITLE: str
-
-    def build(self, runs: Sequence[Run], labels: Sequence[str]) -> list[Item]:
-        """Return what is below the heading.
-
-        Args:
-            runs: each with at least one training record.
-            labels: a different name for each run.
-        """
-        ...
+# Anchor, title, and the function of the runs, each with at least one training record, by their labels. In the order of the page.
+SECTIONS: tuple[tuple[str, str, Callable[[Mapping[str, Run]], list[Item]]], ...] = (
+    ("runs", "Runs", tables.overview),
+    ("loss", "Loss", loss.build),
+    ("rms", "Update RMS", rms.build),
+    ("clipping", "Update clipping", clipping.build),
+    ("grad-norm", "Gradient norm", curves.grad_norm),
+    ("schedule", "Learning rate and weight decay", curves.schedule),
+    ("speed", "Throughput and time of a step", curves.speed),
+    ("skipped", "Skipped steps and non-finite gradients", skipped.build),
+    ("config", "Config", tables.config),
+    ("environment", "Environment", tables.environment),
+)
 
 
-# In the order of the page.
-SECTIONS = cast("list[SectionModule]", [overview, loss, rms, clipping, grad_norm, schedule, speed, skipped, config, environment])
-
-
-def sections_of(runs: Sequence[Run], labels: Sequence[str]) -> list[Section]:
-    """Return the sections of a report in their order. See `SectionModule.build`."""
-    return [Section(key=each.KEY, title=each.TITLE, items=each.build(runs, labels)) for each in SECTIONS]
+def sections_of(runs: Mapping[str, Run]) -> list[Section]:
+    """Return the sections of a report about these runs, given by label."""
+    return [Section(key=key, title=title, items=build(runs)) for key, title, build in SECTIONS]

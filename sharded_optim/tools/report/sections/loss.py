@@ -2,54 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from sharded_optim.tools.report.charts import Item, LineChart, Series
 from sharded_optim.tools.report.palette import SERIES
-from sharded_optim.tools.report.sections.series import left_out, losses, pairs, titled
+from sharded_optim.tools.report.sections.series import left_out, losses, titled
 from sharded_optim.tools.report.sections.spikes import loss_spikes
-from sharded_optim.tools.runs import Run
+from sharded_optim.tools.runs import REFERENCE_LOSSES, Run
 
-__all__ = ["KEY", "TITLE", "build"]
+__all__ = ["build"]
 
-KEY, TITLE = "loss", "Loss"
 JOBS_UNIT = "bits per byte"  # of the training job, whose records are means
-# Horizontal lines, by keys of the summary.
-LEVELS = (("unigram", "unigram_bits_per_byte"), ("zlib", "zlib_bits_per_byte"))
 
 
-def build(runs: Sequence[Run], labels: Sequence[str]) -> list[Item]:
+def build(runs: Mapping[str, Run]) -> list[Item]:
     several = len(runs) > 1
     series: list[Series] = []
-    without: list[str] = []
-    for index, (run, label) in enumerate(pairs(runs, labels)):
+    for index, (label, run) in enumerate(runs.items()):
         steps, values = losses(run)
-        if not steps:
-            without.append(label)
-            continue
-        name = titled("training", label, several)
-        series.append(Series(name=name, steps=steps, values=values, color=index, dash=index // SERIES, faint=True))
-    for index, (run, label) in enumerate(pairs(runs, labels)):
+        if steps:
+            name = titled("training", label, runs)
+            series.append(Series(name=name, steps=steps, values=values, color=index, dash=index // SERIES, faint=True))
+    for index, (label, run) in enumerate(runs.items()):
         if run.records.validation:
             steps, values = zip(*((record.step, record.loss) for record in run.records.validation), strict=True)
-            name, color = titled("validation", label, several), index if several else 1
+            name, color = titled("validation", label, runs), index if several else 1
             series.append(Series(name=name, steps=steps, values=values, color=color, dash=index // SERIES, markers=True))
-    items: list[Item] = [_chart(runs, labels, series)] if series else []
+    items: list[Item] = [_chart(runs, series)] if series else []
+    without = [label for label, run in runs.items() if not losses(run)[0]]
     items += left_out("Training loss of {label}: left out, as no record has one; log it as loss.", without)
-    unvalidated = [label for run, label in pairs(runs, labels) if not run.records.validation]
+    unvalidated = [label for label, run in runs.items() if not run.records.validation]
     return items + left_out("{label}: no validation record yet.", unvalidated)
 
 
-def _chart(runs: Sequence[Run], labels: Sequence[str], series: Sequence[Series]) -> LineChart:
+def _chart(runs: Mapping[str, Run], series: Sequence[Series]) -> LineChart:
     levels = {}
-    for name, key in LEVELS:
-        values = {run.summary.get(key) for run in runs}
+    for name, key in REFERENCE_LOSSES:
+        values = {run.summary.get(key) for run in runs.values()}
         if len(values) == 1 and isinstance(value := values.pop(), float):  # runs on different texts have no common level
             levels[name] = value
-    units = {run.records.loss_unit for run in runs}
+    units = {run.records.loss_unit for run in runs.values()}
     explanation = "The training loss is the mean over the steps since the record before. " if units == {JOBS_UNIT} else ""
     explanation += "Dashed: the entropy of single bytes, and what zlib needs for the validation text." if levels else ""
-    spikes = [[step for step, _ in loss_spikes(run.records.training)] for run in runs]
     return LineChart(
         key="loss",
         title="Training and validation loss",
@@ -57,5 +51,7 @@ def _chart(runs: Sequence[Run], labels: Sequence[str], series: Sequence[Series])
         unit=(units.pop() if len(units) == 1 else "") or "loss",
         series=series,
         levels=list(levels.items()),
-        marked=[(titled("loss spikes", label, len(runs) > 1), steps) for label, steps in zip(labels, spikes, strict=True)],
+        marked=[
+            (titled("loss spikes", label, runs), [step for step, _ in loss_spikes(run.records.training)]) for label, run in runs.items()
+        ],
     )

@@ -1,59 +1,59 @@
-"""Series, numbers and names that several sections show."""
+"""Charts, tables, notes and numbers that several sections show."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from sharded_optim.tools.report.charts import Item, LineChart, Note, Series
+from sharded_optim.tools.report.charts import Item, LineChart, Note, Series, Table
 from sharded_optim.tools.report.palette import SERIES
 from sharded_optim.tools.runs import Run, TrainingRecord
 
-__all__ = [
-    "MOST_LISTED",
-    "cell",
-    "count",
-    "left_out",
-    "line_chart",
-    "losses",
-    "number",
-    "over_steps",
-    "pairs",
-    "titled",
-    "with_unit",
-    "with_values",
-]
+__all__ = ["count", "first_rows", "left_out", "line_chart", "losses", "number", "over_steps", "titled", "with_unit"]
 
 MOST_LISTED = 20  # rows of tables of tensors or events
 
 
 def line_chart(
-    runs: Sequence[Run],
-    labels: Sequence[str],
-    values_of: Callable[[TrainingRecord], Mapping[str, float]],
+    runs: Mapping[str, Run],
+    key: str,
+    title: str,
+    explanation: str,
     *,
+    unit: str,
     absent: str,
+    values_of: Callable[[TrainingRecord], Mapping[str, float]] | None = None,
+    log: bool = False,
     **chart: Any,
 ) -> list[Item]:
     """Return a chart of values of records, and a note that names the runs that have none.
 
     Args:
-        values_of: the values of a record by name; the empty name is the run itself.
+        key: of the chart, and of the optimizer's metric that it shows.
         absent: the note, with {label}.
-        chart: fields of the LineChart.
+        values_of: the values of a record by name, in place of that metric; the empty name is the run itself.
+        log: whether the y axis is logarithmic where all values are positive, rather than from 0.
+        chart: further fields of the LineChart.
     """
+
+    def metric(record: TrainingRecord) -> Mapping[str, float]:
+        return {"": record.optimizer[key]} if key in record.optimizer else {}
+
     series: list[Series] = []
     without: list[str] = []
-    for index, (run, label) in enumerate(pairs(runs, labels)):
-        found = over_steps(run, values_of)
+    for index, (label, run) in enumerate(runs.items()):
+        found = over_steps(run, values_of or metric)
         if not found:
             without.append(label)
         for place, (name, (steps, values)) in enumerate(found.items()):
             full = ", ".join(part for part in (label if len(runs) > 1 or not name else "", name) if part)
             color = index if len(runs) > 1 else place
             series.append(Series(name=full, steps=steps, values=values, color=color, dash=place + index // SERIES))
-    items: list[Item] = [LineChart(series=series, **chart)] if series else []
+    items: list[Item] = []
+    if series:
+        chart = {"from_zero": not log, **chart}
+        items.append(LineChart(key=key, title=title, explanation=explanation, unit=unit, series=series, log=log, **chart))
     return items + left_out(absent, without)
 
 
@@ -63,7 +63,7 @@ def left_out(reason: str, labels: Sequence[str]) -> list[Item]:
 
 
 def over_steps(run: Run, values_of: Callable[[TrainingRecord], Mapping[str, float]]) -> dict[str, tuple[list[int], list[float]]]:
-    """Return steps and values of everything that records name."""
+    """Return steps and values of the records, by the names of the values."""
     found: dict[str, tuple[list[int], list[float]]] = {}
     for record in run.records.training:
         for name, value in values_of(record).items():
@@ -78,13 +78,9 @@ def losses(run: Run) -> tuple[list[int], list[float]]:
     return over_steps(run, lambda record: {} if record.loss is None else {"": record.loss}).get("", ([], []))
 
 
-def pairs(runs: Sequence[Run], labels: Sequence[str]) -> Iterable[tuple[Run, str]]:
-    return zip(runs, labels, strict=True)
-
-
-def titled(title: str, label: str, several: bool) -> str:
+def titled(title: str, label: str, runs: Mapping[str, Run]) -> str:
     """Name the run in a title where there are several."""
-    return f"{title}, {label}" if several else title
+    return f"{title}, {label}" if len(runs) > 1 else title
 
 
 def number(value: float | None) -> str:
@@ -105,17 +101,13 @@ def with_unit(value: float | None, unit: str) -> str:
     return f"{number(value)} {unit}" if unit and value is not None else number(value)
 
 
-def with_values(rows: Sequence[list[str]]) -> list[list[str]]:
-    """Leave out the rows for which no run has a value."""
-    return [row for row in rows if any(cell != "-" for cell in row[1:])]
-
-
 def count(value: Any) -> str:
     """Return a number as an integer with separators; a dash for what is none."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return f"{value:,.0f}" if is_number else "-"
 
 
-def cell(value: Any) -> str:
-    """Return a value of a config; null is the default of a key that was not given."""
-    return "default" if value is None else str(value)
+def first_rows(caption: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Return a table of the first rows; where there are more, the caption says how many."""
+    more = f"; the first {MOST_LISTED} of {len(rows):,}" if len(rows) > MOST_LISTED else ""
+    return Table(caption=caption + more, headings=headings, rows=rows[:MOST_LISTED])

@@ -2,42 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
-from sharded_optim.tools.report.charts import Item, Table
-from sharded_optim.tools.report.sections.series import MOST_LISTED, count, left_out, line_chart, pairs
+from sharded_optim.tools.report.charts import Item
+from sharded_optim.tools.report.sections.series import count, first_rows, left_out, line_chart
 from sharded_optim.tools.runs import Run, TrainingRecord
 
-__all__ = ["KEY", "TITLE", "build"]
+__all__ = ["build"]
 
-KEY, TITLE = "skipped", "Skipped steps and non-finite gradients"
 MOST_RANKS = 8  # in a cell
 
 
-def build(runs: Sequence[Run], labels: Sequence[str]) -> list[Item]:
+def build(runs: Mapping[str, Run]) -> list[Item]:
     items = line_chart(
         runs,
-        labels,
-        lambda record: {} if record.skipped_steps is None else {"": float(record.skipped_steps)},
-        key="skipped_steps",
-        title="Skipped steps",
-        explanation="Since the run began. A step is skipped where a gradient is not finite.",
+        "skipped_steps",
+        "Skipped steps",
+        "Since the run began. A step is skipped where a gradient is not finite.",
         unit="steps",
         absent="Skipped steps of {label}: left out, as no record has skipped_steps.",
-        from_zero=True,
+        values_of=lambda record: {} if record.skipped_steps is None else {"": float(record.skipped_steps)},
     )
     finite, without = [], []
-    for run, label in pairs(runs, labels):
-        events = [
+    for label, run in runs.items():
+        rows = [
             [count(record.step), name, count(pieces), _ranks(record, name)]
             for record in run.records.training
             for name, pieces in record.by_name("non_finite").items()
             if not pieces <= 0.0
         ]
-        if events:
-            more = f", the first {MOST_LISTED} of {len(events):,}" if len(events) > MOST_LISTED else ""
-            caption = f"Tensors of {label} whose gradient was not finite in a step that is recorded{more}"
-            items.append(Table(caption=caption, headings=["step", "tensor", "pieces", "on ranks"], rows=events[:MOST_LISTED]))
+        if rows:
+            caption = f"Tensors of {label} whose gradient was not finite in a step that is recorded"
+            items.append(first_rows(caption, ["step", "tensor", "pieces", "on ranks"], rows))
         elif any("non_finite_tensors" in record.optimizer for record in run.records.training):
             finite.append(label)
         else:
