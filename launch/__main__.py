@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import sys
 
-from launch import corpus, deepspeed_extension, process_group, run_folder
+from launch import corpus, deepspeed_extension, process_group
 from launch.config import ConfigError, from_arguments
 from launch.cores import share_cores
 from launch.launchers import TORCHRUN_OPTIONS, RankInfo
+from launch.run_folder import find_run
 from launch.tracking import check_installed
 
 
@@ -31,12 +32,9 @@ def main(arguments: list[str]) -> None:
         if config.sharding == "deepspeed":
             device = process_group.pick_device(info, config.device)
             deepspeed_extension.build(device.type)
-        if run_folder.find(config) is not None:
-            from launch.checkpoints import find_run  # imports torch
-
-            if done := find_run(config, is_restart=False)[1]:
-                print(done)
-                sys.exit(0)
+        if done := find_run(config, is_restart=False)[1]:
+            print(done)
+            sys.exit(0)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

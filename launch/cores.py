@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import socket
-from typing import TYPE_CHECKING
+
+import torch
+from torch.distributed.distributed_c10d import Store
 
 from launch.launchers import TORCHRUN, RankInfo
-
-if TYPE_CHECKING:
-    from torch.distributed.distributed_c10d import Store
 
 __all__ = ["cores_here", "cores_of_machine", "set_threads", "share_cores"]
 
@@ -54,8 +53,6 @@ def set_threads(info: RankInfo, threads: int | None, cores: set[int]) -> None:
         threads: see `share_cores`.
         cores: of this machine's ranks together.
     """
-    import torch
-
     if info.launcher is TORCHRUN and os.environ.get("OMP_NUM_THREADS") == "1":
         del os.environ["OMP_NUM_THREADS"]  # torchrun's default, not the user's choice, which is threads=1
     if threads is not None or "OMP_NUM_THREADS" not in os.environ:

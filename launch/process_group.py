@@ -6,15 +6,14 @@ import gc
 import os
 from dataclasses import replace
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
+import torch
+import torch.distributed as dist
+
+from launch.cores import cores_of_machine, set_threads
 from launch.errors import ConfigError
 from launch.launchers import SRUN, RankInfo, launcher_pid
-
-if TYPE_CHECKING:
-    import torch
-
-    from launch.rendezvous import RendezvousStore
+from launch.rendezvous import RendezvousStore, join_attempt, open_store
 
 __all__ = ["gpus_here", "pick_device", "start", "stop"]
 
@@ -23,8 +22,6 @@ TIMEOUT_SECONDS = 300  # of a rendezvous and of a collective: far longer than an
 
 def gpus_here() -> int:
     """Return the number of GPUs that this process sees."""
-    import torch
-
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
@@ -34,8 +31,6 @@ def pick_device(info: RankInfo, wanted: str) -> torch.device:
     Raises:
         ConfigError: GPUs are asked for and there are not enough.
     """
-    import torch
-
     gpus = gpus_here()
     enough = gpus >= info.local_world_size  # NCCL does not let two ranks share one
     # Slurm may be configured to show each task its own GPU only.
@@ -60,12 +55,6 @@ def start(info: RankInfo, device: torch.device, threads: int | None = None) -> R
     Raises:
         RendezvousError: not all ranks joined.
     """
-    import torch
-    import torch.distributed as dist
-
-    from launch import rendezvous
-    from launch.cores import cores_of_machine, set_threads
-
     if device.type == "cuda":
         torch.cuda.set_device(device)
         # So that the same config gives the same metrics twice. On the CPU it does without this.
@@ -75,8 +64,8 @@ def start(info: RankInfo, device: torch.device, threads: int | None = None) -> R
     for name, value in (("RANK", info.rank), ("WORLD_SIZE", info.world_size), ("LOCAL_RANK", info.local_rank)):
         os.environ.setdefault(name, str(value))  # DeepSpeed reads them, also in a single process
     timeout = timedelta(seconds=TIMEOUT_SECONDS)
-    opened = rendezvous.open_store(info, timeout)
-    store = rendezvous.join_attempt(opened.store, info.rank, info.world_size, timeout, launcher_pid(info))
+    opened = open_store(info, timeout)
+    store = join_attempt(opened.store, info.rank, info.world_size, timeout, launcher_pid(info))
     set_threads(info, threads, cores_of_machine(info, store))
     dist.init_process_group(
         backend="nccl" if device.type == "cuda" else "gloo",
@@ -91,8 +80,6 @@ def start(info: RankInfo, device: torch.device, threads: int | None = None) -> R
 
 def stop() -> None:
     """End the process group. Not after an error: it would wait for ranks that are stuck in a collective."""
-    import torch.distributed as dist
-
     # Wrapped models are reference cycles that hold process groups. A gloo group that exists until the interpreter ends can abort it: seen
     # with torch 2.13, FSDP2 and torch's own AdamW in 3 of 22 runs, and with this line in none of 26.
     gc.collect()

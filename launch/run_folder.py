@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
@@ -13,12 +14,13 @@ from typing import Any
 
 import yaml
 
+import sharded_optim as so
 from launch.config import Config, ConfigError
 from launch.records import Resumption, Summary, Training, Validation
 from sharded_optim.trackers.atomic_write import write_text
 from sharded_optim.trackers.run_files import METRICS, SUMMARY, append_record, keep_records, to_json
 
-__all__ = ["RunFolder", "find"]
+__all__ = ["RunFolder", "checkpoint_folder", "find", "find_run"]
 
 # Fraction of the time that rank 0 may draw: the other ranks wait meanwhile.
 SHARE_OF_DRAWING = 0.02
@@ -43,6 +45,38 @@ def find(config: Config) -> Path | None:
     written = [path for path in runs.glob("*/config.yaml") if not path.parent.is_symlink()]
     newest_first = sorted(written, key=lambda path: (path.stat().st_mtime, path), reverse=True)
     return next((path.parent for path in newest_first if _name_in(path) == config.name), None)
+
+
+def find_run(config: Config, *, is_restart: bool) -> tuple[Path | None, str | None]:
+    """Find the run that a job continues.
+
+    Args:
+        is_restart: whether a launcher has started this process again.
+
+    Returns:
+        The run's folder, or None for a new run; and a message if all its steps are done, as when it failed after its last step, else None.
+
+    Raises:
+        ConfigError: see `find`.
+    """
+    run = find(config)
+    if run is None:
+        return None, None
+    folder = checkpoint_folder(config, run)
+    steps = so.checkpoint.steps(folder)
+    # A run that the config does not name is continued only if it has something to continue from, and something to do.
+    if not steps:
+        return (None if config.run is None else run), None
+    if steps[-1] < config.steps or so.checkpoint.latest(folder) != steps[-1]:
+        return run, None
+    if config.run is None and not is_restart:
+        return None, None
+    return run, f"steps={config.steps} are done: {folder} has a checkpoint of step {steps[-1]}; raise steps to train for longer"
+
+
+def checkpoint_folder(config: Config, run: Path) -> Path:
+    """Return the folder of a run's checkpoints."""
+    return run / "checkpoints" if config.checkpoint.folder is None else Path(config.checkpoint.folder) / run.name
 
 
 class RunFolder:
@@ -129,13 +163,11 @@ def _new_folder(runs: Path, config: Config) -> Path:
         (runs / config.run).mkdir(parents=True)
         return runs / config.run
     base = f"{datetime.now():%Y-%m-%d-%H%M%S}-{config.name}"
-    for attempt in range(1, 1000):
-        path = runs / (base if attempt == 1 else f"{base}-{attempt}")
-        try:
+    for suffix in ("", *(f"-{attempt}" for attempt in range(2, 1000))):
+        with suppress(FileExistsError):  # another run, started in the same second
+            path = runs / f"{base}{suffix}"
             path.mkdir(parents=True)
-        except FileExistsError:  # another run, started in the same second
-            continue
-        return path
+            return path
     raise FileExistsError(f"{runs / base} and its successors exist")
 
 

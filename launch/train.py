@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import sharded_optim as so
 from launch import corpus, deepspeed_extension, process_group, threads
 from launch.batches import training_batch, validation_batch
-from launch.checkpoints import Checkpoints, find_run
+from launch.checkpoints import Checkpoints
 from launch.config import Config, ConfigError, from_arguments
 from launch.corpus import Corpus
 from launch.launchers import TORCHRUN, RankInfo, is_restart, launcher_pid, read_rank_info
@@ -34,7 +34,7 @@ from launch.preemption import Preemption
 from launch.progress import Display
 from launch.records import Listener, Summary, Training, Validation
 from launch.rendezvous import RendezvousError
-from launch.run_folder import RunFolder
+from launch.run_folder import RunFolder, find_run
 from launch.sharding import shard
 from launch.tracking import Tracking, check_installed
 from launch.watch import Watch
@@ -69,8 +69,7 @@ def main(arguments: list[str]) -> int:
     except (ConfigError, RendezvousError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    options = {"rank": info.rank, "world_size": info.world_size, "heartbeat": config.heartbeat, "launcher": launcher}
-    with Watch(rendezvous, expected=EXPECTED, variable=info.launcher.variables.get("rank", "RANK"), **options) as watch:
+    with Watch(rendezvous, info, heartbeat=config.heartbeat, launcher=launcher, expected=EXPECTED) as watch:
         status = 0
         path = broadcast_path(folder)
         if path is None:
@@ -158,7 +157,7 @@ def run(
     training = validation = stopped = None
     for step in range(resumption.step + 1 if resumption else 1, config.steps + 1):
         watch.step = step
-        loss = mean_loss(sharded.model, next_batch(config, info, text, step).to(device))
+        loss = mean_loss(sharded.model, training_batch(text.train, config, info, step).to(device))
         try:
             sharded.step(loss)
         except FloatingPointError as error:  # on all ranks
@@ -186,35 +185,18 @@ def run(
             break
         stopped = None  # all steps are done
     preemption.finish()
-    with watch.no_time_limit():
-        saved = None if stopped is None else checkpoints.before_stopping(watch.step)
+    with watch.no_time_limit():  # also for trackers, which send what they have queued
         checkpoints.finish()
-    if stopped is not None:
-        with watch.no_time_limit():  # trackers send what they have queued
+        if stopped is None:
+            assert training is not None, "there is at least one step"
             for listener in listeners:
-                listener.stop(watch.step, f"asked to stop by {stopped}: saved in {saved}; resume=auto run={path.name} resumes from it")
-        is_elsewhere = info.launcher is TORCHRUN and info.world_size > info.local_world_size and not preemption.received_here
-        return STOPPED_ELSEWHERE if is_elsewhere else 0
-
-    assert training is not None, "there is at least one step"
-    assert validation is not None, "the last step is validated"
-    with watch.no_time_limit():
+                listener.finish(summarize(FINISHED, training, validation))
+            return 0
+        saved = checkpoints.save_now(watch.step)
         for listener in listeners:
-            listener.finish(summarize(FINISHED, training, validation))
-    return 0
-
-
-def next_batch(config: Config, info: RankInfo, text: Corpus, step: int) -> Tensor:
-    """Return this rank's rows of a step's batch."""
-    return training_batch(
-        text.train,
-        seed=config.seed,
-        step=step,
-        batch_size=config.batch_size,
-        sequence_length=config.sequence_length,
-        rank=info.rank,
-        world_size=info.world_size,
-    )
+            listener.stop(watch.step, f"asked to stop by {stopped}: saved in {saved}; resume=auto run={path.name} resumes from it")
+    is_elsewhere = info.launcher is TORCHRUN and info.world_size > info.local_world_size and not preemption.received_here
+    return STOPPED_ELSEWHERE if is_elsewhere else 0
 
 
 def mean_loss(model: nn.Module, sequences: Tensor) -> Tensor:
@@ -234,15 +216,7 @@ def validate(model: nn.Module, config: Config, info: RankInfo, text: Corpus, dev
     """Compute the bits per byte of the whole validation set, the same on every rank. Each rank takes its rows of every batch."""
     total = torch.zeros((), dtype=torch.float64, device=device)
     for index in range(config.validation_batches):
-        sequences = validation_batch(
-            text.validation,
-            index,
-            batches=config.validation_batches,
-            batch_size=config.batch_size,
-            sequence_length=config.sequence_length,
-            rank=info.rank,
-            world_size=info.world_size,
-        )
+        sequences = validation_batch(text.validation, config, info, index)
         total += mean_loss(model, sequences.to(device))
     dist.all_reduce(total)
     return total.item() / (config.validation_batches * info.world_size) / math.log(2.0)

@@ -29,6 +29,7 @@ from typing import NoReturn
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+from launch.launchers import RankInfo
 from launch.rendezvous import RendezvousStore
 from launch.watch.hang_detector import Heartbeat
 from launch.watch.heartbeats import ENDING, HeartbeatExchange, end
@@ -57,34 +58,33 @@ class Watch:
 
     Args:
         rendezvous: with the store of this attempt alone. None: this process is alone.
+        info: of this process; None: it is alone.
         heartbeat: seconds for which a rank may send no heartbeat, the store may not answer, or a rank may keep others waiting in a
             collective; None: any number. To be longer than anything one rank does alone outside `no_time_limit`.
         launcher: pid of this process's parent; when that ends, so does this process. None: the parent may end.
-        variable: name of the environment variable by which the launcher numbers ranks.
         expected: exceptions that need no traceback.
     """
 
     def __init__(
         self,
         rendezvous: RendezvousStore | None = None,
+        info: RankInfo | None = None,
         *,
-        rank: int = 0,
-        world_size: int = 1,
         heartbeat: float | None = None,
         launcher: int | None = None,
-        variable: str = "RANK",
         expected: tuple[type[BaseException], ...] = (),
     ) -> None:
         self._step = 0
         self._begun_before: Mapping[str, int] = {}  # collectives, in the step before
         self._begun_at_start: Mapping[str, int] = {}  # of this step
         self._without_limit = 0  # nested calls of `no_time_limit`
-        self._rank = rank
+        info = info or RankInfo()
+        self._rank = info.rank
         self._expected = expected
         self._exchange: HeartbeatExchange | None = None
-        if rendezvous is not None and world_size > 1:
-            others = siblings(launcher, variable)
-            self._exchange = HeartbeatExchange(rendezvous.store, rank, world_size, heartbeat, launcher, others, self._heartbeat)
+        if rendezvous is not None and info.world_size > 1:
+            others = siblings(launcher, next(iter(info.launcher.variables), "RANK"))
+            self._exchange = HeartbeatExchange(rendezvous.store, info, heartbeat, launcher, others, self._heartbeat)
 
     @property
     def step(self) -> int:

@@ -27,6 +27,7 @@ from typing import Any, NoReturn
 
 from torch.distributed.distributed_c10d import Store
 
+from launch.launchers import RankInfo
 from launch.watch.hang_detector import HangDetector, Heartbeat, Verdict
 from launch.watch.siblings import Sibling, wait_for_exit
 
@@ -59,16 +60,15 @@ class HeartbeatExchange:
     def __init__(
         self,
         store: Store,
-        rank: int,
-        world_size: int,
+        info: RankInfo,
         heartbeat: float | None,
         launcher: int | None,
         others: list[Sibling],
         make: MakeHeartbeat,
     ) -> None:
         self._store: Any = store.clone()  # pyright: ignore[reportAttributeAccessIssue]  # a connection that nothing else waits for
-        self._rank, self._all = rank, range(world_size)
-        self._watched = self._all if rank == 0 else self._all[:1]
+        self._rank, self._all = info.rank, range(info.world_size)
+        self._watched = self._all if info.rank == 0 else self._all[:1]
         self._hang_detector = HangDetector(heartbeat, self._watched, time.monotonic())
         self._launcher, self._siblings, self._make = launcher, others, make
         self._failure: Verdict | None = None  # this rank's

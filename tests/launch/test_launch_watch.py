@@ -23,6 +23,7 @@ from torch._C._distributed_c10d import HashStore, TCPStore
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from launch import rendezvous, threads
+from launch.launchers import RankInfo
 from launch.rendezvous import RendezvousStore
 from launch.watch import CONSEQUENCE, Watch, heartbeats
 from launch.watch.hang_detector import HangDetector, Heartbeat, Verdict
@@ -254,7 +255,9 @@ class Ranks:
         self.stopped: set[int] = set()
         self.pids = dict.fromkeys(range(3), os.getpid())
         self.all = {
-            rank: HeartbeatExchange(self.store, rank, 3, heartbeat, None, (others or {}).get(rank, []), self._maker(rank))
+            rank: HeartbeatExchange(
+                self.store, RankInfo(rank=rank, world_size=3), heartbeat, None, (others or {}).get(rank, []), self._maker(rank)
+            )
             for rank in range(3)
             if rank not in absent
         }
@@ -365,7 +368,7 @@ def test_a_rank_that_leaves_while_its_heartbeat_is_made_reports_that_before_it_e
     store.set("beat/0", "")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(threading.Thread, "start", lambda thread: None)
-        made.append(HeartbeatExchange(store, 1, 2, HEARTBEAT, None, [], make))
+        made.append(HeartbeatExchange(store, RankInfo(rank=1, world_size=2), HEARTBEAT, None, [], make))
     assert made[0]._wait_for_verdict() is None
     left = Heartbeat.from_json(1, store.get("beat/1"))
     assert left is not None
@@ -548,7 +551,7 @@ def test_a_watch_listens_on_no_socket():
     store = TCPStore("127.0.0.1", 0, 2, True, timedelta(seconds=20), wait_for_workers=False)
     before = listening()
     assert len(before) == 1, "torch's own"
-    watches = [Watch(RendezvousStore(store=store), rank=rank, world_size=2, heartbeat=HEARTBEAT) for rank in (0, 1)]
+    watches = [Watch(RendezvousStore(store=store), RankInfo(rank=rank, world_size=2), heartbeat=HEARTBEAT) for rank in (0, 1)]
     time.sleep(0.5)
     assert listening() == before
     with ThreadPoolExecutor(2) as leaving:
@@ -602,7 +605,7 @@ def test_the_location_of_a_rank_is_a_line_of_the_job():
     def work(watch: Watch) -> Heartbeat:
         return watch._heartbeat(7, has_left=False)
 
-    watch = Watch(rank=3)
+    watch = Watch(info=RankInfo(rank=3))
     watch.step = 5
     heartbeat = work(watch)
     assert heartbeat.location.startswith("step 5, in work (tests/launch/test_launch_watch.py:")
