@@ -7,28 +7,18 @@ too. Hyperparameters are those that the optimizers of `sharded_optim` declare.
 from __future__ import annotations
 
 import argparse
-import difflib
 import inspect
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-    create_model,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, create_model, model_validator
+from pydantic_core import ErrorDetails
 
 from launch import deepspeed_config
 from launch.errors import ConfigError, nearest
+from launch.keys import find_section, read
 from sharded_optim.formulas.hyperparameters import Choice, Float, Floats, Hyperparameter, Int, Switch, Unsupported, by_name
 from sharded_optim.optimizers import OPTIMIZERS
 from sharded_optim.step.engine import Engine
@@ -100,7 +90,7 @@ def _field_type(hyperparameter: Hyperparameter) -> Any:
 
 class _NamedOptimizer(_Section):
     name: Literal[tuple(OPTIMIZERS)]  # pyright: ignore[reportInvalidTypeForm]
-    lr: PositiveFloat
+    lr: Annotated[float, Field(gt=0.0)]
 
 
 def _with_hyperparameters(section: type[_NamedOptimizer]) -> type[_NamedOptimizer]:
@@ -183,7 +173,7 @@ class Config(_Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     steps: PositiveInt
-    warmup_steps: NonNegativeInt
+    warmup_steps: Annotated[int, Field(ge=0)]
     batch_size: PositiveInt
     sequence_length: PositiveInt
     log_every: PositiveInt
@@ -196,28 +186,18 @@ class Config(_Section):
     data: DataConfig = DataConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     resume: Literal["auto", "never"] = "never"
-    max_restarts: NonNegativeInt = 0
+    max_restarts: Annotated[int, Field(ge=0)] = 0
     heartbeat: Annotated[float, Field(ge=5.0)] | None = 20.0
     divergence_every: PositiveInt | None = 100
     max_skipped_steps: PositiveInt = 20
     trackers: list[Literal[TRACKERS]] = []  # pyright: ignore[reportInvalidTypeForm]
     tracker_options: dict[str, dict[str, Any]] = {}
-    deepspeed: dict[str, Any] | None = None
-
-    @field_validator("deepspeed")
-    @classmethod
-    def _has_no_keys_of_the_job(cls, content: dict[str, Any] | None) -> dict[str, Any] | None:
-        return None if content is None else deepspeed_config.check(content)
-
-    @field_validator("trackers")
-    @classmethod
-    def _names_each_once(cls, names: list[str]) -> list[str]:
-        if len(set(names)) != len(names):
-            raise ValueError(f"trackers={names!r} names one twice; leave the second out")
-        return names
+    deepspeed: Annotated[dict[str, Any], AfterValidator(deepspeed_config.check)] | None = None
 
     @model_validator(mode="after")
-    def _has_options_of_its_trackers(self) -> Config:
+    def _check_trackers(self) -> Config:
+        if len(set(self.trackers)) != len(self.trackers):
+            raise ValueError(f"trackers={self.trackers!r} names one twice; leave the second out")
         for name, options in self.tracker_options.items():
             if name not in self.trackers:
                 raise ValueError(
@@ -255,11 +235,7 @@ class Config(_Section):
         """
         if self.processes == processes:
             return self
-        try:
-            return Config.model_validate(self.model_dump() | {"processes": processes})
-        except ValidationError as error:
-            problems = [_explain(dict(problem)) for problem in error.errors()]
-            raise ConfigError(f"processes='auto' are {processes}: {'; '.join(problems)}") from None
+        return _validate(self.model_dump() | {"processes": processes}, f"processes='auto' are {processes}")
 
 
 def from_arguments(arguments: list[str], program: str) -> Config:
@@ -285,7 +261,7 @@ def load(path: Path, overrides: list[str]) -> Config:
     Raises:
         ConfigError: see `from_arguments`.
     """
-    values = {"name": path.stem} | _read(path)
+    values: dict[str, Any] = {"name": path.stem} | read(path, _parse, str(path))
     sources = [override for override in overrides if override.startswith("deepspeed=")]  # first: others may override keys of such a file
     for override in sources:
         _apply(values, override)
@@ -295,14 +271,11 @@ def load(path: Path, overrides: list[str]) -> Config:
     for override in overrides:
         if override not in sources:
             _apply(values, override)
-    scales = "steps" in (keys := {override.partition("=")[0] for override in overrides}) and "warmup_steps" not in keys
+    overridden = {override.partition("=")[0] for override in overrides}
+    scales = "steps" in overridden and "warmup_steps" not in overridden
     if scales and type(steps) is type(warmup_steps) is type(values["steps"]) is int and steps > 0:  # else the model refuses what is wrong
         values["warmup_steps"] = warmup_steps * values["steps"] // steps
-    try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        problems = [_explain(dict(problem)) for problem in error.errors()]
-        raise ConfigError("\n  ".join([f"{path} cannot be used:", *problems])) from None
+    return _validate(values, f"{path} cannot be used")
 
 
 # ------------------------------------------------------------------------------------------------------------------------- reading
@@ -323,19 +296,6 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = _parse(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        others = sorted(other.name for other in path.parent.glob("*.yaml"))
-        raise ConfigError(f"there is no file {path}{nearest(path.name, others)}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold keys and values, as `steps: 50`, got {values!r}")
-    return values
-
-
 def _parse(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)  # a subclass of the safe loader
 
@@ -345,12 +305,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not (key and equals):
         raise ConfigError(f"an override is key=value, as steps=50, got {override!r}")
-    *parents, leaf = key.split(".")
-    section = values
-    for parent in parents:
-        section = section.setdefault(parent, {})
-        if not isinstance(section, dict):
-            raise ConfigError(f"{override}: {parent} has no keys of its own, it is {section!r}")
+    section, leaf = find_section(values, key, override)
     try:
         section[leaf] = _parse(text)
     except yaml.YAMLError as error:
@@ -372,25 +327,33 @@ def _keys(section: type[BaseModel], prefix: str = "") -> list[str]:
 
 def _nearest_key(key: str) -> str:
     section, _, leaf = key.rpartition(".")
-    elsewhere = [name for name in _keys(Config) if name.rpartition(".")[2] == leaf]
-    if elsewhere:  # lr is optimizer.lr
-        return f"; did you mean {elsewhere[0]}?"
+    keys = [name.rpartition(".") for name in _keys(Config)]
+    for prefix, dot, name in keys:
+        if name == leaf:  # in another section: lr is optimizer.lr
+            return f"; did you mean {prefix}{dot}{name}?"
     # Only the last parts are compared: with `optimizer.` in front of all, every name would be near.
-    siblings = {name.rpartition(".")[2]: name for name in _keys(Config) if name.rpartition(".")[0] == section}
-    near = difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.5)
-    return f"; did you mean {siblings[near[0]]}?" if near else f"; the keys here are {', '.join(siblings)}"
+    siblings = [name for prefix, _, name in keys if prefix == section]
+    return nearest(leaf, siblings, f"{section}." if section else "") or f"; the keys here are {', '.join(siblings)}"
 
 
-def _explain(problem: dict[str, Any]) -> str:
+def _validate(values: dict[str, Any], heading: str) -> Config:
+    """Make the config of these values, or raise ConfigError with a heading and all problems."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n  ".join([f"{heading}:", *map(_explain, error.errors())])) from None
+
+
+def _explain(problem: ErrorDetails) -> str:
     """Describe a problem that pydantic found in one line: key, value, rule, and the nearest valid name if there is one."""
     key = ".".join(map(str, problem["loc"]))
-    kind, value = problem["type"], problem["input"]
+    kind, value, context = problem["type"], problem["input"], problem.get("ctx", {})
     if kind == "extra_forbidden":
         return f"{key}={value!r}: there is no such key{_nearest_key(key)}"
     if kind == "missing":
         return f"{key} is missing; add it to the file, or {key}=... to the command"
     if kind == "value_error":  # raised above, with keys and values in the message
-        return f"{key + ': ' if key else ''}{problem['ctx']['error']}"
+        return f"{key + ': ' if key else ''}{context['error']}"
     rule = re.sub(r"^\w+ should ", "", problem["msg"])  # Input should be ...
-    choices = re.findall(r"'([^']+)'", problem.get("ctx", {}).get("expected", ""))
+    choices = re.findall(r"'([^']+)'", context.get("expected", ""))
     return f"{key}={value!r}: it should {rule}{nearest(str(value), choices)}"

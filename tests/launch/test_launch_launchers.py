@@ -79,7 +79,7 @@ def test_as_many_processes_as_were_started_must_divide_the_batch(monkeypatch):
         monkeypatch.setenv(name, value)
     config = load(FSDP2, ["processes=auto", "batch_size=3"])
     assert read_rank_info(config).world_size == 2
-    with pytest.raises(ConfigError, match=r"processes='auto' are 2: batch_size=3 does not divide over processes=2"):
+    with pytest.raises(ConfigError, match=r"processes='auto' are 2:\s+batch_size=3 does not divide over processes=2"):
         config.with_processes(2)
     assert config.with_processes(3) == load(FSDP2, ["processes=3", "batch_size=3"])
     deepspeed = load(FSDP2.with_name("deepspeed.yaml"), ["processes=auto"])
