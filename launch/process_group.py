@@ -65,7 +65,7 @@ def start(info: RankInfo, device: torch.device, threads: int | None = None) -> R
         os.environ.setdefault(name, str(value))  # DeepSpeed reads them, also in a single process
     timeout = timedelta(seconds=TIMEOUT_SECONDS)
     opened = open_store(info, timeout)
-    store = join_attempt(opened.store, info.rank, info.world_size, timeout, launcher_pid(info))
+    store = join_attempt(opened.store, info, timeout, launcher_pid(info))
     set_threads(info, threads, cores_of_machine(info, store))
     dist.init_process_group(
         backend="nccl" if device.type == "cuda" else "gloo",

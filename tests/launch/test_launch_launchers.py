@@ -7,6 +7,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from torch._C._distributed_c10d import HashStore
 
 from launch import cores as core_shares
 from launch.config import Config, ConfigError, load
@@ -14,7 +15,6 @@ from launch.cores import share_cores
 from launch.deepspeed_extension import prepare
 from launch.launchers import DEEPSPEED, MPICH, OPEN_MPI, SRUN, TORCHRUN, RankInfo, launcher_pid, read_rank_info
 from launch.process_group import pick_device
-from launch.rendezvous import local_store
 
 FSDP2 = Path(__file__).parents[2] / "configs" / "fsdp2.yaml"
 VARIABLES = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
@@ -160,7 +160,7 @@ def test_ranks_that_a_launcher_has_bound_to_too_few_cores_are_unbound(monkeypatc
     monkeypatch.setattr("torch.set_num_threads", lambda _: None)
     monkeypatch.setattr("torch.get_num_threads", lambda: 4)
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
-    info, store = RankInfo(rank=3, world_size=4, local_rank=1, local_world_size=2, launcher=OPEN_MPI), local_store().store
+    info, store = RankInfo(rank=3, world_size=4, local_rank=1, local_world_size=2, launcher=OPEN_MPI), HashStore()
     for own, others, expected in (({5}, {4}, {4, 5}), ({4, 5, 6, 7}, {0, 1, 2, 3}, None)):
         monkeypatch.setattr("os.sched_getaffinity", lambda _, own=own: own, raising=False)
         store.set("cores/2", json.dumps([socket.gethostname(), sorted(others)]))
