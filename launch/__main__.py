@@ -24,13 +24,10 @@ def main(arguments: list[str]) -> None:
             config = config.with_processes(max(1, process_group.gpus_here()) if config.device != "cpu" else 1)
         processes = config.processes
         assert processes != "auto"
-        info = RankInfo(local_world_size=processes)
-        if config.device == "cuda":
-            process_group.pick_device(info, config.device)  # too few GPUs are reported once, not by each rank
+        device = process_group.pick_device(RankInfo(local_world_size=processes), config.device)  # too few GPUs are reported once
         check_installed(config)
         corpus.load(config)  # writes the cache that the ranks then read
         if config.sharding == "deepspeed":
-            device = process_group.pick_device(info, config.device)
             deepspeed_extension.build(device.type)
         if done := find_run(config, is_restart=False)[1]:
             print(done)

@@ -67,14 +67,8 @@ def start(info: RankInfo, device: torch.device, threads: int | None = None) -> R
     opened = open_store(info, timeout)
     store = join_attempt(opened.store, info, timeout, launcher_pid(info))
     set_threads(info, threads, cores_of_machine(info, store))
-    dist.init_process_group(
-        backend="nccl" if device.type == "cuda" else "gloo",
-        store=store,
-        rank=info.rank,
-        world_size=info.world_size,
-        timeout=timeout,
-        device_id=device if device.type == "cuda" else None,
-    )
+    backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    dist.init_process_group(backend, store=store, rank=info.rank, world_size=info.world_size, timeout=timeout, device_id=device_id)
     return replace(opened, store=store)
 
 

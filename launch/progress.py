@@ -8,12 +8,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from launch.records import Resumption, Summary, Training, Validation
+from launch.records import Listener, Resumption, Summary, Training, Validation
 
 __all__ = ["Display"]
 
 
-class Display:
+class Display(Listener):
     """A listener that prints records."""
 
     def __init__(self, *, steps: int, unigram: float, zlib: float, folder: Path) -> None:
@@ -52,9 +52,6 @@ class Display:
     def validation(self, record: Validation) -> None:
         text = f"validation {record.val_bits_per_byte:.3f} bits/byte  (unigram {self._unigram:.3f}, zlib {self._zlib:.3f})"
         self._console.print(f"step {record.step}/{self._steps}  {text}")  # above the bar, where there is one
-
-    def progress(self, summary: Summary) -> None:
-        """Show nothing: the records in it have been shown."""
 
     def stop(self, step: int, why: str) -> None:
         if self._bar is not None:

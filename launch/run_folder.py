@@ -16,7 +16,8 @@ import yaml
 
 import sharded_optim as so
 from launch.config import Config, ConfigError
-from launch.records import Resumption, Summary, Training, Validation
+from launch.loss_curve import draw
+from launch.records import Listener, Resumption, Summary, Training, Validation
 from sharded_optim.trackers.atomic_write import write_text
 from sharded_optim.trackers.run_files import METRICS, SUMMARY, append_record, keep_records, to_json
 
@@ -79,7 +80,7 @@ def checkpoint_folder(config: Config, run: Path) -> Path:
     return run / "checkpoints" if config.checkpoint.folder is None else Path(config.checkpoint.folder) / run.name
 
 
-class RunFolder:
+class RunFolder(Listener):
     """A listener that writes all records to files. The link `latest` beside its folder points to it.
 
     Args:
@@ -120,27 +121,20 @@ class RunFolder:
 
     def progress(self, summary: Summary) -> None:
         self._summary = summary
-        self._write_summary(draw=time.monotonic() >= self._draw_from)
+        write_text(self.path / SUMMARY, to_json(asdict(summary), indent=2) + "\n")
+        began = time.monotonic()
+        if began >= self._draw_from:
+            draw(self.path / "loss.png", self._training, self._validation, summary)
+            now = time.monotonic()
+            self._draw_from = now + (now - began) / SHARE_OF_DRAWING
 
     def stop(self, step: int, why: str) -> None:
         if self._summary is not None:
-            self._summary = replace(self._summary, status=f"interrupted after step {step}")
-            self._write_summary(draw=True)
+            self.finish(replace(self._summary, status=f"interrupted after step {step}"))
 
     def finish(self, summary: Summary) -> None:
-        self._summary = summary
-        self._write_summary(draw=True)
-
-    def _write_summary(self, *, draw: bool) -> None:
-        assert self._summary is not None, "there is something to write"
-        write_text(self.path / SUMMARY, to_json(asdict(self._summary), indent=2) + "\n")
-        if draw:
-            from launch.loss_curve import draw as draw_curve  # imports matplotlib, for which the first step need not wait
-
-            began = time.monotonic()
-            draw_curve(self.path / "loss.png", self._training, self._validation, self._summary)
-            now = time.monotonic()
-            self._draw_from = now + (now - began) / SHARE_OF_DRAWING
+        self._draw_from = 0.0  # the last curve is drawn however soon after the one before
+        self.progress(summary)
 
 
 def _name_in(path: Path) -> str | None:

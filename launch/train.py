@@ -90,14 +90,7 @@ def broadcast_path(folder: RunFolder | None) -> Path | None:
 
 
 def run(
-    config: Config,
-    info: RankInfo,
-    device: torch.device,
-    text: Corpus,
-    path: Path,
-    folder: RunFolder | None,
-    started: float,
-    watch: Watch,
+    config: Config, info: RankInfo, device: torch.device, text: Corpus, path: Path, folder: RunFolder | None, started: float, watch: Watch
 ) -> int:
     """Build, train, validate, report.
 

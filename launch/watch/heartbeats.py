@@ -58,13 +58,7 @@ class HeartbeatExchange:
     """
 
     def __init__(
-        self,
-        store: Store,
-        info: RankInfo,
-        heartbeat: float | None,
-        launcher: int | None,
-        others: list[Sibling],
-        make: MakeHeartbeat,
+        self, store: Store, info: RankInfo, heartbeat: float | None, launcher: int | None, others: list[Sibling], make: MakeHeartbeat
     ) -> None:
         self._store: Any = store.clone()  # pyright: ignore[reportAttributeAccessIssue]  # a connection that nothing else waits for
         self._rank, self._all = info.rank, range(info.world_size)
