@@ -11,7 +11,6 @@ import sys
 
 from launch import corpus, deepspeed_extension, process_group
 from launch.config import ConfigError, from_arguments
-from launch.cores import share_cores
 from launch.launchers import TORCHRUN_OPTIONS, RankInfo
 from launch.run_folder import find_run
 from launch.tracking import check_installed
@@ -35,7 +34,7 @@ def main(arguments: list[str]) -> None:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    share_cores(processes, config.threads)
+    process_group.share_cores(processes, config.threads)
     command = [sys.executable, "-m"]
     if processes > 1 or config.max_restarts:
         command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]

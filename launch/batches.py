@@ -16,13 +16,11 @@ from launch.launchers import RankInfo
 __all__ = ["training_batch", "validation_batch"]
 
 
-def training_batch(
-    text: np.ndarray,  # uint8 (bytes,)
-    config: Config,
-    info: RankInfo,
-    step: int,
-) -> Tensor:
+def training_batch(text: np.ndarray, config: Config, info: RankInfo, step: int) -> Tensor:
     """Draw this rank's sequences of a step, which begin at random positions of the text.
+
+    Args:
+        text: uint8 (bytes,).
 
     Returns:
         int64 (batch_size / world_size, sequence_length + 1): the last byte of each is a target only.
@@ -33,13 +31,12 @@ def training_batch(
     return _rows(text, starts, config, info)
 
 
-def validation_batch(
-    text: np.ndarray,  # uint8 (bytes,)
-    config: Config,
-    info: RankInfo,
-    index: int,  # which batch
-) -> Tensor:
+def validation_batch(text: np.ndarray, config: Config, info: RankInfo, index: int) -> Tensor:
     """Return this rank's sequences of one batch of the validation set: `validation_batches` batches at even distances over the whole text.
+
+    Args:
+        text: uint8 (bytes,).
+        index: which batch.
 
     Returns:
         int64 (batch_size / world_size, sequence_length + 1).

@@ -315,25 +315,17 @@ def _apply(values: dict[str, Any], override: str) -> None:
 # -------------------------------------------------------------------------------------------------------------------------- errors
 
 
-def _keys(section: type[BaseModel], prefix: str = "") -> list[str]:
-    """List the dotted names of all keys, those of sections too."""
-    names = []
-    for name, field in section.model_fields.items():
-        names.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            names += _keys(field.annotation, f"{prefix}{name}.")
-    return names
-
-
 def _nearest_key(key: str) -> str:
-    section, _, leaf = key.rpartition(".")
-    keys = [name.rpartition(".") for name in _keys(Config)]
-    for prefix, dot, name in keys:
-        if name == leaf:  # in another section: lr is optimizer.lr
-            return f"; did you mean {prefix}{dot}{name}?"
+    """Return `; did you mean ...?` with the key of the same name in another section, or else with the most similar in this one."""
+    section, dot, name = key.rpartition(".")
+    fields: dict[str, Any] = {"": Config} | {f"{name}.": field.annotation for name, field in Config.model_fields.items()}
+    names = {prefix: list(model.model_fields) for prefix, model in fields.items() if hasattr(model, "model_fields")}
+    for prefix, keys in names.items():
+        if name in keys:  # lr is optimizer.lr
+            return f"; did you mean {prefix}{name}?"
     # Only the last parts are compared: with `optimizer.` in front of all, every name would be near.
-    siblings = [name for prefix, _, name in keys if prefix == section]
-    return nearest(leaf, siblings, f"{section}." if section else "") or f"; the keys here are {', '.join(siblings)}"
+    siblings = names.get(section + dot, [])
+    return nearest(name, siblings, section + dot) or f"; the keys here are {', '.join(siblings)}"
 
 
 def _validate(values: dict[str, Any], heading: str) -> Config:

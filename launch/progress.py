@@ -63,12 +63,9 @@ class Display(Listener):
         if self._bar is not None:
             self._bar.stop()
         table = Table(show_header=False)
-        for name, value in (
-            ("validation", f"{summary.val_bits_per_byte:.3f} bits/byte"),
-            ("unigram", f"{summary.unigram_bits_per_byte:.3f} bits/byte"),
-            ("zlib, level 9", f"{summary.zlib_bits_per_byte:.3f} bits/byte"),
-            ("time", f"{summary.seconds:.0f} s"),
-            ("run folder", str(self._folder)),
-        ):
-            table.add_row(name, value)
+        table.add_row("validation", f"{summary.val_bits_per_byte:.3f} bits/byte")
+        table.add_row("unigram", f"{summary.unigram_bits_per_byte:.3f} bits/byte")
+        table.add_row("zlib, level 9", f"{summary.zlib_bits_per_byte:.3f} bits/byte")
+        table.add_row("time", f"{summary.seconds:.0f} s")
+        table.add_row("run folder", str(self._folder))
         self._console.print(table)

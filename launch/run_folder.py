@@ -16,6 +16,7 @@ import yaml
 
 import sharded_optim as so
 from launch.config import Config, ConfigError
+from launch.keys import read
 from launch.loss_curve import draw
 from launch.records import Listener, Resumption, Summary, Training, Validation
 from sharded_optim.trackers.atomic_write import write_text
@@ -139,11 +140,9 @@ class RunFolder(Listener):
 
 def _name_in(path: Path) -> str | None:
     """Read the name in a config.yaml that a run has written; None if it cannot be read."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return None
-    return content.get("name") if isinstance(content, dict) else None
+    with suppress(ConfigError):
+        return read(path, yaml.safe_load, str(path)).get("name")
+    return None
 
 
 def _with_nan(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,16 +152,13 @@ def _with_nan(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _new_folder(runs: Path, config: Config) -> Path:
-    if config.run is not None:
-        (runs / config.run).mkdir(parents=True)
-        return runs / config.run
-    base = f"{datetime.now():%Y-%m-%d-%H%M%S}-{config.name}"
-    for suffix in ("", *(f"-{attempt}" for attempt in range(2, 1000))):
+    base = config.run or f"{datetime.now():%Y-%m-%d-%H%M%S}-{config.name}"
+    for suffix in ("",) if config.run else ("", *(f"-{attempt}" for attempt in range(2, 1000))):
         with suppress(FileExistsError):  # another run, started in the same second
             path = runs / f"{base}{suffix}"
             path.mkdir(parents=True)
             return path
-    raise FileExistsError(f"{runs / base} and its successors exist")
+    raise FileExistsError(f"{runs / base} exists")
 
 
 def _point_latest(path: Path) -> None:

@@ -149,7 +149,7 @@ def run(
 
     training = validation = stopped = None
     for step in range(resumption.step + 1 if resumption else 1, config.steps + 1):
-        watch.step = step
+        watch.begin_step(step)
         loss = mean_loss(sharded.model, training_batch(text.train, config, info, step).to(device))
         try:
             sharded.step(loss)
@@ -188,7 +188,7 @@ def run(
         saved = checkpoints.save_now(watch.step)
         for listener in listeners:
             listener.stop(watch.step, f"asked to stop by {stopped}: saved in {saved}; resume=auto run={path.name} resumes from it")
-    is_elsewhere = info.launcher is TORCHRUN and info.world_size > info.local_world_size and not preemption.received_here
+    is_elsewhere = info.launcher is TORCHRUN and info.world_size > info.local_world_size and not preemption.received
     return STOPPED_ELSEWHERE if is_elsewhere else 0
 
 
@@ -241,10 +241,8 @@ def describe_training(step: int, meter: Meter, optimizer: Any, *, has_metrics: b
 def largest_rms(metrics: dict[str, float]) -> tuple[str | None, float | None]:
     """Return the name of the tensor with the largest RMS, and that RMS; NaN is the largest. (None, None) if the optimizer has no RMS."""
     rms = {key.removeprefix("rms/"): value for key, value in metrics.items() if key.startswith("rms/")}
-    if not rms:
-        return None, None
-    name = max(rms, key=lambda key: math.inf if math.isnan(rms[key]) else rms[key])
-    return name, rms[name]
+    name = max(rms, key=lambda key: math.inf if math.isnan(rms[key]) else rms[key], default=None)
+    return name, None if name is None else rms[name]
 
 
 class Meter:

@@ -2,7 +2,7 @@
 
     with Watch(...) as watch:
         for step in ...:
-            watch.step = step
+            watch.begin_step(step)
             ...
             with watch.no_time_limit():
                 save()
@@ -74,7 +74,7 @@ class Watch:
         launcher: int | None = None,
         expected: tuple[type[BaseException], ...] = (),
     ) -> None:
-        self._step = 0
+        self.step = 0  # that this rank is in
         self._begun_before: Mapping[str, int] = {}  # collectives, in the step before
         self._begun_at_start: Mapping[str, int] = {}  # of this step
         self._without_limit = 0  # nested calls of `no_time_limit`
@@ -86,16 +86,11 @@ class Watch:
             others = siblings(launcher, next(iter(info.launcher.variables), "RANK"))
             self._exchange = HeartbeatExchange(rendezvous.store, info, heartbeat, launcher, others, self._heartbeat)
 
-    @property
-    def step(self) -> int:
-        """The step that this rank is in. To be set when it begins one."""
-        return self._step
-
-    @step.setter
-    def step(self, step: int) -> None:
+    def begin_step(self, step: int) -> None:
+        """Note that this rank begins a step, and how many collectives it has begun before."""
         begun = _collectives()
         self._begun_before, self._begun_at_start = _since(self._begun_at_start, begun), begun
-        self._step = step
+        self.step = step
 
     @contextmanager
     def no_time_limit(self) -> Iterator[None]:
@@ -137,14 +132,14 @@ class Watch:
         end()
 
     def _step_now(self) -> str:
-        return f"step {self._step}" if self._step else "its start"
+        return f"step {self.step}" if self.step else "its start"
 
     def _heartbeat(self, number: int, has_left: bool) -> Heartbeat:
         frame = _frame_of_user(sys._current_frames().get(threading.main_thread().ident or 0))
         location = self._step_now() if frame is None else f"{self._step_now()}, in {frame}"
         who = {"rank": self._rank, "pid": os.getpid(), "host": socket.gethostname(), "number": number, "has_left": has_left}
         begun = {"begun": _since(self._begun_at_start, _collectives()), "before": self._begun_before}
-        return Heartbeat(**who, **begun, step=self._step, location=location, has_no_limit=self._without_limit > 0)
+        return Heartbeat(**who, **begun, step=self.step, location=location, has_no_limit=self._without_limit > 0)
 
 
 def _frame_of_user(frame: FrameType | None) -> str | None:

@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 from torch._C._distributed_c10d import HashStore
 
-from launch import cores as core_shares
+from launch import process_group
 from launch.config import Config, ConfigError, load
-from launch.cores import share_cores
 from launch.deepspeed_extension import prepare
 from launch.launchers import DEEPSPEED, MPICH, OPEN_MPI, SRUN, TORCHRUN, RankInfo, launcher_pid, read_rank_info
-from launch.process_group import pick_device
+from launch.process_group import pick_device, share_cores
 
 FSDP2 = Path(__file__).parents[2] / "configs" / "fsdp2.yaml"
 VARIABLES = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
@@ -149,7 +148,7 @@ def test_torchruns_default_of_one_thread_is_not_a_choice(monkeypatch):
         if variable is None:
             monkeypatch.delenv("OMP_NUM_THREADS")
         chosen.clear()
-        core_shares.set_threads(info, threads, cores)
+        process_group.set_threads(info, threads, cores)
         assert chosen == expected, (info.launcher.name, variable, threads)
 
 
@@ -164,10 +163,10 @@ def test_ranks_that_a_launcher_has_bound_to_too_few_cores_are_unbound(monkeypatc
     for own, others, expected in (({5}, {4}, {4, 5}), ({4, 5, 6, 7}, {0, 1, 2, 3}, None)):
         monkeypatch.setattr("os.sched_getaffinity", lambda _, own=own: own, raising=False)
         store.set("cores/2", json.dumps([socket.gethostname(), sorted(others)]))
-        cores = core_shares.cores_of_machine(info, store)
+        cores = process_group.cores_of_machine(info, store)
         assert cores == own | others
         bound.clear()
-        core_shares.set_threads(info, None, cores)
+        process_group.set_threads(info, None, cores)
         assert bound == ([] if expected is None else [expected])
 
 

@@ -597,7 +597,7 @@ def test_threads_that_a_job_leaves_behind_are_named_but_not_those_that_end_by_th
 def test_a_process_that_is_alone_is_not_watched():
     before = threading.active_count()
     with Watch() as watch:
-        watch.step = 3
+        watch.begin_step(3)
         assert threading.active_count() == before
 
 
@@ -606,7 +606,7 @@ def test_the_location_of_a_rank_is_a_line_of_the_job():
         return watch._heartbeat(7, has_left=False)
 
     watch = Watch(info=RankInfo(rank=3))
-    watch.step = 5
+    watch.begin_step(5)
     heartbeat = work(watch)
     assert heartbeat.location.startswith("step 5, in work (tests/launch/test_launch_watch.py:")
     assert replace(heartbeat, number=8) != heartbeat
