@@ -30,7 +30,7 @@ class Checkpoints:
     def __init__(self, config: Config, run: Path, sharded: Sharded, schedule: LRScheduler) -> None:
         self._config = config
         self._root = checkpoint_folder(config, run)
-        self._sharded = sharded
+        self._live = {"model": sharded.model, "optimizer": sharded.optimizer}
         self._schedule = schedule
         self._world_size = dist.get_world_size()
         self._saving: so.checkpoint.Saving | None = None
@@ -48,7 +48,7 @@ class Checkpoints:
         if self._config.resume == "never":
             return None
         try:
-            extra: dict[str, Any] = so.checkpoint.load(self._root, model=self._sharded.model, optimizer=self._sharded.optimizer)
+            extra: dict[str, Any] = so.checkpoint.load(self._root, **self._live)
         except so.checkpoint.NoCheckpointError:
             return None
         self._schedule.load_state_dict(extra["schedule"])
@@ -67,7 +67,7 @@ class Checkpoints:
             self._saving = so.checkpoint.async_save(self._root, step, **self._arguments(step))
 
     def save_now(self, step: int) -> Path:
-        """Save a job that stops after a step, unless that step is saved; also if the config asks for no checkpoints.
+        """Save a job that stops after a step, after `finish`, unless that step is saved; also if the config asks for no checkpoints.
 
         Returns:
             The folder of checkpoints.
@@ -78,8 +78,7 @@ class Checkpoints:
 
     def _arguments(self, step: int) -> dict[str, Any]:
         extra = {"step": step, "schedule": self._schedule.state_dict(), "world_size": self._world_size}
-        keep = self._config.checkpoint.keep
-        return {"model": self._sharded.model, "optimizer": self._sharded.optimizer, "extra": extra, "keep": keep}
+        return {**self._live, "extra": extra, "keep": self._config.checkpoint.keep}
 
     def finish(self) -> None:
         """Wait until the last save is committed."""

@@ -233,8 +233,6 @@ class Config(_Section):
         Raises:
             ConfigError: it cannot be spread over so many.
         """
-        if self.processes == processes:
-            return self
         return _validate(self.model_dump() | {"processes": processes}, f"processes='auto' are {processes}")
 
 
@@ -247,9 +245,7 @@ def from_arguments(arguments: list[str], program: str) -> Config:
     """
     parser = argparse.ArgumentParser(prog=program, description="Train a small byte-level language model.")
     parser.add_argument("config", type=Path, help="a YAML file, as configs/fsdp2.yaml")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="overrides a key of the file, as steps=50 or optimizer.lr=1e-3"
-    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides a key of the file, as steps=50 or optimizer.lr=1e-3")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher's, which puts it into the environment too
     parsed = parser.parse_args(arguments)
     return load(parsed.config, parsed.overrides)

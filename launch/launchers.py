@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from launch.config import Config, ConfigError
 
-__all__ = ["ALONE", "MPICH", "OPEN_MPI", "SRUN", "TORCHRUN", "TORCHRUN_OPTIONS"]
-__all__ += ["Launcher", "RankInfo", "first_host", "is_restart", "launcher_pid", "read_rank_info"]
+__all__ = ["MPICH", "OPEN_MPI", "SRUN", "TORCHRUN", "TORCHRUN_OPTIONS", "RankInfo", "first_host", "is_restart", "read_rank_info"]
 
 # torchrun forwards these signals to its ranks, by default without SIGUSR1. The ranks then have so many seconds to save, by default 30. As
 # command-line options, torch < 2.10 would refuse the first and torch < 2.12 the second; variables that they do not know they ignore.
@@ -61,13 +60,18 @@ LAUNCHERS = (TORCHRUN, OPEN_MPI, MPICH, SRUN)
 
 @dataclass(frozen=True)
 class RankInfo:
-    """Rank and world size of this process, and the same among the ranks of its machine (`local`)."""
+    """Rank and world size of this process, and the same among the ranks of its machine (`local`).
+
+    Attributes:
+        launcher_pid: pid of the launcher, which runs as long as the job; None if the parent may be a shell that ends before.
+    """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
     launcher: Launcher = ALONE
+    launcher_pid: int | None = field(default=None, compare=False)
 
 
 def read_rank_info(config: Config) -> RankInfo:
@@ -88,8 +92,9 @@ def read_rank_info(config: Config) -> RankInfo:
         )
     if launcher is SRUN:
         values[TASKS_OF_NODES] = _tasks_of_node(values[TASKS_OF_NODES], os.environ.get("SLURM_NODEID", "0"))
+    is_by_hand = launcher is ALONE or (launcher is TORCHRUN and "TORCHELASTIC_RUN_ID" not in os.environ)
     try:
-        info = RankInfo(*map(int, values.values()), launcher=launcher)
+        info = RankInfo(*map(int, values.values()), launcher=launcher, launcher_pid=None if is_by_hand else os.getppid())
     except ValueError:
         raise ConfigError(f"{launcher.name}'s variables must be whole numbers, got {values}") from None
     if config.processes not in ("auto", info.world_size):
@@ -111,12 +116,6 @@ def _tasks_of_node(counts: str, node: str) -> str:
         count, _, nodes = entry.partition("(x")
         tasks += [count] * int(nodes.rstrip(")") or 1)
     return tasks[int(node)]
-
-
-def launcher_pid(info: RankInfo) -> int | None:
-    """Return the pid of the launcher, which runs as long as the job; None if the parent may be a shell that ends before."""
-    is_by_hand = info.launcher is ALONE or (info.launcher is TORCHRUN and "TORCHELASTIC_RUN_ID" not in os.environ)
-    return None if is_by_hand else os.getppid()
 
 
 def is_restart() -> bool:

@@ -30,7 +30,7 @@ class Preemption:
             signal.signal(number, self._receive)
 
     def after_step(self) -> str | None:
-        """Exchange received signals. To be called on every rank after each step.
+        """Exchange received signals. To be called on every rank after each step but the last.
 
         Returns:
             The name of a signal that some rank has received, on every rank after the same step; else None.

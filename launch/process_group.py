@@ -14,12 +14,12 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from launch.errors import ConfigError
-from launch.launchers import SRUN, TORCHRUN, RankInfo, launcher_pid
+from launch.launchers import SRUN, TORCHRUN, RankInfo
 from launch.rendezvous import RendezvousStore, join_attempt, open_store
 
 __all__ = ["cores_here", "cores_of_machine", "gpus_here", "pick_device", "set_threads", "share_cores", "start", "stop"]
 
-TIMEOUT_SECONDS = 300  # of a rendezvous and of a collective: far longer than any takes here
+TIMEOUT = timedelta(seconds=300)  # of a rendezvous and of a collective: far longer than any takes here
 
 
 def gpus_here() -> int:
@@ -113,12 +113,11 @@ def start(info: RankInfo, device: torch.device, threads: int | None = None) -> R
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]  # costs a write of each
     for name, value in (("RANK", info.rank), ("WORLD_SIZE", info.world_size), ("LOCAL_RANK", info.local_rank)):
         os.environ.setdefault(name, str(value))  # DeepSpeed reads them, also in a single process
-    timeout = timedelta(seconds=TIMEOUT_SECONDS)
-    opened = open_store(info, timeout)
-    store = join_attempt(opened.store, info, timeout, launcher_pid(info))
+    opened = open_store(info, TIMEOUT)
+    store = join_attempt(opened.store, info, TIMEOUT)
     set_threads(info, threads, cores_of_machine(info, store))
     backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-    dist.init_process_group(backend, store=store, rank=info.rank, world_size=info.world_size, timeout=timeout, device_id=device_id)
+    dist.init_process_group(backend, store=store, rank=info.rank, world_size=info.world_size, timeout=TIMEOUT, device_id=device_id)
     return replace(opened, store=store)
 
 

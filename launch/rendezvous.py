@@ -178,15 +178,13 @@ def open_store(info: RankInfo, timeout: timedelta) -> RendezvousStore:
 # ---------------------------------------------------------------------------------------------------------------------- attempts
 
 
-def join_attempt(store: Store, info: RankInfo, timeout: timedelta, launcher: int | None = None) -> Store:
+def join_attempt(store: Store, info: RankInfo, timeout: timedelta) -> Store:
     """Wait until all ranks have joined this attempt.
 
     Args:
         store: of the job.
         info: of this process.
         timeout: for all ranks to join.
-        launcher: pid of this process's parent; None: the parent may end. If it ends, so has the attempt of this rank, which must not join
-            the next one.
 
     Returns:
         A store of this attempt alone.
@@ -198,8 +196,8 @@ def join_attempt(store: Store, info: RankInfo, timeout: timedelta, launcher: int
         return _begin_attempt(store, info.world_size, timeout)
     own, joined = uuid.uuid4().hex, ""
     for _ in _polls(timeout):
-        if launcher not in (None, os.getppid()):
-            raise RendezvousError(f"the launcher of rank {info.rank} (pid {launcher}) has ended before all ranks joined")
+        if info.launcher_pid not in (None, os.getppid()):  # so has the attempt of this rank, which must not join the next one
+            raise RendezvousError(f"the launcher of rank {info.rank} (pid {info.launcher_pid}) has ended before all ranks joined")
         if store.check(["attempt"]):
             name = store.get("attempt").decode()
             prefixed = PrefixStore(name, store)

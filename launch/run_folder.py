@@ -37,16 +37,13 @@ def find(config: Config) -> Path | None:
     runs = Path(config.runs_folder)
     if config.run is not None:
         path = runs / config.run
-        if not path.exists():
-            return None
-        if config.resume == "never":
+        if path.exists() and config.resume == "never":
             raise ConfigError(f"run={config.run!r}: {path} exists already; use resume=auto to resume it, or another name")
-        return path
+        return path if path.exists() else None
     if config.resume == "never":
         return None
-    written = [path for path in runs.glob("*/config.yaml") if not path.parent.is_symlink()]
-    newest_first = sorted(written, key=lambda path: (path.stat().st_mtime, path), reverse=True)
-    return next((path.parent for path in newest_first if _name_in(path) == config.name), None)
+    newest_first = sorted(runs.glob("*/config.yaml"), key=lambda path: (path.stat().st_mtime, path), reverse=True)
+    return next((path.parent for path in newest_first if not path.parent.is_symlink() and _name_in(path) == config.name), None)
 
 
 def find_run(config: Config, *, is_restart: bool) -> tuple[Path | None, str | None]:
@@ -99,16 +96,14 @@ class RunFolder(Listener):
         self._draw_from = 0.0
         try:
             self.path = existing or _new_folder(Path(config.runs_folder), config)
-            text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-            write_text(self.path / "config.yaml", text)
+            write_text(self.path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
             _point_latest(self.path)
         except OSError as error:
             raise ConfigError(f"runs_folder={config.runs_folder!r}: {error}") from None
 
     def start(self, resumption: Resumption | None) -> None:
         """Read the records of the steps up to the checkpoint, and remove those of later steps, which are trained once more."""
-        kept = keep_records(self.path / METRICS, 0 if resumption is None else resumption.step)
-        records = list(map(_with_nan, kept))
+        records = list(map(_with_nan, keep_records(self.path / METRICS, 0 if resumption is None else resumption.step)))
         self._training = [Training(**record) for record in records if "train_loss_bits" in record]
         self._validation = [Validation(**record) for record in records if "val_bits_per_byte" in record]
 

@@ -38,8 +38,7 @@ class Tracking(Listener):
     """
 
     def __init__(self, config: Config, path: Path, seconds_since_heartbeat: Callable[[], Mapping[int, float]]) -> None:
-        self._config = config
-        self._path = path
+        self._config, self._path = config, path
         self._seconds_since_heartbeat = seconds_since_heartbeat
         self._trackers = so.trackers.Trackers({})  # none before `start`
 
@@ -58,8 +57,8 @@ class Tracking(Listener):
 
     def training(self, record: Training) -> None:
         # Without the record's own lr: the optimizer's `lr/0` and so on say more, and MLflow's files cannot hold `lr` beside them.
-        values = {"loss": record.train_loss_bits, "tokens_per_second": record.tokens_per_second}
-        self._trackers.log(record.step, {**values, **record.optimizer})
+        values = {"loss": record.train_loss_bits, "tokens_per_second": record.tokens_per_second, **record.optimizer}
+        self._trackers.log(record.step, values)
 
     def validation(self, record: Validation) -> None:
         self._trackers.log(record.step, {"validation_loss": record.val_bits_per_byte})

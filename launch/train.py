@@ -27,7 +27,7 @@ from launch.batches import training_batch, validation_batch
 from launch.checkpoints import Checkpoints
 from launch.config import Config, ConfigError, from_arguments
 from launch.corpus import Corpus
-from launch.launchers import TORCHRUN, RankInfo, is_restart, launcher_pid, read_rank_info
+from launch.launchers import TORCHRUN, RankInfo, is_restart, read_rank_info
 from launch.model import GPT
 from launch.optimizer import build_schedule
 from launch.preemption import Preemption
@@ -56,7 +56,6 @@ def main(arguments: list[str]) -> int:
         config = from_arguments(arguments, "python -m launch.train")
         info = read_rank_info(config)
         config = config.with_processes(info.world_size)
-        launcher = launcher_pid(info)
         device = process_group.pick_device(info, config.device)
         text = corpus.load(config)
         if config.sharding == "deepspeed":
@@ -69,7 +68,7 @@ def main(arguments: list[str]) -> int:
     except (ConfigError, RendezvousError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    with Watch(rendezvous, info, heartbeat=config.heartbeat, launcher=launcher, expected=EXPECTED) as watch:
+    with Watch(rendezvous, info, heartbeat=config.heartbeat, expected=EXPECTED) as watch:
         status = 0
         path = broadcast_path(folder)
         if path is None:
@@ -173,10 +172,8 @@ def run(
             meter.resume()
         with watch.no_time_limit():  # a rank may write more slowly than others
             checkpoints.after(step)
-        stopped = preemption.after_step()
-        if stopped is not None and step < config.steps:
+        if step < config.steps and (stopped := preemption.after_step()) is not None:
             break
-        stopped = None  # all steps are done
     preemption.finish()
     with watch.no_time_limit():  # also for trackers, which send what they have queued
         checkpoints.finish()
@@ -209,8 +206,7 @@ def validate(model: nn.Module, config: Config, info: RankInfo, text: Corpus, dev
     """Compute the bits per byte of the whole validation set, the same on every rank. Each rank takes its rows of every batch."""
     total = torch.zeros((), dtype=torch.float64, device=device)
     for index in range(config.validation_batches):
-        sequences = validation_batch(text.validation, config, info, index)
-        total += mean_loss(model, sequences.to(device))
+        total += mean_loss(model, validation_batch(text.validation, config, info, index).to(device))
     dist.all_reduce(total)
     return total.item() / (config.validation_batches * info.world_size) / math.log(2.0)
 
@@ -251,8 +247,8 @@ class Meter:
     def __init__(self, tokens_per_step: int, device: torch.device) -> None:
         self._tokens_per_step = tokens_per_step
         self._loss = torch.zeros((), device=device)
-        self._steps, self._all_steps = 0, 0
-        self._seconds, self._all_seconds = 0.0, 0.0
+        self._steps, self._seconds = 0, 0.0
+        self._read = (0, 0.0)  # steps and seconds at the last reading
         self._since = time.perf_counter()
 
     def count(self, loss: Tensor) -> None:
@@ -263,15 +259,12 @@ class Meter:
         """Return (bits per byte, mean over steps and ranks; tokens per second) since the last reading. A collective."""
         loss = self._loss.double()
         dist.all_reduce(loss)
-        nats = loss.item() / (self._steps * dist.get_world_size())
         self.pause()
         self.resume()
-        speed = self._steps * self._tokens_per_step / self._seconds
-        self._all_steps += self._steps
-        self._all_seconds += self._seconds
-        self._steps, self._seconds = 0, 0.0
+        steps, seconds = self._steps - self._read[0], self._seconds - self._read[1]
+        self._read = (self._steps, self._seconds)
         self._loss.zero_()
-        return nats / math.log(2.0), speed
+        return loss.item() / (steps * dist.get_world_size()) / math.log(2.0), steps * self._tokens_per_step / seconds
 
     def pause(self) -> None:
         self._seconds += time.perf_counter() - self._since
@@ -281,7 +274,7 @@ class Meter:
 
     def overall_tokens_per_second(self) -> float:
         """Return the tokens per second over all readings."""
-        return self._all_steps * self._tokens_per_step / self._all_seconds
+        return self._read[0] * self._tokens_per_step / self._read[1]
 
 
 if __name__ == "__main__":

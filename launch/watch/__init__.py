@@ -58,10 +58,9 @@ class Watch:
 
     Args:
         rendezvous: with the store of this attempt alone. None: this process is alone.
-        info: of this process; None: it is alone.
+        info: of this process, which ends when its launcher does; None: it is alone.
         heartbeat: seconds for which a rank may send no heartbeat, the store may not answer, or a rank may keep others waiting in a
             collective; None: any number. To be longer than anything one rank does alone outside `no_time_limit`.
-        launcher: pid of this process's parent; when that ends, so does this process. None: the parent may end.
         expected: exceptions that need no traceback.
     """
 
@@ -71,7 +70,6 @@ class Watch:
         info: RankInfo | None = None,
         *,
         heartbeat: float | None = None,
-        launcher: int | None = None,
         expected: tuple[type[BaseException], ...] = (),
     ) -> None:
         self.step = 0  # that this rank is in
@@ -83,8 +81,8 @@ class Watch:
         self._expected = expected
         self._exchange: HeartbeatExchange | None = None
         if rendezvous is not None and info.world_size > 1:
-            others = siblings(launcher, next(iter(info.launcher.variables), "RANK"))
-            self._exchange = HeartbeatExchange(rendezvous.store, info, heartbeat, launcher, others, self._heartbeat)
+            others = siblings(info.launcher_pid, next(iter(info.launcher.variables), "RANK"))
+            self._exchange = HeartbeatExchange(rendezvous.store, info, heartbeat, others, self._heartbeat)
 
     def begin_step(self, step: int) -> None:
         """Note that this rank begins a step, and how many collectives it has begun before."""
@@ -103,7 +101,7 @@ class Watch:
 
     def seconds_since_heartbeat(self) -> dict[int, float]:
         """Return the seconds since each rank's last heartbeat, on rank 0; without ranks that have done their work. Reads memory alone."""
-        return {0: 0.0} if self._exchange is None else self._exchange.seconds_since_heartbeat()
+        return {0: 0.0} if self._exchange is None else self._exchange.hang_detector.seconds_since_heartbeat(time.monotonic())
 
     def __enter__(self) -> Watch:
         return self

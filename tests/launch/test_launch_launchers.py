@@ -12,7 +12,7 @@ from torch._C._distributed_c10d import HashStore
 from launch import process_group
 from launch.config import Config, ConfigError, load
 from launch.deepspeed_extension import prepare
-from launch.launchers import DEEPSPEED, MPICH, OPEN_MPI, SRUN, TORCHRUN, RankInfo, launcher_pid, read_rank_info
+from launch.launchers import DEEPSPEED, MPICH, OPEN_MPI, SRUN, TORCHRUN, RankInfo, read_rank_info
 from launch.process_group import pick_device, share_cores
 
 FSDP2 = Path(__file__).parents[2] / "configs" / "fsdp2.yaml"
@@ -170,12 +170,14 @@ def test_ranks_that_a_launcher_has_bound_to_too_few_cores_are_unbound(monkeypatc
         assert bound == ([] if expected is None else [expected])
 
 
-def test_only_a_launcher_is_missed_when_it_is_gone(monkeypatch):
-    by_hand = RankInfo(world_size=2, local_world_size=2, launcher=TORCHRUN)  # RANK and the rest were set in a shell
-    assert launcher_pid(by_hand) is None
-    assert launcher_pid(RankInfo()) is None
+def test_only_a_launcher_is_missed_when_it_is_gone(config, monkeypatch):
+    assert read_rank_info(load(FSDP2, ["processes=1"])).launcher_pid is None
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    for name, value in VARIABLES.items():  # by hand, in a shell
+        monkeypatch.setenv(name, value)
+    assert read_rank_info(config).launcher_pid is None
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
-    assert launcher_pid(by_hand) == os.getppid()
+    assert read_rank_info(config).launcher_pid == os.getppid()
 
 
 def test_cores_are_shared_unless_the_user_has_chosen(monkeypatch):

@@ -64,7 +64,7 @@ def test_an_attempt_that_ended_halfway_is_left():
 def test_a_rank_whose_launcher_has_ended_joins_no_other_attempt():
     store = HashStore()
     with pytest.raises(RendezvousError, match=r"the launcher of rank 1 \(pid 1\) has ended before all ranks joined"):
-        join_attempt(store, RankInfo(1, 2), LATER, launcher=1)
+        join_attempt(store, RankInfo(1, 2, launcher_pid=1), LATER)
     assert len(meet(store, 2)) == 2
 
 

@@ -256,7 +256,7 @@ class Ranks:
         self.pids = dict.fromkeys(range(3), os.getpid())
         self.all = {
             rank: HeartbeatExchange(
-                self.store, RankInfo(rank=rank, world_size=3), heartbeat, None, (others or {}).get(rank, []), self._maker(rank)
+                self.store, RankInfo(rank=rank, world_size=3), heartbeat, (others or {}).get(rank, []), self._maker(rank)
             )
             for rank in range(3)
             if rank not in absent
@@ -334,14 +334,17 @@ def test_an_error_of_the_network_alone_is_the_cause_after_a_while(ends):
 
 
 def test_rank_0_knows_the_seconds_since_each_ranks_heartbeat(ends):
+    def seconds(rank: int) -> dict[int, float]:
+        return ranks.all[rank].hang_detector.seconds_since_heartbeat(time.monotonic())
+
     ranks = Ranks(ends)
     ranks.all[2]._leaving = True
     until = time.monotonic() + SOON
-    while set(ranks.all[0].seconds_since_heartbeat()) != {0, 1} and time.monotonic() < until:
+    while set(seconds(0)) != {0, 1} and time.monotonic() < until:
         time.sleep(0.02)
-    assert all(seconds < SOON for seconds in ranks.all[0].seconds_since_heartbeat().values())
-    assert set(ranks.all[0].seconds_since_heartbeat()) == {0, 1}
-    assert set(ranks.all[1].seconds_since_heartbeat()) == {0}
+    assert all(each < SOON for each in seconds(0).values())
+    assert set(seconds(0)) == {0, 1}
+    assert set(seconds(1)) == {0}
     with ThreadPoolExecutor(3) as leaving:
         list(leaving.map(lambda rank: ranks.all[rank].leave(SOON), (0, 2, 1)))
     assert not ranks.ends
@@ -368,7 +371,7 @@ def test_a_rank_that_leaves_while_its_heartbeat_is_made_reports_that_before_it_e
     store.set("beat/0", "")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(threading.Thread, "start", lambda thread: None)
-        made.append(HeartbeatExchange(store, RankInfo(rank=1, world_size=2), HEARTBEAT, None, [], make))
+        made.append(HeartbeatExchange(store, RankInfo(rank=1, world_size=2), HEARTBEAT, [], make))
     assert made[0]._wait_for_verdict() is None
     left = Heartbeat.from_json(1, store.get("beat/1"))
     assert left is not None
