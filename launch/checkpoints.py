@@ -18,7 +18,7 @@ __all__ = ["Checkpoints"]
 
 
 class Checkpoints:
-    """Save a job every so many steps, in the background, and resume it. Every rank calls every method.
+    """Save a job at the steps that its config asks for, in the background, and resume it. Every rank calls every method.
 
     Args:
         config: of the job.
@@ -56,7 +56,7 @@ class Checkpoints:
         return Resumption(step=extra["step"], saved_by=extra.get("world_size", self._world_size), world_size=self._world_size)
 
     def is_due(self, step: int) -> bool:
-        """Return whether a checkpoint is due after a step: every so many steps, and after the last."""
+        """Return whether a checkpoint is due after a step: at intervals of `every` steps, and after the last."""
         every = self._config.checkpoint.every
         return every is not None and (step % every == 0 or step == self._config.steps)
 

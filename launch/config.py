@@ -127,9 +127,9 @@ class OptimizerConfig(_with_hyperparameters(_NamedOptimizer)):
 class CheckpointConfig(_Section):
     """Checkpoints of the job.
 
-    every: after so many steps, and after the last; None is never.
-    keep: how many remain.
-    folder: in which each run has a folder of its name; None is `checkpoints` in the run's own folder.
+    every: steps from one checkpoint to the next; the last step has one too. None: no checkpoints.
+    keep: the number of checkpoints that remain.
+    folder: a folder, in which each run has one of its name; None is `checkpoints` in the run's own folder.
     """
 
     every: PositiveInt | None = None
@@ -146,19 +146,19 @@ class Config(_Section):
     threads: of each process on the CPU; None is an equal share of the machine's cores.
     device: "auto" takes a GPU for each process where there are as many, else the CPU.
     batch_size: sequences in a step, over all processes together, so that the loss curve does not depend on their number.
-    validation_batches: how many batches of that size are the validation set.
+    validation_batches: the size of the validation set, in batches of that size.
     resume: "never" begins a new run. "auto" resumes `run` if that exists, from its newest checkpoint; if `run` is None, the newest run of
         this name, unless all its steps are done.
     warmup_steps: of the learning rate. An override of steps alone changes it in proportion.
-    muon_rest: what steps the parameters that Muon does not, where the optimizer is Muon: "adamw", or "stable_adamw", which clips updates.
+    muon_rest: beside Muon, the optimizer of the parameters that are no hidden matrices: "adamw", or "stable_adamw", which clips updates.
     max_restarts: how often `python -m launch` restarts all processes when one has failed; they resume from checkpoints with resume=auto.
     heartbeat: seconds, 5 or more, for which a rank may send no heartbeat, or keep others waiting, before the job ends; None: any number, as
         under a debugger.
     metrics_every: steps from one record with the optimizer's metrics to the next, a multiple of log_every; None: every record has them. To
         read them waits for the device and makes a record long.
-    divergence_every: after so many steps, and before each checkpoint, replicas are compared between ranks; None: never.
-    max_skipped_steps: how many steps in a row may be skipped because gradients are not finite.
-    trackers: where metrics go beside the run folder, by names of `sharded_optim/trackers/registry.py`.
+    divergence_every: steps from one comparison of replicas between ranks to the next; checkpoints have one too. None: no comparisons.
+    max_skipped_steps: the number of steps in a row that may be skipped because gradients are not finite.
+    trackers: destinations of metrics beside the run folder, by their names in `sharded_optim/trackers/registry.py`.
     tracker_options: options of these trackers by their names, as {prometheus: {port: 9500}}.
     deepspeed: the DeepSpeed config, without the optimizer and the batch. In a file or an override also the path of a DeepSpeed config in
         JSON, which may have these too (`launch/deepspeed_config.py`).
@@ -228,10 +228,10 @@ class Config(_Section):
         return self
 
     def with_processes(self, processes: int) -> Config:
-        """Return the config of the same job on so many processes, if the config leaves their number open.
+        """Return the config of the same job on this number of processes.
 
         Raises:
-            ConfigError: it cannot be spread over so many.
+            ConfigError: the job cannot be spread over them.
         """
         return _validate(self.model_dump() | {"processes": processes}, f"processes='auto' are {processes}")
 
@@ -278,7 +278,7 @@ def load(path: Path, overrides: list[str]) -> Config:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people mean it: 1e-3 is a number, which YAML 1.1 reads as a string, and a key given twice is an error."""
+    """A loader that reads 1e-3 as a number, which is a string in YAML 1.1, and refuses a key that is given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()

@@ -1,4 +1,4 @@
-"""The text that is trained on: its files, their cache, the train/validation split, and baselines by simpler models.
+"""The text of the job: its files, their cache, the split into training and validation text, and baselines by simpler models.
 
 Used by the ranks and by the process that starts them.
 """

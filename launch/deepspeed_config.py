@@ -55,7 +55,7 @@ def include(values: dict[str, Any], path: Path) -> None:
 
 
 def check(content: dict[str, Any]) -> dict[str, Any]:
-    """Return a DeepSpeed config from which `include` has taken the job's keys, if no other of them is left.
+    """Check that a DeepSpeed config has no more keys of the job, after `include` has taken some, and return it.
 
     Raises:
         ValueError: one is. The message names the key to use.

@@ -14,7 +14,7 @@ from launch.config import Config, ConfigError
 
 __all__ = ["MPICH", "OPEN_MPI", "SRUN", "TORCHRUN", "TORCHRUN_OPTIONS", "RankInfo", "first_host", "is_restart", "read_rank_info"]
 
-# torchrun forwards these signals to its ranks, by default without SIGUSR1. The ranks then have so many seconds to save, by default 30. As
+# torchrun forwards these signals to its ranks, by default without SIGUSR1. The ranks then have 100 s to save, by default 30. As
 # command-line options, torch < 2.10 would refuse the first and torch < 2.12 the second; variables that they do not know they ignore.
 TORCHRUN_OPTIONS = {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "PET_SHUTDOWN_TIMEOUT": "100"}
 

@@ -1,4 +1,4 @@
-"""What a rank runs on: its device, its cores and its process group."""
+"""The device, the cores and the process group of a rank."""
 
 from __future__ import annotations
 

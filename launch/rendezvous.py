@@ -4,8 +4,8 @@ torchrun keeps one store for all attempts of a job, where a restarted rank would
 distinguished by their number, as every node counts its own. So rank 0 draws a random name for the attempt, and a rank has joined it once
 rank 0 has published the token that this very process has written:
 
-    rank 0:  attempt = NAME                       ... waits for all NAME/came/RANK ...  NAME/all = the tokens
-    others:  read attempt, NAME/came/RANK = TOKEN ... wait until NAME/all has TOKEN, or for another attempt ...
+    rank 0:  attempt = NAME                        ... waits for all NAME/token/RANK ...  NAME/tokens = all of them
+    others:  read attempt, NAME/token/RANK = TOKEN ... wait until NAME/tokens has TOKEN, or for another attempt ...
 """
 
 from __future__ import annotations
@@ -202,9 +202,9 @@ def join_attempt(store: Store, info: RankInfo, timeout: timedelta) -> Store:
             name = store.get("attempt").decode()
             prefixed = PrefixStore(name, store)
             if name != joined:
-                prefixed.set(f"came/{info.rank}", own)
+                prefixed.set(f"token/{info.rank}", own)
                 joined = name
-            if prefixed.check(["all"]) and own in json.loads(prefixed.get("all")):
+            if prefixed.check(["tokens"]) and own in json.loads(prefixed.get("tokens")):
                 return prefixed
     raise RendezvousError(f"rank {info.rank} could not join rank 0 within {timeout.total_seconds():.0f} s; see the log of rank 0")
 
@@ -216,9 +216,9 @@ def _begin_attempt(store: Store, world_size: int, timeout: timedelta) -> Store:
     store.set("attempt", name)
     others = awaited = range(1, world_size)
     for _ in _polls(timeout):
-        awaited = [rank for rank in awaited if not prefixed.check([f"came/{rank}"])]
+        awaited = [rank for rank in awaited if not prefixed.check([f"token/{rank}"])]
         if not awaited:
-            prefixed.set("all", json.dumps([prefixed.get(f"came/{rank}").decode() for rank in others]))
+            prefixed.set("tokens", json.dumps([prefixed.get(f"token/{rank}").decode() for rank in others]))
             return prefixed
     raise RendezvousError(
         f"{named_ranks(awaited)} of {world_size} did not join within {timeout.total_seconds():.0f} s; "

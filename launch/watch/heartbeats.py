@@ -2,11 +2,11 @@
 
 Keys of the store:
 
-    beat/RANK   the rank's heartbeat, written once a second: that it runs, and how far it is
-    verdict     why the job ends: the first one written counts, and all ranks end because of it
-    echo        the first rank whose error looks like the consequence of another rank's end
-    same/ERROR  how many ranks have failed with this error
-    printed     exists once rank 0's log has the verdict
+    beat/RANK    the rank's heartbeat, written once a second: that it runs, and its progress
+    verdict      why the job ends: the first one written counts, and all ranks end because of it
+    consequence  the first rank whose error looks like the consequence of another rank's end
+    same/ERROR   the number of ranks that have failed with this error
+    printed      exists once rank 0's log has the verdict
 
 Rank 0 reads all heartbeats, the others only rank 0's: 1,000 ranks are 6,000 small requests a second, and 300 kB that rank 0 reads. A
 request may block forever, whatever timeout the store was given: a second thread detects that.
@@ -68,7 +68,7 @@ class HeartbeatExchange:
         self._launcher, self._siblings, self._make = info.launcher_pid, others, make
         self._failure: Verdict | None = None  # this rank's
         self._follows, self._counted, self._failed_at = False, False, 0.0
-        self._before: list[Heartbeat | None] | None = None  # of all ranks, when this rank wrote `echo`
+        self._before: list[Heartbeat | None] | None = None  # of all ranks, when this rank wrote `consequence`
         self._verdict: Verdict | None = None
         self._answered = time.monotonic()  # when the store last answered
         self._leaving, self._over, self._decided = False, threading.Event(), threading.Event()
@@ -184,7 +184,7 @@ class HeartbeatExchange:
         if self._failure is None or not self._follows:
             return self._failure
         if self._before is None:
-            is_first = self._store.compare_set("echo", "", str(self._rank)) == str(self._rank).encode()
+            is_first = self._store.compare_set("consequence", "", str(self._rank)) == str(self._rank).encode()
             self._before = self._read(self._all) if is_first else []
         if now - self._failed_at < SECONDS_FOR_CAUSES or not self._before:  # another rank looks for the cause
             return None

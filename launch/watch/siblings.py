@@ -37,7 +37,7 @@ def siblings(launcher: int | None, variable: str) -> list[Sibling]:
 
 
 def wait_for_exit(others: Sequence[Sibling], seconds: float) -> list[Sibling]:
-    """Wait up to so many seconds for a process to end, and return all that have. Their launcher may not have noticed yet."""
+    """Wait at most `seconds` for a process to end, and return all that have ended. Their launcher may not have noticed yet."""
     ended = wait([sibling.process for sibling in others], seconds)
     return [sibling for sibling in others if sibling.process in ended]
 
