@@ -6,7 +6,7 @@ Only processes found here are ever signalled: any process that can reach the sto
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection
 from contextlib import suppress
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -36,7 +36,7 @@ def siblings(launcher: int | None, variable: str) -> list[Sibling]:
     return found
 
 
-def wait_for_exit(others: Sequence[Sibling], seconds: float) -> list[Sibling]:
+def wait_for_exit(others: Collection[Sibling], seconds: float) -> list[Sibling]:
     """Wait at most `seconds` for a process to end, and return all that have ended. Their launcher may not have noticed yet."""
     ended = wait([sibling.process for sibling in others], seconds)
     return [sibling for sibling in others if sibling.process in ended]
