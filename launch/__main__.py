@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import sys
 
-from launch import corpus, deepspeed_extension, process_group, run_folder
+from launch import corpus, deepspeed_extension, process_group
 from launch.config import ConfigError, from_arguments
-from launch.cores import share_cores
 from launch.launchers import TORCHRUN_OPTIONS, RankInfo
+from launch.run_folder import find_run
 from launch.tracking import check_installed
 
 
@@ -23,24 +23,18 @@ def main(arguments: list[str]) -> None:
             config = config.with_processes(max(1, process_group.gpus_here()) if config.device != "cpu" else 1)
         processes = config.processes
         assert processes != "auto"
-        info = RankInfo(local_world_size=processes)
-        if config.device == "cuda":
-            process_group.pick_device(info, config.device)  # too few GPUs are reported once, not by each rank
+        device = process_group.pick_device(RankInfo(local_world_size=processes), config.device)  # too few GPUs are reported once
         check_installed(config)
         corpus.load(config)  # writes the cache that the ranks then read
         if config.sharding == "deepspeed":
-            device = process_group.pick_device(info, config.device)
             deepspeed_extension.build(device.type)
-        if run_folder.find(config) is not None:
-            from launch.checkpoints import find_run  # imports torch
-
-            if done := find_run(config, is_restart=False)[1]:
-                print(done)
-                sys.exit(0)
+        if done := find_run(config, is_restart=False)[1]:
+            print(done)
+            sys.exit(0)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    share_cores(processes, config.threads)
+    process_group.share_cores(processes, config.threads)
     command = [sys.executable, "-m"]
     if processes > 1 or config.max_restarts:
         command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]

@@ -10,50 +10,43 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from launch.config import Config
+from launch.launchers import RankInfo
+
 __all__ = ["training_batch", "validation_batch"]
 
 
-def training_batch(
-    text: np.ndarray,  # uint8 (bytes,)
-    *,
-    seed: int,
-    step: int,
-    batch_size: int,  # of all ranks together
-    sequence_length: int,
-    rank: int,
-    world_size: int,
-) -> Tensor:
-    """Draw this rank's sequences, which begin at random positions of the text.
+def training_batch(text: np.ndarray, config: Config, info: RankInfo, step: int) -> Tensor:
+    """Draw this rank's sequences of a step, which begin at random positions of the text.
+
+    Args:
+        text: uint8 (bytes,).
 
     Returns:
         int64 (batch_size / world_size, sequence_length + 1): the last byte of each is a target only.
     """
     # Counter-based: the key is the whole state, so no generator has to be carried from step to step, or saved.
-    generator = np.random.Generator(np.random.Philox(key=np.array([seed, step], dtype=np.uint64)))
-    starts = generator.integers(0, len(text) - sequence_length, size=batch_size)
-    return _rows(text, starts, sequence_length, rank, world_size)
+    generator = np.random.Generator(np.random.Philox(key=np.array([config.seed, step], dtype=np.uint64)))
+    starts = generator.integers(0, len(text) - config.sequence_length, size=config.batch_size)
+    return _rows(text, starts, config, info)
 
 
-def validation_batch(
-    text: np.ndarray,  # uint8 (bytes,)
-    index: int,  # which batch
-    *,
-    batches: int,
-    batch_size: int,  # of all ranks together
-    sequence_length: int,
-    rank: int,
-    world_size: int,
-) -> Tensor:
-    """Return this rank's sequences of one batch of the validation set, which is `batches` batches at even distances over the whole text.
+def validation_batch(text: np.ndarray, config: Config, info: RankInfo, index: int) -> Tensor:
+    """Return this rank's sequences of one batch of the validation set: `validation_batches` batches at even distances over the whole text.
+
+    Args:
+        text: uint8 (bytes,).
+        index: which batch.
 
     Returns:
         int64 (batch_size / world_size, sequence_length + 1).
     """
-    all_starts = np.linspace(0, len(text) - sequence_length - 1, num=batches * batch_size).astype(np.int64)
-    return _rows(text, all_starts[index * batch_size : (index + 1) * batch_size], sequence_length, rank, world_size)
+    last = len(text) - config.sequence_length - 1
+    all_starts = np.linspace(0, last, num=config.validation_batches * config.batch_size).astype(np.int64)
+    return _rows(text, all_starts[index * config.batch_size : (index + 1) * config.batch_size], config, info)
 
 
-def _rows(text: np.ndarray, starts: np.ndarray, sequence_length: int, rank: int, world_size: int) -> Tensor:
-    share = len(starts) // world_size
-    starts = starts[rank * share : (rank + 1) * share]
-    return torch.from_numpy(text[starts[:, None] + np.arange(sequence_length + 1)].astype(np.int64))
+def _rows(text: np.ndarray, starts: np.ndarray, config: Config, info: RankInfo) -> Tensor:
+    share = len(starts) // info.world_size
+    starts = starts[info.rank * share : (info.rank + 1) * share]
+    return torch.from_numpy(text[starts[:, None] + np.arange(config.sequence_length + 1)].astype(np.int64))

@@ -7,28 +7,18 @@ too. Hyperparameters are those that the optimizers of `sharded_optim` declare.
 from __future__ import annotations
 
 import argparse
-import difflib
 import inspect
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-    create_model,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, create_model, model_validator
+from pydantic_core import ErrorDetails
 
 from launch import deepspeed_config
 from launch.errors import ConfigError, nearest
+from launch.keys import find_section, read
 from sharded_optim.formulas.hyperparameters import Choice, Float, Floats, Hyperparameter, Int, Switch, Unsupported, by_name
 from sharded_optim.optimizers import OPTIMIZERS
 from sharded_optim.step.engine import Engine
@@ -100,7 +90,7 @@ def _field_type(hyperparameter: Hyperparameter) -> Any:
 
 class _NamedOptimizer(_Section):
     name: Literal[tuple(OPTIMIZERS)]  # pyright: ignore[reportInvalidTypeForm]
-    lr: PositiveFloat
+    lr: Annotated[float, Field(gt=0.0)]
 
 
 def _with_hyperparameters(section: type[_NamedOptimizer]) -> type[_NamedOptimizer]:
@@ -137,9 +127,9 @@ class OptimizerConfig(_with_hyperparameters(_NamedOptimizer)):
 class CheckpointConfig(_Section):
     """Checkpoints of the job.
 
-    every: after so many steps, and after the last; None is never.
-    keep: how many remain.
-    folder: in which each run has a folder of its name; None is `checkpoints` in the run's own folder.
+    every: steps from one checkpoint to the next; the last step has one too. None: no checkpoints.
+    keep: the number of checkpoints that remain.
+    folder: a folder, in which each run has one of its name; None is `checkpoints` in the run's own folder.
     """
 
     every: PositiveInt | None = None
@@ -156,19 +146,19 @@ class Config(_Section):
     threads: of each process on the CPU; None is an equal share of the machine's cores.
     device: "auto" takes a GPU for each process where there are as many, else the CPU.
     batch_size: sequences in a step, over all processes together, so that the loss curve does not depend on their number.
-    validation_batches: how many batches of that size are the validation set.
+    validation_batches: the size of the validation set, in batches of that size.
     resume: "never" begins a new run. "auto" resumes `run` if that exists, from its newest checkpoint; if `run` is None, the newest run of
         this name, unless all its steps are done.
     warmup_steps: of the learning rate. An override of steps alone changes it in proportion.
-    muon_rest: what steps the parameters that Muon does not, where the optimizer is Muon: "adamw", or "stable_adamw", which clips updates.
+    muon_rest: beside Muon, the optimizer of the parameters that are no hidden matrices: "adamw", or "stable_adamw", which clips updates.
     max_restarts: how often `python -m launch` restarts all processes when one has failed; they resume from checkpoints with resume=auto.
     heartbeat: seconds, 5 or more, for which a rank may send no heartbeat, or keep others waiting, before the job ends; None: any number, as
         under a debugger.
     metrics_every: steps from one record with the optimizer's metrics to the next, a multiple of log_every; None: every record has them. To
         read them waits for the device and makes a record long.
-    divergence_every: after so many steps, and before each checkpoint, replicas are compared between ranks; None: never.
-    max_skipped_steps: how many steps in a row may be skipped because gradients are not finite.
-    trackers: where metrics go beside the run folder, by names of `sharded_optim/trackers/registry.py`.
+    divergence_every: steps from one comparison of replicas between ranks to the next; checkpoints have one too. None: no comparisons.
+    max_skipped_steps: the number of steps in a row that may be skipped because gradients are not finite.
+    trackers: destinations of metrics beside the run folder, by their names in `sharded_optim/trackers/registry.py`.
     tracker_options: options of these trackers by their names, as {prometheus: {port: 9500}}.
     deepspeed: the DeepSpeed config, without the optimizer and the batch. In a file or an override also the path of a DeepSpeed config in
         JSON, which may have these too (`launch/deepspeed_config.py`).
@@ -183,7 +173,7 @@ class Config(_Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     steps: PositiveInt
-    warmup_steps: NonNegativeInt
+    warmup_steps: Annotated[int, Field(ge=0)]
     batch_size: PositiveInt
     sequence_length: PositiveInt
     log_every: PositiveInt
@@ -196,28 +186,18 @@ class Config(_Section):
     data: DataConfig = DataConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     resume: Literal["auto", "never"] = "never"
-    max_restarts: NonNegativeInt = 0
+    max_restarts: Annotated[int, Field(ge=0)] = 0
     heartbeat: Annotated[float, Field(ge=5.0)] | None = 20.0
     divergence_every: PositiveInt | None = 100
     max_skipped_steps: PositiveInt = 20
     trackers: list[Literal[TRACKERS]] = []  # pyright: ignore[reportInvalidTypeForm]
     tracker_options: dict[str, dict[str, Any]] = {}
-    deepspeed: dict[str, Any] | None = None
-
-    @field_validator("deepspeed")
-    @classmethod
-    def _has_no_keys_of_the_job(cls, content: dict[str, Any] | None) -> dict[str, Any] | None:
-        return None if content is None else deepspeed_config.check(content)
-
-    @field_validator("trackers")
-    @classmethod
-    def _names_each_once(cls, names: list[str]) -> list[str]:
-        if len(set(names)) != len(names):
-            raise ValueError(f"trackers={names!r} names one twice; leave the second out")
-        return names
+    deepspeed: Annotated[dict[str, Any], AfterValidator(deepspeed_config.check)] | None = None
 
     @model_validator(mode="after")
-    def _has_options_of_its_trackers(self) -> Config:
+    def _check_trackers(self) -> Config:
+        if len(set(self.trackers)) != len(self.trackers):
+            raise ValueError(f"trackers={self.trackers!r} names one twice; leave the second out")
         for name, options in self.tracker_options.items():
             if name not in self.trackers:
                 raise ValueError(
@@ -248,18 +228,12 @@ class Config(_Section):
         return self
 
     def with_processes(self, processes: int) -> Config:
-        """Return the config of the same job on so many processes, if the config leaves their number open.
+        """Return the config of the same job on this number of processes.
 
         Raises:
-            ConfigError: it cannot be spread over so many.
+            ConfigError: the job cannot be spread over them.
         """
-        if self.processes == processes:
-            return self
-        try:
-            return Config.model_validate(self.model_dump() | {"processes": processes})
-        except ValidationError as error:
-            problems = [_explain(dict(problem)) for problem in error.errors()]
-            raise ConfigError(f"processes='auto' are {processes}: {'; '.join(problems)}") from None
+        return _validate(self.model_dump() | {"processes": processes}, f"processes='auto' are {processes}")
 
 
 def from_arguments(arguments: list[str], program: str) -> Config:
@@ -271,9 +245,7 @@ def from_arguments(arguments: list[str], program: str) -> Config:
     """
     parser = argparse.ArgumentParser(prog=program, description="Train a small byte-level language model.")
     parser.add_argument("config", type=Path, help="a YAML file, as configs/fsdp2.yaml")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="overrides a key of the file, as steps=50 or optimizer.lr=1e-3"
-    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides a key of the file, as steps=50 or optimizer.lr=1e-3")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher's, which puts it into the environment too
     parsed = parser.parse_args(arguments)
     return load(parsed.config, parsed.overrides)
@@ -285,7 +257,7 @@ def load(path: Path, overrides: list[str]) -> Config:
     Raises:
         ConfigError: see `from_arguments`.
     """
-    values = {"name": path.stem} | _read(path)
+    values: dict[str, Any] = {"name": path.stem} | read(path, _parse, str(path))
     sources = [override for override in overrides if override.startswith("deepspeed=")]  # first: others may override keys of such a file
     for override in sources:
         _apply(values, override)
@@ -295,21 +267,18 @@ def load(path: Path, overrides: list[str]) -> Config:
     for override in overrides:
         if override not in sources:
             _apply(values, override)
-    scales = "steps" in (keys := {override.partition("=")[0] for override in overrides}) and "warmup_steps" not in keys
+    overridden = {override.partition("=")[0] for override in overrides}
+    scales = "steps" in overridden and "warmup_steps" not in overridden
     if scales and type(steps) is type(warmup_steps) is type(values["steps"]) is int and steps > 0:  # else the model refuses what is wrong
         values["warmup_steps"] = warmup_steps * values["steps"] // steps
-    try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        problems = [_explain(dict(problem)) for problem in error.errors()]
-        raise ConfigError("\n  ".join([f"{path} cannot be used:", *problems])) from None
+    return _validate(values, f"{path} cannot be used")
 
 
 # ------------------------------------------------------------------------------------------------------------------------- reading
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people mean it: 1e-3 is a number, which YAML 1.1 reads as a string, and a key given twice is an error."""
+    """A loader that reads 1e-3 as a number, which is a string in YAML 1.1, and refuses a key that is given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -323,19 +292,6 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = _parse(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        others = sorted(other.name for other in path.parent.glob("*.yaml"))
-        raise ConfigError(f"there is no file {path}{nearest(path.name, others)}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold keys and values, as `steps: 50`, got {values!r}")
-    return values
-
-
 def _parse(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)  # a subclass of the safe loader
 
@@ -345,12 +301,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not (key and equals):
         raise ConfigError(f"an override is key=value, as steps=50, got {override!r}")
-    *parents, leaf = key.split(".")
-    section = values
-    for parent in parents:
-        section = section.setdefault(parent, {})
-        if not isinstance(section, dict):
-            raise ConfigError(f"{override}: {parent} has no keys of its own, it is {section!r}")
+    section, leaf = find_section(values, key, override)
     try:
         section[leaf] = _parse(text)
     except yaml.YAMLError as error:
@@ -360,37 +311,37 @@ def _apply(values: dict[str, Any], override: str) -> None:
 # -------------------------------------------------------------------------------------------------------------------------- errors
 
 
-def _keys(section: type[BaseModel], prefix: str = "") -> list[str]:
-    """List the dotted names of all keys, those of sections too."""
-    names = []
-    for name, field in section.model_fields.items():
-        names.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            names += _keys(field.annotation, f"{prefix}{name}.")
-    return names
-
-
 def _nearest_key(key: str) -> str:
-    section, _, leaf = key.rpartition(".")
-    elsewhere = [name for name in _keys(Config) if name.rpartition(".")[2] == leaf]
-    if elsewhere:  # lr is optimizer.lr
-        return f"; did you mean {elsewhere[0]}?"
+    """Return `; did you mean ...?` with the key of the same name in another section, or else with the most similar in this one."""
+    section, dot, name = key.rpartition(".")
+    fields: dict[str, Any] = {"": Config} | {f"{name}.": field.annotation for name, field in Config.model_fields.items()}
+    names = {prefix: list(model.model_fields) for prefix, model in fields.items() if hasattr(model, "model_fields")}
+    for prefix, keys in names.items():
+        if name in keys:  # lr is optimizer.lr
+            return f"; did you mean {prefix}{name}?"
     # Only the last parts are compared: with `optimizer.` in front of all, every name would be near.
-    siblings = {name.rpartition(".")[2]: name for name in _keys(Config) if name.rpartition(".")[0] == section}
-    near = difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.5)
-    return f"; did you mean {siblings[near[0]]}?" if near else f"; the keys here are {', '.join(siblings)}"
+    siblings = names.get(section + dot, [])
+    return nearest(name, siblings, section + dot) or f"; the keys here are {', '.join(siblings)}"
 
 
-def _explain(problem: dict[str, Any]) -> str:
+def _validate(values: dict[str, Any], heading: str) -> Config:
+    """Make the config of these values, or raise ConfigError with a heading and all problems."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n  ".join([f"{heading}:", *map(_explain, error.errors())])) from None
+
+
+def _explain(problem: ErrorDetails) -> str:
     """Describe a problem that pydantic found in one line: key, value, rule, and the nearest valid name if there is one."""
     key = ".".join(map(str, problem["loc"]))
-    kind, value = problem["type"], problem["input"]
+    kind, value, context = problem["type"], problem["input"], problem.get("ctx", {})
     if kind == "extra_forbidden":
         return f"{key}={value!r}: there is no such key{_nearest_key(key)}"
     if kind == "missing":
         return f"{key} is missing; add it to the file, or {key}=... to the command"
     if kind == "value_error":  # raised above, with keys and values in the message
-        return f"{key + ': ' if key else ''}{problem['ctx']['error']}"
+        return f"{key + ': ' if key else ''}{context['error']}"
     rule = re.sub(r"^\w+ should ", "", problem["msg"])  # Input should be ...
-    choices = re.findall(r"'([^']+)'", problem.get("ctx", {}).get("expected", ""))
+    choices = re.findall(r"'([^']+)'", context.get("expected", ""))
     return f"{key}={value!r}: it should {rule}{nearest(str(value), choices)}"

@@ -1,6 +1,6 @@
-"""The text that is trained on: its files, their cache, the train/validation split, and baselines by simpler models.
+"""The text of the job: its files, their cache, the split into training and validation text, and baselines by simpler models.
 
-Used by the ranks and by the process that starts them. Does not import torch, for which the latter need not wait.
+Used by the ranks and by the process that starts them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import hashlib
 import os
 import sysconfig
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +51,8 @@ def load(config: Config) -> Corpus:
         sizes = [size for _, size, _ in files]
         if not sum(sizes):
             raise ConfigError(f"data.path={str(source)!r}: there is no text in it")
-        cache = Path(config.runs_folder) / ".cache" / f"{_fingerprint(source, files)}.bytes"
+        fingerprint = hashlib.sha256(repr((str(source), files)).encode()).hexdigest()[:24]
+        cache = Path(config.runs_folder) / ".cache" / f"{fingerprint}.bytes"
         if not cache.exists():
             _write(cache, source, files)
         text = np.memmap(cache, dtype=np.uint8, mode="r")
@@ -77,26 +77,17 @@ def _find(data: DataConfig) -> tuple[Path, list[tuple[str, int, int]]]:
     elif source.is_dir():
         suffix = (".py" if data.path is None else "") if data.suffix is None else data.suffix
         excluded = NOT_LIBRARY if data.path is None else NO_TEXT
-        paths = sorted(_walk(source, suffix, excluded), key=lambda path: path.relative_to(source).as_posix())
+        paths = [path for path in source.rglob(f"*{glob.escape(suffix)}") if _is_text(path, source, excluded)]
         if not paths:
             raise ConfigError(f"data.path={str(source)!r} has no files that end in data.suffix={suffix!r}")
     else:
         raise ConfigError(f"data.path={str(source)!r}: there is no such file or folder")
-    stats = [path.stat() for path in paths]
-    names = [path.relative_to(source).as_posix() for path in paths]
-    return source, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in zip(names, stats, strict=True)]
+    stats = {path.relative_to(source).as_posix(): path.stat() for path in paths}
+    return source, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in sorted(stats.items())]
 
 
-def _walk(folder: Path, suffix: str, excluded: set[str]) -> Iterator[Path]:
-    for path in folder.rglob(f"*{glob.escape(suffix)}"):
-        parts = path.relative_to(folder).parts
-        if path.is_file() and not any(part in excluded or part.startswith(".") for part in parts):
-            yield path
-
-
-def _fingerprint(source: Path, files: list[tuple[str, int, int]]) -> str:
-    """Hash the list of files: the result changes when one is added, removed, renamed or written."""
-    return hashlib.sha256(repr((str(source), files)).encode()).hexdigest()[:24]
+def _is_text(path: Path, folder: Path, excluded: set[str]) -> bool:
+    return path.is_file() and not any(part in excluded or part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def _write(cache: Path, source: Path, files: list[tuple[str, int, int]]) -> None:

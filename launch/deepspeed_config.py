@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from launch.errors import ConfigError, nearest
+from launch.errors import ConfigError
+from launch.keys import find_section, read
 from sharded_optim.deepspeed import PREFIX, is_own
 
 __all__ = ["check", "include"]
@@ -39,18 +40,13 @@ def include(values: dict[str, Any], path: Path) -> None:
     """
     given = values.get("deepspeed")
     if isinstance(given, str):
-        name, content = given, _read(Path(given))
+        name, content = given, read(Path(given), json.loads, f"deepspeed={given!r}")
     elif isinstance(given, dict):
         name, content = f"deepspeed of {path}", dict(given)
     else:  # None, or a type that the model of the config refuses
         return
     for key, their_key, value in _take(content, name):
-        *parents, leaf = key.split(".")
-        section = values
-        for parent in parents:
-            section = section.setdefault(parent, {})
-            if not isinstance(section, dict):
-                raise ConfigError(f"{parent}={section!r} in {path} must hold keys and values; leave it out, and {name} gives it")
+        section, leaf = find_section(values, key, f"{their_key} of {name} cannot be added to {path}")
         if section.setdefault(leaf, value) != value:
             raise ConfigError(
                 f"{key}={section[leaf]!r} in {path}, but {their_key}={value!r} in {name}; give it in one of the files, or the same in both"
@@ -59,7 +55,7 @@ def include(values: dict[str, Any], path: Path) -> None:
 
 
 def check(content: dict[str, Any]) -> dict[str, Any]:
-    """Return a DeepSpeed config from which `include` has taken the job's keys, if no other of them is left.
+    """Check that a DeepSpeed config has no more keys of the job, after `include` has taken some, and return it.
 
     Raises:
         ValueError: one is. The message names the key to use.
@@ -88,16 +84,3 @@ def _take(content: dict[str, Any], name: str) -> Iterator[tuple[str, str, Any]]:
     yield "optimizer.name", "optimizer.type", kind.removeprefix(PREFIX)
     for key, value in optimizer.get("params", {}).items():
         yield f"optimizer.{key}", f"optimizer.params.{key}", value
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        others = sorted(other.name for other in path.parent.glob("*.json"))
-        raise ConfigError(f"deepspeed={str(path)!r}: there is no such file{nearest(path.name, others)}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"deepspeed={str(path)!r} cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"deepspeed={str(path)!r} must hold keys and values, got {content!r}")
-    return content

@@ -11,10 +11,12 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
 from launch.errors import ConfigError
+from sharded_optim.deepspeed import BUILD_SECONDS, not_built
 
 __all__ = ["build", "prepare"]
 
@@ -29,12 +31,12 @@ deepspeed.init_distributed("gloo", auto_mpi_discovery=False, init_method=f"file:
 """
 
 
-def build(device: str = "cpu", timeout: float | None = None) -> None:
+def build(device: str = "cpu", timeout: float = BUILD_SECONDS) -> None:
     """Build the extension unless it is there, and set the variables by which DeepSpeed in this process and its children finds it.
 
     Args:
         device: the device that DeepSpeed will use, "cpu", or "cuda", for which nothing is built.
-        timeout: in seconds; None: `BUILD_SECONDS` of `sharded_optim.deepspeed`.
+        timeout: in seconds.
 
     Raises:
         ConfigError: DeepSpeed is not installed, cannot compile, or has not finished in time. The message names the lock file, if any.
@@ -45,9 +47,6 @@ def build(device: str = "cpu", timeout: float | None = None) -> None:
     lock = folder / "lock"
     if device != "cpu" or sys.platform != "linux" or ((folder / f"{NAME}.so").exists() and not lock.exists()):
         return
-    from sharded_optim.deepspeed import BUILD_SECONDS, not_built  # imports torch
-
-    timeout = BUILD_SECONDS if timeout is None else timeout
     print("waiting for an extension that DeepSpeed compiles once, in about a minute", file=sys.stderr)
     with tempfile.TemporaryDirectory() as store:
         # In a session of its own, so that the whole build can be interrupted, and Ctrl-C reaches it through this process only.
@@ -67,14 +66,10 @@ def build(device: str = "cpu", timeout: float | None = None) -> None:
 
 def _interrupt(process: subprocess.Popen[str]) -> None:
     for number in (signal.SIGINT, signal.SIGKILL):  # SIGINT first: torch then removes its lock
-        try:
+        with suppress(subprocess.TimeoutExpired, ProcessLookupError):
             os.killpg(process.pid, number)
             process.communicate(timeout=SECONDS_TO_END)
-        except subprocess.TimeoutExpired:
-            continue
-        except ProcessLookupError:
-            pass
-        return
+            return
 
 
 def prepare(device: str) -> Path:

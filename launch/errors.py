@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 
 __all__ = ["ConfigError", "nearest"]
 
@@ -11,7 +12,7 @@ class ConfigError(ValueError):
     """A mistake that the user can correct; shown without a traceback."""
 
 
-def nearest(name: str, names: list[str]) -> str:
-    """Return `; did you mean ...?` with the most similar name, or "" if none is similar."""
+def nearest(name: str, names: Iterable[str], prefix: str = "") -> str:
+    """Return `; did you mean ...?` with the most similar name, shown after `prefix`, or "" if none is similar."""
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else ""
+    return f"; did you mean {prefix}{near[0]}?" if near else ""

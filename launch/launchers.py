@@ -8,27 +8,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from launch.config import Config, ConfigError
 
-__all__ = [
-    "ALONE",
-    "MPICH",
-    "OPEN_MPI",
-    "SRUN",
-    "TORCHRUN",
-    "TORCHRUN_OPTIONS",
-    "Launcher",
-    "RankInfo",
-    "first_host",
-    "is_restart",
-    "launcher_pid",
-    "read_rank_info",
-]
+__all__ = ["MPICH", "OPEN_MPI", "SRUN", "TORCHRUN", "TORCHRUN_OPTIONS", "RankInfo", "first_host", "is_restart", "read_rank_info"]
 
-# torchrun forwards these signals to its ranks, by default without SIGUSR1. The ranks then have so many seconds to save, by default 30. As
+# torchrun forwards these signals to its ranks, by default without SIGUSR1. The ranks then have 100 s to save, by default 30. As
 # command-line options, torch < 2.10 would refuse the first and torch < 2.12 the second; variables that they do not know they ignore.
 TORCHRUN_OPTIONS = {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "PET_SHUTDOWN_TIMEOUT": "100"}
 
@@ -39,51 +25,53 @@ class Launcher:
 
     Attributes:
         name: in messages.
-        variables: the environment variable of each field of `RankInfo`.
+        variables: the environment variables of rank, world size, local rank and local world size, as in `RankInfo`.
         mark: variables that only this launcher sets; any of them is enough.
     """
 
     name: str
-    variables: Mapping[str, str]
+    variables: tuple[str, ...] = ()
     mark: tuple[str, ...] = ()
 
 
-def _variables(*names: str) -> dict[str, str]:
-    return dict(zip(("rank", "world_size", "local_rank", "local_world_size"), names, strict=True))
-
-
-ALONE = Launcher(name="python", variables={})
-TORCHRUN_VARIABLES = _variables("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-TORCHRUN = Launcher(name="torchrun", variables=TORCHRUN_VARIABLES, mark=tuple(TORCHRUN_VARIABLES.values()))
-DEEPSPEED = Launcher(name="deepspeed", variables=_variables("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
+ALONE = Launcher(name="python")
+TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+TORCHRUN = Launcher(name="torchrun", variables=TORCHRUN_VARIABLES, mark=TORCHRUN_VARIABLES)
+DEEPSPEED = Launcher(name="deepspeed", variables=("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
 OPEN_MPI = Launcher(
     name="Open MPI's mpirun",
-    variables=_variables("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    variables=("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
     mark=("OMPI_COMM_WORLD_RANK",),
 )
 MPICH = Launcher(
     name="MPICH's mpirun",
-    variables=_variables("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    variables=("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
     mark=("MPI_LOCALRANKID",),  # srun may set PMI_RANK
 )
+TASKS_OF_NODES = "SLURM_STEP_TASKS_PER_NODE"
 SRUN = Launcher(
     name="srun",
-    variables=_variables("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+    variables=("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", TASKS_OF_NODES),
     mark=("SLURM_STEP_NUM_TASKS",),  # batch scripts and shells in an allocation have a SLURM_PROCID too
 )
 # In this order: torchrun may be started by srun or mpirun, and mpirun by srun.
 LAUNCHERS = (TORCHRUN, OPEN_MPI, MPICH, SRUN)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class RankInfo:
-    """Rank and world size of this process, and the same among the ranks of its machine (`local`)."""
+    """Rank and world size of this process, and the same among the ranks of its machine (`local`).
+
+    Attributes:
+        launcher_pid: pid of the launcher, which runs as long as the job; None if the parent may be a shell that ends before.
+    """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
     launcher: Launcher = ALONE
+    launcher_pid: int | None = field(default=None, compare=False)
 
 
 def read_rank_info(config: Config) -> RankInfo:
@@ -95,17 +83,18 @@ def read_rank_info(config: Config) -> RankInfo:
     launcher = next((launcher for launcher in LAUNCHERS if any(name in os.environ for name in launcher.mark)), ALONE)
     if launcher is TORCHRUN and "LOCAL_SIZE" in os.environ and "LOCAL_WORLD_SIZE" not in os.environ:
         launcher = DEEPSPEED
-    values = {field: os.environ[name] for field, name in launcher.variables.items() if name in os.environ}
-    missing = [name for name in launcher.variables.values() if name not in os.environ]
+    values = {name: os.environ[name] for name in launcher.variables if name in os.environ}
+    missing = [name for name in launcher.variables if name not in values]
     if missing:
         raise ConfigError(
             f"{', '.join(missing)} not in the environment, but the rest of {launcher.name}'s variables are; start with torchrun, mpirun or "
-            f"srun, or unset {', '.join(name for name in launcher.variables.values() if name in os.environ)}"
+            f"srun, or unset {', '.join(values)}"
         )
     if launcher is SRUN:
-        values["local_world_size"] = _tasks_of_node(values["local_world_size"], os.environ.get("SLURM_NODEID", "0"))
+        values[TASKS_OF_NODES] = _tasks_of_node(values[TASKS_OF_NODES], os.environ.get("SLURM_NODEID", "0"))
+    is_by_hand = launcher is ALONE or (launcher is TORCHRUN and "TORCHELASTIC_RUN_ID" not in os.environ)
     try:
-        info = RankInfo(**{field: int(value) for field, value in values.items()}, launcher=launcher)
+        info = RankInfo(*map(int, values.values()), launcher=launcher, launcher_pid=None if is_by_hand else os.getppid())
     except ValueError:
         raise ConfigError(f"{launcher.name}'s variables must be whole numbers, got {values}") from None
     if config.processes not in ("auto", info.world_size):
@@ -127,12 +116,6 @@ def _tasks_of_node(counts: str, node: str) -> str:
         count, _, nodes = entry.partition("(x")
         tasks += [count] * int(nodes.rstrip(")") or 1)
     return tasks[int(node)]
-
-
-def launcher_pid(info: RankInfo) -> int | None:
-    """Return the pid of the launcher, which runs as long as the job; None if the parent may be a shell that ends before."""
-    is_by_hand = info.launcher is ALONE or (info.launcher is TORCHRUN and "TORCHELASTIC_RUN_ID" not in os.environ)
-    return None if is_by_hand else os.getppid()
 
 
 def is_restart() -> bool:

@@ -28,14 +28,10 @@ def draw(path: Path, training: list[Training], validation: list[Validation], sum
     losses = [r.val_bits_per_byte for r in validation]
     name = f"validation, last {losses[-1]:.3f}" if losses else "validation"
     axes.plot([r.step for r in validation], losses, color="tab:orange", marker="o", label=name)
-    for level, color, name in (
-        (summary.unigram_bits_per_byte, "tab:gray", "unigram"),
-        (summary.zlib_bits_per_byte, "tab:green", "zlib, level 9"),
-    ):
-        axes.axhline(level, color=color, linestyle="--", label=f"{name} {level:.3f}")
-    axes.set_xlabel("step")
-    axes.set_ylabel("bits per byte")
-    axes.set_ylim(bottom=0.0)
+    unigram, zlib = summary.unigram_bits_per_byte, summary.zlib_bits_per_byte
+    axes.axhline(unigram, color="tab:gray", linestyle="--", label=f"unigram {unigram:.3f}")
+    axes.axhline(zlib, color="tab:green", linestyle="--", label=f"zlib, level 9 {zlib:.3f}")
+    axes.set(xlabel="step", ylabel="bits per byte", ylim=(0.0, None))
     axes.set_title(f"{summary.optimizer}, {summary.sharding}, {summary.world_size} processes: {summary.status}")
     axes.grid(alpha=0.3)
     axes.legend()

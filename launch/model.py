@@ -16,6 +16,7 @@ __all__ = ["GPT", "Block"]
 BYTES = 256
 EXPANSION = 4  # width of the feed-forward layer, in widths of the model
 ROTARY_BASE = 10_000.0
+WRITES_TO_RESIDUAL = ("attention.output.weight", "feed_forward.2.weight")
 
 
 def rotary_table(sequence_length: int, width: int) -> Tensor:
@@ -87,11 +88,9 @@ class GPT(nn.Module):
                 module.weight.normal_(std=module.in_features**-0.5)
             elif isinstance(module, nn.Embedding):
                 module.weight.normal_()
-        for block in self.blocks:
-            assert isinstance(block, Block), "built above"
-            for residual in (block.attention.output, block.feed_forward[-1]):
-                assert isinstance(residual, nn.Linear), "built above"
-                residual.weight.div_((2 * len(self.blocks)) ** 0.5)
+        for name, param in self.named_parameters():
+            if name.endswith(WRITES_TO_RESIDUAL):
+                param.div_((2 * len(self.blocks)) ** 0.5)
 
     def forward(
         self,

@@ -21,7 +21,7 @@ class Preemption:
     """Handler of signals to stop. To be constructed on every rank, after the process group has started."""
 
     def __init__(self) -> None:
-        self._received = 0  # the number of the last signal; 0 before the first
+        self.received = 0  # the number of the last signal to this process; 0 before the first
         # A group of its own, on the CPU: its all-reduce waits neither for a device nor for other collectives.
         self._group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
         self._reduced = torch.zeros(1, dtype=torch.int32)
@@ -29,22 +29,17 @@ class Preemption:
         for number in SIGNALS:
             signal.signal(number, self._receive)
 
-    @property
-    def received_here(self) -> bool:
-        """Whether this process has received a signal itself."""
-        return self._received != 0
-
     def after_step(self) -> str | None:
-        """Exchange received signals. To be called on every rank after each step.
+        """Exchange received signals. To be called on every rank after each step but the last.
 
         Returns:
             The name of a signal that some rank has received, on every rank after the same step; else None.
         """
         if self._group is None:
-            return _name(self._received)
+            return _name(self.received)
         self.finish()
         number = int(self._reduced)
-        self._reduced = torch.tensor([self._received], dtype=torch.int32)
+        self._reduced = torch.tensor([self.received], dtype=torch.int32)
         self._all_reduce = dist.all_reduce(self._reduced, dist.ReduceOp.MAX, self._group, async_op=True)
         return _name(number)
 
@@ -55,7 +50,7 @@ class Preemption:
             self._all_reduce = None
 
     def _receive(self, number: int, _: FrameType | None) -> None:
-        self._received = number
+        self.received = number
 
 
 def _name(number: int) -> str | None:

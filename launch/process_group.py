@@ -1,30 +1,29 @@
-"""The device and the process group of a rank."""
+"""The device, the cores and the process group of a rank."""
 
 from __future__ import annotations
 
 import gc
+import json
 import os
+import socket
 from dataclasses import replace
 from datetime import timedelta
-from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
 
 from launch.errors import ConfigError
-from launch.launchers import SRUN, RankInfo, launcher_pid
+from launch.launchers import SRUN, TORCHRUN, RankInfo
+from launch.rendezvous import RendezvousStore, join_attempt, open_store
 
-if TYPE_CHECKING:
-    import torch
+__all__ = ["cores_here", "cores_of_machine", "gpus_here", "pick_device", "set_threads", "share_cores", "start", "stop"]
 
-    from launch.rendezvous import RendezvousStore
-
-__all__ = ["gpus_here", "pick_device", "start", "stop"]
-
-TIMEOUT_SECONDS = 300  # of a rendezvous and of a collective: far longer than any takes here
+TIMEOUT = timedelta(seconds=300)  # of a rendezvous and of a collective: far longer than any takes here
 
 
 def gpus_here() -> int:
     """Return the number of GPUs that this process sees."""
-    import torch
-
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
@@ -34,8 +33,6 @@ def pick_device(info: RankInfo, wanted: str) -> torch.device:
     Raises:
         ConfigError: GPUs are asked for and there are not enough.
     """
-    import torch
-
     gpus = gpus_here()
     enough = gpus >= info.local_world_size  # NCCL does not let two ranks share one
     # Slurm may be configured to show each task its own GPU only.
@@ -44,6 +41,54 @@ def pick_device(info: RankInfo, wanted: str) -> torch.device:
     if wanted == "cuda" and not enough:
         raise ConfigError(f"device='cuda' needs a GPU for each of the {info.local_world_size} processes here, there are {gpus}")
     return torch.device("cuda", index) if enough and wanted != "cpu" else torch.device("cpu")
+
+
+def cores_here() -> set[int]:
+    """Return the cores that this process may use."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+def share_cores(processes: int, threads: int | None = None, cores: set[int] | None = None) -> None:
+    """Give each of the processes of this machine an equal share of the cores, unless the user has chosen.
+
+    More threads than cores make a small model several times slower; torchrun's default of one thread leaves cores idle.
+
+    Args:
+        processes: of this machine.
+        threads: the number of threads that the user has chosen in the config; None: the share.
+        cores: the cores that the processes may use together; None: those of this process.
+    """
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(cores or cores_here()) // processes)))
+
+
+def cores_of_machine(info: RankInfo, store: Store) -> set[int]:
+    """Return the cores that the ranks of this machine may use together; a launcher may have bound each rank to a few of them."""
+    first = info.rank - info.local_rank  # launchers number the ranks of a machine one after the other
+    own = cores_here()
+    store.set(f"cores/{info.rank}", json.dumps([socket.gethostname(), sorted(own)]))
+    shared = [json.loads(store.get(f"cores/{rank}")) for rank in range(first, first + info.local_world_size) if rank < info.world_size]
+    return own.union(*(cores for host, cores in shared if host == socket.gethostname()))
+
+
+def set_threads(info: RankInfo, threads: int | None, cores: set[int]) -> None:
+    """Set the number of threads, the same under every launcher: sums depend on it.
+
+    Open MPI binds a rank to one core by default: a rank with fewer cores than threads is bound to the cores of all its machine's ranks.
+
+    Args:
+        info: of this process.
+        threads: see `share_cores`.
+        cores: of this machine's ranks together.
+    """
+    if info.launcher is TORCHRUN and os.environ.get("OMP_NUM_THREADS") == "1":
+        del os.environ["OMP_NUM_THREADS"]  # torchrun's default, not the user's choice, which is threads=1
+    if threads is not None or "OMP_NUM_THREADS" not in os.environ:
+        share_cores(info.local_world_size, threads, cores)
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    if len(cores_here()) < min(torch.get_num_threads(), len(cores)):
+        os.sched_setaffinity(0, cores)
 
 
 def start(info: RankInfo, device: torch.device, threads: int | None = None) -> RendezvousStore:
@@ -60,12 +105,6 @@ def start(info: RankInfo, device: torch.device, threads: int | None = None) -> R
     Raises:
         RendezvousError: not all ranks joined.
     """
-    import torch
-    import torch.distributed as dist
-
-    from launch import rendezvous
-    from launch.cores import cores_of_machine, set_threads
-
     if device.type == "cuda":
         torch.cuda.set_device(device)
         # So that the same config gives the same metrics twice. On the CPU it does without this.
@@ -74,25 +113,16 @@ def start(info: RankInfo, device: torch.device, threads: int | None = None) -> R
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]  # costs a write of each
     for name, value in (("RANK", info.rank), ("WORLD_SIZE", info.world_size), ("LOCAL_RANK", info.local_rank)):
         os.environ.setdefault(name, str(value))  # DeepSpeed reads them, also in a single process
-    timeout = timedelta(seconds=TIMEOUT_SECONDS)
-    opened = rendezvous.open_store(info, timeout)
-    store = rendezvous.join_attempt(opened.store, info.rank, info.world_size, timeout, launcher_pid(info))
+    opened = open_store(info, TIMEOUT)
+    store = join_attempt(opened.store, info, TIMEOUT)
     set_threads(info, threads, cores_of_machine(info, store))
-    dist.init_process_group(
-        backend="nccl" if device.type == "cuda" else "gloo",
-        store=store,
-        rank=info.rank,
-        world_size=info.world_size,
-        timeout=timeout,
-        device_id=device if device.type == "cuda" else None,
-    )
+    backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    dist.init_process_group(backend, store=store, rank=info.rank, world_size=info.world_size, timeout=TIMEOUT, device_id=device_id)
     return replace(opened, store=store)
 
 
 def stop() -> None:
     """End the process group. Not after an error: it would wait for ranks that are stuck in a collective."""
-    import torch.distributed as dist
-
     # Wrapped models are reference cycles that hold process groups. A gloo group that exists until the interpreter ends can abort it: seen
     # with torch 2.13, FSDP2 and torch's own AdamW in 3 of 22 runs, and with this line in none of 26.
     gc.collect()

@@ -8,12 +8,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from launch.records import Resumption, Summary, Training, Validation
+from launch.records import Listener, Resumption, Summary, Training, Validation
 
 __all__ = ["Display"]
 
 
-class Display:
+class Display(Listener):
     """A listener that prints records."""
 
     def __init__(self, *, steps: int, unigram: float, zlib: float, folder: Path) -> None:
@@ -53,9 +53,6 @@ class Display:
         text = f"validation {record.val_bits_per_byte:.3f} bits/byte  (unigram {self._unigram:.3f}, zlib {self._zlib:.3f})"
         self._console.print(f"step {record.step}/{self._steps}  {text}")  # above the bar, where there is one
 
-    def progress(self, summary: Summary) -> None:
-        """Show nothing: the records in it have been shown."""
-
     def stop(self, step: int, why: str) -> None:
         if self._bar is not None:
             self._bar.stop()
@@ -66,12 +63,9 @@ class Display:
         if self._bar is not None:
             self._bar.stop()
         table = Table(show_header=False)
-        for name, value in (
-            ("validation", f"{summary.val_bits_per_byte:.3f} bits/byte"),
-            ("unigram", f"{summary.unigram_bits_per_byte:.3f} bits/byte"),
-            ("zlib, level 9", f"{summary.zlib_bits_per_byte:.3f} bits/byte"),
-            ("time", f"{summary.seconds:.0f} s"),
-            ("run folder", str(self._folder)),
-        ):
-            table.add_row(name, value)
+        table.add_row("validation", f"{summary.val_bits_per_byte:.3f} bits/byte")
+        table.add_row("unigram", f"{summary.unigram_bits_per_byte:.3f} bits/byte")
+        table.add_row("zlib, level 9", f"{summary.zlib_bits_per_byte:.3f} bits/byte")
+        table.add_row("time", f"{summary.seconds:.0f} s")
+        table.add_row("run folder", str(self._folder))
         self._console.print(table)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
 
 __all__ = ["Listener", "Resumption", "Summary", "Training", "Validation"]
 
@@ -64,15 +63,17 @@ class Summary:
     text: str
 
 
-class Listener(Protocol):
-    """A receiver of records on rank 0."""
+class Listener:
+    """A receiver of records on rank 0; by default it ignores them."""
 
     def start(self, resumption: Resumption | None) -> None:
         """Training begins, or resumes from a checkpoint."""
 
-    def training(self, record: Training) -> None: ...
+    def training(self, record: Training) -> None:
+        """Some steps are done."""
 
-    def validation(self, record: Validation) -> None: ...
+    def validation(self, record: Validation) -> None:
+        """The validation set has been evaluated."""
 
     def progress(self, summary: Summary) -> None:
         """The state of the run after each training record."""

@@ -4,8 +4,8 @@ torchrun keeps one store for all attempts of a job, where a restarted rank would
 distinguished by their number, as every node counts its own. So rank 0 draws a random name for the attempt, and a rank has joined it once
 rank 0 has published the token that this very process has written:
 
-    rank 0:  attempt = NAME                       ... waits for all NAME/came/RANK ...  NAME/all = the tokens
-    others:  read attempt, NAME/came/RANK = TOKEN ... wait until NAME/all has TOKEN, or for another attempt ...
+    rank 0:  attempt = NAME                        ... waits for all NAME/token/RANK ...  NAME/tokens = all of them
+    others:  read attempt, NAME/token/RANK = TOKEN ... wait until NAME/tokens has TOKEN, or for another attempt ...
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
+from subprocess import DEVNULL
 from typing import Any
 
 import torch.distributed as dist
@@ -28,11 +30,13 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from launch.errors import ConfigError
 from launch.launchers import MPICH, OPEN_MPI, SRUN, RankInfo, first_host
+from sharded_optim.sharding.ranks import named_ranks
 
-__all__ = ["RendezvousError", "RendezvousStore", "join_attempt", "local_store", "open_store", "store_at_address", "store_through_mpi"]
+__all__ = ["RendezvousError", "RendezvousStore", "join_attempt", "open_store", "store_at_address", "store_through_mpi"]
 
 # srun gives no port. One by the job's number, so that jobs that share a node rarely have the same, and none that systems assign themselves.
 SLURM_PORTS = range(10000, 30000)
+ROOT = Path(__file__).parents[1]
 LONGEST_PAUSE = 0.5  # seconds between two reads of the store
 
 
@@ -62,45 +66,30 @@ class RendezvousStore:
 # ------------------------------------------------------------------------------------------------------------------------ stores
 
 
-def local_store() -> RendezvousStore:
-    """Return a store in memory, for a single process."""
-    return RendezvousStore(store=HashStore())
-
-
-def store_at_address(
-    address: str, port: int, rank: int, world_size: int, timeout: timedelta, *, is_served: bool = False
-) -> RendezvousStore:
+def store_at_address(address: str, port: int, info: RankInfo, timeout: timedelta, *, is_served: bool = False) -> RendezvousStore:
     """Connect to a store at an address that all ranks know.
 
     Args:
         address: of the machine that serves the store.
         port: on that machine; 0, on rank 0 only: any that is free.
-        rank, world_size: of this process.
+        info: of this process.
         timeout: of a connection.
         is_served: whether the launcher serves it; else rank 0 starts a server, and `address` must be of its machine.
     """
     server = None
-    if rank == 0 and not is_served:
+    if info.rank == 0 and not is_served:
         server, port = _serve(port)
     try:
-        return RendezvousStore(store=TCPStore(address, port, world_size, False, timeout, wait_for_workers=False), server=server)
+        return RendezvousStore(store=TCPStore(address, port, info.world_size, False, timeout, wait_for_workers=False), server=server)
     except (dist.DistError, RuntimeError) as error:
-        raise RendezvousError(f"rank {rank} cannot reach the rendezvous store at {address}:{port}: {error}") from error
+        raise RendezvousError(f"rank {info.rank} cannot reach the rendezvous store at {address}:{port}: {error}") from error
 
 
 def _serve(port: int) -> tuple[subprocess.Popen[str], int]:
     """Start a process that serves a store as long as this one runs. Returns the process and its port."""
     command = [sys.executable, "-m", "launch.store_server", str(port), str(os.getpid())]
     # In a session of its own, so that signals to the ranks do not reach it, and without the pipes that mpirun waits for.
-    server = subprocess.Popen(
-        command,
-        cwd=Path(__file__).parents[1],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-    )
+    server = subprocess.Popen(command, cwd=ROOT, stdin=DEVNULL, stdout=subprocess.PIPE, stderr=DEVNULL, text=True, start_new_session=True)
     assert server.stdout is not None
     with server.stdout as output:
         line = output.readline().strip()
@@ -109,12 +98,12 @@ def _serve(port: int) -> tuple[subprocess.Popen[str], int]:
     return server, int(line)
 
 
-def store_through_mpi(rank: int, world_size: int, address: str | None, timeout: timedelta) -> RendezvousStore:
+def store_through_mpi(info: RankInfo, address: str, timeout: timedelta) -> RendezvousStore:
     """Connect to a store that rank 0 serves and whose address it broadcasts through MPI, the only use of MPI (`mpi_broadcast.py`).
 
     Args:
-        rank, world_size: of this process.
-        address: of rank 0's machine; None: its name, or the loopback if all ranks are on it.
+        info: of this process.
+        address: of rank 0's machine; "": its name, or the loopback if all ranks are on it.
         timeout: of the broadcast, and of a connection.
 
     Raises:
@@ -123,39 +112,28 @@ def store_through_mpi(rank: int, world_size: int, address: str | None, timeout: 
     """
     if find_spec("mpi4py") is None:
         raise ConfigError("mpirun needs mpi4py, which is not installed; run pip install mpi4py, or start with torchrun")
-    opened = store_at_address(address or "127.0.0.1", 0, rank, world_size, timeout) if rank == 0 else None
+    opened = store_at_address(address or "127.0.0.1", 0, info, timeout) if info.rank == 0 else None
     server = _broadcast(0 if opened is None else opened.store.port, address, timeout)  # pyright: ignore[reportAttributeAccessIssue]
-    if server["world_size"] != world_size:
+    if server["world_size"] != info.world_size:
         raise ConfigError(
-            f"mpirun has started {world_size} processes, but the MPI library that mpi4py has loaded ({server['library']}) counts "
+            f"mpirun has started {info.world_size} processes, but the MPI library that mpi4py has loaded ({server['library']}) counts "
             f"{server['world_size']}; set MPI4PY_LIBMPI to the libmpi of this mpirun"
         )
-    if opened is not None:
-        return opened
-    return store_at_address(server["address"], server["port"], rank, world_size, timeout, is_served=True)
+    return opened or store_at_address(server["address"], server["port"], info, timeout, is_served=True)
 
 
-def _broadcast(port: int, address: str | None, timeout: timedelta) -> dict[str, Any]:
+def _broadcast(port: int, address: str, timeout: timedelta) -> dict[str, Any]:
     """Broadcast the address and port of rank 0's store through MPI; see `mpi_broadcast.py` for the keys of the result."""
     library = _library_of_launcher()
     environment = os.environ | ({} if library is None else {"MPI4PY_LIBMPI": os.environ.get("MPI4PY_LIBMPI", str(library))})
-    command = [sys.executable, "-m", "launch.mpi_broadcast", str(port), *([] if address is None else [address])]
-    folder = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "launch.mpi_broadcast", str(port), *filter(None, [address])]
+    seconds = timeout.total_seconds()
     try:  # mpirun's connection to its rank is an open file
         done = subprocess.run(
-            command,
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=timeout.total_seconds(),
-            close_fds=False,
-            check=False,
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds, close_fds=False, check=False
         )
     except subprocess.TimeoutExpired:
-        raise RendezvousError(
-            f"the rendezvous through MPI was not complete within {timeout.total_seconds():.0f} s; see the logs of the other ranks"
-        ) from None
+        raise RendezvousError(f"the rendezvous through MPI took longer than {seconds:.0f} s; see the logs of the other ranks") from None
     try:
         return json.loads(done.stdout.splitlines()[-1])
     except (ValueError, IndexError):
@@ -172,46 +150,41 @@ def _library_of_launcher() -> Path | None:
         except (OSError, ValueError):
             return None
         if program.name.startswith(("prte", "orte", "mpi", "hydra")):
-            for name in ("libmpi.so.40", "libmpi.so.12", "libmpi.so"):
-                for folder in ("lib", "lib64"):
-                    library = program.parent.parent / folder / name
-                    if library.exists():
-                        return library
+            names = (f"{folder}/{name}" for name in ("libmpi.so.40", "libmpi.so.12", "libmpi.so") for folder in ("lib", "lib64"))
+            for library in map(program.parent.parent.joinpath, names):
+                if library.exists():
+                    return library
     return None
 
 
 def open_store(info: RankInfo, timeout: timedelta) -> RendezvousStore:
     """Open the store of the launcher, or one that rank 0 serves."""
     if info.world_size == 1:  # the environment may have no address
-        return local_store()
+        return RendezvousStore(store=HashStore())
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     if info.launcher in (OPEN_MPI, MPICH):
-        return store_through_mpi(info.rank, info.world_size, os.environ.get("MASTER_ADDR"), timeout)
+        return store_through_mpi(info, address, timeout)
     if info.launcher is SRUN:
         nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_NODELIST", "localhost")
-        address = os.environ.get("MASTER_ADDR") or first_host(nodes)
         job = int(os.environ.get("SLURM_JOB_ID", "0"))
-        port = int(os.environ.get("MASTER_PORT") or SLURM_PORTS[job % len(SLURM_PORTS)])
-        return store_at_address(address, port, info.rank, info.world_size, timeout)
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        address, port = address or first_host(nodes), port or SLURM_PORTS[job % len(SLURM_PORTS)]
+    missing = [name for name, value in (("MASTER_ADDR", address), ("MASTER_PORT", port)) if not value]
     if missing:
         raise ConfigError(f"{', '.join(missing)} not in the environment; start with torchrun, mpirun or srun")
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     is_served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return store_at_address(address, port, info.rank, info.world_size, timeout, is_served=is_served)
+    return store_at_address(address, int(port), info, timeout, is_served=is_served)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- attempts
 
 
-def join_attempt(store: Store, rank: int, world_size: int, timeout: timedelta, launcher: int | None = None) -> Store:
+def join_attempt(store: Store, info: RankInfo, timeout: timedelta) -> Store:
     """Wait until all ranks have joined this attempt.
 
     Args:
         store: of the job.
-        rank, world_size: of this process.
+        info: of this process.
         timeout: for all ranks to join.
-        launcher: pid of this process's parent; None: the parent may end. If it ends, so has the attempt of this rank, which must not join
-            the next one.
 
     Returns:
         A store of this attempt alone.
@@ -219,47 +192,45 @@ def join_attempt(store: Store, rank: int, world_size: int, timeout: timedelta, l
     Raises:
         RendezvousError: not all joined in time.
     """
-    until = time.monotonic() + timeout.total_seconds()
-    if rank == 0:
-        return _begin_attempt(store, world_size, until)
-    own = uuid.uuid4().hex
-    pause, joined = 0.005, ""
-    while time.monotonic() < until:
-        if launcher not in (None, os.getppid()):
-            raise RendezvousError(f"the launcher of rank {rank} (pid {launcher}) has ended before all ranks joined")
+    if info.rank == 0:
+        return _begin_attempt(store, info.world_size, timeout)
+    own, joined = uuid.uuid4().hex, ""
+    for _ in _polls(timeout):
+        if info.launcher_pid not in (None, os.getppid()):  # so has the attempt of this rank, which must not join the next one
+            raise RendezvousError(f"the launcher of rank {info.rank} (pid {info.launcher_pid}) has ended before all ranks joined")
         if store.check(["attempt"]):
             name = store.get("attempt").decode()
             prefixed = PrefixStore(name, store)
             if name != joined:
-                prefixed.set(f"came/{rank}", own)
+                prefixed.set(f"token/{info.rank}", own)
                 joined = name
-            if prefixed.check(["all"]) and own in json.loads(prefixed.get("all")):
+            if prefixed.check(["tokens"]) and own in json.loads(prefixed.get("tokens")):
                 return prefixed
-        time.sleep(pause)
-        pause = min(2 * pause, LONGEST_PAUSE)
-    raise RendezvousError(f"rank {rank} could not join rank 0 within {timeout.total_seconds():.0f} s; see the log of rank 0")
+    raise RendezvousError(f"rank {info.rank} could not join rank 0 within {timeout.total_seconds():.0f} s; see the log of rank 0")
 
 
-def _begin_attempt(store: Store, world_size: int, until: float) -> Store:
+def _begin_attempt(store: Store, world_size: int, timeout: timedelta) -> Store:
     """Publish the name of a new attempt on rank 0, and wait for the tokens of all other ranks."""
     name = f"attempt-{uuid.uuid4().hex}"
     prefixed = PrefixStore(name, store)
     store.set("attempt", name)
-    started = time.monotonic()
-    awaited = list(range(1, world_size))
-    pause = 0.005
-    while True:
-        awaited = [rank for rank in awaited if not prefixed.check([f"came/{rank}"])]
+    others = awaited = range(1, world_size)
+    for _ in _polls(timeout):
+        awaited = [rank for rank in awaited if not prefixed.check([f"token/{rank}"])]
         if not awaited:
-            break
-        if time.monotonic() > until:
-            shown = ", ".join(map(str, awaited[:8])) + (f" and {len(awaited) - 8} more" if len(awaited) > 8 else "")
-            raise RendezvousError(
-                f"rank{'s' if len(awaited) > 1 else ''} {shown} of {world_size} did not join within {time.monotonic() - started:.0f} s; "
-                f"see their logs, and check that they can reach this machine"
-            )
+            prefixed.set("tokens", json.dumps([prefixed.get(f"token/{rank}").decode() for rank in others]))
+            return prefixed
+    raise RendezvousError(
+        f"{named_ranks(awaited)} of {world_size} did not join within {timeout.total_seconds():.0f} s; "
+        f"see their logs, and check that they can reach this machine"
+    )
+
+
+def _polls(timeout: timedelta) -> Iterator[None]:
+    """Yield at growing intervals, and once more when the time is over."""
+    until, pause = time.monotonic() + timeout.total_seconds(), 0.005
+    while time.monotonic() < until:
+        yield
         time.sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE)
-    tokens = [prefixed.get(f"came/{rank}").decode() for rank in range(1, world_size)]
-    prefixed.set("all", json.dumps(tokens))
-    return prefixed
+    yield

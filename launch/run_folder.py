@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
@@ -13,12 +14,15 @@ from typing import Any
 
 import yaml
 
+import sharded_optim as so
 from launch.config import Config, ConfigError
-from launch.records import Resumption, Summary, Training, Validation
+from launch.keys import read
+from launch.loss_curve import draw
+from launch.records import Listener, Resumption, Summary, Training, Validation
 from sharded_optim.trackers.atomic_write import write_text
 from sharded_optim.trackers.run_files import METRICS, SUMMARY, append_record, keep_records, to_json
 
-__all__ = ["RunFolder", "find"]
+__all__ = ["RunFolder", "checkpoint_folder", "find", "find_run"]
 
 # Fraction of the time that rank 0 may draw: the other ranks wait meanwhile.
 SHARE_OF_DRAWING = 0.02
@@ -33,19 +37,48 @@ def find(config: Config) -> Path | None:
     runs = Path(config.runs_folder)
     if config.run is not None:
         path = runs / config.run
-        if not path.exists():
-            return None
-        if config.resume == "never":
+        if path.exists() and config.resume == "never":
             raise ConfigError(f"run={config.run!r}: {path} exists already; use resume=auto to resume it, or another name")
-        return path
+        return path if path.exists() else None
     if config.resume == "never":
         return None
-    written = [path for path in runs.glob("*/config.yaml") if not path.parent.is_symlink()]
-    newest_first = sorted(written, key=lambda path: (path.stat().st_mtime, path), reverse=True)
-    return next((path.parent for path in newest_first if _name_in(path) == config.name), None)
+    newest_first = sorted(runs.glob("*/config.yaml"), key=lambda path: (path.stat().st_mtime, path), reverse=True)
+    return next((path.parent for path in newest_first if not path.parent.is_symlink() and _name_in(path) == config.name), None)
 
 
-class RunFolder:
+def find_run(config: Config, *, is_restart: bool) -> tuple[Path | None, str | None]:
+    """Find the run that a job continues.
+
+    Args:
+        is_restart: whether a launcher has started this process again.
+
+    Returns:
+        The run's folder, or None for a new run; and a message if all its steps are done, as when it failed after its last step, else None.
+
+    Raises:
+        ConfigError: see `find`.
+    """
+    run = find(config)
+    if run is None:
+        return None, None
+    folder = checkpoint_folder(config, run)
+    steps = so.checkpoint.steps(folder)
+    # A run that the config does not name is continued only if it has something to continue from, and something to do.
+    if not steps:
+        return (None if config.run is None else run), None
+    if steps[-1] < config.steps or so.checkpoint.latest(folder) != steps[-1]:
+        return run, None
+    if config.run is None and not is_restart:
+        return None, None
+    return run, f"steps={config.steps} are done: {folder} has a checkpoint of step {steps[-1]}; raise steps to train for longer"
+
+
+def checkpoint_folder(config: Config, run: Path) -> Path:
+    """Return the folder of a run's checkpoints."""
+    return run / "checkpoints" if config.checkpoint.folder is None else Path(config.checkpoint.folder) / run.name
+
+
+class RunFolder(Listener):
     """A listener that writes all records to files. The link `latest` beside its folder points to it.
 
     Args:
@@ -63,16 +96,14 @@ class RunFolder:
         self._draw_from = 0.0
         try:
             self.path = existing or _new_folder(Path(config.runs_folder), config)
-            text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-            write_text(self.path / "config.yaml", text)
+            write_text(self.path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
             _point_latest(self.path)
         except OSError as error:
             raise ConfigError(f"runs_folder={config.runs_folder!r}: {error}") from None
 
     def start(self, resumption: Resumption | None) -> None:
         """Read the records of the steps up to the checkpoint, and remove those of later steps, which are trained once more."""
-        kept = keep_records(self.path / METRICS, 0 if resumption is None else resumption.step)
-        records = list(map(_with_nan, kept))
+        records = list(map(_with_nan, keep_records(self.path / METRICS, 0 if resumption is None else resumption.step)))
         self._training = [Training(**record) for record in records if "train_loss_bits" in record]
         self._validation = [Validation(**record) for record in records if "val_bits_per_byte" in record]
 
@@ -86,36 +117,27 @@ class RunFolder:
 
     def progress(self, summary: Summary) -> None:
         self._summary = summary
-        self._write_summary(draw=time.monotonic() >= self._draw_from)
+        write_text(self.path / SUMMARY, to_json(asdict(summary), indent=2) + "\n")
+        began = time.monotonic()
+        if began >= self._draw_from:
+            draw(self.path / "loss.png", self._training, self._validation, summary)
+            now = time.monotonic()
+            self._draw_from = now + (now - began) / SHARE_OF_DRAWING
 
     def stop(self, step: int, why: str) -> None:
         if self._summary is not None:
-            self._summary = replace(self._summary, status=f"interrupted after step {step}")
-            self._write_summary(draw=True)
+            self.finish(replace(self._summary, status=f"interrupted after step {step}"))
 
     def finish(self, summary: Summary) -> None:
-        self._summary = summary
-        self._write_summary(draw=True)
-
-    def _write_summary(self, *, draw: bool) -> None:
-        assert self._summary is not None, "there is something to write"
-        write_text(self.path / SUMMARY, to_json(asdict(self._summary), indent=2) + "\n")
-        if draw:
-            from launch.loss_curve import draw as draw_curve  # imports matplotlib, for which the first step need not wait
-
-            began = time.monotonic()
-            draw_curve(self.path / "loss.png", self._training, self._validation, self._summary)
-            now = time.monotonic()
-            self._draw_from = now + (now - began) / SHARE_OF_DRAWING
+        self._draw_from = 0.0  # the last curve is drawn however soon after the one before
+        self.progress(summary)
 
 
 def _name_in(path: Path) -> str | None:
     """Read the name in a config.yaml that a run has written; None if it cannot be read."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return None
-    return content.get("name") if isinstance(content, dict) else None
+    with suppress(ConfigError):
+        return read(path, yaml.safe_load, str(path)).get("name")
+    return None
 
 
 def _with_nan(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,18 +147,13 @@ def _with_nan(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _new_folder(runs: Path, config: Config) -> Path:
-    if config.run is not None:
-        (runs / config.run).mkdir(parents=True)
-        return runs / config.run
-    base = f"{datetime.now():%Y-%m-%d-%H%M%S}-{config.name}"
-    for attempt in range(1, 1000):
-        path = runs / (base if attempt == 1 else f"{base}-{attempt}")
-        try:
+    base = config.run or f"{datetime.now():%Y-%m-%d-%H%M%S}-{config.name}"
+    for suffix in ("",) if config.run else ("", *(f"-{attempt}" for attempt in range(2, 1000))):
+        with suppress(FileExistsError):  # another run, started in the same second
+            path = runs / f"{base}{suffix}"
             path.mkdir(parents=True)
-        except FileExistsError:  # another run, started in the same second
-            continue
-        return path
-    raise FileExistsError(f"{runs / base} and its successors exist")
+            return path
+    raise FileExistsError(f"{runs / base} exists")
 
 
 def _point_latest(path: Path) -> None:

@@ -11,7 +11,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from io import StringIO
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -38,12 +38,22 @@ class Sharded:
     Attributes:
         model: to be called.
         optimizer: of this library; a schedule changes its param groups.
-        step: runs backward from a loss and steps; no gradients are left.
+        engine: DeepSpeed's, which runs backward and steps; None under other wrappers.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    step: Callable[[Tensor], None]
+    engine: Any = None
+
+    def step(self, loss: Tensor) -> None:
+        """Run backward from a loss and step; no gradients are left."""
+        if self.engine is not None:
+            self.engine.backward(loss)
+            self.engine.step()
+            return
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
 
 BuildOptimizer = Callable[..., torch.optim.Optimizer]  # of named parameters, under the names that the model had before it was wrapped
@@ -69,29 +79,30 @@ def _fsdp2(model: GPT, build: BuildOptimizer, config: Config, device: torch.devi
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    return _stepped_by_optimizer(model, build(model.named_parameters()))
+    return Sharded(model=model, optimizer=build(model.named_parameters()))
 
 
 def _fsdp1(model: GPT, build: BuildOptimizer, config: Config, device: torch.device) -> Sharded:
     """Each rank keeps a range of every block, whose parameters are flattened together and gathered while it runs."""
     wrapped = FullyShardedDataParallel(model, auto_wrap_policy=ModuleWrapPolicy({Block}), device_id=device, use_orig_params=True)
     named = [(name.replace(FSDP1_PREFIX, ""), param) for name, param in wrapped.named_parameters()]
-    return _stepped_by_optimizer(wrapped, build(named, layout=so.fsdp1_layout(wrapped)))
+    return Sharded(model=wrapped, optimizer=build(named, layout=so.fsdp1_layout(wrapped)))
 
 
 def _zero(model: GPT, build: BuildOptimizer, config: Config, device: torch.device, stage: Literal[1, 2]) -> Sharded:
     """Each rank keeps the whole model, and a range of state, or of state and gradients in stage 2. The optimizer averages the gradients."""
-    return _stepped_by_optimizer(model, build(model.named_parameters(), constructor=so.ShardedOptimizer, stage=stage, module=model))
+    optimizer = build(model.named_parameters(), constructor=so.ShardedOptimizer, stage=stage, module=model)
+    return Sharded(model=model, optimizer=optimizer)
 
 
 def _ddp(model: GPT, build: BuildOptimizer, config: Config, device: torch.device) -> Sharded:
     """Each rank keeps the whole model."""
     wrapped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-    return _stepped_by_optimizer(wrapped, build(model.named_parameters()))
+    return Sharded(model=wrapped, optimizer=build(model.named_parameters()))
 
 
 def _single(model: GPT, build: BuildOptimizer, config: Config, device: torch.device) -> Sharded:
-    return _stepped_by_optimizer(model, build(model.named_parameters()))
+    return Sharded(model=model, optimizer=build(model.named_parameters()))
 
 
 def _deepspeed(model: GPT, build: BuildOptimizer, config: Config, device: torch.device) -> Sharded:
@@ -105,21 +116,7 @@ def _deepspeed(model: GPT, build: BuildOptimizer, config: Config, device: torch.
     deepspeed_config = config.deepspeed | {"train_batch_size": config.batch_size}
     with redirect_stdout(StringIO()):  # each rank prints that it has loaded an extension
         engine, *_ = so.deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config)
-
-    def step(loss: Tensor) -> None:
-        engine.backward(loss)
-        engine.step()
-
-    return Sharded(model=engine, optimizer=optimizer, step=step)
-
-
-def _stepped_by_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> Sharded:
-    def step(loss: Tensor) -> None:
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return Sharded(model=model, optimizer=optimizer, step=step)
+    return Sharded(model=engine, optimizer=optimizer, engine=engine)
 
 
 SHARDINGS: dict[str, Wrapper] = {

@@ -9,7 +9,7 @@ from typing import Any
 import sharded_optim as so
 from launch.config import Config
 from launch.errors import ConfigError
-from launch.records import Resumption, Summary, Training, Validation
+from launch.records import Listener, Resumption, Summary, Training, Validation
 
 __all__ = ["Tracking", "check_installed"]
 
@@ -28,7 +28,7 @@ def check_installed(config: Config) -> None:
         raise ConfigError(f"trackers={config.trackers!r}: {error}, or leave it out") from None
 
 
-class Tracking:
+class Tracking(Listener):
     """A listener that logs each record to the trackers that the config names.
 
     Args:
@@ -38,10 +38,9 @@ class Tracking:
     """
 
     def __init__(self, config: Config, path: Path, seconds_since_heartbeat: Callable[[], Mapping[int, float]]) -> None:
-        self._config = config
-        self._path = path
+        self._config, self._path = config, path
         self._seconds_since_heartbeat = seconds_since_heartbeat
-        self._trackers: so.trackers.Trackers | None = None
+        self._trackers = so.trackers.Trackers({})  # none before `start`
 
     def start(self, resumption: Resumption | None) -> None:
         options: dict[str, Mapping[str, Any]] = dict(self._config.tracker_options)
@@ -58,36 +57,24 @@ class Tracking:
 
     def training(self, record: Training) -> None:
         # Without the record's own lr: the optimizer's `lr/0` and so on say more, and MLflow's files cannot hold `lr` beside them.
-        values = {"loss": record.train_loss_bits, "tokens_per_second": record.tokens_per_second}
-        self._log(record.step, {**values, **record.optimizer})
+        values = {"loss": record.train_loss_bits, "tokens_per_second": record.tokens_per_second, **record.optimizer}
+        self._trackers.log(record.step, values)
 
     def validation(self, record: Validation) -> None:
-        self._log(record.step, {"validation_loss": record.val_bits_per_byte})
-
-    def progress(self, summary: Summary) -> None:
-        """Nothing to log: its parts have been."""
+        self._trackers.log(record.step, {"validation_loss": record.val_bits_per_byte})
 
     def stop(self, step: int, why: str) -> None:
-        self._finish("interrupted")
+        self._trackers.finish("interrupted")
 
     def finish(self, summary: Summary) -> None:
-        self._finish("finished")
+        self._trackers.finish("finished")
 
     def fail(self) -> None:
         """Have trackers write what waits, for 10 s each, and say that the run has failed. Nothing follows."""
-        if self._trackers is not None:
-            self._trackers.finish("failed")
-
-    def _log(self, step: int, values: Mapping[str, float]) -> None:
-        assert self._trackers is not None, "it has started"
-        self._trackers.log(step, values)
-
-    def _finish(self, status: so.trackers.Status) -> None:
-        assert self._trackers is not None, "it has started"
-        self._trackers.finish(status)
+        self._trackers.finish("failed")
 
     def _health(self) -> dict[str, float]:
-        """What Prometheus shows at any time, also while a step hangs."""
+        """Return the metrics that Prometheus can read at any time, also while a step hangs."""
         ages = self._seconds_since_heartbeat()
         healthy = sum(seconds < SECONDS_HEALTHY for seconds in ages.values())
         return {"healthy_ranks": float(healthy)} | {f"heartbeat_age_seconds/{rank}": seconds for rank, seconds in ages.items()}

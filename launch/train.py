@@ -24,17 +24,17 @@ from torch import Tensor, nn
 import sharded_optim as so
 from launch import corpus, deepspeed_extension, process_group, threads
 from launch.batches import training_batch, validation_batch
-from launch.checkpoints import Checkpoints, find_run
+from launch.checkpoints import Checkpoints
 from launch.config import Config, ConfigError, from_arguments
 from launch.corpus import Corpus
-from launch.launchers import TORCHRUN, RankInfo, is_restart, launcher_pid, read_rank_info
+from launch.launchers import TORCHRUN, RankInfo, is_restart, read_rank_info
 from launch.model import GPT
 from launch.optimizer import build_schedule
 from launch.preemption import Preemption
 from launch.progress import Display
 from launch.records import Listener, Summary, Training, Validation
 from launch.rendezvous import RendezvousError
-from launch.run_folder import RunFolder
+from launch.run_folder import RunFolder, find_run
 from launch.sharding import shard
 from launch.tracking import Tracking, check_installed
 from launch.watch import Watch
@@ -56,7 +56,6 @@ def main(arguments: list[str]) -> int:
         config = from_arguments(arguments, "python -m launch.train")
         info = read_rank_info(config)
         config = config.with_processes(info.world_size)
-        launcher = launcher_pid(info)
         device = process_group.pick_device(info, config.device)
         text = corpus.load(config)
         if config.sharding == "deepspeed":
@@ -69,8 +68,7 @@ def main(arguments: list[str]) -> int:
     except (ConfigError, RendezvousError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    options = {"rank": info.rank, "world_size": info.world_size, "heartbeat": config.heartbeat, "launcher": launcher}
-    with Watch(rendezvous, expected=EXPECTED, variable=info.launcher.variables.get("rank", "RANK"), **options) as watch:
+    with Watch(rendezvous, info, heartbeat=config.heartbeat, expected=EXPECTED) as watch:
         status = 0
         path = broadcast_path(folder)
         if path is None:
@@ -91,14 +89,7 @@ def broadcast_path(folder: RunFolder | None) -> Path | None:
 
 
 def run(
-    config: Config,
-    info: RankInfo,
-    device: torch.device,
-    text: Corpus,
-    path: Path,
-    folder: RunFolder | None,
-    started: float,
-    watch: Watch,
+    config: Config, info: RankInfo, device: torch.device, text: Corpus, path: Path, folder: RunFolder | None, started: float, watch: Watch
 ) -> int:
     """Build, train, validate, report.
 
@@ -157,8 +148,8 @@ def run(
 
     training = validation = stopped = None
     for step in range(resumption.step + 1 if resumption else 1, config.steps + 1):
-        watch.step = step
-        loss = mean_loss(sharded.model, next_batch(config, info, text, step).to(device))
+        watch.begin_step(step)
+        loss = mean_loss(sharded.model, training_batch(text.train, config, info, step).to(device))
         try:
             sharded.step(loss)
         except FloatingPointError as error:  # on all ranks
@@ -181,40 +172,21 @@ def run(
             meter.resume()
         with watch.no_time_limit():  # a rank may write more slowly than others
             checkpoints.after(step)
-        stopped = preemption.after_step()
-        if stopped is not None and step < config.steps:
+        if step < config.steps and (stopped := preemption.after_step()) is not None:
             break
-        stopped = None  # all steps are done
     preemption.finish()
-    with watch.no_time_limit():
-        saved = None if stopped is None else checkpoints.before_stopping(watch.step)
+    with watch.no_time_limit():  # also for trackers, which send what they have queued
         checkpoints.finish()
-    if stopped is not None:
-        with watch.no_time_limit():  # trackers send what they have queued
+        if stopped is None:
+            assert training is not None, "there is at least one step"
             for listener in listeners:
-                listener.stop(watch.step, f"asked to stop by {stopped}: saved in {saved}; resume=auto run={path.name} resumes from it")
-        is_elsewhere = info.launcher is TORCHRUN and info.world_size > info.local_world_size and not preemption.received_here
-        return STOPPED_ELSEWHERE if is_elsewhere else 0
-
-    assert training is not None, "there is at least one step"
-    assert validation is not None, "the last step is validated"
-    with watch.no_time_limit():
+                listener.finish(summarize(FINISHED, training, validation))
+            return 0
+        saved = checkpoints.save_now(watch.step)
         for listener in listeners:
-            listener.finish(summarize(FINISHED, training, validation))
-    return 0
-
-
-def next_batch(config: Config, info: RankInfo, text: Corpus, step: int) -> Tensor:
-    """Return this rank's rows of a step's batch."""
-    return training_batch(
-        text.train,
-        seed=config.seed,
-        step=step,
-        batch_size=config.batch_size,
-        sequence_length=config.sequence_length,
-        rank=info.rank,
-        world_size=info.world_size,
-    )
+            listener.stop(watch.step, f"asked to stop by {stopped}: saved in {saved}; resume=auto run={path.name} resumes from it")
+    is_elsewhere = info.launcher is TORCHRUN and info.world_size > info.local_world_size and not preemption.received
+    return STOPPED_ELSEWHERE if is_elsewhere else 0
 
 
 def mean_loss(model: nn.Module, sequences: Tensor) -> Tensor:
@@ -234,16 +206,7 @@ def validate(model: nn.Module, config: Config, info: RankInfo, text: Corpus, dev
     """Compute the bits per byte of the whole validation set, the same on every rank. Each rank takes its rows of every batch."""
     total = torch.zeros((), dtype=torch.float64, device=device)
     for index in range(config.validation_batches):
-        sequences = validation_batch(
-            text.validation,
-            index,
-            batches=config.validation_batches,
-            batch_size=config.batch_size,
-            sequence_length=config.sequence_length,
-            rank=info.rank,
-            world_size=info.world_size,
-        )
-        total += mean_loss(model, sequences.to(device))
+        total += mean_loss(model, validation_batch(text.validation, config, info, index).to(device))
     dist.all_reduce(total)
     return total.item() / (config.validation_batches * info.world_size) / math.log(2.0)
 
@@ -274,10 +237,8 @@ def describe_training(step: int, meter: Meter, optimizer: Any, *, has_metrics: b
 def largest_rms(metrics: dict[str, float]) -> tuple[str | None, float | None]:
     """Return the name of the tensor with the largest RMS, and that RMS; NaN is the largest. (None, None) if the optimizer has no RMS."""
     rms = {key.removeprefix("rms/"): value for key, value in metrics.items() if key.startswith("rms/")}
-    if not rms:
-        return None, None
-    name = max(rms, key=lambda key: math.inf if math.isnan(rms[key]) else rms[key])
-    return name, rms[name]
+    name = max(rms, key=lambda key: math.inf if math.isnan(rms[key]) else rms[key], default=None)
+    return name, None if name is None else rms[name]
 
 
 class Meter:
@@ -286,8 +247,8 @@ class Meter:
     def __init__(self, tokens_per_step: int, device: torch.device) -> None:
         self._tokens_per_step = tokens_per_step
         self._loss = torch.zeros((), device=device)
-        self._steps, self._all_steps = 0, 0
-        self._seconds, self._all_seconds = 0.0, 0.0
+        self._steps, self._seconds = 0, 0.0
+        self._read = (0, 0.0)  # steps and seconds at the last reading
         self._since = time.perf_counter()
 
     def count(self, loss: Tensor) -> None:
@@ -298,15 +259,12 @@ class Meter:
         """Return (bits per byte, mean over steps and ranks; tokens per second) since the last reading. A collective."""
         loss = self._loss.double()
         dist.all_reduce(loss)
-        nats = loss.item() / (self._steps * dist.get_world_size())
         self.pause()
         self.resume()
-        speed = self._steps * self._tokens_per_step / self._seconds
-        self._all_steps += self._steps
-        self._all_seconds += self._seconds
-        self._steps, self._seconds = 0, 0.0
+        steps, seconds = self._steps - self._read[0], self._seconds - self._read[1]
+        self._read = (self._steps, self._seconds)
         self._loss.zero_()
-        return nats / math.log(2.0), speed
+        return loss.item() / (steps * dist.get_world_size()) / math.log(2.0), steps * self._tokens_per_step / seconds
 
     def pause(self) -> None:
         self._seconds += time.perf_counter() - self._since
@@ -316,7 +274,7 @@ class Meter:
 
     def overall_tokens_per_second(self) -> float:
         """Return the tokens per second over all readings."""
-        return self._all_steps * self._tokens_per_step / self._all_seconds
+        return self._read[0] * self._tokens_per_step / self._read[1]
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     with Watch(...) as watch:
         for step in ...:
-            watch.step = step
+            watch.begin_step(step)
             ...
             with watch.no_time_limit():
                 save()
@@ -29,6 +29,7 @@ from typing import NoReturn
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+from launch.launchers import RankInfo
 from launch.rendezvous import RendezvousStore
 from launch.watch.hang_detector import Heartbeat
 from launch.watch.heartbeats import ENDING, HeartbeatExchange, end
@@ -57,45 +58,37 @@ class Watch:
 
     Args:
         rendezvous: with the store of this attempt alone. None: this process is alone.
+        info: of this process, which ends when its launcher does; None: it is alone.
         heartbeat: seconds for which a rank may send no heartbeat, the store may not answer, or a rank may keep others waiting in a
             collective; None: any number. To be longer than anything one rank does alone outside `no_time_limit`.
-        launcher: pid of this process's parent; when that ends, so does this process. None: the parent may end.
-        variable: name of the environment variable by which the launcher numbers ranks.
         expected: exceptions that need no traceback.
     """
 
     def __init__(
         self,
         rendezvous: RendezvousStore | None = None,
+        info: RankInfo | None = None,
         *,
-        rank: int = 0,
-        world_size: int = 1,
         heartbeat: float | None = None,
-        launcher: int | None = None,
-        variable: str = "RANK",
         expected: tuple[type[BaseException], ...] = (),
     ) -> None:
-        self._step = 0
+        self.step = 0  # that this rank is in
         self._begun_before: Mapping[str, int] = {}  # collectives, in the step before
         self._begun_at_start: Mapping[str, int] = {}  # of this step
         self._without_limit = 0  # nested calls of `no_time_limit`
-        self._rank = rank
+        info = info or RankInfo()
+        self._rank = info.rank
         self._expected = expected
         self._exchange: HeartbeatExchange | None = None
-        if rendezvous is not None and world_size > 1:
-            others = siblings(launcher, variable)
-            self._exchange = HeartbeatExchange(rendezvous.store, rank, world_size, heartbeat, launcher, others, self._heartbeat)
+        if rendezvous is not None and info.world_size > 1:
+            others = siblings(info.launcher_pid, next(iter(info.launcher.variables), "RANK"))
+            self._exchange = HeartbeatExchange(rendezvous.store, info, heartbeat, others, self._heartbeat)
 
-    @property
-    def step(self) -> int:
-        """The step that this rank is in. To be set when it begins one."""
-        return self._step
-
-    @step.setter
-    def step(self, step: int) -> None:
+    def begin_step(self, step: int) -> None:
+        """Note that this rank begins a step, and how many collectives it has begun before."""
         begun = _collectives()
         self._begun_before, self._begun_at_start = _since(self._begun_at_start, begun), begun
-        self._step = step
+        self.step = step
 
     @contextmanager
     def no_time_limit(self) -> Iterator[None]:
@@ -108,7 +101,7 @@ class Watch:
 
     def seconds_since_heartbeat(self) -> dict[int, float]:
         """Return the seconds since each rank's last heartbeat, on rank 0; without ranks that have done their work. Reads memory alone."""
-        return {0: 0.0} if self._exchange is None else self._exchange.seconds_since_heartbeat()
+        return {0: 0.0} if self._exchange is None else self._exchange.hang_detector.seconds_since_heartbeat(time.monotonic())
 
     def __enter__(self) -> Watch:
         return self
@@ -137,14 +130,14 @@ class Watch:
         end()
 
     def _step_now(self) -> str:
-        return f"step {self._step}" if self._step else "its start"
+        return f"step {self.step}" if self.step else "its start"
 
     def _heartbeat(self, number: int, has_left: bool) -> Heartbeat:
         frame = _frame_of_user(sys._current_frames().get(threading.main_thread().ident or 0))
         location = self._step_now() if frame is None else f"{self._step_now()}, in {frame}"
         who = {"rank": self._rank, "pid": os.getpid(), "host": socket.gethostname(), "number": number, "has_left": has_left}
         begun = {"begun": _since(self._begun_at_start, _collectives()), "before": self._begun_before}
-        return Heartbeat(**who, **begun, step=self._step, location=location, has_no_limit=self._without_limit > 0)
+        return Heartbeat(**who, **begun, step=self.step, location=location, has_no_limit=self._without_limit > 0)
 
 
 def _frame_of_user(frame: FrameType | None) -> str | None:

@@ -131,9 +131,8 @@ class HangDetector:
 
     def _without_progress(self, now: float) -> Verdict | None:
         last = {rank: state.last for rank, state in self._ranks.items() if state.last is not None}
-        if any(heartbeat.has_no_limit for heartbeat in last.values()):
-            return None
-        if any(now - state.seen > SECONDS_FOR_MISSED_HEARTBEATS for state in self._ranks.values()):
+        is_missed = any(now - state.seen > SECONDS_FOR_MISSED_HEARTBEATS for state in self._ranks.values())
+        if is_missed or any(heartbeat.has_no_limit for heartbeat in last.values()):
             return None
         for rank, heartbeat in sorted(last.items(), key=lambda item: self._ranks[item[0]].moved):
             if (seconds := now - self._ranks[rank].moved) < self._limit:

@@ -2,11 +2,11 @@
 
 Keys of the store:
 
-    beat/RANK   the rank's heartbeat, written once a second: that it runs, and how far it is
-    verdict     why the job ends: the first one written counts, and all ranks end because of it
-    echo        the first rank whose error looks like the consequence of another rank's end
-    same/ERROR  how many ranks have failed with this error
-    printed     exists once rank 0's log has the verdict
+    beat/RANK    the rank's heartbeat, written once a second: that it runs, and its progress
+    verdict      why the job ends: the first one written counts, and all ranks end because of it
+    consequence  the first rank whose error looks like the consequence of another rank's end
+    same/ERROR   the number of ranks that have failed with this error
+    printed      exists once rank 0's log has the verdict
 
 Rank 0 reads all heartbeats, the others only rank 0's: 1,000 ranks are 6,000 small requests a second, and 300 kB that rank 0 reads. A
 request may block forever, whatever timeout the store was given: a second thread detects that.
@@ -21,12 +21,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, NoReturn
 
 from torch.distributed.distributed_c10d import Store
 
+from launch.launchers import RankInfo
 from launch.watch.hang_detector import HangDetector, Heartbeat, Verdict
 from launch.watch.siblings import Sibling, wait_for_exit
 
@@ -54,26 +55,20 @@ class HeartbeatExchange:
         store: of the attempt.
         others: the processes of other ranks on this machine.
         make: returns a heartbeat of this rank.
+
+    Attributes:
+        hang_detector: of all ranks on rank 0, elsewhere of rank 0.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        rank: int,
-        world_size: int,
-        heartbeat: float | None,
-        launcher: int | None,
-        others: list[Sibling],
-        make: MakeHeartbeat,
-    ) -> None:
+    def __init__(self, store: Store, info: RankInfo, heartbeat: float | None, others: list[Sibling], make: MakeHeartbeat) -> None:
         self._store: Any = store.clone()  # pyright: ignore[reportAttributeAccessIssue]  # a connection that nothing else waits for
-        self._rank, self._all = rank, range(world_size)
-        self._watched = self._all if rank == 0 else self._all[:1]
-        self._hang_detector = HangDetector(heartbeat, self._watched, time.monotonic())
-        self._launcher, self._siblings, self._make = launcher, others, make
+        self._rank, self._all = info.rank, range(info.world_size)
+        self._watched = self._all if info.rank == 0 else self._all[:1]
+        self.hang_detector = HangDetector(heartbeat, self._watched, time.monotonic())
+        self._launcher, self._siblings, self._make = info.launcher_pid, others, make
         self._failure: Verdict | None = None  # this rank's
         self._follows, self._counted, self._failed_at = False, False, 0.0
-        self._before: list[Heartbeat | None] | None = None  # of all ranks, when this rank wrote `echo`
+        self._before: list[Heartbeat | None] | None = None  # of all ranks, when this rank wrote `consequence`
         self._verdict: Verdict | None = None
         self._answered = time.monotonic()  # when the store last answered
         self._leaving, self._over, self._decided = False, threading.Event(), threading.Event()
@@ -98,10 +93,6 @@ class HeartbeatExchange:
         """Report that this rank has done its work. Rank 0 waits until all have, at most `timeout` seconds."""
         self._leaving = True
         self._over.wait(timeout)
-
-    def seconds_since_heartbeat(self) -> dict[int, float]:
-        """See `HangDetector.seconds_since_heartbeat`: on rank 0 of all ranks, elsewhere of rank 0."""
-        return self._hang_detector.seconds_since_heartbeat(time.monotonic())
 
     def _run(self) -> None:
         try:
@@ -136,7 +127,7 @@ class HeartbeatExchange:
         while True:
             now = time.monotonic()
             if now - before > ROUND_SECONDS + SLEPT_SECONDS:
-                self._hang_detector.slept(now - before)
+                self.hang_detector.slept(now - before)
             before = self._answered = now
             self._count_failure()
             if self._store.check(["verdict"]):
@@ -146,10 +137,10 @@ class HeartbeatExchange:
                 written, number = now, number + 1
                 self._store.set(f"beat/{self._rank}", json.dumps(asdict(self._make(number, leaving))))
                 for rank, heartbeat in zip(self._watched, self._read(self._watched), strict=True):
-                    self._hang_detector.read(rank, heartbeat, now)
-                if leaving and (self._rank != 0 or self._hang_detector.is_over):
+                    self.hang_detector.read(rank, heartbeat, now)
+                if leaving and (self._rank != 0 or self.hang_detector.is_over):
                     return None
-            own = self._orphaned() or self._failed(now) or self._hang_detector.verdict(now) or self._exited()
+            own = self._orphaned() or self._failed(now) or self.hang_detector.verdict(now) or self._exited()
             if own is not None:
                 return Verdict(**json.loads(self._store.compare_set("verdict", "", json.dumps(asdict(own)))))
 
@@ -193,7 +184,7 @@ class HeartbeatExchange:
         if self._failure is None or not self._follows:
             return self._failure
         if self._before is None:
-            is_first = self._store.compare_set("echo", "", str(self._rank)) == str(self._rank).encode()
+            is_first = self._store.compare_set("consequence", "", str(self._rank)) == str(self._rank).encode()
             self._before = self._read(self._all) if is_first else []
         if now - self._failed_at < SECONDS_FOR_CAUSES or not self._before:  # another rank looks for the cause
             return None
@@ -214,12 +205,12 @@ class HeartbeatExchange:
                 return self._orphaned() or Verdict(rank=last.rank, who=str(last), what=f"ended first, without an error: {why}")
         return None
 
-    def _read(self, ranks: Iterable[int]) -> list[Heartbeat | None]:
+    def _read(self, ranks: Sequence[int]) -> list[Heartbeat | None]:
         """Read the heartbeats of these ranks from the store."""
-        keys = {rank: f"beat/{rank}" for rank in ranks}
-        exist = self._rank == 0 or self._store.check(list(keys.values()))  # rank 0 has written them
-        texts = self._store.multi_get(list(keys.values())) if exist else [b""] * len(keys)
-        return [Heartbeat.from_json(rank, text) for rank, text in zip(keys, texts, strict=True)]
+        keys = [f"beat/{rank}" for rank in ranks]
+        exist = self._rank == 0 or self._store.check(keys)  # rank 0 has written them
+        texts = self._store.multi_get(keys) if exist else [b""] * len(keys)
+        return [Heartbeat.from_json(rank, text) for rank, text in zip(ranks, texts, strict=True)]
 
     def _count_failure(self) -> None:
         """Add this rank, once, to the number of ranks that have failed with the same error."""

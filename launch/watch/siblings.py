@@ -6,9 +6,9 @@ Only processes found here are ever signalled: any process that can reach the sto
 from __future__ import annotations
 
 import os
-import select
-from collections.abc import Iterable
+from collections.abc import Collection
 from contextlib import suppress
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,13 +36,10 @@ def siblings(launcher: int | None, variable: str) -> list[Sibling]:
     return found
 
 
-def wait_for_exit(others: Iterable[Sibling], seconds: float) -> list[Sibling]:
-    """Wait up to so many seconds for a process to end, and return all that have. Their launcher may not have noticed yet."""
-    by_process = {sibling.process: sibling for sibling in others}
-    poll = select.poll()
-    for process in by_process:
-        poll.register(process, select.POLLIN)
-    return [by_process[process] for process, _ in poll.poll(1000.0 * seconds)]
+def wait_for_exit(others: Collection[Sibling], seconds: float) -> list[Sibling]:
+    """Wait at most `seconds` for a process to end, and return all that have ended. Their launcher may not have noticed yet."""
+    ended = wait([sibling.process for sibling in others], seconds)
+    return [sibling for sibling in others if sibling.process in ended]
 
 
 def _parent_and_rank(process: Path, variable: str) -> tuple[int, int]:

@@ -12,6 +12,7 @@ import torch
 from launch import corpus
 from launch.batches import training_batch, validation_batch
 from launch.config import Config, ConfigError, load
+from launch.launchers import RankInfo
 
 FSDP2 = Path(__file__).parents[2] / "configs" / "fsdp2.yaml"
 TEXT = np.frombuffer(np.random.default_rng(0).bytes(10_000), dtype=np.uint8)
@@ -33,7 +34,8 @@ def write(folder: Path, sizes: dict[str, int]) -> None:
 
 
 def rows(seed: int = 1, step: int = 1, rank: int = 0, world_size: int = 2) -> torch.Tensor:
-    return training_batch(TEXT, seed=seed, step=step, batch_size=12, sequence_length=20, rank=rank, world_size=world_size)
+    config = load(FSDP2, ["processes=auto", "batch_size=12", "sequence_length=20", f"seed={seed}"])
+    return training_batch(TEXT, config, RankInfo(rank=rank, world_size=world_size), step)
 
 
 def test_a_batch_is_fixed_by_seed_step_and_rank():
@@ -54,14 +56,17 @@ def test_the_batch_of_all_ranks_together_does_not_depend_on_their_number(world_s
 def test_sequences_are_pieces_of_the_text_up_to_its_last_byte():
     """The text of 22 bytes has two windows of 21; both are drawn."""
     text = np.arange(22, dtype=np.uint8)
-    drawn = torch.cat([training_batch(text, seed=0, step=s, batch_size=8, sequence_length=20, rank=0, world_size=1) for s in range(4)])
+    config = load(FSDP2, ["batch_size=8", "sequence_length=20"])
+    drawn = torch.cat([training_batch(text, config, RankInfo(), step) for step in range(4)])
     assert {tuple(row) for row in drawn.tolist()} == {tuple(range(21)), tuple(range(1, 22))}
 
 
 def test_validation_covers_the_whole_text_whatever_the_number_of_ranks():
+    config = load(FSDP2, ["validation_batches=3", "batch_size=4", "sequence_length=20"])
+
     def batches(world_size: int) -> torch.Tensor:
-        share = {"batches": 3, "batch_size": 4, "sequence_length": 20, "world_size": world_size}
-        return torch.cat([validation_batch(TEXT, index, rank=rank, **share) for index in range(3) for rank in range(world_size)])
+        infos = [RankInfo(rank=rank, world_size=world_size) for rank in range(world_size)]
+        return torch.cat([validation_batch(TEXT, config, info, index) for index in range(3) for info in infos])
 
     assert batches(1).shape == (12, 21)
     assert torch.equal(batches(1), batches(4))

@@ -20,11 +20,10 @@ import yaml
 
 import sharded_optim as so
 from launch import deepspeed_extension
-from launch.checkpoints import find_run
 from launch.config import Config, ConfigError, OptimizerConfig, load
 from launch.model import GPT
 from launch.optimizer import build_optimizer, build_schedule
-from launch.run_folder import RunFolder, find
+from launch.run_folder import RunFolder, find, find_run
 from launch.train import largest_rms
 
 ROOT = Path(__file__).parents[2]
@@ -290,6 +289,8 @@ def test_what_goes_on_is_the_newest_run_of_a_name_that_has_saved_and_is_not_done
     assert find_run(config("resume=auto"), is_restart=False) == (paths[3], None)
     assert find_run(config("resume=auto", "name=other"), is_restart=False) == (paths[0], None)
     assert find_run(config("resume=auto", f"run={paths[1].name}"), is_restart=False) == (paths[1], None)
+    del saved[paths[2]]  # a run that is named is continued though it has saved nothing, as when a rank failed before the first checkpoint
+    assert find_run(config("resume=auto", f"run={paths[2].name}"), is_restart=True) == (paths[2], None)
     assert find_run(config("resume=auto", "steps=9"), is_restart=False) == (None, None)
     for path, told in (
         find_run(config("resume=auto", "steps=9"), is_restart=True),

@@ -23,6 +23,7 @@ from torch._C._distributed_c10d import HashStore, TCPStore
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from launch import rendezvous, threads
+from launch.launchers import RankInfo
 from launch.rendezvous import RendezvousStore
 from launch.watch import CONSEQUENCE, Watch, heartbeats
 from launch.watch.hang_detector import HangDetector, Heartbeat, Verdict
@@ -72,6 +73,9 @@ def test_a_rank_without_heartbeats_is_named_with_the_location_of_its_last():
     assert (verdict.rank, verdict.hangs, second) == (1, True, 20)
     assert verdict.text(1).startswith("rank 1 (pid 101 on node0) has sent no heartbeat for 20 s: it is stopped or holds Python's lock")
     assert verdict.text(1).endswith("Last heartbeat at step 0")
+
+
+def test_without_a_limit_no_rank_hangs():
     assert watched(detector(heartbeat=None), {0: at()}) == (None, 40)
 
 
@@ -92,8 +96,15 @@ def test_the_seconds_since_each_ranks_heartbeat_are_known_but_for_ranks_that_hav
     made.read(0, at().of(0, 1), 5.0)
     made.read(1, at().of(1, 1, has_left=True), 5.0)
     assert made.seconds_since_heartbeat(8.0) == {0: 3.0, 2: 8.0}
+
+
+def test_the_seconds_since_a_heartbeat_leave_out_those_in_which_the_job_was_suspended():
+    made = detector()
     made.slept(2.0)
-    assert made.seconds_since_heartbeat(8.0) == {0: 1.0, 2: 6.0}
+    assert made.seconds_since_heartbeat(8.0) == {0: 6.0, 1: 6.0, 2: 6.0}
+
+
+def test_a_process_that_is_alone_has_always_just_sent_a_heartbeat():
     assert Watch().seconds_since_heartbeat() == {0: 0.0}
 
 
@@ -167,16 +178,26 @@ def test_a_rank_that_has_left_need_send_no_heartbeats():
     made = detector()
     made.read(1, at().of(1, 1, has_left=True), 1.0)
     assert watched(made, {0: at(a=1), 2: at(a=1)}) == (None, 40)
-    assert not made.is_over
-    for rank in (0, 2):
+
+
+def test_all_is_over_once_every_rank_has_left():
+    made = detector()
+    for rank in range(3):
+        assert not made.is_over
         made.read(rank, at().of(rank, 99, has_left=True), 40.0)
     assert made.is_over
 
 
-def test_nobody_is_blamed_for_an_error_that_several_ranks_have():
+@pytest.mark.parametrize(
+    ("alike", "text"),
+    [
+        (1, "rank 0 (pid 1 on a) failed first, at step 3: ValueError: bad"),
+        (8, "8 ranks failed with the same error, at step 3: ValueError: bad"),  # nobody is blamed
+    ],
+)
+def test_a_rank_is_blamed_for_an_error_only_if_no_other_has_it(alike, text):
     verdict = Verdict(rank=0, who="rank 0 (pid 1 on a)", what="at step 3: ValueError: bad", shared="same/1")
-    assert verdict.text(1) == "rank 0 (pid 1 on a) failed first, at step 3: ValueError: bad"
-    assert verdict.text(8) == "8 ranks failed with the same error, at step 3: ValueError: bad"
+    assert verdict.text(alike) == text
 
 
 @pytest.mark.parametrize(
@@ -196,6 +217,9 @@ def test_nobody_is_blamed_for_an_error_that_several_ranks_have():
 )
 def test_text_that_is_no_heartbeat_is_not_read(nonsense):
     assert Heartbeat.from_json(1, nonsense) is None
+
+
+def test_a_heartbeat_is_read_as_it_was_written():
     heartbeat = at(a=3).of(1, 1)
     assert Heartbeat.from_json(1, json.dumps(asdict(heartbeat)).encode()) == heartbeat
 
@@ -254,7 +278,9 @@ class Ranks:
         self.stopped: set[int] = set()
         self.pids = dict.fromkeys(range(3), os.getpid())
         self.all = {
-            rank: HeartbeatExchange(self.store, rank, 3, heartbeat, None, (others or {}).get(rank, []), self._maker(rank))
+            rank: HeartbeatExchange(
+                self.store, RankInfo(rank=rank, world_size=3), heartbeat, (others or {}).get(rank, []), self._maker(rank)
+            )
             for rank in range(3)
             if rank not in absent
         }
@@ -331,14 +357,17 @@ def test_an_error_of_the_network_alone_is_the_cause_after_a_while(ends):
 
 
 def test_rank_0_knows_the_seconds_since_each_ranks_heartbeat(ends):
+    def seconds(rank: int) -> dict[int, float]:
+        return ranks.all[rank].hang_detector.seconds_since_heartbeat(time.monotonic())
+
     ranks = Ranks(ends)
     ranks.all[2]._leaving = True
     until = time.monotonic() + SOON
-    while set(ranks.all[0].seconds_since_heartbeat()) != {0, 1} and time.monotonic() < until:
+    while set(seconds(0)) != {0, 1} and time.monotonic() < until:
         time.sleep(0.02)
-    assert all(seconds < SOON for seconds in ranks.all[0].seconds_since_heartbeat().values())
-    assert set(ranks.all[0].seconds_since_heartbeat()) == {0, 1}
-    assert set(ranks.all[1].seconds_since_heartbeat()) == {0}
+    assert all(each < SOON for each in seconds(0).values())
+    assert set(seconds(0)) == {0, 1}
+    assert set(seconds(1)) == {0}
     with ThreadPoolExecutor(3) as leaving:
         list(leaving.map(lambda rank: ranks.all[rank].leave(SOON), (0, 2, 1)))
     assert not ranks.ends
@@ -365,7 +394,7 @@ def test_a_rank_that_leaves_while_its_heartbeat_is_made_reports_that_before_it_e
     store.set("beat/0", "")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(threading.Thread, "start", lambda thread: None)
-        made.append(HeartbeatExchange(store, 1, 2, HEARTBEAT, None, [], make))
+        made.append(HeartbeatExchange(store, RankInfo(rank=1, world_size=2), HEARTBEAT, [], make))
     assert made[0]._wait_for_verdict() is None
     left = Heartbeat.from_json(1, store.get("beat/1"))
     assert left is not None
@@ -476,11 +505,22 @@ def test_siblings_are_the_ranks_of_the_same_launcher_and_no_other_process():
         assert found[1].pid == one.pid
         assert other.pid not in {sibling.pid for sibling in found.values()}
         assert below not in {sibling.pid for sibling in siblings(os.getpid(), "SO_RANK")}
-        assert siblings(None, "SO_RANK") == []
-        assert siblings(os.getppid(), "SO_RANK") == []
+    for sibling in found.values():
+        os.close(sibling.process)
+
+
+@pytest.mark.parametrize("launcher", [None, os.getppid()])
+def test_without_a_launcher_or_under_another_there_are_no_siblings(launcher):
+    with process(SO_RANK="1"):
+        assert siblings(launcher, "SO_RANK") == []
+
+
+def test_the_exit_of_a_sibling_is_seen_before_its_parent_has_waited_for_it():
+    with process(SO_RANK="1") as one, process(SO_RANK="2"):
+        found = {sibling.rank: sibling for sibling in siblings(os.getpid(), "SO_RANK")}
         assert wait_for_exit(found.values(), 0.0) == []
         one.kill()
-        assert wait_for_exit(found.values(), SOON) == [found[1]]  # its parent has not waited for it
+        assert wait_for_exit(found.values(), SOON) == [found[1]]
     for sibling in found.values():
         os.close(sibling.process)
 
@@ -548,7 +588,7 @@ def test_a_watch_listens_on_no_socket():
     store = TCPStore("127.0.0.1", 0, 2, True, timedelta(seconds=20), wait_for_workers=False)
     before = listening()
     assert len(before) == 1, "torch's own"
-    watches = [Watch(RendezvousStore(store=store), rank=rank, world_size=2, heartbeat=HEARTBEAT) for rank in (0, 1)]
+    watches = [Watch(RendezvousStore(store=store), RankInfo(rank=rank, world_size=2), heartbeat=HEARTBEAT) for rank in (0, 1)]
     time.sleep(0.5)
     assert listening() == before
     with ThreadPoolExecutor(2) as leaving:
@@ -577,24 +617,27 @@ def test_idle_connections_to_the_store_cost_a_rank_no_file(ends):
 # ------------------------------------------------------------------------------------------------------------------- this process
 
 
-def test_threads_that_a_job_leaves_behind_are_named_but_not_those_that_end_by_themselves(monkeypatch):
+def test_threads_that_a_job_leaves_behind_are_named(monkeypatch):
     monkeypatch.setattr(threads, "SECONDS_FOR_THREADS", 0.1)
     release = threading.Event()
     left = threading.Thread(target=release.wait, name="left-behind")
+    left.start()
+    with pytest.raises(RuntimeError, match=r"its work is done, but threads .*left-behind"):
+        threads.check_none_left()
+    release.set()
+    left.join()
+
+
+def test_threads_of_a_pool_end_by_themselves_and_are_not_left_behind():
     with ThreadPoolExecutor(1) as pool:
         pool.submit(int).result()
-        left.start()
-        with pytest.raises(RuntimeError, match=r"its work is done, but threads .*left-behind"):
-            threads.check_none_left()
-        release.set()
-        left.join()
         assert [name for name in threads._threads_left() if "pytest" not in name] == []
 
 
 def test_a_process_that_is_alone_is_not_watched():
     before = threading.active_count()
     with Watch() as watch:
-        watch.step = 3
+        watch.begin_step(3)
         assert threading.active_count() == before
 
 
@@ -602,8 +645,11 @@ def test_the_location_of_a_rank_is_a_line_of_the_job():
     def work(watch: Watch) -> Heartbeat:
         return watch._heartbeat(7, has_left=False)
 
-    watch = Watch(rank=3)
-    watch.step = 5
-    heartbeat = work(watch)
-    assert heartbeat.location.startswith("step 5, in work (tests/launch/test_launch_watch.py:")
+    watch = Watch(info=RankInfo(rank=3))
+    watch.begin_step(5)
+    assert work(watch).location.startswith("step 5, in work (tests/launch/test_launch_watch.py:")
+
+
+def test_a_heartbeat_differs_from_the_one_before_by_its_number():
+    heartbeat = Watch()._heartbeat(7, has_left=False)
     assert replace(heartbeat, number=8) != heartbeat

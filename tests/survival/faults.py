@@ -321,15 +321,15 @@ def install(fault: Fault, time_file: Path) -> None:
             time_file.write_text(repr(time.time()))
 
     if fault.happen is not None:
-        happen, next_batch = fault.happen, launch.train.next_batch
+        happen, training_batch = fault.happen, launch.train.training_batch
 
-        def next_batch_with_fault(config: Any, place: Any, text: Any, step: int) -> Tensor:
+        def training_batch_with_fault(text: Any, config: Any, info: Any, step: int) -> Tensor:
             if step == STEP and not time_file.exists():  # once: the job may be started again
                 happened()
                 happen()
-            return next_batch(config, place, text, step)
+            return training_batch(text, config, info, step)
 
-        mock.patch.object(launch.train, "next_batch", next_batch_with_fault).start()
+        mock.patch.object(launch.train, "training_batch", training_batch_with_fault).start()
     if fault.install is not None:
         prepare, shard = fault.install, launch.train.shard
 

@@ -16,13 +16,13 @@ PAUSE = 0.2  # seconds
 def main(arguments: list[str]) -> int:
     rank = next(os.environ[variable] for variable in RANK_VARIABLES if variable in os.environ)
     print(f"slow rank {rank} is {os.getpid()}", flush=True)
-    next_batch = launch.train.next_batch
+    training_batch = launch.train.training_batch
 
-    def next_batch_later(*given: object) -> object:
+    def training_batch_later(*given: object) -> object:
         time.sleep(PAUSE)
-        return next_batch(*given)  # type: ignore[arg-type]
+        return training_batch(*given)  # type: ignore[arg-type]
 
-    mock.patch.object(launch.train, "next_batch", next_batch_later).start()
+    mock.patch.object(launch.train, "training_batch", training_batch_later).start()
     return launch.train.main(arguments)
 
 
