@@ -1,7 +1,7 @@
-"""Optimizers of this library under DeepSpeed: `initialize` instead of `deepspeed.initialize`, or `attach` after it.
+"""Use this library's optimizers under DeepSpeed: `initialize` instead of `deepspeed.initialize`, or `attach` after it.
 
-Under ZeRO an optimizer is given flat partitions that do not tell which tensors they hold. `attach` reads that from DeepSpeed and tells the
-optimizer (`sharding/deepspeed.py`), and refuses by name what would be silently wrong, on all ranks together.
+Under ZeRO an optimizer gets flat partitions that do not say which tensors they hold. `attach` reads the layout from DeepSpeed
+(`sharding/deepspeed.py`) and sets it on the optimizer. It refuses, on all ranks, features that would give silently wrong results.
 """
 
 from __future__ import annotations
@@ -28,32 +28,32 @@ from sharded_optim.step.engine import Engine
 
 __all__ = ["BUILD_SECONDS", "PREFIX", "attach", "initialize", "is_own", "not_built"]
 
-OLDEST, NEXT = (0, 19), (0, 20)  # of DeepSpeed: tried with 0.19.0 and 0.19.8
+OLDEST, NEXT = (0, 19), (0, 20)  # supported versions of DeepSpeed: OLDEST <= version < NEXT; tested with 0.19.0 and 0.19.8
 VERSIONS = f">={OLDEST[0]}.{OLDEST[1]},<{NEXT[0]}.{NEXT[1]}"
-PREFIX = "sharded_optim."  # of a class of this library in a DeepSpeed config
-# Names that mean DeepSpeed's own optimizers there, in lower case. Those of torch.optim mean torch's.
+PREFIX = "sharded_optim."  # marks an optimizer type in a DeepSpeed config as a class of this library
+# Lower-case names that mean DeepSpeed's own optimizers in its config. Names of torch.optim mean torch's.
 DEEPSPEEDS = frozenset({"adagrad", "adam", "adamw", "lamb", "lion", "muadam", "muadamw", "muon", "musgd"})
-BUILD_SECONDS = 300.0  # in which an extension is compiled, which takes about a minute on 2 cores
+BUILD_SECONDS = 300.0  # timeout for compiling an extension, which takes about a minute on 2 cores
 NEEDED = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
 
 
 def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
-    """`deepspeed.initialize`, and `attach` to the engine that it makes.
+    """Call `deepspeed.initialize`, and `attach` to the resulting engine.
 
-    The optimizer is one of this library, or a callable that makes one of parameters, or stands in the config, with its arguments as
-    `params`: as "sharded_optim.AdamW" and so on for all classes, or as "StableAdamW", where DeepSpeed has none of the class's name.
+    The optimizer is an optimizer of this library, a callable that builds one from parameters, or the config's optimizer, with its arguments
+    as `params`: the type is "sharded_optim.AdamW" and so on for all classes, or just "StableAdamW" if DeepSpeed has no class of that name.
     `zero_allow_untested_optimizer` and `zero_force_ds_cpu_optimizer` need not be set.
 
     Args:
-        args, kwargs: as deepspeed.initialize takes them.
+        args, kwargs: the arguments of deepspeed.initialize.
 
     Returns:
-        As deepspeed.initialize: engine, optimizer, training_dataloader, lr_scheduler.
+        The result of deepspeed.initialize: engine, optimizer, training_dataloader, lr_scheduler.
 
     Raises:
         ImportError: DeepSpeed is not installed.
-        ValueError: see `attach`; or another process has had the lock of an extension that DeepSpeed compiles for more than BUILD_SECONDS.
-            Names the lock.
+        ValueError: see `attach`; or another process has held the lock of an extension that DeepSpeed compiles for more than BUILD_SECONDS;
+            names the lock.
     """
     try:
         import deepspeed
@@ -64,7 +64,7 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     config = dict(_take_config(given))
     named = config.get("optimizer")
     if isinstance(named, dict) and is_own(named.get("type")):
-        del config["optimizer"]  # of which DeepSpeed knows nothing
+        del config["optimizer"]  # DeepSpeed does not know this type
         if given.get("optimizer") is None:
             given["optimizer"] = _maker(named["type"], named.get("params") or {})
     _check_parameters(given.get("optimizer"), given.get("model"))
@@ -73,24 +73,24 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
         if dist.is_initialized() and not deepspeed.comm.is_initialized():
             _join(deepspeed)
         result = deepspeed.initialize(*call.args, **call.kwargs)
-    if result[0].basic_optimizer is not None:  # without one an engine infers
+    if result[0].basic_optimizer is not None:  # an engine without an optimizer is for inference
         _attach(result[0])
     return result
 
 
 def attach(engine: Any) -> None:
-    """Tell the base optimizer of a DeepSpeedEngine which tensors DeepSpeed's flat partitions hold. A collective; call it again after
+    """Set the layout of DeepSpeed's flat partitions on the base optimizer of a DeepSpeedEngine. A collective; call it again after
     parameters were added or replaced.
 
     Args:
-        engine: of ZeRO stage 0, 1, 2 or 3, whose base optimizer is one of this library.
+        engine: an engine with ZeRO stage 0, 1, 2 or 3, whose base optimizer is from this library.
 
     Raises:
-        ValueError: on every rank, when on one of them the version of DeepSpeed or something it does is not supported. Names what, and the
-            way out.
+        ValueError: the version of DeepSpeed, or a feature in use, is not supported on some rank; raised on every rank. Names the feature
+            and the remedy.
 
     Warns:
-        UserWarning: `gradient_clipping` is not in the config, which means 1.0 to DeepSpeed.
+        UserWarning: `gradient_clipping` is not in the config, so that DeepSpeed clips to 1.0.
     """
     _attach(engine)
 
@@ -122,7 +122,7 @@ def _attach(engine: Any) -> None:
 
 
 def not_built(lock: Path, seconds: float) -> str:
-    """The message about an extension that was not compiled in time."""
+    """Return the error message for an extension that was not compiled in time."""
     remedy = f"if nothing else is compiling it, remove {lock}" if lock.exists() else "start again"
     return f"DeepSpeed's extension was not compiled within {seconds:g} s; {remedy}"
 
@@ -131,7 +131,7 @@ def not_built(lock: Path, seconds: float) -> str:
 def _limited_waiting() -> Iterator[None]:
     """Limit the wait for another process that compiles the same extension to BUILD_SECONDS.
 
-    torch waits as long as the other's lock is there, and a process that was killed has left it. Tried with torch 2.11 and 2.13.
+    torch waits as long as the other process's lock file exists, and a killed process leaves it behind. Tested with torch 2.11 and 2.13.
     """
 
     def wait(baton: Any) -> None:
@@ -146,10 +146,10 @@ def _limited_waiting() -> Iterator[None]:
 
 
 def _join(deepspeed: Any) -> None:
-    """Let DeepSpeed join the existing process group, for which it compiles an extension on a CPU. A collective.
+    """Initialize DeepSpeed's communication on the existing process group; on a CPU this compiles an extension. A collective.
 
     Raises:
-        ValueError: on every rank, when one of them has waited for the extension for too long.
+        ValueError: a rank has waited too long for the extension; raised on every rank.
     """
     failure = None
     try:
@@ -161,7 +161,7 @@ def _join(deepspeed: Any) -> None:
     except RuntimeError:
         if failure is None:
             raise
-        raise failure from None  # the others have not waited for so long
+        raise failure from None  # the other ranks have given up on the collective earlier
     if messages:
         raise ValueError(f"so.deepspeed.initialize: {messages}")
 
@@ -170,15 +170,15 @@ def _join(deepspeed: Any) -> None:
 
 
 def _problems(engine: Any) -> Iterator[str]:
-    """List the unsupported features that an engine uses."""
+    """Yield an error message for each unsupported feature that an engine uses."""
     import deepspeed
 
     version = tuple(int(part) for part in deepspeed.__version__.split(".")[:2])
     if not OLDEST <= version < NEXT:
-        yield f"DeepSpeed {deepspeed.__version__} keeps its layout in ways that were not tried; install deepspeed{VERSIONS}"
+        yield f"the layout of DeepSpeed {deepspeed.__version__} was not tested; install deepspeed{VERSIONS}"
     optimizer, wrapper = engine.basic_optimizer, engine.optimizer
     if optimizer is None:
-        yield "the engine has no optimizer; give deepspeed.initialize one of sharded_optim"
+        yield "the engine has no optimizer; pass one of sharded_optim to deepspeed.initialize"
         return
     if not isinstance(optimizer, Engine):
         yield (
@@ -193,31 +193,31 @@ def _problems(engine: Any) -> Iterator[str]:
     takes_by_name = type(wrapper).__name__ == "DeepSpeedZeroOptimizer"  # stages 1 and 2
     if tagged and takes_by_name and "muon" in type(optimizer).__name__.lower():
         yield (
-            f"{tagged[0]!r} is tagged use_muon, by the type of the config's optimizer or by hand, and by the name of the optimizer's class "
-            f"DeepSpeed takes it for its own Muon and orthogonalizes gradients too; name 'sharded_optim.Muon' in the config or no "
+            f"{tagged[0]!r} is tagged use_muon, by the type of the config's optimizer or by hand. Because of the name of the optimizer's "
+            f"class, DeepSpeed takes it for its own Muon and orthogonalizes gradients too; name 'sharded_optim.Muon' in the config or no "
             f"optimizer, and leave the tags out"
         )
     if zero.zenflow is not None:
-        yield "ZenFlow steps parts of the model by an optimizer of its own; leave zero_optimization.zenflow out"
+        yield "ZenFlow steps parts of the model with its own optimizer; leave zero_optimization.zenflow out"
     if engine.super_offload():
-        yield "SuperOffload steps by an optimizer of its own; leave offload_optimizer.super_offload out"
+        yield "SuperOffload steps with its own optimizer; leave offload_optimizer.super_offload out"
     for name in ("offload_optimizer", "offload_param"):
         offload = getattr(zero, name)
         if offload is not None and str(getattr(offload.device, "value", offload.device)) == "nvme":
             yield f"zero_optimization.{name} to NVMe leaves the optimizer tensors without values; offload to 'cpu'"
     if stage == 3 and zero.offload_optimizer is not None and engine.zero_partial_offload() != 1.0:
-        yield f"offload_optimizer.ratio={engine.zero_partial_offload()} steps a part by an optimizer of DeepSpeed's; leave it at 1"
+        yield f"offload_optimizer.ratio={engine.zero_partial_offload()} steps a part with DeepSpeed's own optimizer; leave it at 1"
     if engine.torch_autocast_enabled() and engine.torch_autocast_dtype() == torch.float16:
         yield "torch_autocast in float16 lets each rank decide alone whether to step; use bfloat16, or DeepSpeed's fp16"
     if engine.autotp_size() > 1 or engine.mp_world_size > 1:
-        yield "tensors are sharded by tensor parallelism, in a way that DeepSpeed's partitions do not tell; use FSDP2 for it"
+        yield "tensors are sharded by tensor parallelism, in a way that DeepSpeed's partitions do not record; use FSDP2 for it"
     if engine.pipeline_parallelism:
         yield "PipelineEngine is not supported; use DeepSpeedEngine"
     for param, name in engine.param_names.items():
         if not getattr(param, "allreduce", True) and sharding.EXPERTS not in name:  # AutoEP, which stacks experts into one tensor per rank
-            yield f"{name!r} is another tensor on each rank of an expert-parallel group; make experts with deepspeed.moe.layer.MoE"
+            yield f"{name!r} is a different tensor on each rank of an expert-parallel group; build experts with deepspeed.moe.layer.MoE"
     if wrapper is not optimizer and sharding.qualified_name(wrapper) not in sharding.OPTIMIZER_WRAPPERS:
-        yield f"the optimizer wrapper {sharding.qualified_name(wrapper)} is not known here; use ZeRO stage 0, 1, 2 or 3"
+        yield f"the optimizer wrapper {sharding.qualified_name(wrapper)} is not supported; use ZeRO stage 0, 1, 2 or 3"
     if stage == 0 and engine.fp16_enabled():
         yield "fp16 without ZeRO divides gradients by a loss scale that DeepSpeed has not multiplied them with; use ZeRO stage 1, or bf16"
 
@@ -226,7 +226,7 @@ def _problems(engine: Any) -> Iterator[str]:
 
 
 def _take_config(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Take the config out of the arguments of deepspeed.initialize, in whichever way it was given."""
+    """Remove the config from the arguments of deepspeed.initialize, in any of their forms, and return it."""
     import deepspeed
 
     config = arguments.pop("config", None)
@@ -254,7 +254,7 @@ def _maker(name: str, hyperparameters: dict[str, Any]) -> Callable[[list[Any]], 
         from deepspeed.moe.utils import configure_moe_param_groups, is_moe_param
 
         tensors = [tensor for each in parameters for tensor in (each["params"] if isinstance(each, dict) else [each])]
-        if any(map(is_moe_param, tensors)):  # as DeepSpeed does for its own
+        if any(map(is_moe_param, tensors)):  # as DeepSpeed does for its own optimizers
             parameters = configure_moe_param_groups(parameters) or parameters
         return kind(parameters, **hyperparameters)
 
@@ -262,12 +262,12 @@ def _maker(name: str, hyperparameters: dict[str, Any]) -> Callable[[list[Any]], 
 
 
 def _check_parameters(optimizer: Any, model: Any) -> None:
-    """Raise ValueError for parameters that are not the model's, on every rank: of DeepSpeed's, only rank 0 would."""
+    """Raise ValueError on every rank for parameters that are not in the model. DeepSpeed's own check raises only on rank 0."""
     if isinstance(optimizer, Engine) and isinstance(model, nn.Module):
         known = set(model.parameters())
-        strangers = [param for group in optimizer.param_groups for param in group["params"] if param not in known]
-        if strangers:
+        unknown = [param for group in optimizer.param_groups for param in group["params"] if param not in known]
+        if unknown:
             raise ValueError(
-                f"the optimizer has a parameter of shape {tuple(strangers[0].shape)} that is not the model's, and DeepSpeed steps those of "
-                f"its model alone; make it a parameter of the model"
+                f"the optimizer has a parameter of shape {tuple(unknown[0].shape)} that is not in the model, and DeepSpeed steps only "
+                f"parameters of its model; make it a parameter of the model"
             )

@@ -136,7 +136,7 @@ def test_what_dion_does_that_we_do_not_is_refused(options: dict[str, Any]) -> No
     optimizer = ours()
     step(optimizer, 1)
     (name,) = options
-    with pytest.raises(ValueError, match=f"is of dion, with {name}=.* which is not continued here"):
+    with pytest.raises(ValueError, match=f"is from dion, with {name}=.* which is not continued here"):
         optimizer.load_state_dict(dions_state_dict(optimizer, [torch.zeros(shape) for shape in SHAPES[:2]], **options))
 
 
