@@ -281,10 +281,10 @@ def _contributed(
 
     vector = layout.sent.of([(each.places, each.fixed_point) for each in contributions], device, make).clone()
     for each in contributions:
-        given = (each.observed, each.places.counted, each.places.slots)
+        inputs = (each.observed, each.places.counted, each.places.slots)
         if each.observed.device != device:  # parameters may be on several devices
-            given = tuple(tensor.to(device) for tensor in given)
-        backend.contribute(vector, *given)
+            inputs = tuple(tensor.to(device) for tensor in inputs)
+        backend.contribute(vector, *inputs)
         if each.difference:
             vector[DIFFERENCE] += each.difference
     for index, flag in ((INVALID, invalid), (REPLACES, replaces)):

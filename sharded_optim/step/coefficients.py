@@ -86,10 +86,10 @@ def _is_immutable(value: Any) -> bool:
 
 def host_numbers(group: Mapping[str, Any]) -> dict[str, Any]:
     """Convert hyperparameters, including host tensors, to Python numbers. A learning rate on a device stays a tensor."""
-    found = {name: on_host(value) for name, value in group.items()}
+    numbers = {name: on_host(value) for name, value in group.items()}
     if "betas" in group:
-        found["betas"] = tuple(map(float, group["betas"]))
-    return found if isinstance(found["lr"], Tensor) else found | {"lr": float(found["lr"])}
+        numbers["betas"] = tuple(map(float, group["betas"]))
+    return numbers if isinstance(numbers["lr"], Tensor) else numbers | {"lr": float(numbers["lr"])}
 
 
 OfMean = Callable[[Mapping[str, Any], Number], Number]  # see `Statistic.lr_scale`

@@ -28,11 +28,11 @@ def inconsistency(layout: Layout, totals: Tensor, contributions: Sequence[Contri
     if invalid := int(totals[INVALID]):
         return f"bad input on {invalid} other ranks; see the errors of those ranks"
     tables = gather_objects(_compared(layout, contributions), layout.process_group)
-    found: list[list[tuple[int, Kind]]] = [[] for _ in layout.names]
+    kinds_of_slots: list[list[tuple[int, Kind]]] = [[] for _ in layout.names]
     for rank, (compared, kinds) in enumerate(tables):
         for slot, kind in compared:
-            found[slot].append((rank, kinds[kind]))
-    problems = (_difference(name, pieces) for name, pieces in zip(layout.names, found, strict=True))
+            kinds_of_slots[slot].append((rank, kinds[kind]))
+    problems = (_difference(name, pieces) for name, pieces in zip(layout.names, kinds_of_slots, strict=True))
     # The host reads the verdict on a device's step late, when the process group may be gone and this rank compares with itself alone.
     return next(
         filter(None, problems), "ranks differed in an earlier step, and what differed is no longer known; see the errors of other ranks"
@@ -96,14 +96,14 @@ def skipped_in_a_row(
 ) -> str:
     """Return an error message that names the gradients that made consecutive steps fail; the same on every rank. A collective."""
     rows = zip(layout.names, first.tolist(), strict=True)
-    found = [f"{name!r} on {ranks} rank{'s' if ranks > 1 else ''}" for name, ranks in rows if ranks]
-    more = f" and {len(found) - MOST_NAMES} more" if len(found) > MOST_NAMES else ""
+    described = [f"{name!r} on {ranks} rank{'s' if ranks > 1 else ''}" for name, ranks in rows if ranks]
+    more = f" and {len(described) - MOST_NAMES} more" if len(described) > MOST_NAMES else ""
     holders = ranks_where(bool(non_finite_here(layout, contributions)), layout.process_group)
     last = f" In the last of them, gradients held by {named_ranks(holders)} were not finite." if holders else ""
     return (
         f"{steps} steps in a row were skipped, as gradients were not finite, or too large to square in fp32. In the first of them: "
-        f"{', '.join(found[:MOST_NAMES])}{more}.{last} Parameters and state are as they were before it. Lower the learning rate, or check "
-        f"the loss and the data of that step; nonfinite='raise' stops at the first one, max_skipped_steps sets the limit (None: no limit)"
+        f"{', '.join(described[:MOST_NAMES])}{more}.{last} Parameters and state are as they were before it. Lower the learning rate, or check "
+        f"the loss and the data of that step; nonfinite='raise' stops at the first one, max_skipped_steps sets the limit (None: none)"
     )
 
 

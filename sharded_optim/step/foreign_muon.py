@@ -60,14 +60,16 @@ def from_dion(group: Group, states: States, own: Group) -> tuple[Group, States]:
     if algorithm == "adamw":
         translated["betas"] = (float(group["beta1"]), float(group["beta2"]))
         names = {"exp_avg": "momentum", "exp_avg_sq": "variance"}
-        found = {key: {ours: state[theirs] for ours, theirs in names.items()} for key, state in states.items() if state}
+        translated_states = {key: {ours: state[theirs] for ours, theirs in names.items()} for key, state in states.items() if state}
     else:
         momentum = float(group["mu"])
         translated |= {"momentum": momentum, "nesterov": bool(group["nesterov"]), "adjust_lr_fn": ADJUST_LR_FNS[group["adjust_lr"]]}
         translated |= {"stacked": not group["flatten"], "split": tuple(group.get("split_sizes") or ())}
-        found = {key: {"momentum_buffer": state["momentum"].float() * (1.0 - momentum)} for key, state in states.items() if state}
-    steps = {key: states[key].get("step_dev", group[STEP]) for key in found}
-    return translated, {key: {STEP: steps[key], **values} for key, values in found.items()}
+        translated_states = {
+            key: {"momentum_buffer": state["momentum"].float() * (1.0 - momentum)} for key, state in states.items() if state
+        }
+    steps = {key: states[key].get("step_dev", group[STEP]) for key in translated_states}
+    return translated, {key: {STEP: steps[key], **values} for key, values in translated_states.items()}
 
 
 def from_deepspeeds_muon(group: Group, states: States, own: Group) -> tuple[Group, States]:

@@ -179,13 +179,13 @@ class GroupedOptimizer(torch.optim.Optimizer):
             return entry
         held = None if self.layout is None else self.layout.flat.get(entry.param)
         shapes = {piece.segment.name: piece.segment.shape for piece in entry.pieces} if held is None else held.shapes
-        found = {}
+        matrices = {}
         for name, shape in shapes.items():
             try:
-                found[name] = matrices_of(matrix, shape, group)
+                matrices[name] = matrices_of(matrix, shape, group)
             except ValueError as error:
                 raise ValueError(f"parameter {name!r} {error}{_way_out_of_flattening(shapes)}") from None
-        pieces = [replace(piece, matrices=found[piece.segment.name]) for piece in entry.pieces]
+        pieces = [replace(piece, matrices=matrices[piece.segment.name]) for piece in entry.pieces]
         return replace(entry, pieces=tuple(pieces))
 
     def _stands_for_others(self, param: Tensor, group: dict[str, Any]) -> bool:
@@ -257,7 +257,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
             ValueError: a hyperparameter has a value that no step could use.
         """
         asked = {*map(id, groups), *(id(group) for group in self.param_groups if not group["params"])}
-        found: dict[int, GroupValues] = {}
+        values: dict[int, GroupValues] = {}
         del self._values[len(self.param_groups) :]  # groups may have been removed
         for index, group in enumerate(self.param_groups):
             known = self._values[index] if index < len(self._values) else None
@@ -269,8 +269,8 @@ class GroupedOptimizer(torch.optim.Optimizer):
                 known = GroupValues(group, self.state_dtype, self.checks.compared)
             self._values[index : index + 1] = [known]
             if id(group) in asked and known is not None:
-                found[id(group)] = known
-        return found
+                values[id(group)] = known
+        return values
 
     def learn_reference_lrs(self) -> bool:
         """Set the reference of groups that learn it to the largest learning rate so far; return whether any has changed."""
@@ -329,7 +329,7 @@ def _supported_hyperparameters() -> list[Hyperparameter]:
 
 def optimizer_classes() -> list[type[GroupedOptimizer]]:
     """Return all optimizer classes that are defined in this process, subclasses of users included."""
-    found = [GroupedOptimizer]
-    for each in found:
-        found += each.__subclasses__()
-    return found
+    classes = [GroupedOptimizer]
+    for each in classes:
+        classes += each.__subclasses__()
+    return classes

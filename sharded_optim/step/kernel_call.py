@@ -250,9 +250,9 @@ class KernelCall:
     def _stamp(self, rules: Rules) -> tuple[Any, ...]:
         """Return a value that changes with gradients, state, hyperparameters and options, to the extent that torch counts writes."""
         sources = (self._grad, *self._state)
-        found = tuple((tensor.data_ptr(), tensor._version) for source in sources for tensor in source.column.wholes)
+        versions = tuple((tensor.data_ptr(), tensor._version) for source in sources for tensor in source.column.wholes)
         compared = self._compared(rules)
-        return found, compared.steps, [each.key(compared.options, None) for each in compared.values]
+        return versions, compared.steps, [each.key(compared.options, None) for each in compared.values]
 
     def _fixed_point_of(self, statistic: Statistic | None) -> FixedPoint:
         """Return the fixed-point formats of the operands' statistics; with k = 0 if there is no statistic."""

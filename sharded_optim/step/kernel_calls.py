@@ -84,7 +84,7 @@ def _adapted_to_state(choice: Choice, state: Mapping[str, Any], entry: LocalPara
                 f"{name!r} of {entry.name!r} has dtype {state[name].dtype}, but the format {choice.format.name!r} of a "
                 f"{choice.format.dtype} parameter stores it in {dtype}; convert it"
             )
-    found: list[Format] = []
+    formats: list[Format] = []
     for _, fmt, entries in choice.moments:
         others = {key: state[key].dtype for key, dtype in entries.items() if state[key].dtype != dtype}
         for key, dtype in others.items():
@@ -92,8 +92,8 @@ def _adapted_to_state(choice: Choice, state: Mapping[str, Any], entry: LocalPara
                 raise ValueError(
                     f"{key!r} of {entry.name!r} has dtype {dtype}, but the format {fmt.name!r} stores it in {entries[key]}; convert it"
                 )
-        found.append(format_of(*others.values()) if others else fmt)
-    return choice._replace(state_formats=tuple(found))
+        formats.append(format_of(*others.values()) if others else fmt)
+    return choice._replace(state_formats=tuple(formats))
 
 
 @collector_paused()

@@ -83,9 +83,9 @@ class LayoutMaker:
             raise ValueError(
                 "the optimizer's param groups are empty, as DeepSpeed's ZeRO stage 3 leaves them between steps; step through the wrapper"
             )
-        found = zip(params, self._index.places_of(optimizer.param_groups, params), strict=True)
+        positions = zip(params, self._index.places_of(optimizer.param_groups, params), strict=True)
         wrappers = used_wrappers()
-        return [optimizer.describe_param(param, place.name, place.group, wrappers) for param, place in found]
+        return [optimizer.describe_param(param, place.name, place.group, wrappers) for param, place in positions]
 
     def _describe_change(self, optimizer: StatefulOptimizer, params: Sequence[Tensor], layout: Layout) -> str:
         """Return how parameters differ from those of a layout, as text for an error message."""

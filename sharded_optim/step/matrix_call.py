@@ -103,13 +103,13 @@ class MatrixCall(KernelCall):
 
     def _measured(self, table: Tensor) -> list[Measured]:
         """Compute in float64 what the update will subtract from each piece. Needs several times the memory of one piece."""
-        operands, found = self._applying, []
+        operands, measured = self._applying, []
         columns = [column.tensors for column in (operands.param, *operands.extra)]
         for *stored, result, grad, row in zip(*columns, operands.grad.tensors, self.operands.grad.tensors, table, strict=True):
             value = operands.format.load(*stored).double()
             (updated,) = self.matrix.apply.update(value, result.double(), *row.double().unbind())
-            found.append(Measured.of(value - updated, grad))
-        return found
+            measured.append(Measured.of(value - updated, grad))
+        return measured
 
     def release(self) -> None:
         super().release()

@@ -162,8 +162,8 @@ class _Slot:
 
 def _start(transfer: Transfer, sent: Tensor, received: Tensor, process_group: dist.ProcessGroup) -> dist.Work | None:
     """Start an all-to-all with the first elements of both buffers, as many as the transfer has."""
-    output, given = received[: sum(transfer.received)], sent[: sum(transfer.sent)]
-    return dist.all_to_all_single(output, given, transfer.received, transfer.sent, process_group, async_op=True)
+    output, source = received[: sum(transfer.received)], sent[: sum(transfer.sent)]
+    return dist.all_to_all_single(output, source, transfer.received, transfer.sent, process_group, async_op=True)
 
 
 def _wait(work: dist.Work | None) -> None:

@@ -165,7 +165,7 @@ class ParamSet:
             FloatingPointError: a gradient was not finite and `nonfinite="raise"`. Raised on all ranks.
         """
         failure, self.agreement = observation.failure, None
-        found = agree(
+        agreement = agree(
             self.layout,
             observation.contributions,
             rules,
@@ -173,13 +173,13 @@ class ParamSet:
             found_inf=scaler.found_inf,
             backend=self._agreement_functions,
         )
-        found.raise_inconsistency(failure)
-        self.agreement = found
-        if not found.is_on_host and not capturing(found.totals.device):  # a replayed CUDA graph raises nothing: it steps or skips
-            self.left_over = found
+        agreement.raise_inconsistency(failure)
+        self.agreement = agreement
+        if not agreement.is_on_host and not capturing(agreement.totals.device):  # a replayed CUDA graph raises nothing: it steps or skips
+            self.left_over = agreement
         if rules.nonfinite == "raise":
-            found.raise_non_finite()
-        return found
+            agreement.raise_non_finite()
+        return agreement
 
     def proceed_alone(self, observation: Observation) -> None:
         """Continue without an all-reduce, if the ranks need not agree.

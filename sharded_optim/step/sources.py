@@ -153,7 +153,7 @@ def _descriptions(tensors: Sequence[Tensor]) -> list[list[Any]]:
 
 
 class StepCounters:
-    """The step counters of parameters: one tensor, read and written in one operation, of which the optimizer's state has views.
+    """The step counters of parameters: one tensor, read and written in one operation. The optimizer's state has views of it.
 
     Attributes:
         steps: number of steps taken so far by each parameter: fp32 (parameters,).

@@ -25,12 +25,12 @@ ChoiceOf = Callable[[Tensor, Mapping[str, Any]], Choice]  # (parameter, its para
 
 def _saved_states(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> list[tuple[Tensor, str, dict[str, Any], dict[str, Any]]]:
     """Return (parameter, name, group, saved state) for every saved state of a parameter in `groups`."""
-    found = []
+    rows = []
     for index, (group, saved) in enumerate(zip(groups, state_dict["param_groups"], strict=True)):
         for (param, name), key in zip(named_params(group, index), saved["params"], strict=True):
             if key in state_dict["state"]:
-                found.append((param, name, group, state_dict["state"][key]))
-    return found
+                rows.append((param, name, group, state_dict["state"][key]))
+    return rows
 
 
 def check_sizes(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> None:
@@ -67,12 +67,12 @@ def check_state(groups: list[dict[str, Any]], state_dict: dict[str, Any], choice
         unexpected = moments & state.keys() - set(algorithm.state) - algorithm.ignored_state
         may_begin = choice.may_begin(state.keys())
         for moment, fmt, entries in choice.moments:
-            found = {key: state[key].dtype for key in state if key == moment or str(key).startswith(f"{moment}.")}
-            if _is_value(found, moment):
+            dtypes = {key: state[key].dtype for key in state if key == moment or str(key).startswith(f"{moment}.")}
+            if _is_value(dtypes, moment):
                 may_begin |= entries.keys()
-            elif found and found != entries:
+            elif dtypes and dtypes != entries:
                 raise ValueError(
-                    f"the saved state of {name!r} has {_listed(found)}, but the format {fmt.name!r} has {_listed(entries)}; load it "
+                    f"the saved state of {name!r} has {_listed(dtypes)}, but the format {fmt.name!r} has {_listed(entries)}; load it "
                     f"into an optimizer with the state_dtype that it was saved with"
                 )
         for key in (*expected, STEP):
@@ -99,9 +99,9 @@ def check_state(groups: list[dict[str, Any]], state_dict: dict[str, Any], choice
                 raise ValueError(f"saved {key!r} of {name!r} has shape {tuple(state[key].shape)}, the parameter {tuple(param.shape)}")
 
 
-def _is_value(found: Mapping[str, torch.dtype], moment: str) -> bool:
+def _is_value(dtypes: Mapping[str, torch.dtype], moment: str) -> bool:
     """Return whether a moment is saved as one floating-point array of values, which any format can store."""
-    return found.keys() == {moment} and found[moment].is_floating_point
+    return dtypes.keys() == {moment} and dtypes[moment].is_floating_point
 
 
 def _listed(arrays: Mapping[str, torch.dtype]) -> str:

@@ -58,7 +58,7 @@ def non_finite_ranks(sets: Iterable[ParamSet]) -> dict[str, list[int]]:
     The all-reduced vector has the number of such pieces but not their ranks, which would make it grow with the number of ranks. So ranks
     communicate here, if a tensor was not finite, and not in every step.
     """
-    found: dict[str, list[int]] = {}
+    ranks: dict[str, list[int]] = {}
     for agreement, _ in _agreed(sets):
         layout = agreement.layout
         if agreement.non_finite_pieces().any():  # the same on all ranks
@@ -66,14 +66,14 @@ def non_finite_ranks(sets: Iterable[ParamSet]) -> dict[str, list[int]]:
             here = non_finite_here(layout, agreement.contributions)
             for rank, on_rank in enumerate(gather_objects(here, layout.process_group)):
                 for name in on_rank:
-                    found.setdefault(names[name], []).append(rank)
-    return found
+                    ranks.setdefault(names[name], []).append(rank)
+    return ranks
 
 
 def _agreed(sets: Iterable[ParamSet]) -> list[tuple[Agreement, Sequence[KernelCall]]]:
     """Return the (agreement, kernel calls) pairs of the last step in the order of the agreements, which is the same on all ranks."""
-    found = [(each.agreement, each.calls) for each in sets if each.agreement is not None]
-    return sorted(found, key=lambda pair: pair[0].number)
+    pairs = [(each.agreement, each.calls) for each in sets if each.agreement is not None]
+    return sorted(pairs, key=lambda pair: pair[0].number)
 
 
 def _clip_factors(means: Mapping[str, float], calls: Sequence[KernelCall], statistics: Collection[Statistic]) -> dict[str, float]:
@@ -81,23 +81,23 @@ def _clip_factors(means: Mapping[str, float], calls: Sequence[KernelCall], stati
 
     The algorithm and hyperparameters of tensors that only other ranks hold are unknown here: factors that depend on them are omitted.
     """
-    found: dict[str, float] = {}
+    factors: dict[str, float] = {}
     if len(statistics) == 1:
         (statistic,) = statistics
-        found = {name: factor for name, mean in means.items() if (factor := _factor(statistic, {}, mean)) is not None}
+        factors = {name: factor for name, mean in means.items() if (factor := _factor(statistic, {}, mean)) is not None}
     for call in calls:
         if call.algorithm.statistic is not None:
             for (_, piece), group in zip(call.pieces, call.group_of, strict=True):
                 name = piece.segment.name
                 factor = _factor(call.algorithm.statistic, call.members.groups[group], means[name]) if name in means else None
                 if factor is not None:
-                    found[name] = factor
-    return found
+                    factors[name] = factor
+    return factors
 
 
 def _factor(statistic: Statistic, group: Mapping[str, Any], mean: float) -> float | None:
     try:
-        return float(statistic.lr_scale(group, mean))  # pyright: ignore[reportArgumentType]  # of a float a float
+        return float(statistic.lr_scale(group, mean))  # pyright: ignore[reportArgumentType]  # a float for a float
     except KeyError:
         return None
 
@@ -112,7 +112,7 @@ def group_metrics(stepped: Mapping[int, GroupValues], param_groups: Sequence[Map
         stepped: the GroupValues in that step, keyed by id(group).
         param_groups: the optimizer's param groups.
     """
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     names = [group.get("name") for group in param_groups]
     for index, group in enumerate(param_groups):
         if id(group) in stepped:
@@ -120,10 +120,10 @@ def group_metrics(stepped: Mapping[int, GroupValues], param_groups: Sequence[Map
             lr = float(numbers["lr"])
             name = group.get("name")
             name = index if name is None or names.count(name) > 1 else name
-            found[f"lr/{name}"] = lr
+            metrics[f"lr/{name}"] = lr
             if numbers["decay_form"] != L2:
-                found[f"weight_decay/{name}"] = float(decay_amount({**numbers, "lr": lr}) or 0.0)  # type: ignore[arg-type]  # of floats
-    return found
+                metrics[f"weight_decay/{name}"] = float(decay_amount({**numbers, "lr": lr}) or 0.0)  # type: ignore[arg-type]  # a float for floats
+    return metrics
 
 
 def step_performance(sets: Sequence[ParamSet], times: Sequence[float] | None) -> dict[str, float]:
@@ -135,7 +135,7 @@ def step_performance(sets: Sequence[ParamSet], times: Sequence[float] | None) ->
     stepped = [each for each in sets if each.updates[0] >= 0]
     if times is None or any(call.device.type != "cpu" for each in stepped for call in each.calls):
         return {}
-    found = {f"ms/{part}": 1e3 * (end - begin) for part, (begin, end) in zip(PARTS, pairwise(times), strict=True)}
+    metrics = {f"ms/{part}": 1e3 * (end - begin) for part, (begin, end) in zip(PARTS, pairwise(times), strict=True)}
     moved = 0.0
     for each in stepped:
         contributions = [] if each.agreement is None else each.agreement.contributions
@@ -144,11 +144,11 @@ def step_performance(sets: Sequence[ParamSet], times: Sequence[float] | None) ->
         )  # without an agreement, nothing was observed
         for call, is_early in zip(each.calls, early, strict=True):
             moved += _bytes_moved(call, observes=not is_early, updates=bool(each.updates[1]))
-    found["bytes"] = moved
-    seconds = (found["ms/observe"] + found["ms/update"]) / 1e3
+    metrics["bytes"] = moved
+    seconds = (metrics["ms/observe"] + metrics["ms/update"]) / 1e3
     if seconds and not any(call.buffers for each in stepped for call in each.calls):  # Muon's directions are timed with the exchange
-        found["gb_per_s"] = moved / seconds / 1e9
-    return found
+        metrics["gb_per_s"] = moved / seconds / 1e9
+    return metrics
 
 
 def _bytes_moved(call: KernelCall, *, observes: bool, updates: bool) -> int:

@@ -475,7 +475,7 @@ def check_refusals() -> None:
             (engine, "pipeline_parallelism", True, r"PipelineEngine is not supported"),
             (engine, "torch_autocast_enabled", lambda: True, r"torch_autocast in float16.*use bfloat16"),
             (next(iter(engine.param_names)), "allreduce", False, r"'layers\.0\.weight' is a different tensor on each rank.*deepspeed\.moe"),
-            (engine, "optimizer", object(), r"optimizer wrapper builtins\.object is not known here"),
+            (engine, "optimizer", object(), r"optimizer wrapper builtins\.object is not supported"),
             (deepspeed, "__version__", "0.17.6", r"DeepSpeed 0\.17\.6 .*install deepspeed>=0\.19,<0\.20"),
             (deepspeed, "__version__", "0.20.0", r"DeepSpeed 0\.20\.0 .*install deepspeed>=0\.19,<0\.20"),
         ]
