@@ -29,7 +29,7 @@ Coefficients = tuple[Number, ...]
 class Statistic:
     """The mean of an elementwise value over a whole tensor, which an algorithm needs before it can update any element.
 
-    The engine sums `observe` over all ranks and hands the mean over the tensor to `lr_scale`.
+    The engine sums `observe` over all ranks and passes the mean over the tensor to `lr_scale`.
     """
 
     observe: Callable[..., Any]  # (grad, *state, *coefficients) -> value in [0, bound], 0 if all arguments are 0; writes nothing

@@ -181,7 +181,7 @@ class Choice(Hyperparameter):
 
 @dataclass(frozen=True)
 class Int(Hyperparameter):
-    """An integer of any sign."""
+    """An integer, positive or negative."""
 
     @property
     def rule(self) -> str:

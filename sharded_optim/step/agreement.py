@@ -51,11 +51,11 @@ class Rules:
     agrees: bool  # whether a step has an all-reduce
     nonfinite: NonFinite
     max_skipped_steps: int | None
-    state_format: str  # the name of the moments' format
+    state_format: str  # name of the moments' storage format
 
     @cached_property
     def options(self) -> tuple[tuple[str, NonFinite | int | str | None], ...]:
-        """Names and values of the options that must be the same on all ranks."""
+        """(name, value) of the options that must be the same on all ranks."""
         return ("nonfinite", self.nonfinite), ("max_skipped_steps", self.max_skipped_steps), ("state_dtype", self.state_format)
 
     @cached_property
@@ -279,6 +279,7 @@ def _contributed(
             host[NON_FINITE * tensors + firsts[firsts >= 0]] = -1 - each.fixed_point.bits[firsts >= 0].clamp(min=0)
         return send(host, device)
 
+    # Cloned, because the cached vector is added to below.
     vector = layout.sent.of([(each.places, each.fixed_point) for each in contributions], device, make).clone()
     for each in contributions:
         inputs = (each.observed, each.places.counted, each.places.slots)

@@ -117,6 +117,7 @@ def refuse_options_on_wrapper(optimizer: Any) -> None:
         is_method = frame.f_code.co_name == "step" and frame.f_code.co_varnames[:1] == ("self",)
         wrapper = frame.f_locals["self"] if is_method else None
         given = getattr(wrapper, "__dict__", {})
+        # Only objects with the interface of an optimizer: trainers may have a `step` too.
         if hasattr(wrapper, "zero_grad") and wrapper is not optimizer and _holds(wrapper, optimizer):
             for name in ("layout", "process_group"):
                 if given.get(name) is not None and given[name] is not getattr(optimizer, name):

@@ -102,8 +102,8 @@ def skipped_in_a_row(
     last = f" In the last of them, gradients held by {named_ranks(holders)} were not finite." if holders else ""
     return (
         f"{steps} steps in a row were skipped, as gradients were not finite, or too large to square in fp32. In the first of them: "
-        f"{', '.join(described[:MOST_NAMES])}{more}.{last} Parameters and state are as they were before it. Lower the learning rate, or check "
-        f"the loss and the data of that step; nonfinite='raise' stops at the first one, max_skipped_steps sets the limit (None: none)"
+        f"{', '.join(described[:MOST_NAMES])}{more}.{last} Parameters and state are as they were before it. Lower the learning rate, or "
+        f"check the loss and the data of that step; nonfinite='raise' stops at the first one, max_skipped_steps sets the limit (None: none)"
     )
 
 

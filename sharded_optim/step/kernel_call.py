@@ -27,7 +27,7 @@ from sharded_optim.storage.devices import DeviceCache, capturing, keep, known_on
 
 __all__ = ["KernelCall"]
 
-LEAVE_PARAMS = {"lr": 0.0, "weight_decay": 0.0}  # hyperparameters with which an update writes state alone
+LEAVE_PARAMS = {"lr": 0.0, "weight_decay": 0.0}  # hyperparameters with which an update leaves parameters unchanged
 
 
 class KernelCall:
@@ -155,7 +155,7 @@ class KernelCall:
             self._counters = StepCounters(optimizer, self.params, self.device)
         if self.operands.extra:
             self._drop_stale_compensation(columns[: len(self.operands.extra)])
-        keep(self.device, self._counters.steps, self._owners, self.places, self.members.group_of)
+        keep(self.device, self._counters.steps, self._owners, self.places, self.members.group_of)  # a CUDA graph may read them at replay
         return True
 
     def take_values(self, values: Mapping[int, GroupValues], optimizer: StatefulOptimizer) -> bool:

@@ -63,7 +63,7 @@ class ParamIndex:
         return places
 
     def __contains__(self, param: Tensor) -> bool:
-        """Return whether a living parameter was in a group at the last lookup."""
+        """Return whether a parameter, still alive, was in a group when the cache was last rebuilt."""
         return id(param) in self._places
 
     def _known_place(self, groups: Sequence[Group], param: Tensor) -> Place | None:

@@ -120,7 +120,7 @@ class ParamSet:
             groups = optimizer.groups_of(None if whole else self.layout.params)
             self.values = optimizer.values_of(groups)
             if not self._renew(optimizer, groups, grads):
-                for param in self.layout.params[:1]:
+                for param in self.layout.params[:1]:  # building calls copies from the host, which a CUDA graph would replay
                     refuse_to_capture(param.device)
                 values = [self.values[id(group)] for group in groups]
                 self.calls = kernel_calls(optimizer, self.layout, values, grads, self._backends, self._exchanges, together=self._together)
@@ -148,11 +148,11 @@ class ParamSet:
             if any(grad is None for each in grads for grad in each):
                 return
             values = optimizer.values_of(self._groups)
-            if not all(id(group) in values for group in self._groups):  # replaced, as by a state dict that was loaded
+            if not all(id(group) in values for group in self._groups):  # groups were replaced, for example by load_state_dict
                 return
             if not all(call.renew(each, values, optimizer) for call, each in zip(calls, grads, strict=True)):
                 return
-        except ValueError:  # the step says so, on all ranks
+        except ValueError:  # the step will raise it, on all ranks
             return
         for call in calls:
             call.observe_early(rules)

@@ -64,17 +64,17 @@ class Reports:
         return result
 
     def pre_reduced(self, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
-        """See `metrics.pre_reduce`."""
+        """Return the result of `metrics.pre_reduce` for the reported names."""
         return metrics.pre_reduce(optimizer_metrics, self._reported)
 
     def reduced(self, optimizer_metrics: dict[str, Any], layout: Layout, process_group: dist.ProcessGroup | None) -> dict[str, Any]:
-        """See `metrics.dist_reduce`. A collective."""
+        """Return the result of `metrics.dist_reduce` for the reported names. A collective."""
         places = dict(zip(layout.params, layout.first_piece, strict=True))
         index_of = {name: places[param] + index for name, (param, index) in self._reported.items() if param in places}
         return metrics.dist_reduce(optimizer_metrics, layout, index_of.get, process_group)
 
     def _updates_of(self, param: Tensor, sets: Iterable[ParamSet]) -> Rows:
-        """Return, for each piece of a parameter, the update of the last step that wrote it, and its row there."""
+        """Return, for each piece of a parameter, the update of the last step that wrote it, and the piece's row in that update."""
         if self.rows is None:
             self.rows = {}
             sets = list(sets)

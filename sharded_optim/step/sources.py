@@ -117,9 +117,9 @@ class Source:
         return (
             not self._wrapped
             and set(map(type, local)) <= {Tensor, torch.nn.Parameter}
-            and 0 not in addresses
+            and 0 not in addresses  # a tensor without memory: `check_memory` must see it
             and _shapes_dtypes_devices(local) == self._described[:3]
-            and not any(map(Tensor.is_neg, local))
+            and not any(map(Tensor.is_neg, local))  # a negative view: its memory has the opposite sign
         )
 
     def _local(self, row: int, tensor: Any) -> Tensor:

@@ -127,7 +127,7 @@ def zeros(param: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def local_of(tensor: Tensor) -> Tensor:
-    """Return the local tensor of a DTensor; any other tensor as it is."""
+    """Return the local tensor of a DTensor; return any other tensor unchanged."""
     return getattr(tensor, "_local_tensor", tensor)
 
 

@@ -167,7 +167,7 @@ class Triton:
         if not len(tables.work):
             return
         table = addresses.table
-        keep(table.device, tables)
+        keep(table.device, tables)  # a CUDA graph reads them at every replay
         with on(table.device):
             for aligned in addresses.alignments:
                 kernel.function[len(tables.work),](
@@ -206,7 +206,7 @@ class _Tables:
         self._sent: defaultdict[int, DeviceCache[_Addresses]] = defaultdict(DeviceCache)  # keyed by the number of columns
 
     def addresses(self, columns: Sequence[Column]) -> tuple[_Addresses, dict[tuple[int, int], Tensor]]:
-        """See `OperandTables.addresses`."""
+        """Return `OperandTables.addresses` as a table on the device, cached until an address changes, and the copies."""
         values, copies = self._tables.addresses(columns)
 
         def make() -> _Addresses:

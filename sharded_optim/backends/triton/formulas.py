@@ -5,7 +5,7 @@ generated for each sequence of operations; learning rates and constants are in d
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
-# What Triton's functions return is known to Triton alone.
+# Triton's functions declare no return types.
 
 from __future__ import annotations
 

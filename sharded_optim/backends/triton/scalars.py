@@ -6,7 +6,7 @@ Triton's interpreter. They use only features that Triton has on every device.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
-# What Triton's functions return is known to Triton alone.
+# Triton's functions declare no return types.
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def index_of(index, left, length, gap, count, element):
 # of the added constant. Three such roundings, each of the exact remainder of the one before, give three signed limbs of 17 bits. Limbs are
 # 32 bits long because GPUs have few 64-bit units: converting to int64 would take longer than the memory accesses.
 
-LIMB = tl.constexpr(17)  # bits: 3 * LIMB is TERM_BITS of statistics.py, and 2**13 limbs are summed in 32 bits
+LIMB = tl.constexpr(17)  # bits per limb: 3 * LIMB is TERM_BITS of statistics.py, and the sum of 2**13 limbs fits in 32 bits
 ROUNDER = tl.constexpr(1.5 * 2.0**23)
 STEP = tl.constexpr(2.0**17)
 
