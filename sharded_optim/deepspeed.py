@@ -161,7 +161,7 @@ def _join(deepspeed: Any) -> None:
     except RuntimeError:
         if failure is None:
             raise
-        raise failure from None  # the other ranks have given up on the collective earlier
+        raise failure from None  # the other ranks did not wait that long
     if messages:
         raise ValueError(f"so.deepspeed.initialize: {messages}")
 

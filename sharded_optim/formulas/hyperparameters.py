@@ -64,9 +64,9 @@ class Hyperparameter:
             scheduled: whether the value may come from a scheduler.
         """
         parts = value if isinstance(value, list | tuple) else (value,)
-        there = next((each.device for each in parts if isinstance(each, Tensor) and not each.is_cpu), None)
-        if there is not None:
-            raise ValueError(f"{self.name} must be on the host, got a tensor on {there}{_in(where)}: only lr may be on a device")
+        device = next((each.device for each in parts if isinstance(each, Tensor) and not each.is_cpu), None)
+        if device is not None:
+            raise ValueError(f"{self.name} must be on the host, got a tensor on {device}{_in(where)}: only lr may be on a device")
         try:
             accepted = self.accepts(on_host(value))
         except (ArithmeticError, TypeError, ValueError, RuntimeError):

@@ -36,7 +36,7 @@ from sharded_optim.storage.devices import capturing, refuse_to_capture
 
 __all__ = ["Observation", "ParamSet", "ParamSets", "StepListener"]
 
-SETS_PER_PARAM = 8  # cached sets that are not of all parameters, for each first parameter
+SETS_PER_PARAM = 8  # cached sets with the same first parameter, besides the set of all parameters
 
 _numbers = count()
 _grad = attrgetter("grad")

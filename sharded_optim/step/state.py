@@ -58,13 +58,15 @@ class Choice(_Choice):
         """(name, format, entries) of each moment in algorithm.state; the entries are the dtypes of its arrays, keyed by name."""
         return [(name, fmt, fmt.entries(name)) for name, fmt in zip(self.algorithm.state, self.state_formats, strict=True)]
 
-    def may_begin(self, there: Collection[str]) -> set[str]:
+    def may_begin(self, existing: Collection[str]) -> set[str]:
         """Return the names of arrays that may start as zeros at any step: the extra arrays of a parameter, and optional moments.
 
         Args:
-            there: names of the existing entries. A moment with some but not all of its arrays is incomplete, and may not start.
+            existing: names of the existing entries. A moment with some but not all of its arrays is incomplete, and may not start.
         """
-        late = [entries for name, _, entries in self.moments if name in self.algorithm.optional_state and entries.keys().isdisjoint(there)]
+        late = [
+            entries for name, _, entries in self.moments if name in self.algorithm.optional_state and entries.keys().isdisjoint(existing)
+        ]
         return {array.name for array in self.format.extra}.union(*late)
 
 
