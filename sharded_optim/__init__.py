@@ -1,4 +1,4 @@
-"""Optimizers that give the same answer however you shard them."""
+"""Sharded optimizers for PyTorch that give the same parameters, bit for bit, however the model is sharded. The public API."""
 
 from sharded_optim import checkpoint, deepspeed, optimizers, trackers
 from sharded_optim.optimizers import *  # noqa: F403

@@ -1,4 +1,4 @@
-"""Optimizers of this library under DeepSpeed: `initialize` instead of `deepspeed.initialize`, or `attach` after it.
+"""Use this library's optimizers under DeepSpeed: `initialize` instead of `deepspeed.initialize`, or `attach` after it.
 
 Under ZeRO an optimizer is given flat partitions of unknown content. `attach` reads the layout of the partitions from DeepSpeed and sets it
 in the optimizer (`sharding/deepspeed.py`). It raises an error for features that would be silently wrong, on all ranks together.
@@ -28,7 +28,7 @@ from sharded_optim.step.engine import Engine
 
 __all__ = ["BUILD_SECONDS", "PREFIX", "attach", "initialize", "is_own", "not_built"]
 
-OLDEST, NEXT = (0, 19), (0, 20)  # of DeepSpeed: tried with 0.19.0 and 0.19.8
+OLDEST, NEXT = (0, 19), (0, 20)  # supported versions of DeepSpeed: OLDEST <= version < NEXT; tested with 0.19.0 and 0.19.8
 VERSIONS = f">={OLDEST[0]}.{OLDEST[1]},<{NEXT[0]}.{NEXT[1]}"
 PREFIX = "sharded_optim."  # of a class of this library in a DeepSpeed config
 # Names of DeepSpeed's own optimizers in its config, in lower case. Names of torch.optim mean torch's.
@@ -45,10 +45,10 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     that name. `zero_allow_untested_optimizer` and `zero_force_ds_cpu_optimizer` need not be set.
 
     Args:
-        args, kwargs: as deepspeed.initialize takes them.
+        args, kwargs: the arguments of deepspeed.initialize.
 
     Returns:
-        As deepspeed.initialize: engine, optimizer, training_dataloader, lr_scheduler.
+        The result of deepspeed.initialize: engine, optimizer, training_dataloader, lr_scheduler.
 
     Raises:
         ImportError: DeepSpeed is not installed.
@@ -73,7 +73,7 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
         if dist.is_initialized() and not deepspeed.comm.is_initialized():
             _join(deepspeed)
         result = deepspeed.initialize(*call.args, **call.kwargs)
-    if result[0].basic_optimizer is not None:  # without one an engine infers
+    if result[0].basic_optimizer is not None:  # an engine without an optimizer is for inference
         _attach(result[0])
     return result
 
@@ -84,14 +84,14 @@ def attach(engine: Any) -> None:
     Call it again after parameters were added or replaced.
 
     Args:
-        engine: of ZeRO stage 0, 1, 2 or 3, whose base optimizer is one of this library.
+        engine: an engine with ZeRO stage 0, 1, 2 or 3, whose base optimizer is from this library.
 
     Raises:
         ValueError: on every rank, if on one of them the version of DeepSpeed or one of its features is not supported; names the feature and
             the way out.
 
     Warns:
-        UserWarning: `gradient_clipping` is not in the config, which means 1.0 to DeepSpeed.
+        UserWarning: `gradient_clipping` is not in the config, so that DeepSpeed clips to 1.0.
     """
     _attach(engine)
 
@@ -146,10 +146,10 @@ def _limited_waiting() -> Iterator[None]:
 
 
 def _join(deepspeed: Any) -> None:
-    """Let DeepSpeed join the existing process group, for which it compiles an extension on a CPU. A collective.
+    """Initialize DeepSpeed's communication on the existing process group; on a CPU this compiles an extension. A collective.
 
     Raises:
-        ValueError: on every rank, when one of them has waited for the extension for too long.
+        ValueError: a rank has waited too long for the extension; raised on every rank.
     """
     failure = None
     try:
@@ -170,15 +170,15 @@ def _join(deepspeed: Any) -> None:
 
 
 def _problems(engine: Any) -> Iterator[str]:
-    """List the unsupported features that an engine uses."""
+    """Yield an error message for each unsupported feature that an engine uses."""
     import deepspeed
 
     version = tuple(int(part) for part in deepspeed.__version__.split(".")[:2])
     if not OLDEST <= version < NEXT:
-        yield f"DeepSpeed {deepspeed.__version__} keeps its layout in ways that were not tried; install deepspeed{VERSIONS}"
+        yield f"the layout of DeepSpeed {deepspeed.__version__} was not tested; install deepspeed{VERSIONS}"
     optimizer, wrapper = engine.basic_optimizer, engine.optimizer
     if optimizer is None:
-        yield "the engine has no optimizer; give deepspeed.initialize one of sharded_optim"
+        yield "the engine has no optimizer; pass one of sharded_optim to deepspeed.initialize"
         return
     if not isinstance(optimizer, Engine):
         yield (
@@ -193,20 +193,20 @@ def _problems(engine: Any) -> Iterator[str]:
     takes_by_name = type(wrapper).__name__ == "DeepSpeedZeroOptimizer"  # stages 1 and 2
     if tagged and takes_by_name and "muon" in type(optimizer).__name__.lower():
         yield (
-            f"{tagged[0]!r} is tagged use_muon, by the type of the config's optimizer or by hand, and by the name of the optimizer's class "
-            f"DeepSpeed takes it for its own Muon and orthogonalizes gradients too; name 'sharded_optim.Muon' in the config or no "
+            f"{tagged[0]!r} is tagged use_muon, by the type of the config's optimizer or by hand. Because of the name of the optimizer's "
+            f"class, DeepSpeed takes it for its own Muon and orthogonalizes gradients too; name 'sharded_optim.Muon' in the config or no "
             f"optimizer, and leave the tags out"
         )
     if zero.zenflow is not None:
-        yield "ZenFlow steps parts of the model by an optimizer of its own; leave zero_optimization.zenflow out"
+        yield "ZenFlow steps parts of the model with its own optimizer; leave zero_optimization.zenflow out"
     if engine.super_offload():
-        yield "SuperOffload steps by an optimizer of its own; leave offload_optimizer.super_offload out"
+        yield "SuperOffload steps with its own optimizer; leave offload_optimizer.super_offload out"
     for name in ("offload_optimizer", "offload_param"):
         offload = getattr(zero, name)
         if offload is not None and str(getattr(offload.device, "value", offload.device)) == "nvme":
             yield f"zero_optimization.{name} to NVMe leaves the optimizer tensors without values; offload to 'cpu'"
     if stage == 3 and zero.offload_optimizer is not None and engine.zero_partial_offload() != 1.0:
-        yield f"offload_optimizer.ratio={engine.zero_partial_offload()} steps a part by an optimizer of DeepSpeed's; leave it at 1"
+        yield f"offload_optimizer.ratio={engine.zero_partial_offload()} steps a part with DeepSpeed's own optimizer; leave it at 1"
     if engine.torch_autocast_enabled() and engine.torch_autocast_dtype() == torch.float16:
         yield "torch_autocast in float16 lets each rank decide alone whether to step; use bfloat16, or DeepSpeed's fp16"
     if engine.autotp_size() > 1 or engine.mp_world_size > 1:
@@ -215,9 +215,9 @@ def _problems(engine: Any) -> Iterator[str]:
         yield "PipelineEngine is not supported; use DeepSpeedEngine"
     for param, name in engine.param_names.items():
         if not getattr(param, "allreduce", True) and sharding.EXPERTS not in name:  # AutoEP, which stacks experts into one tensor per rank
-            yield f"{name!r} is another tensor on each rank of an expert-parallel group; make experts with deepspeed.moe.layer.MoE"
+            yield f"{name!r} is a different tensor on each rank of an expert-parallel group; build experts with deepspeed.moe.layer.MoE"
     if wrapper is not optimizer and sharding.qualified_name(wrapper) not in sharding.OPTIMIZER_WRAPPERS:
-        yield f"the optimizer wrapper {sharding.qualified_name(wrapper)} is not known here; use ZeRO stage 0, 1, 2 or 3"
+        yield f"the optimizer wrapper {sharding.qualified_name(wrapper)} is not supported; use ZeRO stage 0, 1, 2 or 3"
     if stage == 0 and engine.fp16_enabled():
         yield "fp16 without ZeRO divides gradients by a loss scale that DeepSpeed has not multiplied them with; use ZeRO stage 1, or bf16"
 
@@ -226,7 +226,7 @@ def _problems(engine: Any) -> Iterator[str]:
 
 
 def _take_config(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Take the config out of the arguments of deepspeed.initialize, in whichever way it was given."""
+    """Remove the config from the arguments of deepspeed.initialize, in any of their forms, and return it."""
     import deepspeed
 
     config = arguments.pop("config", None)
@@ -254,7 +254,7 @@ def _maker(name: str, hyperparameters: dict[str, Any]) -> Callable[[list[Any]], 
         from deepspeed.moe.utils import configure_moe_param_groups, is_moe_param
 
         tensors = [tensor for each in parameters for tensor in (each["params"] if isinstance(each, dict) else [each])]
-        if any(map(is_moe_param, tensors)):  # as DeepSpeed does for its own
+        if any(map(is_moe_param, tensors)):  # as DeepSpeed does for its own optimizers
             parameters = configure_moe_param_groups(parameters) or parameters
         return kind(parameters, **hyperparameters)
 
@@ -262,12 +262,12 @@ def _maker(name: str, hyperparameters: dict[str, Any]) -> Callable[[list[Any]], 
 
 
 def _check_parameters(optimizer: Any, model: Any) -> None:
-    """Raise ValueError for parameters that are not the model's, on every rank: of DeepSpeed's, only rank 0 would."""
+    """Raise ValueError on every rank for parameters that are not in the model. DeepSpeed's own check raises only on rank 0."""
     if isinstance(optimizer, Engine) and isinstance(model, nn.Module):
         known = set(model.parameters())
         unknown = [param for group in optimizer.param_groups for param in group["params"] if param not in known]
         if unknown:
             raise ValueError(
-                f"the optimizer has a parameter of shape {tuple(unknown[0].shape)} that is not the model's, and DeepSpeed steps those of "
-                f"its model alone; make it a parameter of the model"
+                f"the optimizer has a parameter of shape {tuple(unknown[0].shape)} that is not in the model, and DeepSpeed steps only "
+                f"parameters of its model; make it a parameter of the model"
             )

@@ -1,4 +1,4 @@
-"""Backends run an algorithm's math on a device, over many local parameters in one call.
+"""Backends: run an algorithm's math on a device, over many local parameters in one call. Used by kernel calls.
 
 All give the same bits as `eager`, the reference. To add one, write a module with a `BACKEND` and list it in `MODULES`.
 """
@@ -31,14 +31,14 @@ __all__ = [
     "choose",
 ]
 
-MODULES = ("cpu", "triton", "eager")  # in the order in which "auto" takes them; imported when asked for
-PACKAGES = {"cpu": "llvmlite", "triton": "triton"}  # what a backend needs beside torch
+MODULES = ("cpu", "triton", "eager")  # in the order of preference of "auto"; imported on demand
+PACKAGES = {"cpu": "llvmlite", "triton": "triton"}  # package that a backend needs besides torch
 AUTO = "auto"
 TRITON, EAGER = "triton", "eager"
 
 
 class AgreementFunctions(Protocol):
-    """The functions of `formulas/verdict.py`, or the same in one launch each."""
+    """Implementation of `formulas/verdict.py` for a device: the functions themselves, or kernels that do the same in one launch."""
 
     @property
     def contribute(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], None]: ...
@@ -48,7 +48,7 @@ class AgreementFunctions(Protocol):
 
 
 class Judge(Protocol):
-    """See `formulas.verdict.judge`."""
+    """Signature of `formulas.verdict.judge`."""
 
     def __call__(self, sums: Tensor, *, skips: bool) -> Verdict: ...
 
@@ -63,21 +63,21 @@ class Backend(AgreementFunctions, Protocol):
         ...
 
     def prepare(self, algorithm: Algorithm, operands: Operands, formulas: Sequence[Formulas] = ()) -> None:
-        """Do everything that may fail before the ranks agree: an update that fails on one rank alone would leave it behind the others.
+        """Do everything that may fail, before the ranks agree: an update that fails on one rank only would leave it behind the others.
 
         Args:
-            formulas: of the coefficients that are going to be computed.
+            formulas: the formulas that `tabulate` will be called with.
         """
         ...
 
     def tabulate(
         self,
         operands: Operands,
-        formulas: Formulas,  # of inputs `step`, the next; those of `Sums`; and `lr`
-        formula_of: Tensor | None,  # int64 (operands,), which of the formulas is each operand's; None if there is one
-        steps: Tensor,  # fp32 (operands,), taken so far
-        sums: Sums | None,
-        lr: Tensor,  # float64 (formulas,)
+        formulas: Formulas,  # their inputs are `step` (number of the coming step), `lr`, and the inputs of `Sums`
+        formula_of: Tensor | None,  # int64 (operands,), index of each operand's formula; None if there is only one
+        steps: Tensor,  # fp32 (operands,), steps taken so far
+        sums: Sums | None,  # None: no formula has its inputs
+        lr: Tensor,  # float64 (formulas,), learning rate of each formula
     ) -> Tensor:
         """Compute the coefficients of each operand in float64, rounded once: fp32 (operands, results)."""
         ...
@@ -87,15 +87,15 @@ class Backend(AgreementFunctions, Protocol):
         statistic: Statistic | None,
         operands: Operands,
         coefficients: Tensor,  # fp32 (operands, coefficients of the statistic), on the operands' device
-        limits: Tensor,  # fp32 (operands,), the largest statistic that is possible
-        scales: Tensor,  # fp32 (operands,), powers of two from 2**-60 on, with limits * scales < 2**51
-        grad_scale: Tensor | None,  # fp32 (), multiplies every gradient
+        limits: Tensor,  # fp32 (operands,), largest possible statistic
+        scales: Tensor,  # fp32 (operands,), powers of two >= 2**-60, with limits * scales < 2**51
+        grad_scale: Tensor | None,  # fp32 (), factor of every gradient; None means 1
     ) -> Tensor:
-        """Sum each operand's statistic in fixed point. Writes nothing.
+        """Sum each operand's statistic in fixed point. Writes to none of the operands.
 
         Returns:
-            int64 (2, operands): the sums of round_half_even(statistic * scale); and 1 where an element is NaN or beyond the limit, or,
-            without a statistic, where a gradient has no finite square. There the sum is anything.
+            int64 (2, operands): the sum of round_half_even(statistic * scale), and a flag: 1 if an element is NaN or above the limit, or,
+            without a statistic, if a gradient has no finite square. The sum of a flagged operand is undefined.
         """
         ...
 
@@ -104,35 +104,34 @@ class Backend(AgreementFunctions, Protocol):
         algorithm: Algorithm,
         operands: Operands,
         coefficients: Tensor,  # fp32 (operands, coefficients of algorithm.update)
-        proceed: Tensor | None,  # bool (); where False nothing changes. None: always proceed
-        grad_scale: Tensor | None,
-        noise_keys: Tensor
-        | None,  # int64 (operands, random ones of operands.formats), what `noise.uniform` draws with; None: there are none
+        proceed: Tensor | None,  # bool (); if False nothing changes. None: always proceed
+        grad_scale: Tensor | None,  # fp32 (), factor of every gradient; None means 1
+        noise_keys: Tensor | None,  # int64 (operands, random formats in operands.formats), keys of `noise.uniform`; None: no such format
     ) -> None:
-        """Write the new parameters and state. Called with `prepare`d operands, or with others, which it prepares."""
+        """Write the new parameters and state in place. Operands need not be `prepare`d before, except to fail early."""
         ...
 
     @property
     def advance(self) -> Callable[[Tensor, Tensor | None], None]:
-        """See `formulas.verdict.advance`; on contiguous counters."""
+        """Implementation of `formulas.verdict.advance` for contiguous counters."""
         ...
 
 
 def available() -> tuple[str, ...]:
-    """Names that `backend=` accepts."""
+    """Return the names that `backend=` accepts."""
     return (AUTO, *MODULES)
 
 
 def candidates(backend: str, triton: bool | None) -> tuple[str, ...]:
-    """Names of the backends that may run, the preferred first.
+    """Return the names of the backends that may run, in order of preference.
 
     Args:
         backend: one of `available()`.
-        triton: optimi's switch: True wants the Triton backend, False any other, None leaves it to `backend`.
+        triton: optimi's switch: True requires the Triton backend, False excludes it, None leaves the choice to `backend`.
 
     Raises:
         ValueError: an unknown backend, or two options that contradict each other.
-        ImportError: the Triton backend is wanted and cannot be had.
+        ImportError: the Triton backend is required and not installed.
     """
     if backend not in available():
         raise ValueError(f"backend must be one of {', '.join(available())}, got {backend!r}")
@@ -149,10 +148,10 @@ def candidates(backend: str, triton: bool | None) -> tuple[str, ...]:
 
 
 def choose(names: Sequence[str], device: torch.device, dtypes: frozenset[torch.dtype]) -> tuple[Backend, list[str]]:
-    """Return the first of the named backends that supports the device and the dtypes, and the reasons of those before it.
+    """Return the first of the named backends that supports the device and dtypes, and the reasons why the backends before it do not.
 
     Raises:
-        ValueError: all of them decline; says why.
+        ValueError: no backend supports them; gives the reasons.
     """
     reasons = []
     for name in names:

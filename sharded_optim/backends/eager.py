@@ -1,6 +1,6 @@
 """The reference backend: torch operations, one tensor at a time, on any device torch runs on.
 
-It defines the bits that every other backend must give. Each torch operation rounds once, so nothing is contracted.
+It defines the bits that every other backend must reproduce. Each torch operation rounds once, so nothing is contracted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["BACKEND"]
 
 
 class Eager:
-    """Torch operations; see `sharded_optim.backends.Backend`."""
+    """Runs torch operations; see `sharded_optim.backends.Backend`."""
 
     name = "eager"
     advance = staticmethod(advance)
@@ -36,7 +36,7 @@ class Eager:
         return None
 
     def prepare(self, algorithm: Algorithm, operands: Operands, formulas: Sequence[Formulas] = ()) -> None:
-        """Do nothing."""
+        """Do nothing: torch operations need no preparation."""
 
     def tabulate(
         self,
@@ -56,7 +56,7 @@ class Eager:
             if known_on_host(formula_of):
                 own_inputs = {name: value[own] for name, value in inputs.items()}
                 table[own] = _table(formula, own_inputs, lr[index], steps[own])
-            else:  # how many rows there are is known to the device alone
+            else:  # indexing by a mask would wait for the device to count its rows
                 table = torch.where(own.unsqueeze(1), _table(formula, inputs, lr[index], steps), table)
         return table
 
@@ -80,7 +80,7 @@ class Eager:
                 continue
             values = statistic.observe(grad, *_loaded(operands.state_formats, stored_state), *row.unbind())
             finite = values <= limit  # False for NaN too
-            scaled = torch.where(finite, values, 0.0) * scale  # exact, by a power of two
+            scaled = torch.where(finite, values, 0.0) * scale  # exact: scale is a power of two
             sums[index] = scaled.round().to(torch.int64).sum()
             non_finite[index] = (~finite).any()
         return result
@@ -108,7 +108,7 @@ class Eager:
 
 
 def _next_step(steps: Tensor) -> int | Tensor:
-    """Return the number of the coming step, from 1: an int if the host knows it and all operands share it, else int64 (operands,)."""
+    """Return the number of the coming step, from 1: an int if it is on the host and the same for all operands, else int64 (operands,)."""
     known = set(steps.tolist()) if known_on_host(steps) else ()
     return int(known.pop()) + 1 if len(known) == 1 else steps.to(torch.int64) + 1
 
@@ -121,7 +121,7 @@ def _table(formula: Formula, inputs: Mapping[str, Tensor], lr: Tensor, steps: Te
     results = [values[name] for name in formula.operations.results]
     if known_on_host(steps) and not any(isinstance(value, Tensor) for value in results):
         return torch.tensor([results], dtype=torch.float32, device="cpu").expand(len(steps), -1).contiguous()
-    # Not copied to a device but filled in there: a copy would have to wait, and a CUDA graph could not record it.
+    # Constants are filled in on the device: a copy from the host would wait, and a CUDA graph could not capture it.
     columns = [
         value.expand(len(steps)) if isinstance(value, Tensor) else torch.full(steps.shape, value, dtype=torch.float64, device=steps.device)
         for value in results
@@ -134,7 +134,7 @@ def _columns(*columns: Column) -> Iterator[Sequence[Tensor]]:
 
 
 def _loaded(formats: Sequence[Format], stored: Sequence[Tensor]) -> list[Tensor]:
-    """Load the values from the arrays of each format."""
+    """Load one value tensor per format from its arrays."""
     arrays = iter(stored)
     return [fmt.load(*islice(arrays, len(fmt.arrays))) for fmt in formats]
 

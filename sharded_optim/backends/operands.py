@@ -1,4 +1,4 @@
-"""The tensors that a backend is given: columns, their addresses in memory, and the division of work."""
+"""The arguments of a backend call: columns of tensors, their addresses in memory, and the division into work items."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ __all__ = ["Column", "OperandTables", "Operands", "addresses_of"]
 
 
 class Column:
-    """One tensor of each of several parameters: equal dtypes and devices, any shapes and strides.
+    """One tensor of each of several parameters: the same dtype and device, any shapes and strides.
 
     Attributes:
-        wholes: the tensors that these are, or, where a wrapper flattens, are pieces of.
-        dtype: of all of them.
-        addresses: of the memory of each: int64.
+        wholes: the local tensors; if a wrapper flattens, `tensors` are pieces of them, otherwise the same.
+        dtype: the common dtype.
+        addresses: memory address of each of `tensors`: int64.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -34,15 +34,15 @@ class Column:
 
     @property
     def tensors(self) -> Sequence[Tensor]:
-        """The tensors. Their shapes, strides and dtype never change; their memory may, between two calls of a backend."""
+        """The tensors. Their shapes, strides and dtype never change; their memory may change between two calls of a backend."""
         return self.wholes
 
     def renew(self, wholes: Sequence[Tensor], addresses: array[int]) -> None:
-        """Replace the tensors by others of the same shapes, strides and dtype, at these addresses."""
+        """Replace the local tensors by others with the same shapes, strides and dtype, at these addresses."""
         self.wholes, self.addresses = wholes, addresses
 
     def release(self) -> None:
-        """Release the tensors, so that their memory can be freed."""
+        """Release the references to the tensors, so that their memory can be freed."""
         self.wholes = ()
 
 
@@ -55,22 +55,25 @@ class Operands:
     """The tensors of one call of a backend, column by column: pieces of parameters, all in the same formats.
 
     Attributes:
-        derived: what backends derive from shapes, strides, dtypes and segments, by backend.
+        grad_format: storage format of the gradients.
+        formats: storage formats of the values that an update stores: the parameter, then each moment.
+        written: the arrays of these formats, in order.
+        derived: caches of backends, derived from shapes, strides, dtypes and segments; keyed by backend.
     """
 
-    segments: Sequence[Segment]  # which elements of which tensor each parameter's are, in row-major order
-    format: Format  # how the parameters are stored
-    param: Column  # written by update
-    extra: tuple[Column, ...]  # the further arrays of the format; written by update
+    segments: Sequence[Segment]  # the elements of a tensor that each operand consists of, in row-major order
+    format: Format  # storage format of the parameters
+    param: Column  # first array of the format; written by update
+    extra: tuple[Column, ...]  # extra arrays of the format; written by update
     grad: Column  # in the plain format of its dtype; read-only
-    state_formats: tuple[Format, ...]  # how each of Algorithm.state is stored
-    state: tuple[Column, ...]  # the arrays of the first of them, of the second, ...; written by update
+    state_formats: tuple[Format, ...]  # storage format of each moment in Algorithm.state
+    state: tuple[Column, ...]  # the arrays of the first moment, of the second, ...; written by update
 
     def __post_init__(self) -> None:
         self.device = self.param.wholes[0].device
         self.grad_format = format_of(self.grad.dtype)
-        self.formats = (self.format, *self.state_formats)  # of the parameters and of each of their moments: what an update stores
-        self.written = (self.param, *self.extra, *self.state)  # the arrays of each of these formats
+        self.formats = (self.format, *self.state_formats)
+        self.written = (self.param, *self.extra, *self.state)
         self.derived: dict[Any, Any] = {}
 
     @classmethod
@@ -92,16 +95,16 @@ class Operands:
 
 
 class OperandTables:
-    """Tables for compiled kernels, on the CPU, that follow from shapes, strides and segments.
+    """Tables for compiled kernels, on the CPU, derived from shapes, strides and segments of operands.
 
     Args:
-        operands: which.
-        chunk: the most elements of an item of work.
+        operands: the operands of the kernel.
+        chunk: largest number of elements of a work item.
 
     Attributes:
-        elements: their number.
-        work: int64 (items, 3): operand, first element, number of elements.
-        runs: int64 (operands, 3): start, run and stride of each segment, for formats that draw random numbers.
+        elements: total number of elements.
+        work: work items: int64 (items, 3): operand, first element, number of elements.
+        runs: start, run and stride of each segment, for formats that draw random numbers: int64 (operands, 3).
     """
 
     def __init__(self, operands: Operands, chunk: int) -> None:
@@ -123,27 +126,27 @@ class OperandTables:
         self._scattered = [row for row, tensors in rows_of_tensors if not _lie_alike(tensors, ordered=ordered)]
 
     def addresses(self, columns: Sequence[Column]) -> tuple[bytes, dict[tuple[int, int], Tensor]]:
-        """Return the addresses of contiguous elements of each column, those of a row in the same order.
+        """Return addresses at which the tensors of an operand are dense and in the same element order, copying tensors if necessary.
 
         Returns:
-            addresses: int64 (columns, operands).
-            copies: (column, row) of the tensors that had to be copied for that, and the copies, which must live until they are used.
+            addresses: int64 (columns, operands), as bytes.
+            copies: contiguous copies, keyed by (column, row) of the tensor; they must stay alive until the kernel has run.
         """
-        found = list(map(attrgetter("addresses"), columns))
+        addresses = list(map(attrgetter("addresses"), columns))
         copies = {}
         if self._scattered:
-            found = [array("q", each) for each in found]
+            addresses = [array("q", each) for each in addresses]
             for index, column in enumerate(columns):
                 for row in self._scattered:
                     copy = column.tensors[row].contiguous()
                     if copy is not column.tensors[row]:
                         copies[index, row] = copy
-                        found[index][row] = copy.data_ptr()
-        return b"".join(found), copies
+                        addresses[index][row] = copy.data_ptr()
+        return b"".join(addresses), copies
 
 
 def _lie_alike(tensors: Sequence[Tensor], *, ordered: bool) -> bool:
-    """Return whether all tensors lie in memory in the same order and without gaps, with `ordered` in row-major order."""
+    """Return whether all tensors are dense in memory and in the same element order; with `ordered`, in row-major order."""
     if all(tensor.is_contiguous() for tensor in tensors):
         return True
     shape, strides = tensors[0].shape, tensors[0].stride()

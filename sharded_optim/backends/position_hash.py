@@ -4,17 +4,16 @@ A tensor's bytes are read as 64-bit words x, the last one filled up with zeros, 
 
     hash = sum over blocks b of  odd(BLOCK + b) * (sum over words i of a block of  (x_i + (x_i >> 32)) * odd(i))   modulo 2**64
 
-with odd(i) an odd 64-bit number mixed from i (splitmix64, Steele et al. 2014). Integers that wrap around can be summed in any order, so
-every device and number of threads gives the same. What it sees:
+with odd(i) an odd 64-bit number mixed from i (splitmix64, Steele et al. 2014). Wrapping integer sums do not depend on the order, so every
+device and number of threads gives the same hash. It detects:
 
-- a word that changes, by however many of its bits: an odd number times what is not 0 is not 0. (But for one pair of values: 0x7fffffff and
-  0x80000000 in the upper half, with lower halves one apart, count as equal.)
-- two elements of up to 32 bits that change places: inside of a word always, else but for one in 2**32 pairs of places. For this the upper
-  half is added to the lower: a sign bit at 2**63 would count the same wherever it is, as all odd multiples of 2**63 are the same.
+- any change of a single word: an odd number times a nonzero difference is not 0. (Except for one pair of values: 0x7fffffff and 0x80000000
+  in the upper half, with lower halves one apart, count as equal.)
+- two swapped elements of up to 32 bits: within a word always, otherwise except for one in 2**32 pairs of positions. This is why the upper
+  half is added to the lower: a sign bit at 2**63 alone would count the same at every position, as all odd multiples of 2**63 are equal.
 
-On a CPU with llvmlite a block is summed in one compiled pass, as fast as memory is read; without it that takes three to five times as long.
-
-It is no defence against someone who looks for two tensors of equal hash.
+On a CPU with llvmlite a block is summed in one compiled pass at the speed of reading memory; without it that takes three to five times as
+long. The hash is not cryptographic: two different tensors with the same hash are easy to construct.
 """
 
 from __future__ import annotations
@@ -30,25 +29,25 @@ from sharded_optim.storage.splitmix64 import GOLDEN, mix
 __all__ = ["position_hashes"]
 
 WORD = 8  # bytes
-BLOCK = 2**16  # words: 512 KiB, of which a block, its weights and what is made of it fit a core's caches
-ON_DEVICE = 32  # blocks at once: 16 MiB of temporary memory, and few kernels
+BLOCK = 2**16  # words: 512 KiB, so that a block, its weights and its products fit in a core's caches
+ON_DEVICE = 32  # blocks per kernel: 16 MiB of temporary memory, and few launches
 
 
 @torch.no_grad()
 def position_hashes(
     tensors: Sequence[Tensor],  # any dtype, shape and strides, on any devices; read-only
 ) -> Tensor:  # int64 (len(tensors),) on the CPU
-    """The hash of each tensor's elements in their order. Waits for the devices, once for each."""
-    found = torch.zeros(len(tensors), dtype=torch.int64, device="cpu")
+    """Hash the elements of each tensor in order. Waits once for each device."""
+    hashes = torch.zeros(len(tensors), dtype=torch.int64, device="cpu")
     for device in dict.fromkeys(tensor.device for tensor in tensors):
         numbers = [number for number, tensor in enumerate(tensors) if tensor.device == device]
-        found[numbers] = _hashes_on(device, [tensors[number] for number in numbers]).cpu()
-    return found
+        hashes[numbers] = _hashes_on(device, [tensors[number] for number in numbers]).cpu()
+    return hashes
 
 
 def _hashes_on(device: torch.device, tensors: Sequence[Tensor]) -> Tensor:
     sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
-    # Of each block of each tensor, and of the word at its end that is not whole.
+    # Number of partial sums of each tensor: one per block, and one for an incomplete word at the end.
     counts = [-(-size // (BLOCK * WORD)) + (size % WORD > 0) for size in sizes]
     sums = torch.zeros(sum(counts), dtype=torch.int64, device=device)
     at_once = 1 if device.type == "cpu" else ON_DEVICE
@@ -68,11 +67,11 @@ def _hashes_on(device: torch.device, tensors: Sequence[Tensor]) -> Tensor:
 
 def _sum_blocks(
     tensor: Tensor,
-    sums: Tensor,  # int64 (blocks,), written: of each block, and of what is left at the end
-    scratch: Tensor,  # int64 (blocks at once, words of a block)
+    sums: Tensor,  # int64 (blocks,), written: the sum of each block, and the incomplete word at the end
+    scratch: Tensor,  # int64 (blocks at once, words of a block), overwritten
 ) -> None:
-    flat = tensor.detach().reshape(-1).contiguous()  # a copy where elements do not lie in their order
-    content = flat.as_strided(flat.shape, (1,)).view(torch.uint8)  # one element counts as contiguous at any stride
+    flat = tensor.detach().reshape(-1).contiguous()  # a copy unless the elements are contiguous
+    content = flat.as_strided(flat.shape, (1,)).view(torch.uint8)  # view needs stride 1, but a single element may have any stride
     words = len(content) // WORD
     full = words // BLOCK
     for first in range(0, full, len(scratch)):
@@ -89,7 +88,7 @@ def _sum_blocks(
 
 
 def _sum(block: Tensor, scratch: Tensor, sums: Tensor) -> None:
-    """Sum of the words in each row of a block, weighted by their places."""
+    """Sum the words in each row of a block, weighted by their positions, into `sums`. Overwrites `scratch`."""
     weights = _weights(block.device)[: block.shape[1]]
     compiled = _compiled() if block.device.type == "cpu" else None
     if compiled is not None:
@@ -103,7 +102,7 @@ def _sum(block: Tensor, scratch: Tensor, sums: Tensor) -> None:
 
 @cache
 def _compiled() -> Callable[[int, int, int, int], None] | None:
-    """Return `_sum` of a row in one pass, compiled by LLVM; None without a llvmlite that can be used."""
+    """Return a version of `_sum` for one row, compiled by LLVM; None without a usable llvmlite."""
     try:
         from sharded_optim.backends.cpu.weighted_sums import weighted_sum
     except ImportError:
@@ -112,7 +111,7 @@ def _compiled() -> Callable[[int, int, int, int], None] | None:
 
 
 def _words(content: Tensor) -> Tensor:
-    """Bytes as int64; copied if they do not begin where torch would let a word begin."""
+    """Reinterpret bytes as int64 words; copies if their offset is not a multiple of a word, which torch requires."""
     return (content.clone() if content.storage_offset() % WORD else content).view(torch.int64)
 
 
@@ -124,5 +123,5 @@ def _weights(device: torch.device) -> Tensor:
 def _odd(
     numbers: Tensor,  # int64, not negative
 ) -> Tensor:  # int64, of the same shape
-    """An odd 64-bit number for each, by splitmix64."""
+    """Return an odd 64-bit number for each number, mixed by splitmix64."""
     return mix((numbers + 1) * GOLDEN) | 1

@@ -1,7 +1,7 @@
-"""Compile a function of an algorithm or a storage format with another meaning of `xp`: one source of math for all backends.
+"""Compile a function of an algorithm or a storage format with another module as `xp`, so that all backends share one source of math.
 
-Such functions use `+ - *`, numbers, the operations of a module that they call `xp`, and each other. In a copy of such a function's globals
-`xp` can be another module of the same operations, so that the same code computes with torch's tensors, or is compiled for a CPU or a GPU.
+Such functions use `+ - *`, numbers, the operations of a module that they call `xp`, and each other. A copy of the function with `xp` in its
+globals replaced by a module with the same operations computes with torch tensors, or is compiled for a CPU or a GPU. Used by backends.
 """
 
 from __future__ import annotations
@@ -20,9 +20,12 @@ def rebound(
     compiler: Callable[[FunctionType], Any],
     number: Callable[[float], Any],
 ) -> Any:
-    """Compile a function with other values for these names in its globals.
+    """Compile a copy of a function with some of its globals replaced. Functions that it calls are compiled in the same way.
 
-    Functions that it calls are compiled too, and `number` says what a compiler takes for a number among the globals.
+    Args:
+        names: replacements of globals, keyed by name.
+        compiler: compiles a Python function.
+        number: converts a number among the globals to the form that the compiler takes.
     """
     own: dict[str, Any] = {**function.__globals__, **names}
     for name in {each.argval for each in dis.get_instructions(function) if each.opname == "LOAD_GLOBAL"}:

@@ -1,7 +1,7 @@
-"""Hyperparameters: the values of a param group that change what a step computes. An optimizer declares each of its own once.
+"""Declarations of hyperparameters: the values of a param group that change the result of a step.
 
-By what is declared they are checked (where groups are made, before a step, when something is loaded), compared between ranks, and accepted
-by the training job's config. A class declares `hyperparameters = (*Engine.hyperparameters, Float("eps"), ...)`.
+The declarations determine how values are checked (at construction, before a step and on loading), compared between ranks, and accepted by
+the training job's config. An optimizer class declares each once: `hyperparameters = (*Engine.hyperparameters, Float("eps"), ...)`.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ __all__ = [
     "on_host",
 ]
 
-LR_ROUNDING = 1e-12
-LARGEST_EXACT = 2**53  # of integers as floats
+LR_ROUNDING = 1e-12  # schedulers may round a learning rate of 0 to a negative number smaller than this
+LARGEST_EXACT = 2**53  # float64 represents all integers up to this one
 
 
 @dataclass(frozen=True)
 class Hyperparameter:
-    """A value of any kind: a finite number, a string, or a list or dict of them. Subclasses allow less.
+    """A hyperparameter of any type: a finite number, a string, or a list or dict of them. Subclasses are stricter.
 
     Attributes:
         name: its key in param groups.
-        compared: whether ranks that agree on a step must have the same value.
+        compared: whether all ranks of a step must have the same value.
     """
 
     name: str
@@ -49,24 +49,24 @@ class Hyperparameter:
 
     @property
     def rule(self) -> str:
-        """The rule for values, in words for error messages."""
+        """The rule for values, as text for error messages."""
         return "a finite number, a string, or a list or dict of them"
 
     def accepts(self, value: Any) -> bool:
-        """Return whether a value that the host knows follows the rule, or raise an arithmetic, type, value or runtime error."""
+        """Return whether a value on the host follows the rule. May raise an arithmetic, type, value or runtime error if it does not."""
         return all(map(math.isfinite, _numbers_in(comparable(value))))
 
     def check(self, value: Any, where: str = "", *, scheduled: bool = False) -> None:
         """Raise ValueError unless a step can use the value. Does not wait for a device.
 
         Args:
-            where: where the value stands, for the error.
-            scheduled: it may come from a scheduler.
+            where: description of the param group or argument with the value, for the error.
+            scheduled: whether the value may come from a scheduler.
         """
         parts = value if isinstance(value, list | tuple) else (value,)
-        there = next((each.device for each in parts if isinstance(each, Tensor) and not each.is_cpu), None)
-        if there is not None:
-            raise ValueError(f"{self.name} must be known on the host, got a tensor on {there}{_in(where)}: only lr may lie on a device")
+        device = next((each.device for each in parts if isinstance(each, Tensor) and not each.is_cpu), None)
+        if device is not None:
+            raise ValueError(f"{self.name} must be on the host, got a tensor on {device}{_in(where)}: only lr may be on a device")
         try:
             accepted = self.accepts(on_host(value))
         except (ArithmeticError, TypeError, ValueError, RuntimeError):
@@ -95,10 +95,10 @@ class Float(Hyperparameter):
 
 @dataclass(frozen=True)
 class LearningRate(Float):
-    """A finite number >= 0, or a tensor of one element, which alone may lie on a device.
+    """A finite number >= 0, or a one-element tensor: the only hyperparameter that may be on a device.
 
     Attributes:
-        optional: whether it may be None.
+        optional: whether None is allowed.
     """
 
     optional: bool = False
@@ -113,13 +113,13 @@ class LearningRate(Float):
                 return
         number = on_host(value)
         if scheduled and isinstance(number, Real) and -LR_ROUNDING < float(number) < 0:
-            return  # CosineAnnealingLR rounds to just below 0 at its end
+            return  # CosineAnnealingLR ends at a rounding error below 0
         super().check(value, where)
 
 
 @dataclass(frozen=True)
 class Floats(Hyperparameter):
-    """A list or tuple of numbers in [least, below); exactly `count` of them if it is given."""
+    """A non-empty list or tuple of numbers in [least, below); of exactly `count` numbers unless it is None."""
 
     least: float = 0.0
     below: float = 1.0
@@ -136,7 +136,7 @@ class Floats(Hyperparameter):
 
 @dataclass(frozen=True)
 class Switch(Hyperparameter):
-    """True or False; None is False, or a default that depends on other hyperparameters."""
+    """True or False. None means False, or a default that depends on other hyperparameters."""
 
     @property
     def rule(self) -> str:
@@ -151,8 +151,8 @@ class Unsupported(Switch):
     """A switch of other libraries that must be off.
 
     Attributes:
-        by: who does not support it; "" for the whole library.
-        way_out: what to do instead.
+        by: name of the class that does not support it; "" for the whole library.
+        way_out: the remedy, for the error message.
     """
 
     by: str = ""
@@ -181,7 +181,7 @@ class Choice(Hyperparameter):
 
 @dataclass(frozen=True)
 class Int(Hyperparameter):
-    """An integer of any sign."""
+    """An integer, positive or negative."""
 
     @property
     def rule(self) -> str:
@@ -191,7 +191,7 @@ class Int(Hyperparameter):
         return isinstance(value, Real) and value % 1 == 0
 
 
-COMMON: tuple[Hyperparameter, ...] = (  # of every optimizer
+COMMON: tuple[Hyperparameter, ...] = (  # hyperparameters of every optimizer
     LearningRate("lr"),
     LearningRate("max_lr", optional=True, compared=False),  # read when a group is added; schedulers write it later
     Float("weight_decay"),
@@ -201,34 +201,34 @@ COMMON: tuple[Hyperparameter, ...] = (  # of every optimizer
     Switch("kahan_sum"),
     Switch("stochastic_rounding"),
     Int("rounding_seed"),
-    Unsupported("maximize", way_out="negate the loss"),  # torch's; others of its keys do not change the result
+    Unsupported("maximize", way_out="negate the loss"),  # torch's keys; its other keys do not change the result
     Unsupported("differentiable", way_out="autograd cannot follow a step of this library; use torch.optim"),
 )
 
 
 def by_name(declared: Iterable[Hyperparameter]) -> dict[str, Hyperparameter]:
-    """Index hyperparameters by name. The last one of a name counts, so that a class may narrow what it inherits."""
+    """Index hyperparameters by name. The last declaration of a name wins, so that a class can override an inherited one."""
     return {each.name: each for each in declared}
 
 
 def on_host(value: Any) -> Any:
-    """Convert a one-element tensor that the host knows to a number; return anything else as it is."""
+    """Convert a one-element CPU tensor to a number; return anything else unchanged."""
     return value.detach().reshape(()).tolist() if isinstance(value, Tensor) and value.numel() == 1 and value.is_cpu else value
 
 
 def comparable(value: Any) -> Any:
-    """Convert a hyperparameter to numbers, strings and lists of them, which are equal on two ranks if the values are.
+    """Convert a hyperparameter to numbers, strings and lists of them, whose text is equal on two ranks if the values are equal.
 
     Raises:
-        TypeError: it is something else.
+        TypeError: the value has another type.
     """
     if isinstance(value, Tensor) and not value.is_cpu:
-        return -1.0  # a device's is not waited for
+        return -1.0  # placeholder: reading a device tensor would wait
     if isinstance(value, list | tuple):
         return list(map(comparable, value))
     if isinstance(value, dict):
         return [[key, comparable(value[key])] for key in sorted(value)]
-    value = value.tolist() if hasattr(value, "tolist") else value  # of torch and NumPy: numbers, or lists of them
+    value = value.tolist() if hasattr(value, "tolist") else value  # torch and NumPy: numbers, or lists of them
     if value is None or isinstance(value, str | list):
         return value
     if isinstance(value, int) and abs(value) > LARGEST_EXACT:

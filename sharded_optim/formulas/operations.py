@@ -1,7 +1,7 @@
-"""The operations, besides `+ - *` and comparisons, that an algorithm's math and a storage format may use, and what they mean.
+"""The operations that algorithms and storage formats may use besides `+ - *` and comparisons, defined in torch.
 
-Algorithms and formats import this module as `xp`. This torch version is the definition and serves the eager backend; a backend that
-compiles binds `xp` to its own module with the same names. All are correctly rounded (IEEE 754), which is what makes backends bitwise equal.
+Algorithms and formats import this module as `xp`. It is the reference, and the eager backend runs it; a compiling backend binds `xp` to
+its own module with the same names. All operations are correctly rounded (IEEE 754), which makes the backends bitwise equal.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ __all__ = [
 
 
 def sqrt(values: Tensor) -> Tensor:
-    """Square root, rounded once. torch's own is MKL's on a CPU, and off by a unit in the last place for a fifth of all fp32 values.
+    """Return the square root, rounded once. On a CPU torch uses MKL, which is off by one ulp for a fifth of all fp32 values.
 
-    The root of an fp32 value is never so near the middle of two others that the last bit of float64 could turn the rounding.
+    Rounding the float64 root is correct: no root of an fp32 value is so close to the midpoint of two fp32 values that an error in the last
+    bit of float64 could change its rounding.
     """
     return torch.sqrt(values.double()).to(values.dtype)
 
@@ -35,45 +36,45 @@ def sqrt(values: Tensor) -> Tensor:
 
 
 def from_bf16(stored: Tensor) -> Tensor:
-    """Elements of a bfloat16 array as fp32."""
+    """Convert stored bfloat16 elements to fp32."""
     return stored.to(torch.float32)
 
 
 def to_bf16(value: Tensor) -> Tensor:
-    """Elements of a bfloat16 array, rounded to nearest, ties to even (IEEE 754 roundTiesToEven)."""
+    """Round fp32 values to bfloat16 elements: to nearest, ties to even (IEEE 754 roundTiesToEven)."""
     return value.to(torch.bfloat16)
 
 
 def stochastic_bf16(value: Tensor, uniform: Tensor | float) -> Tensor:
-    """One of the two bfloat16 numbers next to an fp32 value, as fp32; the value, where it is one or is not finite.
+    """Round an fp32 value to one of the two nearest bfloat16 numbers, as fp32. Exact and non-finite values are unchanged.
 
-    It is the one away from zero with a probability equal to the distance from the other, in units of their distance.
+    The probability of rounding away from zero is the value's distance from the other neighbour, as a fraction of their spacing.
 
     Args:
-        uniform: a random number in [0, 1); 1 rounds toward zero.
+        uniform: random number in [0, 1); 1 always rounds toward zero.
     """
     return _stochastic(value, uniform, torch.finfo(torch.bfloat16))
 
 
 def from_fp16(stored: Tensor) -> Tensor:
-    """Elements of a float16 array as fp32."""
+    """Convert stored float16 elements to fp32."""
     return stored.to(torch.float32)
 
 
 def to_fp16(value: Tensor) -> Tensor:
-    """Elements of a float16 array, rounded to nearest, ties to even."""
+    """Round fp32 values to float16 elements: to nearest, ties to even."""
     return value.to(torch.float16)
 
 
 def stochastic_fp16(value: Tensor, uniform: Tensor | float) -> Tensor:
-    """As `stochastic_bf16`, for float16."""
+    """Round to float16 as `stochastic_bf16` rounds to bfloat16."""
     return _stochastic(value, uniform, torch.finfo(torch.float16))
 
 
 def _stochastic(value: Tensor, uniform: Tensor | float, limits: torch.finfo) -> Tensor:
     magnitude = value.abs()
-    power = (magnitude.view(torch.int32) & 0x7F800000).view(torch.float32)  # the largest power of two that is not above the magnitude
-    spacing = (power * limits.eps).clamp(min=limits.smallest_normal * limits.eps)  # a power of two: nothing below rounds
+    power = (magnitude.view(torch.int32) & 0x7F800000).view(torch.float32)  # largest power of two <= magnitude
+    spacing = (power * limits.eps).clamp(min=limits.smallest_normal * limits.eps)  # a power of two: exact to divide by
     scaled = magnitude / spacing
     below = scaled.floor()
     rounded = (below + (uniform < scaled - below)) * spacing

@@ -1,6 +1,6 @@
-"""Record scalar operations on numbers that are not known yet, so that a backend computes all of them in one call.
+"""Record scalar operations on inputs without values yet, so that a backend can compute all of them in one call.
 
-`coefficients.py` records the formulas of an algorithm, whose operations are those of `scalars.py`; every backend evaluates the record.
+`coefficients.py` records the formulas of an algorithm, which use the operations of `scalars.py`; every backend evaluates the record.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ __all__ = ["Formula", "Formulas", "Number", "Operation", "Operations", "Recorded
 
 
 INTEGERS = ("step", "non_finite")  # inputs that are int64
-TAKE_INTEGERS = ("double", "power", "at_first_step", "nan_where")  # operations; all others take float64 alone
+TAKE_INTEGERS = ("double", "power", "at_first_step", "nan_where")  # operations with int64 operands; all others take only float64
 
 
 class Operation(NamedTuple):
-    """One operation: "+", "-", "*", "double" of an integer, or a function of `scalars.py` by its name.
+    """One recorded operation.
 
     Attributes:
-        operands: names of inputs, of constants `c0`, `c1`, ..., and of results of operations before this one `v0`, `v1`, ...
+        name: "+", "-", "*", "double" (int64 to float64), or the name of a function of `scalars.py`.
+        operands: names of inputs, constants (`c0`, `c1`, ...) and results of earlier operations (`v0`, `v1`, ...).
     """
 
     name: str
@@ -34,12 +35,12 @@ class Operation(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Operations:
-    """Recorded operations, without the values of the constants in them.
+    """Recorded operations, without the values of their constants.
 
     Attributes:
-        instructions: number i computes `v{i}`. All values are float64, but for the inputs `INTEGERS`.
-        results: names of what was asked for: of operations, of constants or of inputs.
-        constants: how many there are.
+        instructions: the operations in order; number i computes `v{i}`. All values are float64, except for the inputs in `INTEGERS`.
+        results: names of the requested values: of operations, constants or inputs.
+        constants: the number of constants.
     """
 
     instructions: tuple[Operation, ...]
@@ -48,18 +49,18 @@ class Operations:
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """What the operations compute, in their order."""
+        """Names of the operations' results, in order."""
         return tuple(f"v{index}" for index in range(len(self.instructions)))
 
     def evaluate(
         self, functions: Mapping[str, Callable[..., Any]], values: Mapping[str, Any], wanted: Collection[str] | None = None
     ) -> dict[str, Any]:
-        """Compute the operations; return all values by their names.
+        """Evaluate the operations; return all values, keyed by name.
 
         Args:
-            functions: of each operation.
-            values: of inputs and constants, and of operations that are not wanted; any objects that the functions take.
-            wanted: names of operations; None means all.
+            functions: the function of each operation, keyed by its name.
+            values: inputs, constants, and results of operations that are not in `wanted`; any objects that the functions take.
+            wanted: names of the results to compute; None means all.
         """
         known = dict(values)
         for name, each in zip(self.names, self.instructions, strict=True):
@@ -70,10 +71,10 @@ class Operations:
 
 @dataclass(frozen=True, kw_only=True)
 class Formula:
-    """Recorded operations and the constants in them."""
+    """Recorded operations and the values of their constants."""
 
     operations: Operations
-    constants: tuple[float, ...]  # in the order of their names
+    constants: tuple[float, ...]  # c0, c1, ...
 
 
 class Formulas:
@@ -81,9 +82,9 @@ class Formulas:
 
     Attributes:
         results: the number of coefficients.
-        constants: for each sequence of operations among them a row per formula: 1 and its constants if it has these operations, else zeros;
-            float64, one row after the other.
-        derived: what backends derive from them, by backend.
+        constants: for each distinct sequence of operations, a flat float64 array with one row per formula: 1 and the formula's constants if
+            it has these operations, else zeros.
+        derived: caches of backends, keyed by backend.
     """
 
     def __init__(self, formulas: Sequence[Formula]) -> None:
@@ -98,7 +99,7 @@ class Formulas:
 
 
 class Recorder:
-    """Records operations on numbers whose values are not known."""
+    """Records operations on inputs without values."""
 
     def __init__(self) -> None:
         self._instructions: list[Operation] = []
@@ -112,14 +113,14 @@ class Recorder:
         return next(number.recorder for number in numbers if isinstance(number, Recorded))
 
     def record(self, name: str, *operands: Number) -> Recorded:
-        """Record an operation, and return its result."""
+        """Record an operation, and return its result as a `Recorded`."""
         if name not in TAKE_INTEGERS:
             operands = tuple(map(self._double, operands))
         self._instructions.append(Operation(name, tuple(map(self._name_of, operands))))
         return self.input(f"v{len(self._instructions) - 1}")
 
     def formula(self, results: Sequence[Number]) -> Formula:
-        """Return the recorded operations that compute these results."""
+        """Return the recorded operations as the formula of these results."""
         names = tuple(self._name_of(self._double(result)) for result in results)
         operations = Operations(instructions=tuple(self._instructions), results=names, constants=len(self._constants))
         return Formula(operations=operations, constants=tuple(self._constants))
@@ -129,7 +130,7 @@ class Recorder:
         return self.record("double", number) if is_integer else number
 
     def _name_of(self, number: Number) -> str:
-        assert not isinstance(number, Tensor), "numbers of a step are recorded, or are tensors"
+        assert not isinstance(number, Tensor), "a formula mixes recorded numbers and tensors"
         if isinstance(number, Recorded):
             return number.name
         self._constants.append(float(number))
@@ -139,7 +140,7 @@ class Recorder:
 def _recorded(
     operator: str,
 ) -> tuple[Callable[[Recorded, Number], Recorded], Callable[[Recorded, Number], Recorded]]:
-    """Make an infix operator, and the same with its operands exchanged."""
+    """Return the methods of an infix operator: the operator, and its reflected version."""
     return (
         lambda self, other: self.recorder.record(operator, self, other),
         lambda self, other: self.recorder.record(operator, other, self),
@@ -148,10 +149,10 @@ def _recorded(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Recorded:
-    """A number whose value is not known yet."""
+    """The symbol of an input or a result in a formula: a number without a value."""
 
     recorder: Recorder
-    name: str
+    name: str  # name of the input, or `v{i}` for the result of operation i
 
     __add__, __radd__ = _recorded("+")
     __sub__, __rsub__ = _recorded("-")
@@ -170,4 +171,4 @@ class Recorded:
 
 
 Number = float | Tensor | Recorded
-Step = int | Tensor | Recorded  # 1 in the first
+Step = int | Tensor | Recorded  # number of a step, from 1

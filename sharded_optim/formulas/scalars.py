@@ -1,8 +1,8 @@
-"""Scalar arithmetic of a step, on learning rates, step counters and coefficients: in float64, each operation rounded once.
+"""Scalar arithmetic on learning rates, step counters and coefficients: in float64, each operation rounded once.
 
-A number is a Python float, a float64 tensor with a value for each operand, or a `Recorded`: then nothing is computed yet, but every
-operation is written down, for a backend that computes all of them in one call. All three give the same bits. Besides these functions,
-`+ - *` are allowed. `/` is not: torch multiplies by a reciprocal for it, which rounds twice.
+A number is a Python float, a float64 tensor with one value per operand, or a `Recorded`, whose operations are only recorded, for a backend
+that computes all of them in one call. All three give the same bits. Besides these functions `+ - *` are allowed, but not `/`: torch
+computes number / tensor with a reciprocal, which rounds twice.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = [
     "sqrt",
 ]
 
-STEP_BITS = 25  # steps are counted in float32, as torch does: exact up to 2**24
+STEP_BITS = 25  # bits of a step number: like torch's, step counters are float32, which is exact up to 2**24
 
 
 def divide(a: Number, b: Number) -> Number:
@@ -53,19 +53,19 @@ def sqrt(a: Number) -> Number:
         return math.sqrt(a)
     if a.device.type != "cpu":
         return torch.sqrt(a)
-    # On a CPU MKL's is off for one value in seventy.
+    # On a CPU torch uses MKL, which rounds one value in seventy wrongly.
     return torch.tensor([math.sqrt(value) for value in a.flatten().tolist()], dtype=torch.float64, device="cpu").view(a.shape)
 
 
 def maximum(a: Number, least: float) -> Number:
-    """Elementwise maximum; NaN stays NaN."""
+    """Return the elementwise maximum of `a` and `least`; NaN stays NaN."""
     if isinstance(a, Recorded):
         return Recorder.of(a).record("maximum", a, least)
     return a.clamp(min=least) if isinstance(a, Tensor) else a if a != a else max(a, least)
 
 
 def power(base: float, exponent: Step) -> Number:
-    """Integer power by repeated squaring: IEEE multiplication gives the same bits everywhere, a library's `pow` does not."""
+    """Return an integer power by repeated squaring: IEEE multiplication gives the same bits everywhere, a library's `pow` does not."""
     if isinstance(exponent, Recorded):
         return Recorder.of(exponent).record("power", base, exponent)
     if isinstance(exponent, Tensor):
@@ -84,16 +84,17 @@ def power(base: float, exponent: Step) -> Number:
 
 
 def bias_correction(beta: float, step: Step) -> Number:
-    """1 - beta**step, in float64, by which a moving average is divided (Adam, Kingma & Ba 2015, section 3).
+    """Return 1 - beta**step, in float64: the divisor that debiases a moving average (Adam, Kingma & Ba 2015, section 3).
 
     Args:
         beta: decay of the moving average, in [0, 1).
-        step: 1 in the first step; an int, an int64 tensor of steps, or recorded. All give the same bits.
+        step: number of the step, from 1: an int, an int64 tensor, or recorded. All give the same bits.
     """
     return 1.0 - power(beta, step)
 
 
 def at_first_step(step: Step, value: float, otherwise: float) -> Number:
+    """Return `value` in the first step, `otherwise` in all later ones."""
     if isinstance(step, Recorded):
         return Recorder.of(step).record("at_first_step", step, value, otherwise)
     if isinstance(step, Tensor):
@@ -102,7 +103,7 @@ def at_first_step(step: Step, value: float, otherwise: float) -> Number:
 
 
 def nan_where(flag: Number, value: Number) -> Number:
-    """NaN where the flag, an int64 if it is not recorded, is positive."""
+    """Return NaN where the flag, an int64 tensor or recorded, is positive, and the value elsewhere."""
     if isinstance(flag, Recorded):
         return Recorder.of(flag).record("nan_where", flag, value)
     assert isinstance(flag, Tensor)
@@ -119,51 +120,51 @@ def _like(number: Number, other: Number) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Sums:
-    """Sums of the statistic over all ranks, for the tensors that the operands are pieces of; all on one device.
+    """Sums of the statistic over all ranks, for the tensors that contain the operands; all on one device.
 
-    The mean of each operand's tensor is a number of these inputs: `total`, `unit`, `numel` and `non_finite`.
+    The mean over an operand's tensor is computed from four inputs: `total`, `unit`, `numel` and `non_finite`.
     """
 
-    vector: Tensor  # int64: sums over ranks, the rows of `verdict.py` first, one after the other
+    vector: Tensor  # int64 (SECTIONS * tensors + TAIL,): the vector of `verdict.py`, summed over ranks
     tensors: int  # columns of a row
-    slots: Tensor  # int64 (operands,), which tensor is each operand's
-    units: Tensor  # float64 (operands,), of the fixed point
-    numels: Tensor  # float64 (operands,), of the tensor, but at least 1
+    slots: Tensor  # int64 (operands,): column of each operand's tensor
+    units: Tensor  # float64 (operands,): 2**-k of the fixed-point sum
+    numels: Tensor  # float64 (operands,): number of elements of the whole tensor, at least 1
 
     @property
     def totals(self) -> Tensor:
-        """Sums in fixed point: int64 (tensors,), a view."""
+        """Sums of each tensor's statistic in fixed point: int64 (tensors,), a view."""
         return self.vector[TOTAL * self.tensors :][: self.tensors]
 
     @property
     def non_finite(self) -> Tensor:
-        """Positive where the sum is none, as something was not finite: int64 (tensors,), a view."""
+        """Positive where something was not finite, so that the sum is meaningless: int64 (tensors,), a view."""
         return self.vector[NON_FINITE * self.tensors :][: self.tensors]
 
     @staticmethod
     def recorded_mean(recorder: Recorder) -> Number:
-        """Mean of the statistic over each operand's tensor; NaN where it was not finite."""
+        """Record the mean of the statistic over each operand's tensor; NaN where it was not finite."""
         return mean(*map(recorder.input, ("total", "unit", "numel", "non_finite")))
 
     def inputs(self) -> dict[str, Tensor]:
-        """The values of these inputs: (operands,)."""
+        """Return the values of the four inputs, keyed by name: (operands,) each."""
         of_operands = {"total": self.totals[self.slots].to(torch.float64), "non_finite": self.non_finite[self.slots]}
         return of_operands | {"unit": self.units, "numel": self.numels}
 
 
 def mean(total: Number, unit: Number, numel: Number, non_finite: Number) -> Number:
-    """Mean of a statistic that was summed in fixed point over a tensor: float64; NaN where it was not finite.
+    """Return the mean over a tensor of a statistic that was summed in fixed point: float64; NaN where it was not finite.
 
     Args:
-        total: sum of integers.
-        unit: 2**-k.
-        numel: of the tensor.
-        non_finite: positive where the statistic was not finite; int64.
+        total: the fixed-point sum, an integer.
+        unit: 2**-k, the value of 1 in the fixed-point sum.
+        numel: number of elements of the tensor.
+        non_finite: int64; positive where the statistic was not finite.
     """
     return nan_where(non_finite, divide(total * unit, numel))
 
 
-# Of each operation that is recorded.
+# The function of each operation in a record, keyed by its name.
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "+": operator.add,
     "-": operator.sub,

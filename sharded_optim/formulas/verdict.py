@@ -1,6 +1,6 @@
-"""Decide whether a step happens, from one vector of integers that all ranks have summed: two for each tensor of the model.
+"""Decide whether a step happens, from one all-reduced int64 vector with two values for each tensor of the model.
 
-`contribute`, `judge` and `advance` are the definitions, in torch operations. A backend may have kernels that do the same in one launch.
+`contribute`, `judge` and `advance` are the reference, in torch operations. Backends may have kernels that do the same in one launch.
 """
 
 from __future__ import annotations
@@ -29,32 +29,32 @@ __all__ = [
 # Rows of the vector, one column per tensor.
 SECTIONS = 2
 TOTAL = 0  # sum of q over the owned pieces
-# NON_FINITE_PIECE for each piece whose gradient, or statistic, was not finite; minus k + 1 where the tensor has a gradient, in k fraction
-# bits. So it is positive if and only if something was not finite.
+# NON_FINITE_PIECE times the number of pieces whose gradient or statistic was not finite, minus k + 1 if the tensor has a gradient, where k
+# is the number of fraction bits. So it is positive if and only if something was not finite.
 NON_FINITE = 1
 NON_FINITE_PIECE = 2**32
-TAIL = 4  # after the rows:
-DIFFERENCE = -4  # a sum of hashes, modulo 2**64, that is 0 where ranks have equal hyperparameters, options, steps and gradients missing
-REPLACES = -3  # ranks whose parameters are not those of this vector any more, so that all must make a new layout
-INVALID = -2  # ranks that met bad input
-FOUND_INF = -1  # ranks on which GradScaler found an infinite gradient
+TAIL = 4  # number of values after the rows, at these indices:
+DIFFERENCE = -4  # weighted sum of hashes, modulo 2**64: 0 if hyperparameters, options, steps and missing gradients are equal on all ranks
+REPLACES = -3  # number of ranks whose parameters are no longer those of this vector, so that all ranks must build a new layout
+INVALID = -2  # number of ranks with bad input
+FOUND_INF = -1  # number of ranks on which GradScaler found an infinite gradient
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """The decision about a step; the same on each rank."""
+    """The decision about a step; the same on every rank."""
 
-    flags: Tensor  # int64 (3,): whether ranks are consistent, whether all is finite, and whether no GradScaler found an infinite gradient
-    proceed: Tensor  # bool (), whether the step happens
+    flags: Tensor  # int64 (3,): the ranks are consistent; everything is finite; no GradScaler found an infinite gradient
+    proceed: Tensor  # bool (): the step happens
 
 
 def contribute(
-    vector: Tensor,  # int64 (SECTIONS * tensors + TAIL,), of this rank; added to
-    observed: Tensor,  # int64 (2, n): of some pieces, each one's sum of q, and 1 where an element was not finite
-    counted: Tensor,  # int64 (2, n), factors of these; see `Slots`
-    slots: Tensor,  # int64 (n,), of the pieces' tensors
+    vector: Tensor,  # int64 (SECTIONS * tensors + TAIL,): this rank's vector, added to in place
+    observed: Tensor,  # int64 (2, n): the sum of q over each piece, and 1 if an element was not finite
+    counted: Tensor,  # int64 (2, n): factors of `observed`; see `Slots`
+    slots: Tensor,  # int64 (n,): column of each piece's tensor
 ) -> None:
-    """Add what was observed of some pieces."""
+    """Add the observations of n pieces to this rank's vector."""
     vector[:-TAIL].view(SECTIONS, -1).index_add_(1, slots, observed * counted)
 
 
@@ -62,8 +62,8 @@ def judge(sums: Tensor, *, skips: bool) -> Verdict:
     """Decide about a step from the sums over ranks, without waiting for the device.
 
     Args:
-        sums: int64 (SECTIONS * tensors + TAIL,).
-        skips: whether a step that is not finite does not happen.
+        sums: the all-reduced vector: int64 (SECTIONS * tensors + TAIL,).
+        skips: whether a non-finite step is skipped.
     """
     vector = sums[:-TAIL].view(SECTIONS, (len(sums) - TAIL) // SECTIONS)
     no_difference, no_new_params, valid, no_inf = (sums[-TAIL:] == 0).unbind()
@@ -77,10 +77,10 @@ def judge(sums: Tensor, *, skips: bool) -> Verdict:
 
 
 def advance(steps: Tensor, happens: Tensor | None) -> None:
-    """Count a step.
+    """Increment step counters if the step happens.
 
     Args:
-        steps: fp32, any shape, written.
-        happens: bool (), whether the step happens; None: it does.
+        steps: fp32, any shape; written in place.
+        happens: bool (), whether the step happens; None means that it does.
     """
     steps += 1.0 if happens is None else happens

@@ -1,4 +1,4 @@
-"""The conventions of weight decay: what each does to a parameter in a step. `convert_weight_decay.py` converts values between them.
+"""The conventions of weight decay, by their effect on a parameter in one step. `convert_weight_decay.py` converts values between them.
 
 With alpha the reference (peak) learning rate and s = lr / alpha the schedule's multiplier, libraries mean different things by the same
 `weight_decay=lambda`:
@@ -43,7 +43,7 @@ FORMS = (*_AMOUNTS, L2)
 
 
 def form_of(*, decouple_wd: bool, decouple_lr: bool, decay_form: str | None = None) -> str:
-    """Return `decay_form`, or the form that optimi's switches mean if it is None.
+    """Return `decay_form`, or, if it is None, the form that optimi's switches select.
 
     Raises:
         ValueError: `decay_form` contradicts `decouple_lr`.
@@ -56,9 +56,9 @@ def form_of(*, decouple_wd: bool, decouple_lr: bool, decay_form: str | None = No
 
 
 def decay_coefficients(group: Mapping[str, Any], lr_scale: Number) -> tuple[Number, Number]:
-    """(l2, decay) of a param group: a step computes with grad + l2 * param, and multiplies param by decay first.
+    """Return (l2, decay) of a param group: a step uses the gradient grad + l2 * param, and multiplies param by decay first.
 
-    `lr_scale` multiplies the learning rate. A reference of 0 means that no positive learning rate has been seen yet: nothing decays.
+    `lr_scale` multiplies the learning rate. A reference_lr of 0 means that no positive learning rate has been seen yet: nothing decays.
     """
     if group["decay_form"] == L2:
         return group["weight_decay"], 1.0
@@ -67,9 +67,7 @@ def decay_coefficients(group: Mapping[str, Any], lr_scale: Number) -> tuple[Numb
 
 
 def decay_amount(group: Mapping[str, Any]) -> Number | None:
-    """Return the share of a parameter that a step takes away; None where there is no reference yet. Not for L2, which goes through the
-    gradient.
-    """
+    """Return the share by which a step shrinks a parameter; None without a reference yet. Not for L2, which acts through the gradient."""
     form, reference_lr = group["decay_form"], group["reference_lr"]
     if form != COUPLED and reference_lr == 0:
         return None

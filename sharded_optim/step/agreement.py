@@ -1,8 +1,8 @@
-"""The only collective of a step: its contents, the meaning of its result, and the errors that follow from it.
+"""The all-reduce of a step: its input vector, its result, and the errors that the result implies.
 
-Every rank contributes one int64 vector, two values for each tensor of the model, and one all-reduce adds them up: sums of the statistic,
-where a gradient was not finite, and whether ranks differ or one met bad input. An error is raised on every rank: in the same step where the
-host knows the sums, one step later where only a device does.
+Every rank contributes one int64 vector with two values for each tensor of the model, and one all-reduce sums the vectors. They carry the
+statistics, non-finite gradients, disagreements between ranks, and bad input. Errors are raised on every rank: in the same step if the host
+has the sums, one step later if only the device has them.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ _numbers = count()
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """The options of an optimizer that decide what ranks agree on in a step."""
+    """The options of an optimizer that determine what the ranks agree on in a step."""
 
-    agrees: bool  # whether a step is a collective
+    agrees: bool  # whether a step has an all-reduce
     nonfinite: NonFinite
     max_skipped_steps: int | None
-    state_format: str  # the name of the moments' format
+    state_format: str  # name of the moments' storage format
 
     @cached_property
     def options(self) -> tuple[tuple[str, NonFinite | int | str | None], ...]:
-        """Names and values of the options that must be the same on all ranks."""
+        """(name, value) of the options that must be the same on all ranks."""
         return ("nonfinite", self.nonfinite), ("max_skipped_steps", self.max_skipped_steps), ("state_dtype", self.state_format)
 
     @cached_property
@@ -66,21 +66,21 @@ class Rules:
 
 @dataclass(frozen=True)
 class Scaler:
-    """The values that GradScaler sets on an optimizer for the time of a step. Only this class reads them."""
+    """The attributes that GradScaler sets on an optimizer during a step. Only this class reads them."""
 
-    scale: Tensor | None = None  # what the gradients are multiplied by, one element
-    found_inf: Tensor | None = None  # not 0 if a gradient was not finite, one element
+    scale: Tensor | None = None  # the factor that the gradients are still multiplied by; one element
+    found_inf: Tensor | None = None  # nonzero if a gradient was not finite; one element
 
     @classmethod
     def of(cls, optimizer: Any) -> Scaler:
         found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is not None and not isinstance(found_inf, Tensor):  # of a rank without a gradient
+        if found_inf is not None and not isinstance(found_inf, Tensor):  # a plain number on a rank without gradients
             found_inf = torch.tensor(float(found_inf), device="cpu")
         scale = getattr(optimizer, "grad_scale", None)
         return NO_SCALER if scale is None and found_inf is None else cls(scale, found_inf)
 
     def inverse(self, device: torch.device) -> Tensor | None:
-        """The factor for the gradients: fp32 () on the device; None if they are not scaled."""
+        """Return the factor that unscales the gradients: fp32 () on the device; None if they are not scaled."""
         return None if self.scale is None else self.scale.to(device).double().reciprocal().float().reshape(())
 
 
@@ -91,15 +91,14 @@ NO_SCALER = Scaler()
 class Streak:
     """Counts consecutive steps that were skipped because a gradient was not finite.
 
-    A step that does not happen for another reason, as GradScaler has found something that is not in these gradients, neither counts nor
-    ends it.
+    A step skipped for another reason, such as an inf that GradScaler found outside these gradients, neither extends nor ends the streak.
     """
 
     length: int = 0
-    first: Tensor | None = None  # int64 (tensors,), pieces of each that were not finite in the first of them
+    first: Tensor | None = None  # int64 (tensors,): number of non-finite pieces of each tensor in the first skipped step
 
     def count(self, agreement: Agreement, *, finite: bool, no_inf: bool) -> None:
-        """Count a step."""
+        """Extend the streak by a non-finite step, or end it with one that was not skipped."""
         if not finite:
             self.first = self.first if self.length else agreement.non_finite_pieces()
             self.length += 1
@@ -107,7 +106,7 @@ class Streak:
             self.end()
 
     def end(self) -> None:
-        """Start again from 0."""
+        """Reset the streak to 0."""
         self.length, self.first = 0, None
 
 
@@ -115,11 +114,11 @@ class Agreement:
     """The result of the all-reduce: the same on every rank, except for `contributions`.
 
     Attributes:
-        totals: int64 (SECTIONS * number of tensors + TAIL,), summed over ranks.
-        contributions: this rank's.
-        verdict: whether the step happens.
-        is_on_host: whether reading it waits for nothing.
-        number: larger than that of any agreement before.
+        totals: the vector summed over ranks: int64 (SECTIONS * number of tensors + TAIL,); see `formulas/verdict.py`.
+        contributions: this rank's contributions.
+        verdict: the decision whether the step happens.
+        is_on_host: whether the result can be read without waiting for a device.
+        number: a sequence number, which increases with every agreement.
     """
 
     def __init__(self, layout: Layout, totals: Tensor, contributions: Sequence[Contribution], verdict: Verdict, rules: Rules) -> None:
@@ -133,21 +132,21 @@ class Agreement:
         self._flags = _HostCopy(verdict.flags)
 
     def named_means(self) -> dict[str, float]:
-        """Mean of the statistic over every tensor of the model that has one and had a gradient. Waits for the device."""
+        """Return the mean of the statistic by tensor name, for tensors with a statistic and a gradient. Waits for the device."""
         summed = (self._bits_plus_1() > 1).tolist()
         return {name: mean for name, mean, has in zip(self.layout.names, self.means().tolist(), summed, strict=True) if has}
 
     def means(self) -> Tensor:
-        """Mean of the statistic over every tensor of the model: float64 (number of tensors,); NaN where not finite."""
+        """Return the mean of the statistic over every tensor of the model: float64 (number of tensors,); NaN where not finite."""
         k = (self._bits_plus_1() - 1).clamp(min=0)
-        unit = ((1023 - k) << 52).view(torch.float64)  # 2.0**-k by its bit pattern: exp2 and pow need not be exact
+        unit = ((1023 - k) << 52).view(torch.float64)  # 2.0**-k from its bit pattern: exp2 and pow need not be exact
         numels = self.layout.tensor_numels(self.totals.device)
         means = mean(self._row(TOTAL).to(torch.float64), unit, numels, self._row(NON_FINITE))
         assert isinstance(means, Tensor)
         return means
 
     def non_finite_pieces(self) -> Tensor:
-        """Number of pieces of every tensor, over all ranks, that were not finite: int64 (number of tensors,)."""
+        """Return the number of non-finite pieces of every tensor, over all ranks: int64 (number of tensors,)."""
         return (self._row(NON_FINITE) + self._bits_plus_1()) // NON_FINITE_PIECE
 
     def has_gradients(self) -> bool:
@@ -155,26 +154,26 @@ class Agreement:
         return bool((self._bits_plus_1() > 0).any())
 
     def _bits_plus_1(self) -> Tensor:
-        """Number of fraction bits of every tensor's statistic plus 1, which is 1 without a statistic; 0 without a gradient."""
+        """Return 1 + the fraction bits of every tensor's statistic: int64 (tensors,); 1 without a statistic, 0 without a gradient."""
         return -self._row(NON_FINITE) % NON_FINITE_PIECE
 
     def sums(self, places: Slots, fixed_point: FixedPoint) -> Sums:
-        """Return the sums over all ranks for the tensors that these pieces of this rank belong to."""
+        """Return the sums over all ranks for the tensors that contain these pieces of this rank."""
         vector = self.totals
-        if vector.device != places.slots.device:  # parameters may be on several
+        if vector.device != places.slots.device:  # parameters may be on several devices
             vector = vector.to(places.slots.device)
         units, numels = fixed_point.units, fixed_point.numels
         return Sums(vector=vector, tensors=len(self.layout.names), slots=places.slots, units=units, numels=numels)
 
     def _row(self, number: int) -> Tensor:
-        """One of the rows of `formulas/verdict.py`: int64 (number of tensors,), a view."""
+        """Return a row of the vector, numbered as in `formulas/verdict.py`: int64 (number of tensors,), a view."""
         return self.totals[:-TAIL].view(SECTIONS, -1)[number]
 
     def raise_inconsistency(self, failure: Exception | None) -> None:
-        """Raise ValueError on every rank if the ranks are inconsistent; where only the device knows that, on the ranks that have failed.
+        """Raise ValueError on every rank if the ranks are inconsistent. If only the device has the result, raise on the failed ranks alone.
 
         Args:
-            failure: why this rank brought nothing to the agreement.
+            failure: the error that kept this rank from contributing; None if it contributed.
         """
         if not self.is_on_host:
             if failure is not None:
@@ -188,21 +187,21 @@ class Agreement:
         raise ValueError(inconsistency(self.layout, self.totals, self.contributions))
 
     def raise_non_finite(self) -> None:
-        """Raise FloatingPointError on every rank if a gradient was not finite. Waits for the device: the price of raising in the step."""
+        """Raise FloatingPointError on every rank if a gradient was not finite. Waits for the device, to raise in the same step."""
         if capturing(self.totals.device):
             raise ValueError("nonfinite='raise' waits for each step, which a CUDA graph cannot record; use nonfinite='skip'")
         if not self._flags.read()[1]:
             raise FloatingPointError(non_finite(self.layout, self.contributions))
 
     def raise_left_over(self, streak: Streak) -> None:
-        """Raise the errors for which the host reads the verdict, on every rank: inconsistent ranks, too many skipped steps in a row.
+        """Read the verdict and raise its errors on every rank: inconsistent ranks, or too many consecutive skipped steps.
 
-        On a device this is called when the next step begins, on all ranks in the same one. The device has long had a forward and a backward
-        pass queued behind what is waited for here, so it does not run dry.
+        On a device this runs when the next step begins, the same step on all ranks. By then a forward and a backward pass are queued
+        behind the verdict, so the device stays busy while the host waits.
 
         Raises:
-            ValueError: the ranks did not fit together.
-            FloatingPointError: so many steps in a row were skipped as the options allow.
+            ValueError: the ranks were inconsistent.
+            FloatingPointError: the number of consecutive skipped steps has reached the limit.
         """
         consistent, finite, no_inf = self._flags.read()
         if not consistent:
@@ -214,12 +213,12 @@ class Agreement:
         if not finite or streak.length:
             streak.count(self, finite=bool(finite), no_inf=bool(no_inf))
         if not finite and streak.length >= longest:
-            assert streak.first is not None, "it has begun"
+            assert streak.first is not None, "count sets it with the first skipped step"
             raise FloatingPointError(skipped_in_a_row(streak.length, streak.first, self.layout, self.contributions))
 
 
 class _HostCopy:
-    """A copy of a small tensor to the host, which is read later, when it has arrived or nearly so."""
+    """An asynchronous copy of a small tensor to the host, read later, when it has usually arrived."""
 
     def __init__(self, values: Tensor) -> None:
         self._values, self._copied = values, None
@@ -239,17 +238,17 @@ class _HostCopy:
 
 
 def agree(
-    layout: Layout,  # of all ranks
-    contributions: Sequence[Contribution],  # about the pieces of all local parameters that have a gradient
+    layout: Layout,  # the layout of all ranks
+    contributions: Sequence[Contribution],  # for the pieces of all local parameters that have a gradient
     rules: Rules,
     *,
-    invalid: bool = False,  # this rank met bad input
-    replaces: bool = False,  # its parameters are not those of the layout any more
-    found_inf: Tensor | None = None,  # GradScaler's, any shape with one element
-    device: torch.device | None = None,  # on which ranks agree; None: the layout's
-    backend: AgreementFunctions = verdict,  # on this device
+    invalid: bool = False,  # this rank had bad input
+    replaces: bool = False,  # this rank's parameters are no longer those of the layout
+    found_inf: Tensor | None = None,  # GradScaler's flag; any shape with one element
+    device: torch.device | None = None,  # device of the all-reduce; None: the layout's
+    backend: AgreementFunctions = verdict,  # the implementation for this device
 ) -> Agreement:
-    """Add up all ranks' contributions. The one collective of a step; every rank of the group must call it, also with nothing to give."""
+    """Sum all ranks' contributions in one all-reduce. Every rank of the group must call it, even with nothing to contribute."""
     device = layout.device if device is None else device
     vector = _contributed(layout, contributions, device, backend, invalid=invalid, replaces=replaces)
     if found_inf is not None:
@@ -270,7 +269,7 @@ def _contributed(
     invalid: bool,
     replaces: bool,
 ) -> Tensor:
-    """Build this rank's vector."""
+    """Build this rank's vector: int64 (SECTIONS * number of tensors + TAIL,) on the device."""
     tensors = len(layout.names)
 
     def make() -> Tensor:
@@ -280,34 +279,35 @@ def _contributed(
             host[NON_FINITE * tensors + firsts[firsts >= 0]] = -1 - each.fixed_point.bits[firsts >= 0].clamp(min=0)
         return send(host, device)
 
+    # Cloned, because the cached vector is added to below.
     vector = layout.sent.of([(each.places, each.fixed_point) for each in contributions], device, make).clone()
     for each in contributions:
-        given = (each.observed, each.places.counted, each.places.slots)
-        if each.observed.device != device:  # parameters may be on several
-            given = tuple(tensor.to(device) for tensor in given)
-        backend.contribute(vector, *given)
+        inputs = (each.observed, each.places.counted, each.places.slots)
+        if each.observed.device != device:  # parameters may be on several devices
+            inputs = tuple(tensor.to(device) for tensor in inputs)
+        backend.contribute(vector, *inputs)
         if each.difference:
             vector[DIFFERENCE] += each.difference
-    for index, is_so in ((INVALID, invalid), (REPLACES, replaces)):
-        if is_so:
+    for index, flag in ((INVALID, invalid), (REPLACES, replaces)):
+        if flag:
             vector[index] = 1
     return vector
 
 
 def confirm_replacement(layout: Layout, change: str, rules: Rules, device: torch.device) -> None:
-    """Ask all ranks whether they too are about to replace a layout. Some may be in a step of it, so this is the collective of that step.
+    """Confirm that all ranks replace the same layout. Other ranks may still be stepping it, so this is the all-reduce of such a step.
 
-    Waits for the device: parameters seldom change.
+    Waits for the device, which is acceptable because parameters rarely change.
 
     Args:
-        layout: of all ranks.
-        change: how this rank's parameters differ from it.
-        device: of this rank's parameters.
+        layout: the layout of all ranks that this rank replaces.
+        change: how this rank's parameters differ from it, for the error.
+        device: the device of this rank's parameters.
 
     Raises:
-        ValueError: not all of them are; on all ranks, or on a device one step later on the others.
+        ValueError: some ranks still use the layout. Raised on all ranks; on a device, the others raise one step later.
     """
-    assert layout.process_group is not None, "ranks agree"
+    assert layout.process_group is not None, "only a layout of several ranks needs confirmation"
     agreement = agree(layout, (), rules, replaces=True, device=device)
     if int(agreement.totals[REPLACES]) == dist.get_world_size(layout.process_group):
         return

@@ -1,4 +1,4 @@
-"""Checks of constructor arguments that name the public class, the argument that was meant and the way out. Used by all optimizers."""
+"""Check constructor arguments, with errors that name the public class, the closest argument and the remedy. Used by all optimizers."""
 
 from __future__ import annotations
 
@@ -24,42 +24,42 @@ __all__ = [
     "warn_of_swapped_eps",
 ]
 
-# Arguments of torch's optimizers that are not arguments here, and what their users do instead.
+# Arguments of torch's optimizers that do not exist here, and the remedy for each.
 WAYS_OUT = {
-    "fused": "every backend is fused; leave it out, or choose who computes with backend=",
-    "capturable": "a CUDA graph may record any step on a GPU; leave it out",
-    "parameters_as_bucket_view": "in a ShardedOptimizer parameters lie in buckets anyway; leave it out",
-    "overlap_with_ddp": "ShardedOptimizer reduces gradients while backward goes on, without DistributedDataParallel; leave it out",
+    "fused": "every backend is fused; leave it out, or choose the backend with backend=",
+    "capturable": "a CUDA graph can capture any step on a GPU; leave it out",
+    "parameters_as_bucket_view": "a ShardedOptimizer always keeps parameters in buckets; leave it out",
+    "overlap_with_ddp": "ShardedOptimizer reduces gradients during backward, without DistributedDataParallel; leave it out",
     "consolidate_state_dict": "it is a method of ShardedOptimizer, which every rank calls before one saves for all; leave it out here",
 }
-PASSES = {"fused": True}  # what an argument may be beside None and False, as it asks for what is done anyway
-INTERNAL = ("defaults", "algorithm")  # what public classes give their base
-# Positional arguments in the order of another library: from SWAPPED_EPS on eps may be a weight decay, and up to SWAPPED_DECAY a weight
-# decay that lr multiplies, which would do nothing in float32, may be an eps.
+PASSES = {"fused": True}  # values accepted besides None and False, because they request the only behaviour there is
+INTERNAL = ("defaults", "algorithm")  # arguments that public classes pass to their base
+# Positional arguments may be in another library's order: an eps of SWAPPED_EPS or more may be a weight decay, and a weight decay up to
+# SWAPPED_DECAY, which lr multiplies and which would have no effect in float32, may be an eps.
 SWAPPED_EPS = 1e-3
 SWAPPED_DECAY = 1e-8
 
 
 def argument_names(*classes: type) -> list[str]:
-    """Names of the arguments of a class, and of the classes that it passes further arguments to."""
+    """Return the argument names of a class and of the classes that it forwards keyword arguments to."""
     parameters = [each for cls in classes for each in inspect.signature(cls).parameters.values()]
     names = dict.fromkeys(each.name for each in parameters if each.kind is not inspect.Parameter.VAR_KEYWORD)
     return [name for name in names if name not in INTERNAL]
 
 
 def hands_on(cls: type) -> bool:
-    """Return whether a class takes arguments that its signature does not name."""
+    """Return whether a class takes `**kwargs`, which it forwards."""
     return any(each.kind is inspect.Parameter.VAR_KEYWORD for each in inspect.signature(cls).parameters.values())
 
 
 def refuse_unknown(caller: str, given: Mapping[str, Any], names: Sequence[str], hyperparameters: Iterable[Hyperparameter]) -> None:
-    """Raise TypeError for an argument that does not exist, unless it is a known switch of another library that asks for nothing.
+    """Raise TypeError for an unknown argument, unless it is a known switch of another library in its off position.
 
     Args:
-        caller: the class that was called.
-        given: arguments that it does not take.
-        names: those that it takes.
-        hyperparameters: what param groups may have.
+        caller: name of the called class.
+        given: the arguments that the class does not take, with their values.
+        names: the arguments that the class takes.
+        hyperparameters: the hyperparameters that param groups may have.
     """
     for name, value in given.items():
         declared = by_name(hyperparameters).get(name)
@@ -69,7 +69,7 @@ def refuse_unknown(caller: str, given: Mapping[str, Any], names: Sequence[str], 
         if isinstance(declared, Unsupported):
             way_out = declared.way_out
         elif declared is not None and name not in by_name(COMMON):
-            way_out = f"give it in the param groups: [{{'params': ..., {name!r}: {value!r}}}]"
+            way_out = f"set it in the param groups: [{{'params': ..., {name!r}: {value!r}}}]"
         elif name in WAYS_OUT:
             way_out = WAYS_OUT[name]
         else:
@@ -79,12 +79,12 @@ def refuse_unknown(caller: str, given: Mapping[str, Any], names: Sequence[str], 
 
 
 def check_iterable(params: Any, where: str) -> None:
-    """Raise TypeError for anything that is not a collection of parameters.
+    """Raise TypeError unless the value is an iterable of parameters.
 
     Args:
-        where: what it was given as.
+        where: name of the argument or of the group's entry, for the error.
     """
-    is_model = isinstance(params, nn.Module) and not isinstance(params, nn.ParameterList)  # which torch too iterates over
+    is_model = isinstance(params, nn.Module) and not isinstance(params, nn.ParameterList)  # a ParameterList is iterable, to torch too
     if is_model or not isinstance(params, Iterable):
         given = "a method that was not called" if inspect.ismethod(params) else type(params).__name__
         raise TypeError(f"{where} must be an iterable of parameters, got {given}; pass model.parameters() or model.named_parameters()")
@@ -93,12 +93,12 @@ def check_iterable(params: Any, where: str) -> None:
         raise TypeError(f"{where} must be an iterable of parameters or of dicts, got {type(params).__name__}; {way_out}")
 
 
-# Attributes under which a container has an optimizer, several, or a container of them, in the order in which they are tried.
+# Attributes in which wrappers and trainers store an optimizer, several optimizers, or another such container; tried in this order.
 CONTAINER_ATTRIBUTES = ("optimizer", "optimizers", "_optimizer", "_optimizers", "basic_optimizer", "optim")
 
 
 def _holds(container: Any, optimizer: Any, levels: int = 4) -> bool:
-    """Return whether a container, or one in it, has this optimizer."""
+    """Return whether a container holds this optimizer, directly or nested up to `levels` deep."""
     if container is optimizer or levels == 0:
         return container is optimizer
     if isinstance(container, list | tuple):
@@ -110,25 +110,26 @@ def _holds(container: Any, optimizer: Any, levels: int = 4) -> bool:
 
 
 def refuse_options_on_wrapper(optimizer: Any) -> None:
-    """Raise ValueError if layout or process_group was set on a framework's wrapper whose `step` is calling, and has not reached us."""
+    """Raise ValueError if layout or process_group was set on the framework wrapper that calls `step`, and not on the optimizer itself."""
     frame = sys._getframe(2)
     while frame is not None:
-        # Before Python 3.13 a frame keeps what f_locals has shown until it ends: only of methods that end with the step.
+        # Before Python 3.13, reading f_locals keeps the locals alive until the frame returns: read it only in `step` methods.
         is_method = frame.f_code.co_name == "step" and frame.f_code.co_varnames[:1] == ("self",)
         wrapper = frame.f_locals["self"] if is_method else None
         given = getattr(wrapper, "__dict__", {})
+        # Only objects with the interface of an optimizer: trainers may have a `step` too.
         if hasattr(wrapper, "zero_grad") and wrapper is not optimizer and _holds(wrapper, optimizer):
             for name in ("layout", "process_group"):
                 if given.get(name) is not None and given[name] is not getattr(optimizer, name):
                     raise ValueError(
-                        f"{name} was set on the {type(wrapper).__name__} around the optimizer, which does not hand it on; write "
+                        f"{name} was set on the {type(wrapper).__name__} around the optimizer, which does not pass it on; write "
                         f"so.unwrap_optimizer(optimizer).{name} = ..."
                     )
         frame = frame.f_back
 
 
 def warn_of_swapped_eps(optimizer: type, defaults: Mapping[str, Any]) -> None:
-    """Warn where eps and weight decay look like positional arguments in the order of another library."""
+    """Warn if eps and weight decay look like positional arguments in another library's order."""
     if not {"eps", "weight_decay"} <= defaults.keys():
         return
     eps, weight_decay = float(defaults["eps"]), float(defaults["weight_decay"])

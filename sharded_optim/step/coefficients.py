@@ -1,7 +1,7 @@
-"""Compute the table of coefficients that a backend reads, from hyperparameters, step counters and learning-rate scales.
+"""Compute the coefficient table that a backend reads, from hyperparameters, step counters and learning-rate scales. Used by kernel calls.
 
-Formulas are recorded once for each param group, and again when a hyperparameter other than the learning rate changes. Backends evaluate
-them, in float64. Nothing here waits for a device.
+Each param group's formula is recorded once, and again when a hyperparameter other than the learning rate changes. Backends evaluate
+formulas in float64. Nothing here waits for a device.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from sharded_optim.storage.devices import DeviceCache, send
 
 __all__ = ["GroupValues", "LrScale", "OperandGroups", "coefficient_table", "host_numbers"]
 
-MUTABLE = object()  # stands for a value that may change, though it stays the same object
+MUTABLE = object()  # placeholder for a value that can be changed in place, so that its identity proves nothing
 IMMUTABLE = (bool, int, float, str, type(None), torch.dtype)
-NOT_VALUES = ("params", "param_names")  # keys of a param group that are no hyperparameters
+NOT_VALUES = ("params", "param_names")  # keys of a param group that are not hyperparameters
 
 
 class GroupValues:
     """The hyperparameters of one param group, checked and converted once, and again when one of them changes.
 
-    Schedulers and users write to param groups at any time. The values are compared by identity in every step, which is fast; only a group
-    that has changed, or has values that may change in place (tensors, lists), is checked, converted and hashed again.
+    Schedulers and users write to param groups at any time. Every step compares the values by identity, which is fast. Only a group that
+    has changed, or has values that can change in place (tensors, lists), is checked, converted and hashed again.
 
     Attributes:
-        group: whose they are; held, so that its id stays its own.
-        numbers: the hyperparameters, as Python numbers where the host knows them; lr may be a tensor of a device.
-        compared: names and values of those that must be the same on all ranks.
+        group: the param group; the reference keeps its id from being reused.
+        numbers: the hyperparameters, as Python numbers where the host has them; lr may be a tensor on a device.
+        compared: (name, value) of the hyperparameters that must be the same on all ranks.
     """
 
     def __init__(
@@ -54,10 +54,10 @@ class GroupValues:
         self._seen = {name: value if _is_immutable(value) else MUTABLE for name, value in _values_in(group).items()}
         self.compared = [(name, comparable(group[name])) for name in sorted(compared & group.keys())]
         self._options: Any = None
-        self._text = b""  # of what is compared, and of these options
+        self._text = b""  # `compared` and `_options` as text, the input of the hash
 
     def are_of(self, group: dict[str, Any], state_dtype: torch.dtype | str) -> bool:
-        """Return whether this is the group and these are certainly its values."""
+        """Return whether this is the same group and its values are certainly unchanged."""
         return (
             group is self.group
             and state_dtype == self._state_dtype
@@ -66,11 +66,11 @@ class GroupValues:
         )
 
     def unchanged(self, group: dict[str, Any]) -> set[str]:
-        """Names of the values of a group that are certainly the same as these."""
+        """Return the names of a group's values that are certainly the same as these."""
         return {name for name, value in _values_in(group).items() if value is self._seen.get(name, MUTABLE)}
 
     def key(self, options: Any, step: float | None) -> int:
-        """Hash hyperparameters, options and step to 64 bits, which ranks compare."""
+        """Hash compared hyperparameters, options and step to 64 bits, for the comparison between ranks."""
         if options != self._options:
             self._options, self._text = options, repr((self.compared, options)).encode()
         return int.from_bytes(blake2b(b"%b %r" % (self._text, step), digest_size=8).digest(), "little")
@@ -85,11 +85,11 @@ def _is_immutable(value: Any) -> bool:
 
 
 def host_numbers(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert hyperparameters to floats, also host tensors. A learning rate on a device stays a tensor."""
-    found = {name: on_host(value) for name, value in group.items()}
+    """Convert hyperparameters, including host tensors, to Python numbers. A learning rate on a device stays a tensor."""
+    numbers = {name: on_host(value) for name, value in group.items()}
     if "betas" in group:
-        found["betas"] = tuple(map(float, group["betas"]))
-    return found if isinstance(found["lr"], Tensor) else found | {"lr": float(found["lr"])}
+        numbers["betas"] = tuple(map(float, group["betas"]))
+    return numbers if isinstance(numbers["lr"], Tensor) else numbers | {"lr": float(numbers["lr"])}
 
 
 OfMean = Callable[[Mapping[str, Any], Number], Number]  # see `Statistic.lr_scale`
@@ -97,7 +97,7 @@ OfMean = Callable[[Mapping[str, Any], Number], Number]  # see `Statistic.lr_scal
 
 @dataclass(frozen=True, kw_only=True)
 class LrScale:
-    """The factor for the learning rate of each operand, computed from the sums over ranks."""
+    """The learning-rate factor of each operand: a function of the mean of its tensor's statistic, and the sums that give the mean."""
 
     of_mean: OfMean
     sums: Sums
@@ -105,30 +105,30 @@ class LrScale:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class OperandGroups:
-    """The hyperparameters of param groups, and which operands are of which group.
+    """The hyperparameters of param groups, and the group of each operand.
 
     Attributes:
-        groups: hyperparameters of each, as `host_numbers` gives them.
-        group_of: which group is each operand's: int64 (operands,) on the device; None if there is one.
+        groups: the hyperparameters of each group, as `host_numbers` returns them.
+        group_of: index of each operand's group: int64 (operands,) on the device; None if there is only one group.
     """
 
     groups: Sequence[Mapping[str, Any]]
     group_of: Tensor | None = None
     _formulas: dict[Any, Formulas] = field(default_factory=dict)
     _sent_lr: DeviceCache[Tensor] = field(default_factory=DeviceCache)
-    _lr_on_host: list[float] | None = field(init=False)  # None: one is on a device
+    _lr_on_host: list[float] | None = field(init=False)  # learning rate of each group; None: one is on a device
 
     def __post_init__(self) -> None:
         rates = [group["lr"] for group in self.groups]
         object.__setattr__(self, "_lr_on_host", None if any(isinstance(lr, Tensor) for lr in rates) else rates)
 
     def having(self, groups: Sequence[Mapping[str, Any]]) -> OperandGroups:
-        """Return the same with other hyperparameters of the groups."""
-        alike = all(map(_alike_but_for_lr, groups, self.groups))
+        """Return a copy with new hyperparameters for the groups; it shares the recorded formulas unless more than lr differs."""
+        alike = all(map(_equal_except_lr, groups, self.groups))
         return replace(self, groups=groups, _formulas=self._formulas if alike else {})
 
     def formulas(self, coefficients: Callable[..., Coefficients], lr_scale: float | OfMean | None) -> Formulas:
-        """Return the formula of the coefficients of each group; see `coefficient_table`."""
+        """Return the coefficient formula of each group, recorded on first use; see `coefficient_table`."""
         key = coefficients, lr_scale
         if key not in self._formulas:
             self._formulas[key] = Formulas(tuple(_recorded(coefficients, group, lr_scale) for group in self.groups))
@@ -143,21 +143,21 @@ class OperandGroups:
 
 
 def _double(lr: float | Tensor, device: torch.device) -> Tensor:
-    """Return a learning rate on the device: float64 (). A number is filled in there: a copy would have to wait."""
+    """Return a learning rate on the device: float64 (). A number is written by a fill, because a copy from the host would wait."""
     if isinstance(lr, Tensor):
         return lr.detach().to(device, torch.float64).reshape(())
     return torch.full((), lr, dtype=torch.float64, device=device)
 
 
-def _alike_but_for_lr(group: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Return whether two groups certainly have the same hyperparameters but for their learning rates."""
+def _equal_except_lr(group: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Return whether two groups certainly have the same hyperparameters, apart from their learning rates."""
     return group.keys() == other.keys() and all(
         _is_immutable(value) and _is_immutable(other[name]) and value == other[name] for name, value in group.items() if name != "lr"
     )
 
 
 def _recorded(coefficients: Callable[..., Coefficients], group: Mapping[str, Any], lr_scale: float | OfMean | None) -> Formula:
-    """Record the formula of the coefficients of one group."""
+    """Record the coefficient formula of one group."""
     recorder = Recorder()
     numbers = {**group, "lr": recorder.input("lr")}
     arguments: list[Any] = [numbers, recorder.input("step")]
@@ -169,8 +169,8 @@ def _recorded(coefficients: Callable[..., Coefficients], group: Mapping[str, Any
 def coefficient_table(
     coefficients: Callable[..., Coefficients],  # (hyperparameters, step) or (hyperparameters, step, lr_scale)
     members: OperandGroups,
-    steps: Tensor,  # fp32 (operands,), taken so far by each
-    lr_scale: float | LrScale | None = None,  # passed on where given
+    steps: Tensor,  # fp32 (operands,), steps taken so far
+    lr_scale: float | LrScale | None = None,  # third argument of `coefficients`; None: it takes two
     *,
     backend: Backend,
     operands: Operands,

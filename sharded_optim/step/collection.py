@@ -1,4 +1,4 @@
-"""Pause Python's garbage collector where many objects are made that stay. Used where parameters are taken up."""
+"""Pause Python's garbage collector while many long-lived objects are created. Used where the optimizer registers parameters."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["collector_paused"]
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Context, and decorator, in which reference cycles are not looked for; memory is freed as ever where nothing refers to it.
+    """Pause the search for reference cycles, as a context manager or decorator. Reference counting still frees memory.
 
-    Python looks through all objects whenever their number has grown by a quarter. For 10,000 parameters that is several times, and takes
-    longer than to make the objects, none of which are garbage.
+    Python scans all objects whenever their number has grown by a quarter. For 10,000 parameters that happens several times and takes longer
+    than creating the objects, none of which is garbage.
     """
     if not gc.isenabled():
         yield

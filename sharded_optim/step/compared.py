@@ -1,8 +1,8 @@
-"""What ranks must have in common to step a tensor: hyperparameters, options of the optimizer, and the number of steps taken.
+"""Compare between ranks what must be equal to step a tensor: hyperparameters, the optimizer's options, and the number of steps taken.
 
-Each rank sends one number for all of it. Every piece has a weight, and the weights of a tensor's pieces add up to 0 over all ranks, so the
-sum of hashes times weights is 0 where all hashes are the same, and a random number elsewhere. Which tensor it is, and in what ranks differ,
-they exchange only then.
+Each rank sends one number for all of its pieces. Every piece has a weight, and the weights of a tensor's pieces add up to 0 over all ranks,
+so the sum of hashes times weights is 0 if all hashes are equal, and a random number otherwise. Only then do the ranks exchange which tensor
+it is and what differs. Used by `KernelCall`.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ __all__ = ["ComparedPieces", "PieceWeights"]
 
 
 class PieceWeights:
-    """The weights of the pieces of a kernel call; see `Slots.weights`."""
+    """The hash weights of a kernel call's pieces, and their sum for each param group; see `Slots.weights`."""
 
     def __init__(self, weights: Tensor, group_of: Sequence[int], groups: int) -> None:
         self.of_pieces: list[int] = weights.tolist()
         self.of_groups = [0] * groups
         for group, weight in zip(group_of, self.of_pieces, strict=True):
             self.of_groups[group] += weight
-        self.are_zero = not any(self.of_pieces)  # as where this rank is alone
+        self.are_zero = not any(self.of_pieces)  # for example in a single process
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComparedPieces:
-    """What is compared of the pieces of a kernel call in one step. `values` and `options` never change."""
+    """The values of a kernel call's pieces that ranks compare in one step. `values` and `options` are never mutated."""
 
     values: Sequence[GroupValues]
-    group_of: Sequence[int]  # which of them is each piece's
-    options: tuple[tuple[str, Any], ...]  # of the optimizer
-    steps: Sequence[float] | None  # taken so far by each piece; None where only a device knows
+    group_of: Sequence[int]  # index into `values` for each piece
+    options: tuple[tuple[str, Any], ...]  # (name, value) of the optimizer's options
+    steps: Sequence[float] | None  # number of steps taken so far by each piece; None if only a device has it
 
     def difference(self, weights: PieceWeights) -> int:
         """Return the sum of hashes times weights, modulo 2**64, as an int64."""
@@ -50,7 +50,7 @@ class ComparedPieces:
         return signed(sum(keys[kind] * weight for kind, weight in zip(kinds, weights.of_pieces, strict=True)))
 
     def texts(self) -> Iterator[Mapping[str, str]]:
-        """Yield for each piece what is compared, by names."""
+        """Yield the compared values of each piece as text, keyed by name."""
         for index, group in enumerate(self.group_of):
             named = dict([*self.values[group].compared, *self.options])
             steps = {} if self.steps is None else {"number of steps taken": int(self.steps[index])}

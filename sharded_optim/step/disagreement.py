@@ -1,4 +1,4 @@
-"""Error messages for steps in which the ranks disagree, or skip too often. All functions here wait for the device."""
+"""Error messages for steps in which ranks disagree or skip too often. Used by `Agreement`. All functions here wait for the device."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from sharded_optim.step.statistics import Contribution
 
 __all__ = ["inconsistency", "non_finite", "non_finite_here", "skipped_in_a_row"]
 
-MOST_NAMES = 8  # of tensors, in an error message
+MOST_NAMES = 8  # tensor names in an error message
 
 
 def inconsistency(layout: Layout, totals: Tensor, contributions: Sequence[Contribution]) -> str:
-    """Say why the ranks are inconsistent. A collective, where they differ in a tensor.
+    """Return the reason why the ranks are inconsistent. A collective if they differ in a tensor.
 
     Args:
-        totals: see `Agreement`.
-        contributions: of this rank.
+        totals: the summed vector; see `Agreement`.
+        contributions: this rank's contributions.
     """
     if replacing := int(totals[REPLACES]):
-        return f"the parameters to step have changed on {replacing} of the ranks alone; their own errors say how"
+        return f"the parameters to step have changed, but only on {replacing} of the ranks; see the errors of those ranks"
     if invalid := int(totals[INVALID]):
-        return f"{invalid} other ranks met bad input; their own errors say which"
+        return f"bad input on {invalid} other ranks; see the errors of those ranks"
     tables = gather_objects(_compared(layout, contributions), layout.process_group)
-    found: list[list[tuple[int, Kind]]] = [[] for _ in layout.names]
+    kinds_of_slots: list[list[tuple[int, Kind]]] = [[] for _ in layout.names]
     for rank, (compared, kinds) in enumerate(tables):
         for slot, kind in compared:
-            found[slot].append((rank, kinds[kind]))
-    problems = (_difference(name, pieces) for name, pieces in zip(layout.names, found, strict=True))
-    # The process group may be gone by the time that a step on a device is looked at.
+            kinds_of_slots[slot].append((rank, kinds[kind]))
+    problems = (_difference(name, pieces) for name, pieces in zip(layout.names, kinds_of_slots, strict=True))
+    # The host reads the verdict on a device's step late, when the process group may be gone and this rank compares with itself alone.
     return next(
-        filter(None, problems), "ranks differed in an earlier step, and it is no longer known in what; see the errors of the others"
+        filter(None, problems), "ranks differed in an earlier step, and what differed is no longer known; see the errors of other ranks"
     )
 
 
-Kind = Mapping[str, str] | None  # what is compared of a piece; None without a gradient
+Kind = Mapping[str, str] | None  # the compared values of a piece, keyed by name; None if it has no gradient
 
 
 def _compared(layout: Layout, contributions: Sequence[Contribution]) -> tuple[list[tuple[int, int]], list[Kind]]:
-    """Return the slot of each piece of this rank that has an element, with the index of its kind; and the kinds."""
+    """Return (slot, index of its kind) for each non-empty piece of this rank, and the list of distinct kinds."""
     of_pieces: dict[int, Kind] = {}
     for each in contributions:
         of_pieces |= zip(each.places.indices.tolist(), each.compared.texts(), strict=True)
@@ -59,7 +59,7 @@ def _compared(layout: Layout, contributions: Sequence[Contribution]) -> tuple[li
 
 
 def _difference(name: str, pieces: Sequence[tuple[int, Kind]]) -> str | None:
-    """Say in what the pieces of a tensor differ, each with its rank; None if they do not."""
+    """Return how the pieces of a tensor, (rank, kind), differ; None if they do not."""
     absent = [rank for rank, kind in pieces if kind is None]
     present = [(rank, kind) for rank, kind in pieces if kind is not None]
     if absent and present:
@@ -82,7 +82,7 @@ def _difference(name: str, pieces: Sequence[tuple[int, Kind]]) -> str | None:
 
 
 def non_finite(layout: Layout, contributions: Sequence[Contribution]) -> str:
-    """Say which gradients were not finite on which ranks. A collective."""
+    """Return an error message that names the non-finite gradients and their ranks. A collective."""
     names = non_finite_here(layout, contributions)
     message = f"gradient not finite, or too large to square in fp32: {', '.join(map(repr, names))}" if names else None
     return gather_messages(message, layout.process_group)
@@ -90,25 +90,25 @@ def non_finite(layout: Layout, contributions: Sequence[Contribution]) -> str:
 
 def skipped_in_a_row(
     steps: int,
-    first: Tensor,  # int64 (tensors,), on how many ranks each was not finite in the first of these steps
+    first: Tensor,  # int64 (tensors,), number of ranks on which the tensor was not finite in the first of these steps
     layout: Layout,
-    contributions: Sequence[Contribution],  # of the last of them
+    contributions: Sequence[Contribution],  # this rank's contributions to the last of these steps
 ) -> str:
-    """Say which gradients made consecutive steps fail; the same text on every rank. A collective."""
+    """Return an error message that names the gradients that made consecutive steps fail; the same on every rank. A collective."""
     rows = zip(layout.names, first.tolist(), strict=True)
-    found = [f"{name!r} on {ranks} rank{'s' if ranks > 1 else ''}" for name, ranks in rows if ranks]
-    more = f" and {len(found) - MOST_NAMES} more" if len(found) > MOST_NAMES else ""
+    described = [f"{name!r} on {ranks} rank{'s' if ranks > 1 else ''}" for name, ranks in rows if ranks]
+    more = f" and {len(described) - MOST_NAMES} more" if len(described) > MOST_NAMES else ""
     holders = ranks_where(bool(non_finite_here(layout, contributions)), layout.process_group)
     last = f" In the last of them, gradients held by {named_ranks(holders)} were not finite." if holders else ""
     return (
         f"{steps} steps in a row were skipped, as gradients were not finite, or too large to square in fp32. In the first of them: "
-        f"{', '.join(found[:MOST_NAMES])}{more}.{last} Parameters and state are as they were before it. Lower the learning rate, or look "
-        f"at the loss and the data of that step; nonfinite='raise' stops in it, max_skipped_steps sets the limit (None: none)"
+        f"{', '.join(described[:MOST_NAMES])}{more}.{last} Parameters and state are as they were before it. Lower the learning rate, or "
+        f"check the loss and the data of that step; nonfinite='raise' stops at the first one, max_skipped_steps sets the limit (None: none)"
     )
 
 
 def non_finite_here(layout: Layout, contributions: Sequence[Contribution]) -> list[str]:
-    """Return the names of the tensors of which a gradient or a statistic was not finite on this rank."""
+    """Return the names of the tensors whose gradient or statistic was not finite on this rank."""
     slots = {
         slot
         for each in contributions

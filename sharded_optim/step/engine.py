@@ -2,9 +2,9 @@
 
     grad, state -> observe -> per-tensor sums -> agree (one all-reduce) -> per-tensor learning-rate scale -> update -> param, state
 
-Algorithms with a function of whole matrices exchange these before the update.
+Algorithms that compute with whole matrices exchange the matrices before the update.
 
-The public classes in `optimizers/` give it an algorithm and defaults.
+The public classes in `optimizers/` supply the algorithm and the defaults.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ class Engine(ReportingOptimizer):
 
     Args:
         params: as for every torch optimizer: tensors, (name, tensor) tuples, or dicts of param groups.
-        defaults: hyperparameters of the param groups.
+        defaults: default hyperparameters of the param groups.
         algorithm: chooses the math of a param group.
-        max_lr: reference learning rate of groups that do not bring their own `max_lr`; None takes each group's `lr`.
+        max_lr: reference learning rate of groups without a `max_lr` of their own; None takes each group's `lr`.
         options: see `EngineOptions` and `SwitchOptions`.
-        unknown: refused, but for switches of other libraries that are off.
+        unknown: refused, except for switches of other libraries that are off.
 
     Attributes:
         nonfinite, max_skipped_steps: see `EngineOptions`. May be set between two steps, on all ranks.
-        optimizer_accumulation: while True, what is stepped inside backward (gradient release) updates its state alone, not the parameter:
-            set it during all but the last micro-batch. As in optimi, each of them counts as a step of the moments.
-        grad_norm: norm of all gradients, which `so.clip_grad_norm_` leaves here for the metrics of the next step.
+        optimizer_accumulation: while True, steps inside backward (gradient release) update the state and not the parameter: set it during
+            all but the last micro-batch. As in optimi, each micro-batch counts as a step of the moments.
+        grad_norm: norm of all gradients, stored by `so.clip_grad_norm_` for the metrics of the next step.
     """
 
-    _step_supports_amp_scaling = True  # GradScaler then sets grad_scale and found_inf and leaves the gradients alone
+    _step_supports_amp_scaling = True  # tells GradScaler to set grad_scale and found_inf instead of unscaling the gradients
     nonfinite: NonFinite = CheckedOption(check_nonfinite)  # pyright: ignore[reportAssignmentType]
     max_skipped_steps: int | None = CheckedOption(check_max_skipped_steps)  # pyright: ignore[reportAssignmentType]
 
@@ -81,10 +81,10 @@ class Engine(ReportingOptimizer):
         if unknown:
             refuse_unknown(type(self).__name__, unknown, argument_names(type(self), Engine), self.hyperparameters)
         if nonfinite is not None:
-            self.nonfinite = nonfinite  # checked before anything is made
+            self.nonfinite = nonfinite  # validated before anything is built
         self.max_skipped_steps = max_skipped_steps
         if gradient_release and foreach:
-            warnings.warn("gradient_release=True steps what a backward hook brings; foreach=True has no effect", UserWarning, stacklevel=3)
+            warnings.warn("gradient_release=True steps each parameter in a hook; foreach=True has no effect", UserWarning, stacklevel=3)
         self.gradient_release = gradient_release
         self.optimizer_accumulation = False
         self._backend_names = candidates(backend, triton)
@@ -103,48 +103,48 @@ class Engine(ReportingOptimizer):
         )
         warn_of_swapped_eps(type(self), defaults)
         self._begin()
-        # All that any group may be stepped by: that a step is a collective must not depend on the groups that there are just now.
+        # Every algorithm that any group may ever use: whether a step is a collective must not depend on the current groups.
         algorithms = (*self.algorithms.values(), *map(algorithm, self.param_groups))
         self._has_matrices = any(each.matrix is not None for each in algorithms)
         self._must_agree = self._has_matrices or any(each.statistic is not None for each in algorithms)
-        # Where ranks agree on something anyway, skipping together costs nothing; elsewhere it would cost a collective.
+        # If the step has an all-reduce anyway, skipping on all ranks is free; otherwise it would cost a collective.
         self.nonfinite = nonfinite or ("skip" if self._must_agree else "allow")
         if gradient_release and self._has_matrices:
             raise ValueError(
-                f"{type(self).__name__} has no gradient release: ranks share the work on the matrices of the whole model, in a step of all "
-                f"parameters; leave gradient_release out"
+                f"{type(self).__name__} does not support gradient release: ranks share the work on the matrices of the whole model, in one "
+                f"step of all parameters; leave gradient_release out"
             )
 
     def _begin(self) -> None:
-        """Create what is neither copied nor pickled."""
+        """Create the attributes that are neither copied nor pickled."""
         self._backends = BackendChoice(self._backend_names)
         self._sets = ParamSets(self._index, self._backends, together=self._foreach)
         self._join_guard = JoinGuard()
         self._reports = Reports()
         self.grad_norm: Tensor | None = None
         self._listener: StepListener | None = None
-        self._options: Any = None  # of which these are the rules
-        self._known_rules: Rules
+        self._options: Any = None  # the options from which `_cached_rules` was built
+        self._cached_rules: Rules
 
     # ------------------------------------------------------------------------------------------------------------------- step
 
-    @_disable_dynamo  # as torch does with its own: torch.compile(optimizer.step) would trace NumPy, and fail
+    @_disable_dynamo  # as on torch's optimizers: torch.compile(optimizer.step) would trace NumPy, and fail
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, param: Tensor | Sequence[Tensor] | None = None) -> Any:
-        """Step once: on every rank, or on none.
+        """Take one step, on every rank or on none.
 
         Args:
             closure: re-evaluates the model and returns the loss.
-            param: step this parameter, or these, alone: what gradient release does inside backward. Where ranks agree on something,
-                every rank of the process group must step the same parameters in the same order.
+            param: step only this parameter or these, as gradient release does inside backward. If the step has an all-reduce, every
+                rank of the process group must step the same parameters in the same order.
 
         Returns:
-            What the closure returned, or None.
+            The return value of the closure, or None.
 
         Raises:
-            ValueError: bad input. On every rank where ranks agree in this step, else on this one.
-            FloatingPointError: a gradient was not finite and `nonfinite="raise"`, or `max_skipped_steps` steps in a row were skipped. On
-                every rank, naming tensors and ranks.
+            ValueError: bad input. Raised on every rank if the step has an all-reduce, else on this rank.
+            FloatingPointError: a gradient was not finite and `nonfinite="raise"`, or `max_skipped_steps` consecutive steps were skipped.
+                Raised on every rank; names tensors and ranks.
         """
         loss = None
         if closure is not None:
@@ -160,7 +160,7 @@ class Engine(ReportingOptimizer):
         if param is not None and self._has_matrices:
             raise ValueError(
                 f"step(param=...) is not supported by {type(self).__name__}: ranks share the work on the matrices of the whole model; call "
-                f"step() when all gradients are there"
+                f"step() when all gradients are complete"
             )
         began = perf_counter()
         rules = self._rules()
@@ -168,17 +168,17 @@ class Engine(ReportingOptimizer):
             self._join_guard.check((param for group in self.param_groups for param in group["params"]), self._sets.made)
         process_group = self.own_group() if rules.agrees else None
         only = None if param is None else (param,) if isinstance(param, Tensor) else tuple(param)
-        params = self._sets.of(self, only, rules, process_group)  # a collective when it is made; raises what the step before has left
+        params = self._sets.of(self, only, rules, process_group)  # a collective if the set is new; raises pending errors of the last step
         reports = self._reports
         reports.rows, reports.times, reports.grad_norm, self.grad_norm = None, None, self.grad_norm, None
         is_whole = params is self._sets.whole
         reports.values = {} if is_whole else reports.values
-        self._given.clear()  # whoever replaces parameters from now on is a user
+        self._given.clear()  # from now on parameters are replaced by users, not by wrappers
         scaler = Scaler.of(self)
         try:
             observation = params.observe(self, rules, scaler, whole=only is None)
             observed = perf_counter()
-            if only is None and params.calls:  # without a gradient, after gradient release, the reports of its steps stay
+            if only is None and params.calls:  # a step() after gradient release finds no gradients, and must not drop the released reports
                 self._sets.forget_reports(params)
             agreement = params.agree(observation, rules, scaler) if rules.agrees else params.proceed_alone(observation)
             agreed = perf_counter()
@@ -188,62 +188,62 @@ class Engine(ReportingOptimizer):
             accumulates = only is not None and self.optimizer_accumulation
             exchanged = self._update(params, agreement, scaler, accumulate=accumulates)
             ended = perf_counter()
-            if is_whole:  # else this is one of several calls that make a step
+            if is_whole:  # otherwise this is one of several calls that make up a step
                 reports.times = (began, observed, agreed, ended if exchanged is None else exchanged, ended)
             if exchanged is not None and not accumulates:
                 reports.values = reports.values | params.values
         finally:
             self._sets.release(params)
-            observation = None  # else an error that it has, and this frame, would keep each other alive
+            observation = None  # breaks the reference cycle between an error in it and this frame
         return loss
 
     def listen(self, listener: StepListener) -> None:
-        """Call a listener in every step from now on."""
+        """Set the listener that every step from now on calls."""
         self._listener = listener
 
     @torch.no_grad()
     def observe_unit(self, unit: int) -> None:
         """Observe the gradients of a unit before the step, as soon as they are complete. No communication.
 
-        The next step of all parameters uses what it found, unless gradients, state or hyperparameters have changed by then.
+        The next step of all parameters uses the result, unless gradients, state or hyperparameters have changed by then.
         """
         params, rules = self._sets.whole, self._rules()
-        if params is None or not rules.agrees:  # before the first step, a process group would be made here: a collective
+        if params is None or not rules.agrees:  # before the first step, own_group would create a process group: a collective
             return
         if params.fits(self.all_params(), self.layout, self.own_group(), agrees=True):
             params.observe_unit(self, rules, unit)
 
     def _is_allocation_step(self) -> bool:
-        """Return whether a wrapper steps only to have state allocated: see `steps_to_allocate`."""
+        """Return whether a wrapper calls step only to make the optimizer allocate its state; see `steps_to_allocate`."""
         for group in self.param_groups:
             if group["params"] and group["params"][0] in self.state:
                 return False
         return steps_to_allocate(self.param_groups)
 
     def _rules(self) -> Rules:
-        """The rules that follow from the current options."""
+        """Return the rules for the current options, rebuilt when an option has changed."""
         options = (self.nonfinite, self.max_skipped_steps, self.state_dtype)
         if options != self._options:
-            self._known_rules = Rules(
+            self._cached_rules = Rules(
                 agrees=self._must_agree or self.nonfinite != "allow",
                 nonfinite=self.nonfinite,
                 max_skipped_steps=self.max_skipped_steps,
                 state_format=self.state_format.name,
             )
             self._options = options
-        return self._known_rules
+        return self._cached_rules
 
     def _update(self, params: ParamSet, agreement: Agreement | None, scaler: Scaler, *, accumulate: bool) -> float | None:
         """Write parameters (not with `accumulate`) and state and count the step, if it happens.
 
         Returns:
-            When matrices had been exchanged, in seconds; None if the host knows that the step does not happen.
+            The `perf_counter` time in seconds after the matrix exchange; None if the host knows that the step does not happen.
         """
         if agreement is not None:
             proceed = agreement.verdict.proceed
         else:
             proceed = None if scaler.found_inf is None else (scaler.found_inf == 0).all()
-        if proceed is not None and known_on_host(proceed):  # branch here; a verdict that only the device knows selects there
+        if proceed is not None and known_on_host(proceed):  # branch on the host; a verdict on the device is a mask in the kernels
             happens = bool(proceed.tolist())
             if not happens:
                 self._count_skipped(1)
@@ -289,21 +289,21 @@ class Engine(ReportingOptimizer):
 
 
 def _warn_of_no_gradients(optimizer: Engine, params: ParamSet, agreement: Agreement | None) -> None:
-    """Warn if the first step finds no gradient. Waits for the device if this rank has none."""
+    """Warn if no parameter has a gradient in the first step. Waits for the device if this rank has none."""
     layout = optimizer.layout
-    of_some = optimizer.gradient_release or (layout is not None and layout.steps_by_group)  # other calls step other parameters
+    of_some = optimizer.gradient_release or (layout is not None and layout.steps_by_group)  # other calls step the other parameters
     if params.calls or of_some or not any(param.requires_grad for param in params.layout.params):
         return
     if agreement is not None:
         if agreement.has_gradients():
-            return  # other ranks have some
+            return  # other ranks have gradients
     elif layout is not None:
-        return  # this rank may hold none of the elements that have one
+        return  # this rank's shard may contain no element that has a gradient
     where = "on this rank, " if agreement is None and dist.is_initialized() else ""
     warnings.warn(
         f"the first step found no gradient on any parameter, {where}so it changes nothing. If the model was wrapped (fully_shard, "
-        f"FullyShardedDataParallel) after the optimizer was built, the optimizer has the parameters of before: build it from "
-        f"model.parameters() after wrapping. Else call loss.backward() before step()",
+        f"FullyShardedDataParallel) after the optimizer was built, the optimizer still has the old parameters: build it from "
+        f"model.parameters() after wrapping. Otherwise call loss.backward() before step()",
         UserWarning,
-        stacklevel=7,  # of these, two are of torch keeping dynamo out
+        stacklevel=7,  # including two frames of torch's _disable_dynamo
     )

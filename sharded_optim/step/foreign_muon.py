@@ -1,9 +1,9 @@
-"""Translate groups and state of other libraries' Muon, which steps the rest of a model by AdamW, to this library's.
+"""Translate param groups and state of other libraries' Muon, which steps the rest of a model with AdamW, to this library's.
 
-    dion        Muon of microsoft/dion: M <- mu M + g, of which ours is the (1 - mu)-th; its state does not tell the coefficients
-    DeepSpeed   MuonWithAuxAdam, as its engine makes it where a config says "Muon", and Keller Jordan's, from which it comes
+    dion        Muon of microsoft/dion: M <- mu M + g, ours is (1 - mu) M; its state dict does not contain the Newton-Schulz coefficients
+    DeepSpeed   MuonWithAuxAdam, which its engine builds for "Muon" in a config, and Keller Jordan's original
 
-Used by `foreign_state.py`. Tried with dion of August 2026 and DeepSpeed 0.19.8.
+Used by `foreign_state.py`. Tested with dion of August 2026 and DeepSpeed 0.19.8.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from sharded_optim.step.state import STEP
 __all__ = ["from_deepspeeds_muon", "from_dion", "is_deepspeeds_muon", "is_dions"]
 
 DIONS = {"algorithm", "mu", "beta1", "beta2", "epsilon", "weight_decay", "cautious_wd", "step", "nesterov", "flatten", "adjust_lr"}
-DIONS_OPTIONS = {"split_sizes", "num_heads"}  # that only some groups have
-ADJUST_LR_FNS = {"spectral_norm": "spectral_norm", "rms_norm": "match_rms_adamw"}  # by dion's names
-# Keys of the two halves of MuonWithAuxAdam; others change what a group with them does, and are then not its.
+DIONS_OPTIONS = {"split_sizes", "num_heads"}  # keys that only some of dion's groups have
+ADJUST_LR_FNS = {"spectral_norm": "spectral_norm", "rms_norm": "match_rms_adamw"}  # dion's name -> ours
+# Keys of the Muon groups and the Adam groups of MuonWithAuxAdam. A group with any further key behaves differently, and is not recognised.
 MUON_HALF = {"use_muon", "momentum", "weight_decay"}
 ADAM_HALF = {"use_muon", "betas", "eps", "weight_decay"}
 WITHOUT_EFFECT = {"params", "param_names", "lr", "initial_lr", "name", "moe", "ns_method", "bias_correction", STEP}
@@ -40,7 +40,7 @@ def from_dion(group: Group, states: States, own: Group) -> tuple[Group, States]:
     """Translate one group, and the states of its parameters.
 
     Raises:
-        ValueError: it does what no optimizer here does.
+        ValueError: the group uses an option that no optimizer here has.
     """
     algorithm = group["algorithm"]
     refused = [name for name in ("cautious_wd", "num_heads") if group.get(name)]
@@ -49,52 +49,54 @@ def from_dion(group: Group, states: States, own: Group) -> tuple[Group, States]:
     if algorithm == "muon" and group["adjust_lr"] not in ADJUST_LR_FNS:
         refused.append("adjust_lr")
     if algorithm == "muon" and not group["flatten"] and _dimensions(states, "momentum") > 3:
-        refused.append("flatten")  # then it takes the last two dimensions as the matrix
+        refused.append("flatten")  # with flatten=False, dion takes the last two dimensions as the matrix
     if refused:
         raise ValueError(
-            f"the state dict is of dion, with {refused[0]}={group[refused[0]]!r} in a param group, which is not continued here; continued "
-            f"are algorithms muon and adamw with adjust_lr spectral_norm or rms_norm, without cautious_wd and num_heads, and with flatten "
-            f"for tensors of more than three dimensions"
+            f"the state dict is from dion, with {refused[0]}={group[refused[0]]!r} in a param group, which is not continued here; "
+            f"supported are the algorithms muon and adamw with adjust_lr spectral_norm or rms_norm, without cautious_wd and num_heads, and "
+            f"with flatten for tensors of more than three dimensions"
         )
-    translated = _kept(group, own, DIONS | DIONS_OPTIONS) | _algorithm(algorithm, own) | {"eps": float(group["epsilon"])}
+    translated = _shared_entries(group, own, DIONS | DIONS_OPTIONS) | _algorithm(algorithm, own) | {"eps": float(group["epsilon"])}
     if algorithm == "adamw":
         translated["betas"] = (float(group["beta1"]), float(group["beta2"]))
         names = {"exp_avg": "momentum", "exp_avg_sq": "variance"}
-        found = {key: {ours: state[theirs] for ours, theirs in names.items()} for key, state in states.items() if state}
+        translated_states = {key: {ours: state[theirs] for ours, theirs in names.items()} for key, state in states.items() if state}
     else:
         momentum = float(group["mu"])
         translated |= {"momentum": momentum, "nesterov": bool(group["nesterov"]), "adjust_lr_fn": ADJUST_LR_FNS[group["adjust_lr"]]}
         translated |= {"stacked": not group["flatten"], "split": tuple(group.get("split_sizes") or ())}
-        found = {key: {"momentum_buffer": state["momentum"].float() * (1.0 - momentum)} for key, state in states.items() if state}
-    steps = {key: states[key].get("step_dev", group[STEP]) for key in found}
-    return translated, {key: {STEP: steps[key], **values} for key, values in found.items()}
+        translated_states = {
+            key: {"momentum_buffer": state["momentum"].float() * (1.0 - momentum)} for key, state in states.items() if state
+        }
+    steps = {key: states[key].get("step_dev", group[STEP]) for key in translated_states}
+    return translated, {key: {STEP: steps[key], **values} for key, values in translated_states.items()}
 
 
 def from_deepspeeds_muon(group: Group, states: States, own: Group) -> tuple[Group, States]:
     """Translate one group, and the states of its parameters.
 
     Raises:
-        ValueError: it has convolutions, whose scale is another one there.
+        ValueError: the group has convolutions, which DeepSpeed scales differently.
     """
-    translated = _kept(group, own, MUON_HALF | ADAM_HALF | WITHOUT_EFFECT)
+    translated = _shared_entries(group, own, MUON_HALF | ADAM_HALF | WITHOUT_EFFECT)
     if group["use_muon"]:
         if _dimensions(states, "momentum_buffer") > 3:
             raise ValueError(
-                "the state dict is of DeepSpeed's Muon, with tensors of more than three dimensions in a param group, which it scales by "
-                "the last two of them; here a convolution is a matrix, so it is not continued: leave the state of these parameters out"
+                "the state dict is from DeepSpeed's Muon, with tensors of more than three dimensions in a param group, which it scales by "
+                "the last two of them; here a convolution is one matrix, so it is not continued: leave out the state of these parameters"
             )
         translated |= _algorithm("muon", own) | {"momentum": float(group["momentum"]), "nesterov": True, "adjust_lr_fn": "original"}
     else:
         translated |= _algorithm("adamw", own) | {"betas": tuple(group["betas"]), "eps": float(group["eps"]), "amsgrad": False}
-    step = group.get(STEP, 1)  # Muon counts none: it only matters that the momentum has begun
+    step = group.get(STEP, 1)  # Muon has no step counter; any positive value marks the momentum as begun
     return translated, {key: {STEP: step, **state} for key, state in states.items() if state}
 
 
-def _kept(group: Mapping[str, Any], own: Mapping[str, Any], theirs: Collection[str]) -> Group:
-    """What means the same to both, and the form of the decay.
+def _shared_entries(group: Mapping[str, Any], own: Mapping[str, Any], theirs: Collection[str]) -> Group:
+    """Return the entries of a group that mean the same in both libraries, and the form of its decay.
 
     Args:
-        theirs: keys that they alone have, or that mean something else there.
+        theirs: keys that only the other library has, or that mean something else there.
     """
     kept = {"params", "param_names", "lr", "weight_decay", "initial_lr"}
     form = COUPLED if group["weight_decay"] else own["decay_form"]
@@ -102,10 +104,10 @@ def _kept(group: Mapping[str, Any], own: Mapping[str, Any], theirs: Collection[s
 
 
 def _algorithm(name: str, own: Mapping[str, Any]) -> Group:
-    """The algorithm, where our optimizer has several."""
+    """Return the group's entry for the algorithm; empty if our optimizer has only one."""
     return {"algorithm": name} if "algorithm" in own else {}
 
 
 def _dimensions(states: States, name: str) -> int:
-    """The most that a tensor of this name has."""
+    """Return the largest number of dimensions of any state tensor with this name; 0 if there is none."""
     return max((state[name].ndim for state in states.values() if name in state), default=0)

@@ -1,4 +1,4 @@
-"""Check the hyperparameters of param groups by what an optimizer class declares of them. Used by `GroupedOptimizer`."""
+"""Check the hyperparameters of param groups against the declarations of an optimizer class. Used by `GroupedOptimizer`."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class GroupChecks:
 
     Args:
         declared: hyperparameters that the optimizer's class declares.
-        defaults: hyperparameters of its groups. What is not declared is checked and compared as any value.
-        supported: hyperparameters that any optimizer supports. A wrong value of one that this optimizer does not declare is a mistake too.
+        defaults: default hyperparameters of its groups. One without a declaration is checked and compared as a plain `Hyperparameter`.
+        supported: returns the hyperparameters of all optimizers. A wrong value is an error even if this class does not declare it.
         choose: chooses the algorithm of a group.
     """
 
@@ -39,12 +39,12 @@ class GroupChecks:
 
     @cached_property
     def compared(self) -> frozenset[str]:
-        """Names of the hyperparameters that must be the same on all ranks that agree on a step."""
+        """Names of the hyperparameters that must be the same on all ranks of a step."""
         return frozenset(name for name, each in self._declared.items() if each.compared)
 
     @cached_property
     def foreign(self) -> dict[str, Hyperparameter]:
-        """Hyperparameters that other optimizers support, and this one does not declare."""
+        """Hyperparameters that other optimizers support and this one does not declare, keyed by name."""
         return {name: each for name, each in by_name(self._supported()).items() if name not in self._declared}
 
     @cached_property
@@ -53,7 +53,7 @@ class GroupChecks:
 
     @cached_property
     def _required(self) -> list[str]:
-        """Hyperparameters that every param group has."""
+        """Names of the hyperparameters that every param group must have."""
         names = (*self._defaults, "reference_lr", "learns_reference_lr")
         return [name for name in names if not isinstance(self._declared.get(name), Unsupported | None)]
 
@@ -69,9 +69,9 @@ class GroupChecks:
         """Raise ValueError for hyperparameters that no step could use.
 
         Args:
-            where: where the group stands, for the error.
-            scheduled: a scheduler may have written the group.
-            passed: names of hyperparameters whose values have passed such a check.
+            where: description of the group, for the error.
+            scheduled: whether a scheduler may have written the group.
+            passed: names of hyperparameters whose values were already checked.
         """
         for name, each in self._known.items():
             if name in group and name not in passed:
@@ -83,6 +83,6 @@ class GroupChecks:
         param_groups.check_state_dtype(state_dtype, group, where)
 
     def check_complete(self, group: Mapping[str, Any], where: str) -> None:
-        """Raise ValueError for a group that has lost a hyperparameter."""
+        """Raise ValueError if a hyperparameter was removed from a group."""
         if lost := [name for name in self._required if name not in group]:
-            raise ValueError(f"{where} has lost {', '.join(map(repr, lost))}; a step needs it: set it again")
+            raise ValueError(f"{where} has lost {', '.join(map(repr, lost))}, which a step needs; set it again")

@@ -1,4 +1,4 @@
-"""Param groups, checked when they are added, and how their parameters are sharded: the lowest layer of an optimizer."""
+"""The lowest layer of an optimizer: param groups, checked when they are added, and the sharding of their parameters."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ __all__ = ["GroupedOptimizer", "matrices_of", "optimizer_classes"]
 
 
 class _Given(NamedTuple):
-    """Shapes of the parameters with which a group was added, and the parameters of one dimension."""
+    """The parameters of a group at the time it was added, to detect their replacement by a wrapper."""
 
     group: dict[str, Any]
-    shapes: list[torch.Size]
-    flat: list[Tensor]
+    shapes: list[torch.Size]  # shape of each parameter
+    flat: list[Tensor]  # the parameters that were 1-D
 
     @classmethod
     def of(cls, group: dict[str, Any]) -> _Given:
@@ -41,9 +41,9 @@ class _Given(NamedTuple):
         return cls(group, [param.shape for param in params], [param for param in params if param.ndim == 1])
 
     def is_replaced_by(self, param: Tensor) -> bool:
-        """Return whether one flat tensor has been put in the place of these parameters by a wrapper.
+        """Return whether a wrapper has replaced these parameters by one flat tensor.
 
-        Users who edit a group before its first step may replace its one 1-D parameter by a longer or a shorter one. It is a Parameter.
+        A user who edits a group before its first step may replace its only 1-D parameter by one of another length. That is a Parameter.
         """
         if len(self.group["params"]) != 1 or param.ndim != 1 or type(param) not in (Tensor, torch.nn.Parameter):
             return False
@@ -58,18 +58,18 @@ class GroupedOptimizer(torch.optim.Optimizer):
     Args:
         params: as for every torch optimizer: tensors, (name, tensor) tuples, or dicts of param groups.
         defaults: hyperparameters of the param groups.
-        algorithm: chooses the math of a param group, which says what state it needs.
+        algorithm: chooses the math of a param group, which determines its state.
         state_dtype: storage of the moments: a dtype, or the name of a format.
-        max_lr: reference learning rate of groups that do not bring their own `max_lr`; None takes each group's `lr`.
-        layout: of parameters that a wrapper has flattened.
+        max_lr: reference learning rate of groups without a `max_lr` of their own; None takes each group's `lr`.
+        layout: the layout of parameters that a wrapper has flattened.
         process_group: the ranks that train this model together; None means all.
 
     Attributes:
-        checks: of its param groups.
-        hyperparameters: that a class declares: each is checked, compared between ranks, saved. A default that is not declared is checked
-            and compared as any value.
-        algorithms: that a class runs, by the argument of its constructor that asks for each; "" asks for nothing.
-        replaces_composer: whether a class takes the place of one of Composer's, whose state it continues.
+        checks: the checks of its param groups.
+        hyperparameters: the hyperparameters that a class declares: checked, compared between ranks, and saved. A default without a
+            declaration is checked and compared as a plain `Hyperparameter`.
+        algorithms: the algorithms that a class can run, keyed by the constructor argument that selects each; "" is the default.
+        replaces_composer: whether a class replaces one of Composer's, whose state it can continue.
     """
 
     hyperparameters: ClassVar[tuple[Hyperparameter, ...]] = COMMON
@@ -92,10 +92,10 @@ class GroupedOptimizer(torch.optim.Optimizer):
         self._lost_layout = self._lost_process_group = False
         self.layout = layout
         self.process_group = process_group
-        self._given: list[_Given] = []  # of groups that no step has stepped yet: wrappers replace parameters before the first
+        self._given: list[_Given] = []  # one per group until its first step: wrappers replace parameters before that
         self.state_dtype = state_dtype
         self.checks = GroupChecks(self.hyperparameters, defaults, _supported_hyperparameters, algorithm)
-        self._values: list[GroupValues | None] = []  # of the groups, when each was stepped last
+        self._values: list[GroupValues | None] = []  # values of each group when it was last stepped
         self.checks.check({"max_lr": max_lr} | defaults, "the optimizer's arguments", state_dtype)
         self._max_lr = None if max_lr is None else float(max_lr)
         check_iterable(params, "params")
@@ -127,7 +127,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
                 if id(param) in known:
                     raise ValueError(f"parameter {name!r} appears twice, also as {known[id(param)]!r}; give each parameter once")
                 if name in names:
-                    raise ValueError(f"two parameters are named {name!r}; give each a name of its own, for example with a prefix per model")
+                    raise ValueError(f"two parameters are named {name!r}; make the names unique, for example with a prefix per model")
                 known[id(param)] = name
                 names.add(name)
                 if isinstance(param, Tensor):
@@ -141,49 +141,49 @@ class GroupedOptimizer(torch.optim.Optimizer):
         param_groups.set_reference_lr(group, self._max_lr)
 
     def describe_param(self, param: Tensor, name: str, group: dict[str, Any]) -> LocalParam:
-        """Describe what this rank holds of a parameter.
+        """Describe this rank's shard of a parameter.
 
         Args:
-            name: for error messages.
+            name: the parameter's name, for error messages.
             group: its param group.
 
         Raises:
-            ValueError: it cannot be optimized, or the optimizer was not told how it is sharded.
+            ValueError: the parameter cannot be optimized, or its sharding is unknown.
         """
         if self._lost_layout:
             raise ValueError(
-                "this optimizer was copied or unpickled, which cannot take its layout along; set it again: optimizer.layout = "
+                "this optimizer was copied or unpickled, which drops its layout; set it again: optimizer.layout = "
                 "so.fsdp1_layout(model), or so.deepspeed.attach(engine)"
             )
-        if self.layout is None:  # a model may have been wrapped since
+        if self.layout is None:  # the model may have been wrapped after construction
             self.layout = find_layout(param, chain.from_iterable(map(itemgetter("params"), self.param_groups)))
         if self.layout is None and self._stands_for_others(param, group):
             raise ValueError(
-                f"parameter {name!r} of shape {tuple(param.shape)} was put in the place of those that the optimizer was given, as by "
-                f"wrappers that flatten them, and it does not tell which tensors it holds. Under DeepSpeed call "
-                f"so.deepspeed.attach(engine) after deepspeed.initialize, or so.deepspeed.initialize instead of it; parameters of your "
-                f"own go in with add_param_group"
+                f"parameter {name!r} of shape {tuple(param.shape)} has replaced the parameters that the optimizer was built with, as "
+                f"wrappers that flatten parameters do, and nothing says which tensors it holds. Under DeepSpeed call "
+                f"so.deepspeed.attach(engine) after deepspeed.initialize, or so.deepspeed.initialize instead of it; add your own "
+                f"parameters with add_param_group"
             )
         return self._with_matrices(describe(param, name, self.layout), group)
 
     def _with_matrices(self, entry: LocalParam, group: Mapping[str, Any]) -> LocalParam:
-        """Add the matrices that the algorithm of a group needs whole.
+        """Return the entry with the matrices that the algorithm of its group needs whole.
 
         Raises:
-            ValueError: a tensor is none. Where a wrapper has flattened several into this parameter, on every rank alike.
+            ValueError: a tensor is not a matrix. If a wrapper has flattened several tensors into this parameter, all ranks raise.
         """
         matrix = self._choose(group).matrix
         if matrix is None:
             return entry
         held = None if self.layout is None else self.layout.flat.get(entry.param)
         shapes = {piece.segment.name: piece.segment.shape for piece in entry.pieces} if held is None else held.shapes
-        found = {}
+        matrices = {}
         for name, shape in shapes.items():
             try:
-                found[name] = matrices_of(matrix, shape, group)
+                matrices[name] = matrices_of(matrix, shape, group)
             except ValueError as error:
                 raise ValueError(f"parameter {name!r} {error}{_way_out_of_flattening(shapes)}") from None
-        pieces = [replace(piece, matrices=found[piece.segment.name]) for piece in entry.pieces]
+        pieces = [replace(piece, matrices=matrices[piece.segment.name]) for piece in entry.pieces]
         return replace(entry, pieces=tuple(pieces))
 
     def _stands_for_others(self, param: Tensor, group: dict[str, Any]) -> bool:
@@ -193,7 +193,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
     @property
     def layout(self) -> FlatLayout | None:
-        """The layout of parameters that do not describe their own sharding."""
+        """The layout of parameters whose sharding cannot be detected from the tensors."""
         return self._layout
 
     @layout.setter
@@ -215,31 +215,31 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
     @property
     def _behind_wrapper(self) -> GroupedOptimizer:
-        """The optimizer; or, of Lightning's wrapper, which makes itself a subclass of what it wraps, the one that is wrapped."""
+        """This optimizer, or the wrapped one if this is Lightning's wrapper, which makes itself a subclass of the class that it wraps."""
         return vars(self).get("_optimizer", self)
 
     def own_group(self) -> dist.ProcessGroup | None:
-        """Return the optimizer's own process group of these ranks; None if this process is alone. A collective the first time.
+        """Return the library's own process group over these ranks; None if this process is alone. A collective on the first call.
 
         Raises:
             ValueError: the optimizer is a copy that has lost its process group, or this rank is not in it.
         """
         if self._lost_process_group:
-            raise ValueError("this optimizer was copied or unpickled, which cannot take its process_group along; set it again")
+            raise ValueError("this optimizer was copied or unpickled, which drops its process_group; set it again")
         return own_process_group(self.process_group) if dist.is_initialized() else None
 
     def all_params(self) -> list[Tensor]:
-        """The parameters of all groups, in their order."""
+        """Return the parameters of all groups, in order."""
         return list(chain.from_iterable(map(itemgetter("params"), self.param_groups)))
 
     def groups_of(self, params: Sequence[Tensor] | None) -> list[dict[str, Any]]:
         """Return the current param group of each parameter: users move parameters, and loading a state dict replaces the groups.
 
         Args:
-            params: None means all, in their order.
+            params: some of the parameters; None means all, in order.
 
         Raises:
-            ValueError: one is in none of the groups.
+            ValueError: a parameter is in none of the groups.
         """
         if params is None:
             groups: list[dict[str, Any]] = []
@@ -249,14 +249,14 @@ class GroupedOptimizer(torch.optim.Optimizer):
         return [place.group for place in self._index.places_of(self.param_groups, params)]
 
     def values_of(self, groups: Iterable[dict[str, Any]]) -> dict[int, GroupValues]:
-        """Return the values of these groups, and of those without a parameter, in this step, by the groups' ids.
+        """Return the values in this step of these groups and of groups without parameters, keyed by id(group).
 
         Raises:
-            ValueError: no step could use one of them.
+            ValueError: a hyperparameter has a value that no step could use.
         """
         asked = {*map(id, groups), *(id(group) for group in self.param_groups if not group["params"])}
-        found: dict[int, GroupValues] = {}
-        del self._values[len(self.param_groups) :]  # of groups that were removed
+        values: dict[int, GroupValues] = {}
+        del self._values[len(self.param_groups) :]  # groups may have been removed
         for index, group in enumerate(self.param_groups):
             known = self._values[index] if index < len(self._values) else None
             if id(group) in asked and (known is None or not known.are_of(group, self.state_dtype)):
@@ -267,11 +267,11 @@ class GroupedOptimizer(torch.optim.Optimizer):
                 known = GroupValues(group, self.state_dtype, self.checks.compared)
             self._values[index : index + 1] = [known]
             if id(group) in asked and known is not None:
-                found[id(group)] = known
-        return found
+                values[id(group)] = known
+        return values
 
     def learn_reference_lrs(self) -> bool:
-        """Keep the largest learning rate so far as the reference of groups that were given none; return whether one has changed."""
+        """Set the reference of groups that learn it to the largest learning rate so far; return whether any has changed."""
         changed = False
         for group in self.param_groups:
             if group["learns_reference_lr"] and (lr := float(on_host(group["lr"]))) > group["reference_lr"]:
@@ -301,33 +301,33 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
 
 def _way_out_of_flattening(shapes: Mapping[str, Any]) -> str:
-    """Say what else can be done about one of several tensors that a wrapper has flattened into one parameter."""
+    """Return the remedy for one of several tensors that a wrapper has flattened into one parameter; "" for a parameter by itself."""
     if len(shapes) < 2:
         return ""
     return (
         f". A wrapper has flattened it with {len(shapes) - 1} others into one parameter, which is in one param group: have FSDP1 keep the "
-        f"original parameters (use_orig_params=True), or flatten those of a group together"
+        f"original parameters (use_orig_params=True), or flatten each param group separately"
     )
 
 
 def matrices_of(matrix: Matrix, shape: tuple[int, ...], group: Mapping[str, Any]) -> Matrices:
-    """Return the matrices that a tensor is by the hyperparameters of its param group.
+    """Return the matrices that a tensor is stepped as with the hyperparameters of its param group.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the tensor is not a matrix.
     """
     shapes = tuple(matrix.shapes(shape, group))
     return Matrices(dtype=matrix.dtype, shapes=shapes, flops=tuple(matrix.flops(*each) for each in shapes))
 
 
 def _supported_hyperparameters() -> list[Hyperparameter]:
-    """All hyperparameters that an optimizer of this process supports."""
+    """Return all hyperparameters that any optimizer class in this process supports."""
     return [each for optimizer in optimizer_classes() for each in optimizer.hyperparameters if not isinstance(each, Unsupported)]
 
 
 def optimizer_classes() -> list[type[GroupedOptimizer]]:
-    """All optimizer classes of this process."""
-    found = [GroupedOptimizer]
-    for each in found:
-        found += each.__subclasses__()
-    return found
+    """Return all optimizer classes that are defined in this process, subclasses of users included."""
+    classes = [GroupedOptimizer]
+    for each in classes:
+        classes += each.__subclasses__()
+    return classes

@@ -1,4 +1,4 @@
-"""Group the parameters of a step into kernel calls: stored alike, by one algorithm, on one backend. Used by `ParamSet`."""
+"""Group the parameters of a step into kernel calls: the same storage formats, algorithm and backend in each. Used by `ParamSet`."""
 
 from __future__ import annotations
 
@@ -25,22 +25,23 @@ from sharded_optim.storage.formats import format_of
 
 __all__ = ["BackendChoice", "kernel_calls"]
 
-SLOW = 1_000_000  # elements, from which on it matters that no backend compiles their step
+SLOW = 1_000_000  # elements above which a step without a compiled backend is worth a warning
 
 logger = logging.getLogger(__name__)
 
 
 class BackendChoice:
-    """Chooses a backend for each combination of device and dtypes that an optimizer steps.
+    """Chooses and caches a backend for each combination of device and dtypes that an optimizer steps.
 
     Args:
-        names: of the backends that may run, the preferred first.
+        names: names of the backends that may run, in order of preference.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = names
         self._chosen: dict[tuple[torch.device, frozenset[torch.dtype]], Backend] = {}
-        self._by_dtypes: dict[tuple[Any, ...], Backend] = {}  # the same, by device, dtype of the parameter and the others in their order
+        # The same, keyed by (device, dtype of the parameter, other dtypes in order), which is faster to build than a frozenset.
+        self._by_dtypes: dict[tuple[Any, ...], Backend] = {}
 
     def __str__(self) -> str:
         running = {backend.name for backend in self._chosen.values()}
@@ -50,11 +51,11 @@ class BackendChoice:
         """Return the backend that steps a parameter.
 
         Args:
-            dtypes: of its gradient and state.
-            optimizer: its name, for the log.
+            dtypes: dtypes of its gradient and state.
+            optimizer: name of the optimizer, for the log.
 
         Raises:
-            ValueError: all decline.
+            ValueError: no backend supports them.
         """
         exact = (param.device, param.dtype, *dtypes)
         if (known := self._by_dtypes.get(exact)) is not None:
@@ -69,52 +70,52 @@ class BackendChoice:
         return self._chosen[key]
 
 
-def _as_found(choice: Choice, state: Mapping[str, Any], entry: LocalParam) -> Choice:
-    """Adapt a choice to the state: a moment in one array of another dtype is stored in the plain format of that dtype.
+def _adapted_to_state(choice: Choice, state: Mapping[str, Any], entry: LocalParam) -> Choice:
+    """Adapt a choice to existing state: a single-array moment of another dtype is stored in the plain format of that dtype.
 
     Raises:
-        ValueError: an array is of another dtype than its format's.
+        ValueError: any other array has a dtype that differs from its format's.
     """
     if all(state[key].dtype == dtype for key, dtype in choice.entries.items()):
         return choice
     for name, dtype in choice.format.extra:
         if state[name].dtype != dtype:
             raise ValueError(
-                f"{name!r} of {entry.name!r} has dtype {state[name].dtype}, the parameter {choice.format.dtype}, with which the format "
-                f"{choice.format.name!r} stores it in {dtype}; convert it"
+                f"{name!r} of {entry.name!r} has dtype {state[name].dtype}, but the format {choice.format.name!r} of a "
+                f"{choice.format.dtype} parameter stores it in {dtype}; convert it"
             )
-    found: list[Format] = []
+    formats: list[Format] = []
     for _, fmt, entries in choice.moments:
         others = {key: state[key].dtype for key, dtype in entries.items() if state[key].dtype != dtype}
         for key, dtype in others.items():
             if len(entries) > 1 or not dtype.is_floating_point:
                 raise ValueError(
-                    f"{key!r} of {entry.name!r} has dtype {dtype}, the format {fmt.name!r} stores it in {entries[key]}; convert it"
+                    f"{key!r} of {entry.name!r} has dtype {dtype}, but the format {fmt.name!r} stores it in {entries[key]}; convert it"
                 )
-        found.append(format_of(*others.values()) if others else fmt)
-    return choice._replace(state_formats=tuple(found))
+        formats.append(format_of(*others.values()) if others else fmt)
+    return choice._replace(state_formats=tuple(formats))
 
 
 @collector_paused()
 def kernel_calls(
     optimizer: StatefulOptimizer,
     layout: Layout,
-    groups: Sequence[GroupValues],  # of each of the layout's local parameters
-    grads: Sequence[Tensor | None],  # their gradients
+    groups: Sequence[GroupValues],  # param group of each of the layout's local parameters
+    grads: Sequence[Tensor | None],  # gradient of each of them
     backends: BackendChoice,
-    exchanges: Mapping[torch.dtype, MatrixExchange],  # of the layout, by the dtypes in which matrices travel
+    exchanges: Mapping[torch.dtype, MatrixExchange],  # the layout's exchanges, keyed by the dtype in which matrices are sent
     *,
-    together: bool,  # whether a call takes all parameters that it can, or each its own
+    together: bool,  # whether a call steps as many parameters as possible, or one
 ) -> list[KernelCall]:
     """Build the kernel calls for the parameters that have a gradient, in the order of their units.
 
     Raises:
-        ValueError: a gradient, or state, that cannot be used.
+        ValueError: a gradient or state cannot be used.
     """
     units = {} if optimizer.layout is None else optimizer.layout.units
     rows: dict[tuple[Any, ...], list[tuple[int, LocalParam, GroupValues, Tensor]]] = {}
     choices: dict[tuple[Any, ...], tuple[Backend, Choice]] = {}
-    chosen: dict[tuple[int, torch.dtype], Choice] = {}  # by the group's id and the dtype of the parameter
+    chosen: dict[tuple[int, torch.dtype], Choice] = {}  # keyed by (id(group), dtype of the parameter)
     for index, (entry, values, grad) in enumerate(zip(layout.local_params, groups, grads, strict=True)):
         if grad is None or not entry.pieces:
             continue
@@ -122,7 +123,7 @@ def kernel_calls(
         if group not in chosen:
             chosen[group] = optimizer.choice_of(entry.param, values.group)
         state = optimizer.complete_state(entry.param, chosen[group], entry.name)
-        choice = _as_found(chosen[group], state, entry)
+        choice = _adapted_to_state(chosen[group], state, entry)
         dtypes = (grad.dtype, *(state[name].dtype for name in choice.algorithm.state))
         backend = backends.of(entry.param, dtypes, type(optimizer).__name__)
         alone = None if together else id(entry.param)
@@ -140,7 +141,7 @@ def kernel_calls(
 
 
 def _warn_if_slow(stepped: Sequence[tuple[LocalParam, Backend, Choice]]) -> None:
-    """Warn if many elements are stepped on the CPU without the package that compiles their step."""
+    """Warn if many elements are stepped on the CPU without llvmlite, which compiles the step."""
     slow = sum(
         piece.segment.numel
         for entry, backend, _ in stepped
@@ -149,8 +150,8 @@ def _warn_if_slow(stepped: Sequence[tuple[LocalParam, Backend, Choice]]) -> None
     )
     if slow > SLOW:
         warnings.warn(
-            "more than a million elements are stepped by one torch operation after the other, which takes many times as long as the "
-            "compiled step: pip install llvmlite. backend='eager' asks for it without a warning",
+            "more than a million elements are stepped on the CPU by separate torch operations, which takes many times as long as the "
+            "compiled step: pip install llvmlite. backend='eager' selects this without a warning",
             UserWarning,
             stacklevel=2,
         )

@@ -1,4 +1,4 @@
-"""Build the layouts of an optimizer's parameters: of one rank, or of all ranks together. Used by `ParamSets`."""
+"""Build the layouts of an optimizer's parameters, for this rank alone or for all ranks. Used by `ParamSets`."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from sharded_optim.step.stateful import StatefulOptimizer
 
 __all__ = ["LayoutMaker"]
 
-SHOWN = 3  # names in a message
+SHOWN = 3  # parameter names in an error message
 
 
 class LayoutMaker:
     """Builds layouts, and records the parameters whose values the ranks have compared.
 
-    Values of replicas are compared once: later, they may have drifted in their last bits, where kernels are not deterministic.
+    Replicas are compared once only: later, nondeterministic kernels may have made their last bits drift apart.
 
     Args:
-        index: finds the groups of parameters.
+        index: looks up the param groups of parameters.
     """
 
     def __init__(self, index: ParamIndex) -> None:
         self._index = index
-        self._compared: dict[int, Tensor] = {}  # parameters whose values were compared, by their ids
-        self._compared_over: weakref.ref[dist.ProcessGroup] | None = None  # by these ranks
+        self._compared: dict[int, Tensor] = {}  # parameters whose values were compared, keyed by id(param)
+        self._compared_over: weakref.ref[dist.ProcessGroup] | None = None  # the ranks that compared them
 
     def make(
         self,
@@ -43,24 +43,24 @@ class LayoutMaker:
         process_group: dist.ProcessGroup | None,
         before: Layout | None,
     ) -> Layout:
-        """Build a layout. A collective, if the ranks agree.
+        """Build a layout. A collective if `rules.agrees`.
 
         Args:
-            before: the layout that other ranks may be stepping, unless theirs has changed too.
+            before: the layout to replace, which other ranks may still be stepping; None if there is none.
 
         Raises:
-            ValueError: the parameters do not fit together, or have changed on some ranks alone; on all ranks.
+            ValueError: the ranks' parameters are inconsistent, or have changed on some ranks only. Raised on all ranks.
         """
         if process_group is not None and before is not None and before.is_global_over(process_group):
             device = params[0].device if params else before.device
-            confirm_replacement(before, self._change(optimizer, params, before), rules, device)
+            confirm_replacement(before, self._describe_change(optimizer, params, before), rules, device)
         if rules.agrees:
             return self.of_all_ranks(optimizer, params, process_group)
         with collector_paused():
             return Layout.of_rank(self._described(optimizer, params))
 
     def of_all_ranks(self, optimizer: StatefulOptimizer, params: Sequence[Tensor], process_group: dist.ProcessGroup | None) -> Layout:
-        """Build a layout of all ranks. A collective."""
+        """Build the layout of all ranks' parameters. A collective."""
         over = None if process_group is None else weakref.ref(process_group)
         if over != self._compared_over:
             self._compared.clear()
@@ -74,7 +74,7 @@ class LayoutMaker:
         return layout
 
     def keep(self, is_used: Callable[[Tensor], bool]) -> None:
-        """Release the parameters that are no longer used."""
+        """Release the references to parameters that are no longer used."""
         self._compared = {key: param for key, param in self._compared.items() if is_used(param)}
 
     @collector_paused()
@@ -83,11 +83,11 @@ class LayoutMaker:
             raise ValueError(
                 "the optimizer's param groups are empty, as DeepSpeed's ZeRO stage 3 leaves them between steps; step through the wrapper"
             )
-        found = zip(params, self._index.places_of(optimizer.param_groups, params), strict=True)
-        return [optimizer.describe_param(param, place.name, place.group) for param, place in found]
+        positions = zip(params, self._index.places_of(optimizer.param_groups, params), strict=True)
+        return [optimizer.describe_param(param, place.name, place.group) for param, place in positions]
 
-    def _change(self, optimizer: StatefulOptimizer, params: Sequence[Tensor], layout: Layout) -> str:
-        """Say how parameters differ from those of a layout."""
+    def _describe_change(self, optimizer: StatefulOptimizer, params: Sequence[Tensor], layout: Layout) -> str:
+        """Return how parameters differ from those of a layout, as text for an error message."""
         before, now = set(map(id, layout.params)), set(map(id, params))
         if added := [param for param in params if id(param) not in before]:
             names = [place.name for place in self._index.places_of(optimizer.param_groups, added)]

@@ -1,4 +1,4 @@
-"""One call of an algorithm with a function of whole matrices: directions before the exchange of matrices, the update after it."""
+"""Kernel calls of algorithms that compute with whole matrices: write directions, then, after the matrix exchange, update."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ __all__ = ["MatrixCall"]
 
 
 class MatrixCall(KernelCall):
-    """The local parameters whose matrices one algorithm steps. Two passes of a backend: `write_directions`, then `update`.
+    """The local parameters whose matrices one algorithm steps, in two passes of a backend: `write_directions`, then `update`.
 
-    `operands` are all tensors of a step, as of any kernel call. The operands of each pass share their columns; in place of the parameters,
-    or of the gradients, they have the pieces of the exchange's buffer.
+    `operands` has all tensors of a step, as in any kernel call. The operands of each pass share its columns, with pieces of the exchange
+    buffer in place of the parameters (first pass) or the gradients (second pass).
 
     Attributes:
-        measures: whether updates are measured for reports, as nobody can compute them later.
+        measures: whether steps measure their updates for reports, because they cannot be recomputed later.
     """
 
     measures = False
@@ -44,7 +44,7 @@ class MatrixCall(KernelCall):
 
     @property
     def matrix(self) -> Matrix:
-        assert self.algorithm.matrix is not None, "a call of such an algorithm"
+        assert self.algorithm.matrix is not None, "MatrixCall is only for algorithms with a matrix function"
         return self.algorithm.matrix
 
     def _prepare(self) -> None:
@@ -74,10 +74,10 @@ class MatrixCall(KernelCall):
         self.backend.prepare(self.matrix.apply, self._applying, [self.members.formulas(self.matrix.apply.coefficients, 1.0)])
 
     def write_directions(self, proceed: Tensor | None, scaler: Scaler) -> dict[int, Compute]:
-        """Write directions to the exchange's buffer, and the state. Nothing where the step does not happen.
+        """Write directions to the exchange buffer, and write the state; nothing if the step does not happen.
 
         Returns:
-            What the owner of a matrix computes, by the index of each piece.
+            The function that a matrix's owner applies to it, keyed by the index of each piece of the matrix.
         """
         views = self._pieces_of_buffer()
         self._buffer.renew(views, addresses_of(views))
@@ -91,8 +91,8 @@ class MatrixCall(KernelCall):
         return {index: computes[group] for index, group in zip(self.places.indices.tolist(), self.group_of, strict=True)}
 
     def update(self, agreement: Agreement | None, proceed: Tensor | None, scaler: Scaler, *, accumulate: bool) -> Update:
-        """Update the parameters by the results, which are in the exchange's buffer now, and count the step."""
-        assert not accumulate, "only steps inside backward do, which are refused"
+        """Update the parameters by the results, which the exchange has written to its buffer, and count the step."""
+        assert not accumulate, "only steps inside backward accumulate, and the engine refuses them"
         apply = self.matrix.apply
         table = coefficient_table(apply.coefficients, self.members, self.steps, 1.0, backend=self.backend, operands=self._applying)
         happens = None if proceed is None else proceed.to(self.device)
@@ -102,14 +102,14 @@ class MatrixCall(KernelCall):
         return replace(self._finish(table, happens, self._grad_scale), measured=measured)
 
     def _measured(self, table: Tensor) -> list[Measured]:
-        """Compute of each piece what the update is about to subtract, in float64: several times the memory of one piece."""
-        operands, found = self._applying, []
+        """Compute in float64 what the update will subtract from each piece. Needs several times the memory of one piece."""
+        operands, measured = self._applying, []
         columns = [column.tensors for column in (operands.param, *operands.extra)]
         for *stored, result, grad, row in zip(*columns, operands.grad.tensors, self.operands.grad.tensors, table, strict=True):
             value = operands.format.load(*stored).double()
             (updated,) = self.matrix.apply.update(value, result.double(), *row.double().unbind())
-            found.append(Measured.of(value - updated, grad))
-        return found
+            measured.append(Measured.of(value - updated, grad))
+        return measured
 
     def release(self) -> None:
         super().release()
@@ -124,12 +124,12 @@ class MatrixCall(KernelCall):
         return True
 
     def _check_matrices(self) -> None:
-        """Raise ValueError if matrices are others than those that the ranks have planned to exchange."""
+        """Raise ValueError if the matrices differ from those that the ranks have planned to exchange."""
         for (entry, piece), group in zip(self.pieces, self.group_of, strict=True):
             if self.device != self._layout_device:
                 raise ValueError(
-                    f"{entry.name!r} lies on {self.device}, other parameters on {self._layout_device}: matrices that ranks exchange must "
-                    f"lie on one device of each rank; move the model to one"
+                    f"{entry.name!r} is on {self.device}, other parameters on {self._layout_device}: the matrices that ranks exchange must "
+                    f"be on one device of each rank; move the model to one device"
                 )
             try:
                 matrices = matrices_of(self.matrix, piece.segment.shape, self.members.groups[group])
@@ -137,13 +137,13 @@ class MatrixCall(KernelCall):
                 raise ValueError(f"parameter {entry.name!r} {error}") from None
             if piece.matrices != matrices:
                 raise ValueError(
-                    f"{entry.name!r} is stepped as other matrices than in its first step (algorithm, split, stacked or ns_dtype of its "
-                    f"param group have changed), but ranks have agreed who computes with which; build a new optimizer, load the "
-                    f"state dict, and change its param groups before its first step"
+                    f"{entry.name!r} is no longer stepped as the same matrices as in its first step (algorithm, split, stacked or ns_dtype "
+                    f"of its param group has changed), but the ranks' division of work is fixed; build a new optimizer, load the state "
+                    f"dict, and change its param groups before its first step"
                 )
 
     def _pieces_of_buffer(self) -> list[Tensor]:
-        """The piece of the exchange's buffer of each operand, in the shape of its parameter."""
+        """Return the part of the exchange buffer for each operand: a view in the shape of the operand's parameter."""
         indices = self.places.indices.tolist()
         shapes = [piece.of(entry.local(entry.param, PARAMETER)).shape for entry, piece in self.pieces]
         return [self._exchange.piece(index).view(shape) for index, shape in zip(indices, shapes, strict=True)]

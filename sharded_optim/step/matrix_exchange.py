@@ -1,10 +1,10 @@
-"""Gather whole matrices, compute with each on its owner, and send the results back: a step's part between directions and updates.
+"""Gather whole matrices, compute with each on its owner, and scatter the results: the phase of a step between directions and updates.
 
     gather 0, gather 1, compute 0, scatter 0, gather 2, compute 1, scatter 1, ...
 
-The next gather and the last scatter are under way while a rank computes. Every rank takes part in every round, with as many elements in
-every step, whatever gradients there are: on an accelerator the host does not know which are missing. Of a matrix without a gradient
-whatever lies in the buffers travels; nobody computes with it, or reads the result.
+The next gather and the last scatter run while a rank computes. Every rank takes part in every round, with the same number of elements in
+every step, whichever gradients are missing: on an accelerator the host does not know which. For a matrix without a gradient the ranks send
+uninitialized memory, which no rank computes with and whose result no rank reads.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ Compute = Callable[[Tensor], Tensor]  # direction of a whole matrix (rows, colum
 
 
 class MatrixExchange:
-    """Carries out a plan, once in every step.
+    """Carries out an exchange plan once per step.
 
     Args:
-        layout: of which the plan is.
-        plan: the part of this rank.
+        layout: the layout for which the plan was made.
+        plan: this rank's part of the plan.
 
     Attributes:
-        buffer: the directions of this rank's pieces before the exchange, the results after it; (plan.numel,), while a step goes on.
+        buffer: directions of this rank's pieces before the exchange, results after it: (plan.numel,) during a step, (0,) between steps.
     """
 
     def __init__(self, layout: Layout, plan: MatrixPlan) -> None:
@@ -47,10 +47,10 @@ class MatrixExchange:
         return self._plan.dtype
 
     def allocate(self) -> None:
-        """Allocate the memory of a step: before ranks agree on it, as a rank that has none must not be missed by others later.
+        """Allocate the memory of a step. Called before the ranks agree: a rank that ran out of memory later would block the others.
 
         Raises:
-            ValueError: a CUDA graph is recorded.
+            ValueError: a CUDA graph is being captured.
         """
         device = self._layout.device
         if capturing(device):
@@ -63,7 +63,7 @@ class MatrixExchange:
                 for transfers in ([each.gather for each in rounds], [each.scatter for each in rounds])
                 for way in ("sent", "received")
             ]
-            # Two of each: a round is gathered while the one before is computed, and scattered while the one after is.
+            # Two slots: a round is gathered while the previous one is computed, and scattered while the next one is.
             self._slots = [_Slot(*(torch.empty(size, dtype=self.dtype, device=device) for size in sizes)) for _ in rounds[:2]]
 
     @property
@@ -72,14 +72,14 @@ class MatrixExchange:
         return self._plan.travels
 
     def piece(self, index: int) -> Tensor:
-        """The elements of one of this rank's pieces: (numel,), a view of the buffer."""
+        """Return the elements of one of this rank's pieces: (numel,), a view of the buffer."""
         return self.buffer[self._plan.places[index]]
 
     def run(self, computes: Mapping[int, Compute]) -> None:
-        """Replace directions by results. A collective, if any matrix is cut or has replicas.
+        """Replace the directions in the buffer by results. A collective if any matrix is cut or has replicas.
 
         Args:
-            computes: what to compute with a matrix, by the index of any piece of it; there is nothing for pieces without a gradient.
+            computes: the function to apply to a matrix, keyed by the index of any of its pieces; no entry for pieces without a gradient.
 
         Raises:
             RuntimeError: other ranks did not take part.
@@ -125,7 +125,7 @@ class MatrixExchange:
             begin = end
 
     def _compute(self, matrix: OwnedMatrix, computes: Mapping[int, Compute], slot: _Slot | None) -> None:
-        """Compute with one matrix, and write the result to the buffer and to what is going to be sent."""
+        """Compute with one matrix, and write the result to the buffer and to the send buffer of the scatter."""
         compute = computes.get(matrix.piece)
         if compute is None:
             return
@@ -148,22 +148,22 @@ class MatrixExchange:
                 overlap.reversed().copy(result, target[part.begin : part.end])
 
     def release(self) -> None:
-        """Free the memory until the next step."""
+        """Free the buffers until the next step."""
         self._slots = []
         self.buffer = self.buffer.new_empty(0)
 
 
 class _Slot:
-    """The buffers of a round: sent and received in its gather, sent and received in its scatter."""
+    """The buffers of a round: send and receive buffers of its gather, then of its scatter."""
 
     def __init__(self, directions: Tensor, gathered: Tensor, results: Tensor, scattered: Tensor) -> None:
         self.directions, self.gathered, self.results, self.scattered = directions, gathered, results, scattered
 
 
 def _start(transfer: AllToAll, sent: Tensor, received: Tensor, process_group: dist.ProcessGroup) -> dist.Work | None:
-    """Start an all-to-all of the first elements of these buffers."""
-    output, given = received[: sum(transfer.received)], sent[: sum(transfer.sent)]
-    return dist.all_to_all_single(output, given, transfer.received, transfer.sent, process_group, async_op=True)
+    """Start an all-to-all with the first elements of both buffers, as many as the transfer has."""
+    output, source = received[: sum(transfer.received)], sent[: sum(transfer.sent)]
+    return dist.all_to_all_single(output, source, transfer.received, transfer.sent, process_group, async_op=True)
 
 
 def _wait(work: dist.Work | None) -> None:

@@ -1,13 +1,13 @@
-"""Norms and cosines of a step, per parameter, as Composer's OptimizerMonitor asks an optimizer for them.
+"""Norms and cosines of a step, per parameter, in the form that Composer's OptimizerMonitor requests.
 
     l2_norm/{moment,param,update,grad}/NAME, cosine/{update_grad,moment_grad}/NAME
 
-The monitor calls, after a step, `report_per_parameter_metrics` for each parameter. Where the model is sharded it then calls
-`pre_reduce_metrics` and `dist_reduce_metrics`, which make this rank's values those of whole tensors: squares and dot products of the
-pieces that a rank owns are added up, so replicas do not count twice.
+After a step the monitor calls `report_per_parameter_metrics` for each parameter. If the model is sharded it then calls
+`pre_reduce_metrics` and `dist_reduce_metrics`, which turn this rank's values into those of whole tensors: each rank adds the squares and
+dot products of the pieces that it owns, so replicas are not counted twice.
 
-`update` is what the step subtracted from the parameter, weight decay included: old - new. The old parameter is not kept but computed back
-from the new one, in float64, with the coefficients that the step used; a scheduler may have changed the groups since.
+`update` is what the step subtracted from the parameter, weight decay included: old - new. The old parameter is not stored but recomputed
+from the new one, in float64, with the coefficients of the step, because a scheduler may have changed the groups since.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ KINDS = (*(f"l2_norm/{vector}" for vector in NORMS), *COSINES)
 
 
 class Measured(NamedTuple):
-    """What a step subtracted from a piece: float64 ()."""
+    """Products of the values that a step subtracted from a piece: float64 ()."""
 
-    square: Tensor  # of its norm
-    product: Tensor  # with the gradient
+    square: Tensor  # their squared norm
+    product: Tensor  # their dot product with the gradient
 
     @classmethod
     def of(cls, moved: Tensor, grad: Tensor) -> Measured:
@@ -52,31 +52,30 @@ class Update:
     """The record of the last update of one kernel call."""
 
     algorithm: Algorithm
-    pieces: Sequence[tuple[LocalParam, Piece]]  # what each row of the coefficients is of
-    format: Format  # of the parameters
-    state_formats: Sequence[Format]  # of each of algorithm.state
+    pieces: Sequence[tuple[LocalParam, Piece]]  # (local parameter, piece) of each row of the coefficients
+    format: Format  # storage format of the parameters
+    state_formats: Sequence[Format]  # storage format of each moment in algorithm.state
     coefficients: Tensor  # fp32 (pieces, coefficients of algorithm.update)
-    proceed: Tensor | None  # as the backend was given
-    grad_scale: Tensor | None
-    measured: Sequence[Measured] | None = None  # of each piece, where it cannot be computed back and was measured in the step
+    proceed: Tensor | None  # the argument of Backend.update: bool (); None means that the step happened
+    grad_scale: Tensor | None  # the argument of Backend.update: fp32 ()
+    measured: Sequence[Measured] | None = None  # one per piece, if the update cannot be recomputed and was measured during the step
 
 
 def report(entry: LocalParam, piece: Piece, state: dict[str, Any], last: tuple[Update, int] | None) -> dict[str, Tensor]:
     """Compute norms and cosines of this rank's piece of one tensor: {kind: float64 ()}.
 
-    param: as it is after the step, with its Kahan compensation.
-    update: what the step subtracted, the weight decay of the parameter before the step included; 0 without `last`, not finite after a
-        decay that left nothing of the parameter.
+    param: the parameter after the step, with its Kahan compensation.
+    update: the values that the step subtracted, weight decay included; 0 without `last`, not finite if the decay multiplied by 0.
     moment: the first moment, not bias-corrected, or the momentum buffer.
-    grad: without GradScaler's scale.
+    grad: the gradient without GradScaler's scale.
 
-    Left out are `moment` of an optimizer that has none, `update` of Muon's matrices until a step after the first report, which measures it,
-    and what needs a gradient that is gone (`update` of SGD, not of Adam) or that is a Partial DTensor.
+    Omitted are `moment` of an optimizer without one; `update` of Muon's matrices until the first step after the first report, as only
+    then it is measured; and values that need a gradient that was released (`update` of SGD, not of Adam) or is a Partial DTensor.
 
     Args:
-        entry, piece: the parameter, and which of its pieces.
-        state: of the parameter, with plain or sharded tensors; empty before its first step.
-        last: the update that wrote it, and its place in that update's coefficients; None if the last step left it alone.
+        entry, piece: the parameter and one of its pieces.
+        state: the parameter's optimizer state, as plain or sharded tensors; empty before its first step.
+        last: the update that wrote the piece, and its row in that update's coefficients; None if the last step did not write it.
 
     Raises:
         ValueError: the gradient is not laid out like the parameter.
@@ -96,7 +95,7 @@ def report(entry: LocalParam, piece: Piece, state: dict[str, Any], last: tuple[U
     moments = [each.load(*arrays_of(each.entries(name))).double() for name, each in stored]
     if moments:
         vectors["moment"] = moments[0]
-    if entry.param.grad is not None and partial_of(entry.param.grad) is None:  # to reduce it is a collective
+    if entry.param.grad is not None and partial_of(entry.param.grad) is None:  # reducing it would be a collective
         vectors["grad"] = values_of(entry.param.grad, "gradient").double()
         if update is not None and update.grad_scale is not None:
             vectors["grad"] = vectors["grad"] * update.grad_scale
@@ -104,16 +103,16 @@ def report(entry: LocalParam, piece: Piece, state: dict[str, Any], last: tuple[U
         vectors["update"] = torch.zeros_like(vectors["param"])
     elif update.algorithm.undo is not None:
         coefficients = update.coefficients[row].double().unbind()
-        grad = vectors.get("grad", torch.full((), math.nan, dtype=torch.float64, device=local.device))  # makes NaN what needs it
+        grad = vectors.get("grad", torch.full((), math.nan, dtype=torch.float64, device=local.device))  # NaN marks what needs it
         moved = update.algorithm.undo(vectors["param"], grad, *moments, *coefficients) - vectors["param"]
         if "grad" in vectors or not moved.isnan().all():
-            vectors["update"] = _where(update.proceed, moved)
+            vectors["update"] = _or_zero(update.proceed, moved)
     values = {f"l2_norm/{name}": torch.linalg.vector_norm(vectors[name]) for name in NORMS if name in vectors}
     for kind, (a, b) in COSINES.items():
         if a in vectors and b in vectors:
             values[kind] = _cosine((vectors[a] * vectors[b]).sum(), values[f"l2_norm/{a}"] * values[f"l2_norm/{b}"])
     if update is not None and update.measured is not None:
-        square, product = (_where(update.proceed, value) for value in update.measured[row])
+        square, product = (_or_zero(update.proceed, value) for value in update.measured[row])
         values["l2_norm/update"] = square.sqrt()
         if "grad" in vectors:
             scale = 1.0 if update.grad_scale is None else update.grad_scale
@@ -121,8 +120,8 @@ def report(entry: LocalParam, piece: Piece, state: dict[str, Any], last: tuple[U
     return values
 
 
-def _where(proceed: Tensor | None, value: Tensor) -> Tensor:
-    """The value, or 0 if the step did not happen."""
+def _or_zero(proceed: Tensor | None, value: Tensor) -> Tensor:
+    """Return the value, or 0 if the step did not happen."""
     return value if proceed is None else torch.where(proceed.to(value.device), value, 0.0)
 
 
@@ -131,13 +130,13 @@ def _cosine(product: Tensor, norms: Tensor) -> Tensor:
 
 
 def _split(key: str) -> tuple[str, str] | None:
-    """Split a key of a metric into its kind and its tensor name."""
+    """Split a metric's key into (kind, tensor name); None if it is not one of ours."""
     kind = next((kind for kind in KINDS if key.startswith(f"{kind}/")), None)
     return None if kind is None else (kind, key.removeprefix(f"{kind}/"))
 
 
 def pre_reduce(metrics: dict[str, Any], names: Container[str]) -> dict[str, Any]:
-    """Turn norms and cosines of these names into squares and dot products, which add up over ranks. Other keys stay."""
+    """Return the metrics with the norms and cosines of these names as squares and dot products, which can be summed over ranks."""
     result = dict(metrics)
     for key, value in metrics.items():
         kind, name = _split(key) or ("", "")
@@ -154,21 +153,21 @@ def pre_reduce(metrics: dict[str, Any], names: Container[str]) -> dict[str, Any]
 def dist_reduce(
     metrics: dict[str, Any], layout: Layout, index_of: Callable[[str], int | None], process_group: dist.ProcessGroup | None
 ) -> dict[str, Any]:
-    """Sum the results of `pre_reduce` over all ranks, with one all-reduce. Every rank of the group must call it.
+    """Sum the results of `pre_reduce` over all ranks with one all-reduce. Every rank of the group must call it.
 
     Args:
-        metrics: of this rank.
-        layout: of all ranks.
-        index_of: the index among the layout's pieces of a name that one was reported under; None for a name that is not ours.
+        metrics: this rank's metrics.
+        layout: the layout of all ranks.
+        index_of: maps a reported name to the index of its piece in the layout, or to None if the name is not ours.
 
     Returns:
-        Norms and cosines of the whole tensors, float64 (), under the names this rank reported or, for tensors that only other ranks
-        hold, the layout's without wrappers' prefixes. Other keys as they were.
+        Norms and cosines of the whole tensors, float64 (), under the names that this rank reported or, for tensors that only other ranks
+        hold, the layout's names without wrapper prefixes. Other keys are unchanged.
     """
     device = layout.local_params[0].param.device if layout.local_params else torch.device("cpu")
     vector = torch.zeros(len(layout.names), 2 * len(KINDS), dtype=torch.float64, device=device)
     result = {}
-    called: dict[int, list[str]] = {}  # the names that a tensor was reported under: tied weights have several
+    called: dict[int, list[str]] = {}  # reported names of each tensor, keyed by slot: tied weights have several
     for key, value in metrics.items():
         kind, name = _split(key) or ("", "")
         index = index_of(name) if kind else None
@@ -189,7 +188,7 @@ def dist_reduce(
     plain = names_without_wrappers(layout.names)
     for slot, counts in enumerate(reported.tolist()):
         values = {kind: sums[slot, column] for column, kind in enumerate(KINDS) if counts[column]}
-        if counts[KINDS.index(UPDATE)] != counts[KINDS.index("l2_norm/param")]:  # some ranks have not measured theirs
+        if counts[KINDS.index(UPDATE)] != counts[KINDS.index("l2_norm/param")]:  # some ranks have not measured their updates
             values = {kind: value for kind, value in values.items() if kind not in (UPDATE, UPDATE_GRAD)}
         for kind, value in values.items():
             if kind.startswith("l2_norm/"):

@@ -1,4 +1,4 @@
-"""Types of the arguments of the public optimizers; their docstrings are the documentation of the options."""
+"""Types of the public optimizers' arguments. Their docstrings document the options, and are copied into each optimizer's docstring."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ __all__ = [
     "check_nonfinite",
 ]
 
-MOST_SKIPPED = 100  # see max_skipped_steps
+MOST_SKIPPED = 100  # default of max_skipped_steps
 NonFinite = Literal["skip", "raise", "allow"]
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
 
 class CheckedOption:
-    """An attribute of an optimizer that is checked whenever it is set.
+    """Descriptor of an optimizer attribute that is checked on every assignment.
 
     Args:
-        check: raises ValueError for a value that cannot be used.
+        check: raises ValueError for an invalid value.
     """
 
     def __init__(self, check: Callable[[Any], None]) -> None:
@@ -43,7 +43,7 @@ class CheckedOption:
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
-    def __set__(self, optimizer: Any, value: Any) -> None:  # without __get__, reading it is reading an ordinary attribute
+    def __set__(self, optimizer: Any, value: Any) -> None:  # without __get__, reads go to the instance's __dict__
         self._check(value)
         optimizer.__dict__[self._name] = value
 
@@ -61,23 +61,25 @@ def check_max_skipped_steps(most: Any) -> None:
 class CommonOptions(TypedDict, total=False):
     """Keyword-only options of every optimizer, also inside a ShardedOptimizer.
 
-    state_dtype: storage of the moments: float32 (the default, also for low-precision parameters), or bfloat16, whose rounding wants
-        beta2 <= 0.996; or the name of a storage format, as "bf16_stochastic" (docs/low-precision.md).
-    backend: "cpu", "triton" or "eager"; "auto", the default, picks the first of them that supports the device and dtypes. The same bits.
+    state_dtype: storage of the moments: float32 (the default, also for low-precision parameters); bfloat16, whose rounding requires
+        beta2 <= 0.996; or the name of a storage format, such as "bf16_stochastic" (docs/low-precision.md).
+    backend: "cpu", "triton" or "eager"; "auto", the default, picks the first of them that supports the device and dtypes. All give the same
+        bits.
     nonfinite: what a step does when a gradient on any rank is not finite, or too large to be squared in fp32.
         "skip": no rank steps; parameters, state and step counters stay as they are, bit for bit.
         "raise": FloatingPointError on every rank, naming tensors and ranks. The host waits for the device in every step.
-        "allow": it goes through, as in torch; StableAdamW makes the whole tensor NaN, as an unsharded one would.
-        None, the default, means "skip" for StableAdamW and Muon, whose ranks agree on something anyway, and "allow" for the others, which
-        need no collective without it.
-    max_skipped_steps: where `nonfinite` is "skip", so many steps in a row that did not happen for their gradients are a FloatingPointError
-        on every rank, which names what was not finite in the first of them; state stays untouched, and each further one raises too. 100,
-        the default, is time enough for GradScaler, which at its start skips up to 17 to find its scale; a job that skips more learns
-        nothing. None: no limit. Steps that GradScaler alone has stopped, their gradients being finite, do not count. On an accelerator the
-        next step raises, as a step does not wait for its own verdict. Where parts are stepped by themselves (DeepSpeed's ZeRO, gradient
-        release) each has a count of its own.
-    stochastic_rounding: float16 and bfloat16 parameters are rounded up or down at random, so that the expected value is the value; instead
-        of `kahan_sum`, and without its memory, or with kahan_sum=True the compensation is. The same bits whatever the sharding.
+        "allow": the step happens, as in torch; StableAdamW makes the whole tensor NaN, as an unsharded one would.
+        None, the default, means "skip" for StableAdamW and Muon, whose steps have a collective anyway, and "allow" for the others, whose
+        steps otherwise need none.
+    max_skipped_steps: with nonfinite="skip", the number of consecutive skipped steps after which every rank raises a FloatingPointError
+        that names what was not finite in the first of them. State stays untouched, and every further skipped step raises too. The default,
+        100, leaves enough room for GradScaler, which initially skips up to 17 steps to find its scale; a job that skips more learns
+        nothing. None: no limit. Steps that only GradScaler skipped, with finite gradients, do not count. On an accelerator the next step
+        raises, because a step does not wait for its own verdict. Parts that are stepped separately (DeepSpeed's ZeRO, gradient release)
+        have separate counts.
+    stochastic_rounding: round float16 and bfloat16 parameters up or down at random, so that the expected value is exact. It replaces
+        `kahan_sum` and saves its memory; with kahan_sum=True the compensation is rounded at random instead. The same bits whatever the
+        sharding.
     rounding_seed: seed of stochastic rounding; the same on every rank.
     """
 
@@ -90,10 +92,10 @@ class CommonOptions(TypedDict, total=False):
 
 
 class EngineOptions(CommonOptions, total=False):
-    """Keyword-only options of every optimizer that a ShardedOptimizer sets by itself.
+    """Keyword-only options of every optimizer that a ShardedOptimizer sets itself.
 
     process_group: the ranks that train this model together; None, the default, means all. Unused by a step without a collective.
-    layout: how parameters are sharded that do not tell it themselves: `fsdp1_layout(model)` for FullyShardedDataParallel. Not needed for
+    layout: the sharding of parameters from which it cannot be detected: `fsdp1_layout(model)` for FullyShardedDataParallel. Not needed for
         ordinary tensors and DTensors, and set by `deepspeed.initialize` and `deepspeed.attach` for DeepSpeed.
     """
 
@@ -102,13 +104,13 @@ class EngineOptions(CommonOptions, total=False):
 
 
 class SwitchOptions(EngineOptions, total=False):
-    """optimi's switches, as keywords of the optimizers that are not optimi's.
+    """optimi's switches, as keywords of the optimizers that optimi does not have.
 
-    kahan_sum: float16 and bfloat16 parameters keep in `kahan_comp`, a second array of their dtype, what rounding them loses: 16 to 17
+    kahan_sum: store the rounding error of float16 and bfloat16 parameters in `kahan_comp`, a second array of their dtype: 16 to 17
         significant bits instead of 8 (bfloat16), weight decay included. None, the default, means True unless `stochastic_rounding`.
-    foreach: whether one call of a backend steps all tensors (None and True) or each its own. The result is the same.
-    triton: True wants the Triton backend, or an ImportError; False any other; None leaves it to `backend`.
-    gradient_release: steps are going to happen inside backward; see `prepare_for_gradient_release`.
+    foreach: None and True step all tensors in one backend call, False steps each in its own. The result is the same.
+    triton: True requires the Triton backend, or raises ImportError; False excludes it; None leaves the choice to `backend`.
+    gradient_release: whether steps will happen inside backward; see `prepare_for_gradient_release`.
     """
 
     kahan_sum: bool | None
@@ -117,7 +119,7 @@ class SwitchOptions(EngineOptions, total=False):
     gradient_release: bool
 
 
-class ShardedOptions(CommonOptions, total=False, extra_items=Any):  # what an optimizer of one's own takes
+class ShardedOptions(CommonOptions, total=False, extra_items=Any):  # extra items: arguments of users' own optimizers
     """Arguments that a ShardedOptimizer passes to the optimizer inside: hyperparameters of the library's optimizers, and options."""
 
     lr: float | Tensor

@@ -1,6 +1,6 @@
-"""Param groups: optimi's keys, names of parameters, and the reference learning rate of weight decay.
+"""Keys of param groups: optimi's switches, parameter names, and the reference learning rate of weight decay.
 
-Used when a group is added, and when a state dict is loaded.
+Used when a group is added and when a state dict is loaded.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ __all__ = [
     "warn_of_high_decay",
 ]
 
-HIGH_DECAY = 1e-3  # from which on Composer and optimi warn
-BF16_HALF_ULP = 2.0**-8  # relative, at worst
+HIGH_DECAY = 1e-3  # Composer and optimi warn of a decoupled decay from this value on
+BF16_HALF_ULP = 2.0**-8  # largest relative rounding error
 
 
 def check_state_dtype(choice: torch.dtype | str, values: dict[str, Any], where: str) -> None:
-    """Raise ValueError for a storage of the moments that would be silently wrong."""
+    """Raise ValueError for a storage of the moments that would give silently wrong results."""
     known = choice in state_formats() if isinstance(choice, str) else choice in (torch.float32, torch.bfloat16)
     if not known:
         names = ", ".join(map(repr, state_formats()))
         raise ValueError(
-            f"state_dtype must be torch.float32 or torch.bfloat16, got {choice}: a second moment overflows or vanishes in float16. Or it "
-            f"is the name of a storage format: {names}"
+            f"state_dtype must be torch.float32, torch.bfloat16 or the name of a storage format ({names}), got {choice}. In float16 a "
+            f"second moment would overflow or vanish"
         )
     *_, beta2 = values.get("betas", (0.0, 0.0))
     if chosen_format(choice) is FORMATS["bf16"] and 1.0 - beta2 < BF16_HALF_ULP:
         raise ValueError(
             f"state_dtype=torch.bfloat16 needs beta2 <= {1.0 - BF16_HALF_ULP:.4f}, got {beta2} in {where}: a step would change the second "
-            f"moment by less than its rounding, so that it never falls; lower beta2 or keep the moments in float32"
+            f"moment by less than its rounding error, so that it could never decrease; lower beta2 or keep the moments in float32"
         )
 
 
@@ -67,13 +67,13 @@ def translate_switches(group: dict[str, Any], defaults: dict[str, Any]) -> dict[
 
 
 def resolve_kahan(group: dict[str, Any], defaults: dict[str, Any]) -> None:
-    """Replace `kahan_sum=None` in a group by its meaning: distributed checkpoints refuse None."""
+    """Replace `kahan_sum=None` in a group by its meaning, in place: distributed checkpoints refuse None."""
     if group.get("kahan_sum", defaults["kahan_sum"]) is None:
         group["kahan_sum"] = not group.get("stochastic_rounding", defaults["stochastic_rounding"])
 
 
 def warn_of_high_decay(groups: list[dict[str, Any]]) -> None:
-    """Warn once for all groups if a fully decoupled decay has a value that is usual for a coupled one."""
+    """Warn, once for all groups, if a fully decoupled decay has a value that is typical of a coupled one."""
     high = [group["weight_decay"] for group in groups if group["decay_form"] == DECOUPLED and group["weight_decay"] >= HIGH_DECAY]
     if high:
         warnings.warn(
@@ -94,11 +94,11 @@ def named_params(group: dict[str, Any], group_index: int) -> list[tuple[Any, str
 
 
 def follow_names(group: dict[str, Any], groups: Sequence[dict[str, Any]]) -> None:
-    """Name groups without names by position if others have names: torch wants names in all groups or in none.
+    """Add positional names, in place, to groups without names if others have names: torch requires names in all groups or in none.
 
     Args:
-        group: about to be added.
-        groups: that there are.
+        group: the group about to be added.
+        groups: the existing groups.
     """
     everything = [*groups, group]
     filled = [each for each in everything if each["params"]]
@@ -113,26 +113,26 @@ def follow_names(group: dict[str, Any], groups: Sequence[dict[str, Any]]) -> Non
 def name_of_param(group: Mapping[str, Any], group_index: int, index: int) -> str:
     """Return the name of a parameter, or its position if it has none."""
     names = group.get("param_names", ())
-    if len(names) == len(group["params"]):  # else none are given, or a wrapper put others in the place of those that they are for
+    if len(names) == len(group["params"]):  # otherwise there are no names, or a wrapper has replaced the parameters that they belong to
         return names[index]
     return f"param_groups[{group_index}].params[{index}]"
 
 
 def reference(lr: float) -> dict[str, Any]:
-    """Return the keys of a group that set the reference learning rate of decoupled weight decay; 0 means that it is to be learned."""
+    """Return the group entries that set the reference learning rate of decoupled weight decay; 0 means that it will be learned."""
     return {"reference_lr": lr, "learns_reference_lr": lr == 0.0}
 
 
 def set_reference_lr(group: dict[str, Any], max_lr: float | None) -> None:
-    """Give a new group its reference learning rate.
+    """Set the reference learning rate of a new group, in place.
 
-    It is the group's own `max_lr`, else what it brings from having been a group before (Composer clears and adds them again), else the
-    optimizer's, else the group's `lr` at this moment. It lives under a key of its own: schedulers overwrite `initial_lr` and `max_lr`
-    (OneCycleLR both). With neither `max_lr` nor a positive `lr` it is learned: the largest lr so far.
+    It is the group's own `max_lr`; else the reference from an earlier time in an optimizer (Composer removes the groups and adds them
+    again); else the optimizer's `max_lr`; else the group's current `lr`. It has a separate key because schedulers overwrite `initial_lr`
+    and `max_lr` (OneCycleLR both). With neither `max_lr` nor a positive `lr` it is learned: the largest lr so far.
     """
     own = group.pop("max_lr", None)
     if own is None and {"reference_lr", "learns_reference_lr"} <= group.keys():
-        return  # it was a group before
+        return  # the group already has a reference
     group |= reference(float(own if own is not None else max_lr if max_lr is not None else group["lr"]))
     if group["learns_reference_lr"] and isinstance(group["lr"], Tensor) and not known_on_host(group["lr"]):
-        raise ValueError("a device tensor lr of 0 does not tell the peak learning rate that weight decay refers to; pass max_lr")
+        raise ValueError("weight decay needs the peak learning rate, which a device tensor lr of 0 does not give; pass max_lr")

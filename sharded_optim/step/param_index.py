@@ -1,4 +1,4 @@
-"""Find the param group of a parameter in constant time, though users and wrappers edit the groups at any time."""
+"""Look up the param group of a parameter in constant time, even if users and wrappers edit the groups at any time."""
 
 from __future__ import annotations
 
@@ -28,31 +28,31 @@ class Place(NamedTuple):
 
 
 class ParamIndex:
-    """Caches the positions of parameters. A position is checked before it is used, as ids are reused."""
+    """Caches the positions of parameters. A cached position is verified before use, because ids are reused."""
 
     def __init__(self) -> None:
-        self._places: dict[int, Place] = {}  # by a parameter's id
+        self._places: dict[int, Place] = {}  # keyed by id(param)
 
     def place_of(self, groups: Sequence[Group], param: Tensor) -> Place | None:
         """Return the position of a parameter; None if it is in none of the groups."""
         place = self._known_place(groups, param)
         if place is None:
             key = id(param)
-            if not any(key in map(id, group["params"]) for group in groups):  # faster than to look up all
+            if not any(key in map(id, group["params"]) for group in groups):  # faster than rebuilding the index
                 return None
             self.look_up(groups)
             place = self._known_place(groups, param)
         return place
 
     def look_up(self, groups: Sequence[Group]) -> None:
-        """Cache the positions of all parameters."""
+        """Rebuild the cache with the positions of all parameters."""
         self._places = {id(p): Place(i, group, k) for i, group in enumerate(groups) for k, p in enumerate(group["params"])}
 
     def places_of(self, groups: Sequence[Group], params: Sequence[Tensor]) -> list[Place]:
         """Return the positions of parameters.
 
         Raises:
-            ValueError: one is in none of the groups.
+            ValueError: a parameter is in none of the groups.
         """
         places = []
         for param in params:
@@ -63,7 +63,7 @@ class ParamIndex:
         return places
 
     def __contains__(self, param: Tensor) -> bool:
-        """Return whether a living parameter was in a group at the last lookup."""
+        """Return whether a parameter, still alive, was in a group when the cache was last rebuilt."""
         return id(param) in self._places
 
     def _known_place(self, groups: Sequence[Group], param: Tensor) -> Place | None:

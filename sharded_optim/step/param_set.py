@@ -1,7 +1,7 @@
-"""Parameters that are stepped together, with all that is cached for them from one step to the next.
+"""Sets of parameters that are stepped together, with everything that is cached for them between steps.
 
-Users and wrappers replace parameters, groups, options and what is behind a parameter at any time. What a set is known by is compared here,
-once per step, and nowhere else: a set whose parameters are others now is made anew, with all that was derived from it.
+Users and wrappers replace parameters, their memory, groups and options at any time. The key of a set is compared here, once per step, and
+nowhere else: if it differs, the set is rebuilt with everything derived from it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from sharded_optim.storage.devices import capturing, refuse_to_capture
 
 __all__ = ["Observation", "ParamSet", "ParamSets", "StepListener"]
 
-SETS_PER_PARAM = 8  # sets of parameters stepped alone that are kept with the same first parameter
+SETS_PER_PARAM = 8  # cached sets with the same first parameter, besides the set of all parameters
 
 _numbers = count()
 _grad = attrgetter("grad")
@@ -54,23 +54,23 @@ class StepListener(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
-    """The result of looking at the gradients on this rank."""
+    """The result of observing the gradients on this rank."""
 
-    contributions: Sequence[Contribution] = ()  # of each kernel call
-    failure: Exception | None = None  # or why it brings nothing
+    contributions: Sequence[Contribution] = ()  # one per kernel call; empty after a failure
+    failure: Exception | None = None  # the error that kept this rank from observing
 
 
 class ParamSet:
     """Parameters that are stepped together.
 
     Attributes:
-        layout: what ranks hold of them.
-        calls: the kernel calls of the last step, one for all parameters that are stored alike and have a gradient.
-        values: of each param group in the last step, by the group's id.
-        agreement: of the last step; None if ranks did not agree.
-        left_over: an agreement whose errors are raised when the next step begins.
-        updates: what the last step wrote, and their number: larger than that of any update before.
-        measures: whether steps measure updates of matrices for reports, as nobody can compute them later.
+        layout: the pieces that the ranks hold.
+        calls: the kernel calls of the last step; each steps the parameters with a gradient that have the same formats and algorithm.
+        values: the GroupValues of each param group in the last step, keyed by id(group).
+        agreement: the agreement of the last step; None if its ranks did not agree.
+        left_over: an agreement whose pending errors are raised when the next step begins.
+        updates: (sequence number, updates) of the last step; the number increases with every step, and is -1 without one.
+        measures: whether steps measure updates of matrices for reports, because they cannot be recomputed later.
     """
 
     def __init__(self, layout: Layout, flat_layout: FlatLayout | None, backends: BackendChoice, *, together: bool) -> None:
@@ -80,12 +80,12 @@ class ParamSet:
         self._together = together
         self.calls: list[KernelCall] = []
         self._exchanges = {plan.dtype: MatrixExchange(layout, plan) for plan in layout.matrices}
-        self._groups: Sequence[Any] = ()  # of each parameter, when the calls were made
+        self._groups: Sequence[Any] = ()  # param group of each parameter when the calls were built
         self.values: dict[int, GroupValues] = {}
-        self._without_grad: list[int] | None = None  # the parameters that had none then; None: there are no calls
+        self._without_grad: list[int] | None = None  # indices of the parameters without a gradient at that time; None: no calls yet
         self.agreement: Agreement | None = None
         self.left_over: Agreement | None = None
-        self._agreement_functions: AgreementFunctions = verdict  # the backend where ranks agree
+        self._agreement_functions: AgreementFunctions = verdict  # implementation for the layout's device
         self._streak = Streak()
         self.measures = False
         self.updates: tuple[int, Sequence[Update]] = (-1, ())
@@ -98,19 +98,20 @@ class ParamSet:
     def fits(
         self, params: Sequence[Tensor], flat_layout: FlatLayout | None, process_group: dist.ProcessGroup | None, *, agrees: bool
     ) -> bool:
-        """Return whether this set was made for these parameters, as they are now, in the same wrapper and for the same ranks.
+        """Return whether this set was built for these parameters as they are now, with the same wrapper and the same ranks.
 
         Args:
-            agrees: whether the ranks of the process group must have made it together; None stands for this process alone.
+            process_group: the ranks of the step; None means this process alone.
+            agrees: whether these ranks must have built the set's layout together.
         """
         is_over = self.layout.is_global_over(process_group) if agrees else not self.layout.is_global
         return is_over and flat_layout is self._flat_layout and self.layout.describes(params)
 
     def observe(self, optimizer: StatefulOptimizer, rules: Rules, scaler: Scaler, *, whole: bool) -> Observation:
-        """Look at gradients and state, and sum what the ranks must agree on. Writes no values.
+        """Read gradients and state, and sum the values that the ranks must agree on. Writes neither parameters nor state values.
 
         Args:
-            whole: whether these are all parameters of the optimizer, in their order.
+            whole: whether this set has all parameters of the optimizer, in order.
         """
         try:
             layout = self.layout
@@ -120,7 +121,7 @@ class ParamSet:
             groups = optimizer.groups_of(None if whole else self.layout.params)
             self.values = optimizer.values_of(groups)
             if not self._renew(optimizer, groups, grads):
-                for param in self.layout.params[:1]:
+                for param in self.layout.params[:1]:  # building calls copies from the host, which a CUDA graph would replay
                     refuse_to_capture(param.device)
                 values = [self.values[id(group)] for group in groups]
                 self.calls = kernel_calls(optimizer, self.layout, values, grads, self._backends, self._exchanges, together=self._together)
@@ -148,24 +149,24 @@ class ParamSet:
             if any(grad is None for each in grads for grad in each):
                 return
             values = optimizer.values_of(self._groups)
-            if not all(id(group) in values for group in self._groups):  # replaced, as by a state dict that was loaded
+            if not all(id(group) in values for group in self._groups):  # groups were replaced, for example by load_state_dict
                 return
             if not all(call.renew(each, values, optimizer) for call, each in zip(calls, grads, strict=True)):
                 return
-        except ValueError:  # the step says so, on all ranks
+        except ValueError:  # the step will raise it, on all ranks
             return
         for call in calls:
             call.observe_early(rules)
 
     def agree(self, observation: Observation, rules: Rules, scaler: Scaler) -> Agreement:
-        """Sum the observations of all ranks. Every rank calls this in every step in which ranks agree.
+        """Sum the observations of all ranks: the step's all-reduce, which every rank must call.
 
         Raises:
-            ValueError: the ranks do not fit together or one has failed; on all of them, or on a device one step later on the others.
-            FloatingPointError: a gradient was not finite and `nonfinite="raise"`; on all ranks.
+            ValueError: the ranks are inconsistent or one has failed. Raised on all ranks; on a device, the others raise one step later.
+            FloatingPointError: a gradient was not finite and `nonfinite="raise"`. Raised on all ranks.
         """
         failure, self.agreement = observation.failure, None
-        found = agree(
+        agreement = agree(
             self.layout,
             observation.contributions,
             rules,
@@ -173,26 +174,26 @@ class ParamSet:
             found_inf=scaler.found_inf,
             backend=self._agreement_functions,
         )
-        found.raise_inconsistency(failure)
-        self.agreement = found
-        if not found.is_on_host and not capturing(found.totals.device):  # a replay raises nothing: it steps or it does not
-            self.left_over = found
+        agreement.raise_inconsistency(failure)
+        self.agreement = agreement
+        if not agreement.is_on_host and not capturing(agreement.totals.device):  # a replayed CUDA graph raises nothing: it steps or skips
+            self.left_over = agreement
         if rules.nonfinite == "raise":
-            found.raise_non_finite()
-        return found
+            agreement.raise_non_finite()
+        return agreement
 
     def proceed_alone(self, observation: Observation) -> None:
-        """Continue without a collective, where ranks need not agree.
+        """Continue without an all-reduce, if the ranks need not agree.
 
         Raises:
-            Exception: why this rank has failed.
+            Exception: the failure of this rank's observation.
         """
         self.agreement = None
         if observation.failure is not None:
             raise observation.failure
 
     def take_left_over(self) -> Callable[[], None]:
-        """Remove the agreement whose errors are still to be raised, and return a function that raises them."""
+        """Remove the agreement with pending errors, and return a function that raises them."""
         agreement, self.left_over = self.left_over, None
         return (lambda: None) if agreement is None else partial(agreement.raise_left_over, self._streak)
 
@@ -200,16 +201,16 @@ class ParamSet:
         """Count a step whose verdict is known on the host.
 
         Raises:
-            FloatingPointError: so many steps in a row were skipped as the options allow; on all ranks.
+            FloatingPointError: the number of consecutive skipped steps has reached the limit. Raised on all ranks.
         """
         if agreement.is_on_host and not capturing(agreement.totals.device):
             agreement.raise_left_over(self._streak)
 
     def exchange_matrices(self, agreement: Agreement | None, proceed: Tensor | None, scaler: Scaler) -> None:
-        """Write directions, and replace them by the results of whole matrices. A collective where matrices travel.
+        """Write directions, and replace them by the results of whole matrices. A collective if ranks send each other matrices.
 
         Raises:
-            ValueError, FloatingPointError: see `Agreement.raise_left_over`; on a device in this step already.
+            ValueError, FloatingPointError: see `Agreement.raise_left_over`; raised in this step, even on a device.
         """
         if not self._exchanges:
             return
@@ -219,7 +220,7 @@ class ParamSet:
                 call.measures = self.measures
                 computes[call.matrix.dtype] |= call.write_directions(proceed, scaler)
         if self.left_over is not None and agreement is not None and any(each.travels for each in self._exchanges.values()):
-            # A rank that has failed does not take part in the exchange. The device computes directions while the verdict is read.
+            # Read the verdict now: a failed rank does not take part in the exchange. Meanwhile the device computes directions.
             self.left_over = None
             agreement.raise_left_over(self._streak)
         for dtype, exchange in self._exchanges.items():
@@ -232,7 +233,7 @@ class ParamSet:
         scaler: Scaler,
         listener: StepListener | None,
         *,
-        accumulate: bool,  # leave the parameters alone, and write the state
+        accumulate: bool,  # write the state only, not the parameters
     ) -> None:
         """Write parameters and state and count the step, if it happens."""
         updates: list[Update] = []
@@ -244,7 +245,7 @@ class ParamSet:
                 listener.updated(call.unit)
 
     def take_values(self, optimizer: StatefulOptimizer) -> None:
-        """Take hyperparameters that have changed since the gradients were observed: reference learning rates."""
+        """Take hyperparameters that have changed since the observation, which are reference learning rates."""
         self.values = optimizer.values_of(self._groups)
         for call in self.calls:
             call.take_values(self.values, optimizer)
@@ -259,12 +260,12 @@ class ParamSet:
         self.agreement, self.updates = None, (-1, ())
 
     def release(self) -> None:
-        """Release gradients and state until the next step."""
+        """Release the references to gradients and state until the next step."""
         for each in (*self.calls, *self._exchanges.values()):
             each.release()
 
     def _renew(self, optimizer: StatefulOptimizer, groups: Sequence[Any], grads: Sequence[Tensor | None]) -> bool:
-        """Take the tensors of this step; return False if the kernel calls must be built again."""
+        """Take the tensors of this step; return False if the kernel calls must be rebuilt."""
         if self._without_grad is None or _without_grad(grads) != self._without_grad:
             return False
         if len(groups) != len(self._groups) or not all(map(is_, groups, self._groups)):
@@ -273,16 +274,16 @@ class ParamSet:
 
 
 class ParamSets:
-    """The set of all parameters, and the sets of those that are stepped alone.
+    """Cache of an optimizer's param sets: the set of all parameters, and sets of parameters that are stepped separately.
 
     Args:
-        index: finds the groups of parameters.
-        backends: chooses a backend for each of them.
-        together: whether one kernel call steps all parameters that it can, or each its own.
+        index: looks up the param groups of parameters.
+        backends: chooses the backend of each parameter.
+        together: whether a kernel call steps as many parameters as possible, or one.
 
     Attributes:
-        whole: the last set that was of all parameters; None before the first, and where a wrapper steps them in turns.
-        made: how many of these were made.
+        whole: the current set of all parameters; None before the first, and if a wrapper steps them in several calls.
+        made: the number of sets of all parameters built so far.
     """
 
     def __init__(self, index: ParamIndex, backends: BackendChoice, *, together: bool) -> None:
@@ -291,12 +292,12 @@ class ParamSets:
         self._together = together
         self.whole: ParamSet | None = None
         self.made = 0
-        # The others: by the id of their first parameter, the last made is last; and by the names of their parameters, the last made.
+        # The other sets: keyed by id(first parameter), in order of creation; and the newest of each, keyed by the names of its parameters.
         self._by_first: defaultdict[int, list[ParamSet]] = defaultdict(list)
         self._by_names: dict[tuple[str, ...], ParamSet] = {}
-        self._present: list[int] = []  # ids of the parameters in the groups, when a set was made last
+        self._present: list[int] = []  # ids of the parameters in the groups when the last set was built
         self._layouts = LayoutMaker(index)
-        self._exchanged: ParamSet | None = None  # of all parameters of all ranks, where no step needs it
+        self._exchanged: ParamSet | None = None  # set with the layout of all ranks, built for reports if no step needs it
 
     def __iter__(self) -> Iterator[ParamSet]:
         if self.whole is not None:
@@ -311,21 +312,21 @@ class ParamSets:
         rules: Rules,
         process_group: dist.ProcessGroup | None,
     ) -> ParamSet:
-        """Return the set of all current parameters, or of some. A collective when it is built, if ranks agree.
+        """Return the set of all current parameters, or of some. A collective when the set is built, if ranks agree.
 
         Args:
             only: some of the parameters; None means all.
-            process_group: of the ranks that agree; None: this process is alone, or they do not agree.
+            process_group: the ranks that agree; None if this process is alone or they do not agree.
 
         Raises:
-            ValueError: on all ranks: what the step before has left to be raised; parameters that do not fit together; or parameters that
-                have changed on some ranks alone.
+            ValueError: pending errors of the last step; inconsistent parameters; or parameters that changed on some ranks only. Raised on
+                all ranks.
             FloatingPointError: see `Agreement.raise_left_over`.
         """
         params = optimizer.all_params() if only is None else only
-        # All parameters are one set, whichever they are: the other ranks may be stepping it while this one has replaced some.
+        # All parameters are one set, whichever they are: other ranks may still be stepping it when this rank has replaced some.
         whole = only is None and not (optimizer.layout is not None and optimizer.layout.steps_by_group)
-        before = self.whole if whole else self._known(params)
+        before = self.whole if whole else self._cached(params)
         if self._by_first or (before is not None and before.left_over is not None):
             self._raise_left_over(params, before, all_sets=only is None)
         if before is not None and before.fits(params, optimizer.layout, process_group, agrees=rules.agrees):
@@ -334,9 +335,11 @@ class ParamSets:
             refuse_to_capture(param.device)
         others = before
         if before is None and only is not None and process_group is not None:
-            others = self._of_same_names(optimizer, params)
-        made = self._set(optimizer, self._layouts.make(optimizer, params, rules, process_group, None if others is None else others.layout))
-        dropped = self._keep(optimizer, made, before, whole=whole)
+            others = self._cached_by_names(optimizer, params)
+        made = self._build(
+            optimizer, self._layouts.make(optimizer, params, rules, process_group, None if others is None else others.layout)
+        )
+        dropped = self._store(optimizer, made, before, whole=whole)
         _raise_all([each.take_left_over() for each in dropped])
         return made
 
@@ -357,24 +360,24 @@ class ParamSets:
             self.whole.release()
 
     def layout_of_all_ranks(self, optimizer: StatefulOptimizer, process_group: dist.ProcessGroup | None) -> Layout:
-        """Return the layout of all parameters of all ranks, also where no step needs it. A collective when it is built."""
+        """Return the layout of all parameters of all ranks, even if no step needs it. A collective when it is built."""
         params = optimizer.all_params()
         for each in (self._exchanged, self.whole):
             if each is not None and each.fits(params, optimizer.layout, process_group, agrees=True):
                 return each.layout
-        self._exchanged = self._set(optimizer, self._layouts.of_all_ranks(optimizer, params, process_group))
+        self._exchanged = self._build(optimizer, self._layouts.of_all_ranks(optimizer, params, process_group))
         return self._exchanged.layout
 
-    def _known(self, params: Sequence[Tensor]) -> ParamSet | None:
-        """Return the known set of these parameters."""
+    def _cached(self, params: Sequence[Tensor]) -> ParamSet | None:
+        """Return the cached set of these parameters, in this order; None if there is none."""
         return next((each for each in self._by_first.get(id(params[0]), ()) if each.layout.is_of(params)), None) if params else None
 
-    def _of_same_names(self, optimizer: StatefulOptimizer, params: Sequence[Tensor]) -> ParamSet | None:
-        """Return the set that other ranks may be stepping if this rank has replaced some of its parameters."""
+    def _cached_by_names(self, optimizer: StatefulOptimizer, params: Sequence[Tensor]) -> ParamSet | None:
+        """Return the cached set with the same names: other ranks may still be stepping it when this rank has replaced parameters."""
         return self._by_names.get(tuple(place.name for place in self._index.places_of(optimizer.param_groups, params)))
 
     def _raise_left_over(self, params: Sequence[Tensor], known: ParamSet | None, *, all_sets: bool) -> None:
-        """Raise errors that earlier steps of these parameters have left. Not while a CUDA graph is recorded, which cannot wait."""
+        """Raise the pending errors of earlier steps of these parameters; not during the capture of a CUDA graph, which cannot wait."""
         sets = self if all_sets and self._by_first else (known,)
         due = [each for each in sets if each is not None and each.left_over is not None]
         if not due or any(capturing(each.layout.device) for each in due):
@@ -382,17 +385,17 @@ class ParamSets:
         ids = set(map(id, params)) if due != [known] else set()
         _raise_all([each.take_left_over() for each in due if each is known or not ids.isdisjoint(map(id, each.layout.params))])
 
-    def _set(self, optimizer: StatefulOptimizer, layout: Layout) -> ParamSet:
+    def _build(self, optimizer: StatefulOptimizer, layout: Layout) -> ParamSet:
         return ParamSet(layout, optimizer.layout, self._backends, together=self._together)
 
-    def _keep(self, optimizer: StatefulOptimizer, made: ParamSet, replaced: ParamSet | None, *, whole: bool) -> list[ParamSet]:
-        """Store a new set, and drop and return those that it replaces. All ranks do the same in the same step.
+    def _store(self, optimizer: StatefulOptimizer, made: ParamSet, replaced: ParamSet | None, *, whole: bool) -> list[ParamSet]:
+        """Store a new set, and drop and return the sets that it replaces. All ranks do the same in the same step.
 
-        DeepSpeed puts one set of parameters after the other into the groups: those that its layout knows come back.
+        DeepSpeed puts one subset of the parameters after another into the groups; sets of parameters in its layout are needed again.
 
         Args:
-            replaced: was of the same parameters, or of all.
-            whole: whether the new one is of all parameters.
+            replaced: the previous set of the same parameters, or of all; None if there was none.
+            whole: whether the new set is the set of all parameters.
         """
         dropped = [] if replaced is None else [replaced]
         present = list(map(id, optimizer.all_params()))
@@ -402,8 +405,8 @@ class ParamSets:
             self._index.look_up(optimizer.param_groups)
             flat = {} if optimizer.layout is None else optimizer.layout.flat
             self._layouts.keep(lambda param: param in self._index or param in flat)
-            # With another set of all parameters, those of some of them go too: they were made when there were others. The first one comes
-            # after a backward pass that has released gradients, whose reports stay.
+            # A new set of all parameters also drops the subsets, which were built for other parameters. Not the very first one: it may
+            # follow a backward pass that has released gradients, and their sets have the reports.
             dropped += [
                 each
                 for sets in self._by_first.values()
@@ -435,7 +438,7 @@ class ParamSets:
 
 
 def _raise_all(left_over: Sequence[Callable[[], None]]) -> None:
-    """Raise the first that is to be raised; the others would say the same in the steps to come."""
+    """Raise the first pending error; the others would only repeat it in later steps."""
     for each in left_over:
         each()
 

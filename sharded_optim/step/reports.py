@@ -21,17 +21,18 @@ Rows = list[tuple[metrics.Update, int]]
 
 
 class Reports:
-    """Computes reports of param sets, and records the names under which they were asked for.
+    """Computes reports of param sets, and records the names under which they were requested.
 
     Attributes:
-        rows: of the last step, by a parameter's id; made when asked for. To be None when a step begins.
-        times: of the last step; see `step_metrics.step_performance`.
-        values: of the param groups in the last step, by their ids.
-        grad_norm: of the last step, before clipping; None if it was not computed.
+        rows: the (update, row in it) of each piece of a parameter in the last step, keyed by id(param). Built on demand; the engine
+            resets it to None when a step begins.
+        times: the times of the last step; see `step_metrics.step_performance`.
+        values: the GroupValues of the param groups in the last step, keyed by id(group).
+        grad_norm: norm of the last step's gradients before clipping; None if it was not computed.
     """
 
     def __init__(self) -> None:
-        self._reported: dict[str, tuple[Tensor, int]] = {}  # (parameter, which of its pieces) by the name of its metrics
+        self._reported: dict[str, tuple[Tensor, int]] = {}  # (parameter, index of its piece), keyed by the name of the metrics
         self.rows: dict[int, Rows] | None = None
         self.times: tuple[float, ...] | None = None
         self.grad_norm: Tensor | None = None
@@ -43,11 +44,11 @@ class Reports:
         """Return the metrics of the last step; see `ReportingOptimizer.metrics`. Waits for the device."""
         norm = {} if self.grad_norm is None else {"grad_norm": float(self.grad_norm)}
         verdicts = [bool(each.agreement.verdict.proceed) for each in sets if each.agreement is not None]
-        values = self.values if any(verdicts) or not verdicts else {}  # on a device the host has not known of a skipped step before
+        values = self.values if any(verdicts) or not verdicts else {}  # on a device, the host learns only here that a step was skipped
         return step_metrics.tensor_metrics(sets, algorithms) | step_metrics.group_metrics(values, param_groups) | norm
 
     def forget(self, sets: Iterable[ParamSet]) -> None:
-        """Drop all that is known of the last step, as where a state dict is loaded."""
+        """Drop everything about the last step, for example when a state dict is loaded."""
         self.rows, self.times, self.grad_norm, self.values = None, None, None, {}
         for each in sets:
             each.forget_reports()
@@ -63,17 +64,17 @@ class Reports:
         return result
 
     def pre_reduced(self, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
-        """See `metrics.pre_reduce`."""
+        """Return the result of `metrics.pre_reduce` for the reported names."""
         return metrics.pre_reduce(optimizer_metrics, self._reported)
 
     def reduced(self, optimizer_metrics: dict[str, Any], layout: Layout, process_group: dist.ProcessGroup | None) -> dict[str, Any]:
-        """See `metrics.dist_reduce`. A collective."""
+        """Return the result of `metrics.dist_reduce` for the reported names. A collective."""
         places = dict(zip(layout.params, layout.first_piece, strict=True))
         index_of = {name: places[param] + index for name, (param, index) in self._reported.items() if param in places}
         return metrics.dist_reduce(optimizer_metrics, layout, index_of.get, process_group)
 
     def _updates_of(self, param: Tensor, sets: Iterable[ParamSet]) -> Rows:
-        """Return, for each piece of a parameter, the update of the last step that wrote it, and its row there."""
+        """Return, for each piece of a parameter, the update of the last step that wrote it, and the piece's row in that update."""
         if self.rows is None:
             self.rows = {}
             sets = list(sets)
@@ -89,7 +90,7 @@ class Reports:
 
 
 class ReportingOptimizer(StatefulOptimizer):
-    """The public methods of an optimizer that report about its last step."""
+    """The public methods of an optimizer that report on its last step."""
 
     _sets: ParamSets
     _reports: Reports
@@ -99,62 +100,62 @@ class ReportingOptimizer(StatefulOptimizer):
     def skipped_steps(self) -> int:
         """Number of steps that were skipped because a gradient was not finite. Waits for the device.
 
-        DeepSpeed's ZeRO steps each param group, or sub-group, by itself, and each counts; steps that DeepSpeed skips do not.
+        DeepSpeed's ZeRO steps each param group, or sub-group, separately, and each such step counts; steps that DeepSpeed itself skips do
+        not.
         """
         return int(self._skipped)
 
     def metrics(self) -> dict[str, float]:
         """Return metrics of the last step, already reduced over all ranks. Waits for the device.
 
-        NAME is a tensor of the model, also of those that other ranks hold, without wrappers' prefixes. GROUP is a param group's `name`, or
-        its index.
+        NAME is the name of a tensor of the model, without wrapper prefixes, on whichever rank the tensor is. GROUP is a param group's
+        `name`, or its index.
 
         Returns:
-            `skipped_steps`: since the beginning.
-            `rms/NAME`: the root mean of the statistic over the whole tensor, of what has elements and had a gradient and whose algorithm
-                has a statistic. NaN where it was not finite.
-            `clip_factor/NAME`: the factor in (0, 1] by which update clipping has multiplied its learning rate.
+            `skipped_steps`: number of skipped steps since construction.
+            `rms/NAME`: root of the statistic's mean over the whole tensor, for non-empty tensors with a gradient whose algorithm has a
+                statistic. NaN if it was not finite.
+            `clip_factor/NAME`: factor in (0, 1] by which update clipping has multiplied the tensor's learning rate.
             `clipped_share`: share of these tensors whose factor was below 1.
-            `non_finite/NAME`: number of its pieces, over all ranks, whose gradient or statistic was not finite, where there was one;
-                `non_finite_tensors`: number of such tensors. Neither is known where ranks do not agree (`nonfinite="allow"`).
-                `non_finite_ranks` has the ranks.
-            `lr/GROUP`, `weight_decay/GROUP`: learning rate, and the share that the step has taken away of each parameter with a gradient,
-                before clipping; L2 decay has none. A learning rate that is a tensor on a device is read now.
-            `grad_norm`: norm of all gradients before clipping, where `so.clip_grad_norm_` was given the optimizer before the step.
+            `non_finite/NAME`: number of the tensor's pieces, over all ranks, whose gradient or statistic was not finite, if any;
+                `non_finite_tensors`: number of such tensors. Neither is known if ranks do not agree (`nonfinite="allow"`).
+                `non_finite_ranks` returns the ranks.
+            `lr/GROUP`, `weight_decay/GROUP`: learning rate, and the share by which the step has shrunk each parameter with a gradient,
+                before clipping; absent for L2 decay. A learning rate that is a tensor on a device is read now.
+            `grad_norm`: norm of all gradients before clipping, if the optimizer was passed to `so.clip_grad_norm_` before the step.
         """
         return {"skipped_steps": float(self.skipped_steps)} | self._reports.metrics(
             list(self._sets), self.param_groups, self.algorithms.values()
         )
 
     def non_finite_ranks(self) -> dict[str, list[int]]:
-        """Return on which ranks a tensor was not finite in the last step: the ranks of the process group that hold such a piece of it.
+        """Return the ranks of the process group that hold a non-finite piece of a tensor in the last step.
 
-        A collective, in which every rank must take part, but only where `metrics()` names a tensor as `non_finite/NAME`, which it does on
-        all ranks or on none. Where a wrapper reduces gradients over ranks, a piece is not finite on its holder, whichever rank's data was
-        the cause.
+        A collective, in which every rank must take part, but only if `metrics()` has a `non_finite/NAME`, which it has on all ranks or on
+        none. If a wrapper reduces gradients over ranks, the holder of a piece is listed, whichever rank's data was the cause.
 
         Returns:
-            ranks, ascending, by NAME; empty where all was finite, or ranks do not agree.
+            The ranks, ascending, keyed by NAME; empty if everything was finite, or if ranks do not agree.
         """
         return step_metrics.non_finite_ranks(self._sets)
 
     def performance(self) -> dict[str, float]:
-        """Return what the last step took of this rank: nothing on a GPU, where the host does not know, nor where parts are stepped alone.
+        """Return time and memory traffic of the last step on this rank; empty on a GPU, where the host cannot time, and for partial steps.
 
         Returns:
-            `ms/{observe,agree,matrices,update}`: milliseconds of each part of the step; of `agree`, the wait for other ranks included.
-            `bytes`: that observing and updating have read and written.
-            `gb_per_s`: these bytes over the time of the two; not of Muon, whose first pass is timed with `matrices`.
+            `ms/{observe,agree,matrices,update}`: milliseconds of each phase of the step; `agree` includes the wait for other ranks.
+            `bytes`: bytes read and written by observe and update.
+            `gb_per_s`: these bytes over the time of the two phases; absent for Muon, whose first pass is timed with `matrices`.
         """
         return step_metrics.step_performance(list(self._sets), self._reports.times)
 
     def report_per_parameter_metrics(self, param: Tensor, name: str, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
-        """Report what the last step did to one parameter, as Composer's OptimizerMonitor asks for it. No communication.
+        """Report what the last step did to one parameter, in the form that Composer's OptimizerMonitor requests. No communication.
 
         Returns:
-            `optimizer_metrics`, to which this adds what `metrics.report` says of this rank's piece, under
-            `l2_norm/{moment,param,update,grad}/NAME` and `cosine/{update_grad,moment_grad}/NAME`: float64 tensors of one element. NAME is
-            `name`, or for a flat parameter that of each tensor in it.
+            `optimizer_metrics`, updated in place with the results of `metrics.report` for this rank's piece:
+            `l2_norm/{moment,param,update,grad}/NAME` and `cosine/{update_grad,moment_grad}/NAME`, float64 tensors of one element. NAME is
+            `name`, or for a flat parameter the name of each tensor in it.
 
         Raises:
             ValueError: the gradient is not laid out like the parameter.
@@ -166,14 +167,14 @@ class ReportingOptimizer(StatefulOptimizer):
         return optimizer_metrics
 
     def pre_reduce_metrics(self, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
-        """Turn norms into squares and cosines into dot products, which add up over ranks, in place. See `metrics.py`."""
+        """Turn norms into squares and cosines into dot products, which can be summed over ranks, in place. See `metrics.pre_reduce`."""
         optimizer_metrics |= self._reports.pre_reduced(optimizer_metrics)
         return optimizer_metrics
 
     def dist_reduce_metrics(self, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
         """Reduce the metrics of pieces to those of whole tensors, in place: one all-reduce, in which every rank must take part.
 
-        The first call may exchange the layout before. See `metrics.dist_reduce`.
+        The first call may also exchange the layout. See `metrics.dist_reduce`.
         """
         process_group = self.own_group()
         layout = self._sets.layout_of_all_ranks(self, process_group)

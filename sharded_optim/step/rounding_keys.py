@@ -1,4 +1,4 @@
-"""Keys of the random numbers of a step, for values that are rounded stochastically. Used by kernel calls."""
+"""Compute the keys of a step's random numbers, for values that are rounded stochastically. Used by kernel calls."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["RoundingKeys"]
 
 
 class RoundingKeys:
-    """The keys of one kernel call.
+    """The random keys of one kernel call.
 
     Args:
         tensors: name of each operand's tensor.
-        group_of: the param group of each operand.
-        random: which values are rounded at random: the parameter, or moments by name.
+        group_of: index of each operand's param group.
+        random: names of the values that are rounded stochastically: PARAMETER, or names of moments.
     """
 
     def __init__(self, tensors: Sequence[str], group_of: Sequence[int], random: Sequence[str]) -> None:
@@ -31,12 +31,12 @@ class RoundingKeys:
         self._sources: dict[tuple[str, ...], DeviceCache[Tensor]] = {}
 
     def of(self, values: Sequence[str], groups: Sequence[Mapping[str, Any]], steps: Tensor) -> Tensor | None:
-        """Return the keys of those of the values that are rounded at random: int64 (operands, such values); None if none is.
+        """Return a key for each operand and stochastically rounded value: int64 (operands, such values); None if there is no such value.
 
         Args:
-            values: names, in the order in which a backend stores them.
+            values: names of the values, in the order in which a backend stores them.
             groups: hyperparameters of the param groups.
-            steps: fp32 (operands,), taken so far.
+            steps: steps taken so far: fp32 (operands,).
         """
         random = tuple(name for name in values if name in self._random)
         if not random:
@@ -52,5 +52,5 @@ class RoundingKeys:
 
 
 def _source_name(tensor: str, value: str) -> str:
-    """Return a name for a source of random numbers: of a parameter the tensor's name, of its moments another."""
+    """Return the name that seeds the random numbers of a value: the tensor's name for a parameter, a distinct name for each moment."""
     return tensor if value == PARAMETER else f"{tensor}\n{value}"

@@ -1,7 +1,7 @@
 """Look up the tensors of a kernel call in every step, and compare them with those of the last step.
 
-Wrappers and users replace gradients, state and memory at any time. What a step costs for each tensor besides its arithmetic is what it
-takes to see that everything is where it was: columns of all tensors are compared, not rows of each.
+Wrappers and users replace gradients, state and memory at any time. Besides arithmetic, the cost of a step per tensor is the check that
+nothing has moved, so it compares columns (one property of all tensors at once), not one tensor after another. Used by kernel calls.
 """
 
 from __future__ import annotations
@@ -29,7 +29,12 @@ _device: Callable[[Tensor], torch.device] = attrgetter("device")
 
 
 class Cut:
-    """Cuts the local tensors of parameters into operands."""
+    """Cuts the local tensors of parameters into operands, for wrappers that flatten several tensors into one.
+
+    Args:
+        owners: index of the local tensor that contains each operand.
+        pieces: the piece of each operand.
+    """
 
     def __init__(self, owners: Sequence[int], pieces: Sequence[Piece]) -> None:
         self._owners = torch.tensor(owners, dtype=torch.int64, device="cpu")
@@ -44,11 +49,11 @@ class Cut:
 
 
 class CutColumn(Column):
-    """A column of views, which are created only when they are asked for: kernels take addresses."""
+    """A column of views, which are created only on demand, because kernels need only their addresses."""
 
     def __init__(self, wholes: Sequence[Tensor], cut: Cut) -> None:
         self._cut = cut
-        self._at: array[int] | None = None
+        self._addresses_of_wholes: array[int] | None = None  # addresses of `wholes`, from which `addresses` was computed
         super().__init__(wholes)
 
     @property
@@ -59,8 +64,8 @@ class CutColumn(Column):
 
     def renew(self, wholes: Sequence[Tensor], addresses: array[int]) -> None:
         self.wholes = wholes
-        if addresses is not self._at:
-            self._at, self.addresses = addresses, self._cut.addresses(addresses, wholes[0].element_size())
+        if addresses is not self._addresses_of_wholes:
+            self._addresses_of_wholes, self.addresses = addresses, self._cut.addresses(addresses, wholes[0].element_size())
         self._tensors = None
 
     def release(self) -> None:
@@ -69,10 +74,10 @@ class CutColumn(Column):
 
 
 class Source:
-    """Provides one column of operands: a tensor of each parameter, as the wrapper gives it.
+    """Provides one column of operands: one tensor of each parameter, in the form that its wrapper gives it.
 
-    The tensors of the step before are not kept to compare with, as their memory may be wanted. What lies at the same address in the same
-    way is taken for the same; anything else is looked at by the wrapper's rules.
+    The tensors of the last step are not kept for comparison, as their memory may be needed. A tensor with the same address, dtype and
+    layout is taken to be the same one; any other is checked by the wrapper's rules.
     """
 
     def __init__(self, entries: Sequence[LocalParam], role: str, tensors: Sequence[Any], cut: Cut | None) -> None:
@@ -91,10 +96,10 @@ class Source:
         """Take the tensors of this step; return False if they are not laid out like those of the last step.
 
         Raises:
-            ValueError: one of them is not laid out like its parameter.
+            ValueError: a tensor is not laid out like its parameter.
         """
         local = list(map(local_of, tensors)) if self._wrapped else tensors
-        addresses = self._where_alike(local)
+        addresses = self._addresses_if_alike(local)
         if addresses is None or (addresses != self._addresses and not self._differ_in_address_alone(local, addresses)):
             local = list(local)
             for row, tensor in enumerate(tensors):
@@ -108,32 +113,32 @@ class Source:
         return True
 
     def _differ_in_address_alone(self, local: Sequence[Tensor], addresses: array[int]) -> bool:
-        """Return whether tensors differ from those of the last step in their addresses alone, as newly allocated gradients do."""
+        """Return whether tensors differ from those of the last step only in their addresses, as newly allocated gradients do."""
         return (
             not self._wrapped
             and set(map(type, local)) <= {Tensor, torch.nn.Parameter}
-            and 0 not in addresses
+            and 0 not in addresses  # a tensor without memory: `check_memory` must see it
             and _shapes_dtypes_devices(local) == self._described[:3]
-            and not any(map(Tensor.is_neg, local))
+            and not any(map(Tensor.is_neg, local))  # a negative view: its memory has the opposite sign
         )
 
     def _local(self, row: int, tensor: Any) -> Tensor:
         entry = self._entries[row]
         return check_memory(entry.local(tensor, self._role), self._role, entry.name, entry.param.device)
 
-    def _where_alike(self, local: Sequence[Tensor]) -> array[int] | None:
-        """Return the addresses of tensors with the sizes, dtypes and strides of the last step; None if a quick look cannot tell."""
+    def _addresses_if_alike(self, local: Sequence[Tensor]) -> array[int] | None:
+        """Return the addresses if sizes, dtypes and strides are those of the last step; None if the quick checks cannot establish it."""
         if not self._contiguous or (self._role == GRADIENT and (self._wrapped or set(map(type, local)) != {Tensor})):
-            return None  # the wrapper says how a gradient is sharded
+            return None  # only the wrapper's rules can tell how a gradient is sharded
         try:
             if not all(map(Tensor.is_contiguous, local)):
                 return None
-        except RuntimeError:  # a sparse one has no strides
+        except RuntimeError:  # a sparse tensor has no strides
             return None
         if self._role == GRADIENT and any(map(Tensor.is_neg, local)):
             return None
         if self._role == PARAMETER and not self._wrapped:
-            return addresses_of(local)  # the layout has compared them
+            return addresses_of(local)  # `Layout.describes` has already compared parameters
         if set(map(_dtype, local)) != self._dtypes or list(map(_bytes, local)) != self._bytes:
             return None
         return addresses_of(local)
@@ -148,10 +153,10 @@ def _descriptions(tensors: Sequence[Tensor]) -> list[list[Any]]:
 
 
 class StepCounters:
-    """The step counters of parameters: views, in the optimizer's state, of one tensor, which is read and written at once.
+    """The step counters of parameters: one tensor, read and written in one operation. The optimizer's state has views of it.
 
     Attributes:
-        steps: fp32 (parameters,).
+        steps: number of steps taken so far by each parameter: fp32 (parameters,).
     """
 
     def __init__(self, optimizer: StatefulOptimizer, params: Sequence[Tensor], device: torch.device) -> None:
@@ -162,7 +167,7 @@ class StepCounters:
         ]
         users: Counter[int] = Counter()
         if optimizer.layout is not None and optimizer.layout.steps_by_group:
-            # DeepSpeed loads a Universal checkpoint of ZeRO-3 by giving one counter to all parameters, each of which would then count.
+            # A Universal checkpoint of ZeRO-3 loads with one counter tensor for all parameters, each of which would advance it.
             users.update(id(values.get(STEP)) for values in optimizer.state.values())
         for counter, param in zip(counters, params, strict=True):
             if counter.is_meta and not param.is_meta:
@@ -176,14 +181,14 @@ class StepCounters:
         )
         for values, counter, view, alike in zip(state, counters, self.steps.unbind(), are_alike, strict=True):
             if counter is values[STEP] and alike and users[id(counter)] <= 1:
-                counter.data = view  # who holds the counter sees it move on
+                counter.data = view  # existing references to the counter see later steps
             else:
                 users[id(counter)] -= 1
                 values[STEP] = view.detach()
         self._views = [values[STEP] for values in state]
 
     def are(self, counters: Sequence[Any]) -> bool:
-        """Return whether these are the views, and still lie in the one tensor: users and wrappers replace both."""
+        """Return whether these are the views, and still share the memory of `steps`: users and wrappers replace both."""
         if not all(map(is_, counters, self._views)):
             return False
         first, size = self.steps.data_ptr(), self.steps.element_size()

@@ -1,7 +1,6 @@
-"""Optimizer state: per parameter, a step counter, the algorithm's moments and its format's further arrays, allocated when first asked for.
+"""Optimizer state, allocated on first access: per parameter a step counter, the algorithm's moments and its format's extra arrays.
 
-Used by the engine. The private names of torch and DeepSpeed that are relied on here are tried with torch 2.11 and 2.13, and guarded by
-tests.
+Used by the engine. It relies on private names of torch and DeepSpeed, which were tested with torch 2.11 and 2.13, and are guarded by tests.
 """
 
 from __future__ import annotations
@@ -42,30 +41,32 @@ STEP = "step"
 
 class _Choice(NamedTuple):
     algorithm: Algorithm
-    format: Format  # of the parameter
-    state_formats: tuple[Format, ...]  # of each of algorithm.state
+    format: Format  # storage format of the parameter
+    state_formats: tuple[Format, ...]  # storage format of each moment in algorithm.state
 
 
 class Choice(_Choice):
-    """The algorithm of a parameter, and the storage formats of it and of its moments."""
+    """The algorithm of a parameter, and the storage formats of the parameter and its moments."""
 
     @cached_property
     def entries(self) -> dict[str, torch.dtype]:
-        """Arrays in the parameter's state, by name, with their dtypes; the step counter not among them."""
+        """Dtypes of the arrays in the parameter's state, keyed by name, without the step counter."""
         return {key: dtype for _, _, entries in self.moments for key, dtype in entries.items()} | dict(self.format.extra)
 
     @cached_property
     def moments(self) -> list[tuple[str, Format, dict[str, torch.dtype]]]:
-        """Each of algorithm.state, its format, and its entries."""
+        """(name, format, entries) of each moment in algorithm.state; the entries are the dtypes of its arrays, keyed by name."""
         return [(name, fmt, fmt.entries(name)) for name, fmt in zip(self.algorithm.state, self.state_formats, strict=True)]
 
-    def may_begin(self, there: Collection[str]) -> set[str]:
-        """Names of arrays that may begin as zeros at any step: those beside a parameter, and optional moments.
+    def may_begin(self, existing: Collection[str]) -> set[str]:
+        """Return the names of arrays that may start as zeros at any step: the extra arrays of a parameter, and optional moments.
 
         Args:
-            there: the entries that have begun. A moment of which some arrays have begun needs the others too.
+            existing: names of the existing entries. A moment with some but not all of its arrays is incomplete, and may not start.
         """
-        late = [entries for name, _, entries in self.moments if name in self.algorithm.optional_state and entries.keys().isdisjoint(there)]
+        late = [
+            entries for name, _, entries in self.moments if name in self.algorithm.optional_state and entries.keys().isdisjoint(existing)
+        ]
         return {array.name for array in self.format.extra}.union(*late)
 
 
@@ -73,17 +74,17 @@ class Allocator(Protocol):
     """The part of an optimizer that its state uses."""
 
     def new_state(self, param: Tensor) -> dict[str, Any]:
-        """State of a parameter that has none yet."""
+        """Create the state of a parameter that has none yet."""
         ...
 
 
 class State(defaultdict[Tensor, dict[str, Any]]):
-    """`optimizer.state`, which creates the state of a missing parameter.
+    """The dict `optimizer.state`, which creates the state of a missing parameter on access.
 
-    A plain dict would be silently wrong: torch.distributed.checkpoint asks `optimizer.state[param]` which state to load, and loads
-    nothing where it finds nothing, as in an optimizer that has gradients but has not stepped.
+    A plain dict would be silently wrong: torch.distributed.checkpoint reads from `optimizer.state[param]` which state to load, and loads
+    nothing into an optimizer that has gradients but has not stepped.
 
-    The optimizer is held weakly, so that both are freed as soon as nobody uses the optimizer.
+    The reference to the optimizer is weak, so that both are freed as soon as the optimizer is no longer used.
     """
 
     def __init__(self, optimizer: Allocator, content: Mapping[Tensor, dict[str, Any]]) -> None:
@@ -105,17 +106,17 @@ class State(defaultdict[Tensor, dict[str, Any]]):
         return self.copy()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle as a plain dict; the copied or unpickled optimizer makes a State of it again."""
+        """Pickle as a plain dict; the copied or unpickled optimizer turns it into a State again."""
         return dict, (dict(self),)
 
 
 def new_state(param: Tensor, dtypes: Mapping[str, torch.dtype]) -> dict[str, Any]:
-    """Create the state of a parameter: zeros like it under each name of `dtypes`, and a step counter of 0."""
+    """Create the state of a parameter: zeros in its shape for each entry of `dtypes`, and a step counter of 0, fp32 ()."""
     return {STEP: torch.zeros((), dtype=torch.float32, device=param.device)} | {n: zeros(param, d) for n, d in dtypes.items()}
 
 
 def zeros(param: Tensor, dtype: torch.dtype) -> Tensor:
-    """Create zeros that are shaped, strided and sharded like the parameter; on a CPU on large pages, see `memory.py`."""
+    """Create zeros with the shape, strides and sharding of the parameter; on a CPU in large pages, see `memory.py`."""
     is_plain = type(param) in (Tensor, nn.Parameter) and param.device.type == "cpu"
     if is_plain and param.numel() * dtype.itemsize < memory.LARGE_PAGE:
         return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
@@ -128,30 +129,29 @@ def zeros(param: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def local_of(tensor: Tensor) -> Tensor:
-    """Return the local tensor of a DTensor; any other tensor as it is."""
+    """Return the local tensor of a DTensor; return any other tensor unchanged."""
     return getattr(tensor, "_local_tensor", tensor)
 
 
-# Functions that step with zero gradients only to make the optimizer allocate its state: (module, name).
+# (module, name) of functions that call step with zero gradients only to make the optimizer allocate its state.
 ALLOCATORS = {
     ("torch.distributed.checkpoint.state_dict", "_init_optim_state"),
     ("deepspeed.runtime.fp16.unfused_optimizer", "initialize_optimizer_states"),
 }
-ALLOCATOR = "init_optim_state"  # torchtitan's, torchft's and other copies of torch's function, in whatever module, with lr 0
+ALLOCATOR = "init_optim_state"  # name of copies of torch's function (torchtitan, torchft), in any module; they step with lr 0
 
 
 def called_to_allocate() -> bool:
-    """Return whether a wrapper is stepping only to make the optimizer allocate its state.
+    """Return whether a wrapper calls step only to make the optimizer allocate its state.
 
-    That step must not count (pytorch#164929): bias correction would be one step off in everything that follows, and DeepSpeed's would
-    decay the weights. The gradients do not tell it from a real first step, on a rank whose shard happens to have only zeros; the caller
-    does.
+    Such a step must not count (pytorch#164929): bias correction would be off by one step from then on, and DeepSpeed's call would decay
+    the weights. Gradients cannot distinguish it from a real first step on a rank whose shard has only zeros, so the call stack decides.
     """
     return any((_module_of(frame), frame.f_code.co_name) in ALLOCATORS for frame in _callers())
 
 
 def steps_to_allocate(groups: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a step of these groups, which have no state yet, is only to make the optimizer allocate it. Waits for the device if so."""
+    """Return whether a step of these groups, which have no state yet, only allocates it. Waits for the device if a caller is ALLOCATOR."""
     if called_to_allocate():
         return True
     if not any(frame.f_code.co_name == ALLOCATOR for frame in _callers()):
@@ -165,19 +165,19 @@ CHECKPOINT = "torch.distributed.checkpoint"
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """The form in which torch.distributed.checkpoint asks for optimizer state: see torch's StateDictOptions."""
+    """The form of optimizer state that torch.distributed.checkpoint requests; see torch's StateDictOptions."""
 
     full: bool = False  # whole tensors
-    cpu_offload: bool = False  # with `full`: on rank 0 alone
+    cpu_offload: bool = False  # with `full`: only on rank 0
     flat: bool = False  # one level of keys
-    template: bool = False  # what values are is of no interest: it is going to load others in their place
+    template: bool = False  # only names and shapes matter, because loaded values will replace these
 
 
 def asked_by_distributed_checkpoint() -> Asked | None:
-    """Return the form that torch.distributed.checkpoint asks for, or None if it is not the caller.
+    """Return the form of state that torch.distributed.checkpoint requests, or None if it is not among the callers.
 
-    It calls `optimizer.state_dict` and `optimizer.state` as everybody does, but what it is given are the parts of one checkpoint of all
-    ranks: it would save one rank's 1-D tensors and drop the others'.
+    It calls `optimizer.state_dict` and `optimizer.state` like any other caller, but takes the result as this rank's part of one checkpoint
+    of all ranks: of ordinary 1-D shards it would save one rank's and drop the others'.
     """
     frames = [frame for frame in _callers() if f"{_module_of(frame)}.".startswith(f"{CHECKPOINT}.")]
     if not frames:
@@ -195,21 +195,21 @@ FSDP1 = "torch.distributed.fsdp.fully_sharded_data_parallel"
 
 
 def asked_by_fsdp1() -> bool:
-    """Whether FullyShardedDataParallel.optim_state_dict asks for the state: whoever loads a checkpoint by it loads what is there then."""
+    """Return whether FullyShardedDataParallel.optim_state_dict is a caller: loading with it fills only state that exists by then."""
     return any((_module_of(frame), frame.f_code.co_name) == (FSDP1, "optim_state_dict") for frame in _callers())
 
 
 class AskedByFsdp1(NamedTuple):
-    """A FullyShardedDataParallel model whose state torch is gathering."""
+    """A FullyShardedDataParallel model whose optimizer state torch is gathering."""
 
     model: nn.Module
-    offloads_whole: bool  # to the CPU
+    offloads_whole: bool  # whether torch gathers whole tensors on the CPU
 
 
 def asked_for_state_of_fsdp1() -> AskedByFsdp1 | None:
-    """Return whose state torch is gathering, if it is that of a FullyShardedDataParallel model."""
+    """Return the FullyShardedDataParallel model whose optimizer state torch is gathering; None if it gathers none."""
     for frame in _callers():
-        caller = _module_of(frame), frame.f_code.co_name  # not the locals of any frame: what reads them keeps all in them alive
+        caller = _module_of(frame), frame.f_code.co_name  # match by name first: reading f_locals keeps a frame's locals alive
         if caller == (f"{CHECKPOINT}.state_dict", "_get_optim_state_dict"):
             info, model = frame.f_locals["info"], frame.f_locals["model"]
             return AskedByFsdp1(model, info.full_state_dict and info.cpu_offload) if info.fsdp_modules else None
@@ -223,7 +223,7 @@ def asked_for_state_of_fsdp1() -> AskedByFsdp1 | None:
 
 
 def _callers() -> Iterator[FrameType]:
-    """Frames of the callers of this module, the innermost first."""
+    """Yield the stack frames of the callers, innermost first."""
     frame = sys._getframe(1)
     while frame is not None:
         yield frame

@@ -1,4 +1,4 @@
-"""Load a state dict: checks, and what torch's base class would drop or round. Used by `StatefulOptimizer`."""
+"""Load a state dict: check it, and keep the values that torch's base class would drop or round. Used by `StatefulOptimizer`."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from sharded_optim.storage.formats import extra_arrays
 
 __all__ = ["ChoiceOf", "check_family", "check_sizes", "check_state", "loaded_state", "merged_groups"]
 
-MOST_STEPS = 2 ** (STEP_BITS - 1)  # up to which float32 counts
+MOST_STEPS = 2 ** (STEP_BITS - 1)  # largest step count that float32 counts exactly
 WAY_OUT = "load it into the class that saved it, or one of its family, which has the same hyperparameters and state"
 
 ChoiceOf = Callable[[Tensor, Mapping[str, Any]], Choice]  # (parameter, its param group)
 
 
 def _saved_states(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> list[tuple[Tensor, str, dict[str, Any], dict[str, Any]]]:
-    """Return (parameter, name, group, saved state) for every saved state that belongs to a parameter of `groups`."""
-    found = []
+    """Return (parameter, name, group, saved state) for every saved state of a parameter in `groups`."""
+    rows = []
     for index, (group, saved) in enumerate(zip(groups, state_dict["param_groups"], strict=True)):
         for (param, name), key in zip(named_params(group, index), saved["params"], strict=True):
             if key in state_dict["state"]:
-                found.append((param, name, group, state_dict["state"][key]))
-    return found
+                rows.append((param, name, group, state_dict["state"][key]))
+    return rows
 
 
 def check_sizes(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> None:
@@ -44,45 +44,45 @@ def check_sizes(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> Non
 
 
 def check_family(state_dict: dict[str, Any], foreign: Mapping[str, Hyperparameter]) -> None:
-    """Raise ValueError for saved groups of another family of optimizers, also where nothing has state yet.
+    """Raise ValueError if the saved groups are from another family of optimizers, even if no parameter has state yet.
 
     Args:
-        foreign: hyperparameters that only other optimizers have.
+        foreign: hyperparameters that only other optimizers have, keyed by name.
     """
     for index, saved in enumerate(state_dict["param_groups"]):
         for key, value in saved.items():
             if key in foreign and not (isinstance(foreign[key], Switch) and not value):
-                raise ValueError(f"the state dict's param_groups[{index}] has {key!r}, which this optimizer has not; {WAY_OUT}")
+                raise ValueError(f"the state dict's param_groups[{index}] has {key!r}, which this optimizer does not have; {WAY_OUT}")
 
 
 def check_state(groups: list[dict[str, Any]], state_dict: dict[str, Any], choice_of: ChoiceOf, moments: Set[str]) -> None:
-    """Raise ValueError, before anything is loaded, for saved state that does not fit `groups` as they are going to be.
+    """Raise ValueError, before anything is loaded, if the saved state does not fit `groups`, which are already merged.
 
     Args:
-        moments: names of the state of all algorithms.
+        moments: names of the moments of all algorithms.
     """
     for param, name, group, state in _saved_states(groups, state_dict):
         choice = choice_of(param, group)
         algorithm, expected = choice.algorithm, choice.entries
-        strange = moments & state.keys() - set(algorithm.state) - algorithm.ignored_state
+        unexpected = moments & state.keys() - set(algorithm.state) - algorithm.ignored_state
         may_begin = choice.may_begin(state.keys())
         for moment, fmt, entries in choice.moments:
-            found = {key: state[key].dtype for key in state if key == moment or str(key).startswith(f"{moment}.")}
-            if _is_value(found, moment):
+            dtypes = {key: state[key].dtype for key in state if key == moment or str(key).startswith(f"{moment}.")}
+            if _is_value(dtypes, moment):
                 may_begin |= entries.keys()
-            elif found and found != entries:
+            elif dtypes and dtypes != entries:
                 raise ValueError(
-                    f"the saved state of {name!r} has {_listed(found)}, where the format {fmt.name!r} has {_listed(entries)}; load it "
+                    f"the saved state of {name!r} has {_listed(dtypes)}, but the format {fmt.name!r} has {_listed(entries)}; load it "
                     f"into an optimizer with the state_dtype that it was saved with"
                 )
         for key in (*expected, STEP):
-            if key not in state and (strange or key not in may_begin):
+            if key not in state and (unexpected or key not in may_begin):
                 raise ValueError(
                     f"the saved state of {name!r} lacks {key!r} (it has {', '.join(map(str, state))}); it is another optimizer's: {WAY_OUT}"
                 )
-        if strange:
+        if unexpected:
             raise ValueError(
-                f"the saved state of {name!r} has {', '.join(sorted(strange))}, of which this optimizer knows nothing; {WAY_OUT}"
+                f"the saved state of {name!r} has {', '.join(sorted(unexpected))}, which this optimizer does not use; {WAY_OUT}"
             )
         counter = torch.as_tensor(state[STEP])
         if counter.numel() != 1:
@@ -99,9 +99,9 @@ def check_state(groups: list[dict[str, Any]], state_dict: dict[str, Any], choice
                 raise ValueError(f"saved {key!r} of {name!r} has shape {tuple(state[key].shape)}, the parameter {tuple(param.shape)}")
 
 
-def _is_value(found: Mapping[str, torch.dtype], moment: str) -> bool:
-    """Return whether a moment is saved as its value in one array, which any format can store."""
-    return found.keys() == {moment} and found[moment].is_floating_point
+def _is_value(dtypes: Mapping[str, torch.dtype], moment: str) -> bool:
+    """Return whether a moment is saved as one floating-point array of values, which any format can store."""
+    return dtypes.keys() == {moment} and dtypes[moment].is_floating_point
 
 
 def _listed(arrays: Mapping[str, torch.dtype]) -> str:
@@ -109,21 +109,21 @@ def _listed(arrays: Mapping[str, torch.dtype]) -> str:
 
 
 def merged_groups(groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Merge saved param groups into these, which keep their parameters, and the keys that the saved ones lack (torch drops them)."""
-    # Copied together, so that what groups share, as a tensor lr, stays shared.
+    """Return these param groups with the saved values; keys that the saved groups lack are kept (torch would drop them)."""
+    # One deepcopy for all groups, so that a value that they share, such as a tensor lr, stays shared.
     copies = deepcopy([{key: value for key, value in saved.items() if key != "params"} for saved in saved_groups])
     merged = [own | saved for own, saved in zip(groups, copies, strict=True)]
     for group in merged:
-        if isinstance(group.get("betas"), list):  # as JSON has them
+        if isinstance(group.get("betas"), list):  # JSON has no tuples
             group["betas"] = tuple(group["betas"])
     return merged
 
 
 def loaded_state(groups: list[dict[str, Any]], state_dict: dict[str, Any], choice_of: ChoiceOf) -> dict[Any, dict[str, Any]]:
-    """Copies of the saved states, by their parameters, each array in its own format: torch would cast all to the parameter's dtype
-    (pytorch#43706).
+    """Return copies of the saved states, keyed by parameter, with each array in its format's dtype. torch would cast all of them to the
+    parameter's dtype (pytorch#43706).
 
-    What a saved state lacks begins as zeros; arrays beside a parameter that its format has not are dropped. State of no parameter stays.
+    Missing arrays start as zeros; extra arrays that the parameter's format does not have are dropped. State of no parameter is kept.
     """
     keys = {key for saved in state_dict["param_groups"] for key in saved["params"]}
     state: dict[Any, dict[str, Any]] = {}
@@ -136,7 +136,7 @@ def loaded_state(groups: list[dict[str, Any]], state_dict: dict[str, Any], choic
                 arrays |= {key: saved[key] for key in entries}
             elif moment in saved:
                 value = saved[moment].detach().to(torch.float32)
-                arrays |= dict(zip(entries, fmt.store(value, 0.5), strict=True))  # what is random is rounded to nearest
+                arrays |= dict(zip(entries, fmt.store(value, 0.5), strict=True))  # 0.5 makes stochastic formats round to nearest
         step = saved[STEP] if isinstance(saved[STEP], Tensor) else torch.tensor(saved[STEP], dtype=torch.float32, device="cpu")
         state[param] = {key: _copied(value, param) for key, value in saved.items() if key not in own}
         state[param][STEP] = step.to(param.device, torch.float32, copy=True).reshape(())
@@ -148,7 +148,7 @@ def loaded_state(groups: list[dict[str, Any]], state_dict: dict[str, Any], choic
 
 
 def _copied(value: Any, param: Tensor) -> Any:
-    """Copy an entry of a saved state that no step uses, to the parameter's device."""
+    """Copy an entry of a saved state that no step uses; tensors go to the parameter's device."""
     if isinstance(value, Tensor):
         return value.detach().to(param.device, copy=True)
     if isinstance(value, dict):

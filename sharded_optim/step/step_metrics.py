@@ -1,6 +1,6 @@
-"""Metrics of the last step, from what it has summed, computed and timed anyway. See `metrics` and `performance` of `ReportingOptimizer`.
+"""Metrics of the last step, derived from its sums, coefficients and times. See `metrics` and `performance` of `ReportingOptimizer`.
 
-Nothing is computed before it is asked for, and no rank communicates for it: what concerns all ranks was in the step's one all-reduce.
+Nothing is computed before it is requested, and only `non_finite_ranks` communicates: all else is in the result of the step's all-reduce.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ PARTS = ("observe", "agree", "matrices", "update")
 def tensor_metrics(sets: Iterable[ParamSet], algorithms: Iterable[Algorithm]) -> dict[str, float]:
     """Return `rms/NAME`, `clip_factor/NAME`, `non_finite/NAME`, and `clipped_share` and `non_finite_tensors` of the whole model.
 
-    Waits for the device. Without an agreement nothing is known of them.
+    Waits for the device. Empty if the step had no agreement.
 
     Args:
-        algorithms: that the optimizer may run, on whatever rank.
+        algorithms: the algorithms that the optimizer may run on any rank.
     """
     rms: dict[str, float] = {}
     factors: dict[str, float] = {}
@@ -53,12 +53,12 @@ def tensor_metrics(sets: Iterable[ParamSet], algorithms: Iterable[Algorithm]) ->
 
 
 def non_finite_ranks(sets: Iterable[ParamSet]) -> dict[str, list[int]]:
-    """Return the ranks whose piece of a tensor was not finite, by the names of `non_finite/NAME`. See `ReportingOptimizer`.
+    """Return the ranks whose piece of a tensor was not finite, keyed by the NAME of `non_finite/NAME`. See `ReportingOptimizer`.
 
-    The vector that ranks agree on has the number of such pieces and not their ranks, which would make it longer with every rank. Ranks
-    therefore communicate here, where a tensor was not finite, and not in steps.
+    The all-reduced vector has the number of such pieces but not their ranks, which would make it grow with the number of ranks. So ranks
+    communicate here, if a tensor was not finite, and not in every step.
     """
-    found: dict[str, list[int]] = {}
+    ranks: dict[str, list[int]] = {}
     for agreement, _ in _agreed(sets):
         layout = agreement.layout
         if agreement.non_finite_pieces().any():  # the same on all ranks
@@ -66,38 +66,38 @@ def non_finite_ranks(sets: Iterable[ParamSet]) -> dict[str, list[int]]:
             here = non_finite_here(layout, agreement.contributions)
             for rank, on_rank in enumerate(gather_objects(here, layout.process_group)):
                 for name in on_rank:
-                    found.setdefault(names[name], []).append(rank)
-    return found
+                    ranks.setdefault(names[name], []).append(rank)
+    return ranks
 
 
 def _agreed(sets: Iterable[ParamSet]) -> list[tuple[Agreement, Sequence[KernelCall]]]:
-    """Return the agreements of the last step in their order, which is the same on all ranks, with the kernel calls of each."""
-    found = [(each.agreement, each.calls) for each in sets if each.agreement is not None]
-    return sorted(found, key=lambda pair: pair[0].number)
+    """Return the (agreement, kernel calls) pairs of the last step in the order of the agreements, which is the same on all ranks."""
+    pairs = [(each.agreement, each.calls) for each in sets if each.agreement is not None]
+    return sorted(pairs, key=lambda pair: pair[0].number)
 
 
 def _clip_factors(means: Mapping[str, float], calls: Sequence[KernelCall], statistics: Collection[Statistic]) -> dict[str, float]:
-    """Return the factor for the learning rate of each tensor, by its name.
+    """Return the learning-rate factor of each tensor, keyed by name.
 
-    Of tensors that other ranks alone hold, algorithm and hyperparameters are not known here: theirs is left out where it depends on them.
+    The algorithm and hyperparameters of tensors that only other ranks hold are unknown here: factors that depend on them are omitted.
     """
-    found: dict[str, float] = {}
+    factors: dict[str, float] = {}
     if len(statistics) == 1:
         (statistic,) = statistics
-        found = {name: factor for name, mean in means.items() if (factor := _factor(statistic, {}, mean)) is not None}
+        factors = {name: factor for name, mean in means.items() if (factor := _factor(statistic, {}, mean)) is not None}
     for call in calls:
         if call.algorithm.statistic is not None:
             for (_, piece), group in zip(call.pieces, call.group_of, strict=True):
                 name = piece.segment.name
                 factor = _factor(call.algorithm.statistic, call.members.groups[group], means[name]) if name in means else None
                 if factor is not None:
-                    found[name] = factor
-    return found
+                    factors[name] = factor
+    return factors
 
 
 def _factor(statistic: Statistic, group: Mapping[str, Any], mean: float) -> float | None:
     try:
-        return float(statistic.lr_scale(group, mean))  # pyright: ignore[reportArgumentType]  # of a float a float
+        return float(statistic.lr_scale(group, mean))  # pyright: ignore[reportArgumentType]  # a float for a float
     except KeyError:
         return None
 
@@ -105,14 +105,14 @@ def _factor(statistic: Statistic, group: Mapping[str, Any], mean: float) -> floa
 def group_metrics(stepped: Mapping[int, GroupValues], param_groups: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return `lr/GROUP` and `weight_decay/GROUP` of the param groups of the last step.
 
-    GROUP is the group's `name`, or without one of its own its index. The decay is the share that the step has taken away of each parameter
-    with a gradient, before update clipping; L2 has none, as it goes through the gradient.
+    GROUP is the group's `name`, or its index if it has no unique name. The decay is the share by which the step has shrunk each parameter
+    with a gradient, before update clipping; L2 decay has none, because it acts through the gradient.
 
     Args:
-        stepped: the groups' values in that step, by their ids.
-        param_groups: of the optimizer.
+        stepped: the GroupValues in that step, keyed by id(group).
+        param_groups: the optimizer's param groups.
     """
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     names = [group.get("name") for group in param_groups]
     for index, group in enumerate(param_groups):
         if id(group) in stepped:
@@ -120,37 +120,39 @@ def group_metrics(stepped: Mapping[int, GroupValues], param_groups: Sequence[Map
             lr = float(numbers["lr"])
             name = group.get("name")
             name = index if name is None or names.count(name) > 1 else name
-            found[f"lr/{name}"] = lr
+            metrics[f"lr/{name}"] = lr
             if numbers["decay_form"] != L2:
-                found[f"weight_decay/{name}"] = float(decay_amount({**numbers, "lr": lr}) or 0.0)  # type: ignore[arg-type]  # of floats
-    return found
+                metrics[f"weight_decay/{name}"] = float(decay_amount({**numbers, "lr": lr}) or 0.0)  # type: ignore[arg-type]  # a float for floats
+    return metrics
 
 
 def step_performance(sets: Sequence[ParamSet], times: Sequence[float] | None) -> dict[str, float]:
-    """Return `ms/PART`, `bytes` and `gb_per_s` of this rank: milliseconds, and what the step has read and written. Of steps on CPUs alone.
+    """Return `ms/PART`, `bytes` and `gb_per_s` of this rank's last step; empty unless all of it ran on the CPU.
 
     Args:
-        times: in seconds, when the step began, had observed, agreed, exchanged matrices and updated; None if there was none.
+        times: when the step began, and when it had observed, agreed, exchanged matrices and updated, in seconds; None without a step.
     """
     stepped = [each for each in sets if each.updates[0] >= 0]
     if times is None or any(call.device.type != "cpu" for each in stepped for call in each.calls):
         return {}
-    found = {f"ms/{part}": 1e3 * (end - begin) for part, (begin, end) in zip(PARTS, pairwise(times), strict=True)}
+    metrics = {f"ms/{part}": 1e3 * (end - begin) for part, (begin, end) in zip(PARTS, pairwise(times), strict=True)}
     moved = 0.0
     for each in stepped:
         contributions = [] if each.agreement is None else each.agreement.contributions
-        early = [contribution.is_early for contribution in contributions] or [True] * len(each.calls)  # or not observed at all
+        early = [contribution.is_early for contribution in contributions] or [True] * len(
+            each.calls
+        )  # without an agreement, nothing was observed
         for call, is_early in zip(each.calls, early, strict=True):
             moved += _bytes_moved(call, observes=not is_early, updates=bool(each.updates[1]))
-    found["bytes"] = moved
-    seconds = (found["ms/observe"] + found["ms/update"]) / 1e3
-    if seconds and not any(call.buffers for each in stepped for call in each.calls):  # their directions are written with the exchange
-        found["gb_per_s"] = moved / seconds / 1e9
-    return found
+    metrics["bytes"] = moved
+    seconds = (metrics["ms/observe"] + metrics["ms/update"]) / 1e3
+    if seconds and not any(call.buffers for each in stepped for call in each.calls):  # Muon's directions are timed with the exchange
+        metrics["gb_per_s"] = moved / seconds / 1e9
+    return metrics
 
 
 def _bytes_moved(call: KernelCall, *, observes: bool, updates: bool) -> int:
-    """Return the bytes that a kernel call reads and writes: what it observes, and every pass of its update."""
+    """Return the number of bytes that a kernel call reads and writes, in observation and in every pass of its update."""
     elements = sum(piece.segment.numel for _, piece in call.pieces)
     operands, columns = call.operands, []
     if observes:

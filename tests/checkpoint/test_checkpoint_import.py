@@ -52,7 +52,7 @@ from sharded_optim import checkpoint
 from sharded_optim.checkpoint import export
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:weight_decay", "ignore:the state dict may be of torch", "ignore::FutureWarning", "ignore:torch.distributed is disabled"
+    "ignore:weight_decay", "ignore:the state dict may be from torch", "ignore::FutureWarning", "ignore:torch.distributed is disabled"
 )
 
 OURS = {"lr": 0.5, "betas": (0.3, 0.6), "eps": 1e-2, "weight_decay": 0.3}  # that must all be replaced
@@ -285,10 +285,10 @@ def test_names_in_the_param_groups_are_used(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("theirs", "options", "message"),
     [
-        (torch.optim.RAdam, {}, "of an optimizer of torch that is not continued here"),
+        (torch.optim.RAdam, {}, "from an optimizer of torch that is not continued here"),
         (torch.optim.AdamW, {"maximize": True}, "maximize=True, which is not continued here"),
         (torch.optim.AdamW, {"amsgrad": True}, None),
-        (torch.optim.Rprop, {}, "of an optimizer of torch that is not continued here"),
+        (torch.optim.Rprop, {}, "from an optimizer of torch that is not continued here"),
     ],
 )
 def test_state_that_no_optimizer_of_ours_continues_is_refused(

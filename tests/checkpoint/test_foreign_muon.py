@@ -127,7 +127,7 @@ def test_convolutions_that_are_other_matrices_there_are_refused(whose: str) -> N
         group = {**common, "algorithm": "muon", "mu": MU, "beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8, "cautious_wd": False, "step": 1}
         group |= {"nesterov": True, "flatten": False, "adjust_lr": "rms_norm"}
     name = "momentum" if whose == "dion" else "momentum_buffer"
-    with pytest.raises(ValueError, match=f"of {whose}.*more than three dimensions"):
+    with pytest.raises(ValueError, match=f"from {whose}.*more than three dimensions"):
         so.Muon([param]).load_state_dict({"state": {0: {name: torch.zeros_like(param)}}, "param_groups": [group]})
 
 
@@ -136,7 +136,7 @@ def test_what_dion_does_that_we_do_not_is_refused(options: dict[str, Any]) -> No
     optimizer = ours()
     step(optimizer, 1)
     (name,) = options
-    with pytest.raises(ValueError, match=f"is of dion, with {name}=.* which is not continued here"):
+    with pytest.raises(ValueError, match=f"is from dion, with {name}=.* which is not continued here"):
         optimizer.load_state_dict(dions_state_dict(optimizer, [torch.zeros(shape) for shape in SHAPES[:2]], **options))
 
 

@@ -24,7 +24,7 @@ AFTER_20_STEPS = 2e-6  # relative, fp32
 BASE_LRS = (1e-2, 3e-3)
 
 # Ours are built with hyperparameters that must not matter; and what of torch and Composer has the same keys has a test of its own.
-pytestmark = pytest.mark.filterwarnings("ignore:weight_decay=.* is high", "ignore:the state dict may be of torch")
+pytestmark = pytest.mark.filterwarnings("ignore:weight_decay=.* is high", "ignore:the state dict may be from torch")
 
 
 def start(dtype: torch.dtype = torch.float32, shapes: list[tuple[int, ...]] = SHAPES) -> list[nn.Parameter]:
@@ -356,7 +356,7 @@ def test_another_class_that_decays_as_composers_is_told_how_the_state_is_read(de
     theirs = torch.optim.AdamW(start(), lr=1e-2, weight_decay=decay)
     LambdaLR(theirs, lambda step: 1.0)
     optimizer = so.AdamW(start(), lr=0.5, decouple_lr=True)
-    with pytest.warns(UserWarning, match=f"may be of torch under a scheduler or of Composer, and is read as {source}'s") as caught:
+    with pytest.warns(UserWarning, match=f"may be from torch with a scheduler or from Composer, and is read as {source}'s") as caught:
         optimizer.load_state_dict(theirs.state_dict())
     assert len(caught) == 1
     assert optimizer.param_groups[0]["decay_form"] == form
@@ -651,7 +651,7 @@ def test_state_of_optimis_other_optimizers_is_refused(name: str) -> None:
     set_grads(params, 0)
     theirs.step()
     for ours in (our_adamw, our_stable, our_sgdw):
-        with pytest.raises(ValueError, match="of an optimizer of optimi that is not continued here"):
+        with pytest.raises(ValueError, match="from an optimizer of optimi that is not continued here"):
             ours(params).load_state_dict(theirs.state_dict())
 
 

@@ -165,7 +165,7 @@ def test_copies_ask_for_their_process_group() -> None:
     param.grad = torch.ones(3)
     group = dist.new_group([0, 1])
     copied = copy.deepcopy(so.StableAdamW([param], lr=1e-2, process_group=group))
-    with pytest.raises(ValueError, match="cannot take its process_group along; set it again"):
+    with pytest.raises(ValueError, match="which drops its process_group; set it again"):
         copied.step()
     copied.process_group = group
     copied.param_groups[0]["params"][0].grad = torch.ones(3)

@@ -250,16 +250,12 @@ def test_moments_of_another_format_are_converted_where_it_is_known_and_refused_w
                 expected = FORMATS[state_dtype].store(plain.optimizer.state[source][moment], None)
                 assert all(torch.equal(a, e) for a, e in zip(arrays, expected, strict=True))
     before = [param.detach().clone() for param in plain.params]
-    told = (
-        r"saved state of 'w0' has 'exp_avg' of torch.bfloat16, 'exp_avg.middle' .*, where the format 'fp32' has 'exp_avg' of torch.float32"
-    )
+    told = r"saved state of 'w0' has 'exp_avg' of torch.bfloat16, 'exp_avg.middle' .*, but the format 'fp32' has 'exp_avg' of torch.float32"
     with pytest.raises(ValueError, match=told):
         plain.optimizer.load_state_dict(parts.optimizer.state_dict())
     state = parts.optimizer.state_dict()
     del state["state"][1]["exp_avg.low"]
-    with pytest.raises(
-        ValueError, match=r"'w1' has 'exp_avg' of torch.bfloat16, 'exp_avg.middle' of torch.bfloat16, where .* load it into"
-    ):
+    with pytest.raises(ValueError, match=r"'w1' has 'exp_avg' of torch.bfloat16, 'exp_avg.middle' of torch.bfloat16, but .* load it into"):
         parts.optimizer.load_state_dict(state)
     assert all(torch.equal(param, value) for param, value in zip(plain.params, before, strict=True))
 
@@ -277,12 +273,12 @@ def test_moments_may_be_codes() -> None:
     assert all(reports[f"l2_norm/moment/w{index}"].item() == moment.double().norm().item() for index, moment in enumerate(moments))
     saved = copy.deepcopy(runs[0].optimizer.state_dict())
     plain = Run("cpu", torch.float32).step(range(2))
-    with pytest.raises(ValueError, match=r"has 'exp_avg' of torch.int8, where the format 'fp32' has 'exp_avg' of torch.float32"):
+    with pytest.raises(ValueError, match=r"has 'exp_avg' of torch.int8, but the format 'fp32' has 'exp_avg' of torch.float32"):
         plain.optimizer.load_state_dict(saved)
     runs[1].optimizer.load_state_dict(saved)
     runs[1].step(range(3, 5)).assert_same(runs[0].step(range(3, 5)))
     plain.optimizer.state[plain.params[1]]["exp_avg"] = torch.zeros(5, dtype=torch.int8)
-    with pytest.raises(ValueError, match=r"'exp_avg' of 'w1' has dtype torch.int8, the format 'fp32' stores it in torch.float32"):
+    with pytest.raises(ValueError, match=r"'exp_avg' of 'w1' has dtype torch.int8, but the format 'fp32' stores it in torch.float32"):
         plain.step(range(2, 3))
 
 
@@ -292,7 +288,7 @@ def test_an_array_of_another_dtype_or_a_lost_one_is_refused_by_name() -> None:
     low = state["exp_avg.low"]
     state["exp_avg.low"] = low.float()
     with pytest.raises(
-        ValueError, match=r"'exp_avg.low' of 'w1' has dtype torch.float32, the format 'bf16 in 3 parts' stores it in torch.bfloat16"
+        ValueError, match=r"'exp_avg.low' of 'w1' has dtype torch.float32, but the format 'bf16 in 3 parts' stores it in torch.bfloat16"
     ):
         run.step(range(2, 3))
     del state["exp_avg.low"]
@@ -383,7 +379,7 @@ def test_moments_rounded_at_random_go_on_where_they_would_stand_still() -> None:
 
 @pytest.mark.parametrize("name", ["bf16_typo", "fp16", "fp16_kahan"])
 def test_a_format_that_moments_cannot_have_is_refused_with_those_they_can(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"state_dtype must be torch.float32 or torch.bfloat16, got {name}.*'bf16_kahan'"):
+    with pytest.raises(ValueError, match=rf"state_dtype must be torch.float32, torch.bfloat16 or .*'bf16_kahan'.* got {name}"):
         so.AdamW([nn.Parameter(torch.ones(3))], lr=1e-2, state_dtype=name)
 
 

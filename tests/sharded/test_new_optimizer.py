@@ -170,7 +170,7 @@ def test_each_kind_takes_what_its_rule_says(kind: Hyperparameter, right: list[An
         with pytest.raises(ValueError, match=rf"x must be {rule}.*, got .* in here"):
             kind.check(value, "here")
     if not isinstance(kind, Switch):
-        with pytest.raises(ValueError, match="x must be known on the host, got a tensor on meta in here: only lr may lie on a device"):
+        with pytest.raises(ValueError, match="x must be on the host, got a tensor on meta in here: only lr may be on a device"):
             kind.check(torch.ones((), device="meta"), "here")
 
 
@@ -204,7 +204,7 @@ def test_a_state_dict_without_it_keeps_the_groups_own_and_another_class_refuses_
     assert [group["threshold"] for group in optimizer.param_groups] == [0.2, 0.7]
     stable = so.StableAdamW(model.parameters(), lr=1e-2)
     whole = ThresholdAdamW(model.parameters(), 1e-2)
-    with pytest.raises(ValueError, match=r"param_groups\[0\] has 'threshold', which this optimizer has not"):
+    with pytest.raises(ValueError, match=r"param_groups\[0\] has 'threshold', which this optimizer does not have"):
         stable.load_state_dict(whole.state_dict())
     whole.load_state_dict(stable.state_dict())
     whole.load_state_dict(torch.optim.AdamW(model.parameters(), lr=0.1, betas=(0.8, 0.9)).state_dict())

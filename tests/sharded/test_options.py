@@ -58,14 +58,14 @@ def constructors(cls: type) -> dict[str, Callable]:
         ("weigth_decay", 0.1, r"did you mean 'weight_decay'\?"),
         ("state_dtyp", None, r"did you mean 'state_dtype'\?"),
         ("wd", 0.1, "it takes params, .*weight_decay.*nonfinite"),
-        ("fused", "cuda", "leave it out, or choose who computes with backend="),
-        ("capturable", True, "a CUDA graph may record any step"),
+        ("fused", "cuda", "leave it out, or choose the backend with backend="),
+        ("capturable", True, "a CUDA graph can capture any step"),
         ("maximize", True, "negate the loss"),
         ("differentiable", True, "use torch.optim"),
         ("parameters_as_bucket_view", True, "leave it out"),
         ("overlap_with_ddp", True, "leave it out"),
         ("consolidate_state_dict", True, "it is a method of ShardedOptimizer"),
-        ("amsgrad", True, "leave it out|give it in the param groups"),
+        ("amsgrad", True, "leave it out|set it in the param groups"),
     ],
 )
 def test_an_unknown_argument_names_the_public_class_and_the_way_out(cls: type, name: str, value: object, way_out: str) -> None:
@@ -325,7 +325,7 @@ def test_state_of_an_unstepped_optimizer_of_another_family_is_refused() -> None:
         (so.AdamW(params, lr=1.0), torch.optim.SGD(params, lr=0.1)),
         (so.DecoupledSGDW(params, lr=1.0), torch.optim.AdamW(params, lr=0.1)),
     ):
-        with pytest.raises(ValueError, match=r"param_groups\[0\] has '(betas|momentum)', which this optimizer has not"):
+        with pytest.raises(ValueError, match=r"param_groups\[0\] has '(betas|momentum)', which this optimizer does not have"):
             ours.load_state_dict(theirs.state_dict())
         assert ours.param_groups[0]["lr"] == 1.0
 
@@ -351,7 +351,7 @@ def test_state_of_torchs_other_optimizers_is_refused(cls: type, other: type) -> 
     theirs, ours = other(params, lr=0.1), cls(params, lr=1.0)
     run(theirs, params[0], range(2))
     with pytest.raises(
-        ValueError, match=r"param_groups\[0\] is of an optimizer of torch that is not continued here; .*Adam, AdamW, SGD and Muon"
+        ValueError, match=r"param_groups\[0\] is from an optimizer of torch that is not continued here; .*Adam, AdamW, SGD and Muon"
     ):
         ours.load_state_dict(theirs.state_dict())
     assert ours.param_groups[0]["lr"] == 1.0

@@ -118,7 +118,7 @@ def test_an_inconsistency_is_raised_in_the_next_step_and_nothing_is_written_in_b
     optimizer.step()
     assert torch.equal(param.detach(), before[1])
     assert all(torch.equal(optimizer.state[param][key], value) for key, value in before[0].items())
-    with pytest.raises(ValueError, match=r"1 other ranks met bad input"):
+    with pytest.raises(ValueError, match=r"bad input on 1 other ranks"):
         optimizer.step()
     assert FakeEvent.waits == 2, "once for each step that followed an agreement"
 
@@ -154,7 +154,7 @@ def test_what_a_set_has_left_to_be_raised_is_raised_though_the_set_is_dropped(ch
         for only in steps:
             optimizer.step(param=only)
 
-    with pytest.raises(ValueError, match="other ranks met bad input"):
+    with pytest.raises(ValueError, match=r"bad input on \d+ other ranks"):
         go_on()
     optimizer.step()
 

@@ -182,7 +182,7 @@ def test_a_tensor_is_stepped_as_the_matrices_that_it_is(
         ((6, 2), {"momentum": 1.0}, r"momentum must be a number in \[0, 1\)"),
         ((6, 2), {"decay_form": "l2"}, "decay_form='l2' is not supported by Muon"),
         ((6, 2), {"algorithm": "sgd"}, "algorithm must be one of muon, adamw, stable_adamw"),
-        ((6, 2), {"gradient_release": True}, "Muon has no gradient release"),
+        ((6, 2), {"gradient_release": True}, "Muon does not support gradient release"),
     ],
     ids=str,
 )
@@ -202,8 +202,8 @@ def test_a_step_of_some_parameters_is_refused_and_changes_nothing() -> None:
 @pytest.mark.parametrize(
     ("first", "change", "words"),
     [
-        ({}, {"split": 2}, "'w' is stepped as other matrices than in its first step"),
-        ({}, {"ns_dtype": "float32"}, "'w' is stepped as other matrices than in its first step"),
+        ({}, {"split": 2}, "'w' is no longer stepped as the same matrices as in its first step"),
+        ({}, {"ns_dtype": "float32"}, "'w' is no longer stepped as the same matrices as in its first step"),
         ({"algorithm": "adamw"}, {"algorithm": "muon"}, "the state of 'w' lacks 'momentum_buffer'"),
     ],
     ids=str,

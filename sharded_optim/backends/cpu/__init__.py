@@ -1,11 +1,11 @@
-"""The CPU backend: the algorithms' own source, compiled by LLVM into one pass over all tensors, as fast as memory.
+"""The CPU backend: the algorithms' own source, compiled by LLVM into one pass over all tensors, limited only by memory bandwidth.
 
-`kernels.py` writes a kernel for each combination of algorithm and formats that is met: the loops of `loops.py` around the functions that
-the eager backend runs, which write instructions when they are called with the vectors of `vectors.py`. `formulas.py` writes those of
-coefficients, and `per_tensor.py` those of what ranks agree on. `llvm.py` compiles a kernel, and `threads.py` runs it.
+`kernels.py` writes a kernel for each combination of algorithm and formats in use: the loops of `loops.py` around the functions that the
+eager backend runs, which write LLVM instructions when they are called with the vectors of `vectors.py`. `formulas.py` writes the kernels of
+coefficients, and `per_tensor.py` the kernels of the agreement. `llvm.py` compiles a kernel, and `threads.py` runs it.
 
-A kernel gets a table of addresses, one column per operand, and a table of work, runs of at most `CHUNK` elements, of which each thread has
-a share. Memory needs no alignment. Tensors of one operand must be equally strided and dense, as wrappers give them; others are copied.
+A kernel gets a table of addresses, one column per operand, and a table of work items of at most `CHUNK` elements, divided between threads.
+Memory needs no alignment. The tensors of one operand must be dense with the same strides, as wrappers give them; others are copied.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from sharded_optim.formulas.verdict import NON_FINITE, SECTIONS, TAIL, Verdict, 
 
 __all__ = ["BACKEND"]
 
-CHUNK = 16384  # elements: some microseconds
-WORTH_A_THREAD = 2 * CHUNK  # elements: some 10 us
+CHUNK = 16384  # elements of a work item: a few microseconds
+WORTH_A_THREAD = 2 * CHUNK  # elements for which waking a thread pays off: about 10 us of work
 ONE = torch.ones((), dtype=torch.float32, device="cpu")
 
 
 class Cpu:
-    """Kernels compiled by LLVM; see `sharded_optim.backends.Backend`."""
+    """Runs kernels compiled by LLVM; see `sharded_optim.backends.Backend`."""
 
     name = "cpu"
 
@@ -62,16 +62,16 @@ class Cpu:
         sums: Sums | None,
         lr: Tensor,
     ) -> Tensor:
-        operands_of_steps = steps.numel()
-        table = torch.empty(operands_of_steps, formulas.results, dtype=torch.float32, device="cpu")
+        operands_count = steps.numel()
+        table = torch.empty(operands_count, formulas.results, dtype=torch.float32, device="cpu")
         addresses = list(map(Tensor.data_ptr, (table, steps, lr)))
         if sums is not None:
             totals = sums.vector.data_ptr()
             non_finite = totals + NON_FINITE * sums.tensors * sums.vector.element_size()
             addresses += (totals, non_finite, *map(Tensor.data_ptr, (sums.slots, sums.units, sums.numels)))
-        of_formulas = 0 if formula_of is None else formula_of.data_ptr()
+        formula_of_address = 0 if formula_of is None else formula_of.data_ptr()
         for call, constants in self._kernels_of(formulas):
-            _call(call, FormulaArguments(operands_of_steps, constants.buffer_info()[0], of_formulas, *addresses))
+            _call(call, FormulaArguments(operands_count, constants.buffer_info()[0], formula_of_address, *addresses))
         return table
 
     def contribute(self, vector: Tensor, observed: Tensor, counted: Tensor, slots: Tensor) -> None:
@@ -125,7 +125,7 @@ class Cpu:
         for (column, row), copy in copies.items():
             if column < len(written):
                 written[column].tensors[row].copy_(copy)
-        increment_version(operands.param.wholes)  # as a torch operation would: autograd looks at it
+        increment_version(operands.param.wholes)  # as torch operations do: autograd checks versions
 
     def advance(self, steps: Tensor, happens: Tensor | None) -> None:
         if happens is None:
@@ -140,7 +140,7 @@ class Cpu:
         return tables
 
     def _kernels_of(self, formulas: Formulas) -> list[tuple[Call, array[float]]]:
-        """The kernel of each sequence of operations, and its constants."""
+        """Return (kernel, constants) for each distinct sequence of operations."""
         kernels: list[tuple[Call, array[float]]] | None = formulas.derived.get(self)
         if kernels is None:
             several = len(formulas.formulas) > 1
@@ -150,13 +150,13 @@ class Cpu:
 
 
 class _Tables(OperandTables):
-    """Tables of operands, and memory for what a kernel sums, which is reused in every step."""
+    """Tables of operands, and memory for a kernel's sums, which is reused in every step."""
 
     def __init__(self, operands: Operands, chunk: int) -> None:
         super().__init__(operands, chunk)
         self.operands, self.items = len(self.runs), len(self.work)
         self.work_address = self.work.data_ptr()
-        self.sums = torch.empty(len(self.work), 2, dtype=torch.int64, device="cpu")  # of each item of work
+        self.sums = torch.empty(len(self.work), 2, dtype=torch.int64, device="cpu")  # sum and flag of each work item
 
 
 def _run(
@@ -165,9 +165,9 @@ def _run(
     columns: list[Column],
     coefficients: Tensor,
     grad_scale: Tensor,
-    **others: Tensor,  # further arrays of `Arguments`, contiguous
+    **others: Tensor,  # optional arrays of `Arguments`, keyed by name; contiguous
 ) -> dict[tuple[int, int], Tensor]:
-    """Run a kernel on all operands, and return the copies that it has read and written; see `OperandTables.addresses`."""
+    """Run a kernel on all operands; return the copies that it has read and written, see `OperandTables.addresses`."""
     packed, copies = tables.addresses(columns)
     addresses = array("q", packed)
     coefficients = coefficients.contiguous()
@@ -191,7 +191,7 @@ def _call(function: Call, arguments: tuple[int, ...]) -> None:
 
 
 def _shares(elements: int) -> int:
-    """Return how many threads are worth waking, of those that torch has: torchrun and OMP_NUM_THREADS decide."""
+    """Return the number of threads worth waking, at most torch's number, which torchrun and OMP_NUM_THREADS set."""
     return max(1, min(torch.get_num_threads(), elements // WORTH_A_THREAD))
 
 

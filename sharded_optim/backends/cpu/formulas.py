@@ -1,6 +1,6 @@
-"""Kernels of coefficients, compiled from the formulas that `coefficients.py` records: one for each sequence of operations.
+"""Kernels of coefficients, compiled from the formulas that `step/coefficients.py` records: one for each sequence of operations.
 
-Values that do not depend on sums over ranks are computed once for a run of operands with the same formula and the same step.
+Values that do not depend on sums over ranks are computed once for consecutive operands with the same formula and the same step.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ from sharded_optim.formulas.scalars import STEP_BITS
 
 __all__ = ["FormulaArguments", "formula_kernel"]
 
-OF_SUMS = ("total", "non_finite", "unit", "numel")  # inputs that differ between operands of the same formula and step
+OF_SUMS = ("total", "non_finite", "unit", "numel")  # inputs of `Sums`: they differ between operands with the same formula and step
 
 
 class FormulaArguments(NamedTuple):
-    """What a kernel reads and writes: numbers, and addresses of contiguous arrays. In memory each is an int64."""
+    """The arguments of a coefficient kernel: numbers, and addresses of contiguous arrays; each is an int64 in memory."""
 
     operands: int
-    constants: int  # float64 (formulas, 1 + constants): 1 and those of a formula with the kernel's operations, else zeros
+    constants: int  # float64 (formulas, 1 + constants): 1 and the constants of a formula with the kernel's operations, else zeros
     formula_of: int  # int64 (operands,)
     table: int  # fp32 (operands, results), written
     steps: int  # fp32 (operands,)
     lr: int  # float64 (formulas,)
-    totals: int = 0  # these are of `Sums`
+    totals: int = 0  # this and the following: arrays of `Sums`
     non_finite: int = 0
     slots: int = 0
     units: int = 0
@@ -56,10 +56,10 @@ class FormulaArguments(NamedTuple):
 
 @cache
 def formula_kernel(operations: Operations, *, several: bool) -> Kernel:
-    """Build the kernel of all formulas with these operations.
+    """Build the kernel for all formulas with these operations.
 
     Args:
-        several: whether there are other formulas too.
+        several: whether operands have different formulas, so that the kernel reads `formula_of`.
     """
     return kernel_of(_formula_function(operations, several=several), parallel=False)
 
@@ -80,7 +80,7 @@ def _formula_function(operations: Operations, *, several: bool) -> ir.Function:
         if name in of_sums
         for operand in each.operands
     ]
-    kept = {name: builder.alloca(DOUBLE) for name in dict.fromkeys([*used, *operations.results]) if name not in (*of_sums, "step")}
+    allocas = {name: builder.alloca(DOUBLE) for name in dict.fromkeys([*used, *operations.results]) if name not in (*of_sums, "step")}
     functions = _functions(builder)
     with counting(builder, integer(0), arguments["operands"], integer(1), [integer(-1), integer(-1)]) as loop:
         formula = element("formula_of", loop.index) if several else integer(0)
@@ -95,9 +95,9 @@ def _formula_function(operations: Operations, *, several: bool) -> ir.Function:
                 for index in range(operations.constants):
                     values[f"c{index}"] = element("constants", builder.add(constants, integer(1 + index)), DOUBLE)
                 values = operations.evaluate(functions, values, others)
-                for name, address in kept.items():
+                for name, address in allocas.items():
                     builder.store(values[name], address)
-            values = {"step": step} | {name: builder.load(address, typ=DOUBLE) for name, address in kept.items()}
+            values = {"step": step} | {name: builder.load(address, typ=DOUBLE) for name, address in allocas.items()}
             if of_sums:
                 slot = element("slots", loop.index)
                 values["total"] = builder.sitofp(element("totals", slot), DOUBLE)
@@ -114,16 +114,16 @@ def _formula_function(operations: Operations, *, several: bool) -> ir.Function:
 
 
 def _names_of_sums(operations: Operations) -> set[str]:
-    """Return the names of the inputs that are sums over ranks, and of what is computed from them."""
-    found: set[str] = set(OF_SUMS)
+    """Return the names of the inputs of `Sums` and of all results computed from them; empty if no operation uses them."""
+    names: set[str] = set(OF_SUMS)
     for name, each in zip(operations.names, operations.instructions, strict=True):
-        if not found.isdisjoint(each.operands):
-            found.add(name)
-    return found if len(found) > len(OF_SUMS) else set()
+        if not names.isdisjoint(each.operands):
+            names.add(name)
+    return names if len(names) > len(OF_SUMS) else set()
 
 
 def _functions(builder: Builder) -> dict[str, Callable[..., Value]]:
-    """Return the operations of `formulas/scalars.py`, which write instructions."""
+    """Return the operations of `formulas/scalars.py` as functions that write LLVM instructions, keyed by name."""
 
     def maximum(a: Value, least: Value) -> Value:
         keeps = builder.or_(builder.fcmp_ordered(">", a, least), builder.fcmp_unordered("uno", a, a))

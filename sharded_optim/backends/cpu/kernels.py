@@ -1,7 +1,7 @@
-"""Kernels: an algorithm's update, and the sums of a statistic.
+"""Kernels for an algorithm's update and for the sums of a statistic. Used by the CPU backend.
 
-A kernel is compiled for each combination of algorithm and formats that is met, in some 20 ms. The functions of algorithms and formats are
-the ones that the eager backend runs, with `xp` bound to `vectors.py` (see `rebinding.py`); they are called while a kernel is written.
+A kernel is compiled for each combination of algorithm and formats in use, in about 20 ms. The functions of algorithms and formats are those
+that the eager backend runs, with `xp` bound to `vectors.py` (see `rebinding.py`); calling them writes the kernel.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ __all__ = ["observe_function", "observe_kernel", "update_function", "update_kern
 
 
 class Ahead(NamedTuple):
-    """Bytes from what a pass reads to what it prefetches; 0: nothing."""
+    """Prefetch distances in bytes, ahead of the address that a pass reads; 0 disables prefetching."""
 
     update: int
     observe: int
 
 
-# Hardware stops prefetching at the end of a page; an update reads from four pages at a time. The distances are from benchmarks/NOTES.md.
-AHEAD = Ahead(2048, 0) if is_zen() else Ahead(1280, 2048) if is_x86() else Ahead(0, 0)  # nothing was measured on ARM
+# Hardware prefetchers stop at the end of a page, and an update reads from four pages at a time. The distances are from benchmarks/NOTES.md.
+AHEAD = Ahead(2048, 0) if is_zen() else Ahead(1280, 2048) if is_x86() else Ahead(0, 0)  # not measured on ARM
 
-SUM, ANY_BEYOND = Total("add", INT64), Total("or", INT32)  # of the statistic's values, and whether one is beyond its limit
+SUM, ANY_BEYOND = Total("add", INT64), Total("or", INT32)  # sum of the statistic, and whether any value is above the limit
 
 
 @cache
@@ -46,10 +46,10 @@ def observe_kernel(statistic: Statistic | None, grad_format: Format, state_forma
 
 
 def update_function(algorithm: Algorithm, formats: tuple[Format, ...], grad_format: Format) -> ir.Function:
-    """Write an algorithm's update of all elements.
+    """Write the kernel of an algorithm's update.
 
     Args:
-        formats: of the parameters and of each of their moments.
+        formats: storage formats of the parameter and of each moment.
     """
     update, stores = traced(algorithm.update), [traced(fmt.store) for fmt in formats]
     is_random = [fmt.is_random for fmt in formats]
@@ -64,7 +64,7 @@ def update_function(algorithm: Algorithm, formats: tuple[Format, ...], grad_form
 
 
 def observe_function(statistic: Statistic | None, grad_format: Format, state_formats: tuple[Format, ...]) -> ir.Function:
-    """Write the sums of a statistic and the check of its limit; without a statistic, only the check for finite squares of gradients."""
+    """Write the kernel that sums a statistic and checks its limit; without a statistic it only checks that squared gradients are finite."""
     observe = traced(statistic.observe) if statistic else None
     coefficients = argument_count(statistic.observe) - len(state_formats) - 1 if statistic else 0
     numbers = {"limits": FLOAT, "scales": DOUBLE} if statistic else {}

@@ -1,6 +1,6 @@
-"""Helpers to write LLVM IR with llvmlite, and to compile it for the CPU that the process runs on.
+"""Write LLVM IR with llvmlite, and compile it for the CPU that the process runs on. Used by the kernels of the CPU backend.
 
-Arithmetic is strict IEEE 754: LLVM reorders, contracts or approximates only instructions with a fast-math flag, and none has one here.
+Arithmetic is strict IEEE 754: LLVM reorders, contracts or approximates only instructions with a fast-math flag, and none here has one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 try:
     import llvmlite
     from llvmlite import binding, ir
-except OSError as error:  # of its library
+except OSError as error:  # llvmlite is installed, but its shared library does not load
     raise ImportError(f"llvmlite cannot be loaded: {error}") from error
 
 OLDEST = (0, 45)
@@ -52,7 +52,7 @@ __all__ = [
     "with_lanes",
 ]
 
-Value = Builder = Type = Any  # of `llvmlite.ir`, which declares no types
+Value = Builder = Type = Any  # classes of `llvmlite.ir`, which has no type annotations
 VOID, FLOAT, DOUBLE, POINTER = ir.VoidType(), ir.FloatType(), ir.DoubleType(), ir.PointerType()
 BIT, BYTE, INT16, INT32, INT64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 
@@ -65,12 +65,12 @@ def lanes_of(kind: Type) -> int:
 
 
 def with_lanes(element: Type, lanes: int) -> Type:
-    """Return the type of so many elements: a vector, or for one lane a scalar."""
+    """Return the vector type with this many lanes, or the scalar type for one lane."""
     return element if lanes == 1 else ir.VectorType(element, lanes)
 
 
 def constant(kind: Type, number: float) -> ir.Constant:
-    """Return a number in every lane."""
+    """Return a constant with the number in every lane."""
     return ir.Constant(kind, [number] * kind.count if isinstance(kind, ir.VectorType) else number)
 
 
@@ -79,7 +79,7 @@ def integer(number: int) -> ir.Constant:
 
 
 def splat(builder: Builder, scalar: Value, lanes: int) -> Value:
-    """Write a scalar in every lane."""
+    """Return a vector with the scalar in every lane; for one lane, the scalar."""
     if lanes == 1:
         return scalar
     undefined = ir.Constant(ir.VectorType(scalar.type, lanes), ir.Undefined)
@@ -108,7 +108,7 @@ def store(builder: Builder, value: Value, address: Value) -> None:
 
 
 def call(builder: Builder, name: str, result: Type, *arguments: Value) -> Value:
-    """Call a function from outside the module, such as an intrinsic function of LLVM."""
+    """Call a function that is external to the module, such as an LLVM intrinsic."""
     function = builder.module.globals.get(name)
     if function is None:
         function = ir.Function(builder.module, ir.FunctionType(result, [argument.type for argument in arguments]), name)
@@ -116,12 +116,12 @@ def call(builder: Builder, name: str, result: Type, *arguments: Value) -> Value:
 
 
 def suffix(kind: Type) -> str:
-    """Return the end of an intrinsic function's name for a type: "v16f32", "i64"."""
+    """Return the suffix of an intrinsic's name for a type, such as "v16f32" or "i64"."""
     return f"v{kind.count}{suffix(kind.element)}" if isinstance(kind, ir.VectorType) else kind.intrinsic_name
 
 
 def reduced(builder: Builder, operation: str, vector: Value) -> Value:
-    """Reduce the integers in all lanes to their sum ("add") or union ("or")."""
+    """Reduce the integers in all lanes to their sum ("add") or bitwise or ("or")."""
     if lanes_of(vector.type) == 1:
         return vector
     return call(builder, f"llvm.vector.reduce.{operation}.{suffix(vector.type)}", vector.type.element, vector)
@@ -129,7 +129,7 @@ def reduced(builder: Builder, operation: str, vector: Value) -> Value:
 
 @dataclass
 class Loop:
-    """The variables of a loop. Its body replaces `values` by those of the next pass."""
+    """The variables of a loop. Its body replaces `values` with those for the next pass."""
 
     index: Value
     values: list[Value]
@@ -141,9 +141,12 @@ def counting(
     begin: Value,
     end: Value,
     step: Value,
-    values: Sequence[Value] = (),  # before the first pass; after the loop, those after the last
+    values: Sequence[Value] = (),  # initial values of the variables that are carried from pass to pass
 ) -> Iterator[Loop]:
-    """Write a loop over index = begin, begin + step, ... < end around the instructions that are written inside."""
+    """Write a loop over index = begin, begin + step, ... < end around the instructions written in the body of the `with`.
+
+    After the loop, the yielded `values` are those of the last pass, or the initial ones if there was none.
+    """
     before = builder.block
     head, body, after = (builder.append_basic_block(name) for name in ("head", "body", "after"))
     builder.branch(head)
@@ -166,13 +169,13 @@ def counting(
 
 # --------------------------------------------------------------------------------------------------------------------- machine code
 
-_engines: list[binding.ExecutionEngine] = []  # own the machine code, which stays until the process ends
+_engines: list[binding.ExecutionEngine] = []  # engines own the machine code, so they must live until the process ends
 
 
 def compiled(module: ir.Module) -> binding.ExecutionEngine:
-    """Compile a module; the result knows the addresses of its functions."""
+    """Compile a module; the returned engine gives the addresses of its functions."""
     engine = binding.create_mcjit_compiler(binding.parse_assembly(str(module)), _machine())
-    _engines.append(engine)  # also if the compilation is interrupted
+    _engines.append(engine)  # before the compilation, which may be interrupted
     engine.finalize_object()
     return engine
 
@@ -185,7 +188,7 @@ def features() -> dict[str, bool]:
 
 @cache
 def register_bytes() -> int:
-    """Return the size of a vector register."""
+    """Return the size of a vector register in bytes."""
     return 64 if features().get("avx512bw") else 32 if features().get("avx2") else 16
 
 
@@ -194,7 +197,7 @@ def is_x86() -> bool:
 
 
 def is_zen() -> bool:
-    """Return whether this is a CPU by AMD of 2017 or later."""
+    """Return whether this CPU is an AMD Zen (2017 or later)."""
     return binding.get_host_cpu_name().startswith("znver")
 
 
@@ -205,7 +208,7 @@ def _initialize() -> None:
 
 
 def _machine() -> binding.TargetMachine:
-    """Return a new target machine: an engine owns its own, and frees it."""
+    """Create a target machine. Every engine needs a new one, because it owns and frees its machine."""
     _initialize()
     target = binding.Target.from_default_triple()
     return target.create_target_machine(

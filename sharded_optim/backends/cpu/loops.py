@@ -1,7 +1,7 @@
-"""Loops of kernels over all elements of all operands: which ones, where they lie, how they are loaded, drawn for and stored.
+"""Write a kernel's loops over all elements of all operands: addresses, loads, random numbers and stores. Used by `kernels.py`.
 
-A kernel's body is written twice, as its operations are called twice: with vectors of `LANES` elements, and with single elements for those
-at the end of a run.
+A kernel's body is written twice, by calling its operations twice: with vectors of `LANES` elements, and with single elements for the
+remainder at the end of a run.
 """
 
 from __future__ import annotations
@@ -49,38 +49,38 @@ from sharded_optim.storage.format import Format
 
 __all__ = ["Arguments", "Writer", "reason_against", "traced"]
 
-LANES = 2 * register_bytes() // 4  # elements of a pass: two registers of fp32, whose latencies hide behind each other
+LANES = 2 * register_bytes() // 4  # elements per pass: two registers of fp32, each of which hides the other's latency
 LINE = 64  # bytes of a cache line
 
 
 class Arguments(NamedTuple):
-    """What a kernel reads and writes: numbers, and addresses of contiguous arrays. In memory each is an int64."""
+    """The arguments of an update or observe kernel: numbers, and addresses of contiguous arrays; each is an int64 in memory."""
 
     work: int  # int64 (items, 3): operand, first element, number of elements
     items: int
-    addresses: int  # int64 (columns, operands): of the first element in each array of each operand
+    addresses: int  # int64 (columns, operands): address of the first element of each array of each operand
     operands: int
     coefficients: int  # fp32 (operands, coefficients)
     grad_scale: int  # fp32 ()
-    keys: int = 0  # int64 (operands, random numbers of an element)
+    keys: int = 0  # int64 (operands, random numbers per element)
     runs: int = 0  # int64 (operands, 3): start, run and stride of each segment
     limits: int = 0  # fp32 (operands,)
     scales: int = 0  # fp32 (operands,)
-    sums: int = 0  # int64 (items, 2), written: the sum, and 0 if all values are within the limit
+    sums: int = 0  # int64 (items, 2), written: the sum, and a flag, 0 if all values are within the limit
 
 
 @cache
 def traced(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that writes its operations as instructions of its arguments."""
+    """Return a version of a function of `xp` that takes `Vector` arguments and writes its operations as LLVM instructions."""
     return rebound(function, {"xp": vectors}, lambda traced: traced, lambda number: number)
 
 
 class Total(NamedTuple):
-    """What is accumulated over the elements of an item.
+    """A reduction over the elements of a work item.
 
     Attributes:
         operation: "add" or "or".
-        kind: a type of integers.
+        kind: its integer type.
     """
 
     operation: str
@@ -91,7 +91,7 @@ class Total(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Elements [begin, end) of an item of work, which follow each other in the whole tensor from `index` on, if order matters."""
+    """Elements [begin, end) of a work item. If order matters, they are consecutive in the whole tensor, from index `index` on."""
 
     begin: Value
     end: Value
@@ -102,10 +102,10 @@ class Writer:
     """Writes a kernel.
 
     Args:
-        formats: of the values of an element, the last one its gradient's.
-        coefficients: how many an operand has.
-        numbers: arrays with a further number of each operand, and the type in which it is used.
-        ahead: bytes from what is read to what is prefetched.
+        formats: storage formats of an element's values; the last is its gradient's.
+        coefficients: number of coefficients per operand.
+        numbers: names of arrays with one more number per operand, and the type to which the number is converted.
+        ahead: prefetch distance in bytes; 0 disables prefetching.
     """
 
     def __init__(self, formats: Sequence[Format], coefficients: int, numbers: Mapping[str, Type] | None = None, *, ahead: int) -> None:
@@ -119,16 +119,16 @@ class Writer:
         return load(self.builder, at(self.builder, self.builder.inttoptr(self.arguments[array], POINTER), index, kind), kind)
 
     def rows(self, array: str, row: Value, width: int, kind: Type = INT64) -> list[Value]:
-        """Load a row of an array of so many columns."""
+        """Load a row of an array with `width` columns."""
         first = self.builder.mul(row, integer(width))
         return [self.element(array, self.builder.add(first, integer(column)), kind) for column in range(width)]
 
     @contextmanager
     def items(self, totals: Sequence[Total] = ()) -> Iterator[Item]:
-        """Write the loop over the items of a share.
+        """Write the loop over the work items of a thread's share.
 
         Args:
-            totals: what is accumulated over the elements of each.
+            totals: the reductions over the elements of each item.
         """
         builder, (_, share, shares) = self.builder, self.function.args
         begin, end = (builder.sdiv(builder.mul(self.arguments["items"], each), shares) for each in (share, builder.add(share, integer(1))))
@@ -138,13 +138,13 @@ class Writer:
 
 
 class Item:
-    """An item of work: elements of one operand."""
+    """A work item: consecutive elements of one operand."""
 
     def __init__(self, writer: Writer, number: Value, totals: Sequence[Total]) -> None:
         self.writer, self.builder, self.number = writer, writer.builder, number
         builder = writer.builder
         self.row, self.first, self.count = writer.rows("work", number, 3)
-        self.arrays: list[tuple[Value, torch.dtype]] = []  # with the address of the first element
+        self.arrays: list[tuple[Value, torch.dtype]] = []  # (address of the item's first element, dtype) of each array
         for column, array in enumerate(array for fmt in writer.formats for array in fmt.arrays):
             place = builder.add(builder.mul(integer(column), writer.arguments["operands"]), self.row)
             offset = builder.mul(self.first, integer(array.dtype.itemsize))
@@ -160,7 +160,7 @@ class Item:
 
     @contextmanager
     def runs(self, *, ordered: bool) -> Iterator[Run]:
-        """Write the loop over the runs of the segment that the item has a part in. Where order does not matter, the item is one run."""
+        """Write the loop over the parts of the segment's runs that are in this item. If order does not matter, the item is one run."""
         builder, one = self.builder, integer(1)
         if not ordered:
             yield Run(integer(0), self.count, integer(0))
@@ -176,7 +176,7 @@ class Item:
             yield Run(builder.sub(begin, self.first), builder.sub(run_end, self.first), index)
 
     def passes(self, run: Run) -> Iterator[Elements]:
-        """Write the loop over the elements of a run, `LANES` at a time, and then the loop over those that are left."""
+        """Write the loop over the elements of a run, `LANES` at a time, and then the loop over the remainder."""
         builder = self.builder
         whole = builder.add(run.begin, builder.and_(builder.sub(run.end, run.begin), integer(-LANES)))
         for lanes, begin, end in ((LANES, run.begin, whole), (1, whole, run.end)):
@@ -199,10 +199,10 @@ class Item:
 
 
 class Elements:
-    """As many elements of an item as there are lanes.
+    """The elements of a work item in one pass, one per lane.
 
     Attributes:
-        numbers: the operand's coefficients and further numbers, in all lanes.
+        numbers: the operand's coefficients and the numbers of `Writer.numbers`, in all lanes.
     """
 
     def __init__(self, item: Item, run: Run, lanes: int, loop: Loop, numbers: Sequence[Vector]) -> None:
@@ -210,7 +210,7 @@ class Elements:
         self.grad_scale, *self.numbers = numbers
 
     def loaded(self) -> list[Vector]:
-        """Return the values of parameters and moments, and scaled gradients. What no operation uses is not read."""
+        """Return the values of parameters and moments, and the scaled gradients. Values that no operation uses are not loaded."""
         arrays = iter(self._arrays())
 
         def value(fmt: Format) -> Vector:
@@ -221,13 +221,13 @@ class Elements:
         return [*values, Deferred(self.builder, lambda: grad * self.grad_scale)]
 
     def store(self, arrays: Sequence[Any]) -> None:
-        """Store new elements of the arrays of parameters and moments."""
+        """Store new elements to the arrays of parameters and moments."""
         for (address, dtype), new in zip(self._arrays(), arrays, strict=False):
             value = new if isinstance(new, Vector) else self.grad_scale.like(new)
             store(self.builder, _as_stored(value, dtype).value, address)
 
     def draws(self, is_random: Sequence[bool]) -> Iterator[Vector | float]:
-        """Draw a random number in [0, 1) per element for each value that is rounded at random; 0 for others."""
+        """Draw a random number in [0, 1) per element for each stochastically rounded value; 0 for other values."""
         item, columns = self.item, sum(is_random)
         index = self.builder.add(self.run.index, self.builder.sub(self.loop.index, self.run.begin))
         keys = iter(item.writer.rows("keys", item.row, columns))
@@ -235,27 +235,28 @@ class Elements:
             yield uniform(self.builder, next(keys), index, self.lanes) if each else 0.0
 
     def add(self, number: int, terms: Vector) -> None:
-        """Add to a total of the item.
+        """Accumulate terms in a total of the item.
 
         Args:
-            terms: of its type.
+            number: index of the total.
+            terms: integers of its type.
         """
         how = self.item.accumulated[number]
         self.loop.values[number] = how.joined(self.builder, self.loop.values[number], terms.value)
 
     def _arrays(self) -> list[tuple[Value, torch.dtype]]:
-        """Return each array's dtype and the address of the first of these elements."""
+        """Return (address of the first of these elements, dtype) of each array."""
         return [(at(self.builder, base, self.loop.index, _stored_type(dtype)), dtype) for base, dtype in self.item.arrays]
 
     def _load(self, address: Value, dtype: torch.dtype) -> Vector:
-        """Load elements of an array: 16-bit numbers as their bits, others as fp32."""
+        """Load elements of an array: 16-bit floats as their bits, integers converted to fp32."""
         if self.lanes > 1 and self.item.writer.ahead:
             self._prefetch(address, self.lanes * dtype.itemsize)
         loaded = Vector(self.builder, load(self.builder, address, with_lanes(_stored_type(dtype), self.lanes)))
         return loaded if dtype in AS_THEY_ARE else loaded.converted("sitofp" if dtype.is_signed else "uitofp", FLOAT)
 
     def _prefetch(self, address: Value, size: int) -> None:
-        """Prefetch for a later pass, which loads `size` bytes further on."""
+        """Prefetch `size` bytes for a later pass, at the prefetch distance from the address."""
         for offset in range(0, size, LINE):
             read, keep, data = (ir.Constant(INT32, number) for number in (0, 3, 1))
             call(self.builder, "llvm.prefetch.p0", VOID, at(self.builder, address, self.item.writer.ahead + offset, BYTE), read, keep, data)
@@ -266,7 +267,7 @@ INTEGERS = {torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64}
 
 
 def reason_against(dtype: torch.dtype) -> str | None:
-    """Return None, or why kernels cannot read and write arrays of a dtype on this CPU."""
+    """Return None, or the reason why kernels cannot read and write arrays of a dtype on this CPU."""
     if dtype == torch.float16 and is_x86() and not features().get("f16c"):
         return "this CPU has no instruction that rounds to float16"
     return None if dtype in AS_THEY_ARE or dtype in INTEGERS else f"it has no arrays of {dtype}"
@@ -277,7 +278,7 @@ def _stored_type(dtype: torch.dtype) -> Type:
 
 
 def _as_stored(value: Vector, dtype: torch.dtype) -> Vector:
-    """Convert what a format stores to the elements of an array; those of an array of integers are whole numbers."""
+    """Convert the result of a format's `store` to elements of an array. For an array of integers it consists of whole fp32 numbers."""
     if dtype in AS_THEY_ARE:
         return value
     return value.converted("fptosi" if dtype.is_signed else "fptoui", ir.IntType(8 * dtype.itemsize))

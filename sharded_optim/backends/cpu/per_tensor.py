@@ -1,6 +1,7 @@
-"""Kernels over a few numbers of each tensor: sums of what was observed, this rank's vector, the verdict, and step counters.
+"""Kernels over a few numbers per tensor: sums over work items, this rank's vector, the verdict, and step counters.
 
-They are loops in one module, which is compiled once. A torch operation would take several times as long. See `formulas/verdict.py`.
+They are loops in one LLVM module, compiled once; torch operations would take several times as long. The last three implement
+`formulas/verdict.py`. Used by the CPU backend.
 """
 
 from __future__ import annotations
@@ -33,44 +34,50 @@ __all__ = ["AdditionArguments", "CounterArguments", "ItemArguments", "Kernels", 
 
 
 class ItemArguments(NamedTuple):
-    """Numbers, and addresses of contiguous arrays; in memory each is an int64, as in the other arguments here."""
+    """Arguments of `sum_items`. Here and below: numbers, and addresses of contiguous arrays; each is an int64 in memory."""
 
     items: int
     operands: int
     work: int  # int64 (items, 3), see `OperandTables`
-    of_items: int  # int64 (items, 2): a sum, and 0 if all values were within the limit
-    of_operands: int  # int64 (2, operands), written: the sum over items, and 1 if a value was not
+    of_items: int  # int64 (items, 2): the item's sum, and a flag, 0 if all values were within the limit
+    of_operands: int  # int64 (2, operands), written: the sum over the operand's items, and 1 if any flag was set
 
 
 class AdditionArguments(NamedTuple):
+    """Arguments of `add`."""
+
     operands: int
     tensors: int
     observed: int  # int64 (2, operands)
-    counted: int  # int64 (2, operands), its factor
+    counted: int  # int64 (2, operands), factors of `observed`
     slots: int  # int64 (operands,)
     vector: int  # int64 (SECTIONS * tensors + TAIL,), added to
 
 
 class VerdictArguments(NamedTuple):
+    """Arguments of `judge`."""
+
     sums: int  # int64 (SECTIONS * tensors + TAIL,)
     tensors: int
-    skips: int
+    skips: int  # 1 if a non-finite step is skipped, else 0
     flags: int  # int64 (3,), written; see `Verdict`
     proceed: int  # bool (), written
 
 
 class CounterArguments(NamedTuple):
-    counters: int  # fp32 (operands,), each of which becomes 1 larger
+    """Arguments of `advance`."""
+
+    counters: int  # fp32 (operands,), incremented by 1
     operands: int
 
 
 class Kernels(NamedTuple):
-    """Functions of `SIGNATURE`."""
+    """Compiled functions with `SIGNATURE`."""
 
-    sum_items: Call  # of ItemArguments
-    add: Call  # of AdditionArguments
-    judge: Call  # of VerdictArguments
-    advance: Call  # of CounterArguments
+    sum_items: Call  # takes ItemArguments
+    add: Call  # takes AdditionArguments
+    judge: Call  # takes VerdictArguments
+    advance: Call  # takes CounterArguments
 
 
 @cache

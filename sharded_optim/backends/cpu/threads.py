@@ -1,7 +1,7 @@
-"""Threads for kernels: those of the OpenMP runtime that torch uses, so that a step right behind a backward pass finds them awake.
+"""Run kernels on the threads of torch's OpenMP runtime, which are still awake in a step right after a backward pass.
 
-In a forked child, which has none of its parent's threads and would wait for them for ever, and where torch's runtime lacks GNU's entry
-point, threads of Python serve.
+Python threads take their place in a forked child, which has none of its parent's OpenMP threads and would wait for them forever, and if
+torch's runtime lacks GNU's entry point. Used by the CPU backend.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from sharded_optim.backends.cpu.llvm import INT32, INT64, POINTER, VOID, Builder
 
 __all__ = ["SIGNATURE", "Call", "Kernel", "arguments_of", "callable_of", "kernel_of", "run"]
 
-SIGNATURE = ir.FunctionType(VOID, [POINTER, INT64, INT64])  # of a kernel: its arguments, which share of its work to do, of how many
+SIGNATURE = ir.FunctionType(VOID, [POINTER, INT64, INT64])  # type of a kernel: (address of its arguments, index of a share, shares)
 
 
-Call = Callable[[int, int, int], None]  # of such a function; other threads of Python run meanwhile
+Call = Callable[[int, int, int], None]  # a compiled function with SIGNATURE; ctypes releases the GIL during the call
 
 
 class Kernel(NamedTuple):
-    """A function in machine code, of `SIGNATURE`."""
+    """A compiled kernel with `SIGNATURE`."""
 
     call: Call
-    region: int  # address of the function that a thread of OpenMP calls; 0 without
+    region: int  # address of the function that OpenMP threads call, see `_write_region`; 0 without OpenMP
 
 
 def arguments_of(function: ir.Function, builder: Builder, names: Sequence[str]) -> dict[str, Value]:
-    """Load the arguments of a kernel by their names: int64 each, in this order in memory."""
+    """Load the arguments of a kernel, keyed by name: one int64 each, in this order in memory."""
     return {name: load(builder, at(builder, function.args[0], index)) for index, name in enumerate(names)}
 
 
 class _State:
-    """State of the process. A forked child inherits it."""
+    """Global state of the process, which a forked child inherits."""
 
     has_forked = False
     has_used_openmp = False
@@ -50,7 +50,7 @@ class _State:
 def _after_fork() -> None:
     _State.has_forked, _State.pool = True, None
     if _State.has_used_openmp:
-        torch.set_num_threads(1)  # torch's operations would wait for threads of the parent, as do those of its data loaders
+        torch.set_num_threads(1)  # else torch operations would wait for the parent's threads; torch's data loaders do the same
 
 
 if hasattr(os, "register_at_fork"):
@@ -58,10 +58,10 @@ if hasattr(os, "register_at_fork"):
 
 
 def kernel_of(function: ir.Function, *, parallel: bool = True) -> Kernel:
-    """Compile a function, of `SIGNATURE`, and what else is in its module.
+    """Compile a function with `SIGNATURE`, and its module.
 
     Args:
-        parallel: whether `run` is going to run it, else it is called on one thread.
+        parallel: whether the kernel will be passed to `run`; otherwise it is called on one thread.
     """
     region = _write_region(function) if parallel and _openmp() else None
     engine = compiled(function.module)
@@ -69,16 +69,16 @@ def kernel_of(function: ir.Function, *, parallel: bool = True) -> Kernel:
 
 
 def callable_of(engine: binding.ExecutionEngine, function: ir.Function) -> Call:
-    """Return a compiled function, of `SIGNATURE`."""
+    """Return a compiled function with `SIGNATURE` as a Python callable."""
     return ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)(engine.get_function_address(function.name))
 
 
 def run(kernel: Kernel, arguments: int, shares: int) -> None:
-    """Run a kernel, each share of its work on a thread of its own.
+    """Run a kernel, each share of its work on its own thread.
 
     Args:
-        arguments: their address.
-        shares: at most `torch.get_num_threads()`.
+        arguments: address of the kernel's arguments.
+        shares: number of shares, at most `torch.get_num_threads()`.
     """
     openmp = None if _State.has_forked else _openmp()
     if shares <= 1:
@@ -88,7 +88,7 @@ def run(kernel: Kernel, arguments: int, shares: int) -> None:
     else:
         _State.has_used_openmp = True
         task = array("q", (arguments, shares))
-        # As many threads as in torch's own regions: with every change of the number libgomp ends threads, or starts some.
+        # Always torch's number of threads: libgomp ends or starts threads whenever the number changes between parallel regions.
         openmp(kernel.region, task.buffer_info()[0], torch.get_num_threads(), 0)
 
 
@@ -100,7 +100,7 @@ def _run_in_pool(kernel: Kernel, arguments: int, shares: int) -> None:
         for share in range(1, shares):
             try:
                 others.append(_State.pool.submit(kernel.call, arguments, share, shares))
-            except RuntimeError:  # no further thread can start
+            except RuntimeError:  # cannot start another thread
                 kernel.call(arguments, share, shares)
         kernel.call(arguments, 0, shares)
     finally:
@@ -108,7 +108,7 @@ def _run_in_pool(kernel: Kernel, arguments: int, shares: int) -> None:
 
 
 def _wait_for_all(shares: Sequence[Future[None]]) -> None:
-    """Wait for shares of work, also if this is interrupted: they write to memory that is freed afterwards."""
+    """Wait for all shares, even if interrupted: they write to memory that is freed afterwards."""
     interrupt: BaseException | None = None
     while not all(share.done() for share in shares):
         try:
@@ -121,8 +121,8 @@ def _wait_for_all(shares: Sequence[Future[None]]) -> None:
 
 @cache
 def _openmp() -> Callable[[int, int, int, int], None] | None:
-    """Return GOMP_parallel(function, its argument, threads, flags) of torch's OpenMP runtime. LLVM's and Intel's have it too."""
-    library = ctypes.CDLL(torch._C.__file__)  # finds functions of the libraries that it is linked with
+    """Return GOMP_parallel(function, its argument, threads, flags) of torch's OpenMP runtime, or None. LLVM's and Intel's have it too."""
+    library = ctypes.CDLL(torch._C.__file__)  # also resolves functions of the libraries that it is linked with
     try:
         for name in ("omp_get_thread_num", "omp_get_num_threads"):
             binding.add_symbol(name, ctypes.cast(library[name], ctypes.c_void_p).value)
@@ -134,10 +134,10 @@ def _openmp() -> Callable[[int, int, int, int], None] | None:
 
 
 def _write_region(kernel: ir.Function) -> ir.Function:
-    """Write the function that each thread of a parallel region runs on a task, int64 (arguments, shares).
+    """Write the function that each thread of a parallel region runs on a task, int64 (2,): the address of the arguments, and shares.
 
-    Shares go to threads by their numbers, so that a thread finds in its caches and in its part of the memory what it has written in the
-    step before. There may be fewer threads than shares.
+    Thread i takes shares i, i + threads, ..., so that in every step the same elements are in its caches and its NUMA node's memory. There
+    may be fewer threads than shares.
     """
     region = ir.Function(kernel.module, ir.FunctionType(VOID, [POINTER]), "region")
     builder = ir.IRBuilder(region.append_basic_block())

@@ -1,8 +1,8 @@
-"""Vectors whose operations write LLVM instructions, and the operations of an algorithm's math on them.
+"""Vectors whose operations write LLVM instructions, and the operations of an algorithm's math on them. Used by `loops.py`.
 
 A function of an algorithm or of a storage format is called once, with a `Vector` for each of its arguments. Every operation becomes one
-instruction on as many elements as a vector has lanes, and rounds once, so the bits are those of the eager backend. `divide` to
-`stochastic_fp16` are `formulas/operations.py`, and `uniform` is `noise.py`.
+instruction on all lanes and rounds once, so the bits are those of the eager backend. `divide` to `stochastic_fp16` implement
+`formulas/operations.py`, and `uniform` implements `noise.py`.
 """
 
 from __future__ import annotations
@@ -51,21 +51,21 @@ __all__ = [
     "where",
 ]
 
-Operand: TypeAlias = "Vector | float"  # a number is that of all elements
+Operand: TypeAlias = "Vector | float"  # a number stands for a vector with the number in all lanes
 
 
 class Vector:
     """Values of consecutive elements: fp32, the bits of 16-bit elements, integers, or the booleans of a comparison.
 
     Attributes:
-        value: an LLVM vector with a lane for each element; for one element a scalar.
+        value: an LLVM vector with one lane per element; a scalar for one element.
     """
 
     def __init__(self, builder: Builder, value: Value) -> None:
         self.builder, self.value = builder, value
 
     def like(self, operand: Operand) -> Vector:
-        """Return a number as a vector of this type, and a vector as it is."""
+        """Convert a number to a vector of this type; return a vector unchanged."""
         return operand if isinstance(operand, Vector) else Vector(self.builder, constant(self.value.type, operand))
 
     def instruction(self, name: str, *operands: Operand) -> Vector:
@@ -77,11 +77,11 @@ class Vector:
         return Vector(self.builder, call(self.builder, f"llvm.{name}.{suffix(kind)}", kind, self.value, *values))
 
     def converted(self, name: str, element: Type) -> Vector:
-        """Return values of another type, made by a conversion of LLVM; "bitcast" keeps the bits."""
+        """Convert to another element type with the LLVM conversion of this name; "bitcast" keeps the bits."""
         return Vector(self.builder, getattr(self.builder, name)(self.value, with_lanes(element, lanes_of(self.value.type))))
 
     def compared(self, operator: str, other: Operand) -> Vector:
-        """Compare lane by lane; False where one value is NaN."""
+        """Compare lane by lane; False if either value is NaN."""
         return Vector(self.builder, self.builder.fcmp_ordered(operator, self.value, self.like(other).value))
 
     @property
@@ -122,7 +122,7 @@ class Vector:
         return self.compared("==", other)
 
     def __ne__(self, other: Operand) -> Vector:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return Vector(self.builder, self.builder.fcmp_unordered("!=", self.value, self.like(other).value))  # True where one is NaN
+        return Vector(self.builder, self.builder.fcmp_unordered("!=", self.value, self.like(other).value))  # True if either is NaN
 
     __hash__ = None  # pyright: ignore[reportAssignmentType]
 
@@ -133,7 +133,7 @@ class Vector:
 
 
 class Deferred(Vector):
-    """A vector whose instructions are written at its first use. What is not used is not loaded."""
+    """A vector whose instructions are written at its first use, so that unused values are not loaded."""
 
     def __init__(self, builder: Builder, write: Callable[[], Vector]) -> None:
         self.builder, self._write = builder, write
@@ -168,9 +168,9 @@ def where(condition: Vector, a: Operand, b: Operand) -> Vector:
 
 
 def _vectors(a: Operand, b: Operand) -> tuple[Vector, Vector]:
-    """Return two operands as vectors; one of them may be a number."""
+    """Convert two operands to vectors; at most one of them may be a number."""
     vector = a if isinstance(a, Vector) else b
-    assert isinstance(vector, Vector), "a formula computes with its arguments"
+    assert isinstance(vector, Vector), "at least one operand depends on an argument of the formula"
     return vector.like(a), vector.like(b)
 
 
@@ -183,7 +183,7 @@ def from_bf16(stored: Vector) -> Vector:
 
 def to_bf16(value: Vector) -> Vector:
     bits = value.converted("bitcast", INT32)
-    last = bits.instruction("lshr", 16).instruction("and_", 1)  # of the bits that are kept: ties go to the even one
+    last = bits.instruction("lshr", 16).instruction("and_", 1)  # last bit that is kept: ties round to even
     rounded = bits.instruction("add", last).instruction("add", 0x7FFF).instruction("lshr", 16).converted("trunc", INT16)
     return where(value.is_nan, rounded.like(0x7FC0), rounded)
 
@@ -197,7 +197,7 @@ def to_fp16(value: Vector) -> Vector:
 
 
 def stochastic_bf16(value: Vector, uniform: Operand) -> Vector:
-    """Compare with the 16 bits that are cut off, the distance from the number below; bf16 and fp32 have the same exponents."""
+    """Round up if the 16 bits that are cut off, as a fraction, exceed the random number; bf16 and fp32 have the same exponents."""
     bits = value.converted("bitcast", INT32)
     distance = bits.instruction("and_", 0xFFFF).converted("sitofp", FLOAT) * 2.0**-16
     below = bits.instruction("and_", 0xFFFF0000)
@@ -206,7 +206,7 @@ def stochastic_bf16(value: Vector, uniform: Operand) -> Vector:
 
 
 def stochastic_fp16(value: Vector, uniform: Operand) -> Vector:
-    """Compute as `operations.py` does, but multiply by the inverse of a power of two, which is as exact as its division."""
+    """Round as `operations.py` does, but multiply by the inverse of a power of two, which is exact like the division by it."""
     magnitude = value.intrinsic("fabs")
     exponent = magnitude.converted("bitcast", INT32).instruction("and_", 0x7F800000)
     spacing = exponent.instruction("sub", 10 << 23).intrinsic("smax", 0x33800000)  # 2**-10 of the power of two, at least 2**-24
@@ -219,7 +219,8 @@ def stochastic_fp16(value: Vector, uniform: Operand) -> Vector:
 
 # ------------------------------------------------------------------------------------------------------------------------------ sum
 
-MAGIC = 1.5 * 2.0**52  # in float64 an ulp is 1 from here on: added to a smaller number it rounds it, half to even, to an integer
+# float64 numbers of this size have an ulp of 1, so adding it to a smaller number rounds that to an integer, half to even.
+MAGIC = 1.5 * 2.0**52
 FIXED_POINT_OF_ZERO = 0x4338000000000000  # the bits of MAGIC
 
 
@@ -231,7 +232,7 @@ def fixed_point(value: Vector, scale: Vector) -> Vector:
         scale: a power of two, in fp64.
     """
     value = value.converted("fpext", DOUBLE)
-    # Fused or not, as is faster: the product is exact.
+    # fmuladd lets LLVM fuse or not, whichever is faster: the product is exact, so the result is the same.
     return value.intrinsic("fmuladd", scale, MAGIC).converted("bitcast", INT64)
 
 
@@ -241,7 +242,7 @@ def fixed_point(value: Vector, scale: Vector) -> Vector:
 def uniform(
     builder: Builder,
     key: Value,  # int64
-    index: Value,  # int64, of the first of `lanes` elements that follow each other, in the whole tensor
+    index: Value,  # int64, index in the whole tensor of the first of `lanes` consecutive elements
     lanes: int,
 ) -> Vector:
     """Draw a number in [0, 1) for each of `lanes` elements; see `noise.uniform`."""

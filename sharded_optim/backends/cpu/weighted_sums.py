@@ -1,4 +1,4 @@
-"""The compiled part of position hashes (`position_hash.py`): a weighted sum of 64-bit words, as fast as memory is read."""
+"""The compiled part of position hashes (`position_hash.py`): a weighted sum of 64-bit words at the speed of reading memory."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from sharded_optim.backends.cpu.llvm import (
 
 __all__ = ["weighted_sum"]
 
-LANES = 4 * register_bytes() // 8  # words of a pass
+LANES = 4 * register_bytes() // 8  # words per pass
 
 
 @cache
 def weighted_sum() -> Callable[[int, int, int, int], None]:
-    """The function (address of words, address of weights, their number, address of the result) -> None.
+    """Return the compiled function (address of words, address of weights, number of words, address of the result) -> None.
 
-    The result is the sum of (word + (word >> 32)) * weight, modulo 2**64.
+    It writes the sum of (word + (word >> 32)) * weight, modulo 2**64, as an int64.
     """
     function = ir.Function(ir.Module(), ir.FunctionType(VOID, [POINTER, POINTER, INT64, POINTER]), "weighted_sum")
     words, weights, count, result = function.args

@@ -1,14 +1,15 @@
 """The Triton backend: the algorithms' own source, compiled into one launch over all tensors. For GPUs.
 
-A kernel is made for each combination of algorithm and formats that is met: a page of text (`_update_kernel`, `_observe_kernel`) that calls
-the formats' functions and the algorithm's. These are the ones that the eager backend runs, with `xp` bound to `scalars.py` (see
-`rebinding.py`). Triton keeps the machine code on disk.
+A kernel is generated for each combination of algorithm and formats in use: a page of source text (`_update_kernel`, `_observe_kernel`) that
+calls the functions of the formats and the algorithm. They are the functions that the eager backend runs, with `xp` bound to `scalars.py`
+(see `rebinding.py`). Triton caches the machine code on disk.
 
-A kernel gets, in device memory, a table of addresses, one column per operand, and a table of work, runs of at most `CHUNK` elements. Each
-program takes one of them, and there are more than run at once, so that the device balances them. Operands of which every tensor is aligned
-are read and written 16 bytes at a time, any others element by element, by a second launch; a program looks whether it is meant. Tensors of
-one operand must be equally strided and dense, as wrappers give them; others are copied. Nothing is contracted or approximated, so the bits
-are those of the eager backend. The host never waits, and a CUDA graph may record what is launched.
+A kernel gets, in device memory, a table of addresses, one column per operand, and a table of work items of at most `CHUNK` elements. Each
+program takes one item, and there are more programs than run at once, so that the device balances the load. Operands whose tensors are all
+aligned are read and written 16 bytes at a time; the others element by element, in a second launch. Both launches have all items, and a
+program of the wrong kind returns at once. The tensors of one operand must be dense with the same strides, as wrappers give them; others are
+copied. Nothing is contracted or approximated, so the bits are those of the eager backend. The host never waits, and a CUDA graph can
+capture all launches.
 """
 
 from __future__ import annotations
@@ -45,28 +46,28 @@ from sharded_optim.storage.format import Format
 
 __all__ = ["BACKEND", "compile_for", "observe_kernel", "update_kernel"]
 
-CHUNK = 4096  # elements of a program
-WARP = 32  # threads, where Triton is to have any number of them
-THREADS = 4 * WARP  # of a program
-ELEMENTS = 8  # that a thread loads before it computes
+CHUNK = 4096  # elements per program
+WARP = 32  # threads per warp, for Triton's num_warps
+THREADS = 4 * WARP  # threads per program
+ELEMENTS = 8  # elements that a thread loads before it computes
 ALIGNMENT = 16  # bytes: the longest access of a thread
-VECTOR = 8  # elements of the smallest dtype in so many bytes
+VECTOR = 8  # elements of a 2-byte dtype in ALIGNMENT bytes
 OPTIONS = {"num_stages": 1, "enable_fp_fusion": False}
-UPDATE = {"BACKWARD": True, "EVICTION": ""}  # see `Triton`
-MOST = 2**13  # elements of a program, whose sums of limbs are int32
-LOADED, STORED = "loaded_{}", "stored_{}"  # an element of an array, in the text of a kernel
-assert RESOLUTION == 24, "scalars.uniform draws so many bits"
+UPDATE = {"BACKWARD": True, "EVICTION": ""}  # compile-time constants of an update kernel with their defaults; see `Triton`
+MOST = 2**13  # largest number of elements per program whose sums of limbs fit int32
+LOADED, STORED = "loaded_{}", "stored_{}"  # names of an array's loaded element and new element in a kernel's source
+assert RESOLUTION == 24, "scalars.uniform draws 24 bits"
 
 
 class Triton:
-    """Kernels compiled by Triton; see `sharded_optim.backends.Backend`.
+    """Runs kernels compiled by Triton; see `sharded_optim.backends.Backend`.
 
     Args:
-        chunk: elements of a program, at most `MOST`.
-        threads: of a program.
-        elements: that a thread loads before it computes, at least `VECTOR`. All three are powers of two.
-        backward: whether an update begins with the last program, where the observation before it ended: a cache may have that still.
-        eviction: Triton's policy for what an update reads and writes: "", or "evict_first", which leaves the cache to others.
+        chunk: elements per program, at most `MOST`.
+        threads: threads per program.
+        elements: elements that a thread loads before it computes, at least `VECTOR`. All three are powers of two.
+        backward: whether an update starts with the last item, where the observation ended, whose data may still be in a cache.
+        eviction: Triton's cache policy for the loads and stores of an update: "", or "evict_first", which leaves the cache to other data.
     """
 
     name = "triton"
@@ -86,7 +87,7 @@ class Triton:
             return f"it runs on GPUs, not on {device}"
         try:
             active: Any = triton.runtime.driver.active.get_active_torch_device()
-        except Exception as error:  # what is raised depends on the vendor's driver
+        except Exception as error:  # the error type depends on the vendor's driver
             return f"Triton finds no driver for {device} ({error})"
         return None if device.type == active.type else f"Triton's driver is for {active.type}, not for {device}"
 
@@ -130,7 +131,7 @@ class Triton:
         kernel = observe_kernel(statistic, operands.grad_format, operands.state_formats if statistic else ())
         arguments = [coefficients.contiguous(), limits.contiguous(), scales.contiguous(), sums] if statistic else [sums]
         self._launch(kernel, tables, addresses, scale, *arguments)
-        del copies  # not before the kernel was launched
+        del copies  # they must live until the kernel is launched
         return sums
 
     def update(
@@ -154,7 +155,7 @@ class Triton:
         for (column, row), copy in copies.items():
             if column:  # the first is the gradient's
                 written[column - 1].tensors[row].copy_(copy)
-        increment_version(operands.param.wholes)  # as a torch operation would: autograd looks at it
+        increment_version(operands.param.wholes)  # as torch operations do: autograd checks versions
 
     def _tables_of(self, operands: Operands) -> _Tables:
         tables: _Tables = operands.derived.get(self) or _Tables(operands, self._chunk)
@@ -166,7 +167,7 @@ class Triton:
         if not len(tables.work):
             return
         table = addresses.table
-        keep(table.device, tables)
+        keep(table.device, tables)  # a CUDA graph reads them at every replay
         with on(table.device):
             for aligned in addresses.alignments:
                 kernel.function[len(tables.work),](
@@ -188,24 +189,24 @@ class _Tables:
 
     Attributes:
         work, segments: `work` and `runs` of `OperandTables`.
-        one, true: grad_scale and proceed where there are none.
-        constants: of the formulas of their coefficients.
+        one, true: the arguments for a grad_scale or a proceed of None.
+        constants: cached constants of the coefficient formulas.
     """
 
     def __init__(self, operands: Operands, chunk: int) -> None:
         self._device = operands.device
         self._tables = OperandTables(operands, chunk)
         work, runs = self._tables.work, self._tables.runs
-        # One copy for all.
+        # A single copy to the device for both tables.
         flat = send(torch.cat([work.flatten(), runs.flatten()]), self._device)
         self.work, self.segments = flat[: work.numel()].view(work.shape), flat[work.numel() :].view(runs.shape)
         self.one = torch.ones((), dtype=torch.float32, device=self._device)
         self.true = torch.ones((), dtype=torch.bool, device=self._device)
         self.constants = triton_formulas.Constants()
-        self._sent: defaultdict[int, DeviceCache[_Addresses]] = defaultdict(DeviceCache)  # by number of columns
+        self._sent: defaultdict[int, DeviceCache[_Addresses]] = defaultdict(DeviceCache)  # keyed by the number of columns
 
     def addresses(self, columns: Sequence[Column]) -> tuple[_Addresses, dict[tuple[int, int], Tensor]]:
-        """See `OperandTables.addresses`."""
+        """Return `OperandTables.addresses` as a table on the device, cached until an address changes, and the copies."""
         values, copies = self._tables.addresses(columns)
 
         def make() -> _Addresses:
@@ -221,11 +222,11 @@ class _Tables:
 
 @dataclass(frozen=True, kw_only=True)
 class _Addresses:
-    """Addresses of columns.
+    """Addresses of columns, on their device.
 
     Attributes:
-        table: int64 (columns, operands), on their device.
-        alignments: True if all tensors of some operand are aligned, False if not all of some other are.
+        table: int64 (columns, operands).
+        alignments: the launches that are needed: True if there is an operand with all tensors aligned, False if there is any other.
     """
 
     table: Tensor
@@ -237,13 +238,13 @@ class _Addresses:
 
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """A compiled kernel.
+    """A generated kernel.
 
     Attributes:
-        function: to be launched as `function[programs,](*arguments, ALIGNED=..., **_options(...), **constants)`.
-        signature: Triton's type of each argument.
-        constants: further ones, with what a launch gives by default.
-        source: its text.
+        function: the jitted function, launched as `function[programs,](*arguments, ALIGNED=..., **_options(...), **constants)`.
+        signature: Triton's type of each argument, keyed by name.
+        constants: additional compile-time constants with their default values.
+        source: its source text.
     """
 
     function: Any
@@ -253,10 +254,10 @@ class Kernel:
 
 
 def update_kernel(algorithm: Algorithm, formats: tuple[Format, ...], grad_format: Format) -> Kernel:
-    """The kernel of an algorithm's update.
+    """Return the kernel of an algorithm's update.
 
     Args:
-        formats: of the parameters and of each of their moments.
+        formats: storage formats of the parameter and of each moment.
     """
     return _update_kernel(algorithm, formats, grad_format, interpreted=interpreted())
 
@@ -266,12 +267,12 @@ def _update_kernel_of(algorithm: Algorithm, operands: Operands) -> Kernel:
 
 
 def observe_kernel(statistic: Statistic | None, grad_format: Format, state_formats: tuple[Format, ...]) -> Kernel:
-    """The kernel that sums a statistic, or, without moments, only looks for gradients without a finite square."""
+    """Return the kernel that sums a statistic; without a statistic, one that only checks that squared gradients are finite."""
     return _observe_kernel(statistic, grad_format, state_formats, interpreted=interpreted())
 
 
 def compile_for(kernel: Kernel, target: GPUTarget, *, aligned: bool = True, threads: int = THREADS, elements: int = ELEMENTS) -> Any:
-    """Compile a kernel ahead of time, on a machine that need not have the target.
+    """Compile a kernel ahead of time, on a machine that need not have the target device.
 
     Returns:
         Triton's compiled kernel; its `asm` has "ptx" and "cubin" for NVIDIA, "amdgcn" and "hsaco" for AMD.
@@ -336,7 +337,7 @@ def _observe_kernel(statistic: Statistic | None, grad_format: Format, state_form
         before = ["limit = tl.load(limits + row)", "unit = inverse_of_power(tl.load(scales + row))"]
         values = [f"{grad.loaded(LOADED)} * scale", *(value.loaded(LOADED) for value in state), *coefficients]
         lines = [f"value = observe({', '.join(values)})"]
-    # What lies beyond the end is read as zeros, of which a statistic is zero.
+    # Elements beyond the end are loaded as zeros, and the statistic of zeros is zero.
     folded = {"largest": ("0.0, tl.float32", "value", "larger")}
     after = ["tell(~({largest} <= limit), sums + operands + row)"]
     if statistic is not None:
@@ -359,23 +360,24 @@ def _observe_kernel(statistic: Statistic | None, grad_format: Format, state_form
 
 def _kernel(
     name: str,
-    arguments: dict[str, str],  # that only some kernels have, with Triton's types
-    tensors: dict[str, torch.dtype],  # in the order of the addresses
-    coefficients: Sequence[str],
+    arguments: dict[str, str],  # Triton's types of the arguments that only some kernels have
+    tensors: dict[str, torch.dtype],  # dtype of each array, in the order of the addresses
+    coefficients: Sequence[str],  # names of the coefficients
     *,
-    before: Sequence[str],  # all elements of a program
-    lines: Sequence[str],  # for each block of elements
-    folded: Mapping[str, tuple[str, str, str]] = MappingProxyType({}),  # of each row of elements: start and type, term, and function
-    after: Sequence[str] = (),  # all blocks, with names of what was folded and of the number of elements that it is of
-    functions: Mapping[str, Callable[..., Any]],  # of algorithms and formats, that the text calls
+    before: Sequence[str],  # statements before all blocks
+    lines: Sequence[str],  # statements for each block of elements
+    folded: Mapping[str, tuple[str, str, str]] = MappingProxyType({}),  # reductions over elements: initial value and type, term, function
+    after: Sequence[str] = (),  # statements after all blocks, with {} for the names of `folded` and for {lanes}, their number of terms
+    functions: Mapping[str, Callable[..., Any]],  # functions of algorithms and formats that the source calls
     interpreted: bool,
-    item: str = "tl.program_id(0)",  # the program's row in the table of work
-    count: str = "tl.load(work + 3 * item + 2)",  # of its elements
-    access: str = "mask=inside",  # how memory is accessed
-    constants: Mapping[str, Any] = MappingProxyType({}),  # of a launch, and which `compile_for` takes
+    item: str = "tl.program_id(0)",  # expression of the program's row in the table of work
+    count: str = "tl.load(work + 3 * item + 2)",  # expression of its number of elements
+    access: str = "mask=inside",  # arguments of all loads and stores
+    constants: Mapping[str, Any] = MappingProxyType({}),  # compile-time constants with their defaults, see `Kernel`
 ) -> Kernel:
+    """Generate the source of a kernel, and execute it."""
     signature = {"work": "*i64", "addresses": "*i64", "operands": "i32", "grad_scale": "*fp32", **arguments}
-    found = [f"{name} = tl.load(addresses + {column} * operands + row)" for column, name in enumerate(tensors)]
+    addresses = [f"{name} = tl.load(addresses + {column} * operands + row)" for column, name in enumerate(tensors)]
     of_program = [
         *(f"{name} = tl.load(coefficients + {len(coefficients)} * row + {index})" for index, name in enumerate(coefficients)),
         *before,
@@ -396,7 +398,7 @@ def _kernel(
     own = {each: compiled(function, interpreted=interpreted) for each, function in functions.items()}
     names = compiled_scalars(interpreted=interpreted) | own
     constexprs = "".join(f", {name}: tl.constexpr" for name in constants)
-    source = f'''"""Made by sharded_optim/backends/triton.py."""
+    source = f'''"""Generated by sharded_optim/backends/triton/__init__.py."""
 
 @triton.jit(do_not_specialize=ARGUMENTS)
 def {name}({", ".join(signature)}, ALIGNED: tl.constexpr, BLOCK: tl.constexpr{constexprs}):
@@ -404,7 +406,7 @@ def {name}({", ".join(signature)}, ALIGNED: tl.constexpr, BLOCK: tl.constexpr{co
     row = tl.load(work + 3 * item)
     first = tl.load(work + 3 * item + 1)
     count = ({count}).to(tl.int32)
-    {_lines(4, found)}
+    {_lines(4, addresses)}
     if (({" | ".join(tensors)}) % {ALIGNMENT} == 0) == ALIGNED:
         scale = tl.load(grad_scale)
         {_lines(8, of_program, start)}
@@ -414,13 +416,13 @@ def {name}({", ".join(signature)}, ALIGNED: tl.constexpr, BLOCK: tl.constexpr{co
             inside = element < whole
             {_lines(12, block, of_block)}
         {_lines(8, after_blocks)}
-        if whole < count:  # what does not fill {ALIGNMENT} bytes
+        if whole < count:  # the remainder, less than {VECTOR} elements
             element = whole + elements({VECTOR}, {width})
             inside = element < count
             {_lines(12, block, of_rest, after_rest)}
 '''
     return Kernel(
-        # Arguments of equal types are not to be compiled anew for other values of theirs, such as addresses that are aligned by chance.
+        # ARGUMENTS are not specialized: Triton would otherwise recompile for special values, such as addresses that happen to be aligned.
         function=executed(name, source, {"triton": triton, "tl": tl, "ARGUMENTS": list(signature), **names}),
         signature=signature,
         constants=constants,

@@ -1,4 +1,4 @@
-"""Compile text, and functions that other backends compile too, by Triton."""
+"""Compile generated source text, and the functions that all backends share, with Triton. Used by the kernels of the Triton backend."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["compiled", "compiled_scalars", "executed", "interpreted"]
 
 
 def interpreted() -> bool:
-    """Return whether Triton runs kernels in Python, on the CPU, to test them (TRITON_INTERPRET=1)."""
+    """Return whether Triton runs kernels in its interpreter on the CPU, for tests (TRITON_INTERPRET=1)."""
     return knobs.runtime.interpret
 
 
@@ -29,7 +29,10 @@ def interpreted() -> bool:
 
 
 def executed(name: str, source: str, names: dict[str, Any]) -> Any:
-    """Execute text and return the function that it defines. Triton reads the text again, from the cache that tracebacks use."""
+    """Execute source text and return the function `name` that it defines.
+
+    The text is also put into `linecache`, where Triton reads the source of the function.
+    """
     path = f"<sharded_optim {name}>"
     linecache.cache[path] = (len(source), None, source.splitlines(keepends=True), path)
     namespace = {"__name__": __name__, **names}
@@ -39,11 +42,11 @@ def executed(name: str, source: str, names: dict[str, Any]) -> Any:
 
 @cache
 def compiled(function: Callable[..., Any], *, interpreted: bool) -> Any:
-    names: dict[str, Any] = {"tl": tl}  # Triton's interpreter insists on it
+    names: dict[str, Any] = {"tl": tl}  # Triton's interpreter requires this global
     if "xp" in function.__globals__:
-        names["xp"] = ModuleType("xp")  # Triton looks up names in nothing but modules
+        names["xp"] = ModuleType("xp")  # Triton resolves attributes only of modules
         vars(names["xp"]).update(compiled_scalars(interpreted=interpreted))
-    assert interpreted == knobs.runtime.interpret, "triton.jit looks at this too"
+    assert interpreted == knobs.runtime.interpret, "triton.jit reads this knob too"
     return rebound(function, names, triton.jit, (lambda number: number) if interpreted else tl.constexpr)
 
 

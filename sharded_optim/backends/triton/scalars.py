@@ -1,12 +1,12 @@
-"""Functions that Triton compiles into the kernels of `triton.py`: the operations of an algorithm's math, and how values are stored.
+"""Functions that Triton compiles into the kernels of this package: operations of an algorithm's math, storage, random numbers and sums.
 
-`divide` to `where` and `from_bf16` to `stochastic_fp16` are `formulas/operations.py` for a block of elements; `uniform` is `noise.py`.
-They carry no decorator: `triton.py` compiles them together with the functions of algorithms and formats, for a device or for Triton's
-interpreter. Only what Triton has for every device is used, so that none is ruled out.
+`divide` to `where` and `from_bf16` to `stochastic_fp16` implement `formulas/operations.py` for a block of elements; `uniform` implements
+`noise.py`. They have no decorator: `compiler.py` compiles them together with the functions of algorithms and formats, for a device or for
+Triton's interpreter. They use only features that Triton has on every device.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
-# What Triton's functions return is known to Triton alone.
+# Triton's functions declare no return types.
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ def to_fp16(value):
 
 
 def stochastic(value, uniform, epsilon, smallest_bits):
-    """Round a value to one of its two neighbours in the target format.
+    """Round a value to one of its two neighbours in the target dtype.
 
     Args:
         value: fp32.
-        uniform: in [0, 1).
-        epsilon: of the dtype that stores.
-        smallest_bits: of the smallest number that it has, as fp32. It may be denormal, which a constant of Triton cannot.
+        uniform: random number in [0, 1), fp32.
+        epsilon: machine epsilon of the target dtype.
+        smallest_bits: bits of the target dtype's smallest positive number as fp32. It may be denormal, unlike a constant of Triton.
     """
     magnitude = tl.abs(value)
     bits = magnitude.to(tl.int32, bitcast=True)
@@ -86,7 +86,7 @@ def stochastic_fp16(value, uniform):
     return stochastic(value, uniform, 0.0009765625, 0x33800000)  # 2**-10, 2**-24
 
 
-# The interpreter cuts off the low bits where it converts to bfloat16, and is wrong about bfloat16's denormal numbers.
+# Triton's interpreter truncates when it converts to bfloat16, and converts denormal bfloat16 numbers wrongly.
 
 
 def from_bf16_interpreted(stored):
@@ -115,13 +115,13 @@ def uniform(key, index):
 
 
 def run_of(segments, row, first, count):
-    """Where element `first` of a segment lies, for `index_of` of it and those that follow: (start, run, stride) in row `row` of `segments`.
+    """Locate element `first` of a segment, whose (start, run, stride) is row `row` of `segments`; the result is passed to `index_of`.
 
     Returns:
-        index: its own, in the whole tensor.
-        left: how many elements of its run there are from it on.
-        length: of a run, int32; or count if that is less, by which anything less than count is divided into equally many.
-        gap: from the end of a run to the next.
+        index: index of the element in the whole tensor.
+        left: number of elements from it to the end of its run.
+        length: number of elements of a run, int32, limited to `count`, which does not affect `index_of`: it divides smaller numbers only.
+        gap: number of elements between the end of a run and the start of the next.
     """
     start = tl.load(segments + 3 * row)
     run = tl.load(segments + 3 * row + 1)
@@ -131,8 +131,8 @@ def run_of(segments, row, first, count):
 
 
 def index_of(index, left, length, gap, count, element):
-    """Indices in the whole tensor, int64, of the elements that follow an element: by `element`, int32 (n,), each less than count."""
-    if left >= count:  # most often all are of one run, which spares each a division
+    """Return the indices in the whole tensor, int64 (n,), of elements at offsets `element`, int32 (n,), below count; see `run_of`."""
+    if left >= count:  # the common case: all elements are in one run, so that no division is needed
         indices = index + element
     else:
         beyond = element - left.to(tl.int32)
@@ -143,32 +143,32 @@ def index_of(index, left, length, gap, count, element):
 # -------------------------------------------------------------------------------------------------------------------------- sum
 
 
-# A statistic is summed exactly, as the integer that it is in units of 1 / scale. Adding 1.5 * 2**23 units of some power of two rounds a
-# smaller fp32 number to these units, half to even, and leaves their number in the low bits of the result, offset by the bits of what was
-# added. Three such roundings, each of what the one before left over, which is exact, make three limbs of 17 bits and their signs. All
-# that multiprocessors have many units for is 32 bits long: conversions to int64 would take longer than the memory.
+# A statistic is summed exactly, as an integer in units of 1 / scale. Adding 1.5 * 2**23 units, for a unit that is a power of two, rounds a
+# smaller fp32 number to a multiple of the unit, half to even. The low bits of the result then hold the number of units, offset by the bits
+# of the added constant. Three such roundings, each of the exact remainder of the one before, give three signed limbs of 17 bits. Limbs are
+# 32 bits long because GPUs have few 64-bit units: converting to int64 would take longer than the memory accesses.
 
-LIMB = tl.constexpr(17)  # bits: 3 * LIMB is TERM_BITS of statistics.py, and 2**13 limbs are summed in 32 bits
+LIMB = tl.constexpr(17)  # bits per limb: 3 * LIMB is TERM_BITS of statistics.py, and the sum of 2**13 limbs fits in 32 bits
 ROUNDER = tl.constexpr(1.5 * 2.0**23)
 STEP = tl.constexpr(2.0**17)
 
 
 def elements(block: tl.constexpr, width: tl.constexpr):
-    """Return 0, 1, ... as int32 (block // width, width): a thread reads or writes a row at once, and reduces it alone."""
+    """Return 0, 1, ... as int32 (block // width, width): one thread loads or stores a row in one access, and reduces it by itself."""
     return tl.arange(0, block // width)[:, None] * width + tl.arange(0, width)[None, :]
 
 
 def inverse_of_power(scale):
-    """1 / scale of a power of two, fp32: the exponent with the other sign."""
+    """Return 1 / scale for a power of two, fp32, by negating its exponent."""
     return (0x7F000000 - bits_of(scale)).to(tl.float32, bitcast=True)
 
 
 def fixed_point(value, unit):
-    """Split round_half_even(value / unit) into limbs, for `bits_of` and `add_up`: fp32, each offset by its rounder.
+    """Split round_half_even(value / unit) into limbs (low, middle, high) for `bits_of` and `add_up`: fp32, each offset by its rounder.
 
     Args:
-        value: fp32, at least 0 and below 2**51 units; any limbs are of others.
-        unit: a power of two, 1 / scale, of which 2**58 are finite.
+        value: fp32, in [0, 2**51 * unit); the limbs of other values are undefined.
+        unit: 1 / scale, a power of two for which 2**58 * unit is finite.
     """
     to_low = unit * ROUNDER
     to_middle = to_low * STEP
@@ -185,11 +185,13 @@ def bits_of(value):
 
 
 def add_up(low, middle, high, lanes, unit, target):
-    """Add integers that are given as limbs.
+    """Add the sum of integers in limbs to `target` atomically.
 
     Args:
-        low, middle, high: int32 (n,), sums of bits of limbs, modulo 2**32.
-        lanes: of how many limbs each of the three is.
+        low, middle, high: int32 (n,): partial sums of `bits_of` the limbs, modulo 2**32.
+        lanes: number of limbs summed in each of the three.
+        unit: the unit of `fixed_point`.
+        target: pointer to int64.
     """
     to_low = unit * ROUNDER
     to_middle = to_low * STEP
@@ -207,5 +209,5 @@ def larger(a, b):
 
 
 def tell(found, target):
-    """Write 1 if any is True: all threads that do write the same, which needs no atomic operation."""
+    """Write 1 to `target` if any element is True. All threads write the same value, so no atomic operation is needed."""
     tl.store(target + tl.full(found.shape, 0, tl.int32), 1, mask=found)
