@@ -355,10 +355,20 @@ def test_every_file_in_the_drawings_of_the_code_exists() -> None:
             assert any(list(place.glob(name)) or list(place.glob(f"*/{name}")) for place in places), f"{folder}: {name}"
 
 
-def test_every_folder_of_the_package_has_a_drawing() -> None:
+def test_every_folder_of_the_package_has_a_drawing_and_a_line() -> None:
     sections = re.findall(r"^## (\w+)/\n.*?^```mermaid", text_of("docs/code.md"), re.MULTILINE | re.DOTALL)
+    lines = re.findall(r"^\| `(\w+)/`.* \|$", text_of("docs/how-it-works.md"), re.MULTILINE)
     folders = [path.name for path in (ROOT / "sharded_optim").iterdir() if (path / "__init__.py").exists()]
-    assert sorted(sections) == sorted([*folders, "launch"])
+    assert sorted(sections) == sorted(lines) == sorted([*folders, "launch"])
+
+
+def test_every_file_and_folder_in_how_it_works_exists() -> None:
+    """A file without a folder is in that of the one named before it."""
+    folder = ""
+    for path in re.findall(r"`([\w/]+(?:\.py|/))`", text_of("docs/how-it-works.md")):
+        folder = f"{path.rpartition('/')[0]}/" if "/" in path else folder
+        places = [ROOT, ROOT / "tests", ROOT / "sharded_optim", ROOT / folder, ROOT / "sharded_optim" / folder]
+        assert any((place / path).exists() for place in places), path
 
 
 def test_versions_said_to_be_tested_are_those_that_are_installed() -> None:
