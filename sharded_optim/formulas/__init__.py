@@ -32,10 +32,12 @@ class Statistic:
     The engine sums `observe` over all ranks and passes the mean over the tensor to `lr_scale`.
     """
 
-    observe: Callable[..., Any]  # (grad, *state, *coefficients) -> value in [0, bound], 0 if all arguments are 0; writes nothing
+    # (grad, *state, *coefficients) -> value in [0, bound], and 0 where grad and state are 0, whatever the coefficients; writes nothing
+    observe: Callable[..., Any]
     coefficients: Callable[[Mapping[str, Any], Step], Coefficients]  # (hyperparameters, step)
     bound: Callable[[Mapping[str, Any]], float]  # hyperparameters -> upper bound of `observe` at any step
-    lr_scale: Callable[[Mapping[str, Any], Number], Number]  # (hyperparameters, mean) -> factor of lr; a missing key raises KeyError
+    # (hyperparameters, mean) -> factor of lr. Reads hyperparameters by [], so that a missing one is a KeyError: metrics rely on it.
+    lr_scale: Callable[[Mapping[str, Any], Number], Number]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -73,5 +75,6 @@ class Algorithm:
     ignored_state: frozenset[str] = frozenset()  # state that only other hyperparameters need; ignored if present
 
 
-# Returns the algorithm of a param group. Raises ValueError for hyperparameters that contradict each other or are not supported.
+# Returns the algorithm of a param group: one of a few that are built once, as each object has kernels of its own.
+# Raises ValueError for hyperparameters that contradict each other or are not supported.
 Choose = Callable[[Mapping[str, Any]], Algorithm]

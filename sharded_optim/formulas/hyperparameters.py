@@ -31,7 +31,7 @@ __all__ = [
     "on_host",
 ]
 
-LR_ROUNDING = 1e-12  # schedulers may round a learning rate of 0 to a negative number smaller than this
+LR_ROUNDING = 1e-12  # schedulers may round a learning rate of 0 to a negative number above -LR_ROUNDING
 LARGEST_EXACT = 2**53  # float64 represents all integers up to this one
 
 

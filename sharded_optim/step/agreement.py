@@ -182,8 +182,7 @@ class Agreement:
         if failure is None and self._flags.read()[0]:
             return
         if failure is not None or self.totals[INVALID].tolist() or self.totals[REPLACES].tolist():
-            message = None if failure is None else str(failure) if isinstance(failure, ValueError) else repr(failure)
-            raise ValueError(gather_messages(message, self.layout.process_group)) from failure
+            raise ValueError(gather_messages(failure, self.layout.process_group)) from failure
         raise ValueError(inconsistency(self.layout, self.totals, self.contributions))
 
     def raise_non_finite(self) -> None:

@@ -53,7 +53,7 @@ def hands_on(cls: type) -> bool:
 
 
 def refuse_unknown(caller: str, given: Mapping[str, Any], names: Sequence[str], hyperparameters: Iterable[Hyperparameter]) -> None:
-    """Raise TypeError for an unknown argument, unless it is a known switch of another library in its off position.
+    """Raise TypeError for an unknown argument, unless it is a known switch of another library that is off, or asks for the default.
 
     Args:
         caller: name of the called class.
@@ -117,7 +117,7 @@ def refuse_options_on_wrapper(optimizer: Any) -> None:
         is_method = frame.f_code.co_name == "step" and frame.f_code.co_varnames[:1] == ("self",)
         wrapper = frame.f_locals["self"] if is_method else None
         given = getattr(wrapper, "__dict__", {})
-        # Only objects with the interface of an optimizer: trainers may have a `step` too.
+        # Wrappers of an optimizer have `zero_grad`; other objects with a `step` may have a `layout` of their own.
         if hasattr(wrapper, "zero_grad") and wrapper is not optimizer and _holds(wrapper, optimizer):
             for name in ("layout", "process_group"):
                 if given.get(name) is not None and given[name] is not getattr(optimizer, name):

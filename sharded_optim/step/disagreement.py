@@ -33,7 +33,8 @@ def inconsistency(layout: Layout, totals: Tensor, contributions: Sequence[Contri
         for slot, kind in compared:
             kinds_of_slots[slot].append((rank, kinds[kind]))
     problems = (_difference(name, pieces) for name, pieces in zip(layout.names, kinds_of_slots, strict=True))
-    # The host reads the verdict on a device's step late, when the process group may be gone and this rank compares with itself alone.
+    # The host reads the verdict on a device's step late, when the process group may be gone: this rank then compares with itself alone, and
+    # finds no difference.
     return next(
         filter(None, problems), "ranks differed in an earlier step, and what differed is no longer known; see the errors of other ranks"
     )

@@ -84,7 +84,7 @@ class Engine(ReportingOptimizer):
             self.nonfinite = nonfinite  # validated before anything is built
         self.max_skipped_steps = max_skipped_steps
         if gradient_release and foreach:
-            warnings.warn("gradient_release=True steps each parameter in a hook; foreach=True has no effect", UserWarning, stacklevel=3)
+            warnings.warn("gradient_release=True steps parameters in backward hooks; foreach=True has no effect", UserWarning, stacklevel=3)
         self.gradient_release = gradient_release
         self.optimizer_accumulation = False
         self._backend_names = candidates(backend, triton)

@@ -28,13 +28,8 @@ from sharded_optim.storage.float_formats import KAHAN_COMP
 __all__ = ["translate"]
 
 TORCH, COMPOSER, OPTIMI, DION, DEEPSPEED = "torch", "Composer", "optimi", "dion", "DeepSpeed"
-TORCHS_SWITCHES = {
-    "foreach",
-    "fused",
-    "capturable",
-    "decoupled_weight_decay",
-    "differentiable",
-}  # they choose torch's implementation, which has no meaning here
+# Keys that are dropped: they choose torch's implementation, or are translated (decoupled_weight_decay).
+TORCHS_SWITCHES = {"foreach", "fused", "capturable", "decoupled_weight_decay", "differentiable"}
 OPTIMIS_SWITCHES = {"beta1", "beta2", "decouple_wd", "decouple_lr", "max_lr", "foreach", "triton", "gradient_release", "setup", "step"}
 OPTIMIS_SCRATCH = {"eps_sq", "mean_square", "group"}
 OPTIMIS_OTHERS = {"beta3", "k", "momentum"}  # keys of Adan, Ranger and SGD; RAdam's groups have the same keys as Adam's
@@ -80,7 +75,7 @@ def translate(state_dict: dict[str, Any], own_groups: list[Group], *, replaces_c
         if source == TORCH and "initial_lr" in group and own["decay_form"] == DECOUPLED:
             # Composer's optimizers subclass torch's, and have the same keys once a scheduler has added initial_lr to torch's. A class that
             # replaces one of Composer's reads the state as Composer's. Any other class has decoupled decay only because its user chose it,
-            # so the value decides: it is torch's if it is so high that Composer would warn of it.
+            # so the value decides: it is torch's from HIGH_DECAY on, where Composer would warn of it, else Composer's.
             source = TORCH if highest_decay >= HIGH_DECAY and not replaces_composer else COMPOSER
             doubtful = highest_decay > 0 and (not replaces_composer or highest_decay >= HIGH_DECAY)
             read_as = source

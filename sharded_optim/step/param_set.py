@@ -406,7 +406,7 @@ class ParamSets:
             flat = {} if optimizer.layout is None else optimizer.layout.flat
             self._layouts.keep(lambda param: param in self._index or param in flat)
             # A new set of all parameters also drops the subsets, which were built for other parameters. Not the very first one: it may
-            # follow a backward pass that has released gradients, and their sets have the reports.
+            # follow a backward pass that has released gradients, and their sets have the reports. Sets of removed parameters go too.
             dropped += [
                 each
                 for sets in self._by_first.values()

@@ -71,7 +71,7 @@ class StatefulOptimizer(GroupedOptimizer):
         if STEP not in state:
             raise ValueError(f"the state of {name!r} lacks {STEP!r} (it has {', '.join(map(str, state))}); delete it, or load a full state")
         for key in extra_arrays() & state.keys() - choice.entries.keys():
-            del state[key]  # its parameter is about to change without it
+            del state[key]  # the coming step changes the parameter without updating it
         may_begin = choice.may_begin(state.keys())
         for key, dtype in choice.entries.items():
             if key not in state:

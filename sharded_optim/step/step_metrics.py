@@ -139,9 +139,8 @@ def step_performance(sets: Sequence[ParamSet], times: Sequence[float] | None) ->
     moved = 0.0
     for each in stepped:
         contributions = [] if each.agreement is None else each.agreement.contributions
-        early = [contribution.is_early for contribution in contributions] or [True] * len(
-            each.calls
-        )  # without an agreement, nothing was observed
+        # Without an agreement, nothing was observed.
+        early = [contribution.is_early for contribution in contributions] or [True] * len(each.calls)
         for call, is_early in zip(each.calls, early, strict=True):
             moved += _bytes_moved(call, observes=not is_early, updates=bool(each.updates[1]))
     metrics["bytes"] = moved

@@ -17,7 +17,7 @@ LARGE_PAGE = 2 * 2**20  # bytes
 
 
 def zeros(numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Allocate zeros on the CPU, (numel,), on large pages if the system has them. The storage cannot be resized."""
+    """Allocate zeros on the CPU, (numel,), on large pages as far as they fill some. The storage cannot be resized."""
     size = numel * dtype.itemsize
     if size < LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(numel, dtype=dtype, device="cpu")

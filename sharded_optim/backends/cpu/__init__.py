@@ -2,7 +2,7 @@
 
 `kernels.py` writes a kernel for each combination of algorithm and formats in use: the loops of `loops.py` around the functions that the
 eager backend runs, which write LLVM instructions when they are called with the vectors of `vectors.py`. `formulas.py` writes the kernels of
-coefficients, and `per_tensor.py` the kernels of the agreement. `llvm.py` compiles a kernel, and `threads.py` runs it.
+coefficients, and `per_tensor.py` those of the agreement and of step counters. `llvm.py` compiles a kernel, and `threads.py` runs it.
 
 A kernel gets a table of addresses, one column per operand, and a table of work items of at most `CHUNK` elements, divided between threads.
 Memory needs no alignment. The tensors of one operand must be dense with the same strides, as wrappers give them; others are copied.
@@ -49,6 +49,7 @@ class Cpu:
 
     def prepare(self, algorithm: Algorithm, operands: Operands, formulas: Sequence[Formulas] = ()) -> None:
         self._tables_of(operands)
+        per_tensor_kernels()
         update_kernel(algorithm, operands.formats, operands.grad_format)
         for each in formulas:
             self._kernels_of(each)

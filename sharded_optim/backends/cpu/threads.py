@@ -50,7 +50,9 @@ class _State:
 def _after_fork() -> None:
     _State.has_forked, _State.pool = True, None
     if _State.has_used_openmp:
-        torch.set_num_threads(1)  # else torch operations would wait for the parent's threads; torch's data loaders do the same
+        torch.set_num_threads(
+            1
+        )  # else torch operations would wait for the parent's threads; the workers of torch's data loaders do the same
 
 
 if hasattr(os, "register_at_fork"):

@@ -197,7 +197,7 @@ def to_fp16(value: Vector) -> Vector:
 
 
 def stochastic_bf16(value: Vector, uniform: Operand) -> Vector:
-    """Round up if the 16 bits that are cut off, as a fraction, exceed the random number; bf16 and fp32 have the same exponents."""
+    """Round away from zero if the 16 bits that are cut off, as a fraction, exceed the random number. bf16 has the exponents of fp32."""
     bits = value.converted("bitcast", INT32)
     distance = bits.instruction("and_", 0xFFFF).converted("sitofp", FLOAT) * 2.0**-16
     below = bits.instruction("and_", 0xFFFF0000)

@@ -51,7 +51,7 @@ WARP = 32  # threads per warp, for Triton's num_warps
 THREADS = 4 * WARP  # threads per program
 ELEMENTS = 8  # elements that a thread loads before it computes
 ALIGNMENT = 16  # bytes: the longest access of a thread
-VECTOR = 8  # elements of a 2-byte dtype in ALIGNMENT bytes
+VECTOR = 8  # elements in ALIGNMENT bytes of the smallest dtype of a parameter or gradient, 2 bytes: no access of a kernel is wider
 OPTIONS = {"num_stages": 1, "enable_fp_fusion": False}
 UPDATE = {"BACKWARD": True, "EVICTION": ""}  # compile-time constants of an update kernel with their defaults; see `Triton`
 MOST = 2**13  # largest number of elements per program whose sums of limbs fit int32
@@ -337,7 +337,7 @@ def _observe_kernel(statistic: Statistic | None, grad_format: Format, state_form
         before = ["limit = tl.load(limits + row)", "unit = inverse_of_power(tl.load(scales + row))"]
         values = [f"{grad.loaded(LOADED)} * scale", *(value.loaded(LOADED) for value in state), *coefficients]
         lines = [f"value = observe({', '.join(values)})"]
-    # Elements beyond the end are loaded as zeros, and the statistic of zeros is zero.
+    # Elements beyond the end are loaded as zeros, and the statistic of zero gradients and state is zero.
     folded = {"largest": ("0.0, tl.float32", "value", "larger")}
     after = ["tell(~({largest} <= limit), sums + operands + row)"]
     if statistic is not None:
