@@ -1,7 +1,7 @@
-"""Preemption: a scheduler that takes the machine away sends SIGTERM, or SIGUSR1 some time before, and all ranks stop after the same step.
+"""Preemption: a scheduler that takes the machine away sends SIGTERM, or SIGUSR1 some time before; all ranks stop after the same step.
 
-A signal reaches some ranks only, and not at the same step. So after each step all ranks begin an all-reduce of the signals that they have
-received, and read its result a step later, when it is complete: no step waits for it.
+A signal reaches some ranks only, and not at the same step. So after each step but the last all ranks begin an all-reduce of the signals
+that they have received, and read its result a step later, when it is complete: no step waits for it.
 """
 
 from __future__ import annotations

@@ -259,12 +259,13 @@ class Meter:
         """Return (bits per byte, mean over steps and ranks; tokens per second) since the last reading. A collective."""
         loss = self._loss.double()
         dist.all_reduce(loss)
+        nats = loss.item()  # waits for the device, before the time is read
         self.pause()
         self.resume()
         steps, seconds = self._steps - self._read[0], self._seconds - self._read[1]
         self._read = (self._steps, self._seconds)
         self._loss.zero_()
-        return loss.item() / (steps * dist.get_world_size()) / math.log(2.0), steps * self._tokens_per_step / seconds
+        return nats / (steps * dist.get_world_size()) / math.log(2.0), steps * self._tokens_per_step / seconds
 
     def pause(self) -> None:
         self._seconds += time.perf_counter() - self._since

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
 from sharded_optim.checkpoint.manifest import CHUNK_BYTES, Chunk
 from sharded_optim.checkpoint.store import Store
@@ -85,7 +85,7 @@ def _run_in_threads(work: Callable[[], None], count: int, stopped: threading.Eve
     """Run the same function in threads, as many as can be started; without any, in this one. Raises the error of any of them.
 
     Args:
-        stopped: is set when one has failed or this thread is interrupted, for the others to end.
+        stopped: is set when one has failed, or this thread is interrupted, for the others to end.
     """
     if count == 0:
         return
@@ -98,7 +98,8 @@ def _run_in_threads(work: Callable[[], None], count: int, stopped: threading.Eve
             if not started:
                 work()
         try:
-            for future in started:
-                future.result()
+            wait(started, return_when=FIRST_EXCEPTION)
         finally:
-            stopped.set()  # here, as the pool then waits for its threads
+            stopped.set()  # before the pool waits for its threads
+        for future in started:
+            future.result()

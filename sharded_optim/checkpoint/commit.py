@@ -16,11 +16,11 @@ from sharded_optim.checkpoint.manifest_json import serialize
 from sharded_optim.checkpoint.reader import marker_of
 from sharded_optim.checkpoint.shard_file import WrittenShard
 from sharded_optim.checkpoint.store import COMMITTED, MANIFEST, Store, folder_of, shard_name
+from sharded_optim.sharding.segment import Segment
 
 __all__ = ["commit", "create_draft", "discard_draft"]
 
 logger = logging.getLogger(__name__)
-
 
 _cleaned: set[str] = set()  # roots from which this process has removed the drafts of processes that ended
 
@@ -59,13 +59,19 @@ def commit(store: Store, draft: str, manifest: Manifest, shards: Sequence[Writte
 def _complete(manifest: Manifest, shards: Sequence[WrittenShard | None]) -> Manifest:
     """Add the files and chunks, with the hashes that ranks computed while they wrote."""
     written = {shard_name(rank, len(shards)): shard for rank, shard in enumerate(shards) if shard is not None}
-    chunks_of: dict[str, list[Chunk]] = {key: [] for key in manifest.tensors}
-    for _, chunks in written.values():
-        for chunk in chunks:
-            chunks_of[chunk.key].append(chunk)
-    for key, entry in manifest.tensors.items():
-        assert sum(chunk.size for chunk in chunks_of[key]) == entry.size, f"{key!r} is written once"
-    entries = {key: replace(entry, chunks=tuple(chunks_of[key])) for key, entry in manifest.tensors.items()}
+    tensors = list(manifest.tensors.items())
+    chunks_of: list[list[Chunk]] = [[] for _ in tensors]
+    for name, (file, chunks) in written.items():
+        offset = file.header_size
+        for number, start, run, stride, count, digest in chunks:
+            key, entry = tensors[number]
+            segment = Segment(name=entry.name, shape=entry.shape, start=start, run=run, stride=stride, count=count)
+            size = segment.numel * entry.dtype.itemsize
+            chunks_of[number].append(Chunk(key=key, dtype=entry.dtype, segment=segment, file=name, offset=offset, size=size, sha256=digest))
+            offset += size
+    for (key, entry), chunks in zip(tensors, chunks_of, strict=True):
+        assert sum(chunk.size for chunk in chunks) == entry.size, f"{key!r} is written once"
+    entries = {key: replace(entry, chunks=tuple(chunks)) for (key, entry), chunks in zip(tensors, chunks_of, strict=True)}
     return replace(manifest, files={name: file for name, (file, _) in written.items()}, tensors=entries)
 
 

@@ -76,7 +76,7 @@ class ShardFile:
     header_sha256: str
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)  # hashed by identity, which is fast: checkpoints have many
+@dataclass(frozen=True, kw_only=True)
 class Chunk:
     """Elements of a tensor that are contiguous in a file, and are read and hashed together."""
 
@@ -87,6 +87,9 @@ class Chunk:
     offset: int  # bytes, from the beginning of the file
     size: int  # bytes
     sha256: str
+
+    def __hash__(self) -> int:
+        return hash((self.file, self.offset))  # not of all fields: checkpoints have many chunks
 
 
 @dataclass(frozen=True, kw_only=True)

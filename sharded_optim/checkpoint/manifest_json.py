@@ -107,7 +107,7 @@ def parse(text: bytes, where: str) -> Manifest:
         where: the file, for error messages.
 
     Raises:
-        MismatchError: this version of the library, or this environment, cannot read it, though it may be intact.
+        MismatchError: this version of the library cannot read it, though it may be intact.
         DamagedError: it contradicts itself, or has impossible values.
     """
     try:

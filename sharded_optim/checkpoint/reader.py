@@ -56,7 +56,7 @@ class CheckpointReader:
     Raises:
         CheckpointError: there is none.
         DamagedError: the manifest is not what was saved.
-        MismatchError: this version of the library, or this environment, cannot read it, though it may be intact.
+        MismatchError: this version of the library cannot read it, though it may be intact.
     """
 
     def __init__(self, store: Store, step: int) -> None:

@@ -1,7 +1,7 @@
 """Remove checkpoints: old ones, in `so.checkpoint.prune` and after a save with keep=, and a damaged one whose step is saved again.
 
 Before old ones are removed, one of those that stay must be known to be intact (`integrity.py`); if none is, the newest is read back.
-Training that fell back to an older checkpoint reaches the damaged step again, and must be able to save it. Used by `saving.py`.
+Training that fell back to an older checkpoint reaches the damaged step again, and must be able to save it. Used by `saving.py` and users.
 """
 
 from __future__ import annotations

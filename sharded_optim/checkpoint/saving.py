@@ -145,7 +145,7 @@ def finish(save: PendingSave, content: Callable[[PlannedChunk], Tensor]) -> None
     try:
         written, _ = all_or_nothing(
             f"writing {where}",
-            lambda: write_shard(store, draft, shard, save.chunks, content) if save.chunks else None,
+            lambda: write_shard(store, draft, shard, save.chunks, content, save.manifest.tensors) if save.chunks else None,
             group,
             share=lambda _: None,
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from queue import Queue
 from typing import Any
 
@@ -23,19 +23,27 @@ from sharded_optim.checkpoint.write_plan import PlannedChunk
 
 __all__ = ["WrittenShard", "header_entries", "parse_header", "write_shard"]
 
-WrittenShard = tuple[ShardFile, list[Chunk]]
+# Number of a chunk's tensor among all; start, run, stride and count of its segment; SHA-256. Short, as rank 0 gets the chunks of all ranks.
+WrittenChunk = tuple[int, int, int, int, int, str]
+WrittenShard = tuple[ShardFile, list[WrittenChunk]]
 
 METADATA = "__metadata__"  # of a safetensors file, beside its tensors
 MAX_QUEUED = 2  # chunks that wait to be hashed
 
 
 def write_shard(
-    store: Store, folder: str, name: str, chunks: Sequence[PlannedChunk], content: Callable[[PlannedChunk], Tensor]
+    store: Store,
+    folder: str,
+    name: str,
+    chunks: Sequence[PlannedChunk],
+    content: Callable[[PlannedChunk], Tensor],
+    tensors: Iterable[str],
 ) -> WrittenShard:
     """Write a shard file and wait until it is on the disk.
 
     Args:
         content: returns the elements of a chunk: 1-D, contiguous, on any device.
+        tensors: keys of all tensors of the checkpoint, on all ranks in the same order.
 
     Returns:
         The file and its chunks. All hashes are of the bytes in memory.
@@ -49,14 +57,13 @@ def write_shard(
                 hasher.add(flat)
                 file.write(bytes_of(flat))
         digests = hasher.digests()
-    offset = len(header)
-    written: list[Chunk] = []
-    for chunk, digest in zip(chunks, digests, strict=True):
-        written.append(
-            Chunk(key=chunk.key, dtype=chunk.dtype, segment=chunk.segment, file=name, offset=offset, size=chunk.size, sha256=digest)
-        )
-        offset += chunk.size
-    return ShardFile(size=offset, header_size=len(header), header_sha256=sha256(header)), written
+    size = len(header) + sum(chunk.size for chunk in chunks)
+    numbers = {key: number for number, key in enumerate(tensors)}
+    segments = [(numbers[chunk.key], chunk.segment) for chunk in chunks]
+    written = [
+        (number, each.start, each.run, each.stride, each.count, digest) for (number, each), digest in zip(segments, digests, strict=True)
+    ]
+    return ShardFile(size=size, header_size=len(header), header_sha256=sha256(header)), written
 
 
 class _Hasher:

@@ -56,7 +56,7 @@ class UrlStore:
 
     @contextmanager
     def create(self, folder: str, file: str) -> Iterator[Any]:
-        """As `Store.create`; the object exists from the end of the block on."""
+        """As `Store.create`; in an object store the object exists from the end of the block on."""
         from fsspec.spec import AbstractBufferedFile
 
         opened = self._files.open(self._path(folder, file), "wb")

@@ -49,7 +49,8 @@ def verify(
         if unknown:
             raise ValueError(f"--sharding is all, some of {', '.join(SHARDINGS)}, or package.module:function, got {', '.join(unknown)}")
         reports = []
-        progress = Console(stderr=True)  # shows a line where stderr is a terminal, and nothing elsewhere
+        # A line where stderr is a terminal, nothing elsewhere: rich would take FORCE_COLOR for a terminal.
+        progress = Console(stderr=True, force_terminal=sys.stderr.isatty(), emoji=False)
         for name in names:
             with progress.status(f"{name}: processes start") as status:
                 report = verify_one(

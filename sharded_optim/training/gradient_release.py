@@ -39,8 +39,8 @@ _prepared: WeakKeyDictionary[nn.Module, tuple[Engine, list[Callable[[], None]]]]
 def prepare_for_gradient_release(model: nn.Module, optimizer: torch.optim.Optimizer, ignore_existing_hooks: bool = False) -> None:
     """Step the parameters of `model` inside backward from now on, and free their gradients.
 
-    `optimizer.step()` and `optimizer.zero_grad()` then do nothing and may stay in the loop. Nothing that needs all gradients at once works
-    with it: clipping their norm, GradScaler, several backward passes before a step (but see
+    `optimizer.step()` and `optimizer.zero_grad()` then find no gradients and may stay in the loop, on every rank or on none. Nothing that
+    needs all gradients at once works with it: clipping their norm, GradScaler, several backward passes before a step (but see
     `optimizer.optimizer_accumulation`, and `no_sync` or `set_requires_gradient_sync` of the wrappers). `nonfinite="skip"` leaves out the
     units that are not finite, not the whole step.
 

@@ -46,7 +46,7 @@ class BucketReducer:
         self._reduce_dtype = reduce_dtype
         self._contents = _Pool(shard_group.zeros)
         self._scratch = _Pool(lambda numel, dtype, device: torch.empty(numel, dtype=dtype, device=device))
-        self._in_flight: deque[Iterator[None]] = deque()  # see `_reduce`
+        self._in_flight: deque[_Reduction] = deque()
         self._unsettled: list[Transfer] = []  # of contents that are not the pool's
 
     @torch.no_grad()
@@ -98,18 +98,17 @@ class BucketReducer:
             for slot in bucket.slots:
                 if slot not in filled:
                     bucket.contents[slot.whole_in_bucket].zero_()
-        reduction = self._reduce(bucket, bucket.contents, number)
-        next(reduction)  # begins the reduce-scatter
-        self._in_flight.append(reduction)
-        if self._replica_group is not None and len(self._in_flight) > 1:
-            next(self._in_flight[-2])  # the bucket before begins the all-reduce over replicas
-        self.finish(leaves=IN_FLIGHT)
+        self._in_flight.append(_Reduction(self._reduce(bucket, bucket.contents, number)))
+        if self._replica_group is not None:
+            for reduction in list(self._in_flight)[:-1]:  # the buckets before begin the all-reduce over replicas, in their order
+                reduction.leave_first_transfer()
+        self.finish(except_last=IN_FLIGHT)
 
-    def finish(self, *, leaves: int = 0) -> None:
-        """Wait until all buckets but the last `leaves` are reduced."""
-        while len(self._in_flight) > leaves:
-            for _ in self._in_flight.popleft():  # to the end of the reduction
-                pass
+    def finish(self, *, except_last: int = 0) -> None:
+        """Wait until all buckets are reduced, or all except the last few."""
+        while len(self._in_flight) > except_last:
+            self._in_flight[0].finish()
+            self._in_flight.popleft()  # not before: if the wait fails, the next call waits again
 
     def settle(self) -> None:
         """Wait until all buckets are reduced, and the other ranks have read the contents, so that these may be filled again."""
@@ -134,16 +133,15 @@ class BucketReducer:
     def _take_contents(self, bucket: Bucket) -> Tensor:
         return self._contents.take(bucket.numel, self._dtype(bucket), bucket.kind.device)
 
-    def _reduce(self, bucket: Bucket, contents: Tensor, number: int) -> Iterator[None]:
-        """Reduce a bucket: a generator that pauses when it has begun a transfer, and then waits for it."""
+    def _reduce(self, bucket: Bucket, contents: Tensor, number: int) -> Iterator[Transfer]:
+        """Reduce a bucket: a generator that yields each transfer that it has begun, to go on when that has been waited for."""
         device = bucket.kind.device
         shard = bucket.grads if not bucket.has_gradient else self._scratch.take(bucket.shard_numel, bucket.grads.dtype, device)
         room = self._shard_group.scratch_shards * bucket.shard_numel
         scratch = self._scratch.take(room, contents.dtype, device) if room else None
         what = f"the gradients of {bucket.named}"
         transfer = self._shard_group.reduce_scatter(contents, shard, what=what, number=number, place=bucket.number, scratch=scratch)
-        yield
-        transfer.wait()
+        yield transfer
         if scratch is not None:
             self._scratch.give(scratch, Transfer())
         if self._keeps_contents or self._sends_alone(bucket):  # the latter is autograd's own memory
@@ -153,9 +151,7 @@ class BucketReducer:
         if not self._keeps_contents:
             bucket.contents = None
         if self._replica_group is not None:
-            sum_of_replicas = transfers.all_reduce(shard, self._replica_group, what)
-            yield
-            sum_of_replicas.wait()
+            yield transfers.all_reduce(shard, self._replica_group, what)
         if self._sends_alone(bucket):
             shard.mul_(self._scale)
         if shard is not bucket.grads:
@@ -164,6 +160,35 @@ class BucketReducer:
         bucket.has_gradient = True
         if (reduced := self.reduced()) is not None:
             reduced(bucket)
+
+
+class _Reduction:
+    """The reduction of one bucket, while it goes on. A wait that fails leaves it as it is: a generator would end.
+
+    Args:
+        transfers: begins the next transfer when the one before has been waited for.
+    """
+
+    def __init__(self, transfers: Iterator[Transfer]) -> None:
+        self._transfers = transfers
+        self._is_first = True
+        self._transfer: Transfer | None = next(transfers)
+
+    def leave_first_transfer(self) -> None:
+        """Wait for the first transfer, if that has not been done."""
+        if self._is_first:
+            self._advance()
+
+    def finish(self) -> None:
+        """Wait for all transfers."""
+        while self._transfer is not None:
+            self._advance()
+
+    def _advance(self) -> None:
+        assert self._transfer is not None, "not finished"
+        self._transfer.wait()
+        self._is_first = False
+        self._transfer = next(self._transfers, None)
 
 
 class _Pool:

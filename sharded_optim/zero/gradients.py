@@ -152,9 +152,9 @@ class ShardedGradients:
         in_order = [slot for slot in self._bucket_layout.slots.values() if slot in used]  # so that the norm has the same bits in every run
         local = [slot.local.grad for slot in in_order if slot.local is not None and slot.local.grad is not None]
         zero = torch.zeros((), dtype=torch.float64, device=next(iter(self._bucket_layout.slots.values())).kind.device)
-        norms = torch.stack([torch.linalg.vector_norm(grad, norm_type, dtype=torch.float64) for grad in local] or [zero])
+        norms = [torch.linalg.vector_norm(grad, norm_type, dtype=torch.float64) for grad in local]
         is_max = norm_type == float("inf")
-        total = norms.max() if is_max else norms.pow(norm_type).sum()
+        total = zero if not norms else torch.stack(norms).max() if is_max else torch.stack(norms).pow(norm_type).sum()
         if self._topology.shard_group is not None:
             dist.all_reduce(total, op=dist.ReduceOp.MAX if is_max else dist.ReduceOp.SUM, group=self._topology.shard_group)
         return total if is_max else total.pow(1.0 / norm_type)

@@ -96,10 +96,11 @@ class SharedMemoryTransport:
                 for rank in sorted(self.ranks):
                     self._incoming[rank], outgoing_of[rank] = os.pipe2(os.O_CLOEXEC)
             of_ranks = gather_objects(outgoing_of, process_group)
-            for rank in self._incoming:
-                with suppress(OSError):  # then they do not share memory
-                    path = f"/proc/{self._process_ids[rank]}/fd/{of_ranks[rank][own]}"
-                    self._outgoing[rank] = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            with raising_together(process_group):
+                for rank in self._incoming:
+                    with suppress(OSError):  # then they do not share memory
+                        path = f"/proc/{self._process_ids[rank]}/fd/{of_ranks[rank][own]}"
+                        self._outgoing[rank] = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             lists = gather_objects(list(self._outgoing), process_group)  # after it all ranks have opened the pipes that they can
         except BaseException:
             _close([*self._incoming.values(), *self._outgoing.values()])

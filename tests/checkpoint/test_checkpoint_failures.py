@@ -11,6 +11,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -160,7 +161,7 @@ def test_a_save_that_cannot_hash_stops_writing(tmp_path: Path, monkeypatch: pyte
         return draft.content(chunk)
 
     with failing_hash(1), pytest.raises(MemoryError):
-        shard_file.write_shard(store, ".step-000000001.draft", SHARD_OF_ONE, [chunk] * 200, content)
+        shard_file.write_shard(store, ".step-000000001.draft", SHARD_OF_ONE, [chunk] * 200, content, [chunk.key])
     assert len(parts) < 100
 
 
@@ -407,6 +408,10 @@ def check_refusals(root: Path, live: Any) -> None:
     assert_all_raise(
         lambda: checkpoint.save(root, 99, model=live["model"], optimizer=None if rank else live["optimizer"]), "some ranks only"
     )
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 0:  # which reads what all ranks have written, when memory is short
+            patch.setattr(sys.modules["sharded_optim.checkpoint.commit"], "Segment", mock.Mock(side_effect=MemoryError))
+        assert_all_raise(lambda: checkpoint.save(root, 99, **live), "committing", "rank 0: MemoryError")
     assert_saved(root, *saved)
     assert marker.stat().st_mtime_ns == written
 

@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -205,8 +204,7 @@ def _records(job: Job, folder: Path) -> Iterator[dict[str, Any]]:
         context.Process(target=main, args=(rank, job, folder, _environment(job.world_size), list(sys.path)), daemon=True)
         for rank in range(job.world_size)
     ]
-    # The server from which ranks are forked must see no GPU either, whatever it imports first.
-    with mock.patch.dict(os.environ, WITHOUT_GPUS):
+    with _without_gpus():
         for process in processes:
             process.start()
     try:
@@ -279,6 +277,21 @@ def _context(job: Job) -> Any:
     context = mp.get_context("forkserver")
     context.set_forkserver_preload([f"{__name__}.preloaded", *getattr(job.build_model, "needed_modules", ())])
     return context
+
+
+@contextmanager
+def _without_gpus() -> Iterator[None]:
+    """Start processes that see no GPU, nor does the server that forks them, whatever it imports first. Other threads may read `environ`."""
+    before = {name: os.environ.get(name) for name in WITHOUT_GPUS}
+    os.environ |= WITHOUT_GPUS
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @contextmanager
