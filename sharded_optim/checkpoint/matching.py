@@ -139,7 +139,7 @@ def missing_parameters(manifest: Manifest, parameters: Parameters, known: set[st
 def unused_tensors(
     manifest: Manifest, used: set[str], *, with_model: bool, with_optimizer: bool, ignored: AbstractSet[str]
 ) -> Iterator[Problem]:
-    """Report stored tensors that no rank loads, of the model and the optimizer if these are loaded.
+    """Report stored tensors that no rank loads; those of the model, or of the optimizer, only if it is being loaded.
 
     Args:
         ignored: kinds of state that the live optimizer does not need.

@@ -51,7 +51,7 @@ class CheckpointReader:
         where: its folder, for error messages.
         manifest: what it holds.
         digest: SHA-256 of the manifest's file.
-        version: changes when one of its files is written to; see `list_files`.
+        version: changes if one of its files is modified after the commit; see `list_files`.
 
     Raises:
         CheckpointError: there is none.

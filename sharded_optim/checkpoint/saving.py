@@ -50,7 +50,7 @@ class PendingSave:
     _flat: dict[int, Tensor] = field(default_factory=dict)  # the elements of the last chunk's tensor, by its row
 
     def content(self, chunk: PlannedChunk) -> Tensor:
-        """Return the elements of a chunk, as they are now: 1-D."""
+        """Return the current elements of a chunk: 1-D."""
         if chunk.row not in self._flat:  # a tensor that is not contiguous is copied once for all of its chunks
             self._flat.clear()
             self._flat[chunk.row] = self.tensors[chunk.row].flat()

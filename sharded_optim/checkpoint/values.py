@@ -167,7 +167,7 @@ def _decode_float(content: Any) -> float:
 
 
 def _encode_array(value: Any, where: str) -> Any:
-    """Encode a scalar or an array of NumPy."""
+    """Encode a NumPy scalar or array as JSON; `where` names it in errors."""
     dtype = value.dtype.str
     if dtype not in ARRAY_DTYPES or value.nbytes > MAX_TENSOR_BYTES:
         raise _unsupported(f"{where} is a {type(value).__module__}.{type(value).__qualname__} of {value.dtype} with {value.nbytes} bytes")

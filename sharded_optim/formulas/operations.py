@@ -24,7 +24,8 @@ __all__ = [
 
 
 def sqrt(values: Tensor) -> Tensor:
-    """Return the square root, rounded once. On a CPU torch uses MKL, which is off by one ulp for a fifth of all fp32 values.
+    """Return the correctly rounded fp32 square root, computed in float64. On a CPU torch's own (MKL) is off by one ulp for a fifth of all
+    fp32 values.
 
     Rounding the float64 root is correct: no root of an fp32 value is so close to the midpoint of two fp32 values that an error in the last
     bit of float64 could change its rounding.

@@ -35,11 +35,12 @@ class Operation(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Operations:
-    """Recorded operations, without the values of their constants.
+    """The operations of a formula. Their constants are numbered; `Formula` has the values, so that formulas that differ only in these share
+    operations, and thereby kernels.
 
     Attributes:
         instructions: the operations in order; number i computes `v{i}`. All values are float64, except for the inputs in `INTEGERS`.
-        results: names of the requested values: of operations, constants or inputs.
+        results: names of the values to return, each an operation, a constant or an input.
         constants: the number of constants.
     """
 

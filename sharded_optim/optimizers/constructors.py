@@ -24,7 +24,7 @@ OPTION_TEXTS: dict[str, str] = {  # by the option's name, as the docstrings of t
 
 
 def _own_constructor(optimizer: type[Engine]) -> Any:
-    """The constructor of a class as a function of its own, which Python's errors call by the public name of the class."""
+    """Return a copy of the constructor, named after the public class: Python's errors about arguments then show that name."""
     given: Any = optimizer.__init__
     init = FunctionType(given.__code__, given.__globals__, given.__name__, given.__defaults__, given.__closure__)
     functools.update_wrapper(init, given)

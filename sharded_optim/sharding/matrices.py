@@ -142,7 +142,7 @@ def plan_matrices(
     rank: int,
     world_size: int,
 ) -> tuple[MatrixPlan, ...]:
-    """Make the plans of this rank, one for each dtype. All ranks must make them of the same arguments."""
+    """Plan this rank's part in exchanging whole matrices: one plan per dtype. All arguments but `rank` must be the same on all ranks."""
     wholes: dict[torch.dtype, list[_Whole]] = defaultdict(list)
     pieces: dict[torch.dtype, list[Holding]] = defaultdict(list)
     for name, matrices in matrices_of.items():

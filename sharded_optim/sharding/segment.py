@@ -22,7 +22,7 @@ EXPANDED_AT_ONCE = 2**20  # runs, so that many short ones do not exhaust memory
 class Segment:
     """`count` runs of `run` elements, `stride` apart, beginning at `start` in the row-major flattening of tensor `name`.
 
-    Equal sets of elements have equal segments: adjacent runs are merged and an empty segment is all zeros.
+    Equal sets of elements have equal segments: adjacent runs are merged, and an empty segment has start, run, stride and count 0.
 
     >>> Segment(name="w", shape=(5, 3), start=2, run=1, stride=3, count=5)  # Shard(1) of (5, 3) on rank 1 of 2
     Segment(name='w', shape=(5, 3), start=2, run=1, stride=3, count=5)

@@ -211,10 +211,10 @@ def _described(engine: Engine, number: int, count: int) -> Iterator[LocalParam]:
 
 
 class _Ownership:
-    """The pieces of its parameters that this rank counts, so that replicas count once. It keeps no parameter alive.
+    """The pieces of an optimizer's parameters whose norm this rank adds, so that replicas are added once. Keeps no parameter alive.
 
     Attributes:
-        number: of its exchange, among those of the process group: the same on all ranks.
+        number: counts the exchanges of the process group; the same on all ranks.
         pending: rows of the last call, which the host has not read.
     """
 

@@ -185,12 +185,12 @@ def bits_of(value):
 
 
 def add_up(low, middle, high, lanes, unit, target):
-    """Add the sum of integers in limbs to `target` atomically.
+    """Atomically add a sum of fixed-point integers to `target`. Each integer was split into three limbs by `fixed_point`.
 
     Args:
-        low, middle, high: int32 (n,): partial sums of `bits_of` the limbs, modulo 2**32.
-        lanes: number of limbs summed in each of the three.
-        unit: the unit of `fixed_point`.
+        low, middle, high: int32 (n,): n partial sums of the bits (`bits_of`) of one limb, modulo 2**32.
+        lanes: how many integers were summed, over all n.
+        unit: as given to `fixed_point`.
         target: pointer to int64.
     """
     to_low = unit * ROUNDER

@@ -82,7 +82,7 @@ def _plan_group(engine: Engine, where: str, group: Group, saved: Sequence[Mappin
 
 
 def _group_conflicts(where: str, saved: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Describe how saved groups differ that are one group of the live optimizer."""
+    """Describe the differences between saved groups that are one group of the live optimizer."""
     first, *others = (encode(dict(group), where) for group in saved)  # encoded, as tensors have no truth value
     for other in others:
         differ = sorted(key for key in first.keys() | other.keys() if first.get(key) != other.get(key))

@@ -14,7 +14,7 @@ __all__ = ["ADAPTER"]
 
 
 def live_optimizer(optimizer: Any, _: Any, live: LiveModel) -> LiveOptimizer | None:
-    """Describe a ShardedOptimizer, as `LiveOptimizer.of` does other optimizers."""
+    """Describe a ShardedOptimizer; None for any other optimizer, which `LiveOptimizer.of` describes."""
     if not isinstance(optimizer, ShardedOptimizer):
         return None
     bucket_layout = optimizer._bucket_layout
