@@ -57,8 +57,7 @@ class DeviceCache(Generic[T]):
             if capturing(device):  # then nothing is there yet
                 return made
             self._known = known = (values, device), made
-        if device.type == "cuda":
-            keep(device, known[1])
+        keep(device, known[1])
         return known[1]
 
 

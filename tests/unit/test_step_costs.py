@@ -311,7 +311,9 @@ def test_a_compensation_of_another_dtype_is_refused() -> None:
     optimizer = so.AdamW([("w", param)], lr=1e-2)
     optimizer.step()
     optimizer.state[param]["kahan_comp"] = optimizer.state[param]["kahan_comp"].float()
-    with pytest.raises(ValueError, match=r"'kahan_comp' of 'w' has dtype torch\.float32, the parameter torch\.bfloat16"):
+    with pytest.raises(
+        ValueError, match=r"'kahan_comp' of 'w' has dtype torch\.float32, but the format 'bf16_kahan' of a torch\.bfloat16 parameter"
+    ):
         optimizer.step()
 
 
