@@ -192,7 +192,7 @@ class Agreement:
         if not self._flags.read()[1]:
             raise FloatingPointError(non_finite(self.layout, self.contributions))
 
-    def raise_left_over(self, streak: Streak) -> None:
+    def raise_pending(self, streak: Streak) -> None:
         """Read the verdict and raise its errors on every rank: inconsistent ranks, or too many consecutive skipped steps.
 
         On a device this runs when the next step begins, the same step on all ranks. By then a forward and a backward pass are queued

@@ -68,7 +68,7 @@ class ParamSet:
         calls: the kernel calls of the last step; each steps the parameters with a gradient that have the same formats and algorithm.
         values: the GroupValues of each param group in the last step, keyed by id(group).
         agreement: the agreement of the last step; None if its ranks did not agree.
-        left_over: an agreement whose pending errors are raised when the next step begins.
+        pending: an agreement whose pending errors are raised when the next step begins.
         updates: (sequence number, updates) of the last step; the number increases with every step, and is -1 without one.
         measures: whether steps measure updates of matrices for reports, because they cannot be recomputed later.
     """
@@ -84,7 +84,7 @@ class ParamSet:
         self.values: dict[int, GroupValues] = {}
         self._without_grad: list[int] | None = None  # indices of the parameters without a gradient at that time; None: no calls yet
         self.agreement: Agreement | None = None
-        self.left_over: Agreement | None = None
+        self.pending: Agreement | None = None
         self._agreement_functions: AgreementFunctions = verdict  # implementation for the layout's device
         self._streak = Streak()
         self.measures = False
@@ -177,7 +177,7 @@ class ParamSet:
         agreement.raise_inconsistency(failure)
         self.agreement = agreement
         if not agreement.is_on_host and not capturing(agreement.totals.device):  # a replayed CUDA graph raises nothing: it steps or skips
-            self.left_over = agreement
+            self.pending = agreement
         if rules.nonfinite == "raise":
             agreement.raise_non_finite()
         return agreement
@@ -192,10 +192,10 @@ class ParamSet:
         if observation.failure is not None:
             raise observation.failure
 
-    def take_left_over(self) -> Callable[[], None]:
+    def take_pending(self) -> Callable[[], None]:
         """Remove the agreement with pending errors, and return a function that raises them."""
-        agreement, self.left_over = self.left_over, None
-        return (lambda: None) if agreement is None else partial(agreement.raise_left_over, self._streak)
+        agreement, self.pending = self.pending, None
+        return (lambda: None) if agreement is None else partial(agreement.raise_pending, self._streak)
 
     def conclude(self, agreement: Agreement) -> None:
         """Count a step whose verdict is known on the host.
@@ -204,13 +204,13 @@ class ParamSet:
             FloatingPointError: the number of consecutive skipped steps has reached the limit. Raised on all ranks.
         """
         if agreement.is_on_host and not capturing(agreement.totals.device):
-            agreement.raise_left_over(self._streak)
+            agreement.raise_pending(self._streak)
 
     def exchange_matrices(self, agreement: Agreement | None, proceed: Tensor | None, scaler: Scaler) -> None:
         """Write directions, and replace them by the results of whole matrices. A collective if ranks send each other matrices.
 
         Raises:
-            ValueError, FloatingPointError: see `Agreement.raise_left_over`; raised in this step, even on a device.
+            ValueError, FloatingPointError: see `Agreement.raise_pending`; raised in this step, even on a device.
         """
         if not self._exchanges:
             return
@@ -219,10 +219,10 @@ class ParamSet:
             if isinstance(call, MatrixCall):
                 call.measures = self.measures
                 computes[call.matrix.dtype] |= call.write_directions(proceed, scaler)
-        if self.left_over is not None and agreement is not None and any(each.travels for each in self._exchanges.values()):
+        if self.pending is not None and agreement is not None and any(each.travels for each in self._exchanges.values()):
             # Read the verdict now: a failed rank does not take part in the exchange. Meanwhile the device computes directions.
-            self.left_over = None
-            agreement.raise_left_over(self._streak)
+            self.pending = None
+            agreement.raise_pending(self._streak)
         for dtype, exchange in self._exchanges.items():
             exchange.run(computes[dtype])
 
@@ -321,14 +321,14 @@ class ParamSets:
         Raises:
             ValueError: pending errors of the last step; inconsistent parameters; or parameters that changed on some ranks only. Raised on
                 all ranks.
-            FloatingPointError: see `Agreement.raise_left_over`.
+            FloatingPointError: see `Agreement.raise_pending`.
         """
         params = optimizer.all_params() if only is None else only
         # All parameters are one set, whichever they are: other ranks may still be stepping it when this rank has replaced some.
         whole = only is None and not (optimizer.layout is not None and optimizer.layout.steps_by_group)
         before = self.whole if whole else self._cached(params)
-        if self._by_first or (before is not None and before.left_over is not None):
-            self._raise_left_over(params, before, all_sets=only is None)
+        if self._by_first or (before is not None and before.pending is not None):
+            self._raise_pending(params, before, all_sets=only is None)
         if before is not None and before.fits(params, optimizer.layout, process_group, agrees=rules.agrees):
             return before
         for param in params[:1]:
@@ -340,7 +340,7 @@ class ParamSets:
             optimizer, self._layouts.make(optimizer, params, rules, process_group, None if others is None else others.layout)
         )
         dropped = self._store(optimizer, made, before, whole=whole)
-        _raise_all([each.take_left_over() for each in dropped])
+        _raise_all([each.take_pending() for each in dropped])
         return made
 
     def forget_reports(self, stepped: ParamSet) -> None:
@@ -376,14 +376,14 @@ class ParamSets:
         """Return the cached set with the same names: other ranks may still be stepping it when this rank has replaced parameters."""
         return self._by_names.get(tuple(place.name for place in self._index.places_of(optimizer.param_groups, params)))
 
-    def _raise_left_over(self, params: Sequence[Tensor], known: ParamSet | None, *, all_sets: bool) -> None:
+    def _raise_pending(self, params: Sequence[Tensor], known: ParamSet | None, *, all_sets: bool) -> None:
         """Raise the pending errors of earlier steps of these parameters; not during the capture of a CUDA graph, which cannot wait."""
         sets = self if all_sets and self._by_first else (known,)
-        due = [each for each in sets if each is not None and each.left_over is not None]
+        due = [each for each in sets if each is not None and each.pending is not None]
         if not due or any(capturing(each.layout.device) for each in due):
             return
         ids = set(map(id, params)) if due != [known] else set()
-        _raise_all([each.take_left_over() for each in due if each is known or not ids.isdisjoint(map(id, each.layout.params))])
+        _raise_all([each.take_pending() for each in due if each is known or not ids.isdisjoint(map(id, each.layout.params))])
 
     def _build(self, optimizer: StatefulOptimizer, layout: Layout) -> ParamSet:
         return ParamSet(layout, optimizer.layout, self._backends, together=self._together)
@@ -437,9 +437,9 @@ class ParamSets:
             del self._by_names[dropped.names]
 
 
-def _raise_all(left_over: Sequence[Callable[[], None]]) -> None:
+def _raise_all(pending: Sequence[Callable[[], None]]) -> None:
     """Raise the first pending error; the others would only repeat it in later steps."""
-    for each in left_over:
+    for each in pending:
         each()
 
 

@@ -92,7 +92,7 @@ def assert_same(
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_step_reads_nothing_from_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """But the verdict on the step before, which is copied as soon as it is there."""
-    monkeypatch.setattr(agreement.Agreement, "raise_left_over", lambda *_: None)
+    monkeypatch.setattr(agreement.Agreement, "raise_pending", lambda *_: None)
     monkeypatch.setitem(scalars.FUNCTIONS, "sqrt", torch.sqrt)  # what it is on a device
     params = [nn.Parameter(torch.ones(n)) for n in (3, 5)]
     groups = [{"params": params[:1]}, {"params": params[1:], "lr": 3e-2}]

@@ -339,7 +339,7 @@ def _observe_kernel(statistic: Statistic | None, grad_format: Format, state_form
         lines = [f"value = observe({', '.join(values)})"]
     # Elements beyond the end are loaded as zeros, and the statistic of zero gradients and state is zero.
     folded = {"largest": ("0.0, tl.float32", "value", "larger")}
-    after = ["tell(~({largest} <= limit), sums + operands + row)"]
+    after = ["set_flag(~({largest} <= limit), sums + operands + row)"]
     if statistic is not None:
         lines.append("low, middle, high = fixed_point(value, unit)")
         folded |= {limb: ("0, tl.int32", f"bits_of({limb})", "add") for limb in ("low", "middle", "high")}

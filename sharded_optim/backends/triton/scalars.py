@@ -208,6 +208,6 @@ def larger(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
-def tell(found, target):
+def set_flag(is_set, target):
     """Write 1 to `target` if any element is True. All threads write the same value, so no atomic operation is needed."""
-    tl.store(target + tl.full(found.shape, 0, tl.int32), 1, mask=found)
+    tl.store(target + tl.full(is_set.shape, 0, tl.int32), 1, mask=is_set)
