@@ -67,7 +67,7 @@ def save(
 ) -> None:
     """Save a checkpoint, `root/step-<step>`. A collective: all ranks call it, and return when it is committed.
 
-    It holds the model's parameters and persistent buffers, and the optimizer's state, masters, step counters and hyperparameters.
+    A checkpoint holds the model's parameters and persistent buffers and the optimizer's state, masters, step counters and hyperparameters.
 
     Args:
         root: a folder, which need not exist, or a URL that fsspec supports, such as s3://bucket/run. The same on all ranks.
@@ -79,7 +79,7 @@ def save(
             other types and subclasses are refused. Each rank passes the same value, or None.
         keep: the number of checkpoints to keep: older ones are removed after the commit; see `prune`. If no checkpoint that stays was
             read back before, the ranks first read back the newest, each a share; if it is damaged, they warn, and remove nothing.
-        process_group: the ranks that save together; None: all.
+        process_group: the ranks that save together; None: all ranks.
 
     Raises:
         CheckpointError: on every rank, with the errors of all ranks. Checkpoints of other steps are unchanged.
@@ -110,7 +110,7 @@ def async_save(
         A handle: `wait()` blocks until the checkpoint is committed, `done()` returns whether the save has ended.
 
     Raises:
-        CheckpointError: on every rank: errors of this save before it returns, or errors of the previous save that were not raised yet.
+        CheckpointError: on every rank: errors of this save before `async_save` returns, or errors of the previous save not raised yet.
     """
     pending = saving.begin(root, step, lambda: _collect(model, optimizer, extra), keep=keep, process_group=_gloo_group(process_group))
     return background.start(pending)
@@ -129,13 +129,13 @@ def load(
 ) -> Any:
     """Load a checkpoint into a model and an optimizer, in place. A collective.
 
-    The checkpoint may be from another wrapper and another number of ranks. Each rank reads the elements that it holds. Before anything
-    changes, the ranks together verify all bytes, and compare the checkpoint with the model and the optimizer.
+    The checkpoint may have been saved under another wrapper and on another number of ranks. Each rank reads the elements that it
+    holds. Before anything changes, the ranks together verify all bytes, and compare the checkpoint with the model and the optimizer.
 
     Args:
         root, model, optimizer, process_group: see `save`. With model=None or optimizer=None that part is not loaded.
         step: the step to load; None: the highest that verifies; damaged checkpoints are skipped with a warning.
-        strict: False: mismatches are warnings. Tensors that are missing on either side are left unchanged, and dtypes may differ.
+        strict: False: mismatches are warnings: tensors missing on either side or of another shape stay unchanged; dtypes may differ.
         lenient: the names that `strict=False` applies to, as one or several shell patterns, such as ("head.*",).
         hyperparameters: whether the optimizer takes those of the checkpoint or keeps its own ("live"). Differences are logged.
 

@@ -13,7 +13,7 @@ __all__ = ["ChunkAction", "Unreadable", "read_chunks"]
 
 ChunkAction = Callable[[Chunk, memoryview], str | None]  # receives a chunk and its content; returns a problem, or None
 
-THREADS = 4  # that read and hash in parallel, each with a buffer of CHUNK_BYTES
+THREADS = 4  # read and hash in parallel, each with a buffer of CHUNK_BYTES
 
 
 class Unreadable(str):
@@ -56,7 +56,7 @@ def read_chunks(store: Store, folder: str, chunks: Sequence[Chunk], action: Chun
 
 
 def _problems(chunks: Sequence[Chunk], content: memoryview, action: ChunkAction) -> Iterator[str]:
-    """Call the action for contiguous chunks, and yield problems. `content` is shorter than the chunks if the file ends before."""
+    """Call the action for contiguous chunks, and yield problems. `content` is shorter than the chunks if the file ends early."""
     begin = chunks[0].offset
     for chunk in chunks:
         own = content[chunk.offset - begin : chunk.offset - begin + chunk.size]

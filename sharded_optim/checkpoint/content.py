@@ -46,7 +46,7 @@ class Content:
         """Collect the content of a model and an optimizer.
 
         Raises:
-            ValueError, TypeError: they cannot be saved.
+            ValueError, TypeError: the model or the optimizer cannot be saved, or both are None.
         """
         if model is None and optimizer is None:
             raise ValueError("there is nothing to save; pass model=, optimizer= or both")

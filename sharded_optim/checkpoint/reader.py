@@ -75,7 +75,7 @@ class CheckpointReader:
             raise DamagedError(f"{self.where} is the folder of another step: its {MANIFEST} is of step {self.manifest.step}")
 
     def _check_commit(self) -> None:
-        """Raise an error unless the folder has a marker and a manifest, both of possible sizes."""
+        """Raise an error unless the folder has a marker and a manifest of possible sizes."""
         try:
             exists = COMMITTED in self.sizes or (self._store.renames and self.folder in self._store.folders())
         except OSError as error:
@@ -176,7 +176,7 @@ class CheckpointReader:
         local.copy_(fmt.load(*arrays).view(local.shape))
 
     def _copy(self, copies: Sequence[tuple[TensorEntry, Segment, Tensor]]) -> None:
-        """Copy parts of stored tensors. `copies`: a stored tensor, a segment of it, and the contiguous 1-D tensor to copy to."""
+        """Copy parts of stored tensors. Each of `copies`: a stored tensor, a segment of it, and the contiguous 1-D tensor to copy to."""
         targets: dict[Chunk, list[tuple[Segment, Tensor]]] = {}
         for entry, segment, target in copies:
             for chunk in entry.chunks:
@@ -217,7 +217,7 @@ def list_files(store: Store, step: int) -> tuple[dict[str, int], bytes | None]:
     """List the files of a checkpoint.
 
     Returns:
-        The size of each file; and 32 bytes that change when a file is written to, as far as the store notices. None: it notices nothing.
+        The size of each file; and 32 bytes that change when a file is written to, as far as the store notices, or None if it cannot.
 
     Raises:
         DamagedError: the path of the checkpoint is not a folder.

@@ -1,8 +1,7 @@
 """Remove checkpoints: old ones, in `so.checkpoint.prune` and after a save with keep=, and a damaged one whose step is saved again.
 
 Before old ones are removed, a checkpoint that stays must be known to be intact (`integrity.py`); if none is, the newest is read back.
-Training that fell back to an older checkpoint reaches the damaged step again, and must be able to save it. Used by `saving.py`; `prune` is
-public.
+Training that fell back to an older checkpoint reaches the damaged step again, and must be able to save it. Used by `saving.py`.
 """
 
 from __future__ import annotations
@@ -26,11 +25,13 @@ __all__ = ["clear_step", "prune", "prune_together", "step_exists"]
 def prune(root: AnyPath, keep: int) -> list[int]:
     """Remove all checkpoints but the newest `keep`.
 
-    Damaged checkpoints, as far as manifests, file sizes and earlier reads of this process show, are not counted; those that are newer than
-    the oldest counted one stay. No shard is read if this process has read back one of the newest `keep`, in `load`, `verify` or `latest`,
-    and its files were not written to since, as far as the store notices. Otherwise the newest is read back, and if it is damaged the
-    checkpoint before it: a checkpoint that verifies always stays. Bytes that decay without a write after they were read back are not
-    noticed; `verify` finds them. If a store lists no times or tags of files, a checkpoint is read back each time.
+    Damaged checkpoints, as far as manifests, file sizes and earlier reads of this process show, are not counted; they stay if they are
+    newer than the oldest that is kept.
+
+    No shard is read if this process has read back one of the newest `keep`, in `load`, `verify` or `latest`, and its files were not written
+    to since, as far as the store notices. Otherwise the newest is read back, and if it is damaged the checkpoint before it: a checkpoint
+    that verifies always stays. Bytes that decay without a write after they were read back are not noticed; `verify` finds them. If a store
+    lists no times or tags of files, a checkpoint is read back each time.
 
     May be called by several processes at once.
 

@@ -86,7 +86,7 @@ def begin(
         store = open_store(root)
         extra = None if content.extra is None else encode(content.extra, "extra")
         rows = rows_of(content.tensors)
-        # All values but the tensors are compared by one digest: most ranks have the same, which is then sent once.
+        # Everything but the tensors is compared by one digest, and each distinct value is sent once: most ranks have the same.
         rest = replace(content, tensors=(), extra=extra), {"step": step, "keep": keep}
         exists = rank == 0 and step_exists(store, step)
         return (store, content.tensors, rest), (digest_of(rows), digest_of(rest), exists)

@@ -37,7 +37,7 @@ def existing_step(store: Store, step: int | None) -> int:
     """Return `step` if it exists; for None, the highest step of `candidates`.
 
     Raises:
-        CheckpointError: the step does not exist, or there is none.
+        CheckpointError: there is no such checkpoint.
     """
     existing = candidates(store)
     if step is None and not existing:

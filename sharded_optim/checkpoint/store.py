@@ -90,7 +90,7 @@ class Store(Protocol):
         ...
 
     def remove(self, folder: str) -> None:
-        """Remove a folder if it exists. Readers never see a part of it."""
+        """Remove a folder if it exists. Readers never see a checkpoint that lacks a part."""
 
 
 def open_store(root: AnyPath) -> Store:
@@ -111,6 +111,6 @@ def shard_name(rank: int, world_size: int) -> str:
 
 
 def steps_in(folders: Iterable[str]) -> list[int]:
-    """List the steps, ascending, whose checkpoints have one of these folders."""
+    """List the steps, ascending, that these folders are named after. Other folders are skipped."""
     steps = ((int(match[1]), match[0]) for match in map(STEP_FOLDER.fullmatch, folders) if match)
     return sorted(step for step, folder in steps if folder == folder_of(step))

@@ -30,9 +30,9 @@ __all__ = ["LATER_MARKS", "decode", "encode", "marks_in"]
 
 MARK = "$"
 MAX_TENSOR_BYTES = 2**20
-MAX_INT_BITS = 10_000  # below the 4,300 digits that Python parses
+MAX_INT_BITS = 10_000  # 3,011 digits; Python parses 4,300
 MAX_DEPTH = 100  # nested containers, so that reading a value does not exhaust the stack
-# Marks that the first readers of version 1.0 do not know; a manifest lists those it uses as required.
+# Marks that the first readers of version 1.0 do not know; a manifest lists those it uses in "requires".
 LATER_MARKS = frozenset({"$OrderedDict", "$Counter", "$defaultdict", "$state_dict", "$parameter", "$array", "$scalar"})
 FACTORIES: dict[str, Callable[[], Any] | None] = {
     "None": None,

@@ -72,7 +72,7 @@ def rows_of(tensors: Iterable[LocalTensor]) -> list[TensorRow]:
     """Describe this rank's local tensors for the other ranks.
 
     Raises:
-        ValueError: checkpoints cannot hold a tensor, because of its dtype, its name, or its device meta.
+        ValueError: a tensor has a dtype, a name or a device (meta) that checkpoints cannot hold.
     """
     rows = []
     for tensor in tensors:
@@ -148,7 +148,7 @@ def _plan(tensors: Sequence[LocalTensor], process_group: dist.ProcessGroup | Non
 
 
 class WriteChecks:
-    """The checks of the tensors that are assigned to this rank: compares the pieces of these tensors on all ranks.
+    """Checks the tensors that are assigned to this rank, by comparing their pieces on all ranks.
 
     Attributes:
         replies: int64 (rows, 4), for the holder of each row: flags; the number of ranks that may write the segment, 0 if only another rank
@@ -177,7 +177,7 @@ class WriteChecks:
         self.replies[self._contradicting, 0] = NEEDS_TEXT
 
     def tensors(self, texts: Mapping[int, RowText]) -> list[tuple[int, int, RowText]]:
-        """Return the text of each tensor, after the rank and index of its first piece, by which all ranks sort tensors."""
+        """Return each tensor: the rank and index of its first piece, by which all ranks sort the tensors, and its text."""
         return [(*self._rank_and_index(row), texts[row]) for row in self._exchange.first_of_tensor.tolist()]
 
     def failure(
@@ -185,7 +185,7 @@ class WriteChecks:
         checksums: Array,  # int64 (rows,), CRC-32 of the values
         texts: Mapping[int, RowText],
     ) -> tuple[int, int, int, str] | None:
-        """Return the first error: its kind, rank and index, by which errors of all ranks are sorted, and its message. None: no error."""
+        """Return the first error: kind, rank and index of the piece, by which all ranks' errors are sorted, and message; None: no error."""
         ranks, first = self._exchange.ranks, self._exchange.first_of_tensor
         for row in self._contradicting:
             one, other = texts[int(first[self._exchange.tensor[row]])], texts[row]
@@ -231,7 +231,8 @@ def _own_chunks(
     so far takes the next chunk.
     """
     chunks: list[PlannedChunk] = []
-    shared: dict[tuple[int, int], dict[HeldPiece, dict[int, int]]] = {}  # by holders: for a piece, this rank's index in them -> row
+    # By hash and number of the ranks that hold a piece: for each piece, the index of this rank among them -> its row.
+    shared: dict[tuple[int, int], dict[HeldPiece, dict[int, int]]] = {}
     for row, (piece, (_, count, number, holders)) in enumerate(zip(pieces, replies.tolist(), strict=True)):
         if count == 1:
             chunks += _cut(piece, row)

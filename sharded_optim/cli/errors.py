@@ -1,6 +1,6 @@
 """Exit a command after an error of the user, or on SIGTERM.
 
-An error of the user prints its message on stderr; the exit status is 2, as for a wrong option, or 1 if a checkpoint is damaged.
+The message of the error is printed on stderr. The exit status is 2, as for a wrong option, or 1 if a checkpoint is damaged.
 """
 
 from __future__ import annotations

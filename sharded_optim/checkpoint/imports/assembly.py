@@ -1,6 +1,6 @@
 """Build a `Content` from whole tensors: match an optimizer's state with the model's parameters, and join stored chunks.
 
-Used by `state_dicts.py` and the formats.
+Used by the modules of the formats.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def _names_in_order(optimizer: StateDict, keys: list[Any], tensors: Mapping[str,
     """Return the model's names for an optimizer's numbered parameters.
 
     Raises:
-        ValueError: the model's tensors are not one param group, in order: two tensors of one shape might be swapped.
+        ValueError: it is not certain that they are all of the model's tensors in order: two of one shape might be swapped.
     """
     remedy = (
         "give the names, in the order of the optimizer's parameters, with --names (param_names=), or save the state of an optimizer that "

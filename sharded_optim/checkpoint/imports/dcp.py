@@ -100,7 +100,7 @@ def _stored(folder: Path, location: StandIn) -> Any:
 
 
 def _join(stored: list[tuple[Any, Any]], entry: Any, where: str) -> Any:
-    """Join the stored parts of a value, pairs of an offset and content. Only tensors have several parts."""
+    """Join the parts of a value. `stored` has the offset and the content of each part; only tensors have several."""
     if not isinstance(entry, TENSOR_CLASS):
         if len(stored) != 1:
             raise ValueError(f"{where} is stored {len(stored)} times")

@@ -111,7 +111,7 @@ class ModelStates:
 
 
 def equal_parts(name: str, shape: tuple[int, ...], ranks: int) -> Iterator[tuple[int, Segment]]:
-    """Yield each rank and its segment of a tensor in stage 3: equal parts in DeepSpeed's files, where the last are padded."""
+    """Yield each rank and its segment of a tensor in stage 3. Segments are equal, except at the end, where DeepSpeed pads."""
     numel = Segment.whole(name, shape).numel
     size = -(-numel // ranks)
     for rank in range(ranks):

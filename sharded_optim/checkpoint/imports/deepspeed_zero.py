@@ -1,8 +1,8 @@
 """DeepSpeed's ordinary checkpoints, with files for each rank: ZeRO stages 0 to 3.
 
-Each rank's file has its partitions of flat float32 tensors: in stages 1 and 2 one for each param group, with the parameters one after the
-other; in stage 3 one for each sub-group, with an equal part of each parameter. Only the order and shapes of the parameters determine which
-elements belong to which parameter; so the elements are compared with the model's own parameters if the files have these too.
+Each rank's file has the rank's partitions of flat float32 tensors: in stages 1 and 2 one for each param group, with the parameters one
+after the other; in stage 3 one for each sub-group, with an equal part of each parameter. Only the order and shapes of the parameters
+determine which elements belong to which parameter; so elements are compared with the model's own parameters if the files have these.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def _muon_state(
     """List the momentum of a group that DeepSpeed's own Muon steps in stages 1 and 2.
 
     With offload and in BF16_Optimizer the momentum has the layout of the partition. Otherwise each rank has the whole momentum of each
-    tensor of which it has a piece, one after the other; its file lacks as many elements at the end as the partition has of padding.
+    tensor of which it has a piece, one after the other; its file lacks as many elements at the end as the partition has padding.
 
     Raises:
         ValueError: the sizes fit both layouts, or momentum is lost.

@@ -1,9 +1,9 @@
 """Describe live models and optimizers, under every wrapper, as the `LocalTensor`s that checkpoints save and load.
 
 model.py, optimizer.py      `LiveModel` and `LiveOptimizer`; they describe ordinary modules and this library's optimizers
-state_plan.py               load into an optimizer: plan the changes, then make them
 zero.py, deepspeed.py       the same for `ShardedOptimizer`, and for DeepSpeed's engines
 adapters.py                 registers these, and picks the one for a model or an optimizer
+state_plan.py               load into an optimizer: plan the changes, then make them
 """
 
 from __future__ import annotations

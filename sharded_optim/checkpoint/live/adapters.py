@@ -50,7 +50,7 @@ def live_model(model: Any) -> LiveModel:
     """Describe the elements of a model that this process holds.
 
     Args:
-        model: a module under any wrapper, or a DeepSpeedEngine; None: nothing.
+        model: a module under any wrapper, or a DeepSpeedEngine; None: there is no model.
 
     Raises:
         TypeError: the model is none of these.

@@ -46,7 +46,7 @@ def live_model(engine: Any) -> LiveModel | None:
 
     def before_load() -> None:
         gathered = [param for param in partitioned if param.ds_status.name == "AVAILABLE"]
-        if gathered:  # free whole copies that DeepSpeed keeps of small parameters: it gathers them again
+        if gathered:  # free DeepSpeed's whole copies of small parameters, which loading does not update: it gathers them again
             gathered[0].partition(gathered)
 
     return LiveModel(

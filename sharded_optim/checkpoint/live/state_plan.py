@@ -123,7 +123,7 @@ def _plan_param(live: LiveOptimizer, param: LiveParam, plan: StatePlan, manifest
 def _new_state(engine: Engine, param: LiveParam, group: Group, step: float, manifest: Manifest) -> tuple[dict[str, Any], list[LocalTensor]]:
     """Build the state that a parameter has after loading, and list the tensors in it to load.
 
-    Live tensors of the right dtype are reused. Tensors that the checkpoint lacks, and that may start at any step, are zeros.
+    Live tensors of the right dtype are reused. Tensors that the checkpoint lacks start as zeros, if `may_begin` allows it.
     """
     live = engine.state.get(param.param, {})
     choice = engine.choice_of(param.param, group)
