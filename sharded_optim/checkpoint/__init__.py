@@ -4,14 +4,14 @@ A checkpoint holds whole tensors under the names of the model's parameters: it i
 other on any number of ranks. It is committed or does not exist, every byte is verified when it is loaded, and a load changes everything or
 nothing. The public API, `so.checkpoint`, is defined here; the work is done by:
 
-    live/            reads models and optimizers under every wrapper, as local_tensor.py describes tensors
+    live/            describes models and optimizers under every wrapper as `LocalTensor`s (local_tensor.py)
     saving.py        saves: content.py (a rank's part), write_plan.py (which rank writes which chunks), shard_file.py, commit.py,
                      background.py (async_save)
     loading.py       loads: matching.py (which stored tensor a live one is loaded from), reader.py, chunk_reading.py
-    steps.py         lists and verifies checkpoints; integrity.py (which were verified), removal.py (of old and damaged ones)
+    steps.py         lists and verifies checkpoints; integrity.py (records which were verified), removal.py (removes old and damaged ones)
     manifest.py      the content of a checkpoint; manifest_json.py, values.py, dtypes.py (its JSON)
     store.py         storage: local_store.py, url_store.py
-    export.py        writes files for other programs; imports/ reads theirs, a file for each format
+    export.py        writes files for other programs; imports/ reads files of other libraries, a module per format
     collectives.py   how ranks communicate; errors.py
 """
 
@@ -67,22 +67,22 @@ def save(
 ) -> None:
     """Save a checkpoint, `root/step-<step>`. A collective: all ranks call it, and return when it is committed.
 
-    It holds the model's parameters and persistent buffers, and the optimizer's state, masters, step counters and hyperparameters.
+    A checkpoint holds the model's parameters and persistent buffers and the optimizer's state, masters, step counters and hyperparameters.
 
     Args:
-        root: a folder, which need not exist, or a URL that fsspec supports, such as s3://bucket/run. The same for all ranks.
-        step: the number of training steps so far, >= 0, which is not committed yet under `root`.
+        root: a folder, which need not exist, or a URL that fsspec supports, such as s3://bucket/run. The same on all ranks.
+        step: the number of training steps so far, >= 0. There must be no intact checkpoint of this step under `root`.
         model: a module, under any wrapper or none, or a DeepSpeedEngine. The checkpoint uses the names of its parameters.
-        optimizer: one of this library. Without `model` its parameters have the names that it was given, or their positions.
-        extra: anything else: None, bool, int, float, str, bytes, tensors and NumPy's scalars and arrays up to 1 MiB, and lists, tuples,
+        optimizer: an optimizer of this library. Without `model`, parameters have the names with which it was built, or their positions.
+        extra: further values: None, bool, int, float, str, bytes, tensors and NumPy's scalars and arrays up to 1 MiB, and lists, tuples,
             dicts, OrderedDicts, Counters and defaultdicts of these, such as the state_dict() of a scheduler. Types are restored exactly;
-            others are refused, and so are subclasses. The same on all ranks, or None on all but one.
-        keep: the number of checkpoints to keep: older ones are removed after the commit; see `prune`. If none of those that stay was read
-            back, the ranks first read back the newest together, each its share; if it is damaged, a warning says so, and all stay.
-        process_group: the ranks that save together; None: all.
+            other types and subclasses are refused. Each rank passes the same value, or None.
+        keep: the number of checkpoints to keep: older ones are removed after the commit; see `prune`. If no checkpoint that stays was
+            read back before, the ranks first read back the newest, each a share; if it is damaged, they warn, and remove nothing.
+        process_group: the ranks that save together; None: all ranks.
 
     Raises:
-        CheckpointError: on every rank: the errors of any. Committed checkpoints are untouched.
+        CheckpointError: on every rank, with the errors of all ranks. Checkpoints of other steps are unchanged.
     """
     pending = saving.begin(root, step, lambda: _collect(model, optimizer, extra), keep=keep, process_group=_gloo_group(process_group))
     saving.finish(pending, pending.content)
@@ -98,19 +98,19 @@ def async_save(
     keep: int | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> Saving:
-    """Save as `save` does, but return as soon as everything is copied, and write in the background. A collective.
+    """Save like `save`, but return as soon as all tensors are copied, and write in the background. A collective.
 
-    One save is in flight at a time: this waits for the one before it, as `save` and `load` do. The copy is in a buffer that the next save
-    reuses: on the CPU, pinned if tensors are on a GPU. Before the process group is destroyed, call `wait()`.
+    Only one save is in flight: `async_save`, `save` and `load` wait for the previous one. The copy is in a CPU buffer that the next save
+    reuses, pinned if tensors are on a GPU. Call `wait()` before the process group is destroyed.
 
     Args:
         root, step, model, optimizer, extra, keep, process_group: see `save`.
 
     Returns:
-        A handle: `wait()` returns when the checkpoint is committed, `done()` whether the save has ended.
+        A handle: `wait()` blocks until the checkpoint is committed, `done()` returns whether the save has ended.
 
     Raises:
-        CheckpointError: on every rank: this save's errors until it returns, or those of the save before it that were not raised yet.
+        CheckpointError: on every rank: errors of this save before `async_save` returns, or errors of the previous save not raised yet.
     """
     pending = saving.begin(root, step, lambda: _collect(model, optimizer, extra), keep=keep, process_group=_gloo_group(process_group))
     return background.start(pending)
@@ -129,24 +129,24 @@ def load(
 ) -> Any:
     """Load a checkpoint into a model and an optimizer, in place. A collective.
 
-    It may have been saved under another wrapper and on another number of ranks. Each rank reads what it holds. Before anything changes, all
-    bytes are verified, by all ranks together, and everything is compared with the model and the optimizer.
+    The checkpoint may have been saved under another wrapper and on another number of ranks. Each rank reads the elements that it
+    holds. Before anything changes, the ranks together verify all bytes, and compare the checkpoint with the model and the optimizer.
 
     Args:
-        root, model, optimizer, process_group: see `save`. Without model= or optimizer= that part is not loaded.
-        step: None: the highest that verifies; damaged ones are skipped with a warning.
-        strict: False: with a warning, what is missing on either side is left as it is, and dtypes may differ.
+        root, model, optimizer, process_group: see `save`. With model=None or optimizer=None that part is not loaded.
+        step: the step to load; None: the highest that verifies; damaged checkpoints are skipped with a warning.
+        strict: False: mismatches are warnings: tensors missing on either side or of another shape stay unchanged; dtypes may differ.
         lenient: the names that `strict=False` applies to, as one or several shell patterns, such as ("head.*",).
-        hyperparameters: which ones the optimizer has afterwards: the checkpoint's, or its own. Differences are logged.
+        hyperparameters: whether the optimizer takes those of the checkpoint or keeps its own ("live"). Differences are logged.
 
     Returns:
         The `extra` that was saved.
 
     Raises:
         NoCheckpointError: on every rank: there is no checkpoint under `root`.
-        CheckpointError: on every rank: there is none of that step.
-        DamagedError: the stored bytes are not what was saved; names files and tensors. With `step=None` only if no checkpoint verifies.
-        MismatchError: the checkpoint does not fit; names everything that does not.
+        CheckpointError: on every rank: there is no checkpoint of that step.
+        DamagedError: stored bytes differ from the saved ones; names files and tensors. With `step=None`, only if no checkpoint verifies.
+        MismatchError: the checkpoint does not fit the model or the optimizer; names the mismatches.
     """
     patterns = (lenient,) if isinstance(lenient, str) else tuple(lenient)
     options = loading.LoadOptions(strict=strict, lenient=patterns, hyperparameters=hyperparameters)
@@ -172,5 +172,5 @@ def _collect(model: Any, optimizer: Any, extra: Any) -> Content:
 
 
 def _gloo_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """Return a process group that only checkpoints use: saves in the background communicate while steps do."""
+    """Return a gloo process group for checkpoints alone, as a save in the background communicates during steps; None if alone."""
     return own_process_group(process_group, "gloo")

@@ -1,6 +1,6 @@
-"""Saving in the background: the tensors are copied once, to a buffer that is reused, and a thread writes them.
+"""Save in the background: copy the tensors once, to a buffer that later saves reuse, and write them in a thread.
 
-Owns the save in flight, for which the next save or load waits, and the buffer. Used by `so.checkpoint.async_save`, `save` and `load`.
+Owns the buffer, and the save in flight, which the next save or load waits for. Used by `so.checkpoint.async_save`, `save` and `load`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class Saving:
-    """A save in the background."""
+    """A save in the background, as returned by `async_save`."""
 
     def __init__(self, save: PendingSave) -> None:
         self._where = f"{save.store.root}, step {save.manifest.step}"
@@ -29,13 +29,13 @@ class Saving:
         self._staged: dict[int, Tensor] | Exception
         try:
             self._staged = {id(chunk): copy for chunk, copy in zip(save.chunks, _stage(save), strict=True)}
-        except Exception as error:  # out of memory, for example: raised in the background, with the other ranks
+        except Exception as error:  # such as out of memory: `_content` raises it, so that all ranks fail together
             self._staged = error
         save.release()
-        self._thread = threading.Thread(target=self._run, args=(save,), name="sharded_optim save")  # no daemon: it ends before the process
+        self._thread = threading.Thread(target=self._run, args=(save,), name="sharded_optim save")  # no daemon: the process waits for it
         try:
             self._thread.start()
-        except RuntimeError:  # no thread can be started, and the other ranks wait for this one
+        except RuntimeError:  # no thread can be started; save here, as the other ranks wait for this one
             self._run(save)
 
     def done(self) -> bool:
@@ -43,10 +43,10 @@ class Saving:
         return not self._thread.is_alive()
 
     def wait(self) -> None:
-        """Return when the checkpoint is committed.
+        """Wait until the checkpoint is committed.
 
         Raises:
-            CheckpointError: it failed, on every rank. Raised once, here or by the next save or load.
+            CheckpointError: the save failed, on every rank. Raised once: here, or by the next save or load.
         """
         if self._thread.ident is not None:
             self._thread.join()
@@ -84,7 +84,7 @@ def wait_for_save_in_flight() -> None:
     """Wait for the save in flight, if there is one.
 
     Raises:
-        CheckpointError: it failed, and this was not raised yet.
+        CheckpointError: that save failed, and its error was not raised yet.
     """
     global _in_flight
     saving, _in_flight = _in_flight, None
@@ -93,7 +93,7 @@ def wait_for_save_in_flight() -> None:
 
 
 def _stage(save: PendingSave) -> list[Tensor]:
-    """Copy this rank's chunks to the buffer."""
+    """Copy this rank's chunks to the buffer. Returns the copies in the order of the chunks, each 1-D."""
     on_gpu = any(tensor.local.is_cuda for tensor in save.tensors)
     parts = _buffer_of(sum(chunk.size for chunk in save.chunks), pinned=on_gpu).split([chunk.size for chunk in save.chunks])
     staged = [part.view(chunk.dtype) for part, chunk in zip(parts, save.chunks, strict=True)]
@@ -105,7 +105,7 @@ def _stage(save: PendingSave) -> list[Tensor]:
 
 
 def _buffer_of(size: int, *, pinned: bool) -> Tensor:
-    """Return exactly `size` bytes of the buffer, which grows if it is smaller."""
+    """Return the first `size` bytes of the buffer; reallocates it if it is too small, or not pinned as required."""
     global _buffer
     if _buffer.numel() < size or _buffer.is_pinned() != pinned:
         _buffer = torch.empty(0, dtype=torch.uint8, device="cpu")  # frees the old one before the new one is allocated

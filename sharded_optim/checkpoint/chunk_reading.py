@@ -1,4 +1,4 @@
-"""Read chunks in several threads, contiguous ones at once. Used by `CheckpointReader`."""
+"""Read chunks in several threads, contiguous chunks by one read. Used by `CheckpointReader`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["ChunkAction", "Unreadable", "read_chunks"]
 
 ChunkAction = Callable[[Chunk, memoryview], str | None]  # receives a chunk and its content; returns a problem, or None
 
-THREADS = 4  # read and hash at once, each with a buffer of CHUNK_BYTES
+THREADS = 4  # read and hash in parallel, each with a buffer of CHUNK_BYTES
 
 
 class Unreadable(str):
@@ -24,11 +24,11 @@ def read_chunks(store: Store, folder: str, chunks: Sequence[Chunk], action: Chun
     """Read chunks and call an action with the content of each.
 
     Args:
-        chunks: by file and offset.
-        action: is called in several threads.
+        chunks: sorted by file and offset.
+        action: called for each chunk, in several threads.
 
     Returns:
-        The problems that actions returned, and those of files that are too short or cannot be read; sorted.
+        The problems, sorted: those that actions returned, and files that are too short or cannot be read.
     """
     problems: list[str] = []
     ranges = _ranges(chunks)
@@ -56,7 +56,7 @@ def read_chunks(store: Store, folder: str, chunks: Sequence[Chunk], action: Chun
 
 
 def _problems(chunks: Sequence[Chunk], content: memoryview, action: ChunkAction) -> Iterator[str]:
-    """Call the action for contiguous chunks, of which the file may have had only the first bytes."""
+    """Call the action for contiguous chunks, and yield problems. `content` is shorter than the chunks if the file ends early."""
     begin = chunks[0].offset
     for chunk in chunks:
         own = content[chunk.offset - begin : chunk.offset - begin + chunk.size]
@@ -82,10 +82,10 @@ def _ranges(chunks: Sequence[Chunk]) -> Iterator[list[Chunk]]:
 
 
 def _run_in_threads(work: Callable[[], None], count: int, stopped: threading.Event) -> None:
-    """Run the same function in threads, as many as can be started; without any, in this one. Raises the error of any of them.
+    """Run a function in up to `count` threads; in this thread if none can be started. Raises the error of any thread.
 
     Args:
-        stopped: is set when one has failed, or this thread is interrupted, for the others to end.
+        stopped: set when a thread fails or this thread is interrupted, so that the other threads end.
     """
     if count == 0:
         return

@@ -19,12 +19,12 @@ __all__ = ["all_or_nothing", "digest_of", "gather_distinct", "gather_on_first", 
 
 Result = TypeVar("Result")
 
-# By severity: the most severe error of any rank is raised on all of them.
+# In ascending severity: all ranks raise the most severe type of error that any rank has.
 ERRORS: tuple[type[CheckpointError], ...] = (CheckpointError, MismatchError, UnreadableError, DamagedError)
 
 
 def rank_and_world_size(process_group: dist.ProcessGroup | None) -> tuple[int, int]:
-    """Return this process's rank in a group, and the group's size; None: a group of this process alone."""
+    """Return this process's rank in a process group, and the size of the group; (0, 1) for None, this process alone."""
     return (0, 1) if process_group is None else (dist.get_rank(process_group), dist.get_world_size(process_group))
 
 
@@ -40,10 +40,10 @@ def all_or_nothing(
         what: the action, for error messages.
         action: must not communicate.
         process_group: None: this process alone.
-        share: the part of the result that other ranks receive; it is pickled between ranks.
+        share: returns the part of the result that is sent to all ranks, pickled.
 
     Returns:
-        This rank's result, and what every rank shared, by rank.
+        This rank's result, and the shared parts of all ranks, by rank.
 
     Raises:
         CheckpointError: on every rank: the errors of all ranks, in one message.
@@ -69,7 +69,7 @@ def all_or_nothing(
 
 
 def _joined_error(what: str, failures: Sequence[tuple[int, str, Sequence[str]] | None]) -> CheckpointError:
-    """Join the failures of all ranks, given by rank, to one error; None: the rank has not failed."""
+    """Join the failures of ranks into one error. `failures` has one entry per rank; None: the rank has not failed."""
     failed = [failure for failure in failures if failure is not None]
     kind = ERRORS[max(severity for severity, _, _ in failed)]
     message = f"{what} failed: {join_messages([failure and failure[1] for failure in failures])}"
@@ -87,7 +87,7 @@ def _message(failure: Exception) -> str:
 
 
 def digest_of(value: Any) -> bytes:
-    """Compute 32 bytes that are the same for equal values that were built alike."""
+    """Hash a pickled value to 32 bytes. Equal values have equal digests if they were built alike: pickle depends on shared references."""
     return hashlib.sha256(pickle.dumps(value)).digest()
 
 
@@ -95,8 +95,8 @@ def gather_distinct(value: Result, digests: Sequence[bytes], process_group: dist
     """Gather the values of all ranks, sending each distinct value once. A collective.
 
     Args:
-        value: this rank's.
-        digests: of the values of all ranks, by rank.
+        value: this rank's value.
+        digests: the digest of each rank's value, by rank.
     """
     if len(set(digests)) == 1:
         return [value] * len(digests)
@@ -107,7 +107,7 @@ def gather_distinct(value: Result, digests: Sequence[bytes], process_group: dist
 
 
 def gather_on_first(value: Result, process_group: dist.ProcessGroup | None) -> list[Result]:
-    """Gather the values of all ranks on the first one; the others get an empty list. A collective."""
+    """Gather the values of all ranks on rank 0; other ranks get an empty list. A collective."""
     if process_group is None:
         return [value]
     gathered: Any = [None] * dist.get_world_size(process_group) if dist.get_rank(process_group) == 0 else None
@@ -116,7 +116,7 @@ def gather_on_first(value: Result, process_group: dist.ProcessGroup | None) -> l
 
 
 def refuse_differences(arguments: Sequence[Mapping[str, Any]]) -> None:
-    """Raise CheckpointError unless all ranks passed the same arguments, which are given by rank."""
+    """Raise CheckpointError unless all ranks passed the same arguments. `arguments` has one entry per rank."""
     for rank, own in enumerate(arguments):
         for name, value in own.items():
             if value != arguments[0][name]:

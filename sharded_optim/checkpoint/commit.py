@@ -1,6 +1,6 @@
 """The commit protocol on rank 0: create a draft, and publish it as a checkpoint when all ranks have written their shards.
 
-A published folder has a complete manifest and marker, or does not exist. Used by `saving.py`.
+A published folder always has a complete manifest and marker. Used by `saving.py`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ __all__ = ["commit", "create_draft", "discard_draft"]
 
 logger = logging.getLogger(__name__)
 
-_cleaned: set[str] = set()  # roots from which this process has removed the drafts of processes that ended
+_cleaned: set[str] = set()  # roots from which this process has removed the drafts of earlier processes
 
 
 def create_draft(store: Store, step: int) -> str:
-    """Create a draft for a step, and return its folder. The first time, remove drafts that earlier processes have left."""
+    """Create a draft for a step, and return its folder. The first call for a root removes drafts that earlier processes left."""
     if store.root not in _cleaned:
         for folder in filter(store.is_draft, store.folders()):
             logger.info("removing %s/%s, the draft of a save that was not completed", store.root, folder)
@@ -39,8 +39,8 @@ def commit(store: Store, draft: str, manifest: Manifest, shards: Sequence[Writte
     """Write the manifest and the marker, and publish a draft.
 
     Args:
-        manifest: without files and chunks.
-        shards: by rank; None: it wrote no file.
+        manifest: its files and chunks are added here.
+        shards: the file and chunks that each rank wrote, by rank; None: the rank wrote no file.
 
     Raises:
         CheckpointError: a rank's file is missing, or the manifest is too large.
@@ -57,7 +57,7 @@ def commit(store: Store, draft: str, manifest: Manifest, shards: Sequence[Writte
 
 
 def _complete(manifest: Manifest, shards: Sequence[WrittenShard | None]) -> Manifest:
-    """Add the files and chunks, with the hashes that ranks computed while they wrote."""
+    """Add the files and chunks to a manifest, with the hashes that ranks computed while they wrote."""
     written = {shard_name(rank, len(shards)): shard for rank, shard in enumerate(shards) if shard is not None}
     tensors = list(manifest.tensors.items())
     chunks_of: list[list[Chunk]] = [[] for _ in tensors]
@@ -76,7 +76,7 @@ def _complete(manifest: Manifest, shards: Sequence[WrittenShard | None]) -> Mani
 
 
 def _check_sizes(store: Store, draft: str, manifest: Manifest) -> None:
-    """Compare the files that rank 0 sees with what the ranks wrote."""
+    """Raise CheckpointError unless rank 0 sees every shard file with the size that its rank wrote."""
     existing = store.files(draft)
     for name, file in manifest.files.items():
         size, _ = existing.get(name, ("none", None))

@@ -1,6 +1,6 @@
-"""`Content`, one rank's part of a checkpoint, and the manifest that the ranks' contents are joined to.
+"""`Content`, one rank's part of a checkpoint, and `manifest_of`, which joins the contents of all ranks.
 
-`Content.of` collects it from live objects, `imports/` from the files of other libraries; `saving.py` saves it.
+`Content.of` collects a content from live objects, `imports/` from files of other libraries; `saving.py` saves it.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class Content:
     """One rank's part of a checkpoint.
 
     Attributes:
-        tensors: the elements that the rank holds.
+        tensors: the rank's parts of all tensors.
         parameters: an optimizer's step counters, param groups and hyperparameters; None: there is no optimizer.
-        wrapper_state: state that only the same wrapper restores, by the wrapper's name.
+        wrapper_state: state that only the same wrapper can restore, by the wrapper's name.
         extra: the user's values; None if the rank passes none.
-        aliases: further names of the model's tensors, each with the name that they are saved under.
-        order: names of parameters in an order that the ranks have in common; others follow them.
+        aliases: further names of tied tensors of the model -> the name under which each tensor is saved.
+        order: names of parameters in an order that is the same on all ranks; in the manifest, other parameters follow them.
     """
 
     tensors: Sequence[LocalTensor]
@@ -46,7 +46,7 @@ class Content:
         """Collect the content of a model and an optimizer.
 
         Raises:
-            ValueError, TypeError: they cannot be saved.
+            ValueError, TypeError: the model or the optimizer cannot be saved, or both are None.
         """
         if model is None and optimizer is None:
             raise ValueError("there is nothing to save; pass model=, optimizer= or both")
@@ -61,23 +61,23 @@ class Content:
 
 
 def _state_tensors(state: LiveOptimizer, model: Sequence[LocalTensor]) -> list[LocalTensor]:
-    """Return an optimizer's tensors, without masters that have the dtype of the model's own parameters and so the same values."""
+    """Return an optimizer's tensors. Masters with the dtype of the model's parameters are left out: their values are the same."""
     dtypes = {tensor.segment.name: tensor.local.dtype for tensor in model}
     return [tensor for tensor in state.tensors() if tensor.kind != MASTER or dtypes.get(tensor.segment.name) != tensor.local.dtype]
 
 
 def manifest_of(step: int, contents: Sequence[Content]) -> Manifest:
-    """Join the contents of all ranks, by rank, to a manifest that lacks files and tensors.
+    """Join the contents of all ranks into a manifest, which has no files and tensors yet.
 
     Args:
-        contents: with `extra` encoded. Their tensors are not used.
+        contents: by rank, with `extra` encoded. Their tensors are not used.
 
     Raises:
         CheckpointError: ranks contradict each other.
     """
     aliases: dict[str, str] = {}
-    for each in {id(content): content for content in reversed(contents)}.values():
-        aliases |= each.aliases
+    for distinct in {id(content): content for content in reversed(contents)}.values():
+        aliases |= distinct.aliases
     return Manifest(
         step=step,
         world_size=len(contents),
@@ -92,11 +92,11 @@ def manifest_of(step: int, contents: Sequence[Content]) -> Manifest:
 
 
 def _join_parameters(parameters: Sequence[Parameters | None], order: Sequence[str]) -> Parameters | None:
-    """Join the step counters and groups of all ranks, each of its own parameters.
+    """Join the step counters and group indices that ranks have for their own parameters; None if no rank has an optimizer.
 
     Args:
-        parameters: by rank.
-        order: of the names in the result.
+        parameters: by rank; None: the rank has no optimizer.
+        order: names in the order of the result; other names follow.
     """
     known = [own for own in parameters if own is not None]
     if not known:
@@ -137,7 +137,7 @@ def _join(table: dict[str, Any], own: Mapping[str, Any], what: str, rank: int) -
 
 
 def _same(values: Sequence[Any], what: str) -> Any:
-    """Return the value of the ranks that have one; raise CheckpointError if they differ."""
+    """Return the value of the ranks that have one, or None; raise CheckpointError if values differ."""
     given = [(rank, value) for rank, value in enumerate(values) if value is not None]
     for rank, value in given[1:]:
         if repr(value) != repr(given[0][1]):

@@ -1,4 +1,4 @@
-"""The names of dtypes in manifests and shard files: those of safetensors."""
+"""The names of dtypes in manifests and shard files, as safetensors defines them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
 
 def name_of(dtype: torch.dtype, what: str) -> str:
-    """Name a dtype as safetensors does.
+    """Return the name that safetensors has for a dtype.
 
     Raises:
         ValueError: safetensors has no such dtype; the message names `what`, the tensor.
@@ -37,11 +37,11 @@ def name_of(dtype: torch.dtype, what: str) -> str:
 
 
 def dtype_named(name: str) -> torch.dtype:
-    """Find a dtype by its name.
+    """Return the dtype with a name of safetensors.
 
     Raises:
         MismatchError: this version of the library has no such dtype; a later one may have it.
-        ValueError: it is not a name.
+        ValueError: the name is not a string.
     """
     if not isinstance(name, str):
         raise ValueError(f"{name!r} is not the name of a dtype")

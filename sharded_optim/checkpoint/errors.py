@@ -32,5 +32,5 @@ class NoCheckpointError(CheckpointError):
 
 
 def shorten(problems: Sequence[str], limit: int) -> str:
-    """Format problems for an error message, a line for each up to a limit."""
+    """Join the first `limit` problems as lines of an error message, and count the rest."""
     return "\n  ".join([*problems[:limit], *([f"and {len(problems) - limit} more"] if len(problems) > limit else [])])

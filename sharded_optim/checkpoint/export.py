@@ -1,6 +1,6 @@
 """Export checkpoints for other programs: a folder of safetensors files as Hugging Face libraries read it, or one file of torch's.
 
-Written beside the destination, and renamed when everything is on the disk. Existing files are not overwritten.
+An export is written beside its destination, and renamed when everything is on the disk. Nothing is overwritten.
 """
 
 from __future__ import annotations
@@ -34,28 +34,28 @@ __all__ = ["export_safetensors", "export_torch", "import_safetensors"]
 
 Model = Mapping[str, TensorEntry]
 
-FILE_BYTES = 5 * 10**9  # of tensors in a file, the limit of Hugging Face libraries
+FILE_BYTES = 5 * 10**9  # bytes of tensors in a file, the limit of Hugging Face libraries
 
 
 def export_safetensors(root: AnyPath, destination: AnyPath, *, step: int | None = None, masters: bool = False) -> list[str]:
     """Write a checkpoint's model as Hugging Face libraries do: `model.safetensors`, or several files of 5 GB with an index.
 
-    Tensors have their names in the model, a tied one all of its names, so that `model.load_state_dict(load_file(..))` accepts them.
-    `safetensors.torch.load_model` expects one name of each: pass strict=False. A tokenizer or config.json is not part of a checkpoint.
-    Holds one file in memory.
+    Tensors have their names in the model; a tied tensor is written under all of its names, so that
+    `model.load_state_dict(load_file(..))` accepts the files. `safetensors.torch.load_model` expects one name per tensor: pass strict=False.
+    Checkpoints, and so exports, have no tokenizer or config.json. One file at a time is in memory.
 
     Args:
-        root: of the checkpoints.
+        root: the folder or URL with the checkpoints; see `save`.
         destination: a folder that does not exist.
-        step: None: the highest that is committed.
-        masters: write the float32 values of parameters, where there are some, in place of the rounded ones.
+        step: the step to export; None: the highest that is committed.
+        masters: write float32 masters in place of rounded parameters, where the checkpoint has masters.
 
     Returns:
         The names of the files.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it holds no model.
-        DamagedError: it is not what was saved.
+        DamagedError: its bytes differ from the saved ones.
         FileExistsError: the destination exists.
     """
     safetensors = import_safetensors()
@@ -88,9 +88,9 @@ def export_torch(root: AnyPath, destination: AnyPath, *, step: int | None = None
     """Write a checkpoint as one file for `torch.load(..., weights_only=True)`: {"model": .., "optimizer": .., "extra": .., "step": ..}.
 
     "model" is for `model.load_state_dict`, "optimizer" for `load_state_dict` of an optimizer of this library with the same param groups;
-    either is None if the checkpoint has none. Parameters are numbered in the order of the groups, and named there as "param_names". Under
-    FSDP1 with use_orig_params=False, where an optimizer has no order of its own, compare these names with those of the groups it is loaded
-    into. Holds everything in memory.
+    either is None if the checkpoint lacks it. The optimizer's parameters are numbered group by group; each group lists their names as
+    "param_names". Under FSDP1 with use_orig_params=False an optimizer's parameters have no order: compare these names with those of the
+    groups that you load the state into. Everything is in memory at once.
 
     Args:
         root, step, masters: see `export_safetensors`.
@@ -127,7 +127,7 @@ def _open(root: AnyPath, step: int | None) -> CheckpointReader:
 
 
 def _tensor(reader: CheckpointReader, entry: TensorEntry) -> Tensor:
-    """Read a whole tensor to memory of its own."""
+    """Read a whole tensor to new CPU memory."""
     result = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
     target = LocalTensor(kind=entry.kind, segment=Segment.whole(entry.name, entry.shape), local=result)
     reader.load([LoadRequest(target=target, entries=[entry])])
@@ -135,7 +135,7 @@ def _tensor(reader: CheckpointReader, entry: TensorEntry) -> Tensor:
 
 
 def _model(manifest: Manifest, masters: bool) -> Model:
-    """Return the model's tensors by all of their names; with `masters`, the float32 values of those that were rounded."""
+    """Return the model's tensors, by all of their names; with `masters`, masters in place of rounded parameters."""
     entries = {entry.name: entry for entry in manifest.tensors.values() if entry.kind == MODEL}
     if masters:
         entries = {name: manifest.tensors.get(key_of(MASTER, name), entry) for name, entry in entries.items()}
@@ -163,7 +163,7 @@ def _optimizer(reader: CheckpointReader, parameters: Parameters) -> dict[str, An
 
 
 def _split(model: Model) -> dict[str, list[str]]:
-    """Distribute a model's tensors over files of at most FILE_BYTES: the names of tensors by file."""
+    """Distribute a model's tensors over files of at most FILE_BYTES. Returns the names of the tensors of each file."""
     files: list[list[str]] = [[]]
     size = 0
     for name, entry in model.items():
@@ -190,7 +190,7 @@ def _refuse_existing(destination: Path) -> None:
 
 @contextmanager
 def _draft_of(destination: Path) -> Iterator[Path]:
-    """Yield a path beside the destination that is renamed to it after the block, or removed if the block fails."""
+    """Yield a temporary path beside the destination; rename it to the destination after the block, remove it if the block fails."""
     destination.parent.mkdir(parents=True, exist_ok=True)
     draft = destination.parent / f".{destination.name}.{secrets.token_hex(4)}"
     try:
@@ -207,10 +207,10 @@ def _draft_of(destination: Path) -> Iterator[Path]:
 
 
 def import_safetensors() -> Any:
-    """Import the package, with its `torch`.
+    """Return the package safetensors, with its module `torch`.
 
     Raises:
-        CheckpointError: it is not installed.
+        CheckpointError: the package is not installed.
     """
     try:
         import safetensors.torch

@@ -1,7 +1,7 @@
 """A record of the integrity of checkpoints that this process has read.
 
-Pruning relies on it: before old checkpoints are removed, one of those that stay must have been verified, every byte of it, and not written
-to since. Having written a checkpoint is not enough. Loading and verification record the integrity; `removal.py` reads it.
+Pruning relies on it: before old checkpoints are removed, every byte of a checkpoint that stays must have been verified, and its files
+not written to since. Having written a checkpoint is not enough. Loading and verification record the integrity; `removal.py` reads it.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ class Integrity(enum.Enum):
     DAMAGED = enum.auto()
 
 
-# By root and step, with the version of the files that were read; see `list_files`.
+# By root and step: the version of the files that were read (see `list_files`), and their integrity.
 _known: dict[tuple[str, int], tuple[bytes, Integrity]] = {}
 
 
 def known_integrity(store: Store, step: int) -> Integrity | None:
-    """Return the recorded integrity of a checkpoint; None if none is recorded, or its files were written to since, as the store notices.
+    """Return the recorded integrity of a checkpoint; None if there is no record, or the store shows that files were written to since.
 
     Raises:
-        DamagedError: it is recorded as damaged; see also `list_files`.
+        DamagedError: the checkpoint is recorded as damaged; see also `list_files`.
         UnreadableError: see `list_files`.
     """
     _, current = list_files(store, step)
@@ -62,7 +62,7 @@ def forget(store: Store, step: int) -> None:
 
 @contextmanager
 def recording_integrity(reader: CheckpointReader) -> Iterator[None]:
-    """Record the integrity of a checkpoint by whether the block, which reads all of it, raises."""
+    """Record a checkpoint as verified, or as damaged if the block, which must read all of it, raises DamagedError."""
     try:
         yield
     except UnreadableError:  # it may or may not be damaged
@@ -75,14 +75,14 @@ def recording_integrity(reader: CheckpointReader) -> Iterator[None]:
 
 
 def verify_all(reader: CheckpointReader) -> None:
-    """Read all of a checkpoint in this process. Raises DamagedError if it differs from the saved bytes."""
+    """Verify all bytes of a checkpoint in this process. Raises DamagedError if any differ from the saved bytes."""
     reader.check_files()
     with recording_integrity(reader):
         reader.verify((), 0, 1)
 
 
 def verify_together(store: Store, step: int, process_group: dist.ProcessGroup | None) -> None:
-    """Read all of a checkpoint, each rank its share, unless rank 0 knows its integrity already. A collective.
+    """Verify all bytes of a checkpoint, each rank a share, unless rank 0 has recorded it as verified. A collective.
 
     Raises:
         CheckpointError: see `CheckpointReader`.
@@ -104,7 +104,7 @@ def verify_together(store: Store, step: int, process_group: dist.ProcessGroup | 
 
 @contextmanager
 def skipping_damaged() -> Iterator[None]:
-    """Suppress the error of a checkpoint that is damaged or of a later version, with a warning, or that was removed meanwhile."""
+    """Suppress the error of a checkpoint: with a warning if it is damaged or of a later version, silently if it was removed meanwhile."""
     try:
         yield
     except (DamagedError, MismatchError) as error:

@@ -1,4 +1,4 @@
-"""Load: everything that can fail is checked on all ranks together before anything live changes.
+"""Load a checkpoint. All ranks together check everything that can fail before the model or the optimizer changes.
 
     open -> match live tensors with stored ones -> report what does not match -> verify all bytes, each rank its share -> install
 
@@ -40,8 +40,8 @@ class LoadOptions:
 
     Attributes:
         strict: whether everything must match.
-        lenient: patterns of the names that need not match if `strict` is False.
-        hyperparameters: which ones the optimizer has afterwards.
+        lenient: patterns of the names of tensors that may mismatch if `strict` is False.
+        hyperparameters: the source of the optimizer's hyperparameters after loading.
     """
 
     strict: bool
@@ -58,22 +58,22 @@ class LoadOptions:
 
 
 class _Summary(TypedDict):
-    """The values that a rank shares with the others when it has opened a checkpoint."""
+    """The values that a rank sends to the other ranks after it has opened a checkpoint."""
 
-    digest: str  # of the manifest
+    digest: str  # SHA-256 of the manifest
     saved_groups: list[set[int]]  # see `LiveOptimizer.saved_groups`
     rounded: set[str]  # names of parameters that are rounded copies of masters
-    known: int  # the checkpoint's parameters that the optimizer has, as a mask
+    known: int  # mask (`mask_of`) of the checkpoint's parameters that this rank's optimizer has
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Opened:
-    """An open checkpoint, with this rank's model and optimizer, into which it is loaded."""
+    """An open checkpoint, and this rank's parts of the model and optimizer that it is loaded into."""
 
     reader: CheckpointReader
     model: LiveModel
     optimizer: LiveOptimizer | None
-    masters: list[LocalTensor]  # of a model that is loaded without its optimizer
+    masters: list[LocalTensor]  # masters of the model's parameters, if the model is loaded without its optimizer
 
     @classmethod
     def of(cls, store: Store, step: int, model: Any, optimizer: Any) -> _Opened:
@@ -105,7 +105,7 @@ def load_newest(store: Store, model: Any, optimizer: Any, options: LoadOptions, 
     """Load the highest step that is not damaged. A collective.
 
     Raises:
-        CheckpointError: there is none, or `load_step` raises it for a reason other than damage.
+        CheckpointError: there is no checkpoint, or `load_step` raised an error other than DamagedError.
     """
     _, (steps, *_) = all_or_nothing(f"listing {store.root}", lambda: candidates(store), process_group)
     damaged: list[str] = []
@@ -122,7 +122,7 @@ def load_newest(store: Store, model: Any, optimizer: Any, options: LoadOptions, 
 
 
 def load_step(store: Store, step: int, model: Any, optimizer: Any, options: LoadOptions, process_group: dist.ProcessGroup | None) -> Any:
-    """Load a step, on all ranks or on none. A collective.
+    """Load the checkpoint of a step, on all ranks or on none. A collective.
 
     Returns:
         The `extra` that was saved.
@@ -208,7 +208,7 @@ def _report(where: str, problems: Sequence[Problem], options: LoadOptions) -> No
 
 
 def _install(opened: _Opened, matched: Match, plan: StatePlan, options: LoadOptions) -> None:
-    """Write everything to the model and the optimizer."""
+    """Write the checkpoint's values to the model and the optimizer."""
     opened.model.before_load()
     opened.reader.load(matched.requests)
     if opened.optimizer is not None:

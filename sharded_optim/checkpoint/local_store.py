@@ -13,7 +13,7 @@ __all__ = ["AnyPath", "LocalStore", "sync"]
 
 AnyPath = str | os.PathLike[str]
 
-BROKEN_LINK = (errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG)  # permanent errors of a link
+BROKEN_LINK = (errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG)  # errors of a broken link, which are permanent
 REMOVED = ".removed"  # suffix of a folder that is being removed
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ class LocalStore:
         self.root = os.path.abspath(root)  # the working directory may change during a save in the background
 
     def folders(self) -> list[str]:
-        """As `Store.folders`, with files and broken links that have the name of a step, so that they are reported as damaged."""
+        """See `Store.folders`. Lists files and broken links named like a step too, so that they are reported as damaged."""
         try:
             with os.scandir(self.root) as entries:
                 return [entry.name for entry in entries if entry.name.startswith("step-") or _is_folder(entry)]
@@ -45,7 +45,7 @@ class LocalStore:
                 statuses = {entry.name: entry.stat() for entry in entries if _is_file(entry)}
         except FileNotFoundError:
             return {}
-        # With the time of change, as programs can set the time of modification.
+        # With st_ctime_ns, as programs can set the modification time.
         return {name: (file.st_size, (file.st_ino, file.st_mtime_ns, file.st_ctime_ns)) for name, file in statuses.items()}
 
     def read(self, folder: str, file: str, offset: int, into: memoryview) -> int:
@@ -70,7 +70,7 @@ class LocalStore:
 
     def publish(self, draft: str, folder: str) -> None:
         sync(self._path(draft))
-        if os.path.lexists(self._path(folder)):  # a rename would replace an empty one
+        if os.path.lexists(self._path(folder)):  # os.rename would replace an empty folder
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), self._path(folder))
         os.rename(self._path(draft), self._path(folder))
         try:
@@ -88,7 +88,7 @@ class LocalStore:
     def remove(self, folder: str) -> None:
         renamed = f".{folder.lstrip('.')}.{secrets.token_hex(4)}{REMOVED}"
         try:
-            # Renamed first, even a draft: another process that is about to publish it must not find a part of it.
+            # Renamed first, even a draft: another process that is about to publish it must not publish a part of it.
             os.rename(self._path(folder), self._path(renamed))
             if not self.is_draft(folder):  # after a crash it must not reappear with a part of its files
                 sync(self.root)
@@ -114,7 +114,7 @@ class LocalStore:
 
 
 class LocalFile:
-    """A new file: a context manager with the `write` of a `Writer`."""
+    """A new file, a `Writer`. A context manager: if the block succeeds, the file is on the disk afterwards."""
 
     def __init__(self, path: str) -> None:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -170,7 +170,7 @@ def sync(path: AnyPath) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # not supported by some file systems in user space
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems in user space do not support it
             raise
     finally:
         os.close(descriptor)

@@ -1,4 +1,4 @@
-"""`LocalTensor`, the description of the elements of a tensor that a process holds.
+"""`LocalTensor`: the elements of a tensor that a process holds.
 
 The modules in `live/` and `imports/` produce them; saving reads their elements, and loading writes to them.
 """
@@ -16,8 +16,8 @@ from sharded_optim.sharding.segment import Segment
 
 __all__ = ["LOW_PRECISION", "MASTER", "MODEL", "LocalTensor", "bytes_of", "checksum", "tensor_of"]
 
-# The kinds of tensors beside MODEL; all others are entries of the optimizer's state.
-MASTER = "master"  # float32 values of which the parameter is the rounded copy
+# The kind of a tensor is MODEL, MASTER, or the name of an entry of the optimizer's state.
+MASTER = "master"  # float32 values; the parameter is their rounded copy
 LOW_PRECISION = (torch.bfloat16, torch.float16)  # dtypes of parameters that may have masters
 CHECKSUM_NUMEL = 2**20  # elements that are copied to the host at a time
 
@@ -27,10 +27,10 @@ class LocalTensor:
     """The elements of a tensor that this process holds.
 
     Attributes:
-        kind: MODEL, MASTER or an entry of the optimizer's state.
+        kind: MODEL, MASTER, or the name of an entry of the optimizer's state.
         segment: the name of the parameter or buffer, and the positions of the elements in it.
         local: these elements in order, in any shape. Loading writes here.
-        is_buffer: whether replicas may have different values, as running means do; the first rank's are saved.
+        is_buffer: whether replicas may differ, as buffers such as running means do; the first rank's values are saved.
     """
 
     kind: str
@@ -43,7 +43,7 @@ class LocalTensor:
         return key_of(self.kind, self.segment.name)
 
     def flat(self) -> Tensor:
-        """Return the elements: 1-D, contiguous; a view if the memory layout allows it."""
+        """Return the elements as a contiguous 1-D tensor; a view if the memory layout allows it."""
         return self.local.detach().reshape(-1).contiguous()
 
     @property
@@ -65,6 +65,6 @@ def checksum(flat: Tensor) -> int:
 
 
 def tensor_of(content: memoryview, dtype: torch.dtype) -> Tensor:
-    """Return bytes as a 1-D tensor; a view of them if they are aligned."""
+    """Return bytes as a 1-D tensor; a view if they are aligned to the dtype, else a copy."""
     flat = torch.frombuffer(content, dtype=torch.uint8)
     return (flat if flat.data_ptr() % dtype.itemsize == 0 else flat.clone()).view(dtype)

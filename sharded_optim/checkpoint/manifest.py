@@ -1,8 +1,8 @@
-"""The manifest of a checkpoint as Python objects: which tensors it holds, and the file, offset and SHA-256 of each chunk of them.
+"""The manifest of a checkpoint as Python objects: its tensors, and the file, offset and SHA-256 of each of their chunks.
 
-`COMMITTED` holds the SHA-256 of the manifest. The manifest covers everything else: for each shard file its size and the SHA-256 of its
-header, for each chunk of data the SHA-256. Saving builds manifests, and everything that reads checkpoints uses them; `manifest_json.py`
-converts them to JSON and back.
+The file `COMMITTED` holds the SHA-256 of the manifest. The manifest covers everything else: it has the size of each shard file, and the
+SHA-256 of each header and each chunk. Saving builds manifests, and everything that reads checkpoints uses them; `manifest_json.py` converts
+them to JSON and back.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ __all__ = [
 FORMAT = "sharded_optim.checkpoint"
 VERSION = (1, 0)  # a higher first number means that older versions of this library cannot read it
 MODEL = "model"  # the kind of parameters and buffers
-# Larger ones are neither written nor read: a reader allocates memory by these sizes.
+# Larger manifests and headers are neither written nor read, as a reader allocates memory of their size.
 MAX_MANIFEST_BYTES = 2**30
 MAX_HEADER_BYTES = 100_000_000  # of a shard file, the limit of other readers of safetensors
 CHUNK_BYTES = 4 * 2**20  # the largest chunk
-MAX_STEPS = 2**53  # of a step counter, up to which floats count exactly
+MAX_STEPS = 2**53  # the largest step counter: up to here floats count exactly
 
 
 def sha256(content: bytes | memoryview) -> str:
@@ -52,12 +52,12 @@ def sha256(content: bytes | memoryview) -> str:
 
 
 def key_of(kind: str, name: str) -> str:
-    """Return the key of a tensor in a checkpoint: its kind (MODEL, or an entry of the optimizer's state) and its parameter or buffer."""
+    """Return the key of a tensor in a checkpoint: its kind (see `LocalTensor`), and the name of the parameter or buffer."""
     return f"{kind}/{name}"
 
 
 def check_name(value: Any) -> str:
-    """Return a name; raise ValueError for other values, and for characters that no file can hold."""
+    """Return the value if it is a name; raise ValueError if it is not a string, or not encodable as UTF-8."""
     if not isinstance(value, str):
         raise ValueError(f"{value!r} is not a name")
     try:
@@ -89,7 +89,7 @@ class Chunk:
     sha256: str
 
     def __hash__(self) -> int:
-        return hash((self.file, self.offset))  # not of all fields: checkpoints have many chunks
+        return hash((self.file, self.offset))  # two fields identify a chunk; hashing all would be slow for many chunks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,16 +114,16 @@ class TensorEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """Hyperparameters, param groups and step counters of an optimizer: everything in a checkpoint about it besides tensors.
+    """Hyperparameters, param groups and step counters of an optimizer: everything about it in a checkpoint except tensors.
 
     Attributes:
-        optimizer: the class's name.
+        optimizer: the name of its class.
         groups: hyperparameters of each param group.
-        group_of: index of each parameter's group, by its name.
-        steps: the step counter of each parameter that has state.
+        group_of: index of each parameter's group, by the parameter's name.
+        steps: the step counter of each parameter that has state, by the parameter's name.
 
     Raises:
-        ValueError: a step counter is not a whole number, a parameter is in no group, or no optimizer accepts a hyperparameter.
+        ValueError: a step counter is not a whole number or its parameter is in no group, or a hyperparameter has an impossible value.
     """
 
     optimizer: str
@@ -160,9 +160,9 @@ class Manifest:
     tensors: Mapping[str, TensorEntry]  # by key
     parameters: Parameters | None
     extra: Any
-    wrapper: Mapping[str, Any] = field(default_factory=dict)  # state that only the same wrapper restores, by the wrapper's name
+    wrapper: Mapping[str, Any] = field(default_factory=dict)  # state that only the same wrapper can restore, by the wrapper's name
     libraries: Mapping[str, str] = field(default_factory=dict)
-    aliases: Mapping[str, str] = field(default_factory=dict)  # further names of tied tensors of the model: the name each is saved under
+    aliases: Mapping[str, str] = field(default_factory=dict)  # further names of tied tensors -> the name that each is saved under
 
     @cached_property
     def kinds(self) -> frozenset[str]:

@@ -1,7 +1,7 @@
-"""Manifests as JSON: `serialize` writes one, and `parse` reads it and checks it completely.
+"""Manifests as JSON: `serialize` writes a manifest, and `parse` reads and checks it.
 
-Checked are versions, names, numbers, and that the chunks tile the tensors and fill the files. The rank that commits a checkpoint writes
-the manifest, `CheckpointReader` reads it.
+The checks are complete: versions, names, numbers, and whether the chunks tile the tensors and fill the files. The rank that commits a
+checkpoint writes the manifest, `CheckpointReader` reads it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from sharded_optim.sharding.segment import Segment, find_tiling_error
 
 __all__ = ["parse", "serialize"]
 
-MAX_TENSOR_BYTES = 2**62  # of a tensor without its empty dimensions, so that no product overflows
+MAX_TENSOR_BYTES = 2**62  # of a tensor, not counting dimensions of size 0, so that no product of sizes overflows
 SHARD_NAME = re.compile(r"shard-[0-9]{5}-of-[0-9]{5}\.safetensors")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -107,19 +107,19 @@ def parse(text: bytes, where: str) -> Manifest:
         where: the file, for error messages.
 
     Raises:
-        MismatchError: this version of the library cannot read it, though it may be intact.
-        DamagedError: it contradicts itself, or has impossible values.
+        MismatchError: this version of the library cannot read the manifest, which may be intact.
+        DamagedError: the manifest contradicts itself, or has impossible values.
     """
     try:
         try:
             return _parse(text)
-        except RecursionError:  # perhaps because the caller is deep inside a program: a thread has a stack of its own
+        except RecursionError:  # the caller's own stack may be deep: try again in a thread, which has a new one
             return _parse_in_thread(text)
     except MismatchError as error:
         raise MismatchError(f"{where}: {error}") from error
     except RecursionError as error:
         raise DamagedError(f"{where}: it is nested too deeply") from error
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RuntimeError) as error:  # torch raises the last
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RuntimeError) as error:  # torch raises RuntimeError
         raise DamagedError(f"{where}: {error if isinstance(error, ValueError) else repr(error)}") from error
 
 
@@ -158,7 +158,7 @@ def _parse(text: bytes) -> Manifest:
     )
     _check_parameter_names(manifest)
     _check_extents(manifest)
-    for entry in tensors.values():  # after the extents, which bound the memory that this takes
+    for entry in tensors.values():  # after `_check_extents`, which bounds the memory that this takes
         _check_tiling(entry)
     return manifest
 

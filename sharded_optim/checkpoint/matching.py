@@ -1,4 +1,4 @@
-"""Match live local tensors with the stored tensors that they are loaded from, and report mismatches.
+"""Match live tensors with the stored tensors that they are loaded from, and report mismatches.
 
 Reads manifests only. Used by `loading.py`.
 """
@@ -18,7 +18,7 @@ from sharded_optim.storage.formats import extra_arrays, format_beside
 
 __all__ = ["Match", "Problem", "keys_in", "mask_of", "match", "missing_parameters", "unused_tensors"]
 
-Problem = tuple[str, str]  # the name of the tensor, or "", and the message
+Problem = tuple[str, str]  # the name of the tensor ("" for other problems), and the message
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Match:
 
     Attributes:
         requests: the tensors to load.
-        used: keys of the stored tensors that belong to live ones.
+        used: keys of the stored tensors that belong to live tensors.
         problems: mismatches.
     """
 
@@ -42,8 +42,8 @@ def match(
     """Find the stored tensor for each local tensor.
 
     Args:
-        tensors: of the model.
-        masters: of a model that is loaded without its optimizer: they get the model's values, of any dtype.
+        tensors: the model's tensors.
+        masters: masters of a model that is loaded without its optimizer; stored tensors of any dtype may be loaded into them.
         state: the optimizer's tensors.
         rounded: names of the live parameters that are rounded copies of masters, on any rank.
     """
@@ -70,7 +70,10 @@ def match(
 
 
 def _source(manifest: Manifest, tensor: LocalTensor) -> TensorEntry | None:
-    """Return the stored tensor to load from: a master for a float32 parameter that was rounded, a parameter for an unsaved master."""
+    """Return the stored tensor to load from; None if there is none.
+
+    A float32 parameter whose saved values are rounded is loaded from its master; a master that was not saved, from its parameter.
+    """
     name = tensor.segment.name
     own = manifest.tensors.get(tensor.key)
     if tensor.kind == MASTER:
@@ -93,16 +96,17 @@ def _shape_problem(tensor: LocalTensor, entry: TensorEntry) -> str | None:
 
 
 def _dtypes_match(tensor: LocalTensor, entry: TensorEntry, rounded: set[str]) -> bool:
-    """Return whether dtypes match: equal, a float32 tensor for a parameter that is rounded from masters, or low precision for masters."""
+    """Return whether dtypes match: equal; saved in float32, for a parameter rounded from masters; or saved in 16 bits, for a master."""
     live, saved = tensor.local.dtype, entry.dtype
     rounds = tensor.kind == MODEL and tensor.segment.name in rounded and live in LOW_PRECISION and saved == torch.float32
     return live == saved or rounds or (tensor.kind == MASTER and saved in LOW_PRECISION)
 
 
 def _beside(manifest: Manifest, tensor: LocalTensor, entry: TensorEntry, rounded: set[str]) -> list[TensorEntry]:
-    """List the arrays, such as Kahan compensations, that hold a saved parameter's value together with it.
+    """List the stored arrays, such as Kahan compensations, that hold a saved parameter's value together with the parameter.
 
-    Masters and their rounded copies are loaded from all of them, so that they have the value that the step computed.
+    Masters and their rounded copies are loaded from the parameter and these arrays, and so get the value that the step computed. Other
+    tensors are loaded without these arrays: the list is empty.
     """
     name = tensor.segment.name
     has_masters = tensor.kind == MASTER or (tensor.kind == MODEL and name in rounded)
@@ -117,7 +121,7 @@ def _beside(manifest: Manifest, tensor: LocalTensor, entry: TensorEntry, rounded
 
 
 def mask_of(keys: Iterable[str], some: Collection[str]) -> int:
-    """Encode some of the keys of a manifest as a number with a bit for each, which is small to send from many ranks."""
+    """Encode a subset of a manifest's keys as an integer with a bit for each key, so that many ranks can send theirs."""
     return sum(1 << number for number, key in enumerate(keys) if key in some)
 
 

@@ -1,4 +1,4 @@
-"""`CheckpointReader`: open a committed checkpoint, compare its bytes with what was saved, and copy them to local tensors.
+"""`CheckpointReader`: open a committed checkpoint, verify its bytes, and copy them to local tensors.
 
 Used by loading, verification, pruning and exports.
 """
@@ -47,16 +47,16 @@ class CheckpointReader:
     """A committed checkpoint.
 
     Attributes:
-        root, step: the store's root, and the checkpoint's number.
+        root, step: the store's root, and the checkpoint's step.
         where: its folder, for error messages.
-        manifest: what it holds.
+        manifest: its content.
         digest: SHA-256 of the manifest's file.
         version: changes if one of its files is modified after the commit; see `list_files`.
 
     Raises:
-        CheckpointError: there is none.
-        DamagedError: the manifest is not what was saved.
-        MismatchError: this version of the library cannot read it, though it may be intact.
+        CheckpointError: there is no committed checkpoint.
+        DamagedError: the manifest differs from the saved one.
+        MismatchError: this version of the library cannot read the manifest, which may be intact.
     """
 
     def __init__(self, store: Store, step: int) -> None:
@@ -75,7 +75,7 @@ class CheckpointReader:
             raise DamagedError(f"{self.where} is the folder of another step: its {MANIFEST} is of step {self.manifest.step}")
 
     def _check_commit(self) -> None:
-        """Refuse a folder without the marker and the manifest of a commit, or with impossible sizes of them."""
+        """Raise an error unless the folder has a marker and a manifest of possible sizes."""
         try:
             exists = COMMITTED in self.sizes or (self._store.renames and self.folder in self._store.folders())
         except OSError as error:
@@ -108,7 +108,7 @@ class CheckpointReader:
         """Compare the names and sizes of shard files with the manifest. Reads no data.
 
         Raises:
-            DamagedError: files are lost, foreign, or of another size than was saved.
+            DamagedError: files are lost, do not belong to the checkpoint, or differ in size from the saved ones.
         """
         problems = []
         for name, file in self.manifest.files.items():
@@ -121,14 +121,14 @@ class CheckpointReader:
         self._raise_for(problems)
 
     def verify(self, requests: Iterable[LoadRequest], share: int, shares: int) -> None:
-        """Read and compare the chunks of requests, and one share of all chunks.
+        """Verify the chunks of requests, and share number `share` of `shares` of all headers and chunks.
 
         Raises:
-            DamagedError: bytes are not those that were saved; names all such files and tensors.
+            DamagedError: bytes differ from the saved ones; names the files and tensors.
         """
         names = list(self.manifest.files)[share::shares]
         problems = [problem for name in names if (problem := self._header_problem(name)) is not None]
-        # Contiguous chunks, so that shares have about as many bytes, whatever the sizes of chunks.
+        # By bytes, not by number of chunks, so that shares are about equal whatever the sizes of chunks.
         begins = accumulate((chunk.size for chunk in self.manifest.chunks), initial=0)
         total = sum(chunk.size for chunk in self.manifest.chunks)
         chunks = {chunk for chunk, begin in zip(self.manifest.chunks, begins, strict=False) if begin * shares // total == share}
@@ -168,7 +168,7 @@ class CheckpointReader:
                     self._load_format(request)
 
     def _load_format(self, request: LoadRequest) -> None:
-        """Load values that are stored in several arrays."""
+        """Load values that are stored in several arrays, as a parameter with a Kahan compensation is."""
         local, segment = request.target.local.detach(), request.target.segment
         arrays = [torch.empty(segment.numel, dtype=entry.dtype, device=local.device) for entry in request.entries]
         self._copy([(entry, segment, array) for entry, array in zip(request.entries, arrays, strict=True)])
@@ -176,7 +176,7 @@ class CheckpointReader:
         local.copy_(fmt.load(*arrays).view(local.shape))
 
     def _copy(self, copies: Sequence[tuple[TensorEntry, Segment, Tensor]]) -> None:
-        """Copy the elements of a segment of each stored tensor to a 1-D contiguous tensor."""
+        """Copy parts of stored tensors. Each of `copies`: a stored tensor, a segment of it, and the contiguous 1-D tensor to copy to."""
         targets: dict[Chunk, list[tuple[Segment, Tensor]]] = {}
         for entry, segment, target in copies:
             for chunk in entry.chunks:
@@ -217,10 +217,10 @@ def list_files(store: Store, step: int) -> tuple[dict[str, int], bytes | None]:
     """List the files of a checkpoint.
 
     Returns:
-        The size of each, and 32 bytes that change when a file is written to, as far as the store notices; None if it notices nothing.
+        The size of each file; and 32 bytes that change when a file is written to, as far as the store notices, or None if it cannot.
 
     Raises:
-        DamagedError: something other than a folder has its name.
+        DamagedError: the path of the checkpoint is not a folder.
         UnreadableError: the folder cannot be listed.
     """
     try:
@@ -234,5 +234,5 @@ def list_files(store: Store, step: int) -> tuple[dict[str, int], bytes | None]:
 
 
 def marker_of(manifest: bytes) -> bytes:
-    """Return the content of the file `COMMITTED` beside a manifest."""
+    """Return the content of the file `COMMITTED` for a manifest."""
     return f"{sha256(manifest)}\n".encode()

@@ -1,7 +1,7 @@
 """Remove checkpoints: old ones, in `so.checkpoint.prune` and after a save with keep=, and a damaged one whose step is saved again.
 
-Before old ones are removed, one of those that stay must be known to be intact (`integrity.py`); if none is, the newest is read back.
-Training that fell back to an older checkpoint reaches the damaged step again, and must be able to save it. Used by `saving.py` and users.
+Before old ones are removed, a checkpoint that stays must be known to be intact (`integrity.py`); if none is, the newest is read back.
+Training that fell back to an older checkpoint reaches the damaged step again, and must be able to save it. Used by `saving.py`.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ __all__ = ["clear_step", "prune", "prune_together", "step_exists"]
 def prune(root: AnyPath, keep: int) -> list[int]:
     """Remove all checkpoints but the newest `keep`.
 
-    Damaged ones are not counted, as far as their manifests, the sizes of their files, and earlier reads of this process show; they stay if
-    they are newer than all that are counted. No shard is read if this process has read back one of the newest `keep`, in `load`, `verify`
-    or `latest`, and its files were not written to since, as far as the store notices. Otherwise the newest of them is read back, and if it
-    is damaged the one before it: a checkpoint that verifies stays. Bytes that decay without a write after they were read back are not
-    noticed; `verify` finds them. If a store lists no times or tags of files, a checkpoint is read back each time.
+    Damaged checkpoints, as far as manifests, file sizes and earlier reads of this process show, are not counted; they stay if they are
+    newer than the oldest that is kept.
+
+    No shard is read if this process has read back one of the newest `keep`, in `load`, `verify` or `latest`, and its files were not written
+    to since, as far as the store notices. Otherwise the newest is read back, and if it is damaged the checkpoint before it: a checkpoint
+    that verifies always stays. Bytes that decay without a write after they were read back are not noticed; `verify` finds them. If a store
+    lists no times or tags of files, a checkpoint is read back each time.
 
     May be called by several processes at once.
 
@@ -37,7 +39,7 @@ def prune(root: AnyPath, keep: int) -> list[int]:
         The steps that were removed.
 
     Raises:
-        CheckpointError: some could not be removed; all others were.
+        CheckpointError: some checkpoints could not be removed; all others were removed.
     """
     if type(keep) is not int or keep < 1:
         raise ValueError(f"keep must be a whole number >= 1, got {keep!r}")
@@ -56,13 +58,13 @@ def prune(root: AnyPath, keep: int) -> list[int]:
 
 
 def prune_together(store: Store, keep: int, new_step: int, process_group: dist.ProcessGroup | None) -> None:
-    """Remove all checkpoints but the newest `keep`, and never the one just saved. A collective.
+    """Remove all checkpoints but the newest `keep` and `new_step`, which was just saved. A collective.
 
-    The ranks read back one checkpoint together, each its share: rank 0 alone would take world size times as long, and the others would run
-    into a timeout.
+    The ranks read back a checkpoint together, each a share: rank 0 alone would take world size times as long, and the other ranks would
+    run into a timeout.
 
     Raises:
-        CheckpointError: the newest is damaged, or some could not be removed.
+        CheckpointError: the newest checkpoint is damaged, or some could not be removed.
     """
     is_first = rank_and_world_size(process_group)[0] == 0
     _, (choice, *_) = all_or_nothing(
@@ -78,14 +80,14 @@ def prune_together(store: Store, keep: int, new_step: int, process_group: dist.P
 
 
 def _removable(store: Store, keep: int, *, damaged: Collection[int] = (), spare: int | None = None) -> tuple[list[int], int | None]:
-    """Choose the checkpoints to remove, and one of those that stay that must be verified before. Reads no shard.
+    """Choose the checkpoints to remove, and a checkpoint that stays to be verified first. Reads no shard.
 
     Args:
-        damaged: steps that are not counted.
-        spare: a step that stays.
+        damaged: steps of damaged checkpoints, which are not counted.
+        spare: a step that is not removed.
 
     Returns:
-        The steps, ascending, and the one to verify; None if one of the newest `keep` is verified, or there is nothing to remove.
+        The steps to remove, ascending; the step to verify, or None if one of the newest `keep` is verified, or nothing is removed.
     """
     counted = ((step, integrity) for step, integrity in _newest_first(store) if step not in damaged)
     newest = dict(islice(counted, keep))
@@ -97,7 +99,7 @@ def _removable(store: Store, keep: int, *, damaged: Collection[int] = (), spare:
 
 
 def _newest_first(store: Store) -> Iterator[tuple[int, Integrity]]:
-    """List the checkpoints that are not known to be damaged, without reading a shard. Each manifest is read once per process."""
+    """List the checkpoints that are not known to be damaged, newest first. Reads no shard, and each manifest once per process."""
     for step in reversed(candidates(store)):
         with skipping_damaged():
             integrity = known_integrity(store, step)
@@ -110,12 +112,12 @@ def _newest_first(store: Store) -> Iterator[tuple[int, Integrity]]:
 
 
 def _remove(store: Store, steps: Iterable[int]) -> None:
-    """Remove checkpoints. Raises CheckpointError if some could not be removed; all others were."""
+    """Remove checkpoints. Raises CheckpointError if some could not be removed, after all others were removed."""
     failures = []
     for step in steps:
         try:
             store.remove(folder_of(step))
-        except Exception as error:  # clients of clouds raise errors of their own
+        except Exception as error:  # cloud clients raise errors of their own types
             failures.append(f"{store.root}/{folder_of(step)} could not be removed: {error}")
         forget(store, step)
     if failures:
@@ -126,16 +128,18 @@ def _remove(store: Store, steps: Iterable[int]) -> None:
 
 
 def step_exists(store: Store, step: int) -> bool:
-    """Return whether a step has a folder; on an object store, where drafts have the same name, whether it has the marker."""
+    """Return whether a step has a folder; on an object store, where a draft has the same name, whether that has the marker."""
     folder = folder_of(step)
     return folder in store.folders() and (store.renames or COMMITTED in store.files(folder))
 
 
 def clear_step(store: Store, step: int, process_group: dist.ProcessGroup | None) -> None:
-    """Remove a damaged checkpoint, and rename one that cannot be read, which may be intact. A collective.
+    """Make way for a save of a step that exists. A collective.
+
+    Removes a damaged checkpoint. Renames a checkpoint that cannot be read, as it may be intact.
 
     Raises:
-        CheckpointError: it is intact, or cannot be renamed.
+        CheckpointError: the checkpoint is intact, is of a later version, or cannot be renamed.
     """
     folder = folder_of(step)
     where = f"{store.root}/{folder}"
@@ -151,7 +155,7 @@ def clear_step(store: Store, step: int, process_group: dist.ProcessGroup | None)
             f"step {step} is committed already, and a committed checkpoint is never overwritten; save to another root, or remove {where}"
         )
 
-    def clear() -> None:  # warns on all ranks: where warnings are errors, one rank would raise alone
+    def clear() -> None:  # warns on all ranks: if warnings are errors, all ranks must raise
         if not isinstance(damage, UnreadableError):
             warnings.warn(f"replacing a checkpoint that is damaged: {damage}", UserWarning, stacklevel=2)
             if is_first:

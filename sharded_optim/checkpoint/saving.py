@@ -1,8 +1,8 @@
-"""Save: all ranks write the chunks that the plan assigns to them and vote, and rank 0 commits.
+"""Save a checkpoint: all ranks write the chunks that the plan assigns to them and vote, and rank 0 commits.
 
     collect -> plan -> draft -> shards, written and hashed -> vote -> manifest, marker -> publish -> prune
 
-A committed checkpoint is never written to. A process that dies leaves a draft, which the next process's first save removes. Used by
+A committed checkpoint is never written to. A process that dies leaves a draft, which the first save of a later process removes. Used by
 `so.checkpoint.save`, by saves in the background (`background.py`), and by `imports/`.
 """
 
@@ -42,12 +42,12 @@ class PendingSave:
     """A save that is planned and not yet written."""
 
     store: Store
-    chunks: Sequence[PlannedChunk]  # that this rank writes
-    tensors: Sequence[LocalTensor]  # that the chunks are cut from
+    chunks: Sequence[PlannedChunk]  # the chunks that this rank writes
+    tensors: Sequence[LocalTensor]  # the tensors that the chunks are cut from
     manifest: Manifest  # without files and chunks
     process_group: dist.ProcessGroup | None
     keep: int | None
-    _flat: dict[int, Tensor] = field(default_factory=dict)  # the elements of the last chunk's tensor, by its row
+    _flat: dict[int, Tensor] = field(default_factory=dict)  # the elements of the tensor of the last chunk, by `PlannedChunk.row`
 
     def content(self, chunk: PlannedChunk) -> Tensor:
         """Return the current elements of a chunk: 1-D."""
@@ -57,7 +57,7 @@ class PendingSave:
         return self._flat[chunk.row][chunk.offset : chunk.offset + chunk.segment.numel]
 
     def release(self) -> None:
-        """Free what `content` may have copied."""
+        """Free the copy of a tensor that `content` may have made."""
         self._flat.clear()
 
 
@@ -73,7 +73,7 @@ def begin(
 
     Args:
         root, step, keep, process_group: see `checkpoint.save`.
-        collect: returns this rank's content, without communication.
+        collect: returns this rank's content; must not communicate.
 
     Raises:
         CheckpointError: see `checkpoint.save`.
@@ -86,7 +86,7 @@ def begin(
         store = open_store(root)
         extra = None if content.extra is None else encode(content.extra, "extra")
         rows = rows_of(content.tensors)
-        # Everything but the tensors is compared as a whole: equal on most ranks, it is sent once.
+        # Everything but the tensors is compared by one digest, and each distinct value is sent once: most ranks have the same.
         rest = replace(content, tensors=(), extra=extra), {"step": step, "keep": keep}
         exists = rank == 0 and step_exists(store, step)
         return (store, content.tensors, rest), (digest_of(rows), digest_of(rest), exists)
@@ -120,13 +120,13 @@ def _check_arguments(step: int, keep: int | None) -> None:
 
 
 def finish(save: PendingSave, content: Callable[[PlannedChunk], Tensor]) -> None:
-    """Write, vote, commit and prune. A collective.
+    """Write the chunks, vote, commit and prune. A collective.
 
     Args:
         content: returns the elements of one of this rank's chunks.
 
     Raises:
-        CheckpointError: on every rank; the draft is removed, and nothing else was touched.
+        CheckpointError: on every rank; the draft is removed, and nothing else has changed.
     """
     store, group = save.store, save.process_group
     rank, world_size = rank_and_world_size(group)
@@ -152,7 +152,7 @@ def finish(save: PendingSave, content: Callable[[PlannedChunk], Tensor]) -> None
         shards = gather_on_first(written, group)
         all_or_nothing(f"committing {where}", commit_on_first, group)
     except BaseException:
-        if is_first and not is_committed:  # after the commit, other ranks may have returned
+        if is_first and not is_committed:  # after the commit the checkpoint stays: other ranks may have returned
             discard_draft(store, draft)
         raise
     if save.keep is not None:
@@ -162,6 +162,6 @@ def finish(save: PendingSave, content: Callable[[PlannedChunk], Tensor]) -> None
 def _prune(save: PendingSave, keep: int) -> None:
     try:
         prune_together(save.store, keep, save.manifest.step, save.process_group)
-    except Exception as error:  # the checkpoint is committed
-        # Warns on all ranks: where warnings are errors, one rank would raise alone.
+    except Exception as error:  # not an error of the save: the checkpoint is committed
+        # Warns on all ranks: if warnings are errors, all ranks must raise.
         warnings.warn(f"{save.store.root} could not be pruned: {error}", UserWarning, stacklevel=4)

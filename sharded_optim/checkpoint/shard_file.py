@@ -1,7 +1,7 @@
 """Write a shard file in the safetensors format, which other tools open. Chunks are hashed in memory while they are written.
 
-Each chunk is a tensor of the file, named by its key and a number: shaped like the whole tensor if it is all of it, else 1-D.
-Format: https://huggingface.co/docs/safetensors, 8 bytes with the size of a JSON header, the header, the data without gaps.
+Each chunk is a tensor of the file, named by its key and a number. A chunk that is a whole tensor has its shape; others are 1-D.
+Format (https://huggingface.co/docs/safetensors): 8 bytes with the size of a JSON header, the header, the data without gaps.
 `saving.py` writes with `write_shard`, `CheckpointReader` compares headers with `header_entries`.
 """
 
@@ -23,11 +23,11 @@ from sharded_optim.checkpoint.write_plan import PlannedChunk
 
 __all__ = ["WrittenShard", "header_entries", "parse_header", "write_shard"]
 
-# Number of a chunk's tensor among all; start, run, stride and count of its segment; SHA-256. Short, as rank 0 gets the chunks of all ranks.
+# Index of the chunk's tensor in the plan; start, run, stride and count of its segment; SHA-256. Small, as rank 0 receives all of them.
 WrittenChunk = tuple[int, int, int, int, int, str]
 WrittenShard = tuple[ShardFile, list[WrittenChunk]]
 
-METADATA = "__metadata__"  # of a safetensors file, beside its tensors
+METADATA = "__metadata__"  # a key of the header, beside the names of tensors
 MAX_QUEUED = 2  # chunks that wait to be hashed
 
 
@@ -43,10 +43,10 @@ def write_shard(
 
     Args:
         content: returns the elements of a chunk: 1-D, contiguous, on any device.
-        tensors: keys of all tensors of the checkpoint, on all ranks in the same order.
+        tensors: keys of all tensors of the checkpoint, in the same order on all ranks.
 
     Returns:
-        The file and its chunks. All hashes are of the bytes in memory.
+        The file and its chunks, with hashes of the bytes in memory.
     """
     header = _header(chunks)
     with store.create(folder, name) as file:
@@ -61,7 +61,7 @@ def write_shard(
     numbers = {key: number for number, key in enumerate(tensors)}
     segments = [(numbers[chunk.key], chunk.segment) for chunk in chunks]
     written = [
-        (number, each.start, each.run, each.stride, each.count, digest) for (number, each), digest in zip(segments, digests, strict=True)
+        (number, part.start, part.run, part.stride, part.count, digest) for (number, part), digest in zip(segments, digests, strict=True)
     ]
     return ShardFile(size=size, header_size=len(header), header_sha256=sha256(header)), written
 
@@ -87,20 +87,20 @@ class _Hasher:
         self._thread.join()
 
     def add(self, flat: Tensor) -> None:
-        """Queue a chunk, waiting while the queue is full. Raises the error of a chunk before it: writing on would be useless."""
+        """Queue a chunk; wait while the queue is full. Raises the error of an earlier chunk, so that writing ends."""
         if self._failure is not None:
             raise self._failure
         self._queue.put(flat)
 
     def digests(self) -> list[str]:
-        """Return the SHA-256 of all chunks, after the block. Raises the error of any."""
+        """Return the SHA-256 of all chunks; call it after the block. Raises the error of any chunk."""
         if self._failure is not None:
             raise self._failure
         return self._digests
 
     def _run(self) -> None:
         while (flat := self._queue.get()) is not None:
-            if self._failure is None:  # else keep emptying the queue, for which `add` may be waiting
+            if self._failure is None:  # after an error only empty the queue: `add` may be waiting for room
                 try:
                     self._digests.append(sha256(bytes_of(flat)))
                 except BaseException as error:
@@ -117,7 +117,7 @@ def _header(chunks: Sequence[PlannedChunk]) -> bytes:
 
 
 def header_entries(chunks: Sequence[PlannedChunk | Chunk]) -> dict[str, Any]:
-    """Build the entries of a header for chunks in their order."""
+    """Build the entries of a header: one per chunk, in the order of the chunks."""
     content: dict[str, Any] = {}
     begin = 0
     numbers: dict[str, int] = {}
@@ -131,7 +131,7 @@ def header_entries(chunks: Sequence[PlannedChunk | Chunk]) -> dict[str, Any]:
 
 
 def parse_header(header: bytes) -> dict[str, Any] | None:
-    """Read the entries of a header; None if it is not a header."""
+    """Read the entries of a header; None if it is not a JSON object."""
     try:
         content = json.loads(header[8:])
     except ValueError:

@@ -17,7 +17,7 @@ def steps(root: AnyPath) -> list[int]:
 
 
 def _committed(store: Store) -> list[int]:
-    """List the committed steps, ascending, and those whose folders cannot be listed."""
+    """List the steps, ascending, that are committed or whose folders cannot be listed."""
     return [step for step in steps_in(store.folders()) if _is_committed(store, step)]
 
 
@@ -29,15 +29,15 @@ def _is_committed(store: Store, step: int) -> bool:
 
 
 def candidates(store: Store) -> list[int]:
-    """List the committed steps, ascending, and those that have lost their marker, as far as that can be known."""
+    """List the steps, ascending, that are committed or have lost their marker, which is not noticed on an object store."""
     return steps_in(store.folders()) if store.renames else _committed(store)
 
 
 def existing_step(store: Store, step: int | None) -> int:
-    """Return a step that exists; None: the highest that is committed.
+    """Return `step` if it exists; for None, the highest step of `candidates`.
 
     Raises:
-        CheckpointError: it does not exist.
+        CheckpointError: there is no such checkpoint.
     """
     existing = candidates(store)
     if step is None and not existing:
@@ -54,7 +54,7 @@ def describe(root: AnyPath, step: int | None = None) -> Manifest:
         step: None: the highest that is committed.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is no such checkpoint.
         DamagedError: its manifest differs from the saved one.
     """
     store = open_store(root)
@@ -68,11 +68,11 @@ def verify(root: AnyPath, step: int | None = None) -> int:
         step: None: the highest that is committed.
 
     Returns:
-        The step.
+        The step that was verified.
 
     Raises:
-        CheckpointError: there is none.
-        DamagedError: it differs from the saved bytes; `problems` names each file and tensor.
+        CheckpointError: there is no such checkpoint.
+        DamagedError: bytes differ from the saved ones; `problems` names each file and tensor.
     """
     store = open_store(root)
     step = existing_step(store, step)

@@ -1,7 +1,7 @@
-"""The interface of storage for checkpoints, `Store`, and the names in a root. `LocalStore` and `UrlStore` implement it.
+"""`Store`, the interface of storage for checkpoints, and the names of files and folders. `LocalStore` and `UrlStore` implement it.
 
 A root holds a folder for each step. A checkpoint is first written to a draft, a folder that is not a checkpoint yet, and is then published:
-by a rename on a local file system, by its marker, which is written last, on an object store. Used by saving, reading and pruning.
+on a local file system by a rename, on an object store by its marker, which is written last. Used by saving, reading and pruning.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ class Store(Protocol):
 
     Attributes:
         root: the path or URL.
-        renames: whether drafts are published by a rename, so that a published folder without a marker has lost it.
+        renames: whether drafts are published by a rename: then a published folder without a marker has lost it.
     """
 
     root: str
     renames: bool
 
     def folders(self) -> list[str]:
-        """List the folders under the root, with drafts; none if there is no root."""
+        """List the folders under the root, including drafts; an empty list if the root does not exist."""
         ...
 
     def files(self, folder: str) -> dict[str, tuple[int, Hashable]]:
-        """List the files of a folder; none if there is no folder. Broken links are not files.
+        """List the files of a folder, without broken links; empty if the folder does not exist.
 
         Returns:
             By name: the size in bytes, and a value that changes when the file is written to, as far as the file system notices; None if
@@ -71,7 +71,7 @@ class Store(Protocol):
         ...
 
     def is_draft(self, folder: str) -> bool:
-        """Return whether a folder is a draft, or the rest of one that was being removed, of any process, running or not."""
+        """Return whether a folder is a draft of any process, running or not, or the rest of a folder that was being removed."""
         ...
 
     def create(self, folder: str, file: str) -> AbstractContextManager[Writer]:
@@ -79,10 +79,10 @@ class Store(Protocol):
         ...
 
     def publish(self, draft: str, folder: str) -> None:
-        """Publish a complete draft as the folder, and wait until that is on the disk. An existing folder is not replaced."""
+        """Publish a complete draft as `folder`, and wait until this is on the disk. An existing folder is not replaced."""
 
     def set_aside(self, folder: str) -> str:
-        """Rename a folder so that it is no checkpoint, and return its new name.
+        """Rename a folder to a name that no checkpoint has, and return the new name.
 
         Raises:
             OSError: it cannot be renamed.
@@ -90,7 +90,7 @@ class Store(Protocol):
         ...
 
     def remove(self, folder: str) -> None:
-        """Remove a folder, if it exists: for readers all at once."""
+        """Remove a folder if it exists. Readers never see a checkpoint that lacks a part."""
 
 
 def open_store(root: AnyPath) -> Store:
@@ -111,6 +111,6 @@ def shard_name(rank: int, world_size: int) -> str:
 
 
 def steps_in(folders: Iterable[str]) -> list[int]:
-    """List the steps whose folders are among these, ascending."""
+    """List the steps, ascending, that these folders are named after. Other folders are skipped."""
     steps = ((int(match[1]), match[0]) for match in map(STEP_FOLDER.fullmatch, folders) if match)
     return sorted(step for step, folder in steps if folder == folder_of(step))

@@ -1,6 +1,6 @@
 """`UrlStore`: checkpoints behind a URL, through fsspec.
 
-Object stores cannot rename, so a draft has its final name, and lacks the marker.
+Object stores cannot rename: a draft is a folder with its final name that lacks the marker.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 __all__ = ["UrlStore"]
 
-# Parts of the names of what file systems list that changes when a file is written to: LastModified, mtime, ETag, updated, ...
+# Parts of the names of file properties that change when a file is written to: LastModified, mtime, ETag, updated, ...
 VERSION_KEYS = ("modif", "mtime", "etag", "updated", "generation", "created", "write_time", "checksum", "md5")
 
 
@@ -20,7 +20,7 @@ class UrlStore:
     """A `Store` behind a URL.
 
     Args:
-        root: as fsspec takes it, s3://bucket/run or memory://run.
+        root: a URL for fsspec, such as s3://bucket/run or memory://run.
     """
 
     renames = False
@@ -56,7 +56,7 @@ class UrlStore:
 
     @contextmanager
     def create(self, folder: str, file: str) -> Iterator[Any]:
-        """As `Store.create`; in an object store the object exists from the end of the block on."""
+        """See `Store.create`. In an object store the object exists only after the block."""
         from fsspec.spec import AbstractBufferedFile
 
         opened = self._files.open(self._path(folder, file), "wb")
@@ -70,7 +70,7 @@ class UrlStore:
         opened.close()
 
     def publish(self, draft: str, folder: str) -> None:
-        """Do nothing: the marker, which is written last, has published it."""
+        """Do nothing: the marker, which is written last, has published the draft."""
 
     def set_aside(self, folder: str) -> str:
         raise OSError(errno.ENOTSUP, "an object store cannot rename", self._path(folder))
@@ -112,6 +112,6 @@ def _name(entry: dict[str, Any]) -> str:
 
 
 def _version(entry: dict[str, Any]) -> str | None:
-    """Return the listed values that change when a file is written to; None if there are none."""
+    """Return the listed properties that change when a file is written to; None if the store lists none."""
     values = {key: value for key, value in entry.items() if value is not None and any(part in key.lower() for part in VERSION_KEYS)}
     return repr(sorted(values.items())) if values else None

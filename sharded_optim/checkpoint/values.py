@@ -4,11 +4,11 @@ True, 3, 0.1, "text", None, [..], {"key": ..}     as they are; floats keep every
 inf, nan, (1, 2), b"..", {3: ..}, a tensor        {"$float": "inf"}, {"$tuple": [1, 2]}, {"$bytes": ..}, {"$items": ..}, {"$tensor": ..}
 OrderedDict, Counter, defaultdict(list)           {"$OrderedDict": [[key, value], ..]}, {"$Counter": ..}, {"$defaultdict": ["list", ..]}
 what a module's state_dict() returns              {"$state_dict": [[[key, value], ..], its _metadata]}
-a Parameter                                       {"$parameter": {as a tensor's, "requires_grad": true}}
+a Parameter                                       {"$parameter": {fields of a tensor, "requires_grad": true}}
 NumPy's scalars and arrays                        {"$scalar": ["<f4", ".."]}, {"$array": ["<u4", [624], ".."]}
 
-Types are restored exactly or refused: a subclass of a list, a dict or a number is not saved as its base class. Of a tensor the values are
-saved, not whether it requires a gradient. Used for `extra`, hyperparameters, step counters and a wrapper's state in manifests.
+Types are restored exactly or refused: a subclass of a list, a dict or a number is not saved as its base class. The requires_grad
+of a tensor that is no Parameter is not saved. Used for `extra`, hyperparameters, step counters and a wrapper's state in manifests.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ __all__ = ["LATER_MARKS", "decode", "encode", "marks_in"]
 
 MARK = "$"
 MAX_TENSOR_BYTES = 2**20
-MAX_INT_BITS = 10_000  # that Python still parses
+MAX_INT_BITS = 10_000  # 3,011 digits; Python parses 4,300
 MAX_DEPTH = 100  # nested containers, so that reading a value does not exhaust the stack
-# Marks that the first readers of version 1.0 do not know.
+# Marks that the first readers of version 1.0 do not know; a manifest lists those it uses in "requires".
 LATER_MARKS = frozenset({"$OrderedDict", "$Counter", "$defaultdict", "$state_dict", "$parameter", "$array", "$scalar"})
 FACTORIES: dict[str, Callable[[], Any] | None] = {
     "None": None,
@@ -45,11 +45,11 @@ def encode(value: Any, where: str, depth: int = 0) -> Any:
     """Convert a value to JSON's types.
 
     Args:
-        where: the value's place, for error messages.
-        depth: the number of containers around it.
+        where: the name of the value in error messages, such as extra['key'].
+        depth: the number of containers around the value.
 
     Raises:
-        ValueError: it has a value of an unsupported type; the message names its place.
+        ValueError: the value, or a value inside of it, has an unsupported type; the message names it.
     """
     kind = type(value)
     if value is None or kind in (bool, str) or (kind is int and value.bit_length() <= MAX_INT_BITS):
@@ -109,10 +109,10 @@ def _factory_name(factory: Any, where: str) -> str:
 
 
 def decode(value: Any) -> Any:
-    """Restore the value that was given to `encode`. Tensors are on the CPU.
+    """Restore a value from the result of `encode`. Tensors are on the CPU.
 
     Raises:
-        MismatchError: this version of the library cannot read it, though it may be valid.
+        MismatchError: this version of the library cannot read the value, which may be valid.
         ValueError: the content of a mark is invalid.
     """
     if isinstance(value, list):

@@ -1,8 +1,8 @@
 """Plan which rank writes which chunks.
 
-Each distinct element is written once. Replicas are spread over the ranks that hold them, so that all write about as much. Segments are cut
-into chunks, which are hashed and read one by one. No rank knows the whole plan: for each tensor one rank, chosen by a hash of its key,
-compares the segments of all ranks, and replies to each holder how many others hold the same segment. Used by `saving.py`.
+Each distinct element is written once. Chunks of replicas are divided among the ranks that hold them, so that all write about as much.
+Segments are cut into chunks, which are hashed and read one by one. No rank knows the whole plan: for each tensor one rank, chosen by a hash
+of its key, compares the segments of all ranks, and replies to each holder how many ranks hold the same segment. Used by `saving.py`.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from sharded_optim.storage.splitmix64 import GOLDEN, mix
 
 __all__ = ["PlannedChunk", "TensorRow", "WritePlan", "plan_for", "rows_of"]
 
-SEPARATOR = "\0"  # of kind and name in a key that ranks exchange; no kind has it
-NEEDS_TEXT = 1  # the one flag of a reply
-# In the order in which they are reported.
+SEPARATOR = "\0"  # between kind and name in the keys that ranks exchange; no kind contains it
+NEEDS_TEXT = 1  # flag of a reply: the checking rank needs the row's text (key, shape, dtype)
+# Kinds of errors, in the order in which they are reported.
 CONTRADICTS, DOES_NOT_TILE, VALUES_DIFFER = range(3)
 
 # A `LocalTensor` as other ranks see it: kind, name, shape, dtype, the segment's start, run, stride and count, whether it is a buffer.
@@ -46,8 +46,8 @@ class PlannedChunk:
     key: str  # of the tensor
     segment: Segment
     dtype: torch.dtype
-    row: int  # number of the writer's local tensor that it is cut from
-    offset: int  # of its first element, in that tensor's elements
+    row: int  # index, on this rank, of the local tensor that the chunk is cut from
+    offset: int  # index of the chunk's first element in the flattened local tensor
 
     @property
     def size(self) -> int:
@@ -60,8 +60,8 @@ class WritePlan:
     """The tensors of a checkpoint, and the chunks that this rank writes.
 
     Attributes:
-        tensors: every tensor of the checkpoint, by key, without its chunks; on all ranks in the same order.
-        chunks: of this rank, in the order of its file.
+        tensors: all tensors of the checkpoint, by key, without chunks; in the same order on all ranks.
+        chunks: the chunks that this rank writes, in the order of its shard file.
     """
 
     tensors: Mapping[str, TensorEntry]
@@ -72,7 +72,7 @@ def rows_of(tensors: Iterable[LocalTensor]) -> list[TensorRow]:
     """Describe this rank's local tensors for the other ranks.
 
     Raises:
-        ValueError: a tensor that checkpoints cannot hold.
+        ValueError: a tensor has a dtype, a name or a device (meta) that checkpoints cannot hold.
     """
     rows = []
     for tensor in tensors:
@@ -86,27 +86,27 @@ def rows_of(tensors: Iterable[LocalTensor]) -> list[TensorRow]:
     return rows
 
 
-# -------------------------------------------------------------------------------------------------------------- of a process group
+# -------------------------------------------------------------------------------------------------------------- plans of a group
 
 
 class _SingleProcess:
-    """The key of plans for a process without a group: None cannot be referred to weakly."""
+    """The key in `_plans` of a process without a group, as None cannot be weakly referenced."""
 
 
-# The last plan of each group, with the digests of all ranks' rows: whether it still holds is the same on all ranks.
+# The last plan of each group, and the digests of all ranks' rows, by which all ranks decide alike whether the plan is still valid.
 _plans: WeakKeyDictionary[Any, tuple[Sequence[bytes], WritePlan]] = WeakKeyDictionary()
 
 
 def plan_for(tensors: Sequence[LocalTensor], digests: Sequence[bytes], process_group: dist.ProcessGroup | None) -> WritePlan:
-    """Plan the write of all ranks' tensors, or return the last plan if these have not changed. A collective.
+    """Plan which rank writes which chunks, or return the last plan if no rank's rows have changed. A collective.
 
     Args:
-        tensors: this rank's.
-        digests: of the rows of all ranks' tensors; see `rows_of`.
+        tensors: this rank's tensors.
+        digests: the digest of each rank's rows (see `rows_of`), by rank.
 
     Raises:
         CheckpointError: ranks disagree about a tensor, or their segments do not tile it; or replicas have different values, which is
-            checked when a plan is made.
+            only checked when a new plan is made.
     """
     group = process_group or _SingleProcess
     if group not in _plans or _plans[group][0] != digests:
@@ -148,19 +148,19 @@ def _plan(tensors: Sequence[LocalTensor], process_group: dist.ProcessGroup | Non
 
 
 class WriteChecks:
-    """Compare the pieces of all ranks of the tensors that this rank checks.
+    """Checks the tensors that are assigned to this rank, by comparing their pieces on all ranks.
 
     Attributes:
-        replies: int64 (rows, 4), for the holders: flags; how many ranks may write the same, 0 for a buffer that another one writes; the
-            number of this one among them; a hash of these ranks.
+        replies: int64 (rows, 4), for the holder of each row: flags; the number of ranks that may write the segment, 0 if only another rank
+            may (buffers); the index of this holder among these ranks; a hash of these ranks.
     """
 
     def __init__(self, exchange: PieceExchange) -> None:
         self._exchange = exchange
         self._errors = exchange.tiling_errors()
-        self._known = exchange.first_of_segment[exchange.segment]
+        self._first = exchange.first_of_segment[exchange.segment]
         number = np.arange(len(exchange.tensor))
-        writes = (exchange.further[:, 0] == 0) | (self._known == number)  # of buffers only the first, whose values are saved
+        writes = (exchange.further[:, 0] == 0) | (self._first == number)  # of a buffer, only the first holder, whose values are saved
         self.replies = np.zeros((len(exchange.tensor), 4), dtype=np.int64)
         order = np.flatnonzero(writes)
         order = order[np.argsort(exchange.segment[order], kind="stable")]
@@ -177,15 +177,15 @@ class WriteChecks:
         self.replies[self._contradicting, 0] = NEEDS_TEXT
 
     def tensors(self, texts: Mapping[int, RowText]) -> list[tuple[int, int, RowText]]:
-        """Return the tensors, with the place of the first piece: its rank and number there."""
-        return [(*self._place(row), texts[row]) for row in self._exchange.first_of_tensor.tolist()]
+        """Return each tensor: the rank and index of its first piece, by which all ranks sort the tensors, and its text."""
+        return [(*self._rank_and_index(row), texts[row]) for row in self._exchange.first_of_tensor.tolist()]
 
     def failure(
         self,
-        checksums: Array,  # int64 (rows,), of the values
+        checksums: Array,  # int64 (rows,), CRC-32 of the values
         texts: Mapping[int, RowText],
     ) -> tuple[int, int, int, str] | None:
-        """Return the first error: its kind and place, by which the errors of all ranks are ordered, and its message; None: no error."""
+        """Return the first error: kind, rank and index of the piece, by which all ranks' errors are sorted, and message; None: no error."""
         ranks, first = self._exchange.ranks, self._exchange.first_of_tensor
         for row in self._contradicting:
             one, other = texts[int(first[self._exchange.tensor[row]])], texts[row]
@@ -193,30 +193,30 @@ class WriteChecks:
                 f"{_key(one)!r} has shape {one.shape} and {dtype_named(one.dtype)} on one rank, and shape {other.shape} and "
                 f"{dtype_named(other.dtype)} on rank {ranks[row]}; different tensors need different names"
             )
-            return CONTRADICTS, *self._place(row), message
+            return CONTRADICTS, *self._rank_and_index(row), message
         for tensor, problem in self._errors.items():
             row = int(first[tensor])
             message = (
                 f"what the ranks hold of {_key(texts[row])!r} (shape {texts[row].shape}) does not tile it: {problem}; save from "
                 f"all ranks that hold a part, with the wrapped model and its optimizer"
             )
-            return DOES_NOT_TILE, *self._place(row), message
-        for row in np.flatnonzero((self.replies[:, 1] > 1) & (checksums != checksums[self._known])).tolist():
+            return DOES_NOT_TILE, *self._rank_and_index(row), message
+        for row in np.flatnonzero((self.replies[:, 1] > 1) & (checksums != checksums[self._first])).tolist():
             key = _key(texts[int(first[self._exchange.tensor[row]])])
             message = (
-                f"ranks {ranks[self._known[row]]} and {ranks[row]} both hold {key!r}, with different values: they are not replicas of one "
+                f"ranks {ranks[self._first[row]]} and {ranks[row]} both hold {key!r}, with different values: they are not replicas of one "
                 f"tensor. If they should be, broadcast them from one rank; if they are different tensors (stages of a pipeline, experts), "
                 f"give them different names; if the ranks train apart, save with process_group= of those that train together"
             )
-            return VALUES_DIFFER, *self._place(row), message
+            return VALUES_DIFFER, *self._rank_and_index(row), message
         return None
 
-    def _place(self, row: int) -> tuple[int, int]:
+    def _rank_and_index(self, row: int) -> tuple[int, int]:
         return int(self._exchange.ranks[row]), int(self._exchange.index[row])
 
 
 def _key(tensor: RowText | HeldPiece) -> str:
-    """Return the key that a tensor has in the checkpoint."""
+    """Return the key of a tensor in the checkpoint."""
     kind, _, name = tensor.key.partition(SEPARATOR)
     return key_of(kind, name)
 
@@ -225,20 +225,21 @@ def _own_chunks(
     pieces: Sequence[HeldPiece],
     replies: Array,  # int64 (pieces, 4), see `WriteChecks`
 ) -> tuple[PlannedChunk, ...]:
-    """Choose the chunks that this rank writes: of segments that it alone holds all, and a part of those that others hold too.
+    """Choose the chunks that this rank writes: all chunks of segments that no other rank holds, and some chunks of shared segments.
 
-    The ranks that hold the same segments as this one assign these by the same rule: the rank with the least takes the next chunk, the
-    largest segments first.
+    All ranks that hold the same segments assign their chunks by one rule: from the largest segment on, the rank that has the fewest bytes
+    so far takes the next chunk.
     """
     chunks: list[PlannedChunk] = []
-    shared: dict[tuple[int, int], dict[HeldPiece, dict[int, int]]] = {}  # by the ranks that hold it; of each own number the row
+    # By hash and number of the ranks that hold a piece: for each piece, the index of this rank among them -> its row.
+    shared: dict[tuple[int, int], dict[HeldPiece, dict[int, int]]] = {}
     for row, (piece, (_, count, number, holders)) in enumerate(zip(pieces, replies.tolist(), strict=True)):
         if count == 1:
             chunks += _cut(piece, row)
         elif count and piece.segment.numel:
             shared.setdefault((holders, count), {}).setdefault(piece, {})[number] = row
     for (holders, count), of_piece in shared.items():
-        # Where several chunks are assigned to different sets of ranks, the first chunk of each is not always its first rank's.
+        # Ties are broken by the hash of the holders, so that the first rank does not write the first chunk of every set of holders.
         loads = [(0, (number + holders) % count, number) for number in range(count)]
         heapq.heapify(loads)
         for piece in sorted(of_piece, key=_largest_first):
@@ -247,7 +248,7 @@ def _own_chunks(
                 heapq.heapreplace(loads, (load + chunk.size, order, number))
                 if number in of_piece[piece]:
                     chunks.append(replace(chunk, row=of_piece[piece][number]))
-    # Wide elements first: each chunk is then aligned to its own.
+    # Widest dtypes first: each chunk is then aligned to its dtype.
     return tuple(sorted(chunks, key=lambda chunk: (-chunk.dtype.itemsize, chunk.row, chunk.offset)))
 
 

@@ -8,7 +8,7 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    """Run the command that the arguments of this process name."""
+    """Run the command that is named in the arguments of this process."""
     try:
         from sharded_optim.cli.commands import app
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""The commands of `sharded-optim`: each a function in a file of its own, or a package of several, listed here. Used by `main` alone."""
+"""The list of the commands of `sharded-optim`, each a function in its own file, or a package of several commands. Used by `main`."""
 
 from __future__ import annotations
 

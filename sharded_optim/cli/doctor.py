@@ -20,7 +20,7 @@ from sharded_optim.tools.doctor import TIMEOUT, Finding, Report, examine
 __all__ = ["doctor"]
 
 COLUMNS = 100
-LINES = 45  # of a screen
+LINES = 45  # that fit on a screen
 WIDEST_VALUE = 57  # characters; longer values are in full below the table, and in the JSON
 SECTIONS = ("environment", "backends", "storage", "ranks")
 
@@ -33,7 +33,7 @@ def doctor(
 ) -> None:
     """Check whether this machine can run a training job. Exit status 1: there is a problem.
 
-    Under torchrun also whether all ranks agree: torchrun --nproc-per-node 2 --no-python sharded-optim doctor
+    Under torchrun it also checks that all ranks agree: torchrun --nproc-per-node 2 --no-python sharded-optim doctor
     """
     stdout = sys.stdout
     with errors.for_users(), errors.exit_on_sigterm(), _redirected(2, sys.stderr) as descriptor:  # libraries print while they are imported
@@ -49,7 +49,7 @@ def doctor(
 
 @contextlib.contextmanager
 def _redirected(descriptor: int, stream: TextIO) -> Iterator[int]:
-    """Redirect stdout to a file descriptor and a stream, that of C++ libraries too. Yields a descriptor of the former stdout."""
+    """Redirect stdout, also of C++ libraries, to a file descriptor and a stream. Yields a descriptor of the former stdout."""
     sys.stdout.flush()
     former = os.dup(1)
     os.dup2(descriptor, 1)

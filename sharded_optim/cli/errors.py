@@ -1,6 +1,6 @@
-"""Convert errors of the user and SIGTERM to an exit of the command.
+"""Exit a command after an error of the user, or on SIGTERM.
 
-An error of the user prints its message on stderr; the exit status is 2, as for a wrong option, or 1 if a checkpoint is damaged.
+The message of the error is printed on stderr. The exit status is 2, as for a wrong option, or 1 if a checkpoint is damaged.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["exit_on_sigterm", "for_users"]
 
 @contextmanager
 def for_users() -> Iterator[None]:
-    """End the command at an error of the user, with the message; other exceptions are faults of this library, and keep their traceback.
+    """Exit after an error of the user, with its message. Other exceptions are bugs of this library, and keep their traceback.
 
     Warnings are printed as messages too.
     """
@@ -37,7 +37,7 @@ def for_users() -> Iterator[None]:
 
 @contextmanager
 def exit_on_sigterm() -> Iterator[None]:
-    """Exit on SIGTERM by SystemExit, so that temporary files are removed and child processes are ended."""
+    """Raise SystemExit on SIGTERM, so that temporary files are removed and child processes are ended."""
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         yield

@@ -1,4 +1,4 @@
-"""`sharded-optim plan`: the costs of ways of sharding a model. Reads and prints; the arithmetic is in `sharded_optim/tools/plan/`."""
+"""`sharded-optim plan`: compare the costs of ways to shard a model. Reads options and prints; `sharded_optim/tools/plan/` computes."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def plan(
     peak_tflops: Annotated[float | None, typer.Option(help="TFLOP/s of a rank at its peak, for --mfu")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON, in bytes and seconds")] = False,
 ) -> None:
-    """Compute the memory of a rank, the bytes that it sends in a step, and the time of a step, for ways of sharding a model.
+    """Compute the memory of a rank, the bytes that it sends in a step, and the time of a step, for several ways to shard a model.
 
     Values that cannot be computed are listed as unknown, with the reason.
     """
@@ -101,7 +101,7 @@ def plan(
             bucket_bytes=None if bucket_mb is None else int(bucket_mb * 2**20),
             backend=backend,
         )
-        if os.getcwd() not in sys.path:  # where `python -m` looks for `package.module` too
+        if os.getcwd() not in sys.path:  # so that `package.module` is found here, as with `python -m`
             sys.path.insert(0, os.getcwd())
         model = load(shapes)
         workload = measure(
@@ -152,7 +152,7 @@ def _activations(given: str | None) -> int | Literal["profile"] | None:
 
 
 def _spelled(optimizer: str) -> str:
-    """Return the name of the class, for a name in any case."""
+    """Return the name of an optimizer's class, for a name in upper or lower case; other names are returned unchanged."""
     return {name.lower(): name for name in OPTIMIZERS}.get(optimizer.lower(), optimizer)
 
 
@@ -169,7 +169,7 @@ def _as_data(model: Model, setup: Setup, workload: Workload, plans: Sequence[Pla
 
 def _plan_as_data(plan: Plan, time: Time) -> dict[str, Any]:
     data = asdict(plan)
-    del data["workload"]  # the same of all plans
+    del data["workload"]  # the same in all plans
     return {
         **data,
         "memory": {**data["memory"], "total": plan.memory.total},

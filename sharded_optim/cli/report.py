@@ -1,4 +1,4 @@
-"""`sharded-optim report`: a page about training runs. `sharded_optim/tools/report/` makes it; this reads arguments and prints paths."""
+"""`sharded-optim report`: a page about training runs. `sharded_optim/tools/report/` writes it; this file reads options and prints paths."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def report(
 ) -> None:
     """Write one HTML page about a run, or about several side by side: loss, update RMS, clipping, schedule, speed, config.
 
-    The page needs no network. A run may go on meanwhile.
+    The page needs no network. Runs may still be training.
     """
     with errors.for_users(), errors.exit_on_sigterm():
         page, pngs = write_report(runs, output=output, png=png, refresh=refresh)

@@ -11,7 +11,7 @@ from rich.text import Text
 
 __all__ = ["counted", "plain", "print_table", "size_of", "table"]
 
-WIDEST = 1000  # columns of characters, more than a table has
+WIDEST = 1000  # characters, more than any table has
 UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -19,10 +19,10 @@ def table(*headings: str, numbers: Sequence[str] = (), last: Sequence[str] = (),
     """Make an empty table.
 
     Args:
-        headings: of columns of text.
-        numbers: headings of columns of numbers, after those.
-        last: headings of columns of text, after the numbers.
-        caption: below the table.
+        headings: headings of text columns.
+        numbers: headings of number columns, after the text columns.
+        last: headings of further text columns, after the number columns.
+        caption: text below the table.
     """
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=caption, caption_justify="left", caption_style="")
     for heading in headings:
@@ -44,12 +44,12 @@ def print_table(table: Table, rows: Iterable[Sequence[object]] = ()) -> None:
 
 
 def plain(value: object) -> Text:
-    """Return text in which rich reads no markup: names and shapes have brackets."""
+    """Return text that rich prints literally: it takes the brackets of names and shapes for markup otherwise."""
     return Text(str(value))
 
 
 def counted(count: int, noun: str) -> str:
-    """Format a number of things.
+    """Format a count with its noun.
 
     >>> counted(1, "file"), counted(1234, "file")
     ('1 file', '1,234 files')

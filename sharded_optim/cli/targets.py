@@ -1,4 +1,4 @@
-"""Models, batches and optimizers that a command line names, as objects that can be pickled for other processes."""
+"""Models, batches and optimizers that a command line names, as callables that can be pickled for other processes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class HuggingFaceModel:
 
     @property
     def needed_modules(self) -> tuple[str, ...]:
-        """The modules that a process must import to call this, which takes seconds."""
+        """The modules that a process must import before it can build the model; importing takes seconds."""
         path = Path(self.config)
         kind = json.loads((path / "config.json" if path.is_dir() else path).read_text(encoding="utf-8")).get("model_type", "")
         name = kind.replace("-", "_")
@@ -53,7 +53,7 @@ class HuggingFaceModel:
 
 @dataclass(frozen=True)
 class TokenBatches:
-    """Batches of random tokens, with themselves as labels."""
+    """Batches of random tokens, which are their own labels."""
 
     vocabulary: int
     length: int
@@ -83,7 +83,7 @@ def target_named(target: str, batch: str | None) -> tuple[Callable[[], nn.Module
         batch: `package.module:callable`, called with the number of the step; a config needs none.
 
     Raises:
-        ValueError: there is no such thing, or a module is given without batches.
+        ValueError: the target does not exist, or a callable for the model is given without batches.
     """
     path = Path(target)
     if path.exists():
@@ -107,10 +107,10 @@ def _token_batches(path: Path) -> TokenBatches:
 
 
 def optimizer_named(name: str, options: Mapping[str, Any]) -> Callable[..., Any]:
-    """Return a class with its hyperparameters, or a function of the model.
+    """Return a function that builds an optimizer: from parameters if `name` is a class, else from the model.
 
     Args:
-        name: a class of this library, or `package.module:name`, as torch.optim:AdamW.
+        name: a class of this library, or `package.module:name`, such as torch.optim:AdamW.
         options: hyperparameters, for a class.
     """
     if name.rpartition(".")[2] == "Muon" and not name.startswith("torch"):

@@ -1,4 +1,4 @@
-"""`sharded-optim verify`: compare an optimizer on a sharded model with one process. The comparison is in `sharded_optim/tools/verify/`."""
+"""`sharded-optim verify`: compare sharded training with one process. The comparison is in `sharded_optim/tools/verify/`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     html: Annotated[Path | None, typer.Option(help="also write a page")] = None,
 ) -> None:
-    """Train a model sharded on CPU processes, and compare every parameter with one process. Exit status 1: a parameter or value differs."""
+    """Train a model sharded over CPU processes; compare every parameter with one process. Exit status 1: a parameter or value differs."""
     from sharded_optim.cli.targets import optimizer_named, target_named
     from sharded_optim.tools.imported import imported
     from sharded_optim.tools.verify import SHARDINGS, MakeOptimizer
@@ -40,7 +40,7 @@ def verify(
     from sharded_optim.tools.verify.shardings import installed
 
     with errors.for_users(), errors.exit_on_sigterm():
-        if os.getcwd() not in sys.path:  # where `python -m` looks for `package.module` too
+        if os.getcwd() not in sys.path:  # so that `package.module` is found here, as with `python -m`
             sys.path.insert(0, os.getcwd())
         build_model, build_batch = target_named(target, batch)
         given = optimizer_named(optimizer, dict(map(_parsed, option or [])))
@@ -49,7 +49,7 @@ def verify(
         if unknown:
             raise ValueError(f"--sharding is all, some of {', '.join(SHARDINGS)}, or package.module:function, got {', '.join(unknown)}")
         reports = []
-        # A line where stderr is a terminal, nothing elsewhere: rich would take FORCE_COLOR for a terminal.
+        # A progress line if stderr is a terminal, else nothing: with FORCE_COLOR rich would take any stderr for a terminal.
         progress = Console(stderr=True, force_terminal=sys.stderr.isatty(), emoji=False)
         for name in names:
             with progress.status(f"{name}: processes start") as status:

@@ -1,6 +1,6 @@
 """`sharded-optim watch`: show a running training job in the terminal.
 
-`sharded_optim/tools/runs.py` reads the run folder; this file shows it and reads keys.
+`sharded_optim/tools/runs.py` reads the run folder; this file shows the run and reads key presses.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ __all__ = ["sparkline", "watch"]
 BLOCKS = "▁▂▃▄▅▆▇█"
 ASCII_BLOCKS = "_.-=+*#@"
 SPARKLINE = 32  # characters
-# A run is probably interrupted after this many expected intervals and these seconds without a record: validation and checkpoints take time
-# between two records.
+# Without a record for this many expected intervals plus these seconds, a run is reported as probably interrupted: validation and
+# checkpoints take time between two records.
 OVERDUE_INTERVALS, OVERDUE_SECONDS = 5.0, 60.0
 
 
@@ -56,7 +56,7 @@ def watch(
 
 @contextlib.contextmanager
 def _keys() -> Iterator[Callable[[float], str]]:
-    """Yield a function that waits for a key, at most the given seconds, and returns the key or an empty text.
+    """Yield a function that waits some seconds for a key press, and returns the key, or "" if there was none.
 
     The terminal is restored at the end.
     """
@@ -123,7 +123,7 @@ def _frame(run: Run, console: Console, *, keys: bool = False) -> Table:
     else:
         add("validation", "none yet")
     if last is not None:
-        # Between two records with the optimizer's metrics there may be some without.
+        # Not every record has the optimizer's metrics.
         rms = [(record.largest_rms, record.largest_rms_name) for record in records.training if record.largest_rms is not None]
         text = f"{_shown(rms[-1][0])} of {rms[-1][1]}" if rms else "none: this optimizer reports no RMS"
         add("largest RMS", text, [value for value, _ in rms])
@@ -157,7 +157,7 @@ def _status(run: Run) -> str:
 
 
 def _expected_interval(run: Run) -> float | None:
-    """Return the expected seconds between two training records, by the last speed; None if that is not known."""
+    """Return the expected seconds between two training records, from the last speed; None if the speed is unknown."""
     if len(run.records.training) < 2:
         return None
     before, last = run.records.training[-2:]
@@ -178,7 +178,7 @@ def _steps(run: Run) -> Table | Text:
 
 
 def sparkline(values: Sequence[float], blocks: str = BLOCKS, width: int = SPARKLINE) -> str:
-    """Draw values in one line of text. Where several share a character, it shows the largest; a blank: none is finite.
+    """Draw values in one line of text. A character shows the largest of its values; a blank shows that none is finite.
 
     >>> sparkline([0.0, 1.0, 7.0])
     '▁▂█'
@@ -199,7 +199,7 @@ def _shown(value: float) -> str:
 
 
 def _age(seconds: float) -> str:
-    """Return a time in two units at most.
+    """Format seconds in at most two units.
 
     >>> _age(4.2), _age(70), _age(3700), _age(200_000)
     ('4 s', '1 min 10 s', '1 h 1 min', '2 d 7 h')

@@ -1,10 +1,10 @@
-"""Import the checkpoints of other libraries: a file for each format, each of which returns a `Content` to be saved.
+"""Import the checkpoints of other libraries: for each format a module that returns a `Content` to save.
 
-unpickling.py         which objects may be in a pickled file
+unpickling.py         loads pickled files, and decides which classes they may contain
 optimizer_state.py    translates the state of other optimizers
 assembly.py           matches an optimizer's state with the model's parameters; joins tensors that are stored in chunks
 state_dicts.py, dcp.py, deepspeed_zero.py, deepspeed_universal.py, safetensors_files.py    the formats: torch files, DCP, DeepSpeed, ...
-deepspeed_files.py    what both of DeepSpeed's formats have in common
+deepspeed_files.py    the common parts of DeepSpeed's two formats
 """
 
 from __future__ import annotations
@@ -44,26 +44,26 @@ def import_from(
     optimizer_key: str | None = None,
     param_names: Sequence[str] | None = None,
 ) -> None:
-    """Convert a checkpoint of another library to one of this library. In one process.
+    """Convert a checkpoint of another library to a checkpoint of this library, in one process.
 
     The state of this library's optimizers, of torch's Adam, AdamW and SGD, of optimi's and of Composer's is translated; see
-    `foreign_state.py`.
+    `step/foreign_state.py`.
 
     Args:
-        source: a folder of torch.distributed.checkpoint or of DeepSpeed, or the folder above that with a file `latest`; a torch file; or
-            safetensors files with a model.
+        source: a folder of torch.distributed.checkpoint; a folder of DeepSpeed, or its parent with a file `latest`; a file of torch.save;
+            or safetensors files with a model.
         root, step: see `checkpoint.save`.
         source_format: "dcp", "deepspeed", "universal", "torch", "safetensors", or "auto": detect it.
-        unpickle: whether to read pickled files, as all but safetensors are. Only classes that are known to be harmless are loaded, by
-            torch's weights-only unpickler or one like it; but that code then reads what somebody else may have crafted.
-        optimizer: the class of this library that is going to continue; None: the nearest.
+        unpickle: whether to read pickled files, as all formats but safetensors have. torch's weights-only unpickler, or one like it, loads
+            only classes that are known to be harmless; still, an attacker may have crafted the bytes that it parses.
+        optimizer: the class of this library that continues training; None: the nearest.
         decay_form: the meaning of `weight_decay` if the source does not specify it: "coupled" (the default), "l2", or "decoupled".
         model_key, optimizer_key: the keys of the state dicts, such as "a.b"; None: one of the usual keys.
-        param_names: of the parameters in the order in which the optimizer's state numbers them; None: the names in the state, or the
-            model's if the order is certain.
+        param_names: names of the parameters, in the order in which the optimizer's state numbers them; None: the names in the state, or
+            the model's if the order is certain.
 
     Raises:
-        CheckpointError: it could not be saved.
+        CheckpointError: the checkpoint could not be saved, or is pickled and `unpickle` is False.
         ValueError: the source is not as expected, or ambiguous. Nothing was saved.
     """
     path = Path(source)

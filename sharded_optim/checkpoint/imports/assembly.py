@@ -1,6 +1,6 @@
 """Build a `Content` from whole tensors: match an optimizer's state with the model's parameters, and join stored chunks.
 
-Used by `state_dicts.py` and the formats.
+Used by the modules of the formats.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ STATE, GROUPS = "state.", "param_groups."  # prefixes of keys in a flattened sta
 
 
 def whole(kind: str, name: str, tensor: Tensor) -> LocalTensor:
-    """Describe a whole tensor; copied if it is not contiguous, as it would be copied again for each chunk."""
+    """Describe a whole tensor. One that is not contiguous is copied here, as it would be copied again for each use."""
     return LocalTensor(kind=kind, segment=Segment.whole(name, tensor.shape), local=tensor.contiguous())
 
 
@@ -34,10 +34,10 @@ def join_chunks(chunks: Sequence[tuple[Any, Any]], shape: tuple[int, ...], where
     """Join the stored chunks of a tensor.
 
     Args:
-        chunks: the offsets of each, and its tensor.
+        chunks: the offsets and the tensor of each chunk.
 
     Raises:
-        ValueError: they do not tile it.
+        ValueError: the chunks do not tile the tensor.
     """
     if not chunks or not all(isinstance(chunk, Tensor) for _, chunk in chunks):
         raise ValueError(f"{where} has no chunks, or chunks that are not tensors")
@@ -71,8 +71,8 @@ def assemble(
     """Build the content of a model and its optimizer.
 
     Args:
-        model: its state dict.
-        optimizer: its state dict, flattened or not.
+        model: the model's state dict.
+        optimizer: the optimizer's state dict, flattened or not; None: there is no optimizer.
         where: the source, for error messages.
         masters: float32 values of the parameters, in the order in which the optimizer numbers them.
         from_composer: see `translate`.
@@ -97,10 +97,10 @@ def assemble(
 
 
 def _model(model: Mapping[str, Any], where: str) -> tuple[dict[str, Tensor], dict[str, str], dict[str, str]]:
-    """List a model's tensors by their names without wrappers, tied ones once.
+    """Collect a model's tensors by their names without wrappers, tied tensors once.
 
     Returns:
-        The tensors; for each of the source's names the tensor's; and further names of tied tensors, each with the tensor's.
+        The tensors by name; the source's names -> these names; further names of tied tensors -> these names.
     """
     others = [str(name) for name, value in model.items() if not isinstance(value, Tensor)]
     if others:
@@ -127,18 +127,18 @@ def _model(model: Mapping[str, Any], where: str) -> tuple[dict[str, Tensor], dic
 
 
 def unflatten(optimizer: StateDict, where: str) -> StateDict:
-    """Return an optimizer's state dict in the form of torch.optim, with any keys for parameters."""
+    """Return an optimizer's state dict in the form of torch.optim; keys of parameters may be of any hashable type."""
     if "param_groups" in optimizer and isinstance(optimizer.get("state", {}), Mapping):
         groups = optimizer["param_groups"]
         state = dict(optimizer.get("state", {}))
         params = {key for group in groups for key in group["params"]}
-        # DCP turns numbers that are keys into strings.
+        # DCP turns integer keys into strings.
         state = {int(key) if isinstance(key, str) and key not in params and key.isdigit() else key: value for key, value in state.items()}
         return {"state": state, "param_groups": list(groups)}
     if not optimizer or not all(str(key).startswith((STATE, GROUPS)) for key in optimizer):
         shown = ", ".join(map(str, list(optimizer)[:5]))
         raise ValueError(f"{where} has an optimizer's state dict with the keys {shown}, ...; expected are state and param_groups")
-    tables: dict[str, dict[str, dict[str, Any]]] = {STATE: {}, GROUPS: {}}  # of `flatten_optimizer_state_dict`: by parameter
+    tables: dict[str, dict[str, dict[str, Any]]] = {STATE: {}, GROUPS: {}}  # by parameter, from torch's `flatten_optimizer_state_dict`
     for key, value in optimizer.items():
         name, _, entry = str(key).rpartition(".")
         prefix = STATE if name.startswith(STATE) else GROUPS
@@ -153,7 +153,7 @@ def unflatten(optimizer: StateDict, where: str) -> StateDict:
 def _param_names(
     optimizer: StateDict, tensors: Mapping[str, Tensor], names: Mapping[str, str], options: ImportOptions, where: str
 ) -> dict[Hashable, str]:
-    """Return the names of the parameters, by the optimizer's keys for them.
+    """Return the names of the parameters, by their keys in the optimizer's state dict.
 
     Raises:
         ValueError: they are ambiguous, or the model has no such parameter.
@@ -181,7 +181,11 @@ def _param_names(
 
 
 def _names_in_order(optimizer: StateDict, keys: list[Any], tensors: Mapping[str, Tensor], where: str) -> list[str]:
-    """Return the model's names, if one param group has all its tensors in order: otherwise two tensors of one shape might be swapped."""
+    """Return the model's names for an optimizer's numbered parameters.
+
+    Raises:
+        ValueError: it is not certain that they are all of the model's tensors in order: two of one shape might be swapped.
+    """
     remedy = (
         "give the names, in the order of the optimizer's parameters, with --names (param_names=), or save the state of an optimizer that "
         "was built with named_parameters()"

@@ -1,4 +1,4 @@
-"""Folders of torch.distributed.checkpoint: `.metadata`, a pickle, and parts of files, each of which is a file of `torch.save`.
+"""Folders of torch.distributed.checkpoint (DCP): `.metadata`, a pickle, and data files, whose parts are each a file of `torch.save`.
 
 Read without torch.distributed.checkpoint, whose own reader unpickles anything. All tensors are in memory at once.
 """
@@ -53,7 +53,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read(path: Path, options: ImportOptions) -> Content:
-    """Read a folder."""
+    """Read a folder of DCP."""
     metadata = _metadata(path / ".metadata")
     paths = metadata.field("planner_data") or {}
     entries = metadata.field("state_dict_metadata")
@@ -88,7 +88,7 @@ def _metadata(path: Path) -> StandIn:
 
 
 def _stored(folder: Path, location: StandIn) -> Any:
-    """Load one part of a file."""
+    """Load the value that is stored in a part of a file."""
     name = str(location.field("relative_path"))
     if Path(name).name != name:
         raise ValueError(f"{folder}/.metadata names a file outside of the folder: {name!r}")
@@ -100,19 +100,19 @@ def _stored(folder: Path, location: StandIn) -> Any:
 
 
 def _join(stored: list[tuple[Any, Any]], entry: Any, where: str) -> Any:
-    """Join the stored parts of a value, given with their offsets; only tensors have several."""
+    """Join the parts of a value. `stored` has the offset and the content of each part; only tensors have several."""
     if not isinstance(entry, TENSOR_CLASS):
         if len(stored) != 1:
             raise ValueError(f"{where} is stored {len(stored)} times")
         return stored[0][1]
     shape = tuple(entry.field("size"))
-    if not stored and math.prod(shape) == 0:  # empty tensors are stored on no rank
+    if not stored and math.prod(shape) == 0:  # DCP stores no part of an empty tensor
         return torch.empty(shape, dtype=entry.field("properties").state[0], device="cpu")
     return join_chunks(stored, shape, where)
 
 
 def _with_lists(value: Any) -> Any:
-    """Turn dicts whose keys are all numbers into lists: DCP flattens lists to them."""
+    """Turn dicts whose keys are all integers into lists: `read` builds such dicts from lists that DCP has flattened."""
     if not isinstance(value, dict):
         return value
     items = {key: _with_lists(item) for key, item in value.items()}

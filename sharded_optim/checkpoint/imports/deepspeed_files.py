@@ -31,7 +31,7 @@ DEEPSPEED_KEYS = {  # keys of DeepSpeed itself; the rest is the user's client_st
 
 
 def tagged_folder(path: Path, latest: str) -> Path:
-    """Return the folder of a checkpoint: the given one, or the one that a file in it with the name `latest` names."""
+    """Return the folder of a checkpoint: the folder in `path` that its file `latest` names; without this file, `path`."""
     pointer = path / latest
     if not pointer.is_file():
         return path
@@ -43,7 +43,7 @@ def tagged_folder(path: Path, latest: str) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelStates:
-    """The files of model states: one, or in stage 3 one for each rank."""
+    """The files of model states: one file, or in stage 3 one for each rank."""
 
     folder: Path
     files: Sequence[Path]
@@ -75,13 +75,13 @@ class ModelStates:
 
     @cached_property
     def module(self) -> dict[str, Tensor]:
-        """The model's tensors, which in stage 3 are empty. Shared parameters have the name that the file's other names refer to."""
+        """The model's tensors by name, empty in stage 3. A shared parameter appears once, under the name that its other names refer to."""
         shared = self.first.get("shared_params") or {}
         return {name: value for name, value in self.first["module"].items() if isinstance(value, Tensor) and name not in shared}
 
     @cached_property
     def shapes(self) -> list[dict[str, tuple[int, ...]]]:
-        """The shapes of the parameters of each param group, or in stage 3 of each sub-group, in the order of the flat tensor."""
+        """The shapes of the parameters of each param group (stage 3: sub-group) by name, in the order of the group's flat tensor."""
         shapes = self.first.get("param_shapes")
         if not shapes:
             raise ValueError(f"{self.files[0]} has no param_shapes, which describe the flat tensors")
@@ -111,7 +111,7 @@ class ModelStates:
 
 
 def equal_parts(name: str, shape: tuple[int, ...], ranks: int) -> Iterator[tuple[int, Segment]]:
-    """Cut a tensor into the parts of the ranks in stage 3: equal ones, the last padded."""
+    """Yield each rank and its segment of a tensor in stage 3. Segments are equal, except at the end, where DeepSpeed pads."""
     numel = Segment.whole(name, shape).numel
     size = -(-numel // ranks)
     for rank in range(ranks):
@@ -120,7 +120,7 @@ def equal_parts(name: str, shape: tuple[int, ...], ranks: int) -> Iterator[tuple
 
 
 def group_names(groups: Sequence[Mapping[str, Any]], shapes: Sequence[Mapping[str, Any]], where: str) -> list[list[str]]:
-    """List the names of the parameters of each param group, whose "params" number flat tensors."""
+    """List the names of the parameters of each param group. A group's "params" are indices of flat tensors, and so of `shapes`."""
     numbers = [number for group in groups for number in group["params"]]
     if sorted(numbers) != list(range(len(shapes))):
         raise ValueError(f"{where} has {len(shapes)} flat tensors, and its param groups those with the numbers {numbers}")

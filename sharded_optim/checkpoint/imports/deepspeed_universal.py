@@ -28,7 +28,7 @@ def matches(path: Path) -> bool:
 
 
 def read(path: Path, options: ImportOptions) -> Content:
-    """Read a folder. Tensors stay in its files until they are written, except rounded parameters of stage 3."""
+    """Read a folder. Tensors stay in the mapped files until they are saved, except rounded parameters of stage 3, which are computed."""
     folder = tagged_folder(path, LATEST)
     states = ModelStates.of(folder)
     optimizer = unpickling.load(folder / "zero" / "optimizer_state.pt")
@@ -45,7 +45,7 @@ def read(path: Path, options: ImportOptions) -> Content:
             if VALUES not in files:
                 raise FileNotFoundError(f"{folder}/zero/{name}/{VALUES}.pt is missing")
             tensors += _values(name, _tensor(files.pop(VALUES), name, shape), states)
-            state[name] = {STEP: flat[STEP]} if STEP in flat else {}  # stage 3 has it here only
+            state[name] = {STEP: flat[STEP]} if STEP in flat else {}  # stage 3 has the step counter only here
             state[name] |= {kind: _content(file) if kind == STEP else _tensor(file, name, shape) for kind, file in files.items()}
     named = [{**group, "params": own} for group, own in zip(groups, names, strict=True)]
     trained = {name: values for name, values in state.items() if len(values) > (STEP in values)}

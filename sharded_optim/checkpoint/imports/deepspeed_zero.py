@@ -1,8 +1,8 @@
-"""DeepSpeed's ordinary checkpoints, with files of each rank: ZeRO stages 0 to 3.
+"""DeepSpeed's ordinary checkpoints, with files for each rank: ZeRO stages 0 to 3.
 
-Each rank's file has its partitions of flat float32 tensors: in stages 1 and 2 one for each param group, with the parameters one after the
-other; in stage 3 one for each sub-group, with an equal part of each parameter. Only the order and shapes of the parameters determine which
-elements are whose; so they are compared with the model's own parameters if the files have these too.
+Each rank's file has the rank's partitions of flat float32 tensors: in stages 1 and 2 one for each param group, with the parameters one
+after the other; in stage 3 one for each sub-group, with an equal part of each parameter. Only the order and shapes of the parameters
+determine which elements belong to which parameter; so elements are compared with the model's own parameters if the files have these.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def matches(path: Path) -> bool:
 
 
 def read(path: Path, options: ImportOptions) -> Content:
-    """Read a folder. Tensors stay in its files until they are written, except rounded parameters of stage 3."""
+    """Read a folder. Tensors stay in the mapped files until they are saved, except rounded parameters of stage 3, which are computed."""
     folder = tagged_folder(path, LATEST)
     states = ModelStates.of(folder)
     files = _optimizer_files(folder)
@@ -107,7 +107,7 @@ def _pieces_of_group(group: Shapes, partitions: Sequence[Tensor], paddings: Sequ
     """List the pieces of the parameters of a group, in stages 1 and 2."""
     size = partitions[0].numel()
     total = sum(partition.numel() for partition in partitions)
-    # The last is saved without its padding.
+    # The last partition is saved without its padding.
     if any(partition.numel() != size for partition in partitions[:-1]) or partitions[-1].numel() > size:
         raise ValueError(f"{where} has partitions of different sizes")
     offset = 0
@@ -137,7 +137,7 @@ def _values(pieces: Sequence[Piece], partitions: Sequence[Tensor], states: Model
     """List the masters and the model's own parameters.
 
     Raises:
-        ValueError: the own parameters in the files are not the rounded masters.
+        ValueError: the model's own parameters in the files are not the rounded masters.
     """
     for rank, offset, segment in pieces:
         own = states.module.get(segment.name)
@@ -171,11 +171,11 @@ def _muon_state(
 ) -> Iterator[LocalTensor]:
     """List the momentum of a group that DeepSpeed's own Muon steps in stages 1 and 2.
 
-    With offload and in BF16_Optimizer it has the layout of the partition. Else each rank has that of all tensors of which it has a piece,
-    whole, one after the other; its file has as many elements less as the partition has of padding.
+    With offload and in BF16_Optimizer the momentum has the layout of the partition. Otherwise each rank has the whole momentum of each
+    tensor of which it has a piece, one after the other; its file lacks as many elements at the end as the partition has padding.
 
     Raises:
-        ValueError: the sizes do not tell which, or momentum is lost.
+        ValueError: the sizes fit both layouts, or momentum is lost.
     """
     flat = {rank: state.state[number][MOMENTUM] for rank, state in enumerate(translated) if MOMENTUM in state.state.get(number, {})}
     held = [[segment for owner, _, segment in pieces if owner == rank] for rank in range(len(partitions))]
@@ -200,7 +200,7 @@ def _muon_state(
 
 
 def _stage_0(states: ModelStates, options: ImportOptions) -> Content:
-    """Read whole tensors from the file of model states."""
+    """Read a checkpoint of stage 0: whole tensors, from the file of model states."""
     where = str(states.files[0])
     optimizer = states.first.get("optimizer")
     masters: list[Tensor] = []

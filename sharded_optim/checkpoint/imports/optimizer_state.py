@@ -1,6 +1,6 @@
-"""Translate the optimizer state of other libraries, or this one, to the state that checkpoints hold.
+"""Translate the optimizer state of other libraries, or of this library, to the state that checkpoints hold.
 
-`foreign_state.py` does the translation; it needs a live optimizer, so one with a single element is made. Used by the formats.
+`step/foreign_state.py` translates; a live optimizer with a single element completes and checks hyperparameters. Used by the formats.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sharded_optim.storage.formats import extra_arrays
 
 __all__ = ["ImportOptions", "TranslatedState", "translate"]
 
-# Keys of other optimizers' groups that no optimizer of this library has; refused if they are on.
+# Keys of other optimizers' groups that no optimizer of this library has; left out, after `_normalized` has refused unsupported values.
 FOREIGN_KEYS = {"maximize", "differentiable", "bias_correction", "step"}
 
 Group = dict[str, Any]
@@ -49,13 +49,13 @@ class ImportOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TranslatedState:
-    """A state dict in terms of this library.
+    """An optimizer's state dict, translated to a class of this library.
 
     Attributes:
-        optimizer: the name of a class.
+        optimizer: the name of that class.
         groups: hyperparameters of each param group.
-        state: moments and Kahan compensations of each parameter, by the source's key for it.
-        steps: step counters, likewise.
+        state: moments and Kahan compensations of each parameter, by the parameter's key in the source.
+        steps: the step counter of each parameter, by the same keys.
     """
 
     optimizer: str
@@ -78,11 +78,11 @@ def translate(state_dict: Mapping[str, Any], options: ImportOptions, *, from_com
     """Translate a state dict in the form of torch.optim.
 
     Args:
-        state_dict: with any keys for parameters.
-        from_composer: whether it is known to be of one of Composer's own optimizers.
+        state_dict: keys of parameters may be of any hashable type.
+        from_composer: whether the state dict is known to be of one of Composer's own optimizers.
 
     Raises:
-        ValueError: it is of an unsupported optimizer.
+        ValueError: the state dict is of an unsupported optimizer.
     """
     given = [_normalized(group, from_composer) for group in state_dict["param_groups"]]
     if not given:
@@ -118,7 +118,7 @@ def _normalized(group: Mapping[str, Any], from_composer: bool) -> Group:
             raise ValueError(f"the optimizer's state has {key}={values[key]!r}, which is not continued here")
     if values.get("bias_correction") is False:
         raise ValueError("the optimizer's state has bias_correction=False, which is not continued here")
-    if from_composer:  # without the keys of torch, which the group has too
+    if from_composer:  # without torch's keys, by which it would be recognized as torch's
         values = {
             key: value for key, value in values.items() if key not in ("maximize", "foreach", "differentiable", "capturable", "fused")
         }
@@ -155,7 +155,7 @@ def _continuing_class(given: Sequence[Group], groups: Sequence[Group], from_comp
 
 def _one_element_optimizer(name: str, group: Group, where: str) -> Engine:
     """Make an optimizer with one parameter, to complete and check hyperparameters."""
-    params = [nn.Parameter(torch.zeros(1, 1, dtype=torch.float32, device="cpu"))]  # which Muon too can step
+    params = [nn.Parameter(torch.zeros(1, 1, dtype=torch.float32, device="cpu"))]  # a matrix, as Muon requires
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -165,7 +165,7 @@ def _one_element_optimizer(name: str, group: Group, where: str) -> Engine:
 
 
 def _complete(engine: Engine, group: Group, where: str) -> Group:
-    """Return a group with all hyperparameters of the engine's class, and entries of others, such as a scheduler's initial_lr."""
+    """Return a group with all hyperparameters of the engine's class, and with further entries, such as a scheduler's initial_lr."""
     own = {key: value for key, value in engine.param_groups[0].items() if key not in ("params", "param_names")}
     given = {key: value for key, value in group.items() if key not in FOREIGN_KEYS and key not in ("params", "param_names")}
     merged = own | reference(float(group["lr"])) | given
@@ -184,7 +184,7 @@ def _complete(engine: Engine, group: Group, where: str) -> Group:
 
 
 def _tensors(engine: Engine, values: Mapping[str, Any], group: Group, where: str, steps: float, *, is_own: bool) -> dict[str, Tensor]:
-    """Return the state tensors of a parameter that the engine's class has; warn of others."""
+    """Return those state tensors of a parameter that the engine's class knows; warn of others, which are left out."""
     algorithm = engine._choose(group)
     missing = [key for key in algorithm.state if key not in values and key not in algorithm.optional_state]
     if missing and steps > 0:
@@ -194,7 +194,7 @@ def _tensors(engine: Engine, values: Mapping[str, Any], group: Group, where: str
         )
     beside = extra_arrays()
     if is_own:
-        beside |= {key for key in values if str(key).partition(".")[0] in algorithm.state}  # the additional arrays of moments
+        beside |= {key for key in values if str(key).partition(".")[0] in algorithm.state}  # extra arrays of moments
     known = {*algorithm.state, *algorithm.ignored_state, *beside}
     dropped = sorted(str(key) for key in values.keys() - known)
     if dropped:
@@ -204,6 +204,6 @@ def _tensors(engine: Engine, values: Mapping[str, Any], group: Group, where: str
         value = values[key]
         if not isinstance(value, Tensor):
             raise ValueError(f"{where} has {key!r} as a {type(value).__name__}, not a tensor")
-        # This library's state keeps its dtype. Others' has the parameter's dtype, and is continued in float32.
+        # State of this library keeps its dtype. Moments of other libraries have the parameter's dtype, and are continued in float32.
         tensors[key] = value if is_own or key in beside else value.to(torch.float32)
     return tensors

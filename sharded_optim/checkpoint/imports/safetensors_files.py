@@ -30,7 +30,7 @@ def matches(path: Path) -> bool:
 def read(path: Path, options: ImportOptions) -> Content:
     """Read a file or a folder with a model. All tensors are in memory at once.
 
-    With `model_key`, only tensors whose names begin with it.
+    With the option `model_key`, only tensors whose names begin with it and a dot; this prefix is removed.
     """
     files = [path] if path.is_file() else sorted(path.glob(f"*{SUFFIX}"))
     index = json.loads((path / INDEX).read_text())["weight_map"] if (path / INDEX).is_file() else {}
@@ -61,7 +61,7 @@ def read(path: Path, options: ImportOptions) -> Content:
 
 
 def _chunks(files: list[Path], metadata: dict[str, str]) -> Iterator[tuple[str, list[int], Tensor]]:
-    """List the name, offsets and content of each tensor in the files. Adds their metadata to `metadata`."""
+    """Yield the name, offsets in the whole tensor, and content of each tensor in the files. Adds the files' metadata to `metadata`."""
     safetensors = import_safetensors()
     for file in files:
         try:

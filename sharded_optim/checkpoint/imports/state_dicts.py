@@ -25,15 +25,15 @@ OPTIMIZER_KEYS = ("optimizer", "optimizer_state_dict", "optim", "optimizer_state
 
 
 def read(path: Path, options: ImportOptions) -> Content:
-    """Read a file. Tensors stay in the file until they are written."""
+    """Read a file. Tensors stay in the mapped file until they are saved."""
     return content_of(unpickling.load(path), options, str(path))
 
 
 def content_of(tree: Any, options: ImportOptions, where: str) -> Content:
-    """Read nested dicts that hold state dicts under one of the usual keys, or are one themselves.
+    """Build a content from nested dicts that hold state dicts under one of the usual keys, or from a single state dict.
 
     Raises:
-        ValueError: it is ambiguous what is what.
+        ValueError: the state dicts of the model and the optimizer cannot be identified.
     """
     if not isinstance(tree, Mapping):
         raise ValueError(f"{where} holds a {type(tree).__name__}; an import needs a dict with state dicts")
@@ -54,7 +54,7 @@ def content_of(tree: Any, options: ImportOptions, where: str) -> Content:
 
 
 def _by_key(tree: StateDict, options: ImportOptions, where: str) -> tuple[Any, Any, dict[Any, Any]]:
-    """Find the state dicts of the model and the optimizer, or None; return them and the other entries."""
+    """Return the model's state dict, the optimizer's state dict (None if there is none), and the other entries."""
     optimizer, optimizer_key = _get(tree, options.optimizer_key, OPTIMIZER_KEYS, where)
     model, model_key = _get(tree, options.model_key, MODEL_KEYS, where)
     rest = {key: value for key, value in tree.items() if key not in (optimizer_key, model_key)}
@@ -65,7 +65,7 @@ def _by_key(tree: StateDict, options: ImportOptions, where: str) -> tuple[Any, A
             return None, rest, {}
         if rest and all(isinstance(value, Tensor) for value in rest.values()):
             return rest, None, {}
-    elif model is None and isinstance(optimizer, Mapping):  # torchtitan's model is beside the optimizer
+    elif model is None and isinstance(optimizer, Mapping):  # torchtitan saves the model's tensors beside the optimizer
         tensors = {key: value for key, value in rest.items() if isinstance(value, Tensor)}
         names = {key for group in unflatten(optimizer, where)["param_groups"] for key in group["params"]}
         if names and names <= tensors.keys():
@@ -74,7 +74,7 @@ def _by_key(tree: StateDict, options: ImportOptions, where: str) -> tuple[Any, A
 
 
 def _get(tree: StateDict, path: str | None, usual: Iterable[str], where: str) -> tuple[Any, str | None]:
-    """Find a state dict in the tree; return it and the first key of its path, or None for both."""
+    """Find a state dict in the tree; return it and the first key of its path, or (None, None) if there is none."""
     if path is None:
         key = next((key for key in usual if isinstance(tree.get(key), Mapping | list)), None)
         return (None, None) if key is None else (tree[key], key)

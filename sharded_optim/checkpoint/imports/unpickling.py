@@ -1,6 +1,6 @@
 """Read pickled files safely: classes that they name are not imported, and classes that are not known to be harmless are refused.
 
-Used by the formats that are pickled.
+Used by the modules of pickled formats.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class StandIn:
         return self.state.get(name) if isinstance(self.state, dict) else None
 
 
-# Classes that checkpoints name besides tensors, and no import needs.
+# Classes whose objects checkpoints contain besides tensors, and no import needs: `StandIn` replaces them.
 REPLACED = (
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
@@ -52,10 +52,10 @@ REFUSED = re.compile(r"GLOBAL (\S+) was not|GLOBAL (\S+) whose module|[Uu]nsuppo
 
 
 def load(path: Path) -> Any:
-    """Load a file of `torch.save`, with tensors on the CPU, mapped if possible.
+    """Load a file of `torch.save`, with tensors on the CPU, memory-mapped if possible.
 
     Raises:
-        ValueError: it holds an object that is not known to be harmless, or is not such a file.
+        ValueError: it holds an object that is not known to be harmless, or is not a file of `torch.save`.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
@@ -63,7 +63,7 @@ def load(path: Path) -> Any:
 
 
 def load_stream(source: Any, where: str, *, mmap: bool | None = None) -> Any:
-    """Load a part of a file, as `load` does."""
+    """Load from a stream, such as a part of a file, or from a path, like `load`; `where` names it in errors."""
     try:
         with torch.serialization.safe_globals([(StandIn, name) for name in REPLACED]):
             return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)

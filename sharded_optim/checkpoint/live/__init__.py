@@ -1,9 +1,9 @@
-"""Live models and optimizers as checkpoints see them, under every wrapper, in terms of `LocalTensor`.
+"""Describe live models and optimizers, under every wrapper, as the `LocalTensor`s that checkpoints save and load.
 
-model.py, optimizer.py      `LiveModel` and `LiveOptimizer`, of ordinary modules and of this library's optimizers
-state_plan.py               loading into an optimizer: a plan, and its execution
-zero.py, deepspeed.py       of `ShardedOptimizer`, and of DeepSpeed's engines
-adapters.py                 registers them, and picks one
+model.py, optimizer.py      `LiveModel` and `LiveOptimizer`; they describe ordinary modules and this library's optimizers
+zero.py, deepspeed.py       the same for `ShardedOptimizer`, and for DeepSpeed's engines
+adapters.py                 registers these, and picks the one for a model or an optimizer
+state_plan.py               load into an optimizer: plan the changes, then make them
 """
 
 from __future__ import annotations

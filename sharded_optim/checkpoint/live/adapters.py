@@ -1,4 +1,4 @@
-"""The registry of adapters: an `Adapter` for each kind of model and optimizer that checkpoints can read, in a file of its own.
+"""The registry of adapters: an `Adapter` for each kind of model and optimizer, each in its own file.
 
 Used by saving, loading and `tools/divergence.py`, which know no wrapper by name.
 """
@@ -18,7 +18,7 @@ from sharded_optim.checkpoint.live.optimizer import LiveOptimizer
 
 __all__ = ["ADAPTERS", "Adapter", "live_model", "live_optimizer"]
 
-# Modules with an `ADAPTER`, in the order in which they are tried, each with the module that is imported wherever its wrapper is used.
+# Modules with an `ADAPTER`, in the order in which they are tried -> a module that is imported if the adapter's wrapper is in use.
 ADAPTERS = {
     "sharded_optim.checkpoint.live.zero": "sharded_optim.zero",
     "sharded_optim.checkpoint.live.deepspeed": "deepspeed.runtime.engine",
@@ -28,11 +28,11 @@ ADAPTERS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """Functions by which checkpoints read a kind of model or optimizer. They return None for other kinds.
+    """Functions that describe one kind of model or optimizer, and return None for other kinds.
 
     Attributes:
-        model: (module) -> the part of it that this process holds. Raises ValueError if that cannot be determined.
-        optimizer: (optimizer, its model or None, the part of the model that this process holds) -> the same for the optimizer.
+        model: (module) -> this process's part of the model. Raises ValueError if that cannot be determined.
+        optimizer: (optimizer, its model or None, this process's part of the model) -> this process's part of the optimizer.
     """
 
     model: Callable[[nn.Module], LiveModel | None] = lambda model: None
@@ -50,10 +50,10 @@ def live_model(model: Any) -> LiveModel:
     """Describe the elements of a model that this process holds.
 
     Args:
-        model: a module under any wrapper, or a DeepSpeedEngine; None: nothing.
+        model: a module under any wrapper, or a DeepSpeedEngine; None: there is no model.
 
     Raises:
-        TypeError: it is neither.
+        TypeError: the model is none of these.
         ValueError: the elements that this process holds cannot be determined.
     """
     if model is None:
@@ -67,12 +67,12 @@ def live_optimizer(optimizer: Any, model: Any, live: LiveModel) -> LiveOptimizer
     """Describe the state of an optimizer that this process holds.
 
     Args:
-        optimizer: one of this library, or an object of Accelerate or DeepSpeed that wraps one as `optimizer`.
-        model: the one whose parameters it steps, and whose names for them are used; None: the optimizer's own names.
+        optimizer: an optimizer of this library, or an object of Accelerate or DeepSpeed that has one as its attribute `optimizer`.
+        model: the model whose parameters the optimizer steps; its names are used. None: the optimizer's own names.
         live: the part of the model that this process holds.
 
     Raises:
-        TypeError: it belongs to another library.
+        TypeError: the optimizer belongs to another library.
         ValueError: the part that this process holds cannot be determined.
     """
     candidate = optimizer

@@ -1,7 +1,7 @@
 """Adapter of a DeepSpeedEngine: the model's parameters, partitioned in stage 3 and replicated otherwise, and its base optimizer.
 
-DeepSpeed's attributes that are not a public interface, tried with 0.19.0 to 0.19.8: a parameter's `ds_tensor`, `ds_shape`, `ds_numel`,
-`ds_status`, `partition_numel` and `ds_process_group`, the engine's counters, the fields of its loss scaler, and of stage 3's wrapper
+Uses attributes of DeepSpeed that are not public, tried with 0.19.0 to 0.19.8: of parameters `ds_tensor`, `ds_shape`, `ds_numel`,
+`ds_status`, `partition_numel` and `ds_process_group`; of the engine its counters; the fields of its loss scaler; of stage 3's optimizer
 `fp32_partitioned_groups_flat` and `sub_group_to_group_id`.
 """
 
@@ -26,7 +26,7 @@ __all__ = ["ADAPTER", "check_state"]
 
 NAME = "deepspeed"
 COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
-SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of dynamic loss scaling
+SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # fields of a dynamic loss scaler
 
 
 def _is_engine(model: Any) -> bool:
@@ -36,7 +36,7 @@ def _is_engine(model: Any) -> bool:
 
 
 def live_model(engine: Any) -> LiveModel | None:
-    """Describe a DeepSpeedEngine's model, as `LiveModel.of` does other models."""
+    """Describe a DeepSpeedEngine's model; None for any other model, which `LiveModel.of` describes."""
     if not _is_engine(engine):
         return None
     names = sharding.parameter_names(engine)
@@ -46,7 +46,7 @@ def live_model(engine: Any) -> LiveModel | None:
 
     def before_load() -> None:
         gathered = [param for param in partitioned if param.ds_status.name == "AVAILABLE"]
-        if gathered:  # whole copies, which DeepSpeed keeps of small parameters, and gathers again
+        if gathered:  # free DeepSpeed's whole copies of small parameters, which loading does not update: it gathers them again
             gathered[0].partition(gathered)
 
     return LiveModel(
@@ -71,7 +71,7 @@ def _partition(param: Any, name: str) -> LocalTensor:
 
 
 def _masters(engine: Any, names: dict[Any, str]) -> list[LocalTensor]:
-    """List the masters that DeepSpeed steps in the place of the parameters."""
+    """List the masters that DeepSpeed steps instead of the parameters; empty if it steps the parameters themselves."""
     optimizer = engine.basic_optimizer
     if optimizer is None or engine.optimizer is optimizer:
         return []
@@ -86,14 +86,14 @@ def _masters(engine: Any, names: dict[Any, str]) -> list[LocalTensor]:
 
 
 def _state(engine: Any) -> dict[str, Any]:
-    """The engine's counters and loss scale."""
+    """Return the engine's counters and the state of its loss scaler."""
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     counters = {counter: getattr(engine, counter) for counter in COUNTERS}
     return counters | {"loss_scaler": {field: getattr(scaler, field) for field in SCALER if hasattr(scaler, field)}}
 
 
 def check_state(saved: Any) -> None:
-    """Raise ValueError unless counters are whole numbers, and the numbers of the loss scaler finite."""
+    """Raise ValueError unless saved counters are whole numbers >= 0, and the values of the loss scaler finite."""
     for counter in COUNTERS:
         count = saved.get(counter) if isinstance(saved, dict) else None
         if type(count) is not int or count < 0:
@@ -116,7 +116,7 @@ def _restore(engine: Any, saved: dict[str, Any]) -> None:
 
 
 def live_optimizer(optimizer: Any, engine: Any, live: LiveModel) -> LiveOptimizer | None:
-    """Describe the base optimizer of a DeepSpeedEngine, as `LiveOptimizer.of` does other optimizers.
+    """Describe the base optimizer of a DeepSpeedEngine; None for any other optimizer, which `LiveOptimizer.of` describes.
 
     Raises:
         ValueError: the optimizer is not the engine's, or was not attached to it.

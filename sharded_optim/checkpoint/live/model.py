@@ -1,6 +1,6 @@
-"""`LiveModel`: the parameters and persistent buffers that this process holds of a model, under their names without wrappers.
+"""`LiveModel`: this process's part of a model's parameters and persistent buffers, under their names without wrappers.
 
-Wrappers are those that are registered in `sharding/wrappers.py`, none by name; `deepspeed.py` makes the LiveModel of an engine.
+Supports all wrappers that are registered in `sharding/wrappers.py`; `deepspeed.py` makes the LiveModel of an engine.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ class LiveModel:
     """The part of a model that this process holds.
 
     Attributes:
-        tensors: the elements of its parameters and buffers.
-        names: of its parameters, without flattened ones.
-        local_params: this process's parts of parameters that describe their own sharding, under these names.
-        aliases: further names under which `state_dict()` has tensors, each with the name that they are saved under.
-        order: the names of parameters that a wrapper has flattened, of all ranks, in the order of the model.
-        wrapper_state: state that only the same wrapper restores, by the wrapper's name.
-        check_wrapper_state: raises ValueError for saved state that is impossible, before anything is loaded.
-        restore_wrapper_state: called with saved state when all tensors are loaded.
-        masters: values of the parameters that an optimizer keeps, to be loaded if the optimizer itself is not.
+        tensors: this process's parts of the parameters and buffers.
+        names: the names of parameters, except flattened ones.
+        local_params: this process's part of each parameter that describes its own sharding, under its name in `names`.
+        aliases: further names of tied tensors in `state_dict()` -> the name under which each tensor is saved.
+        order: names of the parameters that a wrapper has flattened, on any rank, in the order of the model.
+        wrapper_state: state that only the same wrapper can restore, by the wrapper's name.
+        check_wrapper_state: called with saved state before anything is loaded; raises ValueError if its values are impossible.
+        restore_wrapper_state: called with saved state after all tensors are loaded.
+        masters: returns an optimizer's masters of the parameters, which must be loaded even if the optimizer is not.
         before_load: called before tensors are loaded.
     """
 
@@ -84,7 +84,7 @@ class LiveModel:
 
 
 def local_tensors(kind: str, tensor: Tensor, param: LocalParam) -> Iterator[LocalTensor]:
-    """Describe this process's part of a parameter, or of a tensor that is sharded like it: several if a wrapper has flattened it."""
+    """Describe this process's part of a parameter, or of a tensor sharded like it. Several local tensors if a wrapper has flattened it."""
     local = param.local(tensor, "values" if kind == MODEL else kind)
     for piece in param.pieces:
         yield LocalTensor(kind=kind, segment=piece.segment, local=piece.of(local))
@@ -104,10 +104,10 @@ def named_tensors(
     """Name a model's parameters and persistent buffers as `state_dict()` does without wrappers.
 
     Args:
-        names: of its parameters, if their wrapper has other names for them.
+        names: the names of the parameters, if the wrapper has its own names for them.
 
     Returns:
-        The names of parameters; further names of tied tensors, each with the first, under which they are saved; the buffers.
+        The names of parameters; further names of tied tensors -> the first name, under which they are saved; the buffers.
     """
     first = dict(names or {})
     aliases: dict[str, str] = {}
@@ -125,7 +125,7 @@ def named_tensors(
 
 
 def _modules(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    """Walk the modules of a model as often as they occur, with the prefix of the names in each. Warns of extra state."""
+    """Walk the modules of a model with the prefix of the names in each; a shared module occurs several times. Warns of extra state."""
     if type(module).get_extra_state is not nn.Module.get_extra_state:
         warnings.warn(
             f"{prefix.removesuffix('.') or 'the model'} ({type(module).__name__}) has extra state (get_extra_state), which checkpoints "

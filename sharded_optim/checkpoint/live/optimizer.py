@@ -1,6 +1,6 @@
-"""`LiveOptimizer`: the state, masters, step counters and hyperparameters that this process holds of an optimizer of this library.
+"""`LiveOptimizer`: this process's part of the state, masters, step counters and hyperparameters of an optimizer of this library.
 
-`adapters.py`, `zero.py` and `deepspeed.py` make them; saving and `tools/divergence.py` read them, `state_plan.py` loads into them.
+`adapters.py`, `zero.py` and `deepspeed.py` make it; saving and `tools/divergence.py` read it, `state_plan.py` loads into it.
 Hyperparameters are converted to Python's own numbers, strings and containers.
 """
 
@@ -34,10 +34,10 @@ class LiveParam:
     """A parameter of an optimizer.
 
     Attributes:
-        param: the key of its state.
+        param: the parameter itself, which is the key of its state in the optimizer.
         group: index of its param group.
-        local: this rank's part of it, under the names that checkpoints use.
-        is_master: whether it is a float32 master, of which the model's own parameter is the rounded copy.
+        local: this rank's part of the parameter, under the names that checkpoints use.
+        is_master: whether it is a float32 master; the model's own parameter is then its rounded copy.
     """
 
     param: Tensor
@@ -51,7 +51,7 @@ class LiveParam:
 
     @property
     def names(self) -> list[str]:
-        """The names of the tensors in it: several if a wrapper has flattened them."""
+        """The names of the model's parameters in it: several if a wrapper has flattened them together."""
         return [piece.segment.name for piece in self.local.pieces]
 
 
@@ -60,13 +60,13 @@ class LiveOptimizer:
     """The part of an optimizer that this process holds.
 
     Attributes:
-        engine: the optimizer that steps.
-        params: its parameters.
+        engine: the optimizer that steps the parameters and has their state.
+        params: the parameters of `engine`.
         groups: the param groups that users see.
-        group_of: index of each parameter's group, by name; of the parameters in this rank's optimizer.
-        order: names in the order of the model, if a wrapper has flattened parameters and the optimizer's order is lost.
+        group_of: index of the group of each parameter of this rank's optimizer, by the parameter's name.
+        order: names of parameters in the order of the model, if a wrapper has flattened them and the optimizer's order is lost.
         synchronize: called before anything is read or written.
-        after_load: called when everything is loaded.
+        after_load: called after everything is loaded.
     """
 
     engine: Engine
@@ -79,10 +79,10 @@ class LiveOptimizer:
 
     @classmethod
     def of(cls, optimizer: Any, _: Any, live: LiveModel) -> LiveOptimizer | None:
-        """Describe an optimizer that has the model's own parameters; None if it is not of this library.
+        """Describe an optimizer of the model's own parameters; None if it is not of this library.
 
         Args:
-            live: names the parameters; others have the optimizer's own names, or their positions.
+            live: gives parameters their names; parameters that it lacks have the optimizer's names, or their positions.
         """
         if not isinstance(optimizer, Engine):
             return None
@@ -130,11 +130,11 @@ class LiveOptimizer:
     # --------------------------------------------------------------------------------------------------------------------- loading
 
     def rounded(self) -> set[str]:
-        """Return the names of the parameters of which the model has rounded copies and this rank the masters."""
+        """Return the names of the parameters whose masters this rank holds; the model has rounded copies of these."""
         return {name for param in self.params if param.is_master for name in param.names}
 
     def saved_groups(self, saved: Parameters) -> list[set[int]]:
-        """Return, for each param group, the indices of the saved groups of its parameters, as far as this rank's optimizer has these."""
+        """Return, for each param group of this rank's optimizer, the indices of the saved groups that its parameters were in."""
         indices: list[set[int]] = [set() for _ in self.groups]
         for name, index in self.group_of.items():
             if name in saved.group_of:
@@ -156,7 +156,7 @@ def group_of(params: Sequence[LiveParam]) -> dict[str, int]:
 
 
 def renamed(local: LocalParam, name: str) -> LocalParam:
-    """Return the description of a rank's part of a parameter under another name."""
+    """Return a copy of the description of a parameter, with another name."""
     pieces = tuple(replace(piece, segment=replace(piece.segment, name=name)) for piece in local.pieces)
     return replace(local, pieces=pieces)
 
@@ -175,7 +175,7 @@ def plain_hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Convert a tensor of one element, a scalar of NumPy, or an instance of a subclass of Python's types."""
+    """Convert a one-element tensor, a NumPy scalar, or an instance of a subclass of a Python type; return other values unchanged."""
     if (isinstance(value, Tensor) and value.numel() == 1) or isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, list | tuple):

@@ -1,6 +1,6 @@
 """Load into an optimizer in two steps: `plan_state` computes all changes, and `install_state` makes them.
 
-In between, `loading.py` reads the plan's problems on all ranks, and loads its targets.
+In between, `loading.py` gathers the plan's problems from all ranks, and loads its targets.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class StatePlan:
     """The changes that loading makes to an optimizer.
 
     Attributes:
-        targets: tensors to be loaded. New ones do not belong to the optimizer yet.
-        problems: mismatches: the name of a parameter, or "", and a message.
-        states: the new state of parameters; None: none. Parameters that are not listed keep theirs.
+        targets: tensors to load. Newly allocated ones are not in the optimizer's state yet.
+        problems: mismatches: the name of a parameter ("" if it is about none) and a message.
+        states: parameters and their new state; None: no state. Parameters that are not listed keep their state.
         groups: the new hyperparameters of each param group.
     """
 
@@ -40,11 +40,11 @@ class StatePlan:
 
 
 def plan_state(live: LiveOptimizer, manifest: Manifest, saved: Parameters, saved_groups: Sequence[set[int]]) -> StatePlan:
-    """Plan a load. Changes nothing.
+    """Plan the load into an optimizer. Changes nothing.
 
     Args:
         saved: the parameters of the manifest.
-        saved_groups: see `LiveOptimizer.saved_groups`; of all ranks together.
+        saved_groups: the union of `LiveOptimizer.saved_groups` over all ranks.
     """
     plan = StatePlan()
     for index, (group, indices) in enumerate(zip(live.groups, saved_groups, strict=True)):
@@ -62,13 +62,13 @@ def _plan_group(engine: Engine, where: str, group: Group, saved: Sequence[Mappin
     """Compute the new hyperparameters of a param group, and the mismatches.
 
     Args:
-        saved: hyperparameters of the groups that its parameters were in.
+        saved: hyperparameters of the saved groups that the group's parameters were in.
     """
     own = plain_hyperparameters(group)
     if not saved:
         return own, []
     problems = list(_group_conflicts(where, saved))
-    # A hyperparameter that is off is equivalent to a missing one.
+    # A hyperparameter that is False, 0 or None is equivalent to a missing one.
     lacking = {key for key in engine.checks.compared & own.keys() - saved[0].keys() if own[key]}
     unexpected = {key for key in engine.checks.foreign.keys() & saved[0].keys() - own.keys() if saved[0][key]}
     problems += [f"{where} has the hyperparameter {key!r}, the checkpoint has not" for key in sorted(lacking)]
@@ -83,7 +83,7 @@ def _plan_group(engine: Engine, where: str, group: Group, saved: Sequence[Mappin
 
 def _group_conflicts(where: str, saved: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Describe the differences between saved groups that are one group of the live optimizer."""
-    first, *others = (encode(dict(group), where) for group in saved)  # encoded, as tensors have no truth value
+    first, *others = (encode(dict(group), where) for group in saved)  # encoded, as comparing tensors gives no truth value
     for other in others:
         differ = sorted(key for key in first.keys() | other.keys() if first.get(key) != other.get(key))
         if differ:
@@ -116,14 +116,14 @@ def _plan_param(live: LiveOptimizer, param: LiveParam, plan: StatePlan, manifest
     state, targets = _new_state(live.engine, param, group, step, manifest)
     plan.targets += targets
     entries = [(manifest.tensors.get(target.key), target.segment) for target in targets if target.segment.tensor_numel]
-    if all(entry is not None and entry.shape == segment.shape for entry, segment in entries):  # else it is reported, and the state stays
+    if all(entry is not None and entry.shape == segment.shape for entry, segment in entries):  # else it is reported; the old state stays
         plan.states.append((param.param, state))
 
 
 def _new_state(engine: Engine, param: LiveParam, group: Group, step: float, manifest: Manifest) -> tuple[dict[str, Any], list[LocalTensor]]:
-    """Build the state of a parameter after loading, with the tensors that are to be loaded.
+    """Build the state that a parameter has after loading, and list the tensors in it to load.
 
-    Live tensors of the right dtype are kept. Those that an optimizer may start with, and the checkpoint lacks, are zeros.
+    Live tensors of the right dtype are reused. Tensors that the checkpoint lacks start as zeros, if `may_begin` allows it.
     """
     live = engine.state.get(param.param, {})
     choice = engine.choice_of(param.param, group)
@@ -140,10 +140,10 @@ def _new_state(engine: Engine, param: LiveParam, group: Group, step: float, mani
 
 
 def install_state(live: LiveOptimizer, plan: StatePlan, *, hyperparameters: bool) -> None:
-    """Make the loaded state the optimizer's.
+    """Replace the optimizer's state by that of the plan.
 
     Args:
-        hyperparameters: whether the checkpoint's replace its own.
+        hyperparameters: whether the checkpoint's hyperparameters replace the optimizer's.
     """
     for param, state in plan.states:
         if state is None:

@@ -1,4 +1,4 @@
-"""Arguments that several `checkpoint` commands have."""
+"""Arguments and options that several `checkpoint` commands share."""
 
 from __future__ import annotations
 

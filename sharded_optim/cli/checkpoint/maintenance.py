@@ -29,7 +29,7 @@ def verify(
             raise ValueError("--all and --step contradict each other; give one of the two")
         store = open_store(root)
         chosen = existing_step(store, step)
-        for number in candidates(store) if every else [chosen]:  # one that has lost its marker is damaged
+        for number in candidates(store) if every else [chosen]:  # includes checkpoints that have lost their marker: these are damaged
             damaged |= not _verified(root, number)
     if damaged:
         raise typer.Exit(1)
@@ -50,7 +50,7 @@ def _verified(root: str, step: int) -> bool:
 
 
 def prune(root: Root, keep: Annotated[int, typer.Option("--keep", help="number of checkpoints to keep")]) -> None:
-    """Remove all but the newest checkpoints, one of which is read back before. Damaged ones are not counted, and stay if they are newer."""
+    """Remove all but the newest checkpoints, after one of these is read back. Damaged ones are not counted, and stay if they are newer."""
     with errors.for_users():
         removed = checkpoint.prune(root, keep)
         remaining = checkpoint.steps(root)
