@@ -34,7 +34,7 @@ __all__ = ["export_safetensors", "export_torch", "import_safetensors"]
 
 Model = Mapping[str, TensorEntry]
 
-FILE_BYTES = 5 * 10**9  # bytes of tensors in a file, the limit of Hugging Face libraries
+FILE_BYTES = 5 * 10**9  # bytes of tensors in a file, the default of Hugging Face libraries
 
 
 def export_safetensors(root: AnyPath, destination: AnyPath, *, step: int | None = None, masters: bool = False) -> list[str]:

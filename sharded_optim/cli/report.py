@@ -17,7 +17,7 @@ def report(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="folders of the training job's runs, or the tracker jsonl's")],
     output: Annotated[str | None, typer.Option("--output", "-o", metavar="FILE.html", help="default: report.html in the first RUN")] = None,
     png: Annotated[str | None, typer.Option(metavar="FOLDER", help="write each chart as a PNG into this folder too")] = None,
-    refresh: Annotated[int | None, typer.Option(metavar="SECONDS", help="let a browser load the page again so often")] = None,
+    refresh: Annotated[int | None, typer.Option(metavar="SECONDS", help="reload the open page at this interval")] = None,
     open_page: Annotated[bool, typer.Option("--open", help="open the page in a browser")] = False,
 ) -> None:
     """Write one HTML page about a run, or about several side by side: loss, update RMS, clipping, schedule, speed, config.
