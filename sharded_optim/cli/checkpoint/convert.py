@@ -47,7 +47,9 @@ def import_(
             "--unpickle", help="read pickled files, with torch's weights-only loading: all formats except safetensors are pickled"
         ),
     ] = False,
-    optimizer: Annotated[str | None, typer.Option(help="the class that will load it: AdamW, StableAdamW, ...; default: the nearest")] = None,
+    optimizer: Annotated[
+        str | None, typer.Option(help="the class that will load it: AdamW, StableAdamW, ...; default: the nearest")
+    ] = None,
     decay_form: Annotated[
         str | None, typer.Option(help="meaning of weight_decay if the source does not specify it: coupled, l2, decoupled")
     ] = None,
