@@ -3,7 +3,7 @@
     m, v   as in AdamW, of this step
     RMS    = sqrt(mean over the tensor of g^2 / max(v / (1 - beta2^t), eps^2))
     lr'    = lr / max(1, RMS)
-    theta <- AdamW's step with lr' instead of lr, in the decay too
+    theta <- AdamW's step with lr' for lr, in the decay too
 
 The RMS uses the debiased second moment, v / (1 - beta2^t), as in optimi. Unlike in AdamW, a tensor whose gradient has outgrown its history
 takes a smaller step.

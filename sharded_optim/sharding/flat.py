@@ -42,7 +42,7 @@ class FlatTensor:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FlatLayout:
-    """The flat and the ordinary tensors that a wrapper gives the optimizer on this rank.
+    """What the tensors that a wrapper gives the optimizer hold on this rank: flat tensors, and whole parameters.
 
     Attributes:
         flat: the content of each flat tensor, which stands for several parameters or a part of one.

@@ -125,7 +125,7 @@ class Layout:
         return segments_of(self.local_params)
 
     def places(self, indices: Sequence[int], device: torch.device) -> Slots:
-        """Return the positions of some of the pieces."""
+        """Return the positions in this layout of the pieces with these indices, as tensors for a step."""
         tensor = partial(torch.tensor, dtype=torch.int64, device="cpu")
         slots, balance = tensor([self.slots[index] for index in indices]), tensor([self.balance[index] for index in indices])
         is_first = tensor([self._segments[index].numel > 0 and self.balance[index] >= 0 for index in indices])

@@ -163,7 +163,7 @@ def ranks_where(condition: bool, process_group: dist.ProcessGroup | None) -> lis
 
 
 def raise_together(failure: Exception | None, description: object, process_group: dist.ProcessGroup | None) -> None:
-    """Raise an error on every rank if any rank has failed or differs. A collective.
+    """Raise an error on every rank if any rank has failed, or if the ranks' descriptions differ. A collective.
 
     Args:
         failure: this rank's error; None if it has none.

@@ -200,7 +200,7 @@ class OuterOptimizer(torch.optim.Optimizer):
 
     @property
     def skipped_steps(self) -> int:
-        """See the optimizer inside."""
+        """`skipped_steps` of the optimizer inside."""
         return self._engine.skipped_steps
 
     def metrics(self) -> dict[str, float]:
@@ -223,11 +223,11 @@ class OuterOptimizer(torch.optim.Optimizer):
         return self._engine.report_per_parameter_metrics(slot.local, name, optimizer_metrics)
 
     def pre_reduce_metrics(self, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
-        """See the optimizer inside."""
+        """Call the method of the optimizer inside."""
         return self._engine.pre_reduce_metrics(optimizer_metrics)
 
     def dist_reduce_metrics(self, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
-        """See the optimizer inside. A collective."""
+        """Call the method of the optimizer inside. A collective."""
         return self._engine.dist_reduce_metrics(optimizer_metrics)
 
 
