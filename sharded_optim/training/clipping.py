@@ -184,7 +184,7 @@ def _given_optimizers(optimizers: Sequence[Engine | ShardedOptimizer]) -> _Given
     for each in sharded:
         try:
             each.collect_gradients()
-        except ValueError as error:  # maybe on this rank only: the others learn of it in the all-gather
+        except ValueError as error:  # may be on this rank only; the others learn of it in the all-gather
             failure = error
     engines = [each.inside if isinstance(each, ShardedOptimizer) else each for each in optimizers]
     if any(each.process_group is not engines[0].process_group for each in engines):
@@ -401,7 +401,7 @@ def _power(local: Iterable[_Local], ownership: _Ownership, norm_type: float, dev
 
 
 def _powers(tensors: Sequence[Tensor], norm_type: float) -> Iterator[Tensor]:
-    """Yield sums of powers of the elements of tensors, which together cover all; or largest elements: float64 ()."""
+    """Yield partial sums of the powers of all elements, or with norm_type inf the largest magnitudes: float64 () each."""
     foreach_norm = torch._foreach_norm  # pyright: ignore[reportPrivateImportUsage]
     if math.isinf(norm_type):
         yield from (norm.double() for norm in foreach_norm(list(tensors), norm_type))

@@ -117,7 +117,7 @@ def _needs(module: nn.Module) -> Iterator[tuple[nn.Module, Sequence[Tensor]]]:
 
 
 def _own(module: nn.Module) -> Iterator[Tensor]:
-    """Yield the parameters of a module itself, and those in its lists and dicts, which are never called."""
+    """Yield the parameters that a module holds itself, or in lists and dicts, which are never called and so never wait."""
     yield from module.parameters(recurse=False)
     for child in module.children():
         if isinstance(child, NOT_CALLED):
