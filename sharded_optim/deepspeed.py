@@ -1,7 +1,7 @@
 """Use this library's optimizers under DeepSpeed: `initialize` instead of `deepspeed.initialize`, or `attach` after it.
 
-Under ZeRO an optimizer is given flat partitions of unknown content. `attach` reads the layout of the partitions from DeepSpeed and sets it
-in the optimizer (`sharding/deepspeed.py`). It raises an error for features that would be silently wrong, on all ranks together.
+Under ZeRO an optimizer steps flat partitions that do not record which parameters they hold. `attach` reads their layout from DeepSpeed
+(`sharding/deepspeed.py`) and sets it in the optimizer. For features that would be silently wrong it raises an error, on all ranks together.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ __all__ = ["BUILD_SECONDS", "PREFIX", "attach", "initialize", "is_own", "not_bui
 
 OLDEST, NEXT = (0, 19), (0, 20)  # supported versions of DeepSpeed: OLDEST <= version < NEXT; tested with 0.19.0 and 0.19.8
 VERSIONS = f">={OLDEST[0]}.{OLDEST[1]},<{NEXT[0]}.{NEXT[1]}"
-PREFIX = "sharded_optim."  # of a class of this library in a DeepSpeed config
+PREFIX = "sharded_optim."  # prefix of this library's class names in a DeepSpeed config
 # Names of DeepSpeed's own optimizers in its config, in lower case. Names of torch.optim mean torch's.
 DEEPSPEED_OPTIMIZERS = frozenset({"adagrad", "adam", "adamw", "lamb", "lion", "muadam", "muadamw", "muon", "musgd"})
-BUILD_SECONDS = 300.0  # in which an extension is compiled, which takes about a minute on 2 cores
+BUILD_SECONDS = 300.0  # time limit for compiling an extension, which takes about a minute on 2 cores
 NEEDED = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
 
 
 def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     """Call `deepspeed.initialize`, and `attach` to the engine.
 
-    Give an optimizer of this library, or a callable that builds one from parameters, or name one in the config, with its arguments as
+    Pass an optimizer of this library, or a callable that builds one from parameters, or name a class in the config, with its arguments as
     `params`: "sharded_optim.AdamW" and so on for every class, or "StableAdamW" without the prefix if DeepSpeed and torch have no class of
     that name. `zero_allow_untested_optimizer` and `zero_force_ds_cpu_optimizer` need not be set.
 
@@ -52,8 +52,8 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
 
     Raises:
         ImportError: DeepSpeed is not installed.
-        ValueError: see `attach`; or another process has held the lock of an extension that DeepSpeed compiles for more than BUILD_SECONDS;
-            names the lock.
+        ValueError: see `attach`; or another process has held the lock for compiling a DeepSpeed extension for more than BUILD_SECONDS. The
+            message names the lock.
     """
     try:
         import deepspeed
@@ -79,7 +79,7 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
 
 
 def attach(engine: Any) -> None:
-    """Set the layout of DeepSpeed's flat partitions in the base optimizer of an engine. A collective.
+    """Set the layout of DeepSpeed's flat partitions in an engine's base optimizer. A collective.
 
     Call it again after parameters were added or replaced.
 
@@ -87,11 +87,11 @@ def attach(engine: Any) -> None:
         engine: an engine with ZeRO stage 0, 1, 2 or 3, whose base optimizer is from this library.
 
     Raises:
-        ValueError: on every rank, if on one of them the version of DeepSpeed or one of its features is not supported; names the feature and
-            the way out.
+        ValueError: on every rank, if the version of DeepSpeed or a feature in use is not supported on any rank. The message names the
+            feature and the way out.
 
     Warns:
-        UserWarning: `gradient_clipping` is not in the config, so that DeepSpeed clips to 1.0.
+        UserWarning: `gradient_clipping` is not in the config, so DeepSpeed clips to 1.0.
     """
     _attach(engine)
 
@@ -122,16 +122,16 @@ def _attach(engine: Any) -> None:
 
 
 def not_built(lock: Path, seconds: float) -> str:
-    """Return the message about an extension that was not compiled in time."""
+    """Return the error message for an extension that was not compiled in time."""
     remedy = f"if nothing else is compiling it, remove {lock}" if lock.exists() else "start again"
     return f"DeepSpeed's extension was not compiled within {seconds:g} s; {remedy}"
 
 
 @contextmanager
 def _limited_waiting() -> Iterator[None]:
-    """Limit the wait for another process that compiles the same extension to BUILD_SECONDS.
+    """Context that limits the wait for another process that compiles the same extension to BUILD_SECONDS.
 
-    torch waits as long as the lock file exists, and a killed process leaves it behind. Tried with torch 2.11 and 2.13.
+    torch waits as long as the lock file exists, which a killed process leaves behind. Tried with torch 2.11 and 2.13.
     """
 
     def wait(baton: Any) -> None:
@@ -161,7 +161,7 @@ def _join(deepspeed: Any) -> None:
     except RuntimeError:
         if failure is None:
             raise
-        raise failure from None  # the other ranks have not waited so long
+        raise failure from None  # gathering failed, as the other ranks are still waiting
     if messages:
         raise ValueError(f"so.deepspeed.initialize: {messages}")
 
@@ -226,7 +226,7 @@ def _problems(engine: Any) -> Iterator[str]:
 
 
 def _take_config(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Remove the config from the arguments of deepspeed.initialize, in any of their forms, and return it."""
+    """Remove the config, in any of its forms, from the arguments of deepspeed.initialize, and return it as a dict."""
     import deepspeed
 
     config = arguments.pop("config", None)
@@ -240,14 +240,14 @@ def _take_config(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_own(name: Any) -> bool:
-    """Return whether an optimizer type in a DeepSpeed config is a class of this library."""
+    """Return whether an optimizer type in a DeepSpeed config means a class of this library."""
     if not isinstance(name, str) or name.removeprefix(PREFIX) not in OPTIMIZERS:
         return False
     return name.startswith(PREFIX) or not (name.lower() in DEEPSPEED_OPTIMIZERS or hasattr(torch.optim, name))
 
 
 def _maker(name: str, hyperparameters: dict[str, Any]) -> Callable[[list[Any]], Engine]:
-    """Return a function that builds the optimizer of a DeepSpeed config."""
+    """Return a function that builds the optimizer that a DeepSpeed config names."""
     kind: Callable[..., Engine] = OPTIMIZERS[name.removeprefix(PREFIX)]
 
     def make(parameters: list[Any]) -> Engine:
@@ -262,7 +262,7 @@ def _maker(name: str, hyperparameters: dict[str, Any]) -> Callable[[list[Any]], 
 
 
 def _check_parameters(optimizer: Any, model: Any) -> None:
-    """Raise ValueError on every rank for parameters that are not in the model. DeepSpeed's own check raises only on rank 0."""
+    """Raise ValueError for optimized parameters that are not in the model, on every rank: DeepSpeed's own check raises only on rank 0."""
     if isinstance(optimizer, Engine) and isinstance(model, nn.Module):
         known = set(model.parameters())
         unknown = [param for group in optimizer.param_groups for param in group["params"] if param not in known]

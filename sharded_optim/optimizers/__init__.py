@@ -1,7 +1,7 @@
-"""The public optimizers, a file for each: math, hyperparameters and class. The rest of the library finds them by `__all__`.
+"""The public optimizers, a file for each: math, hyperparameters and class. The rest of the library gets them from `OPTIMIZERS`.
 
-To add one, write its file and name its class in `__all__`. Options that mean the same for every optimizer are described at
-`CommonOptions`, `EngineOptions` and `SwitchOptions`, whose texts `spelled_out` puts into a class's docstring and signature.
+To add one, write its file, import its class here and list it in `__all__`. Options that all optimizers share are documented once, in
+`CommonOptions`, `EngineOptions` and `SwitchOptions`; `spelled_out` copies them into each class's docstring and signature.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Adam (Kingma & Ba 2015, algorithm 1), and its math with decoupled decay (AdamW: Loshchilov & Hutter 2019, algorithm 2) and for AMSGrad
+"""Adam (Kingma & Ba 2015, algorithm 1). Its math also covers AdamW's decoupled decay (Loshchilov & Hutter 2019, algorithm 2) and AMSGrad
 (Reddi et al. 2018, algorithm 2).
 
     g     <- g + l2 * theta                             l2, decay: see weight_decay.py; one of them does nothing
@@ -7,9 +7,9 @@
     v     <- beta2 * v + (1 - beta2) * g^2
     theta <- theta - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
-AMSGrad has max(v so far) for v in the last line, whose fraction is expanded by sqrt(1 - beta2^t): that saves each element a division. But
-for that the order of operations is torch.optim.AdamW's, so that the two differ by single roundings. optimi keeps debiased moments instead
-of m and v, which is the same in exact arithmetic.
+AMSGrad uses the largest v so far in the last line. The code multiplies numerator and denominator of that line's fraction by
+sqrt(1 - beta2^t), which saves a division per element. Apart from that the order of operations is torch.optim.AdamW's, so that the two
+differ by single roundings. optimi stores debiased moments instead of m and v, which is the same in exact arithmetic.
 """
 
 from __future__ import annotations
@@ -67,11 +67,11 @@ def undo_amsgrad(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, *coefficients
 
 
 def coefficients(group: Mapping[str, Any], step: Step, lr_scale: Number) -> Coefficients:
-    """The last eight arguments of `update`; `lr_scale` multiplies the learning rate, in the step and in the decay alike."""
+    """Compute the last eight arguments of `update`. `lr_scale` multiplies the learning rate, in the step and in the decay."""
     beta1, beta2 = group["betas"]
     correction2 = bias_correction(beta2, step)
-    # The moving average is computed from the nearer end, as torch's lerp: from the other, a small one would be the difference of two large
-    # numbers.
+    # The moving average is computed from the nearer end, as in torch's lerp: from the other end, a small average could be the difference of
+    # two large numbers.
     from_grad = beta1 <= 0.5
     root = sqrt(correction2)
     return (
@@ -119,10 +119,10 @@ class Adam(Engine):
             `layout`, flattened ones (FSDP1, DeepSpeed); float32, bfloat16 or float16, any shape.
         lr: learning rate; a float or a one-element tensor.
         betas: decay of the moving averages of the gradient and of its square, each in [0, 1).
-        weight_decay: lambda; lambda times the parameter is added to its gradient, or what `decouple_wd` or `decouple_lr` say.
+        weight_decay: lambda; lambda times the parameter is added to its gradient, unless the options below say otherwise.
         eps: added to the root of the second moment.
         decouple_wd: a step multiplies a parameter by (1 - lr * lambda) instead, as AdamW.
-        decouple_lr: by (1 - lambda * lr / max_lr) instead, whatever `decouple_wd`.
+        decouple_lr: a step multiplies a parameter by (1 - lambda * lr / max_lr) instead, whatever `decouple_wd` says.
         max_lr: peak of the schedule, to which the decoupled and corrected forms refer; None means each group's lr at construction, or the
             largest lr so far if that is 0.
         decay_form: "l2" (the default), "coupled", "decoupled" or "corrected" (docs/weight-decay.md).

@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov & Hutter 2019, algorithm 2), as optimi calls it. Its math is that of `adam.py`, with decoupled decay."""
+"""AdamW (Loshchilov & Hutter 2019, algorithm 2) with optimi's signature. Its math is in `adam.py`, with decoupled decay."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["AdamW", "OptimiAdamW"]
 
 
 class OptimiAdamW(Engine):
-    """Base of AdamW and StableAdamW: the constructor of optimi's classes of these names. Subclasses set `_choose_algorithm`."""
+    """Base of AdamW and StableAdamW, with the constructor of optimi's classes. Subclasses set `_choose_algorithm`."""
 
     _choose_algorithm: ClassVar[Choose]
 

@@ -1,4 +1,4 @@
-"""Constructors of the public optimizers, as `help` and editors show them: every option with its default and its meaning."""
+"""Complete the signatures and docstrings of the public optimizers, so that `help` and editors show every option."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["OPTION_TEXTS", "spelled_out"]
 Class = TypeVar("Class", bound=type[Engine])
 
 ENTRY = re.compile(r"^(\w+): (.*(?:\n    .*)*)", re.MULTILINE)
-OPTION_TEXTS: dict[str, str] = {  # by the option's name, as the docstrings of the options' types have them
+OPTION_TEXTS: dict[str, str] = {  # by option name; taken from the docstrings of these types
     name: text
     for options in (SwitchOptions, EngineOptions, CommonOptions)
     for name, text in ENTRY.findall(inspect.cleandoc(options.__doc__ or ""))
@@ -28,14 +28,14 @@ def _own_constructor(optimizer: type[Engine]) -> Any:
     given: Any = optimizer.__init__
     init = FunctionType(given.__code__, given.__globals__, given.__name__, given.__defaults__, given.__closure__)
     functools.update_wrapper(init, given)
-    del init.__wrapped__  # pyright: ignore[reportFunctionMemberAccess]  # whose signature would be taken
+    del init.__wrapped__  # pyright: ignore[reportFunctionMemberAccess]  # else `inspect` would show that function's signature
     init.__kwdefaults__, init.__qualname__ = given.__kwdefaults__, optimizer.__name__
     optimizer.__init__ = init
     return init
 
 
 def spelled_out(optimizer: Class) -> Class:
-    """Put all options into the signature of a class, in place of `**options`, and their texts into its docstring."""
+    """Class decorator: replace `**options` in a signature by all options, and add their texts to the docstring."""
     init = _own_constructor(optimizer)
     of_engine = inspect.signature(Engine).parameters
     own = [each for each in inspect.signature(init).parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]

@@ -1,6 +1,6 @@
 """Convert weight decay values between the conventions of libraries.
 
-Every convention but L2 is a way to write d, the fraction by which a step at the peak learning rate shrinks a parameter.
+Every convention except L2 is a way to express d, the fraction by which a step at the peak learning rate shrinks a parameter.
 """
 
 from __future__ import annotations
@@ -63,22 +63,24 @@ def convert_weight_decay(
     | `half_life`, in steps | | 1 - 2**(-1 / value) |
     | `ema_steps`, time scale of the moving average of updates (Wang & Aitchison 2024, arXiv 2405.13698) | `tau_iter` | 1 / value |
     | `ema_epochs`, the same in epochs | `tau_epoch` | 1 / (value * steps_per_epoch) |
-    | `l2` | | no conversion but to itself, which changes nothing |
+    | `l2` | | converts only to itself |
 
     Args:
         value: a weight decay >= 0, or a duration > 0 (which may be infinite: no decay).
         from_, to: conventions.
         lr: peak learning rate of `from_`, and of `to` unless `to_lr` says otherwise.
         to_lr: peak learning rate of `to`; doubling it halves a coupled value and leaves a decoupled one alone.
-        steps_per_epoch: N; only for `ema_epochs`.
+        steps_per_epoch: number of steps in an epoch; only for `ema_epochs`.
         width_multiplier: m of muP (Yang et al. 2022, arXiv 2203.03466), whose learning rate is lr / m at m times the width: the same as
-            to_lr = lr / m. A coupled value is multiplied by m, a decoupled one stays.
+            to_lr = lr / m. A coupled value is multiplied by m, a decoupled value stays.
 
     Raises:
-        ValueError: `l2` from or to another: it goes through the moments, where no value does the same; a missing or wrong argument.
+        ValueError: a conversion between `l2` and another convention, for which there is no equivalent value, as L2 decay goes through the
+            moments; a missing or wrong argument.
 
     Warns:
-        UserWarning: `corrected` from or to another: it follows the square of a schedule, so they agree at the peak learning rate only.
+        UserWarning: a conversion between `corrected` and another convention: corrected decay follows the square of the schedule, so the two
+            agree at the peak learning rate only.
 
     >>> convert_weight_decay(0.1, "torch", "composer", lr=6e-4)
     5.9999999999999995e-05
@@ -107,7 +109,7 @@ def convert_weight_decay(
             stacklevel=2,
         )
     if lr is None and to_lr is None and source in _SCALED_BY_LR and target in _SCALED_BY_LR:
-        return value * width_multiplier  # whatever the learning rate
+        return value * width_multiplier  # the learning rate cancels
     d = _to_fraction(source, value, lr, steps_per_epoch)
     if not d < 1.0:
         raise ValueError(f"{value!r} of {from_!r} shrinks a parameter by {d} in one step, which leaves nothing of it; it must be below 1")

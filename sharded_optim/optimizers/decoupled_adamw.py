@@ -1,6 +1,5 @@
-"""AdamW with fully decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2, with its schedule multiplier eta), as Composer calls it.
-
-Its math is that of `adam.py`.
+"""AdamW with fully decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2, with its schedule multiplier eta), with Composer's
+signature. Its math is in `adam.py`.
 """
 
 from __future__ import annotations
@@ -30,13 +29,13 @@ class DecoupledAdamW(Engine):
     Args:
         params: parameters, named parameters or param groups: ordinary tensors, DTensors (FSDP2, HSDP, tensor parallelism) or, with
             `layout`, flattened ones (FSDP1, DeepSpeed); float32, bfloat16 or float16, any shape.
-        lr: learning rate; a float or a one-element tensor. The value at construction is the reference of the decay, per group, unless
-            `max_lr` is given; if it is 0, the largest lr so far is.
+        lr: learning rate; a float or a one-element tensor. Each group's lr at construction is its reference_lr, or the largest lr so far
+            if that is 0, unless `max_lr` is given.
         betas: decay of the moving averages of the gradient and of its square, each in [0, 1).
         eps: added to the root of the second moment.
         weight_decay: fraction by which a step at the reference learning rate shrinks a parameter.
         amsgrad: divide by the largest second moment so far (Reddi et al. 2018).
-        max_lr: peak of the schedule, where `lr` is not.
+        max_lr: peak of the schedule, which becomes reference_lr; pass it if `lr` at construction is not the peak.
         options: see `EngineOptions` and `SwitchOptions`.
 
     Raises:
@@ -82,13 +81,13 @@ class DecoupledAdamW(Engine):
         weight_decay: float,
         eps: float,
     ) -> None:
-        """One step on ordinary tensors of any shapes, in place, with Composer's signature.
+        """Take one step on ordinary tensors of any shapes, in place, with Composer's signature.
 
         Args:
             params, exp_avgs, exp_avg_sqs: written.
             grads: read-only.
             max_exp_avg_sqs: written; may be empty without `amsgrad`.
-            state_steps: of each parameter, 1 in its first step; not advanced here.
+            state_steps: the step counter of each parameter, 1 in its first step; read-only.
             initial_lr: reference learning rate of the decay; at 0 nothing decays.
 
         Raises:

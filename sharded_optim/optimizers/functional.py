@@ -1,4 +1,4 @@
-"""One step on given tensors, without an optimizer: what Composer's static `adamw` and `sgdw` do. Used by the public classes."""
+"""One step without an optimizer object, for the static methods `adamw` and `sgdw`, which have the signatures of Composer's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["counter", "update"]
 
 
 def counter(step: Tensor | float) -> Tensor:
-    """Convert a number of steps to a tensor that holds it exactly, whatever torch's default dtype and device are."""
+    """Convert a step counter to a float32 CPU tensor, whatever torch's default dtype and device are; return a tensor unchanged."""
     return step if isinstance(step, Tensor) else torch.tensor(step, dtype=torch.float32, device="cpu")
 
 
@@ -27,8 +27,8 @@ def update(
     group: Mapping[str, Any],  # hyperparameters
     params: Sequence[Tensor],  # any shapes; written
     grads: Sequence[Tensor],  # read-only
-    states: Sequence[Sequence[Tensor]],  # for each of algorithm.state, that of every parameter; written
-    steps: Sequence[Tensor],  # of each parameter before this step
+    states: Sequence[Sequence[Tensor]],  # for each entry of algorithm.state, one tensor per parameter; written
+    steps: Sequence[Tensor],  # each parameter's step counter before this step
 ) -> None:
     """Step ordinary tensors on this process alone.
 
@@ -45,7 +45,7 @@ def update(
         named = zip(("parameter", "gradient", *algorithm.state), (param, grad, *state), strict=True)
         rows.append([check_memory(local(tensor, name), name, f"params[{index}]", param.device) for name, tensor in named])
     members = OperandGroups(groups=[host_numbers(group)])
-    for (param, grad, *state), step in zip(rows, steps, strict=True):  # nothing is written before all was looked at
+    for (param, grad, *state), step in zip(rows, steps, strict=True):  # only after all tensors have been checked
         operands = Operands.whole([param], [grad], [[each] for each in state])
         backend, _ = choose(MODULES, param.device, frozenset(tensor.dtype for tensor in (param, grad, *state)))
         taken = step.to(param.device, torch.float32).reshape(1)

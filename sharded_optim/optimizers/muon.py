@@ -10,10 +10,11 @@ scale as Moonlight has them (Liu et al. 2025, arXiv 2502.16982). For the hidden 
     scale    original: sqrt(max(1, rows / columns))    match_rms_adamw: 0.2 sqrt(max(rows, columns))    spectral_norm: sqrt(rows / columns)
 
 The reference is torch.optim.Muon of torch 2.13, in the order of operations too: a direction u gives the same bits of X, in bfloat16. The
-scale goes into the last polynomial, which rounds X once, where torch's learning rate takes it.
+scale is a factor of the last polynomial, so that X is rounded once; torch multiplies the learning rate by it instead.
 
-The first line and the last are elementwise, and computed by the ranks that hold the pieces of the matrix. X is not: of a slice it would be
-another matrix, a silent error of other sharded implementations. So one rank gathers all pieces of u to compute X (`sharding/matrices.py`).
+The first two lines and the last are elementwise, and are computed by the ranks that hold the pieces of the matrix. X is not elementwise: X
+of a slice is not a slice of X, a silent error of other sharded implementations. So one rank gathers all pieces of u and computes X
+(`sharding/matrices.py`).
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ __all__ = ["MUON", "MUON_FP32", "POLAR_EXPRESS", "ROUTERS", "Muon", "choose", "o
 
 JORDAN = (3.4445, -4.775, 2.0315)  # the steepest slope at 0: singular values end in [0.7, 1.2]
 POLAR_EXPRESS = "polar_express"
-# Amsel et al. 2025, arXiv 2505.16932: polynomials that are the best at each step, for singular values from 1e-3 on, with a safety factor
-# of 1.02 against rounding, by which the norm is multiplied. The last is used for further steps.
+# Amsel et al. 2025, arXiv 2505.16932: the optimal polynomial of each step, for singular values of at least 1e-3. The norm is multiplied by
+# a safety factor of 1.02 against rounding. Further steps repeat the last polynomial.
 POLAR_EXPRESS_STEPS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -55,16 +56,16 @@ POLAR_EXPRESS_STEPS = (
 )
 POLAR_EXPRESS_SAFETY = 1.02
 ORIGINAL, MATCH_RMS_ADAMW, SPECTRAL_NORM = "original", "match_rms_adamw", "spectral_norm"
-ROUTERS = frozenset({"gate", "router", "wg"})  # of modules that choose experts; a gated feed-forward layer's is called gate_proj or w1
-MUONS_EPS = 1e-7  # the default
-ADAMS_EPS = 1e-8  # of groups that AdamW or StableAdamW steps: `eps` is Newton-Schulz's for the others
+ROUTERS = frozenset({"gate", "router", "wg"})  # modules that choose experts; gates of feed-forward layers are called gate_proj or w1
+MUONS_EPS = 1e-7  # default of `eps`
+ADAMS_EPS = 1e-8  # default for groups of AdamW and StableAdamW; in the other groups `eps` is Newton-Schulz's
 
 
 # --------------------------------------------------------------------------------------------------------------- of every element
 
 
 def toward(average, value, from_value, weight):
-    """`average + (1 - momentum) * (value - average)`, computed from the nearer end, as torch's lerp."""
+    """Compute `average + (1 - momentum) * (value - average)` from the nearer end, as torch's lerp does."""
     return xp.where(from_value > 0.0, value, average) + weight * (value - average)
 
 
@@ -75,7 +76,7 @@ def update(direction, grad, momentum_buffer, from_grad, weight, nesterov):
 
 
 def coefficients(group: Mapping[str, Any], step: Step, lr_scale: Number) -> Coefficients:
-    """The last three arguments of `update`."""
+    """Compute the last three arguments of `update`."""
     momentum = group["momentum"]
     from_grad = momentum <= 0.5
     return float(from_grad), -momentum if from_grad else 1.0 - momentum, float(bool(group["nesterov"]))
@@ -86,7 +87,7 @@ def apply(param, orthogonal, decay, lr):
 
 
 def apply_coefficients(group: Mapping[str, Any], step: Step, lr_scale: Number) -> Coefficients:
-    """The last two arguments of `apply`."""
+    """Compute the last two arguments of `apply`."""
     _, decay = decay_coefficients(group, lr_scale)
     return decay, lr_scale * group["lr"]
 
@@ -100,12 +101,12 @@ def orthogonalize(
 ) -> Tensor:
     """Replace the singular values of a matrix by numbers near `scale`: Newton-Schulz steps in the dtype of the matrix.
 
-    Always one matrix at a time: in a batch bmm does not give the bits of mm for all shapes, and which matrices are in a batch depends on
-    the sharding.
+    Always one matrix at a time: bmm of a batch does not give the bits of mm for all shapes, and the matrices in a batch would depend on the
+    sharding.
     """
     rows, columns = direction.shape
     polynomials, safety = _polynomials(group)
-    with torch.autocast(direction.device.type, enabled=False):  # which would compute products in another dtype
+    with torch.autocast(direction.device.type, enabled=False):  # autocast would compute products in another dtype
         with _one_thread(direction.device):  # the order of a sum depends on how many threads share it
             norm = direction.norm()
         x = direction.T if rows > columns else direction
@@ -120,7 +121,7 @@ def orthogonalize(
 
 
 def _polynomials(group: Mapping[str, Any]) -> tuple[list[Sequence[float]], float]:
-    """The coefficients of each step, and the factor of the norm."""
+    """Return the coefficients of each Newton-Schulz step, and the factor of the norm."""
     given, steps = group["ns_coefficients"], int(group["ns_steps"])
     if given != POLAR_EXPRESS:
         return [given] * steps, 1.0
@@ -156,7 +157,7 @@ def flops(rows: int, columns: int) -> int:
 
 
 def shapes(shape: tuple[int, ...], group: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """List the shapes of a tensor's matrices: itself; each of a stack; (out, in * height * width) of a convolution; row blocks of these."""
+    """List the shapes of a tensor's matrices: itself; those of a stack; a convolution's (out, in * height * width); row blocks of these."""
     if len(shape) < 2:
         raise ValueError(
             f'has shape {shape}, which is no matrix; step it by AdamW: give its param group algorithm="adamw" or "stable_adamw", or take '
@@ -222,7 +223,7 @@ class Steps(Int):
 
 @dataclass(frozen=True)
 class RowBlocks(Hyperparameter):
-    """A positive whole number, or several in a list or tuple; none means that a matrix is not split."""
+    """A positive whole number, or a list or tuple of them; an empty one means that a matrix is not split."""
 
     @property
     def rule(self) -> str:
@@ -249,20 +250,20 @@ class Muon(Engine):
         lr: learning rate; a float or a one-element tensor.
         weight_decay: lambda; a step multiplies a parameter by (1 - lr * lambda), as in torch, or by what `decay_form` says.
         momentum: decay of the momentum buffer, in [0, 1).
-        nesterov: orthogonalize the momentum that is moved toward the gradient once more.
-        ns_coefficients: a, b and c of a Newton-Schulz step; or "polar_express", which has others in each step (arXiv 2505.16932).
-        eps: a direction whose norm is smaller is divided by eps. In groups of AdamW and StableAdamW, theirs: 1e-8, or the group's own,
-            or what is given here.
+        nesterov: orthogonalize the new momentum buffer after moving it toward the gradient once more.
+        ns_coefficients: a, b and c of a Newton-Schulz step; or "polar_express", with other coefficients in each step (arXiv 2505.16932).
+        eps: a direction with a smaller norm is divided by eps instead of its norm. In groups of AdamW and StableAdamW it is their eps: the
+            group's own; else the value passed here; else 1e-8.
         ns_steps: Newton-Schulz steps, from 1 to 99.
         adjust_lr_fn: the factor of a matrix's learning rate: "original", the default, sqrt(max(1, rows / columns)); or "match_rms_adamw",
             0.2 * sqrt(max(rows, columns)), for the lr and decay of AdamW; or "spectral_norm", sqrt(rows / columns), dion's default, for one
             lr at any width of the model.
-        algorithm: "muon", "adamw" or "stable_adamw", of groups without one.
-        split: row blocks of which each is a matrix of its own, as in a fused projection: their sizes, (q, k, v); or the one size of all, as
-            of heads. (), the default: none. Usually of a param group.
+        algorithm: "muon", "adamw" or "stable_adamw"; the default for groups that do not set it.
+        split: row blocks that are matrices of their own, as in a fused projection: their sizes, (q, k, v), or one size for all, as for
+            heads. (), the default: no split. Usually set in a param group.
         stacked: whether a tensor of three dimensions is a stack of matrices. False: the weight of a one-dimensional convolution.
         ns_dtype: dtype of Newton-Schulz and of the matrices that ranks send: "bfloat16", as in torch, or "float32", on a CPU on one thread.
-        betas: of groups of AdamW and StableAdamW.
+        betas: decay of the moving averages in groups of AdamW and StableAdamW.
         max_lr: peak of the schedule, to which the decoupled and corrected forms refer; None means each group's lr at construction, or the
             largest lr so far if that is 0.
         decay_form: "coupled" (the default), "decoupled" or "corrected" (docs/weight-decay.md).
@@ -327,7 +328,7 @@ class Muon(Engine):
         if isinstance(param_group, dict):
             param_group = dict(param_group)
             if param_group.get("adjust_lr_fn", ORIGINAL) is None:
-                param_group["adjust_lr_fn"] = ORIGINAL  # torch's default; distributed checkpoints refuse None
+                param_group["adjust_lr_fn"] = ORIGINAL  # None is torch's default, but distributed checkpoints refuse it
             if param_group.get("algorithm", self.defaults["algorithm"]) != "muon" and self.defaults["eps"] == MUONS_EPS:
                 param_group.setdefault("eps", ADAMS_EPS)
         super().add_param_group(param_group)

@@ -54,12 +54,12 @@ def undo_momentum(param, grad, momentum_buffer, l2, decay, lr, momentum, one_min
 
 
 def coefficients(group: Mapping[str, Any], step: Step, lr_scale: Number) -> Coefficients:
-    """The last three arguments of `update`."""
+    """Compute the last three arguments of `update`."""
     return (*decay_coefficients(group, lr_scale), lr_scale * group["lr"])
 
 
 def coefficients_momentum(group: Mapping[str, Any], step: Step, lr_scale: Number) -> Coefficients:
-    """The last six arguments of `update_momentum`."""
+    """Compute the last six arguments of `update_momentum`."""
     one_minus_dampening = at_first_step(step, 1.0, 1.0 - group["dampening"])
     return (*coefficients(group, step, lr_scale), group["momentum"], one_minus_dampening, float(group["nesterov"]))
 
@@ -71,9 +71,9 @@ MOMENTUM = Algorithm(
     update=update_momentum,
     undo=undo_momentum,
     coefficients=coefficients_momentum,
-    optional_state=frozenset({"momentum_buffer"}),  # a buffer of zeros becomes the gradient ...
+    optional_state=frozenset({"momentum_buffer"}),  # zeros stand for a missing buffer: a step sets it to the gradient ...
 )
-DAMPENED = replace(MOMENTUM, optional_state=frozenset())  # ... unless it is dampened, which the first step alone must not be
+DAMPENED = replace(MOMENTUM, optional_state=frozenset())  # ... but not with dampening, which a first step must not apply
 
 
 def choose(group: Mapping[str, Any]) -> Algorithm:
@@ -95,13 +95,13 @@ class DecoupledSGDW(Engine):
     Args:
         params: parameters, named parameters or param groups: ordinary tensors, DTensors (FSDP2, HSDP, tensor parallelism) or, with
             `layout`, flattened ones (FSDP1, DeepSpeed); float32, bfloat16 or float16, any shape.
-        lr: learning rate; a float or a one-element tensor. The value at construction is the reference of the decay, per group, unless
-            `max_lr` is given; if it is 0, the largest lr so far is.
+        lr: learning rate; a float or a one-element tensor. Each group's lr at construction is its reference_lr, or the largest lr so far
+            if that is 0, unless `max_lr` is given.
         momentum: decay of the momentum buffer; with 0 there is no buffer.
-        dampening: the buffer takes up (1 - dampening) of a gradient, in the first step all of it.
+        dampening: a gradient is multiplied by (1 - dampening) when it is added to the buffer, except in the first step.
         weight_decay: fraction by which a step at the reference learning rate shrinks a parameter.
         nesterov: step along the gradient plus momentum times the buffer; needs momentum > 0 and no dampening.
-        max_lr: peak of the schedule, where `lr` is not.
+        max_lr: peak of the schedule, which becomes reference_lr; pass it if `lr` at construction is not the peak.
         options: see `EngineOptions` and `SwitchOptions`.
 
     Raises:
@@ -150,12 +150,12 @@ class DecoupledSGDW(Engine):
         dampening: float,
         nesterov: bool,
     ) -> None:
-        """One step on ordinary tensors of any shapes, in place, with Composer's signature.
+        """Take one step on ordinary tensors of any shapes, in place, with Composer's signature.
 
         Args:
             params: written.
             d_p_list: gradients, read-only.
-            momentum_buffer_list: written; None, of a parameter that has not stepped yet, is replaced by a new buffer.
+            momentum_buffer_list: written; None, for a parameter that has not stepped yet, is replaced by a new buffer.
             initial_lr: reference learning rate of the decay; at 0 nothing decays.
 
         Raises:
@@ -165,7 +165,7 @@ class DecoupledSGDW(Engine):
         group |= {"decay_form": DECOUPLED, "reference_lr": initial_lr}
         algorithm = choose(group)
         steps = [functional.counter(buffer is not None) for buffer in momentum_buffer_list]
-        pairs = zip(momentum_buffer_list, d_p_list, strict=False)  # lengths are checked with all others
+        pairs = zip(momentum_buffer_list, d_p_list, strict=False)  # `update` checks all lengths
         buffers = [torch.zeros_like(grad) if buffer is None else buffer for buffer, grad in pairs]
         functional.update(algorithm, group, params, d_p_list, [buffers] if algorithm.state else [], steps)
         if algorithm.state:

@@ -5,10 +5,11 @@
     lr'    = lr / max(1, RMS)
     theta <- AdamW's step with lr' for lr, in the decay too
 
-v here is the debiased one, as in optimi. Against AdamW, a tensor whose gradient outgrew its history takes a smaller step.
+The RMS uses the debiased second moment, v / (1 - beta2^t), as in optimi. Unlike in AdamW, a tensor whose gradient has outgrown its history
+takes a smaller step.
 
-The mean runs over the whole tensor, so a rank that holds a slice cannot know it alone. Since v >= (1 - beta2) g^2, each term is at most
-(1 - beta2^t) / (1 - beta2), which is what allows to sum it exactly in fixed point (`statistics.py`).
+The mean is over the whole tensor, so a rank that holds a slice cannot compute it alone. Since v >= (1 - beta2) g^2, each term is at most
+(1 - beta2^t) / (1 - beta2); because of that bound the terms can be summed exactly in fixed point (`step/statistics.py`).
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 def observe(grad, exp_avg, exp_avg_sq, beta2, one_minus_beta2, bias_correction2, floor):
     square = grad * grad
     exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * square
-    # g^2 / max(v / c, eps^2) as c g^2 / max(v, c eps^2): one division, and the floor is a constant.
+    # g^2 / max(v / c, eps^2), written as c g^2 / max(v, c eps^2): one division, and the floor is the same for all elements.
     return xp.divide(bias_correction2 * square, xp.where(exp_avg_sq < floor, floor, exp_avg_sq))
 
 
 def observe_coefficients(group: Mapping[str, Any], step: Step) -> Coefficients:
-    """The last four arguments of `observe`."""
+    """Compute the last four arguments of `observe`."""
     _, beta2 = group["betas"]
     correction2 = bias_correction(beta2, step)
     floor = correction2 * group["eps"] ** 2

@@ -1,8 +1,8 @@
 """Describe which elements of which tensor each rank holds, under every wrapper: one file per wrapper, registered in `wrappers.py`.
 
-Tensors that describe their own sharding are handled by the wrapper that claims them (`dtensor.py`), ordinary ones by `plain.py`. For
-wrappers whose tensors do not, `fsdp1.py` and `deepspeed.py` make a `FlatLayout` (`flat.py`). `layout.py` combines the local parameters of
-all ranks.
+DTensors record their own sharding, which `dtensor.py` reads; ordinary tensors are whole (`plain.py`). Flattened tensors record nothing, so
+`fsdp1.py` and `deepspeed.py` make a `FlatLayout` (`flat.py`) of what the wrapper knows. `exchange.py` combines the local parameters of all
+ranks to a `Layout` (`layout.py`).
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ __all__ = [
 
 
 def describe(param: Tensor, name: str, flat_layout: FlatLayout | None = None) -> LocalParam:
-    """Describe what this rank holds of parameter `name`.
+    """Describe which elements of which tensors this rank holds in a parameter.
 
     Args:
-        flat_layout: of the wrapped model whose parameter it is; None for parameters that describe their own sharding.
+        flat_layout: the layout of a model whose parameters a wrapper has flattened; None for DTensors and ordinary tensors.
 
     Raises:
         ValueError: the parameter cannot be optimized, or its sharding cannot be expressed; names the tensor, the rule and the way out.
@@ -49,7 +49,7 @@ def describe(param: Tensor, name: str, flat_layout: FlatLayout | None = None) ->
 
 
 def find_layout(param: Tensor, among: Iterable[Tensor]) -> FlatLayout | None:
-    """Find the layout of a parameter that its wrapper has flattened, if it is FullyShardedDataParallel. None for other wrappers.
+    """Find the layout of the FullyShardedDataParallel model that has flattened a parameter; None if there is none, or for other wrappers.
 
     Args:
         among: all parameters of the optimizer.
@@ -62,7 +62,7 @@ def fsdp1_layout(model: nn.Module) -> FlatLayout:
     """Return how FullyShardedDataParallel (FSDP1) has sharded a model, for the `layout=` of an optimizer. No communication.
 
     Args:
-        model: wrapped, or with wrapped modules inside; use_orig_params True or False, every sharding strategy, mixed precision.
+        model: wrapped, or with wrapped modules inside; use_orig_params True or False, any sharding strategy, mixed precision.
 
     Raises:
         ValueError: nothing is wrapped, or the model cannot be described: parameters that were not contiguous, tensor parallelism inside.
@@ -73,16 +73,16 @@ def fsdp1_layout(model: nn.Module) -> FlatLayout:
 
 
 def reduced_gradients(params: Sequence[Tensor], partials: dict[int, Any]) -> list[Tensor | None]:
-    """Return the gradients of parameters, and reduce those that tensor parallelism has left Partial.
+    """Return the gradients of parameters, and reduce those that tensor parallelism has left Partial. A collective.
 
-    That is a collective, so call it before anything that a rank may raise alone. A rank without such a gradient takes part.
+    Call it before any code that may raise on one rank alone. A rank that lacks a gradient which is Partial on others takes part.
 
     Args:
-        partials: the placements of Partial gradients so far, by the number of the parameter; those of these gradients are added.
+        partials: the placements of Partial gradients seen so far, by index of the parameter; updated.
     """
     grads = [param.grad for param in params]
     rows = list(zip(grads, params, strict=True))
-    if all(getattr(grad, "_spec", 0) is getattr(param, "_spec", 1) for grad, param in rows):  # so FSDP2 leaves them
+    if all(getattr(grad, "_spec", 0) is getattr(param, "_spec", 1) for grad, param in rows):  # as FSDP2 leaves them: none is Partial
         return grads
     used = used_wrappers()
     for row, (grad, param) in enumerate(rows):

@@ -12,10 +12,10 @@ from itertools import accumulate
 
 __all__ = ["ALIGNMENT", "IN_FLIGHT", "BucketPlan", "Size", "default_bucket_bytes", "plan_buckets"]
 
-ALIGNMENT = 64  # bytes, to which shards are aligned: a cache line, and all that vector loads ask for
+ALIGNMENT = 64  # bytes to which shards are aligned: a cache line, and enough for every vector load
 SMALLEST_DEFAULT = 25 * 2**20  # bytes, as DistributedDataParallel's
-IN_FLIGHT = 2  # buckets whose gradients are being reduced at a time; full ones are in memory so long
-LEAST_SHARD = 2**16  # bytes of a bucket for each rank: its one pad, less than ALIGNMENT for each rank, is then under 0.1 % of it
+IN_FLIGHT = 2  # buckets that are reduced at a time; their full gradients stay in memory meanwhile
+LEAST_SHARD = 2**16  # bytes of a bucket per rank; padding, less than ALIGNMENT per rank, is then under 0.1 % of the bucket
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,16 +24,16 @@ class Size:
 
     numel: int
     itemsize: int  # bytes of an element
-    kind: Hashable = None  # only tensors of one kind share a bucket: its dtype and device
+    kind: Hashable = None  # dtype, device and the like; only tensors of equal kind share a bucket
 
 
 @dataclass(frozen=True, kw_only=True)
 class BucketPlan:
     """Tensors that lie end to end in one flat buffer."""
 
-    members: tuple[int, ...]  # which of the tensors, in the order of memory
-    offsets: tuple[int, ...]  # of their first elements
-    numel: int  # with the one pad at the end; a multiple of the number of shards
+    members: tuple[int, ...]  # indices of the tensors, in the order of memory
+    offsets: tuple[int, ...]  # position of the first element of each member
+    numel: int  # with the padding at the end; a multiple of the number of shards
     itemsize: int
 
 
@@ -43,21 +43,21 @@ def default_bucket_bytes(shards: int) -> int:
 
 
 def plan_buckets(sizes: Sequence[Size], shards: int, bucket_bytes: int) -> list[BucketPlan]:
-    """Fill buckets with tensors from the last to the first: backward completes their gradients in about that order.
+    """Fill buckets with tensors from the last to the first, which is about the order in which backward completes their gradients.
 
-    A bucket is closed when the next tensor would make it larger than `bucket_bytes`; a tensor that is larger has one of its own. In a
-    bucket, tensors whose sizes are multiples of ALIGNMENT come first, so that all of those stay aligned.
+    A bucket is closed when the next tensor would make it larger than `bucket_bytes`; a larger tensor has a bucket of its own. In a bucket,
+    tensors whose sizes are multiples of ALIGNMENT come first, so that all of them stay aligned.
 
     Args:
-        sizes: of the tensors, in the order of their use in the forward pass.
-        shards: into how many equal parts each bucket is cut.
-        bucket_bytes: how large a bucket may become.
+        sizes: the size of each tensor, in the order of use in the forward pass.
+        shards: the number of equal shards of each bucket.
+        bucket_bytes: the largest size of a bucket.
 
     Returns:
-        The buckets, in the order in which their last tensors come.
+        The buckets, in the order in which backward completes them.
     """
     open_buckets: dict[Hashable, list[int]] = {}
-    filled: dict[Hashable, int] = {}  # bytes in them
+    filled: dict[Hashable, int] = {}  # bytes in each open bucket
     closed: list[list[int]] = []
     for index in reversed(range(len(sizes))):
         size = sizes[index]
@@ -69,7 +69,7 @@ def plan_buckets(sizes: Sequence[Size], shards: int, bucket_bytes: int) -> list[
         filled[size.kind] = added + (filled[size.kind] if bucket else 0)
         bucket.append(index)
     closed += open_buckets.values()
-    closed.sort(key=lambda bucket: -bucket[-1])  # the last tensor to come has the lowest index
+    closed.sort(key=lambda bucket: -bucket[-1])  # backward completes the lowest index, the last of a bucket, last
     return [_laid_out(bucket, sizes, shards) for bucket in closed]
 
 
@@ -78,5 +78,5 @@ def _laid_out(bucket: list[int], sizes: Sequence[Size], shards: int) -> BucketPl
     members = sorted(bucket, key=lambda index: sizes[index].numel * itemsize % ALIGNMENT != 0)
     *offsets, end = accumulate((sizes[index].numel for index in members), initial=0)
     unit = shards * (ALIGNMENT // itemsize)
-    numel = -(-max(end, 1) // unit) * unit  # empty tensors alone have a pad too: no buffer is empty
+    numel = -(-max(end, 1) // unit) * unit  # a bucket of empty tensors gets padding, so that no buffer is empty
     return BucketPlan(members=tuple(members), offsets=tuple(offsets), numel=numel, itemsize=itemsize)

@@ -1,8 +1,8 @@
 """DistributedDataParallel: its modules in this process, and a guard against torch's Join, which lets ranks end early.
 
-DistributedDataParallel leaves no mark on parameters, and Join only on the modules that it was given. So the modules are searched among all
-Python objects, once for each set of parameters, and later only read. Used by the engine and by ShardedOptimizer. The private names of torch
-that are relied on, `_join_config` and `Join._joinables`, are tried with torch 2.11 and 2.13.
+DistributedDataParallel leaves no mark on parameters, and Join marks only its modules. So DistributedDataParallel modules are searched among
+all Python objects, once for each set of parameters. Used by the engine and by ShardedOptimizer. Relies on private names of torch,
+`_join_config` and `Join._joinables`, tried with torch 2.11 and 2.13.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ JOIN_REFUSED = (
 class JoinGuard:
     """Refuses steps inside of a Join context, for an optimizer whose step is a collective.
 
-    A rank that has run out of inputs would not take part in it, and Join replaces only the collectives of DistributedDataParallel.
+    A rank that has run out of inputs would not take part in the step, and Join replaces only the collectives of DistributedDataParallel.
     """
 
     def __init__(self) -> None:
         self._key = 0
         self._modules: list[ref[DistributedDataParallel]] | None = None
-        # By id: configurations of contexts that have been left, which torch does not take back. They are tuples, equal in every context.
+        # Configurations of contexts that have been left, which torch does not remove from the module. By id, as they are equal tuples.
         self._left: dict[int, Any] = {}
 
     def check(self, params: Iterable[Tensor], key: int) -> None:
         """Raise ValueError inside of a Join context, on every rank that steps there.
 
         Args:
-            params: that are stepped.
-            key: modules are searched again when it changes.
+            params: the parameters that are stepped.
+            key: modules are searched again when the key changes.
         """
         if not (dist.is_available() and dist.is_initialized()):
             return
@@ -58,7 +58,7 @@ class JoinGuard:
                 continue
             config = module._join_config
             if not config.enable or config.throw_on_early_termination or id(config) in self._left:
-                continue  # a Join that throws does so in the forward pass, on all ranks
+                continue  # a Join with throw_on_early_termination raises in the forward pass, on all ranks
             if not _is_in_context(module):
                 self._left[id(config)] = config
             elif not averaged_params([module]).keys().isdisjoint(map(id, params)):
@@ -76,15 +76,15 @@ def averaged_params(modules: Iterable[DistributedDataParallel]) -> dict[int, str
 
 
 def objects_of(kind: type) -> list[Any]:
-    """Return all objects of a type in this process. Takes tens of milliseconds."""
+    """Return all objects in this process that are instances of a type. Takes tens of milliseconds."""
     objects = gc.get_objects()
     kinds = {found for found in set(map(type, objects)) if kind in found.__mro__}  # half a million objects have few types
     return [candidate for candidate in objects if type(candidate) in kinds] if kinds else []
 
 
 def _is_in_context(module: DistributedDataParallel) -> bool:
-    """Return whether a module is inside of a Join context; the attribute exists only there."""
-    from torch.distributed.algorithms.join import Join  # whose module needs torch.distributed
+    """Return whether an enabled Join context of this module exists now."""
+    from torch.distributed.algorithms.join import Join  # imported here, as its module needs torch.distributed
 
     return any(join._enable and any(joinable is module for joinable in join._joinables) for join in objects_of(Join))
 

@@ -1,4 +1,4 @@
-"""DistributedDataParallel's buckets, stepped within backward: a communication hook averages one while the one before is stepped."""
+"""Gradient release under DistributedDataParallel: a communication hook averages a bucket while the bucket before is stepped."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _bucket_releases: WeakKeyDictionary[DistributedDataParallel, _BucketRelease] = W
 
 
 def release(model: nn.Module, optimized: AbstractSet[Tensor], step: StepUnit) -> Iterator[tuple[Collection[Tensor], Callable[[], None]]]:
-    """As `Wrapper.release`, for each DistributedDataParallel in a model."""
+    """Step the buckets of each DistributedDataParallel in a model within backward; see `Wrapper.release`."""
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
             bucketed = {param for name, param in module.module.named_parameters() if name not in module.parameters_to_ignore}
@@ -39,7 +39,7 @@ def _release_buckets(model: DistributedDataParallel, optimized: AbstractSet[Tens
             model.register_comm_hook(None, hook.hook)
         except RuntimeError as error:
             raise ValueError("the DistributedDataParallel has a communication hook already, and it takes one; build it without") from error
-        # So that it does not fill gradients again. Tried with torch 2.11 and 2.13.
+        # So that DDP does not set `param.grad` again after the hook. Tried with torch 2.11 and 2.13.
         model.reducer._set_optimizer_in_backward()  # pyright: ignore[reportAttributeAccessIssue]
         _bucket_releases[model] = hook
     hook = _bucket_releases[model]
@@ -52,18 +52,18 @@ def _release_buckets(model: DistributedDataParallel, optimized: AbstractSet[Tens
 
 
 class _BucketRelease:
-    """DDP's communication hook: starts to average a bucket, and meanwhile steps the one before."""
+    """DDP's communication hook: starts to average a bucket, and meanwhile steps the bucket before."""
 
     def __init__(self, model: DistributedDataParallel) -> None:
         self.step: StepUnit | None = None  # None: only average
-        self.optimized: AbstractSet[Tensor] = frozenset()  # parameters of the optimizer; the gradients of others stay
+        self.optimized: AbstractSet[Tensor] = frozenset()  # the optimizer's parameters; gradients of other parameters stay
         self._process_group = model.process_group
         self._grads_are_views = model.gradient_as_bucket_view
         self._in_flight: tuple[Any, list[Tensor], list[Tensor]] | None = None
 
-    def hook(self, _, bucket):  # DDP refuses annotations that are strings, as all are in this file: GradBucket -> Future[Tensor]
+    def hook(self, _, bucket):  # GradBucket -> Future[Tensor]; unannotated, as DDP refuses the strings that annotations are in this file
         buffer = bucket.buffer()
-        buffer.mul_(1.0 / dist.get_world_size(self._process_group))  # before the sum, as DDP without a hook
+        buffer.mul_(1.0 / dist.get_world_size(self._process_group))  # divided before the sum, as by DDP without a hook
         work = dist.all_reduce(buffer, group=self._process_group, async_op=True)
         assert work is not None, "asynchronous"
         if self._in_flight is None:
@@ -79,7 +79,7 @@ class _BucketRelease:
         return _NoBucketRelease, ()
 
     def _finish(self) -> None:
-        """Use the gradients of the bucket in flight."""
+        """Wait for the bucket in flight, set its gradients, and step its parameters."""
         assert self._in_flight is not None, "queued when it was filled"
         (work, params, grads), self._in_flight = self._in_flight, None
         work.wait()

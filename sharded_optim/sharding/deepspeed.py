@@ -1,4 +1,4 @@
-"""DeepSpeed: the optimizer is given flat partitions of fp32 master weights, one for each param group, or in stage 3 for each sub-group.
+"""DeepSpeed: its optimizers step flat partitions of fp32 master weights, one per param group, or in stage 3 one per sub-group.
 
 Attributes of DeepSpeed's optimizer wrappers record which elements of which tensors a partition holds; each wrapper has a function here that
 reads them. They are not a public interface, so the values of the partitions are compared with the model's parameters. `_hp_mapping` and
@@ -27,9 +27,9 @@ UNKNOWN_PARAM = (
     "is not one that DeepSpeed had given the optimizer when so.deepspeed.attach(engine) was called; DeepSpeed takes no parameters later, "
     "so give all of them to initialize, or call attach again if it has replaced them"
 )
-EXPERTS = ".deepspeed_experts."  # in a parameter's name, before the number of an expert on this rank
+EXPERTS = ".deepspeed_experts."  # in a parameter's name, before the index of an expert among those of this rank
 
-Names = dict[Tensor, str]  # of the model's parameters
+Names = dict[Tensor, str]  # names of the model's parameters
 Flat = tuple[Tensor, FlatTensor]
 
 
@@ -38,7 +38,7 @@ def layout_of(engine: Any) -> FlatLayout:
 
     Raises:
         ValueError: the partitions do not have the values of their parameters.
-        KeyError, AttributeError: DeepSpeed keeps its layout elsewhere.
+        KeyError, AttributeError: this version of DeepSpeed has other attributes or wrappers.
     """
     names = parameter_names(engine)
     read = _stage_0 if engine.optimizer is engine.basic_optimizer else OPTIMIZER_WRAPPERS[qualified_name(engine.optimizer)]
@@ -47,17 +47,17 @@ def layout_of(engine: Any) -> FlatLayout:
 
 
 def qualified_name(value: object) -> str:
-    """Module and name of the type of an object."""
+    """Return the module and name of the type of an object."""
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def _stage_0(wrapper: Any, names: Names) -> tuple[Names, Iterator[Flat]]:
-    """The base optimizer itself, with the model's parameters."""
+    """Read the layout of stage 0, where the base optimizer steps the model's parameters themselves."""
     return {param: names[param] for group in wrapper.param_groups for param in group["params"]}, iter(())
 
 
 def _stage_0_bf16(wrapper: Any, names: Names) -> tuple[Names, Iterator[Flat]]:
-    """FP16_UnfusedOptimizer: an fp32 copy of each parameter."""
+    """Read the layout of FP16_UnfusedOptimizer, which has an fp32 copy of each parameter."""
     pairs = [pair for groups in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True) for pair in zip(*groups, strict=True)]
     for param, copy in pairs:
         _check_values(names[param], copy, param)
@@ -65,21 +65,21 @@ def _stage_0_bf16(wrapper: Any, names: Names) -> tuple[Names, Iterator[Flat]]:
 
 
 def _stages_1_and_2(wrapper: Any, names: Names) -> tuple[Names, Iterator[Flat]]:
-    """DeepSpeedZeroOptimizer."""
+    """Read the layout of DeepSpeedZeroOptimizer: one partition per param group."""
     columns = (wrapper.bit16_groups, wrapper.bit16_groups_flat, wrapper.single_partition_of_fp32_groups, wrapper.real_dp_process_group)
     return {}, (_partition(names, *row) for row in zip(*columns, strict=True))
 
 
 def _stage_1_bf16(wrapper: Any, names: Names) -> tuple[Names, Iterator[Flat]]:
-    """BF16_Optimizer."""
+    """Read the layout of BF16_Optimizer: one partition per param group."""
     columns = (wrapper.bf16_groups, wrapper.bf16_groups_flat, wrapper.fp32_groups_flat_partition, wrapper.real_dp_process_group)
     return {}, (_partition(names, *row) for row in zip(*columns, strict=True))
 
 
 def _partition(names: Names, params: list[Tensor], flat: Tensor, master: Tensor, group: dist.ProcessGroup) -> Flat:
-    """Return this rank's partition, `master`, of a group whose parameters are views of `flat`, which is cut into equal partitions.
+    """Describe `master`, this rank's partition of a group. The group's parameters are views of `flat`, which is cut into equal partitions.
 
-    Order and padding in `flat` depend on DeepSpeed's options `round_robin_gradients` and `parameter_alignment`.
+    Order and padding in `flat` depend on `round_robin_gradients` and `parameter_alignment`, so positions are read from addresses.
     """
     size = master.numel()
     if size * dist.get_world_size(group) != flat.numel():
@@ -98,8 +98,8 @@ def _partition(names: Names, params: list[Tensor], flat: Tensor, master: Tensor,
 
 
 def _stage_3(wrapper: Any, names: Names) -> tuple[Names, Iterator[Flat]]:
-    """DeepSpeedZeroOptimizer_Stage3: each parameter is cut into equal parts with padding, and a sub-group has the parts one after the
-    other.
+    """Read the layout of DeepSpeedZeroOptimizer_Stage3: each parameter is padded and cut into equal parts; a sub-group is this rank's parts
+    of its parameters, end to end.
     """
     return {}, (
         _sub_group(names, params, master) for params, master in zip(wrapper.fp16_groups, wrapper.fp32_partitioned_groups_flat, strict=True)
@@ -127,7 +127,7 @@ def _check_values(name: str, master: Tensor, param: Tensor) -> None:
         raise ValueError(f"the master weights that DeepSpeed's optimizer wrapper says are those of {name!r} have other values than it")
 
 
-# By the class of DeepSpeed's optimizer wrapper. Subclasses do other things.
+# By the qualified class name of DeepSpeed's optimizer wrapper: exact, as subclasses may have another layout.
 OPTIMIZER_WRAPPERS: dict[str, Callable[[Any, Names], tuple[Names, Iterator[Flat]]]] = {
     "deepspeed.runtime.fp16.unfused_optimizer.FP16_UnfusedOptimizer": _stage_0_bf16,
     "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer": _stages_1_and_2,
@@ -145,7 +145,7 @@ class _Names(dict[Tensor, str]):
 
 
 def parameter_names(engine: Any) -> Names:
-    """Return the names of the model's parameters, with experts numbered over all ranks: DeepSpeed numbers them from 0 on each rank."""
+    """Return the model's parameter names, with experts numbered over all ranks. DeepSpeed numbers them from 0 on each rank."""
     names = _Names()
     for param, name in engine.param_names.items():
         owner, mark, rest = name.partition(EXPERTS)
@@ -165,17 +165,17 @@ def _expert_name(experts: Any, owner: str, rest: str, param: Any) -> str:
 
 
 def _is_partitioned(tensor: Tensor) -> bool:
-    return hasattr(tensor, "ds_shape")  # stage 3's mark of parameters, from deepspeed.zero.Init or its engine; masters too have a ds_id
+    return hasattr(tensor, "ds_shape")  # set by stage 3 (deepspeed.zero.Init or the engine) on parameters only; masters too have a ds_id
 
 
 def _describe_partitioned(param: Any, name: str) -> LocalParam:
-    """Describe a parameter before the engine replaces it by masters: an empty piece of a tensor of its shape."""
+    """Describe a partitioned parameter as an empty piece of its tensor; the engine will replace it by masters in the optimizer."""
     nothing = Piece(segment=Segment.flat(name, param.ds_shape, 0, 0))
     return replace(plain.describe(param, name), pieces=(nothing,))
 
 
 def _partitioned(model: nn.Module) -> dict[Tensor, Tensors]:
-    """Return the shape of each parameter that stage 3 has partitioned, which is an empty tensor between its uses."""
+    """Return name and whole shape of each parameter that stage 3 has partitioned: between uses the parameter itself is an empty tensor."""
     named: Iterator[tuple[str, Any]] = model.named_parameters()
     return {param: [(name, tuple(param.ds_shape))] for name, param in named if _is_partitioned(param)}
 

@@ -1,6 +1,6 @@
-"""DTensor parameters: FSDP2, HSDP, tensor parallelism and their combinations describe themselves.
+"""DTensor parameters, which record how they are sharded: FSDP2, HSDP, tensor parallelism and their combinations.
 
-Step and state work on the local tensors: DTensor dispatch costs more than the arithmetic of a step.
+Step and state work on the local tensors, as DTensor dispatch costs more than the arithmetic of a step.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _describe(param: DTensor, name: str) -> LocalParam:
     mesh, placements, spec = param.device_mesh, _placements(param), param._spec
 
     def local(tensor: Tensor, role: str) -> Tensor:
-        if tensor is not param and getattr(tensor, "_spec", None) is not spec:  # FSDP2 gives gradients the very object
+        if tensor is not param and getattr(tensor, "_spec", None) is not spec:  # FSDP2's gradients share the parameter's spec object
             what = f"{role} of {name!r}"
             check_dtype_and_layout(tensor, what)
             if not isinstance(tensor, DTensor):
@@ -56,7 +56,8 @@ def _describe(param: DTensor, name: str) -> LocalParam:
 def _partial_placements(grad: Tensor) -> tuple[Placement, ...] | None:
     """Return the placements of a Partial gradient; None for any other gradient.
 
-    Tensor parallelism leaves gradients so: those of the replicated weights of a norm in a SequenceParallel region are sums over the ranks.
+    Tensor parallelism leaves some gradients Partial, such as those of a norm's replicated weights in a SequenceParallel region: these
+    must be summed over the ranks.
     """
     if not isinstance(grad, DTensor) or not any(placement.is_partial() for placement in grad.placements):
         return None
@@ -67,9 +68,9 @@ def _reduced(grad: Tensor | None, param: Tensor, placements: tuple[Placement, ..
     """Reduce a Partial gradient to the placements of its parameter: a collective over the mesh axes on which it is Partial.
 
     Args:
-        grad: None takes part with zeros, as the other ranks have a gradient, and gives None.
+        grad: this rank's gradient. With None, as only other ranks have one, the rank takes part with zeros; the result is then None.
         param: a DTensor.
-        placements: of the gradient.
+        placements: the placements of the gradient.
     """
     assert isinstance(param, DTensor)
     mesh = param.device_mesh
@@ -93,7 +94,7 @@ def _refuse_partial(tensor: DTensor, what: str) -> None:
 
 
 def _placements(tensor: DTensor) -> tuple[Placement, ...]:
-    """Placements with every mesh axis of size 1 read as Replicate: there they all mean the same."""
+    """Return the placements, with Replicate for every mesh axis of size 1, where all placements mean the same."""
     sizes = tensor.device_mesh.shape
     return tuple(Replicate() if size == 1 else placement for size, placement in zip(sizes, tensor.placements, strict=True))
 

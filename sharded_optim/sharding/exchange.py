@@ -1,6 +1,6 @@
-"""Build the layout of all ranks by one exchange.
+"""Build the layout of all ranks by one exchange of the pieces that each rank holds.
 
-All ranks raise errors together, and choose one owner for each distinct piece of a tensor.
+The exchange chooses one owner for each distinct piece of a tensor. Errors are raised on all ranks together.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from sharded_optim.sharding.wrappers import partial_of
 
 __all__ = ["exchange_layouts"]
 
-GRADIENTS_DIFFER = 1e-2  # relative difference of norms at which gradients are not the same up to rounding
-HASHED_AT_ONCE = 2**20  # elements, each of which takes 24 bytes for a moment
-NOISE = 1e-4  # of the largest gradient norm: a gradient below may be rounding noise alone
-SHOWN = 8  # pieces in a message
+GRADIENTS_DIFFER = 1e-2  # relative difference of norms above which gradients differ by more than rounding
+HASHED_AT_ONCE = 2**20  # elements; each needs 24 bytes of temporary memory
+NOISE = 1e-4  # times the largest gradient norm: gradients of smaller norm may be rounding noise, and are not compared
+SHOWN = 8  # pieces listed in an error message
 
-# Columns of the facts of each rank.
+# Columns of `facts`, the numbers that each rank sends to all.
 FAILED, LARGEST_NORM, HAS_OBJECTS = range(3)
-# Columns of the further numbers of each piece, which are compared.
+# Columns of `further`, the numbers of a piece beside its extents.
 FINGERPRINT, IS_COMPARED, IS_PARTIAL, GRAD_NORM, MATRICES = range(5)
 FURTHER = 5
-# Bits of a reply.
+# Bits of the reply to the holder of a piece.
 OWNED, FIRST, NEEDS_TEXT, SENDS_PARTIAL = 1, 2, 4, 8
-# How pieces of one tensor differ.
+# Kinds of differences between pieces of one tensor.
 SHAPE, WHICH_MATRICES, VALUES, GRADIENTS = 1, 2, 3, 4
 
 
@@ -52,12 +52,11 @@ def exchange_layouts(
     """Build the layout of all ranks of `process_group`; None means this process alone. A collective.
 
     Args:
-        describe: describes this rank's parameters; what it raises on one rank is raised on all.
-        compares_values: whether replicas of a parameter must have the same values, bit for bit; else only gradients that are alike.
+        describe: describes this rank's parameters; an error on one rank is raised on all.
+        compares_values: whether a parameter's replicas must have the same values, bit for bit; gradient norms are always compared, roughly.
 
     Raises:
-        ValueError: on every rank alike, when ranks disagree about a tensor, their pieces do not tile it, or pieces that should be
-            replicas differ.
+        ValueError: on all ranks, if ranks disagree about a tensor, their pieces do not tile it, or pieces that should be replicas differ.
     """
     own, failure = attempt(lambda: _LocalPieces.of(describe(), alone=process_group is None, compares_values=compares_values))
     what = "what each rank holds, which is exchanged before the first step of these parameters"
@@ -66,10 +65,10 @@ def exchange_layouts(
 
 
 def _exchange(own: _LocalPieces, failure: str | None, process_group: dist.ProcessGroup | None) -> Layout:
-    """Exchange what ranks hold.
+    """Exchange the pieces that ranks hold.
 
-    Each tensor is checked by one rank, which receives its pieces from all ranks and replies who owns them. Names of tensors, and errors,
-    then go to all ranks.
+    Each tensor is checked by one rank, which receives the tensor's pieces from all ranks and replies to each holder whether it owns its
+    piece. Names of tensors, and errors, then go to all ranks.
     """
     norms = own.further[:, GRAD_NORM].view(np.float64)
     has_objects = any(value is not None for value in (*own.partial, *own.matrices))
@@ -112,15 +111,15 @@ def _exchange(own: _LocalPieces, failure: str | None, process_group: dist.Proces
 
 
 class _Objects(NamedTuple):
-    """The facts of a rank that are not numbers."""
+    """What a rank sends to all others as Python objects."""
 
-    matrix_pieces: list[tuple[int, int, Segment]]  # slot of the tensor, number of the piece, segment
-    matrices: dict[int, Matrices]  # by slot, of the tensors whose first holder it is
-    partial: dict[str, Any]  # how gradients are yet to be reduced
+    matrix_pieces: list[tuple[int, int, Segment]]  # of pieces of matrices: slot of the tensor, index of the piece on the rank, segment
+    matrices: dict[int, Matrices]  # by slot, of the tensors whose first holder the rank is
+    partial: dict[str, Any]  # by tensor: how Partial gradients still have to be reduced
 
 
 def _matrix_plans(objects: Sequence[_Objects], names: Sequence[str], process_group: dist.ProcessGroup | None) -> tuple[MatrixPlan, ...]:
-    """Plan the exchange of whole matrices. For that all ranks need all holders of matrices."""
+    """Plan the exchange of whole matrices, from the holders of all matrices on all ranks."""
     matrices = {slot: value for of_rank in objects for slot, value in of_rank.matrices.items()}
     holders: dict[str, list[Holding]] = {names[slot]: [] for slot in sorted(matrices)}
     for rank, of_rank in enumerate(objects):
@@ -135,14 +134,14 @@ class _LocalPieces:
     """The local parameters of this rank, and their pieces."""
 
     local_params: tuple[LocalParam, ...] = ()
-    pieces: list[HeldPiece] = field(default_factory=list)  # of all local parameters, one after the other
+    pieces: list[HeldPiece] = field(default_factory=list)  # of all local parameters, in order
     further: Array = field(default_factory=lambda: np.zeros((0, FURTHER), dtype=np.int64))  # (pieces, FURTHER)
-    partial: list[Any] = field(default_factory=list)  # of each piece
-    matrices: list[Matrices | None] = field(default_factory=list)  # of each piece
+    partial: list[Any] = field(default_factory=list)  # of each piece: how its gradient still must be reduced
+    matrices: list[Matrices | None] = field(default_factory=list)  # of each piece: its tensor's matrices, if any
 
     @classmethod
     def of(cls, local_params: Sequence[LocalParam], *, alone: bool, compares_values: Callable[[Tensor], bool]) -> _LocalPieces:
-        """Describe local parameters."""
+        """Compute the numbers and objects that this rank sends about its local parameters."""
         own = cls(local_params=tuple(local_params))
         further: list[tuple[int, bool, int]] = []
         norms: list[float] = []
@@ -171,7 +170,7 @@ class _LocalPieces:
     def objects(
         self,
         replies: Array,  # int64 (pieces,)
-        slots: Mapping[str, int],  # of tensors, by name
+        slots: Mapping[str, int],  # by name of the tensor
     ) -> _Objects:
         objects = _Objects([], {}, {})
         for number, (reply, piece) in enumerate(zip(replies.tolist(), self.pieces, strict=True)):
@@ -186,19 +185,19 @@ class _LocalPieces:
 
 
 class PieceChecks:
-    """Compare the pieces that this rank checks.
+    """Compare the pieces of the tensors that this rank checks.
 
     Attributes:
-        replies: int64 (rows, 2), for the holders: flags; the balance of the piece, see `Layout`.
+        replies: int64 (rows, 2), for the holders of the pieces: bits such as OWNED, and the piece's balance (see `Layout`).
     """
 
     def __init__(self, exchange: PieceExchange, largest_norm: float) -> None:
         self._exchange = exchange
 
-        def differs(column: int, others: Array) -> Array:  # from the rows with these numbers: bool (rows,)
+        def differs(column: int, others: Array) -> Array:  # bool (rows,): whether a row differs from its row in `others`
             return exchange.further[:, column] != exchange.further[others, column]
 
-        self._known = exchange.first_of_segment[exchange.segment]  # of each row the first one with the same segment
+        self._known = exchange.first_of_segment[exchange.segment]  # for each row, the first row with the same segment
         self._differences = np.select(
             [
                 exchange.contradicts,
@@ -210,18 +209,18 @@ class PieceChecks:
             0,
         )
         self._errors = exchange.tiling_errors()
-        differing: dict[int, int] = {}  # by tensor: the first row that differs
+        differing: dict[int, int] = {}  # the first differing row of each tensor
         for row in np.flatnonzero(self._differences).tolist():
             differing.setdefault(int(exchange.tensor[row]), row)
         failing = min([*differing, *self._errors], default=None)
-        self._failing = None if failing is None else (failing, differing.get(failing))  # the first wrong tensor, and the row that differs
+        self._failing = None if failing is None else (failing, differing.get(failing))  # the first wrong tensor, its row
         replies = np.zeros(len(exchange.tensor), dtype=np.int64)
         replies[exchange.ranks == exchange.ranks[self._known]] |= OWNED
         replies[exchange.first_of_tensor] |= FIRST | NEEDS_TEXT
         if self._failing is not None and self._failing[1] is not None:
             replies[self._failing[1]] |= NEEDS_TEXT
         has_partial = np.flatnonzero(exchange.further[:, IS_PARTIAL])
-        last_partial = dict(zip(exchange.tensor[has_partial].tolist(), has_partial.tolist(), strict=True))  # of each tensor
+        last_partial = dict(zip(exchange.tensor[has_partial].tolist(), has_partial.tolist(), strict=True))  # by tensor
         replies[list(last_partial.values())] |= SENDS_PARTIAL
         self.replies = np.column_stack([replies, self._balance()])
 
@@ -235,14 +234,14 @@ class PieceChecks:
         return balance
 
     def tensors(self, texts: Mapping[int, RowText]) -> list[tuple[int, int, int, str]]:
-        """List the tensors: the place of the first piece (its rank, and its number there), number of elements, name."""
+        """List the tensors: rank of the first piece, its index among that rank's pieces, number of elements of the tensor, name."""
         exchange, first = self._exchange, self._exchange.first_of_tensor
         ranks, numbers = exchange.ranks[first].tolist(), exchange.index[first].tolist()
         keys = [texts[row].key for row in first.tolist()]
         return list(zip(ranks, numbers, exchange.numels.tolist(), keys, strict=True))
 
     def failure(self, texts: Mapping[int, RowText]) -> tuple[int, int, str] | None:
-        """Return the error of the first wrong tensor, after the place of its first piece; None if there is no error."""
+        """Return rank and index of the first piece of the first wrong tensor, and its error; None if there is no error."""
         if self._failing is None:
             return None
         tensor, row = self._failing
@@ -286,21 +285,22 @@ class PieceChecks:
 
 
 def _gradients_differ(
-    norms: Array,  # float64 (rows,), NaN without a gradient, or with one that is not finite
-    others: Array,  # int64 (rows,), the row that each is compared with
+    norms: Array,  # float64 (rows,); NaN if there is no gradient, or the norm is not finite
+    others: Array,  # int64 (rows,), index of the row with which each row is compared
     largest_norm: float,
 ) -> Array:  # bool (rows,)
-    """Compare gradients of replicas: they may differ in their last bits, where kernels are not deterministic."""
+    """Compare gradient norms of replicas, with a tolerance: kernels that are not deterministic give other last bits."""
     larger = np.maximum(norms, norms[others])
     return (larger > NOISE * largest_norm) & (np.abs(norms - norms[others]) > GRADIENTS_DIFFER * larger)
 
 
 def _fingerprint(values: Tensor) -> int:
-    """Hash the bits of values together with their positions."""
+    """Hash the bits of values and their positions to a 64-bit integer."""
     bits = values.contiguous().flatten().view(torch.int16 if values.element_size() == 2 else torch.int32)
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
     for start in range(0, bits.numel(), HASHED_AT_ONCE):
         chunk = bits[start : start + HASHED_AT_ONCE].to(torch.int64)
-        weights = 2 * torch.arange(start, start + chunk.numel(), device=bits.device) + 1  # odd: no single change is lost modulo 2**64
+        # Odd, so that no change of a single value is lost modulo 2**64.
+        weights = 2 * torch.arange(start, start + chunk.numel(), device=bits.device) + 1
         total += (chunk * weights).sum()
     return int(total)

@@ -1,7 +1,7 @@
-"""Flat tensors: a wrapper concatenates parameters to one flat tensor, cuts it into ranges, and gives the optimizer this rank's range.
+"""Flat tensors: a wrapper concatenates parameters to one flat tensor and cuts it into ranges; the optimizer steps this rank's range.
 
-A flat tensor has no record of the elements that it holds, so a `FlatLayout` describes them: `fsdp1.py` and `deepspeed.py` make it, and the
-optimizers take it as `layout=`.
+A flat tensor does not record which elements it holds, so a `FlatLayout` describes them: made by `fsdp1.py`, `deepspeed.py` and `zero/`, and
+passed to optimizers as `layout=`.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ class FlatTensor:
 
     numel: int  # with padding
     pieces: tuple[Piece, ...]
-    shapes: Mapping[str, tuple[int, ...]]  # of all tensors in it, by name, on whatever ranks their elements are
+    shapes: Mapping[str, tuple[int, ...]]  # by name, of all tensors in it, also tensors without elements on this rank
 
     @classmethod
     def holding(cls, numel: int, pieces: Iterable[Piece]) -> FlatTensor:
-        """Make a flat tensor of the pieces that are not empty, or of one if all are: the rank then counts steps like the others.
+        """Build a FlatTensor of the non-empty pieces. If all are empty, the first is kept, so that this rank counts steps like the others.
 
         Args:
-            numel: with padding.
-            pieces: one of each tensor in it, also of those of which this rank holds nothing.
+            numel: number of elements, with padding.
+            pieces: one piece of each tensor; empty where this rank holds no elements.
         """
         pieces = tuple(pieces)
         shapes = {piece.segment.name: piece.segment.shape for piece in pieces}
@@ -42,15 +42,15 @@ class FlatTensor:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FlatLayout:
-    """The flat and the ordinary tensors that a wrapper gives the optimizer on this rank.
+    """What the tensors that a wrapper gives the optimizer hold on this rank: flat tensors, and whole parameters.
 
     Attributes:
-        flat: each tensor that the wrapper gives the optimizer for several parameters, or for a part of one.
-        whole: the names of the parameters that it leaves as they are.
-        unknown_param_error: why a tensor that is neither cannot be stepped, and the way out.
+        flat: the content of each flat tensor, which stands for several parameters or a part of one.
+        whole: the name of each parameter that the wrapper has not flattened.
+        unknown_param_error: the error for a tensor in neither: why it cannot be stepped, and the way out.
         steps_by_group: whether the wrapper splits a step into several calls of the optimizer, each with some of its tensors in the groups.
-        units: numbers of units: tensors whose gradients are complete together. Each unit is stepped by calls of its own, in the order of
-            the numbers. Tensors without a number are in unit 0.
+        units: the number of each tensor's unit. The gradients of a unit are complete together. Units are stepped by separate kernel calls,
+            in the order of their numbers. Tensors without a number are in unit 0.
     """
 
     flat: Mapping[Tensor, FlatTensor]
@@ -60,7 +60,7 @@ class FlatLayout:
     units: Mapping[Tensor, int] = field(default_factory=dict)
 
     def describe(self, param: Tensor, name: str) -> LocalParam:
-        """As `sharding.describe`."""
+        """Describe a parameter of this layout; see `sharding.describe`."""
         if param in self.whole:
             return plain.describe(param, self.whole[param])
         if param not in self.flat:

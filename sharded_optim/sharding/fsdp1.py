@@ -1,8 +1,8 @@
-"""FullyShardedDataParallel (FSDP1): units of parameters that are flattened together and cut into equal ranges.
+"""FullyShardedDataParallel (FSDP1): units of parameters that are flattened together and cut into equal ranges, one per rank.
 
-With `use_orig_params=True` an optimizer is given, for each parameter, a 1-D view of what this rank's range has of it, which is empty on
-most ranks; with False, the flat parameter of each unit. FSDP1 records which elements those are in private attributes, tried with torch
-2.11 and 2.13 and guarded by a test.
+With `use_orig_params=True` an optimizer gets, for each parameter, a 1-D view of its elements in this rank's range, which is empty on most
+ranks; with False, the flat parameter of each unit. FSDP1 records which elements these are in private attributes, tried with torch 2.11 and
+2.13 and guarded by a test.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ UNKNOWN_PARAM = (
 
 
 def layout_of(model: nn.Module) -> FlatLayout:
-    """See `sharded_optim.fsdp1_layout`."""
+    """Return the layout of a model; see `sharded_optim.fsdp1_layout`."""
     flat: dict[Tensor, FlatTensor] = {}
     for prefix, handle in _handles(model):
         flat_param = handle.flat_param
@@ -52,8 +52,9 @@ def layout_of(model: nn.Module) -> FlatLayout:
 
 
 def _flattened(model: nn.Module) -> dict[Tensor, Tensors]:
-    """Return names and shapes of the tensors in each parameter that a model's optimizer is given, also of tensors without elements on this
-    rank. Empty if FSDP1 has flattened nothing.
+    """Return names and shapes of the tensors in each of the model's flattened parameters, also of tensors without elements on this rank.
+
+    Empty if FSDP1 has flattened nothing.
     """
     found: dict[Tensor, Tensors] = {}
     for prefix, handle in _handles(model):
@@ -67,7 +68,7 @@ def _flattened(model: nn.Module) -> dict[Tensor, Tensors]:
 
 
 def _aliases(model: nn.Module) -> dict[str, str]:
-    """See `FlatModel.aliases`."""
+    """Return the further names of tensors that modules share; see `FlatModel.aliases`."""
     found: dict[str, str] = {}
     for prefix, handle in _handles(model):
         for info in handle.flat_param._shared_param_infos:
@@ -77,10 +78,10 @@ def _aliases(model: nn.Module) -> dict[str, str]:
 
 
 def check_whole_state_on_cpu(model: nn.Module, keys: Sequence[str]) -> None:
-    """Raise ValueError if torch would give the model's whole state under each key the values of the last one.
+    """Raise ValueError if torch would return, for every key of whole optimizer state, the values of the last key.
 
-    With `use_orig_params=True` torch 2.13 gathers one key after the other into the same memory, and takes what it has gathered from there
-    with `.cpu()`, which copies nothing that is on a CPU already. On other devices, and with False, whole state is right.
+    With `use_orig_params=True` torch 2.13 gathers one key after the other into the same memory, and takes the result from there with
+    `.cpu()`, which does not copy on a CPU. On other devices, and with `use_orig_params=False`, whole state is right.
     """
     for prefix, handle in _gathered_handles(model):
         if len(keys) > 1 and handle.device.type == "cpu":
@@ -93,10 +94,10 @@ def check_whole_state_on_cpu(model: nn.Module, keys: Sequence[str]) -> None:
 
 
 def check_state_is_alike(model: nn.Module, keys: Mapping[Tensor, Sequence[str]]) -> None:
-    """Raise ValueError if torch cannot gather the state of a unit: it assumes that all parameters of a unit have the same keys.
+    """Raise ValueError if the parameters of a unit have different state, which torch cannot gather: it assumes the same keys for all.
 
     Args:
-        keys: of the state of each parameter.
+        keys: the keys of each parameter's state.
     """
     for prefix, handle in _gathered_handles(model):
         known = [
@@ -113,14 +114,14 @@ def check_state_is_alike(model: nn.Module, keys: Mapping[Tensor, Sequence[str]])
 
 
 def _gathered_handles(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """As `_handles`, of the units whose state torch gathers parameter by parameter: sharded ones with the original parameters."""
+    """Yield the `_handles` of units whose state torch gathers parameter by parameter: sharded ones with use_orig_params=True."""
     for prefix, handle in _handles(model):
         if handle.uses_sharded_strategy and handle.world_size > 1 and handle.flat_param._params is not None:
             yield prefix, handle
 
 
 def _handles(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Return FSDP1's handle of each unit, with the prefix of the names in it."""
+    """Yield each unit's name prefix, and FSDP1's handle of the unit."""
     for name, module in model.named_modules():
         if isinstance(module, FullyShardedDataParallel) and module._handle is not None:
             name = clean_tensor_name(f"{name}.")
@@ -128,7 +129,7 @@ def _handles(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _segments(prefix: str, flat_param: Any) -> Iterator[Segment]:
-    """Return the segment of each tensor of a unit that lies in this rank's range."""
+    """Yield, for each tensor of a unit, the segment in this rank's range; it may be empty."""
     columns = (flat_param._fqns, flat_param._shapes, flat_param._contiguities, flat_param._param_extensions, flat_param._shard_param_infos)
     for name, shape, contiguous, extension, info in zip(*columns, strict=True):
         if not contiguous:
@@ -146,7 +147,7 @@ def _segments(prefix: str, flat_param: Any) -> Iterator[Segment]:
 
 
 def _content(model: nn.Module, names: Mapping[Tensor, str]) -> FlatModel | None:
-    """See `Wrapper.content`."""
+    """Describe a model that FSDP1 has flattened; None for any other. See `Wrapper.content`."""
     flattened = _flattened(model)
     if not flattened:
         return None
@@ -155,9 +156,9 @@ def _content(model: nn.Module, names: Mapping[Tensor, str]) -> FlatModel | None:
 
 
 def _layout_holding(params: Sequence[Tensor]) -> FlatLayout | None:
-    """Return the layout of the outermost FullyShardedDataParallel module that holds these parameters.
+    """Return the layout of the outermost FullyShardedDataParallel module that has all of these parameters.
 
-    None if no module holds all of them, as when only parts of a model are wrapped: names in a part are not those of the model.
+    None if no outermost module has all of them, as when only parts of a model are wrapped: a part does not know its name in the model.
     """
     modules = objects_of(FullyShardedDataParallel)
     inner = {id(each) for module in modules for each in module.modules() if each is not module}

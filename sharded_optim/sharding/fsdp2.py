@@ -1,4 +1,4 @@
-"""FSDP2 (`fully_shard`), as far as it changes a model. Its parameters are DTensors: see `dtensor.py`."""
+"""FSDP2 (`fully_shard`): the changes that it makes to a model. Its parameters are DTensors, described in `dtensor.py`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["WRAPPER"]
 
 
 def _units(model: nn.Module) -> Iterable[list[Tensor]]:
-    """Return the parameters of each `fully_shard` call: FSDP2 reduces their gradients together, and then calls the hook of each."""
+    """Return the parameters of each `fully_shard` call. FSDP2 reduces their gradients together, and then runs the hook of each."""
     units: list[list[Tensor]] = []
     known: set[Tensor] = set()
 
@@ -34,7 +34,7 @@ def _units(model: nn.Module) -> Iterable[list[Tensor]]:
 
 
 def _reshard(model: nn.Module) -> None:
-    """Put the sharded parameters back: a forward pass without a backward pass leaves gathered copies in their places."""
+    """Put the sharded parameters back into the modules, where a forward pass without a backward pass has left gathered copies."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             FSDPModule.reshard(module)

@@ -1,6 +1,6 @@
 """Layouts: which pieces of which tensors a rank holds, and which of them it owns.
 
-A `Layout` is built once per set of parameters and process group: of this rank alone, or by `exchange.py` of what all ranks hold.
+A `Layout` is built once per set of parameters and process group: from this rank's pieces, or by `exchange.py` from those of all ranks.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ from sharded_optim.storage.splitmix64 import GOLDEN, mix
 
 __all__ = ["GRADIENT", "PARAMETER", "Layout", "LocalParam", "Piece", "Slots", "properties_of", "segments_of"]
 
-PARAMETER, GRADIENT = "parameter", "gradient"  # roles of tensors, besides state
+PARAMETER, GRADIENT = "parameter", "gradient"  # roles of tensors in error messages; other roles are names of state
 
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """Elements of one tensor of the model, and where they lie in the local tensor that holds them."""
+    """Elements of one tensor of the model, and their position in the local tensor."""
 
     segment: Segment
-    offset: int | None = None  # of the first, in a contiguous 1-D local tensor; None: they are all of the local tensor, in any shape
-    matrices: Matrices | None = None  # that the tensor is, where its algorithm needs them whole
+    offset: int | None = None  # position in a contiguous 1-D local tensor; None: the piece is the whole local tensor, in any shape
+    matrices: Matrices | None = None  # the tensor's matrices, if its algorithm needs them whole
 
     def of(self, local: Tensor) -> Tensor:
-        """The piece's elements of a local tensor, sharing memory."""
+        """Return the elements of this piece in a local tensor, sharing memory."""
         return local if self.offset is None else local[self.offset : self.offset + self.segment.numel]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LocalParam:
-    """This rank's part of one parameter of the optimizer: a piece of a tensor, or pieces of several if a wrapper flattens."""
+    """This rank's part of one parameter of the optimizer: a piece of one tensor, or of several tensors that are flattened together."""
 
-    param: Tensor  # as the param group holds it; the key of its optimizer state
+    param: Tensor  # the object in the param group, which is also the key in the optimizer's state
     name: str  # for error messages
     pieces: tuple[Piece, ...]
-    # (param, gradient or state tensor, its role for error messages) -> this rank's part, sharing memory.
+    # (the parameter, its gradient or a state tensor; role for error messages) -> this rank's part of that tensor, sharing memory.
     # Raises ValueError when the tensor is not laid out like the parameter.
     local: Callable[[Tensor, str], Tensor]
 
@@ -57,24 +57,24 @@ class LocalParam:
 class Layout:
     """The local parameters that are stepped together, and the list of all tensors of the model.
 
-    It holds for these parameters as they were described, and for this process group.
+    Valid as long as the parameters have the properties in `properties_of`, and for the process group that built it.
     """
 
     local_params: tuple[LocalParam, ...]
-    names: tuple[str, ...]  # every tensor of the whole model, on all ranks in the same order
-    numels: tuple[int, ...]  # of these tensors
-    slots: tuple[int, ...]  # index into `names` of each piece of the local parameters, one parameter after the other
-    owned: tuple[bool, ...]  # whether this rank owns the piece; replicas have exactly one owner
-    # Of each piece: n - 1 for the first of all n pieces, of all ranks, of a tensor, -1 for the others, and 0 for those without an element.
-    # So a value that is the same for all pieces of a tensor adds up to 0 over ranks.
+    names: tuple[str, ...]  # all tensors of the whole model, in the same order on all ranks
+    numels: tuple[int, ...]  # number of elements of each of these tensors
+    slots: tuple[int, ...]  # for each piece of this rank: index of its tensor in `names`. Pieces are in the order of `local_params`
+    owned: tuple[bool, ...]  # for each piece: whether this rank owns it; replicas have exactly one owner
+    # For each piece: n - 1 if it is the first of its tensor's n non-empty pieces on all ranks, -1 for the other pieces, 0 for empty ones.
+    # So a value that is the same for all pieces of a tensor, times this, adds up to 0 over the ranks.
     balance: tuple[int, ...]
-    is_global: bool = False  # whether it was made by all ranks of a process group together
-    # Of these ranks; None: this process is alone. Held weakly: torch.distributed owns groups, and must be the one to end their threads.
+    is_global: bool = False  # whether all ranks of a process group built it together
+    # Their group; None: this process is alone. Held weakly: torch.distributed owns groups, and must be the one to end their threads.
     process_group_ref: weakref.ref[dist.ProcessGroup] | None = None
-    matrices: tuple[MatrixPlan, ...] = ()  # how whole matrices are gathered: a plan for each dtype
-    partial: dict[int, Any] = field(default_factory=dict)  # by local parameter: how its gradient is reduced, where that comes Partial
-    has_dtensors: bool = field(init=False)  # whether any of the parameters is a tensor of a subclass, as a DTensor is
-    device: torch.device = field(init=False)  # on which ranks agree: that of the first parameter when this was made
+    matrices: tuple[MatrixPlan, ...] = ()  # how whole matrices are gathered; one plan per dtype
+    partial: dict[int, Any] = field(default_factory=dict)  # by index of the local parameter: how its gradient is reduced, if it is Partial
+    has_dtensors: bool = field(init=False)  # whether a parameter is of a subclass of Tensor, such as DTensor
+    device: torch.device = field(init=False)  # of the collective of a step: the first parameter's when this was built
     _described: tuple[list[Any], ...] = field(init=False)  # see `properties_of`
 
     def __post_init__(self) -> None:
@@ -99,14 +99,14 @@ class Layout:
 
     @property
     def described_by_name(self) -> str:
-        """The tensors of the model, in words for error messages."""
+        """A short list of the model's tensors for error messages."""
         if not self.names:
             return "nothing"
         others = len(self.names) - 1
         return f"{self.names[0]!r}{f' and {others} other tensor' if others else ''}{'s' if others > 1 else ''}"
 
     def tensor_numels(self, device: torch.device) -> Tensor:
-        """Number of elements of each tensor, but at least 1: float64 (tensors,) on the device, cached."""
+        """Return the number of elements of each tensor, at least 1: float64 (tensors,) on the device, cached."""
         if device not in self._numels_on:
             self._numels_on[device] = send(torch.tensor(self.numels, dtype=torch.float64, device="cpu").clamp(min=1), device)
         return self._numels_on[device]
@@ -117,7 +117,7 @@ class Layout:
 
     @cached_property
     def sent(self) -> DeviceCache[Tensor]:
-        """Cache of what does not change from step to step in this rank's vector."""
+        """Cache of the part of this rank's vector (see `step/agreement.py`) that does not change from step to step."""
         return DeviceCache()
 
     @cached_property
@@ -125,7 +125,7 @@ class Layout:
         return segments_of(self.local_params)
 
     def places(self, indices: Sequence[int], device: torch.device) -> Slots:
-        """Return the positions of some of the pieces."""
+        """Return the positions in this layout of the pieces with these indices, as tensors for a step."""
         tensor = partial(torch.tensor, dtype=torch.int64, device="cpu")
         slots, balance = tensor([self.slots[index] for index in indices]), tensor([self.balance[index] for index in indices])
         is_first = tensor([self._segments[index].numel > 0 and self.balance[index] >= 0 for index in indices])
@@ -135,7 +135,7 @@ class Layout:
             slots=send(slots, device),
             counted=send(tensor(counted), device),
             first_slots=slots.where(is_first > 0, -1),
-            weights=balance * (mix((slots + 1) * GOLDEN) | 1),  # odd, so that multiplying loses no bit
+            weights=balance * (mix((slots + 1) * GOLDEN) | 1),  # the hash is made odd, so that multiplying by it loses no bit
         )
 
     @classmethod
@@ -162,9 +162,9 @@ class Layout:
         return len(params) == len(self.local_params) and all(map(is_, params, self.params))
 
     def describes(self, params: Sequence[Tensor]) -> bool:
-        """Return whether this layout was built from these parameters, and they still have the same properties.
+        """Return whether this layout was built from these parameters, which still have the same properties.
 
-        Wrappers replace parameters, and `model.to()` may replace what is behind a parameter that stays the same object.
+        Wrappers replace parameters, and `model.to()` may replace a parameter's memory while the object stays the same.
         """
         if not self.is_of(params) or properties_of(params) != self._described:
             return False
@@ -176,10 +176,10 @@ _dtype: Callable[[Tensor], torch.dtype] = attrgetter("dtype")
 
 
 def properties_of(params: Sequence[Tensor]) -> tuple[list[Any], ...]:
-    """Return the properties of parameters that a layout depends on, column by column: that compares faster than a row for each.
+    """Return the properties of parameters on which a layout depends, as one list per property: that compares faster.
 
-    Their devices are not among them, but for the first one's, on which ranks agree: on another device parameters have another address, and
-    kernel calls are made anew.
+    Devices are not among them: a parameter that moves to another device has another address, for which kernel calls are rebuilt.
+    (`Layout.describes` compares the first parameter's device, on which ranks agree.)
     """
     types = list(map(type, params))
     is_plain = set(types) <= {Tensor, torch.nn.Parameter}
@@ -188,16 +188,16 @@ def properties_of(params: Sequence[Tensor]) -> tuple[list[Any], ...]:
 
 
 def segments_of(local_params: Sequence[LocalParam]) -> list[Segment]:
-    """Segments of all pieces of these local parameters."""
+    """Return the segments of all pieces of local parameters."""
     return [piece.segment for entry in local_params for piece in entry.pieces]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Slots:
-    """Positions of some pieces in a layout."""
+    """Positions of some of this rank's pieces in a layout, as tensors for a step."""
 
-    indices: Tensor  # int64 (n,), among all pieces
-    slots: Tensor  # int64 (n,) on the device, into `names`
-    counted: Tensor  # int64 (2, n) on the device: 1 where this rank owns the piece, as replicas count once; and NON_FINITE_PIECE
-    first_slots: Tensor  # int64 (n,), into `names` where a piece is the first of those of its tensor that have an element; else -1
-    weights: Tensor  # int64 (n,), random for each tensor, times `Layout.balance`: of the hashes whose sum is 0 where ranks agree
+    indices: Tensor  # int64 (n,), index of each piece among all of this rank's pieces
+    slots: Tensor  # int64 (n,) on the device, index of its tensor in `Layout.names`
+    counted: Tensor  # int64 (2, n) on the device: 1 where this rank owns the piece, else 0, as replicas count once; NON_FINITE_PIECE
+    first_slots: Tensor  # int64 (n,): `slots` where the piece is the first non-empty piece of its tensor; else -1
+    weights: Tensor  # int64 (n,): a hash of the slot, times `Layout.balance`; sums weighted by it are 0 where ranks agree

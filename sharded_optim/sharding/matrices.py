@@ -1,8 +1,8 @@
-"""Plan the exchange of whole matrices: which rank computes with which matrix, and which elements the ranks send each other for it.
+"""Plan the exchange of whole matrices: which rank computes with which matrix, and which elements ranks send to each other.
 
-A matrix is a range of elements of a tensor: all of it, one of a stack, or a block of rows. Each has one *owner* among the ranks that hold
-a piece of it. In a *round* the owners gather the pieces that they lack of some matrices, each from one of its replicas, and send the
-results to all ranks that hold a piece. A matrix that one rank holds whole is not sent.
+A matrix is a range of a tensor's elements: the whole tensor, one matrix of a stack, or a block of rows. Each matrix has one *owner* among
+the ranks that hold a piece of it. In a *round* each owner gathers the missing pieces of some of its matrices, each piece from one replica,
+and sends the results to all ranks that hold a piece. A matrix of which only its owner holds pieces is not sent.
 
 `exchange.py` makes the plan from the pieces of all ranks; `step/matrix_exchange.py` carries it out.
 """
@@ -33,32 +33,32 @@ __all__ = [
     "plan_matrices",
 ]
 
-ROUND_BYTES = 2**22  # of the matrices of one owner in a round: enough for a network, and few enough that most travel under a computation
+ROUND_BYTES = 2**22  # one owner's matrices in a round: enough to use a network well, and small enough to overlap with computation
 
 
 @dataclass(frozen=True, kw_only=True)
 class Matrices:
-    """The matrices that a tensor is: its row-major elements, one matrix after the other."""
+    """The matrices of which a tensor consists, one after the other in its row-major elements."""
 
-    dtype: torch.dtype  # in which they are sent
+    dtype: torch.dtype  # in which elements are sent
     shapes: tuple[tuple[int, int], ...]
-    flops: tuple[int, ...]  # of the computation with each, up to a common factor
+    flops: tuple[int, ...]  # cost of the computation with each matrix, up to a common factor
 
 
 class Holding(NamedTuple):
     """A piece of a tensor that a rank holds."""
 
     rank: int
-    number: int  # among the rank's pieces
+    number: int  # index among the rank's pieces
     segment: Segment
 
 
 class Part(NamedTuple):
-    """Elements of a matrix, in row-major order, that lie contiguously in a buffer."""
+    """Some elements of a matrix, in row-major order, and the contiguous range of a buffer in which they are."""
 
     begin: int
     end: int
-    overlaps: tuple[Overlap, ...]  # of buffer[begin:end], as the source, with the matrix
+    overlaps: tuple[Overlap, ...]  # where the elements of buffer[begin:end], the source, belong in the matrix, the target
 
     @property
     def numel(self) -> int:
@@ -79,20 +79,20 @@ class OwnedMatrix:
 
     rows: int
     columns: int
-    piece: int  # one of this rank's pieces of it
-    own: list[Part] = field(default_factory=list)  # in the buffer of this rank's pieces
-    gathered: list[Part] = field(default_factory=list)  # in the received buffer
-    results: list[Part] = field(default_factory=list)  # in the buffer that is sent back
+    piece: int  # index of one of this rank's pieces of the matrix
+    own: list[Part] = field(default_factory=list)  # parts that this rank holds, in the buffer of its pieces
+    gathered: list[Part] = field(default_factory=list)  # parts from other ranks, in the received buffer
+    results: list[Part] = field(default_factory=list)  # parts of the result for other ranks, in the buffer that is sent back
 
     @property
     def lies_whole(self) -> bool:
-        """Whether the elements lie in the buffer as in the matrix."""
+        """Whether the whole matrix is one part of the buffer of this rank's pieces, so that it can be used without a copy."""
         return len(self.own) == 1 and self.own[0].numel == self.rows * self.columns
 
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """The part of this rank in one round. Slices are of the buffer of its pieces, in the order in which they are packed."""
+    """What this rank sends, computes and receives in one round. Slices are of the buffer of its pieces, in the order of packing."""
 
     gather: AllToAll
     gathered_from: list[slice]
@@ -103,14 +103,14 @@ class Round:
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixPlan:
-    """The part of this rank in gathering the matrices of one dtype, and in sending back the results.
+    """This rank's part in gathering the matrices of one dtype, and in sending back the results.
 
     Attributes:
-        numel: of the buffer of this rank's pieces.
-        places: which elements of it each piece has, by its index among all of the rank's pieces.
-        rounds: on all ranks equally many.
+        numel: number of elements in the buffer of this rank's pieces.
+        places: the range of each piece in that buffer, by the piece's index among all of the rank's pieces.
+        rounds: this rank's rounds; equally many on all ranks.
         travels: whether any rank sends anything.
-        loads: the flops of each rank.
+        loads: the flops of each rank, including those of the plans before.
     """
 
     dtype: torch.dtype
@@ -123,7 +123,7 @@ class MatrixPlan:
 
 @dataclass(kw_only=True, eq=False)
 class _Whole:
-    """A matrix, and all non-empty parts of it: (the piece, where the part begins and ends in the piece)."""
+    """A matrix, and its non-empty parts on all ranks: (piece, begin, end), with the range of the part in the piece."""
 
     range: Segment
     rows: int
@@ -137,7 +137,7 @@ class _Whole:
 
 
 def plan_matrices(
-    matrices_of: Mapping[str, Matrices],  # by the name of the tensor
+    matrices_of: Mapping[str, Matrices],  # by name of the tensor
     holders: Mapping[str, Sequence[Holding]],  # all pieces of these tensors on all ranks, in the same order on every rank
     rank: int,
     world_size: int,
@@ -167,17 +167,17 @@ def _wholes(matrices: Matrices, holders: Sequence[Holding]) -> list[_Whole]:
 
 
 def choose_owners(flops: Sequence[int], candidates: Sequence[Sequence[int]], loads: list[int]) -> list[int]:
-    """Choose an owner for each matrix, so that no rank has much more to compute than others. Adds to the loads.
+    """Choose an owner for each matrix, so that no rank has much more to compute than others. Adds to `loads`.
 
-    Longest processing time first (Graham 1969), which is at most a third above the best where every rank may own every matrix. Those
-    with one candidate come before the others, which then fill what they leave.
+    Longest processing time first (Graham 1969): where every rank may own every matrix, the largest load is at most a third above the best
+    possible. Matrices with one candidate are assigned first, so that the others even out the loads.
 
     >>> choose_owners([3, 2, 2, 1], [[0, 1], [0, 1], [0, 1], [1]], [0, 0])
     [0, 1, 0, 1]
     """
     owners = [0] * len(flops)
     for index in sorted(range(len(flops)), key=lambda index: (len(candidates[index]) > 1, -flops[index])):
-        owners[index] = min(candidates[index], key=loads.__getitem__)  # the first of several
+        owners[index] = min(candidates[index], key=loads.__getitem__)  # of equal loads, the first candidate's
         loads[owners[index]] += flops[index]
     return owners
 
@@ -187,8 +187,8 @@ def _plan(
     wholes: Sequence[_Whole],
     pieces: Sequence[Holding],
     rank: int,
-    loads: list[int],  # flops of each rank so far
-    sent: list[int],  # elements that each rank sends so far
+    loads: list[int],  # flops of each rank so far; written
+    sent: list[int],  # elements that each rank sends so far; written
 ) -> MatrixPlan:
     ends = list(accumulate(holding.segment.numel for holding in pieces))
     places = {holding.number: slice(end - holding.segment.numel, end) for holding, end in zip(pieces, ends, strict=True)}
@@ -206,7 +206,7 @@ def _plan(
 
 
 def choose_rounds(sizes: Sequence[int], flops: Sequence[int], owners: Sequence[int]) -> list[list[int]]:
-    """Split the matrices of each owner into rounds of at most ROUND_BYTES, the most expensive first; at least one matrix in each.
+    """Split each owner's matrices into rounds of at most ROUND_BYTES, the most expensive first. A larger matrix has a round of its own.
 
     Args:
         sizes: bytes of each matrix.
@@ -215,7 +215,7 @@ def choose_rounds(sizes: Sequence[int], flops: Sequence[int], owners: Sequence[i
         The indices of the matrices in each round.
     """
     rounds: list[list[int]] = []
-    filled: dict[int, tuple[int, int]] = {}  # of each owner: its last round, and the bytes there
+    filled: dict[int, tuple[int, int]] = {}  # by owner: index of its last round, and bytes in that round
     for index in sorted(range(len(sizes)), key=lambda index: -flops[index]):
         number, bytes_there = filled.get(owners[index], (0, 0))
         if bytes_there and bytes_there + sizes[index] > ROUND_BYTES:
@@ -228,12 +228,12 @@ def choose_rounds(sizes: Sequence[int], flops: Sequence[int], owners: Sequence[i
 
 
 def _round(members: Sequence[tuple[int, _Whole]], places: Mapping[int, slice], rank: int, sent: list[int]) -> Round:
-    """Build this rank's part of a round. Two ranks send and receive elements for each other in the order of `members`."""
+    """Build this rank's part of a round. Elements from one rank to another are packed in the order of `members` on both."""
     gather, scatter = (AllToAll(sent=[0] * len(sent), received=[0] * len(sent)) for _ in range(2))
-    outgoing: list[tuple[int, slice]] = []  # to whom
-    incoming: list[tuple[int, slice]] = []  # from whom
-    arriving: list[tuple[int, OwnedMatrix, Part]] = []  # from whom
-    returning: list[tuple[int, OwnedMatrix, Part]] = []  # to whom
+    outgoing: list[tuple[int, slice]] = []  # (receiving rank, elements)
+    incoming: list[tuple[int, slice]] = []  # (sending rank, elements)
+    arriving: list[tuple[int, OwnedMatrix, Part]] = []  # (sending rank, matrix, part)
+    returning: list[tuple[int, OwnedMatrix, Part]] = []  # (receiving rank, matrix, part)
     owned: list[OwnedMatrix] = []
 
     def local(holding: Holding, begin: int, end: int) -> slice:
@@ -288,7 +288,7 @@ def _round(members: Sequence[tuple[int, _Whole]], places: Mapping[int, slice], r
 
 
 def _part(whole: _Whole, segment: Segment, begin: int, end: int, at: int) -> Part:
-    """Describe the elements [begin, end) of a segment's buffer, which are at `at` in another buffer."""
+    """Describe the elements [begin, end) of a segment, which start at position `at` of the buffer that holds them."""
     found = tuple(replace(each, source=each.source - begin) for each in overlaps(segment, whole.range))
     assert sum(each.run * each.count for each in found) == end - begin, "a range cuts a contiguous part out of a segment"
     return Part(at, at + end - begin, found)

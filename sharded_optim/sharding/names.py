@@ -6,16 +6,16 @@ from collections.abc import Collection
 
 __all__ = ["TRANSPARENT", "names_without_wrappers", "without_wrappers"]
 
-TRANSPARENT = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}  # wrappers' names for what they wrap
-DDP = "module."  # before all names, by DistributedDataParallel, DataParallel, AveragedModel and DeepSpeed's engine
+TRANSPARENT = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}  # attributes with a wrapped module
+DDP = "module."  # prefix of all names in DistributedDataParallel, DataParallel, AveragedModel and DeepSpeed's engine
 
 
 def without_wrappers(name: str, *, is_in_ddp: bool = True) -> str:
     """Remove the prefixes of wrappers from a parameter's name.
 
     Args:
-        name: of a parameter, as `named_parameters` of a wrapped or plain model has it.
-        is_in_ddp: whether a first part "module" is a wrapper's.
+        name: a parameter's name from `named_parameters` of a wrapped or plain model.
+        is_in_ddp: whether to remove a leading "module.", which may also be the model's own.
 
     >>> without_wrappers("module._orig_mod.layers.0._checkpoint_wrapped_module.weight")
     'layers.0.weight'
@@ -25,7 +25,7 @@ def without_wrappers(name: str, *, is_in_ddp: bool = True) -> str:
 
 
 def names_without_wrappers(names: Collection[str]) -> dict[str, str]:
-    """Map the names of a model's parameters to names without the prefixes of wrappers; to themselves if two would become the same.
+    """Map a model's parameter names to names without the prefixes of wrappers; all to themselves if two would become equal.
 
     >>> names_without_wrappers(["module._orig_mod.up.weight", "module.scale"])
     {'module._orig_mod.up.weight': 'up.weight', 'module.scale': 'scale'}

@@ -1,9 +1,9 @@
-"""Exchange the pieces of tensors that ranks hold: each rank receives, from all ranks, the pieces of its share of the tensors.
+"""Exchange the pieces of tensors that ranks hold: each rank checks some of the tensors, and receives their pieces from all ranks.
 
-A piece travels as a row of numbers: a hash of the tensor's key, one of its shape and dtype, and the extents of its segment. The text of a
-row (key, shape, dtype) is sent where it is needed: once for each tensor, and for pieces that contradict each other.
+A piece is sent as a row of numbers: a hash of the tensor's key, a hash of its shape and dtype, and the extents of its segment. The text of
+a row (key, shape, dtype) is sent only where it is needed: once for each tensor, and for pieces that contradict each other.
 
-`exchange.py` chooses the owners of pieces by it, and `checkpoint/write_plan.py` the writers.
+`exchange.py` uses it to choose the owners of pieces, and `checkpoint/write_plan.py` to choose the writers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["HeldPiece", "PieceExchange", "RowText", "attempt", "group_rows"]
 
 T = TypeVar("T")
 
-# Columns of a row; further ones follow.
+# Columns of a row; the columns of `further` follow.
 KEY = slice(0, 2)
 TRAITS = 2
 EXTENTS = slice(3, 7)  # start, run, stride, count
@@ -35,13 +35,13 @@ COLUMNS = 10
 class HeldPiece(NamedTuple):
     """A piece that this rank holds."""
 
-    key: str  # of the tensor, the same on all ranks
+    key: str  # identifies the tensor; the same on all ranks
     segment: Segment
     dtype: str
 
 
 class RowText(NamedTuple):
-    """The text of a row."""
+    """The text of a row: what its hashes stand for."""
 
     key: str
     shape: tuple[int, ...]
@@ -49,23 +49,23 @@ class RowText(NamedTuple):
 
 
 class PieceExchange(RowExchange):
-    """The pieces of this rank's share of the tensors, on all ranks, in the order of the ranks and of each rank's pieces.
+    """All ranks' pieces of the tensors that this rank checks: a row for each, by holding rank, and in the order of the holder's pieces.
 
-    Constructing it is a collective, and so are `send`, `reply` and `texts`; see `RowExchange`. Tensors and segments are numbered in the
-    order in which they first appear.
+    Construction, `send`, `reply` and `texts` are collectives; see `RowExchange`. Tensors and distinct segments are numbered in the order in
+    which they first appear.
 
     Args:
-        pieces: of this rank.
-        further: int64 (pieces, k), further numbers of each.
-        facts: numbers of this rank for all others.
-        process_group: None: this process alone.
+        pieces: this rank's pieces.
+        further: int64 (pieces, k), k more numbers for each piece.
+        facts: numbers that this rank sends to all others.
+        process_group: the ranks; None: this process is alone.
 
     Attributes:
-        index: int64 (rows,), the number of a piece among those of the rank that holds it.
-        extents: int64 (rows, 4), its segment's start, run, stride and count.
-        further: int64 (rows, k).
-        tensor, segment: int64 (rows,), the number of the piece's tensor, and of its segment among all distinct ones.
-        first_of_tensor, first_of_segment: the first row of each.
+        index: int64 (rows,), the index of the piece among those of the rank that holds it.
+        extents: int64 (rows, 4), start, run, stride and count of the piece's segment.
+        further: int64 (rows, k), the further numbers of the piece.
+        tensor, segment: int64 (rows,), the numbers of the piece's tensor and segment.
+        first_of_tensor, first_of_segment: the first row of each tensor, and of each segment.
     """
 
     def __init__(self, pieces: Sequence[HeldPiece], further: Array, facts: Sequence[int], process_group: dist.ProcessGroup | None) -> None:
@@ -94,26 +94,26 @@ class PieceExchange(RowExchange):
 
     @property
     def numels(self) -> Array:
-        """Elements of each tensor: int64 (tensors,)."""
+        """The number of elements of each tensor: int64 (tensors,)."""
         return self.rows[self.first_of_tensor, NUMEL]
 
     @cached_property
     def contradicts(self) -> Array:
-        """Whether the shape or the dtype is another than in the first row of the tensor: bool (rows,)."""
+        """Whether shape or dtype differ from those in the first row of the tensor: bool (rows,)."""
         traits = self.rows[:, TRAITS]
         return traits != traits[self.first_of_tensor[self.tensor]]
 
     def texts(
         self,
-        of_rows: Array,  # bool (rows,), of which a text is needed here
-        of_pieces: Array,  # bool (pieces,), of which of this rank's pieces another rank needs it, by the replies
+        of_rows: Array,  # bool (rows,): whether this rank needs the row's text
+        of_pieces: Array,  # bool (pieces,): whether the rank that checks the piece needs its text, by that rank's reply
     ) -> dict[int, RowText]:  # by row
         sent = [text if needed else b"" for text, needed in zip(self._texts, of_pieces.tolist(), strict=True)]
         received = self.send_texts(sent, np.where(of_rows, self.rows[:, TEXT_SIZE], 0))
         return {row: _parse(received[row]) for row in np.flatnonzero(of_rows).tolist()}
 
     def tiling_errors(self) -> dict[int, str]:
-        """Describe the errors of tensors whose distinct segments do not cover each element exactly once, by number of the tensor.
+        """Return an error, by tensor number, for each tensor whose distinct segments do not cover each element exactly once.
 
         Tensors about whose shape ranks disagree are left out.
         """
@@ -127,7 +127,7 @@ class PieceExchange(RowExchange):
         follows = start == np.where(is_first, 0, np.append(0, end[:-1])[: len(tensor)])
         tiles = numels == 0
         tiles[tensor] = True
-        # Runs of elements that follow each other tile; all other segments are checked by `find_tiling_error_of`.
+        # Fast path: single runs that follow each other without a gap. All other tensors are checked by `find_tiling_error_of`.
         np.logical_and.at(tiles, tensor, follows & (count == 1) & (~is_last | (end == numels[tensor])))
         tiles[self.tensor[self.contradicts]] = True
         errors: dict[int, str] = {}
@@ -140,7 +140,7 @@ class PieceExchange(RowExchange):
 
 
 def attempt(action: Callable[[], T]) -> tuple[T | None, str | None]:
-    """Run an action of one rank between collectives. Return its result, or the text of its error for all ranks to raise later."""
+    """Call a function between collectives. Return (result, None), or (None, text of its error), which all ranks then raise together."""
     try:
         return action(), None
     except Exception as error:  # the other ranks must get the error before this one raises

@@ -1,4 +1,4 @@
-"""Ordinary tensors: this rank holds the whole tensor. A single process, or DDP, where every rank is a replica."""
+"""Ordinary tensors, which a rank holds whole: in a single process, or under DDP, where every rank has a replica."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def describe(param: Tensor, name: str) -> LocalParam:
 
 
 def ordinary(tensor: Tensor, role: str, name: str) -> Tensor:
-    """Wait for a tensor, and check that it is an ordinary one that a step can use.
+    """Wait for a tensor, if it is the result of a functional collective, and check that it is an ordinary tensor that a step can use.
 
     Args:
-        role, name: of the tensor, and of its parameter, in error messages.
+        role, name: for error messages: the tensor's role, and the name of its parameter.
     """
     tensor = waited_for(tensor)
     if type(tensor) not in (Tensor, torch.nn.Parameter):
@@ -43,15 +43,15 @@ def ordinary(tensor: Tensor, role: str, name: str) -> Tensor:
 
 
 def waited_for(tensor: Tensor) -> Tensor:
-    """Wait for the result of a functional collective; return any other tensor as it is."""
-    collectives = sys.modules.get("torch.distributed._functional_collectives")  # imported by every user of such a tensor
+    """Wait for the result of a functional collective; return any other tensor unchanged."""
+    collectives = sys.modules.get("torch.distributed._functional_collectives")  # imported, if there are such tensors
     if collectives is not None and isinstance(tensor, collectives.AsyncCollectiveTensor):
         return tensor.wait()  # pyright: ignore[reportAttributeAccessIssue]
     return tensor
 
 
 def _is_usable(tensor: Tensor) -> bool:
-    """Return whether `check_dtype_and_layout` would pass, without making the text of an error."""
+    """Return whether `check_dtype_and_layout` would pass; faster, as it makes no text."""
     return tensor.layout is torch.strided and is_stored(tensor.dtype) and not tensor.is_neg()
 
 
@@ -74,13 +74,13 @@ def check_dtype_and_layout(tensor: Tensor, what: str) -> None:
 
 
 def check_memory(local: Tensor, role: str, name: str, device: torch.device) -> Tensor:
-    """Return the tensor if a kernel on the parameter's device may be given its address.
+    """Return the tensor if a kernel on the parameter's device may use its memory.
 
     Args:
-        role, name: of the tensor, and of its parameter, in error messages.
+        role, name: for error messages: the tensor's role, and the name of its parameter.
 
     Raises:
-        ValueError: it is on another device, or has elements but no memory.
+        ValueError: the tensor is on another device, or has elements but no memory.
     """
     if local.device == device and (local.data_ptr() or not local.numel() or local.device.type == "meta"):
         return local

@@ -1,4 +1,4 @@
-"""The optimizers' own process group, and errors that all ranks raise together: if one rank raises alone, the others wait for it."""
+"""The optimizers' own process group, and errors that all ranks raise together: if one rank raised alone, the others would wait."""
 
 from __future__ import annotations
 
@@ -37,26 +37,26 @@ T = TypeVar("T")
 # The errors of torch.distributed when a rank is missing; gloo's are plain RuntimeErrors.
 COLLECTIVE_ERRORS = (RuntimeError, dist.DistError, dist.DistBackendError, dist.DistNetworkError)
 LOST_RANK = re.compile(r"timed out|timeout|closed|reset|refused|broken pipe|abort|exited", re.IGNORECASE)  # in gloo's and NCCL's words
-REPORTING_TIME = 3.0  # seconds in which ranks report that the collective has failed on them too
+REPORTING_TIME = 3.0  # seconds to wait for other ranks to report that the collective has failed on them too
 
-# By the group they mirror. Held weakly: torch.distributed owns groups, and must be the one to end their threads.
+# Own groups, by the group with the same ranks. Held weakly: torch.distributed owns groups, and must be the one to end their threads.
 _own_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[str | None, str], weakref.ref[dist.ProcessGroup]]] = (
     weakref.WeakKeyDictionary()
 )
 
 
-_failures: dict[str, int] = {}  # number of failed collectives by the group's name, which a later group may have again
+_failures: dict[str, int] = {}  # number of failed collectives by group name, which a later group may reuse
 
 
 def own_process_group(
     process_group: dist.ProcessGroup | None, backend: str | None = None, *, purpose: str = ""
 ) -> dist.ProcessGroup | None:
-    """Return a group of the same ranks that only the optimizers use, so that their collectives never interleave with a wrapper's.
+    """Return a process group of the same ranks that only optimizers use, so that their collectives never interleave with a wrapper's.
 
     Args:
-        process_group: None means the world. The first call for a group is a collective over it.
-        backend: None: the group's own, for steps. Each named backend has a group of its own.
-        purpose: each purpose has a group of its own too, so that its collectives may run in the background.
+        process_group: the ranks; None: the world. The first call for a group, backend and purpose is a collective over it.
+        backend: the backend of the returned group; None: the same as that of `process_group`, as for steps.
+        purpose: there is a separate group for each purpose, so that its collectives may run in the background.
 
     Returns:
         None when this process is alone.
@@ -83,7 +83,7 @@ def own_process_group(
 
 
 def timeout_of(process_group: dist.ProcessGroup) -> timedelta | None:
-    """Return the timeout of a process group, so that a missing rank is noticed when the user expects it; None if its backend has none."""
+    """Return the timeout of a process group, which own groups copy so as to fail when users expect it; None if its backend has none."""
     for device_type in ("cuda", "cpu"):
         try:
             return process_group._get_backend(torch.device(device_type)).options._timeout  # pyright: ignore
@@ -94,14 +94,14 @@ def timeout_of(process_group: dist.ProcessGroup) -> timedelta | None:
 
 @contextmanager
 def naming_missing_ranks(process_group: dist.ProcessGroup, what: str) -> Iterator[None]:
-    """Context that adds to the error of a failed collective which ranks did not take part in it.
+    """Context around a collective: if it fails, the error names the ranks that did not take part.
 
     Args:
-        process_group: of the collective.
-        what: it is for, in the error message.
+        process_group: the process group of the collective.
+        what: the purpose of the collective, for the error message.
 
     Raises:
-        RuntimeError: in the place of an error of torch.distributed.
+        RuntimeError: instead of an error of torch.distributed.
     """
     try:
         with waiting_for(process_group, what):
@@ -120,7 +120,7 @@ def naming_missing_ranks(process_group: dist.ProcessGroup, what: str) -> Iterato
 def _missing_ranks(process_group: dist.ProcessGroup) -> list[int]:
     """Return the ranks that do not report, within `REPORTING_TIME`, that the collective has failed on them too.
 
-    When it fails on one of those that wait, it fails on all of them soon. They report through the store by which the job's processes met:
+    A collective that fails on one waiting rank soon fails on all waiting ranks. They report through the job's rendezvous store:
     `_get_default_store`, a private name, is tried with torch 2.11 and 2.13.
     """
     try:
@@ -138,18 +138,18 @@ def _missing_ranks(process_group: dist.ProcessGroup) -> list[int]:
 
 
 def message_of(failure: Exception) -> str:
-    """Return the text of an error of one rank, for all ranks to raise as a ValueError."""
+    """Return the text of this rank's error, for all ranks to raise as a ValueError."""
     return str(failure) if isinstance(failure, ValueError) else repr(failure)
 
 
 def gather_messages(failure: Exception | str | None, process_group: dist.ProcessGroup | None) -> str:
-    """Gather the errors of all ranks in one text, which every rank then raises; None: this rank has no error. A collective."""
+    """Gather the errors of all ranks in one text, for every rank to raise; empty if no rank has an error. A collective."""
     message = message_of(failure) if isinstance(failure, Exception) else failure
     return message or "" if process_group is None else join_messages(gather_objects(message, process_group))
 
 
 def gather_objects(value: T, process_group: dist.ProcessGroup | None) -> list[T]:
-    """Return the values of all ranks, by rank; this one alone if this process is alone. A collective."""
+    """Return the values of all ranks, in the order of ranks; only this rank's if the process is alone. A collective."""
     if process_group is None:
         return [value]
     values = [value] * dist.get_world_size(process_group)
@@ -163,15 +163,15 @@ def ranks_where(condition: bool, process_group: dist.ProcessGroup | None) -> lis
 
 
 def raise_together(failure: Exception | None, description: object, process_group: dist.ProcessGroup | None) -> None:
-    """Raise an error on every rank if any rank has failed or differs. A collective.
+    """Raise an error on every rank if any rank has failed, or if the ranks' descriptions differ. A collective.
 
     Args:
-        failure: of this rank; None if it has none.
-        description: what must be the same on all ranks that have not failed; anything with a `repr`.
+        failure: this rank's error; None if it has none.
+        description: its `repr` must be the same on all ranks, if none has failed.
 
     Raises:
-        ValueError: the errors of all ranks with their ranks, or the descriptions differ.
-        Exception: `failure` itself, where it is no ValueError.
+        ValueError: a rank has failed (names all ranks with errors), or the descriptions differ.
+        Exception: `failure` itself, on this rank, if it is no ValueError or this process is alone.
     """
     digest = hashlib.sha256(repr(description).encode()).hexdigest()
     of_ranks = gather_objects((None if failure is None else message_of(failure), digest), process_group)
@@ -190,11 +190,11 @@ def raise_together(failure: Exception | None, description: object, process_group
 
 @contextmanager
 def raising_together(process_group: dist.ProcessGroup | None, describe: Callable[[], object] = lambda: None) -> Iterator[None]:
-    """Context that raises an error of one rank on every rank: see `raise_together`. A collective at its end.
+    """Context that raises an error of one rank on every rank: see `raise_together`. Its end is a collective.
 
     Args:
-        process_group: of the ranks that all enter it.
-        describe: returns, at its end, what must be the same on all ranks.
+        process_group: the ranks, all of which must enter the context; None: this process is alone.
+        describe: called at the end; its result must be the same on all ranks.
     """
     try:
         yield
@@ -206,7 +206,7 @@ def raising_together(process_group: dist.ProcessGroup | None, describe: Callable
 
 
 def join_messages(messages: Sequence[str | None]) -> str:
-    r"""Join messages of ranks: one line for each distinct message, with its ranks.
+    r"""Join the messages of all ranks: a line for each distinct message, with its ranks.
 
     >>> join_messages(["no gradient", None, "no gradient", "NaN"])
     'ranks 0, 2: no gradient\nrank 3: NaN'

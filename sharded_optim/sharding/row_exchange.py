@@ -26,18 +26,18 @@ def hash_words(texts: Sequence[bytes]) -> Array:
 
 
 class RowExchange:
-    """Send rows to other ranks. Constructing it, and each method, is a collective.
+    """Sends each row to the rank that checks it. Construction and each method are collectives.
 
     Args:
-        rows: int64 (n, columns), this rank's.
-        to: int64 (n,), the rank that checks each.
-        facts: int64 (k,), numbers of this rank for all others.
-        process_group: None: this process alone.
+        rows: int64 (n, columns), this rank's rows.
+        to: int64 (n,), the rank that checks each row.
+        facts: int64 (k,), numbers that this rank sends to all others.
+        process_group: the ranks; None: this process is alone.
 
     Attributes:
-        facts: int64 (ranks, k), of all ranks.
-        rows: int64 (m, columns), that this rank checks: in the order of ranks, and of the rows on each.
-        ranks: int64 (m,), the rank that has sent each of them.
+        facts: int64 (ranks, k), the numbers of all ranks.
+        rows: int64 (m, columns), the rows that this rank checks, by sending rank, and in the sender's order.
+        ranks: int64 (m,), the rank that has sent each of `rows`.
     """
 
     def __init__(self, rows: Array, to: Array, facts: Sequence[int], process_group: dist.ProcessGroup | None) -> None:
@@ -59,14 +59,14 @@ class RowExchange:
 
     def send(
         self,
-        values: Array,  # int64 (n, columns), one row for each of this rank's
+        values: Array,  # int64 (n, columns), one row for each row of this rank
     ) -> Array:  # int64 (m, columns), one for each row that this rank checks
         return self._all_to_all(values[self._order], self._sent, self._received)
 
     def reply(
         self,
-        values: Array,  # int64 (m, columns), one row for each that this rank checks
-    ) -> Array:  # int64 (n, columns), one for each of this rank's
+        values: Array,  # int64 (m, columns), one row for each row that this rank checks
+    ) -> Array:  # int64 (n, columns), the reply to each row of this rank
         received = self._all_to_all(values, self._received, self._sent)
         replies = np.empty_like(received)
         replies[self._order] = received
@@ -74,9 +74,9 @@ class RowExchange:
 
     def send_texts(
         self,
-        texts: Sequence[bytes],  # of this rank's rows; empty ones are not sent
+        texts: Sequence[bytes],  # one for each row of this rank; empty ones are not sent
         sizes: Array,  # int64 (m,), bytes of the text of each row that this rank checks; 0: none
-    ) -> list[bytes]:  # of the rows that this rank checks
+    ) -> list[bytes]:  # one for each row that this rank checks
         own_sizes = np.fromiter(map(len, texts), dtype=np.int64, count=len(texts))
         sent = np.bincount(self._to, weights=own_sizes, minlength=len(self._sent)).astype(np.int64)
         received = np.bincount(self.ranks, weights=sizes, minlength=len(self._sent)).astype(np.int64)
@@ -96,7 +96,7 @@ class RowExchange:
 
 
 def _device_of(process_group: dist.ProcessGroup) -> torch.device:
-    """Return the device of a group's collectives: the CPU if the group has a backend for it, as gloo's have."""
+    """Return the device of a group's collectives: the CPU if the group has a backend for CPUs (gloo), else the accelerator."""
     if "cpu:" in dist.get_backend_config(process_group):
         return torch.device("cpu")
     accelerator = torch.accelerator.current_accelerator()

@@ -1,7 +1,7 @@
 """Segments: which elements of which tensor a local buffer holds.
 
-A `Segment` is the one description of a shard that the rest of the library uses. The wrappers (`sharding/`) produce segments; ownership,
-the check that pieces tile a tensor, and checkpoints, which cut segments and ask what two of them have in common, consume them.
+A `Segment` is the one description of a shard that the rest of the library uses. The wrappers' files in `sharding/` produce segments. They
+are used to choose owners, to check that pieces tile a tensor, and by checkpoints, which cut segments and compute overlaps.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 __all__ = ["Overlap", "Segment", "find_tiling_error", "find_tiling_error_of", "overlaps"]
 
-EXPANDED_AT_ONCE = 2**20  # runs, so that many short ones do not exhaust memory
+EXPANDED_AT_ONCE = 2**20  # runs; limits memory where segments have many short runs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class Segment:
 
     name: str
     shape: tuple[int, ...]  # of the whole tensor
-    start: int  # element offsets and lengths, in the flattened whole tensor
+    start: int  # this and the next two in elements of the flattened whole tensor
     run: int
     stride: int
     count: int
@@ -53,7 +53,7 @@ class Segment:
 
     @property
     def numel(self) -> int:
-        """Number of elements this segment holds."""
+        """Number of elements of this segment."""
         return self.run * self.count
 
     @property
@@ -63,17 +63,17 @@ class Segment:
 
     @classmethod
     def whole(cls, name: str, shape: Sequence[int]) -> Segment:
-        """All elements of a tensor."""
+        """Build the segment of all elements of a tensor."""
         return cls.flat(name, shape, 0, math.prod(shape))
 
     @classmethod
     def flat(cls, name: str, shape: Sequence[int], start: int, length: int) -> Segment:
-        """Elements [start, start + length) of the flattened tensor."""
+        """Build the segment of the elements [start, start + length) of the flattened tensor."""
         return cls(name=name, shape=tuple(shape), start=start, run=length, stride=length, count=1)
 
     @classmethod
     def box(cls, name: str, shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int]) -> Segment:
-        """The box of `sizes` at `offsets` of a row-major tensor.
+        """Build the segment of the box of `sizes` at `offsets` in a row-major tensor.
 
         Raises:
             ValueError: the box is not `count` equal runs at one stride, as when a tensor is cut along two inner dimensions.
@@ -82,7 +82,7 @@ class Segment:
         if math.prod(sizes) == 0:
             return cls.flat(name, shape, 0, 0)
         steps = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]  # elements from one index of a dimension to the next
-        loops: list[tuple[int, int]] = []  # (length, step), outermost first; neighbours that walk on at one step are one loop
+        loops: list[tuple[int, int]] = []  # (length, step), outermost first; adjacent loops that can be one are merged
         for size, step in zip(sizes, steps, strict=True):
             if size == 1:
                 continue
@@ -106,7 +106,7 @@ class Segment:
         return self.start + self.stride * torch.arange(self.count, dtype=torch.int64, device="cpu")
 
     def elements_before(self, element: int) -> int:
-        """Count the elements of this segment before an element of the tensor, which is the position of that in the segment's buffer.
+        """Count the elements of this segment that come before an element of the tensor: the element's position in a buffer of the segment.
 
         >>> Segment(name="w", shape=(5, 3), start=2, run=1, stride=3, count=5).elements_before(6)
         2
@@ -118,7 +118,7 @@ class Segment:
         return runs * self.run + (min(beyond - runs * self.stride, self.run) if runs < self.count else 0)
 
     def cut(self, numel: int) -> Iterator[Segment]:
-        """Cut a segment into segments of at most `numel` elements, in order.
+        """Cut this segment into segments of at most `numel` elements, in order.
 
         >>> whole = Segment.whole("w", (5, 3))
         >>> [(part.start, part.numel) for part in whole.cut(6)]
@@ -137,17 +137,17 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True)
 class Overlap:
-    """`count` runs of `run` elements that two segments have in common, by where they are in buffers of the segments' elements."""
+    """Elements that two segments have in common: `count` runs of `run` elements, and their positions in a buffer of each segment."""
 
     run: int
     count: int
-    source: int  # where the first begins in the source's buffer, and how far apart they are there
+    source: int  # position of the first run in the source's buffer, and the distance from run to run there
     source_stride: int
     target: int
     target_stride: int
 
     def copy(self, source: Tensor, target: Tensor) -> None:
-        """Copy the common elements from one buffer to the other, both 1-D and contiguous; casts."""
+        """Copy the common elements from the source's buffer to the target's, both 1-D and contiguous. Casts to the target's dtype."""
         if self.count == 1:
             target[self.target : self.target + self.run].copy_(source[self.source : self.source + self.run])
             return
@@ -156,13 +156,13 @@ class Overlap:
         target.as_strided(shape, (self.target_stride, 1), target.storage_offset() + self.target).copy_(rows)
 
     def reversed(self) -> Overlap:
-        """The overlap with source and target exchanged."""
+        """Return the overlap with source and target exchanged."""
         ends = {"source": self.target, "source_stride": self.target_stride, "target": self.source, "target_stride": self.source_stride}
         return replace(self, **ends)
 
 
 def overlaps(source: Segment, target: Segment) -> list[Overlap]:
-    """Return the overlaps of two segments of one tensor, which hold each common element once.
+    """Return the overlaps of two segments of one tensor; each common element is in exactly one of them.
 
     >>> row = Segment.flat("w", (5, 3), 3, 3)
     >>> column = Segment(name="w", shape=(5, 3), start=2, run=1, stride=3, count=5)
@@ -187,7 +187,7 @@ def overlaps(source: Segment, target: Segment) -> list[Overlap]:
 
 
 def _with_range(begin: int, end: int, rows: Segment) -> Iterator[Overlap]:
-    """Yield the overlaps of the elements [begin, end), the source, with a segment, whose first and last row may be cut."""
+    """Yield the overlaps of a range [begin, end), the source, with the rows of a segment, of which the first and the last may be cut."""
     start, run, stride = rows.start, rows.run, rows.stride
     first = max(0, (begin - start - run) // stride + 1)
     last = min(rows.count, -((start - end) // stride)) - 1
@@ -195,7 +195,7 @@ def _with_range(begin: int, end: int, rows: Segment) -> Iterator[Overlap]:
         row = start + first * stride
         cut_begin, cut_end = max(begin, row), min(end, row + run)
         whole = cut_end - cut_begin == run
-        # Whole rows go together; all between the first and the last are.
+        # Whole rows are one overlap. Rows between the first and the last are always whole.
         count = last - first + (start + last * stride + run <= end) if whole and first < last else 1
         yield Overlap(
             run=cut_end - cut_begin,
@@ -209,9 +209,9 @@ def _with_range(begin: int, end: int, rows: Segment) -> Iterator[Overlap]:
 
 
 def _with_same_stride(source: Segment, target: Segment) -> Iterator[Overlap]:
-    """Yield the overlaps of segments of one stride: each run of the source has elements of at most two runs of the target."""
+    """Yield the overlaps of two segments with equal strides, where a run of the source overlaps at most two runs of the target."""
     apart, stride = target.start - source.start, source.stride
-    for shift in range((-target.run - apart) // stride + 1, -((apart - source.run) // stride)):  # of the target's rows to the source's
+    for shift in range((-target.run - apart) // stride + 1, -((apart - source.run) // stride)):  # target row - source row
         offset = apart + shift * stride
         begin, end = max(0, offset), min(source.run, offset + target.run)
         first, last = max(0, -shift), min(source.count, target.count - shift)
@@ -230,7 +230,7 @@ def find_tiling_error(segments: Sequence[Segment]) -> str | None:
     """Check that distinct segments of one tensor cover each element exactly once.
 
     Returns:
-        None when they do, else the error and its element.
+        None if they do; else a description of the first error.
     """
     numel = segments[0].tensor_numel
     filled = [segment for segment in segments if segment.numel]
@@ -241,14 +241,14 @@ def find_tiling_error(segments: Sequence[Segment]) -> str | None:
 
 
 def find_tiling_error_of(
-    fields: Tensor,  # int64 (segments, 4) on the CPU: start, run, stride and count of each, none of which is empty
+    fields: Tensor,  # int64 (segments, 4) on the CPU: start, run, stride and count of each segment; none is empty
     numel: int,  # of the tensor
 ) -> str | None:
-    """`find_tiling_error`, of segments that are given by their fields."""
+    """Do what `find_tiling_error` does, for segments as rows of numbers."""
     start, run, stride, count = fields.unbind(1)
     begin, end = 0, 0  # runs that start before `begin` are checked, and tile all elements before `end`
     while True:
-        first = _runs_before(begin, start, stride, count)  # of each segment, to be checked
+        first = _runs_before(begin, start, stride, count)  # index of each segment's next run to check
         left = first < count
         next_start = int((start + first * stride)[left].min()) if left.any() else numel
         if next_start > end:
@@ -259,7 +259,7 @@ def find_tiling_error_of(
             return None
         if end >= numel:
             return f"element {end} is held, but the tensor has {numel}"
-        window = numel - end  # elements; as many of them as there is memory for the runs that start there
+        window = numel - end  # elements to check next; halved until the number of runs that start in it is within EXPANDED_AT_ONCE
         while int((last := _runs_before(end + window, start, stride, count)).sub(first).sum()) > EXPANDED_AT_ONCE and window > 1:
             window //= 2
         which = torch.arange(len(fields), device="cpu").repeat_interleave(last - first)

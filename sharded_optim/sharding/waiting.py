@@ -1,10 +1,10 @@
-"""Log when this rank waits long for others in a collective, with their ranks if they can be determined. Used by `ranks.py`.
+"""Log a warning when this rank waits long in a collective, with the missing ranks if they can be determined. Used by `ranks.py`.
 
-A rank that alone calls step waits until the process group's timeout, half an hour, before torch raises an error. One thread per process,
-which starts with the first wait, checks the running waits every few seconds: a wait costs two microseconds, and starts no timer.
+Without it, a rank that calls step alone waits silently until the process group's timeout, half an hour. One thread per process, started by
+the first wait, checks the running waits every few seconds: so a wait costs two microseconds, and no timer.
 
-Ranks that wait for some seconds post that in the job's rendezvous store; those that have not posted are missing. `_get_default_store`, a
-private name, is tried with torch 2.13.
+A rank that has waited for some seconds posts that in the job's rendezvous store; ranks that have not posted are missing.
+`_get_default_store`, a private name, is tried with torch 2.13.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import torch.distributed as dist
 __all__ = ["waiting_for"]
 
 logger = logging.getLogger(__name__)
-LOOK_SECONDS = 5.0  # between two checks, and the length of a wait from which on a rank posts it
-HINT_SECONDS = 20.0  # the length of a wait from which on it is logged
+LOOK_SECONDS = 5.0  # between two checks; also the length of a wait after which a rank posts it
+HINT_SECONDS = 20.0  # the length of a wait after which it is logged
 
 
 @dataclass(eq=False)
@@ -34,7 +34,7 @@ class _Wait:
 
     what: str
     process_group: Any
-    number: int  # of the waits for the group: the same on all ranks, as they wait in one order
+    number: int  # counts the waits for the group; the same on all ranks, as they wait in the same order
     since: float = field(default_factory=time.monotonic)
     is_posted: bool = False
     is_hinted: bool = False
@@ -43,21 +43,21 @@ class _Wait:
         return f"sharded_optim/waiting/{self.process_group.group_name}/{self.number}/{rank}"
 
 
-_waits: dict[int, _Wait] = {}  # that are running
-_counts: defaultdict[str, int] = defaultdict(int)  # of the waits so far, by the group's name
+_waits: dict[int, _Wait] = {}  # running waits, by id
+_counts: defaultdict[str, int] = defaultdict(int)  # number of waits so far, by group name
 _thread: threading.Thread | None = None
 
 
 @contextmanager
 def waiting_for(process_group: dist.ProcessGroup, what: str) -> Iterator[None]:
-    """Around a collective: log once if it takes longer than `HINT_SECONDS`.
+    """Context around a collective: a warning is logged once if it takes longer than `HINT_SECONDS`.
 
     Args:
-        process_group: of the collective.
-        what: its purpose, for the message.
+        process_group: the process group of the collective.
+        what: the purpose of the collective, for the message.
     """
     if _thread is None or not _thread.is_alive():
-        with suppress(RuntimeError):  # no further thread can start: then there is no hint
+        with suppress(RuntimeError):  # no thread can be started: then nothing is logged
             _start()
     name = process_group.group_name
     _counts[name] += 1
@@ -71,7 +71,7 @@ def waiting_for(process_group: dist.ProcessGroup, what: str) -> Iterator[None]:
 
 def _start() -> None:
     global _thread
-    _thread = threading.Thread(target=_look, name="sharded_optim: who is waited for", daemon=True)  # which the exit does not wait for
+    _thread = threading.Thread(target=_look, name="sharded_optim: who is waited for", daemon=True)  # not waited for at exit
     _thread.start()
 
 
@@ -91,7 +91,7 @@ def _look() -> None:
         time.sleep(LOOK_SECONDS)
         for wait in list(_waits.values()):
             waited = time.monotonic() - wait.since
-            with suppress(Exception):  # of a group or a store that is gone meanwhile, of which this thread must not end
+            with suppress(Exception):  # the group or the store may be gone by now, which must not end this thread
                 if waited > LOOK_SECONDS and not wait.is_posted:
                     wait.is_posted = True
                     _store().set(wait.key(dist.get_rank()), "")
@@ -115,7 +115,7 @@ def _hint(wait: _Wait, waited: float) -> None:
 
 
 def _missing(wait: _Wait) -> Sequence[int]:
-    """Return the ranks that are not known to wait for the same; an empty list if that cannot be known."""
+    """Return the ranks that have not posted this wait; an empty list if the store cannot be read."""
     try:
         store = _store()
         return [rank for rank in dist.get_process_group_ranks(wait.process_group) if not store.check([wait.key(rank)])]
@@ -124,6 +124,6 @@ def _missing(wait: _Wait) -> Sequence[int]:
 
 
 def _store() -> Any:
-    """Return the job's store, with a connection of its own: the main thread may be waiting at the other."""
+    """Return the job's store with a separate connection: the main thread may be blocked on the default one."""
     store: Any = dist.distributed_c10d._get_default_store()
     return store.clone()

@@ -1,6 +1,6 @@
 """The registry of wrappers: each is a `Wrapper`, defined in a file of its own and listed in `WRAPPERS`.
 
-Used by all code that describes tensors, prepares models or saves them: it asks every registered wrapper, and names none.
+All code that describes tensors, prepares models or saves them asks every registered wrapper, so that it need not name any.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from sharded_optim.sharding.layout import LocalParam
 
 __all__ = ["NO_WRAPPER", "WRAPPERS", "FlatModel", "StepUnit", "Tensors", "Wrapper", "partial_of", "used_wrappers", "wrapper_of"]
 
-# Modules with a `WRAPPER`, in the order in which they are asked, each with a module that every user of the wrapper has imported. Unless it
-# is imported, ours is not imported either, as that may take seconds.
+# The library's modules with a `WRAPPER`, in the order in which they are asked; each with a module that every user of the wrapper has
+# imported. Ours is imported only if that one has been, as the import may take seconds.
 WRAPPERS = {
     "sharded_optim.sharding.fsdp1": "torch.distributed.fsdp",
     "sharded_optim.sharding.fsdp2": "torch.distributed.fsdp",
@@ -31,46 +31,48 @@ WRAPPERS = {
     "sharded_optim.sharding.deepspeed": "deepspeed",
 }
 
-Tensors = Sequence[tuple[str, Sequence[int]]]  # their names and shapes
+Tensors = Sequence[tuple[str, Sequence[int]]]  # (name, shape) of each tensor
 StepUnit = Callable[[Sequence[Tensor]], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlatModel:
-    """A model whose parameters a wrapper has flattened, on this rank."""
+    """This rank's view of a model whose parameters a wrapper has flattened."""
 
     layout: FlatLayout
-    order: Sequence[str]  # the names of the tensors that are flattened, on whatever ranks they are, in the order of the model
-    aliases: Mapping[str, str]  # further names of these tensors, where modules share them, each with the name that `layout` has
+    order: Sequence[str]  # names of all flattened tensors, also those of other ranks, in the order of the model
+    aliases: Mapping[str, str]  # further names of tensors that modules share, each with the tensor's name in `layout`
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wrapper:
-    """The functions by which a wrapper describes its parameters and gradients. The defaults fit a wrapper that does not change them.
+    """What the library needs to know about a wrapper, as functions. The defaults fit one that changes neither parameters nor gradients.
 
     Attributes:
-        name: the wrapper's, for error messages.
+        name: the wrapper's name in error messages.
 
-        claims: whether a tensor, a parameter of a model, is one of the wrapper's.
-        describe: (parameter that it claims, name) -> this rank's part of it. Raises ValueError if that cannot be determined.
-        layout_holding: parameters, some of which it claims -> the layout of one wrapped model that holds all of them; None if there is no
-            such model. The attribute is None for a wrapper that does not flatten, or that cannot be found from its parameters.
-        partial: how a gradient is yet to be reduced over ranks, as an immutable value that can be pickled; None: not at all. Only called
-            for gradients of layouts that have a tensor of a subclass.
-        reduced: (gradient, parameter that it claims, the result of `partial`) -> the gradient, reduced. A collective: a rank without a
-            gradient calls it with None, which it returns.
+        claims: (parameter) -> whether the parameter is one of the wrapper's.
+        describe: (claimed parameter, its name) -> this rank's part of it. Raises ValueError if that cannot be determined.
+        layout_holding: (parameters, some of which are claimed) -> the layout of one wrapped model that has all of them; None if there is no
+            such model. The attribute is None if the wrapper does not flatten, or its model cannot be found from parameters.
+        partial: (gradient) -> how it still has to be reduced over ranks, as an immutable value that can be pickled; None: not at all. Only
+            called for layouts in which a parameter is of a subclass of Tensor.
+        reduced: (gradient, claimed parameter, result of `partial`) -> the reduced gradient. A collective: a rank without a gradient calls
+            it with None, and gets None.
 
-        inner: the name of the child that a module wraps, if it is one of the wrapper's modules. Names of tensors are without it.
-        reshard: puts the parameters that optimizers have back into a model, if forward passes have left others in their places.
-        flattened: the tensors that the wrapper has flattened into a parameter, for each such parameter of a model.
-        content: (model, names of its parameters) -> this rank's part of it, if the wrapper has flattened parameters; else None. Raises
-            ValueError if a checkpoint of the model cannot be made.
+        inner: (module) -> the name of the child that the module wraps, if it is one of the wrapper's modules; else None. The library's
+            names of tensors leave it out.
+        reshard: (model) puts the optimizer's parameters back into the model, if a forward pass has left others in their places.
+        flattened: (model) -> for each flattened parameter, names and shapes of the tensors in it.
+        content: (model, names of its parameters) -> this rank's view of the model, if the wrapper has flattened parameters; else None.
+            Raises ValueError if a checkpoint of the model cannot be made.
 
-        units: parameters of a model whose gradients are reduced together, before autograd's post-accumulate hooks of them run. Parameters
-            in no unit are each reduced alone. Raises ValueError if the hooks run too early.
-        release: (model, optimized parameters, step) -> parameters that the wrapper steps by calls of `step` within backward, in its own
-            hooks, and a function that removes these. `step` takes parameters with complete gradients and frees the gradients.
-        is_in_forward: whether a forward pass of a model that it wraps runs now. Only for wrappers that must be applied before hooks are.
+        units: (model) -> groups of parameters whose gradients are reduced together, before autograd's post-accumulate hooks run on them.
+            Any other parameter is reduced alone. Raises ValueError if the hooks run before the reduction.
+        release: (model, optimized parameters, step) -> pairs of the parameters that the wrapper steps within backward, from its own hooks,
+            and a function that stops this. `step` takes parameters with complete gradients, and frees the gradients.
+        is_in_forward: () -> whether a forward pass of a wrapped model is running. Only for wrappers that must be applied before gradient
+            release is prepared.
     """
 
     name: str
@@ -107,15 +109,15 @@ def _wrapper_in(file: str) -> Wrapper:
 
 
 def wrapper_of(tensor: Tensor) -> Wrapper:
-    """Return the first wrapper that claims a tensor."""
+    """Return the first wrapper that claims a tensor; NO_WRAPPER if none does."""
     return next((wrapper for wrapper in used_wrappers() if wrapper.claims(tensor)), NO_WRAPPER)
 
 
 def partial_of(grad: Tensor | None, among: Iterable[Wrapper] | None = None) -> Any:
-    """Return how a gradient still has to be reduced; None if it has not.
+    """Return how a gradient still has to be reduced (see `Wrapper.partial`); None if it is reduced.
 
     Args:
-        among: the wrappers to ask; None: all. Given for many gradients of a step, so that wrappers are looked up once.
+        among: the wrappers to ask, so that a caller with many gradients looks them up once; None: all used wrappers.
     """
     if grad is None:
         return None

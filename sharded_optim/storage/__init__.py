@@ -1,1 +1,1 @@
-"""Storage of values: formats, memory, devices, and the mix function of hashes."""
+"""Storage of values: formats, CPU memory, transfers to devices, and the bit mix of hashes and noise."""

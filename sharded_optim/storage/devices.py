@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def send(values: Tensor, device: torch.device) -> Tensor:
-    """Copy host values, which must not change afterwards, to a device, for the kernels launched after this call."""
+    """Copy host values to a device, for the kernels launched after this call. The values must not change afterwards."""
     if device.type in ("cpu", "meta"):
         return values.to(device, non_blocking=True)
     pinned = values.pin_memory()  # else the host would wait for the copy
@@ -35,7 +35,7 @@ def capturing(device: torch.device) -> bool:
 
 
 def refuse_to_capture(device: torch.device) -> None:
-    """Raise ValueError if a CUDA graph is recorded, because every replay would set up anew what a step sets up."""
+    """Raise ValueError if a CUDA graph is being recorded: every replay would repeat the setup that a step does only once."""
     if capturing(device):
         raise ValueError(
             "a CUDA graph records a step of other parameters, gradients, state or options than the step before, which every replay would "
@@ -54,7 +54,7 @@ class DeviceCache(Generic[T]):
         known = self._known
         if known is None or known[0] != (values, device):
             made = make()
-            if capturing(device):  # then nothing is there yet
+            if capturing(device):  # the tensor has no values before a replay
                 return made
             self._known = known = (values, device), made
         keep(device, known[1])
@@ -62,7 +62,7 @@ class DeviceCache(Generic[T]):
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
-    """Context in which this device is the current one, whose current stream runs kernels and events."""
+    """Context in which this device is the current device, so that kernels and events go to its current stream."""
     return nullcontext() if device.type in ("cpu", "meta") else torch.get_device_module(device).device(device)
 
 

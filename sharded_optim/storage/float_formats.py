@@ -1,9 +1,9 @@
 """Formats of IEEE floating-point numbers, in one array or two.
 
 fp32, bf16, fp16               rounded to nearest, ties to even (IEEE 754 roundTiesToEven)
-bf16_kahan, fp16_kahan         with a second array for what rounding lost (Kahan 1965): value = param + kahan_comp
+bf16_kahan, fp16_kahan         with a second array for the rounding error (Kahan 1965): value = param + kahan_comp
 bf16_stochastic, ...           rounded up or down at random, so that the expected value is the value
-bf16_kahan_stochastic, ...     with a second array that is rounded so
+bf16_kahan_stochastic, ...     as bf16_kahan, with the second array rounded at random
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""All storage formats by name, and which one a parameter or a moment has.
+"""All storage formats by name, and the choice of the format of a parameter or a moment.
 
-To add one, write a file like `float_formats.py` and list it in `FORMATS`. A moment's format is chosen by its name
-(`state_dtype="bf16_kahan"`), a parameter's by its dtype and by what the param group's options mean in `param_format`.
+To add formats, write a file like `float_formats.py` and list them in `FORMATS`. A moment's format is chosen by name or dtype
+(`state_dtype="bf16_kahan"`), a parameter's by its dtype and the param group's options (`param_format`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def format_of(dtype: torch.dtype) -> Format:
-    """The format that stores values in one array of `dtype`, rounded to nearest.
+    """Return the format that stores values in one array of `dtype`, rounded to nearest.
 
     Raises:
         ValueError: values of this dtype cannot be computed in fp32 and stored back.
@@ -37,7 +37,7 @@ def is_stored(dtype: torch.dtype) -> bool:
 
 
 def chosen_format(choice: torch.dtype | str) -> Format:
-    """Return the format of this name, or the plain format of this dtype.
+    """Return the format of a name, or the one-array format of a dtype.
 
     Raises:
         ValueError: there is none.
@@ -50,17 +50,17 @@ def chosen_format(choice: torch.dtype | str) -> Format:
 
 
 def state_formats() -> tuple[str, ...]:
-    """Names of the formats that moments may have: not those in float16, where a second moment overflows or vanishes."""
+    """Return the names of the formats for moments: all but those in float16, where a second moment overflows or underflows."""
     return tuple(name for name, fmt in FORMATS.items() if fmt.dtype != torch.float16)
 
 
 def param_format(dtype: torch.dtype, *, kahan_sum: bool | None, stochastic_rounding: bool) -> Format:
-    """The format of a parameter; the options matter in low precision only.
+    """Return the format of a parameter. The options matter only in low precision.
 
     Args:
-        dtype: of the parameter.
-        kahan_sum: None is what `stochastic_rounding` is not.
-        stochastic_rounding: of the parameter, or with `kahan_sum=True` of its compensation.
+        dtype: the parameter's dtype.
+        kahan_sum: whether to store a compensation; None means True unless `stochastic_rounding`.
+        stochastic_rounding: whether to round the parameter at random; with `kahan_sum=True`, its compensation instead.
     """
     plain = format_of(dtype)
     if dtype == torch.float32:
@@ -70,11 +70,11 @@ def param_format(dtype: torch.dtype, *, kahan_sum: bool | None, stochastic_round
 
 
 def format_beside(dtype: torch.dtype, entries: Collection[str]) -> Format:
-    """Return the format of a parameter, inferred from its dtype and from the entries of its state."""
+    """Return the format of a parameter with this dtype whose state has these entries, of several the one with the most arrays."""
     fitting = [fmt for fmt in FORMATS.values() if fmt.dtype == dtype and all(array.name in entries for array in fmt.extra)]
     return max(fitting, key=lambda fmt: len(fmt.extra))
 
 
 def extra_arrays() -> set[str]:
-    """Names of the arrays that any format stores beside a parameter, in the optimizer's state."""
+    """Return the names of all arrays that formats store beside a parameter, in the optimizer's state."""
     return {array.name for fmt in FORMATS.values() for array in fmt.extra}

@@ -1,4 +1,4 @@
-"""SplitMix64 (Steele, Lea & Flood 2014): a bijective mix of 64-bit integers, from which noise and position hashes are made.
+"""SplitMix64 (Steele, Lea & Flood 2014): a bijective mix of 64-bit integers, used for rounding noise and position hashes.
 
 All arithmetic is that of int64 modulo 2**64.
 """
@@ -11,7 +11,7 @@ __all__ = ["GOLDEN", "MULTIPLIER_1", "MULTIPLIER_2", "mix", "shift_right", "sign
 
 
 def signed(value: int) -> int:
-    """The int64 with the bits of an integer modulo 2**64."""
+    """Return the int64 that is equal to `value` modulo 2**64."""
     return (value + 2**63) % 2**64 - 2**63
 
 
@@ -24,7 +24,7 @@ def shift_right(
     bits: Tensor,  # int64, any shape
     by: int,
 ) -> Tensor:  # int64, of the same shape
-    """Logical right shift; the shift of int64 would copy the sign."""
+    """Shift right and fill with zeros; torch's shift of int64 would fill with the sign bit."""
     return (bits >> by) & (2 ** (64 - by) - 1)
 
 

@@ -1,1 +1,1 @@
-"""The optimizers in a training loop: clipping, gradient release, model preparation, and callbacks of trainers."""
+"""Use the optimizers in a training loop: clipping, gradient release, model preparation, and callbacks for trainers."""

@@ -1,6 +1,6 @@
 """Callbacks for trainers: log metrics, attach to DeepSpeed, and consolidate state before it is saved.
 
-The trainers are imported when a callback is asked for.
+A trainer's package is imported only when its callback is requested.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ __all__ = ["hugging_face", "lightning"]
 
 
 def hugging_face(trainer: Any, *, metrics_every: int = 1) -> None:
-    """Add callbacks to a Trainer of Hugging Face, before `train` and on every rank: `so.callbacks.hugging_face(trainer)`.
+    """Add callbacks to a Hugging Face Trainer. Call it on every rank, before `train`: `so.callbacks.hugging_face(trainer)`.
 
     The trainer then logs the optimizer's metrics too, to `state.log_history` and to every tracker of `report_to`. When training begins,
-    parameters that the trainer gave the optimizer without names get those of the model; under DeepSpeed `so.deepspeed.attach` is called.
-    Before the trainer saves rank 0's state of a ShardedOptimizer, all ranks call `consolidate_state_dict`.
+    parameters that the optimizer has without names get the model's names; under DeepSpeed `so.deepspeed.attach` is called. Before the
+    trainer saves rank 0's state of a ShardedOptimizer, all ranks call `consolidate_state_dict`.
 
     Args:
-        trainer: of a model that is trained with an optimizer of this library; the optimizer may not exist yet.
-        metrics_every: of the steps in which the trainer logs, metrics are read in those that this divides.
+        trainer: a trainer that uses an optimizer of this library, which need not exist yet.
+        metrics_every: metrics are read in those steps in which the trainer logs and whose number is a multiple of this.
 
     Raises:
         ValueError: metrics_every is no positive int.
@@ -38,7 +38,7 @@ def hugging_face(trainer: Any, *, metrics_every: int = 1) -> None:
     base: Any = import_module("transformers").TrainerCallback
 
     class LogMetrics(base):
-        """First, so that the callbacks of `report_to` log the metrics that this adds."""
+        """Placed first, so that the callbacks of `report_to` log the metrics that this one adds."""
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
             if logs is None or state.global_step % metrics_every or not contained_optimizers(trainer.optimizer):
@@ -49,7 +49,7 @@ def hugging_face(trainer: Any, *, metrics_every: int = 1) -> None:
                 state.log_history[-1] |= found
 
     class PrepareTraining(base):
-        """Last: by then it is decided whether the trainer saves."""
+        """Placed last, when earlier callbacks have decided whether the trainer saves."""
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             wrapped = getattr(trainer.accelerator, "deepspeed_engine_wrapped", None)
@@ -65,7 +65,7 @@ def hugging_face(trainer: Any, *, metrics_every: int = 1) -> None:
         on_epoch_end = on_step_end
 
         def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if args.save_strategy == "best":  # for which the trainer decides after this
+            if args.save_strategy == "best":  # the trainer decides after this callback whether to save
                 _consolidate(trainer.optimizer)
 
     trainer.callback_handler.callbacks.insert(0, LogMetrics())
@@ -73,7 +73,7 @@ def hugging_face(trainer: Any, *, metrics_every: int = 1) -> None:
 
 
 def _name_params(optimizer: Any, model: nn.Module) -> None:
-    """Give an optimizer's parameters the model's names, where it has no others, for metrics, errors and stochastic rounding."""
+    """Give an optimizer without parameter names those of the model, for metrics, errors and stochastic rounding."""
     names = {param: name for name, param in model.named_parameters()}
     for each in contained_optimizers(optimizer):
         groups = each.param_groups
@@ -93,20 +93,20 @@ def lightning(*, metrics_every: int = 1) -> Any:
     """Return a callback for Lightning's Trainer that logs the optimizers' metrics: `Trainer(callbacks=[so.callbacks.lightning()])`.
 
     It logs once in every step in which the trainer logs, however many batches it accumulates; reading metrics waits for the device.
-    Parameters that the optimizer was given without names get those of the module.
+    Parameters that the optimizer has without names get the module's names.
 
     Args:
-        metrics_every: of the steps in which the trainer logs, metrics are read in those that this divides.
+        metrics_every: metrics are read in those steps in which the trainer logs and whose number is a multiple of this.
 
     Raises:
         ValueError: metrics_every is no positive int.
     """
     check_every("metrics_every", metrics_every)
-    is_old = "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules  # the same, by its other name
+    is_old = "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules  # the same package under its older name
     base: Any = import_module("pytorch_lightning" if is_old else "lightning.pytorch").Callback
 
     class LogMetrics(base):
-        seen_step = 0  # `global_step` after the last batch; it stays while gradients accumulate
+        seen_step = 0  # `global_step` after the last batch; unchanged while gradients accumulate
 
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             self.seen_step = trainer.global_step

@@ -1,13 +1,13 @@
 """Clip the norm of all gradients of a model, however each of them is sharded: `so.clip_grad_norm_`.
 
-    squares of the pieces that this rank owns -> all-gather of one row per rank -> norm -> factor -> every local gradient times it
+    squares of the pieces that this rank owns -> all-gather of one row per rank -> norm -> factor -> every local gradient times factor
 
-torch's function adds DTensors of one mesh only, and one scalar at a time. Here the pieces of every tensor are known (`sharding/`), so that
-replicas count once and one collective of 32 bytes per rank is enough. Ranks exchange which pieces they hold in the first call, and when any
-of them has other parameters than in the last one.
+torch's function adds only DTensors of one mesh, one scalar at a time. Here the pieces of every tensor are known (`sharding/`), so that
+replicas count once and one collective of 32 bytes per rank is enough. Ranks exchange which pieces they hold in the first call, and again
+when the parameters of any rank have changed.
 
-Each row also has a flag of failure and one of changed parameters. On a CPU all ranks read them in the call. On an accelerator the host does
-not wait: the rank itself raises in the call, the others in their next one.
+A row also has flags: the rank has failed; its parameters have changed. On a CPU all ranks read them in the same call. On an accelerator
+the host does not wait: a failed rank raises in the call, the others in their next call.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ DEEPSPEED = (
     "so.clip_grad_norm_ cannot clip under DeepSpeed, which averages and clips gradients inside of its own step; set 'gradient_clipping' in "
     "the DeepSpeed config instead"
 )
-DEEPSPEED_MARKS = ("ds_id", "param_idx_in_group")  # attributes of parameters, by stage 3 and by stages 1 and 2
-# Elements whose squares are added up in float32 before float64 takes over. So few that even gradients that are all alike, whose rounding
-# errors do not cancel, are wrong by no more than 1e-7; a sum in float64 alone takes torch on a CPU five to twenty times as long.
+DEEPSPEED_MARKS = ("ds_id", "param_idx_in_group")  # attributes that stage 3, and stages 1 and 2, set on parameters
+# Number of squares that are added in float32; these sums are added in float64. So few that the error is at most 1e-7 even if all elements
+# are equal, whose rounding errors do not cancel. A sum in float64 alone takes torch on a CPU five to twenty times as long.
 ROW = 32
 SMALLEST, LARGEST = 2.0**-50, 2.0**60  # root mean squares between which float32 squares neither vanish nor overflow
-CHUNK = 2**15  # elements that are float64 at a time, and below which tensors are joined
-MOST_CHUNKS = 256  # of joined tensors, which are copied
+CHUNK = 2**15  # elements converted to float64 at a time; smaller tensors are concatenated
+MOST_CHUNKS = 256  # of concatenated tensors in one sum
 CHANGED = "so.clip_grad_norm_: parameters have changed on some ranks only; change them on all ranks before the same call"
-MOST_LEVELS = 8  # wrappers in one another
-EPSILON = 1e-6  # torch's, added to the norm
+MOST_LEVELS = 8  # nested wrappers
+EPSILON = 1e-6  # added to the norm, as by torch
 POWER, FAILED, STALE, EXCHANGE = range(4)  # columns of a rank's row
 PLAIN = {Tensor, torch.nn.Parameter}
 NO_PARAM = torch.empty(0, device="cpu")  # stands for the first parameter of a rank that has none
@@ -77,15 +77,15 @@ def clip_grad_norm_(
     Args:
         optimizer_or_params: an optimizer of this library, or a framework's container of one or several; or parameters, named parameters or
             param groups.
-        max_norm: the largest norm that is not scaled.
+        max_norm: the largest norm that is left as it is.
         norm_type: 2, any other positive number, or inf for the largest element.
         error_if_nonfinite: whether a norm that is not finite is an error; else all gradients become NaN or 0, as in torch.
-        foreach: has no effect, as all gradients are always taken together.
-        layout: as of an optimizer, where parameters are given.
-        process_group: the ranks that hold the model together, where parameters are given; None means all.
+        foreach: ignored; gradients are always processed together.
+        layout: as an optimizer's `layout`; only with parameters.
+        process_group: the ranks that hold the model together; None: all. Only with parameters.
 
     Returns:
-        The norm before: float32 (), the same on every rank.
+        The norm before scaling: float32 (), the same on every rank.
 
     Raises:
         ValueError: on all ranks: an argument out of range, a gradient that is sparse or placed otherwise than its parameter; DeepSpeed.
@@ -110,17 +110,17 @@ def clip_grad_norm_(
 
 @dataclass(frozen=True, kw_only=True)
 class _Given:
-    """The parameters that a call clips."""
+    """What one call clips: parameters, and the optimizers that step them."""
 
-    params: list[Tensor]  # first those whose gradients are theirs, then those of the sharded optimizers
-    describe: Callable[[], list[LocalParam]]  # all of them; raises ValueError
-    process_group: dist.ProcessGroup | None  # the user's
-    engines: Sequence[Engine] = ()  # that step them
-    sharded: Sequence[ShardedOptimizer] = ()  # whose gradients lie in buckets
-    failure: Exception | None = None  # why their gradients could not be collected
+    params: list[Tensor]  # of ShardedOptimizers, the parameters of the optimizer inside
+    describe: Callable[[], list[LocalParam]]  # describes all of `params`; raises ValueError
+    process_group: dist.ProcessGroup | None  # as given by the user
+    engines: Sequence[Engine] = ()  # the optimizers of `params`
+    sharded: Sequence[ShardedOptimizer] = ()  # those with gradients in buckets
+    failure: Exception | None = None  # error of collecting gradients of `sharded`
 
     def scale(self, local: Sequence[_Local], factor: Tensor) -> None:
-        """Multiply all gradients of this rank."""
+        """Multiply all gradients of this rank by `factor`."""
         in_buckets = {id(param) for each in self.sharded for param in each.inside.all_params()}
         plain = [each.memory for each in local if id(self.params[each.row]) not in in_buckets]
         for grads in _by_kind(plain).values():
@@ -184,7 +184,7 @@ def _given_optimizers(optimizers: Sequence[Engine | ShardedOptimizer]) -> _Given
     for each in sharded:
         try:
             each.collect_gradients()
-        except ValueError as error:  # of this rank alone, perhaps: the others get the error in the all-gather
+        except ValueError as error:  # may be on this rank only; the others learn of it in the all-gather
             failure = error
     engines = [each.inside if isinstance(each, ShardedOptimizer) else each for each in optimizers]
     if any(each.process_group is not engines[0].process_group for each in engines):
@@ -200,7 +200,7 @@ def _given_optimizers(optimizers: Sequence[Engine | ShardedOptimizer]) -> _Given
 
 
 def _described(engine: Engine, number: int, count: int) -> Iterator[LocalParam]:
-    """Describe an optimizer's parameters on this rank; nameless ones get names that no other optimizer uses."""
+    """Describe an optimizer's parameters on this rank. With several optimizers, unnamed parameters are numbered by optimizer."""
     for index, group in enumerate(engine.param_groups):
         for param, name in named_params(group, index):
             is_named = "param_names" in group or count == 1
@@ -241,8 +241,8 @@ class _Exchanges:
     """Caches the ownership that the ranks of a process group have exchanged.
 
     Attributes:
-        count: of the exchanges.
-        by_param: by the first parameter, or `NO_PARAM`.
+        count: the number of exchanges so far.
+        by_param: the last ownership, by the first parameter of a call (`NO_PARAM` if there is none).
     """
 
     def __init__(self) -> None:
@@ -254,7 +254,7 @@ class _Exchanges:
         return found if found is not None and found.fits(params) else None
 
     def make(self, given: _Given, group: dist.ProcessGroup | None) -> _Ownership:
-        """Exchange what ranks hold: a collective."""
+        """Exchange which pieces ranks hold, and cache this rank's ownership. A collective."""
         made = _Ownership(exchange_layouts(given.describe, group, compares_values=lambda _: False), self.count + 1)
         self.count += 1
         self.by_param[next(iter(given.params), NO_PARAM)] = made
@@ -272,9 +272,9 @@ _exchanges: WeakKeyDictionary[dist.ProcessGroup, _Exchanges] = WeakKeyDictionary
 class _Local:
     """A gradient of this rank."""
 
-    row: int  # of the parameter
-    memory: Tensor  # to be scaled
-    values: Tensor  # for the norm: the same memory, unless tensor parallelism has left a sum that is yet to be reduced
+    row: int  # index of the parameter
+    memory: Tensor  # the tensor to scale
+    values: Tensor  # the reduced gradient, for the norm; the same tensor as `memory` unless tensor parallelism has left it Partial
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,7 +294,7 @@ def _agree(given: _Given, group: dist.ProcessGroup | None, norm_type: float) -> 
     """Sum the powers of all ranks: one all-gather if all ranks have the parameters of the last call.
 
     Raises:
-        ValueError: on all ranks, or on an accelerator on the others in their next call.
+        ValueError: on all ranks; on an accelerator, ranks that have not failed themselves raise it in their next call.
     """
     exchanges = _alone if group is None else _exchanges.setdefault(group, _Exchanges())
     ownership = exchanges.known(given.params)
@@ -335,12 +335,12 @@ def _agree(given: _Given, group: dist.ProcessGroup | None, norm_type: float) -> 
 
 
 def _are_of_one_exchange(rows: Sequence[Sequence[float]]) -> bool:
-    """Return whether all ranks have counted by the same exchange."""
+    """Return whether all ranks have used the ownership of the same exchange."""
     return not any(row[STALE] for row in rows) and len({row[EXCHANGE] for row in rows}) == 1
 
 
 def _raise_pending(rows: Sequence[Sequence[float]]) -> None:
-    """Raise an error of the last call that only a device knew then, on the ranks that have not raised it. No communication."""
+    """Raise an error of the last call, which only the device knew then, on ranks that have not raised one. No communication."""
     failed = [rank for rank, row in enumerate(rows) if row[FAILED]]
     if failed:
         raise ValueError(f"so.clip_grad_norm_: {named_ranks(failed)} failed in the last call; their own errors say why")
@@ -349,7 +349,7 @@ def _raise_pending(rows: Sequence[Sequence[float]]) -> None:
 
 
 def _spoiled(table: Tensor) -> Tensor:
-    """Return a device flag that the norm is invalid: bool (1, 1). Gradients then become NaN."""
+    """Return a device flag whether the norm is invalid: bool (1, 1). If so, gradients become NaN."""
     exchange = table[:, EXCHANGE]
     return ((table[:, FAILED] + table[:, STALE]).sum() + (exchange.max() - exchange.min()) > 0).reshape(1, 1)
 
@@ -381,7 +381,7 @@ def _local_gradients(given: _Given, ownership: _Ownership) -> list[_Local]:
 
 
 def _local_of(param: Tensor, grad: Tensor) -> Tensor | None:
-    """Return this rank's part of a gradient that is laid out like its parameter; None if a quick check is not enough."""
+    """Return this rank's part of a gradient by a quick check that it is laid out like its parameter; None if the check does not suffice."""
     spec = getattr(grad, "_spec", None)
     if type(grad) in PLAIN and type(param) in PLAIN:
         local = grad if grad.shape == param.shape else None
@@ -391,7 +391,7 @@ def _local_of(param: Tensor, grad: Tensor) -> Tensor | None:
 
 
 def _power(local: Iterable[_Local], ownership: _Ownership, norm_type: float, device: torch.device) -> Tensor:
-    """Sum the powers of the elements that this rank counts, or take the largest: float64 ()."""
+    """Sum the powers of the elements of the pieces that this rank owns, or return the largest: float64 ()."""
     pieces = [piece.of(gradient.values) for gradient in local for piece in ownership.owned[gradient.row]]
     powers = [part.to(device) for tensors in _by_kind(pieces).values() for part in _powers(tensors, norm_type)]
     if not powers:
@@ -401,7 +401,7 @@ def _power(local: Iterable[_Local], ownership: _Ownership, norm_type: float, dev
 
 
 def _powers(tensors: Sequence[Tensor], norm_type: float) -> Iterator[Tensor]:
-    """Sum the powers of all elements of tensors, or take the largest: float64 ()."""
+    """Yield partial sums of the powers of all elements, or with norm_type inf the largest magnitudes: float64 () each."""
     foreach_norm = torch._foreach_norm  # pyright: ignore[reportPrivateImportUsage]
     if math.isinf(norm_type):
         yield from (norm.double() for norm in foreach_norm(list(tensors), norm_type))
@@ -413,7 +413,7 @@ def _powers(tensors: Sequence[Tensor], norm_type: float) -> Iterator[Tensor]:
 
 
 def _joined(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Concatenate small tensors: each tensor costs several calls of torch."""
+    """Yield flat tensors with the same elements; small tensors are concatenated, as each one costs several calls of torch."""
     small = [tensor.reshape(-1) for tensor in tensors if tensor.numel() < CHUNK]
     yield from (tensor.reshape(-1) for tensor in tensors if tensor.numel() >= CHUNK)
     if small:

@@ -1,8 +1,8 @@
 """Unwrap the optimizers of this library from the containers of frameworks. Used by clipping, metrics and callbacks.
 
-Containers are recognised by their attributes, so that no framework is imported: Accelerate's AcceleratedOptimizer and Accelerator, the
-Trainer of Hugging Face, Lightning's LightningOptimizer, Trainer and LightningModule, DeepSpeed's engine and optimizer wrappers,
-torchtitan's OptimizersContainer, torchft's OptimizerWrapper.
+Containers are recognised by their attributes, so that no framework is imported. They are Accelerate's AcceleratedOptimizer and
+Accelerator, Hugging Face's Trainer, Lightning's LightningOptimizer, Trainer and LightningModule, DeepSpeed's engine and optimizer wrappers,
+torchtitan's OptimizersContainer, and torchft's OptimizerWrapper.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from sharded_optim.zero import ShardedOptimizer
 
 __all__ = ["contained_optimizers", "metrics", "unwrap_optimizer"]
 
-OF_OPTIMIZERS = ("lr", "weight_decay", "grad_norm")  # kinds of metrics of param groups or of all gradients
-MOST_LEVELS = 8  # containers in one another: Hugging Face's Trainer under DeepSpeed has four
+OF_OPTIMIZERS = ("lr", "weight_decay", "grad_norm")  # metrics that concern param groups or all gradients, not one tensor
+MOST_LEVELS = 8  # nested containers; Hugging Face's Trainer under DeepSpeed has four
 
 
 def contained_optimizers(container: Any) -> list[Engine | ShardedOptimizer]:
-    """The optimizers of this library in a container, in its order, each once; or the optimizer itself."""
+    """Return the optimizers of this library in a container, in order and without duplicates; of an optimizer, itself."""
     return list({id(each): each for each in _search(container, MOST_LEVELS, set())}.values())
 
 
 def metrics(optimizer: Any) -> dict[str, float]:
-    """Return `metrics()` of an optimizer, also inside of a framework's container.
+    """Return the `metrics()` of an optimizer, or of all optimizers in a framework's container.
 
     Args:
-        optimizer: of this library; or an optimizer, engine, trainer or container of Accelerate, Hugging Face, Lightning, DeepSpeed or
-            torchtitan that has one or several.
+        optimizer: an optimizer of this library; or an optimizer, engine, trainer or container of Accelerate, Hugging Face, Lightning,
+            DeepSpeed or torchtitan that has one or several of them.
 
     Returns:
-        As the optimizer's `metrics()`. Of several optimizers the metrics of all tensors, the largest `skipped_steps`, and with the
-        optimizer's number what concerns param groups or all gradients, `lr/0.GROUP`, `grad_norm/0`, and tensors whose names several have.
+        The optimizer's `metrics()`. With several optimizers: the metrics of all tensors, and the largest `skipped_steps`. Keys have the
+        optimizer's number where they concern param groups or all gradients (`lr/0.GROUP`, `grad_norm/0`), or tensors of equal name.
 
     Raises:
-        TypeError: there is no optimizer of this library inside.
+        TypeError: there is no optimizer of this library in it.
     """
     found = contained_optimizers(optimizer)
     if not found:
@@ -71,13 +71,14 @@ def metrics(optimizer: Any) -> dict[str, float]:
 def unwrap_optimizer(optimizer: Any) -> Engine | ShardedOptimizer:
     """Return the one optimizer of this library in a framework's container.
 
-    For attributes that it does not forward: `so.unwrap_optimizer(optimizer).layout = so.fsdp1_layout(model)`, or `process_group`.
+    For attributes that the container does not forward, such as `process_group` or `layout`:
+    `so.unwrap_optimizer(optimizer).layout = so.fsdp1_layout(model)`.
 
     Args:
-        optimizer: as `metrics` takes it.
+        optimizer: an optimizer or container, as for `metrics`.
 
     Raises:
-        TypeError: there is none inside, or several.
+        TypeError: there is no optimizer of this library in it, or there are several.
     """
     found = contained_optimizers(optimizer)
     if len(found) != 1:
@@ -105,9 +106,9 @@ def _contents(container: Any) -> Iterable[Any]:
 
 
 def _attribute(container: Any, name: str) -> Any:
-    """Return an attribute, or the result of a method of that name (LightningModule.optimizers); None if there is none yet."""
+    """Return an attribute, or the result of LightningModule.optimizers(); None if it is missing or not available yet."""
     try:
         found = getattr(container, name, None)
         return found() if inspect.ismethod(found) and name == "optimizers" else found
-    except (AttributeError, RuntimeError, TypeError):  # of a module that no trainer has taken up yet
+    except (AttributeError, RuntimeError, TypeError):  # a LightningModule without a trainer yet
         return None

@@ -6,10 +6,10 @@ Parameters that are stepped together are a unit. Each wrapper's file in `shardin
     FSDP2           the parameters of one `fully_shard` call: FSDP reduces them together and then calls the hook of each
     DDP             a bucket, in a communication hook: one is reduced while the one before is stepped
 
-A step of a unit is an ordinary step of its parameters alone, so an algorithm with a statistic agrees on it once per unit. Wrappers complete
-their units in the same order on every rank, or their own collectives would not match; ours follow that order.
+A step of a unit is an ordinary step of its parameters alone, so an algorithm with a statistic has one all-reduce per unit. Wrappers
+complete units in the same order on every rank, or their own collectives would not match; the steps follow that order.
 
-Peak memory of gradients falls from the model's to about one unit's; DDP's buckets stay, as they are DDP's.
+Peak memory of gradients falls from the whole model's to about one unit's. DDP's buckets stay allocated, as DDP owns them.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ def prepare_for_gradient_release(model: nn.Module, optimizer: torch.optim.Optimi
 
     `optimizer.step()` and `optimizer.zero_grad()` then find no gradients and may stay in the loop, on every rank or on none. Nothing that
     needs all gradients at once works with it: clipping their norm, GradScaler, several backward passes before a step (but see
-    `optimizer.optimizer_accumulation`, and `no_sync` or `set_requires_gradient_sync` of the wrappers). `nonfinite="skip"` leaves out the
+    `optimizer.optimizer_accumulation`, and `no_sync` or `set_requires_gradient_sync` of the wrappers). `nonfinite="skip"` skips only the
     units that are not finite, not the whole step.
 
     Args:
         model: plain, wrapped in DistributedDataParallel, or with FSDP2's `fully_shard` applied; wrapped before this call.
         optimizer: of this library, built with `gradient_release=True`, over the parameters of `model`.
-        ignore_existing_hooks: whether parameters may have post-accumulate-grad hooks of others.
+        ignore_existing_hooks: whether parameters may already have post-accumulate-grad hooks.
 
     Raises:
         TypeError: an optimizer of another library.
-        ValueError: it was not built for it, hooks exist already, or the wrapper cannot do it.
+        ValueError: the optimizer was built without `gradient_release=True`, hooks exist already, or the wrapper does not support it.
     """
     if not isinstance(optimizer, Engine):
         raise TypeError(f"gradient release needs an optimizer of sharded_optim, got {type(optimizer).__name__}")
@@ -67,7 +67,7 @@ def prepare_for_gradient_release(model: nn.Module, optimizer: torch.optim.Optimi
         if getattr(param, "_post_accumulate_grad_hooks", None) and not ignore_existing_hooks:
             raise ValueError(f"parameter {name!r} has a post-accumulate-grad hook already; pass ignore_existing_hooks=True to have both")
     used = used_wrappers()
-    reduced_together = [unit for wrapper in used for unit in wrapper.units(model)]  # raises before anything has changed
+    reduced_together = [unit for wrapper in used for unit in wrapper.units(model)]  # first, as it may raise: nothing has changed yet
 
     removers: list[Callable[[], None]] = []
     hooked = list(names)
@@ -78,13 +78,13 @@ def prepare_for_gradient_release(model: nn.Module, optimizer: torch.optim.Optimi
     units = _Units(optimizer, _units_of(hooked, reduced_together))
     removers += [param.register_post_accumulate_grad_hook(units.complete).remove for param in hooked]
     if hooked:
-        plain = [param for param in hooked if type(param) is nn.Parameter]  # FSDP2 exchanges its own in every forward
+        plain = [param for param in hooked if type(param) is nn.Parameter]  # FSDP2 replaces its parameters in every forward
         removers.append(model.register_forward_pre_hook(_RefuseLaterWrapping(plain)).remove)
     _prepared[model] = (optimizer, removers)
 
 
 def remove_gradient_release(model: nn.Module) -> None:
-    """End what `prepare_for_gradient_release` began: backward leaves gradients, and `optimizer.step()` uses them.
+    """Undo `prepare_for_gradient_release`: backward leaves gradients again, and `optimizer.step()` uses them.
 
     A DistributedDataParallel keeps its communication hook, which then only averages; wrap the model anew to overlap that with backward.
     """
@@ -97,7 +97,7 @@ def remove_gradient_release(model: nn.Module) -> None:
 
 
 class _Units:
-    """Collects parameters whose gradients are complete, and steps them a unit at a time."""
+    """Collects parameters whose gradients are complete, and steps a unit when it is complete."""
 
     def __init__(self, optimizer: Engine, units: Iterable[Unit]) -> None:
         self._optimizer = ref(optimizer)
@@ -105,17 +105,17 @@ class _Units:
         self._ready: list[Tensor] = []
 
     def complete(self, param: Tensor) -> None:
-        """A post-accumulate-grad hook."""
+        """A post-accumulate-grad hook: adds a parameter to its unit, and steps the unit when all of its parameters are there."""
         unit = self._unit_of[id(param)]
         if any(each is param for each in self._ready):  # left over from a backward that an exception ended
             self._ready = []
-        if self._ready and self._unit_of[id(self._ready[0])] != unit:  # some of the unit before got no gradient
+        if self._ready and self._unit_of[id(self._ready[0])] != unit:  # a parameter of the unit before got no gradient
             self._step()
         self._ready.append(param)
         _, size = unit
         if len(self._ready) == size:
             self._step()
-        elif len(self._ready) == 1:  # this unit may be the last, and incomplete
+        elif len(self._ready) == 1:  # the last unit of a backward may stay incomplete
             Variable._execution_engine.queue_callback(self._step)
 
     def _step(self) -> None:
@@ -126,10 +126,13 @@ class _Units:
 
 
 class _RefuseLaterWrapping:
-    """A forward pre-hook: the gradients that hooks see must be those of the whole job. A copy of the model has none of these hooks."""
+    """A forward pre-hook that raises if the model was wrapped after preparation: hooks would see only this rank's gradients, or none.
+
+    Copied with the model, it becomes an InertHook.
+    """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
-        self._unseen = params  # until the first forward
+        self._unseen = params  # to be looked for in the model, once, at the first forward
 
     def __call__(self, model: nn.Module, _: object) -> None:
         for wrapper in used_wrappers():
@@ -152,15 +155,15 @@ def _step_and_free(optimizer: Engine, params: Sequence[Tensor]) -> None:
         return
     try:
         optimizer.step(param=params)
-    finally:  # left, a refused gradient would be added to the next one
+    finally:  # also after an error: a gradient that is left would be added to the next one
         for param in params:
             if param.grad is not None and param.grad.is_cuda:
-                local_of(param.grad).record_stream(torch.cuda.current_stream())  # it may have been allocated for another
+                local_of(param.grad).record_stream(torch.cuda.current_stream())  # its memory may belong to another stream
             param.grad = None
 
 
 def _units_of(params: Iterable[Tensor], reduced_together: Iterable[Sequence[Tensor]]) -> list[Unit]:
-    """Group parameters that wrappers reduce together; each other parameter is a unit of its own."""
+    """Group parameters into units: those that a wrapper reduces together, and each other parameter alone."""
     number = {param: number for number, unit in enumerate(reduced_together) for param in unit}
     units: dict[int | Tensor, list[Tensor]] = {}
     for param in params:

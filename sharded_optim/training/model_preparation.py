@@ -19,16 +19,16 @@ def param_groups_weight_decay(
     """Group a model's trainable parameters: no weight decay for biases, norms and named layers, weight decay for the rest.
 
     Args:
-        model: ordinary or sharded; dimensions are those of the whole tensors.
-        weight_decay: of the second group.
-        additional_layers: parts of names (or one of them); a parameter whose name contains one does not decay.
+        model: ordinary or sharded; the number of dimensions is that of the whole tensor.
+        weight_decay: the weight decay of the second group.
+        additional_layers: a string, or several; a parameter whose name contains one of them does not decay.
 
     Returns:
-        The group without decay (one dimension or none, named `*.bias`, or in `additional_layers`), then the one with it, each with the
-        names of its parameters as `param_names`. A group that would be empty is left out.
+        First the group without decay: parameters with less than two dimensions, named `*.bias`, or matching `additional_layers`. Then the
+        group with decay. Each has the names of its parameters as `param_names`. An empty group is left out.
 
     Raises:
-        ValueError: a wrapper (FSDP1) has flattened parameters together that would belong to different groups.
+        ValueError: a wrapper (FSDP1) has flattened together parameters that belong to different groups.
     """
     exempt = (additional_layers,) if isinstance(additional_layers, str) else tuple(additional_layers or ())
 
@@ -71,8 +71,8 @@ def to_low_precision(
     """Cast a model's floating-point parameters and buffers to `dtype`, except those that need float32. In place, before any wrapper.
 
     Args:
-        model: its parameters keep their identity, so that an optimizer or a tie that holds them stays right.
-        dtype: torch.bfloat16 or torch.float16; see `kahan_sum` for how an optimizer keeps the rounding errors of such parameters.
+        model: its parameters stay the same objects, so that optimizers and tied weights stay valid.
+        dtype: torch.bfloat16 or torch.float16. The optimizer option `kahan_sum` compensates the rounding of such parameters.
         device: where to move everything; None leaves it where it is.
         fp32_modules: modules of these types keep parameters and buffers in float32. A parameter that several modules share keeps float32
             if one of them is of these types.
@@ -84,7 +84,7 @@ def to_low_precision(
 
     Raises:
         ValueError: `dtype` is not floating-point.
-        TypeError: `fp32_modules` or `fp32_buffers` holds something else.
+        TypeError: an entry of `fp32_modules` or `fp32_buffers` has another type.
     """
     if not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating-point one, such as torch.bfloat16 or torch.float16, got {dtype}")
@@ -96,7 +96,7 @@ def to_low_precision(
         if isinstance(module, types + buffer_types) or any(name in qualified_name.lower() for name in names)
     }
     params: dict[nn.Parameter, torch.dtype] = {}
-    buffers: dict[tuple[torch.Tensor, torch.dtype | None], torch.Tensor] = {}  # a shared one stays shared
+    buffers: dict[tuple[torch.Tensor, torch.dtype | None], torch.Tensor] = {}  # cast buffers, so that a shared buffer stays shared
     for module in model.modules():
         for param in module.parameters(recurse=False):
             keeps = isinstance(module, types) or params.get(param) == torch.float32

@@ -1,7 +1,7 @@
 """Sort the parameters of a model for Muon: hidden matrices, and the rest, which AdamW or StableAdamW steps.
 
-The shape of an embedding or of an output head is that of a matrix, so modules and names decide too. `show=print` lists the groups and the
-reasons.
+Embeddings and output heads are matrices too, so that shapes alone do not decide: modules and names do as well. `show=print` lists the
+groups and the reasons.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sharded_optim.sharding.names import without_wrappers
 __all__ = ["muon_param_groups"]
 
 Which = Iterable[str] | str | Callable[[str, Tensor], bool]
-HEADS = {"classifier", "embed_out", "head", "lm_head", "output", "score", "unembed"}  # of modules that are in no numbered layer
+HEADS = {"classifier", "embed_out", "head", "lm_head", "output", "score", "unembed"}  # outside of numbered layers
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
@@ -37,28 +37,29 @@ def muon_param_groups(
     rest_options: Mapping[str, Any] | None = None,
     show: Callable[[str], object] | None = None,
 ) -> list[dict[str, Any]]:
-    """Param groups for `so.Muon` of a model's trainable parameters.
+    """Sort a model's trainable parameters into param groups for `so.Muon`.
 
-    To `rest` go tensors of less than two dimensions (biases, gains of norms), embeddings and what is tied to them, the output head (a
-    module called lm_head, output, ... outside of numbered layers, or a linear layer outside of them with the shape of an embedding), norms,
-    and routers (a module called router, gate or wg). All other tensors are matrices, stacks of matrices, or convolutions, for Muon.
+    The algorithm in `rest` steps tensors of less than two dimensions (biases, gains of norms), embeddings and tensors tied to them, the
+    output head (a module called lm_head, output, ... outside of numbered layers, or a linear layer outside of them with the shape of an
+    embedding), norms, and routers (a module called router, gate or wg). Muon steps all others: matrices, stacks of them, and convolutions.
 
     Args:
-        model: ordinary, or wrapped. Under DeepSpeed, the one that is going to be given to `initialize`.
+        model: ordinary or wrapped. Under DeepSpeed, the model that will be passed to `initialize`.
         rest: "adamw" or "stable_adamw".
-        to_muon, to_rest: override that: parts of names, or a function of (name, parameter). Where a wrapper has flattened parameters
-            (FSDP1, deepspeed.zero.Init) these have no shape to go by: go by names.
-        split: row blocks of fused matrices (see `so.Muon`) by parts of names: {"qkv": d_model}. That of nn.MultiheadAttention is known.
-        muon_options: hyperparameters of the groups for Muon.
-        rest_options: of the others, as {"lr": 3e-4}; tensors of less than two dimensions have no weight decay unless it is given here.
-        show: is called with a text that lists the groups and the reasons: `print`.
+        to_muon, to_rest: parameters for which this choice is overridden: parts of names, or a function of (name, parameter). Parameters
+            that a wrapper has flattened (FSDP1, deepspeed.zero.Init) have lost their shapes, so use names for these.
+        split: row blocks of fused matrices (see `so.Muon`) by parts of names: {"qkv": d_model}. For nn.MultiheadAttention it is known.
+        muon_options: hyperparameters of Muon's groups.
+        rest_options: hyperparameters of the other groups, such as {"lr": 3e-4}; without a weight_decay here, tensors of less than two
+            dimensions do not decay.
+        show: a function, such as `print`, that is called with a text that lists the groups and the reasons.
 
     Returns:
         Groups with named parameters; none is empty.
 
     Raises:
-        ValueError: a wrapper (FSDP1) has flattened several parameters into one, nothing is left for Muon, an override fits no parameter,
-            or both fit one.
+        ValueError: a wrapper (FSDP1) has flattened several parameters into one, nothing is left for Muon, an override selects no parameter,
+            or both overrides select the same one.
     """
     shapes = _shapes(model)
     params = {name: param for name, param in model.named_parameters() if param.requires_grad}
@@ -90,10 +91,10 @@ def muon_param_groups(
 
 
 def _shapes(model: nn.Module) -> dict[Tensor, Sequence[int]]:
-    """The shapes of the parameters, of those too that a wrapper has flattened.
+    """Return the shape of each parameter, before a wrapper has flattened it.
 
     Raises:
-        ValueError: a parameter is several tensors.
+        ValueError: a parameter consists of several tensors.
     """
     shapes: dict[Tensor, Sequence[int]] = {param: param.shape for param in model.parameters()}
     for wrapper in used_wrappers():
@@ -128,7 +129,7 @@ def _chosen(which: Which, params: Mapping[str, Tensor], argument: str) -> set[st
 
 
 def _known_options(model: nn.Module) -> dict[Tensor, dict[str, Any]]:
-    """Return the options of parameters whose kind follows from torch's modules."""
+    """Return the group options that follow from the types of torch's modules, by parameter."""
     known: dict[Tensor, dict[str, Any]] = {}
     for module in model.modules():
         if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
@@ -139,7 +140,7 @@ def _known_options(model: nn.Module) -> dict[Tensor, dict[str, Any]]:
 
 
 def _reasons(model: nn.Module, shapes: Mapping[Tensor, Sequence[int]]) -> dict[Tensor, str]:
-    """Return the reason of each parameter that is not for Muon; of a shared parameter one module is enough."""
+    """Return, for each parameter that is not for Muon, the reason. A shared parameter is excluded if one of its modules gives a reason."""
     modules = [(without_wrappers(name, is_in_ddp=False), module) for name, module in model.named_modules(remove_duplicate=False)]
     vocabularies = {(module.num_embeddings, module.embedding_dim) for _, module in modules if isinstance(module, EMBEDDINGS)}
     reasons: dict[Tensor, str] = {}

@@ -16,11 +16,11 @@ from sharded_optim.zero.bucket_layout import Group
 
 __all__ = ["check_class", "check_defaults", "check_options", "groups_of", "tensors_of", "unwrapped"]
 
-RESERVED_OPTIONS = ("gradient_release", "layout", "process_group")  # that ShardedOptimizer sets for the optimizer inside
+RESERVED_OPTIONS = ("gradient_release", "layout", "process_group")  # options that ShardedOptimizer sets for the optimizer inside
 
 
 def check_class(optimizer_class: Any) -> None:
-    """Raise TypeError for anything but a class of optimizers of this library."""
+    """Raise TypeError unless `optimizer_class` is an optimizer class of this library."""
     if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, Engine)):
         raise TypeError(
             f"optimizer_class must be a class of sharded_optim (so.AdamW, so.StableAdamW, ...), whose statistics stay right on shards, "
@@ -46,7 +46,7 @@ def check_defaults(caller: type, optimizer_class: type[Engine], defaults: Mappin
         if name in defaults:
             raise ValueError(f"{name}={defaults[name]!r} cannot be given in the options: ShardedOptimizer sets it for the optimizer inside")
     if hands_on(optimizer_class):
-        return  # it passes keyword arguments on, so that their names are not known here
+        return  # a user's class that forwards its keyword arguments: the names that it takes are unknown
     taken = [name for name in argument_names(optimizer_class) if name not in RESERVED_OPTIONS]
     unknown = {name: value for name, value in defaults.items() if name not in taken}
     names = list(dict.fromkeys([*argument_names(caller), *taken]))
@@ -65,7 +65,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def groups_of(params: Params) -> list[Group]:
-    """Convert parameters to param groups with lists of tensors or of (name, tensor)."""
+    """Convert parameters to param groups, each with a list of tensors or of (name, tensor) pairs."""
     if isinstance(params, Tensor):
         raise ValueError(f"params must be a model, or an iterable of tensors or dicts, got one tensor of shape {tuple(params.shape)}")
     check_iterable(params, "params")
@@ -86,5 +86,5 @@ def groups_of(params: Params) -> list[Group]:
 
 
 def tensors_of(group: Group) -> list[Tensor]:
-    """Return the tensors of a group of tensors or of (name, tensor)."""
+    """Return the tensors of a param group, whose entries are tensors or (name, tensor) pairs."""
     return [param[1] if isinstance(param, tuple) else param for param in group["params"]]

@@ -1,4 +1,4 @@
-"""The memory of a bucket: its parameters, and this rank's shard of their masters and gradients."""
+"""The memory of a bucket: all of its parameters, and this rank's shard of their float32 masters and gradients."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Kind:
 
     dtype: torch.dtype
     device: torch.device
-    has_masters: bool  # float32 copies of this rank's shard, which the optimizer steps instead of it
+    has_masters: bool  # whether the optimizer steps float32 copies of this rank's shard instead of the shard itself
 
 
 @dataclass(kw_only=True, eq=False)
@@ -32,14 +32,14 @@ class ParamSlot:
 
     Attributes:
         param: the model's parameter.
-        name: of the parameter, in errors and metrics.
-        kind: of its bucket.
+        name: the parameter's name in errors and metrics.
+        kind: the kind of the bucket.
         bucket, offset: the bucket, and the position of the parameter's first element in it.
-        shape: of the parameter.
-        start, numel: the range of the parameter's elements in this rank's shard: [start, start + numel).
-        local: the part that the optimizer of this rank steps: (numel,); None if there is none.
-        identity: `_cdata` of the parameter, whose C++ object has the hook of its gradients; 0: there is no hook.
-        version: torch's counter of changes to the parameter, when its master was last equal to it.
+        shape: the parameter's shape when the slot was created.
+        start, numel: this rank's shard has the elements [start, start + numel) of the flattened parameter.
+        local: the part of the parameter that this rank's optimizer steps: (numel,); None if numel is 0.
+        identity: the parameter's `_cdata` when the gradient hook was registered on its C++ object; 0 if there is no hook.
+        version: the parameter's `_version` (torch's count of in-place changes) when slot and masters last matched it.
     """
 
     param: Tensor
@@ -64,12 +64,12 @@ class ParamSlot:
 
     @property
     def in_shard(self) -> slice:
-        """The position of the parameter's part in the buffers of this rank's shard."""
+        """The position of this rank's part of the parameter in the buffers of the shard (`Bucket.shard`, `masters`, `grads`)."""
         first = self.offset + self.start - self.bucket.first
         return slice(first, first + self.numel)
 
     def of_shard(self, whole: Tensor) -> Tensor:
-        """Return this rank's part of a tensor that is shaped like the parameter: (numel,), a view if the tensor is contiguous."""
+        """Return this rank's part of `whole`, a tensor with the parameter's shape: (numel,), a view if `whole` is contiguous."""
         return whole.detach().reshape(-1)[self.start : self.start + self.numel]
 
     @cached_property
@@ -79,12 +79,12 @@ class ParamSlot:
 
     @cached_property
     def placeholder(self) -> GradientInBucket:
-        """The stand-in that is `param.grad` while the gradient is in the bucket."""
+        """The stand-in to which `param.grad` is set while the gradient is in the bucket."""
         return GradientInBucket(self.param, self.name)
 
     @property
     def own_grad(self) -> Tensor | None:
-        """The parameter's gradient, if it is not in the bucket."""
+        """`param.grad`, unless it is the placeholder; None if it is, or if there is no gradient."""
         grad = self.param.grad
         return None if type(grad) is GradientInBucket else grad
 
@@ -94,19 +94,19 @@ class ParamSlot:
 
 
 class Bucket:
-    """Parameters end to end in one flat buffer, of which each rank steps a shard. It is created empty: see `rebind`.
+    """Parameters end to end in one flat buffer, of which each rank steps a shard. Created with zeros; `rebind` moves parameters in.
 
     Args:
         plan: the bucket's parameters and their offsets.
-        slots: of all parameters in the plans; the bucket takes those that its own plan names.
-        number: of the bucket, in the order in which gradients are reduced.
-        shard_group: the ranks over which it is sharded.
+        slots: the slots to which `plan.members` are indices, also those of other buckets.
+        number: the bucket's index in the order in which gradients are reduced.
+        shard_group: the ranks over which the bucket is sharded.
 
     Attributes:
-        values: of the parameters: (numel,) in their dtype.
+        values: the parameters' values: (numel,) in their dtype.
         has_gradient: whether `grads` has the average of a backward pass.
         gathering: the last all-gather of `values`.
-        contents: the gradients of a backward pass until they are reduced: (numel,); None before the first.
+        contents: this rank's full gradients, before they are reduced: (numel,). None if not allocated.
     """
 
     def __init__(self, plan: BucketPlan, slots: Sequence[ParamSlot], *, number: int, shard_group: ShardGroup) -> None:
@@ -141,30 +141,30 @@ class Bucket:
 
     @property
     def named(self) -> str:
-        """The bucket in error messages, by the name of its first parameter."""
+        """A description of the bucket for error messages, with the name of its first parameter."""
         return f"the bucket that begins with {self.slots[0].name!r}"
 
     @property
     def pad(self) -> slice:
-        """The elements that belong to no parameter."""
+        """The padding: elements that belong to no parameter."""
         return slice(self._filled_numel, self.numel)
 
     def rebind(self, slot: ParamSlot) -> None:
-        """Copy the values of a parameter to its slot, and let the parameter be a view of the slot."""
+        """Copy a parameter's values to its slot in `values`, and make the parameter a view of the slot."""
         view = self.values[slot.whole_in_bucket].view(slot.param.shape)
         view.copy_(slot.param.detach())
         slot.param.data = memory.with_own_storage(view)
 
     def is_bound(self, slot: ParamSlot) -> bool:
-        """Return whether the parameter still is a view of its slot."""
+        """Return whether the parameter is still a view of its slot: users may have replaced `param.data`."""
         return slot.param.data_ptr() == self.values.data_ptr() + slot.offset * self.values.element_size() or not slot.param.numel()
 
     def stepped_memory(self, slot: ParamSlot) -> Tensor:
-        """Return the memory of a parameter that this rank's optimizer steps: (numel,) of the masters if there are, else of `values`."""
+        """Return the memory of a parameter that this rank's optimizer steps: (numel,) of the masters or, without them, of `values`."""
         return (self.shard if self.masters is None else self.masters)[slot.in_shard]
 
     def renew_masters(self, slot: ParamSlot) -> None:
-        """Copy a parameter's values to its masters where they differ, as after a user has written to the parameter."""
+        """Replace the masters that do not round to the parameter's current values, as after a user has written to the parameter."""
         if self.masters is not None:
             master, value = self.masters[slot.in_shard], self.shard[slot.in_shard]
             master.copy_(torch.where(master.to(value.dtype) == value, master, value.float()))

@@ -26,25 +26,25 @@ LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 class BucketLayout:
-    """The buckets and slots of the trainable parameters of an optimizer.
+    """The buckets and slots of an optimizer's trainable parameters.
 
     Args:
         shard_group: the ranks over which buckets are sharded.
         bucket_bytes: the largest size of a bucket.
-        defaults: options for param groups that do not have them.
+        defaults: the optimizer's options, for param groups that do not set their own.
 
     Attributes:
-        slots: by parameter.
-        buckets: in the order in which gradients are reduced.
+        slots: the slot of each parameter.
+        buckets: the buckets, in the order in which gradients are reduced.
         shards: the number of shards of each bucket.
-        layout: the layout of the parts that this rank steps.
+        layout: the layout of the parts of parameters that this rank steps.
     """
 
     def __init__(self, *, shard_group: ShardGroup, bucket_bytes: int, defaults: Mapping[str, Any]) -> None:
         self.slots: dict[Tensor, ParamSlot] = {}
         self.buckets: list[Bucket] = []
-        self._names: dict[Tensor, str] = {}  # of all parameters that were given, frozen ones too
-        self._in_masters: dict[Tensor, bool] = {}  # whether these have masters if they are in low precision, by the options of their group
+        self._names: dict[Tensor, str] = {}  # of all parameters of the optimizer, frozen ones too
+        self._in_masters: dict[Tensor, bool] = {}  # whether a parameter has masters if its dtype is 16-bit; set by its group
         self._flat: dict[Tensor, FlatTensor] = {}
         self._units: dict[Tensor, int] = {}
         self.layout = FlatLayout(flat=self._flat, whole={}, unknown_param_error=UNKNOWN_PARAM, units=self._units)
@@ -54,14 +54,14 @@ class BucketLayout:
         self._defaults = defaults
 
     def move_in(self, groups: Sequence[Group], *, first: int = 0) -> list[Bucket]:
-        """Create buckets for trainable parameters that are in none yet, and move them in.
+        """Create buckets for the trainable parameters that are in no bucket yet, and move their values in.
 
         Args:
             groups: param groups.
-            first: the index of the first of them in the optimizer.
+            first: the index in the optimizer of the first of `groups`.
 
         Raises:
-            ValueError: a parameter that cannot be optimized, or that shares memory with another; nothing was moved.
+            ValueError: a parameter cannot be optimized, or shares memory with another, or is on another device; nothing was moved.
         """
         check_params(groups, first=first)
         devices = {
@@ -97,7 +97,7 @@ class BucketLayout:
         return buckets
 
     def move_out(self, buckets: Sequence[Bucket]) -> None:
-        """Remove buckets that `move_in` has created, when other ranks could not."""
+        """Remove buckets that `move_in` has created on this rank, after an error on any rank."""
         self.buckets = [bucket for bucket in self.buckets if bucket not in buckets]
         for slot in [slot for bucket in buckets for slot in bucket.slots]:
             del self.slots[slot.param], self._in_masters[slot.param]
@@ -113,12 +113,12 @@ class BucketLayout:
         ]
 
     def stepped(self, group: Group, index: int) -> list[tuple[str, Tensor]]:
-        """Return the parts of a param group's parameters that this rank steps."""
+        """Return (name, local part) of each parameter of a param group of which this rank steps a part."""
         slots = [self.slots.get(param) for param, _ in named_params(group, index)]
         return [(slot.name, slot.local) for slot in slots if slot is not None and slot.local is not None]
 
     def group_inside(self, group: Group, index: int) -> Group:
-        """Return a param group of the parts that this rank steps; of one empty tensor if there are none."""
+        """Return the group for the optimizer inside: the parts that this rank steps, or one empty tensor if it steps none."""
         params = self.stepped(group, index)
         if not params:
             name = named_params(group, index)[0][1] if group["params"] else f"param_groups[{index}]"
@@ -128,18 +128,18 @@ class BucketLayout:
         return without_params(group) | {"params": params}
 
     def description(self) -> list[tuple[object, ...]]:
-        """Describe everything that must be equal on every rank."""
+        """Return what must be equal on all ranks: name, shape, dtype and offset of each parameter."""
         return [(slot.name, tuple(slot.shape), slot.kind.dtype, slot.offset) for slot in self.slots.values()]
 
     def rebind(self) -> None:
-        """Restore slots after users have replaced the memory of parameters; the parameters' values are kept.
+        """Move parameters back into their slots if users have replaced their memory, with their current values. Updates masters.
 
         Raises:
             ValueError: a parameter was moved, cast or swapped.
         """
         for slot in self.slots.values():
             param, bucket = slot.param, slot.bucket
-            if slot.identity and param._cdata != slot.identity:  # its gradients did not reach the bucket
+            if slot.identity and param._cdata != slot.identity:  # the hook that fills the bucket was lost
                 raise ValueError(
                     f"parameter {slot.name!r} was swapped with another tensor, as converting a model does under "
                     f"torch.__future__.set_swap_module_params_on_conversion(True), and has lost the hook that takes its gradients; "
@@ -164,12 +164,12 @@ class BucketLayout:
 
 
 def unit_of(bucket: Bucket) -> int:
-    """Return the number of a bucket's unit (see `FlatLayout`): buckets that the forward pass needs first are stepped first."""
+    """Return the number of a bucket's unit (see `FlatLayout`), so that buckets that the forward pass needs first are stepped first."""
     return -bucket.number
 
 
 def without_params(group: Group) -> Group:
-    """Return the hyperparameters of a param group."""
+    """Return a param group without its parameters and their names: the hyperparameters."""
     return {key: value for key, value in group.items() if key not in ("params", "param_names")}
 
 
@@ -192,7 +192,7 @@ def check_params(groups: Sequence[Group], *, first: int = 0) -> None:
 
 
 def _refuse_shared_memory(slots: Sequence[ParamSlot]) -> None:
-    """Refuse parameters that overlap: each would get a copy, and they would diverge."""
+    """Raise ValueError for parameters that overlap in memory: each would get a copy of its own, and the copies would diverge."""
     spans = []
     for slot in slots:
         if slot.param.numel():

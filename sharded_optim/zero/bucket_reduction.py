@@ -1,8 +1,8 @@
-"""Fill buckets with gradients and reduce each to this rank's shard of the average.
+"""Fill buckets with gradients, and reduce each bucket to this rank's shard of the average.
 
     gradients -> contents of a bucket -> reduce-scatter (-> all-reduce over replicas) -> this rank's shard
 
-Used by `reduction.py`, which decides when.
+Used by `reduction.py`, which decides when a bucket is reduced.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ __all__ = ["BucketReducer"]
 class BucketReducer:
     """Reduces filled buckets, a few at a time.
 
-    Owns the buffers that this needs beside the buckets, and the transfers that use them.
+    Owns the temporary buffers of reductions (contents and scratch memory), and the transfers that use them.
 
     Args:
         topology: the ranks whose gradients are averaged.
         shard_group: the ranks that hold the shards of a bucket.
         keeps_contents: whether a bucket's full gradients stay allocated (ZeRO-1) or are freed once they are reduced (ZeRO-2).
-        reduce_dtype: in which gradients are summed; None is the parameters'.
+        reduce_dtype: the dtype in which gradients are sent; None: the parameters'.
 
     Attributes:
-        reduced: a weak method, which is called with each bucket once its gradients are averaged.
+        reduced: a WeakMethod; the method is called with each bucket whose gradients have been averaged.
     """
 
     def __init__(self, topology: Topology, shard_group: ShardGroup, *, keeps_contents: bool, reduce_dtype: torch.dtype | None) -> None:
@@ -47,19 +47,19 @@ class BucketReducer:
         self._contents = _Pool(shard_group.zeros)
         self._scratch = _Pool(lambda numel, dtype, device: torch.empty(numel, dtype=dtype, device=device))
         self._in_flight: deque[_Reduction] = deque()
-        self._unsettled: list[Transfer] = []  # of contents that are not the pool's
+        self._unsettled: list[Transfer] = []  # transfers of contents that do not belong to the pool
 
     @torch.no_grad()
     def fill(self, slot: ParamSlot, grad: Tensor, *, adds: bool) -> None:
         """Copy a gradient into its bucket, scaled for the average.
 
         Args:
-            slot: of the parameter.
-            grad: shaped like the parameter; read-only.
-            adds: whether to add it to a gradient of the same parameter that the bucket has already.
+            slot: the slot of the parameter.
+            grad: the gradient, in the parameter's shape; read-only.
+            adds: whether to add `grad` to the gradient of this parameter that is already in the bucket.
 
         Raises:
-            ValueError: it is sparse.
+            ValueError: `grad` is sparse.
         """
         bucket = slot.bucket
         sends_alone = self._sends_alone(bucket)
@@ -72,7 +72,7 @@ class BucketReducer:
             bucket.contents = self._take_contents(bucket)
             bucket.contents[bucket.pad].zero_()
         elif sends_alone and adds:
-            bucket.contents = bucket.contents.clone()  # it may be autograd's own memory
+            bucket.contents = bucket.contents.clone()  # the contents may be autograd's own memory
         target = bucket.contents[slot.whole_in_bucket].view(slot.param.shape)
         if adds:
             target.add_(grad, alpha=1.0 if sends_alone else self._scale)
@@ -85,12 +85,12 @@ class BucketReducer:
 
     @torch.no_grad()
     def launch(self, bucket: Bucket, filled: Collection[ParamSlot], number: int) -> None:
-        """Start to reduce a bucket, and finish an earlier one, so that few are in memory at a time.
+        """Start to reduce a bucket, and finish the oldest reductions, so that at most `IN_FLIGHT` are left running.
 
         Args:
-            bucket: to be reduced.
-            filled: the parameters with a gradient on this rank; for the others it contributes zeros.
-            number: of the round.
+            bucket: the bucket to reduce.
+            filled: the parameters with a gradient on this rank; zeros are sent for the others.
+            number: the number of the round.
         """
         if bucket.contents is None:
             bucket.contents = self._take_contents(bucket).zero_()
@@ -100,7 +100,7 @@ class BucketReducer:
                     bucket.contents[slot.whole_in_bucket].zero_()
         self._in_flight.append(_Reduction(self._reduce(bucket, bucket.contents, number)))
         if self._replica_group is not None:
-            for reduction in list(self._in_flight)[:-1]:  # the buckets before begin the all-reduce over replicas, in their order
+            for reduction in list(self._in_flight)[:-1]:  # earlier buckets start their all-reduce over replicas, in order
                 reduction.leave_first_transfer()
         self.finish(except_last=IN_FLIGHT)
 
@@ -108,19 +108,19 @@ class BucketReducer:
         """Wait until all buckets are reduced, or all except the last few."""
         while len(self._in_flight) > except_last:
             self._in_flight[0].finish()
-            self._in_flight.popleft()  # not before: if the wait fails, the next call waits again
+            self._in_flight.popleft()  # only now: if the wait fails, the next call waits again
 
     def settle(self) -> None:
-        """Wait until all buckets are reduced, and the other ranks have read the contents, so that these may be filled again."""
+        """Wait until all buckets are reduced and other ranks have read this rank's contents, which may then be filled again."""
         self.finish()
         for transfer in self._unsettled:
             transfer.settle()
         self._unsettled = []
 
     def _sends_alone(self, bucket: Bucket) -> bool:
-        """Return whether a bucket holds a single gradient, which can be sent from its own memory and is divided when it is summed.
+        """Return whether a bucket has a single parameter whose gradient can be sent from autograd's memory, without a copy.
 
-        The same on every rank. Not in float16, whose sums overflow.
+        It is then divided after the sum instead of before; so not in float16, whose sums overflow. The same on every rank.
         """
         if self._keeps_contents or self._replica_group is not None or self._shard_group.shared_memory.exist:
             return False
@@ -134,7 +134,7 @@ class BucketReducer:
         return self._contents.take(bucket.numel, self._dtype(bucket), bucket.kind.device)
 
     def _reduce(self, bucket: Bucket, contents: Tensor, number: int) -> Iterator[Transfer]:
-        """Reduce a bucket: a generator that yields each transfer that it has begun, to go on when that has been waited for."""
+        """Reduce a bucket: a generator that yields each transfer it starts, to be resumed when the caller has waited for that transfer."""
         device = bucket.kind.device
         shard = bucket.grads if not bucket.has_gradient else self._scratch.take(bucket.shard_numel, bucket.grads.dtype, device)
         room = self._shard_group.scratch_shards * bucket.shard_numel
@@ -144,7 +144,7 @@ class BucketReducer:
         yield transfer
         if scratch is not None:
             self._scratch.give(scratch, Transfer())
-        if self._keeps_contents or self._sends_alone(bucket):  # the latter is autograd's own memory
+        if self._keeps_contents or self._sends_alone(bucket):  # a bucket that is sent alone is autograd's own memory
             self._unsettled.append(transfer)
         else:
             self._contents.give(contents, transfer)
@@ -163,10 +163,10 @@ class BucketReducer:
 
 
 class _Reduction:
-    """The reduction of one bucket, while it goes on. A wait that fails leaves it as it is: a generator would end.
+    """A running reduction of one bucket. If a wait fails, it can be repeated: an error inside the generator would end that instead.
 
     Args:
-        transfers: begins the next transfer when the one before has been waited for.
+        transfers: the generator of `_reduce`: starts the next transfer when the one before has been waited for.
     """
 
     def __init__(self, transfers: Iterator[Transfer]) -> None:
@@ -175,7 +175,7 @@ class _Reduction:
         self._transfer: Transfer | None = next(transfers)
 
     def leave_first_transfer(self) -> None:
-        """Wait for the first transfer, if that has not been done."""
+        """Wait for the first transfer, unless that was done before, and start the next one."""
         if self._is_first:
             self._advance()
 
@@ -192,10 +192,10 @@ class _Reduction:
 
 
 class _Pool:
-    """Flat buffers for reuse, each in use or free: new memory would have to be mapped page by page.
+    """Flat buffers that are reused, because new memory would have to be mapped page by page.
 
     Args:
-        make: allocates a buffer if no free one is large enough.
+        make: allocates a buffer when no free one is large enough.
     """
 
     def __init__(self, make: Callable[[int, torch.dtype, torch.device], Tensor]) -> None:
@@ -206,7 +206,7 @@ class _Pool:
         """Return an uninitialised buffer: (numel,)."""
         size = numel * dtype.itemsize
         fitting = [entry for entry in self._free if entry[0].device == device and entry[0].untyped_storage().nbytes() >= size]
-        # If none fits, one is freed, so that there are never more than were in use together.
+        # If none fits, a free one is dropped, so that the pool never has more buffers than were in use at once.
         candidates = fitting or self._free[-1:]
         buffer, transfer = min(candidates, key=lambda entry: entry[0].untyped_storage().nbytes(), default=(None, Transfer()))
         self._free = [entry for entry in self._free if entry[0] is not buffer]

@@ -1,4 +1,4 @@
-"""Wait for the all-gather of a step bucket by bucket, as the modules of the forward pass need the parameters."""
+"""Wait for a step's all-gathers in the next forward pass: each module waits for the buckets of its own parameters."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ NOT_CALLED = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 class ForwardHooks:
-    """Hooks that wait for parameters before a module uses them, and for all before state dicts are saved or loaded.
+    """Hooks that wait for a module's parameters before its forward pass, and for all parameters before a state dict is saved or loaded.
 
     A module that contains no ModuleList, ModuleDict or Sequential waits for all parameters below it, as it may use them without calling
-    the modules that hold them: nn.MultiheadAttention does so. Other modules wait for those that they hold themselves or in lists.
+    the modules that hold them: nn.MultiheadAttention does so. Other modules wait for the parameters that they hold themselves or in lists.
 
     The hooks hold no reference to the optimizer: its running transfers end also after it is freed.
 
     Args:
         model: the whole model, not wrapped.
-        gatherer: of the optimizer.
-        slots: of its parameters; may grow.
+        gatherer: the optimizer's gatherer, which has the running transfers.
+        slots: the slots of the optimizer's parameters; may grow.
     """
 
-    released: ClassVar[WeakSet[ForwardHooks]] = WeakSet()  # released hooks that still wait for running transfers
+    released: ClassVar[WeakSet[ForwardHooks]] = WeakSet()  # released, but not yet removed: transfers are running
 
     def __init__(self, model: nn.Module, gatherer: Gatherer, slots: Mapping[Tensor, ParamSlot]) -> None:
         self._gatherer = gatherer
@@ -51,7 +51,7 @@ class ForwardHooks:
             self._gatherer.wait(buckets, settles=settles)
 
     def release(self) -> None:
-        """Remove the hooks of an optimizer that is freed or superseded: now, or when its transfers have ended.
+        """Remove the hooks, as the optimizer is freed or superseded: now, or once its transfers have ended.
 
         Does not wait for ranks that are behind this one.
         """
@@ -65,7 +65,7 @@ class ForwardHooks:
             ForwardHooks.released.add(self)
 
     def try_again(self) -> None:
-        """Remove the hooks if they are released and the transfers have ended."""
+        """Remove hooks that were released earlier, if the transfers have ended by now."""
         if self._is_released:
             self.release()
 
@@ -76,7 +76,7 @@ class ForwardHooks:
 
 
 def finish_gathering(model: nn.Module) -> None:
-    """Wait for transfers of a model's parameters, also of an optimizer that has been freed."""
+    """Wait for running transfers of a model's parameters, also those of an optimizer that has been freed."""
     for module in model.modules():
         for hook in list(module._forward_pre_hooks.values()):
             if isinstance(hook, _Wait):
@@ -84,7 +84,7 @@ def finish_gathering(model: nn.Module) -> None:
 
 
 class _Wait:
-    """A state-dict pre-hook. A copy of it, in a copy of the model, does nothing."""
+    """A state-dict pre-hook that waits for parameters. Copied with the model, it becomes an InertHook."""
 
     def __init__(self, hooks: ForwardHooks, params: Sequence[Tensor], *, settles: bool = False) -> None:
         self._hooks = hooks
@@ -99,7 +99,7 @@ class _Wait:
 
 
 class _WaitInForward(_Wait):
-    """A forward pre-hook. It may remove itself: modules call their hooks from a copy of the list, but state-dict hooks from the list."""
+    """A forward pre-hook that waits. It may remove itself: modules iterate over a copy of these hooks, but not of state-dict hooks."""
 
     def __call__(self, *_: object) -> None:
         super().__call__()
@@ -107,7 +107,7 @@ class _WaitInForward(_Wait):
 
 
 def _needs(module: nn.Module) -> Iterator[tuple[nn.Module, Sequence[Tensor]]]:
-    """Return each module with the parameters that it waits for."""
+    """Yield each module that has to wait in its forward pass, with the parameters that it waits for."""
     has_containers = any(isinstance(submodule, CONTAINERS) for submodule in module.modules())
     params: Sequence[Tensor] = list(_own(module)) if has_containers else [*module.parameters()]
     if params:
@@ -117,7 +117,7 @@ def _needs(module: nn.Module) -> Iterator[tuple[nn.Module, Sequence[Tensor]]]:
 
 
 def _own(module: nn.Module) -> Iterator[Tensor]:
-    """Return the parameters of a module itself, and of submodules that are never called."""
+    """Yield the parameters that a module holds itself, or in lists and dicts, which are never called and so never wait."""
     yield from module.parameters(recurse=False)
     for child in module.children():
         if isinstance(child, NOT_CALLED):

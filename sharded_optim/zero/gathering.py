@@ -1,4 +1,4 @@
-"""All-gather the updated parameters after a step, bucket by bucket, while the update and the next forward pass run."""
+"""All-gather the updated parameters, bucket by bucket, while the update of other buckets and the next forward pass run."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ __all__ = ["Gatherer"]
 
 
 class Gatherer:
-    """Starts the all-gather of each bucket when it is updated; a listener of steps.
+    """Starts the all-gather of each bucket as soon as the bucket is updated. A listener of the optimizer inside.
 
-    All ranks start them in one order, that of the next forward pass, also if one of them steps no elements of a bucket.
+    All ranks start the all-gathers in the same order, that of the next forward pass, also ranks that step no elements of a bucket.
 
     Attributes:
         is_pending: whether a transfer may still have to be waited for.
@@ -24,7 +24,7 @@ class Gatherer:
 
     def __init__(self, shard_group: ShardGroup) -> None:
         self._shard_group = shard_group
-        self._left: list[Bucket] = []  # not yet gathered in this step, in the order in which they are to be
+        self._left: list[Bucket] = []  # buckets of this step whose all-gather has not been started, in order
         self._happens = False
         self._step = 0
         self.is_pending = False
@@ -33,8 +33,8 @@ class Gatherer:
         """Prepare for a step.
 
         Args:
-            buckets: all, in the order in which gradients are reduced.
-            changed: those of which any rank steps a parameter.
+            buckets: all buckets, in the order in which gradients are reduced.
+            changed: the buckets in which any rank steps a parameter.
         """
         self._left = [bucket for bucket in reversed(buckets) if bucket in changed]
         self._happens = False
@@ -48,7 +48,7 @@ class Gatherer:
             self._gather(self._left.pop(0))
 
     def end(self) -> None:
-        """End a step."""
+        """End a step: gather the buckets that are left, if the step happened."""
         for bucket in self._left if self._happens else ():
             self._gather(bucket)
         self._left = []
@@ -61,7 +61,7 @@ class Gatherer:
         bucket.gathering = self._shard_group.all_gather(bucket.values, what=what, number=self._step, place=bucket.number)
 
     def wait(self, buckets: Iterable[Bucket], *, settles: bool = False) -> None:
-        """Wait until this rank has the parameters of these buckets; with `settles`, until all ranks have, so that they may be changed."""
+        """Wait until this rank has the buckets' parameters; with `settles`, until all ranks have, so that these may be changed."""
         for bucket in buckets:
             if settles:
                 bucket.gathering.settle()
@@ -69,7 +69,7 @@ class Gatherer:
                 bucket.gathering.wait()
 
     def wait_for_all(self, buckets: Iterable[Bucket], *, settles: bool) -> list[Bucket]:
-        """Wait for all buckets; return those that had not been waited for."""
+        """Wait for all buckets; return those for which this rank had not waited before."""
         if not self.is_pending:
             return []
         buckets = list(buckets)

@@ -1,4 +1,4 @@
-"""The gradients of a ShardedOptimizer between backward and the step: taken out of parameters, averaged, and set on this rank's parts."""
+"""A ShardedOptimizer's gradients between backward and the step: taken from the parameters, averaged, and set on this rank's parts."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ __all__ = ["ShardedGradients", "call_and_drop"]
 
 
 class ShardedGradients:
-    """Averaged gradients of the parts of the parameters that the optimizer inside steps.
+    """Averaged gradients of the parts of parameters that the optimizer inside steps.
 
-    A gradient is in its bucket, averaged by the reducer, or in the parameter, if DistributedDataParallel averages it or the user has
+    A gradient is in its bucket, averaged by the reducer, or in `param.grad`, if DistributedDataParallel averages it or the user has
     assigned it.
 
-    Owns the hooks that take gradients out of parameters, and the set of parameters that have had one since the last step.
+    Owns the hooks that take gradients out of parameters, and the set of parameters that have had a gradient since the last step.
 
     Args:
         topology: the ranks.
-        bucket_layout: the parameters, and the buckets of their gradients.
+        bucket_layout: the parameters and their buckets.
         engine: the optimizer inside.
-        gatherer: of the parameters; backward waits for it.
-        reducer: of the gradients.
+        gatherer: gathers the parameters; backward waits for it.
+        reducer: averages the gradients.
         stay_in_params: see the attribute.
 
     Attributes:
@@ -54,7 +54,7 @@ class ShardedGradients:
         # Functions that remove the hooks and the placeholders. The hooks hold this object weakly: Python cannot collect a cycle through
         # autograd.
         self._hooks: list[Callable[[], None]] = []
-        self._unwaited: set[Bucket] = set()  # for which no module had waited when the backward pass began
+        self._unwaited: set[Bucket] = set()  # buckets for which no module had waited when the backward pass began
         self._used: set[ParamSlot] = set()  # parameters with a gradient, on any rank, since the last step
         self._stepped: set[ParamSlot] = set()  # parameters that the last step has stepped
         reducer.listen(WeakMethod(self._reduced))
@@ -62,7 +62,7 @@ class ShardedGradients:
     # ---------------------------------------------------------------------------------------------------------------- in backward
 
     def watch(self, buckets: Sequence[Bucket]) -> None:
-        """Take the gradients of the parameters in these buckets from now on."""
+        """Register hooks that take the gradients of the parameters in these buckets, unless gradients stay in the parameters."""
         self._reducer.buckets += buckets
         if self.stay_in_params:
             return
@@ -72,9 +72,9 @@ class ShardedGradients:
             self._hooks += [hook.remove, slot.remove_placeholder]
 
     def watch_late(self, buckets: Sequence[Bucket]) -> None:
-        """Watch parameters that may have gradients already, of backward passes or assigned, and average these. A collective.
+        """Watch parameters that may already have gradients, from backward passes or assigned, and average these. A collective.
 
-        Gradients that are equal on all ranks are left: they are their own average, to the last bit.
+        Gradients that are equal on all ranks stay as they are: the average is the same, to the last bit.
         """
         self.watch(buckets)
         if self.stay_in_params:
@@ -87,11 +87,11 @@ class ShardedGradients:
 
     @property
     def remove_hooks(self) -> Callable[[], None]:
-        """A function that removes the hooks, so that gradients stay in the parameters. It does not hold this object."""
+        """A function that removes the hooks, after which gradients stay in the parameters. It holds no reference to this object."""
         return partial(call_and_drop, self._hooks)
 
     def _ready(self, slot: ParamSlot) -> None:
-        """Take a parameter's gradient."""
+        """Take a parameter's gradient, which autograd has just completed."""
         if not self._looked_for_ddp:
             self._looked_for_ddp = True
             self.stay_in_params = _are_under_ddp(self._bucket_layout.slots.values())
@@ -109,7 +109,7 @@ class ShardedGradients:
         self._reducer.ready(slot)
 
     def _reduced(self, bucket: Bucket) -> None:
-        """Observe a bucket whose gradients are averaged."""
+        """Let the optimizer inside observe a bucket whose gradients have been averaged, usually while backward continues."""
         for slot in bucket.slots:
             if slot.local is not None and slot in self._stepped:
                 slot.local.grad = slot.grad
@@ -118,10 +118,10 @@ class ShardedGradients:
     # ------------------------------------------------------------------------------------------------------------- after backward
 
     def collect(self) -> set[ParamSlot]:
-        """Set the gradients of the parts that the optimizer inside steps. A collective, as far as backward was not.
+        """Set the gradients of the parts that the optimizer inside steps, and reduce those that backward has not. A collective.
 
         Returns:
-            All parameters that have a gradient, on any rank.
+            All parameters that have a gradient on any rank.
 
         Raises:
             ValueError: a parameter has a gradient in its bucket and one of its own.
@@ -148,7 +148,7 @@ class ShardedGradients:
         return self._used.union(assigned)
 
     def norm(self, used: Collection[ParamSlot], norm_type: float) -> Tensor:
-        """Return the norm of the gradients of these parameters, which were collected: float64 (), the same on every rank. A collective."""
+        """Return the norm of the collected gradients of the parameters in `used`: float64 (), the same on every rank. A collective."""
         in_order = [slot for slot in self._bucket_layout.slots.values() if slot in used]  # so that the norm has the same bits in every run
         local = [slot.local.grad for slot in in_order if slot.local is not None and slot.local.grad is not None]
         zero = torch.zeros((), dtype=torch.float64, device=next(iter(self._bucket_layout.slots.values())).kind.device)
@@ -160,7 +160,7 @@ class ShardedGradients:
         return total if is_max else total.pow(1.0 / norm_type)
 
     def scale(self, factor: Tensor) -> None:
-        """Multiply all gradients of this rank: those in buckets and those that were assigned."""
+        """Multiply all gradients of this rank, in buckets and in parameters, by `factor`."""
         for bucket in self._bucket_layout.buckets:
             if bucket.has_gradient:
                 bucket.grads.mul_(factor)
@@ -169,12 +169,12 @@ class ShardedGradients:
                 slot.own_grad.mul_(factor)
 
     def end_step(self, stepped: set[ParamSlot]) -> None:
-        """Drop the gradients of a step that has stepped these parameters."""
+        """Drop the gradients in buckets after a step, and remember which parameters it has stepped."""
         self._stepped = stepped
         self._empty_buckets()
 
     def drop(self) -> None:
-        """Drop all gradients except those that are in the parameters."""
+        """Drop all gradients except those in `param.grad`, also gradients that are still being reduced."""
         self._reducer.forget()
         self._empty_buckets()
 
@@ -188,7 +188,7 @@ class ShardedGradients:
 
 
 def _ready(gradients: ref[ShardedGradients], param: Tensor) -> None:
-    """A post-accumulate-grad hook."""
+    """A post-accumulate-grad hook, which does not keep the ShardedGradients alive."""
     sharded_gradients = gradients()
     if sharded_gradients is not None:
         sharded_gradients._ready(sharded_gradients._bucket_layout.slots[param])
@@ -198,7 +198,7 @@ def _are_under_ddp(slots: Collection[ParamSlot]) -> bool:
     """Return whether DistributedDataParallel averages the gradients of these parameters.
 
     Raises:
-        ValueError: it averages those of some of the parameters.
+        ValueError: it averages only some of them.
     """
     averaged = averaged_params(ddp_modules())
     outside = [slot.name for slot in slots if id(slot.param) not in averaged]
@@ -211,7 +211,7 @@ def _are_under_ddp(slots: Collection[ParamSlot]) -> bool:
 
 
 def call_and_drop(functions: list[Callable[[], None]]) -> None:
-    """Call functions, the last first, and remove each from the list."""
+    """Call the functions of a list from last to first, and empty the list."""
     while functions:
         functions.pop()()
 
@@ -221,7 +221,7 @@ def _slots_of(buckets: Iterable[Bucket]) -> list[ParamSlot]:
 
 
 def _hash(grad: Tensor | None) -> int | None:
-    """Hash the bits of a gradient; 0 of a sparse one, which the reduction refuses."""
+    """Hash the bits of a gradient: None if there is none, 0 if it is sparse, which the reduction refuses."""
     if grad is None:
         return None
     return int(position_hashes([grad])) if grad.layout == torch.strided else 0

@@ -1,4 +1,4 @@
-"""The optimizer state of this rank's shards, under the model's parameters: `optimizer.state` and local state dicts."""
+"""The optimizer state of this rank's shards, with the model's parameters as keys: `optimizer.state` and local state dicts."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from sharded_optim.zero.logical import LogicalTensor
 
 __all__ = ["MASTER", "SHARDS", "LocalState", "LogicalState", "ShardTable", "Values", "convert_for_inside", "shards_of"]
 
-MASTER = "master"  # the float32 values of a low-precision parameter: (n,), this rank's part, as of moments
-SHARDS = "shards"  # key of a state dict: the ranges of elements that its tensors are
+MASTER = "master"  # key of the float32 values of a low-precision parameter: (n,), this rank's part, like the moments
+SHARDS = "shards"  # key of a state dict: which elements of the parameters its tensors have; see `shards_of`
 
 
 class LocalState(Mapping[Tensor, dict[str, Any]]):
-    """The state of the parts that this rank steps, by parameter of the model: 1-D tensors, and the step counter."""
+    """The state of the parts that this rank steps, by the model's parameter: 1-D tensors, and the step counter."""
 
     def __init__(self, engine: Engine, slots: Mapping[Tensor, ParamSlot]) -> None:
         self._engine = engine
@@ -50,14 +50,14 @@ class LocalState(Mapping[Tensor, dict[str, Any]]):
 class LogicalState(LocalState):
     """The state of every trainable parameter as whole tensors, on every rank: ordinary ones if this rank has all elements.
 
-    A parameter that was frozen later is here only on ranks that step a part of it, as the others do not know whether it has state. A rank
-    without elements of a parameter does not know its step counter, nor other state without dimensions.
+    A parameter that was frozen later is included only on ranks that step a part of it, as the others do not know whether it has state. A
+    rank without elements of a parameter does not know the parameter's step counter, nor other state without dimensions.
 
     Args:
         engine: the optimizer inside, with state of all parts that this rank steps.
-        slots: of the model's parameters.
-        groups: their param groups.
-        template: whether state that this rank does not know is zero; else it is missing, so that only ranks that know it save it.
+        slots: the slots of the model's parameters.
+        groups: the param groups of the model's parameters.
+        template: whether state that this rank does not know is zero; else it is left out, so that only ranks that know it save it.
     """
 
     def __init__(self, engine: Engine, slots: Mapping[Tensor, ParamSlot], groups: Sequence[Group], *, template: bool) -> None:
@@ -96,11 +96,11 @@ def _logical(slot: ParamSlot, value: Tensor) -> Tensor:
 
 
 class ShardTable(dict[int, dict[str, Any]]):
-    """The result of `shards_of` in a state dict of one of several ranks. Pickling it warns once: trainers save rank 0's part for all.
+    """The result of `shards_of`, in the state dict of one of several ranks. Warns once when pickled: some trainers save only rank 0's part.
 
     Args:
-        content: the result.
-        warned: a list shared by the state dicts of an optimizer, with an element once there was a warning. Frameworks that move a state
+        content: the result of `shards_of`.
+        warned: a list shared by all state dicts of an optimizer, empty until the warning. Optional, because frameworks that move a state
             dict to a device (Accelerate) construct this class from the content alone.
     """
 
@@ -127,7 +127,7 @@ class ShardTable(dict[int, dict[str, Any]]):
 
 
 def shards_of(groups: Sequence[Group], slots: Mapping[Tensor, ParamSlot]) -> dict[int, dict[str, Any]]:
-    """Return, for each parameter of a state dict, the range [start, start + numel) of the flattened parameter that this rank has."""
+    """Return which elements [start, start + numel) of each flattened parameter this rank has, by the parameter's number in a state dict."""
     params = [param for group in groups for param in group["params"]]
     return {
         number: {"start": slots[param].start, "numel": slots[param].numel, "shape": tuple(param.shape)}
@@ -139,17 +139,17 @@ def shards_of(groups: Sequence[Group], slots: Mapping[Tensor, ParamSlot]) -> dic
 def convert_for_inside(
     state_dict: Mapping[str, Any], groups: Sequence[Group], slots: Mapping[Tensor, ParamSlot], engine: Engine, *, keeps_frozen: bool
 ) -> tuple[dict[str, Any], Values]:
-    """Convert a state dict for the optimizer inside, and take out its float32 values: masters, or parameters with Kahan compensations.
+    """Convert a state dict for the optimizer inside, and extract its float32 values: masters, or parameters with Kahan compensations.
 
     Args:
-        state_dict: of a ShardedOptimizer on this rank, or with whole tensors: of one process, or of torch.distributed.checkpoint.
-        groups: the param groups that it is going to be loaded into.
-        slots: of their parameters.
+        state_dict: this rank's, from a ShardedOptimizer; or one with whole tensors, from one process or torch.distributed.checkpoint.
+        groups: the param groups, of whole parameters, that the state is loaded into.
+        slots: the slots of the parameters in `groups`.
         engine: the optimizer inside.
-        keeps_frozen: whether frozen parameters that it has no state of keep theirs.
+        keeps_frozen: whether frozen parameters that have no state in `state_dict` keep their current state.
 
     Raises:
-        ValueError: it has other groups or other parts of the parameters.
+        ValueError: the state dict has other groups, or other parts of the parameters.
     """
     saved_groups = state_dict["param_groups"]
     sizes, own_sizes = [len(group["params"]) for group in saved_groups], [len(group["params"]) for group in groups]
@@ -189,7 +189,7 @@ def convert_for_inside(
 
 
 def _part(slot: ParamSlot, value: Any, is_whole: bool) -> Any:
-    """Return this rank's part of a state tensor that is shaped like the parameter."""
+    """Return this rank's part of a saved whole tensor or LogicalTensor; any other value unchanged."""
     if isinstance(value, LogicalTensor):
         if slot.local is not None and (value.start, value.local.numel(), value.shape) != (slot.start, slot.numel, slot.shape):
             raise ValueError(
@@ -208,8 +208,8 @@ class Values:
     """Float32 values of low-precision parameters that are being loaded.
 
     Attributes:
-        masters: this rank's parts.
-        params: whole parameters, rounded from the values, if the other ranks' parts are known too.
+        masters: the new masters, this rank's parts.
+        params: the new values of whole parameters in their dtype, where the state dict has whole tensors.
     """
 
     masters: dict[ParamSlot, Tensor] = field(default_factory=dict)
@@ -219,8 +219,8 @@ class Values:
         """Take the values of a parameter from a saved state.
 
         Args:
-            part: this rank's part of it.
-            whole: the saved state itself.
+            part: this rank's part of the saved state.
+            whole: the saved state.
         """
         if MASTER in part:
             if slot.local is not None:
@@ -244,8 +244,8 @@ class Values:
     def write(self) -> None:
         """Set masters, and round parameters from them.
 
-        torch.distributed.checkpoint writes to the masters themselves, which then need not be set. If a parameter is not its rounded master,
-        the parameter's value counts: a checkpoint without masters, loaded with a planner that allows it, left these as they were.
+        torch.distributed.checkpoint loads into the masters in place, so these need not be set. Where a parameter is then not its rounded
+        master, the parameter's value wins: a checkpoint without masters, loaded with a planner that allows it, left the masters unchanged.
         """
         for slot, values in self.masters.items():
             assert slot.local is not None, "loaded only for parts that this rank steps"

@@ -1,11 +1,11 @@
-"""The optimizer state of this rank's shards as parts of whole tensors, as torch.distributed.checkpoint saves and loads it.
+"""Present this rank's shards of optimizer state as parts of whole tensors, for torch.distributed.checkpoint.
 
 A rank has a range of a tensor's elements in row-major order, which is at most 2 ndim - 1 boxes. `LogicalTensor` describes these boxes to
 torch.distributed.checkpoint, so a checkpoint has tensors that are shaped like the parameters, as under every other wrapper, and loads on
 any number of ranks and under any wrapper. `ShardedOptimizer` uses it when torch.distributed.checkpoint reads its state.
 
-The private names of torch that are relied on here, `Tensor._make_wrapper_subclass` and the three methods of `_Checkpointable`, are tried
-with torch 2.11 and 2.13 and guarded by tests.
+Relies on private names of torch: `Tensor._make_wrapper_subclass` and the three methods of `_Checkpointable`. Tried with torch 2.11 and
+2.13, and guarded by tests.
 """
 
 from __future__ import annotations
@@ -72,11 +72,11 @@ def _in_row(shape: Sequence[int], index: int, start: int, numel: int) -> list[Bo
 
 
 class LogicalTensor(Tensor):
-    """A whole tensor of which this rank has a part. It can only be copied, moved to another device, saved and loaded.
+    """A tensor with the shape of the whole tensor and the memory of this rank's part. Can only be copied, moved, saved and loaded.
 
     Attributes:
-        local: this rank's elements: (n,). Loading writes here.
-        start: position of the first of them in the flattened tensor.
+        local: this rank's elements: (n,). Loading writes to it.
+        start: position of the first local element in the flattened tensor.
     """
 
     local: Tensor
@@ -89,7 +89,7 @@ class LogicalTensor(Tensor):
         return made
 
     def boxes(self) -> list[tuple[Box, Tensor]]:
-        """Return each box of this rank with its elements: a view of `local`."""
+        """Return this rank's boxes, each with its elements: a view of `local`, in the shape of the box."""
         own = boxes(self.shape, self.start, self.local.numel())
         parts = self.local.split([box.numel for box in own]) if own else ()
         return [(box, part.view(box.sizes)) for box, part in zip(own, parts, strict=True)]
@@ -142,7 +142,7 @@ class LogicalTensor(Tensor):
         raise ValueError(f"{function} cannot be computed of one rank's part of a tensor; {WAY_OUT}")
 
     def is_like(self, other: object) -> bool:
-        """Return whether the other is the same part of a tensor of the same shape."""
+        """Return whether `other` is a LogicalTensor with the same shape and the same part."""
         if not isinstance(other, LogicalTensor):
             return False
         return (self.shape, self.start, self.local.shape) == (other.shape, other.start, other.local.shape)
@@ -168,13 +168,13 @@ COPIES = {
 def gathered(
     state: Mapping[int, Mapping[str, Tensor]], process_group: dist.ProcessGroup | None, *, keep: bool, to_cpu: bool
 ) -> dict[int, dict[str, Tensor]]:
-    """Gather logical state to ordinary whole tensors. A collective.
+    """Gather the state of a `LogicalState` into ordinary whole tensors. A collective.
 
     Args:
-        state: by the numbers of the parameters.
+        state: this rank's state, by the parameter's number.
         process_group: the ranks over which the tensors are sharded; None: this process is alone.
         keep: whether to return the state on this rank; else the result is empty.
-        to_cpu: whether to return it in the memory of the CPU.
+        to_cpu: whether to return tensors on the CPU.
     """
     known = {
         number: {name: (value.dtype, tuple(value.shape), value.item() if value.ndim == 0 else None) for name, value in values.items()}
@@ -183,7 +183,7 @@ def gathered(
     of_ranks = gather_objects(known, process_group)
     device = next((value.device for values in state.values() for value in values.values()), torch.device("cpu"))
     gathered_state: dict[int, dict[str, Tensor]] = {}
-    for number in sorted({number for of_rank in of_ranks for number in of_rank}):  # a rank may not have all of them
+    for number in sorted({number for of_rank in of_ranks for number in of_rank}):  # a rank may lack some parameters
         values = state.get(number, {})
         names = {name: about for of_rank in of_ranks for name, about in of_rank.get(number, {}).items()}
         whole = {}
@@ -202,7 +202,7 @@ def gathered(
 def _gathered(
     part: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device, process_group: dist.ProcessGroup | None
 ) -> Tensor:
-    """Gather a tensor by a sum of bytes, where all ranks but one have zeros, so that every bit is kept."""
+    """Gather a tensor by summing bytes: for each byte only one rank has other than 0, so every bit is kept."""
     whole = torch.zeros(math.prod(shape), dtype=dtype, device=device)
     if isinstance(part, LogicalTensor):
         whole[part.start : part.start + part.local.numel()] = part.local

@@ -1,14 +1,14 @@
 """ShardedOptimizer: ZeRO-1 and ZeRO-2 around any model.
 
     backward -> buckets of gradients -> reduce-scatter -> observe      (reduction.py; while backward goes on)
-    step     -> agree -> update this rank's shards -> all-gather       (engine.py, gathering.py; the last while the next forward goes on)
+    step     -> agree -> update this rank's shards -> all-gather       (engine.py, gathering.py; all-gather overlaps the next forward)
 
 Every rank keeps whole parameters, end to end in flat buckets (sharding/buckets.py, bucket_layout.py), and a shard of everything else. The
 optimizer inside steps, for each parameter, the part in this rank's shard, as a tensor of its own: so a parameter may lack a gradient, has
-its own step counter and belongs to any param group. Segments describe these parts as under every other wrapper.
+its own step counter and belongs to any param group. Segments describe these parts, as under every other wrapper.
 
-The class here adds gradients and the step to an optimizer around another, with its state (outer.py). params.py adds parameters to buckets,
-gradients.py sets the gradients of the parts that are stepped.
+The class in this file adds gradients and the step to `OuterOptimizer` (outer.py), which has the state and the state dicts. params.py adds
+parameters to buckets, gradients.py sets the gradients of the parts that are stepped.
 
 ZeRO: Rajbhandari et al. 2020, arXiv 1910.02054.
 """
@@ -53,23 +53,23 @@ class ShardedOptimizer(OuterOptimizer):
     """Shards gradients, moments and float32 masters of a replicated model evenly over the ranks (ZeRO-1, ZeRO-2).
 
     Called like torch's ZeroRedundancyOptimizer, but it averages gradients itself, in backward, by one reduce-scatter per bucket, so the
-    model need not be wrapped; under DistributedDataParallel, which has averaged them, it only takes its shards. A step ends in one
-    all-gather per bucket. Given the same gradients, every number of ranks, both stages and every mesh give the bits of one process.
+    model need not be wrapped. Under DistributedDataParallel, which averages gradients, each rank only takes its shards of them. A step ends
+    in one all-gather per bucket. Given the same gradients, every number of ranks, both stages and every mesh give the bits of one process.
 
     After backward a gradient is in its bucket, and `param.grad` is a placeholder, which raises an error in any computation: clip with this
     class's `clip_grad_norm_`. A `param.grad` that you assign yourself counts as the average and must be equal on all ranks.
 
     Args:
-        params: the model; or parameters, named parameters or param groups of it, the same on every rank. Ordinary tensors. They get rank
-            0's values and are moved into flat, contiguous buckets; they stay the same objects.
-        optimizer_class: of this library: so.StableAdamW and so on.
+        params: the model; or its parameters, named parameters or param groups, the same on every rank. Parameters must be ordinary tensors.
+            They get rank 0's values and are moved into flat, contiguous buckets; they stay the same objects.
+        optimizer_class: an optimizer class of this library: so.StableAdamW and so on.
         process_group: the ranks that train the model together; None: all. Or a DeviceMesh: of shards, or 2-D of (replicas, shards), as
             for fully_shard: shards inside a node, replicas across.
-        stage: 1 keeps the buckets of full gradients allocated; 2 has a few of them at a time.
+        stage: 1 keeps the buckets of full gradients allocated; 2 allocates a few of them at a time.
         bucket_mb: the largest size of a bucket, in MiB; a larger parameter has one of its own. None: 25, and more on more than 400 ranks.
-        reduce_dtype: in which gradients are sent; None: the parameters'.
+        reduce_dtype: the dtype in which gradients are sent; None: the parameters'.
         transport: how gloo ranks exchange shards: "auto" by shared memory between ranks of one machine that can read each other's memory,
-            else by sends; "sends" by these alone. Other backends have collectives for it.
+            else by sends; "sends" by sends alone. Other backends use their collectives.
         overlap: whether `step` returns before all parameters have arrived from the other ranks, and the forward pass waits for them, module
             by module. It needs the model, as `params` or as `module`; without it `step` waits. It also waits if all ranks are on one
             machine and read each other's memory (gloo), as no transfer then runs by itself. Code that uses parameters in between, other
@@ -79,11 +79,11 @@ class ShardedOptimizer(OuterOptimizer):
             kahan_sum=True or stochastic_rounding=True.
 
     Raises:
-        TypeError: `optimizer_class` is not one of this library; an argument that neither takes.
+        TypeError: `optimizer_class` is not one of this library; an argument that neither class takes.
         ValueError: on all ranks: an option out of range, a parameter that cannot be optimized, ranks that differ.
     """
 
-    _step_supports_amp_scaling = True  # so GradScaler does not change gradients; if they are in buckets, `step` refuses it
+    _step_supports_amp_scaling = True  # so GradScaler leaves gradients alone; `step` raises if they are in buckets
 
     def __init__(
         self,
@@ -145,12 +145,12 @@ class ShardedOptimizer(OuterOptimizer):
         sharded_params.take_up(bucket_layout.buckets)
 
     def add_param_group(self, param_group: Group) -> None:
-        """Add a param group as torch does; on every rank. Its parameters get buckets of their own.
+        """Add a param group, as in torch, on every rank. Its parameters get buckets of their own.
 
         Raises:
-            ValueError: see the class; nothing was added.
+            ValueError: as the constructor, on all ranks; nothing was added.
         """
-        if hasattr(self, "_sharded_params"):  # else torch's constructor calls this, with groups that are in buckets
+        if hasattr(self, "_sharded_params"):  # else torch's constructor is calling, with groups that are in buckets already
             self._consolidated = None
             self.finish_reduction()
             self.wait()
@@ -162,9 +162,9 @@ class ShardedOptimizer(OuterOptimizer):
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Leave gradients of backward passes in the `with` block, unreduced, in the parameters; the next pass outside averages them too.
+        """Context in which backward passes leave unreduced gradients in the parameters; the next pass outside of it averages them too.
 
-        For gradient accumulation with less communication. On all ranks or on none.
+        For gradient accumulation with less communication. Use it on all ranks or on none.
         """
         before, self._reducer.synchronizes = self._reducer.synchronizes, False
         try:
@@ -177,24 +177,24 @@ class ShardedOptimizer(OuterOptimizer):
         self._reducer.finish()
 
     def collect_gradients(self) -> None:
-        """Set the averaged gradients of the parts that the optimizer inside steps. A collective, as far as backward was not."""
+        """Set the averaged gradients of the parts that the optimizer inside steps; reduces those that backward has not. A collective."""
         self._sharded_gradients.collect()
 
     def scale_gradients(self, factor: Tensor) -> None:
-        """Multiply all gradients of this rank: those in buckets and those that were assigned."""
+        """Multiply all gradients of this rank, in buckets and in parameters, by `factor`."""
         self._sharded_gradients.scale(factor)
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
         """Scale all gradients so that the norm of all of them together is at most `max_norm`. A collective.
 
-        In the place of torch.nn.utils.clip_grad_norm_, which cannot see gradients in buckets. The norm is computed in float64.
+        Use it instead of torch.nn.utils.clip_grad_norm_, which cannot see gradients in buckets. The norm is computed in float64.
 
         Returns:
-            The norm before: float32 (), the same on every rank.
+            The norm before scaling: float32 (), the same on every rank.
 
         Raises:
-            RuntimeError: it is not finite and `error_if_nonfinite`; on every rank.
+            RuntimeError: on every rank, if the norm is not finite and `error_if_nonfinite`.
         """
         norm = self._sharded_gradients.norm(self._sharded_gradients.collect(), norm_type)
         if error_if_nonfinite and not bool(norm.isfinite()):
@@ -204,7 +204,7 @@ class ShardedOptimizer(OuterOptimizer):
         return self._engine.grad_norm
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop all gradients. `set_to_none` makes no difference: gradients in buckets are dropped."""
+        """Drop all gradients, in parameters and in buckets, whatever `set_to_none` says."""
         super().zero_grad(set_to_none=True)
         self._sharded_gradients.drop()
         self._engine.zero_grad(set_to_none=True)
@@ -214,7 +214,7 @@ class ShardedOptimizer(OuterOptimizer):
     @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step once: on every rank, or on none.
+        """Take one step. Every rank must call it; all ranks step, or none.
 
         Args:
             closure: re-evaluates the model and returns the loss.
@@ -224,8 +224,7 @@ class ShardedOptimizer(OuterOptimizer):
 
         Raises:
             ValueError, FloatingPointError: as the optimizer inside.
-            RuntimeError: other ranks did not take part in a transfer of a bucket's gradients or parameters within the process group's
-                timeout.
+            RuntimeError: a rank did not take part in a transfer of gradients or parameters within the process group's timeout.
         """
         loss = None
         if closure is not None:
@@ -249,7 +248,7 @@ class ShardedOptimizer(OuterOptimizer):
         return loss
 
     def wait(self) -> None:
-        """Wait until all parameters have their new values on all ranks, and may be written to. To be called on every rank."""
+        """Wait until all ranks have the new values of all parameters, which may then be written to. Call it on every rank."""
         self._sharded_params.wait()
 
     def _refuse(self) -> None:
@@ -264,7 +263,7 @@ class ShardedOptimizer(OuterOptimizer):
             raise ValueError(GRAD_SCALER)
 
     def join_hook(self, **_: Any) -> Any:
-        """Raise ValueError: `torch.distributed.algorithms.join.Join` asks ZeroRedundancyOptimizer for it."""
+        """Raise ValueError: `torch.distributed.algorithms.join.Join`, which calls this method of its optimizers, is not supported."""
         raise ValueError(JOIN_REFUSED)
 
     def __repr__(self) -> str:

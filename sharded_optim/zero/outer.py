@@ -1,4 +1,4 @@
-"""A torch optimizer of whole parameters around one of this rank's parts, and its state dicts: the layer below ShardedOptimizer."""
+"""The base class of ShardedOptimizer: a torch optimizer of whole parameters around an optimizer of this rank's parts; state dicts."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ __all__ = ["OuterOptimizer", "groups_outside"]
 
 
 class OuterOptimizer(torch.optim.Optimizer):
-    """A torch optimizer of whole parameters around one that steps this rank's parts of them, the optimizer inside.
+    """A torch optimizer of whole parameters around *the optimizer inside*, which steps this rank's parts of them.
 
     Owns the optimizer inside, which owns the state of this rank, and the whole state that `consolidate_state_dict` has collected, which the
-    next step drops. Both optimizers have the same param groups. Before a step the optimizer inside gets the hyperparameters of this one,
-    and afterwards this one gets those that the step has changed.
+    next step drops. Both optimizers have the same param groups. Before a step this optimizer's hyperparameters are copied to the optimizer
+    inside; after the step they are copied back, as the step may have changed them.
 
     Args:
         params: the param groups of the optimizer inside, but with whole parameters: see `groups_outside`.
         engine: the optimizer inside.
-        bucket_layout: of the parameters; it has the part of each that this rank steps.
-        sharded_params: the parameters in buckets, which are refreshed before state is completed.
+        bucket_layout: the slot of each parameter, with the part that this rank steps.
+        sharded_params: the parameters in buckets, which are refreshed before missing state is allocated.
         topology: the ranks.
     """
 
@@ -40,13 +40,13 @@ class OuterOptimizer(torch.optim.Optimizer):
         self, params: list[Group], engine: Engine, bucket_layout: BucketLayout, sharded_params: ShardedParams, topology: Topology
     ) -> None:
         self._engine, self._bucket_layout, self._topology = engine, bucket_layout, topology
-        self._consolidated: dict[int, dict[str, Tensor]] | None = None  # whole state, until it changes
+        self._consolidated: dict[int, dict[str, Tensor]] | None = None  # whole state, on the rank that asked; dropped when state changes
         self._warned_of_saving: list[bool] = []
         super().__init__(params, engine.defaults)
         self._sharded_params = sharded_params
 
     def add_param_group(self, param_group: Group) -> None:
-        """Add a param group that the optimizer inside has already."""
+        """Add a param group of whole parameters, whose parts the optimizer inside already has."""
         follow_names(param_group, self.param_groups)
         super().add_param_group(param_group)
 
@@ -70,7 +70,7 @@ class OuterOptimizer(torch.optim.Optimizer):
         self._follow_inside()
 
     def _follow_inside(self) -> None:
-        """Copy the hyperparameters of the optimizer inside, after it has set some in a step or has loaded them."""
+        """Copy hyperparameters from the optimizer inside, which may have changed them in a step or loaded them."""
         for outside, inside in zip(self.param_groups, self._engine.param_groups, strict=True):
             outside |= without_params(inside)
 
@@ -80,7 +80,7 @@ class OuterOptimizer(torch.optim.Optimizer):
     def state(self) -> local_state.LocalState:
         """The state of the parts that this rank steps, by parameter: 1-D tensors, and the step counter.
 
-        When torch.distributed.checkpoint reads it: of every parameter that is trainable or has state, as whole tensors.
+        torch.distributed.checkpoint gets whole tensors, for every parameter that is trainable or has state.
         """
         asked = asked_by_distributed_checkpoint()
         if asked is None:
@@ -94,21 +94,21 @@ class OuterOptimizer(torch.optim.Optimizer):
         """Ignore the state that torch's constructor sets."""
 
     def init_state(self) -> None:
-        """Allocate the state of all trainable parts of this rank, as the first step does for those with a gradient."""
+        """Allocate the state of all trainable parts of this rank. The first step allocates only that of parts with a gradient."""
         for slot in self._bucket_layout.slots.values():
             if slot.local is not None:
                 slot.local.requires_grad_(slot.param.requires_grad)
         self._engine.init_state()
 
     def _complete_state(self) -> None:
-        """Allocate the state of all trainable parameters, so that a checkpoint has the same tensors whichever had a gradient so far."""
+        """Allocate missing state of trainable parameters, so that a checkpoint has it for parameters without a gradient so far too."""
         self._sharded_params.refresh(self.param_groups)
         self.init_state()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return this rank's part of the state, without communication; it loads on the same rank of as many ranks.
+        """Return this rank's part of the state, without communication. It loads on the same rank of the same number of ranks.
 
-        After `consolidate_state_dict` on its rank `to`: the whole state. torch.distributed.checkpoint gets whole tensors, of which each
+        On rank `to` of `consolidate_state_dict`, returns the whole state. torch.distributed.checkpoint gets whole tensors, of which each
         rank saves and loads its part, on any number of ranks. That needs no communication either, except with
         StateDictOptions(full_state_dict=True): a collective.
         """
@@ -137,13 +137,13 @@ class OuterOptimizer(torch.optim.Optimizer):
         return super().state_dict() | {local_state.SHARDS: shards}
 
     def consolidate_state_dict(self, to: int = 0) -> None:
-        """Collect the state of all ranks, so that `state_dict` of one of them has whole tensors. A collective: every rank must call it.
+        """Collect the state of all ranks, so that `state_dict` on one rank returns whole tensors. A collective: every rank must call it.
 
         As in torch's ZeroRedundancyOptimizer; Lightning calls it by itself. The next step, and loading, drop the collected state. The state
         dict of rank `to` loads on every rank of any number of ranks, and into an optimizer in one process.
 
         Args:
-            to: the rank, of the process group, that gets the state, in CPU memory. `state_dict` of the others still returns their parts.
+            to: the rank of the process group that gets the state, in CPU memory. On other ranks `state_dict` still returns their parts.
 
         Raises:
             ValueError: there is no such rank.
@@ -161,13 +161,13 @@ class OuterOptimizer(torch.optim.Optimizer):
         self._consolidated = whole if is_wanted else None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of this rank, or its part of the state dict of an optimizer in one process.
+        """Load this rank's state dict, or this rank's part of a whole state dict, as from an optimizer in one process.
 
-        The latter may be of one of the libraries whose state the optimizer inside can load, or one that torch.distributed.checkpoint has
-        loaded. All or nothing, on all ranks together.
+        A whole state dict may also come from another library whose state the optimizer inside can load, or from
+        torch.distributed.checkpoint. State is loaded on all ranks or on none.
 
         Raises:
-            ValueError: it does not fit, on this rank or on another; nothing was changed.
+            ValueError: the state dict does not fit on this rank or on another; nothing was changed.
         """
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
@@ -200,7 +200,7 @@ class OuterOptimizer(torch.optim.Optimizer):
 
     @property
     def skipped_steps(self) -> int:
-        """See the optimizer inside."""
+        """`skipped_steps` of the optimizer inside."""
         return self._engine.skipped_steps
 
     def metrics(self) -> dict[str, float]:
@@ -208,29 +208,29 @@ class OuterOptimizer(torch.optim.Optimizer):
         return self._engine.metrics()
 
     def non_finite_ranks(self) -> dict[str, list[int]]:
-        """Return on which ranks a tensor was not finite in the last step; see the optimizer inside. A collective where one was."""
+        """Return, for each tensor that was not finite in the last step, its ranks; see the optimizer inside. A collective if any was."""
         return self._engine.non_finite_ranks()
 
     def performance(self) -> dict[str, float]:
-        """Return time and memory of the last step on this rank; see the optimizer inside. Without transfers of gradients and parameters."""
+        """Return time and memory of the last step on this rank, without transfers of buckets; see the optimizer inside."""
         return self._engine.performance()
 
     def report_per_parameter_metrics(self, param: Tensor, name: str, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
-        """See the optimizer inside; of the part of a parameter that this rank steps."""
+        """Add the metrics of this rank's part of a parameter; see the optimizer inside."""
         slot = self._bucket_layout.slots.get(param)
         if slot is None or slot.local is None:
             return optimizer_metrics
         return self._engine.report_per_parameter_metrics(slot.local, name, optimizer_metrics)
 
     def pre_reduce_metrics(self, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
-        """See the optimizer inside."""
+        """Call the method of the optimizer inside."""
         return self._engine.pre_reduce_metrics(optimizer_metrics)
 
     def dist_reduce_metrics(self, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
-        """See the optimizer inside. A collective."""
+        """Call the method of the optimizer inside. A collective."""
         return self._engine.dist_reduce_metrics(optimizer_metrics)
 
 
 def groups_outside(groups: Sequence[Group], inside: Sequence[Group]) -> list[Group]:
-    """Return param groups of whole parameters with the hyperparameters of the optimizer inside."""
+    """Combine the whole parameters of `groups` with the hyperparameters of the groups of the optimizer inside."""
     return [without_params(own) | {"params": group["params"]} for group, own in zip(groups, inside, strict=True)]

@@ -1,6 +1,6 @@
-"""Add parameters to a ShardedOptimizer: when it is built, in a later param group, or when a frozen parameter becomes trainable.
+"""Add parameters to a ShardedOptimizer: at construction, in a later param group, or when a frozen parameter becomes trainable.
 
-A parameter is stepped by the optimizer to which it was added last. An earlier one is superseded, and refuses to step.
+A parameter is stepped by the optimizer to which it was added last. Earlier optimizers of it are superseded, and refuse to step.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from sharded_optim.zero.gradients import ShardedGradients, call_and_drop
 
 __all__ = ["ShardedParams", "wait_for_others"]
 
-_numbers = count()  # of ShardedParams, in the order of their creation, which is the same on all ranks
-_in_use: WeakSet[ShardedParams] = WeakSet()  # of optimizers that are neither freed nor superseded
+_numbers = count()  # numbers ShardedParams in the order of creation, the same on all ranks
+_in_use: WeakSet[ShardedParams] = WeakSet()  # those of optimizers that are neither freed nor superseded
 
 
 class ShardedParams:
-    """The parameters of an optimizer: the same on every rank, added on all ranks or on none.
+    """The parameters of a ShardedOptimizer: the same on every rank, added on all ranks or on none.
 
-    Owns whether the optimizer is superseded, and the forward hooks; it removes them and those of gradients when it is superseded or freed.
+    Owns the forward hooks, and the flag whether the optimizer is superseded. Removes all hooks when the optimizer is superseded or freed.
 
     Args:
-        all_ranks: that hold the parameters; None: this one alone.
-        bucket_layout: their buckets, to which new ones are added.
+        all_ranks: the ranks that hold the parameters; None: this process is alone.
+        bucket_layout: the parameters' buckets; buckets of new parameters are added to it.
         engine: the optimizer inside, to whose param groups new parameters are added.
-        gatherer: of their new values.
-        gradients: of the parameters.
-        model: whose modules wait for the gatherer; None: `wait` does.
+        gatherer: gathers the parameters after a step.
+        gradients: the parameters' gradients.
+        model: the model whose modules wait for the gatherer in their forward passes; None: only `wait` waits.
 
     Attributes:
-        is_superseded: whether some of them were added to another optimizer later.
+        is_superseded: whether a parameter was later added to another optimizer.
     """
 
     def __init__(
@@ -62,11 +62,11 @@ class ShardedParams:
         self._removals = [gradients.remove_hooks]
         if model is not None:
             self._removals.append(ForwardHooks(model, gatherer, bucket_layout.slots).release)
-        # Not at exit: process groups may have ended then, and the memory is freed anyway.
+        # Not when Python exits: process groups may have ended by then, and the memory is freed anyway.
         finalize(self, _clean_up, self._removals, bucket_layout).atexit = False
 
     def take_up(self, buckets: Sequence[Bucket]) -> None:
-        """Broadcast rank 0's values of these buckets, and take their gradients from now on."""
+        """Start to optimize the parameters in these buckets: broadcast rank 0's values, and watch gradients. A collective."""
         self._take_over(buckets)
         self._gradients.watch(buckets)
 
@@ -74,11 +74,11 @@ class ShardedParams:
         """Add the parameters of a later param group, in buckets of their own. A collective.
 
         Args:
-            param_group: in any form that torch's optimizers take.
-            param_groups: of whole parameters, those before it.
+            param_group: the new group, in any form that torch's optimizers take.
+            param_groups: the earlier groups of whole parameters.
 
         Returns:
-            The group, with a list of parameters.
+            The new group, with its parameters as a list.
 
         Raises:
             ValueError: on all ranks; nothing was added.
@@ -103,13 +103,13 @@ class ShardedParams:
         return group
 
     def refresh(self, groups: Sequence[Group]) -> None:
-        """Wait for running transfers, add parameters that were unfrozen, and restore those whose memory was replaced. A collective.
+        """Wait for running transfers, add parameters that were unfrozen, and restore replaced memory (`BucketLayout.rebind`). A collective.
 
         Args:
             groups: the current param groups of whole parameters.
 
         Raises:
-            ValueError: on all ranks, an unfrozen parameter cannot be optimized; or on this one, a parameter was moved, cast or swapped.
+            ValueError: an unfrozen parameter cannot be optimized (on all ranks), or a parameter was moved, cast or swapped (on this rank).
         """
         self.wait()
         self._take_up_unfrozen(groups)
@@ -120,7 +120,7 @@ class ShardedParams:
         self._gatherer.wait_for_all(self._bucket_layout.buckets, settles=True)
 
     def _take_up_unfrozen(self, param_groups: Sequence[Group]) -> None:
-        """Create buckets for parameters that have become trainable."""
+        """Create buckets for parameters that have become trainable, and add the parts that this rank steps to the optimizer inside."""
         groups = self._bucket_layout.unfrozen(param_groups)
         if not any(group["params"] for group in groups):
             return
@@ -138,8 +138,8 @@ class ShardedParams:
         self._take_up_late(buckets)
 
     def _take_up_late(self, buckets: Sequence[Bucket]) -> None:
-        """Add parameters that may have gradients already."""
-        # A new layout object, so that all ranks exchange segments again, also those without elements of these parameters.
+        """Take up the parameters in these buckets, which may already have gradients. A collective."""
+        # A new layout object makes all ranks exchange segments again, also ranks without elements of these parameters.
         self._engine.layout = replace(self._bucket_layout.layout)
         self._take_over(buckets)
         self._gradients.watch_late(buckets)
@@ -162,7 +162,7 @@ class ShardedParams:
 
 
 def wait_for_others(params: Iterable[Tensor]) -> None:
-    """Wait for transfers of these parameters that other optimizers have begun, also optimizers that have been freed."""
+    """Wait for transfers of these parameters that other ShardedOptimizers have started, also ones that have been freed."""
     for other in _in_use_with(params):
         other.wait()
     for hooks in list(ForwardHooks.released):

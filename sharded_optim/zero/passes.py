@@ -1,7 +1,7 @@
-"""Track nested backward passes: which of them run, and how each has ended.
+"""Track nested backward passes: which ones run, and whether an exception has ended one.
 
-A reentrant checkpoint runs a backward pass inside that of the model. Autograd has the number of the running pass, but not that of the pass
-around it, nor whether an exception has ended one. Used by `reduction.py`. Tried with torch 2.11 and 2.13.
+A reentrant checkpoint runs a backward pass inside the model's. Autograd gives the number of the innermost running pass, but neither the
+number of the pass around it nor whether an exception has ended one. Used by `reduction.py`. Tried with torch 2.11 and 2.13.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ __all__ = ["Passes"]
 
 
 class Passes:
-    """Tracks the passes in which `enter` is called, and those around them.
+    """Tracks the backward passes in which `enter` is called, and the passes around them.
 
     Args:
-        ended: called at the end of an outermost pass, in that pass, if its object still exists: `backward` raises its exceptions.
+        ended: a method that is called at the end of each outermost pass, if its object still exists. The pass is still running then, so
+            that `backward` raises the method's exceptions.
 
     Attributes:
-        was_left: whether an exception has ended one of them.
+        was_left: whether an exception has ended a tracked pass.
     """
 
     def __init__(self, ended: WeakMethod[Callable[[], None]]) -> None:
@@ -48,20 +49,20 @@ class Passes:
             Variable._execution_engine.queue_callback(_Pass(self, number))
 
     def end(self, number: int) -> None:
-        """Note that a pass has ended by itself."""
+        """Record that a pass has ended without an exception."""
         self._running.discard(number)
         ended = self._ended()
         if ended is not None and not self._running and not _is_inside_another():
             ended()
 
     def leave(self, number: int) -> None:
-        """Note that an exception has ended a pass."""
+        """Record that an exception has ended a pass."""
         self._running.discard(number)
         self.was_left = True
 
 
 class _Pass:
-    """A callback of one pass. Only autograd refers to it, so that it is freed with the pass, also if an exception ends that."""
+    """A callback at the end of one pass. Only autograd refers to it, so it is freed with the pass, also if an exception ends the pass."""
 
     def __init__(self, passes: Passes, number: int) -> None:
         self._passes = passes
@@ -75,7 +76,7 @@ class _Pass:
     def __del__(self) -> None:
         if not self._has_ended:
             self._passes.leave(self._number)
-        if torch._C._current_graph_task_id() >= 0:  # the pass around this one runs again
+        if torch._C._current_graph_task_id() >= 0:  # the outer pass continues
             self._passes.enter()
 
 

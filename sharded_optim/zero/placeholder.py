@@ -1,9 +1,10 @@
 """The stand-in for `param.grad` while the gradient is in a bucket, sharded over the ranks.
 
-None would mean that there is no gradient: torch.nn.utils.clip_grad_norm_, which frameworks call by themselves, would clip nothing without
-an error. The placeholder has a shape and no memory, and raises an error in any computation.
+None would mean that there is no gradient: torch.nn.utils.clip_grad_norm_, which frameworks call by themselves, would silently clip
+nothing. The placeholder has a shape and no memory, and raises an error in any computation.
 
-Autograd adds to an existing gradient. The gradient that the next backward pass adds to a placeholder is kept for the hook that follows.
+Autograd adds to an existing gradient. What the next backward pass adds to a placeholder is stored in `added`, and the parameter's
+post-accumulate-grad hook takes it from there.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ GRAD_SCALER = (
     "model with DistributedDataParallel, which leaves them there"
 )
 aten = torch.ops.aten
-# Methods that give access to the memory of a tensor, of which there is none here: some of them would end the process.
+# Methods that access a tensor's memory, which a placeholder lacks: without an override, some would crash the process.
 MEMORY = ("__dlpack__", "data_ptr", "numpy", "share_memory_", "tolist")  # torch.compile asks for storage, and takes an error
 
 
@@ -32,7 +33,7 @@ class GradientInBucket(Tensor):
 
     Attributes:
         param_name: the parameter's name in errors.
-        added: the gradient that autograd has added to it; None: there is none.
+        added: the gradient that autograd has added to the placeholder; None if it has added none.
     """
 
     param_name: str
@@ -47,7 +48,7 @@ class GradientInBucket(Tensor):
         return made
 
     def take_added(self) -> Tensor | None:
-        """Remove and return the gradient that was added."""
+        """Return `added`, and reset it to None."""
         added, self.added = self.added, None
         return added
 
@@ -87,7 +88,7 @@ for _name in MEMORY:
 
 
 def _is_called_by_autograd() -> bool:
-    """Return whether autograd itself is computing, and not a hook that it has called."""
+    """Return whether the computation was started by autograd itself, and not by a hook that autograd has called."""
     if torch._C._current_graph_task_id() < 0:
         return False
     caller = sys._getframe(1).f_back

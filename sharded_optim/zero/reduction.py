@@ -1,11 +1,11 @@
-"""Reduce gradients from backward to the ranks that step them.
+"""Reduce the gradients of backward passes to the ranks that step them.
 
     hook of a parameter -> its bucket's contents -> reduce-scatter (-> all-reduce over replicas) -> this rank's shard of the average
 
 A *round* is the reduction of one backward pass, with the passes inside it: every bucket is reduced once, in the same order on every rank.
 A rank without a gradient for a bucket contributes zeros. At the end of a round the ranks exchange which parameters had a gradient on any
-rank; the others are not stepped. A parameter may get a further gradient in a round after its bucket was reduced: reentrant checkpoints do
-that to parameters that are used in several of them. The parameter keeps it, the ranks exchange that too, and run a further round for it.
+rank; the others are not stepped. A parameter may get a further gradient in a round after its bucket was reduced, as when it is used in
+several reentrant checkpoints. The rank keeps that gradient, the ranks exchange that there is one, and all run a further round.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ __all__ = ["Reducer"]
 class Reducer:
     """Averages gradients over ranks, round by round.
 
-    Owns the open round: the buckets that are left to reduce, and the parameters of which this rank has a gradient. A `BucketReducer`
-    reduces buckets, `GradientCounts` exchanges which parameters had gradients.
+    Owns the open round: the buckets that are left to reduce, and which parameters had a gradient on this rank. A `BucketReducer` reduces
+    buckets, `GradientCounts` exchanges which parameters had gradients.
 
     Args:
         topology: the ranks whose gradients are averaged.
@@ -40,10 +40,10 @@ class Reducer:
         keeps_contents, reduce_dtype: see `BucketReducer`.
 
     Attributes:
-        buckets: in the order in which they are reduced.
-        synchronizes: whether a backward pass is a round, or leaves its gradients in the parameters.
+        buckets: the buckets, in the order in which they are reduced.
+        synchronizes: whether backward passes reduce gradients (in a round each), or leave them in the parameters (`no_sync`).
         is_open: whether a round has begun and not ended.
-        rounds: number of rounds since `collect`.
+        rounds: the number of rounds since the last `collect`.
         has_unreduced: whether parameters have gradients of passes that did not synchronize.
     """
 
@@ -58,17 +58,17 @@ class Reducer:
         self._passes = Passes(WeakMethod(self._pass_ended))
         self._round = 0
         self._left: deque[Bucket] = deque()  # buckets of the open round that are not yet being reduced
-        self._used: set[ParamSlot] = set()  # parameters with a gradient of this rank in the open round
-        self._repeated: dict[ParamSlot, Tensor] = {}  # further gradients, for which a round is to be run
+        self._used: set[ParamSlot] = set()  # parameters that had a gradient on this rank in the open round
+        self._repeated: dict[ParamSlot, Tensor] = {}  # this rank's further gradients, which need another round
 
     def listen(self, reduced: WeakMethod[Callable[[Bucket], None]]) -> None:
-        """Call a method with each bucket whose gradients are averaged from now on, if its object still exists."""
+        """From now on call a method with each bucket whose gradients have been averaged, as long as the method's object exists."""
         self._bucket_reducer.reduced = reduced
 
     # ---------------------------------------------------------------------------------------------------------------- in backward
 
     def ready(self, slot: ParamSlot) -> None:
-        """Take a gradient out of its parameter: a post-accumulate-grad hook.
+        """Take a gradient out of its parameter. Called from the parameter's post-accumulate-grad hook.
 
         Raises:
             RuntimeError: the backward pass before this one did not end, or other ranks did not take part.
@@ -107,7 +107,7 @@ class Reducer:
         )
 
     def run_round(self, slots: Iterable[ParamSlot] = ()) -> None:
-        """Run a round outside of backward, with gradients that passes without synchronization have left in these parameters."""
+        """Run a round outside of backward, for gradients that are still in the parameters of `slots`, and for their further gradients."""
         self._open()
         for slot in slots:
             if slot.own_grad is not None or slot in self._repeated:
@@ -164,7 +164,7 @@ class Reducer:
         """Wait for all rounds so far, and for the exchange of which parameters had gradients.
 
         Returns:
-            Whether a rank has a further gradient of a parameter, for which all are to run a further round.
+            Whether any rank has a further gradient of a parameter; all ranks must then run another round.
         """
         if self._passes.was_left or self._passes.is_any_running:
             self._refuse_unended()
@@ -177,7 +177,7 @@ class Reducer:
         """Finish all rounds since the last call.
 
         Returns:
-            The parameters that had a gradient on any rank in any of them.
+            The parameters that had a gradient on any rank in any of these rounds.
         """
         self.finish()
         self.rounds = 0

@@ -1,9 +1,9 @@
 """Shared-memory transport: ranks of one machine read each other's buffers instead of sending them through the loopback device.
 
-On two ranks with 94 MiB to gather, 24 ms by gloo's sends, 6 ms through memory. A buffer is an anonymous file in memory (memfd), which
-exists as long as a process has it mapped, so that a killed process leaves nothing behind. Other ranks open it under /proc. Messages that a
-buffer is ready, or was read, go through pipes: gloo's thread, which shares a core with the one that computes, takes 0.5 ms for such a
-message. Linux, CPU tensors.
+To gather 94 MiB on two ranks takes 24 ms by gloo's sends, and 6 ms through shared memory. A buffer is an anonymous file in memory
+(memfd), which exists as long as a process has it mapped, so that a killed process leaves nothing behind. Other ranks open it under /proc.
+Messages that a buffer is ready, or was read, go through pipes: gloo needs 0.5 ms for one, as its thread shares a core with the one that
+computes. Linux, CPU tensors.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from sharded_optim.sharding.ranks import gather_objects, raising_together, timeo
 __all__ = ["Receive", "SharedMemoryTransport", "shared_zeros"]
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # differs between machines
-KEPT = 4096  # mappings of other ranks' buffers
-MESSAGE = struct.Struct("<qqq")  # a tag, and the buffer by its file descriptor and inode
-PIPE_BYTES = 2**18  # for 10,000 unread messages
-LONGEST = timedelta(minutes=30)  # to wait if the process group has no timeout
+KEPT = 4096  # cached mappings of other ranks' buffers; beyond that the least recently used is dropped
+MESSAGE = struct.Struct("<qqq")  # the tag, and the file descriptor and inode of the buffer
+PIPE_BYTES = 2**18  # of a pipe: 10,000 unread messages
+LONGEST = timedelta(minutes=30)  # the timeout if the process group has none
 
 _files: dict[int, tuple[int, int]] = {}  # (file descriptor, inode) of each of our buffers, by its address
 
@@ -45,7 +45,7 @@ class SharedMemoryTransport:
         process_group: the ranks; construction is a collective over them. None: this process is alone.
 
     Attributes:
-        ranks: of the group that share memory with this one.
+        ranks: the other ranks of the group that share memory with this one.
         exist, are_all: whether any two ranks of the group share memory, and whether all do; the same on every rank.
     """
 
@@ -54,9 +54,9 @@ class SharedMemoryTransport:
         self.exist = self.are_all = False
         self._process_ids: list[int] = []
         self._mapped: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
-        self._incoming: dict[int, int] = {}  # the end of a pipe, by rank
+        self._incoming: dict[int, int] = {}  # by rank: file descriptor of the read end of the pipe from that rank
         self._outgoing: dict[int, int] = {}
-        self._received: dict[tuple[int, int], tuple[int, int]] = {}  # by rank and tag: messages that were read before they were awaited
+        self._received: dict[tuple[int, int], tuple[int, int]] = {}  # by rank and tag: messages read from a pipe, not yet received
         if process_group is not None:
             self._seconds = (timeout_of(process_group) or LONGEST).total_seconds()
             self._find(process_group)
@@ -65,9 +65,9 @@ class SharedMemoryTransport:
     # ---------------------------------------------------------------------------------------------------------------- once
 
     def _find(self, process_group: dist.ProcessGroup) -> None:
-        """Find the ranks whose buffers can be read, by reading a probe of each."""
+        """Find the ranks with which buffers can be shared, by reading a probe buffer of each rank on the same machine."""
         rank = dist.get_rank(process_group)
-        own: tuple[str, int, tuple[int, int]] | None = None  # the machine, the process, and the buffer of the probe
+        own: tuple[str, int, tuple[int, int]] | None = None  # the machine's boot id, the process id, and the probe buffer
         with raising_together(process_group):
             if hasattr(os, "memfd_create") and BOOT_ID.exists():
                 probe = shared_zeros(8)
@@ -83,14 +83,14 @@ class SharedMemoryTransport:
                 with suppress(OSError, ValueError):  # in another container, or not allowed
                     if self.read(other, about[2]).view(torch.int64).tolist() == [other]:
                         readable.append(other)
-        lists = gather_objects(readable, process_group)  # the probes are not read after it
+        lists = gather_objects(readable, process_group)  # a barrier: after it no rank reads a probe
         self.ranks = frozenset(other for other in lists[rank] if rank in lists[other])
         self._mapped.clear()
 
     def _connect(self, process_group: dist.ProcessGroup) -> None:
-        """Create a pipe from each rank of this machine."""
+        """Connect each pair of ranks that share memory by two pipes, one in each direction."""
         own = dist.get_rank(process_group)
-        outgoing_of: dict[int, int] = {}  # the end of each pipe that is the other rank's
+        outgoing_of: dict[int, int] = {}  # by rank: the write end of the pipe from that rank, which opens it under /proc
         try:
             with raising_together(process_group):
                 for rank in sorted(self.ranks):
@@ -98,18 +98,18 @@ class SharedMemoryTransport:
             of_ranks = gather_objects(outgoing_of, process_group)
             with raising_together(process_group):
                 for rank in self._incoming:
-                    with suppress(OSError):  # then they do not share memory
+                    with suppress(OSError):  # then the two ranks do not share memory
                         path = f"/proc/{self._process_ids[rank]}/fd/{of_ranks[rank][own]}"
                         self._outgoing[rank] = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            lists = gather_objects(list(self._outgoing), process_group)  # after it all ranks have opened the pipes that they can
+            lists = gather_objects(list(self._outgoing), process_group)  # a barrier: all ranks have tried to open their pipes
         except BaseException:
             _close([*self._incoming.values(), *self._outgoing.values()])
             raise
         finally:
-            _close(list(outgoing_of.values()))  # so that a pipe ends with the process of the other rank
+            _close(list(outgoing_of.values()))  # so that the pipe ends once the other rank's process has ended
         weakref.finalize(self, _close, [*self._incoming.values(), *self._outgoing.values()])
         for descriptor in self._outgoing.values():
-            with suppress(OSError):  # the memory that a user may have for pipes is limited
+            with suppress(OSError):  # the system limits a user's memory for pipes; the default size then has to do
                 fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         self.ranks = frozenset(rank for rank in self._outgoing if own in lists[rank])
         mutual = [rank in lists[other] for rank in range(len(lists)) for other in lists[rank]]
@@ -121,8 +121,8 @@ class SharedMemoryTransport:
         """Map a buffer of another rank: uint8, read-only.
 
         Raises:
-            OSError: it does not exist any more, or cannot be opened.
-            MemoryError: this process cannot map it.
+            OSError: the buffer does not exist any more, or cannot be opened.
+            MemoryError: this process cannot map the buffer.
         """
         descriptor, inode = which
         key = (rank, inode)
@@ -133,7 +133,7 @@ class SharedMemoryTransport:
                 status = os.fstat(opened)
                 if status.st_ino != inode:
                     raise OSError(f"{path} is another file than the one in its process's message")
-                # A mapping, which keeps no file open: there may be many. It is not written to, but torch has no read-only tensors.
+                # A mapping, as that keeps no file open: there may be many buffers. Opened for writing, as torch has no read-only tensors.
                 own_path = f"/proc/self/fd/{opened}"
                 self._mapped[key] = torch.from_file(own_path, shared=True, size=status.st_size, dtype=torch.uint8)
             except RuntimeError as error:
@@ -148,17 +148,17 @@ class SharedMemoryTransport:
     # ------------------------------------------------------------------------------------------------------------ messages
 
     def post(self, rank: int, tag: int, buffer: Tensor | None = None) -> None:
-        """Send a message to another rank: a buffer of this rank is ready, or without a buffer, that rank's buffer was read.
+        """Send a message to another rank: `buffer`, of this rank, is ready to be read; or, without `buffer`, that rank's was read.
 
         Raises:
-            RuntimeError: its process has ended, or has read no message within the process group's timeout.
+            RuntimeError: the other rank's process has ended, or has read no message within the process group's timeout.
         """
         which = (0, 0) if buffer is None else _files[buffer.untyped_storage().data_ptr()]
         deadline = time.monotonic() + self._seconds
         while True:
             try:
                 os.write(self._outgoing[rank], MESSAGE.pack(tag, *which))
-            except BlockingIOError:  # the pipe is full; so may be the other rank's pipe to this one, as it may wait here too
+            except BlockingIOError:  # the pipe is full. The other rank may be waiting here too, so this one must read meanwhile
                 if time.monotonic() > deadline:
                     raise RuntimeError(f"rank {rank} of the process group has read no message for {self._seconds:g} s") from None
                 for other in self._incoming:
@@ -169,10 +169,10 @@ class SharedMemoryTransport:
                 return
 
     def receive(self, rank: int, tag: int) -> tuple[int, int]:
-        """Receive a message of another rank; return the buffer that it names.
+        """Wait for a message from another rank; return the (descriptor, inode) of the buffer in it, (0, 0) if there is none.
 
         Raises:
-            RuntimeError: its process has ended, or the process group's timeout is over.
+            RuntimeError: the other rank's process has ended, or the process group's timeout is over.
         """
         deadline = time.monotonic() + self._seconds
         while (rank, tag) not in self._received:
@@ -181,21 +181,21 @@ class SharedMemoryTransport:
         return self._received.pop((rank, tag))
 
     def has_received(self, rank: int, tag: int) -> bool:
-        """Return, without waiting, whether a message has arrived, or none can any more. Removes the message."""
+        """Return, without waiting, whether a message has arrived, or cannot arrive as the other process has ended. Removes the message."""
         try:
             while (rank, tag) not in self._received and self._read_pipe(rank, 0.0):
                 pass
-        except RuntimeError:  # its process has ended
+        except RuntimeError:  # the other rank's process has ended
             return True
         return self._received.pop((rank, tag), None) is not None
 
     def _read_pipe(self, rank: int, seconds: float) -> bool:
-        """Read pending messages of another rank; return whether there were any within this time."""
+        """Read the messages of another rank into `_received`, waiting up to `seconds` for the first; return whether there were any."""
         waiting = select.poll()
         waiting.register(self._incoming[rank], select.POLLIN)
         if not waiting.poll(max(0.0, seconds) * 1e3):
             return False
-        content = os.read(self._incoming[rank], 1000 * MESSAGE.size)  # whole messages: each is written at once
+        content = os.read(self._incoming[rank], 1000 * MESSAGE.size)  # whole messages: each is written in one call
         if not content:
             raise RuntimeError(f"the process of rank {rank} of the process group has ended")
         for tag, *which in MESSAGE.iter_unpack(content):
@@ -208,9 +208,9 @@ class Receive:
     """A pending receive of a message, with the interface of torch.distributed's `Work`."""
 
     shared_memory: SharedMemoryTransport
-    rank: int  # that sends it
+    rank: int  # of the sender
     tag: int
-    which: tuple[int, int] = (0, 0)  # the buffer that the message names, after `wait`
+    which: tuple[int, int] = (0, 0)  # descriptor and inode of the buffer in the message, after `wait`
     has_arrived: bool = False
 
     def wait(self) -> None:
@@ -218,7 +218,7 @@ class Receive:
             self.which = self.shared_memory.receive(self.rank, self.tag)
 
     def has_come(self) -> bool:
-        """Return whether `wait` returns at once."""
+        """Return whether the message has arrived, so that `wait` returns at once."""
         self.has_arrived = self.has_arrived or self.shared_memory.has_received(self.rank, self.tag)
         return self.has_arrived
 

@@ -1,4 +1,4 @@
-"""The process groups of shards and of replicas."""
+"""The process groups over which shards and replicas are spread."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ __all__ = ["Topology"]
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
-    """Groups of ranks. All but `given` are the library's own, and None if this process is alone in the group.
+    """The process groups of a ShardedOptimizer. All but `given` are the library's own, or None if this process is alone in the group.
 
     Attributes:
-        given: the user's process group of all ranks; None: the world.
-        all_ranks: the same ranks.
+        given: the user's process group of all ranks that train the model; None: the world.
+        all_ranks: the library's own group of the ranks in `given`.
         shard_group: the ranks over which a bucket is sharded.
-        replica_group: the ranks that hold the same shards.
-        replicas: the number of ranks in the replica group.
+        replica_group: the ranks that hold the same shard as this one; None without a mesh of replicas.
+        replicas: the number of ranks in the replica group, or 1.
     """
 
     given: dist.ProcessGroup | None
@@ -36,7 +36,7 @@ class Topology:
         """Build the groups from a process group, or from a mesh of shards or of (replicas, shards), as for `fully_shard`. A collective.
 
         Raises:
-            ValueError: a mesh of another number of dimensions, or this rank is not in it.
+            ValueError: the mesh has neither one nor two dimensions, or this rank is not in it.
         """
         given: Any = process_group
         shard_group, replica_group = given, None

@@ -1,8 +1,8 @@
 """Asynchronous reduce-scatter, all-gather and all-reduce of flat buffers that are cut into equal shards.
 
 Gloo has no reduce-scatter: torch runs an all-reduce of everything instead, and gloo's all-gather of 94 MiB on two ranks took 90 ms. Under
-gloo ranks therefore exchange shards directly, through memory on one machine (`shared_memory.py`) and else by sends, in 24 ms: half of the
-bytes, summed in float32 and in the order of the ranks.
+gloo ranks therefore exchange shards directly: through shared memory on one machine (`shared_memory.py`), and else by sends, which took
+24 ms for half of the bytes. Sums are in float32, in the order of the ranks.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from sharded_optim.zero.shared_memory import Receive, SharedMemoryTransport, sha
 
 __all__ = ["ShardGroup", "Transfer", "all_reduce", "exchanges"]
 
-# A tag, an int of 31 bits, has from the highest: the serial of the ShardGroup, the number of the round or step, the bucket, and two bits
-# for the kind of message. A message that was not received must not be taken for a later one.
+# The parts of a tag, an int of 31 bits, from the highest bits: the serial of the ShardGroup, the number of the round or step, the bucket,
+# and two bits for the kind of message. They are all in it so that a message that was never received is not taken for a later one.
 SERIALS = ROUNDS = 2**7  # distinct values in a tag
 BUCKETS = 2**15
 
-_made: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()  # ShardGroups, over each process group
+_made: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()  # number of ShardGroups made over each process group
 
 
 @dataclass(eq=False)
@@ -37,11 +37,11 @@ class Transfer:
 
     Attributes:
         what: a description of the data, for error messages.
-        arriving: torch's `Work`s, or the like, of the data that this rank receives. On a GPU waiting makes the current stream wait, not the
+        arriving: a `Work` of torch, or a `Receive`, for each receive of this rank. On a GPU, waiting makes the current stream wait, not the
             host.
-        finish: called once, after these.
-        leaving: the works of the data that other ranks receive from this one.
-        held: buffers that must not be freed until all of these have ended.
+        finish: called once, when all of `arriving` have ended.
+        leaving: the works of what other ranks receive from this one.
+        held: buffers that must not be freed until all works have ended.
     """
 
     what: str = "nothing"
@@ -79,9 +79,10 @@ class Transfer:
         self._end(self.leaving)
 
     def has_ended(self) -> bool:
-        """Return whether the buffers may be freed: all ranks have their results.
+        """Return whether all ranks have their results, so that the buffers may be freed.
 
-        Does not wait for a rank that has yet to read this one's memory. Waits for sends: a rank that is not behind this one receives them.
+        Does not wait for ranks that have yet to read this rank's shared memory. Waits for sends, which ranks that have come as far as this
+        one receive.
         """
         if self.is_arriving or not all(work.has_come() for work in self.leaving if isinstance(work, Receive)):
             return False
@@ -89,7 +90,7 @@ class Transfer:
         return True
 
     def _end(self, leaving: Sequence[Any]) -> None:
-        """Wait for works of the data that leaves this rank, and free the buffers."""
+        """Wait for works of `leaving`, and release the buffers."""
         with naming_missing_data(f"the acknowledgement of {self.what}"):
             for work in leaving:
                 work.wait()
@@ -98,10 +99,10 @@ class Transfer:
 
 @contextmanager
 def naming_missing_data(what: str) -> Iterator[None]:
-    """Context that describes the missing data in errors of waiting for other ranks.
+    """Context in which an error of waiting for other ranks is replaced by one that says what data is missing.
 
     Raises:
-        RuntimeError: in the place of an error of torch.distributed or of the operating system.
+        RuntimeError: instead of an error of torch.distributed or of the operating system.
     """
     try:
         yield
@@ -115,7 +116,7 @@ def naming_missing_data(what: str) -> Iterator[None]:
 
 
 def exchanges(process_group: dist.ProcessGroup | None, device: torch.device) -> bool:
-    """Return whether ranks exchange shards directly: under gloo, which has no faster collective."""
+    """Return whether ranks exchange shards directly instead of by collectives: on CPUs under gloo, whose collectives are slower."""
     return process_group is not None and device.type == "cpu" and process_group._get_backend(device).name() == "gloo"
 
 
@@ -123,15 +124,15 @@ class ShardGroup:
     """The ranks over which flat buffers are sharded.
 
     Args:
-        process_group: of these ranks; construction is a collective over it. None: this process is alone.
-        device: of the buffers.
+        process_group: the process group of these ranks; construction is a collective over it. None: this process is alone.
+        device: the device of the buffers.
         shares_memory: whether ranks of one machine read each other's buffers, if they can.
 
     Attributes:
-        size, rank: the number of shards, and the index of this rank's.
-        serial: the number of this ShardGroup among those over the process group, the same on all ranks.
+        size, rank: the number of shards, and the index of this rank's shard.
+        serial: counts the ShardGroups over the process group; the same on all ranks.
         exchanges: whether ranks exchange their shards directly.
-        shared_memory: between the ranks that read each other's buffers.
+        shared_memory: the transport between ranks that read each other's buffers.
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None, device: torch.device, *, shares_memory: bool = True) -> None:
@@ -147,16 +148,16 @@ class ShardGroup:
 
     @property
     def sends(self) -> bool:
-        """Whether transfers run while this process computes; the same on every rank. From shared memory, a rank copies when it waits."""
+        """Whether transfers run while this process computes; the same on every rank. Not so with shared memory alone, copied in `wait`."""
         return self.size > 1 and not self.shared_memory.are_all
 
     @property
     def scratch_shards(self) -> int:
-        """Number of shards for which a reduce-scatter needs scratch memory."""
+        """The size, in shards, of the scratch memory of a reduce-scatter."""
         return len(self._remote_ranks) if self.exchanges else 0
 
     def zeros(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Allocate a buffer that is to be sharded: (numel,)."""
+        """Allocate a zeroed buffer for the transfers of this group: (numel,). In shared memory if a rank can read it there."""
         if self.shared_memory.ranks and numel and device.type == "cpu":
             return shared_zeros(numel * dtype.itemsize).view(dtype)
         return memory.zeros_on(device, numel, dtype)
@@ -167,8 +168,8 @@ class ShardGroup:
         shard: Tensor,  # (n,), any dtype; written: this rank's shard of the sum over ranks
         *,
         what: str,  # a description of the buffers
-        number: int,  # of the round of reductions
-        place: int,  # index of the buffer among all that are reduced in a round
+        number: int,  # number of the round
+        place: int,  # index of the buffer in the round
         scratch: Tensor | None = None,  # (scratch_shards * n,) in full's dtype, if scratch_shards is not 0; written
     ) -> Transfer:
         """Sum the buffers of all ranks; each rank gets its shard of the sum."""
@@ -191,11 +192,11 @@ class ShardGroup:
 
     def all_gather(
         self,
-        full: Tensor,  # (size * n,), from `zeros`, with this rank's shard; written: the others
+        full: Tensor,  # (size * n,), from `zeros`, with this rank's shard; the other shards are written
         *,
         what: str,  # a description of the buffers
-        number: int,  # of the step
-        place: int,  # index of the buffer among all
+        number: int,  # number of the step
+        place: int,  # index of the buffer in the step
     ) -> Transfer:
         """Gather the shards of all ranks."""
         if self._process_group is None:
@@ -213,16 +214,16 @@ class ShardGroup:
         return self._exchange(what, full, [own] * self.size, received, copy, self._tag(number, place, 2), None)
 
     def _tag(self, number: int, place: int, kind: int) -> int:
-        """Return the tag of a transfer; its acknowledgements have the tag after it."""
+        """Return the tag of a transfer. Acknowledgements of the transfer have that tag plus 1."""
         return ((self.serial % SERIALS * ROUNDS + number % ROUNDS) * BUCKETS + place % BUCKETS) * 4 + kind
 
     def _exchange(
         self,
         what: str,
         full: Tensor,
-        sent: Sequence[Tensor],  # to each rank
-        received: Mapping[int, Tensor],  # by rank, for those whose buffer is not read
-        finish: Callable[[Callable[[int], Tensor]], None],  # its argument reads the buffer of a rank, which is like `full`
+        sent: Sequence[Tensor],  # what each rank gets, by rank
+        received: Mapping[int, Tensor],  # buffers to receive into, by rank: of ranks without shared memory
+        finish: Callable[[Callable[[int], Tensor]], None],  # is called with a function: rank -> the `full` of that rank
         tag: int,
         scratch: Tensor | None,
     ) -> Transfer:
@@ -230,7 +231,7 @@ class ShardGroup:
         shared_memory, group = self.shared_memory, self._process_group
         ready = {rank: Receive(shared_memory, rank, tag) for rank in shared_memory.ranks}
         acknowledgements = [Receive(shared_memory, rank, tag + 1) for rank in shared_memory.ranks]
-        later = [rank for rank in self._remote_ranks if rank > self.rank]  # first, so that not all ranks send to the same one first
+        later = [rank for rank in self._remote_ranks if rank > self.rank]  # put first, so that not all ranks send to the same rank first
         targets = later + [rank for rank in self._remote_ranks if rank < self.rank]
         with naming_missing_data(what):
             for rank in shared_memory.ranks:
@@ -246,7 +247,7 @@ class ShardGroup:
         def finish_and_acknowledge() -> None:
             finish(read)
             for rank in ready:
-                with suppress(RuntimeError):  # a rank that has ended needs no acknowledgement
+                with suppress(RuntimeError):  # the other process has ended, and needs no acknowledgement
                     shared_memory.post(rank, tag + 1)
 
         held = [full] if scratch is None else [full, scratch]
@@ -258,7 +259,7 @@ def all_reduce(
     process_group: dist.ProcessGroup | None,
     what: str,
 ) -> Transfer:
-    """Sum a tensor over all ranks."""
+    """Start to sum a tensor over the ranks of a process group, in place."""
     if process_group is None:
         return Transfer()
     with naming_missing_data(what):
@@ -266,7 +267,7 @@ def all_reduce(
 
 
 def _sum(parts: Sequence[Tensor], out: Tensor) -> None:
-    """Sum tensors of one dtype in their order, in float32."""
+    """Write the sum of tensors of one dtype to `out`. Added in float32, in the order of `parts`, so that every run gives the same bits."""
     first, second, *rest = parts
     if out.dtype == first.dtype == torch.float32:
         torch.add(first, second, out=out)
