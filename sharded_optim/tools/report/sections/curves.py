@@ -1,4 +1,4 @@
-"""Charts of values that training records have: the gradient norm, the schedule, and the speed."""
+"""Charts of the gradient norm, the schedule and the speed, from training records."""
 
 from __future__ import annotations
 
