@@ -61,7 +61,7 @@ def load(config: Config) -> Corpus:
     split = _split(sizes)
     corpus = Corpus(source=source, train=text[:split], validation=text[split:])
     for name, piece in (("validation", corpus.validation), ("training", corpus.train)):
-        if len(piece) <= config.sequence_length:  # a window needs one more byte: the target of its last
+        if len(piece) <= config.sequence_length:  # a window needs one more byte, the target of its last byte
             raise ConfigError(
                 f"sequence_length={config.sequence_length} does not fit into the {name} text of {len(piece)} bytes in {source}; "
                 "make it shorter, or name more text with data.path"

@@ -14,13 +14,13 @@ from sharded_optim.optimizers import OPTIMIZERS, Muon
 
 __all__ = ["build_optimizer", "build_schedule"]
 
-WARMUP_START = 0.01  # of the peak learning rate: a first step at 0 would be wasted
+WARMUP_START = 0.01  # share of the peak learning rate in the first step: a step at 0 would be wasted
 
 
 def build_optimizer(
     named_parameters: Iterable[tuple[str, Tensor]],
     config: OptimizerConfig,
-    dimensions: Mapping[str, int],  # of each whole tensor by name, as wrappers flatten parameters
+    dimensions: Mapping[str, int],  # `ndim` of each whole tensor by name, as wrappers flatten parameters
     constructor: Callable[..., torch.optim.Optimizer] | None = None,  # called as so.ShardedOptimizer is; None: the optimizer's class
     muon_groups: Sequence[Mapping[str, Any]] = (),  # `so.muon_param_groups` of the unwrapped model, for Muon and the rest
     **options: Any,  # further arguments of the constructor

@@ -19,7 +19,7 @@ from launch.rendezvous import RendezvousStore, join_attempt, open_store
 
 __all__ = ["cores_here", "cores_of_machine", "gpus_here", "pick_device", "set_threads", "share_cores", "start", "stop"]
 
-TIMEOUT = timedelta(seconds=300)  # of a rendezvous and of a collective: far longer than either takes here
+TIMEOUT = timedelta(seconds=300)  # for a rendezvous, and for a collective: far longer than either takes here
 
 
 def gpus_here() -> int:

@@ -12,7 +12,7 @@ __all__ = ["Listener", "Resumption", "Summary", "Training", "Validation"]
 class Resumption:
     """A checkpoint from which a run resumes."""
 
-    step: int  # of the checkpoint
+    step: int  # step of the checkpoint
     saved_by: int  # number of ranks that saved it
     world_size: int  # number of ranks that resume
 

@@ -175,7 +175,7 @@ def run(
         if step < config.steps and (stopped := preemption.after_step()) is not None:
             break
     preemption.finish()
-    with watch.no_time_limit():  # also for trackers, which send what they have queued
+    with watch.no_time_limit():  # also for trackers, which send their queued records
         checkpoints.finish()
         if stopped is None:
             assert training is not None, "there is at least one step"

@@ -25,7 +25,7 @@ class Heartbeat:
     pid: int  # for messages only; no process is signalled because of it
     host: str
     number: int  # counts heartbeats, so that each differs from the one before
-    step: int = 0  # from 1; 0 before the first
+    step: int = 0  # current step, from 1; 0 before the first
     begun: Mapping[str, int] = field(default_factory=dict)  # collectives begun in this step, by process group
     before: Mapping[str, int] = field(default_factory=dict)  # collectives begun in the step before
     location: str = "its start"  # step and line of code, for messages

@@ -200,7 +200,7 @@ class HeartbeatExchange:
         for sibling in wait_for_exit(self._siblings, ROUND_SECONDS):
             self._siblings.remove(sibling)
             (last,) = self._read([sibling.rank])
-            if last is not None and last.pid == sibling.pid and not last.has_left:  # else it is of an earlier attempt
+            if last is not None and last.pid == sibling.pid and not last.has_left:  # else the heartbeat is an earlier attempt's
                 why = f"it was killed, crashed, or called os._exit. Last heartbeat at {last.location}"
                 return self._orphaned() or Verdict(rank=last.rank, who=str(last), what=f"ended first, without an error: {why}")
         return None

@@ -20,7 +20,7 @@ class Sibling(NamedTuple):
 
     rank: int
     pid: int
-    process: int  # a file descriptor, which stands for this process even after its pid is used again
+    process: int  # pidfd: a file descriptor that refers to this process even after its pid is used again
 
 
 def siblings(launcher: int | None, variable: str) -> list[Sibling]:
@@ -31,7 +31,7 @@ def siblings(launcher: int | None, variable: str) -> list[Sibling]:
             parent, rank = _parent_and_rank(path, variable)
             if parent == launcher and path.name != str(os.getpid()):
                 process = os.pidfd_open(int(path.name))
-                if _parent_and_rank(path, variable) == (parent, rank):  # again, now that the pid cannot be that of another process
+                if _parent_and_rank(path, variable) == (parent, rank):  # checked again, as the pid may have been reused before `pidfd_open`
                     found.append(Sibling(rank, int(path.name), process))
     return found
 

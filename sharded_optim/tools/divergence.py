@@ -36,7 +36,7 @@ NOBODY = -(2**63)  # sent by a rank that does not have the fact: never the maxim
 CHANGED = 1  # sent by a rank whose facts have other keys than in the last exchange, or that has failed
 NO_STATE = "no state"
 NAMED = {MODEL: "parameter", MASTER: "float32 master"}  # other kinds are named as in the optimizer's state
-MOST_LINES = 8  # of an error message
+MOST_LINES = 8  # differences that an error message lists
 
 # The key of a value that ranks compare: a piece of a tensor, or (kind, name) of any other value.
 Fact = TensorRow | tuple[str, str]

@@ -122,7 +122,7 @@ def from_config(path: Path) -> Model:
         module = hugging_face_model(path)
     shapes = {name: tuple(param.shape) for name, param in module.named_parameters()}
     config = module.config.get_text_config()
-    config.use_cache = False  # a forward of training keeps no keys and values for later tokens
+    config.use_cache = False  # in training, forward keeps no keys and values for later tokens
     return Model(shapes=shapes, idle=_idle(shapes, config), module=module)
 
 

@@ -13,7 +13,7 @@ from sharded_optim.trackers.destination import Status, Tracker
 
 __all__ = ["Background"]
 
-MOST_RECORDS = 1000  # that may wait for a slow tracker; further records are dropped
+MOST_RECORDS = 1000  # records that may wait for a slow tracker; further ones are dropped
 SECONDS_AFTER_FAILURE = 10.0  # for the remaining records of a run that has failed: its process is to end soon
 
 
@@ -97,5 +97,5 @@ class Background:
                     tracker.finish(record)
                 else:
                     tracker.log(*record)
-            except Exception as error:  # a server may come back
+            except Exception as error:  # go on: a server may come back
                 self._error = error

@@ -35,7 +35,7 @@ def append_record(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def parse_record(line: bytes) -> dict[str, Any] | None:
-    """Parse a line into a record, with None for each value that was not finite. A malformed line, as a killed process leaves, is None."""
+    """Parse a line into a record, with None for values that were not finite; None for a malformed line, as a killed process may leave."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):

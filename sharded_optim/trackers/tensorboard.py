@@ -26,7 +26,7 @@ class TensorBoard:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for key, value in values.items():
             self._writer.add_scalar(key, value, step)
-        self._writer.flush()  # else a killed process loses up to two minutes
+        self._writer.flush()  # without it, a killed process loses up to two minutes of records
 
     def finish(self, status: Status) -> None:
         self._writer.close()

@@ -67,7 +67,7 @@ def _stepped(name: str, device: torch.device) -> Finding:
     try:
         results = _results(name, device)
         expected = results if name == EAGER else _results(EAGER, device)
-    except Exception as error:  # as of a compiler or a driver
+    except Exception as error:  # any error of a compiler or a driver
         return _finding(name, "problem", f"fails on {device}: {one_line(error)}", f"{way_out}, and see the whole error with it")
     if not all(bool(each.float().isfinite().all()) for each in results):
         return _finding(name, "problem", f"computes what is not finite on {device}", way_out)

@@ -21,8 +21,8 @@ from sharded_optim.tools.doctor.storage import PREFIX
 __all__ = ["compare", "compare_clocks", "compare_folders", "exchange_reports"]
 
 MOST_SKEW = 1.0  # seconds between two clocks
-ROUNDS = 3  # of reading the clocks
-VISIBLE_SECONDS = 5.0  # for which network file systems may cache that a file does not exist
+ROUNDS = 3  # readings of the clocks
+VISIBLE_SECONDS = 5.0  # to wait for a file: network file systems may cache that it does not exist
 WAYS_OUT = {  # remedies of differences between ranks, by section
     "environment": "make it the same for every rank: install one version, use one kind of device, set OMP_NUM_THREADS",
     "backends": "make the same backends run on every rank",

@@ -14,7 +14,7 @@ from sharded_optim.tools.doctor.findings import Finding, Status
 
 __all__ = ["PREFIX", "examine", "local_path", "measure"]
 
-PREFIX = ".sharded-optim-doctor-"  # of the names of temporary files and folders
+PREFIX = ".sharded-optim-doctor-"  # prefix of the names of temporary files and folders
 SIZE = 64 * 2**20  # bytes of the file whose writing is timed
 SMALL = 4096
 SMALL_REPETITIONS = 5

@@ -42,7 +42,7 @@ class Plan:
     memory: Memory
     collectives: tuple[Collective, ...]
     stepped: int  # bytes that the optimizer's step reads and writes
-    matrix_flops: int  # in a step with matrices (Muon), on the rank that computes most
+    matrix_flops: int  # FLOPs of a step with matrices (Muon), on the rank that computes most
     workload: Workload  # forward and backward
 
     @property

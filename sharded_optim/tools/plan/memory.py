@@ -43,7 +43,7 @@ def stepped_itemsize(
         value = 2 * FP32 + (0 if steps_parameters else setup.itemsize)  # parameters are only written, from their masters
     moved = grad + value + 2 * setup.moments_itemsize(algorithm)
     if algorithm.matrix is not None:
-        moved += 2 * algorithm.matrix.dtype.itemsize  # a direction is written, a result read
+        moved += 2 * algorithm.matrix.dtype.itemsize  # the direction is written, and the result read
     if setup.agrees:
         moved += grad  # read once more, to check that it is finite; a statistic also reads the second moment
     return moved + (FORMATS[setup.state_dtype].itemsize if algorithm.statistic is not None else 0)

@@ -48,7 +48,7 @@ class Time:
     optimizer: float | None
     matrices: float | None  # on the rank that computes most
     compute: float | None  # forward and backward
-    whole: float | None = None  # of the whole step, if the utilization is given
+    whole: float | None = None  # seconds of the whole step, if the utilization is given
 
     @property
     def longest(self) -> float | None:

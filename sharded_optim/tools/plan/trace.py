@@ -43,7 +43,7 @@ class Trace:
 
     tokens: int
     attention: int  # FLOPs of fused attention in forward, without regard to masks
-    flops: int  # of products and attention in forward and backward, recomputation included
+    flops: int  # FLOPs of products and attention in forward and backward, recomputation included
     activations: int  # peak bytes
     looked_up: int  # elements of embeddings that are only looked up, and not multiplied with
     uncounted: frozenset[str]  # products of matrices for whose FLOPs torch has no formula
@@ -54,13 +54,13 @@ def trace(
     *,
     batch: int,  # sequences
     sequence_length: int,
-    dtype: torch.dtype,  # of the parameters
+    dtype: torch.dtype,  # dtype of the parameters
     checkpointing: str,  # one of CHECKPOINTING, applied to every numbered block
 ) -> Trace:
     """Count the operations and activations of a step on the meta device.
 
     Raises:
-        ValueError: the module cannot run on the meta device, or does not map tokens to logits.
+        ValueError: the module cannot run on the meta device, does not map tokens to logits, or has no numbered blocks to checkpoint.
     """
     module = deepcopy(module)
     for param in module.parameters():

@@ -1,6 +1,6 @@
 """FLOPs and activations of forward and backward, the same for any sharding: given as numbers, or counted on the meta device by `trace.py`.
 
-Model FLOPs are counted as torchtitan and PaLM (appendix B) do, without what is recomputed:
+Model FLOPs are counted as in torchtitan and PaLM (appendix B), without recomputation:
 
     6 * (parameters that a token is multiplied with) + 12 * layers * heads * head_dim * sequence_length
 

@@ -126,7 +126,7 @@ def loss_of(model: nn.Module, batch: Any) -> Tensor:
     """Run a model's forward pass, and return a loss.
 
     Args:
-        batch: keyword arguments as a mapping, positional ones as a list or tuple, or the only argument.
+        batch: the model's keyword arguments as a mapping, its positional arguments as a list or tuple, or a single argument.
 
     Returns:
         The output's `loss`; if it has none, the first tensor of one number in the output; if there is none, the mean square of the first

@@ -25,8 +25,8 @@ class Evidence:
         errors: relative errors of each parameter, one after each step.
         unknown: the number of the optimizer's parameters that are not the model's.
         unmoved: parameters that were never changed.
-        idle: parameters that never had a gradient other than zero.
-        stuck: parameters that are not changed in one process either.
+        idle: parameters that never had a nonzero gradient.
+        stuck: parameters that one process does not change either.
         apart: parameters that ranks have initialized differently, and that sharding has not replaced by rank 0's.
         copies_equal: whether on each rank an optimizer that has local tensors alone gave the same bits; None: not tried.
         is_elementwise: whether, in one process, tensors cut in halves are stepped as whole tensors are; None: not tried.

@@ -131,7 +131,7 @@ class _Variant:
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
-    """Return max |value - reference| / max |reference|; 0.0 if they are equal; inf if they differ, and one is not finite or the reference 0."""
+    """Return max |value - reference| / max |reference|: 0.0 if they are equal; inf if they differ, and are not finite or reference is 0."""
     if value.numel() == 0 or torch.equal(value, reference):
         return 0.0
     if torch.equal(value.isnan(), reference.isnan()) and torch.equal(value.nan_to_num(), reference.nan_to_num()):

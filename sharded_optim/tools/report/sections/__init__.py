@@ -1,4 +1,4 @@
-"""The sections of a report. A function for each, such as `loss.build`, returns the content below the heading.
+"""The sections of a report. Each section has a function, such as `loss.build`, that returns the content below its heading.
 
 Values that a run has not recorded are replaced by a note. To add a section, write a function, in a new file if it is long, and list it in
 `SECTIONS`.

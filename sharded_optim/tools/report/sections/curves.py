@@ -11,7 +11,7 @@ from sharded_optim.tools.runs import Run, TrainingRecord
 
 __all__ = ["grad_norm", "schedule", "speed"]
 
-PARTS = ("observe", "agree", "matrices", "update")  # of a step, in order
+PARTS = ("observe", "agree", "matrices", "update")  # parts of a step, in order
 
 
 def grad_norm(runs: Mapping[str, Run]) -> list[Item]:
