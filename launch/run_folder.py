@@ -1,4 +1,4 @@
-"""The folder of a run, with config.yaml, metrics.jsonl, loss.png and summary.json, which rank 0 writes during the run."""
+"""The folder of a run, in which rank 0 writes config.yaml, metrics.jsonl, loss.png and summary.json during the run."""
 
 from __future__ import annotations
 

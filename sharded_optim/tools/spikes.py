@@ -26,7 +26,7 @@ LEAST_BEFORE = 10  # losses that must precede a spike: the mean and deviation of
 
 
 def events(indices: Sequence[int], least: int = 1) -> list[int]:
-    """Merge ascending indices that are less than `APART` apart into events; return the first index of each event of `least` or more."""
+    """Merge ascending indices that are less than `APART` apart into events; return the first index of each with at least `least`."""
     merged: list[list[int]] = []
     for index in indices:
         if merged and index - merged[-1][-1] < APART:

@@ -66,7 +66,7 @@ class MLflow:
         self._client.set_terminated(self._id, STATUSES[status])
 
     def _last_step(self, kind: str) -> int:
-        """Return the last step that MLflow has of a kind of record; -1 if none. One request for each kind, not for each metric."""
+        """Return the last step in MLflow for a kind of record, -1 if there is none. One request for each kind, not for each metric."""
         if kind not in self._last_steps:
             history = self._client.get_metric_history(self._id, metric_name(kind))
             self._last_steps[kind] = max((metric.step for metric in history), default=-1)

@@ -191,7 +191,7 @@ def _checkpoint_blocks(module: nn.Module, *, selective: bool) -> None:
 
 
 def _selective_contexts() -> Any:
-    """Keep the results of attention and of every second product, beginning with the first: torchtitan's selective checkpointing."""
+    """Keep the results of attention and of products 1, 3, 5 and so on, as torchtitan's selective checkpointing by operation does."""
     products = 0
 
     def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

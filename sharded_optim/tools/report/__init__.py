@@ -72,7 +72,7 @@ def write_report(
 
 
 def _unused(folder: Path, key: str, used: Sequence[Path]) -> Path:
-    """Return a path for a chart's PNG that is not used yet, from the chart's key without characters that file names may not have."""
+    """Return an unused path for a chart's PNG: the chart's key, with `_` for characters that a file name may not have."""
     stem = re.sub(r"[^A-Za-z0-9._-]+", "_", key)
     count = 1
     while (path := folder / (f"{stem}.png" if count == 1 else f"{stem}-{count}.png")) in used:

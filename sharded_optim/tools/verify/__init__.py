@@ -187,7 +187,7 @@ def _tried(evidence: Evidence, probe: Callable[..., Probes], *arguments: Any) ->
 
 @contextmanager
 def _in_one_process() -> Iterator[None]:
-    """Raise an error in the `with` block as an _EndedError, which names the process without sharding as its origin."""
+    """Convert an error in the `with` block to an _EndedError, which says that it occurred in one process, without sharding."""
     try:
         yield
     except Exception as error:

@@ -14,7 +14,7 @@ __all__ = ["Probes", "Reference", "relative_error"]
 
 
 class Reference:
-    """An optimizer of a whole model.
+    """The user's optimizer in one process, on the whole model.
 
     Args:
         model: the model, built as on the ranks.
@@ -91,7 +91,7 @@ class Probes:
 
     @property
     def of_counting(self) -> dict[str, float]:
-        """Return, where a gradient was missing once, the relative errors of one optimizer for each parameter against one of all."""
+        """Return the relative errors by parameter of an optimizer each, against one of all, where a gradient was missing once."""
         together, alone = self._incomplete.whole(), self._incomplete_alone.whole()
         return {name: relative_error(alone[name], value) for name, value in together.items()}
 
@@ -131,7 +131,7 @@ class _Variant:
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
-    """Return max |value - reference| / max |reference|: 0.0 if they are equal; inf if they differ, and are not finite or reference is 0."""
+    """Return max |value - reference| / max |reference|: 0.0 if they are equal; else inf if one is not finite, or reference is 0."""
     if value.numel() == 0 or torch.equal(value, reference):
         return 0.0
     if torch.equal(value.isnan(), reference.isnan()) and torch.equal(value.nan_to_num(), reference.nan_to_num()):

@@ -13,7 +13,7 @@ SHOWN = 8  # most differences in `Report.text`
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """A tensor that differs from its value in one process.
+    """A tensor whose value under sharding differs from that in one process.
 
     Attributes:
         storage: how ranks hold the tensor.
