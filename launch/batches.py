@@ -1,6 +1,6 @@
 """Batches of byte sequences, the same under every launcher and sharding.
 
-A batch is drawn as a whole, from its seed and step alone, and each rank takes its block of rows. So the sequences of a rank are fixed by
+A whole batch is drawn from the seed and the step alone, and each rank takes its block of rows. So the sequences of a rank are fixed by
 (seed, step, rank), and the whole batch does not depend on the number of ranks.
 """
 
@@ -17,13 +17,13 @@ __all__ = ["training_batch", "validation_batch"]
 
 
 def training_batch(text: np.ndarray, config: Config, info: RankInfo, step: int) -> Tensor:
-    """Draw this rank's sequences of a step, which begin at random positions of the text.
+    """Draw this rank's sequences for a step. They begin at random positions of the text.
 
     Args:
         text: uint8 (bytes,).
 
     Returns:
-        int64 (batch_size / world_size, sequence_length + 1): the last byte of each is a target only.
+        int64 (batch_size / world_size, sequence_length + 1): the last byte of each sequence is only a target.
     """
     # Counter-based: the key is the whole state, so no generator has to be carried from step to step, or saved.
     generator = np.random.Generator(np.random.Philox(key=np.array([config.seed, step], dtype=np.uint64)))
@@ -32,11 +32,11 @@ def training_batch(text: np.ndarray, config: Config, info: RankInfo, step: int) 
 
 
 def validation_batch(text: np.ndarray, config: Config, info: RankInfo, index: int) -> Tensor:
-    """Return this rank's sequences of one batch of the validation set: `validation_batches` batches at even distances over the whole text.
+    """Return this rank's sequences of one batch of the validation set, whose sequences are spread evenly over the whole text.
 
     Args:
         text: uint8 (bytes,).
-        index: which batch.
+        index: number of the batch, from 0.
 
     Returns:
         int64 (batch_size / world_size, sequence_length + 1).

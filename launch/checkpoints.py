@@ -1,4 +1,4 @@
-"""Checkpoints of the job: when they are saved, their content beside model and optimizer, and resuming from one."""
+"""Checkpoints of the job: when they are saved, their content besides model and optimizer, and resuming from them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ __all__ = ["Checkpoints"]
 
 
 class Checkpoints:
-    """Save a job at the steps that its config asks for, in the background, and resume it. Every rank calls every method.
+    """Save a job in the background at the steps that its config asks for, and resume it. Every rank calls every method.
 
     Args:
-        config: of the job.
+        config: the config of the job.
         run: the run's folder.
         sharded: the job's model and optimizer.
-        schedule: of the optimizer's learning rate.
+        schedule: the schedule of the learning rate.
     """
 
     def __init__(self, config: Config, run: Path, sharded: Sharded, schedule: LRScheduler) -> None:
@@ -34,16 +34,16 @@ class Checkpoints:
         self._schedule = schedule
         self._world_size = dist.get_world_size()
         self._saving: so.checkpoint.Saving | None = None
-        self._saved: int | None = None  # the step of the last save; the same on all ranks, which folders need not be
+        self._saved: int | None = None  # step of the last save; the same on all ranks, which may see different folders
 
     def resume(self) -> Resumption | None:
         """Load the newest checkpoint that verifies, if the config asks for that.
 
         Returns:
-            The checkpoint that was loaded; None if there is none, and training begins.
+            The checkpoint that was loaded; None if there is none, or resume is "never": training begins.
 
         Raises:
-            CheckpointError: there are checkpoints, and none is whole or fits the job.
+            CheckpointError: there are checkpoints, but none that is intact and fits the job.
         """
         if self._config.resume == "never":
             return None
@@ -67,7 +67,7 @@ class Checkpoints:
             self._saving = so.checkpoint.async_save(self._root, step, **self._arguments(step))
 
     def save_now(self, step: int) -> Path:
-        """Save a job that stops after a step, after `finish`, unless that step is saved; also if the config asks for no checkpoints.
+        """Save a job that stops after a step, unless that step is saved; also if the config has no checkpoints. Call `finish` first.
 
         Returns:
             The folder of checkpoints.

@@ -1,7 +1,7 @@
 """The config of a training job: one YAML file, read into the models below, and `key=value` overrides.
 
-Everything that can be refused before a process starts is refused here. To add an option, add a field; it is then a key of the YAML files
-too. Hyperparameters are those that the optimizers of `sharded_optim` declare.
+Every mistake that can be found before a process starts is refused here. To add an option, add a field: its name becomes a key of the YAML
+files. Hyperparameters are taken from the declarations of the optimizers in `sharded_optim`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sharded_optim.trackers import MODULES, check_options
 
 __all__ = ["CheckpointConfig", "Config", "ConfigError", "DataConfig", "ModelConfig", "OptimizerConfig", "from_arguments", "load"]
 
-TRACKERS = tuple(name for name in MODULES if name != "jsonl")  # the run folder has its records as JSON lines anyway
+TRACKERS = tuple(name for name in MODULES if name != "jsonl")  # not jsonl: the run folder has JSON lines anyway
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]  # part of a folder's name
 
 
@@ -36,10 +36,10 @@ class _Section(BaseModel):
 
 
 class DataConfig(_Section):
-    """The text.
+    """The text to train on.
 
-    path: a file, or a folder of files; None is the source code of the running Python's standard library.
-    suffix: which files of a folder and its subfolders, by how their names end; None is `.py` for the standard library, else every file.
+    path: a file, or a folder of files; None: the source code of the running Python's standard library.
+    suffix: the end of the names of files to read from a folder and its subfolders; None: `.py` for the standard library, else any.
     """
 
     path: str | None = None
@@ -63,14 +63,14 @@ class ModelConfig(_Section):
 
 
 def _arguments(optimizer: type[Engine]) -> dict[str, Hyperparameter]:
-    """Return the hyperparameters that an optimizer's constructor takes, except lr: its own, and those of every optimizer."""
+    """Return the hyperparameters of an optimizer's constructor except lr: those of its class, and those common to all optimizers."""
     names = {*inspect.signature(optimizer).parameters, *inspect.signature(Engine).parameters} - {"lr"}
     declared = by_name(optimizer.hyperparameters)
     return {name: declared[name] for name in declared if name in names and not isinstance(declared[name], Unsupported)}
 
 
 def _field_type(hyperparameter: Hyperparameter) -> Any:
-    """Return the type by which pydantic checks a hyperparameter. Further rules are checked by the hyperparameter itself."""
+    """Return the type against which pydantic checks a hyperparameter. Further rules are checked by the hyperparameter itself."""
     match hyperparameter:
         case Float(least=least, below=below):
             return Annotated[float, Field(ge=least, lt=below)]
@@ -94,23 +94,23 @@ class _NamedOptimizer(_Section):
 
 
 def _with_hyperparameters(section: type[_NamedOptimizer]) -> type[_NamedOptimizer]:
-    """Add a field for every hyperparameter that the constructor of any optimizer takes; None is the optimizer's default."""
+    """Add a field for every hyperparameter of any optimizer's constructor; None stands for the optimizer's default."""
     declared: dict[str, set[Hyperparameter]] = {}
     for optimizer in OPTIMIZERS.values():
         for name, hyperparameter in _arguments(optimizer).items():
             declared.setdefault(name, set()).add(hyperparameter)
-    # Two optimizers may mean different things by one name: then the field takes anything, and the optimizer of the config checks it.
+    # Two optimizers may declare one name differently: the field then accepts any value, which is checked for the config's optimizer.
     types = {name: _field_type(next(iter(variants))) if len(variants) == 1 else Any for name, variants in declared.items()}
     fields: dict[str, Any] = {name: (field_type | None, None) for name, field_type in types.items()}
     return create_model(section.__name__, __base__=section, **fields)
 
 
 class OptimizerConfig(_with_hyperparameters(_NamedOptimizer)):
-    """Name of an optimizer class of sharded_optim, and the hyperparameters of its constructor; None is the optimizer's own default.
+    """Name of an optimizer class of sharded_optim, and the hyperparameters of its constructor; None: the optimizer's own default.
 
-    lr: the peak of the schedule.
-    weight_decay: in the optimizer's convention: DecoupledAdamW's and DecoupledSGDW's is the fraction lost in a step at the peak, Adam's is
-        added to the gradient, the others' is multiplied by lr.
+    lr: the peak learning rate of the schedule.
+    weight_decay: DecoupledAdamW and DecoupledSGDW take away this fraction of a parameter in a step at the peak learning rate, Adam adds the
+        decay to the gradient, the others multiply it by lr.
     """
 
     @model_validator(mode="after")
@@ -127,9 +127,9 @@ class OptimizerConfig(_with_hyperparameters(_NamedOptimizer)):
 class CheckpointConfig(_Section):
     """Checkpoints of the job.
 
-    every: steps from one checkpoint to the next; the last step has one too. None: no checkpoints.
+    every: steps between checkpoints; the last step has one too. None: no checkpoints.
     keep: the number of checkpoints that remain.
-    folder: a folder, in which each run has one of its name; None is `checkpoints` in the run's own folder.
+    folder: a folder in which each run has a subfolder of its name; None: `checkpoints` in the run's own folder.
     """
 
     every: PositiveInt | None = None
@@ -140,28 +140,28 @@ class CheckpointConfig(_Section):
 class Config(_Section):
     """A training job.
 
-    name: the name of the job, by which resume=auto finds its newest run; by default that of the config file.
-    run: the name of the run's folder in `runs_folder`; None is `<time>-<name>`.
+    name: the name of the job, by which resume=auto finds its newest run; by default the config file's name without its suffix.
+    run: the name of the run's folder in `runs_folder`; None: `<time>-<name>`.
     processes: the number of processes; "auto": as many as were started, or with `python -m launch` one for each GPU.
-    threads: of each process on the CPU; None is an equal share of the machine's cores.
-    device: "auto" takes a GPU for each process where there are as many, else the CPU.
-    batch_size: sequences in a step, over all processes together, so that the loss curve does not depend on their number.
-    validation_batches: the size of the validation set, in batches of that size.
+    threads: CPU threads of each process; None: an equal share of the machine's cores.
+    device: "auto": a GPU for each process if there are enough, else the CPU.
+    batch_size: sequences in a step over all processes together, so that the loss curve does not depend on the number of processes.
+    validation_batches: the size of the validation set, in batches of `batch_size` sequences.
     resume: "never" begins a new run. "auto" resumes `run` if that exists, from its newest checkpoint; if `run` is None, the newest run of
         this name, unless all its steps are done.
-    warmup_steps: of the learning rate. An override of steps alone changes it in proportion.
-    muon_rest: beside Muon, the optimizer of the parameters that are no hidden matrices: "adamw", or "stable_adamw", which clips updates.
+    warmup_steps: steps of the learning rate's linear warm-up. An override of steps alone changes warmup_steps in proportion.
+    muon_rest: the optimizer that steps, beside Muon, all but hidden matrices: "adamw", or "stable_adamw", which clips updates.
     max_restarts: how often `python -m launch` restarts all processes when one has failed; they resume from checkpoints with resume=auto.
-    heartbeat: seconds, 5 or more, for which a rank may send no heartbeat, or keep others waiting, before the job ends; None: any number, as
+    heartbeat: seconds, 5 or more, for which a rank may send no heartbeat, or keep others waiting, before the job ends; None: no limit, as
         under a debugger.
-    metrics_every: steps from one record with the optimizer's metrics to the next, a multiple of log_every; None: every record has them. To
-        read them waits for the device and makes a record long.
-    divergence_every: steps from one comparison of replicas between ranks to the next; checkpoints have one too. None: no comparisons.
-    max_skipped_steps: the number of steps in a row that may be skipped because gradients are not finite.
-    trackers: destinations of metrics beside the run folder, by their names in `sharded_optim/trackers/registry.py`.
-    tracker_options: options of these trackers by their names, as {prometheus: {port: 9500}}.
-    deepspeed: the DeepSpeed config, without the optimizer and the batch. In a file or an override also the path of a DeepSpeed config in
-        JSON, which may have these too (`launch/deepspeed_config.py`).
+    metrics_every: steps between records with the optimizer's metrics, a multiple of log_every; None: every record has them. Reading metrics
+        waits for the device, and makes a record long.
+    divergence_every: steps between comparisons of replicas; replicas are also compared before each checkpoint. None: no comparisons.
+    max_skipped_steps: the number of consecutive steps that may be skipped because gradients are not finite.
+    trackers: destinations of metrics besides the run folder, by their names in `sharded_optim/trackers/registry.py`.
+    tracker_options: options of these trackers by tracker name, such as {prometheus: {port: 9500}}.
+    deepspeed: the DeepSpeed config, without optimizer and batch size. In a file or an override it may also be the path of a DeepSpeed
+        config in JSON, which may have these two (`launch/deepspeed_config.py`).
     """
 
     name: Name
@@ -231,22 +231,22 @@ class Config(_Section):
         """Return the config of the same job on this number of processes.
 
         Raises:
-            ConfigError: the job cannot be spread over them.
+            ConfigError: the config does not fit this number of processes.
         """
         return _validate(self.model_dump() | {"processes": processes}, f"processes='auto' are {processes}")
 
 
 def from_arguments(arguments: list[str], program: str) -> Config:
-    """Read the config that command-line arguments give: a YAML file and overrides.
+    """Read the config from command-line arguments: a YAML file and overrides.
 
     Raises:
         ConfigError: the file or an override cannot be used. The message has the key, the value and the nearest valid name.
-        SystemExit: the arguments are no such list, or ask for help.
+        SystemExit: the arguments are malformed, or ask for help.
     """
     parser = argparse.ArgumentParser(prog=program, description="Train a small byte-level language model.")
     parser.add_argument("config", type=Path, help="a YAML file, as configs/fsdp2.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides a key of the file, as steps=50 or optimizer.lr=1e-3")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher's, which puts it into the environment too
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # passed by the deepspeed launcher, which sets it in the environment too
     parsed = parser.parse_args(arguments)
     return load(parsed.config, parsed.overrides)
 
@@ -258,7 +258,8 @@ def load(path: Path, overrides: list[str]) -> Config:
         ConfigError: see `from_arguments`.
     """
     values: dict[str, Any] = {"name": path.stem} | read(path, _parse, str(path))
-    sources = [override for override in overrides if override.startswith("deepspeed=")]  # first: others may override keys of such a file
+    # Applied first, as other overrides may change keys of such a file.
+    sources = [override for override in overrides if override.startswith("deepspeed=")]
     for override in sources:
         _apply(values, override)
     deepspeed_config.include(values, path)
@@ -269,7 +270,7 @@ def load(path: Path, overrides: list[str]) -> Config:
             _apply(values, override)
     overridden = {override.partition("=")[0] for override in overrides}
     scales = "steps" in overridden and "warmup_steps" not in overridden
-    if scales and type(steps) is type(warmup_steps) is type(values["steps"]) is int and steps > 0:  # else the model refuses what is wrong
+    if scales and type(steps) is type(warmup_steps) is type(values["steps"]) is int and steps > 0:  # `_validate` refuses other values
         values["warmup_steps"] = warmup_steps * values["steps"] // steps
     return _validate(values, f"{path} cannot be used")
 
@@ -278,7 +279,7 @@ def load(path: Path, overrides: list[str]) -> Config:
 
 
 class _Loader(yaml.SafeLoader):
-    """A loader that reads 1e-3 as a number, which is a string in YAML 1.1, and refuses a key that is given twice."""
+    """A YAML loader that reads 1e-3 as a number (in YAML 1.1 it is a string) and refuses duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -297,7 +298,7 @@ def _parse(text: str) -> Any:
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
-    """Set one override, as `optimizer.lr=1e-3`, in `values`. The models check whether the key exists."""
+    """Apply one override, such as `optimizer.lr=1e-3`, to `values`. `_validate` checks whether the key exists."""
     key, equals, text = override.partition("=")
     if not (key and equals):
         raise ConfigError(f"an override is key=value, as steps=50, got {override!r}")
@@ -312,20 +313,20 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 
 def _nearest_key(key: str) -> str:
-    """Return `; did you mean ...?` with the key of the same name in another section, or else with the most similar in this one."""
+    """Return `; did you mean ...?` with a key of the same name in any section, or else the most similar key of the same section."""
     section, dot, name = key.rpartition(".")
     fields: dict[str, Any] = {"": Config} | {f"{name}.": field.annotation for name, field in Config.model_fields.items()}
     names = {prefix: list(model.model_fields) for prefix, model in fields.items() if hasattr(model, "model_fields")}
     for prefix, keys in names.items():
         if name in keys:  # lr is optimizer.lr
             return f"; did you mean {prefix}{name}?"
-    # Only the last parts are compared: with `optimizer.` in front of all, every name would be near.
+    # Only the last parts are compared: with `optimizer.` in front, all names would be similar.
     siblings = names.get(section + dot, [])
     return nearest(name, siblings, section + dot) or f"; the keys here are {', '.join(siblings)}"
 
 
 def _validate(values: dict[str, Any], heading: str) -> Config:
-    """Make the config of these values, or raise ConfigError with a heading and all problems."""
+    """Build a Config from these values, or raise a ConfigError with a heading and all problems."""
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -333,7 +334,7 @@ def _validate(values: dict[str, Any], heading: str) -> Config:
 
 
 def _explain(problem: ErrorDetails) -> str:
-    """Describe a problem that pydantic found in one line: key, value, rule, and the nearest valid name if there is one."""
+    """Describe one of pydantic's errors in one line: key, value, rule, and the nearest valid name if there is one."""
     key = ".".join(map(str, problem["loc"]))
     kind, value, context = problem["type"], problem["input"], problem.get("ctx", {})
     if kind == "extra_forbidden":

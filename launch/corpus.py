@@ -1,4 +1,4 @@
-"""The text of the job: its files, their cache, the split into training and validation text, and baselines by simpler models.
+"""The text of the job: its files, their cache, the split into training and validation text, and the losses of simpler models.
 
 Used by the ranks and by the process that starts them.
 """
@@ -20,7 +20,7 @@ from launch.config import Config, ConfigError, DataConfig
 __all__ = ["Corpus", "load", "unigram_bits_per_byte", "zlib_bits_per_byte"]
 
 VALIDATION_FRACTION = 0.05
-NEAR = 0.02  # of the text: how far the split may move to fall between two files
+NEAR = 0.02  # fraction of the text by which the split may move to fall between two files
 
 NO_TEXT = {"__pycache__"}
 # Folders of the standard library that are left out: installed packages, tests (their size and presence depend on the distributor), and
@@ -30,7 +30,7 @@ NOT_LIBRARY = NO_TEXT | {"site-packages", "dist-packages", "test", "tests", "idl
 
 @dataclass(frozen=True)
 class Corpus:
-    """Two pieces of text, memory-mapped: uint8 (bytes,), read-only."""
+    """Training and validation text, memory-mapped: uint8 (bytes,), read-only."""
 
     source: Path
     train: np.ndarray
@@ -41,7 +41,7 @@ def load(config: Config) -> Corpus:
     """Load the text that a config names, from the cache if its files have not changed.
 
     Any number of processes may call this at the same time: a cache file appears under its name only when it is complete, and its name is
-    made of the names, sizes and times of the files in it.
+    a hash of the names, sizes and modification times of the files in it.
 
     Raises:
         ConfigError: there is no such text, or it is too short.
@@ -61,7 +61,7 @@ def load(config: Config) -> Corpus:
     split = _split(sizes)
     corpus = Corpus(source=source, train=text[:split], validation=text[split:])
     for name, piece in (("validation", corpus.validation), ("training", corpus.train)):
-        if len(piece) <= config.sequence_length:  # a window needs one byte more: the last one's target
+        if len(piece) <= config.sequence_length:  # a window needs one more byte, the target of its last byte
             raise ConfigError(
                 f"sequence_length={config.sequence_length} does not fit into the {name} text of {len(piece)} bytes in {source}; "
                 "make it shorter, or name more text with data.path"
@@ -70,7 +70,7 @@ def load(config: Config) -> Corpus:
 
 
 def _find(data: DataConfig) -> tuple[Path, list[tuple[str, int, int]]]:
-    """Return the file or folder of the text, and its files in order: (path relative to it, bytes, time of change in ns)."""
+    """Return the file or folder of the text, and its files by path: (path relative to the folder, bytes, modification time in ns)."""
     source = Path(sysconfig.get_paths()["stdlib"] if data.path is None else data.path).absolute()
     if source.is_file():
         paths = [source]
@@ -106,10 +106,11 @@ def _write(cache: Path, source: Path, files: list[tuple[str, int, int]]) -> None
 
 
 def _split(sizes: list[int]) -> int:
-    """Return the byte at which the validation text begins: the last 5 % of the files, in order of their paths.
+    """Return the offset in bytes at which the validation text begins: about the last 5 % of the text, in order of paths.
 
-    Whole files at the end, because files that are close in this order (the modules of a package) resemble each other: with a random choice
-    of files the validation text would repeat the training text. If no boundary between files is near, as in a single file, a file is cut.
+    These are whole files at the end, because files that are close in this order (the modules of a package) resemble each other: with a
+    random choice of files the validation text would repeat the training text. If no file boundary is near, as in a single file, a file is
+    cut.
     """
     total = sum(sizes)
     wanted = round(total * (1.0 - VALIDATION_FRACTION))
@@ -121,7 +122,7 @@ def _split(sizes: list[int]) -> int:
 def unigram_bits_per_byte(train: np.ndarray, validation: np.ndarray) -> float:
     """Return the bits per byte of the validation text if each byte is coded by its frequency in the training text.
 
-    No model without context does better. One count is added to each of the 256 (Laplace), because a byte that was never seen in training
+    No model without context does better. 1 is added to each of the 256 counts (Laplace), because a byte that was never seen in training
     would otherwise cost infinitely many bits.
     """
     counts = np.bincount(train, minlength=256) + 1.0
@@ -130,5 +131,5 @@ def unigram_bits_per_byte(train: np.ndarray, validation: np.ndarray) -> float:
 
 
 def zlib_bits_per_byte(text: np.ndarray) -> float:
-    """Return the bits per byte that zlib needs for a text at its highest level (9)."""
+    """Return the bits per byte to which zlib compresses a text at its highest level (9)."""
     return 8.0 * len(zlib.compress(text.tobytes(), 9)) / len(text)

@@ -1,7 +1,7 @@
-"""The DeepSpeed config of a job: a JSON file, whose optimizer and batch become keys of the job's own config.
+"""The DeepSpeed config of a job: a JSON file, whose optimizer and batch size become keys of the job's own config.
 
-So each hyperparameter has one key once a config is loaded, which overrides change as any other. The rest is passed to DeepSpeed, which need
-not be installed to read a config.
+Each hyperparameter of a loaded config thus has one key, which overrides can change. The rest is passed to DeepSpeed, which need not be
+installed to read a config.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sharded_optim.deepspeed import PREFIX, is_own
 
 __all__ = ["check", "include"]
 
-KEYS_OF_THE_JOB = {  # keys of DeepSpeed's config for which the job has its own
+KEYS_OF_THE_JOB = {  # DeepSpeed's keys for which the job has its own, and the remedy
     "optimizer": "use optimizer.name, optimizer.lr and so on",
     "scheduler": "the job has a schedule of its own; leave it out, and use warmup_steps and steps",
     "train_batch_size": "use batch_size",
@@ -27,16 +27,16 @@ KEYS_OF_THE_JOB = {  # keys of DeepSpeed's config for which the job has its own
 
 
 def include(values: dict[str, Any], path: Path) -> None:
-    """Merge the DeepSpeed config that the key `deepspeed` names, as a JSON file or its content, into `values`.
+    """Merge the DeepSpeed config under the key `deepspeed`, the path of a JSON file or its content, into `values`.
 
     Its `optimizer` and `train_batch_size` become keys of the job, which the job's file may then leave out.
 
     Args:
-        values: of the job's file, before overrides; changed in place.
-        path: of the job's file.
+        values: the content of the job's file, before overrides; changed in place.
+        path: the path of the job's file.
 
     Raises:
-        ConfigError: there is no such JSON file, or both files give a value and disagree. The message names both.
+        ConfigError: there is no such JSON file, or the two files have different values. The message names both.
     """
     given = values.get("deepspeed")
     if isinstance(given, str):
@@ -55,10 +55,10 @@ def include(values: dict[str, Any], path: Path) -> None:
 
 
 def check(content: dict[str, Any]) -> dict[str, Any]:
-    """Check that a DeepSpeed config has no more keys of the job, after `include` has taken some, and return it.
+    """Return a DeepSpeed config, after a check that `include` has left no key in it that belongs to the job.
 
     Raises:
-        ValueError: one is. The message names the key to use.
+        ValueError: the config has such a key, or gradient accumulation. The message says what to use.
     """
     for key, remedy in KEYS_OF_THE_JOB.items():
         if key in content:
@@ -70,7 +70,7 @@ def check(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _take(content: dict[str, Any], name: str) -> Iterator[tuple[str, str, Any]]:
-    """Remove optimizer and batch from `content`; yield (the job's dotted key, DeepSpeed's, the value) of each."""
+    """Remove optimizer and batch size from `content`; yield (dotted key of the job, dotted key of DeepSpeed, value) of their entries."""
     if "train_batch_size" in content:
         yield "batch_size", "train_batch_size", content.pop("train_batch_size")
     optimizer = content.pop("optimizer", None)

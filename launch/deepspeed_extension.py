@@ -1,6 +1,6 @@
-"""Build the extension that DeepSpeed compiles when it starts on a CPU, before any rank is started that would wait for it.
+"""Build the extension that DeepSpeed compiles when it starts on a CPU, before ranks begin to wait for each other.
 
-A build that takes too long is interrupted, so that it removes its lock.
+A build that takes too long is interrupted with SIGINT, on which torch removes its lock file.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from sharded_optim.deepspeed import BUILD_SECONDS, not_built
 __all__ = ["build", "prepare"]
 
 NAME = "deepspeed_shm_comm"
-SECONDS_TO_END = 10.0  # for an interrupted build
+SECONDS_TO_END = 10.0  # for an interrupted build to end
 # A shell's background jobs ignore SIGINT, and their children inherit that.
 INTERRUPTIBLE = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-# A rank's start, which builds the extension, in a world of one. The first argument is a file that does not exist.
+# Starts DeepSpeed in a world of one rank, which builds the extension. The first argument is the path of a file that does not exist yet.
 START = """
 import sys, deepspeed
 deepspeed.init_distributed("gloo", auto_mpi_discovery=False, init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
@@ -32,14 +32,14 @@ deepspeed.init_distributed("gloo", auto_mpi_discovery=False, init_method=f"file:
 
 
 def build(device: str = "cpu", timeout: float = BUILD_SECONDS) -> None:
-    """Build the extension unless it is there, and set the variables by which DeepSpeed in this process and its children finds it.
+    """Build the extension unless it exists, and set the environment variables by which this process and its children find it.
 
     Args:
-        device: the device that DeepSpeed will use, "cpu", or "cuda", for which nothing is built.
-        timeout: in seconds.
+        device: the device that DeepSpeed will use: "cpu", or "cuda", for which nothing is built.
+        timeout: seconds that the build may take.
 
     Raises:
-        ConfigError: DeepSpeed is not installed, cannot compile, or has not finished in time. The message names the lock file, if any.
+        ConfigError: DeepSpeed is not installed, cannot compile, or does not finish in time. The message names the lock file, if any.
     """
     if find_spec("deepspeed") is None:
         raise ConfigError("sharding='deepspeed' needs DeepSpeed, which is not installed; run pip install 'deepspeed>=0.19,<0.20'")
@@ -73,22 +73,22 @@ def _interrupt(process: subprocess.Popen[str]) -> None:
 
 
 def prepare(device: str) -> Path:
-    """Set the environment variables by which DeepSpeed, in this process and its children, chooses its device and its folder of extensions.
+    """Set the environment variables by which DeepSpeed in this process and its children chooses a device and a folder of extensions.
 
     Args:
         device: "cpu" or "cuda".
 
     Returns:
-        The folder of its extensions.
+        The folder of compiled extensions.
 
     Raises:
-        ConfigError: the environment names another device.
+        ConfigError: DS_ACCELERATOR in the environment names another device.
     """
     chosen = os.environ.setdefault("DS_ACCELERATOR", device)
     if chosen != device:
         raise ConfigError(f"DS_ACCELERATOR={chosen!r} in the environment, but the job runs on {device!r}; unset it, or use device={chosen}")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    scripts = sysconfig.get_path("scripts")  # where a virtual environment has ninja, which need not be activated
+    scripts = sysconfig.get_path("scripts")  # has ninja, also if the virtual environment is not activated
     if scripts not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = os.pathsep.join(filter(None, (os.environ.get("PATH"), scripts)))
     return Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache / "sharded_optim" / "torch_extensions")))

@@ -1,4 +1,4 @@
-"""The error for mistakes that the user can correct, and suggestions for its messages. Imports nothing of `launch`, which all raises it."""
+"""The error for mistakes that the user can correct, and suggestions for its messages. Imports no other module of `launch`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of keys and values, and dotted keys in them. Used for the job's config and for the DeepSpeed config."""
+"""Read files of keys and values, and find dotted keys in them. Used for the job's config and for the DeepSpeed config."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def read(path: Path, parse: Callable[[str], Any], name: str) -> dict[str, Any]:
     """Read a file of keys and values.
 
     Args:
-        parse: of the file's text, YAML or JSON.
-        name: of the file in messages.
+        parse: parses the file's text, as YAML or JSON.
+        name: the name of the file in messages.
 
     Raises:
-        ConfigError: there is no such file, it cannot be parsed, or it holds something else.
+        ConfigError: there is no such file, it cannot be parsed, or its content is not keys and values.
     """
     try:
         values = parse(path.read_text(encoding="utf-8"))
@@ -36,13 +36,13 @@ def read(path: Path, parse: Callable[[str], Any], name: str) -> dict[str, Any]:
 
 
 def find_section(values: dict[str, Any], key: str, source: str) -> tuple[dict[str, Any], str]:
-    """Return the dict in which a dotted key stands, made if it is missing, and the last part of the key.
+    """Return the dict that holds a dotted key, created if it is missing, and the last part of the key.
 
     Args:
-        source: of the key, for messages.
+        source: the origin of the key, for messages.
 
     Raises:
-        ConfigError: a part of the key has a value that is no dict.
+        ConfigError: a part of the key before the last has a value that is no dict.
     """
     *parents, leaf = key.split(".")
     for parent in parents:

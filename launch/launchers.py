@@ -1,6 +1,6 @@
-"""Launchers of ranks, and the environment variables by which they number them.
+"""Launchers, and the environment variables in which they number the ranks that they start.
 
-torchrun, the deepspeed launcher, mpirun (Open MPI's and MPICH's) and srun use variables of their own. `RankInfo` has their common content;
+torchrun, the deepspeed launcher, mpirun (Open MPI's and MPICH's) and srun each use different variables, which are read into a `RankInfo`.
 `rendezvous.py` connects the ranks.
 """
 
@@ -14,8 +14,8 @@ from launch.config import Config, ConfigError
 
 __all__ = ["MPICH", "OPEN_MPI", "SRUN", "TORCHRUN", "TORCHRUN_OPTIONS", "RankInfo", "first_host", "is_restart", "read_rank_info"]
 
-# torchrun forwards these signals to its ranks, by default without SIGUSR1. The ranks then have 100 s to save, by default 30. As
-# command-line options, torch < 2.10 would refuse the first and torch < 2.12 the second; variables that they do not know they ignore.
+# torchrun forwards these signals to its ranks (by default not SIGUSR1), which then have 100 s to save (by default 30). They are not given
+# as command-line options, as torch < 2.10 would refuse the first and torch < 2.12 the second; unknown variables are ignored.
 TORCHRUN_OPTIONS = {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "PET_SHUTDOWN_TIMEOUT": "100"}
 
 
@@ -24,9 +24,9 @@ class Launcher:
     """A program that starts ranks.
 
     Attributes:
-        name: in messages.
-        variables: the environment variables of rank, world size, local rank and local world size, as in `RankInfo`.
-        mark: variables that only this launcher sets; any of them is enough.
+        name: the name in messages.
+        variables: the environment variables with rank, world size, local rank and local world size, in this order.
+        mark: variables that only this launcher sets; one of them is enough to detect it.
     """
 
     name: str
@@ -54,16 +54,16 @@ SRUN = Launcher(
     variables=("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", TASKS_OF_NODES),
     mark=("SLURM_STEP_NUM_TASKS",),  # batch scripts and shells in an allocation have a SLURM_PROCID too
 )
-# In this order: torchrun may be started by srun or mpirun, and mpirun by srun.
+# In order of detection, the innermost first: torchrun may be started by srun or mpirun, and mpirun by srun.
 LAUNCHERS = (TORCHRUN, OPEN_MPI, MPICH, SRUN)
 
 
 @dataclass(frozen=True)
 class RankInfo:
-    """Rank and world size of this process, and the same among the ranks of its machine (`local`).
+    """Rank and world size of this process, among all ranks and among the ranks of its machine (`local`).
 
     Attributes:
-        launcher_pid: pid of the launcher, which runs as long as the job; None if the parent may be a shell that ends before.
+        launcher_pid: pid of the launcher, which runs as long as the job; None if the parent process may be a shell that ends earlier.
     """
 
     rank: int = 0
@@ -75,10 +75,10 @@ class RankInfo:
 
 
 def read_rank_info(config: Config) -> RankInfo:
-    """Read the variables of the launcher; without any, this process is alone.
+    """Read the launcher's environment variables; without them, this process is the only rank.
 
     Raises:
-        ConfigError: the variables are incomplete, or there are not as many processes as the config says.
+        ConfigError: the variables are incomplete or no whole numbers, or the number of processes is not the config's.
     """
     launcher = next((launcher for launcher in LAUNCHERS if any(name in os.environ for name in launcher.mark)), ALONE)
     if launcher is TORCHRUN and "LOCAL_SIZE" in os.environ and "LOCAL_WORLD_SIZE" not in os.environ:
@@ -106,7 +106,7 @@ def read_rank_info(config: Config) -> RankInfo:
 
 
 def _tasks_of_node(counts: str, node: str) -> str:
-    """Return the number of tasks of a node, from Slurm's short list of counts.
+    """Return the number of tasks of one node, from Slurm's abbreviated list of counts.
 
     >>> [_tasks_of_node("2(x3),1", node) for node in "0123"]
     ['2', '2', '2', '1']
@@ -124,7 +124,7 @@ def is_restart() -> bool:
 
 
 def first_host(nodes: str) -> str:
-    """Return the first host of Slurm's short list of hosts.
+    """Return the first host of Slurm's abbreviated list of hosts.
 
     >>> [first_host(nodes) for nodes in ("gpu7", "gpu[012-014,20],cpu1", "a-[3,5]-ib")]
     ['gpu7', 'gpu012', 'a-3-ib']

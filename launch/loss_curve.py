@@ -1,4 +1,4 @@
-"""A picture of a run's loss over its steps. matplotlib is imported when one is drawn."""
+"""Draw a run's loss over its steps. matplotlib is imported by the first drawing."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ __all__ = ["draw"]
 
 
 def draw(path: Path, training: list[Training], validation: list[Validation], summary: Summary) -> None:
-    """Write a PNG of training and validation loss, with those of a unigram model and zlib on the validation text.
+    """Write a PNG of training and validation loss, with the losses of a unigram model and of zlib on the validation text.
 
     Args:
-        path: of the PNG, which is replaced in one step, so that a reader never sees part of one.
-        training, validation: since the run began.
-        summary: so far.
+        path: the path of the PNG, which is replaced atomically, so that a reader never sees a part of it.
+        training, validation: the records since the run began.
+        summary: the state of the run so far.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, and no global state as in pyplot
     from matplotlib.figure import Figure

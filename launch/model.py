@@ -1,8 +1,8 @@
 """A small decoder-only transformer over bytes: pre-norm, RMSNorm, rotary positions, GELU.
 
-Initialised so that activations keep their scale: embeddings are normal with variance 1, weights of linear layers with variance 1 / inputs,
-and the layers that write to the residual stream are divided by sqrt(2 * layers), which is their number (as in GPT-2). Zeros there and in
-the output are popular, but cost too many of a short run's steps: after 250 steps of 2,048 bytes, 3.4 bits per byte against 2.5.
+Initialisation keeps the scale of activations: embeddings are normal with variance 1, weights of linear layers with variance 1 / inputs,
+and the 2 * layers matrices that write to the residual stream are divided by sqrt(2 * layers), as in GPT-2. Zeros in these matrices and in
+the output layer are popular, but cost a short run too many steps: after 250 steps of 2,048 bytes, 3.4 bits per byte against 2.5.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from torch import Tensor, nn
 __all__ = ["GPT", "Block"]
 
 BYTES = 256
-EXPANSION = 4  # width of the feed-forward layer, in widths of the model
+EXPANSION = 4  # hidden width of the feed-forward layer / d_model
 ROTARY_BASE = 10_000.0
 WRITES_TO_RESIDUAL = ("attention.output.weight", "feed_forward.2.weight")
 
 
 def rotary_table(sequence_length: int, width: int) -> Tensor:
-    """Cosines and sines of the rotation of each pair of channels at each position: (2, sequence_length, width / 2)."""
+    """Return the cosines and sines by which each pair of channels is rotated at each position: (2, sequence_length, width / 2)."""
     frequencies = ROTARY_BASE ** -(torch.arange(0, width, 2) / width)
     angles = torch.arange(sequence_length)[:, None] * frequencies
     return torch.stack([angles.cos(), angles.sin()])
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864) of (..., sequence, width)."""
+    """Apply rotary position embedding (Su et al. 2021, arXiv 2104.09864) to x: (..., sequence, width)."""
     cos, sin = table[:, : x.shape[-2]]
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(x.dtype)
@@ -69,7 +69,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A language model: logits of the next byte from the bytes before."""
+    """A language model that predicts the logits of the next byte from the bytes before it."""
 
     def __init__(self, *, layers: int, heads: int, d_model: int, sequence_length: int) -> None:
         super().__init__()

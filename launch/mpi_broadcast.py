@@ -1,7 +1,8 @@
-"""Broadcast of the address of rank 0's store to all ranks of an mpirun: `python -m launch.mpi_broadcast PORT [ADDRESS]`.
+"""Broadcast the address of rank 0's store to all ranks of an mpirun: `python -m launch.mpi_broadcast PORT [ADDRESS]`.
 
-PORT is that of the store on rank 0, and 0 on other ranks. A process of its own, so that the rank itself never calls MPI: MPI may hang or
-abort, and MPICH's mpirun loses the failure of a rank if another one, which had called MPI, ended with exit status 0 before.
+PORT is the store's port on rank 0, and 0 on other ranks. Address, port, world size and MPI library are printed as JSON. This is a separate
+process, so that the rank itself never calls MPI: MPI may hang or abort, and MPICH's mpirun misses the failure of a rank if another rank
+that had called MPI ended with exit status 0 before.
 """
 
 from __future__ import annotations

@@ -14,25 +14,25 @@ from sharded_optim.optimizers import OPTIMIZERS, Muon
 
 __all__ = ["build_optimizer", "build_schedule"]
 
-WARMUP_START = 0.01  # of the peak learning rate: a first step at 0 would be wasted
+WARMUP_START = 0.01  # share of the peak learning rate in the first step: a step at 0 would be wasted
 
 
 def build_optimizer(
     named_parameters: Iterable[tuple[str, Tensor]],
     config: OptimizerConfig,
-    dimensions: Mapping[str, int],  # of the whole tensors by name: wrappers flatten parameters
-    constructor: Callable[..., torch.optim.Optimizer] | None = None,  # called as so.ShardedOptimizer; None: the optimizer's own
-    muon_groups: Sequence[Mapping[str, Any]] = (),  # of `so.muon_param_groups`, from before a wrapper: what Muon steps, and what AdamW does
-    **options: Any,  # of the constructor that depend on the sharding
+    dimensions: Mapping[str, int],  # `ndim` of each whole tensor by name, as wrappers flatten parameters
+    constructor: Callable[..., torch.optim.Optimizer] | None = None,  # called as so.ShardedOptimizer is; None: the optimizer's class
+    muon_groups: Sequence[Mapping[str, Any]] = (),  # `so.muon_param_groups` of the unwrapped model, for Muon and the rest
+    **options: Any,  # further arguments of the constructor
 ) -> torch.optim.Optimizer:
-    """Build the optimizer that the config names, with two param groups or Muon's.
+    """Build the optimizer that the config names, with a param group of matrices and one of gains, or with Muon's groups.
 
     Gradients are not clipped: StableAdamW clips updates, per tensor.
     """
-    named = list(named_parameters)  # with names, which its errors and metrics then use
+    named = list(named_parameters)  # the optimizer uses the names in errors and metrics
     matrices = [(name, param) for name, param in named if dimensions[name] >= 2]
-    gains = [(name, param) for name, param in named if dimensions[name] < 2]  # of norms: decay would pull them from 1 to 0
-    # Without the keys that are None: their values are the optimizer's own defaults.
+    gains = [(name, param) for name, param in named if dimensions[name] < 2]  # gains of norms: decay would pull them from 1 to 0
+    # Keys that are None are left out, so that the optimizer's own defaults apply.
     given: dict[str, Any] = {key: value for key, value in config.model_dump().items() if key != "name" and value is not None}
     groups: list[dict[str, Any]] = [{"params": matrices}, {"params": gains, "weight_decay": 0.0}]
     if config.name == Muon.__name__:

@@ -1,7 +1,7 @@
-"""Preemption: a scheduler that takes the machine away sends SIGTERM, or SIGUSR1 some time before; all ranks stop after the same step.
+"""Stop all ranks after the same step when a scheduler takes a machine away, and sends SIGTERM, or SIGUSR1 some time before.
 
-A signal reaches some ranks only, and not at the same step. So after each step but the last all ranks begin an all-reduce of the signals
-that they have received, and read its result a step later, when it is complete: no step waits for it.
+A signal reaches only some ranks, and at different steps. So after each step except the last, all ranks start an all-reduce of the signals
+that they have received, and read its result one step later, when it is complete: no step waits for it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Preemption:
-    """Handler of signals to stop. To be constructed on every rank, after the process group has started."""
+    """Handle signals to stop. Construct it on every rank, after the process group has started."""
 
     def __init__(self) -> None:
         self.received = 0  # the number of the last signal to this process; 0 before the first
@@ -30,10 +30,10 @@ class Preemption:
             signal.signal(number, self._receive)
 
     def after_step(self) -> str | None:
-        """Exchange received signals. To be called on every rank after each step but the last.
+        """Exchange received signals. Call it on every rank after each step except the last.
 
         Returns:
-            The name of a signal that some rank has received, on every rank after the same step; else None.
+            The name of a signal that any rank has received, on every rank after the same step; None if there is none.
         """
         if self._group is None:
             return _name(self.received)
@@ -44,7 +44,7 @@ class Preemption:
         return _name(number)
 
     def finish(self) -> None:
-        """Wait for the all-reduce that was begun last, so that no rank ends while another waits in it."""
+        """Wait for the last all-reduce, so that no rank ends while another waits in it."""
         if self._all_reduce is not None:
             self._all_reduce.wait()
             self._all_reduce = None

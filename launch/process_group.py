@@ -19,7 +19,7 @@ from launch.rendezvous import RendezvousStore, join_attempt, open_store
 
 __all__ = ["cores_here", "cores_of_machine", "gpus_here", "pick_device", "set_threads", "share_cores", "start", "stop"]
 
-TIMEOUT = timedelta(seconds=300)  # of a rendezvous and of a collective: far longer than any takes here
+TIMEOUT = timedelta(seconds=300)  # for a rendezvous, and for a collective: far longer than either takes here
 
 
 def gpus_here() -> int:
@@ -31,10 +31,10 @@ def pick_device(info: RankInfo, wanted: str) -> torch.device:
     """Return the device of this process.
 
     Raises:
-        ConfigError: GPUs are asked for and there are not enough.
+        ConfigError: `wanted` is "cuda", and there are not enough GPUs.
     """
     gpus = gpus_here()
-    enough = gpus >= info.local_world_size  # NCCL does not let two ranks share one
+    enough = gpus >= info.local_world_size  # NCCL does not let two ranks share a GPU
     # Slurm may be configured to show each task its own GPU only.
     index = info.local_rank if enough else 0
     enough = enough or (gpus == 1 and info.launcher is SRUN and "SLURM_STEP_GPUS" in os.environ)
@@ -49,13 +49,13 @@ def cores_here() -> set[int]:
 
 
 def share_cores(processes: int, threads: int | None = None, cores: set[int] | None = None) -> None:
-    """Give each of the processes of this machine an equal share of the cores, unless the user has chosen.
+    """Set OMP_NUM_THREADS to an equal share of the cores for each process of this machine, unless the user has chosen a number.
 
     More threads than cores make a small model several times slower; torchrun's default of one thread leaves cores idle.
 
     Args:
-        processes: of this machine.
-        threads: the number of threads that the user has chosen in the config; None: the share.
+        processes: the number of processes on this machine.
+        threads: the number of threads that the user has chosen in the config; None: the equal share.
         cores: the cores that the processes may use together; None: those of this process.
     """
     if threads is not None:
@@ -65,7 +65,7 @@ def share_cores(processes: int, threads: int | None = None, cores: set[int] | No
 
 def cores_of_machine(info: RankInfo, store: Store) -> set[int]:
     """Return the cores that the ranks of this machine may use together; a launcher may have bound each rank to a few of them."""
-    first = info.rank - info.local_rank  # launchers number the ranks of a machine one after the other
+    first = info.rank - info.local_rank  # launchers number the ranks of a machine consecutively
     own = cores_here()
     store.set(f"cores/{info.rank}", json.dumps([socket.gethostname(), sorted(own)]))
     shared = [json.loads(store.get(f"cores/{rank}")) for rank in range(first, first + info.local_world_size) if rank < info.world_size]
@@ -73,14 +73,14 @@ def cores_of_machine(info: RankInfo, store: Store) -> set[int]:
 
 
 def set_threads(info: RankInfo, threads: int | None, cores: set[int]) -> None:
-    """Set the number of threads, the same under every launcher: sums depend on it.
+    """Set the number of threads, the same under every launcher, as the rounding of sums depends on it.
 
-    Open MPI binds a rank to one core by default: a rank with fewer cores than threads is bound to the cores of all its machine's ranks.
+    By default Open MPI binds a rank to one core. A rank with fewer cores than threads is bound to the cores of all ranks on its machine.
 
     Args:
-        info: of this process.
+        info: the rank of this process.
         threads: see `share_cores`.
-        cores: of this machine's ranks together.
+        cores: the cores of all ranks on this machine.
     """
     if info.launcher is TORCHRUN and os.environ.get("OMP_NUM_THREADS") == "1":
         del os.environ["OMP_NUM_THREADS"]  # torchrun's default, not the user's choice, which is threads=1
@@ -92,11 +92,11 @@ def set_threads(info: RankInfo, threads: int | None, cores: set[int]) -> None:
 
 
 def start(info: RankInfo, device: torch.device, threads: int | None = None) -> RendezvousStore:
-    """Start the process group, also for a single process, so that no other code has to treat that case.
+    """Start the process group, also for a single process, so that no other code needs a special case.
 
     Args:
-        info: of this process.
-        device: of this process; NCCL connects GPUs, gloo everything else.
+        info: the rank of this process.
+        device: the device of this process; NCCL connects GPUs, gloo everything else.
         threads: see `share_cores`.
 
     Returns:
@@ -107,10 +107,10 @@ def start(info: RankInfo, device: torch.device, threads: int | None = None) -> R
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # So that the same config gives the same metrics twice. On the CPU it does without this.
+        # Makes repeated runs of a config give the same metrics, as they do on the CPU without this.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]  # costs a write of each
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]  # costs a write of each tensor
     for name, value in (("RANK", info.rank), ("WORLD_SIZE", info.world_size), ("LOCAL_RANK", info.local_rank)):
         os.environ.setdefault(name, str(value))  # DeepSpeed reads them, also in a single process
     opened = open_store(info, TIMEOUT)
@@ -122,8 +122,8 @@ def start(info: RankInfo, device: torch.device, threads: int | None = None) -> R
 
 
 def stop() -> None:
-    """End the process group. Not after an error: it would wait for ranks that are stuck in a collective."""
-    # Wrapped models are reference cycles that hold process groups. A gloo group that exists until the interpreter ends can abort it: seen
-    # with torch 2.13, FSDP2 and torch's own AdamW in 3 of 22 runs, and with this line in none of 26.
+    """End the process group. Not to be called after an error: it would wait for ranks that are stuck in a collective."""
+    # Wrapped models are reference cycles that hold process groups. A gloo group that still exists when the interpreter ends can abort it:
+    # with torch 2.13, FSDP2 and torch's own AdamW in 3 of 22 runs without this line, and in none of 26 with it.
     gc.collect()
     dist.destroy_process_group()

@@ -51,7 +51,7 @@ class Display(Listener):
 
     def validation(self, record: Validation) -> None:
         text = f"validation {record.val_bits_per_byte:.3f} bits/byte  (unigram {self._unigram:.3f}, zlib {self._zlib:.3f})"
-        self._console.print(f"step {record.step}/{self._steps}  {text}")  # above the bar, where there is one
+        self._console.print(f"step {record.step}/{self._steps}  {text}")  # printed above the bar, if there is one
 
     def stop(self, step: int, why: str) -> None:
         if self._bar is not None:

@@ -12,25 +12,25 @@ __all__ = ["Listener", "Resumption", "Summary", "Training", "Validation"]
 class Resumption:
     """A checkpoint from which a run resumes."""
 
-    step: int
-    saved_by: int  # ranks
-    world_size: int  # ranks that resume
+    step: int  # step of the checkpoint
+    saved_by: int  # number of ranks that saved it
+    world_size: int  # number of ranks that resume
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """Statistics of the steps since the last such record, over all ranks."""
+    """Statistics of the steps since the previous training record, over all ranks."""
 
-    step: int  # the last of them, from 1
+    step: int  # the last of these steps, from 1
     train_loss_bits: float  # bits per byte, mean over these steps
-    lr: float  # of the last
+    lr: float  # learning rate of the last step
     tokens_per_second: float  # of all ranks together, without validation
-    largest_rms: float | None  # the last step's largest per-tensor RMS; None if the optimizer has none, or without its metrics
+    largest_rms: float | None  # largest per-tensor RMS of the last step; None if the optimizer has no RMS, or the record no metrics
     largest_rms_name: str | None  # the name of that tensor
-    skipped_steps: int  # since the beginning
-    # `metrics()` of the last step, and rank 0's `performance()`; {} between two records that have them, and in files of older versions
+    skipped_steps: int  # since the run began
+    # The optimizer's `metrics()` of the last step, and rank 0's `performance()`; {} in records without metrics and in older files.
     optimizer: Mapping[str, float] = field(default_factory=dict)
-    non_finite_ranks: Mapping[str, list[int]] = field(default_factory=dict)  # of the last step, by tensor
+    non_finite_ranks: Mapping[str, list[int]] = field(default_factory=dict)  # ranks with non-finite gradients in the last step, by tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,15 +46,15 @@ class Summary:
     """State of a run so far."""
 
     status: str  # RUNNING or FINISHED of `trackers/run_files.py`, or `interrupted after step ...`
-    val_bits_per_byte: float | None  # the last; None before the first validation
+    val_bits_per_byte: float | None  # of the last validation; None before the first
     unigram_bits_per_byte: float
     zlib_bits_per_byte: float
-    train_loss_bits: float
-    steps: int  # that are done
+    train_loss_bits: float  # of the last training record
+    steps: int  # number of steps done
     skipped_steps: int
-    seconds: float  # of the job since it was last started, from reading the config
-    tokens_per_second: float  # while training
-    parameters: int
+    seconds: float  # since the job was last started, before it read its config
+    tokens_per_second: float  # mean while training
+    parameters: int  # number of elements
     optimizer: str
     sharding: str
     world_size: int
@@ -67,19 +67,19 @@ class Listener:
     """A receiver of records on rank 0; by default it ignores them."""
 
     def start(self, resumption: Resumption | None) -> None:
-        """Training begins, or resumes from a checkpoint."""
+        """Called first, when training begins or resumes from a checkpoint."""
 
     def training(self, record: Training) -> None:
-        """Some steps are done."""
+        """Called with the record of the last training steps."""
 
     def validation(self, record: Validation) -> None:
-        """The validation set has been evaluated."""
+        """Called with the record of a validation."""
 
     def progress(self, summary: Summary) -> None:
-        """The state of the run after each training record."""
+        """Called after each training record with the state of the run."""
 
     def stop(self, step: int, why: str) -> None:
-        """The run ends early after this step, and can be resumed. The last call."""
+        """Called last if the run ends early after this step, and can be resumed."""
 
     def finish(self, summary: Summary) -> None:
-        """All steps are done. The last call."""
+        """Called last if all steps are done."""

@@ -1,8 +1,8 @@
 """Rendezvous: the ranks of one attempt find each other through a store, under a prefix that no other attempt uses.
 
-torchrun keeps one store for all attempts of a job, where a restarted rank would read keys of an earlier attempt; and attempts cannot be
-distinguished by their number, as every node counts its own. So rank 0 draws a random name for the attempt, and a rank has joined it once
-rank 0 has published the token that this very process has written:
+torchrun keeps one store for all attempts of a job, in which a restarted rank would read keys of an earlier attempt. Numbers do not
+distinguish attempts, as every node counts its own. So rank 0 draws a random name for the attempt, and a process has joined it once rank 0
+has published the token that the process has written:
 
     rank 0:  attempt = NAME                        ... waits for all NAME/token/RANK ...  NAME/tokens = all of them
     others:  read attempt, NAME/token/RANK = TOKEN ... wait until NAME/tokens has TOKEN, or for another attempt ...
@@ -34,7 +34,7 @@ from sharded_optim.sharding.ranks import named_ranks
 
 __all__ = ["RendezvousError", "RendezvousStore", "join_attempt", "open_store", "store_at_address", "store_through_mpi"]
 
-# srun gives no port. One by the job's number, so that jobs that share a node rarely have the same, and none that systems assign themselves.
+# srun assigns no port. It is chosen by the job's number, so that jobs on one node rarely share it, among ports that systems do not assign.
 SLURM_PORTS = range(10000, 30000)
 ROOT = Path(__file__).parents[1]
 LONGEST_PAUSE = 0.5  # seconds between two reads of the store
@@ -49,15 +49,15 @@ class RendezvousStore:
     """A store that all ranks can reach.
 
     Attributes:
-        store: torch's client of it.
-        server: the process that serves it, if this process has started that; else None.
+        store: torch's client of the store.
+        server: the server process, if this process has started it; else None.
     """
 
     store: Store
     server: subprocess.Popen[str] | None = None
 
     def close(self) -> None:
-        """Stop the server, once no rank uses the store any more."""
+        """Stop the server. To be called once no rank uses the store any more."""
         if self.server is not None:
             self.server.terminate()
             self.server.wait()
@@ -70,11 +70,11 @@ def store_at_address(address: str, port: int, info: RankInfo, timeout: timedelta
     """Connect to a store at an address that all ranks know.
 
     Args:
-        address: of the machine that serves the store.
-        port: on that machine; 0, on rank 0 only: any that is free.
-        info: of this process.
-        timeout: of a connection.
-        is_served: whether the launcher serves it; else rank 0 starts a server, and `address` must be of its machine.
+        address: the address of the machine that serves the store.
+        port: the port on that machine; 0, on rank 0 only: any free port.
+        info: the rank of this process.
+        timeout: the timeout of a connection.
+        is_served: whether the launcher serves the store; else rank 0 starts a server, and `address` must be that of rank 0's machine.
     """
     server = None
     if info.rank == 0 and not is_served:
@@ -86,9 +86,9 @@ def store_at_address(address: str, port: int, info: RankInfo, timeout: timedelta
 
 
 def _serve(port: int) -> tuple[subprocess.Popen[str], int]:
-    """Start a process that serves a store as long as this one runs. Returns the process and its port."""
+    """Start a process that serves a store for as long as this process runs; return it and its port."""
     command = [sys.executable, "-m", "launch.store_server", str(port), str(os.getpid())]
-    # In a session of its own, so that signals to the ranks do not reach it, and without the pipes that mpirun waits for.
+    # In a session of its own, so that signals to the ranks do not reach it, and without inherited pipes, which mpirun would wait for.
     server = subprocess.Popen(command, cwd=ROOT, stdin=DEVNULL, stdout=subprocess.PIPE, stderr=DEVNULL, text=True, start_new_session=True)
     assert server.stdout is not None
     with server.stdout as output:
@@ -99,15 +99,15 @@ def _serve(port: int) -> tuple[subprocess.Popen[str], int]:
 
 
 def store_through_mpi(info: RankInfo, address: str, timeout: timedelta) -> RendezvousStore:
-    """Connect to a store that rank 0 serves and whose address it broadcasts through MPI, the only use of MPI (`mpi_broadcast.py`).
+    """Connect to a store that rank 0 serves. Rank 0 broadcasts its address through MPI (`mpi_broadcast.py`), used for nothing else.
 
     Args:
-        info: of this process.
-        address: of rank 0's machine; "": its name, or the loopback if all ranks are on it.
-        timeout: of the broadcast, and of a connection.
+        info: the rank of this process.
+        address: the address of rank 0's machine; "": its host name, or the loopback address if all ranks are on one machine.
+        timeout: the timeout of the broadcast, and of a connection.
 
     Raises:
-        ConfigError: mpi4py is not installed, or has loaded the library of another MPI.
+        ConfigError: mpi4py is not installed, or has loaded another MPI library than mpirun's.
         RendezvousError: MPI has failed, or not all ranks joined.
     """
     if find_spec("mpi4py") is None:
@@ -128,7 +128,7 @@ def _broadcast(port: int, address: str, timeout: timedelta) -> dict[str, Any]:
     environment = os.environ | ({} if library is None else {"MPI4PY_LIBMPI": os.environ.get("MPI4PY_LIBMPI", str(library))})
     command = [sys.executable, "-m", "launch.mpi_broadcast", str(port), *filter(None, [address])]
     seconds = timeout.total_seconds()
-    try:  # mpirun's connection to its rank is an open file
+    try:  # close_fds=False: a rank's connection to mpirun is an open file, which the child inherits
         done = subprocess.run(
             command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds, close_fds=False, check=False
         )
@@ -141,7 +141,7 @@ def _broadcast(port: int, address: str, timeout: timedelta) -> dict[str, Any]:
 
 
 def _library_of_launcher() -> Path | None:
-    """Find the MPI library of the mpirun that has started this process; another one may be installed too."""
+    """Find the MPI library of the mpirun that has started this process, as several may be installed; None if it is not found."""
     process = os.getppid()
     for _ in range(4):  # mpirun, its daemon, a shell in between
         try:
@@ -159,7 +159,7 @@ def _library_of_launcher() -> Path | None:
 
 def open_store(info: RankInfo, timeout: timedelta) -> RendezvousStore:
     """Open the store of the launcher, or one that rank 0 serves."""
-    if info.world_size == 1:  # the environment may have no address
+    if info.world_size == 1:  # needs no address, and the environment may have none
         return RendezvousStore(store=HashStore())
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     if info.launcher in (OPEN_MPI, MPICH):
@@ -182,12 +182,12 @@ def join_attempt(store: Store, info: RankInfo, timeout: timedelta) -> Store:
     """Wait until all ranks have joined this attempt.
 
     Args:
-        store: of the job.
-        info: of this process.
-        timeout: for all ranks to join.
+        store: the store of the job.
+        info: the rank of this process.
+        timeout: the time within which all ranks must join.
 
     Returns:
-        A store of this attempt alone.
+        A store with the keys of this attempt alone.
 
     Raises:
         RendezvousError: not all joined in time.
@@ -196,7 +196,7 @@ def join_attempt(store: Store, info: RankInfo, timeout: timedelta) -> Store:
         return _begin_attempt(store, info.world_size, timeout)
     own, joined = uuid.uuid4().hex, ""
     for _ in _polls(timeout):
-        if info.launcher_pid not in (None, os.getppid()):  # so has the attempt of this rank, which must not join the next one
+        if info.launcher_pid not in (None, os.getppid()):  # this attempt is over too, and its ranks must not join the next one
             raise RendezvousError(f"the launcher of rank {info.rank} (pid {info.launcher_pid}) has ended before all ranks joined")
         if store.check(["attempt"]):
             name = store.get("attempt").decode()
@@ -227,7 +227,7 @@ def _begin_attempt(store: Store, world_size: int, timeout: timedelta) -> Store:
 
 
 def _polls(timeout: timedelta) -> Iterator[None]:
-    """Yield at growing intervals, and once more when the time is over."""
+    """Yield at growing intervals until the timeout, and once more after it."""
     until, pause = time.monotonic() + timeout.total_seconds(), 0.005
     while time.monotonic() < until:
         yield

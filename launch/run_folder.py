@@ -1,4 +1,4 @@
-"""The folder of a run, with config.yaml, metrics.jsonl, loss.png and summary.json, which rank 0 writes during the run."""
+"""The folder of a run, in which rank 0 writes config.yaml, metrics.jsonl, loss.png and summary.json during the run."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from sharded_optim.trackers.run_files import METRICS, SUMMARY, append_record, ke
 
 __all__ = ["RunFolder", "checkpoint_folder", "find", "find_run"]
 
-# Fraction of the time that rank 0 may draw: the other ranks wait meanwhile.
+# Largest fraction of the time that rank 0 may spend drawing, as the other ranks wait meanwhile.
 SHARE_OF_DRAWING = 0.02
 
 
 def find(config: Config) -> Path | None:
-    """Find the folder of the run that a config continues; None: it begins a new one.
+    """Find the folder of the run that a config continues; None if it begins a new run.
 
     Raises:
         ConfigError: the config begins a new run in a folder that exists.
@@ -53,7 +53,8 @@ def find_run(config: Config, *, is_restart: bool) -> tuple[Path | None, str | No
         is_restart: whether a launcher has started this process again.
 
     Returns:
-        The run's folder, or None for a new run; and a message if all its steps are done, as when it failed after its last step, else None.
+        The run's folder, or None for a new run; and a message if all steps of the run are done, as after a failure behind the last step,
+        else None.
 
     Raises:
         ConfigError: see `find`.
@@ -63,7 +64,7 @@ def find_run(config: Config, *, is_restart: bool) -> tuple[Path | None, str | No
         return None, None
     folder = checkpoint_folder(config, run)
     steps = so.checkpoint.steps(folder)
-    # A run that the config does not name is continued only if it has something to continue from, and something to do.
+    # A run that the config does not name is continued only if it has a checkpoint, and steps left to do.
     if not steps:
         return (None if config.run is None else run), None
     if steps[-1] < config.steps or so.checkpoint.latest(folder) != steps[-1]:
@@ -79,14 +80,14 @@ def checkpoint_folder(config: Config, run: Path) -> Path:
 
 
 class RunFolder(Listener):
-    """A listener that writes all records to files. The link `latest` beside its folder points to it.
+    """A listener that writes all records to files in the run folder. The link `latest` beside that folder points to it.
 
     Args:
-        config: of the job.
-        existing: the folder of a run that is continued; None: a new one.
+        config: the config of the job.
+        existing: the folder of the run that is continued; None: a new folder is made.
 
     Raises:
-        ConfigError: the folder cannot be made.
+        ConfigError: the folder cannot be made or written to.
     """
 
     def __init__(self, config: Config, existing: Path | None = None) -> None:
@@ -102,7 +103,7 @@ class RunFolder(Listener):
             raise ConfigError(f"runs_folder={config.runs_folder!r}: {error}") from None
 
     def start(self, resumption: Resumption | None) -> None:
-        """Read the records of the steps up to the checkpoint, and remove those of later steps, which are trained once more."""
+        """Read the records up to the step of the checkpoint, and remove the records of later steps, which are trained again."""
         records = list(map(_with_nan, keep_records(self.path / METRICS, 0 if resumption is None else resumption.step)))
         self._training = [Training(**record) for record in records if "train_loss_bits" in record]
         self._validation = [Validation(**record) for record in records if "val_bits_per_byte" in record]
@@ -129,19 +130,19 @@ class RunFolder(Listener):
             self.finish(replace(self._summary, status=f"interrupted after step {step}"))
 
     def finish(self, summary: Summary) -> None:
-        self._draw_from = 0.0  # the last curve is drawn however soon after the one before
+        self._draw_from = 0.0  # draw the last curve, however recent the one before
         self.progress(summary)
 
 
 def _name_in(path: Path) -> str | None:
-    """Read the name in a config.yaml that a run has written; None if it cannot be read."""
+    """Read the job's name from the config.yaml of a run; None if it cannot be read."""
     with suppress(ConfigError):
         return read(path, yaml.safe_load, str(path)).get("name")
     return None
 
 
 def _with_nan(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace null, which JSON lines have for values that are not finite, by NaN. A null of the largest RMS means that there is none."""
+    """Replace null, which stands for non-finite values in JSON lines, by NaN. A null largest RMS stays: the record has no RMS."""
     nan = {key: math.nan for key, value in record.items() if value is None and not key.startswith("largest_rms")}
     return {**record, **nan, **{key: _with_nan(value) for key, value in record.items() if isinstance(value, dict)}}
 

@@ -1,6 +1,7 @@
-"""Sharding of the model over the ranks, and the step that goes with it.
+"""Shard the model over the ranks, and step the sharded model.
 
-To add a wrapper, write its function, and its name in `SHARDINGS` and in `Config.sharding`. Every rank calls it with the same weights.
+To add a wrapper, write a function for it, and add its name to `SHARDINGS` and `Config.sharding`. Every rank calls the function with the
+same weights.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from launch.optimizer import build_optimizer
 
 __all__ = ["SHARDINGS", "Sharded", "shard"]
 
-FSDP1_PREFIX = "_fsdp_wrapped_module."  # of the names in each wrapped module
+FSDP1_PREFIX = "_fsdp_wrapped_module."  # before the names of parameters in each wrapped module
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +37,9 @@ class Sharded:
     """A model that is spread over the ranks, with its optimizer.
 
     Attributes:
-        model: to be called.
-        optimizer: of this library; a schedule changes its param groups.
-        engine: DeepSpeed's, which runs backward and steps; None under other wrappers.
+        model: the wrapped model.
+        optimizer: an optimizer of this library, whose param groups the schedule changes.
+        engine: the DeepSpeedEngine, which runs backward and steps; None under other wrappers.
     """
 
     model: nn.Module
@@ -46,7 +47,7 @@ class Sharded:
     engine: Any = None
 
     def step(self, loss: Tensor) -> None:
-        """Run backward from a loss and step; no gradients are left."""
+        """Run backward from a loss, step, and clear the gradients."""
         if self.engine is not None:
             self.engine.backward(loss)
             self.engine.step()
@@ -56,7 +57,7 @@ class Sharded:
         self.optimizer.zero_grad()
 
 
-BuildOptimizer = Callable[..., torch.optim.Optimizer]  # of named parameters, under the names that the model had before it was wrapped
+BuildOptimizer = Callable[..., torch.optim.Optimizer]  # takes named parameters, with the names of the unwrapped model
 Wrapper = Callable[[GPT, BuildOptimizer, Config, torch.device], Sharded]
 
 
@@ -65,7 +66,7 @@ def shard(model: GPT, config: Config, device: torch.device) -> Sharded:
     build = partial(
         build_optimizer,
         config=config.optimizer,
-        nonfinite="skip",  # also in optimizers without another collective: one rank alone must neither skip a step nor fail
+        nonfinite="skip",  # so that ranks agree under every optimizer: none may skip a step, or fail, alone
         max_skipped_steps=config.max_skipped_steps,
         dimensions={name: param.ndim for name, param in model.named_parameters()},
         muon_groups=so.muon_param_groups(model, rest=config.muon_rest, split={"attention.qkv": config.model.d_model}),
@@ -74,7 +75,7 @@ def shard(model: GPT, config: Config, device: torch.device) -> Sharded:
 
 
 def _fsdp2(model: GPT, build: BuildOptimizer, config: Config, device: torch.device) -> Sharded:
-    """Each rank keeps a slice of every parameter; a block's are gathered while it runs."""
+    """FSDP2: each rank keeps a slice of every parameter; the parameters of a block are gathered while the block runs."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("data",))
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
@@ -83,20 +84,20 @@ def _fsdp2(model: GPT, build: BuildOptimizer, config: Config, device: torch.devi
 
 
 def _fsdp1(model: GPT, build: BuildOptimizer, config: Config, device: torch.device) -> Sharded:
-    """Each rank keeps a range of every block, whose parameters are flattened together and gathered while it runs."""
+    """FSDP1: each rank keeps a range of every block, whose parameters are flattened together and gathered while the block runs."""
     wrapped = FullyShardedDataParallel(model, auto_wrap_policy=ModuleWrapPolicy({Block}), device_id=device, use_orig_params=True)
     named = [(name.replace(FSDP1_PREFIX, ""), param) for name, param in wrapped.named_parameters()]
     return Sharded(model=wrapped, optimizer=build(named, layout=so.fsdp1_layout(wrapped)))
 
 
 def _zero(model: GPT, build: BuildOptimizer, config: Config, device: torch.device, stage: Literal[1, 2]) -> Sharded:
-    """Each rank keeps the whole model, and a range of state, or of state and gradients in stage 2. The optimizer averages the gradients."""
+    """ZeRO: each rank keeps the whole model and a range of the state, in stage 2 also of gradients, which the optimizer averages."""
     optimizer = build(model.named_parameters(), constructor=so.ShardedOptimizer, stage=stage, module=model)
     return Sharded(model=model, optimizer=optimizer)
 
 
 def _ddp(model: GPT, build: BuildOptimizer, config: Config, device: torch.device) -> Sharded:
-    """Each rank keeps the whole model."""
+    """DDP: each rank keeps the whole model."""
     wrapped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
     return Sharded(model=wrapped, optimizer=build(model.named_parameters()))
 
@@ -106,7 +107,7 @@ def _single(model: GPT, build: BuildOptimizer, config: Config, device: torch.dev
 
 
 def _deepspeed(model: GPT, build: BuildOptimizer, config: Config, device: torch.device) -> Sharded:
-    """DeepSpeed's ZeRO: each rank keeps a range of state, gradients or parameters, by the stage. The engine runs backward and steps."""
+    """DeepSpeed: the stage decides whether a rank keeps a range of state, gradients or parameters. The engine runs backward and steps."""
     import deepspeed
 
     assert config.deepspeed is not None, "Config demands it"

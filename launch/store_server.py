@@ -1,7 +1,7 @@
-"""Server of the rendezvous store, where no launcher has one: `python -m launch.store_server PORT PARENT`. Prints the port.
+"""Serve the rendezvous store where the launcher has none: `python -m launch.store_server PORT PARENT`, which prints the port.
 
-A process of its own: if rank 0 is stopped, the store must not stop, as the others detect that through it. The server ends when its parent,
-rank 0, has ended in any way, and a little later, so that the others can detect that too.
+The server is a separate process: through its store the other ranks detect that rank 0 is stopped, so the store must go on then. It ends
+two seconds after its parent, rank 0, has ended in any way, so that the other ranks can detect that too.
 """
 
 from __future__ import annotations

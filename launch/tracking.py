@@ -13,14 +13,14 @@ from launch.records import Listener, Resumption, Summary, Training, Validation
 
 __all__ = ["Tracking", "check_installed"]
 
-SECONDS_HEALTHY = 3.0  # a rank beats once a second; three missed beats are more than a busy machine explains
+SECONDS_HEALTHY = 3.0  # ranks send a heartbeat once a second; three missed ones are more than a busy machine explains
 
 
 def check_installed(config: Config) -> None:
-    """Check the packages that the config's trackers need. They are needed where rank 0 runs.
+    """Check that the packages of the config's trackers are installed. Only rank 0 needs them.
 
     Raises:
-        ConfigError: one is not installed.
+        ConfigError: a package is not installed.
     """
     try:
         so.trackers.check_installed(config.trackers)
@@ -32,9 +32,9 @@ class Tracking(Listener):
     """A listener that logs each record to the trackers that the config names.
 
     Args:
-        config: of the job.
+        config: the config of the job.
         path: the run's folder.
-        seconds_since_heartbeat: returns them for each rank.
+        seconds_since_heartbeat: returns the seconds since the last heartbeat of each rank.
     """
 
     def __init__(self, config: Config, path: Path, seconds_since_heartbeat: Callable[[], Mapping[int, float]]) -> None:
@@ -70,7 +70,7 @@ class Tracking(Listener):
         self._trackers.finish("finished")
 
     def fail(self) -> None:
-        """Have trackers write what waits, for 10 s each, and say that the run has failed. Nothing follows."""
+        """Have trackers write their remaining records, for 10 s at most, and report that the run has failed. The last call."""
         self._trackers.finish("failed")
 
     def _health(self) -> dict[str, float]:

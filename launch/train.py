@@ -43,16 +43,16 @@ from sharded_optim.checkpoint import CheckpointError
 from sharded_optim.sharding.ranks import named_ranks, ranks_where
 from sharded_optim.trackers.run_files import FINISHED, RUNNING
 
-# The exit status of ranks that have saved and stopped because another machine is taken away: torchrun is to restart them when there is
-# another one. With 0 it would take the job for finished.
+# Exit status of ranks that have saved and stopped because another machine is taken away: torchrun is to restart them once there is a
+# replacement. With 0, torchrun would take the job for finished.
 STOPPED_ELSEWHERE = 75
-EXPECTED = (CheckpointError, so.DivergenceError, FloatingPointError)  # their messages name the way out, and need no traceback
+EXPECTED = (CheckpointError, so.DivergenceError, FloatingPointError)  # errors whose messages name the remedy; shown without a traceback
 
 
 def main(arguments: list[str]) -> int:
     started = time.perf_counter()
     done = folder = path = None
-    try:  # everything that can be refused is, before the ranks wait for each other
+    try:  # all checks of user input come before the ranks wait for each other
         config = from_arguments(arguments, "python -m launch.train")
         info = read_rank_info(config)
         config = config.with_processes(info.world_size)
@@ -91,17 +91,17 @@ def broadcast_path(folder: RunFolder | None) -> Path | None:
 def run(
     config: Config, info: RankInfo, device: torch.device, text: Corpus, path: Path, folder: RunFolder | None, started: float, watch: Watch
 ) -> int:
-    """Build, train, validate, report.
+    """Build the model, train, validate, and pass records to the listeners.
 
     Args:
-        path: of the run's folder.
-        folder: the listener that writes it, on rank 0; None on others.
+        path: the path of the run's folder.
+        folder: the listener that writes to that folder, on rank 0; None on other ranks.
         started: when the job started, by `time.perf_counter`.
         watch: failure detection.
 
     Returns:
         The exit status: 0 if all steps are done, or the job has been saved and is to stop; STOPPED_ELSEWHERE if only another machine is
-        taken away, and torchrun is to restart this one.
+        taken away, and torchrun is to restart the ranks on this one.
     """
     unigram, zlib = corpus.unigram_bits_per_byte(text.train, text.validation), corpus.zlib_bits_per_byte(text.validation)
     listeners: list[Listener] = []  # on rank 0 only; but every rank takes part in computing the records
@@ -152,7 +152,7 @@ def run(
         loss = mean_loss(sharded.model, training_batch(text.train, config, info, step).to(device))
         try:
             sharded.step(loss)
-        except FloatingPointError as error:  # on all ranks
+        except FloatingPointError as error:  # raised on all ranks
             raise FloatingPointError(f"{error}. {describe_losses(loss)}") from None
         if config.divergence_every is not None and (step % config.divergence_every == 0 or checkpoints.is_due(step)):
             divergence()
@@ -175,7 +175,7 @@ def run(
         if step < config.steps and (stopped := preemption.after_step()) is not None:
             break
     preemption.finish()
-    with watch.no_time_limit():  # also for trackers, which send what they have queued
+    with watch.no_time_limit():  # also for trackers, which send their queued records
         checkpoints.finish()
         if stopped is None:
             assert training is not None, "there is at least one step"
@@ -196,7 +196,7 @@ def mean_loss(model: nn.Module, sequences: Tensor) -> Tensor:
 
 
 def describe_losses(loss: Tensor) -> str:
-    """Name the ranks whose own rows have a loss that is not finite: a wrapper may have spread their gradients to all. A collective."""
+    """Name the ranks whose rows of the batch have a non-finite loss; a wrapper may have spread their gradients to all. A collective."""
     ranks = ranks_where(not math.isfinite(loss.item()), dist.group.WORLD)
     return f"The loss of its own rows is not finite on {named_ranks(ranks)}" if ranks else "The loss is finite on all ranks"
 
@@ -212,11 +212,11 @@ def validate(model: nn.Module, config: Config, info: RankInfo, text: Corpus, dev
 
 
 def describe_training(step: int, meter: Meter, optimizer: Any, *, has_metrics: bool) -> Training:
-    """Make the record of the steps since the last one. Waits for the device, so it is not called in every step. A collective.
+    """Make the record of the steps since the previous record. Waits for the device, so it is not called in every step. A collective.
 
     Args:
-        optimizer: of sharded_optim.
-        has_metrics: whether its metrics are read too.
+        optimizer: an optimizer of sharded_optim.
+        has_metrics: whether the record has the optimizer's metrics.
     """
     loss_bits, tokens_per_second = meter.read()
     metrics: dict[str, float] = optimizer.metrics() if has_metrics else {}  # already reduced over ranks
@@ -235,14 +235,14 @@ def describe_training(step: int, meter: Meter, optimizer: Any, *, has_metrics: b
 
 
 def largest_rms(metrics: dict[str, float]) -> tuple[str | None, float | None]:
-    """Return the name of the tensor with the largest RMS, and that RMS; NaN is the largest. (None, None) if the optimizer has no RMS."""
+    """Return the name and the RMS of the tensor with the largest RMS, NaN counting as largest; (None, None) if there is no RMS."""
     rms = {key.removeprefix("rms/"): value for key, value in metrics.items() if key.startswith("rms/")}
     name = max(rms, key=lambda key: math.inf if math.isnan(rms[key]) else rms[key], default=None)
     return name, None if name is None else rms[name]
 
 
 class Meter:
-    """Mean loss and speed of training. The loss is added up on its device, so that no step waits for it."""
+    """Measures the mean loss and the speed of training. The loss is added up on its device, so that no step waits for it."""
 
     def __init__(self, tokens_per_step: int, device: torch.device) -> None:
         self._tokens_per_step = tokens_per_step
@@ -274,7 +274,7 @@ class Meter:
         self._since = time.perf_counter()
 
     def overall_tokens_per_second(self) -> float:
-        """Return the tokens per second over all readings."""
+        """Return the mean tokens per second up to the last reading."""
         return self._read[0] * self._tokens_per_step / self._read[1]
 
 

@@ -1,7 +1,7 @@
-"""Address of this node, and whether it is the head node, for the options of torchrun in multi_node.sh.
+"""Find the address of this node, and whether it is the head node, for the options of torchrun in multi_node.sh.
 
-`python launch/jobs/head_node.py 10.0.0.1` prints both, as `10.0.0.2 0`. torchrun would take them from the host name, which on many machines
-resolves to 127.0.1.1 or to an address in another network than the head's: then no node takes itself for the head, and all wait for it.
+`python launch/jobs/head_node.py 10.0.0.1` prints both, as `10.0.0.2 0`. torchrun would derive them from the host name, which on many
+machines resolves to 127.0.1.1 or to an address outside of the head's network: no node would take itself for the head, and all would wait.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ import socket
 import sys
 import time
 
-LOOK_UP_SECONDS = 60.0  # for a name that does not exist yet: those of containers appear when they start
+LOOK_UP_SECONDS = 60.0  # for a host name to appear: a container has none before it starts
 
 
 def describe(head: str) -> tuple[str, bool | None]:
-    """Return (address of this node, whether it is the head). None if all nodes are on one machine: the first to open the port is the head.
+    """Return (address of this node, whether it is the head node); the second is None if all nodes are on one machine.
 
     Raises:
-        OSError: there is no such head, or no route to it.
+        OSError: the name of the head node does not resolve, or there is no route to it.
     """
     address = _look_up(head)
-    if address.startswith("127."):
+    if address.startswith("127."):  # the first node that opens the port becomes the head
         return head, None
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((address, 1))  # sends nothing: the system chooses the route, and with it this node's address

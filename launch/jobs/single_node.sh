@@ -10,8 +10,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-# Signals that torchrun forwards, and seconds that ranks then have to save; the default is 30. As options, torch < 2.10 would refuse the
-# first and torch < 2.12 the second; variables that it does not know it ignores.
+# Signals that torchrun forwards, and seconds that ranks then have to save; the default is 30. They are not given as options, as
+# torch < 2.10 would refuse the first and torch < 2.12 the second; unknown variables are ignored.
 export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 PET_SHUTDOWN_TIMEOUT=100
 run="${RUN:-$(date +%Y-%m-%d-%H%M%S)-$(basename "${CONFIG:-configs/fsdp2.yaml}" .yaml)}" # the same when ranks restart
 # exec: signals reach torchrun.

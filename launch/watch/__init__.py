@@ -7,7 +7,7 @@
             with watch.no_time_limit():
                 save()
 
-Without it, the ranks that are left wait in a collective until its timeout. Ranks exchange heartbeats through the store of their attempt
+Without it, the remaining ranks would wait in a collective until its timeout. Ranks exchange heartbeats through the store of their attempt
 (`heartbeats.py`), rank 0 decides which rank hangs (`hang_detector.py`), and each rank sees when another process of its launcher ends
 (`siblings.py`).
 """
@@ -37,31 +37,31 @@ from launch.watch.siblings import siblings
 
 __all__ = ["Watch"]
 
-# Messages of gloo, NCCL and stores when another rank has ended.
+# Error messages of gloo, NCCL and stores after another rank has ended.
 CONSEQUENCE = re.compile(
     r"closed by peer|Connection reset|Broken pipe|Connection refused|connection was likely closed|remote process exited|Timed out waiting"
     r"|Socket Timeout|wait timeout|unhandled system error|aborted|recvBytes|sendBytes|failed to (send|recv|connect)",
     re.IGNORECASE,
 )
 SECONDS_FOR_VERDICT = 5.0
-SECONDS_FOR_OTHERS = 60.0  # to do their work when this rank has done its own, where no heartbeat limits them
-# Code of libraries, and of this package: a message names the innermost line of a user's code.
+SECONDS_FOR_OTHERS = 60.0  # for other ranks to finish their work after this rank, where no heartbeat limits that time
+# Paths of library code and of this package, which are skipped: messages name the innermost line of a user's code.
 OTHERS_CODE = ("site-packages", "dist-packages", f"{os.sep}lib{os.sep}python", os.path.dirname(__file__))
 ROOT = os.getcwd() + os.sep
 
 
 class Watch:
-    """End this process with exit status 1 when this rank or another has failed, after rank 0's log has the first cause.
+    """End this process with exit status 1 when this rank or another has failed, once rank 0's log has the first cause.
 
-    An exception inside is a failure, SystemExit too: a rank that leaves early leaves the others waiting. A process that fails ends at
-    once, with all its threads.
+    Any exception in the `with` block is a failure, SystemExit too, as a rank that leaves early leaves the others waiting. A process that
+    fails ends at once, with all its threads.
 
     Args:
-        rendezvous: with the store of this attempt alone. None: this process is alone.
-        info: of this process, which ends when its launcher does; None: it is alone.
+        rendezvous: has the store of this attempt alone. None: this process is the only rank.
+        info: the rank of this process, which ends when its launcher does; None: it is the only rank.
         heartbeat: seconds for which a rank may send no heartbeat, the store may not answer, or a rank may keep others waiting in a
-            collective; None: any number. To be longer than anything one rank does alone outside `no_time_limit`.
-        expected: exceptions that need no traceback.
+            collective; None: no limit. It must be longer than anything that one rank does alone outside `no_time_limit`.
+        expected: exceptions that are shown without a traceback.
     """
 
     def __init__(
@@ -72,9 +72,9 @@ class Watch:
         heartbeat: float | None = None,
         expected: tuple[type[BaseException], ...] = (),
     ) -> None:
-        self.step = 0  # that this rank is in
-        self._begun_before: Mapping[str, int] = {}  # collectives, in the step before
-        self._begun_at_start: Mapping[str, int] = {}  # of this step
+        self.step = 0  # current step of this rank
+        self._begun_before: Mapping[str, int] = {}  # collectives begun in the step before, by process group
+        self._begun_at_start: Mapping[str, int] = {}  # collectives begun before this step, by process group
         self._without_limit = 0  # nested calls of `no_time_limit`
         info = info or RankInfo()
         self._rank = info.rank
@@ -85,7 +85,7 @@ class Watch:
             self._exchange = HeartbeatExchange(rendezvous.store, info, heartbeat, others, self._heartbeat)
 
     def begin_step(self, step: int) -> None:
-        """Note that this rank begins a step, and how many collectives it has begun before."""
+        """Record that this rank begins a step, and how many collectives it has begun so far."""
         begun = _collectives()
         self._begun_before, self._begun_at_start = _since(self._begun_at_start, begun), begun
         self.step = step
@@ -100,7 +100,7 @@ class Watch:
             self._without_limit -= 1
 
     def seconds_since_heartbeat(self) -> dict[int, float]:
-        """Return the seconds since each rank's last heartbeat, on rank 0; without ranks that have done their work. Reads memory alone."""
+        """Return the seconds since each rank's last heartbeat, on rank 0, except for ranks that have done their work. Reads memory only."""
         return {0: 0.0} if self._exchange is None else self._exchange.hang_detector.seconds_since_heartbeat(time.monotonic())
 
     def __enter__(self) -> Watch:
@@ -141,7 +141,7 @@ class Watch:
 
 
 def _frame_of_user(frame: FrameType | None) -> str | None:
-    """Return function, file and line of the innermost frame that is not a library's."""
+    """Return function, file and line of the innermost frame of a user's code; None if there is none."""
     while frame is not None:
         code = frame.f_code
         if not any(part in code.co_filename for part in OTHERS_CODE) and not code.co_filename.startswith("<"):

@@ -1,7 +1,7 @@
-"""Hang detection: whether a rank sends no heartbeats, or makes no progress while others wait for it.
+"""Hang detection: find a rank that sends no heartbeats, or makes no progress while others wait for it.
 
-Independent of stores, threads and clocks: its input is heartbeats and the times at which they were read. A rank that fails, and one that
-sees a process of its launcher end, need no detection: they write the verdict themselves (`heartbeats.py`).
+It uses no store, thread or clock: its input is heartbeats and the times at which they were read. Other failures need no detection: a rank
+that fails, or sees another process of its launcher end, writes the verdict itself (`heartbeats.py`).
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 __all__ = ["HangDetector", "Heartbeat", "Verdict"]
 
-# While a rank's heartbeats are missing for longer than this, no other is taken for hanging: a rank that waits for a stopped one makes no
-# progress either.
+# While a rank's heartbeats are missing for longer than this, no rank is reported for lack of progress: a rank that waits for a stopped
+# rank makes no progress either.
 SECONDS_FOR_MISSED_HEARTBEATS = 3.0
 
 
@@ -25,7 +25,7 @@ class Heartbeat:
     pid: int  # for messages only; no process is signalled because of it
     host: str
     number: int  # counts heartbeats, so that each differs from the one before
-    step: int = 0  # from 1; 0 before the first
+    step: int = 0  # current step, from 1; 0 before the first
     begun: Mapping[str, int] = field(default_factory=dict)  # collectives begun in this step, by process group
     before: Mapping[str, int] = field(default_factory=dict)  # collectives begun in the step before
     location: str = "its start"  # step and line of code, for messages
@@ -37,7 +37,7 @@ class Heartbeat:
 
     @classmethod
     def from_json(cls, rank: int, text: bytes) -> Heartbeat | None:
-        """Parse a rank's heartbeat; None if there is none yet, or the text is anything else, as any process may write to the store."""
+        """Parse a rank's heartbeat; None if it is missing or malformed: any process may write to the store."""
         try:
             beat = cls(**json.loads(text))
             numbers = (beat.pid, beat.step, *beat.begun.values(), *beat.before.values())
@@ -46,7 +46,7 @@ class Heartbeat:
         return beat if beat.rank == rank and all(type(number) is int for number in numbers) else None
 
     def waits_for(self, other: Heartbeat) -> bool:
-        """Whether this rank is in a later step, or in a collective that the other rank has not begun."""
+        """Return whether this rank is in a later step, or in a collective that the other rank has not begun."""
         if self.step != other.step:
             return self.step > other.step
         alike = {group for group in self.begun.keys() & other.begun if self.before.get(group) == other.before.get(group)}
@@ -55,9 +55,9 @@ class Heartbeat:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """Why the job ends; the same on all ranks."""
+    """The reason why the job ends; the same on all ranks."""
 
-    rank: int  # that failed first
+    rank: int  # the rank that failed first
     who: str  # subject of the message
     what: str  # rest of the message
     shared: str = ""  # key of the counter of ranks that failed with the same error; "" if the cause is not an error
@@ -72,23 +72,23 @@ class Verdict:
 
 @dataclass
 class _Rank:
-    seen: float  # when its heartbeat last changed
-    moved: float  # when it last began a step or a collective
-    last: Heartbeat | None = None
+    seen: float  # time at which the rank's heartbeat last changed
+    moved: float  # time at which the rank last began a step or a collective
+    last: Heartbeat | None = None  # the last heartbeat
 
 
 class HangDetector:
-    """Finds ranks that hang, from the heartbeats of `ranks` from the time `now` on. Times are in seconds.
+    """Finds ranks that hang by their heartbeats. Times are in seconds.
 
     Args:
-        limit: seconds without a heartbeat, or without progress while others wait, after which a rank hangs; None: any number.
-        ranks: those that are observed.
-        now: the time.
+        limit: seconds without a heartbeat, or without progress while others wait, after which a rank is taken to hang; None: no limit.
+        ranks: the ranks to observe.
+        now: the time at which observation begins.
     """
 
     def __init__(self, limit: float | None, ranks: Iterable[int], now: float) -> None:
         self._limit = float("inf") if limit is None else limit
-        self._ranks = {rank: _Rank(now, now) for rank in ranks}  # that have not left
+        self._ranks = {rank: _Rank(now, now) for rank in ranks}  # ranks that have not left
 
     @property
     def is_over(self) -> bool:
@@ -96,7 +96,7 @@ class HangDetector:
         return not self._ranks
 
     def read(self, rank: int, heartbeat: Heartbeat | None, now: float) -> None:
-        """Take in the heartbeat that the store holds of a rank at the time `now`; the same one as before counts as none."""
+        """Record a rank's heartbeat, as read from the store at the time `now`. An unchanged heartbeat is ignored."""
         state = self._ranks.get(rank)
         if state is None or heartbeat is None or heartbeat == state.last:
             return
@@ -107,17 +107,17 @@ class HangDetector:
             del self._ranks[rank]
 
     def seconds_since_heartbeat(self, now: float) -> dict[int, float]:
-        """Return the seconds since a new heartbeat of each rank was read, but for ranks that have left. Any thread may call it."""
+        """Return the seconds since each rank's last new heartbeat, except for ranks that have left. Any thread may call it."""
         return {rank: now - state.seen for rank, state in self._ranks.copy().items()}  # a copy: another thread removes ranks that leave
 
     def slept(self, seconds: float) -> None:
-        """Leave out a time in which nothing was read, as when the machine was suspended: ranks may have made progress in it."""
+        """Do not count a time in which nothing was read, as when the machine was suspended: ranks may have made progress in it."""
         for state in self._ranks.values():
             state.seen += seconds
             state.moved += seconds
 
     def verdict(self, now: float) -> Verdict | None:
-        """Return the rank that hangs at the time `now`, if one does."""
+        """Return a verdict on a rank that hangs at the time `now`; None if no rank does."""
         return self._without_heartbeat(now) or self._without_progress(now)
 
     def _without_heartbeat(self, now: float) -> Verdict | None:
@@ -137,7 +137,7 @@ class HangDetector:
         for rank, heartbeat in sorted(last.items(), key=lambda item: self._ranks[item[0]].moved):
             if (seconds := now - self._ranks[rank].moved) < self._limit:
                 break
-            # A rank that waits for another keeps others waiting, too. The cause is the one that waits for none.
+            # A rank that waits for another keeps others waiting, too. The cause is the rank that waits for no other.
             is_waiting = any(heartbeat.waits_for(other) for other in last.values())
             if not is_waiting and any(other.waits_for(heartbeat) for other in last.values()):
                 what = f"has made no progress for {seconds:.0f} s while others wait for it, at {heartbeat.location}"

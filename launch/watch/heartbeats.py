@@ -1,15 +1,15 @@
-"""Exchange of heartbeats and verdicts through the store of an attempt, on threads of their own.
+"""Exchange heartbeats and verdicts through the store of an attempt, on separate threads.
 
 Keys of the store:
 
-    beat/RANK    the rank's heartbeat, written once a second: that it runs, and its progress
+    beat/RANK    the rank's heartbeat, written once a second: shows that the rank runs, and its progress
     verdict      why the job ends: the first one written counts, and all ranks end because of it
     consequence  the first rank whose error looks like the consequence of another rank's end
     same/ERROR   the number of ranks that have failed with this error
     printed      exists once rank 0's log has the verdict
 
-Rank 0 reads all heartbeats, the others only rank 0's: 1,000 ranks are 6,000 small requests a second, and 300 kB that rank 0 reads. A
-request may block forever, whatever timeout the store was given: a second thread detects that.
+Rank 0 reads all heartbeats, the others only rank 0's: 1,000 ranks make 6,000 small requests a second, and rank 0 reads 300 kB. A request
+may block forever, whatever the timeout of the store: a second thread detects that.
 """
 
 from __future__ import annotations
@@ -33,42 +33,42 @@ from launch.watch.siblings import Sibling, wait_for_exit
 
 __all__ = ["ENDING", "HeartbeatExchange", "before_end", "end"]
 
-MakeHeartbeat = Callable[[int, bool], Heartbeat]  # of this rank; given its number, and whether the rank has left
-ENDING = threading.Lock()  # while it is held, nothing here ends this process
+MakeHeartbeat = Callable[[int, bool], Heartbeat]  # (number of the heartbeat, whether this rank has left) -> heartbeat of this rank
+ENDING = threading.Lock()  # while it is held, no thread of this file ends the process
 ROUND_SECONDS = 0.2
 HEARTBEAT_SECONDS = 1.0  # between two heartbeats
 SLEPT_SECONDS = 2.0  # a round that takes this much longer shows that this process was suspended
-SECONDS_FOR_CAUSES = 2.5  # for the cause of an error that only follows from it to be written, or its rank to miss two heartbeats
-ROUNDS_TO_SHARE = 3  # for ranks with the same error to be counted, once there is a verdict
-SECONDS_TO_PRINT = 2.0  # for rank 0, before other ranks end: some launchers end all when one has ended
-SECONDS_TO_END = 5.0  # for all of this, if the store does not answer any more
-SECONDS_TO_FLUSH = 12.0  # for the actions before this process ends; trackers take 10 s at most
+SECONDS_FOR_CAUSES = 2.5  # after a consequential error: for its cause to be written, or for the rank at fault to miss two heartbeats
+ROUNDS_TO_SHARE = 3  # after a verdict: for ranks with the same error to be counted
+SECONDS_TO_PRINT = 2.0  # for rank 0 to print before other ranks end: some launchers end all ranks when one has ended
+SECONDS_TO_END = 5.0  # for the report of a verdict, if the store does not answer any more
+SECONDS_TO_FLUSH = 12.0  # for each action before this process ends; trackers take 10 s at most
 
 _flushing = threading.Lock()
-_actions: list[Callable[[], None]] = []  # before this process ends
+_actions: list[Callable[[], None]] = []  # called before this process ends
 
 
 class HeartbeatExchange:
-    """Writes this rank's heartbeats and reads those of others, until a verdict ends this process. Arguments are as `Watch` has them.
+    """Writes this rank's heartbeats and reads those of others, until a verdict ends this process. Other arguments are those of `Watch`.
 
     Args:
-        store: of the attempt.
+        store: the store of the attempt.
         others: the processes of other ranks on this machine.
         make: returns a heartbeat of this rank.
 
     Attributes:
-        hang_detector: of all ranks on rank 0, elsewhere of rank 0.
+        hang_detector: observes all ranks on rank 0, and rank 0 on other ranks.
     """
 
     def __init__(self, store: Store, info: RankInfo, heartbeat: float | None, others: list[Sibling], make: MakeHeartbeat) -> None:
-        self._store: Any = store.clone()  # pyright: ignore[reportAttributeAccessIssue]  # a connection that nothing else waits for
+        self._store: Any = store.clone()  # pyright: ignore[reportAttributeAccessIssue]  # a connection on which nothing else waits
         self._rank, self._all = info.rank, range(info.world_size)
         self._watched = self._all if info.rank == 0 else self._all[:1]
         self.hang_detector = HangDetector(heartbeat, self._watched, time.monotonic())
         self._launcher, self._siblings, self._make = info.launcher_pid, others, make
-        self._failure: Verdict | None = None  # this rank's
+        self._failure: Verdict | None = None  # on this rank's own error
         self._follows, self._counted, self._failed_at = False, False, 0.0
-        self._before: list[Heartbeat | None] | None = None  # of all ranks, when this rank wrote `consequence`
+        self._before: list[Heartbeat | None] | None = None  # heartbeats of all ranks when this rank wrote `consequence`
         self._verdict: Verdict | None = None
         self._answered = time.monotonic()  # when the store last answered
         self._leaving, self._over, self._decided = False, threading.Event(), threading.Event()
@@ -76,12 +76,12 @@ class HeartbeatExchange:
         threading.Thread(target=self._time_store, args=(heartbeat,), name="watch-store", daemon=True).start()
 
     def fail(self, error: str, place: str, timeout: float, *, follows: bool) -> Verdict | None:
-        """Report that this rank has failed, and wait for the verdict. A thread then ends this process.
+        """Report that this rank has failed, and return the verdict, or None after the timeout. A thread then ends this process.
 
         Args:
-            error: of this rank, as text.
-            place: the step at which it failed, for the message.
-            timeout: in seconds.
+            error: the error of this rank, as text.
+            place: the step at which this rank failed, for the message.
+            timeout: seconds to wait for the verdict.
             follows: whether the error looks like the consequence of another rank's end.
         """
         self._follows, self._failed_at = follows, time.monotonic()
@@ -90,7 +90,7 @@ class HeartbeatExchange:
         return self._verdict
 
     def leave(self, timeout: float) -> None:
-        """Report that this rank has done its work. Rank 0 waits until all have, at most `timeout` seconds."""
+        """Report that this rank has done its work. Rank 0 waits until all ranks have, for at most `timeout` seconds."""
         self._leaving = True
         self._over.wait(timeout)
 
@@ -120,7 +120,7 @@ class HeartbeatExchange:
                 end()
 
     def _wait_for_verdict(self) -> Verdict | None:
-        """Write and read heartbeats until there is a verdict; None if this rank has done its work before."""
+        """Write and read heartbeats until there is a verdict, and return it; None if this rank has done its work first."""
         for rank in self._all if self._rank == 0 else ():
             self._store.compare_set(f"beat/{rank}", "", "")  # reading a key that does not exist would wait for it
         number, before, written = 0, time.monotonic(), float("-inf")
@@ -153,7 +153,7 @@ class HeartbeatExchange:
         for _ in range(ROUNDS_TO_SHARE if verdict.shared else 0):
             time.sleep(ROUND_SECONDS)
             self._count_failure()
-        until = time.monotonic() + (0.0 if verdict.rank == 0 else SECONDS_TO_PRINT)  # rank 0 may not be able to
+        until = time.monotonic() + (0.0 if verdict.rank == 0 else SECONDS_TO_PRINT)  # a failed rank 0 may be unable to print
         while not (prints := self._rank == 0 or time.monotonic() >= until) and not self._store.check(["printed"]):
             time.sleep(ROUND_SECONDS)
         text = verdict.text(self._store.add(verdict.shared, 0) if verdict.shared else 1)
@@ -165,7 +165,7 @@ class HeartbeatExchange:
                 signal.pidfd_send_signal(sibling.process, signal.SIGKILL)
 
     def _decide_without_store(self, what: str) -> None:
-        """Decide for this rank alone."""
+        """Decide and print a verdict for this rank alone, as the store cannot be used."""
         if self._verdict is None:
             verdict = self._orphaned() or self._verdict_on_self(what)
             print(f"error: {verdict.text(1)}", file=sys.stderr, flush=True)
@@ -175,12 +175,12 @@ class HeartbeatExchange:
         return Verdict(rank=self._rank, who=str(self._make(0, False)), what=what, shared=shared)
 
     def _orphaned(self) -> Verdict | None:
-        """Return the verdict on this rank if its launcher has ended."""
+        """Return a verdict on this rank if its launcher has ended, else None."""
         what = f"failed first: its launcher (pid {self._launcher}) has ended"
         return None if self._launcher in (None, os.getppid()) else self._verdict_on_self(what)
 
     def _failed(self, now: float) -> Verdict | None:
-        """Return the verdict on this rank if it has failed, or on another rank whose end has caused its error."""
+        """Return a verdict on this rank if it has failed, or on another rank whose end has caused the error; None if there is none yet."""
         if self._failure is None or not self._follows:
             return self._failure
         if self._before is None:
@@ -196,11 +196,11 @@ class HeartbeatExchange:
         return self._failure
 
     def _exited(self) -> Verdict | None:
-        """Wait a round for processes of this launcher; return the verdict on a rank whose process ended before its work was done."""
+        """Wait one round for other processes of the launcher to end; return a verdict on a rank that ended before its work was done."""
         for sibling in wait_for_exit(self._siblings, ROUND_SECONDS):
             self._siblings.remove(sibling)
             (last,) = self._read([sibling.rank])
-            if last is not None and last.pid == sibling.pid and not last.has_left:  # else it is of a rank of an earlier attempt
+            if last is not None and last.pid == sibling.pid and not last.has_left:  # else the heartbeat is an earlier attempt's
                 why = f"it was killed, crashed, or called os._exit. Last heartbeat at {last.location}"
                 return self._orphaned() or Verdict(rank=last.rank, who=str(last), what=f"ended first, without an error: {why}")
         return None
@@ -208,7 +208,7 @@ class HeartbeatExchange:
     def _read(self, ranks: Sequence[int]) -> list[Heartbeat | None]:
         """Read the heartbeats of these ranks from the store."""
         keys = [f"beat/{rank}" for rank in ranks]
-        exist = self._rank == 0 or self._store.check(keys)  # rank 0 has written them
+        exist = self._rank == 0 or self._store.check(keys)  # rank 0 has created the keys
         texts = self._store.multi_get(keys) if exist else [b""] * len(keys)
         return [Heartbeat.from_json(rank, text) for rank, text in zip(ranks, texts, strict=True)]
 

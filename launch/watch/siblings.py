@@ -1,6 +1,6 @@
-"""Processes of the other ranks that the same launcher has started on this machine, found in /proc and nowhere else.
+"""Find, in /proc alone, the processes of other ranks that the same launcher has started on this machine.
 
-Only processes found here are ever signalled: any process that can reach the store can write to it.
+Only these processes are ever signalled. Pids in the store are not trusted, as any process that can reach the store can write to it.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ class Sibling(NamedTuple):
 
     rank: int
     pid: int
-    process: int  # a file descriptor, which stands for this process even after its pid is used again
+    process: int  # pidfd: a file descriptor that refers to this process even after its pid is used again
 
 
 def siblings(launcher: int | None, variable: str) -> list[Sibling]:
-    """List the other processes of a launcher that have a rank in a variable of their environment. Finds none before Linux 5.3."""
+    """List the other processes of a launcher that have a rank in an environment variable. Without a launcher or Linux 5.3 it is empty."""
     found = []
     for path in Path("/proc").glob("[0-9]*") if launcher is not None else []:
         with suppress(OSError, LookupError, ValueError, AttributeError):  # it has ended, or is another user's, or has no rank
             parent, rank = _parent_and_rank(path, variable)
             if parent == launcher and path.name != str(os.getpid()):
                 process = os.pidfd_open(int(path.name))
-                if _parent_and_rank(path, variable) == (parent, rank):  # again, now that the pid cannot be that of another process
+                if _parent_and_rank(path, variable) == (parent, rank):  # checked again, as the pid may have been reused before `pidfd_open`
                     found.append(Sibling(rank, int(path.name), process))
     return found
 

@@ -1,1 +1,1 @@
-"""Questions about a model, a machine or a job: plan, doctor, verify, divergence."""
+"""Tools that examine a model, a machine or a job: plan, doctor, verify, report, divergence."""

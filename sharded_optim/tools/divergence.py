@@ -1,9 +1,9 @@
-"""Compare replicas: parameters and state, step counters and hyperparameters that several ranks hold must be equal, bit for bit.
+"""Compare replicas: parameters, state, step counters and hyperparameters that several ranks hold must be equal, bit for bit.
 
-    live model and optimizer -> facts: (what it is, its value) -> one int64 for each -> one all-reduce -> where largest and smallest differ
+    live model and optimizer -> facts (key, value) -> one int64 for each value -> one all-reduce -> facts whose largest and smallest differ
 
-A tensor's value is a hash of its bits (`position_hash.py`), any other's is a digest of its text. What each rank holds is exchanged in the
-first check, and again on all ranks when it has changed on any. A second exchange, of the differing values, happens only to name the ranks
+The int64 of a tensor is a hash of its bits (`position_hash.py`), that of any other value a digest of its text. The ranks exchange the keys
+of their facts in the first check, and again when the keys have changed on any rank. Differing values are exchanged only to name the ranks
 that differ.
 """
 
@@ -32,45 +32,44 @@ from sharded_optim.zero import ShardedOptimizer
 
 __all__ = ["DivergenceCheck", "DivergenceError"]
 
-NOBODY = -(2**63)  # of a rank that does not hold it: no maximum
-CHANGED = 1  # of a rank that holds other things than when they were exchanged, or has failed
+NOBODY = -(2**63)  # sent by a rank that does not have the fact: never the maximum
+CHANGED = 1  # sent by a rank whose facts have other keys than in the last exchange, or that has failed
 NO_STATE = "no state"
-NAMED = {MODEL: "parameter", MASTER: "float32 master"}  # other kinds are called as in the optimizer's state
-MOST_LINES = 8  # of an error message
+NAMED = {MODEL: "parameter", MASTER: "float32 master"}  # other kinds are named as in the optimizer's state
+MOST_LINES = 8  # differences that an error message lists
 
-# What a rank has a value of: a tensor, of which others may have the same elements, or (of what, its name).
+# The key of a value that ranks compare: a piece of a tensor, or (kind, name) of any other value.
 Fact = TensorRow | tuple[str, str]
 
 
 class DivergenceError(RuntimeError):
-    """Replicas differ; the message names what differs, and the ranks."""
+    """Replicas differ. The message names the differing values, and the ranks."""
 
 
 class DivergenceCheck:
     """Compares replicas bit for bit. Call it every hundred steps or so, on every rank.
 
-    Compared are
-    - elements of parameters and of optimizer state (moments, float32 masters, ...) that are on more than one rank: whole ones under DDP,
-      the model's under ShardedOptimizer and DeepSpeed, shards on the ranks that HSDP replicates them on. Not the buffers of the model,
-      which may differ, as running means do;
-    - of every parameter its step counter and the number of its param group, also where the parameter itself is sharded;
+    It compares
+    - elements of parameters and of optimizer state (moments, float32 masters, ...) that are on more than one rank: all of them under DDP,
+      the model's under ShardedOptimizer and DeepSpeed, replicated shards under HSDP. Buffers of the model may differ, as running means do;
+    - the step counter and the param group's number of every parameter, also where the parameter itself is sharded;
     - lr, weight decay and the other hyperparameters of every param group; the counters and the loss scale of a DeepSpeedEngine.
 
-    A call is one all-reduce of 16 bytes for each of these, in a process group of its own, and reads what is replicated once.
-    Alone, or without a process group, it does nothing.
+    A call reads the replicated data once, and makes one all-reduce of 16 bytes for each compared value, in a process group of its own.
+    With a single rank, or without a process group, it does nothing.
 
     Args:
-        optimizer: of this library; None: of the model alone.
-        model: whose parameters it steps, as it is wrapped; the engine under DeepSpeed.
-        process_group: the ranks that train this model together; None: all.
+        optimizer: an optimizer of this library; None compares the model alone.
+        model: the wrapped model whose parameters the optimizer steps; the engine under DeepSpeed.
+        process_group: the ranks that train this model together; None: all ranks.
     """
 
     def __init__(self, optimizer: Any, *, model: Any, process_group: dist.ProcessGroup | None = None) -> None:
         self._optimizer = optimizer
         self._model = model
         self._process_group = process_group
-        self._own: tuple[Fact, ...] = ()  # that this rank had when they were exchanged
-        self._shared: list[Fact] | None = None  # what more than one rank has, in one order on all; None: to be exchanged
+        self._own: tuple[Fact, ...] = ()  # facts that this rank had in the last exchange
+        self._shared: list[Fact] | None = None  # facts of more than one rank, in the same order on all ranks; None: to be exchanged
 
     @torch.no_grad()
     def __call__(self) -> None:
@@ -78,9 +77,9 @@ class DivergenceCheck:
 
         Raises:
             DivergenceError: ranks hold different values; on every rank, with the same message.
-            ValueError: the model or the optimizer of a rank does not tell what it holds; on every rank.
+            ValueError: it is unknown which elements the model or the optimizer of a rank holds; on every rank.
         """
-        process_group = own_process_group(self._process_group, "gloo", purpose="divergence")  # on the CPU, where texts are too
+        process_group = own_process_group(self._process_group, "gloo", purpose="divergence")  # gloo: values and texts are on the CPU
         if process_group is None:
             return
         local, failure = None, None
@@ -100,7 +99,7 @@ class DivergenceCheck:
             self._raise(local, differing, process_group)
 
     def _exchange(self, local: _LocalFacts | None, failure: Exception | None, process_group: dist.ProcessGroup) -> None:
-        """Exchange names to find what more than one rank holds. A collective."""
+        """Exchange the keys of facts, to find those that more than one rank has. A collective."""
         self._shared = None
         raise_together(failure, None, process_group)
         assert local is not None, "else it has failed"
@@ -125,10 +124,10 @@ class DivergenceCheck:
         self._own, self._shared = own, [fact for fact, count in holders.items() if count > 1]
 
     def _compare(self, local: _LocalFacts | None, process_group: dist.ProcessGroup) -> list[int] | None:
-        """The one collective of a check.
+        """Compare the shared values by one all-reduce, the only collective of a check if nothing has changed and nothing differs.
 
         Returns:
-            Which of what is shared has different values; None: a rank holds other things than it has sent, or has failed.
+            Indices of the shared facts with different values; None: the facts of a rank have changed since the exchange, or it has failed.
         """
         assert self._shared is not None
         on_host: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}
@@ -138,7 +137,7 @@ class DivergenceCheck:
         else:
             values = [local.values.get(fact) for fact in self._shared]
             sent[0, :-1] = torch.tensor([NOBODY if value is None else value for value in values], **on_host)
-            # The largest ~value is that of the smallest value; -value may overflow.
+            # The largest ~value belongs to the smallest value; -value may overflow.
             sent[1, :-1] = torch.tensor([NOBODY if value is None else ~value for value in values], **on_host)
         dist.all_reduce(sent, op=dist.ReduceOp.MAX, group=process_group)
         largest, smallest = sent[0], ~sent[1]
@@ -147,7 +146,7 @@ class DivergenceCheck:
         return (largest != smallest)[:-1].nonzero().flatten().tolist()
 
     def _raise(self, local: _LocalFacts, differing: Sequence[int], process_group: dist.ProcessGroup) -> None:
-        """Raise an error that names what differs on which ranks. A collective."""
+        """Raise an error that names the differing values and their ranks. A collective."""
         assert self._shared is not None
         asked = [self._shared[index] for index in differing[:MOST_LINES]]
         of_ranks = gather_objects([(local.values.get(fact), local.texts.get(fact)) for fact in asked], process_group)
@@ -167,8 +166,8 @@ class _LocalFacts:
     """The values that this rank holds.
 
     Attributes:
-        values: an int64 for each, in an order that stays.
-        texts: of those that are not tensors.
+        values: an int64 for each fact, in a fixed order.
+        texts: the texts of facts that are not tensors.
     """
 
     values: Mapping[Fact, int]
@@ -176,9 +175,9 @@ class _LocalFacts:
 
     @classmethod
     def of(cls, optimizer: Any, model: Any) -> _LocalFacts:
-        """Take the current values. No communication, except for steps that are still sending parameters."""
+        """Read the current values. No communication, except to complete a step that is still sending parameters."""
         if isinstance(optimizer, ShardedOptimizer):
-            optimizer.wait()  # first: other ranks may wait for this one, also if it fails in what follows
+            optimizer.wait()  # first: other ranks may wait for this one, even if it fails below
         shown = live_model(model)
         state = None if optimizer is None else live_optimizer(optimizer, model, shown)
         held = [each for each in shown.tensors if not each.is_buffer]
@@ -195,12 +194,12 @@ class _LocalFacts:
 
 
 def _facts_of(state: LiveOptimizer) -> dict[Fact, Any]:
-    """Values of an optimizer that are not tensors: hyperparameters and step counters."""
+    """Return step counters, param groups' numbers and hyperparameters of an optimizer."""
     facts: dict[Fact, Any] = {}
     for member in state.params:
         own = state.engine.state.get(member.param)
         for piece in member.local.pieces:
-            if own is not None or piece.segment.numel:  # some wrappers do not step what is empty here
+            if own is not None or piece.segment.numel:  # some wrappers do not step a piece that is empty here
                 facts["step", piece.segment.name] = NO_STATE if own is None else own[STEP]
     facts["number of param groups", ""] = len(state.groups)
     facts |= {("param group", name): index for name, index in state.group_of.items()}
@@ -222,7 +221,7 @@ def _texts(facts: Mapping[Fact, Any]) -> dict[Fact, str]:
     """Convert values to texts that are equal if the values are. Values without such a text are left out."""
     scalars = {fact: value for fact, value in facts.items() if isinstance(value, Tensor) and value.numel() == 1}
     numbers: dict[Fact, Any] = {}
-    for device in dict.fromkeys(value.device for value in scalars.values()):  # one copy from each
+    for device in dict.fromkeys(value.device for value in scalars.values()):  # one copy from each device
         there = {fact: value.detach().reshape(()).double() for fact, value in scalars.items() if value.device == device}
         numbers |= dict(zip(there, torch.stack(list(there.values())).tolist(), strict=True))
     texts = {fact: _text(numbers.get(fact, value)) for fact, value in facts.items()}
@@ -248,17 +247,17 @@ def _digest(text: str) -> int:
 
 
 def _difference(fact: Fact, of_ranks: Sequence[tuple[int | None, str | None]], ranks: Sequence[int]) -> str:
-    """Say which ranks have which value.
+    """Describe which ranks have which value of a fact.
 
     Args:
-        of_ranks: value and text of each rank that has it.
-        ranks: in the same order.
+        of_ranks: (value, text) of each rank; the value is None if the rank does not have the fact.
+        ranks: the numbers of these ranks, in the same order.
     """
     sets: dict[tuple[int, str | None], list[int]] = {}
     for rank, (value, text) in zip(ranks, of_ranks, strict=True):
         if value is not None:
             sets.setdefault((value, text), []).append(rank)
-    (most, majority), *others = sorted(sets.items(), key=lambda each: -len(each[1]))  # of equally many, that of the first rank
+    (most, majority), *others = sorted(sets.items(), key=lambda each: -len(each[1]))  # in a tie, the value of the first rank
     parts = []
     for other, odd in others:
         values = "" if other[1] is None else f" ({other[1]}, not {most[1]})"
@@ -267,7 +266,7 @@ def _difference(fact: Fact, of_ranks: Sequence[tuple[int | None, str | None]], r
 
 
 def _named(fact: Fact) -> str:
-    """Name a value in error messages."""
+    """Return the name of a fact in error messages."""
     if len(fact) == 2:
         return f"{fact[1]!r} ({fact[0]})" if fact[1] else fact[0]
     kind, name, shape, _, start, run, _, count, _ = fact

@@ -1,4 +1,4 @@
-"""Import what a command line names as `package.module:name`, and name a package that is missing."""
+"""Import an object that a command line names as `package.module:name`, and the error for a missing package."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ class MissingPackageError(ImportError):
 
 
 def imported(target: str) -> Any:
-    """Return the object of that name.
+    """Import an object by its name `package.module:name`.
 
     >>> imported("math:pi")
     3.141592653589793
 
     Raises:
-        ValueError: it cannot be imported.
+        ValueError: the object cannot be imported.
     """
     module_name, _, attributes = target.partition(":")
     try:

@@ -1,6 +1,6 @@
-"""Read the folder of a training run while the run goes on: records, config and summary. Used by `sharded-optim report` and `watch`.
+"""Read the folder of a training run, also during the run: records, config and summary. Used by `sharded-optim report` and `watch`.
 
-`metrics.jsonl` has one JSON object per line, in which null is a value that was not finite. Two programs write it:
+`metrics.jsonl` has one JSON object per line, in which null stands for a value that was not finite. Two programs write it:
 
     the training job     records of training, with a `train_loss_bits` and the optimizer's metrics as `optimizer`, and of validation, with
                          a `val_bits_per_byte`; `config.yaml`
@@ -39,39 +39,39 @@ __all__ = [
     "read_run",
 ]
 
-CONFIG, TRACKER_CONFIG = "config.yaml", "config.json"  # of the training job, of the tracker
+CONFIG, TRACKER_CONFIG = "config.yaml", "config.json"  # written by the training job, and by the tracker
 REFERENCE_LOSSES = (("unigram", "unigram_bits_per_byte"), ("zlib", "zlib_bits_per_byte"))  # names, and keys of the training job's summary
-NAMED_FOLDERS = 8  # in an error
-COMPARED_BYTES = 256  # before the offset at which reading continues
+NAMED_FOLDERS = 8  # most folders that an error names
+COMPARED_BYTES = 256  # before the offset at which reading continues, to recognize a replaced file
 
 
 class RunFolderError(ValueError):
-    """A path that is no run folder, or a run folder without records."""
+    """A path is no run folder, or a run folder has no records."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRecord:
-    """The last of some training steps. A value that the record does not have is None, one that was not finite is NaN."""
+    """A record of the training steps up to `step`. Missing values are None; values that were not finite are NaN."""
 
     step: int
-    loss: float | None  # in `Records.loss_unit`; of the training job the mean over the steps since the record before
+    loss: float | None  # in `Records.loss_unit`; in the training job the mean over the steps since the record before
     lr: float | None
     tokens_per_second: float | None  # of all ranks
     largest_rms: float | None
     largest_rms_name: str | None  # the tensor of that RMS
     skipped_steps: int | None  # since the run began
-    optimizer: dict[str, float]  # `metrics()` and `performance()` of the step, or what else was logged; empty where the record has none
-    non_finite_ranks: dict[str, list[int]]  # of the optimizer, by tensor; empty where the record has none
+    optimizer: dict[str, float]  # `metrics()` and `performance()` of the step, or other logged values; empty if the record has none
+    non_finite_ranks: dict[str, list[int]]  # ranks with a non-finite gradient, by tensor; empty if the record has none
 
     def by_name(self, kind: str) -> dict[str, float]:
-        """Return the optimizer's values of one kind: those of `rms/NAME` by NAME for `rms`."""
+        """Return the optimizer's values of one kind by name: for `rms` the values of all keys `rms/NAME`, by NAME."""
         prefix = f"{kind}/"
         return {key.removeprefix(prefix): value for key, value in self.optimizer.items() if key.startswith(prefix)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationRecord:
-    """The validation set after a step."""
+    """The loss of the validation set after a step."""
 
     step: int
     loss: float  # in `Records.loss_unit`
@@ -79,17 +79,17 @@ class ValidationRecord:
 
 @dataclass
 class Records:
-    """Records in the order of steps. Where a run was resumed, those of steps that it has taken again replace the ones before."""
+    """Records in the order of steps. If a resumed run has repeated steps, their new records replace the old ones."""
 
     training: list[TrainingRecord] = field(default_factory=list)
     validation: list[ValidationRecord] = field(default_factory=list)
-    restarts: list[int] = field(default_factory=list)  # first recorded steps after a restart that metrics.jsonl shows
-    unreadable: int = 0  # whole lines that are no record
-    loss_unit: str = ""  # "bits per byte" of the training job; what a tracker logs has an unknown one
-    _last: dict[str, Any] = field(default_factory=dict)  # the lines of the last training record, as JSON
+    restarts: list[int] = field(default_factory=list)  # first recorded step after each restart that metrics.jsonl shows
+    unreadable: int = 0  # complete lines that are no record
+    loss_unit: str = ""  # "bits per byte" in the training job; "" for a tracker, whose unit is unknown
+    _last: dict[str, Any] = field(default_factory=dict)  # content of all lines of the last training record
 
     def add(self, line: bytes) -> None:
-        """Add one line of metrics.jsonl, without its end."""
+        """Add one line of metrics.jsonl, without its newline."""
         if not line.strip():
             return
         content = parse_record(line) or {}
@@ -104,7 +104,7 @@ class Records:
 
     def _add_training(self, record: TrainingRecord, content: dict[str, Any]) -> None:
         if self.training and record.step == self.training[-1].step and self._last.keys() & content.keys() == {"step"}:
-            # Other values of the same step, in a line of their own. With one of the same values, the step was taken again.
+            # The line has further values of the same step. If it repeated a value, the step would have been taken again.
             self._last |= content
             merged = _training_record(self._last)
             assert merged is not None, "each of its lines is a record"
@@ -129,7 +129,7 @@ class Records:
 
     @property
     def last_step(self) -> int:
-        """The largest step of any record; 0 without records."""
+        """The largest step of any record; 0 if there are no records."""
         return max([0, *(each.step for each in (*self.training[-1:], *self.validation[-1:]))])
 
 
@@ -139,9 +139,9 @@ class Run:
 
     path: Path
     records: Records
-    config: dict[str, Any]  # of config.yaml or config.json; empty where it is missing or cannot be read
-    summary: dict[str, Any]  # of summary.json, likewise
-    seconds_since_record: float | None  # since metrics.jsonl was written; None where it is missing
+    config: dict[str, Any]  # content of config.yaml or config.json; empty if the file is missing or cannot be read
+    summary: dict[str, Any]  # content of summary.json; empty if the file is missing or cannot be read
+    seconds_since_record: float | None  # since metrics.jsonl was written; None if it is missing
 
     @property
     def status(self) -> str:
@@ -149,7 +149,7 @@ class Run:
 
     @property
     def steps(self) -> int | None:
-        """Steps that the run is to take; None where config.yaml does not say."""
+        """The number of steps that the run is to take; None if the config does not say."""
         return _integer(self.config.get("steps"))
 
     @property
@@ -158,10 +158,10 @@ class Run:
 
 
 def find_run(path: str | Path) -> Path:
-    """Return the run folder that a path names, links followed: `runs/latest` is the newest run.
+    """Return the run folder at a path, with links resolved: `runs/latest` is the newest run.
 
     Raises:
-        RunFolderError: it is no run folder. The error names what is missing, and the run folders beside it or in it.
+        RunFolderError: the path is no run folder. The message says what is missing, and names run folders in it or beside it.
     """
     given = Path(path)
     if _is_run(given):
@@ -184,17 +184,17 @@ def find_run(path: str | Path) -> Path:
 
 
 def read_run(path: Path) -> Run:
-    """Read a whole run folder, as `find_run` returns it."""
+    """Read the whole content of a run folder that `find_run` has returned."""
     return Follower(path).read()
 
 
 class Follower:
-    """Reads a run folder again and again; of metrics.jsonl only what was appended.
+    """Reads a run folder repeatedly, and of metrics.jsonl only the appended lines.
 
-    A job that resumes a run replaces metrics.jsonl by a shorter one. The file is then read from its beginning.
+    A job that resumes a run replaces metrics.jsonl by a shorter file, which is then read from its beginning.
 
     Args:
-        path: of a run folder, as `find_run` returns it.
+        path: a run folder, as `find_run` returns it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -203,11 +203,11 @@ class Follower:
 
     def _begin(self) -> None:
         self._records = Records()
-        self._offset = 0  # of the first line that was not read yet
-        self._before = b""  # the bytes before it, by which a replaced file is recognized
+        self._offset = 0  # offset of the first unread line
+        self._before = b""  # the bytes before that offset, by which a replaced file is recognized
 
     def read(self) -> Run:
-        """Return the run as it is now."""
+        """Return the current content of the run folder."""
         age = self._read_records()
         return Run(
             path=self._path,
@@ -232,8 +232,8 @@ class Follower:
             appended = stream.read()
             modified = os.fstat(stream.fileno()).st_mtime
         lines = appended.split(b"\n")
-        # The end of the file may be half a record, which the next reading sees whole. One that is whole but for its newline counts as soon
-        # as the newline is there, so that no record is added twice.
+        # The file may end with half a record, which the next reading sees whole. A record without its newline is not added yet, even if it
+        # is whole, so that no record is added twice.
         del lines[-1]
         for line in lines:
             self._records.add(line)
@@ -248,7 +248,7 @@ class Follower:
 
 
 def labels_of(paths: Sequence[Path]) -> list[str]:
-    """Return short names of run folders: as many of the last parts of each path as tell them apart.
+    """Return short names of run folders: the last parts of each path, as many as distinguish them.
 
     >>> labels_of([Path("/a/x"), Path("/a/y")]), labels_of([Path("/a/x"), Path("/b/x")])
     (['x', 'y'], ['a/x', 'b/x'])
@@ -261,7 +261,7 @@ def labels_of(paths: Sequence[Path]) -> list[str]:
 
 
 def printable(text: str) -> str:
-    r"""Replace characters that are not to be shown in a page or a terminal: names and values in a run folder may be any string.
+    r"""Replace characters that a page or a terminal must not show, as names and values in a run folder may be any string.
 
     >>> printable("a\x1b[31m\n\ud800")
     'a\ufffd[31m \ufffd'
@@ -274,7 +274,7 @@ def _is_run(path: Path) -> bool:
 
 
 def _runs_in(folder: Path) -> list[Path]:
-    """Run folders in a folder, newest first, without links to them."""
+    """Return the run folders in a folder, newest first, without links."""
     try:
         found = [each for each in folder.iterdir() if not each.is_symlink() and each.is_dir() and _is_run(each)]
         return sorted(found, key=lambda each: (each.stat().st_mtime, each), reverse=True)
@@ -303,7 +303,7 @@ def _parse_json(path: Path) -> dict[str, Any]:
 
 
 def _training_record(content: dict[str, Any]) -> TrainingRecord | None:
-    """Return the training record in the lines of one step; None where they have none."""
+    """Make a training record from the content of one step's lines; None if they have no values of training."""
     ranks = None
     if "train_loss_bits" in content:
         loss, optimizer, ranks = "train_loss_bits", content.get("optimizer"), content.get("non_finite_ranks")
@@ -338,9 +338,9 @@ def _validation_record(content: dict[str, Any]) -> ValidationRecord | None:
 
 
 def _largest_rms(content: dict[str, Any], values: dict[str, float]) -> tuple[str | None, float | None]:
-    """Return the tensor with the largest RMS and that RMS, of which NaN is the largest; (None, None) where the optimizer has no RMS."""
+    """Return the name and the RMS of the tensor with the largest RMS, NaN counting as largest; (None, None) if there is no RMS."""
     if "train_loss_bits" in content:
-        name = content.get("largest_rms_name")  # null without a name: the optimizer has none
+        name = content.get("largest_rms_name")  # null without a name: the optimizer has no RMS
         return (name, _number(content["largest_rms"])) if "largest_rms" in content and isinstance(name, str) else (None, None)
     rms = {key.removeprefix("rms/"): value for key, value in values.items() if key.startswith("rms/")}
     name = max(rms, key=lambda key: math.inf if math.isnan(rms[key]) else rms[key], default=None)
@@ -348,7 +348,7 @@ def _largest_rms(content: dict[str, Any], values: dict[str, float]) -> tuple[str
 
 
 def _ranks_by_name(value: Any) -> dict[str, list[int]]:
-    """Return the entries that are lists of ranks."""
+    """Return the entries of a JSON object whose values are lists of ranks; {} for any other JSON value."""
     rows = value.items() if isinstance(value, dict) else ()
     return {name: ranks for name, ranks in rows if isinstance(ranks, list) and all(map(_is_count, ranks))}
 
@@ -363,7 +363,7 @@ def _integer(value: Any) -> int | None:
 
 
 def _number(value: Any) -> float:
-    """Return a value as a float; NaN for null, and for what is no number."""
+    """Return a value as a float; NaN for null, and for anything else that is no number."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return math.nan
     try:

@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 __all__ = ["Model", "Shape", "block_of", "from_config", "from_module", "from_shapes", "hugging_face_model", "load", "of_plain_sequences"]
 
 Shape = tuple[int, ...]
-BLOCK = re.compile(r"^(?:.*?\.)?\d+\.")  # of a parameter's name: up to its first number, as `layers.3.`
+BLOCK = re.compile(r"^(?:.*?\.)?\d+\.")  # a parameter's name up to its first number, such as `layers.3.`
 
 
 def block_of(name: str) -> str:
-    """Return the numbered block of a parameter, "" outside of numbered blocks.
+    """Return the numbered block that a parameter is in, as the prefix of its name; "" outside of numbered blocks.
 
     >>> block_of("model.layers.3.attention.0.weight"), block_of("embedding.weight")
     ('model.layers.3.', '')
@@ -43,8 +43,8 @@ class Model:
     """The trainable parameters of a model."""
 
     shapes: Mapping[str, Shape]  # in the order of `named_parameters()`
-    idle: int = 0  # elements that a token does not use: those of the experts to which it is not routed
-    module: nn.Module | None = field(default=None, compare=False, repr=False)  # on the meta device, where shapes are those of one
+    idle: int = 0  # elements that a token does not use, in experts to which it is not routed
+    module: nn.Module | None = field(default=None, compare=False, repr=False)  # on the meta device; None if only shapes are given
 
     def __post_init__(self) -> None:
         if not self.shapes:
@@ -61,7 +61,7 @@ class Model:
 
 
 def load(source: str) -> Model:
-    """Load the model that an argument of the command line names.
+    """Load the model that a command-line argument names.
 
     Args:
         source: a JSON file {name: [sizes]}, a Hugging Face config.json or the folder with it, or `package.module:callable`, an nn.Module
@@ -122,15 +122,15 @@ def from_config(path: Path) -> Model:
         module = hugging_face_model(path)
     shapes = {name: tuple(param.shape) for name, param in module.named_parameters()}
     config = module.config.get_text_config()
-    config.use_cache = False  # a forward of training keeps no keys and values for later tokens
+    config.use_cache = False  # in training, forward keeps no keys and values for later tokens
     return Model(shapes=shapes, idle=_idle(shapes, config), module=module)
 
 
 def hugging_face_model(path: Path) -> Any:
-    """Build the model of a Hugging Face config.json with random weights: its first architecture, or a language model.
+    """Build the model of a Hugging Face config.json with random weights: its first architecture, or else a causal language model.
 
     Args:
-        path: of the file.
+        path: the path of the file.
 
     Raises:
         ValueError: transformers is not installed, or does not know the model.
@@ -151,10 +151,10 @@ def hugging_face_model(path: Path) -> Any:
 
 
 def of_plain_sequences() -> AbstractContextManager[Any]:
-    """Let models of transformers take sequences as they are, without a look at positions for several that are packed into one.
+    """Return a context in which models of transformers do not check whether several sequences are packed into one.
 
-    The look reads values, which the meta device does not have. It is private to transformers: 5.14 and 5.24 have it; for versions without
-    it nothing is done.
+    That check reads values of positions, which the meta device does not have. It is a private function of transformers, in 5.14 and 5.24;
+    in versions without it the context does nothing.
     """
     masks = sys.modules.get("transformers.masking_utils")
     if not hasattr(masks, "find_packed_sequence_indices"):
@@ -163,7 +163,7 @@ def of_plain_sequences() -> AbstractContextManager[Any]:
 
 
 def _idle(shapes: Mapping[str, Shape], config: Any) -> int:
-    """Count the elements of the experts to which a token is not routed, where the config says how many it is."""
+    """Count the elements of experts to which a token is not routed; 0 if the config does not have the numbers of experts."""
     used = getattr(config, "num_experts_per_tok", None)
     experts = next(filter(None, (getattr(config, name, None) for name in COUNTS_OF_EXPERTS)), None)
     if used is None or experts is None:
@@ -171,4 +171,4 @@ def _idle(shapes: Mapping[str, Shape], config: Any) -> int:
     return sum(math.prod(shape) // experts * (experts - used) for name, shape in shapes.items() if ".experts." in name)
 
 
-COUNTS_OF_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # as configs of transformers call it
+COUNTS_OF_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # keys in configs of transformers

@@ -1,6 +1,7 @@
-"""Trackers send an optimizer's metrics elsewhere: TensorBoard, W&B, MLflow, Prometheus, JSON lines. One file per destination.
+"""Send metrics to TensorBoard, W&B, MLflow, Prometheus or JSON lines. Each destination has a file.
 
-Each of them is listed in `registry.py`, and imports its client when it is opened. Used as `so.trackers.open(...)`, and by the training job.
+Destinations are listed in `registry.py`. A tracker imports its client package when it is opened. Used as `so.trackers.open(...)`, and by
+the training job.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Write files in one step: a reader, also after a crash, finds all of the old content or all of the new.
+"""Write files atomically: a reader sees all of the old content or all of the new, even if the writer is killed.
 
 Used by trackers, by reports and by the training job. Files that must be on the disk before training
 continues, as checkpoints, are not written here.
@@ -15,7 +15,7 @@ __all__ = ["atomic_write", "write_text"]
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Context whose value is the path of a draft in the same folder, to be written in it. At its end the draft replaces the file."""
+    """Yield the path of a draft in the same folder, to be written in the `with` block. At its end the draft replaces the file."""
     draft = path.with_name(f".{path.name}.draft")
     try:
         yield draft
@@ -26,6 +26,6 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text as UTF-8."""
+    """Write text to a file atomically, as UTF-8."""
     with atomic_write(path) as draft:
         draft.write_text(text, encoding="utf-8")

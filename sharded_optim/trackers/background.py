@@ -13,20 +13,20 @@ from sharded_optim.trackers.destination import Status, Tracker
 
 __all__ = ["Background"]
 
-MOST_RECORDS = 1000  # that wait for a slow tracker; further ones are dropped
+MOST_RECORDS = 1000  # records that may wait for a slow tracker; further ones are dropped
 SECONDS_AFTER_FAILURE = 10.0  # for the remaining records of a run that has failed: its process is to end soon
 
 
 class Background:
-    """A tracker that hands records to another, which is opened, called and finished on one thread.
+    """A tracker that passes records to another tracker, which is opened, called and finished on one background thread.
 
-    Errors of that thread are raised by the next call of `log` or `finish`, on the caller's. Where Python ends without `finish`, as by an
-    error that nobody catches, it is called then: the run has failed.
+    Errors of that thread are raised by the next call of `log` or `finish`. If Python exits before `finish` is called, as after an uncaught
+    error, it is called at exit, and the run has failed.
 
     Args:
-        name: of the thread.
-        opens: the other tracker.
-        seconds: that `finish` waits at most; for a run that has failed `SECONDS_AFTER_FAILURE`, if that is less.
+        name: the name of the tracker, for the name of the thread.
+        opens: opens the other tracker.
+        seconds: the longest time that `finish` waits; for a run that has failed `SECONDS_AFTER_FAILURE`, if that is less.
     """
 
     def __init__(self, name: str, opens: Callable[[], Tracker], *, seconds: float) -> None:
@@ -35,9 +35,9 @@ class Background:
         self._records: queue.Queue[tuple[int, Mapping[str, float]] | Status] = queue.Queue(MOST_RECORDS)
         self._error: Exception | None = None
         self._until: float | None = None  # when `finish` stops waiting
-        self._has_status = False  # whether the status with which the run ended is in the queue
+        self._has_status = False  # whether the final status of the run is in the queue
         atexit.register(self._finish_at_exit)
-        # A daemon, as a client may wait for a server for minutes, for which the end of the process must not wait.
+        # A daemon thread, because a client may wait minutes for a server, and the process must be able to end meanwhile.
         self._thread = threading.Thread(target=self._work, name=f"tracker {name}", daemon=True)
         self._thread.start()
 
@@ -49,11 +49,11 @@ class Background:
         self._raise_error()
 
     def begin_finish(self, status: Status) -> None:
-        """Have the thread finish, and do not wait for it: several of these then share the time that `finish` waits."""
+        """Have the thread finish, without waiting for it: several trackers then finish at the same time, before `finish` waits for each."""
         atexit.unregister(self._finish_at_exit)
         self._seconds = min(self._seconds, SECONDS_AFTER_FAILURE) if status == "failed" else self._seconds
         self._until = time.monotonic() + self._seconds
-        with suppress(queue.Full):  # `finish` waits for a place
+        with suppress(queue.Full):  # `finish` then waits for space
             self._records.put_nowait(status)
             self._has_status = True
 
@@ -71,7 +71,7 @@ class Background:
 
     def _finish_at_exit(self) -> None:
         if self._until is None:
-            with suppress(Exception):  # there is no caller left to raise it for
+            with suppress(Exception):  # there is no caller left to get the error
                 self.finish("failed")
 
     def _raise_error(self) -> None:
@@ -80,15 +80,15 @@ class Background:
             raise error
 
     def _work(self) -> None:
-        tracker = None  # records are dropped where it cannot be opened
+        tracker = None  # if it cannot be opened, records are dropped
         try:
             tracker = self._opens()
             atexit.unregister(self._finish_at_exit)
-            atexit.register(self._finish_at_exit)  # again: what was registered last, as the client's own, is called first
+            atexit.register(self._finish_at_exit)  # again: handlers run in reverse order, and the client may have registered its own
         except Exception as error:
             self._error = error
         record: tuple[int, Mapping[str, float]] | Status | None = None
-        while not isinstance(record, str):  # a status is the last one
+        while not isinstance(record, str):  # the status is the last item of the queue
             record = self._records.get()
             try:
                 if tracker is None:
@@ -97,5 +97,5 @@ class Background:
                     tracker.finish(record)
                 else:
                     tracker.log(*record)
-            except Exception as error:  # a server may come back
+            except Exception as error:  # go on: a server may come back
                 self._error = error

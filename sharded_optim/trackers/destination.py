@@ -1,4 +1,4 @@
-"""The types that trackers are made of: a run, the interface of a tracker, and the entry of a destination in the registry.
+"""Types of trackers: a run, the interface of a tracker, and the entry of a destination in the registry.
 
 Used by every file of this folder. Trackers import their client when they are opened, so that importing the library does not.
 """
@@ -25,7 +25,7 @@ class Tracker(Protocol):
     """Write the metrics of one run to one destination. All calls come from one thread."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Record values of a step. Several calls may have the same step, with other keys."""
+        """Record values of a step. Several calls may record different keys of one step."""
 
     def finish(self, status: Status) -> None:
         """Write the remaining records, and release all resources. Nothing is logged afterwards."""
@@ -33,13 +33,13 @@ class Tracker(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A training run, as trackers know it.
+    """A training run, as it is described to trackers.
 
     Attributes:
-        folder: of all runs.
-        name: of this one, and of its folder in `folder`.
-        config: what the run was configured with; values that JSON can write.
-        resume_after: the step that training resumes after; None for a new run. A tracker then must not record steps twice.
+        folder: the folder of all runs.
+        name: the name of this run, and of its folder in `folder`.
+        config: the configuration of the run; values that JSON can write.
+        resume_after: the step after which training resumes, so that a tracker must not record steps twice; None for a new run.
     """
 
     folder: Path
@@ -49,17 +49,17 @@ class Run:
 
     @property
     def path(self) -> Path:
-        """The folder of this run, made if need be."""
+        """The folder of this run, created if it is missing."""
         path = self.folder / self.name
         path.mkdir(parents=True, exist_ok=True)
         return path
 
     def load_id(self, tracker: str) -> str | None:
-        """Return the id under which a client knows the run that is resumed; None for a new run, or where none was saved."""
+        """Return the client's id of a resumed run; None for a new run, or if no id was saved."""
         return self._ids().get(tracker) if self.resume_after is not None else None
 
     def save_id(self, tracker: str, client_id: str) -> None:
-        """Save the id under which a client knows this run, for `load_id` after a restart."""
+        """Save the client's id of this run, for `load_id` after a restart."""
         with _ids_lock:  # trackers may run on threads of their own
             write_text(self.path / "tracker_ids.json", json.dumps(self._ids() | {tracker: client_id}) + "\n")
 
@@ -70,13 +70,13 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Destination:
-    """The entry of a destination: how its tracker is opened. Each module in the registry has one, named DESTINATION.
+    """A destination, and how its tracker is opened. Each module in the registry defines one, named DESTINATION.
 
     Attributes:
         opens: (run, **options) -> the tracker. Its keyword-only parameters are the options that users may give.
-        client: the module that it imports; None for Python alone.
+        client: the module that the tracker imports; None if it needs Python alone.
         install: the argument of `pip install` that provides the client.
-        may_block: whether it waits for other machines. It then runs on a thread of its own, so that training does not wait with it.
+        may_block: whether the tracker waits for other machines. It then runs on a thread of its own, so that training does not wait.
     """
 
     opens: Callable[..., Tracker]
@@ -95,5 +95,5 @@ class Destination:
 
 
 def kind_of(values: Mapping[str, float]) -> str:
-    """Return which kind of record values are, as training or validation: their first key. Other keys may come and go between steps."""
+    """Return the kind of a record, such as training or validation: its first key, as other keys may differ between steps."""
     return next(iter(values), "")

@@ -9,7 +9,7 @@ __all__ = ["dotted_keys"]
 
 
 def dotted_keys(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the values of a nested config by their dotted keys, in their order.
+    """Flatten a nested config to its values by dotted key, in order.
 
     >>> dotted_keys({"lr": 0.1, "model": {"layers": 2, "data": {}}})
     {'lr': 0.1, 'model.layers': 2, 'model.data': {}}

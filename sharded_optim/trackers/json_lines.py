@@ -1,4 +1,4 @@
-"""JSON lines: one record per line in `<folder>/<run>/metrics.jsonl`, beside it the config and how the run ended. Needs no package."""
+"""JSON lines: one record per line in `<folder>/<run>/metrics.jsonl`, with files for config and status beside it. Needs no package."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["DESTINATION"]
 
 
 class JsonLines:
-    """Append a line `{"step": 10, "loss": 1.5, ...}` for each call of `log`. What is not finite is null.
+    """Append a line `{"step": 10, "loss": 1.5, ...}` for each call of `log`. Values that are not finite become null.
 
-    A resumed run drops the records after the step that it resumes after. A new run renames the file of an earlier one to
-    `metrics-1.jsonl`, or the first number that is free. `config.json` has the config, and `summary.json` the status.
+    A resumed run drops the records of steps after `resume_after`. A new run renames the file of an earlier run to `metrics-1.jsonl`, or
+    the first number that is free. `config.json` has the config, and `summary.json` the status.
     """
 
     def __init__(self, run: Run) -> None:

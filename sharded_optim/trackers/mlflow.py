@@ -23,13 +23,13 @@ LONGEST_NAME, LONGEST_VALUE = 250, 6000
 
 
 class MLflow:
-    """Log metrics and the config as parameters, with MLflow's client: the user's own active run, a global of MLflow, is left alone.
+    """Log metrics, and the config as parameters, by MLflow's client, so that the user's active run, a global of MLflow, is left alone.
 
     Args:
-        run: to track.
-        uri: of a tracking server or a database; None is what MLflow was configured with, as MLFLOW_TRACKING_URI, and without that
+        run: the run to track.
+        uri: the tracking server or database; None: MLflow's own setting, such as MLFLOW_TRACKING_URI, and without one
             `<folder>/mlflow.db`.
-        experiment: made if there is none of that name.
+        experiment: the name of the experiment, which is created if it is missing.
     """
 
     def __init__(self, run: Run, *, uri: str | None = None, experiment: str = "sharded_optim") -> None:
@@ -39,7 +39,7 @@ class MLflow:
             is_set = mlflow.is_tracking_uri_set()
             uri = mlflow.get_tracking_uri() if is_set else f"sqlite:///{run.folder.resolve() / 'mlflow.db'}"
         self._client = mlflow.MlflowClient(tracking_uri=uri)
-        self._last_steps: dict[str, int] = {}  # that MLflow has, by the kind of record; only of a run that is resumed
+        self._last_steps: dict[str, int] = {}  # last steps in MLflow by kind of record, for a resumed run
         known_id = run.load_id("mlflow")
         self._is_resumed = known_id is not None
         if known_id is not None:
@@ -55,7 +55,7 @@ class MLflow:
             self._client.log_batch(self._id, params=batch)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        if self._is_resumed and step <= self._last_step(kind_of(values)):  # MLflow keeps every value that is logged, also of one step
+        if self._is_resumed and step <= self._last_step(kind_of(values)):  # MLflow would keep both values of a step that is logged twice
             return
         milliseconds = int(time.time() * 1000)
         metrics = [self._entities.Metric(metric_name(key), value, milliseconds, step) for key, value in values.items()]
@@ -66,7 +66,7 @@ class MLflow:
         self._client.set_terminated(self._id, STATUSES[status])
 
     def _last_step(self, kind: str) -> int:
-        """Return the last step that MLflow has of a kind of record; -1 if none. One request for each kind, not for each metric."""
+        """Return the last step in MLflow for a kind of record, -1 if there is none. One request for each kind, not for each metric."""
         if kind not in self._last_steps:
             history = self._client.get_metric_history(self._id, metric_name(kind))
             self._last_steps[kind] = max((metric.step for metric in history), default=-1)
@@ -74,7 +74,7 @@ class MLflow:
 
 
 def metric_name(key: str) -> str:
-    """Return a key as MLflow allows it: other characters become `_`, and parts of a path that mean no folder go.
+    """Convert a key to a name that MLflow allows: other characters become `_`, and empty, `.` and `..` parts of the path are removed.
 
     >>> metric_name("rms/blocks[0].weight"), metric_name("/a/../b")
     ('rms/blocks_0_.weight', 'a/b')

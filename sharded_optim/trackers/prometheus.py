@@ -16,7 +16,7 @@ __all__ = ["DESTINATION", "Prometheus"]
 
 SKIPPED_STEPS = "skipped_steps"  # a key that `optimizer.metrics()` always has
 PREFIX = "sharded_optim_"
-# Labels for the part of a key behind its first `/`, by the part before it; "name" for all others.
+# The label for the part of a key after its first `/`, by the part before it; other keys have the label "name".
 LABELS = {
     "rms": "tensor",
     "clip_factor": "tensor",
@@ -32,14 +32,14 @@ class Prometheus:
     """Serve `http://<host>:<port>/metrics` from a thread, until the run is finished.
 
     Args:
-        run: to track.
-        host: the address to listen on. The endpoint has no password and no TLS: 127.0.0.1 is reached from this machine only,
-            and "0.0.0.0" from every machine that reaches this one.
-        port: to listen on; 0 takes a free one.
-        live: returns more values at each scrape, keyed as `log` has them; it is called on another thread.
+        run: the run to track.
+        host: the address to listen on. The endpoint has no password and no TLS: 127.0.0.1 can be reached from this machine only,
+            and "0.0.0.0" from every machine that can reach this one.
+        port: the port to listen on; 0 chooses a free one.
+        live: returns further values at each scrape, with keys as in `log`; it is called on another thread.
 
     Attributes:
-        address: (host, port) that is listened on.
+        address: (host, port) of the endpoint.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Prometheus:
         client: Any = import_module("prometheus_client")
         self._metric: Any = import_module("prometheus_client.core").Metric
         self._live = live
-        self._records: dict[tuple[str, bool], Mapping[str, float]] = {}  # the last of each kind, with the optimizer's metrics and without
+        self._records: dict[tuple[str, bool], Mapping[str, float]] = {}  # by (kind, whether it has the optimizer's metrics)
         self._step: int | None = run.resume_after
         # Not the client's global registry: metrics of the user's own code stay out, and two runs in a process do not collide.
         registry = client.CollectorRegistry()
@@ -60,8 +60,9 @@ class Prometheus:
         self.address: tuple[str, int] = self._server.server_address[:2]
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        # Values of an earlier step go: a tensor that is no longer reported has no value. Those of the optimizer stay until the next record
-        # that has some: with metrics_every=10 nine of ten have none. The dict is replaced, as another thread reads it; the newest is last.
+        # A record replaces the previous one of its kind, so that a tensor that is no longer reported has no value. Records with the
+        # optimizer's metrics are a kind of their own, which stays meanwhile: with metrics_every=10 nine of ten records have none. The dict
+        # is replaced rather than changed, as another thread reads it; the newest record is last.
         kind = kind_of(values), SKIPPED_STEPS in values
         self._records = {key: record for key, record in self._records.items() if key != kind} | {kind: dict(values)}
         self._step = step
@@ -72,11 +73,11 @@ class Prometheus:
         self._thread.join()
 
     def describe(self) -> list[Any]:
-        """Tell the registry that names are not known before the first step."""
+        """Return no gauges: the registry asks for them when this object is registered, and their names are known after the first step."""
         return []
 
     def collect(self) -> Iterator[Any]:
-        """Yield the gauges, as the registry asks at each scrape."""
+        """Yield the gauges. The registry calls this at each scrape."""
         records, step = self._records, self._step
         values = {} if step is None else {"step": float(step)}
         for record in [*records.values(), {} if self._live is None else self._live()]:
@@ -86,7 +87,7 @@ class Prometheus:
         for key, value in values.items():
             first, _, rest = key.partition("/")
             name = PREFIX + re.sub(r"[^a-zA-Z0-9_]", "_", first)
-            if (name, rest) not in seen:  # the format allows each once, and two keys may differ in a character that it does not have
+            if (name, rest) not in seen:  # a gauge may have each label once, and two keys may differ only where both become `_`
                 seen.add((name, rest))
                 gauge = gauges.setdefault(name, self._metric(name, f"Last value of {first}.", "gauge"))
                 gauge.add_sample(name, {LABELS.get(first, "name"): rest} if rest else {}, value)

@@ -25,7 +25,7 @@ def destination(name: str) -> Destination:
     """Return a destination by its name.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: no destination has that name.
     """
     if name not in MODULES:
         raise ValueError(f"there is no tracker {name!r}{_nearest(name, MODULES)}")
@@ -36,7 +36,7 @@ def check_installed(names: Iterable[str]) -> None:
     """Check that the clients of destinations are installed. Imports none of them.
 
     Raises:
-        ImportError: one is not; says what to install.
+        ImportError: a client is not installed. The message says what to install.
     """
     for name in names:
         found = destination(name)
@@ -48,7 +48,7 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
     """Check the names of a destination's options.
 
     Raises:
-        ValueError: it has none of that name.
+        ValueError: the destination has no option of that name.
     """
     parameters = inspect.signature(destination(name).opens).parameters.values()
     known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]

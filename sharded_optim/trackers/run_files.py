@@ -1,7 +1,7 @@
 """Files in the folder of a run, which the tracker `jsonl` and the training job write, and `sharded-optim report` and `watch` read.
 
-`metrics.jsonl` has one JSON object per line, each with the `step` that its other values are of; its lines are parsed here and nowhere
-else. `summary.json` has the `status` of the run.
+`metrics.jsonl` has one JSON object per line, with a `step` and values of that step; only this file parses its lines. `summary.json` has the
+`status` of the run.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from sharded_optim.trackers.atomic_write import write_text
 __all__ = ["FINISHED", "METRICS", "RUNNING", "SUMMARY", "append_record", "keep_records", "parse_record", "read_records", "to_json"]
 
 METRICS, SUMMARY = "metrics.jsonl", "summary.json"
-# Of the `status`; others say how a run was interrupted.
-RUNNING = "running or interrupted"  # a run that is killed cannot write down that it is
+# Values of `status`; any other value says how a run was interrupted.
+RUNNING = "running or interrupted"  # one value for both, as a killed run cannot change its status
 FINISHED = "finished"
 
 
@@ -35,7 +35,7 @@ def append_record(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def parse_record(line: bytes) -> dict[str, Any] | None:
-    """Return the record of a line, with None where a value was not finite; None for a line that a killed process left incomplete."""
+    """Parse a line into a record, with None for values that were not finite; None for a malformed line, as a killed process may leave."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -45,13 +45,13 @@ def parse_record(line: bytes) -> dict[str, Any] | None:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Return all records of a file; none if there is no file."""
+    """Return all records of a file; an empty list if there is no file."""
     lines = path.read_bytes().splitlines() if path.exists() else []
     return [record for line in lines if (record := parse_record(line)) is not None]
 
 
 def keep_records(path: Path, last_step: int) -> list[dict[str, Any]]:
-    """Drop the records of steps after `last_step`, which are going to be taken again, and return the others."""
+    """Remove the records of steps after `last_step` from a file, as these steps are taken again, and return the remaining records."""
     records = [record for record in read_records(path) if record["step"] <= last_step]
     if path.exists():
         write_text(path, "".join(to_json(record) + "\n" for record in records))
@@ -59,7 +59,7 @@ def keep_records(path: Path, last_step: int) -> list[dict[str, Any]]:
 
 
 def to_json(record: Mapping[str, Any], indent: int | None = None) -> str:
-    """Return a record as JSON, which has no NaN and no infinity: they become null, also in dicts inside."""
+    """Return a record as JSON. NaN and infinity, which JSON does not have, become null, also in nested dicts."""
     return json.dumps(_finite(record), allow_nan=False, indent=indent)
 
 

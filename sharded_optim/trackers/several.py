@@ -1,4 +1,4 @@
-"""Pass each record to several trackers, none of which can end training: the result of `so.trackers.open`."""
+"""Pass each record to several trackers, whose errors do not end training: the result of `so.trackers.open`."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from sharded_optim.trackers.registry import check_installed, check_options, dest
 
 __all__ = ["Trackers", "check_every", "open_trackers"]
 
-SECONDS_TO_FINISH = 60.0  # for the remaining records when a run ends; to make MLflow's database alone takes 7 on an idle core
+SECONDS_TO_FINISH = 60.0  # for the remaining records when a run ends; creating MLflow's database alone takes 7 s on an idle core
 
 
 class Trackers:
     """The open trackers of a run: `log(step, values)` and `finish()`. Also a context manager, which finishes them.
 
-    Where one fails, a warning names it and its error, once, and training goes on without its records.
+    If a tracker fails, a warning names it and its error, once, and training goes on.
     """
 
     def __init__(self, opens: Mapping[str, Callable[[], Tracker]], *, metrics_every: int = 1) -> None:
@@ -42,10 +42,10 @@ class Trackers:
         """Record values of a step, on every rank or on rank 0; only rank 0 writes.
 
         Args:
-            step: from 0 or 1 on, not smaller than in earlier calls.
+            step: the step, counted from 0 or 1, not smaller than in earlier calls.
             values: finite or not; a `/` in a key separates levels. Tensors of one element are read, which waits for their device.
-            metrics: returns more of them, as `optimizer.metrics` or `lambda: so.metrics(trainer)`. It is called in steps that
-                `metrics_every` divides: in others nothing is computed, and no device is waited for. And on rank 0 alone: a function in
+            metrics: returns more values, such as `optimizer.metrics` or `lambda: so.metrics(trainer)`. It is called in steps that
+                `metrics_every` divides: other steps compute nothing, and wait for no device. It is called on rank 0 alone: a function in
                 which all ranks communicate, such as `optimizer.non_finite_ranks`, would wait there for ever.
 
         Raises:
@@ -68,7 +68,7 @@ class Trackers:
         A second call does nothing.
 
         Args:
-            status: how the run ended; "interrupted" for one that is to be resumed.
+            status: how the run ended; "interrupted" for a run that is to be resumed.
         """
         if not self._is_finished:
             self._is_finished = True
@@ -104,25 +104,25 @@ def open_trackers(
     options: Mapping[str, Mapping[str, Any]] | None = None,
     metrics_every: int = 1,
 ) -> Trackers:
-    """Open trackers of a run, to which metrics then go: `so.trackers.open`.
+    """Open the trackers to which a run sends its metrics: `so.trackers.open`.
 
     Call it on every rank, after torch's process group exists, or on rank 0 alone. Only rank 0 opens and writes anything.
 
     Args:
-        names: of destinations: "jsonl", "tensorboard", "wandb", "mlflow", "prometheus".
-        folder: of all runs.
-        run: the name of this one, and of its folder in `folder`.
-        config: what the run was configured with, to be shown beside its metrics; nested dicts of values that JSON can write.
-        resume_after: the step of the checkpoint from which the run of this name is resumed: what was logged of later steps is
-            dropped, or not logged again. None begins a new run.
-        options: of destinations by their names: `{"wandb": {"mode": "offline"}, "prometheus": {"port": 9500}}`.
-        metrics_every: steps from one call of what `log` is given as `metrics` to the next. A step has its metrics whether they are read
-            or not, so this is no option of the optimizer: to read and to store hundreds of values takes time, and waits for the device.
+        names: the destinations: "jsonl", "tensorboard", "wandb", "mlflow", "prometheus".
+        folder: the folder of all runs.
+        run: the name of this run, and of its folder in `folder`.
+        config: the configuration of the run, shown beside its metrics; nested dicts of values that JSON can write.
+        resume_after: the step of the checkpoint from which the run of this name is resumed: records of later steps are dropped, or not
+            logged again. None begins a new run.
+        options: options by destination: `{"wandb": {"mode": "offline"}, "prometheus": {"port": 9500}}`.
+        metrics_every: steps between calls of the function `metrics` of `log`, as reading and storing hundreds of values takes time, and
+            waits for the device. It is no option of the optimizer, which has the metrics of a step whether they are read or not.
 
     Raises:
-        ImportError: on rank 0, a client is not installed; says what to install.
-        ValueError: an unknown name or option, a name that is given twice, options of a tracker that is not among `names`, `run` is
-            no name of a folder, or `metrics_every` no positive int. On all ranks.
+        ImportError: on rank 0, a client is not installed. The message says what to install.
+        ValueError: a name or option is unknown, a name is given twice, options are for a tracker that is not among `names`, `run` is no
+            name of a folder, or `metrics_every` no positive int. On all ranks.
     """
     chosen = [names] if isinstance(names, str) else list(names)
     given = {} if options is None else options
@@ -147,7 +147,7 @@ def check_every(name: str, steps: Any) -> None:
     """Check an argument that is a number of steps.
 
     Raises:
-        ValueError: it is none; says its name and value.
+        ValueError: it is no positive int. The message has its name and value.
     """
     if type(steps) is not int or steps < 1:
         raise ValueError(f"{name} is a number of steps, a positive int, got {steps!r}; leave it out for 1")

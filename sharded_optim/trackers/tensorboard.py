@@ -13,12 +13,12 @@ __all__ = ["DESTINATION"]
 
 
 class TensorBoard:
-    """Write a scalar for each value; TensorBoard groups keys by what is in front of the first `/`. The config is a text."""
+    """Write a scalar for each value, which TensorBoard groups by the part of the key before the first `/`, and the config as a text."""
 
     def __init__(self, run: Run) -> None:
         first_step = 0 if run.resume_after is None else run.resume_after + 1
         module: Any = import_module("torch.utils.tensorboard")
-        # TensorBoard then hides what event files in this folder have of this step and later ones.
+        # With purge_step, TensorBoard hides the values of this step and later ones in other event files of the folder.
         self._writer = module.SummaryWriter(log_dir=str(run.path / "tensorboard"), purge_step=first_step)
         text = json.dumps(run.config, indent=4, default=str)
         self._writer.add_text("config", "\n".join(f"    {line}" for line in text.splitlines()), first_step)  # Markdown's code block
@@ -26,7 +26,7 @@ class TensorBoard:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for key, value in values.items():
             self._writer.add_scalar(key, value, step)
-        self._writer.flush()  # else a killed process loses up to two minutes
+        self._writer.flush()  # without it, a killed process loses up to two minutes of records
 
     def finish(self, status: Status) -> None:
         self._writer.close()

@@ -15,12 +15,12 @@ __all__ = ["DESTINATION"]
 
 
 class WeightsAndBiases:
-    """Log each record with its step. A resumed run continues the run of its id; W&B ignores steps that it has already.
+    """Log each record with its step. A resumed run continues under its saved id; W&B ignores steps that it already has.
 
     Args:
-        run: to track.
-        project: None leaves it to W&B's own settings, as WANDB_PROJECT.
-        mode: "offline" writes files that `wandb sync` uploads later; None leaves it to W&B's own settings, as WANDB_MODE.
+        run: the run to track.
+        project: the name of the project; None: W&B's own setting, such as WANDB_PROJECT.
+        mode: "offline" writes files that `wandb sync` uploads later; None: W&B's own setting, such as WANDB_MODE.
     """
 
     def __init__(self, run: Run, *, project: str | None = None, mode: Literal["online", "offline", "disabled"] | None = None) -> None:

@@ -7,7 +7,7 @@ backends.py     each backend, stepped and compared with eager
 storage.py      the folder of checkpoints
 ranks.py        whether ranks agree, see the same folder, and have the same time
 
-Every rank first checks itself. Then the ranks exchange their reports, and check together what concerns them all.
+Every rank first checks itself. Then the ranks exchange their reports, and make the checks that need all ranks.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def examine(
     """Check this machine. Under torchrun a collective of all ranks.
 
     Args:
-        folder: of checkpoints, on a local or network file system.
-        quick: neither measure the write speed nor collect torch's report of the environment.
-        timeout: seconds that a rank waits for another.
+        folder: the folder of checkpoints, on a local or network file system.
+        quick: whether to leave out the write speed and torch's report of the environment.
+        timeout: seconds that a rank waits for another rank.
         report_to: is called with the report, on rank 0, before any rank returns: torchrun ends all ranks when the first one fails.
 
     Returns:
@@ -66,7 +66,7 @@ def _examine_together(rank: int, everyone: list[RankReport], folder: str, quick:
 
 
 def _report(reports: list[RankReport], together: tuple[Finding, ...], folder: str, quick: bool) -> Report:
-    """Make the report, with the measurements that take long unless it is to be quick."""
+    """Make the report. Unless it is to be quick, the write speed is measured, and torch's report of the environment is collected."""
     first, *others = reports
     if quick:
         return Report(ranks=tuple(reports), together=together)

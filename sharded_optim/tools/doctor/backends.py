@@ -1,4 +1,4 @@
-"""Check which backends run here: each steps a small optimizer, and must give the bits of the eager backend."""
+"""Check which backends run here: each steps a small optimizer, and the result must equal the eager backend's, bit for bit."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ __all__ = ["examine"]
 EAGER = "eager"
 CPU = torch.device("cpu")
 SHAPES = ((), (13, 7), (1, 1), (1009,))
-MATRICES = ((13, 7), (1, 9))  # that Muon steps
+MATRICES = ((13, 7), (1, 9))  # shapes of the matrices that Muon steps
 DTYPES = (torch.float32, torch.bfloat16)
 STEPS = 3
 
 
 def examine(device: torch.device) -> list[Finding]:
-    """Check all backends on this device, or on the CPU if they do not run on that: state may be offloaded."""
+    """Check each backend on this device, or on the CPU if it does not run on the device: state may be offloaded."""
     findings = [_examine(name, device) for name in MODULES]
     faster = any(each.status == "ok" for each in findings if each.name != EAGER)
     return [each if faster or each.status != "absent" else _missed(each, device) for each in findings]
 
 
 def _missed(finding: Finding, device: torch.device) -> Finding:
-    """Turn the absence of the compiled backend of this device into a warning: eager runs instead."""
+    """Turn the absence of the device's compiled backend into a warning, as steps then run eagerly."""
     if finding.name != ("cpu" if device.type == "cpu" else "triton") or finding.way_out is None:
         return finding
     return _finding(finding.name, "warning", f"{finding.value}: steps run eagerly, many times slower", finding.way_out)
@@ -67,7 +67,7 @@ def _stepped(name: str, device: torch.device) -> Finding:
     try:
         results = _results(name, device)
         expected = results if name == EAGER else _results(EAGER, device)
-    except Exception as error:  # a compiler's, a driver's
+    except Exception as error:  # any error of a compiler or a driver
         return _finding(name, "problem", f"fails on {device}: {one_line(error)}", f"{way_out}, and see the whole error with it")
     if not all(bool(each.float().isfinite().all()) for each in results):
         return _finding(name, "problem", f"computes what is not finite on {device}", way_out)
@@ -79,7 +79,7 @@ def _stepped(name: str, device: torch.device) -> Finding:
 
 
 def _results(name: str, device: torch.device) -> list[Tensor]:
-    """Return parameters and state after steps with gradients that jump."""
+    """Return parameters and state after a few steps, with gradients that grow a hundredfold from step to step."""
     generator = torch.Generator().manual_seed(0)
     found = []
     for dtype in DTYPES:

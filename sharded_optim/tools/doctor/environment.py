@@ -1,4 +1,4 @@
-"""Check packages, device and threads of this process: versions that are too old, and what ranks must have in common. Imports no package.
+"""Check packages, device and threads of this process: old versions, and values that ranks must have in common. Imports no optional package.
 
 Hardware, drivers, limits and libraries are in torch's own report: `python -m torch.utils.collect_env`.
 """
@@ -21,7 +21,7 @@ from sharded_optim.version import __version__
 __all__ = ["MINIMUM", "OPTIONAL", "device_of", "examine"]
 
 MINIMUM = {"torch": (2, 9), "llvmlite": (0, 45), "triton": (3, 6), "safetensors": (0, 4, 3)}  # as in pyproject.toml
-# Packages that need not be there, and the argument of `pip install` for each.
+# Optional packages, and the argument of `pip install` for each.
 OPTIONAL = {
     "llvmlite": "llvmlite",
     "triton": "triton",
@@ -65,7 +65,7 @@ def _version_of(name: str) -> str | None:
 
 
 def numbers_of(version: str) -> tuple[int, ...]:
-    """Return the numbers that a version begins with.
+    """Return the numbers at the beginning of a version.
 
     >>> numbers_of("2.13.0rc1+cpu")
     (2, 13, 0)

@@ -19,12 +19,12 @@ class Finding:
     """The result of one check.
 
     Attributes:
-        section: of the report.
+        section: the section of the report.
         name: unique within a section.
         value: the result, for people.
-        way_out: the remedy; warnings and problems have one.
+        way_out: the remedy; every warning and problem has one.
         data: the result, for programs; in bytes, seconds, bytes per second.
-        alike: a value that must be equal on all ranks; None: it may differ.
+        alike: a value that must be equal on all ranks; None if it may differ.
     """
 
     section: str
@@ -53,12 +53,12 @@ class RankReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """The findings of every rank about itself, and those about all ranks together."""
+    """The findings of every rank about itself, and the findings about all ranks together."""
 
-    world_size: int | None = None  # None: as many as there are reports; more where ranks are missing
+    world_size: int | None = None  # None: the number of rank reports; it is larger if ranks are missing
     ranks: tuple[RankReport, ...]
     together: tuple[Finding, ...]
-    environment: str | None = None  # torch's report: hardware, drivers, libraries; of rank 0
+    environment: str | None = None  # torch's report on rank 0: hardware, drivers, libraries
 
     @property
     def findings(self) -> tuple[Finding, ...]:
@@ -66,12 +66,12 @@ class Report:
 
     @property
     def status(self) -> Status:
-        """The worst; "ok" where something is merely absent."""
+        """The worst status of a finding; "absent" counts as "ok"."""
         there = {each.status for each in self.findings}
         return "problem" if "problem" in there else "warning" if "warning" in there else "ok"
 
     def as_data(self) -> dict[str, Any]:
-        """Return the report as JSON has it, without `alike`, which only ranks compare."""
+        """Return the report as data for JSON, without `alike`, which is only compared between ranks."""
         data = asdict(self, dict_factory=lambda fields: {name: value for name, value in fields if name != "alike"})
         return {"status": self.status, **data, "world_size": self.world_size or len(self.ranks)}
 

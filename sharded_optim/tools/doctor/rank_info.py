@@ -1,4 +1,4 @@
-"""Read torchrun's environment variables: which of its ranks this process is."""
+"""Read the rank of this process from torchrun's environment variables."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 @dataclass(frozen=True, kw_only=True)
 class RankInfo:
-    """The rank of this process; `local` ones are among the processes on this machine."""
+    """Rank and world size of this process, among all processes and among those on its machine (`local`)."""
 
     rank: int = 0
     world_size: int = 1
@@ -21,10 +21,10 @@ class RankInfo:
 
 
 def read_rank_info() -> RankInfo:
-    """Read torchrun's variables; without any, this process is alone.
+    """Read torchrun's variables; without RANK and WORLD_SIZE, this process is the only rank.
 
     Raises:
-        ValueError: they are incomplete, or no whole numbers.
+        ValueError: the variables are incomplete, no whole numbers, or out of range.
     """
     missing = [name for name in VARIABLES if name not in os.environ]
     if "RANK" in missing and "WORLD_SIZE" in missing:  # MASTER_ADDR alone may be a cluster's default

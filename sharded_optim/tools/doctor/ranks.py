@@ -21,9 +21,9 @@ from sharded_optim.tools.doctor.storage import PREFIX
 __all__ = ["compare", "compare_clocks", "compare_folders", "exchange_reports"]
 
 MOST_SKEW = 1.0  # seconds between two clocks
-ROUNDS = 3
-VISIBLE_SECONDS = 5.0  # for which network file systems may remember that a file was not there
-WAYS_OUT = {  # of differences, by section
+ROUNDS = 3  # readings of the clocks
+VISIBLE_SECONDS = 5.0  # to wait for a file: network file systems may cache that it does not exist
+WAYS_OUT = {  # remedies of differences between ranks, by section
     "environment": "make it the same for every rank: install one version, use one kind of device, set OMP_NUM_THREADS",
     "backends": "make the same backends run on every rank",
 }
@@ -39,11 +39,11 @@ def exchange_reports(
     """Gather the reports of all ranks, examine them together, and report on rank 0. Afterwards this process ignores SIGTERM.
 
     Args:
-        examine: a collective.
+        examine: makes the joint report from the reports of all ranks. A collective.
         report_to: is called on rank 0, once, before any rank returns.
 
     Returns:
-        Whether there is no problem; the same on all ranks, and False on those that lost the others.
+        Whether there is no problem: the same on all ranks, but False on ranks that have lost the others.
     """
     store: Any = None
     reported = False
@@ -58,12 +58,12 @@ def exchange_reports(
             report_to(report)
             reported = True
         return _gathered(report.status != "problem")[0]
-    except RuntimeError as error:  # of a store or of gloo
+    except RuntimeError as error:  # from the store or gloo
         if info.rank == 0 and not reported:
             report_to(Report(ranks=(here,), together=(_lost(info, timeout, store, error),), world_size=info.world_size))
         return False
     finally:
-        # torchrun ends all ranks as soon as it sees that one has failed; each is to end with the status that all have agreed on.
+        # torchrun sends SIGTERM to all ranks as soon as one has failed; each rank is to end with the status that all have agreed on.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -95,7 +95,7 @@ def _finding(status: Any, name: str, value: str, way_out: str | None = None, **d
 
 
 def compare(everyone: Sequence[RankReport]) -> list[Finding]:
-    """Return a problem for everything that must be equal on all ranks and is not; else a finding that they agree."""
+    """Return a problem for each value that must be equal on all ranks and is not, or else a finding that the ranks agree."""
     values = [{(each.section, each.name): each.alike for each in report.findings if each.alike is not None} for report in everyone]
     differences = []
     for section, name in dict.fromkeys(key for each in values for key in each):
@@ -121,7 +121,7 @@ def compare_clocks() -> Finding:
 
 
 def clocks_finding(ahead: Sequence[float]) -> Finding:
-    """Judge the seconds by which each rank's clock is ahead of rank 0's."""
+    """Return the finding about clocks, given the seconds by which each rank's clock is ahead of rank 0's."""
     skew = max(ahead) - min(ahead)
     if skew <= MOST_SKEW:
         return _finding("ok", "clocks", f"at most {max(1, round(skew * 1e3)):,} ms apart", seconds=skew)

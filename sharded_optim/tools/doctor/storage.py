@@ -1,4 +1,4 @@
-"""Check whether a rank can write into the folder of checkpoints, and how fast, in the way in which checkpoints are written."""
+"""Check whether a rank can write into the folder of checkpoints, and how fast, by the same operations as a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sharded_optim.tools.doctor.findings import Finding, Status
 
 __all__ = ["PREFIX", "examine", "local_path", "measure"]
 
-PREFIX = ".sharded-optim-doctor-"  # begins the names of everything that is written, and removed again
+PREFIX = ".sharded-optim-doctor-"  # prefix of the names of temporary files and folders
 SIZE = 64 * 2**20  # bytes of the file whose writing is timed
 SMALL = 4096
 SMALL_REPETITIONS = 5
@@ -49,7 +49,7 @@ def examine(folder: str) -> list[Finding]:
 
 
 def measure(folder: str) -> list[Finding]:
-    """Measure the speed of a write as of a checkpoint: file, fsync, rename, fsync of the folder."""
+    """Measure the speed of a write with the operations of a checkpoint: file, fsync, rename, fsync of the folder."""
     try:
         if shutil.disk_usage(folder).free < 2 * SIZE:
             return []  # `examine` has warned
@@ -89,7 +89,7 @@ def _fsync_seconds(path: str) -> float:
 
 def _write_seconds(own: str) -> float:
     store = LocalStore(own)
-    content = memoryview(os.urandom(SIZE))  # which no file system compresses
+    content = memoryview(os.urandom(SIZE))  # random: no file system can compress it
     begin = time.perf_counter()
     draft = store.begin("written", secrets.token_hex(4))
     with store.create(draft, "content") as file:

@@ -1,12 +1,12 @@
-"""Estimate memory, communication and time of every way of sharding: by kind of memory, bytes sent in a step, and given rates.
+"""Estimate for every way of sharding the memory by kind, the bytes sent in a step, and the time at given rates.
 
-Arithmetic on shapes, as fast for 65,536 ranks as for one. Memory is that of the rank that holds most. Tensors that are held at different
-times of a step are added up, so a total is at least the peak. Values that cannot be known are None, and named with a reason; they are never
-guessed. Used by the command `sharded-optim plan`.
+Estimates are arithmetic on shapes, as fast for 65,536 ranks as for one. Memory is that of the rank that holds most. Tensors that exist at
+different times of a step are added up, so a total is at least the peak. Unknown values are None, with a reason; they are never guessed.
+Used by the command `sharded-optim plan`.
 
 `setup.py` has the settings of a run, `shardings.py` every way of sharding; `case.py` makes a `Plan` of these, with `memory.py` and, for
 Muon, `matrices.py`. `workload.py` has operations and activations of forward and backward, which `trace.py` counts on the meta device;
-`time.py` converts all of it to seconds at given rates.
+`time.py` converts a plan to seconds at given rates.
 """
 
 from __future__ import annotations

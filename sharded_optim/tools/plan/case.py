@@ -1,6 +1,7 @@
-"""The requirements of a way of sharding: `Plan`, and `Case`, by which `shardings.py` makes it.
+"""`Plan`, the requirements of a way of sharding, and `Case`, by which `shardings.py` makes a plan.
 
-Of B bytes, by a ring of n ranks or directly, reduce-scatter and all-gather send (n - 1) / n * B, all-reduce twice that.
+For B bytes over n ranks, by a ring or directly, each rank sends (n - 1) / n * B in a reduce-scatter or all-gather, and twice that in an
+all-reduce.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ class Collective:
 
     operation: str  # "all-gather", "reduce-scatter", "all-reduce" or "all-to-all"
     what: str  # the data
-    ranks: int  # that take part in each
-    in_shard_group: bool  # rather than across replicas, or over all ranks
-    sent: int  # bytes, by each rank in a step; in an all-to-all, in the mean
+    ranks: int  # number of ranks that take part
+    in_shard_group: bool  # whether these are a shard group, rather than ranks across replicas, or all ranks
+    sent: int  # bytes that each rank sends in a step; in an all-to-all the mean over ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class Plan:
     memory: Memory
     collectives: tuple[Collective, ...]
     stepped: int  # bytes that the optimizer's step reads and writes
-    matrix_flops: int  # of the rank that computes with most matrices in a step (Muon)
+    matrix_flops: int  # FLOPs of a step with matrices (Muon), on the rank that computes most
     workload: Workload  # forward and backward
 
     @property
@@ -50,7 +51,7 @@ class Plan:
 
     @property
     def flops_per_token(self) -> int:
-        """The known operations of forward and backward, with those that are recomputed."""
+        """Known FLOPs of forward and backward for each token, recomputation included."""
         return self.workload.known_flops
 
     @property
@@ -81,7 +82,7 @@ class Case:
         return self.model.numel
 
     def spans(self, shard_of: Callable[[Shape], int]) -> list[Span]:
-        """The tensors, each cut into shards of so many elements."""
+        """Return the tensors as spans, each cut into shards of `shard_of(shape)` elements."""
         return [Span(name, shape, 0, shard_of(shape)) for name, shape in self.model.shapes.items()]
 
     def reduce_scatter(self, what: str, shard_bytes: int) -> Collective:
@@ -105,14 +106,14 @@ class Case:
         self,
         *,
         shards: int,
-        parameters: int,  # bytes, as the gradients and the buckets
-        gradients: int,
-        spans: Sequence[Span],  # of what this rank's optimizer steps
-        buckets: int,
+        parameters: int,  # bytes
+        gradients: int,  # bytes
+        spans: Sequence[Span],  # the tensors that the optimizers of all ranks step
+        buckets: int,  # bytes
         collectives: Sequence[Collective],
-        steps_parameters: bool = False,  # that are fp32 themselves, so that there are no masters
-        masters: int | None = None,  # elements of masters, where they are not those that are stepped
-        grad_itemsize: int,  # of the gradients that the optimizer reads
+        steps_parameters: bool = False,  # whether the optimizer steps parameters in fp32 themselves, so that there are no masters
+        masters: int | None = None,  # elements of masters; None: those of `spans`
+        grad_itemsize: int,  # bytes of an element of the gradients that the optimizer reads
     ) -> Plan:
         setup = self.setup
 

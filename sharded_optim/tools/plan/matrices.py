@@ -1,6 +1,6 @@
 """Plan a step of whole matrices (Muon) from shapes: communication, memory and computation of its ranks. Used by `case.py`.
 
-Which rank computes with which matrix is chosen as in a step (`sharding/matrices.py`); bytes are the mean over the ranks.
+Matrices are assigned to ranks as in a step (`sharding/matrices.py`). Bytes sent are the mean over the ranks.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from sharded_optim.sharding.matrices import choose_owners, choose_rounds
 __all__ = ["MatrixWork", "Span", "heaviest", "is_hidden_matrix", "work_on"]
 
 MUON_DEFAULTS = {name: param.default for name, param in signature(Muon).parameters.items()}
-SLOTS = 2  # rounds whose buffers are there at a time
+SLOTS = 2  # rounds whose buffers exist at one time
 
 
 class Span(NamedTuple):
-    """A tensor in memory that is cut into equal shards, one after the other."""
+    """A tensor in a buffer that is cut into consecutive shards of equal size."""
 
     name: str
     shape: tuple[int, ...]
-    start: int  # of its first element
+    start: int  # offset of the tensor's first element
     shard: int  # elements of a shard
 
     @property
@@ -41,13 +41,13 @@ class Span(NamedTuple):
 
     @property
     def holders(self) -> range:
-        """The shards in which it has elements."""
+        """The shards that hold elements of the tensor."""
         return range(self.start // self.shard, (self.start + self.numel - 1) // self.shard + 1) if self.numel else range(0)
 
 
 def heaviest(spans: Sequence[Span], weight: Callable[[Span], int]) -> int:
-    """Sum the elements of tensors by shard, each element with the weight of its tensor, and return the largest sum."""
-    changes: defaultdict[int, int] = defaultdict(int)  # of the sum, from one shard to the next
+    """Return the largest weight of a shard: the sum over its elements, each with the weight of its tensor."""
+    changes: defaultdict[int, int] = defaultdict(int)  # change of the sum from one shard to the next
 
     def add(first: int, end: int, each: int) -> None:
         changes[first] += each
@@ -63,26 +63,26 @@ def heaviest(spans: Sequence[Span], weight: Callable[[Span], int]) -> int:
 
 
 def is_hidden_matrix(name: str, shape: Sequence[int]) -> bool:
-    """Whether `muon_param_groups` gives a tensor to Muon, by its name alone: matrices in numbered layers, but for routers."""
+    """Return whether `muon_param_groups` assigns a tensor to Muon, by name and shape: matrices in numbered layers, except routers."""
     *modules, _ = name.split(".")
     return len(shape) >= 2 and any(module.isdigit() for module in modules) and modules[-1] not in ROUTERS
 
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixWork:
-    """The requirements of a step of whole matrices. `directions` and `results` are bytes that a rank sends, in the mean."""
+    """The requirements of a step of whole matrices. `directions` and `results` are the bytes that a rank sends on average."""
 
     directions: int = 0
     results: int = 0
-    buffers: int = 0  # bytes, of the rank that holds most
-    flops: int = 0  # of the rank that computes most
+    buffers: int = 0  # bytes, on the rank that holds most
+    flops: int = 0  # on the rank that computes most
 
 
 def work_on(spans: Sequence[Span], matrix: Matrix, *, shards: int, replicas: int) -> MatrixWork:
     """Plan the exchange of the matrices of these tensors.
 
     Args:
-        spans: tensors that are matrices; of each shard there are `replicas`, on the ranks shard, shard + shards, and so on.
+        spans: the matrices. Each shard has `replicas` copies, on the ranks shard, shard + shards, and so on.
     """
     wholes: list[Span] = []
     flops: list[int] = []
@@ -94,7 +94,7 @@ def work_on(spans: Sequence[Span], matrix: Matrix, *, shards: int, replicas: int
                 flops.append(matrix.flops(rows, columns))
             begin += rows * columns
     loads = [0] * (shards * replicas)
-    # Of so many ranks one at least has nothing yet, and the first such one is taken.
+    # As many candidates as matrices are enough: one of them is always without a matrix, and the first such rank is chosen.
     ranks = {whole.holders: list(islice(_ranks(whole.holders, shards, replicas), len(wholes))) for whole in wholes}
     owners = choose_owners(flops, [ranks[whole.holders] for whole in wholes], loads)
     itemsize = matrix.dtype.itemsize
@@ -106,7 +106,7 @@ def work_on(spans: Sequence[Span], matrix: Matrix, *, shards: int, replicas: int
     slot = 0
     if any(scattered):
         for members in choose_rounds(sizes, flops, owners):
-            of_owner: defaultdict[int, int] = defaultdict(int)  # received and sent
+            of_owner: defaultdict[int, int] = defaultdict(int)  # bytes received and sent
             for index in members:
                 of_owner[owners[index]] += gathered[index] + scattered[index]
             held = heaviest([wholes[index] for index in members if scattered[index]], lambda whole: itemsize)  # sent and received
@@ -120,7 +120,7 @@ def work_on(spans: Sequence[Span], matrix: Matrix, *, shards: int, replicas: int
 
 
 def _ranks(holders: range, shards: int, replicas: int) -> Sequence[int]:
-    """The ranks of these shards."""
+    """Return the ranks that hold these shards."""
     if replicas == 1 or len(holders) == shards:
         return range(holders.start, holders.start + len(holders) * replicas)
     return [shard + replica * shards for replica in range(replicas) for shard in holders]

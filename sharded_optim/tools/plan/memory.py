@@ -15,18 +15,18 @@ KINDS = ("parameters", "gradients", "moments", "masters", "buckets")
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Memory in bytes, of the rank that holds most."""
+    """Bytes of memory by kind, on the rank that holds most."""
 
-    parameters: int  # as they are kept between steps
-    gradients: int  # as they are when backward is over
+    parameters: int  # between steps
+    gradients: int  # after backward
     moments: int  # without the step counters, 4 bytes for each tensor
     masters: int  # or Kahan compensations
-    buckets: int  # every other buffer: DDP's copies, what is gathered or reduced, the most at one time
-    activations: int | None  # and other tensors of forward and backward, the most at one time; None: unknown
+    buckets: int  # peak of all other buffers: DDP's copies, gathered parameters, gradients being reduced
+    activations: int | None  # peak of activations and other tensors of forward and backward; None: unknown
 
     @property
     def total(self) -> int:
-        """Bytes of all that is known."""
+        """Bytes of all known kinds."""
         return sum(getattr(self, kind) for kind in KINDS) + (self.activations or 0)
 
 
@@ -35,15 +35,15 @@ def stepped_itemsize(
     algorithm: Algorithm,
     grad: int,  # bytes of an element of the gradient
     *,
-    steps_parameters: bool,  # rather than masters
+    steps_parameters: bool,  # whether the optimizer steps parameters, rather than masters
 ) -> int:
-    """Bytes that a step moves for each element: it reads the gradient, and reads and writes the value and the moments."""
+    """Return the bytes that a step moves for each element: it reads the gradient, and reads and writes the value and the moments."""
     value = 2 * (setup.itemsize + setup.master_itemsize)
     if setup.has_masters:
         value = 2 * FP32 + (0 if steps_parameters else setup.itemsize)  # parameters are only written, from their masters
     moved = grad + value + 2 * setup.moments_itemsize(algorithm)
     if algorithm.matrix is not None:
-        moved += 2 * algorithm.matrix.dtype.itemsize  # a direction is written, a result read
+        moved += 2 * algorithm.matrix.dtype.itemsize  # the direction is written, and the result read
     if setup.agrees:
-        moved += grad  # is it finite? And a statistic is of the second moment too.
+        moved += grad  # read once more, to check that it is finite; a statistic also reads the second moment
     return moved + (FORMATS[setup.state_dtype].itemsize if algorithm.statistic is not None else 0)

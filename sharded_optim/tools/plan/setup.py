@@ -1,4 +1,4 @@
-"""The settings of a training run that a plan is made for."""
+"""The settings of the training run for which a plan is made."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ BACKENDS = ("nccl", "gloo")
 
 
 class Algorithms(NamedTuple):
-    """The algorithm of hidden matrices, and that of all other tensors: mostly the same."""
+    """The algorithms of hidden matrices and of all other tensors. They are the same except for Muon."""
 
     matrices: Algorithm
     rest: Algorithm
 
 
 def _algorithms() -> Iterator[tuple[str, Algorithms]]:
-    """Yield the algorithms of each class; those that an argument asks for are named `class+argument`."""
+    """Yield (name, algorithms) of each optimizer class; a variant that an argument chooses is named `class+argument`."""
     for name, optimizer in optimizers.OPTIMIZERS.items():
         of_matrices = next((each for each in optimizer.algorithms.values() if each.matrix is not None), None)
         of_rest = [(argument, each) for argument, each in optimizer.algorithms.items() if each.matrix is None]
@@ -40,7 +40,7 @@ OPTIMIZERS: Mapping[str, Algorithms] = dict(_algorithms())
 
 
 def one_of(what: str, value: str, allowed: Sequence[str]) -> None:
-    """Refuse a value that is not allowed."""
+    """Raise a ValueError if a value is not allowed."""
     if value not in allowed:
         raise ValueError(f"{what} is one of {', '.join(allowed)}, got {value!r}")
 
@@ -51,14 +51,14 @@ class Setup:
 
     Attributes:
         world_size: ranks that train one model together.
-        shard_size: ranks over which one copy of it is sharded; the other ranks hold replicas. None: all.
-        optimizer: one of OPTIMIZERS.
-        dtype: of the parameters in forward and backward.
-        masters: beside parameters in 16 bits: "fp32" copies, "kahan" compensations in the parameters' dtype, or "none".
-        state_dtype: of the moments: one of `state_formats()`.
-        reduce_dtype: in which ZeRO-3, FSDP2 and HSDP reduce gradients; None: that of the parameters in backward.
-        bucket_bytes: of ZeRO-1 and ZeRO-2; None is ShardedOptimizer's default.
-        backend: "nccl", or "gloo", whose reduce-scatter needs buffers for what is received.
+        shard_size: ranks over which one copy of the model is sharded; the other ranks hold replicas. None: all ranks.
+        optimizer: a name in OPTIMIZERS.
+        dtype: the dtype of the parameters in forward and backward.
+        masters: the precision added to 16-bit parameters: "fp32" copies, "kahan" compensations in the parameters' dtype, or "none".
+        state_dtype: the format of the moments, one of `state_formats()`.
+        reduce_dtype: the dtype in which ZeRO-3, FSDP2 and HSDP reduce gradients; None: that of the parameters in backward.
+        bucket_bytes: the size of buckets of ZeRO-1 and ZeRO-2; None: ShardedOptimizer's default.
+        backend: "nccl", or "gloo", whose reduce-scatter needs buffers for received data.
     """
 
     world_size: int = 1
@@ -98,7 +98,7 @@ class Setup:
 
     @property
     def agrees(self) -> bool:
-        """Whether ranks agree in each step."""
+        """Whether ranks agree, by an all-reduce, in each step."""
         return any(each.statistic is not None or each.matrix is not None for each in self.algorithms)
 
     @property
@@ -108,7 +108,7 @@ class Setup:
 
     @property
     def reduce_itemsize(self) -> int:
-        """Bytes of an element of a gradient that is reduced."""
+        """Bytes of an element of a gradient in the reduction."""
         return DTYPES[self.reduce_dtype or self.dtype]
 
     @property
@@ -117,12 +117,12 @@ class Setup:
 
     @property
     def master_itemsize(self) -> int:
-        """Bytes of the master copy of an element."""
+        """Bytes of an element's master copy, or of its Kahan compensation."""
         if self.has_masters:
             return FP32
         stored = param_format(FORMATS[self.dtype].dtype, kahan_sum=self.masters == "kahan", stochastic_rounding=False)
         return stored.itemsize - self.itemsize
 
     def moments_itemsize(self, algorithm: Algorithm) -> int:
-        """Bytes of all moments of an element."""
+        """Return the bytes of all moments of an element."""
         return len(algorithm.state) * FORMATS[self.state_dtype].itemsize

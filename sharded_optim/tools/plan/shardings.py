@@ -17,17 +17,18 @@ from sharded_optim.tools.shapes import Model, Shape, block_of
 
 __all__ = ["SHARDINGS", "compare", "plan"]
 
-GATHERED = 2  # units of FSDP2 and ZeRO-3 whose parameters are there at one time: one computes while the next arrives
+GATHERED = 2  # units of FSDP2 and ZeRO-3 that are gathered at one time: one computes while the next arrives
 
 
 def plan(model: Model, sharding: str, setup: Setup, workload: Workload | None = None) -> Plan:
-    """Plan one of SHARDINGS.
+    """Plan one way of sharding.
 
     Args:
-        workload: forward and backward, by `measure`; None: of parameters alone.
+        sharding: a key of SHARDINGS.
+        workload: forward and backward, from `measure`; None: FLOPs of the parameters alone are known.
 
     Raises:
-        ValueError: no such sharding, or one that the shard size does not fit.
+        ValueError: there is no such sharding, or it does not fit the shard size or the dtype of the reduction.
     """
     one_of("sharding", sharding, tuple(SHARDINGS))
     if sharding == "hsdp" and setup.shard_size is None:
@@ -46,7 +47,7 @@ def plan(model: Model, sharding: str, setup: Setup, workload: Workload | None = 
 def compare(model: Model, setup: Setup, workload: Workload | None = None) -> list[Plan]:
     """Plan every sharding: over all ranks and, with a shard size, in groups of that size where possible.
 
-    What reduces in the dtype of the parameters alone does so whatever the setup's `reduce_dtype`.
+    Shardings that can reduce only in the dtype of the parameters ignore the setup's `reduce_dtype`.
     """
     whole = replace(setup, shard_size=None)
     cases = [(sharding, whole) for sharding in SHARDINGS if sharding != "hsdp"]
@@ -84,12 +85,12 @@ def _replicated(case: Case, *, buckets: int) -> Plan:
 def _flat_buckets(
     case: Case,
     *,
-    keeps_contents: bool,  # the full gradients of all buckets (ZeRO-1), or of those in flight (ZeRO-2)
+    keeps_contents: bool,  # whether full gradients of all buckets are kept (ZeRO-1), or only of those in flight (ZeRO-2)
 ) -> Plan:
     """ShardedOptimizer: parameters lie in flat buckets, and each rank steps a shard of each bucket."""
     setup, shards = case.setup, case.shards
     tensors = list(case.model.shapes.items())
-    if setup.algorithms.matrices is not setup.algorithms.rest:  # as the param groups of muon_param_groups
+    if setup.algorithms.matrices is not setup.algorithms.rest:  # the order of the param groups of muon_param_groups
         tensors.sort(key=lambda tensor: (not is_hidden_matrix(*tensor), len(tensor[1]) < 2))
     sizes = [Size(numel=math.prod(shape), itemsize=setup.itemsize) for _, shape in tensors]
     plans = plan_buckets(sizes, shards, setup.bucket_bytes or default_bucket_bytes(shards))
@@ -99,8 +100,8 @@ def _flat_buckets(
         for bucket in plans
         for index, offset in zip(bucket.members, bucket.offsets, strict=True)
     ]
-    contents = heapq.nlargest(IN_FLIGHT + 1, (bucket.numel for bucket in plans))  # those in flight, while the next is filled
-    # What autograd has just computed, but for a gradient that is sent from where it is.
+    contents = heapq.nlargest(IN_FLIGHT + 1, (bucket.numel for bucket in plans))  # the buckets in flight, and the one being filled
+    # The gradient that autograd has just computed, unless it is sent without a copy.
     arriving = max(
         (sizes[index].numel for bucket in plans for index in bucket.members if keeps_contents or not _is_lone(bucket, sizes)), default=0
     )
@@ -109,7 +110,7 @@ def _flat_buckets(
     kept = whole if keeps_contents else 0
     grad_itemsize = FP32 if setup.has_masters else setup.itemsize
     averaged = whole // shards * grad_itemsize
-    if case.ranks == 1:  # gradients stay where autograd has put them, but for copies that masters are stepped with
+    if case.ranks == 1:  # gradients stay where autograd has put them, except for fp32 copies with which masters are stepped
         buckets, kept, averaged = 0, case.numel, case.numel * FP32 if setup.has_masters else 0
     shard = whole // shards * setup.itemsize
     return case.result(
@@ -137,7 +138,7 @@ def _is_lone(bucket: BucketPlan, sizes: Sequence[Size]) -> bool:
 def _zero3(case: Case) -> Plan:
     """ZeRO-3: every tensor is cut flat, and gathered with its unit for forward and again for backward."""
     setup, shards = case.setup, case.shards
-    units: dict[str, int] = {}  # elements of a rank's shard
+    units: dict[str, int] = {}  # elements of a rank's shard, by unit
     for name, shape in case.model.shapes.items():
         unit = block_of(name)
         units[unit] = units.get(unit, 0) + -(-math.prod(shape) // shards)
@@ -149,7 +150,7 @@ def _zero3(case: Case) -> Plan:
         parameters=shard * setup.itemsize,
         gradients=shard * grad_itemsize,
         spans=case.spans(lambda shape: -(-math.prod(shape) // shards)),
-        # Gathered, and the gradients of the largest unit with the buffer that is reduce-scattered.
+        # Gathered parameters, the gradients of the largest unit, and the buffer in which they are reduce-scattered.
         buckets=((sum(largest) + largest[0]) * setup.itemsize + largest[0] * setup.reduce_itemsize) * shards,
         collectives=(
             case.all_gather("parameters, for forward", shard * setup.itemsize),
@@ -161,13 +162,13 @@ def _zero3(case: Case) -> Plan:
 
 
 def _fsdp2(case: Case) -> Plan:
-    """fully_shard on every block and on the whole model: tensors are cut into rows; each rank holds as many as the first, with padding.
+    """FSDP2: fully_shard on every block and the whole model. Tensors are cut into rows; each rank holds as many as the first, by padding.
 
-    What lies in no block is the root, which stays gathered from forward to the end of backward. Parameters in 16 bits with fp32 masters are
-    FSDP2's mixed precision: fp32 parameters, which are gathered and whose gradients are reduced in 16 bits.
+    Parameters outside of blocks form the root unit, which stays gathered from forward to the end of backward. 16-bit parameters with fp32
+    masters stand for FSDP2's mixed precision: fp32 parameters that are gathered, and whose gradients are reduced, in 16 bits.
     """
     setup, shards = case.setup, case.shards
-    units: dict[str, int] = {"": 0}  # elements of a rank's shard
+    units: dict[str, int] = {"": 0}  # elements of a rank's shard, by unit; "" is the root
     for name, shape in case.model.shapes.items():
         unit = block_of(name)
         units[unit] = units.get(unit, 0) + _rows_of_first(shape, shards)
@@ -177,7 +178,7 @@ def _fsdp2(case: Case) -> Plan:
     # The gathered root and blocks, gradients of the largest block, and the buffer in which they are reduce-scattered. The root's own buffer
     # is filled when blocks and the gathered root have been freed.
     in_blocks = (root + sum(blocks) + blocks[0]) * setup.itemsize + blocks[0] * setup.reduce_itemsize
-    buckets = root * setup.itemsize + max(in_blocks, root * setup.reduce_itemsize)  # with the root's gradients
+    buckets = root * setup.itemsize + max(in_blocks, root * setup.reduce_itemsize)  # the first term: gradients of the root
     return case.result(
         shards=shards,
         parameters=shard * kept_itemsize,
@@ -196,7 +197,7 @@ def _fsdp2(case: Case) -> Plan:
 
 
 def _rows_of_first(shape: Shape, shards: int) -> int:
-    """Return the elements of a tensor on the first rank, and with padding on every other; a scalar counts as one row, as in FSDP2."""
+    """Return the elements of a tensor on the first rank, and with padding on every rank; a scalar counts as one row, as in FSDP2."""
     rows, *others = shape or (1,)
     return -(-rows // shards) * math.prod(others)
 
@@ -210,5 +211,5 @@ SHARDINGS: Mapping[str, Callable[[Case], Plan]] = {
     "fsdp2": _fsdp2,
     "hsdp": _fsdp2,
 }
-REDUCES_IN_ANY_DTYPE = ("zero3", "fsdp2", "hsdp")  # the others in the dtype of the parameters
-HYBRID = ("zero1", "zero2", "hsdp")  # that can be sharded in groups, with replicas across them
+REDUCES_IN_ANY_DTYPE = ("zero3", "fsdp2", "hsdp")  # the others reduce in the dtype of the parameters
+HYBRID = ("zero1", "zero2", "hsdp")  # can shard within groups of ranks, with replicas across groups

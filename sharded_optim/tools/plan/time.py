@@ -1,4 +1,4 @@
-"""Seconds of a step, from a plan and rates: those of each part, or the utilization of a whole step (MFU)."""
+"""Estimate the seconds of a step from a plan and rates: rates of its parts, or the utilization of the whole step (MFU)."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class Rates:
     """Rates of compute, memory and links; None where unknown."""
 
     link: float | None = None  # bytes that a rank sends per second
-    shard_link: float | None = None  # the same inside of shard groups that are smaller than the world; None: as `link`
+    shard_link: float | None = None  # bytes per second inside of shard groups that are smaller than the world; None: as `link`
     memory: float | None = None  # bytes that a rank reads and writes per second
-    flops: float | None = None  # that a rank does per second in forward and backward, with what is recomputed
-    mfu: float | None = None  # model FLOPs in a whole step, as a part of those that a rank could do at its peak; in place of `flops`
-    peak_flops: float | None = None  # that a rank does per second at most
-    tokens: int | None = None  # of a rank in a step
+    flops: float | None = None  # FLOPs of a rank per second in forward and backward, recomputation included
+    mfu: float | None = None  # model FLOPs of a whole step, as a fraction of those that `peak_flops` allows; instead of `flops`
+    peak_flops: float | None = None  # peak FLOPs of a rank per second
+    tokens: int | None = None  # tokens of a rank in a step
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -42,17 +42,17 @@ class Rates:
 
 @dataclass(frozen=True, kw_only=True)
 class Time:
-    """Seconds of the parts of a step; None where a rate was not given."""
+    """Seconds of the parts of a step; None if a rate was not given."""
 
     communication: float | None
     optimizer: float | None
-    matrices: float | None  # of the rank that computes with most of them
-    compute: float | None
-    whole: float | None = None  # of a step, where the utilization is given
+    matrices: float | None  # on the rank that computes most
+    compute: float | None  # forward and backward
+    whole: float | None = None  # seconds of the whole step, if the utilization is given
 
     @property
     def longest(self) -> float | None:
-        """Time if nothing overlaps, of the parts that are known."""
+        """Seconds of a step if nothing overlaps: the sum of the known parts."""
         if self.whole is not None:
             return self.whole
         known = [part for part in (self.communication, self.optimizer, self.matrices, self.compute) if part is not None]
@@ -60,7 +60,7 @@ class Time:
 
     @property
     def shortest(self) -> float | None:
-        """Time if communication and computation overlap completely."""
+        """Seconds of a step if communication overlaps completely with forward and backward."""
         if self.longest is None or self.whole is not None or self.compute is None or self.communication is None:
             return self.longest
         return max(self.compute, self.communication) + (self.optimizer or 0.0) + (self.matrices or 0.0)
@@ -70,7 +70,7 @@ def time_of(plan: Plan, rates: Rates) -> Time:
     """Estimate the time of a step at these rates, without latencies.
 
     Raises:
-        ValueError: a utilization is given, and the model FLOPs of the plan are not known.
+        ValueError: a utilization is given, but the model FLOPs of the plan are unknown.
     """
     communication = compute = matrices = whole = None
     if rates.link is not None:

@@ -3,8 +3,8 @@
 A step is run as in training: tokens (batch, sequence) go in, logits (batch, sequence, vocabulary) come out, and their cross-entropy in fp32
 goes back. The parameters have the dtype of a forward in mixed precision; gradients are dropped as soon as they are complete.
 
-On the meta device torch's attention would keep the matrix of all scores. Here it keeps what the fused kernels of GPUs do: query, key,
-value, result, and one fp32 number for each row.
+On the meta device torch's attention would keep the matrix of all scores. It is replaced by the fused kernels of GPUs, which keep query,
+key, value, result, and one fp32 number for each row.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ __all__ = ["CHECKPOINTING", "Trace", "trace"]
 aten: Any = torch.ops.aten
 CHECKPOINTING = ("none", "selective", "full")
 ATTENTION = (aten._scaled_dot_product_flash_attention, aten._scaled_dot_product_efficient_attention)
-PRODUCTS = (aten.mm, aten.addmm)  # with a weight, of which selective checkpointing keeps every second
+PRODUCTS = (aten.mm, aten.addmm)  # products with a weight; selective checkpointing keeps the result of every second one
 
-GROUPED = ("_grouped_mm", "_scaled_grouped_mm")  # of experts
+GROUPED = ("_grouped_mm", "_scaled_grouped_mm")  # products of experts
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """Operations of a step, and memory that it takes beside parameters and gradients."""
+    """Operations of a step, and its memory besides parameters and gradients."""
 
     tokens: int
     attention: int  # FLOPs of fused attention in forward, without regard to masks
-    flops: int  # of products and attention, in forward and backward, with what is recomputed
-    activations: int  # bytes, the most at one time
-    looked_up: int  # elements of embeddings that are in no product
-    uncounted: frozenset[str]  # operations that multiply matrices, for which torch has no formula
+    flops: int  # FLOPs of products and attention in forward and backward, recomputation included
+    activations: int  # peak bytes
+    looked_up: int  # elements of embeddings that are only looked up, and not multiplied with
+    uncounted: frozenset[str]  # products of matrices for whose FLOPs torch has no formula
 
 
 def trace(
@@ -54,13 +54,13 @@ def trace(
     *,
     batch: int,  # sequences
     sequence_length: int,
-    dtype: torch.dtype,  # of the parameters
-    checkpointing: str,  # one of CHECKPOINTING, of every numbered block
+    dtype: torch.dtype,  # dtype of the parameters
+    checkpointing: str,  # one of CHECKPOINTING, applied to every numbered block
 ) -> Trace:
-    """Run a step on the meta device.
+    """Count the operations and activations of a step on the meta device.
 
     Raises:
-        ValueError: the module cannot be run so.
+        ValueError: the module cannot run on the meta device, does not map tokens to logits, or has no numbered blocks to checkpoint.
     """
     module = deepcopy(module)
     for param in module.parameters():
@@ -108,7 +108,7 @@ def _drop_gradient(param: Tensor) -> None:
 
 
 class _Watch(TorchDispatchMode):
-    """Counts operations, and the bytes of all tensors that operations make, for as long as these live."""
+    """Counts FLOPs, and the bytes of the live tensors that operations have made."""
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class _Watch(TorchDispatchMode):
         self.flops = 0
         self.attention = 0
         self.uncounted: set[str] = set()
-        self.multiplied: set[int] = set()  # storages that are in products
+        self.multiplied: set[int] = set()  # storages of operands of products
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -162,7 +162,7 @@ def _fused_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Attend as `scaled_dot_product_attention` does on a GPU: by flash attention or, with a mask, memory-efficient attention."""
+    """Stand in for `scaled_dot_product_attention` on a GPU: by flash attention or, with a mask, memory-efficient attention."""
     leading = query.shape[:-3]
     query, key, value = (each.reshape(-1, *each.shape[-3:]) for each in (query, key, value))
     if attn_mask is None:
@@ -180,7 +180,7 @@ def _fused_attention(
 
 
 def _checkpoint_blocks(module: nn.Module, *, selective: bool) -> None:
-    """Let every numbered block keep its inputs alone, or the results of some operations too, and recompute the rest in backward."""
+    """Make every numbered block keep only its inputs (selective: also results of some operations) and recompute the rest in backward."""
     blocks = {block_of(name) for name, _ in module.named_parameters()} - {""}
     if not blocks:
         raise ValueError("activation checkpointing is of numbered blocks, as layers.0, and the model has none; leave --checkpointing out")
@@ -191,7 +191,7 @@ def _checkpoint_blocks(module: nn.Module, *, selective: bool) -> None:
 
 
 def _selective_contexts() -> Any:
-    """Keep attention's result and every second product, from the first on: torchtitan's selective checkpointing by operation."""
+    """Keep the results of attention and of products 1, 3, 5 and so on, as torchtitan's selective checkpointing by operation does."""
     products = 0
 
     def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -1,11 +1,11 @@
-"""Operations and activations of forward and backward, whatever the sharding: from numbers, or counted on the meta device by `trace.py`.
+"""FLOPs and activations of forward and backward, the same for any sharding: given as numbers, or counted on the meta device by `trace.py`.
 
-Model FLOPs are counted as torchtitan and PaLM (appendix B) do, without what is recomputed:
+Model FLOPs are counted as in torchtitan and PaLM (appendix B), without recomputation:
 
     6 * (parameters that a token is multiplied with) + 12 * layers * heads * head_dim * sequence_length
 
-for each token: 2 for a multiplication and an addition, in forward and twice in backward. Attention is counted as two products of whole
-matrices, without regard to causal or sliding masks. Embeddings that are only looked up are not multiplied with.
+for each token. 6 is 2, for a multiplication and an addition, once in forward and twice in backward. Attention is counted as two products of
+whole matrices, without regard to causal or sliding masks. Embeddings that are only looked up do not count as multiplied with.
 """
 
 from __future__ import annotations
@@ -40,28 +40,28 @@ class Attention:
             )
 
     def flops(self, sequence_length: int) -> int:
-        """Return the operations for each token, in forward and backward."""
+        """Return the FLOPs for each token, in forward and backward."""
         return 12 * self.layers * self.heads * self.head_dim * sequence_length
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """Operations and activations of forward and backward on a rank; None where unknown, for a reason in `unknown`."""
+    """FLOPs and activations of forward and backward on a rank; an unknown value is None, with a reason in `unknown`."""
 
-    parameters: int  # FLOPs for each token with parameters
-    attention: int | None = None  # FLOPs for each token between tokens
-    recomputed: int | None = 0  # FLOPs for each token, by activation checkpointing
-    activations: int | None = None  # bytes, the most at one time
-    unknown: Mapping[str, str] = field(default_factory=dict)  # reasons, and ways to know
+    parameters: int  # FLOPs for each token of products with parameters
+    attention: int | None = None  # FLOPs for each token of attention between tokens
+    recomputed: int | None = 0  # FLOPs for each token that activation checkpointing adds
+    activations: int | None = None  # peak bytes
+    unknown: Mapping[str, str] = field(default_factory=dict)  # reasons, and remedies, by the name of the unknown value
 
     @property
     def model_flops(self) -> int | None:
-        """Operations for each token, as MFU counts them."""
+        """FLOPs for each token, as MFU counts them; None if those of attention are unknown."""
         return None if self.attention is None else self.parameters + self.attention
 
     @property
     def known_flops(self) -> int:
-        """Known operations for each token, with those that are recomputed: a lower bound."""
+        """Known FLOPs for each token, recomputation included: a lower bound."""
         return self.parameters + (self.attention or 0) + (self.recomputed or 0)
 
 
@@ -69,16 +69,16 @@ def measure(
     model: Model,
     setup: Setup,
     *,
-    tokens: int | None = None,  # of a rank in a step
+    tokens: int | None = None,  # tokens of a rank in a step
     sequence_length: int | None = None,
-    attention: Attention | None = None,  # None: as the module has it
+    attention: Attention | None = None,  # None: counted from the module
     checkpointing: str = "none",
-    activations: int | Literal["profile"] | None = None,  # bytes, or as counted on the meta device
+    activations: int | Literal["profile"] | None = None,  # bytes; "profile": counted on the meta device
 ) -> Workload:
-    """Count the known operations and activations of forward and backward.
+    """Count the FLOPs and activations of forward and backward, as far as they can be known.
 
     Raises:
-        ValueError: arguments that contradict each other, or a profile of a model that cannot be profiled.
+        ValueError: arguments contradict each other, or a profile is asked for and the model cannot be profiled.
     """
     one_of("checkpointing", checkpointing, CHECKPOINTING)
     _check(tokens, sequence_length, attention, activations)
@@ -120,7 +120,7 @@ def measure(
 def _traces(
     model: Model, setup: Setup, tokens: int | None, sequence_length: int | None, checkpointing: str
 ) -> tuple[Trace | None, Trace | None, str]:
-    """Run a step without activation checkpointing and one with; None where it cannot run, and the reason."""
+    """Return the traces of a step without activation checkpointing and with it, None for one that cannot run; and the reason."""
     if sequence_length is None:
         return None, None, "the sequence length is not given"
     if model.module is None:
@@ -136,7 +136,7 @@ def _traces(
 
 
 def _check(tokens: int | None, sequence_length: int | None, attention: Attention | None, activations: int | str | None) -> None:
-    """Refuse values that are out of range or contradict each other."""
+    """Raise a ValueError for values that are out of range or contradict each other."""
     for name, value in (("sequence", sequence_length), ("step", tokens)):
         if value is not None and value < 1:
             raise ValueError(f"a {name} has at least 1 token, got {value}")

@@ -1,4 +1,4 @@
-"""Reports of training runs: one HTML page that needs nothing else, and PNGs of its charts. Used by `sharded-optim report`.
+"""Reports of training runs: a self-contained HTML page, and PNGs of its charts. Used by `sharded-optim report`.
 
 Importing this package needs neither matplotlib nor Jinja2; `write_report` does.
 """
@@ -21,16 +21,16 @@ PACKAGES = {"matplotlib": "matplotlib", "jinja2": "jinja2", "yaml": "pyyaml"}
 def write_report(
     paths: Sequence[str | Path], *, output: str | Path | None = None, png: str | Path | None = None, refresh: int | None = None
 ) -> tuple[Path, list[Path]]:
-    """Write a page about one run, or about several side by side.
+    """Write a page about one run, or about several runs side by side.
 
     Args:
-        paths: of run folders, which may be written to meanwhile.
-        output: the page; None is `report.html` in the first run folder.
-        png: a folder for a PNG of each chart; it is made where it is missing. None writes no PNG.
-        refresh: seconds after which a browser loads the page again; None is never.
+        paths: run folders, which may be written to meanwhile.
+        output: the path of the page; None: `report.html` in the first run folder.
+        png: a folder for a PNG of each chart, created if it is missing; None writes no PNG.
+        refresh: seconds after which a browser loads the page again; None: never.
 
     Returns:
-        The page and the PNGs.
+        The paths of the page and of the PNGs.
 
     Raises:
         RunFolderError: a path is no run folder, is given twice, or has no record of training yet.
@@ -67,12 +67,12 @@ def write_report(
             path = _unused(Path(png), chart.key, pngs)
             drawing.draw_png(chart, path)
             pngs.append(path)
-    write_text(target, page.page_of(sections, labels, refresh=refresh))  # a browser that loads the page again finds a whole one
+    write_text(target, page.page_of(sections, labels, refresh=refresh))  # atomic, as a browser may load the page at any time
     return target, pngs
 
 
 def _unused(folder: Path, key: str, used: Sequence[Path]) -> Path:
-    """Return a path for a chart: its key may hold characters that a file name may not."""
+    """Return an unused path for a chart's PNG: the chart's key, with `_` for characters that a file name may not have."""
     stem = re.sub(r"[^A-Za-z0-9._-]+", "_", key)
     count = 1
     while (path := folder / (f"{stem}.png" if count == 1 else f"{stem}-{count}.png")) in used:

@@ -22,10 +22,10 @@ class Series:
     name: str
     steps: Sequence[int]
     values: Sequence[float]  # NaN: not finite
-    color: int  # of the palette, modulo its size
-    dash: int = 0  # line pattern, modulo the number of patterns
-    markers: bool = False  # few values, each to be seen
-    faint: bool = False  # many values, behind others
+    color: int  # index into the palette, modulo its size
+    dash: int = 0  # index of the line pattern, modulo the number of patterns
+    markers: bool = False  # a mark at each value, for few values
+    faint: bool = False  # drawn faintly, for many values behind other curves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,19 +46,19 @@ class LineChart:
 
 @dataclass(frozen=True, kw_only=True)
 class HeatMap:
-    """A value of each tensor over steps, below the loss of these steps."""
+    """A value of each tensor over steps, drawn below the loss of the same steps."""
 
-    key: str
+    key: str  # unique in the page; the stem of the PNG
     title: str
     explanation: str
-    unit: str  # of the color scale
+    unit: str  # label of the color scale
     steps: Sequence[int]  # (columns,), equally far apart
     rows: Sequence[str]
     values: NDArray[np.float64]  # (rows, columns); NaN: no finite value
     loss: Series
-    spikes: Sequence[int]  # steps
+    spikes: Sequence[int]  # steps to mark
     spikes_name: str
-    summary: Table  # behind the figure, in place of all values
+    summary: Table  # table behind the figure, instead of one with all values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +84,8 @@ Item: TypeAlias = Chart | Table | Note
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A heading and what is below it."""
+    """A heading and its content."""
 
-    key: str  # the anchor
+    key: str  # anchor in the page
     title: str
     items: list[Item] = field(default_factory=list)

@@ -30,20 +30,20 @@ from sharded_optim.trackers.atomic_write import atomic_write
 __all__ = ["NARROW", "WIDE", "Drawing", "draw_png", "draw_svg"]
 
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)), (0, (9, 3)), (0, (3, 1.5, 1, 1.5, 1, 1.5)))
-MOST_POINTS = 3000  # of a drawn line; of more, the smallest and the largest of neighbours
+MOST_POINTS = 3000  # points of a drawn line; longer lines are thinned to the smallest and largest of neighbours
 PNG_DPI = 110
 SVG_DPI = 72  # so that a unit of the SVG is a point
-LEAST_RMS, MOST_RMS = 0.1, 3.0  # that the color scale of a heat map covers at least
+LEAST_RMS, MOST_RMS = 0.1, 3.0  # the color scale of a heat map covers at least this range
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """Sizes of drawings for one width of window."""
+    """Sizes of drawings for windows of one width."""
 
     width: float  # inches
     font: float  # points
     legend_columns: int
-    name_length: int  # characters of a tensor's name; 0: its number, which the table below has too
+    name_length: int  # characters of tensors' names; 0 shows row numbers instead, which the table below has too
 
 
 WIDE = Size(width=8.8, font=8.5, legend_columns=4, name_length=30)
@@ -52,11 +52,11 @@ NARROW = Size(width=3.7, font=8.5, legend_columns=1, name_length=0)
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """An SVG as HTML has it, without namespaces and with ids that no other has.
+    """An SVG for use inside an HTML page, without namespaces and with ids that are unique in the page.
 
     Attributes:
-        left, right, top, bottom: edges of the data of the lowest axes, in shares of the width and height from the left and the top.
-        first, last: steps at the left and the right edge.
+        left, right, top, bottom: edges of the data area of the lowest axes, as shares of the drawing's size from its left and top.
+        first, last: steps at the left and the right edge of the data area.
     """
 
     svg: str
@@ -72,7 +72,7 @@ def draw_svg(chart: Chart, size: Size, prefix: str) -> Drawing:
     """Draw a chart for a page.
 
     Args:
-        prefix: of all ids in the drawing, since a page has several.
+        prefix: the prefix of all ids in the drawing, as a page has several drawings.
     """
     with rc_context(_settings(size, PLACEHOLDERS)):
         figure, axes = _drawn(chart, size, PLACEHOLDERS)
@@ -85,7 +85,7 @@ def draw_svg(chart: Chart, size: Size, prefix: str) -> Drawing:
 
 
 def draw_png(chart: Chart, path: Path) -> None:
-    """Draw a chart in light colors. There is always a whole file at the path."""
+    """Draw a chart as a PNG in light colors. The file is replaced atomically."""
     with rc_context(_settings(WIDE, LIGHT)):
         figure, _ = _drawn(chart, WIDE, LIGHT, title=True)
         FigureCanvasAgg(figure)
@@ -125,7 +125,7 @@ def _settings(size: Size, colors: Mapping[str, str]) -> Any:  # matplotlib types
 
 
 def _drawn(chart: Chart, size: Size, colors: Mapping[str, str], *, title: bool = False) -> tuple[Figure, Axes]:
-    """Return the figure and the axes whose place a page needs."""
+    """Draw a chart; return the figure, and the axes whose position a page needs."""
     figure = Figure(figsize=(size.width, _height(chart, size)), layout="constrained")
     if title:
         figure.suptitle(printable(chart.title), fontsize=size.font + 2)
@@ -171,7 +171,7 @@ def _draw_lines(axes: Axes, chart: LineChart, colors: Mapping[str, str]) -> None
 
 def _draw_series(axes: Axes, series: Series, colors: Mapping[str, str]) -> None:
     steps, values = _extremes(np.asarray(series.steps, dtype=float), np.asarray(series.values, dtype=float))
-    alone = len(steps) == 1  # a line of one point is not seen
+    alone = len(steps) == 1  # a line of one point would be invisible
     axes.plot(
         steps,
         values,
@@ -222,7 +222,7 @@ def _draw_heat_map(figure: Figure, chart: HeatMap, size: Size, colors: Mapping[s
     apart = chart.steps[1] - chart.steps[0] if len(chart.steps) > 1 else 1
     extent = (chart.steps[0] - apart / 2, chart.steps[-1] + apart / 2, rows - 0.5, -0.5)
     finite = chart.values[np.isfinite(chart.values) & (chart.values > 0.0)]
-    # A few values near zero must not take most of the scale: below its first percentile it ends.
+    # The scale begins at the first percentile, as a few values near zero must not take most of it.
     least = min(LEAST_RMS, float(np.percentile(finite, 1))) if len(finite) else LEAST_RMS
     most = max([MOST_RMS, *finite.tolist()])
     # Zero has no logarithm; NaN stays without a color.
@@ -268,19 +268,19 @@ def _draw_legend(figure: Figure, size: Size) -> None:
     if found:
         handles, labels = zip(*found, strict=True)
         longest = max(map(len, labels))
-        # In shares of what a line of text holds, so that long names do not run out of the figure.
+        # As many columns as fit into a line of text, so that long names do not run out of the figure.
         columns = max(1, min(size.legend_columns, int(size.width * 15) // (longest + 6)))
         figure.legend(handles, labels, loc="outside lower left", ncols=columns)
 
 
 def _label(name: str) -> str:
-    """A name in a legend. matplotlib leaves out names that begin with an underscore."""
+    """Shorten a name for a legend. A zero-width space hides a leading underscore, as matplotlib would leave out the name."""
     short = _short(name, 44)
     return f"\u200b{short}" if short.startswith("_") else short
 
 
 def _short(name: str, length: int) -> str:
-    """Leave out the middle of a long name."""
+    """Shorten a long name by leaving out its middle."""
     name = printable(name)
     return name if len(name) <= length else f"{name[: length // 2 - 1]}\u2026{name[len(name) - length // 2 :]}"
 
@@ -289,11 +289,11 @@ def _short(name: str, length: int) -> str:
 
 
 def _as_html(svg: bytes, prefix: str) -> str:
-    """Make an SVG part of an HTML page: no namespaces, ids with a prefix, colors from the page's style."""
+    """Convert an SVG for use inside an HTML page: no namespaces, ids with a prefix, colors from the page's style."""
     root = ElementTree.fromstring(svg)
     for parent in list(root.iter()):
         for child in list(parent):
-            if _local(child.tag) in ("metadata", "style"):  # matplotlib's style is for `*`, and would be for the whole page
+            if _local(child.tag) in ("metadata", "style"):  # matplotlib's style selects `*`, which would be the whole page
                 parent.remove(child)
     variables = {value: f"var(--{name})" for name, value in PLACEHOLDERS.items()}
     pattern = re.compile("|".join(variables))
@@ -308,12 +308,12 @@ def _as_html(svg: bytes, prefix: str) -> str:
                 value = f"#{prefix}{value[1:]}"
             else:
                 value = value.replace("url(#", f"url(#{prefix}")
-                # All colors are in `style`, the one attribute that CSS variables are understood in.
+                # All colors are in `style`, the only attribute in which CSS variables work.
                 value = pattern.sub(lambda match: variables[match.group()], value)
             element.set(name, value)
     for name in ("width", "height", "version"):  # the page's style sets the size
         root.attrib.pop(name, None)
-    root.set("aria-hidden", "true")  # the figure has a text of its own
+    root.set("aria-hidden", "true")  # the figure has a description for screen readers
     root.set("focusable", "false")
     return ElementTree.tostring(root, encoding="unicode")
 

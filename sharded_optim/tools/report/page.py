@@ -1,7 +1,7 @@
 """Make the HTML page of a report from its sections. Style, script and drawings are inside, and nothing is fetched.
 
-`page.html.jinja` is the page, with all text escaped; `page.css` its style; `page.js` shows values under a pointer or a slider. Without
-the script the page has all but that.
+`page.html.jinja` is the page, with all text escaped; `page.css` its style; `page.js` shows values under a pointer or a slider, which is
+all that is missing without scripts.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from sharded_optim.version import __version__
 
 __all__ = ["page_of"]
 
-MOST_STEPS = 2000  # whose values are in the page
-MOST_TABLE_ROWS = 100  # of the table behind a chart
+MOST_STEPS = 2000  # steps of a chart whose values are in the page
+MOST_TABLE_ROWS = 100  # rows of the table behind a chart
 
 FILES = Path(__file__).parent
 
 
 def page_of(sections: Sequence[Section], labels: Sequence[str], *, refresh: int | None) -> str:
-    """Return the page.
+    """Return the page as HTML.
 
     Args:
-        labels: of the runs.
-        refresh: seconds after which a browser loads the page again; None is never.
+        labels: the names of the runs.
+        refresh: seconds after which a browser loads the page again; None: never.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FILES),
@@ -61,7 +61,7 @@ def page_of(sections: Sequence[Section], labels: Sequence[str], *, refresh: int 
 
 
 def _printable(value: Any) -> Any:
-    """Clean text, but not what is HTML already."""
+    """Replace unprintable characters of text; anything else, also HTML, is returned as it is."""
     return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
@@ -70,10 +70,10 @@ def _variables(colors: dict[str, str]) -> Markup:
 
 
 def _shown(item: Item, keys: Iterator[str]) -> dict[str, Any]:
-    """Return what the template shows of an item.
+    """Convert an item to the values that the template shows.
 
     Args:
-        keys: for figures.
+        keys: unique keys for figures.
     """
     if isinstance(item, Note):
         return {"kind": "note", "text": item.text}
@@ -95,7 +95,7 @@ def _shown(item: Item, keys: Iterator[str]) -> dict[str, Any]:
 
 
 def _line_data(chart: LineChart) -> tuple[dict[str, Any], Table]:
-    """Return what page.js reads, and the table of the same values: of all steps, or of as many as fit, evenly chosen and with the last."""
+    """Return the data that page.js reads, and the table of the same values. Too many steps are thinned evenly; the last step stays."""
     columns = [(each.name, dict(zip(each.steps, each.values, strict=True))) for each in chart.series]
     all_steps = sorted({step for _, column in columns for step in column})
     steps = _chosen(all_steps, MOST_STEPS)
@@ -109,20 +109,20 @@ def _line_data(chart: LineChart) -> tuple[dict[str, Any], Table]:
 
 
 def _heat_map_data(chart: HeatMap) -> dict[str, Any]:
-    # Six digits are more than a color shows, and a third of the page's size less than all.
+    # Six digits are more than a color shows, and make the page a third smaller than all digits.
     values = [[float(f"{value:.6g}") if math.isfinite(value) else None for value in row] for row in chart.values.tolist()]
     series = [{"name": name, "values": row} for name, row in zip(chart.rows, values, strict=True)]
     return {"steps": list(chart.steps), "series": series, "rows": True}
 
 
 def _chosen(steps: Sequence[int], most: int) -> list[int]:
-    """Return at most that many, evenly chosen, with the last."""
+    """Return at most `most` of the steps, evenly chosen, with the last one."""
     every = -(-len(steps) // most)
     return list(reversed(steps[::-1][::every]))
 
 
 def _json_value(column: dict[int, float], step: int) -> float | str | None:
-    """Return a value as JSON has it: null where there is none, a word where it is not finite."""
+    """Return the value at a step, for JSON: None if there is none, and text if it is not finite."""
     if step not in column:
         return None
     return column[step] if math.isfinite(column[step]) else "not finite"
@@ -134,7 +134,7 @@ def _cell(column: dict[int, float], step: int) -> str:
 
 
 def _described(chart: Chart) -> str:
-    """Return a text in place of the drawing: what it shows, and where each curve begins and ends."""
+    """Describe a chart in words, for screen readers: its content, and the first and last value of each curve."""
     if isinstance(chart, HeatMap):
         finite = chart.values[np.isfinite(chart.values)]
         span = f"between {finite.min():.4g} and {finite.max():.4g}" if finite.size else "nowhere finite"

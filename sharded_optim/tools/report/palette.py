@@ -37,10 +37,10 @@ DARK = {
     "series-7": "#b4bcc5",
 }
 SERIES = sum(name.startswith("series-") for name in LIGHT)
-# matplotlib takes no CSS variables: an SVG is drawn in these colors, which occur in no other place, and each is then replaced.
+# matplotlib accepts no CSS variables: an SVG is drawn in these otherwise unused colors, which are then replaced by variables.
 PLACEHOLDERS = {name: f"#01fe{index:02x}" for index, name in enumerate(LIGHT)}
 
 
 def series_name(color: int) -> str:
-    """Return the name of the color of a series."""
+    """Return the name of a series color by its index, modulo the number of colors."""
     return f"series-{color % SERIES}"

@@ -1,4 +1,4 @@
-"""Verify an optimizer on a user's own model: sharded on CPU ranks against one process that is given the same gradients.
+"""Verify an optimizer on a user's own model: compare sharded training on CPU ranks with one process that gets the same gradients.
 
 making.py       the user's model, batches and optimizer
 shardings.py    ways to shard, and readers of whole gradients and parameters
@@ -9,8 +9,8 @@ reasons.py      the most likely cause of differences
 report.py       the result, as data and text
 page.py         reports as an HTML page
 
-Ranks are processes of their own with gloo. All are given the same batch, with losses that jump by factors up to 30,000; each step's whole
-gradients and parameters are written to files, which this process reads and deletes while the ranks go on.
+Ranks are separate processes that communicate by gloo. All get the same batch, and losses that jump by factors up to 30,000. The whole
+gradients and parameters of each step are written to files, which this process reads and deletes while the ranks go on.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from sharded_optim.tools.verify.shardings import SHARDINGS, Shard
 
 __all__ = ["SHARDINGS", "TOLERANCE", "Difference", "Reason", "Report", "verify"]
 
-TOLERANCE = 1e-6  # relative: some optimizers round differently where shards begin, as vector instructions do
+TOLERANCE = 1e-6  # relative: some optimizers round differently at the beginning of shards, because of vector instructions
 WITHOUT_GPUS = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-GRACE = 3.0  # seconds for the others, when a rank has failed
+GRACE = 3.0  # seconds for other ranks to report or end, when a rank has failed or all are done
 
 
 def verify(
@@ -60,29 +60,30 @@ def verify(
     """Compare an optimizer on a sharded model with the same optimizer in one process, given the same gradients.
 
     Starts `world_size` processes on this machine's CPU, which build the model, shard it, train, save, build everything anew with other
-    weights, load, and go on. All get the same batch, and losses that jump. The parameters after each step are compared, bit for bit.
+    weights, load, and continue. All get the same batch, and losses that jump from step to step. The parameters after each step are
+    compared, bit for bit.
 
     Args:
-        build_model: returns the model, on the CPU. What is given here is sent to other processes, so functions must be defined in a
-            module; in a script, call `verify` below `if __name__ == "__main__"`.
-        build_batch: step -> the model's input: keyword arguments as a mapping, positional ones as a list or tuple, or the only one. The
-            loss is the output's `loss`, or the first tensor of one number in it, or the mean of the squares of its first tensor.
+        build_model: returns the model, on the CPU. Arguments are sent to other processes, so functions must be defined in a module; in a
+            script, call `verify` below `if __name__ == "__main__"`.
+        build_batch: step -> the model's input: keyword arguments as a mapping, positional ones as a list or tuple, or a single argument.
+            The loss is the output's `loss`, or the first tensor of one number in the output, or the mean square of its first tensor.
         optimizer: a class, as so.StableAdamW or torch.optim.AdamW, or a functools.partial of one, which is called with the trainable
             parameters; or a function of the model, as `lambda model: so.Muon(so.muon_param_groups(model))`, defined in a module.
         sharding: one of `SHARDINGS`: ddp, fsdp2, fsdp1, zero1 and zero2 (so.ShardedOptimizer), deepspeed1 to deepspeed3; or your own
-            function (model, make_optimizer) -> (model to be called, optimizer), run on every rank.
+            function (model, make_optimizer) -> (model to call, optimizer), which runs on every rank.
         world_size: a power of two, so that the average of equal gradients is exact.
         steps: at least 2; model and optimizer are saved and loaded in the middle.
-        max_grad_norm: also try whether torch.nn.utils.clip_grad_norm_ returns the norm of all gradients.
+        max_grad_norm: if given, torch.nn.utils.clip_grad_norm_ is checked too: whether it returns the norm of all gradients.
         timeout: seconds that ranks may take for a step.
-        progress: is called with a line about each part.
+        progress: is called with a line of text when a part is done.
 
     Returns:
-        Which tensors differ, by how much and for what likely reason; `is_ok` and `text()`.
+        A report of the tensors that differ, by how much and for what likely reason; see its `is_ok` and `text()`.
 
     Raises:
         ValueError: an argument is out of range, or cannot be sent to another process.
-        RuntimeError: a process group is there already: the processes that are started need one of their own.
+        RuntimeError: a process group is initialized in this process.
     """
     make = MakeOptimizer(optimizer)
     if isinstance(sharding, str) and sharding not in SHARDINGS:
@@ -136,7 +137,7 @@ def _compare(job: Job, folder: Path, evidence: Evidence, progress: Callable[[str
     """Start ranks, and step the reference along with them.
 
     Args:
-        evidence: is added to.
+        evidence: collects observations; changed in place.
     """
     reference: Reference | None = None
     probes: Probes | None = None
@@ -186,7 +187,7 @@ def _tried(evidence: Evidence, probe: Callable[..., Probes], *arguments: Any) ->
 
 @contextmanager
 def _in_one_process() -> Iterator[None]:
-    """Name the reference as the origin of an error of the optimizer."""
+    """Convert an error in the `with` block to an _EndedError, which says that it occurred in one process, without sharding."""
     try:
         yield
     except Exception as error:
@@ -197,7 +198,7 @@ def _records(job: Job, folder: Path) -> Iterator[dict[str, Any]]:
     """Start ranks, and yield the records that rank 0 writes.
 
     Raises:
-        _EndedError: names ranks and their errors.
+        _EndedError: ranks have failed, or have made no progress within the timeout. The message names them and their errors.
     """
     context = _context(job)
     processes = [
@@ -235,7 +236,7 @@ def _records(job: Job, folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _failure(folder: Path, processes: list[Any]) -> str:
-    """Return the distinct errors of ranks; of a rank that was killed what it printed last."""
+    """Return the distinct errors of ranks; for a rank that was killed, its exit status and the last line that it printed."""
     texts: dict[str, list[int]] = {}
     for rank, process in enumerate(processes):
         path = failure_file(folder, rank)
@@ -252,7 +253,7 @@ def _last_line(log: Path) -> str:
 
 
 def _environment(world_size: int) -> dict[str, str]:
-    """Return the environment of the ranks; DeepSpeed reads most of it, and compiles with ninja."""
+    """Return environment variables for the ranks. DeepSpeed reads most of them, and finds ninja by PATH."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -268,9 +269,10 @@ def _environment(world_size: int) -> dict[str, str]:
 
 
 def _context(job: Job) -> Any:
-    """Return a context whose processes are forked from a server that has imported what ranks need, which takes longer than training.
+    """Return a context that forks ranks from a server in which the modules that they need are imported: this takes longer than training.
 
-    Python has one such server in a process: the first call decides what it imports. None of it is the user's, which may change.
+    Python has one such server in a process, and the first call decides what it imports. It imports no modules of the user, as they may
+    change.
     """
     if "forkserver" not in mp.get_all_start_methods():
         return mp.get_context("spawn")
@@ -281,7 +283,10 @@ def _context(job: Job) -> Any:
 
 @contextmanager
 def _without_gpus() -> Iterator[None]:
-    """Start processes that see no GPU, nor does the server that forks them, whatever it imports first. Other threads may read `environ`."""
+    """Hide GPUs from processes that are started in the `with` block, and from the server that forks them.
+
+    No other variable is touched, as other threads may read `environ`.
+    """
     before = {name: os.environ.get(name) for name in WITHOUT_GPUS}
     os.environ |= WITHOUT_GPUS
     try:
@@ -296,7 +301,7 @@ def _without_gpus() -> Iterator[None]:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Compute the reference as the ranks compute: sums of a matrix product depend on the number of threads."""
+    """Use one thread for the reference, as on ranks: the rounding of matrix products depends on it. The random state is restored."""
     threads, generator = torch.get_num_threads(), torch.get_rng_state()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""Test whether an optimizer treats the local part of a parameter as the whole, by a second one that knows nothing of other ranks."""
+"""Test whether an optimizer treats the local part of a parameter as the whole tensor, by a second optimizer that has local parts alone."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = ["LocalCopy"]
 class LocalCopy:
     """An optimizer of the same class on copies of a rank's local tensors, stepped with the same local gradients.
 
-    Where all ranks' copies end with the bits of the optimizer itself, it has computed from local parts alone.
+    If the copies on all ranks end with the same bits as the optimizer's tensors, the optimizer has computed from local parts alone.
 
     Args:
-        optimizer: steps the local tensors; one of this library is not copied, as it computes with other ranks.
-        make: the maker of it.
+        optimizer: the optimizer of the local tensors. An optimizer of this library is not copied, as it computes with other ranks.
+        make: the maker of that optimizer.
     """
 
     def __init__(self, optimizer: Any, make: MakeOptimizer) -> None:
@@ -39,7 +39,7 @@ class LocalCopy:
             copies = [[_local(param).detach().clone().requires_grad_() for param in group["params"]] for group in optimizer.param_groups]
             pairs = zip(optimizer.param_groups, copies, strict=True)
             self._params = [pair for group, of_group in pairs for pair in zip(group["params"], of_group, strict=True)]
-            with suppress(Exception):  # whatever a class refuses about local parts
+            with suppress(Exception):  # the class may refuse local parts
                 self._copy = rebuilt(optimizer, self._make, copies)
         for param, copy in self._params:
             copy.grad = None if param.grad is None else _local(param.grad).detach().clone().to(copy.dtype)
@@ -52,7 +52,7 @@ class LocalCopy:
             with torch.random.fork_rng(devices=[]):
                 seed_all(self._steps - 1)
                 self._copy.step()
-        except Exception:  # likewise
+        except Exception:  # the class refuses local parts in the step
             self._copy, self._params, self.is_equal = None, [], False
             return
         is_equal = all(torch.equal(_local(param), copy) for param, copy in self._params)

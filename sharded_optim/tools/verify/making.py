@@ -1,6 +1,6 @@
-"""Build a user's training run: the model, batches, the optimizer, and the loss of a model's output.
+"""Build the parts of a user's training run: the model, the optimizer, and the loss of a batch.
 
-All that the user gives must be picklable, as ranks are new processes.
+All arguments of the user must be picklable, as ranks are new processes.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ __all__ = ["MakeOptimizer", "check_picklable", "loss_of", "named", "rebuilt", "s
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that an optimizer is to step, each once."""
+    """Return the parameters that require a gradient, by name; a shared parameter occurs once."""
     return {name: param for name, param in model.named_parameters() if param.requires_grad}
 
 
 def named(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return `trainable` by the names without the prefixes of FSDP1, torch.compile and activation checkpointing."""
+    """Return the trainable parameters by their names without the prefixes of FSDP1, torch.compile and activation checkpointing."""
     return {without_wrappers(name, is_in_ddp=False): param for name, param in trainable(model).items()}
 
 
@@ -50,7 +50,7 @@ def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
 
 
 def rebuilt(optimizer: Optimizer, make: MakeOptimizer, params_of_groups: Sequence[Sequence[Tensor]]) -> Optimizer:
-    """Build an optimizer like one that has not stepped yet, with other parameters in its groups; groups without any are left out."""
+    """Build a copy of an optimizer that has not stepped yet, with other parameters in its groups; empty groups are left out."""
     groups: list[dict[str, Any]] = [
         {**({} if make.constructor else _hyperparameters(group)), "params": [*params]}
         for group, params in zip(optimizer.param_groups, params_of_groups, strict=True)
@@ -86,7 +86,7 @@ class MakeOptimizer:
 
     @property
     def constructor(self) -> type[Optimizer] | None:
-        """The class, or None for a callable that takes the model."""
+        """The optimizer class; None for a callable that takes the model."""
         function = self.given
         while isinstance(function, functools.partial):
             function = function.func
@@ -107,7 +107,7 @@ def check_picklable(**given: Any) -> None:
     """Check that values can be sent to another process.
 
     Raises:
-        ValueError: one cannot; names the argument.
+        ValueError: a value cannot be sent. The message names the argument.
     """
     main = sys.modules.get("__main__")
     for name, value in given.items():
@@ -126,11 +126,11 @@ def loss_of(model: nn.Module, batch: Any) -> Tensor:
     """Run a model's forward pass, and return a loss.
 
     Args:
-        batch: keyword arguments as a mapping, positional ones as a list or tuple, or the only argument.
+        batch: the model's keyword arguments as a mapping, its positional arguments as a list or tuple, or a single argument.
 
     Returns:
-        What the model returns under `loss`; else the first tensor of one number in the output; else the mean of the squares of the first
-        tensor in it.
+        The output's `loss`; if it has none, the first tensor of one number in the output; if there is none, the mean square of the first
+        tensor.
     """
     if isinstance(batch, Mapping):
         output = model(**batch)

@@ -13,7 +13,7 @@ __all__ = ["page"]
 
 
 def page(reports: Sequence[Report]) -> str:
-    """Return a page with a table of all reports, and a part for each that found something."""
+    """Return an HTML page with a table of all reports, and details of each report that has faults or notes."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.get_template("page.html.jinja").render(reports=reports)

@@ -1,4 +1,4 @@
-"""Import the modules that ranks need, in the server from which they are forked: this takes longer than the training. Starts no thread."""
+"""Import the modules that ranks need in the server that forks them, as imports take longer than the training. Starts no thread."""
 
 from __future__ import annotations
 

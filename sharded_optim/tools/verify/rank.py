@@ -1,6 +1,6 @@
-"""Run one rank: train, save, build everything anew, load, and go on; rank 0 writes whole gradients and parameters of each step to files.
+"""Run one rank: train, save, build everything anew, load, continue; rank 0 writes whole gradients and parameters of each step to files.
 
-Records are files in a folder, in order; the process that compares them deletes each.
+These records are numbered files in a folder. The process that compares them deletes each file after reading it.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ __all__ = ["SEED", "Job", "describe", "failure_file", "log_file", "main", "recor
 T = TypeVar("T")
 
 SEED = 0
-FACTORS = (1.0, 30.0, 1.0, 300.0, 0.1, 1.0, 100.0, 0.01)  # of the losses: spikes, as of bad batches
-MOST_UNREAD = 2  # records, which are as large as the model and its gradients
+FACTORS = (1.0, 30.0, 1.0, 300.0, 0.1, 1.0, 100.0, 0.01)  # factors of the losses of consecutive steps: spikes, as of bad batches
+MOST_UNREAD = 2  # unread records; each is as large as the model and its gradients
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """The task that all ranks have."""
+    """The task of all ranks."""
 
     build_model: Callable[[], nn.Module]
     build_batch: Callable[[int], Any]
@@ -69,8 +69,8 @@ def log_file(folder: Path, rank: int) -> Path:
 
 
 def main(rank: int, job: Job, folder: Path, environment: dict[str, str], path: Sequence[str]) -> None:
-    """Run a rank: the target of a process."""
-    with log_file(folder, rank).open("wb") as log:  # what libraries print is of interest only where a rank dies
+    """Run a rank. This is the target of the rank's process."""
+    with log_file(folder, rank).open("wb") as log:  # output of libraries matters only if a rank dies
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -91,7 +91,7 @@ def main(rank: int, job: Job, folder: Path, environment: dict[str, str], path: S
 
 
 def describe(error: BaseException) -> str:
-    """Return an error's first line, and the innermost line outside torch that was running."""
+    """Return an error's type, first and last line, and the innermost line of code outside torch."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if f"{os.sep}torch{os.sep}" not in frame.filename]
     where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     lines = str(error).strip().splitlines() or [""]
@@ -99,7 +99,7 @@ def describe(error: BaseException) -> str:
 
 
 class _Run:
-    """A rank's part of a job."""
+    """The work of one rank."""
 
     def __init__(self, job: Job, folder: Path, rank: int) -> None:
         self.job, self.folder, self.rank = job, folder, rank
@@ -123,7 +123,7 @@ class _Run:
         sharded.close()
         del sharded, copy
         gc.collect()
-        sharded = self._sharded(SEED + 1)  # other weights: all that counts is in the checkpoint
+        sharded = self._sharded(SEED + 1)  # other weights, which the checkpoint must replace
         sharded.load(str(self.folder / "checkpoint"))
         after = _state_digests(sharded.base)
         lost = _gathered({key for key, digests in before.items() if after.get(key) != digests})
@@ -136,14 +136,14 @@ class _Run:
         self._write("end")
 
     def _sharded(self, seed: int) -> Sharded:
-        """Build model and optimizer, and shard them."""
+        """Build the model, shard it, and make the optimizer."""
         model = seeded(self.job.build_model, seed)
         self._initial = {name: _digest(param) for name, param in named(model).items()}
         capture = GradientCapture(model)
         return read(*self.job.shard(model, self.job.make), capture)
 
     def _apart(self, params: Mapping[str, Tensor]) -> list[str]:
-        """Return the parameters that ranks have initialized differently, and sharding has not made those of rank 0."""
+        """Return the parameters that ranks have initialized differently, and that sharding has not replaced by rank 0's."""
         of_ranks = _gathered((self._initial, {name: _digest(param) for name, param in params.items()}))
         first, _ = of_ranks[0]
         return [
@@ -168,7 +168,7 @@ class _Run:
         self._write("step", step=step, grads=grads, params=params)
 
     def _clip(self, sharded: Sharded, max_norm: float) -> None:
-        """Clip as a training script does, without a step."""
+        """Run backward and clip gradients as a training script does, without a step, and record the norms."""
         sharded.capture.grads.clear()
         self._backward(sharded, self.job.steps)
         grads = sharded.gradients()
@@ -177,12 +177,12 @@ class _Run:
         try:
             found: Any = torch.nn.utils.clip_grad_norm_(sharded.model.parameters(), max_norm)
             norm = float(found.full_tensor() if hasattr(found, "full_tensor") else found)
-        except Exception as error:  # whatever a wrapper raises: it is not silent
+        except Exception as error:  # any error of a wrapper is fine: it is not silent
             refusal = f"{type(error).__name__}: {error}"
         self._write("clipped", norm=norm, expected=expected, refusal=refusal)
 
     def _write(self, kind: str, **content: Any) -> None:
-        """Write the next record, on rank 0, once the ones before are read."""
+        """Write the next record on rank 0, once fewer than MOST_UNREAD records are unread."""
         if self.rank == 0:
             deadline = time.monotonic() + self.job.timeout
             while record_file(self.folder, self.records - MOST_UNREAD).exists():
@@ -205,7 +205,7 @@ def _digest(tensor: Tensor) -> str:
 
 
 def _state_digests(optimizer: Any) -> dict[str, list[str]]:
-    """Return digests of a rank's state, in the order of its parameters, by the name of the state."""
+    """Return digests of a rank's optimizer state by its name, such as `exp_avg`, in the order of the parameters."""
     found: dict[str, list[str]] = {}
     for group in optimizer.param_groups:
         for param in group["params"]:

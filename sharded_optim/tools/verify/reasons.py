@@ -1,4 +1,4 @@
-"""Find the most likely cause of differences, by the evidence that was collected while ranks trained."""
+"""Find the most likely cause of differences, from evidence that was collected while ranks trained."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sharded_optim.tools.verify.report import Difference, Reason
 __all__ = ["Evidence", "reasons_of"]
 
 CLIPPING_TOLERANCE = 1e-3  # relative, of a norm
-EARLY_SHARE = 0.1  # of a tensor's largest error: a smaller one before the checkpoint is taken for rounding
+EARLY_SHARE = 0.1  # share of a tensor's largest error: smaller errors before the checkpoint may be rounding
 
 
 @dataclass
@@ -22,18 +22,18 @@ class Evidence:
     """Observations of a verification.
 
     Attributes:
-        errors: of each parameter after each step.
-        unknown: parameters of the optimizer that are not the model's.
+        errors: relative errors of each parameter, one after each step.
+        unknown: the number of the optimizer's parameters that are not the model's.
         unmoved: parameters that were never changed.
-        idle: parameters that never had a gradient other than zero.
-        stuck: parameters that are not changed in one process either.
-        apart: tensors that ranks have initialized differently, and that sharding has not made those of rank 0.
-        copies_equal: whether on each rank a copy of the optimizer that knew local tensors alone did the same; None: not tried.
-        is_elementwise: whether tensors cut in halves are stepped in one process as whole ones; None: not tried.
-        lost: states of the optimizer that were not what they were after saving and loading.
-        groups: how far one optimizer of all parameters is from one for each parameter, where a gradient was missing once.
-        without_first_gradient: the parameter without a gradient in the first step there.
-        clipped: what clipping returned.
+        idle: parameters that never had a nonzero gradient.
+        stuck: parameters that one process does not change either.
+        apart: parameters that ranks have initialized differently, and that sharding has not replaced by rank 0's.
+        copies_equal: whether on each rank an optimizer that has local tensors alone gave the same bits; None: not tried.
+        is_elementwise: whether, in one process, tensors cut in halves are stepped as whole tensors are; None: not tried.
+        lost: names of the optimizer's state that saving and loading has changed.
+        groups: relative errors of one optimizer for each parameter against one of all, where a gradient was missing once.
+        without_first_gradient: the parameter whose gradient was missing in that test.
+        clipped: the record of clipping: the returned norm, the expected norm, or the refusal.
     """
 
     errors: dict[str, list[float]] = field(default_factory=dict)
@@ -61,7 +61,7 @@ class Evidence:
         return len(next(iter(self.errors.values()), []))
 
     def is_early(self, name: str, tolerance: float) -> bool:
-        """Whether a tensor's error was there before the checkpoint, rounding aside."""
+        """Return whether a tensor differed before the checkpoint by more than rounding."""
         errors = self.errors[name]
         before = errors if self.resumed_at is None else errors[: self.resumed_at]
         return max(before, default=0.0) > min(tolerance, EARLY_SHARE * max(errors))
@@ -94,7 +94,7 @@ class Evidence:
 
 
 def reasons_of(evidence: Evidence, tolerance: float) -> Iterator[Reason]:
-    """Yield faults, and the likely cause of differences."""
+    """Yield faults, and the likely cause of differences. Adds notes to the evidence."""
     differences = list(evidence.differences(tolerance))
     yield from _of_the_start(evidence)
     yield from _of_differences(evidence, differences, tolerance)
@@ -140,7 +140,7 @@ def _of_differences(evidence: Evidence, differences: list[Difference], tolerance
             way_out="use an optimizer that computes statistics and matrices of whole tensors on shards",
         )
     elif early:
-        if evidence.apart:  # which is reason enough
+        if evidence.apart:  # already yielded, and reason enough
             return
         yield Reason(
             kind="unknown",

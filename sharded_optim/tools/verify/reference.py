@@ -14,11 +14,11 @@ __all__ = ["Probes", "Reference", "relative_error"]
 
 
 class Reference:
-    """An optimizer of a whole model.
+    """The user's optimizer in one process, on the whole model.
 
     Args:
-        model: built as on the ranks.
-        initial: what the ranks' parameters are before the first step.
+        model: the model, built as on the ranks.
+        initial: the ranks' parameters before the first step.
         build: makes the optimizer.
 
     Attributes:
@@ -43,24 +43,24 @@ class Reference:
         self.moved |= {name for name, param in self.params.items() if not torch.equal(param, self.initial[name])}
 
     def errors(self, params: Mapping[str, Tensor]) -> dict[str, float]:
-        """Return how far parameters are from these; see `relative_error`."""
+        """Return the relative error of each of the ranks' parameters; see `relative_error`."""
         return {name: relative_error(params[name].detach(), param.detach()) for name, param in self.params.items()}
 
 
 class Probes:
-    """The reference's optimizer on the same parameters, grouped and cut otherwise.
+    """Variants of the reference, whose parameters are grouped or cut in other ways.
 
     alone: an optimizer for each parameter.
     halves: each parameter in two halves, along its first dimension.
-    incomplete, incomplete_alone: one parameter lacks a gradient in the first step, as one of a frozen or unused layer does, and is not
-        stepped alone then: a step counter of a whole group has counted one step more than the parameter.
+    incomplete, incomplete_alone: one optimizer, and one for each parameter, where a parameter lacks a gradient in the first step, as in a
+        frozen or unused layer. Its own optimizer does not step then, so a step counter of a whole group is one step ahead of its own.
 
     Args:
-        reference: before its first step.
-        make: has made its optimizer.
+        reference: the reference, before its first step.
+        make: the maker of its optimizer.
 
     Raises:
-        Exception: whatever the optimizer refuses about these.
+        Exception: any error of the optimizer about such parameters.
     """
 
     def __init__(self, reference: Reference, make: MakeOptimizer) -> None:
@@ -71,7 +71,7 @@ class Probes:
         )
 
     def step(self, grads: Mapping[str, Tensor], number: int) -> Probes:
-        """Step all variants; return these probes."""
+        """Step all variants, and return this object."""
         for variant in (self._alone, self._halves, self._incomplete, self._incomplete_alone):
             is_incomplete = variant in (self._incomplete, self._incomplete_alone) and number == 0
             variant.step(
@@ -81,23 +81,23 @@ class Probes:
 
     @property
     def of_cutting(self) -> float:
-        """Return how far parameters in halves are from whole ones: 0 for an elementwise optimizer."""
+        """Return the largest relative error of parameters stepped in halves, against whole ones: 0 for an elementwise optimizer."""
         return max(self._reference.errors(self._halves.whole()).values())
 
     @property
     def of_grouping(self) -> float:
-        """Return how far parameters that are stepped alone are from those of one optimizer."""
+        """Return the largest relative error of parameters stepped by an optimizer each, against one optimizer of all."""
         return max(self._reference.errors(self._alone.whole()).values())
 
     @property
     def of_counting(self) -> dict[str, float]:
-        """Return the same where a gradient was missing once."""
+        """Return the relative errors by parameter of an optimizer each, against one of all, where a gradient was missing once."""
         together, alone = self._incomplete.whole(), self._incomplete_alone.whole()
         return {name: relative_error(alone[name], value) for name, value in together.items()}
 
 
 class _Variant:
-    """Copies of a reference's parameters in so many pieces, with one optimizer or one for each parameter."""
+    """Copies of a reference's parameters, each cut into `pieces`, with one optimizer for all or one for each parameter."""
 
     def __init__(self, reference: Reference, make: MakeOptimizer, *, alone: bool, pieces: int) -> None:
         self.pieces = {
@@ -131,7 +131,7 @@ class _Variant:
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
-    """Return max |value - reference| / max |reference|; 0.0 for equal bits, inf where one of them is not finite and the other differs."""
+    """Return max |value - reference| / max |reference|: 0.0 if they are equal; else inf if one is not finite, or reference is 0."""
     if value.numel() == 0 or torch.equal(value, reference):
         return 0.0
     if torch.equal(value.isnan(), reference.isnan()) and torch.equal(value.nan_to_num(), reference.nan_to_num()):

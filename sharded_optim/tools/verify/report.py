@@ -8,17 +8,17 @@ from typing import Any
 
 __all__ = ["Difference", "Reason", "Report"]
 
-SHOWN = 8  # differences in a text
+SHOWN = 8  # most differences in `Report.text`
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """A tensor that differs from its value in one process.
+    """A tensor whose value under sharding differs from that in one process.
 
     Attributes:
-        storage: how ranks hold it.
-        step: the first that differs, counted from 0.
-        error: the largest over the steps of max |parameter - reference| / max |reference|.
+        storage: how ranks hold the tensor.
+        step: the first step that differs, counted from 0.
+        error: the largest relative error of any step: max |parameter - reference| / max |reference|.
     """
 
     name: str
@@ -30,11 +30,12 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class Reason:
-    """A fault, or what most likely causes the differences.
+    """A fault, or the most likely cause of the differences.
 
     Attributes:
         kind: "replicas apart", "built before sharding", "no effect", "slice", "state lost on load", "weights lost on load", "groups",
             "clipping" or "unknown".
+        way_out: the remedy.
     """
 
     kind: str
@@ -44,14 +45,14 @@ class Reason:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """The result for an optimizer under a way to shard.
+    """The result for one optimizer under one way to shard.
 
     Attributes:
-        steps: that were compared; less than asked where a failure ended them.
-        tensors: how many were compared.
-        differences: of more than the tolerance, the largest first.
-        rounding: the largest relative error of all tensors; 0.0: all bits are equal. In JSON null where it is not finite, as other errors.
-        failure: the reason why ranks have ended early, or could not begin.
+        steps: the number of compared steps; less than asked for if a failure ended the ranks.
+        tensors: the number of compared tensors.
+        differences: the tensors that differ by more than the tolerance, the largest error first.
+        rounding: the largest relative error of any tensor; 0.0 if all bits are equal. In JSON, errors that are not finite are null.
+        failure: the reason why ranks have ended early, or could not begin; None if they have done all steps.
         notes: observations that are no faults.
     """
 
@@ -89,7 +90,7 @@ class Report:
         return data
 
     def text(self) -> str:
-        """Return lines: the verdict, reasons with ways out, and the largest differences."""
+        """Format the report as lines: the verdict, reasons with remedies, and the largest differences."""
         lines = [f"{self.optimizer}, {self.sharding} on {self.world_size} ranks: {self.verdict}"]
         lines += [f"  after {self.steps} steps: {self.failure}"] if self.failure else []
         for reason in self.reasons:

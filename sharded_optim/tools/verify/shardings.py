@@ -1,7 +1,7 @@
 """Shard a model over ranks, and read its whole gradients and parameters.
 
-A way to shard is a function (model, make_optimizer) -> (model to be called, optimizer), as training scripts do it: an entry of `SHARDINGS`,
-or the user's own. What it returns decides which subclass of `Sharded` reads it.
+A way to shard is a function (model, make_optimizer) -> (model to call, optimizer), as training scripts do it: an entry of `SHARDINGS`, or
+the user's own. The types that it returns decide which subclass of `Sharded` reads the model.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ FLATTENED = "flattened with others, and cut anywhere"
 
 
 class GradientCapture:
-    """Copies of the gradients that backward computes on this rank, before a wrapper reduces them.
+    """Copies the gradients that backward computes on this rank, before a wrapper reduces them.
 
-    Every rank has the same batch, so they are also the average, bit for bit, for world sizes that are powers of two.
+    Every rank has the same batch, so the copies also equal the average over ranks, bit for bit, if the world size is a power of two.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -49,15 +49,15 @@ class GradientCapture:
 
 
 class Sharded:
-    """A sharded model with its optimizer. This class reads ordinary tensors and DTensors, whose gradients are in `param.grad`.
+    """A sharded model with its optimizer. This base class reads ordinary tensors and DTensors, whose gradients are in `param.grad`.
 
     Args:
-        model: to be called.
-        optimizer: whose `step` is called.
-        capture: of the model before it was sharded.
+        model: the sharded model, as it is called.
+        optimizer: the optimizer whose `step` is called.
+        capture: the capture of gradients, made before the model was sharded.
     """
 
-    zeroes_missing_gradients = False  # whether a parameter without a gradient is stepped as with one of zeros
+    zeroes_missing_gradients = False  # whether a parameter without a gradient is stepped with a gradient of zeros
 
     def __init__(self, model: Any, optimizer: Any, capture: GradientCapture) -> None:
         self.model, self.optimizer, self.capture = model, optimizer, capture
@@ -71,7 +71,7 @@ class Sharded:
         return self.optimizer
 
     def named(self) -> dict[str, Tensor]:
-        """Trainable parameters by the names that they had before."""
+        """Return the trainable parameters by the names that they had before wrapping."""
         from torch.nn.parallel import DistributedDataParallel
 
         return dict(named(self.model.module if isinstance(self.model, DistributedDataParallel) else self.model))
@@ -92,7 +92,7 @@ class Sharded:
         return {name: _whole(param) for name, param in self.named().items()}
 
     def storage(self) -> dict[str, str]:
-        """Describe how each parameter is cut that is not whole on every rank."""
+        """Describe how parameters are cut, by name, without those that are whole on every rank."""
         cut = {}
         for name, param in self.named().items():
             shards = [f"dim {each.dim}" for each in getattr(param, "placements", ()) if each.is_shard()]
@@ -130,13 +130,13 @@ class Sharded:
 
         model, optimizer = get_state_dict(self.model, self.optimizer)
         loaded = {"model": model, "optimizer": optimizer}
-        # A parameter without a gradient has no state in the checkpoint, but torch makes one here.
+        # For a parameter without a gradient the checkpoint has no state, but torch makes some here.
         load(loaded, checkpoint_id=folder, planner=DefaultLoadPlanner(allow_partial_load=True))
         set_state_dict(self.model, self.optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
 
     @property
     def _saves_shards(self) -> bool:
-        """Whether a rank has a part of the state only, so that torch.distributed.checkpoint saves it."""
+        """Whether a rank has only a part of the state, so that torch.distributed.checkpoint must save it."""
         return any(hasattr(param, "placements") for param in self.model.parameters())
 
     def close(self) -> None:
@@ -144,7 +144,7 @@ class Sharded:
 
 
 class ShardedByFsdp1(Sharded):
-    """FullyShardedDataParallel. Without a device mesh, torch.distributed.checkpoint does not find the param groups that it has saved."""
+    """A model in FullyShardedDataParallel, saved whole: without a device mesh, torch's sharded checkpoints lose their param groups."""
 
     def gradients(self) -> Whole:
         with self._whole(with_grads=True):
@@ -180,7 +180,7 @@ class ShardedByFsdp1(Sharded):
 
     @property
     def _has_different_state(self) -> bool:
-        """Whether parameters of a unit may have different state, as under Muon: torch cannot gather it."""
+        """Whether parameters of one unit may have different state, as under Muon, which torch cannot gather."""
         return isinstance(self.base, Engine) and len({group.get("algorithm") for group in self.base.param_groups}) > 1
 
     @contextmanager
@@ -190,7 +190,7 @@ class ShardedByFsdp1(Sharded):
 
 
 class ShardedByZero(Sharded):
-    """ShardedOptimizer."""
+    """A model with a ShardedOptimizer."""
 
     def gradients(self) -> Whole:
         return dict(self.capture.grads)
@@ -208,7 +208,7 @@ class ShardedByZero(Sharded):
 
 
 class ShardedByDeepSpeed(Sharded):
-    """A DeepSpeedEngine, in `model`."""
+    """A model in a DeepSpeedEngine, which is `model`."""
 
     zeroes_missing_gradients = True
 
@@ -243,7 +243,7 @@ class ShardedByDeepSpeed(Sharded):
         return dict.fromkeys(self.named(), FLATTENED)
 
     def unknown_to_model(self) -> int:
-        return 0  # its partitions stand for the model's
+        return 0  # DeepSpeed's partitions stand for the model's parameters
 
     def save(self, folder: str) -> None:
         self.model.save_checkpoint(folder)
@@ -256,7 +256,7 @@ class ShardedByDeepSpeed(Sharded):
 
 
 def read(model: Any, optimizer: Any, capture: GradientCapture) -> Sharded:
-    """Choose the reader, by the types that a way to shard has returned."""
+    """Return the subclass of `Sharded` that fits the types that a way to shard has returned, constructed with them."""
     if isinstance(optimizer, ShardedOptimizer):
         return ShardedByZero(model, optimizer, capture)
     if "deepspeed" in sys.modules and isinstance(model, sys.modules["deepspeed"].DeepSpeedEngine):
@@ -303,7 +303,7 @@ def _fsdp1(model: nn.Module, make: MakeOptimizer) -> tuple[nn.Module, Optimizer]
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the layers of the largest nn.ModuleList of different modules that are called; none without one."""
+    """Return the layers of the largest nn.ModuleList whose modules are distinct, have parameters and define `forward`; [] without one."""
     lists = [
         [*each]
         for each in model.modules()
@@ -323,7 +323,8 @@ def _zero(model: nn.Module, make: MakeOptimizer, *, stage: Any) -> tuple[nn.Modu
             f"zero{stage} is so.ShardedOptimizer, which takes an optimizer of sharded_optim, got {make.name}; give one, or use "
             f"deepspeed{stage}"
         )
-    options = {name: getattr(made, name) for name in ("state_dtype", "nonfinite", "max_skipped_steps")}  # others do not change the bits
+    # Other options do not change the bits.
+    options = {name: getattr(made, name) for name in ("state_dtype", "nonfinite", "max_skipped_steps")}
     return model, ShardedOptimizer(made.param_groups, type(made), stage=stage, module=model, **options)
 
 
@@ -358,8 +359,8 @@ SHARDINGS: dict[str, Shard] = {
 
 
 def installed(make: MakeOptimizer) -> list[str]:
-    """Return the entries of `SHARDINGS` that can run an optimizer here: all but those whose package or class is missing."""
+    """Return the entries of `SHARDINGS` that can run an optimizer here: DeepSpeed's if it is installed, ZeRO's for one of this library."""
     has_deepspeed = importlib.util.find_spec("deepspeed") is not None
-    kind = getattr(make.given, "optimizer_class", make.constructor)  # of a function of the model, where that says it
+    kind = getattr(make.given, "optimizer_class", make.constructor)  # a function of the model may have `optimizer_class`
     is_own = kind is not None and issubclass(kind, Engine)
     return [name for name in SHARDINGS if (has_deepspeed or "deepspeed" not in name) and (is_own or "zero" not in name)]

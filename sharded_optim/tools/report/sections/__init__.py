@@ -1,6 +1,7 @@
-"""The sections of a report: a function `build` for each returns the content below its heading.
+"""The sections of a report. Each section has a function, such as `loss.build`, that returns the content below its heading.
 
-A value that a run has not recorded becomes a note that says so. A new section is a function here in `SECTIONS`, and a file if it is long.
+Values that a run has not recorded are replaced by a note. To add a section, write a function, in a new file if it is long, and list it in
+`SECTIONS`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from sharded_optim.tools.runs import Run
 
 __all__ = ["SECTIONS", "sections_of"]
 
-# Anchor, title, and the function of the runs, each with at least one training record, by their labels. In the order of the page.
+# (anchor, title, function of the runs by label), in the order of the page. Each run has at least one training record.
 SECTIONS: tuple[tuple[str, str, Callable[[Mapping[str, Run]], list[Item]]], ...] = (
     ("runs", "Runs", tables.overview),
     ("loss", "Loss", loss.build),
@@ -29,5 +30,5 @@ SECTIONS: tuple[tuple[str, str, Callable[[Mapping[str, Run]], list[Item]]], ...]
 
 
 def sections_of(runs: Mapping[str, Run]) -> list[Section]:
-    """Return the sections of a report about these runs, given by label."""
+    """Return the sections of a report about `runs`, which are keyed by label."""
     return [Section(key=key, title=title, items=build(runs)) for key, title, build in SECTIONS]

@@ -1,4 +1,4 @@
-"""Update clipping: how many tensors are clipped, which, and how much."""
+"""Update clipping: the share of tensors that are clipped, and how much each tensor is clipped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Charts of values that training records have: the gradient norm, the schedule, and the speed."""
+"""Charts of the gradient norm, the schedule and the speed, from training records."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sharded_optim.tools.runs import Run, TrainingRecord
 
 __all__ = ["grad_norm", "schedule", "speed"]
 
-PARTS = ("observe", "agree", "matrices", "update")  # of a step, in order
+PARTS = ("observe", "agree", "matrices", "update")  # parts of a step, in order
 
 
 def grad_norm(runs: Mapping[str, Run]) -> list[Item]:

@@ -12,7 +12,7 @@ from sharded_optim.tools.runs import REFERENCE_LOSSES, Run
 
 __all__ = ["build"]
 
-JOBS_UNIT = "bits per byte"  # of the training job, whose records are means
+JOBS_UNIT = "bits per byte"  # unit of the training job, whose records are means over several steps
 
 
 def build(runs: Mapping[str, Run]) -> list[Item]:

@@ -1,4 +1,4 @@
-"""RMS of updates: the largest, a heat map of each tensor, and spikes."""
+"""RMS of updates: a chart of the largest RMS, a heat map of all tensors, and tables of spikes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from sharded_optim.tools.spikes import LOSS_DEVIATIONS, RMS_THRESHOLD
 
 __all__ = ["build"]
 
-MOST_COLUMNS = 1200  # of a heat map, about the pixels of a page's width
-MOST_ROWS = 120  # of a heat map
+MOST_COLUMNS = 1200  # columns of a heat map, about as many as a page is wide in pixels
+MOST_ROWS = 120  # rows of a heat map
 
 
 def build(runs: Mapping[str, Run]) -> list[Item]:
@@ -94,7 +94,7 @@ def _summary(steps: Sequence[int], values: np.ndarray) -> list[str]:
 
 
 def _in_columns(steps: Sequence[int], table: np.ndarray) -> tuple[list[int], np.ndarray]:
-    """Put records in columns that are equally far apart: the largest of those in a column, and the next record where there is none.
+    """Resample records to columns of equal distance. A column has the largest values of its records; without records it copies the next.
 
     Args:
         steps: (records,), rising.

@@ -1,4 +1,4 @@
-"""Charts, tables, notes and numbers that several sections show."""
+"""Make charts, tables, notes and formatted numbers that several sections use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sharded_optim.tools.runs import Run, TrainingRecord
 
 __all__ = ["count", "first_rows", "left_out", "line_chart", "losses", "number", "over_steps", "titled", "with_unit"]
 
-MOST_LISTED = 20  # rows of tables of tensors or events
+MOST_LISTED = 20  # most rows in a table of tensors or events
 
 
 def line_chart(
@@ -27,13 +27,13 @@ def line_chart(
     log: bool = False,
     **chart: Any,
 ) -> list[Item]:
-    """Return a chart of values of records, and a note that names the runs that have none.
+    """Return a chart of one or several values of all records, and a note that names the runs without them.
 
     Args:
-        key: of the chart, and of the optimizer's metric that it shows.
-        absent: the note, with {label}.
-        values_of: the values of a record by name, in place of that metric; the empty name is the run itself.
-        log: whether the y axis is logarithmic where all values are positive, rather than from 0.
+        key: the key of the chart, and of the optimizer's metric that it shows.
+        absent: the text of the note, with {label} in the place of the runs' names.
+        values_of: returns the values of a record by name, instead of that metric; the empty name stands for the run itself.
+        log: whether the y axis is logarithmic, if all values are positive, instead of beginning at 0.
         chart: further fields of the LineChart.
     """
 
@@ -58,12 +58,12 @@ def line_chart(
 
 
 def left_out(reason: str, labels: Sequence[str]) -> list[Item]:
-    """Return one note for all runs that a chart leaves out; the reason has {label} in the place of their names."""
+    """Return one note for all runs that a chart leaves out; {label} in the reason is replaced by their names."""
     return [Note(reason.replace("{label}", ", ".join(labels)))] if labels else []
 
 
 def over_steps(run: Run, values_of: Callable[[TrainingRecord], Mapping[str, float]]) -> dict[str, tuple[list[int], list[float]]]:
-    """Return steps and values of the records, by the names of the values."""
+    """Return (steps, values) over all records, by the name of the value."""
     found: dict[str, tuple[list[int], list[float]]] = {}
     for record in run.records.training:
         for name, value in values_of(record).items():
@@ -79,12 +79,12 @@ def losses(run: Run) -> tuple[list[int], list[float]]:
 
 
 def titled(title: str, label: str, runs: Mapping[str, Run]) -> str:
-    """Name the run in a title where there are several."""
+    """Add the run's label to a title if there are several runs."""
     return f"{title}, {label}" if len(runs) > 1 else title
 
 
 def number(value: float | None) -> str:
-    """Return four significant digits; a dash for None.
+    """Format a number with four significant digits, and None as a dash.
 
     >>> number(2.0456), number(0.0004), number(float("nan")), number(None)
     ('2.046', '0.0004', 'not finite', '-')
@@ -93,7 +93,7 @@ def number(value: float | None) -> str:
 
 
 def with_unit(value: float | None, unit: str) -> str:
-    """Return a value with the unit that it has, if any.
+    """Format a value with its unit, if there is one.
 
     >>> with_unit(2.0, "bits per byte"), with_unit(2.0, ""), with_unit(None, "GB")
     ('2 bits per byte', '2', '-')
@@ -102,12 +102,12 @@ def with_unit(value: float | None, unit: str) -> str:
 
 
 def count(value: Any) -> str:
-    """Return a number as an integer with separators; a dash for what is none."""
+    """Format a number as an integer with separators, and anything else as a dash."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return f"{value:,.0f}" if is_number else "-"
 
 
 def first_rows(caption: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Return a table of the first rows; where there are more, the caption says how many."""
+    """Return a table of the first rows; if rows are left out, the caption says how many there are."""
     more = f"; the first {MOST_LISTED} of {len(rows):,}" if len(rows) > MOST_LISTED else ""
     return Table(caption=caption + more, headings=headings, rows=rows[:MOST_LISTED])

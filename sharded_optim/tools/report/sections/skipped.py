@@ -10,7 +10,7 @@ from sharded_optim.tools.runs import Run, TrainingRecord
 
 __all__ = ["build"]
 
-MOST_RANKS = 8  # in a cell
+MOST_RANKS = 8  # most ranks that a cell names
 
 
 def build(runs: Mapping[str, Run]) -> list[Item]:
@@ -43,7 +43,7 @@ def build(runs: Mapping[str, Run]) -> list[Item]:
 
 
 def _ranks(record: TrainingRecord, name: str) -> str:
-    """Return the ranks that held such a piece; a dash where they are not recorded."""
+    """Format the ranks on which a tensor's gradient was not finite; a dash if they are not recorded."""
     ranks = record.non_finite_ranks.get(name, [])
     more = f" and {len(ranks) - MOST_RANKS} more" if len(ranks) > MOST_RANKS else ""
     return ", ".join(map(str, ranks[:MOST_RANKS])) + more if ranks else "-"

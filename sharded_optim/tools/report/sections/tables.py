@@ -1,4 +1,4 @@
-"""Tables of values of the runs, side by side: the overview, the config and the environment."""
+"""Tables that show several runs side by side: the overview, the config and the environment."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["config", "environment", "overview"]
 
 
 def overview(runs: Mapping[str, Run]) -> list[Item]:
-    """Show each run at its last record."""
+    """Return a table of each run's state at its last record, and notes on resumed runs and unreadable lines."""
     rows = {
         "status": [run.status for run in runs.values()],
         "steps done": [count(run.records.last_step) + (f" of {count(run.steps)}" if run.steps else "") for run in runs.values()],
@@ -39,7 +39,7 @@ def overview(runs: Mapping[str, Run]) -> list[Item]:
 
 
 def config(runs: Mapping[str, Run]) -> list[Item]:
-    """Show the configs, with the keys that differ marked."""
+    """Return a table of the configs, with the keys that differ between runs marked."""
     items: list[Item] = [Note(f"{label} has no config that can be read.") for label, run in runs.items() if not run.config]
     flat = [dotted_keys(run.config) for run in runs.values()]
     # Null is the default of a key that was not given: a row of nulls says nothing.
@@ -53,7 +53,7 @@ def config(runs: Mapping[str, Run]) -> list[Item]:
 
 
 def environment(runs: Mapping[str, Run]) -> list[Item]:
-    """Show the machine and the libraries, with the values that differ marked."""
+    """Return a table of machine and libraries, with the values that differ between runs marked."""
     items: list[Item] = [Note(f"{label} has no summary.json that can be read.") for label, run in runs.items() if not run.summary]
     names = ("torch", "device", "world_size", "sharding", "optimizer", "text")
     rows = _with_values([[name, *(_cell(run.summary, name) for run in runs.values())] for name in names])
