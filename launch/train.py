@@ -247,8 +247,7 @@ class Meter:
     def __init__(self, tokens_per_step: int, device: torch.device) -> None:
         self._tokens_per_step = tokens_per_step
         self._loss = torch.zeros((), device=device)
-        self._steps, self._seconds = 0, 0.0
-        self._read = (0, 0.0)  # steps and seconds at the last reading
+        self._read = self._steps, self._seconds = 0, 0.0  # at the last reading, and now
         self._since = time.perf_counter()
 
     def count(self, loss: Tensor) -> None:

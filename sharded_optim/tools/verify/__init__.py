@@ -9,7 +9,7 @@ reasons.py      the most likely cause of differences
 report.py       the result, as data and text
 page.py         reports as an HTML page
 
-Ranks are separate processes that communicate by gloo. All get the same batch, and losses that jump by factors up to 30,000. The whole
+Ranks are separate processes that communicate by gloo. All get the same batch, and losses that jump by up to 10,000 times. The whole
 gradients and parameters of each step are written to files, which this process reads and deletes while the ranks go on.
 """
 
