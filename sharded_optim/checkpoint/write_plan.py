@@ -51,7 +51,7 @@ class PlannedChunk:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """The chunk's bytes in a file."""
         return self.segment.numel * self.dtype.itemsize
 
 

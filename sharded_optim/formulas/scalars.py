@@ -103,7 +103,7 @@ def at_first_step(step: Step, value: float, otherwise: float) -> Number:
 
 
 def nan_where(flag: Number, value: Number) -> Number:
-    """Return NaN where the flag, an int64 tensor or recorded, is positive, and the value elsewhere."""
+    """Return NaN where `flag`, an int64 tensor or a recorded number, is positive, and `value` elsewhere."""
     if isinstance(flag, Recorded):
         return Recorder.of(flag).record("nan_where", flag, value)
     assert isinstance(flag, Tensor)

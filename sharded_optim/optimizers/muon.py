@@ -65,7 +65,10 @@ ADAMS_EPS = 1e-8  # default for groups of AdamW and StableAdamW; in the other gr
 
 
 def toward(average, value, from_value, weight):
-    """Compute `average + (1 - momentum) * (value - average)` from the nearer end, as torch's lerp does."""
+    """Return `average + (1 - momentum) * (value - average)`, rounded as by torch.lerp: starting at whichever of the two is nearer.
+
+    `from_value` is 1 if that is `value`, and `weight` the signed share of the way; see `coefficients`.
+    """
     return xp.where(from_value > 0.0, value, average) + weight * (value - average)
 
 

@@ -185,10 +185,10 @@ class _LocalPieces:
 
 
 class PieceChecks:
-    """Compare the pieces of the tensors that this rank checks.
+    """Check that the pieces of each tensor that this rank is responsible for tile it, and that replicas are equal.
 
     Attributes:
-        replies: int64 (rows, 2), for the holders of the pieces: bits such as OWNED, and the piece's balance (see `Layout`).
+        replies: int64 (rows, 2): for the holder of each piece, flags such as OWNED, and the piece's `Layout.balance`.
     """
 
     def __init__(self, exchange: PieceExchange, largest_norm: float) -> None:

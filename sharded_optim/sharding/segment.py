@@ -276,5 +276,5 @@ def find_tiling_error_of(
 
 
 def _runs_before(element: int, start: Tensor, stride: Tensor, count: Tensor) -> Tensor:
-    """Count the runs of each segment that start before an element."""
+    """For each segment, count its runs that begin before the element with this index."""
     return ((element - start + stride - 1) // stride).clamp(min=0).minimum(count)

@@ -401,7 +401,7 @@ def _power(local: Iterable[_Local], ownership: _Ownership, norm_type: float, dev
 
 
 def _powers(tensors: Sequence[Tensor], norm_type: float) -> Iterator[Tensor]:
-    """Yield partial sums of the powers of all elements, or with norm_type inf the largest magnitudes: float64 () each."""
+    """Yield float64 scalars: partial sums of |element| ** norm_type over all tensors, or for inf the largest |element| of each tensor."""
     foreach_norm = torch._foreach_norm  # pyright: ignore[reportPrivateImportUsage]
     if math.isinf(norm_type):
         yield from (norm.double() for norm in foreach_norm(list(tensors), norm_type))

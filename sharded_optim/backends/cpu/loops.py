@@ -235,11 +235,11 @@ class Elements:
             yield uniform(self.builder, next(keys), index, self.lanes) if each else 0.0
 
     def add(self, number: int, terms: Vector) -> None:
-        """Accumulate terms in a total of the item.
+        """Add a vector of terms to one of the totals of this item of work.
 
         Args:
             number: index of the total.
-            terms: integers of its type.
+            terms: integers of the total's type.
         """
         how = self.item.accumulated[number]
         self.loop.values[number] = how.joined(self.builder, self.loop.values[number], terms.value)

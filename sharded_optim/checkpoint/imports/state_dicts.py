@@ -30,7 +30,7 @@ def read(path: Path, options: ImportOptions) -> Content:
 
 
 def content_of(tree: Any, options: ImportOptions, where: str) -> Content:
-    """Build a content from nested dicts that hold state dicts under one of the usual keys, or from a single state dict.
+    """Find the model's and the optimizer's state dict in nested dicts, under the keys that trainers use; or take a single state dict.
 
     Raises:
         ValueError: the state dicts of the model and the optimizer cannot be identified.
