@@ -256,7 +256,7 @@ class Muon(Engine):
         nesterov: orthogonalize the new momentum buffer after moving it toward the gradient once more.
         ns_coefficients: a, b and c of a Newton-Schulz step; or "polar_express", with other coefficients in each step (arXiv 2505.16932).
         eps: a direction with a smaller norm is divided by eps instead of its norm. In groups of AdamW and StableAdamW it is their eps: the
-            group's own; else the value passed here; else 1e-8.
+            group's own; else the value passed here, unless it is the default; else 1e-8.
         ns_steps: Newton-Schulz steps, from 1 to 99.
         adjust_lr_fn: the factor of a matrix's learning rate: "original", the default, sqrt(max(1, rows / columns)); or "match_rms_adamw",
             0.2 * sqrt(max(rows, columns)), for the lr and decay of AdamW; or "spectral_norm", sqrt(rows / columns), dion's default, for one

@@ -1,4 +1,5 @@
-"""DeepSpeed: its optimizers step flat partitions of fp32 master weights, one per param group, or in stage 3 one per sub-group.
+"""DeepSpeed: it gives optimizers flat partitions of fp32 master weights, one per param group, in stage 3 one per sub-group; in stage 0 the
+parameters, or an fp32 copy of each.
 
 Attributes of DeepSpeed's optimizer wrappers record which elements of which tensors a partition holds; each wrapper has a function here that
 reads them. They are not a public interface, so the values of the partitions are compared with the model's parameters. `_hp_mapping` and

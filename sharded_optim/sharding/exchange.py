@@ -53,7 +53,8 @@ def exchange_layouts(
 
     Args:
         describe: describes this rank's parameters; an error on one rank is raised on all.
-        compares_values: whether a parameter's replicas must have the same values, bit for bit; gradient norms are always compared, roughly.
+        compares_values: whether a parameter's replicas must have the same values, bit for bit; norms of gradients are compared roughly in
+            any case, except of Partial, missing, non-finite or very small ones.
 
     Raises:
         ValueError: on all ranks, if ranks disagree about a tensor, their pieces do not tile it, or pieces that should be replicas differ.

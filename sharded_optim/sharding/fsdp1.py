@@ -1,4 +1,4 @@
-"""FullyShardedDataParallel (FSDP1): units of parameters that are flattened together and cut into equal ranges, one per rank.
+"""FullyShardedDataParallel (FSDP1): units of parameters that are flattened together and cut into equal ranges.
 
 With `use_orig_params=True` an optimizer gets, for each parameter, a 1-D view of its elements in this rank's range, which is empty on most
 ranks; with False, the flat parameter of each unit. FSDP1 records which elements these are in private attributes, tried with torch 2.11 and

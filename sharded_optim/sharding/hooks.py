@@ -1,4 +1,4 @@
-"""A stand-in for hooks in copies of a model, as the hooks themselves refer to an optimizer."""
+"""A stand-in for hooks in copies of a model, as the hooks themselves hold parameters and other objects of an optimizer."""
 
 from __future__ import annotations
 

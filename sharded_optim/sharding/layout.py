@@ -73,7 +73,7 @@ class Layout:
     process_group_ref: weakref.ref[dist.ProcessGroup] | None = None
     matrices: tuple[MatrixPlan, ...] = ()  # how whole matrices are gathered; one plan per dtype
     partial: dict[int, Any] = field(default_factory=dict)  # by index of the local parameter: how its gradient is reduced, if it is Partial
-    has_dtensors: bool = field(init=False)  # whether a parameter is of a subclass of Tensor, such as DTensor
+    has_dtensors: bool = field(init=False)  # whether a parameter is neither a Tensor nor a Parameter, but, say, a DTensor
     device: torch.device = field(init=False)  # of the collective of a step: the first parameter's when this was built
     _described: tuple[list[Any], ...] = field(init=False)  # see `properties_of`
 

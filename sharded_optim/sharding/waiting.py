@@ -1,7 +1,8 @@
 """Log a warning when this rank waits long in a collective, with the missing ranks if they can be determined. Used by `ranks.py`.
 
-Without it, a rank that calls step alone waits silently until the process group's timeout, half an hour. One thread per process, started by
-the first wait, checks the running waits every few seconds: so a wait costs two microseconds, and no timer.
+Without it, a rank that calls step alone waits silently until the process group's timeout (half an hour under gloo), after which torch
+raises. One thread per process, started by the first wait, checks the running waits every few seconds: so a wait costs two microseconds, and
+no timer.
 
 A rank that has waited for some seconds posts that in the job's rendezvous store; ranks that have not posted are missing.
 `_get_default_store`, a private name, is tried with torch 2.13.

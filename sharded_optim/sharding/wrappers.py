@@ -55,8 +55,8 @@ class Wrapper:
         describe: (claimed parameter, its name) -> this rank's part of it. Raises ValueError if that cannot be determined.
         layout_holding: (parameters, some of which are claimed) -> the layout of one wrapped model that has all of them; None if there is no
             such model. The attribute is None if the wrapper does not flatten, or its model cannot be found from parameters.
-        partial: (gradient) -> how it still has to be reduced over ranks, as an immutable value that can be pickled; None: not at all. Only
-            called for layouts in which a parameter is of a subclass of Tensor.
+        partial: (gradient) -> how it still has to be reduced over ranks, as an immutable value that can be pickled; None: not at all.
+            Called when layouts are exchanged, and in the steps of layouts with tensors of other classes, such as DTensors.
         reduced: (gradient, claimed parameter, result of `partial`) -> the reduced gradient. A collective: a rank without a gradient calls
             it with None, and gets None.
 

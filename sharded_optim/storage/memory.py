@@ -1,7 +1,8 @@
 """Allocate CPU memory on large pages. A step streams through all of its memory, and large pages save most address translations.
 
 Linux gives 2 MiB pages to a process that asks before it first touches the memory (transparent huge pages, if they are set to `always` or
-`madvise`). Optimizer state is allocated so; parameters and gradients only if `zeros` has allocated their memory, as in `zero/`.
+`madvise`). Optimizer state is allocated so; parameters and gradients only if `zeros` has allocated their memory, as in `zero/` where
+ranks share no memory.
 """
 
 from __future__ import annotations

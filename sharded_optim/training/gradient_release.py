@@ -97,7 +97,7 @@ def remove_gradient_release(model: nn.Module) -> None:
 
 
 class _Units:
-    """Collects parameters whose gradients are complete, and steps a unit when it is complete."""
+    """Collects parameters with complete gradients, and steps a unit when all of it are there, the next one begins, or backward ends."""
 
     def __init__(self, optimizer: Engine, units: Iterable[Unit]) -> None:
         self._optimizer = ref(optimizer)

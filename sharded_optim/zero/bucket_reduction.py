@@ -144,7 +144,7 @@ class BucketReducer:
         yield transfer
         if scratch is not None:
             self._scratch.give(scratch, Transfer())
-        if self._keeps_contents or self._sends_alone(bucket):  # a bucket that is sent alone is autograd's own memory
+        if self._keeps_contents or self._sends_alone(bucket):  # a bucket that is sent alone may be autograd's own memory
             self._unsettled.append(transfer)
         else:
             self._contents.give(contents, transfer)

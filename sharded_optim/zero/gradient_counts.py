@@ -106,4 +106,4 @@ class _Exchange:
     # ranks' serials, and the number of ranks with a further gradient of any parameter.
     counts: Tensor
     slots: Sequence[ParamSlot]
-    is_known: bool  # whether every parameter had exactly one gradient on this rank
+    is_known: bool  # whether every parameter had a gradient on this rank, and none a further one, which needs another round

@@ -209,7 +209,7 @@ class Values:
 
     Attributes:
         masters: the new masters, this rank's parts.
-        params: the new values of whole parameters in their dtype, where the state dict has whole tensors.
+        params: whole parameters in their dtype, rounded from values with their Kahan compensations, where the state dict has these whole.
     """
 
     masters: dict[ParamSlot, Tensor] = field(default_factory=dict)

@@ -202,7 +202,7 @@ def gathered(
 def _gathered(
     part: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device, process_group: dist.ProcessGroup | None
 ) -> Tensor:
-    """Gather a tensor by summing bytes: for each byte only one rank has other than 0, so every bit is kept."""
+    """Gather a tensor by summing bytes: for each byte at most one rank has other than 0, so every bit is kept."""
     whole = torch.zeros(math.prod(shape), dtype=dtype, device=device)
     if isinstance(part, LogicalTensor):
         whole[part.start : part.start + part.local.numel()] = part.local

@@ -214,7 +214,7 @@ class ShardedOptimizer(OuterOptimizer):
     @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step. Every rank must call it; all ranks step, or none.
+        """Take one step. A collective: call it on every rank, or on none.
 
         Args:
             closure: re-evaluates the model and returns the loss.

@@ -40,7 +40,7 @@ class OuterOptimizer(torch.optim.Optimizer):
         self, params: list[Group], engine: Engine, bucket_layout: BucketLayout, sharded_params: ShardedParams, topology: Topology
     ) -> None:
         self._engine, self._bucket_layout, self._topology = engine, bucket_layout, topology
-        self._consolidated: dict[int, dict[str, Tensor]] | None = None  # whole state, on the rank that asked; dropped when state changes
+        self._consolidated: dict[int, dict[str, Tensor]] | None = None  # whole state on the rank that keeps it, until state changes
         self._warned_of_saving: list[bool] = []
         super().__init__(params, engine.defaults)
         self._sharded_params = sharded_params
@@ -108,8 +108,8 @@ class OuterOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's part of the state, without communication. It loads on the same rank of the same number of ranks.
 
-        On rank `to` of `consolidate_state_dict`, returns the whole state. torch.distributed.checkpoint gets whole tensors, of which each
-        rank saves and loads its part, on any number of ranks. That needs no communication either, except with
+        After `consolidate_state_dict`, until the next step, rank `to` returns the whole state instead. torch.distributed.checkpoint gets
+        whole tensors, of which each rank saves and loads its part, on any number of ranks. That needs no communication either, except with
         StateDictOptions(full_state_dict=True): a collective.
         """
         asked = asked_by_distributed_checkpoint()

@@ -107,7 +107,11 @@ class Reducer:
         )
 
     def run_round(self, slots: Iterable[ParamSlot] = ()) -> None:
-        """Run a round outside of backward, for gradients that are still in the parameters of `slots`, and for their further gradients."""
+        """Run a round outside of backward.
+
+        Args:
+            slots: parameters whose own or further gradients are reduced, besides all that passes without synchronization have left.
+        """
         self._open()
         for slot in slots:
             if slot.own_grad is not None or slot in self._repeated:

@@ -218,7 +218,7 @@ class Receive:
             self.which = self.shared_memory.receive(self.rank, self.tag)
 
     def has_come(self) -> bool:
-        """Return whether the message has arrived, so that `wait` returns at once."""
+        """Return whether `wait` returns at once: the message has arrived, or the other process has ended."""
         self.has_arrived = self.has_arrived or self.shared_memory.has_received(self.rank, self.tag)
         return self.has_arrived
 

@@ -18,7 +18,7 @@ class Topology:
     """The process groups of a ShardedOptimizer. All but `given` are the library's own, or None if this process is alone in the group.
 
     Attributes:
-        given: the user's process group of all ranks that train the model; None: the world.
+        given: the ranks that train the model: the user's process group, or a new one for a 2-D mesh; None: the world.
         all_ranks: the library's own group of the ranks in `given`.
         shard_group: the ranks over which a bucket is sharded.
         replica_group: the ranks that hold the same shard as this one; None without a mesh of replicas.
