@@ -43,7 +43,7 @@ class Checkpoints:
             The checkpoint that was loaded; None if there is none, or resume is "never": training begins.
 
         Raises:
-            CheckpointError: there are checkpoints, but none that is intact and fits the job.
+            CheckpointError: there are checkpoints, but none is intact, or the newest intact one does not fit the job.
         """
         if self._config.resume == "never":
             return None

@@ -156,7 +156,8 @@ class Config(_Section):
         under a debugger.
     metrics_every: steps between records with the optimizer's metrics, a multiple of log_every; None: every record has them. Reading metrics
         waits for the device, and makes a record long.
-    divergence_every: steps between comparisons of replicas; replicas are also compared before each checkpoint. None: no comparisons.
+    divergence_every: steps between comparisons of replicas; replicas are also compared before each regular checkpoint. None: no
+        comparisons.
     max_skipped_steps: the number of consecutive steps that may be skipped because gradients are not finite.
     trackers: destinations of metrics besides the run folder, by their names in `sharded_optim/trackers/registry.py`.
     tracker_options: options of these trackers by tracker name, such as {prometheus: {port: 9500}}.

@@ -70,7 +70,7 @@ def load(config: Config) -> Corpus:
 
 
 def _find(data: DataConfig) -> tuple[Path, list[tuple[str, int, int]]]:
-    """Return the file or folder of the text, and its files by path: (path relative to the folder, bytes, modification time in ns)."""
+    """Return the file or folder of the text, and its files by path: (relative path, bytes, modification time in ns)."""
     source = Path(sysconfig.get_paths()["stdlib"] if data.path is None else data.path).absolute()
     if source.is_file():
         paths = [source]

@@ -27,10 +27,10 @@ class Training:
     tokens_per_second: float  # of all ranks together, without validation
     largest_rms: float | None  # largest per-tensor RMS of the last step; None if the optimizer has no RMS, or the record no metrics
     largest_rms_name: str | None  # the name of that tensor
-    skipped_steps: int  # since the run began
+    skipped_steps: int  # since the job was started or resumed
     # The optimizer's `metrics()` of the last step, and rank 0's `performance()`; {} in records without metrics and in older files.
     optimizer: Mapping[str, float] = field(default_factory=dict)
-    non_finite_ranks: Mapping[str, list[int]] = field(default_factory=dict)  # ranks with non-finite gradients in the last step, by tensor
+    non_finite_ranks: Mapping[str, list[int]] = field(default_factory=dict)  # ranks that held non-finite pieces, by tensor
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,7 +37,7 @@ class Sharded:
     """A model that is spread over the ranks, with its optimizer.
 
     Attributes:
-        model: the wrapped model.
+        model: the model to call, wrapped if the sharding wraps it.
         optimizer: an optimizer of this library, whose param groups the schedule changes.
         engine: the DeepSpeedEngine, which runs backward and steps; None under other wrappers.
     """

@@ -38,7 +38,8 @@ ENDING = threading.Lock()  # while it is held, no thread of this file ends the p
 ROUND_SECONDS = 0.2
 HEARTBEAT_SECONDS = 1.0  # between two heartbeats
 SLEPT_SECONDS = 2.0  # a round that takes this much longer shows that this process was suspended
-SECONDS_FOR_CAUSES = 2.5  # after a consequential error: for its cause to be written, or for the rank at fault to miss two heartbeats
+# After an error that may follow from another: for its cause to be written, or for the rank at fault to miss two heartbeats.
+SECONDS_FOR_CAUSES = 2.5
 ROUNDS_TO_SHARE = 3  # after a verdict: for ranks with the same error to be counted
 SECONDS_TO_PRINT = 2.0  # for rank 0 to print before other ranks end: some launchers end all ranks when one has ended
 SECONDS_TO_END = 5.0  # for the report of a verdict, if the store does not answer any more

@@ -62,7 +62,10 @@ def forget(store: Store, step: int) -> None:
 
 @contextmanager
 def recording_integrity(reader: CheckpointReader) -> Iterator[None]:
-    """Record a checkpoint as verified, or as damaged if the block, which must read all of it, raises DamagedError."""
+    """Record a checkpoint as verified, or as damaged, by whether the block, which must read all of it, raises DamagedError.
+
+    A checkpoint that could not be read is neither: its record is dropped.
+    """
     try:
         yield
     except UnreadableError:  # it may or may not be damaged

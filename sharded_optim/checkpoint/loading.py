@@ -106,6 +106,7 @@ def load_newest(store: Store, model: Any, optimizer: Any, options: LoadOptions, 
 
     Raises:
         CheckpointError: there is no checkpoint, or `load_step` raised an error other than DamagedError.
+        DamagedError: there are checkpoints, and all are damaged or cannot be read.
     """
     _, (steps, *_) = all_or_nothing(f"listing {store.root}", lambda: candidates(store), process_group)
     damaged: list[str] = []

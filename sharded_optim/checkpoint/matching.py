@@ -72,7 +72,7 @@ def match(
 def _source(manifest: Manifest, tensor: LocalTensor) -> TensorEntry | None:
     """Return the stored tensor to load from; None if there is none.
 
-    A float32 parameter whose saved values are rounded is loaded from its master; a master that was not saved, from its parameter.
+    A float32 parameter that was saved in 16 bits, or not at all, is loaded from its master; an unsaved master, from its parameter.
     """
     name = tensor.segment.name
     own = manifest.tensors.get(tensor.key)

@@ -225,7 +225,7 @@ def _own_chunks(
     pieces: Sequence[HeldPiece],
     replies: Array,  # int64 (pieces, 4), see `WriteChecks`
 ) -> tuple[PlannedChunk, ...]:
-    """Choose the chunks that this rank writes: all chunks of segments that no other rank holds, and some chunks of shared segments.
+    """Choose the chunks that this rank writes: all chunks of segments that no other rank may write, some of the others.
 
     All ranks that hold the same segments assign their chunks by one rule: from the largest segment on, the rank that has the fewest bytes
     so far takes the next chunk.

@@ -107,7 +107,7 @@ def _token_batches(path: Path) -> TokenBatches:
 
 
 def optimizer_named(name: str, options: Mapping[str, Any]) -> Callable[..., Any]:
-    """Return a function that builds an optimizer: from parameters if `name` is a class, else from the model.
+    """Return a function that builds an optimizer: from parameters if `name` is a class, other than Muon, else from the model.
 
     Args:
         name: a class of this library, or `package.module:name`, such as torch.optim:AdamW.

@@ -51,7 +51,8 @@ class DivergenceCheck:
 
     It compares
     - elements of parameters and of optimizer state (moments, float32 masters, ...) that are on more than one rank: all of them under DDP,
-      the model's under ShardedOptimizer and DeepSpeed, replicated shards under HSDP. Buffers of the model may differ, as running means do;
+      the model's under ShardedOptimizer and DeepSpeed, replicated shards under HSDP; not the buffers of the model, which may differ,
+      as running means do;
     - the step counter and the param group's number of every parameter, also where the parameter itself is sharded;
     - lr, weight decay and the other hyperparameters of every param group; the counters and the loss scale of a DeepSpeedEngine.
 

@@ -59,9 +59,9 @@ class TrainingRecord:
     tokens_per_second: float | None  # of all ranks
     largest_rms: float | None
     largest_rms_name: str | None  # the tensor of that RMS
-    skipped_steps: int | None  # since the run began
+    skipped_steps: int | None  # since the job was started or resumed
     optimizer: dict[str, float]  # `metrics()` and `performance()` of the step, or other logged values; empty if the record has none
-    non_finite_ranks: dict[str, list[int]]  # ranks with a non-finite gradient, by tensor; empty if the record has none
+    non_finite_ranks: dict[str, list[int]]  # ranks that held a non-finite piece, by tensor; empty if the record has none
 
     def by_name(self, kind: str) -> dict[str, float]:
         """Return the optimizer's values of one kind by name: for `rms` the values of all keys `rms/NAME`, by NAME."""

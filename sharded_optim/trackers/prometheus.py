@@ -16,7 +16,7 @@ __all__ = ["DESTINATION", "Prometheus"]
 
 SKIPPED_STEPS = "skipped_steps"  # a key that `optimizer.metrics()` always has
 PREFIX = "sharded_optim_"
-# The label for the part of a key after its first `/`, by the part before it; other keys have the label "name".
+# The label for the part of a key after its first `/`, by the part before it; other keys with a "/" have the label "name".
 LABELS = {
     "rms": "tensor",
     "clip_factor": "tensor",

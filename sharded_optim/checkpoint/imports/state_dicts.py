@@ -54,7 +54,7 @@ def content_of(tree: Any, options: ImportOptions, where: str) -> Content:
 
 
 def _by_key(tree: StateDict, options: ImportOptions, where: str) -> tuple[Any, Any, dict[Any, Any]]:
-    """Return the model's state dict, the optimizer's state dict (None if there is none), and the other entries."""
+    """Return the state dicts of the model and the optimizer, each None if there is none, and the other entries."""
     optimizer, optimizer_key = _get(tree, options.optimizer_key, OPTIMIZER_KEYS, where)
     model, model_key = _get(tree, options.model_key, MODEL_KEYS, where)
     rest = {key: value for key, value in tree.items() if key not in (optimizer_key, model_key)}

@@ -35,7 +35,7 @@ class LiveModel:
         wrapper_state: state that only the same wrapper can restore, by the wrapper's name.
         check_wrapper_state: called with saved state before anything is loaded; raises ValueError if its values are impossible.
         restore_wrapper_state: called with saved state after all tensors are loaded.
-        masters: returns an optimizer's masters of the parameters, which must be loaded even if the optimizer is not.
+        masters: returns an optimizer's masters of the parameters, which are loaded with the model if the optimizer is not.
         before_load: called before tensors are loaded.
     """
 

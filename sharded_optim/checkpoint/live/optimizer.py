@@ -134,7 +134,7 @@ class LiveOptimizer:
         return {name for param in self.params if param.is_master for name in param.names}
 
     def saved_groups(self, saved: Parameters) -> list[set[int]]:
-        """Return, for each param group of this rank's optimizer, the indices of the saved groups that its parameters were in."""
+        """Return, for each param group, the indices of the saved groups of those of its parameters that this rank has."""
         indices: list[set[int]] = [set() for _ in self.groups]
         for name, index in self.group_of.items():
             if name in saved.group_of:

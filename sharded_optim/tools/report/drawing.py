@@ -222,7 +222,7 @@ def _draw_heat_map(figure: Figure, chart: HeatMap, size: Size, colors: Mapping[s
     apart = chart.steps[1] - chart.steps[0] if len(chart.steps) > 1 else 1
     extent = (chart.steps[0] - apart / 2, chart.steps[-1] + apart / 2, rows - 0.5, -0.5)
     finite = chart.values[np.isfinite(chart.values) & (chart.values > 0.0)]
-    # The scale begins at the first percentile, as a few values near zero must not take most of it.
+    # The scale begins at LEAST_RMS, or at the first percentile if that is lower, as a few values near zero must not take most of it.
     least = min(LEAST_RMS, float(np.percentile(finite, 1))) if len(finite) else LEAST_RMS
     most = max([MOST_RMS, *finite.tolist()])
     # Zero has no logarithm; NaN stays without a color.

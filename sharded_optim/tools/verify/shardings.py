@@ -144,7 +144,9 @@ class Sharded:
 
 
 class ShardedByFsdp1(Sharded):
-    """A model in FullyShardedDataParallel, saved whole: without a device mesh, torch's sharded checkpoints lose their param groups."""
+    """A model in FullyShardedDataParallel. It is saved whole, or by `so.checkpoint` where torch cannot gather its state: without a device
+    mesh, torch's sharded checkpoints lose their param groups.
+    """
 
     def gradients(self) -> Whole:
         with self._whole(with_grads=True):

@@ -43,7 +43,7 @@ def build(runs: Mapping[str, Run]) -> list[Item]:
 
 
 def _ranks(record: TrainingRecord, name: str) -> str:
-    """Format the ranks on which a tensor's gradient was not finite; a dash if they are not recorded."""
+    """Format the ranks that held a non-finite piece of a tensor; a dash if they are not recorded."""
     ranks = record.non_finite_ranks.get(name, [])
     more = f" and {len(ranks) - MOST_RANKS} more" if len(ranks) > MOST_RANKS else ""
     return ", ".join(map(str, ranks[:MOST_RANKS])) + more if ranks else "-"
