@@ -31,7 +31,7 @@ def read(path: Path, parse: Callable[[str], Any], name: str) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{name} cannot be read: {error}") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{name} must hold keys and values, such as `steps: 50`, got {values!r}")
+        raise ConfigError(f"{name} must hold keys and values, got {values!r}")
     return values
 
 
