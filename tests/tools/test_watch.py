@@ -159,7 +159,9 @@ class Terminal:
         self.before = termios.tcgetattr(theirs)
         self._theirs = theirs
         arguments = ["sharded-optim", "watch", str(folder), "--interval", "0.1"]
-        code = f"import sys; sys.argv = {arguments!r}; from sharded_optim.cli import main; main()"
+        # As a shell's job in the foreground: where these tests run in the background, SIGINT may be ignored, which processes inherit.
+        interrupted = "signal.signal(signal.SIGINT, signal.default_int_handler)"
+        code = f"import signal, sys; {interrupted}; sys.argv = {arguments!r}; from sharded_optim.cli import main; main()"
         environment = os.environ | {"TERM": "xterm", "COLUMNS": "160", "LINES": "24", "PYTHONPATH": str(ROOT)}
         self.process = subprocess.Popen(
             [sys.executable, "-c", code], stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True
