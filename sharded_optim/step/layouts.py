@@ -35,6 +35,7 @@ class LayoutMaker:
         self._compared: dict[int, Tensor] = {}  # parameters whose values were compared, keyed by id(param)
         self._compared_over: weakref.ref[dist.ProcessGroup] | None = None  # the ranks that compared them
 
+    @collector_paused()
     def make(
         self,
         optimizer: StatefulOptimizer,
@@ -59,6 +60,7 @@ class LayoutMaker:
         with collector_paused():
             return Layout.of_rank(self._described(optimizer, params))
 
+    @collector_paused()
     def of_all_ranks(self, optimizer: StatefulOptimizer, params: Sequence[Tensor], process_group: dist.ProcessGroup | None) -> Layout:
         """Build the layout of all ranks' parameters. A collective."""
         over = None if process_group is None else weakref.ref(process_group)
