@@ -191,6 +191,7 @@ def test_names_are_those_of_the_model_without_wrappers(tmp_path: Path) -> None:
     assert {"exp_avg/scale", "model/scale", "model/norm.running_mean"} <= so.checkpoint.describe(tmp_path / "a").tensors.keys()
     so.checkpoint.save(tmp_path / "b", 0, optimizer=optimizer)
     assert so.checkpoint.describe(tmp_path / "b").tensors.keys() == {"exp_avg/other name", "exp_avg_sq/other name"}
+    assert so.checkpoint.describe(tmp_path / "b") == so.checkpoint.describe(tmp_path / "b"), "manifests compare by value"
     model, optimizer = trained()
     so.checkpoint.save(tmp_path / "c", 0, optimizer=optimizer)
     assert "exp_avg/param_groups[0].params[0]" in so.checkpoint.describe(tmp_path / "c").tensors

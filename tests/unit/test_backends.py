@@ -23,7 +23,7 @@ from variants import CPU_BACKENDS, examples
 import sharded_optim as so
 from sharded_optim import backends
 from sharded_optim.backends import cpu
-from sharded_optim.backends.cpu import threads
+from sharded_optim.backends.cpu import per_tensor, threads
 from sharded_optim.formulas import Algorithm
 from sharded_optim.optimizers.adam import ADAM, AMSGRAD
 from sharded_optim.optimizers.sgd import MOMENTUM, SGD
@@ -385,3 +385,11 @@ def test_shares_of_work_are_waited_for_though_the_wait_is_interrupted(monkeypatc
         with pytest.raises(KeyboardInterrupt):
             threads._wait_for_all([share])
         assert share.done()
+
+
+def test_all_kernels_of_a_step_are_compiled_before_it() -> None:
+    """One that cannot be compiled after the update would leave parameters stepped and their counters not."""
+    per_tensor.kernels.cache_clear()
+    case = Case(algorithm=ADAM, shapes=[(4,)])
+    cpu.BACKEND.prepare(ADAM, case.operands())
+    assert per_tensor.kernels.cache_info().currsize == 1
